@@ -1,0 +1,203 @@
+"""`lora-llava VERB`, and the same verbs as scripts/VERB.py."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_llava.errors import ToldError
+
+# Heavy imports stand inside the verbs, so that `--help` and usage errors answer at once.
+
+
+def _quieten() -> None:
+    """Leave the terminal to our own lines: libraries' bars and remarks about fallbacks we chose are off."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl")
+    for name in ("bitsandbytes", "transformers", "trl", "peft"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def _add_finetune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="say what would happen, load no weights")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished run")
+
+
+def _finetune(args: argparse.Namespace) -> None:
+    from lora_llava.recipe import find_recipe, load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)  # before the heavy imports: a typo is told at once
+    _quieten()
+    from lora_llava.training.finetune import dry_run, finetune
+
+    folder = find_recipe(args.recipe).parent
+    console = _console()
+    if args.dry_run:
+        dry_run(recipe, folder, console)
+        return
+    finetune(recipe, folder, resume=args.resume, overwrite=args.overwrite, console=console)
+    if recipe.stage == 2:
+        console.print("next:")
+        for command in _next_commands(recipe.output_dir):
+            console.print(f"  {command}", soft_wrap=True)
+
+
+def _next_commands(run: str) -> list[str]:
+    commands = {
+        "evaluate": f"lora-llava evaluate {run}",
+        "chat": f"lora-llava chat {run}",
+        "merge": f"lora-llava merge {run} --output {run}-merged",
+        "push": f"lora-llava push {run} YOU/NAME",
+    }
+    return [command for verb, command in commands.items() if verb in VERBS]
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a run directory, a folder with a whole LLaVA, or a Hub id")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the recipe")
+    parser.add_argument("--recipe", help="whose data and evaluation to use; default: the run's own")
+    parser.add_argument("--limit", type=int, help="ask only this many questions, drawn by the recipe's seed")
+    parser.add_argument("--shuffle-images", action="store_true", help="exchange the pictures among the questions")
+    parser.add_argument("--base-only", action="store_true", help="the run's base, without what was trained")
+    parser.add_argument("--output", help="where predictions go; default: the run directory")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    _quieten()
+    from lora_llava.training.evaluate import evaluate
+
+    table = evaluate(
+        args.model, recipe=args.recipe, overrides=args.overrides, limit=args.limit, shuffled=args.shuffle_images,
+        base_only=args.base_only, output=args.output,
+    )  # fmt: skip
+    _print_table(args.model, table, args.json)
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("benchmark", choices=["scienceqa"])
+    parser.add_argument("--problems", required=True, type=Path, help="problems.json")
+    parser.add_argument("--splits", required=True, type=Path, help="pid_splits.json")
+    parser.add_argument("--answers", required=True, type=Path, help="JSONL of question_id and text")
+    parser.add_argument("--split", default="test", help="the split that was asked")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+
+
+def _score(args: argparse.Namespace) -> None:
+    from lora_llava.evaluation.score_files import score_scienceqa_file
+
+    table = score_scienceqa_file(args.problems, args.splits, args.answers, args.split)
+    _print_table(args.answers.name, table, args.json)
+
+
+def _print_table(name: str, table: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        import json
+
+        print(json.dumps(table, indent=2))
+        return
+    from lora_llava.evaluation.report import table_rows
+
+    _console().print(table_rows("ScienceQA", {name: table}))
+
+
+def _add_recipes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--copy", metavar="FOLDER", type=Path, help="copy the shipped recipes there")
+    parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a recipe")
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    from lora_llava.recipe import copy_recipes, json_schema, load_recipe, shipped_recipes
+
+    if args.schema:
+        print(json_schema(), end="")
+    elif args.copy:
+        written = copy_recipes(args.copy)
+        print(f"{len(written)} files written to {args.copy}")
+    else:
+        for path in shipped_recipes():
+            recipe = load_recipe(path)
+            model = recipe.model.start_from.llava or recipe.model.llm
+            print(f"{path.name:38} stage {recipe.stage}  {model}")
+
+
+def _add_build_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, help="folder for llm/ and vision_tower/")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--llm-steps", type=int, help="fewer steps, for a try")
+    parser.add_argument("--clip-steps", type=int, help="fewer steps, for a try")
+
+
+def _build_demo(args: argparse.Namespace) -> None:
+    _quieten()
+    from lora_llava.demo.build import CLIP_STEPS, LLM_STEPS, build_demo
+
+    seconds = build_demo(args.output, args.seed, args.llm_steps or LLM_STEPS, args.clip_steps or CLIP_STEPS)
+    print(f"written to {args.output}: " + ", ".join(f"{name} in {value:.0f} s" for name, value in seconds.items()))
+
+
+VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
+    "finetune": ("run a recipe: train, and score before and after", _add_finetune, _finetune),
+    "evaluate": ("ask a model the test questions of a recipe and score it", _add_evaluate, _evaluate),
+    "score": ("score a file of answers", _add_score, _score),
+    "recipes": ("list or copy the shipped recipes", _add_recipes, _recipes),
+    "build-demo": ("pre-train the demo's base from a seed", _add_build_demo, _build_demo),
+}
+
+
+def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        verb: Set by scripts/VERB.py; else the first argument names it.
+        argv: Arguments; those of the process where None.
+
+    Returns:
+        The exit code: 0, 2 for a mistake in a call, recipe or file, 130 after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="lora-llava", description="Fine-tune LLaVA with LoRA and QLoRA.")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, (summary, add_arguments, _) in VERBS.items():
+        add_arguments(commands.add_parser(name, help=summary, description=summary))
+    args, rest = parser.parse_known_args(argv if verb is None else [verb, *argv])
+    if hasattr(args, "overrides"):  # argparse gives up on those that stand behind an option
+        args.overrides += [text for text in rest if "=" in text and not text.startswith("-")]
+        rest = [text for text in rest if text not in args.overrides]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        VERBS[args.verb][2](args)
+    except ToldError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def console_main() -> None:
+    """The `lora-llava` command."""
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""What every data source becomes: a conversation, with the names of its pictures."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lora_llava.errors import UserError
+
+IMAGE_PLACEHOLDER = "<image>"
+ImagePosition = Literal["first", "last", "random", "as_written"]
+Message = Mapping[str, Any]
+"""`{"role", "content"}` as in transformers (content a string, or parts of type text and image), or LLaVA's
+`{"from", "value"}`."""
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+class EncodingError(UserError):
+    """A conversation that cannot be trained on as it stands."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message with its text; `<image>` stands for a picture."""
+
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row of a data set.
+
+    Attributes:
+        row_id: Names the row in every message about it.
+        turns: The messages in order.
+        images: Picture files relative to the data source's image folder, one per placeholder.
+        extra: What an evaluation needs besides (gold answer, categories).
+    """
+
+    row_id: str
+    turns: tuple[Turn, ...]
+    images: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_turns(messages: Sequence[Message]) -> tuple[Turn, ...]:
+    """Bring messages of either form to turns.
+
+    LLaVA's `from`/`value` rows get LLaVA's own treatment of pictures (llava/train/train.py,
+    preprocess_multimodal): the placeholder moves to the front of its message, on a line of its own.
+
+    Args:
+        messages: Messages with `role` and `content`, or with `from` and `value`.
+
+    Returns:
+        One turn per message.
+
+    Raises:
+        EncodingError: For an unknown role or a part that is neither text nor image.
+    """
+    return tuple(_read_turn(message, index) for index, message in enumerate(messages))
+
+
+def _read_turn(message: Message, index: int) -> Turn:
+    name = message.get("role", message.get("from"))
+    role = _ROLES.get(str(name))
+    if role is None:
+        raise EncodingError(f"message {index}: role is {name!r}; use one of {', '.join(_ROLES)}")
+    if "from" in message:
+        return Turn(role, _llava_text(_text_of(message.get("value"), index)))  # type: ignore[arg-type]
+    return Turn(role, _text_of(message.get("content"), index))  # type: ignore[arg-type]
+
+
+def _text_of(content: Any, index: int) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise EncodingError(f"message {index}: content is {content!r}; give a string or a list of parts")
+    text, previous = "", None
+    for part in content:
+        kind = part.get("type")
+        if kind not in ("text", "image"):
+            raise EncodingError(f'message {index}: a part has type {kind!r}; use "text" or "image"')
+        if previous is not None and "image" in (kind, previous):
+            text += "\n"
+        text += IMAGE_PLACEHOLDER if kind == "image" else part["text"]
+        previous = kind
+    return text
+
+
+def _llava_text(text: str) -> str:
+    if IMAGE_PLACEHOLDER not in text:
+        return text
+    rest = text.replace(IMAGE_PLACEHOLDER, "").strip()
+    return f"{IMAGE_PLACEHOLDER}\n{rest}".strip()
+
+
+def place_image(text: str, position: ImagePosition, rng: random.Random) -> str:
+    """Put a message's one picture before or after its text, as the recipe says.
+
+    Args:
+        text: The text without placeholder.
+        position: `first`, `last`, or `random`: a fair coin per sample, as in the LLaVA paper, section 4.2.
+        rng: Throws the coin.
+
+    Returns:
+        The text with a placeholder on a line of its own.
+    """
+    if position == "random":
+        position = "first" if rng.random() < 0.5 else "last"
+    return f"{text}\n{IMAGE_PLACEHOLDER}" if position == "last" else f"{IMAGE_PLACEHOLDER}\n{text}"

@@ -1,0 +1,206 @@
+"""Conversations to token ids and labels.
+
+Ids and labels come from one list of spans (text, trained or not): the spans are joined, tokenised once, and every
+token is trained exactly where its span is. So an answer's prompt has the ids that a stock processor gives it when
+the model is served, and no text is searched for or split again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_llava.data.conversation import IMAGE_PLACEHOLDER, EncodingError, Message, Turn, read_turns
+from lora_llava.data.templates import Template, get_template
+
+IGNORE_INDEX = -100
+"""Label of a token that is not trained (torch.nn.CrossEntropyLoss, `ignore_index`)."""
+
+
+class Encoded(TypedDict):
+    """Two lists of equal length."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class Span(NamedTuple):
+    """A stretch of the conversation's text and whether the model learns to write it."""
+
+    text: str
+    trained: bool
+
+
+class OverlongError(EncodingError):
+    """A sample that would lose an answer, or part of its prompt, to the length limit."""
+
+
+def encode_conversation(
+    messages: Sequence[Message],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | Template,
+    num_image_tokens: int,
+    max_length: int | None = None,
+) -> Encoded:
+    """Encode a conversation for training: only the assistant's tokens and the stop after each answer are trained.
+
+    Example:
+        >>> encode_conversation(
+        ...     [{"role": "user", "content": "<image>\\nWhat is it?"}, {"role": "assistant", "content": "A dog."}],
+        ...     tokenizer=tokenizer, template="vicuna_v1", num_image_tokens=576,
+        ... )  # doctest: +SKIP
+
+    Args:
+        messages: `{"role", "content"}` messages, the content a string with `<image>` for a picture or a list of text
+            and image parts; or LLaVA's `{"from", "value"}`. System first if at all, then user and assistant in turn,
+            the assistant last.
+        tokenizer: A fast tokenizer that knows `<image>`.
+        template: A key of `lora_llava.data.TEMPLATES`, or a template.
+        num_image_tokens: How many `<image>` ids stand for one picture (CLIP ViT-L/14-336: 576).
+        max_length: Most tokens of a sample; the end of the last answer is cut to fit. None cuts nothing.
+
+    Returns:
+        `input_ids` and `labels`, two lists of int of equal length; a label is the id itself or -100.
+
+    Raises:
+        EncodingError: For turns out of order, an empty answer, or a sample without trained tokens.
+        OverlongError: Where `max_length` would cut more than the end of the last answer.
+    """
+    template = get_template(template)
+    spans = conversation_spans(read_turns(messages), template)
+    _check_tokenizer(tokenizer, template)
+    ids, trained = _tokenise(spans, tokenizer)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for token, is_trained in zip(ids, trained, strict=True):
+        repeat = num_image_tokens if token == image_id else 1
+        input_ids += [token] * repeat
+        labels += [token if is_trained and token != image_id else IGNORE_INDEX] * repeat
+    if tokenizer.bos_token_id is not None:
+        input_ids.insert(0, tokenizer.bos_token_id)
+        labels.insert(0, IGNORE_INDEX)
+    if max_length is not None and len(input_ids) > max_length:
+        _check_cut(labels, max_length)
+        input_ids, labels = input_ids[:max_length], labels[:max_length]
+    if all(label == IGNORE_INDEX for label in labels):
+        raise EncodingError("the sample has no trained token")
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def encode_prompt(
+    messages: Sequence[Message], *, tokenizer: PreTrainedTokenizerBase, template: str | Template, num_image_tokens: int
+) -> list[int]:
+    """Encode a conversation that ends with the user, up to where the answer starts.
+
+    Args:
+        messages: As in `encode_conversation`, without the last answer.
+        tokenizer: As in `encode_conversation`.
+        template: As in `encode_conversation`.
+        num_image_tokens: As in `encode_conversation`.
+
+    Returns:
+        The prompt's ids: those that the same prompt has in training.
+    """
+    turns = (*read_turns(messages), Turn("assistant", "?"))
+    spans = conversation_spans(turns, get_template(template))
+    prompt = spans[: max(i for i, span in enumerate(spans) if span.trained)]
+    ids, _ = _tokenise(prompt, tokenizer)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + [token for i in ids for token in ([i] * num_image_tokens if i == image_id else [i])]
+
+
+def conversation_spans(turns: Sequence[Turn], template: Template) -> list[Span]:
+    """Write turns out as spans, the answers with their stop trained.
+
+    Args:
+        turns: System first if at all, then user and assistant in turn, the assistant last.
+        template: How to write them.
+
+    Returns:
+        Spans whose texts joined are the conversation without its BOS.
+
+    Raises:
+        EncodingError: For turns out of order, an empty answer, or a conversation that the template cannot hold.
+    """
+    system = template.system
+    if turns and turns[0].role == "system":
+        system, turns = turns[0].text, turns[1:]
+    _check_turns(turns, template)
+    wrapped = template.system_format.format(system) if system else ""
+    spans = [Span(("" if template.system_in_user else wrapped) + template.opening, False)]
+    for index, turn in enumerate(turns):
+        if turn.role == "assistant":
+            spans.append(Span(template.answer_prefix + turn.text + template.stop, True))
+            continue
+        if template.user_format is None:
+            spans.append(Span(IMAGE_PLACEHOLDER * turn.text.count(IMAGE_PLACEHOLDER), False))
+            continue
+        before, after = template.user_format.split("{}")
+        inside = wrapped if template.system_in_user and index == 0 else ""
+        spans.append(Span(before + inside + turn.text + after, False))
+    spans.append(Span(template.closing, False))
+    return [span for span in spans if span.text]
+
+
+def _check_turns(turns: Sequence[Turn], template: Template) -> None:
+    if not turns or turns[-1].role != "assistant":
+        raise EncodingError("the conversation has no answer at its end")
+    for index, turn in enumerate(turns):
+        expected = ("user", "assistant")[index % 2]
+        if turn.role != expected:
+            raise EncodingError(f"turn {index} is the {turn.role}'s; the {expected}'s was due")
+        if turn.role == "assistant" and not turn.text.strip():
+            raise EncodingError(f"turn {index}: the answer is empty")
+        if turn.role == "assistant" and IMAGE_PLACEHOLDER in turn.text:
+            raise EncodingError(f"turn {index}: the answer holds {IMAGE_PLACEHOLDER}; only a user shows pictures")
+    if template.single_turn and (len(turns) != 2 or IMAGE_PLACEHOLDER not in turns[0].text):
+        raise EncodingError(f"template {template.name} takes one picture and one caption")
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    if not tokenizer.is_fast:
+        raise EncodingError(f"{type(tokenizer).__name__} gives no offsets; load the fast tokenizer")
+    if tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) in (None, tokenizer.unk_token_id):
+        raise EncodingError(f"the tokenizer does not know {IMAGE_PLACEHOLDER}; add it as a special token")
+    if template.stop_string is None and template.stop.strip() != tokenizer.eos_token:
+        raise EncodingError(
+            f"template {template.name} stops on {template.stop.strip()!r}, the tokenizer on {tokenizer.eos_token!r}; "
+            "take a template of this model"
+        )
+
+
+def _tokenise(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    """Tokenise the joined spans once; a token belongs to the span in which its first own character lies."""
+    text = "".join(span.text for span in spans)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    trained: list[bool] = []
+    ends = []
+    position = 0
+    for span in spans:
+        position += len(span.text)
+        ends.append(position)
+    index = 0
+    for start, end in encoding["offset_mapping"]:
+        while index < len(ends) - 1 and start >= ends[index]:
+            index += 1
+        if end > ends[index] and spans[index].trained != spans[min(index + 1, len(spans) - 1)].trained:
+            around = text[max(0, start - 10) : end + 10]
+            raise EncodingError(f"one token covers the border between prompt and answer in {around!r}; part them")
+        trained.append(spans[index].trained)
+    return encoding["input_ids"], trained
+
+
+def _check_cut(labels: Sequence[int], max_length: int) -> None:
+    last_answer = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    while last_answer > 0 and labels[last_answer - 1] != IGNORE_INDEX:
+        last_answer -= 1
+    if last_answer >= max_length:
+        raise OverlongError(
+            f"the sample has {len(labels)} tokens and its last answer starts at token {last_answer}: "
+            f"a limit of {max_length} would cut the answer away"
+        )

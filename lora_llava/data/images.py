@@ -1,0 +1,95 @@
+"""Pictures: opened lazily, never outside their folder, never from a URL, never larger than a cap."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image, UnidentifiedImageError
+
+from lora_llava.errors import UserError
+
+
+class BadImageError(UserError):
+    """A picture that is missing, corrupt, too large or out of bounds."""
+
+
+class ImageSource(Protocol):
+    """Opens the pictures that conversations name."""
+
+    def open(self, name: str) -> Image.Image:
+        """Give one picture in RGB; BadImageError says what is wrong with it."""
+        ...
+
+
+def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
+    """Decode a picture to RGB.
+
+    Args:
+        file: A file or its bytes.
+        name: Its name, for the message.
+        max_pixels: Most pixels it may have; checked before decoding.
+
+    Returns:
+        An RGB picture, fully decoded.
+
+    Raises:
+        BadImageError: For anything that is not a whole picture of at most `max_pixels`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap is checked below
+            with Image.open(file) as image:
+                if image.width * image.height > max_pixels:
+                    raise BadImageError(
+                        f"picture {name} has {image.width} x {image.height} pixels, over max_image_pixels {max_pixels}"
+                    )
+                if image.mode == "P" and "transparency" in image.info:
+                    return image.convert("RGBA").convert("RGB")
+                return image.convert("RGB")
+    except FileNotFoundError:
+        raise BadImageError(f"picture {name} is missing") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadImageError(f"picture {name} cannot be read: {error}") from None
+
+
+class FolderImages:
+    """Pictures under one folder.
+
+    Args:
+        root: The folder; nothing outside it is opened, through `..`, an absolute name or a link.
+        max_pixels: Most pixels of a picture.
+    """
+
+    def __init__(self, root: Path, max_pixels: int) -> None:
+        self.root = root.resolve()
+        self.max_pixels = max_pixels
+
+    def open(self, name: str) -> Image.Image:
+        if "://" in name:
+            raise BadImageError(f"picture {name} is a URL; only files under {self.root} are opened")
+        path = (self.root / name).resolve()
+        if not path.is_relative_to(self.root):
+            raise BadImageError(f"picture {name} lies outside {self.root}")
+        return read_rgb(path, name, self.max_pixels)
+
+
+class TableImages:
+    """Pictures in a column of a `datasets.Dataset`, named by their row.
+
+    Args:
+        table: A data set whose column `image` holds `{"bytes", "path"}` or None, undecoded.
+        max_pixels: Most pixels of a picture.
+    """
+
+    def __init__(self, table: Any, max_pixels: int) -> None:
+        self.table = table
+        self.max_pixels = max_pixels
+
+    def open(self, name: str) -> Image.Image:
+        content = self.table[int(name)]["image"]
+        if not content or not content.get("bytes"):
+            raise BadImageError(f"picture of row {name} is missing")
+        return read_rgb(io.BytesIO(content["bytes"]), f"of row {name}", self.max_pixels)

@@ -1,0 +1,179 @@
+"""ScienceQA as conversations, written exactly as LLaVA's converter writes them (scripts/convert_sqa_to_llava.py)."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from lora_llava.data.conversation import Conversation, ImagePosition, Turn, place_image
+from lora_llava.data.images import FolderImages, ImageSource, TableImages
+from lora_llava.errors import UserError, nearest
+
+PromptOrder = Literal["QCM-LEA", "QCM-ALE", "CQM-A"]
+PROMPT_ORDERS: tuple[PromptOrder, ...] = get_args(PromptOrder)
+LETTERS = "ABCDE"
+
+
+def format_problem(problem: Mapping[str, Any], order: PromptOrder = "QCM-LEA") -> tuple[str, str]:
+    """Write one problem as a question and its answer.
+
+    Args:
+        problem: An entry of `problems.json`: `question`, `choices`, `answer`, `hint`, `lecture`, `solution`.
+        order: What the question holds, then what the answer holds: Question, Context, Multiple options; Answer,
+            Lecture, Explanation.
+
+    Returns:
+        The question and the answer, without image placeholder.
+    """
+    question = problem["question"]
+    context = problem.get("hint") or "N/A"
+    options = " ".join(f"({LETTERS[i]}) {choice}" for i, choice in enumerate(problem["choices"]))
+    letter = LETTERS[problem["answer"]]
+    lecture, solution = (problem.get(key) or "" for key in ("lecture", "solution"))
+    lecture, solution = (text.replace("\\n", "\n") for text in (lecture, solution))
+    if order == "CQM-A":
+        prompt = f"Context: {context}\nQuestion: {question}\nOptions: {options}"
+    else:
+        prompt = f"Question: {question}\nContext: {context}\nOptions: {options}"
+    answer = {
+        "QCM-LEA": f"{lecture} {solution} The answer is {letter}.",
+        "QCM-ALE": f"The answer is {letter}. BECAUSE: {lecture} {solution}",
+        "CQM-A": f"The answer is {letter}.",
+    }[order]
+    # The converter folds doubled spaces in one pass while the prefixes stand, and takes the prefixes off last: an
+    # answer with neither lecture nor solution keeps its leading space.
+    return _fold(prompt).removeprefix("Question: "), _fold(f"Answer: {answer}").removeprefix("Answer: ")
+
+
+def _fold(text: str) -> str:
+    folded = text.replace("  ", " ").strip()
+    return folded.removesuffix("BECAUSE:").strip() if folded.endswith("BECAUSE:") else folded
+
+
+class ScienceQASplit(NamedTuple):
+    """A split's rows and where their pictures are."""
+
+    conversations: list[Conversation]
+    images: ImageSource
+
+
+def load_scienceqa(
+    path: str | Path,
+    split: str,
+    *,
+    order: PromptOrder = "QCM-LEA",
+    image_position: ImagePosition = "first",
+    seed: int = 0,
+    image_folder: str | Path | None = None,
+    max_image_pixels: int = 50_000_000,
+    revision: str | None = None,
+) -> ScienceQASplit:
+    """Read one split of ScienceQA.
+
+    Args:
+        path: The official folder (`problems.json`, `pid_splits.json`, `images/{split}/{id}/image.png`), a folder of
+            parquet files, or a Hub id with the fields of derek-thomas/ScienceQA.
+        split: `train`, `val` or `test` (in parquet `validation` for `val`), or another key of `pid_splits.json`.
+        order: See `format_problem`.
+        image_position: Where the picture stands in the question.
+        seed: Throws the coin of `image_position="random"`, one throw per row whatever else is read.
+        image_folder: Root of the pictures; default `path/images`.
+        max_image_pixels: Most pixels of a picture.
+        revision: Branch, tag or commit of a Hub id.
+
+    Returns:
+        The rows as conversations of one question and one answer, and their pictures.
+
+    Raises:
+        UserError: For a missing folder or file, an unknown or empty split, or a problem that lacks a field.
+    """
+    folder = Path(path)
+    if (folder / "problems.json").is_file() or (folder.is_dir() and not _parquet_files(folder, split)):
+        problems = read_problems(folder / "problems.json", folder / "pid_splits.json", split)
+        root = Path(image_folder) if image_folder else folder / "images"
+        images: ImageSource = FolderImages(root, max_image_pixels)
+        names = {
+            pid: f"{problem.get('split') or split}/{pid}/{problem['image']}"
+            for pid, problem in problems.items()
+            if problem.get("image")
+        }
+    else:
+        table = _read_parquet(folder, str(path), split, revision)
+        problems = {str(i): dict(row) for i, row in enumerate(table.remove_columns("image"))}
+        images = TableImages(table, max_image_pixels)
+        names = {str(i): str(i) for i, image in enumerate(table["image"]) if image}
+    if not problems:
+        raise UserError(f"data.splits: split {split!r} of {path} is empty; name another, or null where it is optional")
+    rows = [
+        _conversation(pid, problem, names.get(pid), order, image_position, seed) for pid, problem in problems.items()
+    ]
+    return ScienceQASplit(rows, images)
+
+
+def read_problems(problems: Path, splits: Path, split: str) -> dict[str, dict[str, Any]]:
+    """Read the problems of one split from the official files.
+
+    Returns:
+        Problems by id, in the split's order.
+
+    Raises:
+        UserError: For a missing file, an unknown split, an id without problem, or a problem that lacks a field.
+    """
+    for file in (problems, splits):
+        if not file.is_file():
+            raise UserError(f"{file} is missing; a ScienceQA folder holds problems.json, pid_splits.json and images/")
+    entries, ids = (_read_json(file) for file in (problems, splits))
+    if split not in ids:
+        raise UserError(f"{splits}: no split {split!r}{nearest(split, ids)}; it has {', '.join(ids)}")
+    missing = [pid for pid in ids[split] if pid not in entries]
+    if missing:
+        raise UserError(f"{splits}: split {split!r} names problem {missing[0]}, which {problems.name} lacks")
+    return {pid: entries[pid] for pid in ids[split]}
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file}: not JSON: {error}") from None
+
+
+def _conversation(
+    pid: str, problem: Mapping[str, Any], image: str | None, order: PromptOrder, position: ImagePosition, seed: int
+) -> Conversation:
+    try:
+        choices, answer = problem["choices"], problem["answer"]
+        if not (isinstance(answer, int) and 0 <= answer < len(choices) <= len(LETTERS)):
+            raise UserError(f"row {pid}: answer is {answer!r}; it should index its {len(choices)} choices (2 to 5)")
+        question, reply = format_problem(problem, order)
+    except KeyError as error:
+        raise UserError(f"row {pid}: the field {error} is missing; a row without it cannot be asked") from None
+    if image:
+        question = place_image(question, position, random.Random(f"{seed}-{pid}"))
+    extra = {
+        "answer": answer, "num_choices": len(choices), "subject": problem.get("subject", ""),
+        "grade": problem.get("grade", ""), "has_image": bool(image), "has_hint": bool(problem.get("hint")),
+    }  # fmt: skip
+    return Conversation(pid, (Turn("user", question), Turn("assistant", reply)), (image,) if image else (), extra)
+
+
+def _parquet_files(folder: Path, split: str) -> list[str]:
+    hub_split = {"val": "validation"}.get(split, split)
+    return sorted(str(file) for file in folder.rglob(f"{hub_split}-*.parquet"))
+
+
+def _read_parquet(folder: Path, path: str, split: str, revision: str | None) -> Any:
+    import datasets  # heavy, and only this form needs it
+
+    try:
+        if folder.is_dir():
+            table = datasets.load_dataset("parquet", data_files=_parquet_files(folder, split), split="train")
+        else:
+            hub_split = {"val": "validation"}.get(split, split)
+            table = datasets.load_dataset(path, split=hub_split, revision=revision)
+    except Exception as error:  # the library raises a dozen kinds for a name that is not there
+        raise UserError(f"data.path: {path}, split {split!r}, cannot be read: {str(error).splitlines()[0]}") from None
+    return table.cast_column("image", datasets.Image(decode=False))

@@ -1,0 +1,240 @@
+"""`lora-llava build-demo`: pre-train the demo's tokenizer, language model and CLIP vision tower from a seed.
+
+The language model reads text alone; the vision tower learns from pictures and captions by CLIP's contrastive loss.
+The two have never met: joining them is what Stage 1 and Stage 2 of the demo recipes do.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    PreTrainedTokenizerBase,
+    get_cosine_schedule_with_warmup,
+    get_wsd_schedule,
+)
+
+from lora_llava.demo.corpus import Text, random_text, tokenizer_texts
+from lora_llava.demo.world import IMAGE_SIZE, PLACES, Scene, Thing, caption, draw, random_scene
+
+VOCAB_SIZE = 896
+PATCH_SIZE = 16
+LLM_STEPS, LLM_BATCH = 4000, 48
+CLIP_STEPS, CLIP_SCENES, CLIP_POOL = 1600, 64, 12000
+
+
+def build_tokenizer(seed: int) -> LlamaTokenizer:
+    """Train a byte-fallback BPE of the Llama kind on the corpus.
+
+    Returns:
+        A tokenizer that behaves as Vicuna's: Metaspace, `<unk>`, `<s>`, `</s>` as ids 0, 1, 2.
+    """
+    specials = ["<unk>", "<s>", "</s>"]
+    byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    # Merges stay inside one word or one mark; a newline stays a byte, as in Llama's own vocabulary.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split("\n", "removed"),
+            pre_tokenizers.Metaspace(prepend_scheme="first", split=True),
+            pre_tokenizers.Split(Regex(r"▁?[^\p{L}▁]"), "isolated"),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[*specials, *byte_tokens],
+        initial_alphabet=[chr(code) for code in range(33, 127)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(tokenizer_texts(4000, seed), trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    return LlamaTokenizer(  # adds BOS, as Vicuna's does
+        vocab=model["vocab"], merges=merges, add_bos_token=True, model_max_length=1024, padding_side="right"
+    )
+
+
+def llm_config(vocab_size: int) -> LlamaConfig:
+    """The shape of the demo's language model: 1.8 million parameters."""
+    return LlamaConfig(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        initializer_range=0.08,  # about hidden_size**-0.5; the library's 0.02 is for a width of 2,500
+    )  # fmt: skip
+
+
+def encode_texts(texts: list[list[Text]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """Pad texts to one batch whose labels are the answers' tokens.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, each int64 of shape (batch, longest).
+    """
+    encodings = tokenizer(["".join(part for turn in turns for part in turn) for turns in texts])
+    longest = max(map(len, encodings["input_ids"]))
+    input_ids = torch.full((len(texts), longest), 2)
+    labels = torch.full((len(texts), longest), -100)
+    mask = torch.zeros((len(texts), longest), dtype=torch.long)
+    for row, turns in enumerate(texts):
+        ids = torch.tensor(encodings["input_ids"][row])
+        input_ids[row, : len(ids)] = ids
+        mask[row, : len(ids)] = 1
+        end = 0
+        for prompt, answer in turns:
+            start, end = end + len(prompt), end + len(prompt) + len(answer)
+            first, last = encodings.char_to_token(row, start), encodings.char_to_token(row, end - 1)
+            labels[row, first : last + 1] = ids[first : last + 1]
+    return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+
+def train_llm(tokenizer: PreTrainedTokenizerBase, seed: int, steps: int, progress: Progress) -> LlamaForCausalLM:
+    """Pre-train the language model on fresh text every step."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    model = LlamaForCausalLM(llm_config(len(tokenizer)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = get_wsd_schedule(optimizer, min(200, steps // 10), steps // 4, num_training_steps=steps)
+    task = progress.add_task("language model", total=steps)
+    batches: list[list[list[Text]]] = []
+    for step in range(steps):
+        batches = batches or _batches_by_length(rng)
+        loss = model(**encode_texts(batches.pop(), tokenizer), use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            progress.update(task, completed=step, description=f"language model, loss {loss.item():.3f}")
+    progress.update(task, completed=steps)
+    return model.eval()
+
+
+def _batches_by_length(rng: random.Random, count: int = 16) -> list[list[list[Text]]]:
+    """Fresh batches of texts of similar length, in random order: less padding, same mixture."""
+    texts = sorted(
+        (random_text(rng) for _ in range(count * LLM_BATCH)),
+        key=lambda turns: sum(map(len, (part for turn in turns for part in turn))),
+    )
+    batches = [texts[start : start + LLM_BATCH] for start in range(0, len(texts), LLM_BATCH)]
+    rng.shuffle(batches)
+    return batches
+
+
+def clip_config(vocab_size: int) -> CLIPConfig:
+    """The shape of the vision tower that ships, and of the text tower that teaches it and is left behind."""
+    return CLIPConfig(
+        vision_config={
+            "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "projection_dim": 128,
+        },
+        text_config={
+            "vocab_size": vocab_size, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "max_position_embeddings": 64, "projection_dim": 128, "eos_token_id": 2,
+            "bos_token_id": 1, "pad_token_id": 0,
+        },
+        projection_dim=128,
+    )  # fmt: skip
+
+
+def near_misses(scene: Scene, rng: random.Random) -> list[Scene]:
+    """The scene and three that differ a little: another place, another colour, and colours exchanged (or mirrored).
+
+    In-batch negatives that share most words make the contrastive loss ask which thing has which colour where.
+    """
+    things = list(scene.things)
+    free = [place for place in range(len(PLACES)) if place not in {t.place for t in things}]
+    index = rng.randrange(len(things))
+    moved, painted = things.copy(), things.copy()
+    thing = things[index]
+    moved[index] = Thing(rng.choice(free), thing.colour, thing.shape)
+    other = random_scene(rng).things[0]
+    taken = {t.colour for t in things}, {t.shape for t in things}
+    painted[index] = Thing(
+        thing.place,
+        thing.colour if other.colour in taken[0] else other.colour,
+        thing.shape if other.shape in taken[1] else other.shape,
+    )
+    colours = [t.colour for t in things]
+    turned = [Thing(t.place, c, t.shape) for t, c in zip(things, colours[1:] + colours[:1], strict=True)]
+    return [scene, *(Scene(tuple(sorted(items))) for items in (moved, painted, turned))]
+
+
+def train_vision_tower(
+    tokenizer: PreTrainedTokenizerBase, seed: int, steps: int, progress: Progress
+) -> tuple[CLIPModel, CLIPImageProcessorPil]:
+    """Pre-train CLIP on the training split's pictures and captions by the symmetric contrastive loss (CLIP, fig. 3)."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    processor = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
+    groups = [near_misses(random_scene(rng, "train"), rng) for _ in range(CLIP_POOL)]
+    groups = [[s for s in group if s.split == "train"] for group in groups]
+    task = progress.add_task("drawing pictures", total=len(groups))
+    pixels = []
+    for group in groups:
+        pixels.append(processor([draw(s, rng) for s in group], return_tensors="pt")["pixel_values"].half())
+        progress.advance(task)
+    model = CLIPModel(clip_config(len(tokenizer)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10), steps)
+    task = progress.add_task("vision tower", total=steps)
+    for step in range(steps):
+        chosen = rng.sample(range(len(groups)), CLIP_SCENES)
+        captions = [f"{caption(s)}</s>" for index in chosen for s in groups[index]]
+        text = tokenizer(captions, padding=True, return_tensors="pt", pad_to_multiple_of=8)
+        images = torch.cat([pixels[index] for index in chosen]).float()
+        output = model(input_ids=text["input_ids"], attention_mask=text["attention_mask"], pixel_values=images)
+        target = torch.arange(len(captions))
+        same = torch.tensor([[a == b for b in captions] for a in captions]) & ~torch.eye(
+            len(captions), dtype=torch.bool
+        )
+        logits = output.logits_per_text.masked_fill(same, float("-inf"))
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            progress.update(task, completed=step, description=f"vision tower, loss {loss.item():.3f}")
+    progress.update(task, completed=steps)
+    return model.eval(), processor
+
+
+def build_demo(
+    output: Path, seed: int = 0, llm_steps: int = LLM_STEPS, clip_steps: int = CLIP_STEPS
+) -> dict[str, float]:
+    """Pre-train everything and write `output/llm` and `output/vision_tower` in bf16.
+
+    Returns:
+        Seconds spent on each part.
+    """
+    seconds: dict[str, float] = {}
+    with Progress() as progress:
+        start = time.monotonic()
+        tokenizer = build_tokenizer(seed)
+        tokenizer.pad_token = "<unk>"
+        clip, processor = train_vision_tower(tokenizer, seed, clip_steps, progress)
+        clip.vision_model.to(torch.bfloat16).save_pretrained(output / "vision_tower")
+        processor.save_pretrained(output / "vision_tower")
+        seconds["vision_tower"] = time.monotonic() - start
+        start = time.monotonic()
+        llm = train_llm(tokenizer, seed, llm_steps, progress)
+        llm.to(torch.bfloat16).save_pretrained(output / "llm")
+        tokenizer.pad_token = None
+        tokenizer.save_pretrained(output / "llm")
+        seconds["llm"] = time.monotonic() - start
+    return seconds

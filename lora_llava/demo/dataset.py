@@ -1,0 +1,112 @@
+"""The demo's data on disk: ScienceQA in its official folder layout and Stage 1 captions in LLaVA's `chat.json`."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from lora_llava.demo import corpus, questions
+from lora_llava.demo.questions import Row
+from lora_llava.demo.world import Split, caption, draw, random_scene
+
+SEED = 7
+ROWS = {"train": 4000, "val": 160, "test": 480}
+CAPTIONS = 6000
+VISUAL_SHARE = 0.6
+_VERSION = 1
+"""Raise it when the same counts would give other rows."""
+
+
+def build_demo_scienceqa(cache: Path, rows: dict[str, int] | None = None) -> Path:
+    """Draw the ScienceQA-shaped set, once.
+
+    Args:
+        cache: Folder that keeps it.
+        rows: How many rows of each split; the demo's where None.
+
+    Returns:
+        A folder with `problems.json`, `pid_splits.json` and `images/{split}/{id}/image.png`. No scene and no
+        question of one split occurs in another.
+    """
+    rows = rows or ROWS
+    name = f"scienceqa-v{_VERSION}-{'-'.join(str(count) for count in rows.values())}"
+    return _once(cache / "demo" / name, lambda folder: _write_scienceqa(folder, rows))
+
+
+def build_demo_captions(cache: Path, count: int = CAPTIONS) -> Path:
+    """Draw pictures of the training split with their captions, once.
+
+    Returns:
+        A `chat.json` with its pictures in `images` beside it.
+    """
+    folder = _once(cache / "demo" / f"captions-v{_VERSION}-{count}", lambda folder: _write_captions(folder, count))
+    return folder / "chat.json"
+
+
+def _once(folder: Path, write: Callable[[Path], None]) -> Path:
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        try:
+            write(temporary)
+            temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return folder
+
+
+def _write_scienceqa(folder: Path, rows: dict[str, int]) -> None:
+    rng = random.Random(SEED)
+    problems: dict[str, Row] = {}
+    splits: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for split, count in rows.items():
+        splits[split] = []
+        while len(splits[split]) < count:
+            pid = str(len(problems) + 1)
+            row = _draw_row(rng, cast(Split, split), folder / "images" / split / pid, seen)
+            if row is not None:
+                problems[pid] = row
+                splits[split].append(pid)
+    (folder / "problems.json").write_text(json.dumps(problems, indent=1))
+    (folder / "pid_splits.json").write_text(json.dumps(splits))
+
+
+def _draw_row(rng: random.Random, split: Split, image_folder: Path, seen: set[str]) -> Row | None:
+    """One row with its picture, or None where the same question was drawn before."""
+    if rng.random() < VISUAL_SHARE:
+        scene = random_scene(rng, split)
+        row = rng.choice(questions.VISUAL)(scene, rng)
+        image_folder.mkdir(parents=True)
+        draw(scene, rng).save(image_folder / "image.png")
+        return row | {"image": "image.png", "split": split}
+    row = rng.choice(questions.TEXTUAL)(rng)
+    key = json.dumps([row["question"], row["hint"], row["choices"]])
+    if key in seen:
+        return None
+    seen.add(key)
+    return row | {"split": split}
+
+
+def _write_captions(folder: Path, count: int) -> None:
+    rng = random.Random(SEED + 1)
+    rows: list[dict[str, Any]] = []
+    (folder / "images").mkdir(parents=True)
+    for index in range(count):
+        scene = random_scene(rng, "train")
+        name = f"{index:05d}.png"
+        draw(scene, rng).save(folder / "images" / name)
+        request = rng.choice(corpus.DESCRIBE)
+        rows.append({
+            "id": f"{index:05d}", "image": name,
+            "conversations": [
+                {"from": "human", "value": f"{request}\n<image>"}, {"from": "gpt", "value": caption(scene)},
+            ],
+        })  # fmt: skip
+    (folder / "chat.json").write_text(json.dumps(rows))

@@ -1,0 +1,131 @@
+"""The demo's little world: scenes of coloured shapes, their pictures and their captions.
+
+A scene is drawn by seed and belongs to one split for good (by a hash of what it shows), so that no test scene
+can occur in training, whatever question is asked of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image, ImageDraw
+
+Split = Literal["train", "val", "test"]
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (214, 40, 40),
+    "blue": (36, 84, 214),
+    "green": (30, 150, 60),
+    "yellow": (245, 200, 20),
+    "purple": (140, 50, 190),
+    "black": (25, 25, 25),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+BACKGROUNDS = ((255, 255, 255), (244, 240, 228), (228, 238, 246), (232, 244, 230))
+IMAGE_SIZE = 64
+"""Side of a picture in pixels; each place is one quadrant."""
+
+_SPLIT_BUCKETS = {"test": range(15), "val": range(15, 20), "train": range(20, 100)}
+
+
+@dataclass(frozen=True, order=True)
+class Thing:
+    """One coloured shape at one place (0 top left, 1 top right, 2 bottom left, 3 bottom right)."""
+
+    place: int
+    colour: str
+    shape: str
+
+    @property
+    def where(self) -> str:
+        return PLACES[self.place]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things in reading order; no two share a place, a colour or a shape."""
+
+    things: tuple[Thing, ...]
+
+    @property
+    def key(self) -> str:
+        return ";".join(f"{t.place}-{t.colour}-{t.shape}" for t in self.things)
+
+    @property
+    def split(self) -> Split:
+        bucket = int(hashlib.sha256(self.key.encode()).hexdigest()[:8], 16) % 100
+        return next(name for name, buckets in _SPLIT_BUCKETS.items() if bucket in buckets)  # type: ignore[misc]
+
+
+def random_scene(rng: random.Random, split: Split | None = None) -> Scene:
+    """Draw a scene of one to three things.
+
+    Args:
+        rng: Source of randomness.
+        split: Only scenes of this split; None takes any.
+
+    Returns:
+        A scene whose hash puts it in `split`.
+    """
+    while True:
+        count = rng.choices((1, 2, 3), weights=(15, 45, 40))[0]
+        places = sorted(rng.sample(range(4), count))
+        colours = rng.sample(list(COLOURS), count)
+        shapes = rng.sample(SHAPES, count)
+        scene = Scene(tuple(Thing(p, c, s) for p, c, s in zip(places, colours, shapes, strict=True)))
+        if split is None or scene.split == split:
+            return scene
+
+
+def caption(scene: Scene) -> str:
+    """One sentence that says everything about the scene, in reading order."""
+    parts = [f"a {t.colour} {t.shape} at the {t.where}" for t in scene.things]
+    return (", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]) + "."
+
+
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """Draw a scene with jittered positions, sizes and background, so that no two pictures are alike.
+
+    Returns:
+        An RGB picture of `IMAGE_SIZE` squared.
+    """
+    scale = 4  # drawn large and reduced, for smooth edges
+    side = IMAGE_SIZE * scale
+    image = Image.new("RGB", (side, side), rng.choice(BACKGROUNDS))
+    pen = ImageDraw.Draw(image)
+    for thing in scene.things:
+        radius = side / 4 * rng.uniform(0.62, 0.85)
+        slack = side / 4 - radius
+        row, column = divmod(thing.place, 2)
+        x = side / 4 + column * side / 2 + rng.uniform(-slack, slack)
+        y = side / 4 + row * side / 2 + rng.uniform(-slack, slack)
+        shade = rng.randint(-12, 12)
+        red, green, blue = (min(255, max(0, value + shade)) for value in COLOURS[thing.colour])
+        _draw_shape(pen, thing.shape, x, y, radius, (red, green, blue))
+    return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+
+
+def _draw_shape(
+    pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, int, int]
+) -> None:
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if shape == "circle":
+        pen.ellipse(box, fill=fill)
+    elif shape == "square":
+        half = radius * 0.85
+        pen.rectangle((x - half, y - half, x + half, y + half), fill=fill)
+    elif shape == "triangle":
+        pen.polygon([(x, y - radius), (x - radius, y + radius * 0.8), (x + radius, y + radius * 0.8)], fill=fill)
+    elif shape == "star":
+        pen.regular_polygon((x, y, radius), 3, rotation=0, fill=fill)
+        pen.regular_polygon((x, y, radius), 3, rotation=180, fill=fill)
+    elif shape == "cross":
+        arm = radius * 0.33
+        pen.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
+        pen.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
+    else:
+        pen.ellipse(box, outline=fill, width=int(radius * 0.38))

@@ -1,0 +1,30 @@
+"""Errors that a person can mend: one line, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ToldError(Exception):
+    """An end that is told in its message, without traceback."""
+
+    exit_code = 1
+
+
+class StoppedError(ToldError):
+    """The person stopped the run; the message says how to go on."""
+
+    exit_code = 130
+
+
+class UserError(ToldError):
+    """A mistake in a recipe, a file or a call: one line that names the field or file, the value and the mend."""
+
+    exit_code = 2
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint such as ` (did you mean "batch_size"?)`, or nothing where no known name is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f' (did you mean "{matches[0]}"?)' if matches else ""

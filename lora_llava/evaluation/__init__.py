@@ -1,0 +1,1 @@
+"""Evaluation: generated answers to scores."""

@@ -1,0 +1,113 @@
+"""ScienceQA's score: which choice an answer names, and accuracy over the benchmark's nine columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+LETTERS = "ABCDE"
+COLUMNS = ("AVG", "NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
+"""ScienceQA's columns (arXiv 2209.09513, table 3), the average first."""
+
+_SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+_ANSWER = re.compile(r"The answer is ([A-Z]).")  # the dot is LLaVA's: any character
+
+Table = dict[str, Any]
+"""`{column: [percent, correct, count], ..., "unparsed": count}`."""
+
+
+class Prediction(TypedDict):
+    """One line of a predictions file."""
+
+    question_id: str
+    text: str
+    prediction: int
+    answer: int
+    categories: list[str]
+
+
+def parse_answer(text: str, num_choices: int) -> int:
+    """Find the choice that an answer names, by LLaVA's rule (llava/eval/eval_science_qa.py).
+
+    The text is a lone letter, or starts with one as in "B. iron", or says "The answer is B." exactly once.
+
+    Args:
+        text: What the model wrote.
+        num_choices: How many choices the question has.
+
+    Returns:
+        The choice's index, or -1 where the text names none or one that there is not.
+    """
+    letters = LETTERS[:num_choices]
+    if text in LETTERS and len(text) == 1:
+        letter = text
+    elif len(text) >= 3 and text[0] in LETTERS and text[1:3] == ". ":
+        letter = text[0]
+    else:
+        found = _ANSWER.findall(text)
+        if len(found) != 1:
+            return -1
+        letter = found[0]
+    return letters.find(letter)
+
+
+def categories(subject: str, grade: str, has_image: bool, has_hint: bool) -> list[str]:
+    """The columns in which a question counts, AVG aside.
+
+    Args:
+        subject: `natural science`, `social science` or `language science`.
+        grade: `grade1` to `grade12`.
+        has_image: Whether it shows a picture.
+        has_hint: Whether it has a textual context.
+
+    Returns:
+        Among NAT, SOC, LAN; TXT, IMG, or NO for neither; G1-6, G7-12.
+    """
+    columns = [_SUBJECTS[subject]] if subject in _SUBJECTS else []
+    columns += ["TXT"] * has_hint + ["IMG"] * has_image + ["NO"] * (not has_hint and not has_image)
+    number = re.sub(r"\D", "", grade)
+    if number:
+        columns.append("G1-6" if int(number) <= 6 else "G7-12")
+    return columns
+
+
+def make_prediction(question_id: str, text: str, question: Mapping[str, Any]) -> Prediction:
+    """Mark one answer.
+
+    Args:
+        question_id: The problem's id.
+        text: What the model wrote.
+        question: `answer`, `num_choices`, `subject`, `grade`, `has_image` and `has_hint`.
+    """
+    columns = categories(question["subject"], question["grade"], question["has_image"], question["has_hint"])
+    prediction = parse_answer(text, question["num_choices"])
+    return Prediction(
+        question_id=question_id, text=text, prediction=prediction, answer=question["answer"], categories=columns
+    )
+
+
+def score(predictions: Iterable[Prediction]) -> Table:
+    """Count the table.
+
+    Returns:
+        For every column the percentage to two decimals, correct answers and questions; and how many answers named no
+        choice, which count as wrong.
+    """
+    counts = {column: [0, 0] for column in COLUMNS}
+    unparsed = 0
+    for item in predictions:
+        unparsed += item["prediction"] == -1
+        for column in ("AVG", *item["categories"]):
+            counts[column][0] += item["prediction"] == item["answer"]
+            counts[column][1] += 1
+    table: Table = {
+        column: [round(100 * correct / count, 2) if count else 0.0, correct, count]
+        for column, (correct, count) in counts.items()
+    }
+    return table | {"unparsed": unparsed}
+
+
+def chance(num_choices: Sequence[int]) -> float:
+    """The accuracy of guessing, in percent."""
+    return 100 * sum(1 / number for number in num_choices) / max(1, len(num_choices))

@@ -1,0 +1,338 @@
+"""The base folder: one stock bf16 `LlavaForConditionalGeneration`, written once from its parts, tensor by tensor.
+
+Training, merging and stock peft all load this folder. Tensor names are llava-hf's, so that every library that reads
+those checkpoints reads it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from lora_llava.errors import UserError
+from lora_llava.model.original import identity_layer, read_projector
+from lora_llava.model.parts import Part, iterate_tensors
+
+IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
+VOCABULARY_MULTIPLE = 64
+"""llava-hf pads Vicuna's 32,002 tokens to 32,064, the next multiple."""
+SHARD_BYTES = 2 * 2**30
+_FORMAT = 1
+"""Raise it when the same parts would be written differently."""
+
+
+@dataclass(frozen=True)
+class BaseParts:
+    """What a base folder is made of; equal parts give the same folder.
+
+    Attributes:
+        llm: Name of the language model.
+        llm_revision: Its commit or content hash.
+        vision_tower: Name of the vision tower.
+        vision_tower_revision: Its commit or content hash.
+        projector_type: `mlp2x_gelu` or `linear`.
+        projector: SHA-256 of the published projector, or None for a fresh one.
+        seed: Draws a fresh projector.
+    """
+
+    llm: str
+    llm_revision: str
+    vision_tower: str
+    vision_tower_revision: str
+    projector_type: str
+    projector: str | None
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Names the cache folder."""
+        content = asdict(self) | {"format": _FORMAT}
+        for name in ("llm", "vision_tower"):  # the same files under another name are the same part
+            content.pop(name)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def cache_folder() -> Path:
+    """Where base folders and demo data are kept: `LORA_LLAVA_CACHE`, else `~/.cache/lora_llava`."""
+    return Path(os.environ.get("LORA_LLAVA_CACHE") or Path.home() / ".cache" / "lora_llava").expanduser()
+
+
+def assembled_config(llm: dict[str, Any], vision: dict[str, Any], projector_type: str) -> LlavaConfig:
+    """The configuration of the LLaVA that the parts make.
+
+    Args:
+        llm: The language model's config.json.
+        vision: The tower's config.json: CLIP's, or its vision part alone.
+        projector_type: `mlp2x_gelu`, or `linear`: the same class without activation.
+
+    Returns:
+        A config whose vocabulary has the image and pad tokens and is a multiple of 64.
+
+    Raises:
+        UserError: For a language model that is not of the Llama family or a tower that is not CLIP's.
+    """
+    if llm.get("model_type") != "llama":
+        raise UserError(f"model.llm is a {llm.get('model_type')!r} model; only Llama's architecture is supported")
+    vision = vision.get("vision_config", vision)
+    if vision.get("model_type", "clip_vision_model") != "clip_vision_model":
+        raise UserError(f"model.vision_tower is a {vision.get('model_type')!r} model; only CLIP's is supported")
+    text_config = LlamaConfig(**llm)
+    vision_config = CLIPVisionConfig(**vision)
+    image_id = text_config.vocab_size
+    text_config.vocab_size = -(-(image_id + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    text_config.pad_token_id = image_id + 1
+    text_config.architectures = ["LlamaForCausalLM"]
+    config = LlavaConfig(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_index=image_id,
+        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
+        projector_hidden_act="gelu" if projector_type == "mlp2x_gelu" else "linear",
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.dtype = torch.bfloat16
+    config.pad_token_id = image_id + 1
+    return config
+
+
+def build_base(
+    parts: BaseParts,
+    llm: Part,
+    vision_tower: Part,
+    projector_file: Path | None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Path:
+    """Write the base folder if the cache does not hold it.
+
+    Args:
+        parts: Names the folder.
+        llm: Folder of the language model.
+        vision_tower: Folder of the CLIP vision tower.
+        projector_file: LLaVA's `mm_projector.bin`, or None for a fresh projector.
+        progress: Told the name of every tensor written.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: Where a part does not fit.
+    """
+    folder = cache_folder() / "bases" / parts.key
+    if folder.is_dir():
+        return folder
+    config = assembled_config(_config_of(llm), _config_of(vision_tower), parts.projector_type)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{parts.key}.", dir=folder.parent))
+    try:
+        tensors = _all_tensors(config, llm, vision_tower, projector_file, parts)
+        _write_shards(tensors, temporary, progress)
+        config.save_pretrained(temporary)
+        _generation_config(config).save_pretrained(temporary)
+        tokenizer = load_tokenizer(llm.folder, config)
+        build_processor(tokenizer, config, image_processor_of(vision_tower.folder, config)).save_pretrained(temporary)
+        (temporary / "parts.json").write_text(json.dumps(asdict(parts), indent=2) + "\n")
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def _config_of(part: Part) -> dict[str, Any]:
+    return dict(json.loads((part.folder / "config.json").read_text()))
+
+
+def _generation_config(config: LlavaConfig) -> GenerationConfig:
+    text = config.text_config
+    return GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+    )
+
+
+def _all_tensors(
+    config: LlavaConfig, llm: Part, vision_tower: Part, projector_file: Path | None, parts: BaseParts
+) -> Iterator[tuple[str, torch.Tensor]]:
+    vocabulary = config.text_config.vocab_size
+    for name, tensor in iterate_tensors(llm.folder):
+        if name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints carry
+            continue
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensor = pad_vocabulary(tensor, vocabulary)
+        yield f"language_model.{name}", tensor
+        if config.text_config.tie_word_embeddings and name == "model.embed_tokens.weight":
+            yield "language_model.lm_head.weight", tensor.clone()
+    for name, tensor in iterate_tensors(vision_tower.folder):
+        if name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale")):
+            continue
+        if name.endswith("position_ids"):
+            continue
+        yield f"vision_tower.vision_model.{name.removeprefix('vision_model.')}", tensor
+    projector = (
+        fresh_projector(config, parts.seed) if projector_file is None
+        else read_projector(projector_file, parts.projector_type)[0]
+    )  # fmt: skip
+    _check_projector(projector, config, projector_file)
+    for name, tensor in projector.items():
+        yield f"multi_modal_projector.{name}", tensor
+
+
+def pad_vocabulary(matrix: torch.Tensor, size: int) -> torch.Tensor:
+    """Grow an embedding or output matrix, the new rows the mean of the old.
+
+    Args:
+        matrix: Shape (old vocabulary, hidden).
+        size: New vocabulary.
+
+    Returns:
+        Shape (size, hidden), the old rows unchanged.
+    """
+    mean = matrix.float().mean(dim=0, keepdim=True).to(matrix.dtype)
+    return torch.cat([matrix, mean.expand(size - matrix.shape[0], -1)])
+
+
+def fresh_projector(config: LlavaConfig, seed: int) -> dict[str, torch.Tensor]:
+    """A projector drawn as `torch.nn.Linear` draws it, which is how LLaVA's own starts."""
+    generator = torch.Generator().manual_seed(seed)
+    vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
+
+    def layer(index: int, size: int) -> dict[str, torch.Tensor]:
+        bound = size**-0.5  # kaiming_uniform with a = sqrt(5) (torch/nn/modules/linear.py, reset_parameters)
+        return {
+            f"linear_{index}.weight": torch.empty(text, size).uniform_(-bound, bound, generator=generator),
+            f"linear_{index}.bias": torch.empty(text).uniform_(-bound, bound, generator=generator),
+        }
+
+    second = identity_layer(text) if config.projector_hidden_act == "linear" else layer(2, text)
+    return layer(1, vision) | second
+
+
+def _check_projector(projector: dict[str, torch.Tensor], config: LlavaConfig, file: Path | None) -> None:
+    expected = {name: tensor.shape for name, tensor in fresh_projector(config, 0).items()}
+    for name, shape in expected.items():
+        if projector[name].shape != shape:
+            raise UserError(
+                f"{file}: {name} has shape {tuple(projector[name].shape)}, this LLM and tower need {tuple(shape)}; "
+                "take the projector that was trained for them"
+            )
+
+
+def _write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, progress: Callable[[str], None]) -> None:
+    index: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    files: list[Path] = []
+    total = size = 0
+
+    def flush() -> None:
+        files.append(folder / f"part-{len(files):05d}.safetensors")
+        save_file(shard, files[-1], metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, files[-1].name))
+        shard.clear()
+
+    for name, tensor in tensors:
+        progress(name)
+        shard[name] = tensor.to(torch.bfloat16).contiguous()
+        size += shard[name].nbytes
+        total += shard[name].nbytes
+        if size >= SHARD_BYTES:
+            flush()
+            size = 0
+    if shard:
+        flush()
+    _name_shards(files, index, folder, total)
+
+
+def _name_shards(files: list[Path], index: dict[str, str], folder: Path, total: int) -> None:
+    """Rename the shards as transformers does and write their index."""
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+        return
+    names = {file.name: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files)}
+    for file in files:
+        file.rename(folder / names[file.name])
+    weight_map = {tensor: names[file] for tensor, file in sorted(index.items())}
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load_tokenizer(folder: Path, config: LlavaConfig | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that knows `<image>` and `<pad>`, adds one BOS and pads on the right.
+
+    Args:
+        folder: A language model's folder or a base folder.
+        config: The assembled config, to check that the new tokens get the ids it names.
+
+    Raises:
+        UserError: Where the tokenizer's vocabulary is not the model's.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)  # first, so that ids are llava-hf's: 32000 and 32001
+    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    tokenizer.add_bos_token = True
+    tokenizer.padding_side = "right"
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if config is not None and image_id != config.image_token_index:
+        raise UserError(
+            f"{folder}: {IMAGE_TOKEN} has id {image_id} in the tokenizer and {config.image_token_index} in the model; "
+            "the tokenizer is another model's"
+        )
+    return tokenizer
+
+
+def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -> Any:
+    """CLIP's preprocessing, on PIL as CLIP and LLaVA had it, whatever else is installed.
+
+    Args:
+        folder: The vision tower's folder, or a base folder; its preprocessor_config.json is read where there is one.
+        config: Gives the picture size where there is none.
+        aspect: `pad` makes pictures square with CLIP's mean colour first; `crop` cuts the centre.
+
+    Returns:
+        A stock image processor.
+    """
+    size = config.vision_config.image_size
+    settings: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            saved = json.loads((folder / name).read_text())
+            saved = saved.get("image_processor", saved)
+            settings |= {key: saved[key] for key in ("image_mean", "image_std", "resample") if key in saved}
+    if aspect == "crop":
+        return CLIPImageProcessorPil(**settings)
+    return LlavaImageProcessorPil(do_pad=True, **settings)
+
+
+def build_processor(
+    tokenizer: PreTrainedTokenizerBase, config: LlavaConfig, image_processor: Any, chat_template: str | None = None
+) -> LlavaProcessor:
+    """The stock processor that turns messages and pictures into what the model was trained on."""
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # CLIP's CLS, which the strategy "default" takes off again
+        chat_template=chat_template,
+    )

@@ -1,0 +1,112 @@
+"""Loading a base: what device, what dtype, what is 4-bit; and an adapter on top of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+
+from lora_llava.errors import UserError
+
+Quantization = Literal["nf4", "none"]
+KEPT_WHOLE = ("model.multi_modal_projector", "model.vision_tower", "lm_head")
+"""Anchored names: without `model.` transformers skips neither of the first two."""
+
+
+def default_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_dtype(dtype: str) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slower."""
+    if dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+
+
+def check_bitsandbytes() -> None:
+    """Quantise and use one small layer.
+
+    Raises:
+        UserError: Where bitsandbytes cannot run here.
+    """
+    try:
+        import bitsandbytes as bnb
+
+        layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+        layer = layer.to(default_device())
+        layer(torch.zeros(1, 64, device=default_device()))
+    except Exception as error:  # a missing or broken native library raises anything
+        raise UserError(
+            f"model.quantization is nf4, but bitsandbytes cannot run here ({str(error).splitlines()[0]}); reinstall "
+            "bitsandbytes for this machine, or set model.quantization=none"
+        ) from None
+
+
+def load_base(
+    base: str | Path, *, quantization: Quantization = "none", dtype: str = "auto", revision: str | None = None
+) -> LlavaForConditionalGeneration:
+    """Load a LLaVA for training or inference.
+
+    Args:
+        base: A base folder, a merged folder or a Hub id.
+        quantization: `nf4` puts the language model's linear layers into 4 bits, doubly quantised, and nothing else.
+        dtype: What everything else is in and what is computed in.
+        revision: Branch, tag or commit of a Hub id.
+
+    Returns:
+        The model on the default device, in eval mode.
+
+    Raises:
+        UserError: Where bitsandbytes cannot run, or the base is not a LLaVA.
+    """
+    options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device_map": {"": default_device()}}
+    if quantization == "nf4":
+        check_bitsandbytes()
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=resolve_dtype(dtype),
+            llm_int8_skip_modules=list(KEPT_WHOLE),
+        )
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(base, revision=revision, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{base} cannot be loaded as a LLaVA: {str(error).splitlines()[0]}") from None
+    check_quantized(model, quantization)
+    _keep_autograd(model)
+    return model.eval()
+
+
+def _keep_autograd(model: nn.Module) -> None:
+    """Switch off bitsandbytes' repacking of weights for AVX512-BF16 (bitsandbytes/nn/modules.py, Linear4bit.forward).
+
+    It happens at the first evaluation on such a CPU and sends every later forward through an operator without
+    backward, in bf16: training after an evaluation would get silently wrong gradients.
+    """
+    for module in model.modules():
+        if is_4bit(module):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def is_4bit(module: nn.Module) -> bool:
+    """Whether a module's weight is stored in 4 bits."""
+    return type(getattr(module, "weight", None)).__name__ == "Params4bit"
+
+
+def check_quantized(model: nn.Module, quantization: Quantization) -> None:
+    """Hold that exactly the language model's linear layers are 4-bit.
+
+    Raises:
+        RuntimeError: Naming a module that should be and is not, or the other way round.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            expected = quantization == "nf4" and name.startswith("model.language_model.")
+            if is_4bit(module) != expected:
+                raise RuntimeError(f"{name} is {'not ' if expected else ''}4-bit, against the recipe")

@@ -1,0 +1,80 @@
+"""LLaVA's own artefacts: the published projector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+
+from lora_llava.errors import UserError
+from lora_llava.model.parts import NETWORK_ERRORS, check_hub_id, file_hash, load_bin, not_to_be_had
+
+_NAMES = {
+    "linear": {"weight": "linear_1.weight", "bias": "linear_1.bias"},
+    "mlp2x_gelu": {
+        "0.weight": "linear_1.weight", "0.bias": "linear_1.bias",
+        "2.weight": "linear_2.weight", "2.bias": "linear_2.bias",
+    },
+}  # fmt: skip
+"""From LLaVA's names (llava/model/multimodal_projector/builder.py) to transformers'."""
+
+
+def find_projector(name: str, revision: str | None) -> Path:
+    """The file of a published projector, fetched if it is a Hub id.
+
+    Args:
+        name: `mm_projector.bin`, its folder, or a Hub id that holds one.
+        revision: Branch, tag or commit of a Hub id.
+
+    Raises:
+        UserError: Where it is not to be had.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return path / "mm_projector.bin"
+    if name.endswith(".bin"):
+        raise UserError(f"model.start_from.projector: {name} is missing")
+    check_hub_id(name, "start_from.projector")
+    try:
+        return Path(hf_hub_download(name, "mm_projector.bin", revision=revision))
+    except NETWORK_ERRORS as error:
+        raise not_to_be_had(name, "start_from.projector", error) from None
+
+
+def read_projector(file: Path, projector_type: str) -> tuple[dict[str, torch.Tensor], str]:
+    """Read LLaVA's `mm_projector.bin`.
+
+    Args:
+        file: The file; its names may carry prefixes such as `model.mm_projector.`.
+        projector_type: `linear` or `mlp2x_gelu`.
+
+    Returns:
+        Tensors under transformers' names, with the identity as second layer of a linear projector, and the file's
+        SHA-256.
+
+    Raises:
+        UserError: Where its tensors are not those of the projector type.
+    """
+    names = _NAMES[projector_type]
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in load_bin(file).items():
+        short = name.split("mm_projector.")[-1]
+        if short not in names:
+            kind = next((key for key, table in _NAMES.items() if short in table), None)
+            mend = f"; it looks like {kind}: set model.projector_type" if kind else ""
+            raise UserError(f"{file}: the tensor {name} is not one of a {projector_type} projector{mend}")
+        found[names[short]] = tensor
+    missing = set(names.values()) - set(found)
+    if missing:
+        raise UserError(f"{file}: no {sorted(missing)[0]}; it is not a whole {projector_type} projector")
+    if projector_type == "linear":
+        found |= identity_layer(found["linear_1.weight"].shape[0])
+    return found, file_hash(file)
+
+
+def identity_layer(size: int) -> dict[str, torch.Tensor]:
+    """The second layer that makes the stock two-layer projector LLaVA's first matrix W, exactly."""
+    return {"linear_2.weight": torch.eye(size), "linear_2.bias": torch.zeros(size)}

@@ -1,0 +1,191 @@
+"""From a recipe's model section to a base that can be loaded: planned without weights, then prepared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import LlavaConfig
+
+from lora_llava.errors import UserError
+from lora_llava.model import parts as model_parts
+from lora_llava.model.base import BaseParts, assembled_config, build_base, cache_folder
+from lora_llava.model.original import find_projector, read_projector
+from lora_llava.model.parts import Download, load_config, load_part, plan_download
+from lora_llava.recipe.schema import ModelSection
+
+RUN_FILE = "run.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """All that is known of the model before a weight is loaded.
+
+    Attributes:
+        config: Of the LLaVA.
+        tokenizer_folder: Holds the tokenizer.
+        image_folder: Holds the preprocessor's settings.
+        downloads: What is to be fetched from the Hub.
+    """
+
+    config: LlavaConfig
+    tokenizer_folder: Path
+    image_folder: Path
+    downloads: list[Download]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A LLaVA ready to load.
+
+    Attributes:
+        name: The base folder's path, or a complete LLaVA's folder or Hub id: the adapter's
+            `base_model_name_or_path`.
+        revision: Commit of a Hub id.
+        parts: What an assembled one is made of.
+        initial_projector: The Stage 1 projector to start from, float32 tensors by name, or None for the base's own.
+    """
+
+    name: str
+    revision: str | None
+    parts: BaseParts | None
+    initial_projector: dict[str, torch.Tensor] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "revision": self.revision, "parts": self.parts.__dict__ if self.parts else None}
+
+
+def plan_model(section: ModelSection) -> ModelPlan:
+    """Read configs, see what must be fetched and that it can be; load and assemble nothing.
+
+    Args:
+        section: A recipe's model section; a `stage1_recipe` counts as untrained here.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: For a part that is missing or does not fit.
+    """
+    start = section.start_from
+    if start.llava is not None:
+        downloads = [plan_download(start.llava, start.llava_revision, "start_from.llava")]
+        content = load_config(start.llava, start.llava_revision, "start_from.llava")
+        if content.get("model_type") != "llava":
+            raise UserError(
+                f"model.start_from.llava: {start.llava} is a {content.get('model_type')!r} model, not a LLaVA"
+            )
+        folder = _small_files(start.llava, start.llava_revision, "start_from.llava")
+        return ModelPlan(LlavaConfig(**content), folder, folder, downloads)
+    llm_name, tower_name = section.llm or "", section.vision_tower or ""  # the schema holds that both are given
+    downloads = [
+        plan_download(llm_name, section.llm_revision, "llm"),
+        plan_download(tower_name, section.vision_tower_revision, "vision_tower"),
+    ]
+    llm = load_config(llm_name, section.llm_revision, "llm")
+    tower = load_config(tower_name, section.vision_tower_revision, "vision_tower")
+    config = assembled_config(llm, tower, section.projector_type)
+    if start.projector is not None:
+        find_projector(start.projector, start.projector_revision)
+    if start.stage1_run is not None:
+        read_stage1(Path(start.stage1_run), section)
+    return ModelPlan(
+        config,
+        _small_files(llm_name, section.llm_revision, "llm"),
+        _small_files(tower_name, section.vision_tower_revision, "vision_tower"),
+        [download for download in downloads if not download.cached],
+    )
+
+
+def _small_files(name: str, revision: str | None, field: str) -> Path:
+    """The folder of a part's configs and tokenizer; of a Hub id, those alone are fetched."""
+    folder = model_parts.local_folder(name, field)
+    if folder is not None:
+        return folder
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(model_parts.TEXT_FILES)))
+    except model_parts.NETWORK_ERRORS as error:
+        raise model_parts.not_to_be_had(name, field, error) from None
+
+
+def prepare_base(section: ModelSection, seed: int, progress: Callable[[str], None] = lambda name: None) -> Base:
+    """Fetch what is missing and write the base folder if it is an assembled one.
+
+    Args:
+        section: A recipe's model section, a `stage1_recipe` already turned into its `stage1_run`.
+        seed: Draws a fresh projector.
+        progress: Told the name of every tensor written.
+
+    Returns:
+        The base.
+
+    Raises:
+        UserError: For a part that is missing or does not fit.
+    """
+    start = section.start_from
+    if start.llava is not None:
+        part = load_part(start.llava, start.llava_revision, "start_from.llava")
+        local = Path(start.llava).is_dir()
+        return Base(str(part.folder) if local else start.llava, None if local else part.revision, None)
+    llm_name, tower_name = section.llm or "", section.vision_tower or ""  # the schema holds that both are given
+    llm = load_part(llm_name, section.llm_revision, "llm")
+    tower = load_part(tower_name, section.vision_tower_revision, "vision_tower")
+    file = find_projector(start.projector, start.projector_revision) if start.projector else None
+    digest = read_projector(file, section.projector_type)[1] if file else None
+    parts = BaseParts(llm.name, llm.revision, tower.name, tower.revision, section.projector_type, digest, seed)
+    initial = None
+    if start.stage1_run is not None:
+        stage1_parts, initial = read_stage1(Path(start.stage1_run), section)
+        for name, field in (("llm_revision", "llm"), ("vision_tower_revision", "vision_tower")):
+            if getattr(stage1_parts, name) != getattr(parts, name):
+                raise UserError(
+                    f"model.start_from.stage1_run: {start.stage1_run} was trained on another {field} "
+                    f"({getattr(stage1_parts, field)}) than model.{field} ({getattr(parts, field)}); name the same"
+                )
+        parts = replace(parts, seed=stage1_parts.seed, projector=stage1_parts.projector)
+        if parts.projector is not None and not (cache_folder() / "bases" / parts.key).is_dir():
+            raise UserError(
+                f"{start.stage1_run} stands on a base that is no longer in {cache_folder()}; run Stage 1 again"
+            )
+    return Base(str(build_base(parts, llm, tower, file, progress)), None, parts, initial)
+
+
+def read_stage1(run: Path, section: ModelSection) -> tuple[BaseParts, dict[str, torch.Tensor]]:
+    """Read what a Stage 1 run stands on and the projector it trained.
+
+    Returns:
+        The parts of its base, and the projector's tensors in float32.
+
+    Raises:
+        UserError: Where it is no finished Stage 1 run, or of another projector type.
+    """
+    field = "model.start_from.stage1_run"
+    if not (run / RUN_FILE).is_file() or not (run / ADAPTER_FILE).is_file():
+        raise UserError(f"{field}: {run} is not a finished run; train Stage 1 first, or name its recipe")
+    content = json.loads((run / RUN_FILE).read_text())
+    parts = content["base"]["parts"]
+    if content["stage"] != 1 or parts is None:
+        raise UserError(f"{field}: {run} is a run of Stage {content['stage']}; name one of Stage 1")
+    if parts["projector_type"] != section.projector_type:
+        raise UserError(
+            f"{field}: {run} trained a {parts['projector_type']} projector, model.projector_type is "
+            f"{section.projector_type}; name the same"
+        )
+    return BaseParts(**parts), read_run_projector(run)
+
+
+def read_run_projector(run: Path) -> dict[str, torch.Tensor]:
+    """The projector in a run's adapter file, float32 tensors by `linear_1.weight` and so on."""
+    tensors = {}
+    with safe_open(run / ADAPTER_FILE, framework="pt") as content:
+        for name in content.keys():  # noqa: SIM118 - not a dict
+            if "multi_modal_projector." in name:
+                tensors[name.split("multi_modal_projector.")[1]] = content.get_tensor(name).float()
+    return tensors

@@ -1,0 +1,183 @@
+"""Recipes from YAML 1.2 and back, with overrides by the same rules, and their JSON Schema."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError
+
+from lora_llava.errors import UserError, nearest
+from lora_llava.recipe.schema import Recipe
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be used as it stands."""
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Read one YAML 1.2 document: `2e-5` is a number, `no` a word, and a key given twice an error.
+
+    Args:
+        text: The document.
+        where: Its file or field, for the message.
+
+    Returns:
+        Plain dicts, lists, strings, numbers, booleans and None.
+
+    Raises:
+        RecipeError: For text that is not YAML, or a duplicate key.
+    """
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except DuplicateKeyError as error:
+        key = str(error.problem).split('"')[1] if '"' in str(error.problem) else error.problem
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{where}{line}: the key {key} stands there twice; keep one") from None
+    except MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{where}{line}: not YAML: {error.problem}") from None
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: A YAML file.
+        overrides: `key.sub=value` texts; the value is read as YAML.
+
+    Returns:
+        The recipe, checked.
+
+    Raises:
+        RecipeError: For a missing file, bad YAML, an unknown key, a wrong type or a value out of range.
+    """
+    path = find_recipe(path)
+    content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys; this is {type(content).__name__}")
+    for override in overrides:
+        _apply_override(content, override)
+    return check_recipe(content, str(path))
+
+
+def check_recipe(content: Mapping[str, Any], where: str) -> Recipe:
+    """Validate a recipe's plain content; all mistakes are told, one line each.
+
+    Raises:
+        RecipeError: Naming every field that is wrong.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise RecipeError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _explain(detail: Any) -> str:
+    location = [str(part) for part in detail["loc"]]
+    field = ".".join(location) or "recipe"
+    if detail["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        return f"{field} is not a key of a recipe{nearest(location[-1], known)}"
+    if detail["type"] == "missing":
+        return f"{field} is missing"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if detail["type"] == "value_error":
+        return f"{field}: {message}" if location else message
+    return f"{field} is {detail['input']!r}; it should be {message}"
+
+
+def _fields_at(location: Iterable[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for name in location:
+        annotation = section.model_fields[name].annotation
+        kinds = [annotation, *get_args(annotation)]
+        section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(section.model_fields)
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    parts = key.split(".")
+    if not separator or not all(parts):
+        raise RecipeError(f"override {override!r}: write key.sub=value")
+    target = content
+    for part in parts[:-1]:
+        target = target.setdefault(part, {})
+        if target is None or not isinstance(target, dict):
+            raise RecipeError(f"override {override!r}: {part} is not a section")
+    target[parts[-1]] = parse_yaml(value, f"override {override!r}")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write the resolved recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    stream = io.StringIO()
+    yaml.dump(recipe.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """SHA-256 over what the recipe says, its output directory aside."""
+    content = recipe.model_dump(mode="json", exclude={"output_dir"})
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def json_schema() -> str:
+    """The JSON Schema of a recipe, as `recipes/schema.json` holds it."""
+    return json.dumps(Recipe.model_json_schema(), indent=2) + "\n"
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def shipped_recipes() -> list[Path]:
+    """The recipes that come with the package, by name."""
+    return sorted(recipes_folder().glob("*.yaml"))
+
+
+def find_recipe(path: str | Path) -> Path:
+    """Find a recipe by path or, where no such file is, among the shipped ones by name.
+
+    Raises:
+        RecipeError: Where there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    shipped = recipes_folder() / path.name
+    if shipped.is_file() and path.parent.name in ("", "recipes"):
+        return shipped
+    names = [recipe.name for recipe in shipped_recipes()]
+    raise RecipeError(f"{path}: no such recipe{nearest(path.name, names)}")
+
+
+def copy_recipes(folder: Path) -> list[Path]:
+    """Copy the shipped recipes and their schema to a folder; a file that is there already is left alone.
+
+    Returns:
+        The files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for source in [*shipped_recipes(), recipes_folder() / "schema.json"]:
+        target = folder / source.name
+        if not target.exists():
+            shutil.copyfile(source, target)
+            written.append(target)
+    return written

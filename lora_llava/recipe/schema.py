@@ -1,0 +1,234 @@
+"""What a recipe may say. Every section is strict: no unknown key, no silent conversion."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEARS: tuple[Linear, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a Llama block (transformers, models/llama/modeling_llama.py)."""
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class StartFrom(Section):
+    """Where the projector's weights come from: exactly one of these."""
+
+    stage1_run: str | None = None
+    """A run directory of Stage 1."""
+    stage1_recipe: str | None = None
+    """A Stage 1 recipe, beside this one; run first when its result is not there."""
+    projector: str | None = None
+    """LLaVA's `mm_projector.bin`: a file, or a Hub id that holds one."""
+    projector_revision: str | None = None
+    """Branch, tag or commit of `projector`."""
+    llava: str | None = None
+    """A complete LLaVA: a folder, or a Hub id such as llava-hf/llava-1.5-7b-hf."""
+    llava_revision: str | None = None
+    """Branch, tag or commit of `llava`."""
+    untrained: Literal[True] | None = None
+    """A fresh projector, drawn by the recipe's seed."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> StartFrom:
+        names = ("stage1_run", "stage1_recipe", "projector", "llava", "untrained")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of {', '.join(names)}; given: {', '.join(given) or 'none'}")
+        return self
+
+
+class ModelSection(Section):
+    """The parts of the LLaVA and how they are loaded."""
+
+    llm: str | None = None
+    """The language model: `demo`, a folder, or a Hub id. Not with `start_from.llava`."""
+    llm_revision: str | None = None
+    """Branch, tag or commit of `llm`."""
+    vision_tower: str | None = None
+    """The CLIP vision tower: `demo`, a folder, or a Hub id. Not with `start_from.llava`."""
+    vision_tower_revision: str | None = None
+    """Branch, tag or commit of `vision_tower`."""
+    projector_type: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
+    """Two layers with GELU (LLaVA-1.5), or the matrix W of the first LLaVA."""
+    start_from: StartFrom
+    """Where the projector comes from."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """NF4 with double quantisation for the language model's linear layers (QLoRA), or none (LoRA)."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """What is computed in; auto is bfloat16 on a GPU and float32 on a CPU."""
+
+    @model_validator(mode="after")
+    def _parts(self) -> ModelSection:
+        complete = self.start_from.llava is not None
+        for name in ("llm", "vision_tower"):
+            if complete and getattr(self, name) is not None:
+                raise ValueError(f"{name} stands beside start_from.llava, which already is a complete LLaVA; drop one")
+            if not complete and getattr(self, name) is None:
+                raise ValueError(f"{name} is missing; name a folder, a Hub id or demo")
+        return self
+
+
+class LoraSection(Section):
+    """The adapters on the language model (LoRA, arXiv 2106.09685; QLoRA, arXiv 2305.14314)."""
+
+    r: Annotated[int, Field(ge=1)] = 64
+    """Rank."""
+    alpha: Annotated[float, Field(gt=0)] = 16
+    """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with rslora)."""
+    dropout: Fraction = 0.0
+    """Dropout before A."""
+    rslora: bool = False
+    """Rank-stabilised scaling (arXiv 2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed adaptation (arXiv 2402.09353)."""
+    targets: Annotated[tuple[Linear, ...], Field(min_length=1, strict=False)] = LINEARS
+    """The language model's linear layers that get an adapter."""
+
+
+class SplitsSection(Section):
+    """Names of the data's splits."""
+
+    train: str = "train"
+    """Trained on."""
+    validation: str | None = "val"
+    """Picks the checkpoint; null for none."""
+    test: str | None = "test"
+    """Read only by the tables before and after; null for none."""
+
+
+class DataSection(Section):
+    """What is read and how it becomes tokens."""
+
+    format: Literal["scienceqa", "captions"]
+    """`scienceqa`: the official folder layout, or Hub parquet. `captions`: LLaVA's `chat.json`."""
+    path: str
+    """`demo`, a folder, a file (captions), or a Hub id (scienceqa)."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub `path`."""
+    image_folder: str | None = None
+    """Root of the pictures; default: `images` beside the data."""
+    splits: SplitsSection = SplitsSection()
+    """Names of the splits."""
+    validation_rows: Annotated[int, Field(ge=0)] = 0
+    """Rows held back from `captions`, which has no splits, by the seed."""
+    max_train_rows: Annotated[int, Field(ge=1)] | None = None
+    """Use only this many training rows, drawn by the seed; null for all."""
+    prompt_order: Literal["QCM-LEA", "QCM-ALE", "CQM-A"] = "QCM-LEA"
+    """ScienceQA: question, context, multiple options; then lecture, explanation, answer, in this order."""
+    template: Literal["vicuna_v1", "vicuna_v0", "plain", "llama_2"] = "vicuna_v1"
+    """Conversation template."""
+    system_prompt: str | None = None
+    """Replaces the template's system text; "" leaves it out; null keeps it."""
+    image_position: Literal["first", "last", "random"] = "first"
+    """The picture before or after the question; random is the LLaVA paper's coin flip."""
+    image_aspect: Literal["pad", "crop"] = "pad"
+    """Pad pictures to a square with CLIP's mean colour (LLaVA-1.5), or crop the centre (CLIP, llava-hf)."""
+    max_image_pixels: Annotated[int, Field(ge=1)] = 50_000_000
+    """A picture with more pixels is a bad picture."""
+    on_bad_image: Literal["error", "drop"] = "error"
+    """What becomes of a row whose picture is missing, corrupt or too large."""
+    max_length: Annotated[int, Field(ge=16)] = 2048
+    """Most tokens of a sample, its picture's included."""
+    on_overlong: Literal["error", "drop", "truncate_answer"] = "error"
+    """What becomes of a longer sample; truncate_answer cuts the end of its last answer and nothing else."""
+
+
+class TrainingSection(Section):
+    """The optimiser and its schedule."""
+
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training rows."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many optimiser steps; null goes by epochs."""
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    """Samples per device and forward pass."""
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    """Forward passes per optimiser step."""
+    learning_rate: Annotated[float, Field(gt=0)]
+    """Peak rate of the adapters (Stage 2) or of the projector (Stage 1)."""
+    projector_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Stage 2: peak rate of the projector; null takes learning_rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decay of matrices."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps over which the rates rise."""
+    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """How the rates fall."""
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    """transformers' name of the optimiser; the 8-bit ones need CUDA."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients are scaled down to this norm; 0 never."""
+    gradient_checkpointing: bool = True
+    """Recompute the language model's layers in the backward pass: less memory, a third more time."""
+    group_by_length: bool = True
+    """Batches of samples of similar length: less padding."""
+    projector_dropout: Fraction = 0.0
+    """Dropout after the projector, in training only; the checkpoint stays stock."""
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    """Validate every so many steps, save, and keep the best; null once at the end."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Log every so many steps."""
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that load pictures; 0 loads them in the training process."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(default=("tensorboard",), strict=False)
+    """Where the curves go."""
+
+
+class EvaluationSection(Section):
+    """The ScienceQA tables before and after training."""
+
+    before: Annotated[int, Field(ge=0)] | Literal["all"] = "all"
+    """Test questions asked before training, drawn by the seed; 0 asks none."""
+    after: Annotated[int, Field(ge=0)] | Literal["all"] = "all"
+    """Test questions asked after training."""
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """Questions answered at once."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 512
+    """Longest answer in tokens."""
+
+
+class Recipe(Section):
+    """One training run, Stage 1 or Stage 2."""
+
+    stage: Literal[1, 2]
+    """1 trains the projector in full; 2 trains LoRA adapters and the projector."""
+    output_dir: str
+    """The run directory."""
+    seed: int = 0
+    """Seeds everything drawn at random."""
+    model: ModelSection
+    """The parts of the LLaVA."""
+    lora: LoraSection | None = None
+    """The adapters; Stage 2 only."""
+    data: DataSection
+    """What is trained on."""
+    training: TrainingSection
+    """How it is trained."""
+    evaluation: EvaluationSection | None = None
+    """The tables before and after; Stage 2 on ScienceQA."""
+
+    @model_validator(mode="after")
+    def _stage_fits(self) -> Recipe:
+        start = self.model.start_from
+        if self.stage == 1 and self.lora is not None:
+            raise ValueError(
+                "lora stands in a Stage 1 recipe, which trains the projector alone; drop it or set stage: 2"
+            )
+        if self.stage == 2 and self.lora is None:
+            raise ValueError("lora is missing; Stage 2 trains adapters (lora: {} takes the defaults)")
+        if self.stage == 1 and (start.stage1_run or start.stage1_recipe):
+            raise ValueError("model.start_from names a Stage 1 result in a Stage 1 recipe; use untrained: true")
+        if self.evaluation is not None and self.data.format != "scienceqa":
+            raise ValueError(f"evaluation needs data.format scienceqa; it is {self.data.format}")
+        if self.data.format == "captions" and self.data.template != "plain" and self.stage == 1:
+            raise ValueError(f"data.template is {self.data.template}; Stage 1 captions take plain")
+        return self

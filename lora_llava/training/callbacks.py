@@ -1,0 +1,93 @@
+"""What a person sees while it trains, and a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+Trainer = Any
+
+
+def peak_memory_bytes() -> int:
+    """Most memory held so far: on the GPU where there is one, else the process's resident set."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class ProgressLine(TrainerCallback):
+    """One line: loss, tokens per second, share of trained tokens, memory, and tqdm's rate and ETA.
+
+    Args:
+        description: Stands before the bar.
+    """
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self.trainer: Trainer = None
+        self.bar: tqdm[Any] | None = None
+        self.start = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        interval = 0.2 if sys.stderr.isatty() else 15.0
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.description, unit="step", mininterval=interval,
+            dynamic_ncols=True,
+        )  # fmt: skip
+        self.start = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.bar is None or self.trainer is None or not logs:
+            return
+        if "eval_loss" in logs:
+            self.bar.write(f"step {state.global_step}: validation loss {float(logs['eval_loss']):.4f}", file=sys.stderr)
+        if "loss" in logs:
+            tokens = self.trainer.tokens_seen
+            share = 100 * self.trainer.supervised_tokens_seen / max(1, tokens)
+            self.bar.set_postfix_str(
+                f"loss {float(logs['loss']):.4f}, {tokens / (time.monotonic() - self.start):,.0f} tok/s, "
+                f"{share:.0f}% trained, {peak_memory_bytes() / 2**30:.1f} GiB",
+                refresh=False,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C ends training after the step, with a checkpoint to resume from; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.interrupted:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGINT, self._previous)

@@ -1,0 +1,83 @@
+"""`lora-llava evaluate`: the ScienceQA table of a run, or of any LLaVA under a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lora_llava.data.templates import get_template
+from lora_llava.errors import UserError
+from lora_llava.evaluation.ask import ask_scienceqa, choose_rows, shuffle_images
+from lora_llava.evaluation.scienceqa import Table
+from lora_llava.inference.load import BaseName, load_answering_model
+from lora_llava.model.loading import check_bitsandbytes
+from lora_llava.model.start import plan_model
+from lora_llava.recipe import EvaluationSection, ModelSection, StartFrom, load_recipe
+from lora_llava.training.plan import build_run_processor, read_test_split
+from lora_llava.training.run_directory import RECIPE_FILE, is_run, read_run
+
+
+def evaluate(
+    model: str, *, recipe: str | None = None, overrides: Sequence[str] = (), limit: int | None = None,
+    shuffled: bool = False, base_only: bool = False, output: str | None = None,
+) -> Table:  # fmt: skip
+    """Ask a model the test questions of a recipe.
+
+    Args:
+        model: A run directory, a folder with a whole LLaVA, or a Hub id.
+        recipe: Whose data, template and evaluation to use; a run's own by default.
+        overrides: `key.sub=value` texts.
+        limit: Most questions.
+        shuffled: Exchange the pictures among the questions.
+        base_only: The run's base without what was trained.
+        output: Folder of the predictions file.
+
+    Returns:
+        The table.
+
+    Raises:
+        UserError: For a model, recipe or data that is missing or does not fit.
+    """
+    folder = Path(model)
+    run = is_run(folder)
+    if not run and recipe is None:
+        raise UserError(f"{model} is not a finished run; name the recipe whose questions to ask with --recipe")
+    chosen = load_recipe(recipe or folder / RECIPE_FILE, overrides)
+    if chosen.model.quantization == "nf4":
+        check_bitsandbytes()
+    if run:
+        base_name = BaseName(**{key: read_run(folder)[1]["base"][key] for key in ("name", "revision")})
+        plan = plan_model(_as_llava(chosen.model, base_name))
+    else:
+        base_name = BaseName(model)
+        plan = plan_model(_as_llava(chosen.model, base_name))
+    split = read_test_split(chosen)
+    rows = choose_rows(split.conversations, limit if limit is not None else "all", chosen.seed)
+    if shuffled:
+        rows = shuffle_images(rows, chosen.seed)
+    tokenizer, processor = build_run_processor(chosen, plan.config, plan.tokenizer_folder, plan.image_folder)
+    answering = load_answering_model(
+        base_name, folder if run and not base_only else None, quantization=chosen.model.quantization,
+        dtype=chosen.model.dtype,
+    )  # fmt: skip
+    settings = chosen.evaluation or EvaluationSection()
+    name = "predictions" + "_base" * base_only + "_shuffled" * shuffled
+    return ask_scienceqa(
+        answering,
+        rows,
+        split.images,
+        tokenizer=tokenizer,
+        image_processor=processor.image_processor,
+        template=get_template(chosen.data.template, chosen.data.system_prompt),
+        num_image_tokens=plan.config.image_seq_length,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        predictions=Path(output or (folder if folder.is_dir() else ".")) / f"{name}.jsonl",
+        description="evaluating",
+    )
+
+
+def _as_llava(section: ModelSection, base: BaseName) -> ModelSection:
+    """The model section of the complete LLaVA that a base is."""
+    start = StartFrom(llava=base.name, llava_revision=base.revision)
+    return ModelSection(start_from=start, quantization=section.quantization, dtype=section.dtype)

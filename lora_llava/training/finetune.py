@@ -1,0 +1,195 @@
+"""`lora-llava finetune`: a recipe from start to score."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tqdm import tqdm
+
+from lora_llava.data.conversation import Conversation
+from lora_llava.errors import UserError
+from lora_llava.evaluation.ask import ask_scienceqa, choose_rows
+from lora_llava.evaluation.scienceqa import Table
+from lora_llava.model.adapters import trained_projector
+from lora_llava.model.base import cache_folder
+from lora_llava.model.start import RUN_FILE, Base, prepare_base
+from lora_llava.recipe import Recipe, load_recipe, recipe_hash
+from lora_llava.training import report
+from lora_llava.training.plan import RunPlan, plan_run
+from lora_llava.training.run_directory import METRICS_FILE, is_run, read_run, start_run, versions, write_json
+from lora_llava.training.stages import TrainResult, build_trained_model, describe_plan, train
+
+
+def finetune(
+    recipe: Recipe, recipe_folder: Path, *, resume: bool = False, overwrite: bool = False, console: Console
+) -> dict[str, Any]:
+    """Run a recipe, and first the Stage 1 recipe it starts from where that has no result yet.
+
+    Args:
+        recipe: The recipe.
+        recipe_folder: Where its `stage1_recipe` is looked up.
+        resume: Go on from the newest checkpoint.
+        overwrite: Replace a finished run in `output_dir`.
+        console: Where everything is told.
+
+    Returns:
+        The content of `metrics.json`.
+
+    Raises:
+        UserError: For anything that would make the run fail, before a weight is loaded.
+    """
+    folder = Path(recipe.output_dir)
+    if is_run(folder) and not overwrite:
+        raise UserError(f"output_dir: {folder} holds a finished run; set output_dir=OTHER, or --overwrite")
+    stage1 = stage1_of(recipe, recipe_folder)
+    if stage1 is not None:
+        run = Path(stage1.output_dir)
+        plans = [] if finished_stage1(stage1) else [_plan(stage1, console)]
+        plan = _plan(recipe, console)
+        for stage1_plan in plans:
+            _run_stage(stage1_plan, resume and (run / "checkpoints").is_dir(), console)
+            resume = resume and (folder / "checkpoints").is_dir()
+        recipe = with_stage1_run(recipe, run)
+        plan.recipe = recipe
+    else:
+        plan = _plan(recipe, console)
+    return _run_stage(plan, resume, console)
+
+
+def stage1_of(recipe: Recipe, recipe_folder: Path) -> Recipe | None:
+    """The Stage 1 recipe that a recipe starts from, if it names one.
+
+    Raises:
+        UserError: Where the named recipe is not of Stage 1.
+    """
+    name = recipe.model.start_from.stage1_recipe
+    if name is None:
+        return None
+    beside = recipe_folder / name
+    stage1 = load_recipe(beside if beside.is_file() else name)
+    if stage1.stage != 1:
+        raise UserError(f"model.start_from.stage1_recipe: {name} is a Stage {stage1.stage} recipe; name one of Stage 1")
+    for field in ("llm", "vision_tower", "projector_type"):
+        if getattr(stage1.model, field) != getattr(recipe.model, field):
+            raise UserError(
+                f"model.start_from.stage1_recipe: {name} has model.{field} {getattr(stage1.model, field)!r}, this "
+                f"recipe {getattr(recipe.model, field)!r}; make them the same"
+            )
+    return stage1
+
+
+def finished_stage1(stage1: Recipe) -> bool:
+    """Whether the result of a Stage 1 recipe is there.
+
+    Raises:
+        UserError: Where its directory holds the result of another recipe.
+    """
+    folder = Path(stage1.output_dir)
+    if not is_run(folder):
+        return False
+    if read_run(folder)[1]["recipe_hash"] != recipe_hash(stage1):
+        raise UserError(
+            f"{folder} was trained by another Stage 1 recipe than the one named; remove it to train anew, or set "
+            f"model.start_from={{stage1_run: {folder}}} to use it"
+        )
+    return True
+
+
+def with_stage1_run(recipe: Recipe, run: Path) -> Recipe:
+    """The recipe with its `stage1_recipe` turned into that recipe's result."""
+    start = recipe.model.start_from.model_copy(update={"stage1_recipe": None, "stage1_run": str(run)})
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"start_from": start})})
+
+
+def _plan(recipe: Recipe, console: Console) -> RunPlan:
+    def progress(name: str, rows: Iterable[Conversation]) -> Iterable[Conversation]:
+        return tqdm(rows, desc=f"encoding {name}", unit="row", dynamic_ncols=True, leave=False)
+
+    plan = plan_run(recipe, progress)
+    report.print_data(plan, console)
+    return plan
+
+
+def _run_stage(plan: RunPlan, resume: bool, console: Console) -> dict[str, Any]:
+    recipe = plan.recipe
+    folder = Path(recipe.output_dir)
+    start = time.monotonic()
+    base = _prepare(recipe, console)
+    start_run(folder, recipe)
+    (folder / RUN_FILE).unlink(missing_ok=True)  # comes back when the run is whole
+    model = build_trained_model(recipe, Base(base.name, base.revision, base.parts))
+    report.print_freeze_plan(describe_plan(model), console)
+    before = _table(model, plan, "before") if recipe.evaluation else None
+    if base.initial_projector is not None:
+        trained_projector(model).load_state_dict(base.initial_projector)
+    result = train(plan, base, model, resume)
+    after = _table(model, plan, "after") if recipe.evaluation else None
+    metrics = _metrics(plan, base, model, result, before, after)
+    write_json(folder / METRICS_FILE, metrics)
+    report.print_result(recipe, metrics, time.monotonic() - start, console)
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return metrics
+
+
+def _prepare(recipe: Recipe, console: Console) -> Base:
+    with console.status("preparing the base model") as status:
+        return prepare_base(recipe.model, recipe.seed, lambda name: status.update(f"writing {name}"))
+
+
+def _table(model: Any, plan: RunPlan, when: str) -> Table | None:
+    evaluation = plan.recipe.evaluation
+    count = getattr(evaluation, when)
+    if evaluation is None or count == 0:
+        return None
+    split = plan.splits["test"]
+    return ask_scienceqa(
+        model,
+        choose_rows(split.conversations, count, plan.recipe.seed),
+        split.images,
+        tokenizer=plan.tokenizer,
+        image_processor=plan.processor.image_processor,
+        template=plan.template,
+        num_image_tokens=plan.model.config.image_seq_length,
+        batch_size=evaluation.batch_size,
+        max_new_tokens=evaluation.max_new_tokens,
+        predictions=Path(plan.recipe.output_dir) / f"predictions_{when}.jsonl",
+        description=f"table {when} training",
+    )
+
+
+def _metrics(
+    plan: RunPlan, base: Base, model: Any, result: TrainResult, before: Table | None, after: Table | None
+) -> dict[str, Any]:
+    return {
+        "before": before,
+        "after": after,
+        "train": result.as_dict(),
+        "data": {name: split.report.as_dict() for name, split in plan.splits.items()},
+        "model": {
+            "base": base.as_dict(), "trained_parameters": plan.trained_parameters, "freeze_plan": describe_plan(model),
+        },
+        "versions": versions(),
+    }  # fmt: skip
+
+
+def dry_run(recipe: Recipe, recipe_folder: Path, console: Console) -> None:
+    """Tell what a run would do: downloads, rows, steps, trained parameters, one marked sample. Loads no weights.
+
+    Raises:
+        UserError: For anything that would make the run fail.
+    """
+    stage1 = stage1_of(recipe, recipe_folder)
+    for each in [stage1, recipe] if stage1 is not None and not finished_stage1(stage1) else [recipe]:
+        plan = _plan(each, console)
+        report.print_downloads(plan, cache_folder(), console)
+        report.print_parameters(plan, console)
+        report.print_sample(plan, console)

@@ -1,0 +1,224 @@
+"""A recipe worked out: rows encoded, steps counted, everything that can fail before training has been tried."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import LlavaConfig, PreTrainedTokenizerBase
+
+from lora_llava.data.captions import load_captions, split_rows
+from lora_llava.data.conversation import Conversation
+from lora_llava.data.images import FolderImages, ImageSource
+from lora_llava.data.rows import Report, build_rows
+from lora_llava.data.scienceqa import ScienceQASplit, load_scienceqa
+from lora_llava.data.templates import Template, chat_template, get_template
+from lora_llava.demo.dataset import build_demo_captions, build_demo_scienceqa
+from lora_llava.errors import UserError
+from lora_llava.model.adapters import lora_config, planned_parameters
+from lora_llava.model.base import build_processor, cache_folder, image_processor_of, load_tokenizer
+from lora_llava.model.loading import check_bitsandbytes
+from lora_llava.model.start import ModelPlan, plan_model
+from lora_llava.recipe import Recipe
+
+
+@dataclass
+class Split:
+    """Rows of one split.
+
+    Attributes:
+        conversations: Those that are used.
+        images: Opens their pictures.
+        rows: The same, encoded.
+        report: What became of them.
+    """
+
+    conversations: list[Conversation]
+    images: ImageSource
+    rows: list[dict[str, Any]]
+    report: Report
+
+
+@dataclass
+class RunPlan:
+    """Everything of a run but its weights.
+
+    Attributes:
+        recipe: What was asked for.
+        model: The model's plan.
+        tokenizer: With `<image>` and `<pad>`.
+        processor: The stock processor that is exported.
+        template: The conversation template, its system text replaced if the recipe says so.
+        splits: `train`, and `validation` and `test` where the recipe has them.
+        steps: Optimiser steps.
+        trained_parameters: `lora` and `projector`.
+    """
+
+    recipe: Recipe
+    model: ModelPlan
+    tokenizer: PreTrainedTokenizerBase
+    processor: Any
+    template: Template
+    splits: dict[str, Split]
+    steps: int
+    trained_parameters: dict[str, int]
+
+
+Progress = Callable[[str, Iterable[Conversation]], Iterable[Conversation]]
+
+
+def plan_run(recipe: Recipe, progress: Progress = lambda name, rows: rows) -> RunPlan:
+    """Work a recipe out and load no weights.
+
+    Args:
+        recipe: The recipe.
+        progress: Wraps the encoding of each split, for a progress bar.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: For anything that would make the run fail later.
+    """
+    if recipe.model.quantization == "nf4":
+        check_bitsandbytes()
+    check_reporters(recipe.training.report_to)
+    model = plan_model(recipe.model)
+    template = get_template(recipe.data.template, recipe.data.system_prompt)
+    tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
+    _check_context(recipe, model.config)
+    splits = {
+        name: _encode_split(recipe, name, conversations, images, tokenizer, model.config, progress)
+        for name, (conversations, images) in read_splits(recipe).items()
+    }
+    steps = count_steps(recipe, len(splits["train"].rows))
+    return RunPlan(
+        recipe, model, tokenizer, processor, template, splits, steps,
+        planned_parameters(model.config, run_lora_config(recipe)),
+    )  # fmt: skip
+
+
+def _encode_split(
+    recipe: Recipe, name: str, conversations: list[Conversation], images: ImageSource,
+    tokenizer: PreTrainedTokenizerBase, config: LlavaConfig, progress: Progress,
+) -> Split:  # fmt: skip
+    rows, report = build_rows(
+        conversations,
+        tokenizer=tokenizer,
+        template=get_template(recipe.data.template, recipe.data.system_prompt),
+        num_image_tokens=config.image_seq_length,
+        # A test row is asked, not trained on: its answer need not fit.
+        max_length=sys.maxsize if name == "test" else recipe.data.max_length,
+        on_overlong=recipe.data.on_overlong,
+        images=images,
+        on_bad_image=recipe.data.on_bad_image,
+        progress=lambda items: progress(name, items),
+    )
+    kept = {row["row_id"] for row in rows}
+    return Split([row for row in conversations if row.row_id in kept], images, rows, report)
+
+
+def build_run_processor(
+    recipe: Recipe, config: LlavaConfig, tokenizer_folder: Path, image_folder: Path
+) -> tuple[PreTrainedTokenizerBase, Any]:
+    """The tokenizer that encodes rows and the stock processor that carries it, template included."""
+    template = get_template(recipe.data.template, recipe.data.system_prompt)
+    tokenizer = load_tokenizer(tokenizer_folder, config)
+    image_processor = image_processor_of(image_folder, config, recipe.data.image_aspect)
+    return tokenizer, build_processor(tokenizer, config, image_processor, chat_template(template))
+
+
+def run_lora_config(recipe: Recipe, base: str | None = None) -> Any:
+    """The PEFT config of a recipe; Stage 1 has no adapters."""
+    if recipe.lora is None:
+        return lora_config(base=base)
+    return lora_config(**recipe.lora.model_dump(), base=base)
+
+
+def read_splits(recipe: Recipe) -> dict[str, tuple[list[Conversation], ImageSource]]:
+    """Read a recipe's splits; the test split only where an evaluation asks for it.
+
+    Raises:
+        UserError: For data that is missing or malformed, or a split that is empty.
+    """
+    data = recipe.data
+    if data.format == "captions":
+        file = build_demo_captions(cache_folder()) if data.path == "demo" else Path(data.path)
+        rows = load_captions(file)
+        images: ImageSource = FolderImages(Path(data.image_folder or file.parent / "images"), data.max_image_pixels)
+        train, validation = split_rows(rows, data.validation_rows, recipe.seed)
+        splits: dict[str, tuple[list[Conversation], ImageSource]] = {"train": (train, images)}
+        if validation:
+            splits["validation"] = (validation, images)
+    else:
+        splits = {name: _scienceqa_split(recipe, split) for name, split in _split_names(recipe).items()}
+    if data.max_train_rows is not None:
+        rows, images = splits["train"]
+        chosen = random.Random(recipe.seed).sample(range(len(rows)), min(data.max_train_rows, len(rows)))
+        splits["train"] = [rows[i] for i in sorted(chosen)], images
+    return splits
+
+
+def read_test_split(recipe: Recipe) -> ScienceQASplit:
+    """Read the test split alone.
+
+    Raises:
+        UserError: Where the recipe has none, or its data is missing or malformed.
+    """
+    if recipe.data.format != "scienceqa" or recipe.data.splits.test is None:
+        raise UserError("this recipe has no ScienceQA test split to ask; name one that has with --recipe")
+    return _scienceqa_split(recipe, recipe.data.splits.test)
+
+
+def _split_names(recipe: Recipe) -> dict[str, str]:
+    splits = recipe.data.splits
+    names = {"train": splits.train}
+    if splits.validation is not None:
+        names["validation"] = splits.validation
+    if recipe.evaluation is not None:
+        if splits.test is None:
+            raise UserError("data.splits.test is null, but evaluation asks for it; name a split or drop evaluation")
+        names["test"] = splits.test
+    return names
+
+
+def _scienceqa_split(recipe: Recipe, split: str) -> ScienceQASplit:
+    data = recipe.data
+    path = build_demo_scienceqa(cache_folder()) if data.path == "demo" else data.path
+    return load_scienceqa(
+        path, split, order=data.prompt_order, image_position=data.image_position, seed=recipe.seed,
+        image_folder=data.image_folder, max_image_pixels=data.max_image_pixels, revision=data.revision,
+    )  # fmt: skip
+
+
+def _check_context(recipe: Recipe, config: LlavaConfig) -> None:
+    positions = config.text_config.max_position_embeddings
+    if recipe.data.max_length > positions:
+        raise UserError(f"data.max_length is {recipe.data.max_length}, over the language model's {positions} positions")
+
+
+def check_reporters(reporters: Iterable[str]) -> None:
+    """Hold that what is to receive the curves is installed.
+
+    Raises:
+        UserError: Naming the one that is not.
+    """
+    import importlib.util
+
+    for reporter in reporters:
+        if importlib.util.find_spec(reporter) is None:
+            raise UserError(f"training.report_to: {reporter} is not installed; pip install {reporter}, or leave it out")
+
+
+def count_steps(recipe: Recipe, rows: int) -> int:
+    """Optimiser steps of a run, as transformers counts them (trainer.py, set_initial_training_values)."""
+    training = recipe.training
+    if training.max_steps is not None:
+        return training.max_steps
+    batches = math.ceil(rows / training.batch_size)
+    return math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation))

@@ -1,0 +1,83 @@
+"""What a finished run leaves: everything that is needed to load it, and how it came about."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from lora_llava.errors import UserError
+from lora_llava.model.start import ADAPTER_FILE, RUN_FILE, Base
+from lora_llava.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
+
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "lora_llava")
+RECIPE_FILE, METRICS_FILE = "recipe.yaml", "metrics.json"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a run stands on."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON to a temporary name and rename it, so that a reader never sees half a file."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def start_run(folder: Path, recipe: Recipe) -> None:
+    """Make the run directory and put the resolved recipe in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def save_model(folder: Path, model: PeftModel, processor: Any, recipe: Recipe, base: Base) -> None:
+    """Save adapter, projector, processor and generation config; `run.json` last, as the mark of a whole run.
+
+    Args:
+        folder: The run directory.
+        model: The trained PEFT model.
+        processor: The stock processor.
+        recipe: The resolved recipe.
+        base: What the adapter stands on.
+    """
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path, config.revision = base.name, base.revision
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    processor.tokenizer.padding_side = "left"  # who serves the run generates
+    processor.save_pretrained(folder)
+    processor.tokenizer.padding_side = "right"
+    model.get_base_model().generation_config.save_pretrained(folder)
+    content = {
+        "stage": recipe.stage, "base": base.as_dict(), "recipe_hash": recipe_hash(recipe), "versions": versions(),
+    }  # fmt: skip
+    write_json(folder / RUN_FILE, content)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a finished run."""
+    return (folder / RUN_FILE).is_file() and (folder / ADAPTER_FILE).is_file()
+
+
+def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
+    """Read a finished run's recipe and `run.json`.
+
+    Raises:
+        UserError: Where the folder is no finished run.
+    """
+    if not is_run(folder):
+        raise UserError(f"{folder} is not a finished run; it has no {RUN_FILE} with {ADAPTER_FILE}")
+    return load_recipe(folder / RECIPE_FILE), json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))

@@ -1,0 +1,192 @@
+"""Training one stage: model and adapters from the base, the trainer, the run directory."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+from trl import SFTConfig
+
+from lora_llava.data.collator import PaddedCollator
+from lora_llava.errors import StoppedError, UserError
+from lora_llava.model.activation_checkpointing import checkpoint_language_model
+from lora_llava.model.adapters import add_adapters, freeze_plan, trained_projector
+from lora_llava.model.loading import load_base
+from lora_llava.model.start import Base
+from lora_llava.recipe import Recipe
+from lora_llava.training.callbacks import ProgressLine, StopOnInterrupt, peak_memory_bytes
+from lora_llava.training.plan import RunPlan, Split, run_lora_config
+from lora_llava.training.run_directory import save_model
+from lora_llava.training.trainer import LlavaSFTTrainer
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training took.
+
+    Attributes:
+        seconds: Wall time of the training loop.
+        tokens: Real tokens trained on, padding aside.
+        supervised_tokens: Those with a label.
+        peak_memory_bytes: Of the GPU, else of the process.
+        best_validation_loss: Of the checkpoint kept; None without validation.
+        steps: Optimiser steps.
+    """
+
+    seconds: float
+    tokens: int
+    supervised_tokens: int
+    peak_memory_bytes: int
+    best_validation_loss: float | None
+    steps: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
+    """Load the base as the recipe says and set free what trains.
+
+    Args:
+        recipe: The recipe.
+        base: From `prepare_base`.
+
+    Returns:
+        The PEFT model, its projector from Stage 1 where the base names one.
+    """
+    set_seed(recipe.seed)
+    model = load_base(
+        base.name, quantization=recipe.model.quantization, dtype=recipe.model.dtype, revision=base.revision
+    )
+    peft_model = add_adapters(model, run_lora_config(recipe, base.name), recipe.training.projector_dropout)
+    if base.initial_projector is not None:
+        trained_projector(peft_model).load_state_dict(base.initial_projector)
+    return peft_model
+
+
+def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) -> SFTConfig:
+    """TRL's arguments for a recipe."""
+    training = recipe.training
+    folder = Path(recipe.output_dir)
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "logs")
+    every = min(training.eval_every or plan_steps, plan_steps)
+    return SFTConfig(
+        output_dir=str(folder / CHECKPOINTS),
+        seed=recipe.seed,
+        max_steps=plan_steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=training.warmup_ratio,  # below 1 it is a share of all steps
+        lr_scheduler_type=training.lr_scheduler,
+        optim=training.optimizer,
+        max_grad_norm=training.max_grad_norm,
+        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=has_validation,
+        metric_for_best_model="eval_loss" if has_validation else None,
+        greater_is_better=False if has_validation else None,
+        prediction_loss_only=True,
+        logging_steps=training.log_every,
+        logging_nan_inf_filter=False,  # a NaN is to be seen
+        report_to=list(training.report_to) or "none",
+        dataloader_num_workers=training.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False,  # checkpoint_language_model does it
+        packing=False,
+        padding_free=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        disable_tqdm=True,
+    )
+
+
+def to_dataset(split: Split) -> Dataset:
+    """Rows with the length by which they are grouped."""
+    return Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in split.rows])
+
+
+def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> TrainResult:
+    """Train one stage and write its run directory.
+
+    Args:
+        plan: From `plan_run`.
+        base: From `prepare_base`.
+        model: From `build_trained_model`; trained in place, the best checkpoint's weights in it afterwards.
+        resume: Go on from the newest checkpoint in the run directory.
+
+    Returns:
+        What it took.
+
+    Raises:
+        StoppedError: After Ctrl-C, with a checkpoint written.
+        UserError: Where there is nothing to resume from.
+    """
+    recipe = plan.recipe
+    validation = plan.splits.get("validation")
+    args = training_arguments(recipe, plan.steps, validation is not None)
+    if recipe.training.gradient_checkpointing:
+        checkpoint_language_model(model.get_base_model())
+    collator = PaddedCollator(
+        plan.splits["train"].images,
+        plan.processor.image_processor,
+        plan.tokenizer.pad_token_id,  # type: ignore[arg-type]
+    )
+    line, stop = ProgressLine(f"stage {recipe.stage}"), StopOnInterrupt()
+    trainer = LlavaSFTTrainer(
+        model,
+        args,
+        train_dataset=to_dataset(plan.splits["train"]),
+        eval_dataset=to_dataset(validation) if validation else None,
+        collator=collator,
+        processor=plan.processor,
+        projector_learning_rate=recipe.training.projector_learning_rate or recipe.training.learning_rate,
+        callbacks=[line, stop],
+    )
+    trainer.remove_callback(PrinterCallback)  # ours tells it
+    line.trainer = trainer
+    checkpoint = _find_checkpoint(Path(args.output_dir)) if resume else None
+    start = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.monotonic() - start
+    if stop.interrupted:
+        raise StoppedError(
+            f"stopped at step {trainer.state.global_step} of {plan.steps}; a checkpoint is in {args.output_dir}; go on "
+            "with the same command and --resume"
+        )
+    save_model(Path(recipe.output_dir), model, plan.processor, recipe, base)
+    return TrainResult(
+        seconds, trainer.tokens_seen, trainer.supervised_tokens_seen, peak_memory_bytes(), trainer.state.best_metric,
+        trainer.state.global_step,
+    )  # fmt: skip
+
+
+def _find_checkpoint(folder: Path) -> str:
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint is None:
+        raise UserError(f"--resume: {folder} holds no checkpoint; run without it")
+    return checkpoint
+
+
+def describe_plan(model: PeftModel) -> list[dict[str, Any]]:
+    """The freeze plan as plain rows, for `metrics.json` and the terminal."""
+    return [asdict(row) for row in freeze_plan(model)]

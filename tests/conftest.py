@@ -1,0 +1,137 @@
+"""Small real models and data, made here: no test needs a network, a GPU or a file that is not in the repository."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+from lora_llava.demo.build import build_tokenizer
+from lora_llava.recipe import Recipe
+from lora_llava.recipe.io import check_recipe
+
+COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220), "green": (30, 160, 60)}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_LLAVA_CACHE", str(_cache(tmp_path_factory)))
+
+
+def _cache(factory: pytest.TempPathFactory) -> Path:
+    folder = factory.getbasetemp() / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `llm` and `vision_tower`: random weights, the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(0)
+    tokenizer.save_pretrained(folder / "llm")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "llm")
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=32,
+    )  # fmt: skip
+    CLIPVisionModel(vision).to(torch.bfloat16).save_pretrained(folder / "vision_tower")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scienceqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ScienceQA folder in the official layout: 24 train, 6 val, 6 test rows, every second with a picture."""
+    folder = tmp_path_factory.mktemp("scienceqa")
+    problems: dict[str, Any] = {}
+    splits: dict[str, list[str]] = {}
+    for split, count in (("train", 24), ("val", 6), ("test", 6)):
+        splits[split] = []
+        for index in range(count):
+            pid = str(len(problems) + 1)
+            names = list(COLOURS)
+            colour = names[index % 3]
+            image = "image.png" if index % 2 == 0 else None
+            if image:
+                (folder / "images" / split / pid).mkdir(parents=True)
+                Image.new("RGB", (32, 24), COLOURS[colour]).save(folder / "images" / split / pid / image)
+            problems[pid] = {
+                "question": "Which colour is shown?", "choices": names, "answer": index % 3,
+                "hint": "" if image else f"The colour is {colour}.", "image": image, "task": "closed choice",
+                "grade": f"grade{index % 12 + 1}", "subject": "natural science", "topic": "physics",
+                "category": "colours", "skill": "Name colours", "lecture": "" if index % 4 else "Colours have names.",
+                "solution": f"It is {colour}.", "split": split,
+            }  # fmt: skip
+            splits[split].append(pid)
+    (folder / "problems.json").write_text(json.dumps(problems))
+    (folder / "pid_splits.json").write_text(json.dumps(splits))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `chat.json` of 16 captions with pictures."""
+    folder = tmp_path_factory.mktemp("captions")
+    (folder / "images").mkdir()
+    rows = []
+    for index in range(16):
+        colour = list(COLOURS)[index % 3]
+        Image.new("RGB", (32, 32), COLOURS[colour]).save(folder / "images" / f"{index}.png")
+        turns = [{"from": "human", "value": "What is shown?\n<image>"}, {"from": "gpt", "value": f"the colour {colour}."}]
+        rows.append({"id": str(index), "image": f"{index}.png", "conversations": turns})
+    (folder / "chat.json").write_text(json.dumps(rows))
+    return folder / "chat.json"
+
+
+@pytest.fixture
+def stage2_content(parts: Path, scienceqa: Path, tmp_path: Path) -> dict[str, Any]:
+    """Content of a small Stage 2 recipe."""
+    return {
+        "stage": 2,
+        "output_dir": str(tmp_path / "run"),
+        "model": {
+            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "start_from": {"untrained": True},
+        },
+        "lora": {"r": 4, "alpha": 8},
+        "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400, "system_prompt": ""},
+        "training": {"batch_size": 4, "learning_rate": 5e-3, "max_steps": 4, "eval_every": 2, "log_every": 1},
+        "evaluation": {"max_new_tokens": 4},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def stage1_content(stage2_content: dict[str, Any], captions: Path, tmp_path: Path) -> dict[str, Any]:
+    """Content of a small Stage 1 recipe over the same parts."""
+    return {
+        "stage": 1,
+        "output_dir": str(tmp_path / "stage1"),
+        "model": stage2_content["model"] | {"quantization": "none"},
+        "data": {"format": "captions", "path": str(captions), "template": "plain", "validation_rows": 4},
+        "training": {"batch_size": 4, "learning_rate": 5e-3, "max_steps": 3, "log_every": 1},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def stage2(stage2_content: dict[str, Any]) -> Recipe:
+    """The small Stage 2 recipe."""
+    return check_recipe(stage2_content, "test")
+
+
+@pytest.fixture
+def stage1(stage1_content: dict[str, Any]) -> Recipe:
+    """The small Stage 1 recipe."""
+    return check_recipe(stage1_content, "test")

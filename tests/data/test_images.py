@@ -1,0 +1,128 @@
+"""Pictures: what is opened, to which pixels, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lora_llava.data.images import BadImageError, FolderImages, read_rgb
+
+
+def refused(folder: Path, name: str, message: str, max_pixels: int = 100) -> None:
+    with pytest.raises(BadImageError, match=f"^{re.escape(message)}"):
+        FolderImages(folder, max_pixels).open(name)
+
+
+def pixels(image: Image.Image) -> list[tuple[int, ...]]:
+    assert image.mode == "RGB"
+    return [image.getpixel((x, y)) for y in range(image.height) for x in range(image.width)]
+
+
+def test_a_picture_opens_in_rgb(pictures: Path) -> None:
+    assert pixels(FolderImages(pictures, 16).open("green.png")) == [(0, 255, 0)] * 16
+
+
+def test_names_that_stay_inside_the_folder_open(pictures: Path) -> None:
+    (pictures / "sub").mkdir()
+    (pictures / "sub" / "link.png").symlink_to(pictures / "blue.png")
+    images = FolderImages(pictures, 16)
+    for name in ("sub/../blue.png", "sub/link.png", "./blue.png", str(pictures / "blue.png")):
+        assert pixels(images.open(name)) == [(0, 0, 255)] * 16
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "link.png", "folder/secret.png"])
+def test_no_way_leads_out_of_the_folder(pictures: Path, name: str) -> None:
+    outside = pictures.parent / "secret.png"
+    Image.new("RGB", (1, 1)).save(outside)
+    (pictures / "link.png").symlink_to(outside)
+    (pictures / "folder").symlink_to(pictures.parent, target_is_directory=True)
+    refused(pictures, name, f"picture {name} lies outside {pictures}")
+    refused(pictures, str(outside), f"picture {outside} lies outside {pictures}")
+
+
+def test_a_neighbour_with_the_folder_s_name_as_its_start_is_outside(pictures: Path) -> None:
+    neighbour = pictures.parent / "pictures2"
+    neighbour.mkdir()
+    Image.new("RGB", (1, 1)).save(neighbour / "a.png")
+    refused(pictures, "../pictures2/a.png", f"picture ../pictures2/a.png lies outside {pictures}")
+
+
+@pytest.mark.parametrize("name", ["http://host/a.png", "https://host/a.png", "file:///etc/passwd"])
+def test_urls_are_refused(pictures: Path, name: str) -> None:
+    refused(pictures, name, f"picture {name} is a URL; only files under {pictures} are opened")
+
+
+def test_a_missing_picture_is_named(pictures: Path) -> None:
+    refused(pictures, "pink.png", "picture pink.png is missing")
+    refused(pictures, "", "picture  cannot be read: ")
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: pathlib's ValueError for a NUL in a name is not caught")
+def test_a_name_with_a_nul_is_refused(pictures: Path) -> None:
+    refused(pictures, "a\0b.png", "picture ")
+
+
+def test_the_pixel_cap_is_exact(pictures: Path) -> None:
+    assert FolderImages(pictures, 16).open("red.png").size == (4, 4)
+    refused(pictures, "red.png", "picture red.png has 4 x 4 pixels, over max_image_pixels 15", max_pixels=15)
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds no pixels of it."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def test_a_bomb_is_refused_by_its_header(pictures: Path) -> None:
+    (pictures / "bomb.png").write_bytes(png(10_000, 10_000))
+    refused(pictures, "bomb.png", "picture bomb.png has 10000 x 10000 pixels, over max_image_pixels 100")
+    (pictures / "bomb.png").write_bytes(png(60_000, 60_000))
+    refused(pictures, "bomb.png", "picture bomb.png cannot be read: ", max_pixels=10**12)
+
+
+def test_a_truncated_picture_is_refused(pictures: Path) -> None:
+    noise = Image.frombytes("RGB", (8, 8), bytes(range(192)))
+    noise.save(pictures / "whole.png")
+    content = (pictures / "whole.png").read_bytes()
+    assert pixels(FolderImages(pictures, 64).open("whole.png")) == pixels(noise)
+    for length in (0, 7, 30, len(content) // 2, len(content) - 40):
+        (pictures / "cut.png").write_bytes(content[:length])
+        refused(pictures, "cut.png", "picture cut.png cannot be read: ")
+
+
+def test_a_text_file_is_refused(pictures: Path) -> None:
+    (pictures / "a.png").write_text("<html>404</html>")
+    refused(pictures, "a.png", "picture a.png cannot be read: ")
+
+
+def test_a_palette_with_transparency_keeps_its_colours(pictures: Path) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.putpixel((1, 0), 1)
+    image.save(pictures / "palette.png", transparency=b"\x00\x80")
+    with Image.open(pictures / "palette.png") as saved:
+        assert (saved.mode, saved.info["transparency"]) == ("P", b"\x00\x80")
+    assert pixels(FolderImages(pictures, 16).open("palette.png")) == [(255, 0, 0), (0, 255, 0)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGBA", (9, 8, 7, 0), (9, 8, 7)), ("LA", (7, 0), (7, 7, 7)), ("L", 7, (7, 7, 7)), ("1", 1, (255, 255, 255)),
+        ("P", 0, (0, 0, 0)),
+    ],
+)  # fmt: skip
+def test_other_modes_become_rgb(mode: str, colour: int | tuple[int, ...], expected: tuple[int, ...]) -> None:
+    file = io.BytesIO()
+    Image.new(mode, (1, 1), colour).save(file, "PNG")
+    assert pixels(read_rgb(io.BytesIO(file.getvalue()), "a", 1)) == [expected]

@@ -1,0 +1,114 @@
+"""The demo is fair: splits share nothing, the base never saw a picture's words, questions need their picture."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lora_llava.demo import corpus, facts, questions
+from lora_llava.demo.dataset import build_demo_captions, build_demo_scienceqa
+from lora_llava.demo.world import caption, draw, random_scene
+
+FIELDS = {
+    "question", "choices", "answer", "hint", "image", "task", "grade", "subject", "topic", "category", "skill",
+    "lecture", "solution", "split",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_demo_scienceqa(tmp_path_factory.mktemp("demo"), {"train": 400, "val": 60, "test": 200})
+
+
+def rows(data: Path, split: str) -> list[dict]:
+    problems = json.loads((data / "problems.json").read_text())
+    return [problems[pid] | {"pid": pid} for pid in json.loads((data / "pid_splits.json").read_text())[split]]
+
+
+def test_rows_have_every_field_of_scienceqa_and_all_its_kinds(data: Path) -> None:
+    test = rows(data, "test")
+    assert all(set(row) == FIELDS | {"pid"} for row in test)
+    assert {row["subject"] for row in test} == {"natural science", "social science", "language science"}
+    kinds = Counter((bool(row["image"]), bool(row["hint"])) for row in test)
+    assert set(kinds) == {(True, True), (True, False), (False, True), (False, False)}
+    assert any(row["lecture"] for row in test)
+    assert all((data / "images" / "test" / row["pid"] / row["image"]).is_file() for row in test if row["image"])
+
+
+def test_the_same_seed_gives_the_same_files(data: Path, tmp_path: Path) -> None:
+    again = build_demo_scienceqa(tmp_path, {"train": 400, "val": 60, "test": 200})
+    for file in ("problems.json", "pid_splits.json"):
+        assert (again / file).read_bytes() == (data / file).read_bytes()
+    pictures = sorted(path.relative_to(data) for path in data.rglob("*.png"))
+    assert len(pictures) > 100
+    assert all((again / path).read_bytes() == (data / path).read_bytes() for path in pictures)
+
+
+def test_scenes_belong_to_one_split_by_what_they_show() -> None:
+    rng = random.Random(0)
+    keys = {split: {random_scene(rng, split).key for _ in range(2000)} for split in ("train", "val", "test")}
+    assert not keys["train"] & keys["test"]
+    assert not keys["train"] & keys["val"]
+    assert not keys["val"] & keys["test"]
+
+
+def test_text_questions_of_one_split_do_not_occur_in_another(data: Path) -> None:
+    asked = {
+        split: {json.dumps([r["question"], r["hint"], r["choices"]]) for r in rows(data, split) if not r["image"]}
+        for split in ("train", "test")
+    }
+    assert not asked["train"] & asked["test"]
+
+
+def test_the_answer_cannot_be_had_from_the_question_alone() -> None:
+    """Over many scenes every choice of a visual question is right about as often as any other."""
+    rng = random.Random(1)
+    for ask in questions.VISUAL:
+        places: Counter[int] = Counter()
+        words: Counter[str] = Counter()
+        drawn: Counter[str] = Counter()
+        for _ in range(3000):
+            row = ask(random_scene(rng), rng)
+            if len(row["choices"]) == 3:
+                places[row["answer"]] += 1
+                words[row["choices"][row["answer"]]] += 1
+                drawn.update(row["choices"])
+        assert max(places.values()) / sum(places.values()) < 0.40, ask.__name__
+        if ask is not questions.count_of:  # two and three are commoner than one, as the scenes are
+            assert max(words[word] / drawn[word] for word in drawn) < 0.45, ask.__name__
+
+
+def test_the_corpus_tells_none_of_the_facts_that_are_asked() -> None:
+    rng = random.Random(2)
+    text = " ".join(part for _ in range(3000) for turn in corpus.random_text(rng) for part in turn)
+    assert "<image>" not in text
+    for group, members in facts.ANIMALS.items():
+        assert not any(f"{member} is a {group}" in text for member in members)
+    assert not any(f"is in {continent}" in text for continent in facts.COUNTRIES)
+    assert "The opposite of" not in text
+    assert "A magnet pulls" not in text
+
+
+def test_pictures_show_what_captions_say() -> None:
+    rng = random.Random(3)
+    for _ in range(50):
+        scene = random_scene(rng)
+        picture = draw(scene, rng)
+        assert picture.size == (64, 64)
+        for thing in scene.things:
+            row, column = divmod(thing.place, 2)
+            quadrant = picture.crop((32 * column, 32 * row, 32 * column + 32, 32 * row + 32))
+            assert len(quadrant.getcolors(1024) or []) > 1
+            assert f"a {thing.colour} {thing.shape} at the {thing.where}" in caption(scene)
+
+
+def test_captions_are_in_the_form_of_llava(tmp_path: Path) -> None:
+    file = build_demo_captions(tmp_path, 20)
+    content = json.loads(file.read_text())
+    assert len(content) == 20
+    assert all((file.parent / "images" / row["image"]).is_file() for row in content)
+    assert {turn["from"] for row in content for turn in row["conversations"]} == {"human", "gpt"}

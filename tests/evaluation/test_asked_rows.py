@@ -1,0 +1,62 @@
+"""Which questions are asked, and with whose pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_llava.data import Conversation, Turn
+from lora_llava.evaluation.ask import choose_rows, shuffle_images, write_predictions
+from lora_llava.evaluation.scienceqa import Prediction
+
+
+def rows_with(pictures: list[bool]) -> list[Conversation]:
+    """A row each, with a picture of its own or none."""
+    return [
+        Conversation(str(number), (Turn("user", f"question {number}"),), (f"{number}.png",) if picture else ())
+        for number, picture in enumerate(pictures)
+    ]
+
+
+@given(count=st.integers(0, 20), seed=st.integers(0, 9))
+def test_as_many_rows_as_wanted_in_their_order(count: int, seed: int) -> None:
+    rows = rows_with([True] * 12)
+    chosen = choose_rows(rows, count, seed)
+    assert len(chosen) == min(count, 12)
+    assert chosen == [row for row in rows if row in chosen]
+    assert choose_rows(rows, count, seed) == chosen
+
+
+def test_all_and_another_seed() -> None:
+    rows = rows_with([True] * 100)
+    assert choose_rows(rows, "all", 0) == rows
+    assert choose_rows(rows, 50, 0) != choose_rows(rows, 50, 1)
+
+
+@given(pictures=st.lists(st.booleans(), max_size=12).filter(lambda given: sum(given) != 1), seed=st.integers(0, 9))
+def test_every_picture_moves_to_another_row(pictures: list[bool], seed: int) -> None:
+    rows = rows_with(pictures)
+    shuffled = shuffle_images(rows, seed)
+    assert [replace(row, images=()) for row in shuffled] == [replace(row, images=()) for row in rows]
+    assert Counter(row.images for row in shuffled) == Counter(row.images for row in rows)
+    for old, new in zip(rows, shuffled, strict=True):
+        assert bool(old.images) == bool(new.images)
+        assert not old.images or old.images != new.images
+
+
+def test_predictions_are_written_one_a_line(tmp_path: Path) -> None:
+    item = Prediction(question_id="1", text='"é"\n', prediction=0, answer=1, categories=["NAT"])
+    file = tmp_path / "new" / "predictions.jsonl"
+    write_predictions(file, [item, item])
+    line = '{"question_id": "1", "text": "\\"é\\"\\n", "prediction": 0, "answer": 1, "categories": ["NAT"]}\n'
+    assert file.read_text(encoding="utf-8") == line * 2
+
+
+@pytest.mark.parametrize("count", ["0", "3"])
+def test_a_count_in_words_is_a_count(count: str) -> None:
+    assert len(choose_rows(rows_with([True] * 5), count, 0)) == int(count)

@@ -1,0 +1,48 @@
+"""Imports point downwards (the layers of the design), and public names stay public."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lora_llava
+
+PACKAGE = Path(lora_llava.__file__).parent
+LAYERS = ["errors", "recipe", "data", "demo", "model", "inference", "evaluation", "training", "cli"]
+"""From the bottom up; a module imports from its own layer or those before it."""
+APART = [("data", "model"), ("model", "data"), ("data", "recipe"), ("inference", "recipe"), ("evaluation", "recipe")]
+
+
+def imports() -> list[tuple[str, str, str]]:
+    found = []
+    for file in PACKAGE.rglob("*.py"):
+        own = file.relative_to(PACKAGE).with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                if name.startswith("lora_llava."):
+                    found.append((str(file.relative_to(PACKAGE)), own, name.split(".")[1]))
+    return found
+
+
+def test_imports_point_downwards() -> None:
+    assert len(imports()) > 50
+    upwards = [
+        f"{file} imports {target}"
+        for file, own, target in imports()
+        if own != "__init__" and LAYERS.index(target) > LAYERS.index(own)
+    ]
+    assert upwards == []
+
+
+@pytest.mark.parametrize(("layer", "other"), APART)
+def test_layers_that_know_nothing_of_each_other(layer: str, other: str) -> None:
+    assert [f"{file} imports {target}" for file, own, target in imports() if (own, target) == (layer, other)] == []
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    files = [*PACKAGE.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]
+    assert [str(file) for file in files if len(file.read_text().splitlines()) > 400] == []
