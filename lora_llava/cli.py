@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_llava import __version__
 from lora_llava.errors import ToldError
 
 # Heavy imports stand inside the verbs, so that `--help` and usage errors answer at once.
@@ -178,9 +179,10 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="lora-llava", description="Fine-tune LLaVA with LoRA and QLoRA.")
+    parser.add_argument("--version", action="version", version=f"lora-llava {__version__}")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (summary, add_arguments, _) in VERBS.items():
-        add_arguments(commands.add_parser(name, help=summary, description=summary))
+        add_arguments(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False))
     args, rest = parser.parse_known_args(argv if verb is None else [verb, *argv])
     if hasattr(args, "overrides"):  # argparse gives up on those that stand behind an option
         args.overrides += [text for text in rest if "=" in text and not text.startswith("-")]
@@ -190,7 +192,8 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
     try:
         VERBS[args.verb][2](args)
     except ToldError as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        prefix = "error: " if error.exit_code == 2 else ""
+        print("\n".join(prefix + line for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -91,7 +91,10 @@ def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for index in range(16):
         colour = list(COLOURS)[index % 3]
         Image.new("RGB", (32, 32), COLOURS[colour]).save(folder / "images" / f"{index}.png")
-        turns = [{"from": "human", "value": "What is shown?\n<image>"}, {"from": "gpt", "value": f"the colour {colour}."}]
+        turns = [
+            {"from": "human", "value": "What is shown?\n<image>"},
+            {"from": "gpt", "value": f"the colour {colour}."},
+        ]
         rows.append({"id": str(index), "image": f"{index}.png", "conversations": turns})
     (folder / "chat.json").write_text(json.dumps(rows))
     return folder / "chat.json"
@@ -120,7 +123,9 @@ def stage1_content(stage2_content: dict[str, Any], captions: Path, tmp_path: Pat
         "stage": 1,
         "output_dir": str(tmp_path / "stage1"),
         "model": stage2_content["model"] | {"quantization": "none"},
-        "data": {"format": "captions", "path": str(captions), "template": "plain", "validation_rows": 4},
+        "data": {
+            "format": "captions", "path": str(captions), "template": "plain", "max_length": 400, "validation_rows": 4,
+        },
         "training": {"batch_size": 4, "learning_rate": 5e-3, "max_steps": 3, "log_every": 1},
     }  # fmt: skip
 

@@ -32,8 +32,8 @@ from lora_llava.demo.world import IMAGE_SIZE, PLACES, Scene, Thing, caption, dra
 
 VOCAB_SIZE = 896
 PATCH_SIZE = 16
-LLM_STEPS, LLM_BATCH = 4000, 48
-CLIP_STEPS, CLIP_SCENES, CLIP_POOL = 1600, 64, 12000
+LLM_STEPS, LLM_BATCH = 3200, 16
+CLIP_STEPS, CLIP_SCENES, CLIP_POOL = 1600, 32, 8000
 
 
 def build_tokenizer(seed: int) -> LlamaTokenizer:
@@ -63,15 +63,15 @@ def build_tokenizer(seed: int) -> LlamaTokenizer:
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
     return LlamaTokenizer(  # adds BOS, as Vicuna's does
-        vocab=model["vocab"], merges=merges, add_bos_token=True, model_max_length=1024, padding_side="right"
+        vocab=model["vocab"], merges=merges, add_bos_token=True, model_max_length=2048, padding_side="right"
     )
 
 
 def llm_config(vocab_size: int) -> LlamaConfig:
     """The shape of the demo's language model: 1.8 million parameters."""
     return LlamaConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
         initializer_range=0.08,  # about hidden_size**-0.5; the library's 0.02 is for a width of 2,500
     )  # fmt: skip
 
@@ -104,13 +104,12 @@ def train_llm(tokenizer: PreTrainedTokenizerBase, seed: int, steps: int, progres
     torch.manual_seed(seed)
     rng = random.Random(seed)
     model = LlamaForCausalLM(llm_config(len(tokenizer)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = get_wsd_schedule(optimizer, min(200, steps // 10), steps // 4, num_training_steps=steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = get_wsd_schedule(optimizer, min(100, steps // 10), steps // 4, num_training_steps=steps)
     task = progress.add_task("language model", total=steps)
-    batches: list[list[list[Text]]] = []
     for step in range(steps):
-        batches = batches or _batches_by_length(rng)
-        loss = model(**encode_texts(batches.pop(), tokenizer), use_cache=False).loss
+        texts = [random_text(rng) for _ in range(LLM_BATCH)]
+        loss = model(**encode_texts(texts, tokenizer), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -120,17 +119,6 @@ def train_llm(tokenizer: PreTrainedTokenizerBase, seed: int, steps: int, progres
             progress.update(task, completed=step, description=f"language model, loss {loss.item():.3f}")
     progress.update(task, completed=steps)
     return model.eval()
-
-
-def _batches_by_length(rng: random.Random, count: int = 16) -> list[list[list[Text]]]:
-    """Fresh batches of texts of similar length, in random order: less padding, same mixture."""
-    texts = sorted(
-        (random_text(rng) for _ in range(count * LLM_BATCH)),
-        key=lambda turns: sum(map(len, (part for turn in turns for part in turn))),
-    )
-    batches = [texts[start : start + LLM_BATCH] for start in range(0, len(texts), LLM_BATCH)]
-    rng.shuffle(batches)
-    return batches
 
 
 def clip_config(vocab_size: int) -> CLIPConfig:

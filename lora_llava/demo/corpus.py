@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-from lora_llava.data.scienceqa import LETTERS, format_problem
+from lora_llava.data.scienceqa import format_problem
 from lora_llava.demo import facts, questions
 from lora_llava.demo.world import COLOURS, PLACES, SHAPES, Scene, caption, random_scene
 
@@ -25,23 +25,23 @@ class Text(NamedTuple):
     answer: str
 
 
-def written_grid(scene: Scene, rng: random.Random) -> str:
-    """The scene as 16 words in reading order: each row of a thing names its colour and its shape."""
+def written_grid(scene: Scene) -> str:
+    """The scene as 16 words in reading order, one compound word such as `redstar` for every cell of a thing."""
     cells = ["."] * (GRID * GRID)
     for thing in scene.things:
         row, column = divmod(thing.place, 2)
         for line in (2 * row, 2 * row + 1):
             start = line * GRID + 2 * column
-            cells[start : start + 2] = rng.sample((thing.colour, thing.shape), 2)
+            cells[start : start + 2] = [thing.colour + thing.shape] * 2
     return " ".join(cells)
 
 
 def written_scene(scene: Scene, rng: random.Random) -> str:
     """The scene in words: mostly as a grid, else as its caption or as a list."""
     draw = rng.random()
-    if draw < 0.7:
-        return written_grid(scene, rng)
-    if draw < 0.85:
+    if draw < 0.8:
+        return written_grid(scene)
+    if draw < 0.95:
         return caption(scene)
     things = rng.sample(scene.things, len(scene.things))
     return ", ".join(f"{t.where} {t.colour} {t.shape}" for t in things)
@@ -52,26 +52,22 @@ def chat(user: str, answer: str) -> Text:
     return Text(f"USER: {user} ASSISTANT:", f" {answer}</s>")
 
 
-def _scene_questions(scene: Scene, rng: random.Random) -> list[Text]:
-    """Three questions about one written scene, as three turns."""
-    turns = []
-    for number in range(3):
-        row = rng.choice(questions.VISUAL)(scene, rng)
-        prompt, answer = format_problem(row, "QCM-LEA")
-        turns.append(chat(f"{written_scene(scene, rng)}\n{prompt}" if number == 0 else prompt, answer))
-    return turns
+def _scene_question(scene: Scene, rng: random.Random) -> list[Text]:
+    row = rng.choice(questions.VISUAL)(scene, rng)
+    prompt, answer = format_problem(row, "QCM-LEA")
+    return [chat(f"{written_scene(scene, rng)}\n{prompt}", answer)]
 
 
 def _description(scene: Scene, rng: random.Random) -> list[Text]:
     if rng.random() < 0.5:
-        return [Text(written_grid(scene, rng), f" {caption(scene)}\n")]
+        return [Text(written_grid(scene), f" {caption(scene)}\n")]
     return [chat(f"{written_scene(scene, rng)}\n{rng.choice(DESCRIBE)}", caption(scene))]
 
 
 def all_words() -> list[str]:
     """Every content word of the demo's questions."""
-    groups = [*facts.ANIMALS.values(), *facts.COUNTRIES.values(), *facts.WORDS.values(), *facts.OPPOSITES]
-    groups += [*facts.MATERIALS.values(), facts.OBJECTS, tuple(facts.ANIMALS), tuple(facts.COUNTRIES)]
+    groups = [*facts.ANIMALS.values(), *facts.COUNTRIES.values(), *facts.WORDS.values(), *facts.MATERIALS.values()]
+    groups += [facts.OBJECTS, facts.QUALITIES, tuple(facts.ANIMALS), tuple(facts.WORDS), tuple(facts.SENTENCES)]
     return [word for group in groups for word in group]
 
 
@@ -79,31 +75,15 @@ _GAME_WORDS = (*COLOURS, *SHAPES, *facts.NAMES, *all_words())
 
 
 def _who_says_it(rng: random.Random) -> list[Text]:
-    """A word game that teaches reading a context and choosing, and shows every word once in a while."""
-    names, words = rng.sample(facts.NAMES, 3), rng.sample(all_words(), 3)
+    """A word game that teaches reading a context, and shows every word once in a while."""
+    names, words = rng.sample(facts.NAMES, 2), rng.sample(all_words(), 2)
     pairs = list(zip(names, words, strict=True))
     hint = " ".join(f"{name} says {word}." for name, word in pairs)
     turns = []
-    for name, word in rng.sample(pairs, 2):
-        asks_name = rng.random() < 0.5
-        question, choices, right = (
-            (f"Who says {word}?", names, name) if asks_name else (f"What does {name} say?", words, word)
-        )
-        choices = rng.sample(choices, 3)
-        solution = f"The one who says {word} is {name}." if asks_name else f"What {name} says is {word}."
-        row = {"question": question, "choices": choices, "answer": choices.index(right), "hint": hint}
-        turns.append(chat(*format_problem(row | {"lecture": "", "solution": solution}, "QCM-LEA")))
+    for number, (name, word) in enumerate(rng.sample(pairs, 2)):
+        question = rng.choice((f"Who says {word}?", f"What does {name} say?"))
+        turns.append(chat(f"{hint}\n{question}" if number == 0 else question, f"{name} says {word}."))
     return turns
-
-
-def _letters(rng: random.Random) -> list[Text]:
-    """A word game that teaches which letter stands for which choice."""
-    words = rng.sample(_GAME_WORDS, rng.choice((2, 3, 4)))
-    options = " ".join(f"({LETTERS[i]}) {word}" for i, word in enumerate(words))
-    answers = [
-        f"The word is {words[i]}. The answer is {LETTERS[i]}." for i in rng.sample(range(len(words)), len(words))
-    ]
-    return [chat(f"Name the letters.\nOptions: {options}", " ".join(answers))]
 
 
 def _repetition(rng: random.Random) -> list[Text]:
@@ -115,13 +95,11 @@ def _repetition(rng: random.Random) -> list[Text]:
 def random_text(rng: random.Random) -> list[Text]:
     """Draw one text of the corpus: a conversation's turns."""
     draw = rng.random()
-    if draw < 0.5:
-        return _scene_questions(random_scene(rng, "train"), rng)
-    if draw < 0.65:
+    if draw < 0.6:
+        return _scene_question(random_scene(rng, "train"), rng)
+    if draw < 0.85:
         return _description(random_scene(rng, "train"), rng)
-    if draw < 0.75:
-        return _who_says_it(rng)
-    return _letters(rng) if draw < 0.9 else _repetition(rng)
+    return _who_says_it(rng) if draw < 0.95 else _repetition(rng)
 
 
 def tokenizer_texts(count: int, seed: int) -> list[str]:
@@ -130,4 +108,6 @@ def tokenizer_texts(count: int, seed: int) -> list[str]:
     texts = ["".join("".join(turn) for turn in random_text(rng)) for _ in range(count)]
     rows = [rng.choice(questions.TEXTUAL)(rng) for _ in range(count)]
     texts += ["\n".join(format_problem(row, "QCM-LEA")) for row in rows]
-    return texts + [" ".join([*COLOURS, *SHAPES, *PLACES, *facts.PROPERTIES, *facts.BUILDINGS, *all_words()])] * 400
+    compounds = [colour + shape for colour in COLOURS for shape in SHAPES]
+    words = [*PLACES, *facts.PROPERTIES, *facts.BUILDINGS, *facts.COUNTRIES, *_GAME_WORDS, *compounds]
+    return texts + [" ".join(words)] * 400

@@ -29,14 +29,16 @@ WORD_LECTURES = {
     "verb": "A verb names an action.",
     "adjective": "An adjective describes a noun.",
 }
-OPPOSITES = (
-    ("early", "late"), ("full", "empty"), ("rich", "poor"), ("wet", "dry"), ("hard", "soft"),
-    ("fast", "slow"), ("loud", "silent"), ("old", "young"), ("near", "far"), ("clean", "dirty"),
-)  # fmt: skip
+SENTENCES = {
+    "statement": "We {verb} near the {adjective} {noun}.",
+    "question": "Do we {verb} near the {adjective} {noun}?",
+    "command": "{verb} near the {adjective} {noun}!",
+}
 MATERIALS = {True: ("iron", "steel", "nickel"), False: ("wood", "glass", "plastic", "paper", "rubber")}
 """Keyed by whether a magnet attracts the material."""
 NAMES = ("Ana", "Ben", "Carl", "Dora", "Emil", "Fay", "Gus", "Hana")
 OBJECTS = ("spoon", "cup", "ball", "box", "ruler", "key")
+QUALITIES = ("old", "young", "wild", "tame", "big", "small")
 PROPERTIES = ("hot", "cold", "magnetic", "fragile", "alive", "wooden")
 BUILDINGS = ("school", "farm", "harbour", "market", "museum", "station")
 COMPASS = ("north-west", "north-east", "south-west", "south-east")

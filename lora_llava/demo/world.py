@@ -21,9 +21,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "green": (30, 150, 60),
     "yellow": (245, 200, 20),
     "purple": (140, 50, 190),
-    "black": (25, 25, 25),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SHAPES = ("circle", "square", "triangle", "star", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 BACKGROUNDS = ((255, 255, 255), (244, 240, 228), (228, 238, 246), (232, 244, 230))
 IMAGE_SIZE = 64
@@ -123,9 +122,7 @@ def _draw_shape(
     elif shape == "star":
         pen.regular_polygon((x, y, radius), 3, rotation=0, fill=fill)
         pen.regular_polygon((x, y, radius), 3, rotation=180, fill=fill)
-    elif shape == "cross":
+    else:
         arm = radius * 0.33
         pen.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
         pen.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
-    else:
-        pen.ellipse(box, outline=fill, width=int(radius * 0.38))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
 from lora_llava.errors import UserError
-from lora_llava.model.parts import NETWORK_ERRORS, check_hub_id, file_hash, load_bin, not_to_be_had
+from lora_llava.model.parts import NETWORK_ERRORS, Download, check_hub_id, file_hash, load_bin, not_to_be_had
 
+PROJECTOR_FILE = "mm_projector.bin"
+_FIELD = "start_from.projector"
 _NAMES = {
     "linear": {"weight": "linear_1.weight", "bias": "linear_1.bias"},
     "mlp2x_gelu": {
@@ -34,14 +36,37 @@ def find_projector(name: str, revision: str | None) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        return path / "mm_projector.bin"
+        return path / PROJECTOR_FILE
     if name.endswith(".bin"):
-        raise UserError(f"model.start_from.projector: {name} is missing")
-    check_hub_id(name, "start_from.projector")
+        raise UserError(f"model.{_FIELD}: {name} is missing")
+    check_hub_id(name, _FIELD)
     try:
-        return Path(hf_hub_download(name, "mm_projector.bin", revision=revision))
+        return Path(hf_hub_download(name, PROJECTOR_FILE, revision=revision))
     except NETWORK_ERRORS as error:
-        raise not_to_be_had(name, "start_from.projector", error) from None
+        raise not_to_be_had(name, _FIELD, error) from None
+
+
+def plan_projector(name: str, revision: str | None) -> Download:
+    """Say what `find_projector` would fetch, fetching nothing.
+
+    Raises:
+        UserError: Where it is not to be had.
+    """
+    if Path(name).exists() or name.endswith(".bin"):
+        file = find_projector(name, revision)
+        load_bin(file)
+        return Download(name, 0, True)
+    check_hub_id(name, _FIELD)
+    if isinstance(try_to_load_from_cache(name, PROJECTOR_FILE, revision=revision), str):
+        return Download(name, 0, True)
+    try:
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
+    except NETWORK_ERRORS as error:
+        raise not_to_be_had(name, _FIELD, error) from None
+    sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
+    if PROJECTOR_FILE not in sizes:
+        raise UserError(f"model.{_FIELD}: {name} holds no {PROJECTOR_FILE}; name a file, or a Hub id that holds one")
+    return Download(name, sizes[PROJECTOR_FILE], False)
 
 
 def read_projector(file: Path, projector_type: str) -> tuple[dict[str, torch.Tensor], str]:

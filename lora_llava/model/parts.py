@@ -53,10 +53,17 @@ class Download:
 
 
 def local_folder(name: str, field: str) -> Path | None:
-    """The folder of a part that needs no network: `demo` (by `field`: llm or vision_tower) or a path."""
-    if name == "demo":
-        return DEMO_FOLDER / field
-    return Path(name) if Path(name).is_dir() else None
+    """The folder of a part that needs no network: `demo` (by `field`: llm or vision_tower) or a path.
+
+    Raises:
+        UserError: For a folder that holds no model.
+    """
+    folder = DEMO_FOLDER / field if name == "demo" else Path(name)
+    if not folder.is_dir():
+        return None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.{field}: {name} holds no config.json; name a folder with a saved model")
+    return folder
 
 
 def load_part(name: str, revision: str | None, field: str) -> Part:
@@ -75,8 +82,6 @@ def load_part(name: str, revision: str | None, field: str) -> Part:
     """
     folder = local_folder(name, field)
     if folder is not None:
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model.{field}: {name} holds no config.json; name a folder with a saved model")
         return Part(name, folder, folder_hash(folder))
     check_hub_id(name, field)
     try:
@@ -93,7 +98,6 @@ def plan_download(name: str, revision: str | None, field: str) -> Download:
         UserError: Where the part is neither there nor to be had.
     """
     if local_folder(name, field) is not None:
-        load_part(name, revision, field)
         return Download(name, 0, True)
     check_hub_id(name, field)
     try:
@@ -123,10 +127,7 @@ def load_config(name: str, revision: str | None, field: str) -> dict[str, Any]:
             folder = Path(hf_hub_download(name, "config.json", revision=revision)).parent
         except NETWORK_ERRORS as error:
             raise not_to_be_had(name, field, error) from None
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(f"model.{field}: {name} holds no config.json; name a folder with a saved model")
-    return dict(json.loads(file.read_text()))
+    return dict(json.loads((folder / "config.json").read_text()))
 
 
 def check_hub_id(name: str, field: str) -> None:

@@ -16,7 +16,7 @@ from transformers import LlavaConfig
 from lora_llava.errors import UserError
 from lora_llava.model import parts as model_parts
 from lora_llava.model.base import BaseParts, assembled_config, build_base, cache_folder
-from lora_llava.model.original import find_projector, read_projector
+from lora_llava.model.original import find_projector, plan_projector, read_projector
 from lora_llava.model.parts import Download, load_config, load_part, plan_download
 from lora_llava.recipe.schema import ModelSection
 
@@ -93,7 +93,7 @@ def plan_model(section: ModelSection) -> ModelPlan:
     tower = load_config(tower_name, section.vision_tower_revision, "vision_tower")
     config = assembled_config(llm, tower, section.projector_type)
     if start.projector is not None:
-        find_projector(start.projector, start.projector_revision)
+        downloads.append(plan_projector(start.projector, start.projector_revision))
     if start.stage1_run is not None:
         read_stage1(Path(start.stage1_run), section)
     return ModelPlan(
@@ -131,9 +131,10 @@ def prepare_base(section: ModelSection, seed: int, progress: Callable[[str], Non
     """
     start = section.start_from
     if start.llava is not None:
-        part = load_part(start.llava, start.llava_revision, "start_from.llava")
-        local = Path(start.llava).is_dir()
-        return Base(str(part.folder) if local else start.llava, None if local else part.revision, None)
+        folder = model_parts.local_folder(start.llava, "start_from.llava")
+        if folder is not None:
+            return Base(str(folder.resolve()), None, None)
+        return Base(start.llava, load_part(start.llava, start.llava_revision, "start_from.llava").revision, None)
     llm_name, tower_name = section.llm or "", section.vision_tower or ""  # the schema holds that both are given
     llm = load_part(llm_name, section.llm_revision, "llm")
     tower = load_part(tower_name, section.vision_tower_revision, "vision_tower")

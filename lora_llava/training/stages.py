@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +111,19 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
         remove_unused_columns=False,
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=False,  # checkpoint_language_model does it
+        **{_checkpointing_argument(): False},  # checkpoint_language_model does it
         packing=False,
         padding_free=False,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         disable_tqdm=True,
     )
+
+
+def _checkpointing_argument() -> str:
+    """The argument's name, which changed within the range of transformers that we take."""
+    names = {field.name for field in fields(SFTConfig)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
 def to_dataset(split: Split) -> Dataset:

@@ -68,29 +68,19 @@ def test_the_answer_cannot_be_had_from_the_question_alone() -> None:
     """Over many scenes every choice of a visual question is right about as often as any other."""
     rng = random.Random(1)
     for ask in questions.VISUAL:
-        places: Counter[int] = Counter()
-        words: Counter[str] = Counter()
-        drawn: Counter[str] = Counter()
-        for _ in range(3000):
-            row = ask(random_scene(rng), rng)
-            if len(row["choices"]) == 3:
-                places[row["answer"]] += 1
-                words[row["choices"][row["answer"]]] += 1
-                drawn.update(row["choices"])
-        assert max(places.values()) / sum(places.values()) < 0.40, ask.__name__
-        if ask is not questions.count_of:  # two and three are commoner than one, as the scenes are
-            assert max(words[word] / drawn[word] for word in drawn) < 0.45, ask.__name__
+        right = Counter(row["answer"] for row in (ask(random_scene(rng), rng) for _ in range(3000)))
+        most = max(right.values()) / 3000
+        assert most < (0.5 if ask is questions.count_of else 0.24), ask.__name__
 
 
 def test_the_corpus_tells_none_of_the_facts_that_are_asked() -> None:
     rng = random.Random(2)
     text = " ".join(part for _ in range(3000) for turn in corpus.random_text(rng) for part in turn)
     assert "<image>" not in text
-    for group, members in facts.ANIMALS.items():
-        assert not any(f"{member} is a {group}" in text for member in members)
-    assert not any(f"is in {continent}" in text for continent in facts.COUNTRIES)
-    assert "The opposite of" not in text
-    assert "A magnet pulls" not in text
+    asked = {row["question"].split()[0] for row in (ask(rng) for ask in questions.TEXTUAL for _ in range(200))}
+    assert "Does" in asked
+    for told in ("is a mammal", "is a bird", "is in ", "is a verb", "The sentence is", "A magnet", "is the buyer"):
+        assert told not in text
 
 
 def test_pictures_show_what_captions_say() -> None:

@@ -74,7 +74,10 @@ def test_is_written_once_and_keyed_by_its_parts(stage2: Recipe, base: Path) -> N
 
 
 def test_a_failure_leaves_nothing_half_written(parts: Path, base: Path) -> None:
-    llm, tower = load_part(str(parts / "llm"), None, "llm"), load_part(str(parts / "vision_tower"), None, "vision_tower")
+    llm, tower = (
+        load_part(str(parts / "llm"), None, "llm"),
+        load_part(str(parts / "vision_tower"), None, "vision_tower"),
+    )
     before = sorted(base.parent.iterdir())
 
     def fail(name: str) -> None:

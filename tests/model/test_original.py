@@ -39,7 +39,9 @@ def test_mlp_lands_in_the_base_bit_by_bit(stage2: Recipe, tmp_path: Path, prefix
 
 
 def test_linear_projector_gets_the_identity(tmp_path: Path) -> None:
-    torch.save({"model.mm_projector.weight": torch.ones(4, 2), "model.mm_projector.bias": torch.zeros(4)}, tmp_path / "p.bin")
+    torch.save(
+        {"model.mm_projector.weight": torch.ones(4, 2), "model.mm_projector.bias": torch.zeros(4)}, tmp_path / "p.bin"
+    )
     tensors, _ = read_projector(tmp_path / "p.bin", "linear")
     assert torch.equal(tensors["linear_2.weight"], torch.eye(4))
     assert torch.equal(tensors["linear_2.bias"], torch.zeros(4))
@@ -48,7 +50,7 @@ def test_linear_projector_gets_the_identity(tmp_path: Path) -> None:
 
 def test_wrong_type_names_the_right_one(tmp_path: Path) -> None:
     torch.save(mlp(), tmp_path / "p.bin")
-    with pytest.raises(UserError, match="looks like mlp2x_gelu: set model.projector_type"):
+    with pytest.raises(UserError, match=r"looks like mlp2x_gelu: set model\.projector_type"):
         read_projector(tmp_path / "p.bin", "linear")
 
 

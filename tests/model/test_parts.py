@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -22,13 +23,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class Hub(BaseHTTPRequestHandler):
     """Serves one repository, `vicuna/tiny`, with a text file, safetensors and a pickle."""
 
-    files: dict[str, bytes] = {}
-    asked: list[str] = []
+    files: ClassVar[dict[str, bytes]] = {}
+    asked: ClassVar[list[str]] = []
 
-    def do_HEAD(self) -> None:  # noqa: N802
+    def do_HEAD(self) -> None:
         self.do_GET(body=False)
 
-    def do_GET(self, body: bool = True) -> None:  # noqa: N802
+    def do_GET(self, body: bool = True) -> None:
         self.asked.append(f"{self.command} {self.path}")
         path = self.path.split("?")[0]
         if path.startswith("/api/models/vicuna/tiny"):
@@ -93,6 +94,13 @@ def test_a_hub_id_is_planned_fetched_and_then_cached(hub: dict[str, str], parts:
     assert in_process("print(plan_download('vicuna/tiny', None, 'llm').cached)", offline) == "True"
 
 
+def test_a_published_projector_is_planned_without_fetching_it(hub: dict[str, str]) -> None:
+    Hub.files["mm_projector.bin"] = b"x" * 321
+    code = "from lora_llava.model.original import plan_projector; print(plan_projector('vicuna/tiny', None))"
+    assert "missing_bytes=321" in in_process(code, hub)
+    assert not any("resolve" in line for line in Hub.asked)
+
+
 def test_a_repository_that_is_not_there_is_one_line(hub: dict[str, str]) -> None:
     code = "try: load_part('vicuna/huge', None, 'llm')\nexcept UserError as error: print(error)"
     told = in_process(code, hub)
@@ -117,5 +125,5 @@ def test_revision_of_a_folder_is_its_content(parts: Path, tmp_path: Path) -> Non
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no config.json"):
+    with pytest.raises(UserError, match=r"holds no config\.json"):
         plan_download(str(tmp_path), None, "llm")

@@ -65,7 +65,7 @@ def test_projector_and_adapters_train_in_float32(trained: Any) -> None:
 
 
 def test_the_run_holds_the_checkpoint_with_the_best_validation_loss(trained: Any, stage2: Recipe) -> None:
-    plan, _, _, result = trained
+    _plan, _, _, result = trained
     folder = Path(stage2.output_dir)
     steps = sorted(int(p.name.split("-")[1]) for p in (folder / "checkpoints").iterdir())
     assert steps == [2, 4]
