@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.conversation import Conversation, read_turns
+from lora_llava.data.conversation import Conversation, EncodingError, read_turns
 from lora_llava.errors import UserError
 
 
@@ -39,7 +39,11 @@ def _conversation(row: Any, index: int) -> Conversation:
     name = str(row.get("id", index)) if isinstance(row, dict) else str(index)
     try:
         turns = read_turns(row["conversations"])
+        if not isinstance(row["image"], str):
+            raise UserError(f"row {name}: image is {row['image']!r}; it should be a file's name")
         return Conversation(name, turns, (row["image"],))
+    except EncodingError as error:
+        raise UserError(f"row {name}: {error}") from None
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"row {name}: {error} is missing; a row holds id, image and conversations") from None
 
@@ -58,10 +62,10 @@ def split_rows(rows: list[Conversation], held_back: int, seed: int) -> tuple[lis
     Raises:
         UserError: Where nothing would be left to train on.
     """
-    if held_back >= len(rows):
-        raise UserError(f"data.validation_rows is {held_back}, of {len(rows)} rows; leave some to train on")
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     pictures = {rows[i].images for i in order[:held_back]}
     train = [row for row in rows if row.images not in pictures]
+    if not train:
+        raise UserError(f"data.validation_rows is {held_back}, of {len(rows)} rows; leave some to train on")
     return train, [row for row in rows if row.images in pictures]

@@ -82,9 +82,11 @@ def _text_of(content: Any, index: int) -> str:
         raise EncodingError(f"message {index}: content is {content!r}; give a string or a list of parts")
     text, previous = "", None
     for part in content:
-        kind = part.get("type")
+        kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("text", "image"):
             raise EncodingError(f'message {index}: a part has type {kind!r}; use "text" or "image"')
+        if kind == "text" and not isinstance(part.get("text"), str):
+            raise EncodingError(f"message {index}: a text part holds {part.get('text')!r}; give a string as its text")
         if previous is not None and "image" in (kind, previous):
             text += "\n"
         text += IMAGE_PLACEHOLDER if kind == "image" else part["text"]

@@ -158,7 +158,7 @@ def _check_turns(turns: Sequence[Turn], template: Template) -> None:
             raise EncodingError(f"turn {index}: the answer is empty")
         if turn.role == "assistant" and IMAGE_PLACEHOLDER in turn.text:
             raise EncodingError(f"turn {index}: the answer holds {IMAGE_PLACEHOLDER}; only a user shows pictures")
-    if template.single_turn and (len(turns) != 2 or IMAGE_PLACEHOLDER not in turns[0].text):
+    if template.single_turn and (len(turns) != 2 or turns[0].text.count(IMAGE_PLACEHOLDER) != 1):
         raise EncodingError(f"template {template.name} takes one picture and one caption")
 
 

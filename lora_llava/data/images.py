@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
-import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
 from lora_llava.errors import UserError
+
+_UNREADABLE = (
+    UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)  # fmt: skip
+"""What Pillow raises for a picture it cannot or will not decode; the last where warnings are errors."""
 
 
 class BadImageError(UserError):
@@ -39,19 +44,17 @@ def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image
         BadImageError: For anything that is not a whole picture of at most `max_pixels`.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own cap is checked below
-            with Image.open(file) as image:
-                if image.width * image.height > max_pixels:
-                    raise BadImageError(
-                        f"picture {name} has {image.width} x {image.height} pixels, over max_image_pixels {max_pixels}"
-                    )
-                if image.mode == "P" and "transparency" in image.info:
-                    return image.convert("RGBA").convert("RGB")
-                return image.convert("RGB")
+        with Image.open(file) as image:
+            if image.width * image.height > max_pixels:
+                raise BadImageError(
+                    f"picture {name} has {image.width} x {image.height} pixels, over max_image_pixels {max_pixels}"
+                )
+            if image.mode == "P" and "transparency" in image.info:
+                return image.convert("RGBA").convert("RGB")
+            return image.convert("RGB")
     except FileNotFoundError:
         raise BadImageError(f"picture {name} is missing") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise BadImageError(f"picture {name} cannot be read: {error}") from None
 
 
@@ -70,7 +73,10 @@ class FolderImages:
     def open(self, name: str) -> Image.Image:
         if "://" in name:
             raise BadImageError(f"picture {name} is a URL; only files under {self.root} are opened")
-        path = (self.root / name).resolve()
+        try:
+            path = (self.root / name).resolve()
+        except ValueError as error:  # a NUL in the name
+            raise BadImageError(f"picture {name!r} cannot be a file: {error}") from None
         if not path.is_relative_to(self.root):
             raise BadImageError(f"picture {name} lies outside {self.root}")
         return read_rgb(path, name, self.max_pixels)

@@ -91,7 +91,7 @@ def load_scienceqa(
         UserError: For a missing folder or file, an unknown or empty split, or a problem that lacks a field.
     """
     folder = Path(path)
-    if (folder / "problems.json").is_file() or (folder.is_dir() and not _parquet_files(folder, split)):
+    if (folder / "problems.json").is_file() or (folder.is_dir() and not list(folder.rglob("*.parquet"))):
         problems = read_problems(folder / "problems.json", folder / "pid_splits.json", split)
         root = Path(image_folder) if image_folder else folder / "images"
         images: ImageSource = FolderImages(root, max_image_pixels)
@@ -126,9 +126,12 @@ def read_problems(problems: Path, splits: Path, split: str) -> dict[str, dict[st
         if not file.is_file():
             raise UserError(f"{file} is missing; a ScienceQA folder holds problems.json, pid_splits.json and images/")
     entries, ids = (_read_json(file) for file in (problems, splits))
+    for file, content in ((problems, entries), (splits, ids)):
+        if not isinstance(content, dict):
+            raise UserError(f"{file}: it should hold an object by id or split; it holds a {type(content).__name__}")
     if split not in ids:
         raise UserError(f"{splits}: no split {split!r}{nearest(split, ids)}; it has {', '.join(ids)}")
-    missing = [pid for pid in ids[split] if pid not in entries]
+    missing = [pid for pid in ids[split] if not isinstance(entries.get(pid), dict)]
     if missing:
         raise UserError(f"{splits}: split {split!r} names problem {missing[0]}, which {problems.name} lacks")
     return {pid: entries[pid] for pid in ids[split]}
@@ -144,20 +147,40 @@ def _read_json(file: Path) -> Any:
 def _conversation(
     pid: str, problem: Mapping[str, Any], image: str | None, order: PromptOrder, position: ImagePosition, seed: int
 ) -> Conversation:
-    try:
-        choices, answer = problem["choices"], problem["answer"]
-        if not (isinstance(answer, int) and 0 <= answer < len(choices) <= len(LETTERS)):
-            raise UserError(f"row {pid}: answer is {answer!r}; it should index its {len(choices)} choices (2 to 5)")
-        question, reply = format_problem(problem, order)
-    except KeyError as error:
-        raise UserError(f"row {pid}: the field {error} is missing; a row without it cannot be asked") from None
+    extra = question_of(pid, problem) | {"has_image": bool(image)}
+    question, reply = format_problem(problem, order)
     if image:
         question = place_image(question, position, random.Random(f"{seed}-{pid}"))
-    extra = {
-        "answer": answer, "num_choices": len(choices), "subject": problem.get("subject", ""),
-        "grade": problem.get("grade", ""), "has_image": bool(image), "has_hint": bool(problem.get("hint")),
-    }  # fmt: skip
     return Conversation(pid, (Turn("user", question), Turn("assistant", reply)), (image,) if image else (), extra)
+
+
+def question_of(pid: str, problem: Mapping[str, Any]) -> dict[str, Any]:
+    """What marking an answer needs to know of a problem.
+
+    Args:
+        pid: Its id, for messages.
+        problem: An entry of `problems.json`.
+
+    Returns:
+        `answer`, `num_choices`, `subject`, `grade`, `has_image` and `has_hint`.
+
+    Raises:
+        UserError: For a field that is missing or of the wrong kind.
+    """
+    for field, kind in (("question", str), ("choices", list), ("answer", int)):
+        if field not in problem:
+            raise UserError(f"row {pid}: the field '{field}' is missing; a row without it cannot be asked")
+        if field != "answer" and not isinstance(problem[field], kind):
+            raise UserError(f"row {pid}: {field} is {problem[field]!r}; it should be a {kind.__name__}")
+    choices, answer = problem["choices"], problem["answer"]
+    fits = isinstance(answer, int) and 0 <= answer < len(choices) and 2 <= len(choices) <= len(LETTERS)
+    if not fits:
+        raise UserError(f"row {pid}: answer is {answer!r}; it should index its {len(choices)} choices (2 to 5)")
+    return {
+        "answer": answer, "num_choices": len(choices), "subject": str(problem.get("subject", "")),
+        "grade": str(problem.get("grade", "")), "has_image": bool(problem.get("image")),
+        "has_hint": bool(problem.get("hint")),
+    }  # fmt: skip
 
 
 def _parquet_files(folder: Path, split: str) -> list[str]:
@@ -168,6 +191,9 @@ def _parquet_files(folder: Path, split: str) -> list[str]:
 def _read_parquet(folder: Path, path: str, split: str, revision: str | None) -> Any:
     import datasets  # heavy, and only this form needs it
 
+    if folder.is_dir() and not _parquet_files(folder, split):
+        found = sorted({file.name.split("-")[0] for file in folder.rglob("*.parquet")})
+        raise UserError(f"{path}: no split {split!r}{nearest(split, found)}; it has {', '.join(found)}")
     try:
         if folder.is_dir():
             table = datasets.load_dataset("parquet", data_files=_parquet_files(folder, split), split="train")
@@ -176,4 +202,8 @@ def _read_parquet(folder: Path, path: str, split: str, revision: str | None) -> 
             table = datasets.load_dataset(path, split=hub_split, revision=revision)
     except Exception as error:  # the library raises a dozen kinds for a name that is not there
         raise UserError(f"data.path: {path}, split {split!r}, cannot be read: {str(error).splitlines()[0]}") from None
+    if "image" not in table.column_names:
+        raise UserError(
+            f"data.path: {path}, split {split!r}, has no column image; it has {', '.join(table.column_names)}"
+        )
     return table.cast_column("image", datasets.Image(decode=False))

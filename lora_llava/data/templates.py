@@ -132,14 +132,14 @@ def chat_template(template: Template) -> str:
         inside = "{{ state.system }}{%- set state.system = '' -%}" if template.system_in_user else ""
         user = f"{_say(before)}{inside}{{{{ text_of(message) }}}}{_say(after)}"
     head, tail = template.system_format.split("{}") if template.system_format else ("", "")
-    wrapped = f"{json.dumps(head)} + state.system + {json.dumps(tail)}"
-    emit = "" if template.system_in_user else "{{ state.system }}"
+    wrapped = f"{_quote(head)} + state.system + {_quote(tail)}"
+    emit = "{{ state.system }}" if template.system_format and not template.system_in_user else ""
     closing = (
         f"{{%- if not add_generation_prompt -%}}{_say(template.closing)}{{%- endif -%}}" if template.closing else ""
     )
     return (
         f"{_JINJA_TEXT}"
-        f"{{%- set state = namespace(system={json.dumps(template.system)}) -%}}"
+        f"{{%- set state = namespace(system={_quote(template.system)}) -%}}"
         "{%- if messages and messages[0]['role'] == 'system' -%}"
         "{%- set state.system = text_of(messages[0]) -%}{%- endif -%}"
         f"{{%- if state.system -%}}{{%- set state.system = {wrapped} -%}}{{%- endif -%}}"
@@ -154,4 +154,8 @@ def chat_template(template: Template) -> str:
 
 
 def _say(text: str) -> str:
-    return f"{{{{ {json.dumps(text)} }}}}" if text else ""
+    return f"{{{{ {_quote(text)} }}}}" if text else ""
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)  # escaped, a letter beyond U+FFFF would be two, which Jinja keeps apart

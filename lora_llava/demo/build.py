@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,12 +29,12 @@ from transformers import (
 )
 
 from lora_llava.demo.corpus import Text, random_text, tokenizer_texts
-from lora_llava.demo.world import IMAGE_SIZE, PLACES, Scene, Thing, caption, draw, random_scene
+from lora_llava.demo.world import IMAGE_SIZE, PLACES, SHAPES, Scene, caption, draw, random_scene
 
 VOCAB_SIZE = 896
 PATCH_SIZE = 16
-LLM_STEPS, LLM_BATCH = 3200, 16
-CLIP_STEPS, CLIP_SCENES, CLIP_POOL = 1600, 32, 8000
+LLM_STEPS, LLM_BATCH = 4000, 16
+CLIP_STEPS, CLIP_SCENES, CLIP_POOL = 3000, 32, 10000
 
 
 def build_tokenizer(seed: int) -> LlamaTokenizer:
@@ -138,26 +139,21 @@ def clip_config(vocab_size: int) -> CLIPConfig:
 
 
 def near_misses(scene: Scene, rng: random.Random) -> list[Scene]:
-    """The scene and three that differ a little: another place, another colour, and colours exchanged (or mirrored).
+    """The scene and three that differ a little: one thing moved, one of another shape, the colours exchanged.
 
-    In-batch negatives that share most words make the contrastive loss ask which thing has which colour where.
+    In-batch negatives that share most words make the contrastive loss ask which thing has which colour and shape where.
     """
     things = list(scene.things)
-    free = [place for place in range(len(PLACES)) if place not in {t.place for t in things}]
     index = rng.randrange(len(things))
-    moved, painted = things.copy(), things.copy()
     thing = things[index]
-    moved[index] = Thing(rng.choice(free), thing.colour, thing.shape)
-    other = random_scene(rng).things[0]
-    taken = {t.colour for t in things}, {t.shape for t in things}
-    painted[index] = Thing(
-        thing.place,
-        thing.colour if other.colour in taken[0] else other.colour,
-        thing.shape if other.shape in taken[1] else other.shape,
-    )
+    place = rng.choice([place for place in range(len(PLACES)) if place not in {t.place for t in things}])
+    shape = rng.choice([shape for shape in SHAPES if shape not in {t.shape for t in things}])
+    moved, reshaped = things.copy(), things.copy()
+    moved[index] = replace(thing, place=place)
+    reshaped[index] = replace(thing, shape=shape)
     colours = [t.colour for t in things]
-    turned = [Thing(t.place, c, t.shape) for t, c in zip(things, colours[1:] + colours[:1], strict=True)]
-    return [scene, *(Scene(tuple(sorted(items))) for items in (moved, painted, turned))]
+    turned = [replace(t, colour=c) for t, c in zip(things, colours[1:] + colours[:1], strict=True)]
+    return [scene, *(Scene(tuple(sorted(items))) for items in (moved, reshaped, turned))]
 
 
 def train_vision_tower(

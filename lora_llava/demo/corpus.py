@@ -53,8 +53,9 @@ def chat(user: str, answer: str) -> Text:
 
 
 def _scene_question(scene: Scene, rng: random.Random) -> list[Text]:
-    row = rng.choice(questions.VISUAL)(scene, rng)
-    prompt, answer = format_problem(row, "QCM-LEA")
+    # Which shape is where is learnt last of all, and so asked more often.
+    ask = rng.choice((*questions.VISUAL, questions.shape_at, questions.compass_of))
+    prompt, answer = format_problem(ask(scene, rng), "QCM-LEA")
     return [chat(f"{written_scene(scene, rng)}\n{prompt}", answer)]
 
 

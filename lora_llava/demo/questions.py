@@ -143,22 +143,19 @@ def sentence_kind(rng: random.Random) -> Row:
 
 
 def magnet(rng: random.Random) -> Row:
-    names = rng.sample(facts.NAMES, 2)
-    pulled = rng.sample((True, False), 2)
-    materials = [rng.choice(facts.MATERIALS[kind]) for kind in pulled]
-    hint = " ".join(f"{name} has {material}." for name, material in zip(names, materials, strict=True))
-    index = rng.randrange(2)
-    right = "yes" if pulled[index] else "no"
-    solution = f"{names[index]} has {materials[index]}. A magnet {'pulls' if pulled[index] else 'does not pull'} it."
+    pulled = rng.random() < 0.5
+    name, thing, material = rng.choice(facts.NAMES), rng.choice(facts.OBJECTS), rng.choice(facts.MATERIALS[pulled])
+    solution = f"It is {material}. A magnet {'pulls' if pulled else 'does not pull'} it."
     about = (NATURAL, "physics", "Identify magnetic materials")
-    return _row(rng, f"Does a magnet pull what {names[index]} has?", ("yes", "no"), right, solution, about, hint)
+    hint = f"{name} has a {thing} of {material}."
+    return _row(rng, "Does a magnet pull it?", ("yes", "no"), "yes" if pulled else "no", solution, about, hint)
 
 
 def trade(rng: random.Random) -> Row:
-    seller, buyer = rng.sample(facts.NAMES, 2)
-    role, name = rng.choice((("buyer", buyer), ("seller", seller)))
+    name, thing = rng.choice(facts.NAMES), rng.choice(facts.OBJECTS)
+    role, verb = rng.choice((("buyer", "bought"), ("seller", "sold")))
     about = (SOCIAL, "economics", "Identify buyers and sellers")
-    hint = f"{seller} sold a {rng.choice(facts.OBJECTS)} to {buyer}."
+    hint = f"{name} {verb} {rng.choice(('a', 'one', 'the'))} {rng.choice(('new', *facts.QUALITIES))} {thing}."
     return _row(rng, f"What is {name}?", ("buyer", "seller"), role, f"{name} is the {role}.", about, hint)
 
 

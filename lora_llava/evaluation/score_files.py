@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lora_llava.data.scienceqa import read_problems
+from lora_llava.data.scienceqa import question_of, read_problems
 from lora_llava.errors import UserError
 from lora_llava.evaluation.scienceqa import Table, make_prediction, score
 
@@ -35,11 +35,12 @@ def score_scienceqa_file(problems: Path, splits: Path, answers: Path, split: str
         raise UserError(f"{answers}: no answer to {len(missing)} of {len(entries)} questions, the first {missing[0]!r}")
     predictions = []
     for pid, entry in entries.items():
-        question = {
-            "answer": entry["answer"], "num_choices": len(entry["choices"]), "subject": entry["subject"],
-            "grade": entry["grade"], "has_image": bool(entry.get("image")), "has_hint": bool(entry.get("hint")),
-        }  # fmt: skip
-        predictions.append(make_prediction(pid, texts[pid], question))
+        lacking = [field for field in ("subject", "grade") if field not in entry]
+        if lacking:
+            raise UserError(f"{problems}: row {pid}: the field {lacking[0]!r} is missing; its columns need it")
+        predictions.append(make_prediction(pid, texts[pid], question_of(pid, entry)))
+    if not predictions:
+        raise UserError(f"{splits}: split {split!r} is empty; name the one that was asked with --split")
     return score(predictions)
 
 
@@ -47,12 +48,18 @@ def _read_answers(file: Path) -> dict[str, str]:
     if not file.is_file():
         raise UserError(f"{file} is missing; give a JSONL file of question_id and text")
     texts: dict[str, str] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would part an answer at U+2028
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8: {error}") from None
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            pid, text = str(row["question_id"]), str(row["text"])
+            pid, text = str(row["question_id"]), row["text"]
+            if not isinstance(text, str):
+                raise TypeError(f"text is {text!r}")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}, line {number}: needs question_id and text ({error})") from None
         if pid in texts:

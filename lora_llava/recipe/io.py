@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from lora_llava.errors import UserError, nearest
 from lora_llava.recipe.schema import Recipe
@@ -45,6 +46,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{where}{line}: not YAML: {error.problem}") from None
+    except YAMLError as error:
+        raise RecipeError(f"{where}: not YAML: {str(error).splitlines()[0]}") from None
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -61,7 +64,11 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: For a missing file, bad YAML, an unknown key, a wrong type or a value out of range.
     """
     path = find_recipe(path)
-    content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8: {error}") from None
+    content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys; this is {type(content).__name__}")
     for override in overrides:
@@ -78,22 +85,30 @@ def check_recipe(content: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
-        raise RecipeError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+        lines: dict[str, str] = {}
+        for detail in error.errors():
+            field, line = _explain(detail)
+            lines[field] = f"{lines[field]} or {line.split('it should be ')[-1]}" if field in lines else line
+        raise RecipeError("\n".join(f"{where}: {line}" for line in lines.values())) from None
 
 
-def _explain(detail: Any) -> str:
-    location = [str(part) for part in detail["loc"]]
+def _explain(detail: Any) -> tuple[str, str]:
+    """The field and what is wrong with it."""
+    # Of a union pydantic also names the branch, such as `constrained-int` or `literal['all']`.
+    location = [str(part) for part in detail["loc"] if not re.search(r"[\[-]", str(part))]
     field = ".".join(location) or "recipe"
     if detail["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
-        return f"{field} is not a key of a recipe{nearest(location[-1], known)}"
+        return field, f"{field} is not a key of a recipe{nearest(location[-1], _fields_at(location[:-1]))}"
+    if detail["type"] == "invalid_key":
+        return field, f"the key {field} is not text; write it in quotes"
     if detail["type"] == "missing":
-        return f"{field} is missing"
+        return field, f"{field} is missing"
+    if detail["type"] == "too_short":
+        return field, f"{field} is {detail['input']!r}; name at least one"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if detail["type"] == "value_error":
-        return f"{field}: {message}" if location else message
-    return f"{field} is {detail['input']!r}; it should be {message}"
+        return field, f"{field}: {message}" if location else message
+    return field, f"{field} is {detail['input']!r}; it should be {message}"
 
 
 def _fields_at(location: Iterable[str]) -> list[str]:
@@ -122,6 +137,7 @@ def dump_recipe(recipe: Recipe) -> str:
     """Write the resolved recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
+    yaml.allow_unicode = False  # U+0085 written bare would read back as a space
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     stream = io.StringIO()
     yaml.dump(recipe.model_dump(mode="json"), stream)

@@ -10,6 +10,8 @@ Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 LINEARS: tuple[Linear, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a Llama block (transformers, models/llama/modeling_llama.py)."""
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -82,7 +84,7 @@ class LoraSection(Section):
 
     r: Annotated[int, Field(ge=1)] = 64
     """Rank."""
-    alpha: Annotated[float, Field(gt=0)] = 16
+    alpha: Positive = 16
     """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with rslora)."""
     dropout: Fraction = 0.0
     """Dropout before A."""
@@ -145,7 +147,7 @@ class DataSection(Section):
 class TrainingSection(Section):
     """The optimiser and its schedule."""
 
-    epochs: Annotated[float, Field(gt=0)] = 1.0
+    epochs: Positive = 1.0
     """Passes over the training rows."""
     max_steps: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many optimiser steps; null goes by epochs."""
@@ -153,11 +155,11 @@ class TrainingSection(Section):
     """Samples per device and forward pass."""
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     """Forward passes per optimiser step."""
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Positive
     """Peak rate of the adapters (Stage 2) or of the projector (Stage 1)."""
-    projector_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    projector_learning_rate: Positive | None = None
     """Stage 2: peak rate of the projector; null takes learning_rate."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     """AdamW's decay of matrices."""
     warmup_ratio: Fraction = 0.03
     """Share of the steps over which the rates rise."""
@@ -165,7 +167,7 @@ class TrainingSection(Section):
     """How the rates fall."""
     optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
     """transformers' name of the optimiser; the 8-bit ones need CUDA."""
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    max_grad_norm: NotNegative = 1.0
     """Gradients are scaled down to this norm; 0 never."""
     gradient_checkpointing: bool = True
     """Recompute the language model's layers in the backward pass: less memory, a third more time."""

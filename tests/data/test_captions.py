@@ -71,14 +71,12 @@ def test_a_row_of_another_shape_is_named(tmp_path: Path, row: Any) -> None:
 
 
 @pytest.mark.parametrize("turn", [{"from": "hooman", "value": "x"}, {"value": "x"}, {"from": "human"}])
-@pytest.mark.xfail(strict=True, reason="BUG: the message about a turn does not name its row")
 def test_a_bad_turn_s_row_is_named(tmp_path: Path, turn: dict[str, str]) -> None:
     with pytest.raises(UserError, match="row 7: message 0: "):
         load_captions(write(tmp_path, [ROW | {"conversations": [turn]}]))
 
 
 @pytest.mark.parametrize("image", [5, None, ["a.png", "b.png"]])
-@pytest.mark.xfail(strict=True, reason="BUG: the picture's name is not checked and fails later as a TypeError")
 def test_a_picture_s_name_is_text(tmp_path: Path, image: Any) -> None:
     with pytest.raises(UserError, match="row 7: "):
         load_captions(write(tmp_path, [ROW | {"image": image}]))
@@ -115,7 +113,6 @@ def test_something_is_left_to_train_on(held_back: int) -> None:
         split_rows(rows_of([0, 1, 2]), held_back, 0)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: rows of one picture move together, and none is left without an error")
 def test_something_is_left_to_train_on_beside_a_shared_picture() -> None:
     with pytest.raises(UserError, match="leave some to train on"):
         split_rows(rows_of([0, 0, 0]), 1, 0)

@@ -139,21 +139,18 @@ def test_a_recipe_s_system_text_is_served(
     assert_served_as_trained(messages, demo_tokenizer, chosen, server(demo_tokenizer, chosen))
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: json.dumps writes surrogate pairs, which Jinja reads as two lone halves")
 def test_a_system_text_beyond_the_first_plane_is_served(demo_tokenizer: LlamaTokenizer, server: Any) -> None:
     chosen = get_template("vicuna_v1", "Be kind 😀")
     messages = [*SHOWN, message("assistant", "A dog.")]
     assert_served_as_trained(messages, demo_tokenizer, chosen, server(demo_tokenizer, chosen))
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: plain drops a system message, its chat template writes it")
 def test_plain_serves_a_system_message_as_trained(served: Any) -> None:
     tokenizer, serve = served("demo_tokenizer", "plain")
     messages = [message("system", "Be brief."), *SHOWN, message("assistant", "A dog.")]
     assert_served_as_trained(messages, tokenizer, "plain", serve)
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: plain drops a recipe's system text, its chat template writes it")
 def test_plain_serves_a_recipe_s_system_text_as_trained(demo_tokenizer: LlamaTokenizer, server: Any) -> None:
     chosen = get_template("plain", "Be brief.")
     messages = [*SHOWN, message("assistant", "A dog.")]

@@ -63,7 +63,6 @@ def test_a_missing_picture_is_named(pictures: Path) -> None:
     refused(pictures, "", "picture  cannot be read: ")
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: pathlib's ValueError for a NUL in a name is not caught")
 def test_a_name_with_a_nul_is_refused(pictures: Path) -> None:
     refused(pictures, "a\0b.png", "picture ")
 

@@ -194,7 +194,6 @@ def test_a_problem_that_cannot_be_asked_is_refused(tmp_path: Path, problem: dict
 
 
 @pytest.mark.parametrize("change", [{"choices": None}, {"choices": ["one"], "answer": 0}, {"question": None}])
-@pytest.mark.xfail(strict=True, reason="BUG: a field of the wrong kind is a TypeError, or asked as it stands")
 def test_a_field_of_the_wrong_kind_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     write(tmp_path, {"1": METAL | change}, {"test": ["1"]})
     with pytest.raises(UserError, match="row 1"):
@@ -271,7 +270,6 @@ def test_a_parquet_file_that_cannot_be_read_is_named(parquet: Path) -> None:
         load_scienceqa(parquet, "test")
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: a parquet file without the column image is a ValueError")
 def test_parquet_without_the_column_image_is_told(parquet: Path) -> None:
     file = parquet / "data" / "validation-00000-of-00001.parquet"
     pq.write_table(pq.read_table(file).drop_columns("image"), file)
@@ -279,7 +277,6 @@ def test_parquet_without_the_column_image_is_told(parquet: Path) -> None:
         load_scienceqa(parquet, "val")
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: an unknown split of a parquet folder is told as a missing problems.json")
 def test_an_unknown_parquet_split_is_told_as_such(parquet: Path) -> None:
     with pytest.raises(UserError, match="no split 'tset'"):
         load_scienceqa(parquet, "tset")

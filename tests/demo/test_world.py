@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_llava.demo import corpus, facts, questions
+from lora_llava.demo import corpus, questions
 from lora_llava.demo.dataset import build_demo_captions, build_demo_scienceqa
 from lora_llava.demo.world import caption, draw, random_scene
 

@@ -198,7 +198,6 @@ def test_a_malformed_line_is_named(files: Files, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\x85", "\u2029"])
-@pytest.mark.xfail(strict=True, reason="BUG: str.splitlines parts a JSON line at U+0085, U+2028 and U+2029")
 def test_an_answer_may_hold_unicode_s_line_marks(files: Files, mark: str) -> None:
     files.write_answers([("1", f"a{mark}b The answer is B."), *ANSWERS[::2]])
     table = score_scienceqa_file(files.problems, files.splits, files.answers)
@@ -206,14 +205,12 @@ def test_an_answer_may_hold_unicode_s_line_marks(files: Files, mark: str) -> Non
 
 
 @pytest.mark.parametrize("field", ["answer", "choices", "subject", "grade"])
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="BUG: a problem that lacks a field is a traceback")
 def test_a_problem_without_a_field_is_told(files: Files, field: str) -> None:
     problem = {key: value for key, value in PROBLEM.items() if key != field}
     files.problems.write_text(json.dumps(PROBLEMS | {"2": problem}))
     assert files.run("--json") == 2
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="BUG: bytes that are not UTF-8 are a traceback")
 def test_answers_that_are_not_utf_8_are_told(files: Files) -> None:
     files.answers.write_bytes(b"\xff")
     assert files.run("--json") == 2

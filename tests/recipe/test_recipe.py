@@ -258,7 +258,6 @@ def test_texts_that_look_like_something_else_read_back(file: Path, text: str) ->
     assert check_recipe(parse_yaml(dump_recipe(recipe), "dump"), "dump") == recipe
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: ruamel writes U+0085 bare, and it reads back as a space")
 def test_a_next_line_character_reads_back(file: Path) -> None:
     recipe = load_recipe(file, ['data.system_prompt="a\\Nb"'])
     assert recipe.data.system_prompt == "a\x85b"

@@ -102,7 +102,6 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message:
 
 
 @pytest.mark.parametrize("content", [b"stage: \xe9\n", b"stage: \x00\n", b"\xff\xfe"])
-@pytest.mark.xfail(strict=True, reason="BUG: UnicodeDecodeError and ruamel's ReaderError are tracebacks")
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.yaml"
     file.write_bytes(content)
