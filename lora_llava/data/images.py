@@ -10,11 +10,8 @@ from PIL import Image, UnidentifiedImageError
 
 from lora_llava.errors import UserError
 
-_UNREADABLE = (
-    UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)  # fmt: skip
-"""What Pillow raises for a picture it cannot or will not decode; the last where warnings are errors."""
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+"""Pillow's own cap; the second is raised where warnings are errors."""
 
 
 class BadImageError(UserError):
@@ -54,7 +51,9 @@ def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image
             return image.convert("RGB")
     except FileNotFoundError:
         raise BadImageError(f"picture {name} is missing") from None
-    except _UNREADABLE as error:
+    except _TOO_LARGE as error:
+        raise BadImageError(f"picture {name} is over max_image_pixels {max_pixels}: {error}") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise BadImageError(f"picture {name} cannot be read: {error}") from None
 
 

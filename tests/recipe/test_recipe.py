@@ -129,7 +129,7 @@ def test_no_is_a_name_and_a_short_float_a_number(file: Path) -> None:
         ("lora.dropout=1", "lora.dropout is 1; it should be less than 1"),
         ("lora.rslora=no", "lora.rslora is 'no'; it should be a valid boolean"),
         ("training.learning_rate='2e-5'", "training.learning_rate is '2e-5'; it should be a valid number"),
-        ("training.learning_rate=.nan", "training.learning_rate is nan; it should be greater than 0"),
+        ("training.learning_rate=.nan", "training.learning_rate is nan; it should be a finite number"),
         ("training.lr_scheduler=poly", "training.lr_scheduler is 'poly'; it should be "
          "'cosine', 'linear' or 'constant_with_warmup'"),
         ("model.start_from.untrained=false", "model.start_from.untrained is False; it should be True"),
