@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 LETTERS = "ABCDE"
@@ -106,8 +106,3 @@ def score(predictions: Iterable[Prediction]) -> Table:
         for column, (correct, count) in counts.items()
     }
     return table | {"unparsed": unparsed}
-
-
-def chance(num_choices: Sequence[int]) -> float:
-    """The accuracy of guessing, in percent."""
-    return 100 * sum(1 / number for number in num_choices) / max(1, len(num_choices))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.cli import main
-from lora_llava.evaluation.scienceqa import Prediction, categories, chance, make_prediction, parse_answer, score
+from lora_llava.evaluation.scienceqa import Prediction, categories, make_prediction, parse_answer, score
 from lora_llava.evaluation.score_files import score_scienceqa_file
 
 SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "scienceqa_sample"
@@ -88,12 +88,6 @@ def test_the_table_is_exact() -> None:
         "IMG": [100.0, 2, 2], "NO": [33.33, 1, 3], "G1-6": [50.0, 2, 4], "G7-12": [50.0, 1, 2], "unparsed": 2,
     }  # fmt: skip
     assert score([])["AVG"] == [0.0, 0, 0]
-
-
-def test_chance_is_the_mean_over_questions() -> None:
-    assert chance([2, 4]) == 37.5
-    assert chance([5]) == 20.0
-    assert chance([]) == 0.0
 
 
 PROBLEM = {
