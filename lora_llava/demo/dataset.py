@@ -30,8 +30,8 @@ def build_demo_scienceqa(cache: Path, rows: dict[str, int] | None = None) -> Pat
         rows: How many rows of each split; the demo's where None.
 
     Returns:
-        A folder with `problems.json`, `pid_splits.json` and `images/{split}/{id}/image.png`. No scene and no
-        question of one split occurs in another.
+        A folder with `problems.json`, `pid_splits.json`, `images/{split}/{id}/image.png`, and `scenes.json`, what each
+        picture shows. No scene and no question of one split occurs in another.
     """
     rows = rows or ROWS
     name = f"scienceqa-v{_VERSION}-{'-'.join(str(count) for count in rows.values())}"
@@ -65,33 +65,36 @@ def _write_scienceqa(folder: Path, rows: dict[str, int]) -> None:
     rng = random.Random(SEED)
     problems: dict[str, Row] = {}
     splits: dict[str, list[str]] = {}
+    scenes: dict[str, str] = {}
     seen: set[str] = set()
     for split, count in rows.items():
         splits[split] = []
         while len(splits[split]) < count:
             pid = str(len(problems) + 1)
-            row = _draw_row(rng, cast(Split, split), folder / "images" / split / pid, seen)
+            row, scene = _draw_row(rng, cast(Split, split), folder / "images" / split / pid, seen)
             if row is not None:
                 problems[pid] = row
+                scenes |= {pid: scene} if scene else {}
                 splits[split].append(pid)
     (folder / "problems.json").write_text(json.dumps(problems, indent=1))
     (folder / "pid_splits.json").write_text(json.dumps(splits))
+    (folder / "scenes.json").write_text(json.dumps(scenes))
 
 
-def _draw_row(rng: random.Random, split: Split, image_folder: Path, seen: set[str]) -> Row | None:
-    """One row with its picture, or None where the same question was drawn before."""
+def _draw_row(rng: random.Random, split: Split, image_folder: Path, seen: set[str]) -> tuple[Row | None, str]:
+    """One row with its picture and what that shows; no row where the same question was drawn before."""
     if rng.random() < VISUAL_SHARE:
         scene = random_scene(rng, split)
         row = rng.choice(questions.VISUAL)(scene, rng)
         image_folder.mkdir(parents=True)
         draw(scene, rng).save(image_folder / "image.png")
-        return row | {"image": "image.png", "split": split}
+        return row | {"image": "image.png", "split": split}, scene.key
     row = rng.choice(questions.TEXTUAL)(rng)
     key = json.dumps([row["question"], row["hint"], row["choices"]])
     if key in seen:
-        return None
+        return None, ""
     seen.add(key)
-    return row | {"split": split}
+    return row | {"split": split}, ""
 
 
 def _write_captions(folder: Path, count: int) -> None:

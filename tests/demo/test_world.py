@@ -56,6 +56,21 @@ def test_scenes_belong_to_one_split_by_what_they_show() -> None:
     assert not keys["val"] & keys["test"]
 
 
+def test_no_scene_on_disk_is_in_two_splits(data: Path) -> None:
+    scenes = json.loads((data / "scenes.json").read_text())
+    shown = {split: {scenes[r["pid"]] for r in rows(data, split) if r["image"]} for split in ("train", "val", "test")}
+    assert min(map(len, shown.values())) > 20
+    assert not shown["train"] & (shown["val"] | shown["test"])
+    assert not shown["val"] & shown["test"]
+
+
+def test_captions_show_no_scene_of_the_other_splits(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    others = {caption(random_scene(rng, split)) for split in ("val", "test") for _ in range(4000)}
+    told = {row["conversations"][1]["value"] for row in json.loads(build_demo_captions(tmp_path, 300).read_text())}
+    assert not told & others
+
+
 def test_text_questions_of_one_split_do_not_occur_in_another(data: Path) -> None:
     asked = {
         split: {json.dumps([r["question"], r["hint"], r["choices"]]) for r in rows(data, split) if not r["image"]}
