@@ -37,6 +37,13 @@ def _console() -> Any:
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} should be 1 or more")
+    return number
+
+
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the recipe")
@@ -78,7 +85,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a run directory, a folder with a whole LLaVA, or a Hub id")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the recipe")
     parser.add_argument("--recipe", help="whose data and evaluation to use; default: the run's own")
-    parser.add_argument("--limit", type=int, help="ask only this many questions, drawn by the recipe's seed")
+    parser.add_argument("--limit", type=_count, help="ask only this many questions, drawn by the recipe's seed")
     parser.add_argument("--shuffle-images", action="store_true", help="exchange the pictures among the questions")
     parser.add_argument("--base-only", action="store_true", help="the run's base, without what was trained")
     parser.add_argument("--output", help="where predictions go; default: the run directory")
@@ -146,8 +153,8 @@ def _recipes(args: argparse.Namespace) -> None:
 def _add_build_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for llm/ and vision_tower/")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--llm-steps", type=int, help="fewer steps, for a try")
-    parser.add_argument("--clip-steps", type=int, help="fewer steps, for a try")
+    parser.add_argument("--llm-steps", type=_count, help="fewer steps, for a try")
+    parser.add_argument("--clip-steps", type=_count, help="fewer steps, for a try")
 
 
 def _build_demo(args: argparse.Namespace) -> None:
@@ -195,6 +202,9 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         prefix = "error: " if error.exit_code == 2 else ""
         print("\n".join(prefix + line for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        print(f"error: {error.filename}: {error.strerror}; name another place", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

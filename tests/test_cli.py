@@ -128,6 +128,19 @@ def test_an_unknown_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) 
     assert error.value.code == 2
 
 
+def test_a_count_below_one_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(None, ["evaluate", "run", "--limit", "-3"])
+    assert error.value.code == 2
+    assert "--limit: -3 should be 1 or more" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    told = error_of(capsys, "recipes", "--copy", str(tmp_path / "file" / "below"))
+    assert told == f"error: {tmp_path / 'file' / 'below'}: Not a directory; name another place"
+
+
 def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(None, ["recipes"]) == 0
     assert "demo_scienceqa_qlora.yaml" in capsys.readouterr().out
