@@ -12,12 +12,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
@@ -32,12 +31,12 @@ from transformers import (
 
 from lora_llava.errors import UserError
 from lora_llava.model.original import identity_layer, read_projector
-from lora_llava.model.parts import Part, iterate_tensors
+from lora_llava.model.parts import Part
+from lora_llava.model.tensor_files import LazyTensor, lazy_tensors, write_checkpoint
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 VOCABULARY_MULTIPLE = 64
 """llava-hf pads Vicuna's 32,002 tokens to 32,064, the next multiple."""
-SHARD_BYTES = 2 * 2**30
 _FORMAT = 1
 """Raise it when the same parts would be written differently."""
 
@@ -148,7 +147,7 @@ def build_base(
     temporary = Path(tempfile.mkdtemp(prefix=f"{parts.key}.", dir=folder.parent))
     try:
         tensors = _all_tensors(config, llm, vision_tower, projector_file, parts)
-        _write_shards(tensors, temporary, progress)
+        write_checkpoint(tensors, temporary, torch.bfloat16, progress)
         config.save_pretrained(temporary)
         _generation_config(config).save_pretrained(temporary)
         tokenizer = load_tokenizer(llm.folder, config)
@@ -174,29 +173,45 @@ def _generation_config(config: LlavaConfig) -> GenerationConfig:
 
 def _all_tensors(
     config: LlavaConfig, llm: Part, vision_tower: Part, projector_file: Path | None, parts: BaseParts
-) -> Iterator[tuple[str, torch.Tensor]]:
-    vocabulary = config.text_config.vocab_size
-    for name, tensor in iterate_tensors(llm.folder):
-        if name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints carry
-            continue
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensor = pad_vocabulary(tensor, vocabulary)
-        yield f"language_model.{name}", tensor
-        if config.text_config.tie_word_embeddings and name == "model.embed_tokens.weight":
-            yield "language_model.lm_head.weight", tensor.clone()
-    for name, tensor in iterate_tensors(vision_tower.folder):
-        if name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale")):
-            continue
-        if name.endswith("position_ids"):
-            continue
-        yield f"vision_tower.vision_model.{name.removeprefix('vision_model.')}", tensor
+) -> list[LazyTensor]:
     projector = (
         fresh_projector(config, parts.seed) if projector_file is None
         else read_projector(projector_file, parts.projector_type)[0]
     )  # fmt: skip
     _check_projector(projector, config, projector_file)
-    for name, tensor in projector.items():
-        yield f"multi_modal_projector.{name}", tensor
+    return [
+        *_language_tensors(lazy_tensors(llm.folder), config),
+        *_vision_tensors(lazy_tensors(vision_tower.folder)),
+        *(LazyTensor(f"multi_modal_projector.{n}", tuple(t.shape), lambda t=t: t) for n, t in projector.items()),  # type: ignore[misc]
+    ]
+
+
+def _language_tensors(tensors: list[LazyTensor], config: LlavaConfig) -> Iterator[LazyTensor]:
+    vocabulary = config.text_config.vocab_size
+    for tensor in tensors:
+        name = tensor.name
+        if name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints carry
+            continue
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensor = _padded(tensor, vocabulary)
+        yield replace(tensor, name=f"language_model.{name}")
+        if config.text_config.tie_word_embeddings and name == "model.embed_tokens.weight":
+            yield replace(tensor, name="language_model.lm_head.weight")
+
+
+def _padded(tensor: LazyTensor, vocabulary: int) -> LazyTensor:
+    return replace(
+        tensor, shape=(vocabulary, *tensor.shape[1:]), load=lambda: pad_vocabulary(tensor.load(), vocabulary)
+    )
+
+
+def _vision_tensors(tensors: list[LazyTensor]) -> Iterator[LazyTensor]:
+    for tensor in tensors:
+        name = tensor.name
+        if name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale")):
+            continue
+        if not name.endswith("position_ids"):
+            yield replace(tensor, name=f"vision_tower.vision_model.{name.removeprefix('vision_model.')}")
 
 
 def pad_vocabulary(matrix: torch.Tensor, size: int) -> torch.Tensor:
@@ -237,44 +252,6 @@ def _check_projector(projector: dict[str, torch.Tensor], config: LlavaConfig, fi
                 f"{file}: {name} has shape {tuple(projector[name].shape)}, this LLM and tower need {tuple(shape)}; "
                 "take the projector that was trained for them"
             )
-
-
-def _write_shards(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, progress: Callable[[str], None]) -> None:
-    index: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    files: list[Path] = []
-    total = size = 0
-
-    def flush() -> None:
-        files.append(folder / f"part-{len(files):05d}.safetensors")
-        save_file(shard, files[-1], metadata={"format": "pt"})
-        index.update(dict.fromkeys(shard, files[-1].name))
-        shard.clear()
-
-    for name, tensor in tensors:
-        progress(name)
-        shard[name] = tensor.to(torch.bfloat16).contiguous()
-        size += shard[name].nbytes
-        total += shard[name].nbytes
-        if size >= SHARD_BYTES:
-            flush()
-            size = 0
-    if shard:
-        flush()
-    _name_shards(files, index, folder, total)
-
-
-def _name_shards(files: list[Path], index: dict[str, str], folder: Path, total: int) -> None:
-    """Rename the shards as transformers does and write their index."""
-    if len(files) == 1:
-        files[0].rename(folder / "model.safetensors")
-        return
-    names = {file.name: f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i, file in enumerate(files)}
-    for file in files:
-        file.rename(folder / names[file.name])
-    weight_map = {tensor: names[file] for tensor, file in sorted(index.items())}
-    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def load_tokenizer(folder: Path, config: LlavaConfig | None = None) -> PreTrainedTokenizerBase:

@@ -8,7 +8,8 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
 from lora_llava.errors import UserError
-from lora_llava.model.parts import NETWORK_ERRORS, Download, check_hub_id, file_hash, load_bin, not_to_be_had
+from lora_llava.model.parts import NETWORK_ERRORS, Download, check_hub_id, file_hash, not_to_be_had
+from lora_llava.model.tensor_files import load_bin
 
 PROJECTOR_FILE = "mm_projector.bin"
 _FIELD = "start_from.projector"

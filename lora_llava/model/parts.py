@@ -1,21 +1,18 @@
-"""The parts a LLaVA is made of: where their files are, what they hold, and tensors one at a time."""
+"""The parts a LLaVA is made of: where their files are and what identifies them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from safetensors import safe_open
 
 from lora_llava.errors import UserError
+from lora_llava.model.tensor_files import weight_files
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo" / "base"
 TEXT_FILES = ("*.json", "*.jinja", "tokenizer.model")
@@ -109,7 +106,7 @@ def plan_download(name: str, revision: str | None, field: str) -> Download:
             raise not_to_be_had(name, field, error) from None
         return Download(name, 0, True)
     sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
-    wanted = _weights_of(list(sizes)) + [file for file in sizes if _is_text(file)]
+    wanted = weight_files(list(sizes)) + [file for file in sizes if _is_text(file)]
     missing = [file for file in wanted if not isinstance(try_to_load_from_cache(name, file, revision=info.sha), str)]
     return Download(name, sum(sizes[file] for file in missing), not missing)
 
@@ -152,15 +149,8 @@ def _is_text(file: str) -> bool:
     return Path(file).match("*.json") or file in ("tokenizer.model", "chat_template.jinja")
 
 
-def _weights_of(files: list[str]) -> list[str]:
-    """A repository's weight files, safetensors where it has them; `.bin` is what Vicuna's has."""
-    top = [file for file in files if "/" not in file]
-    safe = [file for file in top if file.endswith(".safetensors")]
-    return safe or [file for file in top if file.startswith("pytorch_model") and file.endswith(".bin")]
-
-
 def _fetch(name: str, revision: str | None) -> Path:
-    weights = _weights_of(HfApi().list_repo_files(name, revision=revision))
+    weights = weight_files(HfApi().list_repo_files(name, revision=revision))
     return Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, *weights]))
 
 
@@ -186,38 +176,3 @@ def file_hash(file: Path) -> str:
     """SHA-256 of a file, read in chunks."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give a part's tensors one at a time, from safetensors or else from `.bin` files read with `weights_only=True`.
-
-    Raises:
-        UserError: Where the folder holds no weights or one that is not plain tensors.
-    """
-    files = [folder / name for name in _weights_of(os.listdir(folder))]
-    if not files:
-        raise UserError(f"{folder} holds no *.safetensors and no pytorch_model*.bin")
-    for file in sorted(files):
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict
-                    yield name, tensors.get_tensor(name)
-        else:
-            yield from load_bin(file).items()
-
-
-def load_bin(file: Path) -> dict[str, torch.Tensor]:
-    """Read a `.bin` of plain tensors; nothing in it is executed.
-
-    Raises:
-        UserError: Where it is missing or holds anything but tensors.
-    """
-    if not file.is_file():
-        raise UserError(f"{file} is missing")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises several kinds for a file that is none of its own
-        raise UserError(f"{file} is not a file of plain tensors: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"{file} should hold a dict of tensors")
-    return content

@@ -11,8 +11,9 @@ from transformers import AutoProcessor, AutoTokenizer, LlamaForCausalLM, LlavaFo
 
 from lora_llava.errors import UserError
 from lora_llava.model.base import BaseParts, assembled_config, build_base, image_processor_of, pad_vocabulary
-from lora_llava.model.parts import iterate_tensors, load_part
+from lora_llava.model.parts import load_part
 from lora_llava.model.start import prepare_base
+from lora_llava.model.tensor_files import iterate_tensors
 from lora_llava.recipe import Recipe
 
 

@@ -1,0 +1,185 @@
+"""Weight files: read one tensor at a time, written one tensor at a time, so that memory never holds a shard."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lora_llava.errors import UserError
+
+SHARD_BYTES = 2 * 2**30
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""The safetensors format's names of what we write (safetensors/src/tensor.rs, Dtype)."""
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is still on disk.
+
+    Attributes:
+        name: Its name.
+        shape: Its shape.
+        load: Reads it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+
+def weight_files(files: Sequence[str]) -> list[str]:
+    """A checkpoint's weight files, safetensors where it has them; `.bin` is what Vicuna's has."""
+    top = sorted(file for file in files if "/" not in file)
+    safe = [file for file in top if file.endswith(".safetensors") and not file.startswith("adapter_model")]
+    return safe or [file for file in top if file.startswith("pytorch_model") and file.endswith(".bin")]
+
+
+def lazy_tensors(folder: Path) -> list[LazyTensor]:
+    """A checkpoint's tensors, unread.
+
+    Args:
+        folder: Holds safetensors, or else `.bin` files, which are read with `weights_only=True`.
+
+    Raises:
+        UserError: Where the folder holds no weights, one that is damaged, or one that is not plain tensors.
+    """
+    names = weight_files(os.listdir(folder))
+    if not names:
+        raise UserError(f"{folder} holds no *.safetensors and no pytorch_model*.bin")
+    return [tensor for name in names for tensor in lazy_file(folder / name)]
+
+
+def lazy_file(file: Path) -> list[LazyTensor]:
+    """One weight file's tensors, unread.
+
+    Raises:
+        UserError: Where it is missing, damaged, or not plain tensors.
+    """
+    if file.suffix != ".safetensors":
+        return [LazyTensor(n, tuple(t.shape), lambda t=t: t) for n, t in load_bin(file).items()]  # type: ignore[misc]
+
+    def load(name: str) -> torch.Tensor:  # opened for each tensor, so that a file's pages are not all kept
+        with safe_open(file, framework="pt") as content:
+            return content.get_tensor(name)
+
+    try:
+        with safe_open(file, framework="pt") as content:
+            shapes = {name: tuple(content.get_slice(name).get_shape()) for name in content.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is cut short or damaged ({error}); fetch it or write it again") from None
+    return [LazyTensor(name, shape, lambda name=name: load(name)) for name, shape in shapes.items()]  # type: ignore[misc]
+
+
+def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give a checkpoint's tensors one at a time.
+
+    Raises:
+        UserError: As `lazy_tensors`.
+    """
+    for tensor in lazy_tensors(folder):
+        yield tensor.name, tensor.load()
+
+
+def load_bin(file: Path) -> dict[str, torch.Tensor]:
+    """Read a `.bin` of plain tensors; nothing in it is executed.
+
+    Raises:
+        UserError: Where it is missing or holds anything but tensors.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is missing")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises several kinds for a file that is none of its own
+        raise UserError(f"{file} is not a file of plain tensors: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{file} should hold a dict of tensors")
+    return content
+
+
+def write_checkpoint(
+    tensors: Sequence[LazyTensor], folder: Path, dtype: torch.dtype, progress: Callable[[str], None] = lambda name: None
+) -> list[Path]:
+    """Write a checkpoint of `model.safetensors`, or of shards and their index, named as transformers names them.
+
+    One tensor is in memory at a time: shapes are known before, so each file's header is written first and the tensors
+    follow (the format: https://huggingface.co/docs/safetensors).
+
+    Args:
+        tensors: In the order of the file.
+        folder: Where to.
+        dtype: What they are stored in: float32, bfloat16 or float16.
+        progress: Told the name of every tensor written.
+
+    Returns:
+        The weight files.
+
+    Raises:
+        RuntimeError: Where a tensor has another shape than it said.
+    """
+    shards = plan_shards(tensors, dtype)
+    files = [folder / _shard_name(i, len(shards)) for i in range(len(shards))]
+    for shard, file in zip(shards, files, strict=True):
+        _write_file(shard, file, dtype, progress)
+    if len(shards) > 1:
+        weight_map = {
+            tensor.name: file.name for shard, file in zip(shards, files, strict=True) for tensor in shard
+        }  # fmt: skip
+        total = sum(_bytes(tensor, dtype) for tensor in tensors)
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
+    return files
+
+
+def plan_shards(tensors: Sequence[LazyTensor], dtype: torch.dtype) -> list[list[LazyTensor]]:
+    """Cut a checkpoint into shards of at most `SHARD_BYTES`, or of one larger tensor."""
+    shards: list[list[LazyTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + _bytes(tensor, dtype) > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += _bytes(tensor, dtype)
+    return shards
+
+
+def checkpoint_bytes(tensors: Sequence[LazyTensor], dtype: torch.dtype) -> int:
+    """Bytes that a checkpoint's tensors take on disk."""
+    return sum(_bytes(tensor, dtype) for tensor in tensors)
+
+
+def _bytes(tensor: LazyTensor, dtype: torch.dtype) -> int:
+    return torch.Size(tensor.shape).numel() * dtype.itemsize
+
+
+def _shard_name(index: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_file(tensors: Sequence[LazyTensor], file: Path, dtype: torch.dtype, progress: Callable[[str], None]) -> None:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + _bytes(tensor, dtype)
+        header[tensor.name] = {"dtype": _DTYPES[dtype], "shape": tensor.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            progress(tensor.name)
+            value = tensor.load()
+            if tuple(value.shape) != tensor.shape:
+                raise RuntimeError(f"{tensor.name} has shape {tuple(value.shape)}, said {tensor.shape}")
+            stream.write(value.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        stream.flush()
+        os.fsync(stream.fileno())
