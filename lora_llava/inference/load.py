@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,13 @@ from lora_llava.errors import UserError
 from lora_llava.model.loading import Quantization, load_base
 
 
-@dataclass(frozen=True)
-class BaseName:
-    """What `load_base` takes: a folder or Hub id and its revision."""
-
-    name: str
-    revision: str | None = None
-
-
 def load_answering_model(
-    base: BaseName, adapter: Path | None, *, quantization: Quantization = "none", dtype: str = "auto"
+    base: str, adapter: Path | None, *, quantization: Quantization = "none", dtype: str = "auto"
 ) -> Any:
     """Load a model for generation.
 
     Args:
-        base: What the adapter stands on, or the whole model.
+        base: Folder or Hub id of what the adapter stands on (`locate_base` finds a run's), or of the whole model.
         adapter: A run directory; None for the base alone.
         quantization: How the language model is stored.
         dtype: What is computed in.
@@ -35,14 +26,12 @@ def load_answering_model(
         The model in eval mode.
 
     Raises:
-        UserError: Where the base is gone or the adapter is another base's.
+        UserError: Where the base cannot be loaded or the adapter does not fit it.
     """
-    if adapter is not None and base.name.startswith("/") and not Path(base.name).is_dir():
-        raise UserError(f"{adapter} stands on {base.name}, which is gone; train again, or put the base back there")
-    model = load_base(base.name, quantization=quantization, dtype=dtype, revision=base.revision)
+    model = load_base(base, quantization=quantization, dtype=dtype)
     if adapter is None:
         return model
     try:
         return PeftModel.from_pretrained(model, str(adapter)).eval()
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{adapter} does not fit its base {base.name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{adapter} does not fit its base {base}: {str(error).splitlines()[0]}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lora_llava.model import parts as model_parts
 from lora_llava.model.base import BaseParts, assembled_config, build_base, cache_folder
 from lora_llava.model.original import find_projector, plan_projector, read_projector
 from lora_llava.model.parts import Download, load_config, load_part, plan_download
+from lora_llava.model.provenance import component_hashes
 from lora_llava.recipe.schema import ModelSection
 
 RUN_FILE = "run.json"
@@ -48,18 +49,22 @@ class Base:
     Attributes:
         name: The base folder's path, or a complete LLaVA's folder or Hub id: the adapter's
             `base_model_name_or_path`.
+        folder: Where its files are.
         revision: Commit of a Hub id.
         parts: What an assembled one is made of.
         initial_projector: The Stage 1 projector to start from, float32 tensors by name, or None for the base's own.
     """
 
     name: str
+    folder: Path
     revision: str | None
     parts: BaseParts | None
     initial_projector: dict[str, torch.Tensor] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "revision": self.revision, "parts": self.parts.__dict__ if self.parts else None}
+        """What an adapter records of it: name, revision, parts, and its components' hashes."""
+        parts = asdict(self.parts) if self.parts else None
+        return {"name": self.name, "revision": self.revision, "parts": parts, "hashes": component_hashes(self.folder)}
 
 
 def plan_model(section: ModelSection) -> ModelPlan:
@@ -133,8 +138,9 @@ def prepare_base(section: ModelSection, seed: int, progress: Callable[[str], Non
     if start.llava is not None:
         folder = model_parts.local_folder(start.llava, "start_from.llava")
         if folder is not None:
-            return Base(str(folder.resolve()), None, None)
-        return Base(start.llava, load_part(start.llava, start.llava_revision, "start_from.llava").revision, None)
+            return Base(str(folder.resolve()), folder, None, None)
+        part = load_part(start.llava, start.llava_revision, "start_from.llava")
+        return Base(part.name, part.folder, part.revision, None)
     llm_name, tower_name = section.llm or "", section.vision_tower or ""  # the schema holds that both are given
     llm = load_part(llm_name, section.llm_revision, "llm")
     tower = load_part(tower_name, section.vision_tower_revision, "vision_tower")
@@ -155,7 +161,8 @@ def prepare_base(section: ModelSection, seed: int, progress: Callable[[str], Non
             raise UserError(
                 f"{start.stage1_run} stands on a base that is no longer in {cache_folder()}; run Stage 1 again"
             )
-    return Base(str(build_base(parts, llm, tower, file, progress)), None, parts, initial)
+    folder = build_base(parts, llm, tower, file, progress)
+    return Base(str(folder), folder, None, parts, initial)
 
 
 def read_stage1(run: Path, section: ModelSection) -> tuple[BaseParts, dict[str, torch.Tensor]]:

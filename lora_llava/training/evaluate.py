@@ -9,8 +9,9 @@ from lora_llava.data.templates import get_template
 from lora_llava.errors import UserError
 from lora_llava.evaluation.ask import ask_scienceqa, choose_rows, shuffle_images
 from lora_llava.evaluation.scienceqa import Table
-from lora_llava.inference.load import BaseName, load_answering_model
+from lora_llava.inference.load import load_answering_model
 from lora_llava.model.loading import check_bitsandbytes
+from lora_llava.model.provenance import locate_base
 from lora_llava.model.start import plan_model
 from lora_llava.recipe import EvaluationSection, ModelSection, StartFrom, load_recipe
 from lora_llava.training.plan import build_run_processor, read_test_split
@@ -45,19 +46,15 @@ def evaluate(
     chosen = load_recipe(recipe or folder / RECIPE_FILE, overrides)
     if chosen.model.quantization == "nf4":
         check_bitsandbytes()
-    if run:
-        base_name = BaseName(**{key: read_run(folder)[1]["base"][key] for key in ("name", "revision")})
-        plan = plan_model(_as_llava(chosen.model, base_name))
-    else:
-        base_name = BaseName(model)
-        plan = plan_model(_as_llava(chosen.model, base_name))
+    base = str(locate_base(read_run(folder)[1]["base"], folder)) if run else model
+    plan = plan_model(_as_llava(chosen.model, base))
     split = read_test_split(chosen)
     rows = choose_rows(split.conversations, limit if limit is not None else "all", chosen.seed)
     if shuffled:
         rows = shuffle_images(rows, chosen.seed)
     tokenizer, processor = build_run_processor(chosen, plan.config, plan.tokenizer_folder, plan.image_folder)
     answering = load_answering_model(
-        base_name, folder if run and not base_only else None, quantization=chosen.model.quantization,
+        base, folder if run and not base_only else None, quantization=chosen.model.quantization,
         dtype=chosen.model.dtype,
     )  # fmt: skip
     settings = chosen.evaluation or EvaluationSection()
@@ -77,7 +74,6 @@ def evaluate(
     )
 
 
-def _as_llava(section: ModelSection, base: BaseName) -> ModelSection:
+def _as_llava(section: ModelSection, base: str) -> ModelSection:
     """The model section of the complete LLaVA that a base is."""
-    start = StartFrom(llava=base.name, llava_revision=base.revision)
-    return ModelSection(start_from=start, quantization=section.quantization, dtype=section.dtype)
+    return ModelSection(start_from=StartFrom(llava=base), quantization=section.quantization, dtype=section.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def _run_stage(plan: RunPlan, resume: bool, console: Console) -> dict[str, Any]:
     base = _prepare(recipe, console)
     start_run(folder, recipe)
     (folder / RUN_FILE).unlink(missing_ok=True)  # comes back when the run is whole
-    model = build_trained_model(recipe, Base(base.name, base.revision, base.parts))
+    model = build_trained_model(recipe, replace(base, initial_projector=None))
     report.print_freeze_plan(describe_plan(model), console)
     before = _table(model, plan, "before") if recipe.evaluation else None
     if base.initial_projector is not None:

@@ -1,0 +1,70 @@
+"""A stock model whose weights come from disk block by block: a forward of any size in the memory of one block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+Load = Callable[[str], torch.Tensor]
+
+
+def build_empty(config: LlavaConfig) -> LlavaForConditionalGeneration:
+    """A LLaVA without weights: its parameters are on the meta device, its buffers are real."""
+    with init_empty_weights(include_buffers=False):
+        return LlavaForConditionalGeneration(config).eval()
+
+
+def stream_weights(
+    model: nn.Module, load: Load, *, keep: bool = False, progress: Callable[[str], None] = lambda block: None
+) -> None:
+    """Give every block its weights when it is about to run and take them away after.
+
+    Args:
+        model: With parameters on the meta device: a LLaVA, or a PEFT model of one.
+        load: Gives the weight of a parameter's name, on the device and in the dtype it is to have.
+        keep: Leave the weights where they are, for a model that fits.
+        progress: Told the name of every block that runs.
+    """
+    for name, block in _blocks(model):
+        _stream_block(name, block, load, keep, progress)
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Decoder layers and the vision tower whole; elsewhere the modules that have parameters of their own."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        parent = name.rpartition(".")[0]
+        inside = any(name.startswith(f"{block}.") for block, _ in found)
+        whole = parent.endswith("language_model.layers") or name.endswith("vision_tower")
+        if not inside and (whole or any(True for _ in module.parameters(recurse=False))):
+            found.append((name, module))
+    return found
+
+
+def _stream_block(name: str, block: nn.Module, load: Load, keep: bool, progress: Callable[[str], None]) -> None:
+    empty = {key: parameter for key, parameter in block.named_parameters() if parameter.is_meta}
+
+    def before(module: nn.Module, inputs: Any) -> None:
+        progress(name)
+        for key, parameter in empty.items():
+            owner, _, leaf = key.rpartition(".")
+            place = module.get_submodule(owner)
+            if getattr(place, leaf).is_meta:
+                value = load(f"{name}.{key}")
+                if value.shape != parameter.shape:
+                    raise ValueError(f"{name}.{key} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+                place._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def after(module: nn.Module, inputs: Any, output: Any) -> None:
+        for key, parameter in empty.items():
+            owner, _, leaf = key.rpartition(".")
+            module.get_submodule(owner)._parameters[leaf] = parameter
+
+    block.register_forward_pre_hook(before)
+    if not keep:
+        block.register_forward_hook(after)

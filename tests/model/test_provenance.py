@@ -1,0 +1,112 @@
+"""What an adapter stands on is recorded by content, and another base is refused with both named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_llava.errors import UserError
+from lora_llava.model import tensor_files
+from lora_llava.model.names import canonical_name, component_of
+from lora_llava.model.provenance import check_base, component_hashes, locate_base
+from lora_llava.model.start import prepare_base
+from lora_llava.model.tensor_files import lazy_tensors, write_checkpoint
+from lora_llava.recipe import Recipe
+
+
+@pytest.fixture
+def base(stage2: Recipe) -> Any:
+    return prepare_base(stage2.model, 0)
+
+
+def copied(base: Path, folder: Path, change: str = "") -> Path:
+    """A copy, one value changed in the tensors whose name holds `change`."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if change and change in name:
+            tensor.view(-1)[0] += 1
+            break
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_names_of_both_layouts_are_one() -> None:
+    pairs = {
+        "language_model.model.layers.0.mlp.up_proj.weight": "model.language_model.layers.0.mlp.up_proj.weight",
+        "language_model.lm_head.weight": "lm_head.weight",
+        "vision_tower.vision_model.pre_layrnorm.bias": "model.vision_tower.pre_layrnorm.bias",
+        "model.vision_tower.vision_model.pre_layrnorm.bias": "model.vision_tower.pre_layrnorm.bias",
+        "multi_modal_projector.linear_1.bias": "model.multi_modal_projector.linear_1.bias",
+    }
+    for old, new in pairs.items():
+        assert canonical_name(old) == new
+        assert canonical_name(new) == new
+    assert [component_of(name) for name in pairs.values()] == [
+        "llm",
+        "llm",
+        "vision_tower",
+        "vision_tower",
+        "projector",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "part"), [("layers.1.mlp", "llm"), ("vision_tower", "vision_tower"), ("projector", "projector")]
+)
+def test_a_changed_value_changes_one_hash(base: Any, tmp_path: Path, change: str, part: str) -> None:
+    hashes = component_hashes(base.folder)
+    other = component_hashes(copied(base.folder, tmp_path / "other", change))
+    assert [name for name in hashes if hashes[name] != other[name]] == [part]
+
+
+def test_shards_and_layout_of_names_do_not_matter(base: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(tensor_files, "SHARD_BYTES", 20_000)
+    from dataclasses import replace
+
+    tensors = [replace(t, name=canonical_name(t.name)) for t in reversed(lazy_tensors(base.folder))]
+    assert len(write_checkpoint(tensors, tmp_path, torch.bfloat16)) > 3
+    assert component_hashes(tmp_path) == component_hashes(base.folder)
+
+
+def test_hashes_are_kept_until_a_file_changes(base: Any, tmp_path: Path) -> None:
+    folder = copied(base.folder, tmp_path / "copy")
+    hashes = component_hashes(folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert component_hashes(folder) != hashes
+
+
+def test_another_base_is_refused_with_both_named(base: Any, tmp_path: Path) -> None:
+    recorded = base.as_dict()
+    check_base(recorded, base.folder, Path("run"))
+    folder = copied(base.folder, tmp_path / "other", "layers.0")
+    theirs = component_hashes(folder)["llm"][:12]
+    llm, ours = recorded["parts"]["llm"], recorded["hashes"]["llm"][:12]
+    with pytest.raises(UserError) as told:
+        check_base(recorded, folder, Path("run"))
+    assert str(told.value) == (
+        f"run was trained on another llm ({llm}, {ours}) than {folder} holds ({theirs}); put back the base it was "
+        "trained on"
+    )
+
+
+def test_an_assembled_base_that_is_gone_is_assembled_again(base: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    recorded = json.loads(json.dumps(base.as_dict()))
+    recorded["name"] = str(tmp_path / "gone")
+    monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))
+    folder = locate_base(recorded, Path("run"))
+    assert folder.is_relative_to(tmp_path / "cache")
+    assert component_hashes(folder) == recorded["hashes"]
+    recorded["parts"]["llm_revision"] = "0" * 64
+    with pytest.raises(UserError, match=r"which is gone, and .* is not what it was"):
+        locate_base(recorded, Path("run"))
+    recorded["parts"] = None
+    with pytest.raises(UserError, match="which is gone; put it back there, or train again"):
+        locate_base(recorded, Path("run"))
