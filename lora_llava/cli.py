@@ -150,6 +150,30 @@ def _recipes(args: argparse.Namespace) -> None:
             print(f"{path.name:38} stage {recipe.stage}  {model}")
 
 
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("--output", type=Path, required=True, help="the new folder")
+    parser.add_argument(
+        "--base", choices=["bf16", "nf4"], default="bf16", help="merge into the base's own weights, or into what NF4 "
+        "makes of them",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="what the folder stores")
+    parser.add_argument(
+        "--projector-only", action="store_true", help="put the projector into OUTPUT/base and keep LoRA as "
+        "OUTPUT/adapter, for servers that load adapters without modules_to_save",
+    )  # fmt: skip
+
+
+def _merge(args: argparse.Namespace) -> None:
+    _quieten()
+    from lora_llava.publishing.merge import merge
+
+    console = _console()
+    merge(
+        args.run, args.output, base=args.base, dtype=args.dtype, projector_only=args.projector_only, console=console
+    )  # fmt: skip
+
+
 def _add_build_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for llm/ and vision_tower/")
     parser.add_argument("--seed", type=int, default=0)
@@ -169,6 +193,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[
     "finetune": ("run a recipe: train, and score before and after", _add_finetune, _finetune),
     "evaluate": ("ask a model the test questions of a recipe and score it", _add_evaluate, _evaluate),
     "score": ("score a file of answers", _add_score, _score),
+    "merge": ("merge a run into its base as one stock folder, and prove it", _add_merge, _merge),
     "recipes": ("list or copy the shipped recipes", _add_recipes, _recipes),
     "build-demo": ("pre-train the demo's base from a seed", _add_build_demo, _build_demo),
 }

@@ -51,7 +51,9 @@ def lora_config(
         A config whose target is a pattern rooted at the language model (CLIP has a `q_proj` too), with the projector
         in `modules_to_save`.
     """
-    pattern = rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})"
+    pattern = (
+        rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})$"  # vLLM takes patterns that end so
+    )
     return LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -94,6 +96,22 @@ def add_adapters(model: LlavaForConditionalGeneration, config: LoraConfig, proje
     if config.target_modules != DUMMY_TARGET_MODULES:
         per_layer = str(config.target_modules).rsplit("(", 1)[1].count("|") + 1
         check_adapters(peft_model, expected=layers * per_layer)
+    return peft_model
+
+
+def adapter_on(model: LlavaForConditionalGeneration, config: LoraConfig) -> PeftModel:
+    """Put a saved adapter's layers on a model without weights; who reads the weights fills them in.
+
+    Args:
+        model: With parameters on the meta device.
+        config: As saved with the adapter.
+
+    Returns:
+        The PEFT model, its projector ready for float32 weights under a base of another dtype.
+    """
+    peft_model = PeftModel(model, config, low_cpu_mem_usage=True)
+    if config.modules_to_save:
+        trained_projector(peft_model).register_forward_pre_hook(_to_weight_dtype)
     return peft_model
 
 

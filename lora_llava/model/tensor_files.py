@@ -128,7 +128,7 @@ def write_checkpoint(
     shards = plan_shards(tensors, dtype)
     files = [folder / _shard_name(i, len(shards)) for i in range(len(shards))]
     for shard, file in zip(shards, files, strict=True):
-        _write_file(shard, file, dtype, progress)
+        write_file(shard, file, dtype, progress)
     if len(shards) > 1:
         weight_map = {
             tensor.name: file.name for shard, file in zip(shards, files, strict=True) for tensor in shard
@@ -165,7 +165,14 @@ def _shard_name(index: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _write_file(tensors: Sequence[LazyTensor], file: Path, dtype: torch.dtype, progress: Callable[[str], None]) -> None:
+def write_file(
+    tensors: Sequence[LazyTensor], file: Path, dtype: torch.dtype, progress: Callable[[str], None] = lambda name: None
+) -> None:
+    """Write one safetensors file; arguments as of `write_checkpoint`.
+
+    Raises:
+        RuntimeError: Where a tensor has another shape than it said.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

@@ -1,0 +1,188 @@
+"""The proof of a merge: what is compared with what, how far apart it may be, and how it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import AutoProcessor, GenerationConfig, LlavaConfig
+
+from lora_llava.errors import ToldError
+from lora_llava.model.tensor_files import lazy_tensors
+from lora_llava.publishing.adapter import read_adapter
+from lora_llava.publishing.proof import (
+    Progress,
+    Prompts,
+    adapted_model,
+    compare,
+    encode_samples,
+    fits_in_memory,
+    greedy_answers,
+    last_logits,
+    whole_model,
+)
+from lora_llava.publishing.samples import sample_prompts
+from lora_llava.publishing.source import Source
+from lora_llava.publishing.weights import BaseKind
+from lora_llava.recipe import load_recipe
+from lora_llava.training.run_directory import RECIPE_FILE
+
+MAX_NEW_TOKENS = 24
+FP32_TOLERANCE = 1e-4
+NOISE_FACTOR = 2
+ADAPTER, NF4_ADAPTER = "adapter_on_bf16_base", "adapter_on_nf4_base"
+
+
+class ProofError(ToldError):
+    """The merged model is not what base + adapter is."""
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """What is to be proven.
+
+    Attributes:
+        folder: The merged folder.
+        adapter: An adapter that goes with it, or None.
+        kind: What it was merged into.
+        dtype: What it stores, and what all models of the proof compute in.
+    """
+
+    folder: Path
+    adapter: Path | None
+    kind: BaseKind
+    dtype: torch.dtype
+
+
+@contextmanager
+def _bar(description: str) -> Iterator[Progress]:
+    with tqdm(desc=description, unit="block", dynamic_ncols=True, leave=False) as bar:
+        yield lambda block: bar.update() and None
+
+
+def prove(source: Source, merged: MergedModel, console: Console) -> dict[str, Any]:
+    """Compare a merged model with base + adapter on sample prompts.
+
+    Args:
+        source: What was merged.
+        merged: The result.
+        console: Told where the prompts are from.
+
+    Returns:
+        The report: both deltas, the tolerance and what it stands on.
+
+    Raises:
+        ProofError: Over the tolerance.
+    """
+    file = source.run / RECIPE_FILE
+    samples, where = sample_prompts(load_recipe(file) if file.is_file() else None)
+    console.print(f"proof: {len(samples)} prompts, {sum(s.image is not None for s in samples)} with a picture; {where}")
+    prompts = encode_samples(samples, AutoProcessor.from_pretrained(source.run))
+    eos = GenerationConfig.from_pretrained(source.run).eos_token_id
+    stop_ids = list(eos) if isinstance(eos, list) else [eos]
+    keep = fits_in_memory(source.tensors, merged.dtype)
+    reference = _reference_of(merged.kind)
+    answers, logits, noise, effect = _ask_adapter(source, merged, prompts, stop_ids, keep, nf4=merged.kind == "nf4")
+    ours = _ask_merged(merged, prompts, answers, keep)
+    deltas = {reference: compare(logits, ours, answers)}
+    if source.adapter.layers:
+        deltas |= _other_delta(source, merged, prompts, answers, ours, keep)
+    tolerance = max(FP32_TOLERANCE if merged.dtype == torch.float32 else 0.0, NOISE_FACTOR * noise)
+    report = {
+        "merged_into": merged.kind, "dtype": str(merged.dtype).removeprefix("torch."), "checked_against": reference,
+        "tolerance": tolerance, "batch_size_noise": noise, "adapter_effect": effect,
+        **{name: asdict(deltas[name]) if name in deltas else None for name in (ADAPTER, NF4_ADAPTER)},
+        "prompts": len(samples), "prompts_with_picture": sum(s.image is not None for s in samples),
+        "prompts_from": where, "base": source.record["base"],
+    }  # fmt: skip
+    _hold(report, merged.dtype, console)
+    return report
+
+
+def _reference_of(kind: BaseKind) -> str:
+    return NF4_ADAPTER if kind == "nf4" else ADAPTER
+
+
+def _ask_adapter(
+    source: Source, merged: MergedModel, prompts: Prompts, stop_ids: list[int], keep: bool, nf4: bool
+) -> tuple[list[list[int]], list[torch.Tensor], float, float]:
+    """Answers and logits of base + adapter, what batch size alone changes in them, and what the adapter does."""
+    with _bar("proof: base + adapter") as progress:
+        model = adapted_model(
+            source.config, source.tensors, source.adapter, merged.dtype, nf4=nf4, keep=keep, progress=progress
+        )
+        answers = greedy_answers(model, prompts, MAX_NEW_TOKENS, stop_ids)
+        logits = last_logits(model, prompts, answers, len(answers))
+        one_by_one = last_logits(model, prompts, answers, 1)
+        without = last_logits(model, prompts, answers, len(answers), with_adapter=False)
+    noise = compare(logits, one_by_one, answers).max_logit_difference
+    return answers, logits, noise, compare(logits, without, answers).max_logit_difference
+
+
+def _ask_merged(
+    merged: MergedModel, prompts: Prompts, answers: list[list[int]], keep: bool
+) -> list[torch.Tensor]:  # fmt: skip
+    config = LlavaConfig.from_pretrained(merged.folder)
+    with _bar("proof: merged") as progress:
+        if merged.adapter is None:
+            model = whole_model(config, merged.folder, merged.dtype, keep=keep, progress=progress)
+        else:
+            adapter = read_adapter(merged.adapter, whole=False)
+            tensors = lazy_tensors(merged.folder)
+            model = adapted_model(config, tensors, adapter, merged.dtype, keep=keep, progress=progress)
+        return last_logits(model, prompts, answers, len(answers))
+
+
+def _other_delta(
+    source: Source, merged: MergedModel, prompts: Prompts, answers: list[list[int]], ours: list[torch.Tensor],
+    keep: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """The delta against the adapter on the other kind of base: what quantisation costs."""
+    nf4 = merged.kind == "bf16"
+    with _bar(f"proof: adapter on the {'NF4' if nf4 else 'bf16'} base") as progress:
+        model = adapted_model(
+            source.config, source.tensors, source.adapter, merged.dtype, nf4=nf4, keep=keep, progress=progress
+        )
+        theirs = last_logits(model, prompts, answers, len(answers))
+    return {_reference_of("nf4" if nf4 else "bf16"): compare(theirs, ours, answers)}
+
+
+def _hold(report: dict[str, Any], dtype: torch.dtype, console: Console) -> None:
+    delta = report[report["checked_against"]]
+    over = not delta["max_logit_difference"] <= report["tolerance"]  # a NaN is over
+    unequal = dtype == torch.float32 and delta["greedy_equal"] < delta["prompts"]
+    if over or unequal:
+        tell(report, console)
+        what = (
+            f"logits differ by {delta['max_logit_difference']:.3g}, tolerance {report['tolerance']:.3g}" if over
+            else f"{delta['prompts'] - delta['greedy_equal']} of {delta['prompts']} greedy answers differ"
+        )  # fmt: skip
+        raise ProofError(f"the merged model is not base + adapter: {what}; nothing was kept")
+
+
+def tell(report: dict[str, Any], console: Console) -> None:
+    """Print a report."""
+    table = Table(title="The merged model against", title_justify="left")
+    for name in ("", "largest logit difference", "mean", "greedy answers equal"):
+        table.add_column(name, justify="right" if name else "left")
+    titles = {ADAPTER: "base in bf16 + adapter", NF4_ADAPTER: "base in NF4 + adapter"}
+    for name, title in titles.items():
+        delta = report[name]
+        if delta is not None:
+            held = " (held to the tolerance)" if name == report["checked_against"] else ""
+            table.add_row(
+                title + held, f"{delta['max_logit_difference']:.3g}", f"{delta['mean_logit_difference']:.3g}",
+                f"{delta['greedy_equal']} of {delta['prompts']}",
+            )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"tolerance {report['tolerance']:.3g} in {report['dtype']}; batch size alone changes a logit by up to "
+        f"{report['batch_size_noise']:.3g}, the adapter by up to {report['adapter_effect']:.3g}"
+    )

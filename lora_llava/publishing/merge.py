@@ -1,0 +1,158 @@
+"""`lora-llava merge`: base + adapter as one stock folder, which proves itself before it gets its name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from tqdm import tqdm
+
+from lora_llava.errors import UserError
+from lora_llava.model.loading import resolve_dtype
+from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
+from lora_llava.model.tensor_files import LazyTensor, checkpoint_bytes, write_checkpoint, write_file
+from lora_llava.publishing.adapter import PEFT_PREFIX
+from lora_llava.publishing.check import MergedModel, prove, tell
+from lora_llava.publishing.source import Source, read_source
+from lora_llava.publishing.weights import BaseKind, merged_tensors
+from lora_llava.training.run_directory import METRICS_FILE, RECIPE_FILE, versions, write_json
+
+REPORT_FILE = "merge_report.json"
+Dtype = Literal["bfloat16", "float32"]
+PROCESSOR_FILES = (
+    "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"
+_SPARE_BYTES = 64 * 2**20
+"""For tokenizer, configs and report."""
+
+
+def merge(
+    run: Path, output: Path, *, base: BaseKind = "bf16", dtype: Dtype = "bfloat16", projector_only: bool = False,
+    console: Console,
+) -> dict[str, Any]:  # fmt: skip
+    """Merge a run into its base, prove the result, and only then give it its name.
+
+    Args:
+        run: A run directory.
+        output: The new folder; nothing may stand there.
+        base: `bf16` adds to the base's own weights, `nf4` to what NF4 makes of them.
+        dtype: What the folder stores.
+        projector_only: Put the projector into `output/base` and keep LoRA as an adapter in `output/adapter`.
+        console: Where everything is told.
+
+    Returns:
+        The content of `merge_report.json`.
+
+    Raises:
+        ProofError: Where the merged model is further from base + adapter than the tolerance; nothing is left.
+        UserError: For a run, base or disk that does not do.
+    """
+    source = read_source(run)
+    if output.exists():
+        raise UserError(f"{output} is there already; name another --output, or remove it")
+    if projector_only and not source.adapter.layers:
+        raise UserError(f"{run} is a Stage 1 run and has no LoRA to keep; merge it without --projector-only")
+    start = time.monotonic()
+    tensors = merged_tensors(source.tensors, source.adapter, kind=base, with_lora=not projector_only)
+    stored = resolve_dtype(dtype)
+    _check_disk(output.parent, checkpoint_bytes(tensors, stored) + _SPARE_BYTES)
+    with _folder_in_the_making(output) as temporary:
+        folder = temporary / BASE_FOLDER if projector_only else temporary
+        seconds = _write_model(folder, source, tensors, stored)
+        if projector_only:
+            write_adapter(temporary / ADAPTER_FOLDER, source, base_name=str(output.resolve() / BASE_FOLDER))
+        merged = MergedModel(folder, temporary / ADAPTER_FOLDER if projector_only else None, base, stored)
+        report = prove(source, merged, console)
+        size = sum(file.stat().st_size for file in temporary.rglob("*.safetensors"))
+        report |= {
+            "bytes": size, "write_seconds": round(seconds, 3), "seconds": round(time.monotonic() - start, 3),
+            "versions": versions(),
+        }  # fmt: skip
+        tell(report, console)
+        write_json(temporary / REPORT_FILE, report)
+        for name in (RUN_FILE, RECIPE_FILE, METRICS_FILE):
+            if (run / name).is_file():
+                shutil.copyfile(run / name, temporary / name)
+    console.print(f"written: {output} ({size / 1e9:.2f} GB at {size / 1e6 / seconds:,.0f} MB/s)", soft_wrap=True)
+    return report
+
+
+@contextmanager
+def _folder_in_the_making(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that becomes it at the end, and goes on any failure."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's is 0o700
+        temporary.rename(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{folder}: the merged model needs {needed:,} bytes ({needed / 1e9:.1f} GB) and {free:,} ({free / 1e9:.1f} "
+            "GB) are free; free some, or name an --output on another disk"
+        )
+
+
+def _write_model(folder: Path, source: Source, tensors: list[LazyTensor], dtype: torch.dtype) -> float:
+    """Write a stock folder and give the seconds that the weights took."""
+    folder.mkdir(exist_ok=True)
+    sizes = {tensor.name: checkpoint_bytes([tensor], dtype) for tensor in tensors}
+    start = time.monotonic()
+    with tqdm(total=sum(sizes.values()), desc="merging", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+        write_checkpoint(tensors, folder, dtype, lambda name: bar.update(sizes[name]) and None)
+    seconds = time.monotonic() - start
+    config = source.config
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype
+    config.save_pretrained(folder)
+    copy_processor(source, folder)
+    return seconds
+
+
+def copy_processor(source: Source, folder: Path) -> None:
+    """Processor, template and generation config of the run; the base's `tokenizer.model`, which llama.cpp reads."""
+    for name in PROCESSOR_FILES:
+        if (source.run / name).is_file():
+            shutil.copyfile(source.run / name, folder / name)
+    if (source.base / "tokenizer.model").is_file() and not (folder / "tokenizer.model").exists():
+        shutil.copyfile(source.base / "tokenizer.model", folder / "tokenizer.model")
+
+
+def write_adapter(folder: Path, source: Source, base_name: str) -> None:
+    """Write the run's LoRA without the projector, for servers that refuse `modules_to_save`.
+
+    Args:
+        folder: Where to.
+        source: The run.
+        base_name: What the adapter's config is to call its base.
+    """
+    folder.mkdir()
+    tensors = [
+        LazyTensor(f"{PEFT_PREFIX}{tensor.name.removeprefix(PEFT_PREFIX)}", tensor.shape, tensor.load)
+        for layer in source.adapter.layers.values()
+        for tensor in (layer.down, layer.up, layer.magnitude)
+        if tensor is not None
+    ]
+    write_file(sorted(tensors, key=lambda tensor: tensor.name), folder / ADAPTER_FILE, torch.float32)
+    config = json.loads((source.run / "adapter_config.json").read_text(encoding="utf-8"))
+    config |= {"modules_to_save": None, "base_model_name_or_path": base_name, "revision": None}
+    write_json(folder / "adapter_config.json", config)
+    copy_processor(source, folder)

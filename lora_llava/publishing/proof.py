@@ -1,0 +1,211 @@
+"""Does the merged model say what base + adapter says? Logits and greedy answers of both, computed block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import PeftModel
+from transformers import LlavaConfig
+
+from lora_llava.model.adapters import adapter_on
+from lora_llava.model.loading import default_device
+from lora_llava.model.names import canonical_name
+from lora_llava.model.quantization import nf4_round_trip
+from lora_llava.model.streaming import build_empty, stream_weights
+from lora_llava.model.tensor_files import LazyTensor, lazy_tensors
+from lora_llava.publishing.adapter import PEFT_PREFIX, Adapter
+from lora_llava.publishing.samples import Sample
+from lora_llava.publishing.weights import is_quantized
+
+CONTEXT_LOGITS = 8
+"""Positions before the answer whose logits are compared too."""
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Prompts:
+    """Encoded prompts.
+
+    Attributes:
+        ids: Up to where the answer starts, image tokens expanded.
+        pixels: Per prompt: shape (1, 3, height, width), or None.
+        pad_token_id: Fills on the left.
+    """
+
+    ids: list[list[int]]
+    pixels: list[torch.Tensor | None]
+    pad_token_id: int
+
+    def batch(self, rows: Sequence[int], answers: Sequence[list[int]] | None = None) -> dict[str, torch.Tensor]:
+        """Some prompts as one left-padded batch, with answers to the right of them if given."""
+        texts = [self.ids[i] + (answers[i] if answers is not None else []) for i in rows]
+        longest = max(map(len, texts))
+        ids = torch.full((len(texts), longest), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            ids[row, longest - len(text) :] = torch.tensor(text)
+            mask[row, longest - len(text) :] = 1
+        batch = {"input_ids": ids, "attention_mask": mask}
+        pixels = [self.pixels[i] for i in rows if self.pixels[i] is not None]
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)  # type: ignore[arg-type]
+        return {name: tensor.to(default_device()) for name, tensor in batch.items()}
+
+
+def encode_samples(samples: Sequence[Sample], processor: Any) -> Prompts:
+    """Encode prompts as the stock processor does for a chat, which is as they were trained."""
+    ids, pixels = [], []
+    for sample in samples:
+        encoded = processor.apply_chat_template(
+            [sample.message()], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        ids.append(encoded["input_ids"][0].tolist())
+        pixels.append(encoded.get("pixel_values"))
+    return Prompts(ids, pixels, processor.tokenizer.pad_token_id)
+
+
+def adapted_model(
+    config: LlavaConfig, base: Sequence[LazyTensor], adapter: Adapter, dtype: torch.dtype, *, nf4: bool = False,
+    keep: bool = False, progress: Progress = lambda block: None,
+) -> PeftModel:  # fmt: skip
+    """The base with the adapter beside it, by PEFT's own layers; the adapter and the projector in float32.
+
+    Args:
+        config: The base's.
+        base: The base's tensors.
+        adapter: The adapter.
+        dtype: What the base computes in.
+        nf4: Give the language model's linear layers what NF4 makes of their weights.
+        keep: Leave weights in memory once read.
+        progress: Told the name of every block that runs.
+
+    Returns:
+        A model whose weights come from disk as it runs.
+    """
+    tensors = {canonical_name(tensor.name): tensor for tensor in base}
+    device = default_device()
+
+    def load(name: str) -> torch.Tensor:
+        name = name.removeprefix(PEFT_PREFIX)
+        if ".lora_" in name or ".modules_to_save." in name:
+            return adapter.tensor(name).to(device)
+        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        weight = tensors[name].load()
+        if nf4 and is_quantized(name, tuple(weight.shape)):
+            weight = nf4_round_trip(weight)
+        return weight.to(device, dtype)
+
+    model = adapter_on(build_empty(config), adapter.config)
+    stream_weights(model, load, keep=keep, progress=progress)
+    return model.eval()
+
+
+def whole_model(
+    config: LlavaConfig, folder: Path, dtype: torch.dtype, *, keep: bool = False,
+    progress: Progress = lambda block: None,
+) -> Any:  # fmt: skip
+    """A merged model whose weights come from its folder as it runs; arguments as of `adapted_model`."""
+    tensors = {canonical_name(tensor.name): tensor for tensor in lazy_tensors(folder)}
+    model = build_empty(config)
+    stream_weights(
+        model, lambda name: tensors[name].load().to(default_device(), dtype), keep=keep, progress=progress
+    )  # fmt: skip
+    return model.eval()
+
+
+def fits_in_memory(tensors: Sequence[LazyTensor], dtype: torch.dtype) -> bool:
+    """Whether a model can stay in memory between passes, with room for its activations."""
+    needed = sum(torch.Size(tensor.shape).numel() for tensor in tensors) * dtype.itemsize
+    if torch.cuda.is_available():
+        return needed * 1.3 < torch.cuda.mem_get_info()[0]
+    return needed * 1.3 < int(psutil.virtual_memory().available)
+
+
+@torch.inference_mode()
+def greedy_answers(model: Any, prompts: Prompts, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+    """Answer all prompts greedily in one batch.
+
+    Returns:
+        Ids of each answer, its stop token included.
+    """
+    batch = prompts.batch(range(len(prompts.ids)))
+    output = model.generate(
+        **batch, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=prompts.pad_token_id,
+        eos_token_id=list(stop_ids), use_cache=True,
+    )  # fmt: skip
+    answers = []
+    for row in output[:, batch["input_ids"].shape[1] :].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))
+        answers.append(row[:end])
+    return answers
+
+
+@torch.inference_mode()
+def last_logits(
+    model: Any, prompts: Prompts, answers: Sequence[list[int]], batch_size: int, *, with_adapter: bool = True
+) -> list[torch.Tensor]:
+    """Logits over each prompt's last positions and its answer.
+
+    Args:
+        model: A model.
+        prompts: What is asked.
+        answers: What follows each prompt.
+        batch_size: Prompts at once.
+        with_adapter: False switches a PEFT model's adapter off.
+
+    Returns:
+        Per prompt: shape (`CONTEXT_LOGITS` + answer length, vocabulary), float32, on the CPU.
+    """
+    found = []
+    keep = CONTEXT_LOGITS + max(map(len, answers))
+    for start in range(0, len(prompts.ids), batch_size):
+        rows = range(start, min(start + batch_size, len(prompts.ids)))
+        with nullcontext() if with_adapter else model.disable_adapter():
+            logits = model(**prompts.batch(rows, answers), use_cache=False, logits_to_keep=keep).logits
+        found += [logits[i, -(CONTEXT_LOGITS + len(answers[row])) :].float().cpu() for i, row in enumerate(rows)]
+    return found
+
+
+@dataclass(frozen=True)
+class Delta:
+    """How far two models' logits are apart.
+
+    Attributes:
+        max_logit_difference: Largest absolute difference.
+        mean_logit_difference: Mean absolute difference.
+        greedy_equal: Prompts that get the same greedy answer, token by token.
+        prompts: How many there are.
+    """
+
+    max_logit_difference: float
+    mean_logit_difference: float
+    greedy_equal: int
+    prompts: int
+
+
+def compare(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor], answers: Sequence[list[int]]) -> Delta:
+    """Compare two models' logits over the reference's prompts and greedy answers.
+
+    The other's greedy answer is the reference's exactly where, given the answer so far, it would go on with the same
+    token all along.
+
+    Args:
+        reference: From `last_logits`.
+        other: From `last_logits`.
+        answers: The reference's greedy answers.
+    """
+    gaps = [(a - b).abs() for a, b in zip(reference, other, strict=True)]
+    equal = sum(
+        logits[CONTEXT_LOGITS - 1 : -1].argmax(-1).tolist() == answer
+        for logits, answer in zip(other, answers, strict=True)
+    )
+    count = sum(gap.numel() for gap in gaps)
+    return Delta(
+        max(float(gap.max()) for gap in gaps), sum(float(gap.sum()) for gap in gaps) / count, equal, len(answers)
+    )

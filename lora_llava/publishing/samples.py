@@ -1,0 +1,92 @@
+"""Sample prompts for the proof: the run's own questions where its data is at hand, and drawn ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from lora_llava.data.conversation import Conversation
+from lora_llava.data.images import ImageSource
+from lora_llava.errors import UserError
+from lora_llava.recipe import Recipe
+from lora_llava.training.plan import read_splits, read_test_split
+
+PER_KIND = 4
+_DRAWN = ("What is shown?", "Describe the image.", "How many shapes are there?", "Which colours do you see?")
+_WRITTEN = ("What is the capital of France?", "Count from one to five.", "Is ice colder than steam?", "Name a fruit.")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt.
+
+    Attributes:
+        text: What the user says.
+        image: The picture, or None.
+    """
+
+    text: str
+    image: Image.Image | None
+
+    def message(self) -> dict[str, Any]:
+        """The prompt as a chat message for a stock processor."""
+        parts: list[dict[str, Any]] = [{"type": "text", "text": self.text}]
+        if self.image is not None:
+            parts.insert(0, {"type": "image", "image": self.image})
+        return {"role": "user", "content": parts}
+
+
+def sample_prompts(recipe: Recipe | None, count: int = PER_KIND) -> tuple[list[Sample], str]:
+    """Draw prompts with and without a picture.
+
+    Args:
+        recipe: Whose questions to ask; None for prompts of our own.
+        count: How many of each kind; where the data has fewer, our own fill up.
+
+    Returns:
+        Prompts, those with a picture first, and a sentence on where they are from.
+    """
+    rows, images, source = _rows(recipe)
+    with_image = [row for row in rows if len(row.images) == 1]
+    without = [row for row in rows if not row.images]
+    generator = random.Random(0)
+    chosen = generator.sample(with_image, min(count, len(with_image)))
+    asked = generator.sample(without, min(count, len(without)))
+    samples = [Sample(_text(row), images.open(row.images[0])) for row in chosen if images is not None]
+    samples += [Sample(text, draw_picture(i)) for i, text in enumerate(_DRAWN[: count - len(samples)])]
+    samples += [Sample(_text(row), None) for row in asked]
+    samples += [Sample(text, None) for text in _WRITTEN[: count - len(asked)]]
+    return samples, f"{len(chosen) + len(asked)} from {source}, {2 * count - len(chosen) - len(asked)} of our own"
+
+
+def _rows(recipe: Recipe | None) -> tuple[Sequence[Conversation], ImageSource | None, str]:
+    if recipe is None:
+        return [], None, "no recipe"
+    try:
+        if recipe.data.format == "scienceqa" and recipe.data.splits.test is not None:
+            split = read_test_split(recipe)
+            return split.conversations, split.images, "the run's test split"
+        rows, images = read_splits(recipe)["train"]
+        return rows, images, "the run's training rows"
+    except (UserError, OSError) as error:
+        return [], None, f"the run's data, which is not at hand ({str(error).splitlines()[0]})"
+
+
+def _text(row: Conversation) -> str:
+    turn = next(turn for turn in row.turns if turn.role == "user")
+    return turn.text.replace("<image>", "").strip()
+
+
+def draw_picture(seed: int, size: int = 96) -> Image.Image:
+    """A picture of three coloured shapes, for prompts without data."""
+    generator = random.Random(seed)
+    picture = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(picture)
+    for shape in (draw.rectangle, draw.ellipse, draw.rectangle):
+        x, y = generator.randrange(size // 2), generator.randrange(size // 2)
+        shape((x, y, x + size // 3, y + size // 3), fill=tuple(generator.randrange(256) for _ in range(3)))
+    return picture
