@@ -162,6 +162,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         "--projector-only", action="store_true", help="put the projector into OUTPUT/base and keep LoRA as "
         "OUTPUT/adapter, for servers that load adapters without modules_to_save",
     )  # fmt: skip
+    parser.add_argument("--prompts", type=_count, default=4, help="prompts of each kind, with and without picture")
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -170,7 +171,8 @@ def _merge(args: argparse.Namespace) -> None:
 
     console = _console()
     merge(
-        args.run, args.output, base=args.base, dtype=args.dtype, projector_only=args.projector_only, console=console
+        args.run, args.output, base=args.base, dtype=args.dtype, projector_only=args.projector_only,
+        prompts=args.prompts, console=console,
     )  # fmt: skip
 
 
@@ -239,3 +241,7 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
 def console_main() -> None:
     """The `lora-llava` command."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    console_main()

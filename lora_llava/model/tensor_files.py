@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,11 +183,25 @@ def write_file(
     text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            progress(tensor.name)
-            value = tensor.load()
+        for tensor, value in zip(tensors, _one_ahead(tensors, dtype), strict=True):
             if tuple(value.shape) != tensor.shape:
                 raise RuntimeError(f"{tensor.name} has shape {tuple(value.shape)}, said {tensor.shape}")
-            stream.write(value.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
+            progress(tensor.name)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def _one_ahead(tensors: Sequence[LazyTensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Read the next tensor while the last one is written."""
+
+    def read(tensor: LazyTensor) -> torch.Tensor:
+        return tensor.load().to(dtype).contiguous()
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(read, tensor) for tensor in tensors[:1]]
+        for following in [*tensors[1:], None][: len(tensors)]:
+            value = coming.pop().result()
+            if following is not None:
+                coming.append(pool.submit(read, following))
+            yield value

@@ -23,9 +23,9 @@ from lora_llava.publishing.proof import (
     adapted_model,
     compare,
     encode_samples,
-    fits_in_memory,
     greedy_answers,
     last_logits,
+    stays_in_memory,
     whole_model,
 )
 from lora_llava.publishing.samples import sample_prompts
@@ -67,12 +67,13 @@ def _bar(description: str) -> Iterator[Progress]:
         yield lambda block: bar.update() and None
 
 
-def prove(source: Source, merged: MergedModel, console: Console) -> dict[str, Any]:
+def prove(source: Source, merged: MergedModel, per_kind: int, console: Console) -> dict[str, Any]:
     """Compare a merged model with base + adapter on sample prompts.
 
     Args:
         source: What was merged.
         merged: The result.
+        per_kind: Prompts of each kind, with and without a picture.
         console: Told where the prompts are from.
 
     Returns:
@@ -82,12 +83,12 @@ def prove(source: Source, merged: MergedModel, console: Console) -> dict[str, An
         ProofError: Over the tolerance.
     """
     file = source.run / RECIPE_FILE
-    samples, where = sample_prompts(load_recipe(file) if file.is_file() else None)
+    samples, where = sample_prompts(load_recipe(file) if file.is_file() else None, per_kind)
     console.print(f"proof: {len(samples)} prompts, {sum(s.image is not None for s in samples)} with a picture; {where}")
     prompts = encode_samples(samples, AutoProcessor.from_pretrained(source.run))
     eos = GenerationConfig.from_pretrained(source.run).eos_token_id
     stop_ids = list(eos) if isinstance(eos, list) else [eos]
-    keep = fits_in_memory(source.tensors, merged.dtype)
+    keep = stays_in_memory(source.tensors, merged.dtype)
     reference = _reference_of(merged.kind)
     answers, logits, noise, effect = _ask_adapter(source, merged, prompts, stop_ids, keep, nf4=merged.kind == "nf4")
     ours = _ask_merged(merged, prompts, answers, keep)

@@ -21,6 +21,7 @@ from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
 from lora_llava.model.tensor_files import LazyTensor, checkpoint_bytes, write_checkpoint, write_file
 from lora_llava.publishing.adapter import PEFT_PREFIX
 from lora_llava.publishing.check import MergedModel, prove, tell
+from lora_llava.publishing.samples import PER_KIND
 from lora_llava.publishing.source import Source, read_source
 from lora_llava.publishing.weights import BaseKind, merged_tensors
 from lora_llava.training.run_directory import METRICS_FILE, RECIPE_FILE, versions, write_json
@@ -38,7 +39,7 @@ _SPARE_BYTES = 64 * 2**20
 
 def merge(
     run: Path, output: Path, *, base: BaseKind = "bf16", dtype: Dtype = "bfloat16", projector_only: bool = False,
-    console: Console,
+    prompts: int = PER_KIND, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     """Merge a run into its base, prove the result, and only then give it its name.
 
@@ -48,6 +49,7 @@ def merge(
         base: `bf16` adds to the base's own weights, `nf4` to what NF4 makes of them.
         dtype: What the folder stores.
         projector_only: Put the projector into `output/base` and keep LoRA as an adapter in `output/adapter`.
+        prompts: Sample prompts of each kind, with and without a picture.
         console: Where everything is told.
 
     Returns:
@@ -72,7 +74,7 @@ def merge(
         if projector_only:
             write_adapter(temporary / ADAPTER_FOLDER, source, base_name=str(output.resolve() / BASE_FOLDER))
         merged = MergedModel(folder, temporary / ADAPTER_FOLDER if projector_only else None, base, stored)
-        report = prove(source, merged, console)
+        report = prove(source, merged, prompts, console)
         size = sum(file.stat().st_size for file in temporary.rglob("*.safetensors"))
         report |= {
             "bytes": size, "write_seconds": round(seconds, 3), "seconds": round(time.monotonic() - start, 3),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from peft import PeftModel
 from transformers import LlavaConfig
@@ -18,13 +17,14 @@ from lora_llava.model.loading import default_device
 from lora_llava.model.names import canonical_name
 from lora_llava.model.quantization import nf4_round_trip
 from lora_llava.model.streaming import build_empty, stream_weights
-from lora_llava.model.tensor_files import LazyTensor, lazy_tensors
+from lora_llava.model.tensor_files import LazyTensor, checkpoint_bytes, lazy_tensors
 from lora_llava.publishing.adapter import PEFT_PREFIX, Adapter
 from lora_llava.publishing.samples import Sample
 from lora_llava.publishing.weights import is_quantized
 
 CONTEXT_LOGITS = 8
 """Positions before the answer whose logits are compared too."""
+SMALL_BYTES = 2**30
 Progress = Callable[[str], None]
 
 
@@ -119,12 +119,15 @@ def whole_model(
     return model.eval()
 
 
-def fits_in_memory(tensors: Sequence[LazyTensor], dtype: torch.dtype) -> bool:
-    """Whether a model can stay in memory between passes, with room for its activations."""
-    needed = sum(torch.Size(tensor.shape).numel() for tensor in tensors) * dtype.itemsize
+def stays_in_memory(tensors: Sequence[LazyTensor], dtype: torch.dtype) -> bool:
+    """Whether a model's weights stay between passes: in a GPU's memory where it has room, else only small ones.
+
+    In main memory the system's page cache keeps what has room, and gives it up where something else needs it.
+    """
+    needed = checkpoint_bytes(tensors, dtype)
     if torch.cuda.is_available():
         return needed * 1.3 < torch.cuda.mem_get_info()[0]
-    return needed * 1.3 < int(psutil.virtual_memory().available)
+    return needed < SMALL_BYTES
 
 
 @torch.inference_mode()

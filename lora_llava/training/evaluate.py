@@ -26,7 +26,7 @@ def evaluate(
 
     Args:
         model: A run directory, a folder with a whole LLaVA, or a Hub id.
-        recipe: Whose data, template and evaluation to use; a run's own by default.
+        recipe: Whose data, template and evaluation to use; by default a run's or merged folder's own.
         overrides: `key.sub=value` texts.
         limit: Most questions.
         shuffled: Exchange the pictures among the questions.
@@ -41,8 +41,10 @@ def evaluate(
     """
     folder = Path(model)
     run = is_run(folder)
-    if not run and recipe is None:
-        raise UserError(f"{model} is not a finished run; name the recipe whose questions to ask with --recipe")
+    if recipe is None and not (folder / RECIPE_FILE).is_file():
+        raise UserError(f"{model} holds no recipe; name the recipe whose questions to ask with --recipe")
+    if not run and recipe is None:  # a merged folder is asked as it is stored
+        overrides = ["model.quantization=none", *overrides]
     chosen = load_recipe(recipe or folder / RECIPE_FILE, overrides)
     if chosen.model.quantization == "nf4":
         check_bitsandbytes()
