@@ -165,7 +165,8 @@ def _hold(report: dict[str, Any], dtype: torch.dtype, console: Console) -> None:
             f"logits differ by {delta['max_logit_difference']:.3g}, tolerance {report['tolerance']:.3g}" if over
             else f"{delta['prompts'] - delta['greedy_equal']} of {delta['prompts']} greedy answers differ"
         )  # fmt: skip
-        raise ProofError(f"the merged model is not base + adapter: {what}; nothing was kept")
+        mend = "" if dtype == torch.float32 else "; --dtype float32 stores it without rounding"
+        raise ProofError(f"the merged model is not base + adapter: {what}; nothing was kept{mend}")
 
 
 def tell(report: dict[str, Any], console: Console) -> None:

@@ -163,7 +163,8 @@ def last_logits(
         with_adapter: False switches a PEFT model's adapter off.
 
     Returns:
-        Per prompt: shape (`CONTEXT_LOGITS` + answer length, vocabulary), float32, on the CPU.
+        Per prompt: shape (`CONTEXT_LOGITS` or the prompt's length if that is less + answer length, vocabulary),
+        float32, on the CPU.
     """
     found = []
     keep = CONTEXT_LOGITS + max(map(len, answers))
@@ -171,7 +172,9 @@ def last_logits(
         rows = range(start, min(start + batch_size, len(prompts.ids)))
         with nullcontext() if with_adapter else model.disable_adapter():
             logits = model(**prompts.batch(rows, answers), use_cache=False, logits_to_keep=keep).logits
-        found += [logits[i, -(CONTEXT_LOGITS + len(answers[row])) :].float().cpu() for i, row in enumerate(rows)]
+        for i, row in enumerate(rows):
+            length = min(CONTEXT_LOGITS, len(prompts.ids[row])) + len(answers[row])
+            found.append(logits[i, -length:].float().cpu())
     return found
 
 
@@ -205,7 +208,7 @@ def compare(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor], an
     """
     gaps = [(a - b).abs() for a, b in zip(reference, other, strict=True)]
     equal = sum(
-        logits[CONTEXT_LOGITS - 1 : -1].argmax(-1).tolist() == answer
+        logits[-len(answer) - 1 : -1].argmax(-1).tolist() == answer
         for logits, answer in zip(other, answers, strict=True)
     )
     count = sum(gap.numel() for gap in gaps)

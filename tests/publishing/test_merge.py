@@ -1,0 +1,274 @@
+"""A merged folder says what base + adapter says, or does not come to be."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, LlavaConfig
+
+from lora_llava.cli import main
+from lora_llava.errors import UserError
+from lora_llava.model import tensor_files
+from lora_llava.model.loading import load_base
+from lora_llava.publishing.check import ProofError
+from lora_llava.publishing.merge import merge
+from lora_llava.publishing.proof import adapted_model
+from lora_llava.publishing.source import read_source
+
+Train = Callable[..., Path]
+
+
+def merged(run: Path, output: Path, **options: Any) -> tuple[dict[str, Any], str]:
+    stream = io.StringIO()
+    report = merge(run, output, console=Console(file=stream, width=160), **options)
+    return report, stream.getvalue()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 800, (2, 24), generator=generator)
+    ids[0, 4:8] = 896  # <image>, four patches
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32, generator=generator)}
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(**batch(), use_cache=False).logits
+
+
+def on_base(run: Path, **options: Any) -> PeftModel:
+    return PeftModel.from_pretrained(load_base(read_source(run).base, dtype="float32", **options), str(run))
+
+
+GENTLE = {"rate": 0.005, "alpha": 8}
+"""An adapter of the size that training gives; bf16 rounds what the others add."""
+ADAPTERS: list[dict[str, Any]] = [{}, {"rslora": True}, {"dora": True}, {"targets": ["q_proj", "down_proj"]}]
+
+
+@pytest.mark.parametrize("lora", ADAPTERS, ids=str)
+def test_merged_logits_are_the_adapter_s(lora: dict[str, Any], train: Train, tmp_path: Path) -> None:
+    run = train(**lora)
+    report, told = merged(run, tmp_path / "merged", dtype="float32")
+    adapter = logits(on_base(run))
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="float32")
+    assert (logits(stock) - adapter).abs().max() < 1e-4
+    base = logits(load_base(read_source(run).base, dtype="float32"))
+    assert (base - adapter).abs().max() > 0.5  # or the comparison would hold for an adapter that was forgotten
+    delta = report["adapter_on_bf16_base"]
+    assert delta["max_logit_difference"] <= report["tolerance"] == 1e-4
+    assert (delta["greedy_equal"], delta["prompts"], report["prompts_with_picture"]) == (8, 8, 4)
+    assert report["prompts_from"] == "6 from the run's test split, 2 of our own"
+    assert report["adapter_on_nf4_base"]["max_logit_difference"] > delta["max_logit_difference"]
+    assert report["adapter_effect"] > 0.5
+    assert "tolerance 0.0001 in float32" in told
+    assert json.loads((tmp_path / "merged" / "merge_report.json").read_text()) == report
+
+
+@pytest.mark.parametrize("lora", ADAPTERS[:3], ids=str)
+def test_merged_weights_are_those_of_peft(lora: dict[str, Any], train: Train, tmp_path: Path) -> None:
+    merged(train(**lora), tmp_path / "merged", dtype="float32")
+    theirs = on_base(train(**lora)).merge_and_unload().state_dict()
+    ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="float32").state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6, msg=name)
+        if "language_model.layers" not in name:
+            assert torch.equal(tensor, theirs[name]), name
+
+
+def test_nf4_merges_into_what_the_adapter_was_trained_on(train: Train, tmp_path: Path) -> None:
+    report, _ = merged(train(), tmp_path / "merged", dtype="float32", base="nf4")
+    trained = logits(on_base(train(), quantization="nf4"))
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="float32")
+    assert (logits(stock) - trained).abs().max() < 1e-4
+    assert report["checked_against"] == "adapter_on_nf4_base"
+    assert report["adapter_on_nf4_base"]["max_logit_difference"] < 1e-4
+    assert report["adapter_on_bf16_base"]["max_logit_difference"] > 1e-2
+
+
+def test_bf16_stays_within_twice_what_batch_size_changes(train: Train, tmp_path: Path) -> None:
+    report, _ = merged(train(**GENTLE), tmp_path / "merged")
+    assert report["tolerance"] == 2 * report["batch_size_noise"]
+    assert report["adapter_on_bf16_base"]["max_logit_difference"] <= report["tolerance"]
+    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+    assert LlavaConfig.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+@pytest.mark.parametrize("lora", [{}, {"dora": True}], ids=str)
+def test_the_streamed_reference_is_stock_peft(lora: dict[str, Any], nf4: bool, train: Train) -> None:
+    run = train(**lora)
+    source = read_source(run)
+    streamed = logits(adapted_model(source.config, source.tensors, source.adapter, torch.float32, nf4=nf4))
+    stock = logits(on_base(run, quantization="nf4" if nf4 else "none"))
+    torch.testing.assert_close(streamed, stock, rtol=0, atol=1e-5 if nf4 else 0)
+
+
+def test_a_streamed_model_holds_no_weights_after_a_pass(train: Train) -> None:
+    source = read_source(train())
+    model = adapted_model(source.config, source.tensors, source.adapter, torch.float32)
+    logits(model)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_shards_merge_to_the_same_weights(train: Train, tmp_path: Path, monkeypatch: Any) -> None:
+    merged(train(**GENTLE), tmp_path / "one")
+    monkeypatch.setattr(tensor_files, "SHARD_BYTES", 60_000)
+    merged(train(**GENTLE), tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 3
+    one, many = (AutoModelForImageTextToText.from_pretrained(tmp_path / n).state_dict() for n in ("one", "many"))
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_a_stage_1_run_puts_its_projector_in(train: Train, tmp_path: Path) -> None:
+    run = train(stage=1, quantization="none")
+    merged(run, tmp_path / "merged", dtype="float32")
+    projector = {n: t for n, t in load_file(run / "adapter_model.safetensors").items() if "projector" in n}
+    state = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, tensor in projector.items():
+        assert torch.equal(state[name.split("base_model.model.model.")[1]], tensor)
+    with pytest.raises(UserError, match="is a Stage 1 run and has no LoRA to keep"):
+        merged(run, tmp_path / "other", projector_only=True)
+
+
+def test_projector_only_leaves_an_adapter_that_peft_loads(train: Train, tmp_path: Path) -> None:
+    merged(train(), tmp_path / "two", projector_only=True, dtype="float32")
+    config = json.loads((tmp_path / "two" / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] is None
+    assert config["base_model_name_or_path"] == str(tmp_path / "two" / "base")
+    names = load_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
+    assert len(names) == 2 * 2 * 7
+    assert all(".lora_" in name for name in names)
+    base = AutoModelForImageTextToText.from_pretrained(config["base_model_name_or_path"], dtype="float32")
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "two" / "adapter")), logits(on_base(train())))
+
+
+def change_adapter(run: Path, change: Any) -> None:
+    tensors = load_file(run / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, run / "adapter_model.safetensors")
+
+
+def nothing_left(folder: Path) -> bool:
+    return [path.name for path in folder.iterdir()] == ["finished"]
+
+
+def test_over_the_tolerance_nothing_is_kept(finished: Path, tmp_path: Path, capsys: Any) -> None:
+    def poison(tensors: dict[str, torch.Tensor]) -> None:
+        next(t for name, t in tensors.items() if "lora_B" in name)[0, 0] = float("nan")
+
+    change_adapter(finished, poison)
+    with pytest.raises(ProofError, match="the merged model is not base \\+ adapter: logits differ by nan"):
+        merged(finished, tmp_path / "merged")
+    assert nothing_left(tmp_path)
+    assert main("merge", [str(finished), "--output", str(tmp_path / "merged")]) == 1
+    assert "nothing was kept" in capsys.readouterr().err
+
+
+def test_the_proof_fails_for_another_projector(train: Train, tmp_path: Path, monkeypatch: Any) -> None:
+    """A merge that rounds the projector away from what was trained, as a real fault would."""
+    from lora_llava.publishing import merge as module
+
+    whole = module.write_checkpoint
+
+    def faulty(tensors: Any, *rest: Any) -> Any:
+        from dataclasses import replace
+
+        wrong = [replace(t, load=lambda t=t: t.load() * 1.5) if "projector" in t.name else t for t in tensors]
+        return whole(wrong, *rest)
+
+    monkeypatch.setattr(module, "write_checkpoint", faulty)
+    with pytest.raises(ProofError, match="logits differ by"):
+        merged(train(), tmp_path / "merged", dtype="float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing(train: Train, tmp_path: Path, monkeypatch: Any) -> None:
+    from lora_llava.publishing import merge as module
+
+    def interrupted(*rest: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "prove", interrupted)
+    assert main("merge", [str(train()), "--output", str(tmp_path / "merged")]) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def drop_projector(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if "projector" in name]:
+        del tensors[name]
+
+
+def drop_one_up(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["base_model.model.model.language_model.layers.0.mlp.up_proj.lora_B.weight"]
+
+
+def widen(tensors: dict[str, torch.Tensor]) -> None:
+    name = "base_model.model.model.language_model.layers.0.mlp.up_proj.lora_B.weight"
+    tensors[name] = torch.cat([tensors[name]] * 2)
+
+
+def add_layer(tensors: dict[str, torch.Tensor]) -> None:
+    for half in ("lora_A", "lora_B"):
+        old = f"base_model.model.model.language_model.layers.0.mlp.up_proj.{half}.weight"
+        tensors[old.replace("layers.0", "layers.7")] = tensors[old].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (drop_projector, "holds no projector; it is not a whole LLaVA adapter"),
+        (drop_one_up, r"holds no model\.language_model\.layers\.0\.mlp\.up_proj\.lora_B\.weight; it is damaged"),
+        (widen, "is 256 x 64 in the adapter and 128 x 64 in its base; it is another base's"),
+        (add_layer, r"the adapter has model\.language_model\.layers\.7\.mlp\.up_proj\.weight, its base has not"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_one_line(change: Any, told: str, finished: Path, tmp_path: Path) -> None:
+    change_adapter(finished, change)
+    with pytest.raises(UserError, match=told):
+        merged(finished, tmp_path / "merged")
+    assert nothing_left(tmp_path)
+
+
+def test_a_truncated_adapter_is_one_line(finished: Path, tmp_path: Path) -> None:
+    file = finished / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is cut short or damaged"):
+        merged(finished, tmp_path / "merged")
+
+
+def test_another_base_is_refused(finished: Path, tmp_path: Path) -> None:
+    record = json.loads((finished / "run.json").read_text())
+    other = tmp_path / "other"
+    shutil.copytree(record["base"]["name"], other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    record["base"]["name"] = str(other)
+    (finished / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"was trained on another llm \(.*\) than .*/other holds"):
+        merged(finished, tmp_path / "merged")
+
+
+def test_a_full_disk_is_told_before_anything_is_written(train: Train, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(UserError, match=r"needs 67,\d{3},\d{3} bytes \(0.1 GB\) and 1,000 \(0.0 GB\) are free"):
+        merged(train(), tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_stands_there_is_not_overwritten(train: Train, tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(UserError, match="is there already; name another --output, or remove it"):
+        merged(train(), tmp_path / "merged")
+    with pytest.raises(UserError, match="is not a finished run"):
+        merged(tmp_path / "merged", tmp_path / "other")

@@ -1,0 +1,102 @@
+"""What leaves loads in a process that cannot import this package."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from lora_llava.data.encode import encode_prompt
+from lora_llava.data.templates import get_template
+from lora_llava.model.base import load_tokenizer
+from lora_llava.publishing.merge import merge
+
+Train = Callable[..., Path]
+HEAD = "import sys, json\nsys.modules['lora_llava'] = None\nimport torch\nfrom PIL import Image\n"
+MESSAGE = (
+    "messages = [{'role': 'user', 'content': [{'type': 'image', 'image': Image.open('picture.png')},\n"
+    "    {'type': 'text', 'text': 'Which colour is shown?'}]}]\n"
+)
+
+
+def in_process(code: str, folder: Path) -> Any:
+    """Run code that prints JSON, without this package."""
+    command = [sys.executable, "-c", HEAD + MESSAGE + code]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def exported(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `merged`, `two/base`, `two/adapter` and a picture."""
+    folder = tmp_path_factory.mktemp("exported")
+    Image.new("RGB", (40, 24), (220, 30, 30)).save(folder / "picture.png")
+    quiet = Console(file=io.StringIO())
+    merge(train(), folder / "merged", dtype="float32", console=quiet)
+    merge(train(), folder / "two", dtype="float32", projector_only=True, console=quiet)
+    return folder
+
+
+ASK = (
+    "batch = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,\n"
+    "    return_tensors='pt')\n"
+    "with torch.no_grad():\n"
+    "    last = model.eval()(**batch, use_cache=False).logits[0, -1]\n"
+    "print(json.dumps({'ids': batch['input_ids'][0].tolist(), 'logits': last.tolist()}))\n"
+)
+
+
+def adapter_code(base: Path | str, adapter: Path) -> str:
+    return (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+        f"model = AutoModelForImageTextToText.from_pretrained({str(base)!r}, dtype=torch.float32)\n"
+        f"model = PeftModel.from_pretrained(model, {str(adapter)!r})\n"
+        f"processor = AutoProcessor.from_pretrained({str(adapter)!r})\n" + ASK
+    )
+
+
+def test_adapter_merged_and_adapter_alone_give_the_same_logits(train: Train, exported: Path) -> None:
+    base = json.loads((train() / "adapter_config.json").read_text())["base_model_name_or_path"]
+    run = in_process(adapter_code(base, train()), exported)
+    whole = in_process(
+        "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+        "model = AutoModelForImageTextToText.from_pretrained('merged', dtype=torch.float32)\n"
+        "processor = AutoProcessor.from_pretrained('merged')\n" + ASK,
+        exported,
+    )
+    apart = in_process(adapter_code(exported / "two" / "base", exported / "two" / "adapter"), exported)
+    assert run["ids"] == whole["ids"] == apart["ids"]
+    assert apart["logits"] == run["logits"]
+    torch.testing.assert_close(torch.tensor(whole["logits"]), torch.tensor(run["logits"]), rtol=0, atol=1e-4)
+
+
+def test_the_pipeline_answers_a_chat_message_with_the_trained_prompt(exported: Path) -> None:
+    told = in_process(
+        "from transformers import pipeline\n"
+        "pipe = pipeline('image-text-to-text', model='merged', dtype=torch.float32)\n"
+        "seen = []\n"
+        "forward = pipe.model.generate\n"
+        "pipe.model.generate = lambda **inputs: (seen.append(inputs), forward(**inputs))[1]\n"
+        "answer = pipe(text=messages, max_new_tokens=6, do_sample=False)\n"
+        "print(json.dumps({'ids': seen[0]['input_ids'][0].tolist(),\n"
+        "    'pixels': list(seen[0]['pixel_values'].shape), 'turns': answer[0]['generated_text']}, default=str))\n",
+        exported,
+    )
+    prompt = encode_prompt(
+        [{"role": "user", "content": "<image>\nWhich colour is shown?"}],
+        tokenizer=load_tokenizer(exported / "merged"), template=get_template("vicuna_v1", ""), num_image_tokens=4,
+    )  # fmt: skip
+    assert told["ids"] == prompt
+    assert told["pixels"] == [1, 3, 32, 32]
+    assert told["turns"][-1]["role"] == "assistant"
