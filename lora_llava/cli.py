@@ -76,7 +76,7 @@ def _next_commands(run: str) -> list[str]:
         "evaluate": f"lora-llava evaluate {run}",
         "chat": f"lora-llava chat {run}",
         "merge": f"lora-llava merge {run} --output {run}-merged",
-        "push": f"lora-llava push {run} YOU/NAME",
+        "push": f"lora-llava push {run}-merged YOU/NAME --dry-run",
     }
     return [command for verb, command in commands.items() if verb in VERBS]
 
@@ -176,6 +176,45 @@ def _merge(args: argparse.Namespace) -> None:
     )  # fmt: skip
 
 
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="a checkpoint or LoRA folder of github.com/haotian-liu/LLaVA")
+    parser.add_argument("--output", type=Path, required=True, help="the new folder")
+    parser.add_argument("--llm", help="language model a LoRA folder stands on; default: what it says")
+    parser.add_argument("--vision-tower", help="CLIP tower, a folder or Hub id; default: what it says")
+    parser.add_argument("--base", help="complete stock LLaVA that a LoRA folder stands on, in place of --llm")
+    parser.add_argument("--template", default="vicuna_v1", help="conversation template it was trained with")
+
+
+def _import(args: argparse.Namespace) -> None:
+    _quieten()
+    from lora_llava.publishing.import_llava import import_llava
+
+    import_llava(
+        args.folder, args.output, llm=args.llm, vision_tower=args.vision_tower, base=args.base, template=args.template,
+        console=_console(),
+    )  # fmt: skip
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="a run directory, or a folder with a whole LLaVA")
+    parser.add_argument("repo_id", metavar="OWNER/NAME", help="the repository on the Hub; made if it is not there")
+    parser.add_argument("--public", action="store_true", help="make a new repository public; the default is private")
+    parser.add_argument("--base-repo", metavar="OWNER/NAME", help="push the run's local base there first")
+    parser.add_argument("--replace", action="store_true", help="put this in the place of another model")
+    parser.add_argument("--license", help="the card's licence, as Hugging Face writes it, such as apache-2.0")
+    parser.add_argument("--dry-run", action="store_true", help="print files and card, send nothing")
+
+
+def _push(args: argparse.Namespace) -> None:
+    _quieten()
+    from lora_llava.publishing.push import push
+
+    push(
+        args.model, args.repo_id, public=args.public, base_repo=args.base_repo, replace=args.replace,
+        licence=args.license, dry_run=args.dry_run, console=_console(),
+    )  # fmt: skip
+
+
 def _add_build_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for llm/ and vision_tower/")
     parser.add_argument("--seed", type=int, default=0)
@@ -196,6 +235,8 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[
     "evaluate": ("ask a model the test questions of a recipe and score it", _add_evaluate, _evaluate),
     "score": ("score a file of answers", _add_score, _score),
     "merge": ("merge a run into its base as one stock folder, and prove it", _add_merge, _merge),
+    "import": ("bring LLaVA's own checkpoint or LoRA folder into stock form", _add_import, _import),
+    "push": ("push a run or a merged folder to the Hugging Face Hub, with a model card", _add_push, _push),
     "recipes": ("list or copy the shipped recipes", _add_recipes, _recipes),
     "build-demo": ("pre-train the demo's base from a seed", _add_build_demo, _build_demo),
 }

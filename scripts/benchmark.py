@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,24 +15,13 @@ from tests.benchmarks import merge
 BENCHMARKS = {"merge": merge}
 
 
-def machine() -> dict[str, Any]:
-    """What a figure was measured on."""
+def where() -> dict[str, Any]:
+    """What the figures were measured on."""
     import psutil
-    import torch
 
-    from lora_llava.training.run_directory import versions
+    from lora_llava.training.run_directory import machine, versions
 
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": cpu, "cores": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total, "gpu": gpu,
-        "versions": versions(),
-    }  # fmt: skip
-
-
-def _cpuinfo() -> list[str]:
-    file = Path("/proc/cpuinfo")
-    return file.read_text().splitlines() if file.is_file() else []
+    return {**machine(), "memory_bytes": psutil.virtual_memory().total, "versions": versions()}
 
 
 def main() -> None:
@@ -45,7 +32,7 @@ def main() -> None:
         module.add_arguments(command)
         command.add_argument("--output", type=Path, help="file for the result, JSON")
     args = parser.parse_args()
-    result = {"benchmark": args.benchmark, "machine": machine(), **BENCHMARKS[args.benchmark].run(args)}
+    result = {"benchmark": args.benchmark, "machine": where(), **BENCHMARKS[args.benchmark].run(args)}
     text = json.dumps(result, indent=2)
     print(text)
     if args.output:

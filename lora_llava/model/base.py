@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,6 @@ def build_base(
     llm: Part,
     vision_tower: Part,
     projector_file: Path | None,
-    progress: Callable[[str], None] = lambda name: None,
 ) -> Path:
     """Write the base folder if the cache does not hold it.
 
@@ -131,7 +130,6 @@ def build_base(
         llm: Folder of the language model.
         vision_tower: Folder of the CLIP vision tower.
         projector_file: LLaVA's `mm_projector.bin`, or None for a fresh projector.
-        progress: Told the name of every tensor written.
 
     Returns:
         The folder.
@@ -147,7 +145,7 @@ def build_base(
     temporary = Path(tempfile.mkdtemp(prefix=f"{parts.key}.", dir=folder.parent))
     try:
         tensors = _all_tensors(config, llm, vision_tower, projector_file, parts)
-        write_checkpoint(tensors, temporary, torch.bfloat16, progress)
+        write_checkpoint(tensors, temporary, torch.bfloat16, "writing the base model")
         config.save_pretrained(temporary)
         _generation_config(config).save_pretrained(temporary)
         tokenizer = load_tokenizer(llm.folder, config)
@@ -180,13 +178,19 @@ def _all_tensors(
     )  # fmt: skip
     _check_projector(projector, config, projector_file)
     return [
-        *_language_tensors(lazy_tensors(llm.folder), config),
-        *_vision_tensors(lazy_tensors(vision_tower.folder)),
-        *(LazyTensor(f"multi_modal_projector.{n}", tuple(t.shape), lambda t=t: t) for n, t in projector.items()),  # type: ignore[misc]
+        *language_tensors(lazy_tensors(llm.folder), config),
+        *vision_tensors(lazy_tensors(vision_tower.folder)),
+        *lazy_projector(projector),
     ]
 
 
-def _language_tensors(tensors: list[LazyTensor], config: LlavaConfig) -> Iterator[LazyTensor]:
+def lazy_projector(projector: dict[str, torch.Tensor]) -> list[LazyTensor]:
+    """A projector's tensors (`linear_1.weight` and so on) under llava-hf's names."""
+    return [LazyTensor(f"multi_modal_projector.{n}", tuple(t.shape), lambda t=t: t) for n, t in projector.items()]  # type: ignore[misc]
+
+
+def language_tensors(tensors: Sequence[LazyTensor], config: LlavaConfig) -> Iterator[LazyTensor]:
+    """A Llama's tensors under llava-hf's names, its vocabulary grown to the config's."""
     vocabulary = config.text_config.vocab_size
     for tensor in tensors:
         name = tensor.name
@@ -205,7 +209,8 @@ def _padded(tensor: LazyTensor, vocabulary: int) -> LazyTensor:
     )
 
 
-def _vision_tensors(tensors: list[LazyTensor]) -> Iterator[LazyTensor]:
+def vision_tensors(tensors: Sequence[LazyTensor]) -> Iterator[LazyTensor]:
+    """A CLIP's tensors under llava-hf's names, its text half left out."""
     for tensor in tensors:
         name = tensor.name
         if name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale")):

@@ -101,6 +101,11 @@ def read_projector(file: Path, projector_type: str) -> tuple[dict[str, torch.Ten
     return found, file_hash(file)
 
 
+def projector_names(projector_type: str) -> dict[str, str]:
+    """LLaVA's names of a projector's tensors, after `mm_projector.`, and transformers'."""
+    return _NAMES[projector_type]
+
+
 def identity_layer(size: int) -> dict[str, torch.Tensor]:
     """The second layer that makes the stock two-layer projector LLaVA's first matrix W, exactly."""
     return {"linear_2.weight": torch.eye(size), "linear_2.bias": torch.zeros(size)}

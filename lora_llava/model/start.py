@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +82,11 @@ def plan_model(section: ModelSection) -> ModelPlan:
     if start.llava is not None:
         downloads = [plan_download(start.llava, start.llava_revision, "start_from.llava")]
         content = load_config(start.llava, start.llava_revision, "start_from.llava")
+        if "mm_vision_tower" in content and "vision_config" not in content:
+            raise UserError(
+                f"model.start_from.llava: {start.llava} is one of LLaVA's own checkpoints; bring it into stock form "
+                "with `lora-llava import`, then name the result"
+            )
         if content.get("model_type") != "llava":
             raise UserError(
                 f"model.start_from.llava: {start.llava} is a {content.get('model_type')!r} model, not a LLaVA"
@@ -120,13 +124,12 @@ def _small_files(name: str, revision: str | None, field: str) -> Path:
         raise model_parts.not_to_be_had(name, field, error) from None
 
 
-def prepare_base(section: ModelSection, seed: int, progress: Callable[[str], None] = lambda name: None) -> Base:
+def prepare_base(section: ModelSection, seed: int) -> Base:
     """Fetch what is missing and write the base folder if it is an assembled one.
 
     Args:
         section: A recipe's model section, a `stage1_recipe` already turned into its `stage1_run`.
         seed: Draws a fresh projector.
-        progress: Told the name of every tensor written.
 
     Returns:
         The base.
@@ -161,7 +164,7 @@ def prepare_base(section: ModelSection, seed: int, progress: Callable[[str], Non
             raise UserError(
                 f"{start.stage1_run} stands on a base that is no longer in {cache_folder()}; run Stage 1 again"
             )
-    folder = build_base(parts, llm, tower, file, progress)
+    folder = build_base(parts, llm, tower, file)
     return Base(str(folder), folder, None, parts, initial)
 
 

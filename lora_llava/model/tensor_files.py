@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 from lora_llava.errors import UserError
 
@@ -107,7 +108,7 @@ def load_bin(file: Path) -> dict[str, torch.Tensor]:
 
 
 def write_checkpoint(
-    tensors: Sequence[LazyTensor], folder: Path, dtype: torch.dtype, progress: Callable[[str], None] = lambda name: None
+    tensors: Sequence[LazyTensor], folder: Path, dtype: torch.dtype, description: str | None = None
 ) -> list[Path]:
     """Write a checkpoint of `model.safetensors`, or of shards and their index, named as transformers names them.
 
@@ -118,7 +119,7 @@ def write_checkpoint(
         tensors: In the order of the file.
         folder: Where to.
         dtype: What they are stored in: float32, bfloat16 or float16.
-        progress: Told the name of every tensor written.
+        description: Stands before the progress bar; None for no bar.
 
     Returns:
         The weight files.
@@ -128,13 +129,16 @@ def write_checkpoint(
     """
     shards = plan_shards(tensors, dtype)
     files = [folder / _shard_name(i, len(shards)) for i in range(len(shards))]
-    for shard, file in zip(shards, files, strict=True):
-        write_file(shard, file, dtype, progress)
+    total = checkpoint_bytes(tensors, dtype)
+    with tqdm(
+        total=total, desc=description, unit="B", unit_scale=True, dynamic_ncols=True, disable=description is None
+    ) as bar:
+        for shard, file in zip(shards, files, strict=True):
+            write_file(shard, file, dtype, lambda tensor: bar.update(_bytes(tensor, dtype)) and None)
     if len(shards) > 1:
         weight_map = {
             tensor.name: file.name for shard, file in zip(shards, files, strict=True) for tensor in shard
         }  # fmt: skip
-        total = sum(_bytes(tensor, dtype) for tensor in tensors)
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
     return files
@@ -167,9 +171,16 @@ def _shard_name(index: int, count: int) -> str:
 
 
 def write_file(
-    tensors: Sequence[LazyTensor], file: Path, dtype: torch.dtype, progress: Callable[[str], None] = lambda name: None
-) -> None:
-    """Write one safetensors file; arguments as of `write_checkpoint`.
+    tensors: Sequence[LazyTensor], file: Path, dtype: torch.dtype,
+    progress: Callable[[LazyTensor], None] = lambda tensor: None,
+) -> None:  # fmt: skip
+    """Write one safetensors file.
+
+    Args:
+        tensors: In the order of the file.
+        file: Where to.
+        dtype: What they are stored in.
+        progress: Told every tensor that is written.
 
     Raises:
         RuntimeError: Where a tensor has another shape than it said.
@@ -187,7 +198,7 @@ def write_file(
             if tuple(value.shape) != tensor.shape:
                 raise RuntimeError(f"{tensor.name} has shape {tuple(value.shape)}, said {tensor.shape}")
             stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
-            progress(tensor.name)
+            progress(tensor)
         stream.flush()
         os.fsync(stream.fileno())
 

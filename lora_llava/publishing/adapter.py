@@ -72,12 +72,11 @@ class Adapter:
         return tensor.load().float()
 
 
-def read_adapter(folder: Path, *, whole: bool = True) -> Adapter:
+def read_adapter(folder: Path) -> Adapter:
     """Read an adapter's config and find its tensors.
 
     Args:
         folder: A run directory.
-        whole: Hold that it has the projector.
 
     Raises:
         UserError: Where it is damaged, lacks the projector, or is of a kind that cannot be merged exactly.
@@ -93,7 +92,7 @@ def read_adapter(folder: Path, *, whole: bool = True) -> Adapter:
             raise UserError(f"{folder}/adapter_config.json: {field} is set, which lora_llava does not merge")
     tensors = {tensor.name.removeprefix(PEFT_PREFIX): tensor for tensor in lazy_file(folder / ADAPTER_FILE)}
     projector = {name: tensor for name, tensor in tensors.items() if name.startswith(PROJECTOR_PREFIX)}
-    if whole and not projector:
+    if config.modules_to_save and not projector:
         raise UserError(f"{folder}/{ADAPTER_FILE} holds no projector; it is not a whole LLaVA adapter")
     names = {name.split(".lora_")[0] for name in tensors if ".lora_" in name}
     unknown = set(tensors) - set(projector) - {name for name in tensors if ".lora_" in name}

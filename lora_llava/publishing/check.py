@@ -135,7 +135,7 @@ def _ask_merged(
         if merged.adapter is None:
             model = whole_model(config, merged.folder, merged.dtype, keep=keep, progress=progress)
         else:
-            adapter = read_adapter(merged.adapter, whole=False)
+            adapter = read_adapter(merged.adapter)
             tensors = lazy_tensors(merged.folder)
             model = adapted_model(config, tensors, adapter, merged.dtype, keep=keep, progress=progress)
         return last_logits(model, prompts, answers, len(answers))

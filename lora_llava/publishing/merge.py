@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from tqdm import tqdm
 
 from lora_llava.errors import UserError
 from lora_llava.model.loading import resolve_dtype
+from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
 from lora_llava.model.tensor_files import LazyTensor, checkpoint_bytes, write_checkpoint, write_file
 from lora_llava.publishing.adapter import PEFT_PREFIX
@@ -24,6 +21,7 @@ from lora_llava.publishing.check import MergedModel, prove, tell
 from lora_llava.publishing.samples import PER_KIND
 from lora_llava.publishing.source import Source, read_source
 from lora_llava.publishing.weights import BaseKind, merged_tensors
+from lora_llava.training.new_folder import check_disk, check_new, new_folder
 from lora_llava.training.run_directory import METRICS_FILE, RECIPE_FILE, versions, write_json
 
 REPORT_FILE = "merge_report.json"
@@ -32,9 +30,7 @@ PROCESSOR_FILES = (
     "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-BASE_FOLDER, ADAPTER_FOLDER = "base", "adapter"
-_SPARE_BYTES = 64 * 2**20
-"""For tokenizer, configs and report."""
+BASE_FOLDER, ADAPTER_FOLDER, BASE_FILE = "base", "adapter", "base.json"
 
 
 def merge(
@@ -60,15 +56,14 @@ def merge(
         UserError: For a run, base or disk that does not do.
     """
     source = read_source(run)
-    if output.exists():
-        raise UserError(f"{output} is there already; name another --output, or remove it")
+    check_new(output)
     if projector_only and not source.adapter.layers:
         raise UserError(f"{run} is a Stage 1 run and has no LoRA to keep; merge it without --projector-only")
     start = time.monotonic()
     tensors = merged_tensors(source.tensors, source.adapter, kind=base, with_lora=not projector_only)
     stored = resolve_dtype(dtype)
-    _check_disk(output.parent, checkpoint_bytes(tensors, stored) + _SPARE_BYTES)
-    with _folder_in_the_making(output) as temporary:
+    check_disk(output, checkpoint_bytes(tensors, stored))
+    with new_folder(output) as temporary:
         folder = temporary / BASE_FOLDER if projector_only else temporary
         seconds = _write_model(folder, source, tensors, stored)
         if projector_only:
@@ -84,42 +79,18 @@ def merge(
         write_json(temporary / REPORT_FILE, report)
         for name in (RUN_FILE, RECIPE_FILE, METRICS_FILE):
             if (run / name).is_file():
-                shutil.copyfile(run / name, temporary / name)
+                shutil.copyfile(run / name, (temporary / ADAPTER_FOLDER if projector_only else temporary) / name)
+        if projector_only:
+            _record_apart(temporary, source, output)
     console.print(f"written: {output} ({size / 1e9:.2f} GB at {size / 1e6 / seconds:,.0f} MB/s)", soft_wrap=True)
     return report
-
-
-@contextmanager
-def _folder_in_the_making(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that becomes it at the end, and goes on any failure."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's is 0o700
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _check_disk(folder: Path, needed: int) -> None:
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise UserError(
-            f"{folder}: the merged model needs {needed:,} bytes ({needed / 1e9:.1f} GB) and {free:,} ({free / 1e9:.1f} "
-            "GB) are free; free some, or name an --output on another disk"
-        )
 
 
 def _write_model(folder: Path, source: Source, tensors: list[LazyTensor], dtype: torch.dtype) -> float:
     """Write a stock folder and give the seconds that the weights took."""
     folder.mkdir(exist_ok=True)
-    sizes = {tensor.name: checkpoint_bytes([tensor], dtype) for tensor in tensors}
     start = time.monotonic()
-    with tqdm(total=sum(sizes.values()), desc="merging", unit="B", unit_scale=True, dynamic_ncols=True) as bar:
-        write_checkpoint(tensors, folder, dtype, lambda name: bar.update(sizes[name]) and None)
+    write_checkpoint(tensors, folder, dtype, "merging")
     seconds = time.monotonic() - start
     config = source.config
     for part in (config, config.text_config, config.vision_config):
@@ -136,6 +107,16 @@ def copy_processor(source: Source, folder: Path) -> None:
             shutil.copyfile(source.run / name, folder / name)
     if (source.base / "tokenizer.model").is_file() and not (folder / "tokenizer.model").exists():
         shutil.copyfile(source.base / "tokenizer.model", folder / "tokenizer.model")
+
+
+def _record_apart(folder: Path, source: Source, output: Path) -> None:
+    """What base and adapter are, each for itself: the adapter stands on the new base."""
+    base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
+    record = source.record
+    write_json(base / BASE_FILE, {"base": record["base"], "projector_of_recipe": record.get("recipe_hash")})
+    parts = {"parts": None, "hashes": component_hashes(base)}
+    new_base = {"name": str(output.resolve() / BASE_FOLDER), "revision": None, **parts}
+    write_json(adapter / RUN_FILE, record | {"base": new_base})
 
 
 def write_adapter(folder: Path, source: Source, base_name: str) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import LlavaConfig
 
-from lora_llava.errors import UserError
 from lora_llava.model.provenance import locate_base
-from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
 from lora_llava.model.tensor_files import LazyTensor, lazy_tensors
 from lora_llava.publishing.adapter import Adapter, read_adapter
-from lora_llava.training.run_directory import is_run
+from lora_llava.training.run_directory import read_record
 
 
 @dataclass(frozen=True)
@@ -44,9 +41,7 @@ def read_source(run: Path) -> Source:
     Raises:
         UserError: Where the run, its adapter or its base does not do.
     """
-    if not is_run(run):
-        raise UserError(f"{run} is not a finished run; it has no {RUN_FILE} with {ADAPTER_FILE}")
+    record = read_record(run)
     adapter = read_adapter(run)
-    record = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
     base = locate_base(record["base"], run)
     return Source(run, record, base, LlavaConfig.from_pretrained(base), lazy_tensors(base), adapter)

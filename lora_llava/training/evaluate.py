@@ -15,7 +15,7 @@ from lora_llava.model.provenance import locate_base
 from lora_llava.model.start import plan_model
 from lora_llava.recipe import EvaluationSection, ModelSection, StartFrom, load_recipe
 from lora_llava.training.plan import build_run_processor, read_test_split
-from lora_llava.training.run_directory import RECIPE_FILE, is_run, read_run
+from lora_llava.training.run_directory import RECIPE_FILE, is_run, read_record
 
 
 def evaluate(
@@ -42,13 +42,13 @@ def evaluate(
     folder = Path(model)
     run = is_run(folder)
     if recipe is None and not (folder / RECIPE_FILE).is_file():
-        raise UserError(f"{model} holds no recipe; name the recipe whose questions to ask with --recipe")
+        raise UserError(f"{model} is not a finished run and holds no recipe; name one whose questions to ask with --recipe")
     if not run and recipe is None:  # a merged folder is asked as it is stored
         overrides = ["model.quantization=none", *overrides]
     chosen = load_recipe(recipe or folder / RECIPE_FILE, overrides)
     if chosen.model.quantization == "nf4":
         check_bitsandbytes()
-    base = str(locate_base(read_run(folder)[1]["base"], folder)) if run else model
+    base = str(locate_base(read_record(folder)["base"], folder)) if run else model
     plan = plan_model(_as_llava(chosen.model, base))
     split = read_test_split(chosen)
     rows = choose_rows(split.conversations, limit if limit is not None else "all", chosen.seed)

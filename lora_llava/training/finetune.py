@@ -23,7 +23,15 @@ from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.training import report
 from lora_llava.training.plan import RunPlan, plan_run
-from lora_llava.training.run_directory import METRICS_FILE, is_run, read_run, start_run, versions, write_json
+from lora_llava.training.run_directory import (
+    METRICS_FILE,
+    is_run,
+    machine,
+    read_record,
+    start_run,
+    versions,
+    write_json,
+)
 from lora_llava.training.stages import TrainResult, build_trained_model, describe_plan, train
 
 
@@ -94,7 +102,7 @@ def finished_stage1(stage1: Recipe) -> bool:
     folder = Path(stage1.output_dir)
     if not is_run(folder):
         return False
-    if read_run(folder)[1]["recipe_hash"] != recipe_hash(stage1):
+    if read_record(folder)["recipe_hash"] != recipe_hash(stage1):
         raise UserError(
             f"{folder} was trained by another Stage 1 recipe than the one named; remove it to train anew, or set "
             f"model.start_from={{stage1_run: {folder}}} to use it"
@@ -121,7 +129,7 @@ def _run_stage(plan: RunPlan, resume: bool, console: Console) -> dict[str, Any]:
     recipe = plan.recipe
     folder = Path(recipe.output_dir)
     start = time.monotonic()
-    base = _prepare(recipe, console)
+    base = prepare_base(recipe.model, recipe.seed)
     start_run(folder, recipe)
     (folder / RUN_FILE).unlink(missing_ok=True)  # comes back when the run is whole
     model = build_trained_model(recipe, replace(base, initial_projector=None))
@@ -139,11 +147,6 @@ def _run_stage(plan: RunPlan, resume: bool, console: Console) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return metrics
-
-
-def _prepare(recipe: Recipe, console: Console) -> Base:
-    with console.status("preparing the base model") as status:
-        return prepare_base(recipe.model, recipe.seed, lambda name: status.update(f"writing {name}"))
 
 
 def _table(model: Any, plan: RunPlan, when: str) -> Table | None:
@@ -178,6 +181,7 @@ def _metrics(
         "model": {
             "base": base.as_dict(), "trained_parameters": plan.trained_parameters, "freeze_plan": describe_plan(model),
         },
+        "machine": machine(),
         "versions": versions(),
     }  # fmt: skip
 

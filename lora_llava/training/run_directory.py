@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from lora_llava.errors import UserError
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE, Base
-from lora_llava.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
+from lora_llava.recipe import Recipe, dump_recipe, recipe_hash
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "lora_llava")
 RECIPE_FILE, METRICS_FILE = "recipe.yaml", "metrics.json"
@@ -28,6 +28,23 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on: the GPU, or else the processor's kind and cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "gpu_memory_bytes": memory}
+    return {"gpu": None, "processor": processor_name(), "cores": os.cpu_count()}
+
+
+def processor_name() -> str:
+    """The processor's model, or its architecture where the system does not tell."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -72,12 +89,15 @@ def is_run(folder: Path) -> bool:
     return (folder / RUN_FILE).is_file() and (folder / ADAPTER_FILE).is_file()
 
 
-def read_run(folder: Path) -> tuple[Recipe, dict[str, Any]]:
-    """Read a finished run's recipe and `run.json`.
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read a finished run's `run.json`.
 
     Raises:
         UserError: Where the folder is no finished run.
     """
     if not is_run(folder):
         raise UserError(f"{folder} is not a finished run; it has no {RUN_FILE} with {ADAPTER_FILE}")
-    return load_recipe(folder / RECIPE_FILE), json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    try:
+        return dict(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{folder}/{RUN_FILE} is not JSON: {error}") from None

@@ -41,6 +41,7 @@ class TrainResult:
         peak_memory_bytes: Of the GPU, else of the process.
         best_validation_loss: Of the checkpoint kept; None without validation.
         steps: Optimiser steps.
+        loss_curve: `train` and `validation`: pairs of step and loss.
     """
 
     seconds: float
@@ -49,6 +50,7 @@ class TrainResult:
     peak_memory_bytes: int
     best_validation_loss: float | None
     steps: int
+    loss_curve: dict[str, list[tuple[int, float]]]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -182,8 +184,13 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
     save_model(Path(recipe.output_dir), model, plan.processor, recipe, base)
     return TrainResult(
         seconds, trainer.tokens_seen, trainer.supervised_tokens_seen, peak_memory_bytes(), trainer.state.best_metric,
-        trainer.state.global_step,
+        trainer.state.global_step, _loss_curve(trainer.state.log_history),
     )  # fmt: skip
+
+
+def _loss_curve(history: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    kinds = {"train": "loss", "validation": "eval_loss"}
+    return {kind: [(entry["step"], entry[key]) for entry in history if key in entry] for kind, key in kinds.items()}
 
 
 def _find_checkpoint(folder: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,19 +75,19 @@ def test_is_written_once_and_keyed_by_its_parts(stage2: Recipe, base: Path) -> N
     assert Path(prepare_base(stage2.model, 1).name) != base  # another fresh projector
 
 
-def test_a_failure_leaves_nothing_half_written(parts: Path, base: Path) -> None:
+def test_a_failure_leaves_nothing_half_written(parts: Path, base: Path, monkeypatch: Any) -> None:
     llm, tower = (
         load_part(str(parts / "llm"), None, "llm"),
         load_part(str(parts / "vision_tower"), None, "vision_tower"),
     )
     before = sorted(base.parent.iterdir())
 
-    def fail(name: str) -> None:
-        if "projector" in name:
-            raise RuntimeError("disk full")
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
 
-    with pytest.raises(RuntimeError, match="disk full"):
-        build_base(BaseParts("a", "b", "c", "d", "linear", None, 5), llm, tower, None, fail)
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        build_base(BaseParts("a", "b", "c", "d", "linear", None, 5), llm, tower, None)
     assert sorted(base.parent.iterdir()) == before
 
 

@@ -1,0 +1,215 @@
+"""The model card, made from what the run recorded: nothing is filled in that was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
+
+from lora_llava.publishing.card_training import training_rows
+from lora_llava.publishing.curve import draw_curve
+from lora_llava.publishing.licences import Licence, card_licence, conflicts, licence_of
+from lora_llava.publishing.merge import BASE_FILE
+from lora_llava.publishing.package import CARD_FILE, CURVE_FILE, RESULTS_FOLDER, Package, is_hub_id
+from lora_llava.publishing.snippet import loading_snippet
+
+_DEMO_NAME = "lora_llava's demo world"
+
+
+def add_card(package: Package, repo_id: str, licence: str | None = None) -> None:
+    """Put card, loss curve and evaluation results into a package.
+
+    Args:
+        package: From `collect`.
+        repo_id: Where it goes.
+        licence: What the person says its licence is; else it is told from the parts'.
+    """
+    losses = package.metrics.get("train", {}).get("loss_curve", {})
+    if losses.get("train"):
+        package.files[CURVE_FILE] = draw_curve(losses)
+    licences = licences_of(package)
+    head = card_data(package, repo_id, licence or card_licence(licences), licences).to_yaml(line_break="\n")
+    package.files[CARD_FILE] = f"---\n{head}\n---\n\n{card_text(package, repo_id, licences)}".encode()
+    entries = eval_entries(package)
+    if entries:
+        text = yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        package.files[f"{RESULTS_FOLDER}/scienceqa.yaml"] = text.encode()
+
+
+def licences_of(package: Package) -> list[Licence]:
+    """What the model was made from, with the licences that are known."""
+    found = [licence_of(name, named(role, name)) for role, name in sources(package)]
+    if package.recipe:
+        found.append(licence_of(package.recipe["data"]["path"], f"the data ({data_name(package)})"))
+    return found
+
+
+def sources(package: Package) -> list[tuple[str, str]]:
+    """Role and name of the models that this one was made from."""
+    parts = package.record.get("base", {}).get("parts")
+    if parts:
+        found = [("language model", parts["llm"]), ("vision tower", parts["vision_tower"])]
+        projector = package.recipe.get("model", {}).get("start_from", {}).get("projector")
+        return [*found, ("projector", projector)] if projector else found
+    return [("base", package.base)] if package.base else []
+
+
+def named(role: str, name: str) -> str:
+    """How the card names one of those models."""
+    return f"the demo's {role}" if name == "demo" else f"the {role} {name}"
+
+
+def data_name(package: Package) -> str:
+    """How the card names the data."""
+    path = str(package.recipe["data"]["path"])
+    return f"{_DEMO_NAME}, {package.recipe['data']['format']}" if path == "demo" else path
+
+
+def card_data(package: Package, repo_id: str, licence: str | None, licences: Sequence[Licence]) -> ModelCardData:
+    """The card's metadata, with `model-index`."""
+    bases = [name for _, name in sources(package) if is_hub_id(name)]
+    if package.kind == "adapter":
+        bases = [package.base]
+    data = package.recipe.get("data", {}).get("path", "")
+    extra: dict[str, Any] = {}
+    if bases:
+        extra |= {"base_model": bases, "base_model_relation": "adapter" if package.kind == "adapter" else "finetune"}
+    if licence == "other":
+        extra["license_name"] = "-and-".join(sorted({lic.identifier or "unknown" for lic in licences}))
+        extra["license_link"] = f"https://huggingface.co/{repo_id}/blob/main/{CARD_FILE}#licences"
+    results = list(index_results(package))
+    if results:
+        extra |= {"model_name": repo_id.split("/")[1], "eval_results": results}
+    return ModelCardData(
+        license=licence, library_name="peft" if package.kind == "adapter" else "transformers",
+        pipeline_tag="image-text-to-text", datasets=[data] if is_hub_id(data) else None,
+        tags=["llava", "lora_llava", *tags(package)], **extra,
+    )  # fmt: skip
+
+
+def tags(package: Package) -> list[str]:
+    """Words to find the model by."""
+    model = package.recipe.get("model", {})
+    if not package.recipe.get("lora"):
+        return []
+    return ["lora", "qlora"] if model.get("quantization") == "nf4" else ["lora"]
+
+
+def test_table(package: Package) -> dict[str, Any] | None:
+    """The table after training: column to accuracy in percent, correct and count."""
+    return package.metrics.get("after")
+
+
+def index_results(package: Package) -> Iterable[EvalResult]:
+    """`model-index`: accuracy, in all and by column."""
+    table = test_table(package)
+    if table is None:
+        return
+    data = package.recipe["data"]
+    name = _DEMO_NAME if data["path"] == "demo" else "ScienceQA"
+    kind = data["path"] if is_hub_id(data["path"]) else "lora_llava-demo" if data["path"] == "demo" else "scienceqa"
+    for column, entry in table.items():
+        if column != "unparsed" and entry[2]:
+            yield EvalResult(
+                task_type="visual-question-answering", dataset_type=kind, dataset_name=name,
+                dataset_split=data["splits"]["test"], dataset_revision=data.get("revision"), metric_type="accuracy",
+                metric_name=f"accuracy, {column} ({entry[2]} questions)", metric_value=entry[0],
+            )  # fmt: skip
+
+
+def eval_entries(package: Package) -> list[EvalResultEntry]:
+    """`.eval_results/`: the average over the whole test split of a data set that is on the Hub."""
+    table, data = test_table(package), package.recipe.get("data", {})
+    if table is None or not is_hub_id(data["path"]) or package.recipe["evaluation"]["after"] != "all":
+        return []
+    note = (
+        f"{table['AVG'][1]} of {table['AVG'][2]} questions; prompt {data['prompt_order']}, greedy; answers read by "
+        f"LLaVA's rule, {table['unparsed']} unparsed"
+    )
+    return [EvalResultEntry(data["path"], "default", table["AVG"][0], dataset_revision=data["revision"], notes=note)]
+
+
+def card_text(package: Package, repo_id: str, licences: Sequence[Licence]) -> str:
+    """The card's body."""
+    sections = [
+        f"# {repo_id.split('/')[1]}\n\n{_summary(package)}",
+        _results(package),
+        f"## Use\n\n{loading_snippet(package, repo_id)}" if "chat_template.jinja" in package.files else "",
+        _training(package),
+        _licence_section(licences),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _summary(package: Package) -> str:
+    what = {
+        "adapter": "A LoRA adapter for LLaVA (`LlavaForConditionalGeneration`), with the trained projector in it.",
+        "model": "A whole LLaVA (`LlavaForConditionalGeneration`) that stock transformers loads.",
+    }[package.kind]
+    made = " and ".join(named(role, name) for role, name in sources(package))
+    if BASE_FILE in package.files:
+        projector = " and the projector of a run" if "projector_of_recipe" in package.record else ""
+        return f"The base that an adapter stands on: a LLaVA made of {made}{projector}, by lora_llava."
+    if not package.recipe:
+        return what + (f" Made from {made} by lora_llava." if made else "")
+    trained = "Its projector was trained" if package.recipe["stage"] == 1 else "LoRA and its projector were trained"
+    return f"{what} {trained} on {data_name(package)}, from {made}, by lora_llava."
+
+
+def _results(package: Package) -> str:
+    rows = {name: package.metrics.get(name) for name in ("before", "after")}
+    tables = {name: table for name, table in rows.items() if table}
+    if not tables:
+        return ""
+    columns = [column for column in next(iter(tables.values())) if column != "unparsed"]
+    data = package.recipe["data"]
+    lines = [
+        f"## Results\n\nAccuracy in % on the {data['splits']['test']} split of {data_name(package)}; prompt "
+        f"{data['prompt_order']}, greedy answers, read by LLaVA's rule; one that cannot be read counts as wrong. "
+        f"{_measured(package)}\n",
+        table_row(["", *columns, "unparsed"]),
+        table_row(["---"] * (len(columns) + 2)),
+    ]
+    for name, table in tables.items():
+        lines.append(table_row([name, *(f"{table[column][0]:.2f}" for column in columns), table["unparsed"]]))
+    last = next(reversed(tables.values()))
+    lines.append(table_row(["questions", *(last[column][2] for column in columns), ""]))
+    return "\n".join(lines)
+
+
+def _measured(package: Package) -> str:
+    """What the table was measured on, and how near this model is to that."""
+    base = {"nf4": "NF4", "none": "unquantised"}[package.recipe["model"]["quantization"]]
+    told = f"Measured in the training run, with the adapter on the {base} base."
+    if not package.merge:
+        return told
+    delta = package.merge[package.merge["checked_against"]]
+    return (
+        f"{told} This model was merged from it into the base in {package.merge['merged_into'].upper()}: logits on "
+        f"{delta['prompts']} prompts within {delta['max_logit_difference']:.3g} of adapter and base, tolerance "
+        f"{package.merge['tolerance']:.3g}, {delta['greedy_equal']} greedy answers of {delta['prompts']} equal "
+        "(`merge_report.json`)."
+    )
+
+
+def table_row(cells: Iterable[Any]) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def _training(package: Package) -> str:
+    if not package.recipe:
+        return ""
+    rows = [table_row(["", ""]), table_row(["---", "---"]), *map(table_row, training_rows(package))]
+    curve = f"\n\n![Loss over steps]({CURVE_FILE})" if CURVE_FILE in package.files else ""
+    return "## Training\n\n" + "\n".join(rows) + curve
+
+
+def _licence_section(licences: Sequence[Licence]) -> str:
+    if not licences:
+        return ""
+    lines = [f"- {lic.part}: {lic.name}" + (f" ({lic.note})" if lic.note else "") for lic in licences]
+    told = conflicts(licences)
+    return "## Licences\n\n" + "\n".join(lines) + ("\n\n" + "\n".join(told) if told else "")

@@ -1,0 +1,102 @@
+"""The card's table of how a model was trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_llava.publishing.package import Package
+
+_QUANTIZATIONS = {"nf4": "NF4, doubly quantised", "none": "none"}
+_SHORT = 12
+"""Letters of a hash that a table shows; run.json has all of them."""
+
+
+def training_rows(package: Package) -> list[tuple[str, str]]:
+    """Name and value of all that was recorded of a run: base, data, settings, cost and versions."""
+    return [*_base_rows(package), *_data_rows(package), *_setting_rows(package), *_cost_rows(package)]
+
+
+def _base_rows(package: Package) -> list[tuple[str, str]]:
+    base = package.record.get("base", {})
+    parts, hashes = base.get("parts"), base.get("hashes") or {}
+    rows = []
+    if parts:
+        for field, role in (("llm", "language model"), ("vision_tower", "vision tower")):
+            rows.append((role, f"{_named(parts[field])}, revision `{parts[f'{field}_revision'][:_SHORT]}`"))
+        start = package.recipe["model"]["start_from"]
+        origin = next((f"{key}: {value}" for key, value in start.items() if value and "revision" not in key), "")
+        rows.append(("projector starts from", f"{origin.replace('_', ' ')} ({parts['projector_type']})"))
+    elif base:
+        revision = f", revision `{base['revision'][:_SHORT]}`" if base.get("revision") else ""
+        rows.append(("base", f"{base['name']}{revision}"))
+    if hashes:
+        told = ", ".join(f"{part.replace('_', ' ')} `{digest[:_SHORT]}`" for part, digest in hashes.items())
+        rows.append(("SHA-256 of the base's weights", told))
+    return rows
+
+
+def _named(name: str) -> str:
+    return "lora_llava's demo" if name == "demo" else name
+
+
+def _data_rows(package: Package) -> list[tuple[str, str]]:
+    data = package.recipe["data"]
+    revision = f", revision `{data['revision'][:_SHORT]}`" if data.get("revision") else ""
+    rows = [("data", f"{_named(data['path'])} ({data['format']}){revision}")]
+    for split, report in package.metrics.get("data", {}).items():
+        dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()) or "0"
+        used = f"{report['used']:,} of {report['rows']:,} used"
+        rows.append((f"{split} rows", f"{used}; dropped {dropped}; cut {report['truncated']:,}"))
+    return rows
+
+
+def _setting_rows(package: Package) -> list[tuple[str, str]]:
+    recipe, data, training = package.recipe, package.recipe["data"], package.recipe["training"]
+    projector_rate = training["projector_learning_rate"] or training["learning_rate"]
+    rate = f"{training['learning_rate']:g} (projector {projector_rate:g})"
+    rows = [("LoRA", _lora(recipe["lora"]))] if recipe["lora"] else []
+    rows += [
+        ("quantisation while training", _QUANTIZATIONS[recipe["model"]["quantization"]]),
+        ("template", f"{data['template']}, image {data['image_position']}, {data['image_aspect']}"),
+        ("learning rate", f"{rate}, {training['lr_scheduler']}, warm-up {training['warmup_ratio']:g}"),
+        ("batch", f"{training['batch_size']} x {training['gradient_accumulation']}"),
+        ("optimizer", f"{training['optimizer']}, weight decay {training['weight_decay']:g}"),
+        ("seed", str(recipe["seed"])),
+    ]  # fmt: skip
+    if package.record.get("recipe_hash"):
+        rows.append(("recipe", f"`recipe.yaml`, SHA-256 as it ran `{package.record['recipe_hash'][:_SHORT]}`"))
+    return rows
+
+
+def _lora(lora: dict[str, Any]) -> str:
+    kinds = [name for name, on in (("rsLoRA", lora["rslora"]), ("DoRA", lora["dora"])) if on]
+    settings = f"r {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, on {', '.join(lora['targets'])}"
+    return settings + (f" ({', '.join(kinds)})" if kinds else "")
+
+
+def _cost_rows(package: Package) -> list[tuple[str, str]]:
+    train = package.metrics.get("train")
+    rows: list[tuple[str, str]] = []
+    if train:
+        trained = package.metrics["model"]["trained_parameters"]
+        rows += [
+            ("trained parameters", ", ".join(f"{part} {count:,}" for part, count in trained.items() if count)),
+            ("steps", f"{train['steps']:,}"),
+            ("tokens", f"{train['tokens']:,}, {train['supervised_tokens']:,} of them trained on"),
+            ("time", f"{train['seconds'] / 60:,.1f} min of training on {_machine(package.metrics.get('machine'))}"),
+            ("peak memory", f"{train['peak_memory_bytes'] / 2**30:.2f} GiB"),
+        ]  # fmt: skip
+        if train["best_validation_loss"] is not None:
+            rows.append(("validation loss", f"{train['best_validation_loss']:.4f}, the checkpoint kept"))
+    versions = package.record.get("versions", {})
+    if versions:
+        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    return rows
+
+
+def _machine(machine: dict[str, Any] | None) -> str:
+    if not machine:
+        return "a machine that was not recorded"
+    if machine["gpu"]:
+        return f"{machine['gpus']} x {machine['gpu']}"
+    return f"{machine['cores']} cores of {machine['processor']}"

@@ -1,0 +1,135 @@
+"""`lora-llava import`: LLaVA's own checkpoints and LoRA folders as a stock folder or a run directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import GenerationConfig, LlavaConfig
+
+from lora_llava.data.templates import chat_template, get_template
+from lora_llava.errors import UserError
+from lora_llava.model.adapters import lora_config
+from lora_llava.model.base import BaseParts, build_base, build_processor, image_processor_of, load_tokenizer
+from lora_llava.model.original_checkpoint import (
+    OriginalConfig,
+    checkpoint_tensors,
+    is_original,
+    read_config,
+    read_lora,
+    stock_config,
+)
+from lora_llava.model.parts import Part, load_part
+from lora_llava.model.provenance import component_hashes
+from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
+from lora_llava.model.tensor_files import checkpoint_bytes, lazy_tensors, write_checkpoint, write_file
+from lora_llava.publishing.adapter import read_adapter
+from lora_llava.publishing.weights import merged_tensors
+from lora_llava.training.new_folder import check_disk, check_new, new_folder
+from lora_llava.training.run_directory import versions, write_json
+
+
+def import_llava(
+    folder: Path, output: Path, *, llm: str | None = None, vision_tower: str | None = None, base: str | None = None,
+    template: str = "vicuna_v1", console: Console,
+) -> None:  # fmt: skip
+    """Convert LLaVA's own checkpoint (to a stock folder) or LoRA folder (to a run directory).
+
+    Args:
+        folder: What LLaVA's training left, or a published checkpoint of it.
+        output: The new folder; nothing may stand there.
+        llm: The language model a LoRA folder stands on; by default what its adapter_config.json says.
+        vision_tower: The CLIP tower; by default what config.json says.
+        base: A complete stock LLaVA that a LoRA folder stands on, in place of `llm`.
+        template: Conversation template that it was trained with.
+        console: Where everything is told.
+
+    Raises:
+        UserError: For a folder that is not LLaVA's, or holds what stock transformers cannot.
+    """
+    check_new(output)
+    original = read_config(folder)
+    tower = load_part(vision_tower or original.vision_tower, None, "vision_tower")
+    if (folder / "adapter_config.json").is_file():
+        _import_lora(folder, output, original, tower, llm, base, template, console)
+    else:
+        _import_checkpoint(folder, output, original, tower, template, console)
+    console.print(f"written: {output}", soft_wrap=True)
+
+
+def _import_checkpoint(
+    folder: Path, output: Path, original: OriginalConfig, tower: Part, template: str, console: Console
+) -> None:
+    config = stock_config(original, json.loads((tower.folder / "config.json").read_text(encoding="utf-8")))
+    tensors = checkpoint_tensors(folder, config, original, lazy_tensors(tower.folder))
+    check_disk(output, checkpoint_bytes(tensors, torch.bfloat16))
+    console.print(f"{folder}: a whole LLaVA, {original.projector_type} projector, {len(tensors)} tensors")
+    with new_folder(output) as temporary:
+        write_checkpoint(tensors, temporary, torch.bfloat16, "converting")
+        config.save_pretrained(temporary)
+        _save_processor(temporary, config, folder, tower.folder, original.image_aspect, template)
+
+
+def _save_processor(
+    output: Path, config: LlavaConfig, tokenizer_folder: Path, image_folder: Path, aspect: str, template: str
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder, config)
+    tokenizer.padding_side = "left"
+    images = image_processor_of(image_folder, config, aspect)
+    build_processor(tokenizer, config, images, chat_template(get_template(template, None))).save_pretrained(output)
+    text = config.text_config
+    GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+    ).save_pretrained(output)
+
+
+def _import_lora(
+    folder: Path, output: Path, original: OriginalConfig, tower: Part, llm: str | None, base: str | None,
+    template: str, console: Console,
+) -> None:  # fmt: skip
+    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path", "")
+    base_folder, record = _base_of(folder, original, tower, llm or named, base)
+    config = LlavaConfig.from_pretrained(base_folder)
+    if (config.vision_feature_layer, config.vision_feature_select_strategy) != (
+        original.feature_layer, original.strategy
+    ):  # fmt: skip
+        raise UserError(
+            f"{folder}: takes layer {original.feature_layer} of the vision tower ({original.strategy}), its base "
+            "another"
+        )
+    lora = read_lora(folder, original, config.text_config.num_hidden_layers)
+    console.print(f"{folder}: LoRA r {lora.settings['r']} on {', '.join(lora.targets)}, and a projector")
+    with new_folder(output) as temporary:
+        write_file(sorted(lora.tensors, key=lambda t: t.name), temporary / ADAPTER_FILE, torch.float32)
+        settings = lora_config(**lora.settings, targets=lora.targets, base=str(record["name"]))
+        settings.inference_mode = True
+        settings.save_pretrained(str(temporary))
+        merged_tensors(lazy_tensors(base_folder), replace(read_adapter(temporary), folder=folder))  # holds that it fits
+        _save_processor(temporary, config, base_folder, base_folder, original.image_aspect, template)
+        content = {"stage": 2, "base": record, "recipe_hash": None, "imported": folder.name, "versions": versions()}
+        write_json(temporary / RUN_FILE, content)
+
+
+def _base_of(
+    folder: Path, original: OriginalConfig, tower: Part, llm: str, base: str | None
+) -> tuple[Path, dict[str, object]]:
+    """The base that a LoRA folder stands on, and what the run records of it."""
+    if base is not None:
+        part = load_part(base, None, "start_from.llava")
+        local = Path(base).is_dir()
+        name, revision = (str(part.folder.resolve()), None) if local else (part.name, part.revision)
+        return part.folder, {"name": name, "revision": revision, "parts": None, "hashes": component_hashes(part.folder)}
+    if not llm:
+        raise UserError(f"{folder}/adapter_config.json names no base; name the language model with --llm")
+    model = load_part(llm, None, "llm")
+    if is_original(model.folder):
+        raise UserError(f"{folder} stands on {llm}, a whole LLaVA; import that first, then name the result with --base")
+    parts = BaseParts(
+        model.name, model.revision, tower.name, tower.revision, original.projector_type, projector=None, seed=0
+    )  # fmt: skip
+    written = build_base(parts, model, tower, None)
+    hashes = component_hashes(written)
+    return written, {"name": str(written), "revision": None, "parts": parts.__dict__, "hashes": hashes}

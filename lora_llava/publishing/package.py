@@ -1,0 +1,189 @@
+"""What leaves: an allow-list of a folder's files, their local names taken out, and nothing that identifies anyone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+from lora_llava.errors import UserError
+from lora_llava.model.provenance import component_hashes
+from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
+from lora_llava.model.tensor_files import weight_files
+from lora_llava.publishing.merge import BASE_FILE, PROCESSOR_FILES, REPORT_FILE
+from lora_llava.publishing.secrets import scan
+from lora_llava.recipe import dump_recipe, load_recipe
+from lora_llava.recipe.io import check_recipe
+from lora_llava.training.run_directory import METRICS_FILE, RECIPE_FILE, is_run
+
+Kind = Literal["adapter", "model"]
+ADAPTER_CONFIG, MODEL_CONFIG, INDEX_FILE = "adapter_config.json", "config.json", "model.safetensors.index.json"
+PARTS_FILE = "parts.json"
+CARD_FILE, CURVE_FILE, RESULTS_FOLDER = "README.md", "loss_curve.png", ".eval_results"
+_HEADER_LIMIT = 100 * 2**20
+"""The safetensors format's own limit of a header."""
+
+
+@dataclass
+class Package:
+    """What is to be uploaded.
+
+    Attributes:
+        folder: Where it comes from.
+        kind: An adapter, or a whole model.
+        files: By name in the repository: a file on disk, or its bytes.
+        record: `run.json` as it leaves, or empty.
+        metrics: `metrics.json` as it leaves, or empty.
+        merge: `merge_report.json` as it leaves, or empty.
+        recipe: The recipe's content as it leaves, or empty.
+        base: The base's name as it leaves: a Hub id, or a word for an assembled one.
+    """
+
+    folder: Path
+    kind: Kind
+    files: dict[str, Path | bytes]
+    record: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    merge: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    base: str = ""
+
+    def size(self, name: str) -> int:
+        """Bytes of one of the files."""
+        content = self.files[name]
+        return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def collect(folder: Path, base_repo: str | None = None, base_commit: str | None = None) -> Package:
+    """Gather a run's or a model folder's files for upload; the rest stays here.
+
+    Args:
+        folder: A run directory, a merged folder or a base folder.
+        base_repo: Hub id that an adapter's config is to name as its base, for one that stands on a local folder.
+        base_commit: Its commit.
+
+    Raises:
+        UserError: Where the folder is neither, or an adapter's base is a local folder and no `base_repo` is given.
+    """
+    if is_run(folder):
+        kind: Kind = "adapter"
+    elif (folder / MODEL_CONFIG).is_file() and weight_files([file.name for file in folder.iterdir()]):
+        kind = "model"
+    else:
+        raise UserError(f"{folder} is neither a finished run nor a folder with a model")
+    package = Package(folder, kind, {})
+    names = [*PROCESSOR_FILES, *((ADAPTER_FILE,) if kind == "adapter" else (MODEL_CONFIG, INDEX_FILE))]
+    if kind == "model":
+        names += weight_files([file.name for file in folder.iterdir()])
+    package.files |= {name: folder / name for name in names if (folder / name).is_file()}
+    _add_record(package, base_repo)
+    if kind == "adapter":
+        _add_adapter_config(package, base_commit)
+    return package
+
+
+def _add_record(package: Package, base_repo: str | None) -> None:
+    """`run.json`, `metrics.json`, `recipe.yaml` and the merge report without local paths."""
+    folder = package.folder
+    if (folder / RECIPE_FILE).is_file():
+        package.recipe = public_recipe(load_recipe(folder / RECIPE_FILE).model_dump(mode="json"))
+        package.files[RECIPE_FILE] = dump_recipe(check_recipe(package.recipe, RECIPE_FILE)).encode()
+    if (folder / PARTS_FILE).is_file():  # an assembled base, which has no run
+        parts = json.loads((folder / PARTS_FILE).read_text(encoding="utf-8"))
+        base = {"name": "assembled", "revision": None, "parts": parts, "hashes": component_hashes(folder)}
+        package.record = {"base": public_base(base, None)}
+        package.files[BASE_FILE] = _json(package.record)
+    for name in (BASE_FILE, RUN_FILE, METRICS_FILE, REPORT_FILE):
+        if not (folder / name).is_file():
+            continue
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        holder = content.get("model", content)  # metrics.json keeps it one level down
+        if "base" in holder:
+            holder["base"] = public_base(holder["base"], base_repo)
+            package.base = package.base or holder["base"]["name"]
+        setattr(
+            package,
+            {BASE_FILE: "record", RUN_FILE: "record", METRICS_FILE: "metrics", REPORT_FILE: "merge"}[name],
+            content,
+        )
+        package.files[name] = _json(content)
+
+
+def _add_adapter_config(package: Package, base_commit: str | None) -> None:
+    content = json.loads((package.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    if not is_hub_id(package.base):
+        raise UserError(
+            f"{package.folder} stands on {content['base_model_name_or_path']}, a folder on this machine that others do "
+            "not have; merge it (lora-llava merge) and push the merged folder, or push its base too with --base-repo"
+        )
+    content["base_model_name_or_path"] = package.base
+    content["revision"] = base_commit or content.get("revision")
+    package.files[ADAPTER_CONFIG] = _json(content)
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be a Hub id: `owner/name`, and no folder here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+def public_name(name: str) -> str:
+    """A model's or data set's name without the folders around it; a Hub id stays."""
+    return name if is_hub_id(name) else PurePath(name.replace("\\", "/")).name
+
+
+def public_base(base: Mapping[str, Any], base_repo: str | None) -> dict[str, Any]:
+    """What an adapter stands on, without local paths.
+
+    Args:
+        base: `base` of `run.json`.
+        base_repo: Where the base is on the Hub, if it is pushed too.
+    """
+    found = dict(base)
+    parts = found.get("parts")
+    if parts:
+        found["parts"] = parts | {field: public_name(parts[field]) for field in ("llm", "vision_tower")}
+    found["name"] = base_repo or (public_name(found["name"]) if not parts else "assembled")
+    return found
+
+
+def public_recipe(content: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's content, its local paths shortened to their last name."""
+
+    def shorten(section: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
+        return section | {name: public_name(section[name]) for name in fields if section.get(name)}
+
+    start = shorten(content["model"]["start_from"], ("stage1_run", "stage1_recipe", "projector", "llava"))
+    model = shorten(content["model"], ("llm", "vision_tower")) | {"start_from": start}
+    data = shorten(content["data"], ("path", "image_folder"))
+    return shorten(content, ("output_dir",)) | {"model": model, "data": data}
+
+
+def check_secrets(package: Package) -> None:
+    """Hold that nothing in a package is a token or a path into somebody's home.
+
+    Raises:
+        UserError: Naming file, line and kind of every finding, and never what it says.
+    """
+    found = [
+        finding for name, content in package.files.items() for finding in scan(name, _scanned(name, content))
+    ]  # fmt: skip
+    if found:
+        lines = [f"{package.folder}: {f.file}, line {f.line}: {f.what}; take it out, then push again" for f in found]
+        raise UserError("\n".join(lines))
+
+
+def _scanned(name: str, content: Path | bytes) -> bytes:
+    """All of a file; of weights, the header, which is the only text in them."""
+    if isinstance(content, bytes):
+        return content
+    if not name.endswith(".safetensors"):
+        return content.read_bytes()
+    with content.open("rb") as stream:
+        return stream.read(min(int.from_bytes(stream.read(8), "little"), _HEADER_LIMIT))

@@ -1,0 +1,224 @@
+"""`lora-llava push`: a run or a model folder to the Hub, in one commit, and the same again uploads nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lora_llava.errors import ToldError, UserError
+from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
+from lora_llava.model.tensor_files import weight_files
+from lora_llava.publishing.card import add_card
+from lora_llava.publishing.merge import BASE_FILE
+from lora_llava.publishing.package import CARD_FILE, Package, check_secrets, collect
+from lora_llava.training.run_directory import is_run
+
+_NOT_OURS = (".gitattributes",)
+"""The Hub puts it there."""
+_CUT: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # type: ignore[assignment]
+"""OSError, and the HTTPError of httpx or httpx2, whichever huggingface_hub speaks through."""
+_FAILURES: tuple[type[Exception], ...] = (*_CUT, RuntimeError)
+"""RuntimeError is "Error while uploading X", with what happened as its cause."""
+
+
+class PushError(ToldError):
+    """The Hub refused, or the line was cut."""
+
+
+def push(
+    folder: Path, repo_id: str, *, public: bool = False, base_repo: str | None = None, replace: bool = False,
+    licence: str | None = None, dry_run: bool = False, console: Console,
+) -> str | None:  # fmt: skip
+    """Push a run or a model folder.
+
+    Args:
+        folder: A run directory, a merged folder or a base folder.
+        repo_id: `owner/name`.
+        public: Let everybody see a repository that is made now; one that is there keeps its visibility.
+        base_repo: For a run on a local base: where that goes, before the adapter that names it.
+        replace: Put this in the place of another model that stands there.
+        licence: The card's licence, as Hugging Face writes it.
+        dry_run: Print the files and the card, and send nothing.
+        console: Where everything is told.
+
+    Returns:
+        The commit, or None for a dry run.
+
+    Raises:
+        UserError: For a folder, name, token or repository that does not do, or a secret in a file.
+        PushError: Where the Hub refuses or cannot be reached.
+    """
+    for name in (repo_id, base_repo):
+        _check_repo_id(name)
+    base = _base_package(folder, base_repo, licence)
+    package = _package(folder, repo_id, licence, base_repo)
+    for each in (base, package):
+        if each is not None:
+            check_secrets(each)
+    if dry_run:
+        for each, name in ((base, base_repo), (package, repo_id)):
+            if each is not None and name is not None:
+                _tell(each, name, public, console)
+        return None
+    api = _connect()
+    commit = None
+    if base is not None and base_repo is not None:
+        commit = _upload(api, base, base_repo, public, replace, console)
+        package = _package(folder, repo_id, licence, base_repo, commit)
+    return _upload(api, package, repo_id, public, replace, console)
+
+
+def _check_repo_id(name: str | None) -> None:
+    if name is None:
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"{name}: not a name of a repository ({str(error).splitlines()[0]})") from None
+    if "/" not in name:
+        raise UserError(f"{name}: write OWNER/NAME, with your name on the Hub as OWNER")
+
+
+def _package(
+    folder: Path, repo_id: str, licence: str | None, base_repo: str | None, base_commit: str | None = None
+) -> Package:
+    package = collect(folder, base_repo, base_commit)
+    add_card(package, repo_id, licence)
+    return package
+
+
+def _base_package(folder: Path, base_repo: str | None, licence: str | None) -> Package | None:
+    """The local base of a run, to be pushed before it."""
+    if base_repo is None:
+        return None
+    if not is_run(folder):
+        raise UserError(f"--base-repo: {folder} is a whole model and stands on no base; leave it out")
+    name = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["base"]["name"]
+    if not Path(name).is_dir():
+        raise UserError(f"--base-repo: {folder} stands on {name}, which is no folder here; leave it out")
+    return _package(Path(name), base_repo, licence, None)
+
+
+def _connect() -> HfApi:
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE is set; unset it to push")
+    if get_token() is None:
+        raise UserError("no Hub token here; run `hf auth login`, or set HF_TOKEN to one with write access")
+    return HfApi(library_name="lora_llava")
+
+
+def _upload(
+    api: HfApi, package: Package, repo_id: str, public: bool, replace: bool, console: Console
+) -> str:  # fmt: skip
+    with _told(repo_id, console):
+        there = _remote_files(api, repo_id)
+        if there is None:
+            url = api.create_repo(repo_id, private=not public, exist_ok=True)
+            console.print(f"created {url} ({'public' if public else 'private'})", soft_wrap=True)
+            there = []
+        stale = _stale(api, package, repo_id, there, replace)
+        operations = [
+            CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in sorted(package.files.items())
+        ]
+        before = api.model_info(repo_id).sha
+        commit = api.create_commit(
+            repo_id, [*operations, *map(CommitOperationDelete, stale)], commit_message="Upload with lora_llava"
+        )
+    if commit.oid == before:
+        console.print(f"{repo_id} holds all of it already: nothing uploaded", soft_wrap=True)
+    else:
+        deleted = f", {len(stale)} old ones removed" if stale else ""
+        console.print(f"pushed {len(operations)} files to {commit.repo_url}{deleted}", soft_wrap=True)
+    return str(commit.oid)
+
+
+def _remote_files(api: HfApi, repo_id: str) -> list[str] | None:
+    """Files of the repository; None where there is none."""
+    try:
+        return [file for file in api.list_repo_files(repo_id) if file not in _NOT_OURS]
+    except RepositoryNotFoundError:
+        return None
+
+
+def _stale(api: HfApi, package: Package, repo_id: str, there: list[str], replace: bool) -> list[str]:
+    """Files to remove: what another push of the same model left.
+
+    Raises:
+        UserError: Where another model stands there and was not given up.
+    """
+    stale = [file for file in there if file not in package.files]
+    if replace or set(there) <= {CARD_FILE} or _same_model(api, package, repo_id, there):
+        return stale
+    some = ", ".join(sorted(there)[:3])
+    raise UserError(
+        f"{repo_id} holds another model ({len(there)} files: {some}, ...); name another repository, or --replace to "
+        "put this one in its place (its history keeps the old)"
+    )
+
+
+def _same_model(api: HfApi, package: Package, repo_id: str, there: list[str]) -> bool:
+    """Whether the repository holds the same kind of model of the same recipe and base."""
+    kind = "adapter" if ADAPTER_FILE in there else "model" if weight_files(there) else None
+    name = BASE_FILE if BASE_FILE in package.files else RUN_FILE
+    if name not in there or kind != package.kind or name not in package.files:
+        return False
+    theirs = json.loads(Path(api.hf_hub_download(repo_id, name)).read_text(encoding="utf-8"))
+    return _identity(theirs) == _identity(package.record)
+
+
+def _identity(record: dict[str, object]) -> tuple[object, object]:
+    base = record.get("base")
+    return record.get("recipe_hash"), base.get("hashes") if isinstance(base, dict) else None
+
+
+@contextmanager
+def _told(repo_id: str, console: Console) -> Iterator[None]:
+    """Tell what the Hub says in one line; its library's remarks on empty commits are ours to make."""
+    logger = logging.getLogger("huggingface_hub.hf_api")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    except _FAILURES as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        if isinstance(cause, HfHubHTTPError):
+            raise PushError(f"{repo_id}: the Hub refused ({_refusal(cause)}") from None
+        if not isinstance(cause, _CUT):
+            raise
+        raise PushError(
+            f"{repo_id}: the line to the Hub was cut ({type(cause).__name__}); run the same command again to go on"
+        ) from None
+    finally:
+        logger.setLevel(level)
+
+
+def _refusal(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    mend = "check that the token may write there" if status in (401, 403) else "run the same command again to go on"
+    return f"{status}: {str(error).splitlines()[0]}); {mend}"
+
+
+def _tell(package: Package, repo_id: str, public: bool, console: Console) -> None:
+    """Print what would be pushed: files, sizes, and the card."""
+    table = Table(title=f"{repo_id} ({'public' if public else 'private'} if new)", title_justify="left")
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    for name in sorted(package.files):
+        table.add_row(name, f"{package.size(name):,}")
+    table.add_row("in all", f"{sum(map(package.size, package.files)):,}")
+    console.print(table)
+    left = sorted(file.name for file in package.folder.iterdir() if file.name not in package.files)
+    console.print(f"stays here: {', '.join(left) or 'nothing'}", soft_wrap=True)
+    card = package.files[CARD_FILE]
+    console.print(Text(card.decode() if isinstance(card, bytes) else ""), soft_wrap=True)

@@ -1,0 +1,67 @@
+"""Nothing that identifies a person or opens an account leaves: a scan of everything that is to be uploaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import get_token
+
+_TOKENS = {
+    "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{20,}",
+    "an OpenAI key": rb"\bsk-[A-Za-z0-9_-]{20,}",
+    "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})",
+    "an AWS key": rb"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a Google key": rb"\bAIza[A-Za-z0-9_-]{35}",
+    "a Slack token": rb"\bxox[abprs]-[A-Za-z0-9-]{10,}",
+    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a password in a URL": rb"\b[a-z][a-z0-9+.-]*://[^/\s:@\"']+:[^/\s@\"']+@",
+}
+_HOMES = rb"(?:(?<![\w./-])|file://)/(?:home/|Users/|root\b)|\b[A-Za-z]:[\\/]{1,4}Users[\\/]"
+_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")
+_SHORTEST_SECRET = 8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that should not leave; what it is, never what it says.
+
+    Attributes:
+        file: Name of the file.
+        line: Line in it, from 1.
+        what: Its kind.
+    """
+
+    file: str
+    line: int
+    what: str
+
+
+def scan(file: str, content: bytes) -> list[Finding]:
+    """Look for tokens, this machine's secrets and paths into people's homes.
+
+    Args:
+        file: Its name, for the finding.
+        content: All of it; of a weight file, its header.
+
+    Returns:
+        What was found, in order.
+    """
+    patterns = {what: re.compile(pattern) for what, pattern in (_TOKENS | {"a path into a home": _HOMES}).items()}
+    patterns |= {what: re.compile(re.escape(secret)) for what, secret in _own_secrets().items()}
+    found = set()
+    for what, pattern in patterns.items():
+        for match in pattern.finditer(content):
+            found.add((content.count(b"\n", 0, match.start()) + 1, what))
+    return [Finding(file, line, what) for line, what in sorted(found)]
+
+
+def _own_secrets() -> dict[str, bytes]:
+    secrets = {f"the value of {name}": os.environ.get(name, "") for name in _SECRET_VARIABLES}
+    secrets["this machine's Hub token"] = get_token() or ""
+    home = str(Path.home())
+    if len(home) > 1:
+        secrets["this machine's home folder"] = f"{home}/"
+    return {what: value.encode() for what, value in secrets.items() if len(value) >= _SHORTEST_SECRET or "home" in what}

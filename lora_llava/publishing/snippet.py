@@ -1,0 +1,57 @@
+"""The lines that load a published model, for its card."""
+
+from __future__ import annotations
+
+from lora_llava.model.loading import KEPT_WHOLE
+from lora_llava.publishing.package import Package
+
+_ASK = """messages = [{"role": "user", "content": [
+    {"type": "image", "image": Image.open("picture.png")},
+    {"type": "text", "text": "What is shown?"},
+]}]
+"""
+
+
+def loading_snippet(package: Package, repo_id: str) -> str:
+    """Markdown with Python that answers a question about `picture.png` without lora_llava.
+
+    Args:
+        package: What is published.
+        repo_id: Where it is.
+    """
+    if package.kind == "model":
+        return f"""```python
+from PIL import Image
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", model="{repo_id}")
+{_ASK}print(pipe(text=messages, max_new_tokens=128, return_full_text=False)[0]["generated_text"])
+```
+
+`pip install transformers pillow torch` is all it needs."""
+    revision = package.record["base"].get("revision")
+    where = f'"{package.base}"' + (f', revision="{revision}"' if revision else "")
+    code = f"""```python
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+base = AutoModelForImageTextToText.from_pretrained({where}, dtype="auto")
+model = PeftModel.from_pretrained(base, "{repo_id}")
+processor = AutoProcessor.from_pretrained("{repo_id}")
+{_ASK}inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+answer = model.generate(**inputs, max_new_tokens=128)
+print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```
+
+`pip install transformers peft pillow torch` is all it needs."""
+    if package.recipe.get("model", {}).get("quantization") == "nf4":
+        kept = ", ".join(f'"{name}"' for name in KEPT_WHOLE)
+        code += (
+            " It was trained on the base in NF4; to load that, `pip install bitsandbytes` and pass "
+            f'`quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+            f"bnb_4bit_use_double_quant=True, llm_int8_skip_modules=[{kept}])`."
+        )
+    return code

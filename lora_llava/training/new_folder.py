@@ -1,0 +1,58 @@
+"""A folder that is either whole or not there, and a disk that holds it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_llava.errors import UserError
+
+_SPARE_BYTES = 64 * 2**20
+"""For tokenizer, configs and reports."""
+
+
+def check_new(output: Path) -> None:
+    """Hold that nothing stands where a folder is to be written.
+
+    Raises:
+        UserError: Where something does.
+    """
+    if output.exists():
+        raise UserError(f"{output} is there already; name another --output, or remove it")
+
+
+def check_disk(output: Path, weights: int) -> None:
+    """Hold that the disk has room for a model, before a byte is written.
+
+    Args:
+        output: Where it goes.
+        weights: Bytes of its weights.
+
+    Raises:
+        UserError: With the bytes needed and free.
+    """
+    needed = weights + _SPARE_BYTES
+    existing = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(
+            f"{output}: needs {needed:,} bytes ({needed / 1e9:.1f} GB) and {free:,} ({free / 1e9:.1f} GB) are free; "
+            "free some, or name an --output on another disk"
+        )
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that becomes it at the end, and goes on any failure."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's is 0o700
+        temporary.rename(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,310 @@
+"""Pushing to a hub on the loopback interface: what arrives, what never leaves, what a cut leaves behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from PIL import Image
+from rich.console import Console
+
+from lora_llava.cli import main
+from lora_llava.errors import UserError
+from lora_llava.publishing.merge import merge
+from lora_llava.publishing.push import PushError, push
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hub import Store, serve
+
+Train = Callable[..., Path]
+TOKEN = "hf_" + "aB3" * 12
+QUIET = Console(file=io.StringIO(), width=160)
+
+
+@pytest.fixture
+def hub(monkeypatch: Any, tmp_path: Path) -> Iterator[Store]:
+    """A hub that this process's huggingface_hub talks to, with a token."""
+    with serve() as (store, endpoint):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        store.endpoint = endpoint  # type: ignore[attr-defined]
+        yield store
+
+
+@pytest.fixture(scope="module")
+def merged(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pushed") / "merged"
+    merge(train(), folder, dtype="float32", console=QUIET)
+    return folder
+
+
+def pushed(folder: Path, repo_id: str = "me/model", **options: Any) -> str:
+    stream = io.StringIO()
+    push(folder, repo_id, console=Console(file=stream, width=200), **options)
+    return stream.getvalue()
+
+
+MODEL_FILES = {
+    ".gitattributes", "README.md", "chat_template.jinja", "config.json", "generation_config.json", "loss_curve.png",
+    "merge_report.json", "metrics.json", "model.safetensors", "processor_config.json", "recipe.yaml", "run.json",
+    "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+def test_a_merged_model_arrives_whole_and_private(merged: Path, hub: Store) -> None:
+    told = pushed(merged)
+    assert hub.private == {"me/model": True}
+    assert set(hub.repos["me/model"]) == MODEL_FILES
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+        assert hub.repos["me/model"][name] == (merged / name).read_bytes()
+    assert "pushed 13 files" in told
+    pushed(merged, "me/open", public=True)
+    assert hub.private["me/open"] is False
+
+
+def test_the_same_push_again_uploads_nothing(merged: Path, hub: Store) -> None:
+    pushed(merged)
+    commit, files = hub.commits["me/model"], hub.repos["me/model"]
+    assert hub.uploaded > 10**6
+    hub.reset()
+    assert "holds all of it already: nothing uploaded" in pushed(merged)
+    assert hub.uploaded == 0
+    assert not any("/commit/" in request or request.startswith("PUT") for request in hub.requests)
+    assert (hub.commits["me/model"], hub.repos["me/model"]) == (commit, files)
+
+
+def test_a_push_cut_at_each_request_converges(merged: Path, hub: Store) -> None:
+    pushed(merged, "me/whole")
+    whole, count = hub.repos["me/whole"], len(hub.requests)
+    assert count >= 8
+    objects = dict(hub.objects)
+    for number in range(1, count + 1):
+        hub.repos.clear()
+        hub.objects.clear()
+        hub.reset(dead_from=number)
+        with pytest.raises(PushError, match=r"me/whole: .*; run the same command again to go on"):
+            pushed(merged, "me/whole")
+        assert set(hub.repos.get("me/whole", {})) <= {".gitattributes"}  # never half a model
+        hub.reset()
+        pushed(merged, "me/whole")
+        assert {name: data for name, data in hub.repos["me/whole"].items() if name != "README.md"} == {
+            name: data for name, data in whole.items() if name != "README.md"
+        }
+        assert hub.repos["me/whole"]["README.md"] == whole["README.md"]
+        assert hub.objects == objects
+
+
+def test_what_was_uploaded_before_a_cut_is_not_uploaded_again(merged: Path, hub: Store) -> None:
+    pushed(merged)
+    commit = next(i for i, request in enumerate(hub.requests, 1) if "/commit/" in request)
+    hub.repos.clear()
+    hub.objects.clear()
+    hub.reset(dead_from=commit)
+    with pytest.raises(PushError):
+        pushed(merged)
+    assert hub.uploaded > 10**6
+    hub.reset()
+    pushed(merged)
+    assert hub.uploaded == 0
+
+
+STOCK = """
+import sys, json
+sys.modules['lora_llava'] = None
+import torch
+from PIL import Image
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+name, base, out = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(base or name, dtype=torch.float32)
+if base:
+    model = PeftModel.from_pretrained(model, name)
+processor = AutoProcessor.from_pretrained(name)
+messages = [{'role': 'user', 'content': [{'type': 'image', 'image': Image.open('picture.png')},
+    {'type': 'text', 'text': 'Which colour is shown?'}]}]
+batch = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,
+    return_tensors='pt')
+with torch.no_grad():
+    logits = model.eval()(**batch, use_cache=False).logits
+    answer = model.generate(**batch, max_new_tokens=5, do_sample=False)
+torch.save((logits, answer), out)
+"""
+
+
+def environment(hub: Store, folder: Path) -> dict[str, str]:
+    """Of a person who has the Hub, a token, and not this package's settings."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LORA_"))}
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}  # type: ignore[attr-defined]
+    return kept | own
+
+
+def stock(name: str, base: str, hub: Store, folder: Path) -> Any:
+    """Logits and greedy answer in a process without this package."""
+    Image.new("RGB", (40, 24), (220, 30, 30)).save(folder / "picture.png")
+    command = [sys.executable, "-c", STOCK, name, base, str(folder / "out.pt")]
+    done = subprocess.run(command, cwd=folder, env=environment(hub, folder), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "out.pt")
+
+
+def test_downloaded_logits_are_bit_equal_to_the_local_ones(
+    merged: Path, train: Train, hub: Store, tmp_path: Path
+) -> None:
+    pushed(merged)
+    pushed(train(), "me/adapter", base_repo="me/base")
+    there, here = stock("me/model", "", hub, tmp_path), stock(str(merged), "", hub, tmp_path)
+    assert all(map(torch.equal, there, here))
+    assert any("GET /me/model/resolve/" in request and "model.safetensors" in request for request in hub.requests)
+    base = json.loads((train() / "run.json").read_text())["base"]["name"]
+    there = stock("me/adapter", "me/base", hub, tmp_path)
+    assert all(map(torch.equal, there, stock(str(train()), base, hub, tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_the_card_s_snippet_runs(kind: str, merged: Path, train: Train, hub: Store, tmp_path: Path) -> None:
+    pushed(merged)
+    pushed(train(), "me/adapter", base_repo="me/base")
+    card = hub.repos[f"me/{kind}"]["README.md"].decode()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    Image.new("RGB", (40, 24), (220, 30, 30)).save(tmp_path / "picture.png")
+    command = [sys.executable, "-c", "import sys\nsys.modules['lora_llava'] = None\n" + code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(hub, tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_adapter_names_its_pushed_base_and_commit(train: Train, hub: Store) -> None:
+    pushed(train(), "me/adapter", base_repo="me/base")
+    config = json.loads(hub.repos["me/adapter"]["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", hub.commits["me/base"])
+    assert set(hub.repos["me/adapter"]) == {
+        ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "generation_config.json", "loss_curve.png", "metrics.json", "processor_config.json", "recipe.yaml", "run.json",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    hub.reset()
+    assert pushed(train(), "me/adapter", base_repo="me/base").count("nothing uploaded") == 2
+    assert hub.uploaded == 0
+
+
+def test_an_adapter_on_a_local_base_is_not_pushed_alone(train: Train, hub: Store) -> None:
+    with pytest.raises(UserError, match="a folder on this machine that others do not have; merge it"):
+        pushed(train())
+    assert hub.requests == []
+
+
+def test_another_model_is_not_overwritten_unasked(merged: Path, train: Train, hub: Store) -> None:
+    pushed(merged)
+    files = hub.repos["me/model"]
+    with pytest.raises(UserError, match=r"me/model holds another model \(13 files: README\.md, .*--replace"):
+        pushed(train(), base_repo="me/base")
+    assert hub.repos["me/model"] == files
+    assert "3 old ones removed" in pushed(train(), base_repo="me/base", replace=True)
+    assert "model.safetensors" not in hub.repos["me/model"]
+    hub.repos["me/notes"] = {"notes.txt": b"mine"}
+    hub.commits["me/notes"], hub.private["me/notes"] = "0" * 40, True
+    with pytest.raises(UserError, match="holds another model"):
+        pushed(merged, "me/notes")
+
+
+def test_no_token_and_no_network_are_one_line(merged: Path, hub: Store, monkeypatch: Any, capsys: Any) -> None:
+    hub.refuse_token = True
+    assert main("push", [str(merged), "me/model"]) == 1
+    told = capsys.readouterr().err
+    assert "me/model: the Hub refused (401: " in told
+    assert "check that the token may write there" in told
+    assert TOKEN not in told
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("lora_llava.publishing.push.get_token", lambda: None)
+    assert main("push", [str(merged), "me/model"]) == 2
+    assert "no Hub token here; run `hf auth login`" in capsys.readouterr().err
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main("push", [str(merged), "me/model"]) == 2
+    assert "HF_HUB_OFFLINE is set; unset it to push" in capsys.readouterr().err
+    for name in ("a/b/c", "model", "me/bad name"):
+        assert main("push", [str(merged), name]) == 2
+        assert name in capsys.readouterr().err
+
+
+def test_a_dry_run_sends_nothing_and_shows_all(merged: Path, hub: Store) -> None:
+    told = pushed(merged, dry_run=True)
+    assert hub.requests == []
+    for name in MODEL_FILES - {".gitattributes"}:
+        assert name in told
+    assert "# model" in told
+
+
+SECRET = "hf_" + "zZ9" * 12
+
+
+def plant_in_weights(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "note": SECRET})
+
+
+def plant_in(name: str, text: str) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        content["note"] = text
+        (folder / name).write_text(json.dumps(content))
+
+    return plant
+
+
+@pytest.mark.parametrize(
+    ("plant", "told"),
+    [
+        (plant_in("tokenizer_config.json", f"use {SECRET}"), "tokenizer_config.json, line 1: a Hugging Face token"),
+        (plant_in("run.json", f"key {SECRET}"), "run.json, line "),
+        (plant_in("metrics.json", "/home/alice/pictures/cat.jpg"), "a path into a home"),
+        (plant_in("processor_config.json", "C:\\Users\\alice\\x"), "a path into a home"),
+        (plant_in("generation_config.json", "https://me:secret@example.com"), "a password in a URL"),
+        (plant_in("adapter_config.json", "sk-" + "a1B2" * 8), "an OpenAI key"),
+        (plant_in_weights, "adapter_model.safetensors, line 1: a Hugging Face token"),
+    ],
+)  # fmt: skip
+def test_a_planted_secret_stops_the_push(
+    plant: Callable[[Path], None], told: str, finished: Path, hub: Store, capsys: Any
+) -> None:
+    plant(finished)
+    for options in ([], ["--dry-run"]):
+        assert main("push", [str(finished), "me/model", "--base-repo", "me/base", *options]) == 2
+        seen = "".join(capsys.readouterr())
+        assert told in seen
+        assert "take it out, then push again" in seen
+        assert SECRET not in seen
+        assert "alice" not in seen
+    assert hub.requests == []
+
+
+def test_local_paths_of_the_recipe_do_not_leave(finished: Path, hub: Store, tmp_path: Path) -> None:
+    (finished / "training_args.bin").write_bytes(TOKEN.encode())
+    (finished / "logs").mkdir(exist_ok=True)
+    (finished / "logs" / "events").write_text(TOKEN)
+    pushed(finished, base_repo="me/base")
+    sent = b"".join(hub.received) + b"".join(
+        data for files in hub.repos.values() for data in files.values()
+    )  # fmt: skip
+    for private in (TOKEN.encode(), str(tmp_path).encode(), b"pytest-of", str(Path.home()).encode() + b"/"):
+        assert private not in sent
+    recipe = hub.repos["me/model"]["recipe.yaml"].decode()
+    assert "path: scienceqa" in recipe
+    assert "output_dir: run\n" in recipe
