@@ -49,19 +49,17 @@ def scan(file: str, content: bytes) -> list[Finding]:
     Returns:
         What was found, in order.
     """
-    patterns = {what: re.compile(pattern) for what, pattern in (_TOKENS | {"a path into a home": _HOMES}).items()}
-    patterns |= {what: re.compile(re.escape(secret)) for what, secret in _own_secrets().items()}
+    patterns = _TOKENS | {"a path into a home": _HOMES} | _own_secrets()
     found = set()
     for what, pattern in patterns.items():
-        for match in pattern.finditer(content):
+        for match in re.finditer(pattern, content):
             found.add((content.count(b"\n", 0, match.start()) + 1, what))
     return [Finding(file, line, what) for line, what in sorted(found)]
 
 
 def _own_secrets() -> dict[str, bytes]:
-    secrets = {f"the value of {name}": os.environ.get(name, "") for name in _SECRET_VARIABLES}
-    secrets["this machine's Hub token"] = get_token() or ""
-    home = str(Path.home())
-    if len(home) > 1:
-        secrets["this machine's home folder"] = f"{home}/"
-    return {what: value.encode() for what, value in secrets.items() if len(value) >= _SHORTEST_SECRET or "home" in what}
+    """Patterns of what is secret on this machine alone."""
+    values = {f"the value of {name}": os.environ.get(name, "") for name in _SECRET_VARIABLES}
+    values["this machine's Hub token"] = get_token() or ""
+    patterns = {what: re.escape(value).encode() for what, value in values.items() if len(value) >= _SHORTEST_SECRET}
+    return patterns | {"a path into this home": rb"(?<![\w.-])" + re.escape(f"{Path.home()}/").encode()}

@@ -42,7 +42,9 @@ def evaluate(
     folder = Path(model)
     run = is_run(folder)
     if recipe is None and not (folder / RECIPE_FILE).is_file():
-        raise UserError(f"{model} is not a finished run and holds no recipe; name one whose questions to ask with --recipe")
+        raise UserError(
+            f"{model} is not a finished run and holds no recipe; name one whose questions to ask with --recipe"
+        )
     if not run and recipe is None:  # a merged folder is asked as it is stored
         overrides = ["model.quantization=none", *overrides]
     chosen = load_recipe(recipe or folder / RECIPE_FILE, overrides)

@@ -1,0 +1,175 @@
+"""The card says what the run recorded, names licences that do not go together, and holds nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
+from PIL import Image
+
+from lora_llava.publishing.card import add_card, licences_of
+from lora_llava.publishing.licences import card_licence, conflicts, licence_of
+from lora_llava.publishing.package import Package, collect, public_recipe
+from lora_llava.publishing.secrets import scan
+from lora_llava.recipe import load_recipe
+
+Train = Callable[..., Path]
+
+
+@pytest.fixture
+def vicuna_run(finished: Path) -> Path:
+    """A run as the 7B recipe would leave it: its recipe and parts, the small run's weights and figures."""
+    shutil.copyfile(Path(__file__).parents[2] / "recipes" / "scienceqa_qlora.yaml", finished / "recipe.yaml")
+    record = json.loads((finished / "run.json").read_text())
+    recipe = load_recipe(finished / "recipe.yaml").model
+    record["base"]["parts"] |= {
+        "llm": recipe.llm, "llm_revision": recipe.llm_revision, "vision_tower": recipe.vision_tower,
+        "vision_tower_revision": recipe.vision_tower_revision,
+    }  # fmt: skip
+    (finished / "run.json").write_text(json.dumps(record))
+    return finished
+
+
+def card_of(folder: Path, repo_id: str = "me/pets") -> tuple[Package, str]:
+    package = collect(folder, "me/base", "c" * 40)
+    add_card(package, repo_id)
+    content = package.files["README.md"]
+    assert isinstance(content, bytes)
+    return package, content.decode()
+
+
+def test_metadata_is_the_run_s(vicuna_run: Path) -> None:
+    package, card = card_of(vicuna_run)
+    data = ModelCard(card).data
+    assert data.base_model == ["me/base"]
+    assert data.library_name == "peft"
+    assert data.pipeline_tag == "image-text-to-text"
+    assert data.datasets == ["derek-thomas/ScienceQA"]
+    assert data.tags == ["llava", "lora_llava", "lora", "qlora"]
+    assert data.license == "other"
+    table = package.metrics["after"]
+    for result in data.eval_results:
+        column = result.metric_name.split(", ")[1].split(" ")[0]
+        assert result.metric_value == table[column][0]
+        assert (result.dataset_type, result.dataset_split) == ("derek-thomas/ScienceQA", "test")
+    assert len(data.eval_results) == sum(table[column][2] > 0 for column in table if column != "unparsed")
+
+
+def test_eval_results_are_hugging_face_s(vicuna_run: Path) -> None:
+    package, _ = card_of(vicuna_run)
+    content = package.files[".eval_results/scienceqa.yaml"]
+    assert isinstance(content, bytes)
+    (entry,) = parse_eval_result_entries(yaml.safe_load(content))
+    assert (entry.dataset_id, entry.task_id) == ("derek-thomas/ScienceQA", "default")
+    assert entry.value == package.metrics["after"]["AVG"][0]
+    assert entry.notes.startswith(f"{package.metrics['after']['AVG'][1]} of 6 questions; prompt QCM-LEA, greedy")
+
+
+def test_a_part_of_the_split_or_local_data_gives_no_eval_results(vicuna_run: Path, train: Train) -> None:
+    text = (vicuna_run / "recipe.yaml").read_text().replace("before: 200", "after: 200")
+    (vicuna_run / "recipe.yaml").write_text(text)
+    assert not any(name.startswith(".eval_results") for name in card_of(vicuna_run)[0].files)
+    assert not any(name.startswith(".eval_results") for name in card_of(train())[0].files)
+
+
+def test_body_holds_data_settings_cost_and_curve(train: Train) -> None:
+    package, card = card_of(train())
+    train_figures = package.metrics["train"]
+    for line in (
+        "| train rows | 24 of 24 used; dropped 0; cut 0 |",
+        "| LoRA | r 4, alpha 32, dropout 0, on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj |",
+        "| quantisation while training | NF4, doubly quantised |",
+        "| learning rate | 0.05 (projector 0.05), cosine, warm-up 0.03 |",
+        "| batch | 8 x 1 |",
+        f"| peak memory | {train_figures['peak_memory_bytes'] / 2**30:.2f} GiB |",
+        "| trained parameters | lora 8,704, projector 6,272 |",
+        f"SHA-256 as it ran `{package.record['recipe_hash'][:12]}`",
+        "![Loss over steps](loss_curve.png)",
+        "Measured in the training run, with the adapter on the NF4 base.",
+    ):
+        assert line in card, line
+    curve = package.files["loss_curve.png"]
+    assert isinstance(curve, bytes)
+    assert Image.open(io.BytesIO(curve)).size == (840, 420)
+    assert len(train_figures["loss_curve"]["train"]) == 4
+    assert re.search(r"\| before \|( \d+\.\d\d \|){9} \d+ \|", card)
+
+
+def test_no_placeholder_and_no_local_path(train: Train, vicuna_run: Path) -> None:
+    for folder in (train(), vicuna_run):
+        _, card = card_of(folder)
+        assert not re.search(r"TODO|TBD|More Information Needed|YOU/|None\b|nan\b|\{\}|\[\]", card)
+        assert "/tmp" not in card
+        assert scan("README.md", card.encode()) == []
+
+
+def test_the_same_run_gives_the_same_card(train: Train) -> None:
+    one, two = card_of(train())[0].files, card_of(train())[0].files
+    assert one == two
+
+
+def test_licences_that_pull_apart_are_named(vicuna_run: Path) -> None:
+    package, card = card_of(vicuna_run)
+    assert card_licence(licences_of(package)) == "other"
+    assert "the language model lmsys/vicuna-7b-v1.5: Llama 2 Community License" in card
+    assert (
+        "the language model lmsys/vicuna-7b-v1.5 may be used commercially under the Llama 2 Community License, the "
+        "data (derek-thomas/ScienceQA) may not (CC BY-NC-SA 4.0): what was made from both falls under the stricter."
+    ) in card
+    assert (
+        "Not known to lora_llava, so read them before use: the vision tower openai/clip-vit-large-patch14-336" in card
+    )
+
+
+def test_one_licence_is_the_card_s() -> None:
+    demo = [licence_of("demo", part) for part in ("a", "b")]
+    assert card_licence(demo) == "apache-2.0"
+    assert conflicts(demo) == []
+    assert card_licence([]) is None
+
+
+def test_the_person_s_word_on_the_licence_counts(train: Train) -> None:
+    package = collect(train(), "me/base")
+    add_card(package, "me/pets", "mit")
+    content = package.files["README.md"]
+    assert isinstance(content, bytes)
+    assert ModelCard(content.decode()).data.license == "mit"
+
+
+def test_a_recipe_s_paths_are_cut_to_their_names() -> None:
+    content = load_recipe("scienceqa_qlora.yaml").model_dump(mode="json")
+    content["output_dir"] = "C:\\Users\\alice\\runs\\pets"
+    content["data"]["path"], content["data"]["image_folder"] = "/home/alice/pets", "~/pictures"
+    public = public_recipe(content)
+    assert public["output_dir"] == "pets"
+    assert (public["data"]["path"], public["data"]["image_folder"]) == ("pets", "pictures")
+    assert public["model"]["llm"] == "lmsys/vicuna-7b-v1.5"
+    assert public["model"]["start_from"]["projector"] == content["model"]["start_from"]["projector"]
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("see /home/bob/x", "a path into a home"),
+        ('"/Users/bob/x"', "a path into a home"),
+        ("file:///home/bob", "a path into a home"),
+        ("D:\\\\Users\\\\bob", "a path into a home"),
+        ("AKIA" + "A1B2" * 4, "an AWS key"),
+        ("ghp_" + "a1B2" * 9, "a GitHub token"),
+        ("-----BEGIN RSA PRIVATE KEY-----", "a private key"),
+    ],
+)
+def test_the_scan_finds(text: str, what: str) -> None:
+    assert [(found.line, found.what) for found in scan("f", f"one\n{text}\n".encode())] == [(2, what)]
+
+
+@pytest.mark.parametrize("text", ["https://x.org/home/page", "models/root/x", "hf_hub", "sk-learn", "user@example.com"])
+def test_the_scan_lets_pass(text: str) -> None:
+    assert scan("f", text.encode()) == []
