@@ -42,7 +42,7 @@ def check_bitsandbytes() -> None:
         layer(torch.zeros(1, 64, device=default_device()))
     except Exception as error:  # a missing or broken native library raises anything
         raise UserError(
-            f"model.quantization is nf4, but bitsandbytes cannot run here ({str(error).splitlines()[0]}); reinstall "
+            f"NF4 is asked for, but bitsandbytes cannot run here ({str(error).splitlines()[0]}); reinstall "
             "bitsandbytes for this machine, or set model.quantization=none"
         ) from None
 

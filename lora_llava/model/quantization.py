@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 
 def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
@@ -15,5 +14,7 @@ def nf4_round_trip(weight: torch.Tensor) -> torch.Tensor:
     Returns:
         The weight that a 4-bit layer computes with, float32; one that computes in bf16 rounds it.
     """
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit  # not every machine can load it
+
     packed, state = quantize_4bit(weight.float(), compress_statistics=True, quant_type="nf4")
     return dequantize_4bit(packed, state)

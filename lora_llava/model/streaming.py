@@ -13,10 +13,14 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 Load = Callable[[str], torch.Tensor]
 
 
-def build_empty(config: LlavaConfig) -> LlavaForConditionalGeneration:
-    """A LLaVA without weights: its parameters are on the meta device, its buffers are real."""
+def build_empty(config: LlavaConfig, device: torch.device | str = "cpu") -> LlavaForConditionalGeneration:
+    """A LLaVA without weights: its parameters are on the meta device, its buffers are real and on `device`."""
     with init_empty_weights(include_buffers=False):
-        return LlavaForConditionalGeneration(config).eval()
+        model = LlavaForConditionalGeneration(config).eval()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    return model
 
 
 def stream_weights(

@@ -153,7 +153,8 @@ def _summary(package: Package) -> str:
         projector = " and the projector of a run" if "projector_of_recipe" in package.record else ""
         return f"The base that an adapter stands on: a LLaVA made of {made}{projector}, by lora_llava."
     if not package.recipe:
-        return what + (f" Made from {made} by lora_llava." if made else "")
+        origin = f" Converted from {package.record['imported']}," if package.record.get("imported") else " Made"
+        return what + (f"{origin} on {made}, by lora_llava." if made else "")
     trained = "Its projector was trained" if package.recipe["stage"] == 1 else "LoRA and its projector were trained"
     return f"{what} {trained} on {data_name(package)}, from {made}, by lora_llava."
 

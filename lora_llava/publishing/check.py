@@ -14,7 +14,8 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoProcessor, GenerationConfig, LlavaConfig
 
-from lora_llava.errors import ToldError
+from lora_llava.errors import ToldError, UserError
+from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.tensor_files import lazy_tensors
 from lora_llava.publishing.adapter import read_adapter
 from lora_llava.publishing.proof import (
@@ -94,7 +95,7 @@ def prove(source: Source, merged: MergedModel, per_kind: int, console: Console) 
     ours = _ask_merged(merged, prompts, answers, keep)
     deltas = {reference: compare(logits, ours, answers)}
     if source.adapter.layers:
-        deltas |= _other_delta(source, merged, prompts, answers, ours, keep)
+        deltas |= _other_delta(source, merged, prompts, answers, ours, keep, console)
     tolerance = max(FP32_TOLERANCE if merged.dtype == torch.float32 else 0.0, NOISE_FACTOR * noise)
     report = {
         "merged_into": merged.kind, "dtype": str(merged.dtype).removeprefix("torch."), "checked_against": reference,
@@ -143,10 +144,15 @@ def _ask_merged(
 
 def _other_delta(
     source: Source, merged: MergedModel, prompts: Prompts, answers: list[list[int]], ours: list[torch.Tensor],
-    keep: bool,
+    keep: bool, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     """The delta against the adapter on the other kind of base: what quantisation costs."""
     nf4 = merged.kind == "bf16"
+    try:
+        check_bitsandbytes()
+    except UserError as error:
+        console.print(f"not compared with the NF4 base: {error}")
+        return {}
     with _bar(f"proof: adapter on the {'NF4' if nf4 else 'bf16'} base") as progress:
         model = adapted_model(
             source.config, source.tensors, source.adapter, merged.dtype, nf4=nf4, keep=keep, progress=progress

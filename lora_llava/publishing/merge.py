@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from lora_llava.errors import UserError
-from lora_llava.model.loading import resolve_dtype
+from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
 from lora_llava.model.tensor_files import LazyTensor, checkpoint_bytes, write_checkpoint, write_file
@@ -57,6 +57,8 @@ def merge(
     """
     source = read_source(run)
     check_new(output)
+    if base == "nf4":
+        check_bitsandbytes()
     if projector_only and not source.adapter.layers:
         raise UserError(f"{run} is a Stage 1 run and has no LoRA to keep; merge it without --projector-only")
     start = time.monotonic()

@@ -81,7 +81,7 @@ def collect(folder: Path, base_repo: str | None = None, base_commit: str | None 
     package.files |= {name: folder / name for name in names if (folder / name).is_file()}
     _add_record(package, base_repo)
     if kind == "adapter":
-        _add_adapter_config(package, base_commit)
+        _add_adapter_config(package, base_repo, base_commit)
     return package
 
 
@@ -112,9 +112,9 @@ def _add_record(package: Package, base_repo: str | None) -> None:
         package.files[name] = _json(content)
 
 
-def _add_adapter_config(package: Package, base_commit: str | None) -> None:
+def _add_adapter_config(package: Package, base_repo: str | None, base_commit: str | None) -> None:
     content = json.loads((package.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    if not is_hub_id(package.base):
+    if base_repo is None and not is_hub_id(package.base):
         raise UserError(
             f"{package.folder} stands on {content['base_model_name_or_path']}, a folder on this machine that others do "
             "not have; merge it (lora-llava merge) and push the merged folder, or push its base too with --base-repo"

@@ -101,7 +101,7 @@ def adapted_model(
             weight = nf4_round_trip(weight)
         return weight.to(device, dtype)
 
-    model = adapter_on(build_empty(config), adapter.config)
+    model = adapter_on(build_empty(config, device), adapter.config)
     stream_weights(model, load, keep=keep, progress=progress)
     return model.eval()
 
@@ -112,7 +112,7 @@ def whole_model(
 ) -> Any:  # fmt: skip
     """A merged model whose weights come from its folder as it runs; arguments as of `adapted_model`."""
     tensors = {canonical_name(tensor.name): tensor for tensor in lazy_tensors(folder)}
-    model = build_empty(config)
+    model = build_empty(config, default_device())
     stream_weights(
         model, lambda name: tensors[name].load().to(default_device(), dtype), keep=keep, progress=progress
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -96,8 +97,9 @@ def test_nf4_merges_into_what_the_adapter_was_trained_on(train: Train, tmp_path:
     assert report["adapter_on_bf16_base"]["max_logit_difference"] > 1e-2
 
 
-def test_bf16_stays_within_twice_what_batch_size_changes(train: Train, tmp_path: Path) -> None:
-    report, _ = merged(train(**GENTLE), tmp_path / "merged")
+@pytest.mark.parametrize("lora", [{}, {"dora": True}], ids=str)
+def test_bf16_stays_within_twice_what_batch_size_changes(lora: dict[str, Any], train: Train, tmp_path: Path) -> None:
+    report, _ = merged(train(**GENTLE, **lora), tmp_path / "merged")
     assert report["tolerance"] == 2 * report["batch_size_noise"]
     assert report["adapter_on_bf16_base"]["max_logit_difference"] <= report["tolerance"]
     assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {torch.bfloat16}
@@ -263,6 +265,18 @@ def test_a_full_disk_is_told_before_anything_is_written(train: Train, tmp_path: 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(UserError, match=r"needs 67,\d{3},\d{3} bytes \(0.1 GB\) and 1,000 \(0.0 GB\) are free"):
         merged(train(), tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_on_the_way_is_one_line(
+    train: Train, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    assert main("merge", [str(train()), "--output", str(tmp_path / "merged")]) == 1
+    assert "the disk is full; free some, then run the same command again" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
