@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from lora_llava.errors import UserError
 from lora_llava.model.base import BaseParts, build_base, cache_folder
@@ -41,8 +42,10 @@ def component_hashes(folder: Path) -> dict[str, str]:
         return dict(json.loads(kept.read_text()))
     digests = {part: hashlib.sha256() for part in COMPONENTS}
     tensors = sorted(lazy_tensors(folder), key=lambda tensor: canonical_name(tensor.name))
-    with ThreadPoolExecutor(_THREADS) as pool:
+    progress = tqdm(desc="hashing the base", total=len(tensors), unit="tensor", leave=False, dynamic_ncols=True)
+    with ThreadPoolExecutor(_THREADS) as pool, progress as bar:
         for tensor, line in zip(tensors, pool.map(_describe, tensors), strict=True):
+            bar.update()
             part = component_of(canonical_name(tensor.name))
             if part is not None:
                 digests[part].update(line.encode())

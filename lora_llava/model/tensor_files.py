@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -192,13 +193,17 @@ def write_file(
         header[tensor.name] = {"dtype": _DTYPES[dtype], "shape": tensor.shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # data starts at a multiple of 8
-    with file.open("wb") as stream:
+    with ThreadPoolExecutor(1) as flusher, file.open("wb") as stream:
+        flushed: Future[Any] = flusher.submit(int)
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor, value in zip(tensors, _one_ahead(tensors, dtype), strict=True):
             if tuple(value.shape) != tensor.shape:
                 raise RuntimeError(f"{tensor.name} has shape {tuple(value.shape)}, said {tensor.shape}")
             stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
             progress(tensor)
+            if flushed.done():  # or the system lets a whole shard gather before it writes any of it
+                flushed = flusher.submit(os.fsync, stream.fileno())
+        flushed.result()
         stream.flush()
         os.fsync(stream.fileno())
 

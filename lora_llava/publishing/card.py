@@ -64,7 +64,7 @@ def named(role: str, name: str) -> str:
 def data_name(package: Package) -> str:
     """How the card names the data."""
     path = str(package.recipe["data"]["path"])
-    return f"{_DEMO_NAME}, {package.recipe['data']['format']}" if path == "demo" else path
+    return _DEMO_NAME if path == "demo" else path
 
 
 def card_data(package: Package, repo_id: str, licence: str | None, licences: Sequence[Licence]) -> ModelCardData:
@@ -155,7 +155,7 @@ def _summary(package: Package) -> str:
     if not package.recipe:
         origin = f" Converted from {package.record['imported']}," if package.record.get("imported") else " Made"
         return what + (f"{origin} on {made}, by lora_llava." if made else "")
-    trained = "Its projector was trained" if package.recipe["stage"] == 1 else "LoRA and its projector were trained"
+    trained = "Its projector was trained" if package.recipe["stage"] == 1 else "LoRA and the projector were trained"
     return f"{what} {trained} on {data_name(package)}, from {made}, by lora_llava."
 
 

@@ -24,8 +24,9 @@ def _base_rows(package: Package) -> list[tuple[str, str]]:
         for field, role in (("llm", "language model"), ("vision_tower", "vision tower")):
             rows.append((role, f"{_named(parts[field])}, revision `{parts[f'{field}_revision'][:_SHORT]}`"))
         start = package.recipe["model"]["start_from"]
-        origin = next((f"{key}: {value}" for key, value in start.items() if value and "revision" not in key), "")
-        rows.append(("projector starts from", f"{origin.replace('_', ' ')} ({parts['projector_type']})"))
+        key, value = next((key, value) for key, value in start.items() if value and "revision" not in key)
+        origin = "its seed" if value is True else f"the {key.replace('_', ' ')} {value}"
+        rows.append(("projector starts from", f"{origin} ({parts['projector_type']})"))
     elif base:
         revision = f", revision `{base['revision'][:_SHORT]}`" if base.get("revision") else ""
         rows.append(("base", f"{base['name']}{revision}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -62,10 +63,23 @@ class MergedModel:
     dtype: torch.dtype
 
 
+_OTHER_BLOCKS = 6
+"""Vision tower, the projector's two layers, embeddings, norm and head."""
+
+
 @contextmanager
-def _bar(description: str) -> Iterator[Progress]:
-    with tqdm(desc=description, unit="block", dynamic_ncols=True, leave=False) as bar:
+def _bar(description: str, source: Source, passes: int) -> Iterator[Progress]:
+    """A progress bar over blocks; answers that stop early end it early."""
+    total = passes * (source.config.text_config.num_hidden_layers + _OTHER_BLOCKS)
+    with tqdm(desc=description, total=total, unit="block", dynamic_ncols=True, leave=False) as bar:
         yield lambda block: bar.update() and None
+
+
+def _give_back() -> None:
+    """Free the last model before the next is read: hooks hold it in a cycle."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def prove(source: Source, merged: MergedModel, per_kind: int, console: Console) -> dict[str, Any]:
@@ -92,7 +106,9 @@ def prove(source: Source, merged: MergedModel, per_kind: int, console: Console) 
     keep = stays_in_memory(source.tensors, merged.dtype)
     reference = _reference_of(merged.kind)
     answers, logits, noise, effect = _ask_adapter(source, merged, prompts, stop_ids, keep, nf4=merged.kind == "nf4")
-    ours = _ask_merged(merged, prompts, answers, keep)
+    _give_back()
+    ours = _ask_merged(source, merged, prompts, answers, keep)
+    _give_back()
     deltas = {reference: compare(logits, ours, answers)}
     if source.adapter.layers:
         deltas |= _other_delta(source, merged, prompts, answers, ours, keep, console)
@@ -116,7 +132,7 @@ def _ask_adapter(
     source: Source, merged: MergedModel, prompts: Prompts, stop_ids: list[int], keep: bool, nf4: bool
 ) -> tuple[list[list[int]], list[torch.Tensor], float, float]:
     """Answers and logits of base + adapter, what batch size alone changes in them, and what the adapter does."""
-    with _bar("proof: base + adapter") as progress:
+    with _bar("proof: base + adapter", source, MAX_NEW_TOKENS + len(prompts.ids) + 2) as progress:
         model = adapted_model(
             source.config, source.tensors, source.adapter, merged.dtype, nf4=nf4, keep=keep, progress=progress
         )
@@ -129,10 +145,10 @@ def _ask_adapter(
 
 
 def _ask_merged(
-    merged: MergedModel, prompts: Prompts, answers: list[list[int]], keep: bool
+    source: Source, merged: MergedModel, prompts: Prompts, answers: list[list[int]], keep: bool
 ) -> list[torch.Tensor]:  # fmt: skip
     config = LlavaConfig.from_pretrained(merged.folder)
-    with _bar("proof: merged") as progress:
+    with _bar("proof: merged", source, 1) as progress:
         if merged.adapter is None:
             model = whole_model(config, merged.folder, merged.dtype, keep=keep, progress=progress)
         else:
@@ -153,7 +169,7 @@ def _other_delta(
     except UserError as error:
         console.print(f"not compared with the NF4 base: {error}")
         return {}
-    with _bar(f"proof: adapter on the {'NF4' if nf4 else 'bf16'} base") as progress:
+    with _bar(f"proof: adapter on the {'NF4' if nf4 else 'bf16'} base", source, 1) as progress:
         model = adapted_model(
             source.config, source.tensors, source.adapter, merged.dtype, nf4=nf4, keep=keep, progress=progress
         )

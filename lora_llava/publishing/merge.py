@@ -62,8 +62,10 @@ def merge(
     if projector_only and not source.adapter.layers:
         raise UserError(f"{run} is a Stage 1 run and has no LoRA to keep; merge it without --projector-only")
     start = time.monotonic()
-    tensors = merged_tensors(source.tensors, source.adapter, kind=base, with_lora=not projector_only)
     stored = resolve_dtype(dtype)
+    tensors = merged_tensors(
+        source.tensors, source.adapter, kind=base, with_lora=not projector_only, dtype=stored
+    )  # fmt: skip
     check_disk(output, checkpoint_bytes(tensors, stored))
     with new_folder(output) as temporary:
         folder = temporary / BASE_FOLDER if projector_only else temporary
@@ -84,7 +86,7 @@ def merge(
                 shutil.copyfile(run / name, (temporary / ADAPTER_FOLDER if projector_only else temporary) / name)
         if projector_only:
             _record_apart(temporary, source, output)
-    console.print(f"written: {output} ({size / 1e9:.2f} GB at {size / 1e6 / seconds:,.0f} MB/s)", soft_wrap=True)
+    console.print(f"written: {output}, {size / 1e6:,.1f} MB at {size / 1e6 / seconds:,.0f} MB/s", soft_wrap=True)
     return report
 
 

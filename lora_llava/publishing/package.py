@@ -13,7 +13,7 @@ from lora_llava.errors import UserError
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
 from lora_llava.model.tensor_files import weight_files
-from lora_llava.publishing.merge import BASE_FILE, PROCESSOR_FILES, REPORT_FILE
+from lora_llava.publishing.merge import ADAPTER_FOLDER, BASE_FILE, BASE_FOLDER, PROCESSOR_FILES, REPORT_FILE
 from lora_llava.publishing.secrets import scan
 from lora_llava.recipe import dump_recipe, load_recipe
 from lora_llava.recipe.io import check_recipe
@@ -72,20 +72,25 @@ def collect(folder: Path, base_repo: str | None = None, base_commit: str | None 
         kind: Kind = "adapter"
     elif (folder / MODEL_CONFIG).is_file() and weight_files([file.name for file in folder.iterdir()]):
         kind = "model"
+    elif (folder / BASE_FOLDER).is_dir() and is_run(folder / ADAPTER_FOLDER):
+        raise UserError(f"{folder} holds base and adapter; push {folder / ADAPTER_FOLDER} with --base-repo")
     else:
         raise UserError(f"{folder} is neither a finished run nor a folder with a model")
     package = Package(folder, kind, {})
     names = [*PROCESSOR_FILES, *((ADAPTER_FILE,) if kind == "adapter" else (MODEL_CONFIG, INDEX_FILE))]
     if kind == "model":
-        names += weight_files([file.name for file in folder.iterdir()])
+        weights = weight_files([file.name for file in folder.iterdir()])
+        if not weights[0].endswith(".safetensors"):
+            raise UserError(f"{folder}/{weights[0]} is a pickle; only safetensors are pushed")
+        names += weights
     package.files |= {name: folder / name for name in names if (folder / name).is_file()}
-    _add_record(package, base_repo)
+    _add_record(package, base_repo, base_commit)
     if kind == "adapter":
         _add_adapter_config(package, base_repo, base_commit)
     return package
 
 
-def _add_record(package: Package, base_repo: str | None) -> None:
+def _add_record(package: Package, base_repo: str | None, base_commit: str | None) -> None:
     """`run.json`, `metrics.json`, `recipe.yaml` and the merge report without local paths."""
     folder = package.folder
     if (folder / RECIPE_FILE).is_file():
@@ -94,7 +99,7 @@ def _add_record(package: Package, base_repo: str | None) -> None:
     if (folder / PARTS_FILE).is_file():  # an assembled base, which has no run
         parts = json.loads((folder / PARTS_FILE).read_text(encoding="utf-8"))
         base = {"name": "assembled", "revision": None, "parts": parts, "hashes": component_hashes(folder)}
-        package.record = {"base": public_base(base, None)}
+        package.record = {"base": public_base(base)}
         package.files[BASE_FILE] = _json(package.record)
     for name in (BASE_FILE, RUN_FILE, METRICS_FILE, REPORT_FILE):
         if not (folder / name).is_file():
@@ -102,7 +107,7 @@ def _add_record(package: Package, base_repo: str | None) -> None:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
         holder = content.get("model", content)  # metrics.json keeps it one level down
         if "base" in holder:
-            holder["base"] = public_base(holder["base"], base_repo)
+            holder["base"] = public_base(holder["base"], base_repo, base_commit)
             package.base = package.base or holder["base"]["name"]
         setattr(
             package,
@@ -120,7 +125,7 @@ def _add_adapter_config(package: Package, base_repo: str | None, base_commit: st
             "not have; merge it (lora-llava merge) and push the merged folder, or push its base too with --base-repo"
         )
     content["base_model_name_or_path"] = package.base
-    content["revision"] = base_commit or content.get("revision")
+    content["revision"] = base_commit if base_repo else content.get("revision")
     package.files[ADAPTER_CONFIG] = _json(content)
 
 
@@ -138,14 +143,19 @@ def public_name(name: str) -> str:
     return name if is_hub_id(name) else PurePath(name.replace("\\", "/")).name
 
 
-def public_base(base: Mapping[str, Any], base_repo: str | None) -> dict[str, Any]:
+def public_base(
+    base: Mapping[str, Any], base_repo: str | None = None, base_commit: str | None = None
+) -> dict[str, Any]:
     """What an adapter stands on, without local paths.
 
     Args:
         base: `base` of `run.json`.
         base_repo: Where the base is on the Hub, if it is pushed too.
+        base_commit: Its commit there.
     """
     found = dict(base)
+    if base_repo is not None:
+        found["revision"] = base_commit
     parts = found.get("parts")
     if parts:
         found["parts"] = parts | {field: public_name(parts[field]) for field in ("llm", "vision_tower")}

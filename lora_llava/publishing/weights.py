@@ -18,7 +18,12 @@ BaseKind = Literal["bf16", "nf4"]
 
 
 def merged_tensors(
-    base: list[LazyTensor], adapter: Adapter, *, kind: BaseKind = "bf16", with_lora: bool = True
+    base: list[LazyTensor],
+    adapter: Adapter,
+    *,
+    kind: BaseKind = "bf16",
+    with_lora: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> list[LazyTensor]:
     """The merged checkpoint, unread, under the base's names and in its order.
 
@@ -27,11 +32,12 @@ def merged_tensors(
         adapter: What is added.
         kind: `bf16` adds to the base's own weights; `nf4` to what NF4 makes of the language model's linear layers.
         with_lora: Add the LoRA layers; else put in the projector alone.
+        dtype: What merged weights are rounded to.
 
     Raises:
         UserError: Where the adapter does not fit the base.
     """
-    found = list(_merged(base, adapter, kind, with_lora))
+    found = list(_merged(base, adapter, kind, with_lora, dtype))
     names = {canonical_name(tensor.name) for tensor in base}
     for name in [*(f"{layer}.weight" for layer in adapter.layers), *adapter.projector]:
         if name not in names:
@@ -39,7 +45,9 @@ def merged_tensors(
     return found
 
 
-def _merged(base: list[LazyTensor], adapter: Adapter, kind: BaseKind, with_lora: bool) -> Iterator[LazyTensor]:
+def _merged(
+    base: list[LazyTensor], adapter: Adapter, kind: BaseKind, with_lora: bool, dtype: torch.dtype
+) -> Iterator[LazyTensor]:
     for tensor in base:
         name = canonical_name(tensor.name)
         layer = adapter.layers.get(name.removesuffix(".weight"))
@@ -50,7 +58,7 @@ def _merged(base: list[LazyTensor], adapter: Adapter, kind: BaseKind, with_lora:
             tensor = _quantized(tensor)
         if layer is not None and with_lora:
             _check_shape(name, tensor.shape, (layer.up.shape[0], layer.down.shape[1]), adapter)
-            tensor = _with_layer(tensor, layer, adapter.scaling)
+            tensor = _with_layer(tensor, layer, adapter.scaling, dtype)
         yield tensor
 
 
@@ -63,10 +71,11 @@ def _quantized(tensor: LazyTensor) -> LazyTensor:
     return replace(tensor, load=lambda: nf4_round_trip(tensor.load()))
 
 
-def _with_layer(tensor: LazyTensor, layer: LoraLayer, scaling: float) -> LazyTensor:
+def _with_layer(tensor: LazyTensor, layer: LoraLayer, scaling: float, dtype: torch.dtype) -> LazyTensor:
     def load() -> torch.Tensor:
         magnitude = layer.magnitude.load().float() if layer.magnitude else None
-        return merge_weight(tensor.load(), layer.down.load().float(), layer.up.load().float(), scaling, magnitude)
+        down, up = layer.down.load().float(), layer.up.load().float()
+        return merge_weight(tensor.load(), down, up, scaling, magnitude, dtype)
 
     return replace(tensor, load=load)
 
