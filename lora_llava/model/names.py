@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
+from transformers import LlavaConfig
+
 _PREFIXES = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
@@ -9,6 +13,7 @@ _PREFIXES = {
     "multi_modal_projector.": "model.multi_modal_projector.",
 }
 """From llava-hf's names to transformers' (transformers/conversion_mapping.py, `llava`)."""
+_TIED = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 PROJECTOR_PREFIX = "model.multi_modal_projector."
 COMPONENTS = {
     "llm": ("model.language_model.", "lm_head."),
@@ -31,6 +36,18 @@ def canonical_name(name: str) -> str:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
+
+
+def stored_name(name: str, stored: Container[str], config: LlavaConfig) -> str:
+    """Under which name a checkpoint stores a weight: a head that is tied is stored as the embeddings alone.
+
+    Args:
+        name: A canonical name.
+        stored: The checkpoint's canonical names.
+        config: The model's, which says whether it is tied.
+    """
+    tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
+    return _TIED[name] if tied and name in _TIED and name not in stored else name
 
 
 def component_of(name: str) -> str | None:

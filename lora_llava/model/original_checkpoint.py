@@ -23,6 +23,8 @@ OTHER_FILE = "non_lora_trainables.bin"
 _TOWER_PREFIX = "model.vision_tower.vision_tower."
 _NOT_LLAMA = ("mm_", "use_mm_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "image_", "tokenizer_", "_name_or_path")
 """Keys of LLaVA's config.json that are none of Llama's (llava/train/train.py)."""
+_STRATEGIES = {"patch": "default", "cls_patch": "full"}
+_ASPECTS = {"pad": "pad", "square": "crop"}
 _LORA_NAME = re.compile(
     r"base_model\.model\.model\.(layers\.\d+\.(?:self_attn|mlp)\.(\w+))\.lora_([AB])(?:\.default)?\.weight"
 )
@@ -80,13 +82,18 @@ def read_config(folder: Path) -> OriginalConfig:
             "processors do not write; take a checkpoint without"
         )
     feature = content.get("mm_vision_select_feature", "patch")
+    if feature not in _STRATEGIES:
+        raise UserError(f"{folder}: mm_vision_select_feature is {feature}; only patch and cls_patch are supported")
+    aspect = content.get("image_aspect_ratio") or "square"
+    if aspect not in _ASPECTS:
+        raise UserError(f"{folder}: image_aspect_ratio is {aspect}; only pad and square are supported")
     return OriginalConfig(
         {name: value for name, value in content.items() if not name.startswith(_NOT_LLAMA)} | {"model_type": "llama"},
         content["mm_vision_tower"],
         projector_type,
         content.get("mm_vision_select_layer", -2),
-        {"patch": "default", "cls_patch": "full"}[feature],
-        "pad" if content.get("image_aspect_ratio") == "pad" else "crop",
+        _STRATEGIES[feature],
+        _ASPECTS[aspect],
     )
 
 
@@ -196,6 +203,9 @@ def read_lora(folder: Path, original: OriginalConfig, layers: int) -> OriginalLo
         UserError: For a name that is not LLaVA's, or adapters that are not on all layers alike.
     """
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    for name in ("r", "lora_alpha"):
+        if name not in settings:
+            raise UserError(f"{folder}/adapter_config.json lacks {name}; it is not PEFT's")
     file = next((folder / name for name in LORA_FILES if (folder / name).is_file()), folder / LORA_FILES[0])
     tensors, found = [], set()
     for tensor in lazy_file(file):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,7 +40,7 @@ def component_hashes(folder: Path) -> dict[str, str]:
         UserError: Where the folder's weights are missing or damaged.
     """
     kept = cache_folder() / "hashes" / f"{_state_of(folder)}.json"
-    if kept.is_file():
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a file cut short counts as none
         return dict(json.loads(kept.read_text()))
     digests = {part: hashlib.sha256() for part in COMPONENTS}
     tensors = sorted(lazy_tensors(folder), key=lambda tensor: canonical_name(tensor.name))
@@ -50,8 +52,13 @@ def component_hashes(folder: Path) -> dict[str, str]:
             if part is not None:
                 digests[part].update(line.encode())
     found = {part: digest.hexdigest() for part, digest in digests.items()}
+    for part, digest in found.items():
+        if digest == hashlib.sha256().hexdigest():
+            raise UserError(f"{folder} holds no weights of a {part.replace('_', ' ')}; it is not a whole LLaVA")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(found) + "\n")
+    temporary = kept.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(found) + "\n")
+    temporary.replace(kept)
     return found
 
 

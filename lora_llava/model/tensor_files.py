@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,10 +38,13 @@ class LazyTensor:
 
 
 def weight_files(files: Sequence[str]) -> list[str]:
-    """A checkpoint's weight files, safetensors where it has them; `.bin` is what Vicuna's has."""
-    top = sorted(file for file in files if "/" not in file)
-    safe = [file for file in top if file.endswith(".safetensors") and not file.startswith("adapter_model")]
-    return safe or [file for file in top if file.startswith("pytorch_model") and file.endswith(".bin")]
+    """A checkpoint's weight files, as transformers names them; safetensors, or else the `.bin` that Vicuna has."""
+    for name in (r"model", r"pytorch_model"):
+        ending = "safetensors" if name == "model" else "bin"
+        found = [file for file in sorted(files) if re.fullmatch(rf"{name}(-\d+-of-\d+)?\.{ending}", file)]
+        if found:
+            return found
+    return []
 
 
 def lazy_tensors(folder: Path) -> list[LazyTensor]:

@@ -104,17 +104,21 @@ def read_adapter(folder: Path) -> Adapter:
         raise UserError(
             f"{folder}/{ADAPTER_FILE} holds no LoRA matrices, but adapter_config.json names layers for them"
         )
-    return Adapter(folder, config, {name: _layer(name, tensors, folder, config.use_dora) for name in names}, projector)
+    return Adapter(folder, config, {name: _layer(name, tensors, folder, config) for name in names}, projector)
 
 
-def _layer(name: str, tensors: dict[str, LazyTensor], folder: Path, dora: bool) -> LoraLayer:
+def _layer(name: str, tensors: dict[str, LazyTensor], folder: Path, config: LoraConfig) -> LoraLayer:
+    r = int(config.r)
     keys = {"down": f"{name}.lora_A.weight", "up": f"{name}.lora_B.weight"}
-    if dora:
+    if config.use_dora:
         keys["magnitude"] = f"{name}.lora_magnitude_vector"
     for key in keys.values():
         if key not in tensors:
             raise UserError(f"{folder}/{ADAPTER_FILE} holds no {key}; it is damaged")
-    return LoraLayer(**{field: tensors[key] for field, key in keys.items()})
+    layer = LoraLayer(**{field: tensors[key] for field, key in keys.items()})
+    if layer.down.shape[0] != r or layer.up.shape[1] != r:
+        raise UserError(f"{folder}/{ADAPTER_FILE}: {name} has rank {layer.down.shape[0]}, adapter_config.json says {r}")
+    return layer
 
 
 def merge_weight(

@@ -11,10 +11,11 @@ from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
 from lora_llava.publishing.card_training import training_rows
 from lora_llava.publishing.curve import draw_curve
 from lora_llava.publishing.licences import Licence, card_licence, conflicts, licence_of
-from lora_llava.publishing.merge import BASE_FILE
-from lora_llava.publishing.package import CARD_FILE, CURVE_FILE, RESULTS_FOLDER, Package, is_hub_id
+from lora_llava.publishing.merge import BASE_FILE, IMPORTED
+from lora_llava.publishing.package import CARD_FILE, CURVE_FILE, RESULTS_FOLDER, Package, public_name
 from lora_llava.publishing.snippet import loading_snippet
 
+_DATA_TYPES = {"demo": "lora_llava-demo"}
 _DEMO_NAME = "lora_llava's demo world"
 
 
@@ -43,6 +44,10 @@ def licences_of(package: Package) -> list[Licence]:
     found = [licence_of(name, named(role, name)) for role, name in sources(package)]
     if package.recipe:
         found.append(licence_of(package.recipe["data"]["path"], f"the data ({data_name(package)})"))
+    stage1 = package.record.get("stage1")
+    if stage1:
+        name = public_name(stage1["data"], stage1["hub_ids"])
+        found.append(licence_of(name, f"the data of Stage 1 ({_DEMO_NAME if name == 'demo' else name})"))
     return found
 
 
@@ -53,7 +58,7 @@ def sources(package: Package) -> list[tuple[str, str]]:
         found = [("language model", parts["llm"]), ("vision tower", parts["vision_tower"])]
         projector = package.recipe.get("model", {}).get("start_from", {}).get("projector")
         return [*found, ("projector", projector)] if projector else found
-    return [("base", package.base)] if package.base else []
+    return [("base", package.base)] if package.base and package.base != IMPORTED else []
 
 
 def named(role: str, name: str) -> str:
@@ -69,7 +74,7 @@ def data_name(package: Package) -> str:
 
 def card_data(package: Package, repo_id: str, licence: str | None, licences: Sequence[Licence]) -> ModelCardData:
     """The card's metadata, with `model-index`."""
-    bases = [name for _, name in sources(package) if is_hub_id(name)]
+    bases = [name for _, name in sources(package) if name in package.hub_ids]
     if package.kind == "adapter":
         bases = [package.base]
     data = package.recipe.get("data", {}).get("path", "")
@@ -84,7 +89,7 @@ def card_data(package: Package, repo_id: str, licence: str | None, licences: Seq
         extra |= {"model_name": repo_id.split("/")[1], "eval_results": results}
     return ModelCardData(
         license=licence, library_name="peft" if package.kind == "adapter" else "transformers",
-        pipeline_tag="image-text-to-text", datasets=[data] if is_hub_id(data) else None,
+        pipeline_tag="image-text-to-text", datasets=[data] if data in package.hub_ids else None,
         tags=["llava", "lora_llava", *tags(package)], **extra,
     )  # fmt: skip
 
@@ -109,7 +114,7 @@ def index_results(package: Package) -> Iterable[EvalResult]:
         return
     data = package.recipe["data"]
     name = _DEMO_NAME if data["path"] == "demo" else "ScienceQA"
-    kind = data["path"] if is_hub_id(data["path"]) else "lora_llava-demo" if data["path"] == "demo" else "scienceqa"
+    kind = data["path"] if data["path"] in package.hub_ids else _DATA_TYPES.get(data["path"], "scienceqa")
     for column, entry in table.items():
         if column != "unparsed" and entry[2]:
             yield EvalResult(
@@ -122,7 +127,7 @@ def index_results(package: Package) -> Iterable[EvalResult]:
 def eval_entries(package: Package) -> list[EvalResultEntry]:
     """`.eval_results/`: the average over the whole test split of a data set that is on the Hub."""
     table, data = test_table(package), package.recipe.get("data", {})
-    if table is None or not is_hub_id(data["path"]) or package.recipe["evaluation"]["after"] != "all":
+    if table is None or data["path"] not in package.hub_ids or package.recipe["evaluation"]["after"] != "all":
         return []
     note = (
         f"{table['AVG'][1]} of {table['AVG'][2]} questions; prompt {data['prompt_order']}, greedy; answers read by "
@@ -149,11 +154,14 @@ def _summary(package: Package) -> str:
         "model": "A whole LLaVA (`LlavaForConditionalGeneration`) that stock transformers loads.",
     }[package.kind]
     made = " and ".join(named(role, name) for role, name in sources(package))
+    imported = package.record.get("imported")
+    if imported and package.kind == "model":
+        return f"{what} Converted from {imported}, a checkpoint in LLaVA's own format, by lora_llava."
     if BASE_FILE in package.files:
         projector = " and the projector of a run" if "projector_of_recipe" in package.record else ""
         return f"The base that an adapter stands on: a LLaVA made of {made}{projector}, by lora_llava."
     if not package.recipe:
-        origin = f" Converted from {package.record['imported']}," if package.record.get("imported") else " Made"
+        origin = f" Converted from {imported}, a LoRA folder in LLaVA's own format," if imported else " Made"
         return what + (f"{origin} on {made}, by lora_llava." if made else "")
     trained = "Its projector was trained" if package.recipe["stage"] == 1 else "LoRA and the projector were trained"
     return f"{what} {trained} on {data_name(package)}, from {made}, by lora_llava."

@@ -82,13 +82,52 @@ def _give_back() -> None:
         torch.cuda.empty_cache()
 
 
-def prove(source: Source, merged: MergedModel, per_kind: int, console: Console) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Questions:
+    """What the proof asks.
+
+    Attributes:
+        prompts: Encoded.
+        with_picture: How many have one.
+        where: Where they are from.
+        stop_ids: Tokens that end an answer.
+    """
+
+    prompts: Prompts
+    with_picture: int
+    where: str
+    stop_ids: list[int]
+
+
+def prepare_questions(source: Source, per_kind: int) -> Questions:
+    """Draw and encode the sample prompts: all that can fail for want of a file does so here.
+
+    Args:
+        source: What is merged.
+        per_kind: Prompts of each kind, with and without a picture.
+
+    Raises:
+        UserError: Where the run's processor, recipe or generation config is missing or damaged.
+    """
+    file = source.run / RECIPE_FILE
+    samples, where = sample_prompts(load_recipe(file) if file.is_file() else None, per_kind)
+    try:
+        processor = AutoProcessor.from_pretrained(source.run)
+        eos = GenerationConfig.from_pretrained(source.run).eos_token_id
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source.run}: its processor cannot be loaded ({str(error).splitlines()[0]})") from None
+    stop_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    with_picture = sum(sample.image is not None for sample in samples)
+    return Questions(encode_samples(samples, processor), with_picture, where, stop_ids)
+
+
+def prove(source: Source, merged: MergedModel, questions: Questions, console: Console) -> dict[str, Any]:
     """Compare a merged model with base + adapter on sample prompts.
 
     Args:
         source: What was merged.
         merged: The result.
-        per_kind: Prompts of each kind, with and without a picture.
+        questions: From `prepare_questions`.
         console: Told where the prompts are from.
 
     Returns:
@@ -97,15 +136,11 @@ def prove(source: Source, merged: MergedModel, per_kind: int, console: Console) 
     Raises:
         ProofError: Over the tolerance.
     """
-    file = source.run / RECIPE_FILE
-    samples, where = sample_prompts(load_recipe(file) if file.is_file() else None, per_kind)
-    console.print(f"proof: {len(samples)} prompts, {sum(s.image is not None for s in samples)} with a picture; {where}")
-    prompts = encode_samples(samples, AutoProcessor.from_pretrained(source.run))
-    eos = GenerationConfig.from_pretrained(source.run).eos_token_id
-    stop_ids = list(eos) if isinstance(eos, list) else [eos]
+    prompts, count = questions.prompts, len(questions.prompts.ids)
+    console.print(f"proof: {count} prompts, {questions.with_picture} with a picture; {questions.where}")
     keep = stays_in_memory(source.tensors, merged.dtype)
     reference = _reference_of(merged.kind)
-    answers, logits, noise, effect = _ask_adapter(source, merged, prompts, stop_ids, keep, nf4=merged.kind == "nf4")
+    answers, logits, noise, effect = _ask_adapter(source, merged, questions, keep)
     _give_back()
     ours = _ask_merged(source, merged, prompts, answers, keep)
     _give_back()
@@ -117,8 +152,8 @@ def prove(source: Source, merged: MergedModel, per_kind: int, console: Console) 
         "merged_into": merged.kind, "dtype": str(merged.dtype).removeprefix("torch."), "checked_against": reference,
         "tolerance": tolerance, "batch_size_noise": noise, "adapter_effect": effect,
         **{name: asdict(deltas[name]) if name in deltas else None for name in (ADAPTER, NF4_ADAPTER)},
-        "prompts": len(samples), "prompts_with_picture": sum(s.image is not None for s in samples),
-        "prompts_from": where, "base": source.record["base"],
+        "prompts": count, "prompts_with_picture": questions.with_picture, "prompts_from": questions.where,
+        "base": source.record["base"],
     }  # fmt: skip
     _hold(report, merged.dtype, console)
     return report
@@ -129,14 +164,16 @@ def _reference_of(kind: BaseKind) -> str:
 
 
 def _ask_adapter(
-    source: Source, merged: MergedModel, prompts: Prompts, stop_ids: list[int], keep: bool, nf4: bool
+    source: Source, merged: MergedModel, questions: Questions, keep: bool
 ) -> tuple[list[list[int]], list[torch.Tensor], float, float]:
     """Answers and logits of base + adapter, what batch size alone changes in them, and what the adapter does."""
+    prompts, nf4_from = questions.prompts, source.dtype if merged.kind == "nf4" else None
     with _bar("proof: base + adapter", source, MAX_NEW_TOKENS + len(prompts.ids) + 2) as progress:
         model = adapted_model(
-            source.config, source.tensors, source.adapter, merged.dtype, nf4=nf4, keep=keep, progress=progress
-        )
-        answers = greedy_answers(model, prompts, MAX_NEW_TOKENS, stop_ids)
+            source.config, source.tensors, source.adapter, merged.dtype, nf4_from=nf4_from, keep=keep,
+            progress=progress,
+        )  # fmt: skip
+        answers = greedy_answers(model, prompts, MAX_NEW_TOKENS, questions.stop_ids)
         logits = last_logits(model, prompts, answers, len(answers))
         one_by_one = last_logits(model, prompts, answers, 1)
         without = last_logits(model, prompts, answers, len(answers), with_adapter=False)
@@ -171,8 +208,9 @@ def _other_delta(
         return {}
     with _bar(f"proof: adapter on the {'NF4' if nf4 else 'bf16'} base", source, 1) as progress:
         model = adapted_model(
-            source.config, source.tensors, source.adapter, merged.dtype, nf4=nf4, keep=keep, progress=progress
-        )
+            source.config, source.tensors, source.adapter, merged.dtype, nf4_from=source.dtype if nf4 else None,
+            keep=keep, progress=progress,
+        )  # fmt: skip
         theirs = last_logits(model, prompts, answers, len(answers))
     return {_reference_of("nf4" if nf4 else "bf16"): compare(theirs, ours, answers)}
 

@@ -22,11 +22,12 @@ from lora_llava.model.original_checkpoint import (
     read_lora,
     stock_config,
 )
-from lora_llava.model.parts import Part, load_part
+from lora_llava.model.parts import Part, file_hash, load_part
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
 from lora_llava.model.tensor_files import checkpoint_bytes, lazy_tensors, write_checkpoint, write_file
 from lora_llava.publishing.adapter import read_adapter
+from lora_llava.publishing.merge import BASE_FILE, IMPORTED
 from lora_llava.publishing.weights import merged_tensors
 from lora_llava.training.new_folder import check_disk, check_new, new_folder
 from lora_llava.training.run_directory import versions, write_json
@@ -71,6 +72,8 @@ def _import_checkpoint(
         write_checkpoint(tensors, temporary, torch.bfloat16, "converting")
         config.save_pretrained(temporary)
         _save_processor(temporary, config, folder, tower.folder, original.image_aspect, template)
+        base = {"name": IMPORTED, "revision": None, "parts": None, "hashes": component_hashes(temporary)}
+        write_json(temporary / BASE_FILE, {"base": base, "imported": folder.name, "versions": versions()})
 
 
 def _save_processor(
@@ -109,7 +112,10 @@ def _import_lora(
         settings.save_pretrained(str(temporary))
         merged_tensors(lazy_tensors(base_folder), replace(read_adapter(temporary), folder=folder))  # holds that it fits
         _save_processor(temporary, config, base_folder, base_folder, original.image_aspect, template)
-        content = {"stage": 2, "base": record, "recipe_hash": None, "imported": folder.name, "versions": versions()}
+        content = {
+            "stage": 2, "base": record, "recipe_hash": None, "imported": folder.name,
+            "adapter_sha256": file_hash(temporary / ADAPTER_FILE), "versions": versions(),
+        }  # fmt: skip
         write_json(temporary / RUN_FILE, content)
 
 

@@ -26,6 +26,12 @@ class Licence:
 
 
 _LLAMA2 = {"name": "Llama 2 Community License", "identifier": "llama2", "commercial": True}
+_CLIP = {
+    "name": "MIT",
+    "identifier": "mit",
+    "commercial": True,
+    "note": "of github.com/openai/CLIP; its Hub page names none",
+}
 _KNOWN: dict[str, dict[str, object]] = {
     "demo": {"name": "Apache-2.0", "identifier": "apache-2.0", "commercial": True, "note": "part of lora_llava"},
     "lmsys/vicuna-7b-v1.5": _LLAMA2,
@@ -34,6 +40,8 @@ _KNOWN: dict[str, dict[str, object]] = {
     "llava-hf/llava-1.5-13b-hf": _LLAMA2,
     "liuhaotian/llava-v1.5-7b": _LLAMA2,
     "liuhaotian/llava-v1.5-13b": _LLAMA2,
+    "openai/clip-vit-large-patch14": _CLIP,
+    "openai/clip-vit-large-patch14-336": _CLIP,
     "derek-thomas/scienceqa": {
         "name": "CC BY-NC-SA 4.0",
         "identifier": "cc-by-nc-sa-4.0",

@@ -17,7 +17,7 @@ from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
 from lora_llava.model.tensor_files import LazyTensor, checkpoint_bytes, write_checkpoint, write_file
 from lora_llava.publishing.adapter import PEFT_PREFIX
-from lora_llava.publishing.check import MergedModel, prove, tell
+from lora_llava.publishing.check import MergedModel, prepare_questions, prove, tell
 from lora_llava.publishing.samples import PER_KIND
 from lora_llava.publishing.source import Source, read_source
 from lora_llava.publishing.weights import BaseKind, merged_tensors
@@ -31,6 +31,8 @@ PROCESSOR_FILES = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 BASE_FOLDER, ADAPTER_FOLDER, BASE_FILE = "base", "adapter", "base.json"
+IMPORTED = "imported"
+"""What a converted checkpoint is called where a base would be named."""
 
 
 def merge(
@@ -64,8 +66,9 @@ def merge(
     start = time.monotonic()
     stored = resolve_dtype(dtype)
     tensors = merged_tensors(
-        source.tensors, source.adapter, kind=base, with_lora=not projector_only, dtype=stored
+        source.tensors, source.adapter, kind=base, with_lora=not projector_only, dtype=stored, nf4_from=source.dtype
     )  # fmt: skip
+    questions = prepare_questions(source, prompts)
     check_disk(output, checkpoint_bytes(tensors, stored))
     with new_folder(output) as temporary:
         folder = temporary / BASE_FOLDER if projector_only else temporary
@@ -73,7 +76,7 @@ def merge(
         if projector_only:
             write_adapter(temporary / ADAPTER_FOLDER, source, base_name=str(output.resolve() / BASE_FOLDER))
         merged = MergedModel(folder, temporary / ADAPTER_FOLDER if projector_only else None, base, stored)
-        report = prove(source, merged, prompts, console)
+        report = prove(source, merged, questions, console)
         size = sum(file.stat().st_size for file in temporary.rglob("*.safetensors"))
         report |= {
             "bytes": size, "write_seconds": round(seconds, 3), "seconds": round(time.monotonic() - start, 3),
@@ -117,9 +120,10 @@ def _record_apart(folder: Path, source: Source, output: Path) -> None:
     """What base and adapter are, each for itself: the adapter stands on the new base."""
     base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
     record = source.record
-    write_json(base / BASE_FILE, {"base": record["base"], "projector_of_recipe": record.get("recipe_hash")})
-    parts = {"parts": None, "hashes": component_hashes(base)}
-    new_base = {"name": str(output.resolve() / BASE_FOLDER), "revision": None, **parts}
+    hashes = component_hashes(base)
+    content = {"base": record["base"], "projector_of_recipe": record.get("recipe_hash"), "hashes": hashes}
+    write_json(base / BASE_FILE, content)
+    new_base = {"name": str(output.resolve() / BASE_FOLDER), "revision": None, "parts": None, "hashes": hashes}
     write_json(adapter / RUN_FILE, record | {"base": new_base})
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -23,6 +22,7 @@ Kind = Literal["adapter", "model"]
 ADAPTER_CONFIG, MODEL_CONFIG, INDEX_FILE = "adapter_config.json", "config.json", "model.safetensors.index.json"
 PARTS_FILE = "parts.json"
 CARD_FILE, CURVE_FILE, RESULTS_FOLDER = "README.md", "loss_curve.png", ".eval_results"
+_COMMIT_LENGTH = 40
 _HEADER_LIMIT = 100 * 2**20
 """The safetensors format's own limit of a header."""
 
@@ -40,6 +40,7 @@ class Package:
         merge: `merge_report.json` as it leaves, or empty.
         recipe: The recipe's content as it leaves, or empty.
         base: The base's name as it leaves: a Hub id, or a word for an assembled one.
+        hub_ids: Which of the names are Hub ids, as the run saw it.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Package:
     merge: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     base: str = ""
+    hub_ids: frozenset[str] = frozenset()
 
     def size(self, name: str) -> int:
         """Bytes of one of the files."""
@@ -93,21 +95,24 @@ def collect(folder: Path, base_repo: str | None = None, base_commit: str | None 
 def _add_record(package: Package, base_repo: str | None, base_commit: str | None) -> None:
     """`run.json`, `metrics.json`, `recipe.yaml` and the merge report without local paths."""
     folder = package.folder
+    package.hub_ids = _hub_ids(folder)
     if (folder / RECIPE_FILE).is_file():
-        package.recipe = public_recipe(load_recipe(folder / RECIPE_FILE).model_dump(mode="json"))
+        package.recipe = public_recipe(load_recipe(folder / RECIPE_FILE).model_dump(mode="json"), package.hub_ids)
         package.files[RECIPE_FILE] = dump_recipe(check_recipe(package.recipe, RECIPE_FILE)).encode()
     if (folder / PARTS_FILE).is_file():  # an assembled base, which has no run
         parts = json.loads((folder / PARTS_FILE).read_text(encoding="utf-8"))
         base = {"name": "assembled", "revision": None, "parts": parts, "hashes": component_hashes(folder)}
-        package.record = {"base": public_base(base)}
+        package.record = {"base": public_base(base, package.hub_ids)}
         package.files[BASE_FILE] = _json(package.record)
     for name in (BASE_FILE, RUN_FILE, METRICS_FILE, REPORT_FILE):
         if not (folder / name).is_file():
             continue
         content = json.loads((folder / name).read_text(encoding="utf-8"))
         holder = content.get("model", content)  # metrics.json keeps it one level down
+        if content.get("stage1"):
+            content["stage1"]["data"] = public_name(content["stage1"]["data"], content["stage1"]["hub_ids"])
         if "base" in holder:
-            holder["base"] = public_base(holder["base"], base_repo, base_commit)
+            holder["base"] = public_base(holder["base"], package.hub_ids, base_repo, base_commit)
             package.base = package.base or holder["base"]["name"]
         setattr(
             package,
@@ -119,7 +124,7 @@ def _add_record(package: Package, base_repo: str | None, base_commit: str | None
 
 def _add_adapter_config(package: Package, base_repo: str | None, base_commit: str | None) -> None:
     content = json.loads((package.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    if base_repo is None and not is_hub_id(package.base):
+    if base_repo is None and package.base not in package.hub_ids:
         raise UserError(
             f"{package.folder} stands on {content['base_model_name_or_path']}, a folder on this machine that others do "
             "not have; merge it (lora-llava merge) and push the merged folder, or push its base too with --base-repo"
@@ -133,23 +138,39 @@ def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name can be a Hub id: `owner/name`, and no folder here."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+def _hub_ids(folder: Path) -> frozenset[str]:
+    """The names that were Hub ids when the run began: later, from another folder, it cannot be told."""
+    if (folder / RUN_FILE).is_file():
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        revision = record["base"].get("revision")  # a Hub id's commit
+        return frozenset([*record.get("hub_ids", []), *([record["base"]["name"]] if revision else [])])
+    if (folder / PARTS_FILE).is_file():
+        parts = json.loads((folder / PARTS_FILE).read_text(encoding="utf-8"))
+        fields = ("llm", "vision_tower")  # a commit has 40 digits, the hash of a folder 64
+        return frozenset(parts[field] for field in fields if len(parts[f"{field}_revision"]) == _COMMIT_LENGTH)
+    return frozenset()
 
 
-def public_name(name: str) -> str:
+def public_name(name: str, hub_ids: Container[str]) -> str:
     """A model's or data set's name without the folders around it; a Hub id stays."""
-    return name if is_hub_id(name) else PurePath(name.replace("\\", "/")).name
+    return name if name in hub_ids else PurePath(name.replace("\\", "/")).name
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of a repository is one that a push writes."""
+    fixed = {*PROCESSOR_FILES, ADAPTER_CONFIG, ADAPTER_FILE, MODEL_CONFIG, INDEX_FILE, BASE_FILE, RUN_FILE, RECIPE_FILE}
+    fixed |= {METRICS_FILE, REPORT_FILE, CARD_FILE, CURVE_FILE}
+    return name in fixed or bool(weight_files([name])) or name.startswith(f"{RESULTS_FOLDER}/")
 
 
 def public_base(
-    base: Mapping[str, Any], base_repo: str | None = None, base_commit: str | None = None
+    base: Mapping[str, Any], hub_ids: Container[str], base_repo: str | None = None, base_commit: str | None = None
 ) -> dict[str, Any]:
     """What an adapter stands on, without local paths.
 
     Args:
         base: `base` of `run.json`.
+        hub_ids: Names that stay as they are.
         base_repo: Where the base is on the Hub, if it is pushed too.
         base_commit: Its commit there.
     """
@@ -158,16 +179,16 @@ def public_base(
         found["revision"] = base_commit
     parts = found.get("parts")
     if parts:
-        found["parts"] = parts | {field: public_name(parts[field]) for field in ("llm", "vision_tower")}
-    found["name"] = base_repo or (public_name(found["name"]) if not parts else "assembled")
+        found["parts"] = parts | {field: public_name(parts[field], hub_ids) for field in ("llm", "vision_tower")}
+    found["name"] = base_repo or (public_name(found["name"], hub_ids) if not parts else "assembled")
     return found
 
 
-def public_recipe(content: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's content, its local paths shortened to their last name."""
+def public_recipe(content: dict[str, Any], hub_ids: Container[str]) -> dict[str, Any]:
+    """A recipe's content, its local paths shortened to their last name; Hub ids stay."""
 
     def shorten(section: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
-        return section | {name: public_name(section[name]) for name in fields if section.get(name)}
+        return section | {name: public_name(section[name], hub_ids) for name in fields if section.get(name)}
 
     start = shorten(content["model"]["start_from"], ("stage1_run", "stage1_recipe", "projector", "llava"))
     model = shorten(content["model"], ("llm", "vision_tower")) | {"start_from": start}
@@ -182,7 +203,9 @@ def check_secrets(package: Package) -> None:
         UserError: Naming file, line and kind of every finding, and never what it says.
     """
     found = [
-        finding for name, content in package.files.items() for finding in scan(name, _scanned(name, content))
+        finding
+        for name, content in package.files.items()
+        for finding in scan(name, _scanned(name, content), written_by_us=isinstance(content, bytes))
     ]  # fmt: skip
     if found:
         lines = [f"{package.folder}: {f.file}, line {f.line}: {f.what}; take it out, then push again" for f in found]

@@ -14,7 +14,7 @@ from transformers import LlavaConfig
 
 from lora_llava.model.adapters import adapter_on
 from lora_llava.model.loading import default_device
-from lora_llava.model.names import canonical_name
+from lora_llava.model.names import canonical_name, stored_name
 from lora_llava.model.quantization import nf4_round_trip
 from lora_llava.model.streaming import build_empty, stream_weights
 from lora_llava.model.tensor_files import LazyTensor, checkpoint_bytes, lazy_tensors
@@ -71,8 +71,8 @@ def encode_samples(samples: Sequence[Sample], processor: Any) -> Prompts:
 
 
 def adapted_model(
-    config: LlavaConfig, base: Sequence[LazyTensor], adapter: Adapter, dtype: torch.dtype, *, nf4: bool = False,
-    keep: bool = False, progress: Progress = lambda block: None,
+    config: LlavaConfig, base: Sequence[LazyTensor], adapter: Adapter, dtype: torch.dtype, *,
+    nf4_from: torch.dtype | None = None, keep: bool = False, progress: Progress = lambda block: None,
 ) -> PeftModel:  # fmt: skip
     """The base with the adapter beside it, by PEFT's own layers; the adapter and the projector in float32.
 
@@ -81,7 +81,8 @@ def adapted_model(
         base: The base's tensors.
         adapter: The adapter.
         dtype: What the base computes in.
-        nf4: Give the language model's linear layers what NF4 makes of their weights.
+        nf4_from: Give the language model's linear layers what NF4 makes of their weights in this dtype; None leaves
+            them as they are.
         keep: Leave weights in memory once read.
         progress: Told the name of every block that runs.
 
@@ -95,10 +96,10 @@ def adapted_model(
         name = name.removeprefix(PEFT_PREFIX)
         if ".lora_" in name or ".modules_to_save." in name:
             return adapter.tensor(name).to(device)
-        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        name = stored_name(name.replace(".base_layer.", ".").replace(".original_module.", "."), tensors, config)
         weight = tensors[name].load()
-        if nf4 and is_quantized(name, tuple(weight.shape)):
-            weight = nf4_round_trip(weight)
+        if nf4_from is not None and is_quantized(name, tuple(weight.shape)):
+            weight = nf4_round_trip(weight, nf4_from)
         return weight.to(device, dtype)
 
     model = adapter_on(build_empty(config, device), adapter.config)
@@ -114,7 +115,8 @@ def whole_model(
     tensors = {canonical_name(tensor.name): tensor for tensor in lazy_tensors(folder)}
     model = build_empty(config, default_device())
     stream_weights(
-        model, lambda name: tensors[name].load().to(default_device(), dtype), keep=keep, progress=progress
+        model, lambda name: tensors[stored_name(name, tensors, config)].load().to(default_device(), dtype), keep=keep,
+        progress=progress,
     )  # fmt: skip
     return model.eval()
 
@@ -212,6 +214,5 @@ def compare(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor], an
         for logits, answer in zip(other, answers, strict=True)
     )
     count = sum(gap.numel() for gap in gaps)
-    return Delta(
-        max(float(gap.max()) for gap in gaps), sum(float(gap.sum()) for gap in gaps) / count, equal, len(answers)
-    )
+    largest = torch.stack([gap.max() for gap in gaps]).max()  # Python's max would lose a NaN
+    return Delta(float(largest), sum(float(gap.sum()) for gap in gaps) / count, equal, len(answers))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -16,11 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_llava.errors import ToldError, UserError
+from lora_llava.model.parts import file_hash
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
 from lora_llava.model.tensor_files import weight_files
 from lora_llava.publishing.card import add_card
 from lora_llava.publishing.merge import BASE_FILE
-from lora_llava.publishing.package import CARD_FILE, Package, check_secrets, collect
+from lora_llava.publishing.package import CARD_FILE, Package, check_secrets, collect, is_ours
 from lora_llava.training.run_directory import is_run
 
 _NOT_OURS = (".gitattributes",)
@@ -138,8 +141,11 @@ def _upload(
     if commit.oid == before:
         console.print(f"{repo_id} holds all of it already: nothing uploaded", soft_wrap=True)
     else:
-        deleted = f", {len(stale)} old ones removed" if stale else ""
-        console.print(f"pushed {len(operations)} files to {commit.repo_url}{deleted}", soft_wrap=True)
+        console.print(f"pushed {len(operations)} files to {commit.repo_url}", soft_wrap=True)
+    kept = [file for file in there if file not in package.files and file not in stale]
+    for files, told in ((stale, "removed, from an older push"), (kept, "left as they were")):
+        if files:
+            console.print(f"{told}: {', '.join(files)}", soft_wrap=True)
     return str(commit.oid)
 
 
@@ -152,12 +158,12 @@ def _remote_files(api: HfApi, repo_id: str) -> list[str] | None:
 
 
 def _stale(api: HfApi, package: Package, repo_id: str, there: list[str], replace: bool) -> list[str]:
-    """Files to remove: what another push of the same model left.
+    """Files to remove: what another push left. What a person put there stays.
 
     Raises:
         UserError: Where another model stands there and was not given up.
     """
-    stale = [file for file in there if file not in package.files]
+    stale = [file for file in there if file not in package.files and is_ours(file)]
     if replace or set(there) <= {CARD_FILE} or _same_model(api, package, repo_id, there):
         return stale
     some = ", ".join(sorted(there)[:3])
@@ -170,16 +176,35 @@ def _stale(api: HfApi, package: Package, repo_id: str, there: list[str], replace
 def _same_model(api: HfApi, package: Package, repo_id: str, there: list[str]) -> bool:
     """Whether the repository holds the same kind of model of the same recipe and base."""
     kind = "adapter" if ADAPTER_FILE in there else "model" if weight_files(there) else None
-    name = BASE_FILE if BASE_FILE in package.files else RUN_FILE
-    if name not in there or kind != package.kind or name not in package.files:
+    if kind != package.kind:
         return False
-    theirs = json.loads(Path(api.hf_hub_download(repo_id, name)).read_text(encoding="utf-8"))
-    return _identity(theirs) == _identity(package.record)
+    name = BASE_FILE if BASE_FILE in package.files else RUN_FILE
+    if name not in there or name not in package.files:
+        return _same_weights(api, package, repo_id)
+    try:
+        theirs = json.loads(Path(api.hf_hub_download(repo_id, name)).read_text(encoding="utf-8"))
+        ours = _identity(package.record, name)
+        return ours is not None and _identity(theirs, name) == ours
+    except (ValueError, AttributeError):  # somebody else's file of that name
+        return False
 
 
-def _identity(record: dict[str, object]) -> tuple[object, object]:
-    base = record.get("base")
-    return record.get("recipe_hash"), base.get("hashes") if isinstance(base, dict) else None
+def _identity(record: dict[str, Any], name: str) -> tuple[Any, ...] | None:
+    """What tells one model from another: recipe or weights, and the base. None where nothing does."""
+    own = tuple(record.get(key) for key in ("recipe_hash", "adapter_sha256", "hashes", "stage"))
+    if name == RUN_FILE and not any(own[:2]):
+        return None
+    return *own, (record.get("base") or {}).get("hashes")
+
+
+def _same_weights(api: HfApi, package: Package, repo_id: str) -> bool:
+    remote = {item.path: getattr(item, "lfs", None) for item in api.list_repo_tree(repo_id)}
+    ours = {name: path for name, path in package.files.items() if name.endswith(".safetensors")}
+    return all(
+        (there := remote.get(name)) is not None and there.sha256 == file_hash(path)
+        for name, path in ours.items()
+        if isinstance(path, Path)
+    )
 
 
 @contextmanager
@@ -191,14 +216,13 @@ def _told(repo_id: str, console: Console) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
         if isinstance(cause, HfHubHTTPError):
             raise PushError(f"{repo_id}: the Hub refused ({_refusal(cause)}") from None
-        if not isinstance(cause, _CUT):
-            raise
-        raise PushError(
-            f"{repo_id}: the line to the Hub was cut ({type(cause).__name__}); run the same command again to go on"
-        ) from None
+        if isinstance(cause, OSError) and (cause.filename is not None or cause.errno == errno.ENOSPC):
+            raise cause from None  # a file here, not the line
+        what = str(cause).splitlines()[0] if isinstance(cause, RuntimeError) else type(cause).__name__
+        raise PushError(f"{repo_id}: the upload was cut ({what}); run the same command again to go on") from None
     finally:
         logger.setLevel(level)
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.images import ImageSource
+from lora_llava.data.images import BadImageError, ImageSource
 from lora_llava.errors import UserError
 from lora_llava.recipe import Recipe
 from lora_llava.training.plan import read_splits, read_test_split
@@ -56,11 +56,24 @@ def sample_prompts(recipe: Recipe | None, count: int = PER_KIND) -> tuple[list[S
     generator = random.Random(0)
     chosen = generator.sample(with_image, min(count, len(with_image)))
     asked = generator.sample(without, min(count, len(without)))
-    samples = [Sample(_text(row), images.open(row.images[0])) for row in chosen if images is not None]
-    samples += [Sample(text, draw_picture(i)) for i, text in enumerate(_DRAWN[: count - len(samples)])]
+    samples = [sample for row in chosen if images is not None and (sample := _opened(row, images))]
+    own = len(samples) + len(asked)
+    samples += [Sample(text, draw_picture(i)) for i, text in enumerate(_cycle(_DRAWN, count - len(samples)))]
     samples += [Sample(_text(row), None) for row in asked]
-    samples += [Sample(text, None) for text in _WRITTEN[: count - len(asked)]]
-    return samples, f"{len(chosen) + len(asked)} from {source}, {2 * count - len(chosen) - len(asked)} of our own"
+    samples += [Sample(text, None) for text in _cycle(_WRITTEN, count - len(asked))]
+    return samples, f"{own} from {source}, {2 * count - own} of our own"
+
+
+def _cycle(texts: Sequence[str], count: int) -> list[str]:
+    return [texts[i % len(texts)] for i in range(count)]
+
+
+def _opened(row: Conversation, images: ImageSource) -> Sample | None:
+    """The row's prompt; None where its picture is bad, and a drawn one takes its place."""
+    try:
+        return Sample(_text(row), images.open(row.images[0]))
+    except BadImageError:
+        return None
 
 
 def _rows(recipe: Recipe | None) -> tuple[Sequence[Conversation], ImageSource | None, str]:
@@ -72,8 +85,8 @@ def _rows(recipe: Recipe | None) -> tuple[Sequence[Conversation], ImageSource | 
             return split.conversations, split.images, "the run's test split"
         rows, images = read_splits(recipe)["train"]
         return rows, images, "the run's training rows"
-    except (UserError, OSError) as error:
-        return [], None, f"the run's data, which is not at hand ({str(error).splitlines()[0]})"
+    except (UserError, OSError):
+        return [], None, "the run's data, which is not at hand"
 
 
 def _text(row: Conversation) -> str:

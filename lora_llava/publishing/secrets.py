@@ -10,17 +10,20 @@ from pathlib import Path
 from huggingface_hub import get_token
 
 _TOKENS = {
-    "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{20,}",
-    "an OpenAI key": rb"\bsk-[A-Za-z0-9_-]{20,}",
+    "a Hugging Face token": rb"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}",
+    "an OpenAI key": rb"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{20,}",
     "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})",
     "an AWS key": rb"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
     "a Google key": rb"\bAIza[A-Za-z0-9_-]{35}",
     "a Slack token": rb"\bxox[abprs]-[A-Za-z0-9-]{10,}",
+    "a JSON web token": rb"eyJ[A-Za-z0-9_-]{20,}\.[A-Za-z0-9_-]{20,}\.",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "a password in a URL": rb"\b[a-z][a-z0-9+.-]*://[^/\s:@\"']+:[^/\s@\"']+@",
 }
 _HOMES = rb"(?:(?<![\w./-])|file://)/(?:home/|Users/|root\b)|\b[A-Za-z]:[\\/]{1,4}Users[\\/]"
-_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")
+_SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD)$")
+LOCAL_PATH = rb"[\s\":(\[=](?:/(?:[\w.+-]+/)+[\w.+-]+|[A-Za-z]:\\[\w.+-]+\\)"
+"""An absolute path, which nothing that we write ourselves should hold."""
 _SHORTEST_SECRET = 8
 
 
@@ -39,17 +42,20 @@ class Finding:
     what: str
 
 
-def scan(file: str, content: bytes) -> list[Finding]:
+def scan(file: str, content: bytes, *, written_by_us: bool = False) -> list[Finding]:
     """Look for tokens, this machine's secrets and paths into people's homes.
 
     Args:
         file: Its name, for the finding.
         content: All of it; of a weight file, its header.
+        written_by_us: Look for any absolute path too.
 
     Returns:
         What was found, in order.
     """
     patterns = _TOKENS | {"a path into a home": _HOMES} | _own_secrets()
+    if written_by_us:
+        patterns |= {"a local path": LOCAL_PATH}
     found = set()
     for what, pattern in patterns.items():
         for match in re.finditer(pattern, content):
@@ -59,7 +65,7 @@ def scan(file: str, content: bytes) -> list[Finding]:
 
 def _own_secrets() -> dict[str, bytes]:
     """Patterns of what is secret on this machine alone."""
-    values = {f"the value of {name}": os.environ.get(name, "") for name in _SECRET_VARIABLES}
+    values = {f"the value of {name}": value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
     values["this machine's Hub token"] = get_token() or ""
     patterns = {what: re.escape(value).encode() for what, value in values.items() if len(value) >= _SHORTEST_SECRET}
     return patterns | {"a path into this home": rb"(?<![\w.-])" + re.escape(f"{Path.home()}/").encode()}

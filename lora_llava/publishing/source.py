@@ -6,9 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import LlavaConfig
 
+from lora_llava.errors import UserError
+from lora_llava.model.loading import resolve_dtype
+from lora_llava.model.names import canonical_name, stored_name
 from lora_llava.model.provenance import locate_base
+from lora_llava.model.streaming import build_empty
 from lora_llava.model.tensor_files import LazyTensor, lazy_tensors
 from lora_llava.publishing.adapter import Adapter, read_adapter
 from lora_llava.training.run_directory import read_record
@@ -25,6 +30,7 @@ class Source:
         config: The base's config.
         tensors: The base's tensors.
         adapter: The run's adapter.
+        dtype: What the run computed in, and its NF4 weights were made from.
     """
 
     run: Path
@@ -33,6 +39,7 @@ class Source:
     config: LlavaConfig
     tensors: list[LazyTensor]
     adapter: Adapter
+    dtype: torch.dtype
 
 
 def read_source(run: Path) -> Source:
@@ -44,4 +51,16 @@ def read_source(run: Path) -> Source:
     record = read_record(run)
     adapter = read_adapter(run)
     base = locate_base(record["base"], run)
-    return Source(run, record, base, LlavaConfig.from_pretrained(base), lazy_tensors(base), adapter)
+    config, tensors = LlavaConfig.from_pretrained(base), lazy_tensors(base)
+    _check_whole(base, config, tensors)
+    return Source(run, record, base, config, tensors, adapter, resolve_dtype(record.get("dtype", "auto")))
+
+
+def _check_whole(base: Path, config: LlavaConfig, tensors: list[LazyTensor]) -> None:
+    """Hold that a base has every weight of its config, before anything long begins."""
+    stored = {canonical_name(tensor.name) for tensor in tensors}
+    if len(stored) < len(tensors):
+        raise UserError(f"{base} stores a tensor twice; remove the weight files that do not belong to it")
+    for name, _ in build_empty(config).named_parameters():
+        if stored_name(name, stored, config) not in stored:
+            raise UserError(f"{base} lacks {name}, which its config.json asks for; fetch it or write it again")

@@ -24,6 +24,7 @@ def merged_tensors(
     kind: BaseKind = "bf16",
     with_lora: bool = True,
     dtype: torch.dtype = torch.float32,
+    nf4_from: torch.dtype = torch.float32,
 ) -> list[LazyTensor]:
     """The merged checkpoint, unread, under the base's names and in its order.
 
@@ -33,11 +34,12 @@ def merged_tensors(
         kind: `bf16` adds to the base's own weights; `nf4` to what NF4 makes of the language model's linear layers.
         with_lora: Add the LoRA layers; else put in the projector alone.
         dtype: What merged weights are rounded to.
+        nf4_from: The dtype that NF4 is made from.
 
     Raises:
         UserError: Where the adapter does not fit the base.
     """
-    found = list(_merged(base, adapter, kind, with_lora, dtype))
+    found = list(_merged(base, adapter, nf4_from if kind == "nf4" else None, with_lora, dtype))
     names = {canonical_name(tensor.name) for tensor in base}
     for name in [*(f"{layer}.weight" for layer in adapter.layers), *adapter.projector]:
         if name not in names:
@@ -46,7 +48,7 @@ def merged_tensors(
 
 
 def _merged(
-    base: list[LazyTensor], adapter: Adapter, kind: BaseKind, with_lora: bool, dtype: torch.dtype
+    base: list[LazyTensor], adapter: Adapter, nf4_from: torch.dtype | None, with_lora: bool, dtype: torch.dtype
 ) -> Iterator[LazyTensor]:
     for tensor in base:
         name = canonical_name(tensor.name)
@@ -54,8 +56,8 @@ def _merged(
         if name in adapter.projector:
             _check_shape(name, tensor.shape, adapter.projector[name].shape, adapter)
             tensor = replace(tensor, load=adapter.projector[name].load)
-        elif kind == "nf4" and is_quantized(name, tensor.shape):
-            tensor = _quantized(tensor)
+        elif nf4_from is not None and is_quantized(name, tensor.shape):
+            tensor = _quantized(tensor, nf4_from)
         if layer is not None and with_lora:
             _check_shape(name, tensor.shape, (layer.up.shape[0], layer.down.shape[1]), adapter)
             tensor = _with_layer(tensor, layer, adapter.scaling, dtype)
@@ -67,8 +69,8 @@ def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
     return name.startswith("model.language_model.layers.") and len(shape) == 2
 
 
-def _quantized(tensor: LazyTensor) -> LazyTensor:
-    return replace(tensor, load=lambda: nf4_round_trip(tensor.load()))
+def _quantized(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    return replace(tensor, load=lambda: nf4_round_trip(tensor.load(), dtype))
 
 
 def _with_layer(tensor: LazyTensor, layer: LoraLayer, scaling: float, dtype: torch.dtype) -> LazyTensor:

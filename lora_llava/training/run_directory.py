@@ -6,14 +6,16 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
 from lora_llava.errors import UserError
+from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE, Base
-from lora_llava.recipe import Recipe, dump_recipe, recipe_hash
+from lora_llava.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "lora_llava")
 RECIPE_FILE, METRICS_FILE = "recipe.yaml", "metrics.json"
@@ -78,10 +80,28 @@ def save_model(folder: Path, model: PeftModel, processor: Any, recipe: Recipe, b
     processor.save_pretrained(folder)
     processor.tokenizer.padding_side = "right"
     model.get_base_model().generation_config.save_pretrained(folder)
+    dtype = str(resolve_dtype(recipe.model.dtype)).removeprefix("torch.")
     content = {
-        "stage": recipe.stage, "base": base.as_dict(), "recipe_hash": recipe_hash(recipe), "versions": versions(),
+        "stage": recipe.stage, "base": base.as_dict(), "dtype": dtype, "recipe_hash": recipe_hash(recipe),
+        "hub_ids": hub_ids(recipe), "stage1": _stage1_of(recipe), "versions": versions(),
     }  # fmt: skip
     write_json(folder / RUN_FILE, content)
+
+
+def hub_ids(recipe: Recipe) -> list[str]:
+    """The recipe's names that are Hub ids: told now, while it can be seen which are folders."""
+    start = recipe.model.start_from
+    names = (recipe.model.llm, recipe.model.vision_tower, start.projector, start.llava, recipe.data.path)
+    return [name for name in names if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
+
+
+def _stage1_of(recipe: Recipe) -> dict[str, Any] | None:
+    """What the run's Stage 1 was trained on."""
+    run = recipe.model.start_from.stage1_run
+    if run is None or not (Path(run) / RECIPE_FILE).is_file():
+        return None
+    stage1 = load_recipe(Path(run) / RECIPE_FILE)
+    return {"data": stage1.data.path, "recipe_hash": recipe_hash(stage1), "hub_ids": hub_ids(stage1)}
 
 
 def is_run(folder: Path) -> bool:

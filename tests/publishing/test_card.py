@@ -19,6 +19,7 @@ from lora_llava.publishing.licences import card_licence, conflicts, licence_of
 from lora_llava.publishing.package import Package, collect, public_recipe
 from lora_llava.publishing.secrets import scan
 from lora_llava.recipe import load_recipe
+from lora_llava.training.run_directory import hub_ids
 
 Train = Callable[..., Path]
 
@@ -33,6 +34,7 @@ def vicuna_run(finished: Path) -> Path:
         "llm": recipe.llm, "llm_revision": recipe.llm_revision, "vision_tower": recipe.vision_tower,
         "vision_tower_revision": recipe.vision_tower_revision,
     }  # fmt: skip
+    record["hub_ids"] = hub_ids(load_recipe(finished / "recipe.yaml"))
     (finished / "run.json").write_text(json.dumps(record))
     return finished
 
@@ -123,9 +125,8 @@ def test_licences_that_pull_apart_are_named(vicuna_run: Path) -> None:
         "the language model lmsys/vicuna-7b-v1.5 may be used commercially under the Llama 2 Community License, the "
         "data (derek-thomas/ScienceQA) may not (CC BY-NC-SA 4.0): what was made from both falls under the stricter."
     ) in card
-    assert (
-        "Not known to lora_llava, so read them before use: the vision tower openai/clip-vit-large-patch14-336" in card
-    )
+    projector = "liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5"
+    assert f"Not known to lora_llava, so read them before use: the projector {projector}." in card
 
 
 def test_one_licence_is_the_card_s() -> None:
@@ -147,11 +148,11 @@ def test_a_recipe_s_paths_are_cut_to_their_names() -> None:
     content = load_recipe("scienceqa_qlora.yaml").model_dump(mode="json")
     content["output_dir"] = "C:\\Users\\alice\\runs\\pets"
     content["data"]["path"], content["data"]["image_folder"] = "/home/alice/pets", "~/pictures"
-    public = public_recipe(content)
+    public = public_recipe(content, {"lmsys/vicuna-7b-v1.5"})
     assert public["output_dir"] == "pets"
     assert (public["data"]["path"], public["data"]["image_folder"]) == ("pets", "pictures")
     assert public["model"]["llm"] == "lmsys/vicuna-7b-v1.5"
-    assert public["model"]["start_from"]["projector"] == content["model"]["start_from"]["projector"]
+    assert public["model"]["vision_tower"] == "clip-vit-large-patch14-336"  # a folder when the run began
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,14 @@ def test_a_recipe_s_paths_are_cut_to_their_names() -> None:
 )
 def test_the_scan_finds(text: str, what: str) -> None:
     assert [(found.line, found.what) for found in scan("f", f"one\n{text}\n".encode())] == [(2, what)]
+
+
+def test_what_we_write_holds_no_absolute_path() -> None:
+    content = b'{"a": "/mnt/team/x.json", "b": "https://huggingface.co/me/x", "c": "5/7 of it", "d": "D:\\x\\y"}'
+    found = scan("f", content, written_by_us=True)
+    assert [(finding.line, finding.what) for finding in found] == [(1, "a local path")]
+    assert scan("f", content) == []
+    assert scan("f", b"see https://huggingface.co/me/x and (5/7)", written_by_us=True) == []
 
 
 @pytest.mark.parametrize("text", ["https://x.org/home/page", "models/root/x", "hf_hub", "sk-learn", "user@example.com"])

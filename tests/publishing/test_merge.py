@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -21,9 +24,10 @@ from lora_llava.cli import main
 from lora_llava.errors import UserError
 from lora_llava.model import tensor_files
 from lora_llava.model.loading import load_base
+from lora_llava.model.quantization import nf4_round_trip
 from lora_llava.publishing.check import ProofError
 from lora_llava.publishing.merge import merge
-from lora_llava.publishing.proof import adapted_model
+from lora_llava.publishing.proof import adapted_model, compare
 from lora_llava.publishing.source import read_source
 
 Train = Callable[..., Path]
@@ -111,9 +115,72 @@ def test_bf16_stays_within_twice_what_batch_size_changes(lora: dict[str, Any], t
 def test_the_streamed_reference_is_stock_peft(lora: dict[str, Any], nf4: bool, train: Train) -> None:
     run = train(**lora)
     source = read_source(run)
-    streamed = logits(adapted_model(source.config, source.tensors, source.adapter, torch.float32, nf4=nf4))
+    dtype = torch.float32 if nf4 else None
+    streamed = logits(adapted_model(source.config, source.tensors, source.adapter, torch.float32, nf4_from=dtype))
     stock = logits(on_base(run, quantization="nf4" if nf4 else "none"))
     torch.testing.assert_close(streamed, stock, rtol=0, atol=1e-5 if nf4 else 0)
+
+
+def on_other_base(run: Path, folder: Path, change: Any) -> Path:
+    """Put a run on a copy of its base that `change` has been at, as if it had been trained on that."""
+    record = json.loads((run / "run.json").read_text())
+    shutil.copytree(record["base"]["name"], folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors, folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    record["base"] = {"name": str(folder), "revision": None, "parts": None, "hashes": None}
+    (run / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_nf4_of_a_float16_base_is_made_as_stock_loading_makes_it(finished: Path, tmp_path: Path) -> None:
+    def to_half(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = (tensor.float() * 1.001).half()  # values that bf16 does not have
+
+    on_other_base(finished, tmp_path / "half", to_half)
+    source = read_source(finished)
+    half = load_file(source.base / "model.safetensors")
+    model = load_base(source.base, quantization="nf4", dtype="bfloat16")
+    for name, module in model.model.language_model.layers[0].named_modules():
+        if type(getattr(module, "weight", None)).__name__ == "Params4bit":
+            stock = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            stored = next(
+                t for t in source.tensors if t.name.endswith(f"layers.0.{name}.weight") and "language" in t.name
+            )
+            ours = nf4_round_trip(stored.load(), torch.bfloat16).to(torch.bfloat16)
+            assert torch.equal(ours, stock), name
+
+
+def test_a_base_with_tied_head_merges(finished: Path, tmp_path: Path) -> None:
+    def tie(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        del tensors["language_model.lm_head.weight"]
+        config = json.loads((folder / "config.json").read_text())
+        config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+        (folder / "config.json").write_text(json.dumps(config))
+
+    on_other_base(finished, tmp_path / "tied", tie)
+    merged(finished, tmp_path / "merged", dtype="float32")
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="float32")
+    assert (logits(stock) - logits(on_base(finished))).abs().max() < 1e-4
+
+
+def test_a_base_that_lacks_a_weight_is_told_before_anything_is_written(finished: Path, tmp_path: Path) -> None:
+    def drop(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        del tensors["language_model.lm_head.weight"]
+
+    on_other_base(finished, tmp_path / "other", drop)
+    with pytest.raises(UserError, match=r"other lacks lm_head\.weight, which its config\.json asks for"):
+        merged(finished, tmp_path / "merged")
+
+
+def test_prompts_of_our_own_take_the_place_of_data_that_is_gone(finished: Path, tmp_path: Path) -> None:
+    recipe = (finished / "recipe.yaml").read_text()
+    (finished / "recipe.yaml").write_text(re.sub(r"  path: .*", "  path: /mnt/team/gone", recipe))
+    report, told = merged(finished, tmp_path / "merged", dtype="float32")
+    assert report["prompts_from"] == "0 from the run's data, which is not at hand, 8 of our own"
+    assert report["prompts_with_picture"] == 4
+    assert "/mnt/team" not in json.dumps(report) + told
 
 
 def test_a_streamed_model_holds_no_weights_after_a_pass(train: Train) -> None:
@@ -175,6 +242,13 @@ def test_over_the_tolerance_nothing_is_kept(finished: Path, tmp_path: Path, caps
     assert nothing_left(tmp_path)
     assert main("merge", [str(finished), "--output", str(tmp_path / "merged")]) == 1
     assert "nothing was kept" in capsys.readouterr().err
+
+
+def test_a_nan_in_the_last_prompt_alone_is_seen() -> None:
+    good = [torch.zeros(9, 5), torch.zeros(9, 5)]
+    bad = [torch.zeros(9, 5), torch.full((9, 5), float("nan"))]
+    assert math.isnan(compare(good, bad, [[0], [0]]).max_logit_difference)
+    assert compare(good, good, [[0], [0]]).greedy_equal == 2
 
 
 def test_the_proof_fails_for_another_projector(train: Train, tmp_path: Path, monkeypatch: Any) -> None:

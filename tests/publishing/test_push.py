@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from lora_llava.cli import main
 from lora_llava.errors import UserError
@@ -215,12 +217,46 @@ def test_another_model_is_not_overwritten_unasked(merged: Path, train: Train, hu
     with pytest.raises(UserError, match=r"me/model holds another model \(13 files: README\.md, .*--replace"):
         pushed(train(), base_repo="me/base")
     assert hub.repos["me/model"] == files
-    assert "3 old ones removed" in pushed(train(), base_repo="me/base", replace=True)
+    told = pushed(train(), base_repo="me/base", replace=True)
+    assert "removed, from an older push: config.json, merge_report.json, model.safetensors" in told
     assert "model.safetensors" not in hub.repos["me/model"]
     hub.repos["me/notes"] = {"notes.txt": b"mine"}
     hub.commits["me/notes"], hub.private["me/notes"] = "0" * 40, True
     with pytest.raises(UserError, match="holds another model"):
         pushed(merged, "me/notes")
+
+
+def test_what_a_person_put_there_stays(merged: Path, hub: Store) -> None:
+    pushed(merged)
+    hub.repos["me/model"] |= {"LICENSE": b"mine", "model.gguf": b"x", "preprocessor_config.json": b"{}"}
+    told = pushed(merged)
+    assert set(hub.repos["me/model"]) == MODEL_FILES | {"LICENSE", "model.gguf"}
+    assert "removed, from an older push: preprocessor_config.json" in told
+    assert "left as they were: LICENSE, model.gguf" in told
+
+
+def test_a_folder_without_a_record_is_known_by_its_weights(merged: Path, hub: Store, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(merged, tmp_path / "bare"))
+    for name in ("run.json", "recipe.yaml", "metrics.json", "merge_report.json"):
+        (folder / name).unlink()
+    pushed(folder)
+    assert "nothing uploaded" in pushed(folder)
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="holds another model"):
+        pushed(folder)
+
+
+def test_retraining_by_the_same_recipe_takes_the_old_one_s_place(finished: Path, hub: Store) -> None:
+    pushed(finished, base_repo="me/base")
+    file = finished / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    assert "pushed 12 files" in pushed(finished, base_repo="me/base")
+    record = json.loads((finished / "run.json").read_text())
+    (finished / "run.json").write_text(json.dumps(record | {"recipe_hash": "0" * 64}))
+    with pytest.raises(UserError, match="holds another model"):
+        pushed(finished, base_repo="me/base")
 
 
 def test_no_token_and_no_network_are_one_line(merged: Path, hub: Store, monkeypatch: Any, capsys: Any) -> None:
@@ -254,8 +290,6 @@ SECRET = "hf_" + "zZ9" * 12
 
 
 def plant_in_weights(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     file = folder / "adapter_model.safetensors"
     save_file(load_file(file), file, {"format": "pt", "note": SECRET})
 
@@ -278,6 +312,7 @@ def plant_in(name: str, text: str) -> Callable[[Path], None]:
         (plant_in("processor_config.json", "C:\\Users\\alice\\x"), "a path into a home"),
         (plant_in("generation_config.json", "https://me:secret@example.com"), "a password in a URL"),
         (plant_in("adapter_config.json", "sk-" + "a1B2" * 8), "an OpenAI key"),
+        (plant_in("metrics.json", "/mnt/team/pictures/cat.jpg"), "a local path"),
         (plant_in_weights, "adapter_model.safetensors, line 1: a Hugging Face token"),
     ],
 )  # fmt: skip
