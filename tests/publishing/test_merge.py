@@ -145,10 +145,8 @@ def test_nf4_of_a_float16_base_is_made_as_stock_loading_makes_it(finished: Path,
     for name, module in model.model.language_model.layers[0].named_modules():
         if type(getattr(module, "weight", None)).__name__ == "Params4bit":
             stock = dequantize_4bit(module.weight.data, module.weight.quant_state)
-            stored = next(
-                t for t in source.tensors if t.name.endswith(f"layers.0.{name}.weight") and "language" in t.name
-            )
-            ours = nf4_round_trip(stored.load(), torch.bfloat16).to(torch.bfloat16)
+            stored = half[f"language_model.model.layers.0.{name}.weight"]
+            ours = nf4_round_trip(stored, torch.bfloat16).to(torch.bfloat16)
             assert torch.equal(ours, stock), name
 
 
