@@ -271,7 +271,7 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         prefix = "error: " if error.exit_code == 2 else ""
         print("\n".join(prefix + line for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
-    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
         print(f"error: {error.filename}: {error.strerror}; name another place", file=sys.stderr)
         return 2
     except OSError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
@@ -76,7 +77,7 @@ def load_base(
         )
     try:
         model = LlavaForConditionalGeneration.from_pretrained(base, revision=revision, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{base} cannot be loaded as a LLaVA: {str(error).splitlines()[0]}") from None
     check_quantized(model, quantization)
     _keep_autograd(model)

@@ -71,6 +71,8 @@ def read_config(folder: Path) -> OriginalConfig:
         UserError: Where it is not LLaVA's, or asks for something that stock transformers does not do.
     """
     content = _read_config(folder)
+    if content.get("model_type") == "llava" and "vision_config" in content:
+        raise UserError(f"{folder} is a stock LLaVA already; use it as it is")
     if not is_original(folder):
         raise UserError(f"{folder}/config.json has no mm_vision_tower; it is not one of LLaVA's own checkpoints")
     projector_type = content.get("mm_projector_type", "linear")

@@ -90,6 +90,9 @@ def locate_base(recorded: Mapping[str, Any], adapter: Path) -> Path:
     """
     name, parts = str(recorded["name"]), recorded.get("parts")
     folder = local_folder(name, "start_from.llava")
+    beside = adapter.parent / "base"  # as `merge --projector-only` leaves them, wherever they were moved
+    if folder is None and parts is None and (beside / "config.json").is_file():
+        folder = beside
     if folder is None and name.startswith("/"):
         folder = _assembled_again(name, parts, adapter)
     if folder is None:

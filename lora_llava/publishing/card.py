@@ -110,7 +110,7 @@ def test_table(package: Package) -> dict[str, Any] | None:
 def index_results(package: Package) -> Iterable[EvalResult]:
     """`model-index`: accuracy, in all and by column."""
     table = test_table(package)
-    if table is None:
+    if table is None or not package.recipe:
         return
     data = package.recipe["data"]
     name = _DEMO_NAME if data["path"] == "demo" else "ScienceQA"
@@ -127,7 +127,12 @@ def index_results(package: Package) -> Iterable[EvalResult]:
 def eval_entries(package: Package) -> list[EvalResultEntry]:
     """`.eval_results/`: the average over the whole test split of a data set that is on the Hub."""
     table, data = test_table(package), package.recipe.get("data", {})
-    if table is None or data["path"] not in package.hub_ids or package.recipe["evaluation"]["after"] != "all":
+    if (
+        table is None
+        or not data
+        or data["path"] not in package.hub_ids
+        or package.recipe["evaluation"]["after"] != "all"
+    ):
         return []
     note = (
         f"{table['AVG'][1]} of {table['AVG'][2]} questions; prompt {data['prompt_order']}, greedy; answers read by "
@@ -170,7 +175,7 @@ def _summary(package: Package) -> str:
 def _results(package: Package) -> str:
     rows = {name: package.metrics.get(name) for name in ("before", "after")}
     tables = {name: table for name, table in rows.items() if table}
-    if not tables:
+    if not tables or not package.recipe:
         return ""
     columns = [column for column in next(iter(tables.values())) if column != "unparsed"]
     data = package.recipe["data"]

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoProcessor, GenerationConfig, LlavaConfig
+from transformers import GenerationConfig, LlavaConfig
 
 from lora_llava.errors import ToldError, UserError
 from lora_llava.model.loading import check_bitsandbytes
@@ -30,7 +30,7 @@ from lora_llava.publishing.proof import (
     stays_in_memory,
     whole_model,
 )
-from lora_llava.publishing.samples import sample_prompts
+from lora_llava.publishing.samples import load_processor, sample_prompts
 from lora_llava.publishing.source import Source
 from lora_llava.publishing.weights import BaseKind
 from lora_llava.recipe import load_recipe
@@ -112,10 +112,12 @@ def prepare_questions(source: Source, per_kind: int) -> Questions:
     file = source.run / RECIPE_FILE
     samples, where = sample_prompts(load_recipe(file) if file.is_file() else None, per_kind)
     try:
-        processor = AutoProcessor.from_pretrained(source.run)
         eos = GenerationConfig.from_pretrained(source.run).eos_token_id
     except (OSError, ValueError) as error:
-        raise UserError(f"{source.run}: its processor cannot be loaded ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{source.run}: its generation_config.json cannot be loaded ({str(error).splitlines()[0]})"
+        ) from None
+    processor = load_processor(source.run)
     stop_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     with_picture = sum(sample.image is not None for sample in samples)
     return Questions(encode_samples(samples, processor), with_picture, where, stop_ids)
@@ -248,3 +250,9 @@ def tell(report: dict[str, Any], console: Console) -> None:
         f"tolerance {report['tolerance']:.3g} in {report['dtype']}; batch size alone changes a logit by up to "
         f"{report['batch_size_noise']:.3g}, the adapter by up to {report['adapter_effect']:.3g}"
     )
+    held = report[report["checked_against"]]
+    if held["greedy_equal"] < held["prompts"]:
+        console.print(
+            f"{held['prompts'] - held['greedy_equal']} greedy answers differ: rounding to {report['dtype']} decides "
+            "where two tokens are as likely; lora-llava evaluate tells whether it matters"
+        )

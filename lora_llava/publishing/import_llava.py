@@ -53,8 +53,14 @@ def import_llava(
     """
     check_new(output)
     original = read_config(folder)
-    tower = load_part(vision_tower or original.vision_tower, None, "vision_tower")
-    if (folder / "adapter_config.json").is_file():
+    is_lora = (folder / "adapter_config.json").is_file()
+    if not is_lora:
+        lazy_tensors(folder)  # tells what is wrong with the folder before anything is fetched
+    try:
+        tower = load_part(vision_tower or original.vision_tower, None, "vision_tower")
+    except UserError as error:
+        raise UserError(str(error).replace("model.vision_tower:", "--vision-tower:")) from None
+    if is_lora:
         _import_lora(folder, output, original, tower, llm, base, template, console)
     else:
         _import_checkpoint(folder, output, original, tower, template, console)

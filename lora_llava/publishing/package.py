@@ -11,8 +11,9 @@ from typing import Any, Literal
 from lora_llava.errors import UserError
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
-from lora_llava.model.tensor_files import weight_files
+from lora_llava.model.tensor_files import lazy_file, weight_files
 from lora_llava.publishing.merge import ADAPTER_FOLDER, BASE_FILE, BASE_FOLDER, PROCESSOR_FILES, REPORT_FILE
+from lora_llava.publishing.samples import load_processor
 from lora_llava.publishing.secrets import scan
 from lora_llava.recipe import dump_recipe, load_recipe
 from lora_llava.recipe.io import check_recipe
@@ -194,6 +195,19 @@ def public_recipe(content: dict[str, Any], hub_ids: Container[str]) -> dict[str,
     model = shorten(content["model"], ("llm", "vision_tower")) | {"start_from": start}
     data = shorten(content["data"], ("path", "image_folder"))
     return shorten(content, ("output_dir",)) | {"model": model, "data": data}
+
+
+def check_whole(package: Package) -> None:
+    """Hold that weights are not cut short and that the processor loads.
+
+    Raises:
+        UserError: Naming what is damaged.
+    """
+    for name, content in package.files.items():
+        if name.endswith(".safetensors") and isinstance(content, Path):
+            lazy_file(content)
+    if "processor_config.json" in package.files:
+        load_processor(package.folder)
 
 
 def check_secrets(package: Package) -> None:

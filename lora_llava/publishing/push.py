@@ -19,12 +19,13 @@ from rich.text import Text
 
 from lora_llava.errors import ToldError, UserError
 from lora_llava.model.parts import file_hash
+from lora_llava.model.provenance import locate_base
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
 from lora_llava.model.tensor_files import weight_files
 from lora_llava.publishing.card import add_card
 from lora_llava.publishing.merge import BASE_FILE
-from lora_llava.publishing.package import CARD_FILE, Package, check_secrets, collect, is_ours
-from lora_llava.training.run_directory import is_run
+from lora_llava.publishing.package import CARD_FILE, Package, check_secrets, check_whole, collect, is_ours
+from lora_llava.training.run_directory import is_run, read_record
 
 _NOT_OURS = (".gitattributes",)
 """The Hub puts it there."""
@@ -49,7 +50,7 @@ def push(
         repo_id: `owner/name`.
         public: Let everybody see a repository that is made now; one that is there keeps its visibility.
         base_repo: For a run on a local base: where that goes, before the adapter that names it.
-        replace: Put this in the place of another model that stands there.
+        replace: Put this in the place of another model that stands there; never another base's.
         licence: The card's licence, as Hugging Face writes it.
         dry_run: Print the files and the card, and send nothing.
         console: Where everything is told.
@@ -63,20 +64,26 @@ def push(
     """
     for name in (repo_id, base_repo):
         _check_repo_id(name)
+    if repo_id == base_repo:
+        raise UserError(f"--base-repo: {base_repo} is where the adapter goes; name another one for its base")
     base = _base_package(folder, base_repo, licence)
     package = _package(folder, repo_id, licence, base_repo)
     for each in (base, package):
         if each is not None:
+            check_whole(each)
             check_secrets(each)
     if dry_run:
         for each, name in ((base, base_repo), (package, repo_id)):
             if each is not None and name is not None:
                 _tell(each, name, public, console)
+        console.print("nothing was sent")
         return None
     api = _connect()
     commit = None
     if base is not None and base_repo is not None:
-        commit = _upload(api, base, base_repo, public, replace, console)
+        with _told(repo_id, console):  # before the base is sent for an adapter that is then refused
+            _stale(api, package, repo_id, _remote_files(api, repo_id) or [], replace)
+        commit = _upload(api, base, base_repo, public, False, console)
         package = _package(folder, repo_id, licence, base_repo, commit)
     return _upload(api, package, repo_id, public, replace, console)
 
@@ -106,10 +113,10 @@ def _base_package(folder: Path, base_repo: str | None, licence: str | None) -> P
         return None
     if not is_run(folder):
         raise UserError(f"--base-repo: {folder} is a whole model and stands on no base; leave it out")
-    name = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["base"]["name"]
-    if not Path(name).is_dir():
-        raise UserError(f"--base-repo: {folder} stands on {name}, which is no folder here; leave it out")
-    return _package(Path(name), base_repo, licence, None)
+    record = read_record(folder)["base"]
+    if record.get("revision"):
+        raise UserError(f"--base-repo: {folder} stands on {record['name']}, which is on the Hub; leave it out")
+    return _package(locate_base(record, folder), base_repo, licence, None)
 
 
 def _connect() -> HfApi:
@@ -166,9 +173,9 @@ def _stale(api: HfApi, package: Package, repo_id: str, there: list[str], replace
     stale = [file for file in there if file not in package.files and is_ours(file)]
     if replace or set(there) <= {CARD_FILE} or _same_model(api, package, repo_id, there):
         return stale
-    some = ", ".join(sorted(there)[:3])
+    some = ", ".join(sorted(there)[:3]) + (", ..." if len(there) > 3 else "")
     raise UserError(
-        f"{repo_id} holds another model ({len(there)} files: {some}, ...); name another repository, or --replace to "
+        f"{repo_id} holds something else ({some}; files: {len(there)}); name another repository, or --replace to "
         "put this one in its place (its history keeps the old)"
     )
 
@@ -210,7 +217,7 @@ def _same_weights(api: HfApi, package: Package, repo_id: str) -> bool:
 @contextmanager
 def _told(repo_id: str, console: Console) -> Iterator[None]:
     """Tell what the Hub says in one line; its library's remarks on empty commits are ours to make."""
-    logger = logging.getLogger("huggingface_hub.hf_api")
+    logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -222,7 +229,10 @@ def _told(repo_id: str, console: Console) -> Iterator[None]:
         if isinstance(cause, OSError) and (cause.filename is not None or cause.errno == errno.ENOSPC):
             raise cause from None  # a file here, not the line
         what = str(cause).splitlines()[0] if isinstance(cause, RuntimeError) else type(cause).__name__
-        raise PushError(f"{repo_id}: the upload was cut ({what}); run the same command again to go on") from None
+        raise PushError(
+            f"{repo_id}: {constants.ENDPOINT} does not answer, or cut the line ({what}); run the same command again to "
+            "go on"
+        ) from None
     finally:
         logger.setLevel(level)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
+from transformers import AutoProcessor
 
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.images import BadImageError, ImageSource
@@ -38,6 +40,19 @@ class Sample:
         if self.image is not None:
             parts.insert(0, {"type": "image", "image": self.image})
         return {"role": "user", "content": parts}
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the stock processor of a run or model folder.
+
+    Raises:
+        UserError: Where its files are missing or damaged.
+    """
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder}: its processor or tokenizer cannot be loaded ({told}); restore its files") from None
 
 
 def sample_prompts(recipe: Recipe | None, count: int = PER_KIND) -> tuple[list[Sample], str]:
@@ -78,7 +93,7 @@ def _opened(row: Conversation, images: ImageSource) -> Sample | None:
 
 def _rows(recipe: Recipe | None) -> tuple[Sequence[Conversation], ImageSource | None, str]:
     if recipe is None:
-        return [], None, "no recipe"
+        return [], None, "a recipe, which the run lacks"
     try:
         if recipe.data.format == "scienceqa" and recipe.data.splits.test is not None:
             split = read_test_split(recipe)

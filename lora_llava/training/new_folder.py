@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -36,7 +37,10 @@ def check_disk(output: Path, weights: int) -> None:
     """
     needed = weights + _SPARE_BYTES
     existing = next(parent for parent in output.absolute().parents if parent.exists())
-    free = shutil.disk_usage(existing).free
+    usage = shutil.disk_usage(existing)
+    if not existing.is_dir() or not os.access(existing, os.W_OK) or usage.total == 0:
+        raise UserError(f"{output}: {existing} cannot be written to; name another --output")
+    free = usage.free
     if needed > free:
         raise UserError(
             f"{output}: needs {needed:,} bytes ({needed / 1e9:.1f} GB) and {free:,} ({free / 1e9:.1f} GB) are free; "

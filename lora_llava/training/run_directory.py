@@ -115,9 +115,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: Where the folder is no finished run.
     """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; name a run directory")
     if not is_run(folder):
+        if (folder / "config.json").is_file():
+            raise UserError(f"{folder} is a whole model, not a run: there is nothing to merge into it")
         raise UserError(f"{folder} is not a finished run; it has no {RUN_FILE} with {ADAPTER_FILE}")
     try:
-        return dict(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise UserError(f"{folder}/{RUN_FILE} is not JSON: {error}") from None
+        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        return {"base": content["base"]["name"] and content["base"], **content}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/{RUN_FILE} is not what a run leaves ({error}); restore it") from None

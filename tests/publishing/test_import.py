@@ -164,7 +164,7 @@ def test_a_lora_folder_gives_the_run_s_logits_and_merges(lora_folder: tuple[Path
     assert torch.equal(adapted(tmp_path / "run"), adapted(run))
     report = merge(tmp_path / "run", tmp_path / "merged", dtype="float32", console=QUIET)
     assert report["adapter_on_bf16_base"]["max_logit_difference"] <= 1e-4
-    assert report["prompts_from"] == "0 from no recipe, 8 of our own"
+    assert report["prompts_from"] == "0 from a recipe, which the run lacks, 8 of our own"
 
 
 def test_a_lora_folder_on_a_whole_llava_takes_that_as_base(

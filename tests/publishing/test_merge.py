@@ -352,6 +352,31 @@ def test_a_disk_that_fills_up_on_the_way_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_mistakes_in_a_call_are_told_without_traceback(
+    train: Train, finished: Path, tmp_path: Path, capsys: Any
+) -> None:
+    def told(run: Path, output: Path) -> str:
+        assert main("merge", [str(run), "--output", str(output)]) == 2
+        return capsys.readouterr().err
+
+    assert "there is no folder" in told(tmp_path / "nope", tmp_path / "merged")
+    (tmp_path / "file").write_text("")
+    assert "cannot be written to; name another --output" in told(train(), tmp_path / "file" / "merged")
+    (finished / "run.json").write_text("[1]")
+    assert "run.json is not what a run leaves" in told(finished, tmp_path / "merged")
+    (finished / "run.json").write_bytes((train() / "run.json").read_bytes())
+    (finished / "tokenizer.json").write_text('{"a": 1}')
+    assert "its processor or tokenizer cannot be loaded" in told(finished, tmp_path / "merged")
+    whole = json.loads((train() / "run.json").read_text())["base"]["name"]
+    assert "is a whole model, not a run" in told(Path(whole), tmp_path / "merged")
+
+
+def test_base_and_adapter_may_move_together(train: Train, tmp_path: Path) -> None:
+    merged(train(), tmp_path / "two", projector_only=True)
+    (tmp_path / "two").rename(tmp_path / "moved")
+    assert read_source(tmp_path / "moved" / "adapter").base == tmp_path / "moved" / "base"
+
+
 def test_what_stands_there_is_not_overwritten(train: Train, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     with pytest.raises(UserError, match="is there already; name another --output, or remove it"):

@@ -101,7 +101,7 @@ def test_a_push_cut_at_each_request_converges(merged: Path, hub: Store) -> None:
         hub.repos.clear()
         hub.objects.clear()
         hub.reset(dead_from=number)
-        with pytest.raises(PushError, match=r"me/whole: .*; run the same command again to go on"):
+        with pytest.raises(PushError, match=r"me/whole: .*; run the same command again to\s+go on"):
             pushed(merged, "me/whole")
         assert set(hub.repos.get("me/whole", {})) <= {".gitattributes"}  # never half a model
         hub.reset()
@@ -214,7 +214,7 @@ def test_an_adapter_on_a_local_base_is_not_pushed_alone(train: Train, hub: Store
 def test_another_model_is_not_overwritten_unasked(merged: Path, train: Train, hub: Store) -> None:
     pushed(merged)
     files = hub.repos["me/model"]
-    with pytest.raises(UserError, match=r"me/model holds another model \(13 files: README\.md, .*--replace"):
+    with pytest.raises(UserError, match=r"me/model holds something else \(README\.md, .*; files: 13\); .*--replace"):
         pushed(train(), base_repo="me/base")
     assert hub.repos["me/model"] == files
     told = pushed(train(), base_repo="me/base", replace=True)
@@ -222,8 +222,35 @@ def test_another_model_is_not_overwritten_unasked(merged: Path, train: Train, hu
     assert "model.safetensors" not in hub.repos["me/model"]
     hub.repos["me/notes"] = {"notes.txt": b"mine"}
     hub.commits["me/notes"], hub.private["me/notes"] = "0" * 40, True
-    with pytest.raises(UserError, match="holds another model"):
+    with pytest.raises(UserError, match="holds something else"):
         pushed(merged, "me/notes")
+
+
+def test_adapter_and_base_need_names_of_their_own(train: Train, merged: Path, hub: Store) -> None:
+    with pytest.raises(UserError, match="--base-repo: me/model is where the adapter goes; name another one"):
+        pushed(train(), base_repo="me/model")
+    assert hub.requests == []
+    pushed(merged, "me/other")
+    with pytest.raises(UserError, match="me/other holds something else"):
+        pushed(train(), "me/other", base_repo="me/base")
+    assert "me/base" not in hub.repos  # nothing is sent for an adapter that is refused
+    with pytest.raises(UserError, match="me/other holds something else"):
+        pushed(train(), "me/adapter", base_repo="me/other", replace=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_damaged_file_is_not_pushed(name: str, merged: Path, hub: Store, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(merged, tmp_path / "damaged"))
+    (folder / name).write_bytes((folder / name).read_bytes()[:5000] if "model" in name else b'{"a": 1}')
+    with pytest.raises(UserError, match=r"is cut short or damaged|its processor or tokenizer cannot be loaded"):
+        pushed(folder)
+    assert hub.requests == []
+
+
+def test_a_run_without_recipe_is_pushed_without_a_table(finished: Path, hub: Store) -> None:
+    (finished / "recipe.yaml").unlink()
+    pushed(finished, base_repo="me/base")
+    assert b"## Results" not in hub.repos["me/model"]["README.md"]
 
 
 def test_what_a_person_put_there_stays(merged: Path, hub: Store) -> None:
@@ -244,7 +271,7 @@ def test_a_folder_without_a_record_is_known_by_its_weights(merged: Path, hub: St
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
-    with pytest.raises(UserError, match="holds another model"):
+    with pytest.raises(UserError, match="holds something else"):
         pushed(folder)
 
 
@@ -255,7 +282,7 @@ def test_retraining_by_the_same_recipe_takes_the_old_one_s_place(finished: Path,
     assert "pushed 12 files" in pushed(finished, base_repo="me/base")
     record = json.loads((finished / "run.json").read_text())
     (finished / "run.json").write_text(json.dumps(record | {"recipe_hash": "0" * 64}))
-    with pytest.raises(UserError, match="holds another model"):
+    with pytest.raises(UserError, match="holds something else"):
         pushed(finished, base_repo="me/base")
 
 
