@@ -41,8 +41,51 @@ class PaddedCollator:
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
-        names = [name for row in rows for name in row["image_files"]]
-        if names:
-            pictures = [self.images.open(name) for name in names]
-            batch["pixel_values"] = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        return batch
+        return batch | open_pictures(rows, self.images, self.image_processor)
+
+
+@dataclass
+class PackedCollator:
+    """Lays encoded rows end to end in one row without padding, and opens their pictures.
+
+    Args:
+        images: Opens the pictures that rows name.
+        image_processor: The exported processor's.
+    """
+
+    images: ImageSource
+    image_processor: Any
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Collate rows with `input_ids`, `labels` and `image_files`.
+
+        Returns:
+            `input_ids`, `labels` and `position_ids`, each int64 of shape (1, tokens), positions from 0 in every
+            sample; `cu_seq_lens_q` and `cu_seq_lens_k`, int32 of shape (samples + 1,); `max_length_q` and
+            `max_length_k`; and `pixel_values` as `PaddedCollator` gives them.
+
+        Raises:
+            ValueError: For a sample whose first token is trained: the sample before it would predict it.
+        """
+        for row in rows:
+            if row["labels"][0] != IGNORE_INDEX:
+                raise ValueError(f"the first token of sample {row.get('row_id')} is trained; its label must be ignored")
+        lengths = torch.tensor([0] + [len(row["input_ids"]) for row in rows], dtype=torch.int32)
+        ends = torch.cumsum(lengths, 0, dtype=torch.int32)
+        longest = int(lengths.max())
+        batch: dict[str, Any] = {
+            "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+            "labels": torch.tensor([[label for row in rows for label in row["labels"]]]),
+            "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows]).unsqueeze(0),
+            "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest,
+        }  # fmt: skip
+        return batch | open_pictures(rows, self.images, self.image_processor)
+
+
+def open_pictures(rows: Sequence[dict[str, Any]], images: ImageSource, image_processor: Any) -> dict[str, torch.Tensor]:
+    """The rows' pictures as `pixel_values`, float32 of shape (pictures, 3, height, width); nothing without any."""
+    names = [name for row in rows for name in row["image_files"]]
+    if not names:
+        return {}
+    pictures = [images.open(name) for name in names]
+    return {"pixel_values": image_processor(pictures, return_tensors="pt")["pixel_values"]}

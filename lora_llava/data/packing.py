@@ -1,0 +1,70 @@
+"""Whole samples packed into rows of a fixed budget, in an order that the seed and the epoch alone decide."""
+
+from __future__ import annotations
+
+import bisect
+import random
+from collections.abc import Sequence
+
+from lora_llava.errors import UserError
+
+WINDOW = 4096
+"""Samples that are packed together: a row's samples come from one window of the shuffled epoch, so that packing mixes
+long and short without sorting the epoch."""
+
+
+def pack_samples(
+    lengths: Sequence[int], max_tokens: int, *, seed: int = 0, epoch: int = 0, window: int = WINDOW
+) -> list[list[int]]:
+    """Pack samples into rows: best fit, longest first, within windows of the shuffled epoch. No sample is split.
+
+    Args:
+        lengths: Tokens of each sample.
+        max_tokens: Most tokens of a row.
+        seed: Shuffles, with the epoch.
+        epoch: From 0.
+        window: Samples packed together.
+
+    Returns:
+        Rows of sample indices; every sample is in exactly one row, and no row is over `max_tokens`.
+
+    Raises:
+        UserError: For a sample that is longer than a row.
+    """
+    longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
+    if longest is not None and lengths[longest] > max_tokens:
+        raise UserError(
+            f"sample {longest} has {lengths[longest]} tokens, over a row of {max_tokens}; raise "
+            "training.max_tokens_per_row, or lower data.max_length"
+        )
+    generator = random.Random(f"{seed} {epoch}")
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    rows: list[list[int]] = []
+    for start in range(0, len(order), window):
+        packed = _best_fit(order[start : start + window], lengths, max_tokens)
+        generator.shuffle(packed)  # or every window would begin with its longest samples
+        rows += packed
+    return rows
+
+
+def _best_fit(samples: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Put each sample, longest first, into the fullest row that still holds it."""
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # room left and row, sorted
+    for sample in sorted(samples, key=lambda i: -lengths[i]):
+        place = bisect.bisect_left(open_rows, (lengths[sample], -1))
+        if place == len(open_rows):
+            rows.append([sample])
+            room, row = max_tokens - lengths[sample], len(rows) - 1
+        else:
+            room, row = open_rows.pop(place)
+            rows[row].append(sample)
+            room -= lengths[sample]
+        bisect.insort(open_rows, (room, row))
+    return rows
+
+
+def packing_efficiency(rows: Sequence[Sequence[int]], lengths: Sequence[int], max_tokens: int) -> float:
+    """Real tokens over the capacity of all rows."""
+    return sum(lengths[i] for row in rows for i in row) / (max_tokens * len(rows)) if rows else 1.0

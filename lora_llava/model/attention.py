@@ -1,0 +1,103 @@
+"""Attention over rows of several samples, each of which sees itself alone: `flash_varlen`."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+IMPLEMENTATION = "varlen"
+"""transformers' key for `flash_varlen`: whatever has "flash" in its name it looks for on the Hub
+(transformers/utils/generic.py, is_flash_attention_requested)."""
+
+
+def flash_varlen_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, *, scaling: float | None = None, dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Causal attention within the samples of a row; without `cu_seq_lens_q`, transformers' SDPA.
+
+    Args:
+        module: The attention layer.
+        query: Shape (1, heads, tokens, head size).
+        key: Shape (1, key heads, tokens, head size).
+        value: As `key`.
+        attention_mask: Used where there are no `cu_seq_lens_q`.
+        scaling: Of the scores; 1 / sqrt(head size) where None.
+        dropout: Of the weights; none of ours has any.
+        cu_seq_lens_q: Where samples begin and the last one ends, int32, shape (samples + 1,).
+        max_length_q: Tokens of the longest sample.
+        kwargs: What else transformers passes.
+
+    Returns:
+        Shape (1, tokens, heads, head size), and no weights.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )  # fmt: skip
+    if not query.is_cuda:
+        return _by_segment(query, key, value, cu_seq_lens_q, scaling, dropout), None
+    longest = int(max_length_q or torch.diff(cu_seq_lens_q).max())
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, head size)
+    lengths = (cu_seq_lens_q, cu_seq_lens_q, longest, longest)
+    if importlib.util.find_spec("flash_attn") is not None:
+        from flash_attn import flash_attn_varlen_func
+
+        output = flash_attn_varlen_func(q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True)
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+
+        grouped = key.shape[1] != query.shape[1]
+        output = varlen_attn(q, k, v, *lengths, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)  # causal
+    return output.unsqueeze(0), None
+
+
+def _by_segment(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor, scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:  # fmt: skip
+    """One SDPA for each sample: exact, and far cheaper than one dense mask over the row."""
+    ends = cu_seq_lens.tolist()
+    grouped = key.shape[1] != query.shape[1]
+    parts = [
+        F.scaled_dot_product_attention(
+            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], dropout_p=dropout, is_causal=True,
+            scale=scaling, enable_gqa=grouped,
+        )
+        for start, end in itertools.pairwise(ends)
+    ]  # fmt: skip
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def register_flash_varlen() -> None:
+    """Make `flash_varlen` known to transformers, with SDPA's masks for whatever comes without `cu_seq_lens_q`."""
+    AttentionInterface.register(IMPLEMENTATION, flash_varlen_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def use_flash_varlen(model: Any) -> None:
+    """Switch the language model to `flash_varlen`; CLIP keeps SDPA.
+
+    Args:
+        model: A `LlavaForConditionalGeneration`.
+    """
+    register_flash_varlen()
+    model.model.language_model.set_attn_implementation(IMPLEMENTATION)
+
+
+def attention_backend() -> str:
+    """What `flash_varlen` runs on here, in words."""
+    if not torch.cuda.is_available():
+        return "SDPA by segment, on the CPU"
+    if importlib.util.find_spec("flash_attn") is not None:
+        return "flash_attn"
+    return "torch.nn.attention.varlen"

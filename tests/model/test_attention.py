@@ -1,0 +1,147 @@
+"""Padding-free rows: the padded reference's loss and gradients, and no sample that sees another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from lora_llava.data.collator import PackedCollator, PaddedCollator
+from lora_llava.data.encode import IGNORE_INDEX
+from lora_llava.model.adapters import add_adapters, lora_config
+from lora_llava.model.attention import use_flash_varlen
+from lora_llava.model.base import image_processor_of
+from lora_llava.model.loading import load_base
+from lora_llava.model.start import prepare_base
+from lora_llava.recipe import Recipe
+from lora_llava.recipe.schema import LINEARS
+
+
+class Colours:
+    def open(self, name: str) -> Image.Image:
+        return Image.new("RGB", (40, 32), name)
+
+
+def sample(length: int, trained: int, seed: int, picture: str | None = None) -> dict[str, Any]:
+    ids = torch.randint(3, 800, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    if picture:
+        ids[2:6] = [896] * 4
+    labels = [IGNORE_INDEX] * (length - trained) + ids[length - trained :]
+    return {"row_id": str(seed), "input_ids": ids, "labels": labels, "image_files": [picture] if picture else []}
+
+
+SAMPLES = [sample(30, 9, 1, "red"), sample(17, 5, 2), sample(41, 20, 3, "blue"), sample(9, 2, 4)]
+
+
+@pytest.fixture
+def model(stage2: Recipe) -> Any:
+    base = prepare_base(stage2.model, 0)
+    peft_model = add_adapters(load_base(base.folder, dtype="float32"), lora_config(r=4, alpha=8, targets=LINEARS))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in peft_model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1, generator=generator)
+    return peft_model
+
+
+@pytest.fixture
+def collators(model: Any) -> tuple[PaddedCollator, PackedCollator]:
+    processor = image_processor_of(Path("nowhere"), model.config)
+    return PaddedCollator(Colours(), processor, 897), PackedCollator(Colours(), processor)
+
+
+def token_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """Losses of the trained tokens, in order."""
+    labels = batch.pop("labels")
+    logits = model(**batch, use_cache=False).logits[:, :-1]
+    losses = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=IGNORE_INDEX)
+    return losses[labels[:, 1:].flatten() != IGNORE_INDEX]
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_loss_and_every_gradient_are_the_padded_reference_s(model: Any, collators: Any) -> None:
+    padded, packed = collators
+    reference = token_losses(model, padded(SAMPLES))
+    expected = gradients(model, reference.mean())
+    use_flash_varlen(model.get_base_model())
+    losses = token_losses(model, packed(SAMPLES))
+    torch.testing.assert_close(losses, reference, rtol=1e-5, atol=1e-6)
+    found = gradients(model, losses.mean())
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error <= 1e-5, f"{name}: {error}"
+
+
+def test_changing_one_sample_leaves_every_other_s_loss_bit_equal(model: Any, collators: Any) -> None:
+    packed = collators[1]
+    use_flash_varlen(model.get_base_model())
+    with torch.no_grad():
+        before = token_losses(model, packed(SAMPLES))
+        for place in range(len(SAMPLES)):
+            changed = list(SAMPLES)
+            picture = next(iter(SAMPLES[place]["image_files"]), None) and "green"
+            changed[place] = sample(len(SAMPLES[place]["input_ids"]), 2, 99, picture)
+            after = token_losses(model, packed(changed))
+            split = [sum(label != IGNORE_INDEX for label in row["labels"]) for row in SAMPLES]
+            own = [2 if i == place else count for i, count in enumerate(split)]
+            for i, (old, new) in enumerate(zip(before.split(split), after.split(own), strict=True)):
+                if i != place:
+                    assert torch.equal(old, new), f"sample {i} saw sample {place}"
+
+
+def test_the_leak_test_sees_a_leak(model: Any, collators: Any) -> None:
+    """Without its sample bounds a row is one long sample, and the last one sees the first."""
+    batch = collators[1](SAMPLES)
+    use_flash_varlen(model.get_base_model())
+    with torch.no_grad():
+        apart = token_losses(model, dict(batch))
+        end = torch.tensor([0, batch["input_ids"].shape[1]], dtype=torch.int32)
+        together = token_losses(model, batch | {"cu_seq_lens_q": end, "cu_seq_lens_k": end})
+    torch.testing.assert_close(apart[:9], together[:9], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(apart[9:], together[9:], atol=1e-3)
+
+
+def test_a_padded_batch_and_generation_stay_as_they_were(model: Any, collators: Any) -> None:
+    batch = collators[0](SAMPLES)
+    del batch["labels"]
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).logits
+        answer = model.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=897)
+        use_flash_varlen(model.get_base_model())
+        assert torch.equal(model(**batch, use_cache=False).logits, expected)
+        assert torch.equal(model.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=897), answer)
+    assert model.config.vision_config._attn_implementation == "sdpa"
+
+
+def test_a_packed_row_without_bounds_still_keeps_samples_apart(model: Any, collators: Any) -> None:
+    """transformers finds samples by their positions where nobody gives bounds; our mask must not undo that."""
+    use_flash_varlen(model.get_base_model())
+    batch = collators[1](SAMPLES)
+    with torch.no_grad():
+        expected = token_losses(model, dict(batch))
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+            del batch[name]
+        torch.testing.assert_close(token_losses(model, batch), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_packed_batch_is_exact(collators: Any) -> None:
+    batch = collators[1]([sample(3, 1, 5), sample(2, 1, 6)])
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert (batch["max_length_q"], batch["max_length_k"]) == (3, 3)
+    assert batch["labels"].tolist()[0][:2] == [IGNORE_INDEX] * 2
+    assert "attention_mask" not in batch
+    assert "pixel_values" not in batch
+    with pytest.raises(ValueError, match="the first token of sample 7 is trained"):
+        collators[1]([sample(3, 3, 7)])
