@@ -13,6 +13,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lora_llava.errors import UserError
+
 IMPLEMENTATION = "varlen"
 """transformers' key for `flash_varlen`: whatever has "flash" in its name it looks for on the Hub
 (transformers/utils/generic.py, is_flash_attention_requested)."""
@@ -94,10 +96,26 @@ def use_flash_varlen(model: Any) -> None:
     model.model.language_model.set_attn_implementation(IMPLEMENTATION)
 
 
-def attention_backend() -> str:
-    """What `flash_varlen` runs on here, in words."""
+def resolve_attention(asked: str, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether training takes rows without padding here, and on what, in words.
+
+    Args:
+        asked: `auto`, `flash_varlen` or `sdpa`.
+        dtype: What the language model computes in.
+
+    Raises:
+        UserError: Where `flash_varlen` is asked for and this machine cannot run it.
+    """
+    if asked == "sdpa":
+        return False, "sdpa, padded"
     if not torch.cuda.is_available():
-        return "SDPA by segment, on the CPU"
-    if importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attn"
-    return "torch.nn.attention.varlen"
+        return True, "flash_varlen, padding-free, by SDPA on each sample"
+    if dtype == torch.float32:  # FlashAttention's kernels have 16 bits
+        if asked == "flash_varlen":
+            raise UserError(
+                "model.attention is flash_varlen, but its GPU kernels do not compute in float32; set "
+                "model.dtype=bfloat16, or model.attention=sdpa"
+            )
+        return False, "sdpa, padded: flash_varlen has no float32 on a GPU"
+    kernel = "flash_attn" if importlib.util.find_spec("flash_attn") is not None else "torch.nn.attention.varlen"
+    return True, f"flash_varlen, padding-free, by {kernel}"

@@ -65,6 +65,9 @@ class ModelSection(Section):
     """Where the projector comes from."""
     quantization: Literal["nf4", "none"] = "nf4"
     """NF4 with double quantisation for the language model's linear layers (QLoRA), or none (LoRA)."""
+    attention: Literal["auto", "flash_varlen", "sdpa"] = "auto"
+    """`flash_varlen` trains on rows without padding, by flash_attn or torch's own kernel on a GPU and sample by sample
+    on a CPU; `sdpa` pads; auto takes flash_varlen wherever it runs."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """What is computed in; auto is bfloat16 on a GPU and float32 on a CPU."""
 

@@ -32,7 +32,7 @@ from lora_llava.training.run_directory import (
     versions,
     write_json,
 )
-from lora_llava.training.stages import TrainResult, build_trained_model, describe_plan, train
+from lora_llava.training.stages import TrainResult, build_trained_model, describe_plan, is_padding_free, train
 
 
 def finetune(
@@ -134,6 +134,7 @@ def _run_stage(plan: RunPlan, resume: bool, console: Console) -> dict[str, Any]:
     (folder / RUN_FILE).unlink(missing_ok=True)  # comes back when the run is whole
     model = build_trained_model(recipe, replace(base, initial_projector=None))
     report.print_freeze_plan(describe_plan(model), console)
+    console.print(f"attention: {is_padding_free(recipe)[1]}")
     before = _table(model, plan, "before") if recipe.evaluation else None
     if base.initial_projector is not None:
         trained_projector(model).load_state_dict(base.initial_projector)

@@ -15,16 +15,18 @@ from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 from trl import SFTConfig
 
-from lora_llava.data.collator import PaddedCollator
+from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.errors import StoppedError, UserError
 from lora_llava.model.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.adapters import add_adapters, freeze_plan, trained_projector
-from lora_llava.model.loading import load_base
+from lora_llava.model.attention import resolve_attention, use_flash_varlen
+from lora_llava.model.loading import load_base, resolve_dtype
 from lora_llava.model.start import Base
 from lora_llava.recipe import Recipe
 from lora_llava.training.callbacks import ProgressLine, StopOnInterrupt, peak_memory_bytes
 from lora_llava.training.plan import RunPlan, Split, run_lora_config
 from lora_llava.training.run_directory import save_model
+from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import LlavaSFTTrainer
 
 CHECKPOINTS = "checkpoints"
@@ -70,10 +72,17 @@ def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
     model = load_base(
         base.name, quantization=recipe.model.quantization, dtype=recipe.model.dtype, revision=base.revision
     )
+    if is_padding_free(recipe)[0]:
+        use_flash_varlen(model)
     peft_model = add_adapters(model, run_lora_config(recipe, base.name), recipe.training.projector_dropout)
     if base.initial_projector is not None:
         trained_projector(peft_model).load_state_dict(base.initial_projector)
     return peft_model
+
+
+def is_padding_free(recipe: Recipe) -> tuple[bool, str]:
+    """Whether a recipe trains on rows without padding here, and on what, in words."""
+    return resolve_attention(recipe.model.attention, resolve_dtype(recipe.model.dtype))
 
 
 def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) -> SFTConfig:
@@ -154,11 +163,12 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
     args = training_arguments(recipe, plan.steps, validation is not None)
     if recipe.training.gradient_checkpointing:
         checkpoint_language_model(model.get_base_model())
-    collator = PaddedCollator(
-        plan.splits["train"].images,
-        plan.processor.image_processor,
-        plan.tokenizer.pad_token_id,  # type: ignore[arg-type]
-    )
+    images, processor = plan.splits["train"].images, plan.processor.image_processor
+    padded = PaddedCollator(images, processor, plan.tokenizer.pad_token_id)  # type: ignore[arg-type]
+    collator: Any = padded
+    if is_padding_free(recipe)[0]:
+        collator = PackedCollator(images, processor)
+        print(check_first_batch(model, plan.splits["train"].rows[: recipe.training.batch_size], padded, collator))
     line, stop = ProgressLine(f"stage {recipe.stage}"), StopOnInterrupt()
     trainer = LlavaSFTTrainer(
         model,

@@ -81,7 +81,8 @@ class LlavaSFTTrainer(SFTTrainer):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Count tokens on the way to TRL's loss."""
         if model.training:
-            self.tokens_seen += int(inputs["attention_mask"].sum())
+            padding = int((inputs["attention_mask"] == 0).sum()) if "attention_mask" in inputs else 0
+            self.tokens_seen += inputs["input_ids"].numel() - padding
             self.supervised_tokens_seen += int((inputs["labels"] != IGNORE_INDEX).sum())
         return super().compute_loss(model, inputs, *args, **kwargs)
 
