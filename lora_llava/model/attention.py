@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import itertools
 from typing import Any
 
@@ -58,9 +59,15 @@ def flash_varlen_attention(
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        grouped = key.shape[1] != query.shape[1]
-        output = varlen_attn(q, k, v, *lengths, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)  # causal
+        output = varlen_attn(q, k, v, *lengths, scale=scaling, **_varlen_options(varlen_attn, key, query))
     return output.unsqueeze(0), None
+
+
+def _varlen_options(function: Any, key: torch.Tensor, query: torch.Tensor) -> dict[str, Any]:
+    """Causal, in the words of the torch that is installed; grouped heads only where there are some."""
+    windowed = "window_size" in inspect.signature(function).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if windowed else {"is_causal": True}
+    return options | ({"enable_gqa": True} if key.shape[1] != query.shape[1] else {})
 
 
 def _by_segment(
