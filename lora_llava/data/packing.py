@@ -34,8 +34,8 @@ def pack_samples(
     longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
     if longest is not None and lengths[longest] > max_tokens:
         raise UserError(
-            f"sample {longest} has {lengths[longest]} tokens, over a row of {max_tokens}; raise "
-            "training.max_tokens_per_row, or lower data.max_length"
+            f"sample {longest} has {lengths[longest]} tokens, over a row of {max_tokens}; take "
+            "longer rows, or lower data.max_length"
         )
     generator = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))

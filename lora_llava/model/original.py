@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
@@ -99,6 +101,11 @@ def read_projector(file: Path, projector_type: str) -> tuple[dict[str, torch.Ten
     if projector_type == "linear":
         found |= identity_layer(found["linear_1.weight"].shape[0])
     return found, file_hash(file)
+
+
+def is_original_config(content: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of LLaVA's own making: by what it says, not by its folder's name."""
+    return "mm_vision_tower" in content and "vision_config" not in content
 
 
 def projector_names(projector_type: str) -> dict[str, str]:

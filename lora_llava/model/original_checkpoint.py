@@ -14,7 +14,7 @@ from transformers import LlavaConfig
 from lora_llava.errors import UserError
 from lora_llava.model.base import assembled_config, language_tensors, lazy_projector, vision_tensors
 from lora_llava.model.names import canonical_name
-from lora_llava.model.original import identity_layer, projector_names
+from lora_llava.model.original import identity_layer, is_original_config, projector_names
 from lora_llava.model.streaming import build_empty
 from lora_llava.model.tensor_files import LazyTensor, lazy_file, lazy_tensors
 
@@ -52,9 +52,8 @@ class OriginalConfig:
 
 
 def is_original(folder: Path) -> bool:
-    """Whether a folder is LLaVA's own checkpoint or LoRA folder: by what its config says, not by its name."""
-    content = _read_config(folder)
-    return "mm_vision_tower" in content and "vision_config" not in content
+    """Whether a folder is LLaVA's own checkpoint or LoRA folder."""
+    return is_original_config(_read_config(folder))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def read_config(folder: Path) -> OriginalConfig:
     content = _read_config(folder)
     if content.get("model_type") == "llava" and "vision_config" in content:
         raise UserError(f"{folder} is a stock LLaVA already; use it as it is")
-    if not is_original(folder):
+    if not is_original_config(content):
         raise UserError(f"{folder}/config.json has no mm_vision_tower; it is not one of LLaVA's own checkpoints")
     projector_type = content.get("mm_projector_type", "linear")
     if projector_type not in ("linear", "mlp2x_gelu"):

@@ -15,7 +15,7 @@ from transformers import LlavaConfig
 from lora_llava.errors import UserError
 from lora_llava.model import parts as model_parts
 from lora_llava.model.base import BaseParts, assembled_config, build_base, cache_folder
-from lora_llava.model.original import find_projector, plan_projector, read_projector
+from lora_llava.model.original import find_projector, is_original_config, plan_projector, read_projector
 from lora_llava.model.parts import Download, load_config, load_part, plan_download
 from lora_llava.model.provenance import component_hashes
 from lora_llava.recipe.schema import ModelSection
@@ -82,7 +82,7 @@ def plan_model(section: ModelSection) -> ModelPlan:
     if start.llava is not None:
         downloads = [plan_download(start.llava, start.llava_revision, "start_from.llava")]
         content = load_config(start.llava, start.llava_revision, "start_from.llava")
-        if "mm_vision_tower" in content and "vision_config" not in content:
+        if is_original_config(content):
             raise UserError(
                 f"model.start_from.llava: {start.llava} is one of LLaVA's own checkpoints; bring it into stock form "
                 "with `lora-llava import`, then name the result"

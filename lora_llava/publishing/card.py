@@ -102,14 +102,14 @@ def tags(package: Package) -> list[str]:
     return ["lora", "qlora"] if model.get("quantization") == "nf4" else ["lora"]
 
 
-def test_table(package: Package) -> dict[str, Any] | None:
+def after_table(package: Package) -> dict[str, Any] | None:
     """The table after training: column to accuracy in percent, correct and count."""
     return package.metrics.get("after")
 
 
 def index_results(package: Package) -> Iterable[EvalResult]:
     """`model-index`: accuracy, in all and by column."""
-    table = test_table(package)
+    table = after_table(package)
     if table is None or not package.recipe:
         return
     data = package.recipe["data"]
@@ -126,7 +126,7 @@ def index_results(package: Package) -> Iterable[EvalResult]:
 
 def eval_entries(package: Package) -> list[EvalResultEntry]:
     """`.eval_results/`: the average over the whole test split of a data set that is on the Hub."""
-    table, data = test_table(package), package.recipe.get("data", {})
+    table, data = after_table(package), package.recipe.get("data", {})
     if (
         table is None
         or not data

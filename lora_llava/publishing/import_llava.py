@@ -28,8 +28,8 @@ from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
 from lora_llava.model.tensor_files import checkpoint_bytes, lazy_tensors, write_checkpoint, write_file
 from lora_llava.publishing.adapter import read_adapter
 from lora_llava.publishing.merge import BASE_FILE, IMPORTED
+from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
 from lora_llava.publishing.weights import merged_tensors
-from lora_llava.training.new_folder import check_disk, check_new, new_folder
 from lora_llava.training.run_directory import versions, write_json
 
 

@@ -18,10 +18,10 @@ from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
 from lora_llava.model.tensor_files import LazyTensor, checkpoint_bytes, write_checkpoint, write_file
 from lora_llava.publishing.adapter import PEFT_PREFIX
 from lora_llava.publishing.check import MergedModel, prepare_questions, prove, tell
+from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
 from lora_llava.publishing.samples import PER_KIND
 from lora_llava.publishing.source import Source, read_source
 from lora_llava.publishing.weights import BaseKind, merged_tensors
-from lora_llava.training.new_folder import check_disk, check_new, new_folder
 from lora_llava.training.run_directory import METRICS_FILE, RECIPE_FILE, versions, write_json
 
 REPORT_FILE = "merge_report.json"

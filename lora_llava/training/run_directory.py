@@ -123,6 +123,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a finished run; it has no {RUN_FILE} with {ADAPTER_FILE}")
     try:
         content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        return {"base": content["base"]["name"] and content["base"], **content}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/{RUN_FILE} is not what a run leaves ({error}); restore it") from None
+    except ValueError as error:
+        raise UserError(f"{folder}/{RUN_FILE} is not JSON ({error}); restore it") from None
+    base = content.get("base") if isinstance(content, dict) else None
+    if not isinstance(base, dict) or "name" not in base:
+        raise UserError(f"{folder}/{RUN_FILE} names no base, which a run's does; restore it")
+    return dict(content)

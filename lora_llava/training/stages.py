@@ -30,6 +30,8 @@ from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import LlavaSFTTrainer
 
 CHECKPOINTS = "checkpoints"
+CHECKED_ROWS = 2
+"""Enough to see a sample that sees another; their full logits fit beside a 7B model."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
     collator: Any = padded
     if is_padding_free(recipe)[0]:
         collator = PackedCollator(images, processor)
-        print(check_first_batch(model, plan.splits["train"].rows[: recipe.training.batch_size], padded, collator))
+        print(check_first_batch(model, plan.splits["train"].rows[:CHECKED_ROWS], padded, collator))
     line, stop = ProgressLine(f"stage {recipe.stage}"), StopOnInterrupt()
     trainer = LlavaSFTTrainer(
         model,

@@ -1,4 +1,4 @@
-"""A check at every start: rows without padding give the padded rows' loss, on the first batch of this very run."""
+"""A check at every start: rows without padding give the padded rows' loss, on this very run's first samples."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.errors import ToldError
 
-_ROWS = 2
-"""Enough to see samples that see each other; their full logits fit beside a 7B model."""
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Relative; what other shapes of the same sums change in each dtype, with room."""
 
@@ -25,11 +23,11 @@ class StartCheckError(ToldError):
 def check_first_batch(
     model: Any, rows: Sequence[dict[str, Any]], padded: Callable[..., Any], packed: Callable[..., Any]
 ) -> str:
-    """Run the first rows padded and packed.
+    """Run some rows padded and packed.
 
     Args:
         model: What is to be trained; left as it was.
-        rows: The first batch.
+        rows: Two or more samples, or one could not see another.
         padded: The reference collator.
         packed: The collator that trains.
 
@@ -41,7 +39,7 @@ def check_first_batch(
     """
     training = model.training
     model.eval()
-    losses = [_loss(model, collate(rows[:_ROWS])) for collate in (packed, padded)]
+    losses = [_loss(model, collate(rows)) for collate in (packed, padded)]
     model.train(training)
     found = f"packed {losses[0]:.4f}, padded {losses[1]:.4f}"
     tolerance = _TOLERANCES[model.get_input_embeddings().weight.dtype]

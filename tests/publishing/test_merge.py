@@ -363,7 +363,7 @@ def test_mistakes_in_a_call_are_told_without_traceback(
     (tmp_path / "file").write_text("")
     assert "cannot be written to; name another --output" in told(train(), tmp_path / "file" / "merged")
     (finished / "run.json").write_text("[1]")
-    assert "run.json is not what a run leaves" in told(finished, tmp_path / "merged")
+    assert "run.json names no base, which a run's does; restore it" in told(finished, tmp_path / "merged")
     (finished / "run.json").write_bytes((train() / "run.json").read_bytes())
     (finished / "tokenizer.json").write_text('{"a": 1}')
     assert "its processor or tokenizer cannot be loaded" in told(finished, tmp_path / "merged")
