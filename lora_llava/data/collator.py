@@ -10,21 +10,19 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_llava.data.encode import IGNORE_INDEX
-from lora_llava.data.images import ImageSource
+from lora_llava.data.images import Pictures
 
 
 @dataclass
 class PaddedCollator:
-    """Pads encoded rows on the right and opens their pictures.
+    """Pads encoded rows on the right and puts their pictures beside them.
 
     Args:
-        images: Opens the pictures that rows name.
-        image_processor: The exported processor's, so that training and serving see the same pixels.
+        pictures: Gives the pictures that rows name, such as `Pixels`.
         pad_token_id: Fills `input_ids`.
     """
 
-    images: ImageSource
-    image_processor: Any
+    pictures: Pictures
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -32,7 +30,7 @@ class PaddedCollator:
 
         Returns:
             `input_ids`, `labels` and `attention_mask`, each int64 of shape (rows, longest), and, where a row has a
-            picture, `pixel_values`, float32 of shape (pictures, 3, height, width) in the order of the placeholders.
+            picture, `pixel_values` as `pictures` gives them, in the order of the placeholders.
         """
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [torch.tensor(row["labels"]) for row in rows]
@@ -41,20 +39,18 @@ class PaddedCollator:
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
-        return batch | open_pictures(rows, self.images, self.image_processor)
+        return batch | _pictures_of(rows, self.pictures)
 
 
 @dataclass
 class PackedCollator:
-    """Lays encoded rows end to end in one row without padding, and opens their pictures.
+    """Lays encoded rows end to end in one row without padding, and puts their pictures beside them.
 
     Args:
-        images: Opens the pictures that rows name.
-        image_processor: The exported processor's.
+        pictures: Gives the pictures that rows name, such as `Pixels`.
     """
 
-    images: ImageSource
-    image_processor: Any
+    pictures: Pictures
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows with `input_ids`, `labels` and `image_files`.
@@ -79,13 +75,9 @@ class PackedCollator:
             "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows]).unsqueeze(0),
             "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest,
         }  # fmt: skip
-        return batch | open_pictures(rows, self.images, self.image_processor)
+        return batch | _pictures_of(rows, self.pictures)
 
 
-def open_pictures(rows: Sequence[dict[str, Any]], images: ImageSource, image_processor: Any) -> dict[str, torch.Tensor]:
-    """The rows' pictures as `pixel_values`, float32 of shape (pictures, 3, height, width); nothing without any."""
+def _pictures_of(rows: Sequence[dict[str, Any]], pictures: Pictures) -> dict[str, torch.Tensor]:
     names = [name for row in rows for name in row["image_files"]]
-    if not names:
-        return {}
-    pictures = [images.open(name) for name in names]
-    return {"pixel_values": image_processor(pictures, return_tensors="pt")["pixel_values"]}
+    return {"pixel_values": pictures(names)} if names else {}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from PIL import Image, UnidentifiedImageError
 
 from lora_llava.errors import UserError
@@ -24,6 +27,33 @@ class ImageSource(Protocol):
     def open(self, name: str) -> Image.Image:
         """Give one picture in RGB; BadImageError says what is wrong with it."""
         ...
+
+    def read(self, name: str) -> bytes:
+        """Give one picture's file, undecoded; BadImageError where there is none."""
+        ...
+
+
+Pictures = Callable[[Sequence[str]], torch.Tensor]
+"""Gives the pictures of these names as a model's `pixel_values`, in order: pixels, or a tower's features of them."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Opens pictures and preprocesses them.
+
+    Args:
+        images: Opens them.
+        image_processor: The exported processor's, so that training and serving see the same pixels.
+    """
+
+    images: ImageSource
+    image_processor: Any
+
+    def __call__(self, names: Sequence[str]) -> torch.Tensor:
+        """Pixels of these pictures, float32 of shape (pictures, 3, height, width)."""
+        pictures = [self.images.open(name) for name in names]
+        pixels: torch.Tensor = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return pixels
 
 
 def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
@@ -70,6 +100,15 @@ class FolderImages:
         self.max_pixels = max_pixels
 
     def open(self, name: str) -> Image.Image:
+        return read_rgb(self._find(name), name, self.max_pixels)
+
+    def read(self, name: str) -> bytes:
+        try:
+            return self._find(name).read_bytes()
+        except OSError as error:
+            raise BadImageError(f"picture {name} cannot be read: {error.strerror}") from None
+
+    def _find(self, name: str) -> Path:
         if "://" in name:
             raise BadImageError(f"picture {name} is a URL; only files under {self.root} are opened")
         try:
@@ -78,7 +117,7 @@ class FolderImages:
             raise BadImageError(f"picture {name!r} cannot be a file: {error}") from None
         if not path.is_relative_to(self.root):
             raise BadImageError(f"picture {name} lies outside {self.root}")
-        return read_rgb(path, name, self.max_pixels)
+        return path
 
 
 class TableImages:
@@ -94,7 +133,10 @@ class TableImages:
         self.max_pixels = max_pixels
 
     def open(self, name: str) -> Image.Image:
+        return read_rgb(io.BytesIO(self.read(name)), f"of row {name}", self.max_pixels)
+
+    def read(self, name: str) -> bytes:
         content = self.table[int(name)]["image"]
         if not content or not content.get("bytes"):
             raise BadImageError(f"picture of row {name} is missing")
-        return read_rgb(io.BytesIO(content["bytes"]), f"of row {name}", self.max_pixels)
+        return bytes(content["bytes"])

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.encode import encode_prompt
-from lora_llava.data.images import ImageSource
+from lora_llava.data.images import Pictures
 from lora_llava.data.templates import Template
 from lora_llava.evaluation.scienceqa import Prediction, Table, make_prediction, score
 from lora_llava.inference.generate import Question, generate_answers
@@ -54,10 +54,9 @@ def shuffle_images(rows: Sequence[Conversation], seed: int) -> list[Conversation
 def ask_scienceqa(
     model: Any,
     rows: Sequence[Conversation],
-    images: ImageSource,
+    pictures: Pictures,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    image_processor: Any,
     template: Template,
     num_image_tokens: int,
     batch_size: int,
@@ -70,9 +69,8 @@ def ask_scienceqa(
     Args:
         model: What answers.
         rows: Conversations of ScienceQA.
-        images: Opens their pictures.
+        pictures: Gives their pictures.
         tokenizer: The processor's.
-        image_processor: The processor's.
         template: The one that was trained.
         num_image_tokens: Of one picture.
         batch_size: Questions at once.
@@ -90,7 +88,7 @@ def ask_scienceqa(
         questions.append(Question(ids, row.images))
     answers: dict[int, Prediction] = {}
     found = generate_answers(
-        model, questions, tokenizer=tokenizer, image_processor=image_processor, images=images, batch_size=batch_size,
+        model, questions, tokenizer=tokenizer, pictures=pictures, batch_size=batch_size,
         max_new_tokens=max_new_tokens, stop_string=template.stop_string,
     )  # fmt: skip
     for index, text in tqdm(found, total=len(rows), desc=description, unit="question", dynamic_ncols=True):

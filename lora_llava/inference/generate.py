@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_llava.data.images import ImageSource
+from lora_llava.data.images import Pictures
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,7 @@ def generate_answers(
     questions: Sequence[Question],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    image_processor: Any,
-    images: ImageSource,
+    pictures: Pictures,
     batch_size: int,
     max_new_tokens: int,
     stop_string: str | None = None,
@@ -43,8 +42,7 @@ def generate_answers(
         model: A LLaVA, with or without adapter.
         questions: What to ask.
         tokenizer: The processor's; it pads on the left here.
-        image_processor: The processor's.
-        images: Opens the pictures.
+        pictures: Gives the pictures that questions name.
         batch_size: Questions at once.
         max_new_tokens: Longest answer.
         stop_string: Ends an answer where the template's stop is ordinary text; taken off the answer.
@@ -61,8 +59,7 @@ def generate_answers(
         batch = _left_padded([questions[i].input_ids for i in indices], tokenizer.pad_token_id)
         names = [name for i in indices for name in questions[i].image_files]
         if names:
-            pictures = [images.open(name) for name in names]
-            batch["pixel_values"] = image_processor(pictures, return_tensors="pt")["pixel_values"]
+            batch["pixel_values"] = pictures(names)
         output = model.generate(
             **{name: tensor.to(device) for name, tensor in batch.items()},
             do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,

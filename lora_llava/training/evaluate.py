@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from lora_llava.data.images import Pixels
 from lora_llava.data.templates import get_template
 from lora_llava.errors import UserError
 from lora_llava.evaluation.ask import ask_scienceqa, choose_rows, shuffle_images
@@ -66,9 +67,8 @@ def evaluate(
     return ask_scienceqa(
         answering,
         rows,
-        split.images,
+        Pixels(split.images, processor.image_processor),
         tokenizer=tokenizer,
-        image_processor=processor.image_processor,
         template=get_template(chosen.data.template, chosen.data.system_prompt),
         num_image_tokens=plan.config.image_seq_length,
         batch_size=settings.batch_size,

@@ -14,6 +14,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from lora_llava.data.conversation import Conversation
+from lora_llava.data.images import Pixels
 from lora_llava.errors import UserError
 from lora_llava.evaluation.ask import ask_scienceqa, choose_rows
 from lora_llava.evaluation.scienceqa import Table
@@ -159,9 +160,8 @@ def _table(model: Any, plan: RunPlan, when: str) -> Table | None:
     return ask_scienceqa(
         model,
         choose_rows(split.conversations, count, plan.recipe.seed),
-        split.images,
+        Pixels(split.images, plan.processor.image_processor),
         tokenizer=plan.tokenizer,
-        image_processor=plan.processor.image_processor,
         template=plan.template,
         num_image_tokens=plan.model.config.image_seq_length,
         batch_size=evaluation.batch_size,

@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 from trl import SFTConfig
 
 from lora_llava.data.collator import PackedCollator, PaddedCollator
+from lora_llava.data.images import Pixels
 from lora_llava.errors import StoppedError, UserError
 from lora_llava.model.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.adapters import add_adapters, freeze_plan, trained_projector
@@ -165,11 +166,11 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
     args = training_arguments(recipe, plan.steps, validation is not None)
     if recipe.training.gradient_checkpointing:
         checkpoint_language_model(model.get_base_model())
-    images, processor = plan.splits["train"].images, plan.processor.image_processor
-    padded = PaddedCollator(images, processor, plan.tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pictures = Pixels(plan.splits["train"].images, plan.processor.image_processor)
+    padded = PaddedCollator(pictures, plan.tokenizer.pad_token_id)  # type: ignore[arg-type]
     collator: Any = padded
     if is_padding_free(recipe)[0]:
-        collator = PackedCollator(images, processor)
+        collator = PackedCollator(pictures)
         print(check_first_batch(model, plan.splits["train"].rows[:CHECKED_ROWS], padded, collator))
     line, stop = ProgressLine(f"stage {recipe.stage}"), StopOnInterrupt()
     trainer = LlavaSFTTrainer(

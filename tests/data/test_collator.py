@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CLIPImageProcessorPil
 
-from lora_llava.data import PaddedCollator
+from lora_llava.data import PaddedCollator, Pixels
 from lora_llava.data.images import BadImageError, FolderImages
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
@@ -19,7 +19,7 @@ PAD = 9
 @pytest.fixture
 def collator(pictures: Path) -> PaddedCollator:
     processor = CLIPImageProcessorPil(size={"shortest_edge": 4}, crop_size={"height": 4, "width": 4})
-    return PaddedCollator(FolderImages(pictures, 16), processor, PAD)
+    return PaddedCollator(Pixels(FolderImages(pictures, 16), processor), PAD)
 
 
 def row(ids: list[int], labels: list[int], *images: str) -> dict[str, Any]:

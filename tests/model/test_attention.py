@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.data.encode import IGNORE_INDEX
+from lora_llava.data.images import Pixels
 from lora_llava.model.adapters import add_adapters, lora_config
 from lora_llava.model.attention import use_flash_varlen
 from lora_llava.model.base import image_processor_of
@@ -24,6 +25,9 @@ from lora_llava.recipe.schema import LINEARS
 class Colours:
     def open(self, name: str) -> Image.Image:
         return Image.new("RGB", (40, 32), name)
+
+    def read(self, name: str) -> bytes:
+        return name.encode()
 
 
 def sample(length: int, trained: int, seed: int, picture: str | None = None) -> dict[str, Any]:
@@ -50,8 +54,8 @@ def model(stage2: Recipe) -> Any:
 
 @pytest.fixture
 def collators(model: Any) -> tuple[PaddedCollator, PackedCollator]:
-    processor = image_processor_of(Path("nowhere"), model.config)
-    return PaddedCollator(Colours(), processor, 897), PackedCollator(Colours(), processor)
+    pixels = Pixels(Colours(), image_processor_of(Path("nowhere"), model.config))
+    return PaddedCollator(pixels, 897), PackedCollator(pixels)
 
 
 def token_losses(model: Any, batch: dict[str, Any]) -> torch.Tensor:

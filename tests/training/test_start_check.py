@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lora_llava.data.collator import PackedCollator, PaddedCollator
+from lora_llava.data.images import Pixels
 from lora_llava.errors import UserError
 from lora_llava.model.attention import resolve_attention
 from lora_llava.model.start import prepare_base
@@ -23,13 +24,8 @@ from lora_llava.training.start_check import StartCheckError, check_first_batch
 def start(stage2: Recipe) -> tuple[Any, list[dict[str, Any]], PaddedCollator, PackedCollator]:
     plan = plan_run(stage2)
     model = build_trained_model(stage2, prepare_base(stage2.model, 0))
-    images, processor = plan.splits["train"].images, plan.processor.image_processor
-    return (
-        model,
-        plan.splits["train"].rows[:4],
-        PaddedCollator(images, processor, 897),
-        PackedCollator(images, processor),
-    )
+    pixels = Pixels(plan.splits["train"].images, plan.processor.image_processor)
+    return model, plan.splits["train"].rows[:4], PaddedCollator(pixels, 897), PackedCollator(pixels)
 
 
 def test_equal_losses_pass_and_the_model_is_left_as_it_was(start: Any) -> None:
