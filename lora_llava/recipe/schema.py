@@ -156,8 +156,10 @@ class TrainingSection(Section):
     """Stop after this many optimiser steps; null goes by epochs."""
     batch_size: Annotated[int, Field(ge=1)] = 1
     """Samples per device and forward pass."""
+    max_tokens_per_row: Annotated[int, Field(ge=16)] | None = None
+    """In place of batch_size: a forward pass takes one row of whole samples, packed to at most this many tokens."""
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
-    """Forward passes per optimiser step."""
+    """Forward passes per optimiser step; the loss weighs every trained token of a step alike."""
     learning_rate: Positive
     """Peak rate of the adapters (Stage 2) or of the projector (Stage 1)."""
     projector_learning_rate: Positive | None = None
@@ -175,7 +177,7 @@ class TrainingSection(Section):
     gradient_checkpointing: bool = True
     """Recompute the language model's layers in the backward pass: less memory, a third more time."""
     group_by_length: bool = True
-    """Batches of samples of similar length: less padding."""
+    """Batches of samples of similar length: less padding, where batches are padded (model.attention)."""
     projector_dropout: Fraction = 0.0
     """Dropout after the projector, in training only; the checkpoint stays stock."""
     eval_every: Annotated[int, Field(ge=1)] | None = None
@@ -232,6 +234,14 @@ class Recipe(Section):
             raise ValueError("lora is missing; Stage 2 trains adapters (lora: {} takes the defaults)")
         if self.stage == 1 and (start.stage1_run or start.stage1_recipe):
             raise ValueError("model.start_from names a Stage 1 result in a Stage 1 recipe; use untrained: true")
+        if self.training.max_tokens_per_row is not None:
+            if self.training.batch_size != 1:
+                raise ValueError(
+                    f"training.batch_size is {self.training.batch_size} beside training.max_tokens_per_row, by which a "
+                    "row is a forward pass; drop one"
+                )
+            if self.model.attention == "sdpa":
+                raise ValueError("model.attention is sdpa, which pads; training.max_tokens_per_row needs flash_varlen")
         if self.evaluation is not None and self.data.format != "scienceqa":
             raise ValueError(f"evaluation needs data.format scienceqa; it is {self.data.format}")
         if self.data.format == "captions" and self.data.template != "plain" and self.stage == 1:

@@ -23,7 +23,7 @@ from lora_llava.model.base import cache_folder
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.training import report
-from lora_llava.training.plan import RunPlan, plan_run
+from lora_llava.training.plan import RunPlan, is_padding_free, plan_run
 from lora_llava.training.run_directory import (
     METRICS_FILE,
     is_run,
@@ -33,7 +33,7 @@ from lora_llava.training.run_directory import (
     versions,
     write_json,
 )
-from lora_llava.training.stages import TrainResult, build_trained_model, describe_plan, is_padding_free, train
+from lora_llava.training.stages import TrainResult, build_trained_model, describe_plan, train
 
 
 def finetune(

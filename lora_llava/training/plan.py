@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 from collections.abc import Callable, Iterable
@@ -21,10 +20,12 @@ from lora_llava.data.templates import Template, chat_template, get_template
 from lora_llava.demo.dataset import build_demo_captions, build_demo_scienceqa
 from lora_llava.errors import UserError
 from lora_llava.model.adapters import lora_config, planned_parameters
+from lora_llava.model.attention import resolve_attention
 from lora_llava.model.base import build_processor, cache_folder, image_processor_of, load_tokenizer
-from lora_llava.model.loading import check_bitsandbytes
+from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.recipe import Recipe
+from lora_llava.training.rows import RowOrder, order_rows
 
 
 @dataclass
@@ -55,7 +56,7 @@ class RunPlan:
         processor: The stock processor that is exported.
         template: The conversation template, its system text replaced if the recipe says so.
         splits: `train`, and `validation` and `test` where the recipe has them.
-        steps: Optimiser steps.
+        order: Which samples share a forward pass, and the optimiser steps.
         trained_parameters: `lora` and `projector`.
     """
 
@@ -65,7 +66,7 @@ class RunPlan:
     processor: Any
     template: Template
     splits: dict[str, Split]
-    steps: int
+    order: RowOrder
     trained_parameters: dict[str, int]
 
 
@@ -96,9 +97,9 @@ def plan_run(recipe: Recipe, progress: Progress = lambda name, rows: rows) -> Ru
         name: _encode_split(recipe, name, conversations, images, tokenizer, model.config, progress)
         for name, (conversations, images) in read_splits(recipe).items()
     }
-    steps = count_steps(recipe, len(splits["train"].rows))
+    order = _order(recipe, splits["train"].rows)
     return RunPlan(
-        recipe, model, tokenizer, processor, template, splits, steps,
+        recipe, model, tokenizer, processor, template, splits, order,
         planned_parameters(model.config, run_lora_config(recipe)),
     )  # fmt: skip
 
@@ -215,10 +216,27 @@ def check_reporters(reporters: Iterable[str]) -> None:
             raise UserError(f"training.report_to: {reporter} is not installed; pip install {reporter}, or leave it out")
 
 
-def count_steps(recipe: Recipe, rows: int) -> int:
-    """Optimiser steps of a run, as transformers counts them (trainer.py, set_initial_training_values)."""
-    training = recipe.training
-    if training.max_steps is not None:
-        return training.max_steps
-    batches = math.ceil(rows / training.batch_size)
-    return math.ceil(training.epochs * math.ceil(batches / training.gradient_accumulation))
+def is_padding_free(recipe: Recipe) -> tuple[bool, str]:
+    """Whether a recipe trains on rows without padding here, and on what, in words."""
+    return resolve_attention(recipe.model.attention, resolve_dtype(recipe.model.dtype))
+
+
+def _order(recipe: Recipe, rows: list[dict[str, Any]]) -> RowOrder:
+    """Lay out the run.
+
+    Raises:
+        UserError: Where a sample is longer than a row, or rows cannot be packed here.
+    """
+    budget = recipe.training.max_tokens_per_row
+    padding_free, found = is_padding_free(recipe)
+    if budget is not None:
+        if not padding_free:
+            raise UserError(f"training.max_tokens_per_row needs rows without padding; this machine has {found}")
+        longest = max(rows, key=lambda row: len(row["input_ids"]))
+        if len(longest["input_ids"]) > budget:
+            raise UserError(
+                f"row {longest['row_id']} has {len(longest['input_ids'])} tokens, over training.max_tokens_per_row "
+                f"{budget}; raise it, or set data.max_length={budget} with data.on_overlong=drop or truncate_answer"
+            )
+    lengths = [len(row["input_ids"]) for row in rows]
+    return order_rows(recipe.training, lengths, seed=recipe.seed, padded=not padding_free)

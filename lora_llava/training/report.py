@@ -35,9 +35,19 @@ def print_data(plan: RunPlan, console: Console) -> None:
             f"{report.longest:,}",
         )  # fmt: skip
     console.print(table)
-    training = recipe.training
+    console.print(_steps(plan))
+
+
+def _steps(plan: RunPlan) -> str:
+    training, order = plan.recipe.training, plan.order
     batch, accumulation = training.batch_size, training.gradient_accumulation
-    console.print(f"{plan.steps:,} steps of {batch * accumulation} samples ({batch} x {accumulation})")
+    if training.max_tokens_per_row is None:
+        return f"{order.steps:,} steps of {batch * accumulation} samples ({batch} x {accumulation})"
+    full = order.tokens_per_row / training.max_tokens_per_row
+    return (
+        f"{order.steps:,} steps of {accumulation} rows of up to {training.max_tokens_per_row:,} tokens, "
+        f"{100 * full:.1f}% full: {order.samples_per_step:.1f} samples a step on average"
+    )
 
 
 def print_downloads(plan: RunPlan, cache: Path, console: Console) -> None:

@@ -20,19 +20,20 @@ from lora_llava.data.images import Pixels
 from lora_llava.errors import StoppedError, UserError
 from lora_llava.model.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.adapters import add_adapters, freeze_plan, trained_projector
-from lora_llava.model.attention import resolve_attention, use_flash_varlen
-from lora_llava.model.loading import load_base, resolve_dtype
+from lora_llava.model.attention import use_flash_varlen
+from lora_llava.model.lean import make_lean
+from lora_llava.model.loading import load_base
 from lora_llava.model.start import Base
+from lora_llava.model.vision import freeze_tower
 from lora_llava.recipe import Recipe
 from lora_llava.training.callbacks import ProgressLine, StopOnInterrupt, peak_memory_bytes
-from lora_llava.training.plan import RunPlan, Split, run_lora_config
+from lora_llava.training.plan import RunPlan, Split, is_padding_free, run_lora_config
+from lora_llava.training.rows import validation_rows
 from lora_llava.training.run_directory import save_model
 from lora_llava.training.start_check import check_first_batch
-from lora_llava.training.trainer import LlavaSFTTrainer
+from lora_llava.training.trainer import Feed, LlavaSFTTrainer
 
 CHECKPOINTS = "checkpoints"
-CHECKED_ROWS = 2
-"""Enough to see a sample that sees another; their full logits fit beside a 7B model."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,11 @@ def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
     if is_padding_free(recipe)[0]:
         use_flash_varlen(model)
     peft_model = add_adapters(model, run_lora_config(recipe, base.name), recipe.training.projector_dropout)
+    freeze_tower(model)
+    make_lean(model.model.language_model)
     if base.initial_projector is not None:
         trained_projector(peft_model).load_state_dict(base.initial_projector)
     return peft_model
-
-
-def is_padding_free(recipe: Recipe) -> tuple[bool, str]:
-    """Whether a recipe trains on rows without padding here, and on what, in words."""
-    return resolve_attention(recipe.model.attention, resolve_dtype(recipe.model.dtype))
 
 
 def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) -> SFTConfig:
@@ -107,7 +105,6 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
         lr_scheduler_type=training.lr_scheduler,
         optim=training.optimizer,
         max_grad_norm=training.max_grad_norm,
-        train_sampling_strategy="group_by_length" if training.group_by_length else "random",
         eval_strategy="steps" if has_validation else "no",
         eval_steps=every,
         save_strategy="steps",
@@ -140,9 +137,26 @@ def _checkpointing_argument() -> str:
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
-def to_dataset(split: Split) -> Dataset:
-    """Rows with the length by which they are grouped."""
-    return Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in split.rows])
+def build_feeds(plan: RunPlan) -> tuple[Feed, Feed | None]:
+    """What the training and the validation split feed to the trainer."""
+    padding_free = is_padding_free(plan.recipe)[0]
+
+    def feed(split: Split, rows: list[list[int]]) -> Feed:
+        pictures = Pixels(split.images, plan.processor.image_processor)
+        collator: Any = PackedCollator(pictures) if padding_free else padded_collator(plan, split)
+        return Feed(Dataset.from_list(split.rows), rows, collator)
+
+    train, validation = plan.splits["train"], plan.splits.get("validation")
+    if validation is None:
+        return feed(train, plan.order.rows), None
+    lengths = [len(row["input_ids"]) for row in validation.rows]
+    return feed(train, plan.order.rows), feed(validation, validation_rows(plan.recipe.training, lengths))
+
+
+def padded_collator(plan: RunPlan, split: Split) -> PaddedCollator:
+    """The reference collator of a split."""
+    pad = plan.tokenizer.pad_token_id
+    return PaddedCollator(Pixels(split.images, plan.processor.image_processor), pad)  # type: ignore[arg-type]
 
 
 def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> TrainResult:
@@ -162,23 +176,20 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
         UserError: Where there is nothing to resume from.
     """
     recipe = plan.recipe
-    validation = plan.splits.get("validation")
-    args = training_arguments(recipe, plan.steps, validation is not None)
+    feed, validation = build_feeds(plan)
+    args = training_arguments(recipe, plan.order.steps, validation is not None)
     if recipe.training.gradient_checkpointing:
         checkpoint_language_model(model.get_base_model())
-    pictures = Pixels(plan.splits["train"].images, plan.processor.image_processor)
-    padded = PaddedCollator(pictures, plan.tokenizer.pad_token_id)  # type: ignore[arg-type]
-    collator: Any = padded
     if is_padding_free(recipe)[0]:
-        collator = PackedCollator(pictures)
-        print(check_first_batch(model, plan.splits["train"].rows[:CHECKED_ROWS], padded, collator))
+        split = plan.splits["train"]
+        first = [split.rows[i] for i in feed.rows[0]]
+        print(check_first_batch(model, first, padded_collator(plan, split), feed.collator))
     line, stop = ProgressLine(f"stage {recipe.stage}"), StopOnInterrupt()
     trainer = LlavaSFTTrainer(
         model,
         args,
-        train_dataset=to_dataset(plan.splits["train"]),
-        eval_dataset=to_dataset(validation) if validation else None,
-        collator=collator,
+        train=feed,
+        validation=validation,
         processor=plan.processor,
         projector_learning_rate=recipe.training.projector_learning_rate or recipe.training.learning_rate,
         callbacks=[line, stop],
@@ -191,8 +202,8 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
     seconds = time.monotonic() - start
     if stop.interrupted:
         raise StoppedError(
-            f"stopped at step {trainer.state.global_step} of {plan.steps}; a checkpoint is in {args.output_dir}; go on "
-            "with the same command and --resume"
+            f"stopped at step {trainer.state.global_step} of {plan.order.steps}; a checkpoint is in "
+            f"{args.output_dir}; go on with the same command and --resume"
         )
     save_model(Path(recipe.output_dir), model, plan.processor, recipe, base)
     return TrainResult(

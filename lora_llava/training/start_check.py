@@ -1,4 +1,4 @@
-"""A check at every start: rows without padding give the padded rows' loss, on this very run's first samples."""
+"""A check at every start: rows without padding give the padded rows' loss, on this very run's first batch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.errors import ToldError
+from lora_llava.training.loss import count_labels, labelled_loss
 
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Relative; what other shapes of the same sums change in each dtype, with room."""
+_PADDED_SAMPLES = 2
+"""The padded reference runs so many at a time, so that it takes less memory than the row it is compared with."""
 
 
 class StartCheckError(ToldError):
@@ -21,13 +22,13 @@ class StartCheckError(ToldError):
 
 @torch.no_grad()
 def check_first_batch(
-    model: Any, rows: Sequence[dict[str, Any]], padded: Callable[..., Any], packed: Callable[..., Any]
+    model: Any, samples: Sequence[dict[str, Any]], padded: Callable[..., Any], packed: Callable[..., Any]
 ) -> str:
-    """Run some rows padded and packed.
+    """Run a batch padded and packed.
 
     Args:
         model: What is to be trained; left as it was.
-        rows: Two or more samples, or one could not see another.
+        samples: Those of the first batch.
         padded: The reference collator.
         packed: The collator that trains.
 
@@ -39,7 +40,8 @@ def check_first_batch(
     """
     training = model.training
     model.eval()
-    losses = [_loss(model, collate(rows)) for collate in (packed, padded)]
+    pairs = [samples[start : start + _PADDED_SAMPLES] for start in range(0, len(samples), _PADDED_SAMPLES)]
+    losses = [_loss(model, [packed(samples)]), _loss(model, [padded(pair) for pair in pairs])]
     model.train(training)
     found = f"packed {losses[0]:.4f}, padded {losses[1]:.4f}"
     tolerance = _TOLERANCES[model.get_input_embeddings().weight.dtype]
@@ -48,9 +50,12 @@ def check_first_batch(
     return f"{found}: equal"
 
 
-def _loss(model: Any, batch: dict[str, Any]) -> float:
+def _loss(model: Any, batches: Sequence[dict[str, Any]]) -> float:
+    """The mean over the trained tokens of all batches."""
     device = model.get_input_embeddings().weight.device
-    batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-    labels = batch.pop("labels")[:, 1:].flatten()
-    logits = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-    return float(F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX))
+    total, count = 0.0, 0
+    for batch in batches:
+        batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+        total += float(labelled_loss(model, batch)[0])
+        count += count_labels(batch)
+    return total / max(1, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,27 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.model.adapters import trained_projector
+from lora_llava.training.loss import count_labels, labelled_loss
+
+
+@dataclass(frozen=True)
+class Feed:
+    """What a split feeds to training.
+
+    Attributes:
+        samples: With `input_ids`, `labels` and `image_files`.
+        rows: Indices of the samples of each forward pass.
+        collator: Makes a batch of them.
+    """
+
+    samples: Dataset
+    rows: list[list[int]]
+    collator: Any
 
 
 class LlavaSFTTrainer(SFTTrainer):
@@ -22,24 +39,26 @@ class LlavaSFTTrainer(SFTTrainer):
     Args:
         model: The PEFT model of `add_adapters`.
         args: From `stages.training_arguments`.
-        train_dataset: Rows with `input_ids`, `labels`, `image_files`, `length`.
-        eval_dataset: The same of the validation split, or None.
-        collator: Makes batches.
+        train: The training samples, in which order, and how they become batches.
+        validation: The same of the validation split, or None.
         processor: The stock processor; saved with every checkpoint.
         projector_learning_rate: Peak rate of the projector.
         callbacks: Added to the trainer's own.
     """
 
     def __init__(
-        self, model: PeftModel, args: SFTConfig, *, train_dataset: Dataset, eval_dataset: Dataset | None, collator: Any,
-        processor: Any, projector_learning_rate: float, callbacks: list[TrainerCallback],
+        self, model: PeftModel, args: SFTConfig, *, train: Feed, validation: Feed | None, processor: Any,
+        projector_learning_rate: float, callbacks: list[TrainerCallback],
     ) -> None:  # fmt: skip
         self.projector_learning_rate = projector_learning_rate
+        self._feeds = {"train": train, "validation": validation}
         self.tokens_seen = 0
         self.supervised_tokens_seen = 0
+        self._validation: list[tuple[float, int]] = []
         trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
-            model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, data_collator=collator,
+            model=model, args=args, train_dataset=train.samples,
+            eval_dataset=validation.samples if validation else None, data_collator=train.collator,
             processing_class=processor, callbacks=callbacks,
         )  # fmt: skip
         self._restore_dtypes(trained)
@@ -54,6 +73,23 @@ class LlavaSFTTrainer(SFTTrainer):
         wrong = [name for name, p in projector.named_parameters() if p.dtype != torch.float32]
         if wrong:
             raise RuntimeError(f"the projector's {wrong[0]} is not float32")
+
+    def get_train_dataloader(self) -> Any:
+        """Rows as they were laid out: one long pass over the whole run, which a resumed run skips into."""
+        return self._loader("train")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The validation rows, with their own pictures."""
+        return self._loader("validation")
+
+    def _loader(self, split: str) -> Any:
+        feed = self._feeds[split]
+        assert feed is not None  # without validation there is no evaluation
+        loader = DataLoader(
+            feed.samples, batch_sampler=feed.rows, collate_fn=feed.collator,
+            num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory,
+        )  # type: ignore[arg-type] # fmt: skip
+        return self.accelerator.prepare(loader)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Give the projector its own rate, and decay matrices alone."""
@@ -79,12 +115,35 @@ class LlavaSFTTrainer(SFTTrainer):
         ]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Count tokens on the way to TRL's loss."""
+        """Count tokens on the way to TRL's loss, whose fused head scores trained tokens alone on CUDA, and every token
+        elsewhere (trl/trainer/utils.py, add_fused_lm_head): there, ours does."""
+        count = count_labels(inputs)
         if model.training:
             padding = int((inputs["attention_mask"] == 0).sum()) if "attention_mask" in inputs else 0
             self.tokens_seen += inputs["input_ids"].numel() - padding
-            self.supervised_tokens_seen += int((inputs["labels"] != IGNORE_INDEX).sum())
-        return super().compute_loss(model, inputs, *args, **kwargs)
+            self.supervised_tokens_seen += count
+        if inputs["labels"].is_cuda:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        else:
+            loss = self._labelled_loss(model, inputs, kwargs.get("num_items_in_batch"))
+        if not model.training:
+            self._validation += [(float(loss) * count, count)]
+        return loss
+
+    def _labelled_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        count = count_labels(inputs)
+        total, correct = labelled_loss(model, inputs)
+        self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(int(correct) / max(1, count))
+        return total / max(1, count if num_items_in_batch is None else int(num_items_in_batch))
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Weigh the validation loss by trained tokens, so that it does not depend on how samples share batches."""
+        self._validation = []
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._validation and output.metrics is not None:
+            loss, count = (sum(column) for column in zip(*self._validation, strict=True))
+            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / max(1, count)
+        return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -22,8 +22,8 @@ from lora_llava.model.start import prepare_base, read_run_projector
 from lora_llava.recipe import Recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import dry_run, finetune
-from lora_llava.training.plan import RunPlan, count_steps, plan_run
-from lora_llava.training.stages import build_trained_model, to_dataset, train, training_arguments
+from lora_llava.training.plan import RunPlan, plan_run
+from lora_llava.training.stages import build_feeds, build_trained_model, train, training_arguments
 from lora_llava.training.trainer import LlavaSFTTrainer
 
 
@@ -149,8 +149,8 @@ def test_two_learning_rates_and_decay_of_matrices_alone(stage2_content: dict[str
     plan = plan_run(recipe)
     model = build_trained_model(recipe, prepare_base(recipe.model, 0))
     trainer = LlavaSFTTrainer(
-        model, training_arguments(recipe, 4, False), train_dataset=to_dataset(plan.splits["train"]), eval_dataset=None,
-        collator=lambda rows: rows, processor=plan.processor, projector_learning_rate=1e-4, callbacks=[],
+        model, training_arguments(recipe, 4, False), train=build_feeds(plan)[0], validation=None,
+        processor=plan.processor, projector_learning_rate=1e-4, callbacks=[],
     )  # fmt: skip
     groups = [(g["lr"], g["weight_decay"], len(g["params"])) for g in trainer.create_optimizer().param_groups]
     assert sorted(groups) == [(1e-4, 0.0, 2), (1e-4, 0.1, 2), (5e-3, 0.1, 2 * 7 * 2)]
@@ -279,10 +279,3 @@ def test_dry_run_writes_no_base_and_marks_a_sample(stage2: Recipe, monkeypatch: 
     assert "4 steps of 4 samples" in told
     assert "<image x 4>" in told
     assert "⟦Colours have names. It is red. The answer is A.</s>⟧" in told
-
-
-def test_steps_are_counted_as_the_trainer_counts_them(stage2_content: dict[str, Any]) -> None:
-    training = stage2_content["training"]
-    training |= {"max_steps": None, "epochs": 1.5, "batch_size": 5, "gradient_accumulation": 2}
-    recipe = check_recipe(stage2_content, "test")
-    assert count_steps(recipe, 24) == 5  # 5 batches, 3 steps an epoch, 4.5 steps

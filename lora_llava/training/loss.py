@@ -1,0 +1,34 @@
+"""The loss on trained tokens, with logits for those alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from lora_llava.data.encode import IGNORE_INDEX
+
+
+def labelled_loss(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum the cross-entropy of a batch's trained tokens; the head runs on the positions that predict one.
+
+    Args:
+        model: A LLaVA, with or without adapters.
+        inputs: A batch with `labels`, int64 of shape (rows, tokens).
+
+    Returns:
+        The summed loss, a float32 scalar, and how many of the trained tokens were the likeliest.
+    """
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")[:, 1:]
+    columns = (labels != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
+    logits = model(**inputs | {"use_cache": False}, logits_to_keep=columns).logits.flatten(0, 1)
+    targets = labels[:, columns].flatten()
+    loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return loss, (logits.detach().argmax(-1) == targets).sum()
+
+
+def count_labels(inputs: dict[str, Any]) -> int:
+    """Tokens of a batch that are trained; a row's first one is never predicted."""
+    return int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())

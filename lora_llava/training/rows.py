@@ -1,0 +1,107 @@
+"""The order of a run: which samples share a forward pass, from the first step to the last."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_llava.data.packing import pack_samples
+from lora_llava.recipe import TrainingSection
+
+_MEGABATCH = 50
+"""Batches that are sorted together by length (transformers, trainer_pt_utils.py, get_length_grouped_indices)."""
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """What training sees.
+
+    Attributes:
+        rows: Sample indices of every forward pass of the run, in order.
+        steps: Optimiser steps.
+        samples_per_step: On average.
+        tokens_per_row: Real tokens, on average.
+        longest_row: Most real tokens of a row.
+    """
+
+    rows: list[list[int]]
+    steps: int
+    samples_per_step: float
+    tokens_per_row: float
+    longest_row: int
+
+
+def order_rows(training: TrainingSection, lengths: Sequence[int], *, seed: int, padded: bool) -> RowOrder:
+    """Lay out a run. The recipe's seed and the lengths alone decide it, so a resumed run goes on in the same order.
+
+    Args:
+        training: The recipe's section.
+        lengths: Tokens of each training sample.
+        seed: The recipe's.
+        padded: Whether batches are padded, which grouping by length is for.
+
+    Returns:
+        The order.
+
+    Raises:
+        UserError: For a sample longer than `max_tokens_per_row`.
+    """
+
+    def epoch_rows(epoch: int) -> list[list[int]]:
+        if training.max_tokens_per_row is not None:
+            return pack_samples(lengths, training.max_tokens_per_row, seed=seed, epoch=epoch)
+        grouped = padded and training.group_by_length
+        return batch_samples(lengths, training.batch_size, seed=seed, epoch=epoch, grouped=grouped)
+
+    rows: list[list[int]] = []
+    epoch, wanted = 0, math.inf if training.max_steps is None else training.max_steps * training.gradient_accumulation
+    passes = training.epochs if training.max_steps is None else math.inf
+    while epoch < passes and len(rows) < wanted:
+        new = epoch_rows(epoch)
+        rows += new[: math.ceil(len(new) * min(1.0, passes - epoch))]
+        epoch += 1
+    rows = rows if training.max_steps is None else rows[: int(wanted)]
+    steps = math.ceil(len(rows) / training.gradient_accumulation)
+    tokens = [sum(lengths[i] for i in row) for row in rows]
+    return RowOrder(rows, steps, sum(map(len, rows)) / steps, sum(tokens) / len(rows), max(tokens))
+
+
+def batch_samples(
+    lengths: Sequence[int], batch_size: int, *, seed: int = 0, epoch: int = 0, grouped: bool = False
+) -> list[list[int]]:
+    """Batches of a fixed number of samples, in an order that seed and epoch decide.
+
+    Args:
+        lengths: Tokens of each sample.
+        batch_size: Samples of a batch; the last may have fewer.
+        seed: Shuffles, with the epoch.
+        epoch: From 0.
+        grouped: Put samples of similar length together, within shuffled windows of 50 batches.
+
+    Returns:
+        Batches of sample indices; every sample is in exactly one.
+    """
+    generator = random.Random(f"{seed} {epoch}")
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    if grouped:
+        window = _MEGABATCH * batch_size
+        order = [
+            sample
+            for start in range(0, len(order), window)
+            for sample in sorted(order[start : start + window], key=lambda i: -lengths[i])
+        ]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if grouped:
+        generator.shuffle(batches)
+    return batches
+
+
+def validation_rows(training: TrainingSection, lengths: Sequence[int]) -> list[list[int]]:
+    """The forward passes of a validation: in order, of the size that training has."""
+    if training.max_tokens_per_row is not None:
+        return pack_samples(lengths, training.max_tokens_per_row)
+    indices = list(range(len(lengths)))
+    return [indices[start : start + training.batch_size] for start in range(0, len(indices), training.batch_size)]
