@@ -8,9 +8,10 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
+from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from lora_llava.errors import UserError
+from lora_llava.model.vision import take_features
 
 Quantization = Literal["nf4", "none"]
 KEPT_WHOLE = ("model.multi_modal_projector", "model.vision_tower", "lm_head")
@@ -49,7 +50,12 @@ def check_bitsandbytes() -> None:
 
 
 def load_base(
-    base: str | Path, *, quantization: Quantization = "none", dtype: str = "auto", revision: str | None = None
+    base: str | Path,
+    *,
+    quantization: Quantization = "none",
+    dtype: str = "auto",
+    revision: str | None = None,
+    with_tower: bool = True,
 ) -> LlavaForConditionalGeneration:
     """Load a LLaVA for training or inference.
 
@@ -58,6 +64,7 @@ def load_base(
         quantization: `nf4` puts the language model's linear layers into 4 bits, doubly quantised, and nothing else.
         dtype: What everything else is in and what is computed in.
         revision: Branch, tag or commit of a Hub id.
+        with_tower: Load the vision tower; without it the model takes features of pictures as its `pixel_values`.
 
     Returns:
         The model on the default device, in eval mode.
@@ -76,11 +83,16 @@ def load_base(
             llm_int8_skip_modules=list(KEPT_WHOLE),
         )
     try:
+        if not with_tower:
+            options["config"] = LlavaConfig.from_pretrained(base, revision=revision)
+            options["config"].vision_config.num_hidden_layers = 0  # what is left is dropped below
         model = LlavaForConditionalGeneration.from_pretrained(base, revision=revision, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{base} cannot be loaded as a LLaVA: {str(error).splitlines()[0]}") from None
     check_quantized(model, quantization)
     _keep_autograd(model)
+    if not with_tower:
+        take_features(model)
     return model.eval()
 
 

@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import AutoModel, LlavaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from lora_llava.model.names import COMPONENTS, canonical_name
+from lora_llava.model.tensor_files import lazy_tensors
 
 
 @torch.no_grad()
-def tower_features(model: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+def tower_features(tower: nn.Module, config: LlavaConfig, pixel_values: torch.Tensor) -> torch.Tensor:
     """The grid features that the projector translates (transformers, models/llava/modeling_llava.py).
 
     Args:
-        model: A `LlavaForConditionalGeneration`.
+        tower: A CLIP vision model.
+        config: The LLaVA's, which says what of the tower's states is taken.
         pixel_values: Shape (pictures, 3, height, width).
 
     Returns:
         Shape (pictures, image tokens, features), in the tower's dtype whatever autocast is on.
     """
-    config = model.config
     layers = config.vision_feature_layer
     with torch.autocast(pixel_values.device.type, enabled=False):
-        states = model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        states = tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
     chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
     first = 1 if config.vision_feature_select_strategy == "default" else 0  # `default` takes CLIP's CLS off
     return torch.cat([layer[:, first:] for layer in chosen], dim=-1)
@@ -34,7 +40,7 @@ def freeze_tower(model: Any) -> None:
     Args:
         model: A `LlavaForConditionalGeneration`; changed in place.
     """
-    _replace_features(model, lambda pixel_values: tower_features(model, pixel_values))
+    _replace_features(model, lambda pixels: tower_features(model.model.vision_tower, model.config, pixels))
 
 
 def take_features(model: Any) -> None:
@@ -46,6 +52,35 @@ def take_features(model: Any) -> None:
     """
     model.model.vision_tower = None
     _replace_features(model, lambda features: features)
+
+
+def load_tower(folder: Path, config: LlavaConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Load a LLaVA's vision tower and nothing else of it.
+
+    Args:
+        folder: Holds the LLaVA's weights.
+        config: The LLaVA's.
+        dtype: To compute in.
+        device: To compute on.
+
+    Returns:
+        The tower in eval mode.
+    """
+    prefix = COMPONENTS["vision_tower"][0]
+    with torch.device("meta"):
+        tower: nn.Module = AutoModel.from_config(config.vision_config, dtype=dtype)
+    tower.to_empty(device=device)
+    found = {canonical_name(tensor.name): tensor for tensor in lazy_tensors(folder)}
+    weights = {
+        name.removeprefix(prefix): tensor.load().to(device, dtype)
+        for name, tensor in found.items()
+        if name.startswith(prefix)
+    }
+    tower.load_state_dict(weights)
+    for name, buffer in tower.named_buffers():  # not in checkpoints; the only one is CLIP's position_ids
+        if name.endswith("position_ids"):
+            buffer.copy_(torch.arange(buffer.numel(), device=device).view_as(buffer))
+    return tower.eval().requires_grad_(False)
 
 
 def _replace_features(model: Any, features_of: Any) -> None:

@@ -184,6 +184,9 @@ class TrainingSection(Section):
     """Validate every so many steps, save, and keep the best; null once at the end."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Log every so many steps."""
+    vision_cache: Literal["off", "memory", "disk"] = "off"
+    """Compute the tower's features of every picture once, before training, and keep them in memory or on disk; the
+    tower is then not loaded. A picture takes 1.2 MB with CLIP ViT-L/14-336 in bfloat16."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that load pictures; 0 loads them in the training process."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(default=("tensorboard",), strict=False)

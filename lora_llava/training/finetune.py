@@ -14,7 +14,6 @@ from rich.console import Console
 from tqdm import tqdm
 
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.images import Pixels
 from lora_llava.errors import UserError
 from lora_llava.evaluation.ask import ask_scienceqa, choose_rows
 from lora_llava.evaluation.scienceqa import Table
@@ -23,6 +22,7 @@ from lora_llava.model.base import cache_folder
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.training import report
+from lora_llava.training.features import cache_features
 from lora_llava.training.plan import RunPlan, is_padding_free, plan_run
 from lora_llava.training.run_directory import (
     METRICS_FILE,
@@ -133,6 +133,7 @@ def _run_stage(plan: RunPlan, resume: bool, console: Console) -> dict[str, Any]:
     base = prepare_base(recipe.model, recipe.seed)
     start_run(folder, recipe)
     (folder / RUN_FILE).unlink(missing_ok=True)  # comes back when the run is whole
+    cache_features(plan, base, console)
     model = build_trained_model(recipe, replace(base, initial_projector=None))
     report.print_freeze_plan(describe_plan(model), console)
     console.print(f"attention: {is_padding_free(recipe)[1]}")
@@ -160,7 +161,7 @@ def _table(model: Any, plan: RunPlan, when: str) -> Table | None:
     return ask_scienceqa(
         model,
         choose_rows(split.conversations, count, plan.recipe.seed),
-        Pixels(split.images, plan.processor.image_processor),
+        split.pictures,
         tokenizer=plan.tokenizer,
         template=plan.template,
         num_image_tokens=plan.model.config.image_seq_length,

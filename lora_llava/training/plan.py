@@ -13,7 +13,7 @@ from transformers import LlavaConfig, PreTrainedTokenizerBase
 
 from lora_llava.data.captions import load_captions, split_rows
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.images import FolderImages, ImageSource
+from lora_llava.data.images import FolderImages, ImageSource, Pictures, Pixels
 from lora_llava.data.rows import Report, build_rows
 from lora_llava.data.scienceqa import ScienceQASplit, load_scienceqa
 from lora_llava.data.templates import Template, chat_template, get_template
@@ -35,12 +35,14 @@ class Split:
     Attributes:
         conversations: Those that are used.
         images: Opens their pictures.
+        pictures: Gives them to a model.
         rows: The same, encoded.
         report: What became of them.
     """
 
     conversations: list[Conversation]
     images: ImageSource
+    pictures: Pictures
     rows: list[dict[str, Any]]
     report: Report
 
@@ -94,7 +96,7 @@ def plan_run(recipe: Recipe, progress: Progress = lambda name, rows: rows) -> Ru
     tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
     _check_context(recipe, model.config)
     splits = {
-        name: _encode_split(recipe, name, conversations, images, tokenizer, model.config, progress)
+        name: _encode_split(recipe, name, conversations, images, processor, model.config, progress)
         for name, (conversations, images) in read_splits(recipe).items()
     }
     order = _order(recipe, splits["train"].rows)
@@ -106,11 +108,11 @@ def plan_run(recipe: Recipe, progress: Progress = lambda name, rows: rows) -> Ru
 
 def _encode_split(
     recipe: Recipe, name: str, conversations: list[Conversation], images: ImageSource,
-    tokenizer: PreTrainedTokenizerBase, config: LlavaConfig, progress: Progress,
+    processor: Any, config: LlavaConfig, progress: Progress,
 ) -> Split:  # fmt: skip
     rows, report = build_rows(
         conversations,
-        tokenizer=tokenizer,
+        tokenizer=processor.tokenizer,
         template=get_template(recipe.data.template, recipe.data.system_prompt),
         num_image_tokens=config.image_seq_length,
         # A test row is asked, not trained on: its answer need not fit.
@@ -121,7 +123,8 @@ def _encode_split(
         progress=lambda items: progress(name, items),
     )
     kept = {row["row_id"] for row in rows}
-    return Split([row for row in conversations if row.row_id in kept], images, rows, report)
+    used = [row for row in conversations if row.row_id in kept]
+    return Split(used, images, Pixels(images, processor.image_processor), rows, report)
 
 
 def build_run_processor(

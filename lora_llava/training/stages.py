@@ -16,7 +16,6 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 from trl import SFTConfig
 
 from lora_llava.data.collator import PackedCollator, PaddedCollator
-from lora_llava.data.images import Pixels
 from lora_llava.errors import StoppedError, UserError
 from lora_llava.model.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.adapters import add_adapters, freeze_plan, trained_projector
@@ -74,12 +73,14 @@ def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
     """
     set_seed(recipe.seed)
     model = load_base(
-        base.name, quantization=recipe.model.quantization, dtype=recipe.model.dtype, revision=base.revision
-    )
+        base.name, quantization=recipe.model.quantization, dtype=recipe.model.dtype, revision=base.revision,
+        with_tower=recipe.training.vision_cache == "off",
+    )  # fmt: skip
     if is_padding_free(recipe)[0]:
         use_flash_varlen(model)
     peft_model = add_adapters(model, run_lora_config(recipe, base.name), recipe.training.projector_dropout)
-    freeze_tower(model)
+    if recipe.training.vision_cache == "off":
+        freeze_tower(model)
     make_lean(model.model.language_model)
     if base.initial_projector is not None:
         trained_projector(peft_model).load_state_dict(base.initial_projector)
@@ -142,8 +143,7 @@ def build_feeds(plan: RunPlan) -> tuple[Feed, Feed | None]:
     padding_free = is_padding_free(plan.recipe)[0]
 
     def feed(split: Split, rows: list[list[int]]) -> Feed:
-        pictures = Pixels(split.images, plan.processor.image_processor)
-        collator: Any = PackedCollator(pictures) if padding_free else padded_collator(plan, split)
+        collator: Any = PackedCollator(split.pictures) if padding_free else padded_collator(plan, split)
         return Feed(Dataset.from_list(split.rows), rows, collator)
 
     train, validation = plan.splits["train"], plan.splits.get("validation")
@@ -155,8 +155,7 @@ def build_feeds(plan: RunPlan) -> tuple[Feed, Feed | None]:
 
 def padded_collator(plan: RunPlan, split: Split) -> PaddedCollator:
     """The reference collator of a split."""
-    pad = plan.tokenizer.pad_token_id
-    return PaddedCollator(Pixels(split.images, plan.processor.image_processor), pad)  # type: ignore[arg-type]
+    return PaddedCollator(split.pictures, plan.tokenizer.pad_token_id)  # type: ignore[arg-type]
 
 
 def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> TrainResult:

@@ -138,6 +138,18 @@ def test_a_packed_row_without_bounds_still_keeps_samples_apart(model: Any, colla
         torch.testing.assert_close(token_losses(model, batch), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_leak_test_sees_the_cache_trap(model: Any, collators: Any) -> None:
+    """With a cache transformers stops looking for samples in a row: without our bounds they would see each other."""
+    use_flash_varlen(model.get_base_model())
+    batch = collators[1](SAMPLES)
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "pixel_values")}
+    with torch.no_grad():
+        apart = model(**batch | {"labels": None}, use_cache=False).logits
+        assert not torch.allclose(model(**inputs, use_cache=True).logits[:, 30:], apart[:, 30:], atol=1e-3)
+        kept = {name: value for name, value in batch.items() if name != "labels"}
+        torch.testing.assert_close(model(**kept, use_cache=True).logits, apart, rtol=1e-5, atol=1e-5)
+
+
 def test_a_packed_batch_is_exact(collators: Any) -> None:
     batch = collators[1]([sample(3, 1, 5), sample(2, 1, 6)])
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]

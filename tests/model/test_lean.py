@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from lora_llava.model.lean import make_lean
+from tests.memory import saved_bytes
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -31,33 +31,15 @@ def language_model(layers: int = 2, dropout: float = 0.0) -> Any:
     return adapted.train()
 
 
-def saved_bytes(run: Callable[[], Any], parameters: set[int]) -> int:
-    """Bytes that autograd holds on to, each storage once and weights not at all."""
-    kept: dict[int, int] = {}
-    holding: list[torch.Tensor] = []  # or a freed storage's address would come again
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-            holding.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        holding.append(run())
-    return sum(kept.values())
-
-
 def activation_bytes(model: Any, autocast: bool = True) -> float:
     """Bytes per token and layer: the slope over tokens and over layers takes off what is there once."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     layers = model.get_base_model().layers
 
     def run(tokens: int, depth: int) -> int:
         model.get_base_model().layers = layers[:depth]
         inputs = torch.randn(1, tokens, 128, dtype=torch.bfloat16, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return saved_bytes(lambda: model(inputs_embeds=inputs, use_cache=False).last_hidden_state, weights)
+            return saved_bytes(model, lambda: model(inputs_embeds=inputs, use_cache=False).last_hidden_state)
 
     try:
         two, one = (run(96, depth) - run(32, depth) for depth in (2, 1))

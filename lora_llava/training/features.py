@@ -1,0 +1,155 @@
+"""`vision_cache`: every picture of a run through the tower once, before the language model is loaded."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import torch
+from filelock import FileLock
+from rich.console import Console
+from tqdm import tqdm
+
+from lora_llava.data.images import Pixels
+from lora_llava.errors import UserError
+from lora_llava.evaluation.ask import choose_rows
+from lora_llava.model.base import cache_folder
+from lora_llava.model.loading import default_device, resolve_dtype
+from lora_llava.model.start import Base
+from lora_llava.model.vision import load_tower, tower_features
+from lora_llava.model.vision_cache import CachedFeatures, FeatureStore, feature_bytes, store_folder
+from lora_llava.training.plan import RunPlan
+
+_BATCH = 8
+"""Pictures that go through the tower at once; more gain nothing (untuned on a GPU)."""
+
+
+def cache_features(plan: RunPlan, base: Base, console: Console) -> None:
+    """Where the recipe has a vision cache, compute what it lacks and let every split's pictures come from it.
+
+    Args:
+        plan: From `plan_run`; its splits' `pictures` are replaced.
+        base: Whose tower computes what the cache lacks.
+        console: Told what is kept where, and what is rebuilt.
+
+    Raises:
+        UserError: Where the features fit neither disk nor memory, or a picture cannot be read.
+    """
+    if plan.recipe.training.vision_cache == "off":
+        return
+    hashes = {name: _hash_split(plan, name) for name in plan.splits}
+    key = cache_key(plan, base)
+    folder = store_folder(cache_folder(), key) if plan.recipe.training.vision_cache == "disk" else None
+    store = FeatureStore(folder, key)
+    if folder is None:
+        _fill(store, hashes, plan, base)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):  # two runs of one tower write one cache
+            for line in store.load():
+                console.print(f"vision cache: {line}", soft_wrap=True)
+            _fill(store, hashes, plan, base)
+    pictures = len({digest for found in hashes.values() for digest in found.values()})
+    where = "memory" if folder is None else folder
+    console.print(f"vision cache: {pictures:,} pictures in {where}; the vision tower is not loaded", soft_wrap=True)
+    for name, split in plan.splits.items():
+        split.pictures = CachedFeatures(store, hashes[name])
+
+
+def cache_key(plan: RunPlan, base: Base) -> dict[str, Any]:
+    """What features depend on besides the picture."""
+    config = plan.model.config
+    return {
+        "tower": base.as_dict()["hashes"]["vision_tower"],
+        "preprocessing": plan.processor.image_processor.to_dict(),
+        "layer": config.vision_feature_layer,
+        "strategy": config.vision_feature_select_strategy,
+        "dtype": str(resolve_dtype(plan.recipe.model.dtype)),
+    }
+
+
+def split_pictures(plan: RunPlan, name: str) -> list[str]:
+    """Names of the pictures that a run reads of a split, each once; of the test split, those that are asked."""
+    rows: Any = plan.splits[name].conversations
+    if name == "test" and plan.recipe.evaluation is not None:
+        evaluation, seed = plan.recipe.evaluation, plan.recipe.seed
+        rows = [row for count in (evaluation.before, evaluation.after) for row in choose_rows(rows, count, seed)]
+    return list(dict.fromkeys(picture for row in rows for picture in row.images))
+
+
+def _hash_split(plan: RunPlan, name: str) -> dict[str, str]:
+    """SHA-256 of each picture's file by its name."""
+    names, images = split_pictures(plan, name), plan.splits[name].images
+
+    def digest(picture: str) -> str:
+        return hashlib.sha256(images.read(picture)).hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        digests = tqdm(
+            pool.map(digest, names), desc=f"reading pictures of {name}", total=len(names), unit="picture", leave=False,
+            dynamic_ncols=True,
+        )  # fmt: skip
+        return dict(zip(names, digests, strict=True))
+
+
+def _fill(store: FeatureStore, hashes: dict[str, dict[str, str]], plan: RunPlan, base: Base) -> None:
+    """Encode what the store lacks."""
+    places = {digest: (split, name) for split, found in hashes.items() for name, digest in found.items()}
+    missing = [place for digest, place in places.items() if digest not in store]
+    if not missing:
+        return
+    _check_room(store, len(missing), plan)
+    config, dtype, device = plan.model.config, resolve_dtype(plan.recipe.model.dtype), default_device()
+    tower = load_tower(base.folder, config, dtype, device)
+    bar = tqdm(desc="encoding pictures", total=len(missing), unit="picture", dynamic_ncols=True)
+    with bar:
+        for batch, pixels in _preprocessed(missing, plan):
+            features = tower_features(tower, config, pixels.to(device))
+            for (split, name), one in zip(batch, features, strict=True):
+                store.put(hashes[split][name], one)
+            bar.update(len(batch))
+    store.flush()
+    del tower
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _preprocessed(places: list[tuple[str, str]], plan: RunPlan) -> Iterator[tuple[list[tuple[str, str]], torch.Tensor]]:
+    """Batches of pictures with their pixels; the next one is preprocessed while the tower runs."""
+    batches = [places[start : start + _BATCH] for start in range(0, len(places), _BATCH)]
+    processor = plan.processor.image_processor
+
+    def pixels(batch: list[tuple[str, str]]) -> torch.Tensor:
+        return torch.cat([Pixels(plan.splits[split].images, processor)([name]) for split, name in batch])
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(pixels, batches[0])
+        for index, batch in enumerate(batches):
+            ready = coming.result()
+            if index + 1 < len(batches):
+                coming = pool.submit(pixels, batches[index + 1])
+            yield batch, ready
+
+
+def _check_room(store: FeatureStore, pictures: int, plan: RunPlan) -> None:
+    config = plan.model.config
+    layers = config.vision_feature_layer
+    width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    one = feature_bytes(config.image_seq_length, width, resolve_dtype(plan.recipe.model.dtype))
+    needed = pictures * one
+    if store.folder is None:
+        free, what, mend = psutil.virtual_memory().available, "memory", "disk or off"
+    else:
+        free, what, mend = shutil.disk_usage(store.folder).free, str(store.folder), "memory or off, or LORA_LLAVA_CACHE"
+    if needed > free:
+        raise UserError(
+            f"training.vision_cache: features of {pictures:,} pictures need {needed / 1e9:.1f} GB and {what} has "
+            f"{free / 1e9:.1f} GB free; set training.vision_cache to {mend}"
+            + (" to another disk" if store.folder is not None else "")
+        )
