@@ -18,7 +18,7 @@ from lora_llava.errors import ToldError
 # Heavy imports stand inside the verbs, so that `--help` and usage errors answer at once.
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave the terminal to our own lines: libraries' bars and remarks about fallbacks we chose are off."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl")
@@ -57,7 +57,7 @@ def _finetune(args: argparse.Namespace) -> None:
     from lora_llava.recipe import find_recipe, load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)  # before the heavy imports: a typo is told at once
-    _quieten()
+    quieten()
     from lora_llava.training.finetune import dry_run, finetune
 
     folder = find_recipe(args.recipe).parent
@@ -70,6 +70,21 @@ def _finetune(args: argparse.Namespace) -> None:
         console.print("next:")
         for command in _next_commands(recipe.output_dir):
             console.print(f"  {command}", soft_wrap=True)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the recipe")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from lora_llava.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    quieten()
+    from lora_llava.training.forecast import print_forecast
+
+    print_forecast(recipe, _console())
 
 
 def _next_commands(run: str) -> list[str]:
@@ -94,7 +109,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    _quieten()
+    quieten()
     from lora_llava.training.evaluate import evaluate
 
     table = evaluate(
@@ -167,7 +182,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    _quieten()
+    quieten()
     from lora_llava.publishing.merge import merge
 
     console = _console()
@@ -187,7 +202,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    _quieten()
+    quieten()
     from lora_llava.publishing.import_llava import import_llava
 
     import_llava(
@@ -207,7 +222,7 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    _quieten()
+    quieten()
     from lora_llava.publishing.push import push
 
     push(
@@ -224,7 +239,7 @@ def _add_build_demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _build_demo(args: argparse.Namespace) -> None:
-    _quieten()
+    quieten()
     from lora_llava.demo.build import CLIP_STEPS, LLM_STEPS, build_demo
 
     seconds = build_demo(args.output, args.seed, args.llm_steps or LLM_STEPS, args.clip_steps or CLIP_STEPS)
@@ -233,6 +248,7 @@ def _build_demo(args: argparse.Namespace) -> None:
 
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
     "finetune": ("run a recipe: train, and score before and after", _add_finetune, _finetune),
+    "plan": ("say what a recipe takes: memory by part, cards it fits, steps, time", _add_plan, _plan),
     "evaluate": ("ask a model the test questions of a recipe and score it", _add_evaluate, _evaluate),
     "score": ("score a file of answers", _add_score, _score),
     "merge": ("merge a run into its base as one stock folder, and prove it", _add_merge, _merge),

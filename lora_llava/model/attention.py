@@ -100,7 +100,17 @@ def use_flash_varlen(model: Any) -> None:
         model: A `LlavaForConditionalGeneration`.
     """
     register_flash_varlen()
-    model.model.language_model.set_attn_implementation(IMPLEMENTATION)
+    language_model = model.model.language_model
+    language_model.set_attn_implementation(IMPLEMENTATION)
+    language_model.register_forward_pre_hook(_no_dense_mask, with_kwargs=True)
+
+
+def _no_dense_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Keep transformers from making a mask of tokens x tokens that nothing reads: one with four dimensions is taken as
+    it is (transformers/masking_utils.py, _preprocess_mask_arguments)."""
+    if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("attention_mask") is None:
+        kwargs["attention_mask"] = kwargs["cu_seq_lens_q"].new_zeros(1, 1, 1, 1)
+    return args, kwargs
 
 
 def resolve_attention(asked: str, dtype: torch.dtype) -> tuple[bool, str]:

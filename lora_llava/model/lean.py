@@ -1,4 +1,5 @@
-"""Less kept for the backward pass: what costs next to nothing to compute twice is computed twice."""
+"""A leaner step: what costs next to nothing to compute twice is not kept for the backward pass, and an adapter's output
+is added to its layer's in one multiplication."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ from types import MethodType
 from typing import Any
 
 import torch
+from peft.tuners.lora import Linear
+from peft.tuners.lora.bnb import Linear4bit
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
@@ -44,11 +47,38 @@ def _lean_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.down_proj(_Recompute.apply(lambda gate, up: self.act_fn(gate) * up, gate, up))
 
 
+def _lean_lora(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """LoRA that adds scaling * B A x by the multiplication itself; peft makes three more passes over the output for it,
+    and a float32 copy of x where the layer is not 4-bit (peft/tuners/lora/layer.py and bnb.py, Linear.forward)."""
+    adapter = self.active_adapters[0]
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if args or kwargs or not _is_plain(self, adapter) or not (autocast or x.dtype == self.lora_A[adapter].weight.dtype):
+        return type(self).forward(self, x, *args, **kwargs)
+    result = self.base_layer(x)
+    inner = self.lora_A[adapter](self.lora_dropout[adapter](x)).flatten(0, -2)
+    weight, scaling = self.lora_B[adapter].weight.t(), self.scaling[adapter]
+    return torch.addmm(result.flatten(0, -2), inner, weight, alpha=scaling).view(result.shape).to(result.dtype)
+
+
+def _is_plain(layer: Any, adapter: str) -> bool:
+    """Whether a layer has one adapter that is switched on, apart, and neither DoRA nor with a bias."""
+    return (
+        len(layer.active_adapters) == 1
+        and adapter in layer.lora_A
+        and adapter not in layer.lora_variant
+        and layer.lora_B[adapter].bias is None
+        and not layer.disable_adapters
+        and not layer.merged
+    )
+
+
 def make_lean(language_model: nn.Module) -> int:
-    """Let a Llama's frozen norms and its MLPs keep less; outputs and gradients stay as they are, to the bit.
+    """Let a Llama's frozen norms and its MLPs keep less, and its adapters pass over their outputs once.
+
+    Norms and MLPs stay as they are to the bit, adapters to rounding.
 
     Args:
-        language_model: The language model of a LLaVA; modules that are not Llama's stay stock.
+        language_model: The language model of a LLaVA; modules that are not Llama's or peft's stay stock.
 
     Returns:
         How many modules were changed.
@@ -59,6 +89,8 @@ def make_lean(language_model: nn.Module) -> int:
             module.forward = MethodType(_lean_norm, module)
         elif isinstance(module, LlamaMLP):
             module.forward = MethodType(_lean_mlp, module)
+        elif isinstance(module, (Linear, Linear4bit)):
+            module.forward = MethodType(_lean_lora, module)
         else:
             continue
         changed += 1

@@ -90,13 +90,13 @@ def load_base(
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{base} cannot be loaded as a LLaVA: {str(error).splitlines()[0]}") from None
     check_quantized(model, quantization)
-    _keep_autograd(model)
+    keep_autograd(model)
     if not with_tower:
         take_features(model)
     return model.eval()
 
 
-def _keep_autograd(model: nn.Module) -> None:
+def keep_autograd(model: nn.Module) -> None:
     """Switch off bitsandbytes' repacking of weights for AVX512-BF16 (bitsandbytes/nn/modules.py, Linear4bit.forward).
 
     It happens at the first evaluation on such a CPU and sends every later forward through an operator without

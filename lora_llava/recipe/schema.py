@@ -170,12 +170,16 @@ class TrainingSection(Section):
     """Share of the steps over which the rates rise."""
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     """How the rates fall."""
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
-    """transformers' name of the optimiser; the 8-bit ones need CUDA."""
+    optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
+    """transformers' name of the optimiser; auto is adamw_torch, on a GPU from r = 64 on paged_adamw_8bit, which has a
+    quarter of its states and needs CUDA."""
     max_grad_norm: NotNegative = 1.0
     """Gradients are scaled down to this norm; 0 never."""
-    gradient_checkpointing: bool = True
-    """Recompute the language model's layers in the backward pass: less memory, a third more time."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute the language model's layers in the backward pass: less memory, up to a third more time. auto recomputes
+    as few as memory_gb allows."""
+    memory_gb: Literal["auto"] | Positive = "auto"
+    """What a step may take, in GiB, CUDA's own half included; auto is what is free at the start."""
     group_by_length: bool = True
     """Batches of samples of similar length: less padding, where batches are padded (model.attention)."""
     projector_dropout: Fraction = 0.0

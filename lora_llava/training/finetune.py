@@ -123,6 +123,7 @@ def _plan(recipe: Recipe, console: Console) -> RunPlan:
 
     plan = plan_run(recipe, progress)
     report.print_data(plan, console)
+    report.print_memory(recipe, plan.step, console)
     return plan
 
 

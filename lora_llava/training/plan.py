@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import LlavaConfig, PreTrainedTokenizerBase
 
 from lora_llava.data.captions import load_captions, split_rows
@@ -25,6 +26,8 @@ from lora_llava.model.base import build_processor, cache_folder, image_processor
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.recipe import Recipe
+from lora_llava.training.memory import Step
+from lora_llava.training.planner import build_step, choose_checkpointing, measure_rows
 from lora_llava.training.rows import RowOrder, order_rows
 
 
@@ -59,6 +62,7 @@ class RunPlan:
         template: The conversation template, its system text replaced if the recipe says so.
         splits: `train`, and `validation` and `test` where the recipe has them.
         order: Which samples share a forward pass, and the optimiser steps.
+        step: What the heaviest of them takes, and how much of it is recomputed.
         trained_parameters: `lora` and `projector`.
     """
 
@@ -69,6 +73,7 @@ class RunPlan:
     template: Template
     splits: dict[str, Split]
     order: RowOrder
+    step: Step
     trained_parameters: dict[str, int]
 
 
@@ -99,9 +104,12 @@ def plan_run(recipe: Recipe, progress: Progress = lambda name, rows: rows) -> Ru
         name: _encode_split(recipe, name, conversations, images, processor, model.config, progress)
         for name, (conversations, images) in read_splits(recipe).items()
     }
-    order = _order(recipe, splits["train"].rows)
+    samples = splits["train"].rows
+    order = _order(recipe, samples)
+    extremes = measure_rows(order.rows, samples, padded=not is_padding_free(recipe)[0])
+    step = choose_checkpointing(recipe, build_step(recipe, model.config, extremes, cuda=torch.cuda.is_available()))
     return RunPlan(
-        recipe, model, tokenizer, processor, template, splits, order,
+        recipe, model, tokenizer, processor, template, splits, order, step,
         planned_parameters(model.config, run_lora_config(recipe)),
     )  # fmt: skip
 

@@ -15,7 +15,9 @@ from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.errors import UserError
 from lora_llava.evaluation.report import table_rows
 from lora_llava.recipe import Recipe
+from lora_llava.training.memory import GIB, Step
 from lora_llava.training.plan import RunPlan
+from lora_llava.training.planner import memory_budget, recomputation, resolve_optimizer
 
 BF16_BYTES = 2
 
@@ -47,6 +49,24 @@ def _steps(plan: RunPlan) -> str:
     return (
         f"{order.steps:,} steps of {accumulation} rows of up to {training.max_tokens_per_row:,} tokens, "
         f"{100 * full:.1f}% full: {order.samples_per_step:.1f} samples a step on average"
+    )
+
+
+def print_memory(recipe: Recipe, step: Step, console: Console) -> None:
+    """What a step takes, part by part, and how much of it is recomputed."""
+    table = RichTable(title=f"Memory of a step: a row of up to {step.tokens:,} tokens", title_justify="left")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for name, size in step.parts().items():
+        if size:
+            table.add_row(name, f"{size / GIB:.2f}")
+    table.add_section()
+    table.add_row("peak", f"{step.peak / GIB:.2f}")
+    console.print(table)
+    budget, source = memory_budget(recipe)
+    console.print(
+        f"{recomputation(step)}; {budget / GIB:.1f} GiB to stay in ({source}); optimizer "
+        f"{resolve_optimizer(recipe, cuda=step.cuda)}"
     )
 
 

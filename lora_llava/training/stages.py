@@ -27,6 +27,7 @@ from lora_llava.model.vision import freeze_tower
 from lora_llava.recipe import Recipe
 from lora_llava.training.callbacks import ProgressLine, StopOnInterrupt, peak_memory_bytes
 from lora_llava.training.plan import RunPlan, Split, is_padding_free, run_lora_config
+from lora_llava.training.planner import resolve_optimizer
 from lora_llava.training.rows import validation_rows
 from lora_llava.training.run_directory import save_model
 from lora_llava.training.start_check import check_first_batch
@@ -104,7 +105,7 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
         weight_decay=training.weight_decay,
         warmup_steps=training.warmup_ratio,  # below 1 it is a share of all steps
         lr_scheduler_type=training.lr_scheduler,
-        optim=training.optimizer,
+        optim=resolve_optimizer(recipe, cuda=torch.cuda.is_available()),
         max_grad_norm=training.max_grad_norm,
         eval_strategy="steps" if has_validation else "no",
         eval_steps=every,
@@ -123,7 +124,7 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
         remove_unused_columns=False,
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
-        **{_checkpointing_argument(): False},  # checkpoint_language_model does it
+        **{checkpointing_argument(): False},  # checkpoint_language_model does it
         packing=False,
         padding_free=False,
         max_length=None,
@@ -132,7 +133,7 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
     )
 
 
-def _checkpointing_argument() -> str:
+def checkpointing_argument() -> str:
     """The argument's name, which changed within the range of transformers that we take."""
     names = {field.name for field in fields(SFTConfig)}
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
@@ -177,8 +178,7 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
     recipe = plan.recipe
     feed, validation = build_feeds(plan)
     args = training_arguments(recipe, plan.order.steps, validation is not None)
-    if recipe.training.gradient_checkpointing:
-        checkpoint_language_model(model.get_base_model())
+    checkpoint_language_model(model.get_base_model(), plan.step.checkpointed, plan.step.offloaded)
     if is_padding_free(recipe)[0]:
         split = plan.splits["train"]
         first = [split.rows[i] for i in feed.rows[0]]

@@ -1,0 +1,65 @@
+"""A LLaVA of any shape with random weights, straight onto the device: for timing and measuring, not for answers."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from lora_llava.model.loading import Quantization, keep_autograd
+from lora_llava.model.streaming import build_empty
+from lora_llava.model.vision import take_features
+
+_STD = 0.02
+"""transformers' `initializer_range` of Llama and CLIP."""
+
+
+def build_random_llava(
+    config: LlavaConfig, *, quantization: Quantization, dtype: torch.dtype, device: torch.device, seed: int = 0,
+    with_tower: bool = True,
+) -> LlavaForConditionalGeneration:  # fmt: skip
+    """Draw a model matrix by matrix: no more than one exists unquantised.
+
+    Args:
+        config: The shape.
+        quantization: `nf4` for the language model's linear layers, as `load_base` does it.
+        dtype: Of everything else, and what is computed in.
+        device: Where it is drawn.
+        seed: Draws it.
+        with_tower: Draw the vision tower; without it the model takes features of pictures as its `pixel_values`.
+
+    Returns:
+        The model in eval mode, nothing of it trained.
+    """
+    model = build_empty(config, device)
+    if not with_tower:
+        take_features(model)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(shape: torch.Size) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(0, _STD, generator=generator)
+
+    for name, module in list(model.named_modules()):
+        if quantization == "nf4" and isinstance(module, nn.Linear) and name.startswith("model.language_model."):
+            model.set_submodule(name, _quantized(draw(module.weight.shape), dtype))
+    for module in model.modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                scale = leaf == "weight" and parameter.ndim == 1  # of a norm
+                value = torch.ones(parameter.shape, dtype=dtype, device=device) if scale else draw(parameter.shape)
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    keep_autograd(model)
+    return model.eval()
+
+
+def _quantized(weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+    import bitsandbytes as bnb
+
+    size_out, size_in = weight.shape
+    layer: nn.Module = bnb.nn.Linear4bit(
+        size_in, size_out, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=True, device="meta"
+    )
+    layer.weight = bnb.nn.Params4bit(
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+    ).to(weight.device)
+    return layer
