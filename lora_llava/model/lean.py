@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora import Linear
 from peft.tuners.lora.bnb import Linear4bit
 from torch import nn
+from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 
@@ -31,6 +32,20 @@ class _Recompute(torch.autograd.Function):
         return None, *torch.autograd.grad(output, inputs, gradient)
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up that keeps gate and up, and not silu(gate) beside them; autograd's own values, to the bit."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
 def _lean_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """RMSNorm that keeps its input (2 bytes a value in bfloat16) in place of the float32 copy it computes on (4)."""
     stock = type(self).forward
@@ -40,11 +55,8 @@ def _lean_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _lean_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """SwiGLU that keeps gate and up, and not the activated gate beside them."""
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    if not gate.requires_grad:
-        return self.down_proj(self.act_fn(gate) * up)
-    return self.down_proj(_Recompute.apply(lambda gate, up: self.act_fn(gate) * up, gate, up))
+    """A Llama's MLP around `_SwiGLU`."""
+    return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 def _lean_lora(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -87,7 +99,7 @@ def make_lean(language_model: nn.Module) -> int:
     for module in language_model.modules():
         if isinstance(module, LlamaRMSNorm) and not module.weight.requires_grad:
             module.forward = MethodType(_lean_norm, module)
-        elif isinstance(module, LlamaMLP):
+        elif isinstance(module, LlamaMLP) and module.config.hidden_act == "silu":
             module.forward = MethodType(_lean_mlp, module)
         elif isinstance(module, (Linear, Linear4bit)):
             module.forward = MethodType(_lean_lora, module)

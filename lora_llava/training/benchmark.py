@@ -26,7 +26,7 @@ def benchmark(
     """Run every side several times, each in a process of its own, in turn, and keep the fastest of each.
 
     Args:
-        shape: `tiny`, `7b` or `13b`.
+        shape: Of `benchmark_data.SHAPES`.
         batch_size: Samples of an optimiser step, on every side.
         steps: Timed steps of a run.
         repeats: Runs of each side.

@@ -14,12 +14,17 @@ from lora_llava.data.images import BadImageError
 PICTURE_SHARE = 0.49
 """ScienceQA's share of rows with a picture."""
 _LOG_MEAN, _LOG_SPREAD, _MOST_WORDS = 5.71, 0.38, 1400
-"""Of a row's text tokens: with 576 for a picture the rows have ScienceQA's mean of 615 and 95th percentile of 1,084 under
+"""Of a row's text tokens: with 576 for a picture, rows have ScienceQA's mean of 615 and 95th percentile of 1,084 under
 the Llama tokenizer, and random batches of 8 are 1.67 times padding (tests/training/test_benchmark.py)."""
 _ANSWER_SHARE = 0.65
 """Of the text: 35% of all tokens are trained."""
 _PICTURE_SIZE = (480, 360)
 """Of the order of ScienceQA's pictures."""
+SHAPES = {
+    "tiny": (512, 1376, 4, 8), "tiny_body": (512, 1376, 4, 8), "7b": (4096, 11008, 32, 32),
+    "13b": (5120, 13824, 40, 40),
+}  # fmt: skip
+"""Hidden and inner size, layers and heads."""
 _WORDS = ("red", "blue", "green", "circle", "square", "left", "right", "small", "large", "above", "below", "which")
 
 
@@ -63,16 +68,16 @@ def shape_config(shape: str, vocabulary: int, image_token_id: int) -> LlavaConfi
     """The config of a LLaVA-1.5 of some size.
 
     Args:
-        shape: `7b` or `13b` for Vicuna's (its config.json) with CLIP ViT-L/14-336; `tiny` for a CPU, wide and shallow,
-            so that head, attention and tower have a small share of a step, as they have in the 7B's.
-        vocabulary: Of the tiny one; the others have 32,064.
+        shape: `7b` or `13b` for Vicuna's (its config.json) with CLIP ViT-L/14-336; `tiny` for a CPU, with Vicuna's
+            vocabulary; `tiny_body` the same with a vocabulary of under 1,000, so that the head's share of the work is
+            that of a 7B's.
+        vocabulary: Of `tiny_body`; the others have 32,064.
         image_token_id: Of `<image>`.
     """
-    sizes = {"tiny": (512, 1376, 4, 8), "7b": (4096, 11008, 32, 32), "13b": (5120, 13824, 40, 40)}
-    hidden, inner, layers, heads = sizes[shape]
-    tiny = shape == "tiny"
+    hidden, inner, layers, heads = SHAPES[shape]
+    tiny = shape.startswith("tiny")
     text = LlamaConfig(
-        vocab_size=vocabulary if tiny else 32064, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        vocab_size=vocabulary if shape == "tiny_body" else 32064, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096, bos_token_id=1,
         eos_token_id=2,
     )  # fmt: skip

@@ -44,7 +44,7 @@ class Settings:
 
     Attributes:
         side: One of `SIDES`.
-        shape: `tiny`, `7b` or `13b`.
+        shape: Of `SHAPES`.
         batch_size: Samples of an optimiser step.
         micro_batch: Samples of a forward pass.
         steps: Timed steps; one before them is not.
