@@ -87,6 +87,28 @@ def _plan(args: argparse.Namespace) -> None:
     print_forecast(recipe, _console())
 
 
+def _add_benchmark(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", choices=["tiny", "tiny_body", "7b", "13b"], default="tiny", help="random weights")
+    parser.add_argument("--batch-size", type=_count, default=8, help="samples of an optimiser step, on every side")
+    parser.add_argument("--steps", type=_count, default=4, help="timed steps of a run; one before them is not")
+    parser.add_argument("--repeats", type=_count, default=2, help="runs of each side; the fastest counts")
+    parser.add_argument("--r", type=_count, default=16, help="rank of the adapters")
+    parser.add_argument("--cap-gb", type=float, help="GPU memory in GiB that torch may take")
+    sides = ["ours", "ours_cached", "trl_random", "trl_grouped"]
+    parser.add_argument("--sides", nargs="+", choices=sides, default=sides, help="default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for machine, versions and results")
+
+
+def _benchmark(args: argparse.Namespace) -> None:
+    quieten()
+    from lora_llava.training.benchmark import benchmark
+
+    benchmark(
+        shape=args.shape, batch_size=args.batch_size, steps=args.steps, repeats=args.repeats, r=args.r,
+        cap_gb=args.cap_gb, sides=args.sides, output=args.json, console=_console(),
+    )  # fmt: skip
+
+
 def _next_commands(run: str) -> list[str]:
     commands = {
         "evaluate": f"lora-llava evaluate {run}",
@@ -249,6 +271,7 @@ def _build_demo(args: argparse.Namespace) -> None:
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
     "finetune": ("run a recipe: train, and score before and after", _add_finetune, _finetune),
     "plan": ("say what a recipe takes: memory by part, cards it fits, steps, time", _add_plan, _plan),
+    "benchmark": ("time training here, ours and TRL's, on rows of ScienceQA's lengths", _add_benchmark, _benchmark),
     "evaluate": ("ask a model the test questions of a recipe and score it", _add_evaluate, _evaluate),
     "score": ("score a file of answers", _add_score, _score),
     "merge": ("merge a run into its base as one stock folder, and prove it", _add_merge, _merge),

@@ -1,4 +1,4 @@
-"""Speed and memory, measured: `python scripts/benchmark.py merge --shape 7b --output result.json`."""
+"""`lora-llava benchmark`; and `benchmark.py merge` and `benchmark.py gpu`, which measure what a test cannot."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.benchmarks import merge
+from lora_llava.cli import main as run_verb
+from tests.benchmarks import gpu, merge
 
-BENCHMARKS = {"merge": merge}
+BENCHMARKS = {"merge": merge, "gpu": gpu}
 
 
 def where() -> dict[str, Any]:
@@ -24,7 +25,9 @@ def where() -> dict[str, Any]:
     return {**machine(), "memory_bytes": psutil.virtual_memory().total, "versions": versions()}
 
 
-def main() -> None:
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
+        return run_verb("benchmark")
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, module in BENCHMARKS.items():
@@ -37,7 +40,8 @@ def main() -> None:
     print(text)
     if args.output:
         args.output.write_text(text + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -14,7 +13,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from tqdm import tqdm
 
-from lora_llava.training.benchmark_sides import SIDES, Settings, run_side
+from lora_llava.errors import UserError
+from lora_llava.training.benchmark_sides import Settings, run_side
 from lora_llava.training.memory import GIB
 from lora_llava.training.run_directory import machine, versions, write_json
 
@@ -38,7 +38,14 @@ def benchmark(
 
     Returns:
         `machine`, `versions`, `settings` and `results`.
+
+    Raises:
+        UserError: For what this machine cannot run.
     """
+    if cap_gb is not None and not torch.cuda.is_available():
+        raise UserError(f"--cap-gb {cap_gb:g} caps a GPU's memory, and there is none here; leave it out")
+    if shape not in ("tiny", "tiny_body") and not torch.cuda.is_available():
+        raise UserError(f"--shape {shape} would take days without a GPU; take tiny or tiny_body")
     optimizer = "paged_adamw_8bit" if torch.cuda.is_available() and r >= 64 else "adamw_torch"
     cap = None if cap_gb is None else int(cap_gb * GIB)
     settings = [Settings(side, shape, batch_size, batch_size, steps, r, optimizer, cap) for side in sides]
@@ -70,14 +77,15 @@ def _smallest_that_fits(settings: Settings) -> dict[str, Any]:
     """Run a side with the largest forward pass that its memory allows, the batch of a step kept by accumulation."""
     micro = settings.micro_batch
     while micro >= 1:
-        found = _in_own_process(replace(settings, micro_batch=micro))
+        found = run_in_process(replace(settings, micro_batch=micro))
         if "out_of_memory" not in found:
             return found
         micro //= 2
     return {"name": settings.side, "out_of_memory": True}
 
 
-def _in_own_process(settings: Settings) -> dict[str, Any]:
+def run_in_process(settings: Settings) -> dict[str, Any]:
+    """Run one side in a process of its own, so that its peak memory is its own; `out_of_memory` where there was none."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_run, settings).result()
@@ -112,11 +120,3 @@ def _table(result: dict[str, Any]) -> RichTable:
             f"{row['peak_memory_bytes'] / GIB:.2f} GiB", str(row["micro_batch"]), str(row["checkpointed_layers"]),
         )  # fmt: skip
     return table
-
-
-def read_result(file: Path) -> dict[str, Any]:
-    """Read a result that `benchmark` wrote."""
-    return dict(json.loads(file.read_text(encoding="utf-8")))
-
-
-__all__ = ["SIDES", "benchmark", "read_result"]

@@ -41,20 +41,21 @@ class DrawnPictures:
         raise BadImageError(f"picture {name} has no file")
 
 
-def draw_rows(count: int, seed: int = 0) -> list[Conversation]:
+def draw_rows(count: int, seed: int = 0, words: int | None = None) -> list[Conversation]:
     """Conversations of one question and one answer.
 
     Args:
         count: How many.
         seed: Draws them.
+        words: The length of every text, each with a picture; None draws lengths and pictures as ScienceQA has them.
     """
     generator = random.Random(seed)
     rows = []
     for index in range(count):
-        words = max(16, min(_MOST_WORDS, int(generator.lognormvariate(_LOG_MEAN, _LOG_SPREAD))))
-        answer = int(words * _ANSWER_SHARE)
-        has_picture = generator.random() < PICTURE_SHARE
-        question = ("<image>\n" if has_picture else "") + _text(generator, words - answer)
+        length = words or max(16, min(_MOST_WORDS, int(generator.lognormvariate(_LOG_MEAN, _LOG_SPREAD))))
+        answer = int(length * _ANSWER_SHARE)
+        has_picture = words is not None or generator.random() < PICTURE_SHARE
+        question = ("<image>\n" if has_picture else "") + _text(generator, length - answer)
         turns = (Turn("user", question), Turn("assistant", _text(generator, answer)))
         rows.append(Conversation(str(index), turns, (str(index),) if has_picture else (), {}))
     return rows
@@ -77,9 +78,9 @@ def shape_config(shape: str, vocabulary: int, image_token_id: int) -> LlavaConfi
     hidden, inner, layers, heads = SHAPES[shape]
     tiny = shape.startswith("tiny")
     text = LlamaConfig(
-        vocab_size=vocabulary if shape == "tiny_body" else 32064, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096, bos_token_id=1,
-        eos_token_id=2,
+        vocab_size=vocabulary if shape == "tiny_body" else 32064, hidden_size=hidden, intermediate_size=inner,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096,
+        bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     width, depth = (64, 3) if tiny else (1024, 24)
     vision = CLIPVisionConfig(

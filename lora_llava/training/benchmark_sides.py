@@ -51,6 +51,7 @@ class Settings:
         r: Rank of the adapters.
         optimizer: transformers' name.
         cap_bytes: Of GPU memory; None for no cap.
+        words: Of every row's text, each with a picture; None for ScienceQA's lengths.
         seed: Draws rows and weights.
     """
 
@@ -62,6 +63,7 @@ class Settings:
     r: int
     optimizer: str
     cap_bytes: int | None
+    words: int | None = None
     seed: int = 0
 
 
@@ -136,7 +138,7 @@ def _arguments(settings: Settings, **own: Any) -> SFTConfig:
 
 def _ours(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
     cached = settings.side == "ours_cached"
-    conversations = draw_rows((settings.steps + 1) * settings.batch_size, settings.seed)
+    conversations = draw_rows((settings.steps + 1) * settings.batch_size, settings.seed, settings.words)
     samples, _ = build_rows(
         conversations, tokenizer=processor.tokenizer, template="vicuna_v1", num_image_tokens=config.image_seq_length,
         max_length=4096,
@@ -207,7 +209,7 @@ def _planned(settings: Settings, config: LlavaConfig, rows: Any, samples: Any, c
 
 def _trl(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
     """TRL as its documentation has it: its VLM collator on prompts and completions, peft_config, and its defaults."""
-    conversations = draw_rows((settings.steps + 1) * settings.batch_size, settings.seed)
+    conversations = draw_rows((settings.steps + 1) * settings.batch_size, settings.seed, settings.words)
     grouped = settings.side == "trl_grouped"
     dataset = Dataset.from_list(
         [
