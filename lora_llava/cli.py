@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import argparse
 import errno
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_llava import __version__
 from lora_llava.errors import ToldError
+from lora_llava.quiet import quieten
 
 # Heavy imports stand inside the verbs, so that `--help` and usage errors answer at once.
-
-
-def quieten() -> None:
-    """Leave the terminal to our own lines: libraries' bars and remarks about fallbacks we chose are off."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl")
-    for name in ("bitsandbytes", "transformers", "trl", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import datasets
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    datasets.disable_progress_bars()
 
 
 def _console() -> Any:

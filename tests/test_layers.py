@@ -10,7 +10,19 @@ import pytest
 import lora_llava
 
 PACKAGE = Path(lora_llava.__file__).parent
-LAYERS = ["errors", "recipe", "data", "demo", "model", "inference", "evaluation", "training", "publishing", "cli"]
+LAYERS = [
+    "errors",
+    "quiet",
+    "recipe",
+    "data",
+    "demo",
+    "model",
+    "inference",
+    "evaluation",
+    "training",
+    "publishing",
+    "cli",
+]
 """From the bottom up; a module imports from its own layer or those before it."""
 APART = [("data", "model"), ("model", "data"), ("data", "recipe"), ("inference", "recipe"), ("evaluation", "recipe")]
 

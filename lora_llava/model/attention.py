@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import inspect
 import itertools
 from typing import Any
@@ -52,15 +52,24 @@ def flash_varlen_attention(
     longest = int(max_length_q or torch.diff(cu_seq_lens_q).max())
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, head size)
     lengths = (cu_seq_lens_q, cu_seq_lens_q, longest, longest)
-    if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_varlen_func
-
-        output = flash_attn_varlen_func(q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True)
+    flash_attn = find_flash_attn()
+    if flash_attn is not None:
+        output = flash_attn(q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True)
     else:
         from torch.nn.attention.varlen import varlen_attn
 
         output = varlen_attn(q, k, v, *lengths, scale=scaling, **_varlen_options(varlen_attn, key, query))
     return output.unsqueeze(0), None
+
+
+@functools.cache
+def find_flash_attn() -> Any:
+    """flash_attn's function, or None where it is not installed or was built for another torch."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:  # also what a library with undefined symbols raises
+        return None
+    return flash_attn_varlen_func
 
 
 def _varlen_options(function: Any, key: torch.Tensor, query: torch.Tensor) -> dict[str, Any]:
@@ -127,12 +136,20 @@ def resolve_attention(asked: str, dtype: torch.dtype) -> tuple[bool, str]:
         return False, "sdpa, padded"
     if not torch.cuda.is_available():
         return True, "flash_varlen, padding-free, by SDPA on each sample"
-    if dtype == torch.float32:  # FlashAttention's kernels have 16 bits
+    if problem := _kernel_problem(dtype):
+        reason, mend = problem
         if asked == "flash_varlen":
-            raise UserError(
-                "model.attention is flash_varlen, but its GPU kernels do not compute in float32; set "
-                "model.dtype=bfloat16, or model.attention=sdpa"
-            )
-        return False, "sdpa, padded: flash_varlen has no float32 on a GPU"
-    kernel = "flash_attn" if importlib.util.find_spec("flash_attn") is not None else "torch.nn.attention.varlen"
+            raise UserError(f"model.attention is flash_varlen, but its GPU kernels {reason}; set {mend}")
+        return False, f"sdpa, padded: flash_varlen's GPU kernels {reason}"
+    kernel = "flash_attn" if find_flash_attn() is not None else "torch.nn.attention.varlen"
     return True, f"flash_varlen, padding-free, by {kernel}"
+
+
+def _kernel_problem(dtype: torch.dtype) -> tuple[str, str] | None:
+    """Why FlashAttention cannot run on this GPU, and the mend; None where it can."""
+    if dtype == torch.float32:
+        return "do not compute in float32", "model.dtype=bfloat16, or model.attention=sdpa"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:  # FlashAttention 2's README: Ampere, Ada, Hopper
+        return f"need compute capability 8.0, and this GPU has {major}.{minor}", "model.attention=sdpa"
+    return None

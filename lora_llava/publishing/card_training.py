@@ -53,6 +53,7 @@ def _data_rows(package: Package) -> list[tuple[str, str]]:
 
 def _setting_rows(package: Package) -> list[tuple[str, str]]:
     recipe, data, training = package.recipe, package.recipe["data"], package.recipe["training"]
+    step = package.metrics.get("step", {})
     projector_rate = training["projector_learning_rate"] or training["learning_rate"]
     rate = f"{training['learning_rate']:g} (projector {projector_rate:g})"
     rows = [("LoRA", _lora(recipe["lora"]))] if recipe["lora"] else []
@@ -60,13 +61,20 @@ def _setting_rows(package: Package) -> list[tuple[str, str]]:
         ("quantisation while training", _QUANTIZATIONS[recipe["model"]["quantization"]]),
         ("template", f"{data['template']}, image {data['image_position']}, {data['image_aspect']}"),
         ("learning rate", f"{rate}, {training['lr_scheduler']}, warm-up {training['warmup_ratio']:g}"),
-        ("batch", f"{training['batch_size']} x {training['gradient_accumulation']}"),
-        ("optimizer", f"{training['optimizer']}, weight decay {training['weight_decay']:g}"),
+        ("batch", _batch(training)),
+        ("optimizer", f"{step.get('optimizer', training['optimizer'])}, weight decay {training['weight_decay']:g}"),
         ("seed", str(recipe["seed"])),
     ]  # fmt: skip
     if package.record.get("recipe_hash"):
         rows.append(("recipe", f"`recipe.yaml`, SHA-256 as it ran `{package.record['recipe_hash'][:_SHORT]}`"))
     return rows
+
+
+def _batch(training: dict[str, Any]) -> str:
+    if training.get("max_tokens_per_row"):
+        rows, tokens = training["gradient_accumulation"], training["max_tokens_per_row"]
+        return f"{rows} row{'s' * (rows != 1)} of up to {tokens:,} tokens, whole samples packed"
+    return f"{training['batch_size']} x {training['gradient_accumulation']}"
 
 
 def _lora(lora: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from rich.table import Table as RichTable
 from tqdm import tqdm
 
 from lora_llava.errors import UserError
+from lora_llava.quiet import quieten
 from lora_llava.training.benchmark_sides import Settings, run_side
 from lora_llava.training.memory import GIB
 from lora_llava.training.run_directory import machine, versions, write_json
@@ -85,16 +86,13 @@ def _smallest_that_fits(settings: Settings) -> dict[str, Any]:
 
 
 def run_in_process(settings: Settings) -> dict[str, Any]:
-    """Run one side in a process of its own, so that its peak memory is its own; `out_of_memory` where there was none."""
+    """Run one side in a process of its own, so that its peak memory is its own; `out_of_memory` if there was none."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=quieten) as pool:
         return pool.submit(_run, settings).result()
 
 
 def _run(settings: Settings) -> dict[str, Any]:
-    from lora_llava.cli import quieten
-
-    quieten()
     try:
         return run_side(settings)
     except torch.cuda.OutOfMemoryError as error:

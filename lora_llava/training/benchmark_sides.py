@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import torch
 from datasets import Dataset
 from peft import LoraConfig
@@ -14,9 +15,10 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, PrinterCall
 from trl import SFTConfig, SFTTrainer
 
 from lora_llava.data.collator import PackedCollator
+from lora_llava.data.conversation import Conversation
 from lora_llava.data.images import Pixels
 from lora_llava.data.rows import build_rows
-from lora_llava.data.templates import chat_template, get_template
+from lora_llava.data.templates import Template, chat_template, get_template
 from lora_llava.model.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.adapters import add_adapters, lora_config
 from lora_llava.model.attention import use_flash_varlen
@@ -53,6 +55,7 @@ class Settings:
         cap_bytes: Of GPU memory; None for no cap.
         words: Of every row's text, each with a picture; None for ScienceQA's lengths.
         seed: Draws rows and weights.
+        pool: Batches that rows are drawn for, at least.
     """
 
     side: str
@@ -65,6 +68,7 @@ class Settings:
     cap_bytes: int | None
     words: int | None = None
     seed: int = 0
+    pool: int = 200
 
 
 class Clock(TrainerCallback):
@@ -101,7 +105,7 @@ def run_side(settings: Settings) -> dict[str, Any]:
     tokenizer = load_tokenizer(DEMO_FOLDER / "llm")
     image_token = int(tokenizer.convert_tokens_to_ids("<image>"))
     config = shape_config(settings.shape, len(tokenizer), image_token)
-    template = chat_template(get_template("vicuna_v1"))
+    template = chat_template(_template())
     pixels = image_processor_of(DEMO_FOLDER / "none", config)
     processor = build_processor(tokenizer, config, pixels, template)
     clock = Clock()
@@ -115,6 +119,16 @@ def run_side(settings: Settings) -> dict[str, Any]:
         "peak_memory_bytes": peak_memory_bytes(), "seconds": clock.seconds, "real_tokens": tokens,
         "losses": clock.losses, "micro_batch": settings.micro_batch, **told,
     }  # fmt: skip
+
+
+def _template() -> Template:
+    """Vicuna's, without the system text, which the demo's tokenizer would break into far more tokens than Vicuna's."""
+    return get_template("vicuna_v1", "")
+
+
+def _rows(settings: Settings) -> list[Conversation]:
+    """Enough that transformers groups them by length as it groups a real data set: by 50 batches, if there are 200."""
+    return draw_rows(max(settings.steps + 1, settings.pool) * settings.batch_size, settings.seed, settings.words)
 
 
 def _random_model(settings: Settings, config: LlavaConfig, with_tower: bool = True) -> LlavaForConditionalGeneration:
@@ -138,17 +152,18 @@ def _arguments(settings: Settings, **own: Any) -> SFTConfig:
 
 def _ours(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
     cached = settings.side == "ours_cached"
-    conversations = draw_rows((settings.steps + 1) * settings.batch_size, settings.seed, settings.words)
+    conversations = _rows(settings)
     samples, _ = build_rows(
-        conversations, tokenizer=processor.tokenizer, template="vicuna_v1", num_image_tokens=config.image_seq_length,
+        conversations, tokenizer=processor.tokenizer, template=_template(), num_image_tokens=config.image_seq_length,
         max_length=4096,
     )  # fmt: skip
     rows = batch_samples([len(sample["input_ids"]) for sample in samples], settings.batch_size, seed=settings.seed)
-    size = settings.micro_batch
+    rows, size = rows[: settings.steps + 1], settings.micro_batch
     rows = [row[start : start + size] for row in rows for start in range(0, len(row), size)]
     pictures: Any = Pixels(DrawnPictures(), processor.image_processor)
     if cached:
-        pictures = _features(settings, config, pictures, samples)
+        names = [name for row in rows for i in row for name in samples[i]["image_files"]]
+        pictures = _features(settings, config, pictures, names)
     model = _random_model(settings, config, with_tower=not cached)
     use_flash_varlen(model)
     peft_model = add_adapters(model, lora_config(r=settings.r, alpha=16, targets=LINEARS))
@@ -177,11 +192,10 @@ class CountingTrainer(LlavaSFTTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def _features(settings: Settings, config: LlavaConfig, pixels: Pixels, samples: list[dict[str, Any]]) -> Any:
+def _features(settings: Settings, config: LlavaConfig, pixels: Pixels, names: list[str]) -> Any:
     """Every picture's features, computed before the clock runs, as a vision cache does."""
     model = _random_model(settings, config)
     tower, device = model.model.vision_tower, default_device()
-    names = [name for sample in samples for name in sample["image_files"]]
     kept = {name: tower_features(tower, config, pixels([name]).to(device))[0].cpu() for name in names}
     del model, tower
     if torch.cuda.is_available():
@@ -209,21 +223,19 @@ def _planned(settings: Settings, config: LlavaConfig, rows: Any, samples: Any, c
 
 def _trl(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
     """TRL as its documentation has it: its VLM collator on prompts and completions, peft_config, and its defaults."""
-    conversations = draw_rows((settings.steps + 1) * settings.batch_size, settings.seed, settings.words)
+    conversations, pictures = _rows(settings), DrawnPictures()
     grouped = settings.side == "trl_grouped"
     dataset = Dataset.from_list(
         [
             {
-                "images": [DrawnPictures().open(name) for name in row.images],
+                "images": [{"bytes": pictures.read(name), "path": None} for name in row.images],
                 "prompt": [{"role": "user", "content": row.turns[0].text.replace("<image>\n", "")}],
                 "completion": [{"role": "assistant", "content": row.turns[1].text}],
                 "length": len(row.turns[0].text.split()) + len(row.turns[1].text.split()) + 576 * len(row.images),
             }
-            for row in sorted(
-                conversations, key=lambda row: -len(row.images)
-            )  # the first row shows that there are some
+            for row in conversations
         ]
-    )
+    ).cast_column("images", datasets.List(datasets.Image()))
     targets = lora_config(r=settings.r, targets=LINEARS).target_modules
     adapters = LoraConfig(
         r=settings.r, lora_alpha=16, target_modules=targets, modules_to_save=["multi_modal_projector"],

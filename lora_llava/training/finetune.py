@@ -24,6 +24,7 @@ from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.training import report
 from lora_llava.training.features import cache_features
 from lora_llava.training.plan import RunPlan, is_padding_free, plan_run
+from lora_llava.training.planner import resolve_optimizer
 from lora_llava.training.run_directory import (
     METRICS_FILE,
     is_run,
@@ -180,6 +181,10 @@ def _metrics(
         "before": before,
         "after": after,
         "train": result.as_dict(),
+        "step": {
+            "optimizer": resolve_optimizer(plan.recipe, cuda=plan.step.cuda), "planned_bytes": plan.step.peak,
+            "checkpointed_layers": plan.step.checkpointed, "offloaded": plan.step.offloaded,
+        },
         "data": {name: split.report.as_dict() for name, split in plan.splits.items()},
         "model": {
             "base": base.as_dict(), "trained_parameters": plan.trained_parameters, "freeze_plan": describe_plan(model),

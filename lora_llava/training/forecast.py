@@ -68,7 +68,7 @@ def forecast(recipe: Recipe) -> Forecast:
         step = build_step(recipe, model.config, _limits(recipe, model.config), cuda=cuda)
         return Forecast(step, recipe.training.max_steps, None, f"data not at hand ({error}): rows taken as full")
     tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
-    drawn = random.Random(recipe.seed).sample(range(len(conversations)), min(_SAMPLES, len(conversations)))
+    drawn = sorted(random.Random(recipe.seed).sample(range(len(conversations)), min(_SAMPLES, len(conversations))))
     samples, _ = build_rows(
         [conversations[i] for i in drawn],
         tokenizer=tokenizer,

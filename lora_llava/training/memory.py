@@ -120,12 +120,14 @@ class Step:
         queries, keys = self.linear_shapes["q_proj"][1], self.linear_shapes["k_proj"][1]
         per_token = size * (2 * hidden + 2 * queries + 2 * keys + 2 * inner)  # norms' inputs; q, k, v, out; gate, up
         per_token += 4 * text.num_attention_heads  # attention's log-sum-exp
-        if not self.cuda:
-            per_token += size * queries  # the samples' outputs, laid together
+        dropout = self.lora is not None and self.lora.dropout > 0
+        if not self.cuda and not dropout:
+            per_token += size * queries  # the samples' outputs, laid together for o_proj
         if self.lora is not None:
             inputs = sum(self.linear_shapes[name][0] for name in self.lora.targets)
             shared = 2 * hidden + inner  # norms' outputs, and what down_proj reads; attention's output is there already
-            per_token += (size + 1) * inputs if self.lora.dropout else size * shared  # dropped copies, and their masks
+            mask = 1 if self.cuda else size
+            per_token += (size + mask) * inputs if dropout else size * shared  # dropped copies, and their masks
             per_token += size * self.lora.r * len(self.lora.targets)
         return per_token * self.tokens
 

@@ -56,18 +56,22 @@ def print_memory(recipe: Recipe, step: Step, console: Console) -> None:
     """What a step takes, part by part, and how much of it is recomputed."""
     table = RichTable(title=f"Memory of a step: a row of up to {step.tokens:,} tokens", title_justify="left")
     table.add_column("part")
-    table.add_column("GiB", justify="right")
+    table.add_column("", justify="right")
     for name, size in step.parts().items():
         if size:
-            table.add_row(name, f"{size / GIB:.2f}")
+            table.add_row(name, _size(size))
     table.add_section()
-    table.add_row("peak", f"{step.peak / GIB:.2f}")
+    table.add_row("peak", _size(step.peak))
     console.print(table)
     budget, source = memory_budget(recipe)
     console.print(
         f"{recomputation(step)}; {budget / GIB:.1f} GiB to stay in ({source}); optimizer "
         f"{resolve_optimizer(recipe, cuda=step.cuda)}"
     )
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
 
 
 def print_downloads(plan: RunPlan, cache: Path, console: Console) -> None:

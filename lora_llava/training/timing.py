@@ -29,7 +29,7 @@ _REPEATS = 3
 
 
 def time_row(recipe: Recipe, step: Step) -> float | None:
-    """Seconds of one forward and backward pass over a full row, from one and two layers with random weights.
+    """Seconds of one optimiser step on a full row, from one and two layers with random weights.
 
     Args:
         recipe: The recipe.
@@ -61,6 +61,7 @@ def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:
     peft_model = add_adapters(model, run_lora_config(recipe)).train()
     make_lean(model.model.language_model)
     batch = _full_row(step, recipe, device)
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-6)
     seconds = []
     for _ in range(_REPEATS + 1):  # the first one warms up
         if device.type == "cuda":
@@ -69,6 +70,8 @@ def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = labelled_loss(peft_model, batch)[0]
         loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

@@ -90,6 +90,7 @@ def test_body_holds_data_settings_cost_and_curve(train: Train) -> None:
         "| quantisation while training | NF4, doubly quantised |",
         "| learning rate | 0.05 (projector 0.05), cosine, warm-up 0.03 |",
         "| batch | 8 x 1 |",
+        "| optimizer | adamw_torch, weight decay 0 |",
         f"| peak memory | {train_figures['peak_memory_bytes'] / 2**30:.2f} GiB |",
         "| trained parameters | lora 8,704, projector 6,272 |",
         f"SHA-256 as it ran `{package.record['recipe_hash'][:12]}`",

@@ -77,9 +77,15 @@ def test_the_backend_is_told_and_refused_where_it_cannot_run(monkeypatch: Any) -
     assert resolve_attention("auto", torch.float32) == (True, "flash_varlen, padding-free, by SDPA on each sample")
     assert resolve_attention("sdpa", torch.float32) == (False, "sdpa, padded")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     assert resolve_attention("auto", torch.float32)[0] is False
     assert resolve_attention("auto", torch.bfloat16)[1] == "flash_varlen, padding-free, by torch.nn.attention.varlen"
     with pytest.raises(
         UserError, match=r"do not compute in float32; set model.dtype=bfloat16, or model.attention=sdpa"
     ):
         resolve_attention("flash_varlen", torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    told = "need compute capability 8.0, and this GPU has 7.5"
+    assert resolve_attention("auto", torch.bfloat16) == (False, f"sdpa, padded: flash_varlen's GPU kernels {told}")
+    with pytest.raises(UserError, match=f"{told}; set model.attention=sdpa"):
+        resolve_attention("flash_varlen", torch.bfloat16)

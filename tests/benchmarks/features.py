@@ -1,0 +1,64 @@
+"""Batches from cached features against batches from pictures: samples a second of the collator alone."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lora_llava.data.collator import PackedCollator
+from lora_llava.data.images import FolderImages, Pictures, Pixels
+from lora_llava.model.base import image_processor_of
+from lora_llava.model.vision_cache import CachedFeatures, FeatureStore
+from lora_llava.training.benchmark_data import shape_config
+
+REPEATS = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """PNG pictures of 480 x 360 for CLIP ViT-L/14-336, and its features of 576 x 1024 in bfloat16 from disk."""
+    config = shape_config("7b", 0, 32000)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        names = [f"{index}.png" for index in range(args.pictures)]
+        store = FeatureStore(folder / "features", {})
+        store.load()
+        for picture in names:
+            pixels = random.Random(picture).randbytes(96 * 72 * 3)
+            Image.frombytes("RGB", (96, 72), pixels).resize((480, 360)).save(folder / picture)
+            store.put(picture, torch.randn(576, 1024).to(torch.bfloat16))
+        store.flush()
+        sources: dict[str, Pictures] = {
+            "pixels": Pixels(FolderImages(folder, 10**7), image_processor_of(folder, config)),
+            "cached": CachedFeatures(store, {picture: picture for picture in names}),
+        }
+        rates = {key: _rate(PackedCollator(source), names, args.batch_size) for key, source in sources.items()}
+    return {
+        "pictures": args.pictures, "batch_size": args.batch_size, "samples_per_second": rates,
+        "cached_over_pixels": rates["cached"] / rates["pixels"],
+    }  # fmt: skip
+
+
+def _rate(collator: PackedCollator, names: list[str], batch_size: int) -> float:
+    rows = [
+        {"input_ids": [32000] * 576 + [5] * 300, "labels": [-100] * 700 + [5] * 176, "image_files": [name]}
+        for name in names
+    ]
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for first in range(0, len(rows), batch_size):
+            collator(rows[first : first + batch_size])
+        seconds.append(time.perf_counter() - start)
+    return len(rows) / min(seconds)

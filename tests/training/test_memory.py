@@ -1,0 +1,183 @@
+"""The planner's arithmetic against what is really there, and its choices against all others."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModel, CLIPVisionConfig, LlamaConfig, LlamaModel, LlavaConfig
+
+from lora_llava.model.activation_checkpointing import checkpoint_language_model
+from lora_llava.model.adapters import add_adapters, lora_config, planned_parameters
+from lora_llava.model.attention import IMPLEMENTATION, register_flash_varlen
+from lora_llava.model.lean import make_lean
+from lora_llava.model.random_weights import build_random_llava
+from lora_llava.recipe.schema import LINEARS, LoraSection
+from lora_llava.training.benchmark_data import shape_config
+from lora_llava.training.memory import (
+    CUDA_CONTEXT,
+    GIB,
+    Step,
+    candidates,
+    fit_step,
+    projector_parameters,
+    smallest,
+    vision_parameters,
+)
+from tests.memory import saved_bytes
+
+SMALL = LlavaConfig(
+    text_config=LlamaConfig(
+        hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4, vocab_size=500,
+    ),
+    vision_config=CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+    ),
+    image_token_index=499, image_seq_length=4,
+)  # fmt: skip
+
+
+def step_of(shape: str = "7b", **values: Any) -> Step:
+    config = SMALL if shape == "small" else shape_config(shape, 0, 32000)
+    defaults: dict[str, Any] = {
+        "config": config, "quantization": "nf4", "dtype_bytes": 2, "lora": LoraSection(r=16), "optimizer_bytes": 8,
+        "tokens": 3072, "trained_tokens": 1000, "pictures": 4, "cached_features": True, "cuda": True,
+    }  # fmt: skip
+    return Step(**defaults | values)
+
+
+@pytest.mark.parametrize(("shape", "lora", "projector"), [("7b", 159907840, 20979712), ("13b", 250347520, 31467520)])
+def test_parameters_that_train_are_counted_exactly(shape: str, lora: int, projector: int) -> None:
+    step = step_of(shape, lora=LoraSection(r=64))
+    assert step.lora_parameters == lora
+    assert projector_parameters(step.config) == projector
+
+
+@pytest.mark.parametrize("options", [{}, {"targets": ("q_proj", "down_proj")}, {"dora": True}])
+def test_adapters_are_counted_as_peft_makes_them(options: dict[str, Any]) -> None:
+    section = LoraSection(r=4, **options)
+    made = planned_parameters(SMALL, lora_config(**section.model_dump()))
+    assert step_of("small", lora=section).lora_parameters == made["lora"]
+    assert projector_parameters(SMALL) == made["projector"]
+
+
+@pytest.mark.parametrize("config", [SMALL, shape_config("7b", 0, 32000)])
+def test_the_tower_is_counted_as_transformers_makes_it(config: LlavaConfig) -> None:
+    with torch.device("meta"):
+        tower = AutoModel.from_config(config.vision_config)
+    assert vision_parameters(config) == sum(p.numel() for p in tower.parameters())
+
+
+def test_weights_take_the_bytes_that_they_really_take() -> None:
+    model = build_random_llava(SMALL, quantization="nf4", dtype=torch.bfloat16, device=torch.device("cpu"))
+    parts = step_of("small", cached_features=False).parts()
+    four_bit, whole = 0, 0
+    for name, parameter in model.model.language_model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is None:
+            whole += parameter.nbytes
+        else:
+            four_bit += parameter.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+            assert name.endswith("proj.weight")
+    whole += model.lm_head.weight.nbytes
+    tower = sum(p.nbytes for p in model.model.vision_tower.parameters())
+    assert parts["embeddings, head, norms"] == whole
+    assert parts["vision tower"] == tower
+    assert parts["language model, NF4"] == pytest.approx(four_bit, rel=0.01)  # blocks that are not full
+
+
+@pytest.mark.parametrize(("cuda", "dropout"), [(True, 0.0), (False, 0.0), (False, 0.05)])
+def test_a_layer_keeps_what_the_arithmetic_says(cuda: bool, dropout: float) -> None:
+    """Saved bytes by token and layer; SDPA keeps what FlashAttention keeps, the CPU's loop a copy more."""
+    torch.manual_seed(0)
+    model = LlamaModel(SMALL.text_config).to(torch.bfloat16)
+    if not cuda:
+        register_flash_varlen()
+        model.set_attn_implementation(IMPLEMENTATION)
+    adapted = get_peft_model(model, LoraConfig(r=16, lora_dropout=dropout, target_modules=list(LINEARS))).train()
+    make_lean(adapted)
+    layers = model.layers
+
+    def kept(tokens: int, depth: int) -> int:
+        model.layers = layers[:depth]
+        embeds = torch.randn(1, tokens, 128, dtype=torch.bfloat16, requires_grad=True)
+        ends = torch.tensor([0, tokens // 2, tokens], dtype=torch.int32)
+        bounds = {} if cuda else {"cu_seq_lens_q": ends, "attention_mask": torch.zeros(1, 1, 1, 1)}
+        with torch.autocast("cpu", torch.bfloat16):
+            return saved_bytes(adapted, lambda: adapted(inputs_embeds=embeds, use_cache=False, **bounds))
+
+    two, one = (kept(96, depth) - kept(32, depth) for depth in (3, 2))
+    lora = LoraSection(r=16, dropout=dropout)
+    assert (two - one) / 64 == step_of("small", tokens=1, lora=lora, cuda=cuda).layer_bytes()
+
+
+def test_the_fastest_way_that_fits_is_taken() -> None:
+    step = step_of()
+    ways = candidates(step)
+    assert [way.checkpointed for way in ways] == [*range(32), 31]
+    assert [way.offloaded for way in ways] == [False] * 32 + [True]
+    assert all(later.peak <= earlier.peak for earlier, later in itertools.pairwise(ways))
+    for way in ways:
+        found = fit_step(step, way.peak)
+        assert found is not None
+        assert found.peak <= way.peak
+        assert (found.checkpointed, found.offloaded) <= (way.checkpointed, way.offloaded)
+        under = fit_step(step, found.peak - 1)
+        assert under is None or (under.checkpointed, under.offloaded) > (found.checkpointed, found.offloaded)
+    assert fit_step(step, smallest(step) - 1) is None
+
+
+def test_the_last_layer_is_free_to_keep() -> None:
+    assert replace(step_of(), checkpointed=31).peak < replace(step_of(), checkpointed=32).peak
+
+
+@pytest.mark.parametrize(("shape", "cap"), [("7b", 7.2), ("13b", 11.2)])
+def test_four_samples_of_768_tokens_are_planned_into_small_cards(shape: str, cap: float) -> None:
+    """By arithmetic alone: the figures that a GPU is to confirm (`scripts/benchmark.py gpu`)."""
+    found = fit_step(step_of(shape), int(cap * GIB) + CUDA_CONTEXT)
+    assert found is not None
+    assert not found.offloaded
+
+
+def test_more_of_anything_takes_more() -> None:
+    peak = step_of().peak
+    for change in (
+        {"tokens": 4096}, {"lora": LoraSection(r=64)}, {"quantization": "none"}, {"cached_features": False},
+        {"lora": LoraSection(r=16, dropout=0.1)}, {"dtype_bytes": 4},
+    ):  # fmt: skip
+        assert step_of(**change).peak > peak, change
+    assert step_of(optimizer_bytes=2).peak < peak
+    assert step_of(lora=None).peak < peak
+
+
+@pytest.mark.parametrize(("layers", "offload"), [(0, False), (1, False), (3, False), (None, False), (2, True)])
+def test_recomputed_and_offloaded_layers_give_the_same_gradients(layers: int | None, offload: bool) -> None:
+    """To the bit, whatever is kept; and no more is kept than planned."""
+
+    def run(layers: int | None, offload: bool) -> tuple[dict[str, torch.Tensor], int, list[bool]]:
+        torch.manual_seed(0)
+        model = build_random_llava(SMALL, quantization="none", dtype=torch.float32, device=torch.device("cpu"))
+        adapted = add_adapters(model, lora_config(r=4, alpha=8, targets=LINEARS)).train()
+        make_lean(model.model.language_model)
+        checkpoint_language_model(model, layers, offload)
+        ids = torch.tensor([[1, 499, 499, 499, 499, 5, 6, 7, 8, 9]])
+        pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+        outputs: list[torch.Tensor] = []
+        kept = saved_bytes(
+            adapted, lambda: outputs.append(adapted(input_ids=ids, pixel_values=pixels, use_cache=False).logits)
+        )
+        outputs[0].square().mean().backward()
+        flags = [bool(layer.gradient_checkpointing) for layer in model.model.language_model.layers]
+        return {n: p.grad for n, p in adapted.named_parameters() if p.grad is not None}, kept, flags
+
+    expected, everything, _ = run(0, False)
+    found, kept, flags = run(layers, offload)
+    count = 3 if layers is None else layers
+    assert flags == [index < count for index in range(3)]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    assert (kept < everything) == (count > 0)

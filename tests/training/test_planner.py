@@ -1,0 +1,209 @@
+"""Plans that a person reads: budgets, refusals with a mend, and `lora-llava plan`."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from lora_llava.errors import UserError
+from lora_llava.recipe import Recipe, load_recipe
+from lora_llava.recipe.io import check_recipe, shipped_recipes
+from lora_llava.training import forecast as forecasting
+from lora_llava.training import planner
+from lora_llava.training.benchmark_data import shape_config
+from lora_llava.training.forecast import forecast, print_forecast
+from lora_llava.training.memory import GIB
+from lora_llava.training.plan import plan_run
+from lora_llava.training.planner import (
+    Extremes,
+    build_step,
+    choose_checkpointing,
+    device_in_words,
+    leaner_steps,
+    measure_rows,
+    resolve_optimizer,
+    what_fits,
+)
+from lora_llava.training.timing import published_hours, time_row
+
+
+def samples() -> list[dict[str, Any]]:
+    shapes = [(10, 4, 1), (20, 2, 0), (7, 7, 2)]
+    return [
+        {
+            "input_ids": [0] * length,
+            "labels": [-100] * (length - trained) + [0] * trained,
+            "image_files": ["x"] * images,
+        }
+        for length, trained, images in shapes
+    ]
+
+
+def test_the_heaviest_row_is_found() -> None:
+    rows = [[0, 1], [2], [0, 2]]
+    assert measure_rows(rows, samples(), padded=False) == Extremes(30, 11, 3)
+    assert measure_rows(rows, samples(), padded=True) == Extremes(40, 11, 3)
+
+
+def changed(name: str, **values: Any) -> Recipe:
+    """A shipped recipe with values replaced, such as `training_memory_gb=4`."""
+    overrides = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in values.items()]
+    return load_recipe(name, overrides)
+
+
+def planned(recipe: Recipe, tokens: int = 4096) -> Any:
+    return build_step(recipe, shape_config("7b", 0, 32000), Extremes(tokens, 1500, 7), cuda=True)
+
+
+def test_a_number_is_a_budget_in_gib_and_decides_how_much_is_recomputed() -> None:
+    counts = []
+    for budget in (9, 12, 16, 24, 48):
+        recipe = changed("scienceqa_qlora.yaml", training__memory_gb=float(budget))
+        step = choose_checkpointing(recipe, planned(recipe))
+        assert step.peak <= budget * GIB
+        counts.append(step.checkpointed)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1] == 0
+
+
+def test_true_and_false_are_obeyed_and_refused_where_they_do_not_fit() -> None:
+    recipe = changed("scienceqa_qlora.yaml", training__gradient_checkpointing=True, training__memory_gb=24.0)
+    assert choose_checkpointing(recipe, planned(recipe)).checkpointed == 32
+    recipe = changed("scienceqa_qlora.yaml", training__gradient_checkpointing=False, training__memory_gb=16.0)
+    told = (
+        r"a step needs \d+\.\d GiB or more, and 16.0 GiB are there \(training.memory_gb 16 GiB\); set training.gradient"
+    )
+    with pytest.raises(UserError, match=told):
+        choose_checkpointing(recipe, planned(recipe))
+
+
+def test_a_budget_nothing_fits_in_names_the_smallest_that_does() -> None:
+    recipe = changed("scienceqa_qlora.yaml", training__memory_gb=4.0)
+    told = (
+        r"a step needs \d\.\d GiB or more, and 4.0 GiB are there .*; no setting of this recipe fits there: take a small"
+    )
+    with pytest.raises(UserError, match=told):
+        choose_checkpointing(recipe, planned(recipe))
+
+
+def test_a_mend_names_settings_that_fit() -> None:
+    recipe = changed("scienceqa_qlora.yaml", training__memory_gb=6.5)
+    with pytest.raises(UserError, match=r"; set (.*)$") as caught:
+        choose_checkpointing(recipe, planned(recipe))
+    overrides = str(caught.value).rsplit("; set ", 1)[1].split()
+    mended = load_recipe("scienceqa_qlora.yaml", ["training.memory_gb=6.5", *overrides])
+    tokens = mended.training.max_tokens_per_row
+    assert tokens is not None
+    assert choose_checkpointing(mended, planned(mended, tokens)).peak <= 6.5 * GIB
+
+
+def test_leaner_ways_need_less_one_after_the_other() -> None:
+    recipe = load_recipe("scienceqa_lora.yaml")
+    step = planned(recipe)
+    ways = leaner_steps(recipe, step)
+    peaks = [step.peak, *(leaner.peak for _, leaner in ways)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert ways[0][0] == "model.quantization=nf4"
+    assert ways[-1][0].count("max_tokens_per_row") == 1
+
+
+def test_the_recipe_for_8_gb_is_planned_into_8_gb() -> None:
+    recipe = load_recipe("scienceqa_qlora_8gb.yaml")
+    cards = dict(what_fits(recipe, planned(recipe, 2048)))
+    assert cards[8].startswith("as it is; ")
+    assert choose_checkpointing(recipe, planned(recipe, 2048)).peak <= 7.7 * GIB
+
+
+def test_the_optimizer_goes_by_rank_and_device() -> None:
+    recipe = load_recipe("scienceqa_qlora.yaml")
+    assert resolve_optimizer(recipe, cuda=True) == "paged_adamw_8bit"
+    assert resolve_optimizer(recipe, cuda=False) == "adamw_torch"
+    assert resolve_optimizer(changed("scienceqa_qlora.yaml", lora__r=32), cuda=True) == "adamw_torch"
+    assert resolve_optimizer(load_recipe("demo_align.yaml"), cuda=True) == "adamw_torch"
+    paged = changed("demo_align.yaml", training__optimizer="paged_adamw_8bit")
+    assert resolve_optimizer(paged, cuda=True) == "paged_adamw_8bit"
+    with pytest.raises(UserError, match="paged_adamw_8bit, which needs CUDA; set adamw_torch, or auto"):
+        resolve_optimizer(paged, cuda=False)
+
+
+def test_a_card_without_a_cuda_build_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert device_in_words() == "no GPU: it would run on the CPU"
+    monkeypatch.setattr(planner.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert device_in_words().startswith("CUDA card present, but this torch is the CPU build; install")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert device_in_words().startswith("CUDA card present, but torch cannot use it")
+
+
+def test_published_rates_are_scaled_by_size() -> None:
+    recipe = load_recipe("scienceqa_qlora.yaml")
+    hours = published_hours(planned(recipe), 2330 * 3600)
+    assert hours["RTX 4090"] == pytest.approx(1.0, rel=0.01)
+    larger = build_step(recipe, shape_config("13b", 0, 32000), Extremes(4096, 1500, 7), cuda=True)
+    assert published_hours(larger, 2330 * 3600)["RTX 4090"] == pytest.approx(12.69 / 6.48, rel=0.01)
+    assert time_row(recipe, planned(recipe)) is None  # not on a CPU
+
+
+def test_a_forecast_is_the_plan(stage2: Recipe) -> None:
+    """24 samples are all encoded, so that the forecast and the plan of the run agree."""
+    plan, found = plan_run(stage2), forecast(stage2)
+    assert (found.step.tokens, found.step.trained_tokens) == (plan.step.tokens, plan.step.trained_tokens)
+    assert found.steps == plan.order.steps == 4
+    assert found.tokens == pytest.approx(sum(plan.order.tokens_per_row for _ in plan.order.rows), rel=0.1)
+
+
+def test_a_plan_opens_no_picture_and_loads_no_weights(
+    stage2: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("lora_llava.data.images.read_rgb", refuse)
+    monkeypatch.setattr("safetensors.torch.load_file", refuse)
+    stream = io.StringIO()
+    print_forecast(stage2, Console(file=stream, width=160))
+    told = stream.getvalue()
+    for part in ("language model, NF4", "vision tower", "optimizer", "activations, kept", "peak", "24 GB"):
+        assert part in told
+    assert "4 steps" in told
+    assert "timed here on random weights" in told
+
+
+def test_a_plan_without_its_data_says_so(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+    stage2_content["data"]["path"] = str(tmp_path / "nowhere")
+    stream = io.StringIO()
+    print_forecast(check_recipe(stage2_content, "test"), Console(file=stream, width=300))
+    assert "data not at hand" in stream.getvalue()
+    assert "time: not known without the data" in stream.getvalue()
+
+
+def test_a_plan_that_cannot_run_here_is_refused_after_its_table(stage2_content: dict[str, Any]) -> None:
+    stage2_content["training"]["memory_gb"] = 0.2
+    recipe = check_recipe(stage2_content, "test")
+    stream = io.StringIO()
+    with pytest.raises(UserError, match=r"a step needs 0\.\d GiB or more, and 0.2 GiB are there"):
+        print_forecast(recipe, Console(file=stream, width=160))
+    assert "peak" in stream.getvalue()
+    with pytest.raises(UserError, match=r"and 0.2 GiB are there \(training.memory_gb 0.2 GiB\)"):
+        plan_run(recipe)
+
+
+def test_many_rows_are_scaled_up(stage2: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = forecast(stage2)
+    monkeypatch.setattr(forecasting, "_ROWS", 8)
+    monkeypatch.setattr(forecasting, "_SAMPLES", 8)
+    scaled = forecast(stage2)
+    assert scaled.steps == exact.steps
+    assert exact.tokens is not None
+    assert scaled.tokens == pytest.approx(exact.tokens, rel=0.3)
+
+
+def test_every_shipped_recipe_packs_or_batches() -> None:
+    for file in shipped_recipes():
+        training = load_recipe(file).training
+        assert training.max_tokens_per_row is None or training.max_tokens_per_row >= load_recipe(file).data.max_length
