@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import random
+from collections.abc import Sequence
 
+import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lora_llava.data.conversation import Conversation, Turn
 from lora_llava.data.images import read_rgb
@@ -69,6 +72,40 @@ def draw_rows(count: int, seed: int = 0, words: int | None = None) -> list[Conve
         turns = (Turn("user", question), Turn("assistant", _text(generator, answer)))
         rows.append(Conversation(str(index), turns, (str(index),) if has_picture else (), {}))
     return rows
+
+
+def text_length(row: Conversation) -> int:
+    """Tokens of a row's texts and picture, the template's few aside."""
+    return sum(len(turn.text.replace("<image>", "").split()) for turn in row.turns) + 576 * len(row.images)
+
+
+def lay_out(
+    lengths: Sequence[int], batch_size: int, steps: int, seed: int = 0
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Batches grouped by length as transformers groups them, and the same samples in random batches.
+
+    Of the batches that the whole pool is grouped into, every n-th by length is taken: few of them stand for all.
+
+    Args:
+        lengths: Tokens of each sample of the pool; 200 batches' worth or more is grouped as a real data set is.
+        batch_size: Samples of a batch.
+        steps: Batches that are taken.
+        seed: Draws both.
+
+    Returns:
+        The grouped batches and the random ones, each led by one more for warming up.
+    """
+    order = get_length_grouped_indices(list(lengths), batch_size, generator=torch.Generator().manual_seed(seed))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches.sort(key=lambda batch: sum(lengths[i] for i in batch))
+    grouped = [batches[int((step + 0.5) * len(batches) / steps)] for step in range(steps)]
+    warm_up = batches[len(batches) // 2]
+    generator = random.Random(seed)
+    generator.shuffle(grouped)
+    samples = [i for batch in grouped for i in batch]
+    generator.shuffle(samples)
+    shuffled = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    return [warm_up, *grouped], [warm_up, *shuffled]
 
 
 def _text(generator: random.Random, words: int) -> str:

@@ -29,11 +29,10 @@ from lora_llava.model.parts import DEMO_FOLDER
 from lora_llava.model.random_weights import build_random_llava
 from lora_llava.model.vision import freeze_tower, tower_features
 from lora_llava.recipe.schema import LINEARS, LoraSection
-from lora_llava.training.benchmark_data import DrawnPictures, draw_rows, shape_config
+from lora_llava.training.benchmark_data import DrawnPictures, draw_rows, lay_out, shape_config, text_length
 from lora_llava.training.callbacks import peak_memory_bytes
 from lora_llava.training.memory import CUDA_CONTEXT, Step, fit_step, smallest
 from lora_llava.training.planner import measure_rows
-from lora_llava.training.rows import batch_samples
 from lora_llava.training.stages import checkpointing_argument
 from lora_llava.training.trainer import Feed, LlavaSFTTrainer
 
@@ -55,7 +54,7 @@ class Settings:
         cap_bytes: Of GPU memory; None for no cap.
         words: Of every row's text, each with a picture; None for ScienceQA's lengths.
         seed: Draws rows and weights.
-        pool: Batches that rows are drawn for, at least.
+        pool: Batches that rows are drawn for, of which `steps` are trained.
     """
 
     side: str
@@ -126,9 +125,12 @@ def _template() -> Template:
     return get_template("vicuna_v1", "")
 
 
-def _rows(settings: Settings) -> list[Conversation]:
-    """Enough that transformers groups them by length as it groups a real data set: by 50 batches, if there are 200."""
-    return draw_rows(max(settings.steps + 1, settings.pool) * settings.batch_size, settings.seed, settings.words)
+def _batches(settings: Settings) -> list[list[Conversation]]:
+    """The batches of a run: the same samples for every side, grouped by length for one of them."""
+    pool = draw_rows(max(settings.steps, settings.pool) * settings.batch_size, settings.seed, settings.words)
+    grouped, shuffled = lay_out([text_length(row) for row in pool], settings.batch_size, settings.steps, settings.seed)
+    chosen = grouped if settings.side == "trl_grouped" else shuffled
+    return [[pool[i] for i in batch] for batch in chosen]
 
 
 def _random_model(settings: Settings, config: LlavaConfig, with_tower: bool = True) -> LlavaForConditionalGeneration:
@@ -152,14 +154,13 @@ def _arguments(settings: Settings, **own: Any) -> SFTConfig:
 
 def _ours(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
     cached = settings.side == "ours_cached"
-    conversations = _rows(settings)
+    conversations = [row for batch in _batches(settings) for row in batch]
     samples, _ = build_rows(
         conversations, tokenizer=processor.tokenizer, template=_template(), num_image_tokens=config.image_seq_length,
         max_length=4096,
     )  # fmt: skip
-    rows = batch_samples([len(sample["input_ids"]) for sample in samples], settings.batch_size, seed=settings.seed)
-    rows, size = rows[: settings.steps + 1], settings.micro_batch
-    rows = [row[start : start + size] for row in rows for start in range(0, len(row), size)]
+    indices, size = list(range(len(samples))), settings.micro_batch
+    rows = [indices[start : start + size] for start in range(0, len(indices), size)]
     pictures: Any = Pixels(DrawnPictures(), processor.image_processor)
     if cached:
         names = [name for row in rows for i in row for name in samples[i]["image_files"]]
@@ -223,15 +224,13 @@ def _planned(settings: Settings, config: LlavaConfig, rows: Any, samples: Any, c
 
 def _trl(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
     """TRL as its documentation has it: its VLM collator on prompts and completions, peft_config, and its defaults."""
-    conversations, pictures = _rows(settings), DrawnPictures()
-    grouped = settings.side == "trl_grouped"
+    conversations, pictures = [row for batch in _batches(settings) for row in batch], DrawnPictures()
     dataset = Dataset.from_list(
         [
             {
                 "images": [{"bytes": pictures.read(name), "path": None} for name in row.images],
                 "prompt": [{"role": "user", "content": row.turns[0].text.replace("<image>\n", "")}],
                 "completion": [{"role": "assistant", "content": row.turns[1].text}],
-                "length": len(row.turns[0].text.split()) + len(row.turns[1].text.split()) + 576 * len(row.images),
             }
             for row in conversations
         ]
@@ -241,7 +240,7 @@ def _trl(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) 
         r=settings.r, lora_alpha=16, target_modules=targets, modules_to_save=["multi_modal_projector"],
         task_type="CAUSAL_LM",
     )  # fmt: skip
-    arguments = _arguments(settings, train_sampling_strategy="group_by_length" if grouped else "random")
+    arguments = _arguments(settings, train_sampling_strategy="sequential")  # in the order of its strategy
     trainer = CountingTrl(
         model=_random_model(settings, config), args=arguments, train_dataset=dataset, processing_class=processor,
         peft_config=adapters, callbacks=[clock],
