@@ -1,4 +1,4 @@
-"""A terminal for our own lines."""
+"""What every verb sets before the libraries are there: a terminal for our own lines, and CUDA's allocator."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import warnings
 def quieten() -> None:
     """Leave the terminal to our own lines: libraries' bars and remarks about fallbacks we chose are off."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows differ in length: less is lost
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl")
     for name in ("bitsandbytes", "transformers", "trl", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -8,8 +8,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
-from peft.tuners.lora.bnb import Linear4bit
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
@@ -101,7 +100,7 @@ def make_lean(language_model: nn.Module) -> int:
             module.forward = MethodType(_lean_norm, module)
         elif isinstance(module, LlamaMLP) and module.config.hidden_act == "silu":
             module.forward = MethodType(_lean_mlp, module)
-        elif isinstance(module, (Linear, Linear4bit)):
+        elif isinstance(module, LoraLayer) and type(module).__name__ in ("Linear", "Linear4bit"):
             module.forward = MethodType(_lean_lora, module)
         else:
             continue

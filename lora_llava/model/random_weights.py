@@ -48,6 +48,7 @@ def build_random_llava(
                 scale = leaf == "weight" and parameter.ndim == 1  # of a norm
                 value = torch.ones(parameter.shape, dtype=dtype, device=device) if scale else draw(parameter.shape)
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    model.is_loaded_in_4bit = quantization == "nf4"  # by which peft and trl know a quantised model
     keep_autograd(model)
     return model.eval()
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from lora_llava.errors import UserError
 from lora_llava.model.parts import file_hash
 
 SHARD_PICTURES = 256
@@ -51,8 +52,11 @@ class FeatureStore:
     def __len__(self) -> int:
         return len(self._held) + len(self._shard_of)
 
-    def load(self) -> list[str]:
+    def load(self, wanted: Collection[str] | None = None) -> list[str]:
         """Take in the shards that are whole, and remove what is not.
+
+        Args:
+            wanted: Pictures that will be asked for; shards with none of them are left unread. None wants all.
 
         Returns:
             What was removed and why, a line each; nothing where all is well.
@@ -61,6 +65,7 @@ class FeatureStore:
             return []
         self.folder.mkdir(parents=True, exist_ok=True)
         shards, told = self._read_index()
+        shards = {name: digest for name, digest in shards.items() if self._is_wanted(name, digest, wanted)}
         total = sum((self.folder / name).stat().st_size for name in shards if (self.folder / name).is_file())
         bar = tqdm(
             desc="checking cached features", total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True
@@ -77,6 +82,20 @@ class FeatureStore:
         if told:
             self._write_index()
         return told
+
+    def _is_wanted(self, name: str, digest: Any, wanted: Collection[str] | None) -> bool:
+        """Whether a shard is to be read; one that is not stays as it is."""
+        assert self.folder is not None
+        if wanted is None:
+            return True
+        try:
+            with safe_open(self.folder / name, framework="pt") as content:
+                if any(picture in wanted for picture in content.keys()):  # noqa: SIM118 - not a dict
+                    return True
+        except (SafetensorError, OSError):
+            return True  # to be told
+        self._shards[name] = digest
+        return False
 
     def _read_index(self) -> tuple[dict[str, Any], list[str]]:
         assert self.folder is not None
@@ -126,7 +145,14 @@ class FeatureStore:
         number = 1 + max((int(re.findall(r"\d+", name)[0]) for name in self._shards), default=-1)
         name = f"features-{number:05}.safetensors"
         temporary = self.folder / f"{name}.part"
-        save_file(self._held, temporary)
+        try:
+            save_file(self._held, temporary)
+        except SafetensorError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"{temporary} cannot be written: {str(error).splitlines()[0]}; free some of the disk and run the same "
+                "command again: what was written before is kept"
+            ) from None
         _sync(temporary)
         digest = file_hash(temporary)
         temporary.rename(self.folder / name)

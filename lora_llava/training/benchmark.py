@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -56,7 +57,7 @@ def benchmark(
             for one in settings:
                 bar.set_postfix_str(one.side)
                 found = _smallest_that_fits(one)
-                if one.side not in best or found.get("seconds", 0) < best[one.side].get("seconds", 0):
+                if one.side not in best or found.get("seconds", math.inf) < best[one.side].get("seconds", math.inf):
                     best[one.side] = found
                 bar.update()
     result = {
@@ -76,13 +77,11 @@ def benchmark(
 
 def _smallest_that_fits(settings: Settings) -> dict[str, Any]:
     """Run a side with the largest forward pass that its memory allows, the batch of a step kept by accumulation."""
-    micro = settings.micro_batch
-    while micro >= 1:
+    for micro in (size for size in range(settings.micro_batch, 0, -1) if settings.batch_size % size == 0):
         found = run_in_process(replace(settings, micro_batch=micro))
         if "out_of_memory" not in found:
-            return found
-        micro //= 2
-    return {"name": settings.side, "out_of_memory": True}
+            break
+    return found
 
 
 def run_in_process(settings: Settings) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import datasets
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import LlavaConfig, LlavaForConditionalGeneration, PrinterCallback, TrainerCallback
+from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_llava.data.collator import PackedCollator
@@ -195,10 +195,11 @@ class CountingTrainer(LlavaSFTTrainer):
 
 def _features(settings: Settings, config: LlavaConfig, pixels: Pixels, names: list[str]) -> Any:
     """Every picture's features, computed before the clock runs, as a vision cache does."""
-    model = _random_model(settings, config)
-    tower, device = model.model.vision_tower, default_device()
+    device = default_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tower = AutoModel.from_config(config.vision_config, dtype=dtype).to(device).eval()
     kept = {name: tower_features(tower, config, pixels([name]).to(device))[0].cpu() for name in names}
-    del model, tower
+    del tower
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -7,11 +7,13 @@ import hashlib
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from rich.console import Console
 from tqdm import tqdm
 
@@ -50,8 +52,9 @@ def cache_features(plan: RunPlan, base: Base, console: Console) -> None:
         _fill(store, hashes, plan, base)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):  # two runs of one tower write one cache
-            for line in store.load():
+        wanted = {digest for found in hashes.values() for digest in found.values()}
+        with _locked(folder, console):  # two runs of one tower write one cache
+            for line in store.load(wanted):
                 console.print(f"vision cache: {line}", soft_wrap=True)
             _fill(store, hashes, plan, base)
     pictures = len({digest for found in hashes.values() for digest in found.values()})
@@ -59,6 +62,20 @@ def cache_features(plan: RunPlan, base: Base, console: Console) -> None:
     console.print(f"vision cache: {pictures:,} pictures in {where}; the vision tower is not loaded", soft_wrap=True)
     for name, split in plan.splits.items():
         split.pictures = CachedFeatures(store, hashes[name])
+
+
+@contextmanager
+def _locked(folder: Path, console: Console) -> Iterator[None]:
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        console.print(f"vision cache: another run is at work in {folder}; waiting for it", soft_wrap=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def cache_key(plan: RunPlan, base: Base) -> dict[str, Any]:

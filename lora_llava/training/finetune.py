@@ -63,6 +63,7 @@ def finetune(
         run = Path(stage1.output_dir)
         plans = [] if finished_stage1(stage1) else [_plan(stage1, console)]
         plan = _plan(recipe, console)
+        _refuse_what_cannot_fit([*plans, plan])
         for stage1_plan in plans:
             _run_stage(stage1_plan, resume and (run / "checkpoints").is_dir(), console)
             resume = resume and (folder / "checkpoints").is_dir()
@@ -70,6 +71,7 @@ def finetune(
         plan.recipe = recipe
     else:
         plan = _plan(recipe, console)
+        _refuse_what_cannot_fit([plan])
     return _run_stage(plan, resume, console)
 
 
@@ -126,6 +128,12 @@ def _plan(recipe: Recipe, console: Console) -> RunPlan:
     report.print_data(plan, console)
     report.print_memory(recipe, plan.step, console)
     return plan
+
+
+def _refuse_what_cannot_fit(plans: Iterable[RunPlan]) -> None:
+    for plan in plans:
+        if plan.refusal is not None:
+            raise plan.refusal
 
 
 def _run_stage(plan: RunPlan, resume: bool, console: Console) -> dict[str, Any]:
@@ -206,3 +214,4 @@ def dry_run(recipe: Recipe, recipe_folder: Path, console: Console) -> None:
         report.print_downloads(plan, cache_folder(), console)
         report.print_parameters(plan, console)
         report.print_sample(plan, console)
+        _refuse_what_cannot_fit([plan])

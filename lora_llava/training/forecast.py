@@ -15,6 +15,7 @@ from lora_llava.data.conversation import Conversation
 from lora_llava.data.rows import build_rows
 from lora_llava.data.templates import get_template
 from lora_llava.errors import UserError
+from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.start import plan_model
 from lora_llava.recipe import Recipe
 from lora_llava.training import report
@@ -45,12 +46,14 @@ class Forecast:
         step: Of the heaviest row, nothing recomputed yet.
         steps: Optimiser steps.
         tokens: Real tokens of the run; None without data.
+        padding: Tokens with padding over real ones.
         source: What lengths are from, in words.
     """
 
     step: Step
     steps: int | None
     tokens: int | None
+    padding: float
     source: str
 
 
@@ -60,13 +63,15 @@ def forecast(recipe: Recipe) -> Forecast:
     Raises:
         UserError: Where the model's config cannot be had, or a setting cannot run here.
     """
+    if recipe.model.quantization == "nf4":
+        check_bitsandbytes()
     model = plan_model(recipe.model)
     cuda = torch.cuda.is_available()
     try:
         conversations = read_splits(recipe)["train"][0]
     except UserError as error:
         step = build_step(recipe, model.config, _limits(recipe, model.config), cuda=cuda)
-        return Forecast(step, recipe.training.max_steps, None, f"data not at hand ({error}): rows taken as full")
+        return Forecast(step, recipe.training.max_steps, None, 1.0, f"data not at hand ({error}): rows taken as full")
     tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
     drawn = sorted(random.Random(recipe.seed).sample(range(len(conversations)), min(_SAMPLES, len(conversations))))
     samples, _ = build_rows(
@@ -85,9 +90,11 @@ def forecast(recipe: Recipe) -> Forecast:
     extremes = measure_rows(folded, samples, padded=padded)
     if recipe.training.max_tokens_per_row is not None:
         extremes = replace(extremes, tokens=recipe.training.max_tokens_per_row)
+    filled = sum(len(row) * max(lengths[i] for i in row) for row in folded) if padded else 0
+    padding = max(1.0, filled / sum(lengths[i] for row in folded for i in row))
     source = f"lengths from {len(samples):,} of {len(conversations):,} samples"
     return Forecast(
-        build_step(recipe, model.config, extremes, cuda=cuda), round(scale * order.steps), tokens, source
+        build_step(recipe, model.config, extremes, cuda=cuda), round(scale * order.steps), tokens, padding, source
     )  # fmt: skip
 
 
@@ -133,12 +140,12 @@ def print_forecast(recipe: Recipe, console: Console) -> None:
     start = recipe.model.start_from.stage1_recipe
     if start is not None:
         console.print(f"Stage 1, {start}, runs first where its result is not there; it has a plan of its own")
-    _print_time(recipe, found, step, console)
+    _print_time(recipe, found, None if refusal else step, console)
     if refusal is not None:
         raise refusal
 
 
-def _print_time(recipe: Recipe, found: Forecast, step: Step, console: Console) -> None:
+def _print_time(recipe: Recipe, found: Forecast, step: Step | None, console: Console) -> None:
     console.print(found.source, soft_wrap=True)
     if found.tokens is None or not found.steps:
         console.print("time: not known without the data")
@@ -146,15 +153,15 @@ def _print_time(recipe: Recipe, found: Forecast, step: Step, console: Console) -
     console.print(
         f"{found.steps:,} steps, {found.tokens:,} tokens, {found.tokens / found.steps:,.0f} tokens a step on average"
     )
-    seconds = time_row(recipe, step)
-    if seconds is not None:
-        rate = step.tokens / seconds
+    seconds = time_row(recipe, step) if step is not None else None
+    if step is not None and seconds is not None:
+        rate = step.tokens / seconds / found.padding
         console.print(
             f"time: about {_words(found.tokens / rate)} of training at {rate:,.0f} tokens/s, timed here on random "
             "weights; loading, pictures, validation and tables come on top"
         )
         return
-    hours = published_hours(step, found.tokens)
+    hours = published_hours(found.step, found.tokens)
     known = ", ".join(f"{_words(3600 * value)} on an {card}" for card, value in hours.items())
     console.print(
         f"time: about {known}: published rates of Llama-2-7B QLoRA (fsdp_qlora), scaled by size; not measured here"

@@ -5,6 +5,7 @@ Every figure is in bytes. The arithmetic is that of the modules named beside it;
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,6 +18,8 @@ CUDA_CONTEXT = 550_000_000
 """CUDA's context with cuBLAS; outside torch's allocator (seen from 0.4 to 0.6 GB; not measured here)."""
 PROCESS = 600_000_000
 """Python with torch, transformers and trl: the resident set after the imports, which counts on a CPU."""
+GPU_SHARE = 0.93
+"""Of a GPU's budget; a guess, to be replaced by what `scripts/benchmark.py gpu` measures."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Per weight: 4 bits, an 8-bit scale for 64, a float32 scale for 256 of those (QLoRA, section 3)."""
 HEAD_TILE_ROWS, HEAD_TILE_COLUMNS = 4096, 32768
@@ -83,6 +86,7 @@ class Step:
         }
         trained = self.lora_parameters + trained_projector_parameters(self.config)
         return weights | {
+            "16-bit copies of what trains": self._autocast_copies(),
             "gradients": 4 * trained,
             "optimizer": self.optimizer_bytes * trained,
             "activations, kept": self.kept_bytes(),
@@ -103,6 +107,15 @@ class Step:
         extra = 1 if self.lora.dora else 0  # DoRA's magnitude, a value an output
         shapes = [self.linear_shapes[name] for name in self.lora.targets]
         return self.layers * sum(self.lora.r * (a + b) + extra * b for a, b in shapes)
+
+    def _autocast_copies(self) -> int:
+        """Of float32 LoRA and projector: autocast's cache holds A's, the backward pass B's of layers kept whole."""
+        if not self.cuda or self.dtype_bytes == 4:
+            return 0
+        a_share = sum(a for a, _ in self.linear_shapes.values()) / sum(a + b for a, b in self.linear_shapes.values())
+        whole = 1 - self.checkpointed / self.layers
+        lora = self.lora_parameters * (a_share + (1 - a_share) * whole)
+        return int(2 * (lora + projector_parameters(self.config)))
 
     def _linears(self) -> int:
         count = self.layers * sum(a * b for a, b in self.linear_shapes.values())
@@ -198,15 +211,20 @@ def fit_step(step: Step, budget: int) -> Step | None:
 
     Args:
         step: Its `checkpointed` and `offloaded` are not looked at.
-        budget: Bytes.
+        budget: Bytes, of which a GPU's allocator loses some: see `usable`.
 
     Returns:
         The step, or None where nothing fits.
     """
     for candidate in candidates(step):
-        if candidate.peak <= budget:
+        if candidate.peak <= usable(step, budget):
             return candidate
     return None
+
+
+def usable(step: Step, budget: int) -> int:
+    """What of a budget a plan may fill: on a GPU some is lost between blocks, and no plan has been measured there."""
+    return int(budget * GPU_SHARE) if step.cuda else budget
 
 
 def candidates(step: Step) -> list[Step]:
@@ -217,5 +235,6 @@ def candidates(step: Step) -> list[Step]:
 
 
 def smallest(step: Step) -> int:
-    """Bytes of the leanest way to run a step."""
-    return min(candidate.peak for candidate in candidates(step))
+    """The smallest budget in bytes that some way to run a step fits in."""
+    least = min(candidate.peak for candidate in candidates(step))
+    return math.ceil(least / GPU_SHARE) if step.cuda else least

@@ -63,6 +63,7 @@ class RunPlan:
         splits: `train`, and `validation` and `test` where the recipe has them.
         order: Which samples share a forward pass, and the optimiser steps.
         step: What the heaviest of them takes, and how much of it is recomputed.
+        refusal: Why that cannot fit here; None where it does.
         trained_parameters: `lora` and `projector`.
     """
 
@@ -74,6 +75,7 @@ class RunPlan:
     splits: dict[str, Split]
     order: RowOrder
     step: Step
+    refusal: UserError | None
     trained_parameters: dict[str, int]
 
 
@@ -91,7 +93,7 @@ def plan_run(recipe: Recipe, progress: Progress = lambda name, rows: rows) -> Ru
         The plan.
 
     Raises:
-        UserError: For anything that would make the run fail later.
+        UserError: For anything that would make the run fail later, memory aside: that stands in `refusal`.
     """
     if recipe.model.quantization == "nf4":
         check_bitsandbytes()
@@ -107,9 +109,13 @@ def plan_run(recipe: Recipe, progress: Progress = lambda name, rows: rows) -> Ru
     samples = splits["train"].rows
     order = _order(recipe, samples)
     extremes = measure_rows(order.rows, samples, padded=not is_padding_free(recipe)[0])
-    step = choose_checkpointing(recipe, build_step(recipe, model.config, extremes, cuda=torch.cuda.is_available()))
+    step, refusal = build_step(recipe, model.config, extremes, cuda=torch.cuda.is_available()), None
+    try:
+        step = choose_checkpointing(recipe, step)
+    except UserError as error:
+        refusal = error
     return RunPlan(
-        recipe, model, tokenizer, processor, template, splits, order, step,
+        recipe, model, tokenizer, processor, template, splits, order, step, refusal,
         planned_parameters(model.config, run_lora_config(recipe)),
     )  # fmt: skip
 
@@ -242,7 +248,10 @@ def _order(recipe: Recipe, rows: list[dict[str, Any]]) -> RowOrder:
     padding_free, found = is_padding_free(recipe)
     if budget is not None:
         if not padding_free:
-            raise UserError(f"training.max_tokens_per_row needs rows without padding; this machine has {found}")
+            raise UserError(
+                f"training.max_tokens_per_row needs rows without padding; this machine has {found}; set "
+                "training.max_tokens_per_row=null training.batch_size=4"
+            )
         longest = max(rows, key=lambda row: len(row["input_ids"]))
         if len(longest["input_ids"]) > budget:
             raise UserError(

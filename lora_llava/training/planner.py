@@ -16,7 +16,7 @@ from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.errors import UserError
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.recipe import Recipe
-from lora_llava.training.memory import CUDA_CONTEXT, GIB, PROCESS, Step, fit_step, smallest
+from lora_llava.training.memory import CUDA_CONTEXT, GIB, PROCESS, Step, fit_step, smallest, usable
 
 CARDS_GB = (8, 12, 16, 24)
 CARD_OVERHEAD = 0.3 * GIB
@@ -108,14 +108,10 @@ def choose_checkpointing(recipe: Recipe, step: Step) -> Step:
         UserError: Where it does not fit, with what it needs at least and a mend.
     """
     budget, source = memory_budget(recipe)
-    asked = recipe.training.gradient_checkpointing
-    if asked == "auto":
-        chosen = fit_step(step, budget)
-        needed = smallest(step)
-    else:
-        chosen = replace(step, checkpointed=step.layers if asked else 0)
-        needed = chosen.peak
-    if chosen is None or needed > budget:
+    chosen = as_asked(recipe, step, budget)
+    if chosen is None:
+        asked = recipe.training.gradient_checkpointing
+        needed = smallest(step) if asked == "auto" else replace(step, checkpointed=step.layers if asked else 0).peak
         fitting = (words for words, leaner in leaner_steps(recipe, step) if fit_step(leaner, budget))
         mend = next(fitting, None)
         raise UserError(
@@ -123,6 +119,15 @@ def choose_checkpointing(recipe: Recipe, step: Step) -> Step:
             + (f"set {mend}" if mend else "no setting of this recipe fits there: take a smaller language model")
         )
     return chosen
+
+
+def as_asked(recipe: Recipe, step: Step, budget: int) -> Step | None:
+    """The step with the recipe's own word on recomputation, or None where that does not fit the budget."""
+    asked = recipe.training.gradient_checkpointing
+    if asked == "auto":
+        return fit_step(step, budget)
+    fixed = replace(step, checkpointed=step.layers if asked else 0)
+    return fixed if fixed.peak <= usable(step, budget) else None
 
 
 def leaner_steps(recipe: Recipe, step: Step) -> list[tuple[str, Step]]:
@@ -143,7 +148,9 @@ def leaner_steps(recipe: Recipe, step: Step) -> list[tuple[str, Step]]:
             batch = "" if recipe.training.batch_size == 1 else " training.batch_size=1"
             ways.append((f"training.max_tokens_per_row={tokens}{batch}", shorter))
     if recipe.lora is not None and recipe.lora.r > 16:
-        ways.append(("lora.r=16", {"lora": recipe.lora.model_copy(update={"r": 16})}))
+        smaller = recipe.lora.model_copy(update={"r": 16})
+        eight_bit = "" if step.optimizer_bytes > 2 or not step.cuda else " training.optimizer=paged_adamw_8bit"
+        ways.append((f"lora.r=16{eight_bit}", {"lora": smaller}))
     steps: list[tuple[str, Step]] = []
     words: list[str] = []
     current = step
@@ -161,9 +168,12 @@ def what_fits(recipe: Recipe, step: Step) -> list[tuple[int, str]]:
     lines = []
     for size in CARDS_GB:
         budget = int(size * GIB - CARD_OVERHEAD)
-        ways = [("as it is", on_card), *leaner_steps(recipe, on_card)]
-        found = ((words, fit) for words, leaner in ways if (fit := fit_step(leaner, budget)))
-        words, fit = next(found, ("", None))
+        own = as_asked(recipe, on_card, budget)
+        ways = [
+            ("as it is", own),
+            *((words, fit_step(leaner, budget)) for words, leaner in leaner_steps(recipe, on_card)),
+        ]
+        words, fit = next(((words, fit) for words, fit in ways if fit is not None), ("", None))
         lines.append((size, "nothing fits" if fit is None else f"{words}; {recomputation(fit)}; {_gib(fit.peak)}"))
     return lines
 

@@ -34,7 +34,9 @@ class RowOrder:
 
 
 def order_rows(training: TrainingSection, lengths: Sequence[int], *, seed: int, padded: bool) -> RowOrder:
-    """Lay out a run. The recipe's seed and the lengths alone decide it, so a resumed run goes on in the same order.
+    """Lay out a run.
+
+    Recipe, lengths and `padded` decide it: a run that is resumed where attention is the same goes on in the same order.
 
     Args:
         training: The recipe's section.

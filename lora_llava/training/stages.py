@@ -26,6 +26,7 @@ from lora_llava.model.start import Base
 from lora_llava.model.vision import freeze_tower
 from lora_llava.recipe import Recipe
 from lora_llava.training.callbacks import ProgressLine, StopOnInterrupt, peak_memory_bytes
+from lora_llava.training.memory import GIB
 from lora_llava.training.plan import RunPlan, Split, is_padding_free, run_lora_config
 from lora_llava.training.planner import resolve_optimizer
 from lora_llava.training.rows import validation_rows
@@ -197,7 +198,10 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
     line.trainer = trainer
     checkpoint = _find_checkpoint(Path(args.output_dir)) if resume else None
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except torch.cuda.OutOfMemoryError:
+        raise _out_of_memory(plan) from None
     seconds = time.monotonic() - start
     if stop.interrupted:
         raise StoppedError(
@@ -209,6 +213,14 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
         seconds, trainer.tokens_seen, trainer.supervised_tokens_seen, peak_memory_bytes(), trainer.state.best_metric,
         trainer.state.global_step, _loss_curve(trainer.state.log_history),
     )  # fmt: skip
+
+
+def _out_of_memory(plan: RunPlan) -> UserError:
+    """What to change where the plan was too tight."""
+    return UserError(
+        f"the GPU's memory ran out at a step planned at {plan.step.peak / GIB:.1f} GiB; set training.memory_gb="
+        f"{0.9 * plan.step.peak / GIB:.1f}, so that more is recomputed, and go on with --resume from a checkpoint"
+    )
 
 
 def _loss_curve(history: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from typing import Any
 
@@ -36,14 +37,20 @@ def time_row(recipe: Recipe, step: Step) -> float | None:
         step: From `choose_checkpointing`.
 
     Returns:
-        Seconds, the head included, vision tower and data loading not; None where it would take too long to find out.
+        Seconds, the head included, vision tower and data loading not; None where it would take too long to find out, or
+        more memory than there is.
     """
     parameters = sum(a * b for a, b in step.linear_shapes.values())
     head = step.config.text_config.vocab_size * step.config.text_config.hidden_size
     work = 6 * step.tokens * (3 * parameters + 2 * head) * (_REPEATS + 1)
     if not torch.cuda.is_available() and work / _CPU_FLOPS > _CPU_SECONDS_ALLOWED:
         return None
-    one, two = (_time_layers(recipe, step, count) for count in (1, 2))
+    try:
+        one, two = (_time_layers(recipe, step, count) for count in (1, 2))
+    except torch.cuda.OutOfMemoryError:
+        gc.collect()  # 4-bit layers hold themselves in a circle
+        torch.cuda.empty_cache()
+        return None
     layer = max(0.0, two - one)
     again = step.checkpointed / 3  # a forward pass is a third of forward and backward
     return one + layer * (step.layers - 1 + again)
