@@ -74,7 +74,7 @@ def _plan(args: argparse.Namespace) -> None:
 def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=["tiny", "tiny_body", "7b", "13b"], default="tiny", help="random weights")
     parser.add_argument("--batch-size", type=_count, default=8, help="samples of an optimiser step, on every side")
-    parser.add_argument("--steps", type=_count, default=4, help="timed steps of a run; one before them is not")
+    parser.add_argument("--steps", type=_count, default=3, help="timed steps of a run; one before them is not")
     parser.add_argument("--repeats", type=_count, default=2, help="runs of each side; the fastest counts")
     parser.add_argument("--r", type=_count, default=16, help="rank of the adapters")
     parser.add_argument("--cap-gb", type=float, help="GPU memory in GiB that torch may take")

@@ -125,12 +125,14 @@ def _fill(store: FeatureStore, hashes: dict[str, dict[str, str]], plan: RunPlan,
     tower = load_tower(base.folder, config, dtype, device)
     bar = tqdm(desc="encoding pictures", total=len(missing), unit="picture", dynamic_ncols=True)
     with bar:
-        for batch, pixels in _preprocessed(missing, plan):
-            features = tower_features(tower, config, pixels.to(device))
-            for (split, name), one in zip(batch, features, strict=True):
-                store.put(hashes[split][name], one)
-            bar.update(len(batch))
-    store.flush()
+        try:
+            for batch, pixels in _preprocessed(missing, plan):
+                features = tower_features(tower, config, pixels.to(device))
+                for (split, name), one in zip(batch, features, strict=True):
+                    store.put(hashes[split][name], one)
+                bar.update(len(batch))
+        finally:
+            store.flush()  # Ctrl-C loses nothing that was computed
     del tower
     gc.collect()
     if torch.cuda.is_available():

@@ -231,7 +231,7 @@ def candidates(step: Step) -> list[Step]:
     """Ways to run a step, the fastest first. The last layer is never recomputed: what it keeps is needed at once."""
     most = max(0, step.layers - 1)
     ways = [replace(step, checkpointed=count, offloaded=False) for count in range(most + 1)]
-    return [*ways, replace(step, checkpointed=most, offloaded=True)]
+    return [*ways, replace(step, checkpointed=most, offloaded=True)] if step.cuda else ways
 
 
 def smallest(step: Step) -> int:
