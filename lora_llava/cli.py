@@ -147,9 +147,9 @@ def _print_table(name: str, table: dict[str, Any], as_json: bool) -> None:
 
         print(json.dumps(table, indent=2))
         return
-    from lora_llava.evaluation.report import table_rows
+    from lora_llava.evaluation.report import tables_view
 
-    _console().print(table_rows("ScienceQA", {name: table}))
+    _console().print(tables_view("Answers" if "all" in table else "ScienceQA", {name: table}))
 
 
 def _add_recipes(parser: argparse.ArgumentParser) -> None:

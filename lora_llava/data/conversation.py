@@ -15,14 +15,28 @@ Message = Mapping[str, Any]
 """`{"role", "content"}` as in transformers (content a string, or parts of type text and image), or LLaVA's
 `{"from", "value"}`."""
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ROLES = {
+    "human": "user", "user": "user", "prompter": "user",
+    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "model": "assistant", "bot": "assistant", "system": "system",
+}  # fmt: skip
+"""LLaVA's, transformers' and ShareGPT's names of who speaks."""
 
 
 class EncodingError(UserError):
-    """A conversation that cannot be trained on as it stands."""
+    """A conversation that cannot be trained on as it stands.
+
+    Args:
+        message: What is wrong.
+        kind: The same in a word or two, under which such rows are counted.
+    """
+
+    def __init__(self, message: str, kind: str = "cannot be encoded") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One message with its text; `<image>` stands for a picture."""
 
@@ -30,7 +44,7 @@ class Turn:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """One row of a data set.
 
@@ -39,19 +53,22 @@ class Conversation:
         turns: The messages in order.
         images: Picture files relative to the data source's image folder, one per placeholder.
         extra: What an evaluation needs besides (gold answer, categories).
+        notes: What was mended while it was read.
     """
 
     row_id: str
     turns: tuple[Turn, ...]
     images: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def read_turns(messages: Sequence[Message]) -> tuple[Turn, ...]:
     """Bring messages of either form to turns.
 
     LLaVA's `from`/`value` rows get LLaVA's own treatment of pictures (llava/train/train.py,
-    preprocess_multimodal): the placeholder moves to the front of its message, on a line of its own.
+    preprocess_multimodal): a message's one placeholder moves to its front, on a line of its own. Several stay where
+    they stand, which says what each picture is.
 
     Args:
         messages: Messages with `role` and `content`, or with `from` and `value`.
@@ -66,11 +83,16 @@ def read_turns(messages: Sequence[Message]) -> tuple[Turn, ...]:
 
 
 def _read_turn(message: Message, index: int) -> Turn:
-    name = message.get("role", message.get("from"))
+    if not isinstance(message, Mapping):
+        raise EncodingError(f"message {index} is {message!r}; give an object with a role and its text", "malformed row")
+    named, called = message.get("role"), message.get("from")  # a table fills what a row lacks with None
+    if named is not None and called is not None:
+        raise EncodingError(f"message {index} has both role and from; keep one form", "both formats")
+    name = called if named is None else named
     role = _ROLES.get(str(name))
     if role is None:
-        raise EncodingError(f"message {index}: role is {name!r}; use one of {', '.join(_ROLES)}")
-    if "from" in message:
+        raise EncodingError(f"message {index}: role is {name!r}; use one of {', '.join(_ROLES)}", "unknown role")
+    if called is not None:
         return Turn(role, _llava_text(_text_of(message.get("value"), index)))  # type: ignore[arg-type]
     return Turn(role, _text_of(message.get("content"), index))  # type: ignore[arg-type]
 
@@ -79,14 +101,19 @@ def _text_of(content: Any, index: int) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise EncodingError(f"message {index}: content is {content!r}; give a string or a list of parts")
+        raise EncodingError(
+            f"message {index}: content is {content!r}; give a string or a list of parts", "malformed row"
+        )
     text, previous = "", None
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
+        kind = "image" if kind == "image_url" else kind  # OpenAI's name of the part
         if kind not in ("text", "image"):
-            raise EncodingError(f'message {index}: a part has type {kind!r}; use "text" or "image"')
+            raise EncodingError(f'message {index}: a part has type {kind!r}; use "text" or "image"', "malformed row")
         if kind == "text" and not isinstance(part.get("text"), str):
-            raise EncodingError(f"message {index}: a text part holds {part.get('text')!r}; give a string as its text")
+            raise EncodingError(
+                f"message {index}: a text part holds {part.get('text')!r}; give a string as its text", "malformed row"
+            )
         if previous is not None and "image" in (kind, previous):
             text += "\n"
         text += IMAGE_PLACEHOLDER if kind == "image" else part["text"]
@@ -95,7 +122,7 @@ def _text_of(content: Any, index: int) -> str:
 
 
 def _llava_text(text: str) -> str:
-    if IMAGE_PLACEHOLDER not in text:
+    if text.count(IMAGE_PLACEHOLDER) != 1:
         return text
     rest = text.replace(IMAGE_PLACEHOLDER, "").strip()
     return f"{IMAGE_PLACEHOLDER}\n{rest}".strip()

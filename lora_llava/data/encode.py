@@ -8,8 +8,9 @@ the model is served, and no text is searched for or split again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, EncodingError, Message, Turn, read_turns
@@ -35,6 +36,9 @@ class Span(NamedTuple):
 
 class OverlongError(EncodingError):
     """A sample that would lose an answer, or part of its prompt, to the length limit."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "overlong")
 
 
 def encode_conversation(
@@ -71,24 +75,88 @@ def encode_conversation(
     """
     template = get_template(template)
     spans = conversation_spans(read_turns(messages), template)
-    _check_tokenizer(tokenizer, template)
-    ids, trained = _tokenise(spans, tokenizer)
+    check_tokenizer(tokenizer, template)
+    compact = encode_spans([spans], tokenizer)[0]
+    if isinstance(compact, EncodingError):
+        raise compact
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for token, is_trained in zip(ids, trained, strict=True):
-        repeat = num_image_tokens if token == image_id else 1
-        input_ids += [token] * repeat
-        labels += [token if is_trained and token != image_id else IGNORE_INDEX] * repeat
-    if tokenizer.bos_token_id is not None:
-        input_ids.insert(0, tokenizer.bos_token_id)
-        labels.insert(0, IGNORE_INDEX)
+    return expand(*compact, image_id=image_id, num_image_tokens=num_image_tokens, max_length=max_length)
+
+
+Compact = tuple[np.ndarray, np.ndarray]
+"""Ids, int32, with one `<image>` per picture, and which of them are trained, bool, both of shape (tokens,)."""
+
+
+def encode_spans(batch: Sequence[Sequence[Span]], tokenizer: PreTrainedTokenizerBase) -> list[Compact | EncodingError]:
+    """Tokenise conversations, many at once, BOS included.
+
+    Args:
+        batch: The spans of each, from `conversation_spans`.
+        tokenizer: As in `encode_conversation`.
+
+    Returns:
+        Ids and what is trained of each, or what is wrong with it.
+    """
+    texts = ["".join(span.text for span in spans) for spans in batch]
+    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    found: list[Compact | EncodingError] = []
+    for spans, encoding in zip(batch, encodings, strict=True):
+        trained = np.zeros(len(bos) + len(encoding.ids), dtype=bool)
+        try:
+            for start, end in _trained_ranges(spans, encoding, tokenizer):
+                trained[len(bos) + start : len(bos) + end] = True
+        except EncodingError as error:
+            found.append(error)
+            continue
+        found.append((np.array(bos + encoding.ids, dtype=np.int32), trained))
+    return found
+
+
+def _trained_ranges(spans: Sequence[Span], encoding: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
+    """The tokens of trained spans: by looking up where spans begin, and all tokens one by one where that is not where
+    a token begins."""
+    starts, position = [], 0
+    for span in spans:
+        token = encoding.char_to_token(position)
+        if token is None or (position and encoding.token_to_chars(token)[0] != position):
+            trained = _tokenise(spans, tokenizer)[1]
+            return [(i, i + 1) for i, is_trained in enumerate(trained) if is_trained]
+        starts.append(0 if position == 0 else token)
+        position += len(span.text)
+    ends = [*starts[1:], len(encoding.ids)]
+    return [(start, end) for span, start, end in zip(spans, starts, ends, strict=True) if span.trained]
+
+
+def expand(
+    ids: np.ndarray, trained: np.ndarray, *, image_id: int, num_image_tokens: int, max_length: int | None = None
+) -> Encoded:
+    """Put every picture's tokens in its place, and cut the end of the last answer to fit.
+
+    Args:
+        ids: From `encode_spans`.
+        trained: From `encode_spans`.
+        image_id: The id of `<image>`.
+        num_image_tokens: As in `encode_conversation`.
+        max_length: As in `encode_conversation`.
+
+    Returns:
+        As `encode_conversation`.
+
+    Raises:
+        EncodingError: Where no token is trained.
+        OverlongError: Where `max_length` would cut more than the end of the last answer.
+    """
+    is_image = ids == image_id
+    repeats = np.where(is_image, num_image_tokens, 1)
+    input_ids = np.repeat(ids, repeats)
+    labels = np.repeat(np.where(trained & ~is_image, ids, IGNORE_INDEX), repeats)
     if max_length is not None and len(input_ids) > max_length:
         _check_cut(labels, max_length)
         input_ids, labels = input_ids[:max_length], labels[:max_length]
-    if all(label == IGNORE_INDEX for label in labels):
-        raise EncodingError("the sample has no trained token")
-    return {"input_ids": input_ids, "labels": labels}
+    if (labels == IGNORE_INDEX).all():
+        raise EncodingError("the sample has no trained token", "no trained token")
+    return {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
 
 
 def encode_prompt(
@@ -162,7 +230,12 @@ def _check_turns(turns: Sequence[Turn], template: Template) -> None:
         raise EncodingError(f"template {template.name} takes one picture and one caption")
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+    """Hold that a tokenizer can encode for a template.
+
+    Raises:
+        EncodingError: Saying what it lacks.
+    """
     if not tokenizer.is_fast:
         raise EncodingError(f"{type(tokenizer).__name__} gives no offsets; load the fast tokenizer")
     if tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) in (None, tokenizer.unk_token_id):
@@ -195,10 +268,17 @@ def _tokenise(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tupl
     return encoding["input_ids"], trained
 
 
-def _check_cut(labels: Sequence[int], max_length: int) -> None:
-    last_answer = max(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
-    while last_answer > 0 and labels[last_answer - 1] != IGNORE_INDEX:
-        last_answer -= 1
+def last_answer_start(labels: np.ndarray) -> int:
+    """Where the last answer begins among labels of shape (tokens,); 0 where nothing is trained."""
+    trained = np.flatnonzero(labels != IGNORE_INDEX)
+    if not len(trained):
+        return 0
+    gaps = np.flatnonzero(np.diff(trained) > 1)
+    return int(trained[gaps[-1] + 1] if len(gaps) else trained[0])
+
+
+def _check_cut(labels: np.ndarray, max_length: int) -> None:
+    last_answer = last_answer_start(labels)
     if last_answer >= max_length:
         raise OverlongError(
             f"the sample has {len(labels)} tokens and its last answer starts at token {last_answer}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,16 @@ _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class BadImageError(UserError):
-    """A picture that is missing, corrupt, too large or out of bounds."""
+    """A picture that is missing, corrupt, too large or out of bounds.
+
+    Args:
+        message: What is wrong.
+        kind: The same in a word or two, under which such pictures are counted.
+    """
+
+    def __init__(self, message: str, kind: str = "corrupt picture") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class ImageSource(Protocol):
@@ -74,17 +84,45 @@ def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image
         with Image.open(file) as image:
             if image.width * image.height > max_pixels:
                 raise BadImageError(
-                    f"picture {name} has {image.width} x {image.height} pixels, over max_image_pixels {max_pixels}"
+                    f"picture {name} has {image.width} x {image.height} pixels, over max_image_pixels {max_pixels}",
+                    "oversized picture",
                 )
             if image.mode == "P" and "transparency" in image.info:
                 return image.convert("RGBA").convert("RGB")
             return image.convert("RGB")
     except FileNotFoundError:
-        raise BadImageError(f"picture {name} is missing") from None
+        raise BadImageError(f"picture {name} is missing", "missing picture") from None
     except _TOO_LARGE as error:
-        raise BadImageError(f"picture {name} is over max_image_pixels {max_pixels}: {error}") from None
+        raise BadImageError(
+            f"picture {name} is over max_image_pixels {max_pixels}: {error}", "oversized picture"
+        ) from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise BadImageError(f"picture {name} cannot be read: {error}") from None
+
+
+_COCO = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12}\.jpg)")
+_COCO_FOLDERS = ("", "train2017", "val2017", "train2014", "val2014")
+
+
+def coco_names(name: str) -> list[str]:
+    """Other names that COCO's releases give a picture: 2014's files are `COCO_train2014_000000442786.jpg`, 2017's
+    `000000442786.jpg`, each in a folder of the split.
+
+    Args:
+        name: As a row has it.
+
+    Returns:
+        Candidates beside it and in the splits' folders; none where the name is not COCO's.
+    """
+    folder, _, own = name.rpartition("/")
+    match = _COCO.fullmatch(own)
+    if match is None:
+        return []
+    number = match[1]
+    bases = dict.fromkeys((folder, folder.rpartition("/")[0]))  # the split's folder may be named, or not
+    files = [number, *(f"COCO_{split}2014_{number}" for split in ("train", "val"))]
+    found = ["/".join(filter(None, (base, sub, file))) for base in bases for sub in _COCO_FOLDERS for file in files]
+    return [candidate for candidate in found if candidate != name]
 
 
 class FolderImages:
@@ -100,23 +138,36 @@ class FolderImages:
         self.max_pixels = max_pixels
 
     def open(self, name: str) -> Image.Image:
-        return read_rgb(self._find(name), name, self.max_pixels)
+        return read_rgb(self.find(name), name, self.max_pixels)
 
     def read(self, name: str) -> bytes:
         try:
-            return self._find(name).read_bytes()
+            return self.find(name).read_bytes()
+        except FileNotFoundError:
+            raise BadImageError(f"picture {name} is missing", "missing picture") from None
         except OSError as error:
             raise BadImageError(f"picture {name} cannot be read: {error.strerror}") from None
 
-    def _find(self, name: str) -> Path:
-        if "://" in name:
-            raise BadImageError(f"picture {name} is a URL; only files under {self.root} are opened")
+    def find(self, name: str) -> Path:
+        """Where a picture is: under its own name, or under the one that another release of COCO gives it.
+
+        Raises:
+            BadImageError: For a URL, or a name that leads out of the folder.
+        """
+        path = self._inside(name)
+        return path if path.exists() else next((p for p in map(self._inside, coco_names(name)) if p.exists()), path)
+
+    def _inside(self, name: str) -> Path:
+        if "://" in name or name.startswith("data:"):
+            raise BadImageError(
+                f"picture {name:.60} is a URL; only files under {self.root} are opened", "outside the folder"
+            )
         try:
             path = (self.root / name).resolve()
         except ValueError as error:  # a NUL in the name
-            raise BadImageError(f"picture {name!r} cannot be a file: {error}") from None
+            raise BadImageError(f"picture {name!r} cannot be a file: {error}", "missing picture") from None
         if not path.is_relative_to(self.root):
-            raise BadImageError(f"picture {name} lies outside {self.root}")
+            raise BadImageError(f"picture {name} lies outside {self.root}", "outside the folder")
         return path
 
 
@@ -128,15 +179,76 @@ class TableImages:
         max_pixels: Most pixels of a picture.
     """
 
-    def __init__(self, table: Any, max_pixels: int) -> None:
+    def __init__(self, table: Any, max_pixels: int, column: str = "image") -> None:
         self.table = table
         self.max_pixels = max_pixels
+        self.column = column
 
     def open(self, name: str) -> Image.Image:
         return read_rgb(io.BytesIO(self.read(name)), f"of row {name}", self.max_pixels)
 
     def read(self, name: str) -> bytes:
-        content = self.table[int(name)]["image"]
+        row, _, place = name.partition(":")
+        content = self.table[int(row)][self.column]
+        if isinstance(content, list):
+            content = content[int(place or 0)]
         if not content or not content.get("bytes"):
-            raise BadImageError(f"picture of row {name} is missing")
+            raise BadImageError(f"picture of row {name} is missing", "missing picture")
         return bytes(content["bytes"])
+
+
+class JoinedImages:
+    """Pictures of several sources, named `3|name` by the place of their source.
+
+    Args:
+        sources: Each opens its own.
+    """
+
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        self.sources = tuple(sources)
+
+    def open(self, name: str) -> Image.Image:
+        source, own = self._find(name)
+        return source.open(own)
+
+    def read(self, name: str) -> bytes:
+        source, own = self._find(name)
+        return source.read(own)
+
+    def _find(self, name: str) -> tuple[ImageSource, str]:
+        place, _, own = name.partition("|")
+        return self.sources[int(place)], own
+
+
+def open_table(path: str, split: str, revision: str | None, where: str = "data.path") -> Any:
+    """Open a Parquet file, or a data set on the Hub, with its pictures undecoded.
+
+    Args:
+        path: A Parquet file or a Hub id.
+        split: Of a Hub data set.
+        revision: Branch, tag or commit of a Hub id.
+        where: The field that names it, for messages.
+
+    Returns:
+        A `datasets.Dataset`; columns of pictures hold `{"bytes", "path"}`.
+
+    Raises:
+        UserError: Where it cannot be read.
+    """
+    import datasets  # heavy, and only this form needs it
+
+    try:
+        if Path(path).is_file():
+            table = datasets.load_dataset("parquet", data_files=[path], split="train")
+        else:
+            table = datasets.load_dataset(path, split=split, revision=revision)
+    except Exception as error:  # the library raises a dozen kinds for a name that is not there
+        raise UserError(f"{where}: {path}, split {split!r}, cannot be read: {str(error).splitlines()[0]}") from None
+    undecoded = datasets.Image(decode=False)
+    for name, feature in table.features.items():
+        nested = getattr(feature, "feature", None)
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, undecoded)
+        elif isinstance(nested, datasets.Image):
+            table = table.cast_column(name, datasets.List(undecoded))
+    return table

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
 
+from lora_llava.evaluation.answers import is_answer_table
 from lora_llava.publishing.card_training import training_rows
 from lora_llava.publishing.curve import draw_curve
 from lora_llava.publishing.licences import Licence, card_licence, conflicts, licence_of
@@ -43,7 +44,7 @@ def licences_of(package: Package) -> list[Licence]:
     """What the model was made from, with the licences that are known."""
     found = [licence_of(name, named(role, name)) for role, name in sources(package)]
     if package.recipe:
-        found.append(licence_of(package.recipe["data"]["path"], f"the data ({data_name(package)})"))
+        found += [licence_of(path, f"the data ({_named_data(path)})") for path in data_paths(package.recipe["data"])]
     stage1 = package.record.get("stage1")
     if stage1:
         name = public_name(stage1["data"], stage1["hub_ids"])
@@ -68,8 +69,16 @@ def named(role: str, name: str) -> str:
 
 def data_name(package: Package) -> str:
     """How the card names the data."""
-    path = str(package.recipe["data"]["path"])
+    return ", ".join(_named_data(path) for path in data_paths(package.recipe["data"]))
+
+
+def _named_data(path: str) -> str:
     return _DEMO_NAME if path == "demo" else path
+
+
+def data_paths(data: dict[str, Any]) -> list[str]:
+    """Where a recipe's training data is from, each once."""
+    return list(dict.fromkeys([data["path"]] if data.get("path") else [s["path"] for s in data["sources"]]))
 
 
 def card_data(package: Package, repo_id: str, licence: str | None, licences: Sequence[Licence]) -> ModelCardData:
@@ -77,7 +86,7 @@ def card_data(package: Package, repo_id: str, licence: str | None, licences: Seq
     bases = [name for _, name in sources(package) if name in package.hub_ids]
     if package.kind == "adapter":
         bases = [package.base]
-    data = package.recipe.get("data", {}).get("path", "")
+    data = [p for p in data_paths(package.recipe["data"]) if p in package.hub_ids] if package.recipe else []
     extra: dict[str, Any] = {}
     if bases:
         extra |= {"base_model": bases, "base_model_relation": "adapter" if package.kind == "adapter" else "finetune"}
@@ -89,7 +98,7 @@ def card_data(package: Package, repo_id: str, licence: str | None, licences: Seq
         extra |= {"model_name": repo_id.split("/")[1], "eval_results": results}
     return ModelCardData(
         license=licence, library_name="peft" if package.kind == "adapter" else "transformers",
-        pipeline_tag="image-text-to-text", datasets=[data] if data in package.hub_ids else None,
+        pipeline_tag="image-text-to-text", datasets=data or None,
         tags=["llava", "lora_llava", *tags(package)], **extra,
     )  # fmt: skip
 
@@ -103,8 +112,9 @@ def tags(package: Package) -> list[str]:
 
 
 def after_table(package: Package) -> dict[str, Any] | None:
-    """The table after training: column to accuracy in percent, correct and count."""
-    return package.metrics.get("after")
+    """ScienceQA's table after training: column to accuracy in percent, correct and count."""
+    table = package.metrics.get("after")
+    return None if is_answer_table(table) else table
 
 
 def index_results(package: Package) -> Iterable[EvalResult]:
@@ -172,11 +182,26 @@ def _summary(package: Package) -> str:
     return f"{what} {trained} on {data_name(package)}, from {made}, by lora_llava."
 
 
+def _answers(package: Package, tables: dict[str, Any]) -> str:
+    """Marks of free answers, by source."""
+    lines = [
+        f"## Results\n\nAnswers to rows of {data_name(package)} that were held back from training, by the seed and by "
+        f"picture, against the data's own: exact match and word F1 as SQuAD defines them. {_measured(package)}\n",
+        table_row(["", "source", "exact match in %", "F1 in %", "questions"]),
+        table_row(["---"] * 5),
+    ]
+    for name, table in tables.items():
+        lines += [table_row([name, source, f"{a:.2f}", f"{b:.2f}", int(n)]) for source, (a, b, n) in table.items()]
+    return "\n".join(lines) + "\n"
+
+
 def _results(package: Package) -> str:
     rows = {name: package.metrics.get(name) for name in ("before", "after")}
     tables = {name: table for name, table in rows.items() if table}
     if not tables or not package.recipe:
         return ""
+    if is_answer_table(next(iter(tables.values()))):
+        return _answers(package, tables)
     columns = [column for column in next(iter(tables.values())) if column != "unparsed"]
     data = package.recipe["data"]
     lines = [

@@ -43,7 +43,9 @@ def _named(name: str) -> str:
 def _data_rows(package: Package) -> list[tuple[str, str]]:
     data = package.recipe["data"]
     revision = f", revision `{data['revision'][:_SHORT]}`" if data.get("revision") else ""
-    rows = [("data", f"{_named(data['path'])} ({data['format']}){revision}")]
+    paths = [data["path"]] if data.get("path") else [source["path"] for source in data["sources"]]
+    named = ", ".join(map(_named, dict.fromkeys(paths)))
+    rows = [("data", f"{named} ({data['format']}){revision}")]
     for split, report in package.metrics.get("data", {}).items():
         dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()) or "0"
         used = f"{report['used']:,} of {report['rows']:,} used"

@@ -193,7 +193,12 @@ def public_recipe(content: dict[str, Any], hub_ids: Container[str]) -> dict[str,
 
     start = shorten(content["model"]["start_from"], ("stage1_run", "stage1_recipe", "projector", "llava"))
     model = shorten(content["model"], ("llm", "vision_tower")) | {"start_from": start}
-    data = shorten(content["data"], ("path", "image_folder"))
+    places = ("path", "image_folder")
+    data = shorten(content["data"], places)
+    for name in ("validation_source", "test_source"):
+        data |= {name: shorten(data[name], places)} if data.get(name) else {}
+    if data.get("sources"):
+        data["sources"] = [shorten(source, places) for source in data["sources"]]
     return shorten(content, ("output_dir",)) | {"model": model, "data": data}
 
 

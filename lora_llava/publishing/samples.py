@@ -14,10 +14,12 @@ from transformers import AutoProcessor
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.images import BadImageError, ImageSource
 from lora_llava.errors import UserError
-from lora_llava.recipe import Recipe
-from lora_llava.training.plan import read_splits, read_test_split
+from lora_llava.recipe import EvaluationSection, Recipe
+from lora_llava.training.data import sample_rows
 
 PER_KIND = 4
+_READ = 2_000
+"""Rows that are drawn from the data, from which prompts are then chosen."""
 _DRAWN = ("What is shown?", "Describe the image.", "How many shapes are there?", "Which colours do you see?")
 _WRITTEN = ("What is the capital of France?", "Count from one to five.", "Is ice colder than steam?", "Name a fruit.")
 
@@ -95,11 +97,10 @@ def _rows(recipe: Recipe | None) -> tuple[Sequence[Conversation], ImageSource | 
     if recipe is None:
         return [], None, "a recipe, which the run lacks"
     try:
-        if recipe.data.format == "scienceqa" and recipe.data.splits.test is not None:
-            split = read_test_split(recipe)
-            return split.conversations, split.images, "the run's test split"
-        rows, images = read_splits(recipe)["train"]
-        return rows, images, "the run's training rows"
+        split = "test" if recipe.data.format == "scienceqa" and recipe.data.splits.test is not None else "train"
+        asking = recipe.model_copy(update={"evaluation": EvaluationSection()})
+        rows, images, _ = sample_rows(asking, split, _READ)
+        return rows, images, "the run's test split" if split == "test" else "the run's training rows"
     except (UserError, OSError):
         return [], None, "the run's data, which is not at hand"
 

@@ -110,41 +110,141 @@ class SplitsSection(Section):
     """Read only by the tables before and after; null for none."""
 
 
+class ColumnsSection(Section):
+    """Names of a table's columns."""
+
+    image: str = "image"
+    """The picture's file name, or the picture itself."""
+    question: str = "question"
+    """What the user asks."""
+    answer: str = "answer"
+    """What is trained."""
+    caption: str = "caption"
+    """The picture's caption, in captions."""
+    id: str = "id"
+    """The row's name; rows without one are numbered."""
+
+
+class SourceSection(Section):
+    """Rows from one place."""
+
+    name: str | None = None
+    """Names it in reports; default: the file's name."""
+    format: Literal["conversations", "captions", "scienceqa"] = "conversations"
+    """As data.format."""
+    path: str
+    """As data.path."""
+    file: str | None = None
+    """As data.file."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub `path`."""
+    split: str = "train"
+    """Split of a Hub table, or of ScienceQA."""
+    image_folder: str | None = None
+    """Root of the pictures; default: `images` beside the data, else the data's own folder."""
+    columns: ColumnsSection = ColumnsSection()
+    """What a table calls its columns."""
+    weight: Positive | None = None
+    """Its part of an epoch, in proportion to the other sources' weights."""
+    rows: Annotated[int, Field(ge=1)] | None = None
+    """Or how many of its rows an epoch has; more than it has repeats some."""
+
+    @model_validator(mode="after")
+    def _one_share(self) -> SourceSection:
+        if self.weight is not None and self.rows is not None:
+            raise ValueError("a source has weight or rows; drop one")
+        return self
+
+
 class DataSection(Section):
     """What is read and how it becomes tokens."""
 
-    format: Literal["scienceqa", "captions"]
-    """`scienceqa`: the official folder layout, or Hub parquet. `captions`: LLaVA's `chat.json`."""
-    path: str
-    """`demo`, a folder, a file (captions), or a Hub id (scienceqa)."""
+    format: Literal["scienceqa", "captions", "conversations"]
+    """`conversations`: LLaVA's JSON, ShareGPT, messages, or a table of image, question, answer. `captions`: the same,
+    or a table of image, caption. `scienceqa`: the official folder layout, or Hub parquet."""
+    path: str | None = None
+    """A file (JSON, JSONL, CSV, TSV, Parquet), a folder with one, a Hub id, or `demo`. Or give sources."""
+    file: str | None = None
+    """A file in a Hub data set's repository, such as `detail_23k.json`."""
+    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1, strict=False)] | None = None
+    """Several of them, mixed by weight or rows, in place of path."""
     revision: str | None = None
     """Branch, tag or commit of a Hub `path`."""
     image_folder: str | None = None
-    """Root of the pictures; default: `images` beside the data."""
+    """Root of the pictures; default: `images` beside the data, else the data's own folder."""
+    columns: ColumnsSection = ColumnsSection()
+    """What a table calls its columns."""
     splits: SplitsSection = SplitsSection()
-    """Names of the splits."""
+    """Names of ScienceQA's splits."""
     validation_rows: Annotated[int, Field(ge=0)] = 0
-    """Rows held back from `captions`, which has no splits, by the seed."""
+    """Rows held back, by picture and by the seed, to pick the checkpoint; ScienceQA has a split for it."""
+    test_rows: Annotated[int, Field(ge=0)] = 0
+    """More rows held back, read only by the tables before and after; without any they ask the validation rows."""
+    validation_source: SourceSection | None = None
+    """Rows of their own in place of validation_rows."""
+    test_source: SourceSection | None = None
+    """Rows of their own in place of test_rows."""
     max_train_rows: Annotated[int, Field(ge=1)] | None = None
-    """Use only this many training rows, drawn by the seed; null for all."""
+    """Use only this many training rows, drawn by the seed, or, of sources with weights, this many an epoch."""
     prompt_order: Literal["QCM-LEA", "QCM-ALE", "CQM-A"] = "QCM-LEA"
     """ScienceQA: question, context, multiple options; then lecture, explanation, answer, in this order."""
     template: Literal["vicuna_v1", "vicuna_v0", "plain", "llama_2"] = "vicuna_v1"
     """Conversation template."""
     system_prompt: str | None = None
     """Replaces the template's system text; "" leaves it out; null keeps it."""
-    image_position: Literal["first", "last", "random"] = "first"
-    """The picture before or after the question; random is the LLaVA paper's coin flip."""
+    image_position: Literal["first", "last", "random", "as_written"] = "first"
+    """A lone picture before or after its question; random is the LLaVA paper's coin flip, as_written what the data
+    has. Several pictures stay where they stand."""
     image_aspect: Literal["pad", "crop"] = "pad"
     """Pad pictures to a square with CLIP's mean colour (LLaVA-1.5), or crop the centre (CLIP, llava-hf)."""
     max_image_pixels: Annotated[int, Field(ge=1)] = 50_000_000
     """A picture with more pixels is a bad picture."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """What becomes of a row that is no conversation; `lora-llava check` lists them."""
     on_bad_image: Literal["error", "drop"] = "error"
     """What becomes of a row whose picture is missing, corrupt or too large."""
     max_length: Annotated[int, Field(ge=16)] = 2048
     """Most tokens of a sample, its picture's included."""
     on_overlong: Literal["error", "drop", "truncate_answer"] = "error"
     """What becomes of a longer sample; truncate_answer cuts the end of its last answer and nothing else."""
+
+    def train_sources(self) -> tuple[SourceSection, ...]:
+        """What is trained on: the sources, or the one that path names."""
+        if self.sources is not None:
+            return self.sources
+        assert self.path is not None  # the validator below
+        return (
+            SourceSection(
+                format=self.format, path=self.path, file=self.file, revision=self.revision, split=self.splits.train,
+                image_folder=self.image_folder, columns=self.columns,
+            ),
+        )  # fmt: skip
+
+    def all_sources(self) -> tuple[SourceSection, ...]:
+        """Everything that is read."""
+        held = (self.validation_source, self.test_source)
+        return (*self.train_sources(), *(source for source in held if source is not None))
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DataSection:
+        if (self.path is None) == (self.sources is None):
+            raise ValueError("give path, or sources, and not both")
+        if self.sources is not None:
+            alone = ("file", "revision", "image_folder")
+            beside = [name for name in alone if getattr(self, name) is not None]
+            if beside:
+                raise ValueError(f"{beside[0]} stands beside sources; give it in each source")
+            formats = {source.format for source in self.sources}
+            if self.format == "scienceqa" or ("captions" in formats and self.format != "captions"):
+                raise ValueError(f"format is {self.format}; sources mix under conversations, or captions with captions")
+        for part in ("validation", "test"):
+            if getattr(self, f"{part}_rows") and getattr(self, f"{part}_source"):
+                raise ValueError(f"{part}_rows and {part}_source are two ways to one thing; drop one")
+            if self.format == "scienceqa" and (getattr(self, f"{part}_rows") or getattr(self, f"{part}_source")):
+                raise ValueError(f"{part}_rows or {part}_source with format scienceqa, which has splits; drop it")
+        if self.format == "scienceqa" and self.image_position == "as_written":
+            raise ValueError("image_position is as_written, but ScienceQA's pictures are written nowhere; use first")
+        return self
 
 
 class TrainingSection(Section):
@@ -198,12 +298,12 @@ class TrainingSection(Section):
 
 
 class EvaluationSection(Section):
-    """The ScienceQA tables before and after training."""
+    """The tables before and after training: ScienceQA's accuracy, or exact match and F1 of held-back conversations."""
 
     before: Annotated[int, Field(ge=0)] | Literal["all"] = "all"
-    """Test questions asked before training, drawn by the seed; 0 asks none."""
+    """Held-back questions asked before training, drawn by the seed; 0 asks none."""
     after: Annotated[int, Field(ge=0)] | Literal["all"] = "all"
-    """Test questions asked after training."""
+    """Held-back questions asked after training."""
     batch_size: Annotated[int, Field(ge=1)] = 8
     """Questions answered at once."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 512
@@ -228,7 +328,7 @@ class Recipe(Section):
     training: TrainingSection
     """How it is trained."""
     evaluation: EvaluationSection | None = None
-    """The tables before and after; Stage 2 on ScienceQA."""
+    """The tables before and after; null for none."""
 
     @model_validator(mode="after")
     def _stage_fits(self) -> Recipe:
@@ -249,8 +349,13 @@ class Recipe(Section):
                 )
             if self.model.attention == "sdpa":
                 raise ValueError("model.attention is sdpa, which pads; training.max_tokens_per_row needs flash_varlen")
-        if self.evaluation is not None and self.data.format != "scienceqa":
-            raise ValueError(f"evaluation needs data.format scienceqa; it is {self.data.format}")
+        held_back = (data := self.data).test_rows or data.test_source or data.validation_rows or data.validation_source
+        if self.evaluation is not None and data.format == "captions":
+            raise ValueError("evaluation needs data.format scienceqa or conversations; it is captions")
+        if self.evaluation is not None and data.format == "conversations" and not held_back:
+            raise ValueError(
+                "evaluation needs rows that are not trained on: set data.test_rows or data.validation_rows"
+            )
         if self.data.format == "captions" and self.data.template != "plain" and self.stage == 1:
             raise ValueError(f"data.template is {self.data.template}; Stage 1 captions take plain")
         return self

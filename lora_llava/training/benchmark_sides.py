@@ -176,7 +176,7 @@ def _ours(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock)
     trainer = CountingTrainer(
         peft_model, _arguments(settings, **{checkpointing_argument(): False}, packing=False, padding_free=False,
                                dataset_kwargs={"skip_prepare_dataset": True}),
-        train=Feed(Dataset.from_list(samples), rows, PackedCollator(pictures)), validation=None, processor=processor,
+        train=Feed(samples, rows, PackedCollator(pictures)), validation=None, processor=processor,
         projector_learning_rate=1e-4, callbacks=[clock],
     )  # fmt: skip
     trainer.clock = clock

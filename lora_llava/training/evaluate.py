@@ -1,29 +1,30 @@
-"""`lora-llava evaluate`: the ScienceQA table of a run, or of any LLaVA under a recipe."""
+"""`lora-llava evaluate`: the table of a run, or of any LLaVA under a recipe: ScienceQA's, or of held-back rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_llava.data.images import Pixels
 from lora_llava.data.templates import get_template
 from lora_llava.errors import UserError
-from lora_llava.evaluation.ask import ask_scienceqa, choose_rows, shuffle_images
+from lora_llava.evaluation.answers import AnswerTable
+from lora_llava.evaluation.ask import ask_conversations, ask_scienceqa, choose_rows, shuffle_images
 from lora_llava.evaluation.scienceqa import Table
 from lora_llava.inference.load import load_answering_model
 from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.provenance import locate_base
 from lora_llava.model.start import plan_model
 from lora_llava.recipe import EvaluationSection, ModelSection, StartFrom, load_recipe
-from lora_llava.training.plan import build_run_processor, read_test_split
+from lora_llava.training.data import read_held_out
+from lora_llava.training.plan import build_run_processor
 from lora_llava.training.run_directory import RECIPE_FILE, is_run, read_record
 
 
 def evaluate(
     model: str, *, recipe: str | None = None, overrides: Sequence[str] = (), limit: int | None = None,
     shuffled: bool = False, base_only: bool = False, output: str | None = None,
-) -> Table:  # fmt: skip
-    """Ask a model the test questions of a recipe.
+) -> Table | AnswerTable:  # fmt: skip
+    """Ask a model the held-out questions of a recipe.
 
     Args:
         model: A run directory, a folder with a whole LLaVA, or a Hub id.
@@ -53,21 +54,22 @@ def evaluate(
         check_bitsandbytes()
     base = str(locate_base(read_record(folder)["base"], folder)) if run else model
     plan = plan_model(_as_llava(chosen.model, base))
-    split = read_test_split(chosen)
-    rows = choose_rows(split.conversations, limit if limit is not None else "all", chosen.seed)
+    tokenizer, processor = build_run_processor(chosen, plan.config, plan.tokenizer_folder, plan.image_folder)
+    split = read_held_out(chosen, processor, plan.config)
+    rows = split.read(choose_rows(range(len(split.rows)), limit if limit is not None else "all", chosen.seed))
     if shuffled:
         rows = shuffle_images(rows, chosen.seed)
-    tokenizer, processor = build_run_processor(chosen, plan.config, plan.tokenizer_folder, plan.image_folder)
     answering = load_answering_model(
         base, folder if run and not base_only else None, quantization=chosen.model.quantization,
         dtype=chosen.model.dtype,
     )  # fmt: skip
     settings = chosen.evaluation or EvaluationSection()
     name = "predictions" + "_base" * base_only + "_shuffled" * shuffled
-    return ask_scienceqa(
+    ask = ask_scienceqa if chosen.data.format == "scienceqa" else ask_conversations
+    return ask(
         answering,
         rows,
-        Pixels(split.images, processor.image_processor),
+        split.pictures,
         tokenizer=tokenizer,
         template=get_template(chosen.data.template, chosen.data.system_prompt),
         num_image_tokens=plan.config.image_seq_length,

@@ -92,11 +92,12 @@ def cache_key(plan: RunPlan, base: Base) -> dict[str, Any]:
 
 def split_pictures(plan: RunPlan, name: str) -> list[str]:
     """Names of the pictures that a run reads of a split, each once; of the test split, those that are asked."""
-    rows: Any = plan.splits[name].conversations
+    rows = plan.splits[name].rows
+    indices: Any = range(len(rows))
     if name == "test" and plan.recipe.evaluation is not None:
         evaluation, seed = plan.recipe.evaluation, plan.recipe.seed
-        rows = [row for count in (evaluation.before, evaluation.after) for row in choose_rows(rows, count, seed)]
-    return list(dict.fromkeys(picture for row in rows for picture in row.images))
+        indices = [i for count in (evaluation.before, evaluation.after) for i in choose_rows(indices, count, seed)]
+    return list(dict.fromkeys(picture for i in indices for picture in rows.image_files(i)))
 
 
 def _hash_split(plan: RunPlan, name: str) -> dict[str, str]:

@@ -13,15 +13,16 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from lora_llava.data.conversation import Conversation
 from lora_llava.errors import UserError
-from lora_llava.evaluation.ask import ask_scienceqa, choose_rows
+from lora_llava.evaluation.answers import AnswerTable
+from lora_llava.evaluation.ask import ask_conversations, ask_scienceqa, choose_rows
 from lora_llava.evaluation.scienceqa import Table
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.base import cache_folder
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.training import report
+from lora_llava.training.data import asked_split
 from lora_llava.training.features import cache_features
 from lora_llava.training.plan import RunPlan, is_padding_free, plan_run
 from lora_llava.training.planner import resolve_optimizer
@@ -121,8 +122,8 @@ def with_stage1_run(recipe: Recipe, run: Path) -> Recipe:
 
 
 def _plan(recipe: Recipe, console: Console) -> RunPlan:
-    def progress(name: str, rows: Iterable[Conversation]) -> Iterable[Conversation]:
-        return tqdm(rows, desc=f"encoding {name}", unit="row", dynamic_ncols=True, leave=False)
+    def progress(name: str, items: Iterable[Any]) -> Iterable[Any]:
+        return tqdm(items, desc=name, unit="", dynamic_ncols=True, leave=False)
 
     plan = plan_run(recipe, progress)
     report.print_data(plan, console)
@@ -162,15 +163,16 @@ def _run_stage(plan: RunPlan, resume: bool, console: Console) -> dict[str, Any]:
     return metrics
 
 
-def _table(model: Any, plan: RunPlan, when: str) -> Table | None:
+def _table(model: Any, plan: RunPlan, when: str) -> Table | AnswerTable | None:
     evaluation = plan.recipe.evaluation
     count = getattr(evaluation, when)
     if evaluation is None or count == 0:
         return None
-    split = plan.splits["test"]
-    return ask_scienceqa(
+    split = plan.splits[asked_split(plan.splits) or "test"]
+    ask = ask_scienceqa if plan.recipe.data.format == "scienceqa" else ask_conversations
+    return ask(
         model,
-        choose_rows(split.conversations, count, plan.recipe.seed),
+        split.read(choose_rows(range(len(split.rows)), count, plan.recipe.seed)),
         split.pictures,
         tokenizer=plan.tokenizer,
         template=plan.template,
@@ -182,9 +184,7 @@ def _table(model: Any, plan: RunPlan, when: str) -> Table | None:
     )
 
 
-def _metrics(
-    plan: RunPlan, base: Base, model: Any, result: TrainResult, before: Table | None, after: Table | None
-) -> dict[str, Any]:
+def _metrics(plan: RunPlan, base: Base, model: Any, result: TrainResult, before: Any, after: Any) -> dict[str, Any]:
     return {
         "before": before,
         "after": after,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 from transformers import LlavaConfig
 
-from lora_llava.data.conversation import Conversation
 from lora_llava.data.rows import build_rows
 from lora_llava.data.templates import get_template
 from lora_llava.errors import UserError
@@ -19,8 +16,9 @@ from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.start import plan_model
 from lora_llava.recipe import Recipe
 from lora_llava.training import report
+from lora_llava.training.data import sample_rows
 from lora_llava.training.memory import Step
-from lora_llava.training.plan import build_run_processor, is_padding_free, read_splits
+from lora_llava.training.plan import build_run_processor, is_padding_free
 from lora_llava.training.planner import (
     Extremes,
     build_step,
@@ -68,22 +66,22 @@ def forecast(recipe: Recipe) -> Forecast:
     model = plan_model(recipe.model)
     cuda = torch.cuda.is_available()
     try:
-        conversations = read_splits(recipe)["train"][0]
+        drawn, _, total = sample_rows(recipe, "train", _SAMPLES)
     except UserError as error:
         step = build_step(recipe, model.config, _limits(recipe, model.config), cuda=cuda)
         return Forecast(step, recipe.training.max_steps, None, 1.0, f"data not at hand ({error}): rows taken as full")
     tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
-    drawn = sorted(random.Random(recipe.seed).sample(range(len(conversations)), min(_SAMPLES, len(conversations))))
     samples, _ = build_rows(
-        [conversations[i] for i in drawn],
+        drawn,
         tokenizer=tokenizer,
         template=get_template(recipe.data.template, recipe.data.system_prompt),
         num_image_tokens=model.config.image_seq_length,
         max_length=recipe.data.max_length,
         on_overlong="drop",
     )
-    order, scale = _lay_out(recipe, conversations, samples)
-    lengths = [len(sample["input_ids"]) for sample in samples]
+    total = _rows_an_epoch(recipe, total)
+    lengths = samples.lengths.tolist()
+    order, scale = _lay_out(recipe, total, lengths)
     tokens = int(scale * sum(lengths[i % len(lengths)] for row in order.rows for i in row))
     padded = not is_padding_free(recipe)[0]
     folded = [[i % len(samples) for i in row] for row in order.rows]
@@ -92,21 +90,29 @@ def forecast(recipe: Recipe) -> Forecast:
         extremes = replace(extremes, tokens=recipe.training.max_tokens_per_row)
     filled = sum(len(row) * max(lengths[i] for i in row) for row in folded) if padded else 0
     padding = max(1.0, filled / sum(lengths[i] for row in folded for i in row))
-    source = f"lengths from {len(samples):,} of {len(conversations):,} samples"
+    source = f"lengths from {len(samples):,} of {total:,} samples"
     return Forecast(
         build_step(recipe, model.config, extremes, cuda=cuda), round(scale * order.steps), tokens, padding, source
     )  # fmt: skip
 
 
-def _lay_out(
-    recipe: Recipe, conversations: list[Conversation], samples: list[dict[str, Any]]
-) -> tuple[RowOrder, float]:
+def _rows_an_epoch(recipe: Recipe, total: int) -> int:
+    """What is left of all rows when some are held back, or others are not drawn."""
+    data = recipe.data
+    left = max(1, total - data.validation_rows - data.test_rows)
+    asked = [source.rows for source in data.train_sources() if source.rows is not None]
+    if asked and len(asked) == len(data.train_sources()):
+        return sum(asked)
+    return left if data.max_train_rows is None else min(left, data.max_train_rows)
+
+
+def _lay_out(recipe: Recipe, total: int, sampled: list[int]) -> tuple[RowOrder, float]:
     """One pass over data whose lengths repeat the sample's, and how often the run is that pass."""
-    count = min(len(conversations), _ROWS)
-    lengths = [len(samples[i % len(samples)]["input_ids"]) for i in range(count)]
+    count = min(total, _ROWS)
+    lengths = [sampled[i % len(sampled)] for i in range(count)]
     training = recipe.training.model_copy(update={"epochs": 1.0, "max_steps": None})
     order = order_rows(training, lengths, seed=recipe.seed, padded=not is_padding_free(recipe)[0])
-    passes = recipe.training.epochs * len(conversations) / count
+    passes = recipe.training.epochs * total / count
     if recipe.training.max_steps is not None:
         passes = recipe.training.max_steps / order.steps
     return order, passes

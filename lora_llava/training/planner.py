@@ -12,7 +12,7 @@ import psutil
 import torch
 from transformers import LlavaConfig
 
-from lora_llava.data.encode import IGNORE_INDEX
+from lora_llava.data.encoded import EncodedRows
 from lora_llava.errors import UserError
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.recipe import Recipe
@@ -39,17 +39,17 @@ class Extremes:
     pictures: int
 
 
-def measure_rows(rows: Sequence[Sequence[int]], samples: Sequence[dict[str, Any]], *, padded: bool) -> Extremes:
+def measure_rows(rows: Sequence[Sequence[int]], samples: EncodedRows, *, padded: bool) -> Extremes:
     """Find the heaviest forward pass.
 
     Args:
         rows: Sample indices of each.
-        samples: With `input_ids`, `labels` and `image_files`.
+        samples: The samples.
         padded: Whether every sample of a row is as long as its longest.
     """
-    lengths = [len(sample["input_ids"]) for sample in samples]
-    trained = [sum(label != IGNORE_INDEX for label in sample["labels"]) for sample in samples]
-    pictures = [len(sample["image_files"]) for sample in samples]
+    lengths, trained, pictures = (
+        values.tolist() for values in (samples.lengths, samples.supervised, samples.pictures())
+    )
     return Extremes(
         max(len(row) * max(lengths[i] for i in row) if padded else sum(lengths[i] for i in row) for row in rows),
         max(sum(trained[i] for i in row) for row in rows),

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from huggingface_hub import constants
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -13,7 +14,7 @@ from rich.text import Text
 
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.errors import UserError
-from lora_llava.evaluation.report import table_rows
+from lora_llava.evaluation.report import tables_view
 from lora_llava.recipe import Recipe
 from lora_llava.training.memory import GIB, Step
 from lora_llava.training.plan import RunPlan
@@ -25,7 +26,8 @@ BF16_BYTES = 2
 def print_data(plan: RunPlan, console: Console) -> None:
     """Rows used and dropped, tokens and steps."""
     recipe = plan.recipe
-    table = RichTable(title=f"Stage {recipe.stage}: {recipe.data.format} from {recipe.data.path}", title_justify="left")
+    paths = ", ".join(dict.fromkeys(source.path for source in recipe.data.train_sources()))
+    table = RichTable(title=f"Stage {recipe.stage}: {recipe.data.format} from {paths}", title_justify="left")
     for name in ("split", "rows", "used", "dropped", "cut", "tokens", "trained tokens", "longest"):
         table.add_column(name, justify="left" if name in ("split", "dropped") else "right")
     for name, split in plan.splits.items():
@@ -37,7 +39,28 @@ def print_data(plan: RunPlan, console: Console) -> None:
             f"{report.longest:,}",
         )  # fmt: skip
     console.print(table)
+    _print_sources(plan, console)
+    for name, split in plan.splits.items():
+        mended = ", ".join(f"{count:,} {what}" for what, count in split.report.mended.items())
+        if mended:
+            console.print(f"{name}: mended while reading: {mended}; `lora-llava check` names the rows", soft_wrap=True)
     console.print(_steps(plan))
+
+
+def _print_sources(plan: RunPlan, console: Console) -> None:
+    """Rows of each source that an epoch of training has."""
+    train = plan.splits["train"]
+    if len(train.sources) < 2:
+        return
+    table = RichTable(title="Sources", title_justify="left")
+    for name in ("source", "rows", "rows an epoch", "share"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    used = train.report.sources
+    available = np.bincount(train.rows.places[:, 0], minlength=len(train.sources))
+    for source, count in zip(train.sources, available, strict=True):
+        share = 100 * used[source.name] / max(1, sum(used.values()))
+        table.add_row(source.name, f"{count:,}", f"{used[source.name]:,}", f"{share:.1f}%")
+    console.print(table)
 
 
 def _steps(plan: RunPlan) -> str:
@@ -166,7 +189,8 @@ def print_result(recipe: Recipe, metrics: dict[str, Any], seconds: float, consol
     """The tables before and after, memory, time and what to do next."""
     tables = {name: metrics[name] for name in ("before", "after") if metrics[name] is not None}
     if tables:
-        console.print(table_rows("ScienceQA, test split", tables))
+        title = "ScienceQA, test split" if recipe.data.format == "scienceqa" else "Answers"
+        console.print(tables_view(title, tables))
     train = metrics["train"]
     loss = train["best_validation_loss"]
     console.print(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lora_llava.data.packing import pack_samples
@@ -33,7 +33,10 @@ class RowOrder:
     longest_row: int
 
 
-def order_rows(training: TrainingSection, lengths: Sequence[int], *, seed: int, padded: bool) -> RowOrder:
+def order_rows(
+    training: TrainingSection, lengths: Sequence[int], *, seed: int, padded: bool,
+    epochs: Callable[[int], Sequence[int]] | None = None,
+) -> RowOrder:  # fmt: skip
     """Lay out a run.
 
     Recipe, lengths and `padded` decide it: a run that is resumed where attention is the same goes on in the same order.
@@ -43,6 +46,7 @@ def order_rows(training: TrainingSection, lengths: Sequence[int], *, seed: int, 
         lengths: Tokens of each training sample.
         seed: The recipe's.
         padded: Whether batches are padded, which grouping by length is for.
+        epochs: Which samples an epoch has; None: every one.
 
     Returns:
         The order.
@@ -52,10 +56,14 @@ def order_rows(training: TrainingSection, lengths: Sequence[int], *, seed: int, 
     """
 
     def epoch_rows(epoch: int) -> list[list[int]]:
+        chosen = range(len(lengths)) if epochs is None else epochs(epoch)
+        theirs = [lengths[i] for i in chosen]
         if training.max_tokens_per_row is not None:
-            return pack_samples(lengths, training.max_tokens_per_row, seed=seed, epoch=epoch)
-        grouped = padded and training.group_by_length
-        return batch_samples(lengths, training.batch_size, seed=seed, epoch=epoch, grouped=grouped)
+            found = pack_samples(theirs, training.max_tokens_per_row, seed=seed, epoch=epoch)
+        else:
+            grouped = padded and training.group_by_length
+            found = batch_samples(theirs, training.batch_size, seed=seed, epoch=epoch, grouped=grouped)
+        return [[chosen[i] for i in row] for row in found]
 
     rows: list[list[int]] = []
     epoch, wanted = 0, math.inf if training.max_steps is None else training.max_steps * training.gradient_accumulation

@@ -91,7 +91,8 @@ def save_model(folder: Path, model: PeftModel, processor: Any, recipe: Recipe, b
 def hub_ids(recipe: Recipe) -> list[str]:
     """The recipe's names that are Hub ids: told now, while it can be seen which are folders."""
     start = recipe.model.start_from
-    names = (recipe.model.llm, recipe.model.vision_tower, start.projector, start.llava, recipe.data.path)
+    data = [source.path for source in recipe.data.all_sources()]
+    names = [recipe.model.llm, recipe.model.vision_tower, start.projector, start.llava, *data]
     return [name for name in names if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
 
 
@@ -101,7 +102,8 @@ def _stage1_of(recipe: Recipe) -> dict[str, Any] | None:
     if run is None or not (Path(run) / RECIPE_FILE).is_file():
         return None
     stage1 = load_recipe(Path(run) / RECIPE_FILE)
-    return {"data": stage1.data.path, "recipe_hash": recipe_hash(stage1), "hub_ids": hub_ids(stage1)}
+    data = ", ".join(dict.fromkeys(source.path for source in stage1.data.train_sources()))
+    return {"data": data, "recipe_hash": recipe_hash(stage1), "hub_ids": hub_ids(stage1)}
 
 
 def is_run(folder: Path) -> bool:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint, set_seed
@@ -26,8 +25,9 @@ from lora_llava.model.start import Base
 from lora_llava.model.vision import freeze_tower
 from lora_llava.recipe import Recipe
 from lora_llava.training.callbacks import ProgressLine, StopOnInterrupt, peak_memory_bytes
+from lora_llava.training.data import Split
 from lora_llava.training.memory import GIB
-from lora_llava.training.plan import RunPlan, Split, is_padding_free, run_lora_config
+from lora_llava.training.plan import RunPlan, is_padding_free, run_lora_config
 from lora_llava.training.planner import resolve_optimizer
 from lora_llava.training.rows import validation_rows
 from lora_llava.training.run_directory import save_model
@@ -146,13 +146,13 @@ def build_feeds(plan: RunPlan) -> tuple[Feed, Feed | None]:
 
     def feed(split: Split, rows: list[list[int]]) -> Feed:
         collator: Any = PackedCollator(split.pictures) if padding_free else padded_collator(plan, split)
-        return Feed(Dataset.from_list(split.rows), rows, collator)
+        return Feed(split.rows, rows, collator)
 
     train, validation = plan.splits["train"], plan.splits.get("validation")
     if validation is None:
         return feed(train, plan.order.rows), None
-    lengths = [len(row["input_ids"]) for row in validation.rows]
-    return feed(train, plan.order.rows), feed(validation, validation_rows(plan.recipe.training, lengths))
+    order = validation_rows(plan.recipe.training, validation.rows.lengths.tolist())
+    return feed(train, plan.order.rows), feed(validation, order)
 
 
 def padded_collator(plan: RunPlan, split: Split) -> PaddedCollator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,14 @@ class Feed:
         collator: Makes a batch of them.
     """
 
-    samples: Dataset
+    samples: Sequence[dict[str, Any]]
     rows: list[list[int]]
     collator: Any
+
+
+def _stand_in(feed: Feed) -> Dataset:
+    """One sample as a `datasets.Dataset`, which is what SFTTrainer looks at; our loaders feed the rest as it is."""
+    return Dataset.from_list([feed.samples[0]])
 
 
 class LlavaSFTTrainer(SFTTrainer):
@@ -57,8 +63,8 @@ class LlavaSFTTrainer(SFTTrainer):
         self._validation: list[tuple[float, int]] = []
         trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
-            model=model, args=args, train_dataset=train.samples,
-            eval_dataset=validation.samples if validation else None, data_collator=train.collator,
+            model=model, args=args, train_dataset=_stand_in(train),
+            eval_dataset=_stand_in(validation) if validation else None, data_collator=train.collator,
             processing_class=processor, callbacks=callbacks,
         )  # fmt: skip
         self._restore_dtypes(trained)
@@ -85,10 +91,10 @@ class LlavaSFTTrainer(SFTTrainer):
     def _loader(self, split: str) -> Any:
         feed = self._feeds[split]
         assert feed is not None  # without validation there is no evaluation
-        loader = DataLoader(
-            feed.samples, batch_sampler=feed.rows, collate_fn=feed.collator,
+        loader: Any = DataLoader(
+            feed.samples, batch_sampler=feed.rows, collate_fn=feed.collator,  # type: ignore[arg-type]
             num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory,
-        )  # type: ignore[arg-type] # fmt: skip
+        )  # fmt: skip
         return self.accelerator.prepare(loader)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:

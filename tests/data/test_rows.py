@@ -47,12 +47,13 @@ def test_rows_and_their_account(build: Build, spell: Any) -> None:
     rows, report = build(A, B)
     a_ids, a_labels = spell(("Hi:", False), (" Yo</s>", True))
     b_ids, b_labels = spell(("<image>:", False), (" cube</s>", True))
-    assert rows == [
+    assert list(rows) == [
         {"row_id": "a", "input_ids": a_ids, "labels": a_labels, "image_files": []},
         {"row_id": "b", "input_ids": b_ids, "labels": b_labels, "image_files": ["red.png"]},
     ]
     assert report.as_dict() == {
         "rows": 2, "used": 2, "dropped": {}, "truncated": 0, "tokens": 20, "supervised_tokens": 10, "longest": 11,
+        "mended": {}, "sources": {},
     }  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_a_longer_row_is_dropped_and_counted(build: Build) -> None:
     assert [row["row_id"] for row in rows] == ["a"]
     assert report.as_dict() == {
         "rows": 3, "used": 1, "dropped": {"overlong": 2}, "truncated": 0, "tokens": 9, "supervised_tokens": 4,
-        "longest": 9,
+        "longest": 9, "mended": {}, "sources": {},
     }  # fmt: skip
 
 
@@ -85,6 +86,7 @@ def test_a_longer_row_loses_the_end_of_its_answer_and_is_counted(build: Build, s
     assert rows[1] == {"row_id": "long", "input_ids": ids, "labels": labels, "image_files": []}
     assert report.as_dict() == {
         "rows": 2, "used": 2, "dropped": {}, "truncated": 1, "tokens": 21, "supervised_tokens": 11, "longest": 12,
+        "mended": {}, "sources": {},
     }  # fmt: skip
 
 
@@ -133,8 +135,9 @@ def test_bad_pictures_are_dropped_and_counted(build: Build, pictures: Path) -> N
     rows, report = build(gone, B, cut, A, LONG, images=images, on_bad_image="drop", on_overlong="drop")
     assert [row["row_id"] for row in rows] == ["b", "a"]
     assert report.as_dict() == {
-        "rows": 5, "used": 2, "dropped": {"bad image": 2, "overlong": 1}, "truncated": 0, "tokens": 20,
+        "rows": 5, "used": 2, "dropped": {"bad image": 1, "overlong": 2}, "truncated": 0, "tokens": 20,
         "supervised_tokens": 10, "longest": 11,
+        "mended": {}, "sources": {},
     }  # fmt: skip
 
 

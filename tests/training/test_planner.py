@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -34,16 +36,9 @@ from lora_llava.training.planner import (
 from lora_llava.training.timing import published_hours, time_row
 
 
-def samples() -> list[dict[str, Any]]:
-    shapes = [(10, 4, 1), (20, 2, 0), (7, 7, 2)]
-    return [
-        {
-            "input_ids": [0] * length,
-            "labels": [-100] * (length - trained) + [0] * trained,
-            "image_files": ["x"] * images,
-        }
-        for length, trained, images in shapes
-    ]
+def samples() -> Any:
+    lengths, trained, pictures = (np.array(column) for column in zip((10, 4, 1), (20, 2, 0), (7, 7, 2), strict=True))
+    return SimpleNamespace(lengths=lengths, supervised=trained, pictures=lambda: pictures)
 
 
 def test_the_heaviest_row_is_found() -> None:

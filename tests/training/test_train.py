@@ -128,7 +128,7 @@ def test_exported_processor_gives_the_trained_prompt(trained: Any, stage2: Recip
     processor = AutoProcessor.from_pretrained(stage2.output_dir)
     split = plan.splits["train"]
     row = next(i for i, row in enumerate(split.rows) if row["image_files"])
-    conversation = split.conversations[row]
+    conversation = split.read([row])[0]
     image = split.images.open(conversation.images[0])
     text = conversation.turns[0].text.removeprefix("<image>\n")
     parts = [{"type": "image", "image": image}, {"type": "text", "text": text}]

@@ -1,0 +1,315 @@
+"""Encoded rows: compact, on disk, and memory-mapped, so that half a million of them cost neither time nor memory.
+
+A table keeps a source's rows as they are tokenised once: one id per picture, nothing cut. How many tokens a picture
+takes, the length limit and which rows are used are decided when rows are taken from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, EncodingError
+from lora_llava.data.encode import Span, check_tokenizer, conversation_spans, encode_spans, expand, last_answer_start
+from lora_llava.data.formats import RowError
+from lora_llava.data.sources import Read, Source
+from lora_llava.data.templates import Template, get_template
+
+_VERSION = 1
+"""Raise it when the same rows would be encoded otherwise."""
+_BATCH = 512
+_ARRAYS: dict[str, type] = {"ids": np.int32, "trained": np.bool_, "starts": np.int64, "pictures": np.int32}
+_TEXTS = ("row_ids", "images", "problems", "notes")
+
+
+class _Texts:
+    """Many short texts as one run of bytes and where each begins."""
+
+    def __init__(self, content: np.ndarray, starts: np.ndarray) -> None:
+        self.content, self.starts = content, starts
+
+    def __getitem__(self, index: int) -> str:
+        return self.content[self.starts[index] : self.starts[index + 1]].tobytes().decode("utf-8", "surrogatepass")
+
+    def where(self) -> np.ndarray:
+        """Indices of those that are not empty."""
+        return np.flatnonzero(np.diff(self.starts))
+
+
+class EncodedTable:
+    """A source's rows, encoded.
+
+    Attributes:
+        ids: All rows' ids end to end, int32; one `<image>` per picture.
+        trained: Which of them are trained, bool.
+        starts: Where each row begins, int64 of shape (rows + 1,); a row that could not be encoded has no ids.
+        pictures: Pictures of each row.
+        supervised: Trained tokens of each row.
+        row_ids: Its name.
+        problems: What is wrong with it, `kind: message`, or nothing.
+        notes: What was mended, or nothing.
+    """
+
+    def __init__(self, columns: dict[str, np.ndarray]) -> None:
+        self.columns = columns
+        self.ids, self.trained, self.starts = columns["ids"], columns["trained"], columns["starts"]
+        self.pictures = columns["pictures"]
+        self.row_ids, self._images, self.problems, self.notes = (
+            _Texts(columns[name], columns[f"{name}_starts"]) for name in _TEXTS
+        )
+        total = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
+        self.supervised = total[self.starts[1:]] - total[self.starts[:-1]]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def lengths(self, num_image_tokens: int) -> np.ndarray:
+        """Tokens of each row, pictures' included, int64."""
+        return np.diff(self.starts) + self.pictures.astype(np.int64) * (num_image_tokens - 1)
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """A row's ids and what is trained of them."""
+        place = slice(self.starts[index], self.starts[index + 1])
+        return self.ids[place], self.trained[place]
+
+    def images(self, index: int) -> list[str]:
+        """Names of a row's pictures, in order."""
+        text = self._images[index]
+        return text.split("\0") if text else []
+
+    def problem(self, index: int) -> EncodingError | None:
+        """What is wrong with a row."""
+        kind, _, message = self.problems[index].partition("\t")
+        return EncodingError(message, kind) if kind else None
+
+
+class _Writer:
+    """Collects encoded rows column by column."""
+
+    def __init__(self) -> None:
+        self.columns = {name: array({"trained": "b"}.get(name, "i")) for name in ("ids", "trained", "pictures")}
+        self.starts = array("q", [0])
+        self.texts = {name: bytearray() for name in _TEXTS}
+        self.text_starts = {name: array("q", [0]) for name in _TEXTS}
+
+    def add(self, row: Read, encoded: tuple[np.ndarray, np.ndarray] | None, problem: EncodingError | None) -> None:
+        if encoded is not None:
+            self.columns["ids"].frombytes(encoded[0].tobytes())
+            self.columns["trained"].frombytes(encoded[1].tobytes())
+        self.starts.append(len(self.columns["ids"]))
+        images = row.images if isinstance(row, Conversation) else ()
+        self.columns["pictures"].append(len(images))
+        texts = {
+            "row_ids": row.row_id, "images": "\0".join(images),
+            "problems": f"{problem.kind}\t{problem}" if problem else "",
+            "notes": "\0".join(row.notes) if isinstance(row, Conversation) else "",
+        }  # fmt: skip
+        for name, text in texts.items():
+            self.texts[name] += text.encode("utf-8", "surrogatepass")
+            self.text_starts[name].append(len(self.texts[name]))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {name: np.frombuffer(self.columns[name], _ARRAYS[name]) for name in self.columns}
+        found["starts"] = np.frombuffer(self.starts, np.int64)
+        for name in _TEXTS:
+            found[name] = np.frombuffer(bytes(self.texts[name]), np.uint8)
+            found[f"{name}_starts"] = np.frombuffer(self.text_starts[name], np.int64)
+        return found
+
+
+def encode_table(
+    source: Source, *, tokenizer: PreTrainedTokenizerBase, template: str | Template, cache: Path | None = None,
+    progress: Callable[[Iterable[Read]], Iterable[Read]] = lambda rows: rows,
+) -> EncodedTable:  # fmt: skip
+    """Encode a source, once: the table is kept by content and settings.
+
+    Args:
+        source: The rows.
+        tokenizer: See `encode_conversation`.
+        template: See `encode_conversation`.
+        cache: Folder that keeps tables; None keeps it in memory.
+        progress: Wraps the rows, for a progress bar; not called where the table is there already.
+
+    Returns:
+        The table, memory-mapped where it is kept.
+
+    Raises:
+        EncodingError: Where the tokenizer does not fit the template.
+        UserError: For a file that cannot be read to its end.
+    """
+    template = get_template(template)
+    check_tokenizer(tokenizer, template)
+    folder = cache / "encoded" / table_key(source, tokenizer, template) if cache is not None else None
+    if folder is not None and (folder / "table.json").is_file():
+        return _load(folder)
+    writer = _Writer()
+    for batch in _batches(progress(source.read()), _BATCH):
+        _encode_batch(batch, tokenizer, template, writer)
+    arrays = writer.arrays()
+    if folder is None:
+        return EncodedTable(arrays)
+    _save(arrays, folder)
+    return _load(folder)
+
+
+def table_key(source: Source, tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
+    """Hash of everything a table depends on."""
+    parts = (_VERSION, source.fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, repr(template))
+    return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _batches(rows: Iterable[Read], size: int) -> Iterator[list[Read]]:
+    iterator = iter(rows)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def _encode_batch(
+    batch: Sequence[Read], tokenizer: PreTrainedTokenizerBase, template: Template, writer: _Writer
+) -> None:  # fmt: skip
+    spans: list[list[Span] | EncodingError] = [_spans(row, template) for row in batch]
+    good = [found for found in spans if not isinstance(found, EncodingError)]
+    encoded = iter(encode_spans(good, tokenizer))
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    for row, found in zip(batch, spans, strict=True):
+        result = found if isinstance(found, EncodingError) else next(encoded)
+        if not isinstance(result, EncodingError) and isinstance(row, Conversation):
+            result = _check(result, row, image_id)
+        if isinstance(result, EncodingError):
+            writer.add(row, None, result)
+        else:
+            writer.add(row, result, None)
+
+
+def _spans(row: Read, template: Template) -> list[Span] | EncodingError:
+    if isinstance(row, RowError):
+        return row
+    try:
+        return conversation_spans(row.turns, template)
+    except EncodingError as error:
+        return error
+
+
+def _check(
+    encoded: tuple[np.ndarray, np.ndarray], row: Conversation, image_id: int
+) -> tuple[np.ndarray, np.ndarray] | EncodingError:
+    count = int((encoded[0] == image_id).sum())
+    if count != len(row.images):
+        return EncodingError(
+            f"{count} {IMAGE_PLACEHOLDER} placeholders for {len(row.images)} pictures; make them equal",
+            "placeholder count",
+        )
+    if not encoded[1].any():
+        return EncodingError("the sample has no trained token", "no trained token")
+    return encoded
+
+
+def _save(arrays: dict[str, np.ndarray], folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        for name, values in arrays.items():
+            np.save(temporary / f"{name}.npy", values)
+        (temporary / "table.json").write_text(json.dumps({name: len(values) for name, values in arrays.items()}))
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not (folder / "table.json").is_file():  # or another run of the same recipe was first
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _load(folder: Path) -> EncodedTable:
+    sizes = json.loads((folder / "table.json").read_text())
+    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if count else None) for name, count in sizes.items()}
+    return EncodedTable(columns)
+
+
+class EncodedRows(Sequence[dict[str, Any]]):
+    """The rows that a split uses, taken from one or more tables.
+
+    Args:
+        tables: The sources'.
+        places: Table and row of each, int64 of shape (rows, 2).
+        image_id: The id of `<image>`.
+        num_image_tokens: How many of them a picture has.
+        max_length: Most tokens of a row; the end of its last answer is cut to fit.
+    """
+
+    def __init__(
+        self, tables: Sequence[EncodedTable], places: np.ndarray, *, image_id: int, num_image_tokens: int,
+        max_length: int,
+    ) -> None:  # fmt: skip
+        self.tables, self.places = tables, places.reshape(-1, 2)
+        self.image_id, self.num_image_tokens, self.max_length = image_id, num_image_tokens, max_length
+        self.lengths = np.zeros(len(self.places), dtype=np.int64)
+        """Tokens of each row."""
+        self.supervised = np.zeros(len(self.places), dtype=np.int64)
+        """Trained tokens of each row."""
+        for number, table in enumerate(tables):
+            mine = np.flatnonzero(self.places[:, 0] == number)
+            rows = self.places[mine, 1]
+            self.lengths[mine] = table.lengths(num_image_tokens)[rows]
+            self.supervised[mine] = table.supervised[rows]
+        for index in np.flatnonzero(self.lengths > max_length):
+            self.supervised[index] = sum(label != -100 for label in self[int(index)]["labels"])
+        self.lengths = np.minimum(self.lengths, max_length)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One row: `row_id`, `input_ids`, `labels`, `image_files`; or, for a slice, those rows."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        table, row = self._place(index)
+        encoded = expand(
+            *table.row(row), image_id=self.image_id, num_image_tokens=self.num_image_tokens, max_length=self.max_length
+        )
+        return {"row_id": table.row_ids[row], **encoded, "image_files": self.image_files(index)}
+
+    def _place(self, index: int) -> tuple[EncodedTable, int]:
+        number, row = self.places[index]
+        return self.tables[number], int(row)
+
+    def image_files(self, index: int) -> list[str]:
+        """Names of a row's pictures, as the split's image source knows them."""
+        table, row = self._place(index)
+        names = table.images(row)
+        return names if len(self.tables) == 1 else [f"{self.places[index][0]}|{name}" for name in names]
+
+    def pictures(self) -> np.ndarray:
+        """How many pictures each row has."""
+        return np.array([self.tables[table].pictures[row] for table, row in self.places], dtype=np.int64)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> EncodedRows:
+        """Only these rows."""
+        places = self.places[np.asarray(indices, dtype=np.int64)]
+        return EncodedRows(
+            self.tables, places, image_id=self.image_id, num_image_tokens=self.num_image_tokens,
+            max_length=self.max_length,
+        )  # fmt: skip
+
+
+def answer_starts(table: EncodedTable, rows: np.ndarray, image_id: int, num_image_tokens: int) -> np.ndarray:
+    """Where the last answer of each of these rows begins, in tokens."""
+    found = []
+    for row in rows:
+        ids, trained = table.row(int(row))
+        start = last_answer_start(np.where(trained, ids, -100))
+        found.append(start + int((ids[:start] == image_id).sum()) * (num_image_tokens - 1))
+    return np.array(found, dtype=np.int64)

@@ -1,0 +1,244 @@
+"""Rows of JSON, JSONL, CSV, TSV and Parquet files, one at a time: a file is never in memory as a whole."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_llava.errors import UserError
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_CHUNK = 1 << 20
+
+
+def data_file(path: str | Path, where: str = "data.path") -> Path:
+    """Find the one file of rows that a path means.
+
+    Args:
+        path: A file, or a folder with exactly one such file in it.
+        where: The field that names it, for messages.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: For a path that is not there, an unknown kind of file, or a folder with none or several.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        if len(files) == 1:
+            return files[0]
+        found = ", ".join(file.name for file in files[:5]) or "none"
+        raise UserError(
+            f"{where}: {path} is a folder; name its file of rows ({', '.join(SUFFIXES)}); it holds: {found}"
+        )
+    if not path.is_file():
+        raise UserError(f"{where}: {path} is missing; it should be a file such as chat.json")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{where}: {path} is of no known kind; use one of {', '.join(SUFFIXES)}")
+    return path
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def iterate_rows(file: Path) -> Iterator[Any]:
+    """Read a file's rows in order.
+
+    Args:
+        file: From `data_file`.
+
+    Yields:
+        One object per row: a dict as a rule; whatever else a JSON file holds is for the caller to refuse.
+
+    Raises:
+        UserError: For text that is not what the suffix says, with the line.
+    """
+    suffix = file.suffix.lower()
+    try:
+        if suffix == ".parquet":
+            yield from _parquet_rows(file)
+        elif suffix in (".csv", ".tsv"):
+            yield from _table_rows(file, "\t" if suffix == ".tsv" else ",")
+        elif suffix == ".json":
+            yield from _json_rows(file)
+        else:
+            yield from _jsonl_rows(file)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
+
+
+def _jsonl_rows(file: Path) -> Iterator[Any]:
+    with file.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{file}, line {number}: not JSON: {_first(error)}") from None
+
+
+def _json_rows(file: Path) -> Iterator[Any]:
+    """A list's rows, or those of JSON lines that are called .json, as many are."""
+    with file.open(encoding="utf-8-sig") as stream:
+        reader = _Buffer(stream)
+        opening = reader.peek()
+        if opening == "{" and _has_more_lines(file):
+            yield from _jsonl_rows(file)
+            return
+        if opening != "[":
+            kind = type(_whole(file)).__name__
+            raise UserError(f"{file}: it should hold a list of rows; it holds {kind}")
+        reader.take(1)
+        count = 0
+        while (sign := reader.peek()) != "]":
+            if count and sign != ",":
+                raise _cut(file, reader, count, "Expecting ',' delimiter")
+            if count:
+                reader.take(1)
+                reader.peek()
+            try:
+                row = reader.decode()
+            except ValueError as error:
+                raise _cut(file, reader, count, _first(error)) from None
+            yield row
+            count += 1
+
+
+class _Buffer:
+    """A text stream from which JSON values are taken one by one."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.text, self.place, self.line = stream, "", 0, 1
+        self.decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """The next character that is not white space; "" at the end."""
+        while True:
+            while self.place < len(self.text) and self.text[self.place] in " \t\r\n":
+                self.line += self.text[self.place] == "\n"
+                self.place += 1
+            if self.place < len(self.text):
+                return self.text[self.place]
+            if not self._read(_CHUNK):
+                return ""
+
+    def take(self, count: int) -> None:
+        self.place += count
+
+    def decode(self) -> Any:
+        """The JSON value that starts here; more is read until it is whole."""
+        size = _CHUNK
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text, self.place)
+            except json.JSONDecodeError as error:
+                if self._read(size):
+                    size *= 2
+                    continue
+                self.line += self.text.count("\n", self.place, error.pos)
+                raise
+            if end == len(self.text) and self._read(size):
+                continue  # a number may go on
+            self.line += self.text.count("\n", self.place, end)
+            self.place = end
+            return value
+
+    def _read(self, size: int) -> bool:
+        new = self.stream.read(size)
+        self.text, self.place = self.text[self.place :] + new, 0
+        return bool(new)
+
+
+def _has_more_lines(file: Path) -> bool:
+    """Whether the first line is a whole JSON value and another follows."""
+    with file.open(encoding="utf-8-sig") as stream:
+        first = next((line for line in stream if line.strip()), "")
+        try:
+            json.loads(first)
+        except ValueError:
+            return False
+        return any(line.strip() for line in stream)
+
+
+def _whole(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        line = getattr(error, "lineno", 1)
+        raise UserError(f"{file}, line {line}: not JSON: {_first(error)}") from None
+
+
+def _cut(file: Path, reader: _Buffer, count: int, problem: str) -> UserError:
+    ended = " and the file ends there: it is cut off" if not reader.stream.read(1) else ""
+    return UserError(f"{file}, line {reader.line}: not JSON: {problem}, after {count:,} whole rows{ended}")
+
+
+def _first(error: ValueError) -> str:
+    return str(getattr(error, "msg", error)).splitlines()[0]
+
+
+def _table_rows(file: Path, delimiter: str) -> Iterator[dict[str, str]]:
+    csv.field_size_limit(sys.maxsize)
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        header = stream.readline()
+        if delimiter == "," and "," not in header and ";" in header:
+            delimiter = ";"  # what spreadsheets write where the comma is the decimal sign
+        stream.seek(0)
+        reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    given = len([value for value in row.values() if value is not None])
+                    found = given + len(row.get(None) or [None]) - 1 if None in row else given
+                    raise UserError(
+                        f"{file}, line {reader.line_num}: {found} fields, where its first line names "
+                        f"{len(reader.fieldnames or ())}; put text that holds the separator in double quotes"
+                    )
+                yield row
+        except csv.Error as error:
+            raise UserError(f"{file}, line {reader.line_num}: not a table: {error}") from None
+
+
+def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024, columns=_without_bytes(table)):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file}: not a Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _without_bytes(table: Any) -> list[str]:
+    """The columns to read: of a picture that is stored in the table, its path and not its bytes."""
+    leaves = [table.schema.column(i) for i in range(len(table.schema))]
+    parents = [leaf.path.rpartition(".")[0] for leaf in leaves]
+    return [
+        leaf.path
+        for leaf, parent in zip(leaves, parents, strict=True)
+        if not (parent and parents.count(parent) > 1 and _is_bytes(leaf))
+    ]
+
+
+def _is_bytes(leaf: Any) -> bool:
+    return leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "STRING"
+
+
+def parquet_columns(file: Path) -> list[str]:
+    """Names of a Parquet file's columns."""
+    import pyarrow.parquet
+
+    return list(pyarrow.parquet.read_schema(file).names)

@@ -1,0 +1,239 @@
+"""Rows as people have them, brought to conversations: LLaVA's JSON, ShareGPT, messages, tables, captions.
+
+A row's form is seen by its keys. What is harmless is mended and noted on the conversation; what is not is a `RowError`
+with a kind, under which such rows are counted.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from lora_llava.data.conversation import (
+    IMAGE_PLACEHOLDER,
+    Conversation,
+    EncodingError,
+    ImagePosition,
+    Turn,
+    place_image,
+    read_turns,
+)
+
+Format = Literal["conversations", "captions"]
+BRIEF_REQUESTS = (
+    "Describe the image concisely.",
+    "Provide a brief description of the given image.",
+    "Offer a succinct explanation of the picture presented.",
+    "Summarize the visual content of the image.",
+    "Give a short and clear explanation of the subsequent image.",
+    "Share a concise interpretation of the image provided.",
+    "Present a compact description of the photo's key features.",
+    "Relay a brief, clear account of the picture shown.",
+    "Render a clear and concise summary of the photo.",
+    "Write a terse but informative summary of the picture.",
+    "Create a compact narrative representing the image presented.",
+)
+"""What a naively expanded caption answers (LLaVA, arXiv 2304.08485, section 4.2 and appendix, table 11)."""
+PLACEHOLDER_ADDED = "placeholder added"
+LEADING_ANSWER_CUT = "leading answer cut"
+OPEN_QUESTION_CUT = "unanswered end cut"
+
+
+class RowError(EncodingError):
+    """A row that is no conversation; `kind` is its reason in a word or two."""
+
+    row_id = ""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message, kind)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a table calls its columns.
+
+    Attributes:
+        image: The picture's file name, or the picture itself.
+        question: The user's text.
+        answer: The text that is trained.
+        caption: The picture's caption, in captions.
+        id: The row's name.
+    """
+
+    image: str = "image"
+    question: str = "question"
+    answer: str = "answer"
+    caption: str = "caption"
+    id: str = "id"
+
+
+def read_row(
+    row: Any, number: int, *, form: Format = "conversations", columns: Columns | None = None,
+    position: ImagePosition = "first", seed: int = 0,
+) -> Conversation:  # fmt: skip
+    """Bring one row to a conversation.
+
+    Args:
+        row: What the file holds.
+        number: Its place in the file, from 0; its name where it has no id, and what its coin is thrown by.
+        form: `conversations`, or `captions`, which also takes a picture with its bare caption.
+        columns: What a table calls its columns.
+        position: Where a row's one picture goes in the text; `as_written` leaves it, and puts one that the text does
+            not mention first.
+        seed: Throws the coin of `random` and draws the request that a bare caption answers.
+
+    Returns:
+        The conversation: turns in order, one placeholder per picture.
+
+    Raises:
+        RowError: For a row that is none.
+    """
+    columns = columns or Columns()
+    if not isinstance(row, Mapping):
+        raise RowError("malformed row", f"the row is {type(row).__name__}; a row holds id, image and conversations")
+    row = {key: value for key, value in row.items() if value is not None}
+    rng = random.Random(f"{seed} {number}")
+    messages = _messages(row, form, columns, rng)
+    try:
+        turns = read_turns(messages)
+    except EncodingError as error:
+        raise RowError(error.kind, str(error)) from None
+    images = _images(row, messages, columns, number)
+    conversation = Conversation(str(row.get(columns.id, number)), turns, images)
+    return _place(_mend(conversation), position, rng)
+
+
+def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.Random) -> list[Any]:
+    """The row's messages, whichever form it has."""
+    forms: list[str] = [key for key in ("conversations", "conversation", "messages") if key in row]
+    if columns.question in row and columns.answer in row:
+        forms.append(f"{columns.question}/{columns.answer}")
+    if len(forms) > 1:
+        raise RowError("both formats", f"the row has {' and '.join(forms)}, which are two forms; keep one")
+    if form == "captions" and not forms:
+        if columns.caption not in row:
+            raise RowError("missing column", _missing(row, f"{columns.caption} or conversations"))
+        request = {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{rng.choice(BRIEF_REQUESTS)}"}
+        return [request, {"from": "gpt", "value": _text(row, columns.caption)}]
+    if not forms:
+        lacking = [name for name in (columns.question, columns.answer) if name not in row]
+        wanted = lacking[0] if len(lacking) == 1 else f"conversations, messages, or {columns.question} and answer"
+        raise RowError("missing column", _missing(row, wanted))
+    if "/" in forms[0] and forms[0] not in row:
+        asked, answered = _text(row, columns.question), _text(row, columns.answer)
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    messages = row[forms[0]]
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise RowError("malformed row", f"{forms[0]} is {messages!r:.60}; a row holds id, image and conversations")
+    system = row.get("system")
+    if isinstance(system, str) and system:  # ShareGPT as LLaMA-Factory writes it
+        return [{"role": "system", "content": system}, *messages]
+    return list(messages)
+
+
+def _missing(row: Mapping[str, Any], wanted: str) -> str:
+    return f"it lacks {wanted}; it has {', '.join(map(str, row)) or 'nothing'}"
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
+    if isinstance(value, (str, int, float)):  # a number is a fair answer
+        return str(value)
+    raise RowError("malformed row", f"{column} is {value!r:.60}; it should be text")
+
+
+def _images(row: Mapping[str, Any], messages: Sequence[Any], columns: Columns, number: int) -> tuple[str, ...]:
+    """Names of the row's pictures: from its column, else from the parts of its messages."""
+    given: list[Any] = []
+    for column in dict.fromkeys((columns.image, "images")):
+        value = row.get(column, [])
+        given += value if isinstance(value, (list, tuple)) else [value] if value != "" else []
+    inline = [name for message in messages for name in _inline_names(message)]
+    if given and inline:
+        raise RowError("both formats", f"its pictures stand in {columns.image} and in its messages; keep one")
+    names = []
+    for place, value in enumerate(given or inline):
+        if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
+            value = str(number) if len(given) == 1 else f"{number}:{place}"  # stored in the table itself
+        if not isinstance(value, str):
+            raise RowError("malformed row", f"a picture's name is {value!r:.60}; it should be a file's name")
+        names.append(value)
+    return tuple(names)
+
+
+def _inline_names(message: Mapping[str, Any]) -> list[Any]:
+    """Pictures that image parts name: `image`, `path` or `url` as transformers takes them, `image_url` as OpenAI."""
+    content = message.get("content")
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        return []
+    found = []
+    for part in content:
+        if part.get("type") not in ("image", "image_url"):
+            continue
+        url = part.get("image_url")
+        nested = url.get("url") if isinstance(url, Mapping) else url
+        found.append(next((v for v in (part.get("image"), part.get("path"), part.get("url"), nested) if v), None))
+    return [name for name in found if name is not None]
+
+
+def _mend(conversation: Conversation) -> Conversation:
+    """Cut what stands before the first question and after the last answer, as LLaVA does (llava/train/train.py,
+    preprocess_v1, "Skip the first one if it is not from human"), and refuse what is no conversation."""
+    turns, notes = list(conversation.turns), []
+    system = turns[:1] if turns and turns[0].role == "system" else []
+    turns = turns[len(system) :]
+    if not turns:
+        raise RowError("empty conversation", "the conversation is empty; give a question and an answer")
+    said = {turn.role for turn in turns}
+    for role, what in (("user", "question"), ("assistant", "answer")):
+        if role not in said:
+            raise RowError("one-sided conversation", f"the conversation has no {what}; only the {said.pop()} speaks")
+    if turns[0].role == "assistant":
+        turns, notes = turns[1:], [LEADING_ANSWER_CUT]
+    if turns[-1].role == "user":
+        turns, notes = turns[:-1], [*notes, OPEN_QUESTION_CUT]
+    _check_order(turns)
+    return replace(conversation, turns=(*system, *turns), notes=tuple(notes))
+
+
+def _check_order(turns: Sequence[Turn]) -> None:
+    if not turns:
+        raise RowError("one-sided conversation", "the conversation has no question that is answered")
+    for index, turn in enumerate(turns):
+        expected = ("user", "assistant")[index % 2]
+        if turn.role != expected:
+            raise RowError("role order", f"turn {index} is the {turn.role}'s; the {expected}'s was due")
+        if not turn.text.strip():
+            what = "answer" if turn.role == "assistant" else "question"
+            raise RowError(f"empty {what}", f"turn {index}: the {what} is empty")
+        if turn.role == "assistant" and IMAGE_PLACEHOLDER in turn.text:
+            raise RowError(
+                "placeholder count", f"turn {index}: the answer holds {IMAGE_PLACEHOLDER}; only a user shows pictures"
+            )
+
+
+def _place(conversation: Conversation, position: ImagePosition, rng: random.Random) -> Conversation:
+    """Make placeholders as many as pictures, and put a lone one where the recipe wants it."""
+    images, turns = conversation.images, conversation.turns
+    count = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+    if count not in (0, len(images)) or (count and not images):
+        raise RowError(
+            "placeholder count",
+            f"{count} {IMAGE_PLACEHOLDER} placeholders for {len(images)} pictures; make them equal",
+        )
+    if not images:
+        return conversation
+    users = (i for i, turn in enumerate(turns) if turn.role == "user")
+    place = next(i for i in users if not count or IMAGE_PLACEHOLDER in turns[i].text)
+    text = turns[place].text
+    if not count:
+        conversation = replace(conversation, notes=(*conversation.notes, PLACEHOLDER_ADDED))
+    if len(images) == 1 and not (count and position == "as_written"):
+        rest = text.replace(IMAGE_PLACEHOLDER, "").strip()
+        text = place_image(rest, "first" if position == "as_written" else position, rng) if rest else IMAGE_PLACEHOLDER
+    elif not count:
+        text = "\n".join([IMAGE_PLACEHOLDER] * len(images) + [text])
+    turn = Turn("user", text)
+    return replace(conversation, turns=(*turns[:place], turn, *turns[place + 1 :]))

@@ -1,0 +1,162 @@
+"""Every picture opened once, in parallel, and what is odd about it; unchanged files are not opened again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from lora_llava.data.images import BadImageError, FolderImages, ImageSource, JoinedImages, read_rgb
+
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png", ".apng"), "GIF": (".gif",), "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"), "TIFF": (".tif", ".tiff"),
+}  # fmt: skip
+_ORIENTATION = 0x0112
+"""The EXIF tag of the camera's orientation; 1 is upright (CIPA DC-008, section 4.6.4)."""
+_AT_ONCE = 64
+_TINY = 8
+"""A side of fewer pixels is hardly a picture."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is known of a picture.
+
+    Attributes:
+        problem: Why it cannot be used; None where it can.
+        kind: The same in a word or two.
+        oddities: What a person may want to know though it can be used: pairs of kind and message.
+        digest: SHA-256 of its file, in hex; "" where there is none.
+    """
+
+    problem: str | None = None
+    kind: str = ""
+    oddities: tuple[tuple[str, str], ...] = ()
+    digest: str = ""
+
+
+def inspect_pictures(
+    images: ImageSource, names: Iterable[str], cache: Path | None = None,
+    progress: Callable[[Iterable[Picture]], Iterable[Picture]] = lambda found: found,
+) -> dict[str, Picture]:  # fmt: skip
+    """Open pictures as training will.
+
+    Args:
+        images: Opens them.
+        names: Which.
+        cache: File that keeps what was found, by name, size and time of change; None keeps nothing.
+        progress: Wraps the pictures as they are done, for a progress bar.
+
+    Returns:
+        What was found, by name.
+    """
+    names = list(names)
+    known = _load(cache)
+    stamps = {name: _stamp(images, name) for name in names}
+    found = {
+        name: known[name][1] for name in names if name in known and stamps[name] and known[name][0] == stamps[name]
+    }
+    missing = [name for name in names if name not in found]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        try:
+            for name, picture in zip(missing, progress(_mapped(pool, images, missing)), strict=True):
+                found[name] = picture
+        finally:
+            if missing:
+                _save(cache, {**known, **{name: (stamps[name], p) for name, p in found.items() if stamps[name]}})
+    return found
+
+
+def _mapped(pool: ThreadPoolExecutor, images: ImageSource, names: list[str]) -> Iterator[Picture]:
+    """Few pictures at a time are under way, so that memory does not grow with their number."""
+    waiting = iter(names)
+    running = [pool.submit(inspect_picture, images, name) for name in islice(waiting, _AT_ONCE)]
+    while running:
+        yield running.pop(0).result()
+        running += [pool.submit(inspect_picture, images, name) for name in islice(waiting, 1)]
+
+
+def inspect_picture(images: ImageSource, name: str) -> Picture:
+    """Open one picture as training does, to its last byte."""
+    own = name.partition("|")[2] if isinstance(images, JoinedImages) else name
+    limit = _max_pixels(images, name)
+    digest = ""
+    try:
+        content = images.read(name)
+        digest = hashlib.sha256(content).hexdigest()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks about odd files; what matters is found below
+            read_rgb(io.BytesIO(content), own, limit)
+            return Picture(None, "", tuple(_oddities(content, own)), digest)
+    except BadImageError as error:
+        return Picture(str(error), error.kind, (), digest)
+
+
+def _max_pixels(images: ImageSource, name: str) -> int:
+    source: Any = images.sources[int(name.partition("|")[0])] if isinstance(images, JoinedImages) else images
+    return int(source.max_pixels)
+
+
+def _oddities(content: bytes, name: str) -> Iterator[tuple[str, str]]:
+    with Image.open(io.BytesIO(content)) as image:
+        kind, suffix = str(image.format), Path(name).suffix.lower()
+        others = {other for name, suffixes in _SUFFIXES.items() if name != kind for other in suffixes}
+        if suffix in others:
+            yield "mislabelled picture", f"picture {name} is a {kind}; it is read as one, but its name misleads"
+        if image.mode != "RGB":
+            yield "picture not RGB", f"picture {name} has mode {image.mode}; it is converted, look at it in the preview"
+        if getattr(image, "n_frames", 1) > 1:
+            yield "several frames", f"picture {name} has {image.n_frames} frames; only the first is seen"  # type: ignore[attr-defined]
+        if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
+            yield "turned picture", f"picture {name} lies on its side but for an EXIF tag; the model sees it lying"
+        if min(image.size) < _TINY:
+            yield "tiny picture", f"picture {name} has {image.width} x {image.height} pixels"
+
+
+def _stamp(images: ImageSource, name: str) -> str:
+    """Size and time of change, and the limit it was held to; nothing for what is no file of its own."""
+    if isinstance(images, JoinedImages):
+        place, _, own = name.partition("|")
+        return _stamp(images.sources[int(place)], own)
+    if not isinstance(images, FolderImages):
+        return ""
+    try:
+        path = images.find(name)
+        facts = path.stat()
+    except (BadImageError, OSError):
+        return ""
+    return f"{path}:{facts.st_size}:{facts.st_mtime_ns}:{images.max_pixels}"
+
+
+def _load(cache: Path | None) -> dict[str, tuple[str, Picture]]:
+    if cache is None or not cache.is_file():
+        return {}
+    try:
+        kept = json.loads(cache.read_text(encoding="utf-8"))
+        return {
+            name: (stamp, Picture(**facts | {"oddities": tuple(map(tuple, facts["oddities"]))}))
+            for name, (stamp, facts) in kept.items()
+        }
+    except (ValueError, TypeError, KeyError):  # half a file, or one of another version: look again
+        return {}
+
+
+def _save(cache: Path | None, found: dict[str, tuple[str, Picture]]) -> None:
+    if cache is None:
+        return
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
+    content = {name: (stamp, asdict(picture)) for name, (stamp, picture) in found.items()}
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.replace(cache)

@@ -1,0 +1,392 @@
+"""Samples as they are trained, on one HTML page that needs nothing else.
+
+A reader can take `input_ids` and `labels` back from the page: every token is a `span` with its id in `data-id`, how
+many equal ids it stands for in `data-n`, and the class `on` where it is trained.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+
+from PIL import Image
+
+JPEG_QUALITY = 85
+SPACE = "▁"
+"""SentencePiece's mark of a space."""
+NEWLINE = "⏎"
+_BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and marks to Unicode, nothing to the eye
+_NUMBERED_SEGMENT = 0.05  # of a row; a number does not fit in less on a phone
+
+
+@dataclass(frozen=True)
+class PreviewToken:
+    """A token, or a run of image positions.
+
+    Attributes:
+        id: Token id.
+        text: The tokenizer's own piece, such as `▁dog` or `<0x0A>`.
+        trained: The loss is taken on it.
+        position: Index of its first id in the sample's `input_ids`.
+        count: Equal ids that it stands for; more than 1 only for image positions.
+        is_image: It is replaced by features of the picture.
+    """
+
+    id: int
+    text: str
+    trained: bool
+    position: int
+    count: int = 1
+    is_image: bool = False
+
+    @property
+    def newlines(self) -> int:
+        """How often the piece breaks the line."""
+        return 1 if self.text == "<0x0A>" else self.text.count("\n")
+
+
+@dataclass(frozen=True)
+class PreviewSample:
+    """One sample.
+
+    Attributes:
+        source: The dataset or file that it comes from.
+        row_id: Its name there.
+        tokens: All of them, in order.
+        pictures: RGB, as CLIP gets them, in the order of the placeholders.
+        row: Index of the row that it lies in.
+        notes: What a reader should know of it, such as "answer cut to fit".
+    """
+
+    source: str
+    row_id: str
+    tokens: tuple[PreviewToken, ...]
+    pictures: tuple[Image.Image, ...]
+    row: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens, image positions included."""
+        return sum(token.count for token in self.tokens)
+
+    @property
+    def trained(self) -> int:
+        """Tokens that the loss is taken on."""
+        return sum(token.count for token in self.tokens if token.trained)
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """A row of a batch: one packed row, or one sample and its padding.
+
+    Attributes:
+        samples: Indices into the preview's samples, in order; -1 for a sample that is not shown.
+        lengths: Tokens of each.
+        capacity: The row's token budget, 0 if there is none.
+        padding: Padding tokens.
+    """
+
+    samples: tuple[int, ...]
+    lengths: tuple[int, ...]
+    capacity: int
+    padding: int = 0
+
+    @property
+    def unused(self) -> int:
+        """Tokens of the budget that nothing takes."""
+        return max(0, self.capacity - sum(self.lengths) - self.padding)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What is shown.
+
+    Attributes:
+        title: Heading.
+        facts: Labels and values for the head, such as the recipe and the template.
+        samples: In the order that they are shown.
+        rows: The rows that they lie in.
+    """
+
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    samples: tuple[PreviewSample, ...]
+    rows: tuple[PreviewRow, ...]
+
+
+def is_hidden(character: str) -> bool:
+    """Whether a character is invisible or steers what is around it.
+
+    Args:
+        character: One.
+
+    Returns:
+        True for control, format and bidi characters, lone surrogates, unassigned and private ones, every space and line
+        break but the plain space, and what is drawn as nothing.
+    """
+    if character == " ":
+        return False
+    return (
+        unicodedata.category(character)[0] in "CZ"
+        or character in _BLANK
+        or unicodedata.name(character, "").startswith("VARIATION SELECTOR")
+    )
+
+
+def escape_hidden(text: str) -> str:
+    """Write hidden characters by their code point, such as U+202E.
+
+    Args:
+        text: Any, lone surrogates included.
+
+    Returns:
+        Text that can be encoded as UTF-8, drives no terminal and reorders nothing outside itself.
+    """
+    return "".join(f"U+{ord(c):04X}" if is_hidden(c) else c for c in text)
+
+
+def share(part: int, whole: int) -> str:
+    """Write a share as a percentage.
+
+    Args:
+        part: Of `whole`.
+        whole: 0 gives 0%.
+
+    Returns:
+        Such as `25%`, `under 1%` or `over 99%`; 0% is nothing and 100% is all.
+    """
+    if 0 < part < 0.01 * whole:
+        return "under 1%"
+    if 0.99 * whole < part < whole:
+        return "over 99%"
+    return f"{100 * part / max(1, whole):.0f}%"
+
+
+def count_of(number: int, noun: str) -> str:
+    """Write a count, such as `1 sample` or `3,987 tokens`.
+
+    Args:
+        number: How many.
+        noun: In the singular.
+
+    Returns:
+        Both.
+    """
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def describe_row(preview: Preview, row: int) -> str:
+    """Say how full a row is.
+
+    Args:
+        preview: Holds the row.
+        row: Its index.
+
+    Returns:
+        Such as `row 3: 5 samples, 3,987 of 4,096 tokens, 97%`.
+    """
+    shape = preview.rows[row]
+    used = sum(shape.lengths)
+    text = f"row {row + 1}: {count_of(len(shape.samples), 'sample')}, "
+    if shape.capacity:
+        text += f"{used:,} of {count_of(shape.capacity, 'token')}, {share(used, shape.capacity)}"
+    else:
+        text += count_of(used, "token")
+    return text + (f", {shape.padding:,} padding" if shape.padding else "")
+
+
+def render_page(preview: Preview) -> str:
+    """Write the page.
+
+    Args:
+        preview: What to show; its texts may hold anything.
+
+    Returns:
+        One HTML document. It reaches no network: its Content-Security-Policy allows `data:` pictures, inline styles and
+        its own script by hash. It can be encoded as UTF-8.
+
+    Raises:
+        IndexError: For a sample whose row is not among the rows.
+    """
+    style, script = _asset("preview_page.css"), _asset("preview_page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    definitions, names = _embed_pictures(preview.samples)
+    articles = "\n".join(_article(preview, index, names[index]) for index in range(len(preview.samples)))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{_text(preview.title)}</title>
+<style>{style}</style>
+<script>{script}</script>
+</head>
+<body>
+{definitions}
+{_head(preview)}
+{_toolbar(preview.samples)}
+<main>
+{articles or "<p>There are no samples.</p>"}
+</main>
+</body>
+</html>
+"""
+
+
+def _asset(name: str) -> str:
+    return resources.files("lora_llava.data").joinpath(name).read_text(encoding="utf-8")
+
+
+def _text(text: str) -> str:
+    return escape(escape_hidden(text))
+
+
+def _embed_pictures(samples: Sequence[PreviewSample]) -> tuple[str, list[list[str]]]:
+    """The pictures as SVG symbols, each distinct one once, and the symbols' names for every sample."""
+    symbols: dict[bytes, tuple[str, str]] = {}
+    names: list[list[str]] = []
+    for sample in samples:
+        names.append([])
+        for picture in sample.pictures:
+            key = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+            if key not in symbols:
+                symbols[key] = _symbol(f"p{len(symbols)}", picture)
+            names[-1].append(symbols[key][0])
+    drawn = "\n".join(symbol for _, symbol in symbols.values())
+    return f'<svg class="store" aria-hidden="true">{drawn}</svg>', names
+
+
+def _symbol(name: str, picture: Image.Image) -> tuple[str, str]:
+    stream = io.BytesIO()
+    picture.convert("RGB").save(stream, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    data = base64.b64encode(stream.getvalue()).decode()
+    width, height = picture.size
+    image = f'<image width="{width}" height="{height}" href="data:image/jpeg;base64,{data}"/>'
+    return name, f'<symbol id="{name}" viewBox="0 0 {width} {height}">{image}</symbol>'
+
+
+def _head(preview: Preview) -> str:
+    facts = "".join(f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd></div>" for label, value in preview.facts)
+    return (
+        f"<header><h1>{_text(preview.title)}</h1><dl>{facts}</dl>"
+        '<ul class="legend"><li><span class="on">trained</span> the loss is taken on it</li>'
+        '<li><span class="t">read</span> context only</li>'
+        '<li><span class="im">image</span> positions of a picture</li>'
+        f"<li><span class='t'><i>{SPACE}</i></span> space</li><li><span class='t'><i>{NEWLINE}</i></span> new line</li>"
+        "</ul></header>"
+    )
+
+
+def _toolbar(samples: Sequence[PreviewSample]) -> str:
+    sources = Counter(escape_hidden(sample.source) for sample in samples)
+    options = "".join(
+        f'<option value="{escape(source)}">{escape(source)} ({count:,})</option>' for source, count in sources.items()
+    )
+    # Sources are told from "all" by its lack of a value, as a source can have any name, the empty one too.
+    return (
+        '<nav aria-label="Samples"><button id="previous" type="button" title="Left arrow key">← Previous</button>'
+        f'<output id="place" aria-live="polite">1 of {len(samples)}</output>'
+        '<button id="next" type="button" title="Right arrow key">Next →</button>'
+        f'<label>Source <select id="source"><option data-all>all ({len(samples):,})</option>{options}</select></label>'
+        "</nav>"
+    )
+
+
+def _article(preview: Preview, index: int, pictures: Sequence[str]) -> str:
+    sample = preview.samples[index]
+    source, row_id = _text(sample.source), _text(sample.row_id)
+    notes = "".join(f"<li>{_text(note)}</li>" for note in sample.notes)
+    figures = (
+        ("tokens", f"{sample.length:,}"),
+        ("trained", f"{sample.trained:,} <small>{share(sample.trained, sample.length)}</small>"),
+        ("pictures", str(len(sample.pictures))),
+    )
+    return (
+        f'<article id="{index + 1}" data-row-id="{row_id}" data-source="{source}">'
+        f'<div class="top"><div><p class="source">sample {index + 1} · <bdi>{source}</bdi></p><h2>{row_id}</h2></div>'
+        '<dl class="figures">'
+        + "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in figures)
+        + "</dl></div>"
+        + (f'<ul class="notes">{notes}</ul>' if notes else "")
+        + _row(preview, index)
+        + f'<div class="body"><p class="tokens">{"".join(map(_token, sample.tokens))}</p>'
+        + _pictures(sample.pictures, pictures)
+        + "</div></article>"
+    )
+
+
+def _pictures(pictures: Sequence[Image.Image], names: Sequence[str]) -> str:
+    if not pictures:
+        return ""
+    figures = ""
+    for number, (picture, name) in enumerate(zip(pictures, names, strict=True), 1):
+        width, height = picture.size
+        figures += (
+            f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="Picture {number}">'
+            f'<use href="#{name}" width="{width}" height="{height}"/></svg>'
+            f"<figcaption>as CLIP gets it, {width} × {height}</figcaption></figure>"
+        )
+    return f'<div class="pictures">{figures}</div>'
+
+
+def _row(preview: Preview, current: int) -> str:
+    """The bar of the row that the current sample lies in."""
+    number = preview.samples[current].row
+    row = preview.rows[number]
+    total = sum(row.lengths) + row.padding + row.unused
+    bar = ""
+    for sample, length in zip(row.samples, row.lengths, strict=True):
+        text = str(sample + 1) if sample >= 0 and length >= _NUMBERED_SEGMENT * total else ""
+        style = f'style="flex-grow:{length}"'
+        if sample < 0:
+            bar += f'<b {style} title="a sample that is not shown, {count_of(length, "token")}"></b>'
+            continue
+        here = ' aria-current="true"' if sample == current else ""
+        title = f"sample {sample + 1}, {count_of(length, 'token')}"
+        bar += f'<a href="#{sample + 1}" {style}{here} title="{title}" aria-label="{title}">{text}</a>'
+    for name, size in (("padding", row.padding), ("unused", row.unused)):
+        if size:
+            bar += f'<b class="{name}" style="flex-grow:{size}" title="{name}, {count_of(size, "token")}"></b>'
+    return f'<div class="row"><p>{describe_row(preview, number)}</p><div class="bar">{bar}</div></div>'
+
+
+def _token(token: PreviewToken) -> str:
+    kind = "im" if token.is_image else "" if token.trained else "t"
+    kind = f"{kind} on".strip() if token.trained else kind
+    last = f"-{token.position + token.count - 1}" if token.count > 1 else ""
+    title = (
+        f"id {token.id}, position {token.position}{last}, {'' if token.trained else 'not '}trained: {_text(token.text)}"
+    )
+    shown = f"image × {token.count}" if token.is_image else _piece(token)
+    box = f'<span class="{kind}" data-id="{token.id}" data-n="{token.count}" title="{title}">{shown}</span>'
+    return box + "<br>" * token.newlines
+
+
+def _piece(token: PreviewToken) -> str:
+    if token.text == "<0x0A>":
+        return f"<i>{NEWLINE}</i>"
+    shown = ""
+    for character in token.text:
+        if character in (SPACE, " "):
+            shown += f"<i>{SPACE if character == SPACE else '␣'}</i>"
+        elif character == "\n":
+            shown += f"<i>{NEWLINE}</i>"
+        elif is_hidden(character):
+            shown += f"<b>{escape_hidden(character)}</b>"
+        else:
+            shown += escape(character)
+    return shown + (f" × {token.count}" if token.count > 1 else "")

@@ -1,0 +1,196 @@
+"""Where rows come from: a file, a folder or the Hub, with the pictures beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_llava.data.conversation import Conversation, ImagePosition
+from lora_llava.data.files import data_file, file_hash, iterate_rows, parquet_columns
+from lora_llava.data.formats import Columns, Format, RowError, read_row
+from lora_llava.data.images import FolderImages, ImageSource, TableImages, open_table
+from lora_llava.errors import UserError
+
+Read = Conversation | RowError
+"""What becomes of a row."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows and their pictures.
+
+    Attributes:
+        name: Names it in reports.
+        images: Opens its pictures.
+        fingerprint: Hash over everything that decides what `read` gives.
+        read: Gives every row in order, as a conversation or as what is wrong with it.
+        file: The file it is read from, where there is one.
+    """
+
+    name: str
+    images: ImageSource
+    fingerprint: str
+    read: Callable[[], Iterator[Read]]
+    file: Path | None = None
+
+    def pick(self, numbers: Iterable[int]) -> list[Conversation]:
+        """The conversations of these rows, in the order asked for."""
+        wanted = list(numbers)
+        found: dict[int, Conversation] = {}
+        missing = set(wanted)
+        rows = self.read() if missing else iter(())
+        for number, row in enumerate(rows):
+            if number in missing and isinstance(row, Conversation):
+                found[number] = row
+                missing.discard(number)
+                if not missing:
+                    break
+        return [found[number] for number in wanted]
+
+
+def list_source(name: str, rows: Sequence[Conversation], images: ImageSource) -> Source:
+    """A source of conversations that are at hand."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row.row_id, row.turns, row.images)).encode("utf-8", "surrogatepass"))
+    return Source(name, images, digest.hexdigest(), lambda: iter(rows))
+
+
+def open_source(
+    path: str | Path, *, name: str | None = None, form: Format = "conversations", file: str | None = None,
+    revision: str | None = None, split: str = "train", image_folder: str | Path | None = None,
+    columns: Columns | None = None, position: ImagePosition = "first", seed: int = 0,
+    max_image_pixels: int = 50_000_000, where: str = "data.path",
+) -> Source:  # fmt: skip
+    """Open a file of rows, a folder that holds one, or a data set on the Hub.
+
+    Args:
+        path: A file (JSON, JSONL, CSV, TSV, Parquet), a folder with one such file, or a Hub id.
+        name: Names it in reports; default: the file's name.
+        form: `conversations` or `captions`.
+        file: A file in a Hub data set's repository, such as `detail_23k.json`; None loads it as a table.
+        revision: Branch, tag or commit of a Hub id.
+        split: Split of a Hub table.
+        image_folder: Root of the pictures; default: `images` beside the file, else the file's own folder.
+        columns: What a table calls its columns.
+        position: See `read_row`.
+        seed: See `read_row`.
+        max_image_pixels: Most pixels of a picture.
+        where: The field that names it, for messages.
+
+    Returns:
+        The source; no row has been read yet.
+
+    Raises:
+        UserError: For a path that is not there or of no known kind, or a Parquet file without the columns.
+    """
+    columns = columns or Columns()
+    settings = [form, asdict(columns), position, seed]
+    on_disk = Path(path)
+    if not on_disk.exists() and file is not None:
+        on_disk = _download(str(path), file, revision, where)
+    elif not on_disk.exists() and _is_hub_id(str(path)):
+        table = open_table(str(path), split, revision, where)
+        images: ImageSource = _images_of(image_folder, max_image_pixels, table, columns, Path())
+        fingerprint = _hash([table._fingerprint, settings])
+        return Source(
+            name or str(path), images, fingerprint, lambda: _read(_light_rows(table), form, columns, position, seed)
+        )
+    found = data_file(on_disk, where)
+    embedded = None
+    if found.suffix.lower() == ".parquet":
+        check_columns(found, parquet_columns(found), form, columns)
+        embedded = open_table(str(found), split, None, where)
+    images = _images_of(image_folder, max_image_pixels, embedded, columns, found.parent)
+    return Source(
+        name or found.stem, images, _hash([file_hash(found), settings]),
+        lambda: _read(iterate_rows(found), form, columns, position, seed), found,
+    )  # fmt: skip
+
+
+def _is_hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _read(
+    rows: Iterable[Any], form: Format, columns: Columns, position: ImagePosition, seed: int
+) -> Iterator[Read]:  # fmt: skip
+    for number, row in enumerate(rows):
+        try:
+            yield read_row(row, number, form=form, columns=columns, position=position, seed=seed)
+        except RowError as error:
+            error.row_id = str(row.get(columns.id, number)) if isinstance(row, dict) else str(number)
+            yield error
+
+
+def _images_of(
+    folder: str | Path | None, max_pixels: int, table: Any, columns: Columns, beside: Path
+) -> ImageSource:  # fmt: skip
+    """Pictures in a folder, unless they are in the table itself."""
+    if folder is None and table is not None:
+        column = next((name for name in (columns.image, "images") if name in table.column_names), None)
+        if column is not None and not _is_text(table.features[column]):
+            return TableImages(table, max_pixels, column)
+    root = Path(folder) if folder is not None else beside / "images"
+    if folder is None and not root.is_dir():
+        root = beside
+    if folder is not None and not root.is_dir():
+        raise UserError(f"data.image_folder: there is no folder {folder}; name the root of the pictures")
+    return FolderImages(root, max_pixels)
+
+
+def check_columns(file: Path, found: Sequence[str], form: Format, columns: Columns) -> None:
+    """Hold that a table has what its rows need.
+
+    Raises:
+        UserError: Listing what it has.
+    """
+    chat = {"conversations", "conversation", "messages"} & set(found)
+    needed = [columns.caption] if form == "captions" else [columns.question, columns.answer]
+    lacking = [name for name in needed if name not in found]
+    if not chat and lacking:
+        raise UserError(
+            f"{file}: no column {' and no column '.join(lacking)}, nor messages or conversations; it has "
+            f"{', '.join(found)}; name them with data.columns"
+        )
+
+
+def _light_rows(table: Any) -> Iterator[Any]:
+    """Rows of a `datasets` table without the bytes of their pictures."""
+    for batch in table.with_format("arrow").iter(1000):
+        rows = batch.select([name for name in batch.column_names if not _is_picture(table.features[name])]).to_pylist()
+        for name in (name for name in batch.column_names if _is_picture(table.features[name])):
+            for row, value in zip(rows, batch.column(name), strict=True):
+                count = len(value) if value.is_valid and hasattr(value, "values") else int(value.is_valid)
+                row[name] = [{"path": None}] * count
+        yield from rows
+
+
+def _is_picture(feature: Any) -> bool:
+    import datasets
+
+    return isinstance(getattr(feature, "feature", feature), datasets.Image)
+
+
+def _is_text(feature: Any) -> bool:
+    return "string" in str(getattr(getattr(feature, "feature", feature), "dtype", ""))
+
+
+def _download(repo: str, file: str, revision: str | None, where: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        raise UserError(
+            f"{where}: {file} of {repo} cannot be had from the Hub: {str(error).splitlines()[0]}; name a local file"
+        ) from None
