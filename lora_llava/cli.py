@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_llava import __version__
+from lora_llava import __version__, cli_data
+from lora_llava.cli_data import add_recipe, positive
 from lora_llava.errors import ToldError
 from lora_llava.quiet import quieten
 
@@ -22,16 +23,8 @@ def _console() -> Any:
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} should be 1 or more")
-    return number
-
-
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the recipe")
+    add_recipe(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, load no weights")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished run")
@@ -56,11 +49,6 @@ def _finetune(args: argparse.Namespace) -> None:
             console.print(f"  {command}", soft_wrap=True)
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the recipe")
-
-
 def _plan(args: argparse.Namespace) -> None:
     from lora_llava.recipe import load_recipe
 
@@ -73,10 +61,10 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=["tiny", "tiny_body", "7b", "13b"], default="tiny", help="random weights")
-    parser.add_argument("--batch-size", type=_count, default=8, help="samples of an optimiser step, on every side")
-    parser.add_argument("--steps", type=_count, default=3, help="timed steps of a run; one before them is not")
-    parser.add_argument("--repeats", type=_count, default=2, help="runs of each side; the fastest counts")
-    parser.add_argument("--r", type=_count, default=16, help="rank of the adapters")
+    parser.add_argument("--batch-size", type=positive, default=8, help="samples of an optimiser step, on every side")
+    parser.add_argument("--steps", type=positive, default=3, help="timed steps of a run; one before them is not")
+    parser.add_argument("--repeats", type=positive, default=2, help="runs of each side; the fastest counts")
+    parser.add_argument("--r", type=positive, default=16, help="rank of the adapters")
     parser.add_argument("--cap-gb", type=float, help="GPU memory in GiB that torch may take")
     sides = ["ours", "ours_cached", "trl_random", "trl_grouped"]
     parser.add_argument("--sides", nargs="+", choices=sides, default=sides, help="default: all")
@@ -107,7 +95,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a run directory, a folder with a whole LLaVA, or a Hub id")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the recipe")
     parser.add_argument("--recipe", help="whose data and evaluation to use; default: the run's own")
-    parser.add_argument("--limit", type=_count, help="ask only this many questions, drawn by the recipe's seed")
+    parser.add_argument("--limit", type=positive, help="ask only this many questions, drawn by the recipe's seed")
     parser.add_argument("--shuffle-images", action="store_true", help="exchange the pictures among the questions")
     parser.add_argument("--base-only", action="store_true", help="the run's base, without what was trained")
     parser.add_argument("--output", help="where predictions go; default: the run directory")
@@ -184,7 +172,7 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
         "--projector-only", action="store_true", help="put the projector into OUTPUT/base and keep LoRA as "
         "OUTPUT/adapter, for servers that load adapters without modules_to_save",
     )  # fmt: skip
-    parser.add_argument("--prompts", type=_count, default=4, help="prompts of each kind, with and without picture")
+    parser.add_argument("--prompts", type=positive, default=4, help="prompts of each kind, with and without picture")
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -240,8 +228,8 @@ def _push(args: argparse.Namespace) -> None:
 def _add_build_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for llm/ and vision_tower/")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--llm-steps", type=_count, help="fewer steps, for a try")
-    parser.add_argument("--clip-steps", type=_count, help="fewer steps, for a try")
+    parser.add_argument("--llm-steps", type=positive, help="fewer steps, for a try")
+    parser.add_argument("--clip-steps", type=positive, help="fewer steps, for a try")
 
 
 def _build_demo(args: argparse.Namespace) -> None:
@@ -252,15 +240,42 @@ def _build_demo(args: argparse.Namespace) -> None:
     print(f"written to {args.output}: " + ", ".join(f"{name} in {value:.0f} s" for name, value in seconds.items()))
 
 
-VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], None]]] = {
+def _with_console(run: Callable[[argparse.Namespace, Any], int]) -> Callable[[argparse.Namespace], int]:
+    return lambda args: run(args, _console())
+
+
+Run = Callable[[argparse.Namespace], int | None]
+"""Runs a verb; what it returns is the exit code, None is 0."""
+
+VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Run]] = {
+    "init": (
+        "write a recipe for a folder of your own pictures and questions, and check it",
+        cli_data.add_init,
+        _with_console(cli_data.run_init),
+    ),
+    "check": (
+        "read everything that training will read, and say what is wrong with it",
+        cli_data.add_check,
+        _with_console(cli_data.run_check),
+    ),
+    "preview": (
+        "show samples as they are trained, as a page or on the terminal",
+        cli_data.add_preview,
+        _with_console(cli_data.run_preview),
+    ),
     "finetune": ("run a recipe: train, and score before and after", _add_finetune, _finetune),
-    "plan": ("say what a recipe takes: memory by part, cards it fits, steps, time", _add_plan, _plan),
+    "plan": ("say what a recipe takes: memory by part, cards it fits, steps, time", add_recipe, _plan),
     "benchmark": ("time training here, ours and TRL's, on rows of ScienceQA's lengths", _add_benchmark, _benchmark),
     "evaluate": ("ask a model the test questions of a recipe and score it", _add_evaluate, _evaluate),
     "score": ("score a file of answers", _add_score, _score),
     "merge": ("merge a run into its base as one stock folder, and prove it", _add_merge, _merge),
     "import": ("bring LLaVA's own checkpoint or LoRA folder into stock form", _add_import, _import),
     "push": ("push a run or a merged folder to the Hugging Face Hub, with a model card", _add_push, _push),
+    "filter-captions": (
+        "choose captions that cover the noun phrases of a large set, as LLaVA chose 595K of CC3M",
+        cli_data.add_filter_captions,
+        _with_console(cli_data.run_filter_captions),
+    ),
     "recipes": ("list or copy the shipped recipes", _add_recipes, _recipes),
     "build-demo": ("pre-train the demo's base from a seed", _add_build_demo, _build_demo),
 }
@@ -274,7 +289,7 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         argv: Arguments; those of the process where None.
 
     Returns:
-        The exit code: 0, 2 for a mistake in a call, recipe or file, 130 after Ctrl-C.
+        The exit code: 0, 1 where a check found errors, 2 for a mistake in a call, recipe or file, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="lora-llava", description="Fine-tune LLaVA with LoRA and QLoRA.")
@@ -289,7 +304,7 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        VERBS[args.verb][2](args)
+        return VERBS[args.verb][2](args) or 0
     except ToldError as error:
         prefix = "error: " if error.exit_code == 2 else ""
         print("\n".join(prefix + line for line in str(error).splitlines()), file=sys.stderr)
@@ -305,7 +320,6 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def console_main() -> None:

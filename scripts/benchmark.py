@@ -1,4 +1,4 @@
-"""`lora-llava benchmark`; and `benchmark.py merge`, `features` and `gpu`, which measure what a test cannot."""
+"""`lora-llava benchmark`; and `benchmark.py merge`, `check` and others, which measure what a test cannot."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_llava.cli import main as run_verb
-from tests.benchmarks import features, gpu, merge
+from tests.benchmarks import check, concepts, encoding, features, gpu, merge
 
-BENCHMARKS = {"merge": merge, "features": features, "gpu": gpu}
+BENCHMARKS = {
+    "merge": merge, "features": features, "check": check, "encoding": encoding, "concepts": concepts, "gpu": gpu,
+}  # fmt: skip
 
 
 def where() -> dict[str, Any]:

@@ -21,6 +21,7 @@ LAYERS = [
     "evaluation",
     "training",
     "publishing",
+    "cli_data",
     "cli",
 ]
 """From the bottom up; a module imports from its own layer or those before it."""

@@ -117,15 +117,27 @@ def _trained_ranges(spans: Sequence[Span], encoding: Any, tokenizer: PreTrainedT
     """The tokens of trained spans: by looking up where spans begin, and all tokens one by one where that is not where
     a token begins."""
     starts, position = [], 0
-    for span in spans:
+    runs = _runs(spans)
+    for run in runs:
         token = encoding.char_to_token(position)
         if token is None or (position and encoding.token_to_chars(token)[0] != position):
             trained = _tokenise(spans, tokenizer)[1]
             return [(i, i + 1) for i, is_trained in enumerate(trained) if is_trained]
         starts.append(0 if position == 0 else token)
-        position += len(span.text)
+        position += len(run.text)
     ends = [*starts[1:], len(encoding.ids)]
-    return [(start, end) for span, start, end in zip(spans, starts, ends, strict=True) if span.trained]
+    return [(start, end) for run, start, end in zip(runs, starts, ends, strict=True) if run.trained]
+
+
+def _runs(spans: Sequence[Span]) -> list[Span]:
+    """Spans with neighbours of one kind joined: only where training starts or stops does a border matter."""
+    runs: list[Span] = []
+    for span in spans:
+        if runs and runs[-1].trained == span.trained:
+            runs[-1] = Span(runs[-1].text + span.text, span.trained)
+        else:
+            runs.append(span)
+    return runs
 
 
 def expand(

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +155,26 @@ def encode_table(
     if folder is not None and (folder / "table.json").is_file():
         return _load(folder)
     writer = _Writer()
-    for batch in _batches(progress(source.read()), _BATCH):
-        _encode_batch(batch, tokenizer, template, writer)
+    with _all_cores():
+        for batch in _batches(progress(source.read()), _BATCH):
+            _encode_batch(batch, tokenizer, template, writer)
     arrays = writer.arrays()
     if folder is None:
         return EncodedTable(arrays)
     _save(arrays, folder)
     return _load(folder)
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Let the tokenizer take all cores, though processes that load pictures are forked later: the setting is read at
+    every call (tokenizers, utils/parallelism.rs)."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
 
 
 def table_key(source: Source, tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
@@ -276,19 +291,20 @@ class EncodedRows(Sequence[dict[str, Any]]):
         """One row: `row_id`, `input_ids`, `labels`, `image_files`; or, for a slice, those rows."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        table, row = self._place(index)
+        table, row = self.table_row(index)
         encoded = expand(
             *table.row(row), image_id=self.image_id, num_image_tokens=self.num_image_tokens, max_length=self.max_length
         )
         return {"row_id": table.row_ids[row], **encoded, "image_files": self.image_files(index)}
 
-    def _place(self, index: int) -> tuple[EncodedTable, int]:
+    def table_row(self, index: int) -> tuple[EncodedTable, int]:
+        """The table that a row is from and its number there."""
         number, row = self.places[index]
         return self.tables[number], int(row)
 
     def image_files(self, index: int) -> list[str]:
         """Names of a row's pictures, as the split's image source knows them."""
-        table, row = self._place(index)
+        table, row = self.table_row(index)
         names = table.images(row)
         return names if len(self.tables) == 1 else [f"{self.places[index][0]}|{name}" for name in names]
 

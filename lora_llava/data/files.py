@@ -12,6 +12,11 @@ from typing import Any
 
 from lora_llava.errors import UserError
 
+
+class DataFileError(UserError):
+    """A file that is there but does not hold rows as its name says."""
+
+
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _CHUNK = 1 << 20
 
@@ -61,20 +66,20 @@ def iterate_rows(file: Path) -> Iterator[Any]:
         One object per row: a dict as a rule; whatever else a JSON file holds is for the caller to refuse.
 
     Raises:
-        UserError: For text that is not what the suffix says, with the line.
+        DataFileError: For text that is not what the suffix says, with the line.
     """
     suffix = file.suffix.lower()
     try:
         if suffix == ".parquet":
             yield from _parquet_rows(file)
         elif suffix in (".csv", ".tsv"):
-            yield from _table_rows(file, "\t" if suffix == ".tsv" else ",")
+            yield from _table_rows(file)
         elif suffix == ".json":
             yield from _json_rows(file)
         else:
             yield from _jsonl_rows(file)
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
+        raise DataFileError(f"{file}: not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
 
 
 def _jsonl_rows(file: Path) -> Iterator[Any]:
@@ -85,7 +90,7 @@ def _jsonl_rows(file: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise UserError(f"{file}, line {number}: not JSON: {_first(error)}") from None
+                raise DataFileError(f"{file}, line {number}: not JSON: {_first(error)}") from None
 
 
 def _json_rows(file: Path) -> Iterator[Any]:
@@ -98,7 +103,7 @@ def _json_rows(file: Path) -> Iterator[Any]:
             return
         if opening != "[":
             kind = type(_whole(file)).__name__
-            raise UserError(f"{file}: it should hold a list of rows; it holds {kind}")
+            raise DataFileError(f"{file}: it should hold a list of rows; it holds {kind}")
         reader.take(1)
         count = 0
         while (sign := reader.peek()) != "]":
@@ -176,38 +181,45 @@ def _whole(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         line = getattr(error, "lineno", 1)
-        raise UserError(f"{file}, line {line}: not JSON: {_first(error)}") from None
+        raise DataFileError(f"{file}, line {line}: not JSON: {_first(error)}") from None
 
 
-def _cut(file: Path, reader: _Buffer, count: int, problem: str) -> UserError:
+def _cut(file: Path, reader: _Buffer, count: int, problem: str) -> DataFileError:
     ended = " and the file ends there: it is cut off" if not reader.stream.read(1) else ""
-    return UserError(f"{file}, line {reader.line}: not JSON: {problem}, after {count:,} whole rows{ended}")
+    return DataFileError(f"{file}, line {reader.line}: not JSON: {problem}, after {count:,} whole rows{ended}")
 
 
 def _first(error: ValueError) -> str:
     return str(getattr(error, "msg", error)).splitlines()[0]
 
 
-def _table_rows(file: Path, delimiter: str) -> Iterator[dict[str, str]]:
-    csv.field_size_limit(sys.maxsize)
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+def table_delimiter(file: Path) -> str:
+    """What separates a table's fields: a tab in TSV, in CSV a comma, or a semicolon, which spreadsheets write where the
+    comma is the decimal sign."""
+    if file.suffix.lower() == ".tsv":
+        return "\t"
+    with file.open(encoding="utf-8-sig") as stream:
         header = stream.readline()
-        if delimiter == "," and "," not in header and ";" in header:
-            delimiter = ";"  # what spreadsheets write where the comma is the decimal sign
-        stream.seek(0)
+    return ";" if "," not in header and ";" in header else ","
+
+
+def _table_rows(file: Path) -> Iterator[dict[str, str]]:
+    csv.field_size_limit(sys.maxsize)
+    delimiter = table_delimiter(file)
+    with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
         try:
             for row in reader:
                 if None in row or None in row.values():
                     given = len([value for value in row.values() if value is not None])
                     found = given + len(row.get(None) or [None]) - 1 if None in row else given
-                    raise UserError(
+                    raise DataFileError(
                         f"{file}, line {reader.line_num}: {found} fields, where its first line names "
                         f"{len(reader.fieldnames or ())}; put text that holds the separator in double quotes"
                     )
                 yield row
         except csv.Error as error:
-            raise UserError(f"{file}, line {reader.line_num}: not a table: {error}") from None
+            raise DataFileError(f"{file}, line {reader.line_num}: not a table: {error}") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -219,7 +231,7 @@ def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
             for batch in table.iter_batches(batch_size=1024, columns=_without_bytes(table)):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: not a Parquet file: {str(error).splitlines()[0]}") from None
+        raise DataFileError(f"{file}: not a Parquet file: {str(error).splitlines()[0]}") from None
 
 
 def _without_bytes(table: Any) -> list[str]:

@@ -36,6 +36,7 @@ BRIEF_REQUESTS = (
     "Create a compact narrative representing the image presented.",
 )
 """What a naively expanded caption answers (LLaVA, arXiv 2304.08485, section 4.2 and appendix, table 11)."""
+_CHATS = ("conversations", "conversation", "messages")
 PLACEHOLDER_ADDED = "placeholder added"
 LEADING_ANSWER_CUT = "leading answer cut"
 OPEN_QUESTION_CUT = "unanswered end cut"
@@ -102,12 +103,13 @@ def read_row(
         raise RowError(error.kind, str(error)) from None
     images = _images(row, messages, columns, number)
     conversation = Conversation(str(row.get(columns.id, number)), turns, images)
-    return _place(_mend(conversation), position, rng)
+    is_table = not any(key in row for key in _CHATS)  # a table's text has no place for a placeholder: nothing is amiss
+    return _place(_mend(conversation), position, rng, expected=not is_table)
 
 
 def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.Random) -> list[Any]:
     """The row's messages, whichever form it has."""
-    forms: list[str] = [key for key in ("conversations", "conversation", "messages") if key in row]
+    forms: list[str] = [key for key in _CHATS if key in row]
     if columns.question in row and columns.answer in row:
         forms.append(f"{columns.question}/{columns.answer}")
     if len(forms) > 1:
@@ -214,8 +216,11 @@ def _check_order(turns: Sequence[Turn]) -> None:
             )
 
 
-def _place(conversation: Conversation, position: ImagePosition, rng: random.Random) -> Conversation:
-    """Make placeholders as many as pictures, and put a lone one where the recipe wants it."""
+def _place(
+    conversation: Conversation, position: ImagePosition, rng: random.Random, *, expected: bool
+) -> Conversation:  # fmt: skip
+    """Make placeholders as many as pictures, and put a lone one where the recipe wants it; where one was `expected`, it
+    is noted that it was not there."""
     images, turns = conversation.images, conversation.turns
     count = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     if count not in (0, len(images)) or (count and not images):
@@ -228,7 +233,7 @@ def _place(conversation: Conversation, position: ImagePosition, rng: random.Rand
     users = (i for i, turn in enumerate(turns) if turn.role == "user")
     place = next(i for i in users if not count or IMAGE_PLACEHOLDER in turns[i].text)
     text = turns[place].text
-    if not count:
+    if not count and expected:
         conversation = replace(conversation, notes=(*conversation.notes, PLACEHOLDER_ADDED))
     if len(images) == 1 and not (count and position == "as_written"):
         rest = text.replace(IMAGE_PLACEHOLDER, "").strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import shutil
@@ -13,10 +14,12 @@ from typing import Any, cast
 from lora_llava.demo import corpus, questions
 from lora_llava.demo.questions import Row
 from lora_llava.demo.world import Split, caption, draw, random_scene
+from lora_llava.errors import UserError
 
 SEED = 7
 ROWS = {"train": 4000, "val": 160, "test": 480}
 CAPTIONS = 6000
+EXAMPLE_PICTURES = 20
 VISUAL_SHARE = 0.6
 _VERSION = 1
 """Raise it when the same counts would give other rows."""
@@ -113,3 +116,31 @@ def _write_captions(folder: Path, count: int) -> None:
             ],
         })  # fmt: skip
     (folder / "chat.json").write_text(json.dumps(rows))
+
+
+def write_example_folder(folder: Path, pictures: int = EXAMPLE_PICTURES) -> None:
+    """Make a folder such as people have: pictures, and a CSV of questions about them.
+
+    Args:
+        folder: A new folder, or an empty one.
+        pictures: How many pictures are drawn.
+
+    Raises:
+        UserError: Where the folder holds something.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty; name a new folder for the example")
+    rng = random.Random(SEED + 2)
+    (folder / "images").mkdir(parents=True)
+    seen: set[str] = set()
+    with (folder / "questions.csv").open("w", newline="", encoding="utf-8") as stream:
+        table = csv.writer(stream)
+        table.writerow(("image", "question", "answer"))
+        while len(seen) < pictures:
+            scene = random_scene(rng, "train")
+            if scene.key in seen:
+                continue
+            seen.add(scene.key)
+            name = f"{len(seen):02d}.png"
+            draw(scene, rng).save(folder / "images" / name)
+            table.writerows((name, question, answer) for question, answer in questions.plain_questions(scene))

@@ -104,6 +104,16 @@ VISUAL: tuple[Callable[[Scene, random.Random], Row], ...] = (
     colour_of, shape_of, shape_at, colour_at, count_of, property_of, compass_of, building_of,
 )  # fmt: skip
 
+
+def plain_questions(scene: Scene) -> list[tuple[str, str]]:
+    """Questions and short answers about a scene, as a person would write them into a table."""
+    asked = [("How many shapes are there?", NUMBERS[len(scene.things) - 1])]
+    for thing in scene.things:
+        asked.append((f"What colour is the {thing.shape}?", thing.colour))
+        asked.append((f"Which shape is at the {thing.where}?", thing.shape))
+    return asked
+
+
 # --- questions without a picture -----------------------------------------------------------------------------------
 
 

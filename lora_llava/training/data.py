@@ -218,7 +218,8 @@ def run_policy(recipe: Recipe, split: str) -> Policy:
 
 
 def build_split(
-    recipe: Recipe, name: str, split: OpenSplit, processor: Any, config: LlavaConfig, progress: Progress = no_progress
+    recipe: Recipe, name: str, split: OpenSplit, processor: Any, config: LlavaConfig, progress: Progress = no_progress,
+    *, trusted: bool = False,
 ) -> Split:  # fmt: skip
     """Pick the rows that a split uses, its pictures opened.
 
@@ -229,6 +230,7 @@ def build_split(
         processor: The stock processor.
         config: Of the LLaVA.
         progress: Wraps the pictures.
+        trusted: Leave the pictures unopened.
 
     Returns:
         The split.
@@ -248,7 +250,7 @@ def build_split(
         places, counts = _mixed_places(recipe, split)
     rows, report = select_rows(
         split.tables, places, run_policy(recipe, name), image_id=image_id, num_image_tokens=config.image_seq_length,
-        images=split.images, inspect=inspect,
+        images=None if trusted else split.images, inspect=inspect,
     )  # fmt: skip
     epochs = None
     if counts is not None:

@@ -78,7 +78,7 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
         for name, split in encode_splits(recipe, tokenizer, progress).items()
     }
     samples = splits["train"].rows
-    order = _order(recipe, splits["train"])
+    order = lay_out(recipe, splits["train"])
     extremes = measure_rows(order.rows, samples, padded=not is_padding_free(recipe)[0])
     step, refusal = build_step(recipe, model.config, extremes, cuda=torch.cuda.is_available()), None
     try:
@@ -132,8 +132,15 @@ def is_padding_free(recipe: Recipe) -> tuple[bool, str]:
     return resolve_attention(recipe.model.attention, resolve_dtype(recipe.model.dtype))
 
 
-def _order(recipe: Recipe, split: Split) -> RowOrder:
-    """Lay out the run.
+def lay_out(recipe: Recipe, split: Split) -> RowOrder:
+    """Lay out the run: which training samples share a forward pass.
+
+    Args:
+        recipe: The recipe.
+        split: Its training rows.
+
+    Returns:
+        The order.
 
     Raises:
         UserError: Where a sample is longer than a row, or rows cannot be packed here.

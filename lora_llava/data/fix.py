@@ -1,0 +1,91 @@
+"""A cleaned copy of a file of rows, beside it and in its own form."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Container, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_llava.data.files import iterate_rows, table_delimiter
+from lora_llava.errors import UserError
+
+
+def fixed_name(file: Path) -> Path:
+    """Where the cleaned copy of a file goes: `rows.json` to `rows.fixed.json`."""
+    return file.with_name(f"{file.stem}.fixed{file.suffix}")
+
+
+def write_without(file: Path, dropped: Container[int]) -> tuple[Path, int]:
+    """Copy a file of rows without some of them; the others stay as they are, to the letter of their values.
+
+    Args:
+        file: The file, which is only read.
+        dropped: Numbers of the rows to leave out, from 0.
+
+    Returns:
+        The copy and how many rows it has.
+
+    Raises:
+        UserError: Where the copy is there already.
+    """
+    target = fixed_name(file)
+    if target.exists():
+        raise UserError(f"--fix: {target} is there already; move it away, or use it with data.path={target}")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        suffix = file.suffix.lower()
+        if suffix == ".parquet":
+            count = _copy_parquet(file, dropped, temporary)
+        else:
+            rows = (row for number, row in enumerate(iterate_rows(file)) if number not in dropped)
+            write = {".csv": _write_table, ".tsv": _write_table, ".json": _write_json}.get(suffix, _write_lines)
+            count = write(rows, temporary, file)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target, count
+
+
+def _write_json(rows: Iterable[Any], target: Path, file: Path) -> int:
+    count = 0
+    with target.open("w", encoding="utf-8") as stream:
+        stream.write("[")
+        for count, row in enumerate(rows, 1):
+            stream.write(",\n" if count > 1 else "\n")
+            json.dump(row, stream, ensure_ascii=False)
+        stream.write("\n]\n")
+    return count
+
+
+def _write_lines(rows: Iterable[Any], target: Path, file: Path) -> int:
+    with target.open("w", encoding="utf-8") as stream:
+        return sum(bool(stream.write(json.dumps(row, ensure_ascii=False) + "\n")) for row in rows)
+
+
+def _write_table(rows: Iterable[Any], target: Path, file: Path) -> int:
+    delimiter = table_delimiter(file)
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        header = next(csv.reader(stream, delimiter=delimiter, strict=True), [])
+    with target.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, header, delimiter=delimiter)
+        writer.writeheader()
+        return sum(bool(writer.writerow(row)) for row in rows)
+
+
+def _copy_parquet(file: Path, dropped: Container[int], target: Path) -> int:
+    import pyarrow.parquet
+
+    def kept(start: int, size: int) -> Iterator[int]:
+        return (place for place in range(size) if start + place not in dropped)
+
+    count = start = 0
+    with pyarrow.parquet.ParquetFile(file) as table:
+        with pyarrow.parquet.ParquetWriter(target, table.schema_arrow) as writer:
+            for batch in table.iter_batches(batch_size=256):
+                left = batch.take(list(kept(start, len(batch))))
+                writer.write_batch(left)
+                start, count = start + len(batch), count + len(left)
+    return count

@@ -1,0 +1,183 @@
+"""A person's folder of pictures and questions, looked at: which file holds the rows, what its columns are called, and
+where the pictures are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lora_llava.data.files import SUFFIXES, iterate_rows
+from lora_llava.data.formats import Columns, Format, RowError, read_row
+from lora_llava.data.images import BadImageError, FolderImages
+from lora_llava.errors import UserError
+
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_ALIASES = {
+    "image": ("image", "images", "image_path", "image_file", "img", "picture", "photo", "file_name", "filename", "file",
+              "path"),
+    "question": ("question", "prompt", "instruction", "query", "user", "input", "q"),
+    "answer": ("answer", "response", "output", "reply", "assistant", "completion", "target", "label", "a"),
+    "caption": ("caption", "description", "text", "blip_caption"),
+    "id": ("id", "question_id", "key", "uid"),
+}  # fmt: skip
+"""What people call their columns; the first that a table has counts."""
+_HELD = {"validation": ("val", "valid", "validation", "dev", "eval"), "test": ("test",)}
+_PEEK = 500
+
+
+@dataclass(frozen=True)
+class FolderData:
+    """What a folder was understood to be.
+
+    Attributes:
+        file: The rows that are trained on.
+        validation: A file of validation rows; None where they are split off.
+        test: A file of test rows.
+        form: How the rows are read.
+        shape: The same in words.
+        columns: What a table calls its columns.
+        image_folder: Root of the pictures; None where no row has one.
+        rows: Rows of `file`.
+        pictures: Picture files under the folder.
+        named: Different pictures that rows name.
+    """
+
+    file: Path
+    validation: Path | None
+    test: Path | None
+    form: Format
+    shape: str
+    columns: Columns
+    image_folder: Path | None
+    rows: int
+    pictures: int
+    named: int
+
+
+def understand_folder(folder: Path, file: Path | None = None) -> FolderData:
+    """Look at a folder.
+
+    Args:
+        folder: With pictures, at any depth, and a file of rows.
+        file: The file of rows, where there are several.
+
+    Returns:
+        What it was understood to be.
+
+    Raises:
+        UserError: For a folder without rows, or with files among which it cannot be told, or rows whose form is not
+            known, or none of whose pictures is there.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"there is no folder {folder}; name one with pictures and a table, or add --example to make one"
+        )
+    held: dict[str, Path] = {}
+    if file is None:
+        file, held = _choose(folder)
+    first = list(islice(iterate_rows(file), _PEEK))
+    if not first:
+        raise UserError(f"{file}: it holds no rows; give it lines such as image, question, answer")
+    form, shape, columns = _shape(file, first)
+    rows, names = _count(file, form, columns)
+    pictures = list(_pictures(folder))
+    root = _image_folder(folder, file, pictures, names) if names else None
+    return FolderData(
+        file, held.get("validation"), held.get("test"), form, shape, columns, root, rows, len(pictures), len(names)
+    )  # fmt: skip
+
+
+def _choose(folder: Path) -> tuple[Path, dict[str, Path]]:
+    """The file to train on, and those that are called validation and test beside it."""
+    files = sorted(
+        file for file in [*folder.iterdir(), *folder.glob("*/*")]
+        if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith(".")
+    )  # fmt: skip
+    held: dict[str, Path] = {}
+    for part, words in _HELD.items():
+        mine = [file for file in files if set(file.stem.lower().replace("-", "_").split("_")) & set(words)]
+        if len(mine) == 1 and len(files) > 1:
+            held[part] = mine[0]
+    left = [file for file in files if file not in held.values()]
+    if len(left) == 1:
+        return left[0], held
+    if not left:
+        raise UserError(
+            f"{folder} holds no table and no JSON; put a CSV into it with the columns image, question, answer, a row a "
+            "question"
+        )
+    names = ", ".join(str(file.relative_to(folder)) for file in left[:8])
+    raise UserError(f"{folder} holds {len(left)} files that may be the rows: {names}; name one with --data")
+
+
+def _shape(file: Path, rows: list[Any]) -> tuple[Format, str, Columns]:
+    row = rows[0]
+    if not isinstance(row, Mapping):
+        raise UserError(f"{file}: a row is {type(row).__name__}; it should be an object with named fields")
+    found = {role: next((name for name in names if name in row), None) for role, names in _ALIASES.items()}
+    columns = Columns(**{role: name for role, name in found.items() if name is not None})
+    chat = next((key for key in ("conversations", "conversation", "messages") if key in row), None)
+    if chat is not None:
+        messages = row[chat]
+        first = messages[0] if isinstance(messages, list) and messages else {}
+        kind = "LLaVA's or ShareGPT's from and value" if isinstance(first, Mapping) and "from" in first else "messages"
+        return "conversations", f"conversations ({kind})", columns
+    if found["question"] and found["answer"]:
+        table = ", ".join(filter(None, (found["image"], found["question"], found["answer"])))
+        return "conversations", f"a table of {table}", columns
+    if found["image"] and (found["caption"] or found["answer"]):
+        name = found["caption"] or found["answer"]
+        return "captions", f"captions: {found['image']}, {name}", Columns(**vars(columns) | {"caption": str(name)})
+    raise UserError(
+        f"{file}: its columns are {', '.join(map(str, row))}; call them image, question, answer, or name them with "
+        "data.columns in a copy of my_data_qlora.yaml"
+    )
+
+
+def _count(file: Path, form: Format, columns: Columns) -> tuple[int, dict[str, None]]:
+    """Rows, and the pictures they name; what is wrong with them is for the check to say."""
+    count = 0
+    names: dict[str, None] = {}
+    for count, row in enumerate(iterate_rows(file), 1):
+        try:
+            names |= dict.fromkeys(read_row(row, count - 1, form=form, columns=columns).images)
+        except RowError:
+            continue
+    return count, names
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    for root, _, files in os.walk(folder):
+        yield from (Path(root, name) for name in files if Path(name).suffix.lower() in PICTURE_SUFFIXES)
+
+
+def _image_folder(folder: Path, file: Path, pictures: list[Path], names: Iterable[str]) -> Path:
+    """The root under which most of the named pictures are."""
+    names = list(islice(names, _PEEK))
+    roots = dict.fromkeys([folder, file.parent, folder / "images"])
+    for picture in pictures:
+        roots |= dict.fromkeys(parent for parent in picture.parents if parent.is_relative_to(folder))
+        if len(roots) > 100:
+            break
+
+    def hits(root: Path) -> int:
+        return sum(_is_there(FolderImages(root, 1), name) for name in names)
+
+    best = max((root for root in roots if root.is_dir()), key=hits)
+    if not hits(best):
+        raise UserError(
+            f"{file}: its first row with a picture names {names[0]}, and none of its first {len(names)} pictures is "
+            f"under {folder}, which holds {len(pictures)} pictures; put them there"
+        )
+    return best
+
+
+def _is_there(images: FolderImages, name: str) -> bool:
+    try:
+        return images.find(name).is_file()
+    except (BadImageError, OSError):
+        return False

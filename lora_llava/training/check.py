@@ -1,0 +1,170 @@
+"""`lora-llava check`: everything that training will read, read before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+from tqdm import tqdm
+
+from lora_llava.data.check import DUPLICATE, CheckedSource, CheckReport, Finding, check_sources
+from lora_llava.data.conversation import IMAGE_PLACEHOLDER
+from lora_llava.data.files import DataFileError
+from lora_llava.data.fix import write_without
+from lora_llava.data.picture_check import Picture, inspect_pictures
+from lora_llava.data.templates import get_template
+from lora_llava.errors import UserError
+from lora_llava.model.start import plan_model
+from lora_llava.recipe import EvaluationSection, Recipe
+from lora_llava.training.data import OpenSplit, encode_splits, picture_cache, run_policy
+from lora_llava.training.plan import build_run_processor
+from lora_llava.training.run_directory import write_json
+
+_BAR = 40
+
+
+def check(recipe: Recipe, *, json_file: Path | None = None, fix: bool = False, console: Console) -> CheckReport:
+    """Read all that a recipe reads, and tell what is wrong with it.
+
+    Args:
+        recipe: The recipe.
+        json_file: Where the findings go as JSON.
+        fix: Write cleaned copies of the files of rows, beside them.
+        console: Where everything is told.
+
+    Returns:
+        The report; the run would not do well where it has errors.
+
+    Raises:
+        UserError: Where the recipe's model or data is not there.
+    """
+    splits: dict[str, OpenSplit] = {}
+    try:
+        splits, report = _read(recipe)
+    except DataFileError as error:
+        report = CheckReport(0, [Finding("unreadable file", "", str(error), 0, "", "train")])
+    print_report(report, console)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(json_file, report.as_dict())
+    if fix and splits:
+        _fix(splits, report, console)
+    return report
+
+
+def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
+    science = recipe.data.format == "scienceqa"
+    if not science or recipe.data.splits.test is not None:  # whether or not it is asked, it must not be trained on
+        recipe = recipe.model_copy(update={"evaluation": recipe.evaluation or EvaluationSection()})
+    model = plan_model(recipe.model)
+    tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
+    splits = encode_splits(recipe, tokenizer, _progress)
+    pictures = _inspect(splits)
+    checked = [
+        CheckedSource(name, source.name, table, split.places[split.places[:, 0] == number, 1], pictures[id(source)])
+        for name, split in splits.items()
+        for number, (source, table) in enumerate(zip(split.sources, split.tables, strict=True))
+    ]
+    template = get_template(recipe.data.template, recipe.data.system_prompt)
+    image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    report = check_sources(
+        checked, {name: run_policy(recipe, name) for name in splits},
+        special_ids=set(tokenizer.all_special_ids) - {image_id, tokenizer.unk_token_id},
+        stop_id=tokenizer.eos_token_id if template.stop_string is None else None,  # type: ignore[arg-type]
+        image_id=image_id, num_image_tokens=model.config.image_seq_length, leaks_are_errors=not science,
+    )  # fmt: skip
+    return splits, report
+
+
+def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, Picture]]:
+    """Look at every source's pictures, those of a source that two splits share once."""
+    found: dict[int, dict[str, Picture]] = {}
+    for split in splits.values():
+        for source, table in zip(split.sources, split.tables, strict=True):
+            if id(source) not in found:
+                names = dict.fromkeys(name for row in range(len(table)) for name in table.images(row))
+
+                def wrapped(items: Iterable[Picture], count: int = len(names), of: str = source.name) -> Any:
+                    return tqdm(items, desc=f"pictures of {of}", total=count, unit="picture", dynamic_ncols=True)
+
+                found[id(source)] = inspect_pictures(source.images, names, picture_cache([source]), wrapped)
+    return found
+
+
+def _progress(name: str, items: Iterable[Any]) -> Iterable[Any]:
+    return tqdm(items, desc=name, unit="row", dynamic_ncols=True)
+
+
+def print_report(report: CheckReport, console: Console) -> None:
+    """Figures by split, then every kind of finding with how often and one example."""
+    for name, figures in report.splits.items():
+        share = 100 * figures["trained_tokens"] / max(1, figures["tokens"])
+        sources = figures["sources"]
+        of = f" from {len(sources)} sources" if len(sources) > 1 else ""
+        console.print(
+            Text(
+                f"{name}: {figures['rows']:,} rows{of}, {figures['tokens']:,} tokens, {share:.0f}% trained; longest "
+                f"{figures['longest']:,}; over the limit {figures['over_limit_rows']:,} rows, by "
+                f"{figures['over_limit_tokens']:,} tokens in all"
+            )
+        )
+        console.print(_histogram(figures["histogram"]))
+    if report.errors or report.warnings:
+        console.print(_findings(report))
+    errors, warnings = len(report.errors), len(report.warnings)
+    verdict = "nothing is wrong" if not errors else "mend the errors, or set data.on_bad_row and data.on_bad_image"
+    console.print(f"{report.rows:,} rows checked: {errors:,} errors, {warnings:,} warnings; {verdict}")
+
+
+def _histogram(bins: list[dict[str, Any]]) -> Text:
+    most = max((each["rows"] for each in bins), default=0)
+    text = Text()
+    for each in bins:
+        if text or each["rows"]:  # from the shortest row on
+            bar = "█" * (round(_BAR * each["rows"] / most) or min(1, each["rows"]))
+            text.append(f"  {each['from']:>6,} to {each['to'] - 1:>6,} tokens  ")
+            text.append(bar, style="green")
+            text.append(f" {each['rows']:,}\n")
+    text.rstrip()
+    return text
+
+
+def _findings(report: CheckReport) -> RichTable:
+    table = RichTable(title="Findings", title_justify="left")
+    for name in ("", "kind", "rows", "for example"):
+        table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold")
+    for level, style, findings in (("error", "bold red", report.errors), ("warning", "yellow", report.warnings)):
+        kinds: dict[str, list[Finding]] = {}
+        for finding in findings:
+            kinds.setdefault(finding.kind, []).append(finding)
+        for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
+            first = found[0]
+            where = f"{first.split} row {first.row}: " if first.row else ""
+            table.add_row(Text(level, style=style), kind, f"{len(found):,}", Text(f"{where}{first.message}"))
+    return table
+
+
+def _fix(splits: dict[str, OpenSplit], report: CheckReport, console: Console) -> None:
+    """Write each file of rows anew without what has errors, and without repeated rows."""
+    dropped: dict[str, set[int]] = {}
+    for finding in [*report.errors, *(f for f in report.warnings if f.kind == DUPLICATE)]:
+        dropped.setdefault(finding.source, set()).add(finding.number)
+    sources = {source.name: source for split in splits.values() for source in split.sources}
+    for name, source in sources.items():
+        rows = dropped.get(name, set())
+        if not rows:
+            continue
+        if source.file is None:
+            raise UserError(
+                f"--fix: {name} is not a file of rows here; set data.on_bad_row=drop data.on_bad_image=drop"
+            )
+        target, count = write_without(source.file, rows)
+        console.print(
+            f"--fix: {target}: {count:,} rows, {len(rows):,} left out; {source.file} is as it was", soft_wrap=True
+        )
+    if not dropped:
+        console.print("--fix: there is nothing to leave out; no copy was written")

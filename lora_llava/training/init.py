@@ -1,0 +1,143 @@
+"""`lora-llava init`: from a folder of pictures and questions to a recipe that has been checked."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from ruamel.yaml import YAML
+
+from lora_llava.data.check import CheckReport
+from lora_llava.data.folder import FolderData, understand_folder
+from lora_llava.data.formats import Columns
+from lora_llava.demo.dataset import EXAMPLE_PICTURES, write_example_folder
+from lora_llava.errors import UserError
+from lora_llava.recipe import find_recipe, load_recipe
+from lora_llava.training.check import check
+
+RECIPE_NAME = "recipe.yaml"
+_SHARE = 10
+"""One row in so many is held back; of fewer than `_FEW` rows, one in five, or there would be hardly any."""
+_FEW = 200
+_MOST = 1_000
+
+
+def init(
+    folder: Path, *, data: Path | None = None, model: str | None = None, template: str = "my_data_qlora.yaml",
+    example: bool = False, console: Console,
+) -> tuple[Path, CheckReport]:  # fmt: skip
+    """Write a recipe for a folder, and check it.
+
+    Args:
+        folder: With pictures and a file of rows.
+        data: The file of rows, where there are several.
+        model: A complete LLaVA to start from, a folder or a Hub id, or `demo`; None: the template's.
+        template: The shipped recipe that is filled in.
+        example: Make the folder first, with drawn pictures and a table of questions.
+        console: Where it is told what was understood.
+
+    Returns:
+        The recipe's file, and what the check found.
+
+    Raises:
+        UserError: For a folder that cannot be understood, or where a recipe is there already.
+    """
+    if example:
+        write_example_folder(folder)
+        console.print(f"{folder}: {EXAMPLE_PICTURES} drawn pictures and questions.csv", soft_wrap=True)
+    target = folder / RECIPE_NAME
+    if target.exists():
+        raise UserError(f"{target} is there already; use it, or move it away")
+    found = understand_folder(folder, data)
+    _tell(found, console)
+    target.write_text(fill_in(find_recipe("demo_my_data_qlora.yaml" if model == "demo" else template), found, model))
+    recipe = load_recipe(target)
+    console.print(f"wrote {target}: every key has its comment", soft_wrap=True)
+    report = check(recipe, console=console)
+    console.print("next:")
+    for verb in ("preview", "finetune"):
+        console.print(f"  lora-llava {verb} {target}", soft_wrap=True)
+    return target, report
+
+
+def _tell(found: FolderData, console: Console) -> None:
+    table = RichTable(title="Understood", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    facts = {
+        "rows": f"{found.rows:,} in {found.file}",
+        "form": found.shape,
+        "pictures": f"{found.named:,} named by rows, {found.pictures:,} in the folder",
+        "picture folder": str(found.image_folder or "none: rows are text alone"),
+        "validation": str(found.validation or f"{held_back_rows(found.rows):,} rows or more, split off by picture"),
+        "test": str(found.test or ""),
+    }
+    for name, value in facts.items():
+        if value:
+            table.add_row(name, value)
+    console.print(table)
+
+
+def held_back_rows(rows: int) -> int:
+    """How many rows are split off for validation."""
+    return min(_MOST, max(1, rows // (5 if rows < _FEW else _SHARE)))
+
+
+def fill_in(template: Path, found: FolderData, model: str | None) -> str:
+    """A recipe with a folder's data in it, its comments kept.
+
+    Args:
+        template: A shipped recipe for one's own data.
+        found: The folder.
+        model: See `init`.
+
+    Returns:
+        The recipe's text.
+    """
+    yaml = YAML()
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    content = yaml.load(template.read_text(encoding="utf-8"))
+    content["output_dir"] = f"runs/{found.file.parent.resolve().name}"
+    data = content["data"]
+    data["format"] = found.form
+    data["path"] = str(found.file)
+    if found.image_folder is None:
+        data.pop("image_folder", None)
+    else:
+        data["image_folder"] = str(found.image_folder)
+    data["validation_rows"] = 0 if found.validation else held_back_rows(found.rows)
+    _put(data, "columns", _changed_columns(found.columns))
+    for part in ("validation", "test"):
+        file = getattr(found, part)
+        if file is not None:
+            _put(data, f"{part}_source", _held_source(found, file))
+    if found.form == "captions":
+        content.pop("evaluation", None)
+    if model not in (None, "demo"):
+        content["model"]["start_from"] = {"llava": model}
+    stream = io.StringIO()
+    yaml.dump(content, stream)
+    return stream.getvalue()
+
+
+def _put(section: Any, key: str, value: dict[str, Any]) -> None:
+    """Insert a key at a section's beginning: what stands last carries the comments before the next section."""
+    if value:
+        section.insert(1, key, value)
+
+
+def _changed_columns(columns: Columns) -> dict[str, str]:
+    usual = vars(Columns())
+    return {role: name for role, name in vars(columns).items() if name != usual[role]}
+
+
+def _held_source(found: FolderData, file: Path) -> dict[str, Any]:
+    source: dict[str, Any] = {"format": found.form, "path": str(file)}
+    if found.image_folder is not None:
+        source["image_folder"] = str(found.image_folder)
+    changed = _changed_columns(found.columns)
+    return source | ({"columns": changed} if changed else {})
