@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lora_llava import __version__
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, EncodingError
 from lora_llava.data.encode import Span, check_tokenizer, conversation_spans, encode_spans, expand, last_answer_start
 from lora_llava.data.formats import RowError
@@ -28,7 +29,7 @@ from lora_llava.data.sources import Read, Source
 from lora_llava.data.templates import Template, get_template
 
 _VERSION = 1
-"""Raise it when the same rows would be encoded otherwise."""
+"""Raise it when the same rows would be read or encoded otherwise."""
 _BATCH = 512
 _ARRAYS: dict[str, type] = {"ids": np.int32, "trained": np.bool_, "starts": np.int64, "pictures": np.int32}
 _TEXTS = ("row_ids", "images", "problems", "notes")
@@ -179,7 +180,8 @@ def _all_cores() -> Iterator[None]:
 
 def table_key(source: Source, tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
     """Hash of everything a table depends on."""
-    parts = (_VERSION, source.fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id, repr(template))
+    ours = (__version__, _VERSION, source.fingerprint, repr(template))
+    parts = (*ours, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id)
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 

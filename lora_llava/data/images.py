@@ -96,7 +96,9 @@ def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image
         raise BadImageError(
             f"picture {name} is over max_image_pixels {max_pixels}: {error}", "oversized picture"
         ) from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError:
+        raise BadImageError(f"picture {name} cannot be read: it is no picture, or one of an unknown kind") from None
+    except (OSError, SyntaxError, ValueError) as error:
         raise BadImageError(f"picture {name} cannot be read: {error}") from None
 
 

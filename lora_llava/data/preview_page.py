@@ -19,6 +19,7 @@ from importlib import resources
 from PIL import Image
 
 JPEG_QUALITY = 85
+_SMALL = 128 * 128
 SPACE = "▁"
 """SentencePiece's mark of a space."""
 NEWLINE = "⏎"
@@ -272,10 +273,11 @@ def _embed_pictures(samples: Sequence[PreviewSample]) -> tuple[str, list[list[st
 
 def _symbol(name: str, picture: Image.Image) -> tuple[str, str]:
     stream = io.BytesIO()
-    picture.convert("RGB").save(stream, "JPEG", quality=JPEG_QUALITY, optimize=True)
-    data = base64.b64encode(stream.getvalue()).decode()
     width, height = picture.size
-    image = f'<image width="{width}" height="{height}" href="data:image/jpeg;base64,{data}"/>'
+    kind = "png" if width * height <= _SMALL else "jpeg"  # JPEG's traces would show in few pixels drawn large
+    picture.convert("RGB").save(stream, kind.upper(), quality=JPEG_QUALITY, optimize=True)
+    data = base64.b64encode(stream.getvalue()).decode()
+    image = f'<image width="{width}" height="{height}" href="data:image/{kind};base64,{data}"/>'
     return name, f'<symbol id="{name}" viewBox="0 0 {width} {height}">{image}</symbol>'
 
 

@@ -117,7 +117,8 @@ def print_report(report: CheckReport, console: Console) -> None:
         console.print(_findings(report))
     errors, warnings = len(report.errors), len(report.warnings)
     verdict = "nothing is wrong" if not errors else "mend the errors, or set data.on_bad_row and data.on_bad_image"
-    console.print(f"{report.rows:,} rows checked: {errors:,} errors, {warnings:,} warnings; {verdict}")
+    counts = [f"{count:,} {word}{'s' * (count != 1)}" for count, word in ((errors, "error"), (warnings, "warning"))]
+    console.print(f"{report.rows:,} rows checked: {', '.join(counts)}; {verdict}")
 
 
 def _histogram(bins: list[dict[str, Any]]) -> Text:

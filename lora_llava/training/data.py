@@ -129,7 +129,8 @@ def _open(recipe: Recipe, section: SourceSection, where: str) -> Source:
             path, section.split, order=data.prompt_order, image_position=data.image_position, seed=recipe.seed,
             image_folder=section.image_folder, max_image_pixels=data.max_image_pixels, revision=section.revision,
         )  # fmt: skip
-        return list_source(section.name or f"{section.path} {section.split}", found.conversations, found.images)
+        name = section.name or f"{Path(section.path).name} {section.split}"
+        return list_source(name, found.conversations, found.images)
     path = section.path
     if path == "demo" and section.format == "captions":
         path = build_demo_captions(cache_folder())
