@@ -79,6 +79,7 @@ def forecast(recipe: Recipe) -> Forecast:
         max_length=recipe.data.max_length,
         on_overlong="drop",
     )
+    source = f"lengths from {len(samples):,} of {total:,} samples"
     total = _rows_an_epoch(recipe, total)
     lengths = samples.lengths.tolist()
     order, scale = _lay_out(recipe, total, lengths)
@@ -90,7 +91,6 @@ def forecast(recipe: Recipe) -> Forecast:
         extremes = replace(extremes, tokens=recipe.training.max_tokens_per_row)
     filled = sum(len(row) * max(lengths[i] for i in row) for row in folded) if padded else 0
     padding = max(1.0, filled / sum(lengths[i] for row in folded for i in row))
-    source = f"lengths from {len(samples):,} of {total:,} samples"
     return Forecast(
         build_step(recipe, model.config, extremes, cuda=cuda), round(scale * order.steps), tokens, padding, source
     )  # fmt: skip
