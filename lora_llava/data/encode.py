@@ -97,11 +97,17 @@ def encode_spans(batch: Sequence[Sequence[Span]], tokenizer: PreTrainedTokenizer
     Returns:
         Ids and what is trained of each, or what is wrong with it.
     """
-    texts = ["".join(span.text for span in spans) for spans in batch]
-    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    texts = [_unicode("".join(span.text for span in spans)) for spans in batch]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # what an earlier call of the tokenizer may have left on
+    backend.no_padding()
+    encodings = backend.encode_batch([text or "" for text in texts], add_special_tokens=False)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     found: list[Compact | EncodingError] = []
-    for spans, encoding in zip(batch, encodings, strict=True):
+    for spans, text, encoding in zip(batch, texts, encodings, strict=True):
+        if text is None:
+            found.append(EncodingError("its text holds half a surrogate pair, which is no character", "malformed text"))
+            continue
         trained = np.zeros(len(bos) + len(encoding.ids), dtype=bool)
         try:
             for start, end in _trained_ranges(spans, encoding, tokenizer):
@@ -111,6 +117,15 @@ def encode_spans(batch: Sequence[Sequence[Span]], tokenizer: PreTrainedTokenizer
             continue
         found.append((np.array(bos + encoding.ids, dtype=np.int32), trained))
     return found
+
+
+def _unicode(text: str) -> str | None:
+    """The text; None where it cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return None
+    return text
 
 
 def _trained_ranges(spans: Sequence[Span], encoding: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:

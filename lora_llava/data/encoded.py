@@ -153,8 +153,8 @@ def encode_table(
     template = get_template(template)
     check_tokenizer(tokenizer, template)
     folder = cache / "encoded" / table_key(source, tokenizer, template) if cache is not None else None
-    if folder is not None and (folder / "table.json").is_file():
-        return _load(folder)
+    if folder is not None and (kept := _load(folder)) is not None:
+        return kept
     writer = _Writer()
     with _all_cores():
         for batch in _batches(progress(source.read()), _BATCH):
@@ -163,7 +163,7 @@ def encode_table(
     if folder is None:
         return EncodedTable(arrays)
     _save(arrays, folder)
-    return _load(folder)
+    return _load(folder) or EncodedTable(arrays)
 
 
 @contextmanager
@@ -250,10 +250,14 @@ def _save(arrays: dict[str, np.ndarray], folder: Path) -> None:
         raise
 
 
-def _load(folder: Path) -> EncodedTable:
-    sizes = json.loads((folder / "table.json").read_text())
-    columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if count else None) for name, count in sizes.items()}
-    return EncodedTable(columns)
+def _load(folder: Path) -> EncodedTable | None:
+    """The table that is kept in a folder; None where there is none, or one that a full disk or a power cut spoilt."""
+    try:
+        sizes = json.loads((folder / "table.json").read_text())
+        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if sizes[name] else None) for name in sizes}
+        return EncodedTable(columns) if all(len(columns[name]) == sizes[name] for name in sizes) else None
+    except Exception:  # numpy and json raise half a dozen kinds for half a file
+        return None
 
 
 class EncodedRows(Sequence[dict[str, Any]]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
@@ -19,6 +20,9 @@ class DataFileError(UserError):
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _CHUNK = 1 << 20
+_SIGNS = 8
+"""More than stands between a number's whole part and the digit that follows: point, e, sign."""
+_BEGINNINGS = {word[:size] for word in ("true", "false", "null", "-") for size in range(1, len(word) + 1)}
 
 
 def data_file(path: str | Path, where: str = "data.path") -> Path:
@@ -79,7 +83,25 @@ def iterate_rows(file: Path) -> Iterator[Any]:
         else:
             yield from _jsonl_rows(file)
     except UnicodeDecodeError as error:
-        raise DataFileError(f"{file}: not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
+        place = _undecodable(file)
+        raise DataFileError(f"{file}: not UTF-8: {error.reason} at byte {place}; save it as UTF-8") from None
+    except RecursionError:
+        raise DataFileError(f"{file}: not JSON that can be read: it is nested too deeply") from None
+
+
+def _undecodable(file: Path) -> int:
+    """Where a file's first byte is that is not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    place = 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            waiting = len(decoder.getstate()[0])
+            try:
+                decoder.decode(chunk)
+            except UnicodeDecodeError as error:
+                return place - waiting + error.start
+            place += len(chunk)
+    return place
 
 
 def _jsonl_rows(file: Path) -> Iterator[Any]:
@@ -108,16 +130,19 @@ def _json_rows(file: Path) -> Iterator[Any]:
         count = 0
         while (sign := reader.peek()) != "]":
             if count and sign != ",":
-                raise _cut(file, reader, count, "Expecting ',' delimiter")
+                raise _not_json(file, reader, count, "Expecting ',' delimiter", reader.place)
             if count:
                 reader.take(1)
                 reader.peek()
             try:
                 row = reader.decode()
-            except ValueError as error:
-                raise _cut(file, reader, count, _first(error)) from None
+            except json.JSONDecodeError as error:
+                raise _not_json(file, reader, count, error.msg, error.pos) from None
             yield row
             count += 1
+        reader.take(1)
+        if reader.peek():
+            raise _not_json(file, reader, count, "something follows the end of the list", reader.place)
 
 
 class _Buffer:
@@ -153,15 +178,18 @@ class _Buffer:
                     continue
                 self.line += self.text.count("\n", self.place, error.pos)
                 raise
-            if end == len(self.text) and self._read(size):
-                continue  # a number may go on
+            # A bare number may go on: in "1.", 1 is whole, and the point is not yet what 5 makes of it.
+            unsure = len(self.text) - end < _SIGNS if isinstance(value, (int, float)) else end == len(self.text)
+            if unsure and self._read(size):
+                continue
             self.line += self.text.count("\n", self.place, end)
             self.place = end
             return value
 
     def _read(self, size: int) -> bool:
         new = self.stream.read(size)
-        self.text, self.place = self.text[self.place :] + new, 0
+        if new:
+            self.text, self.place = self.text[self.place :] + new, 0
         return bool(new)
 
 
@@ -184,8 +212,12 @@ def _whole(file: Path) -> Any:
         raise DataFileError(f"{file}, line {line}: not JSON: {_first(error)}") from None
 
 
-def _cut(file: Path, reader: _Buffer, count: int, problem: str) -> DataFileError:
-    ended = " and the file ends there: it is cut off" if not reader.stream.read(1) else ""
+def _not_json(file: Path, reader: _Buffer, count: int, problem: str, place: int) -> DataFileError:
+    """What is wrong at a place of the reader's text, which is read to the file's end, and whether it ends there."""
+    rest = reader.text[place:].strip()
+    half_escape = problem.startswith("Invalid \\u") and len(rest) <= len("\\uXXXX")
+    cut = not rest or rest in _BEGINNINGS or half_escape or problem.startswith("Unterminated string")
+    ended = " and the file ends there: it is cut off" if cut else ""
     return DataFileError(f"{file}, line {reader.line}: not JSON: {problem}, after {count:,} whole rows{ended}")
 
 
@@ -219,7 +251,7 @@ def _table_rows(file: Path) -> Iterator[dict[str, str]]:
                     )
                 yield row
         except csv.Error as error:
-            raise DataFileError(f"{file}, line {reader.line_num}: not a table: {error}") from None
+            raise DataFileError(f"{file}, line {reader.line_num + 1}: not a table: {error}") from None
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:

@@ -121,7 +121,8 @@ def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.R
         return [request, {"from": "gpt", "value": _text(row, columns.caption)}]
     if not forms:
         lacking = [name for name in (columns.question, columns.answer) if name not in row]
-        wanted = lacking[0] if len(lacking) == 1 else f"conversations, messages, or {columns.question} and answer"
+        both = f"conversations, messages, or {columns.question} and {columns.answer}"
+        wanted = lacking[0] if len(lacking) == 1 else both
         raise RowError("missing column", _missing(row, wanted))
     if "/" in forms[0] and forms[0] not in row:
         asked, answered = _text(row, columns.question), _text(row, columns.answer)
@@ -159,7 +160,7 @@ def _images(row: Mapping[str, Any], messages: Sequence[Any], columns: Columns, n
     for place, value in enumerate(given or inline):
         if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
             value = str(number) if len(given) == 1 else f"{number}:{place}"  # stored in the table itself
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value or "\0" in value:
             raise RowError("malformed row", f"a picture's name is {value!r:.60}; it should be a file's name")
         names.append(value)
     return tuple(names)
@@ -172,7 +173,7 @@ def _inline_names(message: Mapping[str, Any]) -> list[Any]:
         return []
     found = []
     for part in content:
-        if part.get("type") not in ("image", "image_url"):
+        if not isinstance(part, Mapping) or part.get("type") not in ("image", "image_url"):
             continue
         url = part.get("image_url")
         nested = url.get("url") if isinstance(url, Mapping) else url
@@ -192,11 +193,16 @@ def _mend(conversation: Conversation) -> Conversation:
     for role, what in (("user", "question"), ("assistant", "answer")):
         if role not in said:
             raise RowError("one-sided conversation", f"the conversation has no {what}; only the {said.pop()} speaks")
+    cut: list[Turn] = []
     if turns[0].role == "assistant":
-        turns, notes = turns[1:], [LEADING_ANSWER_CUT]
+        cut, turns, notes = turns[:1], turns[1:], [LEADING_ANSWER_CUT]
     if turns[-1].role == "user":
-        turns, notes = turns[:-1], [*notes, OPEN_QUESTION_CUT]
+        cut, turns, notes = [*cut, turns[-1]], turns[:-1], [*notes, OPEN_QUESTION_CUT]
     _check_order(turns)
+    if any(IMAGE_PLACEHOLDER in turn.text for turn in (*system, *cut)):
+        raise RowError(
+            "placeholder count", f"{IMAGE_PLACEHOLDER} stands in a turn that is not asked; show it with a question"
+        )
     return replace(conversation, turns=(*system, *turns), notes=tuple(notes))
 
 

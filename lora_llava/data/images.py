@@ -98,7 +98,9 @@ def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image
         ) from None
     except UnidentifiedImageError:
         raise BadImageError(f"picture {name} cannot be read: it is no picture, or one of an unknown kind") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except BadImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise anything for files that are broken
         raise BadImageError(f"picture {name} cannot be read: {error}") from None
 
 
@@ -157,7 +159,16 @@ class FolderImages:
             BadImageError: For a URL, or a name that leads out of the folder.
         """
         path = self._inside(name)
-        return path if path.exists() else next((p for p in map(self._inside, coco_names(name)) if p.exists()), path)
+        if path.exists():
+            return path
+        for candidate in coco_names(name):
+            try:
+                found = self._inside(candidate)
+            except BadImageError:  # a folder of COCO's that leads out of here
+                continue
+            if found.exists():
+                return found
+        return path
 
     def _inside(self, name: str) -> Path:
         if "://" in name or name.startswith("data:"):
@@ -166,8 +177,9 @@ class FolderImages:
             )
         try:
             path = (self.root / name).resolve()
-        except ValueError as error:  # a NUL in the name
-            raise BadImageError(f"picture {name!r} cannot be a file: {error}", "missing picture") from None
+            path.exists()
+        except (ValueError, RuntimeError, OSError) as error:  # a NUL in the name, a link to itself, a name too long
+            raise BadImageError(f"picture {name!r:.60} cannot be a file: {error!s:.100}", "missing picture") from None
         if not path.is_relative_to(self.root):
             raise BadImageError(f"picture {name} lies outside {self.root}", "outside the folder")
         return path

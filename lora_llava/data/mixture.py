@@ -35,8 +35,9 @@ def row_keys(table: EncodedTable, images: ImageSource, source: int) -> list[list
 
     keys: list[list[Hashable]] = []
     for row in range(len(table)):
-        names = table.images(row)
-        keys.append([key(name) for name in names] or [hashlib.sha256(table.row(row)[0].tobytes()).digest()])
+        ids = table.row(row)[0]
+        text = hashlib.sha256(ids.tobytes()).digest() if len(ids) else (source, row)  # a row that could not be read
+        keys.append([key(name) for name in table.images(row)] or [text])
     return keys
 
 

@@ -20,7 +20,7 @@ from lora_llava.data.images import BadImageError, FolderImages, ImageSource, Joi
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png", ".apng"), "GIF": (".gif",), "WEBP": (".webp",),
-    "BMP": (".bmp", ".dib"), "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp", ".dib"), "TIFF": (".tif", ".tiff"), "MPO": (".jpg", ".jpeg", ".mpo"),
 }  # fmt: skip
 _ORIENTATION = 0x0112
 """The EXIF tag of the camera's orientation; 1 is upright (CIPA DC-008, section 4.6.4)."""
@@ -68,14 +68,15 @@ def inspect_pictures(
         name: known[name][1] for name in names if name in known and stamps[name] and known[name][0] == stamps[name]
     }
     missing = [name for name in names if name not in found]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        warnings.simplefilter("ignore")  # Pillow's remarks about odd files; what matters is found by `_oddities`
         try:
             for name, picture in zip(missing, progress(_mapped(pool, images, missing)), strict=True):
                 found[name] = picture
         finally:
             if missing:
                 _save(cache, {**known, **{name: (stamps[name], p) for name, p in found.items() if stamps[name]}})
-    return found
+    return {name: found[name] for name in names}
 
 
 def _mapped(pool: ThreadPoolExecutor, images: ImageSource, names: list[str]) -> Iterator[Picture]:
@@ -95,10 +96,8 @@ def inspect_picture(images: ImageSource, name: str) -> Picture:
     try:
         content = images.read(name)
         digest = hashlib.sha256(content).hexdigest()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks about odd files; what matters is found below
-            read_rgb(io.BytesIO(content), own, limit)
-            return Picture(None, "", tuple(_oddities(content, own)), digest)
+        read_rgb(io.BytesIO(content), own, limit)
+        return Picture(None, "", tuple(_oddities(content, own)), digest)
     except BadImageError as error:
         return Picture(str(error), error.kind, (), digest)
 
@@ -108,11 +107,21 @@ def _max_pixels(images: ImageSource, name: str) -> int:
     return int(source.max_pixels)
 
 
-def _oddities(content: bytes, name: str) -> Iterator[tuple[str, str]]:
+def _oddities(content: bytes, name: str) -> list[tuple[str, str]]:
+    """What is odd about a picture that can be used; what Pillow cannot tell of it is one thing more."""
+    found: list[tuple[str, str]] = []
+    try:
+        found.extend(_look(content, name))
+    except Exception as error:  # Pillow's decoders raise anything for what comes after the first frame
+        found.append(("odd picture", f"picture {name} is read, but not all of its file is sound: {error}"))
+    return found
+
+
+def _look(content: bytes, name: str) -> Iterator[tuple[str, str]]:
     with Image.open(io.BytesIO(content)) as image:
         kind, suffix = str(image.format), Path(name).suffix.lower()
-        others = {other for name, suffixes in _SUFFIXES.items() if name != kind for other in suffixes}
-        if suffix in others:
+        known = {other for suffixes in _SUFFIXES.values() for other in suffixes}
+        if suffix in known and suffix not in _SUFFIXES.get(kind, ()):
             yield "mislabelled picture", f"picture {name} is a {kind}; it is read as one, but its name misleads"
         if image.mode != "RGB":
             yield "picture not RGB", f"picture {name} has mode {image.mode}; it is converted, look at it in the preview"
@@ -148,7 +157,7 @@ def _load(cache: Path | None) -> dict[str, tuple[str, Picture]]:
             name: (stamp, Picture(**facts | {"oddities": tuple(map(tuple, facts["oddities"]))}))
             for name, (stamp, facts) in kept.items()
         }
-    except (ValueError, TypeError, KeyError):  # half a file, or one of another version: look again
+    except (ValueError, TypeError, KeyError, AttributeError):  # half a file, or one of another version: look again
         return {}
 
 

@@ -89,7 +89,7 @@ def open_source(
         UserError: For a path that is not there or of no known kind, or a Parquet file without the columns.
     """
     columns = columns or Columns()
-    settings = [form, asdict(columns), position, seed]
+    settings = [form, asdict(columns), position, seed, Path(file or path).suffix.lower()]
     on_disk = Path(path)
     if not on_disk.exists() and file is not None:
         on_disk = _download(str(path), file, revision, where)

@@ -71,7 +71,8 @@ def answer_table(rows: Iterable[AnsweredRow]) -> AnswerTable:
     groups: dict[str, list[AnsweredRow]] = {"all": []}
     for row in rows:
         groups["all"].append(row)
-        groups.setdefault(row["source"], []).append(row)
+        name = "all (source)" if row["source"] == "all" else row["source"]
+        groups.setdefault(name, []).append(row)
     if len(groups) == 2:
         del groups[next(name for name in groups if name != "all")]  # one source is all
     return {

@@ -187,8 +187,8 @@ def _held_back(recipe: Recipe, splits: dict[str, OpenSplit]) -> dict[str, OpenSp
     if "train" not in splits:
         return splits
     train = splits["train"]
-    counts = {"validation": data.validation_rows, "test": data.test_rows if recipe.evaluation is not None else 0}
-    counts = {name: count for name, count in counts.items() if count}
+    # Asked or not, test rows are held back: a later evaluation of the same recipe asks them.
+    counts = {name: count for name, count in (("validation", data.validation_rows), ("test", data.test_rows)) if count}
     if counts:
         keys = [
             key for number, (source, table) in enumerate(zip(train.sources, train.tables, strict=True))
@@ -197,6 +197,8 @@ def _held_back(recipe: Recipe, splits: dict[str, OpenSplit]) -> dict[str, OpenSp
         fields = [f"data.{name}_rows" for name in counts]
         left, *parts = hold_back(keys, list(counts.values()), recipe.seed, fields)
         for name, part in zip(counts, parts, strict=True):
+            if name == "test" and recipe.evaluation is None:
+                continue
             splits[name] = OpenSplit(train.sources, train.tables, train.places[part])
         train = splits["train"] = OpenSplit(train.sources, train.tables, train.places[left])
     if data.max_train_rows is not None and not _is_weighted(recipe):

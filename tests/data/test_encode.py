@@ -180,8 +180,8 @@ def written(tokenizer: LlamaTokenizer, ids: list[int]) -> str:
         (said("<image>", "a", "b", "c"), "plain", "template plain takes one picture and one caption"),
         (said("Hi", "a"), "plain", "template plain takes one picture and one caption"),
         ([{"role": "tool", "content": "x"}], "plain",
-         "message 0: role is 'tool'; use one of human, user, prompter, gpt, assistant, chatgpt, bing, bard, model, bot, "
-         "system"),
+         "message 0: role is 'tool'; use one of human, user, prompter, gpt, assistant, chatgpt, bing, bard, model, "
+         "bot, system"),
         ([{"role": "user", "content": None}], "plain", "message 0: content is None; give a string or a list of parts"),
         ([{"role": "user", "content": [{"type": "video"}]}], "plain",
          "message 0: a part has type 'video'; use \"text\" or \"image\""),

@@ -11,9 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import AutoProcessor, LlamaTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoProcessor, LlamaTokenizer, PreTrainedTokenizerFast
 
-from lora_llava.data import IGNORE_INDEX, TEMPLATES, Template, chat_template, encode_conversation, get_template
+from lora_llava.data import (
+    IGNORE_INDEX,
+    TEMPLATES,
+    EncodingError,
+    Template,
+    chat_template,
+    encode_conversation,
+    get_template,
+)
+from lora_llava.data.encode import Span, _tokenise, encode_spans
 from lora_llava.model.base import assembled_config, build_processor, image_processor_of
 
 TOKENIZERS = ["letters", "demo_tokenizer", "llama_tokenizer"]
@@ -24,6 +34,7 @@ FRAGMENTS = [
     "中", "😀", "▁", "\u00a0", "\x85", "\\n", '"', "'''", "<", ".", ":", "?", "USER:", "ASSISTANT:", "[INST]",
     "### Human:", "#",
 ]  # fmt: skip
+SPECIALS = ["</s>", "<s>", "<unk>", "<image>", "<pad>", "👩‍👧", "‍", "﻿", "\0"]
 Serve = Callable[..., Any]
 
 
@@ -123,6 +134,50 @@ def test_what_is_trained_is_what_is_served(served: Any, name: str, template: str
     tokenizer, serve = served(name, template)
     messages = data.draw(conversations(template))
     assert_served_as_trained(messages, tokenizer, template, serve)
+
+
+SPANS = st.lists(
+    st.builds(Span, st.lists(st.sampled_from([*FRAGMENTS, *SPECIALS]), max_size=4).map("".join), st.booleans()),
+    min_size=1, max_size=6,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def with_scheme(request: pytest.FixtureRequest) -> Callable[[str, str], PreTrainedTokenizerFast]:
+    """A tokenizer that puts a space before the text, or, as older Llama ones, also after every special token."""
+    made: dict[tuple[str, str], PreTrainedTokenizerFast] = {}
+
+    def get(name: str, scheme: str) -> PreTrainedTokenizerFast:
+        if (name, scheme) not in made:
+            text = request.getfixturevalue(name).backend_tokenizer.to_str()
+            assert '"prepend_scheme":"first"' in text
+            backend = Tokenizer.from_str(text.replace('"prepend_scheme":"first"', f'"prepend_scheme":"{scheme}"'))
+            made[name, scheme] = PreTrainedTokenizerFast(
+                tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+            )
+        return made[name, scheme]
+
+    return get
+
+
+@settings(max_examples=150, deadline=None)
+@given(batch=st.lists(SPANS, max_size=4))
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_looking_spans_up_gives_what_token_by_token_gives(
+    with_scheme: Any, name: str, scheme: str, batch: list[list[Span]]
+) -> None:
+    tokenizer = with_scheme(name, scheme)
+    found = encode_spans(batch, tokenizer)
+    for spans, encoded in zip(batch, found, strict=True):
+        try:
+            ids, trained = _tokenise(spans, tokenizer)
+        except EncodingError as error:
+            wanted: Any = str(error)
+        else:
+            wanted = ([1, *ids], [False, *trained])
+        got = str(encoded) if isinstance(encoded, EncodingError) else (encoded[0].tolist(), encoded[1].tolist())
+        assert got == wanted
 
 
 SHOWN = [message("user", [{"type": "image", "image": PICTURE}, {"type": "text", "text": "What?"}])]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from lora_llava.data.images import BadImageError, FolderImages, read_rgb
+from lora_llava.data.images import BadImageError, FolderImages, JoinedImages, TableImages, coco_names, read_rgb
 
 
 def refused(folder: Path, name: str, message: str, max_pixels: int = 100) -> None:
@@ -99,6 +101,19 @@ def test_a_truncated_picture_is_refused(pictures: Path) -> None:
         refused(pictures, "cut.png", "picture cut.png cannot be read: ")
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_a_damaged_picture_is_read_or_refused(kind: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (1, 2, 3)).save(file, kind)
+    content = file.getvalue()
+    for place in range(len(content)):
+        for value in (0, 11, 255):
+            damaged = io.BytesIO(content[:place] + bytes([value]) + content[place + 1 :])
+            with contextlib.suppress(BadImageError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                assert read_rgb(damaged, "a", 16).mode == "RGB"
+
+
 def test_a_text_file_is_refused(pictures: Path) -> None:
     (pictures / "a.png").write_text("<html>404</html>")
     refused(pictures, "a.png", "picture a.png cannot be read: ")
@@ -125,3 +140,99 @@ def test_other_modes_become_rgb(mode: str, colour: int | tuple[int, ...], expect
     file = io.BytesIO()
     Image.new(mode, (1, 1), colour).save(file, "PNG")
     assert pixels(read_rgb(io.BytesIO(file.getvalue()), "a", 1)) == [expected]
+
+
+COCO_NAMES = [
+    f"{folder}{prefix}000000442786.jpg"
+    for folder, prefix in [
+        ("", ""), ("", "COCO_train2014_"), ("", "COCO_val2014_"), ("train2017/", ""), ("val2017/", ""),
+        ("train2014/", "COCO_train2014_"), ("val2014/", "COCO_val2014_"), ("train2014/", ""),
+        ("coco/train2017/", ""), ("coco/val2014/", "COCO_val2014_"), ("coco/", ""),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kept", COCO_NAMES)
+@pytest.mark.parametrize("named", COCO_NAMES)
+def test_coco_s_releases_know_one_picture_by_several_names(tmp_path: Path, kept: str, named: str) -> None:
+    if kept.startswith("coco/") != named.startswith("coco/"):
+        return  # the folder above the splits is the row's own
+    (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (1, 1), (7, 8, 9)).save(tmp_path / kept, "PNG")
+    images = FolderImages(tmp_path, 1)
+    assert images.find(named) == tmp_path / kept
+    assert pixels(images.open(named)) == [(7, 8, 9)]
+    refused(tmp_path, named.replace("442786", "442787"), f"picture {named.replace('442786', '442787')} is missing")
+
+
+def test_a_row_s_own_name_comes_first(tmp_path: Path) -> None:
+    for name in ("000000442786.jpg", "COCO_train2014_000000442786.jpg"):
+        (tmp_path / name).write_bytes(b"x")
+        assert FolderImages(tmp_path, 1).find(name) == tmp_path / name
+    assert coco_names("a/1.png") == coco_names("442786.jpg") == coco_names("000000442786.png") == []
+    assert coco_names("xCOCO_train2014_000000442786.jpg") == []
+
+
+def test_a_coco_name_leads_nowhere_else(pictures: Path) -> None:
+    Image.new("RGB", (1, 1)).save(pictures.parent / "000000442786.jpg", "PNG")
+    name = "../COCO_train2014_000000442786.jpg"
+    refused(pictures, name, f"picture {name} lies outside {pictures}")
+
+
+def test_a_coco_folder_that_leads_out_does_not_end_the_search(pictures: Path) -> None:
+    (pictures / "train2017").symlink_to(pictures.parent, target_is_directory=True)
+    refused(pictures, "000000442786.jpg", "picture 000000442786.jpg ")
+    (pictures / "val2017").mkdir()
+    Image.new("RGB", (1, 1), (7, 8, 9)).save(pictures / "val2017" / "000000442786.jpg", "PNG")
+    assert pixels(FolderImages(pictures, 1).open("000000442786.jpg")) == [(7, 8, 9)]
+
+
+def test_a_picture_in_the_row_itself_is_refused(pictures: Path) -> None:
+    name = "data:image/png;base64," + "A" * 100
+    refused(pictures, name, f"picture {name[:60]} is a URL; only files under {pictures} are opened")
+
+
+def test_a_file_is_read_undecoded(pictures: Path) -> None:
+    images = FolderImages(pictures, 1)  # whatever its size
+    assert images.read("red.png") == (pictures / "red.png").read_bytes()
+    with pytest.raises(BadImageError, match=r"^picture pink.png is missing$"):
+        images.read("pink.png")
+    with pytest.raises(BadImageError, match=r"^picture \. cannot be read: Is a directory$"):
+        images.read(".")
+
+
+def test_a_name_that_is_too_long_is_refused(pictures: Path) -> None:
+    refused(pictures, "iVBORw0KGgo" * 40, "picture ")
+
+
+def test_a_link_to_itself_is_refused(pictures: Path) -> None:
+    (pictures / "loop.png").symlink_to("loop.png")
+    refused(pictures, "loop.png", "picture ")
+
+
+def test_pictures_of_a_table_s_column(pictures: Path) -> None:
+    red, green, blue = ((pictures / f"{name}.png").read_bytes() for name in ("red", "green", "blue"))
+    table = [
+        {"image": {"bytes": red, "path": None}, "images": [{"bytes": green}, {"bytes": blue}, {"bytes": None}]},
+        {"image": None, "images": []},
+    ]
+    single, several = TableImages(table, 16), TableImages(table, 16, "images")
+    assert single.read("0") == red
+    assert [pixels(several.open(name))[0] for name in ("0:0", "0:1", "0")] == [(0, 255, 0), (0, 0, 255), (0, 255, 0)]
+    for images, name in ((single, "1"), (several, "0:2")):
+        with pytest.raises(BadImageError, match=f"^picture of row {name} is missing$"):
+            images.open(name)
+    with pytest.raises(BadImageError, match=r"^picture of row 0 has 4 x 4 pixels, over max_image_pixels 15$"):
+        TableImages(table, 15).open("0")
+
+
+def test_joined_pictures_are_opened_by_their_source(pictures: Path) -> None:
+    (pictures / "1|a.png").write_bytes((pictures / "green.png").read_bytes())
+    table = TableImages([{"image": {"bytes": (pictures / "blue.png").read_bytes()}}], 16)
+    images = JoinedImages([FolderImages(pictures, 16), table])
+    assert pixels(images.open("0|red.png")) == [(255, 0, 0)] * 16
+    assert pixels(images.open("0|1|a.png")) == [(0, 255, 0)] * 16
+    assert pixels(images.open("1|0")) == [(0, 0, 255)] * 16
+    assert images.read("1|0") == (pictures / "blue.png").read_bytes()
+    with pytest.raises(BadImageError, match=r"^picture pink.png is missing$"):
+        images.read("0|pink.png")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -176,3 +178,21 @@ def test_a_split_that_is_not_there_and_a_bad_picture_are_named(
         show(recipe, tmp_path, split="validation")
     with pytest.raises(UserError, match=r"picture gone\.png is missing; `lora-llava check` lists all such rows"):
         show(recipe, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_shows_one_sample_and_reports_nothing(stage2: Recipe, tmp_path: Path) -> None:
+    show(stage2, tmp_path, samples=5)
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+        "--dump-dom", f"file://{tmp_path / 'page.html'}#3",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert [int("now" in text.split(">")[0].split('class="')[-1]) for text in done.stdout.split("<article")[1:]] == [
+        0, 0, 1, 0, 0,
+    ]  # fmt: skip
+    assert "3 of 5" in done.stdout
+    assert "CONSOLE" not in done.stderr  # neither an error of the script nor a breach of the page's policy

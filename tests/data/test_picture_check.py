@@ -1,0 +1,300 @@
+"""Pictures opened before training: what is wrong with them, what is odd, and what is not opened again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lora_llava.data.images import FolderImages, JoinedImages, TableImages
+from lora_llava.data.picture_check import Picture, inspect_picture, inspect_pictures
+
+UPRIGHT, TURNED = 1, 6
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (9, 8)) -> Image.Image:
+    width, height = size
+    return Image.frombytes("L", size, bytes(37 * n % 251 for n in range(width * height))).convert(mode)
+
+
+def save(folder: Path, name: str, kind: str, image: Image.Image | None = None, **settings: Any) -> str:
+    """Save a picture; its file's SHA-256."""
+    (image or picture()).save(folder / name, kind, **settings)
+    return hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+
+def turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.png", "PNG"), ("a.PNG", "PNG"), ("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP"), ("a.bmp", "BMP"),
+        ("a.tif", "TIFF"), ("sub.png/a", "PNG"), ("a.picture", "JPEG"),
+    ],
+)  # fmt: skip
+def test_nothing_is_odd_about_a_clean_picture(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    digest = save(tmp_path, name, kind)
+    assert inspect_picture(FolderImages(tmp_path, 72), name) == Picture(None, "", (), digest)
+
+
+def test_an_upright_orientation_is_not_odd(tmp_path: Path) -> None:
+    for orientation in (0, UPRIGHT):
+        digest = save(tmp_path, "a.jpg", "JPEG", exif=turned(orientation))
+        assert inspect_picture(FolderImages(tmp_path, 72), "a.jpg") == Picture(None, "", (), digest)
+
+
+MODE = ("picture not RGB", "picture {} has mode {}; it is converted, look at it in the preview")
+FRAMES = ("several frames", "picture {} has 3 frames; only the first is seen")
+LYING = ("turned picture", "picture {} lies on its side but for an EXIF tag; the model sees it lying")
+MISLEADING = ("mislabelled picture", "picture {} is a {}; it is read as one, but its name misleads")
+MANY: dict[str, Any] = {"save_all": True, "append_images": [picture().rotate(180), picture("1").convert("RGB")]}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "image", "settings", "odd"),
+    [
+        ("a.jpg", "PNG", picture(), {}, [(MISLEADING, "PNG")]),
+        ("a.PNG", "JPEG", picture(), {}, [(MISLEADING, "JPEG")]),
+        ("a.webp", "BMP", picture(), {}, [(MISLEADING, "BMP")]),
+        ("a.gif", "WEBP", picture(), {}, [(MISLEADING, "WEBP")]),
+        ("a.png", "TIFF", picture(), {}, [(MISLEADING, "TIFF")]),
+        ("a.png", "PPM", picture(), {}, [(MISLEADING, "PPM")]),
+        ("a.png", "PNG", picture("L"), {}, [(MODE, "L")]),
+        ("a.png", "PNG", picture("RGBA"), {}, [(MODE, "RGBA")]),
+        ("a.png", "PNG", picture("P"), {}, [(MODE, "P")]),
+        ("a.png", "PNG", picture("I;16"), {}, [(MODE, "I;16")]),
+        ("a.jpg", "JPEG", picture("CMYK"), {}, [(MODE, "CMYK")]),
+        ("a.webp", "WEBP", picture(), MANY, [(FRAMES,)]),
+        ("a.tif", "TIFF", picture(), MANY, [(FRAMES,)]),
+        ("a.gif", "GIF", picture(), MANY, [(MODE, "P"), (FRAMES,)]),
+        ("a.jpg", "JPEG", picture(), {"exif": turned(TURNED)}, [(LYING,)]),
+        ("a.png", "PNG", picture(), {"exif": turned(3)}, [(LYING,)]),
+        ("a.png", "PNG", picture(size=(7, 9)), {}, [(("tiny picture", "picture {} has 7 x 9 pixels"),)]),
+        ("a.png", "PNG", picture(size=(9, 7)), {}, [(("tiny picture", "picture {} has 9 x 7 pixels"),)]),
+        ("a.jpg", "PNG", picture("LA", (1, 1)), {"exif": turned(TURNED)},
+         [(MISLEADING, "PNG"), (MODE, "LA"), (LYING,), (("tiny picture", "picture {} has 1 x 1 pixels"),)]),
+    ],
+)  # fmt: skip
+def test_what_is_odd_about_a_picture(
+    tmp_path: Path, name: str, kind: str, image: Image.Image, settings: dict[str, Any], odd: list[Any]
+) -> None:
+    digest = save(tmp_path, name, kind, image, **settings)
+    oddities = tuple((label, text.format(name, *more)) for (label, text), *more in odd)
+    assert inspect_picture(FolderImages(tmp_path, 72), name) == Picture(None, "", oddities, digest)
+
+
+def test_a_camera_s_jpeg_with_a_thumbnail_is_not_mislabelled(tmp_path: Path) -> None:
+    save(tmp_path, "a.jpg", "MPO", save_all=True, append_images=[picture()])
+    found = inspect_picture(FolderImages(tmp_path, 72), "a.jpg")
+    assert [kind for kind, _ in found.oddities] == ["several frames"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("gone.png", "missing picture", "picture gone.png is missing"),
+        ("sub", "corrupt picture", "picture sub cannot be read: Is a directory"),
+        ("http://host/a.png", "outside the folder",
+         "picture http://host/a.png is a URL; only files under {root} are opened"),
+        ("data:image/png;base64,AAAA", "outside the folder",
+         "picture data:image/png;base64,AAAA is a URL; only files under {root} are opened"),
+        ("../a.png", "outside the folder", "picture ../a.png lies outside {root}"),
+        ("a\0b.png", "missing picture", "picture 'a\\x00b.png' cannot be a file: embedded null byte"),
+    ],
+)  # fmt: skip
+def test_what_has_no_file_cannot_be_used(pictures: Path, name: str, kind: str, message: str) -> None:
+    (pictures / "sub").mkdir()
+    found = inspect_picture(FolderImages(pictures, 16), name)
+    assert found == Picture(message.format(root=pictures), kind)
+
+
+def test_what_is_no_whole_picture_cannot_be_used(tmp_path: Path) -> None:
+    save(tmp_path, "whole.png", "PNG", picture(size=(40, 40)))
+    content = (tmp_path / "whole.png").read_bytes()
+    for damaged in (b"", b"<html>404</html>", content[:30], content[: len(content) // 2]):
+        (tmp_path / "a.png").write_bytes(damaged)
+        found = inspect_picture(FolderImages(tmp_path, 1600), "a.png")
+        assert (found.kind, found.oddities) == ("corrupt picture", ())
+        assert found.digest == hashlib.sha256(damaged).hexdigest()
+        assert (found.problem or "").startswith("picture a.png cannot be read: ")
+
+
+def test_an_oversized_picture_cannot_be_used(tmp_path: Path) -> None:
+    digest = save(tmp_path, "a.png", "PNG")
+    message = "picture a.png has 9 x 8 pixels, over max_image_pixels 71"
+    assert inspect_picture(FolderImages(tmp_path, 71), "a.png") == Picture(message, "oversized picture", (), digest)
+
+
+def gif_with_half_a_second_frame() -> bytes:
+    file = io.BytesIO()
+    picture().save(file, "GIF", save_all=True, append_images=[picture().rotate(180)])
+    return file.getvalue()[: file.getvalue().rindex(b"\x21\xf9\x04") + 3]
+
+
+def tiff_with_a_broken_second_frame() -> bytes:
+    file = io.BytesIO()
+    picture().save(file, "TIFF", save_all=True, append_images=[picture()])
+    content = bytearray(file.getvalue())
+    first = int.from_bytes(content[4:8], "little")
+    entries = int.from_bytes(content[first : first + 2], "little")
+    second = int.from_bytes(content[first + 2 + 12 * entries :][:4], "little")
+    content[second : second + 2] = b"\0\0"  # no tag, so no size
+    return bytes(content)
+
+
+def webp_with_a_broken_exif() -> bytes:
+    file = io.BytesIO()
+    picture().save(file, "WEBP", exif=turned(TURNED))
+    return file.getvalue().replace(b"MM\0*", b"MM\0?")
+
+
+@pytest.mark.parametrize(
+    "content", [gif_with_half_a_second_frame(), tiff_with_a_broken_second_frame(), webp_with_a_broken_exif()]
+)
+def test_damage_behind_the_first_frame_is_no_traceback(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a").write_bytes(content)
+    assert inspect_picture(FolderImages(tmp_path, 576), "a").digest == hashlib.sha256(content).hexdigest()
+
+
+def test_a_link_to_itself_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to("a.png")
+    assert inspect_picture(FolderImages(tmp_path, 72), "a.png").problem is not None
+
+
+def test_joined_pictures_are_told_by_their_own_names(tmp_path: Path) -> None:
+    for number, mode in enumerate(("L", "RGB", "RGBA")):
+        (tmp_path / str(number)).mkdir()
+        save(tmp_path / str(number), "a.png", "PNG", picture(mode))
+    sources = [FolderImages(tmp_path / str(number), limit) for number, limit in enumerate((72, 71, 72))]
+    table = TableImages([{"image": {"bytes": (tmp_path / "2" / "a.png").read_bytes()}}, {"image": None}], 72)
+    found = inspect_pictures(JoinedImages([*sources, table]), ["0|a.png", "1|a.png", "2|b.png", "3|0", "3|1"])
+    assert [(name, each.problem, each.oddities) for name, each in found.items()] == [
+        ("0|a.png", None, (("picture not RGB", MODE[1].format("a.png", "L")),)),
+        ("1|a.png", "picture a.png has 9 x 8 pixels, over max_image_pixels 71", ()),
+        ("2|b.png", "picture b.png is missing", ()),
+        ("3|0", None, (("picture not RGB", MODE[1].format("0", "RGBA")),)),
+        ("3|1", "picture of row 1 is missing", ()),
+    ]
+
+
+class Counted(FolderImages):
+    """A folder that keeps which pictures were opened."""
+
+    def __init__(self, root: Path, max_pixels: int = 72) -> None:
+        super().__init__(root, max_pixels)
+        self.opened: list[str] = []
+
+    def read(self, name: str) -> bytes:
+        self.opened.append(name)
+        return super().read(name)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    for number in range(200):
+        save(tmp_path / "pictures", f"{number}.png", "PNG", picture(size=(9, 1 + number % 8)))
+    return tmp_path / "pictures"
+
+
+NAMES = [f"{number}.png" for number in range(200)]
+
+
+def test_every_picture_is_opened_once_and_found_in_order(folder: Path) -> None:
+    images = Counted(folder)
+    done: list[Picture] = []
+
+    def progress(found: Iterable[Picture]) -> Iterable[Picture]:
+        for each in found:
+            done.append(each)
+            yield each
+
+    found = inspect_pictures(images, NAMES, progress=progress)
+    assert list(found) == NAMES
+    assert list(found.values()) == done == [inspect_picture(images, name) for name in NAMES]
+    assert sorted(images.opened[:200]) == sorted(NAMES)
+    assert inspect_pictures(images, []) == {}
+
+
+def test_unchanged_pictures_are_not_opened_again(folder: Path) -> None:
+    cache, images = folder.parent / "new" / "pictures.json", Counted(folder)
+    names = [*NAMES[:5], "gone.png", "../out.png"]
+    first = inspect_pictures(images, names, cache)
+    images.opened.clear()
+    assert inspect_pictures(images, names, cache) == first
+    assert sorted(images.opened) == ["../out.png", "gone.png"]  # no file, so nothing to know it by
+    images.opened.clear()
+    assert inspect_pictures(images, ["3.png", "7.png"], cache)["3.png"] == first["3.png"]
+    assert images.opened == ["7.png"]
+    images.opened.clear()
+    inspect_pictures(images, NAMES[:8], cache)  # what was known before is still known
+    assert sorted(images.opened) == ["5.png", "6.png"]
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_changed_pictures_are_opened_again(folder: Path) -> None:
+    cache, images = folder.parent / "pictures.json", Counted(folder)
+    inspect_pictures(images, NAMES[:4], cache)
+    (folder / "0.png").write_text("no picture")
+    old = (folder / "1.png").stat()
+    os.utime(folder / "1.png", ns=(old.st_atime_ns, old.st_mtime_ns + 1))
+    (folder / "2.png").unlink()
+    images.opened.clear()
+    found = inspect_pictures(images, NAMES[:4], cache)
+    assert sorted(images.opened) == ["0.png", "1.png", "2.png"]
+    assert [found[name].kind for name in NAMES[:4]] == ["corrupt picture", "", "missing picture", ""]
+    other = Counted(folder, max_pixels=1)
+    assert inspect_pictures(other, ["3.png"], cache)["3.png"].kind == "oversized picture"
+    (folder.parent / "more").mkdir()
+    save(folder.parent / "more", "3.png", "PNG", picture("L"))
+    more = inspect_pictures(Counted(folder.parent / "more"), ["3.png"], cache)
+    assert [kind for kind, _ in more["3.png"].oddities] == ["picture not RGB"]
+
+
+def test_pictures_of_joined_folders_are_known_again(folder: Path) -> None:
+    cache, images = folder.parent / "pictures.json", [Counted(folder), Counted(folder)]
+    first = inspect_pictures(JoinedImages(images), ["0|0.png", "1|0.png", "1|1.png"], cache)
+    assert inspect_pictures(JoinedImages(images), ["0|0.png", "1|0.png", "1|1.png"], cache) == first
+    assert [source.opened for source in images] == [["0.png"], ["0.png", "1.png"]]
+
+
+BROKEN = ["", "{", '{"0.png": 5}', '{"0.png": ["x", 5]}', '{"0.png": ["x", {"other": 1}]}', "\xff"]
+
+
+@pytest.mark.parametrize("content", [*BROKEN, "[]"])
+def test_a_broken_cache_is_made_anew(folder: Path, content: str) -> None:
+    cache, images = folder.parent / "pictures.json", Counted(folder)
+    cache.write_bytes(content.encode("latin-1"))
+    first = inspect_pictures(images, ["0.png"], cache)
+    assert first == inspect_pictures(images, ["0.png"], cache) == inspect_pictures(images, ["0.png"])
+    assert images.opened == ["0.png", "0.png"]
+    assert list(json.loads(cache.read_text())) == ["0.png"]
+
+
+def test_the_order_is_that_of_the_names_whatever_is_known(folder: Path) -> None:
+    cache, images = folder.parent / "pictures.json", Counted(folder)
+    inspect_pictures(images, ["2.png", "gone.png"], cache)
+    assert list(inspect_pictures(images, ["gone.png", "3.png", "2.png"], cache)) == ["gone.png", "3.png", "2.png"]
+
+
+def test_warnings_are_as_they_were(folder: Path) -> None:
+    before = list(warnings.filters)
+    try:
+        for _ in range(20):
+            inspect_pictures(Counted(folder), NAMES)
+            assert list(warnings.filters) == before
+    finally:
+        warnings.filters[:] = before  # type: ignore[index]
