@@ -22,7 +22,8 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _CHUNK = 1 << 20
 _SIGNS = 8
 """More than stands between a number's whole part and the digit that follows: point, e, sign."""
-_BEGINNINGS = {word[:size] for word in ("true", "false", "null", "-") for size in range(1, len(word) + 1)}
+_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
+_BEGINNINGS = {word[:size] for word in _WORDS for size in range(1, len(word) + 1)}
 
 
 def data_file(path: str | Path, where: str = "data.path") -> Path:
