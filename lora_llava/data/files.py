@@ -23,7 +23,8 @@ _CHUNK = 1 << 20
 _SIGNS = 8
 """More than stands between a number's whole part and the digit that follows: point, e, sign."""
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
-_BEGINNINGS = {word[:size] for word in _WORDS for size in range(1, len(word) + 1)}
+_BEGINNINGS = {word[:size] for word in (*_WORDS, ".", "e+", "e-", "E+", "E-") for size in range(1, len(word) + 1)}
+"""What is left of a value where a file is cut off."""
 
 
 def data_file(path: str | Path, where: str = "data.path") -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
-from lora_llava.data.preview_page import (
+from lora_llava.data.preview_samples import (
     NEWLINE,
     SPACE,
     Preview,

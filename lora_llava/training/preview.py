@@ -17,7 +17,8 @@ from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images import BadImageError
-from lora_llava.data.preview_page import Preview, PreviewRow, PreviewSample, PreviewToken, render_page
+from lora_llava.data.preview_page import render_page
+from lora_llava.data.preview_samples import Preview, PreviewRow, PreviewSample, PreviewToken
 from lora_llava.data.preview_terminal import print_samples
 from lora_llava.errors import UserError
 from lora_llava.model.start import ModelPlan, plan_model

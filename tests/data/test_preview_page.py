@@ -16,14 +16,14 @@ from PIL import Image
 from rich.console import Console
 
 from lora_llava.data.encode import IGNORE_INDEX
-from lora_llava.data.preview_page import (
+from lora_llava.data.preview_page import render_page
+from lora_llava.data.preview_samples import (
     Preview,
     PreviewRow,
     PreviewSample,
     PreviewToken,
     describe_row,
     escape_hidden,
-    render_page,
     share,
 )
 from lora_llava.data.preview_terminal import print_samples
