@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from lora_llava.quiet import quieten
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
@@ -82,18 +83,22 @@ def _benchmark(args: argparse.Namespace) -> None:
 
 
 def _next_commands(run: str) -> list[str]:
+    merged = shlex.quote(f"{run}-merged")
+    run = shlex.quote(run)
     commands = {
         "evaluate": f"lora-llava evaluate {run}",
         "chat": f"lora-llava chat {run}",
-        "merge": f"lora-llava merge {run} --output {run}-merged",
-        "push": f"lora-llava push {run}-merged YOU/NAME --dry-run",
+        "merge": f"lora-llava merge {run} --output {merged}",
+        "push": f"lora-llava push {merged} YOU/NAME --dry-run",
     }
     return [command for verb, command in commands.items() if verb in VERBS]
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a run directory, a folder with a whole LLaVA, or a Hub id")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=(), metavar="key.sub=value", help="replace values of the recipe"
+    )
     parser.add_argument("--recipe", help="whose data and evaluation to use; default: the run's own")
     parser.add_argument("--limit", type=positive, help="ask only this many questions, drawn by the recipe's seed")
     parser.add_argument("--shuffle-images", action="store_true", help="exchange the pictures among the questions")
@@ -299,7 +304,7 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         add_arguments(commands.add_parser(name, help=summary, description=summary, allow_abbrev=False))
     args, rest = parser.parse_known_args(argv if verb is None else [verb, *argv])
     if hasattr(args, "overrides"):  # argparse gives up on those that stand behind an option
-        args.overrides += [text for text in rest if "=" in text and not text.startswith("-")]
+        args.overrides = [*args.overrides, *(text for text in rest if "=" in text and not text.startswith("-"))]
         rest = [text for text in rest if text not in args.overrides]
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -309,10 +314,13 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         prefix = "error: " if error.exit_code == 2 else ""
         print("\n".join(prefix + line for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError) as error:
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         print(f"error: {error.filename}: {error.strerror}; name another place", file=sys.stderr)
         return 2
     except OSError as error:
+        if error.errno == errno.EROFS:
+            print(f"error: {error.filename}: {error.strerror}; name another place", file=sys.stderr)
+            return 2
         if error.errno != errno.ENOSPC:
             raise
         print("error: the disk is full; free some, then run the same command again", file=sys.stderr)

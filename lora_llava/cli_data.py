@@ -14,7 +14,9 @@ from lora_llava.quiet import quieten
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The arguments of a verb that takes a recipe."""
     parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="replace values of the recipe")
+    parser.add_argument(
+        "overrides", nargs="*", default=(), metavar="key.sub=value", help="replace values of the recipe"
+    )
 
 
 def positive(text: str) -> int:
@@ -34,7 +36,7 @@ def add_init(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="the file of rows, where the folder has several")
     parser.add_argument("--model", help="a complete LLaVA to start from, a folder or Hub id, or demo")
     parser.add_argument(
-        "--recipe", default="my_data_qlora.yaml", help="shipped recipe to fill in; my_data_8gb.yaml for a small card"
+        "--recipe", help="shipped recipe to fill in: my_data_qlora.yaml, or my_data_8gb.yaml for a small card"
     )
     parser.add_argument("--example", action="store_true", help="make the folder first, with drawn pictures, to try it")
 
@@ -51,7 +53,7 @@ def run_init(args: argparse.Namespace, console: Any) -> int:
 
 def add_check(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for rows, errors and warnings")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the findings go")
     parser.add_argument("--fix", action="store_true", help="write a cleaned copy beside each file of rows")
 
 
@@ -67,10 +69,11 @@ def run_check(args: argparse.Namespace, console: Any) -> int:
 
 def add_preview(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the page; default: preview.html")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, metavar="FILE", help="the page; default: preview.html")
     parser.add_argument("--samples", type=positive, default=50, help="how many")
     parser.add_argument("--split", choices=["train", "validation", "test"], default="train")
-    parser.add_argument("--terminal", action="store_true", help="print them here instead")
+    where.add_argument("--terminal", action="store_true", help="print them here instead")
 
 
 def run_preview(args: argparse.Namespace, console: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,8 @@ _NOTES = {
     LEADING_ANSWER_CUT: "the conversation starts with an answer, which is left out, as LLaVA does",
     OPEN_QUESTION_CUT: "the conversation ends with a question, which is left out",
 }
-LEAK, DUPLICATE, SPECIAL = "held-out row in train", "duplicate row", "special token in text"
+LEAK, SHARED = "held-out row in train", "held-out picture in train"
+DUPLICATE, SPECIAL = "duplicate row", "special token in text"
 _WIDTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _MOST_BINS = 16
 
@@ -96,6 +97,7 @@ class CheckedSource:
 def check_sources(
     sources: Sequence[CheckedSource], policies: Mapping[str, Policy], *, special_ids: Iterable[int],
     stop_id: int | None, image_id: int, num_image_tokens: int, leaks_are_errors: bool = True,
+    with_pictures: Container[str] = (),
 ) -> CheckReport:  # fmt: skip
     """Find everything.
 
@@ -108,6 +110,7 @@ def check_sources(
         num_image_tokens: How many of them a picture has.
         leaks_are_errors: Whether a held-out row that is also trained on is an error, or, in a published split that
             nobody here can mend, a warning.
+        with_pictures: Sources that are said to have pictures: not to see one is an error.
 
     Returns:
         The report, findings in the order of the rows.
@@ -115,16 +118,19 @@ def check_sources(
     report = CheckReport(rows=sum(len(source.rows) for source in sources))
     shape = (image_id, num_image_tokens)
     for source in sources:
-        report.errors += _bad_rows(source)
-        errors, warnings = _overlong(source, policies[source.split], shape)
+        policy = policies[source.split]
+        (report.errors if policy.on_bad_row == "error" else report.warnings).extend(_bad_rows(source, policy))
+        errors, warnings = _overlong(source, policy, shape)
         report.errors += errors
         report.warnings += warnings
         report.warnings += _mended(source)
         report.warnings += _special(source, frozenset(special_ids), stop_id)
-        errors, warnings = _pictures(source)
+        errors, warnings = _pictures(source, policy)
         report.errors += errors
         report.warnings += warnings
+        report.errors += _whole(source, policy, source.name in with_pictures)
     report.warnings += _duplicates(sources)
+    report.warnings += _shared_pictures(sources)
     (report.errors if leaks_are_errors else report.warnings).extend(_leaks(sources))
     for split in dict.fromkeys(source.split for source in sources):
         mine = [source for source in sources if source.split == split]
@@ -132,11 +138,23 @@ def check_sources(
     return report
 
 
-def _bad_rows(source: CheckedSource) -> Iterator[Finding]:
+def _bad_rows(source: CheckedSource, policy: Policy) -> Iterator[Finding]:
+    dropped = ": the row is dropped" if policy.on_bad_row == "drop" else ""
     for row in source.rows[np.isin(source.rows, source.table.problems.where())]:
         problem = source.table.problem(int(row))
         assert problem is not None  # it is among those that have one
-        yield source.finding(problem.kind, int(row), str(problem))
+        yield source.finding(problem.kind, int(row), f"{problem}{dropped}")
+
+
+def _whole(source: CheckedSource, policy: Policy, with_pictures: bool) -> Iterator[Finding]:
+    """What is wrong with a source as a whole."""
+    sound = _sound(source)
+    if not len(sound):
+        what = f"none of its {len(source.rows):,} rows can be used" if len(source.rows) else "it has no rows"
+        yield Finding("no rows", "", f"{source.name}: {what}", -1, source.name, source.split)
+    elif with_pictures and not source.table.pictures[sound].any():
+        told = "no row names a picture, though data.image_folder or data.columns.image is set; see data.columns"
+        yield Finding("no pictures", "", f"{source.name}: {told}", -1, source.name, source.split)
 
 
 def _mended(source: CheckedSource) -> Iterator[Finding]:
@@ -185,15 +203,18 @@ def _special(source: CheckedSource, special_ids: frozenset[int], stop_id: int | 
             )
 
 
-def _pictures(source: CheckedSource) -> tuple[list[Finding], list[Finding]]:
-    errors, warnings = [], []
+def _pictures(source: CheckedSource, policy: Policy) -> tuple[list[Finding], list[Finding]]:
+    errors: list[Finding] = []
+    warnings: list[Finding] = []
+    dropped = ": the row is dropped" if policy.on_bad_image == "drop" else ""
     for row in source.rows:
         for name in source.table.images(int(row)):
             picture = source.pictures.get(name)
             if picture is None:
                 continue
             if picture.problem is not None:
-                errors.append(source.finding(picture.kind, int(row), picture.problem))
+                bad = source.finding(picture.kind, int(row), f"{picture.problem}{dropped}")
+                (warnings if dropped else errors).append(bad)
             warnings += [source.finding(kind, int(row), message) for kind, message in picture.oddities]
     return errors, warnings
 
@@ -241,6 +262,25 @@ def _leaks(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
                 )  # fmt: skip
 
 
+def _shared_pictures(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
+    """Training rows that show a picture of a held-out row, under this name or another."""
+    held: dict[str, str] = {}
+    for source in (source for source in sources if source.split != "train"):
+        for row in map(int, _sound(source)):
+            for digest in _digests(source, row):
+                held.setdefault(digest, f"{source.split} row {source.table.row_ids[row]}")
+    for source in (source for source in sources if source.split == "train"):
+        for row in map(int, _sound(source)):
+            found = next((held[digest] for digest in _digests(source, row) if digest in held), None)
+            if found is not None:
+                yield source.finding(SHARED, row, f"it shows a picture that {found} shows")
+
+
+def _digests(source: CheckedSource, row: int) -> list[str]:
+    pictures = (source.pictures.get(name) for name in source.table.images(row))
+    return [picture.digest for picture in pictures if picture is not None and picture.digest]
+
+
 def _figures(sources: Sequence[CheckedSource], policy: Policy, num_image_tokens: int) -> dict[str, Any]:
     """Rows, tokens, share of trained tokens, and a histogram of lengths."""
     lengths = np.concatenate([source.table.lengths(num_image_tokens)[_sound(source)] for source in sources])
@@ -252,6 +292,7 @@ def _figures(sources: Sequence[CheckedSource], policy: Policy, num_image_tokens:
     return {
         "rows": int(sum(len(source.rows) for source in sources)),
         "sound_rows": len(lengths),
+        "rows_with_pictures": int(sum((source.table.pictures[_sound(source)] > 0).sum() for source in sources)),
         "sources": {source.name: len(source.rows) for source in sources},
         "tokens": int(lengths.sum()),
         "trained_tokens": trained,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from lora_llava.data.concepts import ConceptReport, filter_captions
-from lora_llava.data.files import data_file, iterate_rows
+from lora_llava.data.files import data_file, iterate_rows, json_text
 from lora_llava.data.noun_phrases import NounPhrases
 from lora_llava.errors import UserError
 
@@ -20,14 +19,15 @@ def caption_of(row: Mapping[str, Any], column: str = "caption") -> str:
     Raises:
         UserError: For a row with neither.
     """
-    if isinstance(row, Mapping) and row.get(column) is not None:
-        return str(row[column])
+    if isinstance(row, Mapping) and column in row:
+        return "" if row[column] is None else str(row[column])
     messages = row.get("conversations") if isinstance(row, Mapping) else None
     answers = [m["value"] for m in messages or () if isinstance(m, Mapping) and m.get("from") == "gpt" and "value" in m]
     if len(answers) != 1:
         found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        name = f"row {row['id']}" if isinstance(row, Mapping) and "id" in row else "a row"
         raise UserError(
-            f"a row has no {column} and no conversation of one answer; it has {found}; name --caption-column"
+            f"{name} has no {column} and no conversation of one answer; it has {found}; name it by --caption-column"
         )
     return str(answers[0])
 
@@ -84,7 +84,7 @@ class _Writer:
 
     def write(self, row: Mapping[str, Any]) -> None:
         before = ("[\n" if self.count == 0 else ",\n") if self.as_list else ""
-        self.stream.write(before + json.dumps(row, ensure_ascii=False) + ("" if self.as_list else "\n"))
+        self.stream.write(before + json_text(row) + ("" if self.as_list else "\n"))
         self.count += 1
 
     def close(self) -> None:

@@ -89,7 +89,7 @@ def _read_turn(message: Message, index: int) -> Turn:
     if named is not None and called is not None:
         raise EncodingError(f"message {index} has both role and from; keep one form", "both formats")
     name = called if named is None else named
-    role = _ROLES.get(str(name))
+    role = _ROLES.get(str(name).lower())
     if role is None:
         raise EncodingError(f"message {index}: role is {name!r}; use one of {', '.join(_ROLES)}", "unknown role")
     if called is not None:

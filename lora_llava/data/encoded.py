@@ -6,6 +6,7 @@ takes, the length limit and which rows are used are decided when rows are taken 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -31,7 +32,9 @@ from lora_llava.data.templates import Template, get_template
 _VERSION = 1
 """Raise it when the same rows would be read or encoded otherwise."""
 _BATCH = 512
-_ARRAYS: dict[str, type] = {"ids": np.int32, "trained": np.bool_, "starts": np.int64, "pictures": np.int32}
+_ARRAYS: dict[str, type] = {
+    "ids": np.int32, "trained": np.bool_, "starts": np.int64, "pictures": np.int32, "supervised": np.int32,
+}  # fmt: skip
 _TEXTS = ("row_ids", "images", "problems", "notes")
 
 
@@ -66,12 +69,10 @@ class EncodedTable:
     def __init__(self, columns: dict[str, np.ndarray]) -> None:
         self.columns = columns
         self.ids, self.trained, self.starts = columns["ids"], columns["trained"], columns["starts"]
-        self.pictures = columns["pictures"]
+        self.pictures, self.supervised = columns["pictures"], columns["supervised"]
         self.row_ids, self._images, self.problems, self.notes = (
             _Texts(columns[name], columns[f"{name}_starts"]) for name in _TEXTS
         )
-        total = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
-        self.supervised = total[self.starts[1:]] - total[self.starts[:-1]]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -100,7 +101,7 @@ class _Writer:
     """Collects encoded rows column by column."""
 
     def __init__(self) -> None:
-        self.columns = {name: array({"trained": "b"}.get(name, "i")) for name in ("ids", "trained", "pictures")}
+        self.columns = {name: array({"trained": "b"}.get(name, "i")) for name in _ARRAYS if name != "starts"}
         self.starts = array("q", [0])
         self.texts = {name: bytearray() for name in _TEXTS}
         self.text_starts = {name: array("q", [0]) for name in _TEXTS}
@@ -109,6 +110,7 @@ class _Writer:
         if encoded is not None:
             self.columns["ids"].frombytes(encoded[0].tobytes())
             self.columns["trained"].frombytes(encoded[1].tobytes())
+        self.columns["supervised"].append(int(encoded[1].sum()) if encoded is not None else 0)
         self.starts.append(len(self.columns["ids"]))
         images = row.images if isinstance(row, Conversation) else ()
         self.columns["pictures"].append(len(images))
@@ -162,7 +164,12 @@ def encode_table(
     arrays = writer.arrays()
     if folder is None:
         return EncodedTable(arrays)
-    _save(arrays, folder)
+    try:
+        _save(arrays, folder)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        return EncodedTable(arrays)  # a cache that cannot be written is none
     return _load(folder) or EncodedTable(arrays)
 
 
@@ -238,8 +245,10 @@ def _save(arrays: dict[str, np.ndarray], folder: Path) -> None:
         for name, values in arrays.items():
             np.save(temporary / f"{name}.npy", values)
         (temporary / "table.json").write_text(json.dumps({name: len(values) for name, values in arrays.items()}))
-        if folder.exists():
-            shutil.rmtree(folder)
+        if _load(folder) is not None:  # another run of the same data was first
+            shutil.rmtree(temporary)
+            return
+        shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)

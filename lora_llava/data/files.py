@@ -6,8 +6,8 @@ import codecs
 import csv
 import hashlib
 import json
-import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ class DataFileError(UserError):
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _CHUNK = 1 << 20
-_SIGNS = 8
-"""More than stands between a number's whole part and the digit that follows: point, e, sign."""
+_SIGNS = 16
+"""More than a number, a word or an escape that a piece's end cuts has before the cut."""
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _BEGINNINGS = {word[:size] for word in (*_WORDS, ".", "e+", "e-", "E+", "E-") for size in range(1, len(word) + 1)}
 """What is left of a value where a file is cut off."""
@@ -54,6 +54,16 @@ def data_file(path: str | Path, where: str = "data.path") -> Path:
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{where}: {path} is of no known kind; use one of {', '.join(SUFFIXES)}")
     return path
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """JSON with letters as they are, or escaped where one is half a surrogate pair, which UTF-8 cannot hold."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(content, indent=indent)
+    return text
 
 
 def file_hash(file: Path) -> str:
@@ -114,7 +124,8 @@ def _jsonl_rows(file: Path) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise DataFileError(f"{file}, line {number}: not JSON: {_first(error)}") from None
+                mend = "; a list belongs into a file called .json" if line.lstrip()[:1] == "[" else ""
+                raise DataFileError(f"{file}, line {number}: not JSON: {_first(error)}{mend}") from None
 
 
 def _json_rows(file: Path) -> Iterator[Any]:
@@ -126,8 +137,12 @@ def _json_rows(file: Path) -> Iterator[Any]:
             yield from _jsonl_rows(file)
             return
         if opening != "[":
-            kind = type(_whole(file)).__name__
-            raise DataFileError(f"{file}: it should hold a list of rows; it holds {kind}")
+            content = _whole(file)
+            lists = (
+                [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
+            )
+            mend = f"; give the list under {lists[0]} by itself" if lists else ""
+            raise DataFileError(f"{file}: it should hold a list of rows; it holds {type(content).__name__}{mend}")
         reader.take(1)
         count = 0
         while (sign := reader.peek()) != "]":
@@ -144,7 +159,13 @@ def _json_rows(file: Path) -> Iterator[Any]:
             count += 1
         reader.take(1)
         if reader.peek():
-            raise _not_json(file, reader, count, "something follows the end of the list", reader.place)
+            raise _not_json(
+                file,
+                reader,
+                count,
+                "something follows the end of the list; make it one, or call the file .jsonl",
+                reader.place,
+            )
 
 
 class _Buffer:
@@ -175,7 +196,9 @@ class _Buffer:
             try:
                 value, end = self.decoder.raw_decode(self.text, self.place)
             except json.JSONDecodeError as error:
-                if self._read(size):
+                # Only what is wrong at the text's end may be right with more of it.
+                at_end = error.pos > len(self.text) - _SIGNS or error.msg.startswith("Unterminated string")
+                if at_end and self._read(size):
                     size *= 2
                     continue
                 self.line += self.text.count("\n", self.place, error.pos)
@@ -228,21 +251,22 @@ def _first(error: ValueError) -> str:
 
 
 def table_delimiter(file: Path) -> str:
-    """What separates a table's fields: a tab in TSV, in CSV a comma, or a semicolon, which spreadsheets write where the
-    comma is the decimal sign."""
+    """What separates a table's fields: a tab in TSV; in CSV what its first line has most of: a comma, a tab, or a
+    semicolon, which spreadsheets write where the comma is the decimal sign."""
     if file.suffix.lower() == ".tsv":
         return "\t"
     with file.open(encoding="utf-8-sig") as stream:
         header = stream.readline()
-    return ";" if "," not in header and ";" in header else ","
+    return max(",;\t", key=header.count)
 
 
 def _table_rows(file: Path) -> Iterator[dict[str, str]]:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)  # a C long's most on Windows
     delimiter = table_delimiter(file)
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
         try:
+            reader.fieldnames = _header(file, reader.fieldnames or ())
             for row in reader:
                 if None in row or None in row.values():
                     given = len([value for value in row.values() if value is not None])
@@ -254,6 +278,15 @@ def _table_rows(file: Path) -> Iterator[dict[str, str]]:
                 yield row
         except csv.Error as error:
             raise DataFileError(f"{file}, line {reader.line_num + 1}: not a table: {error}") from None
+
+
+def _header(file: Path, names: Sequence[str]) -> list[str]:
+    """A table's column names without the white space around them."""
+    found = [name.strip() for name in names]
+    twice = [name for name, count in Counter(found).items() if count > 1]
+    if twice:
+        raise DataFileError(f"{file}, line 1: the column {twice[0]!r} stands there twice; rename one")
+    return found
 
 
 def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -283,8 +316,23 @@ def _is_bytes(leaf: Any) -> bool:
     return leaf.physical_type == "BYTE_ARRAY" and leaf.logical_type.type != "STRING"
 
 
-def parquet_columns(file: Path) -> list[str]:
-    """Names of a Parquet file's columns."""
+def parquet_columns(file: Path) -> dict[str, bool]:
+    """A Parquet file's columns, and which of them hold something else than text and numbers, such as pictures.
+
+    Raises:
+        DataFileError: Where it is no Parquet file.
+    """
+    import pyarrow
     import pyarrow.parquet
 
-    return list(pyarrow.parquet.read_schema(file).names)
+    try:
+        schema = pyarrow.parquet.read_schema(file)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataFileError(f"{file}: not a Parquet file: {str(error).splitlines()[0]}") from None
+
+    def is_picture(kind: Any) -> bool:
+        if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+            return is_picture(kind.value_type)
+        return bool(pyarrow.types.is_struct(kind) or pyarrow.types.is_binary(kind))
+
+    return {field.name: is_picture(field.type) for field in schema}

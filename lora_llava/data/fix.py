@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import json
 import os
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.files import iterate_rows, table_delimiter
+from lora_llava.data.files import iterate_rows, json_text, table_delimiter
 from lora_llava.errors import UserError
+
+_BEGINNING = 1 << 16
 
 
 def fixed_name(file: Path) -> Path:
@@ -55,24 +57,27 @@ def _write_json(rows: Iterable[Any], target: Path, file: Path) -> int:
         stream.write("[")
         for count, row in enumerate(rows, 1):
             stream.write(",\n" if count > 1 else "\n")
-            json.dump(row, stream, ensure_ascii=False)
+            stream.write(json_text(row))
         stream.write("\n]\n")
     return count
 
 
 def _write_lines(rows: Iterable[Any], target: Path, file: Path) -> int:
     with target.open("w", encoding="utf-8") as stream:
-        return sum(bool(stream.write(json.dumps(row, ensure_ascii=False) + "\n")) for row in rows)
+        return sum(bool(stream.write(json_text(row) + "\n")) for row in rows)
 
 
 def _write_table(rows: Iterable[Any], target: Path, file: Path) -> int:
     delimiter = table_delimiter(file)
+    beginning = file.read_bytes()[:_BEGINNING]
     with file.open(encoding="utf-8-sig", newline="") as stream:
         header = next(csv.reader(stream, delimiter=delimiter, strict=True), [])
-    with target.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, header, delimiter=delimiter)
-        writer.writeheader()
-        return sum(bool(writer.writerow(row)) for row in rows)
+    encoding = "utf-8-sig" if beginning.startswith(codecs.BOM_UTF8) else "utf-8"
+    ending = "\r\n" if b"\r\n" in beginning else "\n"
+    with target.open("w", encoding=encoding, newline="") as stream:
+        writer = csv.writer(stream, delimiter=delimiter, lineterminator=ending)
+        writer.writerow(header)
+        return sum(bool(writer.writerow(row.values())) for row in rows)
 
 
 def _copy_parquet(file: Path, dropped: Container[int], target: Path) -> int:

@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.files import SUFFIXES, iterate_rows
-from lora_llava.data.formats import Columns, Format, RowError, read_row
+from lora_llava.data.files import SUFFIXES, data_file, iterate_rows, parquet_columns
+from lora_llava.data.formats import CHAT_COLUMNS, Columns, Format, RowError, read_row
 from lora_llava.data.images import BadImageError, FolderImages
 from lora_llava.errors import UserError
 
@@ -44,6 +44,8 @@ class FolderData:
         rows: Rows of `file`.
         pictures: Picture files under the folder.
         named: Different pictures that rows name.
+        embedded: Whether the pictures are in the table itself.
+        unused: Columns that are not read.
     """
 
     file: Path
@@ -56,6 +58,8 @@ class FolderData:
     rows: int
     pictures: int
     named: int
+    embedded: bool = False
+    unused: tuple[str, ...] = ()
 
 
 def understand_folder(folder: Path, file: Path | None = None) -> FolderData:
@@ -79,15 +83,22 @@ def understand_folder(folder: Path, file: Path | None = None) -> FolderData:
     held: dict[str, Path] = {}
     if file is None:
         file, held = _choose(folder)
+    file = data_file(file, "--data")
     first = list(islice(iterate_rows(file), _PEEK))
     if not first:
         raise UserError(f"{file}: it holds no rows; give it lines such as image, question, answer")
     form, shape, columns = _shape(file, first)
-    rows, names = _count(file, form, columns)
+    embedded = file.suffix.lower() == ".parquet" and any(
+        parquet_columns(file).get(name) for name in (columns.image, "images")
+    )  # fmt: skip
+    rows, names = _count(file, form, columns, embedded)
     pictures = list(_pictures(folder))
-    root = _image_folder(folder, file, pictures, names) if names else None
+    root = _image_folder(folder, file, pictures, names) if names and not embedded else None
+    known = {"system", "images", *CHAT_COLUMNS, *vars(columns).values()}
+    unused = tuple(str(name) for name in dict.fromkeys(key for row in first for key in row) if name not in known)
     return FolderData(
-        file, held.get("validation"), held.get("test"), form, shape, columns, root, rows, len(pictures), len(names)
+        file, held.get("validation"), held.get("test"), form, shape, columns, root, rows, len(pictures), len(names),
+        embedded, unused,
     )  # fmt: skip
 
 
@@ -105,6 +116,9 @@ def _choose(folder: Path) -> tuple[Path, dict[str, Path]]:
     left = [file for file in files if file not in held.values()]
     if len(left) == 1:
         return left[0], held
+    if held and not left:
+        names = ", ".join(file.name for file in held.values())
+        raise UserError(f"{folder} holds only {names}, which sound held back; name the rows to train on with --data")
     if not left:
         raise UserError(
             f"{folder} holds no table and no JSON; put a CSV into it with the columns image, question, answer, a row a "
@@ -115,17 +129,23 @@ def _choose(folder: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def _shape(file: Path, rows: list[Any]) -> tuple[Format, str, Columns]:
-    row = rows[0]
-    if not isinstance(row, Mapping):
-        raise UserError(f"{file}: a row is {type(row).__name__}; it should be an object with named fields")
-    found = {role: next((name for name in names if name in row), None) for role, names in _ALIASES.items()}
+    wrong = next((row for row in rows if not isinstance(row, Mapping)), None)
+    if wrong is not None:
+        raise UserError(f"{file}: a row is {type(wrong).__name__}; it should be an object with named fields")
+    row: dict[str, Any] = {}
+    for each in rows:  # a key may be missing where there is nothing to say
+        row |= {key: value for key, value in each.items() if key not in row or row[key] in (None, "")}
+    plain = {str(name).strip().lower(): str(name) for name in reversed(row)}
+    found = {role: next((plain[name] for name in names if name in plain), None) for role, names in _ALIASES.items()}
     columns = Columns(**{role: name for role, name in found.items() if name is not None})
-    chat = next((key for key in ("conversations", "conversation", "messages") if key in row), None)
+    chat = next((key for key in CHAT_COLUMNS if key in row), None)
     if chat is not None:
         messages = row[chat]
         first = messages[0] if isinstance(messages, list) and messages else {}
         kind = "LLaVA's or ShareGPT's from and value" if isinstance(first, Mapping) and "from" in first else "messages"
         return "conversations", f"conversations ({kind})", columns
+    if "instruction" in row and row.get("input"):
+        raise UserError(f"{file}: its rows have instruction and input; join the two into one column question")
     if found["question"] and found["answer"]:
         table = ", ".join(filter(None, (found["image"], found["question"], found["answer"])))
         return "conversations", f"a table of {table}", columns
@@ -138,13 +158,13 @@ def _shape(file: Path, rows: list[Any]) -> tuple[Format, str, Columns]:
     )
 
 
-def _count(file: Path, form: Format, columns: Columns) -> tuple[int, dict[str, None]]:
+def _count(file: Path, form: Format, columns: Columns, embedded: bool) -> tuple[int, dict[str, None]]:
     """Rows, and the pictures they name; what is wrong with them is for the check to say."""
     count = 0
     names: dict[str, None] = {}
     for count, row in enumerate(iterate_rows(file), 1):
         try:
-            names |= dict.fromkeys(read_row(row, count - 1, form=form, columns=columns).images)
+            names |= dict.fromkeys(read_row(row, count - 1, form=form, columns=columns, embedded=embedded).images)
         except RowError:
             continue
     return count, names

@@ -36,7 +36,7 @@ BRIEF_REQUESTS = (
     "Create a compact narrative representing the image presented.",
 )
 """What a naively expanded caption answers (LLaVA, arXiv 2304.08485, section 4.2 and appendix, table 11)."""
-_CHATS = ("conversations", "conversation", "messages")
+CHAT_COLUMNS = ("conversations", "conversation", "messages")
 PLACEHOLDER_ADDED = "placeholder added"
 LEADING_ANSWER_CUT = "leading answer cut"
 OPEN_QUESTION_CUT = "unanswered end cut"
@@ -72,7 +72,7 @@ class Columns:
 
 def read_row(
     row: Any, number: int, *, form: Format = "conversations", columns: Columns | None = None,
-    position: ImagePosition = "first", seed: int = 0,
+    position: ImagePosition = "first", seed: int = 0, embedded: bool = False,
 ) -> Conversation:  # fmt: skip
     """Bring one row to a conversation.
 
@@ -84,6 +84,7 @@ def read_row(
         position: Where a row's one picture goes in the text; `as_written` leaves it, and puts one that the text does
             not mention first.
         seed: Throws the coin of `random` and draws the request that a bare caption answers.
+        embedded: Pictures are in the table itself, and named by the row's number.
 
     Returns:
         The conversation: turns in order, one placeholder per picture.
@@ -94,22 +95,24 @@ def read_row(
     columns = columns or Columns()
     if not isinstance(row, Mapping):
         raise RowError("malformed row", f"the row is {type(row).__name__}; a row holds id, image and conversations")
-    row = {key: value for key, value in row.items() if value is not None}
+    row = {key: value for key, value in row.items() if value is not None and value == value}  # NaN is not itself
     rng = random.Random(f"{seed} {number}")
     messages = _messages(row, form, columns, rng)
     try:
         turns = read_turns(messages)
     except EncodingError as error:
         raise RowError(error.kind, str(error)) from None
-    images = _images(row, messages, columns, number)
+    images = _images(row, messages, columns, number if embedded else None)
     conversation = Conversation(str(row.get(columns.id, number)), turns, images)
-    is_table = not any(key in row for key in _CHATS)  # a table's text has no place for a placeholder: nothing is amiss
+    is_table = not any(
+        key in row for key in CHAT_COLUMNS
+    )  # a table's text has no place for a placeholder: nothing is amiss
     return _place(_mend(conversation), position, rng, expected=not is_table)
 
 
 def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.Random) -> list[Any]:
     """The row's messages, whichever form it has."""
-    forms: list[str] = [key for key in _CHATS if key in row]
+    forms: list[str] = [key for key in CHAT_COLUMNS if key in row]
     if columns.question in row and columns.answer in row:
         forms.append(f"{columns.question}/{columns.answer}")
     if len(forms) > 1:
@@ -137,7 +140,7 @@ def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.R
 
 
 def _missing(row: Mapping[str, Any], wanted: str) -> str:
-    return f"it lacks {wanted}; it has {', '.join(map(str, row)) or 'nothing'}"
+    return f"it lacks {wanted}; it has {', '.join(map(repr, row)) or 'nothing'}; columns are named by data.columns"
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
@@ -147,8 +150,9 @@ def _text(row: Mapping[str, Any], column: str) -> str:
     raise RowError("malformed row", f"{column} is {value!r:.60}; it should be text")
 
 
-def _images(row: Mapping[str, Any], messages: Sequence[Any], columns: Columns, number: int) -> tuple[str, ...]:
-    """Names of the row's pictures: from its column, else from the parts of its messages."""
+def _images(row: Mapping[str, Any], messages: Sequence[Any], columns: Columns, number: int | None) -> tuple[str, ...]:
+    """Names of the row's pictures: from its column, else from the parts of its messages; pictures in the table itself
+    are named by the row's number."""
     given: list[Any] = []
     for column in dict.fromkeys((columns.image, "images")):
         value = row.get(column, [])
@@ -158,11 +162,12 @@ def _images(row: Mapping[str, Any], messages: Sequence[Any], columns: Columns, n
         raise RowError("both formats", f"its pictures stand in {columns.image} and in its messages; keep one")
     names = []
     for place, value in enumerate(given or inline):
-        if isinstance(value, Mapping) and ("bytes" in value or "path" in value):
-            value = str(number) if len(given) == 1 else f"{number}:{place}"  # stored in the table itself
-        if not isinstance(value, str) or not value or "\0" in value:
+        name = value.get("path") if isinstance(value, Mapping) else value
+        if number is not None:
+            name = str(number) if len(given) == 1 else f"{number}:{place}"
+        if not isinstance(name, str) or not name or "\0" in name:
             raise RowError("malformed row", f"a picture's name is {value!r:.60}; it should be a file's name")
-        names.append(value)
+        names.append(name)
     return tuple(names)
 
 
@@ -192,7 +197,7 @@ def _mend(conversation: Conversation) -> Conversation:
     said = {turn.role for turn in turns}
     for role, what in (("user", "question"), ("assistant", "answer")):
         if role not in said:
-            raise RowError("one-sided conversation", f"the conversation has no {what}; only the {said.pop()} speaks")
+            raise RowError("one-sided conversation", f"the conversation has no {what}; only the {turns[0].role} speaks")
     cut: list[Turn] = []
     if turns[0].role == "assistant":
         cut, turns, notes = turns[:1], turns[1:], [LEADING_ANSWER_CUT]
@@ -241,9 +246,9 @@ def _place(
     text = turns[place].text
     if not count and expected:
         conversation = replace(conversation, notes=(*conversation.notes, PLACEHOLDER_ADDED))
-    if len(images) == 1 and not (count and position == "as_written"):
+    if len(images) == 1 and position != "as_written":
         rest = text.replace(IMAGE_PLACEHOLDER, "").strip()
-        text = place_image(rest, "first" if position == "as_written" else position, rng) if rest else IMAGE_PLACEHOLDER
+        text = place_image(rest, position, rng) if rest else IMAGE_PLACEHOLDER
     elif not count:
         text = "\n".join([IMAGE_PLACEHOLDER] * len(images) + [text])
     turn = Turn("user", text)

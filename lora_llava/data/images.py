@@ -104,7 +104,8 @@ def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image
         raise BadImageError(f"picture {name} cannot be read: {error}") from None
 
 
-_COCO = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12}\.jpg)")
+COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12}\.jpg)")
+"""A file of COCO; the group is its name in the releases from 2017 on."""
 _COCO_FOLDERS = ("", "train2017", "val2017", "train2014", "val2014")
 
 
@@ -119,11 +120,12 @@ def coco_names(name: str) -> list[str]:
         Candidates beside it and in the splits' folders; none where the name is not COCO's.
     """
     folder, _, own = name.rpartition("/")
-    match = _COCO.fullmatch(own)
+    match = COCO_NAME.fullmatch(own)
     if match is None:
         return []
     number = match[1]
-    bases = dict.fromkeys((folder, folder.rpartition("/")[0]))  # the split's folder may be named, or not
+    parent, _, last = folder.rpartition("/")
+    bases = [folder, parent] if last in _COCO_FOLDERS[1:] else [folder]  # a folder of COCO's may be named, or not
     files = [number, *(f"COCO_{split}2014_{number}" for split in ("train", "val"))]
     found = ["/".join(filter(None, (base, sub, file))) for base in bases for sub in _COCO_FOLDERS for file in files]
     return [candidate for candidate in found if candidate != name]
@@ -191,9 +193,12 @@ class TableImages:
     Args:
         table: A data set whose column `image` holds `{"bytes", "path"}` or None, undecoded.
         max_pixels: Most pixels of a picture.
+        column: The column's name; it may also hold lists of pictures.
+        fingerprint: Hash of the table's content; "" where it is not known.
     """
 
-    def __init__(self, table: Any, max_pixels: int, column: str = "image") -> None:
+    def __init__(self, table: Any, max_pixels: int, column: str = "image", fingerprint: str = "") -> None:
+        self.fingerprint = fingerprint
         self.table = table
         self.max_pixels = max_pixels
         self.column = column
@@ -206,6 +211,11 @@ class TableImages:
         content = self.table[int(row)][self.column]
         if isinstance(content, list):
             content = content[int(place or 0)]
+        if content and content.get("path") and not content.get("bytes"):
+            raise BadImageError(
+                f"picture of row {name} is not in the table, only its path {content['path']}; set data.image_folder to "
+                "the root of the pictures", "missing picture",
+            )  # fmt: skip
         if not content or not content.get("bytes"):
             raise BadImageError(f"picture of row {name} is missing", "missing picture")
         return bytes(content["bytes"])

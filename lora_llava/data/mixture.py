@@ -5,39 +5,42 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import re
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_llava.data.encoded import EncodedTable
-from lora_llava.data.images import FolderImages, ImageSource
+from lora_llava.data.images import COCO_NAME, FolderImages, ImageSource
 from lora_llava.errors import UserError
 
-_COCO = re.compile(r"(?:^|.*/)(?:COCO_\w+_)?(\d{12})\.jpg")
 
-
-def row_keys(table: EncodedTable, images: ImageSource, source: int) -> list[list[Hashable]]:
+def row_keys(
+    table: EncodedTable, images: ImageSource, source: int, digests: Mapping[str, str] | None = None
+) -> list[list[Hashable]]:  # fmt: skip
     """What of each row must not be on both sides of a split: its pictures, or, without any, its text.
 
     Args:
         table: The source's rows.
         images: The source's pictures; the same file under two sources' names is one picture.
         source: The source's place, which tells pictures apart that are no files.
+        digests: What pictures that are no files hold, by name, so that the same one in two rows is one.
 
     Returns:
-        The keys of every row.
+        The keys of every row; none of one that could not be read.
     """
     root = str(images.root) if isinstance(images, FolderImages) else f"{source}|"
 
     def key(name: str) -> Hashable:
-        match = _COCO.fullmatch(name)  # the same number is the same picture in every release
+        if digests is not None:
+            return digests.get(name, (source, name))
+        match = COCO_NAME.fullmatch(name.rpartition("/")[2])  # the same number is the same picture in every release
         return ("coco", match[1]) if match else os.path.normpath(os.path.join(root, name))
 
     keys: list[list[Hashable]] = []
+    text: list[Hashable]
     for row in range(len(table)):
         ids = table.row(row)[0]
-        text = hashlib.sha256(ids.tobytes()).digest() if len(ids) else (source, row)  # a row that could not be read
-        keys.append([key(name) for name in table.images(row)] or [text])
+        text = [hashlib.sha256(ids.tobytes()).digest()] if len(ids) else []
+        keys.append([key(name) for name in table.images(row)] or text)
     return keys
 
 
@@ -47,7 +50,7 @@ def hold_back(
     """Draw rows that are not trained on; rows that share a picture, or pictures in turn, stay together.
 
     Args:
-        keys: What each row must share a side with, from `row_keys`.
+        keys: What each row must share a side with, from `row_keys`; a row without any is not drawn.
         counts: How many rows, at the least, go to each held-back part.
         seed: Draws them.
         names: The fields that ask for the parts, for messages.
@@ -73,7 +76,7 @@ def hold_back(
             row = next(drawn, -1)
             if row < 0:
                 break
-            if groups[row] not in taken:
+            if keys[row] and groups[row] not in taken:
                 taken.add(groups[row])
                 part += members[groups[row]]
         parts.append(sorted(part))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from lora_llava.data.images import BadImageError, FolderImages, ImageSource, JoinedImages, read_rgb
+from lora_llava.data.images import BadImageError, FolderImages, ImageSource, JoinedImages, TableImages, read_rgb
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png", ".apng"), "GIF": (".gif",), "WEBP": (".webp",),
@@ -138,6 +139,8 @@ def _stamp(images: ImageSource, name: str) -> str:
     if isinstance(images, JoinedImages):
         place, _, own = name.partition("|")
         return _stamp(images.sources[int(place)], own)
+    if isinstance(images, TableImages) and images.fingerprint:
+        return f"{images.fingerprint}:{images.max_pixels}"
     if not isinstance(images, FolderImages):
         return ""
     try:
@@ -164,8 +167,13 @@ def _load(cache: Path | None) -> dict[str, tuple[str, Picture]]:
 def _save(cache: Path | None, found: dict[str, tuple[str, Picture]]) -> None:
     if cache is None:
         return
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
     content = {name: (stamp, asdict(picture)) for name, (stamp, picture) in found.items()}
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    temporary.replace(cache)
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.replace(cache)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):  # a cache that cannot be written is none
+            raise

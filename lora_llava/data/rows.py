@@ -14,14 +14,14 @@ from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Encodi
 from lora_llava.data.encode import OverlongError
 from lora_llava.data.encoded import EncodedRows, EncodedTable, answer_starts, encode_table
 from lora_llava.data.images import ImageSource
-from lora_llava.data.picture_check import inspect_pictures
+from lora_llava.data.picture_check import Picture, inspect_pictures
 from lora_llava.data.sources import Read, list_source
 from lora_llava.data.templates import Template
 from lora_llava.errors import UserError
 
 OnOverlong = Literal["error", "drop", "truncate_answer"]
 OnBad = Literal["error", "drop"]
-BAD_IMAGE, OVERLONG = "bad image", "overlong"
+BAD_IMAGE, OVERLONG, NOT_DRAWN = "bad image", "overlong", "not drawn"
 
 
 @dataclass
@@ -73,10 +73,9 @@ class Policy:
 
 
 def select_rows(
-    tables: Sequence[EncodedTable], places: np.ndarray, policy: Policy, *, image_id: int, num_image_tokens: int,
-    images: ImageSource | None = None, inspect: Callable[..., Mapping[str, Any]] = inspect_pictures,
+    tables: Sequence[EncodedTable], places: np.ndarray, policy: Policy, *, image_id: int, num_image_tokens: int
 ) -> tuple[EncodedRows, Report]:  # fmt: skip
-    """Take the rows that can be used from those that a split consists of.
+    """Take the rows that can be used from those that a split consists of, as far as their text tells.
 
     Args:
         tables: The sources'.
@@ -84,14 +83,12 @@ def select_rows(
         policy: What becomes of the others.
         image_id: The id of `<image>`.
         num_image_tokens: How many of them a picture has.
-        images: Opened once each, to find bad ones before training; None trusts them.
-        inspect: Finds the bad ones among pictures; see `inspect_pictures`.
 
     Returns:
-        The rows and the account.
+        The rows, and the account so far; `account` completes it.
 
     Raises:
-        UserError: Naming the first row that is refused; or where no row is left.
+        UserError: Naming the first row that is refused.
     """
     report = Report(rows=len(places))
     places = places.reshape(-1, 2)
@@ -104,11 +101,6 @@ def select_rows(
     rows = EncodedRows(
         tables, places[kept], image_id=image_id, num_image_tokens=num_image_tokens, max_length=policy.max_length
     )
-    if images is not None:
-        rows = _without_bad_pictures(rows, images, policy.on_bad_image, report, inspect)
-    if not len(rows):
-        raise UserError(f"no row is left of {report.rows}; dropped: {dict(report.dropped)}")
-    _account(rows, report)
     return rows, report
 
 
@@ -156,11 +148,25 @@ def _fitting(
     return np.ones(len(rows), dtype=bool)
 
 
-def _without_bad_pictures(
-    rows: EncodedRows, images: ImageSource, on_bad_image: OnBad, report: Report, inspect: Callable[..., Any]
+def without_bad_pictures(
+    rows: EncodedRows, on_bad_image: OnBad, report: Report, inspect: Callable[[list[str]], Mapping[str, Picture]]
 ) -> EncodedRows:
+    """Leave out, or refuse, rows whose pictures cannot be opened.
+
+    Args:
+        rows: From `select_rows`.
+        on_bad_image: See `Policy`.
+        report: Counts them.
+        inspect: Finds out about pictures by their names.
+
+    Returns:
+        The rows that are left.
+
+    Raises:
+        UserError: Naming the first row that is refused.
+    """
     named = [rows.image_files(i) for i in range(len(rows))]
-    found = inspect(images, dict.fromkeys(name for names in named for name in names))
+    found = inspect(list(dict.fromkeys(name for names in named for name in names)))
     good = []
     for index, names in enumerate(named):
         problem = next((found[name].problem for name in names if found[name].problem), None)
@@ -174,7 +180,17 @@ def _without_bad_pictures(
     return rows if len(good) == len(rows) else rows.take(good)
 
 
-def _account(rows: EncodedRows, report: Report) -> None:
+def account(rows: EncodedRows, report: Report) -> None:
+    """Complete the account of a split's rows.
+
+    Raises:
+        UserError: Where no row is left.
+    """
+    if not len(rows):
+        if not report.rows:
+            raise UserError("there are no rows; `lora-llava check` reads the same data")
+        told = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
+        raise UserError(f"no row is left of {report.rows:,}: {told}; `lora-llava check` names them")
     report.used = len(rows)
     report.tokens = int(rows.lengths.sum())
     report.supervised_tokens = int(rows.supervised.sum())
@@ -199,7 +215,7 @@ def build_rows(
         num_image_tokens: See `encode_conversation`.
         max_length: See `Policy`.
         on_overlong: See `Policy`.
-        images: See `select_rows`.
+        images: Opened once each, to find bad ones before training; None trusts them.
         on_bad_image: See `Policy`.
         progress: See `encode_table`.
 
@@ -207,13 +223,15 @@ def build_rows(
         Rows with `row_id`, `input_ids`, `labels` and `image_files`, and the report.
 
     Raises:
-        UserError: As `select_rows`.
+        UserError: Naming the first row that is refused; or where no row is left.
     """
     source = list_source("rows", conversations, images)  # type: ignore[arg-type]
     table = encode_table(source, tokenizer=tokenizer, template=template, progress=progress)
     policy = Policy(max_length, on_overlong, "error", on_bad_image)
     places = np.stack([np.zeros(len(table), dtype=np.int64), np.arange(len(table))], axis=1)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    return select_rows(
-        [table], places, policy, image_id=image_id, num_image_tokens=num_image_tokens, images=images
-    )  # fmt: skip
+    rows, report = select_rows([table], places, policy, image_id=image_id, num_image_tokens=num_image_tokens)
+    if images is not None:
+        rows = without_bad_pictures(rows, on_bad_image, report, lambda names: inspect_pictures(images, names))
+    account(rows, report)
+    return rows, report

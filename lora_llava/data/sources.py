@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.data.conversation import Conversation, ImagePosition
-from lora_llava.data.files import data_file, file_hash, iterate_rows, parquet_columns
-from lora_llava.data.formats import Columns, Format, RowError, read_row
+from lora_llava.data.files import SUFFIXES, data_file, file_hash, iterate_rows, parquet_columns
+from lora_llava.data.formats import CHAT_COLUMNS, Columns, Format, RowError, read_row
 from lora_llava.data.images import FolderImages, ImageSource, TableImages, open_table
 from lora_llava.errors import UserError
 
@@ -38,7 +38,11 @@ class Source:
     file: Path | None = None
 
     def pick(self, numbers: Iterable[int]) -> list[Conversation]:
-        """The conversations of these rows, in the order asked for."""
+        """The conversations of these rows, in the order asked for.
+
+        Raises:
+            UserError: For a row that is no conversation, or not there any more.
+        """
         wanted = list(numbers)
         found: dict[int, Conversation] = {}
         missing = set(wanted)
@@ -49,6 +53,8 @@ class Source:
                 missing.discard(number)
                 if not missing:
                     break
+        if missing:
+            raise UserError(f"{self.name}: row number {min(missing)} is not there any more; start again with the data")
         return [found[number] for number in wanted]
 
 
@@ -89,31 +95,37 @@ def open_source(
         UserError: For a path that is not there or of no known kind, or a Parquet file without the columns.
     """
     columns = columns or Columns()
-    settings = [form, asdict(columns), position, seed, Path(file or path).suffix.lower()]
+    settings = [form, asdict(columns), position, seed]
     on_disk = Path(path)
-    if not on_disk.exists() and file is not None:
-        on_disk = _download(str(path), file, revision, where)
+    if file is not None:
+        on_disk = on_disk / file if on_disk.is_dir() else _download(str(path), file, revision, where)
     elif not on_disk.exists() and _is_hub_id(str(path)):
         table = open_table(str(path), split, revision, where)
-        images: ImageSource = _images_of(image_folder, max_image_pixels, table, columns, Path())
         fingerprint = _hash([table._fingerprint, settings])
+        images = _images_of(image_folder, max_image_pixels, table, columns, Path(), table._fingerprint, where)
         return Source(
-            name or str(path), images, fingerprint, lambda: _read(_light_rows(table), form, columns, position, seed)
+            name or str(path),
+            images,
+            fingerprint,
+            lambda: _read(_light_rows(table), form, columns, position, seed, isinstance(images, TableImages)),
         )
     found = data_file(on_disk, where)
     embedded = None
     if found.suffix.lower() == ".parquet":
-        check_columns(found, parquet_columns(found), form, columns)
-        embedded = open_table(str(found), split, None, where)
-    images = _images_of(image_folder, max_image_pixels, embedded, columns, found.parent)
+        kinds = parquet_columns(found)
+        check_columns(found, list(kinds), form, columns)
+        if kinds.get(columns.image) or kinds.get("images"):
+            embedded = open_table(str(found), split, None, where)
+    digest = file_hash(found)
+    images = _images_of(image_folder, max_image_pixels, embedded, columns, found.parent, digest, where)
     return Source(
-        name or found.stem, images, _hash([file_hash(found), settings]),
-        lambda: _read(iterate_rows(found), form, columns, position, seed), found,
+        name or found.stem, images, _hash([digest, found.suffix.lower(), settings]),
+        lambda: _read(iterate_rows(found), form, columns, position, seed, isinstance(images, TableImages)), found,
     )  # fmt: skip
 
 
 def _is_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and Path(path).suffix.lower() not in SUFFIXES
 
 
 def _hash(content: Any) -> str:
@@ -121,29 +133,31 @@ def _hash(content: Any) -> str:
 
 
 def _read(
-    rows: Iterable[Any], form: Format, columns: Columns, position: ImagePosition, seed: int
+    rows: Iterable[Any], form: Format, columns: Columns, position: ImagePosition, seed: int, embedded: bool
 ) -> Iterator[Read]:  # fmt: skip
     for number, row in enumerate(rows):
         try:
-            yield read_row(row, number, form=form, columns=columns, position=position, seed=seed)
+            yield read_row(row, number, form=form, columns=columns, position=position, seed=seed, embedded=embedded)
         except RowError as error:
             error.row_id = str(row.get(columns.id, number)) if isinstance(row, dict) else str(number)
             yield error
 
 
 def _images_of(
-    folder: str | Path | None, max_pixels: int, table: Any, columns: Columns, beside: Path
+    folder: str | Path | None, max_pixels: int, table: Any, columns: Columns, beside: Path, fingerprint: str,
+    where: str,
 ) -> ImageSource:  # fmt: skip
     """Pictures in a folder, unless they are in the table itself."""
     if folder is None and table is not None:
         column = next((name for name in (columns.image, "images") if name in table.column_names), None)
         if column is not None and not _is_text(table.features[column]):
-            return TableImages(table, max_pixels, column)
+            return TableImages(table, max_pixels, column, fingerprint)
     root = Path(folder) if folder is not None else beside / "images"
     if folder is None and not root.is_dir():
         root = beside
     if folder is not None and not root.is_dir():
-        raise UserError(f"data.image_folder: there is no folder {folder}; name the root of the pictures")
+        field = f"{where.rpartition('.')[0]}.image_folder"
+        raise UserError(f"{field}: there is no folder {folder}; name the root of the pictures")
     return FolderImages(root, max_pixels)
 
 
@@ -153,7 +167,7 @@ def check_columns(file: Path, found: Sequence[str], form: Format, columns: Colum
     Raises:
         UserError: Listing what it has.
     """
-    chat = {"conversations", "conversation", "messages"} & set(found)
+    chat = set(CHAT_COLUMNS) & set(found)
     needed = [columns.caption] if form == "captions" else [columns.question, columns.answer]
     lacking = [name for name in needed if name not in found]
     if not chat and lacking:
@@ -165,11 +179,14 @@ def check_columns(file: Path, found: Sequence[str], form: Format, columns: Colum
 
 def _light_rows(table: Any) -> Iterator[Any]:
     """Rows of a `datasets` table without the bytes of their pictures."""
+    import pyarrow
+
     for batch in table.with_format("arrow").iter(1000):
         rows = batch.select([name for name in batch.column_names if not _is_picture(table.features[name])]).to_pylist()
         for name in (name for name in batch.column_names if _is_picture(table.features[name])):
             for row, value in zip(rows, batch.column(name), strict=True):
-                count = len(value) if value.is_valid and hasattr(value, "values") else int(value.is_valid)
+                several = isinstance(value, (pyarrow.ListScalar, pyarrow.LargeListScalar))
+                count = len(value) if several and value.is_valid else int(value.is_valid)
                 row[name] = [{"path": None}] * count
         yield from rows
 

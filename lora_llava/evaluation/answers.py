@@ -28,8 +28,10 @@ class AnsweredRow(TypedDict):
 
 
 def normalise(text: str) -> str:
-    """Lower case, without articles, punctuation and doubled spaces."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    """Lower case, without articles, punctuation and doubled spaces; a text of articles alone, such as the choice A,
+    keeps them."""
+    plain = text.lower().translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", plain).split()) or " ".join(plain.split())
 
 
 def exact_match(text: str, reference: str) -> bool:

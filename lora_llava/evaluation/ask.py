@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation
 from lora_llava.data.encode import encode_prompt
+from lora_llava.data.files import json_text
 from lora_llava.data.images import Pictures
 from lora_llava.data.templates import Template
 from lora_llava.evaluation.answers import AnsweredRow, AnswerTable, answer_table, mark_answer
@@ -38,20 +38,27 @@ def choose_rows(rows: Sequence[Row], count: int | str, seed: int) -> list[Row]:
 
 
 def shuffle_images(rows: Sequence[Conversation], seed: int) -> list[Conversation]:
-    """Give every row with a picture another row's: a model that looks must lose by it.
+    """Give every row with pictures those of a row that has others: a model that looks must lose by it.
 
     Args:
-        rows: Rows of which some have pictures.
+        rows: Rows of which some have pictures; they are exchanged among rows with as many.
         seed: Draws the exchange.
 
     Returns:
-        The rows, no picture where it was.
+        The rows; one keeps its own pictures only where more than half of those with as many have the same.
     """
     places = [i for i, row in enumerate(rows) if row.images]
     random.Random(seed).shuffle(places)
     shuffled = list(rows)
-    for place, source in zip(places, places[1:] + places[:1], strict=True):
-        shuffled[place] = replace(rows[place], images=rows[source].images)
+    for count in {len(rows[place].images) for place in places}:
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for place in places:
+            if len(rows[place].images) == count:
+                groups.setdefault(rows[place].images, []).append(place)
+        order = [place for group in groups.values() for place in group]
+        step = max(map(len, groups.values()))  # so far on, no row of the same pictures is met
+        for place, source in zip(order, order[step:] + order[:step], strict=True):
+            shuffled[place] = replace(rows[place], images=rows[source].images)
     return shuffled
 
 
@@ -146,5 +153,5 @@ def ask_rows(
 def write_predictions(file: Path, predictions: Sequence[Any]) -> None:
     """Write predictions, one JSON object a line."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
+    lines = [json_text(prediction) + "\n" for prediction in predictions]
     file.write_text("".join(lines), encoding="utf-8")

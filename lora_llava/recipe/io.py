@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -88,6 +88,8 @@ def check_recipe(content: Mapping[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         lines: dict[str, str] = {}
         for detail in error.errors():
+            if detail["type"] == "too_short" and detail["input"]:
+                continue  # pydantic counts the items that are right; what is wrong with the others is told
             field, line = _explain(detail)
             lines[field] = f"{lines[field]} or {line.split('it should be ')[-1]}" if field in lines else line
         raise RecipeError("\n".join(f"{where}: {line}" for line in lines.values())) from None
@@ -115,10 +117,17 @@ def _explain(detail: Any) -> tuple[str, str]:
 def _fields_at(location: Iterable[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for name in location:
-        annotation = section.model_fields[name].annotation
-        kinds = [annotation, *get_args(annotation)]
-        section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+        if not name.isdigit():  # an item of a list
+            section = next(_sections_in(section.model_fields[name].annotation))
     return list(section.model_fields)
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Sections that a type names, itself or inside a union, a list or an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -126,10 +135,13 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     parts = key.split(".")
     if not separator or not all(parts):
         raise RecipeError(f"override {override!r}: write key.sub=value")
-    target = content
+    target: Any = content
     for part in parts[:-1]:
-        target = target.setdefault(part, {})
-        if target is None or not isinstance(target, dict):
+        if isinstance(target, list):
+            target = target[int(part)] if part.isdigit() and int(part) < len(target) else None
+        else:
+            target = target.setdefault(part, {})
+        if not isinstance(target, dict) and not (isinstance(target, list) and part != parts[-2]):
             raise RecipeError(f"override {override!r}: {part} is not a section")
     target[parts[-1]] = parse_yaml(value, f"override {override!r}")
 

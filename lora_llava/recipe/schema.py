@@ -230,14 +230,20 @@ class DataSection(Section):
         if (self.path is None) == (self.sources is None):
             raise ValueError("give path, or sources, and not both")
         if self.sources is not None:
-            alone = ("file", "revision", "image_folder")
-            beside = [name for name in alone if getattr(self, name) is not None]
+            alone = {"file": None, "revision": None, "image_folder": None, "columns": ColumnsSection()}
+            beside = [name for name, usual in alone.items() if getattr(self, name) != usual]
             if beside:
                 raise ValueError(f"{beside[0]} stands beside sources; give it in each source")
             formats = {source.format for source in self.sources}
             if self.format == "scienceqa" or ("captions" in formats and self.format != "captions"):
                 raise ValueError(f"format is {self.format}; sources mix under conversations, or captions with captions")
+            said = any(source.rows for source in self.sources) and not any(source.weight for source in self.sources)
+            if said and self.max_train_rows is not None:
+                raise ValueError("max_train_rows stands beside sources that say their rows; drop one")
         for part in ("validation", "test"):
+            held = getattr(self, f"{part}_source")
+            if held is not None and (held.weight or held.rows):
+                raise ValueError(f"{part}_source has a weight or rows, which sources that are trained on have; drop it")
             if getattr(self, f"{part}_rows") and getattr(self, f"{part}_source"):
                 raise ValueError(f"{part}_rows and {part}_source are two ways to one thing; drop one")
             if self.format == "scienceqa" and (getattr(self, f"{part}_rows") or getattr(self, f"{part}_source")):

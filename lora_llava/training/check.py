@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.files import DataFileError
 from lora_llava.data.fix import write_without
 from lora_llava.data.picture_check import Picture, inspect_pictures
+from lora_llava.data.preview_samples import escape_hidden
 from lora_llava.data.templates import get_template
 from lora_llava.errors import UserError
 from lora_llava.model.start import plan_model
-from lora_llava.recipe import EvaluationSection, Recipe
-from lora_llava.training.data import OpenSplit, encode_splits, picture_cache, run_policy
+from lora_llava.recipe import ColumnsSection, EvaluationSection, Recipe
+from lora_llava.training.data import run_policy
 from lora_llava.training.plan import build_run_processor
 from lora_llava.training.run_directory import write_json
+from lora_llava.training.sources import OpenSplit, encode_splits, picture_cache
 
 _BAR = 40
 
@@ -42,6 +45,8 @@ def check(recipe: Recipe, *, json_file: Path | None = None, fix: bool = False, c
     Raises:
         UserError: Where the recipe's model or data is not there.
     """
+    if json_file is not None:
+        _check_json_file(json_file)
     splits: dict[str, OpenSplit] = {}
     try:
         splits, report = _read(recipe)
@@ -54,6 +59,18 @@ def check(recipe: Recipe, *, json_file: Path | None = None, fix: bool = False, c
     if fix and splits:
         _fix(splits, report, console)
     return report
+
+
+def _check_json_file(file: Path) -> None:
+    """Hold that nothing but an earlier report is written over."""
+    if not file.exists():
+        return
+    try:
+        earlier = {"rows", "errors", "warnings"} <= set(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError):
+        earlier = False
+    if not earlier:
+        raise UserError(f"--json: {file} is there already, and is no report of a check; name another file")
 
 
 def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
@@ -71,11 +88,16 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
     ]
     template = get_template(recipe.data.template, recipe.data.system_prompt)
     image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    named = {
+        source.name for source, section in zip(splits["train"].sources, recipe.data.train_sources(), strict=True)
+        if section.image_folder is not None or section.columns.image != ColumnsSection().image
+    }  # fmt: skip
     report = check_sources(
         checked, {name: run_policy(recipe, name) for name in splits},
         special_ids=set(tokenizer.all_special_ids) - {image_id, tokenizer.unk_token_id},
         stop_id=tokenizer.eos_token_id if template.stop_string is None else None,  # type: ignore[arg-type]
         image_id=image_id, num_image_tokens=model.config.image_seq_length, leaks_are_errors=not science,
+        with_pictures=named,
     )  # fmt: skip
     return splits, report
 
@@ -91,7 +113,7 @@ def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, Picture]]:
                 def wrapped(items: Iterable[Picture], count: int = len(names), of: str = source.name) -> Any:
                     return tqdm(items, desc=f"pictures of {of}", total=count, unit="picture", dynamic_ncols=True)
 
-                found[id(source)] = inspect_pictures(source.images, names, picture_cache([source]), wrapped)
+                found[id(source)] = inspect_pictures(source.images, names, picture_cache(source), wrapped)
     return found
 
 
@@ -109,14 +131,15 @@ def print_report(report: CheckReport, console: Console) -> None:
             Text(
                 f"{name}: {figures['rows']:,} rows{of}, {figures['tokens']:,} tokens, {share:.0f}% trained; longest "
                 f"{figures['longest']:,}; over the limit {figures['over_limit_rows']:,} rows, by "
-                f"{figures['over_limit_tokens']:,} tokens in all"
+                f"{figures['over_limit_tokens']:,} tokens in all; {figures['rows_with_pictures']:,} rows with pictures"
             )
         )
         console.print(_histogram(figures["histogram"]))
     if report.errors or report.warnings:
         console.print(_findings(report))
     errors, warnings = len(report.errors), len(report.warnings)
-    verdict = "nothing is wrong" if not errors else "mend the errors, or set data.on_bad_row and data.on_bad_image"
+    harmless = "nothing stops a run" if warnings else "nothing is wrong"
+    verdict = "mend the errors, or leave them out with --fix" if errors else harmless
     counts = [f"{count:,} {word}{'s' * (count != 1)}" for count, word in ((errors, "error"), (warnings, "warning"))]
     console.print(f"{report.rows:,} rows checked: {', '.join(counts)}; {verdict}")
 
@@ -136,8 +159,8 @@ def _histogram(bins: list[dict[str, Any]]) -> Text:
 
 def _findings(report: CheckReport) -> RichTable:
     table = RichTable(title="Findings", title_justify="left")
-    for name in ("", "kind", "rows", "for example"):
-        table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold")
+    for name in ("", "kind", "found", "for example"):
+        table.add_column(name, justify="right" if name == "found" else "left", overflow="fold")
     for level, style, findings in (("error", "bold red", report.errors), ("warning", "yellow", report.warnings)):
         kinds: dict[str, list[Finding]] = {}
         for finding in findings:
@@ -145,7 +168,8 @@ def _findings(report: CheckReport) -> RichTable:
         for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
             first = found[0]
             where = f"{first.split} row {first.row}: " if first.row else ""
-            table.add_row(Text(level, style=style), kind, f"{len(found):,}", Text(f"{where}{first.message}"))
+            told = escape_hidden(f"{where}{first.message}")
+            table.add_row(Text(level, style=style), kind, f"{len(found):,}", Text(told))
     return table
 
 
@@ -155,10 +179,16 @@ def _fix(splits: dict[str, OpenSplit], report: CheckReport, console: Console) ->
     for finding in [*report.errors, *(f for f in report.warnings if f.kind == DUPLICATE)]:
         dropped.setdefault(finding.source, set()).add(finding.number)
     sources = {source.name: source for split in splits.values() for source in split.sources}
+    totals = {
+        source.name: len(table)
+        for split in splits.values() for source, table in zip(split.sources, split.tables, strict=True)
+    }  # fmt: skip
     for name, source in sources.items():
         rows = dropped.get(name, set())
         if not rows:
             continue
+        if len(rows) >= totals[name]:
+            raise UserError(f"--fix: nothing of {name} would be left; mend it by hand")
         if source.file is None:
             raise UserError(
                 f"--fix: {name} is not a file of rows here; set data.on_bad_row=drop data.on_bad_image=drop"

@@ -1,4 +1,4 @@
-"""A recipe's data: sources opened and encoded, held-back rows drawn, and each split's rows picked from them."""
+"""Each split's rows, picked from what was encoded, their pictures looked at, and mixtures laid out."""
 
 from __future__ import annotations
 
@@ -6,35 +6,31 @@ import hashlib
 import math
 import random
 import sys
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 from transformers import LlavaConfig
 
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation
-from lora_llava.data.encoded import EncodedRows, EncodedTable, encode_table
-from lora_llava.data.formats import Columns
+from lora_llava.data.encoded import EncodedRows
 from lora_llava.data.images import ImageSource, JoinedImages, Pictures, Pixels
-from lora_llava.data.mixture import Share, epoch_counts, hold_back, mixture, row_keys
-from lora_llava.data.picture_check import Picture, inspect_pictures
-from lora_llava.data.rows import Policy, Report, select_rows
-from lora_llava.data.scienceqa import load_scienceqa
-from lora_llava.data.sources import Read, Source, list_source, open_source
-from lora_llava.data.templates import get_template
-from lora_llava.demo.dataset import build_demo_captions, build_demo_scienceqa
+from lora_llava.data.mixture import Share, epoch_counts, mixture
+from lora_llava.data.rows import NOT_DRAWN, Policy, Report, account, select_rows, without_bad_pictures
+from lora_llava.data.sources import Source
 from lora_llava.errors import UserError
-from lora_llava.model.base import cache_folder
-from lora_llava.recipe import EvaluationSection, Recipe, SourceSection
-
-Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
-"""Wraps what is read or opened, with a word for what it is, for a progress bar."""
-
-
-def no_progress(name: str, items: Iterable[Any]) -> Iterable[Any]:
-    return items
+from lora_llava.recipe import EvaluationSection, Recipe
+from lora_llava.training.sources import (
+    OpenSplit,
+    Progress,
+    encode_splits,
+    inspect_split,
+    no_progress,
+    open_sources,
+)
 
 
 @dataclass
@@ -71,145 +67,15 @@ class Split:
             for i, row in zip(indices, conversations, strict=True)
         ]
 
+    def fingerprint(self) -> str:
+        """Hash over which rows of which data these are."""
+        digest = hashlib.sha256("".join(source.fingerprint for source in self.sources).encode())
+        digest.update(np.ascontiguousarray(self.rows.places).tobytes())
+        return digest.hexdigest()
+
     def source_of(self, index: int) -> Source:
         """Where a row comes from."""
         return self.sources[self.rows.places[index, 0]]
-
-
-@dataclass
-class OpenSplit:
-    """A split before its rows are picked: sources, their tables and which rows of them belong to it."""
-
-    sources: list[Source]
-    tables: list[EncodedTable]
-    places: np.ndarray
-
-    @property
-    def images(self) -> ImageSource:
-        return self.sources[0].images if len(self.sources) == 1 else JoinedImages([s.images for s in self.sources])
-
-
-def open_sources(recipe: Recipe, names: Sequence[str] | None = None) -> dict[str, list[Source]]:
-    """Open what a recipe reads, split by split; the test split only where an evaluation asks for it.
-
-    Args:
-        recipe: The recipe.
-        names: Only these splits.
-
-    Returns:
-        Sources by split: `train`, and `validation` and `test` where they have their own.
-
-    Raises:
-        UserError: For data that is missing or malformed, or a split that is empty.
-    """
-    data = recipe.data
-    wanted: dict[str, tuple[SourceSection, ...]] = {"train": data.train_sources()}
-    if data.format == "scienceqa":
-        splits = {"validation": data.splits.validation, "test": data.splits.test}
-        for name, split in splits.items():
-            if split is not None and (name != "test" or recipe.evaluation is not None):
-                wanted[name] = (wanted["train"][0].model_copy(update={"split": split}),)
-        if recipe.evaluation is not None and data.splits.test is None:
-            raise UserError("data.splits.test is null, but evaluation asks for it; name a split or drop evaluation")
-    else:
-        held = {"validation": data.validation_source, "test": data.test_source}
-        wanted |= {name: (source,) for name, source in held.items() if source is not None}
-    return {
-        name: [_open(recipe, source, f"data.{'path' if data.sources is None else f'sources.{i}.path'}")
-               for i, source in enumerate(sources)]
-        for name, sources in wanted.items() if names is None or name in names
-    }  # fmt: skip
-
-
-def _open(recipe: Recipe, section: SourceSection, where: str) -> Source:
-    data = recipe.data
-    if section.format == "scienceqa":
-        path: str | Path = build_demo_scienceqa(cache_folder()) if section.path == "demo" else section.path
-        found = load_scienceqa(
-            path, section.split, order=data.prompt_order, image_position=data.image_position, seed=recipe.seed,
-            image_folder=section.image_folder, max_image_pixels=data.max_image_pixels, revision=section.revision,
-        )  # fmt: skip
-        name = section.name or f"{Path(section.path).name} {section.split}"
-        return list_source(name, found.conversations, found.images)
-    path = section.path
-    if path == "demo" and section.format == "captions":
-        path = build_demo_captions(cache_folder())
-    return open_source(
-        path, name=section.name, form=section.format, file=section.file, revision=section.revision,
-        split=section.split, image_folder=section.image_folder, columns=Columns(**section.columns.model_dump()),
-        position=data.image_position, seed=recipe.seed, max_image_pixels=data.max_image_pixels, where=where,
-    )  # fmt: skip
-
-
-def encode_splits(
-    recipe: Recipe, tokenizer: Any, progress: Progress = no_progress, sources: dict[str, list[Source]] | None = None
-) -> dict[str, OpenSplit]:  # fmt: skip
-    """Encode a recipe's sources and tell which rows belong to which split.
-
-    Args:
-        recipe: The recipe.
-        tokenizer: The processor's.
-        progress: Wraps the rows of each source.
-        sources: From `open_sources`, where they are open already.
-
-    Returns:
-        Splits by name, in the order train, validation, test.
-
-    Raises:
-        UserError: For data that cannot be read, or where nothing is left to train on.
-    """
-    template = get_template(recipe.data.template, recipe.data.system_prompt)
-    splits: dict[str, OpenSplit] = {}
-    for name, found in (sources or open_sources(recipe)).items():
-        tables = []
-        for source in found:
-            label = name if len(found) == 1 else source.name
-
-            def wrapped(rows: Iterable[Read], label: str = label) -> Iterable[Read]:
-                return progress(f"encoding {label}", rows)
-
-            tables.append(
-                encode_table(source, tokenizer=tokenizer, template=template, cache=cache_folder(), progress=wrapped)
-            )
-        splits[name] = OpenSplit(found, tables, _all_places(tables))
-    return _held_back(recipe, splits)
-
-
-def _all_places(tables: Sequence[EncodedTable]) -> np.ndarray:
-    return np.concatenate(
-        [np.stack([np.full(len(t), i), np.arange(len(t))], axis=1) for i, t in enumerate(tables)]
-    ).astype(np.int64)
-
-
-def _held_back(recipe: Recipe, splits: dict[str, OpenSplit]) -> dict[str, OpenSplit]:
-    """Move the rows that the recipe holds back out of training, then thin training out to `max_train_rows`."""
-    data = recipe.data
-    if "train" not in splits:
-        return splits
-    train = splits["train"]
-    # Asked or not, test rows are held back: a later evaluation of the same recipe asks them.
-    counts = {name: count for name, count in (("validation", data.validation_rows), ("test", data.test_rows)) if count}
-    if counts:
-        keys = [
-            key for number, (source, table) in enumerate(zip(train.sources, train.tables, strict=True))
-            for key in row_keys(table, source.images, number)
-        ]  # fmt: skip
-        fields = [f"data.{name}_rows" for name in counts]
-        left, *parts = hold_back(keys, list(counts.values()), recipe.seed, fields)
-        for name, part in zip(counts, parts, strict=True):
-            if name == "test" and recipe.evaluation is None:
-                continue
-            splits[name] = OpenSplit(train.sources, train.tables, train.places[part])
-        train = splits["train"] = OpenSplit(train.sources, train.tables, train.places[left])
-    if data.max_train_rows is not None and not _is_weighted(recipe):
-        total = len(train.places)
-        chosen = random.Random(recipe.seed).sample(range(total), min(data.max_train_rows, total))
-        splits["train"] = OpenSplit(train.sources, train.tables, train.places[sorted(chosen)])
-    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
-
-
-def _is_weighted(recipe: Recipe) -> bool:
-    return any(source.weight is not None for source in recipe.data.train_sources())
 
 
 def run_policy(recipe: Recipe, split: str) -> Policy:
@@ -241,27 +107,25 @@ def build_split(
     Raises:
         UserError: Naming the first row that is refused; or where no row is left.
     """
-
-    def inspect(images: ImageSource, names: Iterable[str]) -> dict[str, Picture]:
-        return inspect_pictures(
-            images, names, picture_cache(split.sources), lambda found: progress(f"pictures of {name}", found)
-        )
-
+    data, limits = recipe.data, run_policy(recipe, name)
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    places, counts = split.places, None
-    if name == "train":
-        places, counts = _mixed_places(recipe, split)
     rows, report = select_rows(
-        split.tables, places, run_policy(recipe, name), image_id=image_id, num_image_tokens=config.image_seq_length,
-        images=None if trusted else split.images, inspect=inspect,
-    )  # fmt: skip
-    epochs = None
-    if counts is not None:
-        epochs = mixture(_members(rows.places, len(counts)), counts, recipe.seed)
-        report.sources = {s.name: n for s, n in zip(split.sources, counts, strict=True)}
-    elif len(split.sources) > 1:
-        counts = [len(mine) for mine in _members(rows.places, len(split.sources))]
-        report.sources = {s.name: n for s, n in zip(split.sources, counts, strict=True)}
+        split.tables, split.places, limits, image_id=image_id, num_image_tokens=config.image_seq_length
+    )
+    mixed = name == "train" and any(x.weight is not None or x.rows is not None for x in data.train_sources())
+    if mixed:
+        drawn = _drawn(recipe, split, rows)
+        report.dropped[NOT_DRAWN] += len(rows) - len(drawn)
+        rows = rows.take(drawn)
+    if not trusted:
+        inspect = partial(inspect_split, split.sources, progress=lambda found: progress(f"pictures of {name}", found))
+        rows = without_bad_pictures(rows, data.on_bad_image, report, inspect)
+    report.dropped = +report.dropped
+    account(rows, report)
+    epochs = _epochs(recipe, split, rows) if mixed else None
+    if len(split.sources) > 1:
+        used = Counter(split.sources[rows.places[i, 0]].name for i in (epochs(0) if epochs else range(len(rows))))
+        report.sources = {source.name: used[source.name] for source in split.sources}
     return Split(split.sources, split.images, Pixels(split.images, processor.image_processor), rows, report, epochs)
 
 
@@ -269,25 +133,28 @@ def _members(places: np.ndarray, sources: int) -> list[list[int]]:
     return [np.flatnonzero(places[:, 0] == number).tolist() for number in range(sources)]
 
 
-def _mixed_places(recipe: Recipe, split: OpenSplit) -> tuple[np.ndarray, list[int] | None]:
-    """The rows that a mixture's epochs draw, and how many an epoch has of each source; None where it has all."""
+def _epochs(recipe: Recipe, split: OpenSplit, rows: EncodedRows) -> Callable[[int], list[int]]:
+    """Which of the rows each epoch of a mixture has.
+
+    Raises:
+        UserError: For a source that has a share in it and no row.
+    """
     sections = recipe.data.train_sources()
-    if all(section.weight is None and section.rows is None for section in sections):
-        return split.places, None
+    members = _members(rows.places, len(sections))
+    for source, mine in zip(split.sources, members, strict=True):
+        if not mine:
+            raise UserError(f"data.sources: {source.name} has no row that can be used; `lora-llava check` says why")
     shares = [Share(s.name, x.weight, x.rows) for s, x in zip(split.sources, sections, strict=True)]
-    members = _members(split.places, len(shares))
     counts = epoch_counts(shares, [len(mine) for mine in members], recipe.data.max_train_rows)
+    return mixture(members, counts, recipe.seed)
+
+
+def _drawn(recipe: Recipe, split: OpenSplit, rows: EncodedRows) -> list[int]:
+    """The rows that the run's epochs draw; all, where a number of steps says how many epochs there are."""
     if recipe.training.max_steps is not None:
-        return split.places, counts
-    draw = mixture(members, counts, recipe.seed)
-    drawn = sorted({row for epoch in range(math.ceil(recipe.training.epochs)) for row in draw(epoch)})
-    return split.places[drawn], counts
-
-
-def picture_cache(sources: Sequence[Source]) -> Path:
-    """The file that keeps what is known of these sources' pictures."""
-    roots = "-".join(sorted({str(getattr(source.images, "root", source.fingerprint)) for source in sources}))
-    return cache_folder() / "pictures" / f"{hashlib.sha256(roots.encode()).hexdigest()[:32]}.json"
+        return list(range(len(rows)))
+    draw = _epochs(recipe, split, rows)
+    return sorted({row for epoch in range(math.ceil(recipe.training.epochs)) for row in draw(epoch)})
 
 
 def asked_split(splits: Container[str]) -> str | None:

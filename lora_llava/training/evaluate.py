@@ -14,10 +14,10 @@ from lora_llava.inference.load import load_answering_model
 from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.provenance import locate_base
 from lora_llava.model.start import plan_model
-from lora_llava.recipe import EvaluationSection, ModelSection, StartFrom, load_recipe
-from lora_llava.training.data import read_held_out
+from lora_llava.recipe import EvaluationSection, ModelSection, Recipe, StartFrom, load_recipe
+from lora_llava.training.data import Split, read_held_out
 from lora_llava.training.plan import build_run_processor
-from lora_llava.training.run_directory import RECIPE_FILE, is_run, read_record
+from lora_llava.training.run_directory import RECIPE_FILE, is_run, read_data_hashes, read_record
 
 
 def evaluate(
@@ -56,6 +56,8 @@ def evaluate(
     plan = plan_model(_as_llava(chosen.model, base))
     tokenizer, processor = build_run_processor(chosen, plan.config, plan.tokenizer_folder, plan.image_folder)
     split = read_held_out(chosen, processor, plan.config)
+    if run and recipe is None and not any(text.startswith("data.") for text in overrides):
+        _check_same_rows(folder, chosen, split)
     rows = split.read(choose_rows(range(len(split.rows)), limit if limit is not None else "all", chosen.seed))
     if shuffled:
         rows = shuffle_images(rows, chosen.seed)
@@ -78,6 +80,23 @@ def evaluate(
         predictions=Path(output or (folder if folder.is_dir() else ".")) / f"{name}.jsonl",
         description="evaluating",
     )
+
+
+def _check_same_rows(folder: Path, recipe: Recipe, split: Split) -> None:
+    """Hold that rows that were drawn from the training data are those that the run held back.
+
+    Raises:
+        UserError: Where the data has changed since: it may have been trained on.
+    """
+    data = recipe.data
+    asked = "test" if data.test_rows else "validation"
+    own = data.test_source or (data.validation_source and asked == "validation")
+    known = read_data_hashes(folder).get(asked)
+    if data.format == "conversations" and not own and known not in (None, split.fingerprint()):
+        raise UserError(
+            f"{folder}: the data is not what it was: the rows that would be held back now may have been trained on; "
+            "restore it, or name rows to ask with data.test_rows=0 data.test_source={path: FILE}"
+        )
 
 
 def _as_llava(section: ModelSection, base: str) -> ModelSection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _MOST = 1_000
 
 
 def init(
-    folder: Path, *, data: Path | None = None, model: str | None = None, template: str = "my_data_qlora.yaml",
+    folder: Path, *, data: Path | None = None, model: str | None = None, template: str | None = None,
     example: bool = False, console: Console,
 ) -> tuple[Path, CheckReport]:  # fmt: skip
     """Write a recipe for a folder, and check it.
@@ -35,7 +36,7 @@ def init(
         folder: With pictures and a file of rows.
         data: The file of rows, where there are several.
         model: A complete LLaVA to start from, a folder or a Hub id, or `demo`; None: the template's.
-        template: The shipped recipe that is filled in.
+        template: The shipped recipe that is filled in; None: my_data_qlora.yaml, or the demo's.
         example: Make the folder first, with drawn pictures and a table of questions.
         console: Where it is told what was understood.
 
@@ -45,21 +46,28 @@ def init(
     Raises:
         UserError: For a folder that cannot be understood, or where a recipe is there already.
     """
+    if model == "demo" and template is not None:
+        raise UserError(f"--recipe {template}: the demo has a recipe of its own; drop --recipe or --model demo")
     if example:
         write_example_folder(folder)
         console.print(f"{folder}: {EXAMPLE_PICTURES} drawn pictures and questions.csv", soft_wrap=True)
     target = folder / RECIPE_NAME
     if target.exists():
-        raise UserError(f"{target} is there already; use it, or move it away")
+        raise UserError(f"{target} is there already; `lora-llava check {target}`, or remove it to begin anew")
     found = understand_folder(folder, data)
     _tell(found, console)
-    target.write_text(fill_in(find_recipe("demo_my_data_qlora.yaml" if model == "demo" else template), found, model))
+    shipped = "demo_my_data_qlora.yaml" if model == "demo" else template or "my_data_qlora.yaml"
+    filled = fill_in(find_recipe(shipped), found, model)
+    target.write_text(filled, encoding="utf-8")
     recipe = load_recipe(target)
-    console.print(f"wrote {target}: every key has its comment", soft_wrap=True)
-    report = check(recipe, console=console)
+    console.print(f"wrote {target}", soft_wrap=True)
+    try:
+        report = check(recipe, console=console)
+    except UserError as error:
+        raise UserError(f"{target} is written, and not checked: {error}") from None
     console.print("next:")
-    for verb in ("preview", "finetune"):
-        console.print(f"  lora-llava {verb} {target}", soft_wrap=True)
+    for verb in ("check",) if report.errors else ("preview", "finetune"):
+        console.print(f"  lora-llava {verb} {shlex.quote(str(target))}", soft_wrap=True)
     return target, report
 
 
@@ -71,8 +79,9 @@ def _tell(found: FolderData, console: Console) -> None:
         "rows": f"{found.rows:,} in {found.file}",
         "form": found.shape,
         "pictures": f"{found.named:,} named by rows, {found.pictures:,} in the folder",
-        "picture folder": str(found.image_folder or "none: rows are text alone"),
-        "validation": str(found.validation or f"{held_back_rows(found.rows):,} rows or more, split off by picture"),
+        "picture folder": str(found.image_folder or ("in the table" if found.embedded else "none: text alone")),
+        "not used": ", ".join(found.unused),
+        "validation": _validation_in_words(found),
         "test": str(found.test or ""),
     }
     for name, value in facts.items():
@@ -81,8 +90,22 @@ def _tell(found: FolderData, console: Console) -> None:
     console.print(table)
 
 
-def held_back_rows(rows: int) -> int:
-    """How many rows are split off for validation."""
+def _validation_in_words(found: FolderData) -> str:
+    count = held_back_rows(found.rows, found.named)
+    if found.validation is not None:
+        return str(found.validation)
+    return f"{count:,} rows or more, split off by picture" if count else "none: there is too little to split off"
+
+
+def held_back_rows(rows: int, pictures: int) -> int:
+    """How many rows are split off for validation; none where that would leave nothing to train on.
+
+    Args:
+        rows: All rows.
+        pictures: Different pictures that they name; rows of one stay together.
+    """
+    if rows < 2 or pictures == 1:
+        return 0
     return min(_MOST, max(1, rows // (5 if rows < _FEW else _SHARE)))
 
 
@@ -109,14 +132,14 @@ def fill_in(template: Path, found: FolderData, model: str | None) -> str:
         data.pop("image_folder", None)
     else:
         data["image_folder"] = str(found.image_folder)
-    data["validation_rows"] = 0 if found.validation else held_back_rows(found.rows)
+    data["validation_rows"] = 0 if found.validation else held_back_rows(found.rows, found.named)
     _put(data, "columns", _changed_columns(found.columns))
     for part in ("validation", "test"):
         file = getattr(found, part)
         if file is not None:
             _put(data, f"{part}_source", _held_source(found, file))
-    if found.form == "captions":
-        content.pop("evaluation", None)
+    if found.form == "captions" or not (data["validation_rows"] or found.validation or found.test):
+        content.pop("evaluation", None)  # there is nothing to ask
     if model not in (None, "demo"):
         content["model"]["start_from"] = {"llava": model}
     stream = io.StringIO()

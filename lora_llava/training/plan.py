@@ -18,10 +18,11 @@ from lora_llava.model.base import build_processor, image_processor_of, load_toke
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.recipe import Recipe
-from lora_llava.training.data import Progress, Split, build_split, encode_splits, no_progress
+from lora_llava.training.data import Split, build_split
 from lora_llava.training.memory import Step
 from lora_llava.training.planner import build_step, choose_checkpointing, measure_rows
 from lora_llava.training.rows import RowOrder, order_rows
+from lora_llava.training.sources import Progress, encode_splits, no_progress
 
 
 @dataclass

@@ -23,9 +23,10 @@ from lora_llava.data.preview_terminal import print_samples
 from lora_llava.errors import UserError
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.recipe import Recipe
-from lora_llava.training.data import Split, build_split, encode_splits
+from lora_llava.training.data import Split, build_split
 from lora_llava.training.plan import build_run_processor, is_padding_free, lay_out
 from lora_llava.training.rows import validation_rows
+from lora_llava.training.sources import encode_splits
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def preview(
     Args:
         recipe: The recipe.
         name: Its name, for the page's head.
-        split: `train`, in the order of the run, or `validation`.
+        split: `train`, in the order of the run, or another split as it lies.
         samples: How many at most.
         output: The page's file; None prints to the terminal instead.
         console: Where it is told or printed.
@@ -70,13 +71,16 @@ def preview(
     Raises:
         UserError: Where data or model is missing, or a row cannot be used.
     """
+    if output is not None and output.exists() and not _is_page(output):
+        raise UserError(f"--output: {output} is there already, and is no preview; name another file")
     model = plan_model(recipe.model)
     tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
     splits = encode_splits(recipe, tokenizer, _progress)
     if split not in splits:
         raise UserError(f"--split: this recipe has no {split} rows; it has {', '.join(splits)}")
-    # Pictures are opened when they are shown: it would take long to open all first.
-    found = build_split(recipe, split, splits[split], processor, model.config, trusted=True)
+    # Pictures are opened when they are shown, unless bad ones are dropped, which changes the order of the run.
+    trusted = recipe.data.on_bad_image == "error"
+    found = build_split(recipe, split, splits[split], processor, model.config, _progress, trusted=trusted)
     rows = lay_out(recipe, found).rows if split == "train" else _in_order(recipe, found)
     batches = _Batches(
         found, tokenizer, processor, tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),  # type: ignore[arg-type]
@@ -93,6 +97,14 @@ def preview(
     told = f"{output}: {len(shown.samples)} samples in {len(shown.rows)} rows; open it in a browser"
     console.print(told, soft_wrap=True)
     return shown
+
+
+def _is_page(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(15).lower() == b"<!doctype html>"
+    except OSError:
+        return False
 
 
 def _progress(name: str, items: Iterable[Any]) -> Iterable[Any]:

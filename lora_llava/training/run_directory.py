@@ -12,13 +12,14 @@ from typing import Any
 
 from peft import PeftModel
 
+from lora_llava.data.files import json_text
 from lora_llava.errors import UserError
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE, Base
 from lora_llava.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "lora_llava")
-RECIPE_FILE, METRICS_FILE = "recipe.yaml", "metrics.json"
+RECIPE_FILE, METRICS_FILE, DATA_FILE = "recipe.yaml", "metrics.json", "data.json"
 
 
 def versions() -> dict[str, str]:
@@ -52,14 +53,39 @@ def processor_name() -> str:
 def write_json(file: Path, content: Any) -> None:
     """Write JSON to a temporary name and rename it, so that a reader never sees half a file."""
     temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, file)
 
 
-def start_run(folder: Path, recipe: Recipe) -> None:
-    """Make the run directory and put the resolved recipe in it."""
+def start_run(folder: Path, recipe: Recipe, data: dict[str, str], resume: bool = False) -> None:
+    """Make the run directory and put the resolved recipe in it, and a hash of each split's rows.
+
+    Args:
+        folder: The run directory.
+        recipe: The resolved recipe.
+        data: Hashes by split.
+        resume: Whether the run goes on, which it can on the same training rows alone.
+
+    Raises:
+        UserError: Where it is to go on and the rows are others.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    before = read_data_hashes(folder)
+    if resume and before and before.get("train") != data.get("train"):
+        raise UserError(
+            f"--resume: the training rows are not those that {folder} began with: data, pictures or the recipe's data "
+            "section have changed; run without --resume"
+        )
+    write_json(folder / DATA_FILE, data)
     (folder / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def read_data_hashes(folder: Path) -> dict[str, str]:
+    """What `start_run` wrote of a run's rows; nothing where it is not there."""
+    try:
+        return dict(json.loads((folder / DATA_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
 
 
 def save_model(folder: Path, model: PeftModel, processor: Any, recipe: Recipe, base: Base) -> None:

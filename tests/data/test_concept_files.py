@@ -62,7 +62,7 @@ def test_nothing_chosen_is_an_empty_list(tmp_path: Path) -> None:
 def test_captions_are_found_or_named() -> None:
     assert caption_of({"caption": "x", **chat("y")}) == "x"
     assert caption_of(chat("y")) == "y"
-    with pytest.raises(UserError, match=r"a row has no caption and no conversation of one answer; it has id, text"):
+    with pytest.raises(UserError, match=r"row 1 has no caption and no conversation of one answer; it has id, text"):
         caption_of({"id": 1, "text": "z"})
 
 
@@ -72,7 +72,7 @@ def test_mistakes_are_told_and_leave_nothing(tmp_path: Path) -> None:
     phrases = load_noun_phrases("light")
     (tmp_path / "there.json").write_text("mine")
     for target, message in (
-        (tmp_path / "b.json", "a row has no caption"),
+        (tmp_path / "b.json", "row x has no caption"),
         (tmp_path / "b.txt", r"should be called \.json or \.jsonl"),
         (tmp_path / "there.json", "is there already"),
     ):

@@ -196,12 +196,19 @@ def test_pictures_of_messages_come_in_their_order() -> None:
 @pytest.mark.parametrize("picture", [{"path": None}, {"path": "a.png"}, {"bytes": b"x", "path": None}, {"bytes": None}])
 def test_a_picture_that_is_stored_in_the_table_is_named_by_its_row(picture: dict[str, Any]) -> None:
     row = {"image": picture, "messages": chat("<image>\nWhat?", "A dog.")}
-    assert read_row(row, 12) == Conversation("12", SHOWN, ("12",))
+    assert read_row(row, 12, embedded=True) == Conversation("12", SHOWN, ("12",))
     row = {"images": [picture], "messages": row["messages"]}
-    assert read_row(row, 12) == Conversation("12", SHOWN, ("12",))
+    assert read_row(row, 12, embedded=True) == Conversation("12", SHOWN, ("12",))
     row = {"images": [picture, picture], "messages": chat("<image><image>", "A dog.")}
     turns = (Turn("user", "<image><image>"), SHOWN[1])
-    assert read_row(row, 12) == Conversation("12", turns, ("12:0", "12:1"))
+    assert read_row(row, 12, embedded=True) == Conversation("12", turns, ("12:0", "12:1"))
+
+
+def test_a_picture_that_a_row_names_by_its_path_is_a_file() -> None:
+    row = {"image": {"path": "a.png"}, "messages": chat("<image>\nWhat?", "A dog.")}
+    assert read_row(row, 12) == Conversation("12", SHOWN, ("a.png",))
+    with pytest.raises(RowError, match="a picture's name is"):
+        read_row(row | {"image": {"bytes": b"x", "path": None}}, 12)
 
 
 def test_what_stands_before_the_first_question_and_after_the_last_answer_is_cut_and_noted() -> None:
@@ -235,8 +242,8 @@ BAD: list[tuple[Any, str, str]] = [
     ({}, "missing column", FORMS + "nothing"),
     ({"a": None, "conversations": None}, "missing column", FORMS + "nothing"),
     ({"id": "7", "image": "a.png"}, "missing column", FORMS + "id, image"),
-    (ASKED | {"text": "x"}, "missing column", "it lacks answer; it has question, text"),
-    (ANSWERED, "missing column", "it lacks question; it has answer"),
+    (ASKED | {"text": "x"}, "missing column", "it lacks answer; it has 'question', 'text'; columns are named by data.columns"),
+    (ANSWERED, "missing column", "it lacks question; it has 'answer'; columns are named by data.columns"),
     ({"conversations": [], "messages": []}, "both formats",
      "the row has conversations and messages, which are two forms; keep one"),
     (ASKED | ANSWERED | {"messages": []}, "both formats",
@@ -310,13 +317,19 @@ def test_what_is_no_conversation_is_refused_by_its_kind(row: Any, kind: str, mes
 def test_a_caption_needs_its_column() -> None:
     with pytest.raises(RowError) as caught:
         read_row({"image": "a.png", "text": "x"}, 0, form="captions")
-    assert str(caught.value) == "it lacks caption or conversations; it has image, text"
+    assert (
+        str(caught.value)
+        == "it lacks caption or conversations; it has 'image', 'text'; columns are named by data.columns"
+    )
 
 
 def test_a_row_s_missing_columns_are_named_as_the_recipe_names_them() -> None:
     with pytest.raises(RowError) as caught:
         read_row({"x": 1}, 0, columns=Columns(question="frage", answer="antwort"))
-    assert str(caught.value) == "it lacks conversations, messages, or frage and antwort; it has x"
+    assert (
+        str(caught.value)
+        == "it lacks conversations, messages, or frage and antwort; it has 'x'; columns are named by data.columns"
+    )
 
 
 @pytest.mark.parametrize("images", [[""], ["a\0b.png"], "a\0b.png"])

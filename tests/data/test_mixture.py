@@ -23,7 +23,7 @@ from lora_llava.errors import UserError
 
 SHORT = Template(name="short", system="", system_format="", user_format="{}:", stop="</s>")
 NAMES = ["data.validation_rows", "data.test_rows"]
-KEYS = st.lists(st.lists(st.integers(0, 12), max_size=3), min_size=1, max_size=25)
+KEYS = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=3), min_size=1, max_size=25)
 
 
 def table_of(tokenizer: LlamaTokenizer, *rows: tuple[str, list[str]]) -> EncodedTable:
@@ -143,7 +143,7 @@ def test_coco_s_pictures_are_the_same_in_every_release_and_source(letters: Llama
     found = row_keys(table_of(letters, *rows), FolderImages(tmp_path, 1), 0)
     (tmp_path / "other").mkdir()
     found += row_keys(table_of(letters, *rows), FolderImages(tmp_path / "other", 1), 1)
-    assert found == [[("coco", "000000442786")]] * 12
+    assert found == [[("coco", "000000442786.jpg")]] * 12
     others = ["000000442787.jpg", "00000442786.jpg", "000000442786.png", "x000000442786.jpg", "train/442786.jpg"]
     keys = row_keys(table_of(letters, *(("a", [name]) for name in others)), FolderImages(tmp_path, 1), 0)
     assert len({*map(tuple, keys), *map(tuple, found)}) == 6

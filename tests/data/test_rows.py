@@ -147,8 +147,8 @@ def test_pictures_are_trusted_where_no_source_is_given(build: Build) -> None:
 
 
 def test_no_row_left_is_an_error(build: Build) -> None:
-    fails(build, "no row is left of 2; dropped: {'overlong': 2}", LONG, LONG, on_overlong="drop")
-    fails(build, "no row is left of 0; dropped: {}")
+    fails(build, "no row is left of 2: 2 overlong; `lora-llava check` names them", LONG, LONG, on_overlong="drop")
+    fails(build, "there are no rows; `lora-llava check` reads the same data")
 
 
 def test_every_row_passes_through_the_progress_bar(build: Build) -> None:

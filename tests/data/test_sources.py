@@ -114,7 +114,7 @@ def test_what_is_not_there_is_told(tmp_path: Path) -> None:
     )  # fmt: skip
     write(missing, [])
     told(
-        f"data.image_folder: there is no folder {tmp_path / 'no'}; name the root of the pictures", missing,
+        f"data.sources.1.image_folder: there is no folder {tmp_path / 'no'}; name the root of the pictures", missing,
         image_folder=tmp_path / "no",
     )  # fmt: skip
     write(tmp_path / "more.json", [])
@@ -152,7 +152,7 @@ def test_a_fingerprint_changes_with_all_that_decides_the_rows(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "names"), [("question\tanswer\na\tb\n", ("a.csv", "a.tsv")), ("[]", ("a.json", "a.jsonl"))]
+    ("text", "names"), [("question,x\tanswer,y\na\tb\n", ("a.csv", "a.tsv")), ("[]", ("a.json", "a.jsonl"))]
 )
 def test_a_fingerprint_changes_with_the_file_s_kind(tmp_path: Path, text: str, names: tuple[str, str]) -> None:
     for name in names:
@@ -160,6 +160,15 @@ def test_a_fingerprint_changes_with_the_file_s_kind(tmp_path: Path, text: str, n
     first, second = (open_source(tmp_path / name) for name in names)
     assert repr(list(first.read())) != repr(list(second.read()))
     assert first.fingerprint != second.fingerprint
+
+
+def test_a_fingerprint_is_the_file_s_however_it_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("question\tanswer\na\tb\n")
+    as_csv = fingerprint(tmp_path)
+    assert fingerprint(file) == as_csv
+    file.rename(tmp_path / "a.tsv")
+    assert fingerprint(tmp_path) != as_csv
 
 
 def test_rows_are_picked_in_the_order_asked_for(tmp_path: Path) -> None:

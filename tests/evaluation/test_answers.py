@@ -26,7 +26,7 @@ TEXTS = WORDS.map(" ".join)
     ("text", "wanted"),
     [
         ("The red cube.", "red cube"), ("  a\tRED \n cube ", "red cube"), ("an apple, the theme", "apple theme"),
-        ("It's 3.5!", "its 35"), ("A", ""), ("the", ""), ("...", ""), ("", ""), ("Ein Würfel", "ein würfel"),
+        ("It's 3.5!", "its 35"), ("A", "a"), ("the", "the"), ("...", ""), ("", ""), ("Ein Würfel", "ein würfel"),
         ("a-b", "ab"), ("x-the-y", "xthey"), ("(the) cat", "cat"),
     ],
 )  # fmt: skip
@@ -44,7 +44,9 @@ def test_a_text_without_articles_marks_and_capitals(text: str, wanted: str) -> N
         ("sphere", "red cube", False, 0.0),
         ("cube red", "red cube", False, 1.0),
         ("", "", True, 1.0),
-        ("the", "A.", True, 1.0),
+        ("the", "A.", False, 0.0),
+        ("", "A", False, 0.0),
+        ("a.", "A", True, 1.0),
         ("", "cube", False, 0.0),
         ("cube", "the", False, 0.0),
     ],

@@ -184,7 +184,7 @@ def test_init_starts_from_the_model_that_is_named(tmp_path: Path, stage2: Any) -
     recipe = load_recipe(target)
     assert recipe.model.start_from.llava == base
     assert recipe.model.start_from.llava_revision is None
-    assert recipe.data.validation_rows == held_back_rows(6) == 1
+    assert recipe.data.validation_rows == held_back_rows(6, 6) == 1
     assert {f.kind for f in report.errors} == set()
 
 
