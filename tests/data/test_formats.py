@@ -233,17 +233,18 @@ def test_a_picture_of_a_question_that_is_cut_is_not_shown_with_another() -> None
 
 NO_QUESTION = "the conversation has no question; only the assistant speaks"
 NO_ANSWER = "the conversation has no answer; only the user speaks"
+MEND = "; columns are named by data.columns"
 FORMS = "it lacks conversations, messages, or question and answer; it has "
 TEXT, ASKED, ANSWERED = chat("What?", "A dog."), {"question": "What?"}, {"answer": "A dog."}
 BAD: list[tuple[Any, str, str]] = [
     ("text", "malformed row", "the row is str; a row holds id, image and conversations"),
     (None, "malformed row", "the row is NoneType; a row holds id, image and conversations"),
     ([{}], "malformed row", "the row is list; a row holds id, image and conversations"),
-    ({}, "missing column", FORMS + "nothing"),
-    ({"a": None, "conversations": None}, "missing column", FORMS + "nothing"),
-    ({"id": "7", "image": "a.png"}, "missing column", FORMS + "id, image"),
-    (ASKED | {"text": "x"}, "missing column", "it lacks answer; it has 'question', 'text'; columns are named by data.columns"),
-    (ANSWERED, "missing column", "it lacks question; it has 'answer'; columns are named by data.columns"),
+    ({}, "missing column", FORMS + "nothing" + MEND),
+    ({"a": None, "conversations": None}, "missing column", FORMS + "nothing" + MEND),
+    ({"id": "7", "image": "a.png"}, "missing column", FORMS + "'id', 'image'" + MEND),
+    (ASKED | {"text": "x"}, "missing column", "it lacks answer; it has 'question', 'text'" + MEND),
+    (ANSWERED, "missing column", "it lacks question; it has 'answer'" + MEND),
     ({"conversations": [], "messages": []}, "both formats",
      "the row has conversations and messages, which are two forms; keep one"),
     (ASKED | ANSWERED | {"messages": []}, "both formats",
@@ -317,19 +318,13 @@ def test_what_is_no_conversation_is_refused_by_its_kind(row: Any, kind: str, mes
 def test_a_caption_needs_its_column() -> None:
     with pytest.raises(RowError) as caught:
         read_row({"image": "a.png", "text": "x"}, 0, form="captions")
-    assert (
-        str(caught.value)
-        == "it lacks caption or conversations; it has 'image', 'text'; columns are named by data.columns"
-    )
+    assert str(caught.value) == "it lacks caption or conversations; it has 'image', 'text'" + MEND
 
 
 def test_a_row_s_missing_columns_are_named_as_the_recipe_names_them() -> None:
     with pytest.raises(RowError) as caught:
         read_row({"x": 1}, 0, columns=Columns(question="frage", answer="antwort"))
-    assert (
-        str(caught.value)
-        == "it lacks conversations, messages, or frage and antwort; it has 'x'; columns are named by data.columns"
-    )
+    assert str(caught.value) == "it lacks conversations, messages, or frage and antwort; it has 'x'" + MEND
 
 
 @pytest.mark.parametrize("images", [[""], ["a\0b.png"], "a\0b.png"])

@@ -152,7 +152,7 @@ def test_a_fingerprint_changes_with_all_that_decides_the_rows(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "names"), [("question,x\tanswer,y\na\tb\n", ("a.csv", "a.tsv")), ("[]", ("a.json", "a.jsonl"))]
+    ("text", "names"), [("question\tanswer,b,c\na\tb,c,d\n", ("a.csv", "a.tsv")), ("[]", ("a.json", "a.jsonl"))]
 )
 def test_a_fingerprint_changes_with_the_file_s_kind(tmp_path: Path, text: str, names: tuple[str, str]) -> None:
     for name in names:
