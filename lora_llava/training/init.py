@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as RichTable
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 
 from lora_llava.data.check import CheckReport
 from lora_llava.data.folder import FolderData, understand_folder
@@ -133,24 +134,32 @@ def fill_in(template: Path, found: FolderData, model: str | None) -> str:
     else:
         data["image_folder"] = str(found.image_folder)
     data["validation_rows"] = 0 if found.validation else held_back_rows(found.rows, found.named)
-    _put(data, "columns", _changed_columns(found.columns))
+    _put(data, "columns", _changed_columns(found.columns), "what the table calls its columns")
     for part in ("validation", "test"):
         file = getattr(found, part)
         if file is not None:
-            _put(data, f"{part}_source", _held_source(found, file))
+            _put(data, f"{part}_source", _held_source(found, file), "never trained on")
     if found.form == "captions" or not (data["validation_rows"] or found.validation or found.test):
         content.pop("evaluation", None)  # there is nothing to ask
     if model not in (None, "demo"):
         content["model"]["start_from"] = {"llava": model}
     stream = io.StringIO()
     yaml.dump(content, stream)
-    return stream.getvalue()
+    return "\n".join(map(_comment_apart, stream.getvalue().splitlines())) + "\n"
 
 
-def _put(section: Any, key: str, value: dict[str, Any]) -> None:
+def _comment_apart(line: str) -> str:
+    """A line with two spaces before its comment, which ruamel leaves in the column it had beside another value."""
+    value, sign, comment = line.rpartition("# ")
+    return f"{value.rstrip()}  # {comment}" if sign and value.strip() else line
+
+
+def _put(section: Any, key: str, value: dict[str, Any], comment: str) -> None:
     """Insert a key at a section's beginning: what stands last carries the comments before the next section."""
     if value:
-        section.insert(1, key, value)
+        in_one_line = CommentedMap(value)
+        in_one_line.fa.set_flow_style()
+        section.insert(1, key, in_one_line, comment=comment)
 
 
 def _changed_columns(columns: Columns) -> dict[str, str]:
