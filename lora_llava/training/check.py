@@ -25,7 +25,7 @@ from lora_llava.recipe import ColumnsSection, EvaluationSection, Recipe
 from lora_llava.training.data import run_policy
 from lora_llava.training.plan import build_run_processor
 from lora_llava.training.run_directory import write_json
-from lora_llava.training.sources import OpenSplit, encode_splits, picture_cache
+from lora_llava.training.sources import OpenSplit, encode_splits, picture_cache, progress_bar
 
 _BAR = 40
 
@@ -79,7 +79,7 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
         recipe = recipe.model_copy(update={"evaluation": recipe.evaluation or EvaluationSection()})
     model = plan_model(recipe.model)
     tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
-    splits = encode_splits(recipe, tokenizer, _progress)
+    splits = encode_splits(recipe, tokenizer, progress_bar)
     pictures = _inspect(splits)
     checked = [
         CheckedSource(name, source.name, table, split.places[split.places[:, 0] == number, 1], pictures[id(source)])
@@ -115,10 +115,6 @@ def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, Picture]]:
 
                 found[id(source)] = inspect_pictures(source.images, names, picture_cache(source), wrapped)
     return found
-
-
-def _progress(name: str, items: Iterable[Any]) -> Iterable[Any]:
-    return tqdm(items, desc=name, unit="row", dynamic_ncols=True)
 
 
 def print_report(report: CheckReport, console: Console) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from tqdm import tqdm
 
 from lora_llava.errors import UserError
 from lora_llava.evaluation.answers import AnswerTable
@@ -35,6 +34,7 @@ from lora_llava.training.run_directory import (
     versions,
     write_json,
 )
+from lora_llava.training.sources import progress_bar
 from lora_llava.training.stages import TrainResult, build_trained_model, describe_plan, train
 
 
@@ -122,10 +122,7 @@ def with_stage1_run(recipe: Recipe, run: Path) -> Recipe:
 
 
 def _plan(recipe: Recipe, console: Console) -> RunPlan:
-    def progress(name: str, items: Iterable[Any]) -> Iterable[Any]:
-        return tqdm(items, desc=name, unit="", dynamic_ncols=True, leave=False)
-
-    plan = plan_run(recipe, progress)
+    plan = plan_run(recipe, progress_bar)
     report.print_data(plan, console)
     report.print_memory(recipe, plan.step, console)
     return plan

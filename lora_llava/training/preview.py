@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +26,7 @@ from lora_llava.recipe import Recipe
 from lora_llava.training.data import Split, build_split
 from lora_llava.training.plan import build_run_processor, is_padding_free, lay_out
 from lora_llava.training.rows import validation_rows
-from lora_llava.training.sources import encode_splits
+from lora_llava.training.sources import encode_splits, progress_bar
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,12 @@ def preview(
         raise UserError(f"--output: {output} is there already, and is no preview; name another file")
     model = plan_model(recipe.model)
     tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
-    splits = encode_splits(recipe, tokenizer, _progress)
+    splits = encode_splits(recipe, tokenizer, progress_bar)
     if split not in splits:
         raise UserError(f"--split: this recipe has no {split} rows; it has {', '.join(splits)}")
     # Pictures are opened when they are shown, unless bad ones are dropped, which changes the order of the run.
     trusted = recipe.data.on_bad_image == "error"
-    found = build_split(recipe, split, splits[split], processor, model.config, _progress, trusted=trusted)
+    found = build_split(recipe, split, splits[split], processor, model.config, progress_bar, trusted=trusted)
     rows = lay_out(recipe, found).rows if split == "train" else _in_order(recipe, found)
     batches = _Batches(
         found, tokenizer, processor, tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),  # type: ignore[arg-type]
@@ -105,10 +105,6 @@ def _is_page(file: Path) -> bool:
             return stream.read(15).lower() == b"<!doctype html>"
     except OSError:
         return False
-
-
-def _progress(name: str, items: Iterable[Any]) -> Iterable[Any]:
-    return tqdm(items, desc=name, unit="row", dynamic_ncols=True, leave=False)
 
 
 def _in_order(recipe: Recipe, split: Split) -> list[list[int]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from lora_llava.data.encoded import EncodedTable, encode_table
 from lora_llava.data.formats import Columns
@@ -31,6 +32,11 @@ Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
 
 def no_progress(name: str, items: Iterable[Any]) -> Iterable[Any]:
     return items
+
+
+def progress_bar(name: str, items: Iterable[Any]) -> Iterable[Any]:
+    """A `Progress` for people: a bar that goes when it is done."""
+    return tqdm(items, desc=name, dynamic_ncols=True, leave=False)
 
 
 @dataclass
