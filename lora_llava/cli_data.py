@@ -102,7 +102,6 @@ def add_filter_captions(parser: argparse.ArgumentParser) -> None:
 
 
 def run_filter_captions(args: argparse.Namespace, console: Any) -> int:
-    quieten()
     from rich.table import Table
     from tqdm import tqdm
 

@@ -1,25 +1,24 @@
-"""The concept filter on generated captions: captions a second, and whether memory stays flat."""
+"""`lora-llava filter-captions` on generated captions: seconds, and whether memory stays flat."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from itertools import accumulate
+from pathlib import Path
 from random import Random
 from typing import Any
 
-import psutil
-
-from lora_llava.data.concepts import filter_captions
-from lora_llava.data.noun_phrases import TAGGERS, load_noun_phrases
+from lora_llava.data.noun_phrases import TAGGERS
 
 EARLY = 10_000
 """Captions after which memory should not grow."""
-SAMPLE_SECONDS = 0.005
 TEMPLATES = (
     "a {a} {n} {v} on a {n}", "the {n} and the {a} {a} {n} near the {n}", "{n} {v} a {a} {n} {n}",
     "two {a} {n}s {v} in front of the {n} , with a {n}", "a photo of the {n} {n} at a {a} {n}", "{a} {n}",
@@ -34,35 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Filter to a temporary file; the resident set is sampled until the last row is written."""
-    noun_phrases = load_noun_phrases(args.tagger)
+    """The command as a process of its own, on few captions and on all."""
+    with tempfile.TemporaryDirectory() as temporary:
+        runs = [_run(Path(temporary), count, args) for count in sorted({min(EARLY, args.captions), args.captions})]
+    return {"nouns": args.nouns, "seed": args.seed, "tagger": args.tagger, "runs": runs}
+
+
+def _run(folder: Path, count: int, args: argparse.Namespace) -> dict[str, Any]:
+    source, target = folder / f"{count}.jsonl", folder / f"{count}.chosen.jsonl"
+    with source.open("w") as stream:
+        for number, caption in enumerate(captions(count, args.nouns, args.seed)):
+            stream.write(json.dumps({"id": f"{number:09}", "image": f"{number:09}.jpg", "caption": caption}) + "\n")
+    verb = [sys.executable, "-m", "lora_llava.cli", "filter-captions", str(source), "--output", str(target)]
     start = time.perf_counter()
-    for _ in captions(args.captions, args.nouns, args.seed):
-        pass
-    generating = time.perf_counter() - start
-    at: dict[str, float] = {}
-
-    def rows() -> Iterator[dict[str, str]]:
-        for number, caption in enumerate(captions(args.captions, args.nouns, args.seed)):
-            if number + 1 == EARLY:
-                at["early"] = sampler.peak
-            yield {"id": f"{number:09}", "image": f"{number:09}.jpg", "caption": caption}
-
-    with tempfile.TemporaryFile("w") as output, _Sampler() as sampler:
-        before, start = sampler.peak, time.perf_counter()
-        report = filter_captions(
-            rows(),
-            lambda row: output.write(json.dumps(row) + "\n"),
-            noun_phrases=noun_phrases,
-            caption_of=lambda row: row["caption"],
-            seed=args.seed,
-        )
-        seconds = time.perf_counter() - start
+    process = subprocess.Popen([*verb, "--tagger", args.tagger], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"the command ended with {status}")
     return {
-        "captions": args.captions, "nouns": args.nouns, "seed": args.seed, "tagger": noun_phrases.name,
-        "seconds": seconds, "of_these_generating_seconds": generating, "captions_per_second": args.captions / seconds,
-        "rss_mb_before": before, "peak_rss_mb_at_10000": at.get("early"), "peak_rss_mb": sampler.peak,
-        "kept": report.kept, "report": report.as_dict(),
+        "captions": count, "seconds": round(time.perf_counter() - start, 2),
+        "peak_rss_mb": round(usage.ru_maxrss * 1024 / 1e6, 1), "kept": sum(1 for _ in target.open()),
     }  # fmt: skip
 
 
@@ -86,30 +76,3 @@ def _invented(random: Random, count: int, ending: str) -> list[str]:
         syllables = [random.choice("bdfgklmnprstvz") + random.choice("aeiou") for _ in range(random.randint(2, 4))]
         words["".join(syllables) + (ending or "m")] = None
     return list(words)
-
-
-class _Sampler(threading.Thread):
-    """Highest resident set of this process so far, in MB."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._process = psutil.Process()
-        self._ended = threading.Event()
-        self.peak = 0.0
-        self._sample()
-
-    def _sample(self) -> None:
-        self.peak = max(self.peak, self._process.memory_info().rss / 1e6)
-
-    def run(self) -> None:
-        while not self._ended.wait(SAMPLE_SECONDS):
-            self._sample()
-
-    def __enter__(self) -> _Sampler:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self.join()
-        self._sample()
