@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,10 +15,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import psutil
+
 from lora_llava.data.noun_phrases import TAGGERS
 
 EARLY = 10_000
 """Captions after which memory should not grow."""
+SAMPLE_SECONDS = 0.01
 TEMPLATES = (
     "a {a} {n} {v} on a {n}", "the {n} and the {a} {a} {n} near the {n}", "{n} {v} a {a} {n} {n}",
     "two {a} {n}s {v} in front of the {n} , with a {n}", "a photo of the {n} {n} at a {a} {n}", "{a} {n}",
@@ -47,12 +50,16 @@ def _run(folder: Path, count: int, args: argparse.Namespace) -> dict[str, Any]:
     verb = [sys.executable, "-m", "lora_llava.cli", "filter-captions", str(source), "--output", str(target)]
     start = time.perf_counter()
     process = subprocess.Popen([*verb, "--tagger", args.tagger], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"the command ended with {status}")
+    peak = 0
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error):  # it ends while it is looked at
+            peak = max(peak, psutil.Process(process.pid).memory_info().rss)
+        time.sleep(SAMPLE_SECONDS)
+    if process.returncode:
+        raise RuntimeError(f"the command ended with {process.returncode}")
     return {
         "captions": count, "seconds": round(time.perf_counter() - start, 2),
-        "peak_rss_mb": round(usage.ru_maxrss * 1024 / 1e6, 1), "kept": sum(1 for _ in target.open()),
+        "peak_rss_mb": round(peak / 1e6, 1), "kept": sum(1 for _ in target.open()),
     }  # fmt: skip
 
 
