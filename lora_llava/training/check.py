@@ -125,11 +125,13 @@ def print_report(report: CheckReport, console: Console) -> None:
         of = f" from {len(sources)} sources" if len(sources) > 1 else ""
         console.print(
             Text(
-                f"{name}: {figures['rows']:,} rows{of}, {figures['tokens']:,} tokens, {share:.0f}% trained; longest "
-                f"{figures['longest']:,}; over the limit {figures['over_limit_rows']:,} rows, by "
-                f"{figures['over_limit_tokens']:,} tokens in all; {figures['rows_with_pictures']:,} rows with pictures"
+                f"{name}: {figures['rows']:,} rows{of}, {figures['rows_with_pictures']:,} with pictures; "
+                f"{figures['tokens']:,} tokens, {share:.0f}% trained; longest {figures['longest']:,}"
             )
         )
+        if figures["over_limit_rows"]:
+            over = f"  over the limit: {figures['over_limit_rows']:,} rows, by {figures['over_limit_tokens']:,} tokens"
+            console.print(Text(over))
         console.print(_histogram(figures["histogram"]))
     if report.errors or report.warnings:
         console.print(_findings(report))
