@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -131,6 +135,20 @@ def coco_names(name: str) -> list[str]:
     return [candidate for candidate in found if candidate != name]
 
 
+def _alike(name: str) -> str:
+    """What file names of one picture have in common on systems that do not tell capitals or accents' forms apart."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+@lru_cache(maxsize=64)
+def _names_in(folder: Path) -> dict[str, str]:
+    """File names in a folder, by what they are alike by."""
+    try:
+        return {_alike(name): name for name in os.listdir(folder)}
+    except OSError:
+        return {}
+
+
 class FolderImages:
     """Pictures under one folder.
 
@@ -144,13 +162,16 @@ class FolderImages:
         self.max_pixels = max_pixels
 
     def open(self, name: str) -> Image.Image:
-        return read_rgb(self.find(name), name, self.max_pixels)
+        path = self.find(name)
+        if not path.exists():
+            raise self._missing(name)
+        return read_rgb(path, name, self.max_pixels)
 
     def read(self, name: str) -> bytes:
         try:
             return self.find(name).read_bytes()
         except FileNotFoundError:
-            raise BadImageError(f"picture {name} is missing", "missing picture") from None
+            raise self._missing(name) from None
         except OSError as error:
             raise BadImageError(f"picture {name} cannot be read: {error.strerror}") from None
 
@@ -171,6 +192,15 @@ class FolderImages:
             if found.exists():
                 return found
         return path
+
+    def _missing(self, name: str) -> BadImageError:
+        """That a picture is not there, and where one is that may be meant."""
+        plain = unquote(name).replace("\\", "/")
+        folder = (self.root / plain).parent
+        other = _names_in(folder).get(_alike(Path(plain).name)) if folder.is_relative_to(self.root) else None
+        meant = str(Path(plain).with_name(other)) if other else ""
+        hint = f"; there is {meant}" if meant and meant != name else ""
+        return BadImageError(f"picture {name} is missing{hint}", "missing picture")
 
     def _inside(self, name: str) -> Path:
         if "://" in name or name.startswith("data:"):

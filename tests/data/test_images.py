@@ -205,6 +205,20 @@ def test_a_name_that_is_too_long_is_refused(pictures: Path) -> None:
     refused(pictures, "iVBORw0KGgo" * 40, "picture ")
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("RED.PNG", "red.png"), ("sub\\Green.png", "sub/green.png"), ("sub/gr%65en.png", "sub/green.png"),
+     ("ro\u0302t.png", "r\u00f4t.png")],
+)  # fmt: skip
+def test_a_picture_that_may_be_meant_is_named(pictures: Path, name: str, meant: str) -> None:
+    (pictures / "sub").mkdir()
+    (pictures / "green.png").rename(pictures / "sub" / "green.png")
+    (pictures / "r\u00f4t.png").write_bytes((pictures / "red.png").read_bytes())
+    refused(pictures, name, f"picture {name} is missing; there is {meant}")
+    with pytest.raises(BadImageError, match="; there is "):
+        FolderImages(pictures, 100).read(name)
+
+
 def test_a_link_to_itself_is_refused(pictures: Path) -> None:
     (pictures / "loop.png").symlink_to("loop.png")
     refused(pictures, "loop.png", "picture ")

@@ -90,6 +90,7 @@ def test_a_mixture_trains_and_is_told_by_source(
         ],
     }  # fmt: skip
     stage2_content["training"] |= {"max_steps": None, "epochs": 2, "batch_size": 4, "eval_every": None}
+    stage2_content["training"] |= {"vision_cache": "memory", "workers": 1}
     stage2_content["output_dir"] = str(tmp_path / "mixed")
     recipe = check_recipe(stage2_content, "test")
     stream = io.StringIO()
