@@ -49,6 +49,21 @@ def test_every_picture_moves_to_another_row(pictures: list[bool], seed: int) -> 
         assert not old.images or old.images != new.images
 
 
+@given(
+    shown=st.lists(st.lists(st.sampled_from("abcd"), max_size=2).map(tuple), max_size=16), seed=st.integers(0, 9)
+)  # fmt: skip
+def test_rows_that_share_pictures_get_others_of_as_many(shown: list[tuple[str, ...]], seed: int) -> None:
+    rows = [Conversation(str(number), (), images) for number, images in enumerate(shown)]
+    shuffled = shuffle_images(rows, seed)
+    assert [len(row.images) for row in shuffled] == [len(images) for images in shown]
+    assert Counter(row.images for row in shuffled) == Counter(shown)
+    for old, new in zip(rows, shuffled, strict=True):
+        as_many = [images for images in shown if len(images) == len(old.images)]
+        most = max(Counter(as_many).values())
+        if old.images and 2 * most <= len(as_many):
+            assert new.images != old.images
+
+
 def test_predictions_are_written_one_a_line(tmp_path: Path) -> None:
     item = Prediction(question_id="1", text='"é"\n', prediction=0, answer=1, categories=["NAT"])
     file = tmp_path / "new" / "predictions.jsonl"
