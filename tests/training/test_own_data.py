@@ -230,3 +230,14 @@ def test_the_example_is_not_written_over_anything(tmp_path: Path) -> None:
     (tmp_path / "mine" / "x").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         init(tmp_path / "mine", example=True, model="demo", console=quiet())
+
+
+def test_too_little_to_hold_anything_back_is_all_trained_on(tmp_path: Path) -> None:
+    assert [held_back_rows(*counts) for counts in ((1, 0), (9, 1), (2, 2), (199, 50), (200, 50), (99_999, 9))] == [
+        0, 0, 1, 39, 20, 1000,
+    ]  # fmt: skip
+    picture(tmp_path / "mine" / "a.png")
+    (tmp_path / "mine" / "table.csv").write_text("image,question,answer\na.png,What?,Red.\na.png,Why?,So.\n")
+    target, report = init(tmp_path / "mine", model="demo", console=quiet())
+    recipe = load_recipe(target)
+    assert (recipe.data.validation_rows, recipe.evaluation, report.errors) == (0, None, [])
