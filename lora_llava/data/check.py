@@ -37,6 +37,7 @@ class Finding:
         number: The row's place in its source, from 0.
         source: The source's name.
         split: The row's split.
+        dropped: Whether the recipe leaves the row out for it.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Finding:
     number: int
     source: str
     split: str
+    dropped: bool = False
 
 
 @dataclass
@@ -90,8 +92,9 @@ class CheckedSource:
     rows: np.ndarray
     pictures: Mapping[str, Picture]
 
-    def finding(self, kind: str, row: int, message: str) -> Finding:
-        return Finding(kind, self.table.row_ids[row], message, row, self.name, self.split)
+    def finding(self, kind: str, row: int, message: str, dropped: bool = False) -> Finding:
+        told = f"{message}: the row is dropped" if dropped else message
+        return Finding(kind, self.table.row_ids[row], told, row, self.name, self.split, dropped)
 
 
 def check_sources(
@@ -128,7 +131,7 @@ def check_sources(
         errors, warnings = _pictures(source, policy)
         report.errors += errors
         report.warnings += warnings
-        report.errors += _whole(source, policy, source.name in with_pictures)
+    report.errors += _whole(sources, with_pictures)
     report.warnings += _duplicates(sources)
     report.warnings += _shared_pictures(sources)
     (report.errors if leaks_are_errors else report.warnings).extend(_leaks(sources))
@@ -139,22 +142,29 @@ def check_sources(
 
 
 def _bad_rows(source: CheckedSource, policy: Policy) -> Iterator[Finding]:
-    dropped = ": the row is dropped" if policy.on_bad_row == "drop" else ""
     for row in source.rows[np.isin(source.rows, source.table.problems.where())]:
         problem = source.table.problem(int(row))
         assert problem is not None  # it is among those that have one
-        yield source.finding(problem.kind, int(row), f"{problem}{dropped}")
+        yield source.finding(problem.kind, int(row), str(problem), policy.on_bad_row == "drop")
 
 
-def _whole(source: CheckedSource, policy: Policy, with_pictures: bool) -> Iterator[Finding]:
-    """What is wrong with a source as a whole."""
-    sound = _sound(source)
-    if not len(sound):
-        what = f"none of its {len(source.rows):,} rows can be used" if len(source.rows) else "it has no rows"
-        yield Finding("no rows", "", f"{source.name}: {what}", -1, source.name, source.split)
-    elif with_pictures and not source.table.pictures[sound].any():
-        told = "no row names a picture, though data.image_folder or data.columns.image is set; see data.columns"
-        yield Finding("no pictures", "", f"{source.name}: {told}", -1, source.name, source.split)
+def _whole(sources: Sequence[CheckedSource], with_pictures: Container[str]) -> Iterator[Finding]:
+    """What is wrong with a source in all its splits, and with a split in all its sources."""
+    for name in dict.fromkeys(source.name for source in sources):
+        mine = [source for source in sources if source.name == name]
+        sound = np.concatenate([_sound(source) for source in mine])
+        if not len(sound):
+            rows = sum(len(source.rows) for source in mine)
+            what = f"none of its {rows:,} rows can be used" if rows else "it has no rows"
+            yield Finding("no rows", "", f"{name}: {what}", -1, name, mine[0].split)
+        elif name in with_pictures and not mine[0].table.pictures[sound].any():
+            told = "no row names a picture, though data.image_folder or data.columns.image is set; see data.columns"
+            yield Finding("no pictures", "", f"{name}: {told}", -1, name, mine[0].split)
+    for split in dict.fromkeys(source.split for source in sources):
+        mine = [source for source in sources if source.split == split]
+        elsewhere = any(len(_sound(source)) for source in sources if source.name == mine[0].name)
+        if elsewhere and not any(len(_sound(source)) for source in mine):
+            yield Finding("no rows", "", f"{split}: it has no rows", -1, mine[0].name, split)
 
 
 def _mended(source: CheckedSource) -> Iterator[Finding]:
@@ -176,7 +186,7 @@ def _overlong(
         row, length = int(source.rows[place]), int(lengths[place])
         told = f"it has {length:,} tokens, over data.max_length {policy.max_length:,}"
         if policy.on_overlong == "drop":
-            warnings.append(source.finding("overlong", row, f"{told}: the row is dropped"))
+            warnings.append(source.finding("overlong", row, told, dropped=True))
         elif policy.on_overlong == "error":
             mend = "raise it, or set data.on_overlong to drop or truncate_answer"
             errors.append(source.finding("overlong", row, f"{told}; {mend}"))
@@ -206,14 +216,14 @@ def _special(source: CheckedSource, special_ids: frozenset[int], stop_id: int | 
 def _pictures(source: CheckedSource, policy: Policy) -> tuple[list[Finding], list[Finding]]:
     errors: list[Finding] = []
     warnings: list[Finding] = []
-    dropped = ": the row is dropped" if policy.on_bad_image == "drop" else ""
+    dropped = policy.on_bad_image == "drop"
     for row in source.rows:
         for name in source.table.images(int(row)):
             picture = source.pictures.get(name)
             if picture is None:
                 continue
             if picture.problem is not None:
-                bad = source.finding(picture.kind, int(row), f"{picture.problem}{dropped}")
+                bad = source.finding(picture.kind, int(row), picture.problem, dropped)
                 (warnings if dropped else errors).append(bad)
             warnings += [source.finding(kind, int(row), message) for kind, message in picture.oddities]
     return errors, warnings

@@ -282,7 +282,7 @@ def _table_rows(file: Path) -> Iterator[dict[str, str]]:
 
 def _header(file: Path, names: Sequence[str]) -> list[str]:
     """A table's column names without the white space around them."""
-    found = [name.strip() for name in names]
+    found = [name.strip() or f"(column {place})" for place, name in enumerate(names, 1)]
     twice = [name for name, count in Counter(found).items() if count > 1]
     if twice:
         raise DataFileError(f"{file}, line 1: the column {twice[0]!r} stands there twice; rename one")

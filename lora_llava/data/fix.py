@@ -81,6 +81,7 @@ def _write_table(rows: Iterable[Any], target: Path, file: Path) -> int:
 
 
 def _copy_parquet(file: Path, dropped: Container[int], target: Path) -> int:
+    import pyarrow
     import pyarrow.parquet
 
     def kept(start: int, size: int) -> Iterator[int]:
@@ -90,7 +91,7 @@ def _copy_parquet(file: Path, dropped: Container[int], target: Path) -> int:
     with pyarrow.parquet.ParquetFile(file) as table:
         with pyarrow.parquet.ParquetWriter(target, table.schema_arrow) as writer:
             for batch in table.iter_batches(batch_size=256):
-                left = batch.take(list(kept(start, len(batch))))
+                left = batch.take(pyarrow.array(list(kept(start, len(batch))), pyarrow.int64()))
                 writer.write_batch(left)
                 start, count = start + len(batch), count + len(left)
     return count

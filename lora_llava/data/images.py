@@ -196,8 +196,11 @@ class FolderImages:
     def _missing(self, name: str) -> BadImageError:
         """That a picture is not there, and where one is that may be meant."""
         plain = unquote(name).replace("\\", "/")
-        folder = (self.root / plain).parent
-        other = _names_in(folder).get(_alike(Path(plain).name)) if folder.is_relative_to(self.root) else None
+        try:
+            folder = (self.root / plain).parent.resolve()
+            other = _names_in(folder).get(_alike(Path(plain).name)) if folder.is_relative_to(self.root) else None
+        except (ValueError, RuntimeError, OSError):  # no name of a file
+            other = None
         meant = str(Path(plain).with_name(other)) if other else ""
         hint = f"; there is {meant}" if meant and meant != name else ""
         return BadImageError(f"picture {name} is missing{hint}", "missing picture")
@@ -241,6 +244,8 @@ class TableImages:
         content = self.table[int(row)][self.column]
         if isinstance(content, list):
             content = content[int(place or 0)]
+        if isinstance(content, (bytes, bytearray)):
+            return bytes(content)
         if content and content.get("path") and not content.get("bytes"):
             raise BadImageError(
                 f"picture of row {name} is not in the table, only its path {content['path']}; set data.image_folder to "

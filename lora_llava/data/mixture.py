@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lora_llava.data.encoded import EncodedTable
-from lora_llava.data.images import COCO_NAME, FolderImages, ImageSource
+from lora_llava.data.images import COCO_NAME, BadImageError, FolderImages, ImageSource
 from lora_llava.errors import UserError
+
+_ENDS = 4096
+"""Bytes of a file's beginning and end that tell it from others of its size; two taken for one would only share a
+side."""
 
 
 def row_keys(
     table: EncodedTable, images: ImageSource, source: int, digests: Mapping[str, str] | None = None
 ) -> list[list[Hashable]]:  # fmt: skip
-    """What of each row must not be on both sides of a split: its pictures, or, without any, its text.
+    """What of each row must not be on both sides of a split: its pictures, or, without any, its questions.
 
     Args:
         table: The source's rows.
@@ -35,13 +41,34 @@ def row_keys(
         match = COCO_NAME.fullmatch(name.rpartition("/")[2])  # the same number is the same picture in every release
         return ("coco", match[1]) if match else os.path.normpath(os.path.join(root, name))
 
+    every = dict.fromkeys(name for row in range(len(table)) for name in table.images(row))
+    same = _same_files(images, every) if isinstance(images, FolderImages) else {}
     keys: list[list[Hashable]] = []
     text: list[Hashable]
     for row in range(len(table)):
-        ids = table.row(row)[0]
-        text = [hashlib.sha256(ids.tobytes()).digest()] if len(ids) else []
-        keys.append([key(name) for name in table.images(row)] or text)
+        ids, trained = table.row(row)
+        text = [hashlib.sha256(ids[~trained].tobytes()).digest()] if len(ids) else []
+        names = table.images(row)
+        keys.append([key(name) for name in names] + [same[name] for name in names if name in same] or text)
     return keys
+
+
+def _same_files(images: FolderImages, names: Iterable[str]) -> dict[str, Hashable]:
+    """Keys of files that other names have too: those of one size whose beginnings and ends are the same."""
+    sizes: dict[int, dict[Path, list[str]]] = {}
+    for name in names:
+        with contextlib.suppress(BadImageError, OSError):
+            path = images.find(name)
+            sizes.setdefault(path.stat().st_size, {}).setdefault(path, []).append(name)
+    found: dict[str, Hashable] = {}
+    for size, paths in sizes.items():
+        for path, mine in paths.items() if len(paths) > 1 else ():
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                digest = hashlib.sha256(file.read(_ENDS))
+                file.seek(max(0, size - _ENDS))
+                digest.update(file.read(_ENDS))
+                found |= dict.fromkeys(mine, (size, digest.digest()))
+    return found
 
 
 def hold_back(

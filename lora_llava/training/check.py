@@ -51,7 +51,7 @@ def check(recipe: Recipe, *, json_file: Path | None = None, fix: bool = False, c
     try:
         splits, report = _read(recipe)
     except DataFileError as error:
-        report = CheckReport(0, [Finding("unreadable file", "", str(error), 0, "", "train")])
+        report = CheckReport(0, [Finding("unreadable file", "", str(error), -1, "", "train")])
     print_report(report, console)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,9 @@ def print_report(report: CheckReport, console: Console) -> None:
         console.print(_findings(report))
     errors, warnings = len(report.errors), len(report.warnings)
     harmless = "nothing stops a run" if warnings else "nothing is wrong"
-    verdict = "mend the errors, or leave them out with --fix" if errors else harmless
+    fixable = all(finding.number >= 0 for finding in report.errors)
+    mend = "mend the errors, or leave them out with --fix" if fixable else "mend the errors"
+    verdict = mend if errors else harmless
     counts = [f"{count:,} {word}{'s' * (count != 1)}" for count, word in ((errors, "error"), (warnings, "warning"))]
     console.print(f"{report.rows:,} rows checked: {', '.join(counts)}; {verdict}")
 
@@ -174,8 +176,9 @@ def _findings(report: CheckReport) -> RichTable:
 def _fix(splits: dict[str, OpenSplit], report: CheckReport, console: Console) -> None:
     """Write each file of rows anew without what has errors, and without repeated rows."""
     dropped: dict[str, set[int]] = {}
-    for finding in [*report.errors, *(f for f in report.warnings if f.kind == DUPLICATE)]:
-        dropped.setdefault(finding.source, set()).add(finding.number)
+    for finding in [*report.errors, *(f for f in report.warnings if f.dropped or f.kind == DUPLICATE)]:
+        if finding.number >= 0:
+            dropped.setdefault(finding.source, set()).add(finding.number)
     sources = {source.name: source for split in splits.values() for source in split.sources}
     totals = {
         source.name: len(table)

@@ -113,16 +113,18 @@ def build_split(
         split.tables, split.places, limits, image_id=image_id, num_image_tokens=config.image_seq_length
     )
     mixed = name == "train" and any(x.weight is not None or x.rows is not None for x in data.train_sources())
+    usable, draw = rows, None
     if mixed:
-        drawn = _drawn(recipe, split, rows)
-        report.dropped[NOT_DRAWN] += len(rows) - len(drawn)
-        rows = rows.take(drawn)
+        draw = _epochs(recipe, split, usable)
+        drawn = _drawn(recipe, draw, len(usable))
+        report.dropped[NOT_DRAWN] += len(usable) - len(drawn)
+        rows = usable.take(drawn)
     if not trusted:
         inspect = partial(inspect_split, split.sources, progress=lambda found: progress(f"pictures of {name}", found))
         rows = without_bad_pictures(rows, data.on_bad_image, report, inspect)
     report.dropped = +report.dropped
     account(rows, report)
-    epochs = _epochs(recipe, split, rows) if mixed else None
+    epochs = _among(rows, usable, draw) if draw is not None else None
     if len(split.sources) > 1:
         used = Counter(split.sources[rows.places[i, 0]].name for i in (epochs(0) if epochs else range(len(rows))))
         report.sources = {source.name: used[source.name] for source in split.sources}
@@ -149,12 +151,18 @@ def _epochs(recipe: Recipe, split: OpenSplit, rows: EncodedRows) -> Callable[[in
     return mixture(members, counts, recipe.seed)
 
 
-def _drawn(recipe: Recipe, split: OpenSplit, rows: EncodedRows) -> list[int]:
+def _drawn(recipe: Recipe, draw: Callable[[int], list[int]], count: int) -> list[int]:
     """The rows that the run's epochs draw; all, where a number of steps says how many epochs there are."""
     if recipe.training.max_steps is not None:
-        return list(range(len(rows)))
-    draw = _epochs(recipe, split, rows)
+        return list(range(count))
     return sorted({row for epoch in range(math.ceil(recipe.training.epochs)) for row in draw(epoch)})
+
+
+def _among(rows: EncodedRows, usable: EncodedRows, draw: Callable[[int], list[int]]) -> Callable[[int], list[int]]:
+    """The draw from all usable rows as a draw from those that are left of them."""
+    places = {(int(table), int(row)): index for index, (table, row) in enumerate(rows.places)}
+    index_of = [places.get((int(table), int(row))) for table, row in usable.places]
+    return lambda epoch: [index for i in draw(epoch) if (index := index_of[i]) is not None]
 
 
 def asked_split(splits: Container[str]) -> str | None:
@@ -181,7 +189,9 @@ def read_held_out(recipe: Recipe, processor: Any, config: LlavaConfig, progress:
     science = recipe.data.format == "scienceqa"
     if (science and recipe.data.splits.test is None) or recipe.data.format == "captions":
         raise UserError("this recipe has no test split to ask; name one that has with --recipe")
-    sources = open_sources(recipe, ["test"]) if science else None
+    own = "test" if science or recipe.data.test_source else "validation" if recipe.data.validation_source else None
+    alone = own == "test" or (own == "validation" and not recipe.data.test_rows)
+    sources = open_sources(recipe, [own]) if own is not None and alone else None
     splits = encode_splits(recipe, processor.tokenizer, progress, sources)
     name = asked_split(splits)
     if name is None:

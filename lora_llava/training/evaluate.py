@@ -56,7 +56,8 @@ def evaluate(
     plan = plan_model(_as_llava(chosen.model, base))
     tokenizer, processor = build_run_processor(chosen, plan.config, plan.tokenizer_folder, plan.image_folder)
     split = read_held_out(chosen, processor, plan.config)
-    if run and recipe is None and not any(text.startswith("data.") for text in overrides):
+    other_data = ("data.path=", "data.file=", "data.format=", "data.sources")
+    if run and recipe is None and not any(text.startswith(other_data) for text in overrides):
         _check_same_rows(folder, chosen, split)
     rows = split.read(choose_rows(range(len(split.rows)), limit if limit is not None else "all", chosen.seed))
     if shuffled:

@@ -139,7 +139,7 @@ def _run_stage(plan: RunPlan, resume: bool, console: Console) -> dict[str, Any]:
     folder = Path(recipe.output_dir)
     start = time.monotonic()
     base = prepare_base(recipe.model, recipe.seed)
-    start_run(folder, recipe, {name: split.fingerprint() for name, split in plan.splits.items()}, resume)
+    start_run(folder, recipe, {name: split.fingerprint() for name, split in plan.splits.items()})
     (folder / RUN_FILE).unlink(missing_ok=True)  # comes back when the run is whole
     cache_features(plan, base, console)
     model = build_trained_model(recipe, replace(base, initial_projector=None))

@@ -57,31 +57,21 @@ def write_json(file: Path, content: Any) -> None:
     os.replace(temporary, file)
 
 
-def start_run(folder: Path, recipe: Recipe, data: dict[str, str], resume: bool = False) -> None:
+def start_run(folder: Path, recipe: Recipe, data: dict[str, str]) -> None:
     """Make the run directory and put the resolved recipe in it, and a hash of each split's rows.
 
     Args:
         folder: The run directory.
         recipe: The resolved recipe.
         data: Hashes by split.
-        resume: Whether the run goes on, which it can on the same training rows alone.
-
-    Raises:
-        UserError: Where it is to go on and the rows are others.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before = read_data_hashes(folder)
-    if resume and before and before.get("train") != data.get("train"):
-        raise UserError(
-            f"--resume: the training rows are not those that {folder} began with: data, pictures or the recipe's data "
-            "section have changed; run without --resume"
-        )
     write_json(folder / DATA_FILE, data)
     (folder / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
 
 
 def read_data_hashes(folder: Path) -> dict[str, str]:
-    """What `start_run` wrote of a run's rows; nothing where it is not there."""
+    """The hashes of a run's or checkpoint's rows by split; nothing where they are not there."""
     try:
         return dict(json.loads((folder / DATA_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):

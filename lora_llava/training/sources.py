@@ -78,10 +78,16 @@ def open_sources(recipe: Recipe, names: Sequence[str] | None = None) -> dict[str
         held = {"validation": data.validation_source, "test": data.test_source}
         wanted |= {name: (source,) for name, source in held.items() if source is not None}
     return _named_apart({
-        name: [_open(recipe, source, f"data.{'path' if data.sources is None else f'sources.{i}.path'}")
-               for i, source in enumerate(sources)]
+        name: [_open(recipe, source, _field(recipe, name, i)) for i, source in enumerate(sources)]
         for name, sources in wanted.items() if names is None or name in names
     })  # fmt: skip
+
+
+def _field(recipe: Recipe, split: str, place: int) -> str:
+    """Where the recipe names a source's path."""
+    if split != "train" and recipe.data.format != "scienceqa":
+        return f"data.{split}_source.path"
+    return "data.path" if recipe.data.sources is None else f"data.sources.{place}.path"
 
 
 def _named_apart(splits: dict[str, list[Source]]) -> dict[str, list[Source]]:

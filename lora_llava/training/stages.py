@@ -30,7 +30,7 @@ from lora_llava.training.memory import GIB
 from lora_llava.training.plan import RunPlan, is_padding_free, run_lora_config
 from lora_llava.training.planner import resolve_optimizer
 from lora_llava.training.rows import validation_rows
-from lora_llava.training.run_directory import save_model
+from lora_llava.training.run_directory import read_data_hashes, save_model
 from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import Feed, LlavaSFTTrainer
 
@@ -196,7 +196,7 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
     )
     trainer.remove_callback(PrinterCallback)  # ours tells it
     line.trainer = trainer
-    checkpoint = _find_checkpoint(Path(args.output_dir)) if resume else None
+    checkpoint = _find_checkpoint(Path(args.output_dir), plan) if resume else None
     start = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -228,10 +228,20 @@ def _loss_curve(history: list[dict[str, Any]]) -> dict[str, list[tuple[int, floa
     return {kind: [(entry["step"], entry[key]) for entry in history if key in entry] for kind, key in kinds.items()}
 
 
-def _find_checkpoint(folder: Path) -> str:
+def _find_checkpoint(folder: Path, plan: RunPlan) -> str:
+    """The newest checkpoint.
+
+    Raises:
+        UserError: Where there is none, or it was trained on other rows.
+    """
     checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     if checkpoint is None:
         raise UserError(f"--resume: {folder} holds no checkpoint; run without it")
+    if read_data_hashes(Path(checkpoint)).get("train") not in (None, plan.splits["train"].fingerprint()):
+        raise UserError(
+            f"--resume: the training rows are not those of {checkpoint}: data, pictures or the recipe's data section "
+            "have changed; run without --resume"
+        )
     return checkpoint
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_llava.model.adapters import trained_projector
 from lora_llava.training.loss import count_labels, labelled_loss
+from lora_llava.training.run_directory import DATA_FILE
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,9 @@ class LlavaSFTTrainer(SFTTrainer):
         super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and it holds hub_token in clear
+        hashes = folder.parent.parent / DATA_FILE
+        if hashes.is_file():  # what it was trained on: it goes on with the same rows alone
+            shutil.copyfile(hashes, folder / DATA_FILE)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's says nothing true of a LLaVA; publishing writes ours."""

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
-from PIL import Image
-from rich.console import Console
 
 from lora_llava.cli import main
 from lora_llava.data import picture_check
@@ -23,57 +19,10 @@ from lora_llava.recipe.io import check_recipe
 from lora_llava.training.check import check
 from lora_llava.training.evaluate import evaluate
 from lora_llava.training.finetune import finetune
-from lora_llava.training.plan import RunPlan, plan_run
+from lora_llava.training.plan import plan_run
 from lora_llava.training.preview import preview
-
-Plan = Callable[..., RunPlan]
-
-
-def quiet() -> Console:
-    return Console(file=io.StringIO(), width=160)
-
-
-def asked(number: int, image: str | None = None, answer: str = "Yes.") -> dict[str, Any]:
-    turns = [{"from": "human", "value": f"Is it {number}?"}, {"from": "gpt", "value": answer}]
-    if image:
-        turns[0]["value"] = f"<image>\n{turns[0]['value']}"
-    return {"id": f"r{number}", "conversations": turns, **({"image": image} if image else {})}
-
-
-def written(file: Path, rows: list[dict[str, Any]]) -> str:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(rows))
-    return str(file)
-
-
-def drawn(folder: Path, count: int) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        Image.new("RGB", (20, 20), (number * 7 % 256, 90, 30)).save(folder / f"{number}.png")
-    return folder
-
-
-@pytest.fixture
-def plan(stage2_content: dict[str, Any]) -> Plan:
-    def planned(training: dict[str, Any] | None = None, **data: Any) -> RunPlan:
-        content = stage2_content | {"evaluation": None}
-        content["data"] = {"format": "conversations", "max_length": 300, "system_prompt": "", **data}
-        content["training"] = content["training"] | (training or {})
-        return plan_run(check_recipe(content, "test"))
-
-    return planned
-
-
-def stored(folder: Path, pictures: int, rows_each: int) -> Path:
-    """A Parquet file as `datasets` writes it, the pictures in it, several rows to each."""
-    images = drawn(folder / "drawn", pictures)
-    rows = [
-        {"image": (images / f"{n}.png").read_bytes(), "question": f"Is it {q}?", "answer": f"{n}"}
-        for n in range(pictures) for q in range(rows_each)
-    ]  # fmt: skip
-    table = datasets.Dataset.from_list([row | {"image": {"bytes": row["image"], "path": None}} for row in rows])
-    table.cast_column("image", datasets.Image()).to_parquet(folder / "table.parquet")
-    return folder / "table.parquet"
+from tests.own_rows import asked, drawn, quiet, stored, written
+from tests.training.conftest import Plan
 
 
 def test_a_table_s_own_picture_is_one_picture(tmp_path: Path) -> None:
