@@ -47,6 +47,20 @@ class Picture:
     digest: str = ""
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """Items of which it is known how many there will be, so that a progress bar can tell when it is done."""
+
+    items: Iterator[Picture]
+    count: int
+
+    def __iter__(self) -> Iterator[Picture]:
+        return self.items
+
+    def __len__(self) -> int:
+        return self.count
+
+
 def inspect_pictures(
     images: ImageSource, names: Iterable[str], cache: Path | None = None,
     progress: Callable[[Iterable[Picture]], Iterable[Picture]] = lambda found: found,
@@ -72,7 +86,8 @@ def inspect_pictures(
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks about odd files; what matters is found by `_oddities`
         try:
-            for name, picture in zip(missing, progress(_mapped(pool, images, missing)), strict=True):
+            coming = _Counted(_mapped(pool, images, missing), len(missing))
+            for name, picture in zip(missing, progress(coming), strict=True):
                 found[name] = picture
         finally:
             if missing:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
-from tqdm import tqdm
 
 from lora_llava.data.check import DUPLICATE, CheckedSource, CheckReport, Finding, check_sources
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
@@ -109,11 +108,8 @@ def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, Picture]]:
         for source, table in zip(split.sources, split.tables, strict=True):
             if id(source) not in found:
                 names = dict.fromkeys(name for row in range(len(table)) for name in table.images(row))
-
-                def wrapped(items: Iterable[Picture], count: int = len(names), of: str = source.name) -> Any:
-                    return tqdm(items, desc=f"pictures of {of}", total=count, unit="picture", dynamic_ncols=True)
-
-                found[id(source)] = inspect_pictures(source.images, names, picture_cache(source), wrapped)
+                bar = partial(progress_bar, f"pictures of {source.name}")
+                found[id(source)] = inspect_pictures(source.images, names, picture_cache(source), bar)
     return found
 
 
