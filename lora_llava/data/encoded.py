@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_llava import __version__
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, EncodingError
 from lora_llava.data.encode import Span, check_tokenizer, conversation_spans, encode_spans, expand, last_answer_start
+from lora_llava.data.files import Counted
 from lora_llava.data.formats import RowError
 from lora_llava.data.sources import Read, Source
 from lora_llava.data.templates import Template, get_template
@@ -159,7 +160,7 @@ def encode_table(
         return kept
     writer = _Writer()
     with _all_cores():
-        for batch in _batches(progress(source.read()), _BATCH):
+        for batch in _batches(progress(_counted(source)), _BATCH):
             _encode_batch(batch, tokenizer, template, writer)
     arrays = writer.arrays()
     if folder is None:
@@ -171,6 +172,11 @@ def encode_table(
             raise
         return EncodedTable(arrays)  # a cache that cannot be written is none
     return _load(folder) or EncodedTable(arrays)
+
+
+def _counted(source: Source) -> Iterable[Read]:
+    expected = source.expected()
+    return source.read() if expected is None else Counted(source.read(), expected)
 
 
 @contextmanager

@@ -5,11 +5,13 @@ from __future__ import annotations
 import codecs
 import csv
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from lora_llava.errors import UserError
 
@@ -20,11 +22,30 @@ class DataFileError(UserError):
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _CHUNK = 1 << 20
+_FIRST = 500
+"""Rows from which the number of all is estimated."""
 _SIGNS = 16
 """More than a number, a word or an escape that a piece's end cuts has before the cut."""
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _BEGINNINGS = {word[:size] for word in (*_WORDS, ".", "e+", "e-", "E+", "E-") for size in range(1, len(word) + 1)}
 """What is left of a value where a file is cut off."""
+
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Counted(Generic[Item]):
+    """Items of which it is known, or nearly so, how many there will be: a progress bar can tell when it is done."""
+
+    items: Iterator[Item]
+    count: int
+
+    def __iter__(self) -> Iterator[Item]:
+        return self.items
+
+    def __len__(self) -> int:
+        return self.count
 
 
 def data_file(path: str | Path, where: str = "data.path") -> Path:
@@ -70,6 +91,22 @@ def file_hash(file: Path) -> str:
     """SHA-256 of a file, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def estimate_rows(file: Path) -> int:
+    """About how many rows a file has, from its size and its first rows; of a Parquet file, exactly."""
+    if file.suffix.lower() == ".parquet":
+        import pyarrow.parquet
+
+        return int(pyarrow.parquet.read_metadata(file).num_rows)
+    table = file.suffix.lower() in (".csv", ".tsv")
+    sizes = [
+        sum(len(value) + 1 for value in row.values()) if table else len(json_text(row))
+        for row in itertools.islice(iterate_rows(file), _FIRST)
+    ]
+    if len(sizes) < _FIRST:
+        return len(sizes)
+    return int(file.stat().st_size / (sum(sizes) / len(sizes)))
 
 
 def iterate_rows(file: Path) -> Iterator[Any]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from lora_llava.data.files import Counted
 from lora_llava.data.images import BadImageError, FolderImages, ImageSource, JoinedImages, TableImages, read_rgb
 
 _SUFFIXES = {
@@ -47,20 +48,6 @@ class Picture:
     digest: str = ""
 
 
-@dataclass(frozen=True)
-class _Counted:
-    """Items of which it is known how many there will be, so that a progress bar can tell when it is done."""
-
-    items: Iterator[Picture]
-    count: int
-
-    def __iter__(self) -> Iterator[Picture]:
-        return self.items
-
-    def __len__(self) -> int:
-        return self.count
-
-
 def inspect_pictures(
     images: ImageSource, names: Iterable[str], cache: Path | None = None,
     progress: Callable[[Iterable[Picture]], Iterable[Picture]] = lambda found: found,
@@ -86,7 +73,7 @@ def inspect_pictures(
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks about odd files; what matters is found by `_oddities`
         try:
-            coming = _Counted(_mapped(pool, images, missing), len(missing))
+            coming = Counted(_mapped(pool, images, missing), len(missing))
             for name, picture in zip(missing, progress(coming), strict=True):
                 found[name] = picture
         finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.data.conversation import Conversation, ImagePosition
-from lora_llava.data.files import SUFFIXES, data_file, file_hash, iterate_rows, parquet_columns
+from lora_llava.data.files import SUFFIXES, data_file, estimate_rows, file_hash, iterate_rows, parquet_columns
 from lora_llava.data.formats import CHAT_COLUMNS, Columns, Format, RowError, read_row
 from lora_llava.data.images import FolderImages, ImageSource, TableImages, open_table
 from lora_llava.errors import UserError
@@ -29,6 +29,7 @@ class Source:
         fingerprint: Hash over everything that decides what `read` gives.
         read: Gives every row in order, as a conversation or as what is wrong with it.
         file: The file it is read from, where there is one.
+        rows: How many rows it has, where that is known.
     """
 
     name: str
@@ -36,6 +37,16 @@ class Source:
     fingerprint: str
     read: Callable[[], Iterator[Read]]
     file: Path | None = None
+    rows: int | None = None
+
+    def expected(self) -> int | None:
+        """About how many rows will be read, for a progress bar; None where that cannot be told."""
+        if self.rows is not None or self.file is None:
+            return self.rows
+        try:
+            return estimate_rows(self.file)
+        except UserError:  # it is told when the row is read
+            return None
 
     def pick(self, numbers: Iterable[int]) -> list[Conversation]:
         """The conversations of these rows, in the order asked for.
@@ -63,7 +74,7 @@ def list_source(name: str, rows: Sequence[Conversation], images: ImageSource) ->
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr((row.row_id, row.turns, row.images)).encode("utf-8", "surrogatepass"))
-    return Source(name, images, digest.hexdigest(), lambda: iter(rows))
+    return Source(name, images, digest.hexdigest(), lambda: iter(rows), rows=len(rows))
 
 
 def open_source(

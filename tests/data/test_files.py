@@ -17,7 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lora_llava.data import files
-from lora_llava.data.files import data_file, file_hash, iterate_rows, parquet_columns
+from lora_llava.data.files import data_file, estimate_rows, file_hash, iterate_rows, parquet_columns
 from lora_llava.errors import UserError
 
 ROWS: list[Any] = [{"id": "1", "text": "é"}, {"id": "2", "text": 'a "b", {c} [d]'}, {"id": 3, "deep": [{"x": [1, {}]}]}]
@@ -324,3 +324,17 @@ def test_what_is_no_file_of_rows_is_told(tmp_path: Path) -> None:
 def test_a_file_s_hash_is_that_of_its_bytes(tmp_path: Path) -> None:
     content = bytes(range(256)) * 10_000
     assert file_hash(write(tmp_path, "a", content)) == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize("count", [0, 7, 3000])
+def test_rows_are_estimated_for_a_bar(tmp_path: Path, name: str, count: int) -> None:
+    rows = [{"question": f"What is {n}?", "answer": "x" * (n % 50)} for n in range(count)]
+    file = tmp_path / name
+    if name == "a.csv":
+        file.write_text("question,answer\n" + "".join(f"{row['question']},{row['answer']}\n" for row in rows))
+    else:
+        lines = [json.dumps(row) for row in rows]
+        file.write_text("[" + ",\n".join(lines) + "]" if name == "a.json" else "\n".join(lines))
+    found = estimate_rows(file)
+    assert found == count if count < 500 else abs(found - count) < 0.1 * count
