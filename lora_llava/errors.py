@@ -24,6 +24,21 @@ class UserError(ToldError):
     exit_code = 2
 
 
+class RefusedError(UserError):
+    """A row or picture that cannot be used.
+
+    Args:
+        message: What is wrong.
+        kind: The same in a word or two, under which such are counted; default: the class's own.
+    """
+
+    kind = "unusable"
+
+    def __init__(self, message: str, kind: str | None = None) -> None:
+        super().__init__(message)
+        self.kind = kind or self.kind
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint such as ` (did you mean "batch_size"?)`, or nothing where no known name is near."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -34,7 +34,7 @@ class Finding:
         kind: What it is, in a word or two.
         row: The row's id.
         message: What it is, in a sentence, with the mend where there is one.
-        number: The row's place in its source, from 0.
+        number: The row's place in its source, from 0; -1 for a finding about the source or split as a whole.
         source: The source's name.
         split: The row's split.
         dropped: Whether the recipe leaves the row out for it.
@@ -55,7 +55,7 @@ class CheckReport:
 
     Attributes:
         rows: Rows read, of all splits.
-        errors: What would stop the run, or drop the row where the recipe says so.
+        errors: What would stop the run, or make its figures untrue.
         warnings: What a person may want to know.
         splits: Figures by split.
     """

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lora_llava.errors import UserError
+from lora_llava.errors import RefusedError
 
 IMAGE_PLACEHOLDER = "<image>"
 ImagePosition = Literal["first", "last", "random", "as_written"]
@@ -23,17 +23,10 @@ _ROLES = {
 """LLaVA's, transformers' and ShareGPT's names of who speaks."""
 
 
-class EncodingError(UserError):
-    """A conversation that cannot be trained on as it stands.
+class EncodingError(RefusedError):
+    """A conversation that cannot be trained on as it stands."""
 
-    Args:
-        message: What is wrong.
-        kind: The same in a word or two, under which such rows are counted.
-    """
-
-    def __init__(self, message: str, kind: str = "cannot be encoded") -> None:
-        super().__init__(message)
-        self.kind = kind
+    kind = "cannot be encoded"
 
 
 @dataclass(frozen=True, slots=True)

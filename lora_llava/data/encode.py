@@ -37,8 +37,7 @@ class Span(NamedTuple):
 class OverlongError(EncodingError):
     """A sample that would lose an answer, or part of its prompt, to the length limit."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "overlong")
+    kind = "overlong"
 
 
 def encode_conversation(

@@ -1,4 +1,4 @@
-"""Encoded rows: compact, on disk, and memory-mapped, so that half a million of them cost neither time nor memory.
+"""Encoded rows: compact, kept on disk and memory-mapped, so that a second start neither reads nor tokenises them.
 
 A table keeps a source's rows as they are tokenised once: one id per picture, nothing cut. How many tokens a picture
 takes, the length limit and which rows are used are decided when rows are taken from it.
@@ -24,7 +24,15 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_llava import __version__
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, EncodingError
-from lora_llava.data.encode import Span, check_tokenizer, conversation_spans, encode_spans, expand, last_answer_start
+from lora_llava.data.encode import (
+    IGNORE_INDEX,
+    Span,
+    check_tokenizer,
+    conversation_spans,
+    encode_spans,
+    expand,
+    last_answer_start,
+)
 from lora_llava.data.files import Counted
 from lora_llava.data.formats import RowError
 from lora_llava.data.sources import Read, Source
@@ -302,7 +310,7 @@ class EncodedRows(Sequence[dict[str, Any]]):
             self.lengths[mine] = table.lengths(num_image_tokens)[rows]
             self.supervised[mine] = table.supervised[rows]
         for index in np.flatnonzero(self.lengths > max_length):
-            self.supervised[index] = sum(label != -100 for label in self[int(index)]["labels"])
+            self.supervised[index] = sum(label != IGNORE_INDEX for label in self[int(index)]["labels"])
         self.lengths = np.minimum(self.lengths, max_length)
 
     def __len__(self) -> int:
@@ -347,6 +355,6 @@ def answer_starts(table: EncodedTable, rows: np.ndarray, image_id: int, num_imag
     found = []
     for row in rows:
         ids, trained = table.row(int(row))
-        start = last_answer_start(np.where(trained, ids, -100))
+        start = last_answer_start(np.where(trained, ids, IGNORE_INDEX))
         found.append(start + int((ids[:start] == image_id).sum()) * (num_image_tokens - 1))
     return np.array(found, dtype=np.int64)

@@ -30,7 +30,6 @@ _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _BEGINNINGS = {word[:size] for word in (*_WORDS, ".", "e+", "e-", "E+", "E-") for size in range(1, len(word) + 1)}
 """What is left of a value where a file is cut off."""
 
-
 Item = TypeVar("Item")
 
 
@@ -174,12 +173,7 @@ def _json_rows(file: Path) -> Iterator[Any]:
             yield from _jsonl_rows(file)
             return
         if opening != "[":
-            content = _whole(file)
-            lists = (
-                [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
-            )
-            mend = f"; give the list under {lists[0]} by itself" if lists else ""
-            raise DataFileError(f"{file}: it should hold a list of rows; it holds {type(content).__name__}{mend}")
+            raise _no_list(file)
         reader.take(1)
         count = 0
         while (sign := reader.peek()) != "]":
@@ -196,13 +190,17 @@ def _json_rows(file: Path) -> Iterator[Any]:
             count += 1
         reader.take(1)
         if reader.peek():
-            raise _not_json(
-                file,
-                reader,
-                count,
-                "something follows the end of the list; make it one, or call the file .jsonl",
-                reader.place,
-            )
+            more = "something follows the end of the list; make it one, or call the file .jsonl"
+            raise _not_json(file, reader, count, more, reader.place)
+
+
+def _no_list(file: Path) -> DataFileError:
+    """What a JSON file holds in place of a list, and where in it one is."""
+    content = _whole(file)
+    items = content.items() if isinstance(content, dict) else ()
+    lists = [key for key, value in items if isinstance(value, list)]
+    mend = f"; give the list under {lists[0]} by itself" if lists else ""
+    return DataFileError(f"{file}: it should hold a list of rows; it holds {type(content).__name__}{mend}")
 
 
 class _Buffer:

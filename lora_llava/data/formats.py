@@ -104,10 +104,9 @@ def read_row(
         raise RowError(error.kind, str(error)) from None
     images = _images(row, messages, columns, number if embedded else None)
     conversation = Conversation(str(row.get(columns.id, number)), turns, images)
-    is_table = not any(
-        key in row for key in CHAT_COLUMNS
-    )  # a table's text has no place for a placeholder: nothing is amiss
-    return _place(_mend(conversation), position, rng, expected=not is_table)
+    # A table's text has no place for a placeholder: that there is none is nothing to note.
+    is_chat = any(key in row for key in CHAT_COLUMNS)
+    return _place(_mend(conversation), position, rng, expected=is_chat)
 
 
 def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.Random) -> list[Any]:
@@ -127,7 +126,7 @@ def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.R
         both = f"conversations, messages, or {columns.question} and {columns.answer}"
         wanted = lacking[0] if len(lacking) == 1 else both
         raise RowError("missing column", _missing(row, wanted))
-    if "/" in forms[0] and forms[0] not in row:
+    if forms[0] not in CHAT_COLUMNS:
         asked, answered = _text(row, columns.question), _text(row, columns.answer)
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     messages = row[forms[0]]

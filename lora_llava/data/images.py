@@ -16,23 +16,16 @@ from urllib.parse import unquote
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from lora_llava.errors import UserError
+from lora_llava.errors import RefusedError, UserError
 
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 """Pillow's own cap; the second is raised where warnings are errors."""
 
 
-class BadImageError(UserError):
-    """A picture that is missing, corrupt, too large or out of bounds.
+class BadImageError(RefusedError):
+    """A picture that is missing, corrupt, too large or out of bounds."""
 
-    Args:
-        message: What is wrong.
-        kind: The same in a word or two, under which such pictures are counted.
-    """
-
-    def __init__(self, message: str, kind: str = "corrupt picture") -> None:
-        super().__init__(message)
-        self.kind = kind
+    kind = "corrupt picture"
 
 
 class ImageSource(Protocol):

@@ -13,12 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from lora_llava.data.files import Counted
-from lora_llava.data.images import BadImageError, FolderImages, ImageSource, JoinedImages, TableImages, read_rgb
+from lora_llava.data.images import BadImageError, FolderImages, ImageSource, TableImages, read_rgb
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png", ".apng"), "GIF": (".gif",), "WEBP": (".webp",),
@@ -55,7 +54,7 @@ def inspect_pictures(
     """Open pictures as training will.
 
     Args:
-        images: Opens them.
+        images: Opens them: those of one source, which know how large a picture may be.
         names: Which.
         cache: File that keeps what was found, by name, size and time of change; None keeps nothing.
         progress: Wraps the pictures as they are done, for a progress bar.
@@ -93,21 +92,15 @@ def _mapped(pool: ThreadPoolExecutor, images: ImageSource, names: list[str]) -> 
 
 def inspect_picture(images: ImageSource, name: str) -> Picture:
     """Open one picture as training does, to its last byte."""
-    own = name.partition("|")[2] if isinstance(images, JoinedImages) else name
-    limit = _max_pixels(images, name)
+    limit: int = images.max_pixels  # type: ignore[attr-defined]
     digest = ""
     try:
         content = images.read(name)
         digest = hashlib.sha256(content).hexdigest()
-        read_rgb(io.BytesIO(content), own, limit)
-        return Picture(None, "", tuple(_oddities(content, own)), digest)
+        read_rgb(io.BytesIO(content), name, limit)
+        return Picture(None, "", tuple(_oddities(content, name)), digest)
     except BadImageError as error:
         return Picture(str(error), error.kind, (), digest)
-
-
-def _max_pixels(images: ImageSource, name: str) -> int:
-    source: Any = images.sources[int(name.partition("|")[0])] if isinstance(images, JoinedImages) else images
-    return int(source.max_pixels)
 
 
 def _oddities(content: bytes, name: str) -> list[tuple[str, str]]:
@@ -138,9 +131,6 @@ def _look(content: bytes, name: str) -> Iterator[tuple[str, str]]:
 
 def _stamp(images: ImageSource, name: str) -> str:
     """Size and time of change, and the limit it was held to; nothing for what is no file of its own."""
-    if isinstance(images, JoinedImages):
-        place, _, own = name.partition("|")
-        return _stamp(images.sources[int(place)], own)
     if isinstance(images, TableImages) and images.fingerprint:
         return f"{images.fingerprint}:{images.max_pixels}"
     if not isinstance(images, FolderImages):

@@ -107,11 +107,11 @@ def select_rows(
 def _sound(table: EncodedTable, rows: np.ndarray, on_bad_row: OnBad, report: Report) -> np.ndarray:
     """Which rows could be encoded."""
     bad = np.isin(rows, table.problems.where())
-    for count, place in enumerate(np.flatnonzero(bad)):
+    for place in np.flatnonzero(bad):
         problem = table.problem(int(rows[place]))
         assert problem is not None  # it is among those that have one
         if on_bad_row == "error":
-            more = int(bad.sum()) - count - 1
+            more = int(bad.sum()) - 1
             others = f"; {more} more rows cannot be used either: `lora-llava check` lists them" if more else ""
             raise EncodingError(f"row {table.row_ids[int(rows[place])]}: {problem}{others}", problem.kind)
         report.dropped[problem.kind] += 1

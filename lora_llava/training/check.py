@@ -52,6 +52,9 @@ def check(recipe: Recipe, *, json_file: Path | None = None, fix: bool = False, c
     except DataFileError as error:
         report = CheckReport(0, [Finding("unreadable file", "", str(error), -1, "", "train")])
     print_report(report, console)
+    stage1 = recipe.model.start_from.stage1_recipe
+    if stage1 is not None:
+        console.print(f"Stage 1 reads data of its own, which was not looked at: lora-llava check {stage1}")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, report.as_dict())

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_llava.data.images import FolderImages, JoinedImages, TableImages
+from lora_llava.data.images import FolderImages
 from lora_llava.data.picture_check import Picture, inspect_picture, inspect_pictures
 
 UPRIGHT, TURNED = 1, 6
@@ -174,22 +174,6 @@ def test_a_link_to_itself_is_a_problem(tmp_path: Path) -> None:
     assert inspect_picture(FolderImages(tmp_path, 72), "a.png").problem is not None
 
 
-def test_joined_pictures_are_told_by_their_own_names(tmp_path: Path) -> None:
-    for number, mode in enumerate(("L", "RGB", "RGBA")):
-        (tmp_path / str(number)).mkdir()
-        save(tmp_path / str(number), "a.png", "PNG", picture(mode))
-    sources = [FolderImages(tmp_path / str(number), limit) for number, limit in enumerate((72, 71, 72))]
-    table = TableImages([{"image": {"bytes": (tmp_path / "2" / "a.png").read_bytes()}}, {"image": None}], 72)
-    found = inspect_pictures(JoinedImages([*sources, table]), ["0|a.png", "1|a.png", "2|b.png", "3|0", "3|1"])
-    assert [(name, each.problem, each.oddities) for name, each in found.items()] == [
-        ("0|a.png", None, (("picture not RGB", MODE[1].format("a.png", "L")),)),
-        ("1|a.png", "picture a.png has 9 x 8 pixels, over max_image_pixels 71", ()),
-        ("2|b.png", "picture b.png is missing", ()),
-        ("3|0", None, (("picture not RGB", MODE[1].format("0", "RGBA")),)),
-        ("3|1", "picture of row 1 is missing", ()),
-    ]
-
-
 class Counted(FolderImages):
     """A folder that keeps which pictures were opened."""
 
@@ -262,13 +246,6 @@ def test_changed_pictures_are_opened_again(folder: Path) -> None:
     save(folder.parent / "more", "3.png", "PNG", picture("L"))
     more = inspect_pictures(Counted(folder.parent / "more"), ["3.png"], cache)
     assert [kind for kind, _ in more["3.png"].oddities] == ["picture not RGB"]
-
-
-def test_pictures_of_joined_folders_are_known_again(folder: Path) -> None:
-    cache, images = folder.parent / "pictures.json", [Counted(folder), Counted(folder)]
-    first = inspect_pictures(JoinedImages(images), ["0|0.png", "1|0.png", "1|1.png"], cache)
-    assert inspect_pictures(JoinedImages(images), ["0|0.png", "1|0.png", "1|1.png"], cache) == first
-    assert [source.opened for source in images] == [["0.png"], ["0.png", "1.png"]]
 
 
 BROKEN = ["", "{", '{"0.png": 5}', '{"0.png": ["x", 5]}', '{"0.png": ["x", {"other": 1}]}', "\xff"]

@@ -12,8 +12,8 @@ import pytest
 from lora_llava.cli import main
 from lora_llava.data import picture_check
 from lora_llava.data.folder import understand_folder
-from lora_llava.data.images import open_table
-from lora_llava.data.sources import _light_rows, open_source
+from lora_llava.data.images import FolderImages, TableImages, open_table
+from lora_llava.data.sources import _light_rows, list_source, open_source
 from lora_llava.errors import UserError
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.check import check
@@ -21,6 +21,7 @@ from lora_llava.training.evaluate import evaluate
 from lora_llava.training.finetune import finetune
 from lora_llava.training.plan import plan_run
 from lora_llava.training.preview import preview
+from lora_llava.training.sources import inspect_split
 from tests.own_rows import asked, drawn, quiet, stored, written
 from tests.training.conftest import Plan
 
@@ -246,3 +247,17 @@ def test_a_typing_slip_in_a_source_is_one_line(stage2_content: dict[str, Any], t
     assert [source.weight for source in changed.data.train_sources()] == [1.0, 2.5]
     with pytest.raises(UserError, match=r"override 'data\.sources\.7\.weight=1': 7 is not a section"):
         load_recipe(file, ["data.sources.7.weight=1"])
+
+
+def test_pictures_of_several_sources_are_looked_at_by_their_own_source_s_rules(tmp_path: Path) -> None:
+    folders = [drawn(tmp_path / str(number), number + 1) for number in range(3)]
+    images = [FolderImages(folder, limit) for folder, limit in zip(folders, (400, 399, 400), strict=True)]
+    table = TableImages([{"image": {"bytes": (folders[0] / "0.png").read_bytes()}}, {"image": None}], 400)
+    sources = [list_source(str(n), [], each) for n, each in enumerate([*images, table])]
+    names = ["0|0.png", "1|0.png", "2|2.png", "2|b.png", "3|0", "3|1"]
+    found = inspect_split(sources, names)
+    assert {name: found[name].problem for name in names} == {
+        "0|0.png": None, "1|0.png": "picture 0.png has 20 x 20 pixels, over max_image_pixels 399", "2|2.png": None,
+        "2|b.png": "picture b.png is missing", "3|0": None, "3|1": "picture of row 1 is missing",
+    }  # fmt: skip
+    assert found["0|0.png"].digest == found["3|0"].digest != found["2|2.png"].digest
