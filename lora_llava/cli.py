@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_llava import __version__, cli_data
+from lora_llava import __version__, cli_data, cli_evaluation
 from lora_llava.cli_data import add_recipe, positive
 from lora_llava.errors import ToldError
 from lora_llava.quiet import quieten
@@ -92,57 +92,6 @@ def _next_commands(run: str) -> list[str]:
         "push": f"lora-llava push {merged} YOU/NAME --dry-run",
     }
     return [command for verb, command in commands.items() if verb in VERBS]
-
-
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a run directory, a folder with a whole LLaVA, or a Hub id")
-    parser.add_argument(
-        "overrides", nargs="*", default=(), metavar="key.sub=value", help="replace values of the recipe"
-    )
-    parser.add_argument("--recipe", help="whose data and evaluation to use; default: the run's own")
-    parser.add_argument("--limit", type=positive, help="ask only this many questions, drawn by the recipe's seed")
-    parser.add_argument("--shuffle-images", action="store_true", help="exchange the pictures among the questions")
-    parser.add_argument("--base-only", action="store_true", help="the run's base, without what was trained")
-    parser.add_argument("--output", help="where predictions go; default: the run directory")
-    parser.add_argument("--json", action="store_true", help="print the table as JSON")
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    quieten()
-    from lora_llava.training.evaluate import evaluate
-
-    table = evaluate(
-        args.model, recipe=args.recipe, overrides=args.overrides, limit=args.limit, shuffled=args.shuffle_images,
-        base_only=args.base_only, output=args.output,
-    )  # fmt: skip
-    _print_table(args.model, table, args.json)
-
-
-def _add_score(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", choices=["scienceqa"])
-    parser.add_argument("--problems", required=True, type=Path, help="problems.json")
-    parser.add_argument("--splits", required=True, type=Path, help="pid_splits.json")
-    parser.add_argument("--answers", required=True, type=Path, help="JSONL of question_id and text")
-    parser.add_argument("--split", default="test", help="the split that was asked")
-    parser.add_argument("--json", action="store_true", help="print the table as JSON")
-
-
-def _score(args: argparse.Namespace) -> None:
-    from lora_llava.evaluation.score_files import score_scienceqa_file
-
-    table = score_scienceqa_file(args.problems, args.splits, args.answers, args.split)
-    _print_table(args.answers.name, table, args.json)
-
-
-def _print_table(name: str, table: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        import json
-
-        print(json.dumps(table, indent=2))
-        return
-    from lora_llava.evaluation.report import tables_view
-
-    _console().print(tables_view("Answers" if "all" in table else "ScienceQA", {name: table}))
 
 
 def _add_recipes(parser: argparse.ArgumentParser) -> None:
@@ -271,8 +220,12 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Run]] = {
     "finetune": ("run a recipe: train, and score before and after", _add_finetune, _finetune),
     "plan": ("say what a recipe takes: memory by part, cards it fits, steps, time", add_recipe, _plan),
     "benchmark": ("time training here, ours and TRL's, on rows of ScienceQA's lengths", _add_benchmark, _benchmark),
-    "evaluate": ("ask a model the test questions of a recipe and score it", _add_evaluate, _evaluate),
-    "score": ("score a file of answers", _add_score, _score),
+    "evaluate": (
+        "ask a model the test questions of a recipe and score it",
+        cli_evaluation.add_evaluate,
+        _with_console(cli_evaluation.run_evaluate),
+    ),
+    "score": ("score a file of answers", cli_evaluation.add_score, _with_console(cli_evaluation.run_score)),
     "merge": ("merge a run into its base as one stock folder, and prove it", _add_merge, _merge),
     "import": ("bring LLaVA's own checkpoint or LoRA folder into stock form", _add_import, _import),
     "push": ("push a run or a merged folder to the Hugging Face Hub, with a model card", _add_push, _push),

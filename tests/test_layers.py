@@ -22,6 +22,7 @@ LAYERS = [
     "training",
     "publishing",
     "cli_data",
+    "cli_evaluation",
     "cli",
 ]
 """From the bottom up; a module imports from its own layer or those before it."""
