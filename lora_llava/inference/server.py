@@ -1,0 +1,335 @@
+"""Requests to any OpenAI-compatible chat server (vLLM, SGLang, Ollama, OpenAI), several at once."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import queue
+import random
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+from openai.types.chat import ChatCompletion
+
+from lora_llava.errors import UserError
+from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest, picture_part
+
+__all__ = ["ChatAnswer", "ChatFailure", "ChatRequest", "ChatServer", "ask", "find_model", "picture_part"]
+
+_LONGEST_PAUSE = 30.0
+_LONGEST_RETRY_AFTER = 120.0
+"""Seconds; a server that asks for a longer wait is not waited for. The openai library draws the same line."""
+_PASSING = {408, 409, 425, 429}
+"""Besides 5xx, what HTTP lets a client try again: timeout, conflict, too early, too many requests."""
+_NO_KEY = "no-key"
+"""Sent to servers that need none: the library insists on one."""
+
+
+@dataclass(frozen=True)
+class ChatServer:
+    """Where to ask, and how patiently.
+
+    Attributes:
+        url: Of the API, such as `http://localhost:8000/v1`; one without a path gets `/v1`.
+        model: Its name there; None for the only one that the server has.
+        api_key: Default: the environment's OPENAI_API_KEY; a server that needs none gets a dummy. Never shown.
+        concurrency: Requests at once.
+        timeout: Seconds in which an answer has to be complete.
+        retries: Further tries after a failure that may pass.
+        refuse_empty: Whether an empty answer is a failure.
+        pause: Seconds before the first further try, doubled each time, up to 30.
+
+    Raises:
+        UserError: For a value that cannot be.
+    """
+
+    url: str
+    model: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    concurrency: int = 8
+    timeout: float = 60.0
+    retries: int = 4
+    refuse_empty: bool = False
+    pause: float = 0.5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "url", _api_url(self.url))
+        if self.concurrency < 1:
+            raise UserError(f"concurrency is {self.concurrency}; give 1 or more")
+        if not self.timeout > 0:
+            raise UserError(f"timeout is {self.timeout}; give a number of seconds above 0")
+        if self.retries < 0:
+            raise UserError(f"retries is {self.retries}; give 0 or more")
+        if not self.key.isascii() or not self.key.isprintable():
+            raise UserError("the API key has characters that no key has; set OPENAI_API_KEY again")
+
+    @property
+    def key(self) -> str:
+        """The key that is sent."""
+        return (self.api_key or os.environ.get("OPENAI_API_KEY") or "").strip() or _NO_KEY
+
+
+def _api_url(url: str) -> str:
+    try:
+        parts = urlsplit(url.strip())
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError(f"the server's URL is {url!r}; give one such as http://localhost:8000/v1")
+    if "@" in parts.netloc or parts.query:
+        raise UserError("the server's URL holds a password or a query; give it bare, and a key in OPENAI_API_KEY")
+    path = parts.path.rstrip("/") or "/v1"
+    return f"{parts.scheme}://{parts.netloc}{path.removesuffix('/chat/completions')}"
+
+
+def find_model(server: ChatServer) -> ChatServer:
+    """Name the model of a server that has only one.
+
+    Args:
+        server: Returned as it is where its model is named.
+
+    Returns:
+        The server with its model named.
+
+    Raises:
+        UserError: For a server that cannot be reached, refuses the key, or has none or several models.
+    """
+    if server.model is not None:
+        return server
+    try:
+        with openai.OpenAI(**_client_settings(server)) as client:
+            names = [model.id for model in client.models.list()]
+    except openai.APIStatusError as error:
+        raise _refusal(server, error.status_code, "tell its models; name the model") from None
+    except openai.APIConnectionError as error:
+        raise _unreachable(server, error) from None
+    except (openai.OpenAIError, ValueError, TypeError, AttributeError):
+        raise UserError(f"{server.url} does not tell its models; name the model, or mend the URL") from None
+    if len(names) != 1:
+        found = f"{len(names)} models; name one: {_listed(names)}" if names else "no model; load one there"
+        raise UserError(f"{server.url} has {found}")
+    return replace(server, model=names[0])
+
+
+def ask(
+    server: ChatServer, requests: Iterable[ChatRequest]
+) -> Generator[tuple[int, ChatAnswer | ChatFailure], None, None]:
+    """Ask, and give the answers as they come.
+
+    Requests are drawn one by one, no more than `server.concurrency` before their answers are given: one with a picture
+    may be megabytes. Closing the generator, or Ctrl-C, cancels what is on its way.
+
+    Args:
+        server: Whom.
+        requests: What, in any number.
+
+    Yields:
+        The request's place and its answer or failure; each request once.
+
+    Raises:
+        UserError: At the first sign that no request will be answered: the server cannot be reached, refuses the key,
+            or does not have the model.
+    """
+    asker = _Asker(find_model(server))
+    waiting = enumerate(requests)
+    arrived: queue.SimpleQueue[tuple[int, Future[ChatAnswer | ChatFailure]]] = queue.SimpleQueue()
+    alive = 0
+    with _loop_in_thread(asker.client) as loop:
+        while True:
+            for index, request in itertools.islice(waiting, server.concurrency - alive):
+                future = asyncio.run_coroutine_threadsafe(asker.answer(request), loop)
+                future.add_done_callback(lambda done, index=index: arrived.put((index, done)))  # type: ignore[misc]
+                alive += 1
+            if not alive:
+                return
+            index, done = arrived.get()
+            alive -= 1
+            yield index, done.result()
+
+
+@contextmanager
+def _loop_in_thread(client: openai.AsyncOpenAI) -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop that runs in a thread: answers arrive while the caller is at work, and callers with a loop of their
+    own, such as notebooks, can ask too. At its end what still runs is cancelled and the client closed."""
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def live() -> None:
+        stop = asyncio.Event()
+        async with client:
+            started.set_result((asyncio.get_running_loop(), stop))
+            await stop.wait()
+            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+    thread = threading.Thread(target=lambda: asyncio.run(live()), name="chat", daemon=True)
+    thread.start()
+    loop, stop = started.result()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+
+
+class _NoAnswerError(Exception):
+    """What came is no answer; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Miss:
+    """A try that failed, and the seconds to wait at least before another; None where another is of no use."""
+
+    reason: str
+    wait: float | None = 0.0
+
+
+class _Asker:
+    """One client, and what it has learned of the server: whether it answers, and what it calls `max_tokens`."""
+
+    def __init__(self, server: ChatServer) -> None:
+        self.server = server
+        self.client = openai.AsyncOpenAI(**_client_settings(server))
+        self.answered = False
+        self.longest = "max_tokens"
+
+    async def answer(self, request: ChatRequest) -> ChatAnswer | ChatFailure:
+        """Ask until there is an answer or no try is left."""
+        attempt = 0
+        while True:
+            found = await self._try(request, attempt)
+            if isinstance(found, ChatAnswer):
+                self.answered = True
+                return found
+            if found.wait is None or attempt == self.server.retries:
+                return ChatFailure(found.reason)
+            doubled = min(self.server.pause * 2**attempt, _LONGEST_PAUSE)
+            await asyncio.sleep(max(found.wait, doubled * random.uniform(0.5, 1)))
+            attempt += 1
+
+    async def _try(self, request: ChatRequest, attempt: int) -> ChatAnswer | _Miss:
+        longest = self.longest
+        try:
+            async with asyncio.timeout(self.server.timeout):  # httpx's own starts anew with every byte
+                return await self._once(request)
+        except (TimeoutError, openai.APITimeoutError):
+            return _Miss(f"no answer within {self.server.timeout:g} s")
+        except openai.APIConnectionError as error:
+            self._check_reached(error, attempt)
+            return _Miss(f"the connection broke ({type(error.__cause__).__name__})")
+        except openai.APIStatusError as error:
+            await self._check_status(error)
+            reason = self._told(error)
+            if longest == "max_tokens" and "max_completion_tokens" in reason:  # OpenAI's newer models
+                self.longest = "max_completion_tokens"
+                return _Miss(reason)
+            return _Miss(reason, _retry_after(error))
+        except _NoAnswerError as error:
+            return _Miss(str(error))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
+            return _Miss("malformed answer: no JSON")
+        except UnicodeEncodeError:
+            return _Miss("the request holds half a surrogate pair, which UTF-8 cannot hold", wait=None)
+        except openai.OpenAIError as error:
+            return _Miss(f"malformed answer: {type(error).__name__}")
+
+    async def _once(self, request: ChatRequest) -> ChatAnswer:
+        settings = request.settings()
+        settings[self.longest] = settings.pop("max_tokens")
+        messages: Any = request.messages
+        found: Any = await self.client.chat.completions.create(
+            model=str(self.server.model), messages=messages, **settings
+        )
+        if not isinstance(found, ChatCompletion):
+            raise _NoAnswerError("malformed answer: no chat completion")
+        if not found.choices:
+            raise _NoAnswerError("malformed answer: no choices")
+        try:
+            text = found.choices[0].message.content or ""
+        except (AttributeError, TypeError, KeyError, IndexError):
+            raise _NoAnswerError("malformed answer: no message") from None
+        if not isinstance(text, str):
+            raise _NoAnswerError("malformed answer: no text")
+        if self.server.refuse_empty and not text.strip():
+            raise _NoAnswerError("empty answer")
+        counts = [getattr(found.usage, name, 0) for name in ("prompt_tokens", "completion_tokens")]
+        told = [count if isinstance(count, int) else 0 for count in counts]
+        return ChatAnswer(text, told[0], told[1], str(found.model or self.server.model))
+
+    def _check_reached(self, error: openai.APIConnectionError, attempt: int) -> None:
+        """End where nobody listens: at once where nobody has answered yet, else after all tries, as a server that is
+        started again may be back."""
+        refused = type(error.__cause__).__name__ == "ConnectError"
+        if refused and (not self.answered or attempt == self.server.retries):
+            raise _unreachable(self.server, error)
+
+    async def _check_status(self, error: openai.APIStatusError) -> None:
+        """End where every request will be refused."""
+        status = error.status_code
+        if status == 401 or (status == 403 and not self.answered):
+            raise _refusal(self.server, status, "")
+        if status == 404:
+            try:
+                known = "it has: " + _listed([model.id async for model in self.client.models.list()])
+            except (openai.OpenAIError, ValueError, TypeError, AttributeError):
+                known = "mend its name or the URL"
+            raise UserError(f"{self.server.url} does not know the model {self.server.model!r} (HTTP 404); {known}")
+
+    def _told(self, error: openai.APIStatusError) -> str:
+        """A refusal in a line; a server may repeat the key in it."""
+        body = error.body
+        message = body.get("message") if isinstance(body, dict) else None
+        text = " ".join(_without_key(str(message or error.response.text), self.server).split())
+        return f"HTTP {error.status_code}" + (f": {text[:200]}" if text else "")
+
+
+def _client_settings(server: ChatServer) -> dict[str, Any]:
+    return {"base_url": server.url, "api_key": server.key, "timeout": server.timeout, "max_retries": 0}
+
+
+def _retry_after(error: openai.APIStatusError) -> float | None:
+    """Seconds that a server asks to wait, 0 where it does not say; None where trying again is of no use."""
+    if error.status_code not in _PASSING and error.status_code < 500:
+        return None
+    told = error.response.headers.get("retry-after", "")
+    try:
+        seconds = float(told)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(told).timestamp() - time.time()
+        except ValueError:
+            return 0.0
+    if not seconds <= _LONGEST_RETRY_AFTER:
+        return None
+    return max(seconds, 0.0)
+
+
+def _refusal(server: ChatServer, status: int, what: str) -> UserError:
+    if status in (401, 403):
+        return UserError(f"{server.url} refuses the key (HTTP {status}); set OPENAI_API_KEY to one that it takes")
+    return UserError(f"{server.url} does not {what}, or mend the URL (HTTP {status})")
+
+
+def _unreachable(server: ChatServer, error: openai.APIConnectionError) -> UserError:
+    cause = _without_key(str(error.__cause__ or error), server)
+    return UserError(f"{server.url} cannot be reached ({cause}); start the server, or mend the URL")
+
+
+def _without_key(text: str, server: ChatServer) -> str:
+    return text if server.key == _NO_KEY else text.replace(server.key, "***")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

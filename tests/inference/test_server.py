@@ -1,0 +1,343 @@
+"""Asking an OpenAI-compatible server, a good one and bad ones."""
+
+from __future__ import annotations
+
+import base64
+import gc
+import io
+import itertools
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+from inference.chat_server import Body, ChatLog, chat_server, question_of
+from PIL import Image
+
+from lora_llava.errors import UserError
+from lora_llava.inference.server import (
+    ChatAnswer,
+    ChatFailure,
+    ChatRequest,
+    ChatServer,
+    ask,
+    find_model,
+    picture_part,
+)
+
+KEY = "sk-a-key-that-nobody-sees"
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatLog]:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with chat_server() as log:
+        yield log
+
+
+def request(text: str, max_tokens: int = 10) -> ChatRequest:
+    return ChatRequest([{"role": "user", "content": text}], max_tokens)
+
+
+def quick(log: ChatLog, timeout: float = 5.0, retries: int = 1, **settings: object) -> ChatServer:
+    return ChatServer(log.url, timeout=timeout, retries=retries, pause=0.01, **settings)  # type: ignore[arg-type]
+
+
+def test_answers_come_with_their_counts(log: ChatLog) -> None:
+    found = dict(ask(quick(log), [request(f"question {number}") for number in range(30)]))
+    assert found == {n: ChatAnswer(f"answer to question {n}", 100, 4, "judge-0613") for n in range(30)}
+    assert len(log.requests) == 30
+    assert log.at_once <= 8
+
+
+def test_what_is_sent(log: ChatLog) -> None:
+    messages = [{"role": "user", "content": "a"}]
+    asked = ChatRequest(messages, 7, temperature=0.5, top_p=0.9, stop="###", seed=3)
+    bare = ChatRequest(messages, 7, temperature=None)
+    list(ask(quick(log, concurrency=1), [asked, bare, ChatRequest(messages, 7)]))
+    sent = {"model": "judge", "messages": messages, "max_tokens": 7}
+    assert log.requests[0] == sent | {"temperature": 0.5, "top_p": 0.9, "stop": "###", "seed": 3}
+    assert log.requests[1:] == [sent, sent | {"temperature": 0.0}]
+
+
+def test_requests_work_side_by_side_but_no_more_than_allowed(log: ChatLog) -> None:
+    log.latency = 0.05
+    list(ask(quick(log, concurrency=5), map(request, "abcdefghijklmno")))
+    assert log.at_once == 5
+
+
+def test_requests_are_drawn_as_they_are_needed(log: ChatLog) -> None:
+    drawn: list[str] = []
+
+    def requests() -> Iterator[ChatRequest]:
+        for letter in "abcdefghij":
+            drawn.append(letter)
+            yield request(letter)
+
+    answers = ask(quick(log, concurrency=2), requests())
+    for given in range(1, 11):
+        next(answers)
+        assert len(drawn) <= given + 1
+    assert list(answers) == []
+
+
+TOLD = "told {} with Bearer ***"
+FAILURES = {
+    "stall": "no answer within 0.3 s",
+    "dribble": "no answer within 0.3 s",
+    "cut": "the connection broke (RemoteProtocolError)",
+    "html": "malformed answer: no chat completion",
+    "odd type": "malformed answer: no JSON",
+    "list": "malformed answer: no chat completion",
+    "number": "malformed answer: no chat completion",
+    "no choices": "malformed answer: no choices",
+    "no message": "malformed answer: no message",
+    "nothing": "empty answer",
+    "429": f"HTTP 429: {TOLD.format(429)}",
+    "500": f"HTTP 500: {TOLD.format(500)}",
+    "503": f"HTTP 503: {TOLD.format(503)}",
+    "400": f"HTTP 400: {TOLD.format(400)}",
+    "422": f"HTTP 422: {TOLD.format(422)}",
+}
+ONCE = {"400", "422"}
+"""What trying again does not mend."""
+
+
+def test_every_request_is_answered_or_listed_by_a_server_that_fails_in_every_way(log: ChatLog) -> None:
+    kinds = ["fine", "odd usage", *FAILURES] * 2
+    log.behave = lambda body, count: "ok" if question_of(body) == "fine" else question_of(body)
+    server = quick(log, timeout=0.3, retries=2, api_key=KEY, refuse_empty=True, concurrency=len(kinds))
+    given = list(ask(server, map(request, kinds)))
+    assert sorted(index for index, _ in given) == list(range(len(kinds)))
+    expected = {kind: ChatFailure(reason) for kind, reason in FAILURES.items()} | {
+        "fine": ChatAnswer("answer to fine", 100, 3, "judge-0613"), "odd usage": ChatAnswer("fine", 0, 0, "judge"),
+    }  # fmt: skip
+    assert {kinds[index]: found for index, found in given} == expected
+    asked = [question_of(body) for body in log.requests]
+    tries = {kind: asked.count(kind) for kind in kinds}
+    assert tries == {kind: 2 if kind in ONCE | {"fine", "odd usage"} else 6 for kind in kinds}
+
+
+@pytest.mark.parametrize("kind", ["stall", "cut", "html", "odd type", "no choices", "nothing", "429", "500", "408"])
+def test_what_passes_is_tried_again(log: ChatLog, kind: str) -> None:
+    log.behave = lambda body, count: kind if count < 2 else "ok"
+    server = quick(log, timeout=0.3, retries=2, refuse_empty=True)
+    assert list(ask(server, [request("a")])) == [(0, ChatAnswer("answer to a", 100, 3, "judge-0613"))]
+    assert len(log.requests) == 3
+
+
+def test_an_empty_answer_may_be_one(log: ChatLog) -> None:
+    log.behave = lambda body, count: "nothing"
+    assert list(ask(quick(log), [request("a")])) == [(0, ChatAnswer("", 100, 1, "judge-0613"))]
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_a_wait_that_the_server_asks_for_is_kept(log: ChatLog, form: str) -> None:
+    came: list[float] = []
+
+    def behave(body: Body, count: int) -> str:
+        came.append(time.time())
+        if form == "date":
+            log.retry_after = formatdate(time.time() + 2, usegmt=True)  # cut to whole seconds
+        return "429" if count == 0 else "ok"
+
+    log.behave, log.retry_after = behave, "0.6"
+    assert isinstance(dict(ask(quick(log), [request("a")]))[0], ChatAnswer)
+    assert came[1] - came[0] >= (0.6 if form == "seconds" else 0.9)
+
+
+@pytest.mark.parametrize("told", ["3600", "inf", "nan"])
+def test_a_wait_of_an_hour_is_not_kept(log: ChatLog, told: str) -> None:
+    log.behave, log.retry_after = lambda body, count: "429", told
+    assert isinstance(dict(ask(quick(log, retries=5), [request("a")]))[0], ChatFailure)
+    assert len(log.requests) == 1
+
+
+def test_pauses_double(log: ChatLog) -> None:
+    came: list[float] = []
+
+    def behave(body: Body, count: int) -> str:
+        came.append(time.time())
+        return "500"
+
+    log.behave = behave
+    list(ask(ChatServer(log.url, retries=3, pause=0.1), [request("a")]))
+    pauses = [after - before for before, after in itertools.pairwise(came)]
+    assert all(pause >= least for pause, least in zip(pauses, (0.05, 0.1, 0.2), strict=True))
+
+
+def test_half_a_surrogate_pair_is_listed(log: ChatLog) -> None:
+    found = dict(ask(quick(log), [request("\ud83d"), request("a")]))
+    assert found[0] == ChatFailure("the request holds half a surrogate pair, which UTF-8 cannot hold")
+    assert isinstance(found[1], ChatAnswer)
+
+
+def test_models_that_call_max_tokens_otherwise(log: ChatLog) -> None:
+    log.behave = lambda body, count: "renamed" if "max_tokens" in body else "ok"
+    found = dict(ask(quick(log, concurrency=2), map(request, "abc")))
+    assert {index: type(answer) for index, answer in found.items()} == dict.fromkeys(range(3), ChatAnswer)
+    assert [body.get("max_completion_tokens") for body in log.requests][-3:] == [10, 10, 10]
+
+
+def error_of(server: ChatServer, count: int = 40) -> str:
+    with pytest.raises(UserError) as error:
+        list(ask(server, map(request, "a" * count)))
+    assert "\n" not in str(error.value)
+    assert KEY not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_a_key_that_is_refused_ends_at_once(log: ChatLog, status: str, capsys: pytest.CaptureFixture[str]) -> None:
+    log.behave = lambda body, count: status
+    told = error_of(quick(log, model="judge", api_key=KEY))
+    assert told == f"{log.url} refuses the key (HTTP {status}); set OPENAI_API_KEY to one that it takes"
+    assert len(log.requests) <= 8
+
+
+def test_a_key_that_may_not_list_models(log: ChatLog) -> None:
+    log.refuse_list = True
+    assert "refuses the key (HTTP 401)" in error_of(quick(log))
+    assert log.requests == []
+
+
+def test_one_question_that_is_forbidden_is_listed(log: ChatLog) -> None:
+    log.behave = lambda body, count: "403" if question_of(body) == "b" else "ok"
+    found = dict(ask(quick(log, concurrency=1), map(request, "abc")))
+    assert [type(found[index]) for index in range(3)] == [ChatAnswer, ChatFailure, ChatAnswer]
+
+
+def test_nobody_there() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for server in (ChatServer(url), ChatServer(url, model="judge")):
+        told = error_of(server)
+        assert told.startswith(f"{url}/v1 cannot be reached (")
+        assert told.endswith("); start the server, or mend the URL")
+
+
+def test_a_server_that_goes_away_ends_it() -> None:
+    with chat_server() as log:
+        answers = ask(quick(log, concurrency=1), map(request, "abcdef"))
+        assert isinstance(next(answers)[1], ChatAnswer)
+    with pytest.raises(UserError, match="cannot be reached"):
+        list(answers)
+
+
+def test_the_only_model_is_found_and_several_are_listed(log: ChatLog) -> None:
+    assert find_model(quick(log)).model == "judge"
+    log.models = ["small", "large"]
+    assert error_of(quick(log)) == f"{log.url} has 2 models; name one: small, large"
+    log.models = []
+    assert error_of(quick(log)) == f"{log.url} has no model; load one there"
+
+
+def test_an_unknown_model_is_told_with_those_that_there_are(log: ChatLog) -> None:
+    log.models = ["small", "large"]
+    told = error_of(quick(log, model="lagre"))
+    assert told == f"{log.url} does not know the model 'lagre' (HTTP 404); it has: small, large"
+    assert error_of(ChatServer(log.url + "/elsewhere")) == (
+        f"{log.url}/elsewhere does not tell its models; name the model, or mend the URL (HTTP 404)"
+    )
+
+
+def test_the_key_comes_from_the_environment_and_is_not_shown(log: ChatLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    list(ask(quick(log), [request("a")]))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = quick(log)
+    list(ask(server, [request("a")]))
+    list(ask(quick(log, api_key="another"), [request("a")]))
+    assert log.keys == {"Bearer no-key", f"Bearer {KEY}", "Bearer another"}
+    assert KEY not in repr(server)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\u00e9")
+    with pytest.raises(UserError, match="characters that no key has"):
+        quick(log)
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("http://localhost:8000", "http://localhost:8000/v1"),
+        ("http://localhost:8000/", "http://localhost:8000/v1"),
+        ("https://api.example.com/v1/", "https://api.example.com/v1"),
+        ("http://localhost:1/openai/v1/chat/completions", "http://localhost:1/openai/v1"),
+    ],
+)
+def test_urls(given: str, url: str) -> None:
+    assert ChatServer(given).url == url
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "", "ftp://a", "http://", "http://a:b", "http://[", "http://a:99999"]
+)
+def test_urls_that_are_none(url: str) -> None:
+    with pytest.raises(UserError, match="give one such as http://localhost:8000/v1"):
+        ChatServer(url)
+
+
+def test_settings_that_cannot_be() -> None:
+    for settings in ({"concurrency": 0}, {"timeout": 0}, {"timeout": float("nan")}, {"retries": -1}):
+        with pytest.raises(UserError, match=f"{next(iter(settings))} is "):
+            ChatServer("http://a", **settings)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="password") as error:
+        ChatServer("http://me:secret@a")
+    assert "secret" not in str(error.value)
+
+
+def test_closing_cancels_what_is_on_its_way_and_leaves_nothing(log: ChatLog) -> None:
+    log.behave = lambda body, count: "ok" if question_of(body) == "a" else "stall"
+    answers = ask(quick(log, timeout=60), map(request, "abcdef"))
+    assert isinstance(next(answers)[1], ChatAnswer)
+    began = time.monotonic()
+    answers.close()
+    assert time.monotonic() - began < 5  # and not the timeout
+    assert [thread.name for thread in threading.enumerate() if thread.name == "chat"] == []
+    gc.collect()  # a socket that was left open would warn now
+
+
+def test_a_mistake_among_the_requests_reaches_the_caller(log: ChatLog) -> None:
+    def requests() -> Iterator[ChatRequest]:
+        yield request("a")
+        raise UserError("picture 3.png is missing")
+
+    with pytest.raises(UserError, match=r"picture 3.png is missing"):
+        list(ask(quick(log), requests()))
+    assert [thread.name for thread in threading.enumerate() if thread.name == "chat"] == []
+
+
+def test_ctrl_c_ends_it_at_once(log: ChatLog, tmp_path: Path) -> None:
+    log.behave = lambda body, count: "stall"
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from lora_llava.inference.server import ChatRequest, ChatServer, ask\n"
+        "messages = [{'role': 'user', 'content': 'a'}]\n"
+        f"list(ask(ChatServer({log.url!r}, timeout=60), [ChatRequest(messages, 5)] * 20))\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True) as process:
+        while log.working < 8 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(2)
+        _, told = process.communicate(timeout=20)
+    assert told.rstrip().endswith("KeyboardInterrupt")
+    assert len(log.requests) == 8
+
+
+def test_pictures_go_as_they_are_unless_large(log: ChatLog) -> None:
+    picture = Image.effect_noise((40, 30), 60).convert("RGB")
+    part = picture_part(picture)
+    head, _, content = part["image_url"]["url"].partition(",")
+    assert head == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(content))) as sent:
+        assert sent.tobytes() == picture.tobytes()
+    url = picture_part(Image.new("L", (1025, 1024)))["image_url"]["url"]
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as sent:
+        assert (sent.format, sent.size, sent.mode) == ("JPEG", (1025, 1024), "RGB")
+    parts = [part, {"type": "text", "text": "What is it?"}]
+    assert isinstance(dict(ask(quick(log), [ChatRequest([{"role": "user", "content": parts}], 5)]))[0], ChatAnswer)
+    assert log.requests[0]["messages"][0]["content"] == parts
