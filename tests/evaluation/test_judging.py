@@ -1,0 +1,361 @@
+"""A judge at work, over a real server that answers well, badly, or not to the end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inference.chat_server import Body, ChatLog, chat_server, question_of
+from llava_bench_files import bench, options
+
+from lora_llava.cli import main
+from lora_llava.errors import UserError
+from lora_llava.evaluation.judge_ledger import Budget, JudgeLedger, estimate_tokens, request_key
+from lora_llava.inference.server import ChatAnswer, ChatRequest
+
+LEDGER = "llava_bench_judge.jsonl"
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatLog]:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with chat_server() as log:
+        yield log
+
+
+def asked(body: Body) -> tuple[int, str, bool]:
+    """Question, who is answer 1, and whether it was reminded."""
+    text = question_of(body)
+    number = int(re.search(r"What is in (\d+)\?", text)[1])  # type: ignore[index]
+    return number, "gpt" if f"<answer_1>\ngpt {number}" in text else "ours", "Your reply has to begin" in text
+
+
+def judge_by_number(body: Body) -> str:
+    """A judge who favours whoever comes first: one point; the reference gets 8 and we 6 to 8."""
+    number, first, _ = asked(body)
+    gpt, ours = 8 + (first == "gpt"), 6 + number % 3 + (first == "ours")
+    return f"{gpt} {ours}\nFine [/INST]." if first == "gpt" else f"{ours} {gpt}\nFine."
+
+
+def run(log: ChatLog, folder: Path, *more: str, count: int = 6) -> int:
+    files = bench(folder, count) if not (folder / "questions.jsonl").is_file() else {
+        name: folder / f"{name}.jsonl" for name in ("questions", "context", "reference", "answers")
+    }  # fmt: skip
+    return main(None, ["score", "llava-bench", *options(files), "--judge-url", log.url, *more])
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "llava_bench.json").read_text())
+    return content
+
+
+def ledger_of(folder: Path) -> list[dict[str, Any]]:
+    file = folder / LEDGER
+    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def test_both_orders_are_asked_and_averaged(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log.answer = judge_by_number
+    assert run(log, tmp_path) == 0
+    assert Counter(asked(body)[:2] for body in log.requests) == Counter(
+        (number, first) for number in range(6) for first in ("gpt", "ours")
+    )
+    report = report_of(tmp_path)
+    assert report["questions"][1] == {
+        "question_id": "1", "category": "detail", "status": "scored", "answer": 7.5, "reference": 8.5,
+        "orders": {"reference_first": [9.0, 7.0], "answer_first": [8.0, 8.0]},
+    }  # fmt: skip
+    assert {name: (row["answer"], row["reference"], row["relative"]) for name, row in report["table"].items()} == {
+        "conv": (6.5, 8.5, 76.47), "detail": (7.5, 8.5, 88.24), "complex": (8.5, 8.5, 100.0), "all": (7.5, 8.5, 88.24),
+    }  # fmt: skip
+    assert report["complete"] is True
+    assert report["judge"] == {"url": log.url, "model": "judge", "model_told": ["judge-0613"]}
+    answers = (tmp_path / "answers.jsonl").read_bytes()
+    assert report["files"]["answers"] == hashlib.sha256(answers).hexdigest()
+    assert list(report["prompts"]) == ["system", "conv", "detail", "complex", "reminder"]
+    told = capsys.readouterr().out
+    assert "12 of 12 judgements to ask for" in told
+    assert re.search(r"│ all +│ +6 │ 7.50 │ +8.50 │ +88.2 │ .*│ +0 │", told)
+
+
+def test_without_swap_it_is_llavas_way(log: ChatLog, tmp_path: Path) -> None:
+    log.answer = judge_by_number
+    assert run(log, tmp_path, "--no-swap") == 0
+    assert [asked(body)[1] for body in log.requests] == ["gpt"] * 6
+    assert report_of(tmp_path)["table"]["all"]["relative"] == round(100 * (6 + 7 + 8) * 2 / (9 * 6), 2)
+
+
+def test_what_cannot_be_read_is_asked_twice_more_and_then_listed(
+    log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(body: Body) -> str:
+        number, first, reminded = asked(body)
+        if number == 2 and first == "ours":
+            return "I cannot say."
+        return "Both are good." if number == 3 and not reminded else judge_by_number(body)
+
+    log.answer = answer
+    assert run(log, tmp_path) == 0
+    tries = Counter(asked(body)[:2] for body in log.requests)
+    assert tries == Counter({(n, f): 1 for n in range(6) for f in ("gpt", "ours")}) + Counter(
+        {(2, "ours"): 2, (3, "gpt"): 1, (3, "ours"): 1}
+    )
+    assert sorted(body["temperature"] for body in log.requests if asked(body)[:2] == (2, "ours")) == [0.0, 0.0, 0.3]
+    report = report_of(tmp_path)
+    row = report["questions"][2]
+    assert (row["status"], row["answer"], row["orders"]) == ("unparsed", None, {"reference_first": [9.0, 8.0]})
+    table = report["table"]
+    assert (table["all"]["unparsed"], table["all"]["scored"]) == (1, 5)
+    assert table["complex"]["answer"] == 8.5  # of question 5 alone
+    assert "1 unparsed: no readable scores in 3 texts of the judge; not averaged in: 2\n" in capsys.readouterr().out
+    log.requests.clear()
+    assert run(log, tmp_path) == 0
+    assert log.requests == []
+
+
+def test_a_question_that_the_judge_does_not_answer_is_listed_and_asked_again_next_time(
+    log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-not-to-be-seen")
+    log.answer, log.behave = judge_by_number, lambda body, count: "400" if asked(body)[0] == 4 else "ok"
+    assert run(log, tmp_path, "--concurrency", "1") == 1
+    report = report_of(tmp_path)
+    assert [row["status"] for row in report["questions"]] == ["scored"] * 4 + ["failed", "scored"]
+    assert report["questions"][4]["reason"] == "HTTP 400: told 400 with Bearer ***"
+    assert log.keys == {"Bearer sk-not-to-be-seen"}
+    assert [file.name for file in tmp_path.iterdir() if b"sk-not-to-be-seen" in file.read_bytes()] == []
+    assert report["complete"] is False
+    told = capsys.readouterr().out
+    assert "1 failed: the judge gave no text; the same command tries again (HTTP 400: told 400" in told
+    log.behave = lambda body, count: "ok"
+    log.requests.clear()
+    assert run(log, tmp_path) == 0
+    assert {asked(body)[0] for body in log.requests} == {4}
+
+
+def test_a_judge_that_answers_nothing_is_given_up(
+    log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.behave = lambda body, count: "400"
+    assert run(log, tmp_path, count=60) == 2
+    assert "answered none of 8 requests: HTTP 400: told 400" in capsys.readouterr().err
+    assert len(log.requests) <= 16
+
+
+def test_a_cap_on_requests_stops_and_goes_on(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log.answer = judge_by_number
+    whole = tmp_path / "whole"
+    assert run(log, whole) == 0
+    log.requests.clear()
+    assert run(log, tmp_path / "capped", "--max-requests", "5") == 1
+    assert len(log.requests) == 5
+    assert "not asked: the cap was reached; the same command goes on" in capsys.readouterr().out
+    assert run(log, tmp_path / "capped", "--max-requests", "6") == 1
+    assert run(log, tmp_path / "capped", "--max-requests", "6") == 0
+    assert len(log.requests) == 12
+    assert report_of(tmp_path / "capped")["table"] == report_of(whole)["table"]
+
+
+def test_a_cap_on_cost_is_not_passed(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log.answer = judge_by_number
+    prices = ["--price-in", "100", "--price-out", "1000"]
+    most = 1024 * 1000 / 1e6  # of the judge's text alone
+    assert run(log, tmp_path, *prices, "--max-cost", str(most)) == 1
+    assert log.requests == []  # the prompt comes on top
+    assert run(log, tmp_path, *prices, "--max-cost", "1.1", "--concurrency", "4") == 1
+    given = len(log.requests)
+    assert 0 < given < 12  # one at a time: what is set aside for one leaves no room for another
+    assert log.at_once == 1
+    spent = report_of(tmp_path)["this_run"]["usd"]
+    assert spent == pytest.approx(sum(100 * 100 + 1000 * len(row["text"].split()) for row in ledger_of(tmp_path)) / 1e6)
+    assert spent <= 1.1
+    assert f"{given} requests in this run, {spent:.4f} USD" in capsys.readouterr().out
+
+
+def test_json_is_all_that_stands_on_stdout(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log.answer = judge_by_number
+    assert run(log, tmp_path, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == report_of(tmp_path)
+
+
+def test_a_report_of_other_answers_is_not_overwritten(
+    log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.answer = judge_by_number
+    assert run(log, tmp_path) == 0
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(answers.read_text().replace("ours", "ours too"))
+    log.requests.clear()
+    assert run(log, tmp_path) == 2
+    assert "is the report of other answers; name another folder with --output" in capsys.readouterr().err
+    assert log.requests == []
+    assert run(log, tmp_path, "--output", str(tmp_path / "other")) == 0
+
+
+def test_the_same_answers_are_asked_once_and_come_out_even(log: ChatLog, tmp_path: Path) -> None:
+    log.answer = lambda body: "9 8\nThe first is better."
+    files = bench(tmp_path, 1)
+    files["answers"].write_text(files["reference"].read_text())
+    assert run(log, tmp_path) == 0
+    assert len(log.requests) == 1
+    assert report_of(tmp_path)["table"]["all"]["relative"] == 100.0
+
+
+MESSAGES = [{"role": "user", "content": "abcdefghi"}]
+
+
+def test_the_ledger_takes_a_torn_line_away_and_keeps_the_rest(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "ledger.jsonl"
+    answer = ChatAnswer("8 9\n\u2028\ud83d", 3, 4, "judge")
+    with JudgeLedger(file) as ledger:
+        ledger.add("a", answer, question_id="0")
+        with pytest.raises(UserError, match="another run is judging into it"):
+            JudgeLedger(file)
+    whole = file.read_bytes()
+    for size in range(len(whole)):
+        file.write_bytes(whole + whole[:size])
+        with JudgeLedger(file) as ledger:
+            assert ledger.answers == {"a": answer}
+            ledger.add("b", answer)
+        with JudgeLedger(file) as ledger:
+            assert ledger.answers == {"a": answer, "b": answer}
+    file.write_bytes(b'{"key": 1}\n' + whole)
+    with pytest.raises(UserError, match=r"ledger.jsonl, line 1: not a judge's answer; take the line out"):
+        JudgeLedger(file)
+
+
+def test_keys_depend_on_all_that_an_answer_depends_on() -> None:
+    request = ChatRequest(MESSAGES, 10)
+    keys = [
+        request_key("judge", request, 0), request_key("judge", request, 1), request_key("other", request, 0),
+        request_key("judge", ChatRequest(MESSAGES, 11), 0), request_key("judge", ChatRequest(MESSAGES, 10, 0.1), 0),
+        request_key("judge", ChatRequest([{"role": "user", "content": "b"}], 10), 0),
+    ]  # fmt: skip
+    assert len(set(keys)) == 6
+    assert request_key("judge", ChatRequest([dict(reversed(MESSAGES[0].items()))], 10), 0) == keys[0]
+
+
+def test_a_budget_counts_what_was_used_and_sets_aside_what_may_be() -> None:
+    request = ChatRequest(MESSAGES, 1000)
+    assert estimate_tokens(request) == 3
+    budget = Budget(price_in=1e6, price_out=1e3, max_cost=9.0)
+    assert budget.take("a", request)  # 3 + 1 USD at most
+    assert budget.take("b", request)
+    assert not budget.take("c", request)
+    assert not budget.exhausted
+    budget.settle("a", request, ChatAnswer("8 9", 2, 500, "judge"))
+    budget.settle("b", request, ChatAnswer("8 9 1234", 0, 0, "judge"))  # no count: by the estimate
+    assert budget.spent == pytest.approx(2 + 0.5 + 3 + 0.002)
+    assert not budget.take("c", request)
+    assert budget.exhausted
+    assert budget.requests == 2
+
+
+def wait_for(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def start(log: ChatLog, folder: Path) -> multiprocessing.process.BaseProcess:
+    """The verb in a process of its own, forked from one that has loaded it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lora_llava.cli", "lora_llava.evaluation.judge_report"])
+    names = ("questions", "context", "reference", "answers")
+    files = {name: folder / f"{name}.jsonl" for name in names}
+    argv = ["score", "llava-bench", *options(files), "--judge-url", log.url, "--judge-model", "judge"]
+    process = context.Process(target=main, args=(None, argv))
+    process.start()
+    return process
+
+
+def kill(process: multiprocessing.process.BaseProcess) -> None:
+    process.kill()
+    process.join()
+    assert process.exitcode == -9
+    process.close()
+
+
+def unreadable_at_times(body: Body) -> str:
+    number, first, reminded = asked(body)
+    return "Hm." if number % 4 == 1 and first == "gpt" and not reminded else judge_by_number(body)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no forkserver there")
+def test_a_run_killed_at_ten_points_repeats_no_call_and_ends_at_the_same_score(log: ChatLog, tmp_path: Path) -> None:
+    log.answer = unreadable_at_times
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    assert run(log, unbroken, "--judge-model", "judge", count=20) == 0
+    total = len(ledger_of(unbroken))
+    assert total == 45  # both orders of 20, and 5 texts without scores
+    log.answered.clear()
+    bench(killed, 20)
+    log.given, before = 0, 0
+    for point in sorted(random.Random(5).sample(range(1, total), 10)):
+        log.gate = point  # answers in full until then; what is asked beyond is on its way when the kill comes
+        process = start(log, killed)
+        wait_for(lambda point=point: len(ledger_of(killed)) == point)  # type: ignore[misc]
+        kill(process)
+        assert sum(log.answered.values()) == point > before
+        before = point
+    log.gate = None
+    assert run(log, killed, "--judge-model", "judge", count=20) == 0
+    assert set(log.answered.values()) == {1}
+    assert len(log.answered) == total
+    assert {row["key"] for row in ledger_of(killed)} == {row["key"] for row in ledger_of(unbroken)}
+    assert len(ledger_of(killed)) == total
+    assert {**report_of(killed), "this_run": None} == {**report_of(unbroken), "this_run": None}
+
+
+def test_ctrl_c_keeps_the_answers(log: ChatLog, tmp_path: Path) -> None:
+    log.answer, log.gate = judge_by_number, 3
+    call = ["score", "llava-bench", *options(bench(tmp_path, 6)), "--judge-url", log.url]
+    command = [sys.executable, "-m", "lora_llava.cli", *call]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: len(ledger_of(tmp_path)) == 3)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert f"stopped; 3 answers are in {tmp_path / LEDGER}, and the same command goes on" in told
+    assert "Traceback" not in told
+    log.gate = None
+    assert run(log, tmp_path) == 0
+    assert len(ledger_of(tmp_path)) == 12
+
+
+def key_of(body: Body) -> str:
+    attempt = 0 if not asked(body)[2] else 1 if body["temperature"] == 0 else 2
+    return request_key("judge", ChatRequest(body["messages"], body["max_tokens"], body["temperature"]), attempt)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no forkserver there")
+def test_a_run_killed_at_any_moment_asks_for_nothing_that_it_has(log: ChatLog, tmp_path: Path) -> None:
+    log.answer, log.latency = unreadable_at_times, 0.03
+    bench(tmp_path, 20)
+    rng = random.Random(11)
+    for _ in range(4):
+        begun, had = len(log.requests), {row["key"] for row in ledger_of(tmp_path)}
+        process = start(log, tmp_path)
+        wait_for(lambda had=had: len(ledger_of(tmp_path)) > len(had))  # type: ignore[misc]
+        time.sleep(rng.uniform(0, 0.03))
+        kill(process)
+        assert had.isdisjoint(map(key_of, log.requests[begun:]))
+    begun, had = len(log.requests), {row["key"] for row in ledger_of(tmp_path)}
+    assert 0 < len(had) < 45
+    assert run(log, tmp_path, "--judge-model", "judge") == 0
+    assert {row["key"] for row in ledger_of(tmp_path)} - had == set(map(key_of, log.requests[begun:]))
+    assert len(ledger_of(tmp_path)) == 45
