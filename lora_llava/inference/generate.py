@@ -1,15 +1,20 @@
-"""Batched greedy answers."""
+"""Batched answers: questions sorted by length, each picture encoded once, a KV cache, the template's stop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_llava.data.images import Pictures
+from lora_llava.data.images import BadImageError, Pictures
+from lora_llava.inference.answer import Answer
+from lora_llava.inference.sampling import Sampling
+from lora_llava.model.vision import features_as_pixels, llava_of, tower_features
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,12 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     pictures: Pictures,
     batch_size: int,
-    max_new_tokens: int,
+    sampling: Sampling,
     stop_string: str | None = None,
-) -> Iterator[tuple[int, str]]:
-    """Answer questions greedily, longest first, and give each batch's answers as they come.
+    answered: Collection[int] = (),
+    encoded: EncodedPictures | None = None,
+) -> Iterator[tuple[int, Answer]]:
+    """Answer questions, longest first, and give each batch's answers as they come.
 
     Args:
         model: A LLaVA, with or without adapter.
@@ -44,30 +51,108 @@ def generate_answers(
         tokenizer: The processor's; it pads on the left here.
         pictures: Gives the pictures that questions name.
         batch_size: Questions at once.
-        max_new_tokens: Longest answer.
+        sampling: How tokens are drawn; what is drawn depends on the seed and on which questions share a batch.
         stop_string: Ends an answer where the template's stop is ordinary text; taken off the answer.
+        answered: Indices that are not asked again.
+        encoded: Pictures that are shared with other calls; None keeps those of this one.
 
     Yields:
-        The question's index and its answer without special tokens.
+        The question's index and its answer; one with a problem where a picture cannot be opened.
     """
-    order = sorted(range(len(questions)), key=lambda i: -len(questions[i].input_ids))
-    device = next(model.parameters()).device
+    left = [i for i in range(len(questions)) if i not in answered]
+    order = sorted(left, key=lambda i: -len(questions[i].input_ids))
+    encoded = encoded or EncodedPictures(model, pictures, questions, left)
     stop: dict[str, Any] = {"stop_strings": [stop_string], "tokenizer": tokenizer} if stop_string else {}
     model.eval()
     for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        batch = _left_padded([questions[i].input_ids for i in indices], tokenizer.pad_token_id)
-        names = [name for i in indices for name in questions[i].image_files]
-        if names:
-            batch["pixel_values"] = pictures(names)
-        output = model.generate(
-            **{name: tensor.to(device) for name, tensor in batch.items()},
-            do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id, use_cache=True, **stop,
-        )  # fmt: skip
+        batch, failed = encoded.batch(order[start : start + batch_size], questions, tokenizer.pad_token_id)
+        yield from failed.items()
+        indices = [i for i in order[start : start + batch_size] if i not in failed]
+        if not indices:
+            continue
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed + indices[0])
+        with encoded.as_pixels():
+            output = model.generate(
+                **batch, **sampling.as_generate(), pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id, use_cache=True, **stop,
+            )  # fmt: skip
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
-            yield index, text.split(stop_string)[0].strip() if stop_string else text.strip()
+            yield index, Answer(text.split(stop_string)[0].strip() if stop_string else text.strip())
+
+
+class EncodedPictures:
+    """Features of the pictures that questions share: the tower sees each once, and what no question needs any more is
+    let go.
+
+    Args:
+        model: A LLaVA, with or without adapter; one without tower takes what `pictures` gives as features.
+        pictures: Gives pictures by name.
+        questions: Whose pictures are asked for.
+        indices: Those of them that are asked.
+        times: How often each is asked.
+    """
+
+    def __init__(
+        self, model: Any, pictures: Pictures, questions: Sequence[Question], indices: Sequence[int], times: int = 1
+    ) -> None:  # fmt: skip
+        self.llava = llava_of(model)
+        self.pictures = pictures
+        self.uses = Counter(name for i in indices for name in questions[i].image_files for _ in range(times))
+        self.device = next(model.parameters()).device
+        self._held: dict[str, torch.Tensor] = {}
+        self._bad: dict[str, BadImageError] = {}
+
+    def batch(
+        self, indices: Sequence[int], questions: Sequence[Question], pad_token_id: int
+    ) -> tuple[dict[str, torch.Tensor], dict[int, Answer]]:
+        """Left-padded ids of these questions with the features of their pictures, and those whose pictures are bad."""
+        features: list[torch.Tensor] = []
+        failed: dict[int, Answer] = {}
+        self._encode([name for i in indices for name in questions[i].image_files])
+        for i in indices:
+            try:
+                found = [self._take(name) for name in questions[i].image_files]
+            except BadImageError as error:
+                failed[i] = Answer("", problem=str(error), is_picture=True)
+                continue
+            features += found
+        kept = [questions[i].input_ids for i in indices if i not in failed]
+        batch = _left_padded(kept, pad_token_id) if kept else {}
+        if features:
+            batch["pixel_values"] = torch.stack(features)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}, failed
+
+    def as_pixels(self) -> Any:
+        """While this is entered, the model takes features as its `pixel_values`."""
+        return nullcontext() if self.llava.model.vision_tower is None else features_as_pixels(self.llava)
+
+    def _encode(self, names: Sequence[str]) -> None:
+        """Run the tower once over the batch's new pictures."""
+        new = [name for name in dict.fromkeys(names) if name not in self._held]
+        opened: dict[str, torch.Tensor] = {}
+        for name in new:
+            try:
+                opened[name] = self.pictures([name])[0]
+            except BadImageError as error:
+                self._bad[name] = error
+        if not opened:
+            return
+        stacked = torch.stack(list(opened.values())).to(self.device)
+        tower = self.llava.model.vision_tower
+        if tower is not None:
+            stacked = tower_features(tower, self.llava.config, stacked.to(tower.dtype))
+        self._held |= dict(zip(opened, stacked, strict=True))
+
+    def _take(self, name: str) -> torch.Tensor:
+        if name not in self._held:
+            raise self._bad[name]
+        features = self._held[name]
+        self.uses[name] -= 1
+        if self.uses[name] <= 0:
+            self._held.pop(name, None)
+        return features
 
 
 def _left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ def component_hashes(folder: Path) -> dict[str, str]:
     Raises:
         UserError: Where the folder's weights are missing or damaged.
     """
-    kept = cache_folder() / "hashes" / f"{_state_of(folder)}.json"
+    kept = cache_folder() / "hashes" / f"{weights_state(folder)}.json"
     with contextlib.suppress(FileNotFoundError, ValueError):  # a file cut short counts as none
         return dict(json.loads(kept.read_text()))
     digests = {part: hashlib.sha256() for part in COMPONENTS}
@@ -68,8 +68,8 @@ def _describe(tensor: LazyTensor) -> str:
     return f"{canonical_name(tensor.name)} {value.dtype} {tuple(value.shape)} {digest}\n"
 
 
-def _state_of(folder: Path) -> str:
-    """Changes when a weight file does."""
+def weights_state(folder: Path) -> str:
+    """A hash over a folder's place and its weight files' sizes and times: changes when one of them does."""
     files = [(folder / name).stat() for name in weight_files([file.name for file in folder.iterdir()])]
     content = [str(folder.resolve()), *((state.st_size, state.st_mtime_ns, state.st_ino) for state in files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,29 @@ def load_tower(folder: Path, config: LlavaConfig, dtype: torch.dtype, device: to
         if name.endswith("position_ids"):
             buffer.copy_(torch.arange(buffer.numel(), device=device).view_as(buffer))
     return tower.eval().requires_grad_(False)
+
+
+def llava_of(model: Any) -> Any:
+    """The `LlavaForConditionalGeneration` itself, under an adapter or not."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def features_as_pixels(model: Any) -> Iterator[None]:
+    """While this is entered, a model takes features of pictures as its `pixel_values`, as `tower_features` gives them.
+
+    Args:
+        model: A `LlavaForConditionalGeneration`.
+    """
+    before = model.model.__dict__.get("get_image_features")
+    _replace_features(model, lambda features: features)
+    try:
+        yield
+    finally:
+        if before is None:
+            del model.model.get_image_features
+        else:
+            model.model.get_image_features = before
 
 
 def _replace_features(model: Any, features_of: Any) -> None:

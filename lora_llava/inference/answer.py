@@ -1,0 +1,22 @@
+"""What comes back for a question."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: What was written, without special tokens; "" where nothing was.
+        problem: Why there is no answer; None where there is one.
+        is_picture: Whether the problem is a picture that cannot be opened, and not who was asked.
+        scores: Log-likelihood of each choice in nats, where choices were weighed in place of writing.
+    """
+
+    text: str
+    problem: str | None = None
+    is_picture: bool = False
+    scores: tuple[float, ...] | None = None

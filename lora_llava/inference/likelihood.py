@@ -1,0 +1,211 @@
+"""How likely a model holds given answers: choices weighed against each other, and the loss of a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from lora_llava.data.encode import IGNORE_INDEX
+from lora_llava.data.images import Pictures
+from lora_llava.inference.answer import Answer
+from lora_llava.inference.generate import EncodedPictures, Question
+from lora_llava.model.vision import llava_of
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A question with the answers it may have.
+
+    Attributes:
+        texts: Each answer.
+        encoded: `input_ids` and `labels` of the conversation with each answer at its end, labels -100 up to there.
+        image_files: Names of its pictures, in order.
+    """
+
+    texts: Sequence[str]
+    encoded: Sequence[tuple[Sequence[int], Sequence[int]]]
+    image_files: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A question's choices as one row: what they share once, then what is left of each.
+
+    Attributes:
+        input_ids: The shared ids, then each choice's own.
+        shared: How many ids are shared.
+        branches: Where each choice's own ids begin and end.
+    """
+
+    input_ids: list[int]
+    shared: int
+    branches: list[tuple[int, int]]
+
+
+def build_tree(choices: Sequence[Sequence[int]]) -> Tree:
+    """Lay choices out side by side behind what they share.
+
+    Args:
+        choices: Ids of each conversation, which begin alike and of which none is all of another.
+
+    Returns:
+        The row.
+
+    Raises:
+        ValueError: Where one choice is another, or its beginning.
+    """
+    shared = 0
+    shortest = min(map(len, choices))
+    while shared < shortest and len({row[shared] for row in choices}) == 1:
+        shared += 1
+    if shared == shortest:
+        raise ValueError("a choice is the beginning of another, or the same; they cannot be told apart")
+    ids, branches = list(choices[0][:shared]), []
+    for row in choices:
+        branches.append((len(ids), len(ids) + len(row) - shared))
+        ids += row[shared:]
+    return Tree(ids, shared, branches)
+
+
+@torch.inference_mode()
+def weigh_choices(
+    model: Any, questions: Sequence[Choices], *, pictures: Pictures, batch_size: int, pad_token_id: int,
+    answered: Collection[int] = (), encoded: EncodedPictures | None = None,
+) -> Iterator[tuple[int, Answer]]:  # fmt: skip
+    """Choose answers by their log-likelihood, what a question's choices share computed once: one forward a batch.
+
+    A branch sees what is shared and itself, and its positions go on from there: its logits are those of its
+    conversation alone.
+
+    Args:
+        model: A LLaVA, with or without adapter.
+        questions: With their choices.
+        pictures: Gives the pictures that questions name.
+        batch_size: Questions at once.
+        pad_token_id: Fills on the left.
+        answered: Indices that are not asked again.
+        encoded: Pictures that are shared with other calls; None keeps those of this one.
+
+    Yields:
+        The question's index and its likeliest choice, with the log-likelihood in nats of what tells the choices apart.
+
+    Raises:
+        ValueError: Where choices cannot be told apart.
+    """
+    trees = [build_tree([ids for ids, _ in question.encoded]) for question in questions]
+    rows = [Question(tree.input_ids, q.image_files) for tree, q in zip(trees, questions, strict=True)]
+    left = [i for i in range(len(rows)) if i not in answered]
+    encoded = encoded or EncodedPictures(model, pictures, rows, left)
+    for indices, batch, failed in _batches(model, rows, left, encoded, batch_size, pad_token_id):
+        yield from failed.items()
+        if not indices:
+            continue
+        longest = batch["input_ids"].shape[1]
+        mask, positions = _tree_mask([trees[i] for i in indices], longest)
+        own = max(len(trees[i].input_ids) - trees[i].shared for i in indices)
+        with encoded.as_pixels():
+            logits = model(
+                input_ids=batch["input_ids"], pixel_values=batch.get("pixel_values"),
+                attention_mask=_additive(mask, llava_of(model).dtype).to(batch["input_ids"].device),
+                position_ids=positions.to(batch["input_ids"].device), use_cache=False, logits_to_keep=own + 1,
+            ).logits  # fmt: skip
+        log_probabilities = functional.log_softmax(logits.float(), dim=-1).cpu()
+        for row, i in enumerate(indices):
+            scores = _scores(log_probabilities[row], trees[i], questions[i])
+            best = max(range(len(scores)), key=scores.__getitem__)
+            yield i, Answer(questions[i].texts[best], scores=scores)
+
+
+def _scores(log_probabilities: torch.Tensor, tree: Tree, question: Choices) -> tuple[float, ...]:
+    """Sum over each branch's labelled tokens, the first of which the last shared token foretells."""
+    end = len(tree.input_ids)
+    kept = len(log_probabilities)
+    scores = []
+    for (first, last), (_, labels) in zip(tree.branches, question.encoded, strict=True):
+        total = 0.0
+        for place in range(first, last):
+            if labels[tree.shared + place - first] == IGNORE_INDEX:
+                continue
+            before = place - 1 if place > first else tree.shared - 1
+            total += float(log_probabilities[kept - end + before, tree.input_ids[place]])
+        scores.append(total)
+    return tuple(scores)
+
+
+def _tree_mask(trees: Sequence[Tree], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Who sees whom, bool of shape (rows, 1, tokens, tokens), and positions, of shape (rows, tokens)."""
+    mask = torch.eye(longest, dtype=torch.bool).repeat(len(trees), 1, 1, 1)  # padding sees itself: no row is empty
+    positions = torch.zeros(len(trees), longest, dtype=torch.long)
+    for row, tree in enumerate(trees):
+        start = longest - len(tree.input_ids)
+        mask[row, 0, start:, start : start + tree.shared] = True
+        shared = slice(start, start + tree.shared)
+        mask[row, 0, shared, shared] = torch.ones(tree.shared, tree.shared).tril().bool()
+        positions[row, shared] = torch.arange(tree.shared)
+        for first, last in tree.branches:
+            own = slice(start + first, start + last)
+            mask[row, 0, own, own] = torch.ones(last - first, last - first).tril().bool()
+            positions[row, own] = torch.arange(tree.shared, tree.shared + last - first)
+    return mask, positions
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where attention goes, the lowest number elsewhere, which every attention implementation takes."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+@torch.inference_mode()
+def answer_losses(
+    model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], image_files: Sequence[Sequence[str]], *,
+    pictures: Pictures, batch_size: int, pad_token_id: int,
+) -> Iterator[tuple[int, float, int]]:  # fmt: skip
+    """The loss of given answers.
+
+    Args:
+        model: A LLaVA, with or without adapter.
+        rows: `input_ids` and `labels` of each conversation, labels -100 but for the answer.
+        image_files: Names of each one's pictures.
+        pictures: Gives them.
+        batch_size: Conversations at once.
+        pad_token_id: Fills on the left.
+
+    Yields:
+        Index, summed cross-entropy in nats and labelled tokens; rows whose pictures cannot be opened are left out.
+    """
+    questions = [Question(ids, files) for (ids, _), files in zip(rows, image_files, strict=True)]
+    everything = range(len(questions))
+    encoded = EncodedPictures(model, pictures, questions, everything)
+    for indices, batch, _ in _batches(model, questions, everything, encoded, batch_size, pad_token_id):
+        if not indices:
+            continue
+        longest = batch["input_ids"].shape[1]
+        labels = torch.full((len(indices), longest), IGNORE_INDEX)
+        for row, i in enumerate(indices):
+            labels[row, longest - len(rows[i][1]) :] = torch.tensor(rows[i][1])
+        keep = int(longest - (labels != IGNORE_INDEX).any(0).nonzero()[0]) + 1
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        with encoded.as_pixels():
+            logits = model(**batch, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+        target = labels[:, -keep + 1 :]
+        found = functional.cross_entropy(
+            logits[:, :-1].float().transpose(1, 2).cpu(), target, ignore_index=IGNORE_INDEX, reduction="none"
+        )
+        for row, i in enumerate(indices):
+            yield i, float(found[row].sum()), int((target[row] != IGNORE_INDEX).sum())
+
+
+def _batches(
+    model: Any, rows: Sequence[Question], left: Sequence[int], encoded: EncodedPictures, batch_size: int,
+    pad_token_id: int,
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor], dict[int, Answer]]]:  # fmt: skip
+    """Batches of rows, longest first: indices, tensors, and the rows whose pictures are bad."""
+    order = sorted(left, key=lambda i: -len(rows[i].input_ids))
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch, failed = encoded.batch(chosen, rows, pad_token_id)
+        yield [i for i in chosen if i not in failed], batch, failed

@@ -1,0 +1,159 @@
+"""The engine: batched answers are those of one question at a time, and no picture is encoded twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lora_llava.data.conversation import Conversation
+from lora_llava.data.images import BadImageError
+from lora_llava.evaluation.answerers import Asked
+from lora_llava.inference.answer import Answer
+from lora_llava.inference.generate import EncodedPictures, Question, generate_answers
+from lora_llava.inference.sampling import Sampling
+
+
+def questions_of(asked: Asked, rows: Sequence[Conversation]) -> list[Question]:
+    return [Question(asked.prompt(row), row.images) for row in rows]
+
+
+def answers(asked: Asked, questions: Sequence[Question], **settings: Any) -> dict[int, Answer]:
+    given = {"batch_size": 5, "sampling": Sampling(max_new_tokens=12), "pictures": asked.pictures, **settings}
+    return dict(generate_answers(asked.model, questions, tokenizer=asked.tokenizer, **given))
+
+
+def test_batches_answer_as_one_at_a_time_does(speaking: Any) -> None:
+    asked, rows = speaking
+    questions = questions_of(asked, rows)
+    assert len({len(question.input_ids) for question in questions}) > 1
+    alone = answers(asked, questions, batch_size=1)
+    assert len({answer.text for answer in alone.values()}) == 6
+    for batch_size in (3, 5, 12):
+        assert answers(asked, questions, batch_size=batch_size) == alone
+
+
+def test_an_answer_is_stock_generation_s(speaking: Any) -> None:
+    asked, rows = speaking
+    row = next(row for row in rows if row.images)
+    ids = torch.tensor([asked.prompt(row)])
+    output = asked.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=asked.pictures(row.images), do_sample=False,
+        max_new_tokens=12, pad_token_id=asked.tokenizer.pad_token_id,
+    )  # fmt: skip
+    text = asked.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert answers(asked, questions_of(asked, [row]))[0].text == text.strip()
+
+
+def test_longest_first_and_what_was_answered_is_not_asked_again(speaking: Any) -> None:
+    asked, rows = speaking
+    questions = questions_of(asked, rows)
+    given = {"tokenizer": asked.tokenizer, "pictures": asked.pictures, "sampling": Sampling(max_new_tokens=2)}
+    order = [i for i, _ in generate_answers(asked.model, questions, batch_size=5, **given)]
+    lengths = [len(questions[i].input_ids) for i in order]
+    assert lengths == sorted(lengths, reverse=True)
+    assert sorted(order) == list(range(12))
+    left = [i for i, _ in generate_answers(asked.model, questions, batch_size=5, answered={0, 3, 7}, **given)]
+    assert sorted(left) == [1, 2, 4, 5, 6, 8, 9, 10, 11]
+
+
+@pytest.fixture
+def seen(speaking: Any) -> Iterator[Counter[float]]:
+    """How often the tower saw each picture, told apart by their sums."""
+    counts: Counter[float] = Counter()
+
+    def count(module: Any, args: Any) -> None:
+        counts.update(round(float(picture.sum()), 3) for picture in args[0])
+
+    tower = speaking[0].model.get_base_model().model.vision_tower
+    handle = tower.register_forward_pre_hook(count)
+    yield counts
+    handle.remove()
+
+
+def test_the_tower_sees_a_shared_picture_once(speaking: Any, seen: Counter[float]) -> None:
+    asked, rows = speaking
+    pictured = [row for row in rows if row.images][:3]
+    shared = [replace(row, images=pictured[0].images) for row in rows if row.images] + pictured[1:]
+    apart = answers(asked, questions_of(asked, shared), batch_size=1)
+    assert set(seen.values()) == {1}
+    assert len(seen) == 3
+    seen.clear()
+    assert answers(asked, questions_of(asked, shared), batch_size=3) == apart
+    assert set(seen.values()) == {1}
+
+
+def test_a_picture_is_let_go_after_its_last_question(speaking: Any) -> None:
+    asked, rows = speaking
+    questions = questions_of(asked, [row for row in rows if row.images])
+    encoded = EncodedPictures(asked.model, asked.pictures, questions, range(len(questions)))
+    for i in range(len(questions)):
+        encoded.batch([i], questions, asked.tokenizer.pad_token_id)
+        assert not encoded._held
+    twice = EncodedPictures(asked.model, asked.pictures, questions, range(len(questions)), times=2)
+    twice.batch([0], questions, asked.tokenizer.pad_token_id)
+    assert list(twice._held) == list(questions[0].image_files)
+
+
+def test_a_picture_that_is_gone_costs_its_question_alone(speaking: Any) -> None:
+    asked, rows = speaking
+    questions = questions_of(asked, rows)
+    gone = next(row for row in rows if row.images).images[0]
+
+    def pictures(names: Sequence[str]) -> torch.Tensor:
+        if gone in names:
+            raise BadImageError(f"picture {gone} is missing")
+        return asked.pictures(names)
+
+    whole = answers(asked, questions)
+    found = answers(asked, questions, pictures=pictures)
+    lost = [i for i, question in enumerate(questions) if gone in question.image_files]
+    assert {i for i in found if found[i].problem} == set(lost)
+    assert found[lost[0]] == Answer("", problem=f"picture {gone} is missing", is_picture=True)
+    assert {i: answer for i, answer in found.items() if i not in lost} == {
+        i: answer for i, answer in whole.items() if i not in lost
+    }
+    alone = answers(asked, [questions[lost[0]]], pictures=pictures)
+    assert [answer.problem for answer in alone.values()] == [f"picture {gone} is missing"]
+
+
+def test_the_model_takes_pixels_again_afterwards(speaking: Any) -> None:
+    asked, rows = speaking
+    row = next(row for row in rows if row.images)
+    inner = asked.model.get_base_model().model
+    before = inner.get_image_features
+    answers(asked, questions_of(asked, rows))
+    assert inner.get_image_features == before
+    stream = generate_answers(
+        asked.model, questions_of(asked, rows), tokenizer=asked.tokenizer, pictures=asked.pictures, batch_size=1,
+        sampling=Sampling(max_new_tokens=2),
+    )  # fmt: skip
+    next(stream)
+    assert inner.get_image_features(pixel_values=asked.pictures(row.images)).pooler_output[0].shape[0] == 4
+    stream.close()
+
+
+def test_sampling_is_drawn_by_the_seed(speaking: Any) -> None:
+    asked, rows = speaking
+    questions = questions_of(asked, rows)
+    first, again, other = (
+        answers(asked, questions, sampling=Sampling(1.0, 0.9, 12, seed)) for seed in (1, 1, 2)
+    )  # fmt: skip
+    assert first == again
+    assert first != other
+    assert first != answers(asked, questions)
+
+
+def test_text_behind_the_stop_string_is_not_said(speaking: Any) -> None:
+    asked, rows = speaking
+    questions = questions_of(asked, rows)
+    whole = answers(asked, questions)
+    index, text = next((i, answer.text) for i, answer in whole.items() if len(answer.text) > 8)
+    stop = text[4:6]
+    cut = answers(asked, questions, stop_string=stop)
+    assert cut[index].text == text.split(stop)[0].strip()
+    assert all(stop not in answer.text for answer in cut.values())
