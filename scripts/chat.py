@@ -1,0 +1,7 @@
+"""`lora-llava chat`."""
+
+import sys
+
+from lora_llava.cli import main
+
+sys.exit(main("chat"))

@@ -1,0 +1,303 @@
+"""`lora-llava chat` on the terminal: its commands, what it keeps, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from small_runs import draw_picture, write_base
+
+from lora_llava.cli import main
+from lora_llava.data.sources import open_source
+from lora_llava.errors import UserError
+from lora_llava.inference.chat import Chat, clean_text, run_line
+from lora_llava.inference.sampling import Sampling
+from lora_llava.inference.speak import Speaker, stream_answer, text_message, user_message
+from lora_llava.training.speaker import open_speaker
+
+SHORT = Sampling(max_new_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def base(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_base(parts, tmp_path_factory.mktemp("base") / "llava")
+
+
+@pytest.fixture(scope="module")
+def speaker(base: str) -> Speaker:
+    return open_speaker(base, template="vicuna_v1")
+
+
+@pytest.fixture
+def chat(speaker: Speaker) -> Chat:
+    return Chat(speaker, SHORT)
+
+
+def answer(chat: Chat, *messages: object) -> str:
+    return "".join(stream_answer(chat.speaker, list(messages), chat.sampling))  # type: ignore[arg-type]
+
+
+def told(chat: Chat, line: str) -> str:
+    with pytest.raises(UserError) as caught:
+        run_line(chat, line)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- the conversation ----------------------------------------------------------------------------------------------
+
+
+def test_turns_and_pictures_are_kept_and_sent_along(
+    chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat.system = "Be brief."
+    red = draw_picture(tmp_path / "red.png")
+    blue = draw_picture(tmp_path / "blue.png", (30, 60, 220))
+    for line in (f"/image {red}", f"/image {blue}", "Which is blue?"):
+        run_line(chat, line)
+    system = text_message("system", "Be brief.")
+    asked = user_message("Which is blue?", [Image.open(red), Image.open(blue)])
+    first = answer(chat, system, asked)
+    assert len(first) > 3
+    assert capsys.readouterr().out == clean_text(first) + "\n"
+    assert chat.attached == []
+    run_line(chat, "Sure?")
+    second = answer(chat, system, asked, text_message("assistant", first), user_message("Sure?"))
+    assert second != answer(chat, system, user_message("Sure?"))
+    assert capsys.readouterr().out == clean_text(second) + "\n"
+    run_line(chat, "/reset")
+    run_line(chat, "Sure?")
+    assert capsys.readouterr().out == clean_text(answer(chat, system, user_message("Sure?"))) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("my red picture.png", "my red picture.png"),
+        ('"my red picture.png"', "my red picture.png"),
+        ("my\\ red\\ picture.png", "my red picture.png"),
+        ("~/it's.png", "it's.png"),
+        ("plain.png", "plain.png"),
+    ],
+)
+def test_paths_are_taken_as_people_write_them(
+    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, name: str
+) -> None:
+    draw_picture(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run_line(chat, f"/image {written}")
+    assert [picture.file.name for picture in chat.attached] == [name]
+    assert chat.attached[0].image.size == (40, 24)
+
+
+def test_several_pictures_may_be_named_at_once(chat: Chat, tmp_path: Path) -> None:
+    one, two = draw_picture(tmp_path / "1.png"), draw_picture(tmp_path / "2 b.png")
+    run_line(chat, f"/image {one} '{two}'")
+    assert [picture.file for picture in chat.attached] == [one, two]
+
+
+def test_a_bad_picture_or_command_is_one_line_and_changes_nothing(chat: Chat, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    for line, expected in (
+        (f"/image {tmp_path}/broken.png", "broken.png cannot be read: it is no picture, or one of an unknown kind"),
+        ("/image nowhere.png", "picture nowhere.png is missing"),
+        ("/image", "/image needs a path"),
+        ("/imgae x", 'there is no command /imgae (did you mean "/image"?); /help lists them'),
+        ("What is <image>?", "a message holds <image>, which stands for a picture; leave it out of the text"),
+    ):
+        assert told(chat, line).endswith(expected)
+    assert (chat.messages, chat.attached) == ([], [])
+
+
+def test_a_message_that_does_not_fit_leaves_the_conversation_as_it_was(
+    chat: Chat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_line(chat, "Hello")
+    before = list(chat.messages)
+    assert "the model 512 positions; shorten it or start anew" in told(chat, "word " * 600)
+    assert chat.messages == before
+    run_line(chat, "  ")
+    assert chat.messages == before
+
+
+def test_a_model_of_captions_takes_one_picture_at_a_time(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    captions = Chat(open_speaker(base, template="plain"), SHORT)
+    picture = draw_picture(tmp_path / "a.png")
+    assert told(captions, "What is it?").endswith("(template plain): give it one picture and no text")
+    for _ in range(2):
+        run_line(captions, f"/image {picture}")
+        run_line(captions, "")
+    assert [message["role"] for message in captions.messages] == ["user", "assistant"]
+    assert captions.shown == [picture]
+    one, two = capsys.readouterr().out.splitlines()
+    assert one == two != ""
+
+
+# --- saving --------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_chat_is_read_as_training_data(chat: Chat, tmp_path: Path) -> None:
+    one, two = draw_picture(tmp_path / "a" / "x.png"), draw_picture(tmp_path / "b" / "x.png", (30, 60, 220))
+    chat.system = "Be brief."
+    for line in (f"/image {one}", "First?", f"/image {two}", f"/image {one}", "Second?", f"/save {tmp_path}/talk.json"):
+        run_line(chat, line)
+    source = open_source(tmp_path / "talk.json", form="conversations", position="as_written")
+    (row,) = source.read()
+    said = [message["content"][-1]["text"] for message in chat.messages]
+    assert [(turn.role, turn.text) for turn in row.turns] == [
+        ("system", "Be brief."), ("user", "<image>\nFirst?"), ("assistant", said[1]),
+        ("user", "<image>\n<image>\nSecond?"), ("assistant", said[3]),
+    ]  # fmt: skip
+    assert row.images == ("x.png", "x-2.png", "x.png")
+    assert [source.images.open(name).getpixel((0, 0)) for name in row.images] == [
+        (220, 30, 30), (30, 60, 220), (220, 30, 30),
+    ]  # fmt: skip
+
+
+def test_saving_replaces_a_saved_chat_and_nothing_else(
+    chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told(chat, f"/save {tmp_path}/t.json") == "nothing has been said yet; there is nothing to save"
+    run_line(chat, "Hello")
+    run_line(chat, f"/save {tmp_path}/t.json")
+    run_line(chat, "Again")
+    run_line(chat, f"/save {tmp_path}/t.json")
+    assert f"replaced: {tmp_path}/t.json" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "t.json").read_text())[0]["messages"]) == 4
+    rows = [{"messages": [], "images": []}, {"messages": [], "images": []}]
+    for content in ("{}", "my notes", json.dumps(rows), '[{"messages": [], "images": [], "id": 1}]'):
+        (tmp_path / "mine.json").write_text(content)
+        assert (
+            told(chat, f"/save {tmp_path}/mine.json")
+            == f"{tmp_path}/mine.json is there and is no saved chat; name another file"
+        )
+        assert (tmp_path / "mine.json").read_text() == content
+    assert told(chat, f"/save {tmp_path}/t.txt") == f"{tmp_path}/t.txt should be called .json, such as t.json"
+    assert (
+        told(chat, f"/save {tmp_path}/no/t.json")
+        == f"{tmp_path}/no/t.json cannot be read or written: No such file or directory"
+    )
+
+
+# --- the verb ------------------------------------------------------------------------------------------------------
+
+
+def options(base: str, *more: str) -> list[str]:
+    return ["chat", base, "--template", "vicuna_v1", "--max-new-tokens", "8", *more]
+
+
+def test_one_question_prints_its_answer_alone(
+    base: str, speaker: Speaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    red, blue = draw_picture(tmp_path / "red.png"), draw_picture(tmp_path / "blue.png", (30, 60, 220))
+    given = ["--image", str(red), "--image", str(blue), "--prompt", "Which?", "--system", "", "--seed", "3"]
+    assert main(None, options(base, *given, "--temperature", "1.5", "--top-p", "0.9")) == 0
+    asked = [text_message("system", ""), user_message("Which?", [Image.open(red), Image.open(blue)])]
+    expected = "".join(stream_answer(speaker, asked, Sampling(1.5, 0.9, 8, 3)))
+    assert capsys.readouterr().out == clean_text(expected) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--prompt", " "], "error: --prompt is empty; give a question, or a picture with --image"),
+        (["--prompt", "x", "--image", "no.png"], "error: picture no.png is missing"),
+        (["--prompt", "x", "--web"], "error: --web takes pictures and messages on its page; leave out --prompt and"),
+        (["--port", "1"], "error: --host and --port are the page's; add --web"),
+        (["--prompt", "x", "--top-p", "0"], "error: top_p is 0.0; give a share above 0, at most 1"),
+    ],
+)
+def test_a_mistake_is_one_line(base: str, capsys: pytest.CaptureFixture[str], given: list[str], expected: str) -> None:
+    capsys.readouterr()
+    assert main(None, options(base, *given)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith(expected)
+    assert captured.out == ""
+
+
+def test_piped_lines_are_answered_one_by_one(
+    base: str, speaker: Speaker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "Hello \\\nthere\n/nothing\n /slash\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    assert main(None, options(base)) == 0
+    first = "".join(stream_answer(speaker, [user_message("Hello \nthere")], SHORT))
+    turns = [user_message("Hello \nthere"), text_message("assistant", first), user_message("/slash")]
+    captured = capsys.readouterr()
+    assert captured.out == "".join(
+        clean_text(text) + "\n" for text in (first, "".join(stream_answer(speaker, turns, SHORT)))
+    )
+    assert "there is no command /nothing; /help lists them" in captured.err.splitlines()
+
+
+def test_control_characters_never_reach_the_terminal() -> None:
+    dangerous = "a\x1b[31mb\x9b2Jc\rd\x07e\nf\tg\x00\x7f\u202eé[/INST]"
+    assert clean_text(dangerous) == "a[31mb2Jcde\nf\tg\u202eé[/INST]"
+
+
+class Terminal:
+    """Our end of a terminal."""
+
+    def __init__(self, ours: int) -> None:
+        self.ours, self.shown = ours, ""
+
+    def wait_for(self, wanted: str, seconds: float = 60) -> None:
+        """Read until the terminal shows this, and put what came up to its end behind us."""
+        end = time.monotonic() + seconds
+        while wanted not in self.shown:
+            ready, _, _ = select.select([self.ours], [], [], end - time.monotonic())
+            assert ready, self.shown
+            self.shown += os.read(self.ours, 4096).decode(errors="replace")
+        self.shown = self.shown[self.shown.index(wanted) + len(wanted) :]
+
+    def type(self, text: str) -> None:
+        os.write(self.ours, text.encode())
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_an_answer_and_not_the_chat(base: str, speaker: Speaker, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "lora_llava.cli", *options(base), "--max-new-tokens", "400"]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    terminal = Terminal(ours)
+    try:
+        terminal.wait_for("you> ")
+        terminal.type("Hello\n")
+        terminal.wait_for("Hello\r\n")
+        terminal.wait_for("e")  # the answer has begun
+        process.send_signal(signal.SIGINT)
+        terminal.wait_for("(stopped)\r\n")
+        terminal.wait_for("you> ")
+        terminal.type(f"/save {tmp_path}/t.json\n")
+        terminal.wait_for("saved: ")
+        terminal.wait_for("you> ")
+        process.send_signal(signal.SIGINT)
+        terminal.wait_for("Ctrl-D or /exit leaves, and so does Ctrl-C again")
+        terminal.wait_for("you> ")
+        terminal.type("/help\n")
+        terminal.wait_for("you> ")
+        terminal.type("\x04")
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    (row,) = json.loads((tmp_path / "t.json").read_text())
+    said = row["messages"][1]["content"]
+    whole = "".join(stream_answer(speaker, [user_message("Hello")], Sampling(max_new_tokens=400)))
+    assert said != whole
+    assert whole.startswith(said)

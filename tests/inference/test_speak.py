@@ -1,0 +1,267 @@
+"""Opening a model to talk with, the prompts it gets, and its answers as they stream."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from small_runs import train_run, write_base
+
+from lora_llava.data.encode import encode_prompt
+from lora_llava.data.templates import TEMPLATES, chat_template, get_template
+from lora_llava.errors import UserError
+from lora_llava.inference.sampling import Sampling
+from lora_llava.inference.speak import (
+    FullError,
+    Speaker,
+    encode_messages,
+    stream_answer,
+    text_message,
+    text_pieces,
+    user_message,
+)
+from lora_llava.model.loading import is_4bit
+from lora_llava.training.speaker import load_processor, open_speaker, recognise_template
+
+RED = Image.new("RGB", (40, 24), (220, 30, 30))
+ASKED = [user_message("Which colour is shown?", [RED])]
+LONG = Sampling(max_new_tokens=80)
+
+
+@pytest.fixture(scope="module")
+def base(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_base(parts, tmp_path_factory.mktemp("base") / "llava")
+
+
+@pytest.fixture(scope="module")
+def run(parts: Path, scienceqa: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return train_run(tmp_path_factory.mktemp("speak") / "run", parts, scienceqa)
+
+
+@pytest.fixture(scope="module")
+def speaker(base: str) -> Speaker:
+    return open_speaker(base, template="vicuna_v1")
+
+
+def streamed(speaker: Speaker, messages: list[Any], sampling: Sampling, **options: Any) -> tuple[list[str], str]:
+    """The pieces of an answer, and why it ended."""
+    return finish_of(stream_answer(speaker, messages, sampling, **options))
+
+
+def finish_of(stream: Any) -> tuple[list[str], str]:
+    pieces = []
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as end:
+            return pieces, end.value
+
+
+def generated(speaker: Speaker, messages: list[Any], sampling: Sampling) -> str:
+    """The answer that transformers gives in one go."""
+    batch = encode_messages(speaker, messages)
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    with torch.inference_mode():
+        output = speaker.model.generate(**batch, **sampling.as_generate())
+    text = speaker.processor.tokenizer.decode(output[0, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(text).strip()
+
+
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_opened_as_it_was_trained(run: str) -> None:
+    opened = open_speaker(run)
+    four_bit = [name for name, module in opened.model.named_modules() if is_4bit(module) and "base_layer" in name]
+    assert len(four_bit) == 14
+    assert all(".language_model." in name for name in four_bit)
+    assert (opened.name, opened.stop_string, opened.single_turn) == (run, None, False)
+    assert opened.processor.tokenizer.padding_side == "left"
+    assert type(opened.processor.image_processor).__name__ == "LlavaImageProcessorPil"
+
+
+def test_quantization_can_be_chosen_against_the_run(run: str) -> None:
+    opened = open_speaker(run, quantization="none")
+    assert not any(is_4bit(module) for module in opened.model.modules())
+    assert any("lora_A" in name for name, _ in opened.model.named_parameters())
+
+
+def test_prompts_are_what_was_trained(run: str) -> None:
+    opened = open_speaker(run, quantization="none")
+    asked = [{"role": "user", "content": "<image>\nWhich?"}, {"role": "assistant", "content": "Red."}]
+    ids = encode_prompt(
+        [*asked, {"role": "user", "content": "Sure?"}], tokenizer=opened.processor.tokenizer,
+        template=get_template("vicuna_v1", "Be brief."), num_image_tokens=4,
+    )  # fmt: skip
+    messages = [user_message("Which?", [RED]), text_message("assistant", "Red."), user_message("Sure?")]
+    batch = encode_messages(opened, messages)
+    assert batch["input_ids"][0].tolist() == list(ids)
+    assert batch["pixel_values"].shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_template_of_a_processor_is_recognised_whatever_its_system_text(base: str, name: str) -> None:
+    processor = load_processor(Path(base))
+    processor.chat_template = chat_template(get_template(name, "Another."))
+    assert recognise_template(processor) == TEMPLATES[name]
+
+
+def test_another_ones_template_is_not_taken_for_ours(base: str) -> None:
+    processor = load_processor(Path(base))
+    processor.chat_template = (
+        "{% for m in messages %}{{ raise_exception('no system') if m.role == 'system' }}{% endfor %}"
+    )
+    assert recognise_template(processor) is None
+
+
+def test_what_cannot_be_opened_is_one_line(base: str, tmp_path: Path) -> None:
+    for name, options, expected in (
+        (base, {}, f"{base} has no chat template; name the one it was trained with, such as --template vicuna_v1"),
+        (base, {"template": "vicuna"}, "template: 'vicuna' is unknown (did you mean \"vicuna_v1\"?)"),
+        (str(tmp_path), {}, f"{tmp_path} is neither a finished run, which has run.json and adapter_model.safetensors"),
+        ("nobody/nothing", {}, "nobody/nothing is not in the local cache and HF_HUB_OFFLINE is set; unset it to"),
+    ):  # fmt: skip
+        with pytest.raises(UserError) as caught:
+            open_speaker(name, **options)
+        assert str(caught.value).startswith(expected)
+        assert "\n" not in str(caught.value)
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [LONG, Sampling(temperature=1.3, top_p=0.9, max_new_tokens=80, seed=7)])
+def test_joined_pieces_are_the_answer_in_one_go(speaker: Speaker, sampling: Sampling) -> None:
+    pieces, _ = streamed(speaker, ASKED, sampling)
+    assert len(pieces) > 20
+    assert "".join(pieces) == generated(speaker, ASKED, sampling)
+
+
+def test_the_stop_string_and_what_follows_are_never_shown(speaker: Speaker) -> None:
+    whole = generated(speaker, ASKED, LONG)
+    pieces, _ = streamed(speaker, ASKED, LONG)
+    first = "".join(pieces[:10])
+    stop = whole[len(first) - 2 : len(first) + 2]  # it comes in two pieces
+    assert whole.count(stop) > 0
+    shown, finish = streamed(replace(speaker, stop_string=stop), ASKED, LONG)
+    assert "".join(shown) == whole.split(stop)[0].strip()
+    assert finish == "stop"
+
+
+def test_an_answer_that_reaches_the_most_tokens_says_so(speaker: Speaker) -> None:
+    assert streamed(speaker, ASKED, Sampling(max_new_tokens=5))[1] == "length"
+
+
+def passes(speaker: Speaker, record: list[int]) -> Any:
+    """Counts forward passes into a list."""
+    return speaker.model.register_forward_pre_hook(lambda *_: record.append(1))
+
+
+def test_an_event_or_closing_stops_the_model(speaker: Speaker) -> None:
+    stop, endless = threading.Event(), Sampling(max_new_tokens=400)
+    count: list[int] = []
+    hook = passes(speaker, count)
+    try:
+        stream = stream_answer(speaker, ASKED, endless, stop)
+        next(stream)
+        stop.set()
+        assert finish_of(stream)[1] == "stopped"
+        assert len(count) < 300
+        count.clear()
+        with closing(stream_answer(speaker, ASKED, endless)) as stream:
+            next(stream)
+        assert len(count) < 300
+        assert "stream_answer" not in [thread.name for thread in threading.enumerate()]
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"), [(RuntimeError("broken"), RuntimeError), (torch.OutOfMemoryError("full"), FullError)]
+)
+def test_an_exception_of_the_model_reaches_the_caller(
+    speaker: Speaker, raised: Exception, seen: type[Exception]
+) -> None:
+    count: list[int] = []
+
+    def fail(*_: Any) -> None:
+        count.append(1)
+        if len(count) == 4:
+            raise raised
+
+    hook = speaker.model.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(seen):
+            streamed(speaker, ASKED, LONG)
+    finally:
+        hook.remove()
+    assert len(count) == 4
+
+
+def test_a_conversation_that_is_too_long_is_refused_and_an_answer_ends_at_the_last_position(speaker: Speaker) -> None:
+    long = user_message("word " * 600)
+    with pytest.raises(FullError, match=r"the conversation has [\d,]+ tokens with this message, and the model 512 pos"):
+        streamed(speaker, [long], LONG)
+    nearly = user_message("USER" * 420)
+    room = 512 - encode_messages(speaker, [nearly])["input_ids"].shape[1]
+    assert 0 < room < 60
+    count: list[int] = []
+    hook = passes(speaker, count)
+    try:
+        assert streamed(speaker, [nearly], Sampling(max_new_tokens=500))[1] == "length"
+    finally:
+        hook.remove()
+    assert len(count) == room
+
+
+def test_messages_that_the_model_cannot_take_are_refused(speaker: Speaker) -> None:
+    with pytest.raises(UserError, match="a message holds <image>, which stands for a picture; leave it out"):
+        encode_messages(speaker, [user_message("What is <image>?")])
+    captions = replace(speaker, single_turn=True)
+    for messages in ([user_message("Hi")], [user_message("Hi", [RED])], [user_message("", [RED, RED])]):
+        with pytest.raises(UserError, match="give it one picture and no text"):
+            encode_messages(captions, messages)
+    assert encode_messages(captions, [user_message("", [RED])])["pixel_values"].shape == (1, 3, 32, 32)
+
+
+# --- pieces --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    ids=st.lists(st.integers(0, 960), max_size=40),
+    bytes_=st.lists(st.sampled_from(list(range(3, 259))), max_size=6),
+    stop=st.sampled_from([None, "###", "\n", " t", "e", "é"]),
+)
+def test_pieces_are_the_decoded_text(speaker: Speaker, ids: list[int], bytes_: list[int], stop: str | None) -> None:
+    tokenizer = speaker.processor.tokenizer
+    accent = tokenizer.encode("é 😀##", add_special_tokens=False)
+    tokens = [*ids[:20], *accent, *bytes_, *ids[20:]]
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    pieces = list(text_pieces(iter(tokens), tokenizer, stop))
+    assert "".join(pieces) == (text.split(stop)[0] if stop else text).strip()
+    assert all(pieces)
+
+
+def test_a_beginning_of_the_stop_string_is_held_back_and_comes_when_it_was_none(speaker: Speaker) -> None:
+    tokenizer = speaker.processor.tokenizer
+    given_so_far: list[str] = []
+    tokens = tokenizer.encode("One ## two ###", add_special_tokens=False)
+
+    def watched() -> Iterator[int]:
+        for token in tokens:
+            assert not "".join(given_so_far).endswith("#") or "two" in "".join(given_so_far)
+            yield token
+
+    for piece in text_pieces(watched(), tokenizer, "###"):
+        given_so_far.append(piece)
+    assert "".join(given_so_far) == "One ## two"

@@ -1,0 +1,298 @@
+"""The page of `lora-llava chat --web`, in a real browser and as a program sees it."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from browser import Browser, find_chromium
+from PIL import Image
+from small_runs import draw_picture, write_base
+
+from lora_llava.cli import main
+from lora_llava.errors import UserError
+from lora_llava.inference.sampling import Sampling
+from lora_llava.inference.speak import Speaker, stream_answer, text_message, user_message
+from lora_llava.inference.web import check_address, is_loopback
+from lora_llava.training.speaker import open_speaker
+
+pytest.importorskip("gradio", reason="the extra [web] is not installed")
+
+SYSTEM = "Be brief."
+TOKENS = 150
+WATCHED = """
+import sys
+def watch(event, args):
+    if event == "socket.connect" and isinstance(args[1], tuple):
+        print("connected to", args[1][0], file=sys.stderr, flush=True)
+    if event == "socket.getaddrinfo":
+        print("asked for", args[0], file=sys.stderr, flush=True)
+sys.addaudithook(watch)
+from lora_llava.cli import console_main
+console_main()
+"""
+"""The command, with every address it connects to or looks up told on stderr."""
+
+
+@pytest.fixture(scope="module")
+def base(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_base(parts, tmp_path_factory.mktemp("base") / "llava")
+
+
+@pytest.fixture(scope="module")
+def speaker(base: str) -> Speaker:
+    return open_speaker(base, template="vicuna_v1")
+
+
+class Served:
+    """The command in a process of its own, told to serve on any free port."""
+
+    def __init__(self, base: str, folder: Path) -> None:
+        self.log = folder / "stderr.txt"
+        options = ["--template", "vicuna_v1", "--system", SYSTEM, "--max-new-tokens", str(TOKENS), "--port", "0"]
+        environment = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "HOME": str(folder)}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", WATCHED, "chat", base, "--web", *options],
+                cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert " is at http://127.0.0.1:" in line, self.log.read_text()
+        self.url = line.split(" is at ")[1].split(",")[0]
+
+    def interrupt(self) -> int:
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(60)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def served(base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(base, tmp_path_factory.mktemp("web"))
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def browser(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    executable = find_chromium()
+    if executable is None:
+        pytest.skip("there is no Chromium on this machine")
+    browser = Browser(executable, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+def expected(speaker: Speaker, *messages: Any, tokens: int = TOKENS) -> str:
+    return "".join(stream_answer(speaker, [text_message("system", SYSTEM), *messages], Sampling(max_new_tokens=tokens)))
+
+
+# --- in a browser --------------------------------------------------------------------------------------------------
+
+SAID = "[...document.querySelectorAll('#chat [data-testid=bot]')].map(e => e.textContent)"
+ASKED = "[...document.querySelectorAll('#chat [data-testid=user]')].map(e => e.textContent)"
+BOX = "document.querySelector('#message textarea')"
+STOP = "document.querySelector('#message .stop-button')"
+TOAST = "[...document.querySelectorAll('.toast-body')].map(e => e.textContent).join(' ')"
+
+
+@pytest.fixture
+def page(browser: Browser, served: Served) -> Browser:
+    """The page, just opened."""
+    browser.open("about:blank")
+    browser.open(served.url)
+    browser.wait_for(f"!!{BOX}")
+    return browser
+
+
+def ask(page: Browser, text: str, picture: Path | None = None) -> None:
+    if picture is not None:
+        page.choose_files("#message input[type=file]", [picture])
+        page.wait_for("!!document.querySelector('#message .thumbnail-item, #message img')")
+    page.evaluate(f"{BOX}.focus()")
+    page.type(text)
+    page.wait_for(f"{BOX}.value == {json.dumps(text)}")
+    page.press_enter()
+
+
+def finished(page: Browser, answers: int = 1) -> list[str]:
+    """What the model said, once it has said so many answers and waits."""
+    page.wait_for(f"{SAID}.length == {answers} && !{STOP}", 60)
+    return list(page.evaluate(SAID))
+
+
+def test_a_picture_is_asked_about_and_the_answer_streams(page: Browser, speaker: Speaker, tmp_path: Path) -> None:
+    picture = draw_picture(tmp_path / "red.png")
+    ask(page, "Which <b>colour</b>?", picture)
+    lengths = {0}
+    while page.evaluate(f"!{SAID}.length || !!{STOP}"):
+        lengths.add(page.evaluate(f"({SAID}[0] || '').length"))
+    asked = user_message("Which <b>colour</b>?", [Image.open(picture)])
+    said = expected(speaker, asked)
+    assert len(said) > 200
+    assert finished(page) == [said]
+    assert len(lengths - {0, len(said)}) >= 2
+    assert page.evaluate(ASKED)[-1] == "Which <b>colour</b>?"
+    assert page.evaluate("document.querySelectorAll('#chat b').length") == 0
+    assert page.evaluate("document.querySelector('#chat img').naturalWidth") == 40
+    ask(page, "Sure?")
+    turns = (asked, text_message("assistant", said), user_message("Sure?"))
+    assert finished(page, 2) == [said, expected(speaker, *turns)]
+    page.evaluate("document.querySelector('#clear').click()")
+    page.wait_for(f"{SAID}.length == 0")
+    ask(page, "Sure?")
+    assert finished(page) == [expected(speaker, user_message("Sure?"))]
+
+
+def test_an_answer_can_be_stopped_and_is_kept_as_far_as_it_came(page: Browser, speaker: Speaker) -> None:
+    ask(page, "Hello")
+    page.wait_for(f"({SAID}[0] || '').length > 3")
+    page.evaluate(f"{STOP}.click()")
+    (said,) = finished(page)
+    whole = expected(speaker, user_message("Hello"))
+    assert said != whole
+    assert whole.startswith(said)
+    ask(page, "Sure?")
+    turns = (user_message("Hello"), text_message("assistant", said), user_message("Sure?"))
+    assert finished(page, 2) == [said, expected(speaker, *turns)]
+
+
+def test_a_message_that_cannot_be_answered_goes_back_into_its_box(page: Browser, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    ask(page, "What is it?", tmp_path / "broken.png")
+    page.wait_for(f"{TOAST}.includes('picture broken.png cannot be read: it is no picture, or one of an unknown kind')")
+    page.wait_for(f"{BOX}.value == 'What is it?'")
+    assert page.evaluate(ASKED) == []
+    page.evaluate("document.querySelector('#clear').click()")
+    ask(page, "word " * 600)
+    page.wait_for(f"{TOAST}.includes('and the model 512 positions; shorten it or start anew: “New conversation”')")
+
+
+def test_the_page_asks_no_other_machine_for_anything(page: Browser) -> None:
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            reached.append(self.path)
+            self.send_response(204)
+            self.end_headers()
+
+    reached: list[str] = []
+    server = HTTPServer(("127.0.0.1", 0), Elsewhere)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        send = f"fetch('http://127.0.0.1:{server.server_port}/', {{method: 'POST', mode: 'no-cors'}})"
+        assert page.evaluate(f"{send}.then(() => 'sent', () => 'refused')") == "refused"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert reached == []
+    asked = [urlsplit(url) for url in page.requested()]
+    assert len(asked) > 50
+    assert {url.hostname for url in asked if url.scheme not in ("data", "blob", "about")} == {"127.0.0.1"}
+
+
+# --- as a program --------------------------------------------------------------------------------------------------
+
+
+def upload(served: Served, content: bytes, name: str = "a.png") -> httpx.Response:
+    return httpx.post(f"{served.url}gradio_api/upload", files={"files": (name, content)}, timeout=60)
+
+
+def call(served: Served, message: dict[str, Any], history: list[Any], *settings: float) -> Any:
+    """The last thing that `/chat` gives; None where it fails."""
+    started = httpx.post(f"{served.url}gradio_api/call/chat", json={"data": [message, history, *settings]}, timeout=60)
+    with httpx.stream("GET", f"{served.url}gradio_api/call/chat/{started.json()['event_id']}", timeout=60) as answer:
+        events = answer.read().decode().strip().split("\n\n")
+    event, data = events[-1].split("\n", 1)
+    assert event in ("event: complete", "event: error")
+    return json.loads(data.removeprefix("data: ")) if event == "event: complete" else None
+
+
+def test_a_program_asks_by_http(served: Served, speaker: Speaker, tmp_path: Path) -> None:
+    picture = draw_picture(tmp_path / "red.png")
+    (path,) = upload(served, picture.read_bytes()).json()
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    history, _ = call(served, {"text": "Which?", "files": [file]}, [], 0, 1, 12)
+    said = expected(speaker, user_message("Which?", [Image.open(picture)]), tokens=12)
+    assert [turn["role"] for turn in history] == ["user", "assistant"]
+    assert [html.unescape(part["text"]) for part in history[1]["content"]] == [said]
+
+
+def test_nothing_but_uploads_is_served_and_large_ones_are_refused(served: Served, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.txt"
+    secret.write_text("secret")
+    for path in ("/etc/passwd", secret, "stderr.txt"):
+        assert httpx.get(f"{served.url}gradio_api/file={path}").status_code == 403
+    assert upload(served, b"x" * (65 << 20)).status_code == 413
+    stolen = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
+    turn = {"role": "user", "content": [{"type": "file", "file": stolen}]}
+    for message, history in (({"text": "", "files": [stolen]}, []), ({"text": "Hi", "files": []}, [turn])):
+        assert call(served, message, history, 0, 1, 9) is None
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_addresses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert [is_loopback(host) for host in ("127.0.0.1", "localhost", "::1", "[::1]", "127.1.2.3")] == [True] * 5
+    assert [is_loopback(host) for host in ("0.0.0.0", "192.168.1.2", "::", "example.org")] == [False] * 4
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port} is taken; name another, or 0 for any free one"):
+            check_address("127.0.0.1", port)
+        assert main(None, ["chat", str(tmp_path), "--web", "--port", str(port)]) == 2
+    assert capsys.readouterr().err == f"error: --port {port} is taken; name another, or 0 for any free one\n"
+    assert check_address("127.0.0.1", port) == port
+    assert check_address("127.0.0.1", 0) > 1023
+    with pytest.raises(UserError, match="--port 70000 is no port"):
+        check_address("127.0.0.1", 70000)
+    with pytest.raises(UserError, match=r"--host nowhere\.invalid is not known; give an address of this machine"):
+        check_address("nowhere.invalid", 0)
+
+
+def test_an_open_address_is_warned_of_before_the_model_is_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(None, ["chat", str(tmp_path), "--web", "--host", "0.0.0.0", "--port", "0"]) == 2
+    warning, error = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: whoever reaches 0.0.0.0 port ")
+    assert error.startswith(f"error: {tmp_path} is neither a finished run")
+
+
+def test_without_gradio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert main(None, ["chat", "x", "--web"]) == 2
+    assert capsys.readouterr().err == "error: --web needs gradio; pip install 'lora_llava[web]'\n"
+
+
+def test_ctrl_c_ends_it_and_nothing_is_left_behind(served: Served, speaker: Speaker) -> None:
+    folder = served.log.parent
+    assert list(folder.glob("lora_llava_chat_*/*/*.png")) != []
+    before = served.log.read_text()
+    assert served.interrupt() == 0
+    log = served.log.read_text()
+    assert log == before
+    assert list(folder.glob("lora_llava_chat_*")) == []
+    told = {line.split()[-1] for line in log.splitlines() if line.startswith(("connected to", "asked for"))}
+    assert told - {"127.0.0.1", "None"} == set()
+    assert "connected to 127.0.0.1" in log
