@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_llava import __version__, cli_data, cli_evaluation
+from lora_llava import __version__, cli_chat, cli_data, cli_evaluation
 from lora_llava.cli_data import add_recipe, positive
 from lora_llava.errors import ToldError
 from lora_llava.quiet import quieten
@@ -226,6 +226,17 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Run]] = {
         _with_console(cli_evaluation.run_evaluate),
     ),
     "score": ("score a file of answers", cli_evaluation.add_score, _with_console(cli_evaluation.run_score)),
+    "chat": ("talk with a model, on the terminal or on a page", cli_chat.add_chat, _with_console(cli_chat.run_chat)),
+    "compare": (
+        "put runs beside each other: seeds averaged, paired tests, as a table for terminal, Markdown or LaTeX",
+        cli_evaluation.add_compare,
+        _with_console(cli_evaluation.run_compare),
+    ),
+    "report": (
+        "write a run's page again: curves, tables, answers with their pictures",
+        cli_evaluation.add_report,
+        _with_console(cli_evaluation.run_report),
+    ),
     "merge": ("merge a run into its base as one stock folder, and prove it", _add_merge, _merge),
     "import": ("bring LLaVA's own checkpoint or LoRA folder into stock form", _add_import, _import),
     "push": ("push a run or a merged folder to the Hugging Face Hub, with a model card", _add_push, _push),

@@ -1,4 +1,4 @@
-"""The verbs that ask models and mark answers: evaluate, score."""
+"""The verbs that ask models and mark answers: evaluate, score, compare."""
 
 from __future__ import annotations
 
@@ -18,43 +18,213 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", default=(), metavar="key.sub=value", help="replace values of the recipe"
     )
     parser.add_argument("--recipe", help="whose data and evaluation to use; default: the run's own")
+    parser.add_argument(
+        "--benchmark", choices=["llava-bench"], help="answer LLaVA-Bench's questions instead, for `lora-llava score "
+        "llava-bench`",
+    )  # fmt: skip
+    parser.add_argument("--questions", type=Path, help="LLaVA-Bench's questions, JSONL")
+    parser.add_argument("--images", type=Path, help="folder of LLaVA-Bench's pictures")
+    parser.add_argument("--template", help="conversation template of a LLaVA-Bench model without one of its own")
     parser.add_argument("--limit", type=positive, help="ask only this many questions, drawn by the recipe's seed")
     parser.add_argument("--shuffle-images", action="store_true", help="exchange the pictures among the questions")
+    parser.add_argument(
+        "--method", choices=["generate", "loglik"], default="generate", help="let the model write its answer, or take "
+        "the choice that it holds likeliest",
+    )  # fmt: skip
+    parser.add_argument("--prompt", default="recipe", help="how ScienceQA is asked: recipe, direct or lmms-eval")
+    parser.add_argument("--direct", action="store_true", help="ask for the letter alone; the same as --prompt direct")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument(
+        "--bad-images", choices=["error", "wrong"], default="error", help="a picture that cannot be opened stops the "
+        "evaluation, or its question counts as wrong and is listed",
+    )  # fmt: skip
+    parser.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server, such as vLLM or SGLang")
+    parser.add_argument("--server-model", metavar="NAME", help="default: the only one that the server has")
+    parser.add_argument("--concurrency", type=positive, default=8, help="questions at once to the server")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for one answer of the server")
     parser.add_argument("--base-only", action="store_true", help="the run's base, without what was trained")
     parser.add_argument("--output", help="where predictions go; default: the run directory")
+    _add_published(parser)
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
 def run_evaluate(args: argparse.Namespace, console: Any) -> int:
     quieten()
-    from lora_llava.training.evaluate import evaluate
+    server = None
+    if args.server:
+        from lora_llava.inference.server import ChatServer
 
-    table = evaluate(
-        args.model, recipe=args.recipe, overrides=args.overrides, limit=args.limit, shuffled=args.shuffle_images,
-        base_only=args.base_only, output=args.output,
+        server = ChatServer(args.server, args.server_model, concurrency=args.concurrency, timeout=args.timeout)
+    if args.benchmark:
+        return _answer_llava_bench(args, server, console)
+    from lora_llava.training.evaluate import Way, evaluate
+
+    way = Way(
+        method=args.method, prompt="direct" if args.direct else args.prompt, temperature=args.temperature,
+        top_p=args.top_p, shuffled=args.shuffle_images, base_only=args.base_only, bad_images=args.bad_images,
     )  # fmt: skip
-    _print_table(args.model, table, args.json, console)
+    table = evaluate(
+        args.model, way, recipe=args.recipe, overrides=args.overrides, limit=args.limit, output=args.output,
+        server=server,
+    )  # fmt: skip
+    _print_table(Path(args.model).name, table, args.json, args.published, console)
+    return 0
+
+
+def _answer_llava_bench(args: argparse.Namespace, server: Any, console: Any) -> int:
+    from dataclasses import replace
+
+    from lora_llava.errors import UserError
+    from lora_llava.inference.sampling import Sampling
+    from lora_llava.training.llava_bench import answer_llava_bench
+
+    for name in ("questions", "images"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing; --benchmark llava-bench needs it")
+    if server is not None and server.model is None and not Path(args.model).is_dir():
+        server = replace(server, model=args.model)
+    file = answer_llava_bench(
+        args.model, args.questions, args.images, output=args.output and Path(args.output), server=server,
+        sampling=Sampling(args.temperature, args.top_p, 1024, 0), bad_images=args.bad_images, template=args.template,
+    )  # fmt: skip
+    console.print(f"{file}: for lora-llava score llava-bench", soft_wrap=True)
     return 0
 
 
 def add_score(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmark", choices=["scienceqa"])
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    _add_score_scienceqa(benchmarks.add_parser("scienceqa", help="by LLaVA's rule", allow_abbrev=False))
+    _add_score_llava_bench(benchmarks.add_parser("llava-bench", help="by a judge, such as GPT-4", allow_abbrev=False))
+
+
+def _add_score_scienceqa(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problems", required=True, type=Path, help="problems.json")
     parser.add_argument("--splits", required=True, type=Path, help="pid_splits.json")
     parser.add_argument("--answers", required=True, type=Path, help="JSONL of question_id and text")
     parser.add_argument("--split", default="test", help="the split that was asked")
+    _add_published(parser)
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
+def _add_published(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--published", action="store_true", help="put published ScienceQA figures below, which is done anyway when "
+        "all 4,241 test questions were asked",
+    )  # fmt: skip
+
+
+def _add_score_llava_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--questions", required=True, type=Path, help="JSONL: question_id, image, category, text")
+    parser.add_argument("--context", required=True, type=Path, help="JSONL of what is known of the pictures")
+    parser.add_argument("--reference", required=True, type=Path, help="JSONL of GPT-4's answers: question_id, text")
+    parser.add_argument("--answers", required=True, type=Path, help="JSONL of the answers to judge: question_id, text")
+    parser.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible server; its key: OPENAI_API_KEY")
+    parser.add_argument("--judge-model", metavar="NAME", help="default: the only one that the server has")
+    parser.add_argument(
+        "--judge-temperature", type=_temperature, default=0.0, metavar="T", help="a number, or default: the server's"
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: where the answers are")
+    parser.add_argument("--prompts", type=Path, metavar="FOLDER", help="the judge's prompts in place of ours")
+    parser.add_argument("--no-swap", action="store_true", help="only with the reference first, as LLaVA does")
+    parser.add_argument("--price-in", type=float, metavar="USD", help="the judge's, for a million tokens to it")
+    parser.add_argument("--price-out", type=float, metavar="USD", help="the same for tokens from it")
+    parser.add_argument("--max-cost", type=float, metavar="USD", help="stop this run before it costs more")
+    parser.add_argument("--max-requests", type=positive, metavar="N", help="stop this run after so many")
+    parser.add_argument("--concurrency", type=positive, default=8, help="requests at once")
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for one answer")
+    parser.add_argument("--dry-run", action="store_true", help="print prompts and an estimate of the cost, ask nobody")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _temperature(text: str) -> float | None:
+    """A temperature for argparse; None for the server's own, as some models take no other."""
+    if text == "default":
+        return None
+    number = float(text)
+    if not 0 <= number <= 2:
+        raise argparse.ArgumentTypeError(f"{text} should be from 0 to 2, or default")
+    return number
+
+
 def run_score(args: argparse.Namespace, console: Any) -> int:
+    return {"scienceqa": _score_scienceqa, "llava-bench": _score_llava_bench}[args.benchmark](args, console)
+
+
+def _score_llava_bench(args: argparse.Namespace, console: Any) -> int:
+    from lora_llava.errors import UserError
+    from lora_llava.evaluation.judge import JudgeSettings
+    from lora_llava.evaluation.judge_ledger import Budget
+    from lora_llava.evaluation.judge_report import dry_run, print_report, score_llava_bench
+    from lora_llava.evaluation.llava_bench import read_cases
+    from lora_llava.inference.server import ChatServer
+
+    budget = Budget(args.price_in, args.price_out, args.max_cost, args.max_requests)
+    settings = JudgeSettings(swap=not args.no_swap, temperature=args.judge_temperature)
+    files = {name: getattr(args, name) for name in ("questions", "context", "reference", "answers")}
+    cases = read_cases(*files.values())
+    if args.dry_run:
+        dry_run(cases, args.prompts, settings, budget, console)
+        return 0
+    if args.judge_url is None:
+        raise UserError("--judge-url is missing; name an OpenAI-compatible server such as http://localhost:8000/v1")
+    server = ChatServer(args.judge_url, args.judge_model, concurrency=args.concurrency, timeout=args.timeout)
+    output = args.output or args.answers.parent
+    if args.json:  # nothing but the report on stdout
+        console.stderr = True
+    report = score_llava_bench(
+        cases, server, files=files, output=output, prompts=args.prompts, settings=settings, budget=budget,
+        console=console,
+    )  # fmt: skip
+    if args.json:
+        import json
+
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report, f"{args.answers.name}, judged by {report['judge']['model']}", output, console)
+    return 0 if report["complete"] else 1
+
+
+def _score_scienceqa(args: argparse.Namespace, console: Any) -> int:
     from lora_llava.evaluation.score_files import score_scienceqa_file
 
     table = score_scienceqa_file(args.problems, args.splits, args.answers, args.split)
-    _print_table(args.answers.name, table, args.json, console)
+    _print_table(args.answers.name, table, args.json, args.published, console)
     return 0
 
 
-def _print_table(name: str, table: dict[str, Any], as_json: bool, console: Any) -> None:
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory or a predictions file")
+    parser.add_argument("--common", action="store_true", help="compare only the questions that all runs have")
+    parser.add_argument("--published", action="store_true", help="put published ScienceQA figures below")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--format", choices=["terminal", "markdown", "latex"], default="terminal")
+    form.add_argument("--json", action="store_true", help="everything, unrounded, as JSON")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
+
+
+def run_compare(args: argparse.Namespace, console: Any) -> int:
+    from lora_llava.evaluation.compare import compare_runs
+    from lora_llava.evaluation.compare_files import read_runs
+    from lora_llava.evaluation.compare_view import as_json, render, terminal_view
+    from lora_llava.recipe import load_recipe
+
+    files = {run: run / "recipe.yaml" for run in args.runs}
+    recipes = {run: load_recipe(file).model_dump(mode="json") for run, file in files.items() if file.is_file()}
+    comparison = compare_runs(read_runs(args.runs, recipes), args.common)
+    if args.format == "terminal" and not args.json and args.output is None:
+        console.print(terminal_view(comparison, args.published))
+        return 0
+    text = as_json(comparison, args.published) if args.json else render(comparison, args.format, args.published)
+    if args.output is None:
+        print(text, end="")
+    else:
+        args.output.write_text(text, encoding="utf-8")
+        console.print(f"written to {args.output}", soft_wrap=True)
+    return 0
+
+
+def _print_table(name: str, table: dict[str, Any], as_json: bool, published: bool, console: Any) -> None:
     if as_json:
         import json
 
@@ -63,3 +233,34 @@ def _print_table(name: str, table: dict[str, Any], as_json: bool, console: Any) 
     from lora_llava.evaluation.report import tables_view
 
     console.print(tables_view("Answers" if "all" in table else "ScienceQA", {name: table}))
+    _print_published(table, published, console)
+
+
+def _print_published(table: dict[str, Any], forced: bool, console: Any) -> None:
+    """Put the published rows below: without being asked to, only where all of the same questions were answered."""
+    from lora_llava.errors import UserError
+    from lora_llava.evaluation.published import QUESTIONS, published_sources, published_table
+
+    if "all" in table:
+        if forced:
+            raise UserError("--published: the published rows are ScienceQA's, this is another table; leave it out")
+        return
+    count = table["AVG"][2]
+    if not forced and count != QUESTIONS:
+        return
+    console.print(published_table())
+    console.print(f"Sources: {published_sources()}", style="dim", soft_wrap=True)
+    if count != QUESTIONS:
+        console.print(f"The table above is of {count:,} questions, not of theirs: not to be compared", style="dim")
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a finished run")
+
+
+def run_report(args: argparse.Namespace, console: Any) -> int:
+    quieten()
+    from lora_llava.training.run_report import rebuild_report
+
+    console.print(f"{rebuild_report(args.run)}: open it in a browser", soft_wrap=True)
+    return 0

@@ -23,6 +23,7 @@ LAYERS = [
     "publishing",
     "cli_data",
     "cli_evaluation",
+    "cli_chat",
     "cli",
 ]
 """From the bottom up; a module imports from its own layer or those before it."""

@@ -87,7 +87,8 @@ def read_row(
         embedded: Pictures are in the table itself, and named by the row's number.
 
     Returns:
-        The conversation: turns in order, one placeholder per picture.
+        The conversation: turns in order, one placeholder per picture; in `extra` its `choices` (a list, or a text with
+        `|` between them) and its `type` (`question_type` or `category`), where it has them.
 
     Raises:
         RowError: For a row that is none.
@@ -103,7 +104,7 @@ def read_row(
     except EncodingError as error:
         raise RowError(error.kind, str(error)) from None
     images = _images(row, messages, columns, number if embedded else None)
-    conversation = Conversation(str(row.get(columns.id, number)), turns, images)
+    conversation = Conversation(str(row.get(columns.id, number)), turns, images, _asides(row))
     # A table's text has no place for a placeholder: that there is none is nothing to note.
     is_chat = any(key in row for key in CHAT_COLUMNS)
     return _place(_mend(conversation), position, rng, expected=is_chat)
@@ -136,6 +137,18 @@ def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.R
     if isinstance(system, str) and system:  # ShareGPT as LLaMA-Factory writes it
         return [{"role": "system", "content": system}, *messages]
     return list(messages)
+
+
+def _asides(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation can use of a row besides: the choices its last question has, and its kind of question."""
+    choices = row.get("choices")
+    if isinstance(choices, str):  # a table's cell
+        choices = [choice.strip() for choice in choices.split("|")]
+    found: dict[str, Any] = {}
+    if isinstance(choices, (list, tuple)) and len(choices) > 1 and all(isinstance(x, str) and x for x in choices):
+        found["choices"] = list(choices)
+    kind = row.get("question_type", row.get("category"))
+    return found | ({"type": kind} if isinstance(kind, str) and kind else {})
 
 
 def _missing(row: Mapping[str, Any], wanted: str) -> str:

@@ -162,7 +162,8 @@ def question_of(pid: str, problem: Mapping[str, Any]) -> dict[str, Any]:
         problem: An entry of `problems.json`.
 
     Returns:
-        `answer`, `num_choices`, `subject`, `grade`, `has_image` and `has_hint`.
+        `answer`, `num_choices`, `subject`, `grade`, `has_image` and `has_hint`; and to ask it in another way
+        `question`, `choices` and `hint`.
 
     Raises:
         UserError: For a field that is missing or of the wrong kind.
@@ -179,7 +180,8 @@ def question_of(pid: str, problem: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "answer": answer, "num_choices": len(choices), "subject": str(problem.get("subject", "")),
         "grade": str(problem.get("grade", "")), "has_image": bool(problem.get("image")),
-        "has_hint": bool(problem.get("hint")),
+        "has_hint": bool(problem.get("hint")), "question": problem["question"], "choices": list(choices),
+        "hint": problem.get("hint") or "",
     }  # fmt: skip
 
 

@@ -1,27 +1,36 @@
-"""Asking a model the questions of a split."""
+"""Asking the questions of a split, and marking what comes back."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation
-from lora_llava.data.encode import encode_prompt
 from lora_llava.data.files import json_text
-from lora_llava.data.images import Pictures
-from lora_llava.data.templates import Template
+from lora_llava.errors import ToldError, UserError
+from lora_llava.evaluation.answer_log import AnswerLog
+from lora_llava.evaluation.answerers import Answerer, messages_of
 from lora_llava.evaluation.answers import AnsweredRow, AnswerTable, answer_table, mark_answer
 from lora_llava.evaluation.scienceqa import Prediction, Table, make_prediction, score
-from lora_llava.inference.generate import Question, generate_answers
+from lora_llava.inference.answer import Answer
 
 Row = TypeVar("Row")
-Marked = TypeVar("Marked")
+Mark = Callable[[int, Conversation, Answer], Any]
+"""Marks the answer to the row of this index: a line of the predictions file."""
+_NAMED = 3
+"""Rows whose trouble is told by name."""
+
+
+class UnansweredError(ToldError):
+    """Questions that got no answer though they were asked again; what was answered is kept."""
 
 
 def choose_rows(rows: Sequence[Row], count: int | str, seed: int) -> list[Row]:
@@ -62,96 +71,177 @@ def shuffle_images(rows: Sequence[Conversation], seed: int) -> list[Conversation
     return shuffled
 
 
-def ask_scienceqa(model: Any, rows: Sequence[Conversation], pictures: Pictures, **settings: Any) -> Table:
-    """Ask ScienceQA's questions, write the answers as JSONL and score them.
+def ask_scienceqa(
+    rows: Sequence[Conversation], answerer: Answerer, **settings: Any
+) -> tuple[Table, list[Prediction]]:  # fmt: skip
+    """Ask ScienceQA's questions and score the answers.
 
     Args:
-        model: What answers.
         rows: Conversations of ScienceQA.
-        pictures: Gives their pictures.
+        answerer: Who answers.
         settings: As `ask_rows`.
 
     Returns:
-        The table.
+        The table, and the marked answers in the rows' order.
     """
 
-    def mark(row: Conversation, text: str) -> Prediction:
-        return make_prediction(row.row_id, text, row.extra)
+    def mark(index: int, row: Conversation, answer: Answer) -> Prediction:
+        return make_prediction(row.row_id, answer.text, row.extra)
 
-    return score(ask_rows(model, rows, pictures, mark=mark, **settings))
+    marked = ask_rows(rows, answerer, mark, **settings)
+    return score(marked), marked
 
 
-def ask_conversations(model: Any, rows: Sequence[Conversation], pictures: Pictures, **settings: Any) -> AnswerTable:
-    """Ask the last question of every conversation, write the answers as JSONL and mark them.
+def ask_conversations(
+    rows: Sequence[Conversation], answerer: Answerer, losses: Mapping[int, tuple[float, int]] | None = None,
+    **settings: Any,
+) -> tuple[AnswerTable, list[AnsweredRow]]:  # fmt: skip
+    """Ask the last question of every conversation and mark the answers.
 
     Args:
-        model: What answers.
-        rows: Conversations, the source's name in `extra`.
-        pictures: Gives their pictures.
+        rows: Conversations; in `extra` the source's name, and the type of question where the data has one.
+        answerer: Who answers.
+        losses: Summed loss and tokens of the data's own answers, from `reference_losses`.
         settings: As `ask_rows`.
 
     Returns:
-        The table.
+        The table, and the marked answers in the rows' order.
     """
 
-    def mark(row: Conversation, text: str) -> AnsweredRow:
+    def mark(index: int, row: Conversation, answer: Answer) -> AnsweredRow:
         question = row.turns[-2].text.replace(IMAGE_PLACEHOLDER, "").strip()
-        return mark_answer(row.row_id, str(row.extra.get("source", "")), question, row.turns[-1].text, text)
+        source, kind = str(row.extra.get("source", "")), row.extra.get("type")
+        marked = mark_answer(row.row_id, source, question, row.turns[-1].text, answer.text, kind)
+        if losses is not None and index in losses:
+            total, tokens = losses[index]
+            marked |= {"loss": round(total / tokens, 4), "loss_tokens": tokens}
+        return marked
 
-    return answer_table(ask_rows(model, rows, pictures, mark=mark, **settings))
+    marked = ask_rows(rows, answerer, mark, **settings)
+    return answer_table(marked), marked
+
+
+def questions_hash(rows: Sequence[Conversation]) -> str:
+    """SHA-256 over what is asked: ids, turns up to the last answer, and the names of pictures."""
+    asked = [[row.row_id, messages_of(row)[:-1], row.images] for row in rows]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def ask_rows(
-    model: Any,
     rows: Sequence[Conversation],
-    pictures: Pictures,
+    answerer: Answerer,
+    mark: Mark,
     *,
-    mark: Callable[[Conversation, str], Marked],
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    num_image_tokens: int,
-    batch_size: int,
-    max_new_tokens: int,
-    predictions: Path,
+    predictions: Path | None,
     description: str,
-) -> list[Marked]:
-    """Ask the last question of every row, the turns before it as history.
+    key: Mapping[str, Any] | None = None,
+    bad_images: str = "error",
+) -> list[Any]:
+    """Ask the last question of every row.
 
     Args:
-        model: What answers.
         rows: Conversations.
-        pictures: Gives their pictures.
+        answerer: Who answers.
         mark: Marks an answer.
-        tokenizer: The processor's.
-        template: The one that was trained.
-        num_image_tokens: Of one picture.
-        batch_size: Questions at once.
-        max_new_tokens: Longest answer.
-        predictions: File for one marked answer a line, in the rows' order.
+        predictions: File for one marked answer a line, in the rows' order; None writes none.
         description: Stands before the progress bar.
+        key: What the answers depend on besides the questions; with it a stopped evaluation goes on where it was.
+        bad_images: `error`, or `wrong`: a question whose picture cannot be opened counts as answered wrongly, and its
+            line says so.
 
     Returns:
         The marked answers, in the rows' order.
+
+    Raises:
+        UserError: For a picture that cannot be opened.
+        UnansweredError: Where a server left questions unanswered.
     """
-    questions = []
-    for row in rows:
-        messages = [{"role": turn.role, "content": turn.text} for turn in row.turns[:-1]]
-        ids = encode_prompt(messages, tokenizer=tokenizer, template=template, num_image_tokens=num_image_tokens)
-        questions.append(Question(ids, row.images))
-    answers: dict[int, Marked] = {}
-    found = generate_answers(
-        model, questions, tokenizer=tokenizer, pictures=pictures, batch_size=batch_size,
-        max_new_tokens=max_new_tokens, stop_string=template.stop_string,
+    log = _open_log(predictions, rows, key)
+    answers = dict(log.answers) if log is not None else {}
+    unanswered: dict[int, str] = {}
+    bar = tqdm(
+        total=len(rows), initial=len(answers), desc=description, unit="question", dynamic_ncols=True,
+        leave=predictions is not None,
     )  # fmt: skip
-    for index, text in tqdm(found, total=len(rows), desc=description, unit="question", dynamic_ncols=True):
-        answers[index] = mark(rows[index], text)
-    ordered = [answers[index] for index in range(len(rows))]
-    write_predictions(predictions, ordered)
-    return ordered
+    try:
+        with bar:
+            for index, answer in answerer(rows, frozenset(answers)):
+                bar.update()
+                if answer.problem is not None and bad_images == "error" and answer.is_picture:
+                    raise UserError(
+                        f"row {rows[index].row_id}: {answer.problem}; restore it, or let such questions count as wrong "
+                        "with --bad-images wrong"
+                    )
+                if answer.problem is not None and not answer.is_picture:
+                    unanswered[index] = answer.problem
+                    continue
+                answers[index] = answer
+                if log is not None and answer.problem is None:
+                    log.add(index, answer)
+    finally:
+        if log is not None:
+            log.close()
+    if unanswered:
+        raise _unanswered(rows, unanswered)
+    _tell_bad(rows, answers)
+    marked = [_mark(mark, index, rows[index], answers[index]) for index in range(len(rows))]
+    if predictions is not None:
+        write_predictions(predictions, marked)
+    if log is not None:
+        log.remove()
+    return marked
+
+
+def _open_log(
+    predictions: Path | None, rows: Sequence[Conversation], key: Mapping[str, Any] | None
+) -> AnswerLog | None:
+    if predictions is None or key is None:
+        return None
+    file = predictions.with_suffix(".partial.jsonl")
+    log = AnswerLog(file, {**key, "questions": questions_hash(rows)})
+    if log.answers:
+        _tell(f"{len(log.answers):,} of {len(rows):,} answers are in {file} already and are not asked again")
+    elif log.other:
+        _tell(f"{file} held answers of another model, question or setting; this evaluation starts afresh")
+    return log
+
+
+def _tell(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
+
+
+def _tell_bad(rows: Sequence[Conversation], answers: Mapping[int, Answer]) -> None:
+    bad = [rows[index].row_id for index in sorted(answers) if answers[index].problem is not None]
+    if bad:
+        what = "1 question counts as wrong because its picture" if len(bad) == 1 else (
+            f"{len(bad):,} questions count as wrong because their pictures"
+        )  # fmt: skip
+        more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
+        _tell(f"{what} cannot be opened: {', '.join(bad[:_NAMED])}{more}")
+
+
+def _mark(mark: Mark, index: int, row: Conversation, answer: Answer) -> Any:
+    marked = mark(index, row, answer)
+    if answer.scores is not None:
+        marked["scores"] = [round(score, 4) for score in answer.scores]
+    if answer.problem is not None:
+        marked["problem"] = answer.problem
+    return marked
+
+
+def _unanswered(rows: Sequence[Conversation], problems: Mapping[int, str]) -> UnansweredError:
+    named = "; ".join(f"{rows[index].row_id}: {problem}" for index, problem in list(problems.items())[:_NAMED])
+    more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+    return UnansweredError(
+        f"{len(problems):,} of {len(rows):,} questions got no answer ({named}{more}); the others are kept, and the "
+        "same command asks only these again"
+    )
 
 
 def write_predictions(file: Path, predictions: Sequence[Any]) -> None:
     """Write predictions, one JSON object a line."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json_text(prediction) + "\n" for prediction in predictions]
-    file.write_text("".join(lines), encoding="utf-8")
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(file)

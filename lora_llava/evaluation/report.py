@@ -8,11 +8,13 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from lora_llava.evaluation.answers import AnswerTable, is_answer_table
+from lora_llava.evaluation.intervals import share_interval
 from lora_llava.evaluation.scienceqa import COLUMNS, Table
+from lora_llava.evaluation.summary import unparsed
 
 
 def answer_rows(title: str, tables: Mapping[str, AnswerTable]) -> RichTable:
-    """One line a table and source: exact match, F1 and questions.
+    """One line a table and group: exact match, F1, ROUGE-L, loss and questions.
 
     Args:
         title: Stands above.
@@ -23,11 +25,16 @@ def answer_rows(title: str, tables: Mapping[str, AnswerTable]) -> RichTable:
     """
     view = RichTable(title=title, title_justify="left")
     several = any(len(table) > 1 for table in tables.values())
-    for column in ("", *(["source"] if several else []), "exact match in %", "F1 in %", "questions"):
-        view.add_column(column, justify="right" if column and column != "source" else "left")
+    shares = ("exact match in %", "F1 in %", "ROUGE-L in %")
+    for column in ("", *(["group"] if several else []), *shares, "loss", "questions"):
+        view.add_column(column, justify="right" if column and column != "group" else "left")
     for name, table in tables.items():
-        for source, (exact, f1, count) in table.items():
-            view.add_row(name, *([source] if several else []), f"{exact:.2f}", f"{f1:.2f}", f"{int(count):,}")
+        for group, marks in table.items():
+            loss = "" if marks["loss"] is None else f"{marks['loss']:.4f}"
+            view.add_row(
+                name, *([group] if several else []), f"{marks['exact_match']:.2f}", f"{marks['f1']:.2f}",
+                f"{marks['rouge_l']:.2f}", loss, f"{marks['questions']:,}",
+            )  # fmt: skip
     return view
 
 
@@ -39,7 +46,8 @@ def tables_view(title: str, tables: Mapping[str, Any]) -> RichTable:
 
 
 def table_rows(title: str, tables: Mapping[str, Table]) -> RichTable:
-    """One line a table: percentages, with the questions counted below each column's name.
+    """One line a table: percentages, with the questions counted below each column's name, and of a table alone the 95%
+    intervals.
 
     Args:
         title: Stands above.
@@ -51,10 +59,16 @@ def table_rows(title: str, tables: Mapping[str, Table]) -> RichTable:
     view = RichTable(title=title, title_justify="left")
     view.add_column("accuracy in %")
     for column in (*COLUMNS, "unparsed"):
-        view.add_column(column, justify="right")
+        view.add_column(column, justify="right", no_wrap=column != "unparsed")
     for name, table in tables.items():
-        view.add_row(name, *(f"{table[column][0]:.2f}" for column in COLUMNS), str(table["unparsed"]))
+        share = unparsed(table)
+        told = f"{share['count']} ({share['percent']:.1f}%)" if share["count"] else "0"
+        view.add_row(name, *(f"{table[column][0]:.2f}" for column in COLUMNS), told)
     last = list(tables.values())[-1]
+    if len(tables) == 1:
+        for place, name in enumerate(("95% interval from", "to")):
+            ends = (share_interval(*last[column][1:])[place] if last[column][2] else None for column in COLUMNS)
+            view.add_row(name, *("-" if end is None else f"{end:.2f}" for end in ends), "")
     view.add_section()
     view.add_row("questions", *(str(last[column][2]) for column in COLUMNS), "")
     return view

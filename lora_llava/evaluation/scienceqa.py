@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 LETTERS = "ABCDE"
 COLUMNS = ("AVG", "NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
@@ -25,6 +25,8 @@ class Prediction(TypedDict):
     prediction: int
     answer: int
     categories: list[str]
+    scores: NotRequired[list[float]]
+    problem: NotRequired[str]
 
 
 def parse_answer(text: str, num_choices: int) -> int:

@@ -186,12 +186,15 @@ def _answers(package: Package, tables: dict[str, Any]) -> str:
     """Marks of free answers, by source."""
     lines = [
         f"## Results\n\nAnswers to rows of {data_name(package)} that were held back from training, by the seed and by "
-        f"picture, against the data's own: exact match and word F1 as SQuAD defines them. {_measured(package)}\n",
-        table_row(["", "source", "exact match in %", "F1 in %", "questions"]),
-        table_row(["---"] * 5),
+        f"picture, against the data's own: exact match and word F1 as SQuAD defines them, ROUGE-L. "
+        f"{_measured(package)}\n",
+        table_row(["", "group", "exact match in %", "F1 in %", "ROUGE-L in %", "questions"]),
+        table_row(["---"] * 6),
     ]
     for name, table in tables.items():
-        lines += [table_row([name, source, f"{a:.2f}", f"{b:.2f}", int(n)]) for source, (a, b, n) in table.items()]
+        for group, marks in table.items():
+            shares = (f"{marks[key]:.2f}" for key in ("exact_match", "f1", "rouge_l"))
+            lines.append(table_row([name, group, *shares, marks["questions"]]))
     return "\n".join(lines) + "\n"
 
 

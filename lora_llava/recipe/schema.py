@@ -314,6 +314,10 @@ class EvaluationSection(Section):
     """Questions answered at once."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 512
     """Longest answer in tokens."""
+    generate_every: Annotated[int, Field(ge=1)] | None = None
+    """Every so many steps, let the model answer a slice of the validation rows and score it; null never."""
+    generate_rows: Annotated[int, Field(ge=1)] = 64
+    """Validation rows of that slice, drawn by the seed, the same each time."""
 
 
 class Recipe(Section):
@@ -362,6 +366,11 @@ class Recipe(Section):
             raise ValueError(
                 "evaluation needs rows that are not trained on: set data.test_rows or data.validation_rows"
             )
+        validated = data.validation_rows or data.validation_source or (
+            data.format == "scienceqa" and data.splits.validation is not None
+        )  # fmt: skip
+        if self.evaluation is not None and self.evaluation.generate_every is not None and not validated:
+            raise ValueError("evaluation.generate_every scores validation rows, and the recipe has none; drop it")
         if self.data.format == "captions" and self.data.template != "plain" and self.stage == 1:
             raise ValueError(f"data.template is {self.data.template}; Stage 1 captions take plain")
         return self

@@ -7,7 +7,8 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -44,6 +45,7 @@ class Split:
         rows: Those that are used, encoded.
         report: What became of all.
         epochs: Which rows an epoch has, where the recipe mixes by weight or rows; None: all of them.
+        sealed: Whether its rows may not be read now.
     """
 
     sources: list[Source]
@@ -52,9 +54,16 @@ class Split:
     rows: EncodedRows
     report: Report
     epochs: Callable[[int], list[int]] | None = None
+    sealed: bool = False
 
     def read(self, indices: Iterable[int]) -> list[Conversation]:
-        """The conversations of these rows, read from their source again."""
+        """The conversations of these rows, read from their source again.
+
+        Raises:
+            RuntimeError: While the split is sealed.
+        """
+        if self.sealed:
+            raise RuntimeError("test rows are read while training runs; only the tables before and after may ask them")
         indices = list(indices)
         places = self.rows.places[indices] if indices else np.zeros((0, 2), dtype=np.int64)
         found: dict[tuple[int, int], Conversation] = {}
@@ -76,6 +85,18 @@ class Split:
     def source_of(self, index: int) -> Source:
         """Where a row comes from."""
         return self.sources[self.rows.places[index, 0]]
+
+
+@contextmanager
+def sealed(split: Split | None) -> Iterator[None]:
+    """While this is entered, reading the split's rows is an error: what training sees of a test is no test any more."""
+    if split is not None:
+        split.sealed = True
+    try:
+        yield
+    finally:
+        if split is not None:
+            split.sealed = False
 
 
 def run_policy(recipe: Recipe, split: str) -> Policy:
@@ -170,7 +191,9 @@ def asked_split(splits: Container[str]) -> str | None:
     return next((name for name in ("test", "validation") if name in splits), None)
 
 
-def read_held_out(recipe: Recipe, processor: Any, config: LlavaConfig, progress: Progress = no_progress) -> Split:
+def read_held_out(
+    recipe: Recipe, processor: Any, config: LlavaConfig, progress: Progress = no_progress, *, trusted: bool = False
+) -> Split:  # fmt: skip
     """Read the rows that the tables ask, and nothing that is not needed for it.
 
     Args:
@@ -178,6 +201,7 @@ def read_held_out(recipe: Recipe, processor: Any, config: LlavaConfig, progress:
         processor: The stock processor.
         config: Of the LLaVA.
         progress: Wraps what is read and opened.
+        trusted: Leave the pictures unopened.
 
     Returns:
         The split.
@@ -196,7 +220,7 @@ def read_held_out(recipe: Recipe, processor: Any, config: LlavaConfig, progress:
     name = asked_split(splits)
     if name is None:
         raise UserError("this recipe holds no rows back to ask; set data.test_rows, or name another with --recipe")
-    return build_split(recipe, name, splits[name], processor, config, progress)
+    return build_split(recipe, name, splits[name], processor, config, progress, trusted=trusted)
 
 
 def sample_rows(recipe: Recipe, split: str, count: int) -> tuple[list[Conversation], ImageSource, int]:

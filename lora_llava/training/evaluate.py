@@ -2,38 +2,127 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
-from lora_llava.data.templates import get_template
+from lora_llava.data.conversation import Conversation
+from lora_llava.data.files import file_hash
+from lora_llava.data.templates import Template, get_template
 from lora_llava.errors import UserError
+from lora_llava.evaluation.answerers import (
+    Answerer,
+    Asked,
+    by_likelihood,
+    by_reasoned_likelihood,
+    by_server,
+    by_writing,
+    reference_losses,
+)
 from lora_llava.evaluation.answers import AnswerTable
 from lora_llava.evaluation.ask import ask_conversations, ask_scienceqa, choose_rows, shuffle_images
+from lora_llava.evaluation.prompts import PARSER, PROMPTS, ask_by, choices_of, reasons_first
 from lora_llava.evaluation.scienceqa import Table
+from lora_llava.evaluation.summary import summarise
 from lora_llava.inference.load import load_answering_model
+from lora_llava.inference.sampling import Sampling
+from lora_llava.inference.server import ChatServer, find_model
 from lora_llava.model.loading import check_bitsandbytes
-from lora_llava.model.provenance import locate_base
-from lora_llava.model.start import plan_model
+from lora_llava.model.provenance import locate_base, weights_state
+from lora_llava.model.start import ADAPTER_FILE, ModelPlan, plan_model
 from lora_llava.recipe import EvaluationSection, ModelSection, Recipe, StartFrom, load_recipe
 from lora_llava.training.data import Split, read_held_out
 from lora_llava.training.plan import build_run_processor
-from lora_llava.training.run_directory import RECIPE_FILE, is_run, read_data_hashes, read_record
+from lora_llava.training.run_directory import (
+    RECIPE_FILE,
+    is_run,
+    machine,
+    read_data_hashes,
+    read_record,
+    versions,
+    write_json,
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is asked.
+
+    Attributes:
+        method: `generate` lets it write; `loglik` takes the likeliest choice.
+        prompt: A key of `PROMPTS`; for ScienceQA.
+        temperature: As of `Sampling`.
+        top_p: As of `Sampling`.
+        shuffled: Exchange the pictures among the questions.
+        base_only: The run's base without what was trained.
+        bad_images: `error`, or `wrong`: a question whose picture cannot be opened counts as answered wrongly.
+    """
+
+    method: Literal["generate", "loglik"] = "generate"
+    prompt: str = "recipe"
+    temperature: float = 0.0
+    top_p: float = 1.0
+    shuffled: bool = False
+    base_only: bool = False
+    bad_images: Literal["error", "wrong"] = "error"
+
+    @property
+    def suffix(self) -> str:
+        """Tells the files of one way from those of another."""
+        parts = {
+            "base": self.base_only, "shuffled": self.shuffled, self.prompt.replace("-", "_"): self.prompt != "recipe",
+            self.method: self.method != "generate", "sampled": self.temperature > 0,
+        }  # fmt: skip
+        return "".join(f"_{name}" for name, said in parts.items() if said)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is open before any weight is loaded.
+
+    Attributes:
+        recipe: Whose questions are asked.
+        base: What is loaded.
+        adapter: A run directory; None for the base alone.
+        plan: The model's.
+        tokenizer: Of its processor.
+        split: The rows that may be asked.
+    """
+
+    recipe: Recipe
+    base: str
+    adapter: Path | None
+    plan: ModelPlan
+    tokenizer: Any
+    split: Split
+
+    @property
+    def science(self) -> bool:
+        return self.recipe.data.format == "scienceqa"
+
+    @property
+    def template(self) -> Template:
+        return get_template(self.recipe.data.template, self.recipe.data.system_prompt)
 
 
 def evaluate(
-    model: str, *, recipe: str | None = None, overrides: Sequence[str] = (), limit: int | None = None,
-    shuffled: bool = False, base_only: bool = False, output: str | None = None,
+    model: str, way: Way | None = None, *, recipe: str | None = None, overrides: Sequence[str] = (),
+    limit: int | None = None, output: str | None = None, server: ChatServer | None = None,
 ) -> Table | AnswerTable:  # fmt: skip
-    """Ask a model the held-out questions of a recipe.
+    """Ask a model the held-out questions of a recipe, and write its answers and what the figure stands on.
 
     Args:
-        model: A run directory, a folder with a whole LLaVA, or a Hub id.
+        model: A run directory, a folder with a whole LLaVA, or a Hub id; with a server its questions alone are taken,
+            or it is the model's name there.
+        way: How it is asked.
         recipe: Whose data, template and evaluation to use; by default a run's or merged folder's own.
         overrides: `key.sub=value` texts.
         limit: Most questions.
-        shuffled: Exchange the pictures among the questions.
-        base_only: The run's base without what was trained.
         output: Folder of the predictions file.
+        server: Who answers, in place of a model here.
 
     Returns:
         The table.
@@ -41,6 +130,66 @@ def evaluate(
     Raises:
         UserError: For a model, recipe or data that is missing or does not fit.
     """
+    way = way or Way()
+    if server is not None:
+        server = find_model(server if server.model or Path(model).is_dir() else replace(server, model=model))
+    opened = open_evaluation(model, way, recipe, overrides, server)
+    rows = held_out_rows(opened, way, limit)
+    settings = opened.recipe.evaluation or EvaluationSection()
+    sampling = Sampling(way.temperature, way.top_p, settings.max_new_tokens, opened.recipe.seed)
+    about = _about(opened, way, model, sampling, server)
+    losses = None
+    if server is not None:
+        answerer = by_server(server, opened.split.images, sampling, opened.template.stop_string)
+    else:
+        asked = load_asked(opened, settings.batch_size)
+        answerer = open_answerer(opened, way, asked, sampling)
+        losses = None if opened.science else reference_losses(asked, rows)
+    folder = Path(output or (model if Path(model).is_dir() else "."))
+    common: dict[str, Any] = {
+        "predictions": folder / f"predictions{way.suffix}.jsonl", "description": "evaluating", "key": about,
+        "bad_images": way.bad_images,
+    }  # fmt: skip
+    start = time.monotonic()
+    table: Table | AnswerTable
+    if opened.science:
+        table, marked = ask_scienceqa(rows, answerer, **common)
+    else:
+        table, marked = ask_conversations(rows, answerer, losses, **common)  # type: ignore[assignment]
+    _write_summary(folder / f"evaluation{way.suffix}.json", about, summarise(table, marked), time.monotonic() - start)
+    return table
+
+
+def load_asked(opened: Opened, batch_size: int) -> Asked:
+    """Load the weights of an opened evaluation, to be asked so many questions at once."""
+    section = opened.recipe.model
+    return Asked(
+        load_answering_model(opened.base, opened.adapter, quantization=section.quantization, dtype=section.dtype),
+        opened.tokenizer, opened.template, opened.plan.config.image_seq_length, opened.split.pictures, batch_size,
+    )  # fmt: skip
+
+
+def open_answerer(opened: Opened, way: Way, asked: Asked, sampling: Sampling) -> Answerer:
+    """Who answers in this way; `sampling` is of what is written."""
+    if way.method == "generate":
+        return by_writing(asked, sampling)
+    choices = partial(choices_of, prompt=way.prompt)
+    if opened.science and reasons_first(way.prompt, opened.recipe.data.prompt_order):
+        return by_reasoned_likelihood(asked, sampling, choices)
+    return by_likelihood(asked, choices)
+
+
+def _write_summary(file: Path, about: dict[str, Any], found: dict[str, Any], seconds: float) -> None:
+    questions = next(iter(found["table"].values()))
+    count = questions["count"] if "count" in questions else questions["questions"]
+    took = {"seconds": round(seconds, 2), "questions": count}
+    write_json(file, {**found, "asked": about, "took": took, "machine": machine(), "versions": versions()})
+
+
+def open_evaluation(
+    model: str, way: Way, recipe: str | None = None, overrides: Sequence[str] = (), server: ChatServer | None = None
+) -> Opened:  # fmt: skip
+    """Open everything that an evaluation needs but the weights; arguments and errors are those of `evaluate`."""
     folder = Path(model)
     run = is_run(folder)
     if recipe is None and not (folder / RECIPE_FILE).is_file():
@@ -50,37 +199,66 @@ def evaluate(
     if not run and recipe is None:  # a merged folder is asked as it is stored
         overrides = ["model.quantization=none", *overrides]
     chosen = load_recipe(recipe or folder / RECIPE_FILE, overrides)
-    if chosen.model.quantization == "nf4":
+    _check_way(way, chosen)
+    if server is not None and (way.method != "generate" or way.base_only):
+        raise UserError("--server writes answers; --method loglik and --base-only need a model here")
+    if server is None and chosen.model.quantization == "nf4":
         check_bitsandbytes()
     base = str(locate_base(read_record(folder)["base"], folder)) if run else model
-    plan = plan_model(_as_llava(chosen.model, base))
+    elsewhere = server is not None and not folder.is_dir()
+    plan = plan_model(chosen.model if elsewhere else _as_llava(chosen.model, base))
     tokenizer, processor = build_run_processor(chosen, plan.config, plan.tokenizer_folder, plan.image_folder)
-    split = read_held_out(chosen, processor, plan.config)
+    split = read_held_out(chosen, processor, plan.config, trusted=way.bad_images == "wrong")
     other_data = ("data.path=", "data.file=", "data.format=", "data.sources")
     if run and recipe is None and not any(text.startswith(other_data) for text in overrides):
         _check_same_rows(folder, chosen, split)
-    rows = split.read(choose_rows(range(len(split.rows)), limit if limit is not None else "all", chosen.seed))
-    if shuffled:
-        rows = shuffle_images(rows, chosen.seed)
-    answering = load_answering_model(
-        base, folder if run and not base_only else None, quantization=chosen.model.quantization,
-        dtype=chosen.model.dtype,
-    )  # fmt: skip
-    settings = chosen.evaluation or EvaluationSection()
-    name = "predictions" + "_base" * base_only + "_shuffled" * shuffled
-    ask = ask_scienceqa if chosen.data.format == "scienceqa" else ask_conversations
-    return ask(
-        answering,
-        rows,
-        split.pictures,
-        tokenizer=tokenizer,
-        template=get_template(chosen.data.template, chosen.data.system_prompt),
-        num_image_tokens=plan.config.image_seq_length,
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        predictions=Path(output or (folder if folder.is_dir() else ".")) / f"{name}.jsonl",
-        description="evaluating",
-    )
+    return Opened(chosen, base, folder if run and not way.base_only else None, plan, tokenizer, split)
+
+
+def _check_way(way: Way, recipe: Recipe) -> None:
+    if way.prompt not in PROMPTS:
+        raise UserError(f"--prompt: {way.prompt!r} is unknown; use one of {', '.join(PROMPTS)}")
+    if way.prompt != "recipe" and recipe.data.format != "scienceqa":
+        raise UserError(f"--prompt {way.prompt} is a way to ask ScienceQA; this recipe's data is {recipe.data.format}")
+    if way.method == "loglik" and way.temperature:
+        raise UserError("--temperature is for answers that are written; with --method loglik leave it out")
+
+
+def held_out_rows(opened: Opened, way: Way, limit: int | None = None) -> list[Conversation]:
+    """The questions, written this way; at most `limit`, drawn by the recipe's seed."""
+    count = limit if limit is not None else "all"
+    rows = opened.split.read(choose_rows(range(len(opened.split.rows)), count, opened.recipe.seed))
+    if way.shuffled:
+        rows = shuffle_images(rows, opened.recipe.seed)
+    return [ask_by(row, way.prompt) for row in rows]
+
+
+def _about(
+    opened: Opened, way: Way, model: str, sampling: Sampling, server: ChatServer | None
+) -> dict[str, Any]:  # fmt: skip
+    """What the answers depend on besides the questions, so that they can be told from others and got again."""
+    recipe = opened.recipe
+    about: dict[str, Any] = {"way": asdict(way), "sampling": asdict(sampling)}
+    if server is not None:
+        about |= {"server": server.url, "model": server.model}
+    else:
+        about |= {
+            "model": model, "weights": _weights(opened), "quantization": recipe.model.quantization,
+            "dtype": recipe.model.dtype, "template": recipe.data.template, "system_prompt": recipe.data.system_prompt,
+            "batch_size": (recipe.evaluation or EvaluationSection()).batch_size,
+        }  # fmt: skip
+    if opened.science:
+        what = PROMPTS[way.prompt]
+        about["prompt"] = {"name": way.prompt, "what": what, "order": recipe.data.prompt_order}
+        about["parser"] = "none: the likeliest choice" if way.method == "loglik" else PARSER
+    return about
+
+
+def _weights(opened: Opened) -> dict[str, str]:
+    """What tells these weights from others."""
+    found = {"adapter": file_hash(opened.adapter / ADAPTER_FILE)} if opened.adapter is not None else {}
+    folder = Path(opened.base)
+    return found | {"base": weights_state(folder) if folder.is_dir() else opened.base}
 
 
 def _check_same_rows(folder: Path, recipe: Recipe, split: Split) -> None:

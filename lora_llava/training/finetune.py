@@ -13,15 +13,12 @@ import torch
 from rich.console import Console
 
 from lora_llava.errors import UserError
-from lora_llava.evaluation.answers import AnswerTable
-from lora_llava.evaluation.ask import ask_conversations, ask_scienceqa, choose_rows
-from lora_llava.evaluation.scienceqa import Table
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.base import cache_folder
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.training import report
-from lora_llava.training.data import asked_split
+from lora_llava.training.data import sealed
 from lora_llava.training.features import cache_features
 from lora_llava.training.plan import RunPlan, is_padding_free, plan_run
 from lora_llava.training.planner import resolve_optimizer
@@ -34,6 +31,8 @@ from lora_llava.training.run_directory import (
     versions,
     write_json,
 )
+from lora_llava.training.run_report import write_report
+from lora_llava.training.scoring import ask_table
 from lora_llava.training.sources import progress_bar
 from lora_llava.training.stages import TrainResult, build_trained_model, describe_plan, train
 
@@ -145,13 +144,16 @@ def _run_stage(plan: RunPlan, resume: bool, console: Console) -> dict[str, Any]:
     model = build_trained_model(recipe, replace(base, initial_projector=None))
     report.print_freeze_plan(describe_plan(model), console)
     console.print(f"attention: {is_padding_free(recipe)[1]}")
-    before = _table(model, plan, "before") if recipe.evaluation else None
+    before = ask_table(model, plan, "before")
     if base.initial_projector is not None:
         trained_projector(model).load_state_dict(base.initial_projector)
-    result = train(plan, base, model, resume)
-    after = _table(model, plan, "after") if recipe.evaluation else None
-    metrics = _metrics(plan, base, model, result, before, after)
+    with sealed(plan.splits.get("test")):
+        result = train(plan, base, model, resume)
+    after = ask_table(model, plan, "after")
+    tables = {name: asking.table if asking else None for name, asking in (("before", before), ("after", after))}
+    metrics = _metrics(plan, base, model, result, tables)
     write_json(folder / METRICS_FILE, metrics)
+    write_report(folder, recipe, metrics, after)
     report.print_result(recipe, metrics, time.monotonic() - start, console)
     del model
     gc.collect()
@@ -160,31 +162,11 @@ def _run_stage(plan: RunPlan, resume: bool, console: Console) -> dict[str, Any]:
     return metrics
 
 
-def _table(model: Any, plan: RunPlan, when: str) -> Table | AnswerTable | None:
-    evaluation = plan.recipe.evaluation
-    count = getattr(evaluation, when)
-    if evaluation is None or count == 0:
-        return None
-    split = plan.splits[asked_split(plan.splits) or "test"]
-    ask = ask_scienceqa if plan.recipe.data.format == "scienceqa" else ask_conversations
-    return ask(
-        model,
-        split.read(choose_rows(range(len(split.rows)), count, plan.recipe.seed)),
-        split.pictures,
-        tokenizer=plan.tokenizer,
-        template=plan.template,
-        num_image_tokens=plan.model.config.image_seq_length,
-        batch_size=evaluation.batch_size,
-        max_new_tokens=evaluation.max_new_tokens,
-        predictions=Path(plan.recipe.output_dir) / f"predictions_{when}.jsonl",
-        description=f"table {when} training",
-    )
-
-
-def _metrics(plan: RunPlan, base: Base, model: Any, result: TrainResult, before: Any, after: Any) -> dict[str, Any]:
+def _metrics(
+    plan: RunPlan, base: Base, model: Any, result: TrainResult, tables: dict[str, Any]
+) -> dict[str, Any]:  # fmt: skip
     return {
-        "before": before,
-        "after": after,
+        **tables,
         "train": result.as_dict(),
         "step": {
             "optimizer": resolve_optimizer(plan.recipe, cuda=plan.step.cuda), "planned_bytes": plan.step.peak,

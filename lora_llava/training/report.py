@@ -198,4 +198,4 @@ def print_result(recipe: Recipe, metrics: dict[str, Any], seconds: float, consol
         f"({train['tokens'] / train['seconds']:,.0f} tokens/s); {seconds:.0f} s in all; peak memory "
         f"{train['peak_memory_bytes'] / 2**30:.2f} GiB" + (f"; validation loss {loss:.4f}" if loss is not None else "")
     )
-    console.print(f"run directory: {recipe.output_dir}", soft_wrap=True)
+    console.print(f"run directory: {recipe.output_dir}; open {recipe.output_dir}/report.html", soft_wrap=True)

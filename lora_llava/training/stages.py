@@ -31,10 +31,13 @@ from lora_llava.training.plan import RunPlan, is_padding_free, run_lora_config
 from lora_llava.training.planner import resolve_optimizer
 from lora_llava.training.rows import validation_rows
 from lora_llava.training.run_directory import read_data_hashes, save_model
+from lora_llava.training.scoring import ScoreValidation
 from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import Feed, LlavaSFTTrainer
 
 CHECKPOINTS = "checkpoints"
+CURVES = ("learning_rate", "tokens_per_second", "memory_bytes", "validation_score")
+"""What is logged beside the losses."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class TrainResult:
         best_validation_loss: Of the checkpoint kept; None without validation.
         steps: Optimiser steps.
         loss_curve: `train` and `validation`: pairs of step and loss.
+        curves: Pairs of step and value of what else was logged: `learning_rate`, `tokens_per_second`, `memory_bytes`,
+            `validation_score`.
     """
 
     seconds: float
@@ -58,6 +63,7 @@ class TrainResult:
     best_validation_loss: float | None
     steps: int
     loss_curve: dict[str, list[tuple[int, float]]]
+    curves: dict[str, list[tuple[int, float]]]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -185,6 +191,8 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
         first = [split.rows[i] for i in feed.rows[0]]
         print(check_first_batch(model, first, padded_collator(plan, split), feed.collator))
     line, stop = ProgressLine(f"stage {recipe.stage}"), StopOnInterrupt()
+    scored = recipe.evaluation is not None and recipe.evaluation.generate_every is not None
+    scoring = [ScoreValidation(plan)] if scored else []
     trainer = LlavaSFTTrainer(
         model,
         args,
@@ -192,10 +200,12 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
         validation=validation,
         processor=plan.processor,
         projector_learning_rate=recipe.training.projector_learning_rate or recipe.training.learning_rate,
-        callbacks=[line, stop],
+        callbacks=[line, stop, *scoring],
     )
     trainer.remove_callback(PrinterCallback)  # ours tells it
     line.trainer = trainer
+    for callback in scoring:
+        callback.trainer = trainer
     checkpoint = _find_checkpoint(Path(args.output_dir), plan) if resume else None
     start = time.monotonic()
     try:
@@ -211,7 +221,8 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
     save_model(Path(recipe.output_dir), model, plan.processor, recipe, base)
     return TrainResult(
         seconds, trainer.tokens_seen, trainer.supervised_tokens_seen, peak_memory_bytes(), trainer.state.best_metric,
-        trainer.state.global_step, _loss_curve(trainer.state.log_history),
+        trainer.state.global_step, _curves(trainer.state.log_history, {"train": "loss", "validation": "eval_loss"}),
+        _curves(trainer.state.log_history, {name: name for name in CURVES}),
     )  # fmt: skip
 
 
@@ -223,8 +234,7 @@ def _out_of_memory(plan: RunPlan) -> UserError:
     )
 
 
-def _loss_curve(history: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    kinds = {"train": "loss", "validation": "eval_loss"}
+def _curves(history: list[dict[str, Any]], kinds: dict[str, str]) -> dict[str, list[tuple[int, float]]]:
     return {kind: [(entry["step"], entry[key]) for entry in history if key in entry] for kind, key in kinds.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_llava.model.adapters import trained_projector
+from lora_llava.training.callbacks import peak_memory_bytes
 from lora_llava.training.loss import count_labels, labelled_loss
 from lora_llava.training.run_directory import DATA_FILE
 
@@ -63,6 +65,7 @@ class LlavaSFTTrainer(SFTTrainer):
         self.tokens_seen = 0
         self.supervised_tokens_seen = 0
         self._validation: list[tuple[float, int]] = []
+        self._logged: tuple[float, int] | None = None
         trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model, args=args, train_dataset=_stand_in(train),
@@ -144,6 +147,21 @@ class LlavaSFTTrainer(SFTTrainer):
         self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(int(correct) / max(1, count))
         return total / max(1, count if num_items_in_batch is None else int(num_items_in_batch))
 
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log the speed since the last time, and the memory, beside the loss."""
+        if "loss" in logs:
+            now, tokens = time.monotonic(), self.tokens_seen
+            since, before = self._logged or (now, tokens)
+            self._logged = (now, tokens)
+            if now > since:
+                logs["tokens_per_second"] = round((tokens - before) / (now - since), 1)
+            logs["memory_bytes"] = peak_memory_bytes()
+        super().log(logs, *args, **kwargs)
+
+    def restart_clock(self) -> None:
+        """Begin the speed anew, after something that is not training."""
+        self._logged = (time.monotonic(), self.tokens_seen)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Weigh the validation loss by trained tokens, so that it does not depend on how samples share batches."""
         self._validation = []
@@ -151,6 +169,7 @@ class LlavaSFTTrainer(SFTTrainer):
         if self._validation and output.metrics is not None:
             loss, count = (sum(column) for column in zip(*self._validation, strict=True))
             output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / max(1, count)
+        self.restart_clock()
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -108,6 +108,7 @@ def write(folder: Path, problems: Any, splits: Any) -> None:
 
 METAL_EXTRA = {
     "answer": 1, "num_choices": 3, "subject": "natural science", "grade": "grade4", "has_image": True, "has_hint": True,
+    "question": "Which is a metal?", "choices": ["wood", "iron", "wool"], "hint": "Look closely.",
 }  # fmt: skip
 ANSWER = Turn("assistant", "Metals shine. Iron shines. The answer is B.")
 
@@ -116,7 +117,7 @@ def test_the_official_folder_in_the_split_s_order(official: Path) -> None:
     rows = load_scienceqa(official, "test").conversations
     turns = (Turn("user", f"<image>\n{QUESTION}"), ANSWER)
     text_extra = METAL_EXTRA | {
-        "answer": 0, "subject": "social science", "grade": "grade9", "has_image": False, "has_hint": False,
+        "answer": 0, "subject": "social science", "grade": "grade9", "has_image": False, "has_hint": False, "hint": "",
     }  # fmt: skip
     text_turns = (
         Turn("user", f"Which is a metal?\nContext: N/A\n{OPTIONS}"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 
 from lora_llava.evaluation.answers import (
     answer_table,
@@ -15,6 +17,8 @@ from lora_llava.evaluation.answers import (
     is_answer_table,
     mark_answer,
     normalise,
+    question_type,
+    rouge_l,
     token_f1,
 )
 
@@ -68,29 +72,90 @@ def test_marks_agree_with_each_other(text: str, reference: str) -> None:
 
 def test_a_marked_answer() -> None:
     assert mark_answer("7", "mine", "What?", "The red cube.", "a cube") == {
-        "question_id": "7", "source": "mine", "question": "What?", "reference": "The red cube.", "text": "a cube",
-        "exact": False, "f1": 2 / 3,
+        "question_id": "7", "source": "mine", "type": "phrase", "question": "What?", "reference": "The red cube.",
+        "text": "a cube", "exact": False, "f1": 2 / 3, "rouge_l": pytest.approx(0.4),
     }  # fmt: skip
+    assert mark_answer("7", "mine", "What?", "3", "3", "counting")["type"] == "counting"
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "expected"),
+    [
+        ("the cat sat", "the cat sat", 1.0),
+        ("the cat", "the cat sat on", 2 * 1.0 * 0.5 / 1.5),
+        ("sat cat", "cat sat", 0.5),  # one word in order
+        ("кот сидит", "кот сидит", 1.0),  # rouge_score's own words are a to z
+        ("", "cat", 0.0),
+        ("!", "?", 0.0),
+    ],
+)
+def test_rouge_l(text: str, reference: str, expected: float) -> None:
+    assert rouge_l(text, reference) == pytest.approx(expected)
+
+
+@given(text=TEXTS, reference=TEXTS)
+def test_rouge_l_is_rouge_score_s_own_on_plain_letters(text: str, reference: str) -> None:
+    plain = [re.sub(r"[^a-z0-9 ]", " ", t.lower()) for t in (text, reference)]
+    own = RougeScorer(["rougeL"]).score(plain[1], plain[0])["rougeL"].fmeasure
+    assert rouge_l(*plain) == own
+
+
+@pytest.mark.parametrize(
+    ("reference", "kind"),
+    [
+        ("Yes.", "yes/no"), ("no", "yes/no"), ("No, it is red", "phrase"), ("two", "number"), ("12", "number"),
+        ("3.", "number"), ("twenty two", "phrase"), ("a red cube on the left", "phrase"),
+        ("a red cube lies on the left of it", "text"), ("", "phrase"),
+    ],
+)  # fmt: skip
+def test_kinds_of_question(reference: str, kind: str) -> None:
+    assert question_type(reference) == kind
 
 
 def marked(source: str, *texts: str) -> list[Any]:
     return [mark_answer(str(n), source, "What?", "red cube", text) for n, text in enumerate(texts)]
 
 
+def marks(exact: float, f1: float, rouge: float, count: int, loss: float | None = None) -> dict[str, Any]:
+    return {"exact_match": exact, "f1": f1, "rouge_l": rouge, "loss": loss, "questions": count}
+
+
 def test_marks_are_averaged_over_all_and_every_source() -> None:
     rows = [*marked("b", "red cube", "cube", "x"), *marked("a", "cube")]
     table = answer_table(iter(rows))
-    assert table == {"all": [25.0, 58.33, 4], "b": [33.33, 55.56, 3], "a": [0.0, 66.67, 1]}
+    assert table == {
+        "all": marks(25.0, 58.33, 58.33, 4), "b": marks(33.33, 55.56, 55.56, 3), "a": marks(0.0, 66.67, 66.67, 1)
+    }  # fmt: skip
     assert list(table) == ["all", "b", "a"]
 
 
 def test_one_source_is_all() -> None:
-    assert answer_table(marked("a", "red cube", "cube")) == {"all": [50.0, 83.33, 2]}
-    assert answer_table([]) == {"all": [0.0, 0.0, 0]}
+    assert answer_table(marked("a", "red cube", "cube")) == {"all": marks(50.0, 83.33, 83.33, 2)}
+    assert answer_table([]) == {"all": marks(0.0, 0.0, 0.0, 0)}
+
+
+def test_types_stand_apart_where_there_are_several() -> None:
+    rows = [
+        mark_answer("1", "a", "How many?", "two", "two"), mark_answer("2", "a", "Is it?", "yes", "no"),
+        mark_answer("3", "a", "What?", "red", "red", "colour"),
+    ]  # fmt: skip
+    table = answer_table(rows)
+    assert list(table) == ["all", "type: yes/no", "type: number", "type: colour"]
+    assert [group["exact_match"] for group in table.values()] == [66.67, 0.0, 100.0, 100.0]
+
+
+def test_the_loss_is_a_mean_over_tokens_and_there_only_where_every_row_has_it() -> None:
+    rows = marked("a", "red cube", "cube")
+    rows[0] |= {"loss": 1.0, "loss_tokens": 3}
+    assert answer_table(rows)["all"]["loss"] is None
+    rows[1] |= {"loss": 3.0, "loss_tokens": 1}
+    assert answer_table(rows)["all"]["loss"] == 1.5
 
 
 def test_a_source_may_be_called_all() -> None:
-    assert answer_table(marked("all", "red cube"))["all"] == [100.0, 100.0, 1]
+    table = answer_table([*marked("all", "red cube"), *marked("type: number", "x")])
+    assert list(table) == ["all", "all (source)", "type: number (source)"]
+    assert [group["questions"] for group in table.values()] == [2, 1, 1]
 
 
 def test_tables_of_free_answers_are_told_from_science_qa_s() -> None:

@@ -145,7 +145,7 @@ def test_another_split_is_scored_by_its_name(files: Files, capsys: pytest.Captur
 def test_the_table_is_printed(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     assert files.run() == 0
     cells = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
-    assert ["answers", "33.33", "100.00", *["0.00"] * 4, "100.00", "50.00", "0.00", "1"] in cells
+    assert ["answers", "33.33", "100.00", *["0.00"] * 4, "100.00", "50.00", "0.00", "1", "(33.3%)"] in cells
     assert ["questions", "3", "1", "1", "1", "2", "1", "1", "2", "1"] in cells
 
 

@@ -147,13 +147,13 @@ def test_data_that_changed_is_neither_resumed_nor_asked(stage2_content: dict[str
     recipe = check_recipe(stage2_content, "test")
     metrics = finetune(recipe, Path(), console=quiet())
     run = recipe.output_dir
-    assert metrics["after"]["all"][2] == 4
+    assert metrics["after"]["all"]["questions"] == 4
     assert evaluate(run) == metrics["after"]
     written(tmp_path / "rows.json", [*rows, asked(99)])
     with pytest.raises(UserError, match="the data is not what it was"):
         evaluate(run)
     own = written(tmp_path / "own.json", [asked(200), asked(201)])
-    assert evaluate(run, overrides=["data.test_rows=0", f"data.test_source={{path: {own}}}"])["all"][2] == 2
+    assert evaluate(run, overrides=["data.test_rows=0", f"data.test_source={{path: {own}}}"])["all"]["questions"] == 2
     (Path(run) / "run.json").unlink()
     with pytest.raises(UserError, match="--resume: the training rows are not those"):
         finetune(recipe, Path(), resume=True, console=quiet())

@@ -1,0 +1,77 @@
+"""The marks as metrics of the `evaluate` library: `ScienceQAAccuracy().compute(...)` needs no network and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+
+from lora_llava.evaluation.answers import answer_table, mark_answer
+from lora_llava.evaluation.scienceqa import COLUMNS, Prediction, parse_answer, score
+
+_CITATION = """@inproceedings{lu2022learn, title={Learn to Explain: Multimodal Reasoning via Thought Chains for Science
+Question Answering}, author={Lu, Pan and others}, booktitle={NeurIPS}, year={2022}}"""
+
+
+class _Metric(evaluate.Metric):  # type: ignore[misc]
+    """Keeps what it is given in memory: nothing is written, nothing is fetched."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"keep_in_memory": True, **kwargs})
+
+
+class ScienceQAAccuracy(_Metric):
+    """Accuracy in % over ScienceQA's columns, answers read by LLaVA's rule (`parse_answer`).
+
+    `compute(predictions=texts, references=questions)`: texts are what was written; a question is `{"answer": index,
+    "num_choices": count, "categories": columns}`, the last from `lora_llava.evaluation.scienceqa.categories` or empty.
+
+    Returns:
+        `accuracy`; every column of the nine that has questions; `unparsed`, the share in % of texts that name
+        no choice.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        question = {
+            "answer": datasets.Value("int32"), "num_choices": datasets.Value("int32"),
+            "categories": datasets.List(datasets.Value("string")),
+        }  # fmt: skip
+        return evaluate.MetricInfo(
+            description="Accuracy on ScienceQA (arXiv 2209.09513).", citation=_CITATION,
+            inputs_description=str(ScienceQAAccuracy.__doc__),
+            features=datasets.Features({"predictions": datasets.Value("string"), "references": question}),
+        )  # fmt: skip
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[dict[str, Any]]) -> dict[str, float]:
+        table = score(
+            Prediction(
+                question_id=str(number), text=text, prediction=parse_answer(text, question["num_choices"]),
+                answer=question["answer"], categories=list(question["categories"]),
+            )
+            for number, (text, question) in enumerate(zip(predictions, references, strict=True))
+        )  # fmt: skip
+        columns = {column: table[column][0] for column in COLUMNS[1:] if table[column][2]}
+        unparsed = round(100 * table["unparsed"] / max(1, len(predictions)), 2)
+        return {"accuracy": table["AVG"][0], **columns, "unparsed": unparsed}
+
+
+class AnswerMatch(_Metric):
+    """Exact match, word F1 (SQuAD's) and ROUGE-L of free answers, in %.
+
+    `compute(predictions=texts, references=texts)`.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        text = datasets.Value("string")
+        return evaluate.MetricInfo(
+            description="How far answers say what the references say.", citation="",
+            inputs_description=str(AnswerMatch.__doc__),
+            features=datasets.Features({"predictions": text, "references": text}),
+        )  # fmt: skip
+
+    def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        rows = [mark_answer("", "", "", right, text) for text, right in zip(predictions, references, strict=True)]
+        marks = answer_table(rows)["all"]
+        return {"exact_match": marks["exact_match"], "f1": marks["f1"], "rouge_l": marks["rouge_l"]}

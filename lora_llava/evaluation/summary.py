@@ -1,0 +1,47 @@
+"""What a figure stands on, for `evaluation.json`: what was asked, how it was read, and how far off it may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_llava.evaluation.answers import is_answer_table
+from lora_llava.evaluation.intervals import share_interval
+from lora_llava.evaluation.scienceqa import COLUMNS
+
+
+def summarise(table: Mapping[str, Any], marked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A table with counts and 95% intervals, and what could not be read or seen.
+
+    Args:
+        table: Of ScienceQA or of free answers.
+        marked: The lines of its predictions file.
+
+    Returns:
+        `table`; for ScienceQA `unparsed` with its share in %; `bad_pictures`, the ids of questions that count as wrong
+        because a picture could not be opened.
+    """
+    bad = [row["question_id"] for row in marked if "problem" in row]
+    if is_answer_table(dict(table)):
+        groups = {name: dict(marks) | {"exact_match_interval": _interval(marks)} for name, marks in table.items()}
+        return {"table": groups, "bad_pictures": bad}
+    columns = {
+        column: {"percent": percent, "correct": correct, "count": count, "interval": _rounded(correct, count)}
+        for column in COLUMNS
+        for percent, correct, count in [table[column]]
+    }
+    return {"table": columns, "unparsed": unparsed(table), "bad_pictures": bad}
+
+
+def unparsed(table: Mapping[str, Any]) -> dict[str, float]:
+    """How many of a ScienceQA table's answers named no choice, and their share in %."""
+    count = table["AVG"][2]
+    return {"count": table["unparsed"], "percent": round(100 * table["unparsed"] / max(1, count), 2)}
+
+
+def _interval(marks: Mapping[str, Any]) -> list[float]:
+    return _rounded(round(marks["exact_match"] * marks["questions"] / 100), marks["questions"])
+
+
+def _rounded(correct: int, count: int) -> list[float]:
+    return [round(end, 2) for end in share_interval(correct, count)]

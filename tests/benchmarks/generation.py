@@ -1,0 +1,52 @@
+"""A run's questions answered in batches against one at a time, and by likelihood against writing."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_llava.evaluation.ask import ask_scienceqa
+from lora_llava.inference.sampling import Sampling
+from lora_llava.recipe import EvaluationSection
+from lora_llava.training.evaluate import Way, held_out_rows, load_asked, open_answerer, open_evaluation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="a finished run on ScienceQA, such as the demo's")
+    parser.add_argument("--limit", type=int, help="ask only so many questions")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Weights are loaded once and the first pass is not counted; every pass encodes its questions and pictures anew."""
+    way = Way()
+    opened = open_evaluation(args.run, way)
+    settings = opened.recipe.evaluation or EvaluationSection()
+    rows = held_out_rows(opened, way, args.limit)
+    batched = load_asked(opened, settings.batch_size)
+    sampling = Sampling(max_new_tokens=settings.max_new_tokens)
+
+    def ask(asked: Any, how: Way) -> tuple[float, Any, list[Any]]:
+        start = time.perf_counter()
+        answerer = open_answerer(opened, how, asked, sampling)
+        table, marked = ask_scienceqa(rows, answerer, predictions=None, description=how.method)
+        return time.perf_counter() - start, table, marked
+
+    ask(batched, way)
+    many, table, together = ask(batched, way)
+    one, _, alone = ask(replace(batched, batch_size=1), way)
+    weighing, likely, weighed = ask(batched, Way(method="loglik"))
+    return {
+        "run": Path(args.run).name, "questions": len(rows), "batch_size": settings.batch_size,
+        "questions_per_second": {"batched": len(rows) / many, "one_at_a_time": len(rows) / one},
+        "batched_over_one_at_a_time": one / many,
+        "answers_that_differ": sum(a["text"] != b["text"] for a, b in zip(together, alone, strict=True)),
+        "accuracy": {"generate": table["AVG"][0], "loglik": likely["AVG"][0]},
+        "accuracy_with_picture": {"generate": table["IMG"][0], "loglik": likely["IMG"][0]},
+        "choices_that_differ": sum(
+            a["prediction"] != b["prediction"] for a, b in zip(together, weighed, strict=True)
+        ),
+        "loglik_questions_per_second": len(rows) / weighing,
+    }  # fmt: skip

@@ -1,0 +1,297 @@
+"""`lora-llava evaluate`: what it writes, how it goes on after a kill, servers, bad pictures; and the run's page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from lora_llava.cli import main
+from lora_llava.data.templates import chat_template, get_template
+from lora_llava.errors import UserError
+from lora_llava.evaluation.scienceqa import COLUMNS
+from lora_llava.recipe.io import check_recipe
+from lora_llava.training.evaluate import Way, evaluate
+from lora_llava.training.finetune import finetune
+from lora_llava.training.run_report import rebuild_report
+from tests.inference.chat_server import chat_server
+
+
+@pytest.fixture(scope="module")
+def trained(parts: Path, scienceqa: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run over data of its own, which a test may spoil."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(scienceqa, folder / "data")
+    content: dict[str, Any] = {
+        "stage": 2,
+        "output_dir": str(folder / "run"),
+        "model": {
+            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "start_from": {"untrained": True},
+        },
+        "lora": {"r": 4, "alpha": 32},
+        "data": {"format": "scienceqa", "path": str(folder / "data"), "max_length": 400, "system_prompt": ""},
+        "training": {"batch_size": 8, "learning_rate": 2e-2, "max_steps": 6, "log_every": 1},
+        "evaluation": {"max_new_tokens": 8, "batch_size": 2, "before": 0},
+    }  # fmt: skip
+    finetune(check_recipe(content, "test"), Path(), console=Console(file=io.StringIO(), width=160))
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """The run, its data and its recipe at a place of its own."""
+    folder = tmp_path / "own"
+    shutil.copytree(trained, folder)
+    recipe = folder / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(trained), str(folder)))
+    return folder / "run"
+
+
+def lines(file: Path) -> list[Any]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_summary_says_what_the_figure_stands_on(run: Path) -> None:
+    table = evaluate(str(run))
+    assert table == json.loads((run / "metrics.json").read_text())["after"]
+    assert (run / "predictions.jsonl").read_text() == (run / "predictions_after.jsonl").read_text()
+    found = json.loads((run / "evaluation.json").read_text())
+    assert list(found["table"]) == list(COLUMNS)
+    percent, correct, count = table["AVG"]
+    assert found["table"]["AVG"] | {"interval": 0} == {
+        "percent": percent, "correct": correct, "count": count, "interval": 0
+    }  # fmt: skip
+    low, high = found["table"]["AVG"]["interval"]
+    assert low < percent < high or percent in (0.0, 100.0)
+    assert found["unparsed"] == {"count": table["unparsed"], "percent": round(100 * table["unparsed"] / 6, 2)}
+    assert found["bad_pictures"] == []
+    asked = found["asked"]
+    assert asked["prompt"]["name"] == "recipe"
+    assert asked["prompt"]["order"] == "QCM-LEA"
+    assert "parse_answer" in asked["parser"]
+    assert asked["sampling"] == {"temperature": 0.0, "top_p": 1.0, "max_new_tokens": 8, "seed": 0}
+    assert set(asked["weights"]) == {"adapter", "base"}
+    assert found["took"]["questions"] == 6
+    assert {"machine", "versions"} <= set(found)
+
+
+def test_each_way_of_asking_has_files_of_its_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = {
+        "": [], "_direct": ["--direct"], "_lmms_eval": ["--prompt", "lmms-eval"], "_loglik": ["--method", "loglik"],
+        "_shuffled_direct_loglik": ["--direct", "--method", "loglik", "--shuffle-images"], "_base": ["--base-only"],
+        "_sampled": ["--temperature", "0.7", "--top-p", "0.9"],
+    }  # fmt: skip
+    for suffix, arguments in calls.items():
+        assert main("evaluate", [str(run), *arguments, "--json"]) == 0
+        table = json.loads(capsys.readouterr().out)
+        marked = lines(run / f"predictions{suffix}.jsonl")
+        assert [line["question_id"] for line in marked] == ["31", "32", "33", "34", "35", "36"]
+        assert table["AVG"][1] == sum(line["prediction"] == line["answer"] for line in marked)
+        assert (run / f"evaluation{suffix}.json").is_file()
+    for line in lines(run / "predictions_loglik.jsonl"):
+        assert line["prediction"] == line["scores"].index(max(line["scores"]))
+        assert line["text"].endswith(f"The answer is {'ABC'[line['prediction']]}.")
+    assert {line["text"] for line in lines(run / "predictions_shuffled_direct_loglik.jsonl")} <= set("ABC")
+    assert not list(run.glob("*.partial.jsonl"))
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_asks_nothing_twice(run: Path) -> None:
+    whole = run / "whole"
+    evaluate(str(run), output=str(whole), overrides=["evaluation.batch_size=1"])
+    command = [
+        sys.executable, "-m", "lora_llava.cli", "evaluate", str(run), "evaluation.batch_size=1", "--output",
+        str(run / "killed"),
+    ]  # fmt: skip
+    script = (
+        "import sys, time\n"
+        "from lora_llava.evaluation.answer_log import AnswerLog\n"
+        "add = AnswerLog.add\n"
+        "def slow(self, index, answer):\n"
+        "    add(self, index, answer)\n"
+        "    time.sleep(0.5)\n"
+        "AnswerLog.add = slow\n"
+        "from lora_llava.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *command[3:]], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    partial = run / "killed" / "predictions.partial.jsonl"
+    while process.poll() is None and not (partial.is_file() and len(partial.read_text().splitlines()) > 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = [json.loads(line)["index"] for line in partial.read_text().splitlines()[1:]]
+    assert 2 <= len(kept) < 6
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert f"{len(kept)} of 6 answers are in" in told
+    assert (run / "killed" / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
+    assert not partial.exists()
+
+
+def test_a_picture_that_is_gone_counts_as_wrong_or_refuses(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = next((run.parent / "data" / "images" / "test").rglob("image.png"))
+    name = picture.parent.name
+    before = lines(run / "predictions_after.jsonl")
+    picture.write_bytes(b"no picture")
+    assert main("evaluate", [str(run)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"{name}/image.png cannot be read" in told
+    assert main("evaluate", [str(run), "--bad-images", "wrong"]) == 0
+    marked = lines(run / "predictions.jsonl")
+    lost = next(line for line in marked if line["question_id"] == name)
+    assert (lost["prediction"], lost["text"]) == (-1, "")
+    assert "cannot be read" in lost["problem"]
+    assert [line for line in marked if line != lost] == [line for line in before if line["question_id"] != name]
+    assert json.loads((run / "evaluation.json").read_text())["bad_pictures"] == [name]
+    assert f"1 question counts as wrong because its picture cannot be opened: {name}" in capsys.readouterr().err
+    with pytest.raises(UserError, match="cannot be read"):
+        evaluate(str(run))
+
+
+def test_a_way_that_does_not_fit_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, told in (
+        (["--prompt", "dirct"], "--prompt: 'dirct' is unknown; use one of recipe, direct, lmms-eval"),
+        (["--method", "loglik", "--temperature", "1"], "with --method loglik leave it out"),
+        (["--server", "http://127.0.0.1:9", "--server-model", "m", "--base-only"], "need a model here"),
+        (["--temperature", "-1"], "temperature is -1.0; give 0 (greedy)"),
+        (["--benchmark", "llava-bench"], "--questions is missing"),
+    ):
+        assert main("evaluate", [str(run), *arguments]) == 2
+        assert told in capsys.readouterr().err
+
+
+# --- servers -------------------------------------------------------------------------------------------------------
+
+
+def letter_for(body: dict[str, Any]) -> str:
+    """Answers A where a picture is shown, B elsewhere."""
+    content = body["messages"][-1]["content"]
+    return "The answer is A." if isinstance(content, list) else " The answer is B. "
+
+
+def test_a_server_gets_the_questions_with_their_pictures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with chat_server() as log:
+        log.models, log.answer = ["merged"], letter_for
+        assert main("evaluate", [str(run), "--server", log.url, "--json", "--output", str(run / "served")]) == 0
+        table = json.loads(capsys.readouterr().out)
+    marked = lines(run / "served" / "predictions.jsonl")
+    assert [line["text"] for line in marked] == ["The answer is A.", "The answer is B."] * 3
+    assert table["AVG"][2] == 6
+    assert len(log.requests) == 6
+    body = next(body for body in log.requests if isinstance(body["messages"][0]["content"], list))
+    image, text = body["messages"][0]["content"]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,")
+    assert text["text"].startswith("Which colour is shown?\nContext: N/A\nOptions: (A) red")
+    assert (body["temperature"], body["max_tokens"], body["model"]) == (0.0, 8, "merged")
+    asked = json.loads((run / "served" / "evaluation.json").read_text())["asked"]
+    assert (asked["server"], asked["model"]) == (log.url, "merged")
+
+
+@pytest.mark.parametrize("fault", ["500", "cut", "stall", "html", "no choices"])
+def test_a_bad_server_s_questions_are_named_and_the_others_kept(
+    run: Path, fault: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_llava.inference.server.ChatServer.pause", 0.01)
+    arguments = [str(run), "--server", "", "--timeout", "0.5", "--concurrency", "4", "--output", str(run / "served")]
+    with chat_server() as log:
+        log.models, log.answer = ["m"], letter_for
+        log.behave = lambda body, count: fault if isinstance(body["messages"][-1]["content"], list) else "ok"
+        arguments[2] = log.url
+        assert main("evaluate", arguments) == 1
+        told = capsys.readouterr().err
+        assert "3 of 6 questions got no answer (3" in told
+        assert not (run / "served" / "predictions.jsonl").exists()
+        log.behave = lambda body, count: "ok"
+        first = len(log.requests)
+        assert main("evaluate", arguments) == 0
+        assert len(log.requests) - first == 3
+
+
+def test_an_empty_answer_is_an_answer(run: Path) -> None:
+    with chat_server() as log:
+        log.models, log.answer = ["m"], lambda body: ""
+        from lora_llava.inference.server import ChatServer
+
+        table = evaluate(str(run), output=str(run / "served"), server=ChatServer(log.url))
+    assert table["unparsed"] == 6
+
+
+def test_what_a_server_is_sent_makes_the_prompt_that_was_trained(run: Path) -> None:
+    """The messages of the request, written by the exported processor, are the trained prompt's text."""
+    from lora_llava.data.images import FolderImages
+    from lora_llava.evaluation.answerers import _server_messages
+    from lora_llava.training.evaluate import open_evaluation
+
+    opened = open_evaluation(str(run), Way())
+    rows = opened.split.read(range(2))
+    images = FolderImages(run.parent / "data" / "images", 10**6)
+    for row in rows:
+        messages = _server_messages(row, images)
+        for message in messages:
+            if not isinstance(message["content"], str):
+                message["content"] = [
+                    {"type": "image"} if part["type"] == "image_url" else part for part in message["content"]
+                ]
+        template = chat_template(get_template("vicuna_v1", ""))
+        text = opened.tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        assert text == f"USER: {row.turns[0].text} ASSISTANT:"
+    assert any(row.images for row in rows)
+
+
+# --- the run's page ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_page_and_it_can_be_made_again(
+    run: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (run / "report.html").read_text()
+    marked = lines(run / "predictions_after.jsonl")
+    for line in marked:
+        assert line["question_id"] in page
+    right = sum(line["prediction"] == line["answer"] for line in marked)
+    assert f"of {6 - right} wrong and of {right} right answers" in page
+    assert page.count("<svg") >= 4  # loss, learning rate, speed, memory
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    (run / "report.html").unlink()
+    assert main("report", [str(run)]) == 0
+    moved = [(run / "report.html").read_text(), page.replace(str(trained), str(run.parent))]
+    recipe_hash = re.compile(r"<dt>recipe</dt><dd>\w{12}</dd>")  # the recipe names the data's place
+    assert len({recipe_hash.sub("", text, count=1) for text in moved}) == 1
+    assert "report.html: open it" in capsys.readouterr().out
+
+
+def test_the_page_is_made_of_the_run_s_own_questions_alone(run: Path) -> None:
+    file = run / "predictions_after.jsonl"
+    rows = lines(file)
+    rows[0]["question_id"] = "99"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="answers other questions than the run's data has now"):
+        rebuild_report(str(run))
+    with pytest.raises(UserError, match="is no finished run"):
+        rebuild_report(str(run.parent))
+    file.unlink()
+    assert "question" in rebuild_report(str(run)).read_text()
+
+
+def test_pictures_of_the_page_are_the_questions_own(run: Path) -> None:
+    page = (run / "report.html").read_text()
+    found = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
+    colours = {Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB").getpixel((5, 5)) for data in found}
+    assert colours == {(220, 30, 30), (30, 60, 220), (30, 160, 60)}
