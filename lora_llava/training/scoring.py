@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,12 @@ class ScoreValidation(TrainerCallback):
         if self.every is None or state.global_step % self.every:
             return
         training, random = model.training, torch.get_rng_state()
-        try:
-            found = _ask(model, self.plan, self.split, self.rows, None, f"step {state.global_step}: validation")
-        finally:
-            model.train(training)
-            torch.set_rng_state(random)
-        if self.trainer is not None:
-            self.trainer.restart_clock()
+        with self.trainer.off_the_clock() if self.trainer is not None else nullcontext():
+            try:
+                found = _ask(model, self.plan, self.split, self.rows, None, f"step {state.global_step}: validation")
+            finally:
+                model.train(training)
+                torch.set_rng_state(random)
         name, score = headline(found.table)
         state.log_history.append({"step": state.global_step, "epoch": state.epoch, "validation_score": score})
         told = f"step {state.global_step}: {name} {score:.2f}% of {len(self.rows)} validation rows"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,22 +159,30 @@ class LlavaSFTTrainer(SFTTrainer):
             logs["memory_bytes"] = peak_memory_bytes()
         super().log(logs, *args, **kwargs)
 
-    def restart_clock(self) -> None:
-        """Begin the speed anew, after something that is not training."""
-        self._logged = (time.monotonic(), self.tokens_seen)
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """While this is entered, time does not count to the speed that is logged: it is not training."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            if self._logged is not None:
+                since, tokens = self._logged
+                self._logged = (since + time.monotonic() - start, tokens)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Weigh the validation loss by trained tokens, so that it does not depend on how samples share batches."""
         self._validation = []
-        output = super().evaluation_loop(*args, **kwargs)
+        with self.off_the_clock():
+            output = super().evaluation_loop(*args, **kwargs)
         if self._validation and output.metrics is not None:
             loss, count = (sum(column) for column in zip(*self._validation, strict=True))
             output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / max(1, count)
-        self.restart_clock()
         return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        with self.off_the_clock():
+            super()._save_checkpoint(model, trial)
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and it holds hub_token in clear
         hashes = folder.parent.parent / DATA_FILE

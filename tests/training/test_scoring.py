@@ -39,6 +39,7 @@ def test_scoring_on_the_way_changes_no_weight(
     assert [step for step, _ in scores] == [2, 4]
     assert all(0 <= score <= 100 for _, score in scores)
     assert not metrics["without"]["train"]["curves"].get("validation_score")
+    assert all(speed > 0 for _, speed in metrics["with"]["train"]["curves"]["tokens_per_second"])
     told = capsys.readouterr().err
     assert "step 2: accuracy" in told
     assert "of 3 validation rows" in told
