@@ -24,6 +24,8 @@ class ChatRequest:
         top_p: Share of the probability that tokens are drawn from.
         stop: Ends an answer.
         seed: Of what is drawn, where the server heeds it.
+        response_format: Such as `{"type": "json_schema", ...}`; left out for a server that does not know it.
+        key: Sent as `Idempotency-Key`: a server that heeds it answers and charges the same request once.
     """
 
     messages: list[dict[str, Any]]
@@ -32,10 +34,15 @@ class ChatRequest:
     top_p: float = 1.0
     stop: str | None = None
     seed: int | None = None
+    response_format: dict[str, Any] | None = None
+    key: str | None = None
 
     def settings(self) -> dict[str, Any]:
         """What is sent beside the messages and the model's name."""
-        values = {"max_tokens": self.max_tokens, "temperature": self.temperature, "stop": self.stop, "seed": self.seed}
+        values: dict[str, Any] = {
+            "max_tokens": self.max_tokens, "temperature": self.temperature, "stop": self.stop, "seed": self.seed,
+            "response_format": self.response_format,
+        }  # fmt: skip
         if self.top_p != 1:
             values["top_p"] = self.top_p
         return {name: value for name, value in values.items() if value is not None}

@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import os
-import queue
 import random
-import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
 import openai
-from openai.types.chat import ChatCompletion
 
 from lora_llava.errors import UserError
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest, picture_part
@@ -31,6 +29,8 @@ _LONGEST_RETRY_AFTER = 120.0
 """Seconds; a server that asks for a longer wait is not waited for. The openai library draws the same line."""
 _PASSING = {408, 409, 425, 429}
 """Besides 5xx, what HTTP lets a client try again: timeout, conflict, too early, too many requests."""
+_POOL = 8
+"""Connections of one client: its pool looks through all of them at every request (httpcore, connection_pool.py)."""
 _NO_KEY = "no-key"
 """Sent to servers that need none: the library insists on one."""
 
@@ -141,47 +141,67 @@ def ask(
         UserError: At the first sign that no request will be answered: the server cannot be reached, refuses the key,
             or does not have the model.
     """
-    asker = _Asker(find_model(server))
+    answers = _ask_here(find_model(server), requests)
+    # A notebook's own loop is at work in this thread.
+    yield from _in_thread(answers) if _is_in_loop() else answers
+
+
+def _is_in_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+Answers = Generator[tuple[int, ChatAnswer | ChatFailure], None, None]
+
+
+def _ask_here(server: ChatServer, requests: Iterable[ChatRequest]) -> Answers:
+    """Ask in a loop of this thread, which runs while an answer is waited for: no hand-over between threads, which would
+    cost as much as the request."""
+    asker = _Asker(server)
+    loop = asyncio.new_event_loop()
     waiting = enumerate(requests)
-    arrived: queue.SimpleQueue[tuple[int, Future[ChatAnswer | ChatFailure]]] = queue.SimpleQueue()
-    alive = 0
-    with _loop_in_thread(asker.client) as loop:
+    alive: dict[asyncio.Task[ChatAnswer | ChatFailure], int] = {}
+    done: deque[asyncio.Task[ChatAnswer | ChatFailure]] = deque()
+
+    one_arrived = asyncio.Event()
+
+    def arrived(task: asyncio.Task[ChatAnswer | ChatFailure]) -> None:
+        done.append(task)
+        one_arrived.set()
+
+    try:
         while True:
-            for index, request in itertools.islice(waiting, server.concurrency - alive):
-                future = asyncio.run_coroutine_threadsafe(asker.answer(request), loop)
-                future.add_done_callback(lambda done, index=index: arrived.put((index, done)))  # type: ignore[misc]
-                alive += 1
+            for index, request in itertools.islice(waiting, server.concurrency - len(alive)):
+                task = loop.create_task(asker.answer(request))
+                task.add_done_callback(arrived)
+                alive[task] = index
             if not alive:
                 return
-            index, done = arrived.get()
-            alive -= 1
-            yield index, done.result()
-
-
-@contextmanager
-def _loop_in_thread(client: openai.AsyncOpenAI) -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop that runs in a thread: answers arrive while the caller is at work, and callers with a loop of their
-    own, such as notebooks, can ask too. At its end what still runs is cancelled and the client closed."""
-    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-
-    async def live() -> None:
-        stop = asyncio.Event()
-        async with client:
-            started.set_result((asyncio.get_running_loop(), stop))
-            await stop.wait()
-            others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-
-    thread = threading.Thread(target=lambda: asyncio.run(live()), name="chat", daemon=True)
-    thread.start()
-    loop, stop = started.result()
-    try:
-        yield loop
+            if not done:
+                one_arrived.clear()
+                loop.run_until_complete(one_arrived.wait())
+            task = done.popleft()
+            yield alive.pop(task), task.result()
     finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
+        for task in alive:
+            task.remove_done_callback(arrived)
+            task.cancel()
+        loop.run_until_complete(asker.close(alive))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+def _in_thread(answers: Answers) -> Answers:
+    """The same answers, made in another thread."""
+    with ThreadPoolExecutor(1, "chat") as thread:
+        try:
+            while (found := thread.submit(next, answers, None).result()) is not None:
+                yield found
+        finally:
+            thread.submit(answers.close).result()
 
 
 class _NoAnswerError(Exception):
@@ -197,13 +217,23 @@ class _Miss:
 
 
 class _Asker:
-    """One client, and what it has learned of the server: whether it answers, and what it calls `max_tokens`."""
+    """Clients, and what was learned of the server: whether it answers, what it calls `max_tokens`, and whether it knows
+    `response_format`."""
 
     def __init__(self, server: ChatServer) -> None:
         self.server = server
-        self.client = openai.AsyncOpenAI(**_client_settings(server))
+        pools = math.ceil(server.concurrency / _POOL)
+        self.clients = [openai.AsyncOpenAI(**_client_settings(server)) for _ in range(pools)]
+        self.turn = itertools.cycle(self.clients)
         self.answered = False
         self.longest = "max_tokens"
+        self.structured = True
+
+    async def close(self, cancelled: Iterable[asyncio.Task[Any]]) -> None:
+        """Close the connections, once what used them has ended."""
+        await asyncio.gather(*cancelled, return_exceptions=True)
+        for client in self.clients:
+            await client.close()
 
     async def answer(self, request: ChatRequest) -> ChatAnswer | ChatFailure:
         """Ask until there is an answer or no try is left."""
@@ -220,7 +250,7 @@ class _Asker:
             attempt += 1
 
     async def _try(self, request: ChatRequest, attempt: int) -> ChatAnswer | _Miss:
-        longest = self.longest
+        longest, structured = self.longest, self.structured
         try:
             async with asyncio.timeout(self.server.timeout):  # httpx's own starts anew with every byte
                 return await self._once(request)
@@ -235,6 +265,9 @@ class _Asker:
             if longest == "max_tokens" and "max_completion_tokens" in reason:  # OpenAI's newer models
                 self.longest = "max_completion_tokens"
                 return _Miss(reason)
+            if request.response_format is not None and structured and _knows_no_format(error, reason):
+                self.structured = False
+                return _Miss(reason)
             return _Miss(reason, _retry_after(error))
         except _NoAnswerError as error:
             return _Miss(str(error))
@@ -248,25 +281,29 @@ class _Asker:
     async def _once(self, request: ChatRequest) -> ChatAnswer:
         settings = request.settings()
         settings[self.longest] = settings.pop("max_tokens")
-        messages: Any = request.messages
-        found: Any = await self.client.chat.completions.create(
-            model=str(self.server.model), messages=messages, **settings
-        )
-        if not isinstance(found, ChatCompletion):
+        if not self.structured:
+            settings.pop("response_format", None)
+        # The library's own `create` checks and copies all that goes out and comes in, which takes longer than all else.
+        found: Any = await next(self.turn).post(
+            "/chat/completions", body={"model": self.server.model, "messages": request.messages, **settings},
+            cast_to=object, options={"headers": {"Idempotency-Key": request.key}} if request.key else {},
+        )  # fmt: skip
+        if not isinstance(found, dict):
             raise _NoAnswerError("malformed answer: no chat completion")
-        if not found.choices:
+        if not found.get("choices"):
             raise _NoAnswerError("malformed answer: no choices")
         try:
-            text = found.choices[0].message.content or ""
+            text = found["choices"][0]["message"].get("content") or ""
         except (AttributeError, TypeError, KeyError, IndexError):
             raise _NoAnswerError("malformed answer: no message") from None
         if not isinstance(text, str):
             raise _NoAnswerError("malformed answer: no text")
         if self.server.refuse_empty and not text.strip():
             raise _NoAnswerError("empty answer")
-        counts = [getattr(found.usage, name, 0) for name in ("prompt_tokens", "completion_tokens")]
+        usage = found.get("usage")
+        counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
         told = [count if isinstance(count, int) else 0 for count in counts]
-        return ChatAnswer(text, told[0], told[1], str(found.model or self.server.model))
+        return ChatAnswer(text, told[0], told[1], str(found.get("model") or self.server.model))
 
     def _check_reached(self, error: openai.APIConnectionError, attempt: int) -> None:
         """End where nobody listens: at once where nobody has answered yet, else after all tries, as a server that is
@@ -282,7 +319,7 @@ class _Asker:
             raise _refusal(self.server, status, "")
         if status == 404:
             try:
-                known = "it has: " + _listed([model.id async for model in self.client.models.list()])
+                known = "it has: " + _listed([model.id async for model in self.clients[0].models.list()])
             except (openai.OpenAIError, ValueError, TypeError, AttributeError):
                 known = "mend its name or the URL"
             raise UserError(f"{self.server.url} does not know the model {self.server.model!r} (HTTP 404); {known}")
@@ -297,6 +334,11 @@ class _Asker:
 
 def _client_settings(server: ChatServer) -> dict[str, Any]:
     return {"base_url": server.url, "api_key": server.key, "timeout": server.timeout, "max_retries": 0}
+
+
+def _knows_no_format(error: openai.APIStatusError, reason: str) -> bool:
+    told = ("response_format", "json_schema", "guided", "grammar", "structured")
+    return error.status_code in (400, 422, 501) and any(word in reason for word in told)
 
 
 def _retry_after(error: openai.APIStatusError) -> float | None:

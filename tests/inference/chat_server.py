@@ -35,6 +35,7 @@ class ChatLog:
         requests: Bodies in the order they came.
         answered: How often each body's answer was written in full.
         keys: Authorization headers.
+        idempotency_keys: Of the requests, in the order they came.
         at_once: Most requests at work together.
         retry_after: Header of a 429.
         gate: Full answers that it gives before it stalls; None for all.
@@ -49,6 +50,7 @@ class ChatLog:
         self.requests: list[Body] = []
         self.answered: Counter[str] = Counter()
         self.keys: set[str | None] = set()
+        self.idempotency_keys: list[str | None] = []
         self.at_once = 0
         self.retry_after: str | None = None
         self.gate: int | None = None
@@ -102,6 +104,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         log.keys.add(self.headers.get("Authorization"))
+        log.idempotency_keys.append(self.headers.get("Idempotency-Key"))
         before = log.enter(body)
         try:
             kind = log.behave(body, before)
@@ -146,6 +149,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, json.dumps(ODD[kind]).encode())
         elif kind == "nothing":
             self.chat(None)
+        elif kind == "no format":
+            self.send(400, b'{"error": {"message": "response_format.type json_schema is not known here"}}')
         elif kind == "renamed":
             self.send(400, b'{"error": {"message": "max_tokens is unknown here. Use max_completion_tokens."}}')
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import gc
 import io
@@ -184,6 +185,30 @@ def test_models_that_call_max_tokens_otherwise(log: ChatLog) -> None:
     assert [body.get("max_completion_tokens") for body in log.requests][-3:] == [10, 10, 10]
 
 
+def test_a_server_that_knows_no_response_format_is_asked_without(log: ChatLog) -> None:
+    log.behave = lambda body, count: "no format" if "response_format" in body else "ok"
+    schema = {"type": "json_schema", "json_schema": {"name": "sample", "strict": True, "schema": {"type": "object"}}}
+    asked = [ChatRequest([{"role": "user", "content": text}], 10, response_format=schema, key=text) for text in "abc"]
+    found = dict(ask(quick(log, concurrency=2), asked))
+    assert {index: type(answer) for index, answer in found.items()} == dict.fromkeys(range(3), ChatAnswer)
+    assert [body.get("response_format") for body in log.requests[:1]] == [schema]
+    assert "response_format" not in log.requests[-1]
+    assert set(log.idempotency_keys) == {"a", "b", "c"}
+
+
+def test_it_can_be_asked_where_a_loop_is_at_work(log: ChatLog) -> None:
+    """As in a notebook, and left in the middle."""
+
+    async def notebook() -> list[int]:
+        answers = ask(quick(log), map(request, "abcdef"))
+        first = [index for index, _ in itertools.islice(answers, 2)]
+        answers.close()
+        return first + sorted(index for index, _ in ask(quick(log), map(request, "abc")))
+
+    assert asyncio.run(notebook())[2:] == [0, 1, 2]
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("chat")] == []
+
+
 def error_of(server: ChatServer, count: int = 40) -> str:
     with pytest.raises(UserError) as error:
         list(ask(server, map(request, "a" * count)))
@@ -297,7 +322,7 @@ def test_closing_cancels_what_is_on_its_way_and_leaves_nothing(log: ChatLog) -> 
     began = time.monotonic()
     answers.close()
     assert time.monotonic() - began < 5  # and not the timeout
-    assert [thread.name for thread in threading.enumerate() if thread.name == "chat"] == []
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("chat")] == []
     gc.collect()  # a socket that was left open would warn now
 
 
@@ -308,7 +333,7 @@ def test_a_mistake_among_the_requests_reaches_the_caller(log: ChatLog) -> None:
 
     with pytest.raises(UserError, match=r"picture 3.png is missing"):
         list(ask(quick(log), requests()))
-    assert [thread.name for thread in threading.enumerate() if thread.name == "chat"] == []
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("chat")] == []
 
 
 def test_ctrl_c_ends_it_at_once(log: ChatLog, tmp_path: Path) -> None:
