@@ -154,9 +154,9 @@ def run_score(args: argparse.Namespace, console: Any) -> int:
 def _score_llava_bench(args: argparse.Namespace, console: Any) -> int:
     from lora_llava.errors import UserError
     from lora_llava.evaluation.judge import JudgeSettings
-    from lora_llava.evaluation.judge_ledger import Budget
     from lora_llava.evaluation.judge_report import dry_run, print_report, score_llava_bench
     from lora_llava.evaluation.llava_bench import read_cases
+    from lora_llava.inference.budget import Budget
     from lora_llava.inference.server import ChatServer
 
     budget = Budget(args.price_in, args.price_out, args.max_cost, args.max_requests)

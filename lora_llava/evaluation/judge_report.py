@@ -19,8 +19,9 @@ from lora_llava.evaluation.judge import (
     load_prompts,
     prompt_hashes,
 )
-from lora_llava.evaluation.judge_ledger import Budget, JudgeLedger, estimate_tokens
+from lora_llava.evaluation.judge_ledger import JudgeLedger
 from lora_llava.evaluation.judging import Judge, Verdict
+from lora_llava.inference.budget import Budget, estimate_tokens
 from lora_llava.inference.chat_request import ChatRequest
 from lora_llava.inference.server import ChatServer, find_model
 

@@ -19,7 +19,8 @@ from lora_llava.evaluation.judge import (
     judge_request,
     parse_scores,
 )
-from lora_llava.evaluation.judge_ledger import Budget, JudgeLedger, request_key
+from lora_llava.evaluation.judge_ledger import JudgeLedger, request_key
+from lora_llava.inference.budget import Budget
 from lora_llava.inference.server import ChatAnswer, ChatRequest, ChatServer, ask
 
 _HOPELESS = 8

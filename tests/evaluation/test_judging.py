@@ -22,7 +22,8 @@ from llava_bench_files import bench, options
 
 from lora_llava.cli import main
 from lora_llava.errors import UserError
-from lora_llava.evaluation.judge_ledger import Budget, JudgeLedger, estimate_tokens, request_key
+from lora_llava.evaluation.judge_ledger import JudgeLedger, request_key
+from lora_llava.inference.budget import Budget, estimate_tokens
 from lora_llava.inference.server import ChatAnswer, ChatRequest
 
 LEDGER = "llava_bench_judge.jsonl"
