@@ -47,6 +47,7 @@ class ChatServer:
         timeout: Seconds in which an answer has to be complete.
         retries: Further tries after a failure that may pass.
         refuse_empty: Whether an empty answer is a failure.
+        requests_per_minute: Most requests in a minute, evenly spread; None sends each as soon as there is room.
         pause: Seconds before the first further try, doubled each time, up to 30.
 
     Raises:
@@ -60,6 +61,7 @@ class ChatServer:
     timeout: float = 60.0
     retries: int = 4
     refuse_empty: bool = False
+    requests_per_minute: int | None = None
     pause: float = 0.5
 
     def __post_init__(self) -> None:
@@ -68,6 +70,8 @@ class ChatServer:
             raise UserError(f"concurrency is {self.concurrency}; give 1 or more")
         if not self.timeout > 0:
             raise UserError(f"timeout is {self.timeout}; give a number of seconds above 0")
+        if self.requests_per_minute is not None and self.requests_per_minute < 1:
+            raise UserError(f"requests_per_minute is {self.requests_per_minute}; give 1 or more")
         if self.retries < 0:
             raise UserError(f"retries is {self.retries}; give 0 or more")
         if not self.key.isascii() or not self.key.isprintable():
@@ -228,6 +232,7 @@ class _Asker:
         self.answered = False
         self.longest = "max_tokens"
         self.structured = True
+        self.due = 0.0
 
     async def close(self, cancelled: Iterable[asyncio.Task[Any]]) -> None:
         """Close the connections, once what used them has ended."""
@@ -251,6 +256,7 @@ class _Asker:
 
     async def _try(self, request: ChatRequest, attempt: int) -> ChatAnswer | _Miss:
         longest, structured = self.longest, self.structured
+        await self._wait_for_turn()
         try:
             async with asyncio.timeout(self.server.timeout):  # httpx's own starts anew with every byte
                 return await self._once(request)
@@ -277,6 +283,12 @@ class _Asker:
             return _Miss("the request holds half a surrogate pair, which UTF-8 cannot hold", wait=None)
         except openai.OpenAIError as error:
             return _Miss(f"malformed answer: {type(error).__name__}")
+
+    async def _wait_for_turn(self) -> None:
+        if self.server.requests_per_minute is not None:
+            now = time.monotonic()
+            due, self.due = max(self.due, now), max(self.due, now) + 60 / self.server.requests_per_minute
+            await asyncio.sleep(due - now)
 
     async def _once(self, request: ChatRequest) -> ChatAnswer:
         settings = request.settings()
