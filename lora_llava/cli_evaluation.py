@@ -31,7 +31,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--method", choices=["generate", "loglik"], default="generate", help="let the model write its answer, or take "
         "the choice that it holds likeliest",
     )  # fmt: skip
-    parser.add_argument("--prompt", default="recipe", help="how ScienceQA is asked: recipe, direct or lmms-eval")
+    parser.add_argument("--prompt", help="how ScienceQA is asked: recipe, direct or lmms-eval")
     parser.add_argument("--direct", action="store_true", help="ask for the letter alone; the same as --prompt direct")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -41,8 +41,8 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server, such as vLLM or SGLang")
     parser.add_argument("--server-model", metavar="NAME", help="default: the only one that the server has")
-    parser.add_argument("--concurrency", type=positive, default=8, help="questions at once to the server")
-    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for one answer of the server")
+    parser.add_argument("--concurrency", type=positive, help="questions at once to the server; default: 8")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for one answer of the server; default: 120")
     parser.add_argument("--base-only", action="store_true", help="the run's base, without what was trained")
     parser.add_argument("--output", help="where predictions go; default: the run directory")
     _add_published(parser)
@@ -51,25 +51,63 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def run_evaluate(args: argparse.Namespace, console: Any) -> int:
     quieten()
+    _refuse_without_effect(args)
     server = None
     if args.server:
         from lora_llava.inference.server import ChatServer
 
-        server = ChatServer(args.server, args.server_model, concurrency=args.concurrency, timeout=args.timeout)
+        timeout = 120.0 if args.timeout is None else args.timeout
+        server = ChatServer(args.server, args.server_model, concurrency=args.concurrency or 8, timeout=timeout)
     if args.benchmark:
         return _answer_llava_bench(args, server, console)
     from lora_llava.training.evaluate import Way, evaluate
 
     way = Way(
-        method=args.method, prompt="direct" if args.direct else args.prompt, temperature=args.temperature,
+        method=args.method, prompt="direct" if args.direct else args.prompt or "recipe", temperature=args.temperature,
         top_p=args.top_p, shuffled=args.shuffle_images, base_only=args.base_only, bad_images=args.bad_images,
     )  # fmt: skip
     table = evaluate(
         args.model, way, recipe=args.recipe, overrides=args.overrides, limit=args.limit, output=args.output,
         server=server,
     )  # fmt: skip
-    _print_table(Path(args.model).name, table, args.json, args.published, console)
+    _print_table(Path(args.model).name, table, args, console, same_questions=not (way.shuffled or way.base_only))
     return 0
+
+
+_BENCHMARK_FLAGS = ("questions", "images", "template")
+_SERVER_FLAGS = ("server_model", "concurrency", "timeout")
+_TABLE_FLAGS = (
+    "overrides", "recipe", "limit", "shuffle_images", "prompt", "direct", "base_only", "published", "json",
+)  # fmt: skip
+"""Of an evaluation that makes a table."""
+
+
+def _refuse_without_effect(args: argparse.Namespace) -> None:
+    """Refuse what would be passed over.
+
+    Raises:
+        UserError: Naming the first.
+    """
+    from lora_llava.errors import UserError
+
+    def given(names: tuple[str, ...]) -> str | None:
+        unsaid: tuple[Any, ...] = (None, (), [])
+        values = {name: getattr(args, name) for name in names}
+        said = next((name for name, value in values.items() if value is not False and value not in unsaid), None)
+        return said and ("an override of a recipe" if said == "overrides" else f"--{said.replace('_', '-')}")
+
+    if args.benchmark is None and (flag := given(_BENCHMARK_FLAGS)):
+        raise UserError(f"{flag} is of --benchmark llava-bench; give that too, or leave it out")
+    if args.benchmark:
+        flag = "--method loglik" if args.method != "generate" else given(_TABLE_FLAGS)
+        if flag:
+            raise UserError(f"{flag} has no effect with --benchmark llava-bench; leave it out")
+    if args.server is None and (flag := given(_SERVER_FLAGS)):
+        raise UserError(f"{flag} is of a server; name it with --server, or leave it out")
+    if args.direct and args.prompt not in (None, "direct"):
+        raise UserError(f"--direct and --prompt {args.prompt} are two ways to ask; leave one out")
+    if args.published and args.json:
+        raise UserError("--published has no effect with --json; leave one out")
 
 
 def _answer_llava_bench(args: argparse.Namespace, server: Any, console: Any) -> int:
@@ -189,7 +227,7 @@ def _score_scienceqa(args: argparse.Namespace, console: Any) -> int:
     from lora_llava.evaluation.score_files import score_scienceqa_file
 
     table = score_scienceqa_file(args.problems, args.splits, args.answers, args.split)
-    _print_table(args.answers.name, table, args.json, args.published, console)
+    _print_table(args.answers.name, table, args, console, same_questions=args.split == "test")
     return 0
 
 
@@ -224,8 +262,10 @@ def run_compare(args: argparse.Namespace, console: Any) -> int:
     return 0
 
 
-def _print_table(name: str, table: dict[str, Any], as_json: bool, published: bool, console: Any) -> None:
-    if as_json:
+def _print_table(
+    name: str, table: dict[str, Any], args: argparse.Namespace, console: Any, *, same_questions: bool
+) -> None:  # fmt: skip
+    if args.json:
         import json
 
         print(json.dumps(table, indent=2))
@@ -233,24 +273,24 @@ def _print_table(name: str, table: dict[str, Any], as_json: bool, published: boo
     from lora_llava.evaluation.report import tables_view
 
     console.print(tables_view("Answers" if "all" in table else "ScienceQA", {name: table}))
-    _print_published(table, published, console)
+    _print_published(table, args.published, console, same_questions)
 
 
-def _print_published(table: dict[str, Any], forced: bool, console: Any) -> None:
+def _print_published(table: dict[str, Any], forced: bool, console: Any, same_questions: bool) -> None:
     """Put the published rows below: without being asked to, only where all of the same questions were answered."""
-    from lora_llava.errors import UserError
     from lora_llava.evaluation.published import QUESTIONS, published_sources, published_table
 
     if "all" in table:
         if forced:
-            raise UserError("--published: the published rows are ScienceQA's, this is another table; leave it out")
+            console.print("the published rows are ScienceQA's; this is another table")
         return
     count = table["AVG"][2]
-    if not forced and count != QUESTIONS:
+    same_questions &= count == QUESTIONS
+    if not forced and not same_questions:
         return
     console.print(published_table())
     console.print(f"Sources: {published_sources()}", style="dim", soft_wrap=True)
-    if count != QUESTIONS:
+    if not same_questions:
         console.print(f"The table above is of {count:,} questions, not of theirs: not to be compared", style="dim")
 
 

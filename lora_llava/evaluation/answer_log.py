@@ -2,57 +2,68 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from lora_llava.data.files import json_text
+from lora_llava.errors import UserError
 from lora_llava.inference.answer import Answer
 
 
 class AnswerLog:
     """A JSONL file that is only appended to: what is asked of whom in its first line, then an answer a line.
 
-    An answer is on disk before the next batch is asked; of a line that was cut off, and of a file that is of another
-    evaluation, nothing is taken.
+    An answer is on disk before the next batch is asked. Answers of another evaluation are left where they are: this
+    one's then go into a file beside them.
 
     Args:
         file: Where it is; made with its folder.
         key: What the answers depend on, as plain JSON.
+        count: How many questions there are.
+
+    Raises:
+        UserError: Where another process is at work in it.
     """
 
-    def __init__(self, file: Path, key: Mapping[str, Any]) -> None:
-        self.file = file
+    def __init__(self, file: Path, key: Mapping[str, Any], count: int) -> None:
         self.answers: dict[int, Answer] = {}
-        self.other = False
-        """Whether answers of another evaluation were there, and have given way."""
-        lines = self._read(json.loads(json.dumps(key)))
+        self.damaged = 0
+        """Lines that could not be read, but for a last one that a kill cut short."""
+        key = json.loads(json.dumps(key))
+        self.other = file.is_file() and _key_of(file) not in (None, key)
+        """Whether answers of another evaluation are in `file`."""
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+        self.file = file.with_name(file.name.replace(".partial.", f".{name}.partial.")) if self.other else file
         file.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.file.with_name(f".{self.file.name}.lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.file}: another process evaluates into it; wait, or name another --output") from None
+        lines = self._read(count) if self.file.is_file() and _key_of(self.file) == key else []
         content = [json_text({"key": key}), *lines]
-        temporary = file.with_name(f".{file.name}.tmp")
+        temporary = self.file.with_name(f".{self.file.name}.tmp")
         temporary.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
-        temporary.replace(file)  # without what was cut off
-        self._stream = file.open("a", encoding="utf-8")
+        temporary.replace(self.file)  # without what was cut off
+        self._stream = self.file.open("a", encoding="utf-8")
 
-    def _read(self, key: Any) -> list[str]:
-        if not self.file.is_file():
-            return []
+    def _read(self, count: int) -> list[str]:
+        found = self.file.read_text(encoding="utf-8", errors="replace").split("\n")[1:]
         lines: list[str] = []
-        with self.file.open(encoding="utf-8", errors="replace") as stream:
-            for number, line in enumerate(stream):
-                try:
-                    entry = json.loads(line)
-                    if number == 0:
-                        self.other = entry["key"] != key
-                        if self.other:
-                            return []
-                        continue
-                    self.answers[int(entry["index"])] = _answer(entry)
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    break  # the write that the kill cut short
-                lines.append(line.rstrip("\n"))
+        for number, line in enumerate(found):
+            try:
+                index, answer = _entry(json.loads(line), count)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                self.damaged += number < len(found) - 1  # behind the last line break: nothing, or what a kill cut short
+                continue
+            self.answers[index] = answer
+            lines.append(line)
         return lines
 
     def add(self, index: int, answer: Answer) -> None:
@@ -65,11 +76,13 @@ class AnswerLog:
     def close(self) -> None:
         """Leave the file for the next start."""
         self._stream.close()
+        self._lock.release()
 
     def remove(self) -> None:
         """Take the file away: everything was answered, and stands elsewhere."""
         self.close()
         self.file.unlink(missing_ok=True)
+        Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def __enter__(self) -> AnswerLog:
         return self
@@ -80,6 +93,17 @@ class AnswerLog:
         self.close()
 
 
-def _answer(entry: Mapping[str, Any]) -> Answer:
-    scores = entry.get("scores")
-    return Answer(str(entry["text"]), scores=None if scores is None else tuple(map(float, scores)))
+def _key_of(file: Path) -> Any:
+    """Whose answers a file holds; None where it does not say."""
+    try:
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            return json.loads(stream.readline())["key"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _entry(entry: Mapping[str, Any], count: int) -> tuple[int, Answer]:
+    index, text, scores = entry["index"], entry["text"], entry.get("scores")
+    if type(index) is not int or not 0 <= index < count or not isinstance(text, str):
+        raise ValueError
+    return index, Answer(text, scores=None if scores is None else tuple(map(float, scores)))

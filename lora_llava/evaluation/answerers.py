@@ -12,10 +12,11 @@ from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Messag
 from lora_llava.data.encode import IGNORE_INDEX, encode_conversation, encode_prompt
 from lora_llava.data.images import BadImageError, ImageSource, Pictures
 from lora_llava.data.templates import Template
+from lora_llava.errors import UserError
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.chat_request import ChatFailure, ChatRequest, picture_part
 from lora_llava.inference.generate import EncodedPictures, Question, generate_answers
-from lora_llava.inference.likelihood import Choices, answer_losses, weigh_choices
+from lora_llava.inference.likelihood import Choices, answer_losses, build_tree, weigh_choices
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.server import ChatServer, ask
 
@@ -142,7 +143,21 @@ def by_reasoned_likelihood(asked: Asked, sampling: Sampling, choices: Choose) ->
 
 
 def _choices(asked: Asked, row: Conversation, texts: Sequence[str]) -> Choices:
-    return Choices(texts, [asked.with_answer(row, text) for text in texts], row.images)
+    """The row's choices, encoded.
+
+    Raises:
+        UserError: For choices that cannot be told apart, or one that is empty.
+    """
+    if not all(text.strip() for text in texts):
+        raise UserError(f"--method loglik: row {row.row_id} has an empty choice; fill it in, or take it out")
+    encoded = [asked.with_answer(row, text) for text in texts]
+    try:
+        build_tree([ids for ids, _ in encoded])
+    except ValueError:
+        raise UserError(
+            f"--method loglik: row {row.row_id} has a choice that is the beginning of another, or the same; mend it"
+        ) from None
+    return Choices(texts, encoded, row.images)
 
 
 def by_server(server: ChatServer, images: ImageSource, sampling: Sampling, stop_string: str | None) -> Answerer:

@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,8 @@ from lora_llava.inference.answer import Answer
 Row = TypeVar("Row")
 Mark = Callable[[int, Conversation, Answer], Any]
 """Marks the answer to the row of this index: a line of the predictions file."""
+_HOPELESS = 8
+"""Questions without an answer, and none with one, after which the others are not asked."""
 _NAMED = 3
 """Rows whose trouble is told by name."""
 
@@ -86,34 +89,37 @@ def ask_scienceqa(
     """
 
     def mark(index: int, row: Conversation, answer: Answer) -> Prediction:
-        return make_prediction(row.row_id, answer.text, row.extra)
+        return make_prediction(row.row_id, answer.text, row.extra, answer.choice)
 
     marked = ask_rows(rows, answerer, mark, **settings)
     return score(marked), marked
 
 
 def ask_conversations(
-    rows: Sequence[Conversation], answerer: Answerer, losses: Mapping[int, tuple[float, int]] | None = None,
-    **settings: Any,
+    rows: Sequence[Conversation], answerer: Answerer,
+    losses: Callable[[], Mapping[int, tuple[float, int]]] | None = None, **settings: Any,
 ) -> tuple[AnswerTable, list[AnsweredRow]]:  # fmt: skip
     """Ask the last question of every conversation and mark the answers.
 
     Args:
         rows: Conversations; in `extra` the source's name, and the type of question where the data has one.
         answerer: Who answers.
-        losses: Summed loss and tokens of the data's own answers, from `reference_losses`.
+        losses: Gives, once all is answered, summed loss and tokens of the data's own answers (`reference_losses`).
         settings: As `ask_rows`.
 
     Returns:
         The table, and the marked answers in the rows' order.
     """
 
+    found = cache(losses or dict)
+
     def mark(index: int, row: Conversation, answer: Answer) -> AnsweredRow:
         question = row.turns[-2].text.replace(IMAGE_PLACEHOLDER, "").strip()
         source, kind = str(row.extra.get("source", "")), row.extra.get("type")
         marked = mark_answer(row.row_id, source, question, row.turns[-1].text, answer.text, kind)
-        if losses is not None and index in losses:
-            total, tokens = losses[index]
+        known = found()
+        if index in known:
+            total, tokens = known[index]
             marked |= {"loss": round(total / tokens, 4), "loss_tokens": tokens}
         return marked
 
@@ -122,8 +128,8 @@ def ask_conversations(
 
 
 def questions_hash(rows: Sequence[Conversation]) -> str:
-    """SHA-256 over what is asked: ids, turns up to the last answer, and the names of pictures."""
-    asked = [[row.row_id, messages_of(row)[:-1], row.images] for row in rows]
+    """SHA-256 over what is asked: ids, turns up to the last answer, names of pictures, and choices."""
+    asked = [[row.row_id, messages_of(row)[:-1], row.images, row.extra.get("choices")] for row in rows]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
@@ -158,7 +164,7 @@ def ask_rows(
     """
     log = _open_log(predictions, rows, key)
     answers = dict(log.answers) if log is not None else {}
-    unanswered: dict[int, str] = {}
+    before, unanswered = len(answers), dict[int, str]()
     bar = tqdm(
         total=len(rows), initial=len(answers), desc=description, unit="question", dynamic_ncols=True,
         leave=predictions is not None,
@@ -166,7 +172,6 @@ def ask_rows(
     try:
         with bar:
             for index, answer in answerer(rows, frozenset(answers)):
-                bar.update()
                 if answer.problem is not None and bad_images == "error" and answer.is_picture:
                     raise UserError(
                         f"row {rows[index].row_id}: {answer.problem}; restore it, or let such questions count as wrong "
@@ -174,10 +179,17 @@ def ask_rows(
                     )
                 if answer.problem is not None and not answer.is_picture:
                     unanswered[index] = answer.problem
+                    if len(unanswered) >= _HOPELESS and len(answers) == before:
+                        raise _unanswered(rows, unanswered)
                     continue
+                bar.update()
                 answers[index] = answer
                 if log is not None and answer.problem is None:
                     log.add(index, answer)
+    except KeyboardInterrupt:
+        if log is not None:
+            _tell(f"{len(answers):,} of {len(rows):,} answers are in {log.file}; the same command asks for the others")
+        raise
     finally:
         if log is not None:
             log.close()
@@ -198,11 +210,13 @@ def _open_log(
     if predictions is None or key is None:
         return None
     file = predictions.with_suffix(".partial.jsonl")
-    log = AnswerLog(file, {**key, "questions": questions_hash(rows)})
+    log = AnswerLog(file, {**key, "questions": questions_hash(rows)}, len(rows))
     if log.answers:
         _tell(f"{len(log.answers):,} of {len(rows):,} answers are in {file} already and are not asked again")
     elif log.other:
-        _tell(f"{file} held answers of another model, question or setting; this evaluation starts afresh")
+        _tell(f"{file} holds answers of another model, question or setting; this evaluation's are in {log.file}")
+    if log.damaged:
+        _tell(f"{log.damaged:,} lines of {log.file} cannot be read; what they answered is asked again")
     return log
 
 
@@ -226,6 +240,8 @@ def _mark(mark: Mark, index: int, row: Conversation, answer: Answer) -> Any:
         marked["scores"] = [round(score, 4) for score in answer.scores]
     if answer.problem is not None:
         marked["problem"] = answer.problem
+        if "exact" in marked:  # nothing was answered, whatever the reference
+            marked |= {"exact": False, "f1": 0.0, "rouge_l": 0.0}
     return marked
 
 

@@ -80,7 +80,13 @@ def choices_of(row: Conversation, reasons: str, *, prompt: str) -> list[str]:
                 f"--method loglik: row {row.row_id} has no choices; give it a list `choices`, or a column of them with "
                 "| between, or leave --method out"
             )
-        return list(dict.fromkeys(row.extra["choices"]))
+        choices = list(dict.fromkeys(row.extra["choices"]))
+        if row.turns[-1].text not in choices:
+            raise UserError(
+                f"--method loglik: the answer of row {row.row_id}, {row.turns[-1].text!r}, is none of its choices; "
+                "mend the row"
+            )
+        return choices
     letters = LETTERS[: row.extra["num_choices"]]
     if prompt != "recipe":
         return list(letters)

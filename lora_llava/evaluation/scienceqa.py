@@ -74,16 +74,19 @@ def categories(subject: str, grade: str, has_image: bool, has_hint: bool) -> lis
     return columns
 
 
-def make_prediction(question_id: str, text: str, question: Mapping[str, Any]) -> Prediction:
+def make_prediction(
+    question_id: str, text: str, question: Mapping[str, Any], choice: int | None = None
+) -> Prediction:  # fmt: skip
     """Mark one answer.
 
     Args:
         question_id: The problem's id.
         text: What the model wrote.
         question: `answer`, `num_choices`, `subject`, `grade`, `has_image` and `has_hint`.
+        choice: Index of what was chosen, where nothing is to be read from the text.
     """
     columns = categories(question["subject"], question["grade"], question["has_image"], question["has_hint"])
-    prediction = parse_answer(text, question["num_choices"])
+    prediction = parse_answer(text, question["num_choices"]) if choice is None else choice
     return Prediction(
         question_id=question_id, text=text, prediction=prediction, answer=question["answer"], categories=columns
     )

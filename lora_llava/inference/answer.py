@@ -20,3 +20,8 @@ class Answer:
     problem: str | None = None
     is_picture: bool = False
     scores: tuple[float, ...] | None = None
+
+    @property
+    def choice(self) -> int | None:
+        """Index of the likeliest choice, the first of equals; None where none were weighed."""
+        return None if self.scores is None else max(range(len(self.scores)), key=self.scores.__getitem__)

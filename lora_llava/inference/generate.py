@@ -59,15 +59,14 @@ def generate_answers(
     Yields:
         The question's index and its answer; one with a problem where a picture cannot be opened.
     """
-    left = [i for i in range(len(questions)) if i not in answered]
-    order = sorted(left, key=lambda i: -len(questions[i].input_ids))
-    encoded = encoded or EncodedPictures(model, pictures, questions, left)
+    batches = _plan_batches(questions, answered, batch_size, drawn=sampling.temperature > 0)
+    encoded = encoded or EncodedPictures(model, pictures, questions, [i for chosen in batches for i in chosen])
     stop: dict[str, Any] = {"stop_strings": [stop_string], "tokenizer": tokenizer} if stop_string else {}
     model.eval()
-    for start in range(0, len(order), batch_size):
-        batch, failed = encoded.batch(order[start : start + batch_size], questions, tokenizer.pad_token_id)
+    for chosen in batches:
+        batch, failed = encoded.batch(chosen, questions, tokenizer.pad_token_id)
         yield from failed.items()
-        indices = [i for i in order[start : start + batch_size] if i not in failed]
+        indices = [i for i in chosen if i not in failed]
         if not indices:
             continue
         if sampling.seed is not None:
@@ -79,7 +78,24 @@ def generate_answers(
             )  # fmt: skip
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
+            if index in answered:
+                continue
             yield index, Answer(text.split(stop_string)[0].strip() if stop_string else text.strip())
+
+
+def _plan_batches(
+    questions: Sequence[Question], answered: Collection[int], batch_size: int, *, drawn: bool
+) -> list[list[int]]:  # fmt: skip
+    """Batches, longest first. What is drawn depends on who shares a batch: there a batch is asked as it would have
+    been, those of it that were answered included."""
+
+    def cut(indices: Sequence[int]) -> list[list[int]]:
+        order = sorted(indices, key=lambda i: -len(questions[i].input_ids))
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+    if drawn:
+        return [chosen for chosen in cut(range(len(questions))) if not all(i in answered for i in chosen)]
+    return cut([i for i in range(len(questions)) if i not in answered])
 
 
 class EncodedPictures:
@@ -143,7 +159,8 @@ class EncodedPictures:
         tower = self.llava.model.vision_tower
         if tower is not None:
             stacked = tower_features(tower, self.llava.config, stacked.to(tower.dtype))
-        self._held |= dict(zip(opened, stacked, strict=True))
+        # Each by itself: a view would keep the whole batch's alive.
+        self._held |= {name: features.clone() for name, features in zip(opened, stacked, strict=True)}
 
     def _take(self, name: str) -> torch.Tensor:
         if name not in self._held:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -115,9 +115,8 @@ def weigh_choices(
             ).logits  # fmt: skip
         log_probabilities = functional.log_softmax(logits.float(), dim=-1).cpu()
         for row, i in enumerate(indices):
-            scores = _scores(log_probabilities[row], trees[i], questions[i])
-            best = max(range(len(scores)), key=scores.__getitem__)
-            yield i, Answer(questions[i].texts[best], scores=scores)
+            found = Answer("", scores=_scores(log_probabilities[row], trees[i], questions[i]))
+            yield i, replace(found, text=questions[i].texts[found.choice or 0])
 
 
 def _scores(log_probabilities: torch.Tensor, tree: Tree, question: Choices) -> tuple[float, ...]:

@@ -29,6 +29,7 @@ _LONGEST_RETRY_AFTER = 120.0
 """Seconds; a server that asks for a longer wait is not waited for. The openai library draws the same line."""
 _PASSING = {408, 409, 425, 429}
 """Besides 5xx, what HTTP lets a client try again: timeout, conflict, too early, too many requests."""
+_DAY = 86_400
 _POOL = 8
 """Connections of one client: its pool looks through all of them at every request (httpcore, connection_pool.py)."""
 _NO_KEY = "no-key"
@@ -68,8 +69,8 @@ class ChatServer:
         object.__setattr__(self, "url", _api_url(self.url))
         if self.concurrency < 1:
             raise UserError(f"concurrency is {self.concurrency}; give 1 or more")
-        if not self.timeout > 0:
-            raise UserError(f"timeout is {self.timeout}; give a number of seconds above 0")
+        if not 0 < self.timeout <= _DAY:
+            raise UserError(f"timeout is {self.timeout:g}; give a number of seconds above 0, at most a day's {_DAY:,}")
         if self.requests_per_minute is not None and self.requests_per_minute < 1:
             raise UserError(f"requests_per_minute is {self.requests_per_minute}; give 1 or more")
         if self.retries < 0:

@@ -193,7 +193,7 @@ def asked_split(splits: Container[str]) -> str | None:
 
 def read_held_out(
     recipe: Recipe, processor: Any, config: LlavaConfig, progress: Progress = no_progress, *, trusted: bool = False
-) -> Split:  # fmt: skip
+) -> tuple[str, Split]:  # fmt: skip
     """Read the rows that the tables ask, and nothing that is not needed for it.
 
     Args:
@@ -204,7 +204,7 @@ def read_held_out(
         trusted: Leave the pictures unopened.
 
     Returns:
-        The split.
+        The split's name, and the split.
 
     Raises:
         UserError: Where the recipe holds nothing back, or its data is missing or malformed.
@@ -220,7 +220,7 @@ def read_held_out(
     name = asked_split(splits)
     if name is None:
         raise UserError("this recipe holds no rows back to ask; set data.test_rows, or name another with --recipe")
-    return build_split(recipe, name, splits[name], processor, config, progress, trusted=trusted)
+    return name, build_split(recipe, name, splits[name], processor, config, progress, trusted=trusted)
 
 
 def sample_rows(recipe: Recipe, split: str, count: int) -> tuple[list[Conversation], ImageSource, int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
 
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.files import file_hash
@@ -23,7 +26,13 @@ from lora_llava.evaluation.answerers import (
     reference_losses,
 )
 from lora_llava.evaluation.answers import AnswerTable
-from lora_llava.evaluation.ask import ask_conversations, ask_scienceqa, choose_rows, shuffle_images
+from lora_llava.evaluation.ask import (
+    ask_conversations,
+    ask_scienceqa,
+    choose_rows,
+    questions_hash,
+    shuffle_images,
+)
 from lora_llava.evaluation.prompts import PARSER, PROMPTS, ask_by, choices_of, reasons_first
 from lora_llava.evaluation.scienceqa import Table
 from lora_llava.evaluation.summary import summarise
@@ -90,6 +99,7 @@ class Opened:
         plan: The model's.
         tokenizer: Of its processor.
         split: The rows that may be asked.
+        name: The split's.
     """
 
     recipe: Recipe
@@ -98,6 +108,7 @@ class Opened:
     plan: ModelPlan
     tokenizer: Any
     split: Split
+    name: str
 
     @property
     def science(self) -> bool:
@@ -135,29 +146,52 @@ def evaluate(
         server = find_model(server if server.model or Path(model).is_dir() else replace(server, model=model))
     opened = open_evaluation(model, way, recipe, overrides, server)
     rows = held_out_rows(opened, way, limit)
+    if way.method == "loglik" and not opened.science:
+        for row in rows:  # before any weight is loaded
+            choices_of(row, "", prompt=way.prompt)
     settings = opened.recipe.evaluation or EvaluationSection()
     sampling = Sampling(way.temperature, way.top_p, settings.max_new_tokens, opened.recipe.seed)
-    about = _about(opened, way, model, sampling, server)
-    losses = None
+    about = _about(opened, way, sampling, server, limit)
+    losses: Callable[[], dict[int, tuple[float, int]]] | None = None
     if server is not None:
         answerer = by_server(server, opened.split.images, sampling, opened.template.stop_string)
     else:
         asked = load_asked(opened, settings.batch_size)
         answerer = open_answerer(opened, way, asked, sampling)
-        losses = None if opened.science else reference_losses(asked, rows)
+        losses = None if opened.science else partial(reference_losses, asked, rows)
     folder = Path(output or (model if Path(model).is_dir() else "."))
+    suffix = way.suffix + _other_suffix(recipe, overrides, limit, server)
     common: dict[str, Any] = {
-        "predictions": folder / f"predictions{way.suffix}.jsonl", "description": "evaluating", "key": about,
+        "predictions": folder / f"predictions{suffix}.jsonl", "description": "evaluating", "key": about,
         "bad_images": way.bad_images,
     }  # fmt: skip
     start = time.monotonic()
     table: Table | AnswerTable
-    if opened.science:
-        table, marked = ask_scienceqa(rows, answerer, **common)
-    else:
-        table, marked = ask_conversations(rows, answerer, losses, **common)  # type: ignore[assignment]
-    _write_summary(folder / f"evaluation{way.suffix}.json", about, summarise(table, marked), time.monotonic() - start)
+    try:
+        if opened.science:
+            table, marked = ask_scienceqa(rows, answerer, **common)
+        else:
+            table, marked = ask_conversations(rows, answerer, losses, **common)  # type: ignore[assignment]
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"the GPU's memory ran out with {settings.batch_size} questions at once; set evaluation.batch_size="
+            f"{max(1, settings.batch_size // 2)}: what was answered is kept"
+        ) from None
+    about |= {"model": model, "questions": questions_hash(rows)}
+    _write_summary(folder / f"evaluation{suffix}.json", about, summarise(table, marked), time.monotonic() - start)
     return table
+
+
+def _other_suffix(
+    recipe: str | None, overrides: Sequence[str], limit: int | None, server: ChatServer | None
+) -> str:  # fmt: skip
+    """Tells the files of other questions, or of other answers, from a run's own."""
+    data = sorted(text for text in overrides if text.startswith("data."))
+    parts = {
+        "server": server is not None, Path(recipe or "").stem: recipe is not None, f"limit{limit}": limit is not None,
+        hashlib.sha256("\n".join(data).encode()).hexdigest()[:6]: bool(data),
+    }  # fmt: skip
+    return "".join(f"_{name}" for name, said in parts.items() if said)
 
 
 def load_asked(opened: Opened, batch_size: int) -> Asked:
@@ -204,15 +238,20 @@ def open_evaluation(
         raise UserError("--server writes answers; --method loglik and --base-only need a model here")
     if server is None and chosen.model.quantization == "nf4":
         check_bitsandbytes()
+    if way.base_only and not run:
+        raise UserError(f"--base-only: {model} is no run with an adapter, but a whole model; leave it out")
     base = str(locate_base(read_record(folder)["base"], folder)) if run else model
     elsewhere = server is not None and not folder.is_dir()
     plan = plan_model(chosen.model if elsewhere else _as_llava(chosen.model, base))
     tokenizer, processor = build_run_processor(chosen, plan.config, plan.tokenizer_folder, plan.image_folder)
-    split = read_held_out(chosen, processor, plan.config, trusted=way.bad_images == "wrong")
+    read = partial(read_held_out, chosen, processor, plan.config)
+    name, split = read(trusted=way.bad_images == "wrong")
     other_data = ("data.path=", "data.file=", "data.format=", "data.sources")
     if run and recipe is None and not any(text.startswith(other_data) for text in overrides):
+        if way.bad_images == "wrong" and not _are_same_rows(folder, chosen, split):
+            name, split = read()  # the run itself may have left rows out, by its own rule
         _check_same_rows(folder, chosen, split)
-    return Opened(chosen, base, folder if run and not way.base_only else None, plan, tokenizer, split)
+    return Opened(chosen, base, folder if run and not way.base_only else None, plan, tokenizer, split, name)
 
 
 def _check_way(way: Way, recipe: Recipe) -> None:
@@ -220,8 +259,8 @@ def _check_way(way: Way, recipe: Recipe) -> None:
         raise UserError(f"--prompt: {way.prompt!r} is unknown; use one of {', '.join(PROMPTS)}")
     if way.prompt != "recipe" and recipe.data.format != "scienceqa":
         raise UserError(f"--prompt {way.prompt} is a way to ask ScienceQA; this recipe's data is {recipe.data.format}")
-    if way.method == "loglik" and way.temperature:
-        raise UserError("--temperature is for answers that are written; with --method loglik leave it out")
+    if way.method == "loglik" and (way.temperature or way.top_p != 1):
+        raise UserError("--temperature and --top-p are of answers that are written; leave them out of --method loglik")
 
 
 def held_out_rows(opened: Opened, way: Way, limit: int | None = None) -> list[Conversation]:
@@ -234,17 +273,19 @@ def held_out_rows(opened: Opened, way: Way, limit: int | None = None) -> list[Co
 
 
 def _about(
-    opened: Opened, way: Way, model: str, sampling: Sampling, server: ChatServer | None
+    opened: Opened, way: Way, sampling: Sampling, server: ChatServer | None, limit: int | None
 ) -> dict[str, Any]:  # fmt: skip
     """What the answers depend on besides the questions, so that they can be told from others and got again."""
     recipe = opened.recipe
-    about: dict[str, Any] = {"way": asdict(way), "sampling": asdict(sampling)}
+    about: dict[str, Any] = {
+        "way": asdict(way), "sampling": asdict(sampling), "data": recipe.data.model_dump(mode="json"),
+        "split": opened.name, "limit": limit, "seed": recipe.seed,
+    }  # fmt: skip
     if server is not None:
-        about |= {"server": server.url, "model": server.model}
+        about |= {"server": server.url, "served_model": server.model}
     else:
         about |= {
-            "model": model, "weights": _weights(opened), "quantization": recipe.model.quantization,
-            "dtype": recipe.model.dtype, "template": recipe.data.template, "system_prompt": recipe.data.system_prompt,
+            "weights": _weights(opened), "quantization": recipe.model.quantization, "dtype": recipe.model.dtype,
             "batch_size": (recipe.evaluation or EvaluationSection()).batch_size,
         }  # fmt: skip
     if opened.science:
@@ -267,15 +308,19 @@ def _check_same_rows(folder: Path, recipe: Recipe, split: Split) -> None:
     Raises:
         UserError: Where the data has changed since: it may have been trained on.
     """
-    data = recipe.data
-    asked = "test" if data.test_rows else "validation"
-    own = data.test_source or (data.validation_source and asked == "validation")
-    known = read_data_hashes(folder).get(asked)
-    if data.format == "conversations" and not own and known not in (None, split.fingerprint()):
+    if not _are_same_rows(folder, recipe, split):
         raise UserError(
             f"{folder}: the data is not what it was: the rows that would be held back now may have been trained on; "
             "restore it, or name rows to ask with data.test_rows=0 data.test_source={path: FILE}"
         )
+
+
+def _are_same_rows(folder: Path, recipe: Recipe, split: Split) -> bool:
+    data = recipe.data
+    asked = "test" if data.test_rows else "validation"
+    own = data.test_source or (data.validation_source and asked == "validation")
+    known = read_data_hashes(folder).get(asked)
+    return data.format != "conversations" or bool(own) or known in (None, split.fingerprint())
 
 
 def _as_llava(section: ModelSection, base: str) -> ModelSection:

@@ -19,10 +19,10 @@ from lora_llava.inference.generate import Question, generate_answers
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.server import ChatServer, find_model
 from lora_llava.inference.speak import MAX_IMAGE_PIXELS, Speaker
-from lora_llava.model.provenance import weights_state
+from lora_llava.model.provenance import locate_base, weights_state
 from lora_llava.model.start import ADAPTER_FILE
 from lora_llava.model.vision import llava_of
-from lora_llava.training.run_directory import is_run, machine, versions, write_json
+from lora_llava.training.run_directory import is_run, machine, read_record, versions, write_json
 from lora_llava.training.speaker import open_speaker
 
 ANSWERS_FILE = "llava_bench_answers.jsonl"
@@ -127,8 +127,10 @@ def prompt_ids(speaker: Speaker, row: Conversation) -> list[int]:
     return list(speaker.processor.tokenizer(written.replace(IMAGE_PLACEHOLDER, tokens)).input_ids)
 
 
-def _weights(model: str) -> str:
+def _weights(model: str) -> dict[str, str]:
     folder = Path(model)
-    if is_run(folder):
-        return file_hash(folder / ADAPTER_FILE)
-    return weights_state(folder) if folder.is_dir() else model
+    if not is_run(folder):
+        return {"base": weights_state(folder) if folder.is_dir() else model}
+    base = Path(locate_base(read_record(folder)["base"], folder))
+    state = weights_state(base) if base.is_dir() else str(base)
+    return {"adapter": file_hash(folder / ADAPTER_FILE), "base": state}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from lora_llava.data.conversation import Conversation
 from lora_llava.evaluation.answerers import Asked, by_writing, reference_losses
@@ -72,7 +72,7 @@ def _ask(
         table, marked = ask_scienceqa(rows, answerer, predictions=predictions, description=description)
         return Asking(table, rows, marked, split)
     answers, lines = ask_conversations(
-        rows, answerer, reference_losses(asked, rows), predictions=predictions, description=description
+        rows, answerer, lambda: reference_losses(asked, rows), predictions=predictions, description=description
     )
     return Asking(answers, rows, lines, split)
 
@@ -102,7 +102,10 @@ class ScoreValidation(TrainerCallback):
                 model.train(training)
                 torch.set_rng_state(random)
         name, score = headline(found.table)
-        state.log_history.append({"step": state.global_step, "epoch": state.epoch, "validation_score": score})
+        if self.trainer is not None:
+            logs = control.should_log
+            Trainer.log(self.trainer, {"validation_score": score})  # TRL's own would also end its running means
+            control.should_log = logs  # the step's own loss is still to come
         told = f"step {state.global_step}: {name} {score:.2f}% of {len(self.rows)} validation rows"
         tqdm.write(told, file=sys.stderr)
 

@@ -45,7 +45,7 @@ class TrainResult:
     """What training took.
 
     Attributes:
-        seconds: Wall time of the training loop.
+        seconds: Wall time of the training loop, without that of validating, scoring and saving.
         tokens: Real tokens trained on, padding aside.
         supervised_tokens: Those with a label.
         peak_memory_bytes: Of the GPU, else of the process.
@@ -212,7 +212,7 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
         trainer.train(resume_from_checkpoint=checkpoint)
     except torch.cuda.OutOfMemoryError:
         raise _out_of_memory(plan) from None
-    seconds = time.monotonic() - start
+    seconds = time.monotonic() - start - trainer.seconds_off_the_clock
     if stop.interrupted:
         raise StoppedError(
             f"stopped at step {trainer.state.global_step} of {plan.order.steps}; a checkpoint is in "

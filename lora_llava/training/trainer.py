@@ -67,6 +67,7 @@ class LlavaSFTTrainer(SFTTrainer):
         self.supervised_tokens_seen = 0
         self._validation: list[tuple[float, int]] = []
         self._logged: tuple[float, int] | None = None
+        self.seconds_off_the_clock = 0.0
         trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model, args=args, train_dataset=_stand_in(train),
@@ -166,9 +167,11 @@ class LlavaSFTTrainer(SFTTrainer):
         try:
             yield
         finally:
+            seconds = time.monotonic() - start
+            self.seconds_off_the_clock += seconds
             if self._logged is not None:
                 since, tokens = self._logged
-                self._logged = (since + time.monotonic() - start, tokens)
+                self._logged = (since + seconds, tokens)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Weigh the validation loss by trained tokens, so that it does not depend on how samples share batches."""

@@ -109,7 +109,8 @@ def test_answers_to_other_questions_or_of_another_model_are_not_taken(
         with pytest.raises(KeyboardInterrupt):
             ask(rows, answering, file, key=key)
         assert len(answering.asked) == 3
-    assert "starts afresh" in capsys.readouterr().err
+    assert "holds answers of another model, question or setting; this evaluation's are in" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("*.partial.jsonl"))) == 3  # none gave way to another
     again = Answering()
     ask(rows_of(7), again, file, key={"model": "n"})
     assert again.asked == [3, 2, 1, 0]
@@ -119,16 +120,16 @@ def test_answers_to_other_questions_or_of_another_model_are_not_taken(
 @pytest.mark.parametrize("cut", [b'{"index": 1, "te', b"\xff\xfe", b'{"index": "x", "text": "y"}\n', b"[]\n"])
 def test_a_line_cut_short_is_asked_again(tmp_path: Path, cut: bytes) -> None:
     file = tmp_path / "log.jsonl"
-    with AnswerLog(file, {"a": 1}) as log:
+    with AnswerLog(file, {"a": 1}, 10) as log:
         log.add(4, Answer("é\u2028\n", scores=(-1.5, 0.0)))
     file.write_bytes(file.read_bytes() + cut)
-    with AnswerLog(file, {"a": 1}) as log:
+    with AnswerLog(file, {"a": 1}, 10) as log:
         assert log.answers == {4: Answer("é\u2028\n", scores=(-1.5, 0.0))}
         log.add(5, Answer("b"))
-    with AnswerLog(file, {"a": 1}) as log:
+    with AnswerLog(file, {"a": 1}, 10) as log:
         assert list(log.answers) == [4, 5]
         assert not log.other
-    with AnswerLog(file, {"a": 2}) as log:
+    with AnswerLog(file, {"a": 2}, 10) as log:
         assert (log.answers, log.other) == ({}, True)
 
 
@@ -184,7 +185,7 @@ def test_conversations_get_marks_losses_types_and_sources() -> None:
         Conversation("b", (Turn("user", "What?"), Turn("assistant", "yes")), (), {"source": "two"}),
     ]  # fmt: skip
     table, marked = ask_conversations(
-        rows, Answering(), {0: (6.0, 4), 1: (1.0, 1)}, predictions=None, description="test"
+        rows, Answering(), lambda: {0: (6.0, 4), 1: (1.0, 1)}, predictions=None, description="test"
     )
     assert [(line["exact"], line["type"], line["loss"]) for line in marked] == [
         (True, "counting", 1.5), (False, "yes/no", 1.0)
@@ -196,12 +197,38 @@ def test_conversations_get_marks_losses_types_and_sources() -> None:
     assert without["all"]["loss"] is None
 
 
+def test_a_server_that_answers_nothing_is_given_up(tmp_path: Path) -> None:
+    problems = {index: Answer("", problem="no answer within 1 s") for index in range(40)}
+    answering = Answering(problems=problems)
+    with pytest.raises(UnansweredError, match="8 of 40 questions got no answer"):
+        ask(rows_of(40), answering, tmp_path / "predictions.jsonl")
+    assert len(answering.asked) <= 9
+
+
+def test_damaged_lines_are_counted_and_lines_of_no_question_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "predictions.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        ask(rows_of(6), Answering(stop_after=3), file)
+    told = capsys.readouterr().err
+    assert "3 of 6 answers are in" in told
+    partial = tmp_path / "predictions.partial.jsonl"
+    first, *kept = partial.read_text().splitlines()
+    wrong = ['{"index": 99, "text": "x"}', '{"index": -5, "text": "x"}', '{"index": 3, "text": null}', "{"]
+    partial.write_text("".join(f"{line}\n" for line in [first, kept[0], *wrong, *kept[1:]]))
+    again = Answering()
+    ask(rows_of(6), again, file)
+    assert len(again.asked) == 3
+    assert "4 lines of" in capsys.readouterr().err
+
+
 def test_science_qa_s_answers_are_scored() -> None:
     about = {"num_choices": 3, "subject": "natural science", "grade": "grade2", "has_image": False, "has_hint": False}
     rows = [
         Conversation(str(n), (Turn("user", "?"), Turn("assistant", "x")), (), about | {"answer": n}) for n in (0, 1)
     ]
-    problems = {0: Answer("The answer is A."), 1: Answer("The answer is C.", scores=(-1.23456, -2.0, -0.5))}
+    problems = {0: Answer("The answer is A."), 1: Answer("A. The answer is B.", scores=(-1.23456, -2.0, -0.5))}
     table, marked = ask_scienceqa(rows, Answering(problems=problems), predictions=None, description="test")
     assert table["AVG"] == [50.0, 1, 2]
     assert [line["prediction"] for line in marked] == [0, 2]

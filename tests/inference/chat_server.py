@@ -36,6 +36,7 @@ class ChatLog:
         answered: How often each body's answer was written in full.
         keys: Authorization headers.
         idempotency_keys: Of the requests, in the order they came.
+        charged: Answers that were paid for, by body: the same `Idempotency-Key` is charged once.
         at_once: Most requests at work together.
         retry_after: Header of a 429.
         gate: Full answers that it gives before it stalls; None for all.
@@ -51,6 +52,7 @@ class ChatLog:
         self.answered: Counter[str] = Counter()
         self.keys: set[str | None] = set()
         self.idempotency_keys: list[str | None] = []
+        self.charged: Counter[str] = Counter()
         self.at_once = 0
         self.retry_after: str | None = None
         self.gate: int | None = None
@@ -58,6 +60,7 @@ class ChatLog:
         self.lock = threading.Lock()
         self.closed = threading.Event()
         self.working = 0
+        self.known: set[str | None] = set()
         self.came: Counter[str] = Counter()
         self.given = 0
 
@@ -70,6 +73,12 @@ class ChatLog:
             self.working += 1
             self.at_once = max(self.at_once, self.working)
             return before
+
+    def charge(self, body: Body, key: str | None) -> None:
+        with self.lock:
+            if key is None or key not in self.known:
+                self.charged[json.dumps(body, sort_keys=True)] += 1
+            self.known.add(key)
 
     def leave(self) -> None:
         with self.lock:
@@ -115,6 +124,7 @@ class Handler(BaseHTTPRequestHandler):
             if log.latency:
                 time.sleep(log.latency)
             if kind == "ok":
+                log.charge(body, self.headers.get("Idempotency-Key"))
                 self.chat(log.answer(body))
                 with log.lock:
                     log.answered[json.dumps(body, sort_keys=True)] += 1

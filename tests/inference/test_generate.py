@@ -148,6 +148,24 @@ def test_sampling_is_drawn_by_the_seed(speaking: Any) -> None:
     assert first != answers(asked, questions)
 
 
+def test_what_is_drawn_does_not_depend_on_where_it_was_stopped(speaking: Any) -> None:
+    asked, rows = speaking
+    questions = questions_of(asked, rows)
+
+    def draw(answered: dict[int, Any]) -> dict[int, Any]:
+        stream = generate_answers(
+            asked.model, questions, tokenizer=asked.tokenizer, pictures=asked.pictures, batch_size=4,
+            sampling=Sampling(5.0, max_new_tokens=6, seed=1), answered=answered,
+        )  # fmt: skip
+        return dict(stream)
+
+    whole = draw({})
+    first = dict(list(whole.items())[:6])  # a batch and a half
+    rest = draw(first)
+    assert not set(rest) & set(first)
+    assert first | rest == whole
+
+
 def test_text_behind_the_stop_string_is_not_said(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, rows)

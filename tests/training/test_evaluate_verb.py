@@ -27,6 +27,7 @@ from lora_llava.training.evaluate import Way, evaluate
 from lora_llava.training.finetune import finetune
 from lora_llava.training.run_report import rebuild_report
 from tests.inference.chat_server import chat_server
+from tests.own_rows import asked, drawn, written
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +167,59 @@ def test_a_picture_that_is_gone_counts_as_wrong_or_refuses(run: Path, capsys: py
 def test_a_way_that_does_not_fit_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, told in (
         (["--prompt", "dirct"], "--prompt: 'dirct' is unknown; use one of recipe, direct, lmms-eval"),
-        (["--method", "loglik", "--temperature", "1"], "with --method loglik leave it out"),
+        (["--method", "loglik", "--temperature", "1"], "leave them out of --method loglik"),
         (["--server", "http://127.0.0.1:9", "--server-model", "m", "--base-only"], "need a model here"),
         (["--temperature", "-1"], "temperature is -1.0; give 0 (greedy)"),
         (["--benchmark", "llava-bench"], "--questions is missing"),
+        (["--benchmark", "llava-bench", "--limit", "3"], "--limit has no effect with --benchmark llava-bench"),
+        (["--benchmark", "llava-bench", "--base-only"], "--base-only has no effect with --benchmark"),
+        (["--benchmark", "llava-bench", "foo.bar=3"], "an override of a recipe has no effect with"),
+        (["--questions", "q.jsonl"], "--questions is of --benchmark llava-bench; give that too"),
+        (["--concurrency", "4"], "--concurrency is of a server; name it with --server"),
+        (["--timeout", "0"], "--timeout is of a server"),
+        (["--server", "http://127.0.0.1:9", "--timeout", "inf"], "timeout is inf; give a number of seconds"),
+        (["--prompt", "lmms-eval", "--direct"], "are two ways to ask; leave one out"),
+        (["--published", "--json"], "--published has no effect with --json"),
     ):
         assert main("evaluate", [str(run), *arguments]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_the_base_of_a_whole_model_is_the_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = json.loads((run / "run.json").read_text())["base"]["name"]
+    arguments = [str(base), "--recipe", str(run / "recipe.yaml"), "--base-only"]
+    assert main("evaluate", arguments) == 2
+    assert "--base-only: " in capsys.readouterr().err
+
+
+def test_part_of_the_questions_leaves_the_answers_to_all_where_they_are(run: Path) -> None:
+    evaluate(str(run), output=str(run / "own"))
+    whole = (run / "own" / "predictions.jsonl").read_bytes()
+    assert evaluate(f"{run}/", limit=2, output=str(run / "own"))["AVG"][2] == 2
+    assert (run / "own" / "predictions.jsonl").read_bytes() == whole
+    assert len(lines(run / "own" / "predictions_limit2.jsonl")) == 2
+    asked = json.loads((run / "own" / "evaluation_limit2.json").read_text())["asked"]
+    assert (asked["split"], asked["limit"], asked["data"]["prompt_order"]) == ("test", 2, "QCM-LEA")
+    assert len(asked["questions"]) == 64
+
+
+def test_rows_that_the_run_itself_dropped_are_no_change_of_its_data(
+    stage2_content: dict[str, Any], tmp_path: Path
+) -> None:
+    """A held-out picture is broken, and the recipe drops such rows: later evaluations go by the same rows."""
+    drawn(tmp_path / "images", 12)
+    (tmp_path / "images" / "3.png").write_bytes(b"no picture")
+    rows = [asked(number, f"{number}.png") for number in range(12)]
+    stage2_content["data"] = {
+        "format": "conversations", "path": written(tmp_path / "rows.json", rows), "on_bad_image": "drop",
+        "image_folder": str(tmp_path / "images"), "max_length": 300, "system_prompt": "", "validation_rows": 10,
+    }  # fmt: skip
+    stage2_content["training"] |= {"max_steps": 1, "batch_size": 1}
+    metrics = finetune(check_recipe(stage2_content, "test"), Path(), console=Console(file=io.StringIO()))
+    run = stage2_content["output_dir"]
+    assert evaluate(run, Way(bad_images="wrong")) == metrics["after"]
+    assert evaluate(run) == metrics["after"]
+    rebuild_report(run)
 
 
 # --- servers -------------------------------------------------------------------------------------------------------
@@ -189,7 +236,7 @@ def test_a_server_gets_the_questions_with_their_pictures(run: Path, capsys: pyte
         log.models, log.answer = ["merged"], letter_for
         assert main("evaluate", [str(run), "--server", log.url, "--json", "--output", str(run / "served")]) == 0
         table = json.loads(capsys.readouterr().out)
-    marked = lines(run / "served" / "predictions.jsonl")
+    marked = lines(run / "served" / "predictions_server.jsonl")
     assert [line["text"] for line in marked] == ["The answer is A.", "The answer is B."] * 3
     assert table["AVG"][2] == 6
     assert len(log.requests) == 6
@@ -198,8 +245,8 @@ def test_a_server_gets_the_questions_with_their_pictures(run: Path, capsys: pyte
     assert image["image_url"]["url"].startswith("data:image/png;base64,")
     assert text["text"].startswith("Which colour is shown?\nContext: N/A\nOptions: (A) red")
     assert (body["temperature"], body["max_tokens"], body["model"]) == (0.0, 8, "merged")
-    asked = json.loads((run / "served" / "evaluation.json").read_text())["asked"]
-    assert (asked["server"], asked["model"]) == (log.url, "merged")
+    asked = json.loads((run / "served" / "evaluation_server.json").read_text())["asked"]
+    assert (asked["server"], asked["served_model"]) == (log.url, "merged")
 
 
 @pytest.mark.parametrize("fault", ["500", "cut", "stall", "html", "no choices"])
@@ -215,7 +262,7 @@ def test_a_bad_server_s_questions_are_named_and_the_others_kept(
         assert main("evaluate", arguments) == 1
         told = capsys.readouterr().err
         assert "3 of 6 questions got no answer (3" in told
-        assert not (run / "served" / "predictions.jsonl").exists()
+        assert not (run / "served" / "predictions_server.jsonl").exists()
         log.behave = lambda body, count: "ok"
         first = len(log.requests)
         assert main("evaluate", arguments) == 0
