@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_llava import __version__, cli_chat, cli_data, cli_evaluation
+from lora_llava import __version__, cli_chat, cli_data, cli_evaluation, cli_synthesis
 from lora_llava.cli_data import add_recipe, positive
 from lora_llava.errors import ToldError
 from lora_llava.quiet import quieten
@@ -100,7 +100,8 @@ def _add_recipes(parser: argparse.ArgumentParser) -> None:
 
 
 def _recipes(args: argparse.Namespace) -> None:
-    from lora_llava.recipe import copy_recipes, json_schema, load_recipe, shipped_recipes
+    from lora_llava.recipe import copy_recipes, json_schema, load_generate_recipe, load_recipe, shipped_recipes
+    from lora_llava.recipe import shipped_generate_recipes as makers
 
     if args.schema:
         print(json_schema(), end="")
@@ -112,6 +113,8 @@ def _recipes(args: argparse.Namespace) -> None:
             recipe = load_recipe(path)
             model = recipe.model.start_from.llava or recipe.model.llm
             print(f"{path.name:38} stage {recipe.stage}  {model}")
+        for path in makers():
+            print(f"{path.name:38} data     {load_generate_recipe(path).teacher.backend}")
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
@@ -237,6 +240,11 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Run]] = {
         cli_evaluation.add_report,
         _with_console(cli_evaluation.run_report),
     ),
+    "generate-data": (
+        "make conversations about pictures from captions and boxes",
+        cli_synthesis.add_generate_data,
+        _with_console(cli_synthesis.run_generate_data),
+    ),
     "merge": ("merge a run into its base as one stock folder, and prove it", _add_merge, _merge),
     "import": ("bring LLaVA's own checkpoint or LoRA folder into stock form", _add_import, _import),
     "push": ("push a run or a merged folder to the Hugging Face Hub, with a model card", _add_push, _push),
@@ -261,6 +269,8 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 where a check found errors, 2 for a mistake in a call, recipe or file, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if verb is None and argv and argv[0].replace("_", "-") in VERBS:  # generate_data, as its script is called
+        argv[0] = argv[0].replace("_", "-")
     parser = argparse.ArgumentParser(prog="lora-llava", description="Fine-tune LLaVA with LoRA and QLoRA.")
     parser.add_argument("--version", action="version", version=f"lora-llava {__version__}")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -19,11 +19,13 @@ LAYERS = [
     "model",
     "inference",
     "evaluation",
+    "synthesis",
     "training",
     "publishing",
     "cli_data",
     "cli_evaluation",
     "cli_chat",
+    "cli_synthesis",
     "cli",
 ]
 """From the bottom up; a module imports from its own layer or those before it."""

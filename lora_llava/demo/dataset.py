@@ -13,12 +13,13 @@ from typing import Any, cast
 
 from lora_llava.demo import corpus, questions
 from lora_llava.demo.questions import Row
-from lora_llava.demo.world import Split, caption, draw, random_scene
+from lora_llava.demo.world import Split, caption, draw, draw_with_boxes, random_scene
 from lora_llava.errors import UserError
 
 SEED = 7
 ROWS = {"train": 4000, "val": 160, "test": 480}
 CAPTIONS = 6000
+CONTEXTS = 300
 EXAMPLE_PICTURES = 20
 VISUAL_SHARE = 0.6
 _VERSION = 1
@@ -49,6 +50,16 @@ def build_demo_captions(cache: Path, count: int = CAPTIONS) -> Path:
     """
     folder = _once(cache / "demo" / f"captions-v{_VERSION}-{count}", lambda folder: _write_captions(folder, count))
     return folder / "chat.json"
+
+
+def build_demo_contexts(cache: Path, count: int = CONTEXTS) -> Path:
+    """Draw pictures of the training split with captions and boxes, once.
+
+    Returns:
+        A `contexts.jsonl` of LLaVA's form, with its pictures in `images` beside it.
+    """
+    folder = _once(cache / "demo" / f"contexts-v{_VERSION}-{count}", lambda folder: _write_contexts(folder, count))
+    return folder / "contexts.jsonl"
 
 
 def _once(folder: Path, write: Callable[[Path], None]) -> Path:
@@ -116,6 +127,22 @@ def _write_captions(folder: Path, count: int) -> None:
             ],
         })  # fmt: skip
     (folder / "chat.json").write_text(json.dumps(rows))
+
+
+def _write_contexts(folder: Path, count: int) -> None:
+    rng = random.Random(SEED + 3)
+    rows = []
+    (folder / "images").mkdir(parents=True)
+    for index in range(count):
+        scene, name = random_scene(rng, "train"), f"{index:05d}.png"
+        image, boxes = draw_with_boxes(scene, rng)
+        image.save(folder / "images" / name)
+        instances = [
+            {"category": f"{thing.colour} {thing.shape}", "bbox": [round(corner, 3) for corner in box]}
+            for thing, box in zip(scene.things, boxes, strict=True)
+        ]
+        rows.append({"id": f"{index:05d}", "image": name, "captions": [caption(scene)], "instances": instances})
+    (folder / "contexts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 def write_example_folder(folder: Path, pictures: int = EXAMPLE_PICTURES) -> None:

@@ -92,10 +92,24 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     Returns:
         An RGB picture of `IMAGE_SIZE` squared.
     """
+    return draw_with_boxes(scene, rng)[0]
+
+
+Corners = tuple[float, float, float, float]
+"""x1, y1, x2, y2 as fractions of the picture's sides."""
+
+
+def draw_with_boxes(scene: Scene, rng: random.Random) -> tuple[Image.Image, list[Corners]]:
+    """Draw a scene, and tell where its things are.
+
+    Returns:
+        The picture as of `draw`, and each thing's box.
+    """
     scale = 4  # drawn large and reduced, for smooth edges
     side = IMAGE_SIZE * scale
     image = Image.new("RGB", (side, side), rng.choice(BACKGROUNDS))
     pen = ImageDraw.Draw(image)
+    boxes: list[Corners] = []
     for thing in scene.things:
         radius = side / 4 * rng.uniform(0.62, 0.85)
         slack = side / 4 - radius
@@ -105,7 +119,16 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
         shade = rng.randint(-12, 12)
         red, green, blue = (min(255, max(0, value + shade)) for value in COLOURS[thing.colour])
         _draw_shape(pen, thing.shape, x, y, radius, (red, green, blue))
-    return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+        left, top, right, bottom = (reach * radius for reach in _REACH[thing.shape])
+        boxes.append(((x - left) / side, (y - top) / side, (x + right) / side, (y + bottom) / side))
+    return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), boxes
+
+
+_REACH = {
+    "circle": (1.0, 1.0, 1.0, 1.0), "square": (0.85, 0.85, 0.85, 0.85), "triangle": (1.0, 1.0, 1.0, 0.8),
+    "star": (0.866, 1.0, 0.866, 1.0), "cross": (1.0, 1.0, 1.0, 1.0),
+}  # fmt: skip
+"""How far a shape reaches from its centre to the left, top, right and bottom, in radii."""
 
 
 def _draw_shape(

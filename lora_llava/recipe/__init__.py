@@ -1,13 +1,16 @@
 """Recipes: what a run is to do."""
 
+from lora_llava.recipe.generate import ContextsSection, FlavoursSection, GatesSection, GenerateRecipe, TeacherSection
 from lora_llava.recipe.io import (
     RecipeError,
     copy_recipes,
     dump_recipe,
     find_recipe,
     json_schema,
+    load_generate_recipe,
     load_recipe,
     recipe_hash,
+    shipped_generate_recipes,
     shipped_recipes,
 )
 from lora_llava.recipe.schema import (
@@ -23,7 +26,8 @@ from lora_llava.recipe.schema import (
 )
 
 __all__ = [
-    "ColumnsSection", "DataSection", "EvaluationSection", "LoraSection", "ModelSection", "Recipe", "RecipeError",
-    "SourceSection", "StartFrom", "TrainingSection", "copy_recipes", "dump_recipe", "find_recipe", "json_schema",
-    "load_recipe", "recipe_hash", "shipped_recipes",
+    "ColumnsSection", "ContextsSection", "DataSection", "EvaluationSection", "FlavoursSection", "GatesSection",
+    "GenerateRecipe", "LoraSection", "ModelSection", "Recipe", "RecipeError", "SourceSection", "StartFrom",
+    "TeacherSection", "TrainingSection", "copy_recipes", "dump_recipe", "find_recipe", "json_schema",
+    "load_generate_recipe", "load_recipe", "recipe_hash", "shipped_generate_recipes", "shipped_recipes",
 ]  # fmt: skip

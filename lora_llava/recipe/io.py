@@ -10,7 +10,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -18,7 +18,10 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from lora_llava.errors import UserError, nearest
+from lora_llava.recipe.generate import GenerateRecipe
 from lora_llava.recipe.schema import Recipe
+
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
 class RecipeError(UserError):
@@ -52,7 +55,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides.
+    """Read a recipe of a training run and apply overrides.
 
     Args:
         path: A YAML file.
@@ -64,6 +67,21 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: For a missing file, bad YAML, an unknown key, a wrong type or a value out of range.
     """
+    content, where = _read_content(path, overrides)
+    if "teacher" in content and "stage" not in content:
+        raise RecipeError(f"{where} makes data; run it with lora-llava generate-data")
+    return check_recipe(content, where)
+
+
+def load_generate_recipe(path: str | Path, overrides: Iterable[str] = ()) -> GenerateRecipe:
+    """Read a recipe of `lora-llava generate-data`; arguments and errors are those of `load_recipe`."""
+    content, where = _read_content(path, overrides)
+    if "stage" in content and "teacher" not in content:
+        raise RecipeError(f"{where} trains a model; run it with lora-llava finetune")
+    return _check(GenerateRecipe, content, where)
+
+
+def _read_content(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str, Any], str]:
     path = find_recipe(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -74,7 +92,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: a recipe is a mapping of keys; this is {type(content).__name__}")
     for override in overrides:
         _apply_override(content, override)
-    return check_recipe(content, str(path))
+    return content, str(path)
 
 
 def check_recipe(content: Mapping[str, Any], where: str) -> Recipe:
@@ -83,25 +101,29 @@ def check_recipe(content: Mapping[str, Any], where: str) -> Recipe:
     Raises:
         RecipeError: Naming every field that is wrong.
     """
+    return _check(Recipe, content, where)
+
+
+def _check(schema: type[Schema], content: Mapping[str, Any], where: str) -> Schema:
     try:
-        return Recipe.model_validate(content)
+        return schema.model_validate(content)
     except ValidationError as error:
         lines: dict[str, str] = {}
         for detail in error.errors():
             if detail["type"] == "too_short" and detail["input"]:
                 continue  # pydantic counts the items that are right; what is wrong with the others is told
-            field, line = _explain(detail)
+            field, line = _explain(schema, detail)
             lines[field] = f"{lines[field]} or {line.split('it should be ')[-1]}" if field in lines else line
         raise RecipeError("\n".join(f"{where}: {line}" for line in lines.values())) from None
 
 
-def _explain(detail: Any) -> tuple[str, str]:
+def _explain(schema: type[BaseModel], detail: Any) -> tuple[str, str]:
     """The field and what is wrong with it."""
     # Of a union pydantic also names the branch, such as `constrained-int` or `literal['all']`.
     location = [str(part) for part in detail["loc"] if not re.search(r"[\[-]", str(part))]
     field = ".".join(location) or "recipe"
     if detail["type"] == "extra_forbidden":
-        return field, f"{field} is not a key of a recipe{nearest(location[-1], _fields_at(location[:-1]))}"
+        return field, f"{field} is not a key of a recipe{nearest(location[-1], _fields_at(schema, location[:-1]))}"
     if detail["type"] == "invalid_key":
         return field, f"the key {field} is not text; write it in quotes"
     if detail["type"] == "missing":
@@ -114,8 +136,7 @@ def _explain(detail: Any) -> tuple[str, str]:
     return field, f"{field} is {detail['input']!r}; it should be {message}"
 
 
-def _fields_at(location: Iterable[str]) -> list[str]:
-    section: type[BaseModel] = Recipe
+def _fields_at(section: type[BaseModel], location: Iterable[str]) -> list[str]:
     for name in location:
         if not name.isdigit():  # an item of a list
             section = next(_sections_in(section.model_fields[name].annotation))
@@ -146,8 +167,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     target[parts[-1]] = parse_yaml(value, f"override {override!r}")
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """Write the resolved recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
+def dump_recipe(recipe: BaseModel) -> str:
+    """Write the resolved recipe, defaults included, as YAML that is read back to an equal recipe."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.allow_unicode = False  # U+0085 written bare would read back as a space
@@ -158,15 +179,19 @@ def dump_recipe(recipe: Recipe) -> str:
     return stream.getvalue()
 
 
-def recipe_hash(recipe: Recipe) -> str:
+def recipe_hash(recipe: BaseModel) -> str:
     """SHA-256 over what the recipe says, its output directory aside."""
     content = recipe.model_dump(mode="json", exclude={"output_dir"})
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def json_schema() -> str:
-    """The JSON Schema of a recipe, as `recipes/schema.json` holds it."""
-    return json.dumps(Recipe.model_json_schema(), indent=2) + "\n"
+SCHEMAS: dict[str, type[BaseModel]] = {"schema.json": Recipe, "generate_schema.json": GenerateRecipe}
+"""By the name of the file beside the shipped recipes that holds it."""
+
+
+def json_schema(name: str = "schema.json") -> str:
+    """The JSON Schema of a recipe, as `recipes/schema.json` and `recipes/generate_schema.json` hold it."""
+    return json.dumps(SCHEMAS[name].model_json_schema(), indent=2) + "\n"
 
 
 def recipes_folder() -> Path:
@@ -177,7 +202,16 @@ def recipes_folder() -> Path:
 
 
 def shipped_recipes() -> list[Path]:
-    """The recipes that come with the package, by name."""
+    """The recipes of training runs that come with the package, by name."""
+    return [file for file in _shipped() if "\nteacher:" not in file.read_text(encoding="utf-8")]
+
+
+def shipped_generate_recipes() -> list[Path]:
+    """The recipes of `lora-llava generate-data` that come with the package, by name."""
+    return [file for file in _shipped() if file not in shipped_recipes()]
+
+
+def _shipped() -> list[Path]:
     return sorted(recipes_folder().glob("*.yaml"))
 
 
@@ -193,7 +227,7 @@ def find_recipe(path: str | Path) -> Path:
     shipped = recipes_folder() / path.name
     if shipped.is_file() and path.parent.name in ("", "recipes"):
         return shipped
-    names = [recipe.name for recipe in shipped_recipes()]
+    names = [recipe.name for recipe in _shipped()]
     raise RecipeError(f"{path}: no such recipe{nearest(path.name, names)}")
 
 
@@ -205,7 +239,7 @@ def copy_recipes(folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for source in [*shipped_recipes(), recipes_folder() / "schema.json"]:
+    for source in [*_shipped(), *(recipes_folder() / name for name in SCHEMAS)]:
         target = folder / source.name
         if not target.exists():
             shutil.copyfile(source, target)

@@ -1,0 +1,360 @@
+"""The gallery shows what it is given, reaches nothing, and no text of a set does anything on it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+import re
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lora_llava.data.conversation import Turn
+from lora_llava.synthesis.context import Box, Context
+from lora_llava.synthesis.gallery import REJECTIONS, ROWS, AnswerOf, Picks, render_gallery
+from lora_llava.synthesis.gates import REASONS
+from lora_llava.synthesis.pipeline import Result
+from lora_llava.synthesis.sample import FLAVOURS, Flavour, Rejection, Task
+
+HOSTILE = (
+    "</p></style><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='x", "]]></svg>",
+    "a\u202eb\x1b[2J\x00\u2028", "&lt;b&gt; &#x3c;", "javascript:alert(1)", "\ud800", "https://example.com/x.png",
+)  # fmt: skip
+TEXT = st.text(st.characters(), max_size=30) | st.sampled_from(HOSTILE)
+VOID = {"meta", "img", "input"}
+TALLY = {"tasks": 3, "rows": 1, "rejected": 1, "failed": 0, "not_asked": 0, "turns": 2, "words_per_answer": 2.5}
+SUMMARY = {
+    "complete": True, "tasks": 3, "rows": 1, "rejected": 2, "failed": 0, "not_asked": 0, "turns": 2, "pictures": 1,
+    "flavours": {"conversation": TALLY},
+    "reasons": {"no answer": {"attempts": 4, "tasks": 2, "given_up": 1}, "empty": {"attempts": 1}},
+    "teacher": {"backend": "server", "model": None, "answered_as": {"owner/model": 3}},
+}  # fmt: skip
+DOG = Context("dog.png", ("A dog.",), (Box("dog", (0.25, 0.5, 0.75, 1.0)),))
+
+
+class Page(HTMLParser):
+    """What a browser would read: tags with attributes, what they hold, and whether all are closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.open: list[tuple[str, str]] = []
+        html.encode("utf-8")
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = {key: value or "" for key, value in attrs}
+        self.tags.append((tag, attributes))
+        if tag not in VOID:
+            self.open.append((tag, attributes.get("class", "")))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {key: value or "" for key, value in attrs}))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.texts.append((".".join(self.open[-1]), data))
+
+    def all(self, tag: str, name: str | None = None) -> list[dict[str, str]]:
+        """Attributes of all tags of a kind and, where given, a class."""
+        found = [attributes for kind, attributes in self.tags if kind == tag]
+        return [each for each in found if name is None or name in each.get("class", "").split()]
+
+    def text(self, tag: str) -> list[str]:
+        """What stands in tags, named with their class: `p.text answer`."""
+        return [text for name, text in self.texts if name == tag]
+
+
+def said(*texts: str) -> tuple[Turn, ...]:
+    return tuple(Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
+
+
+def result(place: int = 0, flavour: Flavour = "conversation", **fields: Any) -> Result:
+    usual: dict[str, Any] = {"status": "accepted", "turns": said("What?", "A dog.")}
+    return Result(Task(f"{place}-{flavour}-0", place, flavour, 0), **(usual | fields))
+
+
+def lost(*rejections: Rejection, place: int = 0, flavour: Flavour = "conversation") -> Result:
+    return result(place, flavour, status="rejected", turns=(), rejections=rejections)
+
+
+def gallery(
+    *results: Result, contexts: Any = (DOG,), images: Path | None = None, answer_of: AnswerOf | None = None,
+    **changed: Any,
+) -> str:  # fmt: skip
+    picks = Picks(0)
+    for each in results:
+        picks.add(each)
+    return render_gallery("My set", SUMMARY | changed, picks, contexts, str(images) if images else None, answer_of)
+
+
+def test_the_page_reaches_nothing_and_runs_nothing(tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "dog.png")
+    html = gallery(result(), lost(Rejection("no answer", "'unclear'")), images=tmp_path)
+    page = Page(html)
+    (policy,) = [each["content"] for each in page.all("meta") if each.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert {tag for tag, _ in page.tags} == {
+        "html", "head", "meta", "title", "style", "body", "header", "h1", "p", "dl", "div", "dt", "dd", "section", "h2",
+        "table", "thead", "tr", "th", "tbody", "td", "small", "i", "nav", "input", "label", "span", "main", "article",
+        "bdi", "figure", "img", "svg", "g", "rect", "text", "figcaption", "ul", "li", "details", "summary", "pre", "b",
+    }  # fmt: skip
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") or name in ("href", "action", "srcdoc") for name in attributes)
+        assert attributes.get("src", "data:").startswith("data:")
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+@given(name=TEXT, texts=st.lists(TEXT, min_size=8, max_size=8))
+def test_no_text_does_anything(name: str, texts: list[str]) -> None:
+    def page(*texts: str) -> Page:
+        captions, label, image = (texts[0],), texts[1], texts[2]
+        context = Context(image, captions, (Box(label, (0.1, 0.1, 0.9, 0.9)),))
+        picks = Picks(0)
+        picks.add(result(turns=said(texts[3] or "x", texts[4] or "x")))
+        picks.add(lost(Rejection("no answer", texts[5])))
+        summary = SUMMARY | {"teacher": SUMMARY["teacher"] | {"answered_as": {texts[6] or "x": 1}}}  # type: ignore[operator]
+        return Page(render_gallery(texts[7], summary, picks, [context], None, lambda *_: "[" + texts[5]))
+
+    def shape(page: Page) -> list[tuple[str, list[str], str]]:
+        drawn = [each for each in page.tags if each[0] not in ("mark", "rect", "text", "g")]
+        return [(tag, list(attributes), attributes.get("class", "")) for tag, attributes in drawn]
+
+    assert shape(page(*texts[:7], name)) == shape(page(*["plain"] * 8))
+
+
+def test_the_head_tells_counts() -> None:
+    ledger = {"prompt_tokens": 900, "completion_tokens": 120, "usd": 1.5}
+    missing = {"failed": 3, "not_asked": 1200}
+    page = Page(gallery(complete=False, **missing, ledger=ledger, flavours={"conversation": TALLY | missing}))
+    assert page.text("h1.") == ["My set"]
+    assert dict(zip(page.text("dt."), page.text("dd."), strict=True)) == {
+        "rows": "1 of 3", "pictures": "1", "questions": "2", "written by": "owner/model", "tokens": "1,020",
+        "cost": "1.50 USD",
+    }  # fmt: skip
+    assert page.text("li.") == ["Not complete: 3 had no answer, 1,200 were not asked for."]
+    columns = ["flavour", "rows", "questions", "words an answer", "rejected", "no answer", "not asked for"]
+    assert page.text("th.") == [*columns, "conversation", "no answer", "empty"]
+    assert page.text("td.") == ["1 ", "2", "2.5", "1", "3", "1,200", "4", "1"]
+    assert [each["style"] for each in page.all("i")] == ["width:100.0%", "width:25.0%"]
+    assert page.text("p.none") == ["There is nothing to show."]
+
+
+def test_rules_are_not_taken_for_a_model() -> None:
+    page = Page(gallery(teacher={"backend": "demo", "model": None, "answered_as": {"rules": 3}}))
+    assert page.text("li.") == ["Written by rules, not by a language model."]
+    assert "lora_llava's rules" in page.text("dd.")
+
+
+def test_a_sample_stands_beside_what_the_teacher_was_given() -> None:
+    page = Page(
+        gallery(result(turns=said("What?", "A\ndog.", "Where?", "Here."), rejections=(Rejection("empty", ""),)))
+    )
+    first, second = page.all("article")
+    assert (first["class"], second["class"]) == ("card conversation", "card rejected")
+    assert page.text("p.text question") == ["What?", "Where?"]
+    assert page.text("p.text answer") == ["A\ndog.", "Here."]
+    assert page.text("ul.captions") == []
+    assert page.text("pre.") == ["A dog.\n\ndog: [0.25, 0.5, 0.75, 1.0]"] * 2
+    assert page.text("li.b0") == ["dog", "dog"]
+    assert page.text("span.") == ["2", "1", "1", "at attempt 2", "conversation, attempt 1"]
+    assert page.text("span.drawn") == ["1 of 1 row, 1 of 5 answers not taken, drawn by the seed"]
+
+
+def test_boxes_are_drawn_where_they_are() -> None:
+    page = Page(gallery(result()))
+    (overlay,) = page.all("svg")
+    assert (overlay["class"], overlay["viewbox"]) == ("boxes", "0 0 360 270")
+    halo, box, tag = page.all("rect")
+    place = {"x": "90.0", "y": "135.0", "width": "180.0", "height": "135.0", "rx": "2"}
+    assert halo == place | {"class": "halo"}
+    assert box == place
+    assert tag == {"x": "90.0", "y": "119.0", "width": "27.2", "height": "16.0", "rx": "2"}
+    assert page.text("text.") == ["dog"]
+
+
+CORNERS = st.tuples(*[st.integers(0, 50)] * 4).map(
+    lambda x: (x[0] / 100, x[1] / 100, (x[0] + x[2] + 1) / 102, (x[1] + x[3] + 1) / 102)
+)
+
+
+@given(boxes=st.lists(st.tuples(st.sampled_from(["dog", "traffic light", "a" * 40]), CORNERS), max_size=12))
+def test_labels_do_not_cover_each_other(boxes: list[tuple[str, tuple[float, float, float, float]]]) -> None:
+    context = Context("x.jpg", (), tuple(Box(label, corners) for label, corners in boxes))
+    page = Page(gallery(result(), contexts=[context]))
+    rects = page.all("rect")
+    assert len([each for each in rects if each.get("class") == "halo"]) == len(boxes)
+    tags = rects[2 * len(boxes) :]
+    assert bool(tags) == bool(boxes)
+    places = [tuple(float(each[name]) for name in ("x", "y", "width", "height")) for each in tags]
+    for number, (x, y, width, height) in enumerate(places):
+        assert x >= 0
+        assert y >= 0
+        assert x + width <= 360
+        assert y + height <= 270
+        for left, top, wide, high in places[:number]:
+            apart = (
+                x + width <= left + 0.11
+                or left + wide <= x + 0.11
+                or y + height <= top + 0.11
+                or top + high <= y + 0.11
+            )
+            assert apart
+    chips = Counter(label for label, _ in boxes)
+    assert [text.strip() for name, text in page.texts if name.startswith("li.b")] == list(chips)
+
+
+def test_a_picture_is_made_small_and_kept_in_the_page(tmp_path: Path) -> None:
+    Image.effect_noise((960, 640), 40).save(tmp_path / "dog.png")
+    page = Page(gallery(result(), images=tmp_path))
+    (picture,) = page.all("img")
+    kind, _, content = picture["src"].partition(";base64,")
+    assert kind == "data:image/jpeg"
+    assert Image.open(io.BytesIO(base64.b64decode(content))).size == (480, 320)
+    assert (picture["width"], picture["height"], picture["alt"]) == ("960", "640", "dog.png")
+    assert page.all("svg")[0]["viewbox"] == "0 0 360 240"
+    assert "empty" not in page.all("div", "picture")[0]["class"]
+
+
+def test_a_tiny_picture_keeps_its_pixels(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(tmp_path / "dog.png")
+    (picture,) = Page(gallery(result(), images=tmp_path)).all("img", "few")
+    assert picture["src"].startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("gone.png", "missing picture"), ("broken.png", "corrupt picture"), ("../out.png", "outside the folder"),
+        ("https://example.com/x.png", "outside the folder"),
+    ],
+)  # fmt: skip
+def test_a_picture_that_cannot_be_shown_leaves_a_frame(tmp_path: Path, name: str, told: str) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_text("no picture")
+    Image.new("RGB", (8, 8)).save(tmp_path / "out.png")
+    html = gallery(result(), contexts=[Context(name, ("A dog.",), DOG.boxes)], images=tmp_path / "images")
+    page = Page(html)
+    assert page.text("figcaption.") == [f": {told}"]
+    assert page.all("div", "picture") == [{"class": "picture empty"}]
+    assert len(page.all("rect")) == 3
+    assert page.all("img") == []
+    assert str(tmp_path) not in html
+
+
+def test_without_a_folder_the_frame_says_so() -> None:
+    assert Page(gallery(result())).text("figcaption.") == [": no picture folder was named"]
+
+
+ANSWER = '{"turns": [{"question": "What is it?", "answer": "I\u2019m not  sure; \\"no\\" dog, nothing."}]}'
+
+
+@pytest.mark.parametrize(
+    ("detail", "shown"),
+    [
+        ("'not sure'", 'I\u2019m [not  sure]; "no" dog, nothing.'),  # spaces differ
+        ("'NOT SURE...'", 'I\u2019m [not  sure]; "no" dog, nothing.'),  # cut off, and case
+        ("turn 2: 'm not sure no dog'", 'I\u2019[m not  sure; "no" dog], nothing.'),  # normalised: by its words
+        ('"no" to whether there is a dog where the boxes hold 1', 'I\u2019m not  sure; "[no]" dog, nothing.'),
+        ("7 words in the answers", 'I\u2019m not  sure; "no" dog, nothing.'),
+        ("'it is unclear'", 'I\u2019m not  sure; "no" dog, nothing.'),
+        ("''", 'I\u2019m not  sure; "no" dog, nothing.'),
+    ],
+)
+def test_what_was_wrong_is_marked(detail: str, shown: str) -> None:
+    page = Page(gallery(lost(Rejection("no answer", detail)), answer_of=lambda *_: ANSWER))
+    parts = {"p.text answer": "{}", "mark.": "[{}]"}
+    assert "".join(parts[name].format(text) for name, text in page.texts if name in parts) == shown
+    assert page.text("p.text") == [detail]
+    assert page.text("p.text question") == ["What is it?"]
+
+
+def test_markup_is_marked_and_shown_as_text() -> None:
+    text = "The image shows <image> and \u202eturned."
+    html = gallery(lost(Rejection("template marker", "'<image>'"), flavour="detail"), answer_of=lambda *_: text)
+    assert '<p class="text answer" dir="auto">The image shows <mark>&lt;image&gt;</mark> and U+202Eturned.</p>' in html
+    page = Page(gallery(lost(Rejection("control characters", "U+202E"), flavour="detail"), answer_of=lambda *_: text))
+    assert page.text("mark.") == ["U+202E"]
+
+
+def test_what_could_not_be_read_stands_as_it_was_written() -> None:
+    asked = []
+
+    def answer_of(task: Task, attempt: int) -> str:
+        asked.append((task.task_id, attempt))
+        return f"No.{'x' * 5000}"
+
+    rejections = (Rejection("unreadable", "neither: 'No.xxx'"), Rejection("cut off", ""))
+    page = Page(gallery(lost(*rejections), answer_of=answer_of))
+    assert sorted(asked) == [("0-conversation-0", 0), ("0-conversation-0", 1)]
+    first, second = re.findall(
+        r'<pre class="raw">(.*?)</pre>', gallery(lost(*rejections), answer_of=answer_of), re.DOTALL
+    )
+    assert first == f"<mark>No.xxx</mark>{'x' * 3994}\n[1,003 letters more]"
+    assert second == f"No.{'x' * 3997}\n[1,003 letters more]"
+    assert page.text("b.") == ["unreadable", "cut off"]
+
+
+def test_without_the_answers_reasons_stand_alone() -> None:
+    page = Page(gallery(lost(Rejection("no answer", "'unclear'"))))
+    assert page.text("div.why") == [f" {REASONS['no answer']}"]
+    assert page.text("p.text") == ["'unclear'"]
+    assert page.all("pre", "raw") == page.all("p", "answer") == []
+
+
+def test_a_duplicate_shows_what_it_says() -> None:
+    same = result(status="rejected", rejections=(Rejection("duplicate", "of 1-conversation-0"),))
+    assert Page(gallery(same)).text("p.text answer") == ["A dog."]
+
+
+def names_of(picks: Picks) -> tuple[list[str], list[str]]:
+    return (
+        [f"{shown.task.task_id}" for shown in picks.rows()],
+        [f"{shown.task.task_id} {shown.rejection.reason}" for shown in picks.rejections() if shown.rejection],
+    )
+
+
+@given(seed=st.integers(0, 5), count=st.integers(0, 120), order=st.randoms(use_true_random=False))
+def test_the_draw_does_not_depend_on_the_order(seed: int, count: int, order: random.Random) -> None:
+    reasons = sorted(REASONS)[:4]
+    results = [
+        result(number, FLAVOURS[number % 3], rejections=(Rejection(reasons[number % 4], ""),))
+        for number in range(count)
+    ]
+    one, other = Picks(seed), Picks(seed)
+    for each in results:
+        one.add(each)
+    order.shuffle(results)
+    for each in results:
+        other.add(each)
+    assert names_of(one) == names_of(other)
+    rows, rejections = names_of(one)
+    assert len(rows) == len(set(rows)) == min(count, ROWS)
+    assert len(rejections) == min(count, REJECTIONS)
+
+
+def test_flavours_and_reasons_take_turns_and_fill_up() -> None:
+    picks, other = Picks(0), Picks(1)
+    for number in range(100):
+        flavour: Flavour = "detail" if number < 3 else "reasoning"
+        rejections = (Rejection("empty" if number < 95 else "too short", ""),)
+        for each in (picks, other):
+            each.add(result(number, flavour, rejections=rejections))
+    rows, rejections = names_of(picks)
+    assert [name.split("-")[1] for name in rows] == ["detail", "reasoning"] * 3 + ["reasoning"] * 24
+    assert [name.split(maxsplit=1)[1] for name in rejections] == ["empty", "too short"] * 5 + ["empty"] * 5
+    assert names_of(other) != (rows, rejections)

@@ -1,0 +1,279 @@
+"""Sets made by a teacher that fails, is wrong, or is asked by a process that dies: nothing lost, nothing paid twice."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import random
+import sqlite3
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inference.chat_server import Body, ChatLog, chat_server
+from rich.console import Console
+from synthesis.made import files_of, number_of, recipe_of, seen, teach, write_recipe
+
+from lora_llava.cli import main
+from lora_llava.errors import UserError
+from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
+from lora_llava.recipe import GenerateRecipe
+from lora_llava.synthesis.generate import generate
+from lora_llava.synthesis.ledger import LEDGER_FILE, Ledger, request_key
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatLog]:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with chat_server() as log:
+        log.answer = teach
+        yield log
+
+
+def make(recipe: GenerateRecipe, **caps: Any) -> dict[str, Any]:
+    return generate(recipe, console=Console(file=io.StringIO()), **caps)
+
+
+def rows_of(folder: Path) -> list[Any]:
+    return list(json.loads((folder / "set" / "instruct.json").read_text()))
+
+
+def lines_of(folder: Path) -> list[Any]:
+    return [json.loads(line) for line in (folder / "set" / "rejected.jsonl").read_text().splitlines()]
+
+
+def kept(folder: Path) -> int:
+    file = folder / "set" / LEDGER_FILE
+    if not file.is_file():
+        return 0
+    with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as base:
+        try:
+            return int(base.execute("SELECT COUNT(*) FROM answers").fetchone()[0])
+        except sqlite3.OperationalError:
+            return 0
+        finally:
+            base.rollback()
+
+
+def test_rows_are_what_the_teacher_wrote(log: ChatLog, tmp_path: Path) -> None:
+    summary = make(recipe_of(tmp_path, log.url, 30))
+    assert summary["complete"]
+    assert summary["tasks"] == summary["rows"] == len(rows_of(tmp_path)) == 30
+    assert seen(log) == [1] * 30
+    for row in rows_of(tmp_path):
+        texts = " ".join(turn["value"] for turn in row["conversations"])
+        assert f"all {int(row['image'][:3])}" in texts  # ball 7 is in the picture 007.jpg alone
+        assert row["conversations"][0]["value"].startswith("<image>\n")
+    assert log.requests[0]["response_format"]["type"] == "json_schema"
+    assert {row["category"] for row in rows_of(tmp_path)} == {"conversation", "detail", "reasoning"}
+
+
+def test_answers_that_are_not_taken_are_asked_for_again_with_the_reason(log: ChatLog, tmp_path: Path) -> None:
+    """Of ten pictures two get a bad first answer, one bad ones for ever."""
+
+    def answer(body: Body) -> str:
+        number, again = number_of(body), "was not taken" in body["messages"][-1]["content"]
+        if number == 7 or (number in (3, 5) and not again):
+            return teach(body).replace("near", "in the caption near")
+        return teach(body)
+
+    log.answer = answer
+    summary = make(recipe_of(tmp_path, log.url, 10))
+    assert summary["complete"]
+    assert (summary["rows"], summary["rejected"]) == (9, 1)
+    assert summary["reasons"] == {"source named": {"attempts": 5, "tasks": 3, "given_up": 1}}
+    lines = lines_of(tmp_path)
+    assert Counter(line["image"] for line in lines) == {"003.jpg": 1, "005.jpg": 1, "007.jpg": 3}
+    assert [line["image"] for line in lines if line.get("given_up")] == ["007.jpg"]
+    told = [body["messages"][-1]["content"] for body in log.requests if "not taken" in body["messages"][-1]["content"]]
+    assert len(told) == 4
+    assert all("speaks of captions, boxes or a description" in text for text in told)
+    before = len(log.requests)
+    assert make(recipe_of(tmp_path, log.url, 10)) == summary
+    assert len(log.requests) == before
+
+
+FAULTS = ("429", "500", "stall", "cut", "html", "no choices")
+
+
+def test_every_sample_is_made_or_listed_by_a_teacher_that_fails(log: ChatLog, tmp_path: Path) -> None:
+    """One request in ten fails, each time in another way; two pictures are never answered."""
+    drawn = random.Random(3)
+
+    def behave(body: Body, count: int) -> str:
+        if number_of(body) in (11, 12):
+            return "500"
+        return drawn.choice(FAULTS) if drawn.random() < 0.1 else "ok"
+
+    log.behave = behave
+    teacher = {"timeout": 0.5, "retries": 4, "concurrency": 16}
+    summary = make(recipe_of(tmp_path, log.url, 60, teacher=teacher))
+    made = [row["image"] for row in rows_of(tmp_path)]
+    listed = [line["image"] for line in lines_of(tmp_path)]
+    assert sorted(made + listed) == [f"{number:03}.jpg" for number in range(60)]
+    assert {"011.jpg", "012.jpg"} <= set(listed)
+    assert summary["failed"] == len(listed)
+    assert not summary["complete"]
+    assert len(set(made)) == len(made) == summary["rows"]
+    log.behave = lambda body, count: "ok"
+    answered = len(log.answered)
+    again = make(recipe_of(tmp_path, log.url, 60, teacher=teacher))
+    assert again["complete"]
+    assert again["rows"] == 60
+    assert len(log.answered) == 60 > answered
+    assert set(log.charged.values()) == {1}
+
+
+def wait_for(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def start(recipe: str) -> multiprocessing.process.BaseProcess:
+    """The verb in a process of its own, forked from one that has loaded it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lora_llava.cli", "lora_llava.synthesis.generate"])
+    process = context.Process(target=main, args=(None, ["generate-data", recipe]))
+    process.start()
+    return process
+
+
+def kill(process: multiprocessing.process.BaseProcess) -> None:
+    process.kill()
+    process.join()
+    assert process.exitcode == -9
+    process.close()
+
+
+def wrong_at_times(body: Body) -> str:
+    again = "was not taken" in body["messages"][-1]["content"]
+    return "I cannot tell." if number_of(body) % 5 == 2 and not again else teach(body)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no forkserver there")
+def test_a_run_killed_at_twenty_points_pays_nothing_twice_and_ends_at_the_same_set(
+    log: ChatLog, tmp_path: Path
+) -> None:
+    log.answer = wrong_at_times
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    make(recipe_of(unbroken, log.url, 60))
+    total = kept(unbroken)
+    assert total == 72  # 60, and 12 second tries
+    log.answered.clear()
+    log.charged.clear()
+    log.known.clear()
+    log.given, before = 0, 0
+    recipe = recipe_of(killed, log.url, 60)
+    file = write_recipe(recipe, tmp_path)
+    for point in sorted(random.Random(9).sample(range(1, total), 20)):
+        log.gate = point  # answers in full until then; what is asked beyond is on its way when the kill comes
+        process = start(file)
+        wait_for(lambda point=point: kept(killed) == point)  # type: ignore[misc]
+        kill(process)
+        assert sum(log.answered.values()) == point > before
+        before = point
+    log.gate = None
+    summary = make(recipe)
+    assert set(log.charged.values()) == {1}
+    assert set(log.answered.values()) == {1}
+    assert len(log.answered) == kept(killed) == total
+    assert summary["complete"]
+    assert files_of(killed) == files_of(unbroken)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no forkserver there")
+def test_a_run_killed_at_any_moment_pays_nothing_twice_where_the_server_knows_the_key(
+    log: ChatLog, tmp_path: Path
+) -> None:
+    """Answers that were on their way are asked for again, under the same Idempotency-Key."""
+    log.latency = 0.01
+    recipe = recipe_of(tmp_path, log.url, 40)
+    file = write_recipe(recipe, tmp_path)
+    drawn = random.Random(4)
+    for _ in range(5):
+        before = kept(tmp_path)
+        process = start(file)
+        wait_for(lambda before=before: kept(tmp_path) > before)  # type: ignore[misc]
+        time.sleep(drawn.uniform(0, 0.02))
+        kill(process)
+    make(recipe)
+    assert set(log.charged.values()) == {1}
+    assert max(log.answered.values()) <= 1 + 5
+    assert kept(tmp_path) == 40
+
+
+def test_caps_stop_and_the_same_command_goes_on(log: ChatLog, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, log.url, 12, teacher={"price_in": 10.0, "price_out": 1000.0})
+    first = make(recipe, max_requests=5)
+    assert (first["rows"], first["not_asked"], first["complete"]) == (5, 7, False)
+    assert len(log.requests) == 5
+    assert [line["reason"] for line in lines_of(tmp_path)] == ["not asked"] * 7
+    second = make(recipe, max_cost=1.1)  # an answer may have 1,024 tokens: no two at a time are within it
+    assert 5 < second["rows"] < 12
+    assert second["ledger"]["usd"] < 1.1 + first["ledger"]["usd"]
+    assert make(recipe)["rows"] == 12
+    assert set(log.answered.values()) == {1}
+
+
+def test_a_teacher_that_answers_nothing_is_given_up(log: ChatLog, tmp_path: Path) -> None:
+    log.behave = lambda body, count: "400"
+    with pytest.raises(UserError, match="the teacher answered none of 8 requests: HTTP 400"):
+        make(recipe_of(tmp_path, log.url, 30))
+    assert len(log.requests) < 30
+
+
+def test_the_ledger_is_only_appended_to_and_locked(tmp_path: Path) -> None:
+    request = ChatRequest([{"role": "user", "content": "a"}], 5)
+    key = request_key("m", request, "t", 0)
+    assert len({key, request_key("n", request, "t", 0), request_key("m", request, "u", 0),
+                request_key("m", request, "t", 1)}) == 4  # fmt: skip
+    with Ledger(tmp_path / LEDGER_FILE) as ledger:
+        ledger.add(key, "t", 0, "hash", ChatAnswer("text", 3, 4, "m"), 0.5, "accepted", "")
+        with pytest.raises(UserError, match="another run is at work in it"):
+            Ledger(tmp_path / LEDGER_FILE)
+        with pytest.raises(UserError, match="cannot be used"):
+            ledger.add(key, "t", 0, "hash", ChatAnswer("other", 3, 4, "m"), 0.5, "accepted", "")
+    with sqlite3.connect(tmp_path / LEDGER_FILE) as base:
+        for change in ("UPDATE answers SET text = 'x'", "DELETE FROM answers"):
+            with pytest.raises(sqlite3.IntegrityError, match="append only"):
+                base.execute(change)
+    base.close()
+    with Ledger(tmp_path / LEDGER_FILE) as ledger:
+        entry = ledger.get(key)
+        assert entry is not None
+        assert (entry.text, entry.model) == ("text", "m")
+        assert ledger.totals() == {
+            "answers": 1, "prompt_tokens": 3, "completion_tokens": 4, "usd": 0.5, "failed_requests": 0
+        }  # fmt: skip
+    (tmp_path / "other.sqlite").write_bytes(b"no ledger at all, but long enough to have a header" * 4)
+    with pytest.raises(UserError, match="is damaged or no ledger"):
+        Ledger(tmp_path / "other.sqlite")
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(log: ChatLog, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, log.url, 40)
+    make(recipe, max_requests=3)
+    real = sqlite3.connect
+
+    def small(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        base = real(*args, **kwargs)
+        (pages,) = base.execute("PRAGMA page_count").fetchone()
+        base.execute(f"PRAGMA max_page_count={pages + 1}")
+        return base
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sqlite3, "connect", small)
+        with pytest.raises(
+            UserError, match=r"cannot be written \(.*full.*\); make room and run the same command again"
+        ):
+            make(recipe)
+    answered = kept(tmp_path)
+    assert 3 < answered < 40
+    assert make(recipe)["rows"] == 40

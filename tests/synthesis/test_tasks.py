@@ -1,0 +1,261 @@
+"""Tasks: flavours dealt by weight, pictures drawn by seed, ids that always mean the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_llava.errors import UserError
+from lora_llava.synthesis.context import Box, Context
+from lora_llava.synthesis.sample import FLAVOURS, WEIGHTS, Flavour, Task
+from lora_llava.synthesis.tasks import Tasks, can_carry, deal, image_stem, plan_tasks
+
+BOX = Box("cup", (0.1, 0.1, 0.2, 0.2))
+NAMES = st.text("ab1-./", min_size=1, max_size=6)
+WEIGHTINGS = st.fixed_dictionaries(
+    {}, optional={flavour: st.sampled_from([0, 0.5, 1, 23, 58, 77]) for flavour in FLAVOURS}
+).filter(lambda weights: any(weights.values()))  # fmt: skip
+
+
+def pictures(count: int) -> list[Context]:
+    return [Context(f"{number:012}.jpg", ("A cup.",)) for number in range(count)]
+
+
+def meanings(tasks: Tasks, contexts: list[Context]) -> dict[str, tuple[str, Flavour, int]]:
+    found = {task.task_id: (contexts[task.place].image, task.flavour, task.number) for task in tasks}
+    assert len(found) == len(tasks)
+    return found
+
+
+def told(*given: Any, **more: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        plan_tasks(*given, **more)
+    return str(caught.value)
+
+
+def shares(weights: dict[Flavour, float]) -> dict[Flavour, Fraction]:
+    total = sum(map(Fraction, weights.values()))
+    return {flavour: Fraction(weights[flavour]) / total for flavour in FLAVOURS if weights.get(flavour)}
+
+
+def test_llava_s_mixture_is_dealt_exactly() -> None:
+    whole = shares(WEIGHTS)
+    assert deal(158_000, whole) == {"conversation": 58_000, "detail": 23_000, "reasoning": 77_000}
+    assert deal(10, whole) == {"conversation": 4, "detail": 1, "reasoning": 5}
+    assert deal(1, whole) == {"conversation": 0, "detail": 0, "reasoning": 1}
+    assert deal(2, shares({"conversation": 1, "detail": 1, "reasoning": 1})) == {
+        "conversation": 1, "detail": 1, "reasoning": 0
+    }  # fmt: skip
+
+
+@given(st.integers(1, 5000), WEIGHTINGS)
+def test_what_is_dealt_is_all_and_next_to_its_share(count: int, weights: dict[Flavour, float]) -> None:
+    dealt = deal(count, shares(weights))
+    assert sum(dealt.values()) == count
+    assert all(abs(dealt[flavour] - count * share) < 1 for flavour, share in shares(weights).items())
+
+
+PINNED_BY_SAMPLES = [
+    "000000000000-reasoning-0",
+    "000000000001-conversation-0",
+    "000000000001-detail-0",
+    "000000000002-conversation-0",
+    "000000000005-reasoning-0",
+]
+PINNED_BY_PICTURE = [
+    "000000000000-conversation-0",
+    "000000000000-reasoning-0",
+    "000000000001-detail-0",
+    "000000000001-reasoning-0",
+    "000000000002-conversation-0",
+    "000000000002-detail-0",
+    "000000000003-reasoning-0",
+    "000000000003-reasoning-1",
+    "000000000004-conversation-0",
+    "000000000004-reasoning-0",
+    "000000000005-conversation-0",
+    "000000000005-reasoning-0",
+]
+
+
+def test_the_draw_is_the_same_everywhere() -> None:
+    contexts = pictures(6)
+    assert [task.task_id for task in plan_tasks(contexts, samples=5, seed=0)] == PINNED_BY_SAMPLES
+    assert [task.task_id for task in plan_tasks(contexts, samples=5, seed=1)] != PINNED_BY_SAMPLES
+    assert [task.task_id for task in plan_tasks(contexts, samples_per_picture=2, seed=0)] == PINNED_BY_PICTURE
+    assert [task.task_id for task in plan_tasks(contexts, samples_per_picture=2, seed=1)] != PINNED_BY_PICTURE
+
+
+def test_tasks_are_a_sequence_by_picture_flavour_and_number() -> None:
+    contexts = pictures(3)
+    tasks = plan_tasks(contexts, samples=12, samples_per_picture=2, weights={"reasoning": 1, "detail": 1}, seed=0)
+    assert len(tasks) == 12
+    assert tasks[1] == Task("000000000000-detail-1", 0, "detail", 1)
+    assert tasks[-1] == Task("000000000002-reasoning-1", 2, "reasoning", 1)
+    assert tasks[3:5] == [
+        Task("000000000000-reasoning-1", 0, "reasoning", 1),
+        Task("000000000001-detail-0", 1, "detail", 0),
+    ]
+    assert [task.place for task in tasks] == [0] * 4 + [1] * 4 + [2] * 4
+    assert tasks.counts() == {"conversation": 0, "detail": 6, "reasoning": 6}
+    assert tasks.left_out == {"detail": 0, "reasoning": 0}
+    with pytest.raises(IndexError):
+        tasks[12]
+
+
+@given(
+    names=st.lists(NAMES, min_size=1, max_size=9, unique=True), weights=WEIGHTINGS, samples=st.integers(1, 40),
+    seed=st.integers(0, 9),
+)  # fmt: skip
+def test_no_picture_has_a_second_turn_before_all_had_one(
+    names: list[str], weights: dict[Flavour, float], samples: int, seed: int
+) -> None:
+    contexts = [Context(name, ("x",)) for name in names]
+    tasks = plan_tasks(contexts, weights=weights, samples=samples, samples_per_picture=40, seed=seed)
+    assert tasks.counts() == dict.fromkeys(FLAVOURS, 0) | deal(samples, shares(weights))
+    taken = Counter((task.place, task.flavour) for task in tasks)
+    for flavour, count in tasks.counts().items():
+        each = [taken[place, flavour] for place in range(len(names))]
+        assert sum(each) == count
+        assert max(each) - min(each) <= 1
+    numbers = sorted((task.place, task.flavour, task.number) for task in tasks)
+    assert numbers == sorted((*key, number) for key, count in taken.items() for number in range(count))
+    assert len({task.task_id for task in tasks}) == samples
+
+
+@given(st.lists(st.text(min_size=1, max_size=8), unique=True, max_size=20))
+def test_stems_tell_pictures_apart(names: list[str]) -> None:
+    names = [spelling for name in names for spelling in (name, f"{name}.jpg", f"a/{name}.jpg", f"{name}.png")]
+    assert len({image_stem(name) for name in names}) == len(set(names))
+
+
+def test_stems_are_short_for_coco_s_names_and_hold_a_hash_for_others() -> None:
+    names = [
+        "000000296284.jpg",
+        "COCO_train2014_000000296284.jpg",
+        "a b.c.jpg",
+        "1.png",
+        "a/1.jpg",
+        "b/1.jpg",
+        "1",
+        ".jpg",
+    ]
+    assert [image_stem(name) for name in names] == [
+        "000000296284", "COCO_train2014_000000296284", "a b.c",
+        "1-9461eefa", "1-35f4aeeb", "1-a066f3a4", "1-6b86b273", ".jpg-d912c70a"
+    ]  # fmt: skip
+
+
+@given(st.permutations(range(8)), st.integers(1, 8), st.integers(0, 3), st.sampled_from([None, 5]))
+def test_other_pictures_do_not_change_what_an_id_means(
+    order: list[int], count: int, seed: int, samples: int | None
+) -> None:
+    every = [Context(f"{number % 3}/{number // 3}.jpg", ("x",)) for number in order]
+    fewer = every[:count]
+    before = meanings(plan_tasks(fewer, samples_per_picture=3, samples=samples, seed=seed), fewer)
+    after = meanings(plan_tasks(every, samples_per_picture=3, samples=samples, seed=seed), every)
+    assert all(after.get(name, meaning) == meaning for name, meaning in before.items())
+    if samples is None:
+        assert before.items() <= after.items()
+    in_order = sorted(every, key=lambda context: context.image)
+    assert meanings(plan_tasks(in_order, samples_per_picture=3, samples=samples, seed=seed), in_order) == after
+
+
+@given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 5))
+def test_more_samples_keep_those_of_fewer(samples: int, more: int, most: int) -> None:
+    contexts = pictures(20)
+    weights: dict[Flavour, float] = {"conversation": 1, "detail": 1}  # of two flavours, neither loses by more
+    first = meanings(plan_tasks(contexts, weights=weights, samples=samples, samples_per_picture=9, seed=3), contexts)
+    second = meanings(
+        plan_tasks(contexts, weights=weights, samples=samples + more, samples_per_picture=9, seed=3), contexts
+    )
+    assert first.items() <= second.items()
+    each = meanings(plan_tasks(contexts, samples_per_picture=most, seed=3), contexts)
+    assert each.items() <= meanings(plan_tasks(contexts, samples_per_picture=most + 1, seed=3), contexts).items()
+
+
+def test_flavours_of_many_pictures_are_by_weight() -> None:
+    tasks = plan_tasks(pictures(4_000), seed=0)
+    assert tasks.counts() == {"conversation": 1_432, "detail": 530, "reasoning": 2_038}  # of 1468, 582 and 1949
+
+
+@given(st.integers(1, 30), st.integers(0, 50))
+def test_flavours_of_one_picture_are_spread_by_weight(most: int, seed: int) -> None:
+    counts = plan_tasks(pictures(1), samples_per_picture=most, seed=seed).counts()
+    assert sum(counts.values()) == most
+    assert all(abs(counts[flavour] - most * share) < 2 for flavour, share in shares(WEIGHTS).items())
+
+
+@pytest.mark.parametrize(
+    ("captions", "boxes", "carried"),
+    [
+        (0, 0, []), (1, 0, FLAVOURS), (5, 7, FLAVOURS), (0, 1, ["conversation", "reasoning"]), (0, 2, FLAVOURS),
+        (1, 1, FLAVOURS),
+    ],
+)  # fmt: skip
+def test_what_a_context_can_carry(captions: int, boxes: int, carried: list[Flavour]) -> None:
+    context = Context("1.jpg", ("A cup.",) * captions, (BOX,) * boxes)
+    assert [flavour for flavour in FLAVOURS if can_carry(context, flavour)] == list(carried)
+
+
+def test_pictures_that_cannot_carry_a_flavour_are_counted_and_get_another() -> None:
+    contexts = [*pictures(4), Context("a.jpg", (), (BOX,)), Context("b.jpg")]
+    tasks = plan_tasks(contexts, samples_per_picture=9, seed=0)
+    assert tasks.left_out == {"conversation": 1, "detail": 2, "reasoning": 1}
+    assert Counter(task.place for task in tasks) == dict.fromkeys(range(5), 9)
+    assert {task.flavour for task in tasks if task.place == 4} == {"conversation", "reasoning"}
+    details = plan_tasks(contexts, weights={"detail": 1}, samples=8, samples_per_picture=2, seed=0)
+    assert Counter(task.place for task in details) == dict.fromkeys(range(4), 2)
+    assert details.left_out == {"detail": 2}
+    assert len(plan_tasks(contexts, weights={"detail": 1}, seed=0)) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"samples": 0}, "r.samples: it is 0; set it to 1 or more"),
+        ({"samples_per_picture": -1}, "r.samples_per_picture: it is -1; set it to 1 or more"),
+        ({"weights": {"detial": 1}},
+         "r.weights: 'detial' is no flavour (did you mean \"detail\"?); there are conversation, detail, reasoning"),
+        ({"weights": {"detail": -1.0}}, "r.weights: detail has -1.0; set it to 0 or more"),
+        ({"weights": {"detail": float("nan")}}, "r.weights: detail has nan; set it to 0 or more"),
+        ({"weights": {"detail": 0}},
+         "r.weights: no flavour has any weight; give one of conversation, detail, reasoning more than 0"),
+        ({"samples": 20},
+         "r.samples: of 20, 7 are conversation, for which there are 4 pictures and r.samples_per_picture is 1; by "
+         "these weights 8 can be had"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_told(given: dict[str, Any], message: str) -> None:
+    assert told(pictures(4), seed=0, where="r", **given) == message
+
+
+@given(
+    captioned=st.integers(0, 6), boxed=st.integers(0, 6), weights=WEIGHTINGS, samples=st.integers(1, 60),
+    most=st.integers(1, 3),
+)  # fmt: skip
+def test_what_is_said_to_be_possible_is_and_nothing_more(
+    captioned: int, boxed: int, weights: dict[Flavour, float], samples: int, most: int
+) -> None:
+    contexts = [*pictures(captioned), *(Context(f"{number}.png", (), (BOX,)) for number in range(boxed))]
+    room = {flavour: (captioned + boxed * (flavour != "detail")) * most for flavour in FLAVOURS}
+
+    def fits(count: int) -> bool:
+        return all(wanted <= room[flavour] for flavour, wanted in deal(count, shares(weights)).items())
+
+    def plan(count: int) -> Tasks:
+        return plan_tasks(contexts, weights=weights, samples=count, samples_per_picture=most, seed=0)
+
+    if fits(samples):
+        assert len(plan(samples)) == samples
+        return
+    message = told(contexts, weights=weights, samples=samples, samples_per_picture=most, seed=0)
+    can = int(message.rpartition("weights ")[2].split()[0])
+    assert can == max((count for count in range(samples) if fits(count)), default=0)
+    if can:
+        assert len(plan(can)) == can
