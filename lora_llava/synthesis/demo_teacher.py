@@ -55,7 +55,10 @@ def _questions(context: Context) -> list[tuple[str, str]]:
         if counts[box.label] == 1:
             pairs.append((f"Where is the {box.label}?", f"At the {_where(box)}."))
             pairs.append((f"What is at the {_where(box)}?", f"{_one(box.label).capitalize()}."))
-    pairs += [(f"How many {label} can you see?", f"{_word(count).capitalize()}.") for label, count in counts.items()]
+    pairs += [
+        (f"Is there more than one {label}?", f"{'Yes' if count > 1 else 'No'}, there {_are(count)} {_word(count)}.")
+        for label, count in counts.items()
+    ]
     if context.captions:
         pairs.append(("What is shown?", _sentence(context.captions[0])))
     return _told_apart(pairs)
@@ -78,10 +81,13 @@ def _describe(context: Context) -> str:
 
 
 def _reason(context: Context, number: int) -> tuple[str, str]:
-    boxes = context.boxes
+    counts = _counts(context)
+    boxes = [box for box in context.boxes if counts[box.label] == 1]  # of two alike it could not be said which is meant
     if len(boxes) < 2:
-        told = _sentence(context.captions[0]) if context.captions else f"There is {_one(boxes[0].label)}."
-        return "Is there more than one thing to look at, and why?", f"{told} So there is one thing to look at."
+        told = _sentence(context.captions[0]) if context.captions else f"There is {_one(context.boxes[0].label)}."
+        kinds = len(counts)
+        seen = "one kind of thing" if kinds == 1 else f"{_word(kinds)} kinds of things"
+        return "How many kinds of things are there to look at, and why?", f"{told} So there is {seen} to look at."
     first, second = boxes[number % len(boxes)], boxes[(number + 1) % len(boxes)]
     aspect = ("further to the left", 0) if abs(_middle(first)[0] - _middle(second)[0]) > 0.15 else ("higher up", 1)
     name, axis = aspect
@@ -111,6 +117,10 @@ def _where(box: Box) -> str:
 
 def _one(label: str) -> str:
     return f"{'an' if label[:1].lower() in 'aeiou' else 'a'} {label}"
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _word(count: int) -> str:

@@ -48,7 +48,7 @@ _SAME = {
     "laptop": ("laptop computer",),
     "microwave": ("microwave oven",),
 }
-"""Other names of COCO's categories (arXiv 1405.0312, figure 11); any other label has its own name alone."""
+"""Other names of COCO's categories; any other label has its own name alone."""
 _WIDER = {
     "animal": ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe"),
     "vehicle": ("car", "motorcycle", "bus", "truck"),

@@ -186,9 +186,9 @@ class Maker:
             return turns
         return check_sample(self.contexts[task.place], turns, task.flavour, self.settings.limits) or turns
 
-    def look_up(self, task: Task) -> Result | Asked:
-        """What came of a task by the ledger, or what to ask for next."""
-        rejections: list[Rejection] = []
+    def look_up(self, task: Task, rejections: list[Rejection] | None = None) -> Result | Asked:
+        """What came of a task by the ledger, or what to ask for next; what was not taken goes to `rejections`."""
+        rejections = [] if rejections is None else rejections
         model = ""
         for attempt in range(self.settings.attempts):
             request = self._request(task, attempt, rejections)
@@ -222,10 +222,11 @@ class Maker:
     def results(self) -> Iterator[Result]:
         """What has come of every task, in their order."""
         for task in self.tasks:
-            found = self.look_up(task)
+            rejections: list[Rejection] = []
+            found = self.look_up(task, rejections)
             if isinstance(found, Result):
                 yield found
             elif task.task_id in self.failed:
-                yield Result(task, "failed", reason=self.failed[task.task_id])
+                yield Result(task, "failed", rejections=tuple(rejections), reason=self.failed[task.task_id])
             else:
-                yield Result(task, "not asked")
+                yield Result(task, "not asked", rejections=tuple(rejections))

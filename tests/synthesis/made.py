@@ -34,11 +34,11 @@ def write_contexts(file: Path, count: int) -> Path:
 
 
 def recipe_of(folder: Path, url: str, count: int, **more: Any) -> GenerateRecipe:
-    """A set of one sample a picture, asked of a server."""
+    """A set of one sample a picture, asked of a server; its contexts stand beside its folder, for others too."""
     teacher = {"url": url, "model": "judge", "concurrency": 4, "timeout": 20.0, "retries": 3, **more.pop("teacher", {})}
     return GenerateRecipe(
         output_dir=str(folder / "set"),
-        contexts=ContextsSection(contexts=str(write_contexts(folder / "contexts.jsonl", count))),
+        contexts=ContextsSection(contexts=str(write_contexts(folder.parent / "contexts.jsonl", count))),
         teacher=TeacherSection(**teacher), gates=GatesSection(**more.pop("gates", {})), **more,
     )  # fmt: skip
 

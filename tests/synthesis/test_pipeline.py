@@ -157,6 +157,7 @@ def wrong_at_times(body: Body) -> str:
     return "I cannot tell." if number_of(body) % 5 == 2 and not again else teach(body)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no forkserver there")
 def test_a_run_killed_at_twenty_points_pays_nothing_twice_and_ends_at_the_same_set(
     log: ChatLog, tmp_path: Path
