@@ -17,6 +17,8 @@ from lora_llava.evaluation.compare_questions import Key, same_questions
 from lora_llava.evaluation.intervals import share_interval
 from lora_llava.evaluation.scienceqa import score
 
+_STAGE1 = ("model.start_from.stage1_run", "model.start_from.stage1_recipe")
+
 
 @dataclass(frozen=True)
 class Group:
@@ -114,7 +116,7 @@ def compare_runs(runs: Sequence[Run], common: bool = False) -> Comparison:
         common: Compare only the questions that all runs have.
 
     Returns:
-        The comparison. Runs whose recipes are equal but for `seed` and `output_dir` are one group.
+        The comparison; for its groups see `group_runs`.
 
     Raises:
         UserError: Where the runs were asked different questions, or the same with different right answers.
@@ -161,38 +163,75 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
         runs: From `read_runs`.
 
     Returns:
-        The groups without columns, in the order of their first runs, and notes. A second run of one recipe and seed
-        is no seed to average and stands for itself, as does a run without a recipe.
+        The groups without columns, in the order of their first runs, and notes. Runs whose recipes are equal but for
+        `seed` and `output_dir` are one group, also where each seed has a Stage 1 of its own. A second run of one recipe
+        and seed is no seed to average and stands for itself, as does a run without a recipe.
     """
     notes = []
-    members: dict[str, list[Run]] = {}
+    members: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
-        key = json.dumps(run.settings, sort_keys=True) if run.settings is not None else run.name
+        key = _group_key(run, runs)
         twin = next((other for other in members.get(key, []) if other.seed == run.seed), None)
         if twin is not None:
             notes.append(f"{run.name} has the recipe and the seed of {twin.name} and stands for itself")
-            key = run.name
+            key = (run.name,)
         members.setdefault(key, []).append(run)
     found = list(members.values())
-    different = _different_keys([mine[0] for mine in found])
+    settings = [_shared_settings(mine) for mine in found]
+    different = _different_keys([own for own in settings if own is not None])
     groups = []
-    for mine in found:
-        own = mine[0].settings or {}
+    for mine, shared in zip(found, settings, strict=True):
+        own = shared or {}
         groups.append(Group(_group_name(mine), tuple(mine), {key: own[key] for key in different if key in own}, {}))
+        if len(stage1 := list(dict.fromkeys(map(_stage1, mine)))) > 1:
+            notes.append(f"{groups[-1].name}: the runs stand on Stage 1 runs of their own: {', '.join(stage1)}")
     return groups, notes
 
 
-def _different_keys(runs: Sequence[Run]) -> list[str]:
-    recipes = [run.settings for run in runs if run.settings is not None]
+def _group_key(run: Run, runs: Sequence[Run]) -> tuple[str, ...]:
+    """What the seeds of one recipe share. Of its Stage 1 the name without the seed, and that only where runs of one
+    seed stand on several: then these are what is compared."""
+    recipe = _without_stage1(run)
+    if recipe is None:
+        return (run.name,)
+    alike = [other for other in runs if _without_stage1(other) == recipe]
+    if len({other.seed for other in alike}) == len(alike):
+        return (recipe,)
+    return recipe, _without_seed(_stage1(run), run.seed)
+
+
+def _without_stage1(run: Run) -> str | None:
+    if run.settings is None:
+        return None
+    return json.dumps({key: value for key, value in run.settings.items() if key not in _STAGE1}, sort_keys=True)
+
+
+def _stage1(run: Run) -> str:
+    return next((str(value) for key in _STAGE1 if (value := (run.settings or {}).get(key)) is not None), "")
+
+
+def _shared_settings(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """The recipe's values that are the same in all runs of a group; None without a recipe."""
+    if runs[0].settings is None:
+        return None
+    own = len(set(map(_stage1, runs))) > 1
+    return {key: value for key, value in runs[0].settings.items() if not (own and key in _STAGE1)}
+
+
+def _different_keys(recipes: Sequence[dict[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for recipe in recipes for key in recipe)
     return [key for key in keys if any(recipe.get(key, ...) != recipes[0].get(key, ...) for recipe in recipes)]
+
+
+def _without_seed(name: str, seed: int | None) -> str:
+    return re.sub(rf"[-_./](seed|s)?[-_=]?{seed}$", "", name, flags=re.IGNORECASE)
 
 
 def _group_name(runs: Sequence[Run]) -> str:
     """What the names have in common without the seed that each ends in, or all of them."""
     if len(runs) == 1:
         return runs[0].name
-    bare = {re.sub(rf"[-_./](seed|s)?[-_=]?{run.seed}$", "", run.name, flags=re.IGNORECASE) for run in runs}
+    bare = {_without_seed(run.name, run.seed) for run in runs}
     return bare.pop() if len(bare) == 1 else ", ".join(run.name for run in runs)
 
 

@@ -104,11 +104,12 @@ def run_names(paths: Sequence[Path]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(path) for path in paths]
 
 
-def read_predictions(file: Path) -> tuple[str, list[Row]]:
+def read_predictions(file: Path, texts: Sequence[str] = ()) -> tuple[str, list[Row]]:
     """Read a predictions file of either kind; keys that are not needed are left as they are.
 
     Args:
         file: JSONL, one marked answer a line.
+        texts: Further keys, each a text, that every line needs.
 
     Returns:
         The kind, and the rows.
@@ -129,7 +130,7 @@ def read_predictions(file: Path) -> tuple[str, list[Row]]:
         except ValueError as error:
             raise UserError(f"{file}, line {number}: not JSON ({error}); write the predictions anew") from None
         kind = kind or _kind(row)
-        wrong = _what_is_wrong(row, kind)
+        wrong = _what_is_wrong(row, kind, texts)
         if wrong:
             raise UserError(f"{file}, line {number}: {wrong}; name a predictions file of evaluate or finetune")
         rows.append(row)
@@ -142,7 +143,7 @@ def _kind(row: Any) -> str:
     return CONVERSATIONS if isinstance(row, dict) and "exact" in row else SCIENCEQA
 
 
-def _what_is_wrong(row: Any, kind: str) -> str:
+def _what_is_wrong(row: Any, kind: str, texts: Sequence[str]) -> str:
     """What a line lacks of its kind, or nothing."""
     if not isinstance(row, dict):
         return f"{type(row).__name__} and not an object"
@@ -150,10 +151,12 @@ def _what_is_wrong(row: Any, kind: str) -> str:
     if kind == CONVERSATIONS:
         right |= {name: isinstance(row.get(name), str) for name in ("question", "reference")}
         right |= {"exact": isinstance(row.get("exact"), bool), "f1": is_share(row.get("f1"))}
+        right |= {name: isinstance(row.get(name, ""), str) for name in ("source", "type")}
     else:
         right |= {name: type(row.get(name)) is int for name in ("prediction", "answer")}
         named = row.get("categories")
         right["categories"] = isinstance(named, list) and all(each in COLUMNS[1:] for each in named)
+    right |= {name: isinstance(row.get(name), str) for name in texts}
     wrong = next((name for name, is_right in right.items() if not is_right), "")
     return wrong and (f"{wrong} is {row[wrong]!r}" if wrong in row else f"no {wrong}")
 

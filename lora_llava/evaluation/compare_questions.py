@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence, Set
 from typing import Any
 
 from lora_llava.errors import UserError
-from lora_llava.evaluation.compare_files import CONVERSATIONS, SCIENCEQA, Row, Run
+from lora_llava.evaluation.compare_files import CONVERSATIONS, Row, Run
 
 Key = tuple[Any, ...]
 """What tells a question from the others."""
@@ -31,20 +30,21 @@ def same_questions(
         same, or all groups the same seeds and the runs of each seed the same: rows that are held back are drawn by it.
 
     Raises:
-        UserError: For questions that a run lacks or has twice, or whose right answer is not the same in all.
+        UserError: For questions that a run lacks, or whose right answer is not the same in all; for one of ScienceQA
+            that a run has twice.
     """
-    with_index = all("index" in row for run in runs for row in run.rows)
-    keys = [[_key(row, run.kind, with_index) for row in run.rows] for run in runs]
+    keys = _keys(runs)
     counts = [Counter(mine) for mine in keys]
     every = list(dict.fromkeys(key for mine in keys for key in mine))
-    usable = [key for key in every if all(count[key] == 1 for count in counts)]
+    uneven = _uneven(keys) if runs[0].kind == CONVERSATIONS else set()
+    usable = [key for key in every if all(count[key] == 1 for count in counts) and key[:-1] not in uneven]
     notes: list[str] = []
     wanted = [usable] * len(runs)
     if common and not usable:
         raise UserError("--common: no question is in every run once; evaluate them on the same rows")
     if common and len(usable) < len(every):
         left = len(every) - len(usable)
-        notes = [f"{left:,} of {len(every):,} questions left out: not in every run, or twice in one"]
+        notes = [f"{left:,} of {len(every):,} questions left out: not in every run, or more often in one"]
     elif not common:
         _refuse_doubles(runs, counts)
         if len(usable) < len(every):
@@ -54,15 +54,41 @@ def same_questions(
     found = [dict(zip(mine, run.rows, strict=True)) for run, mine in zip(runs, keys, strict=True)]
     keyed = [{key: rows[key] for key in mine} for rows, mine in zip(found, wanted, strict=True)]
     _check_answers(runs, keyed)
-    return keyed, notes
+    return keyed, [*notes, *_copies(runs, keyed)]
 
 
-def _key(row: Row, kind: str, with_index: bool) -> Key:
-    if kind == SCIENCEQA:
-        return (row["question_id"],)
-    # Ids may repeat within a person's own data, and one index stands for other rows where the data has changed.
-    index = (json.dumps(row["index"]),) if with_index else ()
-    return (row["question_id"], row["question"], row["reference"], *index)
+def _keys(runs: Sequence[Run]) -> list[list[Key]]:
+    """What tells each row from the others: ScienceQA's id; of a person's own data, where ids may repeat, the id, the
+    question, the reference, the source where there are several, and last which copy of the same row it is."""
+    several = any(len({row.get("source") for row in run.rows}) > 1 for run in runs)  # else the file may be renamed
+    keys: list[list[Key]] = []
+    for run in runs:
+        mine: list[Key] = []
+        seen: Counter[Key] = Counter()
+        for row in run.rows:
+            key: Key = (row["question_id"],)
+            if run.kind == CONVERSATIONS:
+                key = (*key, row["question"], row["reference"], *([row.get("source")] if several else []))
+                seen[key] += 1
+                key = (*key, seen[key])
+            mine.append(key)
+        keys.append(mine)
+    return keys
+
+
+def _uneven(keys: Sequence[Sequence[Key]]) -> set[Key]:
+    """Rows that not all runs have as many copies of: which copy is which cannot be told."""
+    copies = [Counter(key[:-1] for key in mine) for mine in keys]
+    return {key for mine in copies for key, count in mine.items() if any(other[key] != count for other in copies)}
+
+
+def _copies(runs: Sequence[Run], keyed: Sequence[dict[Key, Row]]) -> list[str]:
+    """What is said of rows of a person's own data that stand there more than once."""
+    more = {key[:-1] for mine in keyed for key in mine if key[-1] == 2} if runs[0].kind == CONVERSATIONS else set()
+    if not more:
+        return []
+    what = "1 row stands" if len(more) == 1 else f"{len(more):,} rows stand"
+    return [f"{what} in the data more than once ({_named(list(more))}); the copies are paired in their order"]
 
 
 def _named(keys: Sequence[Key]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ STATUSES = ("scored", "unparsed", "failed", "not asked")
 _RESAMPLES = 2_000
 _LISTED = 20
 """Ids that are printed; the report has all."""
+DASH = "–"
 
 
 def relative_score(answers: Sequence[float], references: Sequence[float]) -> float | None:
@@ -46,40 +48,37 @@ def relative_score(answers: Sequence[float], references: Sequence[float]) -> flo
     return 100 * sum(answers) / sum(references) if sum(references) else None
 
 
-def ratio_interval(answers: Sequence[float], references: Sequence[float]) -> tuple[float, float]:
+def ratio_interval(answers: Sequence[float], references: Sequence[float]) -> tuple[float, float] | None:
     """Percentile bootstrap of the relative score (scipy.stats.bootstrap, paired): questions are resampled, each with
     both its scores.
 
     Args:
         answers: One a question.
-        references: The same of the reference, above 0.
+        references: The same of the reference.
 
     Returns:
-        The lower and the upper end in percent; of a single question, its relative score twice.
-
-    Raises:
-        ValueError: For no questions, or where all references are 0.
+        The lower and the upper end in percent; None for fewer than two questions, which say nothing of their spread,
+        and where an end is infinite, as the references of what is resampled come to 0 too often.
     """
     import numpy as np
     from scipy.stats import bootstrap
 
     from lora_llava.evaluation.intervals import LEVEL
 
-    ratio = relative_score(answers, references)
-    if ratio is None:
-        raise ValueError("an interval needs references above 0")
-    if len(answers) == 1:
-        return ratio, ratio
+    if len(answers) < 2:
+        return None
 
     def statistic(mine: Any, theirs: Any, axis: int = -1) -> Any:
         return 100 * mine.sum(axis=axis) / theirs.sum(axis=axis)
 
     samples = (np.asarray(answers, dtype=float), np.asarray(references, dtype=float))
-    found = bootstrap(
-        samples, statistic, paired=True, confidence_level=LEVEL, n_resamples=_RESAMPLES, method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = bootstrap(
+            samples, statistic, paired=True, confidence_level=LEVEL, n_resamples=_RESAMPLES, method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval  # fmt: skip
+    low, high = float(found.low), float(found.high)
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
 def tabulate(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
@@ -90,7 +89,7 @@ def tabulate(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
 
     Returns:
         By category, `all` last: the number of questions by status, mean scores `answer` and `reference`, and `relative`
-        in percent with its 95% `interval`; None where nothing is scored.
+        in percent with its 95% `interval`; None where nothing is scored, and see `ratio_interval`.
     """
     table: dict[str, dict[str, Any]] = {}
     for category in (*CATEGORIES, "all"):
@@ -101,13 +100,14 @@ def tabulate(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
         answers = [answer for answer, _ in scored if answer is not None]
         references = [reference for _, reference in scored if reference is not None]
         relative = relative_score(answers, references)
+        interval = ratio_interval(answers, references)
         table[category] = {
             "questions": len(mine),
             **{status: sum(verdict.status == status for verdict in mine) for status in STATUSES},
             "answer": round(sum(answers) / len(answers), 3) if answers else None,
             "reference": round(sum(references) / len(references), 3) if references else None,
             "relative": None if relative is None else round(relative, 2),
-            "interval": None if relative is None else [round(end, 2) for end in ratio_interval(answers, references)],
+            "interval": None if interval is None else [round(end, 2) for end in interval],
         }
     return table
 
@@ -131,15 +131,9 @@ def judge_table(table: Mapping[str, Mapping[str, Any]], title: str) -> Any:
     for column in ("questions", "ours", "reference", "relative in %", "95% interval", "unparsed", *missing):
         view.add_column(column, justify="right")
     for category, row in table.items():
-        shown = ["-", "-", "-", "-"]
-        if row["relative"] is not None:
-            low, high = row["interval"]
-            shown = [
-                f"{row['answer']:.2f}",
-                f"{row['reference']:.2f}",
-                f"{row['relative']:.1f}",
-                f"{low:.1f} - {high:.1f}",
-            ]
+        marks = (("answer", ".2f"), ("reference", ".2f"), ("relative", ".1f"))
+        shown = [DASH if row[name] is None else format(row[name], form) for name, form in marks]
+        shown.append(DASH if row["interval"] is None else " - ".join(f"{end:.1f}" for end in row["interval"]))
         view.add_row(category, str(row["questions"]), *shown, *(str(row[status]) for status in ("unparsed", *missing)))
     return view
 
@@ -168,7 +162,7 @@ def score_llava_bench(
         console: Told what is done.
 
     Returns:
-        The report; its `complete` says whether every question was asked and answered.
+        The report; its `complete` says whether every question was asked and answered, and one at least scored.
 
     Raises:
         UserError: Where the judge cannot be used, or the folder has the report of other answers.
@@ -212,14 +206,17 @@ def _report(verdicts: Sequence[Verdict], server: ChatServer, judge: Judge, budge
     settings = judge.settings
     priced = budget.price_in is not None
     return {
-        "complete": all(verdict.status in ("scored", "unparsed") for verdict in verdicts),
+        "complete": {"scored"} <= {verdict.status for verdict in verdicts} <= {"scored", "unparsed"},
         "judge": {"url": server.url, "model": server.model, "model_told": sorted(judge.models)},
         "prompts": prompt_hashes(judge.prompts),
         "settings": {
             "orders": settings.orders, "temperature": settings.temperature, "max_tokens": settings.max_tokens,
             "attempts": ATTEMPTS,
         },
-        "this_run": {"requests": budget.requests, "usd": round(budget.spent, 4) if priced else None},
+        "this_run": {
+            "requests": budget.requests, "usd": round(budget.spent, 4) if priced else None,
+            "cap": _what_caps(judge, budget),
+        },
         "table": tabulate(verdicts),
         "questions": [
             {
@@ -230,6 +227,15 @@ def _report(verdicts: Sequence[Verdict], server: ChatServer, judge: Judge, budge
             for item in verdicts
         ],
     }  # fmt: skip
+
+
+def _what_caps(judge: Judge, budget: Budget) -> str:
+    """Why no run under the cap on cost would get further, or nothing."""
+    pending = next(iter(judge.pending().values()), None)
+    if pending is None or budget.max_cost is None or budget.most(pending.request) <= budget.max_cost:
+        return ""
+    most = math.ceil(budget.most(pending.request) * 1e4) / 1e4
+    return f"--max-cost {budget.max_cost:g} is below the {most:.4f} USD that one request may cost; raise it"
 
 
 def print_report(report: Mapping[str, Any], title: str, output: Path, console: Any) -> None:
@@ -245,7 +251,7 @@ def print_report(report: Mapping[str, Any], title: str, output: Path, console: A
     for status, mend in (
         ("unparsed", f"no readable scores in {ATTEMPTS} texts of the judge; not averaged in"),
         ("failed", "the judge gave no text; the same command tries again"),
-        ("not asked", "the cap was reached; the same command goes on"),
+        ("not asked", report["this_run"]["cap"] or "the cap was reached; the same command goes on"),
     ):
         named = [item for item in report["questions"] if item["status"] == status]
         if named:
@@ -253,6 +259,8 @@ def print_report(report: Mapping[str, Any], title: str, output: Path, console: A
             ids += f" and {len(named) - _LISTED} more in the report" if len(named) > _LISTED else ""
             reason = f" ({named[0]['reason']})" if "reason" in named[0] else ""
             console.print(f"{len(named)} {status}: {mend}{reason}: {ids}", soft_wrap=True)
+    if not report["table"]["all"]["scored"]:
+        console.print("no question was scored: there is no score", soft_wrap=True)
     spent = "" if report["this_run"]["usd"] is None else f", {report['this_run']['usd']:.4f} USD"
     console.print(f"{report['this_run']['requests']} requests in this run{spent}; {output / REPORT}", soft_wrap=True)
 

@@ -31,6 +31,9 @@ class ScienceQAAccuracy(_Metric):
     Returns:
         `accuracy`; every column of the nine that has questions; `unparsed`, the share in % of texts that name
         no choice.
+
+    Raises:
+        ValueError: For a category that is none of the columns.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -45,6 +48,10 @@ class ScienceQAAccuracy(_Metric):
         )  # fmt: skip
 
     def _compute(self, predictions: Sequence[str], references: Sequence[dict[str, Any]]) -> dict[str, float]:
+        known = COLUMNS[1:]
+        unknown = [name for question in references for name in question["categories"] if name not in known]
+        if unknown:
+            raise ValueError(f"categories: {unknown[0]!r} is unknown; use those of {', '.join(known)}")
         table = score(
             Prediction(
                 question_id=str(number), text=text, prediction=parse_answer(text, question["num_choices"]),

@@ -7,10 +7,13 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
-from lora_llava.evaluation.answers import AnswerTable, is_answer_table
+from lora_llava.evaluation.answers import AnswerTable, Marks, is_answer_table
 from lora_llava.evaluation.intervals import share_interval
 from lora_llava.evaluation.scienceqa import COLUMNS, Table
 from lora_llava.evaluation.summary import unparsed
+
+DASH = "–"
+"""In the place of a figure of no questions."""
 
 
 def answer_rows(title: str, tables: Mapping[str, AnswerTable]) -> RichTable:
@@ -31,11 +34,26 @@ def answer_rows(title: str, tables: Mapping[str, AnswerTable]) -> RichTable:
     for name, table in tables.items():
         for group, marks in table.items():
             loss = "" if marks["loss"] is None else f"{marks['loss']:.4f}"
-            view.add_row(
-                name, *([group] if several else []), f"{marks['exact_match']:.2f}", f"{marks['f1']:.2f}",
-                f"{marks['rouge_l']:.2f}", loss, f"{marks['questions']:,}",
-            )  # fmt: skip
+            view.add_row(name, *([group] if several else []), *mark_cells(marks), loss, f"{marks['questions']:,}")
     return view
+
+
+def mark_cells(marks: Marks) -> list[str]:
+    """Exact match, F1 and ROUGE-L in percent; a dash each for no questions."""
+    values = (marks["exact_match"], marks["f1"], marks["rouge_l"])
+    return [f"{value:.2f}" if marks["questions"] else DASH for value in values]
+
+
+def percent_cells(table: Table) -> list[str]:
+    """A ScienceQA table's percentages by column; a dash for a column without questions."""
+    return [f"{table[column][0]:.2f}" if table[column][2] else DASH for column in COLUMNS]
+
+
+def interval_cells(table: Table) -> tuple[list[str], list[str]]:
+    """The lower and the upper ends of the columns' 95% intervals; a dash for a column without questions."""
+    ends = [share_interval(*table[column][1:]) if table[column][2] else None for column in COLUMNS]
+    low, high = ([DASH if end is None else f"{end[place]:.2f}" for end in ends] for place in (0, 1))
+    return low, high
 
 
 def tables_view(title: str, tables: Mapping[str, Any]) -> RichTable:
@@ -63,12 +81,11 @@ def table_rows(title: str, tables: Mapping[str, Table]) -> RichTable:
     for name, table in tables.items():
         share = unparsed(table)
         told = f"{share['count']} ({share['percent']:.1f}%)" if share["count"] else "0"
-        view.add_row(name, *(f"{table[column][0]:.2f}" for column in COLUMNS), told)
+        view.add_row(name, *percent_cells(table), told)
     last = list(tables.values())[-1]
     if len(tables) == 1:
-        for place, name in enumerate(("95% interval from", "to")):
-            ends = (share_interval(*last[column][1:])[place] if last[column][2] else None for column in COLUMNS)
-            view.add_row(name, *("-" if end is None else f"{end:.2f}" for end in ends), "")
+        for name, ends in zip(("95% interval from", "to"), interval_cells(last), strict=True):
+            view.add_row(name, *ends, "")
     view.add_section()
     view.add_row("questions", *(str(last[column][2]) for column in COLUMNS), "")
     return view

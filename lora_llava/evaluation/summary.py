@@ -18,15 +18,20 @@ def summarise(table: Mapping[str, Any], marked: Sequence[Mapping[str, Any]]) -> 
         marked: The lines of its predictions file.
 
     Returns:
-        `table`; for ScienceQA `unparsed` with its share in %; `bad_pictures`, the ids of questions that count as wrong
-        because a picture could not be opened.
+        `table`, a figure of no questions None; for ScienceQA `unparsed` with its share in %; `bad_pictures`, the ids of
+        questions that count as wrong because a picture could not be opened.
     """
     bad = [row["question_id"] for row in marked if "problem" in row]
     if is_answer_table(dict(table)):
-        groups = {name: dict(marks) | {"exact_match_interval": _interval(marks)} for name, marks in table.items()}
+        groups = {name: _known(marks) | {"exact_match_interval": _interval(marks)} for name, marks in table.items()}
         return {"table": groups, "bad_pictures": bad}
     columns = {
-        column: {"percent": percent, "correct": correct, "count": count, "interval": _rounded(correct, count)}
+        column: {
+            "percent": percent if count else None,
+            "correct": correct,
+            "count": count,
+            "interval": _rounded(correct, count),
+        }
         for column in COLUMNS
         for percent, correct, count in [table[column]]
     }
@@ -39,9 +44,14 @@ def unparsed(table: Mapping[str, Any]) -> dict[str, float]:
     return {"count": table["unparsed"], "percent": round(100 * table["unparsed"] / max(1, count), 2)}
 
 
-def _interval(marks: Mapping[str, Any]) -> list[float]:
+def _known(marks: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's marks, without figures of no questions."""
+    return {name: value if marks["questions"] or name == "questions" else None for name, value in marks.items()}
+
+
+def _interval(marks: Mapping[str, Any]) -> list[float] | None:
     return _rounded(round(marks["exact_match"] * marks["questions"] / 100), marks["questions"])
 
 
-def _rounded(correct: int, count: int) -> list[float]:
-    return [round(end, 2) for end in share_interval(correct, count)]
+def _rounded(correct: int, count: int) -> list[float] | None:
+    return [round(end, 2) for end in share_interval(correct, count)] if count else None

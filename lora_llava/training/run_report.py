@@ -4,30 +4,75 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation
 from lora_llava.data.images import BadImageError
 from lora_llava.errors import UserError
 from lora_llava.evaluation.answers import is_answer_table
-from lora_llava.evaluation.ask import choose_rows
-from lora_llava.evaluation.intervals import share_interval
+from lora_llava.evaluation.compare_files import CONVERSATIONS, Row, read_predictions
+from lora_llava.evaluation.report import interval_cells, mark_cells, percent_cells
 from lora_llava.evaluation.report_page import GalleryItem, RunReport, Table, render_report
 from lora_llava.evaluation.report_plots import Curve
 from lora_llava.evaluation.scienceqa import COLUMNS
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
+from lora_llava.training.data import Split
 from lora_llava.training.evaluate import Way, open_evaluation
 from lora_llava.training.memory import GIB
 from lora_llava.training.run_directory import METRICS_FILE, RECIPE_FILE, is_run
 from lora_llava.training.scoring import Asking
 
 REPORT_FILE = "report.html"
+PREDICTIONS_FILE = "predictions_after.jsonl"
 _SHOWN = 20
 """Right answers in the gallery, and as many wrong ones."""
+_NAMED = 5
+"""Questions that a note names of those it counts."""
+
+_Pairs = list[tuple[float, float]]
+
+
+class _Losses(BaseModel):
+    train: _Pairs
+    validation: _Pairs
+
+
+class _Train(BaseModel):
+    seconds: float
+    tokens: int
+    supervised_tokens: int
+    peak_memory_bytes: int
+    steps: int
+    loss_curve: _Losses
+    curves: dict[str, _Pairs] = {}
+
+
+class _Trained(BaseModel):
+    trained_parameters: dict[str, int]
+
+
+class _Marks(BaseModel):
+    exact_match: float
+    f1: float
+    rouge_l: float
+    loss: float | None
+    questions: int
+
+
+class _Metrics(BaseModel):
+    """What the page takes from `metrics.json`."""
+
+    train: _Train
+    model: _Trained
+    machine: dict[str, Any]
+    before: dict[str, Any] | None = None
+    after: dict[str, Any] | None = None
 
 
 def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: Asking | None) -> Path:
@@ -37,19 +82,21 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: A
         folder: The run directory.
         recipe: The run's.
         metrics: Content of its `metrics.json`.
-        after: What the table after training came of; None leaves the gallery out.
+        after: What the table after training came of; None leaves the gallery out, and a note says why.
 
     Returns:
         The file.
     """
     tables = {name: metrics[name] for name in ("before", "after") if metrics.get(name)}
+    chosen = _choose(after.marked, recipe.seed) if after is not None else []
+    gallery = [_item(after, i) for i in chosen] if after is not None else []
     report = RunReport(
         title=f"{folder.name}: Stage {recipe.stage}",
         facts=_facts(recipe, metrics),
         curves=_curves(metrics["train"], tables),
         tables=_tables(tables),
-        gallery=_gallery(after, recipe.seed) if after is not None else [],
-        notes=_notes(after),
+        gallery=gallery,
+        notes=_notes(after, dict(zip(chosen, gallery, strict=True))) if after is not None else [_why_none(metrics)],
     )
     file = folder / REPORT_FILE
     file.write_text(render_report(report), encoding="utf-8")
@@ -66,23 +113,70 @@ def rebuild_report(run: str) -> Path:
         The file.
 
     Raises:
-        UserError: Where the folder is no finished run, or its data is not what it was.
+        UserError: Where the folder is no finished run, a file of it cannot be read, or its data is not what it was.
     """
     folder = Path(run)
     if not is_run(folder) or not (folder / METRICS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
         raise UserError(f"{run} is no finished run with {METRICS_FILE} and {RECIPE_FILE}; name one")
-    metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+    metrics = _read_metrics(folder / METRICS_FILE)
     recipe = load_recipe(folder / RECIPE_FILE)
-    file = folder / "predictions_after.jsonl"
+    file = folder / PREDICTIONS_FILE
     if not metrics.get("after") or not file.is_file():
         return write_report(folder, recipe, metrics, None)
-    marked = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-    split = open_evaluation(run, Way(bad_images="wrong")).split
-    assert recipe.evaluation is not None  # else there were no tables
-    rows = split.read(choose_rows(range(len(split.rows)), recipe.evaluation.after, recipe.seed))
-    if [row.row_id for row in rows] != [line["question_id"] for line in marked]:
-        raise UserError(f"{file} answers other questions than the run's data has now; restore the data")
+    kind, marked = read_predictions(file, texts=["text"])
+    if len(marked) != (count := _count_asked(metrics["after"])):
+        raise UserError(f"{file} has {len(marked):,} answers, the table in {METRICS_FILE} is of {count:,}; restore it")
+    # With the recipe named, all rows are there, also those that the run dropped: each answer looks for its own.
+    split = open_evaluation(run, Way(bad_images="wrong"), recipe=str(folder / RECIPE_FILE)).split
+    rows = _asked_rows(file, marked, split, own=kind == CONVERSATIONS)
     return write_report(folder, recipe, metrics, Asking(metrics["after"], rows, marked, split))
+
+
+def _read_metrics(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    try:
+        _Metrics.model_validate_json(content, strict=True)
+        metrics: dict[str, Any] = json.loads(content)
+        for name in ("before", "after"):
+            _check_table(name, metrics.get(name))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}." for part in first["loc"]).removesuffix(".")
+        told = f"{where}: {first['msg']}" if where else first["msg"]
+        raise UserError(f"{file}: {told}; restore it, or train the run again") from None
+    return metrics
+
+
+def _check_table(name: str, table: dict[str, Any] | None) -> None:
+    if is_answer_table(table):
+        TypeAdapter(dict[str, dict[str, _Marks]]).validate_json(json.dumps({name: table}), strict=True)
+    elif table:
+        columns = {column: table.get(column) for column in COLUMNS}
+        form = TypeAdapter(dict[str, dict[str, tuple[float, int, int]]])
+        form.validate_json(json.dumps({name: columns}), strict=True)
+
+
+def _count_asked(table: dict[str, Any]) -> int:
+    return int(table["all"]["questions"] if is_answer_table(table) else table["AVG"][2])
+
+
+def _asked_rows(file: Path, marked: Sequence[Row], split: Split, own: bool) -> list[Conversation]:
+    """The rows that were asked, by what their lines say of them: others may have been dropped for their pictures."""
+    rows: defaultdict[tuple[str, ...], deque[Conversation]] = defaultdict(deque)
+    for row in split.read(range(len(split.rows))):
+        about = [str(row.extra.get("source", "")), _question(row), row.turns[-1].text] if own else []
+        rows[row.row_id, *about].append(row)
+    found = []
+    for line in marked:
+        about = [line.get("source", ""), line["question"], line["reference"]] if own else []
+        same = rows.get((line["question_id"], *about))
+        if not same:
+            raise UserError(
+                f"{file} answers other questions than the run's data has now, such as {line['question_id']}; restore "
+                "the data"
+            )
+        found.append(same.popleft())  # of copies, each has its own line
+    return found
 
 
 def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
@@ -134,15 +228,14 @@ def _tables(tables: dict[str, Any]) -> list[Table]:
     if any(is_answer_table(table) for table in tables.values()):
         columns = ["", "group", "exact match in %", "F1 in %", "ROUGE-L in %", "loss", "questions"]
         rows = [
-            [name, group, *(f"{marks[key]:.2f}" for key in ("exact_match", "f1", "rouge_l")),
+            [name, group, *mark_cells(marks),
              "" if marks["loss"] is None else f"{marks['loss']:.4f}", str(marks["questions"])]
             for name, table in tables.items() for group, marks in table.items()
         ]  # fmt: skip
         return [Table("Answers to held-back rows", columns, rows)]
-    rows = [[name, *(f"{table[column][0]:.2f}" for column in COLUMNS)] for name, table in tables.items()]
+    rows = [[name, *percent_cells(table)] for name, table in tables.items()]
     last = tables[list(tables)[-1]]
-    ends = [share_interval(*last[column][1:]) for column in COLUMNS]
-    rows += [[f"95% {name}", *(f"{end[place]:.2f}" for end in ends)] for place, name in enumerate(("from", "to"))]
+    rows += [[f"95% {name}", *ends] for name, ends in zip(("from", "to"), interval_cells(last), strict=True)]
     rows.append(["questions", *(f"{last[column][2]:,}" for column in COLUMNS)])
     return [Table("Accuracy in % on the test split", ["", *COLUMNS], rows)]
 
@@ -151,21 +244,25 @@ def _is_right(line: dict[str, Any]) -> bool:
     return bool(line["exact"] if "exact" in line else line["prediction"] == line["answer"])
 
 
-def _gallery(after: Asking, seed: int) -> list[GalleryItem]:
+def _choose(marked: Sequence[Row], seed: int) -> list[int]:
     """Some wrong and some right answers, drawn by the seed, in the rows' order."""
     chosen: list[int] = []
     for right in (False, True):
-        places = [i for i, line in enumerate(after.marked) if _is_right(line) == right]
+        places = [i for i, line in enumerate(marked) if _is_right(line) == right]
         chosen += random.Random(seed).sample(places, min(_SHOWN, len(places)))
-    return [_item(after, i) for i in sorted(chosen)]
+    return sorted(chosen)
+
+
+def _question(row: Conversation) -> str:
+    return row.turns[-2].text.replace(IMAGE_PLACEHOLDER, "").strip()
 
 
 def _item(after: Asking, index: int) -> GalleryItem:
     row, line = after.rows[index], after.marked[index]
     return GalleryItem(
-        question=row.turns[-2].text.replace(IMAGE_PLACEHOLDER, "").strip(), reference=row.turns[-1].text,
-        text=line["text"], right=_is_right(line), pictures=_pictures(row, after),
-        categories=line.get("categories") or [line["source"], line["type"]], question_id=line["question_id"],
+        question=_question(row), reference=row.turns[-1].text, text=line["text"], right=_is_right(line),
+        pictures=_pictures(row, after), question_id=line["question_id"],
+        categories=line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)],
     )  # fmt: skip
 
 
@@ -179,9 +276,13 @@ def _pictures(row: Conversation, after: Asking) -> list[Image.Image]:
     return found
 
 
-def _notes(after: Asking | None) -> list[str]:
-    if after is None:
-        return []
+def _why_none(metrics: Mapping[str, Any]) -> str:
+    if not metrics.get("after"):
+        return "No gallery of answers: the run asked no questions after training."
+    return f"No gallery of answers: {PREDICTIONS_FILE} is not in the run's folder."
+
+
+def _notes(after: Asking, gallery: Mapping[int, GalleryItem]) -> list[str]:
     right = sum(map(_is_right, after.marked))
     notes = [
         f"The gallery shows up to {_SHOWN} of {len(after.marked) - right:,} wrong and of {right:,} right answers, "
@@ -189,6 +290,19 @@ def _notes(after: Asking | None) -> list[str]:
     ]
     bad = [line["question_id"] for line in after.marked if "problem" in line]
     if bad:
-        named = ", ".join(bad[:5])
-        notes.append(f"{len(bad):,} questions count as wrong because a picture could not be opened: {named}.")
+        notes.append(f"{_count(bad)} wrong because a picture could not be opened: {_named(bad)}.")
+    gone = [
+        item.question_id for i, item in gallery.items()
+        if len(item.pictures) < len(after.rows[i].images) and "problem" not in after.marked[i]
+    ]  # fmt: skip
+    if gone:
+        notes.append(f"Shown without a picture that cannot be opened any more: {_named(gone)}.")
     return notes
+
+
+def _count(ids: Sequence[str]) -> str:
+    return "1 question counts as" if len(ids) == 1 else f"{len(ids):,} questions count as"
+
+
+def _named(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:_NAMED]) + (f" and {len(ids) - _NAMED:,} more" if len(ids) > _NAMED else "")

@@ -7,6 +7,7 @@ import math
 import os
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 from compared import SEEDS, compared, own, recipe_of, science, written
@@ -121,6 +122,33 @@ def test_a_seed_twice_is_no_seed_to_average(tmp_path: Path) -> None:
     assert found.notes[0] == "merged has the recipe and the seed of a-1 and stands for itself"
 
 
+def on_stage1(seed: int, stage1: str, r: int = 16) -> dict[str, Any]:
+    return recipe_of(seed, r, model={"start_from": {"stage1_run": stage1, "stage1_recipe": None}})
+
+
+def test_seeds_on_stage_1_runs_of_their_own_are_averaged_and_it_is_told(tmp_path: Path) -> None:
+    recipes = {"a-1": on_stage1(1, "s1/x"), "a-2": on_stage1(2, "s1/y"), "b-1": on_stage1(1, "s1/x", r=32)}
+    found = compared(tmp_path, {"a-1": science("rw"), "a-2": science("rr"), "b-1": science("ww")}, recipes)
+    assert [(group.name, len(group.runs), group.mean("AVG")) for group in found.groups] == [
+        ("a", 2, 75.0), ("b-1", 1, 0.0)
+    ]  # fmt: skip
+    assert found.groups[0].settings == {"lora.r": 16}
+    assert found.notes[0] == "a: the runs stand on Stage 1 runs of their own: s1/x, s1/y"
+    assert "- a: the runs stand on Stage 1 runs of their own: s1/x, s1/y" in render(found, "markdown")
+
+
+def test_stage_1_runs_that_are_compared_stay_apart(tmp_path: Path) -> None:
+    names = {"a-1": "s1/x-1", "a-2": "s1/x-2", "b-1": "s1/y", "b-2": "s1/y"}
+    recipes = {name: on_stage1(int(name[-1]), stage1) for name, stage1 in names.items()}
+    found = compared(tmp_path, {name: science("rw") for name in names}, recipes)
+    assert [(group.name, group.settings.get("model.start_from.stage1_run")) for group in found.groups] == [
+        ("a", None), ("b", "s1/y")
+    ]  # fmt: skip
+    assert found.notes == ["a: the runs stand on Stage 1 runs of their own: s1/x-1, s1/x-2"]
+    twins = compared(tmp_path, {"a": science("r"), "b": science("r")}, {n: on_stage1(1, "s1/x") for n in "ab"})
+    assert twins.notes == ["b has the recipe and the seed of a and stands for itself"]
+
+
 def test_a_seed_s_digit_is_no_seed_without_a_separator(tmp_path: Path) -> None:
     runs = {name: science("rw") for name in ("r31", "r32")}
     found = compared(tmp_path, runs, {"r31": recipe_of(1), "r32": recipe_of(2)})
@@ -145,7 +173,7 @@ def test_missing_questions_are_named_and_common_leaves_them_out(tmp_path: Path) 
     found = compared(tmp_path, runs, common=True)
     assert [len(group.runs[0].rows) for group in found.groups] == [2, 2]
     assert found.questions == [2]
-    assert found.notes == ["8 of 10 questions left out: not in every run, or twice in one"]
+    assert found.notes == ["8 of 10 questions left out: not in every run, or more often in one"]
     with pytest.raises(UserError, match="no question is in every run once"):
         compared(tmp_path, {"a": science("r"), "b": science("r", first=4)}, common=True)
 
@@ -158,17 +186,33 @@ def test_questions_answered_twice_are_named(tmp_path: Path) -> None:
     assert compared(tmp_path, runs, common=True).questions == [3]
 
 
-def test_ids_that_repeat_are_told_apart_by_question_reference_and_index(tmp_path: Path) -> None:
+def test_ids_that_repeat_are_told_apart_by_question_reference_and_source(tmp_path: Path) -> None:
     rows = [mark_answer("7", "mine", *asked) for asked in (("Q?", "A", "A"), ("Q?", "B", "A"), ("R?", "A", "A"))]
     [test] = compared(tmp_path, {"a": rows, "b": rows[::-1]}).tests
     assert (test.questions, test.only_first, test.only_other) == (3, 0, 0)
-    same = own("red cube", "x")
-    alike = [{**row, "question_id": "7"} for row in same]
-    with pytest.raises(UserError, match="answered more than once: 1 of 1 questions, 7;"):
-        compared(tmp_path, {"a": alike, "b": alike})
-    indexed = [{**row, "index": n} for n, row in enumerate(alike)]
-    [test] = compared(tmp_path, {"a": indexed, "b": indexed[::-1]}).tests
-    assert (test.questions, test.only_first, test.only_other) == (2, 0, 0)
+    two = [mark_answer("7", source, "Q?", "A", text) for source, text in (("one", "A"), ("two", "B"))]
+    found = compared(tmp_path, {"a": two, "b": two[::-1]})
+    assert [(test.questions, test.only_first, test.only_other) for test in found.tests] == [(2, 0, 0)]
+    assert found.notes == []
+    renamed = [mark_answer("7", "renamed", "Q?", "A", "B")]  # of one source alone the name tells nothing
+    [test] = compared(tmp_path, {"a": two[:1], "b": renamed}).tests
+    assert (test.questions, test.only_first, test.only_other) == (1, 1, 0)
+
+
+def test_copies_of_one_row_are_paired_in_their_order(tmp_path: Path) -> None:
+    first = [mark_answer("7", "mine", "Q?", "A", text) for text in ("A", "A", "B")]
+    other = [mark_answer("7", "mine", "Q?", "A", text) for text in ("A", "B", "B")]
+    found = compared(tmp_path, {"a": [*own("x"), *first], "b": [*other, *own("x")]})
+    [test] = found.tests
+    assert (test.questions, test.only_first, test.only_other) == (4, 1, 0)
+    assert found.notes == ["1 row stands in the data more than once (7); the copies are paired in their order"]
+    runs = {"a": [*own("x"), *first], "b": [*other[:2], *own("x")]}
+    with pytest.raises(UserError, match=r"b/predictions.jsonl: no answer to 1 of 4 questions, 7;"):
+        compared(tmp_path, runs)
+    found = compared(tmp_path, runs, common=True)  # which of three is missing cannot be told
+    assert (found.questions, found.notes) == (
+        [1], ["3 of 4 questions left out: not in every run, or more often in one"]
+    )  # fmt: skip
 
 
 def test_seeds_may_have_been_asked_questions_of_their_own(tmp_path: Path) -> None:
@@ -214,6 +258,7 @@ def test_what_evaluate_wrote_counts_unless_the_run_was_trained_anew(tmp_path: Pa
         (json.dumps({**science("r")[0], "categories": ["ART"]}), r"line 1: categories is \['ART'\];"),
         (json.dumps({**own("x")[0], "f1": math.nan}), "line 1: f1 is nan;"),
         (json.dumps({**own("x")[0], "exact": 1}), "line 1: exact is 1;"),
+        (json.dumps({**own("x")[0], "source": ["a"]}), r"line 1: source is \['a'\];"),
         (json.dumps(science("r")[0]) + "\n\n" + json.dumps(own("x")[0]), "line 3: no prediction;"),
         ("\n", "is empty; run"),
     ],

@@ -186,6 +186,39 @@ def test_a_cap_on_cost_is_not_passed(log: ChatLog, tmp_path: Path, capsys: pytes
     assert f"{given} requests in this run, {spent:.4f} USD" in capsys.readouterr().out
 
 
+def test_a_cap_below_one_request_is_told_with_both_numbers(
+    log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.answer = judge_by_number
+    prices = ["--price-in", "100", "--price-out", "1000"]
+    assert run(log, tmp_path, *prices, "--max-cost", "0.5") == 1
+    assert log.requests == []
+    told = capsys.readouterr().out
+    found = re.search(
+        r"6 not asked: --max-cost 0.5 is below the (1\.\d{4}) USD that one request may cost; raise it", told
+    )
+    assert found
+    assert "the same command goes on" not in told
+    assert "no question was scored" in told
+    assert report_of(tmp_path)["table"]["all"]["not asked"] == 6
+    assert run(log, tmp_path, *prices, "--max-cost", found[1]) == 1  # what is named is enough for the first
+    assert log.requests
+    assert "the cap was reached; the same command goes on" in capsys.readouterr().out
+
+
+def test_a_judge_whose_texts_cannot_be_read_gives_no_score(
+    log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.answer = lambda body: "I cannot say."
+    assert run(log, tmp_path) == 1
+    report = report_of(tmp_path)
+    assert report["complete"] is False
+    assert (report["table"]["all"]["unparsed"], report["table"]["all"]["relative"]) == (6, None)
+    told = capsys.readouterr().out
+    assert "\nno question was scored: there is no score\n" in told
+    assert "incomplete" in told
+
+
 def test_json_is_all_that_stands_on_stdout(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log.answer = judge_by_number
     assert run(log, tmp_path, "--json") == 0

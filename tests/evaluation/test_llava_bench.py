@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from llava_bench_files import QUESTION, bench, options, write
+from rich.console import Console
 
 from lora_llava.cli import main
 from lora_llava.errors import UserError
 from lora_llava.evaluation.judge import JudgeCase
-from lora_llava.evaluation.judge_report import ratio_interval, relative_score, tabulate
+from lora_llava.evaluation.judge_report import judge_table, ratio_interval, relative_score, tabulate
 from lora_llava.evaluation.judging import Verdict
 from lora_llava.evaluation.llava_bench import (
     BenchQuestion,
@@ -167,7 +169,7 @@ def test_relative_scores_are_mean_over_mean() -> None:
     counts = {"questions": 2, "scored": 2, "unparsed": 0, "failed": 0, "not asked": 0}
     assert table["conv"] == counts | {"answer": 7.5, "reference": 9.0, "relative": 83.33, "interval": [75.0, 90.0]}
     counts = {"questions": 4, "scored": 1, "unparsed": 1, "failed": 1, "not asked": 1}
-    assert table["complex"] == counts | {"answer": 5.0, "reference": 4.0, "relative": 125.0, "interval": [125.0, 125.0]}
+    assert table["complex"] == counts | {"answer": 5.0, "reference": 4.0, "relative": 125.0, "interval": None}
     assert (table["all"]["relative"], table["all"]["scored"], table["all"]["questions"]) == (90.91, 3, 6)
 
 
@@ -175,8 +177,25 @@ def test_nothing_scored_has_no_relative_score() -> None:
     row = tabulate([verdict("conv", None, None, "unparsed")])["all"]
     assert (row["answer"], row["reference"], row["relative"], row["interval"]) == (None, None, None, None)
     assert relative_score([1.0], [0.0]) is None
-    with pytest.raises(ValueError, match="references above 0"):
-        ratio_interval([1.0], [0.0])
+
+
+def test_what_has_no_interval_says_so_in_json_and_in_the_table() -> None:
+    assert ratio_interval([], []) is None
+    assert ratio_interval([5.0], [4.0]) is None
+    assert ratio_interval([5.0, 6.0], [0.0, 0.0]) is None
+    assert ratio_interval([5.0, 6.0], [0.0, 8.0]) is None  # a quarter of the draws has the first alone
+    assert ratio_interval([5.0, 5.0], [4.0, 4.0]) == (125.0, 125.0)
+    table = tabulate([verdict("conv", 5, 0), verdict("conv", 6, 8), verdict("detail", None, None, "unparsed")])
+    assert json.loads(json.dumps(table, allow_nan=False))["conv"]["interval"] is None
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(judge_table(table, "T"))
+    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+            for line in stream.getvalue().splitlines() if len(cells := line.split("│")) > 3}  # fmt: skip
+    assert rows["conv"] == ["2", "5.50", "4.00", "137.5", "–", "0"]
+    assert rows["detail"] == ["1", "–", "–", "–", "–", "1"]
+    zero = tabulate([verdict("conv", 5, 0)])  # scored, and nothing to divide by
+    judge_table(zero, "T")
+    assert (zero["all"]["answer"], zero["all"]["relative"]) == (5.0, None)
 
 
 def test_the_interval_resamples_questions_with_both_scores() -> None:
@@ -217,7 +236,7 @@ def test_mistakes_in_the_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--max-cost", "1"], "--max-cost needs the model's prices; give --price-in and --price-out"),
         (["--price-in", "1"], "--price-in and --price-out go together"),
         (["--price-in", "-1", "--price-out", "1"], "--price-in is -1.0; give 0 or more USD"),
-        (["--judge-url", "http://a", "--timeout", "0"], "timeout is 0.0"),
+        (["--judge-url", "http://a", "--timeout", "0"], "timeout is 0"),
         (["--dry-run", "--prompts", str(tmp_path)], "system.txt is missing; copy it from"),
     ):
         assert main(None, ["score", "llava-bench", *arguments, *more]) == 2

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import evaluate
+import pytest
 
 from lora_llava.evaluation.metrics import AnswerMatch, ScienceQAAccuracy
 
@@ -23,6 +24,16 @@ def test_accuracy_over_the_columns_that_have_questions() -> None:
         references=[question(1, "NAT", "IMG"), question(1, "NAT"), question(0), question(2, "SOC")],
     )
     assert found == {"accuracy": 50.0, "NAT": 50.0, "SOC": 100.0, "IMG": 100.0, "unparsed": 25.0}
+
+
+def test_a_category_that_is_no_column_is_named() -> None:
+    metric = ScienceQAAccuracy()
+    with pytest.raises(
+        ValueError, match="categories: 'ART' is unknown; use those of NAT, SOC, LAN, TXT, IMG, NO, G1-6"
+    ):
+        metric.compute(predictions=["A"], references=[question(0, "NAT", "ART")])
+    with pytest.raises(ValueError, match="'AVG' is unknown"):  # it would count the question twice
+        ScienceQAAccuracy().compute(predictions=["A"], references=[question(0, "AVG")])
 
 
 def test_answers_can_be_added_one_by_one() -> None:
