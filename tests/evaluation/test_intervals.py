@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap
 
-from lora_llava.evaluation.intervals import mean_interval, share_interval
+from lora_llava.evaluation.intervals import share_interval
 
 
 def wilson(correct: int, count: int) -> tuple[float, float]:
@@ -24,25 +23,3 @@ def test_wilson(correct: int, count: int) -> None:
 
 def test_a_share_of_nothing_says_nothing() -> None:
     assert share_interval(0, 0) == (0.0, 100.0)
-
-
-def test_a_mean_lies_in_its_interval_and_more_values_narrow_it() -> None:
-    few, many = [0.0, 1.0, 1.0, 0.5], [0.0, 1.0, 1.0, 0.5] * 50
-    for values in (few, many):
-        low, high = mean_interval(values)
-        assert low < np.mean(values) < high
-        assert mean_interval(values) == (low, high)
-    assert np.diff(mean_interval(many)) < np.diff(mean_interval(few))
-
-
-def test_against_another_resampling() -> None:
-    values = list(np.random.default_rng(3).normal(size=400))
-    other = bootstrap((np.array(values),), np.mean, rng=np.random.default_rng(9)).confidence_interval
-    assert mean_interval(values) == pytest.approx((other.low, other.high), abs=0.02)
-
-
-def test_one_value_is_all_there_is() -> None:
-    assert mean_interval([3.0]) == (3.0, 3.0)
-    assert mean_interval([2.0, 2.0]) == (2.0, 2.0)
-    with pytest.raises(ValueError, match="needs values"):
-        mean_interval([])
