@@ -31,7 +31,7 @@ _EXACTLY = re.compile(r".*\b(?:only|just|exactly|precisely|a total of)")
 _EXISTS = re.compile(
     r"(?:^|(?<= ))(?:there (?:is|are)|there's|there're|(?:i|we|you) (?:can )?(?:clearly )?(?:see|count|spot)|"
     rf"{_PICTURE} (?:clearly )?(?:shows|contains|has|features|includes|depicts)|a total of)"
-    r"(?: (?:only|just|exactly|precisely|clearly|a total of)){0,2}$"
+    r"(?: (?:only|just|exactly|precisely|clearly|a total of|a)){0,2}$"
 )
 _EXISTS_LIST = re.compile(rf"{_EXISTS.pattern.removesuffix('$')} .*(?:and|,|with)")
 _DEFINITE = re.compile(r"(?:^|.* )(?:the|these|those|all)")

@@ -132,6 +132,8 @@ def test_characters_of_chinese_are_words() -> None:
         ((), "What is there?", "There are four animals in this picture.", None),
         ((), "What is there?", "There are four puppies.", '"4 puppies" where the boxes hold 3'),
         ((), "What is there?", "There are two puppies.", None),
+        ((), "What is there?", "There is a single dog here.", '"1 dog" where the boxes hold 3'),
+        ((), "What is there?", "There is a dog here.", None),
         ((), "What do the four dogs do?", "They run.", '"4 dogs" where the boxes hold 3'),
         ((), "What do the two dogs do?", "They run.", None),
         ((), "What if one more came?", "If there are four dogs, one of them has to wait.", None),
@@ -238,6 +240,7 @@ def test_duplicates_are_found_but_for_case_punctuation_and_spaces() -> None:
     assert seen.check("a-0", turns_of("What is it?", "A dog."), "conversation") is None
     assert seen.check("a-2", turns_of("What is it?", "A cat."), "conversation") is None
     assert seen.check("a-3", turns_of("What is", "It? A dog."), "conversation") is None
+    assert (normalise("STRASSE, \uff11"), normalise("?!"), normalise(" \n")) == (normalise("straße 1"), "?!", "")
 
 
 def test_descriptions_are_compared_without_their_requests() -> None:
