@@ -11,11 +11,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_llava.cli import main as run_verb
-from tests.benchmarks import check, concepts, encoding, features, generation, gpu, merge
+from tests.benchmarks import check, concepts, contexts, encoding, features, generation, gpu, merge, synthesis
 
 BENCHMARKS = {
     "merge": merge, "features": features, "check": check, "encoding": encoding, "concepts": concepts,
-    "generation": generation, "gpu": gpu,
+    "generation": generation, "contexts": contexts, "synthesis": synthesis, "gpu": gpu,
 }  # fmt: skip
 
 

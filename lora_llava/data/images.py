@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote
 
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from lora_llava.errors import RefusedError, UserError
+
+if TYPE_CHECKING:
+    import torch
 
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 """Pillow's own cap; the second is raised where warnings are errors."""
@@ -40,7 +42,7 @@ class ImageSource(Protocol):
         ...
 
 
-Pictures = Callable[[Sequence[str]], torch.Tensor]
+Pictures = Callable[[Sequence[str]], "torch.Tensor"]
 """Gives the pictures of these names as a model's `pixel_values`, in order: pixels, or a tower's features of them."""
 
 

@@ -165,6 +165,8 @@ class Maker:
 
     def _keep(self, item: Asked, answer: ChatAnswer, budget: Budget) -> Rejection | None:
         self.answered += 1
+        # Half a surrogate pair, which JSON may hold, is in no file's UTF-8.
+        answer = replace(answer, text=answer.text.encode("utf-8", "replace").decode("utf-8"))
         judged = self.judge(item.task, answer.text)
         rejection = judged if isinstance(judged, Rejection) else None
         verdict, detail = (rejection.reason, rejection.detail) if rejection else ("accepted", "")
