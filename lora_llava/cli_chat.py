@@ -50,8 +50,6 @@ def run_chat(args: argparse.Namespace, console: Any) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     pictures = open_pictures(args.image)  # before the model, which takes its time
-    if args.prompt is None and sys.stdin.isatty():
-        print(f"opening {args.model}", file=sys.stderr)
     speaker = _open(args)
     if args.prompt is not None:
         answer_once(speaker, args.prompt, pictures=pictures, sampling=sampling, system=args.system)
@@ -73,6 +71,8 @@ def _serve(args: argparse.Namespace, sampling: Any, console: Any) -> int:
 
 
 def _open(args: argparse.Namespace) -> Any:
+    if args.prompt is None and sys.stdin.isatty():
+        print(f"opening {args.model}", file=sys.stderr)
     from lora_llava.training.speaker import open_speaker
 
     return open_speaker(args.model, quantization=args.quantization, dtype=args.dtype, template=args.template)

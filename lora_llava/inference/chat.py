@@ -87,9 +87,12 @@ def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
     """Open pictures.
 
     Raises:
-        BadImageError: For one that is missing, broken or too large.
+        UserError: For one that is missing, broken or too large, or a folder.
     """
     files = [Path(path).expanduser() for path in paths]
+    folder = next((file for file in files if file.is_dir()), None)
+    if folder is not None:
+        raise UserError(f"{folder} is a folder; name a picture")
     return [Picture(file, read_rgb(file, str(file), MAX_IMAGE_PIXELS)) for file in files]
 
 
@@ -132,9 +135,10 @@ def chat_on_terminal(chat: Chat) -> None:
     if interactive:
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401 - gives input() its editing and history
-        _note(f"{chat.speaker.name}: /help lists the commands")
+        _note(f"{chat.speaker.name}: /image PATH attaches a picture, /help lists the commands")
         if chat.speaker.single_turn:
-            _note("it was trained on captions: attach one picture with /image, then press Enter")
+            _note("it was trained on captions: attach one picture, then press Enter")
+        _tell_attached(chat.attached)
     warned = False
     while True:
         try:
@@ -149,7 +153,7 @@ def chat_on_terminal(chat: Chat) -> None:
             warned = True
             continue
         warned = False
-        if line is None or line.strip() == "/exit":
+        if line is None or line.partition(" ")[0] == "/exit":
             if interactive and line is None:
                 print()
             return
@@ -159,6 +163,8 @@ def chat_on_terminal(chat: Chat) -> None:
             _note(f"{error} with /reset; this message is not kept")
         except UserError as error:
             _note(str(error))
+        if interactive and not line.startswith("/"):
+            print()
 
 
 def _read_message(interactive: bool) -> str | None:
@@ -198,7 +204,8 @@ def run_line(chat: Chat, line: str) -> None:
     if command == "/image":
         _attach(chat, argument)
     elif command == "/save":
-        _note(save_chat(chat, _paths_of(argument)[0]))
+        paths = _paths_of(argument)
+        _note(save_chat(chat, paths[0] if len(paths) == 1 else Path(argument).expanduser()))
     elif command == "/reset":
         chat.messages, chat.shown, chat.attached = [], [], []
         _note("a new conversation")
@@ -207,12 +214,13 @@ def run_line(chat: Chat, line: str) -> None:
 
 
 def _paths_of(argument: str) -> list[Path]:
-    """The paths that an argument means: it may be one as it stands, or one or more quoted as in a shell."""
+    """The paths that an argument means: one as it stands, or one or more that are written as in a shell."""
     whole = Path(argument).expanduser()
     try:
-        if whole.exists():
+        parts = [Path(part).expanduser() for part in shlex.split(argument)]
+        if len(parts) > 1 and (whole.exists() or not any(part.exists() for part in parts)):
             return [whole]
-        return [Path(part).expanduser() for part in shlex.split(argument)] or [whole]
+        return [whole] if whole.exists() else parts or [whole]
     except (ValueError, OSError):  # an open quote; a name too long
         return [whole]
 
@@ -220,6 +228,10 @@ def _paths_of(argument: str) -> list[Path]:
 def _attach(chat: Chat, argument: str) -> None:
     pictures = open_pictures(_paths_of(argument))
     chat.attached += pictures
+    _tell_attached(pictures)
+
+
+def _tell_attached(pictures: Sequence[Picture]) -> None:
     for picture in pictures:
         _note(f"{picture.file}: {picture.image.width} x {picture.image.height}, goes with your next message")
 

@@ -6,12 +6,14 @@ import errno
 import html
 import ipaddress
 import os
+import signal
 import socket
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +37,14 @@ MAX_UPLOAD = "64mb"
 """Most bytes of an uploaded file; a 50-megapixel photograph as JPEG has about 25 MB."""
 _LONGEST_PASTE = 100_000
 """Characters; what is pasted beyond them would become an attached file."""
+_OLDEST_GRADIO = (6, 24)
+"""The first that keeps runs in the browser, and can be told not to."""
+_LEAST_HEIGHT = 320
+"""Pixels of the conversation; it takes what the window has beyond the rest, and scrolls in itself."""
+_INVITATION = "Ask anything, with a picture or without."
+_CAPTIONS = "This model writes captions: send one picture at a time, without a message."
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
-_CSS = """
-footer, #chat .wrapper > .icon-button-wrapper, #chat .message-buttons-right { display: none !important }
-.gradio-container > main { padding-top: 1.25rem }
-#head { align-items: center }
-#title { padding: 0 }
-#title h1 { font-size: 1.5rem; font-weight: 650; line-height: 2rem; margin: 0; overflow-wrap: anywhere }
-#chat .bubble-wrap { padding: 1rem .75rem }
-#chat .user, #chat .bot { border: 0; border-radius: 12px; box-shadow: none; padding: .6rem .9rem }
-#chat .user :is(.user, .message), #chat .bot .message { padding: 0 }
-#chat .bot { background: var(--background-fill-secondary) }
-#chat .image-container > button { justify-content: flex-start }
-#chat .image-frame img { min-width: 13rem; max-height: 20rem; margin: .25rem 0 .6rem; border-radius: 8px; object-fit: contain }
-#chat .image-container .icon-button-wrapper { opacity: 0 }
-#chat .image-container:is(:hover, :focus-within) .icon-button-wrapper { opacity: 1 }
-#message .submit-button, #message .stop-button { background: var(--color-accent); color: white; border-radius: 10px }
-#settings .form { border-radius: 12px }
-"""
-"""Without Gradio's own bin, which does not stop the answer in hand, and its button that would send a shown picture to
-huggingface.co (js/chatbot/shared/ButtonPanel.svelte of Gradio's repository). Small pictures are shown larger."""
+_STYLE = Path(__file__).with_name("web_page.css")
 _COLOURS = {
     "body_background_fill": "#f7f7f5", "body_background_fill_dark": "#121315",
     "background_fill_secondary": "#f1f1ee", "background_fill_secondary_dark": "#24272b",
@@ -62,6 +52,8 @@ _COLOURS = {
     "border_color_primary": "#e4e4e0", "border_color_primary_dark": "#2c2f34",
     "color_accent": "#2f6fed", "color_accent_soft": "#e9f0fe", "color_accent_soft_dark": "#1d2b48",
     "slider_color": "#2f6fed", "slider_color_dark": "#7aa7ff", "block_radius": "12px",
+    "button_border_width": "1px",
+    "button_secondary_border_color": "#e4e4e0", "button_secondary_border_color_dark": "#2c2f34",
     "button_secondary_background_fill": "#ffffff", "button_secondary_background_fill_dark": "#1a1c1f",
     "button_secondary_background_fill_hover": "#f1f1ee", "button_secondary_background_fill_hover_dark": "#24272b",
 }  # fmt: skip
@@ -72,13 +64,15 @@ def import_gradio() -> Any:
     """Import Gradio with its telemetry and its question for newer versions off.
 
     Raises:
-        UserError: Where it is not installed.
+        UserError: Where it is not installed, or too old.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio/analytics.py reads it before every request
     try:
         import gradio
     except ModuleNotFoundError as error:
         raise UserError(f"--web needs {error.name}; pip install 'lora_llava[web]'") from None
+    if tuple(int(part) for part in gradio.__version__.split(".")[:2]) < _OLDEST_GRADIO:
+        raise UserError(f"--web needs a newer gradio than {gradio.__version__}; pip install -U 'lora_llava[web]'")
     return gradio
 
 
@@ -125,7 +119,7 @@ def serve(
     speaker: Speaker, *, host: str = "127.0.0.1", port: int = 7860, sampling: Sampling | None = None,
     system: str | None = None, console: Console | None = None,
 ) -> None:  # fmt: skip
-    """Serve the page until Ctrl-C. Pictures that were uploaded are removed with it.
+    """Serve the page until Ctrl-C, or another signal to end. Pictures that were uploaded are removed with it.
 
     Args:
         speaker: Who answers, one person at a time.
@@ -141,21 +135,31 @@ def serve(
     console = console or Console()
     gradio = import_gradio()
     port = check_address(host, port)
-    leaving = threading.Event()
+    in_hand: dict[str, Answering] = {}
+    _end_as_by_ctrl_c("SIGTERM", "SIGHUP")
     with tempfile.TemporaryDirectory(prefix="lora_llava_chat_") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
-        page = build_page(speaker, sampling or Sampling(), system, leaving)
+        page = build_page(speaker, sampling or Sampling(), system, in_hand)
         try:
             _launch(gradio, page, f"[{host}]" if ":" in host and not host.startswith("[") else host, port)
-            console.print(f"{speaker.name} is at {page.local_url}, Ctrl-C ends it", soft_wrap=True)
+            console.print(f"{speaker.name} is at {page.local_url}, Ctrl-C ends it", markup=False, soft_wrap=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             pass
         except OSError as error:  # taken since it was looked at
             raise UserError(f"--port {port} cannot be served on ({error}); name another") from None
         finally:
-            leaving.set()
+            for answering in list(in_hand.values()):
+                answering.stop.set()
             page.close(verbose=False)
+
+
+def _end_as_by_ctrl_c(*names: str) -> None:
+    """Let signals do what Ctrl-C does, unless somebody else sees to them, as nohup does to SIGHUP."""
+    for name in names:
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _launch(gradio: Any, page: Any, host: str, port: int) -> None:
@@ -164,7 +168,7 @@ def _launch(gradio: Any, page: Any, host: str, port: int) -> None:
     page.queue(default_concurrency_limit=1).launch(
         server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, show_error=True,
         max_file_size=MAX_UPLOAD, ssr_mode=False, mcp_server=False, pwa=False, run_history=False,
-        enable_monitoring=False, footer_links=[], css=_CSS,
+        enable_monitoring=False, footer_links=[], css=_STYLE.read_text(encoding="utf-8"),
         theme=gradio.themes.Default(primary_hue="blue", font=fonts, font_mono=["monospace"]).set(**_COLOURS),
         app_kwargs={"middleware": [(_SameOrigin, (), {})]},
     )  # fmt: skip
@@ -185,8 +189,21 @@ class _SameOrigin:
         await self.app(scope, receive, send_with_policy)
 
 
+@dataclass
+class Answering:
+    """An answer in hand.
+
+    Attributes:
+        stop: Ends it.
+        forget: The conversation goes with it.
+    """
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    forget: bool = False
+
+
 def build_page(
-    speaker: Speaker, sampling: Sampling, system: str | None = None, leaving: threading.Event | None = None
+    speaker: Speaker, sampling: Sampling, system: str | None = None, in_hand: dict[str, Answering] | None = None
 ) -> Any:
     """Lay the page out.
 
@@ -194,45 +211,91 @@ def build_page(
         speaker: Who answers.
         sampling: What the settings start with.
         system: System text in place of the template's own.
-        leaving: Once set, it stops the answer in hand.
+        in_hand: Holds the answers in hand, by Gradio's name of the open page.
 
     Returns:
         The `gradio.Blocks`; its endpoint for programs is `/chat`, whose texts are HTML.
     """
     gr = import_gradio()
-    positions = speaker.model.config.text_config.max_position_embeddings
-
-    def answer(
-        message: dict[str, Any], history: list[Message], temperature: float, top_p: float, max_new_tokens: float
-    ) -> Iterator[tuple[Any, Any]]:
-        chosen = replace(sampling, temperature=temperature, top_p=top_p, max_new_tokens=int(max_new_tokens))
-        yield from _answer(gr, speaker, message, history, chosen, system, leaving)
-
-    with gr.Blocks(title=speaker.name, analytics_enabled=False, fill_height=True) as page:
+    answer, stop, forget = _handlers(gr, speaker, sampling, system, {} if in_hand is None else in_hand)
+    title = Path(speaker.name).resolve().name if Path(speaker.name).is_dir() else speaker.name
+    with gr.Blocks(title=title, analytics_enabled=False, fill_height=True) as page:
         with gr.Row(elem_id="head"):
-            gr.HTML(f"<h1>{html.escape(speaker.name)}</h1>", elem_id="title", padding=False)
+            gr.HTML(f"<h1>{html.escape(title)}</h1>", elem_id="title", padding=False)
             clear = gr.Button("New conversation", elem_id="clear", size="sm", scale=0, min_width=160)
         chatbot = gr.Chatbot(
-            show_label=False, scale=1, height="auto", render_markdown=False, latex_delimiters=[], buttons=[],
+            show_label=False, scale=1, height=_LEAST_HEIGHT, render_markdown=False, latex_delimiters=[], buttons=[],
             allow_tags=False, allow_file_downloads=False, feedback_options=None, elem_id="chat",
-            placeholder="Attach a picture, or none, and ask.",
+            placeholder=_CAPTIONS if speaker.single_turn else _INVITATION,
         )  # fmt: skip
         box = gr.MultimodalTextbox(
-            show_label=False, placeholder="Your message", sources=["upload"], file_types=["image"], file_count="multiple",
-            max_plain_text_length=_LONGEST_PASTE, autofocus=True, elem_id="message",
+            show_label=False, placeholder="Your message", sources=["upload"], file_types=["image"],
+            file_count="multiple", max_plain_text_length=_LONGEST_PASTE, autofocus=True, elem_id="message",
         )  # fmt: skip
-        with gr.Row(elem_id="settings"):
-            temperature = gr.Slider(0, 2, sampling.temperature, step=0.05, label="Temperature", info="0 takes the likeliest token")
-            top_p = gr.Slider(0.05, 1, sampling.top_p, step=0.05, label="Top p", info="draws among the likeliest")
-            most = min(sampling.max_new_tokens, positions)
-            limit = gr.Slider(1, positions, most, step=1, label="Longest answer", info="in tokens")
-        settings = [temperature, top_p, limit]
+        settings = _settings(gr, sampling, speaker.model.config.text_config.max_position_embeddings)
         outputs = [chatbot, box]
-        asking = box.submit(answer, [box, chatbot, *settings], outputs, api_name="chat", show_progress_on=chatbot)
-        private = {"queue": False, "show_progress": "hidden", "api_visibility": "private", "cancels": [asking]}
-        box.stop(lambda history: _stopped(gr, history), [chatbot], outputs, **private)
-        clear.click(lambda: ([], _waiting(gr, {"text": "", "files": []})), None, outputs, **private)
+        box.submit(answer, [box, chatbot, *settings], outputs, api_name="chat", show_progress_on=chatbot)
+        private = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        box.stop(stop, None, None, **private)
+        clear.click(forget, None, outputs, **private)  # what is in the box stays
     return page
+
+
+def _handlers(
+    gr: Any, speaker: Speaker, sampling: Sampling, system: str | None, in_hand: dict[str, Answering]
+) -> tuple[Any, Any, Any]:
+    """What answers a message, stops that, and starts a new conversation.
+
+    The answer's own handler alone writes while it runs, and is told to end. Gradio's `cancels` would end it too, but
+    pieces on their way then come after what the canceller writes, and the page may say "Error".
+    """
+
+    def answer(
+        message: dict[str, Any], history: list[Message], temperature: float, top_p: float, max_new_tokens: float,
+        request: Any,
+    ) -> Iterator[tuple[Any, Any]]:  # fmt: skip
+        chosen = replace(sampling, temperature=temperature, top_p=top_p, max_new_tokens=int(max_new_tokens))
+        answering = in_hand[request.session_hash] = Answering()
+        try:
+            for state in _answer(gr, speaker, message, history, chosen, system, answering.stop):
+                yield _nothing(gr) if answering.forget else state
+            if answering.forget:
+                yield _nothing(gr)
+        finally:
+            in_hand.pop(request.session_hash, None)
+
+    def stop(request: Any) -> None:
+        if request.session_hash in in_hand:
+            in_hand[request.session_hash].stop.set()
+
+    def forget(request: Any) -> tuple[Any, Any]:
+        answering = in_hand.get(request.session_hash)
+        if answering is None:
+            return _nothing(gr)
+        answering.forget = True
+        answering.stop.set()
+        return gr.skip(), gr.skip()
+
+    for handler in (answer, stop, forget):
+        handler.__annotations__["request"] = gr.Request  # by which Gradio knows to give it
+    return answer, stop, forget
+
+
+def _nothing(gr: Any) -> tuple[Any, Any]:
+    """A new conversation, with what stands in the message box."""
+    return [], _waiting(gr)
+
+
+def _settings(gr: Any, sampling: Sampling, positions: int) -> list[Any]:
+    """Temperature, top p and the longest answer, as `Sampling` names them."""
+    temperature, top_p, longest = sampling.temperature, sampling.top_p, min(sampling.max_new_tokens, positions)
+    highest, least = max(2, temperature), min(0.05, top_p)  # Gradio refuses a value beyond a slider's ends
+    with gr.Row(elem_id="settings"):
+        return [
+            gr.Slider(0, highest, temperature, step=0.05, label="Temperature", info="0 takes the likeliest token"),
+            gr.Slider(least, 1, top_p, step=0.05, label="Top p", info="draws among the likeliest"),
+            gr.Slider(1, positions, longest, step=1, label="Longest answer", info="in tokens"),
+        ]
 
 
 def _waiting(gr: Any, value: dict[str, Any] | None = None) -> Any:
@@ -241,17 +304,9 @@ def _waiting(gr: Any, value: dict[str, Any] | None = None) -> Any:
     return gr.MultimodalTextbox(submit_btn=True, stop_btn=False, interactive=True, **kept)
 
 
-def _stopped(gr: Any, history: list[Message]) -> tuple[Any, Any]:
-    """What a stopped answer leaves: what was said of it, or the message back in its box."""
-    if not history or history[-1]["role"] != "user":
-        return gr.skip(), _waiting(gr)
-    texts, files = _parts_of(history[-1])
-    return history[:-1], _waiting(gr, {"text": "\n".join(texts), "files": files})
-
-
 def _answer(
     gr: Any, speaker: Speaker, message: dict[str, Any], history: list[Message], sampling: Sampling,
-    system: str | None, leaving: threading.Event | None,
+    system: str | None, stop: threading.Event,
 ) -> Iterator[tuple[Any, Any]]:  # fmt: skip
     """The conversation as it grows, and the message box; a message that cannot be answered goes back there."""
     text, files = (message.get("text") or "").strip(), message.get("files") or []
@@ -265,16 +320,19 @@ def _answer(
         before = [] if speaker.single_turn else [_as_message(turn) for turn in history]
         opening = [text_message("system", system)] if system is not None else []
         messages = [*opening, *before, user_message(text, _opened(files))]
-        with closing(stream_answer(speaker, messages, sampling, leaving)) as stream:
+        with closing(stream_answer(speaker, messages, sampling, stop)) as stream:
             while True:
                 said += next(stream)
                 yield [*shown, {"role": "assistant", "content": _as_html(said)}], gr.skip()
     except StopIteration as end:
         if end.value == "length":
-            gr.Info("The answer is cut off: at the most tokens, or at the model's last position.")
-        problem = "" if said else "The model said nothing."
+            gr.Info("The answer is cut off: it reached “Longest answer”, or the model's last position.")
+        problem = "" if said or end.value == "stopped" else "The model said nothing."
     except UserError as error:
         problem = f"{error}: “New conversation”" if isinstance(error, FullError) else str(error)
+    except Exception as error:  # the page goes on
+        traceback.print_exc()
+        problem = f"{type(error).__name__}: {error}"
     if problem:
         gr.Warning(html.escape(problem), title="Not answered")
     if said:

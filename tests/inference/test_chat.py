@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 from small_runs import draw_picture, write_base
@@ -105,6 +106,7 @@ def test_several_pictures_may_be_named_at_once(chat: Chat, tmp_path: Path) -> No
     one, two = draw_picture(tmp_path / "1.png"), draw_picture(tmp_path / "2 b.png")
     run_line(chat, f"/image {one} '{two}'")
     assert [picture.file for picture in chat.attached] == [one, two]
+    assert told(chat, f"/image {one} 3.png") == "picture 3.png is missing"
 
 
 def test_a_bad_picture_or_command_is_one_line_and_changes_nothing(chat: Chat, tmp_path: Path) -> None:
@@ -112,6 +114,8 @@ def test_a_bad_picture_or_command_is_one_line_and_changes_nothing(chat: Chat, tm
     for line, expected in (
         (f"/image {tmp_path}/broken.png", "broken.png cannot be read: it is no picture, or one of an unknown kind"),
         ("/image nowhere.png", "picture nowhere.png is missing"),
+        ("/image my own picture.png", "picture my own picture.png is missing"),
+        (f"/image {tmp_path}", f"{tmp_path} is a folder; name a picture"),
         ("/image", "/image needs a path"),
         ("/imgae x", 'there is no command /imgae (did you mean "/image"?); /help lists them'),
         ("What is <image>?", "a message holds <image>, which stands for a picture; leave it out of the text"),
@@ -165,6 +169,20 @@ def test_a_saved_chat_is_read_as_training_data(chat: Chat, tmp_path: Path) -> No
     assert [source.images.open(name).getpixel((0, 0)) for name in row.images] == [
         (220, 30, 30), (30, 60, 220), (220, 30, 30),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("written", ["my talk.json", '"my talk.json"', "my\\ talk.json", "~/my talk.json"])
+def test_a_chat_is_saved_where_people_write(
+    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "talk.json").write_text("another's")
+    run_line(chat, "Hello")
+    for _ in range(2):
+        run_line(chat, f"/save {written}")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["my talk.json", "talk.json"]
+    assert (tmp_path / "talk.json").read_text() == "another's"
 
 
 def test_saving_replaces_a_saved_chat_and_nothing_else(
@@ -248,6 +266,15 @@ def test_control_characters_never_reach_the_terminal() -> None:
     assert clean_text(dangerous) == "a[31mb2Jcde\nf\tg\u202eé[/INST]"
 
 
+COMMAND = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from lora_llava.cli import console_main
+console_main()
+"""
+"""`lora-llava`, heeding Ctrl-C also where these tests run in the background of a shell, which has it ignored."""
+
+
 class Terminal:
     """Our end of a terminal."""
 
@@ -267,10 +294,18 @@ class Terminal:
         os.write(self.ours, text.encode())
 
 
+def wait_until_it_sleeps(pid: int) -> None:
+    """Wait until a prompt that is shown listens too: Python's readline sees to an earlier signal with the next line."""
+    asleep = 0
+    while asleep < 5:
+        asleep = asleep + 1 if psutil.Process(pid).status() == psutil.STATUS_SLEEPING else 0
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_not_the_chat(base: str, speaker: Speaker, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "lora_llava.cli", *options(base), "--max-new-tokens", "400"]
+    command = [sys.executable, "-c", COMMAND, *options(base), "--max-new-tokens", "400"]
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
     terminal = Terminal(ours)
@@ -285,10 +320,12 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(base: str, speaker: Speaker, tm
         terminal.type(f"/save {tmp_path}/t.json\n")
         terminal.wait_for("saved: ")
         terminal.wait_for("you> ")
+        wait_until_it_sleeps(process.pid)
         process.send_signal(signal.SIGINT)
         terminal.wait_for("Ctrl-D or /exit leaves, and so does Ctrl-C again")
         terminal.wait_for("you> ")
         terminal.type("/help\n")
+        terminal.wait_for("/reset       forget the conversation and attached pictures\r\n")
         terminal.wait_for("you> ")
         terminal.type("\x04")
         assert process.wait(30) == 0

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -26,15 +27,16 @@ from lora_llava.cli import main
 from lora_llava.errors import UserError
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker, stream_answer, text_message, user_message
-from lora_llava.inference.web import check_address, is_loopback
+from lora_llava.inference.web import _answer, check_address, is_loopback
 from lora_llava.training.speaker import open_speaker
 
-pytest.importorskip("gradio", reason="the extra [web] is not installed")
+gradio = pytest.importorskip("gradio", reason="the extra [web] is not installed")
 
 SYSTEM = "Be brief."
 TOKENS = 150
 WATCHED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def watch(event, args):
     if event == "socket.connect" and isinstance(args[1], tuple):
         print("connected to", args[1][0], file=sys.stderr, flush=True)
@@ -44,7 +46,8 @@ sys.addaudithook(watch)
 from lora_llava.cli import console_main
 console_main()
 """
-"""The command, with every address it connects to or looks up told on stderr."""
+"""The command, with every address it connects to or looks up told on stderr. It heeds Ctrl-C also where these tests run
+in the background of a shell, which has what it starts ignore it."""
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +63,9 @@ def speaker(base: str) -> Speaker:
 class Served:
     """The command in a process of its own, told to serve on any free port."""
 
-    def __init__(self, base: str, folder: Path) -> None:
+    def __init__(self, base: str, folder: Path, *more: str) -> None:
         self.log = folder / "stderr.txt"
-        options = ["--template", "vicuna_v1", "--system", SYSTEM, "--max-new-tokens", str(TOKENS), "--port", "0"]
+        options = [*more, "--template", "vicuna_v1", "--system", SYSTEM, "--max-new-tokens", str(TOKENS), "--port", "0"]
         environment = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "HOME": str(folder)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -71,11 +74,13 @@ class Served:
             )  # fmt: skip
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert " is at http://127.0.0.1:" in line, self.log.read_text()
+        if " is at http://127.0.0.1:" not in line:
+            self.close()
+            pytest.fail(f"it is not served: {line}{self.log.read_text()}")
         self.url = line.split(" is at ")[1].split(",")[0]
 
-    def interrupt(self) -> int:
-        self.process.send_signal(signal.SIGINT)
+    def end(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
         return self.process.wait(60)
 
     def close(self) -> None:
@@ -110,6 +115,8 @@ SAID = "[...document.querySelectorAll('#chat [data-testid=bot]')].map(e => e.tex
 ASKED = "[...document.querySelectorAll('#chat [data-testid=user]')].map(e => e.textContent)"
 BOX = "document.querySelector('#message textarea')"
 STOP = "document.querySelector('#message .stop-button')"
+IDLE = f"!{STOP} && !!document.querySelector('#chat [data-testid=status-tracker].hide')"
+"""Gradio sends the last state twice: only then has what was asked come to its end."""
 TOAST = "[...document.querySelectorAll('.toast-body')].map(e => e.textContent).join(' ')"
 
 
@@ -134,7 +141,7 @@ def ask(page: Browser, text: str, picture: Path | None = None) -> None:
 
 def finished(page: Browser, answers: int = 1) -> list[str]:
     """What the model said, once it has said so many answers and waits."""
-    page.wait_for(f"{SAID}.length == {answers} && !{STOP}", 60)
+    page.wait_for(f"{SAID}.length == {answers} && {IDLE}", 60)
     return list(page.evaluate(SAID))
 
 
@@ -178,11 +185,48 @@ def test_a_message_that_cannot_be_answered_goes_back_into_its_box(page: Browser,
     (tmp_path / "broken.png").write_bytes(b"no picture")
     ask(page, "What is it?", tmp_path / "broken.png")
     page.wait_for(f"{TOAST}.includes('picture broken.png cannot be read: it is no picture, or one of an unknown kind')")
-    page.wait_for(f"{BOX}.value == 'What is it?'")
+    page.wait_for(f"{BOX}.value == 'What is it?' && {IDLE}")
     assert page.evaluate(ASKED) == []
-    page.evaluate("document.querySelector('#clear').click()")
-    ask(page, "word " * 600)
+    page.wait_for("document.querySelectorAll('#message .thumbnail-item').length == 1")
+    page.evaluate("document.querySelector('#message .thumbnail-item .delete-button').click()")
+    page.wait_for("document.querySelectorAll('#message .thumbnail-item').length == 0")
+    page.evaluate(f"{BOX}.select()")
+    long = "word " * 600
+    ask(page, long)
     page.wait_for(f"{TOAST}.includes('and the model 512 positions; shorten it or start anew: “New conversation”')")
+    page.wait_for(f"{BOX}.value == {json.dumps(long.strip())} && {IDLE}")
+    assert page.evaluate(ASKED) == []
+
+
+def test_a_new_conversation_during_an_answer_stays_empty_and_leaves_the_box_alone(
+    page: Browser, speaker: Speaker
+) -> None:
+    for _ in range(3):  # a piece that came late would show some of the time
+        ask(page, "Hello")
+        page.wait_for(f"({SAID}[0] || '').length > 3")
+        page.evaluate(f"{BOX}.focus()")
+        page.type("Sure?")
+        page.evaluate("document.querySelector('#clear').click()")
+        page.wait_for(f"{SAID}.length == 0 && {IDLE}")
+        time.sleep(0.3)
+        assert (page.evaluate(SAID), page.evaluate(ASKED), page.evaluate(f"{BOX}.value")) == ([], [], "Sure?")
+        page.evaluate(f"{BOX}.select()")
+    ask(page, "Sure?")
+    assert finished(page) == [expected(speaker, user_message("Sure?"))]
+
+
+def test_a_long_answer_scrolls_in_its_own_place(page: Browser) -> None:
+    page.call("Emulation.setDeviceMetricsOverride", width=420, height=760, deviceScaleFactor=1, mobile=False)
+    try:
+        for number, text in enumerate(("Hello", "Sure?"), 1):
+            ask(page, text)
+            finished(page, number)
+        log = "document.querySelector('#chat .bubble-wrap')"
+        assert page.evaluate(f"{log}.scrollHeight > {log}.clientHeight + 50")
+        page.wait_for(f"{log}.scrollTop + {log}.clientHeight > {log}.scrollHeight - 40")
+        assert page.evaluate(f"{BOX}.getBoundingClientRect().bottom < innerHeight")
+    finally:
+        page.call("Emulation.clearDeviceMetricsOverride")
 
 
 def test_the_page_asks_no_other_machine_for_anything(page: Browser) -> None:
@@ -248,6 +292,22 @@ def test_nothing_but_uploads_is_served_and_large_ones_are_refused(served: Served
         assert call(served, message, history, 0, 1, 9) is None
 
 
+def test_an_error_of_the_model_gives_the_message_back(speaker: Speaker, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("broken")
+
+    hook = speaker.model.register_forward_pre_hook(fail)
+    message = {"text": "Hello?", "files": []}
+    try:
+        with pytest.warns(UserWarning, match="RuntimeError: broken"):
+            states = list(_answer(gradio, speaker, message, [], Sampling(), None, threading.Event()))
+    finally:
+        hook.remove()
+    conversation, box = states[-1]
+    assert (conversation, box.value["text"], box.submit_btn, box.stop_btn) == ([], "Hello?", True, False)
+    assert "RuntimeError: broken" in capsys.readouterr().err
+
+
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -279,7 +339,15 @@ def test_an_open_address_is_warned_of_before_the_model_is_read(
     assert error.startswith(f"error: {tmp_path} is neither a finished run")
 
 
-def test_without_gradio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_gradio_or_with_an_old_one_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as old:
+        old.setattr("gradio.__version__", "6.9.3")
+        assert main(None, ["chat", "x", "--web"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --web needs a newer gradio than 6.9.3; pip install -U 'lora_llava[web]'\n"
+    )
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(None, ["chat", "x", "--web"]) == 2
     assert capsys.readouterr().err == "error: --web needs gradio; pip install 'lora_llava[web]'\n"
@@ -289,10 +357,29 @@ def test_ctrl_c_ends_it_and_nothing_is_left_behind(served: Served, speaker: Spea
     folder = served.log.parent
     assert list(folder.glob("lora_llava_chat_*/*/*.png")) != []
     before = served.log.read_text()
-    assert served.interrupt() == 0
+    assert served.end(signal.SIGINT) == 0
     log = served.log.read_text()
     assert log == before
     assert list(folder.glob("lora_llava_chat_*")) == []
     told = {line.split()[-1] for line in log.splitlines() if line.startswith(("connected to", "asked for"))}
     assert told - {"127.0.0.1", "None"} == set()
     assert "connected to 127.0.0.1" in log
+
+
+@pytest.mark.slow
+def test_settings_beyond_the_sliders_are_taken_and_a_signal_to_end_leaves_no_picture_behind(
+    base: str, tmp_path: Path
+) -> None:
+    served = Served(base, tmp_path, "--temperature", "3.5", "--top-p", "0.01")
+    try:
+        components = httpx.get(f"{served.url}config").json()["components"]
+        sliders = [found["props"] for found in components if found["type"] == "slider"]
+        ends = [(found["minimum"], found["value"], found["maximum"]) for found in sliders]
+        assert ends == [(0, 3.5, 3.5), (0.01, 0.01, 1), (1, TOKENS, 512)]
+        (path,) = upload(served, draw_picture(tmp_path / "red.png").read_bytes()).json()
+        assert Path(path).is_file()
+        assert served.end(signal.SIGTERM) == 0
+    finally:
+        served.close()
+    assert list(tmp_path.glob("lora_llava_chat_*")) == []
+    assert "Traceback" not in served.log.read_text()

@@ -99,7 +99,7 @@ def test_it_starts_without_torch(tmp_path: Path) -> None:
         (["samples=1000"], "samples: of 1,000, 367 are conversation, for which there are 4 pictures"),
         (["flavours={conversation: 0, detail: 0, reasoning: 0}"], "every weight is 0"),
         (["prompts=nowhere"], "nowhere"),
-        (["teacher.structure=true"], "teacher.structure is not a key of a recipe (did you mean \"structured\"?)"),
+        (["teacher.structure=true"], 'teacher.structure is not a key of a recipe (did you mean "structured"?)'),
         (["--max-cost", "1"], "--max-cost needs the model's prices"),
         (["stage=2"], ""),
     ],
