@@ -18,6 +18,10 @@ PREDICTIONS = ("predictions.jsonl", "predictions_after.jsonl")
 Row = dict[str, Any]
 
 
+_NO_MATTER = ("evaluation.generate_every", "evaluation.generate_rows", "evaluation.before", "training.report_to")
+"""Keys of a recipe that neither weights nor answers depend on."""
+
+
 @dataclass(frozen=True)
 class Run:
     """The marked answers of one run.
@@ -66,7 +70,8 @@ def read_runs(paths: Sequence[Path], recipes: Mapping[Path, Mapping[str, Any]]) 
             continue
         recipe = dict(recipes[path])
         output_dir, seed = str(recipe.pop("output_dir", "")), recipe.pop("seed", None)
-        runs.append(Run(name, file, kind, rows, output_dir, seed, flatten(recipe)))
+        settings = {key: value for key, value in flatten(recipe).items() if key not in _NO_MATTER}
+        runs.append(Run(name, file, kind, rows, output_dir, seed, settings))
     for run in runs:
         if run.kind != runs[0].kind:
             raise UserError(

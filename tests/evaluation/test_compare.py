@@ -106,6 +106,12 @@ def test_a_seed_that_is_not_in_both_is_told_and_no_shared_seed_is_no_test(tmp_pa
     ]  # fmt: skip
 
 
+def test_how_often_a_run_was_scored_on_the_way_makes_no_other_group(tmp_path: Path) -> None:
+    runs = {"a-1": science("rw"), "a-2": science("rr")}
+    recipes = {name: recipe_of(int(name[-1])) | {"evaluation": {"generate_every": int(name[-1])}} for name in runs}
+    assert [group.name for group in compared(tmp_path, runs, recipes).groups] == ["a"]
+
+
 def test_a_single_run_without_a_shared_seed_is_paired_with_every_seed(tmp_path: Path) -> None:
     runs = {"before": science("ww"), "a-1": science("rw"), "a-2": science("rr")}
     found = compared(tmp_path, runs, {"a-1": recipe_of(1), "a-2": recipe_of(2)})
