@@ -1,4 +1,4 @@
-"""generate-data against a loopback server of 50 ms: requests a second of the ideal, and the same with faults."""
+"""generate-data against a loopback server: requests a second of the ideal, and the same with a tenth of faults."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from typing import Any
 
 from rich.console import Console
 
-LATENCY = 0.05
 CONCURRENCY = 32
 FAULTS = ("429", "500", "stall", "cut", "malformed")
 _SPOKEN = "It is a dog, with its head turned to the left, and near it on the grass lies ball {}."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", type=int, default=4000)
+    parser.add_argument("--samples", type=int, default=3000)
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds of the server for an answer")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """The whole verb, from contexts to files; the ideal is concurrency over latency. The server is a process of its
     own."""
-    good, faulty = _made(args.samples, 0.0), _made(args.samples, 0.1)
-    ideal = CONCURRENCY / LATENCY
+    good, faulty = _made(args.samples, 0.0, args.latency), _made(args.samples, 0.1, args.latency)
+    ideal = CONCURRENCY / args.latency
     return {
-        "samples": args.samples, "concurrency": CONCURRENCY, "latency_seconds": LATENCY,
+        "samples": args.samples, "concurrency": CONCURRENCY, "latency_seconds": args.latency,
         "ideal_requests_per_second": ideal, "requests_per_second": good["requests_per_second"],
         "share_of_ideal": good["requests_per_second"] / ideal, "without_faults": good, "a_tenth_faults": faulty,
     }  # fmt: skip
 
 
-def _made(samples: int, faults: float) -> dict[str, Any]:
+def _made(samples: int, faults: float, latency: float) -> dict[str, Any]:
     from lora_llava.recipe.generate import ContextsSection, FlavoursSection, GenerateRecipe, TeacherSection
     from lora_llava.synthesis.generate import generate
 
     context = multiprocessing.get_context("spawn")
     seen = context.Array("d", 4)  # port, first request, last answer, answers
-    server = context.Process(target=_serve, args=(seen, faults))
+    server = context.Process(target=_serve, args=(seen, faults, latency))
     server.start()
     while not seen[0]:
         time.sleep(0.01)
@@ -88,7 +88,7 @@ def _contexts(folder: Path, count: int) -> str:
     return str(file)
 
 
-def _serve(seen: Any, faults: float) -> None:
+def _serve(seen: Any, faults: float, latency: float) -> None:
     """As little as an HTTP server can do, so that the client is what is measured."""
     drawn = random.Random(0)
 
@@ -98,7 +98,7 @@ def _serve(seen: Any, faults: float) -> None:
                 head = (await reader.readuntil(b"\r\n\r\n")).lower()
                 body = await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
                 seen[1] = seen[1] or time.time()
-                await asyncio.sleep(LATENCY)
+                await asyncio.sleep(latency)
                 fault = drawn.choice(FAULTS) if drawn.random() < faults else None
                 if fault == "stall":
                     await asyncio.sleep(3600)
