@@ -16,6 +16,7 @@ from importlib import resources
 
 from PIL import Image
 
+from lora_llava.data.html_page import escape_line, write_page
 from lora_llava.data.preview_samples import (
     NEWLINE,
     SPACE,
@@ -56,35 +57,13 @@ def render_page(preview: Preview) -> str:
     )
     definitions, names = _embed_pictures(preview.samples)
     articles = "\n".join(_article(preview, index, names[index]) for index in range(len(preview.samples)))
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{_text(preview.title)}</title>
-<style>{style}</style>
-<script>{script}</script>
-</head>
-<body>
-{definitions}
-{_head(preview)}
-{_toolbar(preview.samples)}
-<main>
-{articles or "<p>There are no samples.</p>"}
-</main>
-</body>
-</html>
-"""
+    main = articles or "<p>There are no samples.</p>"
+    body = f"{definitions}\n{_head(preview)}\n{_toolbar(preview.samples)}\n<main>\n{main}\n</main>"
+    return write_page(preview.title, style, body, policy, script)
 
 
 def _asset(name: str) -> str:
     return resources.files("lora_llava.data").joinpath(name).read_text(encoding="utf-8")
-
-
-def _text(text: str) -> str:
-    return escape(escape_hidden(text))
 
 
 def _embed_pictures(samples: Sequence[PreviewSample]) -> tuple[str, list[list[str]]]:
@@ -113,9 +92,11 @@ def _symbol(name: str, picture: Image.Image) -> tuple[str, str]:
 
 
 def _head(preview: Preview) -> str:
-    facts = "".join(f"<div><dt>{_text(label)}</dt><dd>{_text(value)}</dd></div>" for label, value in preview.facts)
+    facts = "".join(
+        f"<div><dt>{escape_line(label)}</dt><dd>{escape_line(value)}</dd></div>" for label, value in preview.facts
+    )
     return (
-        f"<header><h1>{_text(preview.title)}</h1><dl>{facts}</dl>"
+        f"<header><h1>{escape_line(preview.title)}</h1><dl>{facts}</dl>"
         '<ul class="legend"><li><span class="on">trained</span> the loss is taken on it</li>'
         '<li><span class="t">read</span> context only</li>'
         '<li><span class="im">image</span> positions of a picture</li>'
@@ -141,8 +122,8 @@ def _toolbar(samples: Sequence[PreviewSample]) -> str:
 
 def _article(preview: Preview, index: int, pictures: Sequence[str]) -> str:
     sample = preview.samples[index]
-    source, row_id = _text(sample.source), _text(sample.row_id)
-    notes = "".join(f"<li>{_text(note)}</li>" for note in sample.notes)
+    source, row_id = escape_line(sample.source), escape_line(sample.row_id)
+    notes = "".join(f"<li>{escape_line(note)}</li>" for note in sample.notes)
     figures = (
         ("tokens", f"{sample.length:,}"),
         ("trained", f"{sample.trained:,} <small>{share(sample.trained, sample.length)}</small>"),
@@ -201,9 +182,8 @@ def _token(token: PreviewToken) -> str:
     kind = "im" if token.is_image else "" if token.trained else "t"
     kind = f"{kind} on".strip() if token.trained else kind
     last = f"-{token.position + token.count - 1}" if token.count > 1 else ""
-    title = (
-        f"id {token.id}, position {token.position}{last}, {'' if token.trained else 'not '}trained: {_text(token.text)}"
-    )
+    trained = "trained" if token.trained else "not trained"
+    title = f"id {token.id}, position {token.position}{last}, {trained}: {escape_line(token.text)}"
     shown = f"image × {token.count}" if token.is_image else _piece(token)
     box = f'<span class="{kind}" data-id="{token.id}" data-n="{token.count}" title="{title}">{shown}</span>'
     return box + "<br>" * token.newlines

@@ -6,12 +6,12 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib import resources
 
 from PIL import Image
 
-from lora_llava.data.preview_samples import count_of, escape_hidden
+from lora_llava.data.html_page import escape_line, escape_lines, write_page
+from lora_llava.data.preview_samples import count_of
 from lora_llava.evaluation.report_plots import SERIES_COLOURS, Curve, draw, is_drawable, left_out, write_number
 
 PICTURE_SIZE = 224
@@ -22,7 +22,6 @@ _SMALL = 128 * 128
 _LONG, _START, _END = 320, 150, 90
 """Letters above which a text is folded, and those that are shown of it: an answer's letter stands at its end."""
 _BLANKS = " \t\r\n"  # other spaces are written out
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 @dataclass(frozen=True)
@@ -99,37 +98,16 @@ def render_report(report: RunReport) -> str:
     """
     style = resources.files("lora_llava.evaluation").joinpath("report_page.css").read_text(encoding="utf-8")
     body = "\n".join(part for part in (_head(report), _tables(report), _curves(report), _gallery(report)) if part)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{_line(report.title)}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
-def _line(text: str) -> str:
-    return escape(escape_hidden(text))
-
-
-def _lines(text: str) -> str:
-    """Text whose line breaks are kept."""
-    return "\n".join(map(_line, text.replace("\r\n", "\n").split("\n")))
+    return write_page(report.title, style, body)
 
 
 def _head(report: RunReport) -> str:
-    facts = "".join(f"<div><dt>{_line(label)}</dt><dd>{_line(value)}</dd></div>" for label, value in report.facts)
-    notes = "".join(f"<li>{_line(note)}</li>" for note in report.notes)
+    facts = "".join(
+        f"<div><dt>{escape_line(label)}</dt><dd>{escape_line(value)}</dd></div>" for label, value in report.facts
+    )
+    notes = "".join(f"<li>{escape_line(note)}</li>" for note in report.notes)
     return (
-        f"<header><h1>{_line(report.title)}</h1>"
+        f"<header><h1>{escape_line(report.title)}</h1>"
         + (f"<dl>{facts}</dl>" if facts else "")
         + (f'<ul class="notes">{notes}</ul>' if notes else "")
         + "</header>"
@@ -142,15 +120,15 @@ def _tables(report: RunReport) -> str:
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_line(column)}</th>' for column in table.columns)
+    head = "".join(f'<th scope="col">{escape_line(column)}</th>' for column in table.columns)
     body = ""
     for row in table.rows:
         if len(row) != len(table.columns):
             raise ValueError(f"table {table.title!r} has {len(table.columns)} columns, a row {len(row)} cells")
-        label, *values = (_line(cell) for cell in row)
+        label, *values = (escape_line(cell) for cell in row)
         body += f'<tr><th scope="row">{label}</th>' + "".join(f"<td>{value}</td>" for value in values) + "</tr>"
     return (
-        f'<h2>{_line(table.title)}</h2><div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f'<h2>{escape_line(table.title)}</h2><div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -161,8 +139,8 @@ def _curves(report: RunReport) -> str:
 
 
 def _curve(curve: Curve, prefix: str) -> str:
-    title = _line(curve.title)
-    unit = f" <small>{_line(curve.unit)}</small>" if curve.unit else ""
+    title = escape_line(curve.title)
+    unit = f" <small>{escape_line(curve.unit)}</small>" if curve.unit else ""
     scale = " <small>logarithmic</small>" if curve.log_scale else ""
     svg = draw(curve, prefix).replace("<svg ", f'<svg role="img" aria-label="{title} by step" ', 1)
     legend = ""
@@ -170,8 +148,8 @@ def _curve(curve: Curve, prefix: str) -> str:
         there = [point for point in points if is_drawable(point, curve.log_scale)]
         last = f"<b>{write_number(there[-1][1])}</b> at step {there[-1][0]:,g}" if there else "no value"
         swatch = f'<span class="swatch s{number % SERIES_COLOURS}"></span>'
-        legend += f"<li>{swatch}<bdi>{_line(name)}</bdi>&ensp;{last}</li>"
-    told = "".join(f'<p class="note">{_line(sentence)}</p>' for sentence in left_out(curve))
+        legend += f"<li>{swatch}<bdi>{escape_line(name)}</bdi>&ensp;{last}</li>"
+    told = "".join(f'<p class="note">{escape_line(sentence)}</p>' for sentence in left_out(curve))
     return (
         f'<figure class="card"><figcaption><h2>{title}{unit}{scale}</h2></figcaption>'
         + (svg or '<p class="none">no values</p>')
@@ -201,13 +179,13 @@ def _gallery(report: RunReport) -> str:
 def _item(item: GalleryItem) -> str:
     kind = "right" if item.right else "wrong"
     pictures = "".join(
-        f'<img src="{_data_uri(picture)}" alt="picture {number} of question {_line(item.question_id)}">'
+        f'<img src="{_data_uri(picture)}" alt="picture {number} of question {escape_line(item.question_id)}">'
         for number, picture in enumerate(item.pictures, 1)
     )
-    categories = "".join(f"<li>{_line(name)}</li>" for name in item.categories)
+    categories = "".join(f"<li>{escape_line(name)}</li>" for name in item.categories)
     return (
         f'<article class="card {kind}"><div class="top"><span class="mark">{kind}</span>'
-        f'<bdi class="id">{_line(item.question_id)}</bdi><ul>{categories}</ul></div><div class="body">'
+        f'<bdi class="id">{escape_line(item.question_id)}</bdi><ul>{categories}</ul></div><div class="body">'
         + (
             f'<div class="pictures" title="{count_of(len(item.pictures), "picture")}">{pictures}</div>'
             if pictures
@@ -230,10 +208,10 @@ def _text(text: str) -> str:
     text = text.strip(_BLANKS)
     if not text:
         return '<p class="text none">nothing</p>'
-    whole = f'<p class="text" dir="auto">{_lines(text)}</p>'
+    whole = f'<p class="text" dir="auto">{escape_lines(text)}</p>'
     if len(text) <= _LONG:
         return whole
-    cut = f"{_lines(text[:_START])} … {_lines(text[-_END:])}"
+    cut = f"{escape_lines(text[:_START])} … {escape_lines(text[-_END:])}"
     return f'<details><summary><span class="text cut" dir="auto">{cut}</span></summary>{whole}</details>'
 
 

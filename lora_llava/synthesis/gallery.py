@@ -13,6 +13,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from lora_llava.data.html_page import escape_line, escape_lines, write_page
 from lora_llava.data.images import FolderImages
 from lora_llava.data.preview_samples import count_of, escape_hidden
 from lora_llava.synthesis.card import BY_RULES, is_by_rules, teacher_name
@@ -29,7 +30,6 @@ _MAX_PIXELS = 50_000_000
 """Of a picture that is opened: what a recipe's `data.max_image_pixels` is by default."""
 _LONGEST_ANSWER = 4000
 """Letters of a rejected answer that could not be read."""
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 AnswerOf = Callable[[Task, int], str | None]
 
@@ -119,34 +119,10 @@ def render_gallery(
     rows, rejections = picks.rows(), picks.rejections()
     articles = [_article(shown, contexts[shown.task.place], folder, answer_of) for shown in [*rows, *rejections]]
     style = resources.files("lora_llava.synthesis").joinpath("gallery.css").read_text(encoding="utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{_line(name)}</title>
-<style>{style}</style>
-</head>
-<body>
-{_head(name, summary)}
-{_toolbar(summary, rows, rejections)}
-<main>
-{chr(10).join(articles) or '<p class="none">There is nothing to show.</p>'}
-</main>
-</body>
-</html>
-"""
-
-
-def _line(text: str) -> str:
-    return escape(escape_hidden(text))
-
-
-def _lines(text: str) -> str:
-    """Text whose line breaks are kept."""
-    return "\n".join(map(_line, text.replace("\r\n", "\n").split("\n")))
+    nothing = '<p class="none">There is nothing to show.</p>'
+    main = "\n".join(articles) or nothing
+    body = f"{_head(name, summary)}\n{_toolbar(summary, rows, rejections)}\n<main>\n{main}\n</main>"
+    return write_page(name, style, body)
 
 
 def _head(name: str, summary: Mapping[str, Any]) -> str:
@@ -163,12 +139,12 @@ def _head(name: str, summary: Mapping[str, Any]) -> str:
     if not summary["complete"]:
         notes.append(f"Not complete: {summary['failed']:,} had no answer, {summary['not_asked']:,} were not asked for.")
     return (
-        f"<header><h1>{_line(name)}</h1>"
+        f"<header><h1>{escape_line(name)}</h1>"
         "<p>Conversations about pictures, written from captions and boxes alone.</p>"
         + "<dl>"
-        + "".join(f"<div><dt>{label}</dt><dd>{_line(value)}</dd></div>" for label, value in facts)
+        + "".join(f"<div><dt>{label}</dt><dd>{escape_line(value)}</dd></div>" for label, value in facts)
         + "</dl>"
-        + (f'<ul class="notes">{"".join(f"<li>{_line(note)}</li>" for note in notes)}</ul>' if notes else "")
+        + (f'<ul class="notes">{"".join(f"<li>{escape_line(note)}</li>" for note in notes)}</ul>' if notes else "")
         + f'<div class="tables">{_flavours(summary)}{_reasons(summary)}</div></header>'
     )
 
@@ -189,7 +165,7 @@ def _flavours(summary: Mapping[str, Any]) -> str:
 def _reasons(summary: Mapping[str, Any]) -> str:
     most = max((counts["attempts"] for counts in summary["reasons"].values()), default=0)
     body = "".join(
-        f'<tr title="{_line(REASONS[reason])}"><th scope="row">{reason}</th><td>{counts["attempts"]:,}</td>'
+        f'<tr title="{escape_line(REASONS[reason])}"><th scope="row">{reason}</th><td>{counts["attempts"]:,}</td>'
         f'<td class="bar"><i style="width:{100 * counts["attempts"] / most:.1f}%"></i></td></tr>'
         for reason, counts in summary["reasons"].items()
     )
@@ -230,12 +206,12 @@ def _article(shown: Shown, context: Context, folder: FolderImages | None, answer
     why = ""
     if rejection:
         why = (
-            f'<div class="why"><b>{_line(rejection.reason)}</b> {_line(REASONS[rejection.reason])}'
-            f'<p class="text" dir="auto">{_line(rejection.detail)}</p></div>'
+            f'<div class="why"><b>{escape_line(rejection.reason)}</b> {escape_line(REASONS[rejection.reason])}'
+            f'<p class="text" dir="auto">{escape_line(rejection.detail)}</p></div>'
         )
     return (
         f'<article class="card {kind}"><div class="top"><span class="mark">{kind}</span>'
-        f'<bdi class="id">{_line(shown.task.task_id)}</bdi>{tries}</div><div class="body">'
+        f'<bdi class="id">{escape_line(shown.task.task_id)}</bdi>{tries}</div><div class="body">'
         f'<div class="seen">{draw_picture(context, folder)}{_known(context)}</div>'
         f'<div class="said">{why}{_said(shown, answer_of)}</div></div></article>'
     )
@@ -247,15 +223,15 @@ def _known(context: Context) -> str:
     for box in context.boxes:
         counts[box.label] = counts.get(box.label, 0) + 1
     labels = "".join(
-        f'<li class="b{number % COLOURS}">{_line(label)}{f" <b>{count}</b>" if count > 1 else ""}</li>'
+        f'<li class="b{number % COLOURS}">{escape_line(label)}{f" <b>{count}</b>" if count > 1 else ""}</li>'
         for number, (label, count) in enumerate(counts.items())
     )
-    captions = "".join(f'<li dir="auto">{_line(caption)}</li>' for caption in context.captions)
+    captions = "".join(f'<li dir="auto">{escape_line(caption)}</li>' for caption in context.captions)
     return (
         (f'<ul class="labels">{labels}</ul>' if labels else "")
         + (f'<ul class="captions">{captions}</ul>' if captions else "")
         + "<details><summary>as the teacher was given it</summary>"
-        + f"<pre>{_lines(write_context(context))}</pre></details>"
+        + f"<pre>{escape_lines(write_context(context))}</pre></details>"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import random
 import re
 import signal
@@ -12,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from inference.chat_server import Body, ChatLog, chat_server, question_of
+from killed import kill, wait_for
+from killed import start as killed_verb
 from llava_bench_files import bench, options
 
 from lora_llava.cli import main
@@ -298,30 +300,11 @@ def test_a_budget_counts_what_was_used_and_sets_aside_what_may_be() -> None:
     assert budget.requests == 2
 
 
-def wait_for(reached: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
-def start(log: ChatLog, folder: Path) -> multiprocessing.process.BaseProcess:
-    """The verb in a process of its own, forked from one that has loaded it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lora_llava.cli", "lora_llava.evaluation.judge_report"])
+def start(log: ChatLog, folder: Path) -> BaseProcess:
     names = ("questions", "context", "reference", "answers")
     files = {name: folder / f"{name}.jsonl" for name in names}
     argv = ["score", "llava-bench", *options(files), "--judge-url", log.url, "--judge-model", "judge"]
-    process = context.Process(target=main, args=(None, argv))
-    process.start()
-    return process
-
-
-def kill(process: multiprocessing.process.BaseProcess) -> None:
-    process.kill()
-    process.join()
-    assert process.exitcode == -9
-    process.close()
+    return killed_verb(argv, "lora_llava.evaluation.judge_report")
 
 
 def unreadable_at_times(body: Body) -> str:

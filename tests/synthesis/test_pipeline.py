@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import random
 import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from inference.chat_server import Body, ChatLog, chat_server
+from killed import kill, wait_for
+from killed import start as killed_verb
 from rich.console import Console
 from synthesis.made import files_of, number_of, recipe_of, seen, teach, write_recipe
 
-from lora_llava.cli import main
 from lora_llava.errors import UserError
 from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 from lora_llava.recipe import GenerateRecipe
@@ -129,27 +130,8 @@ def test_every_sample_is_made_or_listed_by_a_teacher_that_fails(log: ChatLog, tm
     assert set(log.charged.values()) == {1}
 
 
-def wait_for(reached: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
-def start(recipe: str) -> multiprocessing.process.BaseProcess:
-    """The verb in a process of its own, forked from one that has loaded it."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lora_llava.cli", "lora_llava.synthesis.generate"])
-    process = context.Process(target=main, args=(None, ["generate-data", recipe]))
-    process.start()
-    return process
-
-
-def kill(process: multiprocessing.process.BaseProcess) -> None:
-    process.kill()
-    process.join()
-    assert process.exitcode == -9
-    process.close()
+def start(recipe: str) -> BaseProcess:
+    return killed_verb(["generate-data", recipe], "lora_llava.synthesis.generate")
 
 
 def wrong_at_times(body: Body) -> str:

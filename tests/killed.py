@@ -1,0 +1,35 @@
+"""A verb in a process of its own, to be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+
+from lora_llava.cli import main
+
+
+def start(arguments: Sequence[str], preload: str) -> BaseProcess:
+    """Start a verb, forked from a process that has loaded the verb's module already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lora_llava.cli", preload])
+    process = context.Process(target=main, args=(None, list(arguments)))
+    process.start()
+    return process
+
+
+def kill(process: BaseProcess) -> None:
+    """Kill it, as `kill -9` does."""
+    process.kill()
+    process.join()
+    assert process.exitcode == -9
+    process.close()
+
+
+def wait_for(reached: Callable[[], bool]) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + 60
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.002)
