@@ -8,7 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from lora_llava.synthesis.context import Context
 from lora_llava.synthesis.gate_claims import denied_object, wrong_count, wrong_place
@@ -262,6 +262,7 @@ class SeenSamples:
         return Rejection("duplicate", f"of {earlier}") if earlier != task_id else None
 
 
+@lru_cache(512)
 def normalise(text: str) -> str:
     """Text without case, punctuation and spaces that differ; what has no letter or digit stays as it is."""
     folded = unicodedata.normalize("NFKC", text).casefold()

@@ -30,6 +30,8 @@ DEMO = "demo"
 RECIPE_FILE = "recipe.yaml"
 _ESTIMATED = 200
 """Requests by which the tokens of all are estimated."""
+_MANY = 500
+"""Samples from which a process of its own that sends the requests is worth the second that it takes to start."""
 
 
 def generate(
@@ -52,7 +54,7 @@ def generate(
     teacher = recipe.teacher
     budget = Budget(teacher.price_in, teacher.price_out, max_cost, max_requests)
     recipe, contexts, tasks, prompts = _plan(recipe, console)
-    settings, write = _open_teacher(recipe)
+    settings, write = _open_teacher(recipe, len(tasks))
     folder = Path(recipe.output_dir)
     with Ledger(folder / LEDGER_FILE) as ledger:
         _keep_recipe(recipe, folder)
@@ -113,6 +115,11 @@ def _with_demo(recipe: GenerateRecipe) -> GenerateRecipe:
     """The recipe with the demo's contexts and pictures, put beside its rows, in the place of their name."""
     if recipe.contexts.contexts != DEMO:
         return recipe
+    if recipe.contexts.images:
+        raise UserError(
+            f"contexts.images: {recipe.contexts.images} has no place where contexts are the demo's, which "
+            "has pictures of its own; leave it out"
+        )
     from lora_llava.demo.dataset import build_demo_contexts
     from lora_llava.model.base import cache_folder
 
@@ -146,7 +153,7 @@ def _settings(recipe: GenerateRecipe, model: str) -> Settings:
     )  # fmt: skip
 
 
-def _open_teacher(recipe: GenerateRecipe) -> tuple[Settings, Teacher]:
+def _open_teacher(recipe: GenerateRecipe, samples: int) -> tuple[Settings, Teacher]:
     teacher = recipe.teacher
     if teacher.backend == "demo":
         from lora_llava.synthesis.demo_teacher import NAME, answer_by_rules
@@ -163,7 +170,7 @@ def _open_teacher(recipe: GenerateRecipe) -> tuple[Settings, Teacher]:
             retries=teacher.retries, requests_per_minute=teacher.requests_per_minute,
         )
     )  # fmt: skip
-    return _settings(recipe, str(server.model)), by_server(server)
+    return _settings(recipe, str(server.model)), by_server(server, apart=samples >= _MANY)
 
 
 def _keep_recipe(recipe: GenerateRecipe, folder: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
 from lora_llava.inference.server import ChatServer, ask
+from lora_llava.inference.server_process import ask_apart
 from lora_llava.synthesis.context import Context
 from lora_llava.synthesis.sample import Task
 
@@ -35,14 +36,15 @@ Teacher = Callable[[Iterable[Asked]], Answers]
 """Answers requests in any order, each with its place; draws them as it needs them."""
 
 
-def by_server(server: ChatServer) -> Teacher:
+def by_server(server: ChatServer, *, apart: bool = False) -> Teacher:
     """A model on an OpenAI-compatible server.
 
     Args:
         server: With its model named.
+        apart: Whether a process of its own sends the requests: faster, once it has started.
     """
 
     def answer(asked: Iterable[Asked]) -> Answers:
-        return ask(server, (each.request for each in asked))
+        return (ask_apart if apart else ask)(server, (each.request for each in asked))
 
     return answer

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import io
 import json
 import multiprocessing
+import os
 import random
 import re
 import tempfile
@@ -19,23 +21,27 @@ from rich.console import Console
 
 CONCURRENCY = 32
 FAULTS = ("429", "500", "stall", "cut", "malformed")
-_SPOKEN = "It is a dog, with its head turned to the left, and near it on the grass lies ball {}."
+_SPOKEN = "It is a dog, with its head turned to the left, and near it on the grass lies ball 17."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", type=int, default=3000)
+    parser.add_argument("--samples", type=int, default=6000)
     parser.add_argument("--latency", type=float, default=0.05, help="seconds of the server for an answer")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole verb, from contexts to files; the ideal is concurrency over latency. The server is a process of its
-    own."""
-    good, faulty = _made(args.samples, 0.0, args.latency), _made(args.samples, 0.1, args.latency)
+    """The whole verb, from contexts to files, the median of five runs; the ideal is concurrency over latency. The
+    server is a process of its own."""
+    runs = sorted(
+        (_made(args.samples, 0.0, args.latency) for _ in range(5)), key=lambda run: run["requests_per_second"]
+    )
+    good, faulty = runs[2], _made(args.samples, 0.1, args.latency)
     ideal = CONCURRENCY / args.latency
     return {
         "samples": args.samples, "concurrency": CONCURRENCY, "latency_seconds": args.latency,
         "ideal_requests_per_second": ideal, "requests_per_second": good["requests_per_second"],
-        "share_of_ideal": good["requests_per_second"] / ideal, "without_faults": good, "a_tenth_faults": faulty,
+        "share_of_ideal": good["requests_per_second"] / ideal,
+        "shares_of_all_runs": [run["requests_per_second"] / ideal for run in runs], "without_faults": good, "a_tenth_faults": faulty,
     }  # fmt: skip
 
 
@@ -44,7 +50,7 @@ def _made(samples: int, faults: float, latency: float) -> dict[str, Any]:
     from lora_llava.synthesis.generate import generate
 
     context = multiprocessing.get_context("spawn")
-    seen = context.Array("d", 4)  # port, first request, last answer, answers
+    seen = context.Array("d", 4, lock=False)  # port, first request, last answer, answers
     server = context.Process(target=_serve, args=(seen, faults, latency))
     server.start()
     while not seen[0]:
@@ -88,31 +94,45 @@ def _contexts(folder: Path, count: int) -> str:
     return str(file)
 
 
-def _serve(seen: Any, faults: float, latency: float) -> None:
+class _Server(asyncio.Protocol):
     """As little as an HTTP server can do, so that the client is what is measured."""
+
+    def __init__(self, seen: Any, faults: float, latency: float, drawn: random.Random) -> None:
+        self.seen, self.faults, self.latency, self.drawn = seen, faults, latency, drawn
+        self.received = b""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        head, end, body = self.received.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: *(\d+)", head)
+        if not end or length is None or len(body) < int(length[1]):
+            return
+        self.received = b""
+        self.seen[1] = self.seen[1] or time.time()
+        fault = self.drawn.choice(FAULTS) if self.drawn.random() < self.faults else None
+        if fault != "stall":
+            asyncio.get_running_loop().call_later(self.latency, self.answer, body, fault)
+
+    def answer(self, body: bytes, fault: str | None) -> None:
+        if self.transport.is_closing():
+            return
+        self.transport.write(_reply(body, fault))
+        if fault == "cut":
+            self.transport.close()
+        self.seen[2], self.seen[3] = time.time(), self.seen[3] + (fault is None)
+
+
+def _serve(seen: Any, faults: float, latency: float) -> None:
+    with contextlib.suppress(PermissionError):
+        os.nice(-10)  # it stands for another machine, which would not wait for this one's cores
     drawn = random.Random(0)
 
-    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while True:
-                head = (await reader.readuntil(b"\r\n\r\n")).lower()
-                body = await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
-                seen[1] = seen[1] or time.time()
-                await asyncio.sleep(latency)
-                fault = drawn.choice(FAULTS) if drawn.random() < faults else None
-                if fault == "stall":
-                    await asyncio.sleep(3600)
-                writer.write(_reply(body, fault))
-                await writer.drain()
-                if fault == "cut":
-                    break
-                seen[2], seen[3] = time.time(), seen[3] + (fault is None)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        writer.close()
-
     async def main() -> None:
-        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(lambda: _Server(seen, faults, latency, drawn), "127.0.0.1", 0)
         seen[0] = server.sockets[0].getsockname()[1]
         await server.serve_forever()
 
@@ -120,17 +140,9 @@ def _serve(seen: Any, faults: float, latency: float) -> None:
 
 
 def _reply(body: bytes, fault: str | None) -> bytes:
-    number = re.findall(rb"beside ball (\d+)", body)[-1].decode()
-    turns = [
-        {"question": "Which animal is shown?", "answer": _SPOKEN.format(number)},
-        {"question": "What lies near it?", "answer": f"Ball {number} lies on the grass near the dog."},
-    ]
-    message = {"role": "assistant", "content": json.dumps({"turns": turns})}
-    usage = {"prompt_tokens": 900, "completion_tokens": 60, "total_tokens": 960}
-    content = json.dumps(
-        {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "usage": usage,
-         "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-    ).encode()  # fmt: skip
+    number = re.compile(rb"\d+").search(body, body.rindex(b"beside ball "))
+    assert number is not None
+    content = _ANSWER.replace(b"17", number[0])
     if fault == "malformed":
         content = content[: len(content) // 2]
     if fault in ("429", "500"):
@@ -138,3 +150,19 @@ def _reply(body: bytes, fault: str | None) -> bytes:
     status = f"{fault} Fault" if fault in ("429", "500") else "200 OK"
     head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     return head.encode() + (content[:40] if fault == "cut" else content)
+
+
+def _answer() -> bytes:
+    turns = [
+        {"question": "Which animal is shown?", "answer": _SPOKEN},
+        {"question": "What lies near it?", "answer": "Ball 17 lies on the grass near the dog."},
+    ]
+    message = {"role": "assistant", "content": json.dumps({"turns": turns})}
+    usage = {"prompt_tokens": 900, "completion_tokens": 60, "total_tokens": 960}
+    return json.dumps(
+        {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "usage": usage,
+         "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
+    ).encode()  # fmt: skip
+
+
+_ANSWER = _answer()

@@ -97,7 +97,7 @@ TOLD = "told {} with Bearer ***"
 FAILURES = {
     "stall": "no answer within 1 s",
     "dribble": "no answer within 1 s",
-    "cut": "the connection broke (RemoteProtocolError)",
+    "cut": "the connection broke (ContentLengthError)",
     "html": "malformed answer: no chat completion",
     "odd type": "malformed answer: no JSON",
     "list": "malformed answer: no chat completion",

@@ -95,6 +95,7 @@ def test_it_starts_without_torch(tmp_path: Path) -> None:
         (["teacher.backend=transformers"], "url stands beside backend transformers; drop it"),
         (["contexts.captions=OWN"], "contexts.captions"),
         (["contexts.contexts=gone.jsonl"], "gone.jsonl is missing"),
+        (["contexts={contexts: demo, images: own}"], "contexts.images: own has no place"),
         (["contexts={}"], "name at least one of captions, instances, contexts, boxes"),
         (["samples=1000"], "samples: of 1,000, 367 are conversation, for which there are 4 pictures"),
         (["flavours={conversation: 0, detail: 0, reasoning: 0}"], "every weight is 0"),
