@@ -27,8 +27,12 @@ def _console() -> Any:
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, load no weights")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace a finished run")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run, finished or not")
+    parser.add_argument(
+        "--accept-changes", metavar="KEY,KEY", default="", help="with --resume: keys of the recipe that may be others "
+        "than before, such as training.learning_rate",
+    )  # fmt: skip
 
 
 def _finetune(args: argparse.Namespace) -> None:
@@ -43,7 +47,8 @@ def _finetune(args: argparse.Namespace) -> None:
     if args.dry_run:
         dry_run(recipe, folder, console)
         return
-    finetune(recipe, folder, resume=args.resume, overwrite=args.overwrite, console=console)
+    accepted = [key.strip() for key in args.accept_changes.split(",") if key.strip()]
+    finetune(recipe, folder, resume=args.resume, overwrite=args.overwrite, accept_changes=accepted, console=console)
     if recipe.stage == 2:
         console.print("next:")
         for command in _next_commands(recipe.output_dir):
@@ -266,7 +271,8 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         argv: Arguments; those of the process where None.
 
     Returns:
-        The exit code: 0, 1 where a check found errors, 2 for a mistake in a call, recipe or file, 130 after Ctrl-C.
+        The exit code: 0, 1 where a check found errors, 2 for a mistake in a call, recipe or file, 3 for a
+        loss that is not a number, 128 and the signal's number after a signal: 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if verb is None and argv and argv[0].replace("_", "-") in VERBS:  # generate_data, as its script is called

@@ -13,9 +13,16 @@ class ToldError(Exception):
 
 
 class StoppedError(ToldError):
-    """The person stopped the run; the message says how to go on."""
+    """A signal stopped the run; the message says how to go on.
 
-    exit_code = 130
+    Args:
+        message: Where it stopped, and how to go on.
+        number: Of the signal: 2 for Ctrl-C.
+    """
+
+    def __init__(self, message: str, number: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number  # as shells tell of a process that a signal ended
 
 
 class UserError(ToldError):

@@ -51,7 +51,7 @@ def ask_apart(
     on_way = 0
     came: deque[tuple[int, ChatAnswer | ChatFailure]] = deque()
     with _started(server) as process:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
         while True:
             while on_way < server.concurrency + _AHEAD and (drawn := next(waiting, None)) is not None:
                 _send(process.stdin, drawn)
@@ -70,7 +70,8 @@ def _started(server: ChatServer) -> Generator[subprocess.Popen[bytes], None, Non
     command = [sys.executable, "-m", "lora_llava.inference.server_process"]
     settings = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # as this process finds modules
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=settings)
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         _send(process.stdin, server)
         yield process

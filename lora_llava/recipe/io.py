@@ -22,6 +22,8 @@ from lora_llava.recipe.generate import GenerateRecipe
 from lora_llava.recipe.schema import Recipe
 
 Schema = TypeVar("Schema", bound=BaseModel)
+_LARGEST = 1_000_000
+"""Bytes of a recipe, and characters that its aliases may unfold to; those that are shipped have some thousands."""
 
 
 class RecipeError(UserError):
@@ -39,10 +41,15 @@ def parse_yaml(text: str, where: str) -> Any:
         Plain dicts, lists, strings, numbers, booleans and None.
 
     Raises:
-        RecipeError: For text that is not YAML, or a duplicate key.
+        RecipeError: For text that is not YAML, a duplicate key, or aliases that unfold to a text without end.
     """
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        yaml = YAML(typ="safe", pure=True)
+        if "*" in text and _unfolds_too_far(yaml.compose(text)):
+            raise RecipeError(f"{where}: its aliases unfold to more than {_LARGEST:,} characters; write it out")
+        return yaml.load(text)
+    except RecipeError:
+        raise
     except DuplicateKeyError as error:
         key = str(error.problem).split('"')[1] if '"' in str(error.problem) else error.problem
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
@@ -52,6 +59,27 @@ def parse_yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where}{line}: not YAML: {error.problem}") from None
     except YAMLError as error:
         raise RecipeError(f"{where}: not YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise RecipeError(f"{where}: not YAML that can be read: it is nested too deeply") from None
+    except Exception as error:  # ruamel's constructors raise anything for a text that is not what its tag says
+        raise RecipeError(f"{where}: not YAML: {_short(str(error).partition(';')[0])}") from None
+
+
+def _unfolds_too_far(root: Any) -> bool:
+    """Whether nodes would be more text than a recipe may be, each alias written out; before anything is built."""
+    size, waiting = 0, [root]
+    while waiting and size <= _LARGEST:
+        value = getattr(waiting.pop(), "value", None)
+        size += 1 + (len(value) if isinstance(value, str) else 0)
+        for child in value if isinstance(value, list) else ():
+            waiting.extend(child if isinstance(child, tuple) else (child,))
+    return size > _LARGEST
+
+
+def _short(text: str) -> str:
+    """A text for a message of one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -83,6 +111,8 @@ def load_generate_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Gen
 
 def _read_content(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str, Any], str]:
     path = find_recipe(path)
+    if (size := path.stat().st_size) > _LARGEST:
+        raise RecipeError(f"{path}: a recipe has at most {_LARGEST:,} bytes; this has {size:,}: it is something else")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -121,7 +151,7 @@ def _explain(schema: type[BaseModel], detail: Any) -> tuple[str, str]:
     """The field and what is wrong with it."""
     # Of a union pydantic also names the branch, such as `constrained-int` or `literal['all']`.
     location = [str(part) for part in detail["loc"] if not re.search(r"[\[-]", str(part))]
-    field = ".".join(location) or "recipe"
+    field = _short(".".join(location)) or "recipe"
     if detail["type"] == "extra_forbidden":
         return field, f"{field} is not a key of a recipe{nearest(location[-1], _fields_at(schema, location[:-1]))}"
     if detail["type"] == "invalid_key":
@@ -129,11 +159,11 @@ def _explain(schema: type[BaseModel], detail: Any) -> tuple[str, str]:
     if detail["type"] == "missing":
         return field, f"{field} is missing"
     if detail["type"] == "too_short":
-        return field, f"{field} is {detail['input']!r}; name at least one"
+        return field, f"{field} is {_short(repr(detail['input']))}; name at least one"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if detail["type"] == "value_error":
         return field, f"{field}: {message}" if location else message
-    return field, f"{field} is {detail['input']!r}; it should be {message}"
+    return field, f"{field} is {_short(repr(detail['input']))}; it should be {message}"
 
 
 def _fields_at(section: type[BaseModel], location: Iterable[str]) -> list[str]:

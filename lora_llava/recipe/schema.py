@@ -292,6 +292,9 @@ class TrainingSection(Section):
     """Dropout after the projector, in training only; the checkpoint stays stock."""
     eval_every: Annotated[int, Field(ge=1)] | None = None
     """Validate every so many steps, save, and keep the best; null once at the end."""
+    save_every: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?min$")] | None = "30 min"
+    """Save a checkpoint to resume from, beside those of eval_every: every so many steps (100), or minutes ("30 min");
+    null saves at eval_every alone."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Log every so many steps."""
     vision_cache: Literal["off", "memory", "disk"] = "off"

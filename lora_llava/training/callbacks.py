@@ -1,9 +1,8 @@
-"""What a person sees while it trains, and a clean stop on Ctrl-C."""
+"""What a person sees while it trains."""
 
 from __future__ import annotations
 
 import resource
-import signal
 import sys
 import time
 from typing import Any
@@ -66,28 +65,3 @@ class ProgressLine(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C ends training after the step, with a checkpoint to resume from; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._previous: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._previous = signal.signal(signal.SIGINT, self._on_signal)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.interrupted:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGINT, self._previous)

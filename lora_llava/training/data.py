@@ -82,6 +82,11 @@ class Split:
         digest.update(np.ascontiguousarray(self.rows.places).tobytes())
         return digest.hexdigest()
 
+    def name_of(self, index: int) -> str:
+        """A row for a person: its source, its id and its pictures."""
+        pictures = ", ".join(self.rows.image_files(index))
+        return f"{self.source_of(index).name}: {self.rows[index]['row_id']}" + (f" ({pictures})" if pictures else "")
+
     def source_of(self, index: int) -> Source:
         """Where a row comes from."""
         return self.sources[self.rows.places[index, 0]]

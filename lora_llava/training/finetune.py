@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -18,14 +20,17 @@ from lora_llava.model.base import cache_folder
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.training import report
+from lora_llava.training.checkpoint import list_checkpoints
 from lora_llava.training.data import sealed
 from lora_llava.training.features import cache_features
 from lora_llava.training.plan import RunPlan, is_padding_free, plan_run
 from lora_llava.training.planner import resolve_optimizer
+from lora_llava.training.resume import Start, find_start, refuse_unfinished
 from lora_llava.training.run_directory import (
     METRICS_FILE,
     is_run,
     machine,
+    only_run,
     read_record,
     start_run,
     versions,
@@ -34,19 +39,23 @@ from lora_llava.training.run_directory import (
 from lora_llava.training.run_report import write_report
 from lora_llava.training.scoring import ask_table
 from lora_llava.training.sources import progress_bar
-from lora_llava.training.stages import TrainResult, build_trained_model, describe_plan, train
+from lora_llava.training.stages import CHECKPOINTS, TrainResult, build_trained_model, describe_plan, train
+
+BEFORE_FILE = "before.json"
 
 
 def finetune(
-    recipe: Recipe, recipe_folder: Path, *, resume: bool = False, overwrite: bool = False, console: Console
-) -> dict[str, Any]:
+    recipe: Recipe, recipe_folder: Path, *, resume: bool = False, overwrite: bool = False,
+    accept_changes: Iterable[str] = (), console: Console,
+) -> dict[str, Any]:  # fmt: skip
     """Run a recipe, and first the Stage 1 recipe it starts from where that has no result yet.
 
     Args:
         recipe: The recipe.
         recipe_folder: Where its `stage1_recipe` is looked up.
-        resume: Go on from the newest checkpoint.
-        overwrite: Replace a finished run in `output_dir`.
+        resume: Go on from the newest checkpoint that is whole.
+        overwrite: Replace a run in `output_dir`, finished or not.
+        accept_changes: Keys of the recipe that may be others than the checkpoint's.
         console: Where everything is told.
 
     Returns:
@@ -58,21 +67,35 @@ def finetune(
     folder = Path(recipe.output_dir)
     if is_run(folder) and not overwrite:
         raise UserError(f"output_dir: {folder} holds a finished run; set output_dir=OTHER, or --overwrite")
+    if resume and overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it; give one")
     stage1 = stage1_of(recipe, recipe_folder)
-    if stage1 is not None:
-        run = Path(stage1.output_dir)
-        plans = [] if finished_stage1(stage1) else [_plan(stage1, console)]
-        plan = _plan(recipe, console)
-        _refuse_what_cannot_fit([*plans, plan])
-        for stage1_plan in plans:
-            _run_stage(stage1_plan, resume and (run / "checkpoints").is_dir(), console)
-            resume = resume and (folder / "checkpoints").is_dir()
-        recipe = with_stage1_run(recipe, run)
-        plan.recipe = recipe
-    else:
-        plan = _plan(recipe, console)
-        _refuse_what_cannot_fit([plan])
-    return _run_stage(plan, resume, console)
+    with only_run(folder):
+        if not resume and not overwrite:
+            refuse_unfinished(folder / CHECKPOINTS)
+        if stage1 is None:
+            plan = _plan(recipe, console)
+            _refuse_what_cannot_fit([plan])
+        else:
+            plan, resume = _after_stage1(stage1, recipe, resume, console)
+        return _run_stage(plan, resume, tuple(accept_changes), console)
+
+
+def _after_stage1(stage1: Recipe, recipe: Recipe, resume: bool, console: Console) -> tuple[RunPlan, bool]:
+    """Run Stage 1 where it has no result yet; gives Stage 2's plan and whether there is something of it to resume."""
+    run = Path(stage1.output_dir)
+    plans = [] if finished_stage1(stage1) else [_plan(stage1, console)]
+    plan = _plan(recipe, console)
+    _refuse_what_cannot_fit([*plans, plan])
+    for stage1_plan in plans:
+        with only_run(run):
+            left = bool(list_checkpoints(run / CHECKPOINTS))
+            if left and not resume:
+                refuse_unfinished(run / CHECKPOINTS)
+            _run_stage(stage1_plan, left, (), console)
+            resume = resume and bool(list_checkpoints(Path(recipe.output_dir) / CHECKPOINTS))
+    plan.recipe = with_stage1_run(recipe, run)
+    return plan, resume
 
 
 def stage1_of(recipe: Recipe, recipe_folder: Path) -> Recipe | None:
@@ -133,24 +156,27 @@ def _refuse_what_cannot_fit(plans: Iterable[RunPlan]) -> None:
             raise plan.refusal
 
 
-def _run_stage(plan: RunPlan, resume: bool, console: Console) -> dict[str, Any]:
+def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: Console) -> dict[str, Any]:
     recipe = plan.recipe
     folder = Path(recipe.output_dir)
     start = time.monotonic()
+    going_on = _going_on(plan, accepted, console) if resume else None
     base = prepare_base(recipe.model, recipe.seed)
     start_run(folder, recipe, {name: split.fingerprint() for name, split in plan.splits.items()})
     (folder / RUN_FILE).unlink(missing_ok=True)  # comes back when the run is whole
+    if going_on is None:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     cache_features(plan, base, console)
     model = build_trained_model(recipe, replace(base, initial_projector=None))
     report.print_freeze_plan(describe_plan(model), console)
     console.print(f"attention: {is_padding_free(recipe)[1]}")
-    before = ask_table(model, plan, "before")
+    before = _ask_before(model, plan, going_on is not None)
     if base.initial_projector is not None:
         trained_projector(model).load_state_dict(base.initial_projector)
     with sealed(plan.splits.get("test")):
-        result = train(plan, base, model, resume)
+        result = train(plan, base, model, going_on)
     after = ask_table(model, plan, "after")
-    tables = {name: asking.table if asking else None for name, asking in (("before", before), ("after", after))}
+    tables = {"before": before, "after": after.table if after else None}
     metrics = _metrics(plan, base, model, result, tables)
     write_json(folder / METRICS_FILE, metrics)
     write_report(folder, recipe, metrics, after)
@@ -160,6 +186,25 @@ def _run_stage(plan: RunPlan, resume: bool, console: Console) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return metrics
+
+
+def _ask_before(model: Any, plan: RunPlan, again: bool) -> Any:
+    """The table before training; of a run that goes on, the one that was asked when it began."""
+    file = Path(plan.recipe.output_dir) / BEFORE_FILE
+    if again and file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    asked = ask_table(model, plan, "before")
+    table = asked.table if asked else None
+    write_json(file, table)
+    return table
+
+
+def _going_on(plan: RunPlan, accepted: tuple[str, ...], console: Console) -> Start:
+    folder = Path(plan.recipe.output_dir) / CHECKPOINTS
+    found = find_start(folder, plan.recipe, plan.splits["train"].fingerprint(), accepted)
+    for line in found.told:
+        console.print(f"resume: {line}", soft_wrap=True)
+    return found
 
 
 def _metrics(

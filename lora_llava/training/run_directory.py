@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from peft import PeftModel
 
 from lora_llava.data.files import json_text
@@ -68,6 +73,38 @@ def start_run(folder: Path, recipe: Recipe, data: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / DATA_FILE, data)
     (folder / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """While this is entered, no other run can be at work in the folder.
+
+    Args:
+        folder: The run directory.
+
+    Raises:
+        UserError: Where another is, which is named, or the folder cannot be written.
+    """
+    lock, holder = folder / ".lock", folder / ".lock.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock).acquire(timeout=0):
+            write_json(holder, {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")})
+            try:
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
+    except Timeout:
+        try:
+            other = json.loads(holder.read_text(encoding="utf-8"))
+            told = f"process {other['process']} on {other['host']}, since {other['since']},"
+        except (OSError, ValueError, KeyError, TypeError):
+            told = "another run"
+        raise UserError(f"output_dir: {told} is at work in {folder}; wait for it, or set output_dir=OTHER") from None
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}); set output_dir=OTHER") from None
 
 
 def read_data_hashes(folder: Path) -> dict[str, str]:

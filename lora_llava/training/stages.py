@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
 from lora_llava.data.collator import PackedCollator, PaddedCollator
@@ -23,17 +24,19 @@ from lora_llava.model.lean import make_lean
 from lora_llava.model.loading import load_base
 from lora_llava.model.start import Base
 from lora_llava.model.vision import freeze_tower
-from lora_llava.recipe import Recipe
-from lora_llava.training.callbacks import ProgressLine, StopOnInterrupt, peak_memory_bytes
+from lora_llava.recipe import Recipe, recipe_hash
+from lora_llava.training.callbacks import ProgressLine, peak_memory_bytes
 from lora_llava.training.data import Split
 from lora_llava.training.memory import GIB
 from lora_llava.training.plan import RunPlan, is_padding_free, run_lora_config
 from lora_llava.training.planner import resolve_optimizer
+from lora_llava.training.resume import Start
 from lora_llava.training.rows import validation_rows
-from lora_llava.training.run_directory import read_data_hashes, save_model
+from lora_llava.training.run_directory import save_model, versions
 from lora_llava.training.scoring import ScoreValidation
 from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import Feed, LlavaSFTTrainer
+from lora_llava.training.watchdog import RefuseNaN, SaveEvery, StopOnSignal, TellSpikes
 
 CHECKPOINTS = "checkpoints"
 CURVES = ("learning_rate", "tokens_per_second", "memory_bytes", "validation_score")
@@ -118,7 +121,6 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
         load_best_model_at_end=has_validation,
         metric_for_best_model="eval_loss" if has_validation else None,
         greater_is_better=False if has_validation else None,
@@ -166,58 +168,41 @@ def padded_collator(plan: RunPlan, split: Split) -> PaddedCollator:
     return PaddedCollator(split.pictures, plan.tokenizer.pad_token_id)  # type: ignore[arg-type]
 
 
-def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> TrainResult:
+def train(plan: RunPlan, base: Base, model: PeftModel, start: Start | None = None) -> TrainResult:
     """Train one stage and write its run directory.
 
     Args:
         plan: From `plan_run`.
         base: From `prepare_base`.
         model: From `build_trained_model`; trained in place, the best checkpoint's weights in it afterwards.
-        resume: Go on from the newest checkpoint in the run directory.
+        start: Where to go on; None begins.
 
     Returns:
         What it took.
 
     Raises:
-        StoppedError: After Ctrl-C, with a checkpoint written.
-        UserError: Where there is nothing to resume from.
+        StoppedError: After Ctrl-C, SIGTERM or SIGHUP, with a checkpoint written.
+        PoisonedError: For a loss or gradient that is not a number.
+        UserError: Where memory or the disk ends, or a picture is not there any more.
     """
     recipe = plan.recipe
     feed, validation = build_feeds(plan)
-    args = training_arguments(recipe, plan.order.steps, validation is not None)
     checkpoint_language_model(model.get_base_model(), plan.step.checkpointed, plan.step.offloaded)
     if is_padding_free(recipe)[0]:
         split = plan.splits["train"]
         first = [split.rows[i] for i in feed.rows[0]]
         print(check_first_batch(model, first, padded_collator(plan, split), feed.collator))
-    line, stop = ProgressLine(f"stage {recipe.stage}"), StopOnInterrupt()
-    scored = recipe.evaluation is not None and recipe.evaluation.generate_every is not None
-    scoring = [ScoreValidation(plan)] if scored else []
-    trainer = LlavaSFTTrainer(
-        model,
-        args,
-        train=feed,
-        validation=validation,
-        processor=plan.processor,
-        projector_learning_rate=recipe.training.projector_learning_rate or recipe.training.learning_rate,
-        callbacks=[line, stop, *scoring],
-    )
-    trainer.remove_callback(PrinterCallback)  # ours tells it
-    line.trainer = trainer
-    for callback in scoring:
-        callback.trainer = trainer
-    checkpoint = _find_checkpoint(Path(args.output_dir), plan) if resume else None
-    start = time.monotonic()
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except torch.cuda.OutOfMemoryError:
-        raise _out_of_memory(plan) from None
-    seconds = time.monotonic() - start - trainer.seconds_off_the_clock
-    if stop.interrupted:
+    trainer, stop, spikes = build_trainer(plan, model, feed, validation)
+    with stop.listening():
+        run_trainer(trainer, start, lambda: _out_of_memory(plan))
+    if stop.number is not None and trainer.state.global_step < plan.order.steps:
         raise StoppedError(
             f"stopped at step {trainer.state.global_step} of {plan.order.steps}; a checkpoint is in "
-            f"{args.output_dir}; go on with the same command and --resume"
-        )
+            f"{trainer.args.output_dir}; go on with the same command and --resume", stop.number,
+        )  # fmt: skip
+    if spikes.steps:
+        print(f"the loss leapt at {len(spikes.steps)} logged steps: {', '.join(map(str, spikes.steps[:10]))}")
+    seconds = trainer.seconds
     save_model(Path(recipe.output_dir), model, plan.processor, recipe, base)
     return TrainResult(
         seconds, trainer.tokens_seen, trainer.supervised_tokens_seen, peak_memory_bytes(), trainer.state.best_metric,
@@ -226,33 +211,71 @@ def train(plan: RunPlan, base: Base, model: PeftModel, resume: bool = False) -> 
     )  # fmt: skip
 
 
+def build_trainer(
+    plan: RunPlan, model: PeftModel, feed: Feed, validation: Feed | None
+) -> tuple[LlavaSFTTrainer, StopOnSignal, TellSpikes]:
+    """The trainer of a stage, with what watches over it."""
+    recipe, split = plan.recipe, plan.splits["train"]
+    line, stop, spikes = ProgressLine(f"stage {recipe.stage}"), StopOnSignal(), TellSpikes()
+    scored = recipe.evaluation is not None and recipe.evaluation.generate_every is not None
+    scoring = [ScoreValidation(plan)] if scored else []
+    nan = RefuseNaN(lambda number: [split.name_of(i) for i in feed.rows[number]], recipe.training.gradient_accumulation)
+    every = recipe.training.save_every
+    minutes = float(every.removesuffix("min")) if isinstance(every, str) else None
+    saving = SaveEvery(every if isinstance(every, int) else None, minutes, time.monotonic)
+    trainer = LlavaSFTTrainer(
+        model,
+        training_arguments(recipe, plan.order.steps, validation is not None),
+        train=feed,
+        validation=validation,
+        processor=plan.processor,
+        projector_learning_rate=recipe.training.projector_learning_rate or recipe.training.learning_rate,
+        callbacks=[line, stop, nan, spikes, saving, *scoring],
+    )
+    trainer.remove_callback(PrinterCallback)  # ours tells it
+    trainer.on_loss = nan.losses.append
+    trainer.told_of_run = {"recipe_hash": recipe_hash(recipe), "versions": versions()}
+    line.trainer = trainer
+    for callback in scoring:
+        callback.trainer = trainer
+    return trainer, stop, spikes
+
+
+def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Callable[[], UserError]) -> None:
+    """Train, and where that fails leave a checkpoint of the last whole step.
+
+    Args:
+        trainer: From `build_trainer`.
+        start: Where to go on; None begins.
+        out_of_memory: What a person is told then.
+
+    Raises:
+        ToldError: For what the person can mend.
+    """
+    trainer.changed = start.changed if start else ()
+    try:
+        trainer.train(resume_from_checkpoint=str(start.checkpoint) if start else None)
+    except torch.cuda.OutOfMemoryError:
+        raise UserError(f"{out_of_memory()}{trainer.save_last_step()}") from None
+    except UserError as error:
+        raise type(error)(f"{error}{trainer.save_last_step()}") from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        told = " ".join(str(error).split())
+        raise UserError(f"a process that loads pictures was ended ({told:.200}){trainer.save_last_step()}") from None
+
+
 def _out_of_memory(plan: RunPlan) -> UserError:
     """What to change where the plan was too tight."""
     return UserError(
         f"the GPU's memory ran out at a step planned at {plan.step.peak / GIB:.1f} GiB; set training.memory_gb="
-        f"{0.9 * plan.step.peak / GIB:.1f}, so that more is recomputed, and go on with --resume from a checkpoint"
+        f"{0.9 * plan.step.peak / GIB:.1f}, so that more is recomputed"
     )
 
 
 def _curves(history: list[dict[str, Any]], kinds: dict[str, str]) -> dict[str, list[tuple[int, float]]]:
     return {kind: [(entry["step"], entry[key]) for entry in history if key in entry] for kind, key in kinds.items()}
-
-
-def _find_checkpoint(folder: Path, plan: RunPlan) -> str:
-    """The newest checkpoint.
-
-    Raises:
-        UserError: Where there is none, or it was trained on other rows.
-    """
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if checkpoint is None:
-        raise UserError(f"--resume: {folder} holds no checkpoint; run without it")
-    if read_data_hashes(Path(checkpoint)).get("train") not in (None, plan.splits["train"].fingerprint()):
-        raise UserError(
-            f"--resume: the training rows are not those of {checkpoint}: data, pictures or the recipe's data section "
-            "have changed; run without --resume"
-        )
-    return checkpoint
 
 
 def describe_plan(model: PeftModel) -> list[dict[str, Any]]:

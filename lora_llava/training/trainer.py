@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,40 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
+from lora_llava.errors import UserError
 from lora_llava.model.adapters import trained_projector
 from lora_llava.training.callbacks import peak_memory_bytes
+from lora_llava.training.checkpoint import find_damage, newest_whole, remove_old, written_whole
 from lora_llava.training.loss import count_labels, labelled_loss
-from lora_llava.training.run_directory import DATA_FILE
+from lora_llava.training.run_directory import DATA_FILE, RECIPE_FILE
+from lora_llava.training.state_files import random_state
+from lora_llava.training.trainer_state import (
+    gather_random,
+    restore_counters,
+    restore_optimizer,
+    restore_random,
+    save_trainer_state,
+    state_bytes,
+)
+
+KEPT = 2
+"""Newest checkpoints that stay, beside the best: one may turn out to be damaged."""
+
+
+class _Between(TrainerCallback):
+    """Tells the trainer when training begins, after it has set all to nothing, and when a step has ended."""
+
+    def __init__(self, begin: Callable[[], None], step: Callable[[], None]) -> None:
+        self.begin, self.step = begin, step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step()
 
 
 @dataclass(frozen=True)
@@ -67,14 +96,28 @@ class LlavaSFTTrainer(SFTTrainer):
         self.supervised_tokens_seen = 0
         self._validation: list[tuple[float, int]] = []
         self._logged: tuple[float, int] | None = None
-        self.seconds_off_the_clock = 0.0
+        self.seconds_before, self.seconds_off_the_clock, self._began = 0.0, 0.0, time.monotonic()
+        self.changed: tuple[str, ...] = ()
+        self.told_of_run: dict[str, Any] = {}
+        self._resumed: dict[str, Any] = {}
+        self._random_at_step: list[dict[str, Any]] = []
+        self.on_loss: Callable[[torch.Tensor], None] = lambda loss: None
         trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model, args=args, train_dataset=_stand_in(train),
             eval_dataset=_stand_in(validation) if validation else None, data_collator=train.collator,
-            processing_class=processor, callbacks=callbacks,
+            processing_class=processor, callbacks=[_Between(self._begin, self._step_ended), *callbacks],
         )  # fmt: skip
         self._restore_dtypes(trained)
+
+    def _begin(self) -> None:
+        if self._resumed:
+            restore_counters(self, self._resumed)
+        self._began, self.seconds_off_the_clock = time.monotonic(), 0.0
+
+    def _step_ended(self) -> None:
+        if self.args.world_size == 1:  # a failure there is one process's alone: nothing can be gathered after it
+            self._random_at_step = [random_state()]
 
     def _restore_dtypes(self, trained: dict[str, torch.Tensor]) -> None:
         """Undo SFTTrainer's cast of everything trained to bf16 (trl/trainer/sft_trainer.py), in which AdamW's steps
@@ -139,7 +182,9 @@ class LlavaSFTTrainer(SFTTrainer):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         else:
             loss = self._labelled_loss(model, inputs, kwargs.get("num_items_in_batch"))
-        if not model.training:
+        if model.training:
+            self.on_loss(loss)
+        else:
             self._validation += [(float(loss) * count, count)]
         return loss
 
@@ -185,12 +230,74 @@ class LlavaSFTTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.off_the_clock():
-            super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and it holds hub_token in clear
-        hashes = folder.parent.parent / DATA_FILE
-        if hashes.is_file():  # what it was trained on: it goes on with the same rows alone
-            shutil.copyfile(hashes, folder / DATA_FILE)
+            self.save_whole(gather_random())
+
+    def save_whole(self, random: list[dict[str, Any]]) -> None:
+        """Write a checkpoint of the last step, whole or not at all, and remove old ones.
+
+        Args:
+            random: Random numbers of every process as they were then.
+
+        Raises:
+            UserError: Where it cannot be written.
+        """
+        checkpoints = Path(self.args.output_dir)
+        folder = checkpoints / f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            best = checkpoints / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() or best == folder else None
+        about = {"step": self.state.global_step, **self.told_of_run}
+        if self.args.should_save:
+            with written_whole(folder, about, state_bytes(self)) as staging:
+                self.save_model(str(staging), _internal_call=True)
+                (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, and it holds hub_token in clear
+                save_trainer_state(self, staging, random)
+                self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+                for name in (DATA_FILE, RECIPE_FILE):  # what it was trained on, and how
+                    if (checkpoints.parent / name).is_file():
+                        shutil.copyfile(checkpoints.parent / name, staging / name)
+            remove_old(checkpoints, KEPT, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def save_last_step(self) -> str:
+        """After a failure in the middle of a step, leave a checkpoint of the one before.
+
+        Returns:
+            What a person is told of it, to stand behind what failed.
+        """
+        newest, _ = newest_whole(Path(self.args.output_dir))
+        reached = self.state.global_step
+        if self._random_at_step and (newest is None or newest.name != f"checkpoint-{reached}"):
+            try:
+                self.model.zero_grad(set_to_none=True)
+                self.save_whole(self._random_at_step)
+                newest = Path(self.args.output_dir, f"checkpoint-{reached}")
+            except Exception as error:  # what failed first is what is told
+                print(f"no checkpoint of step {reached} could be written: {error}", file=sys.stderr)
+        return f"; go on with --resume, from {newest}" if newest else "; no step was finished"
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._resumed = restore_optimizer(self, Path(checkpoint), self.changed)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_random(self._resumed, self.args.process_index)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none: nothing here trains in float16."""
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        damage = find_damage(best)
+        if damage is not None:
+            raise UserError(f"the best checkpoint, {best}, is damaged ({damage}); check the disk, and train anew")
+        super()._load_best_model()
+
+    @property
+    def seconds(self) -> float:
+        """Of training, without validating, scoring and saving, and with those before a resume."""
+        return self.seconds_before + time.monotonic() - self._began - self.seconds_off_the_clock
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: TRL's says nothing true of a LLaVA; publishing writes ours."""

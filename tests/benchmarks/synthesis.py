@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "samples": args.samples, "concurrency": CONCURRENCY, "latency_seconds": args.latency,
         "ideal_requests_per_second": ideal, "requests_per_second": good["requests_per_second"],
         "share_of_ideal": good["requests_per_second"] / ideal,
-        "shares_of_all_runs": [run["requests_per_second"] / ideal for run in runs], "without_faults": good, "a_tenth_faults": faulty,
+        "shares_of_all_runs": [run["requests_per_second"] / ideal for run in runs], "without_faults": good,
+        "a_tenth_faults": faulty,
     }  # fmt: skip
 
 

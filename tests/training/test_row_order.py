@@ -14,10 +14,12 @@ from lora_llava.errors import StoppedError, UserError
 from lora_llava.model.start import prepare_base
 from lora_llava.recipe import RecipeError, TrainingSection
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.callbacks import StopOnInterrupt
 from lora_llava.training.plan import plan_run
+from lora_llava.training.resume import find_start
 from lora_llava.training.rows import batch_samples, order_rows
+from lora_llava.training.run_directory import start_run
 from lora_llava.training.stages import build_feeds, build_trained_model, train
+from lora_llava.training.watchdog import StopOnSignal
 
 
 def section(**values: Any) -> TrainingSection:
@@ -72,21 +74,24 @@ def test_packed_rows_train_every_token_and_go_on_after_a_stop_as_if_there_was_no
         stage2_content["output_dir"] = str(tmp_path / name)
         recipe = check_recipe(stage2_content, "test")
         plan = plan_run(recipe)
-        Path(recipe.output_dir).mkdir(exist_ok=True)
+        start_run(Path(recipe.output_dir), recipe, {"train": plan.splits["train"].fingerprint()})
+        start = (
+            find_start(tmp_path / name / "checkpoints", recipe, plan.splits["train"].fingerprint()) if resume else None
+        )
         model = build_trained_model(recipe, prepare_base(recipe.model, 0))
-        on_step_end = StopOnInterrupt.on_step_end
+        on_step_end = StopOnSignal.on_step_end
 
         def stopping(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.interrupted = self.interrupted or state.global_step == stop_at
+            self.number = 2 if state.global_step == stop_at else self.number
             on_step_end(self, args, state, control, **kwargs)
 
         with monkeypatch.context() as patch:
-            patch.setattr(StopOnInterrupt, "on_step_end", stopping)
+            patch.setattr(StopOnSignal, "on_step_end", stopping)
             if stop_at is not None:
                 with pytest.raises(StoppedError, match="stopped at step 2 of"):
-                    train(plan, prepare_base(recipe.model, 0), model, resume)
+                    train(plan, prepare_base(recipe.model, 0), model, start)
                 return plan, None, None
-            result = train(plan, prepare_base(recipe.model, 0), model, resume)
+            result = train(plan, prepare_base(recipe.model, 0), model, start)
         return plan, result, {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     plan, result, expected = trained("whole")

@@ -247,6 +247,9 @@ def test_a_finished_run_is_not_overwritten_unasked(stage1: Recipe) -> None:
     with pytest.raises(UserError, match="holds a finished run"):
         run(stage1)
     run(stage1, overwrite=True)
+    (Path(stage1.output_dir) / "run.json").unlink()
+    with pytest.raises(UserError, match="holds an unfinished run, with checkpoint-"):
+        run(stage1)
 
 
 def test_resume_goes_on_from_the_newest_checkpoint(stage2_content: dict[str, Any]) -> None:

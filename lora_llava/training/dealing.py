@@ -1,0 +1,130 @@
+"""Rows dealt to several ranks, so that in every optimiser step all of them carry about as many tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+Rows = list[list[int]]
+
+
+def deal_rows(
+    rows: Sequence[Sequence[int]], lengths: Sequence[int], *, ranks: int, accumulation: int = 1,
+    max_tokens: int | None = None, padded: bool = False,
+) -> Rows:  # fmt: skip
+    """Lay the rows of each optimiser step out anew among ranks.
+
+    A step keeps the samples that it has with one rank, and each rank makes as many forward passes as every other.
+
+    Args:
+        rows: Sample indices of every forward pass of all ranks, in order; `ranks * accumulation` of them are a step.
+        lengths: Tokens of each sample.
+        ranks: Processes that train together.
+        accumulation: Forward passes of a rank in a step; the last step may have fewer.
+        max_tokens: Most tokens of a row; None where rows are batches, which grow by no sample.
+        padded: Whether samples of a row are padded to its longest: like lengths then go together.
+
+    Returns:
+        Rows of which rank r has `rows[r::ranks]`, step by step. With one rank they are as they were. In the last step
+        rows may be empty, where it has fewer samples than passes.
+    """
+    if ranks == 1:
+        return [list(row) for row in rows]
+    size = ranks * accumulation
+    steps = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [row for step in steps for row in _deal_step(step, lengths, ranks, max_tokens, padded)]
+
+
+def rank_tokens(rows: Sequence[Sequence[int]], lengths: Sequence[int], ranks: int) -> list[int]:
+    """Tokens of each rank in the rows of one step."""
+    return [_tokens([i for row in rows[rank::ranks] for i in row], lengths) for rank in range(ranks)]
+
+
+def _deal_step(
+    step: Sequence[Sequence[int]], lengths: Sequence[int], ranks: int, max_tokens: int | None, padded: bool
+) -> Rows:
+    passes = math.ceil(len(step) / ranks)
+    empty: Rows = [[] for _ in range(ranks * passes - len(step))]
+    kept = [list(row) for row in step] + empty
+    samples = [i for row in step for i in row]
+    limit = math.inf if max_tokens is None else max_tokens
+    count = len(samples) if max_tokens is not None else max(map(len, step))
+    found = [_to_ranks(_level(kept, lengths, limit, count), lengths, ranks), kept]
+    shares = _spread(samples, lengths, ranks if padded else len(kept), limit, count * passes if padded else count)
+    if shares is not None and padded:
+        found.insert(0, _interleave([_grouped(share, lengths, passes) for share in shares]))
+    elif shares is not None:
+        found.insert(0, _to_ranks(_level(shares, lengths, limit, count), lengths, ranks))
+    return min(found, key=lambda rows: (rows.count([]), max(rank_tokens(rows, lengths, ranks))))
+
+
+def _spread(samples: Sequence[int], lengths: Sequence[int], bins: int, limit: float, count: int) -> Rows | None:
+    """Longest first, each sample into the lightest bin that has room (the LPT rule); None where a sample has none."""
+    rows: Rows = [[] for _ in range(bins)]
+    loads = [0] * bins
+    for sample in sorted(samples, key=lambda i: -lengths[i]):
+        room = [b for b in range(bins) if len(rows[b]) < count and loads[b] + lengths[sample] <= limit]
+        if not room:
+            return None
+        lightest = min(room, key=loads.__getitem__)
+        rows[lightest].append(sample)
+        loads[lightest] += lengths[sample]
+    return rows
+
+
+def _level(rows: Rows, lengths: Sequence[int], limit: float, count: int) -> Rows:
+    """Move or swap samples between the heaviest and the lightest row for as long as they come nearer."""
+    rows = [list(row) for row in rows]
+    loads = [_tokens(row, lengths) for row in rows]
+    while True:
+        heavy, light = max(range(len(rows)), key=loads.__getitem__), min(range(len(rows)), key=loads.__getitem__)
+        exchange = _best_exchange(rows[heavy], rows[light], lengths, loads[heavy] - loads[light], count)
+        if exchange is None:
+            return rows
+        given, taken = exchange
+        for sample, source, target in ((given, heavy, light), (taken, light, heavy)):
+            if sample is not None:
+                rows[source].remove(sample)
+                rows[target].append(sample)
+                loads[source] -= lengths[sample]
+                loads[target] += lengths[sample]
+
+
+def _best_exchange(
+    heavy: Sequence[int], light: Sequence[int], lengths: Sequence[int], gap: int, count: int
+) -> tuple[int, int | None] | None:
+    """The sample to give and the one to take back, if any, which leave the least gap; None where none lessens it."""
+    back: list[int | None] = list(light)
+    if len(heavy) > 1 and len(light) < count:
+        back.append(None)
+    changes = [(a, b, lengths[a] - (0 if b is None else lengths[b])) for a in heavy for b in back]
+    better = [(abs(2 * change - gap), a, b) for a, b, change in changes if 0 < change < gap]
+    return min(better, key=lambda one: one[0])[1:] if better else None
+
+
+def _to_ranks(rows: Rows, lengths: Sequence[int], ranks: int) -> Rows:
+    """Heaviest first, each row to the lightest rank that still lacks one."""
+    passes = len(rows) // ranks
+    shares: list[Rows] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for row in sorted(rows, key=lambda row: -_tokens(row, lengths)):
+        rank = min((r for r in range(ranks) if len(shares[r]) < passes), key=loads.__getitem__)
+        shares[rank].append(row)
+        loads[rank] += _tokens(row, lengths)
+    return _interleave(shares)
+
+
+def _grouped(samples: Sequence[int], lengths: Sequence[int], passes: int) -> Rows:
+    """Cut a rank's samples into its passes, like lengths together."""
+    order = sorted(samples, key=lambda i: -lengths[i])
+    ends = [round(len(order) * n / passes) for n in range(passes + 1)]
+    return [order[start:end] for start, end in pairwise(ends)]
+
+
+def _interleave(shares: Sequence[Rows]) -> Rows:
+    return [row for group in zip(*shares, strict=True) for row in group]
+
+
+def _tokens(row: Sequence[int], lengths: Sequence[int]) -> int:
+    return sum(lengths[i] for i in row)

@@ -1,0 +1,111 @@
+"""What a trainer's checkpoint holds beside the weights, and how it comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_llava.training.state_files import load_state, random_state, save_state, set_random_state
+
+Trainer = Any
+
+
+def save_trainer_state(trainer: Trainer, folder: Path, random: list[dict[str, Any]]) -> None:
+    """Write optimiser, schedule, random numbers and counters.
+
+    Args:
+        trainer: At the end of a step.
+        folder: The checkpoint.
+        random: Of every process, from `random_state`.
+    """
+    save_state(
+        folder,
+        {
+            "optimizer": trainer.optimizer.state_dict(), "scheduler": trainer.lr_scheduler.state_dict(),
+            "random": random, "counters": _counters(trainer),
+        },
+    )  # fmt: skip
+
+
+def _counters(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "tokens_seen": trainer.tokens_seen, "supervised_tokens_seen": trainer.supervised_tokens_seen,
+        "seconds": trainer.seconds, "loss": trainer._tr_loss, "total_loss": trainer._total_loss_scalar,
+        "last_logged": trainer._globalstep_last_logged,
+        "means": {mode: dict(values) for mode, values in trainer._metrics.items()},
+    }  # fmt: skip
+
+
+def restore_optimizer(trainer: Trainer, folder: Path, changed: tuple[str, ...]) -> dict[str, Any]:
+    """Bring optimiser and schedule back; what the recipe says anew takes effect.
+
+    Args:
+        trainer: With a fresh optimiser and schedule.
+        folder: The checkpoint.
+        changed: Keys of the recipe that are others than the checkpoint's.
+
+    Returns:
+        The rest of the state, for `restore_counters` and `restore_random`.
+    """
+    state: dict[str, Any] = load_state(folder)
+    optimizer, scheduler = trainer.optimizer, trainer.lr_scheduler
+    fresh = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    rates = list(scheduler.base_lrs)
+    optimizer.load_state_dict(state.pop("optimizer"))
+    scheduler.load_state_dict(state.pop("scheduler"))
+    if changed:
+        for group, values in zip(optimizer.param_groups, fresh, strict=True):
+            group.update(values)
+        # As LambdaLR works them out (torch, optim/lr_scheduler.py).
+        scheduler.base_lrs = rates
+        scheduler._last_lr = [
+            rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
+    return state
+
+
+def restore_counters(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Bring back what is logged and counted, once the trainer has set it to nothing."""
+    counters = state["counters"]
+    trainer.tokens_seen, trainer.supervised_tokens_seen = counters["tokens_seen"], counters["supervised_tokens_seen"]
+    trainer.seconds_before = counters["seconds"]
+    trainer._tr_loss = counters["loss"].to(trainer.args.device)
+    trainer._total_loss_scalar, trainer._globalstep_last_logged = counters["total_loss"], counters["last_logged"]
+    for mode, values in counters["means"].items():
+        for key, value in values.items():
+            trainer._metrics[mode][key] = list(value)
+
+
+def restore_random(state: dict[str, Any], process: int) -> None:
+    """Put this process's random numbers where they were."""
+    set_random_state(state["random"][process])
+
+
+def gather_random(own: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The random numbers' state of every process, in the order of their ranks.
+
+    Args:
+        own: Of this process; None reads it now.
+    """
+    own = random_state() if own is None else own
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [own]
+    found: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(found, own)
+    return found
+
+
+def state_bytes(trainer: Trainer) -> int:
+    """Bytes that a checkpoint's weights and states will take."""
+    weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+    states = sum(
+        value.numel() * value.element_size()
+        for each in trainer.optimizer.state.values()
+        for value in each.values()
+        if isinstance(value, torch.Tensor)
+    )
+    return weights + states

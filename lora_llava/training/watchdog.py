@@ -1,0 +1,152 @@
+"""What ends a run before it does harm: a signal, a loss that is no number; and what is to be told on the way."""
+
+from __future__ import annotations
+
+import signal
+import statistics
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from lora_llava.errors import ToldError
+
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+_SPIKE, _BEFORE = 3.0, 20
+"""A loss is told of at three times the median of the twenty logged before it; untuned."""
+_ROWS_TOLD = 16
+
+
+class PoisonedError(ToldError):
+    """A loss or a gradient that is no number: the weights did not take it."""
+
+    exit_code = 3
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C, SIGTERM and SIGHUP end training after the step, with a checkpoint; a second Ctrl-C ends it at once.
+
+    Attributes:
+        number: Of the signal that came; None where none did.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While this is entered, signals are listened to; outside a main thread, where Python lets none be, not."""
+        previous: dict[int, Any] = {}
+        try:
+            for name in _SIGNALS:
+                if hasattr(signal, name):  # Windows has no SIGHUP
+                    number = getattr(signal, name)
+                    previous[number] = signal.signal(number, self._on_signal)
+        except ValueError:
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.number is None:
+            self.number = number
+            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+            print(f"\nstopping after this step{again}", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.number is not None and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+            args.load_best_model_at_end = False  # nothing is exported
+
+
+class RefuseNaN(TrainerCallback):
+    """Looks at the losses and gradients of a step before the weights take them.
+
+    Args:
+        rows_of: Names the rows of a forward pass, by its number over the run.
+        accumulation: Forward passes of a step.
+    """
+
+    def __init__(self, rows_of: Callable[[int], list[str]], accumulation: int) -> None:
+        self.rows_of, self.accumulation = rows_of, accumulation
+        self.losses: list[torch.Tensor] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.losses.clear()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])  # as clip_grad_norm_ does
+        losses = torch.stack([loss.detach().float() for loss in self.losses])
+        told = torch.cat([losses, norms.sum().reshape(1).to(losses.device)]).isfinite().tolist()  # one wait for the GPU
+        if all(told):
+            return
+        first = state.global_step * self.accumulation
+        bad = [number for number, finite in enumerate(told[:-1]) if not finite]
+        what = "loss" if bad else "gradient"
+        passes = bad or range(len(self.losses))
+        rows = [row for number in passes for row in self.rows_of(first + number)]
+        listed = ", ".join(rows[:_ROWS_TOLD]) + (
+            f" and {len(rows) - _ROWS_TOLD} more" if len(rows) > _ROWS_TOLD else ""
+        )
+        raise PoisonedError(
+            f"step {state.global_step + 1}: the {what} is not a number (NaN or infinite); the weights did not take it "
+            f"and nothing was saved. Look at its rows: {listed}; mend or drop them, or lower "
+            "training.learning_rate, and go on with --resume from the last checkpoint"
+        )
+
+
+class TellSpikes(TrainerCallback):
+    """Tells of a logged loss far above those before it, and goes on."""
+
+    def __init__(self) -> None:
+        self.before: deque[float] = deque(maxlen=_BEFORE)
+        self.steps: list[int] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if len(self.before) == _BEFORE and loss > _SPIKE * (usual := statistics.median(self.before)):
+            self.steps.append(state.global_step)
+            told = f"step {state.global_step}: the loss is {loss:.4f}, {loss / usual:.1f} times what it was"
+            tqdm.write(told, file=sys.stderr)
+        self.before.append(loss)
+
+
+class SaveEvery(TrainerCallback):
+    """Saves every so many steps or minutes, beside what the trainer saves when it validates.
+
+    Args:
+        steps: None goes by minutes.
+        minutes: None goes by steps.
+        clock: Seconds that only grow.
+    """
+
+    def __init__(self, steps: int | None, minutes: float | None, clock: Callable[[], float]) -> None:
+        self.steps, self.minutes, self.clock = steps, minutes, clock
+        self.last = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = self.clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.steps is not None and state.global_step % self.steps == 0:
+            control.should_save = True
+        if self.minutes is not None and self.clock() - self.last >= 60 * self.minutes:
+            control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = self.clock()
