@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
@@ -10,11 +11,15 @@ from multiprocessing.process import BaseProcess
 from lora_llava.cli import main
 
 
+def _run(arguments: list[str]) -> None:
+    sys.exit(main(None, arguments))
+
+
 def start(arguments: Sequence[str], preload: str) -> BaseProcess:
     """Start a verb, forked from a process that has loaded the verb's module already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lora_llava.cli", preload])
-    process = context.Process(target=main, args=(None, list(arguments)))
+    process = context.Process(target=_run, args=(list(arguments),))
     process.start()
     return process
 

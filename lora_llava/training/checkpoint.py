@@ -78,17 +78,14 @@ def _told(folder: Path, needed: int) -> Iterator[None]:
             raise UserError(_no_room(folder, needed)) from None
         if isinstance(error, OSError):
             told = f"{folder} cannot be written ({error.strerror or error})"
-            raise UserError(f"{told}; mend that and go on with --resume") from None
+            raise UserError(f"{told}; mend that") from None
         raise
 
 
 def _no_room(folder: Path, needed: int) -> str:
     free = shutil.disk_usage(folder.parent).free
     wanted = f"needs {needed:,} bytes and " if needed else ""
-    return (
-        f"the disk is full: {folder} {wanted}has {free:,} free; make room and go on with --resume, from the checkpoint "
-        "before"
-    )
+    return f"the disk is full: {folder} {wanted}has {free:,} free; make room"
 
 
 def _seal(staging: Path, about: dict[str, Any]) -> None:

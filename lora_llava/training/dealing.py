@@ -50,12 +50,12 @@ def _deal_step(
     samples = [i for row in step for i in row]
     limit = math.inf if max_tokens is None else max_tokens
     count = len(samples) if max_tokens is not None else max(map(len, step))
-    found = [_to_ranks(_level(kept, lengths, limit, count), lengths, ranks), kept]
+    found = [_to_ranks(_level(kept, lengths, count), lengths, ranks), kept]
     shares = _spread(samples, lengths, ranks if padded else len(kept), limit, count * passes if padded else count)
     if shares is not None and padded:
         found.insert(0, _interleave([_grouped(share, lengths, passes) for share in shares]))
     elif shares is not None:
-        found.insert(0, _to_ranks(_level(shares, lengths, limit, count), lengths, ranks))
+        found.insert(0, _to_ranks(_level(shares, lengths, count), lengths, ranks))
     return min(found, key=lambda rows: (rows.count([]), max(rank_tokens(rows, lengths, ranks))))
 
 
@@ -73,17 +73,17 @@ def _spread(samples: Sequence[int], lengths: Sequence[int], bins: int, limit: fl
     return rows
 
 
-def _level(rows: Rows, lengths: Sequence[int], limit: float, count: int) -> Rows:
-    """Move or swap samples between the heaviest and the lightest row for as long as they come nearer."""
+def _level(rows: Rows, lengths: Sequence[int], count: int) -> Rows:
+    """Move or swap samples of the heaviest row, with the lightest that it can, for as long as that makes it lighter."""
     rows = [list(row) for row in rows]
     loads = [_tokens(row, lengths) for row in rows]
     while True:
-        heavy, light = max(range(len(rows)), key=loads.__getitem__), min(range(len(rows)), key=loads.__getitem__)
-        exchange = _best_exchange(rows[heavy], rows[light], lengths, loads[heavy] - loads[light], count)
+        *others, heavy = sorted(range(len(rows)), key=loads.__getitem__)
+        found = ((b, _best_exchange(rows[heavy], rows[b], lengths, loads[heavy] - loads[b], count)) for b in others)
+        light, exchange = next(((b, exchange) for b, exchange in found if exchange is not None), (heavy, None))
         if exchange is None:
             return rows
-        given, taken = exchange
-        for sample, source, target in ((given, heavy, light), (taken, light, heavy)):
+        for sample, source, target in ((exchange[0], heavy, light), (exchange[1], light, heavy)):
             if sample is not None:
                 rows[source].remove(sample)
                 rows[target].append(sample)

@@ -251,6 +251,7 @@ class LlavaSFTTrainer(SFTTrainer):
             with written_whole(folder, about, state_bytes(self)) as staging:
                 self.save_model(str(staging), _internal_call=True)
                 (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, and it holds hub_token in clear
+                (staging / "README.md").unlink(missing_ok=True)  # peft's empty model card
                 save_trainer_state(self, staging, random)
                 self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
                 for name in (DATA_FILE, RECIPE_FILE):  # what it was trained on, and how

@@ -1,0 +1,372 @@
+"""Checkpoints: whole or not at all, and every damage seen."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from lora_llava.errors import UserError
+from lora_llava.recipe import Recipe
+from lora_llava.recipe.io import check_recipe
+from lora_llava.training import stages
+from lora_llava.training.checkpoint import (
+    MANIFEST_FILE,
+    find_damage,
+    list_checkpoints,
+    newest_whole,
+    read_manifest,
+    remove_old,
+    written_whole,
+)
+from lora_llava.training.finetune import finetune
+from lora_llava.training.state_files import load_state, random_state, save_state, set_random_state
+from lora_llava.training.trainer import LlavaSFTTrainer
+from lora_llava.training.trainer_state import gather_random
+
+WRITES = {"write", "fsync", "rename", "mkdir", "unlink", "rmdir", "remove", "replace", "serialize_file", "copyfile"}
+
+
+def run(recipe: Recipe, **options: Any) -> str:
+    stream = io.StringIO()
+    finetune(recipe, Path(), console=Console(file=stream, width=400), **options)
+    return stream.getvalue()
+
+
+def recipe_of(content: dict[str, Any], **training: Any) -> Recipe:
+    content["evaluation"] = None
+    content["training"] |= training
+    return check_recipe(content, "test")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Two small checkpoints."""
+    for step in (1, 2):
+        with written_whole(tmp_path / f"checkpoint-{step}", {"step": step}) as staging:
+            (staging / "inner").mkdir()
+            (staging / "inner" / "a.txt").write_text("some text " * step)
+            (staging / "b.bin").write_bytes(bytes(range(200)))
+    return tmp_path
+
+
+def test_a_checkpoint_tells_what_it_holds(small: Path) -> None:
+    manifest = read_manifest(small / "checkpoint-2")
+    assert manifest["step"] == 2
+    assert {name: told["bytes"] for name, told in manifest["files"].items()} == {"b.bin": 200, "inner/a.txt": 20}
+    assert newest_whole(small) == (small / "checkpoint-2", [])
+    assert [each.name for each in list_checkpoints(small)] == ["checkpoint-2", "checkpoint-1"]
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "missing": lambda file: file.unlink(),
+    "halved": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "emptied": lambda file: file.write_bytes(b""),
+    "one bit": flipped,
+}
+
+
+def damaged_silently(folder: Path) -> tuple[int, list[str]]:
+    """Damage every file of the newest checkpoint in every way; gives how many, and those that were not seen."""
+    newest = list_checkpoints(folder)[0]
+    files = sorted(file for file in newest.rglob("*") if file.is_file())
+    unseen = []
+    tried = 0
+    for file in files:
+        content = file.read_bytes()
+        for name, damage in DAMAGES.items():
+            if not content and name != "missing":
+                continue
+            damage(file)
+            tried += 1
+            found, passed_over = newest_whole(folder)
+            if found == newest or len(passed_over) != 1 or file.name not in passed_over[0]:
+                unseen.append(f"{name} {file}")
+            file.write_bytes(content)
+    assert newest_whole(folder)[0] == newest
+    return tried, unseen
+
+
+def test_every_damage_is_seen_and_the_one_before_taken(small: Path) -> None:
+    assert damaged_silently(small) == (12, [])
+    (small / "checkpoint-2" / MANIFEST_FILE).write_text("[" * 100_000)
+    assert find_damage(small / "checkpoint-2") == "manifest.json is not as it was written"
+
+
+def test_no_old_one_is_removed_for_one_that_is_damaged(small: Path) -> None:
+    flipped(small / "checkpoint-2" / "b.bin")
+    with pytest.raises(UserError, match=r"checkpoint-2 was not written well \(b.bin is not as it was written\)"):
+        remove_old(small, 1, None)
+    assert len(list_checkpoints(small)) == 2
+
+
+def test_the_newest_and_the_best_stay(small: Path) -> None:
+    for step in (3, 4):
+        with written_whole(small / f"checkpoint-{step}", {"step": step}):
+            pass
+    (small / ".checkpoint-9.partial").mkdir()
+    remove_old(small, 2, str(small / "checkpoint-1"))
+    assert sorted(os.listdir(small)) == ["checkpoint-1", "checkpoint-3", "checkpoint-4"]
+
+
+def test_too_little_room_is_told_before_anything_is_written(small: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"the disk is full: .*checkpoint-3 needs 1,[\d,]{23} bytes and has [\d,]+ free"
+    ):
+        with written_whole(small / "checkpoint-3", {"step": 3}, needed=10**18):
+            raise AssertionError
+    assert newest_whole(small) == (small / "checkpoint-2", [])
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: (
+        st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text() | st.integers(0, 9), inner, max_size=4)
+    ),
+)
+
+
+@given(state=VALUES)
+def test_a_state_comes_back_as_it_was(state: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("state")
+    try:
+        save_state(folder, {"state": state})
+    except UnicodeEncodeError:  # half a surrogate pair, which no optimiser holds
+        return
+    assert load_state(folder) == {"state": state}
+
+
+def test_tensors_and_random_numbers_come_back(tmp_path: Path) -> None:
+    tensors = {0: torch.randn(3, dtype=torch.bfloat16), "a": (torch.arange(4, dtype=torch.uint8), [torch.tensor(2.5)])}
+    save_state(tmp_path, {"tensors": tensors, "random": random_state()})
+    drawn = torch.rand(3), np.random.rand(3)
+    found = load_state(tmp_path)
+    set_random_state(found["random"])
+    assert torch.equal(torch.rand(3), drawn[0])
+    assert np.array_equal(np.random.rand(3), drawn[1])
+    assert found["tensors"][0].dtype == torch.bfloat16
+    assert torch.equal(found["tensors"][0], tensors[0])  # type: ignore[arg-type]
+    assert torch.equal(found["tensors"]["a"][0], tensors["a"][0])
+    with pytest.raises(TypeError, match="holds a set"):
+        save_state(tmp_path, {"a": {1}})
+    (tmp_path / "state.json").write_text('{"dict": [["a", {"tensor": "99"}]]}')
+    with pytest.raises(UserError, match="cannot be read"):
+        load_state(tmp_path)
+
+
+class AtStep(TrainerCallback):
+    """Does something at the end of a step, with the trainer."""
+
+    def __init__(self, step: int, act: Callable[[LlavaSFTTrainer], None]) -> None:
+        self.step, self.act = step, act
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.act(self.trainer)
+
+
+def act_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[LlavaSFTTrainer], None]) -> None:
+    build = stages.build_trainer
+
+    def built(*args: Any) -> Any:
+        found = build(*args)
+        callback = AtStep(step, act)
+        callback.trainer = found[0]
+        found[0].add_callback(callback)
+        return found
+
+    monkeypatch.setattr(stages, "build_trainer", built)
+
+
+def in_child(act: Callable[[], None], on_call: Callable[[int, str], None]) -> int:
+    """Run something in a forked process that looks at every write; gives its exit code."""
+    pid = os.fork()
+    if pid == 0:
+        calls = 0
+
+        def look(frame: Any, event: str, called: Any) -> None:
+            nonlocal calls
+            if event == "c_return" and getattr(called, "__name__", "") in WRITES:
+                calls += 1
+                on_call(calls, called.__name__)
+
+        code = 1
+        try:
+            sys.setprofile(look)
+            act()
+            code = 0
+        except UserError as error:
+            code = 2 if "the disk is full" in str(error) else 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def ends_at_every_write(trainer: LlavaSFTTrainer, end: Callable[[], None], stride: int) -> list[tuple[int, str | None]]:
+    """Save in a process that ends after its first, second, third write and so on, until one saves in whole; gives each
+    exit code with the newest whole checkpoint then."""
+    folder = Path(trainer.args.output_dir)
+    found: list[tuple[int, str | None]] = []
+    for last in range(1, 100_000, stride):
+
+        def on_call(calls: int, name: str, last: int = last) -> None:
+            if calls == last:
+                sys.setprofile(None)
+                end()
+
+        code = in_child(lambda: trainer.save_whole(gather_random()), on_call)
+        newest, _ = newest_whole(folder)
+        found.append((code, newest and newest.name))
+        for each in folder.glob("*checkpoint-3*"):
+            shutil.rmtree(each)
+        if code == 0:
+            return found
+    raise AssertionError
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_save_that_ends_after_any_write_leaves_a_whole_checkpoint(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every ninth write here; `python scripts/benchmark.py faults` takes every one."""
+    seen: list[tuple[int, str | None]] = []
+    act_at(monkeypatch, 3, lambda trainer: seen.extend(ends_at_every_write(trainer, lambda: os._exit(9), 9)))
+    run(recipe_of(stage2_content))
+    assert len(seen) > 10
+    assert {newest for _, newest in seen[:-1]} <= {"checkpoint-2", "checkpoint-3"}
+    assert seen[0] == (9, "checkpoint-2")
+    assert seen[-1] == (0, "checkpoint-3")
+
+
+def full() -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_disk_that_is_full_at_any_write_leaves_the_one_before(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, str | None]] = []
+    act_at(monkeypatch, 3, lambda trainer: seen.extend(ends_at_every_write(trainer, full, 9)))
+    recipe = recipe_of(stage2_content)
+    run(recipe)
+    assert {code for code, _ in seen[:-1]} <= {0, 2}
+    assert sum(code == 2 for code, _ in seen) > 10
+    assert all(newest == "checkpoint-2" for code, newest in seen if code == 2)
+
+
+def test_a_full_disk_ends_a_run_in_one_line_and_resume_is_exact(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = recipe_of(stage2_content, max_steps=6)
+    run(recipe)
+    expected = weights(Path(recipe.output_dir))
+    recipe = recipe_of(stage2_content | {"output_dir": str(tmp_path / "other")})
+    with monkeypatch.context() as patch:
+        act_at(patch, 3, lambda trainer: patch.setattr("lora_llava.training.checkpoint._MARGIN", 10**18))
+        with pytest.raises(UserError, match=r"the disk is full: .*checkpoint-4 needs") as error:
+            run(recipe)
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith("go on with --resume, from " + str(tmp_path / "other/checkpoints/checkpoint-2"))
+    told = run(recipe, resume=True)
+    assert f"resume: going on from {tmp_path}/other/checkpoints/checkpoint-2 at step 2\n" in told
+    assert same(weights(tmp_path / "other"), expected)
+
+
+class PulledPlugError(Exception):
+    """What no handler knows of."""
+
+
+def pull_plug(trainer: LlavaSFTTrainer) -> None:
+    raise PulledPlugError
+
+
+@pytest.fixture
+def left_at_6(
+    stage2_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Recipe, dict[str, torch.Tensor]]:
+    """A run of eight steps that ended in the middle of the seventh, and what it would have come to."""
+    stage2_content["lora"]["dropout"] = 0.1
+    stage2_content["output_dir"] = str(tmp_path / "unbroken")
+    settings: dict[str, Any] = {
+        "max_steps": 8, "eval_every": 8, "save_every": 2, "batch_size": 2, "gradient_accumulation": 2, "log_every": 3,
+        "projector_dropout": 0.1,
+    }  # fmt: skip
+    run(recipe_of(stage2_content, **settings))
+    stage2_content["output_dir"] = str(tmp_path / "run")
+    recipe = recipe_of(stage2_content)
+    with monkeypatch.context() as patch:
+        act_at(patch, 7, pull_plug)
+        with pytest.raises(PulledPlugError):
+            run(recipe)
+    checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [each.name for each in checkpoints] == ["checkpoint-6", "checkpoint-4"]
+    return recipe, weights(tmp_path / "unbroken")
+
+
+def test_resume_is_exact_with_dropout_and_what_is_logged_too(
+    left_at_6: tuple[Recipe, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    recipe, expected = left_at_6
+    run(recipe, resume=True)
+    folder = Path(recipe.output_dir)
+    assert same(weights(folder), expected)
+    folders = (tmp_path / "unbroken", folder)
+    before, after = (json.loads((each / "metrics.json").read_text())["train"] for each in folders)
+    for key in ("loss_curve", "tokens", "supervised_tokens", "steps", "best_validation_loss"):
+        assert after[key] == before[key], key
+    assert after["curves"]["learning_rate"] == before["curves"]["learning_rate"]
+
+
+def test_every_damage_to_a_real_checkpoint_is_seen(left_at_6: tuple[Recipe, dict[str, torch.Tensor]]) -> None:
+    recipe, expected = left_at_6
+    checkpoints = Path(recipe.output_dir) / "checkpoints"
+    tried, unseen = damaged_silently(checkpoints)
+    assert unseen == []
+    assert tried > 40
+    (checkpoints / "checkpoint-6" / "state.safetensors").unlink()
+    told = run(recipe, resume=True)
+    assert "resume: passed over checkpoint-6: state.safetensors is missing\n" in told
+    assert same(weights(Path(recipe.output_dir)), expected)
+
+
+def test_none_is_whole_and_nothing_in_one_could_be_executed(left_at_6: tuple[Recipe, dict[str, torch.Tensor]]) -> None:
+    recipe, _ = left_at_6
+    found = list_checkpoints(Path(recipe.output_dir) / "checkpoints")
+    assert {file.suffix for file in found[0].iterdir()} == {".safetensors", ".json", ".jinja", ".yaml"}
+    for each in found:
+        (each / MANIFEST_FILE).unlink()
+    told = r"no checkpoint is whole \(checkpoint-6: has no manifest.json; checkpoint-4: has no manifest.json\)"
+    with pytest.raises(UserError, match=told):
+        run(recipe, resume=True)

@@ -1,0 +1,105 @@
+"""Rows dealt to ranks: nothing lost, nothing twice, steps as with one rank, and about as many tokens for each."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_llava.data.packing import pack_samples
+from lora_llava.training.dealing import deal_rows, rank_tokens
+from lora_llava.training.rows import batch_samples
+
+BUDGET = 100
+
+
+@st.composite
+def layouts(draw: Any) -> dict[str, Any]:
+    lengths = draw(st.lists(st.integers(1, BUDGET), min_size=1, max_size=60))
+    packed = draw(st.booleans())
+    size = draw(st.integers(1, 5))
+    rows = pack_samples(lengths, BUDGET) if packed else batch_samples(lengths, size)
+    return {
+        "rows": rows, "lengths": lengths, "ranks": draw(st.integers(2, 5)), "accumulation": draw(st.integers(1, 3)),
+        "max_tokens": BUDGET if packed else None, "padded": False if packed else draw(st.booleans()),
+    }  # fmt: skip
+
+
+def steps_of(rows: list[list[int]], layout: dict[str, Any]) -> list[list[list[int]]]:
+    size = layout["ranks"] * layout["accumulation"]
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+@given(layouts())
+def test_every_step_has_the_samples_of_one_rank_each_once(layout: dict[str, Any]) -> None:
+    before, after = steps_of(layout["rows"], layout), steps_of(deal_rows(**layout), layout)
+    flat = [[sorted(i for row in step for i in row) for step in steps] for steps in (before, after)]
+    assert flat[0] == flat[1]
+
+
+@given(layouts())
+def test_ranks_make_as_many_passes_and_only_the_last_step_has_empty_ones(layout: dict[str, Any]) -> None:
+    steps = steps_of(deal_rows(**layout), layout)
+    assert [len(step) for step in steps[:-1]] == [layout["ranks"] * layout["accumulation"]] * (len(steps) - 1)
+    assert len(steps[-1]) % layout["ranks"] == 0
+    assert all(row for step in steps[:-1] for row in step)
+    samples, empty = sum(map(len, steps[-1])), sum(not row for row in steps[-1])
+    if samples >= len(steps[-1]) and layout["max_tokens"] is not None:
+        assert empty == 0
+
+
+@given(layouts())
+def test_no_row_is_over_its_budget_or_its_batch(layout: dict[str, Any]) -> None:
+    for row in deal_rows(**layout):
+        if layout["max_tokens"] is not None:
+            assert sum(layout["lengths"][i] for i in row) <= BUDGET
+        else:
+            assert len(row) <= max(map(len, layout["rows"]))
+
+
+@given(layouts())
+def test_no_step_waits_longer_for_its_heaviest_rank_than_undealt(layout: dict[str, Any]) -> None:
+    before, after = steps_of(layout["rows"], layout), steps_of(deal_rows(**layout), layout)
+    for old, new in zip(before, after, strict=True):
+        ranks, lengths = layout["ranks"], layout["lengths"]
+        assert max(rank_tokens(new, lengths, ranks)) <= max(rank_tokens(old, lengths, ranks))
+
+
+@given(layouts())
+def test_dealing_is_a_function_of_its_arguments(layout: dict[str, Any]) -> None:
+    assert deal_rows(**layout) == deal_rows(**layout)
+
+
+@given(layouts())
+def test_one_rank_keeps_its_rows(layout: dict[str, Any]) -> None:
+    assert deal_rows(**layout | {"ranks": 1}) == layout["rows"]
+
+
+def test_uneven_rows_are_packed_anew() -> None:
+    lengths = [50, 30, 20, 60]
+    assert deal_rows([[0, 1, 2], [3]], lengths, ranks=2, max_tokens=100) == [[3, 2], [0, 1]]
+
+
+def test_a_step_with_fewer_samples_than_ranks_leaves_some_empty() -> None:
+    assert deal_rows([[0, 1]], [5, 5], ranks=3, max_tokens=10) == [[0], [1], []]
+
+
+def test_padded_batches_of_a_rank_hold_like_lengths() -> None:
+    lengths = [10, 1, 9, 2, 10, 1, 9, 2]
+    dealt = deal_rows([[0, 1], [2, 3], [4, 5], [6, 7]], lengths, ranks=2, accumulation=2, padded=True)
+    assert rank_tokens(dealt, lengths, 2) == [22, 22]
+    assert [[lengths[i] for i in row] for row in dealt] == [[10, 9], [10, 9], [2, 1], [2, 1]]
+
+
+@pytest.mark.parametrize("budget", [2048, 4096])
+def test_scienceqa_like_rows_are_even_within_three_percent(budget: int) -> None:
+    drawn = random.Random(0)
+    lengths = [int(drawn.lognormvariate(5.5, 0.6)) % 900 + 30 + 576 * (drawn.random() < 0.49) for _ in range(2000)]
+    rows = pack_samples(lengths, budget)
+    dealt = deal_rows(rows, lengths, ranks=8, max_tokens=budget)
+    steps = [dealt[start : start + 8] for start in range(0, len(dealt) - 8, 8)]
+    shares = [rank_tokens(step, lengths, 8) for step in steps]
+    assert max(max(share) / (sum(share) / 8) for share in shares) <= 1.03

@@ -1,0 +1,138 @@
+"""What a run goes on with: the same recipe, or changes that were accepted by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from safetensors.torch import load_file
+
+from lora_llava.cli import main
+from lora_llava.errors import UserError
+from lora_llava.recipe import Recipe, dump_recipe
+from lora_llava.recipe.io import check_recipe
+from lora_llava.training.finetune import finetune
+from lora_llava.training.resume import ACCEPTABLE, UNTOUCHED, check_changes, leaves
+from lora_llava.training.run_directory import only_run
+
+OTHERS: dict[type, Any] = {
+    bool: lambda v: not v,
+    int: lambda v: v + 1,
+    float: lambda v: v / 2 + 0.01,
+    str: lambda v: v + "x",
+}
+
+
+def changed_in(recipe: Recipe, key: str) -> Recipe:
+    """The same recipe with another value at one key, whether or not that could be run."""
+    *path, name = key.split(".")
+    sections: list[Any] = [recipe]
+    for part in path:
+        sections.append(getattr(sections[-1], part))
+    value = getattr(sections[-1], name)
+    other = OTHERS[type(value)](value) if type(value) in OTHERS else "other" if value is None else [value]
+    changed = sections[-1].model_copy(update={name: other})
+    for part, section in zip(reversed(path), reversed(sections[:-1]), strict=True):
+        changed = section.model_copy(update={part: changed})
+    return changed  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer:UserWarning")  # of values that no recipe could have
+def test_every_key_is_refused_accepted_by_name_or_known_to_change_nothing(stage2_content: dict[str, Any]) -> None:
+    recipe = check_recipe(stage2_content, "test")
+    keys = [key for key in leaves(recipe) if not key.startswith("data.columns")]
+    assert len(keys) > 60
+    assert set(keys) >= ACCEPTABLE | UNTOUCHED
+    refused = []
+    for key in keys:
+        other = changed_in(recipe, key)
+        if key in UNTOUCHED or key.startswith("evaluation."):
+            assert check_changes(recipe, other, (), 3) == ()
+            continue
+        refused.append(key)
+        with pytest.raises(UserError, match=r"^--resume: the recipe is not that of step 3: ") as error:
+            check_changes(recipe, other, (), 3)
+        assert f" {key} was " in str(error.value)
+        assert (f"--accept-changes {key}" in str(error.value)) == (key in ACCEPTABLE)
+        if key in ACCEPTABLE:
+            assert check_changes(recipe, other, (key,), 3) == (key,)
+        else:
+            with pytest.raises(UserError, match=f"--accept-changes: {key} cannot change within a run"):
+                check_changes(recipe, other, (key,), 3)
+    assert {"training.learning_rate", "lora.r", "seed", "data.max_length", "model.quantization"} <= set(refused)
+
+
+def test_a_section_that_comes_or_goes_is_a_change(stage2_content: dict[str, Any]) -> None:
+    without = check_recipe(stage2_content | {"evaluation": None}, "test")
+    assert check_changes(check_recipe(stage2_content, "test"), without, (), 3) == ()
+    own = stage2_content | {"data": {"format": "conversations", "path": "a.json"}, "evaluation": None}
+    with pytest.raises(UserError, match=r"data.format was 'scienceqa' and is 'conversations'"):
+        check_changes(without, check_recipe(own, "test"), (), 3)
+
+
+def curve(folder: Path, name: str) -> list[Any]:
+    return list(json.loads((folder / "metrics.json").read_text())["train"]["curves"][name])
+
+
+def test_another_learning_rate_is_refused_and_takes_effect_where_accepted(
+    stage2_content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage2_content["evaluation"] = None
+    stage2_content["training"] |= {"max_steps": 6, "save_every": 3, "eval_every": 6, "lr_scheduler": "linear"}
+    file = tmp_path / "recipe.yaml"
+
+    def call(*arguments: str, rate: float = 0.006) -> tuple[int, str]:
+        stage2_content["training"]["learning_rate"] = rate
+        file.write_text(dump_recipe(check_recipe(stage2_content, "test")))
+        code = main("finetune", [str(file), *arguments])
+        _, found, told = capsys.readouterr().err.rpartition("error: ")  # behind what is left of a progress bar
+        return code, (found + told).rstrip() if found else ""
+
+    assert call() == (0, "")
+    folder = Path(stage2_content["output_dir"])
+    expected = load_file(folder / "adapter_model.safetensors")
+    (folder / "run.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    code, told = call("--resume", rate=0.003)
+    assert (code, told) == (
+        2,
+        "error: --resume: the recipe is not that of step 3: training.learning_rate was 0.006 and is 0.003; take that "
+        "back, or --accept-changes training.learning_rate",
+    )
+    code, told = call("--resume", "--accept-changes", "training.learning_rat", rate=0.003)
+    assert (code, told) == (
+        2,
+        'error: --accept-changes: training.learning_rat cannot change within a run (did you mean "training.'
+        'learning_rate"?)',
+    )
+    assert call("--resume", "--accept-changes", "training.learning_rate", rate=0.003) == (0, "")
+    rates = dict(map(tuple, curve(folder, "learning_rate")))
+    assert [rates[step] for step in (4, 5, 6)] == pytest.approx([0.003 * share / 5 for share in (3, 2, 1)])
+    assert rates[3] == pytest.approx(0.006 * 4 / 5)
+    found = load_file(folder / "adapter_model.safetensors")
+    assert any(not expected[name].equal(found[name]) for name in expected)
+
+
+def test_two_runs_in_one_folder_and_the_other_is_named(stage2_content: dict[str, Any]) -> None:
+    recipe = check_recipe(stage2_content, "test")
+    told = rf"output_dir: process {os.getpid()} on .*, since .*, is at work in .*/run; wait for it, or set output_dir="
+    with only_run(Path(recipe.output_dir)), pytest.raises(UserError, match=told):
+        finetune(recipe, Path(), console=Console(file=io.StringIO()))
+
+
+def test_a_folder_that_cannot_be_made_is_told(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    recipe = check_recipe(stage2_content | {"output_dir": str(tmp_path / "file" / "run")}, "test")
+    with pytest.raises((UserError, NotADirectoryError)):
+        finetune(recipe, Path(), console=Console(file=io.StringIO()))
+
+
+def test_resume_and_overwrite_are_not_both(stage2: Recipe) -> None:
+    with pytest.raises(UserError, match="give one"):
+        finetune(stage2, Path(), resume=True, overwrite=True, console=Console(file=io.StringIO()))

@@ -1,0 +1,270 @@
+"""What ends a run before it does harm, and leaves it to be resumed."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from killed import start, wait_for
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
+
+from lora_llava.data.images import Pixels
+from lora_llava.errors import StoppedError, UserError
+from lora_llava.recipe import Recipe, dump_recipe
+from lora_llava.recipe.io import check_recipe
+from lora_llava.training import stages
+from lora_llava.training.checkpoint import list_checkpoints, newest_whole
+from lora_llava.training.finetune import finetune
+from lora_llava.training.watchdog import PoisonedError, SaveEvery, StopOnSignal, TellSpikes
+
+
+def run(recipe: Recipe, **options: Any) -> None:
+    finetune(recipe, Path(), console=Console(file=io.StringIO(), width=400), **options)
+
+
+def recipe_of(content: dict[str, Any], **training: Any) -> Recipe:
+    content["evaluation"] = None
+    content["training"] |= training
+    return check_recipe(content, "test")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def checkpoints_of(recipe: Recipe) -> Path:
+    return Path(recipe.output_dir) / "checkpoints"
+
+
+def expected_of(content: dict[str, Any], tmp_path: Path) -> dict[str, torch.Tensor]:
+    """What the same recipe comes to where nothing happens."""
+    recipe = check_recipe(content | {"output_dir": str(tmp_path / "unbroken")}, "test")
+    run(recipe)
+    return weights(Path(recipe.output_dir))
+
+
+def act_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any]) -> None:
+    """Do something at the end of a step of the next run."""
+    ended = StopOnSignal.on_step_end
+
+    def on_step_end(self: StopOnSignal, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            act()
+        ended(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(StopOnSignal, "on_step_end", on_step_end)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
+def test_a_signal_leaves_a_checkpoint_and_no_result(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, code: int
+) -> None:
+    recipe = recipe_of(stage2_content, max_steps=6, eval_every=4)
+    handlers = [signal.getsignal(getattr(signal, each)) for each in ("SIGINT", "SIGTERM", "SIGHUP")]
+    with monkeypatch.context() as patch:
+        act_at(patch, 3, lambda: os.kill(os.getpid(), getattr(signal, name)))
+        with pytest.raises(StoppedError, match=r"stopped at step [34] of 6; a checkpoint is in .*--resume") as error:
+            run(recipe)
+    assert error.value.exit_code == code
+    assert [signal.getsignal(getattr(signal, each)) for each in ("SIGINT", "SIGTERM", "SIGHUP")] == handlers
+    assert newest_whole(checkpoints_of(recipe))[0] in [checkpoints_of(recipe) / f"checkpoint-{n}" for n in (3, 4)]
+    assert not {"run.json", "adapter_model.safetensors", "metrics.json"} & set(os.listdir(recipe.output_dir))
+    run(recipe, resume=True)
+    assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
+
+
+def test_a_second_ctrl_c_ends_it_at_once_and_the_last_checkpoint_is_whole(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(stage2_content)
+
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+    act_at(monkeypatch, 3, twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
+    assert newest_whole(checkpoints_of(recipe)) == (checkpoints_of(recipe) / "checkpoint-2", [])
+
+
+@pytest.mark.slow
+def test_sigterm_from_outside_ends_within_a_step_and_two_seconds(
+    stage2_content: dict[str, Any], tmp_path: Path
+) -> None:
+    """As SLURM does before it takes the machine."""
+    recipe = recipe_of(stage2_content, max_steps=2000, eval_every=2000, save_every=3)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    process = start(["finetune", str(file)], "lora_llava.training.finetune")
+    wait_for(lambda: bool(list_checkpoints(checkpoints_of(recipe))))
+    assert process.pid is not None
+    sent = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(30)
+    assert process.exitcode == 143
+    assert time.monotonic() - sent < 10  # the README has the figure of an idle machine
+    assert newest_whole(checkpoints_of(recipe))[1] == []
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let one picture be no numbers, as a broken preprocessing would."""
+    given = Pixels.__call__
+
+    def pixels(self: Pixels, names: Any) -> Any:
+        found = given(self, names)
+        for each, values in zip(names, found, strict=True):
+            if each == name:
+                values.fill_(float("nan"))
+        return found
+
+    monkeypatch.setattr(Pixels, "__call__", pixels)
+
+
+def test_a_poisoned_picture_stops_in_its_step_and_is_named(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(stage2_content, batch_size=2, gradient_accumulation=2, save_every=1, max_steps=6)
+    with monkeypatch.context() as patch:
+        poisoned(patch, "train/7/image.png")
+        with pytest.raises(PoisonedError) as error:
+            run(recipe)
+    told = str(error.value)
+    assert error.value.exit_code == 3
+    assert "(train/7/image.png)" in told
+    assert "the loss is not a number (NaN or infinite); the weights did not take it and nothing was saved" in told
+    step = int(told.removeprefix("step ").partition(":")[0])
+    newest, passed_over = newest_whole(checkpoints_of(recipe))
+    assert passed_over == []
+    if step == 1:
+        assert newest is None
+        return
+    assert newest == checkpoints_of(recipe) / f"checkpoint-{step - 1}"
+    assert all(value.isfinite().all() for value in weights(newest).values())
+
+
+def test_a_gradient_that_is_no_number_stops_too(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(stage2_content, save_every=1, eval_every=4)
+    built = stages.build_trainer
+
+    def build(*args: Any) -> Any:
+        trainer, stop, spikes = built(*args)
+        _, parameter = next((n, p) for n, p in trainer.model.named_parameters() if "lora_A" in n)
+
+        def spoil(gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * (float("inf") if trainer.state.global_step == 2 else 1.0)
+
+        parameter.register_hook(spoil)
+        return trainer, stop, spikes
+
+    monkeypatch.setattr(stages, "build_trainer", build)
+    with pytest.raises(PoisonedError, match="step 3: the gradient is not a number"):
+        run(recipe)
+    assert newest_whole(checkpoints_of(recipe)) == (checkpoints_of(recipe) / "checkpoint-2", [])
+
+
+def test_a_picture_that_vanishes_is_named_and_resume_is_exact(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scienceqa: Path
+) -> None:
+    shutil.copytree(scienceqa, tmp_path / "data")
+    stage2_content["data"]["path"] = str(tmp_path / "data")
+    recipe = recipe_of(stage2_content, max_steps=6, eval_every=6, save_every=None)
+    images = tmp_path / "data" / "images" / "train"
+    with monkeypatch.context() as patch:
+        act_at(patch, 3, lambda: images.rename(tmp_path / "away"))
+        with pytest.raises(
+            UserError, match=r"picture train/\d+/image.png is missing; go on with --resume, from .*-[34]$"
+        ):
+            run(recipe)
+    (tmp_path / "away").rename(images)
+    run(recipe, resume=True)
+    assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
+
+
+def test_memory_that_ends_says_what_to_change_and_leaves_a_checkpoint(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = recipe_of(stage2_content, max_steps=5, eval_every=5)
+
+    def end() -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        act_at(patch, 4, end)
+        with pytest.raises(UserError, match=r"set training.memory_gb=.*; go on with --resume, from .*checkpoint-[34]$"):
+            run(recipe)
+    run(recipe, resume=True)
+    assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
+
+
+def test_a_worker_that_is_killed_is_told_and_resume_is_exact(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import psutil
+
+    recipe = recipe_of(stage2_content, max_steps=40, eval_every=40, save_every=2, workers=1)
+
+    def kill() -> None:
+        for each in psutil.Process().children(recursive=True):
+            if each.name().startswith(("python", "pt_data_worker", "pytest")) and each.ppid() == os.getpid():
+                each.kill()
+
+    with monkeypatch.context() as patch:
+        act_at(patch, 3, kill)
+        with pytest.raises(UserError, match=r"a process that loads pictures was ended .*; go on with --resume, from"):
+            run(recipe)
+    run(recipe, resume=True)
+    assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
+
+
+def test_a_loss_that_leaps_is_told_of_and_training_goes_on() -> None:
+    watch, state = TellSpikes(), TrainerState()
+    for step in range(1, 31):
+        state.global_step = step
+        watch.on_log(None, state, TrainerControl(), {"loss": 9.1 if step == 25 else 3.0})
+        watch.on_log(None, state, TrainerControl(), {"eval_loss": 99.0})
+    assert watch.steps == [25]
+
+
+def test_a_checkpoint_comes_by_steps_or_by_the_clock() -> None:
+    now = 0.0
+
+    def clock() -> float:
+        return now
+
+    for settings, expected in (((4, None), [4, 8]), ((None, 1.0), [3, 6, 9]), ((None, None), [])):
+        saving, saved = SaveEvery(*settings, clock), []
+        state = TrainerState()
+        now = 0.0
+        saving.on_train_begin(None, state, None)
+        for step in range(1, 11):
+            now, state.global_step, control = now + 25, step, TrainerControl()
+            saving.on_step_end(None, state, control)
+            if control.should_save:
+                saved.append(step)
+                saving.on_save(None, state, control)
+        assert saved == expected
+
+
+@pytest.mark.parametrize("value", [0, -1, "10", "ten min", "1.5.2 min", 2.5])
+def test_what_is_no_number_of_steps_or_minutes_is_refused(stage2_content: dict[str, Any], value: Any) -> None:
+    with pytest.raises(UserError, match=r"training.save_every"):
+        recipe_of(stage2_content, save_every=value)
