@@ -11,11 +11,24 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_llava.cli import main as run_verb
-from tests.benchmarks import check, concepts, contexts, encoding, features, generation, gpu, merge, synthesis
+from tests.benchmarks import (
+    check,
+    concepts,
+    contexts,
+    dealing,
+    encoding,
+    faults,
+    features,
+    generation,
+    gpu,
+    merge,
+    synthesis,
+)
 
 BENCHMARKS = {
     "merge": merge, "features": features, "check": check, "encoding": encoding, "concepts": concepts,
-    "generation": generation, "contexts": contexts, "synthesis": synthesis, "gpu": gpu,
+    "generation": generation, "contexts": contexts, "synthesis": synthesis, "gpu": gpu, "dealing": dealing,
+    "faults": faults,
 }  # fmt: skip
 
 

@@ -1,0 +1,136 @@
+"""What a run survives: kill -9 and SIGTERM at random moments of a demo run, each resumed and held against an unbroken
+one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than free cores wait for one another
+
+RECIPE = "recipes/demo_scienceqa_qlora.yaml"
+SETTINGS = (
+    "training.max_steps=30", "training.save_every=3", "training.eval_every=30", "training.log_every=1",
+    "training.vision_cache=off", "data.max_train_rows=480", "model.start_from={untrained: true}", "evaluation=null",
+)  # fmt: skip
+"""Stage 2 alone, which is what is killed; no features are computed beforehand."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--points", type=int, default=100, help="random points of kill -9")
+    parser.add_argument("--signals", type=int, default=10, help="random points of SIGTERM")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """A 30-step run of the demo's recipe, saved every 3 steps, ended at random moments and resumed; the weights, the
+    optimiser's states and the curve that it ends with are held against an unbroken run's."""
+    drawn = random.Random(args.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = _start(folder / "unbroken", False)
+        _wait_for_training(folder / "unbroken", process)
+        began = time.monotonic()
+        process.join()
+        seconds = time.monotonic() - began
+        expected = _end_of(folder / "unbroken")
+        moments = [drawn.uniform(0, seconds) for _ in range(args.points + args.signals)]
+        kills = [_killed(folder / "killed", after, expected) for after in moments[: args.points]]
+        terms = [_terminated(folder / "stopped", after, expected) for after in moments[args.points :]]
+    stopped = [term for term in terms if term["stopped"]]
+    return {
+        "recipe": RECIPE, "settings": SETTINGS, "kills": len(kills), "bitwise_equal": sum(k["equal"] for k in kills),
+        "killed_behind_checkpoint": sorted(k["step"] for k in kills),
+        "killed_while_saving": sum(k["saving"] for k in kills), "sigterms": len(stopped),
+        "sigterms_bitwise_equal": sum(t["equal"] for t in stopped),
+        "seconds_from_sigterm_to_exit": _spread([t["seconds"] for t in stopped]),
+        "seconds_of_training_and_the_end": seconds,
+    }  # fmt: skip
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "most": max(values)} if values else {}
+
+
+def _start(folder: Path, resume: bool) -> Any:
+    from killed import start
+
+    arguments = ["finetune", RECIPE, *SETTINGS, f"output_dir={folder}", *(["--resume"] if resume else [])]
+    return start(arguments, "lora_llava.training.finetune")
+
+
+def _finish(folder: Path, resume: bool) -> None:
+    process = _start(folder, resume)
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"{folder}: exit code {process.exitcode}")
+
+
+def _end_of(folder: Path) -> tuple[Any, ...]:
+    """All that a run ends with: weights, optimiser, schedule and random numbers, byte for byte, and the curve."""
+    last = folder / "checkpoints" / "checkpoint-30"
+    state = json.loads((last / "state.json").read_text())
+    seconds = [pair for pair in dict(state["dict"])["counters"]["dict"] if pair[0] == "seconds"]
+    seconds[0][1] = 0
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    losses = [(entry["step"], entry.get("loss"), entry.get("eval_loss")) for entry in history]
+    files = [last / "adapter_model.safetensors", last / "state.safetensors", folder / "adapter_model.safetensors"]
+    return ([file.read_bytes() for file in files], state, losses)
+
+
+def _wait_for_training(folder: Path, process: Any) -> None:
+    while process.is_alive() and not (folder / "checkpoints").is_dir():
+        time.sleep(0.001)
+
+
+def _newest(folder: Path) -> int:
+    found = [int(each.name.removeprefix("checkpoint-")) for each in (folder / "checkpoints").glob("checkpoint-*")]
+    return max(found, default=0)
+
+
+def _killed(folder: Path, after: float, expected: tuple[Any, ...]) -> dict[str, Any]:
+    """One run that is killed some seconds after training began, and resumed to the end."""
+    process = _start(folder, False)
+    _wait_for_training(folder, process)
+    process.join(after)
+    process.kill()
+    process.join()
+    step = _newest(folder)
+    saving = bool(list((folder / "checkpoints").glob(".checkpoint-*")))
+    if not (folder / "run.json").is_file():
+        _finish(folder, resume=step > 0)
+    equal = _end_of(folder) == expected
+    shutil.rmtree(folder)
+    told = f"killed behind step {step}{', while saving' if saving else ''}"
+    print(f"{told}: {'equal' if equal else 'NOT EQUAL'}", file=sys.stderr, flush=True)
+    return {"step": step, "saving": saving, "equal": equal}
+
+
+def _terminated(folder: Path, after: float, expected: tuple[Any, ...]) -> dict[str, Any]:
+    """One run that is told to stop some seconds after training began, and resumed to the end."""
+    process = _start(folder, False)
+    _wait_for_training(folder, process)
+    process.join(after)
+    sent = time.monotonic()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    seconds = time.monotonic() - sent
+    stopped = process.exitcode == 143
+    if not (folder / "run.json").is_file():
+        _finish(folder, resume=stopped)
+    equal = _end_of(folder) == expected
+    shutil.rmtree(folder)
+    print(f"SIGTERM: {seconds:.2f} s, {'equal' if equal else 'NOT EQUAL'}", file=sys.stderr, flush=True)
+    return {"stopped": stopped, "seconds": seconds, "equal": equal}
