@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ from lora_llava.quiet import quieten
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+    first = os.environ.get("RANK", "0") == "0"  # set by torchrun and accelerate launch: the others have nothing to tell
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False, quiet=not first)
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:

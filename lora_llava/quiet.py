@@ -10,6 +10,8 @@ import warnings
 def quieten() -> None:
     """Leave the terminal to our own lines: libraries' bars and remarks about fallbacks we chose are off."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # read by tqdm when it is imported; the first rank's bars are enough
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows differ in length: less is lost
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl")
     for name in ("bitsandbytes", "transformers", "trl", "peft"):

@@ -19,8 +19,8 @@ KEPT_WHOLE = ("model.multi_modal_projector", "model.vision_tower", "lm_head")
 
 
 def default_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """CUDA where there is one, else the CPU; of several GPUs the one that this process was given."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:

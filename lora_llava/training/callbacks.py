@@ -53,8 +53,8 @@ class ProgressLine(TrainerCallback):
         if "eval_loss" in logs:
             self.bar.write(f"step {state.global_step}: validation loss {float(logs['eval_loss']):.4f}", file=sys.stderr)
         if "loss" in logs:
-            tokens = self.trainer.tokens_seen
-            share = 100 * self.trainer.supervised_tokens_seen / max(1, tokens)
+            tokens, supervised = self.trainer.tokens_of_all
+            share = 100 * supervised / max(1, tokens)
             self.bar.set_postfix_str(
                 f"loss {float(logs['loss']):.4f}, {tokens / (time.monotonic() - self.start):,.0f} tok/s, "
                 f"{share:.0f}% trained, {peak_memory_bytes() / 2**30:.1f} GiB",

@@ -26,6 +26,7 @@ from lora_llava.model.start import Base
 from lora_llava.model.vision import load_tower, tower_features
 from lora_llava.model.vision_cache import CachedFeatures, FeatureStore, feature_bytes, store_folder
 from lora_llava.training.plan import RunPlan
+from lora_llava.training.ranks import first_before_others
 
 _BATCH = 8
 """Pictures that go through the tower at once; more gain nothing (untuned on a GPU)."""
@@ -53,7 +54,7 @@ def cache_features(plan: RunPlan, base: Base, console: Console) -> None:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         wanted = {digest for found in hashes.values() for digest in found.values()}
-        with _locked(folder, console):  # two runs of one tower write one cache
+        with first_before_others(), _locked(folder, console):  # two runs of one tower write one cache
             for line in store.load(wanted):
                 console.print(f"vision cache: {line}", soft_wrap=True)
             _fill(store, hashes, plan, base)

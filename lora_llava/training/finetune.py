@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lora_llava.training.data import sealed
 from lora_llava.training.features import cache_features
 from lora_llava.training.plan import RunPlan, is_padding_free, plan_run
 from lora_llava.training.planner import resolve_optimizer
+from lora_llava.training.ranks import first_alone, first_before_others, is_first, this_rank
 from lora_llava.training.resume import Start, find_start, refuse_unfinished
 from lora_llava.training.run_directory import (
     METRICS_FILE,
@@ -37,7 +39,7 @@ from lora_llava.training.run_directory import (
     write_json,
 )
 from lora_llava.training.run_report import write_report
-from lora_llava.training.scoring import ask_table
+from lora_llava.training.scoring import Asking, ask_table
 from lora_llava.training.sources import progress_bar
 from lora_llava.training.stages import CHECKPOINTS, TrainResult, build_trained_model, describe_plan, train
 
@@ -64,13 +66,14 @@ def finetune(
     Raises:
         UserError: For anything that would make the run fail, before a weight is loaded.
     """
+    console.quiet = console.quiet or not is_first()
     folder = Path(recipe.output_dir)
     if is_run(folder) and not overwrite:
         raise UserError(f"output_dir: {folder} holds a finished run; set output_dir=OTHER, or --overwrite")
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it; give one")
     stage1 = stage1_of(recipe, recipe_folder)
-    with only_run(folder):
+    with _alone(folder):
         if not resume and not overwrite:
             refuse_unfinished(folder / CHECKPOINTS)
         if stage1 is None:
@@ -81,6 +84,10 @@ def finetune(
         return _run_stage(plan, resume, tuple(accept_changes), console)
 
 
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    return only_run(folder) if is_first() else nullcontext()
+
+
 def _after_stage1(stage1: Recipe, recipe: Recipe, resume: bool, console: Console) -> tuple[RunPlan, bool]:
     """Run Stage 1 where it has no result yet; gives Stage 2's plan and whether there is something of it to resume."""
     run = Path(stage1.output_dir)
@@ -88,7 +95,7 @@ def _after_stage1(stage1: Recipe, recipe: Recipe, resume: bool, console: Console
     plan = _plan(recipe, console)
     _refuse_what_cannot_fit([*plans, plan])
     for stage1_plan in plans:
-        with only_run(run):
+        with _alone(run):
             left = bool(list_checkpoints(run / CHECKPOINTS))
             if left and not resume:
                 refuse_unfinished(run / CHECKPOINTS)
@@ -144,7 +151,8 @@ def with_stage1_run(recipe: Recipe, run: Path) -> Recipe:
 
 
 def _plan(recipe: Recipe, console: Console) -> RunPlan:
-    plan = plan_run(recipe, progress_bar)
+    with first_before_others():
+        plan = plan_run(recipe, progress_bar)
     report.print_data(plan, console)
     report.print_memory(recipe, plan.step, console)
     return plan
@@ -161,11 +169,9 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     folder = Path(recipe.output_dir)
     start = time.monotonic()
     going_on = _going_on(plan, accepted, console) if resume else None
-    base = prepare_base(recipe.model, recipe.seed)
-    start_run(folder, recipe, {name: split.fingerprint() for name, split in plan.splits.items()})
-    (folder / RUN_FILE).unlink(missing_ok=True)  # comes back when the run is whole
-    if going_on is None:
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    with first_before_others():
+        base = prepare_base(recipe.model, recipe.seed)
+    first_alone(lambda: _open_run(folder, plan, going_on is None))
     cache_features(plan, base, console)
     model = build_trained_model(recipe, replace(base, initial_projector=None))
     report.print_freeze_plan(describe_plan(model), console)
@@ -178,14 +184,25 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     after = ask_table(model, plan, "after")
     tables = {"before": before, "after": after.table if after else None}
     metrics = _metrics(plan, base, model, result, tables)
-    write_json(folder / METRICS_FILE, metrics)
-    write_report(folder, recipe, metrics, after)
+    first_alone(lambda: _write_results(folder, recipe, metrics, after))
     report.print_result(recipe, metrics, time.monotonic() - start, console)
     del model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return metrics
+
+
+def _open_run(folder: Path, plan: RunPlan, anew: bool) -> None:
+    start_run(folder, plan.recipe, {name: split.fingerprint() for name, split in plan.splits.items()})
+    (folder / RUN_FILE).unlink(missing_ok=True)  # comes back when the run is whole
+    if anew:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _write_results(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: Asking | None) -> None:
+    write_json(folder / METRICS_FILE, metrics)
+    write_report(folder, recipe, metrics, after)
 
 
 def _ask_before(model: Any, plan: RunPlan, again: bool) -> Any:
@@ -195,13 +212,13 @@ def _ask_before(model: Any, plan: RunPlan, again: bool) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     asked = ask_table(model, plan, "before")
     table = asked.table if asked else None
-    write_json(file, table)
+    first_alone(lambda: write_json(file, table))
     return table
 
 
 def _going_on(plan: RunPlan, accepted: tuple[str, ...], console: Console) -> Start:
     folder = Path(plan.recipe.output_dir) / CHECKPOINTS
-    found = find_start(folder, plan.recipe, plan.splits["train"].fingerprint(), accepted)
+    found = find_start(folder, plan.recipe, plan.splits["train"].fingerprint(), accepted, this_rank()[1])
     for line in found.told:
         console.print(f"resume: {line}", soft_wrap=True)
     return found

@@ -21,6 +21,7 @@ from lora_llava.recipe import Recipe
 from lora_llava.training.data import Split, build_split
 from lora_llava.training.memory import Step
 from lora_llava.training.planner import build_step, choose_checkpointing, measure_rows
+from lora_llava.training.ranks import this_rank
 from lora_llava.training.rows import RowOrder, order_rows
 from lora_llava.training.sources import Progress, encode_splits, no_progress
 
@@ -161,4 +162,6 @@ def lay_out(recipe: Recipe, split: Split) -> RowOrder:
                 f"row {split.rows[longest]['row_id']} has {lengths[longest]} tokens, over training.max_tokens_per_row "
                 f"{budget}; raise it, or set data.max_length={budget} with data.on_overlong=drop or truncate_answer"
             )
-    return order_rows(recipe.training, lengths, seed=recipe.seed, padded=not padding_free, epochs=split.epochs)
+    return order_rows(
+        recipe.training, lengths, seed=recipe.seed, padded=not padding_free, epochs=split.epochs, ranks=this_rank()[1]
+    )

@@ -47,6 +47,7 @@ def measure_rows(rows: Sequence[Sequence[int]], samples: EncodedRows, *, padded:
         samples: The samples.
         padded: Whether every sample of a row is as long as its longest.
     """
+    rows = [row for row in rows if row]  # a rank's share of the last step may be nothing
     lengths, trained, pictures = (
         values.tolist() for values in (samples.lengths, samples.supervised, samples.pictures())
     )

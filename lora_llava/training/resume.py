@@ -42,7 +42,7 @@ class Start:
     told: tuple[str, ...]
 
 
-def find_start(folder: Path, recipe: Recipe, rows: str, accepted: Iterable[str] = ()) -> Start:
+def find_start(folder: Path, recipe: Recipe, rows: str, accepted: Iterable[str] = (), processes: int = 1) -> Start:
     """Find the newest whole checkpoint, and hold the recipe and the rows against its own.
 
     Args:
@@ -50,6 +50,7 @@ def find_start(folder: Path, recipe: Recipe, rows: str, accepted: Iterable[str] 
         recipe: As it is now.
         rows: Fingerprint of the training rows.
         accepted: Keys that may have changed.
+        processes: That train together now.
 
     Returns:
         Where to go on.
@@ -67,7 +68,13 @@ def find_start(folder: Path, recipe: Recipe, rows: str, accepted: Iterable[str] 
             f"--resume: the training rows are not those of {checkpoint} ({DATA_FILE}): data, pictures or the recipe's "
             "data section have changed; take that back, or run with --overwrite"
         )
-    step = int(read_manifest(checkpoint)["step"])
+    manifest = read_manifest(checkpoint)
+    step, before = int(manifest["step"]), manifest.get("processes", 1)
+    if before != processes:
+        raise UserError(
+            f"--resume: {checkpoint} was written by {before} processes that trained together, and now there are "
+            f"{processes}; start as many, or run with --overwrite"
+        )
     changed = check_changes(load_recipe(checkpoint / RECIPE_FILE), recipe, accepted, step)
     told = [f"passed over {each}" for each in passed_over]
     accepted_told = f", with another {', '.join(changed)}" if changed else ""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lora_llava.data.packing import pack_samples
 from lora_llava.recipe import TrainingSection
+from lora_llava.training.dealing import deal_rows
 
 _MEGABATCH = 50
 """Batches that are sorted together by length (transformers, trainer_pt_utils.py, get_length_grouped_indices)."""
@@ -19,7 +20,7 @@ class RowOrder:
     """What training sees.
 
     Attributes:
-        rows: Sample indices of every forward pass of the run, in order.
+        rows: Sample indices of every forward pass of the run, in order; of several ranks, r has `rows[r::ranks]`.
         steps: Optimiser steps.
         samples_per_step: On average.
         tokens_per_row: Real tokens, on average.
@@ -35,7 +36,7 @@ class RowOrder:
 
 def order_rows(
     training: TrainingSection, lengths: Sequence[int], *, seed: int, padded: bool,
-    epochs: Callable[[int], Sequence[int]] | None = None,
+    epochs: Callable[[int], Sequence[int]] | None = None, ranks: int = 1,
 ) -> RowOrder:  # fmt: skip
     """Lay out a run.
 
@@ -47,6 +48,7 @@ def order_rows(
         seed: The recipe's.
         padded: Whether batches are padded, which grouping by length is for.
         epochs: Which samples an epoch has; None: every one.
+        ranks: Processes that train together; each makes `gradient_accumulation` passes a step.
 
     Returns:
         The order.
@@ -66,14 +68,19 @@ def order_rows(
         return [[chosen[i] for i in row] for row in found]
 
     rows: list[list[int]] = []
-    epoch, wanted = 0, math.inf if training.max_steps is None else training.max_steps * training.gradient_accumulation
+    size = training.gradient_accumulation * ranks
+    epoch, wanted = 0, math.inf if training.max_steps is None else training.max_steps * size
     passes = training.epochs if training.max_steps is None else math.inf
     while epoch < passes and len(rows) < wanted:
         new = epoch_rows(epoch)
         rows += new[: math.ceil(len(new) * min(1.0, passes - epoch))]
         epoch += 1
     rows = rows if training.max_steps is None else rows[: int(wanted)]
-    steps = math.ceil(len(rows) / training.gradient_accumulation)
+    rows = deal_rows(
+        rows, lengths, ranks=ranks, accumulation=training.gradient_accumulation,
+        max_tokens=training.max_tokens_per_row, padded=padded,
+    )  # fmt: skip
+    steps = math.ceil(len(rows) / size)
     tokens = [sum(lengths[i] for i in row) for row in rows]
     return RowOrder(rows, steps, sum(map(len, rows)) / steps, sum(tokens) / len(rows), max(tokens))
 

@@ -21,6 +21,7 @@ from lora_llava.inference.sampling import Sampling
 from lora_llava.recipe import EvaluationSection
 from lora_llava.training.data import Split, asked_split
 from lora_llava.training.plan import RunPlan
+from lora_llava.training.ranks import is_first, shared
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def _ask(
     asked = Asked(
         model, plan.tokenizer, plan.template, plan.model.config.image_seq_length, split.pictures, settings.batch_size
     )
-    answerer = by_writing(asked, Sampling(max_new_tokens=settings.max_new_tokens))
+    answerer = shared(by_writing(asked, Sampling(max_new_tokens=settings.max_new_tokens)))
+    predictions = predictions if is_first() else None
     if plan.recipe.data.format == "scienceqa":
         table, marked = ask_scienceqa(rows, answerer, predictions=predictions, description=description)
         return Asking(table, rows, marked, split)
@@ -107,7 +109,8 @@ class ScoreValidation(TrainerCallback):
             Trainer.log(self.trainer, {"validation_score": score})  # TRL's own would also end its running means
             control.should_log = logs  # the step's own loss is still to come
         told = f"step {state.global_step}: {name} {score:.2f}% of {len(self.rows)} validation rows"
-        tqdm.write(told, file=sys.stderr)
+        if is_first():
+            tqdm.write(told, file=sys.stderr)
 
 
 def headline(table: Table | AnswerTable) -> tuple[str, float]:

@@ -27,9 +27,11 @@ from lora_llava.model.vision import freeze_tower
 from lora_llava.recipe import Recipe, recipe_hash
 from lora_llava.training.callbacks import ProgressLine, peak_memory_bytes
 from lora_llava.training.data import Split
+from lora_llava.training.dealing import deal_rows
 from lora_llava.training.memory import GIB
 from lora_llava.training.plan import RunPlan, is_padding_free, run_lora_config
 from lora_llava.training.planner import resolve_optimizer
+from lora_llava.training.ranks import first_alone, is_first, this_rank
 from lora_llava.training.resume import Start
 from lora_llava.training.rows import validation_rows
 from lora_llava.training.run_directory import save_model, versions
@@ -104,7 +106,7 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
     folder = Path(recipe.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "logs")
     every = min(training.eval_every or plan_steps, plan_steps)
-    return SFTConfig(
+    args = SFTConfig(
         output_dir=str(folder / CHECKPOINTS),
         seed=recipe.seed,
         max_steps=plan_steps,
@@ -138,8 +140,11 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
         padding_free=False,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
+        ddp_find_unused_parameters=False,  # LlavaSFTTrainer.compute_loss reaches the projector in every pass
         disable_tqdm=True,
     )
+    args._n_gpu = 1  # one process has one GPU: what DataParallel would split is not a batch of rows
+    return args
 
 
 def checkpointing_argument() -> str:
@@ -159,7 +164,11 @@ def build_feeds(plan: RunPlan) -> tuple[Feed, Feed | None]:
     train, validation = plan.splits["train"], plan.splits.get("validation")
     if validation is None:
         return feed(train, plan.order.rows), None
-    order = validation_rows(plan.recipe.training, validation.rows.lengths.tolist())
+    training, lengths = plan.recipe.training, validation.rows.lengths.tolist()
+    order = deal_rows(
+        validation_rows(training, lengths), lengths, ranks=this_rank()[1], max_tokens=training.max_tokens_per_row,
+        padded=not padding_free,
+    )  # fmt: skip
     return feed(train, plan.order.rows), feed(validation, order)
 
 
@@ -190,8 +199,10 @@ def train(plan: RunPlan, base: Base, model: PeftModel, start: Start | None = Non
     checkpoint_language_model(model.get_base_model(), plan.step.checkpointed, plan.step.offloaded)
     if is_padding_free(recipe)[0]:
         split = plan.splits["train"]
-        first = [split.rows[i] for i in feed.rows[0]]
-        print(check_first_batch(model, first, padded_collator(plan, split), feed.collator))
+        first = [split.rows[i] for i in feed.rows[this_rank()[0]] or feed.rows[0]]
+        told = check_first_batch(model, first, padded_collator(plan, split), feed.collator)
+        if is_first():
+            print(told)
     trainer, stop, spikes = build_trainer(plan, model, feed, validation)
     with stop.listening():
         run_trainer(trainer, start, lambda: _out_of_memory(plan))
@@ -200,12 +211,13 @@ def train(plan: RunPlan, base: Base, model: PeftModel, start: Start | None = Non
             f"stopped at step {trainer.state.global_step} of {plan.order.steps}; a checkpoint is in "
             f"{trainer.args.output_dir}; go on with the same command and --resume", stop.number,
         )  # fmt: skip
-    if spikes.steps:
+    if spikes.steps and is_first():
         print(f"the loss leapt at {len(spikes.steps)} logged steps: {', '.join(map(str, spikes.steps[:10]))}")
     seconds = trainer.seconds
-    save_model(Path(recipe.output_dir), model, plan.processor, recipe, base)
+    first_alone(lambda: save_model(Path(recipe.output_dir), model, plan.processor, recipe, base))
+    trainer.join_tokens()
     return TrainResult(
-        seconds, trainer.tokens_seen, trainer.supervised_tokens_seen, peak_memory_bytes(), trainer.state.best_metric,
+        seconds, *trainer.tokens_of_all, peak_memory_bytes(), trainer.state.best_metric,
         trainer.state.global_step, _curves(trainer.state.log_history, {"train": "loss", "validation": "eval_loss"}),
         _curves(trainer.state.log_history, {name: name for name in CURVES}),
     )  # fmt: skip
@@ -219,7 +231,9 @@ def build_trainer(
     line, stop, spikes = ProgressLine(f"stage {recipe.stage}"), StopOnSignal(), TellSpikes()
     scored = recipe.evaluation is not None and recipe.evaluation.generate_every is not None
     scoring = [ScoreValidation(plan)] if scored else []
-    nan = RefuseNaN(lambda number: [split.name_of(i) for i in feed.rows[number]], recipe.training.gradient_accumulation)
+    rank, ranks = this_rank()
+    own = feed.rows[rank::ranks]
+    nan = RefuseNaN(lambda number: [split.name_of(i) for i in own[number]], recipe.training.gradient_accumulation)
     every = recipe.training.save_every
     minutes = float(every.removesuffix("min")) if isinstance(every, str) else None
     saving = SaveEvery(every if isinstance(every, int) else None, minutes, time.monotonic)
@@ -230,7 +244,7 @@ def build_trainer(
         validation=validation,
         processor=plan.processor,
         projector_learning_rate=recipe.training.projector_learning_rate or recipe.training.learning_rate,
-        callbacks=[line, stop, nan, spikes, saving, *scoring],
+        callbacks=[*([line, spikes] if is_first() else []), stop, nan, saving, *scoring],
     )
     trainer.remove_callback(PrinterCallback)  # ours tells it
     trainer.on_loss = nan.losses.append

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -20,6 +21,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
+from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.errors import UserError
 from lora_llava.model.adapters import trained_projector
 from lora_llava.training.callbacks import peak_memory_bytes
@@ -29,6 +31,7 @@ from lora_llava.training.run_directory import DATA_FILE, RECIPE_FILE
 from lora_llava.training.state_files import random_state
 from lora_llava.training.trainer_state import (
     gather_random,
+    mean_loss,
     restore_counters,
     restore_optimizer,
     restore_random,
@@ -59,13 +62,25 @@ class Feed:
 
     Attributes:
         samples: With `input_ids`, `labels` and `image_files`.
-        rows: Indices of the samples of each forward pass.
+        rows: Indices of the samples of each forward pass; of several ranks, r has `rows[r::ranks]`.
         collator: Makes a batch of them.
     """
 
     samples: Sequence[dict[str, Any]]
     rows: list[list[int]]
     collator: Any
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """Collates; of an empty row, which makes ranks' passes as many, a sample without labels."""
+
+    collator: Any
+    sample: dict[str, Any]
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> Any:
+        unlabelled = dict(self.sample) | {"labels": [IGNORE_INDEX] * len(self.sample["input_ids"])}
+        return self.collator(samples or [unlabelled])
 
 
 def _stand_in(feed: Feed) -> Dataset:
@@ -94,6 +109,7 @@ class LlavaSFTTrainer(SFTTrainer):
         self._feeds = {"train": train, "validation": validation}
         self.tokens_seen = 0
         self.supervised_tokens_seen = 0
+        self.tokens_of_all = (0, 0)
         self._validation: list[tuple[float, int]] = []
         self._logged: tuple[float, int] | None = None
         self.seconds_before, self.seconds_off_the_clock, self._began = 0.0, 0.0, time.monotonic()
@@ -142,10 +158,13 @@ class LlavaSFTTrainer(SFTTrainer):
         feed = self._feeds[split]
         assert feed is not None  # without validation there is no evaluation
         loader: Any = DataLoader(
-            feed.samples, batch_sampler=feed.rows, collate_fn=feed.collator,  # type: ignore[arg-type]
+            feed.samples,  # type: ignore[arg-type]
+            batch_sampler=feed.rows[self.args.process_index :: self.args.world_size],
+            collate_fn=_Collate(feed.collator, feed.samples[0]),
             num_workers=self.args.dataloader_num_workers, pin_memory=self.args.dataloader_pin_memory,
         )  # fmt: skip
-        return self.accelerator.prepare(loader)
+        # Not accelerate's own sharding: it repeats rows from the start where ranks' shares differ.
+        return prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Give the projector its own rate, and decay matrices alone."""
@@ -174,7 +193,7 @@ class LlavaSFTTrainer(SFTTrainer):
         """Count tokens on the way to TRL's loss, whose fused head scores trained tokens alone on CUDA, and every token
         elsewhere (trl/trainer/utils.py, add_fused_lm_head): there, ours does."""
         count = count_labels(inputs)
-        if model.training:
+        if model.training and count:  # without a label it is a pass for the other ranks' sake
             padding = int((inputs["attention_mask"] == 0).sum()) if "attention_mask" in inputs else 0
             self.tokens_seen += inputs["input_ids"].numel() - padding
             self.supervised_tokens_seen += count
@@ -182,22 +201,42 @@ class LlavaSFTTrainer(SFTTrainer):
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         else:
             loss = self._labelled_loss(model, inputs, kwargs.get("num_items_in_batch"))
-        if model.training:
-            self.on_loss(loss)
-        else:
+        if not model.training:
             self._validation += [(float(loss) * count, count)]
-        return loss
+            return loss
+        self.on_loss(loss)
+        return loss + self._untouched(model, inputs)
+
+    def _untouched(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor | float:
+        """Nothing, but through the projector where no picture led there: a rank without a gradient for what others
+        have one for leaves them waiting. One rank does the same, so that its steps are those of many."""
+        if "pixel_values" in inputs:
+            return 0.0
+        projector = trained_projector(self.accelerator.unwrap_model(model))
+        return sum(0.0 * p.sum() for p in projector.parameters() if p.requires_grad)
 
     def _labelled_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         count = count_labels(inputs)
         total, correct = labelled_loss(model, inputs)
-        self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(int(correct) / max(1, count))
-        return total / max(1, count if num_items_in_batch is None else int(num_items_in_batch))
+        both = self.accelerator.reduce(torch.stack([correct, correct.new_tensor(count)]))
+        accuracy = int(both[0]) / max(1, int(both[1]))
+        self._metrics["train" if model.training else "eval"]["mean_token_accuracy"].append(accuracy)
+        if num_items_in_batch is None:
+            return total / max(1, count)
+        # The items are those of all ranks, and DDP takes the mean of the ranks' gradients.
+        return total * self.args.world_size / max(1, int(num_items_in_batch))
+
+    def join_tokens(self) -> None:
+        """Add up what all ranks have seen; each of them calls it."""
+        counts = torch.tensor([self.tokens_seen, self.supervised_tokens_seen], device=self.accelerator.device)
+        tokens, supervised = self.accelerator.reduce(counts).tolist()
+        self.tokens_of_all = (tokens, supervised)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log the speed since the last time, and the memory, beside the loss."""
         if "loss" in logs:
-            now, tokens = time.monotonic(), self.tokens_seen
+            self.join_tokens()
+            now, tokens = time.monotonic(), self.tokens_of_all[0]
             since, before = self._logged or (now, tokens)
             self._logged = (now, tokens)
             if now > since:
@@ -224,7 +263,8 @@ class LlavaSFTTrainer(SFTTrainer):
         with self.off_the_clock():
             output = super().evaluation_loop(*args, **kwargs)
         if self._validation and output.metrics is not None:
-            loss, count = (sum(column) for column in zip(*self._validation, strict=True))
+            sums = torch.tensor(self._validation, dtype=torch.float64).sum(0).to(self.accelerator.device)
+            loss, count = self.accelerator.reduce(sums).tolist()
             output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / max(1, count)
         return output
 
@@ -246,13 +286,15 @@ class LlavaSFTTrainer(SFTTrainer):
         if self.state.best_global_step:
             best = checkpoints / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.is_dir() or best == folder else None
-        about = {"step": self.state.global_step, **self.told_of_run}
+        about = {"step": self.state.global_step, **self.told_of_run, "processes": self.args.world_size}
+        self.join_tokens()
+        loss = mean_loss(self._tr_loss)
         if self.args.should_save:
             with written_whole(folder, about, state_bytes(self)) as staging:
                 self.save_model(str(staging), _internal_call=True)
                 (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, and it holds hub_token in clear
                 (staging / "README.md").unlink(missing_ok=True)  # peft's empty model card
-                save_trainer_state(self, staging, random)
+                save_trainer_state(self, staging, random, loss)
                 self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
                 for name in (DATA_FILE, RECIPE_FILE):  # what it was trained on, and how
                     if (checkpoints.parent / name).is_file():

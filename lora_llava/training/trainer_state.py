@@ -7,32 +7,33 @@ from typing import Any
 
 import torch
 
+from lora_llava.training.ranks import gather
 from lora_llava.training.state_files import load_state, random_state, save_state, set_random_state
 
 Trainer = Any
 
 
-def save_trainer_state(trainer: Trainer, folder: Path, random: list[dict[str, Any]]) -> None:
+def save_trainer_state(trainer: Trainer, folder: Path, random: list[dict[str, Any]], loss: torch.Tensor) -> None:
     """Write optimiser, schedule, random numbers and counters.
 
     Args:
         trainer: At the end of a step.
         folder: The checkpoint.
         random: Of every process, from `random_state`.
+        loss: Summed since it was logged, from `mean_loss`.
     """
     save_state(
         folder,
         {
             "optimizer": trainer.optimizer.state_dict(), "scheduler": trainer.lr_scheduler.state_dict(),
-            "random": random, "counters": _counters(trainer),
+            "random": random, "counters": _counters(trainer) | {"loss": loss},
         },
     )  # fmt: skip
 
 
 def _counters(trainer: Trainer) -> dict[str, Any]:
     return {
-        "tokens_seen": trainer.tokens_seen, "supervised_tokens_seen": trainer.supervised_tokens_seen,
-        "seconds": trainer.seconds, "loss": trainer._tr_loss, "total_loss": trainer._total_loss_scalar,
+        "tokens": trainer.tokens_of_all, "seconds": trainer.seconds, "total_loss": trainer._total_loss_scalar,
         "last_logged": trainer._globalstep_last_logged,
         "means": {mode: dict(values) for mode, values in trainer._metrics.items()},
     }  # fmt: skip
@@ -71,7 +72,9 @@ def restore_optimizer(trainer: Trainer, folder: Path, changed: tuple[str, ...]) 
 def restore_counters(trainer: Trainer, state: dict[str, Any]) -> None:
     """Bring back what is logged and counted, once the trainer has set it to nothing."""
     counters = state["counters"]
-    trainer.tokens_seen, trainer.supervised_tokens_seen = counters["tokens_seen"], counters["supervised_tokens_seen"]
+    first = trainer.args.process_index == 0  # the others count from nothing: it is the sum that is told
+    trainer.tokens_seen, trainer.supervised_tokens_seen = counters["tokens"] if first else (0, 0)
+    trainer.join_tokens()
     trainer.seconds_before = counters["seconds"]
     trainer._tr_loss = counters["loss"].to(trainer.args.device)
     trainer._total_loss_scalar, trainer._globalstep_last_logged = counters["total_loss"], counters["last_logged"]
@@ -91,12 +94,13 @@ def gather_random(own: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     Args:
         own: Of this process; None reads it now.
     """
-    own = random_state() if own is None else own
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [own]
-    found: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(found, own)
-    return found
+    return gather(random_state() if own is None else own)
+
+
+def mean_loss(loss: torch.Tensor) -> torch.Tensor:
+    """The ranks' mean of a loss that each has summed up, on the CPU."""
+    shares = gather(loss.detach().cpu())
+    return shares[0] if len(shares) == 1 else torch.stack(shares).mean(0)
 
 
 def state_bytes(trainer: Trainer) -> int:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from lora_llava.errors import ToldError
+from lora_llava.training.ranks import gather
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _SPIKE, _BEFORE = 3.0, 20
@@ -64,6 +65,8 @@ class StopOnSignal(TrainerCallback):
             print(f"\nstopping after this step{again}", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Ranks stop at the same step, whichever of them was told.
+        self.number = next((number for number in gather(self.number) if number is not None), None)
         if self.number is not None and state.global_step < state.max_steps:
             control.should_save = True
             control.should_evaluate = False
@@ -145,7 +148,7 @@ class SaveEvery(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.steps is not None and state.global_step % self.steps == 0:
             control.should_save = True
-        if self.minutes is not None and self.clock() - self.last >= 60 * self.minutes:
+        if self.minutes is not None and gather(self.clock() - self.last)[0] >= 60 * self.minutes:  # the first's clock
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -83,6 +83,21 @@ def test_uneven_rows_are_packed_anew() -> None:
     assert deal_rows([[0, 1, 2], [3]], lengths, ranks=2, max_tokens=100) == [[3, 2], [0, 1]]
 
 
+def test_full_rows_stay_within_their_budget() -> None:
+    lengths = [5, 5, 4, 3, 3] * 2
+    dealt = deal_rows([[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]], lengths, ranks=2, accumulation=2, max_tokens=10)
+    assert [sum(lengths[i] for i in row) for row in dealt] == [10] * 4
+
+
+def test_a_full_batch_takes_no_more() -> None:
+    assert [len(row) for row in deal_rows([[0, 1], [2, 3]], [9, 2, 3, 3], ranks=2)] == [2, 2]
+
+
+def test_what_is_even_already_is_kept() -> None:
+    dealt = deal_rows([[0, 1], [2, 3, 4]], [5, 5, 4, 3, 3], ranks=2, padded=True)
+    assert rank_tokens(dealt, [5, 5, 4, 3, 3], 2) == [10, 10]
+
+
 def test_a_step_with_fewer_samples_than_ranks_leaves_some_empty() -> None:
     assert deal_rows([[0, 1]], [5, 5], ranks=3, max_tokens=10) == [[0], [1], []]
 

@@ -1,0 +1,102 @@
+"""Two processes over gloo train what one trains: losses, adapter, answers; and one of them writes and tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from lora_llava.recipe import dump_recipe
+from lora_llava.recipe.io import check_recipe
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def finetune(content: dict[str, Any], folder: Path, launcher: list[str]) -> subprocess.CompletedProcess[str]:
+    recipe = folder.with_suffix(".yaml")
+    recipe.write_text(dump_recipe(check_recipe(content | {"output_dir": str(folder)}, "test")))
+    command = [sys.executable, *launcher, str(SCRIPT), str(recipe)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "120"})
+
+
+@pytest.fixture(scope="module")
+def content(parts: Path, scienceqa: Path) -> dict[str, Any]:
+    """One sample a row, half of them without picture; the last of six steps has one sample for two ranks."""
+    return {
+        "stage": 2,
+        "model": {
+            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "quantization": "none",
+            "start_from": {"untrained": True},
+        },
+        "lora": {"r": 4, "alpha": 8},
+        "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400, "system_prompt": ""},
+        "training": {"batch_size": 1, "learning_rate": 1e-3, "epochs": 0.45, "eval_every": 3, "log_every": 1},
+        "evaluation": {"max_new_tokens": 4, "batch_size": 2},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """Run directories of one rank and of two, with as many samples a step, and what the two said."""
+    folder = tmp_path_factory.mktemp("ranks")
+    alone = content | {"training": content["training"] | {"gradient_accumulation": 2}}
+    one, two = finetune(alone, folder / "one", []), finetune(content, folder / "two", LAUNCHER)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    return folder / "one", folder / "two", two.stdout + two.stderr
+
+
+def read(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "metrics.json").read_text()))
+
+
+def test_two_ranks_have_the_losses_of_one(runs: tuple[Path, Path, str]) -> None:
+    one, two = (read(run)["train"]["loss_curve"] for run in runs[:2])
+    assert [len(one[kind]) for kind in ("train", "validation")] == [6, 2]
+    for kind in one:
+        assert [step for step, _ in two[kind]] == [step for step, _ in one[kind]]
+        assert [loss for _, loss in two[kind]] == pytest.approx([loss for _, loss in one[kind]], abs=1e-5)
+
+
+def test_two_ranks_train_the_adapter_of_one(runs: tuple[Path, Path, str]) -> None:
+    one, two = (load_file(run / "adapter_model.safetensors") for run in runs[:2])
+    assert one.keys() == two.keys()
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    assert any("multi_modal_projector" in name for name in one)
+
+
+def test_tokens_are_counted_over_both_ranks(runs: tuple[Path, Path, str]) -> None:
+    one, two = (read(run)["train"] for run in runs[:2])
+    assert [two[name] for name in ("tokens", "supervised_tokens", "steps")] == [
+        one[name] for name in ("tokens", "supervised_tokens", "steps")
+    ]
+
+
+def test_both_ranks_answer_and_every_answer_is_there_once(runs: tuple[Path, Path, str]) -> None:
+    for name in ("predictions_before.jsonl", "predictions_after.jsonl"):
+        one, two = ([json.loads(line) for line in (run / name).read_text().splitlines()] for run in runs[:2])
+        assert len(one) == 6
+        assert [row["question_id"] for row in two] == [row["question_id"] for row in one]
+    assert (runs[0] / "predictions_before.jsonl").read_bytes() == (runs[1] / "predictions_before.jsonl").read_bytes()
+
+
+def test_one_rank_tells_and_writes(runs: tuple[Path, Path, str]) -> None:
+    _, two, told = runs
+    assert told.count("trained 6 steps") == 1
+    assert told.count("step 3: validation loss") == 1
+    assert told.count("Freeze plan") == 1
+    assert sorted(file.name for file in (two / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_a_mistake_is_told_once_without_traceback_of_ours(content: dict[str, Any], tmp_path: Path) -> None:
+    wrong = content | {"data": content["data"] | {"path": str(tmp_path / "nowhere")}}
+    result = finetune(wrong, tmp_path / "run", LAUNCHER)
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") == 1
+    assert 'finetune.py", line' not in result.stderr
