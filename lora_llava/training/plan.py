@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,7 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     if recipe.model.quantization == "nf4":
         check_bitsandbytes()
     check_reporters(recipe.training.report_to)
+    check_launch(recipe.model.quantization)
     model = plan_model(recipe.model)
     template = get_template(recipe.data.template, recipe.data.system_prompt)
     tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
@@ -91,6 +93,25 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
         recipe, model, tokenizer, processor, template, splits, order, step, refusal,
         planned_parameters(model.config, run_lora_config(recipe)),
     )  # fmt: skip
+
+
+def check_launch(quantization: str) -> None:
+    """Refuse ways to share a model out that are not known to give what one process gives.
+
+    Args:
+        quantization: The recipe's `model.quantization`.
+
+    Raises:
+        UserError: For FSDP and for DeepSpeed, as `accelerate launch` tells of them in the environment.
+    """
+    use = "start with torchrun, or with accelerate launch --multi_gpu, which give every GPU the whole model"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError(f"FSDP shares parameters out, and checkpoints here hold whole ones; {use}")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+        if stage == "3" and quantization == "nf4":
+            raise UserError(f"DeepSpeed's ZeRO-3 shares weights out, which 4-bit ones cannot be; {use}")
+        raise UserError(f"DeepSpeed has not been tried with this trainer; {use}")
 
 
 def build_run_processor(

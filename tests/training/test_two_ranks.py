@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lora_llava.recipe import dump_recipe
@@ -19,10 +21,12 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def finetune(content: dict[str, Any], folder: Path, launcher: list[str]) -> subprocess.CompletedProcess[str]:
+def finetune(
+    content: dict[str, Any], folder: Path, launcher: list[str], *options: str
+) -> subprocess.CompletedProcess[str]:
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(dump_recipe(check_recipe(content | {"output_dir": str(folder)}, "test")))
-    command = [sys.executable, *launcher, str(SCRIPT), str(recipe)]
+    command = [sys.executable, *launcher, str(SCRIPT), str(recipe), *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "120"})
 
 
@@ -100,3 +104,20 @@ def test_a_mistake_is_told_once_without_traceback_of_ours(content: dict[str, Any
     assert result.returncode != 0
     assert result.stderr.count("error: ") == 1
     assert 'finetune.py", line' not in result.stderr
+
+
+def test_two_ranks_that_were_stopped_go_on_as_if_there_was_no_stop(
+    content: dict[str, Any], runs: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    """Both ranks of the finished run lose their last three steps, as a kill takes them; one process may not go on."""
+    folder = tmp_path / "two"
+    shutil.copytree(runs[1], folder)
+    (folder / "run.json").unlink()
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    told = finetune(content, folder, [], "--resume").stderr
+    assert "was written by 2 processes that trained together, and now there are 1; start as many" in told
+    assert finetune(content, folder, LAUNCHER, "--resume").returncode == 0
+    expected, found = (load_file(run / "adapter_model.safetensors") for run in (runs[1], folder))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    for key in ("loss_curve", "tokens", "supervised_tokens"):
+        assert read(folder)["train"][key] == read(runs[1])["train"][key], key
