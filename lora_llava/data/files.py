@@ -158,7 +158,9 @@ def _jsonl_rows(file: Path) -> Iterator[Any]:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line)
+                yield json.loads(line, object_pairs_hook=_once)
+            except RepeatedKeyError as error:
+                raise DataFileError(f"{file}, line {number}: {error}") from None
             except ValueError as error:
                 mend = "; a list belongs into a file called .json" if line.lstrip()[:1] == "[" else ""
                 raise DataFileError(f"{file}, line {number}: not JSON: {_first(error)}{mend}") from None
@@ -186,6 +188,10 @@ def _json_rows(file: Path) -> Iterator[Any]:
                 row = reader.decode()
             except json.JSONDecodeError as error:
                 raise _not_json(file, reader, count, error.msg, error.pos) from None
+            except ValueError as error:
+                raise DataFileError(
+                    f"{file}, line {reader.line}: {_first(error)}, after {count:,} whole rows"
+                ) from None
             yield row
             count += 1
         reader.take(1)
@@ -203,12 +209,25 @@ def _no_list(file: Path) -> DataFileError:
     return DataFileError(f"{file}: it should hold a list of rows; it holds {type(content).__name__}{mend}")
 
 
+class RepeatedKeyError(ValueError):
+    """An object names a key twice."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand there once: of two values the decoder would drop the first in silence."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise RepeatedKeyError(f"the key {twice!r:.80} stands there twice in one object; keep one")
+    return found
+
+
 class _Buffer:
     """A text stream from which JSON values are taken one by one."""
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.text, self.place, self.line = stream, "", 0, 1
-        self.decoder = json.JSONDecoder()
+        self.decoder = json.JSONDecoder(object_pairs_hook=_once)
 
     def peek(self) -> str:
         """The next character that is not white space; "" at the end."""
@@ -282,7 +301,7 @@ def _not_json(file: Path, reader: _Buffer, count: int, problem: str, place: int)
 
 
 def _first(error: ValueError) -> str:
-    return str(getattr(error, "msg", error)).splitlines()[0]
+    return str(getattr(error, "msg", error)).splitlines()[0].partition("; use sys.")[0]  # Python's advice on numbers
 
 
 def table_delimiter(file: Path) -> str:

@@ -129,9 +129,9 @@ def _choose(folder: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def _shape(file: Path, rows: list[Any]) -> tuple[Format, str, Columns]:
-    wrong = next((row for row in rows if not isinstance(row, Mapping)), None)
-    if wrong is not None:
-        raise UserError(f"{file}: a row is {type(wrong).__name__}; it should be an object with named fields")
+    wrong = [type(row).__name__ for row in rows if not isinstance(row, Mapping)]
+    if wrong:
+        raise UserError(f"{file}: a row is {wrong[0]}; it should be an object with named fields")
     row: dict[str, Any] = {}
     for each in rows:  # a key may be missing where there is nothing to say
         row |= {key: value for key, value in each.items() if key not in row or row[key] in (None, "")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
+from lora_llava.data.patience import patiently
 from lora_llava.errors import RefusedError, UserError
 
 if TYPE_CHECKING:
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
 
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 """Pillow's own cap; the second is raised where warnings are errors."""
+
+
+_HEAD_BYTES, _PIXEL_BYTES = 1 << 22, 4
+"""Most bytes of a picture's file: of each pixel, unpacked, in RGBA, and of profiles and thumbnails beside them."""
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""Formats that are decoded in this process; of others Pillow starts a program for EPS (Ghostscript)."""
 
 
 class BadImageError(RefusedError):
@@ -77,10 +85,12 @@ def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image
         An RGB picture, fully decoded.
 
     Raises:
-        BadImageError: For anything that is not a whole picture of at most `max_pixels`.
+        BadImageError: For anything that is not a whole picture of at most `max_pixels` in a common format.
     """
     try:
         with Image.open(file) as image:
+            if image.format not in _FORMATS:
+                raise BadImageError(f"picture {name} is {image.format}, which is not read; save it as PNG or JPEG")
             if image.width * image.height > max_pixels:
                 raise BadImageError(
                     f"picture {name} has {image.width} x {image.height} pixels, over max_image_pixels {max_pixels}",
@@ -160,11 +170,20 @@ class FolderImages:
         path = self.find(name)
         if not path.exists():
             raise self._missing(name)
-        return read_rgb(path, name, self.max_pixels)
+        self._check_file(path, name)
+        try:
+            content = patiently(path.read_bytes)
+        except FileNotFoundError:
+            raise self._missing(name) from None
+        except OSError as error:
+            raise BadImageError(f"picture {name} cannot be read: {error.strerror}") from None
+        return read_rgb(io.BytesIO(content), name, self.max_pixels)
 
     def read(self, name: str) -> bytes:
         try:
-            return self.find(name).read_bytes()
+            path = self.find(name)
+            self._check_file(path, name)
+            return patiently(path.read_bytes)
         except FileNotFoundError:
             raise self._missing(name) from None
         except OSError as error:
@@ -188,6 +207,17 @@ class FolderImages:
                 return found
         return path
 
+    def _check_file(self, path: Path, name: str) -> None:
+        """Refuse what would be waited for without end, and what would fill the memory before a pixel is counted."""
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
+            raise BadImageError(f"picture {name} is no file but a pipe, socket or device")
+        if facts.st_size > _HEAD_BYTES + _PIXEL_BYTES * self.max_pixels:
+            raise BadImageError(
+                f"picture {name} is a file of {facts.st_size:,} bytes, more than max_image_pixels {self.max_pixels} "
+                "can take", "oversized picture",
+            )  # fmt: skip
+
     def _missing(self, name: str) -> BadImageError:
         """That a picture is not there, and where one is that may be meant."""
         plain = unquote(name).replace("\\", "/")
@@ -201,7 +231,7 @@ class FolderImages:
         return BadImageError(f"picture {name} is missing{hint}", "missing picture")
 
     def _inside(self, name: str) -> Path:
-        if "://" in name or name.startswith("data:"):
+        if "://" in name or name[:5].lower() == "data:":
             raise BadImageError(
                 f"picture {name:.60} is a URL; only files under {self.root} are opened", "outside the folder"
             )

@@ -131,6 +131,8 @@ def read_problems(problems: Path, splits: Path, split: str) -> dict[str, dict[st
             raise UserError(f"{file}: it should hold an object by id or split; it holds a {type(content).__name__}")
     if split not in ids:
         raise UserError(f"{splits}: no split {split!r}{nearest(split, ids)}; it has {', '.join(ids)}")
+    if not isinstance(ids[split], list) or not all(isinstance(pid, str) for pid in ids[split]):
+        raise UserError(f"{splits}: split {split!r} is {ids[split]!r:.60}; it should be a list of ids, which are texts")
     missing = [pid for pid in ids[split] if not isinstance(entries.get(pid), dict)]
     if missing:
         raise UserError(f"{splits}: split {split!r} names problem {missing[0]}, which {problems.name} lacks")
@@ -140,8 +142,8 @@ def read_problems(problems: Path, splits: Path, split: str) -> dict[str, dict[st
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file}: not JSON: {error}") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON: {str(error).splitlines()[0]}") from None
 
 
 def _conversation(

@@ -13,22 +13,18 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
 import openai
 
 from lora_llava.errors import UserError
+from lora_llava.inference.chat_errors import knows_no_format, retry_after, root_cause
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest, picture_part
 
 __all__ = ["ChatAnswer", "ChatFailure", "ChatRequest", "ChatServer", "ask", "find_model", "picture_part"]
 
 _LONGEST_PAUSE = 30.0
-_LONGEST_RETRY_AFTER = 120.0
-"""Seconds; a server that asks for a longer wait is not waited for. The openai library draws the same line."""
-_PASSING = {408, 409, 425, 429}
-"""Besides 5xx, what HTTP lets a client try again: timeout, conflict, too early, too many requests."""
 _DAY = 86_400
 _STEPS_TO_SEND = 5
 """Turns of the loop after which a request has reached its socket (measured with openai 3 and httpx)."""
@@ -273,20 +269,20 @@ class Asker:
         except TimeoutError:
             return _Miss(f"no answer within {self.server.timeout:g} s")
         except openai.APIConnectionError as error:  # aiohttp's broken connections come as timeouts too
-            if isinstance(_root(error), TimeoutError):
+            if isinstance(root_cause(error), TimeoutError):
                 return _Miss(f"no answer within {self.server.timeout:g} s")
             self._check_reached(error, attempt)
-            return _Miss(f"the connection broke ({type(_root(error)).__name__})")
+            return _Miss(f"the connection broke ({type(root_cause(error)).__name__})")
         except openai.APIStatusError as error:
             await self._check_status(error)
             reason = self._told(error)
             if longest == "max_tokens" and "max_completion_tokens" in reason:  # OpenAI's newer models
                 self.longest = "max_completion_tokens"
                 return _Miss(reason)
-            if request.response_format is not None and structured and _knows_no_format(error, reason):
+            if request.response_format is not None and structured and knows_no_format(error, reason):
                 self.structured = False
                 return _Miss(reason)
-            return _Miss(reason, _retry_after(error))
+            return _Miss(reason, retry_after(error))
         except _NoAnswerError as error:
             return _Miss(str(error))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
@@ -333,7 +329,7 @@ class Asker:
     def _check_reached(self, error: openai.APIConnectionError, attempt: int) -> None:
         """End where nobody listens: at once where nobody has answered yet, else after all tries, as a server that is
         started again may be back."""
-        refused = isinstance(_root(error), ConnectionRefusedError | socket.gaierror)
+        refused = isinstance(root_cause(error), ConnectionRefusedError | socket.gaierror)
         if refused and (not self.answered or attempt == self.server.retries):
             raise _unreachable(self.server, error)
 
@@ -361,28 +357,6 @@ def _client_settings(server: ChatServer) -> dict[str, Any]:
     return {"base_url": server.url, "api_key": server.key, "timeout": server.timeout, "max_retries": 0}
 
 
-def _knows_no_format(error: openai.APIStatusError, reason: str) -> bool:
-    told = ("response_format", "json_schema", "guided", "grammar", "structured")
-    return error.status_code in (400, 422, 501) and any(word in reason for word in told)
-
-
-def _retry_after(error: openai.APIStatusError) -> float | None:
-    """Seconds that a server asks to wait, 0 where it does not say; None where trying again is of no use."""
-    if error.status_code not in _PASSING and error.status_code < 500:
-        return None
-    told = error.response.headers.get("retry-after", "")
-    try:
-        seconds = float(told)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(told).timestamp() - time.time()
-        except ValueError:
-            return 0.0
-    if not seconds <= _LONGEST_RETRY_AFTER:
-        return None
-    return max(seconds, 0.0)
-
-
 def _refusal(server: ChatServer, status: int, what: str) -> UserError:
     if status in (401, 403):
         return UserError(f"{server.url} refuses the key (HTTP {status}); set OPENAI_API_KEY to one that it takes")
@@ -390,15 +364,8 @@ def _refusal(server: ChatServer, status: int, what: str) -> UserError:
 
 
 def _unreachable(server: ChatServer, error: openai.APIConnectionError) -> UserError:
-    cause = _without_key(str(_root(error)), server)
+    cause = _without_key(str(root_cause(error)), server)
     return UserError(f"{server.url} cannot be reached ({cause}); start the server, or mend the URL")
-
-
-def _root(error: BaseException) -> BaseException:
-    """What an error came from in the end."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 def _without_key(text: str, server: ChatServer) -> str:

@@ -60,7 +60,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} holds no config.json; LLaVA writes one beside its weights")
-    return dict(json.loads(file.read_text(encoding="utf-8")))
+    return _read_object(file)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON: {str(error).splitlines()[0]}; fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: it should hold an object; it holds {type(content).__name__}; fetch it again")
+    return content
 
 
 def read_config(folder: Path) -> OriginalConfig:
@@ -203,7 +213,7 @@ def read_lora(folder: Path, original: OriginalConfig, layers: int) -> OriginalLo
     Raises:
         UserError: For a name that is not LLaVA's, or adapters that are not on all layers alike.
     """
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = _read_object(folder / "adapter_config.json")
     for name in ("r", "lora_alpha"):
         if name not in settings:
             raise UserError(f"{folder}/adapter_config.json lacks {name}; it is not PEFT's")

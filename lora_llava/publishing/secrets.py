@@ -9,17 +9,8 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
-_TOKENS = {
-    "a Hugging Face token": rb"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}",
-    "an OpenAI key": rb"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{20,}",
-    "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})",
-    "an AWS key": rb"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    "a Google key": rb"\bAIza[A-Za-z0-9_-]{35}",
-    "a Slack token": rb"\bxox[abprs]-[A-Za-z0-9-]{10,}",
-    "a JSON web token": rb"eyJ[A-Za-z0-9_-]{20,}\.[A-Za-z0-9_-]{20,}\.",
-    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a password in a URL": rb"\b[a-z][a-z0-9+.-]*://[^/\s:@\"']+:[^/\s@\"']+@",
-}
+from lora_llava.recipe.secrets import TOKENS
+
 _HOMES = rb"(?:(?<![\w./-])|file://)/(?:home/|Users/|root\b)|\b[A-Za-z]:[\\/]{1,4}Users[\\/]"
 _SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD)$")
 LOCAL_PATH = rb"[\s\":(\[=](?:/(?:[\w.+-]+/)+[\w.+-]+|[A-Za-z]:\\[\w.+-]+\\)"
@@ -53,7 +44,7 @@ def scan(file: str, content: bytes, *, written_by_us: bool = False) -> list[Find
     Returns:
         What was found, in order.
     """
-    patterns = _TOKENS | {"a path into a home": _HOMES} | _own_secrets()
+    patterns = TOKENS | {"a path into a home": _HOMES} | _own_secrets()
     if written_by_us:
         patterns |= {"a local path": LOCAL_PATH}
     found = set()

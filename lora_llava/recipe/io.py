@@ -20,6 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from lora_llava.errors import UserError, nearest
 from lora_llava.recipe.generate import GenerateRecipe
 from lora_llava.recipe.schema import Recipe
+from lora_llava.recipe.secrets import find_secrets
 
 Schema = TypeVar("Schema", bound=BaseModel)
 _LARGEST = 1_000_000
@@ -135,6 +136,12 @@ def check_recipe(content: Mapping[str, Any], where: str) -> Recipe:
 
 
 def _check(schema: type[Schema], content: Mapping[str, Any], where: str) -> Schema:
+    secrets = [
+        f"{where}: {_short(field)} holds {what}; take it out, a run keeps a copy of its recipe"
+        for field, what in find_secrets(content)
+    ]
+    if secrets:  # before a value is told
+        raise RecipeError("\n".join(secrets))
     try:
         return schema.model_validate(content)
     except ValidationError as error:
@@ -150,7 +157,10 @@ def _check(schema: type[Schema], content: Mapping[str, Any], where: str) -> Sche
 def _explain(schema: type[BaseModel], detail: Any) -> tuple[str, str]:
     """The field and what is wrong with it."""
     # Of a union pydantic also names the branch, such as `constrained-int` or `literal['all']`.
-    location = [str(part) for part in detail["loc"] if not re.search(r"[\[-]", str(part))]
+    *outer, own = map(str, detail["loc"] or [""])
+    location = [part for part in outer if not re.search(r"[\[-]", part)]
+    if own and (detail["type"] == "extra_forbidden" or not re.search(r"[\[-]", own)):  # a key of the person's own
+        location.append(own)
     field = _short(".".join(location)) or "recipe"
     if detail["type"] == "extra_forbidden":
         return field, f"{field} is not a key of a recipe{nearest(location[-1], _fields_at(schema, location[:-1]))}"

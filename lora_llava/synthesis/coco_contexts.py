@@ -40,6 +40,8 @@ def open_json(file: Path) -> Iterator[IO[bytes]]:
             if stream.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
                 stream.seek(0)
             yield stream
+    except UnicodeDecodeError:  # half a surrogate pair, which ijson makes bytes of that are no text
+        raise DataFileError(f"{file}: a text in it is not Unicode; save it as UTF-8") from None
     except ijson.JSONError as error:
         problem = str(error)
         if "UTF8" in problem:

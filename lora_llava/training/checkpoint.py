@@ -21,8 +21,14 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = ".partial"
 _DISK_FULL = 28
 """ENOSPC, which libraries tell in their own exceptions' texts as `os error 28`."""
+_NOTHING = 64 << 10
+"""Bytes left below which whatever fails in writing fails for want of room."""
 _MARGIN = 16 << 20
 """Bytes beside weights and states: tokenizer, JSON, the file system's own."""
+
+
+class DiskFullError(UserError):
+    """There is no room for a checkpoint."""
 
 
 @contextlib.contextmanager
@@ -41,7 +47,8 @@ def written_whole(folder: Path, about: dict[str, Any], needed: int = 0) -> Itera
         The folder to write into.
 
     Raises:
-        UserError: Where the disk is full, or the folder cannot be written.
+        DiskFullError: Where there is no room for it.
+        UserError: Where the folder cannot be written.
     """
     staging = folder.with_name(f".{folder.name}{_PARTIAL}")
     try:
@@ -64,7 +71,7 @@ def _check_room(folder: Path, needed: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if needed and free < needed + _MARGIN:
-        raise UserError(_no_room(folder, needed + _MARGIN))
+        raise _no_room(folder, needed + _MARGIN)
 
 
 @contextlib.contextmanager
@@ -74,18 +81,19 @@ def _told(folder: Path, needed: int) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # safetensors has exceptions of its own for what the system says
-        if getattr(error, "errno", None) == _DISK_FULL or f"os error {_DISK_FULL})" in str(error):
-            raise UserError(_no_room(folder, needed)) from None
+        left = shutil.disk_usage(folder.parent).free
+        if getattr(error, "errno", None) == _DISK_FULL or f"os error {_DISK_FULL})" in str(error) or left < _NOTHING:
+            raise _no_room(folder, needed) from None
         if isinstance(error, OSError):
             told = f"{folder} cannot be written ({error.strerror or error})"
             raise UserError(f"{told}; mend that") from None
         raise
 
 
-def _no_room(folder: Path, needed: int) -> str:
+def _no_room(folder: Path, needed: int) -> DiskFullError:
     free = shutil.disk_usage(folder.parent).free
     wanted = f"needs {needed:,} bytes and " if needed else ""
-    return f"the disk is full: {folder} {wanted}has {free:,} free; make room"
+    return DiskFullError(f"the disk is full: {folder} {wanted}has {free:,} free; make room")
 
 
 def _seal(staging: Path, about: dict[str, Any]) -> None:
@@ -146,7 +154,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         told = content.pop("sha256")
         body = json.dumps(content, indent=2, sort_keys=True)
-        whole = told == _hash(body) and content["format"] == _FORMAT and isinstance(content["files"], dict)
+        whole = told == _hash(body) and content["format"] == _FORMAT and isinstance(content["step"], int)
+        whole = whole and all(_is_entry(name, each) for name, each in content["files"].items())
     except FileNotFoundError:
         raise UserError(f"{folder} has no {MANIFEST_FILE}") from None
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
@@ -154,6 +163,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not whole:
         raise UserError(f"{folder}/{MANIFEST_FILE} is not as it was written")
     return dict(content)
+
+
+def _is_entry(name: str, told: Any) -> bool:
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return inside and isinstance(told["bytes"], int) and isinstance(told["sha256"], str)
 
 
 def find_damage(folder: Path) -> str | None:
@@ -169,6 +183,9 @@ def find_damage(folder: Path) -> str | None:
         listed = read_manifest(folder)["files"]
     except UserError as error:
         return str(error).removeprefix(str(folder)).lstrip("/ ")
+    there = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    if strange := there - listed.keys() - {MANIFEST_FILE}:
+        return f"{min(strange)} was not written with it"
     for name, told in listed.items():
         file = folder / name
         if not file.is_file():

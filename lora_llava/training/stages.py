@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import PrinterCallback
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig
@@ -26,6 +27,7 @@ from lora_llava.model.start import Base
 from lora_llava.model.vision import freeze_tower
 from lora_llava.recipe import Recipe, recipe_hash
 from lora_llava.training.callbacks import ProgressLine, peak_memory_bytes
+from lora_llava.training.checkpoint import DiskFullError
 from lora_llava.training.data import Split
 from lora_llava.training.dealing import deal_rows
 from lora_llava.training.memory import GIB
@@ -272,7 +274,11 @@ def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Ca
     except torch.cuda.OutOfMemoryError:
         raise UserError(f"{out_of_memory()}{trainer.save_last_step()}") from None
     except UserError as error:
-        raise type(error)(f"{error}{trainer.save_last_step()}") from None
+        save = not isinstance(error, DiskFullError)
+        raise type(error)(f"{error}{trainer.save_last_step(save)}") from None
+    except SafetensorError as error:
+        where = start.checkpoint if start else trainer.args.output_dir
+        raise UserError(f"{where}: weights cannot be read or written ({error})") from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

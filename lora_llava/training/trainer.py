@@ -291,8 +291,9 @@ class LlavaSFTTrainer(SFTTrainer):
         loss = mean_loss(self._tr_loss)
         if self.args.should_save:
             with written_whole(folder, about, state_bytes(self)) as staging:
-                self.save_model(str(staging), _internal_call=True)
-                (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, and it holds hub_token in clear
+                # Not `save_model`, which adds training_args.bin: a pickle, and it holds hub_token in clear.
+                self.accelerator.unwrap_model(self.model).save_pretrained(staging)
+                self.processing_class.save_pretrained(staging)
                 (staging / "README.md").unlink(missing_ok=True)  # peft's empty model card
                 save_trainer_state(self, staging, random, loss)
                 self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
@@ -302,15 +303,18 @@ class LlavaSFTTrainer(SFTTrainer):
             remove_old(checkpoints, KEPT, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
-    def save_last_step(self) -> str:
+    def save_last_step(self, save: bool = True) -> str:
         """After a failure in the middle of a step, leave a checkpoint of the one before.
+
+        Args:
+            save: Whether to try; else only what is there is told.
 
         Returns:
             What a person is told of it, to stand behind what failed.
         """
         newest, _ = newest_whole(Path(self.args.output_dir))
         reached = self.state.global_step
-        if self._random_at_step and (newest is None or newest.name != f"checkpoint-{reached}"):
+        if save and self._random_at_step and (newest is None or newest.name != f"checkpoint-{reached}"):
             try:
                 self.model.zero_grad(set_to_none=True)
                 self.save_whole(self._random_at_step)

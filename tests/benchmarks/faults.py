@@ -51,12 +51,44 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         terms = [_terminated(folder / "stopped", after, expected) for after in moments[args.points :]]
     stopped = [term for term in terms if term["stopped"]]
     return {
-        "recipe": RECIPE, "settings": SETTINGS, "kills": len(kills), "bitwise_equal": sum(k["equal"] for k in kills),
+        "recipe": RECIPE, "settings": SETTINGS, **_saves(), "kills": len(kills),
+        "bitwise_equal": sum(k["equal"] for k in kills),
         "killed_behind_checkpoint": sorted(k["step"] for k in kills),
         "killed_while_saving": sum(k["saving"] for k in kills), "sigterms": len(stopped),
         "sigterms_bitwise_equal": sum(t["equal"] for t in stopped),
         "seconds_from_sigterm_to_exit": _spread([t["seconds"] for t in stopped]),
         "seconds_of_training_and_the_end": seconds,
+    }  # fmt: skip
+
+
+def _saves() -> dict[str, Any]:
+    """One save that ends after its first, second, third write, fsync or rename and so on; the same with a full disk;
+    and every file of a checkpoint damaged in every way."""
+    from ends import act_at, damaged_silently, ends_at_every_write, full
+    from rich.console import Console
+
+    from lora_llava.recipe import load_recipe
+    from lora_llava.training.finetune import finetune
+
+    ends: list[tuple[int, str | None]] = []
+    fulls: list[tuple[int, str | None]] = []
+    damages: list[tuple[int, list[str]]] = []
+
+    def at_step_3(trainer: Any) -> None:
+        ends.extend(ends_at_every_write(trainer, lambda: os._exit(9), 1))
+        fulls.extend(ends_at_every_write(trainer, full, 1))
+        damages.append(damaged_silently(Path(trainer.args.output_dir)))
+
+    act_at(3, at_step_3)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [*SETTINGS, "training.max_steps=4", "training.save_every=2", f"output_dir={folder}/run"]
+        finetune(load_recipe(RECIPE, settings), Path("recipes"), console=Console(quiet=True))
+    whole = {"checkpoint-2", "checkpoint-3"}
+    return {
+        "ends_within_a_save": len(ends) - 1, "whole_after_each": sum(newest in whole for _, newest in ends[:-1]),
+        "full_disks_within_a_save": sum(code == 2 for code, _ in fulls),
+        "checkpoint_before_whole": sum(newest == "checkpoint-2" for code, newest in fulls if code == 2),
+        "damages": damages[0][0], "damages_not_seen": damages[0][1],
     }  # fmt: skip
 
 

@@ -5,25 +5,21 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ends import act_at, damaged_silently, ends_at_every_write, flipped, full
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from lora_llava.errors import UserError
 from lora_llava.recipe import Recipe
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training import stages
 from lora_llava.training.checkpoint import (
     MANIFEST_FILE,
     find_damage,
@@ -36,9 +32,6 @@ from lora_llava.training.checkpoint import (
 from lora_llava.training.finetune import finetune
 from lora_llava.training.state_files import load_state, random_state, save_state, set_random_state
 from lora_llava.training.trainer import LlavaSFTTrainer
-from lora_llava.training.trainer_state import gather_random
-
-WRITES = {"write", "fsync", "rename", "mkdir", "unlink", "rmdir", "remove", "replace", "serialize_file", "copyfile"}
 
 
 def run(recipe: Recipe, **options: Any) -> str:
@@ -78,41 +71,6 @@ def test_a_checkpoint_tells_what_it_holds(small: Path) -> None:
     assert {name: told["bytes"] for name, told in manifest["files"].items()} == {"b.bin": 200, "inner/a.txt": 20}
     assert newest_whole(small) == (small / "checkpoint-2", [])
     assert [each.name for each in list_checkpoints(small)] == ["checkpoint-2", "checkpoint-1"]
-
-
-def flipped(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(content)
-
-
-DAMAGES: dict[str, Callable[[Path], Any]] = {
-    "missing": lambda file: file.unlink(),
-    "halved": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "emptied": lambda file: file.write_bytes(b""),
-    "one bit": flipped,
-}
-
-
-def damaged_silently(folder: Path) -> tuple[int, list[str]]:
-    """Damage every file of the newest checkpoint in every way; gives how many, and those that were not seen."""
-    newest = list_checkpoints(folder)[0]
-    files = sorted(file for file in newest.rglob("*") if file.is_file())
-    unseen = []
-    tried = 0
-    for file in files:
-        content = file.read_bytes()
-        for name, damage in DAMAGES.items():
-            if not content and name != "missing":
-                continue
-            damage(file)
-            tried += 1
-            found, passed_over = newest_whole(folder)
-            if found == newest or len(passed_over) != 1 or file.name not in passed_over[0]:
-                unseen.append(f"{name} {file}")
-            file.write_bytes(content)
-    assert newest_whole(folder)[0] == newest
-    return tried, unseen
 
 
 def test_every_damage_is_seen_and_the_one_before_taken(small: Path) -> None:
@@ -182,77 +140,6 @@ def test_tensors_and_random_numbers_come_back(tmp_path: Path) -> None:
         load_state(tmp_path)
 
 
-class AtStep(TrainerCallback):
-    """Does something at the end of a step, with the trainer."""
-
-    def __init__(self, step: int, act: Callable[[LlavaSFTTrainer], None]) -> None:
-        self.step, self.act = step, act
-        self.trainer: Any = None
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            self.act(self.trainer)
-
-
-def act_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[LlavaSFTTrainer], None]) -> None:
-    build = stages.build_trainer
-
-    def built(*args: Any) -> Any:
-        found = build(*args)
-        callback = AtStep(step, act)
-        callback.trainer = found[0]
-        found[0].add_callback(callback)
-        return found
-
-    monkeypatch.setattr(stages, "build_trainer", built)
-
-
-def in_child(act: Callable[[], None], on_call: Callable[[int, str], None]) -> int:
-    """Run something in a forked process that looks at every write; gives its exit code."""
-    pid = os.fork()
-    if pid == 0:
-        calls = 0
-
-        def look(frame: Any, event: str, called: Any) -> None:
-            nonlocal calls
-            if event == "c_return" and getattr(called, "__name__", "") in WRITES:
-                calls += 1
-                on_call(calls, called.__name__)
-
-        code = 1
-        try:
-            sys.setprofile(look)
-            act()
-            code = 0
-        except UserError as error:
-            code = 2 if "the disk is full" in str(error) else 1
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def ends_at_every_write(trainer: LlavaSFTTrainer, end: Callable[[], None], stride: int) -> list[tuple[int, str | None]]:
-    """Save in a process that ends after its first, second, third write and so on, until one saves in whole; gives each
-    exit code with the newest whole checkpoint then."""
-    folder = Path(trainer.args.output_dir)
-    found: list[tuple[int, str | None]] = []
-    for last in range(1, 100_000, stride):
-
-        def on_call(calls: int, name: str, last: int = last) -> None:
-            if calls == last:
-                sys.setprofile(None)
-                end()
-
-        code = in_child(lambda: trainer.save_whole(gather_random()), on_call)
-        newest, _ = newest_whole(folder)
-        found.append((code, newest and newest.name))
-        for each in folder.glob("*checkpoint-3*"):
-            shutil.rmtree(each)
-        if code == 0:
-            return found
-    raise AssertionError
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_save_that_ends_after_any_write_leaves_a_whole_checkpoint(
@@ -260,16 +147,12 @@ def test_a_save_that_ends_after_any_write_leaves_a_whole_checkpoint(
 ) -> None:
     """Every ninth write here; `python scripts/benchmark.py faults` takes every one."""
     seen: list[tuple[int, str | None]] = []
-    act_at(monkeypatch, 3, lambda trainer: seen.extend(ends_at_every_write(trainer, lambda: os._exit(9), 9)))
+    act_at(3, lambda trainer: seen.extend(ends_at_every_write(trainer, lambda: os._exit(9), 9)), monkeypatch.setattr)
     run(recipe_of(stage2_content))
     assert len(seen) > 10
     assert {newest for _, newest in seen[:-1]} <= {"checkpoint-2", "checkpoint-3"}
     assert seen[0] == (9, "checkpoint-2")
     assert seen[-1] == (0, "checkpoint-3")
-
-
-def full() -> None:
-    raise OSError(28, "No space left on device")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -278,7 +161,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_one_before(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, str | None]] = []
-    act_at(monkeypatch, 3, lambda trainer: seen.extend(ends_at_every_write(trainer, full, 9)))
+    act_at(3, lambda trainer: seen.extend(ends_at_every_write(trainer, full, 9)), monkeypatch.setattr)
     recipe = recipe_of(stage2_content)
     run(recipe)
     assert {code for code, _ in seen[:-1]} <= {0, 2}
@@ -294,7 +177,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_resume_is_exact(
     expected = weights(Path(recipe.output_dir))
     recipe = recipe_of(stage2_content | {"output_dir": str(tmp_path / "other")})
     with monkeypatch.context() as patch:
-        act_at(patch, 3, lambda trainer: patch.setattr("lora_llava.training.checkpoint._MARGIN", 10**18))
+        act_at(3, lambda trainer: patch.setattr("lora_llava.training.checkpoint._MARGIN", 10**18), patch.setattr)
         with pytest.raises(UserError, match=r"the disk is full: .*checkpoint-4 needs") as error:
             run(recipe)
     assert "\n" not in str(error.value)
@@ -327,7 +210,7 @@ def left_at_6(
     stage2_content["output_dir"] = str(tmp_path / "run")
     recipe = recipe_of(stage2_content)
     with monkeypatch.context() as patch:
-        act_at(patch, 7, pull_plug)
+        act_at(7, pull_plug, patch.setattr)
         with pytest.raises(PulledPlugError):
             run(recipe)
     checkpoints = list_checkpoints(tmp_path / "run" / "checkpoints")

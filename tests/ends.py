@@ -1,0 +1,132 @@
+"""Saves that end in the middle, and files that are damaged afterwards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from lora_llava.errors import UserError
+from lora_llava.training import stages
+from lora_llava.training.checkpoint import list_checkpoints, newest_whole
+from lora_llava.training.trainer import LlavaSFTTrainer
+from lora_llava.training.trainer_state import gather_random
+
+WRITES = {"write", "fsync", "rename", "mkdir", "unlink", "rmdir", "remove", "replace", "serialize_file", "copyfile"}
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "missing": lambda file: file.unlink(),
+    "halved": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "emptied": lambda file: file.write_bytes(b""),
+    "one bit": flipped,
+}
+
+
+def damaged_silently(folder: Path) -> tuple[int, list[str]]:
+    """Damage every file of the newest checkpoint in every way; gives how many, and those that were not seen."""
+    newest = list_checkpoints(folder)[0]
+    files = sorted(file for file in newest.rglob("*") if file.is_file())
+    unseen = []
+    tried = 0
+    for file in files:
+        content = file.read_bytes()
+        for name, damage in DAMAGES.items():
+            if not content and name != "missing":
+                continue
+            damage(file)
+            tried += 1
+            found, passed_over = newest_whole(folder)
+            if found == newest or len(passed_over) != 1 or file.name not in passed_over[0]:
+                unseen.append(f"{name} {file}")
+            file.write_bytes(content)
+    assert newest_whole(folder)[0] == newest
+    return tried, unseen
+
+
+class AtStep(TrainerCallback):
+    """Does something at the end of a step, with the trainer."""
+
+    def __init__(self, step: int, act: Callable[[LlavaSFTTrainer], None]) -> None:
+        self.step, self.act = step, act
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            self.act(self.trainer)
+
+
+def act_at(step: int, act: Callable[[LlavaSFTTrainer], None], put: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Do something at the end of a step of the runs that follow; `put` sets an attribute, for tests to take it back."""
+    build = stages.build_trainer
+
+    def built(*args: Any) -> Any:
+        found = build(*args)
+        callback = AtStep(step, act)
+        callback.trainer = found[0]
+        found[0].add_callback(callback)
+        return found
+
+    put(stages, "build_trainer", built)
+
+
+def in_child(act: Callable[[], None], on_call: Callable[[int, str], None]) -> int:
+    """Run something in a forked process that looks at every write; gives its exit code."""
+    pid = os.fork()
+    if pid == 0:
+        calls = 0
+
+        def look(frame: Any, event: str, called: Any) -> None:
+            nonlocal calls
+            text = isinstance(getattr(called, "__self__", None), str | list)  # which have a `replace` and `remove` too
+            if event == "c_return" and getattr(called, "__name__", "") in WRITES and not text:
+                calls += 1
+                on_call(calls, called.__name__)
+
+        code = 1
+        try:
+            sys.setprofile(look)
+            act()
+            code = 0
+        except UserError as error:
+            code = 2 if "the disk is full" in str(error) else 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def ends_at_every_write(trainer: LlavaSFTTrainer, end: Callable[[], None], stride: int) -> list[tuple[int, str | None]]:
+    """Save in a process that ends after its first, second, third write and so on, until one saves in whole; gives each
+    exit code with the newest whole checkpoint then."""
+    folder = Path(trainer.args.output_dir)
+    found: list[tuple[int, str | None]] = []
+    for last in range(1, 100_000, stride):
+
+        def on_call(calls: int, name: str, last: int = last) -> None:
+            if calls == last:
+                sys.setprofile(None)
+                end()
+
+        code = in_child(lambda: trainer.save_whole(gather_random()), on_call)
+        newest, _ = newest_whole(folder)
+        found.append((code, newest and newest.name))
+        for each in folder.glob("*checkpoint-3*"):
+            shutil.rmtree(each)
+        if code == 0:
+            return found
+    raise AssertionError
+
+
+def full() -> None:
+    raise OSError(28, "No space left on device")
