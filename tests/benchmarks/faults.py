@@ -4,6 +4,7 @@ one."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -156,7 +157,8 @@ def _terminated(folder: Path, after: float, expected: tuple[Any, ...]) -> dict[s
     _wait_for_training(folder, process)
     process.join(after)
     sent = time.monotonic()
-    os.kill(process.pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):  # it was done before
+        os.kill(process.pid, signal.SIGTERM)
     process.join()
     seconds = time.monotonic() - sent
     stopped = process.exitcode == 143
