@@ -73,14 +73,16 @@ def finetune(
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it; give one")
     stage1 = stage1_of(recipe, recipe_folder)
-    with _alone(folder):
+    if not resume and not overwrite:
+        refuse_unfinished(folder / CHECKPOINTS)
+    if stage1 is None:
+        plan = _plan(recipe, console)
+        _refuse_what_cannot_fit([plan])
+    else:
+        plan, resume = _after_stage1(stage1, recipe, resume, console)
+    with _alone(folder):  # what was wrong with the recipe has left no folder
         if not resume and not overwrite:
             refuse_unfinished(folder / CHECKPOINTS)
-        if stage1 is None:
-            plan = _plan(recipe, console)
-            _refuse_what_cannot_fit([plan])
-        else:
-            plan, resume = _after_stage1(stage1, recipe, resume, console)
         return _run_stage(plan, resume, tuple(accept_changes), console)
 
 
