@@ -89,6 +89,7 @@ def _saves() -> dict[str, Any]:
         "ends_within_a_save": len(ends) - 1, "whole_after_each": sum(newest in whole for _, newest in ends[:-1]),
         "full_disks_within_a_save": sum(code == 2 for code, _ in fulls),
         "checkpoint_before_whole": sum(newest == "checkpoint-2" for code, newest in fulls if code == 2),
+        "new_checkpoint_whole": sum(newest == "checkpoint-3" for code, newest in fulls if code == 2),
         "damages": damages[0][0], "damages_not_seen": damages[0][1],
     }  # fmt: skip
 
