@@ -70,8 +70,10 @@ def read_turns(messages: Sequence[Message]) -> tuple[Turn, ...]:
         One turn per message.
 
     Raises:
-        EncodingError: For an unknown role or a part that is neither text nor image.
+        EncodingError: For what is no list, an unknown role or a part that is neither text nor image.
     """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise EncodingError(f"the messages are {messages!r:.80}; give a list of them", "malformed row")
     return tuple(_read_turn(message, index) for index, message in enumerate(messages))
 
 

@@ -266,7 +266,7 @@ _FLAVOURS = st.sampled_from(["conversation", "detail", "reasoning"])
 
 _YAML_EDITS = st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 40), soup(YAML)), min_size=1, max_size=4)
 _SUFFIX = st.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".parquet"])
-_MESSAGES = st.lists(said(_SAID_ROLES) | Json)
+_MESSAGES = st.lists(said(_SAID_ROLES) | Json) | Json
 _ANSWER = soup(["The answer is ", "A", "B", ".", " ", "\n", "a", "the"])
 TARGETS: dict[str, Target] = {
     "recipe": Target(soup(YAML) | st.builds(edited, st.sampled_from(_shipped()), _YAML_EDITS), _recipe),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -23,6 +24,7 @@ from lora_llava.cli import main
 
 MEMORY_RISE_MIB = 200
 """More than this a hostile file may not take over a good one."""
+_MODULES = ("lora_llava.cli", "lora_llava.training.check", "lora_llava.training.finetune")
 HOSTILE_TEXTS = (
     "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</article></main><iframe src=//evil.example>",
     "' onmouseover='alert(1)", "<svg/onload=alert(1)>", "javascript:alert(1)",
@@ -55,7 +57,7 @@ def run_verb(*arguments: object, environment: dict[str, str] | None = None, limi
         limit: Seconds after which it hangs.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lora_llava.cli", "lora_llava.training.check", "lora_llava.training.finetune"])
+    context.set_forkserver_preload(list(_MODULES))
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(there, [*map(str, arguments)], environment or {}))
     process.start()
@@ -73,6 +75,8 @@ def run_verb(*arguments: object, environment: dict[str, str] | None = None, limi
 def _run(pipe: Connection, arguments: Sequence[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     out, err = io.StringIO(), io.StringIO()
+    for module in _MODULES:  # another test may have started the server that is forked from, with fewer
+        importlib.import_module(module)
     before = _peak_mib()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

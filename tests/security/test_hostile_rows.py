@@ -84,6 +84,8 @@ def test_hostile_rows_are_dropped_and_counted(write_rows: WriteRows, tmp_path: P
 def test_a_row_of_20_mb_is_told_in_one_line(write_rows: WriteRows, tmp_path: Path) -> None:
     file = tmp_path / "long.jsonl"
     file.write_text(json.dumps(asked(0, "0.png")) + "\n" + json.dumps({"id": "x" * 20_000_000}) + "\n")
+    good = run_verb("finetune", write_rows(), "--dry-run")
     found = run_verb("finetune", write_rows(file=file, validation_rows=0), "--dry-run")
     assert found.code == 2
     assert len(found.err) < 1000
+    assert found.rise_mib - good.rise_mib < MEMORY_RISE_MIB
