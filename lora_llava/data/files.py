@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from lora_llava.data.json_stream import LONGEST, JsonStream, RepeatedKeyError, TooLongError, keys_once
 from lora_llava.errors import UserError
 
 
@@ -24,8 +25,6 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _CHUNK = 1 << 20
 _FIRST = 500
 """Rows from which the number of all is estimated."""
-_SIGNS = 16
-"""More than a number, a word or an escape that a piece's end cuts has before the cut."""
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _BEGINNINGS = {word[:size] for word in (*_WORDS, ".", "e+", "e-", "E+", "E-") for size in range(1, len(word) + 1)}
 """What is left of a value where a file is cut off."""
@@ -154,12 +153,14 @@ def _undecodable(file: Path) -> int:
 
 def _jsonl_rows(file: Path) -> Iterator[Any]:
     with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(iter(lambda: stream.readline(LONGEST + 1), ""), 1):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line, object_pairs_hook=_once)
-            except RepeatedKeyError as error:
+                if len(line) > LONGEST:
+                    raise TooLongError
+                yield json.loads(line, object_pairs_hook=keys_once)
+            except (RepeatedKeyError, TooLongError) as error:
                 raise DataFileError(f"{file}, line {number}: {error}") from None
             except ValueError as error:
                 mend = "; a list belongs into a file called .json" if line.lstrip()[:1] == "[" else ""
@@ -169,7 +170,7 @@ def _jsonl_rows(file: Path) -> Iterator[Any]:
 def _json_rows(file: Path) -> Iterator[Any]:
     """A list's rows, or those of JSON lines that are called .json, as many are."""
     with file.open(encoding="utf-8-sig") as stream:
-        reader = _Buffer(stream)
+        reader = JsonStream(stream)
         opening = reader.peek()
         if opening == "{" and _has_more_lines(file):
             yield from _jsonl_rows(file)
@@ -202,6 +203,8 @@ def _json_rows(file: Path) -> Iterator[Any]:
 
 def _no_list(file: Path) -> DataFileError:
     """What a JSON file holds in place of a list, and where in it one is."""
+    if file.stat().st_size > LONGEST:
+        return DataFileError(f"{file}: it should hold a list of rows; give the list by itself")
     content = _whole(file)
     items = content.items() if isinstance(content, dict) else ()
     lists = [key for key, value in items if isinstance(value, list)]
@@ -209,73 +212,10 @@ def _no_list(file: Path) -> DataFileError:
     return DataFileError(f"{file}: it should hold a list of rows; it holds {type(content).__name__}{mend}")
 
 
-class RepeatedKeyError(ValueError):
-    """An object names a key twice."""
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys stand there once: of two values the decoder would drop the first in silence."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RepeatedKeyError(f"the key {twice!r:.80} stands there twice in one object; keep one")
-    return found
-
-
-class _Buffer:
-    """A text stream from which JSON values are taken one by one."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.text, self.place, self.line = stream, "", 0, 1
-        self.decoder = json.JSONDecoder(object_pairs_hook=_once)
-
-    def peek(self) -> str:
-        """The next character that is not white space; "" at the end."""
-        while True:
-            while self.place < len(self.text) and self.text[self.place] in " \t\r\n":
-                self.line += self.text[self.place] == "\n"
-                self.place += 1
-            if self.place < len(self.text):
-                return self.text[self.place]
-            if not self._read(_CHUNK):
-                return ""
-
-    def take(self, count: int) -> None:
-        self.place += count
-
-    def decode(self) -> Any:
-        """The JSON value that starts here; more is read until it is whole."""
-        size = _CHUNK
-        while True:
-            try:
-                value, end = self.decoder.raw_decode(self.text, self.place)
-            except json.JSONDecodeError as error:
-                # Only what is wrong at the text's end may be right with more of it.
-                at_end = error.pos > len(self.text) - _SIGNS or error.msg.startswith("Unterminated string")
-                if at_end and self._read(size):
-                    size *= 2
-                    continue
-                self.line += self.text.count("\n", self.place, error.pos)
-                raise
-            # A bare number may go on: in "1.", 1 is whole, and the point is not yet what 5 makes of it.
-            unsure = len(self.text) - end < _SIGNS if isinstance(value, (int, float)) else end == len(self.text)
-            if unsure and self._read(size):
-                continue
-            self.line += self.text.count("\n", self.place, end)
-            self.place = end
-            return value
-
-    def _read(self, size: int) -> bool:
-        new = self.stream.read(size)
-        if new:
-            self.text, self.place = self.text[self.place :] + new, 0
-        return bool(new)
-
-
 def _has_more_lines(file: Path) -> bool:
     """Whether the first line is a whole JSON value and another follows."""
     with file.open(encoding="utf-8-sig") as stream:
-        first = next((line for line in stream if line.strip()), "")
+        first = next((line for line in iter(lambda: stream.readline(LONGEST + 1), "") if line.strip()), "")
         try:
             json.loads(first)
         except ValueError:
@@ -291,7 +231,7 @@ def _whole(file: Path) -> Any:
         raise DataFileError(f"{file}, line {line}: not JSON: {_first(error)}") from None
 
 
-def _not_json(file: Path, reader: _Buffer, count: int, problem: str, place: int) -> DataFileError:
+def _not_json(file: Path, reader: JsonStream, count: int, problem: str, place: int) -> DataFileError:
     """What is wrong at a place of the reader's text, which is read to the file's end, and whether it ends there."""
     rest = reader.text[place:].strip()
     half_escape = problem.startswith("Invalid \\u") and len(rest) <= len("\\uXXXX")
@@ -315,10 +255,10 @@ def table_delimiter(file: Path) -> str:
 
 
 def _table_rows(file: Path) -> Iterator[dict[str, str]]:
-    csv.field_size_limit(2**31 - 1)  # a C long's most on Windows
+    csv.field_size_limit(LONGEST)
     delimiter = table_delimiter(file)
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+        reader = csv.DictReader(_lines(stream), delimiter=delimiter, strict=True)
         try:
             reader.fieldnames = _header(file, reader.fieldnames or ())
             for row in reader:
@@ -330,8 +270,15 @@ def _table_rows(file: Path) -> Iterator[dict[str, str]]:
                         f"{len(reader.fieldnames or ())}; put text that holds the separator in double quotes"
                     )
                 yield row
-        except csv.Error as error:
+        except (csv.Error, TooLongError) as error:
             raise DataFileError(f"{file}, line {reader.line_num + 1}: not a table: {error}") from None
+
+
+def _lines(stream: Any) -> Iterator[str]:
+    while line := stream.readline(LONGEST + 1):
+        if len(line) > LONGEST:
+            raise TooLongError
+        yield line
 
 
 def _header(file: Path, names: Sequence[str]) -> list[str]:

@@ -81,11 +81,27 @@ def test_hostile_rows_are_dropped_and_counted(write_rows: WriteRows, tmp_path: P
     assert "train │ 20 │ 8 │ 10 malformed row, 1 missing column, 1 bad image │" in " ".join(found.out.split())
 
 
-def test_a_row_of_20_mb_is_told_in_one_line(write_rows: WriteRows, tmp_path: Path) -> None:
-    file = tmp_path / "long.jsonl"
-    file.write_text(json.dumps(asked(0, "0.png")) + "\n" + json.dumps({"id": "x" * 20_000_000}) + "\n")
+LACKS, TOO_LONG = "it lacks conversations", "a row of more than 33,554,432 characters"
+LONG = {
+    "long.jsonl": ('{"id": "x"}', 30_000_000, LACKS),
+    "long.json": ('[{"id": "x"}]', 30_000_000, LACKS),
+    "long.csv": ("id\nx\n", 30_000_000, LACKS),
+    "too_long.jsonl": (f'{GOOD}\n{{"id": "x"}}', 120_000_000, f"too_long.jsonl, line 2: {TOO_LONG}"),
+    "too_long.json": (f'[{GOOD}, {{"id": "x"}}]', 120_000_000, f"too_long.json, line 1: {TOO_LONG}"),
+    "too_long_object.json": ('{"rows": [{"id": "x"}]}', 120_000_000, "it should hold a list of rows"),
+    "too_long.csv": ("id\nx\n", 120_000_000, f"line 2: not a table: {TOO_LONG}"),
+}
+"""What a file holds, how many x its x stands for, and what is told."""
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_row_is_told_in_one_line(name: str, write_rows: WriteRows, tmp_path: Path) -> None:
+    content, size, told = LONG[name]
+    file = tmp_path / name
+    file.write_text(content.replace("x", "x" * size))
     good = run_verb("finetune", write_rows(), "--dry-run")
     found = run_verb("finetune", write_rows(file=file, validation_rows=0), "--dry-run")
     assert found.code == 2
+    assert told in found.err
     assert len(found.err) < 1000
     assert found.rise_mib - good.rise_mib < MEMORY_RISE_MIB
