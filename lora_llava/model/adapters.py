@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -91,12 +93,22 @@ def add_adapters(model: LlavaForConditionalGeneration, config: LoraConfig, proje
     projector = trained_projector(peft_model).float()
     projector.linear_2.requires_grad_(not linear_projector)
     projector.register_forward_pre_hook(_to_weight_dtype)
+    model.model.register_forward_hook(functools.partial(_reach_projector, projector), with_kwargs=True)
     if projector_dropout:
         projector.register_forward_hook(lambda module, _, output: F.dropout(output, projector_dropout, module.training))
     if config.target_modules != DUMMY_TARGET_MODULES:
         per_layer = str(config.target_modules).rsplit("(", 1)[1].count("|") + 1
         check_adapters(peft_model, expected=layers * per_layer)
     return peft_model
+
+
+def _reach_projector(projector: nn.Module, model: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Lead nothing through the projector where no picture led there: a rank without a gradient for what others have one
+    for leaves them waiting. One process does the same, so that its steps are those of many."""
+    if model.training and torch.is_grad_enabled() and kwargs.get("pixel_values") is None:
+        nothing = sum(0.0 * p.sum() for p in projector.parameters() if p.requires_grad)
+        output.last_hidden_state = output.last_hidden_state + nothing
+    return output
 
 
 def adapter_on(model: LlavaForConditionalGeneration, config: LoraConfig) -> PeftModel:

@@ -56,6 +56,7 @@ def load_base(
     dtype: str = "auto",
     revision: str | None = None,
     with_tower: bool = True,
+    device: torch.device | None = None,
 ) -> LlavaForConditionalGeneration:
     """Load a LLaVA for training or inference.
 
@@ -65,14 +66,15 @@ def load_base(
         dtype: What everything else is in and what is computed in.
         revision: Branch, tag or commit of a Hub id.
         with_tower: Load the vision tower; without it the model takes features of pictures as its `pixel_values`.
+        device: Where to; None for the default device.
 
     Returns:
-        The model on the default device, in eval mode.
+        The model, in eval mode.
 
     Raises:
         UserError: Where bitsandbytes cannot run, or the base is not a LLaVA.
     """
-    options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device_map": {"": default_device()}}
+    options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device_map": {"": device or default_device()}}
     if quantization == "nf4":
         check_bitsandbytes()
         options["quantization_config"] = BitsAndBytesConfig(

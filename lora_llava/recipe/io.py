@@ -162,6 +162,8 @@ def _explain(schema: type[BaseModel], detail: Any) -> tuple[str, str]:
     if own and (detail["type"] == "extra_forbidden" or not re.search(r"[\[-]", own)):  # a key of the person's own
         location.append(own)
     field = _short(".".join(location)) or "recipe"
+    if detail["type"] == "extra_forbidden" and not own:
+        return f"{field}.", f"{field}: a key in it is empty; give it a name, or take it out"
     if detail["type"] == "extra_forbidden":
         return field, f"{field} is not a key of a recipe{nearest(location[-1], _fields_at(schema, location[:-1]))}"
     if detail["type"] == "invalid_key":

@@ -24,6 +24,7 @@ from lora_llava.training.memory import Step
 from lora_llava.training.planner import build_step, choose_checkpointing, measure_rows
 from lora_llava.training.ranks import this_rank
 from lora_llava.training.rows import RowOrder, order_rows
+from lora_llava.training.sharding import check_sharding, is_sharded
 from lora_llava.training.sources import Progress, encode_splits, no_progress
 
 
@@ -72,7 +73,7 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     if recipe.model.quantization == "nf4":
         check_bitsandbytes()
     check_reporters(recipe.training.report_to)
-    check_launch(recipe.model.quantization)
+    check_launch(recipe)
     model = plan_model(recipe.model)
     template = get_template(recipe.data.template, recipe.data.system_prompt)
     tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
@@ -95,21 +96,21 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     )  # fmt: skip
 
 
-def check_launch(quantization: str) -> None:
+def check_launch(recipe: Recipe) -> None:
     """Refuse ways to share a model out that are not known to give what one process gives.
 
     Args:
-        quantization: The recipe's `model.quantization`.
+        recipe: The recipe.
 
     Raises:
-        UserError: For FSDP and for DeepSpeed, as `accelerate launch` tells of them in the environment.
+        UserError: For DeepSpeed and for some ways of FSDP, as `accelerate launch` tells of them in the environment.
     """
-    use = "start with torchrun, or with accelerate launch --multi_gpu, which give every GPU the whole model"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise UserError(f"FSDP shares parameters out, and checkpoints here hold whole ones; {use}")
+    if is_sharded():
+        check_sharding(recipe, this_rank()[1])
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        use = "start with torchrun, or with accelerate launch --multi_gpu, which give every GPU the whole model"
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
-        if stage == "3" and quantization == "nf4":
+        if stage == "3" and recipe.model.quantization == "nf4":
             raise UserError(f"DeepSpeed's ZeRO-3 shares weights out, which 4-bit ones cannot be; {use}")
         raise UserError(f"DeepSpeed has not been tried with this trainer; {use}")
 

@@ -17,6 +17,7 @@ from lora_llava.errors import UserError
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.recipe import Recipe
 from lora_llava.training.memory import CUDA_CONTEXT, GIB, PROCESS, Step, fit_step, smallest, usable
+from lora_llava.training.sharding import is_sharded
 
 CARDS_GB = (8, 12, 16, 24)
 CARD_OVERHEAD = 0.3 * GIB
@@ -67,9 +68,10 @@ def resolve_optimizer(recipe: Recipe, *, cuda: bool) -> str:
     asked = recipe.training.optimizer
     if asked == "paged_adamw_8bit" and not cuda:
         raise UserError("training.optimizer is paged_adamw_8bit, which needs CUDA; set adamw_torch, or auto")
+    sharded = is_sharded()  # 8-bit states of shares of weights have not been tried
     large = recipe.lora is not None and recipe.lora.r >= EIGHT_BIT_FROM_R
     if asked == "auto":
-        return "paged_adamw_8bit" if large and cuda else "adamw_torch"
+        return "paged_adamw_8bit" if large and cuda and not sharded else "adamw_torch"
     return asked
 
 

@@ -115,7 +115,9 @@ def read_data_hashes(folder: Path) -> dict[str, str]:
         return {}
 
 
-def save_model(folder: Path, model: PeftModel, processor: Any, recipe: Recipe, base: Base) -> None:
+def save_model(
+    folder: Path, model: PeftModel, processor: Any, recipe: Recipe, base: Base, weights: dict[str, Any] | None = None
+) -> None:
     """Save adapter, projector, processor and generation config; `run.json` last, as the mark of a whole run.
 
     Args:
@@ -124,10 +126,11 @@ def save_model(folder: Path, model: PeftModel, processor: Any, recipe: Recipe, b
         processor: The stock processor.
         recipe: The resolved recipe.
         base: What the adapter stands on.
+        weights: What is saved of the model; None takes it from the model.
     """
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path, config.revision = base.name, base.revision
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
     processor.tokenizer.padding_side = "left"  # who serves the run generates
     processor.save_pretrained(folder)

@@ -38,6 +38,7 @@ from lora_llava.training.resume import Start
 from lora_llava.training.rows import validation_rows
 from lora_llava.training.run_directory import save_model, versions
 from lora_llava.training.scoring import ScoreValidation
+from lora_llava.training.sharding import describe_share, is_sharded, whole_weights
 from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import Feed, LlavaSFTTrainer
 from lora_llava.training.watchdog import RefuseNaN, SaveEvery, StopOnSignal, TellSpikes
@@ -89,7 +90,7 @@ def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
     set_seed(recipe.seed)
     model = load_base(
         base.name, quantization=recipe.model.quantization, dtype=recipe.model.dtype, revision=base.revision,
-        with_tower=recipe.training.vision_cache == "off",
+        with_tower=recipe.training.vision_cache == "off", device=torch.device("cpu") if is_sharded() else None,
     )  # fmt: skip
     if is_padding_free(recipe)[0]:
         use_flash_varlen(model)
@@ -199,13 +200,11 @@ def train(plan: RunPlan, base: Base, model: PeftModel, start: Start | None = Non
     recipe = plan.recipe
     feed, validation = build_feeds(plan)
     checkpoint_language_model(model.get_base_model(), plan.step.checkpointed, plan.step.offloaded)
-    if is_padding_free(recipe)[0]:
-        split = plan.splits["train"]
-        first = [split.rows[i] for i in feed.rows[this_rank()[0]] or feed.rows[0]]
-        told = check_first_batch(model, first, padded_collator(plan, split), feed.collator)
-        if is_first():
-            print(told)
+    if not is_sharded():
+        _check_start(plan, model, feed)
     trainer, stop, spikes = build_trainer(plan, model, feed, validation)
+    if is_sharded():  # before, the weights are not where they are computed with
+        trainer.on_begin = lambda: _begin_sharded(plan, model, feed)
     with stop.listening():
         run_trainer(trainer, start, lambda: _out_of_memory(plan))
     if stop.number is not None and trainer.state.global_step < plan.order.steps:
@@ -216,13 +215,32 @@ def train(plan: RunPlan, base: Base, model: PeftModel, start: Start | None = Non
     if spikes.steps and is_first():
         print(f"the loss leapt at {len(spikes.steps)} logged steps: {', '.join(map(str, spikes.steps[:10]))}")
     seconds = trainer.seconds
-    first_alone(lambda: save_model(Path(recipe.output_dir), model, plan.processor, recipe, base))
+    weights = whole_weights(model)
+    first_alone(lambda: save_model(Path(recipe.output_dir), model, plan.processor, recipe, base, weights))
     trainer.join_tokens()
     return TrainResult(
         seconds, *trainer.tokens_of_all, peak_memory_bytes(), trainer.state.best_metric,
         trainer.state.global_step, _curves(trainer.state.log_history, {"train": "loss", "validation": "eval_loss"}),
         _curves(trainer.state.log_history, {name: name for name in CURVES}),
     )  # fmt: skip
+
+
+def _begin_sharded(plan: RunPlan, model: PeftModel, feed: Feed) -> None:
+    if is_first():
+        print(describe_share(model))
+    _check_start(plan, model, feed)
+
+
+def _check_start(plan: RunPlan, model: PeftModel, feed: Feed) -> None:
+    """Run the first rows padded and packed, where rows are packed; ranks that share weights run the same ones."""
+    if not is_padding_free(plan.recipe)[0]:
+        return
+    split = plan.splits["train"]
+    rank = 0 if is_sharded() else this_rank()[0]
+    first = [split.rows[i] for i in feed.rows[rank] or feed.rows[0]]
+    told = check_first_batch(model, first, padded_collator(plan, split), feed.collator)
+    if is_first():
+        print(told)
 
 
 def build_trainer(

@@ -28,6 +28,7 @@ from lora_llava.training.callbacks import peak_memory_bytes
 from lora_llava.training.checkpoint import find_damage, newest_whole, remove_old, written_whole
 from lora_llava.training.loss import count_labels, labelled_loss
 from lora_llava.training.run_directory import DATA_FILE, RECIPE_FILE
+from lora_llava.training.sharding import is_sharded, load_weights, share_out, whole, whole_weights
 from lora_llava.training.state_files import random_state
 from lora_llava.training.trainer_state import (
     gather_random,
@@ -118,6 +119,7 @@ class LlavaSFTTrainer(SFTTrainer):
         self._resumed: dict[str, Any] = {}
         self._random_at_step: list[dict[str, Any]] = []
         self.on_loss: Callable[[torch.Tensor], None] = lambda loss: None
+        self.on_begin: Callable[[], None] = lambda: None
         trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(
             model=model, args=args, train_dataset=_stand_in(train),
@@ -129,6 +131,7 @@ class LlavaSFTTrainer(SFTTrainer):
     def _begin(self) -> None:
         if self._resumed:
             restore_counters(self, self._resumed)
+        self.on_begin()
         self._began, self.seconds_off_the_clock = time.monotonic(), 0.0
 
     def _step_ended(self) -> None:
@@ -205,15 +208,7 @@ class LlavaSFTTrainer(SFTTrainer):
             self._validation += [(float(loss) * count, count)]
             return loss
         self.on_loss(loss)
-        return loss + self._untouched(model, inputs)
-
-    def _untouched(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor | float:
-        """Nothing, but through the projector where no picture led there: a rank without a gradient for what others
-        have one for leaves them waiting. One rank does the same, so that its steps are those of many."""
-        if "pixel_values" in inputs:
-            return 0.0
-        projector = trained_projector(self.accelerator.unwrap_model(model))
-        return sum(0.0 * p.sum() for p in projector.parameters() if p.requires_grad)
+        return loss
 
     def _labelled_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         count = count_labels(inputs)
@@ -286,16 +281,17 @@ class LlavaSFTTrainer(SFTTrainer):
         if self.state.best_global_step:
             best = checkpoints / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best) if best.is_dir() or best == folder else None
+        weights, optimizer = whole_weights(self.model), whole(self.optimizer.state_dict())
         about = {"step": self.state.global_step, **self.told_of_run, "processes": self.args.world_size}
         self.join_tokens()
         loss = mean_loss(self._tr_loss)
         if self.args.should_save:
             with written_whole(folder, about, state_bytes(self)) as staging:
                 # Not `save_model`, which adds training_args.bin: a pickle, and it holds hub_token in clear.
-                self.accelerator.unwrap_model(self.model).save_pretrained(staging)
+                self.accelerator.unwrap_model(self.model).save_pretrained(staging, state_dict=weights)
                 self.processing_class.save_pretrained(staging)
                 (staging / "README.md").unlink(missing_ok=True)  # peft's empty model card
-                save_trainer_state(self, staging, random, loss)
+                save_trainer_state(self, staging, optimizer, random, loss)
                 self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
                 for name in (DATA_FILE, RECIPE_FILE):  # what it was trained on, and how
                     if (checkpoints.parent / name).is_file():
@@ -323,6 +319,19 @@ class LlavaSFTTrainer(SFTTrainer):
                 print(f"no checkpoint of step {reached} could be written: {error}", file=sys.stderr)
         return f"; go on with --resume, from {newest}" if newest else "; no step was finished"
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Share weights out where that is asked for."""
+        super().create_accelerator_and_postprocess()
+        if is_sharded():
+            share_out(self.accelerator)
+            self.is_fsdp_enabled = True
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            load_weights(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self._resumed = restore_optimizer(self, Path(checkpoint), self.changed)
@@ -339,7 +348,10 @@ class LlavaSFTTrainer(SFTTrainer):
         damage = find_damage(best)
         if damage is not None:
             raise UserError(f"the best checkpoint, {best}, is damaged ({damage}); check the disk, and train anew")
-        super()._load_best_model()
+        if self.is_fsdp_enabled:
+            load_weights(self.model, best)
+        else:
+            super()._load_best_model()
 
     @property
     def seconds(self) -> float:

@@ -8,24 +8,28 @@ from typing import Any
 import torch
 
 from lora_llava.training.ranks import gather
+from lora_llava.training.sharding import share_states
 from lora_llava.training.state_files import load_state, random_state, save_state, set_random_state
 
 Trainer = Any
 
 
-def save_trainer_state(trainer: Trainer, folder: Path, random: list[dict[str, Any]], loss: torch.Tensor) -> None:
+def save_trainer_state(
+    trainer: Trainer, folder: Path, optimizer: dict[str, Any], random: list[dict[str, Any]], loss: torch.Tensor
+) -> None:
     """Write optimiser, schedule, random numbers and counters.
 
     Args:
         trainer: At the end of a step.
         folder: The checkpoint.
+        optimizer: The optimiser's state, whole.
         random: Of every process, from `random_state`.
         loss: Summed since it was logged, from `mean_loss`.
     """
     save_state(
         folder,
         {
-            "optimizer": trainer.optimizer.state_dict(), "scheduler": trainer.lr_scheduler.state_dict(),
+            "optimizer": optimizer, "scheduler": trainer.lr_scheduler.state_dict(),
             "random": random, "counters": _counters(trainer) | {"loss": loss},
         },
     )  # fmt: skip
@@ -55,6 +59,7 @@ def restore_optimizer(trainer: Trainer, folder: Path, changed: tuple[str, ...]) 
     fresh = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     rates = list(scheduler.base_lrs)
     optimizer.load_state_dict(state.pop("optimizer"))
+    share_states(optimizer)
     scheduler.load_state_dict(state.pop("scheduler"))
     if changed:
         for group, values in zip(optimizer.param_groups, fresh, strict=True):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -91,10 +92,11 @@ class RefuseNaN(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])  # as clip_grad_norm_ does
         losses = torch.stack([loss.detach().float() for loss in self.losses])
         told = torch.cat([losses, norms.sum().reshape(1).to(losses.device)]).isfinite().tolist()  # one wait for the GPU
-        if all(told):
+        if all(gather(all(told))):  # a share of the gradients is one rank's to see
             return
         first = state.global_step * self.accumulation
         bad = [number for number, finite in enumerate(told[:-1]) if not finite]

@@ -76,6 +76,12 @@ def test_an_unknown_key_names_the_nearest(file: Path, override: str, message: st
     fails(file, [override], message)
 
 
+@pytest.mark.parametrize(("addition", "place"), [('"": 1\n', "recipe"), ('lora: {"": 1}\n', "lora")])
+def test_an_empty_key_is_told(file: Path, addition: str, place: str) -> None:
+    file.write_text(MINIMAL + addition)
+    fails(file, [], f"{place}: a key in it is empty; give it a name, or take it out")
+
+
 def test_an_unknown_key_of_the_file_and_a_missing_one_are_both_told(file: Path) -> None:
     file.write_text(MINIMAL.replace("output_dir", "output_dri"))
     message = 'output_dri is not a key of a recipe (did you mean "output_dir"?)'

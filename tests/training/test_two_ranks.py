@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lora_llava.recipe import dump_recipe
-from lora_llava.recipe.io import check_recipe
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
-LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def finetune(
-    content: dict[str, Any], folder: Path, launcher: list[str], *options: str
-) -> subprocess.CompletedProcess[str]:
-    recipe = folder.with_suffix(".yaml")
-    recipe.write_text(dump_recipe(check_recipe(content | {"output_dir": str(folder)}, "test")))
-    command = [sys.executable, *launcher, str(SCRIPT), str(recipe), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"COLUMNS": "120"})
+from tests.training.launched import LAUNCHER, finetune
 
 
 @pytest.fixture(scope="module")
