@@ -56,7 +56,7 @@ def load_base(
     dtype: str = "auto",
     revision: str | None = None,
     with_tower: bool = True,
-    device: torch.device | None = None,
+    to_share: bool = False,
 ) -> LlavaForConditionalGeneration:
     """Load a LLaVA for training or inference.
 
@@ -66,15 +66,18 @@ def load_base(
         dtype: What everything else is in and what is computed in.
         revision: Branch, tag or commit of a Hub id.
         with_tower: Load the vision tower; without it the model takes features of pictures as its `pixel_values`.
-        device: Where to; None for the default device.
+        to_share: Whether FSDP is to share the weights out: those of 4 bits are then packed as floats, as it takes no
+            others, and all others stay on the CPU until it does.
 
     Returns:
-        The model, in eval mode.
+        The model on the default device, in eval mode.
 
     Raises:
         UserError: Where bitsandbytes cannot run, or the base is not a LLaVA.
     """
-    options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device_map": {"": device or default_device()}}
+    # bitsandbytes packs where it computes; its scales do not follow when weights are shared out.
+    device = torch.device("cpu") if to_share and quantization == "none" else default_device()
+    options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device_map": {"": device}}
     if quantization == "nf4":
         check_bitsandbytes()
         options["quantization_config"] = BitsAndBytesConfig(
@@ -82,6 +85,7 @@ def load_base(
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=resolve_dtype(dtype),
+            bnb_4bit_quant_storage=torch.bfloat16 if to_share else torch.uint8,
             llm_int8_skip_modules=list(KEPT_WHOLE),
         )
     try:

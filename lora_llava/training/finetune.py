@@ -176,7 +176,8 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     first_alone(lambda: _open_run(folder, plan, going_on is None))
     cache_features(plan, base, console)
     model = build_trained_model(recipe, replace(base, initial_projector=None))
-    report.print_freeze_plan(describe_plan(model), console)
+    freeze_plan = describe_plan(model)
+    report.print_freeze_plan(freeze_plan, console)
     console.print(f"attention: {is_padding_free(recipe)[1]}")
     before = _ask_before(model, plan, going_on is not None)
     if base.initial_projector is not None:
@@ -185,7 +186,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
         result = train(plan, base, model, going_on)
     after = ask_table(model, plan, "after")
     tables = {"before": before, "after": after.table if after else None}
-    metrics = _metrics(plan, base, model, result, tables)
+    metrics = _metrics(plan, base, freeze_plan, result, tables)
     first_alone(lambda: _write_results(folder, recipe, metrics, after))
     report.print_result(recipe, metrics, time.monotonic() - start, console)
     del model
@@ -227,7 +228,7 @@ def _going_on(plan: RunPlan, accepted: tuple[str, ...], console: Console) -> Sta
 
 
 def _metrics(
-    plan: RunPlan, base: Base, model: Any, result: TrainResult, tables: dict[str, Any]
+    plan: RunPlan, base: Base, freeze_plan: list[dict[str, Any]], result: TrainResult, tables: dict[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
     return {
         **tables,
@@ -238,7 +239,7 @@ def _metrics(
         },
         "data": {name: split.report.as_dict() for name, split in plan.splits.items()},
         "model": {
-            "base": base.as_dict(), "trained_parameters": plan.trained_parameters, "freeze_plan": describe_plan(model),
+            "base": base.as_dict(), "trained_parameters": plan.trained_parameters, "freeze_plan": freeze_plan,
         },
         "machine": machine(),
         "versions": versions(),

@@ -41,6 +41,7 @@ class Step:
         pictures: Most of a row.
         cached_features: Whether the tower is left out.
         cuda: Whether it runs on a GPU.
+        ranks: Processes that share the weights out; 1 where each has all of them.
         checkpointed: Language model layers that are recomputed.
         offloaded: Whether the inputs of those wait in the host's memory.
     """
@@ -55,6 +56,7 @@ class Step:
     pictures: int
     cached_features: bool
     cuda: bool
+    ranks: int = 1
     checkpointed: int = 0
     offloaded: bool = False
 
@@ -77,18 +79,19 @@ class Step:
 
     def parts(self) -> dict[str, int]:
         """Bytes by part, in the order of the table; they are there together at the worst moment of a step."""
+        ranks = self.ranks
         weights = {
-            "language model, " + ("NF4" if self.quantization == "nf4" else "whole"): self._linears(),
-            "embeddings, head, norms": self._embeddings(),
+            "language model, " + ("NF4" if self.quantization == "nf4" else "whole"): self._linears() // ranks,
+            "embeddings, head, norms": self._embeddings() // ranks,
             "vision tower": 0 if self.cached_features else vision_parameters(self.config) * self.dtype_bytes,
             "projector": projector_parameters(self.config) * (4 + self.dtype_bytes),  # peft keeps the base's beside it
-            "LoRA": 4 * self.lora_parameters,
-        }
+            "LoRA": 4 * self.lora_parameters // ranks,
+        } | ({"gathered weights": self._gathered()} if ranks > 1 else {})
         trained = self.lora_parameters + trained_projector_parameters(self.config)
         return weights | {
             "16-bit copies of what trains": self._autocast_copies(),
-            "gradients": 4 * trained,
-            "optimizer": self.optimizer_bytes * trained,
+            "gradients": 4 * trained // ranks,
+            "optimizer": self.optimizer_bytes * trained // ranks,
             "activations, kept": self.kept_bytes(),
             "one layer's working set": max(self._working_set(), self._head(), self._vision()),
             "dequantised weight": self._dequantised(),
@@ -120,6 +123,12 @@ class Step:
     def _linears(self) -> int:
         count = self.layers * sum(a * b for a, b in self.linear_shapes.values())
         return int(count * (NF4_BYTES if self.quantization == "nf4" else self.dtype_bytes))
+
+    def _gathered(self) -> int:
+        """Of shared weights: a layer at work and the next one on its way, the matrix of the embeddings or the head."""
+        text = self.config.text_config
+        layer = self._linears() // self.layers + 4 * self.lora_parameters // self.layers
+        return 2 * layer + self.dtype_bytes * text.vocab_size * text.hidden_size
 
     def _embeddings(self) -> int:
         text = self.config.text_config

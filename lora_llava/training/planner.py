@@ -17,6 +17,7 @@ from lora_llava.errors import UserError
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.recipe import Recipe
 from lora_llava.training.memory import CUDA_CONTEXT, GIB, PROCESS, Step, fit_step, smallest, usable
+from lora_llava.training.ranks import this_rank
 from lora_llava.training.sharding import is_sharded
 
 CARDS_GB = (8, 12, 16, 24)
@@ -91,6 +92,7 @@ def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda:
         optimizer_bytes=2 if "8bit" in resolve_optimizer(recipe, cuda=cuda) else 8, tokens=extremes.tokens,
         trained_tokens=extremes.trained_tokens, pictures=extremes.pictures,
         cached_features=recipe.training.vision_cache != "off", cuda=cuda,
+        ranks=this_rank()[1] if is_sharded() else 1,
     )  # fmt: skip
 
 

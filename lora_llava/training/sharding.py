@@ -48,11 +48,6 @@ def check_sharding(recipe: Recipe, ranks: int) -> None:
         raise UserError("FSDP's first version is not supported; add --fsdp_version 2")
     if ranks == 1:
         raise UserError("FSDP shares a model out over processes, and there is one; start several, or leave FSDP out")
-    if recipe.model.quantization == "nf4":
-        raise UserError(
-            "FSDP would leave 4-bit weights whole on every GPU, and save nothing; start with torchrun, or set "
-            "model.quantization=none"
-        )
     if recipe.evaluation is not None:
         raise UserError(
             "evaluation: answers need the whole model on one GPU, and FSDP shares it out; set evaluation=null, and run "

@@ -90,7 +90,7 @@ def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
     set_seed(recipe.seed)
     model = load_base(
         base.name, quantization=recipe.model.quantization, dtype=recipe.model.dtype, revision=base.revision,
-        with_tower=recipe.training.vision_cache == "off", device=torch.device("cpu") if is_sharded() else None,
+        with_tower=recipe.training.vision_cache == "off", to_share=is_sharded(),
     )  # fmt: skip
     if is_padding_free(recipe)[0]:
         use_flash_varlen(model)

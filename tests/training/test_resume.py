@@ -18,7 +18,6 @@ from lora_llava.errors import UserError
 from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import finetune
-from lora_llava.training.plan import plan_run
 from lora_llava.training.resume import ACCEPTABLE, UNTOUCHED, check_changes, leaves
 from lora_llava.training.run_directory import only_run
 
@@ -137,27 +136,3 @@ def test_a_folder_that_cannot_be_made_is_told(stage2_content: dict[str, Any], tm
 def test_resume_and_overwrite_are_not_both(stage2: Recipe) -> None:
     with pytest.raises(UserError, match="give one"):
         finetune(stage2, Path(), resume=True, overwrite=True, console=Console(file=io.StringIO()))
-
-
-@pytest.mark.parametrize(
-    ("environment", "told"),
-    [
-        (
-            {"ACCELERATE_USE_FSDP": "true"},
-            "FSDP shares parameters out, and checkpoints here hold whole ones; ",
-        ),
-        (
-            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
-            "DeepSpeed's ZeRO-3 shares weights out, which 4-bit ones cannot be; start with torchrun",
-        ),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed has not been tried with this trainer; start with torchrun"),
-    ],
-)
-def test_ways_to_share_a_model_out_are_refused(
-    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], told: str
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError) as error:
-        plan_run(check_recipe(stage2_content, "test"))
-    assert str(error.value).startswith(told)

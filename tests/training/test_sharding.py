@@ -12,19 +12,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_llava.errors import UserError
+from lora_llava.recipe.io import check_recipe
+from lora_llava.training.plan import plan_run
+from lora_llava.training.sharding import check_sharding
 from tests.training.launched import LAUNCHER, finetune
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """As `accelerate launch --use_fsdp --fsdp_version 2` sets them."""
 
 
-@pytest.fixture(scope="module")
-def content(parts: Path, scienceqa: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=["none", pytest.param("nf4", marks=pytest.mark.slow)])
+def content(parts: Path, scienceqa: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Packed rows, half the samples without picture, layers recomputed; validated in the middle."""
     return {
         "stage": 2,
         "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "quantization": "none",
+            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "quantization": request.param,
             "start_from": {"untrained": True},
         },
         "lora": {"r": 4, "alpha": 8},
@@ -53,6 +57,8 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 def test_each_process_holds_half(runs: tuple[Path, Path, str]) -> None:
     held, of = re.search(r"this process holds ([\d.]+) of ([\d.]+) MB of weights", runs[2]).groups()  # type: ignore[union-attr]
     assert float(held) == pytest.approx(float(of) / 2, rel=0.05)
+    plans = [json.loads((run / "metrics.json").read_text())["model"]["freeze_plan"] for run in runs[:2]]
+    assert plans[0] == plans[1]
     assert re.search(r"packed (\d+\.\d+), padded \1: equal", runs[2])
 
 
@@ -78,3 +84,55 @@ def test_two_that_share_go_on_as_if_there_was_no_stop(
     expected, found = (load_file(run / "adapter_model.safetensors") for run in (runs[1], folder))
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert curves(folder) == curves(runs[1])
+
+
+REFUSED = {
+    "first version": ({"FSDP_VERSION": "1"}, {}, "FSDP's first version is not supported; add --fsdp_version 2"),
+    "answers": ({}, {"evaluation": {}}, "evaluation: answers need the whole model on one GPU"),
+    "offload": ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "FSDP's offload of parameters has not been tried here"),
+    "recompute": (
+        {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {},
+        "leave --fsdp_activation_checkpointing out; training.gradient_checkpointing does it",
+    ),
+    "paged": (
+        {}, {"training": {"learning_rate": 1e-3, "optimizer": "paged_adamw_8bit"}},
+        "training.optimizer: paged_adamw_8bit cannot step shares of weights; set adamw_torch, or auto",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_not_been_shared_out_is_refused(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    environment, changes, told = REFUSED[name]
+    for key, value in (FSDP | environment).items():
+        monkeypatch.setenv(key, value)
+    recipe = check_recipe(stage2_content | {"evaluation": None} | changes, "test")
+    with pytest.raises(UserError) as error:
+        check_sharding(recipe, 2)
+    assert str(error.value).startswith(told)
+
+
+def test_one_process_has_nobody_to_share_with(stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UserError, match="there is one; start several, or leave FSDP out"):
+        plan_run(check_recipe(stage2_content, "test"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        ("3", "DeepSpeed's ZeRO-3 shares weights out, which 4-bit ones cannot be; start with torchrun"),
+        ("", "DeepSpeed has not been tried with this trainer; start with torchrun"),
+    ],
+)
+def test_deepspeed_is_refused(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stage: str, told: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    with pytest.raises(UserError) as error:
+        plan_run(check_recipe(stage2_content, "test"))
+    assert str(error.value).startswith(told)
