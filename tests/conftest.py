@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in two processes; mor
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from inference.chat_server import ChatLog, chat_server
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
@@ -148,3 +149,11 @@ def stage2(stage2_content: dict[str, Any]) -> Recipe:
 def stage1(stage1_content: dict[str, Any]) -> Recipe:
     """The small Stage 1 recipe."""
     return check_recipe(stage1_content, "test")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatLog]:
+    """A chat server on the loopback interface, what it is to do, and what it saw."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with chat_server() as log:
+        yield log

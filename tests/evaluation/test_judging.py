@@ -11,13 +11,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from inference.chat_server import Body, ChatLog, chat_server, question_of
+from inference.chat_server import Body, ChatLog, question_of
 from killed import kill, wait_for
 from killed import start as killed_verb
 from llava_bench_files import bench, options
@@ -29,13 +28,6 @@ from lora_llava.inference.budget import Budget, estimate_tokens
 from lora_llava.inference.server import ChatAnswer, ChatRequest
 
 LEDGER = "llava_bench_judge.jsonl"
-
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatLog]:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with chat_server() as log:
-        yield log
 
 
 def asked(body: Body) -> tuple[int, str, bool]:

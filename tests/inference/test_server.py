@@ -35,13 +35,6 @@ from lora_llava.inference.server import (
 KEY = "sk-a-key-that-nobody-sees"
 
 
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatLog]:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with chat_server() as log:
-        yield log
-
-
 def request(text: str, max_tokens: int = 10) -> ChatRequest:
     return ChatRequest([{"role": "user", "content": text}], max_tokens)
 

@@ -12,18 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from inference.chat_server import ChatLog, chat_server, question_of
+from inference.chat_server import ChatLog, question_of
 
 from lora_llava.errors import UserError
 from lora_llava.inference.server import ChatAnswer, ChatFailure, ChatRequest, ChatServer, ask
 from lora_llava.inference.server_process import ask_apart
-
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatLog]:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with chat_server() as log:
-        yield log
 
 
 def request(text: str) -> ChatRequest:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from inference.chat_server import ChatLog, chat_server
+from inference.chat_server import ChatLog
 from synthesis.made import recipe_of, teach, write_contexts, write_recipe
 from transformers import AutoTokenizer
 
@@ -25,14 +24,6 @@ from lora_llava.synthesis.sample import FLAVOURS, Task
 from lora_llava.synthesis.teacher import Asked
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatLog]:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with chat_server() as log:
-        log.answer = teach
-        yield log
 
 
 def rows_of(file: Path) -> list[Any]:

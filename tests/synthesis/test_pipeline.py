@@ -9,13 +9,12 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from inference.chat_server import Body, ChatLog, chat_server
+from inference.chat_server import Body, ChatLog
 from killed import kill, wait_for
 from killed import start as killed_verb
 from rich.console import Console
@@ -26,14 +25,6 @@ from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 from lora_llava.recipe import GenerateRecipe
 from lora_llava.synthesis.generate import generate
 from lora_llava.synthesis.ledger import LEDGER_FILE, Ledger, request_key
-
-
-@pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatLog]:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with chat_server() as log:
-        log.answer = teach
-        yield log
 
 
 def make(recipe: GenerateRecipe, **caps: Any) -> dict[str, Any]:

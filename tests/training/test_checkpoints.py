@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from pathlib import Path
@@ -14,12 +13,9 @@ import torch
 from ends import act_at, damaged_silently, ends_at_every_write, flipped, full
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
-from safetensors.torch import load_file
 
 from lora_llava.errors import UserError
 from lora_llava.recipe import Recipe
-from lora_llava.recipe.io import check_recipe
 from lora_llava.training.checkpoint import (
     MANIFEST_FILE,
     find_damage,
@@ -29,29 +25,9 @@ from lora_llava.training.checkpoint import (
     remove_old,
     written_whole,
 )
-from lora_llava.training.finetune import finetune
 from lora_llava.training.state_files import load_state, random_state, save_state, set_random_state
 from lora_llava.training.trainer import LlavaSFTTrainer
-
-
-def run(recipe: Recipe, **options: Any) -> str:
-    stream = io.StringIO()
-    finetune(recipe, Path(), console=Console(file=stream, width=400), **options)
-    return stream.getvalue()
-
-
-def recipe_of(content: dict[str, Any], **training: Any) -> Recipe:
-    content["evaluation"] = None
-    content["training"] |= training
-    return check_recipe(content, "test")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+from tests.training.small_runs import recipe_of, run, same, weights
 
 
 @pytest.fixture

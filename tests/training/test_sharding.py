@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from lora_llava.errors import UserError
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.plan import plan_run
 from lora_llava.training.sharding import check_sharding
-from tests.training.launched import LAUNCHER, finetune
+from tests.training.small_runs import LAUNCHER, launch, same, weights
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """As `accelerate launch --use_fsdp --fsdp_version 2` sets them."""
@@ -45,7 +43,7 @@ def runs(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> t
     """Run directories of one process and of two that share the weights, and what the two said."""
     folder = tmp_path_factory.mktemp("sharded")
     alone = content | {"training": content["training"] | {"gradient_accumulation": 2}}
-    one, two = finetune(alone, folder / "one", []), finetune(content, folder / "two", LAUNCHER, environment=FSDP)
+    one, two = launch(alone, folder / "one", []), launch(content, folder / "two", LAUNCHER, environment=FSDP)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     return folder / "one", folder / "two", two.stdout + two.stderr
 
@@ -67,7 +65,7 @@ def test_the_losses_and_the_adapter_are_those_of_one_process(runs: tuple[Path, P
     assert [len(one[kind]) for kind in ("train", "validation")] == [6, 2]
     for kind in one:
         assert [loss for _, loss in two[kind]] == pytest.approx([loss for _, loss in one[kind]], abs=1e-5)
-    expected, found = (load_file(run / "adapter_model.safetensors") for run in runs[:2])
+    expected, found = (weights(run) for run in runs[:2])
     assert found.keys() == expected.keys()
     assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) < 1e-5
 
@@ -79,10 +77,9 @@ def test_two_that_share_go_on_as_if_there_was_no_stop(
     shutil.copytree(runs[1], folder)
     (folder / "run.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
-    result = finetune(content, folder, LAUNCHER, "--resume", environment=FSDP)
+    result = launch(content, folder, LAUNCHER, "--resume", environment=FSDP)
     assert result.returncode == 0, result.stderr
-    expected, found = (load_file(run / "adapter_model.safetensors") for run in (runs[1], folder))
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert same(weights(folder), weights(runs[1]))
     assert curves(folder) == curves(runs[1])
 
 

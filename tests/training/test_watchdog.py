@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import signal
@@ -15,8 +14,6 @@ import psutil
 import pytest
 import torch
 from killed import start, wait_for
-from rich.console import Console
-from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from lora_llava.data.images import Pixels
@@ -25,26 +22,8 @@ from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training import stages
 from lora_llava.training.checkpoint import list_checkpoints, newest_whole
-from lora_llava.training.finetune import finetune
 from lora_llava.training.watchdog import PoisonedError, SaveEvery, StopOnSignal, TellSpikes
-
-
-def run(recipe: Recipe, **options: Any) -> None:
-    finetune(recipe, Path(), console=Console(file=io.StringIO(), width=400), **options)
-
-
-def recipe_of(content: dict[str, Any], **training: Any) -> Recipe:
-    content["evaluation"] = None
-    content["training"] |= training
-    return check_recipe(content, "test")
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+from tests.training.small_runs import recipe_of, run, same, weights
 
 
 def checkpoints_of(recipe: Recipe) -> Path:

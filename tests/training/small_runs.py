@@ -1,7 +1,8 @@
-"""The fine-tuning script started as a person or a launcher starts it."""
+"""Small runs: in this process, or by the script as a person or a launcher starts it."""
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -9,14 +10,43 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_llava.recipe import dump_recipe
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
+from lora_llava.training import finetune
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def finetune(
+def recipe_of(content: dict[str, Any], **training: Any) -> Recipe:
+    """A recipe that asks no questions, with its training as given."""
+    content["evaluation"] = None
+    content["training"] |= training
+    return check_recipe(content, "test")
+
+
+def run(recipe: Recipe, **options: Any) -> str:
+    """Train in this process; gives what was told."""
+    stream = io.StringIO()
+    finetune.finetune(recipe, Path(), console=Console(file=stream, width=400), **options)
+    return stream.getvalue()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a run or a checkpoint: LoRA and projector."""
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    """Whether both have the same weights to the bit."""
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def launch(
     content: Mapping[str, Any], folder: Path, launcher: list[str], *options: str,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
