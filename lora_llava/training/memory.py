@@ -81,7 +81,8 @@ class Step:
         """Bytes by part, in the order of the table; they are there together at the worst moment of a step."""
         ranks = self.ranks
         weights = {
-            "language model, " + ("NF4" if self.quantization == "nf4" else "whole"): self._linears() // ranks,
+            "language model, " + ("NF4" if self.quantization == "nf4" else "whole"): self._linears() // ranks
+            + self._whole_scales(),
             "embeddings, head, norms": self._embeddings() // ranks,
             "vision tower": 0 if self.cached_features else vision_parameters(self.config) * self.dtype_bytes,
             "projector": projector_parameters(self.config) * (4 + self.dtype_bytes),  # peft keeps the base's beside it
@@ -123,6 +124,12 @@ class Step:
     def _linears(self) -> int:
         count = self.layers * sum(a * b for a, b in self.linear_shapes.values())
         return int(count * (NF4_BYTES if self.quantization == "nf4" else self.dtype_bytes))
+
+    def _whole_scales(self) -> int:
+        """What a rank holds of 4-bit weights' scales beyond its share: they are no parameters and not shared out."""
+        count = self.layers * sum(a * b for a, b in self.linear_shapes.values())
+        scales = int(count * (NF4_BYTES - 0.5)) if self.quantization == "nf4" else 0
+        return scales - scales // self.ranks
 
     def _gathered(self) -> int:
         """Of shared weights: a layer at work and the next one on its way, the matrix of the embeddings or the head."""

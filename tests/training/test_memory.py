@@ -92,6 +92,22 @@ def test_weights_take_the_bytes_that_they_really_take() -> None:
     assert parts["language model, NF4"] == pytest.approx(four_bit, rel=0.01)  # blocks that are not full
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_ranks_that_share_hold_their_share_and_what_is_at_work(quantization: str) -> None:
+    alone, shared = (step_of(quantization=quantization, ranks=ranks).parts() for ranks in (1, 4))
+    model = next(name for name in alone if name.startswith("language model"))
+    layers = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    scales = layers / 64 + layers * 4 / (64 * 256) if quantization == "nf4" else 0
+    assert shared[model] == pytest.approx((alone[model] - scales) / 4 + scales, abs=4)
+    for part in ("embeddings, head, norms", "LoRA", "gradients", "optimizer"):
+        assert shared[part] == alone[part] // 4
+    layer = alone[model] // 32 + alone["LoRA"] // 32
+    assert shared["gathered weights"] == pytest.approx(2 * layer + 2 * 32064 * 4096, abs=4)
+    same = [part for part in alone if "activations" in part or "working" in part or part == "projector"]
+    assert [shared[part] for part in same] == [alone[part] for part in same]
+    assert "gathered weights" not in alone
+
+
 @pytest.mark.parametrize(("cuda", "dropout"), [(True, 0.0), (False, 0.0), (False, 0.05)])
 def test_a_layer_keeps_what_the_arithmetic_says(cuda: bool, dropout: float) -> None:
     """Saved bytes by token and layer; SDPA keeps what FlashAttention keeps, the CPU's loop a copy more."""
