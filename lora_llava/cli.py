@@ -303,7 +303,7 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         if error.errno == errno.EROFS:
             print(f"error: {error.filename}: {error.strerror}; name another place", file=sys.stderr)
             return 2
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print("error: the disk is full; free some, then run the same command again", file=sys.stderr)
         return 1

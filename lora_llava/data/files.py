@@ -220,7 +220,7 @@ def _has_more_lines(file: Path) -> bool:
             json.loads(first)
         except ValueError:
             return False
-        return any(line.strip() for line in stream)
+        return any(line.strip() for line in iter(lambda: stream.readline(LONGEST + 1), ""))
 
 
 def _whole(file: Path) -> Any:
@@ -250,7 +250,7 @@ def table_delimiter(file: Path) -> str:
     if file.suffix.lower() == ".tsv":
         return "\t"
     with file.open(encoding="utf-8-sig") as stream:
-        header = stream.readline()
+        header = stream.readline(LONGEST)
     return max(",;\t", key=header.count)
 
 

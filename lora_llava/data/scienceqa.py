@@ -175,6 +175,9 @@ def question_of(pid: str, problem: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"row {pid}: the field '{field}' is missing; a row without it cannot be asked")
         if field != "answer" and not isinstance(problem[field], kind):
             raise UserError(f"row {pid}: {field} is {problem[field]!r}; it should be a {kind.__name__}")
+    for field in ("hint", "lecture", "solution"):
+        if not isinstance(problem.get(field) or "", str):
+            raise UserError(f"row {pid}: {field} is {problem[field]!r:.60}; it should be a text")
     choices, answer = problem["choices"], problem["answer"]
     fits = isinstance(answer, int) and 0 <= answer < len(choices) and 2 <= len(choices) <= len(LETTERS)
     if not fits:

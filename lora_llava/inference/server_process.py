@@ -125,9 +125,10 @@ async def _serve(inlet: IO[bytes], outlet: IO[bytes]) -> None:
 
     def read() -> None:
         """In a thread, so that this process never stops reading: the other one may be writing while this one does."""
-        while (drawn := _next(inlet)) is not None:
-            loop.call_soon_threadsafe(queue.put_nowait, drawn)
-        loop.call_soon_threadsafe(closed.set_result, None)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended before its caller
+            while (drawn := _next(inlet)) is not None:
+                loop.call_soon_threadsafe(queue.put_nowait, drawn)
+            loop.call_soon_threadsafe(closed.set_result, None)
 
     def write() -> None:
         message = list(done)
@@ -174,6 +175,7 @@ def main() -> None:
             runner.run(_serve(sys.stdin.buffer, outlet))
     except UserError as error:
         _send(outlet, error)
+    os._exit(0)  # a thread may still be reading, which Python's own way to end does not bear
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ class ProgressLine(TrainerCallback):
         self.description = description
         self.trainer: Trainer = None
         self.bar: tqdm[Any] | None = None
-        self.start = 0.0
+        self.before = 0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         interval = 0.2 if sys.stderr.isatty() else 15.0
@@ -41,7 +40,8 @@ class ProgressLine(TrainerCallback):
             total=state.max_steps, initial=state.global_step, desc=self.description, unit="step", mininterval=interval,
             dynamic_ncols=True,
         )  # fmt: skip
-        self.start = time.monotonic()
+        if self.trainer is not None:
+            self.before = self.trainer.tokens_of_all[0], self.trainer.seconds
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -54,9 +54,10 @@ class ProgressLine(TrainerCallback):
             self.bar.write(f"step {state.global_step}: validation loss {float(logs['eval_loss']):.4f}", file=sys.stderr)
         if "loss" in logs:
             tokens, supervised = self.trainer.tokens_of_all
+            speed = (tokens - self.before[0]) / max(1e-3, self.trainer.seconds - self.before[1])
             share = 100 * supervised / max(1, tokens)
             self.bar.set_postfix_str(
-                f"loss {float(logs['loss']):.4f}, {tokens / (time.monotonic() - self.start):,.0f} tok/s, "
+                f"loss {float(logs['loss']):.4f}, {speed:,.0f} tok/s, "
                 f"{share:.0f}% trained, {peak_memory_bytes() / 2**30:.1f} GiB",
                 refresh=False,
             )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -19,8 +21,8 @@ MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = ".partial"
-_DISK_FULL = 28
-"""ENOSPC, which libraries tell in their own exceptions' texts as `os error 28`."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""No room, or none for this user; libraries tell them in their own exceptions' texts, as `os error 28`."""
 _NOTHING = 64 << 10
 """Bytes left below which whatever fails in writing fails for want of room."""
 _MARGIN = 16 << 20
@@ -62,6 +64,7 @@ def written_whole(folder: Path, about: dict[str, Any], needed: int = 0) -> Itera
                 shutil.rmtree(folder)
             os.rename(staging, folder)
             sync_folder(folder.parent)
+            sync_folder(folder.parent.parent)  # the folder of all of them may be new
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -82,7 +85,8 @@ def _told(folder: Path, needed: int) -> Iterator[None]:
         raise
     except Exception as error:  # safetensors has exceptions of its own for what the system says
         left = shutil.disk_usage(folder.parent).free
-        if getattr(error, "errno", None) == _DISK_FULL or f"os error {_DISK_FULL})" in str(error) or left < _NOTHING:
+        full = any(getattr(error, "errno", None) == code or f"os error {code})" in str(error) for code in DISK_FULL)
+        if full or left < _NOTHING:
             raise _no_room(folder, needed) from None
         if isinstance(error, OSError):
             told = f"{folder} cannot be written ({error.strerror or error})"
@@ -184,17 +188,22 @@ def find_damage(folder: Path) -> str | None:
     except UserError as error:
         return str(error).removeprefix(str(folder)).lstrip("/ ")
     there = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    if strange := there - listed.keys() - {MANIFEST_FILE}:
+    seen = {name for name in there if not Path(name).name.startswith(".")}  # desktops and NFS leave hidden ones
+    if strange := seen - listed.keys() - {MANIFEST_FILE}:
         return f"{min(strange)} was not written with it"
-    for name, told in listed.items():
-        file = folder / name
+    damages = (_damage_of(folder / name, name, told) for name, told in listed.items())
+    return next((damage for damage in damages if damage), None)
+
+
+def _damage_of(file: Path, name: str, told: dict[str, Any]) -> str | None:
+    try:
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != told["bytes"]:
             return f"{name} has {file.stat().st_size:,} bytes in place of {told['bytes']:,}"
-        if file_hash(file) != told["sha256"]:
-            return f"{name} is not as it was written"
-    return None
+        return None if file_hash(file) == told["sha256"] else f"{name} is not as it was written"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or error})"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -221,6 +230,19 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
             return each, passed_over
         passed_over.append(f"{each.name}: {damage}")
     return None, passed_over
+
+
+def set_aside(folder: Path, start: Path) -> None:
+    """Rename checkpoints that are newer than the one a run goes on from, so that its own get their names.
+
+    Args:
+        folder: Where checkpoints are.
+        start: The newest that is whole; the others are kept as `damaged-checkpoint-STEP`.
+    """
+    for each in itertools.takewhile(lambda each: each.name != start.name, list_checkpoints(folder)):
+        aside = each.with_name(f"damaged-{each.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(each, aside)
 
 
 def remove_old(folder: Path, keep: int, best: str | None) -> None:

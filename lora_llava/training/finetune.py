@@ -21,7 +21,7 @@ from lora_llava.model.base import cache_folder
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.training import report
-from lora_llava.training.checkpoint import list_checkpoints
+from lora_llava.training.checkpoint import list_checkpoints, set_aside
 from lora_llava.training.data import sealed
 from lora_llava.training.features import cache_features
 from lora_llava.training.plan import RunPlan, is_padding_free, plan_run
@@ -38,7 +38,7 @@ from lora_llava.training.run_directory import (
     versions,
     write_json,
 )
-from lora_llava.training.run_report import write_report
+from lora_llava.training.run_report import REPORT_FILE, write_report
 from lora_llava.training.scoring import Asking, ask_table
 from lora_llava.training.sources import progress_bar
 from lora_llava.training.stages import CHECKPOINTS, TrainResult, build_trained_model, describe_plan, train
@@ -68,7 +68,7 @@ def finetune(
     """
     console.quiet = console.quiet or not is_first()
     folder = Path(recipe.output_dir)
-    if is_run(folder) and not overwrite:
+    if is_run(folder) and (folder / METRICS_FILE).is_file() and not overwrite:
         raise UserError(f"output_dir: {folder} holds a finished run; set output_dir=OTHER, or --overwrite")
     if resume and overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it; give one")
@@ -79,7 +79,7 @@ def finetune(
         plan = _plan(recipe, console)
         _refuse_what_cannot_fit([plan])
     else:
-        plan, resume = _after_stage1(stage1, recipe, resume, console)
+        plan, resume = _after_stage1(stage1, recipe, resume, overwrite, console)
     with _alone(folder):  # what was wrong with the recipe has left no folder
         if not resume and not overwrite:
             refuse_unfinished(folder / CHECKPOINTS)
@@ -90,7 +90,9 @@ def _alone(folder: Path) -> AbstractContextManager[None]:
     return only_run(folder) if is_first() else nullcontext()
 
 
-def _after_stage1(stage1: Recipe, recipe: Recipe, resume: bool, console: Console) -> tuple[RunPlan, bool]:
+def _after_stage1(
+    stage1: Recipe, recipe: Recipe, resume: bool, overwrite: bool, console: Console
+) -> tuple[RunPlan, bool]:
     """Run Stage 1 where it has no result yet; gives Stage 2's plan and whether there is something of it to resume."""
     run = Path(stage1.output_dir)
     plans = [] if finished_stage1(stage1) else [_plan(stage1, console)]
@@ -98,7 +100,7 @@ def _after_stage1(stage1: Recipe, recipe: Recipe, resume: bool, console: Console
     _refuse_what_cannot_fit([*plans, plan])
     for stage1_plan in plans:
         with _alone(run):
-            left = bool(list_checkpoints(run / CHECKPOINTS))
+            left = bool(list_checkpoints(run / CHECKPOINTS)) and not overwrite
             if left and not resume:
                 refuse_unfinished(run / CHECKPOINTS)
             _run_stage(stage1_plan, left, (), console)
@@ -182,6 +184,8 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     before = _ask_before(model, plan, going_on is not None)
     if base.initial_projector is not None:
         trained_projector(model).load_state_dict(base.initial_projector)
+    if going_on is not None:
+        first_alone(lambda: set_aside(folder / CHECKPOINTS, going_on.checkpoint))
     with sealed(plan.splits.get("test")):
         result = train(plan, base, model, going_on)
     after = ask_table(model, plan, "after")
@@ -201,6 +205,12 @@ def _open_run(folder: Path, plan: RunPlan, anew: bool) -> None:
     (folder / RUN_FILE).unlink(missing_ok=True)  # comes back when the run is whole
     if anew:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        for file in [*(folder / name for name in (METRICS_FILE, REPORT_FILE, BEFORE_FILE)), *_predictions(folder)]:
+            file.unlink(missing_ok=True)  # of the run that this one replaces
+
+
+def _predictions(folder: Path) -> list[Path]:
+    return sorted(folder.glob("predictions_*.jsonl"))
 
 
 def _write_results(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: Asking | None) -> None:

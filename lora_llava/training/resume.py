@@ -65,7 +65,7 @@ def find_start(folder: Path, recipe: Recipe, rows: str, accepted: Iterable[str] 
         raise UserError(f"--resume: {folder} holds no checkpoint; run without it")
     if read_data_hashes(checkpoint).get("train") != rows:
         raise UserError(
-            f"--resume: the training rows are not those of {checkpoint} ({DATA_FILE}): data, pictures or the recipe's "
+            f"--resume: the training rows are not those of {checkpoint} ({DATA_FILE}): data or the recipe's "
             "data section have changed; take that back, or run with --overwrite"
         )
     manifest = read_manifest(checkpoint)
@@ -76,7 +76,7 @@ def find_start(folder: Path, recipe: Recipe, rows: str, accepted: Iterable[str] 
             f"{processes}; start as many, or run with --overwrite"
         )
     changed = check_changes(load_recipe(checkpoint / RECIPE_FILE), recipe, accepted, step)
-    told = [f"passed over {each}" for each in passed_over]
+    told = [f"passed over {each}; it is kept as damaged-{each.partition(':')[0]}" for each in passed_over]
     accepted_told = f", with another {', '.join(changed)}" if changed else ""
     return Start(checkpoint, step, changed, (*told, f"going on from {checkpoint} at step {step}{accepted_told}"))
 

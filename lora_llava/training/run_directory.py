@@ -86,14 +86,11 @@ def only_run(folder: Path) -> Iterator[None]:
         UserError: Where another is, which is named, or the folder cannot be written.
     """
     lock, holder = folder / ".lock", folder / ".lock.json"
+    held = FileLock(lock)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock).acquire(timeout=0):
-            write_json(holder, {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")})
-            try:
-                yield
-            finally:
-                holder.unlink(missing_ok=True)
+        held.acquire(timeout=0)
+        write_json(holder, {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")})
     except Timeout:
         try:
             other = json.loads(holder.read_text(encoding="utf-8"))
@@ -105,6 +102,11 @@ def only_run(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}); set output_dir=OTHER") from None
+    try:
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        held.release()
 
 
 def read_data_hashes(folder: Path) -> dict[str, str]:

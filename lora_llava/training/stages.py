@@ -207,7 +207,7 @@ def train(plan: RunPlan, base: Base, model: PeftModel, start: Start | None = Non
         trainer.on_begin = lambda: _begin_sharded(plan, model, feed)
     with stop.listening():
         run_trainer(trainer, start, lambda: _out_of_memory(plan))
-    if stop.number is not None and trainer.state.global_step < plan.order.steps:
+    if stop.number is not None:
         raise StoppedError(
             f"stopped at step {trainer.state.global_step} of {plan.order.steps}; a checkpoint is in "
             f"{trainer.args.output_dir}; go on with the same command and --resume", stop.number,

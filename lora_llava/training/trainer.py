@@ -33,11 +33,13 @@ from lora_llava.training.state_files import random_state
 from lora_llava.training.trainer_state import (
     gather_random,
     mean_loss,
+    put_counters,
     restore_counters,
     restore_optimizer,
     restore_random,
     save_trainer_state,
     state_bytes,
+    take_counters,
 )
 
 KEPT = 2
@@ -45,13 +47,17 @@ KEPT = 2
 
 
 class _Between(TrainerCallback):
-    """Tells the trainer when training begins, after it has set all to nothing, and when a step has ended."""
+    """Tells the trainer when training begins, after it has set all to nothing, when weights change, and when a step has
+    ended."""
 
-    def __init__(self, begin: Callable[[], None], step: Callable[[], None]) -> None:
-        self.begin, self.step = begin, step
+    def __init__(self, begin: Callable[[], None], change: Callable[[], None], step: Callable[[], None]) -> None:
+        self.begin, self.change, self.step = begin, change, step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.change()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.step()
@@ -117,26 +123,46 @@ class LlavaSFTTrainer(SFTTrainer):
         self.changed: tuple[str, ...] = ()
         self.told_of_run: dict[str, Any] = {}
         self._resumed: dict[str, Any] = {}
-        self._random_at_step: list[dict[str, Any]] = []
+        self._random_at_step: dict[str, Any] | None = None
+        self._at_rest: dict[str, Any] | None = None
+        self._weights_whole = True
         self.on_loss: Callable[[torch.Tensor], None] = lambda loss: None
         self.on_begin: Callable[[], None] = lambda: None
         trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        between = _Between(self._begin, self._weights_change, self._step_ended)
         super().__init__(
             model=model, args=args, train_dataset=_stand_in(train),
             eval_dataset=_stand_in(validation) if validation else None, data_collator=train.collator,
-            processing_class=processor, callbacks=[_Between(self._begin, self._step_ended), *callbacks],
+            processing_class=processor, callbacks=[between, *callbacks],
         )  # fmt: skip
         self._restore_dtypes(trained)
 
     def _begin(self) -> None:
         if self._resumed:
             restore_counters(self, self._resumed)
+            self.state.compute_steps(self.args, self.state.max_steps)  # what the recipe says now
         self.on_begin()
+        if self.state.global_step >= self.state.max_steps:
+            self._validate_what_is_due()
         self._began, self.seconds_off_the_clock = time.monotonic(), 0.0
 
+    def _weights_change(self) -> None:
+        self._weights_whole = False
+
     def _step_ended(self) -> None:
-        if self.args.world_size == 1:  # a failure there is one process's alone: nothing can be gathered after it
-            self._random_at_step = [random_state()]
+        self._weights_whole, self._at_rest, self._random_at_step = True, None, random_state()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._at_rest = take_counters(self)
+
+    def _validate_what_is_due(self) -> None:
+        """Validate where a run was stopped between a step and its validation, as it would have gone on."""
+        state, history = self.state, self.state.log_history
+        due = state.global_step % state.eval_steps == 0 or state.global_step >= state.max_steps
+        known = any(each["step"] == state.global_step and "eval_loss" in each for each in history)
+        if self.args.eval_strategy != "no" and due and not known:
+            self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
 
     def _restore_dtypes(self, trained: dict[str, torch.Tensor]) -> None:
         """Undo SFTTrainer's cast of everything trained to bf16 (trl/trainer/sft_trainer.py), in which AdamW's steps
@@ -310,14 +336,18 @@ class LlavaSFTTrainer(SFTTrainer):
         """
         newest, _ = newest_whole(Path(self.args.output_dir))
         reached = self.state.global_step
-        if save and self._random_at_step and (newest is None or newest.name != f"checkpoint-{reached}"):
+        alone = self.args.world_size == 1  # a failure is one process's alone: nothing can be gathered after it
+        missing = newest is None or newest.name != f"checkpoint-{reached}"
+        if save and alone and self._weights_whole and self._random_at_step is not None and missing:
             try:
                 self.model.zero_grad(set_to_none=True)
-                self.save_whole(self._random_at_step)
+                if self._at_rest is not None:  # what a broken step has counted is counted again
+                    put_counters(self, self._at_rest)
+                self.save_whole([self._random_at_step if self._at_rest is None else self._at_rest["random"]])
                 newest = Path(self.args.output_dir, f"checkpoint-{reached}")
             except Exception as error:  # what failed first is what is told
                 print(f"no checkpoint of step {reached} could be written: {error}", file=sys.stderr)
-        return f"; go on with --resume, from {newest}" if newest else "; no step was finished"
+        return f"; go on with --resume, from {newest}" if newest else "; there is no checkpoint to go on from"
 
     def create_accelerator_and_postprocess(self) -> None:
         """Share weights out where that is asked for."""
@@ -339,6 +369,7 @@ class LlavaSFTTrainer(SFTTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             restore_random(self._resumed, self.args.process_index)
+            self._validate_what_is_due()
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """There is none: nothing here trains in float16."""

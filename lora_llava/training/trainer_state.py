@@ -88,18 +88,30 @@ def restore_counters(trainer: Trainer, state: dict[str, Any]) -> None:
             trainer._metrics[mode][key] = list(value)
 
 
+def take_counters(trainer: Trainer) -> dict[str, Any]:
+    """What is counted and where random numbers stand between two steps, for `put_counters`."""
+    means = {mode: {key: list(value) for key, value in values.items()} for mode, values in trainer._metrics.items()}
+    tokens = trainer.tokens_seen, trainer.supervised_tokens_seen
+    return {"random": random_state(), "tokens": tokens, "loss": trainer._tr_loss.detach().clone(), "means": means}
+
+
+def put_counters(trainer: Trainer, kept: dict[str, Any]) -> None:
+    """Count as at the end of the last step; random numbers stay."""
+    trainer.tokens_seen, trainer.supervised_tokens_seen = kept["tokens"]
+    trainer._tr_loss = kept["loss"].clone()
+    for mode, values in kept["means"].items():
+        trainer._metrics[mode].clear()
+        trainer._metrics[mode].update({key: list(value) for key, value in values.items()})
+
+
 def restore_random(state: dict[str, Any], process: int) -> None:
     """Put this process's random numbers where they were."""
     set_random_state(state["random"][process])
 
 
-def gather_random(own: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """The random numbers' state of every process, in the order of their ranks.
-
-    Args:
-        own: Of this process; None reads it now.
-    """
-    return gather(random_state() if own is None else own)
+def gather_random() -> list[dict[str, Any]]:
+    """The random numbers' state of every process, in the order of their ranks."""
+    return gather(random_state())
 
 
 def mean_loss(loss: torch.Tensor) -> torch.Tensor:

@@ -67,8 +67,11 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Ranks stop at the same step, whichever of them was told.
-        self.number = next((number for number in gather(self.number) if number is not None), None)
-        if self.number is not None and state.global_step < state.max_steps:
+        told = next((number for number in gather(self.number) if number is not None), None)
+        if told is None:  # one that came meanwhile is told at the next step
+            return
+        self.number = told
+        if state.global_step < state.max_steps:
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True
@@ -96,21 +99,28 @@ class RefuseNaN(TrainerCallback):
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])  # as clip_grad_norm_ does
         losses = torch.stack([loss.detach().float() for loss in self.losses])
         told = torch.cat([losses, norms.sum().reshape(1).to(losses.device)]).isfinite().tolist()  # one wait for the GPU
-        if all(gather(all(told))):  # a share of the gradients is one rank's to see
+        # A share of the gradients is one rank's to see, and one rank's loss is in the gradients of all.
+        found = gather(None if all(told) else self._blame(state.global_step, told[:-1]))
+        blamed = [each for each in found if each is not None]
+        if not blamed:
             return
-        first = state.global_step * self.accumulation
-        bad = [number for number, finite in enumerate(told[:-1]) if not finite]
-        what = "loss" if bad else "gradient"
-        passes = bad or range(len(self.losses))
-        rows = [row for number in passes for row in self.rows_of(first + number)]
+        what = max(what for what, _ in blamed)  # a loss rather than a gradient
+        rows = [row for kind, rows in blamed if kind == what for row in rows]
         listed = ", ".join(rows[:_ROWS_TOLD]) + (
             f" and {len(rows) - _ROWS_TOLD} more" if len(rows) > _ROWS_TOLD else ""
         )
         raise PoisonedError(
             f"step {state.global_step + 1}: the {what} is not a number (NaN or infinite); the weights did not take it "
-            f"and nothing was saved. Look at its rows: {listed}; mend or drop them, or lower "
-            "training.learning_rate, and go on with --resume from the last checkpoint"
+            f"and nothing was saved. Look at its rows: {listed}; mend them and start anew with --overwrite, or lower "
+            "the rate and go on with --resume --accept-changes training.learning_rate"
         )
+
+    def _blame(self, step: int, finite: list[bool]) -> tuple[str, list[str]]:
+        """What is no number on this rank, and the rows it may be from."""
+        bad = [number for number, is_finite in enumerate(finite) if not is_finite]
+        passes = bad or range(len(finite))
+        first = step * self.accumulation
+        return "loss" if bad else "gradient", [row for number in passes for row in self.rows_of(first + number)]
 
 
 class TellSpikes(TrainerCallback):

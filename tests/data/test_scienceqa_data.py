@@ -184,6 +184,7 @@ def without(key: str) -> dict[str, Any]:
         (METAL | {"answer": 3}, "row 1: answer is 3; it should index its 3 choices (2 to 5)"),
         (METAL | {"answer": -1}, "row 1: answer is -1; it should index its 3 choices (2 to 5)"),
         (METAL | {"answer": "1"}, "row 1: answer is '1'; it should index its 3 choices (2 to 5)"),
+        (METAL | {"solution": [[]]}, "row 1: solution is [[]]; it should be a text"),
         (METAL | {"answer": None}, "row 1: answer is None; it should index its 3 choices (2 to 5)"),
         (METAL | {"choices": list("abcdef")}, "row 1: answer is 1; it should index its 6 choices (2 to 5)"),
     ],

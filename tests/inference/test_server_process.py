@@ -65,6 +65,14 @@ def test_what_no_request_can_pass_ends_it(log: ChatLog) -> None:
     assert senders() == []
 
 
+def test_the_sender_ends_without_a_word_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    """Three calls, as what a thread says at the end comes now and then."""
+    for _ in range(3):
+        with pytest.raises(UserError, match="cannot be reached"):
+            list(ask_apart(ChatServer("http://127.0.0.1:9/v1", model="m", retries=0), map(request, "abcdef")))
+    assert capfd.readouterr().err == ""
+
+
 def test_a_mistake_among_the_requests_reaches_the_caller(log: ChatLog) -> None:
     def requests() -> Iterator[ChatRequest]:
         yield request("a")

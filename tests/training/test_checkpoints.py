@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from ends import act_at, damaged_silently, ends_at_every_write, flipped, full
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_llava.data.files import file_hash
 from lora_llava.errors import UserError
 from lora_llava.recipe import Recipe
 from lora_llava.training.checkpoint import (
@@ -26,8 +28,7 @@ from lora_llava.training.checkpoint import (
     written_whole,
 )
 from lora_llava.training.state_files import load_state, random_state, save_state, set_random_state
-from lora_llava.training.trainer import LlavaSFTTrainer
-from tests.training.small_runs import recipe_of, run, same, weights
+from tests.training.small_runs import PulledPlugError, pull_plug, recipe_of, run, same, weights
 
 
 @pytest.fixture
@@ -163,14 +164,6 @@ def test_a_full_disk_ends_a_run_in_one_line_and_resume_is_exact(
     assert same(weights(tmp_path / "other"), expected)
 
 
-class PulledPlugError(Exception):
-    """What no handler knows of."""
-
-
-def pull_plug(trainer: LlavaSFTTrainer) -> None:
-    raise PulledPlugError
-
-
 @pytest.fixture
 def left_at_6(
     stage2_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -216,8 +209,41 @@ def test_every_damage_to_a_real_checkpoint_is_seen(left_at_6: tuple[Recipe, dict
     assert tried > 40
     (checkpoints / "checkpoint-6" / "state.safetensors").unlink()
     told = run(recipe, resume=True)
-    assert "resume: passed over checkpoint-6: state.safetensors is missing\n" in told
+    assert (
+        "resume: passed over checkpoint-6: state.safetensors is missing; it is kept as damaged-checkpoint-6\n" in told
+    )
+    assert (checkpoints / "damaged-checkpoint-6").is_dir()
     assert same(weights(Path(recipe.output_dir)), expected)
+
+
+def test_a_damaged_one_is_not_in_the_way_of_what_comes_before_it(
+    left_at_6: tuple[Recipe, dict[str, torch.Tensor]],
+) -> None:
+    recipe, expected = left_at_6
+    folder = Path(recipe.output_dir)
+    (folder / "checkpoints" / "checkpoint-6" / "state.safetensors").unlink()
+    sooner = recipe.model_copy(update={"training": recipe.training.model_copy(update={"save_every": 5})})
+    run(sooner, resume=True)
+    names = sorted(each.name for each in (folder / "checkpoints").iterdir())
+    assert names == ["checkpoint-5", "checkpoint-8", "damaged-checkpoint-6"]
+    assert same(weights(folder), expected)
+
+
+def test_one_that_the_disk_cannot_read_is_passed_over(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(file: Path) -> str:
+        if file.parent.name == "checkpoint-2":
+            raise OSError(errno.EIO, "Input/output error")
+        return file_hash(file)
+
+    monkeypatch.setattr("lora_llava.training.checkpoint.file_hash", unreadable)
+    found, passed_over = newest_whole(small)
+    assert found == small / "checkpoint-1"
+    assert passed_over == ["checkpoint-2: a.bin cannot be read (Input/output error)"]
+
+
+def test_a_hidden_file_of_a_desktop_is_no_damage(small: Path) -> None:
+    (small / "checkpoint-2" / ".DS_Store").write_text("x")
+    assert newest_whole(small) == (small / "checkpoint-2", [])
 
 
 def test_none_is_whole_and_nothing_in_one_could_be_executed(left_at_6: tuple[Recipe, dict[str, torch.Tensor]]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import Timeout
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -20,6 +21,9 @@ from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import finetune
 from lora_llava.training.resume import ACCEPTABLE, UNTOUCHED, check_changes, leaves
 from lora_llava.training.run_directory import only_run
+from lora_llava.training.scoring import ask_table
+from tests.ends import act_at
+from tests.training.small_runs import PulledPlugError, pull_plug, recipe_of, run, same, weights
 
 OTHERS: dict[type, Any] = {
     bool: lambda v: not v,
@@ -117,6 +121,74 @@ def test_another_learning_rate_is_refused_and_takes_effect_where_accepted(
     assert rates[3] == pytest.approx(0.006 * 4 / 5)
     found = load_file(folder / "adapter_model.safetensors")
     assert any(not expected[name].equal(found[name]) for name in expected)
+
+
+def test_another_interval_of_validation_takes_effect_where_accepted(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(stage2_content, max_steps=8, eval_every=8, save_every=2, log_every=4)
+    with monkeypatch.context() as patch:
+        act_at(3, pull_plug, patch.setattr)
+        with pytest.raises(PulledPlugError):
+            run(recipe)
+    recipe = recipe_of(stage2_content, eval_every=3, log_every=1)
+    run(recipe, resume=True, accept_changes=["training.eval_every"])
+    curves = json.loads((Path(recipe.output_dir) / "metrics.json").read_text())["train"]["loss_curve"]
+    assert [step for step, _ in curves["validation"]] == [3, 6, 8]
+    assert [step for step, _ in curves["train"]] == [3, 4, 5, 6, 7, 8]
+
+
+def test_a_run_that_was_ended_before_its_table_is_no_finished_one(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = check_recipe(stage2_content, "test")
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_llava.training.finetune.ask_table", ends_at_the_second())
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe)
+    folder = Path(recipe.output_dir)
+    expected = weights(folder)
+    with pytest.raises(UserError, match="holds an unfinished run"):
+        run(recipe)
+    run(recipe, resume=True)
+    assert same(weights(folder), expected)
+    assert {"metrics.json", "report.html", "predictions_after.jsonl"} <= set(os.listdir(folder))
+    with pytest.raises(UserError, match="holds a finished run"):
+        run(recipe, resume=True)
+
+
+def ends_at_the_second() -> Any:
+    """Asks the table before training, and is stopped by Ctrl-C at the one after it."""
+
+    def asked(model: Any, plan: Any, when: str) -> Any:
+        if when == "after":
+            raise KeyboardInterrupt
+        return ask_table(model, plan, when)
+
+    return asked
+
+
+def test_what_fails_inside_is_not_taken_for_the_folder(tmp_path: Path) -> None:
+    for error in (PermissionError(13, "Permission denied"), Timeout("other.lock")):
+        with pytest.raises(type(error)), only_run(tmp_path):
+            raise error
+    with only_run(tmp_path):  # and the folder is free again
+        pass
+
+
+def test_overwrite_takes_an_unfinished_stage_1_too(
+    stage1_content: dict[str, Any], stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stage1_content["training"] |= {"save_every": 1, "max_steps": 4}
+    (tmp_path / "stage1.yaml").write_text(dump_recipe(check_recipe(stage1_content, "test")))
+    stage2_content["model"]["start_from"] = {"stage1_recipe": "stage1.yaml"}
+    recipe = recipe_of(stage2_content)
+    with monkeypatch.context() as patch:
+        act_at(3, pull_plug, patch.setattr)
+        with pytest.raises(PulledPlugError):
+            finetune(recipe, tmp_path, console=Console(file=io.StringIO()))
+    finetune(recipe, tmp_path, overwrite=True, console=Console(file=io.StringIO()))
+    assert (Path(recipe.output_dir) / "metrics.json").is_file()
 
 
 def test_two_runs_in_one_folder_and_the_other_is_named(stage2_content: dict[str, Any]) -> None:

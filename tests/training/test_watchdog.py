@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -22,7 +24,7 @@ from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training import stages
 from lora_llava.training.checkpoint import list_checkpoints, newest_whole
-from lora_llava.training.watchdog import PoisonedError, SaveEvery, StopOnSignal, TellSpikes
+from lora_llava.training.watchdog import PoisonedError, RefuseNaN, SaveEvery, StopOnSignal, TellSpikes
 from tests.training.small_runs import recipe_of, run, same, weights
 
 
@@ -65,6 +67,58 @@ def test_a_signal_leaves_a_checkpoint_and_no_result(
     assert not {"run.json", "adapter_model.safetensors", "metrics.json"} & set(os.listdir(recipe.output_dir))
     run(recipe, resume=True)
     assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
+
+
+def test_a_signal_at_a_validation_loses_nothing_of_it(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The best checkpoint is that of the step of the signal: it is not known to be before the run goes on."""
+    recipe = recipe_of(stage2_content, max_steps=4, eval_every=2, learning_rate=0.3, log_every=1)
+    with monkeypatch.context() as patch:
+        act_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(StoppedError):
+            run(recipe)
+    run(recipe, resume=True)
+    expected = expected_of(stage2_content, tmp_path)
+    found, before = (
+        json.loads((folder / "metrics.json").read_text())["train"]
+        for folder in (Path(recipe.output_dir), tmp_path / "unbroken")
+    )
+    assert len(before["loss_curve"]["validation"]) == 2
+    assert before["best_validation_loss"] == before["loss_curve"]["validation"][0][1]
+    for key in ("loss_curve", "best_validation_loss", "tokens"):
+        assert found[key] == before[key]
+    assert same(weights(Path(recipe.output_dir)), expected)
+
+
+def test_a_signal_after_the_last_step_leaves_the_rest_to_a_resume(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = recipe_of(stage2_content, max_steps=4, eval_every=4)
+    with monkeypatch.context() as patch:
+        act_at(patch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(StoppedError, match="stopped at step 4 of 4"):
+            run(recipe)
+    assert not (Path(recipe.output_dir) / "run.json").exists()
+    run(recipe, resume=True)
+    assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
+
+
+def test_a_signal_that_comes_while_ranks_tell_one_another_is_heeded_at_the_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stop, state, control = StopOnSignal(), TrainerState(max_steps=9), TrainerControl()
+
+    def gather(value: Any) -> list[Any]:
+        stop._on_signal(signal.SIGTERM, None)
+        return [value]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_llava.training.watchdog.gather", gather)
+        stop.on_step_end(None, state, control)
+    assert not control.should_training_stop
+    stop.on_step_end(SimpleNamespace(), state, control)
+    assert control.should_training_stop
 
 
 def test_a_second_ctrl_c_ends_it_at_once_and_the_last_checkpoint_is_whole(
@@ -193,6 +247,75 @@ def test_memory_that_ends_says_what_to_change_and_leaves_a_checkpoint(
             run(recipe)
     run(recipe, resume=True)
     assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
+
+
+def raise_in_update(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let memory end in an update, after some of the weights have taken it."""
+    update = torch.optim.AdamW.step
+    updates = 0
+
+    def broken(self: torch.optim.AdamW, *args: Any, **kwargs: Any) -> Any:
+        nonlocal updates
+        updates += 1
+        if updates < step:
+            return update(self, *args, **kwargs)
+        with torch.no_grad():
+            self.param_groups[0]["params"][0].add_(1.0)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+
+
+def test_weights_that_are_half_updated_are_not_saved(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = recipe_of(stage2_content, max_steps=4, eval_every=4, save_every=None)
+    with monkeypatch.context() as patch:
+        raise_in_update(patch, 3)
+        with pytest.raises(UserError, match=r"; there is no checkpoint to go on from$"):
+            run(recipe)
+    assert list_checkpoints(checkpoints_of(recipe)) == []
+    run(recipe)
+    assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
+
+
+def test_what_a_broken_step_has_counted_is_counted_once(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = recipe_of(stage2_content, max_steps=4, eval_every=4, log_every=4, gradient_accumulation=2)
+    compute = stages.LlavaSFTTrainer.compute_loss
+    passes = 0
+
+    def broken(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == 6:  # the second of the third step
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return compute(self, model, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.LlavaSFTTrainer, "compute_loss", broken)
+        with pytest.raises(UserError, match=r"from .*checkpoint-2$"):
+            run(recipe)
+    run(recipe, resume=True)
+    expected = expected_of(stage2_content, tmp_path)
+    assert same(weights(Path(recipe.output_dir)), expected)
+    folders = Path(recipe.output_dir), tmp_path / "unbroken"
+    found, before = (json.loads((folder / "metrics.json").read_text())["train"] for folder in folders)
+    for key in ("loss_curve", "tokens", "supervised_tokens"):
+        assert found[key] == before[key], key
+
+
+def test_of_several_ranks_the_rows_of_the_loss_are_told_and_not_those_of_the_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lora_llava.training.watchdog.gather", lambda own: [own, ("loss", ["bad row"]), None])
+    watch, model = RefuseNaN(lambda number: [f"good row {number}"], 1), torch.nn.Linear(1, 1)
+    watch.losses.append(torch.tensor(1.0))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    with pytest.raises(PoisonedError, match=r"the loss is not a number .* Look at its rows: bad row; "):
+        watch.on_pre_optimizer_step(None, TrainerState(), None, model=model)
 
 
 def test_a_worker_that_is_killed_is_told_and_resume_is_exact(stage2_content: dict[str, Any], tmp_path: Path) -> None:
