@@ -238,7 +238,7 @@ def test_one_that_the_disk_cannot_read_is_passed_over(small: Path, monkeypatch: 
     monkeypatch.setattr("lora_llava.training.checkpoint.file_hash", unreadable)
     found, passed_over = newest_whole(small)
     assert found == small / "checkpoint-1"
-    assert passed_over == ["checkpoint-2: a.bin cannot be read (Input/output error)"]
+    assert passed_over == ["checkpoint-2: b.bin cannot be read (Input/output error)"]
 
 
 def test_a_hidden_file_of_a_desktop_is_no_damage(small: Path) -> None:
