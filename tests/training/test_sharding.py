@@ -14,7 +14,7 @@ from lora_llava.errors import UserError
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.plan import plan_run
 from lora_llava.training.sharding import check_sharding
-from tests.training.small_runs import LAUNCHER, launch, same, weights
+from tests.training.small_runs import LAUNCHER, launch, run, same, weights
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """As `accelerate launch --use_fsdp --fsdp_version 2` sets them."""
@@ -43,8 +43,9 @@ def runs(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> t
     """Run directories of one process and of two that share the weights, and what the two said."""
     folder = tmp_path_factory.mktemp("sharded")
     alone = content | {"training": content["training"] | {"gradient_accumulation": 2}}
-    one, two = launch(alone, folder / "one", []), launch(content, folder / "two", LAUNCHER, environment=FSDP)
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    run(check_recipe(alone | {"output_dir": str(folder / "one")}, "test"))
+    two = launch(content, folder / "two", LAUNCHER, environment=FSDP)
+    assert two.returncode == 0, two.stderr
     return folder / "one", folder / "two", two.stdout + two.stderr
 
 
@@ -55,17 +56,17 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 def test_each_process_holds_half(runs: tuple[Path, Path, str]) -> None:
     held, of = re.search(r"this process holds ([\d.]+) of ([\d.]+) MB of weights", runs[2]).groups()  # type: ignore[union-attr]
     assert float(held) == pytest.approx(float(of) / 2, rel=0.05)
-    plans = [json.loads((run / "metrics.json").read_text())["model"]["freeze_plan"] for run in runs[:2]]
+    plans = [json.loads((each / "metrics.json").read_text())["model"]["freeze_plan"] for each in runs[:2]]
     assert plans[0] == plans[1]
     assert re.search(r"packed (\d+\.\d+), padded \1: equal", runs[2])
 
 
 def test_the_losses_and_the_adapter_are_those_of_one_process(runs: tuple[Path, Path, str]) -> None:
-    one, two = (curves(run) for run in runs[:2])
+    one, two = (curves(each) for each in runs[:2])
     assert [len(one[kind]) for kind in ("train", "validation")] == [6, 2]
     for kind in one:
         assert [loss for _, loss in two[kind]] == pytest.approx([loss for _, loss in one[kind]], abs=1e-5)
-    expected, found = (weights(run) for run in runs[:2])
+    expected, found = (weights(each) for each in runs[:2])
     assert found.keys() == expected.keys()
     assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) < 1e-5
 
@@ -73,6 +74,8 @@ def test_the_losses_and_the_adapter_are_those_of_one_process(runs: tuple[Path, P
 def test_two_that_share_go_on_as_if_there_was_no_stop(
     content: dict[str, Any], runs: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
+    if content["model"]["quantization"] == "none":
+        pytest.skip("4-bit weights are the harder case, and a run takes time")
     folder = tmp_path / "two"
     shutil.copytree(runs[1], folder)
     (folder / "run.json").unlink()
