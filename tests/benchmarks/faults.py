@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than free cores wa
 
 RECIPE = "recipes/demo_scienceqa_qlora.yaml"
 SETTINGS = (
-    "training.max_steps=30", "training.save_every=3", "training.eval_every=30", "training.log_every=1",
+    "training.max_steps=30", "training.save_every=3", "training.eval_every=10", "training.log_every=1",
     "training.vision_cache=off", "data.max_train_rows=480", "model.start_from={untrained: true}", "evaluation=null",
 )  # fmt: skip
 """Stage 2 alone, which is what is killed; no features are computed beforehand."""
