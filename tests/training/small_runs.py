@@ -55,6 +55,40 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def content_for_ranks(parts: Path, scienceqa: Path, quantization: str = "none") -> dict[str, Any]:
+    """One sample a row, half of them without picture; the last of six steps has one sample for two ranks."""
+    return {
+        "stage": 2,
+        "model": {
+            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "quantization": quantization,
+            "start_from": {"untrained": True},
+        },
+        "lora": {"r": 4, "alpha": 8},
+        "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400, "system_prompt": ""},
+        "training": {"batch_size": 1, "learning_rate": 1e-3, "epochs": 0.45, "eval_every": 3, "log_every": 1},
+    }  # fmt: skip
+
+
+def one_and_two(
+    content: dict[str, Any], folder: Path, environment: Mapping[str, str] | None = None
+) -> tuple[Path, Path, str]:
+    """Train with one process and with two, with as many samples a step.
+
+    Args:
+        content: Of the recipe of the two.
+        folder: Where to.
+        environment: Of the two.
+
+    Returns:
+        The run directories of the one and the two, and what the two said.
+    """
+    alone = content | {"training": content["training"] | {"gradient_accumulation": 2}}
+    run(check_recipe(alone | {"output_dir": str(folder / "one")}, "test"))
+    two = launch(content, folder / "two", LAUNCHER, environment=environment)
+    assert two.returncode == 0, two.stderr
+    return folder / "one", folder / "two", two.stdout + two.stderr
+
+
 def launch(
     content: Mapping[str, Any], folder: Path, launcher: list[str], *options: str,
     environment: Mapping[str, str] | None = None,

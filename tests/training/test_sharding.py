@@ -14,7 +14,7 @@ from lora_llava.errors import UserError
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.plan import plan_run
 from lora_llava.training.sharding import check_sharding
-from tests.training.small_runs import LAUNCHER, launch, run, same, weights
+from tests.training.small_runs import LAUNCHER, content_for_ranks, launch, one_and_two, same, weights
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """As `accelerate launch --use_fsdp --fsdp_version 2` sets them."""
@@ -23,30 +23,15 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 @pytest.fixture(scope="module", params=["none", pytest.param("nf4", marks=pytest.mark.slow)])
 def content(parts: Path, scienceqa: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Packed rows, half the samples without picture, layers recomputed; validated in the middle."""
-    return {
-        "stage": 2,
-        "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "quantization": request.param,
-            "start_from": {"untrained": True},
-        },
-        "lora": {"r": 4, "alpha": 8},
-        "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400, "system_prompt": ""},
-        "training": {
-            "batch_size": 1, "learning_rate": 1e-3, "epochs": 0.45, "eval_every": 3, "log_every": 1,
-            "gradient_checkpointing": True,
-        },
-    }  # fmt: skip
+    content = content_for_ranks(parts, scienceqa, request.param)
+    content["training"]["gradient_checkpointing"] = True
+    return content
 
 
 @pytest.fixture(scope="module")
 def runs(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """Run directories of one process and of two that share the weights, and what the two said."""
-    folder = tmp_path_factory.mktemp("sharded")
-    alone = content | {"training": content["training"] | {"gradient_accumulation": 2}}
-    run(check_recipe(alone | {"output_dir": str(folder / "one")}, "test"))
-    two = launch(content, folder / "two", LAUNCHER, environment=FSDP)
-    assert two.returncode == 0, two.stderr
-    return folder / "one", folder / "two", two.stdout + two.stderr
+    return one_and_two(content, tmp_path_factory.mktemp("sharded"), FSDP)
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:

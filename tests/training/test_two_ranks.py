@@ -11,34 +11,18 @@ import pytest
 
 from lora_llava.errors import UserError
 from lora_llava.recipe.io import check_recipe
-from tests.training.small_runs import LAUNCHER, launch, run, same, weights
+from tests.training.small_runs import LAUNCHER, content_for_ranks, launch, one_and_two, run, same, weights
 
 
 @pytest.fixture(scope="module")
 def content(parts: Path, scienceqa: Path) -> dict[str, Any]:
-    """One sample a row, half of them without picture; the last of six steps has one sample for two ranks."""
-    return {
-        "stage": 2,
-        "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "quantization": "none",
-            "start_from": {"untrained": True},
-        },
-        "lora": {"r": 4, "alpha": 8},
-        "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400, "system_prompt": ""},
-        "training": {"batch_size": 1, "learning_rate": 1e-3, "epochs": 0.45, "eval_every": 3, "log_every": 1},
-        "evaluation": {"max_new_tokens": 4, "batch_size": 2},
-    }  # fmt: skip
+    return content_for_ranks(parts, scienceqa) | {"evaluation": {"max_new_tokens": 4, "batch_size": 2}}
 
 
 @pytest.fixture(scope="module")
 def runs(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """Run directories of one rank and of two, with as many samples a step, and what the two said."""
-    folder = tmp_path_factory.mktemp("ranks")
-    alone = content | {"training": content["training"] | {"gradient_accumulation": 2}}
-    run(check_recipe(alone | {"output_dir": str(folder / "one")}, "test"))
-    two = launch(content, folder / "two", LAUNCHER)
-    assert two.returncode == 0, two.stderr
-    return folder / "one", folder / "two", two.stdout + two.stderr
+    return one_and_two(content, tmp_path_factory.mktemp("ranks"))
 
 
 def read(run: Path) -> dict[str, Any]:
