@@ -143,7 +143,7 @@ def test_a_run_that_was_ended_before_its_table_is_no_finished_one(
 ) -> None:
     recipe = check_recipe(stage2_content, "test")
     with monkeypatch.context() as patch:
-        patch.setattr("lora_llava.training.finetune.ask_table", ends_at_the_second())
+        patch.setattr("lora_llava.training.finetune.ask_table", ends_at("after"))
         with pytest.raises(KeyboardInterrupt):
             run(recipe)
     folder = Path(recipe.output_dir)
@@ -155,13 +155,17 @@ def test_a_run_that_was_ended_before_its_table_is_no_finished_one(
     assert {"metrics.json", "report.html", "predictions_after.jsonl"} <= set(os.listdir(folder))
     with pytest.raises(UserError, match="holds a finished run"):
         run(recipe, resume=True)
+    monkeypatch.setattr("lora_llava.training.finetune.ask_table", ends_at("before"))
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, overwrite=True)
+    assert not {"metrics.json", "report.html", "predictions_after.jsonl", "run.json"} & set(os.listdir(folder))
 
 
-def ends_at_the_second() -> Any:
-    """Asks the table before training, and is stopped by Ctrl-C at the one after it."""
+def ends_at(table: str) -> Any:
+    """Asks tables, and is stopped by Ctrl-C at the one before or the one after training."""
 
     def asked(model: Any, plan: Any, when: str) -> Any:
-        if when == "after":
+        if when == table:
             raise KeyboardInterrupt
         return ask_table(model, plan, when)
 
