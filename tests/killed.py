@@ -34,7 +34,7 @@ def kill(process: BaseProcess) -> None:
 
 def wait_for(reached: Callable[[], bool]) -> None:
     """Wait until something is so."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + 240
     while not reached():
         assert time.monotonic() < end
         time.sleep(0.002)
