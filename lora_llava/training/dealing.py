@@ -27,7 +27,7 @@ def deal_rows(
 
     Returns:
         Rows of which rank r has `rows[r::ranks]`, step by step. With one rank they are as they were. In the last step
-        rows may be empty, where it has fewer samples than passes.
+        rows may be empty, where it has fewer samples than passes; fewer of them come before a lighter heaviest rank.
     """
     if ranks == 1:
         return [list(row) for row in rows]

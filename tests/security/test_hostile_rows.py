@@ -101,9 +101,9 @@ def test_a_long_row_is_told_in_one_line(name: str, write_rows: WriteRows, tmp_pa
     content, size, told = LONG[name]
     file = tmp_path / name
     file.write_text(content.replace("x", "x" * size))
-    good = run_verb("finetune", write_rows(), "--dry-run")
     found = run_verb("finetune", write_rows(file=file, validation_rows=0), "--dry-run")
+    file.unlink()
     assert found.code == 2
     assert told in found.err
     assert len(found.err) < 1000
-    assert found.rise_mib - good.rise_mib < MEMORY_RISE_MIB
+    assert found.rise_mib < MEMORY_RISE_MIB

@@ -122,9 +122,9 @@ def test_tensors_and_random_numbers_come_back(tmp_path: Path) -> None:
 def test_a_save_that_ends_after_any_write_leaves_a_whole_checkpoint(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every ninth write here; `python scripts/benchmark.py faults` takes every one."""
+    """Every nineteenth write here; `python scripts/benchmark.py faults` takes every one."""
     seen: list[tuple[int, str | None]] = []
-    act_at(3, lambda trainer: seen.extend(ends_at_every_write(trainer, lambda: os._exit(9), 9)), monkeypatch.setattr)
+    act_at(3, lambda trainer: seen.extend(ends_at_every_write(trainer, lambda: os._exit(9), 19)), monkeypatch.setattr)
     run(recipe_of(stage2_content))
     assert len(seen) > 10
     assert {newest for _, newest in seen[:-1]} <= {"checkpoint-2", "checkpoint-3"}
@@ -138,7 +138,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_the_one_before(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, str | None]] = []
-    act_at(3, lambda trainer: seen.extend(ends_at_every_write(trainer, full, 9)), monkeypatch.setattr)
+    act_at(3, lambda trainer: seen.extend(ends_at_every_write(trainer, full, 19)), monkeypatch.setattr)
     recipe = recipe_of(stage2_content)
     run(recipe)
     assert {code for code, _ in seen[:-1]} <= {0, 2}

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lora_llava.data.packing import pack_samples
@@ -61,11 +61,20 @@ def test_no_row_is_over_its_budget_or_its_batch(layout: dict[str, Any]) -> None:
 
 
 @given(layouts())
+@example({
+    "rows": [[4, 1], [6], [3, 2], [5], [7], [0]], "lengths": [16, 23, 39, 46, 62, 86, 86, 86], "ranks": 5,
+    "accumulation": 2, "max_tokens": BUDGET, "padded": False,
+})  # fmt: skip
 def test_no_step_waits_longer_for_its_heaviest_rank_than_undealt(layout: dict[str, Any]) -> None:
+    """But for a last step where fewer passes are then without a sample, which take time too."""
+    ranks, lengths = layout["ranks"], layout["lengths"]
     before, after = steps_of(layout["rows"], layout), steps_of(deal_rows(**layout), layout)
     for old, new in zip(before, after, strict=True):
-        ranks, lengths = layout["ranks"], layout["lengths"]
-        assert max(rank_tokens(new, lengths, ranks)) <= max(rank_tokens(old, lengths, ranks))
+        lacking = len(new) - len(old) + old.count([])
+        heaviest = max(rank_tokens(new, lengths, ranks)), max(rank_tokens(old, lengths, ranks))
+        assert new.count([]) <= lacking
+        assert heaviest[0] <= heaviest[1] or new.count([]) < lacking
+        assert heaviest[0] <= heaviest[1] or old is before[-1]
 
 
 @given(layouts())
