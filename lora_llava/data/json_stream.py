@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from typing import Any
 
-LONGEST = 32 << 20
+LONGEST = 16 << 20
 """Characters of one row: a thousand times what a model reads; a row takes four times its length while it is read."""
 _CHUNK = 1 << 20
 _SIGNS = 16

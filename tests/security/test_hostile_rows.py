@@ -81,11 +81,11 @@ def test_hostile_rows_are_dropped_and_counted(write_rows: WriteRows, tmp_path: P
     assert "train │ 20 │ 8 │ 10 malformed row, 1 missing column, 1 bad image │" in " ".join(found.out.split())
 
 
-LACKS, TOO_LONG = "it lacks conversations", "a row of more than 33,554,432 characters"
+LACKS, TOO_LONG = "it lacks conversations", "a row of more than 16,777,216 characters"
 LONG = {
-    "long.jsonl": ('{"id": "x"}', 30_000_000, LACKS),
-    "long.json": ('[{"id": "x"}]', 30_000_000, LACKS),
-    "long.csv": ("id\nx\n", 30_000_000, LACKS),
+    "long.jsonl": ('{"id": "x"}', 15_000_000, LACKS),
+    "long.json": ('[{"id": "x"}]', 15_000_000, LACKS),
+    "long.csv": ("id\nx\n", 15_000_000, LACKS),
     "too_long.jsonl": (f'{GOOD}\n{{"id": "x"}}', 120_000_000, f"too_long.jsonl, line 2: {TOO_LONG}"),
     "too_long.json": (f'[{GOOD}, {{"id": "x"}}]', 120_000_000, f"too_long.json, line 1: {TOO_LONG}"),
     "too_long_object.json": ('{"rows": [{"id": "x"}]}', 120_000_000, "it should hold a list of rows"),
