@@ -153,7 +153,7 @@ def _undecodable(file: Path) -> int:
 
 def _jsonl_rows(file: Path) -> Iterator[Any]:
     with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(LONGEST + 1), ""), 1):
+        for number, line in enumerate(_pieces(stream), 1):
             if not line.strip():
                 continue
             try:
@@ -165,6 +165,11 @@ def _jsonl_rows(file: Path) -> Iterator[Any]:
             except ValueError as error:
                 mend = "; a list belongs into a file called .json" if line.lstrip()[:1] == "[" else ""
                 raise DataFileError(f"{file}, line {number}: not JSON: {_first(error)}{mend}") from None
+
+
+def _pieces(stream: Any) -> Iterator[str]:
+    """Lines, of which those that are longer than a row may be come in pieces."""
+    return iter(lambda: stream.readline(LONGEST + 1), "")
 
 
 def _json_rows(file: Path) -> Iterator[Any]:
@@ -215,12 +220,12 @@ def _no_list(file: Path) -> DataFileError:
 def _has_more_lines(file: Path) -> bool:
     """Whether the first line is a whole JSON value and another follows."""
     with file.open(encoding="utf-8-sig") as stream:
-        first = next((line for line in iter(lambda: stream.readline(LONGEST + 1), "") if line.strip()), "")
+        first = next((line for line in _pieces(stream) if line.strip()), "")
         try:
             json.loads(first)
         except ValueError:
             return False
-        return any(line.strip() for line in iter(lambda: stream.readline(LONGEST + 1), ""))
+        return any(line.strip() for line in _pieces(stream))
 
 
 def _whole(file: Path) -> Any:
@@ -275,7 +280,7 @@ def _table_rows(file: Path) -> Iterator[dict[str, str]]:
 
 
 def _lines(stream: Any) -> Iterator[str]:
-    while line := stream.readline(LONGEST + 1):
+    for line in _pieces(stream):
         if len(line) > LONGEST:
             raise TooLongError
         yield line
