@@ -7,14 +7,16 @@ the model is served, and no text is searched for or split again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, EncodingError, Message, Turn, read_turns
-from lora_llava.data.templates import Template, get_template
+from lora_llava.data.templates import Template, after_images, get_template
+from lora_llava.data.typed import as_typed, special_tokens, text_backend
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained (torch.nn.CrossEntropyLoss, `ignore_index`)."""
@@ -57,9 +59,9 @@ def encode_conversation(
         ... )  # doctest: +SKIP
 
     Args:
-        messages: `{"role", "content"}` messages, the content a string with `<image>` for a picture or a list of text
+        messages: `{"role", "content"}` messages, the content a string with `<image>` for an image or a list of text
             and image parts; or LLaVA's `{"from", "value"}`. System first if at all, then user and assistant in turn,
-            the assistant last.
+            the assistant last. Other special tokens in their texts are encoded as ordinary text.
         tokenizer: A fast tokenizer that knows `<image>`.
         template: A key of `lora_llava.data.TEMPLATES`, or a template.
         num_image_tokens: How many `<image>` ids stand for one picture (CLIP ViT-L/14-336: 576).
@@ -73,8 +75,9 @@ def encode_conversation(
         OverlongError: Where `max_length` would cut more than the end of the last answer.
     """
     template = get_template(template)
-    spans = conversation_spans(read_turns(messages), template)
     check_tokenizer(tokenizer, template)
+    template = fit_template(template, tokenizer)
+    spans = conversation_spans(read_turns(messages), template, special_tokens(tokenizer))
     compact = encode_spans([spans], tokenizer)[0]
     if isinstance(compact, EncodingError):
         raise compact
@@ -97,7 +100,7 @@ def encode_spans(batch: Sequence[Sequence[Span]], tokenizer: PreTrainedTokenizer
         Ids and what is trained of each, or what is wrong with it.
     """
     texts = [_unicode("".join(span.text for span in spans)) for spans in batch]
-    backend = tokenizer.backend_tokenizer
+    backend = text_backend(tokenizer, [text or "" for text in texts])
     backend.no_truncation()  # what an earlier call of the tokenizer may have left on
     backend.no_padding()
     encodings = backend.encode_batch([text or "" for text in texts], add_special_tokens=False)
@@ -200,7 +203,7 @@ def encode_prompt(
         The prompt's ids: those that the same prompt has in training.
     """
     turns = (*read_turns(messages), Turn("assistant", "?"))
-    spans = conversation_spans(turns, get_template(template))
+    spans = conversation_spans(turns, fit_template(get_template(template), tokenizer), special_tokens(tokenizer))
     prompt = spans[: max(i for i, span in enumerate(spans) if span.trained)]
     ids, _ = _tokenise(prompt, tokenizer)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
@@ -208,12 +211,32 @@ def encode_prompt(
     return bos + [token for i in ids for token in ([i] * num_image_tokens if i == image_id else [i])]
 
 
-def conversation_spans(turns: Sequence[Turn], template: Template) -> list[Span]:
+def fit_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Leave out what a template has after an image where the tokenizer has no dummy prefix that it is there for.
+
+    Args:
+        template: A template.
+        tokenizer: A fast tokenizer that knows `<image>`.
+
+    Returns:
+        The template as this tokenizer needs it.
+    """
+    if not template.after_image:
+        return template
+    backend = tokenizer.backend_tokenizer
+    alone = backend.encode("a", add_special_tokens=False).tokens
+    behind = backend.encode(f"{IMAGE_PLACEHOLDER}a", add_special_tokens=False).tokens[1:]
+    has_prefix = alone[0].startswith("▁") and not behind[0].startswith("▁")  # SentencePiece's mark of a space
+    return template if has_prefix else replace(template, after_image="")
+
+
+def conversation_spans(turns: Sequence[Turn], template: Template, special_tokens: Collection[str] = ()) -> list[Span]:
     """Write turns out as spans, the answers with their stop trained.
 
     Args:
         turns: System first if at all, then user and assistant in turn, the assistant last.
         template: How to write them.
+        special_tokens: The tokenizer's; those that a turn's text holds are marked as typed, images' places aside.
 
     Returns:
         Spans whose texts joined are the conversation without its BOS.
@@ -221,22 +244,24 @@ def conversation_spans(turns: Sequence[Turn], template: Template) -> list[Span]:
     Raises:
         EncodingError: For turns out of order, an empty answer, or a conversation that the template cannot hold.
     """
-    system = template.system
+    typed = [token for token in special_tokens if token != IMAGE_PLACEHOLDER]
+    system = as_typed(template.system, special_tokens)
     if turns and turns[0].role == "system":
-        system, turns = turns[0].text, turns[1:]
+        system, turns = as_typed(turns[0].text, special_tokens), turns[1:]
     _check_turns(turns, template)
     wrapped = template.system_format.format(system) if system else ""
     spans = [Span(("" if template.system_in_user else wrapped) + template.opening, False)]
     for index, turn in enumerate(turns):
         if turn.role == "assistant":
-            spans.append(Span(template.answer_prefix + turn.text + template.stop, True))
+            spans.append(Span(template.answer_prefix + as_typed(turn.text, special_tokens) + template.stop, True))
             continue
         if template.user_format is None:
             spans.append(Span(IMAGE_PLACEHOLDER * turn.text.count(IMAGE_PLACEHOLDER), False))
             continue
         before, after = template.user_format.split("{}")
         inside = wrapped if template.system_in_user and index == 0 else ""
-        spans.append(Span(before + inside + turn.text + after, False))
+        asked = after_images(as_typed(turn.text, typed), template)
+        spans.append(Span(before + inside + asked + after, False))
     spans.append(Span(template.closing, False))
     return [span for span in spans if span.text]
 
@@ -276,7 +301,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Template) -> N
 def _tokenise(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     """Tokenise the joined spans once; a token belongs to the span in which its first own character lies."""
     text = "".join(span.text for span in spans)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoding = text_backend(tokenizer, [text]).encode(text, add_special_tokens=False)
     trained: list[bool] = []
     ends = []
     position = 0
@@ -284,14 +309,14 @@ def _tokenise(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tupl
         position += len(span.text)
         ends.append(position)
     index = 0
-    for start, end in encoding["offset_mapping"]:
+    for start, end in encoding.offsets:
         while index < len(ends) - 1 and start >= ends[index]:
             index += 1
         if end > ends[index] and spans[index].trained != spans[min(index + 1, len(spans) - 1)].trained:
             around = text[max(0, start - 10) : end + 10]
             raise EncodingError(f"one token covers the border between prompt and answer in {around!r}; part them")
         trained.append(spans[index].trained)
-    return encoding["input_ids"], trained
+    return encoding.ids, trained
 
 
 def last_answer_start(labels: np.ndarray) -> int:

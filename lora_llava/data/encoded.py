@@ -31,14 +31,16 @@ from lora_llava.data.encode import (
     conversation_spans,
     encode_spans,
     expand,
+    fit_template,
     last_answer_start,
 )
 from lora_llava.data.files import Counted
 from lora_llava.data.formats import RowError
 from lora_llava.data.sources import Read, Source
 from lora_llava.data.templates import Template, get_template
+from lora_llava.data.typed import special_tokens
 
-_VERSION = 1
+_VERSION = 2
 """Raise it when the same rows would be read or encoded otherwise."""
 _BATCH = 512
 _ARRAYS: dict[str, type] = {
@@ -163,6 +165,7 @@ def encode_table(
     """
     template = get_template(template)
     check_tokenizer(tokenizer, template)
+    template = fit_template(template, tokenizer)
     folder = cache / "encoded" / table_key(source, tokenizer, template) if cache is not None else None
     if folder is not None and (kept := _load(folder)) is not None:
         return kept
@@ -215,7 +218,8 @@ def _batches(rows: Iterable[Read], size: int) -> Iterator[list[Read]]:
 def _encode_batch(
     batch: Sequence[Read], tokenizer: PreTrainedTokenizerBase, template: Template, writer: _Writer
 ) -> None:  # fmt: skip
-    spans: list[list[Span] | EncodingError] = [_spans(row, template) for row in batch]
+    specials = special_tokens(tokenizer)
+    spans: list[list[Span] | EncodingError] = [_spans(row, template, specials) for row in batch]
     good = [found for found in spans if not isinstance(found, EncodingError)]
     encoded = iter(encode_spans(good, tokenizer))
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
@@ -229,11 +233,11 @@ def _encode_batch(
             writer.add(row, result, None)
 
 
-def _spans(row: Read, template: Template) -> list[Span] | EncodingError:
+def _spans(row: Read, template: Template, specials: Sequence[str]) -> list[Span] | EncodingError:
     if isinstance(row, RowError):
         return row
     try:
-        return conversation_spans(row.turns, template)
+        return conversation_spans(row.turns, template, specials)
     except EncodingError as error:
         return error
 

@@ -99,14 +99,14 @@ def read_row(
     row = {key: value for key, value in row.items() if value is not None and value == value}  # NaN is not itself
     rng = random.Random(f"{seed} {number}")
     messages = _messages(row, form, columns, rng)
+    images = _images(row, messages, columns, number if embedded else None)
+    is_chat = any(key in row for key in CHAT_COLUMNS)
     try:
-        turns = read_turns(messages)
+        turns = read_turns(messages, len(images), inline=is_chat or form == "captions")
     except EncodingError as error:
         raise RowError(error.kind, str(error)) from None
-    images = _images(row, messages, columns, number if embedded else None)
     conversation = Conversation(str(row.get(columns.id, number)), turns, images, _asides(row))
     # A table's text has no place for a placeholder: that there is none is nothing to note.
-    is_chat = any(key in row for key in CHAT_COLUMNS)
     return _place(_mend(conversation), position, rng, expected=is_chat)
 
 
@@ -183,9 +183,9 @@ def _images(row: Mapping[str, Any], messages: Sequence[Any], columns: Columns, n
     return tuple(names)
 
 
-def _inline_names(message: Mapping[str, Any]) -> list[Any]:
+def _inline_names(message: Any) -> list[Any]:
     """Pictures that image parts name: `image`, `path` or `url` as transformers takes them, `image_url` as OpenAI."""
-    content = message.get("content")
+    content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, Sequence) or isinstance(content, str):
         return []
     found = []
@@ -233,10 +233,6 @@ def _check_order(turns: Sequence[Turn]) -> None:
         if not turn.text.strip():
             what = "answer" if turn.role == "assistant" else "question"
             raise RowError(f"empty {what}", f"turn {index}: the {what} is empty")
-        if turn.role == "assistant" and IMAGE_PLACEHOLDER in turn.text:
-            raise RowError(
-                "placeholder count", f"turn {index}: the answer holds {IMAGE_PLACEHOLDER}; only a user shows pictures"
-            )
 
 
 def _place(

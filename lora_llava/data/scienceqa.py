@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from lora_llava.data.conversation import Conversation, ImagePosition, Turn, place_image
+from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, ImagePosition, Turn, place_image
 from lora_llava.data.images import FolderImages, ImageSource, TableImages
+from lora_llava.data.typed import as_typed
 from lora_llava.errors import UserError, nearest
 
 PromptOrder = Literal["QCM-LEA", "QCM-ALE", "CQM-A"]
@@ -150,7 +151,7 @@ def _conversation(
     pid: str, problem: Mapping[str, Any], image: str | None, order: PromptOrder, position: ImagePosition, seed: int
 ) -> Conversation:
     extra = question_of(pid, problem) | {"has_image": bool(image)}
-    question, reply = format_problem(problem, order)
+    question, reply = (as_typed(text, [IMAGE_PLACEHOLDER]) for text in format_problem(problem, order))
     if image:
         question = place_image(question, position, random.Random(f"{seed}-{pid}"))
     return Conversation(pid, (Turn("user", question), Turn("assistant", reply)), (image,) if image else (), extra)

@@ -7,6 +7,7 @@ Each is LLaVA's own (llava/conversation.py): `vicuna_v1` is its `conv_vicuna_v1`
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 
 from lora_llava.errors import UserError, nearest
@@ -38,6 +39,9 @@ class Template:
         stop: Ends an answer and is trained.
         closing: Follows the last stop, untrained.
         stop_string: What generation stops on where the stop is ordinary text and not the tokenizer's EOS.
+        after_image: Follows every image that no other image follows directly. LLaVA splits text at images and
+            tokenises the parts one by one (llava/mm_utils.py, tokenizer_image_token), so that SentencePiece puts its
+            dummy prefix behind each; one space gives that token in a text that is tokenised as a whole.
     """
 
     name: str
@@ -50,6 +54,7 @@ class Template:
     answer_prefix: str = " "
     closing: str = ""
     stop_string: str | None = None
+    after_image: str = ""
 
     @property
     def single_turn(self) -> bool:
@@ -58,19 +63,23 @@ class Template:
 
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Template(
-        name="vicuna_v1", system=_SYSTEM_V1, system_format="{} ", user_format="USER: {} ASSISTANT:", stop="</s>"
+        name="vicuna_v1", system=_SYSTEM_V1, system_format="{} ", user_format="USER: {} ASSISTANT:", stop="</s>",
+        after_image=" ",
     ),
     "vicuna_v0": Template(
         # One "###" both stops an answer and opens the next turn; LLaVA closes the text with "### ".
         name="vicuna_v0", system=_SYSTEM_V0, system_format="{}\n\n", opening="###",
         user_format=" Human: {}\n### Assistant:", stop="\n###", closing=" ", stop_string="###",
+        after_image=" ",
     ),
     "plain": Template(
-        name="plain", system="", system_format="", user_format=None, stop="\n", stop_string="\n"
+        # The space that opens the answer is what follows the image.
+        name="plain", system="", system_format="", user_format=None, stop="\n", stop_string="\n",
     ),
     "llama_2": Template(
         name="llama_2", system=_SYSTEM_LLAMA_2, system_format="<<SYS>>\n{}\n<</SYS>>\n\n",
         user_format="[INST] {} [/INST]", system_in_user=True, stop=" </s>",
+        after_image=" ",
     ),
 }  # fmt: skip
 
@@ -98,7 +107,7 @@ def get_template(template: str | Template, system: str | None = None) -> Templat
 
 
 _JINJA_TEXT = (
-    "{%- macro text_of(message) -%}"
+    "{%- macro parts_of(message) -%}"
     "{%- if message['content'] is string -%}{{ message['content'] }}{%- else -%}"
     "{%- set state = namespace(previous='') -%}"
     "{%- for part in message['content'] -%}"
@@ -109,6 +118,23 @@ _JINJA_TEXT = (
     "{%- endif -%}"
     "{%- endmacro -%}"
 )
+_JINJA_PLAIN_TEXT = "{%- macro text_of(message) -%}{{ parts_of(message) }}{%- endmacro -%}"
+_JINJA_SPACED_TEXT = (
+    "{%- macro text_of(message) -%}"
+    "{{ parts_of(message).replace('<image>', '<image>' + AFTER).replace('<image>' + AFTER + '<image>', "
+    "'<image><image>') }}"
+    "{%- endmacro -%}"
+)
+
+
+def stop_strings(template: Template) -> list[str] | None:
+    """What a generation config has to name so that stock generation ends an answer of this template."""
+    return [template.stop_string] if template.stop_string else None
+
+
+def after_images(text: str, template: Template) -> str:
+    """Put what the template has after an image behind every `<image>` that no other follows directly."""
+    return re.sub("<image>(?!<image>)", lambda match: match[0] + template.after_image, text)
 
 
 def chat_template(template: Template) -> str:
@@ -137,8 +163,9 @@ def chat_template(template: Template) -> str:
     closing = (
         f"{{%- if not add_generation_prompt -%}}{_say(template.closing)}{{%- endif -%}}" if template.closing else ""
     )
+    spaced = _JINJA_SPACED_TEXT.replace("AFTER", _quote(template.after_image))
     return (
-        f"{_JINJA_TEXT}"
+        f"{_JINJA_TEXT}{spaced if template.after_image else _JINJA_PLAIN_TEXT}"
         f"{{%- set state = namespace(system={_quote(template.system)}) -%}}"
         "{%- if messages and messages[0]['role'] == 'system' -%}"
         "{%- set state.system = text_of(messages[0]) -%}{%- endif -%}"

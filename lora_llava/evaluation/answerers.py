@@ -12,6 +12,7 @@ from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Messag
 from lora_llava.data.encode import IGNORE_INDEX, encode_conversation, encode_prompt
 from lora_llava.data.images import BadImageError, ImageSource, Pictures
 from lora_llava.data.templates import Template
+from lora_llava.data.typed import without_marks
 from lora_llava.errors import UserError
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.chat_request import ChatFailure, ChatRequest, picture_part
@@ -209,10 +210,11 @@ def _server_messages(row: Conversation, images: ImageSource) -> list[dict[str, A
         for place, piece in enumerate(pieces):
             if place:
                 content.append(picture_part(images.open(next(names))))
+            piece = without_marks(piece)
             text = piece.strip("\n") if len(pieces) > 1 else piece  # the template puts a line break at a picture
             if text:
                 content.append({"type": "text", "text": text})
-        messages.append({"role": turn.role, "content": content if len(pieces) > 1 else turn.text})
+        messages.append({"role": turn.role, "content": content if len(pieces) > 1 else turn.shown})
     return messages
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation
+from lora_llava.data.conversation import Conversation
 from lora_llava.data.files import json_text
 from lora_llava.errors import ToldError, UserError
 from lora_llava.evaluation.answer_log import AnswerLog
@@ -114,9 +114,9 @@ def ask_conversations(
     found = cache(losses or dict)
 
     def mark(index: int, row: Conversation, answer: Answer) -> AnsweredRow:
-        question = row.turns[-2].text.replace(IMAGE_PLACEHOLDER, "").strip()
+        question = row.turns[-2].words
         source, kind = str(row.extra.get("source", "")), row.extra.get("type")
-        marked = mark_answer(row.row_id, source, question, row.turns[-1].text, answer.text, kind)
+        marked = mark_answer(row.row_id, source, question, row.turns[-1].shown, answer.text, kind)
         known = found()
         if index in known:
             total, tokens = known[index]

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Turn
 from lora_llava.data.scienceqa import LETTERS, format_problem
+from lora_llava.data.typed import as_typed
 from lora_llava.errors import UserError
 
 _ANSWER = "The answer is"
@@ -53,7 +54,8 @@ def ask_by(row: Conversation, prompt: str) -> Conversation:
     """
     if prompt == "recipe":
         return row
-    question = IMAGE_PLACEHOLDER * len(row.images) + "\n" * bool(row.images) + write_question(row.extra, prompt)
+    question = IMAGE_PLACEHOLDER * len(row.images) + "\n" * bool(row.images)
+    question += as_typed(write_question(row.extra, prompt), [IMAGE_PLACEHOLDER])
     return replace(row, turns=(Turn("user", question), Turn("assistant", LETTERS[row.extra["answer"]])))
 
 
@@ -81,9 +83,9 @@ def choices_of(row: Conversation, reasons: str, *, prompt: str) -> list[str]:
                 "| between, or leave --method out"
             )
         choices = list(dict.fromkeys(row.extra["choices"]))
-        if row.turns[-1].text not in choices:
+        if row.turns[-1].shown not in choices:
             raise UserError(
-                f"--method loglik: the answer of row {row.row_id}, {row.turns[-1].text!r}, is none of its choices; "
+                f"--method loglik: the answer of row {row.row_id}, {row.turns[-1].shown!r}, is none of its choices; "
                 "mend the row"
             )
         return choices

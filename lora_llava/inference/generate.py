@@ -61,7 +61,7 @@ def generate_answers(
     """
     batches = _plan_batches(questions, answered, batch_size, drawn=sampling.temperature > 0)
     encoded = encoded or EncodedPictures(model, pictures, questions, [i for chosen in batches for i in chosen])
-    stop: dict[str, Any] = {"stop_strings": [stop_string], "tokenizer": tokenizer} if stop_string else {}
+    stop: dict[str, Any] = {"tokenizer": tokenizer} | ({"stop_strings": [stop_string]} if stop_string else {})
     model.eval()
     for chosen in batches:
         batch, failed = encoded.batch(chosen, questions, tokenizer.pad_token_id)

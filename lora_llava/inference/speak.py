@@ -16,9 +16,10 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.errors import UserError
+from lora_llava.inference.prompt import encode_prompt
 from lora_llava.inference.sampling import Sampling
+from lora_llava.model.vision import llava_of
 
 MAX_IMAGE_PIXELS = 50_000_000
 """Most pixels of a picture that is shown in a chat: what a recipe's `data.max_image_pixels` is by default."""
@@ -78,18 +79,13 @@ def encode_messages(speaker: Speaker, messages: Sequence[Message]) -> dict[str, 
         shape (pictures, 3, height, width), on the model's device.
 
     Raises:
-        UserError: For text that holds a picture's placeholder, messages that the template refuses, or a prompt that
-            leaves the model no position to answer in (`FullError`).
+        UserError: For messages that the template refuses, or a prompt that leaves the model no position to answer in
+            (`FullError`).
     """
     if speaker.single_turn and [part["type"] for message in messages for part in message["content"]] != ["image"]:
         raise UserError(f"{speaker.name} was trained on captions (template plain): give it one picture and no text")
-    texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
-    if any(IMAGE_PLACEHOLDER in text for text in texts):
-        raise UserError(f"a message holds {IMAGE_PLACEHOLDER}, which stands for a picture; leave it out of the text")
     try:
-        batch = speaker.processor.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        batch = encode_prompt(speaker.processor, messages, llava_of(speaker.model).config.image_seq_length)
     except TemplateError as error:
         raise UserError(f"the chat template of {speaker.name} refuses these messages: {error}") from None
     tokens, positions = batch["input_ids"].shape[1], _positions(speaker)
@@ -182,7 +178,7 @@ def _generate(
                 torch.manual_seed(sampling.seed)
             speaker.model.generate(
                 **batch, **sampling.as_generate() | {"max_new_tokens": limit}, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id, use_cache=True, streamer=_Streamer(queue),
+                eos_token_id=tokenizer.eos_token_id, use_cache=True, streamer=_Streamer(queue), tokenizer=tokenizer,
                 stopping_criteria=StoppingCriteriaList([stopped]),
             )  # fmt: skip
         queue.put(None)

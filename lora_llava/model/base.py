@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     GenerationConfig,
@@ -33,11 +32,11 @@ from lora_llava.errors import UserError
 from lora_llava.model.original import identity_layer, read_projector
 from lora_llava.model.parts import Part
 from lora_llava.model.tensor_files import LazyTensor, lazy_tensors, write_checkpoint
+from lora_llava.model.tokenizer import copy_sentencepiece, load_tokenizer
 
-IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 VOCABULARY_MULTIPLE = 64
 """llava-hf pads Vicuna's 32,002 tokens to 32,064, the next multiple."""
-_FORMAT = 1
+_FORMAT = 2
 """Raise it when the same parts would be written differently."""
 
 
@@ -149,6 +148,7 @@ def build_base(
         config.save_pretrained(temporary)
         _generation_config(config).save_pretrained(temporary)
         tokenizer = load_tokenizer(llm.folder, config)
+        copy_sentencepiece(llm.folder, temporary)
         build_processor(tokenizer, config, image_processor_of(vision_tower.folder, config)).save_pretrained(temporary)
         (temporary / "parts.json").write_text(json.dumps(asdict(parts), indent=2) + "\n")
         temporary.rename(folder)
@@ -257,30 +257,6 @@ def _check_projector(projector: dict[str, torch.Tensor], config: LlavaConfig, fi
                 f"{file}: {name} has shape {tuple(projector[name].shape)}, this LLM and tower need {tuple(shape)}; "
                 "take the projector that was trained for them"
             )
-
-
-def load_tokenizer(folder: Path, config: LlavaConfig | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that knows `<image>` and `<pad>`, adds one BOS and pads on the right.
-
-    Args:
-        folder: A language model's folder or a base folder.
-        config: The assembled config, to check that the new tokens get the ids it names.
-
-    Raises:
-        UserError: Where the tokenizer's vocabulary is not the model's.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)  # first, so that ids are llava-hf's: 32000 and 32001
-    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    tokenizer.add_bos_token = True
-    tokenizer.padding_side = "right"
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if config is not None and image_id != config.image_token_index:
-        raise UserError(
-            f"{folder}: {IMAGE_TOKEN} has id {image_id} in the tokenizer and {config.image_token_index} in the model; "
-            "the tokenizer is another model's"
-        )
-    return tokenizer
 
 
 def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -> Any:

@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig, LlavaConfig
 
-from lora_llava.data.templates import chat_template, get_template
+from lora_llava.data.encode import fit_template
+from lora_llava.data.templates import chat_template, get_template, stop_strings
 from lora_llava.errors import UserError
 from lora_llava.model.adapters import lora_config
-from lora_llava.model.base import BaseParts, build_base, build_processor, image_processor_of, load_tokenizer
+from lora_llava.model.base import BaseParts, build_base, build_processor, image_processor_of
 from lora_llava.model.original_checkpoint import (
     OriginalConfig,
     checkpoint_tensors,
@@ -26,6 +27,7 @@ from lora_llava.model.parts import Part, file_hash, load_part
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
 from lora_llava.model.tensor_files import checkpoint_bytes, lazy_tensors, write_checkpoint, write_file
+from lora_llava.model.tokenizer import copy_sentencepiece, load_tokenizer
 from lora_llava.publishing.adapter import read_adapter
 from lora_llava.publishing.merge import BASE_FILE, IMPORTED
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
@@ -88,11 +90,14 @@ def _save_processor(
     tokenizer = load_tokenizer(tokenizer_folder, config)
     tokenizer.padding_side = "left"
     images = image_processor_of(image_folder, config, aspect)
-    build_processor(tokenizer, config, images, chat_template(get_template(template, None))).save_pretrained(output)
+    written = fit_template(get_template(template, None), tokenizer)
+    build_processor(tokenizer, config, images, chat_template(written)).save_pretrained(output)
+    copy_sentencepiece(tokenizer_folder, output)
     text = config.text_config
     GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
-    ).save_pretrained(output)
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id,
+        stop_strings=stop_strings(written),
+    ).save_pretrained(output)  # fmt: skip
 
 
 def _import_lora(

@@ -68,8 +68,9 @@ def sample_prompts(recipe: Recipe | None, count: int = PER_KIND) -> tuple[list[S
         Prompts, those with a picture first, and a sentence on where they are from.
     """
     rows, images, source = _rows(recipe)
-    with_image = [row for row in rows if len(row.images) == 1]
-    without = [row for row in rows if not row.images]
+    stock = [row for row in rows if "<image>" not in _text(row)]  # a stock processor takes the word for an image
+    with_image = [row for row in stock if len(row.images) == 1]
+    without = [row for row in stock if not row.images]
     generator = random.Random(0)
     chosen = generator.sample(with_image, min(count, len(with_image)))
     asked = generator.sample(without, min(count, len(without)))
@@ -107,7 +108,7 @@ def _rows(recipe: Recipe | None) -> tuple[Sequence[Conversation], ImageSource | 
 
 def _text(row: Conversation) -> str:
     turn = next(turn for turn in row.turns if turn.role == "user")
-    return turn.text.replace("<image>", "").strip()
+    return turn.words
 
 
 def draw_picture(seed: int, size: int = 96) -> Image.Image:

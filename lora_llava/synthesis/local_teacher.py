@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_llava.data.typed import as_typed, special_tokens, text_backend
 from lora_llava.errors import UserError
 from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 from lora_llava.inference.sampling import Sampling
@@ -67,11 +68,13 @@ def _batches(asked: Iterable[Asked], size: int) -> Iterator[tuple[int, list[Aske
 
 def _write(model: Any, tokenizer: Any, requests: list[ChatRequest]) -> list[ChatAnswer]:
     """One batch; all its requests have the same settings."""
-    texts = [
-        tokenizer.apply_chat_template(each.messages, tokenize=False, add_generation_prompt=True) for each in requests
-    ]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    inputs = inputs.to(model.device)
+    specials = special_tokens(tokenizer)
+    rows = []
+    for each in requests:
+        messages = [{**message, "content": as_typed(message["content"], specials)} for message in each.messages]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rows.append(text_backend(tokenizer, [text]).encode(text, add_special_tokens=False).ids)
+    inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding_side="left").to(model.device)
     settings = requests[0]
     if settings.seed is not None:
         torch.manual_seed(settings.seed)

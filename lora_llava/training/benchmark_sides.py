@@ -22,11 +22,12 @@ from lora_llava.data.templates import Template, chat_template, get_template
 from lora_llava.model.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.adapters import add_adapters, lora_config
 from lora_llava.model.attention import use_flash_varlen
-from lora_llava.model.base import build_processor, image_processor_of, load_tokenizer
+from lora_llava.model.base import build_processor, image_processor_of
 from lora_llava.model.lean import make_lean
 from lora_llava.model.loading import default_device
 from lora_llava.model.parts import DEMO_FOLDER
 from lora_llava.model.random_weights import build_random_llava
+from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.model.vision import freeze_tower, tower_features
 from lora_llava.recipe.schema import LINEARS, LoraSection
 from lora_llava.training.benchmark_data import DrawnPictures, draw_rows, lay_out, shape_config, text_length

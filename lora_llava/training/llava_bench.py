@@ -10,12 +10,14 @@ from typing import Any, Literal
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Turn
 from lora_llava.data.files import file_hash
 from lora_llava.data.images import FolderImages, Pixels
+from lora_llava.data.typed import as_typed, without_marks
 from lora_llava.errors import UserError
 from lora_llava.evaluation.answerers import Answerer, by_server
 from lora_llava.evaluation.ask import ask_rows
-from lora_llava.evaluation.llava_bench import read_questions
+from lora_llava.evaluation.llava_bench import BenchQuestion, read_questions
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.generate import Question, generate_answers
+from lora_llava.inference.prompt import prompt_ids as written_ids
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.server import ChatServer, find_model
 from lora_llava.inference.speak import MAX_IMAGE_PIXELS, Speaker
@@ -56,13 +58,7 @@ def answer_llava_bench(
     if not images.is_dir():
         raise UserError(f"--images: there is no folder {images}; name the one with the benchmark's pictures")
     sampling = sampling or Sampling(max_new_tokens=1024)
-    rows = [
-        Conversation(
-            question.question_id, (Turn("user", f"{IMAGE_PLACEHOLDER}\n{question.text}"), Turn("assistant", "?")),
-            (question.image,), {"category": question.category},
-        )
-        for question in read_questions(questions)
-    ]  # fmt: skip
+    rows = [_asked(question) for question in read_questions(questions)]
     source = FolderImages(images, MAX_IMAGE_PIXELS)
     answerer: Answerer
     about: dict[str, Any] = {
@@ -93,6 +89,12 @@ def answer_llava_bench(
     return folder / ANSWERS_FILE
 
 
+def _asked(question: BenchQuestion) -> Conversation:
+    text = as_typed(question.text, [IMAGE_PLACEHOLDER])
+    turns = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{text}"), Turn("assistant", "?"))
+    return Conversation(question.question_id, turns, (question.image,), {"category": question.category})
+
+
 def by_speaker(speaker: Speaker, images: FolderImages, batch_size: int, sampling: Sampling) -> Answerer:
     """Answers of a model whose own processor writes its prompts.
 
@@ -116,15 +118,12 @@ def by_speaker(speaker: Speaker, images: FolderImages, batch_size: int, sampling
 
 def prompt_ids(speaker: Speaker, row: Conversation) -> list[int]:
     """Ids of a question about one picture, which stands before it, as the speaker's processor writes them."""
-    text = row.turns[0].text.removeprefix(f"{IMAGE_PLACEHOLDER}\n")
+    text = without_marks(row.turns[0].text.removeprefix(f"{IMAGE_PLACEHOLDER}\n"))
     if speaker.single_turn:
         raise UserError(f"{speaker.name} was trained on captions (template plain) and takes no questions")
     content = [{"type": "image"}, {"type": "text", "text": text}]
-    written = speaker.processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    tokens = IMAGE_PLACEHOLDER * llava_of(speaker.model).config.image_seq_length
-    return list(speaker.processor.tokenizer(written.replace(IMAGE_PLACEHOLDER, tokens)).input_ids)
+    messages = [{"role": "user", "content": content}]
+    return written_ids(speaker.processor, messages, llava_of(speaker.model).config.image_seq_length)
 
 
 def _weights(model: str) -> dict[str, str]:

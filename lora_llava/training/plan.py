@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from transformers import LlavaConfig, PreTrainedTokenizerBase
 
+from lora_llava.data.encode import fit_template
 from lora_llava.data.templates import Template, chat_template, get_template
 from lora_llava.errors import UserError
 from lora_llava.model.adapters import lora_config, planned_parameters
 from lora_llava.model.attention import resolve_attention
-from lora_llava.model.base import build_processor, image_processor_of, load_tokenizer
+from lora_llava.model.base import build_processor, image_processor_of
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
 from lora_llava.model.start import ModelPlan, plan_model
+from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.recipe import Recipe
 from lora_llava.training.data import Split, build_split
 from lora_llava.training.memory import Step
@@ -122,7 +124,9 @@ def build_run_processor(
     template = get_template(recipe.data.template, recipe.data.system_prompt)
     tokenizer = load_tokenizer(tokenizer_folder, config)
     image_processor = image_processor_of(image_folder, config, recipe.data.image_aspect)
-    return tokenizer, build_processor(tokenizer, config, image_processor, chat_template(template))
+    return tokenizer, build_processor(
+        tokenizer, config, image_processor, chat_template(fit_template(template, tokenizer))
+    )
 
 
 def run_lora_config(recipe: Recipe, base: str | None = None) -> Any:

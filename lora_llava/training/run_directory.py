@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import importlib.metadata
 import json
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from peft import PeftModel
 
 from lora_llava.data.files import json_text
+from lora_llava.data.templates import get_template, stop_strings
 from lora_llava.errors import UserError
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE, Base
@@ -137,7 +139,9 @@ def save_model(
     processor.tokenizer.padding_side = "left"  # who serves the run generates
     processor.save_pretrained(folder)
     processor.tokenizer.padding_side = "right"
-    model.get_base_model().generation_config.save_pretrained(folder)
+    generation = copy.deepcopy(model.get_base_model().generation_config)
+    generation.stop_strings = stop_strings(get_template(recipe.data.template))
+    generation.save_pretrained(folder)
     dtype = str(resolve_dtype(recipe.model.dtype)).removeprefix("torch.")
     content = {
         "stage": recipe.stage, "base": base.as_dict(), "dtype": dtype, "recipe_hash": recipe_hash(recipe),

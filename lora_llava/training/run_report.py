@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation
+from lora_llava.data.conversation import Conversation
 from lora_llava.data.images import BadImageError
 from lora_llava.errors import UserError
 from lora_llava.evaluation.answers import is_answer_table
@@ -164,7 +164,7 @@ def _asked_rows(file: Path, marked: Sequence[Row], split: Split, own: bool) -> l
     """The rows that were asked, by what their lines say of them: others may have been dropped for their pictures."""
     rows: defaultdict[tuple[str, ...], deque[Conversation]] = defaultdict(deque)
     for row in split.read(range(len(split.rows))):
-        about = [str(row.extra.get("source", "")), _question(row), row.turns[-1].text] if own else []
+        about = [str(row.extra.get("source", "")), _question(row), row.turns[-1].shown] if own else []
         rows[row.row_id, *about].append(row)
     found = []
     for line in marked:
@@ -254,13 +254,13 @@ def _choose(marked: Sequence[Row], seed: int) -> list[int]:
 
 
 def _question(row: Conversation) -> str:
-    return row.turns[-2].text.replace(IMAGE_PLACEHOLDER, "").strip()
+    return row.turns[-2].words
 
 
 def _item(after: Asking, index: int) -> GalleryItem:
     row, line = after.rows[index], after.marked[index]
     return GalleryItem(
-        question=_question(row), reference=row.turns[-1].text, text=line["text"], right=_is_right(line),
+        question=_question(row), reference=row.turns[-1].shown, text=line["text"], right=_is_right(line),
         pictures=_pictures(row, after), question_id=line["question_id"],
         categories=line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)],
     )  # fmt: skip

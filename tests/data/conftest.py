@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import LlamaTokenizer
 
 from lora_llava.demo.build import build_tokenizer
+from lora_llava.model.tokenizer import load_tokenizer
 
 BYTES = [f"<0x{value:02X}>" for value in range(256)]
 PIECES = ["<unk>", "<s>", "</s>", *BYTES, "▁", *map(chr, range(33, 127)), "▁▁", "##", "<image>", "<pad>"]
@@ -50,7 +51,7 @@ def demo_tokenizer() -> LlamaTokenizer:
 @pytest.fixture(scope="session")
 def llama_tokenizer(shared: Path) -> LlamaTokenizer:
     """Vicuna's own."""
-    return _with_specials(LlamaTokenizer.from_pretrained(shared / "llama_tokenizer"))
+    return load_tokenizer(shared / "llama_tokenizer")
 
 
 @pytest.fixture(scope="session")

@@ -55,15 +55,15 @@ def encode(tokenizer: Any, messages: Sequence[Any], template: str | Template, **
 TWO_TURNS = said("<image>\nWhat is it?", "A dog.", "Are {you} sure?", "Yes,\n it  is.")
 SPELLED = {
     "vicuna_v1": [
-        (f"{V1} USER: <image>\nWhat is it? ASSISTANT:", False), (" A dog.</s>", True),
+        (f"{V1} USER: <image> \nWhat is it? ASSISTANT:", False), (" A dog.</s>", True),
         ("USER: Are {you} sure? ASSISTANT:", False), (" Yes,\n it  is.</s>", True),
     ],
     "vicuna_v0": [
-        (f"{V0}\n\n### Human: <image>\nWhat is it?\n### Assistant:", False), (" A dog.\n###", True),
+        (f"{V0}\n\n### Human: <image> \nWhat is it?\n### Assistant:", False), (" A dog.\n###", True),
         (" Human: Are {you} sure?\n### Assistant:", False), (" Yes,\n it  is.\n###", True), (" ", False),
     ],
     "llama_2": [
-        (f"[INST] <<SYS>>\n{LLAMA_2}\n<</SYS>>\n\n<image>\nWhat is it? [/INST]", False), (" A dog. </s>", True),
+        (f"[INST] <<SYS>>\n{LLAMA_2}\n<</SYS>>\n\n<image> \nWhat is it? [/INST]", False), (" A dog. </s>", True),
         ("[INST] Are {you} sure? [/INST]", False), (" Yes,\n it  is. </s>", True),
     ],
 }  # fmt: skip
@@ -176,7 +176,6 @@ def written(tokenizer: LlamaTokenizer, ids: list[int]) -> str:
         (said("Hi")[:1] * 2 + said("Hi", "Yo")[1:], "vicuna_v1", "turn 1 is the user's; the assistant's was due"),
         ([*said("Hi"), {"role": "system", "content": "x"}, *said("Hi", "Yo")[1:]], "vicuna_v1",
          "turn 1 is the system's; the assistant's was due"),
-        (said("Hi", "<image>"), "vicuna_v1", "turn 1: the answer holds <image>; only a user shows pictures"),
         (said("<image>", "a", "b", "c"), "plain", "template plain takes one picture and one caption"),
         (said("Hi", "a"), "plain", "template plain takes one picture and one caption"),
         ([{"role": "tool", "content": "x"}], "plain",

@@ -219,18 +219,13 @@ def golden(shared: Path) -> list[dict[str, Any]]:
 
 
 def llava_lists(case: dict[str, Any], image_id: int) -> tuple[list[int], list[int]]:
-    """LLaVA's lists with its one -200 a picture expanded, and the lone 29871 after it (but in plain) taken out."""
+    """LLaVA's lists with its one -200 an image expanded."""
     ids: list[int] = []
     labels: list[int] = []
-    after_picture = False
     for token, label in zip(case["input_ids"], case["labels"], strict=True):
-        if after_picture and case["template"] != "plain":
-            assert (token, label) == (29871, IGNORE_INDEX)
-        else:
-            repeat = IMAGE_TOKENS if token == -200 else 1
-            ids += [image_id if token == -200 else token] * repeat
-            labels += [label] * repeat
-        after_picture = token == -200
+        repeat = IMAGE_TOKENS if token == -200 else 1
+        ids += [image_id if token == -200 else token] * repeat
+        labels += [label] * repeat
     return ids, labels
 
 

@@ -282,8 +282,6 @@ BAD: list[tuple[Any, str, str]] = [
      "turn 2 is the system's; the user's was due"),
     ({"messages": chat("a", " \n")}, "empty answer", "turn 1: the answer is empty"),
     ({"messages": chat("", "b")}, "empty question", "turn 0: the question is empty"),
-    ({"messages": chat("a", "b <image>"), "image": "a.png"}, "placeholder count",
-     "turn 1: the answer holds <image>; only a user shows pictures"),
     ({"messages": chat("<image>", "b")}, "placeholder count",
      "1 <image> placeholders for 0 pictures; make them equal"),
     ({"messages": chat("<image> <image>", "b"), "image": "a.png"}, "placeholder count",

@@ -131,7 +131,7 @@ def test_a_linear_projector_of_llava_1_0_comes_in(checkpoint: tuple[Path, Path],
 @pytest.fixture
 def lora_folder(parts: Path, train: Train, tmp_path: Path) -> tuple[Path, Path]:
     """A run of ours and the same as LLaVA's LoRA folder."""
-    run = train()
+    run = train(rate=0.02)
     folder = tmp_path / "llava-lora"
     folder.mkdir()
     adapter, other = {}, {}

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from lora_llava.data.encode import encode_prompt
 from lora_llava.data.templates import get_template
-from lora_llava.model.base import load_tokenizer
+from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.publishing.merge import merge
 
 Train = Callable[..., Path]

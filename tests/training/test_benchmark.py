@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from lora_llava.data.rows import build_rows
 from lora_llava.data.templates import get_template
 from lora_llava.errors import UserError
-from lora_llava.model.base import load_tokenizer
 from lora_llava.model.parts import DEMO_FOLDER
+from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.training import benchmark_data
 from lora_llava.training.benchmark import benchmark
 from lora_llava.training.benchmark_data import draw_rows, lay_out

@@ -1,0 +1,82 @@
+"""Prompts that a model's own processor writes, with special tokens that people typed as ordinary text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lora_llava.data.conversation import IMAGE_PLACEHOLDER
+from lora_llava.data.typed import as_typed, special_tokens, text_backend
+
+Message = Mapping[str, Any]
+
+
+def holds_special_token(processor: Any, messages: Sequence[Message]) -> bool:
+    """Whether a text of these messages holds one of the tokenizer's special tokens."""
+    specials = special_tokens(processor.tokenizer)
+    return any(token in text for text in _texts(messages) for token in specials)
+
+
+def prompt_ids(processor: Any, messages: Sequence[Message], num_image_tokens: int) -> list[int]:
+    """Write messages by the processor's chat template and tokenise them, typed special tokens as text.
+
+    Without such tokens these are the ids that `processor.apply_chat_template(tokenize=True)` gives.
+
+    Args:
+        processor: A stock processor with a chat template.
+        messages: `{"role", "content"}`, the content a list of text and image parts.
+        num_image_tokens: Tokens of one image.
+
+    Returns:
+        The ids of the prompt, up to where the answer starts.
+    """
+    tokenizer = processor.tokenizer
+    specials = special_tokens(tokenizer)
+    marked = [{**message, "content": _marked(message["content"], specials)} for message in messages]
+    written = processor.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
+    written = written.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * num_image_tokens)
+    has_bos = bool(tokenizer.bos_token) and written.startswith(tokenizer.bos_token)
+    return list(text_backend(tokenizer, [written]).encode(written, add_special_tokens=not has_bos).ids)
+
+
+def encode_prompt(processor: Any, messages: Sequence[Message], num_image_tokens: int) -> dict[str, torch.Tensor]:
+    """Encode messages for a model.
+
+    Args:
+        processor: As in `prompt_ids`.
+        messages: As in `prompt_ids`, image parts with their `image`.
+        num_image_tokens: As in `prompt_ids`.
+
+    Returns:
+        `input_ids` and `attention_mask`, int64 of shape (1, tokens), and with images `pixel_values`, float32 of shape
+        (images, 3, height, width).
+    """
+    if not holds_special_token(processor, messages):
+        return dict(
+            processor.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        )
+    ids = torch.tensor([prompt_ids(processor, messages, num_image_tokens)])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    images = [image for message in messages for image in _images(message["content"])]
+    if images:
+        batch["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    return batch
+
+
+def _texts(messages: Sequence[Message]) -> Iterable[str]:
+    return (part["text"] for message in messages for part in message["content"] if part["type"] == "text")
+
+
+def _images(content: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
+    return [part["image"] for part in content if part["type"] == "image"]
+
+
+def _marked(content: Sequence[Mapping[str, Any]], specials: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {**part, "text": as_typed(part["text"], specials)} if part["type"] == "text" else dict(part) for part in content
+    ]
