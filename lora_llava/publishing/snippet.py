@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from lora_llava.model.loading import KEPT_WHOLE
 from lora_llava.publishing.package import Package
 
@@ -19,18 +22,21 @@ def loading_snippet(package: Package, repo_id: str) -> str:
         package: What is published.
         repo_id: Where it is.
     """
+    stops = _stop_strings(package.folder / "generation_config.json")
     if package.kind == "model":
+        stop = f", stop_sequence={json.dumps(stops[0])}" if stops else ""
         return f"""```python
 from PIL import Image
 from transformers import pipeline
 
 pipe = pipeline("image-text-to-text", model="{repo_id}")
-{_ASK}print(pipe(text=messages, max_new_tokens=128, return_full_text=False)[0]["generated_text"])
+{_ASK}print(pipe(text=messages, max_new_tokens=128, return_full_text=False{stop})[0]["generated_text"])
 ```
 
 `pip install transformers pillow torch` is all it needs."""
     revision = package.record["base"].get("revision")
     where = f'"{package.base}"' + (f', revision="{revision}"' if revision else "")
+    stop = f", stop_strings={json.dumps(stops)}, tokenizer=processor.tokenizer" if stops else ""
     code = f"""```python
 from peft import PeftModel
 from PIL import Image
@@ -42,7 +48,7 @@ processor = AutoProcessor.from_pretrained("{repo_id}")
 {_ASK}inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
-answer = model.generate(**inputs, max_new_tokens=128)
+answer = model.generate(**inputs, max_new_tokens=128{stop})
 print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 
@@ -55,3 +61,8 @@ print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
             f"bnb_4bit_use_double_quant=True, llm_int8_skip_modules=[{kept}])`."
         )
     return code
+
+
+def _stop_strings(file: Path) -> list[str] | None:
+    """What ends an answer where that is ordinary text; stock generation then needs the tokenizer as well."""
+    return json.loads(file.read_text(encoding="utf-8")).get("stop_strings") if file.is_file() else None
