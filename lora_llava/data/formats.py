@@ -6,7 +6,9 @@ with a kind, under which such rows are counted.
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from lora_llava.data.conversation import (
     place_image,
     read_turns,
 )
+from lora_llava.data.json_stream import keys_once
 
 Format = Literal["conversations", "captions"]
 BRIEF_REQUESTS = (
@@ -36,6 +39,8 @@ BRIEF_REQUESTS = (
     "Create a compact narrative representing the image presented.",
 )
 """What a naively expanded caption answers (LLaVA, arXiv 2304.08485, section 4.2 and appendix, table 11)."""
+_PYTHON_NAMES = re.compile(r"\[\s*(?:'[^'\\]*'[\s,]*)*\]")
+"""A list of texts as pandas writes it into a CSV, from Python's lists and from NumPy's arrays."""
 CHAT_COLUMNS = ("conversations", "conversation", "messages")
 PLACEHOLDER_ADDED = "placeholder added"
 LEADING_ANSWER_CUT = "leading answer cut"
@@ -45,7 +50,7 @@ OPEN_QUESTION_CUT = "unanswered end cut"
 class RowError(EncodingError):
     """A row that is no conversation; `kind` is its reason in a word or two."""
 
-    row_id = ""
+    row_id = name = ""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message, kind)
@@ -106,13 +111,13 @@ def read_row(
     images = _images(row, messages, columns, number if embedded else None)
     conversation = Conversation(str(row.get(columns.id, number)), turns, images, _asides(row))
     # A table's text has no place for a placeholder: that there is none is nothing to note.
-    is_chat = any(key in row for key in CHAT_COLUMNS)
+    is_chat = any(row.get(key, "") != "" for key in CHAT_COLUMNS)
     return _place(_mend(conversation), position, rng, expected=is_chat)
 
 
 def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.Random) -> list[Any]:
     """The row's messages, whichever form it has."""
-    forms: list[str] = [key for key in CHAT_COLUMNS if key in row]
+    forms: list[str] = [key for key in CHAT_COLUMNS if row.get(key, "") != ""]  # a table's cell may be empty
     if columns.question in row and columns.answer in row:
         forms.append(f"{columns.question}/{columns.answer}")
     if len(forms) > 1:
@@ -130,7 +135,7 @@ def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.R
     if forms[0] not in CHAT_COLUMNS:
         asked, answered = _text(row, columns.question), _text(row, columns.answer)
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    messages = row[forms[0]]
+    messages = _listed(row[forms[0]], forms[0])
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise RowError("malformed row", f"{forms[0]} is {messages!r:.60}; a row holds id, image and conversations")
     system = row.get("system")
@@ -139,9 +144,35 @@ def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.R
     return list(messages)
 
 
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def _listed(value: Any, column: str) -> Any:
+    """A value as it is, or the list that a text holds, as a cell of a CSV or Parquet file may.
+
+    Raises:
+        RowError: For a text in square brackets that is no list.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return value
+    try:
+        return json.loads(text, object_pairs_hook=keys_once)
+    except (ValueError, RecursionError):
+        if _PYTHON_NAMES.fullmatch(text):
+            return re.findall(r"'([^']*)'", text)
+    raise RowError("malformed row", f'{column} is {value!r:.60}, which is no JSON list; write it as ["a", "b"]')
+
+
 def _asides(row: Mapping[str, Any]) -> dict[str, Any]:
     """What an evaluation can use of a row besides: the choices its last question has, and its kind of question."""
-    choices = row.get("choices")
+    try:
+        choices = _listed(row.get("choices"), "choices")
+    except RowError:  # a text that only looks like a list
+        choices = row.get("choices")
     if isinstance(choices, str):  # a table's cell
         choices = [choice.strip() for choice in choices.split("|")]
     found: dict[str, Any] = {}
@@ -167,14 +198,15 @@ def _images(row: Mapping[str, Any], messages: Sequence[Any], columns: Columns, n
     are named by the row's number."""
     given: list[Any] = []
     for column in dict.fromkeys((columns.image, "images")):
-        value = row.get(column, [])
-        given += value if isinstance(value, (list, tuple)) else [value] if value != "" else []
+        value = _listed(row.get(column, []), column)
+        given += value if isinstance(value, (list, tuple)) else [value] if not _is_blank(value) else []
     inline = [name for message in messages for name in _inline_names(message)]
     if given and inline:
         raise RowError("both formats", f"its pictures stand in {columns.image} and in its messages; keep one")
     names = []
     for place, value in enumerate(given or inline):
         name = value.get("path") if isinstance(value, Mapping) else value
+        name = name.strip() if isinstance(name, str) else name
         if number is not None:
             name = str(number) if len(given) == 1 else f"{number}:{place}"
         if not isinstance(name, str) or not name or "\0" in name:
