@@ -38,6 +38,7 @@ class Finding:
         source: The source's name.
         split: The row's split.
         dropped: Whether the recipe leaves the row out for it.
+        name: How messages name the row, such as `row a (rows.csv, line 2)`; nothing for a source or split.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Finding:
     source: str
     split: str
     dropped: bool = False
+    name: str = ""
 
 
 @dataclass
@@ -94,7 +96,8 @@ class CheckedSource:
 
     def finding(self, kind: str, row: int, message: str, dropped: bool = False) -> Finding:
         told = f"{message}: the row is dropped" if dropped else message
-        return Finding(kind, self.table.row_ids[row], told, row, self.name, self.split, dropped)
+        name = self.table.row_name(row)
+        return Finding(kind, self.table.row_ids[row], told, row, self.name, self.split, dropped, name)
 
 
 def check_sources(
@@ -249,10 +252,10 @@ def _duplicates(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
         for row in map(int, _sound(source)):
             other, number = first.setdefault((source.split, _key(source, row, False)), (source, row))
             if (other, number) != (source, row):
-                where = f"row {other.table.row_ids[number]} (number {number}" + (
-                    ")" if other.name == source.name else f" of {other.name})"
+                of = "" if other.name == source.name else f" of {other.name}"
+                yield source.finding(
+                    DUPLICATE, row, f"it says and shows the same as {other.table.row_name(number)}{of}"
                 )
-                yield source.finding(DUPLICATE, row, f"it says and shows the same as {where}")
 
 
 def _leaks(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
@@ -267,7 +270,7 @@ def _leaks(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
             if found is not None:
                 other, number = found
                 yield source.finding(
-                    LEAK, row, f"it asks what {other.split} row {other.table.row_ids[number]} asks, of the same "
+                    LEAK, row, f"it asks what {other.split} {other.table.row_name(number)} asks, of the same "
                     "pictures; take it out of one of them"
                 )  # fmt: skip
 
@@ -278,7 +281,7 @@ def _shared_pictures(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
     for source in (source for source in sources if source.split != "train"):
         for row in map(int, _sound(source)):
             for digest in _digests(source, row):
-                held.setdefault(digest, f"{source.split} row {source.table.row_ids[row]}")
+                held.setdefault(digest, f"{source.split} {source.table.row_name(row)}")
     for source in (source for source in sources if source.split == "train"):
         for row in map(int, _sound(source)):
             found = next((held[digest] for digest in _digests(source, row) if digest in held), None)

@@ -131,7 +131,7 @@ class _Writer:
             "row_ids": row.row_id, "images": "\0".join(images),
             "problems": f"{problem.kind}\t{problem}" if problem else "",
             "notes": "\0".join(row.notes) if isinstance(row, Conversation) else "",
-            "names": row.name,
+            "names": row.name or f"row {row.row_id:.80}",
         }  # fmt: skip
         for name, text in texts.items():
             self.texts[name] += text.encode("utf-8", "surrogatepass")

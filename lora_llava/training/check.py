@@ -14,7 +14,7 @@ from rich.text import Text
 from lora_llava.data.check import DUPLICATE, CheckedSource, CheckReport, Finding, check_sources
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.files import DataFileError
-from lora_llava.data.fix import write_without
+from lora_llava.data.fix import write_set_without
 from lora_llava.data.picture_check import Picture, inspect_pictures
 from lora_llava.data.preview_samples import escape_hidden
 from lora_llava.data.templates import get_template
@@ -166,7 +166,7 @@ def _findings(report: CheckReport) -> RichTable:
             kinds.setdefault(finding.kind, []).append(finding)
         for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
             first = found[0]
-            where = f"{first.split} row {first.row}: " if first.row else ""
+            where = f"{first.split} {first.name}: " if first.name else ""
             told = escape_hidden(f"{where}{first.message}")
             table.add_row(Text(level, style=style), kind, f"{len(found):,}", Text(told))
     return table
@@ -189,13 +189,13 @@ def _fix(splits: dict[str, OpenSplit], report: CheckReport, console: Console) ->
             continue
         if len(rows) >= totals[name]:
             raise UserError(f"--fix: nothing of {name} would be left; mend it by hand")
-        if source.file is None:
+        if not source.files:
             raise UserError(
                 f"--fix: {name} is not a file of rows here; set data.on_bad_row=drop data.on_bad_image=drop"
             )
-        target, count = write_without(source.file, rows)
-        console.print(
-            f"--fix: {target}: {count:,} rows, {len(rows):,} left out; {source.file} is as it was", soft_wrap=True
-        )
+        for file, target, count, left_out in write_set_without(source.files, rows):
+            console.print(
+                f"--fix: {target}: {count:,} rows, {left_out:,} left out; {file} is as it was", soft_wrap=True
+            )
     if not dropped:
         console.print("--fix: there is nothing to leave out; no copy was written")

@@ -181,7 +181,7 @@ def lay_out(recipe: Recipe, split: Split) -> RowOrder:
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > budget:
             raise UserError(
-                f"row {split.rows[longest]['row_id']} has {lengths[longest]} tokens, over training.max_tokens_per_row "
+                f"{split.rows.row_name(longest)} has {lengths[longest]} tokens, over training.max_tokens_per_row "
                 f"{budget}; raise it, or set data.max_length={budget} with data.on_overlong=drop or truncate_answer"
             )
     return order_rows(
