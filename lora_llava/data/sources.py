@@ -54,8 +54,8 @@ class Source:
         """The first file it is read from."""
         return self.files[0] if self.files else None
 
-    def remarks(self) -> list[str]:
-        """What a person should know of how the files were read: their encoding, empty rows, and how many there are."""
+    def remarks(self) -> list[tuple[str, str]]:
+        """What a person should know of how the files are read; see `file_remarks`."""
         return file_remarks(self.files)
 
     def expected(self) -> int | None:
@@ -88,18 +88,19 @@ class Source:
         return [found[number] for number in wanted]
 
 
-def file_remarks(files: Sequence[Path]) -> list[str]:
-    """What a person should know of how files of rows are read; nothing where they are as usual."""
-    found = [f"{files[0].name} to {files[-1].name}: {len(files):,} files are one data set"] if len(files) > 1 else []
+def file_remarks(files: Sequence[Path]) -> list[tuple[str, str]]:
+    """What a person should know of how files of rows are read: their encoding and empty rows; kinds and sentences."""
+    found = []
     for file in files:
         if file.suffix.lower() == ".parquet":
             continue
         encoding = foreign_encoding(file)
         if encoding is not None:
-            found.append(f"{file.name}: read as {encoding}; save it as UTF-8 where letters look wrong")
+            found.append(("encoding", f"{file.name}: read as {encoding}; save it as UTF-8 where letters look wrong"))
         empty = empty_rows(file)
         if empty:
-            found.append(f"{file.name}: {empty:,} empty rows are left out")
+            rows = "1 empty row is" if empty == 1 else f"{empty:,} empty rows are"
+            found.append(("empty rows", f"{file.name}: {rows} left out"))
     return found
 
 
