@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora_llava.data.encoded import EncodedTable, answer_starts
-from lora_llava.data.formats import LEADING_ANSWER_CUT, OPEN_QUESTION_CUT, PLACEHOLDER_ADDED
+from lora_llava.data.formats import IMAGE_NOT_READ, LEADING_ANSWER_CUT, OPEN_QUESTION_CUT, PLACEHOLDER_ADDED
 from lora_llava.data.picture_check import Picture
 from lora_llava.data.rows import Policy
 
@@ -38,6 +38,7 @@ class Finding:
         source: The source's name.
         split: The row's split.
         dropped: Whether the recipe leaves the row out for it.
+        name: How messages name the row, such as `row a (rows.csv, line 2)`; nothing for a source or split.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Finding:
     source: str
     split: str
     dropped: bool = False
+    name: str = ""
 
 
 @dataclass
@@ -94,7 +96,8 @@ class CheckedSource:
 
     def finding(self, kind: str, row: int, message: str, dropped: bool = False) -> Finding:
         told = f"{message}: the row is dropped" if dropped else message
-        return Finding(kind, self.table.row_ids[row], told, row, self.name, self.split, dropped)
+        name = self.table.row_name(row)
+        return Finding(kind, self.table.row_ids[row], told, row, self.name, self.split, dropped, name)
 
 
 def check_sources(
@@ -113,7 +116,8 @@ def check_sources(
         num_image_tokens: How many of them a picture has.
         leaks_are_errors: Whether a held-out row that is also trained on is an error, or, in a published split that
             nobody here can mend, a warning.
-        with_pictures: Sources that are said to have pictures: not to see one is an error.
+        with_pictures: Sources that should have images by the recipe or by what is beside them: none is an error. It is
+            for any source of which a column that is not read seems to name images.
 
     Returns:
         The report, findings in the order of the rows.
@@ -131,10 +135,10 @@ def check_sources(
         errors, warnings = _pictures(source, policy)
         report.errors += errors
         report.warnings += warnings
-    report.errors += _whole(sources, with_pictures)
+    report.errors += whole_source_errors(sources, with_pictures)
     report.warnings += _duplicates(sources)
     report.warnings += _shared_pictures(sources)
-    (report.errors if leaks_are_errors else report.warnings).extend(_leaks(sources))
+    (report.errors if leaks_are_errors else report.warnings).extend(leaks(sources))
     for split in dict.fromkeys(source.split for source in sources):
         mine = [source for source in sources if source.split == split]
         report.splits[split] = _figures(mine, policies[split], num_image_tokens)
@@ -148,8 +152,16 @@ def _bad_rows(source: CheckedSource, policy: Policy) -> Iterator[Finding]:
         yield source.finding(problem.kind, int(row), str(problem), policy.on_bad_row == "drop")
 
 
-def _whole(sources: Sequence[CheckedSource], with_pictures: Container[str]) -> Iterator[Finding]:
-    """What is wrong with a source in all its splits, and with a split in all its sources."""
+def whole_source_errors(sources: Sequence[CheckedSource], with_pictures: Container[str]) -> Iterator[Finding]:
+    """Find what is wrong with a source in all its splits, and with a split in all its sources.
+
+    Args:
+        sources: See `check_sources`.
+        with_pictures: See `check_sources`.
+
+    Yields:
+        Errors: a source or split without rows, and a source that should have images and has none.
+    """
     for name in dict.fromkeys(source.name for source in sources):
         mine = [source for source in sources if source.name == name]
         sound = np.concatenate([_sound(source) for source in mine])
@@ -157,9 +169,10 @@ def _whole(sources: Sequence[CheckedSource], with_pictures: Container[str]) -> I
             rows = sum(len(source.rows) for source in mine)
             what = f"none of its {rows:,} rows can be used" if rows else "it has no rows"
             yield Finding("no rows", "", f"{name}: {what}", -1, name, mine[0].split)
-        elif name in with_pictures and not mine[0].table.pictures[sound].any():
-            told = "no row names a picture, though data.image_folder or data.columns.image is set; see data.columns"
-            yield Finding("no pictures", "", f"{name}: {told}", -1, name, mine[0].split)
+        elif not mine[0].table.pictures[sound].any():
+            column, rows = _unread_images(mine[0].table, sound)
+            if column is not None or name in with_pictures:
+                yield Finding("no pictures", "", _no_images(name, column, rows, len(sound)), -1, name, mine[0].split)
     for split in dict.fromkeys(source.split for source in sources):
         mine = [source for source in sources if source.split == split]
         elsewhere = any(len(_sound(source)) for source in sources if source.name == mine[0].name)
@@ -167,10 +180,44 @@ def _whole(sources: Sequence[CheckedSource], with_pictures: Container[str]) -> I
             yield Finding("no rows", "", f"{split}: it has no rows", -1, mine[0].name, split)
 
 
+def _unread_images(table: EncodedTable, rows: np.ndarray) -> tuple[str | None, int]:
+    """The column that most of these rows seem to name images in, and in how many; see `likely_image_column`."""
+    found: Counter[str] = Counter()
+    for row in rows[np.isin(rows, table.notes.where())]:
+        notes = table.notes[int(row)].split("\0")
+        found.update(note.removeprefix(IMAGE_NOT_READ) for note in notes if note.startswith(IMAGE_NOT_READ))
+    return found.most_common(1)[0] if found else (None, 0)
+
+
+def _no_images(name: str, column: str | None, rows: int, total: int) -> str:
+    if column is not None:
+        return (
+            f"{name}: no row has an image, and the column {column} seems to name one in {rows:,} of {total:,} rows; "
+            f"set data.columns: {{image: {column}}}, or take the column out to train on text alone"
+        )
+    return (
+        f"{name}: no row names an image, though data.image_folder or data.columns.image is set, or images are beside "
+        "the file; name their column with data.columns: {image: ...}, or, to train on text alone, set neither and move "
+        "the file to a folder without images"
+    )
+
+
+def _note_in_words(note: str) -> tuple[str, str]:
+    """A note's kind and its message."""
+    if note.startswith(IMAGE_NOT_READ):
+        column = note.removeprefix(IMAGE_NOT_READ)
+        return "image not read", (
+            f"it has no image, and the column {column} seems to name one; set data.columns: {{image: {column}}}, or "
+            "call the column as the others do"
+        )
+    return note, _NOTES.get(note, note)
+
+
 def _mended(source: CheckedSource) -> Iterator[Finding]:
     for row in source.rows[np.isin(source.rows, source.table.notes.where())]:
         for note in source.table.notes[int(row)].split("\0"):
-            yield source.finding(note, int(row), _NOTES.get(note, note))
+            kind, message = _note_in_words(note)
+            yield source.finding(kind, int(row), message)
 
 
 def _overlong(
@@ -249,14 +296,39 @@ def _duplicates(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
         for row in map(int, _sound(source)):
             other, number = first.setdefault((source.split, _key(source, row, False)), (source, row))
             if (other, number) != (source, row):
-                where = f"row {other.table.row_ids[number]} (number {number}" + (
-                    ")" if other.name == source.name else f" of {other.name})"
+                of = "" if other.name == source.name else f" of {other.name}"
+                yield source.finding(
+                    DUPLICATE, row, f"it says and shows the same as {other.table.row_name(number)}{of}"
                 )
-                yield source.finding(DUPLICATE, row, f"it says and shows the same as {where}")
 
 
-def _leaks(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
-    """Training rows that ask what a held-out row asks, of the same pictures."""
+def asked_again(sources: Sequence[CheckedSource]) -> dict[int, list[str]]:
+    """Images by which it is decided whether a held-out row is trained on, by the source's place among these sources.
+
+    They are those of rows whose question is the same as a row's on the other side, whatever their images show.
+    """
+    texts: dict[bool, dict[bytes, list[tuple[int, int]]]] = {True: {}, False: {}}
+    for place, source in enumerate(sources):
+        for row in map(int, _sound(source)):
+            ids, trained = source.table.row(row)
+            key = hashlib.sha256(ids[~trained].tobytes()).digest()[:16]
+            texts[source.split == "train"].setdefault(key, []).append((place, row))
+    found: dict[int, dict[str, None]] = {}
+    for key in texts[True].keys() & texts[False].keys():
+        for place, row in texts[True][key] + texts[False][key]:
+            found.setdefault(place, {}).update(dict.fromkeys(sources[place].table.images(row)))
+    return {place: list(names) for place, names in found.items()}
+
+
+def leaks(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
+    """Find training rows that ask what a held-out row asks, of the same pictures.
+
+    Args:
+        sources: What the splits consist of, with what is known of the images that `asked_again` names.
+
+    Yields:
+        A finding for each such training row.
+    """
     held: dict[bytes, tuple[CheckedSource, int]] = {}
     for source in (source for source in sources if source.split != "train"):
         for row in map(int, _sound(source)):
@@ -267,7 +339,7 @@ def _leaks(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
             if found is not None:
                 other, number = found
                 yield source.finding(
-                    LEAK, row, f"it asks what {other.split} row {other.table.row_ids[number]} asks, of the same "
+                    LEAK, row, f"it asks what {other.split} {other.table.row_name(number)} asks, of the same "
                     "pictures; take it out of one of them"
                 )  # fmt: skip
 
@@ -278,7 +350,7 @@ def _shared_pictures(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
     for source in (source for source in sources if source.split != "train"):
         for row in map(int, _sound(source)):
             for digest in _digests(source, row):
-                held.setdefault(digest, f"{source.split} row {source.table.row_ids[row]}")
+                held.setdefault(digest, f"{source.split} {source.table.row_name(row)}")
     for source in (source for source in sources if source.split == "train"):
         for row in map(int, _sound(source)):
             found = next((held[digest] for digest in _digests(source, row) if digest in held), None)

@@ -61,6 +61,7 @@ class Conversation:
         images: Picture files relative to the data source's image folder, one per placeholder.
         extra: What an evaluation needs besides (gold answer, categories).
         notes: What was mended while it was read.
+        named: How messages name it: `row a (line 2)`, or `line 2` where it has no id; no part of what it says.
     """
 
     row_id: str
@@ -68,6 +69,12 @@ class Conversation:
     images: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    named: str = field(default="", compare=False)
+
+    @property
+    def name(self) -> str:
+        """How messages name the row."""
+        return self.named or f"row {self.row_id:.80}"
 
 
 def read_turns(messages: Sequence[Message], images: int | None = None, *, inline: bool = True) -> tuple[Turn, ...]:

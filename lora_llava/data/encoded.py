@@ -46,7 +46,7 @@ _BATCH = 512
 _ARRAYS: dict[str, type] = {
     "ids": np.int32, "trained": np.bool_, "starts": np.int64, "pictures": np.int32, "supervised": np.int32,
 }  # fmt: skip
-_TEXTS = ("row_ids", "images", "problems", "notes")
+_TEXTS = ("row_ids", "images", "problems", "notes", "names")
 
 
 class _Texts:
@@ -81,7 +81,7 @@ class EncodedTable:
         self.columns = columns
         self.ids, self.trained, self.starts = columns["ids"], columns["trained"], columns["starts"]
         self.pictures, self.supervised = columns["pictures"], columns["supervised"]
-        self.row_ids, self._images, self.problems, self.notes = (
+        self.row_ids, self._images, self.problems, self.notes, self._names = (
             _Texts(columns[name], columns[f"{name}_starts"]) for name in _TEXTS
         )
 
@@ -101,6 +101,10 @@ class EncodedTable:
         """Names of a row's pictures, in order."""
         text = self._images[index]
         return text.split("\0") if text else []
+
+    def row_name(self, index: int) -> str:
+        """How messages name a row; see `Conversation.named`."""
+        return self._names[index]
 
     def problem(self, index: int) -> EncodingError | None:
         """What is wrong with a row."""
@@ -129,6 +133,7 @@ class _Writer:
             "row_ids": row.row_id, "images": "\0".join(images),
             "problems": f"{problem.kind}\t{problem}" if problem else "",
             "notes": "\0".join(row.notes) if isinstance(row, Conversation) else "",
+            "names": row.name or f"row {row.row_id:.80}",
         }  # fmt: skip
         for name, text in texts.items():
             self.texts[name] += text.encode("utf-8", "surrogatepass")
@@ -329,6 +334,11 @@ class EncodedRows(Sequence[dict[str, Any]]):
             *table.row(row), image_id=self.image_id, num_image_tokens=self.num_image_tokens, max_length=self.max_length
         )
         return {"row_id": table.row_ids[row], **encoded, "image_files": self.image_files(index)}
+
+    def row_name(self, index: int) -> str:
+        """How messages name a row; see `Conversation.named`."""
+        table, row = self.table_row(index)
+        return table.row_name(row)
 
     def table_row(self, index: int) -> tuple[EncodedTable, int]:
         """The table that a row is from and its number there."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import hashlib
 import itertools
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from lora_llava.data.json_stream import LONGEST, JsonStream, RepeatedKeyError, TooLongError, keys_once
+from lora_llava.data.shards import SUFFIXES, group_files, row_files, set_words, shard_of, split_words, whole_set
+from lora_llava.data.text_encoding import encoding_problem, text_encoding
 from lora_llava.errors import UserError
 
 
@@ -21,8 +22,7 @@ class DataFileError(UserError):
     """A file that is there but does not hold rows as its name says."""
 
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-_CHUNK = 1 << 20
+_TABLES = (".csv", ".tsv")
 _FIRST = 500
 """Rows from which the number of all is estimated."""
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
@@ -47,32 +47,49 @@ class Counted(Generic[Item]):
 
 
 def data_file(path: str | Path, where: str = "data.path") -> Path:
-    """Find the one file of rows that a path means.
-
-    Args:
-        path: A file, or a folder with exactly one such file in it.
-        where: The field that names it, for messages.
-
-    Returns:
-        The file.
+    """Find the one file of rows that a path means; see `data_files`.
 
     Raises:
-        UserError: For a path that is not there, an unknown kind of file, or a folder with none or several.
+        UserError: Also for a data set in several files.
+    """
+    found = data_files(path, where)
+    if len(found) > 1:
+        raise UserError(f"{where}: {path} is {len(found)} files, from {found[0].name} on; name one file, or join them")
+    return found[0]
+
+
+def data_files(path: str | Path, where: str = "data.path", split: str = "train") -> tuple[Path, ...]:
+    """Find the files of rows that a path means: one, or the shards of one data set.
+
+    Args:
+        path: A file, a shard of a set, or a folder with one file or one set in it; of several sets, the one that is
+            named after the split is meant. A folder without any is looked at one level deeper.
+        where: The field that names it, for messages.
+        split: Name of the split.
+
+    Returns:
+        The files, in order.
+
+    Raises:
+        UserError: For a path that is not there, an unknown kind of file, a folder in which it is not clear what is
+            meant, or a set that lacks a shard.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-        if len(files) == 1:
-            return files[0]
-        found = ", ".join(file.name for file in files[:5]) or "none"
+        sets = group_files(row_files(path)) or group_files(row_files(path, deeper=True))
+        meant = [files for files in sets if set_words(files[0], path) & split_words(split)] if len(sets) > 1 else sets
+        if len(meant) == 1:
+            return whole_set(meant[0][0], where)
+        found = ", ".join(str(files[0].relative_to(path)) for files in sets[:5]) or "none"
         raise UserError(
             f"{where}: {path} is a folder; name its file of rows ({', '.join(SUFFIXES)}); it holds: {found}"
         )
-    if not path.is_file():
+    shard = shard_of(path.name)
+    if not path.is_file() and (shard is None or not path.parent.is_dir()):
         raise UserError(f"{where}: {path} is missing; it should be a file such as chat.json")
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{where}: {path} is of no known kind; use one of {', '.join(SUFFIXES)}")
-    return path
+    return whole_set(path, where)
 
 
 def json_text(content: Any, indent: int | None = None) -> str:
@@ -97,7 +114,7 @@ def estimate_rows(file: Path) -> int:
         import pyarrow.parquet
 
         return int(pyarrow.parquet.read_metadata(file).num_rows)
-    table = file.suffix.lower() in (".csv", ".tsv")
+    table = file.suffix.lower() in _TABLES
     sizes = [
         sum(len(value) + 1 for value in row.values()) if table else len(json_text(row))
         for row in itertools.islice(iterate_rows(file), _FIRST)
@@ -108,10 +125,10 @@ def estimate_rows(file: Path) -> int:
 
 
 def iterate_rows(file: Path) -> Iterator[Any]:
-    """Read a file's rows in order.
+    """Read all of a file's rows in order.
 
     Args:
-        file: From `data_file`.
+        file: From `data_files`.
 
     Yields:
         One object per row: a dict as a rule; whatever else a JSON file holds is for the caller to refuse.
@@ -119,52 +136,74 @@ def iterate_rows(file: Path) -> Iterator[Any]:
     Raises:
         DataFileError: For text that is not what the suffix says, with the line.
     """
+    for _, row in _rows(file):
+        yield row
+
+
+def placed_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    """Read a file's rows in order, with their places; a table's rows without any text are left out.
+
+    Args:
+        file: From `data_files`.
+
+    Yields:
+        For each row its place for a person and its content. The place is the line of a CSV or JSONL file on which the
+        row begins, `line 2`, or its index in a JSON list or Parquet file, `index 0`.
+
+    Raises:
+        DataFileError: See `iterate_rows`.
+    """
+    is_table = file.suffix.lower() in _TABLES
+    for place, row in _rows(file):
+        if not (is_table and _is_empty(row)):
+            yield place, row
+
+
+def empty_rows(file: Path) -> int:
+    """How many of a table's rows have no text in any column, as spreadsheets write them below the last one."""
+    return sum(map(_is_empty, iterate_rows(file))) if file.suffix.lower() in _TABLES else 0
+
+
+def _is_empty(row: dict[str, str]) -> bool:
+    return not any(value.strip() for value in row.values())
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Any]]:
     suffix = file.suffix.lower()
     try:
         if suffix == ".parquet":
             yield from _parquet_rows(file)
-        elif suffix in (".csv", ".tsv"):
+        elif suffix in _TABLES:
             yield from _table_rows(file)
         elif suffix == ".json":
             yield from _json_rows(file)
         else:
             yield from _jsonl_rows(file)
-    except UnicodeDecodeError as error:
-        place = _undecodable(file)
-        raise DataFileError(f"{file}: not UTF-8: {error.reason} at byte {place}; save it as UTF-8") from None
+    except UnicodeDecodeError:
+        raise DataFileError(f"{file}: {encoding_problem(file)}") from None
     except RecursionError:
         raise DataFileError(f"{file}: not JSON that can be read: it is nested too deeply") from None
 
 
-def _undecodable(file: Path) -> int:
-    """Where a file's first byte is that is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    place = 0
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            waiting = len(decoder.getstate()[0])
-            try:
-                decoder.decode(chunk)
-            except UnicodeDecodeError as error:
-                return place - waiting + error.start
-            place += len(chunk)
-    return place
+def _open_text(file: Path, newline: str | None = None) -> Any:
+    return file.open(encoding=text_encoding(file), newline=newline)
 
 
-def _jsonl_rows(file: Path) -> Iterator[Any]:
-    with file.open(encoding="utf-8-sig") as stream:
+def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    with _open_text(file) as stream:
         for number, line in enumerate(_pieces(stream), 1):
             if not line.strip():
                 continue
             try:
                 if len(line) > LONGEST:
                     raise TooLongError
-                yield json.loads(line, object_pairs_hook=keys_once)
+                row = json.loads(line, object_pairs_hook=keys_once)
             except (RepeatedKeyError, TooLongError) as error:
                 raise DataFileError(f"{file}, line {number}: {error}") from None
             except ValueError as error:
                 mend = "; a list belongs into a file called .json" if line.lstrip()[:1] == "[" else ""
                 raise DataFileError(f"{file}, line {number}: not JSON: {_first(error)}{mend}") from None
+            yield f"line {number}", row
 
 
 def _pieces(stream: Any) -> Iterator[str]:
@@ -172,9 +211,9 @@ def _pieces(stream: Any) -> Iterator[str]:
     return iter(lambda: stream.readline(LONGEST + 1), "")
 
 
-def _json_rows(file: Path) -> Iterator[Any]:
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
     """A list's rows, or those of JSON lines that are called .json, as many are."""
-    with file.open(encoding="utf-8-sig") as stream:
+    with _open_text(file) as stream:
         reader = JsonStream(stream)
         opening = reader.peek()
         if opening == "{" and _has_more_lines(file):
@@ -198,7 +237,7 @@ def _json_rows(file: Path) -> Iterator[Any]:
                 raise DataFileError(
                     f"{file}, line {reader.line}: {_first(error)}, after {count:,} whole rows"
                 ) from None
-            yield row
+            yield f"index {count}", row
             count += 1
         reader.take(1)
         if reader.peek():
@@ -219,7 +258,7 @@ def _no_list(file: Path) -> DataFileError:
 
 def _has_more_lines(file: Path) -> bool:
     """Whether the first line is a whole JSON value and another follows."""
-    with file.open(encoding="utf-8-sig") as stream:
+    with _open_text(file) as stream:
         first = next((line for line in _pieces(stream) if line.strip()), "")
         try:
             json.loads(first)
@@ -230,7 +269,7 @@ def _has_more_lines(file: Path) -> bool:
 
 def _whole(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
+        return json.loads(file.read_text(encoding=text_encoding(file)))
     except ValueError as error:
         line = getattr(error, "lineno", 1)
         raise DataFileError(f"{file}, line {line}: not JSON: {_first(error)}") from None
@@ -254,29 +293,33 @@ def table_delimiter(file: Path) -> str:
     semicolon, which spreadsheets write where the comma is the decimal sign."""
     if file.suffix.lower() == ".tsv":
         return "\t"
-    with file.open(encoding="utf-8-sig") as stream:
+    with _open_text(file) as stream:
         header = stream.readline(LONGEST)
     return max(",;\t", key=header.count)
 
 
-def _table_rows(file: Path) -> Iterator[dict[str, str]]:
+def _table_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """A table's rows with the line on which each begins; a quoted cell may go over several lines."""
     csv.field_size_limit(LONGEST)
     delimiter = table_delimiter(file)
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(_lines(stream), delimiter=delimiter, strict=True)
+    with _open_text(file, newline="") as stream:
+        reader = csv.reader(_lines(stream), delimiter=delimiter, strict=True)
+        names: list[str] = []
+        start = 1
         try:
-            reader.fieldnames = _header(file, reader.fieldnames or ())
-            for row in reader:
-                if None in row or None in row.values():
-                    given = len([value for value in row.values() if value is not None])
-                    found = given + len(row.get(None) or [None]) - 1 if None in row else given
+            for cells in reader:
+                if cells and not names:
+                    names = _header(file, cells)
+                elif cells and len(cells) != len(names):
                     raise DataFileError(
-                        f"{file}, line {reader.line_num}: {found} fields, where its first line names "
-                        f"{len(reader.fieldnames or ())}; put text that holds the separator in double quotes"
+                        f"{file}, line {start}: {len(cells)} fields, where its first line names {len(names)}; put text "
+                        "that holds the separator in double quotes"
                     )
-                yield row
+                elif cells:
+                    yield f"line {start}", dict(zip(names, cells, strict=True))
+                start = reader.line_num + 1
         except (csv.Error, TooLongError) as error:
-            raise DataFileError(f"{file}, line {reader.line_num + 1}: not a table: {error}") from None
+            raise DataFileError(f"{file}, line {start}: not a table: {error}") from None
 
 
 def _lines(stream: Any) -> Iterator[str]:
@@ -295,14 +338,16 @@ def _header(file: Path, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
+    count = itertools.count()
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=1024, columns=_without_bytes(table)):
-                yield from batch.to_pylist()
+                for row in batch.to_pylist():
+                    yield f"index {next(count)}", row
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataFileError(f"{file}: not a Parquet file: {str(error).splitlines()[0]}") from None
 

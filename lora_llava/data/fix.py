@@ -5,27 +5,61 @@ from __future__ import annotations
 import codecs
 import csv
 import os
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.files import iterate_rows, json_text, table_delimiter
+from lora_llava.data.files import estimate_rows, json_text, placed_rows, table_delimiter
+from lora_llava.data.shards import shard_of
+from lora_llava.data.text_encoding import text_encoding
 from lora_llava.errors import UserError
 
 _BEGINNING = 1 << 16
 
 
 def fixed_name(file: Path) -> Path:
-    """Where the cleaned copy of a file goes: `rows.json` to `rows.fixed.json`."""
-    return file.with_name(f"{file.stem}.fixed{file.suffix}")
+    """Where the cleaned copy of a file goes: `rows.json` to `rows.fixed.json`, and so that shards stay a set."""
+    shard = shard_of(file.name)
+    if shard is None:
+        return file.with_name(f"{file.stem}.fixed{file.suffix}")
+    stem = shard.stem.rstrip("-_.")
+    return file.with_name(f"{stem}.fixed-{file.name[len(shard.stem) :]}")
+
+
+def write_set_without(
+    files: Sequence[Path], dropped: Container[int]
+) -> Iterator[tuple[Path, Path, int, int]]:  # fmt: skip
+    """Copy the files of one data set without some of its rows; see `write_without`.
+
+    Args:
+        files: The files in order, which are only read.
+        dropped: Numbers of the rows to leave out, from 0, counted over all files.
+
+    Yields:
+        Each file, its copy, the rows of the copy, and the rows left out of it.
+
+    Raises:
+        UserError: Where a copy is there already.
+    """
+    for file in files:
+        _refuse_existing(fixed_name(file))
+    start = 0
+    for file in files:
+        rows = estimate_rows(file) if file.suffix.lower() == ".parquet" else sum(1 for _ in placed_rows(file))
+        mine = {number - start for number in range(start, start + rows) if number in dropped}
+        target, count = write_without(file, mine)
+        yield file, target, count, len(mine)
+        start += rows
 
 
 def write_without(file: Path, dropped: Container[int]) -> tuple[Path, int]:
     """Copy a file of rows without some of them; the others stay as they are, to the letter of their values.
 
+    The copy of a text file is UTF-8, whatever the file is.
+
     Args:
         file: The file, which is only read.
-        dropped: Numbers of the rows to leave out, from 0.
+        dropped: Numbers of the rows to leave out, from 0; a table's empty rows are not counted, and left out.
 
     Returns:
         The copy and how many rows it has.
@@ -34,21 +68,25 @@ def write_without(file: Path, dropped: Container[int]) -> tuple[Path, int]:
         UserError: Where the copy is there already.
     """
     target = fixed_name(file)
-    if target.exists():
-        raise UserError(f"--fix: {target} is there already; move it away, or use it with data.path={target}")
+    _refuse_existing(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         suffix = file.suffix.lower()
         if suffix == ".parquet":
             count = _copy_parquet(file, dropped, temporary)
         else:
-            rows = (row for number, row in enumerate(iterate_rows(file)) if number not in dropped)
+            rows = (row for number, (_, row) in enumerate(placed_rows(file)) if number not in dropped)
             write = {".csv": _write_table, ".tsv": _write_table, ".json": _write_json}.get(suffix, _write_lines)
             count = write(rows, temporary, file)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
     return target, count
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"--fix: {target} is there already; move it away, or use it with data.path={target}")
 
 
 def _write_json(rows: Iterable[Any], target: Path, file: Path) -> int:
@@ -70,10 +108,13 @@ def _write_lines(rows: Iterable[Any], target: Path, file: Path) -> int:
 def _write_table(rows: Iterable[Any], target: Path, file: Path) -> int:
     delimiter = table_delimiter(file)
     beginning = file.read_bytes()[:_BEGINNING]
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+    source_encoding = text_encoding(file)
+    with file.open(encoding=source_encoding, newline="") as stream:
         header = next(csv.reader(stream, delimiter=delimiter, strict=True), [])
-    encoding = "utf-8-sig" if beginning.startswith(codecs.BOM_UTF8) else "utf-8"
-    ending = "\r\n" if b"\r\n" in beginning else "\n"
+    # What a spreadsheet wrote with a mark, or in an encoding of its own, it reads as UTF-8 only with a mark.
+    marked = beginning.startswith(codecs.BOM_UTF8) or source_encoding != "utf-8-sig"
+    encoding = "utf-8-sig" if marked else "utf-8"
+    ending = "\r\n" if b"\r\n" in beginning.replace(b"\0", b"") else "\n"
     with target.open("w", encoding=encoding, newline="") as stream:
         writer = csv.writer(stream, delimiter=delimiter, lineterminator=ending)
         writer.writerow(header)

@@ -10,22 +10,31 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.files import SUFFIXES, data_file, iterate_rows, parquet_columns
-from lora_llava.data.formats import CHAT_COLUMNS, Columns, Format, RowError, read_row
+from lora_llava.data.files import data_files, parquet_columns, placed_rows
+from lora_llava.data.formats import (
+    CHAT_COLUMNS,
+    IMAGE_COLUMNS,
+    IMAGE_SUFFIXES,
+    Columns,
+    Format,
+    RowError,
+    likely_image_column,
+    listed,
+    read_row,
+)  # fmt: skip
 from lora_llava.data.images import BadImageError, FolderImages
+from lora_llava.data.shards import SPLIT_WORDS, group_files, row_files, set_words
 from lora_llava.errors import UserError
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+PICTURE_SUFFIXES = IMAGE_SUFFIXES
 _ALIASES = {
-    "image": ("image", "images", "image_path", "image_file", "img", "picture", "photo", "file_name", "filename", "file",
-              "path"),
+    "image": IMAGE_COLUMNS,
     "question": ("question", "prompt", "instruction", "query", "user", "input", "q"),
     "answer": ("answer", "response", "output", "reply", "assistant", "completion", "target", "label", "a"),
     "caption": ("caption", "description", "text", "blip_caption"),
     "id": ("id", "question_id", "key", "uid"),
 }  # fmt: skip
 """What people call their columns; the first that a table has counts."""
-_HELD = {"validation": ("val", "valid", "validation", "dev", "eval"), "test": ("test",)}
 _PEEK = 500
 
 
@@ -46,6 +55,7 @@ class FolderData:
         named: Different pictures that rows name.
         embedded: Whether the pictures are in the table itself.
         unused: Columns that are not read.
+        files: All files of the set that `file` is the first of.
     """
 
     file: Path
@@ -60,6 +70,7 @@ class FolderData:
     named: int
     embedded: bool = False
     unused: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 def understand_folder(folder: Path, file: Path | None = None) -> FolderData:
@@ -83,37 +94,35 @@ def understand_folder(folder: Path, file: Path | None = None) -> FolderData:
     held: dict[str, Path] = {}
     if file is None:
         file, held = _choose(folder)
-    file = data_file(file, "--data")
-    first = list(islice(iterate_rows(file), _PEEK))
+    files = data_files(file, "--data")
+    file = files[0]
+    first = [row for each in files for _, row in islice(placed_rows(each), _PEEK)]
     if not first:
         raise UserError(f"{file}: it holds no rows; give it lines such as image, question, answer")
     form, shape, columns = _shape(file, first)
     embedded = file.suffix.lower() == ".parquet" and any(
-        parquet_columns(file).get(name) for name in (columns.image, "images")
+        parquet_columns(each).get(name) for each in files for name in (columns.image, "images")
     )  # fmt: skip
-    rows, names = _count(file, form, columns, embedded)
+    rows, names = _count(files, form, columns, embedded)
     pictures = list(_pictures(folder))
     root = _image_folder(folder, file, pictures, names) if names and not embedded else None
     known = {"system", "images", *CHAT_COLUMNS, *vars(columns).values()}
     unused = tuple(str(name) for name in dict.fromkeys(key for row in first for key in row) if name not in known)
     return FolderData(
         file, held.get("validation"), held.get("test"), form, shape, columns, root, rows, len(pictures), len(names),
-        embedded, unused,
+        embedded, unused, files,
     )  # fmt: skip
 
 
 def _choose(folder: Path) -> tuple[Path, dict[str, Path]]:
-    """The file to train on, and those that are called validation and test beside it."""
-    files = sorted(
-        file for file in [*folder.iterdir(), *folder.glob("*/*")]
-        if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith(".")
-    )  # fmt: skip
+    """The file to train on, and those that are called validation and test beside it; of a set, its first file."""
+    sets = [files[0] for files in group_files([*row_files(folder), *row_files(folder, deeper=True)])]
     held: dict[str, Path] = {}
-    for part, words in _HELD.items():
-        mine = [file for file in files if set(file.stem.lower().replace("-", "_").split("_")) & set(words)]
-        if len(mine) == 1 and len(files) > 1:
-            held[part] = mine[0]
-    left = [file for file in files if file not in held.values()]
+    for part in ("validation", "test"):
+        mine = [file for file in sets if set_words(file, folder) & set(SPLIT_WORDS[part])]
+        if len(mine) == 1 and len(sets) > 1:
+            held[part] = data_files(mine[0], "--data")[0]
+    left = [file for file in sets if file not in held.values()]
     if len(left) == 1:
         return left[0], held
     if held and not left:
@@ -137,10 +146,12 @@ def _shape(file: Path, rows: list[Any]) -> tuple[Format, str, Columns]:
         row |= {key: value for key, value in each.items() if key not in row or row[key] in (None, "")}
     plain = {str(name).strip().lower(): str(name) for name in reversed(row)}
     found = {role: next((plain[name] for name in names if name in plain), None) for role, names in _ALIASES.items()}
+    if found["image"] is None and "images" not in row:
+        found["image"] = likely_image_column(row, set(filter(None, found.values())))
     columns = Columns(**{role: name for role, name in found.items() if name is not None})
     chat = next((key for key in CHAT_COLUMNS if key in row), None)
     if chat is not None:
-        messages = row[chat]
+        messages = _parsed(row[chat])
         first = messages[0] if isinstance(messages, list) and messages else {}
         kind = "LLaVA's or ShareGPT's from and value" if isinstance(first, Mapping) and "from" in first else "messages"
         return "conversations", f"conversations ({kind})", columns
@@ -158,11 +169,20 @@ def _shape(file: Path, rows: list[Any]) -> tuple[Format, str, Columns]:
     )
 
 
-def _count(file: Path, form: Format, columns: Columns, embedded: bool) -> tuple[int, dict[str, None]]:
+def _parsed(messages: Any) -> Any:
+    """Messages that a table's cell holds as JSON."""
+    try:
+        return listed(messages, "messages")
+    except RowError:  # the check says so, row by row
+        return messages
+
+
+def _count(files: Iterable[Path], form: Format, columns: Columns, embedded: bool) -> tuple[int, dict[str, None]]:
     """Rows, and the pictures they name; what is wrong with them is for the check to say."""
     count = 0
     names: dict[str, None] = {}
-    for count, row in enumerate(iterate_rows(file), 1):
+    rows = (row for file in files for _, row in placed_rows(file))
+    for count, row in enumerate(rows, 1):
         try:
             names |= dict.fromkeys(read_row(row, count - 1, form=form, columns=columns, embedded=embedded).images)
         except RowError:

@@ -6,8 +6,10 @@ with a kind, under which such rows are counted.
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from lora_llava.data.conversation import (
     place_image,
     read_turns,
 )
+from lora_llava.data.json_stream import keys_once
 
 Format = Literal["conversations", "captions"]
 BRIEF_REQUESTS = (
@@ -36,16 +39,27 @@ BRIEF_REQUESTS = (
     "Create a compact narrative representing the image presented.",
 )
 """What a naively expanded caption answers (LLaVA, arXiv 2304.08485, section 4.2 and appendix, table 11)."""
+_LONGEST_NAME = 4096
+_PYTHON_NAMES = re.compile(r"\[\s*(?:'[^'\\]*'[\s,]*)*\]")
+"""A list of texts as pandas writes it into a CSV, from Python's lists and from NumPy's arrays."""
 CHAT_COLUMNS = ("conversations", "conversation", "messages")
 PLACEHOLDER_ADDED = "placeholder added"
 LEADING_ANSWER_CUT = "leading answer cut"
 OPEN_QUESTION_CUT = "unanswered end cut"
+IMAGE_NOT_READ = "image column not read: "
+"""Begins the note on a row without images in which a column that is not read names some; the column follows."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+IMAGE_COLUMNS = ("image", "images", "image_path", "image_paths", "image_file", "image_name", "img", "img_path",
+                 "picture", "pictures", "photo", "file_name", "filename", "file", "path")  # fmt: skip
+"""What people call the column of images, the likeliest first."""
+_SURE_COLUMNS = IMAGE_COLUMNS[:-4]
+"""Those that name an image whatever they hold; a file or a path may be something else."""
 
 
 class RowError(EncodingError):
     """A row that is no conversation; `kind` is its reason in a word or two."""
 
-    row_id = ""
+    row_id = name = ""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message, kind)
@@ -100,19 +114,63 @@ def read_row(
     rng = random.Random(f"{seed} {number}")
     messages = _messages(row, form, columns, rng)
     images = _images(row, messages, columns, number if embedded else None)
-    is_chat = any(key in row for key in CHAT_COLUMNS)
+    is_chat = any(row.get(key, "") != "" for key in CHAT_COLUMNS)
     try:
         turns = read_turns(messages, len(images), inline=is_chat or form == "captions")
     except EncodingError as error:
         raise RowError(error.kind, str(error)) from None
     conversation = Conversation(str(row.get(columns.id, number)), turns, images, _asides(row))
     # A table's text has no place for a placeholder: that there is none is nothing to note.
-    return _place(_mend(conversation), position, rng, expected=is_chat)
+    placed = _place(_mend(conversation), position, rng, expected=is_chat)
+    likely = None if images else likely_image_column(row, {*vars(columns).values(), "images", *CHAT_COLUMNS})
+    return placed if likely is None else replace(placed, notes=(*placed.notes, f"{IMAGE_NOT_READ}{likely}"))
+
+
+def likely_image_column(row: Mapping[str, Any], known: Container[str]) -> str | None:
+    """The column of a row that evidently names images, by its values' suffixes or by its own name.
+
+    Args:
+        row: What the file holds.
+        known: Columns that are something else, or read already.
+
+    Returns:
+        The likeliest column; None where there is none.
+    """
+    others = {str(name): value for name, value in row.items() if name not in known}
+    by_name = sorted(
+        (name for name in others if _plain(name) in IMAGE_COLUMNS), key=lambda name: IMAGE_COLUMNS.index(_plain(name))
+    )
+    for name in dict.fromkeys([*by_name, *others]):
+        if _names_images(others[name], _plain(name) in _SURE_COLUMNS):
+            return name
+    return None
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("-", "_").replace(" ", "_")
+
+
+def _names_images(value: Any, sure: bool) -> bool:
+    """Whether a value is the name of an image file, an image stored in the table, or a list of them."""
+    if isinstance(value, Mapping):
+        return "path" in value and set(value) <= {"path", "bytes"}
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(_names_images(each, sure) for each in value)
+    if not isinstance(value, str) or not value.strip() or len(value) > _LONGEST_NAME:
+        return False
+    try:
+        found = listed(value, "")
+    except RowError:
+        return False
+    if not isinstance(found, str):
+        return _names_images(found, sure)
+    name = value.strip()
+    return "\n" not in name and (sure or name.lower().endswith(IMAGE_SUFFIXES))
 
 
 def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.Random) -> list[Any]:
     """The row's messages, whichever form it has."""
-    forms: list[str] = [key for key in CHAT_COLUMNS if key in row]
+    forms: list[str] = [key for key in CHAT_COLUMNS if row.get(key, "") != ""]  # a table's cell may be empty
     if columns.question in row and columns.answer in row:
         forms.append(f"{columns.question}/{columns.answer}")
     if len(forms) > 1:
@@ -130,7 +188,7 @@ def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.R
     if forms[0] not in CHAT_COLUMNS:
         asked, answered = _text(row, columns.question), _text(row, columns.answer)
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-    messages = row[forms[0]]
+    messages = listed(row[forms[0]], forms[0])
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise RowError("malformed row", f"{forms[0]} is {messages!r:.60}; a row holds id, image and conversations")
     system = row.get("system")
@@ -139,9 +197,35 @@ def _messages(row: dict[str, Any], form: Format, columns: Columns, rng: random.R
     return list(messages)
 
 
+def _is_blank(value: Any) -> bool:
+    return isinstance(value, str) and not value.strip()
+
+
+def listed(value: Any, column: str) -> Any:
+    """A value as it is, or the list that a text holds, as a cell of a CSV or Parquet file may.
+
+    Raises:
+        RowError: For a text in square brackets that is no list.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if not (text.startswith("[") and text.endswith("]")):
+        return value
+    try:
+        return json.loads(text, object_pairs_hook=keys_once)
+    except (ValueError, RecursionError):
+        if _PYTHON_NAMES.fullmatch(text):
+            return re.findall(r"'([^']*)'", text)
+    raise RowError("malformed row", f'{column} is {value!r:.60}, which is no JSON list; write it as ["a", "b"]')
+
+
 def _asides(row: Mapping[str, Any]) -> dict[str, Any]:
     """What an evaluation can use of a row besides: the choices its last question has, and its kind of question."""
-    choices = row.get("choices")
+    try:
+        choices = listed(row.get("choices"), "choices")
+    except RowError:  # a text that only looks like a list
+        choices = row.get("choices")
     if isinstance(choices, str):  # a table's cell
         choices = [choice.strip() for choice in choices.split("|")]
     found: dict[str, Any] = {}
@@ -167,14 +251,15 @@ def _images(row: Mapping[str, Any], messages: Sequence[Any], columns: Columns, n
     are named by the row's number."""
     given: list[Any] = []
     for column in dict.fromkeys((columns.image, "images")):
-        value = row.get(column, [])
-        given += value if isinstance(value, (list, tuple)) else [value] if value != "" else []
+        value = listed(row.get(column, []), column)
+        given += value if isinstance(value, (list, tuple)) else [value] if not _is_blank(value) else []
     inline = [name for message in messages for name in _inline_names(message)]
     if given and inline:
         raise RowError("both formats", f"its pictures stand in {columns.image} and in its messages; keep one")
     names = []
     for place, value in enumerate(given or inline):
         name = value.get("path") if isinstance(value, Mapping) else value
+        name = name.strip() if isinstance(name, str) else name
         if number is not None:
             name = str(number) if len(given) == 1 else f"{number}:{place}"
         if not isinstance(name, str) or not name or "\0" in name:

@@ -304,14 +304,17 @@ class JoinedImages:
         return self.sources[int(place)], own
 
 
-def open_table(path: str, split: str, revision: str | None, where: str = "data.path") -> Any:
-    """Open a Parquet file, or a data set on the Hub, with its pictures undecoded.
+def open_table(
+    path: str, split: str, revision: str | None, where: str = "data.path", files: Sequence[Path] = ()
+) -> Any:  # fmt: skip
+    """Open Parquet files, or a data set on the Hub, with its pictures undecoded.
 
     Args:
         path: A Parquet file or a Hub id.
         split: Of a Hub data set.
         revision: Branch, tag or commit of a Hub id.
         where: The field that names it, for messages.
+        files: The Parquet files of one data set, in order, in place of the path.
 
     Returns:
         A `datasets.Dataset`; columns of pictures hold `{"bytes", "path"}`.
@@ -322,8 +325,9 @@ def open_table(path: str, split: str, revision: str | None, where: str = "data.p
     import datasets  # heavy, and only this form needs it
 
     try:
-        if Path(path).is_file():
-            table = datasets.load_dataset("parquet", data_files=[path], split="train")
+        if files or Path(path).is_file():
+            names = [str(file) for file in files] or [path]
+            table = datasets.load_dataset("parquet", data_files=names, split="train")
         else:
             table = datasets.load_dataset(path, split=split, revision=revision)
     except Exception as error:  # the library raises a dozen kinds for a name that is not there

@@ -123,6 +123,7 @@ def _toolbar(samples: Sequence[PreviewSample]) -> str:
 def _article(preview: Preview, index: int, pictures: Sequence[str]) -> str:
     sample = preview.samples[index]
     source, row_id = escape_line(sample.source), escape_line(sample.row_id)
+    name = escape_line(sample.name) or row_id
     notes = "".join(f"<li>{escape_line(note)}</li>" for note in sample.notes)
     figures = (
         ("tokens", f"{sample.length:,}"),
@@ -131,7 +132,7 @@ def _article(preview: Preview, index: int, pictures: Sequence[str]) -> str:
     )
     return (
         f'<article id="{index + 1}" data-row-id="{row_id}" data-source="{source}">'
-        f'<div class="top"><div><p class="source">sample {index + 1} · <bdi>{source}</bdi></p><h2>{row_id}</h2></div>'
+        f'<div class="top"><div><p class="source">sample {index + 1} · <bdi>{source}</bdi></p><h2>{name}</h2></div>'
         '<dl class="figures">'
         + "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in figures)
         + "</dl></div>"

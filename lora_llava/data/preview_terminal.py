@@ -51,7 +51,10 @@ def print_samples(preview: Preview, console: Console) -> None:
 
 def _header(preview: Preview, index: int) -> Text:
     sample = preview.samples[index]
-    text = Text(escape_hidden(f"{index + 1} of {len(preview.samples)}  {sample.source}  {sample.row_id}"), style="bold")
+    text = Text(
+        escape_hidden(f"{index + 1} of {len(preview.samples)}  {sample.source}  {sample.name or sample.row_id}"),
+        style="bold",
+    )
     trained = f"{sample.trained:,} trained ({share(sample.trained, sample.length)})"
     pictures = count_of(len(sample.pictures), "picture")
     place = describe_row(preview, sample.row).partition(":")[0]

@@ -113,7 +113,7 @@ def _sound(table: EncodedTable, rows: np.ndarray, on_bad_row: OnBad, report: Rep
         if on_bad_row == "error":
             more = int(bad.sum()) - 1
             others = f"; {more} more rows cannot be used either: `lora-llava check` lists them" if more else ""
-            raise EncodingError(f"row {table.row_ids[int(rows[place])]:.80}: {problem}{others}", problem.kind)
+            raise EncodingError(f"{table.row_name(int(rows[place]))}: {problem}{others}", problem.kind)
         report.dropped[problem.kind] += 1
     return ~bad
 
@@ -127,7 +127,7 @@ def _fitting(
     if not long.any():
         return ~long
     first = int(np.flatnonzero(long)[0])
-    name = f"row {table.row_ids[int(rows[first])]:.80}: the sample has {lengths[first]} tokens"
+    name = f"{table.row_name(int(rows[first]))}: the sample has {lengths[first]} tokens"
     if policy.on_overlong == "error":
         raise OverlongError(
             f"{name}, over data.max_length {policy.max_length}; raise it, or set data.on_overlong to drop or "
@@ -141,7 +141,7 @@ def _fitting(
     if len(gone):
         place = np.flatnonzero(long)[gone[0]]
         raise OverlongError(
-            f"row {table.row_ids[int(rows[place])]:.80}: the sample has {lengths[place]} tokens and its last answer "
+            f"{table.row_name(int(rows[place]))}: the sample has {lengths[place]} tokens and its last answer "
             f"starts at token {starts[gone[0]]}: a limit of {policy.max_length} would cut the answer away"
         )
     report.truncated += int(long.sum())
@@ -174,8 +174,7 @@ def without_bad_pictures(
             good.append(index)
             continue
         if on_bad_image == "error":
-            row_id = rows[index]["row_id"]
-            raise UserError(f"row {row_id:.80}: {problem}; mend it or set data.on_bad_image=drop")
+            raise UserError(f"{rows.row_name(index)}: {problem}; mend it or set data.on_bad_image=drop")
         report.dropped[BAD_IMAGE] += 1
     return rows if len(good) == len(rows) else rows.take(good)
 

@@ -5,16 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_llava.data.conversation import Conversation, ImagePosition
-from lora_llava.data.files import SUFFIXES, data_file, estimate_rows, file_hash, iterate_rows, parquet_columns
+from lora_llava.data.files import (
+    data_files,
+    empty_rows,
+    estimate_rows,
+    file_hash,
+    parquet_columns,
+    placed_rows,
+)
 from lora_llava.data.formats import CHAT_COLUMNS, Columns, Format, RowError, read_row
 from lora_llava.data.images import FolderImages, ImageSource, TableImages, open_table
+from lora_llava.data.shards import SUFFIXES, set_stem, shard_of
+from lora_llava.data.text_encoding import foreign_encoding
 from lora_llava.errors import UserError
 
+_MOST_SHARDS = 10_000
 Read = Conversation | RowError
 """What becomes of a row."""
 
@@ -28,7 +38,7 @@ class Source:
         images: Opens its pictures.
         fingerprint: Hash over everything that decides what `read` gives.
         read: Gives every row in order, as a conversation or as what is wrong with it.
-        file: The file it is read from, where there is one.
+        files: The files it is read from, where there are any: one, or the shards of a set.
         rows: How many rows it has, where that is known.
     """
 
@@ -36,15 +46,24 @@ class Source:
     images: ImageSource
     fingerprint: str
     read: Callable[[], Iterator[Read]]
-    file: Path | None = None
+    files: tuple[Path, ...] = ()
     rows: int | None = None
+
+    @property
+    def file(self) -> Path | None:
+        """The first file it is read from."""
+        return self.files[0] if self.files else None
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """What a person should know of how the files are read; see `file_remarks`."""
+        return file_remarks(self.files)
 
     def expected(self) -> int | None:
         """About how many rows will be read, for a progress bar; None where that cannot be told."""
-        if self.rows is not None or self.file is None:
+        if self.rows is not None or not self.files:
             return self.rows
         try:
-            return estimate_rows(self.file)
+            return sum(map(estimate_rows, self.files))
         except UserError:  # it is told when the row is read
             return None
 
@@ -69,6 +88,22 @@ class Source:
         return [found[number] for number in wanted]
 
 
+def file_remarks(files: Sequence[Path]) -> list[tuple[str, str]]:
+    """What a person should know of how files of rows are read: their encoding and empty rows; kinds and sentences."""
+    found = []
+    for file in files:
+        if file.suffix.lower() == ".parquet":
+            continue
+        encoding = foreign_encoding(file)
+        if encoding is not None:
+            found.append(("encoding", f"{file.name}: read as {encoding}; save it as UTF-8 where letters look wrong"))
+        empty = empty_rows(file)
+        if empty:
+            rows = "1 empty row is" if empty == 1 else f"{empty:,} empty rows are"
+            found.append(("empty rows", f"{file.name}: {rows} left out"))
+    return found
+
+
 def list_source(name: str, rows: Sequence[Conversation], images: ImageSource) -> Source:
     """A source of conversations that are at hand."""
     digest = hashlib.sha256()
@@ -86,12 +121,13 @@ def open_source(
     """Open a file of rows, a folder that holds one, or a data set on the Hub.
 
     Args:
-        path: A file (JSON, JSONL, CSV, TSV, Parquet), a folder with one such file, or a Hub id.
+        path: A file (JSON, JSONL, CSV, TSV, Parquet), one of several shards, a folder with such a file or set, or a Hub
+            id.
         name: Names it in reports; default: the file's name.
         form: `conversations` or `captions`.
         file: A file in a Hub data set's repository, such as `detail_23k.json`; None loads it as a table.
         revision: Branch, tag or commit of a Hub id.
-        split: Split of a Hub table.
+        split: Split of a Hub table, or of a folder with files of several splits.
         image_folder: Root of the pictures; default: `images` beside the file, else the file's own folder.
         columns: What a table calls its columns.
         position: See `read_row`.
@@ -118,21 +154,45 @@ def open_source(
             name or str(path),
             images,
             fingerprint,
-            lambda: _read(_light_rows(table), form, columns, position, seed, isinstance(images, TableImages)),
+            lambda: _read(_table_rows(table), form, columns, position, seed, isinstance(images, TableImages)),
         )
-    found = data_file(on_disk, where)
-    embedded = None
-    if found.suffix.lower() == ".parquet":
-        kinds = parquet_columns(found)
-        check_columns(found, list(kinds), form, columns)
-        if kinds.get(columns.image) or kinds.get("images"):
-            embedded = open_table(str(found), split, None, where)
-    digest = file_hash(found)
-    images = _images_of(image_folder, max_image_pixels, embedded, columns, found.parent, digest, where)
+    found = data_files(on_disk, where, split)
+    embedded = _embedded_images(found, form, columns, where)
+    digests = [file_hash(each) for each in found]
+    digest = digests[0] if len(digests) == 1 else _hash(digests)
+    images = _images_of(image_folder, max_image_pixels, embedded, columns, found[0].parent, digest, where)
     return Source(
-        name or found.stem, images, _hash([digest, found.suffix.lower(), settings]),
-        lambda: _read(iterate_rows(found), form, columns, position, seed, isinstance(images, TableImages)), found,
+        name or set_stem(found[0]), images, _hash([digest, found[0].suffix.lower(), settings]),
+        lambda: _read(_file_rows(found), form, columns, position, seed, isinstance(images, TableImages)), found,
     )  # fmt: skip
+
+
+def _embedded_images(files: Sequence[Path], form: Format, columns: Columns, where: str) -> Any:
+    """The table of Parquet files that hold their images themselves; None for others.
+
+    Raises:
+        UserError: Where one lacks the columns.
+    """
+    if files[0].suffix.lower() != ".parquet":
+        return None
+    schemas = [parquet_columns(file) for file in files]
+    for file, kinds in zip(files, schemas, strict=True):
+        check_columns(file, list(kinds), form, columns)
+    if any(kinds.get(columns.image) or kinds.get("images") for kinds in schemas):
+        return open_table(str(files[0]), "train", None, where, files)
+    return None
+
+
+def _file_rows(files: Iterable[Path]) -> Iterator[tuple[str, Any]]:
+    """Rows of files in order, with the file and the place in it."""
+    for file in files:
+        for place, row in placed_rows(file):
+            yield f"{file.name}, {place}", row
+
+
+def _table_rows(table: Any) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(_light_rows(table)):
+        yield f"index {number}", row
 
 
 def _is_hub_id(path: str) -> bool:
@@ -144,14 +204,27 @@ def _hash(content: Any) -> str:
 
 
 def _read(
-    rows: Iterable[Any], form: Format, columns: Columns, position: ImagePosition, seed: int, embedded: bool
+    rows: Iterable[tuple[str, Any]], form: Format, columns: Columns, position: ImagePosition, seed: int, embedded: bool
 ) -> Iterator[Read]:  # fmt: skip
-    for number, row in enumerate(rows):
+    for number, (place, row) in enumerate(rows):
+        own = _own_id(row, columns)
+        row_id = str(number) if own is None else own
+        named = place if own is None else f"row {own:.80} ({place})"
         try:
-            yield read_row(row, number, form=form, columns=columns, position=position, seed=seed, embedded=embedded)
+            found = read_row(row, number, form=form, columns=columns, position=position, seed=seed, embedded=embedded)
         except RowError as error:
-            error.row_id = str(row.get(columns.id, number)) if isinstance(row, dict) else str(number)
+            error.row_id, error.name = row_id, named
             yield error
+        else:
+            yield replace(found, row_id=row_id, named=named)
+
+
+def _own_id(row: Any, columns: Columns) -> str | None:
+    """The id that a row gives itself; None where there is none, or an empty cell."""
+    value = row.get(columns.id) if isinstance(row, dict) else None
+    if value is None or value != value or str(value).strip() == "":  # NaN is not itself
+        return None
+    return str(value)
 
 
 def _images_of(
@@ -213,11 +286,18 @@ def _is_text(feature: Any) -> bool:
 
 
 def _download(repo: str, file: str, revision: str | None, where: str) -> Path:
+    """Download a file of a data set on the Hub; of a shard, the whole set."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    shard = shard_of(file)
+    names = [file]
+    if shard is not None and shard.total <= _MOST_SHARDS and not shard.hash:
+        first = 1 if shard.index == shard.total else 0
+        names = [file, *(str(Path(file).with_name(shard.name(i))) for i in range(first, first + shard.total))]
     try:
-        return Path(hf_hub_download(repo, file, repo_type="dataset", revision=revision))
+        found = [hf_hub_download(repo, each, repo_type="dataset", revision=revision) for each in dict.fromkeys(names)]
+        return Path(found[0])
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         raise UserError(
             f"{where}: {file} of {repo} cannot be had from the Hub: {str(error).splitlines()[0]}; name a local file"

@@ -150,13 +150,13 @@ def _choices(asked: Asked, row: Conversation, texts: Sequence[str]) -> Choices:
         UserError: For choices that cannot be told apart, or one that is empty.
     """
     if not all(text.strip() for text in texts):
-        raise UserError(f"--method loglik: row {row.row_id} has an empty choice; fill it in, or take it out")
+        raise UserError(f"--method loglik: {row.name} has an empty choice; fill it in, or take it out")
     encoded = [asked.with_answer(row, text) for text in texts]
     try:
         build_tree([ids for ids, _ in encoded])
     except ValueError:
         raise UserError(
-            f"--method loglik: row {row.row_id} has a choice that is the beginning of another, or the same; mend it"
+            f"--method loglik: {row.name} has a choice that is the beginning of another, or the same; mend it"
         ) from None
     return Choices(texts, encoded, row.images)
 

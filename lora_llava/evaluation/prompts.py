@@ -79,13 +79,13 @@ def choices_of(row: Conversation, reasons: str, *, prompt: str) -> list[str]:
     if "num_choices" not in row.extra:
         if "choices" not in row.extra:
             raise UserError(
-                f"--method loglik: row {row.row_id} has no choices; give it a list `choices`, or a column of them with "
+                f"--method loglik: {row.name} has no choices; give it a list `choices`, or a column of them with "
                 "| between, or leave --method out"
             )
         choices = list(dict.fromkeys(row.extra["choices"]))
         if row.turns[-1].shown not in choices:
             raise UserError(
-                f"--method loglik: the answer of row {row.row_id}, {row.turns[-1].shown!r}, is none of its choices; "
+                f"--method loglik: the answer of {row.name}, {row.turns[-1].shown!r}, is none of its choices; "
                 "mend the row"
             )
         return choices

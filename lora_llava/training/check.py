@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,19 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from lora_llava.data.check import DUPLICATE, CheckedSource, CheckReport, Finding, check_sources
+from lora_llava.data.check import DUPLICATE, CheckReport, Finding, check_sources
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.files import DataFileError
-from lora_llava.data.fix import write_without
+from lora_llava.data.fix import write_set_without
 from lora_llava.data.picture_check import Picture, inspect_pictures
 from lora_llava.data.preview_samples import escape_hidden
 from lora_llava.data.templates import get_template
 from lora_llava.errors import UserError
 from lora_llava.model.start import plan_model
-from lora_llava.recipe import ColumnsSection, EvaluationSection, Recipe
+from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.training.data import run_policy
 from lora_llava.training.plan import build_run_processor
+from lora_llava.training.refusals import checked_sources, sources_with_images
 from lora_llava.training.run_directory import write_json
 from lora_llava.training.sources import OpenSplit, encode_splits, picture_cache, progress_bar
 
@@ -83,25 +85,29 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
     tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
     splits = encode_splits(recipe, tokenizer, progress_bar)
     pictures = _inspect(splits)
-    checked = [
-        CheckedSource(name, source.name, table, split.places[split.places[:, 0] == number, 1], pictures[id(source)])
-        for name, split in splits.items()
-        for number, (source, table) in enumerate(zip(split.sources, split.tables, strict=True))
-    ]
+    checked = checked_sources(splits, pictures)
     template = get_template(recipe.data.template, recipe.data.system_prompt)
     image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    named = {
-        source.name for source, section in zip(splits["train"].sources, recipe.data.train_sources(), strict=True)
-        if section.image_folder is not None or section.columns.image != ColumnsSection().image
-    }  # fmt: skip
     report = check_sources(
         checked, {name: run_policy(recipe, name) for name in splits},
         special_ids=set(tokenizer.all_special_ids) - {image_id, tokenizer.unk_token_id},
         stop_id=tokenizer.eos_token_id if template.stop_string is None else None,  # type: ignore[arg-type]
         image_id=image_id, num_image_tokens=model.config.image_seq_length, leaks_are_errors=not science,
-        with_pictures=named,
+        with_pictures=sources_with_images(recipe, splits),
     )  # fmt: skip
+    report.warnings += _remarks(splits)
     return splits, report
+
+
+def _remarks(splits: dict[str, OpenSplit]) -> Iterator[Finding]:
+    """How files were read, where it is not as usual."""
+    seen: set[str] = set()
+    for split, found in splits.items():
+        for source in found.sources:
+            if source.name not in seen:
+                seen.add(source.name)
+                for kind, remark in source.remarks():
+                    yield Finding(kind, "", remark, -1, source.name, split)
 
 
 def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, Picture]]:
@@ -121,10 +127,12 @@ def print_report(report: CheckReport, console: Console) -> None:
     for name, figures in report.splits.items():
         share = 100 * figures["trained_tokens"] / max(1, figures["tokens"])
         sources = figures["sources"]
+        bare = figures["sound_rows"] - figures["rows_with_pictures"]
+        without = f", {bare:,} without" if bare and figures["rows_with_pictures"] else ""
         of = f" from {len(sources)} sources" if len(sources) > 1 else ""
         console.print(
             Text(
-                f"{name}: {figures['rows']:,} rows{of}, {figures['rows_with_pictures']:,} with pictures; "
+                f"{name}: {figures['rows']:,} rows{of}, {figures['rows_with_pictures']:,} with pictures{without}; "
                 f"{figures['tokens']:,} tokens, {share:.0f}% trained; longest {figures['longest']:,}"
             )
         )
@@ -166,7 +174,7 @@ def _findings(report: CheckReport) -> RichTable:
             kinds.setdefault(finding.kind, []).append(finding)
         for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
             first = found[0]
-            where = f"{first.split} row {first.row}: " if first.row else ""
+            where = f"{first.split} {first.name}: " if first.name else ""
             told = escape_hidden(f"{where}{first.message}")
             table.add_row(Text(level, style=style), kind, f"{len(found):,}", Text(told))
     return table
@@ -189,13 +197,13 @@ def _fix(splits: dict[str, OpenSplit], report: CheckReport, console: Console) ->
             continue
         if len(rows) >= totals[name]:
             raise UserError(f"--fix: nothing of {name} would be left; mend it by hand")
-        if source.file is None:
+        if not source.files:
             raise UserError(
                 f"--fix: {name} is not a file of rows here; set data.on_bad_row=drop data.on_bad_image=drop"
             )
-        target, count = write_without(source.file, rows)
-        console.print(
-            f"--fix: {target}: {count:,} rows, {len(rows):,} left out; {source.file} is as it was", soft_wrap=True
-        )
+        for file, target, count, left_out in write_set_without(source.files, rows):
+            console.print(
+                f"--fix: {target}: {count:,} rows, {left_out:,} left out; {file} is as it was", soft_wrap=True
+            )
     if not dropped:
         console.print("--fix: there is nothing to leave out; no copy was written")

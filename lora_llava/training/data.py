@@ -85,7 +85,7 @@ class Split:
     def name_of(self, index: int) -> str:
         """A row for a person: its source, its id and its pictures."""
         pictures = ", ".join(self.rows.image_files(index))
-        return f"{self.source_of(index).name}: {self.rows[index]['row_id']}" + (f" ({pictures})" if pictures else "")
+        return f"{self.source_of(index).name}: {self.rows.row_name(index)}" + (f" ({pictures})" if pictures else "")
 
     def source_of(self, index: int) -> Source:
         """Where a row comes from."""

@@ -15,6 +15,7 @@ from ruamel.yaml.comments import CommentedMap
 from lora_llava.data.check import CheckReport
 from lora_llava.data.folder import FolderData, understand_folder
 from lora_llava.data.formats import Columns
+from lora_llava.data.sources import file_remarks
 from lora_llava.demo.dataset import EXAMPLE_PICTURES, write_example_folder
 from lora_llava.errors import UserError
 from lora_llava.recipe import find_recipe, load_recipe
@@ -77,10 +78,11 @@ def _tell(found: FolderData, console: Console) -> None:
     table.add_column()
     table.add_column(overflow="fold")
     facts = {
-        "rows": f"{found.rows:,} in {found.file}",
+        "rows": f"{found.rows:,} in {found.file}" + _and_shards(found),
         "form": found.shape,
         "pictures": f"{found.named:,} named by rows, {found.pictures:,} in the folder",
         "picture folder": str(found.image_folder or ("in the table" if found.embedded else "none: text alone")),
+        "read as": "; ".join(remark for _, remark in file_remarks(found.files)),
         "not used": ", ".join(found.unused),
         "validation": _validation_in_words(found),
         "test": str(found.test or ""),
@@ -89,6 +91,10 @@ def _tell(found: FolderData, console: Console) -> None:
         if value:
             table.add_row(name, value)
     console.print(table)
+
+
+def _and_shards(found: FolderData) -> str:
+    return f" to {found.files[-1].name}, {len(found.files):,} files" if len(found.files) > 1 else ""
 
 
 def _validation_in_words(found: FolderData) -> str:

@@ -25,6 +25,7 @@ from lora_llava.training.data import Split, build_split
 from lora_llava.training.memory import Step
 from lora_llava.training.planner import build_step, choose_checkpointing, measure_rows
 from lora_llava.training.ranks import this_rank
+from lora_llava.training.refusals import refuse_errors
 from lora_llava.training.rows import RowOrder, order_rows
 from lora_llava.training.sharding import check_sharding, is_sharded
 from lora_llava.training.sources import Progress, encode_splits, no_progress
@@ -80,10 +81,11 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     template = get_template(recipe.data.template, recipe.data.system_prompt)
     tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
     _check_context(recipe, model.config)
+    opened = encode_splits(recipe, tokenizer, progress)
     splits = {
-        name: build_split(recipe, name, split, processor, model.config, progress)
-        for name, split in encode_splits(recipe, tokenizer, progress).items()
+        name: build_split(recipe, name, split, processor, model.config, progress) for name, split in opened.items()
     }
+    refuse_errors(recipe, opened)
     samples = splits["train"].rows
     order = lay_out(recipe, splits["train"])
     extremes = measure_rows(order.rows, samples, padded=not is_padding_free(recipe)[0])
@@ -185,7 +187,7 @@ def lay_out(recipe: Recipe, split: Split) -> RowOrder:
         longest = max(range(len(lengths)), key=lengths.__getitem__)
         if lengths[longest] > budget:
             raise UserError(
-                f"row {split.rows[longest]['row_id']} has {lengths[longest]} tokens, over training.max_tokens_per_row "
+                f"{split.rows.row_name(longest)} has {lengths[longest]} tokens, over training.max_tokens_per_row "
                 f"{budget}; raise it, or set data.max_length={budget} with data.on_overlong=drop or truncate_answer"
             )
     return order_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.errors import UserError
 from lora_llava.evaluation.report import tables_view
 from lora_llava.recipe import Recipe
+from lora_llava.training.data import Split
 from lora_llava.training.memory import GIB, Step
 from lora_llava.training.plan import RunPlan
 from lora_llava.training.planner import memory_budget, recomputation, resolve_optimizer
@@ -41,10 +43,23 @@ def print_data(plan: RunPlan, console: Console) -> None:
     console.print(table)
     _print_sources(plan, console)
     for name, split in plan.splits.items():
+        for line in _reading(name, split):
+            console.print(line, soft_wrap=True, markup=False)
         mended = ", ".join(f"{count:,} {what}" for what, count in split.report.mended.items())
         if mended:
             console.print(f"{name}: mended while reading: {mended}; `lora-llava check` names the rows", soft_wrap=True)
     console.print(_steps(plan))
+
+
+def _reading(name: str, split: Split) -> Iterator[str]:
+    """What a person should know of how a split was read: rows without an image among others, and odd files."""
+    bare = int((split.rows.pictures() == 0).sum())
+    if 0 < bare < len(split.rows):
+        yield f"{name}: {bare:,} of {len(split.rows):,} rows have no image"
+    for source in split.sources:
+        if len(source.files) > 1:
+            yield f"{name}: {source.name} is {len(source.files):,} files, from {source.files[0].name} on"
+        yield from (f"{name}: {remark}" for _, remark in source.remarks())
 
 
 def _print_sources(plan: RunPlan, console: Console) -> None:

@@ -259,10 +259,12 @@ def _question(row: Conversation) -> str:
 
 def _item(after: Asking, index: int) -> GalleryItem:
     row, line = after.rows[index], after.marked[index]
+    files = ", ".join(name.rpartition("|")[2] for name in row.images)  # of several sources, the number stands before
+    place = [": ".join(filter(None, (row.named, files)))] if row.named else []
     return GalleryItem(
         question=_question(row), reference=row.turns[-1].shown, text=line["text"], right=_is_right(line),
         pictures=_pictures(row, after), question_id=line["question_id"],
-        categories=line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)],
+        categories=(line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)]) + place,
     )  # fmt: skip
 
 

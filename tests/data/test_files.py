@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lora_llava.data import files
+from lora_llava.data import json_stream
 from lora_llava.data.files import data_file, estimate_rows, file_hash, iterate_rows, parquet_columns
 from lora_llava.errors import UserError
 
@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_chunks(file: Path, chunk: int) -> list[Any]:
     """A file's rows, read so many characters at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_CHUNK", chunk)
+        patch.setattr(json_stream, "_CHUNK", chunk)
         return list(iterate_rows(file))
 
 
@@ -78,7 +78,7 @@ def test_a_list_that_is_cut_off_gives_its_whole_rows_and_says_so(
     file = write(folder, "rows.json", text[: data.draw(st.integers(1, len(text.rstrip("]\n")) - 1))])
     got: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_CHUNK", chunk)
+        patch.setattr(json_stream, "_CHUNK", chunk)
         with pytest.raises(UserError) as caught:
             got.extend(iterate_rows(file))
     assert got == rows[: len(got)]
@@ -109,7 +109,7 @@ CUT_NUMBER = ", line 1: not JSON: Expecting ',' delimiter, after 0 whole rows an
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 def test_where_a_list_is_cut_off_is_named(tmp_path: Path, text: str, message: str, chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "_CHUNK", chunk)
+        patch.setattr(json_stream, "_CHUNK", chunk)
         fails(write(tmp_path, "rows.json", text), message)
 
 
