@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from PIL import Image, UnidentifiedImageError
 
 from lora_llava.data.patience import patiently
+from lora_llava.data.to_rgb import Background, Converted, to_rgb
 from lora_llava.errors import RefusedError, UserError
 
 if TYPE_CHECKING:
@@ -73,19 +74,27 @@ class Pixels:
         return pixels
 
 
-def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
-    """Decode a picture to RGB.
+def read_rgb(
+    file: Path | io.BytesIO, name: str, max_pixels: int, background: Background = "white"
+) -> Image.Image:  # fmt: skip
+    """Decode an image to RGB; arguments and errors are those of `read_converted`."""
+    return read_converted(file, name, max_pixels, background).image
+
+
+def read_converted(file: Path | io.BytesIO, name: str, max_pixels: int, background: Background = "white") -> Converted:
+    """Decode an image to RGB, as training, checks, previews, chats and evaluations all do.
 
     Args:
         file: A file or its bytes.
         name: Its name, for the message.
         max_pixels: Most pixels it may have; checked before decoding.
+        background: See `to_rgb`.
 
     Returns:
-        An RGB picture, fully decoded.
+        An RGB image, fully decoded, and notes on how it was converted.
 
     Raises:
-        BadImageError: For anything that is not a whole picture of at most `max_pixels` in a common format.
+        BadImageError: For anything that is not a whole image of at most `max_pixels` in a common format.
     """
     try:
         with Image.open(file) as image:
@@ -96,9 +105,7 @@ def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image
                     f"picture {name} has {image.width} x {image.height} pixels, over max_image_pixels {max_pixels}",
                     "oversized picture",
                 )
-            if image.mode == "P" and "transparency" in image.info:
-                return image.convert("RGBA").convert("RGB")
-            return image.convert("RGB")
+            return to_rgb(image, background)
     except FileNotFoundError:
         raise BadImageError(f"picture {name} is missing", "missing picture") from None
     except _TOO_LARGE as error:
