@@ -38,6 +38,8 @@ def row_keys(
     def key(name: str) -> Hashable:
         if digests is not None:
             return digests.get(name, (source, name))
+        if isinstance(images, FolderImages):
+            name = images.label(name)  # two names that are matched to one file are one image
         match = COCO_NAME.fullmatch(name.rpartition("/")[2])  # the same number is the same picture in every release
         return ("coco", match[1]) if match else os.path.normpath(os.path.join(root, name))
 

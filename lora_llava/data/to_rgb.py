@@ -14,7 +14,7 @@ Background = Literal["white", "black", "llava"]
 """What lies behind transparent parts; `llava` drops transparency as LLaVA's own `convert("RGB")` does."""
 CONVERSION_RULE = 1
 """Raise it when the same file would give other pixels: caches depend on it."""
-TRANSPARENT, SCALED = "transparent image", "deep image"
+TRANSPARENT, SCALED = "image with transparency", "image of more than 8 bits"
 """Kinds of notes."""
 
 _DEPTHS = (8, 10, 12, 14, 16)
