@@ -13,8 +13,9 @@ from urllib.parse import unquote
 MATCHED = "image matched by file name"
 """Kind of note."""
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .avif .jp2 .j2k .tga .ppm .pgm .ico .mpo".split()
-)
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif",
+     ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".ico", ".mpo")
+)  # fmt: skip
 """What a name without suffix may be called in full."""
 
 
@@ -136,3 +137,30 @@ def _alike(name: str) -> str:
 def _suffix(name: str) -> str:
     suffix = os.path.splitext(name)[1]
     return suffix if suffix in SUFFIXES else ""
+
+
+COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12}\.jpg)")
+"""A file of COCO; the group is its name in the releases from 2017 on."""
+_COCO_FOLDERS = ("", "train2017", "val2017", "train2014", "val2014")
+
+
+def coco_names(name: str) -> list[str]:
+    """Other names that COCO's releases give a picture: 2014's files are `COCO_train2014_000000442786.jpg`, 2017's
+    `000000442786.jpg`, each in a folder of the split.
+
+    Args:
+        name: As a row has it.
+
+    Returns:
+        Candidates beside it and in the splits' folders; none where the name is not COCO's.
+    """
+    folder, _, own = name.rpartition("/")
+    match = COCO_NAME.fullmatch(own)
+    if match is None:
+        return []
+    number = match[1]
+    parent, _, last = folder.rpartition("/")
+    bases = [folder, parent] if last in _COCO_FOLDERS[1:] else [folder]  # a folder of COCO's may be named, or not
+    files = [number, *(f"COCO_{split}2014_{number}" for split in ("train", "val"))]
+    found = ["/".join(filter(None, (base, sub, file))) for base in bases for sub in _COCO_FOLDERS for file in files]
+    return [candidate for candidate in found if candidate != name]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image, UnidentifiedImageError
 
-from lora_llava.data.image_names import NameIndex
+from lora_llava.data.image_names import NameIndex, coco_names
 from lora_llava.data.patience import patiently
 from lora_llava.data.to_rgb import Background, Converted, to_rgb
 from lora_llava.errors import RefusedError, UserError
@@ -120,33 +119,6 @@ def read_converted(file: Path | io.BytesIO, name: str, max_pixels: int, backgrou
         raise
     except Exception as error:  # Pillow's decoders raise anything for files that are broken
         raise BadImageError(f"picture {name} cannot be read: {error}") from None
-
-
-COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12}\.jpg)")
-"""A file of COCO; the group is its name in the releases from 2017 on."""
-_COCO_FOLDERS = ("", "train2017", "val2017", "train2014", "val2014")
-
-
-def coco_names(name: str) -> list[str]:
-    """Other names that COCO's releases give a picture: 2014's files are `COCO_train2014_000000442786.jpg`, 2017's
-    `000000442786.jpg`, each in a folder of the split.
-
-    Args:
-        name: As a row has it.
-
-    Returns:
-        Candidates beside it and in the splits' folders; none where the name is not COCO's.
-    """
-    folder, _, own = name.rpartition("/")
-    match = COCO_NAME.fullmatch(own)
-    if match is None:
-        return []
-    number = match[1]
-    parent, _, last = folder.rpartition("/")
-    bases = [folder, parent] if last in _COCO_FOLDERS[1:] else [folder]  # a folder of COCO's may be named, or not
-    files = [number, *(f"COCO_{split}2014_{number}" for split in ("train", "val"))]
-    found = ["/".join(filter(None, (base, sub, file))) for base in bases for sub in _COCO_FOLDERS for file in files]
-    return [candidate for candidate in found if candidate != name]
 
 
 class _OutsideError(BadImageError):

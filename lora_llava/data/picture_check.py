@@ -9,7 +9,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -81,20 +81,22 @@ def inspect_pictures(
         finally:
             if missing:
                 _save(cache, {**known, **{name: (stamps[name], p) for name, p in found.items() if stamps[name]}})
-    return {name: found[name] for name in names} | _contradicting(images, names)
+    found = {name: found[name] for name in names}
+    return found | _contradicting(images, found)
 
 
-def _contradicting(images: ImageSource, names: Iterable[str]) -> dict[str, Picture]:
+def _contradicting(images: ImageSource, found: Mapping[str, Picture]) -> dict[str, Picture]:
     """Names that were matched to a file that another name means too: `a/01.png` and `b/01.png` are two images."""
-    if not isinstance(images, FolderImages):
+    matched: dict[str, str] = {}
+    if isinstance(images, FolderImages):
+        loose = (name for name, picture in found.items() if any(kind == MATCHED for kind, _ in picture.oddities))
+        matched = {name: images.label(name) for name in loose}
+    if not matched:
         return {}
     files: dict[str, str] = {}
-    matched: dict[str, str] = {}
-    for name in names:
+    for name in found:
         with contextlib.suppress(BadImageError):
-            files[name] = str(images.find(name))
-            if (file := images.matched(name)) is not None:
-                matched[name] = file
+            files[name] = str(images.find(name))  # type: ignore[attr-defined]
     return {
         name: Picture(f"picture {name} may be {matched[name]}, but so may {other}; write the file that each means",
                       "ambiguous name")
