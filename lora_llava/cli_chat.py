@@ -45,11 +45,14 @@ def run_chat(args: argparse.Namespace, console: Any) -> int:
     if args.web:
         return _serve(args, sampling, console)
     from lora_llava.inference.chat import Chat, answer_once, chat_on_terminal, open_pictures
+    from lora_llava.training.speaker import background_of
 
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # a letter that the terminal cannot write is no reason to end
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    pictures = open_pictures(args.image)  # before the model, which takes its time
+    pictures = (
+        open_pictures(args.image, background_of(args.model)) if args.image else []
+    )  # before the model, which takes its time
     speaker = _open(args)
     if args.prompt is not None:
         answer_once(speaker, args.prompt, pictures=pictures, sampling=sampling, system=args.system)

@@ -39,6 +39,9 @@ def add_init(parser: argparse.ArgumentParser) -> None:
         "--recipe", help="shipped recipe to fill in: my_data_qlora.yaml, or my_data_8gb.yaml for a small card"
     )
     parser.add_argument("--example", action="store_true", help="make the folder first, with drawn pictures, to try it")
+    parser.add_argument(
+        "--follow-links", action="store_true", help="read images that links in the folder lead to, outside it too"
+    )
 
 
 def run_init(args: argparse.Namespace, console: Any) -> int:
@@ -46,8 +49,9 @@ def run_init(args: argparse.Namespace, console: Any) -> int:
     from lora_llava.training.init import init
 
     _, report = init(
-        args.folder, data=args.data, model=args.model, template=args.recipe, example=args.example, console=console
-    )
+        args.folder, data=args.data, model=args.model, template=args.recipe, example=args.example,
+        follow_links=args.follow_links, console=console,
+    )  # fmt: skip
     return 1 if report.errors else 0
 
 

@@ -22,6 +22,7 @@ from lora_llava.data.formats import (
     listed,
     read_row,
 )  # fmt: skip
+from lora_llava.data.image_names import walk_files
 from lora_llava.data.images import BadImageError, FolderImages
 from lora_llava.data.shards import SPLIT_WORDS, group_files, row_files, set_words
 from lora_llava.errors import UserError
@@ -73,12 +74,13 @@ class FolderData:
     files: tuple[Path, ...] = ()
 
 
-def understand_folder(folder: Path, file: Path | None = None) -> FolderData:
+def understand_folder(folder: Path, file: Path | None = None, follow_links: bool = False) -> FolderData:
     """Look at a folder.
 
     Args:
         folder: With pictures, at any depth, and a file of rows.
         file: The file of rows, where there are several.
+        follow_links: Whether links in the folder may lead out of it.
 
     Returns:
         What it was understood to be.
@@ -104,8 +106,8 @@ def understand_folder(folder: Path, file: Path | None = None) -> FolderData:
         parquet_columns(each).get(name) for each in files for name in (columns.image, "images")
     )  # fmt: skip
     rows, names = _count(files, form, columns, embedded)
-    pictures = list(_pictures(folder))
-    root = _image_folder(folder, file, pictures, names) if names and not embedded else None
+    pictures = list(_pictures(folder, follow_links))
+    root = _image_folder(folder, file, pictures, names, follow_links) if names and not embedded else None
     known = {"system", "images", *CHAT_COLUMNS, *vars(columns).values()}
     unused = tuple(str(name) for name in dict.fromkeys(key for row in first for key in row) if name not in known)
     return FolderData(
@@ -190,13 +192,13 @@ def _count(files: Iterable[Path], form: Format, columns: Columns, embedded: bool
     return count, names
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    for root, _, files in os.walk(folder):
-        yield from (Path(root, name) for name in files if Path(name).suffix.lower() in PICTURE_SUFFIXES)
+def _pictures(folder: Path, follow_links: bool) -> Iterator[Path]:
+    files = map(Path, walk_files(folder, follow_links))
+    return (file for file in files if file.suffix.lower() in PICTURE_SUFFIXES)
 
 
-def _image_folder(folder: Path, file: Path, pictures: list[Path], names: Iterable[str]) -> Path:
-    """The root under which most of the named pictures are."""
+def _image_folder(folder: Path, file: Path, pictures: list[Path], names: Iterable[str], follow_links: bool) -> Path:
+    """The root under which most of the named pictures are, and among equals the one where most need no matching."""
     names = list(islice(names, _PEEK))
     roots = dict.fromkeys([folder, file.parent, folder / "images"])
     for picture in pictures:
@@ -204,11 +206,18 @@ def _image_folder(folder: Path, file: Path, pictures: list[Path], names: Iterabl
         if len(roots) > 100:
             break
 
-    def hits(root: Path) -> int:
-        return sum(_is_there(FolderImages(root, 1), name) for name in names)
+    def hits(root: Path) -> tuple[int, int]:
+        images = FolderImages(root, 1, follow_links=follow_links)
+        found = [_how_found(images, name) for name in names]
+        return len(found) - found.count(None), found.count("as named")
 
     best = max((root for root in roots if root.is_dir()), key=hits)
-    if not hits(best):
+    if not hits(best)[0]:
+        if link := _link_out(folder):
+            raise UserError(
+                f"{file}: none of its first {len(names)} images is under {folder}, and the link {link} leads out of "
+                "it, which is refused; add --follow-links, which writes data.follow_links: true into the recipe"
+            )
         raise UserError(
             f"{file}: its first row with a picture names {names[0]}, and none of its first {len(names)} pictures is "
             f"under {folder}, which holds {len(pictures)} pictures; put them there"
@@ -216,8 +225,20 @@ def _image_folder(folder: Path, file: Path, pictures: list[Path], names: Iterabl
     return best
 
 
-def _is_there(images: FolderImages, name: str) -> bool:
+def _how_found(images: FolderImages, name: str) -> str | None:
     try:
-        return images.find(name).is_file()
+        if not images.find(name).is_file():
+            return None
+        return "as named" if images.matched(name) is None else "matched"
     except (BadImageError, OSError):
-        return False
+        return None
+
+
+def _link_out(folder: Path) -> Path | None:
+    """A link in a folder that leads out of it."""
+    root = folder.resolve()
+    for where, below, files in os.walk(folder):
+        for path in (Path(where, name) for name in (*below, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                return path
+    return None

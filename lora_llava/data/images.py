@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import stat
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
+from lora_llava.data.image_names import NameIndex, coco_names
 from lora_llava.data.patience import patiently
+from lora_llava.data.to_rgb import Background, Converted, to_rgb
 from lora_llava.errors import RefusedError, UserError
 
 if TYPE_CHECKING:
@@ -49,6 +47,10 @@ class ImageSource(Protocol):
         """Give one picture's file, undecoded; BadImageError where there is none."""
         ...
 
+    def label(self, name: str) -> str:
+        """Name one image for a person: by its file, or by its row in a table."""
+        ...
+
 
 Pictures = Callable[[Sequence[str]], "torch.Tensor"]
 """Gives the pictures of these names as a model's `pixel_values`, in order: pixels, or a tower's features of them."""
@@ -73,19 +75,27 @@ class Pixels:
         return pixels
 
 
-def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
-    """Decode a picture to RGB.
+def read_rgb(
+    file: Path | io.BytesIO, name: str, max_pixels: int, background: Background = "white"
+) -> Image.Image:  # fmt: skip
+    """Decode an image to RGB; arguments and errors are those of `read_converted`."""
+    return read_converted(file, name, max_pixels, background).image
+
+
+def read_converted(file: Path | io.BytesIO, name: str, max_pixels: int, background: Background = "white") -> Converted:
+    """Decode an image to RGB, as training, checks, previews, chats and evaluations all do.
 
     Args:
         file: A file or its bytes.
         name: Its name, for the message.
         max_pixels: Most pixels it may have; checked before decoding.
+        background: See `to_rgb`.
 
     Returns:
-        An RGB picture, fully decoded.
+        An RGB image, fully decoded, and notes on how it was converted.
 
     Raises:
-        BadImageError: For anything that is not a whole picture of at most `max_pixels` in a common format.
+        BadImageError: For anything that is not a whole image of at most `max_pixels` in a common format.
     """
     try:
         with Image.open(file) as image:
@@ -96,9 +106,7 @@ def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image
                     f"picture {name} has {image.width} x {image.height} pixels, over max_image_pixels {max_pixels}",
                     "oversized picture",
                 )
-            if image.mode == "P" and "transparency" in image.info:
-                return image.convert("RGBA").convert("RGB")
-            return image.convert("RGB")
+            return to_rgb(image, background)
     except FileNotFoundError:
         raise BadImageError(f"picture {name} is missing", "missing picture") from None
     except _TOO_LARGE as error:
@@ -113,58 +121,30 @@ def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image
         raise BadImageError(f"picture {name} cannot be read: {error}") from None
 
 
-COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12}\.jpg)")
-"""A file of COCO; the group is its name in the releases from 2017 on."""
-_COCO_FOLDERS = ("", "train2017", "val2017", "train2014", "val2014")
-
-
-def coco_names(name: str) -> list[str]:
-    """Other names that COCO's releases give a picture: 2014's files are `COCO_train2014_000000442786.jpg`, 2017's
-    `000000442786.jpg`, each in a folder of the split.
-
-    Args:
-        name: As a row has it.
-
-    Returns:
-        Candidates beside it and in the splits' folders; none where the name is not COCO's.
-    """
-    folder, _, own = name.rpartition("/")
-    match = COCO_NAME.fullmatch(own)
-    if match is None:
-        return []
-    number = match[1]
-    parent, _, last = folder.rpartition("/")
-    bases = [folder, parent] if last in _COCO_FOLDERS[1:] else [folder]  # a folder of COCO's may be named, or not
-    files = [number, *(f"COCO_{split}2014_{number}" for split in ("train", "val"))]
-    found = ["/".join(filter(None, (base, sub, file))) for base in bases for sub in _COCO_FOLDERS for file in files]
-    return [candidate for candidate in found if candidate != name]
-
-
-def _alike(name: str) -> str:
-    """What file names of one picture have in common on systems that do not tell capitals or accents' forms apart."""
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-@lru_cache(maxsize=64)
-def _names_in(folder: Path) -> dict[str, str]:
-    """File names in a folder, by what they are alike by."""
-    try:
-        return {_alike(name): name for name in os.listdir(folder)}
-    except OSError:
-        return {}
+class _OutsideError(BadImageError):
+    """A name that by itself, without any link, leads out of the folder."""
 
 
 class FolderImages:
-    """Pictures under one folder.
+    """Images under one folder.
 
     Args:
         root: The folder; nothing outside it is opened, through `..`, an absolute name or a link.
-        max_pixels: Most pixels of a picture.
+        max_pixels: Most pixels of an image.
+        background: See `to_rgb`.
+        follow_links: Open what links in the folder lead to, wherever that is.
+        match_names: Match names that no file has to the one file that is meant; see `NameIndex`.
     """
 
-    def __init__(self, root: Path, max_pixels: int) -> None:
+    def __init__(
+        self, root: Path, max_pixels: int, *, background: Background = "white", follow_links: bool = False,
+        match_names: bool = True,
+    ) -> None:  # fmt: skip
         self.root = root.resolve()
         self.max_pixels = max_pixels
+        self.background: Background = background
+        self.follow_links = follow_links
+        self._index = NameIndex(self.root, follow_links) if match_names else None
 
     def open(self, name: str) -> Image.Image:
         path = self.find(name)
@@ -177,7 +157,7 @@ class FolderImages:
             raise self._missing(name) from None
         except OSError as error:
             raise BadImageError(f"picture {name} cannot be read: {error.strerror}") from None
-        return read_rgb(io.BytesIO(content), name, self.max_pixels)
+        return read_rgb(io.BytesIO(content), name, self.max_pixels, self.background)
 
     def read(self, name: str) -> bytes:
         try:
@@ -190,22 +170,55 @@ class FolderImages:
             raise BadImageError(f"picture {name} cannot be read: {error.strerror}") from None
 
     def find(self, name: str) -> Path:
-        """Where a picture is: under its own name, or under the one that another release of COCO gives it.
+        """Where an image is: under its own name, under the one that another release of COCO gives it, or under the one
+        that `matched` gives.
 
         Raises:
-            BadImageError: For a URL, or a name that leads out of the folder.
+            BadImageError: For a URL, a name or link that leads out of the folder, or a name that several files match.
         """
-        path = self._inside(name)
-        if path.exists():
-            return path
-        for candidate in coco_names(name):
+        return self._locate(name)[0]
+
+    def matched(self, name: str) -> str | None:
+        """The file, relative to the folder, that a name was matched to by file name; None for a name as it stands.
+
+        Raises:
+            BadImageError: As of `find`.
+        """
+        return self._locate(name)[1]
+
+    def label(self, name: str) -> str:
+        try:
+            return self.matched(name) or name
+        except BadImageError:
+            return name
+
+    def _locate(self, name: str) -> tuple[Path, str | None]:
+        outside: BadImageError | None = None
+        path = self.root
+        try:
+            path = self._inside(name)
+            if path.exists():
+                return path, None
+        except _OutsideError as error:
+            outside = error
+        for candidate in coco_names(name) if outside is None else ():
             try:
                 found = self._inside(candidate)
             except BadImageError:  # a folder of COCO's that leads out of here
                 continue
             if found.exists():
-                return found
-        return path
+                return found, None
+        files = self._index.candidates(name) if self._index is not None else []
+        if len(files) > 1:
+            more = f" or {len(files) - 2:,} more" if len(files) > 2 else ""
+            raise BadImageError(
+                f"picture {name} may be {files[0]} or {files[1]}{more}; write the one that is meant", "ambiguous name"
+            )
+        if files:
+            return self._inside(files[0]), files[0]
+        if outside is not None:
+            raise outside
+        return path, None
 
     def _check_file(self, path: Path, name: str) -> None:
         """Refuse what would be waited for without end, and what would fill the memory before a pixel is counted."""
@@ -219,30 +232,36 @@ class FolderImages:
             )  # fmt: skip
 
     def _missing(self, name: str) -> BadImageError:
-        """That a picture is not there, and where one is that may be meant."""
-        plain = unquote(name).replace("\\", "/")
-        try:
-            folder = (self.root / plain).parent.resolve()
-            other = _names_in(folder).get(_alike(Path(plain).name)) if folder.is_relative_to(self.root) else None
-        except (ValueError, RuntimeError, OSError):  # no name of a file
-            other = None
-        meant = str(Path(plain).with_name(other)) if other else ""
-        hint = f"; there is {meant}" if meant and meant != name else ""
-        return BadImageError(f"picture {name} is missing{hint}", "missing picture")
+        return BadImageError(f"picture {name} is missing", "missing picture")
 
     def _inside(self, name: str) -> Path:
+        """The file of a name, links resolved."""
         if "://" in name or name[:5].lower() == "data:":
             raise BadImageError(
                 f"picture {name:.60} is a URL; only files under {self.root} are opened", "outside the folder"
             )
+        written = Path(os.path.normpath(self.root / name))
         try:
-            path = (self.root / name).resolve()
+            path = (written if self.follow_links else self.root / name).resolve()
             path.exists()
         except (ValueError, RuntimeError, OSError) as error:  # a NUL in the name, a link to itself, a name too long
             raise BadImageError(f"picture {name!r:.60} cannot be a file: {error!s:.100}", "missing picture") from None
-        if not path.is_relative_to(self.root):
-            raise BadImageError(f"picture {name} lies outside {self.root}", "outside the folder")
-        return path
+        if path.is_relative_to(self.root):
+            return path
+        if not written.is_relative_to(self.root):
+            raise _OutsideError(f"picture {name} lies outside {self.root}", "outside the folder")
+        if self.follow_links:
+            return path
+        raise BadImageError(
+            f"picture {name} lies outside {self.root}: {self._link(written)} is a link that leads out of it; set "
+            "data.follow_links=true to allow such links", "outside the folder",
+        )  # fmt: skip
+
+    def _link(self, written: Path) -> str:
+        """The first part of a path that is a link out of the folder, relative to it."""
+        steps = [*reversed(written.relative_to(self.root).parents), written.relative_to(self.root)]
+        way = (step for step in steps if not (self.root / step).resolve().is_relative_to(self.root))
+        return next(way, steps[-1]).as_posix()
 
 
 class TableImages:
@@ -253,22 +272,34 @@ class TableImages:
         max_pixels: Most pixels of a picture.
         column: The column's name; it may also hold lists of pictures.
         fingerprint: Hash of the table's content; "" where it is not known.
+        background: See `to_rgb`.
     """
 
-    def __init__(self, table: Any, max_pixels: int, column: str = "image", fingerprint: str = "") -> None:
+    def __init__(
+        self, table: Any, max_pixels: int, column: str = "image", fingerprint: str = "",
+        background: Background = "white",
+    ) -> None:  # fmt: skip
+        self.background: Background = background
         self.fingerprint = fingerprint
         self.table = table
         self.max_pixels = max_pixels
         self.column = column
 
     def open(self, name: str) -> Image.Image:
-        return read_rgb(io.BytesIO(self.read(name)), f"of row {name}", self.max_pixels)
+        return read_rgb(io.BytesIO(self.read(name)), self.label(name), self.max_pixels, self.background)
 
-    def read(self, name: str) -> bytes:
+    def label(self, name: str) -> str:
+        content = self._cell(name)
+        path = content.get("path") if isinstance(content, dict) else None
+        return f"{path} of row {name}" if path else f"of row {name}"
+
+    def _cell(self, name: str) -> Any:
         row, _, place = name.partition(":")
         content = self.table[int(row)][self.column]
-        if isinstance(content, list):
-            content = content[int(place or 0)]
+        return content[int(place or 0)] if isinstance(content, list) else content
+
+    def read(self, name: str) -> bytes:
+        content = self._cell(name)
         if isinstance(content, (bytes, bytearray)):
             return bytes(content)
         if content and content.get("path") and not content.get("bytes"):
@@ -298,6 +329,10 @@ class JoinedImages:
     def read(self, name: str) -> bytes:
         source, own = self._find(name)
         return source.read(own)
+
+    def label(self, name: str) -> str:
+        source, own = self._find(name)
+        return source.label(own)
 
     def _find(self, name: str) -> tuple[ImageSource, str]:
         place, _, own = name.partition("|")

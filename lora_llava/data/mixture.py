@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_llava.data.encoded import EncodedTable
-from lora_llava.data.images import COCO_NAME, BadImageError, FolderImages, ImageSource
+from lora_llava.data.image_names import COCO_NAME
+from lora_llava.data.images import BadImageError, FolderImages, ImageSource
 from lora_llava.errors import UserError
 
 _ENDS = 4096
@@ -38,10 +39,12 @@ def row_keys(
     def key(name: str) -> Hashable:
         if digests is not None:
             return digests.get(name, (source, name))
+        name = files.get(name, name)  # two names that are matched to one file are one image
         match = COCO_NAME.fullmatch(name.rpartition("/")[2])  # the same number is the same picture in every release
         return ("coco", match[1]) if match else os.path.normpath(os.path.join(root, name))
 
     every = dict.fromkeys(name for row in range(len(table)) for name in table.images(row))
+    files = {name: images.label(name) for name in every} if isinstance(images, FolderImages) else {}
     same = _same_files(images, every) if isinstance(images, FolderImages) else {}
     keys: list[list[Hashable]] = []
     text: list[Hashable]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -17,7 +18,9 @@ from pathlib import Path
 from PIL import Image
 
 from lora_llava.data.files import Counted
-from lora_llava.data.images import BadImageError, FolderImages, ImageSource, TableImages, read_rgb
+from lora_llava.data.image_names import MATCHED, contradictions
+from lora_llava.data.images import BadImageError, FolderImages, ImageSource, TableImages, read_converted
+from lora_llava.data.to_rgb import CONVERSION_RULE, Background
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png", ".apng"), "GIF": (".gif",), "WEBP": (".webp",),
@@ -78,7 +81,27 @@ def inspect_pictures(
         finally:
             if missing:
                 _save(cache, {**known, **{name: (stamps[name], p) for name, p in found.items() if stamps[name]}})
-    return {name: found[name] for name in names}
+    found = {name: found[name] for name in names}
+    return found | _contradicting(images, found)
+
+
+def _contradicting(images: ImageSource, found: Mapping[str, Picture]) -> dict[str, Picture]:
+    """Names that were matched to a file that another name means too: `a/01.png` and `b/01.png` are two images."""
+    matched: dict[str, str] = {}
+    if isinstance(images, FolderImages):
+        loose = (name for name, picture in found.items() if any(kind == MATCHED for kind, _ in picture.oddities))
+        matched = {name: images.label(name) for name in loose}
+    if not matched:
+        return {}
+    files: dict[str, str] = {}
+    for name in found:
+        with contextlib.suppress(BadImageError):
+            files[name] = str(images.find(name))  # type: ignore[attr-defined]
+    return {
+        name: Picture(f"picture {name} may be {matched[name]}, but so may {other}; write the file that each means",
+                      "ambiguous name")
+        for name, other in contradictions(files, matched).items()
+    }  # fmt: skip
 
 
 def _mapped(pool: ThreadPoolExecutor, images: ImageSource, names: list[str]) -> Iterator[Picture]:
@@ -97,29 +120,38 @@ def inspect_picture(images: ImageSource, name: str) -> Picture:
     try:
         content = images.read(name)
         digest = hashlib.sha256(content).hexdigest()
-        read_rgb(io.BytesIO(content), name, limit)
-        return Picture(None, "", tuple(_oddities(content, name)), digest)
+        label = images.label(name)
+        background: Background = images.background  # type: ignore[attr-defined]
+        notes = read_converted(io.BytesIO(content), label, limit, background).notes
+        oddities = [*_match(images, name), *((kind, f"picture {label} {note}") for kind, note in notes)]
+        return Picture(None, "", (*oddities, *_oddities(content, label, bool(notes))), digest)
     except BadImageError as error:
         return Picture(str(error), error.kind, (), digest)
 
 
-def _oddities(content: bytes, name: str) -> list[tuple[str, str]]:
+def _match(images: ImageSource, name: str) -> Iterator[tuple[str, str]]:
+    file = images.matched(name) if isinstance(images, FolderImages) else None
+    if file is not None:
+        yield MATCHED, f"picture {name} is not there under this name; the file {file} is taken for it"
+
+
+def _oddities(content: bytes, name: str, is_converted: bool) -> list[tuple[str, str]]:
     """What is odd about a picture that can be used; what Pillow cannot tell of it is one thing more."""
     found: list[tuple[str, str]] = []
     try:
-        found.extend(_look(content, name))
+        found.extend(_look(content, name, is_converted))
     except Exception as error:  # Pillow's decoders raise anything for what comes after the first frame
         found.append(("odd picture", f"picture {name} is read, but not all of its file is sound: {error}"))
     return found
 
 
-def _look(content: bytes, name: str) -> Iterator[tuple[str, str]]:
+def _look(content: bytes, name: str, is_converted: bool) -> Iterator[tuple[str, str]]:
     with Image.open(io.BytesIO(content)) as image:
         kind, suffix = str(image.format), Path(name).suffix.lower()
         known = {other for suffixes in _SUFFIXES.values() for other in suffixes}
         if suffix in known and suffix not in _SUFFIXES.get(kind, ()):
             yield "mislabelled picture", f"picture {name} is a {kind}; it is read as one, but its name misleads"
-        if image.mode != "RGB":
+        if image.mode != "RGB" and not is_converted:
             yield "picture not RGB", f"picture {name} has mode {image.mode}; it is converted, look at it in the preview"
         if getattr(image, "n_frames", 1) > 1:
             yield "several frames", f"picture {name} has {image.n_frames} frames; only the first is seen"  # type: ignore[attr-defined]
@@ -132,7 +164,7 @@ def _look(content: bytes, name: str) -> Iterator[tuple[str, str]]:
 def _stamp(images: ImageSource, name: str) -> str:
     """Size and time of change, and the limit it was held to; nothing for what is no file of its own."""
     if isinstance(images, TableImages) and images.fingerprint:
-        return f"{images.fingerprint}:{images.max_pixels}"
+        return f"{images.fingerprint}:{images.max_pixels}:{images.background}:{CONVERSION_RULE}"
     if not isinstance(images, FolderImages):
         return ""
     try:
@@ -140,7 +172,7 @@ def _stamp(images: ImageSource, name: str) -> str:
         facts = path.stat()
     except (BadImageError, OSError):
         return ""
-    return f"{path}:{facts.st_size}:{facts.st_mtime_ns}:{images.max_pixels}"
+    return f"{path}:{facts.st_size}:{facts.st_mtime_ns}:{images.max_pixels}:{images.background}:{CONVERSION_RULE}"
 
 
 def _load(cache: Path | None) -> dict[str, tuple[str, Picture]]:

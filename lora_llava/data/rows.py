@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, EncodingError
 from lora_llava.data.encode import OverlongError
 from lora_llava.data.encoded import EncodedRows, EncodedTable, answer_starts, encode_table
+from lora_llava.data.image_names import MATCHED
 from lora_llava.data.images import ImageSource
 from lora_llava.data.picture_check import Picture, inspect_pictures
 from lora_llava.data.sources import Read, list_source
 from lora_llava.data.templates import Template
+from lora_llava.data.to_rgb import SCALED, TRANSPARENT
 from lora_llava.errors import UserError
 
 OnOverlong = Literal["error", "drop", "truncate_answer"]
@@ -172,6 +174,8 @@ def without_bad_pictures(
         problem = next((found[name].problem for name in names if found[name].problem), None)
         if problem is None:
             good.append(index)
+            kinds = {kind for name in names for kind, _ in found[name].oddities}
+            report.mended.update(kinds & {MATCHED, SCALED, TRANSPARENT})
             continue
         if on_bad_image == "error":
             raise UserError(f"{rows.row_name(index)}: {problem}; mend it or set data.on_bad_image=drop")

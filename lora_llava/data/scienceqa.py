@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, ImagePosition, Turn, place_image
 from lora_llava.data.images import FolderImages, ImageSource, TableImages
+from lora_llava.data.to_rgb import Background
 from lora_llava.data.typed import as_typed
 from lora_llava.errors import UserError, nearest
 
@@ -71,6 +72,8 @@ def load_scienceqa(
     image_folder: str | Path | None = None,
     max_image_pixels: int = 50_000_000,
     revision: str | None = None,
+    background: Background = "white",
+    follow_links: bool = False,
 ) -> ScienceQASplit:
     """Read one split of ScienceQA.
 
@@ -84,6 +87,8 @@ def load_scienceqa(
         image_folder: Root of the pictures; default `path/images`.
         max_image_pixels: Most pixels of a picture.
         revision: Branch, tag or commit of a Hub id.
+        background: What transparent parts of images are composited on.
+        follow_links: Open images that links in the image folder lead to, outside it too.
 
     Returns:
         The rows as conversations of one question and one answer, and their pictures.
@@ -95,7 +100,10 @@ def load_scienceqa(
     if (folder / "problems.json").is_file() or (folder.is_dir() and not list(folder.rglob("*.parquet"))):
         problems = read_problems(folder / "problems.json", folder / "pid_splits.json", split)
         root = Path(image_folder) if image_folder else folder / "images"
-        images: ImageSource = FolderImages(root, max_image_pixels)
+        images: ImageSource = FolderImages(
+            root, max_image_pixels, background=background, follow_links=follow_links,
+            match_names=False,  # every file is called image.png
+        )  # fmt: skip
         names = {
             pid: f"{problem.get('split') or split}/{pid}/{problem['image']}"
             for pid, problem in problems.items()
@@ -104,7 +112,7 @@ def load_scienceqa(
     else:
         table = _read_parquet(folder, str(path), split, revision)
         problems = {str(i): dict(row) for i, row in enumerate(table.remove_columns("image"))}
-        images = TableImages(table, max_image_pixels)
+        images = TableImages(table, max_image_pixels, background=background)
         names = {str(i): str(i) for i, image in enumerate(table["image"]) if image}
     if not problems:
         raise UserError(f"data.splits: split {split!r} of {path} is empty; name another, or null where it is optional")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from lora_llava.data.conversation import Conversation, ImagePosition
 from lora_llava.data.files import (
@@ -22,11 +22,19 @@ from lora_llava.data.formats import CHAT_COLUMNS, Columns, Format, RowError, rea
 from lora_llava.data.images import FolderImages, ImageSource, TableImages, open_table
 from lora_llava.data.shards import SUFFIXES, set_stem, shard_of
 from lora_llava.data.text_encoding import foreign_encoding
+from lora_llava.data.to_rgb import Background
 from lora_llava.errors import UserError
 
 _MOST_SHARDS = 10_000
 Read = Conversation | RowError
 """What becomes of a row."""
+
+
+class _Look(TypedDict):
+    """How images are opened."""
+
+    background: Background
+    follow_links: bool
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,8 @@ def open_source(
     path: str | Path, *, name: str | None = None, form: Format = "conversations", file: str | None = None,
     revision: str | None = None, split: str = "train", image_folder: str | Path | None = None,
     columns: Columns | None = None, position: ImagePosition = "first", seed: int = 0,
-    max_image_pixels: int = 50_000_000, where: str = "data.path",
+    max_image_pixels: int = 50_000_000, where: str = "data.path", background: Background = "white",
+    follow_links: bool = False,
 ) -> Source:  # fmt: skip
     """Open a file of rows, a folder that holds one, or a data set on the Hub.
 
@@ -134,6 +143,8 @@ def open_source(
         seed: See `read_row`.
         max_image_pixels: Most pixels of a picture.
         where: The field that names it, for messages.
+        background: What transparent parts of images are composited on.
+        follow_links: Open images that links in the image folder lead to, outside it too.
 
     Returns:
         The source; no row has been read yet.
@@ -142,6 +153,7 @@ def open_source(
         UserError: For a path that is not there or of no known kind, or a Parquet file without the columns.
     """
     columns = columns or Columns()
+    look: _Look = {"background": background, "follow_links": follow_links}
     settings = [form, asdict(columns), position, seed]
     on_disk = Path(path)
     if file is not None:
@@ -149,7 +161,7 @@ def open_source(
     elif not on_disk.exists() and _is_hub_id(str(path)):
         table = open_table(str(path), split, revision, where)
         fingerprint = _hash([table._fingerprint, settings])
-        images = _images_of(image_folder, max_image_pixels, table, columns, Path(), table._fingerprint, where)
+        images = _images_of(image_folder, max_image_pixels, table, columns, Path(), table._fingerprint, where, look)
         return Source(
             name or str(path),
             images,
@@ -160,7 +172,7 @@ def open_source(
     embedded = _embedded_images(found, form, columns, where)
     digests = [file_hash(each) for each in found]
     digest = digests[0] if len(digests) == 1 else _hash(digests)
-    images = _images_of(image_folder, max_image_pixels, embedded, columns, found[0].parent, digest, where)
+    images = _images_of(image_folder, max_image_pixels, embedded, columns, found[0].parent, digest, where, look)
     return Source(
         name or set_stem(found[0]), images, _hash([digest, found[0].suffix.lower(), settings]),
         lambda: _read(_file_rows(found), form, columns, position, seed, isinstance(images, TableImages)), found,
@@ -229,20 +241,20 @@ def _own_id(row: Any, columns: Columns) -> str | None:
 
 def _images_of(
     folder: str | Path | None, max_pixels: int, table: Any, columns: Columns, beside: Path, fingerprint: str,
-    where: str,
+    where: str, look: _Look,
 ) -> ImageSource:  # fmt: skip
     """Pictures in a folder, unless they are in the table itself."""
     if folder is None and table is not None:
         column = next((name for name in (columns.image, "images") if name in table.column_names), None)
         if column is not None and not _is_text(table.features[column]):
-            return TableImages(table, max_pixels, column, fingerprint)
+            return TableImages(table, max_pixels, column, fingerprint, look["background"])
     root = Path(folder) if folder is not None else beside / "images"
     if folder is None and not root.is_dir():
         root = beside
     if folder is not None and not root.is_dir():
         field = f"{where.rpartition('.')[0]}.image_folder"
         raise UserError(f"{field}: there is no folder {folder}; name the root of the pictures")
-    return FolderImages(root, max_pixels)
+    return FolderImages(root, max_pixels, **look)
 
 
 def check_columns(file: Path, found: Sequence[str], form: Format, columns: Columns) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 from lora_llava.data.files import json_text
 from lora_llava.data.formats import RowError, read_row
 from lora_llava.data.images import read_rgb
+from lora_llava.data.to_rgb import Background
 from lora_llava.errors import UserError, nearest
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import (
@@ -83,8 +84,12 @@ def clean_text(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
-def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
+def open_pictures(paths: Sequence[str | Path], background: Background = "white") -> list[Picture]:
     """Open pictures.
+
+    Args:
+        paths: Files.
+        background: What transparent parts are composited on.
 
     Raises:
         UserError: For one that is missing, broken or too large, or a folder.
@@ -93,7 +98,7 @@ def open_pictures(paths: Sequence[str | Path]) -> list[Picture]:
     folder = next((file for file in files if file.is_dir()), None)
     if folder is not None:
         raise UserError(f"{folder} is a folder; name a picture")
-    return [Picture(file, read_rgb(file, str(file), MAX_IMAGE_PIXELS)) for file in files]
+    return [Picture(file, read_rgb(file, str(file), MAX_IMAGE_PIXELS, background)) for file in files]
 
 
 def answer_once(
@@ -226,7 +231,7 @@ def _paths_of(argument: str) -> list[Path]:
 
 
 def _attach(chat: Chat, argument: str) -> None:
-    pictures = open_pictures(_paths_of(argument))
+    pictures = open_pictures(_paths_of(argument), chat.speaker.background)
     chat.attached += pictures
     _tell_attached(pictures)
 

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from lora_llava.data.to_rgb import Background
 from lora_llava.errors import UserError
 from lora_llava.inference.prompt import encode_prompt
 from lora_llava.inference.sampling import Sampling
@@ -47,6 +48,7 @@ class Speaker:
         name: What the person called it.
         stop_string: Ends an answer where the template's stop is ordinary text.
         single_turn: The template is `plain`: a prompt is one picture and no text.
+        background: What transparent parts of images are composited on, as the model was trained.
     """
 
     model: Any
@@ -54,6 +56,7 @@ class Speaker:
     name: str
     stop_string: str | None = None
     single_turn: bool = False
+    background: Background = "white"
 
 
 def text_message(role: str, text: str) -> Message:

@@ -21,6 +21,7 @@ from PIL import Image
 from rich.console import Console
 
 from lora_llava.data.images import read_rgb
+from lora_llava.data.to_rgb import Background
 from lora_llava.errors import UserError
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import (
@@ -317,9 +318,9 @@ def _answer(
     yield shown, gr.MultimodalTextbox(value="", submit_btn=False, stop_btn=True)
     said = problem = ""
     try:
-        before = [] if speaker.single_turn else [_as_message(turn) for turn in history]
+        before = [] if speaker.single_turn else [_as_message(turn, speaker.background) for turn in history]
         opening = [text_message("system", system)] if system is not None else []
-        messages = [*opening, *before, user_message(text, _opened(files))]
+        messages = [*opening, *before, user_message(text, _opened(files, speaker.background))]
         with closing(stream_answer(speaker, messages, sampling, stop)) as stream:
             while True:
                 said += next(stream)
@@ -353,12 +354,12 @@ def _parts_of(turn: Message) -> tuple[list[str], list[str]]:
     return texts, [part["file"]["path"] for part in parts if part["type"] == "file"]
 
 
-def _as_message(turn: Message) -> Message:
+def _as_message(turn: Message, background: Background) -> Message:
     texts, files = _parts_of(turn)
     if turn["role"] == "user":
-        return user_message("\n".join(texts), _opened(files))
+        return user_message("\n".join(texts), _opened(files, background))
     return text_message(turn["role"], "".join(texts))
 
 
-def _opened(files: Sequence[str]) -> list[Image.Image]:
-    return [read_rgb(Path(file), Path(file).name, MAX_IMAGE_PIXELS) for file in files]
+def _opened(files: Sequence[str], background: Background) -> list[Image.Image]:
+    return [read_rgb(Path(file), Path(file).name, MAX_IMAGE_PIXELS, background) for file in files]

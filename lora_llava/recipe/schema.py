@@ -199,6 +199,11 @@ class DataSection(Section):
     """Pad pictures to a square with CLIP's mean colour (LLaVA-1.5), or crop the centre (CLIP, llava-hf)."""
     max_image_pixels: Annotated[int, Field(ge=1)] = 50_000_000
     """A picture with more pixels is a bad picture."""
+    background: Literal["white", "black", "llava"] = "white"
+    """What transparent parts of images are composited on; `llava` drops transparency, as LLaVA's own
+    `convert("RGB")` does. Images of 16 bits or floats are scaled to 8 bits whatever is set here."""
+    follow_links: bool = False
+    """Open images that links in the image folder lead to outside it; without it such links are refused."""
     on_bad_row: Literal["error", "drop"] = "error"
     """What becomes of a row that is no conversation; `lora-llava check` lists them."""
     on_bad_image: Literal["error", "drop"] = "error"

@@ -18,6 +18,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from lora_llava.data.images import Pixels
+from lora_llava.data.to_rgb import CONVERSION_RULE
 from lora_llava.errors import UserError
 from lora_llava.evaluation.ask import choose_rows
 from lora_llava.model.base import cache_folder
@@ -88,6 +89,8 @@ def cache_key(plan: RunPlan, base: Base) -> dict[str, Any]:
         "layer": config.vision_feature_layer,
         "strategy": config.vision_feature_select_strategy,
         "dtype": str(resolve_dtype(plan.recipe.model.dtype)),
+        "background": plan.recipe.data.background,
+        "conversion": CONVERSION_RULE,
     }
 
 

@@ -30,7 +30,7 @@ _MOST = 1_000
 
 def init(
     folder: Path, *, data: Path | None = None, model: str | None = None, template: str | None = None,
-    example: bool = False, console: Console,
+    example: bool = False, follow_links: bool = False, console: Console,
 ) -> tuple[Path, CheckReport]:  # fmt: skip
     """Write a recipe for a folder, and check it.
 
@@ -40,6 +40,7 @@ def init(
         model: A complete LLaVA to start from, a folder or a Hub id, or `demo`; None: the template's.
         template: The shipped recipe that is filled in; None: my_data_qlora.yaml, or the demo's.
         example: Make the folder first, with drawn pictures and a table of questions.
+        follow_links: Read images that links in the folder lead to, outside it too; the recipe says so.
         console: Where it is told what was understood.
 
     Returns:
@@ -56,10 +57,10 @@ def init(
     target = folder / RECIPE_NAME
     if target.exists():
         raise UserError(f"{target} is there already; `lora-llava check {target}`, or remove it to begin anew")
-    found = understand_folder(folder, data)
+    found = understand_folder(folder, data, follow_links)
     _tell(found, console)
     shipped = "demo_my_data_qlora.yaml" if model == "demo" else template or "my_data_qlora.yaml"
-    filled = fill_in(find_recipe(shipped), found, model)
+    filled = fill_in(find_recipe(shipped), found, model, follow_links)
     target.write_text(filled, encoding="utf-8")
     recipe = load_recipe(target)
     console.print(f"wrote {target}", soft_wrap=True)
@@ -116,13 +117,14 @@ def held_back_rows(rows: int, pictures: int) -> int:
     return min(_MOST, max(1, rows // (5 if rows < _FEW else _SHARE)))
 
 
-def fill_in(template: Path, found: FolderData, model: str | None) -> str:
+def fill_in(template: Path, found: FolderData, model: str | None, follow_links: bool = False) -> str:
     """A recipe with a folder's data in it, its comments kept.
 
     Args:
         template: A shipped recipe for one's own data.
         found: The folder.
         model: See `init`.
+        follow_links: See `init`.
 
     Returns:
         The recipe's text.
@@ -139,6 +141,8 @@ def fill_in(template: Path, found: FolderData, model: str | None) -> str:
         data.pop("image_folder", None)
     else:
         data["image_folder"] = str(found.image_folder)
+    if follow_links:
+        data["follow_links"] = True
     data["validation_rows"] = 0 if found.validation else held_back_rows(found.rows, found.named)
     _put(data, "columns", _changed_columns(found.columns), "what the table calls its columns")
     for part in ("validation", "test"):

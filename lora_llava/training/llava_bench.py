@@ -25,7 +25,7 @@ from lora_llava.model.provenance import locate_base, weights_state
 from lora_llava.model.start import ADAPTER_FILE
 from lora_llava.model.vision import llava_of
 from lora_llava.training.run_directory import is_run, machine, read_record, versions, write_json
-from lora_llava.training.speaker import open_speaker
+from lora_llava.training.speaker import background_of, open_speaker
 
 ANSWERS_FILE = "llava_bench_answers.jsonl"
 
@@ -59,10 +59,11 @@ def answer_llava_bench(
         raise UserError(f"--images: there is no folder {images}; name the one with the benchmark's pictures")
     sampling = sampling or Sampling(max_new_tokens=1024)
     rows = [_asked(question) for question in read_questions(questions)]
-    source = FolderImages(images, MAX_IMAGE_PIXELS)
+    source = FolderImages(images, MAX_IMAGE_PIXELS, background=background_of(model))
     answerer: Answerer
     about: dict[str, Any] = {
-        "benchmark": "llava-bench", "questions": file_hash(questions), "sampling": asdict(sampling)
+        "benchmark": "llava-bench", "questions": file_hash(questions), "sampling": asdict(sampling),
+        "background": source.background,
     }  # fmt: skip
     if server is not None:
         server = find_model(server)

@@ -109,6 +109,7 @@ def _open(recipe: Recipe, section: SourceSection, where: str) -> Source:
         found = load_scienceqa(
             path, section.split, order=data.prompt_order, image_position=data.image_position, seed=recipe.seed,
             image_folder=section.image_folder, max_image_pixels=data.max_image_pixels, revision=section.revision,
+            background=data.background, follow_links=data.follow_links,
         )  # fmt: skip
         name = section.name or f"{Path(section.path).name} {section.split}"
         return list_source(name, found.conversations, found.images)
@@ -119,6 +120,7 @@ def _open(recipe: Recipe, section: SourceSection, where: str) -> Source:
         path, name=section.name, form=section.format, file=section.file, revision=section.revision,
         split=section.split, image_folder=section.image_folder, columns=Columns(**section.columns.model_dump()),
         position=data.image_position, seed=recipe.seed, max_image_pixels=data.max_image_pixels, where=where,
+        background=data.background, follow_links=data.follow_links,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import AutoProcessor
 
 from lora_llava.data.templates import TEMPLATES, Template, chat_template, get_template
+from lora_llava.data.to_rgb import Background
 from lora_llava.errors import UserError
 from lora_llava.inference.load import load_answering_model
 from lora_llava.inference.speak import Speaker, text_message
@@ -64,7 +65,18 @@ def open_speaker(
         name,
         known.stop_string if known else None,
         single_turn=known is not None and known.single_turn,
+        background=background_of(name),
     )
+
+
+def background_of(name: str) -> Background:
+    """What transparent parts of images are composited on for a model: what its own recipe says, else white.
+
+    Args:
+        name: A run directory, a merged folder, another model's folder or a Hub id.
+    """
+    recipe = Path(name) / RECIPE_FILE
+    return load_recipe(recipe).data.background if recipe.is_file() else "white"
 
 
 def _find_whole(name: str) -> Path:
