@@ -167,8 +167,13 @@ def _add_score_llava_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-swap", action="store_true", help="only with the reference first, as LLaVA does")
     parser.add_argument("--price-in", type=float, metavar="USD", help="the judge's, for a million tokens to it")
     parser.add_argument("--price-out", type=float, metavar="USD", help="the same for tokens from it")
-    parser.add_argument("--max-cost", type=float, metavar="USD", help="stop this run before it costs more")
-    parser.add_argument("--max-requests", type=positive, metavar="N", help="stop this run after so many")
+    parser.add_argument(
+        "--max-cost", type=float, metavar="USD",
+        help="stop before this run and earlier ones under a cap cost more, failed tries included",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-requests", type=positive, metavar="N", help="stop this run after so many, further tries included"
+    )
     parser.add_argument("--concurrency", type=positive, default=8, help="requests at once")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for one answer")
     parser.add_argument("--dry-run", action="store_true", help="print prompts and an estimate of the cost, ask nobody")

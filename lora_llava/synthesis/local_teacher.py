@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_llava.errors import UserError
 from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 from lora_llava.inference.sampling import Sampling
+from lora_llava.inference.server import Again
 from lora_llava.synthesis.teacher import Answers, Asked, Teacher
 
 
@@ -46,7 +47,7 @@ def by_model(model: Any, tokenizer: Any, batch_size: int) -> Teacher:
         batch_size: Requests at once.
     """
 
-    def answer(asked: Iterable[Asked]) -> Answers:
+    def answer(asked: Iterable[Asked], again: Again | None = None) -> Answers:
         for start, batch in _batches(asked, batch_size):
             texts = _write(model, tokenizer, [each.request for each in batch])
             yield from ((start + place, found) for place, found in enumerate(texts))
