@@ -57,6 +57,37 @@ def told_usage(content: Any) -> Usage:
     return sent or None, came
 
 
+class NoAnswerError(Exception):
+    """What came is no answer; the message says why.
+
+    Attributes:
+        usage: What it cost all the same.
+    """
+
+    def __init__(self, reason: str, usage: Usage = (None, None)) -> None:
+        super().__init__(reason)
+        self.usage = usage
+
+
+def text_of(found: Any) -> str:
+    """The text of a chat completion.
+
+    Raises:
+        NoAnswerError: Where there is none.
+    """
+    if not isinstance(found, dict):
+        raise NoAnswerError("malformed answer: no chat completion")
+    if not found.get("choices"):
+        raise NoAnswerError("malformed answer: no choices")
+    try:
+        text = found["choices"][0]["message"].get("content") or ""
+    except (AttributeError, TypeError, KeyError, IndexError):
+        raise NoAnswerError("malformed answer: no message") from None
+    if not isinstance(text, str):
+        raise NoAnswerError("malformed answer: no text")
+    return text
+
+
 def refused_usage(error: openai.APIStatusError) -> Usage:
     """Tokens that a refusal cost: what it says, else none for a request that was not let in (4xx), and nobody knows
     for one at which the server failed (5xx) or for which it took too long (408)."""

@@ -19,7 +19,16 @@ from urllib.parse import urlsplit
 import openai
 
 from lora_llava.errors import UserError
-from lora_llava.inference.chat_errors import Usage, knows_no_format, refused_usage, retry_after, root_cause, told_usage
+from lora_llava.inference.chat_errors import (
+    NoAnswerError,
+    Usage,
+    knows_no_format,
+    refused_usage,
+    retry_after,
+    root_cause,
+    text_of,
+    told_usage,
+)
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest, picture_part
 
 __all__ = ["Again", "ChatAnswer", "ChatFailure", "ChatRequest", "ChatServer", "ask", "find_model", "picture_part"]
@@ -228,18 +237,6 @@ def _in_thread(answers: Answers) -> Answers:
             thread.submit(answers.close).result()
 
 
-class _NoAnswerError(Exception):
-    """What came is no answer; the message says why.
-
-    Attributes:
-        usage: What it cost all the same.
-    """
-
-    def __init__(self, reason: str, usage: Usage = (None, None)) -> None:
-        super().__init__(reason)
-        self.usage = usage
-
-
 @dataclass(frozen=True)
 class _Miss:
     """A try that failed.
@@ -322,7 +319,7 @@ class Asker:
                 self.structured = False
                 return _Miss(reason, usage=usage)
             return _Miss(reason, retry_after(error), usage)
-        except _NoAnswerError as error:
+        except NoAnswerError as error:
             return _Miss(str(error), usage=error.usage)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             return _Miss("malformed answer: no JSON")
@@ -350,11 +347,11 @@ class Asker:
         )  # fmt: skip
         usage = told_usage(found)
         try:
-            text = _text_of(found)
-        except _NoAnswerError as error:
-            raise _NoAnswerError(str(error), usage) from None
+            text = text_of(found)
+        except NoAnswerError as error:
+            raise NoAnswerError(str(error), usage) from None
         if self.server.refuse_empty and not text.strip():
-            raise _NoAnswerError("empty answer", usage)
+            raise NoAnswerError("empty answer", usage)
         return ChatAnswer(text, usage[0] or 0, usage[1] or 0, str(found.get("model") or self.server.model))
 
     def _check_reached(self, error: openai.APIConnectionError, attempt: int) -> None:
@@ -382,25 +379,6 @@ class Asker:
         message = body.get("message") if isinstance(body, dict) else None
         text = " ".join(_without_key(str(message or error.response.text), self.server).split())
         return f"HTTP {error.status_code}" + (f": {text[:200]}" if text else "")
-
-
-def _text_of(found: Any) -> str:
-    """The text of a chat completion.
-
-    Raises:
-        _NoAnswerError: Where there is none.
-    """
-    if not isinstance(found, dict):
-        raise _NoAnswerError("malformed answer: no chat completion")
-    if not found.get("choices"):
-        raise _NoAnswerError("malformed answer: no choices")
-    try:
-        text = found["choices"][0]["message"].get("content") or ""
-    except (AttributeError, TypeError, KeyError, IndexError):
-        raise _NoAnswerError("malformed answer: no message") from None
-    if not isinstance(text, str):
-        raise _NoAnswerError("malformed answer: no text")
-    return text
 
 
 def _client_settings(server: ChatServer) -> dict[str, Any]:

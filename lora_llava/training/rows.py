@@ -81,7 +81,7 @@ def order_rows(
     passes = exact_epochs(training) if training.max_steps is None else None
     while (passes is None or epoch < passes) and len(rows) < wanted:
         new = epoch_rows(epoch)
-        rows += new if passes is None else new[: math.ceil(len(new) * min(1, passes - epoch))]
+        rows += new if passes is None else new[: math.ceil(len(new) * min(Fraction(1), passes - epoch))]
         epoch += 1
     rows = rows if training.max_steps is None else rows[: int(wanted)]
     rows = deal_rows(

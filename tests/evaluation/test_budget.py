@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llava_bench_files import bench, options
 from inference.chat_server import Body, ChatLog
+from llava_bench_files import bench, options
 from synthesis.made import recipe_of, teach, write_recipe
 
 from lora_llava.cli import main
