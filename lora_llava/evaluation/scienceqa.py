@@ -31,6 +31,7 @@ class Prediction(TypedDict):
     categories: list[str]
     scores: NotRequired[list[float]]
     problem: NotRequired[str]
+    parser: NotRequired[str]
 
 
 def parse_answer(text: str, num_choices: int) -> int:
@@ -108,9 +109,12 @@ def make_prediction(
     """
     columns = categories(question["subject"], question["grade"], question["has_image"], question["has_hint"])
     prediction = read_letter(text, question, parser) if choice is None else choice
-    return Prediction(
+    found = Prediction(
         question_id=question_id, text=text, prediction=prediction, answer=question["answer"], categories=columns
     )
+    if choice is None and parser != "llava":
+        found["parser"] = parser
+    return found
 
 
 def score(predictions: Iterable[Prediction], parser: str = "llava") -> Table:

@@ -75,16 +75,17 @@ def text_of(found: Any) -> str:
     Raises:
         NoAnswerError: Where there is none.
     """
+    usage = told_usage(found)
     if not isinstance(found, dict):
-        raise NoAnswerError("malformed answer: no chat completion")
+        raise NoAnswerError("malformed answer: no chat completion", usage)
     if not found.get("choices"):
-        raise NoAnswerError("malformed answer: no choices")
+        raise NoAnswerError("malformed answer: no choices", usage)
     try:
         text = found["choices"][0]["message"].get("content") or ""
     except (AttributeError, TypeError, KeyError, IndexError):
-        raise NoAnswerError("malformed answer: no message") from None
+        raise NoAnswerError("malformed answer: no message", usage) from None
     if not isinstance(text, str):
-        raise NoAnswerError("malformed answer: no text")
+        raise NoAnswerError("malformed answer: no text", usage)
     return text
 
 

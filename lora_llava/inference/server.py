@@ -41,6 +41,7 @@ _SPACING = 0.001
 """Seconds between two requests' starts, which take about as long to send: those that start together are answered
 together, and then wait for one another, again and again (at 32 at once and 50 ms a request: 72% of the ideal speed,
 and 94% with this)."""
+_NOBODY = (ConnectionRefusedError, socket.gaierror)
 _NO_KEY = "no-key"
 """Sent to servers that need none: the library insists on one."""
 
@@ -140,9 +141,10 @@ Again = Callable[[int, ChatFailure], bool]
 """Asked after each failed try whether the request at this place may be tried once more, which costs once more."""
 
 
-def ask(
-    server: ChatServer, requests: Iterable[ChatRequest], again: Again | None = None
-) -> Generator[tuple[int, ChatAnswer | ChatFailure], None, None]:
+Answers = Generator[tuple[int, ChatAnswer | ChatFailure], None, None]
+
+
+def ask(server: ChatServer, requests: Iterable[ChatRequest], again: Again | None = None) -> Answers:
     """Ask, and give the answers as they come.
 
     Requests are drawn one by one, no more than `server.concurrency` before their answers are given: one with a picture
@@ -172,9 +174,6 @@ def _is_in_loop() -> bool:
     except RuntimeError:
         return False
     return True
-
-
-Answers = Generator[tuple[int, ChatAnswer | ChatFailure], None, None]
 
 
 def _ask_here(server: ChatServer, requests: Iterable[ChatRequest], again: Again | None) -> Answers:
@@ -306,7 +305,7 @@ class Asker:
             if isinstance(root_cause(error), TimeoutError):
                 return _Miss(f"no answer within {self.server.timeout:g} s")
             self._check_reached(error, attempt)
-            refused = isinstance(root_cause(error), ConnectionRefusedError | socket.gaierror)
+            refused = isinstance(root_cause(error), _NOBODY)
             told = f"the connection broke ({type(root_cause(error)).__name__})"
             return _Miss(told, usage=(0, 0) if refused else (None, None))
         except openai.APIStatusError as error:
@@ -345,11 +344,7 @@ class Asker:
             "/chat/completions", body={"model": self.server.model, "messages": request.messages, **settings},
             cast_to=object, options={"headers": {"Idempotency-Key": request.key}} if request.key else {},
         )  # fmt: skip
-        usage = told_usage(found)
-        try:
-            text = text_of(found)
-        except NoAnswerError as error:
-            raise NoAnswerError(str(error), usage) from None
+        text, usage = text_of(found), told_usage(found)
         if self.server.refuse_empty and not text.strip():
             raise NoAnswerError("empty answer", usage)
         return ChatAnswer(text, usage[0] or 0, usage[1] or 0, str(found.get("model") or self.server.model))
@@ -357,8 +352,7 @@ class Asker:
     def _check_reached(self, error: openai.APIConnectionError, attempt: int) -> None:
         """End where nobody listens: at once where nobody has answered yet, else after all tries, as a server that is
         started again may be back."""
-        refused = isinstance(root_cause(error), ConnectionRefusedError | socket.gaierror)
-        if refused and (not self.answered or attempt == self.server.retries):
+        if isinstance(root_cause(error), _NOBODY) and (not self.answered or attempt == self.server.retries):
             raise _unreachable(self.server, error)
 
     async def _check_status(self, error: openai.APIStatusError) -> None:
