@@ -32,6 +32,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "the choice that it holds likeliest",
     )  # fmt: skip
     parser.add_argument("--prompt", help="how ScienceQA is asked: recipe, direct or lmms-eval")
+    _add_parser(parser)
     parser.add_argument("--direct", action="store_true", help="ask for the letter alone; the same as --prompt direct")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -65,6 +66,7 @@ def run_evaluate(args: argparse.Namespace, console: Any) -> int:
     way = Way(
         method=args.method, prompt="direct" if args.direct else args.prompt or "recipe", temperature=args.temperature,
         top_p=args.top_p, shuffled=args.shuffle_images, base_only=args.base_only, bad_images=args.bad_images,
+        parser=args.parser,
     )  # fmt: skip
     table = evaluate(
         args.model, way, recipe=args.recipe, overrides=args.overrides, limit=args.limit, output=args.output,
@@ -77,7 +79,7 @@ def run_evaluate(args: argparse.Namespace, console: Any) -> int:
 _BENCHMARK_FLAGS = ("questions", "images", "template")
 _SERVER_FLAGS = ("server_model", "concurrency", "timeout")
 _TABLE_FLAGS = (
-    "overrides", "recipe", "limit", "shuffle_images", "prompt", "direct", "base_only", "published", "json",
+    "overrides", "recipe", "limit", "shuffle_images", "prompt", "direct", "parser", "base_only", "published", "json",
 )  # fmt: skip
 """Of an evaluation that makes a table."""
 
@@ -141,8 +143,16 @@ def _add_score_scienceqa(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--splits", required=True, type=Path, help="pid_splits.json")
     parser.add_argument("--answers", required=True, type=Path, help="JSONL of question_id and text")
     parser.add_argument("--split", default="test", help="the split that was asked")
+    _add_parser(parser)
     _add_published(parser)
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
+
+
+def _add_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--parser", choices=["llava", "lenient"], help="how ScienceQA's letters are read: by LLaVA's rule, or also b, "
+        "(B), **B**, \"answer: B\" and the choice's text; default: the recipe's, else llava",
+    )  # fmt: skip
 
 
 def _add_published(parser: argparse.ArgumentParser) -> None:
@@ -167,8 +177,13 @@ def _add_score_llava_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-swap", action="store_true", help="only with the reference first, as LLaVA does")
     parser.add_argument("--price-in", type=float, metavar="USD", help="the judge's, for a million tokens to it")
     parser.add_argument("--price-out", type=float, metavar="USD", help="the same for tokens from it")
-    parser.add_argument("--max-cost", type=float, metavar="USD", help="stop this run before it costs more")
-    parser.add_argument("--max-requests", type=positive, metavar="N", help="stop this run after so many")
+    parser.add_argument(
+        "--max-cost", type=float, metavar="USD",
+        help="stop before this run and earlier ones under a cap cost more, failed tries included",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-requests", type=positive, metavar="N", help="stop this run after so many, further tries included"
+    )
     parser.add_argument("--concurrency", type=positive, default=8, help="requests at once")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for one answer")
     parser.add_argument("--dry-run", action="store_true", help="print prompts and an estimate of the cost, ask nobody")
@@ -226,7 +241,7 @@ def _score_llava_bench(args: argparse.Namespace, console: Any) -> int:
 def _score_scienceqa(args: argparse.Namespace, console: Any) -> int:
     from lora_llava.evaluation.score_files import score_scienceqa_file
 
-    table = score_scienceqa_file(args.problems, args.splits, args.answers, args.split)
+    table = score_scienceqa_file(args.problems, args.splits, args.answers, args.split, args.parser or "llava")
     _print_table(args.answers.name, table, args, console, same_questions=args.split == "test")
     return 0
 
@@ -289,6 +304,8 @@ def _print_published(table: dict[str, Any], forced: bool, console: Any, same_que
     if not forced and not same_questions:
         return
     console.print(published_table())
+    if "parser" in table:
+        console.print(f"The {table['parser']} parser read the letters above, LLaVA's rule those of the published rows")
     console.print(f"Sources: {published_sources()}", style="dim", soft_wrap=True)
     if not same_questions:
         console.print(f"The table above is of {count:,} questions, not of theirs: not to be compared", style="dim")

@@ -13,8 +13,13 @@ from lora_llava.quiet import quieten
 
 def add_generate_data(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--max-cost", type=float, metavar="USD", help="stop this run before it costs more")
-    parser.add_argument("--max-requests", type=positive, metavar="N", help="stop this run after so many")
+    parser.add_argument(
+        "--max-cost", type=float, metavar="USD",
+        help="stop before this run and earlier ones under a cap cost more, failed tries included",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-requests", type=positive, metavar="N", help="stop this run after so many, further tries included"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print three prompts and an estimate, ask nobody")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 

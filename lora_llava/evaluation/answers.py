@@ -1,9 +1,12 @@
-"""Marks for free answers: exact match and token F1 as SQuAD defines them (arXiv 1606.05250, section 6.1), ROUGE-L."""
+"""Marks for free answers: exact match and token F1 as SQuAD defines them (arXiv 1606.05250, section 6.1), ROUGE-L.
+
+What is compared are the tokens of `lora_llava.evaluation.normal`, whose docstring states the rule.
+"""
 
 from __future__ import annotations
 
 import re
-import string
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NotRequired, TypedDict
@@ -11,9 +14,11 @@ from typing import Any, NotRequired, TypedDict
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_WORD = re.compile(r"[^\W_]+")
+from lora_llava.evaluation.normal import CJK, answer_tokens, is_number, normalise
+
+MARKING = "SQuAD's rule, numbers by their value, CJK by characters: lora_llava.evaluation.normal"
+"""How free answers are compared."""
+_WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _PHRASE = 5
 """Words of a short answer; VQA v2's longest common ones have as many."""
@@ -54,34 +59,28 @@ AnswerTable = dict[str, Marks]
 
 
 class _Words(Tokenizer):
-    """rouge_score's own tokenizer knows no letter beyond a to z; this one agrees with it on those."""
+    """rouge_score's own tokenizer knows no letter beyond a to z; this one agrees with it on those, and takes CJK by
+    characters."""
 
     def tokenize(self, text: str) -> list[str]:
-        return _WORD.findall(text.lower())
+        return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 _ROUGE = RougeScorer(["rougeL"], tokenizer=_Words())
 
 
-def normalise(text: str) -> str:
-    """Lower case, without articles, punctuation and doubled spaces; a text of articles alone, such as the choice A,
-    keeps them."""
-    plain = text.lower().translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", plain).split()) or " ".join(plain.split())
-
-
 def exact_match(text: str, reference: str) -> bool:
-    """Whether an answer says what the reference says."""
-    return normalise(text) == normalise(reference)
+    """Whether an answer says what the reference says, by the tokens of both."""
+    return answer_tokens(text) == answer_tokens(reference)
 
 
 def token_f1(text: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over words.
+    """Harmonic mean of precision and recall over words, numbers and CJK characters.
 
     Returns:
         From 0 to 1; of two texts without words, 1.
     """
-    ours, theirs = normalise(text).split(), normalise(reference).split()
+    ours, theirs = answer_tokens(text), answer_tokens(reference)
     if not ours or not theirs:
         return float(ours == theirs)
     common = sum((Counter(ours) & Counter(theirs)).values())
@@ -106,7 +105,7 @@ def question_type(reference: str) -> str:
     words = normalise(reference).split()
     if words and words[0] in ("yes", "no") and len(words) == 1:
         return "yes/no"
-    if len(words) == 1 and (words[0] in _NUMBERS or words[0].isdecimal()):
+    if len(words) == 1 and (words[0] in _NUMBERS or is_number(words[0])):
         return "number"
     return "phrase" if len(words) <= _PHRASE else "text"
 

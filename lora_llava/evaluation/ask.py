@@ -75,13 +75,14 @@ def shuffle_images(rows: Sequence[Conversation], seed: int) -> list[Conversation
 
 
 def ask_scienceqa(
-    rows: Sequence[Conversation], answerer: Answerer, **settings: Any
-) -> tuple[Table, list[Prediction]]:  # fmt: skip
+    rows: Sequence[Conversation], answerer: Answerer, parser: str = "llava", **settings: Any
+) -> tuple[Table, list[Prediction]]:
     """Ask ScienceQA's questions and score the answers.
 
     Args:
         rows: Conversations of ScienceQA.
         answerer: Who answers.
+        parser: Reads the letters, a member of `PARSERS`.
         settings: As `ask_rows`.
 
     Returns:
@@ -89,10 +90,10 @@ def ask_scienceqa(
     """
 
     def mark(index: int, row: Conversation, answer: Answer) -> Prediction:
-        return make_prediction(row.row_id, answer.text, row.extra, answer.choice)
+        return make_prediction(row.row_id, answer.text, row.extra, answer.choice, parser)
 
     marked = ask_rows(rows, answerer, mark, **settings)
-    return score(marked), marked
+    return score(marked, parser), marked
 
 
 def ask_conversations(

@@ -54,7 +54,13 @@ def same_questions(
     found = [dict(zip(mine, run.rows, strict=True)) for run, mine in zip(runs, keys, strict=True)]
     keyed = [{key: rows[key] for key in mine} for rows, mine in zip(found, wanted, strict=True)]
     _check_answers(runs, keyed)
-    return keyed, [*notes, *_copies(runs, keyed)]
+    return keyed, [*notes, *_copies(runs, keyed), *_parsers(runs)]
+
+
+def _parsers(runs: Sequence[Run]) -> list[str]:
+    """Which runs' letters were read by another parser than LLaVA's."""
+    names = [run.name for run in runs if any("parser" in row for row in run.rows)]
+    return [f"letters read by the lenient parser, not by LLaVA's rule: {', '.join(names)}"] if names else []
 
 
 def _keys(runs: Sequence[Run]) -> list[list[Key]]:

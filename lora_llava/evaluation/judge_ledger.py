@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from lora_llava.errors import UserError
+from lora_llava.inference.budget import Charge
 from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 
 
@@ -47,6 +48,8 @@ class JudgeLedger:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.answers: dict[str, ChatAnswer] = {}
+        self.spent_under_caps = 0.0
+        """USD that earlier runs with a cap on cost spent, failed tries included."""
         file.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(file.with_name(file.name + ".lock"))
         try:
@@ -69,12 +72,27 @@ class JudgeLedger:
             whole += len(line)
             try:
                 row = json.loads(line)
+                self.spent_under_caps += float(row.get("usd") or 0) * bool(row.get("capped"))
+                if "failed" in row:
+                    continue
                 self.answers[row["key"]] = ChatAnswer(
                     row["text"], int(row["prompt_tokens"]), int(row["completion_tokens"]), row["model"]
                 )
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise UserError(f"{self.file}, line {number}: not a judge's answer; take the line out") from None
         self._stream.truncate(whole)
+
+    def add_failure(self, key: str, reason: str, charge: Charge) -> None:
+        """Keep what a try without an answer cost under a cap, on disk before this returns.
+
+        Args:
+            key: From `request_key`.
+            reason: Why it failed.
+            charge: From `Budget.settle`.
+        """
+        counts = {"prompt_tokens": charge.prompt_tokens, "completion_tokens": charge.completion_tokens}
+        self._write({"key": key, "failed": reason, **counts, "usd": charge.usd, "capped": True})
+        self._sync()
 
     def add(self, key: str, answer: ChatAnswer, **about: Any) -> None:
         """Keep an answer, on disk before this returns.
@@ -86,8 +104,14 @@ class JudgeLedger:
         """
         counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
         row = {"key": key, **about, "model": answer.model, **counts, "text": answer.text}
-        self._stream.write(json.dumps(row).encode("ascii") + b"\n")
+        self._write(row)
         self.answers[key] = answer  # before the slow part: Ctrl-C there loses nothing, as closing writes what is left
+        self._sync()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(row).encode("ascii") + b"\n")
+
+    def _sync(self) -> None:
         self._stream.flush()
         os.fsync(self._stream.fileno())
 

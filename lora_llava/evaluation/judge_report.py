@@ -173,6 +173,7 @@ def score_llava_bench(
     _refuse_other(output / REPORT, hashes["answers"])
     server = find_model(server)
     with JudgeLedger(output / LEDGER) as ledger:
+        budget.before = ledger.spent_under_caps
         judge = Judge(cases, str(server.model), texts, settings, ledger)
         to_ask = [item.request for item in judge.pending().values()]
         _print_estimate(to_ask, len(cases) * len(settings.orders), budget, console)
@@ -215,6 +216,7 @@ def _report(verdicts: Sequence[Verdict], server: ChatServer, judge: Judge, budge
         },
         "this_run": {
             "requests": budget.requests, "usd": round(budget.spent, 4) if priced else None,
+            "usd_before": round(budget.before, 4) if budget.capped else None,
             "cap": _what_caps(judge, budget),
         },
         "table": tabulate(verdicts),
@@ -230,10 +232,10 @@ def _report(verdicts: Sequence[Verdict], server: ChatServer, judge: Judge, budge
 
 
 def _what_caps(judge: Judge, budget: Budget) -> str:
-    """Why no run under the cap on cost would get further, or nothing."""
+    """Which cap ended the run and what to change; nothing where none did."""
     pending = next(iter(judge.pending().values()), None)
     if pending is None or budget.max_cost is None or budget.most(pending.request) <= budget.max_cost:
-        return ""
+        return budget.why_stopped()
     most = math.ceil(budget.most(pending.request) * 1e4) / 1e4
     return f"--max-cost {budget.max_cost:g} is below the {most:.4f} USD that one request may cost; raise it"
 
@@ -274,7 +276,7 @@ def _print_estimate(requests: Sequence[ChatRequest], judgements: int, budget: Bu
     cost = "" if budget.price_in is None else f"; up to {budget.cost(tokens_in, tokens_out):.2f} USD"
     console.print(f"{len(requests)} of {judgements} judgements to ask for", soft_wrap=True)
     console.print(
-        f"about {tokens_in:,} tokens there (estimated: one for four characters), at most {tokens_out:,} back{cost}; "
+        f"about {tokens_in:,} tokens there (estimated from bytes, rather too many), at most {tokens_out:,} back{cost}; "
         f"a text without readable scores is asked for up to {ATTEMPTS - 1} times more",
         soft_wrap=True,
     )

@@ -20,8 +20,8 @@ from lora_llava.evaluation.judge import (
     parse_scores,
 )
 from lora_llava.evaluation.judge_ledger import JudgeLedger, request_key
-from lora_llava.inference.budget import Budget
-from lora_llava.inference.server import ChatAnswer, ChatRequest, ChatServer, ask
+from lora_llava.inference.budget import Budget, Charge
+from lora_llava.inference.server import ChatAnswer, ChatFailure, ChatRequest, ChatServer, ask
 
 _HOPELESS = 8
 """Failures in a row at the start after which the rest is not tried."""
@@ -108,18 +108,37 @@ class Judge:
                 sent.append(item)
                 yield item.request
 
-        with closing(ask(server, requests())) as answers:
-            for index, found in answers:
-                item = sent[index]
-                if isinstance(found, ChatAnswer):
-                    self.ledger.add(item.key, found, **item.about)
-                    budget.settle(item.key, item.request, found)
-                else:
-                    self.failed[item.key] = found.reason
-                    budget.settle(item.key, item.request, None)
-                    if not self.ledger.answers and len(self.failed) >= _HOPELESS:
-                        raise UserError(f"{server.url} answered none of {len(self.failed)} requests: {found.reason}")
-                bar.update()
+        def may_try_again(place: int, failure: ChatFailure) -> bool:
+            item = sent[place]
+            self._charge(item, failure.reason, budget.charge_of(item.request, failure), budget)
+            return budget.again(item.key, item.request, failure)
+
+        try:
+            with closing(ask(server, requests(), may_try_again)) as answers:
+                for index, found in answers:
+                    self._take(sent[index], found, server, budget)
+                    bar.update()
+        except BaseException as error:
+            if budget.spent or not isinstance(error, UserError):  # else the server let nothing in
+                for item in sent:
+                    if budget.holds(item.key):
+                        self._charge(item, "not waited for", budget.settle(item.key, item.request, None), budget)
+            raise
+
+    def _take(self, item: _Pending, found: ChatAnswer | ChatFailure, server: ChatServer, budget: Budget) -> None:
+        charge = budget.settle(item.key, item.request, found)
+        if isinstance(found, ChatAnswer):
+            spent = {"usd": charge.usd, "capped": True} if budget.capped else {}
+            self.ledger.add(item.key, found, **item.about, **spent)
+            return
+        self._charge(item, found.reason, charge, budget)
+        self.failed[item.key] = found.reason
+        if not self.ledger.answers and len(self.failed) >= _HOPELESS:
+            raise UserError(f"{server.url} answered none of {len(self.failed)} requests: {found.reason}")
+
+    def _charge(self, item: _Pending, reason: str, charge: Charge, budget: Budget) -> None:
+        if budget.capped and (charge.prompt_tokens or charge.completion_tokens):
+            self.ledger.add_failure(item.key, reason, charge)
 
     def _look_up(self, case: JudgeCase, order: str) -> Scores | _Pending | None:
         """The scores of reference and answer in one order, or what to ask for next; None where no attempt gave any."""

@@ -14,6 +14,11 @@ from lora_llava.errors import UserError
 _ANSWER = "The answer is"
 """Of LLaVA's converter (scripts/convert_sqa_to_llava.py)."""
 PARSER = "lora_llava.evaluation.scienceqa.parse_answer: LLaVA's rule, llava/eval/eval_science_qa.py"
+PARSERS = {
+    "llava": PARSER,
+    "lenient": "lora_llava.evaluation.letters.parse_leniently: also b, (B), **B**, answer: B, and the choice's text",
+}
+"""What each reader of letters is."""
 LETTER_REQUEST = "Answer with the option's letter from the given choices directly."
 """Of LLaVA-1.5 (llava/eval/model_vqa_science.py, --single-pred-prompt) and of lmms-eval alike."""
 PROMPTS = {

@@ -80,6 +80,7 @@ def table_rows(title: str, tables: Mapping[str, Table]) -> RichTable:
         view.add_column(column, justify="right", no_wrap=column != "unparsed")
     for name, table in tables.items():
         share = unparsed(table)
+        name = f"{name}, letters read by the {table['parser']} parser" if "parser" in table else name
         told = f"{share['count']} ({share['percent']:.1f}%)" if share["count"] else "0"
         view.add_row(name, *percent_cells(table), told)
     last = list(tables.values())[-1]

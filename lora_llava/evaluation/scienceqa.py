@@ -6,7 +6,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NotRequired, TypedDict
 
+from lora_llava.evaluation.letters import parse_leniently
+
 LETTERS = "ABCDE"
+PARSERS = ("llava", "lenient")
+"""Readers of the letter that an answer names: `parse_answer`, and `letters.parse_leniently`."""
 COLUMNS = ("AVG", "NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
 """ScienceQA's columns (arXiv 2209.09513, table 3), the average first."""
 
@@ -14,7 +18,7 @@ _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language scienc
 _ANSWER = re.compile(r"The answer is ([A-Z]).")  # the dot is LLaVA's: any character
 
 Table = dict[str, Any]
-"""`{column: [percent, correct, count], ..., "unparsed": count}`."""
+"""`{column: [percent, correct, count], ..., "unparsed": count}`, and `parser` where it is not LLaVA's."""
 
 
 class Prediction(TypedDict):
@@ -27,6 +31,7 @@ class Prediction(TypedDict):
     categories: list[str]
     scores: NotRequired[list[float]]
     problem: NotRequired[str]
+    parser: NotRequired[str]
 
 
 def parse_answer(text: str, num_choices: int) -> int:
@@ -74,9 +79,25 @@ def categories(subject: str, grade: str, has_image: bool, has_hint: bool) -> lis
     return columns
 
 
+def read_letter(text: str, question: Mapping[str, Any], parser: str = "llava") -> int:
+    """Find the choice that an answer names.
+
+    Args:
+        text: What the model wrote.
+        question: `num_choices`, and for the lenient parser `choices`.
+        parser: A member of `PARSERS`.
+
+    Returns:
+        The choice's index, or -1.
+    """
+    if parser == "llava":
+        return parse_answer(text, question["num_choices"])
+    return parse_leniently(text, question["num_choices"], question.get("choices", ()))
+
+
 def make_prediction(
-    question_id: str, text: str, question: Mapping[str, Any], choice: int | None = None
-) -> Prediction:  # fmt: skip
+    question_id: str, text: str, question: Mapping[str, Any], choice: int | None = None, parser: str = "llava"
+) -> Prediction:
     """Mark one answer.
 
     Args:
@@ -84,16 +105,24 @@ def make_prediction(
         text: What the model wrote.
         question: `answer`, `num_choices`, `subject`, `grade`, `has_image` and `has_hint`.
         choice: Index of what was chosen, where nothing is to be read from the text.
+        parser: Reads the letter, a member of `PARSERS`.
     """
     columns = categories(question["subject"], question["grade"], question["has_image"], question["has_hint"])
-    prediction = parse_answer(text, question["num_choices"]) if choice is None else choice
-    return Prediction(
+    prediction = read_letter(text, question, parser) if choice is None else choice
+    found = Prediction(
         question_id=question_id, text=text, prediction=prediction, answer=question["answer"], categories=columns
     )
+    if choice is None and parser != "llava":
+        found["parser"] = parser
+    return found
 
 
-def score(predictions: Iterable[Prediction]) -> Table:
+def score(predictions: Iterable[Prediction], parser: str = "llava") -> Table:
     """Count the table.
+
+    Args:
+        predictions: From `make_prediction`.
+        parser: What read the letters; a table names it where it is not LLaVA's.
 
     Returns:
         For every column the percentage to two decimals, correct answers and questions; and how many answers named no
@@ -110,4 +139,4 @@ def score(predictions: Iterable[Prediction]) -> Table:
         column: [round(100 * correct / count, 2) if count else 0.0, correct, count]
         for column, (correct, count) in counts.items()
     }
-    return table | {"unparsed": unparsed}
+    return table | {"unparsed": unparsed} | ({"parser": parser} if parser != "llava" else {})

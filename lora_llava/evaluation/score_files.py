@@ -10,7 +10,9 @@ from lora_llava.errors import UserError
 from lora_llava.evaluation.scienceqa import Table, make_prediction, score
 
 
-def score_scienceqa_file(problems: Path, splits: Path, answers: Path, split: str = "test") -> Table:
+def score_scienceqa_file(
+    problems: Path, splits: Path, answers: Path, split: str = "test", parser: str = "llava"
+) -> Table:
     """Score answers in the form that LLaVA publishes.
 
     Args:
@@ -18,6 +20,7 @@ def score_scienceqa_file(problems: Path, splits: Path, answers: Path, split: str
         splits: `pid_splits.json`.
         answers: JSONL of `{"question_id", "text"}`.
         split: The split that was asked; a question without answer is an error.
+        parser: Reads the letters, a member of `PARSERS`.
 
     Returns:
         The table.
@@ -38,10 +41,10 @@ def score_scienceqa_file(problems: Path, splits: Path, answers: Path, split: str
         lacking = [field for field in ("subject", "grade") if field not in entry]
         if lacking:
             raise UserError(f"{problems}: row {pid}: the field {lacking[0]!r} is missing; its columns need it")
-        predictions.append(make_prediction(pid, texts[pid], question_of(pid, entry)))
+        predictions.append(make_prediction(pid, texts[pid], question_of(pid, entry), parser=parser))
     if not predictions:
         raise UserError(f"{splits}: split {split!r} is empty; name the one that was asked with --split")
-    return score(predictions)
+    return score(predictions, parser)
 
 
 def _read_answers(file: Path) -> dict[str, str]:

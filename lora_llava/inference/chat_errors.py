@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import openai
 
@@ -34,6 +36,69 @@ def retry_after(error: openai.APIStatusError) -> float | None:
     if not seconds <= _LONGEST_RETRY_AFTER:
         return None
     return max(seconds, 0.0)
+
+
+Usage = tuple[int | None, int | None]
+"""Tokens to the model and from it; None where they are not known."""
+
+
+def told_usage(content: Any) -> Usage:
+    """Tokens that a server says it used.
+
+    Args:
+        content: Its answer as JSON, whatever that is.
+
+    Returns:
+        By its `usage`; a count that cannot be, or 0 to the model, is none.
+    """
+    usage = content.get("usage") if isinstance(content, Mapping) else None
+    found = [usage.get(name) if isinstance(usage, Mapping) else None for name in ("prompt_tokens", "completion_tokens")]
+    sent, came = (count if type(count) is int and count >= 0 else None for count in found)
+    return sent or None, came
+
+
+class NoAnswerError(Exception):
+    """What came is no answer; the message says why.
+
+    Attributes:
+        usage: What it cost all the same.
+    """
+
+    def __init__(self, reason: str, usage: Usage = (None, None)) -> None:
+        super().__init__(reason)
+        self.usage = usage
+
+
+def text_of(found: Any) -> str:
+    """The text of a chat completion.
+
+    Raises:
+        NoAnswerError: Where there is none.
+    """
+    usage = told_usage(found)
+    if not isinstance(found, dict):
+        raise NoAnswerError("malformed answer: no chat completion", usage)
+    if not found.get("choices"):
+        raise NoAnswerError("malformed answer: no choices", usage)
+    try:
+        text = found["choices"][0]["message"].get("content") or ""
+    except (AttributeError, TypeError, KeyError, IndexError):
+        raise NoAnswerError("malformed answer: no message", usage) from None
+    if not isinstance(text, str):
+        raise NoAnswerError("malformed answer: no text", usage)
+    return text
+
+
+def refused_usage(error: openai.APIStatusError) -> Usage:
+    """Tokens that a refusal cost: what it says, else none for a request that was not let in (4xx), and nobody knows
+    for one at which the server failed (5xx) or for which it took too long (408)."""
+    try:
+        told = told_usage(error.response.json())
+    except (ValueError, RecursionError):
+        told = (None, None)
+    if told != (None, None) or error.status_code == 408 or not 400 <= error.status_code < 500:
+        return told
+    return 0, 0
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
@@ -67,13 +67,18 @@ class ChatAnswer:
 
 @dataclass(frozen=True)
 class ChatFailure:
-    """A request without an answer after all retries.
+    """A request, or one try at it, without an answer.
 
     Attributes:
         reason: In a few words, such as `no answer within 60 s`.
+        prompt_tokens: What the last try cost by the server's count, 0 where the server refused it unread; None where
+            nobody knows.
+        completion_tokens: The same of what came back.
     """
 
     reason: str
+    prompt_tokens: int | None = field(default=None, compare=False)
+    completion_tokens: int | None = field(default=None, compare=False)
 
 
 def picture_part(image: Image.Image) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import random
 import socket
 import time
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,10 +19,19 @@ from urllib.parse import urlsplit
 import openai
 
 from lora_llava.errors import UserError
-from lora_llava.inference.chat_errors import knows_no_format, retry_after, root_cause
+from lora_llava.inference.chat_errors import (
+    NoAnswerError,
+    Usage,
+    knows_no_format,
+    refused_usage,
+    retry_after,
+    root_cause,
+    text_of,
+    told_usage,
+)
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest, picture_part
 
-__all__ = ["ChatAnswer", "ChatFailure", "ChatRequest", "ChatServer", "ask", "find_model", "picture_part"]
+__all__ = ["Again", "ChatAnswer", "ChatFailure", "ChatRequest", "ChatServer", "ask", "find_model", "picture_part"]
 
 _LONGEST_PAUSE = 30.0
 _DAY = 86_400
@@ -32,6 +41,7 @@ _SPACING = 0.001
 """Seconds between two requests' starts, which take about as long to send: those that start together are answered
 together, and then wait for one another, again and again (at 32 at once and 50 ms a request: 72% of the ideal speed,
 and 94% with this)."""
+_NOBODY = (ConnectionRefusedError, socket.gaierror)
 _NO_KEY = "no-key"
 """Sent to servers that need none: the library insists on one."""
 
@@ -127,9 +137,14 @@ def find_model(server: ChatServer) -> ChatServer:
     return replace(server, model=names[0])
 
 
-def ask(
-    server: ChatServer, requests: Iterable[ChatRequest]
-) -> Generator[tuple[int, ChatAnswer | ChatFailure], None, None]:
+Again = Callable[[int, ChatFailure], bool]
+"""Asked after each failed try whether the request at this place may be tried once more, which costs once more."""
+
+
+Answers = Generator[tuple[int, ChatAnswer | ChatFailure], None, None]
+
+
+def ask(server: ChatServer, requests: Iterable[ChatRequest], again: Again | None = None) -> Answers:
     """Ask, and give the answers as they come.
 
     Requests are drawn one by one, no more than `server.concurrency` before their answers are given: one with a picture
@@ -138,6 +153,8 @@ def ask(
     Args:
         server: Whom.
         requests: What, in any number.
+        again: Asked before each further try; None allows `server.retries` of them. Where it says no, the failure that
+            is given has cost nothing: what the try cost, `again` was given.
 
     Yields:
         The request's place and its answer or failure; each request once.
@@ -146,7 +163,7 @@ def ask(
         UserError: At the first sign that no request will be answered: the server cannot be reached, refuses the key,
             or does not have the model.
     """
-    answers = _ask_here(find_model(server), requests)
+    answers = _ask_here(find_model(server), requests, again)
     # A notebook's own loop is at work in this thread.
     yield from _in_thread(answers) if _is_in_loop() else answers
 
@@ -159,10 +176,7 @@ def _is_in_loop() -> bool:
     return True
 
 
-Answers = Generator[tuple[int, ChatAnswer | ChatFailure], None, None]
-
-
-def _ask_here(server: ChatServer, requests: Iterable[ChatRequest]) -> Answers:
+def _ask_here(server: ChatServer, requests: Iterable[ChatRequest], again: Again | None) -> Answers:
     """Ask in a loop of this thread, which runs while an answer is waited for: no hand-over between threads, which would
     cost as much as the request."""
     asker = Asker(server)
@@ -173,6 +187,12 @@ def _ask_here(server: ChatServer, requests: Iterable[ChatRequest]) -> Answers:
 
     one_arrived = asyncio.Event()
 
+    async def answer(index: int, request: ChatRequest) -> ChatAnswer | ChatFailure:
+        async def may(failure: ChatFailure) -> bool:
+            return again is None or again(index, failure)
+
+        return await asker.answer(request, may)
+
     def arrived(task: asyncio.Task[ChatAnswer | ChatFailure]) -> None:
         done.append(task)
         one_arrived.set()
@@ -180,7 +200,7 @@ def _ask_here(server: ChatServer, requests: Iterable[ChatRequest]) -> Answers:
     try:
         while True:
             for index, request in itertools.islice(waiting, server.concurrency - len(alive)):
-                task = loop.create_task(asker.answer(request))
+                task = loop.create_task(answer(index, request))
                 task.add_done_callback(arrived)
                 alive[task] = index
             if not alive:
@@ -216,16 +236,19 @@ def _in_thread(answers: Answers) -> Answers:
             thread.submit(answers.close).result()
 
 
-class _NoAnswerError(Exception):
-    """What came is no answer; the message says why."""
-
-
 @dataclass(frozen=True)
 class _Miss:
-    """A try that failed, and the seconds to wait at least before another; None where another is of no use."""
+    """A try that failed.
+
+    Attributes:
+        reason: For a person.
+        wait: Seconds to wait at least before another try; None where another is of no use.
+        usage: Tokens that it cost.
+    """
 
     reason: str
     wait: float | None = 0.0
+    usage: Usage = (None, None)
 
 
 class Asker:
@@ -246,16 +269,26 @@ class Asker:
         await asyncio.gather(*cancelled, return_exceptions=True)
         await self.client.close()
 
-    async def answer(self, request: ChatRequest) -> ChatAnswer | ChatFailure:
-        """Ask until there is an answer or no try is left."""
+    async def answer(
+        self, request: ChatRequest, may: Callable[[ChatFailure], Awaitable[bool]]
+    ) -> ChatAnswer | ChatFailure:
+        """Ask until there is an answer or no try is left.
+
+        Args:
+            request: What.
+            may: Given each failed try, and says whether another may follow.
+        """
         attempt = 0
         while True:
             found = await self._try(request, attempt)
             if isinstance(found, ChatAnswer):
                 self.answered = True
                 return found
+            failure = ChatFailure(found.reason, *found.usage)
             if found.wait is None or attempt == self.server.retries:
-                return ChatFailure(found.reason)
+                return failure
+            if not await may(failure):
+                return ChatFailure(f"{found.reason}, and the cap allows no further try", 0, 0)
             doubled = min(self.server.pause * 2**attempt, _LONGEST_PAUSE)
             await asyncio.sleep(max(found.wait, doubled * random.uniform(0.5, 1)))
             attempt += 1
@@ -272,23 +305,25 @@ class Asker:
             if isinstance(root_cause(error), TimeoutError):
                 return _Miss(f"no answer within {self.server.timeout:g} s")
             self._check_reached(error, attempt)
-            return _Miss(f"the connection broke ({type(root_cause(error)).__name__})")
+            refused = isinstance(root_cause(error), _NOBODY)
+            told = f"the connection broke ({type(root_cause(error)).__name__})"
+            return _Miss(told, usage=(0, 0) if refused else (None, None))
         except openai.APIStatusError as error:
             await self._check_status(error)
-            reason = self._told(error)
+            reason, usage = self._told(error), refused_usage(error)
             if longest == "max_tokens" and "max_completion_tokens" in reason:  # OpenAI's newer models
                 self.longest = "max_completion_tokens"
-                return _Miss(reason)
+                return _Miss(reason, usage=usage)
             if request.response_format is not None and structured and knows_no_format(error, reason):
                 self.structured = False
-                return _Miss(reason)
-            return _Miss(reason, retry_after(error))
-        except _NoAnswerError as error:
-            return _Miss(str(error))
+                return _Miss(reason, usage=usage)
+            return _Miss(reason, retry_after(error), usage)
+        except NoAnswerError as error:
+            return _Miss(str(error), usage=error.usage)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             return _Miss("malformed answer: no JSON")
         except UnicodeEncodeError:
-            return _Miss("the request holds half a surrogate pair, which UTF-8 cannot hold", wait=None)
+            return _Miss("the request holds half a surrogate pair, which UTF-8 cannot hold", None, (0, 0))
         except openai.OpenAIError as error:
             return _Miss(f"malformed answer: {type(error).__name__}")
 
@@ -309,28 +344,15 @@ class Asker:
             "/chat/completions", body={"model": self.server.model, "messages": request.messages, **settings},
             cast_to=object, options={"headers": {"Idempotency-Key": request.key}} if request.key else {},
         )  # fmt: skip
-        if not isinstance(found, dict):
-            raise _NoAnswerError("malformed answer: no chat completion")
-        if not found.get("choices"):
-            raise _NoAnswerError("malformed answer: no choices")
-        try:
-            text = found["choices"][0]["message"].get("content") or ""
-        except (AttributeError, TypeError, KeyError, IndexError):
-            raise _NoAnswerError("malformed answer: no message") from None
-        if not isinstance(text, str):
-            raise _NoAnswerError("malformed answer: no text")
+        text, usage = text_of(found), told_usage(found)
         if self.server.refuse_empty and not text.strip():
-            raise _NoAnswerError("empty answer")
-        usage = found.get("usage")
-        counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
-        told = [count if isinstance(count, int) else 0 for count in counts]
-        return ChatAnswer(text, told[0], told[1], str(found.get("model") or self.server.model))
+            raise NoAnswerError("empty answer", usage)
+        return ChatAnswer(text, usage[0] or 0, usage[1] or 0, str(found.get("model") or self.server.model))
 
     def _check_reached(self, error: openai.APIConnectionError, attempt: int) -> None:
         """End where nobody listens: at once where nobody has answered yet, else after all tries, as a server that is
         started again may be back."""
-        refused = isinstance(root_cause(error), ConnectionRefusedError | socket.gaierror)
-        if refused and (not self.answered or attempt == self.server.retries):
+        if isinstance(root_cause(error), _NOBODY) and (not self.answered or attempt == self.server.retries):
             raise _unreachable(self.server, error)
 
     async def _check_status(self, error: openai.APIStatusError) -> None:

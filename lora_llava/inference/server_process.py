@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from lora_llava.errors import UserError
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
-from lora_llava.inference.server import Asker, ChatServer, find_model
+from lora_llava.inference.server import Again, Asker, ChatServer, find_model
 
 _AHEAD = 16
 """Requests that wait beside the sender: where an answer comes, the next one leaves while the last is looked at."""
@@ -27,8 +27,13 @@ _PATIENCE = 5.0
 """Seconds for the sender to end once it is told."""
 
 
+Came = tuple[int, ChatAnswer | ChatFailure, bool]
+"""A request's place, what came of it, and whether that is all: where it is not, a try has failed, and the sender waits
+for `(place, whether another may follow)`."""
+
+
 def ask_apart(
-    server: ChatServer, requests: Iterable[ChatRequest]
+    server: ChatServer, requests: Iterable[ChatRequest], again: Again | None = None
 ) -> Generator[tuple[int, ChatAnswer | ChatFailure], None, None]:
     """Ask as `server.ask` does, by another process, which takes a second to start.
 
@@ -38,6 +43,7 @@ def ask_apart(
     Args:
         server: Whom.
         requests: What, in any number.
+        again: As of `server.ask`.
 
     Yields:
         The request's place and its answer or failure; each request once.
@@ -49,7 +55,7 @@ def ask_apart(
     server = find_model(server)
     waiting = enumerate(requests)
     on_way = 0
-    came: deque[tuple[int, ChatAnswer | ChatFailure]] = deque()
+    came: deque[Came] = deque()
     with _started(server) as process:
         assert process.stdin is not None
         while True:
@@ -60,8 +66,13 @@ def ask_apart(
                 return
             if not came:
                 came.extend(_receive(process))
+            index, found, ended = came.popleft()
+            if not ended:
+                assert isinstance(found, ChatFailure)
+                _send(process.stdin, (index, again is None or again(index, found)))
+                continue
             on_way -= 1
-            yield came.popleft()
+            yield index, found
 
 
 @contextlib.contextmanager
@@ -93,9 +104,9 @@ def _send(pipe: IO[bytes], content: Any) -> None:
         pipe.flush()
 
 
-def _receive(process: subprocess.Popen[bytes]) -> list[tuple[int, ChatAnswer | ChatFailure]]:
+def _receive(process: subprocess.Popen[bytes]) -> list[Came]:
     assert process.stdout is not None
-    found: list[tuple[int, ChatAnswer | ChatFailure]] | UserError | None = _next(process.stdout)
+    found: list[Came] | UserError | None = _next(process.stdout)
     if found is None:
         raise RuntimeError(f"the process that asks the server ended by itself (exit status {process.wait()})")
     if isinstance(found, UserError):
@@ -119,15 +130,23 @@ async def _serve(inlet: IO[bytes], outlet: IO[bytes]) -> None:
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[tuple[int, ChatRequest]] = asyncio.Queue()
     closed = loop.create_future()
-    done: list[tuple[int, ChatAnswer | ChatFailure]] = []
+    done: list[Came] = []
+    permits: dict[int, asyncio.Future[bool]] = {}
     server: ChatServer = _next(inlet)
     asker = Asker(server)
+
+    def take(drawn: tuple[int, ChatRequest | bool]) -> None:
+        index, content = drawn
+        if isinstance(content, bool):
+            permits.pop(index).set_result(content)
+        else:
+            queue.put_nowait((index, content))
 
     def read() -> None:
         """In a thread, so that this process never stops reading: the other one may be writing while this one does."""
         with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended before its caller
             while (drawn := _next(inlet)) is not None:
-                loop.call_soon_threadsafe(queue.put_nowait, drawn)
+                loop.call_soon_threadsafe(take, drawn)
             loop.call_soon_threadsafe(closed.set_result, None)
 
     def write() -> None:
@@ -135,13 +154,21 @@ async def _serve(inlet: IO[bytes], outlet: IO[bytes]) -> None:
         done.clear()
         _send(outlet, message)
 
+    def tell(index: int, found: ChatAnswer | ChatFailure, ended: bool) -> None:
+        if not done:  # all that came in this turn of the loop go together
+            loop.call_soon(write)
+        done.append((index, found, ended))
+
     async def work() -> None:
         while True:
             index, request = await queue.get()
-            found = await asker.answer(request)
-            if not done:  # all that came in this turn of the loop go together
-                loop.call_soon(write)
-            done.append((index, found))
+
+            async def may(failure: ChatFailure, index: int = index) -> bool:
+                permits[index] = loop.create_future()
+                tell(index, failure, ended=False)
+                return await permits[index]
+
+            tell(index, await asker.answer(request, may), ended=True)
 
     threading.Thread(target=read, daemon=True).start()
     workers = [asyncio.create_task(work()) for _ in range(server.concurrency)]

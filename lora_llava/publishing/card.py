@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
@@ -117,6 +117,11 @@ def after_table(package: Package) -> dict[str, Any] | None:
     return None if is_answer_table(table) else table
 
 
+def _reader(table: Mapping[str, Any]) -> str:
+    """What read the letters of a ScienceQA table."""
+    return f"the {table['parser']} parser" if "parser" in table else "LLaVA's rule"
+
+
 def index_results(package: Package) -> Iterable[EvalResult]:
     """`model-index`: accuracy, in all and by column."""
     table = after_table(package)
@@ -126,7 +131,7 @@ def index_results(package: Package) -> Iterable[EvalResult]:
     name = _DEMO_NAME if data["path"] == "demo" else "ScienceQA"
     kind = data["path"] if data["path"] in package.hub_ids else _DATA_TYPES.get(data["path"], "scienceqa")
     for column, entry in table.items():
-        if column != "unparsed" and entry[2]:
+        if column not in ("unparsed", "parser") and entry[2]:
             yield EvalResult(
                 task_type="visual-question-answering", dataset_type=kind, dataset_name=name,
                 dataset_split=data["splits"]["test"], dataset_revision=data.get("revision"), metric_type="accuracy",
@@ -146,7 +151,7 @@ def eval_entries(package: Package) -> list[EvalResultEntry]:
         return []
     note = (
         f"{table['AVG'][1]} of {table['AVG'][2]} questions; prompt {data['prompt_order']}, greedy; answers read by "
-        f"LLaVA's rule, {table['unparsed']} unparsed"
+        f"{_reader(table)}, {table['unparsed']} unparsed"
     )
     return [EvalResultEntry(data["path"], "default", table["AVG"][0], dataset_revision=data["revision"], notes=note)]
 
@@ -205,11 +210,11 @@ def _results(package: Package) -> str:
         return ""
     if is_answer_table(next(iter(tables.values()))):
         return _answers(package, tables)
-    columns = [column for column in next(iter(tables.values())) if column != "unparsed"]
-    data = package.recipe["data"]
+    columns = [column for column in next(iter(tables.values())) if column not in ("unparsed", "parser")]
+    data, reader = package.recipe["data"], _reader(next(iter(tables.values())))
     lines = [
         f"## Results\n\nAccuracy in % on the {data['splits']['test']} split of {data_name(package)}; prompt "
-        f"{data['prompt_order']}, greedy answers, read by LLaVA's rule; one that cannot be read counts as wrong. "
+        f"{data['prompt_order']}, greedy answers, read by {reader}; one that cannot be read counts as wrong. "
         f"{_measured(package)}\n",
         table_row(["", *columns, "unparsed"]),
         table_row(["---"] * (len(columns) + 2)),

@@ -322,6 +322,8 @@ class EvaluationSection(Section):
     """Questions answered at once."""
     max_new_tokens: Annotated[int, Field(ge=1)] = 512
     """Longest answer in tokens."""
+    parser: Literal["llava", "lenient"] = "llava"
+    """How the letter of ScienceQA's answers is read: by LLaVA's rule, or also `b`, `(B)`, "answer: B" and the like."""
     generate_every: Annotated[int, Field(ge=1)] | None = None
     """Every so many steps, let the model answer a slice of the validation rows and score it; null never."""
     generate_rows: Annotated[int, Field(ge=1)] = 64
@@ -377,6 +379,11 @@ class Recipe(Section):
         validated = data.validation_rows or data.validation_source or (
             data.format == "scienceqa" and data.splits.validation is not None
         )  # fmt: skip
+        if self.evaluation is not None and self.evaluation.parser != "llava" and data.format != "scienceqa":
+            raise ValueError(
+                f"evaluation.parser is {self.evaluation.parser}, which reads ScienceQA's letters, but data.format is "
+                f"{data.format}; drop it"
+            )
         if self.evaluation is not None and self.evaluation.generate_every is not None and not validated:
             raise ValueError("evaluation.generate_every scores validation rows, and the recipe has none; drop it")
         if self.data.format == "captions" and self.data.template != "plain" and self.stage == 1:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 
 from lora_llava.inference.chat_request import ChatAnswer
+from lora_llava.inference.server import Again
 from lora_llava.synthesis.context import Box, Context
 from lora_llava.synthesis.sample import Flavour
 from lora_llava.synthesis.teacher import Answers, Asked
@@ -15,7 +16,7 @@ NAME = "rules (no language model)"
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
-def answer_by_rules(asked: Iterable[Asked]) -> Answers:
+def answer_by_rules(asked: Iterable[Asked], again: Again | None = None) -> Answers:
     """Write what is asked for from the context alone.
 
     Args:

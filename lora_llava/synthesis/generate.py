@@ -41,8 +41,8 @@ def generate(
 
     Args:
         recipe: What is made, and where.
-        max_cost: USD that this run may spend.
-        max_requests: Requests that this run may send.
+        max_cost: USD that this run may spend, with what earlier ones of the set spent under a cap.
+        max_requests: Requests that this run may send, further tries included.
         console: Told what is done.
 
     Returns:
@@ -58,12 +58,17 @@ def generate(
     folder = Path(recipe.output_dir)
     with Ledger(folder / LEDGER_FILE) as ledger:
         _keep_recipe(recipe, folder)
+        budget.before = ledger.spent_under_caps()
+        if budget.capped and budget.before:
+            console.print(f"{budget.before:.4f} USD of --max-cost {max_cost:g} were spent by earlier runs")
         maker = Maker(contexts, tasks, prompts, settings, ledger)
         try:
             maker.run(write, budget)
         except KeyboardInterrupt:
             console.print(f"stopped; {ledger.totals()['answers']} answers are kept, and the same command goes on")
             raise
+        if told := budget.why_stopped():
+            console.print(told, soft_wrap=True)
         about = {"ledger": ledger.totals(), "prompts": prompt_hashes(dict(prompts)), "recipe_hash": recipe_hash(recipe)}
         return write_set(
             folder, results=maker.results(), contexts=contexts, recipe=recipe, about=about, answer_of=maker.answer_of
@@ -185,6 +190,6 @@ def _estimate(requests: list[ChatRequest], count: int, budget: Budget) -> str:
     tokens_out = requests[0].max_tokens * count
     cost = "" if budget.price_in is None else f"; up to {budget.cost(tokens_in, tokens_out):,.2f} USD"
     return (
-        f"{count:,} requests, more where answers are not taken: about {tokens_in:,} tokens there (estimated: one for "
-        f"four characters), at most {tokens_out:,} back{cost}"
+        f"{count:,} requests, more where answers are not taken: about {tokens_in:,} tokens there (estimated from "
+        f"bytes, rather too many), at most {tokens_out:,} back{cost}"
     )

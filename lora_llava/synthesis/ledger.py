@@ -16,9 +16,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_llava.errors import UserError
+from lora_llava.inference.budget import Charge
 from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 
 LEDGER_FILE = "ledger.sqlite"
+ANSWERED = ""
+"""In the place of a reason, of a charge for an answer."""
 _FORMAT = 1
 _SYNC_SECONDS = 5.0
 _SCHEMA = """
@@ -30,6 +33,12 @@ CREATE TABLE IF NOT EXISTS answers (
 CREATE TABLE IF NOT EXISTS failures (
     key TEXT NOT NULL, task_id TEXT NOT NULL, attempt INTEGER NOT NULL, reason TEXT NOT NULL, at REAL NOT NULL
 );
+CREATE TABLE IF NOT EXISTS charges (
+    key TEXT NOT NULL, reason TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+    usd REAL, capped INTEGER NOT NULL, at REAL NOT NULL
+);
+CREATE TRIGGER IF NOT EXISTS charges_stay BEFORE UPDATE ON charges BEGIN SELECT RAISE(ABORT, 'append only'); END;
+CREATE TRIGGER IF NOT EXISTS charges_keep BEFORE DELETE ON charges BEGIN SELECT RAISE(ABORT, 'append only'); END;
 CREATE TRIGGER IF NOT EXISTS answers_stay BEFORE UPDATE ON answers BEGIN SELECT RAISE(ABORT, 'append only'); END;
 CREATE TRIGGER IF NOT EXISTS answers_keep BEFORE DELETE ON answers BEGIN SELECT RAISE(ABORT, 'append only'); END;
 CREATE TRIGGER IF NOT EXISTS failures_stay BEFORE UPDATE ON failures BEGIN SELECT RAISE(ABORT, 'append only'); END;
@@ -164,15 +173,42 @@ class Ledger:
                 "INSERT INTO failures VALUES (?, ?, ?, ?, ?)", (key, task_id, attempt, reason, time.time())
             )
 
-    def totals(self) -> dict[str, Any]:
-        """Answers, tokens and USD over all runs; USD is None where an answer's price was unknown."""
-        query = "SELECT COUNT(*), SUM(prompt_tokens), SUM(completion_tokens), SUM(usd), COUNT(usd) FROM answers"
+    def add_charge(self, key: str, reason: str, charge: Charge, capped: bool) -> None:
+        """Keep what a try cost.
+
+        Args:
+            key: Of the request.
+            reason: Why the try failed; `ANSWERED` where it did not.
+            charge: From `Budget.settle`.
+            capped: Whether the run has a cap on cost.
+        """
+        row = (key, reason, charge.prompt_tokens, charge.completion_tokens, charge.usd, capped, time.time())
         with self._told():
-            count, prompt, completion, usd, priced = self._base.execute(query).fetchone()
+            self._base.execute("INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+    def spent_under_caps(self) -> float:
+        """USD that runs with a cap on cost have spent, failed tries included."""
+        with self._told():
+            (usd,) = self._base.execute("SELECT SUM(usd) FROM charges WHERE capped").fetchone()
+        return usd or 0.0
+
+    def totals(self) -> dict[str, Any]:
+        """Answers, and tokens and USD with those of failed tries, over all runs; USD is None where a price was
+        unknown."""
+        sums = (
+            "SELECT COUNT(*) AS n, SUM(prompt_tokens) AS p, SUM(completion_tokens) AS c, SUM(usd) AS u, COUNT(usd) AS k"
+        )
+        query = (
+            f"SELECT SUM(n), SUM(p), SUM(c), SUM(u), SUM(k) FROM ({sums} FROM answers UNION ALL "
+            f"{sums} FROM charges WHERE reason <> '{ANSWERED}')"
+        )
+        with self._told():
+            entries, prompt, completion, usd, priced = self._base.execute(query).fetchone()
+            (count,) = self._base.execute("SELECT COUNT(*) FROM answers").fetchone()
             (failed,) = self._base.execute("SELECT COUNT(*) FROM failures").fetchone()
         return {
             "answers": count, "prompt_tokens": prompt or 0, "completion_tokens": completion or 0,
-            "usd": round(usd or 0.0, 4) if priced == count and count else None, "failed_requests": failed,
+            "usd": round(usd or 0.0, 4) if priced == entries and entries else None, "failed_requests": failed,
         }  # fmt: skip
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from lora_llava.data.typed import as_typed, special_tokens, text_backend
 from lora_llava.errors import UserError
 from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 from lora_llava.inference.sampling import Sampling
+from lora_llava.inference.server import Again
 from lora_llava.synthesis.teacher import Answers, Asked, Teacher
 
 
@@ -47,7 +48,7 @@ def by_model(model: Any, tokenizer: Any, batch_size: int) -> Teacher:
         batch_size: Requests at once.
     """
 
-    def answer(asked: Iterable[Asked]) -> Answers:
+    def answer(asked: Iterable[Asked], again: Again | None = None) -> Answers:
         for start, batch in _batches(asked, batch_size):
             texts = _write(model, tokenizer, [each.request for each in batch])
             yield from ((start + place, found) for place, found in enumerate(texts))

@@ -10,12 +10,12 @@ from typing import Any
 from tqdm import tqdm
 
 from lora_llava.errors import UserError
-from lora_llava.inference.budget import Budget
-from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
+from lora_llava.inference.budget import Budget, Charge
+from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
 from lora_llava.synthesis.context import Context
 from lora_llava.synthesis.contexts import Contexts
 from lora_llava.synthesis.gates import REASONS, Limits, check_sample
-from lora_llava.synthesis.ledger import Ledger, request_key
+from lora_llava.synthesis.ledger import ANSWERED, Ledger, request_key
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.prompts import RESPONSE_SCHEMAS, Prompt, choose_request, write_messages
 from lora_llava.synthesis.sample import Flavour, Rejection, Task, Turns
@@ -135,35 +135,57 @@ class Maker:
                 left = [number for number in asked if self.tasks[number].task_id not in self.failed]
 
     def _ask(self, numbers: list[int], teacher: Teacher, budget: Budget, bar: Any) -> list[int]:
-        """One round; gives the tasks whose answers were not taken and that may be asked for again."""
+        """One round; gives the tasks whose answers were not taken and that may be asked for again, and those for which
+        no money was left as long as others were on their way."""
         sent: list[tuple[int, Asked]] = []
         again: list[int] = []
+        rest: list[int] = []
 
         def requests() -> Iterator[Asked]:
-            for number in numbers:
+            for place, number in enumerate(numbers):
                 item = self.look_up(self.tasks[number])
                 if not isinstance(item, Asked):
                     bar.update()
                     continue
                 if not budget.take(item.key, item.request):
+                    rest.extend(numbers[place:])
                     return
                 sent.append((number, item))
                 yield item
 
-        with closing(teacher(requests())) as answers:
-            for place, found in answers:
-                number, item = sent[place]
-                budget.settle(item.key, item.request, found if isinstance(found, ChatAnswer) else None)
-                if not isinstance(found, ChatAnswer):
-                    self._fail(item, found.reason)
-                    bar.update()
-                elif self._keep(item, found, budget) is None or item.attempt + 1 == self.settings.attempts:
-                    bar.update()
-                else:
-                    again.append(number)
-        return again
+        def may_try_again(place: int, failure: ChatFailure) -> bool:
+            item = sent[place][1]
+            self._charge(item, failure.reason, budget.charge_of(item.request, failure), budget)
+            return budget.again(item.key, item.request, failure)
 
-    def _keep(self, item: Asked, answer: ChatAnswer, budget: Budget) -> Rejection | None:
+        try:
+            with closing(teacher(requests(), may_try_again)) as answers:
+                for place, found in answers:
+                    number, item = sent[place]
+                    charge = budget.settle(item.key, item.request, found)
+                    if not isinstance(found, ChatAnswer):
+                        self._charge(item, found.reason, charge, budget)
+                        self._fail(item, found.reason)
+                        bar.update()
+                        continue
+                    taken = self._keep(item, found, charge, budget) is None
+                    if taken or item.attempt + 1 == self.settings.attempts:
+                        bar.update()
+                    else:
+                        again.append(number)
+        except BaseException as error:
+            if budget.spent or not isinstance(error, UserError):  # else the server let nothing in
+                for _, item in sent:
+                    if budget.holds(item.key):
+                        self._charge(item, "not waited for", budget.settle(item.key, item.request, None), budget)
+            raise
+        return again + rest
+
+    def _charge(self, item: Asked, reason: str, charge: Charge, budget: Budget) -> None:
+        if charge.prompt_tokens or charge.completion_tokens:
+            self.ledger.add_charge(item.key, reason, charge, budget.capped)
+
+    def _keep(self, item: Asked, answer: ChatAnswer, charge: Charge, budget: Budget) -> Rejection | None:
         self.answered += 1
         # Half a surrogate pair, which JSON may hold, is in no file's UTF-8.
         answer = replace(answer, text=answer.text.encode("utf-8", "replace").decode("utf-8"))
@@ -171,8 +193,9 @@ class Maker:
         rejection = judged if isinstance(judged, Rejection) else None
         verdict, detail = (rejection.reason, rejection.detail) if rejection else ("accepted", "")
         prompt_hash = self.prompts[item.task.flavour].hash
-        price = budget.price_of(item.request, answer)
-        self.ledger.add(item.key, item.task.task_id, item.attempt, prompt_hash, answer, price, verdict, detail)
+        if budget.capped:
+            self._charge(item, ANSWERED, charge, budget)
+        self.ledger.add(item.key, item.task.task_id, item.attempt, prompt_hash, answer, charge.usd, verdict, detail)
         return rejection
 
     def _fail(self, item: Asked, reason: str) -> None:

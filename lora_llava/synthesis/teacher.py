@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
-from lora_llava.inference.server import ChatServer, ask
+from lora_llava.inference.server import Again, ChatServer, ask
 from lora_llava.inference.server_process import ask_apart
 from lora_llava.synthesis.context import Context
 from lora_llava.synthesis.sample import Task
@@ -32,8 +32,9 @@ class Asked:
 
 
 Answers = Generator[tuple[int, ChatAnswer | ChatFailure], None, None]
-Teacher = Callable[[Iterable[Asked]], Answers]
-"""Answers requests in any order, each with its place; draws them as it needs them."""
+Teacher = Callable[[Iterable[Asked], Again | None], Answers]
+"""Answers requests in any order, each with its place; draws them as it needs them, and asks before each further try at
+one (`server.Again`)."""
 
 
 def by_server(server: ChatServer, *, apart: bool = False) -> Teacher:
@@ -44,7 +45,7 @@ def by_server(server: ChatServer, *, apart: bool = False) -> Teacher:
         apart: Whether a process of its own sends the requests: faster, once it has started.
     """
 
-    def answer(asked: Iterable[Asked]) -> Answers:
-        return (ask_apart if apart else ask)(server, (each.request for each in asked))
+    def answer(asked: Iterable[Asked], again: Again | None = None) -> Answers:
+        return (ask_apart if apart else ask)(server, (each.request for each in asked), again)
 
     return answer

@@ -25,7 +25,7 @@ from lora_llava.evaluation.answerers import (
     by_writing,
     reference_losses,
 )
-from lora_llava.evaluation.answers import AnswerTable
+from lora_llava.evaluation.answers import MARKING, AnswerTable
 from lora_llava.evaluation.ask import (
     ask_conversations,
     ask_scienceqa,
@@ -33,7 +33,7 @@ from lora_llava.evaluation.ask import (
     questions_hash,
     shuffle_images,
 )
-from lora_llava.evaluation.prompts import PARSER, PROMPTS, ask_by, choices_of, reasons_first
+from lora_llava.evaluation.prompts import PARSERS, PROMPTS, ask_by, choices_of, reasons_first
 from lora_llava.evaluation.scienceqa import Table
 from lora_llava.evaluation.summary import summarise
 from lora_llava.inference.load import load_answering_model
@@ -67,6 +67,7 @@ class Way:
         top_p: As of `Sampling`.
         shuffled: Exchange the pictures among the questions.
         base_only: The run's base without what was trained.
+        parser: Reads ScienceQA's letters, a member of `PARSERS`; None takes the recipe's.
         bad_images: `error`, or `wrong`: a question whose picture cannot be opened counts as answered wrongly.
     """
 
@@ -77,6 +78,7 @@ class Way:
     shuffled: bool = False
     base_only: bool = False
     bad_images: Literal["error", "wrong"] = "error"
+    parser: Literal["llava", "lenient"] | None = None
 
     @property
     def suffix(self) -> str:
@@ -160,7 +162,8 @@ def evaluate(
         answerer = open_answerer(opened, way, asked, sampling)
         losses = None if opened.science else partial(reference_losses, asked, rows)
     folder = Path(output or (model if Path(model).is_dir() else "."))
-    suffix = way.suffix + _other_suffix(recipe, overrides, limit, server)
+    parser = way.parser or settings.parser
+    suffix = way.suffix + f"_{parser}" * (parser != settings.parser) + _other_suffix(recipe, overrides, limit, server)
     common: dict[str, Any] = {
         "predictions": folder / f"predictions{suffix}.jsonl", "description": "evaluating", "key": about,
         "bad_images": way.bad_images,
@@ -169,7 +172,7 @@ def evaluate(
     table: Table | AnswerTable
     try:
         if opened.science:
-            table, marked = ask_scienceqa(rows, answerer, **common)
+            table, marked = ask_scienceqa(rows, answerer, parser, **common)
         else:
             table, marked = ask_conversations(rows, answerer, losses, **common)  # type: ignore[assignment]
     except torch.OutOfMemoryError:
@@ -259,6 +262,11 @@ def _check_way(way: Way, recipe: Recipe) -> None:
         raise UserError(f"--prompt: {way.prompt!r} is unknown; use one of {', '.join(PROMPTS)}")
     if way.prompt != "recipe" and recipe.data.format != "scienceqa":
         raise UserError(f"--prompt {way.prompt} is a way to ask ScienceQA; this recipe's data is {recipe.data.format}")
+    if way.parser is not None and (way.method == "loglik" or recipe.data.format != "scienceqa"):
+        raise UserError(
+            f"--parser {way.parser} reads the letter in what is written to ScienceQA's questions; leave it out with "
+            + ("--method loglik" if way.method == "loglik" else f"data.format {recipe.data.format}")
+        )
     if way.method == "loglik" and (way.temperature or way.top_p != 1):
         raise UserError("--temperature and --top-p are of answers that are written; leave them out of --method loglik")
 
@@ -277,6 +285,7 @@ def _about(
 ) -> dict[str, Any]:  # fmt: skip
     """What the answers depend on besides the questions, so that they can be told from others and got again."""
     recipe = opened.recipe
+    parser = way.parser or (recipe.evaluation or EvaluationSection()).parser
     about: dict[str, Any] = {
         "way": asdict(way), "sampling": asdict(sampling), "data": recipe.data.model_dump(mode="json"),
         "split": opened.name, "limit": limit, "seed": recipe.seed,
@@ -291,7 +300,9 @@ def _about(
     if opened.science:
         what = PROMPTS[way.prompt]
         about["prompt"] = {"name": way.prompt, "what": what, "order": recipe.data.prompt_order}
-        about["parser"] = "none: the likeliest choice" if way.method == "loglik" else PARSER
+        about["parser"] = "none: the likeliest choice" if way.method == "loglik" else PARSERS[parser]
+    else:
+        about["marking"] = MARKING
     return about
 
 

@@ -27,7 +27,7 @@ from lora_llava.training.planner import (
     measure_rows,
     what_fits,
 )
-from lora_llava.training.rows import RowOrder, order_rows
+from lora_llava.training.rows import RowOrder, exact_epochs, order_rows
 from lora_llava.training.timing import published_hours, time_row
 
 _SAMPLES = 1_000
@@ -112,7 +112,7 @@ def _lay_out(recipe: Recipe, total: int, sampled: list[int]) -> tuple[RowOrder, 
     lengths = [sampled[i % len(sampled)] for i in range(count)]
     training = recipe.training.model_copy(update={"epochs": 1.0, "max_steps": None})
     order = order_rows(training, lengths, seed=recipe.seed, padded=not is_padding_free(recipe)[0])
-    passes = recipe.training.epochs * total / count
+    passes = float(exact_epochs(recipe.training) * total / count)
     if recipe.training.max_steps is not None:
         passes = recipe.training.max_steps / order.steps
     return order, passes

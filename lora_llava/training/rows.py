@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from lora_llava.data.packing import pack_samples
 from lora_llava.recipe import TrainingSection
@@ -34,11 +35,18 @@ class RowOrder:
     longest_row: int
 
 
+def exact_epochs(training: TrainingSection) -> Fraction:
+    """The recipe's epochs as the number that a person wrote: 2.1 is 21/10, which a float is not."""
+    return Fraction(str(training.epochs))
+
+
 def order_rows(
     training: TrainingSection, lengths: Sequence[int], *, seed: int, padded: bool,
     epochs: Callable[[int], Sequence[int]] | None = None, ranks: int = 1,
 ) -> RowOrder:  # fmt: skip
     """Lay out a run.
+
+    A fraction of an epoch is that share of its rows, rounded up: 2.1 epochs of 100 rows are 210.
 
     Recipe, lengths and `padded` decide it: a run that is resumed where attention is the same goes on in the same order.
 
@@ -70,10 +78,10 @@ def order_rows(
     rows: list[list[int]] = []
     size = training.gradient_accumulation * ranks
     epoch, wanted = 0, math.inf if training.max_steps is None else training.max_steps * size
-    passes = training.epochs if training.max_steps is None else math.inf
-    while epoch < passes and len(rows) < wanted:
+    passes = exact_epochs(training) if training.max_steps is None else None
+    while (passes is None or epoch < passes) and len(rows) < wanted:
         new = epoch_rows(epoch)
-        rows += new[: math.ceil(len(new) * min(1.0, passes - epoch))]
+        rows += new if passes is None else new[: math.ceil(len(new) * min(Fraction(1), passes - epoch))]
         epoch += 1
     rows = rows if training.max_steps is None else rows[: int(wanted)]
     rows = deal_rows(

@@ -237,7 +237,10 @@ def _tables(tables: dict[str, Any]) -> list[Table]:
     last = tables[list(tables)[-1]]
     rows += [[f"95% {name}", *ends] for name, ends in zip(("from", "to"), interval_cells(last), strict=True)]
     rows.append(["questions", *(f"{last[column][2]:,}" for column in COLUMNS)])
-    return [Table("Accuracy in % on the test split", ["", *COLUMNS], rows)]
+    parser = next(
+        (f", letters read by the {table['parser']} parser" for table in tables.values() if "parser" in table), ""
+    )
+    return [Table(f"Accuracy in % on the test split{parser}", ["", *COLUMNS], rows)]
 
 
 def _is_right(line: dict[str, Any]) -> bool:

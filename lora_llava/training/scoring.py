@@ -71,7 +71,9 @@ def _ask(
     answerer = shared(by_writing(asked, Sampling(max_new_tokens=settings.max_new_tokens)))
     predictions = predictions if is_first() else None
     if plan.recipe.data.format == "scienceqa":
-        table, marked = ask_scienceqa(rows, answerer, predictions=predictions, description=description)
+        table, marked = ask_scienceqa(
+            rows, answerer, predictions=predictions, description=description, parser=settings.parser
+        )
         return Asking(table, rows, marked, split)
     answers, lines = ask_conversations(
         rows, answerer, lambda: reference_losses(asked, rows), predictions=predictions, description=description

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -103,6 +104,27 @@ def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
     return peft_model
 
 
+_FEW = 4
+"""Steps below which a warm-up that would be less than a step is left out: the first step of a warm-up has a rate of 0,
+which such a run cannot spare."""
+
+
+def warmup_steps(share: float, steps: int) -> int:
+    """Steps over which the rates rise, as transformers counts them, but never all of a run.
+
+    Args:
+        share: The recipe's `training.warmup_ratio`.
+        steps: Optimiser steps of the run.
+
+    Returns:
+        The share rounded up; at most all steps but one, as the first of them trains at a rate of 0; in a run of up to
+        three steps none where the share is less than a step.
+    """
+    if steps < _FEW and share * steps < 1:
+        return 0
+    return min(math.ceil(steps * share), steps - 1)
+
+
 def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) -> SFTConfig:
     """TRL's arguments for a recipe."""
     training = recipe.training
@@ -118,7 +140,7 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
         gradient_accumulation_steps=training.gradient_accumulation,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
-        warmup_steps=training.warmup_ratio,  # below 1 it is a share of all steps
+        warmup_steps=warmup_steps(training.warmup_ratio, plan_steps),
         lr_scheduler_type=training.lr_scheduler,
         optim=resolve_optimizer(recipe, cuda=torch.cuda.is_available()),
         max_grad_norm=training.max_grad_norm,
@@ -257,6 +279,9 @@ def build_trainer(
     every = recipe.training.save_every
     minutes = float(every.removesuffix("min")) if isinstance(every, str) else None
     saving = SaveEvery(every if isinstance(every, int) else None, minutes, time.monotonic)
+    share, steps = recipe.training.warmup_ratio, plan.order.steps
+    if is_first() and warmup_steps(share, steps) < math.ceil(share * steps):
+        print(f"of {steps} steps {warmup_steps(share, steps)} are warm-up: more would leave too few that train")
     trainer = LlavaSFTTrainer(
         model,
         training_arguments(recipe, plan.order.steps, validation is not None),

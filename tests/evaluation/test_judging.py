@@ -286,7 +286,7 @@ def test_a_budget_counts_what_was_used_and_sets_aside_what_may_be() -> None:
     assert not budget.exhausted
     budget.settle("a", request, ChatAnswer("8 9", 2, 500, "judge"))
     budget.settle("b", request, ChatAnswer("8 9 1234", 0, 0, "judge"))  # no count: by the estimate
-    assert budget.spent == pytest.approx(2 + 0.5 + 3 + 0.002)
+    assert budget.spent == pytest.approx(2 + 0.5 + 3 + 0.008)
     assert not budget.take("c", request)
     assert budget.exhausted
     assert budget.requests == 2

@@ -155,7 +155,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send(200, b"<html>Welcome</html>", "text/html")
         elif kind == "odd type":
             self.send(200, b"half of a proxy's", "application/json; charset=utf-8")
-        elif kind in ("list", "number", "no choices", "no message", "odd usage"):
+        elif kind in ODD:
             self.send(200, json.dumps(ODD[kind]).encode())
         elif kind == "nothing":
             self.chat(None)
@@ -204,6 +204,7 @@ ODD: dict[str, Any] = {
     "list": [1, 2],
     "number": 5,
     "no choices": {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": []},
+    "no choices, used": {"choices": [], "usage": {"prompt_tokens": 500, "completion_tokens": 700}},
     "no message": {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0}]},
     "odd usage": {"id": "1", "choices": [{"message": {"content": "fine"}}], "usage": "much"},
 }

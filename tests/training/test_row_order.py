@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import get_scheduler
+from trl import SFTConfig
 
 from lora_llava.errors import StoppedError, UserError
 from lora_llava.model.start import prepare_base
@@ -18,7 +20,7 @@ from lora_llava.training.plan import plan_run
 from lora_llava.training.resume import find_start
 from lora_llava.training.rows import batch_samples, order_rows
 from lora_llava.training.run_directory import start_run
-from lora_llava.training.stages import build_feeds, build_trained_model, train
+from lora_llava.training.stages import build_feeds, build_trained_model, train, warmup_steps
 from lora_llava.training.watchdog import StopOnSignal
 
 
@@ -47,6 +49,66 @@ def test_a_run_is_as_many_passes_as_asked() -> None:
     assert order.steps == 4
     assert order.samples_per_step == 39 / 4
     assert (order.tokens_per_row, order.longest_row) == (390 / 8, 50)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "rows"),
+    [(2.1, 100, 210), (1.1, 10, 11), (0.07, 100, 7), (0.29, 100, 29), (3.3, 10, 33), (0.45, 20, 9), (4.35, 100, 435),
+     (2.11, 100, 211), (0.001, 10, 1), (3.0, 7, 21), (1e-7, 10, 1)],
+)  # fmt: skip
+def test_a_fraction_of_an_epoch_is_that_share_of_its_rows(epochs: float, samples: int, rows: int) -> None:
+    order = order_rows(section(epochs=epochs), [10] * samples, seed=0, padded=False)
+    assert sum(map(len, order.rows)) == rows
+    packed = section(epochs=epochs, max_tokens_per_row=16)
+    assert len(order_rows(packed, [16] * samples, seed=0, padded=False).rows) == rows
+
+
+SCHEDULERS = ("cosine", "linear", "constant_with_warmup")
+
+
+def rates(share: float, steps: int, scheduler: str) -> list[float]:
+    """Of a run's steps, by transformers' own schedule; 1 is the peak."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler(scheduler, optimizer, warmup_steps(share, steps), steps)
+    found = []
+    for _ in range(steps):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_first_of_very_few_steps_trains(scheduler: str, steps: int) -> None:
+    assert rates(0.03, steps, scheduler)[0] == 1.0
+    assert max(rates(0.99, steps, scheduler)) == 1.0
+    assert rates(0.0, steps, scheduler)[0] == 1.0
+
+
+def test_warm_up_never_takes_all_steps_and_is_else_that_of_transformers() -> None:
+    for share in (0.0, 0.01, 0.03, 0.1, 0.5, 0.9, 0.99):
+        for steps in range(4, 300):
+            theirs = SFTConfig(warmup_steps=share, use_cpu=True, bf16=False, report_to="none").get_warmup_steps(steps)
+            assert warmup_steps(share, steps) == min(theirs, steps - 1)
+    assert [warmup_steps(0.03, 6), warmup_steps(0.03, 100), warmup_steps(0.03, 101)] == [1, 3, 4]  # LLaVA's, six steps
+    assert [warmup_steps(0.5, 2), warmup_steps(0.9, 2), warmup_steps(0.9, 1)] == [1, 1, 0]
+
+
+def test_a_run_of_one_step_changes_weights_at_its_full_rate(
+    stage2_content: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage2_content["training"] |= {"max_steps": 1, "learning_rate": 1e-3, "log_every": 1}
+    recipe = check_recipe(stage2_content, "test")
+    plan, base = plan_run(recipe), prepare_base(recipe.model, 0)
+    Path(recipe.output_dir).mkdir()
+    model = build_trained_model(recipe, base)
+    before = {name: weight.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    result = train(plan, base, model)
+    assert result.curves["learning_rate"] == [(1, 1e-3)]
+    changed = [name for name, weight in model.named_parameters() if name in before and (weight != before[name]).any()]
+    assert any("lora_B" in name for name in changed)
+    assert "of 1 steps 0 are warm-up" in capsys.readouterr().out
 
 
 def test_a_run_of_fixed_steps_passes_over_the_data_until_it_has_them() -> None:
