@@ -25,7 +25,7 @@ from lora_llava.training import report
 from lora_llava.training.checkpoint import list_checkpoints, set_aside
 from lora_llava.training.data import asked_split, sealed
 from lora_llava.training.features import cache_features
-from lora_llava.training.identity import IDENTITY_FILE, image_names, run_identity
+from lora_llava.training.identity import IDENTITY_FILE, run_identity
 from lora_llava.training.plan import RunPlan, is_padding_free, plan_run
 from lora_llava.training.planner import resolve_optimizer
 from lora_llava.training.ranks import first_alone, first_before_others, is_first, this_rank
@@ -186,7 +186,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     freeze_plan = describe_plan(model)
     report.print_freeze_plan(freeze_plan, console)
     console.print(f"attention: {is_padding_free(recipe)[1]}")
-    before = _ask_before(model, plan, going_on is not None, console)
+    before = _ask_before(model, plan, identity, going_on is not None, console)
     if base.initial_projector is not None:
         trained_projector(model).load_state_dict(base.initial_projector)
     if going_on is not None:
@@ -224,10 +224,10 @@ def _write_results(folder: Path, recipe: Recipe, metrics: dict[str, Any], after:
     write_report(folder, recipe, metrics, after)
 
 
-def _ask_before(model: Any, plan: RunPlan, again: bool, console: Console) -> Any:
+def _ask_before(model: Any, plan: RunPlan, identity: dict[str, Any], again: bool, console: Console) -> Any:
     """The table before training; of a run that goes on, the one that was asked when it began, if it was asked the same
     way: where a person has accepted other settings of the evaluation, it is asked again."""
-    file, asked_how = Path(plan.recipe.output_dir) / BEFORE_FILE, _asked_how(plan)
+    file, asked_how = Path(plan.recipe.output_dir) / BEFORE_FILE, _asked_how(plan, identity)
     if again and file.is_file():
         with contextlib.suppress(ValueError, TypeError, KeyError):  # half a file, or one of an earlier version
             kept = json.loads(file.read_text(encoding="utf-8"))
@@ -240,19 +240,19 @@ def _ask_before(model: Any, plan: RunPlan, again: bool, console: Console) -> Any
     return table
 
 
-def _asked_how(plan: RunPlan) -> dict[str, Any] | None:
+def _asked_how(plan: RunPlan, identity: dict[str, Any]) -> dict[str, Any] | None:
     """What the table before training depends on, besides the model: the settings and the rows."""
     evaluation, split = plan.recipe.evaluation, asked_split(plan.splits)
     if evaluation is None or split is None:
         return None
     own = evaluation.model_dump(mode="json", exclude={"after", "generate_every", "generate_rows"})
-    return {**own, "split": split, "rows": plan.splits[split].fingerprint()}
+    rows = {name: identity["data"][split][name] for name in ("tokens", "images", "asked")}
+    return {**own, "split": split, "rows": rows}
 
 
 def _go_on(start: Start, identity: dict[str, Any], plan: RunPlan, console: Console) -> dict[str, Any]:
     """Hold that the run is the one that was begun, and tell where it goes on; gives its identity."""
-    images = {name: image_names(split) for name, split in plan.splits.items()}
-    identity, told = same_run(start, identity, images)
+    identity, told = same_run(start, identity, plan.splits)
     for line in (*start.told, *told):
         console.print(f"resume: {line}", soft_wrap=True)
     return identity

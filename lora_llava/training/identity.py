@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lora_llava.errors import UserError
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import Base
-from lora_llava.training.data import Split
+from lora_llava.training.data import Split, asked_split
 from lora_llava.training.plan import RunPlan, is_padding_free
 from lora_llava.training.planner import resolve_optimizer
 from lora_llava.training.run_directory import versions
@@ -29,9 +29,11 @@ from lora_llava.training.run_directory import versions
 IDENTITY_FILE = "identity.json"
 _FORMAT = 1
 _MARK, _MOST_MARKS = 8, 20_000
-"""Hex digits kept of each image's hash, so that one that changed can be named, and the most images they are kept of."""
-_NOT_COMPARED = ("format", "run", "versions")
-_OF_THE_LIBRARY = ("config", "image_processor")
+"""Hex digits kept of each row's and image's hash, so that one that changed can be named, and the most they are kept
+of."""
+_NOT_SO = ("format", "run", "versions", "data")
+"""Not compared value by value."""
+_OF_THE_LIBRARY = ("config", "generation_config", "image_processor")
 """Settings that a library fills in: another version of it may have more of them, or fewer."""
 _NOT_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 _SOURCE = re.compile(r"^\d+\|")
@@ -57,12 +59,14 @@ def run_identity(plan: RunPlan, base: Base) -> dict[str, Any]:
         UserError: Where the base's weights are missing or damaged.
     """
     recipe = plan.recipe
+    asked = asked_split(plan.splits) if recipe.evaluation is not None else None
     stage1 = {"stage1_projector": _tensor_hash(base.initial_projector)} if base.initial_projector else {}
     content = {
         "format": _FORMAT,
         "run": uuid.uuid4().hex,
         "base": component_hashes(base.folder) | stage1,
         "config": _model_settings(base.folder),
+        "generation_config": _generation_settings(base.folder),
         "tokenizer": tokenizer_hash(plan.tokenizer),
         "special_tokens": _special_tokens(plan.tokenizer),
         "chat_template": _hash(plan.processor.chat_template or ""),
@@ -72,7 +76,7 @@ def run_identity(plan: RunPlan, base: Base) -> dict[str, Any]:
             "padding_free": is_padding_free(recipe)[0],
             "optimizer": resolve_optimizer(recipe, cuda=torch.cuda.is_available()),
         },
-        "data": {name: _split_identity(split) for name, split in plan.splits.items()},
+        "data": {name: _split_identity(split, name == asked) for name, split in plan.splits.items()},
         "versions": versions(),
     }
     return dict(json.loads(json.dumps(content, default=str)))
@@ -94,6 +98,11 @@ def _model_settings(folder: Path) -> dict[str, Any]:
     """A model's configuration as it is loaded, without what says where it is from or which library wrote it."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return _without(LlavaConfig(**content).to_dict(), _NOT_SETTINGS)
+
+
+def _generation_settings(folder: Path) -> dict[str, Any]:
+    file = folder / "generation_config.json"
+    return _without(json.loads(file.read_text(encoding="utf-8")), _NOT_SETTINGS) if file.is_file() else {}
 
 
 def _without(content: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -122,16 +131,21 @@ def _special_tokens(tokenizer: Any) -> dict[str, Any]:
     return tokens | {"add_bos_token": bool(getattr(tokenizer, "add_bos_token", False))}
 
 
-def _split_identity(split: Split) -> dict[str, Any]:
-    names = image_names(split)
-    digests = [split.digests.get(name, "") for name in names]
+def _split_identity(split: Split, asked: bool) -> dict[str, Any]:
+    """A split by its rows' tokens and its images' contents: files that say the same in another way are the same."""
+    rows, names = split.rows, image_names(split)
+    uses = [split.digests.get(name, "") for index in range(len(rows)) for name in rows.image_files(index)]
+    tokens = [_row_hash(split, index) for index in range(len(rows))]
     found = {
-        "count": len(split.rows), "rows": split.fingerprint(), "tokens": _encoded_hash(split),
-        "images": _hash("\n".join(digests)),
+        "source": split.fingerprint(), "tokens": _hash("".join(tokens)), "images": _hash("\n".join(uses)),
+        "row_marks": _marks(tokens), "image_marks": _marks([split.digests.get(name, "") for name in names]),
     }  # fmt: skip
-    if len(names) <= _MOST_MARKS:
-        found["image_marks"] = "".join(digest[:_MARK].ljust(_MARK, "-") for digest in digests)
-    return found
+    return found | ({"asked": _asked_hash(split)} if asked else {})
+
+
+def _marks(digests: Sequence[str]) -> str:
+    """A few digits of each hash, end to end; nothing where there are too many."""
+    return "".join(digest[:_MARK].ljust(_MARK, "-") for digest in digests) if len(digests) <= _MOST_MARKS else ""
 
 
 def image_names(split: Split) -> list[str]:
@@ -140,15 +154,21 @@ def image_names(split: Split) -> list[str]:
     return list(dict.fromkeys(name for index in range(len(rows)) for name in rows.image_files(index)))
 
 
-def _encoded_hash(split: Split) -> str:
-    """A hash over the rows' tokens and which of them are trained, before images take their places and ends are cut."""
+def _row_hash(split: Split, index: int) -> str:
+    """A hash over a row's tokens and which of them are trained, before images take their places and its end is cut."""
+    table, row = split.rows.table_row(index)
+    ids, trained = table.row(row)
+    digest = hashlib.sha256(np.ascontiguousarray(ids).data)
+    digest.update(np.ascontiguousarray(trained).data)
+    return digest.hexdigest()
+
+
+def _asked_hash(split: Split) -> str:
+    """A hash over all that asking a split's rows and marking the answers depend on, beside their images."""
     digest = hashlib.sha256()
-    for index in range(len(split.rows)):
-        table, row = split.rows.table_row(index)
-        ids, trained = table.row(row)
-        digest.update(len(ids).to_bytes(8, "little"))
-        digest.update(np.ascontiguousarray(ids).data)
-        digest.update(np.ascontiguousarray(trained).data)
+    for row in split.read(range(len(split.rows))):
+        extra = {name: value for name, value in row.extra.items() if name != "source"}  # its file's name
+        digest.update(repr((row.row_id, row.turns, sorted(extra.items()))).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -181,7 +201,7 @@ def is_of_run(checkpoint: Path, run: str) -> bool:
 
 
 def check_identity(
-    checkpoint: Path, now: Mapping[str, Any], images: Mapping[str, Sequence[str]]
+    checkpoint: Path, now: Mapping[str, Any], splits: Mapping[str, Split]
 ) -> tuple[str, list[str]]:  # fmt: skip
     """Refuse to go on from a checkpoint of something else than what stands there now.
 
@@ -191,7 +211,7 @@ def check_identity(
     Args:
         checkpoint: Where the run is to go on.
         now: From `run_identity`.
-        images: Names of each split's images, from `image_names`, to name those that changed.
+        splits: The run's, to name the rows and images that changed.
 
     Returns:
         The run's own name, drawn when it began; and lines for the person.
@@ -206,7 +226,7 @@ def check_identity(
             "model, data and images are the same cannot be checked; finish it with that version, or run with "
             "--overwrite"
         )
-    found = differences(before, now, images)
+    found = differences(before, now, splits)
     if found:
         raise UserError("\n".join(f"--resume: {each}, or run with --overwrite" for each in found))
     return str(before["run"]), _other_versions(before["versions"], now["versions"])
@@ -220,36 +240,35 @@ def _other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[s
     return [f"the run began with other versions: {told}; results may differ in the last digits"]
 
 
-def differences(
-    before: Mapping[str, Any], now: Mapping[str, Any], images: Mapping[str, Sequence[str]]
-) -> list[str]:  # fmt: skip
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], splits: Mapping[str, Split]) -> list[str]:
     """What is not the same in two identities: a line for each, with what was, what is, and the fix.
 
     A split that only one of them has is left to the recipe, which says so by its keys. What follows from another
-    difference is not told twice: other rows have other tokens and images, another tokenizer gives other tokens.
+    difference is not told twice: other rows have other images, another tokenizer gives other tokens.
 
     Args:
         before: A checkpoint's.
         now: The run's as it stands.
-        images: As `check_identity`.
+        splits: The run's as they stand, to name the rows and images that changed.
     """
     old, new = dict(_leaves(before)), dict(_leaves(now))
     same_library = before["versions"].get("transformers") == now["versions"].get("transformers")
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     found = []
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) == new.get(key) or key[-1] == "image_marks":
-            continue
+    for key in changed:
         one_sided = (key in old) != (key in new)
-        if one_sided and (key[0] == "data" or (key[0] in _OF_THE_LIBRARY and not same_library)):
-            continue
-        if key[0] != "data" or not _follows(key, old, new):
-            found.append(_line(key, old, new, images))
+        if not (one_sided and key[0] in _OF_THE_LIBRARY and not same_library):
+            found.append(_line(key, old.get(key), new.get(key)))
+    same_text = not any(key[0] in _TEXT for key in changed)
+    for name in now["data"]:
+        if name in before["data"]:
+            found += _split_differences(name, before["data"][name], now["data"][name], splits[name], same_text)
     return found
 
 
 def _leaves(content: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, value in content.items():
-        if not place and name in _NOT_COMPARED:
+        if not place and name in _NOT_SO:
             continue
         if isinstance(value, dict):
             yield from _leaves(value, (*place, name))
@@ -257,16 +276,31 @@ def _leaves(content: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator
             yield (*place, name), value
 
 
-def _follows(key: tuple[str, ...], old: Mapping[Any, Any], new: Mapping[Any, Any]) -> bool:
-    """Whether a split's difference follows from one that is told."""
-    _, split, what = key
-    rows = ("data", split, "rows")
-    if what == "rows":
-        return False
-    if old[rows] != new[rows]:
-        return True
-    text = [each for each in old.keys() | new.keys() if each[0] in _TEXT]
-    return what == "tokens" and any(old.get(each) != new.get(each) for each in text)
+def _split_differences(
+    name: str, old: Mapping[str, Any], new: Mapping[str, Any], split: Split, same_text: bool
+) -> Iterator[str]:  # fmt: skip
+    """What is not the same in a split: its rows, else their tokens; and where the rows are the same, their images."""
+    other_tokens, asked = old["tokens"] != new["tokens"], ("asked" in old and "asked" in new)
+    if other_tokens:
+        told = _told(old["row_marks"], new["row_marks"], lambda place: f"row {split.rows[place]['row_id']}")
+        if old["source"] != new["source"]:
+            yield f"the {name} rows are not those that the run began with{told}; put them back"
+            return
+        if same_text:
+            yield f"the {name} rows give other tokens than when the run began{told}; use the version that began it"
+    elif asked and old["asked"] != new["asked"]:
+        yield f"the {name} rows are asked or marked otherwise than when the run began; put their fields back"
+    if old["images"] != new["images"]:
+        told = _told(old["image_marks"], new["image_marks"], lambda place: _SOURCE.sub("", image_names(split)[place]))
+        yield f"images of the {name} rows changed since the run began{told}; put them back"
+
+
+def _told(before: str, now: str, name_of: Callable[[int], str]) -> str:
+    """How many of the things behind these marks are others than before, and the first; nothing where it is unknown."""
+    if len(before) != len(now):
+        return f" ({len(before) // _MARK:,} then, {len(now) // _MARK:,} now)" if before and now else ""
+    changed = [at // _MARK for at in range(0, len(now), _MARK) if before[at : at + _MARK] != now[at : at + _MARK]]
+    return f": {len(changed):,} of {len(now) // _MARK:,}, the first is {name_of(changed[0])}" if changed else ""
 
 
 _PARTS = {
@@ -279,18 +313,14 @@ _PARTS = {
 }
 _SETTINGS = {
     "config": ("the model's config.json", "put back the one that it began with"),
+    "generation_config": ("the model's generation_config.json", "put back the one that it began with"),
     "special_tokens": ("the tokenizer", "put back the tokenizer that it began with"),
     "image_processor": ("the image processor", "put back its preprocessor_config.json"),
     "computation": ("this machine", "go on where it began"),
 }
 
 
-def _line(
-    key: tuple[str, ...], old: Mapping[Any, Any], new: Mapping[Any, Any], images: Mapping[str, Sequence[str]]
-) -> str:  # fmt: skip
-    was, is_now = old.get(key), new.get(key)
-    if key[0] == "data":
-        return _data_line(key, old, new, images.get(key[1], ()))
+def _line(key: tuple[str, ...], was: Any, is_now: Any) -> str:
     if key in _PARTS:
         what, fix = _PARTS[key]
         hashes = f"SHA-256 {str(was)[:12]} then, {str(is_now)[:12]} now"
@@ -298,29 +328,3 @@ def _line(
     what, fix = _SETTINGS[key[0]]
     name = ".".join(key[1:])
     return f"{what} changed since the run began: {name} was {was!r} and is {is_now!r}; {fix}"
-
-
-def _data_line(
-    key: tuple[str, ...], old: Mapping[Any, Any], new: Mapping[Any, Any], names: Sequence[str]
-) -> str:  # fmt: skip
-    _, split, what = key
-    counts = (old[("data", split, "count")], new[("data", split, "count")])
-    if what == "images":
-        before, now = (str(found.get(("data", split, "image_marks"), "")) for found in (old, new))
-        changed = list(_other_marks(before, now, names))
-        told = f": {len(changed):,} of {len(names):,}, the first is {_SOURCE.sub('', changed[0])}" if changed else ""
-        return f"images of the {split} rows changed since the run began{told}; put them back"
-    if what == "tokens":
-        return f"the {split} rows become other tokens than when the run began; go on with the version that began it"
-    told = f" ({counts[0]:,} then, {counts[1]:,} now)" if counts[0] != counts[1] else ""
-    return (
-        f"the {split} rows are not those that the run began with{told}; put back the data and the recipe's data section"
-    )
-
-
-def _other_marks(before: str, now: str, names: Iterable[str]) -> Iterator[str]:
-    if len(before) == len(now):
-        for place, name in enumerate(names):
-            at = slice(place * _MARK, (place + 1) * _MARK)
-            if before[at] != now[at]:
-                yield name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from lora_llava.errors import UserError, nearest
 from lora_llava.recipe import Recipe, load_recipe
 from lora_llava.training.checkpoint import best_of_run, list_checkpoints, newest_whole, read_manifest
+from lora_llava.training.data import Split
 from lora_llava.training.identity import check_identity, is_of_run
 from lora_llava.training.run_directory import RECIPE_FILE
 
@@ -95,14 +96,14 @@ def find_start(folder: Path, recipe: Recipe, accepted: Iterable[str] = (), proce
 
 
 def same_run(
-    start: Start, identity: dict[str, Any], images: Mapping[str, Sequence[str]]
+    start: Start, identity: dict[str, Any], splits: Mapping[str, Split]
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     """Refuse to go on with a run of other content, or without its best checkpoint.
 
     Args:
         start: From `find_start`.
         identity: From `run_identity`: what stands there now.
-        images: Names of each split's images, from `image_names`.
+        splits: The run's, to name the rows and images that changed.
 
     Returns:
         The identity under the run's own name, and lines for the person.
@@ -110,7 +111,7 @@ def same_run(
     Raises:
         UserError: Where something is not what it was, or the best checkpoint is missing, damaged or another run's.
     """
-    name, told = check_identity(start.checkpoint, identity, images)
+    name, told = check_identity(start.checkpoint, identity, splits)
     state = json.loads((start.checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     if best := state.get("best_global_step"):
         best_of_run(start.checkpoint.parent, int(best), lambda each: is_of_run(each, name))
