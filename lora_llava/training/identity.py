@@ -280,6 +280,7 @@ def _split_differences(
     name: str, old: Mapping[str, Any], new: Mapping[str, Any], split: Split, same_text: bool
 ) -> Iterator[str]:  # fmt: skip
     """What is not the same in a split: its rows, else their tokens; and where the rows are the same, their images."""
+    name = "training" if name == "train" else name
     other_tokens, asked = old["tokens"] != new["tokens"], ("asked" in old and "asked" in new)
     if other_tokens:
         told = _told(old["row_marks"], new["row_marks"], lambda place: f"row {split.rows[place]['row_id']}")

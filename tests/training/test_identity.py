@@ -93,14 +93,14 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "training image": (
         repainted("train"),
-        r"images of the train rows changed since the run began: 1 of 12, the first is train/\d+/image.png; put them "
+        r"images of the training rows changed since the run began: 1 of 12, the first is train/\d+/image.png; put them "
         r"back, or run with --overwrite",
     ),
     "validation image": (repainted("val"), r"images of the validation rows changed .*: 1 of 3, the first is val/.*"),
     "test image": (repainted("test"), r"images of the test rows changed .*: 1 of 3, the first is test/.*"),
     "training row": (
         problem("train", solution="Look."),
-        r"the train rows are not those that the run began with: 1 of 24, the first is row 1; put them back, .*",
+        r"the training rows are not those that the run began with: 1 of 24, the first is row 1; put them back, .*",
     ),
     "validation row": (
         problem("val", hint="Look."),
@@ -134,7 +134,8 @@ def test_every_difference_has_its_line(own_content: Content, tmp_path: Path, mon
         run(recipe, resume=True)
     lines = str(error.value).splitlines()
     assert [" ".join(line.split()[1:5]) for line in lines] == [
-        "the language model's weights", "the image processor changed", "images of the train", "the validation rows are",
+        "the language model's weights", "the image processor changed", "images of the training",
+        "the validation rows are",
     ]  # fmt: skip
     assert all(line.startswith("--resume: ") and line.endswith(", or run with --overwrite") for line in lines)
 
@@ -327,7 +328,11 @@ def other_answer(rows: Any) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "told"),
     [
-        ("one", other_answer, r"the (train|validation) rows are not those .*, the first is row r3; put them back, .*"),
+        (
+            "one",
+            other_answer,
+            r"the (training|validation) rows are not those .*, the first is row r3; put .*",
+        ),
         ("test", other_answer, r"the test rows are not those .*: 1 of 12, the first is row r3; put them back, .*"),
         ("test", other_type, r"the test rows are asked or marked otherwise than when the run began; .*"),
     ],
