@@ -172,7 +172,9 @@ def _stamp(images: ImageSource, name: str) -> str:
         facts = path.stat()
     except (BadImageError, OSError):
         return ""
-    return f"{path}:{facts.st_size}:{facts.st_mtime_ns}:{images.max_pixels}:{images.background}:{CONVERSION_RULE}"
+    # st_ctime_ns too: a copy that keeps the time of change (`cp -p`, rsync) may have the size as well.
+    times = f"{facts.st_mtime_ns}:{facts.st_ctime_ns}"
+    return f"{path}:{facts.st_size}:{times}:{images.max_pixels}:{images.background}:{CONVERSION_RULE}"
 
 
 def _load(cache: Path | None) -> dict[str, tuple[str, Picture]]:

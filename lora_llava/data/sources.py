@@ -116,7 +116,7 @@ def list_source(name: str, rows: Sequence[Conversation], images: ImageSource) ->
     """A source of conversations that are at hand."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(repr((row.row_id, row.turns, row.images)).encode("utf-8", "surrogatepass"))
+        digest.update(repr((row.row_id, row.turns, row.images, row.extra)).encode("utf-8", "surrogatepass"))
     return Source(name, images, digest.hexdigest(), lambda: iter(rows), rows=len(rows))
 
 

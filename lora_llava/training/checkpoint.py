@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,33 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, passed_over
 
 
+def best_of_run(folder: Path, step: int, is_own: Callable[[Path], bool]) -> Path:
+    """The best checkpoint, found by its step in the run's own folder, wherever that was moved to.
+
+    Args:
+        folder: Where the run's checkpoints are.
+        step: The best one's.
+        is_own: Whether a checkpoint is this run's.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        UserError: Where it is missing, damaged, or another run's.
+    """
+    best = folder / f"checkpoint-{step}"
+    if not best.is_dir():
+        problem = "is missing"
+    elif damage := find_damage(best):
+        problem = f"is damaged ({damage})"
+    elif not is_own(best):
+        problem = "is another run's"
+    else:
+        return best
+    best_is = f"{best}, the checkpoint with the lowest validation loss,"
+    raise UserError(f"{best_is} {problem}; put it back, or run with --overwrite")
+
+
 def set_aside(folder: Path, start: Path) -> None:
     """Rename checkpoints that are newer than the one a run goes on from, so that its own get their names.
 
@@ -251,7 +278,7 @@ def remove_old(folder: Path, keep: int, best: str | None) -> None:
     Args:
         folder: Where checkpoints are.
         keep: How many at least.
-        best: The best one's path.
+        best: The best one's path, of which the name counts.
 
     Raises:
         UserError: Where the newest does not verify: nothing is removed then.

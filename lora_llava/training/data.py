@@ -7,9 +7,9 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation
 from lora_llava.data.encoded import EncodedRows
 from lora_llava.data.images import ImageSource, JoinedImages, Pictures, Pixels
 from lora_llava.data.mixture import Share, epoch_counts, mixture
+from lora_llava.data.picture_check import Picture
 from lora_llava.data.rows import NOT_DRAWN, Policy, Report, account, select_rows, without_bad_pictures
 from lora_llava.data.sources import Source
 from lora_llava.errors import UserError
@@ -46,6 +47,7 @@ class Split:
         report: What became of all.
         epochs: Which rows an epoch has, where the recipe mixes by weight or rows; None: all of them.
         sealed: Whether its rows may not be read now.
+        digests: SHA-256 of each image's file by its name; empty where the images were not opened.
     """
 
     sources: list[Source]
@@ -55,6 +57,7 @@ class Split:
     report: Report
     epochs: Callable[[int], list[int]] | None = None
     sealed: bool = False
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, indices: Iterable[int]) -> list[Conversation]:
         """The conversations of these rows, read from their source again.
@@ -145,16 +148,24 @@ def build_split(
         drawn = _drawn(recipe, draw, len(usable))
         report.dropped[NOT_DRAWN] += len(usable) - len(drawn)
         rows = usable.take(drawn)
+    digests: dict[str, str] = {}
     if not trusted:
         inspect = partial(inspect_split, split.sources, progress=lambda found: progress(f"pictures of {name}", found))
-        rows = without_bad_pictures(rows, data.on_bad_image, report, inspect)
+
+        def inspected(names: list[str]) -> dict[str, Picture]:
+            found = inspect(names)
+            digests.update((name, picture.digest) for name, picture in found.items())
+            return found
+
+        rows = without_bad_pictures(rows, data.on_bad_image, report, inspected)
     report.dropped = +report.dropped
     account(rows, report)
     epochs = _among(rows, usable, draw) if draw is not None else None
     if len(split.sources) > 1:
         used = Counter(split.sources[rows.places[i, 0]].name for i in (epochs(0) if epochs else range(len(rows))))
         report.sources = {source.name: used[source.name] for source in split.sources}
-    return Split(split.sources, split.images, Pixels(split.images, processor.image_processor), rows, report, epochs)
+    pixels = Pixels(split.images, processor.image_processor)
+    return Split(split.sources, split.images, pixels, rows, report, epochs, digests=digests)
 
 
 def _members(places: np.ndarray, sources: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import shutil
@@ -22,12 +23,13 @@ from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.training import report
 from lora_llava.training.checkpoint import list_checkpoints, set_aside
-from lora_llava.training.data import sealed
+from lora_llava.training.data import asked_split, sealed
 from lora_llava.training.features import cache_features
+from lora_llava.training.identity import IDENTITY_FILE, run_identity
 from lora_llava.training.plan import RunPlan, is_padding_free, plan_run
 from lora_llava.training.planner import resolve_optimizer
 from lora_llava.training.ranks import first_alone, first_before_others, is_first, this_rank
-from lora_llava.training.resume import Start, find_start, refuse_unfinished
+from lora_llava.training.resume import Start, find_start, refuse_unfinished, same_run
 from lora_llava.training.run_directory import (
     METRICS_FILE,
     is_run,
@@ -172,22 +174,25 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     recipe = plan.recipe
     folder = Path(recipe.output_dir)
     start = time.monotonic()
-    going_on = _going_on(plan, accepted, console) if resume else None
+    going_on = find_start(folder / CHECKPOINTS, recipe, accepted, this_rank()[1]) if resume else None
     with first_before_others():
         base = prepare_base(recipe.model, recipe.seed)
-    first_alone(lambda: _open_run(folder, plan, going_on is None))
+        identity = run_identity(plan, base)
+    if going_on is not None:
+        identity = _go_on(going_on, identity, plan, console)
+    first_alone(lambda: _open_run(folder, plan, identity, going_on is None))
     cache_features(plan, base, console)
     model = build_trained_model(recipe, replace(base, initial_projector=None))
     freeze_plan = describe_plan(model)
     report.print_freeze_plan(freeze_plan, console)
     console.print(f"attention: {is_padding_free(recipe)[1]}")
-    before = _ask_before(model, plan, going_on is not None)
+    before = _ask_before(model, plan, identity, going_on is not None, console)
     if base.initial_projector is not None:
         trained_projector(model).load_state_dict(base.initial_projector)
     if going_on is not None:
         first_alone(lambda: set_aside(folder / CHECKPOINTS, going_on.checkpoint))
     with sealed(plan.splits.get("test")):
-        result = train(plan, base, model, going_on)
+        result = train(plan, base, model, going_on, identity)
     after = ask_table(model, plan, "after")
     tables = {"before": before, "after": after.table if after else None}
     metrics = _metrics(plan, base, freeze_plan, result, tables)
@@ -200,8 +205,9 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     return metrics
 
 
-def _open_run(folder: Path, plan: RunPlan, anew: bool) -> None:
+def _open_run(folder: Path, plan: RunPlan, identity: dict[str, Any], anew: bool) -> None:
     start_run(folder, plan.recipe, {name: split.fingerprint() for name, split in plan.splits.items()})
+    write_json(folder / IDENTITY_FILE, identity)
     (folder / RUN_FILE).unlink(missing_ok=True)  # comes back when the run is whole
     if anew:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -218,23 +224,38 @@ def _write_results(folder: Path, recipe: Recipe, metrics: dict[str, Any], after:
     write_report(folder, recipe, metrics, after)
 
 
-def _ask_before(model: Any, plan: RunPlan, again: bool) -> Any:
-    """The table before training; of a run that goes on, the one that was asked when it began."""
-    file = Path(plan.recipe.output_dir) / BEFORE_FILE
+def _ask_before(model: Any, plan: RunPlan, identity: dict[str, Any], again: bool, console: Console) -> Any:
+    """The table before training; of a run that goes on, the one that was asked when it began, if it was asked the same
+    way: where a person has accepted other settings of the evaluation, it is asked again."""
+    file, asked_how = Path(plan.recipe.output_dir) / BEFORE_FILE, _asked_how(plan, identity)
     if again and file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # half a file, or one of an earlier version
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            if kept["asked"] == asked_how:
+                return kept["table"]
+        console.print("the table before training was asked in another way; it is asked again")
     asked = ask_table(model, plan, "before")
     table = asked.table if asked else None
-    first_alone(lambda: write_json(file, table))
+    first_alone(lambda: write_json(file, {"asked": asked_how, "table": table}))
     return table
 
 
-def _going_on(plan: RunPlan, accepted: tuple[str, ...], console: Console) -> Start:
-    folder = Path(plan.recipe.output_dir) / CHECKPOINTS
-    found = find_start(folder, plan.recipe, plan.splits["train"].fingerprint(), accepted, this_rank()[1])
-    for line in found.told:
+def _asked_how(plan: RunPlan, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """What the table before training depends on, besides the model: the settings and the rows."""
+    evaluation, split = plan.recipe.evaluation, asked_split(plan.splits)
+    if evaluation is None or split is None:
+        return None
+    own = evaluation.model_dump(mode="json", exclude={"after", "generate_every", "generate_rows"})
+    rows = {name: identity["data"][split][name] for name in ("tokens", "images", "asked")}
+    return {**own, "split": split, "rows": rows}
+
+
+def _go_on(start: Start, identity: dict[str, Any], plan: RunPlan, console: Console) -> dict[str, Any]:
+    """Hold that the run is the one that was begun, and tell where it goes on; gives its identity."""
+    identity, told = same_run(start, identity, plan.splits)
+    for line in (*start.told, *told):
         console.print(f"resume: {line}", soft_wrap=True)
-    return found
+    return identity
 
 
 def _metrics(

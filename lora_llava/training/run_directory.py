@@ -25,7 +25,10 @@ from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.start import ADAPTER_FILE, RUN_FILE, Base
 from lora_llava.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
 
-LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "lora_llava")
+LIBRARIES = (
+    "torch", "transformers", "tokenizers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "pillow",
+    "lora_llava",
+)  # fmt: skip
 RECIPE_FILE, METRICS_FILE, DATA_FILE = "recipe.yaml", "metrics.json", "data.json"
 
 

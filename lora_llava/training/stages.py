@@ -31,10 +31,11 @@ from lora_llava.training.callbacks import ProgressLine, peak_memory_bytes
 from lora_llava.training.checkpoint import DiskFullError
 from lora_llava.training.data import Split
 from lora_llava.training.dealing import deal_rows
+from lora_llava.training.identity import run_identity
 from lora_llava.training.memory import GIB
 from lora_llava.training.plan import RunPlan, is_padding_free, run_lora_config
 from lora_llava.training.planner import resolve_optimizer
-from lora_llava.training.ranks import first_alone, is_first, this_rank
+from lora_llava.training.ranks import first_alone, gather, is_first, this_rank
 from lora_llava.training.resume import Start
 from lora_llava.training.rows import validation_rows
 from lora_llava.training.run_directory import save_model, versions
@@ -202,7 +203,9 @@ def padded_collator(plan: RunPlan, split: Split) -> PaddedCollator:
     return PaddedCollator(split.pictures, plan.tokenizer.pad_token_id)  # type: ignore[arg-type]
 
 
-def train(plan: RunPlan, base: Base, model: PeftModel, start: Start | None = None) -> TrainResult:
+def train(
+    plan: RunPlan, base: Base, model: PeftModel, start: Start | None = None, identity: dict[str, Any] | None = None
+) -> TrainResult:  # fmt: skip
     """Train one stage and write its run directory.
 
     Args:
@@ -210,6 +213,7 @@ def train(plan: RunPlan, base: Base, model: PeftModel, start: Start | None = Non
         base: From `prepare_base`.
         model: From `build_trained_model`; trained in place, the best checkpoint's weights in it afterwards.
         start: Where to go on; None begins.
+        identity: What the run is, from `run_identity` or `same_run`, kept with every checkpoint; None works it out.
 
     Returns:
         What it took.
@@ -225,6 +229,8 @@ def train(plan: RunPlan, base: Base, model: PeftModel, start: Start | None = Non
     if not is_sharded():
         _check_start(plan, model, feed)
     trainer, stop, spikes = build_trainer(plan, model, feed, validation)
+    trainer.identity = identity or run_identity(plan, base)
+    trainer.identity["run"] = gather(trainer.identity["run"])[0]  # each rank has drawn a name
     if is_sharded():  # before, the weights are not where they are computed with
         trainer.on_begin = lambda: _begin_sharded(plan, model, feed)
     with stop.listening():

@@ -18,14 +18,13 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from lora_llava.data.encode import IGNORE_INDEX
-from lora_llava.errors import UserError
 from lora_llava.model.adapters import trained_projector
 from lora_llava.training.callbacks import peak_memory_bytes
-from lora_llava.training.checkpoint import find_damage, newest_whole, remove_old, written_whole
+from lora_llava.training.checkpoint import best_of_run, newest_whole, remove_old, written_whole
+from lora_llava.training.identity import is_of_run
 from lora_llava.training.loss import count_labels, labelled_loss
 from lora_llava.training.run_directory import DATA_FILE, RECIPE_FILE
 from lora_llava.training.sharding import is_sharded, load_weights, share_out, whole, whole_weights
@@ -122,6 +121,7 @@ class LlavaSFTTrainer(SFTTrainer):
         self.seconds_before, self.seconds_off_the_clock, self._began = 0.0, 0.0, time.monotonic()
         self.changed: tuple[str, ...] = ()
         self.told_of_run: dict[str, Any] = {}
+        self.identity: dict[str, Any] = {}
         self._resumed: dict[str, Any] = {}
         self._random_at_step: dict[str, Any] | None = None
         self._at_rest: dict[str, Any] | None = None
@@ -141,6 +141,7 @@ class LlavaSFTTrainer(SFTTrainer):
         if self._resumed:
             restore_counters(self, self._resumed)
             self.state.compute_steps(self.args, self.state.max_steps)  # what the recipe says now
+            self._place_best()
         self.on_begin()
         if self.state.global_step >= self.state.max_steps:
             self._validate_what_is_due()
@@ -163,6 +164,13 @@ class LlavaSFTTrainer(SFTTrainer):
         known = any(each["step"] == state.global_step and "eval_loss" in each for each in history)
         if self.args.eval_strategy != "no" and due and not known:
             self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+            self._place_best()
+
+    def _place_best(self) -> None:
+        """Name the best checkpoint by its step in this run's own folder: the state may come from another place."""
+        step = self.state.best_global_step
+        best = Path(self.args.output_dir) / f"checkpoint-{step}"
+        self.state.best_model_checkpoint = str(best) if step else None
 
     def _restore_dtypes(self, trained: dict[str, torch.Tensor]) -> None:
         """Undo SFTTrainer's cast of everything trained to bf16 (trl/trainer/sft_trainer.py), in which AdamW's steps
@@ -304,9 +312,7 @@ class LlavaSFTTrainer(SFTTrainer):
         """
         checkpoints = Path(self.args.output_dir)
         folder = checkpoints / f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:
-            best = checkpoints / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best) if best.is_dir() or best == folder else None
+        self._place_best()
         weights, optimizer = whole_weights(self.model), whole(self.optimizer.state_dict())
         about = {"step": self.state.global_step, **self.told_of_run, "processes": self.args.world_size}
         self.join_tokens()
@@ -318,7 +324,6 @@ class LlavaSFTTrainer(SFTTrainer):
                 self.processing_class.save_pretrained(staging)
                 (staging / "README.md").unlink(missing_ok=True)  # peft's empty model card
                 save_trainer_state(self, staging, optimizer, random, loss)
-                self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
                 for name in (DATA_FILE, RECIPE_FILE):  # what it was trained on, and how
                     if (checkpoints.parent / name).is_file():
                         shutil.copyfile(checkpoints.parent / name, staging / name)
@@ -375,10 +380,8 @@ class LlavaSFTTrainer(SFTTrainer):
         """There is none: nothing here trains in float16."""
 
     def _load_best_model(self) -> None:
-        best = Path(str(self.state.best_model_checkpoint))
-        damage = find_damage(best)
-        if damage is not None:
-            raise UserError(f"the best checkpoint, {best}, is damaged ({damage}); check the disk, and train anew")
+        run = self.identity.get("run", "")
+        best = best_of_run(Path(self.args.output_dir), self.state.best_global_step, lambda each: is_of_run(each, run))
         if self.is_fsdp_enabled:
             load_weights(self.model, best)
         else:

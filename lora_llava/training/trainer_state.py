@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer import TRAINER_STATE_NAME
 
+from lora_llava.training.identity import IDENTITY_FILE
 from lora_llava.training.ranks import gather
+from lora_llava.training.run_directory import write_json
 from lora_llava.training.sharding import share_states
 from lora_llava.training.state_files import load_state, random_state, save_state, set_random_state
 
@@ -17,7 +21,7 @@ Trainer = Any
 def save_trainer_state(
     trainer: Trainer, folder: Path, optimizer: dict[str, Any], random: list[dict[str, Any]], loss: torch.Tensor
 ) -> None:
-    """Write optimiser, schedule, random numbers and counters.
+    """Write optimiser, schedule, random numbers and counters, the trainer's own state, and what the run is.
 
     Args:
         trainer: At the end of a step.
@@ -33,6 +37,9 @@ def save_trainer_state(
             "random": random, "counters": _counters(trainer) | {"loss": loss},
         },
     )  # fmt: skip
+    # Without the path of the best checkpoint, which is wrong once the run is moved: its step says which one it is.
+    replace(trainer.state, best_model_checkpoint=None).save_to_json(str(folder / TRAINER_STATE_NAME))
+    write_json(folder / IDENTITY_FILE, trainer.identity)
 
 
 def _counters(trainer: Trainer) -> dict[str, Any]:

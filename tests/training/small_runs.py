@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
@@ -17,6 +20,8 @@ from safetensors.torch import load_file
 from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training import finetune
+from lora_llava.training.checkpoint import MANIFEST_FILE, list_checkpoints, written_whole
+from tests.ends import act_at
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -107,3 +112,29 @@ def launch(
     command = [sys.executable, *launcher, str(SCRIPT), str(recipe), *options]
     environment = os.environ | {"COLUMNS": "120"} | dict(environment or {})
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+def left_at_4(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A run that ended in the middle of its fifth step of six."""
+    recipe = check_recipe(content, "test")
+    with monkeypatch.context() as patch:
+        act_at(5, pull_plug, patch.setattr)
+        with pytest.raises(PulledPlugError):
+            run(recipe)
+    assert list_checkpoints(Path(recipe.output_dir) / "checkpoints")[0].name == "checkpoint-4"
+    return recipe
+
+
+def edited(file: Path, change: Callable[[Any], None]) -> None:
+    found = json.loads(file.read_text())
+    change(found)
+    file.write_text(json.dumps(found))
+
+
+def rewritten(checkpoint: Path, change: Callable[[Path], Any]) -> None:
+    """Change a checkpoint as if it had been written so."""
+    about = {"step": int(checkpoint.name.split("-")[1])}
+    with written_whole(checkpoint, about) as staging:
+        shutil.copytree(checkpoint, staging, dirs_exist_ok=True)
+        (staging / MANIFEST_FILE).unlink()
+        change(staging)

@@ -124,5 +124,7 @@ def test_a_checkpoint_of_other_rows_is_not_gone_on_from(stage2_content: dict[str
     stage2_content["data"]["validation_rows"] = 9
     other = check_recipe(stage2_content, "test")
     start_run(Path(other.output_dir), other, {"train": "begun anew, and killed"})
-    with pytest.raises(UserError, match="--resume: the training rows are not those of"):
+    with pytest.raises(
+        UserError, match=r"--resume: the recipe is not that of step 4: data.validation_rows was 4 and is 9"
+    ):
         finetune(other, Path(), resume=True, console=quiet())

@@ -19,7 +19,7 @@ from lora_llava.errors import UserError
 from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import finetune
-from lora_llava.training.resume import ACCEPTABLE, UNTOUCHED, check_changes, leaves
+from lora_llava.training.resume import ACCEPTABLE, PLACES, UNTOUCHED, check_changes, leaves, moved_places
 from lora_llava.training.run_directory import only_run
 from lora_llava.training.scoring import ask_table
 from tests.ends import act_at
@@ -56,15 +56,17 @@ def test_every_key_is_refused_accepted_by_name_or_known_to_change_nothing(stage2
     refused = []
     for key in keys:
         other = changed_in(recipe, key)
-        if key in UNTOUCHED or key.startswith("evaluation."):
+        if key in UNTOUCHED | PLACES:
             assert check_changes(recipe, other, (), 3) == ()
+            assert [line.split()[0] for line in moved_places(recipe, other)] == [key] * (key in PLACES)
             continue
         refused.append(key)
+        acceptable = key in ACCEPTABLE or key.startswith("evaluation.")
         with pytest.raises(UserError, match=r"^--resume: the recipe is not that of step 3: ") as error:
             check_changes(recipe, other, (), 3)
         assert f" {key} was " in str(error.value)
-        assert (f"--accept-changes {key}" in str(error.value)) == (key in ACCEPTABLE)
-        if key in ACCEPTABLE:
+        assert (f"--accept-changes {key}" in str(error.value)) == acceptable
+        if acceptable:
             assert check_changes(recipe, other, (key,), 3) == (key,)
         else:
             with pytest.raises(UserError, match=f"--accept-changes: {key} cannot change within a run"):
@@ -73,8 +75,11 @@ def test_every_key_is_refused_accepted_by_name_or_known_to_change_nothing(stage2
 
 
 def test_a_section_that_comes_or_goes_is_a_change(stage2_content: dict[str, Any]) -> None:
-    without = check_recipe(stage2_content | {"evaluation": None}, "test")
-    assert check_changes(check_recipe(stage2_content, "test"), without, (), 3) == ()
+    asked, without = check_recipe(stage2_content, "test"), check_recipe(stage2_content | {"evaluation": None}, "test")
+    with pytest.raises(UserError, match=r"evaluation.before was 'all' and is None.*, or --accept-changes evaluation$"):
+        check_changes(asked, without, (), 3)
+    keys = ("after", "batch_size", "before", "generate_rows", "max_new_tokens")
+    assert check_changes(asked, without, ("evaluation",), 3) == tuple(f"evaluation.{key}" for key in keys)
     own = stage2_content | {"data": {"format": "conversations", "path": "a.json"}, "evaluation": None}
     with pytest.raises(UserError, match=r"data.format was 'scienceqa' and is 'conversations'"):
         check_changes(without, check_recipe(own, "test"), (), 3)

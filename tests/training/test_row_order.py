@@ -137,9 +137,7 @@ def test_packed_rows_train_every_token_and_go_on_after_a_stop_as_if_there_was_no
         recipe = check_recipe(stage2_content, "test")
         plan = plan_run(recipe)
         start_run(Path(recipe.output_dir), recipe, {"train": plan.splits["train"].fingerprint()})
-        start = (
-            find_start(tmp_path / name / "checkpoints", recipe, plan.splits["train"].fingerprint()) if resume else None
-        )
+        start = find_start(tmp_path / name / "checkpoints", recipe) if resume else None
         model = build_trained_model(recipe, prepare_base(recipe.model, 0))
         on_step_end = StopOnSignal.on_step_end
 
