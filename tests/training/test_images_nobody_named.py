@@ -126,14 +126,18 @@ def test_a_held_out_row_that_is_trained_on_is_refused(
 def test_test_rows_that_nothing_asks_are_looked_at_as_check_does(
     stage2_content: dict[str, Any], tmp_path: Path
 ) -> None:
-    images = drawn(tmp_path / "images", 8)
-    for n in range(8):
-        (images / f"{n}.png").write_bytes((images / "0.png").read_bytes())
-    rows = [{**asked(1, f"{n}.png"), "id": f"r{n}"} for n in range(8)]
-    data = {"path": written(tmp_path / "rows.json", rows), "image_folder": str(images), "test_rows": 2}
-    errors, refused = both(stage2_content, data)
-    assert len(errors) == 6
-    assert refused == f"{errors[0][1]}; 5 more errors: `lora-llava check` lists them"
+    seen = set()
+    for bad in range(4):
+        images = drawn(tmp_path / f"images{bad}", 4)
+        (images / f"{bad}.png").unlink()
+        data = {"path": written(tmp_path / "rows.json", [asked(n, f"{n}.png") for n in range(4)])}
+        errors, refused = both(stage2_content, data | {"image_folder": str(images), "test_rows": 1})
+        message = f"row r{bad} (rows.json, index {bad}): picture {bad}.png is missing"
+        split = errors[0][1].partition(" ")[0]
+        assert [found for _, found in errors] == [f"{split} {message}"]
+        assert str(refused).startswith(message)
+        seen.add(split)
+    assert seen == {"train", "test"}
 
 
 def test_a_source_of_a_mixture_without_rows_is_refused(stage2_content: dict[str, Any], tmp_path: Path) -> None:
