@@ -57,6 +57,7 @@ class FolderData:
         embedded: Whether the pictures are in the table itself.
         unused: Columns that are not read.
         files: All files of the set that `file` is the first of.
+        linked: Sets of pictures that no row links to each other; rows of one set are held back together.
     """
 
     file: Path
@@ -72,6 +73,7 @@ class FolderData:
     embedded: bool = False
     unused: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
+    linked: int = 0
 
 
 def understand_folder(folder: Path, file: Path | None = None, follow_links: bool = False) -> FolderData:
@@ -105,14 +107,14 @@ def understand_folder(folder: Path, file: Path | None = None, follow_links: bool
     embedded = file.suffix.lower() == ".parquet" and any(
         parquet_columns(each).get(name) for each in files for name in (columns.image, "images")
     )  # fmt: skip
-    rows, names = _count(files, form, columns, embedded)
+    rows, names, linked = _count(files, form, columns, embedded)
     pictures = list(_pictures(folder, follow_links))
     root = _image_folder(folder, file, pictures, names, follow_links) if names and not embedded else None
     known = {"system", "images", *CHAT_COLUMNS, *vars(columns).values()}
     unused = tuple(str(name) for name in dict.fromkeys(key for row in first for key in row) if name not in known)
     return FolderData(
         file, held.get("validation"), held.get("test"), form, shape, columns, root, rows, len(pictures), len(names),
-        embedded, unused, files,
+        embedded, unused, files, linked,
     )  # fmt: skip
 
 
@@ -179,17 +181,30 @@ def _parsed(messages: Any) -> Any:
         return messages
 
 
-def _count(files: Iterable[Path], form: Format, columns: Columns, embedded: bool) -> tuple[int, dict[str, None]]:
-    """Rows, and the pictures they name; what is wrong with them is for the check to say."""
+def _count(
+    files: Iterable[Path], form: Format, columns: Columns, embedded: bool
+) -> tuple[int, dict[str, None], int]:  # fmt: skip
+    """Rows, the pictures they name, and how many sets of pictures there are that no row links; the check says what is
+    wrong with rows."""
     count = 0
-    names: dict[str, None] = {}
+    parent: dict[str, str] = {}
+
+    def first_of(name: str) -> str:
+        while parent[name] != name:
+            parent[name] = parent[parent[name]]
+            name = parent[name]
+        return name
+
     rows = (row for file in files for _, row in placed_rows(file))
     for count, row in enumerate(rows, 1):
         try:
-            names |= dict.fromkeys(read_row(row, count - 1, form=form, columns=columns, embedded=embedded).images)
+            images = read_row(row, count - 1, form=form, columns=columns, embedded=embedded).images
         except RowError:
             continue
-    return count, names
+        for name in images:
+            parent.setdefault(name, name)
+            parent[first_of(name)] = first_of(images[0])
+    return count, dict.fromkeys(parent), sum(name == first for name, first in parent.items())
 
 
 def _pictures(folder: Path, follow_links: bool) -> Iterator[Path]:

@@ -102,8 +102,9 @@ def whole_set(file: Path, where: str) -> tuple[Path, ...]:
     shard = shard_of(file.name)
     if shard is None:
         return (file,)
-    beside = (each for each in file.parent.iterdir() if each.is_file() and not each.name.startswith("."))
-    files = next(found for found in group_files(beside) if file in found)
+    beside = {each for each in file.parent.iterdir() if each.is_file() and not each.name.startswith(".")}
+    named = next(found for found in group_files({*beside, file}) if file in found)
+    files = tuple(each for each in named if each in beside)
     indices = [found.index for each in files if (found := shard_of(each.name))]
     twice = next((index for index in indices if indices.count(index) > 1), None)
     if twice is not None:

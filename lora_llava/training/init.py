@@ -99,7 +99,7 @@ def _and_shards(found: FolderData) -> str:
 
 
 def _validation_in_words(found: FolderData) -> str:
-    count = held_back_rows(found.rows, found.named)
+    count = held_back_rows(found.rows, found.linked)
     if found.validation is not None:
         return str(found.validation)
     return f"{count:,} rows or more, split off by picture" if count else "none: there is too little to split off"
@@ -110,7 +110,7 @@ def held_back_rows(rows: int, pictures: int) -> int:
 
     Args:
         rows: All rows.
-        pictures: Different pictures that they name; rows of one stay together.
+        pictures: Different pictures that they name, or sets of them; rows of one stay together.
     """
     if rows < 2 or pictures == 1:
         return 0
@@ -143,7 +143,7 @@ def fill_in(template: Path, found: FolderData, model: str | None, follow_links: 
         data["image_folder"] = str(found.image_folder)
     if follow_links:
         data["follow_links"] = True
-    data["validation_rows"] = 0 if found.validation else held_back_rows(found.rows, found.named)
+    data["validation_rows"] = 0 if found.validation else held_back_rows(found.rows, found.linked)
     _put(data, "columns", _changed_columns(found.columns), "what the table calls its columns")
     for part in ("validation", "test"):
         file = getattr(found, part)

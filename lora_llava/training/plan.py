@@ -20,7 +20,7 @@ from lora_llava.model.base import build_processor, image_processor_of
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.model.tokenizer import load_tokenizer
-from lora_llava.recipe import Recipe
+from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.training.data import Split, build_split
 from lora_llava.training.memory import Step
 from lora_llava.training.planner import build_step, choose_checkpointing, measure_rows
@@ -81,11 +81,13 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     template = get_template(recipe.data.template, recipe.data.system_prompt)
     tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
     _check_context(recipe, model.config)
-    opened = encode_splits(recipe, tokenizer, progress)
+    opened = encode_splits(_with_test_rows(recipe), tokenizer, progress)
     splits = {
         name: build_split(recipe, name, split, processor, model.config, progress) for name, split in opened.items()
     }
     refuse_errors(recipe, opened)
+    if recipe.evaluation is None and recipe.data.test_source is None:
+        splits.pop("test", None)
     samples = splits["train"].rows
     order = lay_out(recipe, splits["train"])
     extremes = measure_rows(order.rows, samples, padded=not is_padding_free(recipe)[0])
@@ -98,6 +100,13 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
         recipe, model, tokenizer, processor, template, splits, order, step, refusal,
         planned_parameters(model.config, run_lora_config(recipe)),
     )  # fmt: skip
+
+
+def _with_test_rows(recipe: Recipe) -> Recipe:
+    """The recipe as `check` reads it: rows held back for a test are looked at also where nothing asks them yet."""
+    if not recipe.data.test_rows:
+        return recipe
+    return recipe.model_copy(update={"evaluation": recipe.evaluation or EvaluationSection()})
 
 
 def check_launch(recipe: Recipe) -> None:
