@@ -50,6 +50,7 @@ class PreviewSample:
         pictures: RGB, as CLIP gets them, in the order of the placeholders.
         row: Index of the row that it lies in.
         notes: What a reader should know of it, such as "answer cut to fit".
+        names: The images' file names.
     """
 
     source: str
@@ -58,6 +59,7 @@ class PreviewSample:
     pictures: tuple[Image.Image, ...]
     row: int
     notes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:

@@ -84,7 +84,7 @@ class Split:
 
     def name_of(self, index: int) -> str:
         """A row for a person: its source, its id and its pictures."""
-        pictures = ", ".join(self.rows.image_files(index))
+        pictures = ", ".join(map(self.images.label, self.rows.image_files(index)))
         return f"{self.source_of(index).name}: {self.rows[index]['row_id']}" + (f" ({pictures})" if pictures else "")
 
     def source_of(self, index: int) -> Source:

@@ -259,18 +259,20 @@ def _question(row: Conversation) -> str:
 
 def _item(after: Asking, index: int) -> GalleryItem:
     row, line = after.rows[index], after.marked[index]
+    shown = _pictures(row, after)
     return GalleryItem(
         question=_question(row), reference=row.turns[-1].text, text=line["text"], right=_is_right(line),
-        pictures=_pictures(row, after), question_id=line["question_id"],
+        pictures=[picture for _, picture in shown], names=[name for name, _ in shown], question_id=line["question_id"],
         categories=line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)],
     )  # fmt: skip
 
 
-def _pictures(row: Conversation, after: Asking) -> list[Image.Image]:
+def _pictures(row: Conversation, after: Asking) -> list[tuple[str, Image.Image]]:
+    """The images that can be opened, with their file names."""
     found = []
     for name in row.images:
         try:
-            found.append(after.split.images.open(name))
+            found.append((after.split.images.label(name), after.split.images.open(name)))
         except BadImageError:  # the notes tell of it
             continue
     return found
