@@ -139,21 +139,22 @@ def _article(preview: Preview, index: int, pictures: Sequence[str]) -> str:
         + (f'<ul class="notes">{notes}</ul>' if notes else "")
         + _row(preview, index)
         + f'<div class="body"><p class="tokens">{"".join(map(_token, sample.tokens))}</p>'
-        + _pictures(sample.pictures, pictures)
+        + _pictures(sample, pictures)
         + "</div></article>"
     )
 
 
-def _pictures(pictures: Sequence[Image.Image], names: Sequence[str]) -> str:
-    if not pictures:
+def _pictures(sample: PreviewSample, names: Sequence[str]) -> str:
+    if not sample.pictures:
         return ""
     figures = ""
-    for number, (picture, name) in enumerate(zip(pictures, names, strict=True), 1):
+    files = [f"<bdi>{escape_line(file)}</bdi>, " for file in sample.names] or [""] * len(names)
+    for number, (picture, name, file) in enumerate(zip(sample.pictures, names, files, strict=True), 1):
         width, height = picture.size
         figures += (
             f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="Picture {number}">'
             f'<use href="#{name}" width="{width}" height="{height}"/></svg>'
-            f"<figcaption>as CLIP gets it, {width} × {height}</figcaption></figure>"
+            f"<figcaption>{file}as CLIP gets it, {width} × {height}</figcaption></figure>"
         )
     return f'<div class="pictures">{figures}</div>'
 

@@ -50,7 +50,8 @@ class PreviewSample:
         pictures: RGB, as CLIP gets them, in the order of the placeholders.
         row: Index of the row that it lies in.
         notes: What a reader should know of it, such as "answer cut to fit".
-        name: How messages name the row, with its image files; nothing where only the id is known.
+        name: How messages name the row; nothing where only the id is known.
+        names: The images' file names.
     """
 
     source: str
@@ -60,6 +61,7 @@ class PreviewSample:
     row: int
     notes: tuple[str, ...] = ()
     name: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:

@@ -56,9 +56,15 @@ def _header(preview: Preview, index: int) -> Text:
         style="bold",
     )
     trained = f"{sample.trained:,} trained ({share(sample.trained, sample.length)})"
-    pictures = count_of(len(sample.pictures), "picture")
+    pictures = ": ".join(filter(None, (count_of(len(sample.pictures), "picture"), ", ".join(sample.names))))
     place = describe_row(preview, sample.row).partition(":")[0]
-    facts = (count_of(sample.length, "token"), trained, pictures, place, *map(escape_hidden, sample.notes))
+    facts = (
+        count_of(sample.length, "token"),
+        trained,
+        escape_hidden(pictures),
+        place,
+        *map(escape_hidden, sample.notes),
+    )
     return text.append("\n" + ", ".join(facts), style="not bold dim")
 
 

@@ -175,7 +175,7 @@ def _low_bytes(content: bytes, mode: str) -> np.ndarray | None:
         tiles = []
         for tile in image.tile:  # type: ignore[attr-defined]
             arguments = tile[3]
-            raw = arguments[0] if isinstance(arguments, tuple) else arguments
+            raw: Any = arguments[0] if isinstance(arguments, tuple) else arguments
             other = raw.replace(_layout(tile), _LOW_BYTES[_layout(tile)])
             tiles.append(tile._replace(args=(other, *arguments[1:]) if isinstance(arguments, tuple) else other))
         image.tile = tiles  # type: ignore[attr-defined]

@@ -51,6 +51,7 @@ class GalleryItem:
         pictures: Of any size.
         categories: That it counts in.
         question_id: Its name.
+        names: The images' file names.
     """
 
     question: str
@@ -60,6 +61,7 @@ class GalleryItem:
     pictures: Sequence[Image.Image]
     categories: Sequence[str]
     question_id: str
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def _item(item: GalleryItem) -> str:
     kind = "right" if item.right else "wrong"
     pictures = "".join(
         f'<img src="{_data_uri(picture)}" alt="picture {number} of question {escape_line(item.question_id)}">'
+        + (f'<p class="file"><bdi>{escape_line(item.names[number - 1])}</bdi></p>' if item.names else "")
         for number, picture in enumerate(item.pictures, 1)
     )
     categories = "".join(f"<li>{escape_line(name)}</li>" for name in item.categories)

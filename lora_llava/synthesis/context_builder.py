@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
-from lora_llava.data.images import COCO_NAME
+from lora_llava.data.image_names import COCO_NAME
 from lora_llava.errors import UserError
 
 BoxPolicy = Literal["clip", "error"]

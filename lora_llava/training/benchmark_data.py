@@ -43,6 +43,9 @@ class DrawnPictures:
     def open(self, name: str) -> Image.Image:
         return read_rgb(io.BytesIO(self.read(name)), name, _PICTURE_SIZE[0] * _PICTURE_SIZE[1])
 
+    def label(self, name: str) -> str:
+        return name
+
     def read(self, name: str) -> bytes:
         return self._files[int(name) % _PICTURES]
 

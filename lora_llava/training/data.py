@@ -87,7 +87,7 @@ class Split:
 
     def name_of(self, index: int) -> str:
         """A row for a person: its source, its id and its pictures."""
-        pictures = ", ".join(self.rows.image_files(index))
+        pictures = ", ".join(map(self.images.label, self.rows.image_files(index)))
         return f"{self.source_of(index).name}: {self.rows.row_name(index)}" + (f" ({pictures})" if pictures else "")
 
     def source_of(self, index: int) -> Source:

@@ -187,7 +187,8 @@ def _sample(
     return PreviewSample(
         batches.split.source_of(index).name, table.row_ids[number], tuple(_tokens(batches, ids, labels)),
         tuple(_picture(one, batches.processor.image_processor) for one in pixels), row, tuple(notes),
-        ": ".join(filter(None, (table.row_name(number), ", ".join(table.images(number))))),
+        table.row_name(number),
+        tuple(batches.split.images.label(name) for name in rows.image_files(index)) if pixels else (),
     )  # fmt: skip
 
 

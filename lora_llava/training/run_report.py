@@ -262,20 +262,21 @@ def _question(row: Conversation) -> str:
 
 def _item(after: Asking, index: int) -> GalleryItem:
     row, line = after.rows[index], after.marked[index]
-    files = ", ".join(name.rpartition("|")[2] for name in row.images)  # of several sources, the number stands before
-    place = [": ".join(filter(None, (row.named, files)))] if row.named else []
+    shown = _pictures(row, after)
     return GalleryItem(
         question=_question(row), reference=row.turns[-1].shown, text=line["text"], right=_is_right(line),
-        pictures=_pictures(row, after), question_id=line["question_id"],
-        categories=(line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)]) + place,
+        pictures=[picture for _, picture in shown], names=[name for name, _ in shown], question_id=line["question_id"],
+        categories=(line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)])
+        + ([row.named] if row.named else []),
     )  # fmt: skip
 
 
-def _pictures(row: Conversation, after: Asking) -> list[Image.Image]:
+def _pictures(row: Conversation, after: Asking) -> list[tuple[str, Image.Image]]:
+    """The images that can be opened, with their file names."""
     found = []
     for name in row.images:
         try:
-            found.append(after.split.images.open(name))
+            found.append((after.split.images.label(name), after.split.images.open(name)))
         except BadImageError:  # the notes tell of it
             continue
     return found

@@ -145,12 +145,13 @@ def test_a_gif_of_10_000_frames_is_its_first(
     assert found.rise_mib - good.rise_mib < MEMORY_RISE_MIB
 
 
+LINK = "is a link that leads out of it; set data.follow_links=true to allow such links"
 OUTSIDE = {
     "../secret.png": "lies outside {images}",
     "0/../../secret.png": "lies outside {images}",
     "{root}/secret.png": "lies outside {images}",
-    "link.png": "lies outside {images}",
-    "linked/secret.png": "lies outside {images}",
+    "link.png": f"lies outside {{images}}: link.png {LINK}",
+    "linked/secret.png": f"lies outside {{images}}: linked {LINK}",
     "/etc/passwd": "lies outside {images}",
     "/dev/zero": "lies outside {images}",
     "file://{root}/secret.png": "is a URL; only files under {images} are opened",

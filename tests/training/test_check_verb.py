@@ -161,7 +161,8 @@ def test_every_planted_oddity_is_a_warning(run_check: Check, clean: list[Row], i
     report = run_check([*clean, *planted], code=0)
     assert kinds(report, "warnings") == {
         ("mislabelled picture", "r20"), ("picture not RGB", "r20"), ("picture not RGB", "r21"),
-        ("picture not RGB", "r22"), ("picture not RGB", "r23"), ("several frames", "r23"), ("turned picture", "r24"),
+        ("image with transparency", "r22"), ("picture not RGB", "r23"), ("several frames", "r23"),
+        ("turned picture", "r24"),
         ("tiny picture", "r25"), ("duplicate row", "r26"), ("placeholder added", "r27"), ("leading answer cut", "r28"),
         ("unanswered end cut", "r29"), ("special token in text", "r30"),
     }  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from lora_llava.data.images import Pixels
+from lora_llava.data.to_rgb import CONVERSION_RULE
 from lora_llava.errors import UserError
 from lora_llava.model import vision_cache
 from lora_llava.model.loading import load_base
@@ -165,3 +166,12 @@ def test_the_cache_s_contents_reach_workers(content: dict[str, Any], tmp_path: P
     content["training"] |= {"workers": 1, "max_steps": 2}
     metrics = finetune(check_recipe(content, "test"), tmp_path, console=Console(file=io.StringIO()))
     assert metrics["train"]["steps"] == 2
+
+
+def test_the_key_has_the_background(content: dict[str, Any]) -> None:
+    base, keys = prepare_base(check_recipe(content, "test").model, 0), []
+    for background in ("white", "black"):
+        content["data"]["background"] = background
+        keys.append(cache_key(plan_run(check_recipe(content, "test")), base))
+    assert [key["background"] for key in keys] == ["white", "black"]
+    assert keys[0]["conversion"] == keys[1]["conversion"] == CONVERSION_RULE
