@@ -17,10 +17,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from peft import PeftModel
 
-from lora_llava.data.files import json_text
+from lora_llava.data.files import file_hash, json_text
 from lora_llava.errors import UserError
 from lora_llava.model.loading import resolve_dtype
-from lora_llava.model.start import ADAPTER_FILE, RUN_FILE, Base
+from lora_llava.model.names import ADAPTER_FILE
+from lora_llava.model.start import RUN_FILE, Base
 from lora_llava.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "lora_llava")
@@ -141,7 +142,8 @@ def save_model(
     dtype = str(resolve_dtype(recipe.model.dtype)).removeprefix("torch.")
     content = {
         "stage": recipe.stage, "base": base.as_dict(), "dtype": dtype, "recipe_hash": recipe_hash(recipe),
-        "hub_ids": hub_ids(recipe), "stage1": _stage1_of(recipe), "versions": versions(),
+        "hub_ids": hub_ids(recipe), "stage1": _stage1_of(recipe), "adapter_sha256": file_hash(folder / ADAPTER_FILE),
+        "versions": versions(),
     }  # fmt: skip
     write_json(folder / RUN_FILE, content)
 
