@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from lora_llava.data.json_stream import LONGEST, JsonStream, RepeatedKeyError, TooLongError, keys_once
 from lora_llava.errors import UserError
+from lora_llava.storage import looked_in
 
 
 class DataFileError(UserError):
@@ -59,7 +60,7 @@ def data_file(path: str | Path, where: str = "data.path") -> Path:
     Raises:
         UserError: For a path that is not there, an unknown kind of file, or a folder with none or several.
     """
-    path = Path(path)
+    looked, path = looked_in(path), Path(path)
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         if len(files) == 1:
@@ -69,7 +70,7 @@ def data_file(path: str | Path, where: str = "data.path") -> Path:
             f"{where}: {path} is a folder; name its file of rows ({', '.join(SUFFIXES)}); it holds: {found}"
         )
     if not path.is_file():
-        raise UserError(f"{where}: {path} is missing; it should be a file such as chat.json")
+        raise UserError(f"{where}: {path} is missing{looked}; it should be a file such as chat.json")
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{where}: {path} is of no known kind; use one of {', '.join(SUFFIXES)}")
     return path

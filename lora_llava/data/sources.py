@@ -14,6 +14,7 @@ from lora_llava.data.files import SUFFIXES, data_file, estimate_rows, file_hash,
 from lora_llava.data.formats import CHAT_COLUMNS, Columns, Format, RowError, read_row
 from lora_llava.data.images import FolderImages, ImageSource, TableImages, open_table
 from lora_llava.errors import UserError
+from lora_llava.storage import looked_in
 
 Read = Conversation | RowError
 """What becomes of a row."""
@@ -120,7 +121,7 @@ def open_source(
             fingerprint,
             lambda: _read(_light_rows(table), form, columns, position, seed, isinstance(images, TableImages)),
         )
-    found = data_file(on_disk, where)
+    found = data_file(path if file is None else on_disk, where)
     embedded = None
     if found.suffix.lower() == ".parquet":
         kinds = parquet_columns(found)
@@ -168,7 +169,7 @@ def _images_of(
         root = beside
     if folder is not None and not root.is_dir():
         field = f"{where.rpartition('.')[0]}.image_folder"
-        raise UserError(f"{field}: there is no folder {folder}; name the root of the pictures")
+        raise UserError(f"{field}: there is no folder {folder}{looked_in(folder)}; name the root of the pictures")
     return FolderImages(root, max_pixels)
 
 

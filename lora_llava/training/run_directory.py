@@ -23,6 +23,8 @@ from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.names import ADAPTER_FILE
 from lora_llava.model.start import RUN_FILE, Base
 from lora_llava.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
+from lora_llava.recipe.places import find_inputs
+from lora_llava.storage import share
 
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "lora_llava")
 RECIPE_FILE, METRICS_FILE, DATA_FILE = "recipe.yaml", "metrics.json", "data.json"
@@ -73,7 +75,7 @@ def start_run(folder: Path, recipe: Recipe, data: dict[str, str]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / DATA_FILE, data)
-    (folder / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(dump_recipe(find_inputs(recipe, None)), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -139,6 +141,7 @@ def save_model(
     processor.save_pretrained(folder)
     processor.tokenizer.padding_side = "right"
     model.get_base_model().generation_config.save_pretrained(folder)
+    share(folder / ADAPTER_FILE)
     dtype = str(resolve_dtype(recipe.model.dtype)).removeprefix("torch.")
     content = {
         "stage": recipe.stage, "base": base.as_dict(), "dtype": dtype, "recipe_hash": recipe_hash(recipe),
@@ -161,9 +164,9 @@ def _stage1_of(recipe: Recipe) -> dict[str, Any] | None:
     run = recipe.model.start_from.stage1_run
     if run is None or not (Path(run) / RECIPE_FILE).is_file():
         return None
-    stage1 = load_recipe(Path(run) / RECIPE_FILE)
+    stage1, record = load_recipe(Path(run) / RECIPE_FILE), read_record(Path(run))
     data = ", ".join(dict.fromkeys(source.path for source in stage1.data.train_sources()))
-    return {"data": data, "recipe_hash": recipe_hash(stage1), "hub_ids": hub_ids(stage1)}
+    return {"data": data, "recipe_hash": record["recipe_hash"], "hub_ids": hub_ids(stage1)}
 
 
 def is_run(folder: Path) -> bool:
