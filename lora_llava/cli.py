@@ -8,11 +8,10 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from lora_llava import __version__, cli_chat, cli_data, cli_evaluation, cli_synthesis
-from lora_llava.cli_data import add_recipe, positive
+from lora_llava.cli_data import a_path, add_recipe, home, positive
 from lora_llava.errors import ToldError
 from lora_llava.quiet import quieten
 
@@ -76,7 +75,7 @@ def _add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cap-gb", type=float, help="GPU memory in GiB that torch may take")
     sides = ["ours", "ours_cached", "trl_random", "trl_grouped"]
     parser.add_argument("--sides", nargs="+", choices=sides, default=sides, help="default: all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for machine, versions and results")
+    parser.add_argument("--json", type=a_path, metavar="FILE", help="file for machine, versions and results")
 
 
 def _benchmark(args: argparse.Namespace) -> None:
@@ -102,7 +101,7 @@ def _next_commands(run: str) -> list[str]:
 
 
 def _add_recipes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--copy", metavar="FOLDER", type=Path, help="copy the shipped recipes there")
+    parser.add_argument("--copy", metavar="FOLDER", type=a_path, help="copy the shipped recipes there")
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a recipe")
 
 
@@ -125,8 +124,8 @@ def _recipes(args: argparse.Namespace) -> None:
 
 
 def _add_merge(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("--output", type=Path, required=True, help="the new folder")
+    parser.add_argument("run", type=a_path, help="a run directory")
+    parser.add_argument("--output", type=a_path, required=True, help="the new folder")
     parser.add_argument(
         "--base", choices=["bf16", "nf4"], default="bf16", help="merge into the base's own weights, or into what NF4 "
         "makes of them",
@@ -151,11 +150,13 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _add_import(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="a checkpoint or LoRA folder of github.com/haotian-liu/LLaVA")
-    parser.add_argument("--output", type=Path, required=True, help="the new folder")
-    parser.add_argument("--llm", help="language model a LoRA folder stands on; default: what it says")
-    parser.add_argument("--vision-tower", help="CLIP tower, a folder or Hub id; default: what it says")
-    parser.add_argument("--base", help="complete stock LLaVA that a LoRA folder stands on, in place of --llm")
+    parser.add_argument("folder", type=a_path, help="a checkpoint or LoRA folder of github.com/haotian-liu/LLaVA")
+    parser.add_argument("--output", type=a_path, required=True, help="the new folder")
+    parser.add_argument("--llm", type=home, help="language model a LoRA folder stands on; default: what it says")
+    parser.add_argument("--vision-tower", type=home, help="CLIP tower, a folder or Hub id; default: what it says")
+    parser.add_argument(
+        "--base", type=home, help="complete stock LLaVA that a LoRA folder stands on, in place of --llm"
+    )
     parser.add_argument("--template", default="vicuna_v1", help="conversation template it was trained with")
 
 
@@ -170,7 +171,7 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _add_push(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=Path, help="a run directory, or a folder with a whole LLaVA")
+    parser.add_argument("model", type=a_path, help="a run directory, or a folder with a whole LLaVA")
     parser.add_argument("repo_id", metavar="OWNER/NAME", help="the repository on the Hub; made if it is not there")
     parser.add_argument("--public", action="store_true", help="make a new repository public; the default is private")
     parser.add_argument("--base-repo", metavar="OWNER/NAME", help="push the run's local base there first")
@@ -190,7 +191,7 @@ def _push(args: argparse.Namespace) -> None:
 
 
 def _add_build_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True, help="folder for llm/ and vision_tower/")
+    parser.add_argument("--output", type=a_path, required=True, help="folder for llm/ and vision_tower/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--llm-steps", type=positive, help="fewer steps, for a try")
     parser.add_argument("--clip-steps", type=positive, help="fewer steps, for a try")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from lora_llava.cli_data import positive
+from lora_llava.cli_data import home, positive
 from lora_llava.errors import UserError
 from lora_llava.quiet import quieten
 
@@ -14,11 +14,11 @@ from lora_llava.quiet import quieten
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a run directory, a folder with a whole LLaVA, or a Hub id")
+    parser.add_argument("model", type=home, help="a run directory, a folder with a whole LLaVA, or a Hub id")
     parser.add_argument("--prompt", metavar="TEXT", help="print the answer to this alone, and leave")
     parser.add_argument(
-        "--image", metavar="PATH", action="append", default=[], help="show a picture with the first message; may be "
-        "given several times",
+        "--image", metavar="PATH", type=home, action="append", default=[], help="show a picture with the first "
+        "message; may be given several times",
     )  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="system text in place of the template's own")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")

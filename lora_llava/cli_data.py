@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,20 @@ from lora_llava.quiet import quieten
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """The arguments of a verb that takes a recipe."""
-    parser.add_argument("recipe", help="a recipe file, or the name of a shipped one")
+    parser.add_argument("recipe", type=home, help="a recipe file, or the name of a shipped one")
     parser.add_argument(
         "overrides", nargs="*", default=(), metavar="key.sub=value", help="replace values of the recipe"
     )
+
+
+def home(text: str) -> str:
+    """A path or a Hub id for argparse; a shell leaves the `~` of `--output=~/x` to the command."""
+    return os.path.expanduser(text)
+
+
+def a_path(text: str) -> Path:
+    """A path for argparse, its `~` the home folder."""
+    return Path(home(text))
 
 
 def positive(text: str) -> int:
@@ -32,11 +43,13 @@ def positive(text: str) -> int:
 
 
 def add_init(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="with your pictures and a table or JSON of questions and answers")
-    parser.add_argument("--data", type=Path, help="the file of rows, where the folder has several")
-    parser.add_argument("--model", help="a complete LLaVA to start from, a folder or Hub id, or demo")
+    parser.add_argument("folder", type=a_path, help="with your pictures and a table or JSON of questions and answers")
+    parser.add_argument("--data", type=a_path, help="the file of rows, where the folder has several")
+    parser.add_argument("--model", type=home, help="a complete LLaVA to start from, a folder or Hub id, or demo")
     parser.add_argument(
-        "--recipe", help="shipped recipe to fill in: my_data_qlora.yaml, or my_data_8gb.yaml for a small card"
+        "--recipe",
+        type=home,
+        help="shipped recipe to fill in: my_data_qlora.yaml, or my_data_8gb.yaml for a small card",
     )
     parser.add_argument("--example", action="store_true", help="make the folder first, with drawn pictures, to try it")
     parser.add_argument(
@@ -57,7 +70,7 @@ def run_init(args: argparse.Namespace, console: Any) -> int:
 
 def add_check(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the findings go")
+    parser.add_argument("--json", type=a_path, metavar="FILE", help="where the findings go")
     parser.add_argument("--fix", action="store_true", help="write a cleaned copy beside each file of rows")
 
 
@@ -74,7 +87,7 @@ def run_check(args: argparse.Namespace, console: Any) -> int:
 def add_preview(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--output", type=Path, metavar="FILE", help="the page; default: preview.html")
+    where.add_argument("--output", type=a_path, metavar="FILE", help="the page; default: preview.html")
     parser.add_argument("--samples", type=positive, default=50, help="how many")
     parser.add_argument("--split", choices=["train", "validation", "test"], default="train")
     where.add_argument("--terminal", action="store_true", help="print them here instead")
@@ -95,9 +108,9 @@ def run_preview(args: argparse.Namespace, console: Any) -> int:
 
 def add_filter_captions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "captions", type=Path, help="JSON, JSONL, CSV, TSV or Parquet of captions, or LLaVA's chat.json"
+        "captions", type=a_path, help="JSON, JSONL, CSV, TSV or Parquet of captions, or LLaVA's chat.json"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the chosen rows, .json or .jsonl")
+    parser.add_argument("--output", type=a_path, required=True, help="the chosen rows, .json or .jsonl")
     parser.add_argument("--caption-column", default="caption", help="what rows call their caption")
     parser.add_argument("--minimum", type=positive, default=3, help="noun phrases in fewer captions are skipped")
     parser.add_argument("--maximum", type=positive, default=100, help="captions taken of a frequent noun phrase")

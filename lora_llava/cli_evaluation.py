@@ -6,24 +6,24 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_llava.cli_data import positive
+from lora_llava.cli_data import a_path, home, positive
 from lora_llava.quiet import quieten
 
 # Heavy imports stand inside the verbs, so that `--help` and usage errors answer at once.
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="a run directory, a folder with a whole LLaVA, or a Hub id")
+    parser.add_argument("model", type=home, help="a run directory, a folder with a whole LLaVA, or a Hub id")
     parser.add_argument(
         "overrides", nargs="*", default=(), metavar="key.sub=value", help="replace values of the recipe"
     )
-    parser.add_argument("--recipe", help="whose data and evaluation to use; default: the run's own")
+    parser.add_argument("--recipe", type=home, help="whose data and evaluation to use; default: the run's own")
     parser.add_argument(
         "--benchmark", choices=["llava-bench"], help="answer LLaVA-Bench's questions instead, for `lora-llava score "
         "llava-bench`",
     )  # fmt: skip
-    parser.add_argument("--questions", type=Path, help="LLaVA-Bench's questions, JSONL")
-    parser.add_argument("--images", type=Path, help="folder of LLaVA-Bench's pictures")
+    parser.add_argument("--questions", type=a_path, help="LLaVA-Bench's questions, JSONL")
+    parser.add_argument("--images", type=a_path, help="folder of LLaVA-Bench's pictures")
     parser.add_argument("--template", help="conversation template of a LLaVA-Bench model without one of its own")
     parser.add_argument("--limit", type=positive, help="ask only this many questions, drawn by the recipe's seed")
     parser.add_argument("--shuffle-images", action="store_true", help="exchange the pictures among the questions")
@@ -45,7 +45,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concurrency", type=positive, help="questions at once to the server; default: 8")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for one answer of the server; default: 120")
     parser.add_argument("--base-only", action="store_true", help="the run's base, without what was trained")
-    parser.add_argument("--output", help="where predictions go; default: the run directory")
+    parser.add_argument("--output", type=home, help="where predictions go; default: the run directory")
     _add_published(parser)
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
@@ -139,9 +139,9 @@ def add_score(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_score_scienceqa(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--problems", required=True, type=Path, help="problems.json")
-    parser.add_argument("--splits", required=True, type=Path, help="pid_splits.json")
-    parser.add_argument("--answers", required=True, type=Path, help="JSONL of question_id and text")
+    parser.add_argument("--problems", required=True, type=a_path, help="problems.json")
+    parser.add_argument("--splits", required=True, type=a_path, help="pid_splits.json")
+    parser.add_argument("--answers", required=True, type=a_path, help="JSONL of question_id and text")
     parser.add_argument("--split", default="test", help="the split that was asked")
     _add_parser(parser)
     _add_published(parser)
@@ -163,17 +163,19 @@ def _add_published(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_score_llava_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--questions", required=True, type=Path, help="JSONL: question_id, image, category, text")
-    parser.add_argument("--context", required=True, type=Path, help="JSONL of what is known of the pictures")
-    parser.add_argument("--reference", required=True, type=Path, help="JSONL of GPT-4's answers: question_id, text")
-    parser.add_argument("--answers", required=True, type=Path, help="JSONL of the answers to judge: question_id, text")
+    parser.add_argument("--questions", required=True, type=a_path, help="JSONL: question_id, image, category, text")
+    parser.add_argument("--context", required=True, type=a_path, help="JSONL of what is known of the pictures")
+    parser.add_argument("--reference", required=True, type=a_path, help="JSONL of GPT-4's answers: question_id, text")
+    parser.add_argument(
+        "--answers", required=True, type=a_path, help="JSONL of the answers to judge: question_id, text"
+    )
     parser.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible server; its key: OPENAI_API_KEY")
     parser.add_argument("--judge-model", metavar="NAME", help="default: the only one that the server has")
     parser.add_argument(
         "--judge-temperature", type=_temperature, default=0.0, metavar="T", help="a number, or default: the server's"
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: where the answers are")
-    parser.add_argument("--prompts", type=Path, metavar="FOLDER", help="the judge's prompts in place of ours")
+    parser.add_argument("--output", type=a_path, metavar="FOLDER", help="default: where the answers are")
+    parser.add_argument("--prompts", type=a_path, metavar="FOLDER", help="the judge's prompts in place of ours")
     parser.add_argument("--no-swap", action="store_true", help="only with the reference first, as LLaVA does")
     parser.add_argument("--price-in", type=float, metavar="USD", help="the judge's, for a million tokens to it")
     parser.add_argument("--price-out", type=float, metavar="USD", help="the same for tokens from it")
@@ -247,13 +249,13 @@ def _score_scienceqa(args: argparse.Namespace, console: Any) -> int:
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory or a predictions file")
+    parser.add_argument("runs", nargs="+", type=a_path, metavar="RUN", help="a run directory or a predictions file")
     parser.add_argument("--common", action="store_true", help="compare only the questions that all runs have")
     parser.add_argument("--published", action="store_true", help="put published ScienceQA figures below")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--format", choices=["terminal", "markdown", "latex"], default="terminal")
     form.add_argument("--json", action="store_true", help="everything, unrounded, as JSON")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of printing")
+    parser.add_argument("--output", type=a_path, metavar="FILE", help="write there instead of printing")
 
 
 def run_compare(args: argparse.Namespace, console: Any) -> int:
@@ -312,7 +314,7 @@ def _print_published(table: dict[str, Any], forced: bool, console: Any, same_que
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="a finished run")
+    parser.add_argument("run", type=home, help="a finished run")
 
 
 def run_report(args: argparse.Namespace, console: Any) -> int:

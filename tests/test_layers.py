@@ -12,6 +12,7 @@ import lora_llava
 PACKAGE = Path(lora_llava.__file__).parent
 LAYERS = [
     "errors",
+    "storage",
     "quiet",
     "recipe",
     "data",

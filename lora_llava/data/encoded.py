@@ -6,13 +6,10 @@ takes, the length limit and which rows are used are decided when rows are taken 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
 import os
-import shutil
-import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,8 +36,9 @@ from lora_llava.data.formats import RowError
 from lora_llava.data.sources import Read, Source
 from lora_llava.data.templates import Template, get_template
 from lora_llava.data.typed import special_tokens
+from lora_llava.storage import UNWRITABLE, make_entry
 
-_VERSION = 2
+_VERSION = 3
 """Raise it when the same rows would be read or encoded otherwise."""
 _BATCH = 512
 _ARRAYS: dict[str, type] = {
@@ -172,22 +170,25 @@ def encode_table(
     check_tokenizer(tokenizer, template)
     template = fit_template(template, tokenizer)
     folder = cache / "encoded" / table_key(source, tokenizer, template) if cache is not None else None
-    if folder is not None and (kept := _load(folder)) is not None:
-        return kept
-    writer = _Writer()
-    with _all_cores():
-        for batch in _batches(progress(_counted(source)), _BATCH):
-            _encode_batch(batch, tokenizer, template, writer)
-    arrays = writer.arrays()
+    made: list[dict[str, np.ndarray]] = []
+
+    def make() -> dict[str, np.ndarray]:
+        writer = _Writer()
+        with _all_cores():
+            for batch in _batches(progress(_counted(source)), _BATCH):
+                _encode_batch(batch, tokenizer, template, writer)
+        made.append(writer.arrays())
+        return made[0]
+
     if folder is None:
-        return EncodedTable(arrays)
+        return EncodedTable(make())
     try:
-        _save(arrays, folder)
+        make_entry(folder, lambda temporary: _write(make(), temporary))
     except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in UNWRITABLE:
             raise
-        return EncodedTable(arrays)  # a cache that cannot be written is none
-    return _load(folder) or EncodedTable(arrays)
+        return EncodedTable(made[0] if made else make())  # a cache that cannot be written is none
+    return _load(folder)
 
 
 def _counted(source: Source) -> Iterable[Read]:
@@ -261,35 +262,18 @@ def _check(
     return encoded
 
 
-def _save(arrays: dict[str, np.ndarray], folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        for name, values in arrays.items():
-            np.save(temporary / f"{name}.npy", values)
-        (temporary / "table.json").write_text(json.dumps({name: len(values) for name, values in arrays.items()}))
-        if _load(folder) is not None:  # another run of the same data was first
-            shutil.rmtree(temporary)
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not (folder / "table.json").is_file():  # or another run of the same recipe was first
-            raise
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+def _write(arrays: dict[str, np.ndarray], folder: Path) -> None:
+    for name, values in arrays.items():
+        np.save(folder / f"{name}.npy", values)
+    (folder / "table.json").write_text(json.dumps({name: len(values) for name, values in arrays.items()}))
 
 
-def _load(folder: Path) -> EncodedTable | None:
-    """The table that is kept in a folder; None where there is none, or one that a full disk or a power cut spoilt."""
-    try:
-        sizes = json.loads((folder / "table.json").read_text())
-        columns = {name: np.load(folder / f"{name}.npy", mmap_mode="r" if sizes[name] else None) for name in sizes}
-        return EncodedTable(columns) if all(len(columns[name]) == sizes[name] for name in sizes) else None
-    except Exception:  # numpy and json raise half a dozen kinds for half a file
-        return None
+def _load(folder: Path) -> EncodedTable:
+    """The table of a folder whose files were checked."""
+    sizes = json.loads((folder / "table.json").read_text())
+    return EncodedTable(
+        {name: np.load(folder / f"{name}.npy", mmap_mode="r" if sizes[name] else None) for name in sizes}
+    )
 
 
 class EncodedRows(Sequence[dict[str, Any]]):

@@ -16,6 +16,7 @@ from lora_llava.data.json_stream import LONGEST, JsonStream, RepeatedKeyError, T
 from lora_llava.data.shards import SUFFIXES, group_files, row_files, set_words, shard_of, split_words, whole_set
 from lora_llava.data.text_encoding import encoding_problem, text_encoding
 from lora_llava.errors import UserError
+from lora_llava.storage import looked_in
 
 
 class DataFileError(UserError):
@@ -74,7 +75,7 @@ def data_files(path: str | Path, where: str = "data.path", split: str = "train")
         UserError: For a path that is not there, an unknown kind of file, a folder in which it is not clear what is
             meant, or a set that lacks a shard.
     """
-    path = Path(path)
+    looked, path = looked_in(path), Path(path)
     if path.is_dir():
         sets = group_files(row_files(path)) or group_files(row_files(path, deeper=True))
         meant = [files for files in sets if set_words(files[0], path) & split_words(split)] if len(sets) > 1 else sets
@@ -86,7 +87,7 @@ def data_files(path: str | Path, where: str = "data.path", split: str = "train")
         )
     shard = shard_of(path.name)
     if not path.is_file() and (shard is None or not path.parent.is_dir()):
-        raise UserError(f"{where}: {path} is missing; it should be a file such as chat.json")
+        raise UserError(f"{where}: {path} is missing{looked}; it should be a file such as chat.json")
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{where}: {path} is of no known kind; use one of {', '.join(SUFFIXES)}")
     return whole_set(path, where)

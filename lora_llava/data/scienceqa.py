@@ -13,6 +13,7 @@ from lora_llava.data.images import FolderImages, ImageSource, TableImages
 from lora_llava.data.to_rgb import Background
 from lora_llava.data.typed import as_typed
 from lora_llava.errors import UserError, nearest
+from lora_llava.storage import looked_in
 
 PromptOrder = Literal["QCM-LEA", "QCM-ALE", "CQM-A"]
 PROMPT_ORDERS: tuple[PromptOrder, ...] = get_args(PromptOrder)
@@ -110,7 +111,7 @@ def load_scienceqa(
             if problem.get("image")
         }
     else:
-        table = _read_parquet(folder, str(path), split, revision)
+        table = _read_parquet(folder, path if isinstance(path, str) else str(path), split, revision)
         problems = {str(i): dict(row) for i, row in enumerate(table.remove_columns("image"))}
         images = TableImages(table, max_image_pixels, background=background)
         names = {str(i): str(i) for i, image in enumerate(table["image"]) if image}
@@ -217,7 +218,8 @@ def _read_parquet(folder: Path, path: str, split: str, revision: str | None) -> 
             hub_split = {"val": "validation"}.get(split, split)
             table = datasets.load_dataset(path, split=hub_split, revision=revision)
     except Exception as error:  # the library raises a dozen kinds for a name that is not there
-        raise UserError(f"data.path: {path}, split {split!r}, cannot be read: {str(error).splitlines()[0]}") from None
+        told = f"{path}{looked_in(path)}, split {split!r}, cannot be read: {str(error).splitlines()[0]}"
+        raise UserError(f"data.path: {told}") from None
     if "image" not in table.column_names:
         raise UserError(
             f"data.path: {path}, split {split!r}, has no column image; it has {', '.join(table.column_names)}"

@@ -24,6 +24,7 @@ from lora_llava.data.shards import SUFFIXES, set_stem, shard_of
 from lora_llava.data.text_encoding import foreign_encoding
 from lora_llava.data.to_rgb import Background
 from lora_llava.errors import UserError
+from lora_llava.storage import looked_in
 
 _MOST_SHARDS = 10_000
 Read = Conversation | RowError
@@ -168,7 +169,7 @@ def open_source(
             fingerprint,
             lambda: _read(_table_rows(table), form, columns, position, seed, isinstance(images, TableImages)),
         )
-    found = data_files(on_disk, where, split)
+    found = data_files(path if file is None else on_disk, where, split)
     embedded = _embedded_images(found, form, columns, where)
     digests = [file_hash(each) for each in found]
     digest = digests[0] if len(digests) == 1 else _hash(digests)
@@ -253,7 +254,7 @@ def _images_of(
         root = beside
     if folder is not None and not root.is_dir():
         field = f"{where.rpartition('.')[0]}.image_folder"
-        raise UserError(f"{field}: there is no folder {folder}; name the root of the pictures")
+        raise UserError(f"{field}: there is no folder {folder}{looked_in(folder)}; name the root of the pictures")
     return FolderImages(root, max_pixels, **look)
 
 

@@ -30,6 +30,7 @@ from transformers import (
 
 from lora_llava.demo.corpus import Text, random_text, tokenizer_texts
 from lora_llava.demo.world import IMAGE_SIZE, PLACES, SHAPES, Scene, caption, draw, random_scene
+from lora_llava.storage import share
 
 VOCAB_SIZE = 896
 PATCH_SIZE = 16
@@ -221,4 +222,5 @@ def build_demo(
         tokenizer.pad_token = None
         tokenizer.save_pretrained(output / "llm")
         seconds["llm"] = time.monotonic() - start
+    share(output)
     return seconds

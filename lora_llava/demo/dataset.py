@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import random
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +13,7 @@ from lora_llava.demo import corpus, questions
 from lora_llava.demo.questions import Row
 from lora_llava.demo.world import Split, caption, draw, draw_with_boxes, random_scene
 from lora_llava.errors import UserError
+from lora_llava.storage import make_entry
 
 SEED = 7
 ROWS = {"train": 4000, "val": 160, "test": 480}
@@ -63,15 +62,7 @@ def build_demo_contexts(cache: Path, count: int = CONTEXTS) -> Path:
 
 
 def _once(folder: Path, write: Callable[[Path], None]) -> Path:
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-        try:
-            write(temporary)
-            temporary.rename(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    make_entry(folder, write)
     return folder
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +31,7 @@ from lora_llava.model.original import identity_layer, read_projector
 from lora_llava.model.parts import Part
 from lora_llava.model.tensor_files import LazyTensor, lazy_tensors, write_checkpoint
 from lora_llava.model.tokenizer import copy_sentencepiece, load_tokenizer
+from lora_llava.storage import make_entry
 
 VOCABULARY_MULTIPLE = 64
 """llava-hf pads Vicuna's 32,002 tokens to 32,064, the next multiple."""
@@ -122,7 +121,7 @@ def build_base(
     vision_tower: Part,
     projector_file: Path | None,
 ) -> Path:
-    """Write the base folder if the cache does not hold it.
+    """Write the base folder if the cache does not hold it whole.
 
     Args:
         parts: Names the folder.
@@ -137,25 +136,20 @@ def build_base(
         UserError: Where a part does not fit.
     """
     folder = cache_folder() / "bases" / parts.key
-    if folder.is_dir():
-        return folder
-    config = assembled_config(_config_of(llm), _config_of(vision_tower), parts.projector_type)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{parts.key}.", dir=folder.parent))
-    try:
-        tensors = _all_tensors(config, llm, vision_tower, projector_file, parts)
-        write_checkpoint(tensors, temporary, torch.bfloat16, "writing the base model")
-        config.save_pretrained(temporary)
-        _generation_config(config).save_pretrained(temporary)
-        tokenizer = load_tokenizer(llm.folder, config)
-        copy_sentencepiece(llm.folder, temporary)
-        build_processor(tokenizer, config, image_processor_of(vision_tower.folder, config)).save_pretrained(temporary)
-        (temporary / "parts.json").write_text(json.dumps(asdict(parts), indent=2) + "\n")
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    make_entry(folder, lambda temporary: _write_base(temporary, parts, llm, vision_tower, projector_file))
     return folder
+
+
+def _write_base(folder: Path, parts: BaseParts, llm: Part, vision_tower: Part, projector_file: Path | None) -> None:
+    config = assembled_config(_config_of(llm), _config_of(vision_tower), parts.projector_type)
+    tensors = _all_tensors(config, llm, vision_tower, projector_file, parts)
+    write_checkpoint(tensors, folder, torch.bfloat16, "writing the base model")
+    config.save_pretrained(folder)
+    _generation_config(config).save_pretrained(folder)
+    tokenizer = load_tokenizer(llm.folder, config)
+    copy_sentencepiece(llm.folder, folder)
+    build_processor(tokenizer, config, image_processor_of(vision_tower.folder, config)).save_pretrained(folder)
+    (folder / "parts.json").write_text(json.dumps(asdict(parts), indent=2) + "\n")
 
 
 def _config_of(part: Part) -> dict[str, Any]:

@@ -14,6 +14,8 @@ _PREFIXES = {
 }
 """From llava-hf's names to transformers' (transformers/conversion_mapping.py, `llava`)."""
 _TIED = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+ADAPTER_FILE = "adapter_model.safetensors"
+"""What PEFT calls an adapter's weights."""
 PROJECTOR_PREFIX = "model.multi_modal_projector."
 COMPONENTS = {
     "llm": ("model.language_model.", "lm_head."),

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from lora_llava.errors import UserError
 from lora_llava.model.parts import NETWORK_ERRORS, Download, check_hub_id, file_hash, not_to_be_had
 from lora_llava.model.tensor_files import load_bin
+from lora_llava.storage import looked_in
 
 PROJECTOR_FILE = "mm_projector.bin"
 _FIELD = "start_from.projector"
@@ -41,7 +42,7 @@ def find_projector(name: str, revision: str | None) -> Path:
     if path.is_dir():
         return path / PROJECTOR_FILE
     if name.endswith(".bin"):
-        raise UserError(f"model.{_FIELD}: {name} is missing")
+        raise UserError(f"model.{_FIELD}: {name} is missing{looked_in(name)}")
     check_hub_id(name, _FIELD)
     try:
         return Path(hf_hub_download(name, PROJECTOR_FILE, revision=revision))

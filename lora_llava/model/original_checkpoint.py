@@ -12,6 +12,7 @@ from typing import Any
 from transformers import LlavaConfig
 
 from lora_llava.errors import UserError
+from lora_llava.model.adapter_file import refuse_settings
 from lora_llava.model.base import assembled_config, language_tensors, lazy_projector, vision_tensors
 from lora_llava.model.names import canonical_name
 from lora_llava.model.original import identity_layer, is_original_config, projector_names
@@ -214,6 +215,7 @@ def read_lora(folder: Path, original: OriginalConfig, layers: int) -> OriginalLo
         UserError: For a name that is not LLaVA's, or adapters that are not on all layers alike.
     """
     settings = _read_object(folder / "adapter_config.json")
+    refuse_settings(settings, folder / "adapter_config.json")
     for name in ("r", "lora_alpha"):
         if name not in settings:
             raise UserError(f"{folder}/adapter_config.json lacks {name}; it is not PEFT's")

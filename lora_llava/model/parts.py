@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lora_llava.errors import UserError
 from lora_llava.model.tensor_files import weight_files
+from lora_llava.storage import looked_in
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo" / "base"
 TEXT_FILES = ("*.json", "*.jinja", "tokenizer.model")
@@ -130,18 +131,19 @@ def load_config(name: str, revision: str | None, field: str) -> dict[str, Any]:
 def check_hub_id(name: str, field: str) -> None:
     """Refuse a name that can only be a folder that is not there."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise UserError(f"model.{field}: the folder {name} is missing")
+        raise UserError(f"model.{field}: the folder {name} is missing{looked_in(name)}")
 
 
 def not_to_be_had(name: str, field: str, error: Exception) -> UserError:
     """The error for a Hub id whose files are neither cached nor to be fetched."""
+    looked = looked_in(name)
     if constants.HF_HUB_OFFLINE:
         return UserError(
-            f"model.{field}: {name} is not in the local cache and HF_HUB_OFFLINE is set; unset it to download, or name "
-            "a folder"
+            f"model.{field}: {name} is not in the local cache and HF_HUB_OFFLINE is set; unset it to download, "
+            f"or name a folder{looked}"
         )
     return UserError(
-        f"model.{field}: {name} is neither a folder nor to be had from the Hub: {str(error).splitlines()[0]}"
+        f"model.{field}: {name} is neither a folder{looked} nor to be had from the Hub: {str(error).splitlines()[0]}"
     )
 
 

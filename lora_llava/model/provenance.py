@@ -19,6 +19,7 @@ from lora_llava.model.base import BaseParts, build_base, cache_folder
 from lora_llava.model.names import COMPONENTS, canonical_name, component_of
 from lora_llava.model.parts import load_part, local_folder
 from lora_llava.model.tensor_files import LazyTensor, lazy_tensors, weight_files
+from lora_llava.storage import find_damage
 
 _THREADS = 4
 """SHA-256 releases the GIL; more threads than this wait for the disk."""
@@ -71,7 +72,7 @@ def _describe(tensor: LazyTensor) -> str:
 def weights_state(folder: Path) -> str:
     """A hash over a folder's place and its weight files' sizes and times: changes when one of them does."""
     files = [(folder / name).stat() for name in weight_files([file.name for file in folder.iterdir()])]
-    content = [str(folder.resolve()), *((state.st_size, state.st_mtime_ns, state.st_ino) for state in files)]
+    content = [str(folder.resolve()), *((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
@@ -93,7 +94,9 @@ def locate_base(recorded: Mapping[str, Any], adapter: Path) -> Path:
     beside = adapter.parent / "base"  # as `merge --projector-only` leaves them, wherever they were moved
     if folder is None and parts is None and (beside / "config.json").is_file():
         folder = beside
-    if folder is None and name.startswith("/"):
+    if folder is not None and parts is not None and folder.parent == cache_folder() / "bases" and find_damage(folder):
+        folder = None
+    if folder is None and Path(name).is_absolute():
         folder = _assembled_again(name, parts, adapter)
     if folder is None:
         folder = load_part(name, recorded.get("revision"), "start_from.llava").folder
@@ -102,12 +105,12 @@ def locate_base(recorded: Mapping[str, Any], adapter: Path) -> Path:
 
 
 def _assembled_again(name: str, parts: Mapping[str, Any] | None, adapter: Path) -> Path:
-    gone = f"{adapter} stands on {name}, which is gone"
+    gone = f"{adapter} stands on {name}, which is {'damaged' if Path(name).is_dir() else 'gone'}"
     if parts is None:
         raise UserError(f"{gone}; put it back there, or train again")
     base = BaseParts(**parts)
     folder = cache_folder() / "bases" / base.key
-    if folder.is_dir():
+    if folder.is_dir() and find_damage(folder) is None:
         return folder
     if base.projector is not None:
         raise UserError(f"{gone}; put it back there, or train again")

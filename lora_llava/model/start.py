@@ -14,14 +14,16 @@ from transformers import LlavaConfig
 
 from lora_llava.errors import UserError
 from lora_llava.model import parts as model_parts
+from lora_llava.model.adapter_file import check_fits, check_saved
 from lora_llava.model.base import BaseParts, assembled_config, build_base, cache_folder
+from lora_llava.model.names import ADAPTER_FILE
 from lora_llava.model.original import find_projector, is_original_config, plan_projector, read_projector
 from lora_llava.model.parts import Download, load_config, load_part, plan_download
 from lora_llava.model.provenance import component_hashes
 from lora_llava.recipe.schema import ModelSection
+from lora_llava.storage import find_damage, looked_in
 
 RUN_FILE = "run.json"
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -98,19 +100,23 @@ def plan_model(section: ModelSection) -> ModelPlan:
         plan_download(llm_name, section.llm_revision, "llm"),
         plan_download(tower_name, section.vision_tower_revision, "vision_tower"),
     ]
-    llm = load_config(llm_name, section.llm_revision, "llm")
-    tower = load_config(tower_name, section.vision_tower_revision, "vision_tower")
-    config = assembled_config(llm, tower, section.projector_type)
+    config = _assembled_config(section)
     if start.projector is not None:
         downloads.append(plan_projector(start.projector, start.projector_revision))
     if start.stage1_run is not None:
-        read_stage1(Path(start.stage1_run), section)
+        read_stage1(start.stage1_run, section, config)
     return ModelPlan(
         config,
         _small_files(llm_name, section.llm_revision, "llm"),
         _small_files(tower_name, section.vision_tower_revision, "vision_tower"),
         [download for download in downloads if not download.cached],
     )
+
+
+def _assembled_config(section: ModelSection) -> LlavaConfig:
+    llm = load_config(section.llm or "", section.llm_revision, "llm")
+    tower = load_config(section.vision_tower or "", section.vision_tower_revision, "vision_tower")
+    return assembled_config(llm, tower, section.projector_type)
 
 
 def _small_files(name: str, revision: str | None, field: str) -> Path:
@@ -152,7 +158,7 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
     parts = BaseParts(llm.name, llm.revision, tower.name, tower.revision, section.projector_type, digest, seed)
     initial = None
     if start.stage1_run is not None:
-        stage1_parts, initial = read_stage1(Path(start.stage1_run), section)
+        stage1_parts, initial = read_stage1(start.stage1_run, section, _assembled_config(section))
         for name, field in (("llm_revision", "llm"), ("vision_tower_revision", "vision_tower")):
             if getattr(stage1_parts, name) != getattr(parts, name):
                 raise UserError(
@@ -160,26 +166,31 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
                     f"({getattr(stage1_parts, field)}) than model.{field} ({getattr(parts, field)}); name the same"
                 )
         parts = replace(parts, seed=stage1_parts.seed, projector=stage1_parts.projector)
-        if parts.projector is not None and not (cache_folder() / "bases" / parts.key).is_dir():
-            raise UserError(
-                f"{start.stage1_run} stands on a base that is no longer in {cache_folder()}; run Stage 1 again"
-            )
+        folder = cache_folder() / "bases" / parts.key
+        if parts.projector is not None and (damage := find_damage(folder)) is not None:
+            what = f"damaged in {folder} ({damage})" if folder.is_dir() else f"no longer in {cache_folder()}"
+            raise UserError(f"{start.stage1_run} stands on a base that is {what}; run Stage 1 again")
     folder = build_base(parts, llm, tower, file)
     return Base(str(folder), folder, None, parts, initial)
 
 
-def read_stage1(run: Path, section: ModelSection) -> tuple[BaseParts, dict[str, torch.Tensor]]:
+def read_stage1(name: str, section: ModelSection, config: LlavaConfig) -> tuple[BaseParts, dict[str, torch.Tensor]]:
     """Read what a Stage 1 run stands on and the projector it trained.
+
+    Args:
+        name: The run directory.
+        section: The model section that starts from it.
+        config: Of the LLaVA that the section's parts make.
 
     Returns:
         The parts of its base, and the projector's tensors in float32.
 
     Raises:
-        UserError: Where it is no finished Stage 1 run, or of another projector type.
+        UserError: Where it is no finished Stage 1 run, is of another projector type, or its adapter is damaged.
     """
-    field = "model.start_from.stage1_run"
+    field, run, looked = "model.start_from.stage1_run", Path(name), looked_in(name)
     if not (run / RUN_FILE).is_file() or not (run / ADAPTER_FILE).is_file():
-        raise UserError(f"{field}: {run} is not a finished run; train Stage 1 first, or name its recipe")
+        raise UserError(f"{field}: {run} is not a finished run{looked}; train Stage 1 first, or name its recipe")
     content = json.loads((run / RUN_FILE).read_text())
     parts = content["base"]["parts"]
     if content["stage"] != 1 or parts is None:
@@ -189,6 +200,11 @@ def read_stage1(run: Path, section: ModelSection) -> tuple[BaseParts, dict[str, 
             f"{field}: {run} trained a {parts['projector_type']} projector, model.projector_type is "
             f"{section.projector_type}; name the same"
         )
+    try:
+        check_saved(run, content)
+        check_fits(run, config, f"of model.llm {section.llm} and model.vision_tower {section.vision_tower}")
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from None
     return BaseParts(**parts), read_run_projector(run)
 
 

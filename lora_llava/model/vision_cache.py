@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lora_llava.errors import UserError
 from lora_llava.model.parts import file_hash
+from lora_llava.storage import share
 
 SHARD_PICTURES = 256
 """About 300 MB of CLIP ViT-L/14-336's features in bfloat16: a kill loses less than a minute's work."""
@@ -153,6 +154,7 @@ class FeatureStore:
                 f"{temporary} cannot be written: {str(error).splitlines()[0]}; free some of the disk and run the same "
                 "command again: what was written before is kept"
             ) from None
+        share(temporary)
         _sync(temporary)
         digest = file_hash(temporary)
         temporary.rename(self.folder / name)

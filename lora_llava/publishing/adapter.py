@@ -6,18 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from lora_llava.errors import UserError
-from lora_llava.model.names import PROJECTOR_PREFIX
-from lora_llava.model.start import ADAPTER_FILE
+from lora_llava.model.adapter_file import PEFT_PREFIX, read_lora_config
+from lora_llava.model.names import ADAPTER_FILE, PROJECTOR_PREFIX
 from lora_llava.model.tensor_files import LazyTensor, lazy_file
 
-PEFT_PREFIX = "base_model.model."
 _ROWS = 512
 """At 4096 columns five times as fast as whole matrices (2 cores; fresh memory for each is what takes the time)."""
-_UNKNOWN = ("bias", "rank_pattern", "alpha_pattern", "lora_bias", "layers_to_transform", "layer_replication")
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,7 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         UserError: Where it is damaged, lacks the projector, or is of a kind that cannot be merged exactly.
     """
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder}/adapter_config.json is not PEFT's: {str(error).splitlines()[0]}") from None
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{folder}: a {config.peft_type} adapter; only LoRA's can be merged")
-    for field in _UNKNOWN:
-        if getattr(config, field, None) not in (None, False, "none", {}, []):
-            raise UserError(f"{folder}/adapter_config.json: {field} is set, which lora_llava does not merge")
+    config = read_lora_config(folder)
     tensors = {tensor.name.removeprefix(PEFT_PREFIX): tensor for tensor in lazy_file(folder / ADAPTER_FILE)}
     projector = {name: tensor for name, tensor in tensors.items() if name.startswith(PROJECTOR_PREFIX)}
     if config.modules_to_save and not projector:

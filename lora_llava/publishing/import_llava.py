@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +12,10 @@ from transformers import GenerationConfig, LlavaConfig
 from lora_llava.data.encode import fit_template
 from lora_llava.data.templates import chat_template, get_template, stop_strings
 from lora_llava.errors import UserError
+from lora_llava.model.adapter_file import check_fits
 from lora_llava.model.adapters import lora_config
 from lora_llava.model.base import BaseParts, build_base, build_processor, image_processor_of
+from lora_llava.model.names import ADAPTER_FILE
 from lora_llava.model.original_checkpoint import (
     OriginalConfig,
     checkpoint_tensors,
@@ -25,13 +26,11 @@ from lora_llava.model.original_checkpoint import (
 )
 from lora_llava.model.parts import Part, file_hash, load_part
 from lora_llava.model.provenance import component_hashes
-from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
+from lora_llava.model.start import RUN_FILE
 from lora_llava.model.tensor_files import checkpoint_bytes, lazy_tensors, write_checkpoint, write_file
 from lora_llava.model.tokenizer import copy_sentencepiece, load_tokenizer
-from lora_llava.publishing.adapter import read_adapter
 from lora_llava.publishing.merge import BASE_FILE, IMPORTED
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
-from lora_llava.publishing.weights import merged_tensors
 from lora_llava.training.run_directory import versions, write_json
 
 
@@ -121,13 +120,22 @@ def _import_lora(
         settings = lora_config(**lora.settings, targets=lora.targets, base=str(record["name"]))
         settings.inference_mode = True
         settings.save_pretrained(str(temporary))
-        merged_tensors(lazy_tensors(base_folder), replace(read_adapter(temporary), folder=folder))  # holds that it fits
+        _check_taken(temporary, folder, config, base_folder)
         _save_processor(temporary, config, base_folder, base_folder, original.image_aspect, template)
         content = {
             "stage": 2, "base": record, "recipe_hash": None, "imported": folder.name,
             "adapter_sha256": file_hash(temporary / ADAPTER_FILE), "versions": versions(),
         }  # fmt: skip
         write_json(temporary / RUN_FILE, content)
+
+
+def _check_taken(converted: Path, folder: Path, config: LlavaConfig, base: Path) -> None:
+    """Check the converted adapter as every later use of it does; errors name the folder it came from."""
+    try:
+        check_fits(converted, config, str(base))
+    except UserError as error:
+        told = str(error).replace(str(converted / ADAPTER_FILE), str(folder)).replace(str(converted), str(folder))
+        raise UserError(told) from None
 
 
 def _base_of(

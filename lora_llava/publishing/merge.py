@@ -12,11 +12,13 @@ import torch
 from rich.console import Console
 
 from lora_llava.errors import UserError
+from lora_llava.model.adapter_file import PEFT_PREFIX
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
+from lora_llava.model.names import ADAPTER_FILE
+from lora_llava.model.parts import file_hash
 from lora_llava.model.provenance import component_hashes
-from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
+from lora_llava.model.start import RUN_FILE
 from lora_llava.model.tensor_files import LazyTensor, checkpoint_bytes, write_checkpoint, write_file
-from lora_llava.publishing.adapter import PEFT_PREFIX
 from lora_llava.publishing.check import MergedModel, prepare_questions, prove, tell
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
 from lora_llava.publishing.samples import PER_KIND
@@ -124,7 +126,7 @@ def _record_apart(folder: Path, source: Source, output: Path) -> None:
     content = {"base": record["base"], "projector_of_recipe": record.get("recipe_hash"), "hashes": hashes}
     write_json(base / BASE_FILE, content)
     new_base = {"name": str(output.resolve() / BASE_FOLDER), "revision": None, "parts": None, "hashes": hashes}
-    write_json(adapter / RUN_FILE, record | {"base": new_base})
+    write_json(adapter / RUN_FILE, record | {"base": new_base, "adapter_sha256": file_hash(adapter / ADAPTER_FILE)})
 
 
 def write_adapter(folder: Path, source: Source, base_name: str) -> None:

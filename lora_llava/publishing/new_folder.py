@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lora_llava.errors import UserError
+from lora_llava.model.base import cache_folder
+from lora_llava.storage import locked, share
 
 _SPARE_BYTES = 64 * 2**20
 """For tokenizer, configs and reports."""
@@ -50,13 +52,24 @@ def check_disk(output: Path, weights: int) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that becomes it at the end, and goes on any failure."""
+    """A folder beside `output` that becomes it at the end, and goes on any failure.
+
+    What a killed process left of it is removed at the next start; a live one holds the lock.
+
+    Raises:
+        UserError: Where another process is writing the same folder.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's is 0o700
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    temporary = output.with_name(f".{output.name}.partial")
+    key = hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:20]
+    busy = f"{output} is being written by another process; name another --output"
+    with locked(cache_folder() / "outputs" / key, busy):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            yield temporary
+            share(temporary)
+            temporary.rename(output)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise

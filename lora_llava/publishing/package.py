@@ -8,16 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from transformers import LlavaConfig
+
 from lora_llava.errors import UserError
+from lora_llava.model.adapter_file import check_fits, check_saved, checked_base
+from lora_llava.model.names import ADAPTER_FILE
+from lora_llava.model.parts import load_config
 from lora_llava.model.provenance import component_hashes
-from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
+from lora_llava.model.start import RUN_FILE
 from lora_llava.model.tensor_files import lazy_file, weight_files
 from lora_llava.publishing.merge import ADAPTER_FOLDER, BASE_FILE, BASE_FOLDER, PROCESSOR_FILES, REPORT_FILE
 from lora_llava.publishing.samples import load_processor
 from lora_llava.publishing.secrets import scan
 from lora_llava.recipe import dump_recipe, load_recipe
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.run_directory import METRICS_FILE, RECIPE_FILE, is_run
+from lora_llava.training.run_directory import METRICS_FILE, RECIPE_FILE, is_run, read_record
 
 Kind = Literal["adapter", "model"]
 ADAPTER_CONFIG, MODEL_CONFIG, INDEX_FILE = "adapter_config.json", "config.json", "model.safetensors.index.json"
@@ -203,7 +208,7 @@ def public_recipe(content: dict[str, Any], hub_ids: Container[str]) -> dict[str,
 
 
 def check_whole(package: Package) -> None:
-    """Hold that weights are not cut short and that the processor loads.
+    """Check that weights are whole, that an adapter fits its base and that the processor loads.
 
     Raises:
         UserError: Naming what is damaged.
@@ -211,8 +216,22 @@ def check_whole(package: Package) -> None:
     for name, content in package.files.items():
         if name.endswith(".safetensors") and isinstance(content, Path):
             lazy_file(content)
+    if package.kind == "adapter":
+        _check_adapter(package.folder)
     if "processor_config.json" in package.files:
         load_processor(package.folder)
+
+
+def _check_adapter(folder: Path) -> None:
+    """Check an adapter; of a base on the Hub only its config.json is read."""
+    record = read_record(folder)
+    base = record["base"]
+    if not base.get("revision"):
+        checked_base(record, folder)
+        return
+    check_saved(folder, record)
+    config = LlavaConfig(**load_config(base["name"], base["revision"], "start_from.llava"))
+    check_fits(folder, config, str(base["name"]))
 
 
 def check_secrets(package: Package) -> None:

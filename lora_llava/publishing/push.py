@@ -18,9 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_llava.errors import ToldError, UserError
+from lora_llava.model.names import ADAPTER_FILE
 from lora_llava.model.parts import file_hash
 from lora_llava.model.provenance import locate_base
-from lora_llava.model.start import ADAPTER_FILE, RUN_FILE
+from lora_llava.model.start import RUN_FILE
 from lora_llava.model.tensor_files import weight_files
 from lora_llava.publishing.card import add_card
 from lora_llava.publishing.merge import BASE_FILE
@@ -70,8 +71,8 @@ def push(
     package = _package(folder, repo_id, licence, base_repo)
     for each in (base, package):
         if each is not None:
-            check_whole(each)
             check_secrets(each)
+            check_whole(each)
     if dry_run:
         for each, name in ((base, base_repo), (package, repo_id)):
             if each is not None and name is not None:
@@ -198,7 +199,8 @@ def _same_model(api: HfApi, package: Package, repo_id: str, there: list[str]) ->
 
 def _identity(record: dict[str, Any], name: str) -> tuple[Any, ...] | None:
     """What tells one model from another: recipe or weights, and the base. None where nothing does."""
-    own = tuple(record.get(key) for key in ("recipe_hash", "adapter_sha256", "hashes", "stage"))
+    weights = record.get("adapter_sha256") if record.get("recipe_hash") is None else None
+    own = (record.get("recipe_hash"), weights, record.get("hashes"), record.get("stage"))
     if name == RUN_FILE and not any(own[:2]):
         return None
     return *own, (record.get("base") or {}).get("hashes")

@@ -10,9 +10,9 @@ import torch
 from transformers import LlavaConfig
 
 from lora_llava.errors import UserError
+from lora_llava.model.adapter_file import checked_base
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.names import canonical_name, stored_name
-from lora_llava.model.provenance import locate_base
 from lora_llava.model.streaming import build_empty
 from lora_llava.model.tensor_files import LazyTensor, lazy_tensors
 from lora_llava.publishing.adapter import Adapter, read_adapter
@@ -49,8 +49,8 @@ def read_source(run: Path) -> Source:
         UserError: Where the run, its adapter or its base does not do.
     """
     record = read_record(run)
+    base = checked_base(record, run)
     adapter = read_adapter(run)
-    base = locate_base(record["base"], run)
     config, tensors = LlavaConfig.from_pretrained(base), lazy_tensors(base)
     _check_whole(base, config, tensors)
     return Source(run, record, base, config, tensors, adapter, resolve_dtype(record.get("dtype", "auto")))

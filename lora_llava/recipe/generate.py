@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lora_llava.recipe.schema import NotNegative, Positive, Section
+from lora_llava.recipe.places import Place
+from lora_llava.recipe.schema import InputName, InputPath, NotNegative, OutputPath, Positive, Section
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -14,13 +15,13 @@ Count = Annotated[int, Field(ge=1)]
 class ContextsSection(Section):
     """What is known of the pictures in words; files are joined by the picture's name, and any may be missing."""
 
-    captions: str | None = None
+    captions: InputPath | None = None
     """COCO's captions (`captions_train2017.json`), or a table of image and caption."""
-    instances: str | None = None
+    instances: InputPath | None = None
     """COCO's boxes (`instances_train2017.json`)."""
-    contexts: str | None = None
+    contexts: InputName | None = None
     """LLaVA's JSONL of captions and instances; `demo` draws pictures and knows what is in them."""
-    boxes: str | None = None
+    boxes: InputPath | None = None
     """Boxes from a JSON file of your own."""
     box_format: Literal["xyxy", "xywh"] = "xyxy"
     """Corners, or left, top, width and height, in `boxes`."""
@@ -28,7 +29,7 @@ class ContextsSection(Section):
     """Of the numbers in `boxes`; pixels need each picture's width and height."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Other names of a table's columns, such as `{image: file, caption: text}`."""
-    images: str | None = None
+    images: InputPath | None = None
     """Folder of the pictures: for the gallery and for training; none is needed to generate."""
     missing_image: Literal["error", "drop"] = "error"
     """Where `images` is given and a picture is not in it."""
@@ -64,7 +65,7 @@ class TeacherSection(Section):
     """An OpenAI-compatible server; a local instruct model; or the demo's rules, which write stiff but true rows."""
     url: str | None = None
     """The server's, such as `http://localhost:8000/v1`; its key is the environment's OPENAI_API_KEY."""
-    model: str | None = None
+    model: Annotated[str, Place("named", backend="transformers")] | None = None
     """Its name on the server (null: the only one there), or the folder or Hub id of the local model."""
     temperature: NotNegative | None = 0.7
     """Null leaves it to the server, as some models demand."""
@@ -122,7 +123,7 @@ class GatesSection(Section):
 class GenerateRecipe(Section):
     """One set of generated conversations."""
 
-    output_dir: str
+    output_dir: OutputPath
     """Where the rows, the ledger of answers, the card and the gallery go."""
     seed: int = 0
     """Seeds which pictures are drawn."""
@@ -134,7 +135,7 @@ class GenerateRecipe(Section):
     """Most samples of one kind for a picture."""
     flavours: FlavoursSection = FlavoursSection()
     """The mixture."""
-    prompts: str | None = None
+    prompts: InputPath | None = None
     """Folder of prompts and examples in place of ours."""
     teacher: TeacherSection
     """Who writes."""

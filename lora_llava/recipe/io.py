@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -19,8 +20,10 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from lora_llava.errors import UserError, nearest
 from lora_llava.recipe.generate import GenerateRecipe
+from lora_llava.recipe.places import as_written, find_inputs
 from lora_llava.recipe.schema import Recipe
 from lora_llava.recipe.secrets import find_secrets
+from lora_llava.storage import looked_in
 
 Schema = TypeVar("Schema", bound=BaseModel)
 _LARGEST = 1_000_000
@@ -99,7 +102,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     content, where = _read_content(path, overrides)
     if "teacher" in content and "stage" not in content:
         raise RecipeError(f"{where} makes data; run it with lora-llava generate-data")
-    return check_recipe(content, where)
+    return _found(check_recipe(content, where), Path(where))
 
 
 def load_generate_recipe(path: str | Path, overrides: Iterable[str] = ()) -> GenerateRecipe:
@@ -107,7 +110,14 @@ def load_generate_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Gen
     content, where = _read_content(path, overrides)
     if "stage" in content and "teacher" not in content:
         raise RecipeError(f"{where} trains a model; run it with lora-llava finetune")
-    return _check(GenerateRecipe, content, where)
+    return _found(_check(GenerateRecipe, content, where), Path(where))
+
+
+def _found(recipe: Schema, file: Path) -> Schema:
+    try:
+        return find_inputs(recipe, file.parent)
+    except UserError as error:
+        raise RecipeError(f"{file}: {error}") from None
 
 
 def _read_content(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str, Any], str]:
@@ -217,13 +227,13 @@ def dump_recipe(recipe: BaseModel) -> str:
     yaml.width = sys.maxsize  # a folded line loses spaces beside escapes
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     stream = io.StringIO()
-    yaml.dump(recipe.model_dump(mode="json"), stream)
+    yaml.dump(json.loads(recipe.model_dump_json()), stream)
     return stream.getvalue()
 
 
 def recipe_hash(recipe: BaseModel) -> str:
-    """SHA-256 over what the recipe says, its output directory aside."""
-    content = recipe.model_dump(mode="json", exclude={"output_dir"})
+    """SHA-256 over what the recipe says, its output directory aside: paths count as they were written."""
+    content = as_written(recipe, recipe.model_dump(mode="json", exclude={"output_dir"}))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -263,14 +273,14 @@ def find_recipe(path: str | Path) -> Path:
     Raises:
         RecipeError: Where there is none.
     """
-    path = Path(path)
+    looked, path = looked_in(path), Path(os.path.expanduser(path))
     if path.is_file():
         return path
     shipped = recipes_folder() / path.name
     if shipped.is_file() and path.parent.name in ("", "recipes"):
         return shipped
     names = [recipe.name for recipe in _shipped()]
-    raise RecipeError(f"{path}: no such recipe{nearest(path.name, names)}")
+    raise RecipeError(f"{path}: no such recipe{looked}{nearest(path.name, names)}")
 
 
 def copy_recipes(folder: Path) -> list[Path]:

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lora_llava.recipe.places import Place
+
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS: tuple[Linear, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a Llama block (transformers, models/llama/modeling_llama.py)."""
@@ -13,6 +15,12 @@ LINEARS: tuple[Linear, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_pro
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+InputPath = Annotated[str, Place("input")]
+"""A file or folder that is read."""
+InputName = Annotated[str, Place("named")]
+"""The same, or a Hub id, or `demo`."""
+OutputPath = Annotated[str, Place("output")]
+"""A file or folder that is written."""
 
 
 class Section(BaseModel):
@@ -24,15 +32,15 @@ class Section(BaseModel):
 class StartFrom(Section):
     """Where the projector's weights come from: exactly one of these."""
 
-    stage1_run: str | None = None
+    stage1_run: InputPath | None = None
     """A run directory of Stage 1."""
-    stage1_recipe: str | None = None
+    stage1_recipe: InputPath | None = None
     """A Stage 1 recipe, beside this one; run first when its result is not there."""
-    projector: str | None = None
+    projector: InputName | None = None
     """LLaVA's `mm_projector.bin`: a file, or a Hub id that holds one."""
     projector_revision: str | None = None
     """Branch, tag or commit of `projector`."""
-    llava: str | None = None
+    llava: InputName | None = None
     """A complete LLaVA: a folder, or a Hub id such as llava-hf/llava-1.5-7b-hf."""
     llava_revision: str | None = None
     """Branch, tag or commit of `llava`."""
@@ -51,11 +59,11 @@ class StartFrom(Section):
 class ModelSection(Section):
     """The parts of the LLaVA and how they are loaded."""
 
-    llm: str | None = None
+    llm: InputName | None = None
     """The language model: `demo`, a folder, or a Hub id. Not with `start_from.llava`."""
     llm_revision: str | None = None
     """Branch, tag or commit of `llm`."""
-    vision_tower: str | None = None
+    vision_tower: InputName | None = None
     """The CLIP vision tower: `demo`, a folder, or a Hub id. Not with `start_from.llava`."""
     vision_tower_revision: str | None = None
     """Branch, tag or commit of `vision_tower`."""
@@ -132,7 +140,7 @@ class SourceSection(Section):
     """Names it in reports; default: the file's name."""
     format: Literal["conversations", "captions", "scienceqa"] = "conversations"
     """As data.format."""
-    path: str
+    path: InputName
     """As data.path."""
     file: str | None = None
     """As data.file."""
@@ -140,7 +148,7 @@ class SourceSection(Section):
     """Branch, tag or commit of a Hub `path`."""
     split: str = "train"
     """Split of a Hub table, or of ScienceQA."""
-    image_folder: str | None = None
+    image_folder: InputPath | None = None
     """Root of the pictures; default: `images` beside the data, else the data's own folder."""
     columns: ColumnsSection = ColumnsSection()
     """What a table calls its columns."""
@@ -162,7 +170,7 @@ class DataSection(Section):
     format: Literal["scienceqa", "captions", "conversations"]
     """`conversations`: LLaVA's JSON, ShareGPT, messages, or a table of image, question, answer. `captions`: the same,
     or a table of image, caption. `scienceqa`: the official folder layout, or Hub parquet."""
-    path: str | None = None
+    path: InputName | None = None
     """A file (JSON, JSONL, CSV, TSV, Parquet), a folder with one, a Hub id, or `demo`. Or give sources."""
     file: str | None = None
     """A file in a Hub data set's repository, such as `detail_23k.json`."""
@@ -170,7 +178,7 @@ class DataSection(Section):
     """Several of them, mixed by weight or rows, in place of path."""
     revision: str | None = None
     """Branch, tag or commit of a Hub `path`."""
-    image_folder: str | None = None
+    image_folder: InputPath | None = None
     """Root of the pictures; default: `images` beside the data, else the data's own folder."""
     columns: ColumnsSection = ColumnsSection()
     """What a table calls its columns."""
@@ -218,12 +226,12 @@ class DataSection(Section):
         if self.sources is not None:
             return self.sources
         assert self.path is not None  # the validator below
-        return (
-            SourceSection(
-                format=self.format, path=self.path, file=self.file, revision=self.revision, split=self.splits.train,
-                image_folder=self.image_folder, columns=self.columns,
-            ),
+        source = SourceSection(
+            format=self.format, path=self.path, file=self.file, revision=self.revision, split=self.splits.train,
+            columns=self.columns,
         )  # fmt: skip
+        # Validation would make plain text of paths, which know where they were looked for.
+        return (source.model_copy(update={"path": self.path, "image_folder": self.image_folder}),)
 
     def all_sources(self) -> tuple[SourceSection, ...]:
         """Everything that is read."""
@@ -335,7 +343,7 @@ class Recipe(Section):
 
     stage: Literal[1, 2]
     """1 trains the projector in full; 2 trains LoRA adapters and the projector."""
-    output_dir: str
+    output_dir: OutputPath
     """The run directory."""
     seed: int = 0
     """Seeds everything drawn at random."""

@@ -16,6 +16,7 @@ from lora_llava.inference.budget import Budget, estimate_tokens
 from lora_llava.inference.chat_request import ChatRequest
 from lora_llava.inference.server import ChatServer, find_model
 from lora_llava.recipe import ContextsSection, GenerateRecipe, dump_recipe, recipe_hash
+from lora_llava.storage import SUMS_FILE
 from lora_llava.synthesis.contexts import Contexts, read_contexts
 from lora_llava.synthesis.gates import Limits
 from lora_llava.synthesis.ledger import LEDGER_FILE, Ledger
@@ -131,7 +132,7 @@ def _with_demo(recipe: GenerateRecipe) -> GenerateRecipe:
     folder = Path(recipe.output_dir)
     file = build_demo_contexts(cache_folder())
     try:
-        shutil.copytree(file.parent, folder, dirs_exist_ok=True)
+        shutil.copytree(file.parent, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SUMS_FILE))
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error}); mend it, or name another output_dir") from None
     update = {"contexts": str(folder / file.name), "images": str(folder / "images")}

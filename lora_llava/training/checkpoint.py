@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -16,15 +15,12 @@ from typing import Any
 
 from lora_llava.data.files import file_hash
 from lora_llava.errors import UserError
+from lora_llava.storage import is_disk_full, share
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = ".partial"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""No room, or none for this user; libraries tell them in their own exceptions' texts, as `os error 28`."""
-_NOTHING = 64 << 10
-"""Bytes left below which whatever fails in writing fails for want of room."""
 _MARGIN = 16 << 20
 """Bytes beside weights and states: tokenizer, JSON, the file system's own."""
 
@@ -84,9 +80,7 @@ def _told(folder: Path, needed: int) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # safetensors has exceptions of its own for what the system says
-        left = shutil.disk_usage(folder.parent).free
-        full = any(getattr(error, "errno", None) == code or f"os error {code})" in str(error) for code in DISK_FULL)
-        if full or left < _NOTHING:
+        if is_disk_full(error, folder.parent):
             raise _no_room(folder, needed) from None
         if isinstance(error, OSError):
             told = f"{folder} cannot be written ({error.strerror or error})"
@@ -101,6 +95,7 @@ def _no_room(folder: Path, needed: int) -> DiskFullError:
 
 
 def _seal(staging: Path, about: dict[str, Any]) -> None:
+    share(staging)
     files = sorted(file for file in staging.rglob("*") if file.is_file())
     listed = {
         file.relative_to(staging).as_posix(): {"bytes": file.stat().st_size, "sha256": file_hash(file)}

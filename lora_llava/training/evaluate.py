@@ -39,9 +39,11 @@ from lora_llava.evaluation.summary import summarise
 from lora_llava.inference.load import load_answering_model
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.server import ChatServer, find_model
+from lora_llava.model.adapter_file import checked_base
 from lora_llava.model.loading import check_bitsandbytes
-from lora_llava.model.provenance import locate_base, weights_state
-from lora_llava.model.start import ADAPTER_FILE, ModelPlan, plan_model
+from lora_llava.model.names import ADAPTER_FILE
+from lora_llava.model.provenance import weights_state
+from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.recipe import EvaluationSection, ModelSection, Recipe, StartFrom, load_recipe
 from lora_llava.training.data import Split, read_held_out
 from lora_llava.training.plan import build_run_processor
@@ -243,7 +245,7 @@ def open_evaluation(
         check_bitsandbytes()
     if way.base_only and not run:
         raise UserError(f"--base-only: {model} is no run with an adapter, but a whole model; leave it out")
-    base = str(locate_base(read_record(folder)["base"], folder)) if run else model
+    base = str(checked_base(read_record(folder), folder)) if run else model
     elsewhere = server is not None and not folder.is_dir()
     plan = plan_model(chosen.model if elsewhere else _as_llava(chosen.model, base))
     tokenizer, processor = build_run_processor(chosen, plan.config, plan.tokenizer_folder, plan.image_folder)

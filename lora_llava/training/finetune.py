@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from lora_llava.model.adapters import trained_projector
 from lora_llava.model.base import cache_folder
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
+from lora_llava.storage import FoundPath
 from lora_llava.training import report
 from lora_llava.training.checkpoint import list_checkpoints, set_aside
 from lora_llava.training.data import asked_split, sealed
@@ -152,7 +154,9 @@ def finished_stage1(stage1: Recipe) -> bool:
 
 def with_stage1_run(recipe: Recipe, run: Path) -> Recipe:
     """The recipe with its `stage1_recipe` turned into that recipe's result."""
-    start = recipe.model.start_from.model_copy(update={"stage1_recipe": None, "stage1_run": str(run)})
+    start = recipe.model.start_from.model_copy(
+        update={"stage1_recipe": None, "stage1_run": FoundPath(os.path.abspath(run), str(run))}
+    )
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"start_from": start})})
 
 

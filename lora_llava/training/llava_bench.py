@@ -21,8 +21,9 @@ from lora_llava.inference.prompt import prompt_ids as written_ids
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.server import ChatServer, find_model
 from lora_llava.inference.speak import MAX_IMAGE_PIXELS, Speaker
-from lora_llava.model.provenance import locate_base, weights_state
-from lora_llava.model.start import ADAPTER_FILE
+from lora_llava.model.adapter_file import checked_base
+from lora_llava.model.names import ADAPTER_FILE
+from lora_llava.model.provenance import weights_state
 from lora_llava.model.vision import llava_of
 from lora_llava.training.run_directory import is_run, machine, read_record, versions, write_json
 from lora_llava.training.speaker import background_of, open_speaker
@@ -131,6 +132,6 @@ def _weights(model: str) -> dict[str, str]:
     folder = Path(model)
     if not is_run(folder):
         return {"base": weights_state(folder) if folder.is_dir() else model}
-    base = Path(locate_base(read_record(folder)["base"], folder))
+    base = Path(checked_base(read_record(folder), folder))
     state = weights_state(base) if base.is_dir() else str(base)
     return {"adapter": file_hash(folder / ADAPTER_FILE), "base": state}

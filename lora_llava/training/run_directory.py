@@ -18,12 +18,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 from peft import PeftModel
 
-from lora_llava.data.files import json_text
+from lora_llava.data.files import file_hash, json_text
 from lora_llava.data.templates import get_template, stop_strings
 from lora_llava.errors import UserError
 from lora_llava.model.loading import resolve_dtype
-from lora_llava.model.start import ADAPTER_FILE, RUN_FILE, Base
+from lora_llava.model.names import ADAPTER_FILE
+from lora_llava.model.start import RUN_FILE, Base
 from lora_llava.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
+from lora_llava.recipe.places import find_inputs
+from lora_llava.storage import share
 
 LIBRARIES = (
     "torch", "transformers", "tokenizers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "pillow",
@@ -77,7 +80,7 @@ def start_run(folder: Path, recipe: Recipe, data: dict[str, str]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / DATA_FILE, data)
-    (folder / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(dump_recipe(find_inputs(recipe, None)), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -145,10 +148,12 @@ def save_model(
     generation = copy.deepcopy(model.get_base_model().generation_config)
     generation.stop_strings = stop_strings(get_template(recipe.data.template))
     generation.save_pretrained(folder)
+    share(folder / ADAPTER_FILE)
     dtype = str(resolve_dtype(recipe.model.dtype)).removeprefix("torch.")
     content = {
         "stage": recipe.stage, "base": base.as_dict(), "dtype": dtype, "recipe_hash": recipe_hash(recipe),
-        "hub_ids": hub_ids(recipe), "stage1": _stage1_of(recipe), "versions": versions(),
+        "hub_ids": hub_ids(recipe), "stage1": _stage1_of(recipe), "adapter_sha256": file_hash(folder / ADAPTER_FILE),
+        "versions": versions(),
     }  # fmt: skip
     write_json(folder / RUN_FILE, content)
 
@@ -166,9 +171,9 @@ def _stage1_of(recipe: Recipe) -> dict[str, Any] | None:
     run = recipe.model.start_from.stage1_run
     if run is None or not (Path(run) / RECIPE_FILE).is_file():
         return None
-    stage1 = load_recipe(Path(run) / RECIPE_FILE)
+    stage1, record = load_recipe(Path(run) / RECIPE_FILE), read_record(Path(run))
     data = ", ".join(dict.fromkeys(source.path for source in stage1.data.train_sources()))
-    return {"data": data, "recipe_hash": recipe_hash(stage1), "hub_ids": hub_ids(stage1)}
+    return {"data": data, "recipe_hash": record["recipe_hash"], "hub_ids": hub_ids(stage1)}
 
 
 def is_run(folder: Path) -> bool:

@@ -13,8 +13,8 @@ from lora_llava.data.to_rgb import Background
 from lora_llava.errors import UserError
 from lora_llava.inference.load import load_answering_model
 from lora_llava.inference.speak import Speaker, text_message
+from lora_llava.model.adapter_file import checked_base
 from lora_llava.model.loading import Quantization
-from lora_llava.model.provenance import locate_base
 from lora_llava.model.start import plan_model
 from lora_llava.recipe import ModelSection, StartFrom, load_recipe
 from lora_llava.training.run_directory import RECIPE_FILE, is_run, read_record
@@ -41,7 +41,7 @@ def open_speaker(
     folder, given = Path(name), get_template(template) if template else None
     adapter = folder if is_run(folder) else None
     if adapter is not None:
-        base = str(locate_base(read_record(folder)["base"], folder))
+        base = str(checked_base(read_record(folder), folder))
         if (folder / RECIPE_FILE).is_file():  # an imported run has none
             own = load_recipe(folder / RECIPE_FILE).model
             quantization = own.quantization if quantization == "auto" else quantization

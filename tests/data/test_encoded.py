@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from lora_llava.data.encoded import EncodedRows, EncodedTable, answer_starts, en
 from lora_llava.data.formats import RowError
 from lora_llava.data.images import FolderImages
 from lora_llava.data.sources import Read, Source, list_source
+from lora_llava.errors import UserError
 
 SHORT = Template(name="short", system="", system_format="", user_format="{}:", stop="</s>")
 NO_IMAGES = FolderImages(Path(), 1)
@@ -237,6 +239,35 @@ def test_a_kept_table_with_a_spoilt_file_is_made_again(
     (folder / name).write_bytes(content[: len(content) - 5 if size is None else size])
     table = encode_table(source, tokenizer=letters, template=SHORT, cache=tmp_path)
     assert [table.row_ids[n] for n in range(5)] == list("abcde")
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "trained.npy", "images.npy", "table.json"])
+def test_a_flipped_bit_in_a_kept_table_is_seen(
+    letters: LlamaTokenizer, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counted = Counted(ROWS)
+    encode_table(counted.source, tokenizer=letters, template=SHORT, cache=tmp_path)
+    (folder,) = (tmp_path / "encoded").iterdir()
+    file, state = folder / name, (folder / name).stat()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    encode_table(counted.source, tokenizer=letters, template=SHORT, cache=tmp_path)
+    assert counted.times == 2
+    assert file.read_bytes() == whole
+    assert f"({name} has changed); it is written again" in capsys.readouterr().err
+
+
+def test_a_full_disk_while_rows_are_encoded_is_one_line(
+    letters: LlamaTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*rest: Any) -> None:
+        raise OSError("12800 requested and 0 written")  # as numpy's tofile does, without errno
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match=r"^the disk is full: .*encoded has [\d,]+ bytes free; make room, or set LORA_"):
+        encode_table(source_of(ROWS), tokenizer=letters, template=SHORT, cache=tmp_path)
+    assert list((tmp_path / "encoded").iterdir()) == []
 
 
 def test_a_source_that_breaks_off_leaves_nothing(letters: LlamaTokenizer, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,28 @@ def test_an_assembled_base_that_is_gone_is_assembled_again(base: Any, monkeypatc
     recorded["parts"] = None
     with pytest.raises(UserError, match="which is gone; put it back there, or train again"):
         locate_base(recorded, Path("run"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_flipped_bit_in_a_kept_base_is_seen_and_the_base_made_again(
+    stage2: Recipe, monkeypatch: Any, tmp_path: Path, name: str, capsys: Any
+) -> None:
+    monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))
+    base = prepare_base(stage2.model, 0)
+    recorded, file = base.as_dict(), base.folder / name
+    whole, state = file.read_bytes(), file.stat()
+    for again in (lambda: prepare_base(stage2.model, 0).folder, lambda: locate_base(recorded, tmp_path / "run")):
+        file.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+        assert again() == base.folder
+        assert file.read_bytes() == whole
+        assert f"({name} has changed); it is written again" in capsys.readouterr().err
+
+
+def test_a_failed_write_and_a_killed_one_leave_no_half_base(stage2: Recipe, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))
+    left = tmp_path / "cache" / "bases" / "0123456789abcdef0123.partial"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    folder = prepare_base(stage2.model, 0).folder
+    assert list((tmp_path / "cache" / "bases").iterdir()) == [folder]

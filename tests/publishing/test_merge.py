@@ -224,22 +224,17 @@ def change_adapter(run: Path, change: Any) -> None:
     tensors = load_file(run / "adapter_model.safetensors")
     change(tensors)
     save_file(tensors, run / "adapter_model.safetensors")
+    record = json.loads((run / "run.json").read_text())
+    del record["adapter_sha256"]  # as of a run of an older version, so that the tensors themselves are looked at
+    (run / "run.json").write_text(json.dumps(record))
 
 
 def nothing_left(folder: Path) -> bool:
     return [path.name for path in folder.iterdir()] == ["finished"]
 
 
-def test_over_the_tolerance_nothing_is_kept(finished: Path, tmp_path: Path, capsys: Any) -> None:
-    def poison(tensors: dict[str, torch.Tensor]) -> None:
-        next(t for name, t in tensors.items() if "lora_B" in name)[0, 0] = float("nan")
-
-    change_adapter(finished, poison)
-    with pytest.raises(ProofError, match="the merged model is not base \\+ adapter: logits differ by nan"):
-        merged(finished, tmp_path / "merged")
-    assert nothing_left(tmp_path)
-    assert main("merge", [str(finished), "--output", str(tmp_path / "merged")]) == 1
-    assert "nothing was kept" in capsys.readouterr().err
+def poison(tensors: dict[str, torch.Tensor]) -> None:
+    next(t for name, t in sorted(tensors.items()) if "lora_B" in name)[0, 0] = float("nan")
 
 
 def test_a_nan_in_the_last_prompt_alone_is_seen() -> None:
@@ -249,7 +244,7 @@ def test_a_nan_in_the_last_prompt_alone_is_seen() -> None:
     assert compare(good, good, [[0], [0]]).greedy_equal == 2
 
 
-def test_the_proof_fails_for_another_projector(train: Train, tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_proof_fails_for_another_projector(train: Train, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     """A merge that rounds the projector away from what was trained, as a real fault would."""
     from lora_llava.publishing import merge as module
 
@@ -265,6 +260,8 @@ def test_the_proof_fails_for_another_projector(train: Train, tmp_path: Path, mon
     with pytest.raises(ProofError, match="logits differ by"):
         merged(train(), tmp_path / "merged", dtype="float32")
     assert list(tmp_path.iterdir()) == []
+    assert main("merge", [str(train()), "--output", str(tmp_path / "merged")]) == 1
+    assert "nothing was kept" in capsys.readouterr().err
 
 
 def test_ctrl_c_leaves_nothing(train: Train, tmp_path: Path, monkeypatch: Any) -> None:
@@ -301,10 +298,17 @@ def add_layer(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (drop_projector, "holds no projector; it is not a whole LLaVA adapter"),
-        (drop_one_up, r"holds no model\.language_model\.layers\.0\.mlp\.up_proj\.lora_B\.weight; it is damaged"),
-        (widen, "is 256 x 64 in the adapter and 128 x 64 in its base; it is another base's"),
-        (add_layer, r"the adapter has model\.language_model\.layers\.7\.mlp\.up_proj\.weight, its base has not"),
+        (drop_projector, r"model\.multi_modal_projector\.linear_1\.bias is missing \(tensors at fault: 4 of 32\)"),
+        (drop_one_up, r"layers\.0\.mlp\.up_proj\.lora_B\.weight is missing \(tensors at fault: 1 of 32\)"),
+        (
+            widen,
+            r"layers\.0\.mlp\.up_proj\.lora_B\.weight has shape 256 x 4, not 128 x 4 \(tensors at fault: 1 of 32\)",
+        ),
+        (add_layer, r"layers\.7\.mlp\.up_proj\.lora_A\.weight is not expected \(tensors at fault: 2 of 32\)"),
+        (
+            poison,
+            r"layers\.0\.mlp\.down_proj\.lora_B\.weight has values that are not finite \(tensors at fault: 1 of 32\)",
+        ),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_one_line(change: Any, told: str, finished: Path, tmp_path: Path) -> None:
@@ -317,7 +321,7 @@ def test_an_adapter_that_does_not_fit_is_one_line(change: Any, told: str, finish
 def test_a_truncated_adapter_is_one_line(finished: Path, tmp_path: Path) -> None:
     file = finished / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors is cut short or damaged"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is not as it was saved"):
         merged(finished, tmp_path / "merged")
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_llava.cli import main
 from lora_llava.errors import UserError
+from lora_llava.model.parts import file_hash
 from lora_llava.publishing.merge import merge
 from lora_llava.publishing.push import PushError, push
 
@@ -279,8 +280,9 @@ def test_retraining_by_the_same_recipe_takes_the_old_one_s_place(finished: Path,
     pushed(finished, base_repo="me/base")
     file = finished / "adapter_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    record = json.loads((finished / "run.json").read_text()) | {"adapter_sha256": file_hash(file)}
+    (finished / "run.json").write_text(json.dumps(record))
     assert "pushed 12 files" in pushed(finished, base_repo="me/base")
-    record = json.loads((finished / "run.json").read_text())
     (finished / "run.json").write_text(json.dumps(record | {"recipe_hash": "0" * 64}))
     with pytest.raises(UserError, match="holds something else"):
         pushed(finished, base_repo="me/base")

@@ -1,0 +1,175 @@
+"""A saved adapter, checked before anything uses it: its hash, its settings, and its tensors against its base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils.save_and_load import get_peft_model_state_dict
+from transformers import LlavaConfig
+
+from lora_llava.errors import UserError
+from lora_llava.model.adapters import adapter_on
+from lora_llava.model.names import ADAPTER_FILE
+from lora_llava.model.parts import file_hash
+from lora_llava.model.provenance import locate_base
+from lora_llava.model.streaming import build_empty
+from lora_llava.model.tensor_files import lazy_file
+
+PEFT_PREFIX = "base_model.model."
+CONFIG_FILE = "adapter_config.json"
+_TAKEN = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode",
+    "init_lora_weights", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
+    "merge_weights", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
+    "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+}  # fmt: skip
+"""Settings that are kept, or say nothing about what a finished adapter computes."""
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to start that change the base's own weights; the adapter belongs to the changed base."""
+
+
+def refuse_settings(settings: Mapping[str, Any], file: Path) -> None:
+    """Refuse an adapter whose settings change what it computes in a way that would be lost here.
+
+    Every setting that is not known to be kept must be at its default, so that one of a later PEFT is refused too.
+
+    Args:
+        settings: The content of an `adapter_config.json`.
+        file: The file, for messages.
+
+    Raises:
+        UserError: Naming the first such setting.
+    """
+    for name, value in settings.items():
+        if name not in _TAKEN and value not in (None, False, 0, "", "none", {}, []):
+            raise UserError(f"{file}: {name} is {json.dumps(value)}, which lora_llava cannot keep; train without it")
+    start = str(settings.get("init_lora_weights") or "").lower()
+    if start.startswith(_REWRITES_BASE):
+        raise UserError(
+            f"{file}: init_lora_weights is {start}, which changes the base's own weights; convert it to plain LoRA "
+            "with peft's save_pretrained(path_initial_model_for_weight_conversion=...) first"
+        )
+
+
+def read_lora_config(folder: Path) -> LoraConfig:
+    """Read a folder's `adapter_config.json`.
+
+    Raises:
+        UserError: Where it is missing, not PEFT's, not LoRA's, or has settings that would be lost.
+    """
+    file = folder / CONFIG_FILE
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if settings.get("peft_type", "LORA") == "LORA":
+            refuse_settings(settings, file)
+        config = PeftConfig.from_pretrained(str(folder))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; restore it") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is not PEFT's: {(str(error).splitlines() or ['damaged'])[0]}") from None
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{folder}: a {config.peft_type} adapter; only LoRA's can be merged")
+    if not isinstance(config.r, int) or config.r < 1:
+        raise UserError(f"{file}: r is {config.r}; it should be a whole number above 0")
+    return config
+
+
+def check_saved(folder: Path, record: Mapping[str, Any]) -> None:
+    """Check what can be checked without the base: the file's hash and the settings.
+
+    Args:
+        folder: The run directory.
+        record: Its `run.json`; runs of older versions recorded no hash.
+
+    Raises:
+        UserError: Where the file is not as it was saved, or the settings would be lost.
+    """
+    read_lora_config(folder)
+    file, recorded = folder / ADAPTER_FILE, record.get("adapter_sha256")
+    if recorded is None:
+        return
+    found = file_hash(file)
+    if found != recorded:
+        raise UserError(
+            f"{file} is not as it was saved (its SHA-256 is {found[:12]}, run.json says {str(recorded)[:12]}); restore "
+            "it, or train again"
+        )
+
+
+def check_fits(folder: Path, base: LlavaConfig, base_name: str) -> None:
+    """Check that an adapter's file holds exactly the tensors that PEFT makes of its settings on its base.
+
+    Args:
+        folder: The run directory.
+        base: The base's configuration.
+        base_name: The base's name or folder, for messages.
+
+    Raises:
+        UserError: Naming the first tensor that is missing, unexpected, of another shape or not finite, and how many
+            there are.
+    """
+    file = folder / ADAPTER_FILE
+    expected = _expected_shapes(folder, base, base_name)
+    found = {tensor.name: tensor for tensor in lazy_file(file)}
+    faults = [f"{_short(name)} is missing" for name in sorted(expected.keys() - found.keys())]
+    faults += [f"{_short(name)} is not expected" for name in sorted(found.keys() - expected.keys())]
+    common = sorted(expected.keys() & found.keys())
+    for name in common:
+        if found[name].shape != expected[name]:
+            shape, wanted = _times(found[name].shape), _times(expected[name])
+            faults.append(f"{_short(name)} has shape {shape}, not {wanted}")
+    faults += [
+        f"{_short(name)} has values that are not finite"
+        for name in common
+        if found[name].shape == expected[name] and not torch.isfinite(found[name].load()).all()
+    ]
+    if faults:
+        raise UserError(
+            f"{file} does not fit its {CONFIG_FILE} and the base {base_name}: {faults[0]} (tensors at fault: "
+            f"{len(faults)} of {len(expected)}); restore the file, or train again"
+        )
+
+
+def _expected_shapes(folder: Path, base: LlavaConfig, base_name: str) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, as PEFT itself would save this adapter on this base."""
+    config = read_lora_config(folder)
+    try:
+        model = adapter_on(build_empty(base), config)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{folder}/{CONFIG_FILE} does not fit the base {base_name}: {str(error).splitlines()[0]}; restore it"
+        ) from None
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _short(name: str) -> str:
+    return name.removeprefix(PEFT_PREFIX)
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def checked_base(record: Mapping[str, Any], adapter: Path) -> Path:
+    """Check an adapter and find the base it stands on; what every use of an adapter begins with.
+
+    Args:
+        record: The adapter's `run.json`.
+        adapter: The adapter's folder.
+
+    Returns:
+        The base's folder, as `locate_base`.
+
+    Raises:
+        UserError: Where the adapter is damaged or does not fit its base, or the base is gone or another.
+    """
+    check_saved(adapter, record)
+    base = locate_base(record["base"], adapter)
+    check_fits(adapter, LlavaConfig.from_pretrained(base), str(base))
+    return base
