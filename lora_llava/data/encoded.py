@@ -210,7 +210,8 @@ def _all_cores() -> Iterator[None]:
 
 def table_key(source: Source, tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
     """Hash of everything a table depends on."""
-    ours = (__version__, _VERSION, source.fingerprint, repr(template))
+    files = [file.name for file in source.files]  # rows are named by them
+    ours = (__version__, _VERSION, source.fingerprint, files, repr(template))
     parts = (*ours, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id)
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 

@@ -226,7 +226,7 @@ def _tell(text: str) -> None:
 
 
 def _tell_bad(rows: Sequence[Conversation], answers: Mapping[int, Answer]) -> None:
-    bad = [rows[index].name for index in sorted(answers) if answers[index].problem is not None]
+    bad = [rows[index].named or rows[index].row_id for index in sorted(answers) if answers[index].problem is not None]
     if bad:
         what = "1 question counts as wrong because its picture" if len(bad) == 1 else (
             f"{len(bad):,} questions count as wrong because their pictures"
@@ -247,7 +247,9 @@ def _mark(mark: Mark, index: int, row: Conversation, answer: Answer) -> Any:
 
 
 def _unanswered(rows: Sequence[Conversation], problems: Mapping[int, str]) -> UnansweredError:
-    named = "; ".join(f"{rows[index].name}: {problem}" for index, problem in list(problems.items())[:_NAMED])
+    named = "; ".join(
+        f"{rows[index].named or rows[index].row_id}: {problem}" for index, problem in list(problems.items())[:_NAMED]
+    )
     more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
     return UnansweredError(
         f"{len(problems):,} of {len(rows):,} questions got no answer ({named}{more}); the others are kept, and the "

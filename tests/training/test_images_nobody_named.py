@@ -153,3 +153,10 @@ def test_a_refusal_names_the_line(stage2_content: dict[str, Any], tmp_path: Path
     errors, refused = both(stage2_content, {"path": str(file)})
     assert errors == [("empty question", "train q.csv, line 4: turn 0: the question is empty")]
     assert refused == "q.csv, line 4: turn 0: the question is empty"
+
+
+def test_a_renamed_file_s_rows_have_its_new_name(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("one.csv", "two.csv"):  # the second is encoded already
+        (tmp_path / name).write_text("question,answer\n,Renamed.\nIs it?,Yes.\n")
+        _, refused = both(stage2_content, {"path": str(tmp_path / name)})
+        assert refused == f"{name}, line 2: turn 0: the question is empty"
