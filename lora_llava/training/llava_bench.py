@@ -63,7 +63,7 @@ def answer_llava_bench(
         )
         for question in read_questions(questions)
     ]  # fmt: skip
-    source = FolderImages(images, MAX_IMAGE_PIXELS, background=background_of(model))
+    source = FolderImages(images, MAX_IMAGE_PIXELS, background=background_of(model), has_key=False)
     answerer: Answerer
     about: dict[str, Any] = {
         "benchmark": "llava-bench", "questions": file_hash(questions), "sampling": asdict(sampling),
