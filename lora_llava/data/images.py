@@ -134,16 +134,18 @@ class FolderImages:
         background: See `to_rgb`.
         follow_links: Open what links in the folder lead to, wherever that is.
         match_names: Match names that no file has to the one file that is meant; see `NameIndex`.
+        has_key: Whether a recipe opens the folder, whose key `data.follow_links` messages may name.
     """
 
     def __init__(
         self, root: Path, max_pixels: int, *, background: Background = "white", follow_links: bool = False,
-        match_names: bool = True,
+        match_names: bool = True, has_key: bool = True,
     ) -> None:  # fmt: skip
         self.root = root.resolve()
         self.max_pixels = max_pixels
         self.background: Background = background
         self.follow_links = follow_links
+        self.has_key = has_key
         self._index = NameIndex(self.root, follow_links) if match_names else None
 
     def open(self, name: str) -> Image.Image:
@@ -252,10 +254,11 @@ class FolderImages:
             raise _OutsideError(f"picture {name} lies outside {self.root}", "outside the folder")
         if self.follow_links:
             return path
+        hint = "; set data.follow_links=true to allow such links" if self.has_key else ""
         raise BadImageError(
-            f"picture {name} lies outside {self.root}: {self._link(written)} is a link that leads out of it; set "
-            "data.follow_links=true to allow such links", "outside the folder",
-        )  # fmt: skip
+            f"picture {name} lies outside {self.root}: {self._link(written)} is a link that leads out of it{hint}",
+            "outside the folder",
+        )
 
     def _link(self, written: Path) -> str:
         """The first part of a path that is a link out of the folder, relative to it."""

@@ -150,7 +150,7 @@ def _presence(images: Path | None, missing_image: MissingPolicy, prefix: str) ->
         return lambda name: True
     if not images.is_dir():
         raise UserError(f"{prefix}images: there is no folder {images}; name the root of the pictures")
-    folder = FolderImages(images, max_pixels=0)
+    folder = FolderImages(images, max_pixels=0, match_names=False, has_key=False)
 
     def is_there(name: str) -> bool:
         try:

@@ -60,7 +60,7 @@ def answer_llava_bench(
         raise UserError(f"--images: there is no folder {images}; name the one with the benchmark's pictures")
     sampling = sampling or Sampling(max_new_tokens=1024)
     rows = [_asked(question) for question in read_questions(questions)]
-    source = FolderImages(images, MAX_IMAGE_PIXELS, background=background_of(model))
+    source = FolderImages(images, MAX_IMAGE_PIXELS, background=background_of(model), has_key=False)
     answerer: Answerer
     about: dict[str, Any] = {
         "benchmark": "llava-bench", "questions": file_hash(questions), "sampling": asdict(sampling),

@@ -275,7 +275,9 @@ def test_pictures_are_looked_for(tmp_path: Path) -> None:
     )
     (tmp_path / "secret.jpg").touch()
     (folder / "3.jpg").symlink_to(tmp_path / "secret.jpg")
-    assert told(contexts=file, images=folder, missing_image="drop") == f"picture 3.jpg lies outside {folder.resolve()}"
+    assert told(contexts=file, images=folder, missing_image="drop") == (
+        f"picture 3.jpg lies outside {folder.resolve()}: 3.jpg is a link that leads out of it"
+    )
 
 
 def test_labels_and_captions_survive_their_bytes() -> None:
