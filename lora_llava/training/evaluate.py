@@ -174,7 +174,7 @@ def evaluate(
     table: Table | AnswerTable
     try:
         if opened.science:
-            table, marked = ask_scienceqa(rows, answerer, parser, **common)
+            table, marked = ask_scienceqa(rows, answerer, parser if way.method == "generate" else "llava", **common)
         else:
             table, marked = ask_conversations(rows, answerer, losses, **common)  # type: ignore[assignment]
     except torch.OutOfMemoryError:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inference.chat_server import ChatLog
 from PIL import Image
 from rich.console import Console
 
@@ -108,6 +109,29 @@ def test_each_way_of_asking_has_files_of_its_own(run: Path, capsys: pytest.Captu
     assert not list(run.glob("*.partial.jsonl"))
 
 
+def test_letters_are_read_as_asked_and_the_parser_is_named(
+    run: Path, log: ChatLog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log.answer = lambda body: "**a**"
+    served = [str(run), "--server", log.url, "--json"]
+    tables = {}
+    for suffix, arguments in (
+        ("_server", []), ("_lenient_server", ["--parser", "lenient"]), ("_server_x", ["evaluation.parser=lenient"])
+    ):  # fmt: skip
+        assert main("evaluate", [*served, *arguments]) == 0
+        tables[suffix] = json.loads(capsys.readouterr().out)
+    assert tables["_server"]["unparsed"] == 6
+    assert "parser" not in tables["_server"]
+    assert (tables["_lenient_server"]["unparsed"], tables["_lenient_server"]["parser"]) == (0, "lenient")
+    assert tables["_server_x"] == tables["_lenient_server"]
+    assert "parse_leniently" in json.loads((run / "evaluation_lenient_server.json").read_text())["asked"]["parser"]
+    marked = lines(run / "predictions_lenient_server.jsonl")
+    assert [(line["prediction"], line["parser"]) for line in marked] == [(0, "lenient")] * 6
+    loglik = ["--method", "loglik", "evaluation.parser=lenient", "--json"]
+    assert main("evaluate", [str(run), *loglik]) == 0
+    assert "parser" not in json.loads(capsys.readouterr().out)
+
+
 @pytest.mark.slow
 def test_a_killed_evaluation_asks_nothing_twice(run: Path) -> None:
     whole = run / "whole"
@@ -179,6 +203,8 @@ def test_a_way_that_does_not_fit_is_refused(run: Path, capsys: pytest.CaptureFix
         (["--timeout", "0"], "--timeout is of a server"),
         (["--server", "http://127.0.0.1:9", "--timeout", "inf"], "timeout is inf; give a number of seconds"),
         (["--prompt", "lmms-eval", "--direct"], "are two ways to ask; leave one out"),
+        (["--parser", "lenient", "--method", "loglik"], "--parser lenient reads the letter in what is written"),
+        (["--benchmark", "llava-bench", "--parser", "llava"], "--parser has no effect with --benchmark llava-bench"),
         (["--published", "--json"], "--published has no effect with --json"),
     ):
         assert main("evaluate", [str(run), *arguments]) == 2
