@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ _NOTES = {
     OPEN_QUESTION_CUT: "the conversation ends with a question, which is left out",
 }
 LEAK, SHARED = "held-out row in train", "held-out picture in train"
-DUPLICATE, SPECIAL = "duplicate row", "special token in text"
+DUPLICATE = "duplicate row"
 _WIDTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _MOST_BINS = 16
 
@@ -101,8 +101,8 @@ class CheckedSource:
 
 
 def check_sources(
-    sources: Sequence[CheckedSource], policies: Mapping[str, Policy], *, special_ids: Iterable[int],
-    stop_id: int | None, image_id: int, num_image_tokens: int, leaks_are_errors: bool = True,
+    sources: Sequence[CheckedSource], policies: Mapping[str, Policy], *, image_id: int,
+    num_image_tokens: int, leaks_are_errors: bool = True,
     with_pictures: Container[str] = (),
 ) -> CheckReport:  # fmt: skip
     """Find everything.
@@ -110,8 +110,6 @@ def check_sources(
     Args:
         sources: What the splits consist of, training first.
         policies: By split.
-        special_ids: The tokenizer's special tokens, `<image>` aside.
-        stop_id: The one of them that ends an answer; None where the stop is ordinary text.
         image_id: The id of `<image>`.
         num_image_tokens: How many of them a picture has.
         leaks_are_errors: Whether a held-out row that is also trained on is an error, or, in a published split that
@@ -131,7 +129,6 @@ def check_sources(
         report.errors += errors
         report.warnings += warnings
         report.warnings += _mended(source)
-        report.warnings += _special(source, frozenset(special_ids), stop_id)
         errors, warnings = _pictures(source, policy)
         report.errors += errors
         report.warnings += warnings
@@ -244,20 +241,6 @@ def _overlong(
             cut = f"{told}: the last {length - policy.max_length:,} tokens of its answer are cut"
             warnings.append(source.finding("answer cut", row, cut))
     return errors, warnings
-
-
-def _special(source: CheckedSource, special_ids: frozenset[int], stop_id: int | None) -> Iterator[Finding]:
-    """Texts that hold what the template itself writes, such as `</s>`: the model would take it for the end."""
-    for row in source.rows:
-        ids, trained = source.table.row(int(row))
-        found = np.flatnonzero(np.isin(ids[1:], list(special_ids)))
-        if not len(found):
-            continue
-        stops = int((np.diff(trained.astype(np.int8), append=0) == -1).sum()) if stop_id is not None else 0
-        if len(found) > stops:
-            yield source.finding(
-                SPECIAL, int(row), "its text holds a special token such as </s>, which the model takes for its own end"
-            )
 
 
 def _pictures(source: CheckedSource, policy: Policy) -> tuple[list[Finding], list[Finding]]:

@@ -18,7 +18,6 @@ from lora_llava.data.files import DataFileError
 from lora_llava.data.fix import write_set_without
 from lora_llava.data.picture_check import Picture, inspect_pictures
 from lora_llava.data.preview_samples import escape_hidden
-from lora_llava.data.templates import get_template
 from lora_llava.errors import UserError
 from lora_llava.model.start import plan_model
 from lora_llava.recipe import EvaluationSection, Recipe
@@ -86,12 +85,9 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
     splits = encode_splits(recipe, tokenizer, progress_bar)
     pictures = _inspect(splits)
     checked = checked_sources(splits, pictures)
-    template = get_template(recipe.data.template, recipe.data.system_prompt)
     image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     report = check_sources(
         checked, {name: run_policy(recipe, name) for name in splits},
-        special_ids=set(tokenizer.all_special_ids) - {image_id, tokenizer.unk_token_id},
-        stop_id=tokenizer.eos_token_id if template.stop_string is None else None,  # type: ignore[arg-type]
         image_id=image_id, num_image_tokens=model.config.image_seq_length, leaks_are_errors=not science,
         with_pictures=sources_with_images(recipe, splits),
     )  # fmt: skip

@@ -11,7 +11,7 @@ from lora_llava.training.benchmark import run_in_process
 from lora_llava.training.benchmark_sides import Settings
 from lora_llava.training.memory import CUDA_CONTEXT, GIB
 
-WORDS_OF_768 = 768 - 576 - 9
+WORDS_OF_768 = 768 - 576 - 10
 """A text that makes a row of 768 tokens with a picture and the template's own."""
 EIGHT_BIT = "paged_adamw_8bit"
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_llava.data import TEMPLATES, encode_conversation
-from lora_llava.data.encoded import _load, encode_table
+from lora_llava.data.encoded import encode_table
 from lora_llava.data.files import iterate_rows
 from lora_llava.data.folder import understand_folder
 from lora_llava.data.formats import Columns, read_row
@@ -33,6 +33,7 @@ from lora_llava.evaluation.scienceqa import parse_answer
 from lora_llava.evaluation.score_files import score_scienceqa_file
 from lora_llava.model.original_checkpoint import read_config
 from lora_llava.recipe import load_generate_recipe, load_recipe, shipped_generate_recipes, shipped_recipes
+from lora_llava.storage import find_damage as damage_of_entry
 from lora_llava.synthesis.contexts import read_contexts
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.training.checkpoint import MANIFEST_FILE, find_damage, read_manifest, written_whole
@@ -204,7 +205,7 @@ def _changed(value: tuple[str, list[tuple[int, int, bytes]]], folder: Path) -> N
     own = Path(shutil.copytree(_kept() / name.split("/")[0], folder / "own"))
     file = own / name.split("/")[1]
     file.write_bytes(edited(file.read_bytes(), edits))
-    _each(lambda: _load(own), lambda: read_manifest(own), lambda: find_damage(own), lambda: load_state(own))
+    _each(lambda: damage_of_entry(own), lambda: read_manifest(own), lambda: find_damage(own), lambda: load_state(own))
 
 
 def _records(content: str | bytes, folder: Path) -> None:

@@ -118,7 +118,6 @@ def test_a_bad_picture_or_command_is_one_line_and_changes_nothing(chat: Chat, tm
         (f"/image {tmp_path}", f"{tmp_path} is a folder; name a picture"),
         ("/image", "/image needs a path"),
         ("/imgae x", 'there is no command /imgae (did you mean "/image"?); /help lists them'),
-        ("What is <image>?", "a message holds <image>, which stands for a picture; leave it out of the text"),
     ):
         assert told(chat, line).endswith(expected)
     assert (chat.messages, chat.attached) == ([], [])

@@ -105,7 +105,7 @@ def _planted_rows(clean: list[Row]) -> list[Row]:
         {"id": "r33", "text": "no conversation"},
         row(34, None, "Say a lot.", "word " * 200),
         {"id": "r35", "conversations": "none"},
-        {"id": "r36", "conversations": [human, {"from": "gpt", "value": "<image>"}]},
+        {"id": "r36", "conversations": [{"from": "human", "value": "<image>\nWhy?"}, gpt]},
         row(37, "text.png"),
     ]
 
@@ -164,7 +164,7 @@ def test_every_planted_oddity_is_a_warning(run_check: Check, clean: list[Row], i
         ("image with transparency", "r22"), ("picture not RGB", "r23"), ("several frames", "r23"),
         ("turned picture", "r24"),
         ("tiny picture", "r25"), ("duplicate row", "r26"), ("placeholder added", "r27"), ("leading answer cut", "r28"),
-        ("unanswered end cut", "r29"), ("special token in text", "r30"),
+        ("unanswered end cut", "r29"),
     }  # fmt: skip
 
 

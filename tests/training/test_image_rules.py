@@ -77,7 +77,11 @@ def test_a_run_counts_names_its_images_and_is_asked_with_its_background(
     Image.new("I;16", (20, 20), 4000).save(tmp_path / "images" / "deep.png")
     names = ["0.png", "C:\\imgs\\1.png", "2", "3.png ", "clear.png", "deep.png"]
     written(tmp_path / "rows.json", [asked(number, name) for number, name in enumerate(names)])
-    content["data"] |= {"background": "black", "test_source": {"path": str(tmp_path / "rows.json"), "name": "held"}}
+    held = json.loads((tmp_path / "rows.json").read_text())
+    for row in held:
+        row["conversations"][0]["value"] = "<image>\nAnd now?"
+    written(tmp_path / "held.json", held)
+    content["data"] |= {"background": "black", "test_source": {"path": str(tmp_path / "held.json")}}
     content["training"] |= {"max_steps": 1}
     content["evaluation"] = {"before": 0, "after": "all", "max_new_tokens": 2}
     out = io.StringIO()

@@ -78,7 +78,7 @@ def test_a_section_that_comes_or_goes_is_a_change(stage2_content: dict[str, Any]
     asked, without = check_recipe(stage2_content, "test"), check_recipe(stage2_content | {"evaluation": None}, "test")
     with pytest.raises(UserError, match=r"evaluation.before was 'all' and is None.*, or --accept-changes evaluation$"):
         check_changes(asked, without, (), 3)
-    keys = ("after", "batch_size", "before", "generate_rows", "max_new_tokens")
+    keys = ("after", "batch_size", "before", "generate_rows", "max_new_tokens", "parser")
     assert check_changes(asked, without, ("evaluation",), 3) == tuple(f"evaluation.{key}" for key in keys)
     own = stage2_content | {"data": {"format": "conversations", "path": "a.json"}, "evaluation": None}
     with pytest.raises(UserError, match=r"data.format was 'scienceqa' and is 'conversations'"):

@@ -85,7 +85,7 @@ def test_a_signal_at_a_validation_loses_nothing_of_it(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The best checkpoint is that of the step of the signal: it is not known to be before the run goes on."""
-    recipe = recipe_of(stage2_content, max_steps=4, eval_every=2, learning_rate=0.3, log_every=1)
+    recipe = recipe_of(stage2_content, max_steps=4, eval_every=2, learning_rate=0.15, log_every=1)
     with monkeypatch.context() as patch:
         act_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(StoppedError):
