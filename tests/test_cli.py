@@ -95,7 +95,9 @@ def test_a_row_without_answer_is_named(
     rows[2]["conversations"][1]["value"] = "a caption."
     rows[2]["conversations"][0]["value"] = "<image> <image>"
     broken.write_text(json.dumps(rows))
-    assert "row 2 (chat.json, index 2): 2 <image> placeholders for 1 pictures" in error_of(capsys, "finetune", str(file))
+    assert "row 2 (chat.json, index 2): 2 <image> placeholders for 1 pictures" in error_of(
+        capsys, "finetune", str(file)
+    )
 
 
 def test_bitsandbytes_that_cannot_run_is_said(

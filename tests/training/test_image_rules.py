@@ -87,12 +87,12 @@ def test_a_run_counts_names_its_images_and_is_asked_with_its_background(
     out = io.StringIO()
     finetune(check_recipe(content, "test"), Path(), console=Console(file=out, width=400))
     assert (
-        "train: mended while reading: 3 image matched by file name, 1 image with transparency, "
+        "train: mended while reading: 2 image matched by file name, 1 image with transparency, "
         "1 image of more than 8 bits"
     ) in out.getvalue()
     folder = Path(content["output_dir"])
     found = json.loads((folder / "metrics.json").read_text())["data"]["train"]["mended"]
-    assert found == {"image matched by file name": 3, "image with transparency": 1, "image of more than 8 bits": 1}
+    assert found == {"image matched by file name": 2, "image with transparency": 1, "image of more than 8 bits": 1}
     assert background_of(str(folder)) == "black"
     page = rebuild_report(str(folder)).read_text()
     assert all(f"<bdi>{name}</bdi>" in page for name in ("0.png", "1.png", "2.png", "3.png", "clear.png"))
