@@ -140,7 +140,7 @@ def merges_by_score(judge: SentencePieceProcessor) -> list[tuple[str, str]]:
         if not (judge.is_control(i) or judge.is_byte(i) or judge.is_unused(i) or judge.is_unknown(i))
     }
     found = [
-        (-score, len(piece), cut, piece[:cut], piece[cut:])
+        (-score, -cut, piece[:cut], piece[cut:])  # of equal scores the longer left half: runs of spaces need it
         for piece, score in scores.items()
         for cut in range(1, len(piece))
         if piece[:cut] in scores and piece[cut:] in scores
