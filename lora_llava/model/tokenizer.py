@@ -35,6 +35,8 @@ PROBES = (
     "A. B) (C) <D> [E] {F} #G ##H ###",
     "https://example.org/a?b=c&d=%20",
     "x = {'k': \"v\"};  // y",
+    *(f"if x:\n{' ' * n}y" for n in (8, 12, 17, 20, 28, 33, 40)),
+    "\t\t\t\t\tx" + "\n" * 9 + "-" * 35 + "=" * 21 + "." * 13,
 )
 """Texts that a tokenizer must split as its SentencePiece model does."""
 

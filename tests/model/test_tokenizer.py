@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlavaConfig
 
 from lora_llava.data.encode import fit_template
@@ -21,7 +21,7 @@ from lora_llava.model.tokenizer import PROBES, load_tokenizer
 
 WORDS = ["ASSISTANT:", "USER:", "the", "there", "then", "to", "def f(x):", "return", "    ", "  ", "0123456789", "\n"]
 TEXTS = st.lists(
-    st.sampled_from([*WORDS, " ", "   ", "\t", "中", "é", "😀", "a", "▁", "x = 1", ".", "\u00a0", "#"]), max_size=12
+    st.sampled_from([*WORDS, " ", "   ", " " * 17, "\t", "中", "é", "😀", "a", "▁", "x = 1", ".", "\u00a0", "#"]), max_size=12
 ).map("".join)
 
 
@@ -76,6 +76,24 @@ def test_ids_are_sentencepiece_s_after_a_reload(reloaded, judge: SentencePiecePr
 
 def test_probes_split_as_sentencepiece_splits_them(reloaded, judge: SentencePieceProcessor) -> None:
     assert [reloaded.encode(text, add_special_tokens=False) for text in PROBES] == [judge.encode(x) for x in PROBES]
+
+
+def test_runs_of_spaces_of_equal_score_split_as_sentencepiece_splits_them(folder: Path, tmp_path: Path) -> None:
+    # Llama's own model has them so: 1 to 16 spaces, all of score -1e9, in this order of ids.
+    shutil.copytree(folder, tmp_path / "llm")
+    file = tmp_path / "llm" / "tokenizer.model"
+    model = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    lengths = (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11, 15, 1)
+    for piece in list(model.pieces):
+        if set(piece.piece) == {"▁"}:
+            model.pieces.remove(piece)
+    for length in lengths:
+        model.pieces.add(piece="▁" * length, score=-1e9)
+    file.write_bytes(model.SerializeToString())
+    judge = SentencePieceProcessor(model_file=str(file))
+    tokenizer = load_tokenizer(tmp_path / "llm")
+    runs = [before + " " * n + after for n in range(1, 80) for before in ("", "a", "\n") for after in ("", "to")]
+    assert [tokenizer.encode(text, add_special_tokens=False) for text in runs] == [judge.encode(x) for x in runs]
 
 
 def test_a_role_after_a_stop_gains_no_space(reloaded) -> None:
