@@ -21,7 +21,8 @@ from lora_llava.model.tokenizer import PROBES, load_tokenizer
 
 WORDS = ["ASSISTANT:", "USER:", "the", "there", "then", "to", "def f(x):", "return", "    ", "  ", "0123456789", "\n"]
 TEXTS = st.lists(
-    st.sampled_from([*WORDS, " ", "   ", " " * 17, "\t", "中", "é", "😀", "a", "▁", "x = 1", ".", "\u00a0", "#"]), max_size=12
+    st.sampled_from([*WORDS, " ", "   ", " " * 17, "\t", "中", "é", "😀", "a", "▁", "x = 1", ".", "\u00a0", "#"]),
+    max_size=12,
 ).map("".join)
 
 
