@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lora_llava.cli import VERBS, main
+from lora_llava.commands.main import VERBS, main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

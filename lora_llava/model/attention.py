@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 
 IMPLEMENTATION = "varlen"
 """transformers' key for `flash_varlen`: whatever has "flash" in its name it looks for on the Hub

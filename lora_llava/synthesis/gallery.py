@@ -13,13 +13,13 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.html_page import escape_line, escape_lines, write_page
-from lora_llava.data.images import FolderImages
-from lora_llava.data.preview_samples import count_of, escape_hidden
-from lora_llava.synthesis.card import BY_RULES, is_by_rules, teacher_name
-from lora_llava.synthesis.context import Context, write_context
-from lora_llava.synthesis.gallery_picture import COLOURS, draw_picture
-from lora_llava.synthesis.gates import REASONS
+from lora_llava.data.images.reading import FolderImages
+from lora_llava.pages.html_page import escape_line, escape_lines, write_page
+from lora_llava.pages.preview_samples import count_of, escape_hidden
+from lora_llava.synthesis.contexts.context import Context, write_context
+from lora_llava.synthesis.dataset_card import BY_RULES, is_by_rules, teacher_name
+from lora_llava.synthesis.gallery_image import COLOURS, draw_picture
+from lora_llava.synthesis.gates.gates import REASONS
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.pipeline import Result
 from lora_llava.synthesis.sample import FLAVOURS, Rejection, Task, Turns

@@ -17,22 +17,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.core.storage import FoundPath
+from lora_llava.distributed.ranks import first_alone, first_before_others, is_first, this_rank
+from lora_llava.evaluation.run_report import REPORT_FILE, write_report
+from lora_llava.evaluation.scoring import Asking, ask_table
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.base import cache_folder
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
+from lora_llava.planning.fit import resolve_optimizer
+from lora_llava.planning.run_plan import RunPlan, is_padding_free, plan_run
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
-from lora_llava.storage import FoundPath
-from lora_llava.training import report
-from lora_llava.training.checkpoint import list_checkpoints, set_aside
-from lora_llava.training.data import asked_split, sealed
-from lora_llava.training.features import cache_features
-from lora_llava.training.identity import IDENTITY_FILE, run_identity
-from lora_llava.training.plan import RunPlan, is_padding_free, plan_run
-from lora_llava.training.planner import resolve_optimizer
-from lora_llava.training.ranks import first_alone, first_before_others, is_first, this_rank
-from lora_llava.training.resume import Start, find_start, refuse_unfinished, same_run
-from lora_llava.training.run_directory import (
+from lora_llava.runs.checkpoint import list_checkpoints, set_aside
+from lora_llava.runs.directory import (
     METRICS_FILE,
     is_run,
     machine,
@@ -42,9 +39,12 @@ from lora_llava.training.run_directory import (
     versions,
     write_json,
 )
-from lora_llava.training.run_report import REPORT_FILE, write_report
-from lora_llava.training.scoring import Asking, ask_table
-from lora_llava.training.sources import progress_bar
+from lora_llava.runs.identity import IDENTITY_FILE, run_identity
+from lora_llava.runs.resume import Start, find_start, refuse_unfinished, same_run
+from lora_llava.splits.encoded_sources import progress_bar
+from lora_llava.splits.split_rows import asked_split, sealed
+from lora_llava.training import run_summary as report
+from lora_llava.training.features import cache_features
 from lora_llava.training.stages import CHECKPOINTS, TrainResult, build_trained_model, describe_plan, train
 
 BEFORE_FILE = "before.json"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_llava.errors import ToldError
+from lora_llava.core.errors import ToldError
 from lora_llava.training.loss import count_labels, labelled_loss
 
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
