@@ -1,4 +1,4 @@
-"""The verb that talks with a model: chat."""
+"""`lora-llava chat`: chat with a model, in the terminal or on a web page."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import argparse
 import sys
 from typing import Any
 
-from lora_llava.commands.cli_data import home, positive
+from lora_llava.commands.arguments import home, positive
 from lora_llava.core.errors import UserError
 from lora_llava.core.quiet import quieten
 
-# Heavy imports stand inside the verbs, so that `--help` and usage errors answer at once.
+SUMMARY = "chat with a model, in the terminal or on a web page"
+EXAMPLES = (
+    'lora-llava chat runs/demo_scienceqa_qlora --image image.png --prompt "What is shown?"',
+    "lora-llava chat runs/demo_scienceqa_qlora --web",
+)
 
 
-def add_chat(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=home, help="a run directory, a folder with a whole LLaVA, or a Hub id")
     parser.add_argument("--prompt", metavar="TEXT", help="print the answer to this alone, and leave")
     parser.add_argument(
@@ -33,7 +37,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, help="its port; default: 7860, 0 takes any free one")
 
 
-def run_chat(args: argparse.Namespace, console: Any) -> int:
+def run(args: argparse.Namespace, console: Any) -> int:
     from lora_llava.inference.sampling import Sampling
 
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)

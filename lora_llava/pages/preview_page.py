@@ -63,7 +63,7 @@ def render_page(preview: Preview) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("lora_llava.data").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("lora_llava.pages").joinpath(name).read_text(encoding="utf-8")
 
 
 def _embed_pictures(samples: Sequence[PreviewSample]) -> tuple[str, list[list[str]]]:

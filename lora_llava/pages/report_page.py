@@ -98,7 +98,7 @@ def render_report(report: RunReport) -> str:
     Raises:
         ValueError: For a table with a row of more or fewer cells than columns.
     """
-    style = resources.files("lora_llava.evaluation").joinpath("report_page.css").read_text(encoding="utf-8")
+    style = resources.files("lora_llava.pages").joinpath("report_page.css").read_text(encoding="utf-8")
     body = "\n".join(part for part in (_head(report), _tables(report), _curves(report), _gallery(report)) if part)
     return write_page(report.title, style, body)
 

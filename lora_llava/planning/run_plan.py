@@ -17,8 +17,8 @@ from lora_llava.data.templates import Template, chat_template, get_template
 from lora_llava.distributed.ranks import this_rank
 from lora_llava.distributed.sharding import check_sharding, is_sharded
 from lora_llava.model.adapters import lora_config, planned_parameters
-from lora_llava.model.attention import resolve_attention
 from lora_llava.model.base import build_processor, image_processor_of
+from lora_llava.model.fast_path.attention import resolve_attention
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.model.tokenizer import load_tokenizer

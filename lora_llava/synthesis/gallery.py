@@ -118,7 +118,7 @@ def render_gallery(
     folder = FolderImages(Path(images), _MAX_PIXELS) if images else None
     rows, rejections = picks.rows(), picks.rejections()
     articles = [_article(shown, contexts[shown.task.place], folder, answer_of) for shown in [*rows, *rejections]]
-    style = resources.files("lora_llava.synthesis").joinpath("gallery.css").read_text(encoding="utf-8")
+    style = resources.files("lora_llava.pages").joinpath("gallery.css").read_text(encoding="utf-8")
     nothing = '<p class="none">There is nothing to show.</p>'
     main = "\n".join(articles) or nothing
     body = f"{_head(name, summary)}\n{_toolbar(summary, rows, rejections)}\n<main>\n{main}\n</main>"

@@ -25,6 +25,7 @@ from lora_llava.evaluation.scoring import Asking, ask_table
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.base import cache_folder
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
+from lora_llava.planning import plan_tables
 from lora_llava.planning.fit import resolve_optimizer
 from lora_llava.planning.run_plan import RunPlan, is_padding_free, plan_run
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
@@ -43,7 +44,6 @@ from lora_llava.runs.identity import IDENTITY_FILE, run_identity
 from lora_llava.runs.resume import Start, find_start, refuse_unfinished, same_run
 from lora_llava.splits.encoded_sources import progress_bar
 from lora_llava.splits.split_rows import asked_split, sealed
-from lora_llava.training import run_summary as report
 from lora_llava.training.features import cache_features
 from lora_llava.training.stages import CHECKPOINTS, TrainResult, build_trained_model, describe_plan, train
 
@@ -163,8 +163,8 @@ def with_stage1_run(recipe: Recipe, run: Path) -> Recipe:
 def _plan(recipe: Recipe, console: Console) -> RunPlan:
     with first_before_others():
         plan = plan_run(recipe, progress_bar)
-    report.print_data(plan, console)
-    report.print_memory(recipe, plan.step, console)
+    plan_tables.print_data(plan, console)
+    plan_tables.print_memory(recipe, plan.step, console)
     return plan
 
 
@@ -188,7 +188,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     cache_features(plan, base, console)
     model = build_trained_model(recipe, replace(base, initial_projector=None))
     freeze_plan = describe_plan(model)
-    report.print_freeze_plan(freeze_plan, console)
+    plan_tables.print_freeze_plan(freeze_plan, console)
     console.print(f"attention: {is_padding_free(recipe)[1]}")
     before = _ask_before(model, plan, identity, going_on is not None, console)
     if base.initial_projector is not None:
@@ -201,7 +201,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     tables = {"before": before, "after": after.table if after else None}
     metrics = _metrics(plan, base, freeze_plan, result, tables)
     first_alone(lambda: _write_results(folder, recipe, metrics, after))
-    report.print_result(recipe, metrics, time.monotonic() - start, console)
+    plan_tables.print_result(recipe, metrics, time.monotonic() - start, console)
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -290,7 +290,7 @@ def dry_run(recipe: Recipe, recipe_folder: Path, console: Console) -> None:
     stage1 = stage1_of(recipe, recipe_folder)
     for each in [stage1, recipe] if stage1 is not None and not finished_stage1(stage1) else [recipe]:
         plan = _plan(each, console)
-        report.print_downloads(plan, cache_folder(), console)
-        report.print_parameters(plan, console)
-        report.print_sample(plan, console)
+        plan_tables.print_downloads(plan, cache_folder(), console)
+        plan_tables.print_parameters(plan, console)
+        plan_tables.print_sample(plan, console)
         _refuse_what_cannot_fit([plan])

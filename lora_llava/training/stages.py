@@ -23,10 +23,10 @@ from lora_llava.distributed.balance import deal_rows
 from lora_llava.distributed.ranks import first_alone, gather, is_first, this_rank
 from lora_llava.distributed.sharding import describe_share, is_sharded, whole_weights
 from lora_llava.evaluation.scoring import ScoreValidation
-from lora_llava.model.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.adapters import add_adapters, freeze_plan, trained_projector
-from lora_llava.model.attention import use_flash_varlen
-from lora_llava.model.lean import make_lean
+from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
+from lora_llava.model.fast_path.attention import use_flash_varlen
+from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import load_base
 from lora_llava.model.start import Base
 from lora_llava.model.vision import freeze_tower

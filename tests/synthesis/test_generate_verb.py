@@ -13,10 +13,10 @@ from inference.chat_server import ChatLog
 from synthesis.made import recipe_of, teach, write_contexts, write_recipe
 from transformers import AutoTokenizer
 
-from lora_llava.commands.generate_data import generate
 from lora_llava.commands.main import main
 from lora_llava.recipe import json_schema, load_generate_recipe, shipped_generate_recipes
 from lora_llava.synthesis.contexts.context import Context, write_context
+from lora_llava.synthesis.generation import generate
 from lora_llava.synthesis.pipeline import Settings, write_request
 from lora_llava.synthesis.prompts import load_prompts
 from lora_llava.synthesis.sample import FLAVOURS, Task

@@ -8,11 +8,11 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from lora_llava.commands.check import check
 from lora_llava.core.errors import UserError
 from lora_llava.data.files.cleaned_copy import write_without
 from lora_llava.evaluation.evaluate import evaluate
 from lora_llava.planning.run_plan import plan_run
+from lora_llava.prepare.row_check import check
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.directory import start_run
 from lora_llava.training.finetune import finetune

@@ -110,7 +110,7 @@ def test_chat_and_page_composite_as_the_speaker_says(tmp_path: Path) -> None:
 
 
 def test_preview_names_the_files(content: dict[str, Any], tmp_path: Path) -> None:
-    from lora_llava.commands.preview import preview
+    from lora_llava.prepare.sample_preview import preview
 
     drawn(tmp_path / "images", 2)
     written(tmp_path / "rows.json", [asked(0, "images/0.png"), asked(1, "1")])

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from lora_llava.commands.check import check
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.planning.run_plan import plan_run
+from lora_llava.prepare.row_check import check
 from lora_llava.recipe.io import check_recipe
 from tests.own_rows import asked, drawn, quiet, written
 

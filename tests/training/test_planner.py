@@ -13,10 +13,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from lora_llava.commands import plan as forecasting
-from lora_llava.commands.plan import forecast, print_forecast
+from lora_llava.benchmark.benchmark_rows import shape_config
 from lora_llava.core.errors import UserError
 from lora_llava.planning import fit as planner
+from lora_llava.planning import forecast as forecasting
 from lora_llava.planning.fit import (
     Extremes,
     build_step,
@@ -27,13 +27,13 @@ from lora_llava.planning.fit import (
     resolve_optimizer,
     what_fits,
 )
+from lora_llava.planning.forecast import forecast, print_forecast
 from lora_llava.planning.memory import GIB
 from lora_llava.planning.run_plan import plan_run
+from lora_llava.planning.timing import published_hours, time_row
 from lora_llava.recipe import Recipe, load_recipe
 from lora_llava.recipe.io import check_recipe, shipped_recipes
-from lora_llava.training.benchmark_data import shape_config
 from lora_llava.training.finetune import dry_run, finetune
-from lora_llava.training.timing import published_hours, time_row
 
 
 def samples() -> Any:

@@ -9,9 +9,7 @@ from typing import Any
 import datasets
 import pytest
 
-from lora_llava.commands.check import check
 from lora_llava.commands.main import main
-from lora_llava.commands.preview import preview
 from lora_llava.core.errors import UserError
 from lora_llava.data.folder import understand_folder
 from lora_llava.data.images import image_check as picture_check
@@ -19,6 +17,8 @@ from lora_llava.data.images.reading import FolderImages, TableImages, open_table
 from lora_llava.data.sources import _light_rows, list_source, open_source
 from lora_llava.evaluation.evaluate import evaluate
 from lora_llava.planning.run_plan import plan_run
+from lora_llava.prepare.row_check import check
+from lora_llava.prepare.sample_preview import preview
 from lora_llava.recipe.io import check_recipe
 from lora_llava.splits.encoded_sources import inspect_split
 from lora_llava.training.finetune import finetune

@@ -102,7 +102,7 @@ def load_prompts(folder: Path | None = None) -> dict[str, str]:
     """
     prompts = {}
     for name in ("system", *CATEGORIES, "reminder"):
-        shipped = resources.files("lora_llava.evaluation").joinpath("judge_prompts", f"{name}.txt")
+        shipped = resources.files("lora_llava.evaluation.judge").joinpath("prompts", f"{name}.txt")
         source = shipped if folder is None else folder / f"{name}.txt"
         try:
             prompts[name] = source.read_text(encoding="utf-8-sig").strip()

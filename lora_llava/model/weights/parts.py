@@ -15,7 +15,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import looked_in
 from lora_llava.model.weights.tensor_files import weight_files
 
-DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo" / "base"
+DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo" / "base"
 TEXT_FILES = ("*.json", "*.jinja", "tokenizer.model")
 NETWORK_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
 

@@ -14,16 +14,17 @@ from peft import LoraConfig
 from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from lora_llava.benchmark.benchmark_rows import DrawnPictures, draw_rows, lay_out, shape_config, text_length
 from lora_llava.data.collator import PackedCollator
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.images.reading import Pixels
 from lora_llava.data.selection import build_rows
 from lora_llava.data.templates import Template, chat_template, get_template
-from lora_llava.model.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.adapters import add_adapters, lora_config
-from lora_llava.model.attention import use_flash_varlen
 from lora_llava.model.base import build_processor, image_processor_of
-from lora_llava.model.lean import make_lean
+from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
+from lora_llava.model.fast_path.attention import use_flash_varlen
+from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import default_device
 from lora_llava.model.random_weights import build_random_llava
 from lora_llava.model.tokenizer import load_tokenizer
@@ -32,7 +33,6 @@ from lora_llava.model.weights.parts import DEMO_FOLDER
 from lora_llava.planning.fit import measure_rows
 from lora_llava.planning.memory import CUDA_CONTEXT, Step, fit_step, smallest
 from lora_llava.recipe.schema import LINEARS, LoraSection
-from lora_llava.training.benchmark_data import DrawnPictures, draw_rows, lay_out, shape_config, text_length
 from lora_llava.training.progress import peak_memory_bytes
 from lora_llava.training.stages import checkpointing_argument
 from lora_llava.training.trainer import Feed, LlavaSFTTrainer

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from lora_llava.model.adapters import add_adapters
-from lora_llava.model.attention import resolve_attention, use_flash_varlen
-from lora_llava.model.lean import make_lean
+from lora_llava.model.fast_path.attention import resolve_attention, use_flash_varlen
+from lora_llava.model.fast_path.lean import make_lean
+from lora_llava.model.fast_path.trained_loss import labelled_loss
 from lora_llava.model.loading import default_device, resolve_dtype
 from lora_llava.model.random_weights import build_random_llava
 from lora_llava.planning.memory import Step
 from lora_llava.planning.run_plan import run_lora_config
 from lora_llava.recipe import Recipe
-from lora_llava.training.loss import labelled_loss
 
 PUBLISHED_TOKENS_PER_SECOND = {"RTX 4090": 2330, "RTX 3090": 1198}
 """Llama-2-7B QLoRA, derived from the fsdp_qlora benchmark (github.com/AnswerDotAI/fsdp_qlora)."""
