@@ -46,12 +46,10 @@ def _add_score_llava_bench(parser: argparse.ArgumentParser) -> None:
         type=_temperature,
         default=0.0,
         metavar="T",
-        help="a number, or `default` for the server's own",
+        help="a number, or default: the server's own",
     )
     parser.add_argument("--output", type=a_path, metavar="FOLDER", help="default: the folder of the answers")
-    parser.add_argument(
-        "--prompts", type=a_path, metavar="FOLDER", help="use these judge prompts instead of the shipped ones"
-    )
+    parser.add_argument("--prompts", type=a_path, metavar="FOLDER", help="judge prompts instead of the shipped ones")
     parser.add_argument("--no-swap", action="store_true", help="judge only with the reference first, as LLaVA does")
     parser.add_argument("--price-in", type=float, metavar="USD", help="price of a million input tokens")
     parser.add_argument("--price-out", type=float, metavar="USD", help="price of a million output tokens")

@@ -14,6 +14,7 @@ from lora_llava.data.encode import IGNORE_INDEX, encode_conversation, encode_pro
 from lora_llava.data.images.reading import BadImageError, ImageSource, Pictures
 from lora_llava.data.templates import Template
 from lora_llava.data.typed import without_marks
+from lora_llava.distributed.ranks import gather, this_rank
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.chat_request import ChatFailure, ChatRequest, picture_part
 from lora_llava.inference.client import ChatServer, ask

@@ -16,7 +16,8 @@ _ANSWER = "The answer is"
 PARSER = "lora_llava.evaluation.scienceqa.parse_answer: LLaVA's rule, llava/eval/eval_science_qa.py"
 PARSERS = {
     "llava": PARSER,
-    "lenient": "lora_llava.evaluation.parsing.letters.parse_leniently: also b, (B), **B**, answer: B, and the choice's text",
+    "lenient": "lora_llava.evaluation.parsing.letters.parse_leniently: "
+    "also b, (B), **B**, answer: B, and the choice's text",
 }
 """What each reader of letters is."""
 LETTER_REQUEST = "Answer with the option's letter from the given choices directly."

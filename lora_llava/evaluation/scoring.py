@@ -13,8 +13,8 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
 from lora_llava.data.conversation import Conversation
-from lora_llava.distributed.ranks import is_first, shared
-from lora_llava.evaluation.answerers import Asked, by_writing, reference_losses
+from lora_llava.distributed.ranks import is_first
+from lora_llava.evaluation.answerers import Asked, by_writing, reference_losses, shared
 from lora_llava.evaluation.answers import AnswerTable, is_answer_table
 from lora_llava.evaluation.ask import ask_conversations, ask_scienceqa, choose_rows
 from lora_llava.evaluation.scienceqa import Table

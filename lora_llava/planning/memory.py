@@ -143,7 +143,7 @@ class Step:
         return self.dtype_bytes * (matrices * text.vocab_size + 2 * self.layers + 1) * text.hidden_size
 
     def layer_bytes(self) -> int:
-        """What autograd keeps of a layer that is not recomputed, all tokens together (lora_llava/model/fast_path/lean.py)."""
+        """What autograd keeps of a layer that is not recomputed, all tokens together (fast_path/lean.py)."""
         text, size = self.config.text_config, self.dtype_bytes
         hidden, inner = text.hidden_size, text.intermediate_size
         queries, keys = self.linear_shapes["q_proj"][1], self.linear_shapes["k_proj"][1]

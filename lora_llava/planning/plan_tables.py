@@ -15,7 +15,6 @@ from rich.text import Text
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.encode import IGNORE_INDEX
-from lora_llava.evaluation.tables import tables_view
 from lora_llava.planning.fit import memory_budget, recomputation, resolve_optimizer
 from lora_llava.planning.memory import GIB, Step
 from lora_llava.planning.run_plan import RunPlan
@@ -198,19 +197,3 @@ def print_freeze_plan(plan: list[dict[str, Any]], console: Console) -> None:
         state = Text("trained", style="bold") if row["trained"] else "frozen"
         table.add_row(row["module"], row["dtype"], state, f"{row['parameters']:,}")
     console.print(table)
-
-
-def print_result(recipe: Recipe, metrics: dict[str, Any], seconds: float, console: Console) -> None:
-    """The tables before and after, memory, time and what to do next."""
-    tables = {name: metrics[name] for name in ("before", "after") if metrics[name] is not None}
-    if tables:
-        title = "ScienceQA, test split" if recipe.data.format == "scienceqa" else "Answers"
-        console.print(tables_view(title, tables))
-    train = metrics["train"]
-    loss = train["best_validation_loss"]
-    console.print(
-        f"trained {train['steps']:,} steps, {train['tokens']:,} tokens in {train['seconds']:.0f} s "
-        f"({train['tokens'] / train['seconds']:,.0f} tokens/s); {seconds:.0f} s in all; peak memory "
-        f"{train['peak_memory_bytes'] / 2**30:.2f} GiB" + (f"; validation loss {loss:.4f}" if loss is not None else "")
-    )
-    console.print(f"run directory: {recipe.output_dir}; open {recipe.output_dir}/report.html", soft_wrap=True)

@@ -22,6 +22,7 @@ from lora_llava.core.storage import FoundPath
 from lora_llava.distributed.ranks import first_alone, first_before_others, is_first, this_rank
 from lora_llava.evaluation.run_report import REPORT_FILE, write_report
 from lora_llava.evaluation.scoring import Asking, ask_table
+from lora_llava.evaluation.tables import tables_view
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.base import cache_folder
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
@@ -201,7 +202,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     tables = {"before": before, "after": after.table if after else None}
     metrics = _metrics(plan, base, freeze_plan, result, tables)
     first_alone(lambda: _write_results(folder, recipe, metrics, after))
-    plan_tables.print_result(recipe, metrics, time.monotonic() - start, console)
+    _print_result(recipe, metrics, time.monotonic() - start, console)
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -294,3 +295,19 @@ def dry_run(recipe: Recipe, recipe_folder: Path, console: Console) -> None:
         plan_tables.print_parameters(plan, console)
         plan_tables.print_sample(plan, console)
         _refuse_what_cannot_fit([plan])
+
+
+def _print_result(recipe: Recipe, metrics: dict[str, Any], seconds: float, console: Console) -> None:
+    """The tables before and after, memory, time and what to do next."""
+    tables = {name: metrics[name] for name in ("before", "after") if metrics[name] is not None}
+    if tables:
+        title = "ScienceQA, test split" if recipe.data.format == "scienceqa" else "Answers"
+        console.print(tables_view(title, tables))
+    train = metrics["train"]
+    loss = train["best_validation_loss"]
+    console.print(
+        f"trained {train['steps']:,} steps, {train['tokens']:,} tokens in {train['seconds']:.0f} s "
+        f"({train['tokens'] / train['seconds']:,.0f} tokens/s); {seconds:.0f} s in all; peak memory "
+        f"{train['peak_memory_bytes'] / 2**30:.2f} GiB" + (f"; validation loss {loss:.4f}" if loss is not None else "")
+    )
+    console.print(f"run directory: {recipe.output_dir}; open {recipe.output_dir}/report.html", soft_wrap=True)

@@ -143,9 +143,9 @@ def drop_pages(folder: Path) -> None:
 def merge(run_folder: Path, output: Path, prompts: int) -> dict[str, Any]:
     """Run `lora-llava merge` in a process of its own and read its peak resident set."""
     command = [
-        sys.executable, "-m", "lora_llava.commands.main", "merge", str(run_folder), "--output", str(output), "--prompts",
-        str(prompts),
-    ]  # fmt: skip
+        *(sys.executable, "-m", "lora_llava.commands.main", "merge"),
+        *(str(run_folder), "--output", str(output), "--prompts", str(prompts)),
+    ]
     start = time.monotonic()
     subprocess.run(command, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

@@ -96,7 +96,8 @@ def test_a_hub_id_is_planned_fetched_and_then_cached(hub: dict[str, str], parts:
 
 def test_a_published_projector_is_planned_without_fetching_it(hub: dict[str, str]) -> None:
     Hub.files["mm_projector.bin"] = b"x" * 321
-    code = "from lora_llava.model.weights.original_projector import plan_projector; print(plan_projector('vicuna/tiny', None))"
+    module = "lora_llava.model.weights.original_projector"
+    code = f"from {module} import plan_projector; print(plan_projector('vicuna/tiny', None))"
     assert "missing_bytes=321" in in_process(code, hub)
     assert not any("resolve" in line for line in Hub.asked)
 

@@ -72,8 +72,8 @@ def test_a_dry_run_prints_a_prompt_of_each_kind_and_asks_nobody(
 
 def test_it_starts_without_torch(tmp_path: Path) -> None:
     recipe = write_recipe(recipe_of(tmp_path / "own", "http://127.0.0.1:9", 3), tmp_path)
-    code = f"import sys; from lora_llava.commands.main import main; main('generate-data', [{recipe!r}, '--dry-run']); " \
-        "sys.exit('torch' in sys.modules)"  # fmt: skip
+    call = f"main('generate-data', [{recipe!r}, '--dry-run'])"
+    code = f"import sys; from lora_llava.commands.main import main; {call}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=60)
 
 
