@@ -17,7 +17,7 @@ __all__ = [
 
 _HOMES = {
     "collator": ("PaddedCollator",), "conversation": ("Conversation", "EncodingError", "Turn"),
-    "encode": ("IGNORE_INDEX", "OverlongError", "encode_conversation", "encode_prompt"), "images": ("Pixels",),
+    "encode": ("IGNORE_INDEX", "OverlongError", "encode_conversation", "encode_prompt"), "images.reading": ("Pixels",),
     "templates": ("TEMPLATES", "Template", "chat_template", "get_template"),
 }  # fmt: skip
 
