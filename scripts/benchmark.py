@@ -10,7 +10,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lora_llava.cli import main as run_verb
+from lora_llava.commands.main import main as run_verb
 from tests.benchmarks import (
     check,
     concepts,
@@ -36,7 +36,7 @@ def where() -> dict[str, Any]:
     """What the figures were measured on."""
     import psutil
 
-    from lora_llava.training.run_directory import machine, versions
+    from lora_llava.runs.directory import machine, versions
 
     return {**machine(), "memory_bytes": psutil.virtual_memory().total, "versions": versions()}
 

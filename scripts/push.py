@@ -2,6 +2,6 @@
 
 import sys
 
-from lora_llava.cli import main
+from lora_llava.commands.main import main
 
 sys.exit(main("push"))

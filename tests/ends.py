@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.runs.checkpoint import list_checkpoints, newest_whole
+from lora_llava.runs.trainer_state import gather_random
 from lora_llava.training import stages
-from lora_llava.training.checkpoint import list_checkpoints, newest_whole
 from lora_llava.training.trainer import LlavaSFTTrainer
-from lora_llava.training.trainer_state import gather_random
 
 WRITES = {"write", "fsync", "rename", "mkdir", "unlink", "rmdir", "remove", "replace", "serialize_file", "copyfile"}
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 
-from lora_llava.cli import main
+from lora_llava.commands.main import main
 
 
 def _run(arguments: list[str]) -> None:
@@ -18,7 +18,7 @@ def _run(arguments: list[str]) -> None:
 def start(arguments: Sequence[str], preload: str) -> BaseProcess:
     """Start a verb, forked from a process that has loaded the verb's module already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lora_llava.cli", preload])
+    context.set_forkserver_preload(["lora_llava.commands.main", preload])
     process = context.Process(target=_run, args=(list(arguments),))
     process.start()
     return process

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lora_llava.cli import VERBS, main
+from lora_llava.commands.main import VERBS, main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -118,10 +118,36 @@ def test_unknown_recipe_names_the_nearest(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("verb", list(VERBS))
-def test_every_verb_is_a_script_too(verb: str) -> None:
-    script = REPOSITORY / "scripts" / f"{verb.replace('-', '_')}.py"
-    result = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
-    assert f"lora-llava {verb}" in result.stdout
+def test_help_of_every_verb_ends_with_two_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(None, [verb, "--help"])
+    examples = capsys.readouterr().out.rpartition("examples:\n")[2].splitlines()
+    assert len(examples) == 2
+    assert all(line.startswith(f"  lora-llava {verb} ") or line == f"  lora-llava {verb}" for line in examples)
+
+
+@pytest.mark.parametrize("script", ["finetune", "evaluate", "merge", "push", "benchmark"])
+def test_scripts_run_their_verb(script: str) -> None:
+    file = REPOSITORY / "scripts" / f"{script}.py"
+    result = subprocess.run([sys.executable, file, "--help"], capture_output=True, text=True, check=True)
+    assert f"lora-llava {script}" in result.stdout
+
+
+def test_the_overview_groups_all_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(None, ["--help"])
+    assert error.value.code == 0
+    shown = capsys.readouterr().out
+    assert [verb for verb in VERBS if f"\n  {verb} " not in shown] == []
+    assert shown.index("prepare:") < shown.index("train:") < shown.index("use:") < shown.index("share:")
+
+
+def test_a_mistyped_verb_or_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv, meant in ((["finetun"], "finetune"), (["evaluate", "run", "--shuffle-image"], "--shuffle-images")):
+        with pytest.raises(SystemExit) as error:
+            main(None, argv)
+        assert error.value.code == 2
+        assert f"did you mean {meant}?" in capsys.readouterr().err
 
 
 def test_an_unknown_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

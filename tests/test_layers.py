@@ -11,26 +11,27 @@ import lora_llava
 
 PACKAGE = Path(lora_llava.__file__).parent
 LAYERS = [
-    "errors",
-    "storage",
-    "quiet",
+    "core",
     "recipe",
+    "pages",
     "data",
     "demo",
     "model",
+    "distributed",
+    "splits",
+    "planning",
+    "runs",
     "inference",
     "evaluation",
     "synthesis",
+    "prepare",
     "training",
+    "benchmark",
     "publishing",
-    "cli_data",
-    "cli_evaluation",
-    "cli_chat",
-    "cli_synthesis",
-    "cli",
+    "commands",
 ]
 """From the bottom up; a module imports from its own layer or those before it."""
-APART = [("data", "model"), ("model", "data"), ("data", "recipe"), ("inference", "recipe"), ("evaluation", "recipe")]
+APART = [("data", "recipe")]
 
 
 def imports() -> list[tuple[str, str, str]]:

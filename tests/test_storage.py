@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from lora_llava.core.errors import UserError
+from lora_llava.core.storage import SUMS_FILE, find_damage, full_disk_reported, is_disk_full, locked, make_entry, share
 from lora_llava.demo.dataset import build_demo_captions
-from lora_llava.errors import UserError
-from lora_llava.storage import SUMS_FILE, find_damage, full_disk_reported, is_disk_full, locked, make_entry, share
 
 
 @pytest.fixture
@@ -65,12 +65,12 @@ def test_an_entry_is_written_once_and_checked(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_large_entry_is_hashed_when_its_files_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_llava.storage._ALWAYS_HASHED", 0)
+    monkeypatch.setattr("lora_llava.core.storage._ALWAYS_HASHED", 0)
     folder = tmp_path / "kind" / "key"
     make_entry(folder, write)
     assert find_damage(folder) is None
     hashed: list[Path] = []
-    monkeypatch.setattr("lora_llava.storage.file_sum", lambda file: hashed.append(file) or "")
+    monkeypatch.setattr("lora_llava.core.storage.file_sum", lambda file: hashed.append(file) or "")
     assert find_damage(folder) is None
     assert hashed == []
     (folder / "inner" / "a.txt").write_text("cOntent")
@@ -81,7 +81,7 @@ def test_a_large_entry_is_hashed_when_its_files_changed(tmp_path: Path, monkeypa
 SECOND = """
 import sys, time
 from pathlib import Path
-from lora_llava.storage import make_entry
+from lora_llava.core.storage import make_entry
 folder, log = Path(sys.argv[1]), Path(sys.argv[2])
 def write(temporary):
     (temporary / "a.txt").write_text("one")

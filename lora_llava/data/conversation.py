@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lora_llava.core.errors import RefusedError
 from lora_llava.data.typed import MARK, as_typed, without_marks
-from lora_llava.errors import RefusedError
 
 IMAGE_PLACEHOLDER = "<image>"
 ImagePosition = Literal["first", "last", "random", "as_written"]

@@ -20,6 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_llava import __version__
+from lora_llava.core.storage import UNWRITABLE, make_entry
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, EncodingError
 from lora_llava.data.encode import (
     IGNORE_INDEX,
@@ -31,12 +32,11 @@ from lora_llava.data.encode import (
     fit_template,
     last_answer_start,
 )
-from lora_llava.data.files import Counted
+from lora_llava.data.files.reading import Counted
 from lora_llava.data.formats import RowError
 from lora_llava.data.sources import Read, Source
 from lora_llava.data.templates import Template, get_template
 from lora_llava.data.typed import special_tokens
-from lora_llava.storage import UNWRITABLE, make_entry
 
 _VERSION = 3
 """Raise it when the same rows would be read or encoded otherwise."""

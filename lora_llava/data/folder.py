@@ -10,7 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.files import data_files, parquet_columns, placed_rows
+from lora_llava.core.errors import UserError
+from lora_llava.data.files.reading import data_files, parquet_columns, placed_rows
+from lora_llava.data.files.shards import SPLIT_WORDS, group_files, row_files, set_words
 from lora_llava.data.formats import (
     CHAT_COLUMNS,
     IMAGE_COLUMNS,
@@ -22,10 +24,8 @@ from lora_llava.data.formats import (
     listed,
     read_row,
 )  # fmt: skip
-from lora_llava.data.image_names import walk_files
-from lora_llava.data.images import BadImageError, FolderImages
-from lora_llava.data.shards import SPLIT_WORDS, group_files, row_files, set_words
-from lora_llava.errors import UserError
+from lora_llava.data.images.image_names import walk_files
+from lora_llava.data.images.reading import BadImageError, FolderImages
 
 PICTURE_SUFFIXES = IMAGE_SUFFIXES
 _ALIASES = {

@@ -22,7 +22,7 @@ from lora_llava.data.conversation import (
     place_image,
     read_turns,
 )
-from lora_llava.data.json_stream import keys_once
+from lora_llava.data.files.json_stream import keys_once
 
 Format = Literal["conversations", "captions"]
 BRIEF_REQUESTS = (

@@ -10,10 +10,10 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lora_llava.core.errors import UserError
 from lora_llava.data.encoded import EncodedTable
-from lora_llava.data.image_names import COCO_NAME
-from lora_llava.data.images import BadImageError, FolderImages, ImageSource
-from lora_llava.errors import UserError
+from lora_llava.data.images.image_names import COCO_NAME
+from lora_llava.data.images.reading import BadImageError, FolderImages, ImageSource
 
 _ENDS = 4096
 """Bytes of a file's beginning and end that tell it from others of its size; two taken for one would only share a

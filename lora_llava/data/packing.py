@@ -6,7 +6,7 @@ import bisect
 import random
 from collections.abc import Sequence
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 
 WINDOW = 4096
 """Samples that are packed together: a row's samples come from one window of the shuffled epoch, so that packing mixes

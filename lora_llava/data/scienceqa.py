@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from lora_llava.core.errors import UserError, nearest
+from lora_llava.core.storage import looked_in
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, ImagePosition, Turn, place_image
-from lora_llava.data.images import FolderImages, ImageSource, TableImages
-from lora_llava.data.to_rgb import Background
+from lora_llava.data.images.reading import FolderImages, ImageSource, TableImages
+from lora_llava.data.images.to_rgb import Background
 from lora_llava.data.typed import as_typed
-from lora_llava.errors import UserError, nearest
-from lora_llava.storage import looked_in
 
 PromptOrder = Literal["QCM-LEA", "QCM-ALE", "CQM-A"]
 PROMPT_ORDERS: tuple[PromptOrder, ...] = get_args(PromptOrder)

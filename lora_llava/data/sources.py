@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+from lora_llava.core.errors import UserError
+from lora_llava.core.storage import looked_in
 from lora_llava.data.conversation import Conversation, ImagePosition
-from lora_llava.data.files import (
+from lora_llava.data.files.reading import (
     data_files,
     empty_rows,
     estimate_rows,
@@ -18,13 +20,11 @@ from lora_llava.data.files import (
     parquet_columns,
     placed_rows,
 )
+from lora_llava.data.files.shards import SUFFIXES, set_stem, shard_of
+from lora_llava.data.files.text_encoding import foreign_encoding
 from lora_llava.data.formats import CHAT_COLUMNS, Columns, Format, RowError, read_row
-from lora_llava.data.images import FolderImages, ImageSource, TableImages, open_table
-from lora_llava.data.shards import SUFFIXES, set_stem, shard_of
-from lora_llava.data.text_encoding import foreign_encoding
-from lora_llava.data.to_rgb import Background
-from lora_llava.errors import UserError
-from lora_llava.storage import looked_in
+from lora_llava.data.images.reading import FolderImages, ImageSource, TableImages, open_table
+from lora_llava.data.images.to_rgb import Background
 
 _MOST_SHARDS = 10_000
 Read = Conversation | RowError

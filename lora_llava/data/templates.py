@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 
-from lora_llava.errors import UserError, nearest
+from lora_llava.core.errors import UserError, nearest
 
 _ASSISTANT = (
     "{listener} and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers"

@@ -28,9 +28,9 @@ from transformers import (
     get_wsd_schedule,
 )
 
+from lora_llava.core.storage import share
 from lora_llava.demo.corpus import Text, random_text, tokenizer_texts
 from lora_llava.demo.world import IMAGE_SIZE, PLACES, SHAPES, Scene, caption, draw, random_scene
-from lora_llava.storage import share
 
 VOCAB_SIZE = 896
 PATCH_SIZE = 16

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from lora_llava.core.errors import UserError
+from lora_llava.core.storage import make_entry
 from lora_llava.demo import corpus, questions
 from lora_llava.demo.questions import Row
 from lora_llava.demo.world import Split, caption, draw, draw_with_boxes, random_scene
-from lora_llava.errors import UserError
-from lora_llava.storage import make_entry
 
 SEED = 7
 ROWS = {"train": 4000, "val": 160, "test": 480}

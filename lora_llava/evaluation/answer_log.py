@@ -11,8 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lora_llava.data.files import json_text
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.data.files.reading import json_text
 from lora_llava.inference.answer import Answer
 
 

@@ -8,18 +8,19 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Message
 from lora_llava.data.encode import IGNORE_INDEX, encode_conversation, encode_prompt
-from lora_llava.data.images import BadImageError, ImageSource, Pictures
+from lora_llava.data.images.reading import BadImageError, ImageSource, Pictures
 from lora_llava.data.templates import Template
 from lora_llava.data.typed import without_marks
-from lora_llava.errors import UserError
+from lora_llava.distributed.ranks import gather, this_rank
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.chat_request import ChatFailure, ChatRequest, picture_part
+from lora_llava.inference.client import ChatServer, ask
 from lora_llava.inference.generate import EncodedPictures, Question, generate_answers
 from lora_llava.inference.likelihood import Choices, answer_losses, build_tree, weigh_choices
 from lora_llava.inference.sampling import Sampling
-from lora_llava.inference.server import ChatServer, ask
 
 Answerer = Callable[[Sequence[Conversation], Collection[int]], Iterator[tuple[int, Answer]]]
 """Answers the last question of each row, the turns before it as history, but for the rows of these indices; gives
@@ -235,3 +236,17 @@ def reference_losses(asked: Asked, rows: Sequence[Conversation]) -> dict[int, tu
         pad_token_id=asked.tokenizer.pad_token_id,  # type: ignore[arg-type]
     )  # fmt: skip
     return {index: (loss, tokens) for index, loss, tokens in found}
+
+
+def shared(answerer: Answerer) -> Answerer:
+    """Let each rank answer its share of the questions; all of them get every answer."""
+    rank, ranks = this_rank()
+    if ranks == 1:
+        return answerer
+
+    def answer(rows: Sequence[Any], but: Collection[int]) -> Iterator[tuple[int, Any]]:
+        others = {i for i in range(len(rows)) if i % ranks != rank}
+        for share in gather(list(answerer(rows, frozenset(but) | others))):
+            yield from share
+
+    return answer

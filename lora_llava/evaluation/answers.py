@@ -1,6 +1,6 @@
 """Marks for free answers: exact match and token F1 as SQuAD defines them (arXiv 1606.05250, section 6.1), ROUGE-L.
 
-What is compared are the tokens of `lora_llava.evaluation.normal`, whose docstring states the rule.
+What is compared are the tokens of `lora_llava.evaluation.parsing.normal`, whose docstring states the rule.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, NotRequired, TypedDict
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
-from lora_llava.evaluation.normal import CJK, answer_tokens, is_number, normalise
+from lora_llava.evaluation.parsing.normal import CJK, answer_tokens, is_number, normalise
 
-MARKING = "SQuAD's rule, numbers by their value, CJK by characters: lora_llava.evaluation.normal"
+MARKING = "SQuAD's rule, numbers by their value, CJK by characters: lora_llava.evaluation.parsing.normal"
 """How free answers are compared."""
 _WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]

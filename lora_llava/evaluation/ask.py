@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from lora_llava.core.errors import ToldError, UserError
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.files import json_text
-from lora_llava.errors import ToldError, UserError
+from lora_llava.data.files.reading import json_text
 from lora_llava.evaluation.answer_log import AnswerLog
 from lora_llava.evaluation.answerers import Answerer, messages_of
 from lora_llava.evaluation.answers import AnsweredRow, AnswerTable, answer_table, mark_answer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from lora_llava.core.errors import UserError
 from lora_llava.data.scienceqa import question_of, read_problems
-from lora_llava.errors import UserError
 from lora_llava.evaluation.scienceqa import Table, make_prediction, score
 
 

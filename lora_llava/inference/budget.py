@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
 
 _WORDS = re.compile(rb" ?[A-Za-z]+")

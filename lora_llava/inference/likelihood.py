@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from lora_llava.data.encode import IGNORE_INDEX
-from lora_llava.data.images import Pictures
+from lora_llava.data.images.reading import Pictures
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.generate import EncodedPictures, Question
 from lora_llava.model.vision import llava_of

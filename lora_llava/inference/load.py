@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 from lora_llava.model.loading import Quantization, load_base
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from lora_llava.data.to_rgb import Background
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.data.images.to_rgb import Background
 from lora_llava.inference.prompt import encode_prompt
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.vision import llava_of

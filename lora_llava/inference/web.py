@@ -20,9 +20,9 @@ from typing import Any
 from PIL import Image
 from rich.console import Console
 
-from lora_llava.data.images import read_rgb
-from lora_llava.data.to_rgb import Background
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.data.images.reading import read_rgb
+from lora_llava.data.images.to_rgb import Background
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import (
     MAX_IMAGE_PIXELS,

@@ -26,12 +26,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lora_llava.errors import UserError
-from lora_llava.model.original import identity_layer, read_projector
-from lora_llava.model.parts import Part
-from lora_llava.model.tensor_files import LazyTensor, lazy_tensors, write_checkpoint
+from lora_llava.core.errors import UserError
+from lora_llava.core.storage import make_entry
 from lora_llava.model.tokenizer import copy_sentencepiece, load_tokenizer
-from lora_llava.storage import make_entry
+from lora_llava.model.weights.original_projector import identity_layer, read_projector
+from lora_llava.model.weights.parts import Part
+from lora_llava.model.weights.tensor_files import LazyTensor, lazy_tensors, write_checkpoint
 
 VOCABULARY_MULTIPLE = 64
 """llava-hf pads Vicuna's 32,002 tokens to 32,064, the next multiple."""

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 from lora_llava.model.vision import take_features
 
 Quantization = Literal["nf4", "none"]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.core.storage import find_damage
 from lora_llava.model.base import BaseParts, build_base, cache_folder
-from lora_llava.model.names import COMPONENTS, canonical_name, component_of
-from lora_llava.model.parts import load_part, local_folder
-from lora_llava.model.tensor_files import LazyTensor, lazy_tensors, weight_files
-from lora_llava.storage import find_damage
+from lora_llava.model.weights.names import COMPONENTS, canonical_name, component_of
+from lora_llava.model.weights.parts import load_part, local_folder
+from lora_llava.model.weights.tensor_files import LazyTensor, lazy_tensors, weight_files
 
 _THREADS = 4
 """SHA-256 releases the GIL; more threads than this wait for the disk."""

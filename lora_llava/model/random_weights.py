@@ -7,8 +7,8 @@ from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lora_llava.model.loading import Quantization, keep_autograd
-from lora_llava.model.streaming import build_empty
 from lora_llava.model.vision import take_features
+from lora_llava.model.weights.streaming import build_empty
 
 _STD = 0.02
 """transformers' `initializer_range` of Llama and CLIP."""

@@ -12,16 +12,21 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import LlavaConfig
 
-from lora_llava.errors import UserError
-from lora_llava.model import parts as model_parts
+from lora_llava.core.errors import UserError
+from lora_llava.core.storage import find_damage, looked_in
 from lora_llava.model.adapter_file import check_fits, check_saved
 from lora_llava.model.base import BaseParts, assembled_config, build_base, cache_folder
-from lora_llava.model.names import ADAPTER_FILE
-from lora_llava.model.original import find_projector, is_original_config, plan_projector, read_projector
-from lora_llava.model.parts import Download, load_config, load_part, plan_download
 from lora_llava.model.provenance import component_hashes
+from lora_llava.model.weights import parts as model_parts
+from lora_llava.model.weights.names import ADAPTER_FILE
+from lora_llava.model.weights.original_projector import (
+    find_projector,
+    is_original_config,
+    plan_projector,
+    read_projector,
+)
+from lora_llava.model.weights.parts import Download, load_config, load_part, plan_download
 from lora_llava.recipe.schema import ModelSection
-from lora_llava.storage import find_damage, looked_in
 
 RUN_FILE = "run.json"
 

@@ -15,7 +15,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlavaConfig, PreTrainedTokenizerBase, TokenizersBackend
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 SENTENCEPIECE_FILE = "tokenizer.model"

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModel, LlavaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lora_llava.model.names import COMPONENTS, canonical_name
-from lora_llava.model.tensor_files import lazy_tensors
+from lora_llava.model.weights.names import COMPONENTS, canonical_name
+from lora_llava.model.weights.tensor_files import lazy_tensors
 
 
 @torch.no_grad()

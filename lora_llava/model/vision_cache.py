@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from lora_llava.errors import UserError
-from lora_llava.model.parts import file_hash
-from lora_llava.storage import share
+from lora_llava.core.errors import UserError
+from lora_llava.core.storage import share
+from lora_llava.model.weights.parts import file_hash
 
 SHARD_PICTURES = 256
 """About 300 MB of CLIP ViT-L/14-336's features in bfloat16: a kill loses less than a minute's work."""

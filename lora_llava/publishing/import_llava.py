@@ -9,14 +9,17 @@ import torch
 from rich.console import Console
 from transformers import GenerationConfig, LlavaConfig
 
+from lora_llava.core.errors import UserError
 from lora_llava.data.encode import fit_template
 from lora_llava.data.templates import chat_template, get_template, stop_strings
-from lora_llava.errors import UserError
 from lora_llava.model.adapter_file import check_fits
 from lora_llava.model.adapters import lora_config
 from lora_llava.model.base import BaseParts, build_base, build_processor, image_processor_of
-from lora_llava.model.names import ADAPTER_FILE
-from lora_llava.model.original_checkpoint import (
+from lora_llava.model.provenance import component_hashes
+from lora_llava.model.start import RUN_FILE
+from lora_llava.model.tokenizer import copy_sentencepiece, load_tokenizer
+from lora_llava.model.weights.names import ADAPTER_FILE
+from lora_llava.model.weights.original_checkpoint import (
     OriginalConfig,
     checkpoint_tensors,
     is_original,
@@ -24,14 +27,11 @@ from lora_llava.model.original_checkpoint import (
     read_lora,
     stock_config,
 )
-from lora_llava.model.parts import Part, file_hash, load_part
-from lora_llava.model.provenance import component_hashes
-from lora_llava.model.start import RUN_FILE
-from lora_llava.model.tensor_files import checkpoint_bytes, lazy_tensors, write_checkpoint, write_file
-from lora_llava.model.tokenizer import copy_sentencepiece, load_tokenizer
+from lora_llava.model.weights.parts import Part, file_hash, load_part
+from lora_llava.model.weights.tensor_files import checkpoint_bytes, lazy_tensors, write_checkpoint, write_file
 from lora_llava.publishing.merge import BASE_FILE, IMPORTED
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
-from lora_llava.training.run_directory import versions, write_json
+from lora_llava.runs.directory import versions, write_json
 
 
 def import_llava(

@@ -11,20 +11,20 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 from lora_llava.model.adapter_file import PEFT_PREFIX
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
-from lora_llava.model.names import ADAPTER_FILE
-from lora_llava.model.parts import file_hash
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import RUN_FILE
-from lora_llava.model.tensor_files import LazyTensor, checkpoint_bytes, write_checkpoint, write_file
-from lora_llava.publishing.check import MergedModel, prepare_questions, prove, tell
+from lora_llava.model.weights.names import ADAPTER_FILE
+from lora_llava.model.weights.parts import file_hash
+from lora_llava.model.weights.tensor_files import LazyTensor, checkpoint_bytes, write_checkpoint, write_file
+from lora_llava.publishing.merge_check import MergedModel, prepare_questions, prove, tell
+from lora_llava.publishing.merge_source import Source, read_source
+from lora_llava.publishing.merged_weights import BaseKind, merged_tensors
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
-from lora_llava.publishing.samples import PER_KIND
-from lora_llava.publishing.source import Source, read_source
-from lora_llava.publishing.weights import BaseKind, merged_tensors
-from lora_llava.training.run_directory import METRICS_FILE, RECIPE_FILE, versions, write_json
+from lora_llava.publishing.proof_prompts import PER_KIND
+from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, versions, write_json
 
 REPORT_FILE = "merge_report.json"
 Dtype = Literal["bfloat16", "float32"]

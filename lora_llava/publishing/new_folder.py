@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.core.storage import locked, share
 from lora_llava.model.base import cache_folder
-from lora_llava.storage import locked, share
 
 _SPARE_BYTES = 64 * 2**20
 """For tokenizer, configs and reports."""

@@ -15,13 +15,13 @@ from transformers import LlavaConfig
 from lora_llava.model.adapter_file import PEFT_PREFIX
 from lora_llava.model.adapters import adapter_on
 from lora_llava.model.loading import default_device
-from lora_llava.model.names import canonical_name, stored_name
 from lora_llava.model.quantization import nf4_round_trip
-from lora_llava.model.streaming import build_empty, stream_weights
-from lora_llava.model.tensor_files import LazyTensor, checkpoint_bytes, lazy_tensors
-from lora_llava.publishing.adapter import Adapter
-from lora_llava.publishing.samples import Sample
-from lora_llava.publishing.weights import is_quantized
+from lora_llava.model.weights.names import canonical_name, stored_name
+from lora_llava.model.weights.streaming import build_empty, stream_weights
+from lora_llava.model.weights.tensor_files import LazyTensor, checkpoint_bytes, lazy_tensors
+from lora_llava.publishing.adapter_tensors import Adapter
+from lora_llava.publishing.merged_weights import is_quantized
+from lora_llava.publishing.proof_prompts import Sample
 
 CONTEXT_LOGITS = 8
 """Positions before the answer whose logits are compared too."""

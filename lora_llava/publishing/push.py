@@ -17,16 +17,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_llava.errors import ToldError, UserError
-from lora_llava.model.names import ADAPTER_FILE
-from lora_llava.model.parts import file_hash
+from lora_llava.core.errors import ToldError, UserError
 from lora_llava.model.provenance import locate_base
 from lora_llava.model.start import RUN_FILE
-from lora_llava.model.tensor_files import weight_files
-from lora_llava.publishing.card import add_card
+from lora_llava.model.weights.names import ADAPTER_FILE
+from lora_llava.model.weights.parts import file_hash
+from lora_llava.model.weights.tensor_files import weight_files
+from lora_llava.publishing.card.model_card import add_card
 from lora_llava.publishing.merge import BASE_FILE
 from lora_llava.publishing.package import CARD_FILE, Package, check_secrets, check_whole, collect, is_ours
-from lora_llava.training.run_directory import is_run, read_record
+from lora_llava.runs.directory import is_run, read_record
 
 _NOT_OURS = (".gitattributes",)
 """The Hub puts it there."""

@@ -1,6 +1,12 @@
 """Recipes: what a run is to do."""
 
-from lora_llava.recipe.generate import ContextsSection, FlavoursSection, GatesSection, GenerateRecipe, TeacherSection
+from lora_llava.recipe.generate_schema import (
+    ContextsSection,
+    FlavoursSection,
+    GatesSection,
+    GenerateRecipe,
+    TeacherSection,
+)
 from lora_llava.recipe.io import (
     RecipeError,
     copy_recipes,

@@ -18,12 +18,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from lora_llava.errors import UserError, nearest
-from lora_llava.recipe.generate import GenerateRecipe
+from lora_llava.core.errors import UserError, nearest
+from lora_llava.core.secrets import find_secrets
+from lora_llava.core.storage import looked_in
+from lora_llava.recipe.generate_schema import GenerateRecipe
 from lora_llava.recipe.places import as_written, find_inputs
 from lora_llava.recipe.schema import Recipe
-from lora_llava.recipe.secrets import find_secrets
-from lora_llava.storage import looked_in
 
 Schema = TypeVar("Schema", bound=BaseModel)
 _LARGEST = 1_000_000

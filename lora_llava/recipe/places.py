@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel
 
-from lora_llava.errors import UserError
-from lora_llava.storage import FoundPath
+from lora_llava.core.errors import UserError
+from lora_llava.core.storage import FoundPath
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

@@ -13,13 +13,13 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.html_page import escape_line, escape_lines, write_page
-from lora_llava.data.images import FolderImages
-from lora_llava.data.preview_samples import count_of, escape_hidden
-from lora_llava.synthesis.card import BY_RULES, is_by_rules, teacher_name
-from lora_llava.synthesis.context import Context, write_context
-from lora_llava.synthesis.gallery_picture import COLOURS, draw_picture
-from lora_llava.synthesis.gates import REASONS
+from lora_llava.data.images.reading import FolderImages
+from lora_llava.pages.html_page import escape_line, escape_lines, write_page
+from lora_llava.pages.preview_samples import count_of, escape_hidden
+from lora_llava.synthesis.contexts.context import Context, write_context
+from lora_llava.synthesis.dataset_card import BY_RULES, is_by_rules, teacher_name
+from lora_llava.synthesis.gallery_image import COLOURS, draw_picture
+from lora_llava.synthesis.gates.gates import REASONS
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.pipeline import Result
 from lora_llava.synthesis.sample import FLAVOURS, Rejection, Task, Turns
@@ -118,7 +118,7 @@ def render_gallery(
     folder = FolderImages(Path(images), _MAX_PIXELS) if images else None
     rows, rejections = picks.rows(), picks.rejections()
     articles = [_article(shown, contexts[shown.task.place], folder, answer_of) for shown in [*rows, *rejections]]
-    style = resources.files("lora_llava.synthesis").joinpath("gallery.css").read_text(encoding="utf-8")
+    style = resources.files("lora_llava.pages").joinpath("gallery.css").read_text(encoding="utf-8")
     nothing = '<p class="none">There is nothing to show.</p>'
     main = "\n".join(articles) or nothing
     body = f"{_head(name, summary)}\n{_toolbar(summary, rows, rejections)}\n<main>\n{main}\n</main>"

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 from lora_llava.inference.budget import Charge
 from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 

@@ -13,14 +13,14 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
+from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
-from lora_llava.data.files import json_text
-from lora_llava.errors import UserError
+from lora_llava.data.files.reading import json_text
 from lora_llava.recipe import GenerateRecipe
-from lora_llava.synthesis.card import write_card
-from lora_llava.synthesis.contexts import Contexts
+from lora_llava.synthesis.contexts.reading_contexts import Contexts
+from lora_llava.synthesis.dataset_card import write_card
 from lora_llava.synthesis.gallery import Picks, render_gallery
-from lora_llava.synthesis.gates import REASONS, SeenSamples
+from lora_llava.synthesis.gates.gates import REASONS, SeenSamples
 from lora_llava.synthesis.pipeline import Result
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Task, Turns
 

@@ -9,18 +9,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 from lora_llava.inference.budget import Budget, Charge
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
-from lora_llava.synthesis.context import Context
-from lora_llava.synthesis.contexts import Contexts
-from lora_llava.synthesis.gates import REASONS, Limits, check_sample
+from lora_llava.synthesis.contexts.context import Context
+from lora_llava.synthesis.contexts.reading_contexts import Contexts
+from lora_llava.synthesis.gates.gates import REASONS, Limits, check_sample
 from lora_llava.synthesis.ledger import ANSWERED, Ledger, request_key
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.prompts import RESPONSE_SCHEMAS, Prompt, choose_request, write_messages
 from lora_llava.synthesis.sample import Flavour, Rejection, Task, Turns
 from lora_llava.synthesis.tasks import Tasks
-from lora_llava.synthesis.teacher import Asked, Teacher
+from lora_llava.synthesis.teachers.teacher import Asked, Teacher
 
 _HOPELESS = 8
 """Failures in a row at the start after which the rest is not tried."""

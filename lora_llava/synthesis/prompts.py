@@ -12,8 +12,8 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from lora_llava.errors import UserError, nearest
-from lora_llava.synthesis.context import Context, write_context
+from lora_llava.core.errors import UserError, nearest
+from lora_llava.synthesis.contexts.context import Context, write_context
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Rejection
 

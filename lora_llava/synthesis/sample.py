@@ -36,7 +36,7 @@ class Rejection:
     """Why an answer is not taken.
 
     Attributes:
-        reason: A key of `lora_llava.synthesis.gates.REASONS`.
+        reason: A key of `lora_llava.synthesis.gates.gates.REASONS`.
         detail: What of the answer it was, in a few words.
     """
 

@@ -11,8 +11,8 @@ from itertools import accumulate
 from math import isfinite
 from typing import Any
 
-from lora_llava.errors import UserError, nearest
-from lora_llava.synthesis.context import Context
+from lora_llava.core.errors import UserError, nearest
+from lora_llava.synthesis.contexts.context import Context
 from lora_llava.synthesis.sample import FLAVOURS, WEIGHTS, Flavour, Task
 
 _GOLDEN = 0.6180339887498949

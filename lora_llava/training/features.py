@@ -17,17 +17,17 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from tqdm import tqdm
 
-from lora_llava.data.images import Pixels
-from lora_llava.data.to_rgb import CONVERSION_RULE
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.data.images.reading import Pixels
+from lora_llava.data.images.to_rgb import CONVERSION_RULE
+from lora_llava.distributed.ranks import first_before_others
 from lora_llava.evaluation.ask import choose_rows
 from lora_llava.model.base import cache_folder
 from lora_llava.model.loading import default_device, resolve_dtype
 from lora_llava.model.start import Base
 from lora_llava.model.vision import load_tower, tower_features
 from lora_llava.model.vision_cache import CachedFeatures, FeatureStore, feature_bytes, store_folder
-from lora_llava.training.plan import RunPlan
-from lora_llava.training.ranks import first_before_others
+from lora_llava.planning.run_plan import RunPlan
 
 _BATCH = 8
 """Pictures that go through the tower at once; more gain nothing (untuned on a GPU)."""

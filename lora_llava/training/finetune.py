@@ -17,22 +17,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.core.storage import FoundPath
+from lora_llava.distributed.ranks import first_alone, first_before_others, is_first, this_rank
+from lora_llava.evaluation.run_report import REPORT_FILE, write_report
+from lora_llava.evaluation.scoring import Asking, ask_table
+from lora_llava.evaluation.tables import tables_view
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.base import cache_folder
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
+from lora_llava.planning import plan_tables
+from lora_llava.planning.fit import resolve_optimizer
+from lora_llava.planning.run_plan import RunPlan, is_padding_free, plan_run
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
-from lora_llava.storage import FoundPath
-from lora_llava.training import report
-from lora_llava.training.checkpoint import list_checkpoints, set_aside
-from lora_llava.training.data import asked_split, sealed
-from lora_llava.training.features import cache_features
-from lora_llava.training.identity import IDENTITY_FILE, run_identity
-from lora_llava.training.plan import RunPlan, is_padding_free, plan_run
-from lora_llava.training.planner import resolve_optimizer
-from lora_llava.training.ranks import first_alone, first_before_others, is_first, this_rank
-from lora_llava.training.resume import Start, find_start, refuse_unfinished, same_run
-from lora_llava.training.run_directory import (
+from lora_llava.runs.checkpoint import list_checkpoints, set_aside
+from lora_llava.runs.directory import (
     METRICS_FILE,
     is_run,
     machine,
@@ -42,9 +41,11 @@ from lora_llava.training.run_directory import (
     versions,
     write_json,
 )
-from lora_llava.training.run_report import REPORT_FILE, write_report
-from lora_llava.training.scoring import Asking, ask_table
-from lora_llava.training.sources import progress_bar
+from lora_llava.runs.identity import IDENTITY_FILE, run_identity
+from lora_llava.runs.resume import Start, find_start, refuse_unfinished, same_run
+from lora_llava.splits.encoded_sources import progress_bar
+from lora_llava.splits.split_rows import asked_split, sealed
+from lora_llava.training.features import cache_features
 from lora_llava.training.stages import CHECKPOINTS, TrainResult, build_trained_model, describe_plan, train
 
 BEFORE_FILE = "before.json"
@@ -163,8 +164,8 @@ def with_stage1_run(recipe: Recipe, run: Path) -> Recipe:
 def _plan(recipe: Recipe, console: Console) -> RunPlan:
     with first_before_others():
         plan = plan_run(recipe, progress_bar)
-    report.print_data(plan, console)
-    report.print_memory(recipe, plan.step, console)
+    plan_tables.print_data(plan, console)
+    plan_tables.print_memory(recipe, plan.step, console)
     return plan
 
 
@@ -188,7 +189,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     cache_features(plan, base, console)
     model = build_trained_model(recipe, replace(base, initial_projector=None))
     freeze_plan = describe_plan(model)
-    report.print_freeze_plan(freeze_plan, console)
+    plan_tables.print_freeze_plan(freeze_plan, console)
     console.print(f"attention: {is_padding_free(recipe)[1]}")
     before = _ask_before(model, plan, identity, going_on is not None, console)
     if base.initial_projector is not None:
@@ -201,7 +202,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     tables = {"before": before, "after": after.table if after else None}
     metrics = _metrics(plan, base, freeze_plan, result, tables)
     first_alone(lambda: _write_results(folder, recipe, metrics, after))
-    report.print_result(recipe, metrics, time.monotonic() - start, console)
+    _print_result(recipe, metrics, time.monotonic() - start, console)
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -290,7 +291,23 @@ def dry_run(recipe: Recipe, recipe_folder: Path, console: Console) -> None:
     stage1 = stage1_of(recipe, recipe_folder)
     for each in [stage1, recipe] if stage1 is not None and not finished_stage1(stage1) else [recipe]:
         plan = _plan(each, console)
-        report.print_downloads(plan, cache_folder(), console)
-        report.print_parameters(plan, console)
-        report.print_sample(plan, console)
+        plan_tables.print_downloads(plan, cache_folder(), console)
+        plan_tables.print_parameters(plan, console)
+        plan_tables.print_sample(plan, console)
         _refuse_what_cannot_fit([plan])
+
+
+def _print_result(recipe: Recipe, metrics: dict[str, Any], seconds: float, console: Console) -> None:
+    """The tables before and after, memory, time and what to do next."""
+    tables = {name: metrics[name] for name in ("before", "after") if metrics[name] is not None}
+    if tables:
+        title = "ScienceQA, test split" if recipe.data.format == "scienceqa" else "Answers"
+        console.print(tables_view(title, tables))
+    train = metrics["train"]
+    loss = train["best_validation_loss"]
+    console.print(
+        f"trained {train['steps']:,} steps, {train['tokens']:,} tokens in {train['seconds']:.0f} s "
+        f"({train['tokens'] / train['seconds']:,.0f} tokens/s); {seconds:.0f} s in all; peak memory "
+        f"{train['peak_memory_bytes'] / 2**30:.2f} GiB" + (f"; validation loss {loss:.4f}" if loss is not None else "")
+    )
+    console.print(f"run directory: {recipe.output_dir}; open {recipe.output_dir}/report.html", soft_wrap=True)

@@ -17,30 +17,30 @@ from transformers import PrinterCallback
 from transformers.trainer_utils import set_seed
 from trl import SFTConfig
 
+from lora_llava.core.errors import StoppedError, UserError
 from lora_llava.data.collator import PackedCollator, PaddedCollator
-from lora_llava.errors import StoppedError, UserError
-from lora_llava.model.activation_checkpointing import checkpoint_language_model
+from lora_llava.distributed.balance import deal_rows
+from lora_llava.distributed.ranks import first_alone, gather, is_first, this_rank
+from lora_llava.distributed.sharding import describe_share, is_sharded, whole_weights
+from lora_llava.evaluation.scoring import ScoreValidation
 from lora_llava.model.adapters import add_adapters, freeze_plan, trained_projector
-from lora_llava.model.attention import use_flash_varlen
-from lora_llava.model.lean import make_lean
+from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
+from lora_llava.model.fast_path.attention import use_flash_varlen
+from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import load_base
 from lora_llava.model.start import Base
 from lora_llava.model.vision import freeze_tower
+from lora_llava.planning.fit import resolve_optimizer
+from lora_llava.planning.memory import GIB
+from lora_llava.planning.row_order import validation_rows
+from lora_llava.planning.run_plan import RunPlan, is_padding_free, run_lora_config
 from lora_llava.recipe import Recipe, recipe_hash
-from lora_llava.training.callbacks import ProgressLine, peak_memory_bytes
-from lora_llava.training.checkpoint import DiskFullError
-from lora_llava.training.data import Split
-from lora_llava.training.dealing import deal_rows
-from lora_llava.training.identity import run_identity
-from lora_llava.training.memory import GIB
-from lora_llava.training.plan import RunPlan, is_padding_free, run_lora_config
-from lora_llava.training.planner import resolve_optimizer
-from lora_llava.training.ranks import first_alone, gather, is_first, this_rank
-from lora_llava.training.resume import Start
-from lora_llava.training.rows import validation_rows
-from lora_llava.training.run_directory import save_model, versions
-from lora_llava.training.scoring import ScoreValidation
-from lora_llava.training.sharding import describe_share, is_sharded, whole_weights
+from lora_llava.runs.checkpoint import DiskFullError
+from lora_llava.runs.directory import save_model, versions
+from lora_llava.runs.identity import run_identity
+from lora_llava.runs.resume import Start
+from lora_llava.splits.split_rows import Split
+from lora_llava.training.progress import ProgressLine, peak_memory_bytes
 from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import Feed, LlavaSFTTrainer
 from lora_llava.training.watchdog import RefuseNaN, SaveEvery, StopOnSignal, TellSpikes

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from lora_llava.errors import ToldError
-from lora_llava.training.loss import count_labels, labelled_loss
+from lora_llava.core.errors import ToldError
+from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
 
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Relative; what other shapes of the same sums change in each dtype, with room."""

@@ -21,15 +21,14 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lora_llava.data.encode import IGNORE_INDEX
+from lora_llava.distributed.sharding import is_sharded, load_weights, share_out, whole, whole_weights
 from lora_llava.model.adapters import trained_projector
-from lora_llava.training.callbacks import peak_memory_bytes
-from lora_llava.training.checkpoint import best_of_run, newest_whole, remove_old, written_whole
-from lora_llava.training.identity import is_of_run
-from lora_llava.training.loss import count_labels, labelled_loss
-from lora_llava.training.run_directory import DATA_FILE, RECIPE_FILE
-from lora_llava.training.sharding import is_sharded, load_weights, share_out, whole, whole_weights
-from lora_llava.training.state_files import random_state
-from lora_llava.training.trainer_state import (
+from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
+from lora_llava.runs.checkpoint import best_of_run, newest_whole, remove_old, written_whole
+from lora_llava.runs.directory import DATA_FILE, RECIPE_FILE
+from lora_llava.runs.identity import is_of_run
+from lora_llava.runs.state_files import random_state
+from lora_llava.runs.trainer_state import (
     gather_random,
     mean_loss,
     put_counters,
@@ -40,6 +39,7 @@ from lora_llava.training.trainer_state import (
     state_bytes,
     take_counters,
 )
+from lora_llava.training.progress import peak_memory_bytes
 
 KEPT = 2
 """Newest checkpoints that stay, beside the best: one may turn out to be damaged."""

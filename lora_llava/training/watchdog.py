@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from lora_llava.errors import ToldError
-from lora_llava.training.ranks import gather
+from lora_llava.core.errors import ToldError
+from lora_llava.distributed.ranks import gather
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _SPIKE, _BEFORE = 3.0, 20

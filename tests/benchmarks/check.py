@@ -18,8 +18,8 @@ import psutil
 from PIL import Image, ImageFilter
 from rich.console import Console
 
+from lora_llava.prepare.row_check import check
 from lora_llava.recipe import load_recipe
-from lora_llava.training.check import check
 
 _WORDS = "the a red blue dog cat man woman street table holds next to large small two behind"
 _DIFFERENT = 300

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from lora_llava.data.noun_phrases import TAGGERS
+from lora_llava.data.concepts.noun_phrases import TAGGERS
 
 EARLY = 10_000
 """Captions after which memory should not grow."""
@@ -47,7 +47,7 @@ def _run(folder: Path, count: int, args: argparse.Namespace) -> dict[str, Any]:
     with source.open("w") as stream:
         for number, caption in enumerate(captions(count, args.nouns, args.seed)):
             stream.write(json.dumps({"id": f"{number:09}", "image": f"{number:09}.jpg", "caption": caption}) + "\n")
-    verb = [sys.executable, "-m", "lora_llava.cli", "filter-captions", str(source), "--output", str(target)]
+    verb = [sys.executable, "-m", "lora_llava.commands.main", "filter-captions", str(source), "--output", str(target)]
     start = time.perf_counter()
     process = subprocess.Popen([*verb, "--tagger", args.tagger], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0

@@ -27,7 +27,7 @@ POLYGON = 54
 READ = """
 import json, sys
 from pathlib import Path
-from lora_llava.synthesis.contexts import read_contexts
+from lora_llava.synthesis.contexts.reading_contexts import read_contexts
 from lora_llava.synthesis.tasks import plan_tasks
 contexts = read_contexts(**{name: Path(file) for name, file in json.loads(sys.argv[1]).items()})
 tasks = plan_tasks(contexts, samples_per_picture=3, seed=0)

@@ -48,8 +48,8 @@ def _measure(
     lengths: list[int], ranks: int, budget: int | None, batch_size: int | None, accumulation: int
 ) -> dict[str, Any]:
     from lora_llava.data.packing import pack_samples
-    from lora_llava.training.dealing import deal_rows
-    from lora_llava.training.rows import batch_samples
+    from lora_llava.distributed.balance import deal_rows
+    from lora_llava.planning.row_order import batch_samples
 
     rows = pack_samples(lengths, budget) if budget is not None else batch_samples(lengths, batch_size or 1)
     start = time.perf_counter()
@@ -63,7 +63,7 @@ def _measure(
 
 
 def _unevenness(rows: list[list[int]], lengths: list[int], ranks: int, accumulation: int) -> dict[str, float]:
-    from lora_llava.training.dealing import rank_tokens
+    from lora_llava.distributed.balance import rank_tokens
 
     size = ranks * accumulation
     shares = [rank_tokens(rows[start : start + size], lengths, ranks) for start in range(0, len(rows), size)]

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from PIL import Image
 
+from lora_llava.benchmark.benchmark_rows import shape_config
 from lora_llava.data.collator import PackedCollator
-from lora_llava.data.images import FolderImages, Pictures, Pixels
+from lora_llava.data.images.reading import FolderImages, Pictures, Pixels
 from lora_llava.model.base import image_processor_of
 from lora_llava.model.vision_cache import CachedFeatures, FeatureStore
-from lora_llava.training.benchmark_data import shape_config
 
 REPEATS = 5
 

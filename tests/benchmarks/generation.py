@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.evaluation.ask import ask_scienceqa
+from lora_llava.evaluation.evaluate import Way, held_out_rows, load_asked, open_answerer, open_evaluation
 from lora_llava.inference.sampling import Sampling
 from lora_llava.recipe import EvaluationSection
-from lora_llava.training.evaluate import Way, held_out_rows, load_asked, open_answerer, open_evaluation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

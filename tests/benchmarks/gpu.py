@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lora_llava.training.benchmark import run_in_process
-from lora_llava.training.benchmark_sides import Settings
-from lora_llava.training.memory import CUDA_CONTEXT, GIB
+from lora_llava.benchmark.benchmark_sides import Settings
+from lora_llava.benchmark.comparison_run import run_in_process
+from lora_llava.planning.memory import CUDA_CONTEXT, GIB
 
 WORDS_OF_768 = 768 - 576 - 10
 """A text that makes a row of 768 tokens with a picture and the template's own."""

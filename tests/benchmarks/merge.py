@@ -68,8 +68,8 @@ def build(folder: Path, shape: str, layers: int | None, image_size: int) -> tupl
     from lora_llava.model.adapters import lora_config
     from lora_llava.model.base import CLIPImageProcessorPil, assembled_config, build_processor
     from lora_llava.model.provenance import component_hashes
-    from lora_llava.model.streaming import build_empty
-    from lora_llava.model.tensor_files import LazyTensor, write_checkpoint, write_file
+    from lora_llava.model.weights.streaming import build_empty
+    from lora_llava.model.weights.tensor_files import LazyTensor, write_checkpoint, write_file
     from lora_llava.recipe.schema import LINEARS
 
     size = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
@@ -143,9 +143,9 @@ def drop_pages(folder: Path) -> None:
 def merge(run_folder: Path, output: Path, prompts: int) -> dict[str, Any]:
     """Run `lora-llava merge` in a process of its own and read its peak resident set."""
     command = [
-        sys.executable, "-m", "lora_llava.cli", "merge", str(run_folder), "--output", str(output), "--prompts",
-        str(prompts),
-    ]  # fmt: skip
+        *(sys.executable, "-m", "lora_llava.commands.main", "merge"),
+        *(str(run_folder), "--output", str(output), "--prompts", str(prompts)),
+    ]
     start = time.monotonic()
     subprocess.run(command, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

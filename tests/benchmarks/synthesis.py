@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _made(samples: int, faults: float, latency: float) -> dict[str, Any]:
-    from lora_llava.recipe.generate import ContextsSection, FlavoursSection, GenerateRecipe, TeacherSection
-    from lora_llava.synthesis.generate import generate
+    from lora_llava.recipe.generate_schema import ContextsSection, FlavoursSection, GenerateRecipe, TeacherSection
+    from lora_llava.synthesis.generation import generate
 
     context = multiprocessing.get_context("spawn")
     seen = context.Array("d", 4, lock=False)  # port, first request, last answer, answers

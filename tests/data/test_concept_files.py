@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from lora_llava.cli import main
-from lora_llava.data.concept_files import caption_of, filter_caption_file
-from lora_llava.data.noun_phrases import load_noun_phrases
-from lora_llava.errors import UserError
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
+from lora_llava.data.concepts.concept_files import caption_of, filter_caption_file
+from lora_llava.data.concepts.noun_phrases import load_noun_phrases
 
 CAPTIONS = ["a red dog on a table", "a red dog", "a red dog in a house", "an old castle", "", "a table", "a table"]
 KEPT = ["a red dog on a table", "a red dog", "a red dog in a house", "a table", "a table"]
@@ -90,7 +90,7 @@ def test_ctrl_c_leaves_no_half_file(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "lora_llava.cli",
+        "lora_llava.commands.main",
         "filter-captions",
         str(tmp_path / "a.jsonl"),
         "--tagger",

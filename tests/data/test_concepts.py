@@ -20,9 +20,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.data.concepts import ConceptReport, _full_disk_told, filter_captions
-from lora_llava.data.noun_phrases import SPACY_MODEL, light_noun_phrases, load_noun_phrases, spacy_noun_phrases
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.data.concepts.concept_filter import ConceptReport, _full_disk_told, filter_captions
+from lora_llava.data.concepts.noun_phrases import SPACY_MODEL, light_noun_phrases, load_noun_phrases, spacy_noun_phrases
 
 HAND_MADE = ["cat, tree", "cat", "cat, sea", "cat", "tree", " ", ",", "tree, tree", "sea"]
 
@@ -227,7 +227,7 @@ def test_temporary_files_are_gone_after_an_exception(
 
 KILLED = """
 import os, signal
-from lora_llava.data.concepts import filter_captions
+from lora_llava.data.concepts.concept_filter import filter_captions
 def rows():
     for number in range(10_000):
         yield {"caption": f"{number} " * 200}

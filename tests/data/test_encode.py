@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+from lora_llava.core.errors import UserError
 from lora_llava.data import (
     IGNORE_INDEX,
     TEMPLATES,
@@ -22,7 +23,6 @@ from lora_llava.data import (
     encode_prompt,
     get_template,
 )
-from lora_llava.errors import UserError
 
 V1 = (
     "A chat between a curious user and an artificial intelligence assistant. "

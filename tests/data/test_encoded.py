@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaTokenizer
 
+from lora_llava.core.errors import UserError
 from lora_llava.data import (
     TEMPLATES,
     Conversation,
@@ -26,9 +27,8 @@ from lora_llava.data import (
 )
 from lora_llava.data.encoded import EncodedRows, EncodedTable, answer_starts, encode_table
 from lora_llava.data.formats import RowError
-from lora_llava.data.images import FolderImages
+from lora_llava.data.images.reading import FolderImages
 from lora_llava.data.sources import Read, Source, list_source
-from lora_llava.errors import UserError
 
 SHORT = Template(name="short", system="", system_format="", user_format="{}:", stop="</s>")
 NO_IMAGES = FolderImages(Path(), 1)

@@ -103,7 +103,7 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
 CODE = """
 import json, sys
 from lora_llava.data.sources import open_source
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 path, options = json.loads(sys.argv[1])
 try:
     source = open_source(path, **options)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_llava.data.image_names import MATCHED
-from lora_llava.data.images import BadImageError, FolderImages, JoinedImages, TableImages
-from lora_llava.data.picture_check import inspect_pictures
+from lora_llava.data.images.image_check import inspect_pictures
+from lora_llava.data.images.image_names import MATCHED
+from lora_llava.data.images.reading import BadImageError, FolderImages, JoinedImages, TableImages
 
 
 def draw(folder: Path, *names: str) -> FolderImages:

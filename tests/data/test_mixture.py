@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaTokenizer
 
+from lora_llava.core.errors import UserError
 from lora_llava.data import Conversation, Template, Turn
 from lora_llava.data.encoded import EncodedTable, encode_table
 from lora_llava.data.formats import RowError
-from lora_llava.data.images import FolderImages, TableImages
+from lora_llava.data.images.reading import FolderImages, TableImages
 from lora_llava.data.mixture import Share, epoch_counts, hold_back, mixture, row_keys
 from lora_llava.data.sources import Source, list_source
-from lora_llava.errors import UserError
 
 SHORT = Template(name="short", system="", system_format="", user_format="{}:", stop="</s>")
 NAMES = ["data.validation_rows", "data.test_rows"]

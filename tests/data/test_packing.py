@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_llava.core.errors import UserError
 from lora_llava.data.packing import pack_samples, packing_efficiency
-from lora_llava.errors import UserError
 
 LENGTHS = st.lists(st.integers(1, 100), max_size=200)
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_llava.data.images import FolderImages
-from lora_llava.data.picture_check import Picture, inspect_picture, inspect_pictures
+from lora_llava.data.images.image_check import Picture, inspect_picture, inspect_pictures
+from lora_llava.data.images.reading import FolderImages
 
 UPRIGHT, TURNED = 1, 6
 

@@ -16,8 +16,8 @@ from PIL import Image
 from rich.console import Console
 
 from lora_llava.data.encode import IGNORE_INDEX
-from lora_llava.data.preview_page import render_page
-from lora_llava.data.preview_samples import (
+from lora_llava.pages.preview_page import render_page
+from lora_llava.pages.preview_samples import (
     Preview,
     PreviewRow,
     PreviewSample,
@@ -26,7 +26,7 @@ from lora_llava.data.preview_samples import (
     escape_hidden,
     share,
 )
-from lora_llava.data.preview_terminal import print_samples
+from lora_llava.pages.preview_terminal import print_samples
 
 IMAGE_TOKEN_ID = 32000
 HOSTILE = (

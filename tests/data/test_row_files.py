@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lora_llava.data.files import data_files, iterate_rows, placed_rows
-from lora_llava.data.fix import write_set_without, write_without
+from lora_llava.core.errors import UserError
+from lora_llava.data.files.cleaned_copy import write_set_without, write_without
+from lora_llava.data.files.reading import data_files, iterate_rows, placed_rows
+from lora_llava.data.files.text_encoding import encoding_problem, foreign_encoding, text_encoding
 from lora_llava.data.folder import understand_folder
 from lora_llava.data.sources import open_source
-from lora_llava.data.text_encoding import encoding_problem, foreign_encoding, text_encoding
-from lora_llava.errors import UserError
 
 WESTERN = {"question": "Was ist das größte “Café”?", "answer": "L'été – 5 €"}
 ASIAN = {"question": "这是什么颜色？", "answer": "красный 赤"}

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import LlamaTokenizer
 
+from lora_llava.core.errors import UserError
 from lora_llava.data import Conversation, Template, Turn
-from lora_llava.data.images import FolderImages
-from lora_llava.data.rows import Report, build_rows
-from lora_llava.errors import UserError
+from lora_llava.data.images.reading import FolderImages
+from lora_llava.data.selection import Report, build_rows
 
 SHORT = Template(name="short", system="", system_format="", user_format="{}:", stop="</s>")
 Build = Callable[..., tuple[list[dict[str, Any]], Report]]

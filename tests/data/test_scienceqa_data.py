@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from lora_llava.core.errors import UserError
 from lora_llava.data import Conversation, Turn
-from lora_llava.data.images import BadImageError
+from lora_llava.data.images.reading import BadImageError
 from lora_llava.data.scienceqa import PROMPT_ORDERS, format_problem, load_scienceqa, read_problems
-from lora_llava.errors import UserError
 
 METAL = {
     "question": "Which is a metal?", "choices": ["wood", "iron", "wool"], "answer": 1, "hint": "Look closely.",

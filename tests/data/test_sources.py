@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from lora_llava.core.errors import UserError
 from lora_llava.data import Conversation, Turn
 from lora_llava.data.formats import Columns, RowError
-from lora_llava.data.images import BadImageError, FolderImages, TableImages
+from lora_llava.data.images.reading import BadImageError, FolderImages, TableImages
 from lora_llava.data.sources import Source, list_source, open_source
-from lora_llava.errors import UserError
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 TURNS = [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "A cube."}]

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_llava.data.images import FolderImages, TableImages, read_converted
-from lora_llava.data.picture_check import inspect_picture, inspect_pictures
-from lora_llava.data.to_rgb import SCALED, TRANSPARENT, Background, Converted
+from lora_llava.data.images.image_check import inspect_picture, inspect_pictures
+from lora_llava.data.images.reading import FolderImages, TableImages, read_converted
+from lora_llava.data.images.to_rgb import SCALED, TRANSPARENT, Background, Converted
 
 TWELVE = np.array([[0, 1000, 4095]], dtype=np.uint16)
 

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from lora_llava.demo import corpus
 from lora_llava.demo.build import build_tokenizer, encode_texts, llm_config, near_misses, train_llm
 from lora_llava.demo.world import random_scene
-from lora_llava.model.parts import DEMO_FOLDER
-from lora_llava.model.tensor_files import iterate_tensors
+from lora_llava.model.weights.parts import DEMO_FOLDER
+from lora_llava.model.weights.tensor_files import iterate_tensors
 
 
 def test_is_eight_megabytes_of_safetensors_at_the_most() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.evaluation.answers import mark_answer
-from lora_llava.evaluation.compare import Comparison, compare_runs
-from lora_llava.evaluation.compare_files import read_runs
+from lora_llava.evaluation.compare.compare_files import read_runs
+from lora_llava.evaluation.compare.comparison import Comparison, compare_runs
 
 SEEDS = {"r16-s0": "rrww", "r16-s1": "rrrw", "r32-s0": "rrrr", "r32-s1": "rrrr"}
 CATEGORIES = [["NAT", "IMG", "G1-6"], ["SOC", "TXT", "G7-12"]]

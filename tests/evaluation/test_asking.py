@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_llava.core.errors import UserError
 from lora_llava.data import Conversation, Turn
-from lora_llava.errors import UserError
 from lora_llava.evaluation.answer_log import AnswerLog
 from lora_llava.evaluation.ask import UnansweredError, ask_conversations, ask_rows, ask_scienceqa, questions_hash
 from lora_llava.inference.answer import Answer

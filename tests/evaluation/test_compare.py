@@ -14,11 +14,11 @@ from compared import SEEDS, compared, own, recipe_of, science, written
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 from lora_llava.evaluation.answers import mark_answer
-from lora_llava.evaluation.compare import holm, mcnemar
-from lora_llava.evaluation.compare_files import flatten, read_runs
-from lora_llava.evaluation.compare_view import render
+from lora_llava.evaluation.compare.compare_files import flatten, read_runs
+from lora_llava.evaluation.compare.compare_view import render
+from lora_llava.evaluation.compare.comparison import holm, mcnemar
 from lora_llava.evaluation.intervals import share_interval
 
 

@@ -13,8 +13,8 @@ from compared import SEEDS, compared, own, recipe_of, science, written
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.cli import main
-from lora_llava.evaluation.compare_view import as_json, escape_latex, escape_markdown, render, write_p
+from lora_llava.commands.main import main
+from lora_llava.evaluation.compare.compare_view import as_json, escape_latex, escape_markdown, render, write_p
 from lora_llava.evaluation.published import PUBLISHED, published_table
 from lora_llava.evaluation.scienceqa import COLUMNS, make_prediction
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.errors import UserError
-from lora_llava.evaluation.judge import (
+from lora_llava.core.errors import UserError
+from lora_llava.evaluation.judge.review import (
     CATEGORIES,
     ORDERS,
     JudgeCase,

@@ -21,11 +21,11 @@ from killed import kill, wait_for
 from killed import start as killed_verb
 from llava_bench_files import bench, options
 
-from lora_llava.cli import main
-from lora_llava.errors import UserError
-from lora_llava.evaluation.judge_ledger import JudgeLedger, request_key
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
+from lora_llava.evaluation.judge.judge_ledger import JudgeLedger, request_key
 from lora_llava.inference.budget import Budget, estimate_tokens
-from lora_llava.inference.server import ChatAnswer, ChatRequest
+from lora_llava.inference.client import ChatAnswer, ChatRequest
 
 LEDGER = "llava_bench_judge.jsonl"
 
@@ -296,7 +296,7 @@ def start(log: ChatLog, folder: Path) -> BaseProcess:
     names = ("questions", "context", "reference", "answers")
     files = {name: folder / f"{name}.jsonl" for name in names}
     argv = ["score", "llava-bench", *options(files), "--judge-url", log.url, "--judge-model", "judge"]
-    return killed_verb(argv, "lora_llava.evaluation.judge_report")
+    return killed_verb(argv, "lora_llava.evaluation.judge.judge_report")
 
 
 def unreadable_at_times(body: Body) -> str:
@@ -333,7 +333,7 @@ def test_a_run_killed_at_ten_points_repeats_no_call_and_ends_at_the_same_score(l
 def test_ctrl_c_keeps_the_answers(log: ChatLog, tmp_path: Path) -> None:
     log.answer, log.gate = judge_by_number, 3
     call = ["score", "llava-bench", *options(bench(tmp_path, 6)), "--judge-url", log.url]
-    command = [sys.executable, "-m", "lora_llava.cli", *call]
+    command = [sys.executable, "-m", "lora_llava.commands.main", *call]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: len(ledger_of(tmp_path)) == 3)
         process.send_signal(signal.SIGINT)

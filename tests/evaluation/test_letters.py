@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.cli import main
-from lora_llava.evaluation.letters import parse_leniently
+from lora_llava.commands.main import main
+from lora_llava.evaluation.parsing.letters import parse_leniently
 from lora_llava.evaluation.scienceqa import parse_answer
 
 CHOICES = ["iron", "gold", "a cat", "vitamin C"]

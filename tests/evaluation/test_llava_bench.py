@@ -14,18 +14,18 @@ import pytest
 from llava_bench_files import QUESTION, bench, options, write
 from rich.console import Console
 
-from lora_llava.cli import main
-from lora_llava.errors import UserError
-from lora_llava.evaluation.judge import JudgeCase
-from lora_llava.evaluation.judge_report import judge_table, ratio_interval, relative_score, tabulate
-from lora_llava.evaluation.judging import Verdict
-from lora_llava.evaluation.llava_bench import (
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
+from lora_llava.evaluation.judge.judge_report import judge_table, ratio_interval, relative_score, tabulate
+from lora_llava.evaluation.judge.judging import Verdict
+from lora_llava.evaluation.judge.llava_bench import (
     BenchQuestion,
     read_answers,
     read_cases,
     read_contexts,
     read_questions,
 )
+from lora_llava.evaluation.judge.review import JudgeCase
 
 
 def test_questions_of_either_benchmark(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_dry_run_prints_prompts_and_cost_and_needs_neither_server_nor_torch(tm
     files = bench(tmp_path, 4)
     script = (
         "import sys\n"
-        "from lora_llava.cli import main\n"
+        "from lora_llava.commands.main import main\n"
         "assert main(None, sys.argv[1:]) == 0\n"
         "print('heavy:', sorted({'torch', 'transformers', 'scipy', 'datasets'} & set(sys.modules)))\n"
     )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.evaluation.answers import exact_match, question_type, rouge_l, token_f1
-from lora_llava.evaluation.normal import answer_tokens, normalise
+from lora_llava.evaluation.parsing.normal import answer_tokens, normalise
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from lora_llava.core.errors import UserError
 from lora_llava.data import Conversation, Turn
-from lora_llava.errors import UserError
-from lora_llava.evaluation.prompts import PROMPTS, ask_by, choices_of, reasons_first, write_question
+from lora_llava.evaluation.question_prompts import PROMPTS, ask_by, choices_of, reasons_first, write_question
 
 PROBLEM: dict[str, Any] = {
     "question": "Which one is iron?", "choices": ["gold", "iron", "a nail"], "hint": "It rusts.", "answer": 1,

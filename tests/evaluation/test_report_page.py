@@ -15,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lora_llava.data.preview_samples import escape_hidden
-from lora_llava.evaluation.report_page import GalleryItem, RunReport, Table, render_report
-from lora_llava.evaluation.report_plots import Curve, draw, left_out, write_number
+from lora_llava.pages.preview_samples import escape_hidden
+from lora_llava.pages.report_page import GalleryItem, RunReport, Table, render_report
+from lora_llava.pages.report_plots import Curve, draw, left_out, write_number
 
 HOSTILE = (
     "</p></style><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='x", "]]></svg>",

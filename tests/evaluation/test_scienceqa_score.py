@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.cli import main
+from lora_llava.commands.main import main
 from lora_llava.evaluation.scienceqa import Prediction, categories, make_prediction, parse_answer, score
 from lora_llava.evaluation.score_files import score_scienceqa_file
 

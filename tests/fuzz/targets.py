@@ -15,30 +15,30 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 from PIL import Image
 
+from lora_llava.core.errors import ToldError
+from lora_llava.core.storage import find_damage as damage_of_entry
 from lora_llava.data import TEMPLATES, encode_conversation
 from lora_llava.data.encoded import encode_table
-from lora_llava.data.files import iterate_rows
+from lora_llava.data.files.reading import iterate_rows
 from lora_llava.data.folder import understand_folder
 from lora_llava.data.formats import Columns, read_row
-from lora_llava.data.images import FolderImages, read_rgb
-from lora_llava.data.picture_check import inspect_pictures
+from lora_llava.data.images.image_check import inspect_pictures
+from lora_llava.data.images.reading import FolderImages, read_rgb
 from lora_llava.data.scienceqa import load_scienceqa
 from lora_llava.data.sources import open_source
 from lora_llava.demo.build import build_tokenizer
-from lora_llava.errors import ToldError
-from lora_llava.evaluation import llava_bench
 from lora_llava.evaluation.answers import exact_match
-from lora_llava.evaluation.judge import parse_scores
+from lora_llava.evaluation.judge import llava_bench
+from lora_llava.evaluation.judge.review import parse_scores
 from lora_llava.evaluation.scienceqa import parse_answer
 from lora_llava.evaluation.score_files import score_scienceqa_file
-from lora_llava.model.original_checkpoint import read_config
+from lora_llava.model.weights.original_checkpoint import read_config
 from lora_llava.recipe import load_generate_recipe, load_recipe, shipped_generate_recipes, shipped_recipes
-from lora_llava.storage import find_damage as damage_of_entry
-from lora_llava.synthesis.contexts import read_contexts
+from lora_llava.runs.checkpoint import MANIFEST_FILE, find_damage, read_manifest, written_whole
+from lora_llava.runs.directory import read_record
+from lora_llava.runs.state_files import STATE_JSON, STATE_TENSORS, load_state, save_state
+from lora_llava.synthesis.contexts.reading_contexts import read_contexts
 from lora_llava.synthesis.parse import parse_sample
-from lora_llava.training.checkpoint import MANIFEST_FILE, find_damage, read_manifest, written_whole
-from lora_llava.training.run_directory import read_record
-from lora_llava.training.state_files import STATE_JSON, STATE_TENSORS, load_state, save_state
 from tests.fuzz.values import Json, edited, json_like, json_text, rows_of, said, soup
 
 MARKS = ["Question:", "Answer:", "1.", "**", "\n", "```json", "<think>", "</think>", '{"', '": "', "[", "]", "}", ","]

@@ -11,8 +11,8 @@ import torch
 from lora_llava.data.conversation import Conversation
 from lora_llava.evaluation.answerers import Asked
 from lora_llava.model.start import prepare_base
+from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.plan import plan_run
 from lora_llava.training.stages import build_trained_model
 
 

@@ -18,13 +18,13 @@ import pytest
 from PIL import Image
 from small_runs import draw_picture, write_base
 
-from lora_llava.cli import main
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
 from lora_llava.data.sources import open_source
-from lora_llava.errors import UserError
 from lora_llava.inference.chat import Chat, clean_text, run_line
+from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker, stream_answer, text_message, user_message
-from lora_llava.training.speaker import open_speaker
 
 SHORT = Sampling(max_new_tokens=8)
 
@@ -268,7 +268,7 @@ def test_control_characters_never_reach_the_terminal() -> None:
 COMMAND = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from lora_llava.cli import console_main
+from lora_llava.commands.main import console_main
 console_main()
 """
 """`lora-llava`, heeding Ctrl-C also where these tests run in the background of a shell, which has it ignored."""

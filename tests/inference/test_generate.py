@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.images import BadImageError
+from lora_llava.data.images.reading import BadImageError
 from lora_llava.evaluation.answerers import Asked
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.generate import EncodedPictures, Question, generate_answers

@@ -14,9 +14,9 @@ import psutil
 import pytest
 from inference.chat_server import ChatLog, question_of
 
-from lora_llava.errors import UserError
-from lora_llava.inference.server import ChatAnswer, ChatFailure, ChatRequest, ChatServer, ask
-from lora_llava.inference.server_process import ask_apart
+from lora_llava.core.errors import UserError
+from lora_llava.inference.client import ChatAnswer, ChatFailure, ChatRequest, ChatServer, ask
+from lora_llava.inference.client_process import ask_apart
 
 
 def request(text: str) -> ChatRequest:
@@ -30,7 +30,7 @@ def quick(log: ChatLog, **settings: object) -> ChatServer:
 def senders() -> list[psutil.Process]:
     """This process's children that send requests."""
     found = psutil.Process().children(recursive=True)
-    return [each for each in found if "lora_llava.inference.server_process" in each.cmdline()]
+    return [each for each in found if "lora_llava.inference.client_process" in each.cmdline()]
 
 
 def test_the_answers_are_those_of_this_process(log: ChatLog) -> None:
@@ -108,8 +108,8 @@ def test_it_ends_with_its_caller(log: ChatLog, tmp_path: Path, number: signal.Si
     log.behave = lambda body, count: "stall"
     script = tmp_path / "script.py"  # without `if __name__`, as people write them
     script.write_text(
-        "from lora_llava.inference.server import ChatRequest, ChatServer\n"
-        "from lora_llava.inference.server_process import ask_apart\n"
+        "from lora_llava.inference.client import ChatRequest, ChatServer\n"
+        "from lora_llava.inference.client_process import ask_apart\n"
         "messages = [{'role': 'user', 'content': 'a'}]\n"
         f"list(ask_apart(ChatServer({log.url!r}, timeout=60), [ChatRequest(messages, 5)] * 20))\n"
     )

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from small_runs import train_run, write_base
 
+from lora_llava.core.errors import UserError
 from lora_llava.data.encode import encode_prompt
 from lora_llava.data.templates import TEMPLATES, chat_template, get_template
-from lora_llava.errors import UserError
+from lora_llava.inference.open_model import load_processor, open_speaker, recognise_template
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import (
     FullError,
@@ -30,7 +31,6 @@ from lora_llava.inference.speak import (
     user_message,
 )
 from lora_llava.model.loading import is_4bit
-from lora_llava.training.speaker import load_processor, open_speaker, recognise_template
 
 RED = Image.new("RGB", (40, 24), (220, 30, 30))
 ASKED = [user_message("Which colour is shown?", [RED])]

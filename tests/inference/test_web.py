@@ -23,12 +23,12 @@ from browser import Browser, find_chromium
 from PIL import Image
 from small_runs import draw_picture, write_base
 
-from lora_llava.cli import main
-from lora_llava.errors import UserError
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
+from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker, stream_answer, text_message, user_message
 from lora_llava.inference.web import _answer, check_address, is_loopback
-from lora_llava.training.speaker import open_speaker
 
 gradio = pytest.importorskip("gradio", reason="the extra [web] is not installed")
 
@@ -43,7 +43,7 @@ def watch(event, args):
     if event == "socket.getaddrinfo":
         print("asked for", args[0], file=sys.stderr, flush=True)
 sys.addaudithook(watch)
-from lora_llava.cli import console_main
+from lora_llava.commands.main import console_main
 console_main()
 """
 """The command, with every address it connects to or looks up told on stderr. It heeds Ctrl-C also where these tests run

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from lora_llava.model.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.adapters import add_adapters, freeze_plan, lora_config, planned_parameters, trained_projector
 from lora_llava.model.base import assembled_config
+from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.loading import check_quantized, is_4bit, load_base
 from lora_llava.model.start import prepare_base
 from lora_llava.recipe import Recipe

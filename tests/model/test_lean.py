@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
-from lora_llava.model.lean import make_lean
+from lora_llava.model.fast_path.lean import make_lean
 from tests.memory import saved_bytes
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

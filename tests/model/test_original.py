@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from lora_llava.errors import UserError
-from lora_llava.model.original import read_projector
+from lora_llava.core.errors import UserError
 from lora_llava.model.start import prepare_base
+from lora_llava.model.weights.original_projector import read_projector
 from lora_llava.recipe import ModelSection, Recipe, StartFrom
 
 

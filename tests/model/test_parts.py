@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import pytest
 
-from lora_llava.errors import UserError
-from lora_llava.model.parts import load_part, plan_download
+from lora_llava.core.errors import UserError
+from lora_llava.model.weights.parts import load_part, plan_download
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -72,7 +72,7 @@ def hub(parts: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def in_process(code: str, environment: dict[str, str]) -> str:
-    head = "from lora_llava.model.parts import *; from lora_llava.errors import UserError\n"
+    head = "from lora_llava.model.weights.parts import *; from lora_llava.core.errors import UserError\n"
     command = [sys.executable, "-c", head + code]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -96,7 +96,8 @@ def test_a_hub_id_is_planned_fetched_and_then_cached(hub: dict[str, str], parts:
 
 def test_a_published_projector_is_planned_without_fetching_it(hub: dict[str, str]) -> None:
     Hub.files["mm_projector.bin"] = b"x" * 321
-    code = "from lora_llava.model.original import plan_projector; print(plan_projector('vicuna/tiny', None))"
+    module = "lora_llava.model.weights.original_projector"
+    code = f"from {module} import plan_projector; print(plan_projector('vicuna/tiny', None))"
     assert "missing_bytes=321" in in_process(code, hub)
     assert not any("resolve" in line for line in Hub.asked)
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_llava.errors import UserError
-from lora_llava.model import tensor_files
-from lora_llava.model.names import canonical_name, component_of
+from lora_llava.core.errors import UserError
 from lora_llava.model.provenance import check_base, component_hashes, locate_base
 from lora_llava.model.start import prepare_base
-from lora_llava.model.tensor_files import lazy_tensors, write_checkpoint
+from lora_llava.model.weights import tensor_files
+from lora_llava.model.weights.names import canonical_name, component_of
+from lora_llava.model.weights.tensor_files import lazy_tensors, write_checkpoint
 from lora_llava.recipe import Recipe
 
 

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lora_llava.errors import UserError
-from lora_llava.model import tensor_files
-from lora_llava.model.tensor_files import LazyTensor, iterate_tensors, lazy_tensors, write_checkpoint
+from lora_llava.core.errors import UserError
+from lora_llava.model.weights import tensor_files
+from lora_llava.model.weights.tensor_files import LazyTensor, iterate_tensors, lazy_tensors, write_checkpoint
 
 
 def drawn(*shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlavaConfig
 
+from lora_llava.core.errors import UserError
 from lora_llava.data.encode import fit_template
 from lora_llava.data.templates import get_template
-from lora_llava.errors import UserError
 from lora_llava.model.base import BaseParts, build_base
-from lora_llava.model.parts import Part, folder_hash
 from lora_llava.model.tokenizer import PROBES, load_tokenizer
+from lora_llava.model.weights.parts import Part, folder_hash
 
 WORDS = ["ASSISTANT:", "USER:", "the", "there", "then", "to", "def f(x):", "return", "    ", "  ", "0123456789", "\n"]
 TEXTS = st.lists(

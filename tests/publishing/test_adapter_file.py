@@ -14,10 +14,10 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig
 
-from lora_llava.cli import main
-from lora_llava.errors import UserError
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
 from lora_llava.model.adapter_file import check_fits, refuse_settings
-from lora_llava.publishing.source import read_source
+from lora_llava.publishing.merge_source import read_source
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import finetune
 

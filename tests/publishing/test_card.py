@@ -14,12 +14,12 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from PIL import Image
 
-from lora_llava.publishing.card import add_card, licences_of
-from lora_llava.publishing.licences import card_licence, conflicts, licence_of
+from lora_llava.publishing.card.licences import card_licence, conflicts, licence_of
+from lora_llava.publishing.card.model_card import add_card, licences_of
+from lora_llava.publishing.leaks import scan
 from lora_llava.publishing.package import Package, collect, public_recipe
-from lora_llava.publishing.secrets import scan
 from lora_llava.recipe import load_recipe
-from lora_llava.training.run_directory import hub_ids
+from lora_llava.runs.directory import hub_ids
 
 Train = Callable[..., Path]
 

@@ -17,7 +17,7 @@ __all__ = ["hub", "merged"]
 
 
 def run(arguments: list[str], hub: Store, folder: Path) -> str:
-    command = [sys.executable, "-m", "lora_llava.cli", *arguments]
+    command = [sys.executable, "-m", "lora_llava.commands.main", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment(hub, folder), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

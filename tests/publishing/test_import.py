@@ -16,11 +16,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from lora_llava.cli import main
-from lora_llava.errors import UserError
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
 from lora_llava.publishing.import_llava import import_llava
 from lora_llava.publishing.merge import merge
-from lora_llava.publishing.source import read_source
+from lora_llava.publishing.merge_source import read_source
 
 Train = Callable[..., Path]
 QUIET = Console(file=io.StringIO(), width=160)

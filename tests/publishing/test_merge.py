@@ -20,15 +20,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaConfig
 
-from lora_llava.cli import main
-from lora_llava.errors import UserError
-from lora_llava.model import tensor_files
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
 from lora_llava.model.loading import load_base
 from lora_llava.model.quantization import nf4_round_trip
-from lora_llava.publishing.check import ProofError
+from lora_llava.model.weights import tensor_files
 from lora_llava.publishing.merge import merge
+from lora_llava.publishing.merge_check import ProofError
+from lora_llava.publishing.merge_source import read_source
 from lora_llava.publishing.proof import adapted_model, compare
-from lora_llava.publishing.source import read_source
 
 Train = Callable[..., Path]
 

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 from transformers import LlavaConfig, pipeline
 
+from lora_llava.publishing.card.snippet import loading_snippet
 from lora_llava.publishing.import_llava import _save_processor
 from lora_llava.publishing.merge import merge
 from lora_llava.publishing.package import Package
-from lora_llava.publishing.snippet import loading_snippet
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import finetune
 

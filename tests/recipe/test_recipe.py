@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 from lora_llava.recipe import RecipeError, dump_recipe, load_recipe, recipe_hash
 from lora_llava.recipe.io import check_recipe, parse_yaml
 

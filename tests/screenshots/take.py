@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 from browser import Browser, find_chromium
 
-from lora_llava.quiet import quieten
+from lora_llava.core.quiet import quieten
 
 BOX = "document.querySelector('#message textarea')"
 PICTURE = "[...document.querySelectorAll('#chat img')].some(e => e.naturalWidth && e.complete)"
@@ -100,7 +100,7 @@ def _chat(browser: Browser, args: argparse.Namespace) -> bytes:
 @contextmanager
 def _served(model: str) -> Iterator[str]:
     """The command itself on a free port, and the address that it tells."""
-    command = [sys.executable, "-m", "lora_llava.cli", "chat", model, "--web", "--port", "0"]
+    command = [sys.executable, "-m", "lora_llava.commands.main", "chat", model, "--web", "--port", "0"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         try:

@@ -20,11 +20,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from lora_llava.cli import main
+from lora_llava.commands.main import main
 
 MEMORY_RISE_MIB = 200
 """More than this a hostile file may not take over a good one."""
-_MODULES = ("lora_llava.cli", "lora_llava.training.check", "lora_llava.training.finetune")
+_MODULES = ("lora_llava.commands.main", "lora_llava.prepare.row_check", "lora_llava.training.finetune")
 HOSTILE_TEXTS = (
     "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</article></main><iframe src=//evil.example>",
     "' onmouseover='alert(1)", "<svg/onload=alert(1)>", "javascript:alert(1)",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lora_llava.training.checkpoint import MANIFEST_FILE, find_damage, read_manifest
+from lora_llava.runs.checkpoint import MANIFEST_FILE, find_damage, read_manifest
 from tests.security.hostile import MEMORY_RISE_MIB, Bait, Outcome, run_verb, safetensors, write_recipe
 
 

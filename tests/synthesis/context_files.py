@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lora_llava.errors import UserError
-from lora_llava.synthesis.context import Box, Context
-from lora_llava.synthesis.contexts import read_contexts
+from lora_llava.core.errors import UserError
+from lora_llava.synthesis.contexts.context import Box, Context
+from lora_llava.synthesis.contexts.reading_contexts import read_contexts
 
 PICTURES = [
     {"id": 7, "file_name": "000000000007.jpg", "width": 640, "height": 480},

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.data.conversation import Turn
-from lora_llava.synthesis.context import Box, Context
-from lora_llava.synthesis.gate_nouns import plurals
+from lora_llava.synthesis.contexts.context import Box, Context
+from lora_llava.synthesis.gates.gate_nouns import plurals
 from lora_llava.synthesis.sample import Flavour, Turns
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ from typing import Any
 from inference.chat_server import Body, ChatLog
 
 from lora_llava.recipe import dump_recipe
-from lora_llava.recipe.generate import ContextsSection, GatesSection, GenerateRecipe, TeacherSection
+from lora_llava.recipe.generate_schema import ContextsSection, GatesSection, GenerateRecipe, TeacherSection
 from lora_llava.synthesis.ledger import LEDGER_FILE
 
 ANIMALS = ("dog", "cat", "horse", "sheep", "bird", "cow", "zebra", "bear")

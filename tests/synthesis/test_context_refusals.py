@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lora_llava.errors import UserError
-from lora_llava.synthesis.coco_contexts import json_items
-from lora_llava.synthesis.context import Box
-from lora_llava.synthesis.contexts import read_contexts
+from lora_llava.core.errors import UserError
+from lora_llava.synthesis.contexts.coco_contexts import json_items
+from lora_llava.synthesis.contexts.context import Box
+from lora_llava.synthesis.contexts.reading_contexts import read_contexts
 from tests.synthesis.context_files import CATEGORIES, PICTURES, captions, instances, save, told
 
 

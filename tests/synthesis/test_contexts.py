@@ -13,9 +13,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lora_llava.synthesis.context import Box, Context, write_context
-from lora_llava.synthesis.context_builder import ContextBuilder, ContextReport, clean_text
-from lora_llava.synthesis.contexts import read_contexts
+from lora_llava.synthesis.contexts.context import Box, Context, write_context
+from lora_llava.synthesis.contexts.context_builder import ContextBuilder, ContextReport, clean_text
+from lora_llava.synthesis.contexts.reading_contexts import read_contexts
 from tests.synthesis.context_files import CATEGORIES, PICTURES, SEVEN, THREE, captions, instances, save, told
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_contexts" / "captions_boxes_20.jsonl"

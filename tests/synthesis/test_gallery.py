@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lora_llava.data.conversation import Turn
-from lora_llava.synthesis.context import Box, Context
+from lora_llava.synthesis.contexts.context import Box, Context
 from lora_llava.synthesis.gallery import REJECTIONS, ROWS, AnswerOf, Picks, render_gallery
-from lora_llava.synthesis.gates import REASONS
+from lora_llava.synthesis.gates.gates import REASONS
 from lora_llava.synthesis.pipeline import Result
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Rejection, Task
 

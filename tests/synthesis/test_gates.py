@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.data.conversation import Turn
-from lora_llava.synthesis.context import Box, Context
-from lora_llava.synthesis.gates import REASONS, Limits, SeenSamples, check_sample, normalise
+from lora_llava.synthesis.contexts.context import Box, Context
+from lora_llava.synthesis.gates.gates import REASONS, Limits, SeenSamples, check_sample, normalise
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Rejection, Turns
 
 COCO = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_contexts" / "captions_boxes_20.jsonl"

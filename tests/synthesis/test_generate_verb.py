@@ -13,15 +13,15 @@ from inference.chat_server import ChatLog
 from synthesis.made import recipe_of, teach, write_contexts, write_recipe
 from transformers import AutoTokenizer
 
-from lora_llava.cli import main
+from lora_llava.commands.main import main
 from lora_llava.recipe import json_schema, load_generate_recipe, shipped_generate_recipes
-from lora_llava.synthesis.context import Context, write_context
-from lora_llava.synthesis.generate import generate
-from lora_llava.synthesis.local_teacher import load_teacher
+from lora_llava.synthesis.contexts.context import Context, write_context
+from lora_llava.synthesis.generation import generate
 from lora_llava.synthesis.pipeline import Settings, write_request
 from lora_llava.synthesis.prompts import load_prompts
 from lora_llava.synthesis.sample import FLAVOURS, Task
-from lora_llava.synthesis.teacher import Asked
+from lora_llava.synthesis.teachers.local_teacher import load_teacher
+from lora_llava.synthesis.teachers.teacher import Asked
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -72,8 +72,8 @@ def test_a_dry_run_prints_a_prompt_of_each_kind_and_asks_nobody(
 
 def test_it_starts_without_torch(tmp_path: Path) -> None:
     recipe = write_recipe(recipe_of(tmp_path / "own", "http://127.0.0.1:9", 3), tmp_path)
-    code = f"import sys; from lora_llava.cli import main; main('generate-data', [{recipe!r}, '--dry-run']); " \
-        "sys.exit('torch' in sys.modules)"  # fmt: skip
+    call = f"main('generate-data', [{recipe!r}, '--dry-run'])"
+    code = f"import sys; from lora_llava.commands.main import main; {call}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=60)
 
 

@@ -16,27 +16,27 @@ from huggingface_hub import DatasetCard
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import Conversation, Turn
-from lora_llava.data.files import iterate_rows
-from lora_llava.data.preview_samples import escape_hidden
+from lora_llava.data.files.reading import iterate_rows
 from lora_llava.data.sources import open_source
 from lora_llava.demo.dataset import build_demo_contexts
-from lora_llava.errors import UserError
 from lora_llava.inference.budget import Budget
-from lora_llava.publishing.secrets import scan
+from lora_llava.pages.preview_samples import escape_hidden
+from lora_llava.publishing.leaks import scan
 from lora_llava.recipe import load_recipe
-from lora_llava.recipe.generate import ContextsSection, GenerateRecipe, TeacherSection
-from lora_llava.synthesis.card import size_category, write_card
-from lora_llava.synthesis.context_builder import ContextReport
-from lora_llava.synthesis.contexts import Contexts, read_contexts
-from lora_llava.synthesis.demo_teacher import NAME, answer_by_rules
-from lora_llava.synthesis.gates import REASONS
+from lora_llava.recipe.generate_schema import ContextsSection, GenerateRecipe, TeacherSection
+from lora_llava.synthesis.contexts.context_builder import ContextReport
+from lora_llava.synthesis.contexts.reading_contexts import Contexts, read_contexts
+from lora_llava.synthesis.dataset_card import size_category, write_card
+from lora_llava.synthesis.gates.gates import REASONS
 from lora_llava.synthesis.ledger import LEDGER_FILE, Ledger
 from lora_llava.synthesis.output import write_set
 from lora_llava.synthesis.pipeline import Maker, Result, Settings
 from lora_llava.synthesis.prompts import load_prompts, prompt_hashes
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Rejection, Task
 from lora_llava.synthesis.tasks import plan_tasks
+from lora_llava.synthesis.teachers.demo_teacher import NAME, answer_by_rules
 
 FILES = ["README.md", "gallery.html", "instruct.json", "rejected.jsonl", "summary.json"]
 DEMO = TeacherSection(backend="demo")

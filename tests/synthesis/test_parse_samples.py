@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.data.conversation import Turn
-from lora_llava.synthesis.gates import REASONS
+from lora_llava.synthesis.gates.gates import REASONS
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Rejection, Turns
 

@@ -20,10 +20,10 @@ from killed import start as killed_verb
 from rich.console import Console
 from synthesis.made import files_of, number_of, recipe_of, seen, teach, write_recipe
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 from lora_llava.recipe import GenerateRecipe
-from lora_llava.synthesis.generate import generate
+from lora_llava.synthesis.generation import generate
 from lora_llava.synthesis.ledger import LEDGER_FILE, Ledger, request_key
 
 
@@ -122,7 +122,7 @@ def test_every_sample_is_made_or_listed_by_a_teacher_that_fails(log: ChatLog, tm
 
 
 def start(recipe: str) -> BaseProcess:
-    return killed_verb(["generate-data", recipe], "lora_llava.synthesis.generate")
+    return killed_verb(["generate-data", recipe], "lora_llava.synthesis.generation")
 
 
 def wrong_at_times(body: Body) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_llava.errors import UserError
-from lora_llava.synthesis.context import Box, Context, write_context
-from lora_llava.synthesis.gates import Limits, SeenSamples, check_sample
+from lora_llava.core.errors import UserError
+from lora_llava.synthesis.contexts.context import Box, Context, write_context
+from lora_llava.synthesis.gates.gates import Limits, SeenSamples, check_sample
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.prompts import (
     RESPONSE_SCHEMAS,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.errors import UserError
-from lora_llava.synthesis.context import Box, Context
+from lora_llava.core.errors import UserError
+from lora_llava.synthesis.contexts.context import Box, Context
 from lora_llava.synthesis.sample import FLAVOURS, WEIGHTS, Flavour, Task
 from lora_llava.synthesis.tasks import Tasks, can_carry, deal, image_stem, plan_tasks
 

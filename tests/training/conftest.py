@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.plan import RunPlan, plan_run
 
 Plan = Callable[..., RunPlan]
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
+from lora_llava.runs.checkpoint import MANIFEST_FILE, list_checkpoints, written_whole
 from lora_llava.training import finetune
-from lora_llava.training.checkpoint import MANIFEST_FILE, list_checkpoints, written_whole
 from tests.ends import act_at
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"

@@ -12,16 +12,16 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from lora_llava.data.rows import build_rows
+from lora_llava.benchmark import benchmark_rows as benchmark_data
+from lora_llava.benchmark.benchmark_rows import draw_rows, lay_out
+from lora_llava.benchmark.benchmark_sides import SIDES, Settings, run_side
+from lora_llava.benchmark.comparison_run import benchmark
+from lora_llava.core.errors import UserError
+from lora_llava.data.selection import build_rows
 from lora_llava.data.templates import get_template
-from lora_llava.errors import UserError
-from lora_llava.model.parts import DEMO_FOLDER
 from lora_llava.model.tokenizer import load_tokenizer
-from lora_llava.training import benchmark_data
-from lora_llava.training.benchmark import benchmark
-from lora_llava.training.benchmark_data import draw_rows, lay_out
-from lora_llava.training.benchmark_sides import SIDES, Settings, run_side
-from lora_llava.training.rows import batch_samples
+from lora_llava.model.weights.parts import DEMO_FOLDER
+from lora_llava.planning.row_order import batch_samples
 
 
 def encoded(count: int, words: int | None = None) -> list[dict[str, Any]]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.checkpoint import list_checkpoints
-from lora_llava.training.identity import IDENTITY_FILE
+from lora_llava.runs.checkpoint import list_checkpoints
+from lora_llava.runs.identity import IDENTITY_FILE
 from tests.ends import act_at
 from tests.training.small_runs import edited, left_at_4, rewritten, run, same, weights
 

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lora_llava.cli import main
-from lora_llava.errors import UserError
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
+from lora_llava.prepare.row_check import check
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.check import check
 from tests.conftest import COLOURS
 
 Row = dict[str, Any]

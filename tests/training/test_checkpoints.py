@@ -15,10 +15,10 @@ from ends import act_at, damaged_silently, ends_at_every_write, flipped, full
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.data.files import file_hash
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.data.files.reading import file_hash
 from lora_llava.recipe import Recipe
-from lora_llava.training.checkpoint import (
+from lora_llava.runs.checkpoint import (
     MANIFEST_FILE,
     find_damage,
     list_checkpoints,
@@ -27,7 +27,7 @@ from lora_llava.training.checkpoint import (
     remove_old,
     written_whole,
 )
-from lora_llava.training.state_files import load_state, random_state, save_state, set_random_state
+from lora_llava.runs.state_files import load_state, random_state, save_state, set_random_state
 from tests.training.small_runs import PulledPlugError, pull_plug, recipe_of, run, same, weights
 
 
@@ -154,7 +154,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_resume_is_exact(
     expected = weights(Path(recipe.output_dir))
     recipe = recipe_of(stage2_content | {"output_dir": str(tmp_path / "other")})
     with monkeypatch.context() as patch:
-        act_at(3, lambda trainer: patch.setattr("lora_llava.training.checkpoint._MARGIN", 10**18), patch.setattr)
+        act_at(3, lambda trainer: patch.setattr("lora_llava.runs.checkpoint._MARGIN", 10**18), patch.setattr)
         with pytest.raises(UserError, match=r"the disk is full: .*checkpoint-4 needs") as error:
             run(recipe)
     assert "\n" not in str(error.value)
@@ -235,7 +235,7 @@ def test_one_that_the_disk_cannot_read_is_passed_over(small: Path, monkeypatch: 
             raise OSError(errno.EIO, "Input/output error")
         return file_hash(file)
 
-    monkeypatch.setattr("lora_llava.training.checkpoint.file_hash", unreadable)
+    monkeypatch.setattr("lora_llava.runs.checkpoint.file_hash", unreadable)
     found, passed_over = newest_whole(small)
     assert found == small / "checkpoint-1"
     assert passed_over == ["checkpoint-2: b.bin cannot be read (Input/output error)"]

@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lora_llava.data.packing import pack_samples
-from lora_llava.training.dealing import deal_rows, rank_tokens
-from lora_llava.training.rows import batch_samples
+from lora_llava.distributed.balance import deal_rows, rank_tokens
+from lora_llava.planning.row_order import batch_samples
 
 BUDGET = 100
 

@@ -19,14 +19,14 @@ from inference.chat_server import ChatLog
 from PIL import Image
 from rich.console import Console
 
-from lora_llava.cli import main
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
 from lora_llava.data.templates import chat_template, get_template
-from lora_llava.errors import UserError
+from lora_llava.evaluation.evaluate import Way, evaluate
+from lora_llava.evaluation.run_report import rebuild_report
 from lora_llava.evaluation.scienceqa import COLUMNS
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.evaluate import Way, evaluate
 from lora_llava.training.finetune import finetune
-from lora_llava.training.run_report import rebuild_report
 from tests.inference.chat_server import chat_server
 from tests.own_rows import asked, drawn, written
 
@@ -137,7 +137,7 @@ def test_a_killed_evaluation_asks_nothing_twice(run: Path) -> None:
     whole = run / "whole"
     evaluate(str(run), output=str(whole), overrides=["evaluation.batch_size=1"])
     command = [
-        sys.executable, "-m", "lora_llava.cli", "evaluate", str(run), "evaluation.batch_size=1", "--output",
+        sys.executable, "-m", "lora_llava.commands.main", "evaluate", str(run), "evaluation.batch_size=1", "--output",
         str(run / "killed"),
     ]  # fmt: skip
     script = (
@@ -148,7 +148,7 @@ def test_a_killed_evaluation_asks_nothing_twice(run: Path) -> None:
         "    add(self, index, answer)\n"
         "    time.sleep(0.5)\n"
         "AnswerLog.add = slow\n"
-        "from lora_llava.cli import main\n"
+        "from lora_llava.commands.main import main\n"
         "sys.exit(main())\n"
     )
     process = subprocess.Popen(
@@ -198,11 +198,11 @@ def test_a_way_that_does_not_fit_is_refused(run: Path, capsys: pytest.CaptureFix
         (["--benchmark", "llava-bench", "--limit", "3"], "--limit has no effect with --benchmark llava-bench"),
         (["--benchmark", "llava-bench", "--base-only"], "--base-only has no effect with --benchmark"),
         (["--benchmark", "llava-bench", "foo.bar=3"], "an override of a recipe has no effect with"),
-        (["--questions", "q.jsonl"], "--questions is of --benchmark llava-bench; give that too"),
-        (["--concurrency", "4"], "--concurrency is of a server; name it with --server"),
+        (["--questions", "q.jsonl"], "--questions needs --benchmark llava-bench; add it"),
+        (["--concurrency", "4"], "--concurrency needs a server; name it with --server"),
         (["--timeout", "0"], "--timeout is of a server"),
         (["--server", "http://127.0.0.1:9", "--timeout", "inf"], "timeout is inf; give a number of seconds"),
-        (["--prompt", "lmms-eval", "--direct"], "are two ways to ask; leave one out"),
+        (["--prompt", "lmms-eval", "--direct"], "contradict each other; leave one out"),
         (["--parser", "lenient", "--method", "loglik"], "--parser lenient reads the letter in what is written"),
         (["--benchmark", "llava-bench", "--parser", "llava"], "--parser has no effect with --benchmark llava-bench"),
         (["--published", "--json"], "--published has no effect with --json"),
@@ -279,7 +279,7 @@ def test_a_server_gets_the_questions_with_their_pictures(run: Path, capsys: pyte
 def test_a_bad_server_s_questions_are_named_and_the_others_kept(
     run: Path, fault: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_llava.inference.server.ChatServer.pause", 0.01)
+    monkeypatch.setattr("lora_llava.inference.client.ChatServer.pause", 0.01)
     arguments = [str(run), "--server", "", "--timeout", "0.5", "--concurrency", "4", "--output", str(run / "served")]
     with chat_server() as log:
         log.models, log.answer = ["m"], letter_for
@@ -298,7 +298,7 @@ def test_a_bad_server_s_questions_are_named_and_the_others_kept(
 def test_an_empty_answer_is_an_answer(run: Path) -> None:
     with chat_server() as log:
         log.models, log.answer = ["m"], lambda body: ""
-        from lora_llava.inference.server import ChatServer
+        from lora_llava.inference.client import ChatServer
 
         table = evaluate(str(run), output=str(run / "served"), server=ChatServer(log.url))
     assert table["unparsed"] == 6
@@ -306,9 +306,9 @@ def test_an_empty_answer_is_an_answer(run: Path) -> None:
 
 def test_what_a_server_is_sent_makes_the_prompt_that_was_trained(run: Path) -> None:
     """The messages of the request, written by the exported processor, are the trained prompt's text."""
-    from lora_llava.data.images import FolderImages
+    from lora_llava.data.images.reading import FolderImages
     from lora_llava.evaluation.answerers import _server_messages
-    from lora_llava.training.evaluate import open_evaluation
+    from lora_llava.evaluation.evaluate import open_evaluation
 
     opened = open_evaluation(str(run), Way())
     rows = opened.split.read(range(2))

@@ -13,18 +13,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from lora_llava.data.images import Pixels
-from lora_llava.data.to_rgb import CONVERSION_RULE
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.data.images.reading import Pixels
+from lora_llava.data.images.to_rgb import CONVERSION_RULE
 from lora_llava.model import vision_cache
 from lora_llava.model.loading import load_base
 from lora_llava.model.start import prepare_base
 from lora_llava.model.vision import tower_features
+from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training import features
 from lora_llava.training.features import cache_features, cache_key, split_pictures
 from lora_llava.training.finetune import finetune
-from lora_llava.training.plan import plan_run
 
 
 @pytest.fixture

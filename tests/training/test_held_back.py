@@ -8,14 +8,14 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from lora_llava.data.fix import write_without
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.data.files.cleaned_copy import write_without
+from lora_llava.evaluation.evaluate import evaluate
+from lora_llava.planning.run_plan import plan_run
+from lora_llava.prepare.row_check import check
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.check import check
-from lora_llava.training.evaluate import evaluate
+from lora_llava.runs.directory import start_run
 from lora_llava.training.finetune import finetune
-from lora_llava.training.plan import plan_run
-from lora_llava.training.run_directory import start_run
 from tests.own_rows import asked, drawn, quiet, written
 from tests.training.conftest import Plan
 

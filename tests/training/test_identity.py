@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lora_llava.data.files import file_hash
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.data.files.reading import file_hash
+from lora_llava.evaluation.scoring import ask_table
 from lora_llava.model.base import cache_folder
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.checkpoint import list_checkpoints
-from lora_llava.training.identity import IDENTITY_FILE, differences
-from lora_llava.training.scoring import ask_table
+from lora_llava.runs.checkpoint import list_checkpoints
+from lora_llava.runs.identity import IDENTITY_FILE, differences
 from tests.ends import act_at
 from tests.training.small_runs import PulledPlugError, edited, left_at_4, pull_plug, rewritten, run, same, weights
 

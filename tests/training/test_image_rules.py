@@ -11,17 +11,17 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lora_llava.cli import main
+from lora_llava.commands.main import main
+from lora_llava.evaluation.run_report import rebuild_report
 from lora_llava.inference.chat import Chat, open_pictures, run_line
+from lora_llava.inference.open_model import background_of
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker
 from lora_llava.inference.web import _opened
+from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe import load_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import finetune
-from lora_llava.training.plan import plan_run
-from lora_llava.training.run_report import rebuild_report
-from lora_llava.training.speaker import background_of
 from tests.own_rows import asked, drawn, quiet, written
 
 
@@ -110,7 +110,7 @@ def test_chat_and_page_composite_as_the_speaker_says(tmp_path: Path) -> None:
 
 
 def test_preview_names_the_files(content: dict[str, Any], tmp_path: Path) -> None:
-    from lora_llava.training.preview import preview
+    from lora_llava.prepare.sample_preview import preview
 
     drawn(tmp_path / "images", 2)
     written(tmp_path / "rows.json", [asked(0, "images/0.png"), asked(1, "1")])

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from lora_llava.cli import main
-from lora_llava.errors import UserError
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
+from lora_llava.planning.run_plan import plan_run
+from lora_llava.prepare.row_check import check
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.check import check
-from lora_llava.training.plan import plan_run
 from tests.own_rows import asked, drawn, quiet, written
 
 Table = list[dict[str, str]]

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe import Recipe, load_recipe
 from lora_llava.recipe.schema import ModelSection, StartFrom
-from lora_llava.training.plan import plan_run
 
 FILES = {"conversation_58k": 30, "detail_23k": 10, "complex_reasoning_77k": 50}
 PICTURES = 40

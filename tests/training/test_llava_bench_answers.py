@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from lora_llava.cli import main
+from lora_llava.commands.main import main
 from lora_llava.data.conversation import Conversation, Turn
 from lora_llava.data.encode import encode_prompt
-from lora_llava.data.images import read_rgb
+from lora_llava.data.images.reading import read_rgb
+from lora_llava.evaluation.judge.llava_bench_answers import answer_llava_bench, prompt_ids
+from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker, stream_answer, user_message
-from lora_llava.training.llava_bench import answer_llava_bench, prompt_ids
-from lora_llava.training.speaker import open_speaker
 from tests.evaluation.llava_bench_files import bench, options, write
 from tests.inference.chat_server import ChatLog, chat_server
 from tests.inference.small_runs import draw_picture, train_run

@@ -14,12 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.model.adapters import add_adapters
+from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
 from lora_llava.model.loading import load_base
 from lora_llava.model.start import prepare_base
+from lora_llava.planning.run_plan import plan_run, run_lora_config
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.features import cache_features
-from lora_llava.training.loss import count_labels, labelled_loss
-from lora_llava.training.plan import plan_run, run_lora_config
 from lora_llava.training.stages import build_trained_model
 from tests.memory import saved_bytes
 

@@ -12,14 +12,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel, CLIPVisionConfig, LlamaConfig, LlamaModel, LlavaConfig
 
-from lora_llava.model.activation_checkpointing import checkpoint_language_model
+from lora_llava.benchmark.benchmark_rows import shape_config
 from lora_llava.model.adapters import add_adapters, lora_config, planned_parameters
-from lora_llava.model.attention import IMPLEMENTATION, register_flash_varlen
-from lora_llava.model.lean import make_lean
+from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
+from lora_llava.model.fast_path.attention import IMPLEMENTATION, register_flash_varlen
+from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.random_weights import build_random_llava
-from lora_llava.recipe.schema import LINEARS, LoraSection
-from lora_llava.training.benchmark_data import shape_config
-from lora_llava.training.memory import (
+from lora_llava.planning.memory import (
     CUDA_CONTEXT,
     GIB,
     GPU_SHARE,
@@ -30,6 +29,7 @@ from lora_llava.training.memory import (
     smallest,
     vision_parameters,
 )
+from lora_llava.recipe.schema import LINEARS, LoraSection
 from tests.memory import saved_bytes
 
 SMALL = LlavaConfig(

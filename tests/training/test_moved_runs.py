@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from own_rows import asked, drawn, written
 
-from lora_llava.cli import main
+from lora_llava.commands.main import main
 
 
 @pytest.fixture

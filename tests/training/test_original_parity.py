@@ -22,10 +22,10 @@ from lora_llava.data import encode_conversation
 from lora_llava.data.collator import PackedCollator
 from lora_llava.model.start import prepare_base
 from lora_llava.model.tokenizer import load_tokenizer
+from lora_llava.planning.run_plan import plan_run
 from lora_llava.publishing.import_llava import import_llava
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.plan import plan_run
-from lora_llava.training.sources import no_progress
+from lora_llava.splits.encoded_sources import no_progress
 from lora_llava.training.stages import build_trained_model, build_trainer
 from lora_llava.training.trainer import Feed
 

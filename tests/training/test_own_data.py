@@ -14,15 +14,15 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lora_llava.cli import main
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
 from lora_llava.data.folder import understand_folder
 from lora_llava.data.formats import Columns
-from lora_llava.errors import UserError
+from lora_llava.planning.run_plan import plan_run
+from lora_llava.prepare.new_recipe import held_back_rows, init
 from lora_llava.recipe import load_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import finetune
-from lora_llava.training.init import held_back_rows, init
-from lora_llava.training.plan import plan_run
 
 
 def quiet() -> Console:

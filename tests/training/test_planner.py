@@ -13,17 +13,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from lora_llava.errors import UserError
-from lora_llava.recipe import Recipe, load_recipe
-from lora_llava.recipe.io import check_recipe, shipped_recipes
-from lora_llava.training import forecast as forecasting
-from lora_llava.training import planner
-from lora_llava.training.benchmark_data import shape_config
-from lora_llava.training.finetune import dry_run, finetune
-from lora_llava.training.forecast import forecast, print_forecast
-from lora_llava.training.memory import GIB
-from lora_llava.training.plan import plan_run
-from lora_llava.training.planner import (
+from lora_llava.benchmark.benchmark_rows import shape_config
+from lora_llava.core.errors import UserError
+from lora_llava.planning import fit as planner
+from lora_llava.planning import forecast as forecasting
+from lora_llava.planning.fit import (
     Extremes,
     build_step,
     choose_checkpointing,
@@ -33,7 +27,13 @@ from lora_llava.training.planner import (
     resolve_optimizer,
     what_fits,
 )
-from lora_llava.training.timing import published_hours, time_row
+from lora_llava.planning.forecast import forecast, print_forecast
+from lora_llava.planning.memory import GIB
+from lora_llava.planning.run_plan import plan_run
+from lora_llava.planning.timing import published_hours, time_row
+from lora_llava.recipe import Recipe, load_recipe
+from lora_llava.recipe.io import check_recipe, shipped_recipes
+from lora_llava.training.finetune import dry_run, finetune
 
 
 def samples() -> Any:
@@ -159,7 +159,7 @@ def test_a_plan_opens_no_picture_and_loads_no_weights(
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr("lora_llava.data.images.read_rgb", refuse)
+    monkeypatch.setattr("lora_llava.data.images.reading.read_rgb", refuse)
     monkeypatch.setattr("safetensors.torch.load_file", refuse)
     stream = io.StringIO()
     print_forecast(stage2, Console(file=stream, width=160))

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from lora_llava.cli import main
-from lora_llava.errors import UserError
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
+from lora_llava.planning.run_plan import RunPlan, plan_run
+from lora_llava.prepare.sample_preview import preview
 from lora_llava.recipe import Recipe
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.plan import RunPlan, plan_run
-from lora_llava.training.preview import preview
 from lora_llava.training.stages import build_feeds
 
 

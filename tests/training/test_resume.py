@@ -14,14 +14,14 @@ from filelock import Timeout
 from rich.console import Console
 from safetensors.torch import load_file
 
-from lora_llava.cli import main
-from lora_llava.errors import UserError
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
+from lora_llava.evaluation.scoring import ask_table
 from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
+from lora_llava.runs.directory import only_run
+from lora_llava.runs.resume import ACCEPTABLE, PLACES, UNTOUCHED, check_changes, leaves, moved_places
 from lora_llava.training.finetune import finetune
-from lora_llava.training.resume import ACCEPTABLE, PLACES, UNTOUCHED, check_changes, leaves, moved_places
-from lora_llava.training.run_directory import only_run
-from lora_llava.training.scoring import ask_table
 from tests.ends import act_at
 from tests.training.small_runs import PulledPlugError, pull_plug, recipe_of, run, same, weights
 

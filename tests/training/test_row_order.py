@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 from trl import SFTConfig
 
-from lora_llava.errors import StoppedError, UserError
+from lora_llava.core.errors import StoppedError, UserError
 from lora_llava.model.start import prepare_base
+from lora_llava.planning.row_order import batch_samples, order_rows
+from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe import RecipeError, TrainingSection
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.plan import plan_run
-from lora_llava.training.resume import find_start
-from lora_llava.training.rows import batch_samples, order_rows
-from lora_llava.training.run_directory import start_run
+from lora_llava.runs.directory import start_run
+from lora_llava.runs.resume import find_start
 from lora_llava.training.stages import build_feeds, build_trained_model, train, warmup_steps
 from lora_llava.training.watchdog import StopOnSignal
 
@@ -227,6 +227,6 @@ def test_two_sizes_of_a_forward_pass_are_refused(stage2_content: dict[str, Any])
 
 def test_packing_where_rows_are_padded_is_refused(stage2_content: dict[str, Any], monkeypatch: Any) -> None:
     recipe = check_recipe(packed_content(stage2_content), "test")
-    monkeypatch.setattr("lora_llava.training.plan.is_padding_free", lambda recipe: (False, "sdpa, padded"))
+    monkeypatch.setattr("lora_llava.planning.run_plan.is_padding_free", lambda recipe: (False, "sdpa, padded"))
     with pytest.raises(UserError, match="max_tokens_per_row needs rows without padding; this machine has sdpa, padded"):
         plan_run(recipe)

@@ -14,15 +14,15 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lora_llava.cli import main
-from lora_llava.errors import UserError
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
 from lora_llava.evaluation.answers import answer_table, mark_answer
-from lora_llava.evaluation.report import tables_view
+from lora_llava.evaluation.run_report import _tables, rebuild_report
 from lora_llava.evaluation.scienceqa import COLUMNS, score
 from lora_llava.evaluation.summary import summarise
+from lora_llava.evaluation.tables import tables_view
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import finetune
-from lora_llava.training.run_report import _tables, rebuild_report
 from tests.own_rows import asked, quiet, written
 
 COLOURS = {"first": (200, 0), "second": (0, 200)}

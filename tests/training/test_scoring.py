@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from lora_llava.cli import main
-from lora_llava.errors import UserError
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
+from lora_llava.evaluation.scoring import ask_table
+from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import check_recipe
+from lora_llava.splits.split_rows import sealed
 from lora_llava.training import stages
-from lora_llava.training.data import sealed
 from lora_llava.training.finetune import finetune
-from lora_llava.training.plan import plan_run
-from lora_llava.training.scoring import ask_table
 from tests.own_rows import asked, quiet, written
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
+from lora_llava.distributed.sharding import check_sharding
+from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.plan import plan_run
-from lora_llava.training.sharding import check_sharding
 from tests.training.small_runs import LAUNCHER, content_for_ranks, launch, one_and_two, same, weights
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}

@@ -9,19 +9,19 @@ from typing import Any
 import datasets
 import pytest
 
-from lora_llava.cli import main
-from lora_llava.data import picture_check
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
 from lora_llava.data.folder import understand_folder
-from lora_llava.data.images import FolderImages, TableImages, open_table
+from lora_llava.data.images import image_check as picture_check
+from lora_llava.data.images.reading import FolderImages, TableImages, open_table
 from lora_llava.data.sources import _light_rows, list_source, open_source
-from lora_llava.errors import UserError
+from lora_llava.evaluation.evaluate import evaluate
+from lora_llava.planning.run_plan import plan_run
+from lora_llava.prepare.row_check import check
+from lora_llava.prepare.sample_preview import preview
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.check import check
-from lora_llava.training.evaluate import evaluate
+from lora_llava.splits.encoded_sources import inspect_split
 from lora_llava.training.finetune import finetune
-from lora_llava.training.plan import plan_run
-from lora_llava.training.preview import preview
-from lora_llava.training.sources import inspect_split
 from tests.own_rows import asked, drawn, quiet, stored, written
 from tests.training.conftest import Plan
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from lora_llava.core.errors import UserError
 from lora_llava.data.collator import PackedCollator, PaddedCollator
-from lora_llava.data.images import Pixels
-from lora_llava.errors import UserError
-from lora_llava.model.attention import resolve_attention
+from lora_llava.data.images.reading import Pixels
+from lora_llava.model.fast_path.attention import resolve_attention
 from lora_llava.model.start import prepare_base
+from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe import Recipe
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.plan import plan_run
 from lora_llava.training.stages import build_trained_model, train
 from lora_llava.training.start_check import StartCheckError, check_first_batch
 

@@ -16,13 +16,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.start import prepare_base, read_run_projector
+from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.recipe import Recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import dry_run, finetune
-from lora_llava.training.plan import RunPlan, plan_run
 from lora_llava.training.stages import build_feeds, build_trained_model, train, training_arguments
 from lora_llava.training.trainer import LlavaSFTTrainer
 

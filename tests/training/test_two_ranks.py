@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lora_llava.errors import UserError
+from lora_llava.core.errors import UserError
 from lora_llava.recipe.io import check_recipe
 from tests.training.small_runs import LAUNCHER, content_for_ranks, launch, one_and_two, run, same, weights
 

@@ -18,12 +18,12 @@ import torch
 from killed import start, wait_for
 from transformers import TrainerControl, TrainerState
 
-from lora_llava.data.images import Pixels
-from lora_llava.errors import StoppedError, UserError
+from lora_llava.core.errors import StoppedError, UserError
+from lora_llava.data.images.reading import Pixels
 from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
+from lora_llava.runs.checkpoint import list_checkpoints, newest_whole
 from lora_llava.training import stages
-from lora_llava.training.checkpoint import list_checkpoints, newest_whole
 from lora_llava.training.watchdog import PoisonedError, RefuseNaN, SaveEvery, StopOnSignal, TellSpikes
 from tests.training.small_runs import recipe_of, run, same, weights
 

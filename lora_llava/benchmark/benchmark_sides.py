@@ -1,0 +1,261 @@
+"""The sides of the benchmark: ours, and TRL's own way with pictures; the same model, rows and samples a step."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from lora_llava.benchmark.benchmark_rows import DrawnPictures, draw_rows, lay_out, shape_config, text_length
+from lora_llava.data.collator import PackedCollator
+from lora_llava.data.conversation import Conversation
+from lora_llava.data.images.reading import Pixels
+from lora_llava.data.selection import build_rows
+from lora_llava.data.templates import Template, chat_template, get_template
+from lora_llava.model.adapters import add_adapters, lora_config
+from lora_llava.model.base import build_processor, image_processor_of
+from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
+from lora_llava.model.fast_path.attention import use_flash_varlen
+from lora_llava.model.fast_path.lean import make_lean
+from lora_llava.model.loading import default_device
+from lora_llava.model.random_weights import build_random_llava
+from lora_llava.model.tokenizer import load_tokenizer
+from lora_llava.model.vision import freeze_tower, tower_features
+from lora_llava.model.weights.parts import DEMO_FOLDER
+from lora_llava.planning.fit import measure_rows
+from lora_llava.planning.memory import CUDA_CONTEXT, Step, fit_step, smallest
+from lora_llava.recipe.schema import LINEARS, LoraSection
+from lora_llava.training.progress import peak_memory_bytes
+from lora_llava.training.stages import checkpointing_argument
+from lora_llava.training.trainer import Feed, LlavaSFTTrainer
+
+SIDES = ("ours", "ours_cached", "trl_random", "trl_grouped")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of one side.
+
+    Attributes:
+        side: One of `SIDES`.
+        shape: Of `SHAPES`.
+        batch_size: Samples of an optimiser step.
+        micro_batch: Samples of a forward pass.
+        steps: Timed steps; one before them is not.
+        r: Rank of the adapters.
+        optimizer: transformers' name.
+        cap_bytes: Of GPU memory; None for no cap.
+        words: Of every row's text, each with a picture; None for ScienceQA's lengths.
+        seed: Draws rows and weights.
+        pool: Batches that rows are drawn for, of which `steps` are trained.
+    """
+
+    side: str
+    shape: str
+    batch_size: int
+    micro_batch: int
+    steps: int
+    r: int
+    optimizer: str
+    cap_bytes: int | None
+    words: int | None = None
+    seed: int = 0
+    pool: int = 200
+
+
+class Clock(TrainerCallback):
+    """Times the steps after the first, and counts their real tokens."""
+
+    def __init__(self) -> None:
+        self.start = self.seconds = 0.0
+        self.tokens = self.first_tokens = 0
+        self.losses: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if state.global_step == 1:
+            self.start, self.first_tokens = now, self.tokens
+        self.seconds = now - self.start
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
+def run_side(settings: Settings) -> dict[str, Any]:
+    """Train some steps and tell how fast.
+
+    Returns:
+        `name`, `real_tokens_per_second`, `peak_memory_bytes`, `seconds`, `real_tokens`, `losses`, and how it ran.
+    """
+    if settings.cap_bytes is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(settings.cap_bytes / total)
+    torch.manual_seed(settings.seed)
+    tokenizer = load_tokenizer(DEMO_FOLDER / "llm")
+    image_token = int(tokenizer.convert_tokens_to_ids("<image>"))
+    config = shape_config(settings.shape, len(tokenizer), image_token)
+    template = chat_template(_template())
+    pixels = image_processor_of(DEMO_FOLDER / "none", config)
+    processor = build_processor(tokenizer, config, pixels, template)
+    clock = Clock()
+    build = _ours if settings.side.startswith("ours") else _trl
+    trainer, told = build(settings, config, processor, clock)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    tokens = clock.tokens - clock.first_tokens
+    return {
+        "name": settings.side, "real_tokens_per_second": tokens / clock.seconds,
+        "peak_memory_bytes": peak_memory_bytes(), "seconds": clock.seconds, "real_tokens": tokens,
+        "losses": clock.losses, "micro_batch": settings.micro_batch, **told,
+    }  # fmt: skip
+
+
+def _template() -> Template:
+    """Vicuna's, without the system text, which the demo's tokenizer would break into far more tokens than Vicuna's."""
+    return get_template("vicuna_v1", "")
+
+
+def _batches(settings: Settings) -> list[list[Conversation]]:
+    """The batches of a run: the same samples for every side, grouped by length for one of them."""
+    pool = draw_rows(max(settings.steps, settings.pool) * settings.batch_size, settings.seed, settings.words)
+    grouped, shuffled = lay_out([text_length(row) for row in pool], settings.batch_size, settings.steps, settings.seed)
+    chosen = grouped if settings.side == "trl_grouped" else shuffled
+    return [[pool[i] for i in batch] for batch in chosen]
+
+
+def _random_model(settings: Settings, config: LlavaConfig, with_tower: bool = True) -> LlavaForConditionalGeneration:
+    cuda = torch.cuda.is_available()
+    return build_random_llava(
+        config, quantization="nf4" if cuda else "none", dtype=torch.bfloat16 if cuda else torch.float32,
+        device=default_device(), seed=settings.seed, with_tower=with_tower,
+    )  # fmt: skip
+
+
+def _arguments(settings: Settings, **own: Any) -> SFTConfig:
+    cuda = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=tempfile.mkdtemp(prefix="lora_llava_benchmark_"), seed=settings.seed, max_steps=settings.steps + 1,
+        per_device_train_batch_size=settings.micro_batch,
+        gradient_accumulation_steps=settings.batch_size // settings.micro_batch, learning_rate=1e-4,
+        optim=settings.optimizer, bf16=cuda, use_cpu=not cuda, logging_steps=1, report_to="none", save_strategy="no",
+        disable_tqdm=True, remove_unused_columns=False, max_length=None, dataloader_pin_memory=cuda, **own,
+    )  # fmt: skip
+
+
+def _ours(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
+    cached = settings.side == "ours_cached"
+    conversations = [row for batch in _batches(settings) for row in batch]
+    samples, _ = build_rows(
+        conversations, tokenizer=processor.tokenizer, template=_template(), num_image_tokens=config.image_seq_length,
+        max_length=4096,
+    )  # fmt: skip
+    indices, size = list(range(len(samples))), settings.micro_batch
+    rows = [indices[start : start + size] for start in range(0, len(indices), size)]
+    pictures: Any = Pixels(DrawnPictures(), processor.image_processor)
+    if cached:
+        names = [name for row in rows for i in row for name in samples[i]["image_files"]]
+        pictures = _features(settings, config, pictures, names)
+    model = _random_model(settings, config, with_tower=not cached)
+    use_flash_varlen(model)
+    peft_model = add_adapters(model, lora_config(r=settings.r, alpha=16, targets=LINEARS))
+    if not cached:
+        freeze_tower(model)
+    make_lean(model.model.language_model)
+    step = _planned(settings, config, rows, samples, cached)
+    checkpoint_language_model(model, step.checkpointed, step.offloaded)
+    trainer = CountingTrainer(
+        peft_model, _arguments(settings, **{checkpointing_argument(): False}, packing=False, padding_free=False,
+                               dataset_kwargs={"skip_prepare_dataset": True}),
+        train=Feed(samples, rows, PackedCollator(pictures)), validation=None, processor=processor,
+        projector_learning_rate=1e-4, callbacks=[clock],
+    )  # fmt: skip
+    trainer.clock = clock
+    return trainer, {"checkpointed_layers": step.checkpointed, "planned_bytes": step.peak}
+
+
+class CountingTrainer(LlavaSFTTrainer):
+    """Ours, its tokens told to the clock."""
+
+    clock: Clock
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.clock.tokens += inputs["input_ids"].numel()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def _features(settings: Settings, config: LlavaConfig, pixels: Pixels, names: list[str]) -> Any:
+    """Every picture's features, computed before the clock runs, as a vision cache does."""
+    device = default_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tower = AutoModel.from_config(config.vision_config, dtype=dtype).to(device).eval()
+    kept = {name: tower_features(tower, config, pixels([name]).to(device))[0].cpu() for name in names}
+    del tower
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return lambda wanted: torch.stack([kept[name] for name in wanted])
+
+
+def _planned(settings: Settings, config: LlavaConfig, rows: Any, samples: Any, cached: bool) -> Step:
+    """The step with the least recomputation under the cap; without one, with none."""
+    cuda = torch.cuda.is_available()
+    extremes = measure_rows(rows, samples, padded=False)
+    step = Step(
+        config=config, quantization="nf4" if cuda else "none", dtype_bytes=2 if cuda else 4,
+        lora=LoraSection(r=settings.r), optimizer_bytes=2 if "8bit" in settings.optimizer else 8,
+        tokens=extremes.tokens, trained_tokens=extremes.trained_tokens, pictures=extremes.pictures,
+        cached_features=cached, cuda=cuda,
+    )  # fmt: skip
+    budget = None if settings.cap_bytes is None else settings.cap_bytes + CUDA_CONTEXT
+    fitting = fit_step(step, budget) if budget is not None else step
+    if fitting is None:
+        raise torch.cuda.OutOfMemoryError(f"planned: {smallest(step)} bytes are more than {budget}")
+    return fitting
+
+
+def _trl(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
+    """TRL as its documentation has it: its VLM collator on prompts and completions, peft_config, and its defaults."""
+    conversations, pictures = [row for batch in _batches(settings) for row in batch], DrawnPictures()
+    dataset = Dataset.from_list(
+        [
+            {
+                "images": [{"bytes": pictures.read(name), "path": None} for name in row.images],
+                "prompt": [{"role": "user", "content": row.turns[0].text.replace("<image>\n", "")}],
+                "completion": [{"role": "assistant", "content": row.turns[1].text}],
+            }
+            for row in conversations
+        ]
+    ).cast_column("images", datasets.List(datasets.Image()))
+    targets = lora_config(r=settings.r, targets=LINEARS).target_modules
+    adapters = LoraConfig(
+        r=settings.r, lora_alpha=16, target_modules=targets, modules_to_save=["multi_modal_projector"],
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    arguments = _arguments(settings, train_sampling_strategy="sequential")  # in the order of its strategy
+    trainer = CountingTrl(
+        model=_random_model(settings, config), args=arguments, train_dataset=dataset, processing_class=processor,
+        peft_config=adapters, callbacks=[clock],
+    )  # fmt: skip
+    trainer.clock = clock
+    return trainer, {"checkpointed_layers": config.text_config.num_hidden_layers}
+
+
+class CountingTrl(SFTTrainer):
+    """TRL's, its real tokens told to the clock."""
+
+    clock: Clock
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.clock.tokens += int(inputs["attention_mask"].sum())
+        return super().compute_loss(model, inputs, *args, **kwargs)

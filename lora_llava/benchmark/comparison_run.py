@@ -1,0 +1,119 @@
+"""`lora-llava benchmark`: real tokens a second and peak memory, ours and TRL's, in one run on one machine."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+from tqdm import tqdm
+
+from lora_llava.benchmark.benchmark_sides import Settings, run_side
+from lora_llava.core.errors import UserError
+from lora_llava.core.quiet import quieten
+from lora_llava.planning.memory import GIB
+from lora_llava.runs.directory import machine, versions, write_json
+
+
+def benchmark(
+    *, shape: str, batch_size: int, steps: int, repeats: int, r: int, cap_gb: float | None, sides: list[str],
+    output: Path | None, console: Console,
+) -> dict[str, Any]:  # fmt: skip
+    """Run every side several times, each in a process of its own, in turn, and keep the fastest of each.
+
+    Args:
+        shape: Of `benchmark_data.SHAPES`.
+        batch_size: Samples of an optimiser step, on every side.
+        steps: Timed steps of a run.
+        repeats: Runs of each side.
+        r: Rank of the adapters.
+        cap_gb: GPU memory in GiB that torch may take; None for all.
+        sides: Of `SIDES`.
+        output: File for the result, JSON.
+        console: Shows the table.
+
+    Returns:
+        `machine`, `versions`, `settings` and `results`.
+
+    Raises:
+        UserError: For what this machine cannot run.
+    """
+    if cap_gb is not None and not torch.cuda.is_available():
+        raise UserError(f"--cap-gb {cap_gb:g} caps a GPU's memory, and there is none here; leave it out")
+    if shape not in ("tiny", "tiny_body") and not torch.cuda.is_available():
+        raise UserError(f"--shape {shape} would take days without a GPU; take tiny or tiny_body")
+    optimizer = "paged_adamw_8bit" if torch.cuda.is_available() and r >= 64 else "adamw_torch"
+    cap = None if cap_gb is None else int(cap_gb * GIB)
+    settings = [Settings(side, shape, batch_size, batch_size, steps, r, optimizer, cap) for side in sides]
+    best: dict[str, dict[str, Any]] = {}
+    with tqdm(total=repeats * len(settings), desc="benchmark", unit="run", dynamic_ncols=True) as bar:
+        for _ in range(repeats):
+            for one in settings:
+                bar.set_postfix_str(one.side)
+                found = _smallest_that_fits(one)
+                if one.side not in best or found.get("seconds", math.inf) < best[one.side].get("seconds", math.inf):
+                    best[one.side] = found
+                bar.update()
+    result = {
+        "machine": machine(), "versions": versions(),
+        "settings": {
+            "shape": shape, "batch_size": batch_size, "steps": steps, "repeats": repeats, "r": r, "cap_gb": cap_gb,
+            "optimizer": optimizer,
+        },
+        "results": [best[side] for side in sides],
+    }  # fmt: skip
+    console.print(_table(result))
+    if output is not None:
+        write_json(output, result)
+        console.print(f"written to {output}", soft_wrap=True)
+    return result
+
+
+def _smallest_that_fits(settings: Settings) -> dict[str, Any]:
+    """Run a side with the largest forward pass that its memory allows, the batch of a step kept by accumulation."""
+    for micro in (size for size in range(settings.micro_batch, 0, -1) if settings.batch_size % size == 0):
+        found = run_in_process(replace(settings, micro_batch=micro))
+        if "out_of_memory" not in found:
+            break
+    return found
+
+
+def run_in_process(settings: Settings) -> dict[str, Any]:
+    """Run one side in a process of its own, so that its peak memory is its own; `out_of_memory` if there was none."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=quieten) as pool:
+        return pool.submit(_run, settings).result()
+
+
+def _run(settings: Settings) -> dict[str, Any]:
+    try:
+        return run_side(settings)
+    except torch.cuda.OutOfMemoryError as error:
+        return {"name": settings.side, "out_of_memory": str(error).splitlines()[0]}
+
+
+def _table(result: dict[str, Any]) -> RichTable:
+    settings = result["settings"]
+    table = RichTable(
+        title=f"{settings['shape']} model, rows of ScienceQA's lengths, {settings['batch_size']} samples a step",
+        title_justify="left",
+    )
+    for name in ("side", "real tokens/s", "ours is", "peak memory", "samples a pass", "layers recomputed"):
+        table.add_column(name, justify="left" if name == "side" else "right")
+    ours = next((row.get("real_tokens_per_second") for row in result["results"] if row["name"] == "ours"), None)
+    for row in result["results"]:
+        if "out_of_memory" in row:
+            table.add_row(row["name"], "out of memory")
+            continue
+        rate = row["real_tokens_per_second"]
+        table.add_row(
+            row["name"], f"{rate:,.0f}", f"{ours / rate:.2f}x" if ours else "",
+            f"{row['peak_memory_bytes'] / GIB:.2f} GiB", str(row["micro_batch"]), str(row["checkpointed_layers"]),
+        )  # fmt: skip
+    return table

@@ -1,0 +1,28 @@
+"""`lora-llava check`: find errors in a recipe's data before training."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lora_llava.commands.arguments import a_path, add_recipe
+from lora_llava.core.quiet import quieten
+
+SUMMARY = "read all data of a recipe and report what is wrong with it"
+EXAMPLES = ("lora-llava check my_images/recipe.yaml", "lora-llava check my_images/recipe.yaml --json findings.json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--json", type=a_path, metavar="FILE", help="write every finding to this file")
+    parser.add_argument("--fix", action="store_true", help="write a cleaned copy beside each file of rows")
+
+
+def run(args: argparse.Namespace, console: Any) -> int:
+    from lora_llava.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    quieten()
+    from lora_llava.prepare.row_check import check
+
+    return 1 if check(recipe, json_file=args.json, fix=args.fix, console=console).errors else 0

@@ -1,0 +1,45 @@
+"""`lora-llava compare`: compare runs by paired tests on the same questions."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lora_llava.commands.arguments import a_path
+
+SUMMARY = "compare runs: seeds averaged, paired tests; as a table for terminal, Markdown or LaTeX"
+EXAMPLES = (
+    "lora-llava compare runs/demo_scienceqa_qlora runs/demo_merged",
+    "lora-llava compare runs/seed_0 runs/seed_1 --format markdown --output table.md",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=a_path, metavar="RUN", help="a run directory or a predictions file")
+    parser.add_argument("--common", action="store_true", help="compare only questions that all runs answered")
+    parser.add_argument("--published", action="store_true", help="print published ScienceQA scores below")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--format", choices=["terminal", "markdown", "latex"], default="terminal")
+    form.add_argument("--json", action="store_true", help="print everything as JSON, not rounded")
+    parser.add_argument("--output", type=a_path, metavar="FILE", help="write to this file instead of printing")
+
+
+def run(args: argparse.Namespace, console: Any) -> int:
+    from lora_llava.evaluation.compare.compare_files import read_runs
+    from lora_llava.evaluation.compare.compare_view import as_json, render, terminal_view
+    from lora_llava.evaluation.compare.comparison import compare_runs
+    from lora_llava.recipe import load_recipe
+
+    files = {run: run / "recipe.yaml" for run in args.runs}
+    recipes = {run: load_recipe(file).model_dump(mode="json") for run, file in files.items() if file.is_file()}
+    comparison = compare_runs(read_runs(args.runs, recipes), args.common)
+    if args.format == "terminal" and not args.json and args.output is None:
+        console.print(terminal_view(comparison, args.published))
+        return 0
+    text = as_json(comparison, args.published) if args.json else render(comparison, args.format, args.published)
+    if args.output is None:
+        print(text, end="")
+    else:
+        args.output.write_text(text, encoding="utf-8")
+        console.print(f"written to {args.output}", soft_wrap=True)
+    return 0

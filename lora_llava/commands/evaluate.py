@@ -1,0 +1,134 @@
+"""`lora-llava evaluate`: answer a recipe's test questions and score the answers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lora_llava.commands.arguments import a_path, add_letter_parser, add_overrides, add_published, home, positive
+from lora_llava.commands.score import print_table
+from lora_llava.core.errors import UserError
+from lora_llava.core.quiet import quieten
+
+SUMMARY = "answer the test questions of a recipe with a model, and score the answers"
+EXAMPLES = (
+    "lora-llava evaluate runs/demo_scienceqa_qlora",
+    "lora-llava evaluate runs/demo_scienceqa_qlora --shuffle-images",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=home, help="a run directory, a folder with a complete LLaVA, or a Hub id")
+    add_overrides(parser)
+    parser.add_argument("--recipe", type=home, help="recipe with data and evaluation to use; default: the run's")
+    parser.add_argument(
+        "--benchmark", choices=["llava-bench"], help="answer LLaVA-Bench's questions instead, for `lora-llava score "
+        "llava-bench`",
+    )  # fmt: skip
+    parser.add_argument("--questions", type=a_path, help="LLaVA-Bench's questions, JSONL")
+    parser.add_argument("--images", type=a_path, help="folder of LLaVA-Bench's images")
+    parser.add_argument("--template", help="conversation template for LLaVA-Bench, where the model has none")
+    parser.add_argument("--limit", type=positive, help="use only this many questions, drawn by the recipe's seed")
+    parser.add_argument("--shuffle-images", action="store_true", help="shuffle the images among the questions")
+    parser.add_argument(
+        "--method", choices=["generate", "loglik"], default="generate", help="let the model write its answer, or take "
+        "the choice it finds most likely",
+    )  # fmt: skip
+    parser.add_argument("--prompt", help="how ScienceQA questions are written: recipe, direct or lmms-eval")
+    add_letter_parser(parser)
+    parser.add_argument("--direct", action="store_true", help="request the letter alone; the same as --prompt direct")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument(
+        "--bad-images", choices=["error", "wrong"], default="error", help="an image that cannot be opened stops the "
+        "evaluation, or its question counts as wrong and is listed",
+    )  # fmt: skip
+    parser.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server, such as vLLM")
+    parser.add_argument("--server-model", metavar="NAME", help="default: the only model of the server")
+    parser.add_argument("--concurrency", type=positive, help="concurrent requests to the server; default: 8")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="timeout of one request; default: 120")
+    parser.add_argument("--base-only", action="store_true", help="the run's base, without its adapter and projector")
+    parser.add_argument("--output", type=home, help="folder for predictions; default: the run directory")
+    add_published(parser)
+    parser.add_argument("--json", action="store_true", help="print the table as JSON")
+
+
+def run(args: argparse.Namespace, console: Any) -> int:
+    quieten()
+    _refuse_without_effect(args)
+    server = None
+    if args.server:
+        from lora_llava.inference.client import ChatServer
+
+        timeout = 120.0 if args.timeout is None else args.timeout
+        server = ChatServer(args.server, args.server_model, concurrency=args.concurrency or 8, timeout=timeout)
+    if args.benchmark:
+        return _answer_llava_bench(args, server, console)
+    from lora_llava.evaluation.evaluate import Way, evaluate
+
+    way = Way(
+        method=args.method, prompt="direct" if args.direct else args.prompt or "recipe", temperature=args.temperature,
+        top_p=args.top_p, shuffled=args.shuffle_images, base_only=args.base_only, bad_images=args.bad_images,
+        parser=args.parser,
+    )  # fmt: skip
+    table = evaluate(
+        args.model, way, recipe=args.recipe, overrides=args.overrides, limit=args.limit, output=args.output,
+        server=server,
+    )  # fmt: skip
+    print_table(Path(args.model).name, table, args, console, same_questions=not (way.shuffled or way.base_only))
+    return 0
+
+
+_BENCHMARK_FLAGS = ("questions", "images", "template")
+_SERVER_FLAGS = ("server_model", "concurrency", "timeout")
+_TABLE_FLAGS = (
+    "overrides", "recipe", "limit", "shuffle_images", "prompt", "direct", "parser", "base_only", "published", "json",
+)  # fmt: skip
+"""Flags of an evaluation that prints a table."""
+
+
+def _refuse_without_effect(args: argparse.Namespace) -> None:
+    """Refuse flags that would have no effect.
+
+    Raises:
+        UserError: Naming the first.
+    """
+
+    def given(names: tuple[str, ...]) -> str | None:
+        unsaid: tuple[Any, ...] = (None, (), [])
+        values = {name: getattr(args, name) for name in names}
+        said = next((name for name, value in values.items() if value is not False and value not in unsaid), None)
+        return said and ("an override of a recipe" if said == "overrides" else f"--{said.replace('_', '-')}")
+
+    if args.benchmark is None and (flag := given(_BENCHMARK_FLAGS)):
+        raise UserError(f"{flag} needs --benchmark llava-bench; add it, or leave it out")
+    if args.benchmark:
+        flag = "--method loglik" if args.method != "generate" else given(_TABLE_FLAGS)
+        if flag:
+            raise UserError(f"{flag} has no effect with --benchmark llava-bench; leave it out")
+    if args.server is None and (flag := given(_SERVER_FLAGS)):
+        raise UserError(f"{flag} needs a server; name it with --server, or leave it out")
+    if args.direct and args.prompt not in (None, "direct"):
+        raise UserError(f"--direct and --prompt {args.prompt} contradict each other; leave one out")
+    if args.published and args.json:
+        raise UserError("--published has no effect with --json; leave one out")
+
+
+def _answer_llava_bench(args: argparse.Namespace, server: Any, console: Any) -> int:
+    from dataclasses import replace
+
+    from lora_llava.evaluation.judge.llava_bench_answers import answer_llava_bench
+    from lora_llava.inference.sampling import Sampling
+
+    for name in ("questions", "images"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name} is missing; --benchmark llava-bench needs it")
+    if server is not None and server.model is None and not Path(args.model).is_dir():
+        server = replace(server, model=args.model)
+    file = answer_llava_bench(
+        args.model, args.questions, args.images, output=args.output and Path(args.output), server=server,
+        sampling=Sampling(args.temperature, args.top_p, 1024, 0), bad_images=args.bad_images, template=args.template,
+    )  # fmt: skip
+    console.print(f"{file}: score it with lora-llava score llava-bench", soft_wrap=True)
+    return 0

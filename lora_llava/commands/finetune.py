@@ -1,0 +1,61 @@
+"""`lora-llava finetune`: train a recipe, and score the model before and after."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+from lora_llava.commands.arguments import add_recipe
+from lora_llava.core.quiet import quieten
+
+SUMMARY = "train a recipe, and score the model before and after"
+EXAMPLES = (
+    "lora-llava finetune recipes/demo_scienceqa_qlora.yaml",
+    "lora-llava finetune my_images/recipe.yaml training.learning_rate=1e-4 --resume",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print what would happen; load no weights")
+    parser.add_argument("--resume", action="store_true", help="resume from the newest complete checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run, finished or not")
+    parser.add_argument(
+        "--accept-changes",
+        metavar="KEY,KEY",
+        default="",
+        help="with --resume: recipe keys that may differ from before, such as training.learning_rate",
+    )
+
+
+def run(args: argparse.Namespace, console: Any) -> int:
+    from lora_llava.recipe import find_recipe, load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)  # before the heavy imports: a typo is reported at once
+    quieten()
+    from lora_llava.training.finetune import dry_run, finetune
+
+    folder = find_recipe(args.recipe).parent
+    if args.dry_run:
+        dry_run(recipe, folder, console)
+        return 0
+    accepted = [key.strip() for key in args.accept_changes.split(",") if key.strip()]
+    finetune(recipe, folder, resume=args.resume, overwrite=args.overwrite, accept_changes=accepted, console=console)
+    if recipe.stage == 2:
+        console.print("next:")
+        for command in next_commands(recipe.output_dir):
+            console.print(f"  {command}", soft_wrap=True)
+    return 0
+
+
+def next_commands(run: str) -> list[str]:
+    """List the commands that a person may want after a run."""
+    merged = shlex.quote(f"{run}-merged")
+    run = shlex.quote(run)
+    return [
+        f"lora-llava evaluate {run}",
+        f"lora-llava chat {run}",
+        f"lora-llava merge {run} --output {merged}",
+        f"lora-llava push {merged} YOU/NAME --dry-run",
+    ]

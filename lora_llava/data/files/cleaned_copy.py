@@ -1,0 +1,138 @@
+"""A cleaned copy of a file of rows, beside it and in its own form."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import os
+from collections.abc import Container, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.files.reading import estimate_rows, json_text, placed_rows, table_delimiter
+from lora_llava.data.files.shards import shard_of
+from lora_llava.data.files.text_encoding import text_encoding
+
+_BEGINNING = 1 << 16
+
+
+def fixed_name(file: Path) -> Path:
+    """Where the cleaned copy of a file goes: `rows.json` to `rows.fixed.json`, and so that shards stay a set."""
+    shard = shard_of(file.name)
+    if shard is None:
+        return file.with_name(f"{file.stem}.fixed{file.suffix}")
+    stem = shard.stem.rstrip("-_.")
+    return file.with_name(f"{stem}.fixed-{file.name[len(shard.stem) :]}")
+
+
+def write_set_without(
+    files: Sequence[Path], dropped: Container[int]
+) -> Iterator[tuple[Path, Path, int, int]]:  # fmt: skip
+    """Copy the files of one data set without some of its rows; see `write_without`.
+
+    Args:
+        files: The files in order, which are only read.
+        dropped: Numbers of the rows to leave out, from 0, counted over all files.
+
+    Yields:
+        Each file, its copy, the rows of the copy, and the rows left out of it.
+
+    Raises:
+        UserError: Where a copy is there already.
+    """
+    for file in files:
+        _refuse_existing(fixed_name(file))
+    start = 0
+    for file in files:
+        rows = estimate_rows(file) if file.suffix.lower() == ".parquet" else sum(1 for _ in placed_rows(file))
+        mine = {number - start for number in range(start, start + rows) if number in dropped}
+        target, count = write_without(file, mine)
+        yield file, target, count, len(mine)
+        start += rows
+
+
+def write_without(file: Path, dropped: Container[int]) -> tuple[Path, int]:
+    """Copy a file of rows without some of them; the others stay as they are, to the letter of their values.
+
+    The copy of a text file is UTF-8, whatever the file is.
+
+    Args:
+        file: The file, which is only read.
+        dropped: Numbers of the rows to leave out, from 0; a table's empty rows are not counted, and left out.
+
+    Returns:
+        The copy and how many rows it has.
+
+    Raises:
+        UserError: Where the copy is there already.
+    """
+    target = fixed_name(file)
+    _refuse_existing(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        suffix = file.suffix.lower()
+        if suffix == ".parquet":
+            count = _copy_parquet(file, dropped, temporary)
+        else:
+            rows = (row for number, (_, row) in enumerate(placed_rows(file)) if number not in dropped)
+            write = {".csv": _write_table, ".tsv": _write_table, ".json": _write_json}.get(suffix, _write_lines)
+            count = write(rows, temporary, file)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target, count
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.exists():
+        raise UserError(f"--fix: {target} is there already; move it away, or use it with data.path={target}")
+
+
+def _write_json(rows: Iterable[Any], target: Path, file: Path) -> int:
+    count = 0
+    with target.open("w", encoding="utf-8") as stream:
+        stream.write("[")
+        for count, row in enumerate(rows, 1):
+            stream.write(",\n" if count > 1 else "\n")
+            stream.write(json_text(row))
+        stream.write("\n]\n")
+    return count
+
+
+def _write_lines(rows: Iterable[Any], target: Path, file: Path) -> int:
+    with target.open("w", encoding="utf-8") as stream:
+        return sum(bool(stream.write(json_text(row) + "\n")) for row in rows)
+
+
+def _write_table(rows: Iterable[Any], target: Path, file: Path) -> int:
+    delimiter = table_delimiter(file)
+    beginning = file.read_bytes()[:_BEGINNING]
+    source_encoding = text_encoding(file)
+    with file.open(encoding=source_encoding, newline="") as stream:
+        header = next(csv.reader(stream, delimiter=delimiter, strict=True), [])
+    # What a spreadsheet wrote with a mark, or in an encoding of its own, it reads as UTF-8 only with a mark.
+    marked = beginning.startswith(codecs.BOM_UTF8) or source_encoding != "utf-8-sig"
+    encoding = "utf-8-sig" if marked else "utf-8"
+    ending = "\r\n" if b"\r\n" in beginning.replace(b"\0", b"") else "\n"
+    with target.open("w", encoding=encoding, newline="") as stream:
+        writer = csv.writer(stream, delimiter=delimiter, lineterminator=ending)
+        writer.writerow(header)
+        return sum(bool(writer.writerow(row.values())) for row in rows)
+
+
+def _copy_parquet(file: Path, dropped: Container[int], target: Path) -> int:
+    import pyarrow
+    import pyarrow.parquet
+
+    def kept(start: int, size: int) -> Iterator[int]:
+        return (place for place in range(size) if start + place not in dropped)
+
+    count = start = 0
+    with pyarrow.parquet.ParquetFile(file) as table:
+        with pyarrow.parquet.ParquetWriter(target, table.schema_arrow) as writer:
+            for batch in table.iter_batches(batch_size=256):
+                left = batch.take(pyarrow.array(list(kept(start, len(batch))), pyarrow.int64()))
+                writer.write_batch(left)
+                start, count = start + len(batch), count + len(left)
+    return count

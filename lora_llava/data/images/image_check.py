@@ -1,0 +1,205 @@
+"""Every picture opened once, in parallel, and what is odd about it; unchanged files are not opened again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+
+from lora_llava.data.files.reading import Counted
+from lora_llava.data.images.image_names import MATCHED, contradictions
+from lora_llava.data.images.reading import BadImageError, FolderImages, ImageSource, TableImages, read_converted
+from lora_llava.data.images.to_rgb import CONVERSION_RULE, Background
+
+_SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png", ".apng"), "GIF": (".gif",), "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"), "TIFF": (".tif", ".tiff"), "MPO": (".jpg", ".jpeg", ".mpo"),
+}  # fmt: skip
+_ORIENTATION = 0x0112
+"""The EXIF tag of the camera's orientation; 1 is upright (CIPA DC-008, section 4.6.4)."""
+_AT_ONCE = 64
+_TINY = 8
+"""A side of fewer pixels is hardly a picture."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What is known of a picture.
+
+    Attributes:
+        problem: Why it cannot be used; None where it can.
+        kind: The same in a word or two.
+        oddities: What a person may want to know though it can be used: pairs of kind and message.
+        digest: SHA-256 of its file, in hex; "" where there is none.
+    """
+
+    problem: str | None = None
+    kind: str = ""
+    oddities: tuple[tuple[str, str], ...] = ()
+    digest: str = ""
+
+
+def inspect_pictures(
+    images: ImageSource, names: Iterable[str], cache: Path | None = None,
+    progress: Callable[[Iterable[Picture]], Iterable[Picture]] = lambda found: found,
+) -> dict[str, Picture]:  # fmt: skip
+    """Open pictures as training will.
+
+    Args:
+        images: Opens them: those of one source, which know how large a picture may be.
+        names: Which.
+        cache: File that keeps what was found, by name, size and time of change; None keeps nothing.
+        progress: Wraps the pictures as they are done, for a progress bar.
+
+    Returns:
+        What was found, by name.
+    """
+    names = list(names)
+    known = _load(cache)
+    stamps = {name: _stamp(images, name) for name in names}
+    found = {
+        name: known[name][1] for name in names if name in known and stamps[name] and known[name][0] == stamps[name]
+    }
+    missing = [name for name in names if name not in found]
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        warnings.simplefilter("ignore")  # Pillow's remarks about odd files; what matters is found by `_oddities`
+        try:
+            coming = Counted(_mapped(pool, images, missing), len(missing))
+            for name, picture in zip(missing, progress(coming), strict=True):
+                found[name] = picture
+        finally:
+            if missing:
+                _save(cache, {**known, **{name: (stamps[name], p) for name, p in found.items() if stamps[name]}})
+    found = {name: found[name] for name in names}
+    return found | _contradicting(images, found)
+
+
+def _contradicting(images: ImageSource, found: Mapping[str, Picture]) -> dict[str, Picture]:
+    """Names that were matched to a file that another name means too: `a/01.png` and `b/01.png` are two images."""
+    matched: dict[str, str] = {}
+    if isinstance(images, FolderImages):
+        loose = (name for name, picture in found.items() if any(kind == MATCHED for kind, _ in picture.oddities))
+        matched = {name: images.label(name) for name in loose}
+    if not matched:
+        return {}
+    files: dict[str, str] = {}
+    for name in found:
+        with contextlib.suppress(BadImageError):
+            files[name] = str(images.find(name))  # type: ignore[attr-defined]
+    return {
+        name: Picture(f"picture {name} may be {matched[name]}, but so may {other}; write the file that each means",
+                      "ambiguous name")
+        for name, other in contradictions(files, matched).items()
+    }  # fmt: skip
+
+
+def _mapped(pool: ThreadPoolExecutor, images: ImageSource, names: list[str]) -> Iterator[Picture]:
+    """Few pictures at a time are under way, so that memory does not grow with their number."""
+    waiting = iter(names)
+    running = [pool.submit(inspect_picture, images, name) for name in islice(waiting, _AT_ONCE)]
+    while running:
+        yield running.pop(0).result()
+        running += [pool.submit(inspect_picture, images, name) for name in islice(waiting, 1)]
+
+
+def inspect_picture(images: ImageSource, name: str) -> Picture:
+    """Open one picture as training does, to its last byte."""
+    limit: int = images.max_pixels  # type: ignore[attr-defined]
+    digest = ""
+    try:
+        content = images.read(name)
+        digest = hashlib.sha256(content).hexdigest()
+        label = images.label(name)
+        background: Background = images.background  # type: ignore[attr-defined]
+        notes = read_converted(io.BytesIO(content), label, limit, background).notes
+        oddities = [*_match(images, name), *((kind, f"picture {label} {note}") for kind, note in notes)]
+        return Picture(None, "", (*oddities, *_oddities(content, label, bool(notes))), digest)
+    except BadImageError as error:
+        return Picture(str(error), error.kind, (), digest)
+
+
+def _match(images: ImageSource, name: str) -> Iterator[tuple[str, str]]:
+    file = images.matched(name) if isinstance(images, FolderImages) else None
+    if file is not None:
+        yield MATCHED, f"picture {name} is not there under this name; the file {file} is taken for it"
+
+
+def _oddities(content: bytes, name: str, is_converted: bool) -> list[tuple[str, str]]:
+    """What is odd about a picture that can be used; what Pillow cannot tell of it is one thing more."""
+    found: list[tuple[str, str]] = []
+    try:
+        found.extend(_look(content, name, is_converted))
+    except Exception as error:  # Pillow's decoders raise anything for what comes after the first frame
+        found.append(("odd picture", f"picture {name} is read, but not all of its file is sound: {error}"))
+    return found
+
+
+def _look(content: bytes, name: str, is_converted: bool) -> Iterator[tuple[str, str]]:
+    with Image.open(io.BytesIO(content)) as image:
+        kind, suffix = str(image.format), Path(name).suffix.lower()
+        known = {other for suffixes in _SUFFIXES.values() for other in suffixes}
+        if suffix in known and suffix not in _SUFFIXES.get(kind, ()):
+            yield "mislabelled picture", f"picture {name} is a {kind}; it is read as one, but its name misleads"
+        if image.mode != "RGB" and not is_converted:
+            yield "picture not RGB", f"picture {name} has mode {image.mode}; it is converted, look at it in the preview"
+        if getattr(image, "n_frames", 1) > 1:
+            yield "several frames", f"picture {name} has {image.n_frames} frames; only the first is seen"  # type: ignore[attr-defined]
+        if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
+            yield "turned picture", f"picture {name} lies on its side but for an EXIF tag; the model sees it lying"
+        if min(image.size) < _TINY:
+            yield "tiny picture", f"picture {name} has {image.width} x {image.height} pixels"
+
+
+def _stamp(images: ImageSource, name: str) -> str:
+    """Size and time of change, and the limit it was held to; nothing for what is no file of its own."""
+    if isinstance(images, TableImages) and images.fingerprint:
+        return f"{images.fingerprint}:{images.max_pixels}:{images.background}:{CONVERSION_RULE}"
+    if not isinstance(images, FolderImages):
+        return ""
+    try:
+        path = images.find(name)
+        facts = path.stat()
+    except (BadImageError, OSError):
+        return ""
+    # st_ctime_ns too: a copy that keeps the time of change (`cp -p`, rsync) may have the size as well.
+    times = f"{facts.st_mtime_ns}:{facts.st_ctime_ns}"
+    return f"{path}:{facts.st_size}:{times}:{images.max_pixels}:{images.background}:{CONVERSION_RULE}"
+
+
+def _load(cache: Path | None) -> dict[str, tuple[str, Picture]]:
+    if cache is None or not cache.is_file():
+        return {}
+    try:
+        kept = json.loads(cache.read_text(encoding="utf-8"))
+        return {
+            name: (stamp, Picture(**facts | {"oddities": tuple(map(tuple, facts["oddities"]))}))
+            for name, (stamp, facts) in kept.items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError):  # half a file, or one of another version: look again
+        return {}
+
+
+def _save(cache: Path | None, found: dict[str, tuple[str, Picture]]) -> None:
+    if cache is None:
+        return
+    content = {name: (stamp, asdict(picture)) for name, (stamp, picture) in found.items()}
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.replace(cache)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):  # a cache that cannot be written is none
+            raise

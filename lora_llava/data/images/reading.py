@@ -1,0 +1,380 @@
+"""Pictures: opened lazily, never outside their folder, never from a URL, never larger than a cap."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from PIL import Image, UnidentifiedImageError
+
+from lora_llava.core.errors import RefusedError, UserError
+from lora_llava.core.patience import patiently
+from lora_llava.data.images.image_names import NameIndex, coco_names
+from lora_llava.data.images.to_rgb import Background, Converted, to_rgb
+
+if TYPE_CHECKING:
+    import torch
+
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+"""Pillow's own cap; the second is raised where warnings are errors."""
+
+
+_HEAD_BYTES, _PIXEL_BYTES = 1 << 22, 4
+"""Most bytes of a picture's file: of each pixel, unpacked, in RGBA, and of profiles and thumbnails beside them."""
+_FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""Formats that are decoded in this process; of others Pillow starts a program for EPS (Ghostscript)."""
+
+
+class BadImageError(RefusedError):
+    """A picture that is missing, corrupt, too large or out of bounds."""
+
+    kind = "corrupt picture"
+
+
+class ImageSource(Protocol):
+    """Opens the pictures that conversations name."""
+
+    def open(self, name: str) -> Image.Image:
+        """Give one picture in RGB; BadImageError says what is wrong with it."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Give one picture's file, undecoded; BadImageError where there is none."""
+        ...
+
+    def label(self, name: str) -> str:
+        """Name one image for a person: by its file, or by its row in a table."""
+        ...
+
+
+Pictures = Callable[[Sequence[str]], "torch.Tensor"]
+"""Gives the pictures of these names as a model's `pixel_values`, in order: pixels, or a tower's features of them."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Opens pictures and preprocesses them.
+
+    Args:
+        images: Opens them.
+        image_processor: The exported processor's, so that training and serving see the same pixels.
+    """
+
+    images: ImageSource
+    image_processor: Any
+
+    def __call__(self, names: Sequence[str]) -> torch.Tensor:
+        """Pixels of these pictures, float32 of shape (pictures, 3, height, width)."""
+        pictures = [self.images.open(name) for name in names]
+        pixels: torch.Tensor = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        return pixels
+
+
+def read_rgb(
+    file: Path | io.BytesIO, name: str, max_pixels: int, background: Background = "white"
+) -> Image.Image:  # fmt: skip
+    """Decode an image to RGB; arguments and errors are those of `read_converted`."""
+    return read_converted(file, name, max_pixels, background).image
+
+
+def read_converted(file: Path | io.BytesIO, name: str, max_pixels: int, background: Background = "white") -> Converted:
+    """Decode an image to RGB, as training, checks, previews, chats and evaluations all do.
+
+    Args:
+        file: A file or its bytes.
+        name: Its name, for the message.
+        max_pixels: Most pixels it may have; checked before decoding.
+        background: See `to_rgb`.
+
+    Returns:
+        An RGB image, fully decoded, and notes on how it was converted.
+
+    Raises:
+        BadImageError: For anything that is not a whole image of at most `max_pixels` in a common format.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.format not in _FORMATS:
+                raise BadImageError(f"picture {name} is {image.format}, which is not read; save it as PNG or JPEG")
+            if image.width * image.height > max_pixels:
+                raise BadImageError(
+                    f"picture {name} has {image.width} x {image.height} pixels, over max_image_pixels {max_pixels}",
+                    "oversized picture",
+                )
+            return to_rgb(image, background)
+    except FileNotFoundError:
+        raise BadImageError(f"picture {name} is missing", "missing picture") from None
+    except _TOO_LARGE as error:
+        raise BadImageError(
+            f"picture {name} is over max_image_pixels {max_pixels}: {error}", "oversized picture"
+        ) from None
+    except UnidentifiedImageError:
+        raise BadImageError(f"picture {name} cannot be read: it is no picture, or one of an unknown kind") from None
+    except BadImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise anything for files that are broken
+        raise BadImageError(f"picture {name} cannot be read: {error}") from None
+
+
+class _OutsideError(BadImageError):
+    """A name that by itself, without any link, leads out of the folder."""
+
+
+class FolderImages:
+    """Images under one folder.
+
+    Args:
+        root: The folder; nothing outside it is opened, through `..`, an absolute name or a link.
+        max_pixels: Most pixels of an image.
+        background: See `to_rgb`.
+        follow_links: Open what links in the folder lead to, wherever that is.
+        match_names: Match names that no file has to the one file that is meant; see `NameIndex`.
+        has_key: Whether a recipe opens the folder, whose key `data.follow_links` messages may name.
+    """
+
+    def __init__(
+        self, root: Path, max_pixels: int, *, background: Background = "white", follow_links: bool = False,
+        match_names: bool = True, has_key: bool = True,
+    ) -> None:  # fmt: skip
+        self.root = root.resolve()
+        self.max_pixels = max_pixels
+        self.background: Background = background
+        self.follow_links = follow_links
+        self.has_key = has_key
+        self._index = NameIndex(self.root, follow_links) if match_names else None
+
+    def open(self, name: str) -> Image.Image:
+        path = self.find(name)
+        if not path.exists():
+            raise self._missing(name)
+        self._check_file(path, name)
+        try:
+            content = patiently(path.read_bytes)
+        except FileNotFoundError:
+            raise self._missing(name) from None
+        except OSError as error:
+            raise BadImageError(f"picture {name} cannot be read: {error.strerror}") from None
+        return read_rgb(io.BytesIO(content), name, self.max_pixels, self.background)
+
+    def read(self, name: str) -> bytes:
+        try:
+            path = self.find(name)
+            self._check_file(path, name)
+            return patiently(path.read_bytes)
+        except FileNotFoundError:
+            raise self._missing(name) from None
+        except OSError as error:
+            raise BadImageError(f"picture {name} cannot be read: {error.strerror}") from None
+
+    def find(self, name: str) -> Path:
+        """Where an image is: under its own name, under the one that another release of COCO gives it, or under the one
+        that `matched` gives.
+
+        Raises:
+            BadImageError: For a URL, a name or link that leads out of the folder, or a name that several files match.
+        """
+        return self._locate(name)[0]
+
+    def matched(self, name: str) -> str | None:
+        """The file, relative to the folder, that a name was matched to by file name; None for a name as it stands.
+
+        Raises:
+            BadImageError: As of `find`.
+        """
+        return self._locate(name)[1]
+
+    def label(self, name: str) -> str:
+        try:
+            return self.matched(name) or name
+        except BadImageError:
+            return name
+
+    def _locate(self, name: str) -> tuple[Path, str | None]:
+        outside: BadImageError | None = None
+        path = self.root
+        try:
+            path = self._inside(name)
+            if path.exists():
+                return path, None
+        except _OutsideError as error:
+            outside = error
+        for candidate in coco_names(name) if outside is None else ():
+            try:
+                found = self._inside(candidate)
+            except BadImageError:  # a folder of COCO's that leads out of here
+                continue
+            if found.exists():
+                return found, None
+        files = self._index.candidates(name) if self._index is not None else []
+        if len(files) > 1:
+            more = f" or {len(files) - 2:,} more" if len(files) > 2 else ""
+            raise BadImageError(
+                f"picture {name} may be {files[0]} or {files[1]}{more}; write the one that is meant", "ambiguous name"
+            )
+        if files:
+            return self._inside(files[0]), files[0]
+        if outside is not None:
+            raise outside
+        return path, None
+
+    def _check_file(self, path: Path, name: str) -> None:
+        """Refuse what would be waited for without end, and what would fill the memory before a pixel is counted."""
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
+            raise BadImageError(f"picture {name} is no file but a pipe, socket or device")
+        if facts.st_size > _HEAD_BYTES + _PIXEL_BYTES * self.max_pixels:
+            raise BadImageError(
+                f"picture {name} is a file of {facts.st_size:,} bytes, more than max_image_pixels {self.max_pixels} "
+                "can take", "oversized picture",
+            )  # fmt: skip
+
+    def _missing(self, name: str) -> BadImageError:
+        return BadImageError(f"picture {name} is missing", "missing picture")
+
+    def _inside(self, name: str) -> Path:
+        """The file of a name, links resolved."""
+        if "://" in name or name[:5].lower() == "data:":
+            raise BadImageError(
+                f"picture {name:.60} is a URL; only files under {self.root} are opened", "outside the folder"
+            )
+        written = Path(os.path.normpath(self.root / name))
+        try:
+            path = (written if self.follow_links else self.root / name).resolve()
+            path.exists()
+        except (ValueError, RuntimeError, OSError) as error:  # a NUL in the name, a link to itself, a name too long
+            raise BadImageError(f"picture {name!r:.60} cannot be a file: {error!s:.100}", "missing picture") from None
+        if path.is_relative_to(self.root):
+            return path
+        if not written.is_relative_to(self.root):
+            raise _OutsideError(f"picture {name} lies outside {self.root}", "outside the folder")
+        if self.follow_links:
+            return path
+        hint = "; set data.follow_links=true to allow such links" if self.has_key else ""
+        raise BadImageError(
+            f"picture {name} lies outside {self.root}: {self._link(written)} is a link that leads out of it{hint}",
+            "outside the folder",
+        )
+
+    def _link(self, written: Path) -> str:
+        """The first part of a path that is a link out of the folder, relative to it."""
+        steps = [*reversed(written.relative_to(self.root).parents), written.relative_to(self.root)]
+        way = (step for step in steps if not (self.root / step).resolve().is_relative_to(self.root))
+        return next(way, steps[-1]).as_posix()
+
+
+class TableImages:
+    """Pictures in a column of a `datasets.Dataset`, named by their row.
+
+    Args:
+        table: A data set whose column `image` holds `{"bytes", "path"}` or None, undecoded.
+        max_pixels: Most pixels of a picture.
+        column: The column's name; it may also hold lists of pictures.
+        fingerprint: Hash of the table's content; "" where it is not known.
+        background: See `to_rgb`.
+    """
+
+    def __init__(
+        self, table: Any, max_pixels: int, column: str = "image", fingerprint: str = "",
+        background: Background = "white",
+    ) -> None:  # fmt: skip
+        self.background: Background = background
+        self.fingerprint = fingerprint
+        self.table = table
+        self.max_pixels = max_pixels
+        self.column = column
+
+    def open(self, name: str) -> Image.Image:
+        return read_rgb(io.BytesIO(self.read(name)), self.label(name), self.max_pixels, self.background)
+
+    def label(self, name: str) -> str:
+        content = self._cell(name)
+        path = content.get("path") if isinstance(content, dict) else None
+        return f"{path} of row {name}" if path else f"of row {name}"
+
+    def _cell(self, name: str) -> Any:
+        row, _, place = name.partition(":")
+        content = self.table[int(row)][self.column]
+        return content[int(place or 0)] if isinstance(content, list) else content
+
+    def read(self, name: str) -> bytes:
+        content = self._cell(name)
+        if isinstance(content, (bytes, bytearray)):
+            return bytes(content)
+        if content and content.get("path") and not content.get("bytes"):
+            raise BadImageError(
+                f"picture of row {name} is not in the table, only its path {content['path']}; set data.image_folder to "
+                "the root of the pictures", "missing picture",
+            )  # fmt: skip
+        if not content or not content.get("bytes"):
+            raise BadImageError(f"picture of row {name} is missing", "missing picture")
+        return bytes(content["bytes"])
+
+
+class JoinedImages:
+    """Pictures of several sources, named `3|name` by the place of their source.
+
+    Args:
+        sources: Each opens its own.
+    """
+
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        self.sources = tuple(sources)
+
+    def open(self, name: str) -> Image.Image:
+        source, own = self._find(name)
+        return source.open(own)
+
+    def read(self, name: str) -> bytes:
+        source, own = self._find(name)
+        return source.read(own)
+
+    def label(self, name: str) -> str:
+        source, own = self._find(name)
+        return source.label(own)
+
+    def _find(self, name: str) -> tuple[ImageSource, str]:
+        place, _, own = name.partition("|")
+        return self.sources[int(place)], own
+
+
+def open_table(
+    path: str, split: str, revision: str | None, where: str = "data.path", files: Sequence[Path] = ()
+) -> Any:  # fmt: skip
+    """Open Parquet files, or a data set on the Hub, with its pictures undecoded.
+
+    Args:
+        path: A Parquet file or a Hub id.
+        split: Of a Hub data set.
+        revision: Branch, tag or commit of a Hub id.
+        where: The field that names it, for messages.
+        files: The Parquet files of one data set, in order, in place of the path.
+
+    Returns:
+        A `datasets.Dataset`; columns of pictures hold `{"bytes", "path"}`.
+
+    Raises:
+        UserError: Where it cannot be read.
+    """
+    import datasets  # heavy, and only this form needs it
+
+    try:
+        if files or Path(path).is_file():
+            names = [str(file) for file in files] or [path]
+            table = datasets.load_dataset("parquet", data_files=names, split="train")
+        else:
+            table = datasets.load_dataset(path, split=split, revision=revision)
+    except Exception as error:  # the library raises a dozen kinds for a name that is not there
+        raise UserError(f"{where}: {path}, split {split!r}, cannot be read: {str(error).splitlines()[0]}") from None
+    undecoded = datasets.Image(decode=False)
+    for name, feature in table.features.items():
+        nested = getattr(feature, "feature", None)
+        if isinstance(feature, datasets.Image):
+            table = table.cast_column(name, undecoded)
+        elif isinstance(nested, datasets.Image):
+            table = table.cast_column(name, datasets.List(undecoded))
+    return table

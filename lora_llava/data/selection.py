@@ -1,0 +1,240 @@
+"""Which encoded rows a split uses, and the account of every one that it does not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, EncodingError
+from lora_llava.data.encode import OverlongError
+from lora_llava.data.encoded import EncodedRows, EncodedTable, answer_starts, encode_table
+from lora_llava.data.images.image_check import Picture, inspect_pictures
+from lora_llava.data.images.image_names import MATCHED
+from lora_llava.data.images.reading import ImageSource
+from lora_llava.data.images.to_rgb import SCALED, TRANSPARENT
+from lora_llava.data.sources import Read, list_source
+from lora_llava.data.templates import Template
+
+OnOverlong = Literal["error", "drop", "truncate_answer"]
+OnBad = Literal["error", "drop"]
+BAD_IMAGE, OVERLONG, NOT_DRAWN = "bad image", "overlong", "not drawn"
+
+
+@dataclass
+class Report:
+    """What became of a split's rows.
+
+    Attributes:
+        rows: Rows read.
+        used: Rows kept.
+        dropped: Rows left out, by reason.
+        truncated: Rows kept with the end of their answer cut.
+        tokens: Tokens of the kept rows, image tokens included.
+        supervised_tokens: Trained tokens among them.
+        longest: Tokens of the longest kept row.
+        mended: Rows kept after a harmless repair, by what was done.
+        sources: Rows used of each source, where there are several.
+    """
+
+    rows: int = 0
+    used: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    truncated: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    mended: Counter[str] = field(default_factory=Counter)
+    sources: dict[str, int] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "dropped": dict(self.dropped), "mended": dict(self.mended)}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What becomes of rows that cannot be used as they are.
+
+    Attributes:
+        max_length: Most tokens of a row.
+        on_overlong: `error` refuses a longer row, `drop` leaves it out, `truncate_answer` cuts its last answer's end,
+            and refuses it where that is not enough.
+        on_bad_row: `error` or `drop`, for a row that is no conversation.
+        on_bad_image: `error` or `drop`, for a row whose picture cannot be opened.
+    """
+
+    max_length: int
+    on_overlong: OnOverlong = "error"
+    on_bad_row: OnBad = "error"
+    on_bad_image: OnBad = "error"
+
+
+def select_rows(
+    tables: Sequence[EncodedTable], places: np.ndarray, policy: Policy, *, image_id: int, num_image_tokens: int
+) -> tuple[EncodedRows, Report]:  # fmt: skip
+    """Take the rows that can be used from those that a split consists of, as far as their text tells.
+
+    Args:
+        tables: The sources'.
+        places: Table and row of each, int64 of shape (rows, 2), in the order they are to have.
+        policy: What becomes of the others.
+        image_id: The id of `<image>`.
+        num_image_tokens: How many of them a picture has.
+
+    Returns:
+        The rows, and the account so far; `account` completes it.
+
+    Raises:
+        UserError: Naming the first row that is refused.
+    """
+    report = Report(rows=len(places))
+    places = places.reshape(-1, 2)
+    kept = np.ones(len(places), dtype=bool)
+    for number, table in enumerate(tables):
+        mine = np.flatnonzero(places[:, 0] == number)
+        good = _sound(table, places[mine, 1], policy.on_bad_row, report)
+        good[good] = _fitting(table, places[mine[good], 1], policy, image_id, num_image_tokens, report)
+        kept[mine] = good
+    rows = EncodedRows(
+        tables, places[kept], image_id=image_id, num_image_tokens=num_image_tokens, max_length=policy.max_length
+    )
+    return rows, report
+
+
+def _sound(table: EncodedTable, rows: np.ndarray, on_bad_row: OnBad, report: Report) -> np.ndarray:
+    """Which rows could be encoded."""
+    bad = np.isin(rows, table.problems.where())
+    for place in np.flatnonzero(bad):
+        problem = table.problem(int(rows[place]))
+        assert problem is not None  # it is among those that have one
+        if on_bad_row == "error":
+            more = int(bad.sum()) - 1
+            others = f"; {more} more rows cannot be used either: `lora-llava check` lists them" if more else ""
+            raise EncodingError(f"{table.row_name(int(rows[place]))}: {problem}{others}", problem.kind)
+        report.dropped[problem.kind] += 1
+    return ~bad
+
+
+def _fitting(
+    table: EncodedTable, rows: np.ndarray, policy: Policy, image_id: int, num_image_tokens: int, report: Report
+) -> np.ndarray:
+    """Which rows are short enough, or can be cut."""
+    lengths = table.lengths(num_image_tokens)[rows]
+    long = lengths > policy.max_length
+    if not long.any():
+        return ~long
+    first = int(np.flatnonzero(long)[0])
+    name = f"{table.row_name(int(rows[first]))}: the sample has {lengths[first]} tokens"
+    if policy.on_overlong == "error":
+        raise OverlongError(
+            f"{name}, over data.max_length {policy.max_length}; raise it, or set data.on_overlong to drop or "
+            "truncate_answer"
+        )
+    if policy.on_overlong == "drop":
+        report.dropped[OVERLONG] += int(long.sum())
+        return ~long
+    starts = answer_starts(table, rows[long], image_id, num_image_tokens)
+    gone = np.flatnonzero(starts >= policy.max_length)
+    if len(gone):
+        place = np.flatnonzero(long)[gone[0]]
+        raise OverlongError(
+            f"{table.row_name(int(rows[place]))}: the sample has {lengths[place]} tokens and its last answer "
+            f"starts at token {starts[gone[0]]}: a limit of {policy.max_length} would cut the answer away"
+        )
+    report.truncated += int(long.sum())
+    return np.ones(len(rows), dtype=bool)
+
+
+def without_bad_pictures(
+    rows: EncodedRows, on_bad_image: OnBad, report: Report, inspect: Callable[[list[str]], Mapping[str, Picture]]
+) -> EncodedRows:
+    """Leave out, or refuse, rows whose pictures cannot be opened.
+
+    Args:
+        rows: From `select_rows`.
+        on_bad_image: See `Policy`.
+        report: Counts them.
+        inspect: Finds out about pictures by their names.
+
+    Returns:
+        The rows that are left.
+
+    Raises:
+        UserError: Naming the first row that is refused.
+    """
+    named = [rows.image_files(i) for i in range(len(rows))]
+    found = inspect(list(dict.fromkeys(name for names in named for name in names)))
+    good = []
+    for index, names in enumerate(named):
+        problem = next((found[name].problem for name in names if found[name].problem), None)
+        if problem is None:
+            good.append(index)
+            kinds = {kind for name in names for kind, _ in found[name].oddities}
+            report.mended.update(kinds & {MATCHED, SCALED, TRANSPARENT})
+            continue
+        if on_bad_image == "error":
+            raise UserError(f"{rows.row_name(index)}: {problem}; mend it or set data.on_bad_image=drop")
+        report.dropped[BAD_IMAGE] += 1
+    return rows if len(good) == len(rows) else rows.take(good)
+
+
+def account(rows: EncodedRows, report: Report) -> None:
+    """Complete the account of a split's rows.
+
+    Raises:
+        UserError: Where no row is left.
+    """
+    if not len(rows):
+        if not report.rows:
+            raise UserError("there are no rows; `lora-llava check` reads the same data")
+        told = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
+        raise UserError(f"no row is left of {report.rows:,}: {told}; `lora-llava check` names them")
+    report.used = len(rows)
+    report.tokens = int(rows.lengths.sum())
+    report.supervised_tokens = int(rows.supervised.sum())
+    report.longest = int(rows.lengths.max())
+    for number, table in enumerate(rows.tables):
+        mine = rows.places[rows.places[:, 0] == number, 1]
+        for row in mine[np.isin(mine, table.notes.where())]:
+            report.mended.update(table.notes[int(row)].split("\0"))
+
+
+def build_rows(
+    conversations: Sequence[Conversation], *, tokenizer: PreTrainedTokenizerBase, template: str | Template,
+    num_image_tokens: int, max_length: int, on_overlong: OnOverlong = "error", images: ImageSource | None = None,
+    on_bad_image: OnBad = "error", progress: Callable[[Iterable[Read]], Iterable[Read]] = lambda rows: rows,
+) -> tuple[EncodedRows, Report]:  # fmt: skip
+    """Encode conversations that are at hand, and account for every one of them.
+
+    Args:
+        conversations: The rows.
+        tokenizer: See `encode_conversation`.
+        template: See `encode_conversation`.
+        num_image_tokens: See `encode_conversation`.
+        max_length: See `Policy`.
+        on_overlong: See `Policy`.
+        images: Opened once each, to find bad ones before training; None trusts them.
+        on_bad_image: See `Policy`.
+        progress: See `encode_table`.
+
+    Returns:
+        Rows with `row_id`, `input_ids`, `labels` and `image_files`, and the report.
+
+    Raises:
+        UserError: Naming the first row that is refused; or where no row is left.
+    """
+    source = list_source("rows", conversations, images)  # type: ignore[arg-type]
+    table = encode_table(source, tokenizer=tokenizer, template=template, progress=progress)
+    policy = Policy(max_length, on_overlong, "error", on_bad_image)
+    places = np.stack([np.zeros(len(table), dtype=np.int64), np.arange(len(table))], axis=1)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    rows, report = select_rows([table], places, policy, image_id=image_id, num_image_tokens=num_image_tokens)
+    if images is not None:
+        rows = without_bad_pictures(rows, on_bad_image, report, lambda names: inspect_pictures(images, names))
+    account(rows, report)
+    return rows, report

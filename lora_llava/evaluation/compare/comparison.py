@@ -1,0 +1,311 @@
+"""Runs beside each other: seeds averaged, and McNemar's test on the same questions."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from scipy.stats import binomtest
+
+from lora_llava.evaluation.compare.compare_files import SCIENCEQA, Row, Run, is_share
+from lora_llava.evaluation.compare.compare_questions import Key, same_questions
+from lora_llava.evaluation.intervals import share_interval
+from lora_llava.evaluation.scienceqa import score
+
+_STAGE1 = ("model.start_from.stage1_run", "model.start_from.stage1_recipe")
+
+
+@dataclass(frozen=True)
+class Group:
+    """One run, or the seeds of one recipe.
+
+    Attributes:
+        name: A run's, or what the names of several have in common.
+        runs: One a seed.
+        settings: The recipe's values in which the groups differ, by `key.sub`.
+        columns: Percentages by column, one a run; None where a run has no such question.
+    """
+
+    name: str
+    runs: tuple[Run, ...]
+    settings: dict[str, Any]
+    columns: dict[str, list[float | None]]
+
+    def mean(self, column: str) -> float | None:
+        """Over the seeds."""
+        values = [value for value in self.columns.get(column, []) if value is not None]
+        return statistics.fmean(values) if values else None
+
+    def deviation(self, column: str) -> float | None:
+        """Sample standard deviation over the seeds (n - 1); None of one run."""
+        values = [value for value in self.columns.get(column, []) if value is not None]
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def interval(self) -> tuple[float, float] | None:
+        """95% interval of a single run's first column."""
+        if len(self.runs) > 1:
+            return None
+        rows = self.runs[0].rows
+        return share_interval(sum(map(is_right, rows)), len(rows))
+
+
+@dataclass(frozen=True)
+class Discordance:
+    """Two runs on the same questions.
+
+    Attributes:
+        first: The first group's name.
+        other: The other's.
+        seeds: Of the two runs; None without a recipe.
+        questions: That both answered.
+        only_first: Answered right by the first run alone.
+        only_other: By the other alone.
+        p: Of the exact McNemar test.
+        holm: The same, corrected for the number of tests.
+    """
+
+    first: str
+    other: str
+    seeds: tuple[int | None, int | None]
+    questions: int
+    only_first: int
+    only_other: int
+    p: float
+    holm: float = 1.0
+
+    @property
+    def difference(self) -> float:
+        """Of the first column, other less first, in percentage points."""
+        return 100 * (self.only_other - self.only_first) / self.questions
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is shown.
+
+    Attributes:
+        kind: `scienceqa` or `conversations`.
+        columns: Names, the first the one that is tested.
+        groups: In the order that their first runs were named.
+        tests: Every other group against the first.
+        notes: What a reader should know.
+    """
+
+    kind: str
+    columns: list[str]
+    groups: list[Group]
+    tests: list[Discordance]
+    notes: list[str]
+
+    @property
+    def questions(self) -> list[int]:
+        """Numbers of questions that the runs answered, each once."""
+        return sorted({len(run.rows) for group in self.groups for run in group.runs})
+
+
+def compare_runs(runs: Sequence[Run], common: bool = False) -> Comparison:
+    """Compare runs on the same questions.
+
+    Args:
+        runs: From `read_runs`.
+        common: Compare only the questions that all runs have.
+
+    Returns:
+        The comparison; for its groups see `group_runs`.
+
+    Raises:
+        UserError: Where the runs were asked different questions, or the same with different right answers.
+    """
+    groups, notes = group_runs(runs)
+    keyed, told = same_questions(runs, [{run.seed for run in group.runs} for group in groups], common)
+    taken = {run.name: replace(run, rows=list(rows.values())) for run, rows in zip(runs, keyed, strict=True)}
+    groups = [_with_columns(replace(group, runs=tuple(taken[run.name] for run in group.runs))) for group in groups]
+    rows_of = {run.name: rows for run, rows in zip(runs, keyed, strict=True)}
+    tests: list[Discordance] = []
+    for other in groups[1:]:
+        pairs = pair_runs(groups[0], other)
+        notes += _unpaired(groups[0], other, pairs)
+        tests += [_discordance(groups[0], other, pair, rows_of) for pair in pairs]
+    corrected = holm([test.p for test in tests])
+    tests = [replace(test, holm=p) for test, p in zip(tests, corrected, strict=True)]
+    columns = list(dict.fromkeys(column for group in groups for column in group.columns))
+    return Comparison(runs[0].kind, columns, groups, tests, [*told, *notes])
+
+
+def is_right(row: Row) -> bool:
+    """Whether an answer counts as right in the first column."""
+    return bool(row["exact"]) if "exact" in row else row["prediction"] == row["answer"]
+
+
+def run_columns(kind: str, rows: Sequence[Row]) -> dict[str, float | None]:
+    """A run's percentages: ScienceQA's nine columns, or exact match, F1 and, where every row has it, ROUGE-L."""
+    if kind == SCIENCEQA:
+        table = score(rows)  # type: ignore[arg-type]
+        counted = {column: value for column, value in table.items() if isinstance(value, list)}
+        return {column: 100 * right / count if count else None for column, (_, right, count) in counted.items()}
+    marks = {"exact match": "exact", "F1": "f1", "ROUGE-L": "rouge_l"}
+    return {
+        name: 100 * statistics.fmean(row[mark] for row in rows)
+        for name, mark in marks.items()
+        if all(is_share(row.get(mark)) for row in rows)
+    }
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
+    """Put the seeds of one recipe together.
+
+    Args:
+        runs: From `read_runs`.
+
+    Returns:
+        The groups without columns, in the order of their first runs, and notes. Runs whose recipes are equal but for
+        `seed` and `output_dir` are one group, also where each seed has a Stage 1 of its own. A second run of one recipe
+        and seed is no seed to average and stands for itself, as does a run without a recipe.
+    """
+    notes = []
+    members: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        key = _group_key(run, runs)
+        twin = next((other for other in members.get(key, []) if other.seed == run.seed), None)
+        if twin is not None:
+            notes.append(f"{run.name} has the recipe and the seed of {twin.name} and stands for itself")
+            key = (run.name,)
+        members.setdefault(key, []).append(run)
+    found = list(members.values())
+    settings = [_shared_settings(mine) for mine in found]
+    different = _different_keys([own for own in settings if own is not None])
+    groups = []
+    for mine, shared in zip(found, settings, strict=True):
+        own = shared or {}
+        groups.append(Group(_group_name(mine), tuple(mine), {key: own[key] for key in different if key in own}, {}))
+        if len(stage1 := list(dict.fromkeys(map(_stage1, mine)))) > 1:
+            notes.append(f"{groups[-1].name}: the runs stand on Stage 1 runs of their own: {', '.join(stage1)}")
+    return groups, notes
+
+
+def _group_key(run: Run, runs: Sequence[Run]) -> tuple[str, ...]:
+    """What the seeds of one recipe share. Of its Stage 1 the name without the seed, and that only where runs of one
+    seed stand on several: then these are what is compared."""
+    recipe = _without_stage1(run)
+    if recipe is None:
+        return (run.name,)
+    alike = [other for other in runs if _without_stage1(other) == recipe]
+    if len({other.seed for other in alike}) == len(alike):
+        return (recipe,)
+    return recipe, _without_seed(_stage1(run), run.seed)
+
+
+def _without_stage1(run: Run) -> str | None:
+    if run.settings is None:
+        return None
+    return json.dumps({key: value for key, value in run.settings.items() if key not in _STAGE1}, sort_keys=True)
+
+
+def _stage1(run: Run) -> str:
+    return next((str(value) for key in _STAGE1 if (value := (run.settings or {}).get(key)) is not None), "")
+
+
+def _shared_settings(runs: Sequence[Run]) -> dict[str, Any] | None:
+    """The recipe's values that are the same in all runs of a group; None without a recipe."""
+    if runs[0].settings is None:
+        return None
+    own = len(set(map(_stage1, runs))) > 1
+    return {key: value for key, value in runs[0].settings.items() if not (own and key in _STAGE1)}
+
+
+def _different_keys(recipes: Sequence[dict[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    return [key for key in keys if any(recipe.get(key, ...) != recipes[0].get(key, ...) for recipe in recipes)]
+
+
+def _without_seed(name: str, seed: int | None) -> str:
+    return re.sub(rf"[-_./](seed|s)?[-_=]?{seed}$", "", name, flags=re.IGNORECASE)
+
+
+def _group_name(runs: Sequence[Run]) -> str:
+    """What the names have in common without the seed that each ends in, or all of them."""
+    if len(runs) == 1:
+        return runs[0].name
+    bare = {_without_seed(run.name, run.seed) for run in runs}
+    return bare.pop() if len(bare) == 1 else ", ".join(run.name for run in runs)
+
+
+def _with_columns(group: Group) -> Group:
+    found = [run_columns(run.kind, run.rows) for run in group.runs]
+    names = dict.fromkeys(name for columns in found for name in columns)
+    return replace(group, columns={name: [columns.get(name) for columns in found] for name in names})
+
+
+def pair_runs(first: Group, other: Group) -> list[tuple[Run, Run]]:
+    """Runs to be tested against each other.
+
+    Args:
+        first: A group.
+        other: Another.
+
+    Returns:
+        Those of one seed; where no seed is shared and one group is a single run, this run and each of the other group.
+    """
+    pairs = [(a, b) for a in first.runs for b in other.runs if a.seed is not None and a.seed == b.seed]
+    if not pairs and 1 in (len(first.runs), len(other.runs)):
+        pairs = [(a, b) for a in first.runs for b in other.runs]
+    return pairs
+
+
+def _unpaired(first: Group, other: Group, pairs: Sequence[tuple[Run, Run]]) -> list[str]:
+    """What is said of runs that no test takes."""
+    if not pairs:
+        return [f"no test of {other.name} against {first.name}: they share no seed"]
+    tested = {run.name for pair in pairs for run in pair}
+    alone = [run.name for run in (*first.runs, *other.runs) if run.name not in tested]
+    if not alone:
+        return []
+    return [f"{other.name} against {first.name}: no test of {', '.join(alone)}, the seed is not in both"]
+
+
+def _discordance(first: Group, other: Group, pair: tuple[Run, Run], rows_of: dict[str, dict[Key, Row]]) -> Discordance:
+    ours, theirs = (rows_of[run.name] for run in pair)
+    marks = Counter((is_right(ours[key]), is_right(theirs[key])) for key in ours)
+    only_first, only_other = marks[True, False], marks[False, True]
+    return Discordance(
+        first.name, other.name, (pair[0].seed, pair[1].seed), len(ours), only_first, only_other,
+        mcnemar(only_first, only_other),
+    )  # fmt: skip
+
+
+def mcnemar(only_first: int, only_other: int) -> float:
+    """McNemar's test (Psychometrika 12, 1947), exact: whether of the questions that one of two models alone answers
+    right, as many fall to either. Dietterich (Neural Computation 10:7, 1998) recommends it for two models trained once.
+
+    Args:
+        only_first: Questions that the first alone answers right.
+        only_other: The second alone.
+
+    Returns:
+        The two-sided p of the binomial test of one half.
+    """
+    if only_first + only_other == 0:
+        return 1.0
+    return float(binomtest(only_first, only_first + only_other).pvalue)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's correction for several tests (Scandinavian Journal of Statistics 6, 1979).
+
+    Args:
+        values: The tests' p.
+
+    Returns:
+        The corrected p, in the same order.
+    """
+    corrected = [1.0] * len(values)
+    highest = 0.0
+    for rank, place in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[place]))
+        corrected[place] = highest
+    return corrected

@@ -1,0 +1,172 @@
+"""A judge at work: its scores for pairs of answers, asked for until every text has scores in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from lora_llava.core.errors import UserError
+from lora_llava.evaluation.judge.judge_ledger import JudgeLedger, request_key
+from lora_llava.evaluation.judge.review import (
+    ATTEMPTS,
+    ORDERS,
+    JudgeCase,
+    JudgeSettings,
+    Scores,
+    judge_request,
+    parse_scores,
+)
+from lora_llava.inference.budget import Budget, Charge
+from lora_llava.inference.client import ChatAnswer, ChatFailure, ChatRequest, ChatServer, ask
+
+_HOPELESS = 8
+"""Failures in a row at the start after which the rest is not tried."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of one question.
+
+    Attributes:
+        case: The question.
+        status: `scored`, `unparsed` (a text without readable scores after all attempts), `failed` (no text) or
+            `not asked`.
+        reference: The reference's score, the mean over the orders; None unless scored.
+        answer: The same of the answer.
+        orders: By order, the scores of reference and answer where they are known.
+        reason: Why it failed.
+    """
+
+    case: JudgeCase
+    status: str
+    reference: float | None = None
+    answer: float | None = None
+    orders: Mapping[str, Scores] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A judgement that has to be asked for."""
+
+    key: str
+    request: ChatRequest
+    about: dict[str, Any]
+
+
+class Judge:
+    """Judges pairs by a ledger of answers; what the ledger lacks is asked for.
+
+    Args:
+        cases: What is judged.
+        model: The judge's name, which keys the answers.
+        prompts: From `load_prompts`.
+        settings: How is judged.
+        ledger: Keeps the answers.
+    """
+
+    def __init__(
+        self, cases: Sequence[JudgeCase], model: str, prompts: Mapping[str, str], settings: JudgeSettings,
+        ledger: JudgeLedger,
+    ) -> None:  # fmt: skip
+        self.cases, self.model, self.prompts, self.settings, self.ledger = cases, model, prompts, settings, ledger
+        self.failed: dict[str, str] = {}
+        self.models: set[str] = set()
+        """What the server called the model in the answers that were looked at."""
+
+    def pending(self) -> dict[str, _Pending]:
+        """What has to be asked for next, by key; what failed is not asked for again."""
+        found = [self._look_up(case, order) for case in self.cases for order in self.settings.orders]
+        return {item.key: item for item in found if isinstance(item, _Pending) and item.key not in self.failed}
+
+    def run(self, server: ChatServer, budget: Budget) -> None:
+        """Ask until every judgement has scores, or has failed, or no attempt or budget is left.
+
+        Args:
+            server: The judge, its model named.
+            budget: What may be asked.
+
+        Raises:
+            UserError: Where the server cannot be used.
+        """
+        with tqdm(desc="judging", total=len(self.pending()), unit="text", dynamic_ncols=True) as bar:
+            while (pending := self.pending()) and not budget.exhausted:
+                bar.total = bar.n + len(pending)
+                self._ask(pending, server, budget, bar)
+
+    def _ask(self, pending: Mapping[str, _Pending], server: ChatServer, budget: Budget, bar: Any) -> None:
+        sent: list[_Pending] = []
+
+        def requests() -> Iterator[ChatRequest]:
+            for item in pending.values():
+                if not budget.take(item.key, item.request):
+                    return
+                sent.append(item)
+                yield item.request
+
+        def may_try_again(place: int, failure: ChatFailure) -> bool:
+            item = sent[place]
+            self._charge(item, failure.reason, budget.charge_of(item.request, failure), budget)
+            return budget.again(item.key, item.request, failure)
+
+        try:
+            with closing(ask(server, requests(), may_try_again)) as answers:
+                for index, found in answers:
+                    self._take(sent[index], found, server, budget)
+                    bar.update()
+        except BaseException as error:
+            if budget.spent or not isinstance(error, UserError):  # else the server let nothing in
+                for item in sent:
+                    if budget.holds(item.key):
+                        self._charge(item, "not waited for", budget.settle(item.key, item.request, None), budget)
+            raise
+
+    def _take(self, item: _Pending, found: ChatAnswer | ChatFailure, server: ChatServer, budget: Budget) -> None:
+        charge = budget.settle(item.key, item.request, found)
+        if isinstance(found, ChatAnswer):
+            spent = {"usd": charge.usd, "capped": True} if budget.capped else {}
+            self.ledger.add(item.key, found, **item.about, **spent)
+            return
+        self._charge(item, found.reason, charge, budget)
+        self.failed[item.key] = found.reason
+        if not self.ledger.answers and len(self.failed) >= _HOPELESS:
+            raise UserError(f"{server.url} answered none of {len(self.failed)} requests: {found.reason}")
+
+    def _charge(self, item: _Pending, reason: str, charge: Charge, budget: Budget) -> None:
+        if budget.capped and (charge.prompt_tokens or charge.completion_tokens):
+            self.ledger.add_failure(item.key, reason, charge)
+
+    def _look_up(self, case: JudgeCase, order: str) -> Scores | _Pending | None:
+        """The scores of reference and answer in one order, or what to ask for next; None where no attempt gave any."""
+        for attempt in range(ATTEMPTS):
+            request = judge_request(case, order, self.prompts, self.settings, attempt)
+            key = request_key(self.model, request, attempt)
+            if key not in self.ledger.answers:
+                return _Pending(key, request, {"question_id": case.question_id, "order": order, "attempt": attempt})
+            answer = self.ledger.answers[key]
+            self.models.add(answer.model)
+            if scores := parse_scores(answer.text):
+                return scores if order == ORDERS[0] else (scores[1], scores[0])
+        return None
+
+    def verdicts(self) -> list[Verdict]:
+        """What has come of every question, in their order."""
+        return [self._verdict(case) for case in self.cases]
+
+    def _verdict(self, case: JudgeCase) -> Verdict:
+        found = {order: self._look_up(case, order) for order in self.settings.orders}
+        known = {order: item for order, item in found.items() if isinstance(item, tuple)}
+        asked_for = [item for item in found.values() if isinstance(item, _Pending)]
+        reasons = [self.failed[item.key] for item in asked_for if item.key in self.failed]
+        if None in found.values():
+            return Verdict(case, "unparsed", orders=known)
+        if reasons:
+            return Verdict(case, "failed", orders=known, reason=reasons[0])
+        if asked_for:
+            return Verdict(case, "not asked", orders=known)
+        reference, answer = (sum(scores[place] for scores in known.values()) / len(known) for place in (0, 1))
+        return Verdict(case, "scored", reference, answer, known)

@@ -1,0 +1,137 @@
+"""`lora-llava evaluate MODEL --benchmark llava-bench`: answers to LLaVA-Bench's questions, for a judge to score."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Turn
+from lora_llava.data.files.reading import file_hash
+from lora_llava.data.images.reading import FolderImages, Pixels
+from lora_llava.data.typed import as_typed, without_marks
+from lora_llava.evaluation.answerers import Answerer, by_server
+from lora_llava.evaluation.ask import ask_rows
+from lora_llava.evaluation.judge.llava_bench import BenchQuestion, read_questions
+from lora_llava.inference.answer import Answer
+from lora_llava.inference.client import ChatServer, find_model
+from lora_llava.inference.generate import Question, generate_answers
+from lora_llava.inference.open_model import background_of, open_speaker
+from lora_llava.inference.prompt import prompt_ids as written_ids
+from lora_llava.inference.sampling import Sampling
+from lora_llava.inference.speak import MAX_IMAGE_PIXELS, Speaker
+from lora_llava.model.adapter_file import checked_base
+from lora_llava.model.provenance import weights_state
+from lora_llava.model.vision import llava_of
+from lora_llava.model.weights.names import ADAPTER_FILE
+from lora_llava.runs.directory import is_run, machine, read_record, versions, write_json
+
+ANSWERS_FILE = "llava_bench_answers.jsonl"
+
+
+def answer_llava_bench(
+    model: str, questions: Path, images: Path, *, output: Path | None = None, sampling: Sampling | None = None,
+    batch_size: int = 8, bad_images: Literal["error", "wrong"] = "error", server: ChatServer | None = None,
+    template: str | None = None, quantization: Literal["auto", "nf4", "none"] = "auto",
+) -> Path:  # fmt: skip
+    """Answer LLaVA-Bench's questions and write the answers as LLaVA's own scripts do.
+
+    Args:
+        model: A run directory, a folder with a whole LLaVA, or a Hub id; with a server the model's name there.
+        questions: LLaVA-Bench's file.
+        images: Folder of its pictures; COCO's may have the name of either release.
+        output: Folder of the answers; default: the model's, else here.
+        sampling: How tokens are drawn; by default greedily, up to 1,024 tokens (llava/eval/model_vqa.py).
+        batch_size: Questions at once.
+        bad_images: `error`, or `wrong`: a question whose picture cannot be opened gets an empty answer and is listed.
+        server: Who answers, in place of a model here.
+        template: Conversation template in place of the model's own.
+        quantization: As of `open_speaker`.
+
+    Returns:
+        The file: JSONL of `question_id`, `text`, `category`, `model_id`.
+
+    Raises:
+        UserError: For a file, folder or model that is missing or does not fit.
+    """
+    if not images.is_dir():
+        raise UserError(f"--images: there is no folder {images}; name the one with the benchmark's pictures")
+    sampling = sampling or Sampling(max_new_tokens=1024)
+    rows = [_asked(question) for question in read_questions(questions)]
+    source = FolderImages(images, MAX_IMAGE_PIXELS, background=background_of(model), has_key=False)
+    answerer: Answerer
+    about: dict[str, Any] = {
+        "benchmark": "llava-bench", "questions": file_hash(questions), "sampling": asdict(sampling),
+        "background": source.background,
+    }  # fmt: skip
+    if server is not None:
+        server = find_model(server)
+        answerer = by_server(server, source, sampling, None)
+        about |= {"server": server.url, "model": server.model}
+    else:
+        speaker = open_speaker(model, quantization=quantization, template=template)
+        answerer = by_speaker(speaker, source, batch_size, sampling)
+        about |= {"model": model, "weights": _weights(model), "template": template, "batch_size": batch_size}
+    folder = output or (Path(model) if Path(model).is_dir() else Path())
+    name = str(about["model"])
+
+    def mark(index: int, row: Conversation, answer: Answer) -> dict[str, Any]:
+        return {"question_id": row.row_id, "text": answer.text, "category": row.extra["category"], "model_id": name}
+
+    marked = ask_rows(
+        rows, answerer, mark, predictions=folder / ANSWERS_FILE, description="LLaVA-Bench", key=about,
+        bad_images=bad_images,
+    )  # fmt: skip
+    bad = [line["question_id"] for line in marked if "problem" in line]
+    summary = {"asked": about, "questions": len(marked), "bad_pictures": bad}
+    summary |= {"machine": machine(), "versions": versions()}
+    write_json(folder / ANSWERS_FILE.replace(".jsonl", ".json"), summary)
+    return folder / ANSWERS_FILE
+
+
+def _asked(question: BenchQuestion) -> Conversation:
+    text = as_typed(question.text, [IMAGE_PLACEHOLDER])
+    turns = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{text}"), Turn("assistant", "?"))
+    return Conversation(question.question_id, turns, (question.image,), {"category": question.category})
+
+
+def by_speaker(speaker: Speaker, images: FolderImages, batch_size: int, sampling: Sampling) -> Answerer:
+    """Answers of a model whose own processor writes its prompts.
+
+    Args:
+        speaker: The model.
+        images: Opens the rows' pictures.
+        batch_size: Questions at once.
+        sampling: How tokens are drawn.
+    """
+    pictures = Pixels(images, speaker.processor.image_processor)
+
+    def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
+        questions = [Question(prompt_ids(speaker, row), row.images) for row in rows]
+        return generate_answers(
+            speaker.model, questions, tokenizer=speaker.processor.tokenizer, pictures=pictures, batch_size=batch_size,
+            sampling=sampling, stop_string=speaker.stop_string, answered=answered,
+        )  # fmt: skip
+
+    return answer
+
+
+def prompt_ids(speaker: Speaker, row: Conversation) -> list[int]:
+    """Ids of a question about one picture, which stands before it, as the speaker's processor writes them."""
+    text = without_marks(row.turns[0].text.removeprefix(f"{IMAGE_PLACEHOLDER}\n"))
+    if speaker.single_turn:
+        raise UserError(f"{speaker.name} was trained on captions (template plain) and takes no questions")
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    return written_ids(speaker.processor, messages, llava_of(speaker.model).config.image_seq_length)
+
+
+def _weights(model: str) -> dict[str, str]:
+    folder = Path(model)
+    if not is_run(folder):
+        return {"base": weights_state(folder) if folder.is_dir() else model}
+    base = Path(checked_base(read_record(folder), folder))
+    state = weights_state(base) if base.is_dir() else str(base)
+    return {"adapter": file_hash(folder / ADAPTER_FILE), "base": state}

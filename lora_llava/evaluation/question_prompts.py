@@ -1,0 +1,102 @@
+"""How ScienceQA is asked: figures for the same weights differ by twenty points with it, so each way has a name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Turn
+from lora_llava.data.scienceqa import LETTERS, format_problem
+from lora_llava.data.typed import as_typed
+
+_ANSWER = "The answer is"
+"""Of LLaVA's converter (scripts/convert_sqa_to_llava.py)."""
+PARSER = "lora_llava.evaluation.scienceqa.parse_answer: LLaVA's rule, llava/eval/eval_science_qa.py"
+PARSERS = {
+    "llava": PARSER,
+    "lenient": "lora_llava.evaluation.parsing.letters.parse_leniently: "
+    "also b, (B), **B**, answer: B, and the choice's text",
+}
+"""What each reader of letters is."""
+LETTER_REQUEST = "Answer with the option's letter from the given choices directly."
+"""Of LLaVA-1.5 (llava/eval/model_vqa_science.py, --single-pred-prompt) and of lmms-eval alike."""
+PROMPTS = {
+    "recipe": "as the recipe's data.prompt_order has it, which is how it was trained",
+    "direct": "LLaVA-1.5's: CQM-A, then the request for the letter alone (scripts/v1_5/eval/sqa.sh)",
+    "lmms-eval": "lmms-eval's default: context, question, options a line each, then the request for the letter "
+    "(lmms_eval/tasks/scienceqa/utils.py)",
+}
+"""What each way of asking is."""
+
+
+def write_question(problem: Mapping[str, Any], prompt: str) -> str:
+    """Write a problem as a question.
+
+    Args:
+        problem: `question`, `choices`, `hint` and `answer`, which is not told.
+        prompt: `direct` or `lmms-eval`.
+
+    Returns:
+        The question without picture.
+    """
+    if prompt == "direct":
+        return f"{format_problem(problem, 'CQM-A')[0]}\n{LETTER_REQUEST}"
+    context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
+    options = "\n".join(f"{LETTERS[i]}. {choice}" for i, choice in enumerate(problem["choices"]))
+    return f"{context}{problem['question']}\n{options}\n{LETTER_REQUEST}"
+
+
+def ask_by(row: Conversation, prompt: str) -> Conversation:
+    """A row of ScienceQA asked in another way.
+
+    Args:
+        row: As it was read.
+        prompt: A key of `PROMPTS`.
+
+    Returns:
+        The row, its picture before the question where it is not asked as the recipe has it.
+    """
+    if prompt == "recipe":
+        return row
+    question = IMAGE_PLACEHOLDER * len(row.images) + "\n" * bool(row.images)
+    question += as_typed(write_question(row.extra, prompt), [IMAGE_PLACEHOLDER])
+    return replace(row, turns=(Turn("user", question), Turn("assistant", LETTERS[row.extra["answer"]])))
+
+
+def reasons_first(prompt: str, order: str) -> bool:
+    """Whether a model that was trained with this `data.prompt_order` writes its reasons before the letter."""
+    return prompt == "recipe" and order == "QCM-LEA"
+
+
+def choices_of(row: Conversation, reasons: str, *, prompt: str) -> list[str]:
+    """The answers among which likelihood chooses: for ScienceQA what the prompt asks for, with each letter; else what
+    the data calls the row's choices.
+
+    Args:
+        row: Of ScienceQA, or with `choices` in `extra`.
+        reasons: What the model wrote, up to where it names an answer; "" where it was not let write.
+        prompt: A key of `PROMPTS`.
+
+    Raises:
+        UserError: For a row without choices.
+    """
+    if "num_choices" not in row.extra:
+        if "choices" not in row.extra:
+            raise UserError(
+                f"--method loglik: {row.name} has no choices; give it a list `choices`, or a column of them with "
+                "| between, or leave --method out"
+            )
+        choices = list(dict.fromkeys(row.extra["choices"]))
+        if row.turns[-1].shown not in choices:
+            raise UserError(
+                f"--method loglik: the answer of {row.name}, {row.turns[-1].shown!r}, is none of its choices; "
+                "mend the row"
+            )
+        return choices
+    letters = LETTERS[: row.extra["num_choices"]]
+    if prompt != "recipe":
+        return list(letters)
+    before = reasons.rpartition(_ANSWER)[0] if _ANSWER in reasons else reasons
+    return [f"{before.strip()} {_ANSWER} {letter}.".strip() for letter in letters]

@@ -1,0 +1,314 @@
+"""`report.html`: a run on one page: curves, the tables, and answers with their pictures."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.conversation import Conversation
+from lora_llava.data.images.reading import BadImageError
+from lora_llava.evaluation.answers import is_answer_table
+from lora_llava.evaluation.compare.compare_files import CONVERSATIONS, Row, read_predictions
+from lora_llava.evaluation.evaluate import Way, open_evaluation
+from lora_llava.evaluation.scienceqa import COLUMNS
+from lora_llava.evaluation.scoring import Asking
+from lora_llava.evaluation.tables import interval_cells, mark_cells, percent_cells
+from lora_llava.pages.report_page import GalleryItem, RunReport, Table, render_report
+from lora_llava.pages.report_plots import Curve
+from lora_llava.planning.memory import GIB
+from lora_llava.recipe import Recipe, load_recipe, recipe_hash
+from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, is_run
+from lora_llava.splits.split_rows import Split
+
+REPORT_FILE = "report.html"
+PREDICTIONS_FILE = "predictions_after.jsonl"
+_SHOWN = 20
+"""Right answers in the gallery, and as many wrong ones."""
+_NAMED = 5
+"""Questions that a note names of those it counts."""
+
+_Pairs = list[tuple[float, float]]
+
+
+class _Losses(BaseModel):
+    train: _Pairs
+    validation: _Pairs
+
+
+class _Train(BaseModel):
+    seconds: float
+    tokens: int
+    supervised_tokens: int
+    peak_memory_bytes: int
+    steps: int
+    loss_curve: _Losses
+    curves: dict[str, _Pairs] = {}
+
+
+class _Trained(BaseModel):
+    trained_parameters: dict[str, int]
+
+
+class _Marks(BaseModel):
+    exact_match: float
+    f1: float
+    rouge_l: float
+    loss: float | None
+    questions: int
+
+
+class _Metrics(BaseModel):
+    """What the page takes from `metrics.json`."""
+
+    train: _Train
+    model: _Trained
+    machine: dict[str, Any]
+    before: dict[str, Any] | None = None
+    after: dict[str, Any] | None = None
+
+
+def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: Asking | None) -> Path:
+    """Write a run's report.
+
+    Args:
+        folder: The run directory.
+        recipe: The run's.
+        metrics: Content of its `metrics.json`.
+        after: What the table after training came of; None leaves the gallery out, and a note says why.
+
+    Returns:
+        The file.
+    """
+    tables = {name: metrics[name] for name in ("before", "after") if metrics.get(name)}
+    chosen = _choose(after.marked, recipe.seed) if after is not None else []
+    gallery = [_item(after, i) for i in chosen] if after is not None else []
+    report = RunReport(
+        title=f"{folder.name}: Stage {recipe.stage}",
+        facts=_facts(recipe, metrics),
+        curves=_curves(metrics["train"], tables),
+        tables=_tables(tables),
+        gallery=gallery,
+        notes=_notes(after, dict(zip(chosen, gallery, strict=True))) if after is not None else [_why_none(metrics)],
+    )
+    file = folder / REPORT_FILE
+    file.write_text(render_report(report), encoding="utf-8")
+    return file
+
+
+def rebuild_report(run: str) -> Path:
+    """Write a finished run's report again, from its metrics, predictions and data.
+
+    Args:
+        run: The run directory.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: Where the folder is no finished run, a file of it cannot be read, or its data is not what it was.
+    """
+    folder = Path(run)
+    if not is_run(folder) or not (folder / METRICS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
+        raise UserError(f"{run} is no finished run with {METRICS_FILE} and {RECIPE_FILE}; name one")
+    metrics = _read_metrics(folder / METRICS_FILE)
+    recipe = load_recipe(folder / RECIPE_FILE)
+    file = folder / PREDICTIONS_FILE
+    if not metrics.get("after") or not file.is_file():
+        return write_report(folder, recipe, metrics, None)
+    kind, marked = read_predictions(file, texts=["text"])
+    if len(marked) != (count := _count_asked(metrics["after"])):
+        raise UserError(f"{file} has {len(marked):,} answers, the table in {METRICS_FILE} is of {count:,}; restore it")
+    # With the recipe named, all rows are there, also those that the run dropped: each answer looks for its own.
+    split = open_evaluation(run, Way(bad_images="wrong"), recipe=str(folder / RECIPE_FILE)).split
+    rows = _asked_rows(file, marked, split, own=kind == CONVERSATIONS)
+    return write_report(folder, recipe, metrics, Asking(metrics["after"], rows, marked, split))
+
+
+def _read_metrics(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    try:
+        _Metrics.model_validate_json(content, strict=True)
+        metrics: dict[str, Any] = json.loads(content)
+        for name in ("before", "after"):
+            _check_table(name, metrics.get(name))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f"{part}." for part in first["loc"]).removesuffix(".")
+        told = f"{where}: {first['msg']}" if where else first["msg"]
+        raise UserError(f"{file}: {told}; restore it, or train the run again") from None
+    return metrics
+
+
+def _check_table(name: str, table: dict[str, Any] | None) -> None:
+    if is_answer_table(table):
+        TypeAdapter(dict[str, dict[str, _Marks]]).validate_json(json.dumps({name: table}), strict=True)
+    elif table:
+        columns = {column: table.get(column) for column in COLUMNS}
+        form = TypeAdapter(dict[str, dict[str, tuple[float, int, int]]])
+        form.validate_json(json.dumps({name: columns}), strict=True)
+
+
+def _count_asked(table: dict[str, Any]) -> int:
+    return int(table["all"]["questions"] if is_answer_table(table) else table["AVG"][2])
+
+
+def _asked_rows(file: Path, marked: Sequence[Row], split: Split, own: bool) -> list[Conversation]:
+    """The rows that were asked, by what their lines say of them: others may have been dropped for their pictures."""
+    rows: defaultdict[tuple[str, ...], deque[Conversation]] = defaultdict(deque)
+    for row in split.read(range(len(split.rows))):
+        about = [str(row.extra.get("source", "")), _question(row), row.turns[-1].shown] if own else []
+        rows[row.row_id, *about].append(row)
+    found = []
+    for line in marked:
+        about = [line.get("source", ""), line["question"], line["reference"]] if own else []
+        same = rows.get((line["question_id"], *about))
+        if not same:
+            raise UserError(
+                f"{file} answers other questions than the run's data has now, such as {line['question_id']}; restore "
+                "the data"
+            )
+        found.append(same.popleft())  # of copies, each has its own line
+    return found
+
+
+def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    train, machine = metrics["train"], metrics["machine"]
+    counts = metrics["model"]["trained_parameters"]
+    data = ", ".join(dict.fromkeys(source.path for source in recipe.data.train_sources()))
+    section = recipe.model
+    start = section.start_from
+    facts = [
+        ("model", start.llava or f"{section.llm} + {section.vision_tower}"),
+        ("data", f"{recipe.data.format}: {data}"),
+        ("trained", ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)),
+        ("adapter", f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}" if recipe.lora else "none"),
+        ("base", {"nf4": "NF4", "none": "unquantised"}[section.quantization]),
+        ("steps", f"{train['steps']:,}"),
+        ("tokens", f"{train['tokens']:,}, {100 * train['supervised_tokens'] / max(1, train['tokens']):.0f}% trained"),
+        ("time", f"{train['seconds']:,.0f} s, {train['tokens'] / max(1e-9, train['seconds']):,.0f} tokens/s"),
+        ("peak memory", f"{train['peak_memory_bytes'] / GIB:.2f} GiB"),
+        ("machine", str(machine.get("gpu") or f"{machine.get('processor')}, {machine.get('cores')} cores")),
+        ("seed", str(recipe.seed)),
+        ("recipe", recipe_hash(recipe)[:12]),
+    ]
+    return [(name, told) for name, told in facts if told]
+
+
+def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
+    losses, others = train["loss_curve"], train.get("curves", {})
+
+    def points(pairs: Sequence[Sequence[float]] | None, unit: float = 1.0) -> list[tuple[float, float]]:
+        return [(step, value / unit) for step, value in pairs or []]
+
+    free = any(is_answer_table(table) for table in tables.values())
+    curves = [
+        Curve("Loss", "nats per token", {name: points(losses[name]) for name in ("train", "validation")}),
+        Curve(
+            "Exact match during training" if free else "Accuracy during training", "%",
+            {"validation rows": points(others.get("validation_score"))},
+        ),
+        Curve("Learning rate", "", {"learning rate": points(others.get("learning_rate"))}),
+        Curve("Speed", "tokens/s", {"training": points(others.get("tokens_per_second"))}),
+        Curve("Memory", "GiB", {"peak so far": points(others.get("memory_bytes"), GIB)}),
+    ]  # fmt: skip
+    return [curve for curve in curves if any(curve.series.values())]
+
+
+def _tables(tables: dict[str, Any]) -> list[Table]:
+    if not tables:
+        return []
+    if any(is_answer_table(table) for table in tables.values()):
+        columns = ["", "group", "exact match in %", "F1 in %", "ROUGE-L in %", "loss", "questions"]
+        rows = [
+            [name, group, *mark_cells(marks),
+             "" if marks["loss"] is None else f"{marks['loss']:.4f}", str(marks["questions"])]
+            for name, table in tables.items() for group, marks in table.items()
+        ]  # fmt: skip
+        return [Table("Answers to held-back rows", columns, rows)]
+    rows = [[name, *percent_cells(table)] for name, table in tables.items()]
+    last = tables[list(tables)[-1]]
+    rows += [[f"95% {name}", *ends] for name, ends in zip(("from", "to"), interval_cells(last), strict=True)]
+    rows.append(["questions", *(f"{last[column][2]:,}" for column in COLUMNS)])
+    parser = next(
+        (f", letters read by the {table['parser']} parser" for table in tables.values() if "parser" in table), ""
+    )
+    return [Table(f"Accuracy in % on the test split{parser}", ["", *COLUMNS], rows)]
+
+
+def _is_right(line: dict[str, Any]) -> bool:
+    return bool(line["exact"] if "exact" in line else line["prediction"] == line["answer"])
+
+
+def _choose(marked: Sequence[Row], seed: int) -> list[int]:
+    """Some wrong and some right answers, drawn by the seed, in the rows' order."""
+    chosen: list[int] = []
+    for right in (False, True):
+        places = [i for i, line in enumerate(marked) if _is_right(line) == right]
+        chosen += random.Random(seed).sample(places, min(_SHOWN, len(places)))
+    return sorted(chosen)
+
+
+def _question(row: Conversation) -> str:
+    return row.turns[-2].words
+
+
+def _item(after: Asking, index: int) -> GalleryItem:
+    row, line = after.rows[index], after.marked[index]
+    shown = _pictures(row, after)
+    return GalleryItem(
+        question=_question(row), reference=row.turns[-1].shown, text=line["text"], right=_is_right(line),
+        pictures=[picture for _, picture in shown], names=[name for name, _ in shown], question_id=line["question_id"],
+        categories=(line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)])
+        + ([row.named] if row.named else []),
+    )  # fmt: skip
+
+
+def _pictures(row: Conversation, after: Asking) -> list[tuple[str, Image.Image]]:
+    """The images that can be opened, with their file names."""
+    found = []
+    for name in row.images:
+        try:
+            found.append((after.split.images.label(name), after.split.images.open(name)))
+        except BadImageError:  # the notes tell of it
+            continue
+    return found
+
+
+def _why_none(metrics: Mapping[str, Any]) -> str:
+    if not metrics.get("after"):
+        return "No gallery of answers: the run asked no questions after training."
+    return f"No gallery of answers: {PREDICTIONS_FILE} is not in the run's folder."
+
+
+def _notes(after: Asking, gallery: Mapping[int, GalleryItem]) -> list[str]:
+    right = sum(map(_is_right, after.marked))
+    notes = [
+        f"The gallery shows up to {_SHOWN} of {len(after.marked) - right:,} wrong and of {right:,} right answers, "
+        "drawn by the seed."
+    ]
+    bad = [line["question_id"] for line in after.marked if "problem" in line]
+    if bad:
+        notes.append(f"{_count(bad)} wrong because a picture could not be opened: {_named(bad)}.")
+    gone = [
+        item.question_id for i, item in gallery.items()
+        if len(item.pictures) < len(after.rows[i].images) and "problem" not in after.marked[i]
+    ]  # fmt: skip
+    if gone:
+        notes.append(f"Shown without a picture that cannot be opened any more: {_named(gone)}.")
+    return notes
+
+
+def _count(ids: Sequence[str]) -> str:
+    return "1 question counts as" if len(ids) == 1 else f"{len(ids):,} questions count as"
+
+
+def _named(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:_NAMED]) + (f" and {len(ids) - _NAMED:,} more" if len(ids) > _NAMED else "")

@@ -1,0 +1,125 @@
+"""Opening a model to talk with: a run, a folder with a whole LLaVA, or a Hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import TemplateError
+from transformers import AutoProcessor
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.images.to_rgb import Background
+from lora_llava.data.templates import TEMPLATES, Template, chat_template, get_template
+from lora_llava.inference.load import load_answering_model
+from lora_llava.inference.speak import Speaker, text_message
+from lora_llava.model.adapter_file import checked_base
+from lora_llava.model.loading import Quantization
+from lora_llava.model.start import plan_model
+from lora_llava.recipe import ModelSection, StartFrom, load_recipe
+from lora_llava.runs.directory import RECIPE_FILE, is_run, read_record
+
+
+def open_speaker(
+    name: str, *, quantization: Literal["auto", "nf4", "none"] = "auto", dtype: str = "auto",
+    template: str | None = None,
+) -> Speaker:  # fmt: skip
+    """Load a model, and the processor that writes its prompts.
+
+    Args:
+        name: A run directory, a folder with a whole LLaVA, or a Hub id.
+        quantization: How the language model is stored; `auto` is a run's own, and none for a whole model.
+        dtype: What is computed in; `auto` is a run's own, else bfloat16 on a GPU and float32 on a CPU.
+        template: Conversation template in place of the processor's own.
+
+    Returns:
+        The speaker.
+
+    Raises:
+        UserError: For a model that is missing or does not fit, or that has no chat template.
+    """
+    folder, given = Path(name), get_template(template) if template else None
+    adapter = folder if is_run(folder) else None
+    if adapter is not None:
+        base = str(checked_base(read_record(folder), folder))
+        if (folder / RECIPE_FILE).is_file():  # an imported run has none
+            own = load_recipe(folder / RECIPE_FILE).model
+            quantization = own.quantization if quantization == "auto" else quantization
+            dtype = own.dtype if dtype == "auto" else dtype
+    else:
+        base, folder = name, _find_whole(name)
+    processor = load_processor(folder)
+    if given is not None:
+        processor.chat_template = chat_template(given)
+    elif not processor.chat_template:
+        raise UserError(
+            f"{name} has no chat template; name the one it was trained with, such as --template vicuna_v1; one of "
+            f"{', '.join(TEMPLATES)}"
+        )
+    known = given or recognise_template(processor)
+    stored: Quantization = "none" if quantization == "auto" else quantization
+    model = load_answering_model(base, adapter, quantization=stored, dtype=dtype)
+    return Speaker(
+        model,
+        processor,
+        name,
+        known.stop_string if known else None,
+        single_turn=known is not None and known.single_turn,
+        background=background_of(name),
+    )
+
+
+def background_of(name: str) -> Background:
+    """What transparent parts of images are composited on for a model: what its own recipe says, else white.
+
+    Args:
+        name: A run directory, a merged folder, another model's folder or a Hub id.
+    """
+    recipe = Path(name) / RECIPE_FILE
+    return load_recipe(recipe).data.background if recipe.is_file() else "white"
+
+
+def _find_whole(name: str) -> Path:
+    """The folder of a whole LLaVA's processor; a Hub id's small files are fetched."""
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"{name} is neither a finished run, which has run.json and adapter_model.safetensors, nor a folder with a "
+            "whole LLaVA, which has config.json; name one"
+        )
+    try:
+        return plan_model(ModelSection(start_from=StartFrom(llava=name))).tokenizer_folder
+    except UserError as error:
+        raise UserError(str(error).removeprefix("model.start_from.llava: ")) from None
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the stock processor of a run or model folder, on PIL as it was trained, with left padding.
+
+    Raises:
+        UserError: Where its files are missing or damaged.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        processor.tokenizer.padding_side = "left"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder}: its processor or tokenizer cannot be loaded ({told}); restore its files") from None
+    return processor
+
+
+def recognise_template(processor: Any) -> Template | None:
+    """The template of ours that a processor writes, whatever its system text; None for another's.
+
+    What is compared is what they make of a conversation, so that a template that was saved by an older version of this
+    package is known too.
+    """
+    turns = [text_message(role, role) for role in ("system", "user", "assistant", "user")]
+    written = _written(processor, turns, processor.chat_template)
+    return next((t for t in TEMPLATES.values() if _written(processor, turns, chat_template(t)) == written), None)
+
+
+def _written(processor: Any, turns: list[dict[str, Any]], template: str) -> str:
+    try:
+        return str(processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True))
+    except TemplateError:  # one that takes no system text is none of ours
+        return ""

@@ -1,0 +1,155 @@
+"""Attention over rows of several samples, each of which sees itself alone: `flash_varlen`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lora_llava.core.errors import UserError
+
+IMPLEMENTATION = "varlen"
+"""transformers' key for `flash_varlen`: whatever has "flash" in its name it looks for on the Hub
+(transformers/utils/generic.py, is_flash_attention_requested)."""
+
+
+def flash_varlen_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, *, scaling: float | None = None, dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """Causal attention within the samples of a row; without `cu_seq_lens_q`, transformers' SDPA.
+
+    Args:
+        module: The attention layer.
+        query: Shape (1, heads, tokens, head size).
+        key: Shape (1, key heads, tokens, head size).
+        value: As `key`.
+        attention_mask: Used where there are no `cu_seq_lens_q`.
+        scaling: Of the scores; 1 / sqrt(head size) where None.
+        dropout: Of the weights; none of ours has any.
+        cu_seq_lens_q: Where samples begin and the last one ends, int32, shape (samples + 1,).
+        max_length_q: Tokens of the longest sample.
+        kwargs: What else transformers passes.
+
+    Returns:
+        Shape (1, tokens, heads, head size), and no weights.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )  # fmt: skip
+    if not query.is_cuda:
+        return _by_segment(query, key, value, cu_seq_lens_q, scaling, dropout), None
+    longest = int(max_length_q or torch.diff(cu_seq_lens_q).max())
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, head size)
+    lengths = (cu_seq_lens_q, cu_seq_lens_q, longest, longest)
+    flash_attn = find_flash_attn()
+    if flash_attn is not None:
+        output = flash_attn(q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True)
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+
+        output = varlen_attn(q, k, v, *lengths, scale=scaling, **_varlen_options(varlen_attn, key, query))
+    return output.unsqueeze(0), None
+
+
+@functools.cache
+def find_flash_attn() -> Any:
+    """flash_attn's function, or None where it is not installed or was built for another torch."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:  # also what a library with undefined symbols raises
+        return None
+    return flash_attn_varlen_func
+
+
+def _varlen_options(function: Any, key: torch.Tensor, query: torch.Tensor) -> dict[str, Any]:
+    """Causal, in the words of the torch that is installed; grouped heads only where there are some."""
+    windowed = "window_size" in inspect.signature(function).parameters
+    options: dict[str, Any] = {"window_size": (-1, 0)} if windowed else {"is_causal": True}
+    return options | ({"enable_gqa": True} if key.shape[1] != query.shape[1] else {})
+
+
+def _by_segment(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor, scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:  # fmt: skip
+    """One SDPA for each sample: exact, and far cheaper than one dense mask over the row."""
+    ends = cu_seq_lens.tolist()
+    grouped = key.shape[1] != query.shape[1]
+    parts = [
+        F.scaled_dot_product_attention(
+            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], dropout_p=dropout, is_causal=True,
+            scale=scaling, enable_gqa=grouped,
+        )
+        for start, end in itertools.pairwise(ends)
+    ]  # fmt: skip
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def register_flash_varlen() -> None:
+    """Make `flash_varlen` known to transformers, with SDPA's masks for whatever comes without `cu_seq_lens_q`."""
+    AttentionInterface.register(IMPLEMENTATION, flash_varlen_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def use_flash_varlen(model: Any) -> None:
+    """Switch the language model to `flash_varlen`; CLIP keeps SDPA.
+
+    Args:
+        model: A `LlavaForConditionalGeneration`.
+    """
+    register_flash_varlen()
+    language_model = model.model.language_model
+    language_model.set_attn_implementation(IMPLEMENTATION)
+    language_model.register_forward_pre_hook(_no_dense_mask, with_kwargs=True)
+
+
+def _no_dense_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Keep transformers from making a mask of tokens x tokens that nothing reads: one with four dimensions is taken as
+    it is (transformers/masking_utils.py, _preprocess_mask_arguments)."""
+    if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("attention_mask") is None:
+        kwargs["attention_mask"] = kwargs["cu_seq_lens_q"].new_zeros(1, 1, 1, 1)
+    return args, kwargs
+
+
+def resolve_attention(asked: str, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether training takes rows without padding here, and on what, in words.
+
+    Args:
+        asked: `auto`, `flash_varlen` or `sdpa`.
+        dtype: What the language model computes in.
+
+    Raises:
+        UserError: Where `flash_varlen` is asked for and this machine cannot run it.
+    """
+    if asked == "sdpa":
+        return False, "sdpa, padded"
+    if not torch.cuda.is_available():
+        return True, "flash_varlen, padding-free, by SDPA on each sample"
+    if problem := _kernel_problem(dtype):
+        reason, mend = problem
+        if asked == "flash_varlen":
+            raise UserError(f"model.attention is flash_varlen, but its GPU kernels {reason}; set {mend}")
+        return False, f"sdpa, padded: flash_varlen's GPU kernels {reason}"
+    kernel = "flash_attn" if find_flash_attn() is not None else "torch.nn.attention.varlen"
+    return True, f"flash_varlen, padding-free, by {kernel}"
+
+
+def _kernel_problem(dtype: torch.dtype) -> tuple[str, str] | None:
+    """Why FlashAttention cannot run on this GPU, and the mend; None where it can."""
+    if dtype == torch.float32:
+        return "do not compute in float32", "model.dtype=bfloat16, or model.attention=sdpa"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:  # FlashAttention 2's README: Ampere, Ada, Hopper
+        return f"need compute capability 8.0, and this GPU has {major}.{minor}", "model.attention=sdpa"
+    return None

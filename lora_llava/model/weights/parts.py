@@ -1,0 +1,180 @@
+"""The parts a LLaVA is made of: where their files are and what identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from lora_llava.core.errors import UserError
+from lora_llava.core.storage import looked_in
+from lora_llava.model.weights.tensor_files import weight_files
+
+DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo" / "base"
+TEXT_FILES = ("*.json", "*.jinja", "tokenizer.model")
+NETWORK_ERRORS = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A language model, a vision tower or a complete LLaVA on disk.
+
+    Attributes:
+        name: What the recipe says.
+        folder: Where its files are.
+        revision: The commit of a Hub id; a hash of its contents for a folder.
+    """
+
+    name: str
+    folder: Path
+    revision: str
+
+
+@dataclass(frozen=True)
+class Download:
+    """What fetching a Hub id would take.
+
+    Attributes:
+        name: The Hub id.
+        missing_bytes: Bytes of the files that are not in the local cache.
+        cached: Whether nothing is missing.
+    """
+
+    name: str
+    missing_bytes: int
+    cached: bool
+
+
+def local_folder(name: str, field: str) -> Path | None:
+    """The folder of a part that needs no network: `demo` (by `field`: llm or vision_tower) or a path.
+
+    Raises:
+        UserError: For a folder that holds no model.
+    """
+    folder = DEMO_FOLDER / field if name == "demo" else Path(name)
+    if not folder.is_dir():
+        return None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.{field}: {name} holds no config.json; name a folder with a saved model")
+    return folder
+
+
+def load_part(name: str, revision: str | None, field: str) -> Part:
+    """Find a part, fetching a Hub id's files if they are not in the cache.
+
+    Args:
+        name: `demo`, a folder, or a Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        field: The recipe's field, for messages.
+
+    Returns:
+        The part.
+
+    Raises:
+        UserError: Where it is neither there nor to be had.
+    """
+    folder = local_folder(name, field)
+    if folder is not None:
+        return Part(name, folder, folder_hash(folder))
+    check_hub_id(name, field)
+    try:
+        folder = _cached_snapshot(name, revision) if constants.HF_HUB_OFFLINE else _fetch(name, revision)
+    except NETWORK_ERRORS as error:
+        raise not_to_be_had(name, field, error) from None
+    return Part(name, folder, folder.name)
+
+
+def plan_download(name: str, revision: str | None, field: str) -> Download:
+    """Say what `load_part` would fetch, fetching nothing.
+
+    Raises:
+        UserError: Where the part is neither there nor to be had.
+    """
+    if local_folder(name, field) is not None:
+        return Download(name, 0, True)
+    check_hub_id(name, field)
+    try:
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
+    except NETWORK_ERRORS as error:
+        try:
+            load_part(name, revision, field)
+        except UserError:
+            raise not_to_be_had(name, field, error) from None
+        return Download(name, 0, True)
+    sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
+    wanted = weight_files(list(sizes)) + [file for file in sizes if _is_text(file)]
+    missing = [file for file in wanted if not isinstance(try_to_load_from_cache(name, file, revision=info.sha), str)]
+    return Download(name, sum(sizes[file] for file in missing), not missing)
+
+
+def load_config(name: str, revision: str | None, field: str) -> dict[str, Any]:
+    """Read a part's config.json alone; a Hub id's is fetched if need be.
+
+    Raises:
+        UserError: Where it cannot be had.
+    """
+    folder = local_folder(name, field)
+    if folder is None:
+        check_hub_id(name, field)
+        try:
+            folder = Path(hf_hub_download(name, "config.json", revision=revision)).parent
+        except NETWORK_ERRORS as error:
+            raise not_to_be_had(name, field, error) from None
+    return dict(json.loads((folder / "config.json").read_text()))
+
+
+def check_hub_id(name: str, field: str) -> None:
+    """Refuse a name that can only be a folder that is not there."""
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise UserError(f"model.{field}: the folder {name} is missing{looked_in(name)}")
+
+
+def not_to_be_had(name: str, field: str, error: Exception) -> UserError:
+    """The error for a Hub id whose files are neither cached nor to be fetched."""
+    looked = looked_in(name)
+    if constants.HF_HUB_OFFLINE:
+        return UserError(
+            f"model.{field}: {name} is not in the local cache and HF_HUB_OFFLINE is set; unset it to download, "
+            f"or name a folder{looked}"
+        )
+    return UserError(
+        f"model.{field}: {name} is neither a folder{looked} nor to be had from the Hub: {str(error).splitlines()[0]}"
+    )
+
+
+def _is_text(file: str) -> bool:
+    return Path(file).match("*.json") or file in ("tokenizer.model", "chat_template.jinja")
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    weights = weight_files(HfApi().list_repo_files(name, revision=revision))
+    return Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, *weights]))
+
+
+def _cached_snapshot(name: str, revision: str | None) -> Path:
+    """The snapshot in the local cache; huggingface_hub calls one incomplete that lacks a kind of weights asked for."""
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, "*.safetensors"]))
+    except LocalEntryNotFoundError:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, "pytorch_model*.bin"]))
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 over names and contents of a folder's config, tokenizer and weight files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja") and file.is_file():
+            digest.update(file.name.encode())
+            digest.update(file_hash(file).encode())
+    return digest.hexdigest()
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file, read in chunks."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,180 @@
+"""`lora-llava plan`: what a recipe takes, in seconds, before a picture is opened or a weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from rich.console import Console
+from rich.table import Table as RichTable
+from transformers import LlavaConfig
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.selection import build_rows
+from lora_llava.data.templates import get_template
+from lora_llava.model.loading import check_bitsandbytes
+from lora_llava.model.start import plan_model
+from lora_llava.planning import plan_tables
+from lora_llava.planning.fit import (
+    Extremes,
+    build_step,
+    choose_checkpointing,
+    device_in_words,
+    measure_rows,
+    what_fits,
+)
+from lora_llava.planning.memory import Step
+from lora_llava.planning.row_order import RowOrder, exact_epochs, order_rows
+from lora_llava.planning.run_plan import build_run_processor, is_padding_free
+from lora_llava.planning.timing import published_hours, time_row
+from lora_llava.recipe import Recipe
+from lora_llava.splits.split_rows import sample_rows
+
+_SAMPLES = 1_000
+"""Conversations that are encoded to know the lengths of all."""
+_ROWS = 20_000
+"""Conversations whose order is laid out; more are scaled up."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a run without reading its data in full.
+
+    Attributes:
+        step: Of the heaviest row, nothing recomputed yet.
+        steps: Optimiser steps.
+        tokens: Real tokens of the run; None without data.
+        padding: Tokens with padding over real ones.
+        source: What lengths are from, in words.
+    """
+
+    step: Step
+    steps: int | None
+    tokens: int | None
+    padding: float
+    source: str
+
+
+def forecast(recipe: Recipe) -> Forecast:
+    """Work out a run from a sample of its data, or from its limits where the data is not at hand.
+
+    Raises:
+        UserError: Where the model's config cannot be had, or a setting cannot run here.
+    """
+    if recipe.model.quantization == "nf4":
+        check_bitsandbytes()
+    model = plan_model(recipe.model)
+    cuda = torch.cuda.is_available()
+    try:
+        drawn, _, total = sample_rows(recipe, "train", _SAMPLES)
+    except UserError as error:
+        step = build_step(recipe, model.config, _limits(recipe, model.config), cuda=cuda)
+        return Forecast(step, recipe.training.max_steps, None, 1.0, f"data not at hand ({error}): rows taken as full")
+    tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
+    samples, _ = build_rows(
+        drawn,
+        tokenizer=tokenizer,
+        template=get_template(recipe.data.template, recipe.data.system_prompt),
+        num_image_tokens=model.config.image_seq_length,
+        max_length=recipe.data.max_length,
+        on_overlong="drop",
+    )
+    source = f"lengths from {len(samples):,} of {total:,} samples"
+    total = _rows_an_epoch(recipe, total)
+    lengths = samples.lengths.tolist()
+    order, scale = _lay_out(recipe, total, lengths)
+    tokens = int(scale * sum(lengths[i % len(lengths)] for row in order.rows for i in row))
+    padded = not is_padding_free(recipe)[0]
+    folded = [[i % len(samples) for i in row] for row in order.rows]
+    extremes = measure_rows(folded, samples, padded=padded)
+    if recipe.training.max_tokens_per_row is not None:
+        extremes = replace(extremes, tokens=recipe.training.max_tokens_per_row)
+    filled = sum(len(row) * max(lengths[i] for i in row) for row in folded) if padded else 0
+    padding = max(1.0, filled / sum(lengths[i] for row in folded for i in row))
+    return Forecast(
+        build_step(recipe, model.config, extremes, cuda=cuda), round(scale * order.steps), tokens, padding, source
+    )  # fmt: skip
+
+
+def _rows_an_epoch(recipe: Recipe, total: int) -> int:
+    """What is left of all rows when some are held back, or others are not drawn."""
+    data = recipe.data
+    left = max(1, total - data.validation_rows - data.test_rows)
+    asked = [source.rows for source in data.train_sources() if source.rows is not None]
+    if asked and len(asked) == len(data.train_sources()):
+        return sum(asked)
+    return left if data.max_train_rows is None else min(left, data.max_train_rows)
+
+
+def _lay_out(recipe: Recipe, total: int, sampled: list[int]) -> tuple[RowOrder, float]:
+    """One pass over data whose lengths repeat the sample's, and how often the run is that pass."""
+    count = min(total, _ROWS)
+    lengths = [sampled[i % len(sampled)] for i in range(count)]
+    training = recipe.training.model_copy(update={"epochs": 1.0, "max_steps": None})
+    order = order_rows(training, lengths, seed=recipe.seed, padded=not is_padding_free(recipe)[0])
+    passes = float(exact_epochs(recipe.training) * total / count)
+    if recipe.training.max_steps is not None:
+        passes = recipe.training.max_steps / order.steps
+    return order, passes
+
+
+def _limits(recipe: Recipe, config: LlavaConfig) -> Extremes:
+    training = recipe.training
+    tokens = training.max_tokens_per_row or training.batch_size * recipe.data.max_length
+    return Extremes(tokens, tokens // 2, max(1, tokens // (config.image_seq_length + 100)))
+
+
+def print_forecast(recipe: Recipe, console: Console) -> None:
+    """Tell a run's memory, what it fits in, its steps and its time.
+
+    Raises:
+        UserError: As `forecast`, or where the run cannot fit here.
+    """
+    found = forecast(recipe)
+    console.print(device_in_words())
+    try:
+        step, refusal = choose_checkpointing(recipe, found.step), None
+    except UserError as error:
+        step, refusal = found.step, error
+    plan_tables.print_memory(recipe, step, console)
+    cards = RichTable(title="Cards", title_justify="left")
+    cards.add_column("card", justify="right")
+    cards.add_column("what this recipe needs there, by arithmetic")
+    for size, words in what_fits(recipe, found.step):
+        cards.add_row(f"{size} GB", words)
+    console.print(cards)
+    start = recipe.model.start_from.stage1_recipe
+    if start is not None:
+        console.print(f"Stage 1, {start}, runs first where its result is not there; it has a plan of its own")
+    _print_time(recipe, found, None if refusal else step, console)
+    if refusal is not None:
+        raise refusal
+
+
+def _print_time(recipe: Recipe, found: Forecast, step: Step | None, console: Console) -> None:
+    console.print(found.source, soft_wrap=True)
+    if found.tokens is None or not found.steps:
+        console.print("time: not known without the data")
+        return
+    console.print(
+        f"{found.steps:,} steps, {found.tokens:,} tokens, {found.tokens / found.steps:,.0f} tokens a step on average"
+    )
+    seconds = time_row(recipe, step) if step is not None else None
+    if step is not None and seconds is not None:
+        rate = step.tokens / seconds / found.padding
+        console.print(
+            f"time: about {_words(found.tokens / rate)} of training at {rate:,.0f} tokens/s, timed here on random "
+            "weights; loading, pictures, validation and tables come on top"
+        )
+        return
+    hours = published_hours(found.step, found.tokens)
+    known = ", ".join(f"{_words(3600 * value)} on an {card}" for card, value in hours.items())
+    console.print(
+        f"time: about {known}: published rates of Llama-2-7B QLoRA (fsdp_qlora), scaled by size; not measured here"
+    )
+
+
+def _words(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,204 @@
+"""A recipe worked out: rows encoded, steps counted, everything that can fail before training has been tried."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaConfig, PreTrainedTokenizerBase
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.encode import fit_template
+from lora_llava.data.templates import Template, chat_template, get_template
+from lora_llava.distributed.ranks import this_rank
+from lora_llava.distributed.sharding import check_sharding, is_sharded
+from lora_llava.model.adapters import lora_config, planned_parameters
+from lora_llava.model.base import build_processor, image_processor_of
+from lora_llava.model.fast_path.attention import resolve_attention
+from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
+from lora_llava.model.start import ModelPlan, plan_model
+from lora_llava.model.tokenizer import load_tokenizer
+from lora_llava.planning.fit import build_step, choose_checkpointing, measure_rows
+from lora_llava.planning.memory import Step
+from lora_llava.planning.row_order import RowOrder, order_rows
+from lora_llava.recipe import EvaluationSection, Recipe
+from lora_llava.splits.encoded_sources import Progress, encode_splits, no_progress
+from lora_llava.splits.refusals import refuse_errors
+from lora_llava.splits.split_rows import Split, build_split
+
+
+@dataclass
+class RunPlan:
+    """Everything of a run but its weights.
+
+    Attributes:
+        recipe: What was asked for.
+        model: The model's plan.
+        tokenizer: With `<image>` and `<pad>`.
+        processor: The stock processor that is exported.
+        template: The conversation template, its system text replaced if the recipe says so.
+        splits: `train`, and `validation` and `test` where the recipe has them.
+        order: Which samples share a forward pass, and the optimiser steps.
+        step: What the heaviest of them takes, and how much of it is recomputed.
+        refusal: Why that cannot fit here; None where it does.
+        trained_parameters: `lora` and `projector`.
+    """
+
+    recipe: Recipe
+    model: ModelPlan
+    tokenizer: PreTrainedTokenizerBase
+    processor: Any
+    template: Template
+    splits: dict[str, Split]
+    order: RowOrder
+    step: Step
+    refusal: UserError | None
+    trained_parameters: dict[str, int]
+
+
+def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
+    """Work a recipe out and load no weights.
+
+    Args:
+        recipe: The recipe.
+        progress: Wraps the encoding of each source and the opening of pictures, for a progress bar.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: For anything that would make the run fail later, memory aside: that stands in `refusal`.
+    """
+    if recipe.model.quantization == "nf4":
+        check_bitsandbytes()
+    check_reporters(recipe.training.report_to)
+    check_launch(recipe)
+    model = plan_model(recipe.model)
+    template = get_template(recipe.data.template, recipe.data.system_prompt)
+    tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
+    _check_context(recipe, model.config)
+    opened = encode_splits(_with_test_rows(recipe), tokenizer, progress)
+    splits = {
+        name: build_split(recipe, name, split, processor, model.config, progress) for name, split in opened.items()
+    }
+    refuse_errors(recipe, opened)
+    if recipe.evaluation is None and recipe.data.test_source is None:
+        splits.pop("test", None)
+    samples = splits["train"].rows
+    order = lay_out(recipe, splits["train"])
+    extremes = measure_rows(order.rows, samples, padded=not is_padding_free(recipe)[0])
+    step, refusal = build_step(recipe, model.config, extremes, cuda=torch.cuda.is_available()), None
+    try:
+        step = choose_checkpointing(recipe, step)
+    except UserError as error:
+        refusal = error
+    return RunPlan(
+        recipe, model, tokenizer, processor, template, splits, order, step, refusal,
+        planned_parameters(model.config, run_lora_config(recipe)),
+    )  # fmt: skip
+
+
+def _with_test_rows(recipe: Recipe) -> Recipe:
+    """The recipe as `check` reads it: rows held back for a test are looked at also where nothing asks them yet."""
+    if not recipe.data.test_rows:
+        return recipe
+    return recipe.model_copy(update={"evaluation": recipe.evaluation or EvaluationSection()})
+
+
+def check_launch(recipe: Recipe) -> None:
+    """Refuse ways to share a model out that are not known to give what one process gives.
+
+    Args:
+        recipe: The recipe.
+
+    Raises:
+        UserError: For DeepSpeed and for some ways of FSDP, as `accelerate launch` tells of them in the environment.
+    """
+    if is_sharded():
+        check_sharding(recipe, this_rank()[1])
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        use = "start with torchrun, or with accelerate launch --multi_gpu, which give every GPU the whole model"
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+        if stage == "3" and recipe.model.quantization == "nf4":
+            raise UserError(f"DeepSpeed's ZeRO-3 shares weights out, which 4-bit ones cannot be; {use}")
+        raise UserError(f"DeepSpeed has not been tried with this trainer; {use}")
+
+
+def build_run_processor(
+    recipe: Recipe, config: LlavaConfig, tokenizer_folder: Path, image_folder: Path
+) -> tuple[PreTrainedTokenizerBase, Any]:
+    """The tokenizer that encodes rows and the stock processor that carries it, template included."""
+    template = get_template(recipe.data.template, recipe.data.system_prompt)
+    tokenizer = load_tokenizer(tokenizer_folder, config)
+    image_processor = image_processor_of(image_folder, config, recipe.data.image_aspect)
+    return tokenizer, build_processor(
+        tokenizer, config, image_processor, chat_template(fit_template(template, tokenizer))
+    )
+
+
+def run_lora_config(recipe: Recipe, base: str | None = None) -> Any:
+    """The PEFT config of a recipe; Stage 1 has no adapters."""
+    if recipe.lora is None:
+        return lora_config(base=base)
+    return lora_config(**recipe.lora.model_dump(), base=base)
+
+
+def _check_context(recipe: Recipe, config: LlavaConfig) -> None:
+    positions = config.text_config.max_position_embeddings
+    if recipe.data.max_length > positions:
+        raise UserError(f"data.max_length is {recipe.data.max_length}, over the language model's {positions} positions")
+
+
+def check_reporters(reporters: Iterable[str]) -> None:
+    """Hold that what is to receive the curves is installed.
+
+    Raises:
+        UserError: Naming the one that is not.
+    """
+    import importlib.util
+
+    for reporter in reporters:
+        if importlib.util.find_spec(reporter) is None:
+            raise UserError(f"training.report_to: {reporter} is not installed; pip install {reporter}, or leave it out")
+
+
+def is_padding_free(recipe: Recipe) -> tuple[bool, str]:
+    """Whether a recipe trains on rows without padding here, and on what, in words."""
+    return resolve_attention(recipe.model.attention, resolve_dtype(recipe.model.dtype))
+
+
+def lay_out(recipe: Recipe, split: Split) -> RowOrder:
+    """Lay out the run: which training samples share a forward pass.
+
+    Args:
+        recipe: The recipe.
+        split: Its training rows.
+
+    Returns:
+        The order.
+
+    Raises:
+        UserError: Where a sample is longer than a row, or rows cannot be packed here.
+    """
+    budget = recipe.training.max_tokens_per_row
+    padding_free, found = is_padding_free(recipe)
+    lengths = split.rows.lengths.tolist()
+    if budget is not None:
+        if not padding_free:
+            raise UserError(
+                f"training.max_tokens_per_row needs rows without padding; this machine has {found}; set "
+                "training.max_tokens_per_row=null training.batch_size=4"
+            )
+        longest = max(range(len(lengths)), key=lengths.__getitem__)
+        if lengths[longest] > budget:
+            raise UserError(
+                f"{split.rows.row_name(longest)} has {lengths[longest]} tokens, over training.max_tokens_per_row "
+                f"{budget}; raise it, or set data.max_length={budget} with data.on_overlong=drop or truncate_answer"
+            )
+    return order_rows(
+        recipe.training, lengths, seed=recipe.seed, padded=not padding_free, epochs=split.epochs, ranks=this_rank()[1]
+    )

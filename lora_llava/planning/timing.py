@@ -1,0 +1,118 @@
+"""How long a run will take: timed on this machine where it can train the model, else from published rates."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+from typing import Any
+
+import torch
+
+from lora_llava.model.adapters import add_adapters
+from lora_llava.model.fast_path.attention import resolve_attention, use_flash_varlen
+from lora_llava.model.fast_path.lean import make_lean
+from lora_llava.model.fast_path.trained_loss import labelled_loss
+from lora_llava.model.loading import default_device, resolve_dtype
+from lora_llava.model.random_weights import build_random_llava
+from lora_llava.planning.memory import Step
+from lora_llava.planning.run_plan import run_lora_config
+from lora_llava.recipe import Recipe
+
+PUBLISHED_TOKENS_PER_SECOND = {"RTX 4090": 2330, "RTX 3090": 1198}
+"""Llama-2-7B QLoRA, derived from the fsdp_qlora benchmark (github.com/AnswerDotAI/fsdp_qlora)."""
+_PUBLISHED_PARAMETERS = 6.48e9
+"""Llama-2-7B's linear layers, which nearly all of the work is in."""
+_CPU_SECONDS_ALLOWED = 3.0
+_CPU_FLOPS = 5e10
+"""A guess, good enough to see that a 7B model is not to be timed on a CPU."""
+_REPEATS = 3
+
+
+def time_row(recipe: Recipe, step: Step) -> float | None:
+    """Seconds of one optimiser step on a full row, from one and two layers with random weights.
+
+    Args:
+        recipe: The recipe.
+        step: From `choose_checkpointing`.
+
+    Returns:
+        Seconds, the head included, vision tower and data loading not; None where it would take too long to find out, or
+        more memory than there is.
+    """
+    parameters = sum(a * b for a, b in step.linear_shapes.values())
+    head = step.config.text_config.vocab_size * step.config.text_config.hidden_size
+    work = 6 * step.tokens * (3 * parameters + 2 * head) * (_REPEATS + 1)
+    if not torch.cuda.is_available() and work / _CPU_FLOPS > _CPU_SECONDS_ALLOWED:
+        return None
+    try:
+        one, two = (_time_layers(recipe, step, count) for count in (1, 2))
+    except torch.cuda.OutOfMemoryError:
+        gc.collect()  # 4-bit layers hold themselves in a circle
+        torch.cuda.empty_cache()
+        return None
+    layer = max(0.0, two - one)
+    again = step.checkpointed / 3  # a forward pass is a third of forward and backward
+    return one + layer * (step.layers - 1 + again)
+
+
+def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:
+    device, dtype = default_device(), resolve_dtype(recipe.model.dtype)
+    config = copy.deepcopy(step.config)
+    config.text_config.num_hidden_layers = layers
+    model = build_random_llava(
+        config, quantization=recipe.model.quantization, dtype=dtype, device=device, with_tower=False
+    )
+    if resolve_attention(recipe.model.attention, dtype)[0]:
+        use_flash_varlen(model)
+    peft_model = add_adapters(model, run_lora_config(recipe)).train()
+    make_lean(model.model.language_model)
+    batch = _full_row(step, recipe, device)
+    optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-6)
+    seconds = []
+    for _ in range(_REPEATS + 1):  # the first one warms up
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = labelled_loss(peft_model, batch)[0]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def _full_row(step: Step, recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """One row of samples of equal length with as many pictures and trained tokens as the heaviest."""
+    image = step.config.image_seq_length
+    samples = max(1, step.pictures, step.tokens // recipe.data.max_length)
+    length = max(image + 2, step.tokens // samples)
+    pictures = min(samples, step.pictures)
+    trained = max(1, min(length - 1 - (image if pictures else 0), step.trained_tokens // samples))
+    ids = torch.full((samples, length), 3)
+    ids[:pictures, 1 : image + 1] = step.config.image_token_index
+    labels = torch.full_like(ids, -100)
+    labels[:, length - trained :] = 3
+    ends = torch.arange(0, samples * length + 1, length, dtype=torch.int32)
+    batch: dict[str, Any] = {
+        "input_ids": ids.view(1, -1), "labels": labels.view(1, -1),
+        "position_ids": torch.arange(length).repeat(samples).view(1, -1),
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length,
+    }  # fmt: skip
+    if pictures:
+        batch["pixel_values"] = torch.randn(pictures, image, step.config.vision_config.hidden_size)
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def published_hours(step: Step, tokens: int) -> dict[str, float]:
+    """Hours of training on known cards, by their published rates and the model's size.
+
+    Args:
+        step: The step.
+        tokens: Real tokens of the run.
+    """
+    size = step.layers * sum(a * b for a, b in step.linear_shapes.values()) / _PUBLISHED_PARAMETERS
+    return {card: tokens * size / rate / 3600 for card, rate in PUBLISHED_TOKENS_PER_SECOND.items()}

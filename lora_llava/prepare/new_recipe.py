@@ -1,0 +1,185 @@
+"""`lora-llava init`: from a folder of pictures and questions to a recipe that has been checked."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.findings import CheckReport
+from lora_llava.data.folder import FolderData, understand_folder
+from lora_llava.data.formats import Columns
+from lora_llava.data.sources import file_remarks
+from lora_llava.demo.dataset import EXAMPLE_PICTURES, write_example_folder
+from lora_llava.prepare.row_check import check
+from lora_llava.recipe import find_recipe, load_recipe
+
+RECIPE_NAME = "recipe.yaml"
+_SHARE = 10
+"""One row in so many is held back; of fewer than `_FEW` rows, one in five, or there would be hardly any."""
+_FEW = 200
+_MOST = 1_000
+
+
+def init(
+    folder: Path, *, data: Path | None = None, model: str | None = None, template: str | None = None,
+    example: bool = False, follow_links: bool = False, console: Console,
+) -> tuple[Path, CheckReport]:  # fmt: skip
+    """Write a recipe for a folder, and check it.
+
+    Args:
+        folder: With pictures and a file of rows.
+        data: The file of rows, where there are several.
+        model: A complete LLaVA to start from, a folder or a Hub id, or `demo`; None: the template's.
+        template: The shipped recipe that is filled in; None: my_data_qlora.yaml, or the demo's.
+        example: Make the folder first, with drawn pictures and a table of questions.
+        follow_links: Read images that links in the folder lead to, outside it too; the recipe says so.
+        console: Where it is told what was understood.
+
+    Returns:
+        The recipe's file, and what the check found.
+
+    Raises:
+        UserError: For a folder that cannot be understood, or where a recipe is there already.
+    """
+    if model == "demo" and template is not None:
+        raise UserError(f"--recipe {template}: the demo has a recipe of its own; drop --recipe or --model demo")
+    if example:
+        write_example_folder(folder)
+        console.print(f"{folder}: {EXAMPLE_PICTURES} drawn pictures and questions.csv", soft_wrap=True)
+    target = folder / RECIPE_NAME
+    if target.exists():
+        raise UserError(f"{target} is there already; `lora-llava check {target}`, or remove it to begin anew")
+    found = understand_folder(folder, data, follow_links)
+    _tell(found, console)
+    shipped = "demo_my_data_qlora.yaml" if model == "demo" else template or "my_data_qlora.yaml"
+    filled = fill_in(find_recipe(shipped), found, model, follow_links)
+    target.write_text(filled, encoding="utf-8")
+    recipe = load_recipe(target)
+    console.print(f"wrote {target}", soft_wrap=True)
+    try:
+        report = check(recipe, console=console)
+    except UserError as error:
+        raise UserError(f"{target} is written, and not checked: {error}") from None
+    console.print("next:")
+    for verb in ("check",) if report.errors else ("preview", "finetune"):
+        console.print(f"  lora-llava {verb} {shlex.quote(str(target))}", soft_wrap=True)
+    return target, report
+
+
+def _tell(found: FolderData, console: Console) -> None:
+    table = RichTable(title="Understood", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    facts = {
+        "rows": f"{found.rows:,} in {found.file}" + _and_shards(found),
+        "form": found.shape,
+        "pictures": f"{found.named:,} named by rows, {found.pictures:,} in the folder",
+        "picture folder": str(found.image_folder or ("in the table" if found.embedded else "none: text alone")),
+        "read as": "; ".join(remark for _, remark in file_remarks(found.files)),
+        "not used": ", ".join(found.unused),
+        "validation": _validation_in_words(found),
+        "test": str(found.test or ""),
+    }
+    for name, value in facts.items():
+        if value:
+            table.add_row(name, value)
+    console.print(table)
+
+
+def _and_shards(found: FolderData) -> str:
+    return f" to {found.files[-1].name}, {len(found.files):,} files" if len(found.files) > 1 else ""
+
+
+def _validation_in_words(found: FolderData) -> str:
+    count = held_back_rows(found.rows, found.linked)
+    if found.validation is not None:
+        return str(found.validation)
+    return f"{count:,} rows or more, split off by picture" if count else "none: there is too little to split off"
+
+
+def held_back_rows(rows: int, pictures: int) -> int:
+    """How many rows are split off for validation; none where that would leave nothing to train on.
+
+    Args:
+        rows: All rows.
+        pictures: Different pictures that they name, or sets of them; rows of one stay together.
+    """
+    if rows < 2 or pictures == 1:
+        return 0
+    return min(_MOST, max(1, rows // (5 if rows < _FEW else _SHARE)))
+
+
+def fill_in(template: Path, found: FolderData, model: str | None, follow_links: bool = False) -> str:
+    """A recipe with a folder's data in it, its comments kept.
+
+    Args:
+        template: A shipped recipe for one's own data.
+        found: The folder.
+        model: See `init`.
+        follow_links: See `init`.
+
+    Returns:
+        The recipe's text.
+    """
+    yaml = YAML()
+    yaml.width = 4096
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    content = yaml.load(template.read_text(encoding="utf-8"))
+    content["output_dir"] = f"runs/{found.file.parent.resolve().name}"
+    data = content["data"]
+    data["format"] = found.form
+    data["path"] = str(found.file)
+    if found.image_folder is None:
+        data.pop("image_folder", None)
+    else:
+        data["image_folder"] = str(found.image_folder)
+    if follow_links:
+        data["follow_links"] = True
+    data["validation_rows"] = 0 if found.validation else held_back_rows(found.rows, found.linked)
+    _put(data, "columns", _changed_columns(found.columns), "what the table calls its columns")
+    for part in ("validation", "test"):
+        file = getattr(found, part)
+        if file is not None:
+            _put(data, f"{part}_source", _held_source(found, file), "never trained on")
+    if found.form == "captions" or not (data["validation_rows"] or found.validation or found.test):
+        content.pop("evaluation", None)  # there is nothing to ask
+    if model not in (None, "demo"):
+        content["model"]["start_from"] = {"llava": model}
+    stream = io.StringIO()
+    yaml.dump(content, stream)
+    return "\n".join(map(_comment_apart, stream.getvalue().splitlines())) + "\n"
+
+
+def _comment_apart(line: str) -> str:
+    """A line with two spaces before its comment, which ruamel leaves in the column it had beside another value."""
+    value, sign, comment = line.rpartition("# ")
+    return f"{value.rstrip()}  # {comment}" if sign and value.strip() else line
+
+
+def _put(section: Any, key: str, value: dict[str, Any], comment: str) -> None:
+    """Insert a key at a section's beginning: what stands last carries the comments before the next section."""
+    if value:
+        in_one_line = CommentedMap(value)
+        in_one_line.fa.set_flow_style()
+        section.insert(1, key, in_one_line, comment=comment)
+
+
+def _changed_columns(columns: Columns) -> dict[str, str]:
+    usual = vars(Columns())
+    return {role: name for role, name in vars(columns).items() if name != usual[role]}
+
+
+def _held_source(found: FolderData, file: Path) -> dict[str, Any]:
+    source: dict[str, Any] = {"format": found.form, "path": str(file)}
+    if found.image_folder is not None:
+        source["image_folder"] = str(found.image_folder)
+    changed = _changed_columns(found.columns)
+    return source | ({"columns": changed} if changed else {})

@@ -1,0 +1,205 @@
+"""`lora-llava check`: everything that training will read, read before it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.conversation import IMAGE_PLACEHOLDER
+from lora_llava.data.files.cleaned_copy import write_set_without
+from lora_llava.data.files.reading import DataFileError
+from lora_llava.data.findings import DUPLICATE, CheckReport, Finding, check_sources
+from lora_llava.data.images.image_check import Picture, inspect_pictures
+from lora_llava.model.start import plan_model
+from lora_llava.pages.preview_samples import escape_hidden
+from lora_llava.planning.run_plan import build_run_processor
+from lora_llava.recipe import EvaluationSection, Recipe
+from lora_llava.runs.directory import write_json
+from lora_llava.splits.encoded_sources import OpenSplit, encode_splits, picture_cache, progress_bar
+from lora_llava.splits.refusals import checked_sources, sources_with_images
+from lora_llava.splits.split_rows import run_policy
+
+_BAR = 40
+
+
+def check(recipe: Recipe, *, json_file: Path | None = None, fix: bool = False, console: Console) -> CheckReport:
+    """Read all that a recipe reads, and tell what is wrong with it.
+
+    Args:
+        recipe: The recipe.
+        json_file: Where the findings go as JSON.
+        fix: Write cleaned copies of the files of rows, beside them.
+        console: Where everything is told.
+
+    Returns:
+        The report; the run would not do well where it has errors.
+
+    Raises:
+        UserError: Where the recipe's model or data is not there.
+    """
+    if json_file is not None:
+        _check_json_file(json_file)
+    splits: dict[str, OpenSplit] = {}
+    try:
+        splits, report = _read(recipe)
+    except DataFileError as error:
+        report = CheckReport(0, [Finding("unreadable file", "", str(error), -1, "", "train")])
+    print_report(report, console)
+    stage1 = recipe.model.start_from.stage1_recipe
+    if stage1 is not None:
+        console.print(f"Stage 1 reads data of its own, which was not looked at: lora-llava check {stage1}")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(json_file, report.as_dict())
+    if fix and splits:
+        _fix(splits, report, console)
+    return report
+
+
+def _check_json_file(file: Path) -> None:
+    """Hold that nothing but an earlier report is written over."""
+    if not file.exists():
+        return
+    try:
+        earlier = {"rows", "errors", "warnings"} <= set(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError):
+        earlier = False
+    if not earlier:
+        raise UserError(f"--json: {file} is there already, and is no report of a check; name another file")
+
+
+def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
+    science = recipe.data.format == "scienceqa"
+    if not science or recipe.data.splits.test is not None:  # whether or not it is asked, it must not be trained on
+        recipe = recipe.model_copy(update={"evaluation": recipe.evaluation or EvaluationSection()})
+    model = plan_model(recipe.model)
+    tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
+    splits = encode_splits(recipe, tokenizer, progress_bar)
+    pictures = _inspect(splits)
+    checked = checked_sources(splits, pictures)
+    image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    report = check_sources(
+        checked, {name: run_policy(recipe, name) for name in splits},
+        image_id=image_id, num_image_tokens=model.config.image_seq_length, leaks_are_errors=not science,
+        with_pictures=sources_with_images(recipe, splits),
+    )  # fmt: skip
+    report.warnings += _remarks(splits)
+    return splits, report
+
+
+def _remarks(splits: dict[str, OpenSplit]) -> Iterator[Finding]:
+    """How files were read, where it is not as usual."""
+    seen: set[str] = set()
+    for split, found in splits.items():
+        for source in found.sources:
+            if source.name not in seen:
+                seen.add(source.name)
+                for kind, remark in source.remarks():
+                    yield Finding(kind, "", remark, -1, source.name, split)
+
+
+def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, Picture]]:
+    """Look at every source's pictures, those of a source that two splits share once."""
+    found: dict[int, dict[str, Picture]] = {}
+    for split in splits.values():
+        for source, table in zip(split.sources, split.tables, strict=True):
+            if id(source) not in found:
+                names = dict.fromkeys(name for row in range(len(table)) for name in table.images(row))
+                bar = partial(progress_bar, f"pictures of {source.name}")
+                found[id(source)] = inspect_pictures(source.images, names, picture_cache(source), bar)
+    return found
+
+
+def print_report(report: CheckReport, console: Console) -> None:
+    """Figures by split, then every kind of finding with how often and one example."""
+    for name, figures in report.splits.items():
+        share = 100 * figures["trained_tokens"] / max(1, figures["tokens"])
+        sources = figures["sources"]
+        bare = figures["sound_rows"] - figures["rows_with_pictures"]
+        without = f", {bare:,} without" if bare and figures["rows_with_pictures"] else ""
+        of = f" from {len(sources)} sources" if len(sources) > 1 else ""
+        console.print(
+            Text(
+                f"{name}: {figures['rows']:,} rows{of}, {figures['rows_with_pictures']:,} with pictures{without}; "
+                f"{figures['tokens']:,} tokens, {share:.0f}% trained; longest {figures['longest']:,}"
+            )
+        )
+        if figures["over_limit_rows"]:
+            over = f"  over the limit: {figures['over_limit_rows']:,} rows, by {figures['over_limit_tokens']:,} tokens"
+            console.print(Text(over))
+        console.print(_histogram(figures["histogram"]))
+    if report.errors or report.warnings:
+        console.print(_findings(report))
+    errors, warnings = len(report.errors), len(report.warnings)
+    harmless = "nothing stops a run" if warnings else "nothing is wrong"
+    fixable = all(finding.number >= 0 for finding in report.errors)
+    mend = "mend the errors, or leave them out with --fix" if fixable else "mend the errors"
+    verdict = mend if errors else harmless
+    counts = [f"{count:,} {word}{'s' * (count != 1)}" for count, word in ((errors, "error"), (warnings, "warning"))]
+    console.print(f"{report.rows:,} rows checked: {', '.join(counts)}; {verdict}")
+
+
+def _histogram(bins: list[dict[str, Any]]) -> Text:
+    most = max((each["rows"] for each in bins), default=0)
+    text = Text()
+    for each in bins:
+        if text or each["rows"]:  # from the shortest row on
+            bar = "█" * (round(_BAR * each["rows"] / most) or min(1, each["rows"]))
+            text.append(f"  {each['from']:>6,} to {each['to'] - 1:>6,} tokens  ")
+            text.append(bar, style="green")
+            text.append(f" {each['rows']:,}\n")
+    text.rstrip()
+    return text
+
+
+def _findings(report: CheckReport) -> RichTable:
+    table = RichTable(title="Findings", title_justify="left")
+    for name in ("", "kind", "found", "for example"):
+        table.add_column(name, justify="right" if name == "found" else "left", overflow="fold")
+    for level, style, findings in (("error", "bold red", report.errors), ("warning", "yellow", report.warnings)):
+        kinds: dict[str, list[Finding]] = {}
+        for finding in findings:
+            kinds.setdefault(finding.kind, []).append(finding)
+        for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
+            first = found[0]
+            where = f"{first.split} {first.name}: " if first.name else ""
+            told = escape_hidden(f"{where}{first.message}")
+            table.add_row(Text(level, style=style), kind, f"{len(found):,}", Text(told))
+    return table
+
+
+def _fix(splits: dict[str, OpenSplit], report: CheckReport, console: Console) -> None:
+    """Write each file of rows anew without what has errors, and without repeated rows."""
+    dropped: dict[str, set[int]] = {}
+    for finding in [*report.errors, *(f for f in report.warnings if f.dropped or f.kind == DUPLICATE)]:
+        if finding.number >= 0:
+            dropped.setdefault(finding.source, set()).add(finding.number)
+    sources = {source.name: source for split in splits.values() for source in split.sources}
+    totals = {
+        source.name: len(table)
+        for split in splits.values() for source, table in zip(split.sources, split.tables, strict=True)
+    }  # fmt: skip
+    for name, source in sources.items():
+        rows = dropped.get(name, set())
+        if not rows:
+            continue
+        if len(rows) >= totals[name]:
+            raise UserError(f"--fix: nothing of {name} would be left; mend it by hand")
+        if not source.files:
+            raise UserError(
+                f"--fix: {name} is not a file of rows here; set data.on_bad_row=drop data.on_bad_image=drop"
+            )
+        for file, target, count, left_out in write_set_without(source.files, rows):
+            console.print(
+                f"--fix: {target}: {count:,} rows, {left_out:,} left out; {file} is as it was", soft_wrap=True
+            )
+    if not dropped:
+        console.print("--fix: there is nothing to leave out; no copy was written")

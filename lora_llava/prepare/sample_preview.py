@@ -1,0 +1,212 @@
+"""`lora-llava preview`: samples as they are trained, taken from the batches that training would make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from tqdm import tqdm
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.collator import PackedCollator, PaddedCollator
+from lora_llava.data.conversation import IMAGE_PLACEHOLDER
+from lora_llava.data.encode import IGNORE_INDEX
+from lora_llava.data.images.reading import BadImageError
+from lora_llava.model.start import ModelPlan, plan_model
+from lora_llava.pages.preview_page import render_page
+from lora_llava.pages.preview_samples import Preview, PreviewRow, PreviewSample, PreviewToken
+from lora_llava.pages.preview_terminal import print_samples
+from lora_llava.planning.row_order import validation_rows
+from lora_llava.planning.run_plan import build_run_processor, is_padding_free, lay_out
+from lora_llava.recipe import Recipe
+from lora_llava.splits.encoded_sources import encode_splits, progress_bar
+from lora_llava.splits.split_rows import Split, build_split
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """What batches are read with.
+
+    Attributes:
+        split: Whose rows they are made of.
+        tokenizer: Names tokens.
+        processor: Whose picture normalisation is undone.
+        image_id: The id of `<image>`.
+        num_image_tokens: How many of them a picture has.
+        padding_free: Whether rows are packed.
+        capacity: Most tokens of a row; 0 where there is no budget.
+    """
+
+    split: Split
+    tokenizer: Any
+    processor: Any
+    image_id: int
+    num_image_tokens: int
+    padding_free: bool
+    capacity: int
+
+
+def preview(
+    recipe: Recipe, *, name: str, split: str = "train", samples: int = 50, output: Path | None, console: Console
+) -> Preview:  # fmt: skip
+    """Show the first samples of a run.
+
+    Args:
+        recipe: The recipe.
+        name: Its name, for the page's head.
+        split: `train`, in the order of the run, or another split as it lies.
+        samples: How many at most.
+        output: The page's file; None prints to the terminal instead.
+        console: Where it is told or printed.
+
+    Returns:
+        What is shown.
+
+    Raises:
+        UserError: Where data or model is missing, or a row cannot be used.
+    """
+    if output is not None and output.exists() and not _is_page(output):
+        raise UserError(f"--output: {output} is there already, and is no preview; name another file")
+    model = plan_model(recipe.model)
+    tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
+    splits = encode_splits(recipe, tokenizer, progress_bar)
+    if split not in splits:
+        raise UserError(f"--split: this recipe has no {split} rows; it has {', '.join(splits)}")
+    # Pictures are opened when they are shown, unless bad ones are dropped, which changes the order of the run.
+    trusted = recipe.data.on_bad_image == "error"
+    found = build_split(recipe, split, splits[split], processor, model.config, progress_bar, trusted=trusted)
+    rows = lay_out(recipe, found).rows if split == "train" else _in_order(recipe, found)
+    batches = _Batches(
+        found, tokenizer, processor, tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),  # type: ignore[arg-type]
+        model.config.image_seq_length, is_padding_free(recipe)[0], recipe.training.max_tokens_per_row or 0,
+    )  # fmt: skip
+    shown = Preview(
+        "Samples as they are trained", _facts(recipe, name, model, found), *_take(batches, rows, samples)
+    )  # fmt: skip
+    if output is None:
+        print_samples(shown, console)
+        return shown
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(render_page(shown), encoding="utf-8")
+    told = f"{output}: {len(shown.samples)} samples in {len(shown.rows)} rows; open it in a browser"
+    console.print(told, soft_wrap=True)
+    return shown
+
+
+def _is_page(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(15).lower() == b"<!doctype html>"
+    except OSError:
+        return False
+
+
+def _in_order(recipe: Recipe, split: Split) -> list[list[int]]:
+    return validation_rows(recipe.training, split.rows.lengths.tolist())
+
+
+def _facts(recipe: Recipe, name: str, model: ModelPlan, split: Split) -> tuple[tuple[str, str], ...]:
+    start = recipe.model.start_from
+    budget = recipe.training.max_tokens_per_row
+    return (
+        ("recipe", name),
+        ("stage", str(recipe.stage)),
+        ("template", recipe.data.template),
+        ("model", start.llava or f"{recipe.model.llm} + {recipe.model.vision_tower}"),
+        ("rows", f"{len(split.rows):,} used of {split.report.rows:,}"),
+        ("batches", f"packed to {budget:,} tokens" if budget else f"{recipe.training.batch_size} samples"),
+        ("seed", str(recipe.seed)),
+    )
+
+
+def _take(
+    batches: _Batches, rows: Sequence[Sequence[int]], count: int
+) -> tuple[tuple[PreviewSample, ...], tuple[PreviewRow, ...]]:  # fmt: skip
+    """Collate forward passes until there are enough samples, and read the batches back."""
+    samples: list[PreviewSample] = []
+    passes: list[PreviewRow] = []
+    for row in tqdm(rows, desc="collating", unit="row", leave=False, dynamic_ncols=True):
+        if len(samples) >= count:
+            break
+        parts = list(_read_batch(batches, row))
+        places = []
+        for index, part in zip(row, parts, strict=True):
+            shown = len(samples) < count
+            places.append(len(samples) if shown else -1)
+            if shown:
+                samples.append(_sample(batches, index, *part, row=len(passes)))
+        lengths = tuple(len(ids) for ids, _, _ in parts)
+        padding = 0 if batches.padding_free else len(lengths) * max(lengths) - sum(lengths)
+        passes.append(PreviewRow(tuple(places), lengths, batches.capacity, padding))
+    return tuple(samples), tuple(passes)
+
+
+Part = tuple[list[int], list[int], list[torch.Tensor]]
+"""A sample's input_ids, labels and pictures, read back from a batch."""
+
+
+def _read_batch(batches: _Batches, row: Sequence[int]) -> Iterator[Part]:
+    """Make one batch as training does and take it apart again."""
+    split = batches.split
+    if batches.padding_free:
+        collator: Any = PackedCollator(split.pictures)
+    else:
+        collator = PaddedCollator(split.pictures, batches.tokenizer.pad_token_id)
+    try:
+        batch = collator([split.rows[i] for i in row])
+    except BadImageError as error:
+        raise UserError(f"{error}; `lora-llava check` lists all such rows") from None
+    if batches.padding_free:
+        ends = batch["cu_seq_lens_q"].tolist()
+        cuts: list[Any] = [(0, slice(start, end)) for start, end in pairwise(ends)]
+    else:
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        cuts = [(place, slice(0, length)) for place, length in enumerate(lengths)]
+    used = 0
+    for cut in cuts:
+        ids, labels = batch["input_ids"][cut].tolist(), batch["labels"][cut].tolist()
+        pictures = ids.count(batches.image_id) // batches.num_image_tokens
+        yield ids, labels, list(batch["pixel_values"][used : used + pictures]) if pictures else []
+        used += pictures
+
+
+def _sample(
+    batches: _Batches, index: int, ids: list[int], labels: list[int], pixels: list[torch.Tensor], *, row: int
+) -> PreviewSample:  # fmt: skip
+    rows = batches.split.rows
+    table, number = rows.table_row(index)
+    notes = [note for note in table.notes[number].split("\0") if note]
+    if table.lengths(batches.num_image_tokens)[number] > rows.max_length:
+        notes.append("answer cut to fit")
+    return PreviewSample(
+        batches.split.source_of(index).name, table.row_ids[number], tuple(_tokens(batches, ids, labels)),
+        tuple(_picture(one, batches.processor.image_processor) for one in pixels), row, tuple(notes),
+        table.row_name(number),
+        tuple(batches.split.images.label(name) for name in rows.image_files(index)) if pixels else (),
+    )  # fmt: skip
+
+
+def _tokens(batches: _Batches, ids: list[int], labels: list[int]) -> Iterator[PreviewToken]:
+    """One token each, a picture's positions as one."""
+    names = batches.tokenizer.convert_ids_to_tokens(ids)
+    position = 0
+    while position < len(ids):
+        token, is_image = ids[position], ids[position] == batches.image_id
+        count = batches.num_image_tokens if is_image else 1
+        trained = labels[position] != IGNORE_INDEX
+        yield PreviewToken(token, names[position], trained, position, count, is_image)
+        position += count
+
+
+def _picture(pixels: torch.Tensor, image_processor: Any) -> Image.Image:
+    """Undo the normalisation: what CLIP gets, to be looked at."""
+    both = (image_processor.image_mean, image_processor.image_std)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in both)
+    values = ((pixels.float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).numpy())

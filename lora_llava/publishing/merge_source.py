@@ -1,0 +1,66 @@
+"""What is merged and published: a run, the base it stands on, and their tensors unread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaConfig
+
+from lora_llava.core.errors import UserError
+from lora_llava.model.adapter_file import checked_base
+from lora_llava.model.loading import resolve_dtype
+from lora_llava.model.weights.names import canonical_name, stored_name
+from lora_llava.model.weights.streaming import build_empty
+from lora_llava.model.weights.tensor_files import LazyTensor, lazy_tensors
+from lora_llava.publishing.adapter_tensors import Adapter, read_adapter
+from lora_llava.runs.directory import read_record
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is merged.
+
+    Attributes:
+        run: The run directory.
+        record: Its `run.json`.
+        base: The base's folder.
+        config: The base's config.
+        tensors: The base's tensors.
+        adapter: The run's adapter.
+        dtype: What the run computed in, and its NF4 weights were made from.
+    """
+
+    run: Path
+    record: dict[str, Any]
+    base: Path
+    config: LlavaConfig
+    tensors: list[LazyTensor]
+    adapter: Adapter
+    dtype: torch.dtype
+
+
+def read_source(run: Path) -> Source:
+    """Find all that a run is merged from.
+
+    Raises:
+        UserError: Where the run, its adapter or its base does not do.
+    """
+    record = read_record(run)
+    base = checked_base(record, run)
+    adapter = read_adapter(run)
+    config, tensors = LlavaConfig.from_pretrained(base), lazy_tensors(base)
+    _check_whole(base, config, tensors)
+    return Source(run, record, base, config, tensors, adapter, resolve_dtype(record.get("dtype", "auto")))
+
+
+def _check_whole(base: Path, config: LlavaConfig, tensors: list[LazyTensor]) -> None:
+    """Hold that a base has every weight of its config, before anything long begins."""
+    stored = {canonical_name(tensor.name) for tensor in tensors}
+    if len(stored) < len(tensors):
+        raise UserError(f"{base} stores a tensor twice; remove the weight files that do not belong to it")
+    for name, _ in build_empty(config).named_parameters():
+        if stored_name(name, stored, config) not in stored:
+            raise UserError(f"{base} lacks {name}, which its config.json asks for; fetch it or write it again")

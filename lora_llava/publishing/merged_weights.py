@@ -1,0 +1,94 @@
+"""The merged checkpoint's tensors: the base's, with adapters added and the trained projector in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from lora_llava.core.errors import UserError
+from lora_llava.model.quantization import nf4_round_trip
+from lora_llava.model.weights.names import canonical_name
+from lora_llava.model.weights.tensor_files import LazyTensor
+from lora_llava.publishing.adapter_tensors import Adapter, LoraLayer, merge_weight
+
+BaseKind = Literal["bf16", "nf4"]
+
+
+def merged_tensors(
+    base: list[LazyTensor],
+    adapter: Adapter,
+    *,
+    kind: BaseKind = "bf16",
+    with_lora: bool = True,
+    dtype: torch.dtype = torch.float32,
+    nf4_from: torch.dtype = torch.float32,
+) -> list[LazyTensor]:
+    """The merged checkpoint, unread, under the base's names and in its order.
+
+    Args:
+        base: The base's tensors.
+        adapter: What is added.
+        kind: `bf16` adds to the base's own weights; `nf4` to what NF4 makes of the language model's linear layers.
+        with_lora: Add the LoRA layers; else put in the projector alone.
+        dtype: What merged weights are rounded to.
+        nf4_from: The dtype that NF4 is made from.
+
+    Raises:
+        UserError: Where the adapter does not fit the base.
+    """
+    found = list(_merged(base, adapter, nf4_from if kind == "nf4" else None, with_lora, dtype))
+    names = {canonical_name(tensor.name) for tensor in base}
+    for name in [*(f"{layer}.weight" for layer in adapter.layers), *adapter.projector]:
+        if name not in names:
+            raise UserError(f"{adapter.folder}: the adapter has {name}, its base has not; it is another base's")
+    return found
+
+
+def _merged(
+    base: list[LazyTensor], adapter: Adapter, nf4_from: torch.dtype | None, with_lora: bool, dtype: torch.dtype
+) -> Iterator[LazyTensor]:
+    for tensor in base:
+        name = canonical_name(tensor.name)
+        layer = adapter.layers.get(name.removesuffix(".weight"))
+        if name in adapter.projector:
+            _check_shape(name, tensor.shape, adapter.projector[name].shape, adapter)
+            tensor = replace(tensor, load=adapter.projector[name].load)
+        elif nf4_from is not None and is_quantized(name, tensor.shape):
+            tensor = _quantized(tensor, nf4_from)
+        if layer is not None and with_lora:
+            _check_shape(name, tensor.shape, (layer.up.shape[0], layer.down.shape[1]), adapter)
+            tensor = _with_layer(tensor, layer, adapter.scaling, dtype)
+        yield tensor
+
+
+def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether `load_base` puts a weight into 4 bits: the matrices of the language model's layers."""
+    return name.startswith("model.language_model.layers.") and len(shape) == 2
+
+
+def _quantized(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
+    return replace(tensor, load=lambda: nf4_round_trip(tensor.load(), dtype))
+
+
+def _with_layer(tensor: LazyTensor, layer: LoraLayer, scaling: float, dtype: torch.dtype) -> LazyTensor:
+    def load() -> torch.Tensor:
+        magnitude = layer.magnitude.load().float() if layer.magnitude else None
+        down, up = layer.down.load().float(), layer.up.load().float()
+        return merge_weight(tensor.load(), down, up, scaling, magnitude, dtype)
+
+    return replace(tensor, load=load)
+
+
+def _check_shape(name: str, base: tuple[int, ...], adapter: tuple[int, ...], source: Adapter) -> None:
+    if base != adapter:
+        raise UserError(
+            f"{source.folder}: {name} is {_times(adapter)} in the adapter and {_times(base)} in its base; it is "
+            "another base's"
+        )
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

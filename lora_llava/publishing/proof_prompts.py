@@ -1,0 +1,122 @@
+"""Sample prompts for the proof: the run's own questions where its data is at hand, and drawn ones."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+from transformers import AutoProcessor
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.conversation import Conversation
+from lora_llava.data.images.reading import BadImageError, ImageSource
+from lora_llava.recipe import EvaluationSection, Recipe
+from lora_llava.splits.split_rows import sample_rows
+
+PER_KIND = 4
+_READ = 2_000
+"""Rows that are drawn from the data, from which prompts are then chosen."""
+_DRAWN = ("What is shown?", "Describe the image.", "How many shapes are there?", "Which colours do you see?")
+_WRITTEN = ("What is the capital of France?", "Count from one to five.", "Is ice colder than steam?", "Name a fruit.")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt.
+
+    Attributes:
+        text: What the user says.
+        image: The picture, or None.
+    """
+
+    text: str
+    image: Image.Image | None
+
+    def message(self) -> dict[str, Any]:
+        """The prompt as a chat message for a stock processor."""
+        parts: list[dict[str, Any]] = [{"type": "text", "text": self.text}]
+        if self.image is not None:
+            parts.insert(0, {"type": "image", "image": self.image})
+        return {"role": "user", "content": parts}
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the stock processor of a run or model folder.
+
+    Raises:
+        UserError: Where its files are missing or damaged.
+    """
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder}: its processor or tokenizer cannot be loaded ({told}); restore its files") from None
+
+
+def sample_prompts(recipe: Recipe | None, count: int = PER_KIND) -> tuple[list[Sample], str]:
+    """Draw prompts with and without a picture.
+
+    Args:
+        recipe: Whose questions to ask; None for prompts of our own.
+        count: How many of each kind; where the data has fewer, our own fill up.
+
+    Returns:
+        Prompts, those with a picture first, and a sentence on where they are from.
+    """
+    rows, images, source = _rows(recipe)
+    stock = [row for row in rows if "<image>" not in _text(row)]  # a stock processor takes the word for an image
+    with_image = [row for row in stock if len(row.images) == 1]
+    without = [row for row in stock if not row.images]
+    generator = random.Random(0)
+    chosen = generator.sample(with_image, min(count, len(with_image)))
+    asked = generator.sample(without, min(count, len(without)))
+    samples = [sample for row in chosen if images is not None and (sample := _opened(row, images))]
+    own = len(samples) + len(asked)
+    samples += [Sample(text, draw_picture(i)) for i, text in enumerate(_cycle(_DRAWN, count - len(samples)))]
+    samples += [Sample(_text(row), None) for row in asked]
+    samples += [Sample(text, None) for text in _cycle(_WRITTEN, count - len(asked))]
+    return samples, f"{own} from {source}, {2 * count - own} of our own"
+
+
+def _cycle(texts: Sequence[str], count: int) -> list[str]:
+    return [texts[i % len(texts)] for i in range(count)]
+
+
+def _opened(row: Conversation, images: ImageSource) -> Sample | None:
+    """The row's prompt; None where its picture is bad, and a drawn one takes its place."""
+    try:
+        return Sample(_text(row), images.open(row.images[0]))
+    except BadImageError:
+        return None
+
+
+def _rows(recipe: Recipe | None) -> tuple[Sequence[Conversation], ImageSource | None, str]:
+    if recipe is None:
+        return [], None, "a recipe, which the run lacks"
+    try:
+        split = "test" if recipe.data.format == "scienceqa" and recipe.data.splits.test is not None else "train"
+        asking = recipe.model_copy(update={"evaluation": EvaluationSection()})
+        rows, images, _ = sample_rows(asking, split, _READ)
+        return rows, images, "the run's test split" if split == "test" else "the run's training rows"
+    except (UserError, OSError):
+        return [], None, "the run's data, which is not at hand"
+
+
+def _text(row: Conversation) -> str:
+    turn = next(turn for turn in row.turns if turn.role == "user")
+    return turn.words
+
+
+def draw_picture(seed: int, size: int = 96) -> Image.Image:
+    """A picture of three coloured shapes, for prompts without data."""
+    generator = random.Random(seed)
+    picture = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(picture)
+    for shape in (draw.rectangle, draw.ellipse, draw.rectangle):
+        x, y = generator.randrange(size // 2), generator.randrange(size // 2)
+        shape((x, y, x + size // 3, y + size // 3), fill=tuple(generator.randrange(256) for _ in range(3)))
+    return picture

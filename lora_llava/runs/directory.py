@@ -1,0 +1,203 @@
+"""What a finished run leaves: everything that is needed to load it, and how it came about."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from peft import PeftModel
+
+from lora_llava.core.errors import UserError
+from lora_llava.core.storage import share
+from lora_llava.data.files.reading import file_hash, json_text
+from lora_llava.data.templates import get_template, stop_strings
+from lora_llava.model.loading import resolve_dtype
+from lora_llava.model.start import RUN_FILE, Base
+from lora_llava.model.weights.names import ADAPTER_FILE
+from lora_llava.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
+from lora_llava.recipe.places import find_inputs
+
+LIBRARIES = (
+    "torch", "transformers", "tokenizers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "pillow",
+    "lora_llava",
+)  # fmt: skip
+RECIPE_FILE, METRICS_FILE, DATA_FILE = "recipe.yaml", "metrics.json", "data.json"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a run stands on."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on: the GPU, or else the processor's kind and cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "gpu_memory_bytes": memory}
+    return {"gpu": None, "processor": processor_name(), "cores": os.cpu_count()}
+
+
+def processor_name() -> str:
+    """The processor's model, or its architecture where the system does not tell."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON to a temporary name and rename it, so that a reader never sees half a file."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def start_run(folder: Path, recipe: Recipe, data: dict[str, str]) -> None:
+    """Make the run directory and put the resolved recipe in it, and a hash of each split's rows.
+
+    Args:
+        folder: The run directory.
+        recipe: The resolved recipe.
+        data: Hashes by split.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / DATA_FILE, data)
+    (folder / RECIPE_FILE).write_text(dump_recipe(find_inputs(recipe, None)), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """While this is entered, no other run can be at work in the folder.
+
+    Args:
+        folder: The run directory.
+
+    Raises:
+        UserError: Where another is, which is named, or the folder cannot be written.
+    """
+    lock, holder = folder / ".lock", folder / ".lock.json"
+    held = FileLock(lock)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held.acquire(timeout=0)
+        write_json(holder, {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")})
+    except Timeout:
+        try:
+            other = json.loads(holder.read_text(encoding="utf-8"))
+            told = f"process {other['process']} on {other['host']}, since {other['since']},"
+        except (OSError, ValueError, KeyError, TypeError):
+            told = "another run"
+        raise UserError(f"output_dir: {told} is at work in {folder}; wait for it, or set output_dir=OTHER") from None
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise UserError(f"output_dir: {folder} cannot be written ({error.strerror}); set output_dir=OTHER") from None
+    try:
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        held.release()
+
+
+def read_data_hashes(folder: Path) -> dict[str, str]:
+    """The hashes of a run's or checkpoint's rows by split; nothing where they are not there."""
+    try:
+        return dict(json.loads((folder / DATA_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def save_model(
+    folder: Path, model: PeftModel, processor: Any, recipe: Recipe, base: Base, weights: dict[str, Any] | None = None
+) -> None:
+    """Save adapter, projector, processor and generation config; `run.json` last, as the mark of a whole run.
+
+    Args:
+        folder: The run directory.
+        model: The trained PEFT model.
+        processor: The stock processor.
+        recipe: The resolved recipe.
+        base: What the adapter stands on.
+        weights: What is saved of the model; None takes it from the model.
+    """
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path, config.revision = base.name, base.revision
+    model.save_pretrained(folder, state_dict=weights)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    processor.tokenizer.padding_side = "left"  # who serves the run generates
+    processor.save_pretrained(folder)
+    processor.tokenizer.padding_side = "right"
+    generation = copy.deepcopy(model.get_base_model().generation_config)
+    generation.stop_strings = stop_strings(get_template(recipe.data.template))
+    generation.save_pretrained(folder)
+    share(folder / ADAPTER_FILE)
+    dtype = str(resolve_dtype(recipe.model.dtype)).removeprefix("torch.")
+    content = {
+        "stage": recipe.stage, "base": base.as_dict(), "dtype": dtype, "recipe_hash": recipe_hash(recipe),
+        "hub_ids": hub_ids(recipe), "stage1": _stage1_of(recipe), "adapter_sha256": file_hash(folder / ADAPTER_FILE),
+        "versions": versions(),
+    }  # fmt: skip
+    write_json(folder / RUN_FILE, content)
+
+
+def hub_ids(recipe: Recipe) -> list[str]:
+    """The recipe's names that are Hub ids: told now, while it can be seen which are folders."""
+    start = recipe.model.start_from
+    data = [source.path for source in recipe.data.all_sources()]
+    names = [recipe.model.llm, recipe.model.vision_tower, start.projector, start.llava, *data]
+    return [name for name in names if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists()]
+
+
+def _stage1_of(recipe: Recipe) -> dict[str, Any] | None:
+    """What the run's Stage 1 was trained on."""
+    run = recipe.model.start_from.stage1_run
+    if run is None or not (Path(run) / RECIPE_FILE).is_file():
+        return None
+    stage1, record = load_recipe(Path(run) / RECIPE_FILE), read_record(Path(run))
+    data = ", ".join(dict.fromkeys(source.path for source in stage1.data.train_sources()))
+    return {"data": data, "recipe_hash": record["recipe_hash"], "hub_ids": hub_ids(stage1)}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a finished run."""
+    return (folder / RUN_FILE).is_file() and (folder / ADAPTER_FILE).is_file()
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read a finished run's `run.json`.
+
+    Raises:
+        UserError: Where the folder is no finished run.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; name a run directory")
+    if not is_run(folder):
+        if (folder / "config.json").is_file():
+            raise UserError(f"{folder} is a whole model, not a run: there is nothing to merge into it")
+        raise UserError(f"{folder} is not a finished run; it has no {RUN_FILE} with {ADAPTER_FILE}")
+    try:
+        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder}/{RUN_FILE} is not JSON ({error}); restore it") from None
+    base = content.get("base") if isinstance(content, dict) else None
+    if not isinstance(base, dict) or "name" not in base:
+        raise UserError(f"{folder}/{RUN_FILE} names no base, which a run's does; restore it")
+    return dict(content)

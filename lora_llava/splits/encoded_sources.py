@@ -1,0 +1,235 @@
+"""A recipe's sources, opened and encoded, and which of their rows belong to which split."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.encoded import EncodedTable, encode_table
+from lora_llava.data.formats import Columns
+from lora_llava.data.images.image_check import Picture, inspect_pictures
+from lora_llava.data.images.reading import FolderImages, ImageSource, JoinedImages, TableImages
+from lora_llava.data.mixture import hold_back, row_keys
+from lora_llava.data.scienceqa import load_scienceqa
+from lora_llava.data.sources import Read, Source, list_source, open_source
+from lora_llava.data.templates import get_template
+from lora_llava.demo.dataset import build_demo_captions, build_demo_scienceqa
+from lora_llava.model.base import cache_folder
+from lora_llava.recipe import Recipe, SourceSection
+
+Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
+"""Wraps what is read or opened, with a word for what it is, for a progress bar."""
+
+
+def no_progress(name: str, items: Iterable[Any]) -> Iterable[Any]:
+    return items
+
+
+def progress_bar(name: str, items: Iterable[Any]) -> Iterable[Any]:
+    """A `Progress` for people: a bar that goes when it is done."""
+    return tqdm(items, desc=name, dynamic_ncols=True, leave=False)
+
+
+@dataclass
+class OpenSplit:
+    """A split before its rows are picked: sources, their tables and which rows of them belong to it."""
+
+    sources: list[Source]
+    tables: list[EncodedTable]
+    places: np.ndarray
+
+    @property
+    def images(self) -> ImageSource:
+        return self.sources[0].images if len(self.sources) == 1 else JoinedImages([s.images for s in self.sources])
+
+
+def open_sources(recipe: Recipe, names: Sequence[str] | None = None) -> dict[str, list[Source]]:
+    """Open what a recipe reads, split by split; the test split only where an evaluation asks for it.
+
+    Args:
+        recipe: The recipe.
+        names: Only these splits.
+
+    Returns:
+        Sources by split: `train`, and `validation` and `test` where they have their own.
+
+    Raises:
+        UserError: For data that is missing or malformed, or a split that is empty.
+    """
+    data = recipe.data
+    wanted: dict[str, tuple[SourceSection, ...]] = {"train": data.train_sources()}
+    if data.format == "scienceqa":
+        splits = {"validation": data.splits.validation, "test": data.splits.test}
+        for name, split in splits.items():
+            if split is not None and (name != "test" or recipe.evaluation is not None):
+                wanted[name] = (wanted["train"][0].model_copy(update={"split": split}),)
+        if recipe.evaluation is not None and data.splits.test is None:
+            raise UserError("data.splits.test is null, but evaluation asks for it; name a split or drop evaluation")
+    else:
+        held = {"validation": data.validation_source, "test": data.test_source}
+        wanted |= {name: (source,) for name, source in held.items() if source is not None}
+    return _named_apart({
+        name: [_open(recipe, source, _field(recipe, name, i)) for i, source in enumerate(sources)]
+        for name, sources in wanted.items() if names is None or name in names
+    })  # fmt: skip
+
+
+def _field(recipe: Recipe, split: str, place: int) -> str:
+    """Where the recipe names a source's path."""
+    if split != "train" and recipe.data.format != "scienceqa":
+        return f"data.{split}_source.path"
+    return "data.path" if recipe.data.sources is None else f"data.sources.{place}.path"
+
+
+def _named_apart(splits: dict[str, list[Source]]) -> dict[str, list[Source]]:
+    """Give sources of one name, such as two files called train.json, names that tell them apart."""
+    seen: Counter[str] = Counter()
+
+    def named(source: Source) -> Source:
+        seen[source.name] += 1
+        again = f"{source.name} ({seen[source.name]})"
+        return replace(source, name=again) if seen[source.name] > 1 else source
+
+    return {name: [named(source) for source in sources] for name, sources in splits.items()}
+
+
+def _open(recipe: Recipe, section: SourceSection, where: str) -> Source:
+    data = recipe.data
+    if section.format == "scienceqa":
+        path: str | Path = build_demo_scienceqa(cache_folder()) if section.path == "demo" else section.path
+        found = load_scienceqa(
+            path, section.split, order=data.prompt_order, image_position=data.image_position, seed=recipe.seed,
+            image_folder=section.image_folder, max_image_pixels=data.max_image_pixels, revision=section.revision,
+            background=data.background, follow_links=data.follow_links,
+        )  # fmt: skip
+        name = section.name or f"{Path(section.path).name} {section.split}"
+        return list_source(name, found.conversations, found.images)
+    path = section.path
+    if path == "demo" and section.format == "captions":
+        path = build_demo_captions(cache_folder())
+    return open_source(
+        path, name=section.name, form=section.format, file=section.file, revision=section.revision,
+        split=section.split, image_folder=section.image_folder, columns=Columns(**section.columns.model_dump()),
+        position=data.image_position, seed=recipe.seed, max_image_pixels=data.max_image_pixels, where=where,
+        background=data.background, follow_links=data.follow_links,
+    )  # fmt: skip
+
+
+def encode_splits(
+    recipe: Recipe, tokenizer: Any, progress: Progress = no_progress, sources: dict[str, list[Source]] | None = None
+) -> dict[str, OpenSplit]:  # fmt: skip
+    """Encode a recipe's sources and tell which rows belong to which split.
+
+    Args:
+        recipe: The recipe.
+        tokenizer: The processor's.
+        progress: Wraps the rows of each source.
+        sources: From `open_sources`, where they are open already.
+
+    Returns:
+        Splits by name, in the order train, validation, test.
+
+    Raises:
+        UserError: For data that cannot be read, or where nothing is left to train on.
+    """
+    template = get_template(recipe.data.template, recipe.data.system_prompt)
+    splits: dict[str, OpenSplit] = {}
+    for name, found in (sources or open_sources(recipe)).items():
+        tables = []
+        for source in found:
+            label = name if len(found) == 1 else source.name
+
+            def wrapped(rows: Iterable[Read], label: str = label) -> Iterable[Read]:
+                return progress(f"encoding {label}", rows)
+
+            tables.append(
+                encode_table(source, tokenizer=tokenizer, template=template, cache=cache_folder(), progress=wrapped)
+            )
+        splits[name] = OpenSplit(found, tables, _all_places(tables))
+    return _held_back(recipe, splits)
+
+
+def _all_places(tables: Sequence[EncodedTable]) -> np.ndarray:
+    return np.concatenate(
+        [np.stack([np.full(len(t), i), np.arange(len(t))], axis=1) for i, t in enumerate(tables)]
+    ).astype(np.int64)
+
+
+def _held_back(recipe: Recipe, splits: dict[str, OpenSplit]) -> dict[str, OpenSplit]:
+    """Move the rows that the recipe holds back out of training, then thin training out to `max_train_rows`."""
+    data = recipe.data
+    if "train" not in splits:
+        return splits
+    train = splits["train"]
+    # Asked or not, test rows are held back: a later evaluation of the same recipe asks them.
+    counts = {name: count for name, count in (("validation", data.validation_rows), ("test", data.test_rows)) if count}
+    if counts:
+        keys = [
+            key for number, (source, table) in enumerate(zip(train.sources, train.tables, strict=True))
+            for key in row_keys(table, source.images, number, _digests(source, table))
+        ]  # fmt: skip
+        fields = [f"data.{name}_rows" for name in counts]
+        left, *parts = hold_back(keys, list(counts.values()), recipe.seed, fields)
+        for name, part in zip(counts, parts, strict=True):
+            if name == "test" and recipe.evaluation is None:
+                continue
+            splits[name] = OpenSplit(train.sources, train.tables, train.places[part])
+        train = splits["train"] = OpenSplit(train.sources, train.tables, train.places[left])
+    if data.max_train_rows is not None and not _is_weighted(recipe):
+        total = len(train.places)
+        chosen = random.Random(recipe.seed).sample(range(total), min(data.max_train_rows, total))
+        splits["train"] = OpenSplit(train.sources, train.tables, train.places[sorted(chosen)])
+    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+
+
+def _digests(source: Source, table: EncodedTable) -> dict[str, str] | None:
+    """What a table's own pictures hold: two rows of one picture have it twice. Files are told apart by their names."""
+    if not isinstance(source.images, TableImages):
+        return None
+    names = list(dict.fromkeys(name for row in range(len(table)) for name in table.images(row)))
+    found = inspect_split([source], names)
+    return {name: picture.digest for name, picture in found.items() if picture.digest}
+
+
+def _is_weighted(recipe: Recipe) -> bool:
+    return any(source.weight is not None for source in recipe.data.train_sources())
+
+
+def inspect_split(
+    sources: Sequence[Source], names: Sequence[str],
+    progress: Callable[[Iterable[Picture]], Iterable[Picture]] = lambda found: found,
+) -> dict[str, Picture]:  # fmt: skip
+    """Look at pictures, source by source, so that what is known of a source's is known in every mixture.
+
+    Args:
+        sources: The split's.
+        names: As the split's image source knows them.
+        progress: Wraps the pictures of each source.
+
+    Returns:
+        What was found, by name.
+    """
+    if len(sources) == 1:
+        return inspect_pictures(sources[0].images, names, picture_cache(sources[0]), progress)
+    found: dict[str, Picture] = {}
+    for number, source in enumerate(sources):
+        own = [name.partition("|")[2] for name in names if name.partition("|")[0] == str(number)]
+        looked = inspect_pictures(source.images, own, picture_cache(source), progress)
+        found |= {f"{number}|{name}": picture for name, picture in looked.items()}
+    return found
+
+
+def picture_cache(source: Source) -> Path:
+    """The file that keeps what is known of a source's pictures."""
+    images = source.images
+    place = str(images.root) if isinstance(images, FolderImages) else source.fingerprint
+    return cache_folder() / "pictures" / f"{hashlib.sha256(place.encode()).hexdigest()[:32]}.json"

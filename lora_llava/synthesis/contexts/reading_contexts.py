@@ -1,0 +1,259 @@
+"""Contexts of many pictures, read from COCO's files, LLaVA's, tables of captions or a person's own boxes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ijson  # type: ignore[import-untyped]
+
+from lora_llava.core.errors import UserError, nearest
+from lora_llava.data.files.reading import data_file, iterate_rows
+from lora_llava.data.formats import CHAT_COLUMNS, Columns
+from lora_llava.data.images.reading import BadImageError, FolderImages
+from lora_llava.synthesis.contexts.coco_contexts import (
+    add_coco_captions,
+    add_coco_instances,
+    json_items,
+    open_json,
+)
+from lora_llava.synthesis.contexts.context import Box, Context
+from lora_llava.synthesis.contexts.context_builder import BoxPolicy, ContextBuilder, ContextReport
+from lora_llava.synthesis.contexts.row_contexts import (
+    BoxForm,
+    BoxFormat,
+    BoxUnit,
+    add_box_entries,
+    add_box_rows,
+    add_caption_rows,
+    add_context_rows,
+)
+
+MissingPolicy = Literal["error", "drop"]
+_WANTED = {
+    "captions": "COCO captions (captions_train2017.json) or rows of image and caption",
+    "instances": "COCO instances (instances_train2017.json)",
+    "boxes": "boxes by picture",
+    "contexts": "rows of image, captions and instances",
+}
+_KINDS: dict[str, tuple[str, str | None]] = {
+    "coco captions": ("COCO captions", "captions"),
+    "coco instances": ("COCO instances", "instances"),
+    "coco keypoints": ("COCO keypoints, which have people alone", None),
+    "coco panoptic": ("COCO panoptic segments, which have no boxes of single objects", None),
+    "coco results": ("COCO results of a detector or captioner, which do not name their pictures", None),
+    "coco pictures": ("COCO's list of pictures without any annotation", None),
+    "coco annotations": ("annotations that are neither captions nor boxes", None),
+    "caption rows": ("rows of image and caption", "captions"),
+    "context rows": ("rows of image, captions and instances", "contexts"),
+    "box rows": ("boxes by picture", "boxes"),
+    "box entries": ("boxes by picture", "boxes"),
+    "conversations": ("conversations, which are what is made here", None),
+}
+"""What a file may hold: in words, and which argument takes it."""
+
+
+class Contexts(Sequence[Context]):
+    """Contexts in the order of their pictures' names, kept as bytes.
+
+    Args:
+        found: What is known of each picture, from `ContextBuilder.finish`.
+        report: What was read, and what of it was not used.
+    """
+
+    def __init__(self, found: Mapping[str, bytes], report: ContextReport) -> None:
+        self.images, self._found, self.report = list(found), list(found.values()), report
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One context; or, for a slice, those contexts."""
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        captions, boxes = json.loads(self._found[index])
+        return Context(
+            self.images[index], tuple(captions), tuple(Box(label, tuple(corners)) for label, *corners in boxes)
+        )
+
+
+def read_contexts(
+    *, captions: Path | None = None, instances: Path | None = None, boxes: Path | None = None,
+    contexts: Path | None = None, columns: Mapping[str, str] | None = None, box_format: BoxFormat = "xyxy",
+    box_unit: BoxUnit = "fraction", on_bad_box: BoxPolicy = "clip", images: Path | None = None,
+    missing_image: MissingPolicy = "error", where: str = "",
+) -> Contexts:  # fmt: skip
+    """Read what is known of pictures, and join it by their names.
+
+    What kind a file is, its content says. At least one is needed; a picture may have captions alone or boxes alone.
+    Captions become one line each, and the same one twice counts once.
+
+    Args:
+        captions: COCO's captions, or a table (JSON, JSONL, CSV, TSV, Parquet) with a row a caption.
+        instances: COCO's, in pixels.
+        boxes: One's own, by picture: `{"1.jpg": {"width": 640, "height": 480, "boxes": [{"label": "dog", "bbox":
+            [...]}]}}`, or rows of the same with `image` in them.
+        contexts: LLaVA's rows `{"image", "captions": [...], "instances": [{"category", "bbox": [x1, y1, x2, y2]}]}`,
+            corners as fractions; captions and boxes stay as they are written.
+        columns: What tables call `image` and `caption`.
+        box_format: What the four numbers of `boxes` are: `xyxy`, two corners, or `xywh`, a corner and a size. A
+            picture that has a `box_format` or `box_unit` of its own there goes by that.
+        box_unit: `fraction` of the picture's size, or `pixel`, for which each picture's width and height are needed.
+        on_bad_box: `clip` cuts a box at the picture's edge, drops it where nothing is left, and counts it; `error`
+            raises.
+        images: The picture folder; None looks for no picture.
+        missing_image: A picture that is not there: `error` raises; `drop` leaves its context out and counts it.
+        where: Prefix of the arguments' names in messages.
+
+    Returns:
+        The contexts, by image name in order, with their `report`.
+
+    Raises:
+        UserError: For a file that is missing, broken or of another kind, a row that is not what its file's kind says,
+            a picture's name that leads out of its folder, and where no context is left.
+    """
+    prefix = f"{where}." if where else ""
+    given = {"captions": captions, "instances": instances, "boxes": boxes, "contexts": contexts}
+    names = _columns(columns or {}, f"{prefix}columns")
+    is_there = _presence(images, missing_image, prefix)
+    builder = ContextBuilder(on_bad_box)
+    for field, path in given.items():
+        if path is not None:
+            file = data_file(path, prefix + field)
+            kind = _file_kind(file, names, _WANTED[field], f"{prefix}columns")
+            _check_kind(file, kind, field, prefix)
+            _add(file, kind, builder, names, BoxForm(box_format, box_unit))
+    if not any(given.values()):
+        raise UserError(f"{', '.join(prefix + field for field in given)}: none is given; name a file")
+    found = builder.finish(is_there)
+    if not found:
+        files = ", ".join(str(path) for path in given.values() if path)
+        raise UserError(f"no picture with a context is left of {files} ({builder.report}); look at what was dropped")
+    return Contexts(found, builder.report)
+
+
+def _columns(given: Mapping[str, str], field: str) -> Columns:
+    known = ("image", "caption")
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"{field}: {name!r} is no column of captions{nearest(name, known)}; it names image and caption"
+            )
+    return Columns(**given)
+
+
+def _presence(images: Path | None, missing_image: MissingPolicy, prefix: str) -> Callable[[str], bool]:
+    """Tells whether a picture is in the folder."""
+    if images is None:
+        return lambda name: True
+    if not images.is_dir():
+        raise UserError(f"{prefix}images: there is no folder {images}; name the root of the pictures")
+    folder = FolderImages(images, max_pixels=0, match_names=False, has_key=False)
+
+    def is_there(name: str) -> bool:
+        try:
+            found = folder.find(name).is_file()
+        except BadImageError as error:
+            if error.kind == "outside the folder":  # through a link
+                raise
+            found = False
+        if not found and missing_image == "error":
+            raise UserError(
+                f"{prefix}images: picture {name} is not in {images}; put it there, or set {prefix}missing_image to drop"
+            )
+        return found
+
+    return is_there
+
+
+def _add(file: Path, kind: str, builder: ContextBuilder, columns: Columns, form: BoxForm) -> None:
+    readers: dict[str, Callable[[], None]] = {
+        "coco captions": lambda: add_coco_captions(file, builder),
+        "coco instances": lambda: add_coco_instances(file, builder),
+        "caption rows": lambda: add_caption_rows(file, builder, columns),
+        "context rows": lambda: add_context_rows(file, builder, columns),
+        "box rows": lambda: add_box_rows(file, builder, columns, form),
+        "box entries": lambda: add_box_entries(file, builder, form),
+    }
+    readers[kind]()
+
+
+def _check_kind(file: Path, kind: str, field: str, prefix: str) -> None:
+    """Hold that a file is what its argument takes."""
+    holds, belongs = _KINDS[kind]
+    if belongs != field:
+        mend = f"; give it as {prefix}{belongs}" if belongs else ""
+        raise UserError(f"{prefix}{field}: {file} holds {holds}; it should hold {_WANTED[field]}{mend}")
+
+
+def _file_kind(file: Path, columns: Columns, wanted: str, field: str) -> str:
+    """What a file holds, seen by its first entries."""
+    kind = _object_kind(file, columns, wanted) if file.suffix.lower() == ".json" and _opening(file) == b"{" else "rows"
+    if kind == "rows":
+        return _row_kind(file, columns, wanted, field)
+    if kind != "coco":
+        return kind
+    annotation = next(json_items(file, "annotations.item"), None)
+    if not isinstance(annotation, dict):
+        return "coco pictures"
+    for key, its in (
+        ("caption", "captions"), ("segments_info", "panoptic"), ("keypoints", "keypoints"), ("bbox", "instances")
+    ):  # fmt: skip
+        if key in annotation:
+            return f"coco {its}"
+    return "coco annotations"
+
+
+def _opening(file: Path) -> bytes:
+    """The first character that is not white space."""
+    with open_json(file) as stream:
+        return next((sign for sign in iter(lambda: stream.read(1), b"") if sign.strip()), b"")
+
+
+def _object_kind(file: Path, columns: Columns, wanted: str) -> str:
+    """Whether a JSON object is COCO's, boxes by picture, or the first of many lines, seen by its outer keys."""
+    depth, keys = 0, [""]
+    with open_json(file) as stream:
+        try:
+            for event, value in ijson.basic_parse(stream, use_float=True):
+                if event == "map_key" and depth <= 2:
+                    keys[depth - 1 :] = [value]
+                elif event in ("end_map", "end_array"):
+                    depth -= 1
+                elif event in ("start_map", "start_array"):
+                    depth += 1
+                    if event == "start_array" and depth == 2 and keys[0] in ("images", "annotations"):
+                        return "coco"
+                    if event == "start_array" and depth == 3 and keys[1:] == ["boxes"]:
+                        return "box entries"
+                elif event == "string" and depth == 1 and keys[0] == columns.image:
+                    return "rows"
+        except ijson.JSONError as error:
+            if "trailing garbage" not in str(error):  # JSON lines that are called .json
+                raise
+            return "rows"
+    raise UserError(f"{file}: it holds an object with {keys[0]!r:.40} and no boxes; it should hold {wanted}")
+
+
+def _row_kind(file: Path, columns: Columns, wanted: str, field: str) -> str:
+    row = next(iterate_rows(file), None)
+    if not isinstance(row, Mapping):
+        holds = "no rows" if row is None else f"rows that are {type(row).__name__}"
+        raise UserError(f"{file}: it holds {holds}; it should hold {wanted}")
+    if any(key in row for key in CHAT_COLUMNS):
+        return "conversations"
+    if "image_id" in row and columns.image not in row:
+        return "coco results"
+    if columns.image in row:
+        for key, kind in (
+            ("instances", "context"),
+            ("boxes", "box"),
+            (columns.caption, "caption"),
+            ("captions", "context"),
+        ):
+            if key in row:
+                return f"{kind} rows"
+    found = ", ".join(map(str, row))
+    raise UserError(f"{file}: its rows have {found}; it should hold {wanted}; {field} names columns")

@@ -1,0 +1,372 @@
+"""Claims that the boxes contradict: numbers of things, things that are denied, and left for right.
+
+The boxes do not hold everything: crowds are left out, and a small thing may have none. So a claim is weighed only where
+its words are exact: a number is wrong where it is neither the boxes' nor a caption's and the words speak of the whole
+picture, or where it is more than either allows; a denial is wrong where nothing limits it to a part or a kind. Claims
+about things without boxes, about colours, actions and ages, and numbers in other words (`several`) are not weighed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_llava.synthesis.contexts.context import Context
+from lora_llava.synthesis.gates.gate_nouns import Known, Noun, noun_at, number_of, tokens_of, words
+
+_PICTURE = r"(?:the|this) (?:whole |entire )?(?:picture|image|photo|photograph|scene|shot|frame|view)"
+_SEEN = r"(?:visible|present|shown|seen|pictured|depicted|here|there|to be seen|around|anywhere|in sight|in view)"
+_TOTAL = (
+    rf"(?: (?:that|which|who) (?:is|are|can be|i can see))?(?: (?:clearly|fully|actually))?(?: {_SEEN})?"
+    rf"(?: (?:in|within|of) {_PICTURE})?(?: (?:at all|in total|in all|altogether|overall|total|here))?"
+)
+_ALONE = re.compile(rf"{_TOTAL}(?: [.,;:!?)\u2013\u2014-].*)?")
+"""After a noun: nothing limits it to a part of the picture."""
+_LEAD = re.compile(rf"(?:(?:yes|no|well|overall|in total|in all|also|here|so|in {_PICTURE}|looking closely) (?:, )?)*")
+"""Before a claim that is said of the whole picture."""
+_STARTS = re.compile(rf"{_LEAD.pattern}(?:only |just |exactly )?")
+_EXACTLY = re.compile(r".*\b(?:only|just|exactly|precisely|a total of)")
+_EXISTS = re.compile(
+    r"(?:^|(?<= ))(?:there (?:is|are)|there's|there're|(?:i|we|you) (?:can )?(?:clearly )?(?:see|count|spot)|"
+    rf"{_PICTURE} (?:clearly )?(?:shows|contains|has|features|includes|depicts)|a total of)"
+    r"(?: (?:only|just|exactly|precisely|clearly|a total of|a)){0,2}$"
+)
+_EXISTS_LIST = re.compile(rf"{_EXISTS.pattern.removesuffix('$')} .*(?:and|,|with)")
+_DEFINITE = re.compile(r"(?:^|.* )(?:the|these|those|all)")
+_HAPPENS = re.compile(
+    r" (?:is|are) (?:\w+ing|in|on|at|by|near|seated|visible|present|shown|gathered)\b.*| can be seen\b.*"
+)
+_SHOWN = re.compile(
+    rf" (?:is|are|can be) (?:{_SEEN}(?: (?:in|within) {_PICTURE})?|(?:in|within) {_PICTURE})(?: [.,;:!?].*)?"
+)
+_SUPPOSED = frozenset(
+    words("if would could might should usually typically normally often generally imagine suppose unless per whether")
+)
+_FURTHER = frozenset(words("another additional more other others third fourth fifth else plus besides also second"))
+_VAGUE = frozenset(
+    words(
+        """about around approximately roughly nearly almost over under least most than between up perhaps maybe several
+        many dozens hundreds or few some"""
+    )
+)
+_PLAIN = frozenset(
+    words(
+        """black white brown grey gray red green blue yellow orange pink purple golden tan dark light big large small
+        little tiny huge tall short long young old older younger adult"""
+    )
+)
+_PLACES = frozenset(
+    words(
+        """on in at near behind beside under above below inside outside around between beneath along across next left
+        right top bottom front back background foreground with wearing holding by from to for"""
+    )
+)
+_PARTS = re.compile(
+    rf" going on| (?:in|within|of|from) {_PICTURE}| in (?:great |more |full )?(?:detail|total|all|depth)"
+)
+_HOW_MANY = re.compile(
+    r" (?:(?:are|is) (?:there|visible|shown|present|pictured|seen)|(?:can|do|could) (?:you|we) (?:see|count|spot)|"
+    rf"can be (?:seen|counted)|does {_PICTURE} (?:show|have|contain|include)|(?:are|is)(?= in {_PICTURE})|appear)"
+    rf"{_TOTAL} \?"
+)
+_HOW_MANY_HERE = re.compile(r" (?:(?:are|is)|(?:can|do) (?:you|we) (?:see|count|spot))\b.*")
+_ASKED = re.compile(
+    r"(?:is|are) there|(?:do|can) you (?:see|spot|find|notice)|"
+    rf"does {_PICTURE} (?:show|contain|include|feature|have)"
+)
+_DENIED = re.compile(
+    r"(?:^|(?<= ))(?:there is(?= nobody)|there (?:is|are) (?:no|not any|not an?|not a single)|there's (?:no|not an?)|"
+    r"there (?:isn't|aren't) (?:any|an?|a single)|(?:i|we|you) (?:can )?(?:see|spot) no|"
+    r"(?:i|we|you) (?:do not|don't|cannot|can't|can not) (?:see|spot|find)(?: any| a single| an?)?|"
+    rf"{_PICTURE} (?:does not|doesn't) (?:show|contain|include|feature|have|depict)(?: any| a single| an?)?|"
+    rf"{_PICTURE} (?:shows|contains|has|includes|features) no|"
+    rf"{_PICTURE} is (?:devoid|empty|free) of(?: any)?) "
+)
+_NONE_SHOWN = re.compile(rf"(?:no (?=.)|(?=nobody))(?P<items>.+?){_SHOWN.pattern}$")
+_CLAUSE = re.compile(
+    r" , (?:but|and|so|only|which|just|as|because|though|although)\b| (?:but|except|because) | [;:\u2013\u2014.!?(-]"
+)
+_SEPARATOR = re.compile(r" ,(?: (?:or|and|nor))? | (?:or|nor|and) ")
+_SIDE = re.compile(
+    r"(?: (?!(?:the|an?|and|or|with|of) )[a-z]+){1,4}? (?:to|on|at) the (?:far )?(?P<side>left|right)"
+    r"(?: side| hand side|-hand side)? of "
+    r"(?:(?P<picture>(?:the|this) (?:picture|image|photo|photograph|scene|frame)\b)|(?:the|an?) (?P<rest>.*))"
+)
+
+Kind = Literal["exists", "starts", "definite"]
+"""`There are two dogs`, `Two dogs are visible`, `the two dogs`; the last says nothing of how many there are besides."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Count:
+    """`there are two brown dogs in the picture`: the number, its noun, and what stands around it."""
+
+    number: int
+    form: str
+    noun: Noun
+    kind: Kind
+    is_plain: bool
+    is_exact: bool
+    lead: str
+    after: str
+
+
+def wrong_count(known: Known, question: str, answer: str) -> str | None:
+    """A number in a question or an answer that neither boxes nor captions bear out.
+
+    Args:
+        known: The context in numbers.
+        question: What was asked; empty where it says nothing about what the answer is limited to.
+        answer: What was answered.
+
+    Returns:
+        What is wrong, or None.
+    """
+    if not known.boxes:
+        return None
+    asked = tokens_of(question)
+    if told := _wrong_total(known, asked, answer):
+        return told
+    is_part = _is_part(asked)
+    for text in (question, answer):
+        tokens = tokens_of(text)
+        for sentence in sentences_of(tokens):
+            if _SUPPOSED.intersection(sentence):
+                continue
+            for count in _counts(known, sentence, is_description=not question):
+                is_last = not _FURTHER.intersection(sentence if count.is_exact else tokens)
+                is_whole = not is_part and is_last and text is answer
+                if told := _judge_count(known, count, is_whole):
+                    return told
+    return None
+
+
+def _judge_count(known: Known, count: _Count, is_whole: bool) -> str | None:
+    """More than boxes and captions allow, or, of the whole picture, fewer than the boxes."""
+    noun, boxes = count.noun, known.count(count.noun)
+    told = f'"{count.number} {count.form}" where the boxes hold {boxes}'
+    if noun.relation != "wider" and count.number > known.most(noun):
+        return told
+    if not is_whole or noun.relation == "narrower" or not count.is_plain or count.number >= boxes:
+        return None
+    whole = (_SHOWN if count.kind == "starts" else _ALONE).fullmatch(count.after) and _LEAD.fullmatch(count.lead)
+    return None if not whole or count.kind == "definite" or count.number in known.stated(noun) else told
+
+
+def _counts(known: Known, tokens: list[str], is_description: bool) -> Iterator[_Count]:
+    """Numbers with their nouns; in a description each is said of the picture, elsewhere it may be of the world."""
+    for place, token in enumerate(tokens):
+        number = number_of(token) if token != "single" else 1
+        if number is None:
+            continue
+        start = _skip_adjectives(tokens, place + 1)
+        found = noun_at(tokens, start, known.nouns)
+        if found is None or not known.nouns[found[0]].countable:
+            continue
+        form, end = found
+        if number != 1 and not known.nouns[form].plural:
+            continue
+        before, after = " ".join(tokens[:place]), "".join(f" {token}" for token in tokens[end:])
+        kind: Kind
+        if match := _EXISTS.search(before):
+            kind, before = "exists", before[: match.start()]
+        elif _DEFINITE.fullmatch(before):
+            kind = "definite"
+        elif _STARTS.fullmatch(f"{before} ".lstrip()) and _HAPPENS.match(after):
+            kind, before = "starts", ""
+        elif _EXISTS_LIST.fullmatch(before) or (
+            is_description and not _VAGUE.intersection(tokens[max(0, place - 3) : place])
+        ):
+            kind = "definite"
+        else:
+            continue
+        is_exact = _EXACTLY.fullmatch(" ".join(tokens[:place])) is not None or token == "single"
+        yield _Count(number, form, known.nouns[form], kind, start == place + 1, is_exact, before, after)
+
+
+def _wrong_total(known: Known, asked: list[str], answer: str) -> str | None:
+    """`How many dogs are there?` with another number than the boxes have and a caption gives."""
+    text = " ".join(asked)
+    place = next((i + 2 for i in range(len(asked) - 1) if asked[i : i + 2] == ["how", "many"]), None)
+    if place is None or not asked or _SUPPOSED.intersection(asked):
+        return _wrong_more_than(known, text, answer)
+    start = _skip_adjectives(asked, place)
+    found = noun_at(asked, start, known.nouns)
+    if found is None or not known.nouns[found[0]].countable:
+        return None
+    noun, after = known.nouns[found[0]], "".join(f" {token}" for token in asked[found[1] :])
+    numbers = _answered_numbers(known, noun, answer)
+    boxes, stated = known.count(noun), known.stated(noun)
+    if not numbers or stated.intersection(numbers) or boxes in (*numbers, sum(numbers)) or sum(numbers) in stated:
+        return None
+    told = f"{' and '.join(map(str, numbers))} {found[0]} where the boxes hold {boxes}"
+    if noun.relation != "wider" and min(numbers) > known.most(noun) and _HOW_MANY_HERE.match(after):
+        return told
+    is_whole = start == place and _HOW_MANY.match(after) is not None and noun.relation != "narrower"
+    return told if is_whole and (noun.relation == "same" or sum(numbers) < boxes) else None
+
+
+def _wrong_more_than(known: Known, text: str, answer: str) -> str | None:
+    """`Is there more than one dog?` and `Is there only one dog?`."""
+    match = re.match(r"(?:is|are) there (?P<what>more than|only|just) (?P<number>\S+) (?P<rest>.*)", text)
+    yes = re.match(r"(yes|no)\b", answer.strip().lower())
+    number = number_of(match["number"]) if match else None
+    if match is None or yes is None or number is None:
+        return None
+    tokens = match["rest"].split()
+    found = noun_at(tokens, 0, known.nouns)
+    if found is None or not _ALONE.fullmatch("".join(f" {token}" for token in tokens[found[1] :])):
+        return None
+    noun = known.nouns[found[0]]
+    if noun.relation != "same" or not noun.countable or known.most(noun) != known.count(noun):
+        return None
+    boxes = known.count(noun)
+    is_so = boxes > number if match["what"] == "more than" else boxes <= number
+    said = yes[1] == "yes"
+    return None if said == is_so else f'"{yes[1]}" to {match["what"]} {number} where the boxes hold {boxes}'
+
+
+def _answered_numbers(known: Known, noun: Noun, answer: str) -> list[int]:
+    """Numbers of the answer's first sentence that may be of the noun; none where it is not exact."""
+    tokens = next(sentences_of(tokens_of(answer)), [])
+    if _VAGUE.intersection(tokens):
+        return []
+    numbers = []
+    for place, token in enumerate(tokens):
+        number = {"none": 0, "no": 0, "single": 1}.get(token, number_of(token))
+        following = tokens[place + 1 : place + 2]
+        # "One of them is black" counts a part, "there are three of them" all.
+        is_part = following == ["of"] and tokens[place - 2 : place] != ["there", "are"]
+        if number is None or is_part or [token, *following] in (["no", ","], ["single", "one"]):
+            continue
+        other = noun_at(tokens, _skip_adjectives(tokens, place + 1), known.nouns)
+        if other is None or set(known.nouns[other[0]].labels) & set(noun.labels):
+            numbers.append(number)
+    return numbers
+
+
+def denied_object(known: Known, question: str, answer: str) -> str | None:
+    """A thing that the answer says is not there, and a box is.
+
+    Args:
+        known: The context in numbers.
+        question: What was asked; empty where it says nothing about what the answer is limited to.
+        answer: What was answered.
+
+    Returns:
+        What is wrong, or None.
+    """
+    asked = tokens_of(question)
+    if form := _answered_no(known, asked, answer):
+        return f'"no" to whether there is a {form} where the boxes hold {known.count(known.nouns[form])}'
+    is_part = _is_part(asked) or any(noun_at(asked, place, known.nouns) for place in range(len(asked)))
+    for sentence in sentences_of(tokens_of(answer)):
+        for items, says_picture in _denials(" ".join(sentence)):
+            for form in _denied_nouns(known, items):
+                if says_picture or not is_part:
+                    return f'"no {form}" where the boxes hold {known.count(known.nouns[form])}'
+    return None
+
+
+def _denials(sentence: str) -> Iterator[tuple[str, bool]]:
+    """What comes after `there is no` and the like, and whether it is said of the whole picture in so many words."""
+    matches = [(match, sentence[match.end() :]) for match in _DENIED.finditer(sentence)]
+    none = _NONE_SHOWN.match(sentence)
+    for match, items in [*matches, *([(none, none["items"])] if none else [])]:
+        lead = sentence[: match.start()]
+        if _LEAD.fullmatch(lead):
+            yield items, re.search(_PICTURE, sentence) is not None
+
+
+def _denied_nouns(known: Known, items: str) -> list[str]:
+    clause = _CLAUSE.split(f" {items}", maxsplit=1)[0]
+    clause = re.sub(rf"{_TOTAL}$", "", clause).strip()
+    parts = [re.sub(r"^(?:any|an?|no|single) ", "", part) for part in _SEPARATOR.split(clause)]
+    if _PLACES.intersection(parts[-1].split()) or parts[-1].endswith(("ing", "ed")):
+        return []  # "no dogs or cats on the sofa": said of the sofa
+    parts = ["person" if part in ("one", "nobody") else part for part in parts]
+    return [part for part in parts if part in known.nouns and known.nouns[part].relation != "narrower"]
+
+
+def _answered_no(known: Known, asked: list[str], answer: str) -> str | None:
+    text = " ".join(asked)
+    match = _ASKED.match(text)
+    if match is None or not re.match(r"(?:no|nope|none)\b(?! doubt)", answer.strip().lower()):
+        return None
+    rest = re.sub(r"^ (?:any|an?|some|even one|even a|a single) ", " ", text[match.end() :]).split()
+    found = noun_at(rest, 0, known.nouns)
+    if found is None or known.nouns[found[0]].relation == "narrower":
+        return None
+    if not _ALONE.fullmatch("".join(f" {token}" for token in rest[found[1] :])):
+        return None
+    replied = " ".join(tokens_of(answer))
+    is_corrected = re.match(r"no , there (?:is|are) (?!no\b|not\b|none\b)", replied)  # "No, there are two."
+    return None if is_corrected else found[0]
+
+
+def wrong_place(context: Context, known: Known, answer: str) -> str | None:
+    """Left for right, of two things of which there is one each, or of one thing in the picture.
+
+    Args:
+        context: With its boxes.
+        known: The same in numbers.
+        answer: What was answered.
+
+    Returns:
+        What is wrong, or None. Only what its box puts wholly on the other side counts.
+    """
+    for sentence in sentences_of(tokens_of(answer)):
+        text = re.sub(r"^(?:yes|no) , ", "", " ".join(sentence))
+        tokens = re.sub(r"^(?:the|an?|one) ", "", text).split()
+        start = _skip_adjectives(tokens, 0)
+        found = noun_at(tokens, start, known.nouns)
+        match = found and _SIDE.match("".join(f" {token}" for token in tokens[found[1] :]))
+        if not found or not match or {"not", "n't", "isn't"}.intersection(sentence):
+            continue
+        own = _only_span(context, known, found[0])
+        other: tuple[str, int] | None = None
+        if match["rest"] is not None:
+            there = match["rest"].split()
+            other = noun_at(there, _skip_adjectives(there, 0), known.nouns)
+        # Half of the picture where it is named: what lies wholly in the other half is misplaced.
+        against = (0.5, 0.5) if match["picture"] else _only_span(context, known, other[0]) if other else None
+        if own is None or against is None:
+            continue
+        if own[0] >= against[1] if match["side"] == "left" else own[1] <= against[0]:
+            what = other[0] if other else "the picture"
+            return f'"{found[0]} {match["side"]} of {what}" where the boxes say otherwise'
+    return None
+
+
+def _only_span(context: Context, known: Known, form: str) -> tuple[float, float] | None:
+    """Left and right edge of the one thing of this name."""
+    noun = known.nouns[form]
+    if noun.relation == "wider" or noun.plural or known.most(noun) != 1 or known.count(noun) != 1:
+        return None
+    label = noun.labels[0]
+    box = next(box for box in context.boxes if " ".join(box.label.lower().split()) == label)
+    return box.corners[0], box.corners[2]
+
+
+def sentences_of(tokens: list[str]) -> Iterator[list[str]]:
+    """Tokens cut after `.`, `!` and `?`."""
+    start = 0
+    for place, token in enumerate(tokens):
+        if token in (".", "!", "?"):
+            yield tokens[start : place + 1]
+            start = place + 1
+    if start < len(tokens):
+        yield tokens[start:]
+
+
+def _skip_adjectives(tokens: list[str], place: int) -> int:
+    for _ in range(2):
+        place += place < len(tokens) and tokens[place] in _PLAIN
+    return place
+
+
+def _is_part(asked: list[str]) -> bool:
+    """Whether a question is about a part of the picture, which then limits the answer too."""
+    return bool(_PLACES.intersection(_PARTS.sub("", " ".join(asked)).split()))

@@ -1,0 +1,89 @@
+"""A teacher that runs here: any instruct model that transformers loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.typed import as_typed, special_tokens, text_backend
+from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
+from lora_llava.inference.client import Again
+from lora_llava.inference.sampling import Sampling
+from lora_llava.synthesis.teachers.teacher import Answers, Asked, Teacher
+
+
+def load_teacher(name: str, dtype: str, batch_size: int) -> Teacher:
+    """Load a local instruct model.
+
+    Args:
+        name: A folder, or a Hub id.
+        dtype: `auto`, `bfloat16`, `float16` or `float32`.
+        batch_size: Requests at once.
+
+    Raises:
+        UserError: For a model that is missing, cannot be read, or has no chat template.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"teacher.model: {name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    if not tokenizer.chat_template:
+        raise UserError(f"teacher.model: {name} has no chat template, so it is no instruct model; name one that is")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return by_model(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, batch_size)
+
+
+def by_model(model: Any, tokenizer: Any, batch_size: int) -> Teacher:
+    """An instruct model here.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its own, with a chat template.
+        batch_size: Requests at once.
+    """
+
+    def answer(asked: Iterable[Asked], again: Again | None = None) -> Answers:
+        for start, batch in _batches(asked, batch_size):
+            texts = _write(model, tokenizer, [each.request for each in batch])
+            yield from ((start + place, found) for place, found in enumerate(texts))
+
+    return answer
+
+
+def _batches(asked: Iterable[Asked], size: int) -> Iterator[tuple[int, list[Asked]]]:
+    start, batch = 0, []
+    for each in asked:
+        batch.append(each)
+        if len(batch) == size:
+            yield start, batch
+            start, batch = start + size, []
+    if batch:
+        yield start, batch
+
+
+def _write(model: Any, tokenizer: Any, requests: list[ChatRequest]) -> list[ChatAnswer]:
+    """One batch; all its requests have the same settings."""
+    specials = special_tokens(tokenizer)
+    rows = []
+    for each in requests:
+        messages = [{**message, "content": as_typed(message["content"], specials)} for message in each.messages]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        rows.append(text_backend(tokenizer, [text]).encode(text, add_special_tokens=False).ids)
+    inputs = tokenizer.pad({"input_ids": rows}, return_tensors="pt", padding_side="left").to(model.device)
+    settings = requests[0]
+    if settings.seed is not None:
+        torch.manual_seed(settings.seed)
+    sampling = Sampling(settings.temperature or 0.0, settings.top_p, settings.max_tokens, settings.seed)
+    ids = model.generate(**inputs, **sampling.as_generate(), pad_token_id=tokenizer.pad_token_id)
+    found = []
+    for prompt, row in zip(inputs.attention_mask, ids[:, inputs.input_ids.shape[1] :], strict=True):
+        length = int((row != tokenizer.pad_token_id).sum())
+        text = tokenizer.decode(row, skip_special_tokens=True).strip()
+        found.append(ChatAnswer(text, int(prompt.sum()), length, tokenizer.name_or_path))
+    return found

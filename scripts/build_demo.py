@@ -1,7 +1,0 @@
-"""`lora-llava build-demo`."""
-
-import sys
-
-from lora_llava.cli import main
-
-sys.exit(main("build-demo"))

@@ -1,7 +1,0 @@
-"""`lora-llava generate-data`."""
-
-import sys
-
-from lora_llava.cli import main
-
-sys.exit(main("generate-data"))

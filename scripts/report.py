@@ -1,7 +1,0 @@
-"""`lora-llava report`."""
-
-import sys
-
-from lora_llava.cli import main
-
-sys.exit(main("report"))
