@@ -200,7 +200,7 @@ def test_a_way_that_does_not_fit_is_refused(run: Path, capsys: pytest.CaptureFix
         (["--benchmark", "llava-bench", "foo.bar=3"], "an override of a recipe has no effect with"),
         (["--questions", "q.jsonl"], "--questions needs --benchmark llava-bench; add it"),
         (["--concurrency", "4"], "--concurrency needs a server; name it with --server"),
-        (["--timeout", "0"], "--timeout is of a server"),
+        (["--timeout", "0"], "--timeout needs a server"),
         (["--server", "http://127.0.0.1:9", "--timeout", "inf"], "timeout is inf; give a number of seconds"),
         (["--prompt", "lmms-eval", "--direct"], "contradict each other; leave one out"),
         (["--parser", "lenient", "--method", "loglik"], "--parser lenient reads the letter in what is written"),
