@@ -36,12 +36,12 @@ def drawn(folder: Path, count: int) -> Path:
     return folder
 
 
-def stored(folder: Path, pictures: int, rows_each: int) -> Path:
+def stored(folder: Path, opened: int, rows_each: int) -> Path:
     """A Parquet file as `datasets` writes it, the pictures in it, several rows to each."""
-    images = drawn(folder / "drawn", pictures)
+    images = drawn(folder / "drawn", opened)
     rows = [
         {"image": (images / f"{n}.png").read_bytes(), "question": f"Is it {q}?", "answer": f"{n}"}
-        for n in range(pictures) for q in range(rows_each)
+        for n in range(opened) for q in range(rows_each)
     ]  # fmt: skip
     table = datasets.Dataset.from_list([row | {"image": {"bytes": row["image"], "path": None}} for row in rows])
     table.cast_column("image", datasets.Image()).to_parquet(folder / "table.parquet")

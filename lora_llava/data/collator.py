@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_llava.data.encode import IGNORE_INDEX
-from lora_llava.data.images.reading import Pictures
+from lora_llava.data.images.reading import PixelLoader
 
 
 @dataclass
@@ -18,11 +18,11 @@ class PaddedCollator:
     """Pads encoded rows on the right and puts their pictures beside them.
 
     Args:
-        pictures: Gives the pictures that rows name, such as `Pixels`.
+        load_pixels: Gives the pictures that rows name, such as `Pixels`.
         pad_token_id: Fills `input_ids`.
     """
 
-    pictures: Pictures
+    load_pixels: PixelLoader
     pad_token_id: int
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -30,7 +30,7 @@ class PaddedCollator:
 
         Returns:
             `input_ids`, `labels` and `attention_mask`, each int64 of shape (rows, longest), and, where a row has a
-            picture, `pixel_values` as `pictures` gives them, in the order of the placeholders.
+            picture, `pixel_values` as `load_pixels` gives them, in the order of the placeholders.
         """
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [torch.tensor(row["labels"]) for row in rows]
@@ -39,7 +39,7 @@ class PaddedCollator:
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
-        return batch | _pictures_of(rows, self.pictures)
+        return batch | _pictures_of(rows, self.load_pixels)
 
 
 @dataclass
@@ -47,10 +47,10 @@ class PackedCollator:
     """Lays encoded rows end to end in one row without padding, and puts their pictures beside them.
 
     Args:
-        pictures: Gives the pictures that rows name, such as `Pixels`.
+        load_pixels: Gives the pictures that rows name, such as `Pixels`.
     """
 
-    pictures: Pictures
+    load_pixels: PixelLoader
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows with `input_ids`, `labels` and `image_files`.
@@ -75,9 +75,9 @@ class PackedCollator:
             "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows]).unsqueeze(0),
             "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest,
         }  # fmt: skip
-        return batch | _pictures_of(rows, self.pictures)
+        return batch | _pictures_of(rows, self.load_pixels)
 
 
-def _pictures_of(rows: Sequence[dict[str, Any]], pictures: Pictures) -> dict[str, torch.Tensor]:
+def _pictures_of(rows: Sequence[dict[str, Any]], load_pixels: PixelLoader) -> dict[str, torch.Tensor]:
     names = [name for row in rows for name in row["image_files"]]
-    return {"pixel_values": pictures(names)} if names else {}
+    return {"pixel_values": load_pixels(names)} if names else {}

@@ -68,7 +68,7 @@ class EncodedTable:
         ids: All rows' ids end to end, int32; one `<image>` per picture.
         trained: Which of them are trained, bool.
         starts: Where each row begins, int64 of shape (rows + 1,); a row that could not be encoded has no ids.
-        pictures: Pictures of each row.
+        image_counts: Number of images of each row.
         supervised: Trained tokens of each row.
         row_ids: Its name.
         problems: What is wrong with it, `kind: message`, or nothing.
@@ -78,7 +78,7 @@ class EncodedTable:
     def __init__(self, columns: dict[str, np.ndarray]) -> None:
         self.columns = columns
         self.ids, self.trained, self.starts = columns["ids"], columns["trained"], columns["starts"]
-        self.pictures, self.supervised = columns["pictures"], columns["supervised"]
+        self.image_counts, self.supervised = columns["pictures"], columns["supervised"]
         self.row_ids, self._images, self.problems, self.notes, self._names = (
             _Texts(columns[name], columns[f"{name}_starts"]) for name in _TEXTS
         )
@@ -88,7 +88,7 @@ class EncodedTable:
 
     def lengths(self, num_image_tokens: int) -> np.ndarray:
         """Tokens of each row, pictures' included, int64."""
-        return np.diff(self.starts) + self.pictures.astype(np.int64) * (num_image_tokens - 1)
+        return np.diff(self.starts) + self.image_counts.astype(np.int64) * (num_image_tokens - 1)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """A row's ids and what is trained of them."""
@@ -336,9 +336,9 @@ class EncodedRows(Sequence[dict[str, Any]]):
         names = table.images(row)
         return names if len(self.tables) == 1 else [f"{self.places[index][0]}|{name}" for name in names]
 
-    def pictures(self) -> np.ndarray:
+    def image_counts(self) -> np.ndarray:
         """How many pictures each row has."""
-        return np.array([self.tables[table].pictures[row] for table, row in self.places], dtype=np.int64)
+        return np.array([self.tables[table].image_counts[row] for table, row in self.places], dtype=np.int64)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> EncodedRows:
         """Only these rows."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_llava.data.encoded import EncodedTable, answer_starts
 from lora_llava.data.formats import IMAGE_NOT_READ, LEADING_ANSWER_CUT, OPEN_QUESTION_CUT, PLACEHOLDER_ADDED
-from lora_llava.data.images.image_check import Picture
+from lora_llava.data.images.image_check import ImageFacts
 from lora_llava.data.selection import Policy
 
 _NOTES = {
@@ -92,7 +92,7 @@ class CheckedSource:
     name: str
     table: EncodedTable
     rows: np.ndarray
-    pictures: Mapping[str, Picture]
+    pictures: Mapping[str, ImageFacts]
 
     def finding(self, kind: str, row: int, message: str, dropped: bool = False) -> Finding:
         told = f"{message}: the row is dropped" if dropped else message
@@ -166,7 +166,7 @@ def whole_source_errors(sources: Sequence[CheckedSource], with_pictures: Contain
             rows = sum(len(source.rows) for source in mine)
             what = f"none of its {rows:,} rows can be used" if rows else "it has no rows"
             yield Finding("no rows", "", f"{name}: {what}", -1, name, mine[0].split)
-        elif not mine[0].table.pictures[sound].any():
+        elif not mine[0].table.image_counts[sound].any():
             column, rows = _unread_images(mine[0].table, sound)
             if column is not None or name in with_pictures:
                 yield Finding("no pictures", "", _no_images(name, column, rows, len(sound)), -1, name, mine[0].split)
@@ -357,7 +357,7 @@ def _figures(sources: Sequence[CheckedSource], policy: Policy, num_image_tokens:
     return {
         "rows": int(sum(len(source.rows) for source in sources)),
         "sound_rows": len(lengths),
-        "rows_with_pictures": int(sum((source.table.pictures[_sound(source)] > 0).sum() for source in sources)),
+        "rows_with_pictures": int(sum((source.table.image_counts[_sound(source)] > 0).sum() for source in sources)),
         "sources": {source.name: len(source.rows) for source in sources},
         "tokens": int(lengths.sum()),
         "trained_tokens": trained,

@@ -27,7 +27,6 @@ from lora_llava.data.formats import (
 from lora_llava.data.images.image_names import walk_files
 from lora_llava.data.images.reading import BadImageError, FolderImages
 
-PICTURE_SUFFIXES = IMAGE_SUFFIXES
 _ALIASES = {
     "image": IMAGE_COLUMNS,
     "question": ("question", "prompt", "instruction", "query", "user", "input", "q"),
@@ -209,15 +208,15 @@ def _count(
 
 def _pictures(folder: Path, follow_links: bool) -> Iterator[Path]:
     files = map(Path, walk_files(folder, follow_links))
-    return (file for file in files if file.suffix.lower() in PICTURE_SUFFIXES)
+    return (file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def _image_folder(folder: Path, file: Path, pictures: list[Path], names: Iterable[str], follow_links: bool) -> Path:
+def _image_folder(folder: Path, file: Path, files: list[Path], names: Iterable[str], follow_links: bool) -> Path:
     """The root under which most of the named pictures are, and among equals the one where most need no matching."""
     names = list(islice(names, _PEEK))
     roots = dict.fromkeys([folder, file.parent, folder / "images"])
-    for picture in pictures:
-        roots |= dict.fromkeys(parent for parent in picture.parents if parent.is_relative_to(folder))
+    for image in files:
+        roots |= dict.fromkeys(parent for parent in image.parents if parent.is_relative_to(folder))
         if len(roots) > 100:
             break
 
@@ -235,7 +234,7 @@ def _image_folder(folder: Path, file: Path, pictures: list[Path], names: Iterabl
             )
         raise UserError(
             f"{file}: its first row with a picture names {names[0]}, and none of its first {len(names)} pictures is "
-            f"under {folder}, which holds {len(pictures)} pictures; put them there"
+            f"under {folder}, which holds {len(files)} images; put them there"
         )
     return best
 

@@ -14,7 +14,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, EncodingError
 from lora_llava.data.encode import OverlongError
 from lora_llava.data.encoded import EncodedRows, EncodedTable, answer_starts, encode_table
-from lora_llava.data.images.image_check import Picture, inspect_pictures
+from lora_llava.data.images.image_check import ImageFacts, inspect_pictures
 from lora_llava.data.images.image_names import MATCHED
 from lora_llava.data.images.reading import ImageSource
 from lora_llava.data.images.to_rgb import SCALED, TRANSPARENT
@@ -151,7 +151,7 @@ def _fitting(
 
 
 def without_bad_pictures(
-    rows: EncodedRows, on_bad_image: OnBad, report: Report, inspect: Callable[[list[str]], Mapping[str, Picture]]
+    rows: EncodedRows, on_bad_image: OnBad, report: Report, inspect: Callable[[list[str]], Mapping[str, ImageFacts]]
 ) -> EncodedRows:
     """Leave out, or refuse, rows whose pictures cannot be opened.
 

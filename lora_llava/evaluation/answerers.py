@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Message
 from lora_llava.data.encode import IGNORE_INDEX, encode_conversation, encode_prompt
-from lora_llava.data.images.reading import BadImageError, ImageSource, Pictures
+from lora_llava.data.images.reading import BadImageError, ImageSource, PixelLoader
 from lora_llava.data.templates import Template
 from lora_llava.data.typed import without_marks
 from lora_llava.distributed.ranks import gather, this_rank
@@ -36,7 +36,7 @@ class Asked:
         tokenizer: The processor's.
         template: The one that was trained.
         num_image_tokens: Of one picture.
-        pictures: Gives the rows' pictures.
+        load_pixels: Gives the rows' pictures.
         batch_size: Questions at once.
     """
 
@@ -44,7 +44,7 @@ class Asked:
     tokenizer: PreTrainedTokenizerBase
     template: Template
     num_image_tokens: int
-    pictures: Pictures
+    load_pixels: PixelLoader
     batch_size: int
 
     def prompt(self, row: Conversation) -> list[int]:
@@ -80,7 +80,7 @@ def by_writing(asked: Asked, sampling: Sampling) -> Answerer:
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
         questions = [Question(asked.prompt(row), row.images) for row in rows]
         return generate_answers(
-            asked.model, questions, tokenizer=asked.tokenizer, pictures=asked.pictures, batch_size=asked.batch_size,
+            asked.model, questions, tokenizer=asked.tokenizer, load_pixels=asked.load_pixels, batch_size=asked.batch_size,
             sampling=sampling, stop_string=asked.template.stop_string, answered=answered,
         )  # fmt: skip
 
@@ -101,7 +101,7 @@ def by_likelihood(asked: Asked, choices: Choose) -> Answerer:
 
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
         return weigh_choices(
-            asked.model, [_choices(asked, row, choices(row, "")) for row in rows], pictures=asked.pictures,
+            asked.model, [_choices(asked, row, choices(row, "")) for row in rows], load_pixels=asked.load_pixels,
             batch_size=asked.batch_size, pad_token_id=asked.tokenizer.pad_token_id,  # type: ignore[arg-type]
             answered=answered,
         )  # fmt: skip
@@ -122,9 +122,9 @@ def by_reasoned_likelihood(asked: Asked, sampling: Sampling, choices: Choose) ->
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
         questions = [Question(asked.prompt(row), row.images) for row in rows]
         left = sorted((i for i in range(len(rows)) if i not in answered), key=lambda i: -len(questions[i].input_ids))
-        encoded = EncodedPictures(asked.model, asked.pictures, questions, left, times=2)
+        encoded = EncodedPictures(asked.model, asked.load_pixels, questions, left, times=2)
         common: dict[str, Any] = {
-            "pictures": asked.pictures, "batch_size": asked.batch_size, "encoded": encoded,
+            "load_pixels": asked.load_pixels, "batch_size": asked.batch_size, "encoded": encoded,
         }  # fmt: skip
         for start in range(0, len(left), asked.batch_size):
             batch = left[start : start + asked.batch_size]
@@ -232,7 +232,7 @@ def reference_losses(asked: Asked, rows: Sequence[Conversation]) -> dict[int, tu
     """
     found = answer_losses(
         asked.model, [asked.with_answer(row, row.turns[-1].text) for row in rows], [row.images for row in rows],
-        pictures=asked.pictures, batch_size=asked.batch_size,
+        load_pixels=asked.load_pixels, batch_size=asked.batch_size,
         pad_token_id=asked.tokenizer.pad_token_id,  # type: ignore[arg-type]
     )  # fmt: skip
     return {index: (loss, tokens) for index, loss, tokens in found}

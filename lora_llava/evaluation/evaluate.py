@@ -204,7 +204,7 @@ def load_asked(opened: Opened, batch_size: int) -> Asked:
     section = opened.recipe.model
     return Asked(
         load_answering_model(opened.base, opened.adapter, quantization=section.quantization, dtype=section.dtype),
-        opened.tokenizer, opened.template, opened.plan.config.image_seq_length, opened.split.pictures, batch_size,
+        opened.tokenizer, opened.template, opened.plan.config.image_seq_length, opened.split.load_pixels, batch_size,
     )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def _ask(
 ) -> Asking:  # fmt: skip
     settings = plan.recipe.evaluation or EvaluationSection()
     asked = Asked(
-        model, plan.tokenizer, plan.template, plan.model.config.image_seq_length, split.pictures, settings.batch_size
+        model, plan.tokenizer, plan.template, plan.model.config.image_seq_length, split.load_pixels, settings.batch_size
     )
     answerer = shared(by_writing(asked, Sampling(max_new_tokens=settings.max_new_tokens)))
     predictions = predictions if is_first() else None

@@ -48,7 +48,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass
-class Picture:
+class AttachedImage:
     """A picture that is shown to the model, and its file."""
 
     file: Path
@@ -73,7 +73,7 @@ class Chat:
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
     shown: list[Path] = field(default_factory=list)
-    attached: list[Picture] = field(default_factory=list)
+    attached: list[AttachedImage] = field(default_factory=list)
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         return [text_message("system", self.system), *messages] if self.system is not None else list(messages)
@@ -84,7 +84,7 @@ def clean_text(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
-def open_pictures(paths: Sequence[str | Path], background: Background = "white") -> list[Picture]:
+def open_pictures(paths: Sequence[str | Path], background: Background = "white") -> list[AttachedImage]:
     """Open pictures.
 
     Args:
@@ -98,11 +98,16 @@ def open_pictures(paths: Sequence[str | Path], background: Background = "white")
     folder = next((file for file in files if file.is_dir()), None)
     if folder is not None:
         raise UserError(f"{folder} is a folder; name a picture")
-    return [Picture(file, read_rgb(file, str(file), MAX_IMAGE_PIXELS, background)) for file in files]
+    return [AttachedImage(file, read_rgb(file, str(file), MAX_IMAGE_PIXELS, background)) for file in files]
 
 
 def answer_once(
-    speaker: Speaker, prompt: str, *, pictures: Sequence[Picture] = (), sampling: Sampling, system: str | None = None
+    speaker: Speaker,
+    prompt: str,
+    *,
+    pictures: Sequence[AttachedImage] = (),
+    sampling: Sampling,
+    system: str | None = None,
 ) -> None:
     """Print the answer to one message, and nothing else, on stdout.
 
@@ -236,7 +241,7 @@ def _attach(chat: Chat, argument: str) -> None:
     _tell_attached(pictures)
 
 
-def _tell_attached(pictures: Sequence[Picture]) -> None:
+def _tell_attached(pictures: Sequence[AttachedImage]) -> None:
     for picture in pictures:
         _note(f"{picture.file}: {picture.image.width} x {picture.image.height}, goes with your next message")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_llava.data.images.reading import BadImageError, Pictures
+from lora_llava.data.images.reading import BadImageError, PixelLoader
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.vision import features_as_pixels, llava_of, tower_features
@@ -36,7 +36,7 @@ def generate_answers(
     questions: Sequence[Question],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    pictures: Pictures,
+    load_pixels: PixelLoader,
     batch_size: int,
     sampling: Sampling,
     stop_string: str | None = None,
@@ -49,7 +49,7 @@ def generate_answers(
         model: A LLaVA, with or without adapter.
         questions: What to ask.
         tokenizer: The processor's; it pads on the left here.
-        pictures: Gives the pictures that questions name.
+        load_pixels: Gives the pictures that questions name.
         batch_size: Questions at once.
         sampling: How tokens are drawn; what is drawn depends on the seed and on which questions share a batch.
         stop_string: Ends an answer where the template's stop is ordinary text; taken off the answer.
@@ -60,7 +60,7 @@ def generate_answers(
         The question's index and its answer; one with a problem where a picture cannot be opened.
     """
     batches = _plan_batches(questions, answered, batch_size, drawn=sampling.temperature > 0)
-    encoded = encoded or EncodedPictures(model, pictures, questions, [i for chosen in batches for i in chosen])
+    encoded = encoded or EncodedPictures(model, load_pixels, questions, [i for chosen in batches for i in chosen])
     stop: dict[str, Any] = {"tokenizer": tokenizer} | ({"stop_strings": [stop_string]} if stop_string else {})
     model.eval()
     for chosen in batches:
@@ -103,18 +103,18 @@ class EncodedPictures:
     let go.
 
     Args:
-        model: A LLaVA, with or without adapter; one without tower takes what `pictures` gives as features.
-        pictures: Gives pictures by name.
+        model: A LLaVA, with or without adapter; one without tower takes what `load_pixels` gives as features.
+        load_pixels: Gives pictures by name.
         questions: Whose pictures are asked for.
         indices: Those of them that are asked.
         times: How often each is asked.
     """
 
     def __init__(
-        self, model: Any, pictures: Pictures, questions: Sequence[Question], indices: Sequence[int], times: int = 1
+        self, model: Any, load_pixels: PixelLoader, questions: Sequence[Question], indices: Sequence[int], times: int = 1
     ) -> None:  # fmt: skip
         self.llava = llava_of(model)
-        self.pictures = pictures
+        self.load_pixels = load_pixels
         self.uses = Counter(name for i in indices for name in questions[i].image_files for _ in range(times))
         self.device = next(model.parameters()).device
         self._held: dict[str, torch.Tensor] = {}
@@ -150,7 +150,7 @@ class EncodedPictures:
         opened: dict[str, torch.Tensor] = {}
         for name in new:
             try:
-                opened[name] = self.pictures([name])[0]
+                opened[name] = self.load_pixels([name])[0]
             except BadImageError as error:
                 self._bad[name] = error
         if not opened:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from lora_llava.data.encode import IGNORE_INDEX
-from lora_llava.data.images.reading import Pictures
+from lora_llava.data.images.reading import PixelLoader
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.generate import EncodedPictures, Question
 from lora_llava.model.vision import llava_of
@@ -73,7 +73,7 @@ def build_tree(choices: Sequence[Sequence[int]]) -> Tree:
 
 @torch.inference_mode()
 def weigh_choices(
-    model: Any, questions: Sequence[Choices], *, pictures: Pictures, batch_size: int, pad_token_id: int,
+    model: Any, questions: Sequence[Choices], *, load_pixels: PixelLoader, batch_size: int, pad_token_id: int,
     answered: Collection[int] = (), encoded: EncodedPictures | None = None,
 ) -> Iterator[tuple[int, Answer]]:  # fmt: skip
     """Choose answers by their log-likelihood, what a question's choices share computed once: one forward a batch.
@@ -84,7 +84,7 @@ def weigh_choices(
     Args:
         model: A LLaVA, with or without adapter.
         questions: With their choices.
-        pictures: Gives the pictures that questions name.
+        load_pixels: Gives the pictures that questions name.
         batch_size: Questions at once.
         pad_token_id: Fills on the left.
         answered: Indices that are not asked again.
@@ -99,7 +99,7 @@ def weigh_choices(
     trees = [build_tree([ids for ids, _ in question.encoded]) for question in questions]
     rows = [Question(tree.input_ids, q.image_files) for tree, q in zip(trees, questions, strict=True)]
     left = [i for i in range(len(rows)) if i not in answered]
-    encoded = encoded or EncodedPictures(model, pictures, rows, left)
+    encoded = encoded or EncodedPictures(model, load_pixels, rows, left)
     for indices, batch, failed in _batches(model, rows, left, encoded, batch_size, pad_token_id):
         yield from failed.items()
         if not indices:
@@ -160,7 +160,7 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @torch.inference_mode()
 def answer_losses(
     model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], image_files: Sequence[Sequence[str]], *,
-    pictures: Pictures, batch_size: int, pad_token_id: int,
+    load_pixels: PixelLoader, batch_size: int, pad_token_id: int,
 ) -> Iterator[tuple[int, float, int]]:  # fmt: skip
     """The loss of given answers.
 
@@ -168,7 +168,7 @@ def answer_losses(
         model: A LLaVA, with or without adapter.
         rows: `input_ids` and `labels` of each conversation, labels -100 but for the answer.
         image_files: Names of each one's pictures.
-        pictures: Gives them.
+        load_pixels: Gives them.
         batch_size: Conversations at once.
         pad_token_id: Fills on the left.
 
@@ -177,7 +177,7 @@ def answer_losses(
     """
     questions = [Question(ids, files) for (ids, _), files in zip(rows, image_files, strict=True)]
     everything = range(len(questions))
-    encoded = EncodedPictures(model, pictures, questions, everything)
+    encoded = EncodedPictures(model, load_pixels, questions, everything)
     for indices, batch, _ in _batches(model, questions, everything, encoded, batch_size, pad_token_id):
         if not indices:
             continue

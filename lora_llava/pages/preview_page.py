@@ -87,8 +87,8 @@ def _symbol(name: str, picture: Image.Image) -> tuple[str, str]:
     kind = "png" if width * height <= _SMALL else "jpeg"
     picture.convert("RGB").save(stream, kind.upper(), quality=JPEG_QUALITY, optimize=True)
     data = base64.b64encode(stream.getvalue()).decode()
-    image = f'<image width="{width}" height="{height}" href="data:image/{kind};base64,{data}"/>'
-    return name, f'<symbol id="{name}" viewBox="0 0 {width} {height}">{image}</symbol>'
+    element = f'<image width="{width}" height="{height}" href="data:image/{kind};base64,{data}"/>'
+    return name, f'<symbol id="{name}" viewBox="0 0 {width} {height}">{element}</symbol>'
 
 
 def _head(preview: Preview) -> str:

@@ -51,7 +51,7 @@ def measure_rows(rows: Sequence[Sequence[int]], samples: EncodedRows, *, padded:
     """
     rows = [row for row in rows if row]  # a rank's share of the last step may be nothing
     lengths, trained, pictures = (
-        values.tolist() for values in (samples.lengths, samples.supervised, samples.pictures())
+        values.tolist() for values in (samples.lengths, samples.supervised, samples.image_counts())
     )
     return Extremes(
         max(len(row) * max(lengths[i] for i in row) if padded else sum(lengths[i] for i in row) for row in rows),

@@ -52,7 +52,7 @@ def print_data(plan: RunPlan, console: Console) -> None:
 
 def _reading(name: str, split: Split) -> Iterator[str]:
     """What a person should know of how a split was read: rows without an image among others, and odd files."""
-    bare = int((split.rows.pictures() == 0).sum())
+    bare = int((split.rows.image_counts() == 0).sum())
     if 0 < bare < len(split.rows):
         yield f"{name}: {bare:,} of {len(split.rows):,} rows have no image"
     for source in split.sources:

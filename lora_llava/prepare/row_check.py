@@ -17,7 +17,7 @@ from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.files.cleaned_copy import write_set_without
 from lora_llava.data.files.reading import DataFileError
 from lora_llava.data.findings import DUPLICATE, CheckReport, Finding, check_sources
-from lora_llava.data.images.image_check import Picture, inspect_pictures
+from lora_llava.data.images.image_check import ImageFacts, inspect_pictures
 from lora_llava.model.start import plan_model
 from lora_llava.pages.preview_samples import escape_hidden
 from lora_llava.planning.run_plan import build_run_processor
@@ -106,9 +106,9 @@ def _remarks(splits: dict[str, OpenSplit]) -> Iterator[Finding]:
                     yield Finding(kind, "", remark, -1, source.name, split)
 
 
-def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, Picture]]:
+def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, ImageFacts]]:
     """Look at every source's pictures, those of a source that two splits share once."""
-    found: dict[int, dict[str, Picture]] = {}
+    found: dict[int, dict[str, ImageFacts]] = {}
     for split in splits.values():
         for source, table in zip(split.sources, split.tables, strict=True):
             if id(source) not in found:

@@ -155,9 +155,9 @@ def _read_batch(batches: _Batches, row: Sequence[int]) -> Iterator[Part]:
     """Make one batch as training does and take it apart again."""
     split = batches.split
     if batches.padding_free:
-        collator: Any = PackedCollator(split.pictures)
+        collator: Any = PackedCollator(split.load_pixels)
     else:
-        collator = PaddedCollator(split.pictures, batches.tokenizer.pad_token_id)
+        collator = PaddedCollator(split.load_pixels, batches.tokenizer.pad_token_id)
     try:
         batch = collator([split.rows[i] for i in row])
     except BadImageError as error:

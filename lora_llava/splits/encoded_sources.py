@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lora_llava.core.errors import UserError
 from lora_llava.data.encoded import EncodedTable, encode_table
 from lora_llava.data.formats import Columns
-from lora_llava.data.images.image_check import Picture, inspect_pictures
+from lora_llava.data.images.image_check import ImageFacts, inspect_pictures
 from lora_llava.data.images.reading import FolderImages, ImageSource, JoinedImages, TableImages
 from lora_llava.data.mixture import hold_back, row_keys
 from lora_llava.data.scienceqa import load_scienceqa
@@ -206,8 +206,8 @@ def _is_weighted(recipe: Recipe) -> bool:
 
 def inspect_split(
     sources: Sequence[Source], names: Sequence[str],
-    progress: Callable[[Iterable[Picture]], Iterable[Picture]] = lambda found: found,
-) -> dict[str, Picture]:  # fmt: skip
+    progress: Callable[[Iterable[ImageFacts]], Iterable[ImageFacts]] = lambda found: found,
+) -> dict[str, ImageFacts]:  # fmt: skip
     """Look at pictures, source by source, so that what is known of a source's is known in every mixture.
 
     Args:
@@ -220,7 +220,7 @@ def inspect_split(
     """
     if len(sources) == 1:
         return inspect_pictures(sources[0].images, names, picture_cache(sources[0]), progress)
-    found: dict[str, Picture] = {}
+    found: dict[str, ImageFacts] = {}
     for number, source in enumerate(sources):
         own = [name.partition("|")[2] for name in names if name.partition("|")[0] == str(number)]
         looked = inspect_pictures(source.images, own, picture_cache(source), progress)

@@ -10,7 +10,7 @@ from pathlib import Path
 from lora_llava.core.errors import UserError
 from lora_llava.data.findings import CheckedSource, Finding, asked_again, leaks, whole_source_errors
 from lora_llava.data.formats import IMAGE_SUFFIXES
-from lora_llava.data.images.image_check import Picture, inspect_pictures
+from lora_llava.data.images.image_check import ImageFacts, inspect_pictures
 from lora_llava.data.images.reading import FolderImages
 from lora_llava.data.sources import Source
 from lora_llava.recipe import ColumnsSection, Recipe, SourceSection
@@ -21,7 +21,7 @@ _LOOKED_AT = 10_000
 
 
 def checked_sources(
-    splits: Mapping[str, OpenSplit], pictures: Mapping[int, Mapping[str, Picture]]
+    splits: Mapping[str, OpenSplit], pictures: Mapping[int, Mapping[str, ImageFacts]]
 ) -> list[CheckedSource]:  # fmt: skip
     """Each source's part in each split.
 
@@ -52,7 +52,7 @@ def sources_with_images(recipe: Recipe, splits: Mapping[str, OpenSplit]) -> set[
         str(source.images.root)
         for split in splits.values()
         for source, table in zip(split.sources, split.tables, strict=True)
-        if isinstance(source.images, FolderImages) and table.pictures.any()
+        if isinstance(source.images, FolderImages) and table.image_counts.any()
     }
     found = set()
     for name, split in splits.items():
@@ -99,7 +99,7 @@ def refuse_errors(recipe: Recipe, splits: Mapping[str, OpenSplit]) -> None:
     if recipe.data.format == "scienceqa" or len(splits) == 1:
         return
     sources = [source for split in splits.values() for source in split.sources]
-    known: dict[int, dict[str, Picture]] = {}
+    known: dict[int, dict[str, ImageFacts]] = {}
     for place, names in asked_again(checked_sources(splits, {})).items():
         source = sources[place]
         known.setdefault(id(source), {}).update(inspect_pictures(source.images, names, picture_cache(source)))

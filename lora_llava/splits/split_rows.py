@@ -19,8 +19,8 @@ from transformers import LlavaConfig
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation
 from lora_llava.data.encoded import EncodedRows
-from lora_llava.data.images.image_check import Picture
-from lora_llava.data.images.reading import ImageSource, JoinedImages, Pictures, Pixels
+from lora_llava.data.images.image_check import ImageFacts
+from lora_llava.data.images.reading import ImageSource, JoinedImages, PixelLoader, Pixels
 from lora_llava.data.mixture import Share, epoch_counts, mixture
 from lora_llava.data.selection import NOT_DRAWN, Policy, Report, account, select_rows, without_bad_pictures
 from lora_llava.data.sources import Source
@@ -42,7 +42,7 @@ class Split:
     Attributes:
         sources: Where they come from.
         images: Opens their pictures.
-        pictures: Gives them to a model.
+        load_pixels: Loads their pixels for a model.
         rows: Those that are used, encoded.
         report: What became of all.
         epochs: Which rows an epoch has, where the recipe mixes by weight or rows; None: all of them.
@@ -52,7 +52,7 @@ class Split:
 
     sources: list[Source]
     images: ImageSource
-    pictures: Pictures
+    load_pixels: PixelLoader
     rows: EncodedRows
     report: Report
     epochs: Callable[[int], list[int]] | None = None
@@ -87,8 +87,8 @@ class Split:
 
     def name_of(self, index: int) -> str:
         """A row for a person: its source, its id and its pictures."""
-        pictures = ", ".join(map(self.images.label, self.rows.image_files(index)))
-        return f"{self.source_of(index).name}: {self.rows.row_name(index)}" + (f" ({pictures})" if pictures else "")
+        names = ", ".join(map(self.images.label, self.rows.image_files(index)))
+        return f"{self.source_of(index).name}: {self.rows.row_name(index)}" + (f" ({names})" if names else "")
 
     def source_of(self, index: int) -> Source:
         """Where a row comes from."""
@@ -152,7 +152,7 @@ def build_split(
     if not trusted:
         inspect = partial(inspect_split, split.sources, progress=lambda found: progress(f"pictures of {name}", found))
 
-        def inspected(names: list[str]) -> dict[str, Picture]:
+        def inspected(names: list[str]) -> dict[str, ImageFacts]:
             found = inspect(names)
             digests.update((name, picture.digest) for name, picture in found.items())
             return found

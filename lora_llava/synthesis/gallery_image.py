@@ -53,8 +53,8 @@ def draw_picture(context: Context, folder: FolderImages | None) -> str:
     if picture is None:
         return f'<figure><div class="picture empty">{overlay}</div>{caption}</figure>'
     few = ' class="few"' if width * height <= _SMALL else ""
-    image = f'<img{few} src="{_data_uri(picture)}" width="{width}" height="{height}" alt="{_line(context.image)}">'
-    return f'<figure><div class="picture">{image}{overlay}</div>{caption}</figure>'
+    element = f'<img{few} src="{_data_uri(picture)}" width="{width}" height="{height}" alt="{_line(context.image)}">'
+    return f'<figure><div class="picture">{element}{overlay}</div>{caption}</figure>'
 
 
 def _overlay(boxes: Sequence[Box], height: int) -> str:

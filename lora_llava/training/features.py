@@ -63,7 +63,7 @@ def cache_features(plan: RunPlan, base: Base, console: Console) -> None:
     where = "memory" if folder is None else folder
     console.print(f"vision cache: {pictures:,} pictures in {where}; the vision tower is not loaded", soft_wrap=True)
     for name, split in plan.splits.items():
-        split.pictures = CachedFeatures(store, hashes[name])
+        split.load_pixels = CachedFeatures(store, hashes[name])
 
 
 @contextmanager

@@ -184,7 +184,7 @@ def build_feeds(plan: RunPlan) -> tuple[Feed, Feed | None]:
     padding_free = is_padding_free(plan.recipe)[0]
 
     def feed(split: Split, rows: list[list[int]]) -> Feed:
-        collator: Any = PackedCollator(split.pictures) if padding_free else padded_collator(plan, split)
+        collator: Any = PackedCollator(split.load_pixels) if padding_free else padded_collator(plan, split)
         return Feed(split.rows, rows, collator)
 
     train, validation = plan.splits["train"], plan.splits.get("validation")
@@ -200,7 +200,7 @@ def build_feeds(plan: RunPlan) -> tuple[Feed, Feed | None]:
 
 def padded_collator(plan: RunPlan, split: Split) -> PaddedCollator:
     """The reference collator of a split."""
-    return PaddedCollator(split.pictures, plan.tokenizer.pad_token_id)  # type: ignore[arg-type]
+    return PaddedCollator(split.load_pixels, plan.tokenizer.pad_token_id)  # type: ignore[arg-type]
 
 
 def train(

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lora_llava.benchmark.benchmark_rows import shape_config
 from lora_llava.data.collator import PackedCollator
-from lora_llava.data.images.reading import FolderImages, Pictures, Pixels
+from lora_llava.data.images.reading import FolderImages, PixelLoader, Pixels
 from lora_llava.model.base import image_processor_of
 from lora_llava.model.vision_cache import CachedFeatures, FeatureStore
 
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             Image.frombytes("RGB", (96, 72), pixels).resize((480, 360)).save(folder / picture)
             store.put(picture, torch.randn(576, 1024).to(torch.bfloat16))
         store.flush()
-        sources: dict[str, Pictures] = {
+        sources: dict[str, PixelLoader] = {
             "pixels": Pixels(FolderImages(folder, 10**7), image_processor_of(folder, config)),
             "cached": CachedFeatures(store, {picture: picture for picture in names}),
         }

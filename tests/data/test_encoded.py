@@ -144,7 +144,7 @@ def test_a_table_s_columns(letters: LlamaTokenizer, spell: Any, tmp_path: Path) 
         assert table.row(2)[0].tolist() == spell(("<image>: cube</s>", False), image_tokens=1)[0]
         assert table.row(1)[0].tolist() == []
         assert table.starts.tolist() == [0, 9, 9, 18, 25, 25]
-        assert table.pictures.tolist() == [0, 0, 1, 2, 0]
+        assert table.image_counts.tolist() == [0, 0, 1, 2, 0]
         assert table.supervised.tolist() == [4, 0, 6, 3, 0]
         assert table.lengths(576).tolist() == [9, 0, 584, 1157, 0]
         assert [table.images(index) for index in range(5)] == [[], [], ["red.png"], ["a é.png", "b.png"], []]
@@ -292,7 +292,7 @@ def test_rows_are_taken_from_several_tables(letters: LlamaTokenizer, spell: Any)
     ]  # fmt: skip
     assert rows.lengths.tolist() == [len(row["input_ids"]) for row in rows] == [13, 9, 11, 11, 9]
     assert rows.supervised.tolist() == [8, 4, 6, 3, 4]
-    assert rows.pictures().tolist() == [1, 0, 1, 2, 0]
+    assert rows.image_counts().tolist() == [1, 0, 1, 2, 0]
     assert rows[1:3] == [rows[1], rows[2]]
     assert rows[-1] == rows[4]
     assert rows.take(np.array([4, 4]))[:] == [rows[4], rows[4]]

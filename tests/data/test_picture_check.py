@@ -14,20 +14,20 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_llava.data.images.image_check import Picture, inspect_picture, inspect_pictures
+from lora_llava.data.images.image_check import ImageFacts, inspect_picture, inspect_pictures
 from lora_llava.data.images.reading import FolderImages
 
 UPRIGHT, TURNED = 1, 6
 
 
-def picture(mode: str = "RGB", size: tuple[int, int] = (9, 8)) -> Image.Image:
+def drawn(mode: str = "RGB", size: tuple[int, int] = (9, 8)) -> Image.Image:
     width, height = size
     return Image.frombytes("L", size, bytes(37 * n % 251 for n in range(width * height))).convert(mode)
 
 
 def save(folder: Path, name: str, kind: str, image: Image.Image | None = None, **settings: Any) -> str:
     """Save a picture; its file's SHA-256."""
-    (image or picture()).save(folder / name, kind, **settings)
+    (image or drawn()).save(folder / name, kind, **settings)
     return hashlib.sha256((folder / name).read_bytes()).hexdigest()
 
 
@@ -47,44 +47,44 @@ def turned(orientation: int) -> bytes:
 def test_nothing_is_odd_about_a_clean_picture(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     digest = save(tmp_path, name, kind)
-    assert inspect_picture(FolderImages(tmp_path, 72), name) == Picture(None, "", (), digest)
+    assert inspect_picture(FolderImages(tmp_path, 72), name) == ImageFacts(None, "", (), digest)
 
 
 def test_an_upright_orientation_is_not_odd(tmp_path: Path) -> None:
     for orientation in (0, UPRIGHT):
         digest = save(tmp_path, "a.jpg", "JPEG", exif=turned(orientation))
-        assert inspect_picture(FolderImages(tmp_path, 72), "a.jpg") == Picture(None, "", (), digest)
+        assert inspect_picture(FolderImages(tmp_path, 72), "a.jpg") == ImageFacts(None, "", (), digest)
 
 
 MODE = ("picture not RGB", "picture {} has mode {}; it is converted, look at it in the preview")
 FRAMES = ("several frames", "picture {} has 3 frames; only the first is seen")
 LYING = ("turned picture", "picture {} lies on its side but for an EXIF tag; the model sees it lying")
 MISLEADING = ("mislabelled picture", "picture {} is a {}; it is read as one, but its name misleads")
-MANY: dict[str, Any] = {"save_all": True, "append_images": [picture().rotate(180), picture("1").convert("RGB")]}
+MANY: dict[str, Any] = {"save_all": True, "append_images": [drawn().rotate(180), drawn("1").convert("RGB")]}
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "image", "settings", "odd"),
     [
-        ("a.jpg", "PNG", picture(), {}, [(MISLEADING, "PNG")]),
-        ("a.PNG", "JPEG", picture(), {}, [(MISLEADING, "JPEG")]),
-        ("a.webp", "BMP", picture(), {}, [(MISLEADING, "BMP")]),
-        ("a.gif", "WEBP", picture(), {}, [(MISLEADING, "WEBP")]),
-        ("a.png", "TIFF", picture(), {}, [(MISLEADING, "TIFF")]),
-        ("a.png", "PPM", picture(), {}, [(MISLEADING, "PPM")]),
-        ("a.png", "PNG", picture("L"), {}, [(MODE, "L")]),
-        ("a.png", "PNG", picture("RGBA"), {}, [(MODE, "RGBA")]),
-        ("a.png", "PNG", picture("P"), {}, [(MODE, "P")]),
-        ("a.png", "PNG", picture("I;16"), {}, [(MODE, "I;16")]),
-        ("a.jpg", "JPEG", picture("CMYK"), {}, [(MODE, "CMYK")]),
-        ("a.webp", "WEBP", picture(), MANY, [(FRAMES,)]),
-        ("a.tif", "TIFF", picture(), MANY, [(FRAMES,)]),
-        ("a.gif", "GIF", picture(), MANY, [(MODE, "P"), (FRAMES,)]),
-        ("a.jpg", "JPEG", picture(), {"exif": turned(TURNED)}, [(LYING,)]),
-        ("a.png", "PNG", picture(), {"exif": turned(3)}, [(LYING,)]),
-        ("a.png", "PNG", picture(size=(7, 9)), {}, [(("tiny picture", "picture {} has 7 x 9 pixels"),)]),
-        ("a.png", "PNG", picture(size=(9, 7)), {}, [(("tiny picture", "picture {} has 9 x 7 pixels"),)]),
-        ("a.jpg", "PNG", picture("LA", (1, 1)), {"exif": turned(TURNED)},
+        ("a.jpg", "PNG", drawn(), {}, [(MISLEADING, "PNG")]),
+        ("a.PNG", "JPEG", drawn(), {}, [(MISLEADING, "JPEG")]),
+        ("a.webp", "BMP", drawn(), {}, [(MISLEADING, "BMP")]),
+        ("a.gif", "WEBP", drawn(), {}, [(MISLEADING, "WEBP")]),
+        ("a.png", "TIFF", drawn(), {}, [(MISLEADING, "TIFF")]),
+        ("a.png", "PPM", drawn(), {}, [(MISLEADING, "PPM")]),
+        ("a.png", "PNG", drawn("L"), {}, [(MODE, "L")]),
+        ("a.png", "PNG", drawn("RGBA"), {}, [(MODE, "RGBA")]),
+        ("a.png", "PNG", drawn("P"), {}, [(MODE, "P")]),
+        ("a.png", "PNG", drawn("I;16"), {}, [(MODE, "I;16")]),
+        ("a.jpg", "JPEG", drawn("CMYK"), {}, [(MODE, "CMYK")]),
+        ("a.webp", "WEBP", drawn(), MANY, [(FRAMES,)]),
+        ("a.tif", "TIFF", drawn(), MANY, [(FRAMES,)]),
+        ("a.gif", "GIF", drawn(), MANY, [(MODE, "P"), (FRAMES,)]),
+        ("a.jpg", "JPEG", drawn(), {"exif": turned(TURNED)}, [(LYING,)]),
+        ("a.png", "PNG", drawn(), {"exif": turned(3)}, [(LYING,)]),
+        ("a.png", "PNG", drawn(size=(7, 9)), {}, [(("tiny picture", "picture {} has 7 x 9 pixels"),)]),
+        ("a.png", "PNG", drawn(size=(9, 7)), {}, [(("tiny picture", "picture {} has 9 x 7 pixels"),)]),
+        ("a.jpg", "PNG", drawn("LA", (1, 1)), {"exif": turned(TURNED)},
          [(MISLEADING, "PNG"), (MODE, "LA"), (LYING,), (("tiny picture", "picture {} has 1 x 1 pixels"),)]),
     ],
 )  # fmt: skip
@@ -93,11 +93,11 @@ def test_what_is_odd_about_a_picture(
 ) -> None:
     digest = save(tmp_path, name, kind, image, **settings)
     oddities = tuple((label, text.format(name, *more)) for (label, text), *more in odd)
-    assert inspect_picture(FolderImages(tmp_path, 72), name) == Picture(None, "", oddities, digest)
+    assert inspect_picture(FolderImages(tmp_path, 72), name) == ImageFacts(None, "", oddities, digest)
 
 
 def test_a_camera_s_jpeg_with_a_thumbnail_is_not_mislabelled(tmp_path: Path) -> None:
-    save(tmp_path, "a.jpg", "MPO", save_all=True, append_images=[picture()])
+    save(tmp_path, "a.jpg", "MPO", save_all=True, append_images=[drawn()])
     found = inspect_picture(FolderImages(tmp_path, 72), "a.jpg")
     assert [kind for kind, _ in found.oddities] == ["several frames"]
 
@@ -115,14 +115,14 @@ def test_a_camera_s_jpeg_with_a_thumbnail_is_not_mislabelled(tmp_path: Path) -> 
         ("a\0b.png", "missing picture", "picture 'a\\x00b.png' cannot be a file: embedded null byte"),
     ],
 )  # fmt: skip
-def test_what_has_no_file_cannot_be_used(pictures: Path, name: str, kind: str, message: str) -> None:
-    (pictures / "sub").mkdir()
-    found = inspect_picture(FolderImages(pictures, 16), name)
-    assert found == Picture(message.format(root=pictures), kind)
+def test_what_has_no_file_cannot_be_used(opened: Path, name: str, kind: str, message: str) -> None:
+    (opened / "sub").mkdir()
+    found = inspect_picture(FolderImages(opened, 16), name)
+    assert found == ImageFacts(message.format(root=opened), kind)
 
 
 def test_what_is_no_whole_picture_cannot_be_used(tmp_path: Path) -> None:
-    save(tmp_path, "whole.png", "PNG", picture(size=(40, 40)))
+    save(tmp_path, "whole.png", "PNG", drawn(size=(40, 40)))
     content = (tmp_path / "whole.png").read_bytes()
     for damaged in (b"", b"<html>404</html>", content[:30], content[: len(content) // 2]):
         (tmp_path / "a.png").write_bytes(damaged)
@@ -135,18 +135,18 @@ def test_what_is_no_whole_picture_cannot_be_used(tmp_path: Path) -> None:
 def test_an_oversized_picture_cannot_be_used(tmp_path: Path) -> None:
     digest = save(tmp_path, "a.png", "PNG")
     message = "picture a.png has 9 x 8 pixels, over max_image_pixels 71"
-    assert inspect_picture(FolderImages(tmp_path, 71), "a.png") == Picture(message, "oversized picture", (), digest)
+    assert inspect_picture(FolderImages(tmp_path, 71), "a.png") == ImageFacts(message, "oversized picture", (), digest)
 
 
 def gif_with_half_a_second_frame() -> bytes:
     file = io.BytesIO()
-    picture().save(file, "GIF", save_all=True, append_images=[picture().rotate(180)])
+    drawn().save(file, "GIF", save_all=True, append_images=[drawn().rotate(180)])
     return file.getvalue()[: file.getvalue().rindex(b"\x21\xf9\x04") + 3]
 
 
 def tiff_with_a_broken_second_frame() -> bytes:
     file = io.BytesIO()
-    picture().save(file, "TIFF", save_all=True, append_images=[picture()])
+    drawn().save(file, "TIFF", save_all=True, append_images=[drawn()])
     content = bytearray(file.getvalue())
     first = int.from_bytes(content[4:8], "little")
     entries = int.from_bytes(content[first : first + 2], "little")
@@ -157,7 +157,7 @@ def tiff_with_a_broken_second_frame() -> bytes:
 
 def webp_with_a_broken_exif() -> bytes:
     file = io.BytesIO()
-    picture().save(file, "WEBP", exif=turned(TURNED))
+    drawn().save(file, "WEBP", exif=turned(TURNED))
     return file.getvalue().replace(b"MM\0*", b"MM\0?")
 
 
@@ -190,7 +190,7 @@ class Counted(FolderImages):
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "pictures").mkdir()
     for number in range(200):
-        save(tmp_path / "pictures", f"{number}.png", "PNG", picture(size=(9, 1 + number % 8)))
+        save(tmp_path / "pictures", f"{number}.png", "PNG", drawn(size=(9, 1 + number % 8)))
     return tmp_path / "pictures"
 
 
@@ -199,9 +199,9 @@ NAMES = [f"{number}.png" for number in range(200)]
 
 def test_every_picture_is_opened_once_and_found_in_order(folder: Path) -> None:
     images = Counted(folder)
-    done: list[Picture] = []
+    done: list[ImageFacts] = []
 
-    def progress(found: Iterable[Picture]) -> Iterable[Picture]:
+    def progress(found: Iterable[ImageFacts]) -> Iterable[ImageFacts]:
         for each in found:
             done.append(each)
             yield each
@@ -243,7 +243,7 @@ def test_changed_pictures_are_opened_again(folder: Path) -> None:
     other = Counted(folder, max_pixels=1)
     assert inspect_pictures(other, ["3.png"], cache)["3.png"].kind == "oversized picture"
     (folder.parent / "more").mkdir()
-    save(folder.parent / "more", "3.png", "PNG", picture("L"))
+    save(folder.parent / "more", "3.png", "PNG", drawn("L"))
     more = inspect_pictures(Counted(folder.parent / "more"), ["3.png"], cache)
     assert [kind for kind, _ in more["3.png"].oddities] == ["picture not RGB"]
 

@@ -118,18 +118,18 @@ def test_placeholders_and_pictures_are_as_many(build: Build, row: Conversation, 
     fails(build, message, A, row, on_overlong="drop", on_bad_image="drop")
 
 
-def test_a_bad_picture_is_an_error_that_names_row_and_picture(build: Build, pictures: Path) -> None:
-    images = FolderImages(pictures, 16)
+def test_a_bad_picture_is_an_error_that_names_row_and_picture(build: Build, opened: Path) -> None:
+    images = FolderImages(opened, 16)
     gone = conversation("c", "<image>", "Yo", "pink.png")
     message = "row c: picture pink.png is missing; mend it or set data.on_bad_image=drop"
     fails(build, message, A, B, gone, images=images)
     message = "row b: picture red.png has 4 x 4 pixels, over max_image_pixels 15; mend it or set data.on_bad_image=drop"
-    fails(build, message, A, B, gone, images=FolderImages(pictures, 15))
+    fails(build, message, A, B, gone, images=FolderImages(opened, 15))
 
 
-def test_bad_pictures_are_dropped_and_counted(build: Build, pictures: Path) -> None:
-    (pictures / "cut.png").write_bytes((pictures / "blue.png").read_bytes()[:30])
-    images = FolderImages(pictures, 16)
+def test_bad_pictures_are_dropped_and_counted(build: Build, opened: Path) -> None:
+    (opened / "cut.png").write_bytes((opened / "blue.png").read_bytes()[:30])
+    images = FolderImages(opened, 16)
     gone = conversation("c", "<image>", "Yo", "pink.png")
     cut = conversation("d", "<image> <image>", "Yo", "red.png", "cut.png")
     rows, report = build(gone, B, cut, A, LONG, images=images, on_bad_image="drop", on_overlong="drop")

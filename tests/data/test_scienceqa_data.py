@@ -235,11 +235,11 @@ def parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     file = io.BytesIO()
     Image.new("RGB", (3, 2), (0, 255, 0)).save(file, "PNG")
-    picture = {"bytes": file.getvalue(), "path": None}
+    drawn = {"bytes": file.getvalue(), "path": None}
     broken = {"bytes": b"not a picture", "path": None}
     row = {key: METAL[key] for key in METAL if key not in ("image", "split")}
     row |= {"task": "closed choice", "topic": "chemistry", "category": "matter", "skill": "Name metals"}
-    rows = [{"image": image} | row for image in (picture, None, broken)]
+    rows = [{"image": image} | row for image in (drawn, None, broken)]
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", kind), *((key, pa.string()) for key in row if key not in ("choices", "answer"))])
     schema = schema.append(pa.field("choices", pa.list_(pa.string()))).append(pa.field("answer", pa.int8()))
@@ -258,8 +258,8 @@ def test_parquet_rows_are_the_same_conversations(parquet: Path) -> None:
         Conversation("1", bare, (), METAL_EXTRA | {"has_image": False}),
         Conversation("2", shown, ("2",), METAL_EXTRA),
     ]
-    picture = images.open("0")
-    assert (picture.size, picture.mode, picture.getpixel((0, 0))) == ((3, 2), "RGB", (0, 255, 0))
+    drawn = images.open("0")
+    assert (drawn.size, drawn.mode, drawn.getpixel((0, 0))) == ((3, 2), "RGB", (0, 255, 0))
     with pytest.raises(BadImageError, match=r"^picture of row 1 is missing$"):
         images.open("1")
     with pytest.raises(BadImageError, match=r"^picture of row 2 cannot be read: "):

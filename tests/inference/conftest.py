@@ -41,6 +41,6 @@ def speaking(
         if "lora_B" in name:
             parameter.data.normal_(0, 0.3, generator=generator)
     asked = Asked(
-        model, plan.tokenizer, plan.template, plan.model.config.image_seq_length, plan.splits["train"].pictures, 5
+        model, plan.tokenizer, plan.template, plan.model.config.image_seq_length, plan.splits["train"].load_pixels, 5
     )
     return asked, plan.splits["train"].read(range(12))

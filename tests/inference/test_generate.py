@@ -23,7 +23,7 @@ def questions_of(asked: Asked, rows: Sequence[Conversation]) -> list[Question]:
 
 
 def answers(asked: Asked, questions: Sequence[Question], **settings: Any) -> dict[int, Answer]:
-    given = {"batch_size": 5, "sampling": Sampling(max_new_tokens=12), "pictures": asked.pictures, **settings}
+    given = {"batch_size": 5, "sampling": Sampling(max_new_tokens=12), "load_pixels": asked.load_pixels, **settings}
     return dict(generate_answers(asked.model, questions, tokenizer=asked.tokenizer, **given))
 
 
@@ -42,7 +42,7 @@ def test_an_answer_is_stock_generation_s(speaking: Any) -> None:
     row = next(row for row in rows if row.images)
     ids = torch.tensor([asked.prompt(row)])
     output = asked.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=asked.pictures(row.images), do_sample=False,
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=asked.load_pixels(row.images), do_sample=False,
         max_new_tokens=12, pad_token_id=asked.tokenizer.pad_token_id,
     )  # fmt: skip
     text = asked.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
@@ -52,7 +52,7 @@ def test_an_answer_is_stock_generation_s(speaking: Any) -> None:
 def test_longest_first_and_what_was_answered_is_not_asked_again(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, rows)
-    given = {"tokenizer": asked.tokenizer, "pictures": asked.pictures, "sampling": Sampling(max_new_tokens=2)}
+    given = {"tokenizer": asked.tokenizer, "load_pixels": asked.load_pixels, "sampling": Sampling(max_new_tokens=2)}
     order = [i for i, _ in generate_answers(asked.model, questions, batch_size=5, **given)]
     lengths = [len(questions[i].input_ids) for i in order]
     assert lengths == sorted(lengths, reverse=True)
@@ -90,11 +90,11 @@ def test_the_tower_sees_a_shared_picture_once(speaking: Any, seen: Counter[float
 def test_a_picture_is_let_go_after_its_last_question(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, [row for row in rows if row.images])
-    encoded = EncodedPictures(asked.model, asked.pictures, questions, range(len(questions)))
+    encoded = EncodedPictures(asked.model, asked.load_pixels, questions, range(len(questions)))
     for i in range(len(questions)):
         encoded.batch([i], questions, asked.tokenizer.pad_token_id)
         assert not encoded._held
-    twice = EncodedPictures(asked.model, asked.pictures, questions, range(len(questions)), times=2)
+    twice = EncodedPictures(asked.model, asked.load_pixels, questions, range(len(questions)), times=2)
     twice.batch([0], questions, asked.tokenizer.pad_token_id)
     assert list(twice._held) == list(questions[0].image_files)
 
@@ -107,7 +107,7 @@ def test_a_picture_that_is_gone_costs_its_question_alone(speaking: Any) -> None:
     def pictures(names: Sequence[str]) -> torch.Tensor:
         if gone in names:
             raise BadImageError(f"picture {gone} is missing")
-        return asked.pictures(names)
+        return asked.load_pixels(names)
 
     whole = answers(asked, questions)
     found = answers(asked, questions, pictures=pictures)
@@ -129,11 +129,11 @@ def test_the_model_takes_pixels_again_afterwards(speaking: Any) -> None:
     answers(asked, questions_of(asked, rows))
     assert inner.get_image_features == before
     stream = generate_answers(
-        asked.model, questions_of(asked, rows), tokenizer=asked.tokenizer, pictures=asked.pictures, batch_size=1,
+        asked.model, questions_of(asked, rows), tokenizer=asked.tokenizer, load_pixels=asked.load_pixels, batch_size=1,
         sampling=Sampling(max_new_tokens=2),
     )  # fmt: skip
     next(stream)
-    assert inner.get_image_features(pixel_values=asked.pictures(row.images)).pooler_output[0].shape[0] == 4
+    assert inner.get_image_features(pixel_values=asked.load_pixels(row.images)).pooler_output[0].shape[0] == 4
     stream.close()
 
 
@@ -154,7 +154,7 @@ def test_what_is_drawn_does_not_depend_on_where_it_was_stopped(speaking: Any) ->
 
     def draw(answered: dict[int, Any]) -> dict[int, Any]:
         stream = generate_answers(
-            asked.model, questions, tokenizer=asked.tokenizer, pictures=asked.pictures, batch_size=4,
+            asked.model, questions, tokenizer=asked.tokenizer, load_pixels=asked.load_pixels, batch_size=4,
             sampling=Sampling(5.0, max_new_tokens=6, seed=1), answered=answered,
         )  # fmt: skip
         return dict(stream)

@@ -40,7 +40,7 @@ def alone(asked: Asked, row: Any, texts: Sequence[str]) -> list[float]:
     found = []
     for text in texts:
         ids, labels = asked.with_answer(row, text)
-        pixels = {"pixel_values": asked.pictures(row.images)} if row.images else {}
+        pixels = {"pixel_values": asked.load_pixels(row.images)} if row.images else {}
         with torch.inference_mode():
             logits = asked.model(input_ids=torch.tensor([ids]), use_cache=False, **pixels).logits[0].log_softmax(-1)
         places = [i for i, label in enumerate(labels) if label != -100]
@@ -54,7 +54,7 @@ TEXTS = ("red", "It is blue, I think.", "The answer is A.", "The answer is B.")
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_scores_are_those_of_each_choice_alone(speaking: Any, batch_size: int) -> None:
     asked, rows = speaking
-    asked = Asked(asked.model, asked.tokenizer, asked.template, asked.num_image_tokens, asked.pictures, batch_size)
+    asked = Asked(asked.model, asked.tokenizer, asked.template, asked.num_image_tokens, asked.load_pixels, batch_size)
     chosen = {"0": TEXTS, "1": TEXTS[2:], "2": TEXTS[:2]}
     answerer = by_likelihood(asked, lambda row, reasons: chosen[str(int(row.row_id) % 3)])
     answers = dict(answerer(rows, frozenset()))
@@ -96,7 +96,7 @@ def test_reasons_are_written_before_the_choice(speaking: Any) -> None:
 
 def test_a_picture_that_is_gone(speaking: Any) -> None:
     asked, rows = speaking
-    gone, whole = next(row for row in rows if row.images).images[0], asked.pictures
+    gone, whole = next(row for row in rows if row.images).images[0], asked.load_pixels
 
     def pictures(names: Sequence[str]) -> torch.Tensor:
         if gone in names:

@@ -44,7 +44,7 @@ def cached(content: dict[str, Any]) -> tuple[Any, Any, str]:
 
 
 def all_features(plan: Any) -> dict[str, torch.Tensor]:
-    return {name: split.pictures(split_pictures(plan, name)) for name, split in plan.splits.items()}
+    return {name: split.load_pixels(split_pictures(plan, name)) for name, split in plan.splits.items()}
 
 
 def shards() -> list[Path]:
@@ -64,8 +64,8 @@ def test_features_are_the_tower_s(content: dict[str, Any], where: str) -> None:
         names = split_pictures(plan, name)
         pixels = Pixels(split.images, plan.processor.image_processor)(names)
         expected = tower_features(model.model.vision_tower, model.config, pixels)
-        assert split.pictures(names).shape == (len(names), 4, 32)
-        torch.testing.assert_close(split.pictures(names), expected, rtol=1e-6, atol=1e-6)
+        assert split.load_pixels(names).shape == (len(names), 4, 32)
+        torch.testing.assert_close(split.load_pixels(names), expected, rtol=1e-6, atol=1e-6)
     assert "vision cache: 3 pictures in" in told  # 18 files, three different contents
     assert len(shards()) == (where == "disk")
 

@@ -90,7 +90,7 @@ def test_packed_cached_and_compact_against_the_padded_reference(stage2_content: 
     recipe = check_recipe(stage2_content, "test")
     plan, base = plan_run(recipe), prepare_base(recipe.model, 0)
     split = plan.splits["train"]
-    samples, pixels = split.rows[:7], split.pictures
+    samples, pixels = split.rows[:7], split.load_pixels
     models = {"fast": build_trained_model(recipe, base)}
     models["stock"] = add_adapters(load_base(base.name, dtype="float32"), run_lora_config(recipe, base.name))
     cache_features(plan, base, Console(file=io.StringIO()))
@@ -106,7 +106,7 @@ def test_packed_cached_and_compact_against_the_padded_reference(stage2_content: 
             parameter.data.copy_(trained[key])
         model.train()
         if name == "fast":
-            batch = PackedCollator(split.pictures)(samples)
+            batch = PackedCollator(split.load_pixels)(samples)
             loss = labelled_loss(model, batch)[0] / count_labels(batch)
         else:
             loss = stock_loss(model, PaddedCollator(pixels, 897)(samples))

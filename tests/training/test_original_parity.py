@@ -138,7 +138,7 @@ def test_six_steps_have_llava_s_losses(original: Path, tmp_path: Path) -> None:
     load_start(model, original / "lora_init.pt")
     split = plan.splits["train"]
     rows = [list(range(step * BATCH, (step + 1) * BATCH)) for step in range(STEPS)]
-    feed = Feed(split.rows, rows, PackedCollator(split.pictures))
+    feed = Feed(split.rows, rows, PackedCollator(split.load_pixels))
     trainer, _, _ = build_trainer(plan, model, feed, None)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]

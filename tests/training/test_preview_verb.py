@@ -92,7 +92,7 @@ def test_pictures_are_what_the_tower_gets(stage2: Recipe, tmp_path: Path) -> Non
     with_picture = [sample for sample in shown.samples if sample.pictures]
     assert with_picture
     for sample in with_picture:
-        pixels = plan.splits["train"].pictures(rows[sample.row_id]["image_files"])[0]
+        pixels = plan.splits["train"].load_pixels(rows[sample.row_id]["image_files"])[0]
         seen = torch.from_numpy(np.array(sample.pictures[0])).permute(2, 0, 1) / 255
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
         torch.testing.assert_close((seen - mean) / std, pixels, atol=0.51 / 255 / 0.26, rtol=0)

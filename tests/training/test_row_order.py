@@ -206,8 +206,8 @@ def test_a_validation_split_has_its_own_pictures(stage2_content: dict[str, Any])
     plan = plan_run(check_recipe(stage2_content, "test"))
     train_feed, validation = build_feeds(plan)
     assert validation is not None
-    assert validation.collator.pictures.images is plan.splits["validation"].images
-    assert train_feed.collator.pictures.images is plan.splits["train"].images
+    assert validation.collator.load_pixels.images is plan.splits["validation"].images
+    assert train_feed.collator.load_pixels.images is plan.splits["train"].images
 
 
 def test_a_sample_longer_than_a_row_is_named_with_the_mend(stage2_content: dict[str, Any]) -> None:

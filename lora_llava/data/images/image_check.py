@@ -34,7 +34,7 @@ _TINY = 8
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageFacts:
     """What is known of a picture.
 
     Attributes:
@@ -52,8 +52,8 @@ class Picture:
 
 def inspect_pictures(
     images: ImageSource, names: Iterable[str], cache: Path | None = None,
-    progress: Callable[[Iterable[Picture]], Iterable[Picture]] = lambda found: found,
-) -> dict[str, Picture]:  # fmt: skip
+    progress: Callable[[Iterable[ImageFacts]], Iterable[ImageFacts]] = lambda found: found,
+) -> dict[str, ImageFacts]:  # fmt: skip
     """Open pictures as training will.
 
     Args:
@@ -85,7 +85,7 @@ def inspect_pictures(
     return found | _contradicting(images, found)
 
 
-def _contradicting(images: ImageSource, found: Mapping[str, Picture]) -> dict[str, Picture]:
+def _contradicting(images: ImageSource, found: Mapping[str, ImageFacts]) -> dict[str, ImageFacts]:
     """Names that were matched to a file that another name means too: `a/01.png` and `b/01.png` are two images."""
     matched: dict[str, str] = {}
     if isinstance(images, FolderImages):
@@ -98,13 +98,13 @@ def _contradicting(images: ImageSource, found: Mapping[str, Picture]) -> dict[st
         with contextlib.suppress(BadImageError):
             files[name] = str(images.find(name))  # type: ignore[attr-defined]
     return {
-        name: Picture(f"picture {name} may be {matched[name]}, but so may {other}; write the file that each means",
+        name: ImageFacts(f"picture {name} may be {matched[name]}, but so may {other}; write the file that each means",
                       "ambiguous name")
         for name, other in contradictions(files, matched).items()
     }  # fmt: skip
 
 
-def _mapped(pool: ThreadPoolExecutor, images: ImageSource, names: list[str]) -> Iterator[Picture]:
+def _mapped(pool: ThreadPoolExecutor, images: ImageSource, names: list[str]) -> Iterator[ImageFacts]:
     """Few pictures at a time are under way, so that memory does not grow with their number."""
     waiting = iter(names)
     running = [pool.submit(inspect_picture, images, name) for name in islice(waiting, _AT_ONCE)]
@@ -113,7 +113,7 @@ def _mapped(pool: ThreadPoolExecutor, images: ImageSource, names: list[str]) -> 
         running += [pool.submit(inspect_picture, images, name) for name in islice(waiting, 1)]
 
 
-def inspect_picture(images: ImageSource, name: str) -> Picture:
+def inspect_picture(images: ImageSource, name: str) -> ImageFacts:
     """Open one picture as training does, to its last byte."""
     limit: int = images.max_pixels  # type: ignore[attr-defined]
     digest = ""
@@ -124,9 +124,9 @@ def inspect_picture(images: ImageSource, name: str) -> Picture:
         background: Background = images.background  # type: ignore[attr-defined]
         notes = read_converted(io.BytesIO(content), label, limit, background).notes
         oddities = [*_match(images, name), *((kind, f"picture {label} {note}") for kind, note in notes)]
-        return Picture(None, "", (*oddities, *_oddities(content, label, bool(notes))), digest)
+        return ImageFacts(None, "", (*oddities, *_oddities(content, label, bool(notes))), digest)
     except BadImageError as error:
-        return Picture(str(error), error.kind, (), digest)
+        return ImageFacts(str(error), error.kind, (), digest)
 
 
 def _match(images: ImageSource, name: str) -> Iterator[tuple[str, str]]:
@@ -177,20 +177,20 @@ def _stamp(images: ImageSource, name: str) -> str:
     return f"{path}:{facts.st_size}:{times}:{images.max_pixels}:{images.background}:{CONVERSION_RULE}"
 
 
-def _load(cache: Path | None) -> dict[str, tuple[str, Picture]]:
+def _load(cache: Path | None) -> dict[str, tuple[str, ImageFacts]]:
     if cache is None or not cache.is_file():
         return {}
     try:
         kept = json.loads(cache.read_text(encoding="utf-8"))
         return {
-            name: (stamp, Picture(**facts | {"oddities": tuple(map(tuple, facts["oddities"]))}))
+            name: (stamp, ImageFacts(**facts | {"oddities": tuple(map(tuple, facts["oddities"]))}))
             for name, (stamp, facts) in kept.items()
         }
     except (ValueError, TypeError, KeyError, AttributeError):  # half a file, or one of another version: look again
         return {}
 
 
-def _save(cache: Path | None, found: dict[str, tuple[str, Picture]]) -> None:
+def _save(cache: Path | None, found: dict[str, tuple[str, ImageFacts]]) -> None:
     if cache is None:
         return
     content = {name: (stamp, asdict(picture)) for name, (stamp, picture) in found.items()}

@@ -52,7 +52,7 @@ class ImageSource(Protocol):
         ...
 
 
-Pictures = Callable[[Sequence[str]], "torch.Tensor"]
+PixelLoader = Callable[[Sequence[str]], "torch.Tensor"]
 """Gives the pictures of these names as a model's `pixel_values`, in order: pixels, or a tower's features of them."""
 
 
@@ -70,8 +70,8 @@ class Pixels:
 
     def __call__(self, names: Sequence[str]) -> torch.Tensor:
         """Pixels of these pictures, float32 of shape (pictures, 3, height, width)."""
-        pictures = [self.images.open(name) for name in names]
-        pixels: torch.Tensor = self.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        opened = [self.images.open(name) for name in names]
+        pixels: torch.Tensor = self.image_processor(opened, return_tensors="pt")["pixel_values"]
         return pixels
 
 

@@ -106,12 +106,12 @@ def by_speaker(speaker: Speaker, images: FolderImages, batch_size: int, sampling
         batch_size: Questions at once.
         sampling: How tokens are drawn.
     """
-    pictures = Pixels(images, speaker.processor.image_processor)
+    load_pixels = Pixels(images, speaker.processor.image_processor)
 
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
         questions = [Question(prompt_ids(speaker, row), row.images) for row in rows]
         return generate_answers(
-            speaker.model, questions, tokenizer=speaker.processor.tokenizer, pictures=pictures, batch_size=batch_size,
+            speaker.model, questions, tokenizer=speaker.processor.tokenizer, load_pixels=load_pixels, batch_size=batch_size,
             sampling=sampling, stop_string=speaker.stop_string, answered=answered,
         )  # fmt: skip
 
