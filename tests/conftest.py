@@ -64,7 +64,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def scienceqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ScienceQA folder in the official layout: 24 train, 6 val, 6 test rows, every second with a picture."""
+    """A ScienceQA folder in the official layout: 24 train, 6 val, 6 test rows, every second with an image."""
     folder = tmp_path_factory.mktemp("scienceqa")
     problems: dict[str, Any] = {}
     splits: dict[str, list[str]] = {}
@@ -93,7 +93,7 @@ def scienceqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def captions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `chat.json` of 16 captions with pictures."""
+    """A `chat.json` of 16 captions with images."""
     folder = tmp_path_factory.mktemp("captions")
     (folder / "images").mkdir()
     rows = []

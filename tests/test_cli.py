@@ -58,7 +58,7 @@ def test_learning_rate_of_2e_5_is_a_number(recipe_file: Path, capsys: pytest.Cap
     assert "one sample" in capsys.readouterr().out
 
 
-def test_a_corrupt_picture_names_its_row_or_is_dropped_and_counted(
+def test_a_corrupt_image_names_its_row_or_is_dropped_and_counted(
     stage2_content: dict[str, Any], scienceqa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import shutil
@@ -71,7 +71,7 @@ def test_a_corrupt_picture_names_its_row_or_is_dropped_and_counted(
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(stage2_content))
     told = error_of(capsys, "finetune", str(file))
-    assert "row 1: picture train/1/image.png cannot be read" in told
+    assert "row 1: image train/1/image.png cannot be read" in told
     assert "data.on_bad_image=drop" in told
     assert main(None, ["finetune", str(file), "--dry-run", "data.on_bad_image=drop"]) == 0
     assert "2 bad image" in capsys.readouterr().out
@@ -95,9 +95,7 @@ def test_a_row_without_answer_is_named(
     rows[2]["conversations"][1]["value"] = "a caption."
     rows[2]["conversations"][0]["value"] = "<image> <image>"
     broken.write_text(json.dumps(rows))
-    assert "row 2 (chat.json, index 2): 2 <image> placeholders for 1 pictures" in error_of(
-        capsys, "finetune", str(file)
-    )
+    assert "row 2 (chat.json, index 2): 2 <image> placeholders for 1 images" in error_of(capsys, "finetune", str(file))
 
 
 def test_bitsandbytes_that_cannot_run_is_said(

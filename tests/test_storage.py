@@ -151,11 +151,11 @@ def test_all_of_an_entry_is_readable_by_the_umask(tmp_path: Path, umask: None) -
     assert {mode for _, mode in modes(folder)} == {0o770, 0o660}
 
 
-def test_a_demo_picture_that_changed_is_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_demo_image_that_changed_is_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = build_demo_captions(tmp_path, 4)
-    picture = file.parent / "images" / "00002.png"
-    content = picture.read_bytes()
-    picture.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    image = file.parent / "images" / "00002.png"
+    content = image.read_bytes()
+    image.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert build_demo_captions(tmp_path, 4) == file
-    assert picture.read_bytes() == content
+    assert image.read_bytes() == content
     assert "(images/00002.png has changed); it is written again" in capsys.readouterr().err

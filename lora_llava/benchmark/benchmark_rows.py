@@ -14,16 +14,16 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from lora_llava.data.conversation import Conversation, Turn
 from lora_llava.data.images.reading import read_rgb
 
-PICTURE_SHARE = 0.49
-"""ScienceQA's share of rows with a picture."""
+IMAGE_SHARE = 0.49
+"""ScienceQA's share of rows with an image."""
 _LOG_MEAN, _LOG_SPREAD, _MOST_WORDS = 5.71, 0.37, 1400
-"""Of a row's text tokens: with 576 for a picture, rows have ScienceQA's mean of 615 and 95th percentile of 1,084 under
+"""Of a row's text tokens: with 576 for an image, rows have ScienceQA's mean of 615 and 95th percentile of 1,084 under
 the Llama tokenizer, and random batches of 8 are 1.67 times padding (tests/training/test_benchmark.py)."""
 _ANSWER_SHARE = 0.65
 """Of the text: 35% of all tokens are trained."""
-_PICTURE_SIZE = (480, 360)
-"""Of the order of ScienceQA's pictures."""
-_PICTURES = 16
+_IMAGE_SIZE = (480, 360)
+"""Of the order of ScienceQA's images."""
+_IMAGES = 16
 """Different ones; there need be no more to decode one for each row."""
 SHAPES = {
     "tiny": (512, 1376, 4, 8), "tiny_body": (512, 1376, 4, 8), "7b": (4096, 11008, 32, 32),
@@ -34,26 +34,26 @@ _WORDS = ("red", "blue", "green", "circle", "square", "left", "right", "small", 
 """Each one token of the demo's tokenizer."""
 
 
-class DrawnPictures:
-    """PNG pictures in memory, named by number."""
+class DrawnImages:
+    """PNG images in memory, named by number."""
 
     def __init__(self) -> None:
-        self._files = [_draw_picture(index) for index in range(_PICTURES)]
+        self._files = [_draw_image(index) for index in range(_IMAGES)]
 
     def open(self, name: str) -> Image.Image:
-        return read_rgb(io.BytesIO(self.read(name)), name, _PICTURE_SIZE[0] * _PICTURE_SIZE[1])
+        return read_rgb(io.BytesIO(self.read(name)), name, _IMAGE_SIZE[0] * _IMAGE_SIZE[1])
 
     def label(self, name: str) -> str:
         return name
 
     def read(self, name: str) -> bytes:
-        return self._files[int(name) % _PICTURES]
+        return self._files[int(name) % _IMAGES]
 
 
-def _draw_picture(seed: int) -> bytes:
+def _draw_image(seed: int) -> bytes:
     coarse = Image.frombytes("RGB", (96, 72), random.Random(seed).randbytes(96 * 72 * 3))
     stream = io.BytesIO()
-    coarse.resize(_PICTURE_SIZE).save(stream, "PNG")
+    coarse.resize(_IMAGE_SIZE).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -63,22 +63,22 @@ def draw_rows(count: int, seed: int = 0, words: int | None = None) -> list[Conve
     Args:
         count: How many.
         seed: Draws them.
-        words: The length of every text, each with a picture; None draws lengths and pictures as ScienceQA has them.
+        words: The length of every text, each with an image; None draws lengths and images as ScienceQA has them.
     """
     generator = random.Random(seed)
     rows = []
     for index in range(count):
         length = words or max(16, min(_MOST_WORDS, int(generator.lognormvariate(_LOG_MEAN, _LOG_SPREAD))))
         answer = int(length * _ANSWER_SHARE)
-        has_picture = words is not None or generator.random() < PICTURE_SHARE
-        question = ("<image>\n" if has_picture else "") + _text(generator, length - answer)
+        has_image = words is not None or generator.random() < IMAGE_SHARE
+        question = ("<image>\n" if has_image else "") + _text(generator, length - answer)
         turns = (Turn("user", question), Turn("assistant", _text(generator, answer)))
-        rows.append(Conversation(str(index), turns, (str(index),) if has_picture else (), {}))
+        rows.append(Conversation(str(index), turns, (str(index),) if has_image else (), {}))
     return rows
 
 
 def text_length(row: Conversation) -> int:
-    """Tokens of a row's texts and picture, the template's few aside."""
+    """Tokens of a row's texts and image, the template's few aside."""
     return sum(len(turn.text.replace("<image>", "").split()) for turn in row.turns) + 576 * len(row.images)
 
 

@@ -1,4 +1,4 @@
-"""The sides of the benchmark: ours, and TRL's own way with pictures; the same model, rows and samples a step."""
+"""The sides of the benchmark: ours, and TRL's own way with images; the same model, rows and samples a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from lora_llava.benchmark.benchmark_rows import DrawnPictures, draw_rows, lay_out, shape_config, text_length
+from lora_llava.benchmark.benchmark_rows import DrawnImages, draw_rows, lay_out, shape_config, text_length
 from lora_llava.data.collator import PackedCollator
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.images.reading import Pixels
@@ -53,7 +53,7 @@ class Settings:
         r: Rank of the adapters.
         optimizer: transformers' name.
         cap_bytes: Of GPU memory; None for no cap.
-        words: Of every row's text, each with a picture; None for ScienceQA's lengths.
+        words: Of every row's text, each with an image; None for ScienceQA's lengths.
         seed: Draws rows and weights.
         pool: Batches that rows are drawn for, of which `steps` are trained.
     """
@@ -162,10 +162,10 @@ def _ours(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock)
     )  # fmt: skip
     indices, size = list(range(len(samples))), settings.micro_batch
     rows = [indices[start : start + size] for start in range(0, len(indices), size)]
-    pictures: Any = Pixels(DrawnPictures(), processor.image_processor)
+    images: Any = Pixels(DrawnImages(), processor.image_processor)
     if cached:
         names = [name for row in rows for i in row for name in samples[i]["image_files"]]
-        pictures = _features(settings, config, pictures, names)
+        images = _features(settings, config, images, names)
     model = _random_model(settings, config, with_tower=not cached)
     use_flash_varlen(model)
     peft_model = add_adapters(model, lora_config(r=settings.r, alpha=16, targets=LINEARS))
@@ -177,7 +177,7 @@ def _ours(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock)
     trainer = CountingTrainer(
         peft_model, _arguments(settings, **{checkpointing_argument(): False}, packing=False, padding_free=False,
                                dataset_kwargs={"skip_prepare_dataset": True}),
-        train=Feed(samples, rows, PackedCollator(pictures)), validation=None, processor=processor,
+        train=Feed(samples, rows, PackedCollator(images)), validation=None, processor=processor,
         projector_learning_rate=1e-4, callbacks=[clock],
     )  # fmt: skip
     trainer.clock = clock
@@ -195,7 +195,7 @@ class CountingTrainer(LlavaSFTTrainer):
 
 
 def _features(settings: Settings, config: LlavaConfig, pixels: Pixels, names: list[str]) -> Any:
-    """Every picture's features, computed before the clock runs, as a vision cache does."""
+    """Every image's features, computed before the clock runs, as a vision cache does."""
     device = default_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tower = AutoModel.from_config(config.vision_config, dtype=dtype).to(device).eval()
@@ -214,7 +214,7 @@ def _planned(settings: Settings, config: LlavaConfig, rows: Any, samples: Any, c
     step = Step(
         config=config, quantization="nf4" if cuda else "none", dtype_bytes=2 if cuda else 4,
         lora=LoraSection(r=settings.r), optimizer_bytes=2 if "8bit" in settings.optimizer else 8,
-        tokens=extremes.tokens, trained_tokens=extremes.trained_tokens, pictures=extremes.pictures,
+        tokens=extremes.tokens, trained_tokens=extremes.trained_tokens, images=extremes.images,
         cached_features=cached, cuda=cuda,
     )  # fmt: skip
     budget = None if settings.cap_bytes is None else settings.cap_bytes + CUDA_CONTEXT
@@ -226,11 +226,11 @@ def _planned(settings: Settings, config: LlavaConfig, rows: Any, samples: Any, c
 
 def _trl(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
     """TRL as its documentation has it: its VLM collator on prompts and completions, peft_config, and its defaults."""
-    conversations, pictures = [row for batch in _batches(settings) for row in batch], DrawnPictures()
+    conversations, images = [row for batch in _batches(settings) for row in batch], DrawnImages()
     dataset = Dataset.from_list(
         [
             {
-                "images": [{"bytes": pictures.read(name), "path": None} for name in row.images],
+                "images": [{"bytes": images.read(name), "path": None} for name in row.images],
                 "prompt": [{"role": "user", "content": row.turns[0].text.replace("<image>\n", "")}],
                 "completion": [{"role": "assistant", "content": row.turns[1].text}],
             }

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=home, help="a run directory, a folder with a whole LLaVA, or a Hub id")
     parser.add_argument("--prompt", metavar="TEXT", help="print the answer to this alone, and leave")
     parser.add_argument(
-        "--image", metavar="PATH", type=home, action="append", default=[], help="show a picture with the first "
+        "--image", metavar="PATH", type=home, action="append", default=[], help="show an image with the first "
         "message; may be given several times",
     )  # fmt: skip
     parser.add_argument("--system", metavar="TEXT", help="system text in place of the template's own")
@@ -42,26 +42,26 @@ def run(args: argparse.Namespace, console: Any) -> int:
 
     sampling = Sampling(args.temperature, args.top_p, args.max_new_tokens, args.seed)
     if args.web and (args.prompt is not None or args.image):
-        raise UserError("--web takes pictures and messages on its page; leave out --prompt and --image")
+        raise UserError("--web takes images and messages on its page; leave out --prompt and --image")
     if not args.web and (args.host is not None or args.port is not None):
         raise UserError("--host and --port are the page's; add --web")
     quieten()
     if args.web:
         return _serve(args, sampling, console)
-    from lora_llava.inference.chat import Chat, answer_once, chat_on_terminal, open_pictures
+    from lora_llava.inference.chat import Chat, answer_once, chat_on_terminal, open_images
     from lora_llava.inference.open_model import background_of
 
     for stream in (sys.stdin, sys.stdout, sys.stderr):  # a letter that the terminal cannot write is no reason to end
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    pictures = (
-        open_pictures(args.image, background_of(args.model)) if args.image else []
+    images = (
+        open_images(args.image, background_of(args.model)) if args.image else []
     )  # before the model, which takes its time
     speaker = _open(args)
     if args.prompt is not None:
-        answer_once(speaker, args.prompt, pictures=pictures, sampling=sampling, system=args.system)
+        answer_once(speaker, args.prompt, images=images, sampling=sampling, system=args.system)
     else:
-        chat_on_terminal(Chat(speaker, sampling, args.system, attached=pictures))
+        chat_on_terminal(Chat(speaker, sampling, args.system, attached=images))
     return 0
 
 

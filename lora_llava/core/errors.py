@@ -32,7 +32,7 @@ class UserError(ToldError):
 
 
 class RefusedError(UserError):
-    """A row or picture that cannot be used.
+    """A row or image that cannot be used.
 
     Args:
         message: What is wrong.

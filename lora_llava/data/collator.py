@@ -15,10 +15,10 @@ from lora_llava.data.images.reading import PixelLoader
 
 @dataclass
 class PaddedCollator:
-    """Pads encoded rows on the right and puts their pictures beside them.
+    """Pads encoded rows on the right and puts their images beside them.
 
     Args:
-        load_pixels: Gives the pictures that rows name, such as `Pixels`.
+        load_pixels: Gives the images that rows name, such as `Pixels`.
         pad_token_id: Fills `input_ids`.
     """
 
@@ -29,8 +29,8 @@ class PaddedCollator:
         """Collate rows with `input_ids`, `labels` and `image_files`.
 
         Returns:
-            `input_ids`, `labels` and `attention_mask`, each int64 of shape (rows, longest), and, where a row has a
-            picture, `pixel_values` as `load_pixels` gives them, in the order of the placeholders.
+            `input_ids`, `labels` and `attention_mask`, each int64 of shape (rows, longest), and, where a row has an
+            image, `pixel_values` as `load_pixels` gives them, in the order of the placeholders.
         """
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [torch.tensor(row["labels"]) for row in rows]
@@ -39,15 +39,15 @@ class PaddedCollator:
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
-        return batch | _pictures_of(rows, self.load_pixels)
+        return batch | _images_of(rows, self.load_pixels)
 
 
 @dataclass
 class PackedCollator:
-    """Lays encoded rows end to end in one row without padding, and puts their pictures beside them.
+    """Lays encoded rows end to end in one row without padding, and puts their images beside them.
 
     Args:
-        load_pixels: Gives the pictures that rows name, such as `Pixels`.
+        load_pixels: Gives the images that rows name, such as `Pixels`.
     """
 
     load_pixels: PixelLoader
@@ -75,9 +75,9 @@ class PackedCollator:
             "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows]).unsqueeze(0),
             "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest,
         }  # fmt: skip
-        return batch | _pictures_of(rows, self.load_pixels)
+        return batch | _images_of(rows, self.load_pixels)
 
 
-def _pictures_of(rows: Sequence[dict[str, Any]], load_pixels: PixelLoader) -> dict[str, torch.Tensor]:
+def _images_of(rows: Sequence[dict[str, Any]], load_pixels: PixelLoader) -> dict[str, torch.Tensor]:
     names = [name for row in rows for name in row["image_files"]]
     return {"pixel_values": load_pixels(names)} if names else {}

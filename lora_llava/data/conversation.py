@@ -1,4 +1,4 @@
-"""What every data source becomes: a conversation, with the names of its pictures."""
+"""What every data source becomes: a conversation, with the names of its images."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Conversation:
     Attributes:
         row_id: Names the row in every message about it.
         turns: The messages in order.
-        images: Picture files relative to the data source's image folder, one per placeholder.
+        images: Image files relative to the data source's image folder, one per placeholder.
         extra: What an evaluation needs besides (gold answer, categories).
         notes: What was mended while it was read.
         named: How messages name it: `row a (line 2)`, or `line 2` where it has no id; no part of what it says.
@@ -200,7 +200,7 @@ def _llava_text(text: str) -> str:
 
 
 def place_image(text: str, position: ImagePosition, rng: random.Random) -> str:
-    """Put a message's one picture before or after its text, as the recipe says.
+    """Put a message's one image before or after its text, as the recipe says.
 
     Args:
         text: The text without placeholder.

@@ -64,7 +64,7 @@ def encode_conversation(
             the assistant last. Other special tokens in their texts are encoded as ordinary text.
         tokenizer: A fast tokenizer that knows `<image>`.
         template: A key of `lora_llava.data.TEMPLATES`, or a template.
-        num_image_tokens: How many `<image>` ids stand for one picture (CLIP ViT-L/14-336: 576).
+        num_image_tokens: How many `<image>` ids stand for one image (CLIP ViT-L/14-336: 576).
         max_length: Most tokens of a sample; the end of the last answer is cut to fit. None cuts nothing.
 
     Returns:
@@ -86,7 +86,7 @@ def encode_conversation(
 
 
 Compact = tuple[np.ndarray, np.ndarray]
-"""Ids, int32, with one `<image>` per picture, and which of them are trained, bool, both of shape (tokens,)."""
+"""Ids, int32, with one `<image>` per image, and which of them are trained, bool, both of shape (tokens,)."""
 
 
 def encode_spans(batch: Sequence[Sequence[Span]], tokenizer: PreTrainedTokenizerBase) -> list[Compact | EncodingError]:
@@ -160,7 +160,7 @@ def _runs(spans: Sequence[Span]) -> list[Span]:
 def expand(
     ids: np.ndarray, trained: np.ndarray, *, image_id: int, num_image_tokens: int, max_length: int | None = None
 ) -> Encoded:
-    """Put every picture's tokens in its place, and cut the end of the last answer to fit.
+    """Put every image's tokens in its place, and cut the end of the last answer to fit.
 
     Args:
         ids: From `encode_spans`.
@@ -276,9 +276,9 @@ def _check_turns(turns: Sequence[Turn], template: Template) -> None:
         if turn.role == "assistant" and not turn.text.strip():
             raise EncodingError(f"turn {index}: the answer is empty")
         if turn.role == "assistant" and IMAGE_PLACEHOLDER in turn.text:
-            raise EncodingError(f"turn {index}: the answer holds {IMAGE_PLACEHOLDER}; only a user shows pictures")
+            raise EncodingError(f"turn {index}: the answer holds {IMAGE_PLACEHOLDER}; only a user shows images")
     if template.single_turn and (len(turns) != 2 or turns[0].text.count(IMAGE_PLACEHOLDER) != 1):
-        raise EncodingError(f"template {template.name} takes one picture and one caption")
+        raise EncodingError(f"template {template.name} takes one image and one caption")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:

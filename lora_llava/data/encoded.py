@@ -1,6 +1,6 @@
 """Encoded rows: compact, kept on disk and memory-mapped, so that a second start neither reads nor tokenises them.
 
-A table keeps a source's rows as they are tokenised once: one id per picture, nothing cut. How many tokens a picture
+A table keeps a source's rows as they are tokenised once: one id per image, nothing cut. How many tokens an image
 takes, the length limit and which rows are used are decided when rows are taken from it.
 """
 
@@ -65,7 +65,7 @@ class EncodedTable:
     """A source's rows, encoded.
 
     Attributes:
-        ids: All rows' ids end to end, int32; one `<image>` per picture.
+        ids: All rows' ids end to end, int32; one `<image>` per image.
         trained: Which of them are trained, bool.
         starts: Where each row begins, int64 of shape (rows + 1,); a row that could not be encoded has no ids.
         image_counts: Number of images of each row.
@@ -87,7 +87,7 @@ class EncodedTable:
         return len(self.starts) - 1
 
     def lengths(self, num_image_tokens: int) -> np.ndarray:
-        """Tokens of each row, pictures' included, int64."""
+        """Tokens of each row, images' included, int64."""
         return np.diff(self.starts) + self.image_counts.astype(np.int64) * (num_image_tokens - 1)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +96,7 @@ class EncodedTable:
         return self.ids[place], self.trained[place]
 
     def images(self, index: int) -> list[str]:
-        """Names of a row's pictures, in order."""
+        """Names of a row's images, in order."""
         text = self._images[index]
         return text.split("\0") if text else []
 
@@ -198,7 +198,7 @@ def _counted(source: Source) -> Iterable[Read]:
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """Let the tokenizer take all cores, though processes that load pictures are forked later: the setting is read at
+    """Let the tokenizer take all cores, though processes that load images are forked later: the setting is read at
     every call (tokenizers, utils/parallelism.rs)."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -255,7 +255,7 @@ def _check(
     count = int((encoded[0] == image_id).sum())
     if count != len(row.images):
         return EncodingError(
-            f"{count} {IMAGE_PLACEHOLDER} placeholders for {len(row.images)} pictures; make them equal",
+            f"{count} {IMAGE_PLACEHOLDER} placeholders for {len(row.images)} images; make them equal",
             "placeholder count",
         )
     if not encoded[1].any():
@@ -284,7 +284,7 @@ class EncodedRows(Sequence[dict[str, Any]]):
         tables: The sources'.
         places: Table and row of each, int64 of shape (rows, 2).
         image_id: The id of `<image>`.
-        num_image_tokens: How many of them a picture has.
+        num_image_tokens: How many of them an image has.
         max_length: Most tokens of a row; the end of its last answer is cut to fit.
     """
 
@@ -331,13 +331,13 @@ class EncodedRows(Sequence[dict[str, Any]]):
         return self.tables[number], int(row)
 
     def image_files(self, index: int) -> list[str]:
-        """Names of a row's pictures, as the split's image source knows them."""
+        """Names of a row's images, as the split's image source knows them."""
         table, row = self.table_row(index)
         names = table.images(row)
         return names if len(self.tables) == 1 else [f"{self.places[index][0]}|{name}" for name in names]
 
     def image_counts(self) -> np.ndarray:
-        """How many pictures each row has."""
+        """How many images each row has."""
         return np.array([self.tables[table].image_counts[row] for table, row in self.places], dtype=np.int64)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> EncodedRows:

@@ -1,4 +1,4 @@
-"""What is wrong, or odd, with rows: found in their encoded tables and their pictures, before any training."""
+"""What is wrong, or odd, with rows: found in their encoded tables and their images, before any training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lora_llava.data.images.image_check import ImageFacts
 from lora_llava.data.selection import Policy
 
 _NOTES = {
-    PLACEHOLDER_ADDED: "a picture is named but no <image> stands in the text; it is put where data.image_position says",
+    PLACEHOLDER_ADDED: "an image is named but no <image> stands in the text; it is put where data.image_position says",
     LEADING_ANSWER_CUT: "the conversation starts with an answer, which is left out, as LLaVA does",
     OPEN_QUESTION_CUT: "the conversation ends with a question, which is left out",
 }
-LEAK, SHARED = "held-out row in train", "held-out picture in train"
+LEAK, SHARED = "held-out row in train", "held-out image in train"
 DUPLICATE = "duplicate row"
 _WIDTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _MOST_BINS = 16
@@ -85,14 +85,14 @@ class CheckedSource:
         name: The source's name.
         table: The source's rows.
         rows: Which of them belong to the split.
-        pictures: What was found about the source's pictures, by name.
+        images: What was found about the source's images, by name.
     """
 
     split: str
     name: str
     table: EncodedTable
     rows: np.ndarray
-    pictures: Mapping[str, ImageFacts]
+    images: Mapping[str, ImageFacts]
 
     def finding(self, kind: str, row: int, message: str, dropped: bool = False) -> Finding:
         told = f"{message}: the row is dropped" if dropped else message
@@ -103,7 +103,7 @@ class CheckedSource:
 def check_sources(
     sources: Sequence[CheckedSource], policies: Mapping[str, Policy], *, image_id: int,
     num_image_tokens: int, leaks_are_errors: bool = True,
-    with_pictures: Container[str] = (),
+    with_images: Container[str] = (),
 ) -> CheckReport:  # fmt: skip
     """Find everything.
 
@@ -111,10 +111,10 @@ def check_sources(
         sources: What the splits consist of, training first.
         policies: By split.
         image_id: The id of `<image>`.
-        num_image_tokens: How many of them a picture has.
+        num_image_tokens: How many of them an image has.
         leaks_are_errors: Whether a held-out row that is also trained on is an error, or, in a published split that
             nobody here can mend, a warning.
-        with_pictures: Sources that should have images by the recipe or by what is beside them: none is an error. It is
+        with_images: Sources that should have images by the recipe or by what is beside them: none is an error. It is
             for any source of which a column that is not read seems to name images.
 
     Returns:
@@ -129,12 +129,12 @@ def check_sources(
         report.errors += errors
         report.warnings += warnings
         report.warnings += _mended(source)
-        errors, warnings = _pictures(source, policy)
+        errors, warnings = _images(source, policy)
         report.errors += errors
         report.warnings += warnings
-    report.errors += whole_source_errors(sources, with_pictures)
+    report.errors += whole_source_errors(sources, with_images)
     report.warnings += _duplicates(sources)
-    report.warnings += _shared_pictures(sources)
+    report.warnings += _shared_images(sources)
     (report.errors if leaks_are_errors else report.warnings).extend(leaks(sources))
     for split in dict.fromkeys(source.split for source in sources):
         mine = [source for source in sources if source.split == split]
@@ -149,12 +149,12 @@ def _bad_rows(source: CheckedSource, policy: Policy) -> Iterator[Finding]:
         yield source.finding(problem.kind, int(row), str(problem), policy.on_bad_row == "drop")
 
 
-def whole_source_errors(sources: Sequence[CheckedSource], with_pictures: Container[str]) -> Iterator[Finding]:
+def whole_source_errors(sources: Sequence[CheckedSource], with_images: Container[str]) -> Iterator[Finding]:
     """Find what is wrong with a source in all its splits, and with a split in all its sources.
 
     Args:
         sources: See `check_sources`.
-        with_pictures: See `check_sources`.
+        with_images: See `check_sources`.
 
     Yields:
         Errors: a source or split without rows, and a source that should have images and has none.
@@ -168,8 +168,8 @@ def whole_source_errors(sources: Sequence[CheckedSource], with_pictures: Contain
             yield Finding("no rows", "", f"{name}: {what}", -1, name, mine[0].split)
         elif not mine[0].table.image_counts[sound].any():
             column, rows = _unread_images(mine[0].table, sound)
-            if column is not None or name in with_pictures:
-                yield Finding("no pictures", "", _no_images(name, column, rows, len(sound)), -1, name, mine[0].split)
+            if column is not None or name in with_images:
+                yield Finding("no images", "", _no_images(name, column, rows, len(sound)), -1, name, mine[0].split)
     for split in dict.fromkeys(source.split for source in sources):
         mine = [source for source in sources if source.split == split]
         elsewhere = any(len(_sound(source)) for source in sources if source.name == mine[0].name)
@@ -243,29 +243,29 @@ def _overlong(
     return errors, warnings
 
 
-def _pictures(source: CheckedSource, policy: Policy) -> tuple[list[Finding], list[Finding]]:
+def _images(source: CheckedSource, policy: Policy) -> tuple[list[Finding], list[Finding]]:
     errors: list[Finding] = []
     warnings: list[Finding] = []
     dropped = policy.on_bad_image == "drop"
     for row in source.rows:
         for name in source.table.images(int(row)):
-            picture = source.pictures.get(name)
-            if picture is None:
+            image = source.images.get(name)
+            if image is None:
                 continue
-            if picture.problem is not None:
-                bad = source.finding(picture.kind, int(row), picture.problem, dropped)
+            if image.problem is not None:
+                bad = source.finding(image.kind, int(row), image.problem, dropped)
                 (warnings if dropped else errors).append(bad)
-            warnings += [source.finding(kind, int(row), message) for kind, message in picture.oddities]
+            warnings += [source.finding(kind, int(row), message) for kind, message in image.oddities]
     return errors, warnings
 
 
 def _key(source: CheckedSource, row: int, asked_only: bool) -> bytes:
-    """What makes two rows the same: their text, or what is asked in it, and what their pictures show."""
+    """What makes two rows the same: their text, or what is asked in it, and what their images show."""
     ids, trained = source.table.row(row)
     digest = hashlib.sha256((ids[~trained] if asked_only else ids).tobytes())
     for name in source.table.images(row):
-        picture = source.pictures.get(name)
-        digest.update((picture.digest if picture and picture.digest else name).encode("utf-8", "surrogatepass"))
+        image = source.images.get(name)
+        digest.update((image.digest if image and image.digest else name).encode("utf-8", "surrogatepass"))
     return digest.digest()[:16]
 
 
@@ -304,7 +304,7 @@ def asked_again(sources: Sequence[CheckedSource]) -> dict[int, list[str]]:
 
 
 def leaks(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
-    """Find training rows that ask what a held-out row asks, of the same pictures.
+    """Find training rows that ask what a held-out row asks, of the same images.
 
     Args:
         sources: What the splits consist of, with what is known of the images that `asked_again` names.
@@ -323,12 +323,12 @@ def leaks(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
                 other, number = found
                 yield source.finding(
                     LEAK, row, f"it asks what {other.split} {other.table.row_name(number)} asks, of the same "
-                    "pictures; take it out of one of them"
+                    "images; take it out of one of them"
                 )  # fmt: skip
 
 
-def _shared_pictures(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
-    """Training rows that show a picture of a held-out row, under this name or another."""
+def _shared_images(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
+    """Training rows that show an image of a held-out row, under this name or another."""
     held: dict[str, str] = {}
     for source in (source for source in sources if source.split != "train"):
         for row in map(int, _sound(source)):
@@ -338,12 +338,12 @@ def _shared_pictures(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
         for row in map(int, _sound(source)):
             found = next((held[digest] for digest in _digests(source, row) if digest in held), None)
             if found is not None:
-                yield source.finding(SHARED, row, f"it shows a picture that {found} shows")
+                yield source.finding(SHARED, row, f"it shows an image that {found} shows")
 
 
 def _digests(source: CheckedSource, row: int) -> list[str]:
-    pictures = (source.pictures.get(name) for name in source.table.images(row))
-    return [picture.digest for picture in pictures if picture is not None and picture.digest]
+    images = (source.images.get(name) for name in source.table.images(row))
+    return [image.digest for image in images if image is not None and image.digest]
 
 
 def _figures(sources: Sequence[CheckedSource], policy: Policy, num_image_tokens: int) -> dict[str, Any]:
@@ -357,7 +357,7 @@ def _figures(sources: Sequence[CheckedSource], policy: Policy, num_image_tokens:
     return {
         "rows": int(sum(len(source.rows) for source in sources)),
         "sound_rows": len(lengths),
-        "rows_with_pictures": int(sum((source.table.image_counts[_sound(source)] > 0).sum() for source in sources)),
+        "rows_with_images": int(sum((source.table.image_counts[_sound(source)] > 0).sum() for source in sources)),
         "sources": {source.name: len(source.rows) for source in sources},
         "tokens": int(lengths.sum()),
         "trained_tokens": trained,

@@ -1,5 +1,5 @@
-"""A person's folder of pictures and questions, looked at: which file holds the rows, what its columns are called, and
-where the pictures are."""
+"""A person's folder of images and questions, looked at: which file holds the rows, what its columns are called, and
+where the images are."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ class FolderData:
         form: How the rows are read.
         shape: The same in words.
         columns: What a table calls its columns.
-        image_folder: Root of the pictures; None where no row has one.
+        image_folder: Root of the images; None where no row has one.
         rows: Rows of `file`.
-        pictures: Picture files under the folder.
-        named: Different pictures that rows name.
-        embedded: Whether the pictures are in the table itself.
+        images: Image files under the folder.
+        named: Different images that rows name.
+        embedded: Whether the images are in the table itself.
         unused: Columns that are not read.
         files: All files of the set that `file` is the first of.
-        linked: Sets of pictures that no row links to each other; rows of one set are held back together.
+        linked: Sets of images that no row links to each other; rows of one set are held back together.
     """
 
     file: Path
@@ -67,7 +67,7 @@ class FolderData:
     columns: Columns
     image_folder: Path | None
     rows: int
-    pictures: int
+    images: int
     named: int
     embedded: bool = False
     unused: tuple[str, ...] = ()
@@ -79,7 +79,7 @@ def understand_folder(folder: Path, file: Path | None = None, follow_links: bool
     """Look at a folder.
 
     Args:
-        folder: With pictures, at any depth, and a file of rows.
+        folder: With images, at any depth, and a file of rows.
         file: The file of rows, where there are several.
         follow_links: Whether links in the folder may lead out of it.
 
@@ -88,12 +88,10 @@ def understand_folder(folder: Path, file: Path | None = None, follow_links: bool
 
     Raises:
         UserError: For a folder without rows, or with files among which it cannot be told, or rows whose form is not
-            known, or none of whose pictures is there.
+            known, or none of whose images is there.
     """
     if not folder.is_dir():
-        raise UserError(
-            f"there is no folder {folder}; name one with pictures and a table, or add --example to make one"
-        )
+        raise UserError(f"there is no folder {folder}; name one with images and a table, or add --example to make one")
     held: dict[str, Path] = {}
     if file is None:
         file, held = _choose(folder)
@@ -107,12 +105,12 @@ def understand_folder(folder: Path, file: Path | None = None, follow_links: bool
         parquet_columns(each).get(name) for each in files for name in (columns.image, "images")
     )  # fmt: skip
     rows, names, linked = _count(files, form, columns, embedded)
-    pictures = list(_pictures(folder, follow_links))
-    root = _image_folder(folder, file, pictures, names, follow_links) if names and not embedded else None
+    images = list(_images(folder, follow_links))
+    root = _image_folder(folder, file, images, names, follow_links) if names and not embedded else None
     known = {"system", "images", *CHAT_COLUMNS, *vars(columns).values()}
     unused = tuple(str(name) for name in dict.fromkeys(key for row in first for key in row) if name not in known)
     return FolderData(
-        file, held.get("validation"), held.get("test"), form, shape, columns, root, rows, len(pictures), len(names),
+        file, held.get("validation"), held.get("test"), form, shape, columns, root, rows, len(images), len(names),
         embedded, unused, files, linked,
     )  # fmt: skip
 
@@ -183,7 +181,7 @@ def _parsed(messages: Any) -> Any:
 def _count(
     files: Iterable[Path], form: Format, columns: Columns, embedded: bool
 ) -> tuple[int, dict[str, None], int]:  # fmt: skip
-    """Rows, the pictures they name, and how many sets of pictures there are that no row links; the check says what is
+    """Rows, the images they name, and how many sets of images there are that no row links; the check says what is
     wrong with rows."""
     count = 0
     parent: dict[str, str] = {}
@@ -206,13 +204,13 @@ def _count(
     return count, dict.fromkeys(parent), sum(name == first for name, first in parent.items())
 
 
-def _pictures(folder: Path, follow_links: bool) -> Iterator[Path]:
+def _images(folder: Path, follow_links: bool) -> Iterator[Path]:
     files = map(Path, walk_files(folder, follow_links))
     return (file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _image_folder(folder: Path, file: Path, files: list[Path], names: Iterable[str], follow_links: bool) -> Path:
-    """The root under which most of the named pictures are, and among equals the one where most need no matching."""
+    """The root under which most of the named images are, and among equals the one where most need no matching."""
     names = list(islice(names, _PEEK))
     roots = dict.fromkeys([folder, file.parent, folder / "images"])
     for image in files:
@@ -233,7 +231,7 @@ def _image_folder(folder: Path, file: Path, files: list[Path], names: Iterable[s
                 "it, which is refused; add --follow-links, which writes data.follow_links: true into the recipe"
             )
         raise UserError(
-            f"{file}: its first row with a picture names {names[0]}, and none of its first {len(names)} pictures is "
+            f"{file}: its first row with an image names {names[0]}, and none of its first {len(names)} images is "
             f"under {folder}, which holds {len(files)} images; put them there"
         )
     return best

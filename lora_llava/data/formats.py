@@ -70,10 +70,10 @@ class Columns:
     """What a table calls its columns.
 
     Attributes:
-        image: The picture's file name, or the picture itself.
+        image: The image's file name, or the image itself.
         question: The user's text.
         answer: The text that is trained.
-        caption: The picture's caption, in captions.
+        caption: The image's caption, in captions.
         id: The row's name.
     """
 
@@ -93,15 +93,15 @@ def read_row(
     Args:
         row: What the file holds.
         number: Its place in the file, from 0; its name where it has no id, and what its coin is thrown by.
-        form: `conversations`, or `captions`, which also takes a picture with its bare caption.
+        form: `conversations`, or `captions`, which also takes an image with its bare caption.
         columns: What a table calls its columns.
-        position: Where a row's one picture goes in the text; `as_written` leaves it, and puts one that the text does
+        position: Where a row's one image goes in the text; `as_written` leaves it, and puts one that the text does
             not mention first.
         seed: Throws the coin of `random` and draws the request that a bare caption answers.
-        embedded: Pictures are in the table itself, and named by the row's number.
+        embedded: Images are in the table itself, and named by the row's number.
 
     Returns:
-        The conversation: turns in order, one placeholder per picture; in `extra` its `choices` (a list, or a text with
+        The conversation: turns in order, one placeholder per image; in `extra` its `choices` (a list, or a text with
         `|` between them) and its `type` (`question_type` or `category`), where it has them.
 
     Raises:
@@ -247,7 +247,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 
 def _images(row: Mapping[str, Any], messages: Sequence[Any], columns: Columns, number: int | None) -> tuple[str, ...]:
-    """Names of the row's pictures: from its column, else from the parts of its messages; pictures in the table itself
+    """Names of the row's images: from its column, else from the parts of its messages; images in the table itself
     are named by the row's number."""
     given: list[Any] = []
     for column in dict.fromkeys((columns.image, "images")):
@@ -255,7 +255,7 @@ def _images(row: Mapping[str, Any], messages: Sequence[Any], columns: Columns, n
         given += value if isinstance(value, (list, tuple)) else [value] if not _is_blank(value) else []
     inline = [name for message in messages for name in _inline_names(message)]
     if given and inline:
-        raise RowError("both formats", f"its pictures stand in {columns.image} and in its messages; keep one")
+        raise RowError("both formats", f"its images stand in {columns.image} and in its messages; keep one")
     names = []
     for place, value in enumerate(given or inline):
         name = value.get("path") if isinstance(value, Mapping) else value
@@ -263,13 +263,13 @@ def _images(row: Mapping[str, Any], messages: Sequence[Any], columns: Columns, n
         if number is not None:
             name = str(number) if len(given) == 1 else f"{number}:{place}"
         if not isinstance(name, str) or not name or "\0" in name:
-            raise RowError("malformed row", f"a picture's name is {value!r:.60}; it should be a file's name")
+            raise RowError("malformed row", f"an image's name is {value!r:.60}; it should be a file's name")
         names.append(name)
     return tuple(names)
 
 
 def _inline_names(message: Any) -> list[Any]:
-    """Pictures that image parts name: `image`, `path` or `url` as transformers takes them, `image_url` as OpenAI."""
+    """Images that image parts name: `image`, `path` or `url` as transformers takes them, `image_url` as OpenAI."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, Sequence) or isinstance(content, str):
         return []
@@ -323,14 +323,14 @@ def _check_order(turns: Sequence[Turn]) -> None:
 def _place(
     conversation: Conversation, position: ImagePosition, rng: random.Random, *, expected: bool
 ) -> Conversation:  # fmt: skip
-    """Make placeholders as many as pictures, and put a lone one where the recipe wants it; where one was `expected`, it
+    """Make placeholders as many as images, and put a lone one where the recipe wants it; where one was `expected`, it
     is noted that it was not there."""
     images, turns = conversation.images, conversation.turns
     count = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
     if count not in (0, len(images)) or (count and not images):
         raise RowError(
             "placeholder count",
-            f"{count} {IMAGE_PLACEHOLDER} placeholders for {len(images)} pictures; make them equal",
+            f"{count} {IMAGE_PLACEHOLDER} placeholders for {len(images)} images; make them equal",
         )
     if not images:
         return conversation

@@ -1,4 +1,4 @@
-"""Several sources as one training set: what is held back, by picture, and what of each source an epoch takes."""
+"""Several sources as one training set: what is held back, by image, and what of each source an epoch takes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ side."""
 def row_keys(
     table: EncodedTable, images: ImageSource, source: int, digests: Mapping[str, str] | None = None
 ) -> list[list[Hashable]]:  # fmt: skip
-    """What of each row must not be on both sides of a split: its pictures, or, without any, its questions.
+    """What of each row must not be on both sides of a split: its images, or, without any, its questions.
 
     Args:
         table: The source's rows.
-        images: The source's pictures; the same file under two sources' names is one picture.
-        source: The source's place, which tells pictures apart that are no files.
-        digests: What pictures that are no files hold, by name, so that the same one in two rows is one.
+        images: The source's images; the same file under two sources' names is one image.
+        source: The source's place, which tells images apart that are no files.
+        digests: What images that are no files hold, by name, so that the same one in two rows is one.
 
     Returns:
         The keys of every row; none of one that could not be read.
@@ -40,7 +40,7 @@ def row_keys(
         if digests is not None:
             return digests.get(name, (source, name))
         name = files.get(name, name)  # two names that are matched to one file are one image
-        match = COCO_NAME.fullmatch(name.rpartition("/")[2])  # the same number is the same picture in every release
+        match = COCO_NAME.fullmatch(name.rpartition("/")[2])  # the same number is the same image in every release
         return ("coco", match[1]) if match else os.path.normpath(os.path.join(root, name))
 
     every = dict.fromkeys(name for row in range(len(table)) for name in table.images(row))
@@ -77,7 +77,7 @@ def _same_files(images: FolderImages, names: Iterable[str]) -> dict[str, Hashabl
 def hold_back(
     keys: Sequence[Sequence[Hashable]], counts: Sequence[int], seed: int, names: Sequence[str]
 ) -> list[list[int]]:  # fmt: skip
-    """Draw rows that are not trained on; rows that share a picture, or pictures in turn, stay together.
+    """Draw rows that are not trained on; rows that share an image, or images in turn, stay together.
 
     Args:
         keys: What each row must share a side with, from `row_keys`; a row without any is not drawn.
@@ -114,7 +114,7 @@ def hold_back(
     if not left:
         asked = ", ".join(f"{name} is {count}" for name, count in zip(names, counts, strict=True) if count)
         raise UserError(
-            f"{asked}, of {len(keys)} rows, which have {len(members)} pictures or sets of them; leave some to train on"
+            f"{asked}, of {len(keys)} rows, which have {len(members)} images or sets of them; leave some to train on"
         )
     return [left, *parts]
 

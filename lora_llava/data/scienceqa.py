@@ -57,7 +57,7 @@ def _fold(text: str) -> str:
 
 
 class ScienceQASplit(NamedTuple):
-    """A split's rows and where their pictures are."""
+    """A split's rows and where their images are."""
 
     conversations: list[Conversation]
     images: ImageSource
@@ -83,16 +83,16 @@ def load_scienceqa(
             parquet files, or a Hub id with the fields of derek-thomas/ScienceQA.
         split: `train`, `val` or `test` (in parquet `validation` for `val`), or another key of `pid_splits.json`.
         order: See `format_problem`.
-        image_position: Where the picture stands in the question.
+        image_position: Where the image stands in the question.
         seed: Throws the coin of `image_position="random"`, one throw per row whatever else is read.
-        image_folder: Root of the pictures; default `path/images`.
-        max_image_pixels: Most pixels of a picture.
+        image_folder: Root of the images; default `path/images`.
+        max_image_pixels: Most pixels of an image.
         revision: Branch, tag or commit of a Hub id.
         background: What transparent parts of images are composited on.
         follow_links: Open images that links in the image folder lead to, outside it too.
 
     Returns:
-        The rows as conversations of one question and one answer, and their pictures.
+        The rows as conversations of one question and one answer, and their images.
 
     Raises:
         UserError: For a missing folder or file, an unknown or empty split, or a problem that lacks a field.

@@ -14,7 +14,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, EncodingError
 from lora_llava.data.encode import OverlongError
 from lora_llava.data.encoded import EncodedRows, EncodedTable, answer_starts, encode_table
-from lora_llava.data.images.image_check import ImageFacts, inspect_pictures
+from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.data.images.image_names import MATCHED
 from lora_llava.data.images.reading import ImageSource
 from lora_llava.data.images.to_rgb import SCALED, TRANSPARENT
@@ -65,7 +65,7 @@ class Policy:
         on_overlong: `error` refuses a longer row, `drop` leaves it out, `truncate_answer` cuts its last answer's end,
             and refuses it where that is not enough.
         on_bad_row: `error` or `drop`, for a row that is no conversation.
-        on_bad_image: `error` or `drop`, for a row whose picture cannot be opened.
+        on_bad_image: `error` or `drop`, for a row whose image cannot be opened.
     """
 
     max_length: int
@@ -84,7 +84,7 @@ def select_rows(
         places: Table and row of each, int64 of shape (rows, 2), in the order they are to have.
         policy: What becomes of the others.
         image_id: The id of `<image>`.
-        num_image_tokens: How many of them a picture has.
+        num_image_tokens: How many of them an image has.
 
     Returns:
         The rows, and the account so far; `account` completes it.
@@ -150,16 +150,16 @@ def _fitting(
     return np.ones(len(rows), dtype=bool)
 
 
-def without_bad_pictures(
+def without_bad_images(
     rows: EncodedRows, on_bad_image: OnBad, report: Report, inspect: Callable[[list[str]], Mapping[str, ImageFacts]]
 ) -> EncodedRows:
-    """Leave out, or refuse, rows whose pictures cannot be opened.
+    """Leave out, or refuse, rows whose images cannot be opened.
 
     Args:
         rows: From `select_rows`.
         on_bad_image: See `Policy`.
         report: Counts them.
-        inspect: Finds out about pictures by their names.
+        inspect: Finds out about images by their names.
 
     Returns:
         The rows that are left.
@@ -235,6 +235,6 @@ def build_rows(
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     rows, report = select_rows([table], places, policy, image_id=image_id, num_image_tokens=num_image_tokens)
     if images is not None:
-        rows = without_bad_pictures(rows, on_bad_image, report, lambda names: inspect_pictures(images, names))
+        rows = without_bad_images(rows, on_bad_image, report, lambda names: inspect_images(images, names))
     account(rows, report)
     return rows, report

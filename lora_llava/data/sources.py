@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a folder or the Hub, with the pictures beside them."""
+"""Where rows come from: a file, a folder or the Hub, with the images beside them."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class _Look(TypedDict):
 
 @dataclass(frozen=True)
 class Source:
-    """Rows and their pictures.
+    """Rows and their images.
 
     Attributes:
         name: Names it in reports.
-        images: Opens its pictures.
+        images: Opens its images.
         fingerprint: Hash over everything that decides what `read` gives.
         read: Gives every row in order, as a conversation or as what is wrong with it.
         files: The files it is read from, where there are any: one, or the shards of a set.
@@ -138,11 +138,11 @@ def open_source(
         file: A file in a Hub data set's repository, such as `detail_23k.json`; None loads it as a table.
         revision: Branch, tag or commit of a Hub id.
         split: Split of a Hub table, or of a folder with files of several splits.
-        image_folder: Root of the pictures; default: `images` beside the file, else the file's own folder.
+        image_folder: Root of the images; default: `images` beside the file, else the file's own folder.
         columns: What a table calls its columns.
         position: See `read_row`.
         seed: See `read_row`.
-        max_image_pixels: Most pixels of a picture.
+        max_image_pixels: Most pixels of an image.
         where: The field that names it, for messages.
         background: What transparent parts of images are composited on.
         follow_links: Open images that links in the image folder lead to, outside it too.
@@ -244,7 +244,7 @@ def _images_of(
     folder: str | Path | None, max_pixels: int, table: Any, columns: Columns, beside: Path, fingerprint: str,
     where: str, look: _Look,
 ) -> ImageSource:  # fmt: skip
-    """Pictures in a folder, unless they are in the table itself."""
+    """Images in a folder, unless they are in the table itself."""
     if folder is None and table is not None:
         column = next((name for name in (columns.image, "images") if name in table.column_names), None)
         if column is not None and not _is_text(table.features[column]):
@@ -254,7 +254,7 @@ def _images_of(
         root = beside
     if folder is not None and not root.is_dir():
         field = f"{where.rpartition('.')[0]}.image_folder"
-        raise UserError(f"{field}: there is no folder {folder}{looked_in(folder)}; name the root of the pictures")
+        raise UserError(f"{field}: there is no folder {folder}{looked_in(folder)}; name the root of the images")
     return FolderImages(root, max_pixels, **look)
 
 
@@ -275,12 +275,12 @@ def check_columns(file: Path, found: Sequence[str], form: Format, columns: Colum
 
 
 def _light_rows(table: Any) -> Iterator[Any]:
-    """Rows of a `datasets` table without the bytes of their pictures."""
+    """Rows of a `datasets` table without the bytes of their images."""
     import pyarrow
 
     for batch in table.with_format("arrow").iter(1000):
-        rows = batch.select([name for name in batch.column_names if not _is_picture(table.features[name])]).to_pylist()
-        for name in (name for name in batch.column_names if _is_picture(table.features[name])):
+        rows = batch.select([name for name in batch.column_names if not _is_image(table.features[name])]).to_pylist()
+        for name in (name for name in batch.column_names if _is_image(table.features[name])):
             for row, value in zip(rows, batch.column(name), strict=True):
                 several = isinstance(value, (pyarrow.ListScalar, pyarrow.LargeListScalar))
                 count = len(value) if several and value.is_valid else int(value.is_valid)
@@ -288,7 +288,7 @@ def _light_rows(table: Any) -> Iterator[Any]:
         yield from rows
 
 
-def _is_picture(feature: Any) -> bool:
+def _is_image(feature: Any) -> bool:
     import datasets
 
     return isinstance(getattr(feature, "feature", feature), datasets.Image)

@@ -32,7 +32,7 @@ class Template:
         system: The system text where the conversation brings none of its own.
         system_format: Wraps a non-empty system text; `{}` is its place.
         user_format: Wraps a user's text up to where the answer starts; `{}` is its place. None drops the text and
-            keeps the pictures (`plain`).
+            keeps the images (`plain`).
         opening: Stands between the system text and the first user's turn.
         system_in_user: The wrapped system text goes inside the first user's text.
         answer_prefix: Stands between the prompt and the answer and is trained with it.
@@ -150,8 +150,8 @@ def chat_template(template: Template) -> str:
     """
     if template.user_format is None:
         user = (
-            "{%- set pictures = text_of(message).split('<image>') | length - 1 -%}"
-            "{%- for _ in range(pictures) -%}{{ '<image>' }}{%- endfor -%}"
+            "{%- set images = text_of(message).split('<image>') | length - 1 -%}"
+            "{%- for _ in range(images) -%}{{ '<image>' }}{%- endfor -%}"
         )
     else:
         before, after = template.user_format.split("{}")

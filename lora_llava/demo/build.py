@@ -1,6 +1,6 @@
 """`lora-llava build-demo`: pre-train the demo's tokenizer, language model and CLIP vision tower from a seed.
 
-The language model reads text alone; the vision tower learns from pictures and captions by CLIP's contrastive loss.
+The language model reads text alone; the vision tower learns from images and captions by CLIP's contrastive loss.
 The two have never met: joining them is what Stage 1 and Stage 2 of the demo recipes do.
 """
 
@@ -160,14 +160,14 @@ def near_misses(scene: Scene, rng: random.Random) -> list[Scene]:
 def train_vision_tower(
     tokenizer: PreTrainedTokenizerBase, seed: int, steps: int, progress: Progress
 ) -> tuple[CLIPModel, CLIPImageProcessorPil]:
-    """Pre-train CLIP on the training split's pictures and captions by the symmetric contrastive loss (CLIP, fig. 3)."""
+    """Pre-train CLIP on the training split's images and captions by the symmetric contrastive loss (CLIP, fig. 3)."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     processor = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size)
     groups = [near_misses(random_scene(rng, "train"), rng) for _ in range(CLIP_POOL)]
     groups = [[s for s in group if s.split == "train"] for group in groups]
-    task = progress.add_task("drawing pictures", total=len(groups))
+    task = progress.add_task("drawing images", total=len(groups))
     pixels = []
     for group in groups:
         pixels.append(processor([draw(s, rng) for s in group], return_tensors="pt")["pixel_values"].half())

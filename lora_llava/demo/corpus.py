@@ -1,6 +1,6 @@
 """The text on which the demo's language model is pre-trained: questions about *written* scenes, and word games.
 
-No picture and no image token occurs in it, and none of the facts that the text-only questions of the demo ask for
+No image and no image token occurs in it, and none of the facts that the text-only questions of the demo ask for
 (`facts.ANIMALS` and so on): their words occur, what is said of them does not.
 """
 
@@ -14,7 +14,7 @@ from lora_llava.demo import facts, questions
 from lora_llava.demo.world import COLOURS, PLACES, SHAPES, Scene, caption, random_scene
 
 GRID = 4
-"""A scene written as a grid has 4 x 4 words, as its picture has 4 x 4 patches."""
+"""A scene written as a grid has 4 x 4 words, as its image has 4 x 4 patches."""
 DESCRIBE = ("Describe the picture.", "What is shown?", "Give a brief description.")
 
 

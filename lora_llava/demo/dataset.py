@@ -19,7 +19,7 @@ SEED = 7
 ROWS = {"train": 4000, "val": 160, "test": 480}
 CAPTIONS = 6000
 CONTEXTS = 300
-EXAMPLE_PICTURES = 20
+EXAMPLE_IMAGES = 20
 VISUAL_SHARE = 0.6
 _VERSION = 1
 """Raise it when the same counts would give other rows."""
@@ -34,7 +34,7 @@ def build_demo_scienceqa(cache: Path, rows: dict[str, int] | None = None) -> Pat
 
     Returns:
         A folder with `problems.json`, `pid_splits.json`, `images/{split}/{id}/image.png`, and `scenes.json`, what each
-        picture shows. No scene and no question of one split occurs in another.
+        image shows. No scene and no question of one split occurs in another.
     """
     rows = rows or ROWS
     name = f"scienceqa-v{_VERSION}-{'-'.join(str(count) for count in rows.values())}"
@@ -42,20 +42,20 @@ def build_demo_scienceqa(cache: Path, rows: dict[str, int] | None = None) -> Pat
 
 
 def build_demo_captions(cache: Path, count: int = CAPTIONS) -> Path:
-    """Draw pictures of the training split with their captions, once.
+    """Draw images of the training split with their captions, once.
 
     Returns:
-        A `chat.json` with its pictures in `images` beside it.
+        A `chat.json` with its images in `images` beside it.
     """
     folder = _once(cache / "demo" / f"captions-v{_VERSION}-{count}", lambda folder: _write_captions(folder, count))
     return folder / "chat.json"
 
 
 def build_demo_contexts(cache: Path, count: int = CONTEXTS) -> Path:
-    """Draw pictures of the training split with captions and boxes, once.
+    """Draw images of the training split with captions and boxes, once.
 
     Returns:
-        A `contexts.jsonl` of LLaVA's form, with its pictures in `images` beside it.
+        A `contexts.jsonl` of LLaVA's form, with its images in `images` beside it.
     """
     folder = _once(cache / "demo" / f"contexts-v{_VERSION}-{count}", lambda folder: _write_contexts(folder, count))
     return folder / "contexts.jsonl"
@@ -87,7 +87,7 @@ def _write_scienceqa(folder: Path, rows: dict[str, int]) -> None:
 
 
 def _draw_row(rng: random.Random, split: Split, image_folder: Path, seen: set[str]) -> tuple[Row | None, str]:
-    """One row with its picture and what that shows; no row where the same question was drawn before."""
+    """One row with its image and what that shows; no row where the same question was drawn before."""
     if rng.random() < VISUAL_SHARE:
         scene = random_scene(rng, split)
         row = rng.choice(questions.VISUAL)(scene, rng)
@@ -136,12 +136,12 @@ def _write_contexts(folder: Path, count: int) -> None:
     (folder / "contexts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-def write_example_folder(folder: Path, pictures: int = EXAMPLE_PICTURES) -> None:
-    """Make a folder such as people have: pictures, and a CSV of questions about them.
+def write_example_folder(folder: Path, images: int = EXAMPLE_IMAGES) -> None:
+    """Make a folder such as people have: images, and a CSV of questions about them.
 
     Args:
         folder: A new folder, or an empty one.
-        pictures: How many pictures are drawn.
+        images: How many images are drawn.
 
     Raises:
         UserError: Where the folder holds something.
@@ -154,7 +154,7 @@ def write_example_folder(folder: Path, pictures: int = EXAMPLE_PICTURES) -> None
     with (folder / "questions.csv").open("w", newline="", encoding="utf-8") as stream:
         table = csv.writer(stream)
         table.writerow(("image", "question", "answer"))
-        while len(seen) < pictures:
+        while len(seen) < images:
             scene = random_scene(rng, "train")
             if scene.key in seen:
                 continue

@@ -1,4 +1,4 @@
-"""ScienceQA-shaped rows over the demo's world: three subjects, with and without picture, hint and lecture.
+"""ScienceQA-shaped rows over the demo's world: three subjects, with and without image, hint and lecture.
 
 Choices stand in a fixed order, as on a form: which letter a choice has is then the same in every row, which a language
 model of a million parameters can learn in minutes. The right choice is not to be had from the question alone.
@@ -37,7 +37,7 @@ def _a(word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
-# --- questions about a picture -------------------------------------------------------------------------------------
+# --- questions about an image -------------------------------------------------------------------------------------
 
 
 def colour_of(scene: Scene, rng: random.Random) -> Row:
@@ -114,7 +114,7 @@ def plain_questions(scene: Scene) -> list[tuple[str, str]]:
     return asked
 
 
-# --- questions without a picture -----------------------------------------------------------------------------------
+# --- questions without an image -----------------------------------------------------------------------------------
 
 
 def animal_class(rng: random.Random) -> Row:

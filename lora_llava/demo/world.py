@@ -1,4 +1,4 @@
-"""The demo's little world: scenes of coloured shapes, their pictures and their captions.
+"""The demo's little world: scenes of coloured shapes, their images and their captions.
 
 A scene is drawn by seed and belongs to one split for good (by a hash of what it shows), so that no test scene
 can occur in training, whatever question is asked of it.
@@ -26,7 +26,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 BACKGROUNDS = ((255, 255, 255), (244, 240, 228), (228, 238, 246), (232, 244, 230))
 IMAGE_SIZE = 64
-"""Side of a picture in pixels; each place is one quadrant."""
+"""Side of an image in pixels; each place is one quadrant."""
 
 _SPLIT_BUCKETS = {"test": range(15), "val": range(15, 20), "train": range(20, 100)}
 
@@ -87,23 +87,23 @@ def caption(scene: Scene) -> str:
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draw a scene with jittered positions, sizes and background, so that no two pictures are alike.
+    """Draw a scene with jittered positions, sizes and background, so that no two images are alike.
 
     Returns:
-        An RGB picture of `IMAGE_SIZE` squared.
+        An RGB image of `IMAGE_SIZE` squared.
     """
     return draw_with_boxes(scene, rng)[0]
 
 
 Corners = tuple[float, float, float, float]
-"""x1, y1, x2, y2 as fractions of the picture's sides."""
+"""x1, y1, x2, y2 as fractions of the image's sides."""
 
 
 def draw_with_boxes(scene: Scene, rng: random.Random) -> tuple[Image.Image, list[Corners]]:
     """Draw a scene, and tell where its things are.
 
     Returns:
-        The picture as of `draw`, and each thing's box.
+        The image as of `draw`, and each thing's box.
     """
     scale = 4  # drawn large and reduced, for smooth edges
     side = IMAGE_SIZE * scale

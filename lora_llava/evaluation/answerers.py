@@ -16,9 +16,9 @@ from lora_llava.data.templates import Template
 from lora_llava.data.typed import without_marks
 from lora_llava.distributed.ranks import gather, this_rank
 from lora_llava.inference.answer import Answer
-from lora_llava.inference.chat_request import ChatFailure, ChatRequest, picture_part
+from lora_llava.inference.chat_request import ChatFailure, ChatRequest, image_part
 from lora_llava.inference.client import ChatServer, ask
-from lora_llava.inference.generate import EncodedPictures, Question, generate_answers
+from lora_llava.inference.generate import EncodedImages, Question, generate_answers
 from lora_llava.inference.likelihood import Choices, answer_losses, build_tree, weigh_choices
 from lora_llava.inference.sampling import Sampling
 
@@ -35,8 +35,8 @@ class Asked:
         model: A LLaVA, with or without adapter.
         tokenizer: The processor's.
         template: The one that was trained.
-        num_image_tokens: Of one picture.
-        load_pixels: Gives the rows' pictures.
+        num_image_tokens: Of one image.
+        load_pixels: Gives the rows' images.
         batch_size: Questions at once.
     """
 
@@ -80,8 +80,8 @@ def by_writing(asked: Asked, sampling: Sampling) -> Answerer:
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
         questions = [Question(asked.prompt(row), row.images) for row in rows]
         return generate_answers(
-            asked.model, questions, tokenizer=asked.tokenizer, load_pixels=asked.load_pixels, batch_size=asked.batch_size,
-            sampling=sampling, stop_string=asked.template.stop_string, answered=answered,
+            asked.model, questions, tokenizer=asked.tokenizer, load_pixels=asked.load_pixels,
+            batch_size=asked.batch_size, sampling=sampling, stop_string=asked.template.stop_string, answered=answered,
         )  # fmt: skip
 
     return answer
@@ -122,7 +122,7 @@ def by_reasoned_likelihood(asked: Asked, sampling: Sampling, choices: Choose) ->
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
         questions = [Question(asked.prompt(row), row.images) for row in rows]
         left = sorted((i for i in range(len(rows)) if i not in answered), key=lambda i: -len(questions[i].input_ids))
-        encoded = EncodedPictures(asked.model, asked.load_pixels, questions, left, times=2)
+        encoded = EncodedImages(asked.model, asked.load_pixels, questions, left, times=2)
         common: dict[str, Any] = {
             "load_pixels": asked.load_pixels, "batch_size": asked.batch_size, "encoded": encoded,
         }  # fmt: skip
@@ -168,7 +168,7 @@ def by_server(server: ChatServer, images: ImageSource, sampling: Sampling, stop_
 
     Args:
         server: An OpenAI-compatible one.
-        images: Opens the rows' pictures, which are sent with the questions.
+        images: Opens the rows' images, which are sent with the questions.
         sampling: How tokens are drawn there.
         stop_string: Ends an answer where the template's stop is ordinary text.
     """
@@ -182,7 +182,7 @@ def by_server(server: ChatServer, images: ImageSource, sampling: Sampling, stop_
                 try:
                     messages = _server_messages(rows[index], images)
                 except BadImageError as error:
-                    bad.append((index, Answer("", problem=str(error), is_picture=True)))
+                    bad.append((index, Answer("", problem=str(error), is_image=True)))
                     continue
                 sent.append(index)
                 yield ChatRequest(
@@ -202,7 +202,7 @@ def by_server(server: ChatServer, images: ImageSource, sampling: Sampling, stop_
 
 
 def _server_messages(row: Conversation, images: ImageSource) -> list[dict[str, Any]]:
-    """A row up to its last answer in OpenAI's form, each picture where its placeholder stands."""
+    """A row up to its last answer in OpenAI's form, each image where its placeholder stands."""
     names = iter(row.images)
     messages = []
     for turn in row.turns[:-1]:
@@ -210,9 +210,9 @@ def _server_messages(row: Conversation, images: ImageSource) -> list[dict[str, A
         content: list[dict[str, Any]] = []
         for place, piece in enumerate(pieces):
             if place:
-                content.append(picture_part(images.open(next(names))))
+                content.append(image_part(images.open(next(names))))
             piece = without_marks(piece)
-            text = piece.strip("\n") if len(pieces) > 1 else piece  # the template puts a line break at a picture
+            text = piece.strip("\n") if len(pieces) > 1 else piece  # the template puts a line break at an image
             if text:
                 content.append({"type": "text", "text": text})
         messages.append({"role": turn.role, "content": content if len(pieces) > 1 else turn.shown})
@@ -228,7 +228,7 @@ def reference_losses(asked: Asked, rows: Sequence[Conversation]) -> dict[int, tu
 
     Returns:
         Summed cross-entropy in nats and tokens of the last answer and its stop, by the row's index; none for a row
-        whose picture cannot be opened.
+        whose image cannot be opened.
     """
     found = answer_losses(
         asked.model, [asked.with_answer(row, row.turns[-1].text) for row in rows], [row.images for row in rows],

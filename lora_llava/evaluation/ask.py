@@ -50,14 +50,14 @@ def choose_rows(rows: Sequence[Row], count: int | str, seed: int) -> list[Row]:
 
 
 def shuffle_images(rows: Sequence[Conversation], seed: int) -> list[Conversation]:
-    """Give every row with pictures those of a row that has others: a model that looks must lose by it.
+    """Give every row with images those of a row that has others: a model that looks must lose by it.
 
     Args:
-        rows: Rows of which some have pictures; they are exchanged among rows with as many.
+        rows: Rows of which some have images; they are exchanged among rows with as many.
         seed: Draws the exchange.
 
     Returns:
-        The rows; one keeps its own pictures only where more than half of those with as many have the same.
+        The rows; one keeps its own images only where more than half of those with as many have the same.
     """
     places = [i for i, row in enumerate(rows) if row.images]
     random.Random(seed).shuffle(places)
@@ -68,7 +68,7 @@ def shuffle_images(rows: Sequence[Conversation], seed: int) -> list[Conversation
             if len(rows[place].images) == count:
                 groups.setdefault(rows[place].images, []).append(place)
         order = [place for group in groups.values() for place in group]
-        step = max(map(len, groups.values()))  # so far on, no row of the same pictures is met
+        step = max(map(len, groups.values()))  # so far on, no row of the same images is met
         for place, source in zip(order, order[step:] + order[:step], strict=True):
             shuffled[place] = replace(rows[place], images=rows[source].images)
     return shuffled
@@ -129,7 +129,7 @@ def ask_conversations(
 
 
 def questions_hash(rows: Sequence[Conversation]) -> str:
-    """SHA-256 over what is asked: ids, turns up to the last answer, names of pictures, and choices."""
+    """SHA-256 over what is asked: ids, turns up to the last answer, names of images, and choices."""
     asked = [[row.row_id, messages_of(row)[:-1], row.images, row.extra.get("choices")] for row in rows]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
@@ -153,14 +153,14 @@ def ask_rows(
         predictions: File for one marked answer a line, in the rows' order; None writes none.
         description: Stands before the progress bar.
         key: What the answers depend on besides the questions; with it a stopped evaluation goes on where it was.
-        bad_images: `error`, or `wrong`: a question whose picture cannot be opened counts as answered wrongly, and its
+        bad_images: `error`, or `wrong`: a question whose image cannot be opened counts as answered wrongly, and its
             line says so.
 
     Returns:
         The marked answers, in the rows' order.
 
     Raises:
-        UserError: For a picture that cannot be opened.
+        UserError: For an image that cannot be opened.
         UnansweredError: Where a server left questions unanswered.
     """
     log = _open_log(predictions, rows, key)
@@ -173,12 +173,12 @@ def ask_rows(
     try:
         with bar:
             for index, answer in answerer(rows, frozenset(answers)):
-                if answer.problem is not None and bad_images == "error" and answer.is_picture:
+                if answer.problem is not None and bad_images == "error" and answer.is_image:
                     raise UserError(
                         f"{rows[index].name}: {answer.problem}; restore it, or let such questions count as wrong "
                         "with --bad-images wrong"
                     )
-                if answer.problem is not None and not answer.is_picture:
+                if answer.problem is not None and not answer.is_image:
                     unanswered[index] = answer.problem
                     if len(unanswered) >= _HOPELESS and len(answers) == before:
                         raise _unanswered(rows, unanswered)
@@ -228,8 +228,8 @@ def _tell(text: str) -> None:
 def _tell_bad(rows: Sequence[Conversation], answers: Mapping[int, Answer]) -> None:
     bad = [rows[index].named or rows[index].row_id for index in sorted(answers) if answers[index].problem is not None]
     if bad:
-        what = "1 question counts as wrong because its picture" if len(bad) == 1 else (
-            f"{len(bad):,} questions count as wrong because their pictures"
+        what = "1 question counts as wrong because its image" if len(bad) == 1 else (
+            f"{len(bad):,} questions count as wrong because their images"
         )  # fmt: skip
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         _tell(f"{what} cannot be opened: {', '.join(bad[:_NAMED])}{more}")

@@ -67,10 +67,10 @@ class Way:
         prompt: A key of `PROMPTS`; for ScienceQA.
         temperature: As of `Sampling`.
         top_p: As of `Sampling`.
-        shuffled: Exchange the pictures among the questions.
+        shuffled: Exchange the images among the questions.
         base_only: The run's base without what was trained.
         parser: Reads ScienceQA's letters, a member of `PARSERS`; None takes the recipe's.
-        bad_images: `error`, or `wrong`: a question whose picture cannot be opened counts as answered wrongly.
+        bad_images: `error`, or `wrong`: a question whose image cannot be opened counts as answered wrongly.
     """
 
     method: Literal["generate", "loglik"] = "generate"

@@ -39,7 +39,7 @@ def write_question(problem: Mapping[str, Any], prompt: str) -> str:
         prompt: `direct` or `lmms-eval`.
 
     Returns:
-        The question without picture.
+        The question without image.
     """
     if prompt == "direct":
         return f"{format_problem(problem, 'CQM-A')[0]}\n{LETTER_REQUEST}"
@@ -56,7 +56,7 @@ def ask_by(row: Conversation, prompt: str) -> Conversation:
         prompt: A key of `PROMPTS`.
 
     Returns:
-        The row, its picture before the question where it is not asked as the recipe has it.
+        The row, its image before the question where it is not asked as the recipe has it.
     """
     if prompt == "recipe":
         return row

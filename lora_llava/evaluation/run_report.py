@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page: curves, the tables, and answers with their pictures."""
+"""`report.html`: a run on one page: curves, the tables, and answers with their images."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def _count_asked(table: dict[str, Any]) -> int:
 
 
 def _asked_rows(file: Path, marked: Sequence[Row], split: Split, own: bool) -> list[Conversation]:
-    """The rows that were asked, by what their lines say of them: others may have been dropped for their pictures."""
+    """The rows that were asked, by what their lines say of them: others may have been dropped for their images."""
     rows: defaultdict[tuple[str, ...], deque[Conversation]] = defaultdict(deque)
     for row in split.read(range(len(split.rows))):
         about = [str(row.extra.get("source", "")), _question(row), row.turns[-1].shown] if own else []
@@ -262,16 +262,16 @@ def _question(row: Conversation) -> str:
 
 def _item(after: Asking, index: int) -> GalleryItem:
     row, line = after.rows[index], after.marked[index]
-    shown = _pictures(row, after)
+    shown = _images(row, after)
     return GalleryItem(
         question=_question(row), reference=row.turns[-1].shown, text=line["text"], right=_is_right(line),
-        pictures=[picture for _, picture in shown], names=[name for name, _ in shown], question_id=line["question_id"],
+        images=[image for _, image in shown], names=[name for name, _ in shown], question_id=line["question_id"],
         categories=(line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)])
         + ([row.named] if row.named else []),
     )  # fmt: skip
 
 
-def _pictures(row: Conversation, after: Asking) -> list[tuple[str, Image.Image]]:
+def _images(row: Conversation, after: Asking) -> list[tuple[str, Image.Image]]:
     """The images that can be opened, with their file names."""
     found = []
     for name in row.images:
@@ -296,13 +296,13 @@ def _notes(after: Asking, gallery: Mapping[int, GalleryItem]) -> list[str]:
     ]
     bad = [line["question_id"] for line in after.marked if "problem" in line]
     if bad:
-        notes.append(f"{_count(bad)} wrong because a picture could not be opened: {_named(bad)}.")
+        notes.append(f"{_count(bad)} wrong because an image could not be opened: {_named(bad)}.")
     gone = [
         item.question_id for i, item in gallery.items()
-        if len(item.pictures) < len(after.rows[i].images) and "problem" not in after.marked[i]
+        if len(item.images) < len(after.rows[i].images) and "problem" not in after.marked[i]
     ]  # fmt: skip
     if gone:
-        notes.append(f"Shown without a picture that cannot be opened any more: {_named(gone)}.")
+        notes.append(f"Shown without an image that cannot be opened any more: {_named(gone)}.")
     return notes
 
 

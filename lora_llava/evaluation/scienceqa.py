@@ -65,7 +65,7 @@ def categories(subject: str, grade: str, has_image: bool, has_hint: bool) -> lis
     Args:
         subject: `natural science`, `social science` or `language science`.
         grade: `grade1` to `grade12`.
-        has_image: Whether it shows a picture.
+        has_image: Whether it shows an image.
         has_hint: Whether it has a textual context.
 
     Returns:

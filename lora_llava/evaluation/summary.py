@@ -18,13 +18,13 @@ def summarise(table: Mapping[str, Any], marked: Sequence[Mapping[str, Any]]) -> 
         marked: The lines of its predictions file.
 
     Returns:
-        `table`, a figure of no questions None; for ScienceQA `unparsed` with its share in %; `bad_pictures`, the ids of
-        questions that count as wrong because a picture could not be opened.
+        `table`, a figure of no questions None; for ScienceQA `unparsed` with its share in %; `bad_images`, the ids of
+        questions that count as wrong because an image could not be opened.
     """
     bad = [row["question_id"] for row in marked if "problem" in row]
     if is_answer_table(dict(table)):
         groups = {name: _known(marks) | {"exact_match_interval": _interval(marks)} for name, marks in table.items()}
-        return {"table": groups, "bad_pictures": bad}
+        return {"table": groups, "unopened_images": bad}
     columns = {
         column: {
             "percent": percent if count else None,
@@ -35,7 +35,7 @@ def summarise(table: Mapping[str, Any], marked: Sequence[Mapping[str, Any]]) -> 
         for column in COLUMNS
         for percent, correct, count in [table[column]]
     }
-    return {"table": columns, "unparsed": unparsed(table), "bad_pictures": bad}
+    return {"table": columns, "unparsed": unparsed(table), "unopened_images": bad}
 
 
 def unparsed(table: Mapping[str, Any]) -> dict[str, float]:

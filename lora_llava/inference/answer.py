@@ -12,13 +12,13 @@ class Answer:
     Attributes:
         text: What was written, without special tokens; "" where nothing was.
         problem: Why there is no answer; None where there is one.
-        is_picture: Whether the problem is a picture that cannot be opened, and not who was asked.
+        is_image: Whether the problem is an image that cannot be opened, and not who was asked.
         scores: Log-likelihood of each choice in nats, where choices were weighed in place of writing.
     """
 
     text: str
     problem: str | None = None
-    is_picture: bool = False
+    is_image: bool = False
     scores: tuple[float, ...] | None = None
 
     @property

@@ -34,8 +34,8 @@ from lora_llava.inference.speak import (
 )
 
 COMMANDS = {
-    "/image": ("PATH", "attach a picture to the next message; several may be attached"),
-    "/reset": ("", "forget the conversation and attached pictures"),
+    "/image": ("PATH", "attach an image to the next message; several may be attached"),
+    "/reset": ("", "forget the conversation and attached images"),
     "/save": ("PATH", "write the conversation as a JSON file that `data.format: conversations` reads"),
     "/help": ("", "show this"),
     "/exit": ("", "leave; Ctrl-D does too"),
@@ -49,7 +49,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass
 class AttachedImage:
-    """A picture that is shown to the model, and its file."""
+    """An image that is shown to the model, and its file."""
 
     file: Path
     image: Image.Image
@@ -64,8 +64,8 @@ class Chat:
         sampling: How.
         system: System text in place of the template's own; None keeps that.
         messages: What was said, without the system text.
-        shown: Files of the pictures in it, in order.
-        attached: Pictures of the next message.
+        shown: Files of the images in it, in order.
+        attached: Images of the next message.
     """
 
     speaker: Speaker
@@ -84,8 +84,8 @@ def clean_text(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
-def open_pictures(paths: Sequence[str | Path], background: Background = "white") -> list[AttachedImage]:
-    """Open pictures.
+def open_images(paths: Sequence[str | Path], background: Background = "white") -> list[AttachedImage]:
+    """Open images.
 
     Args:
         paths: Files.
@@ -97,7 +97,7 @@ def open_pictures(paths: Sequence[str | Path], background: Background = "white")
     files = [Path(path).expanduser() for path in paths]
     folder = next((file for file in files if file.is_dir()), None)
     if folder is not None:
-        raise UserError(f"{folder} is a folder; name a picture")
+        raise UserError(f"{folder} is a folder; name an image")
     return [AttachedImage(file, read_rgb(file, str(file), MAX_IMAGE_PIXELS, background)) for file in files]
 
 
@@ -105,7 +105,7 @@ def answer_once(
     speaker: Speaker,
     prompt: str,
     *,
-    pictures: Sequence[AttachedImage] = (),
+    images: Sequence[AttachedImage] = (),
     sampling: Sampling,
     system: str | None = None,
 ) -> None:
@@ -114,7 +114,7 @@ def answer_once(
     Args:
         speaker: Who answers.
         prompt: The message's text.
-        pictures: What it shows.
+        images: What it shows.
         sampling: How tokens are drawn.
         system: System text in place of the template's own.
 
@@ -122,9 +122,9 @@ def answer_once(
         UserError: For a message that is empty or does not fit the model.
         KeyboardInterrupt: Where it is stopped.
     """
-    if not prompt.strip() and not pictures:
-        raise UserError("--prompt is empty; give a question, or a picture with --image")
-    chat = Chat(speaker, sampling, system, attached=list(pictures))
+    if not prompt.strip() and not images:
+        raise UserError("--prompt is empty; give a question, or an image with --image")
+    chat = Chat(speaker, sampling, system, attached=list(images))
     _, finish = _speak(chat, prompt)
     if finish == "stopped":
         raise KeyboardInterrupt
@@ -145,9 +145,9 @@ def chat_on_terminal(chat: Chat) -> None:
     if interactive:
         with contextlib.suppress(ImportError):  # not on Windows
             import readline  # noqa: F401 - gives input() its editing and history
-        _note(f"{chat.speaker.name}: /image PATH attaches a picture, /help lists the commands")
+        _note(f"{chat.speaker.name}: /image PATH attaches an image, /help lists the commands")
         if chat.speaker.single_turn:
-            _note("it was trained on captions: attach one picture, then press Enter")
+            _note("it was trained on captions: attach one image, then press Enter")
         _tell_attached(chat.attached)
     warned = False
     while True:
@@ -236,21 +236,21 @@ def _paths_of(argument: str) -> list[Path]:
 
 
 def _attach(chat: Chat, argument: str) -> None:
-    pictures = open_pictures(_paths_of(argument), chat.speaker.background)
-    chat.attached += pictures
-    _tell_attached(pictures)
+    images = open_images(_paths_of(argument), chat.speaker.background)
+    chat.attached += images
+    _tell_attached(images)
 
 
-def _tell_attached(pictures: Sequence[AttachedImage]) -> None:
-    for picture in pictures:
-        _note(f"{picture.file}: {picture.image.width} x {picture.image.height}, goes with your next message")
+def _tell_attached(images: Sequence[AttachedImage]) -> None:
+    for image in images:
+        _note(f"{image.file}: {image.image.width} x {image.image.height}, goes with your next message")
 
 
 def ask(chat: Chat, text: str) -> None:
     """Answer a message on stdout and keep both, unless nothing was answered.
 
     Args:
-        chat: The conversation; attached pictures go with the message.
+        chat: The conversation; attached images go with the message.
         text: The message.
 
     Raises:
@@ -263,7 +263,7 @@ def ask(chat: Chat, text: str) -> None:
             raise KeyboardInterrupt
         _note("(stopped)")
     if not answer:
-        attached = "; its pictures stay attached" if chat.attached else ""
+        attached = "; its images stay attached" if chat.attached else ""
         _note(f"there is no answer, and the message is not kept{attached}")
         return
     if finish == "length":
@@ -271,12 +271,12 @@ def ask(chat: Chat, text: str) -> None:
     if chat.speaker.single_turn:
         chat.messages, chat.shown = [], []
     chat.messages += [_question(chat, text), text_message("assistant", answer)]
-    chat.shown += [picture.file for picture in chat.attached]
+    chat.shown += [image.file for image in chat.attached]
     chat.attached = []
 
 
 def _question(chat: Chat, text: str) -> Message:
-    return user_message(text, [picture.image for picture in chat.attached])
+    return user_message(text, [image.image for image in chat.attached])
 
 
 def _speak(chat: Chat, text: str) -> tuple[str, Finish]:
@@ -307,7 +307,7 @@ def _note(text: str) -> None:
 
 
 def save_chat(chat: Chat, file: Path) -> str:
-    """Write the conversation as one row of messages, its pictures copied into `images` beside it, where a recipe looks.
+    """Write the conversation as one row of messages, its images copied into `images` beside it, where a recipe looks.
 
     Args:
         chat: The conversation.
@@ -327,7 +327,7 @@ def save_chat(chat: Chat, file: Path) -> str:
     if replaced and not _is_saved_chat(file):
         raise UserError(f"{file} is there and is no saved chat; name another file")
     try:
-        names = [_keep_picture(picture, file.parent / "images") for picture in chat.shown]
+        names = [_keep_image(image, file.parent / "images") for image in chat.shown]
         row = {"messages": [_as_saved(message) for message in chat.with_system(chat.messages)], "images": names}
         read_row(row, 0, position="as_written")
         file.write_text(json_text([row], indent=2) + "\n", encoding="utf-8")
@@ -335,8 +335,8 @@ def save_chat(chat: Chat, file: Path) -> str:
         raise UserError(f"this conversation cannot be trained on, and is not saved: {error}") from None
     except OSError as error:
         raise UserError(f"{error.filename or file} cannot be read or written: {error.strerror}") from None
-    pictures = f", its pictures in {file.parent / 'images'}" if names else ""
-    return f"{'replaced' if replaced else 'saved'}: {file}{pictures}"
+    images = f", its images in {file.parent / 'images'}" if names else ""
+    return f"{'replaced' if replaced else 'saved'}: {file}{images}"
 
 
 def _is_saved_chat(file: Path) -> bool:
@@ -348,7 +348,7 @@ def _is_saved_chat(file: Path) -> bool:
 
 
 def _as_saved(message: Message) -> Message:
-    """A message whose pictures are named beside it."""
+    """A message whose images are named beside it."""
     parts = message["content"]
     if all(part["type"] == "text" for part in parts):
         return {"role": message["role"], "content": "".join(part["text"] for part in parts)}
@@ -356,8 +356,8 @@ def _as_saved(message: Message) -> Message:
     return {"role": message["role"], "content": content}
 
 
-def _keep_picture(file: Path, folder: Path) -> str:
-    """Copy a picture into a folder unless it is there, under a name that no other picture has."""
+def _keep_image(file: Path, folder: Path) -> str:
+    """Copy an image into a folder unless it is there, under a name that no other image has."""
     folder.mkdir(exist_ok=True)
     number, target = 1, folder / file.name
     while target.exists() and not filecmp.cmp(file, target, shallow=False):

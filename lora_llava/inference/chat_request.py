@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 _LARGE = 1024 * 1024
-"""Pixels from which a picture goes as JPEG: a photograph of that size is megabytes as PNG."""
+"""Pixels from which an image goes as JPEG: a photograph of that size is megabytes as PNG."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ChatRequest:
     """One question.
 
     Attributes:
-        messages: In OpenAI's form, `{"role", "content"}`; content is a text or a list of parts, see `picture_part`.
+        messages: In OpenAI's form, `{"role", "content"}`; content is a text or a list of parts, see `image_part`.
         max_tokens: Longest answer.
         temperature: 0 is greedy; None leaves it to the server, as some models demand.
         top_p: Share of the probability that tokens are drawn from.
@@ -81,14 +81,14 @@ class ChatFailure:
     completion_tokens: int | None = field(default=None, compare=False)
 
 
-def picture_part(image: Image.Image) -> dict[str, Any]:
-    """A picture as a part of a message's content.
+def image_part(image: Image.Image) -> dict[str, Any]:
+    """An image as a part of a message's content.
 
     Args:
         image: Any mode; sent in RGB.
 
     Returns:
-        An `image_url` part with the picture in a data URL: PNG, which changes no pixel, or JPEG of quality 95 above
+        An `image_url` part with the image in a data URL: PNG, which changes no pixel, or JPEG of quality 95 above
         1024 x 1024 pixels.
     """
     kind = "jpeg" if image.width * image.height > _LARGE else "png"

@@ -29,9 +29,9 @@ from lora_llava.inference.chat_errors import (
     text_of,
     told_usage,
 )
-from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest, picture_part
+from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest, image_part
 
-__all__ = ["Again", "ChatAnswer", "ChatFailure", "ChatRequest", "ChatServer", "ask", "find_model", "picture_part"]
+__all__ = ["Again", "ChatAnswer", "ChatFailure", "ChatRequest", "ChatServer", "ask", "find_model", "image_part"]
 
 _LONGEST_PAUSE = 30.0
 _DAY = 86_400
@@ -147,7 +147,7 @@ Answers = Generator[tuple[int, ChatAnswer | ChatFailure], None, None]
 def ask(server: ChatServer, requests: Iterable[ChatRequest], again: Again | None = None) -> Answers:
     """Ask, and give the answers as they come.
 
-    Requests are drawn one by one, no more than `server.concurrency` before their answers are given: one with a picture
+    Requests are drawn one by one, no more than `server.concurrency` before their answers are given: one with an image
     may be megabytes. Closing the generator, or Ctrl-C, cancels what is on its way.
 
     Args:

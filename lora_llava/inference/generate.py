@@ -1,4 +1,4 @@
-"""Batched answers: questions sorted by length, each picture encoded once, a KV cache, the template's stop."""
+"""Batched answers: questions sorted by length, each image encoded once, a KV cache, the template's stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Question:
 
     Attributes:
         input_ids: Ids up to where the answer starts, image tokens expanded.
-        image_files: Names of its pictures, in order.
+        image_files: Names of its images, in order.
     """
 
     input_ids: Sequence[int]
@@ -41,7 +41,7 @@ def generate_answers(
     sampling: Sampling,
     stop_string: str | None = None,
     answered: Collection[int] = (),
-    encoded: EncodedPictures | None = None,
+    encoded: EncodedImages | None = None,
 ) -> Iterator[tuple[int, Answer]]:
     """Answer questions, longest first, and give each batch's answers as they come.
 
@@ -49,18 +49,18 @@ def generate_answers(
         model: A LLaVA, with or without adapter.
         questions: What to ask.
         tokenizer: The processor's; it pads on the left here.
-        load_pixels: Gives the pictures that questions name.
+        load_pixels: Gives the images that questions name.
         batch_size: Questions at once.
         sampling: How tokens are drawn; what is drawn depends on the seed and on which questions share a batch.
         stop_string: Ends an answer where the template's stop is ordinary text; taken off the answer.
         answered: Indices that are not asked again.
-        encoded: Pictures that are shared with other calls; None keeps those of this one.
+        encoded: Images that are shared with other calls; None keeps those of this one.
 
     Yields:
-        The question's index and its answer; one with a problem where a picture cannot be opened.
+        The question's index and its answer; one with a problem where an image cannot be opened.
     """
     batches = _plan_batches(questions, answered, batch_size, drawn=sampling.temperature > 0)
-    encoded = encoded or EncodedPictures(model, load_pixels, questions, [i for chosen in batches for i in chosen])
+    encoded = encoded or EncodedImages(model, load_pixels, questions, [i for chosen in batches for i in chosen])
     stop: dict[str, Any] = {"tokenizer": tokenizer} | ({"stop_strings": [stop_string]} if stop_string else {})
     model.eval()
     for chosen in batches:
@@ -98,21 +98,26 @@ def _plan_batches(
     return cut([i for i in range(len(questions)) if i not in answered])
 
 
-class EncodedPictures:
-    """Features of the pictures that questions share: the tower sees each once, and what no question needs any more is
+class EncodedImages:
+    """Features of the images that questions share: the tower sees each once, and what no question needs any more is
     let go.
 
     Args:
         model: A LLaVA, with or without adapter; one without tower takes what `load_pixels` gives as features.
-        load_pixels: Gives pictures by name.
-        questions: Whose pictures are asked for.
+        load_pixels: Gives images by name.
+        questions: Whose images are asked for.
         indices: Those of them that are asked.
         times: How often each is asked.
     """
 
     def __init__(
-        self, model: Any, load_pixels: PixelLoader, questions: Sequence[Question], indices: Sequence[int], times: int = 1
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        load_pixels: PixelLoader,
+        questions: Sequence[Question],
+        indices: Sequence[int],
+        times: int = 1,
+    ) -> None:
         self.llava = llava_of(model)
         self.load_pixels = load_pixels
         self.uses = Counter(name for i in indices for name in questions[i].image_files for _ in range(times))
@@ -123,7 +128,7 @@ class EncodedPictures:
     def batch(
         self, indices: Sequence[int], questions: Sequence[Question], pad_token_id: int
     ) -> tuple[dict[str, torch.Tensor], dict[int, Answer]]:
-        """Left-padded ids of these questions with the features of their pictures, and those whose pictures are bad."""
+        """Left-padded ids of these questions with the features of their images, and those whose images are bad."""
         features: list[torch.Tensor] = []
         failed: dict[int, Answer] = {}
         self._encode([name for i in indices for name in questions[i].image_files])
@@ -131,7 +136,7 @@ class EncodedPictures:
             try:
                 found = [self._take(name) for name in questions[i].image_files]
             except BadImageError as error:
-                failed[i] = Answer("", problem=str(error), is_picture=True)
+                failed[i] = Answer("", problem=str(error), is_image=True)
                 continue
             features += found
         kept = [questions[i].input_ids for i in indices if i not in failed]
@@ -145,7 +150,7 @@ class EncodedPictures:
         return nullcontext() if self.llava.model.vision_tower is None else features_as_pixels(self.llava)
 
     def _encode(self, names: Sequence[str]) -> None:
-        """Run the tower once over the batch's new pictures."""
+        """Run the tower once over the batch's new images."""
         new = [name for name in dict.fromkeys(names) if name not in self._held]
         opened: dict[str, torch.Tensor] = {}
         for name in new:

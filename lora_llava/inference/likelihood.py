@@ -12,7 +12,7 @@ from torch.nn import functional
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images.reading import PixelLoader
 from lora_llava.inference.answer import Answer
-from lora_llava.inference.generate import EncodedPictures, Question
+from lora_llava.inference.generate import EncodedImages, Question
 from lora_llava.model.vision import llava_of
 
 
@@ -23,7 +23,7 @@ class Choices:
     Attributes:
         texts: Each answer.
         encoded: `input_ids` and `labels` of the conversation with each answer at its end, labels -100 up to there.
-        image_files: Names of its pictures, in order.
+        image_files: Names of its images, in order.
     """
 
     texts: Sequence[str]
@@ -74,7 +74,7 @@ def build_tree(choices: Sequence[Sequence[int]]) -> Tree:
 @torch.inference_mode()
 def weigh_choices(
     model: Any, questions: Sequence[Choices], *, load_pixels: PixelLoader, batch_size: int, pad_token_id: int,
-    answered: Collection[int] = (), encoded: EncodedPictures | None = None,
+    answered: Collection[int] = (), encoded: EncodedImages | None = None,
 ) -> Iterator[tuple[int, Answer]]:  # fmt: skip
     """Choose answers by their log-likelihood, what a question's choices share computed once: one forward a batch.
 
@@ -84,11 +84,11 @@ def weigh_choices(
     Args:
         model: A LLaVA, with or without adapter.
         questions: With their choices.
-        load_pixels: Gives the pictures that questions name.
+        load_pixels: Gives the images that questions name.
         batch_size: Questions at once.
         pad_token_id: Fills on the left.
         answered: Indices that are not asked again.
-        encoded: Pictures that are shared with other calls; None keeps those of this one.
+        encoded: Images that are shared with other calls; None keeps those of this one.
 
     Yields:
         The question's index and its likeliest choice, with the log-likelihood in nats of what tells the choices apart.
@@ -99,7 +99,7 @@ def weigh_choices(
     trees = [build_tree([ids for ids, _ in question.encoded]) for question in questions]
     rows = [Question(tree.input_ids, q.image_files) for tree, q in zip(trees, questions, strict=True)]
     left = [i for i in range(len(rows)) if i not in answered]
-    encoded = encoded or EncodedPictures(model, load_pixels, rows, left)
+    encoded = encoded or EncodedImages(model, load_pixels, rows, left)
     for indices, batch, failed in _batches(model, rows, left, encoded, batch_size, pad_token_id):
         yield from failed.items()
         if not indices:
@@ -167,17 +167,17 @@ def answer_losses(
     Args:
         model: A LLaVA, with or without adapter.
         rows: `input_ids` and `labels` of each conversation, labels -100 but for the answer.
-        image_files: Names of each one's pictures.
+        image_files: Names of each one's images.
         load_pixels: Gives them.
         batch_size: Conversations at once.
         pad_token_id: Fills on the left.
 
     Yields:
-        Index, summed cross-entropy in nats and labelled tokens; rows whose pictures cannot be opened are left out.
+        Index, summed cross-entropy in nats and labelled tokens; rows whose images cannot be opened are left out.
     """
     questions = [Question(ids, files) for (ids, _), files in zip(rows, image_files, strict=True)]
     everything = range(len(questions))
-    encoded = EncodedPictures(model, load_pixels, questions, everything)
+    encoded = EncodedImages(model, load_pixels, questions, everything)
     for indices, batch, _ in _batches(model, questions, everything, encoded, batch_size, pad_token_id):
         if not indices:
             continue
@@ -198,10 +198,10 @@ def answer_losses(
 
 
 def _batches(
-    model: Any, rows: Sequence[Question], left: Sequence[int], encoded: EncodedPictures, batch_size: int,
+    model: Any, rows: Sequence[Question], left: Sequence[int], encoded: EncodedImages, batch_size: int,
     pad_token_id: int,
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor], dict[int, Answer]]]:  # fmt: skip
-    """Batches of rows, longest first: indices, tensors, and the rows whose pictures are bad."""
+    """Batches of rows, longest first: indices, tensors, and the rows whose images are bad."""
     order = sorted(left, key=lambda i: -len(rows[i].input_ids))
     model.eval()
     for start in range(0, len(order), batch_size):

@@ -23,7 +23,7 @@ from lora_llava.inference.sampling import Sampling
 from lora_llava.model.vision import llava_of
 
 MAX_IMAGE_PIXELS = 50_000_000
-"""Most pixels of a picture that is shown in a chat: what a recipe's `data.max_image_pixels` is by default."""
+"""Most pixels of an image that is shown in a chat: what a recipe's `data.max_image_pixels` is by default."""
 Message = dict[str, Any]
 """`{"role", "content"}` as `user_message` and `text_message` write it: content is always a list of parts, which every
 processor's chat template takes."""
@@ -47,7 +47,7 @@ class Speaker:
         processor: Its stock processor, with a chat template.
         name: What the person called it.
         stop_string: Ends an answer where the template's stop is ordinary text.
-        single_turn: The template is `plain`: a prompt is one picture and no text.
+        single_turn: The template is `plain`: a prompt is one image and no text.
         background: What transparent parts of images are composited on, as the model was trained.
     """
 
@@ -64,9 +64,9 @@ def text_message(role: str, text: str) -> Message:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def user_message(text: str, pictures: Sequence[Image.Image] = ()) -> Message:
-    """A user's message, its pictures before its text, as they were trained unless a recipe says otherwise."""
-    parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+def user_message(text: str, images: Sequence[Image.Image] = ()) -> Message:
+    """A user's message, its images before its text, as they were trained unless a recipe says otherwise."""
+    parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if text else parts}
 
 
@@ -78,15 +78,15 @@ def encode_messages(speaker: Speaker, messages: Sequence[Message]) -> dict[str, 
         messages: In order, the last of them the user's.
 
     Returns:
-        `input_ids` and `attention_mask`, int64 of shape (1, tokens), and with pictures `pixel_values`, float32 of
-        shape (pictures, 3, height, width), on the model's device.
+        `input_ids` and `attention_mask`, int64 of shape (1, tokens), and with images `pixel_values`, float32 of
+        shape (images, 3, height, width), on the model's device.
 
     Raises:
         UserError: For messages that the template refuses, or a prompt that leaves the model no position to answer in
             (`FullError`).
     """
     if speaker.single_turn and [part["type"] for message in messages for part in message["content"]] != ["image"]:
-        raise UserError(f"{speaker.name} was trained on captions (template plain): give it one picture and no text")
+        raise UserError(f"{speaker.name} was trained on captions (template plain): give it one image and no text")
     try:
         batch = encode_prompt(speaker.processor, messages, llava_of(speaker.model).config.image_seq_length)
     except TemplateError as error:

@@ -42,8 +42,8 @@ _OLDEST_GRADIO = (6, 24)
 """The first that keeps runs in the browser, and can be told not to."""
 _LEAST_HEIGHT = 320
 """Pixels of the conversation; it takes what the window has beyond the rest, and scrolls in itself."""
-_INVITATION = "Ask anything, with a picture or without."
-_CAPTIONS = "This model writes captions: send one picture at a time, without a message."
+_INVITATION = "Ask anything, with an image or without."
+_CAPTIONS = "This model writes captions: send one image at a time, without a message."
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 _STYLE = Path(__file__).with_name("web_page.css")
 _COLOURS = {
@@ -120,7 +120,7 @@ def serve(
     speaker: Speaker, *, host: str = "127.0.0.1", port: int = 7860, sampling: Sampling | None = None,
     system: str | None = None, console: Console | None = None,
 ) -> None:  # fmt: skip
-    """Serve the page until Ctrl-C, or another signal to end. Pictures that were uploaded are removed with it.
+    """Serve the page until Ctrl-C, or another signal to end. Images that were uploaded are removed with it.
 
     Args:
         speaker: Who answers, one person at a time.

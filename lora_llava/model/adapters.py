@@ -103,7 +103,7 @@ def add_adapters(model: LlavaForConditionalGeneration, config: LoraConfig, proje
 
 
 def _reach_projector(projector: nn.Module, model: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Lead nothing through the projector where no picture led there: a rank without a gradient for what others have one
+    """Lead nothing through the projector where no image led there: a rank without a gradient for what others have one
     for leaves them waiting. One process does the same, so that its steps are those of many."""
     if model.training and torch.is_grad_enabled() and kwargs.get("pixel_values") is None:
         nothing = sum(0.0 * p.sum() for p in projector.parameters() if p.requires_grad)

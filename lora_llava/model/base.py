@@ -258,8 +258,8 @@ def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -
 
     Args:
         folder: The vision tower's folder, or a base folder; its preprocessor_config.json is read where there is one.
-        config: Gives the picture size where there is none.
-        aspect: `pad` makes pictures square with CLIP's mean colour first; `crop` cuts the centre.
+        config: Gives the image size where there is none.
+        aspect: `pad` makes images square with CLIP's mean colour first; `crop` cuts the centre.
 
     Returns:
         A stock image processor.
@@ -279,7 +279,7 @@ def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -
 def build_processor(
     tokenizer: PreTrainedTokenizerBase, config: LlavaConfig, image_processor: Any, chat_template: str | None = None
 ) -> LlavaProcessor:
-    """The stock processor that turns messages and pictures into what the model was trained on."""
+    """The stock processor that turns messages and images into what the model was trained on."""
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,

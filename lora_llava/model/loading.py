@@ -65,7 +65,7 @@ def load_base(
         quantization: `nf4` puts the language model's linear layers into 4 bits, doubly quantised, and nothing else.
         dtype: What everything else is in and what is computed in.
         revision: Branch, tag or commit of a Hub id.
-        with_tower: Load the vision tower; without it the model takes features of pictures as its `pixel_values`.
+        with_tower: Load the vision tower; without it the model takes features of images as its `pixel_values`.
         to_share: Whether FSDP is to share the weights out: those of 4 bits are then packed as floats, as it takes no
             others, and all others stay on the CPU until it does.
 

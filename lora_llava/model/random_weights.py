@@ -26,7 +26,7 @@ def build_random_llava(
         dtype: Of everything else, and what is computed in.
         device: Where it is drawn.
         seed: Draws it.
-        with_tower: Draw the vision tower; without it the model takes features of pictures as its `pixel_values`.
+        with_tower: Draw the vision tower; without it the model takes features of images as its `pixel_values`.
 
     Returns:
         The model in eval mode, nothing of it trained.

@@ -23,10 +23,10 @@ def tower_features(tower: nn.Module, config: LlavaConfig, pixel_values: torch.Te
     Args:
         tower: A CLIP vision model.
         config: The LLaVA's, which says what of the tower's states is taken.
-        pixel_values: Shape (pictures, 3, height, width).
+        pixel_values: Shape (images, 3, height, width).
 
     Returns:
-        Shape (pictures, image tokens, features), in the tower's dtype whatever autocast is on.
+        Shape (images, image tokens, features), in the tower's dtype whatever autocast is on.
     """
     layers = config.vision_feature_layer
     with torch.autocast(pixel_values.device.type, enabled=False):
@@ -46,10 +46,10 @@ def freeze_tower(model: Any) -> None:
 
 
 def take_features(model: Any) -> None:
-    """Let a model take features of pictures as its `pixel_values`, and drop its tower.
+    """Let a model take features of images as its `pixel_values`, and drop its tower.
 
     Args:
-        model: A `LlavaForConditionalGeneration`; changed in place. Its `pixel_values` are then of shape (pictures,
+        model: A `LlavaForConditionalGeneration`; changed in place. Its `pixel_values` are then of shape (images,
             image tokens, features), as `tower_features` gives them.
     """
     model.model.vision_tower = None
@@ -92,7 +92,7 @@ def llava_of(model: Any) -> Any:
 
 @contextmanager
 def features_as_pixels(model: Any) -> Iterator[None]:
-    """While this is entered, a model takes features of pictures as its `pixel_values`, as `tower_features` gives them.
+    """While this is entered, a model takes features of images as its `pixel_values`, as `tower_features` gives them.
 
     Args:
         model: A `LlavaForConditionalGeneration`.

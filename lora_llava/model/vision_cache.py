@@ -1,4 +1,4 @@
-"""A vision tower's features of pictures, kept: computed once, and the tower is not needed again."""
+"""A vision tower's features of images, kept: computed once, and the tower is not needed again."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import share
 from lora_llava.model.weights.parts import file_hash
 
-SHARD_PICTURES = 256
+SHARD_IMAGES = 256
 """About 300 MB of CLIP ViT-L/14-336's features in bfloat16: a kill loses less than a minute's work."""
 _INDEX = "index.json"
 
 
 class FeatureStore:
-    """Features by picture content: `put` keeps them, `get` gives them back bit-equal.
+    """Features by image content: `put` keeps them, `get` gives them back bit-equal.
 
     On disk: a folder with `index.json`, which holds the key and each shard's SHA-256, and safetensors shards with one
-    tensor a picture under the SHA-256 of the picture's file. A shard counts once the index names it; both are written
+    tensor an image under the SHA-256 of the image's file. A shard counts once the index names it; both are written
     under another name and renamed.
 
     Args:
         folder: Where shards are; None keeps everything in memory.
-        key: What the features depend on besides the picture, as plain JSON: tower, preprocessing, layer, dtype.
+        key: What the features depend on besides the image, as plain JSON: tower, preprocessing, layer, dtype.
     """
 
     def __init__(self, folder: Path | None, key: Mapping[str, Any]) -> None:
@@ -47,8 +47,8 @@ class FeatureStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # a worker process opens shards of its own
 
-    def __contains__(self, picture: str) -> bool:
-        return picture in self._held or picture in self._shard_of
+    def __contains__(self, image: str) -> bool:
+        return image in self._held or image in self._shard_of
 
     def __len__(self) -> int:
         return len(self._held) + len(self._shard_of)
@@ -57,7 +57,7 @@ class FeatureStore:
         """Take in the shards that are whole, and remove what is not.
 
         Args:
-            wanted: Pictures that will be asked for; shards with none of them are left unread. None wants all.
+            wanted: Images that will be asked for; shards with none of them are left unread. None wants all.
 
         Returns:
             What was removed and why, a line each; nothing where all is well.
@@ -74,7 +74,7 @@ class FeatureStore:
         with bar:
             for name, digest in shards.items():
                 if problem := self._take_shard(name, str(digest)):
-                    told.append(f"{self.folder / name} {problem}: its pictures are encoded again")
+                    told.append(f"{self.folder / name} {problem}: its images are encoded again")
                 else:
                     bar.update((self.folder / name).stat().st_size)
         for file in self.folder.glob("*.safetensors*"):
@@ -91,7 +91,7 @@ class FeatureStore:
             return True
         try:
             with safe_open(self.folder / name, framework="pt") as content:
-                if any(picture in wanted for picture in content.keys()):  # noqa: SIM118 - not a dict
+                if any(image in wanted for image in content.keys()):  # noqa: SIM118 - not a dict
                     return True
         except (SafetensorError, OSError):
             return True  # to be told
@@ -107,7 +107,7 @@ class FeatureStore:
             content = json.loads(file.read_text(encoding="utf-8"))
             key, shards = content["key"], dict(content["shards"])
         except (ValueError, KeyError, TypeError):
-            return {}, [f"{file} is damaged: all pictures are encoded again"]
+            return {}, [f"{file} is damaged: all images are encoded again"]
         if key != self.key:
             return {}, [f"{self.folder} holds another tower's or another preprocessing's features: encoded again"]
         return {name: digest for name, digest in shards.items() if re.fullmatch(r"features-\d+\.safetensors", name)}, []
@@ -128,15 +128,15 @@ class FeatureStore:
         self._shards[name] = digest
         return None
 
-    def put(self, picture: str, features: torch.Tensor) -> None:
-        """Keep a picture's features.
+    def put(self, image: str, features: torch.Tensor) -> None:
+        """Keep an image's features.
 
         Args:
-            picture: SHA-256 of the picture's file.
+            image: SHA-256 of the image's file.
             features: Shape (image tokens, features).
         """
-        self._held[picture] = features.detach().to("cpu", copy=True).contiguous()
-        if self.folder is not None and len(self._held) >= SHARD_PICTURES:
+        self._held[image] = features.detach().to("cpu", copy=True).contiguous()
+        if self.folder is not None and len(self._held) >= SHARD_IMAGES:
             self.flush()
 
     def flush(self) -> None:
@@ -170,25 +170,25 @@ class FeatureStore:
         _sync(temporary)
         temporary.replace(self.folder / _INDEX)
 
-    def get(self, picture: str) -> torch.Tensor:
-        """A picture's features, shape (image tokens, features)."""
-        if picture in self._held:
-            return self._held[picture]
+    def get(self, image: str) -> torch.Tensor:
+        """An image's features, shape (image tokens, features)."""
+        if image in self._held:
+            return self._held[image]
         assert self.folder is not None
-        name = self._shard_of[picture]
+        name = self._shard_of[image]
         place = (os.getpid(), name)  # a forked worker must not share a handle
         if place not in self._open:
             self._open[place] = safe_open(self.folder / name, framework="pt")
-        features: torch.Tensor = self._open[place].get_tensor(picture)
+        features: torch.Tensor = self._open[place].get_tensor(image)
         return features
 
 
 class CachedFeatures:
-    """Pictures as their features: what `Pixels` is to a model with a tower, for one that takes features.
+    """Images as their features: what `Pixels` is to a model with a tower, for one that takes features.
 
     Args:
         store: Holds them.
-        hashes: SHA-256 of each picture's file by its name.
+        hashes: SHA-256 of each image's file by its name.
     """
 
     def __init__(self, store: FeatureStore, hashes: Mapping[str, str]) -> None:
@@ -196,7 +196,7 @@ class CachedFeatures:
         self.hashes = hashes
 
     def __call__(self, names: Sequence[str]) -> torch.Tensor:
-        """Features of these pictures, of shape (pictures, image tokens, features)."""
+        """Features of these images, of shape (images, image tokens, features)."""
         return torch.stack([self.store.get(self.hashes[name]) for name in names])
 
 
@@ -207,7 +207,7 @@ def store_folder(cache: Path, key: Mapping[str, Any]) -> Path:
 
 
 def feature_bytes(tokens: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes of one picture's features."""
+    """Bytes of one image's features."""
     return tokens * width * dtype.itemsize
 
 

@@ -7,7 +7,7 @@ from html import escape
 from lora_llava.pages.preview_samples import escape_hidden
 
 NO_SCRIPTS = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-"""A Content-Security-Policy of pictures in the page and inline styles alone."""
+"""A Content-Security-Policy of images in the page and inline styles alone."""
 
 
 def write_page(title: str, style: str, body: str, policy: str = NO_SCRIPTS, script: str = "") -> str:

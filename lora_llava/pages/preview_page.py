@@ -32,7 +32,7 @@ from lora_llava.pages.preview_samples import (
 
 JPEG_QUALITY = 85
 _SMALL = 128 * 128
-"""Pixels up to which a picture is kept as PNG: JPEG's traces would show where few pixels are drawn large."""
+"""Pixels up to which an image is kept as PNG: JPEG's traces would show where few pixels are drawn large."""
 _NUMBERED_SEGMENT = 0.05  # of a row; a number does not fit in less on a phone
 
 
@@ -43,7 +43,7 @@ def render_page(preview: Preview) -> str:
         preview: What to show; its texts may hold anything.
 
     Returns:
-        One HTML document. It reaches no network: its Content-Security-Policy allows `data:` pictures, inline styles and
+        One HTML document. It reaches no network: its Content-Security-Policy allows `data:` images, inline styles and
         its own script by hash. It can be encoded as UTF-8.
 
     Raises:
@@ -55,7 +55,7 @@ def render_page(preview: Preview) -> str:
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    definitions, names = _embed_pictures(preview.samples)
+    definitions, names = _embed_images(preview.samples)
     articles = "\n".join(_article(preview, index, names[index]) for index in range(len(preview.samples)))
     main = articles or "<p>There are no samples.</p>"
     body = f"{definitions}\n{_head(preview)}\n{_toolbar(preview.samples)}\n<main>\n{main}\n</main>"
@@ -66,26 +66,26 @@ def _asset(name: str) -> str:
     return resources.files("lora_llava.pages").joinpath(name).read_text(encoding="utf-8")
 
 
-def _embed_pictures(samples: Sequence[PreviewSample]) -> tuple[str, list[list[str]]]:
-    """The pictures as SVG symbols, each distinct one once, and the symbols' names for every sample."""
+def _embed_images(samples: Sequence[PreviewSample]) -> tuple[str, list[list[str]]]:
+    """The images as SVG symbols, each distinct one once, and the symbols' names for every sample."""
     symbols: dict[bytes, tuple[str, str]] = {}
     names: list[list[str]] = []
     for sample in samples:
         names.append([])
-        for picture in sample.pictures:
-            key = hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).digest()
+        for image in sample.images:
+            key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
             if key not in symbols:
-                symbols[key] = _symbol(f"p{len(symbols)}", picture)
+                symbols[key] = _symbol(f"p{len(symbols)}", image)
             names[-1].append(symbols[key][0])
     drawn = "\n".join(symbol for _, symbol in symbols.values())
     return f'<svg class="store" aria-hidden="true">{drawn}</svg>', names
 
 
-def _symbol(name: str, picture: Image.Image) -> tuple[str, str]:
+def _symbol(name: str, image: Image.Image) -> tuple[str, str]:
     stream = io.BytesIO()
-    width, height = picture.size
+    width, height = image.size
     kind = "png" if width * height <= _SMALL else "jpeg"
-    picture.convert("RGB").save(stream, kind.upper(), quality=JPEG_QUALITY, optimize=True)
+    image.convert("RGB").save(stream, kind.upper(), quality=JPEG_QUALITY, optimize=True)
     data = base64.b64encode(stream.getvalue()).decode()
     element = f'<image width="{width}" height="{height}" href="data:image/{kind};base64,{data}"/>'
     return name, f'<symbol id="{name}" viewBox="0 0 {width} {height}">{element}</symbol>'
@@ -99,7 +99,7 @@ def _head(preview: Preview) -> str:
         f"<header><h1>{escape_line(preview.title)}</h1><dl>{facts}</dl>"
         '<ul class="legend"><li><span class="on">trained</span> the loss is taken on it</li>'
         '<li><span class="t">read</span> context only</li>'
-        '<li><span class="im">image</span> positions of a picture</li>'
+        '<li><span class="im">image</span> positions of an image</li>'
         f"<li><span class='t'><i>{SPACE}</i></span> space</li><li><span class='t'><i>{NEWLINE}</i></span> new line</li>"
         "</ul></header>"
     )
@@ -120,7 +120,7 @@ def _toolbar(samples: Sequence[PreviewSample]) -> str:
     )
 
 
-def _article(preview: Preview, index: int, pictures: Sequence[str]) -> str:
+def _article(preview: Preview, index: int, images: Sequence[str]) -> str:
     sample = preview.samples[index]
     source, row_id = escape_line(sample.source), escape_line(sample.row_id)
     name = escape_line(sample.name) or row_id
@@ -128,7 +128,7 @@ def _article(preview: Preview, index: int, pictures: Sequence[str]) -> str:
     figures = (
         ("tokens", f"{sample.length:,}"),
         ("trained", f"{sample.trained:,} <small>{share(sample.trained, sample.length)}</small>"),
-        ("pictures", str(len(sample.pictures))),
+        ("images", str(len(sample.images))),
     )
     return (
         f'<article id="{index + 1}" data-row-id="{row_id}" data-source="{source}">'
@@ -139,24 +139,24 @@ def _article(preview: Preview, index: int, pictures: Sequence[str]) -> str:
         + (f'<ul class="notes">{notes}</ul>' if notes else "")
         + _row(preview, index)
         + f'<div class="body"><p class="tokens">{"".join(map(_token, sample.tokens))}</p>'
-        + _pictures(sample, pictures)
+        + _images(sample, images)
         + "</div></article>"
     )
 
 
-def _pictures(sample: PreviewSample, names: Sequence[str]) -> str:
-    if not sample.pictures:
+def _images(sample: PreviewSample, names: Sequence[str]) -> str:
+    if not sample.images:
         return ""
     figures = ""
     files = [f"<bdi>{escape_line(file)}</bdi>, " for file in sample.names] or [""] * len(names)
-    for number, (picture, name, file) in enumerate(zip(sample.pictures, names, files, strict=True), 1):
-        width, height = picture.size
+    for number, (image, name, file) in enumerate(zip(sample.images, names, files, strict=True), 1):
+        width, height = image.size
         figures += (
-            f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="Picture {number}">'
+            f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="Image {number}">'
             f'<use href="#{name}" width="{width}" height="{height}"/></svg>'
             f"<figcaption>{file}as CLIP gets it, {width} × {height}</figcaption></figure>"
         )
-    return f'<div class="pictures">{figures}</div>'
+    return f'<div class="images">{figures}</div>'
 
 
 def _row(preview: Preview, current: int) -> str:

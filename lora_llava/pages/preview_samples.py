@@ -23,7 +23,7 @@ class PreviewToken:
         trained: The loss is taken on it.
         position: Index of its first id in the sample's `input_ids`.
         count: Equal ids that it stands for; more than 1 only for image positions.
-        is_image: It is replaced by features of the picture.
+        is_image: It is replaced by features of the image.
     """
 
     id: int
@@ -47,7 +47,7 @@ class PreviewSample:
         source: The dataset or file that it comes from.
         row_id: Its name there.
         tokens: All of them, in order.
-        pictures: RGB, as CLIP gets them, in the order of the placeholders.
+        images: RGB, as CLIP gets them, in the order of the placeholders.
         row: Index of the row that it lies in.
         notes: What a reader should know of it, such as "answer cut to fit".
         name: How messages name the row; nothing where only the id is known.
@@ -57,7 +57,7 @@ class PreviewSample:
     source: str
     row_id: str
     tokens: tuple[PreviewToken, ...]
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
     row: int
     notes: tuple[str, ...] = ()
     name: str = ""

@@ -56,12 +56,12 @@ def _header(preview: Preview, index: int) -> Text:
         style="bold",
     )
     trained = f"{sample.trained:,} trained ({share(sample.trained, sample.length)})"
-    pictures = ": ".join(filter(None, (count_of(len(sample.pictures), "picture"), ", ".join(sample.names))))
+    images = ": ".join(filter(None, (count_of(len(sample.images), "image"), ", ".join(sample.names))))
     place = describe_row(preview, sample.row).partition(":")[0]
     facts = (
         count_of(sample.length, "token"),
         trained,
-        escape_hidden(pictures),
+        escape_hidden(images),
         place,
         *map(escape_hidden, sample.notes),
     )

@@ -14,11 +14,11 @@ from lora_llava.pages.html_page import escape_line, escape_lines, write_page
 from lora_llava.pages.preview_samples import count_of
 from lora_llava.pages.report_plots import SERIES_COLOURS, Curve, draw, is_drawable, left_out, write_number
 
-PICTURE_SIZE = 224
-"""Pixels of a picture's longer side, at most."""
+IMAGE_SIZE = 224
+"""Pixels of an image's longer side, at most."""
 JPEG_QUALITY = 80
 _SMALL = 128 * 128
-"""Pixels up to which a picture is kept as PNG: JPEG's traces would show where few pixels are drawn large."""
+"""Pixels up to which an image is kept as PNG: JPEG's traces would show where few pixels are drawn large."""
 _LONG, _START, _END = 320, 150, 90
 """Letters above which a text is folded, and those that are shown of it: an answer's letter stands at its end."""
 _BLANKS = " \t\r\n"  # other spaces are written out
@@ -48,7 +48,7 @@ class GalleryItem:
         reference: What the data answers.
         text: What the model wrote.
         right: How the answer was marked.
-        pictures: Of any size.
+        images: Of any size.
         categories: That it counts in.
         question_id: Its name.
         names: The images' file names.
@@ -58,7 +58,7 @@ class GalleryItem:
     reference: str
     text: str
     right: bool
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
     categories: Sequence[str]
     question_id: str
     names: Sequence[str] = ()
@@ -92,7 +92,7 @@ def render_report(report: RunReport) -> str:
         report: What to show; its texts may hold anything.
 
     Returns:
-        One HTML document without scripts. It reaches no network: its Content-Security-Policy allows `data:` pictures
+        One HTML document without scripts. It reaches no network: its Content-Security-Policy allows `data:` images
         and inline styles alone. It can be encoded as UTF-8.
 
     Raises:
@@ -180,20 +180,16 @@ def _gallery(report: RunReport) -> str:
 
 def _item(item: GalleryItem) -> str:
     kind = "right" if item.right else "wrong"
-    pictures = "".join(
-        f'<img src="{_data_uri(picture)}" alt="picture {number} of question {escape_line(item.question_id)}">'
+    images = "".join(
+        f'<img src="{_data_uri(image)}" alt="image {number} of question {escape_line(item.question_id)}">'
         + (f'<p class="file"><bdi>{escape_line(item.names[number - 1])}</bdi></p>' if item.names else "")
-        for number, picture in enumerate(item.pictures, 1)
+        for number, image in enumerate(item.images, 1)
     )
     categories = "".join(f"<li>{escape_line(name)}</li>" for name in item.categories)
     return (
         f'<article class="card {kind}"><div class="top"><span class="mark">{kind}</span>'
         f'<bdi class="id">{escape_line(item.question_id)}</bdi><ul>{categories}</ul></div><div class="body">'
-        + (
-            f'<div class="pictures" title="{count_of(len(item.pictures), "picture")}">{pictures}</div>'
-            if pictures
-            else ""
-        )
+        + (f'<div class="images" title="{count_of(len(item.images), "image")}">{images}</div>' if images else "")
         + f'<div class="texts">{_question(item.question)}<dl>'
         f'<dt>reference</dt><dd>{_text(item.reference)}</dd><dt>answer</dt><dd class="answer">{_text(item.text)}</dd>'
         "</dl></div></div></article>"
@@ -218,9 +214,9 @@ def _text(text: str) -> str:
     return f'<details><summary><span class="text cut" dir="auto">{cut}</span></summary>{whole}</details>'
 
 
-def _data_uri(picture: Image.Image) -> str:
-    small = picture.convert("RGB")
-    small.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+def _data_uri(image: Image.Image) -> str:
+    small = image.convert("RGB")
+    small.thumbnail((IMAGE_SIZE, IMAGE_SIZE))
     kind = "png" if small.width * small.height <= _SMALL else "jpeg"
     stream = io.BytesIO()
     small.save(stream, kind.upper(), quality=JPEG_QUALITY, optimize=True)

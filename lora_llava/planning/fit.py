@@ -33,12 +33,12 @@ class Extremes:
     Attributes:
         tokens: Padding included.
         trained_tokens: Most of any.
-        pictures: Most of any.
+        images: Most of any.
     """
 
     tokens: int
     trained_tokens: int
-    pictures: int
+    images: int
 
 
 def measure_rows(rows: Sequence[Sequence[int]], samples: EncodedRows, *, padded: bool) -> Extremes:
@@ -50,13 +50,13 @@ def measure_rows(rows: Sequence[Sequence[int]], samples: EncodedRows, *, padded:
         padded: Whether every sample of a row is as long as its longest.
     """
     rows = [row for row in rows if row]  # a rank's share of the last step may be nothing
-    lengths, trained, pictures = (
+    lengths, trained, images = (
         values.tolist() for values in (samples.lengths, samples.supervised, samples.image_counts())
     )
     return Extremes(
         max(len(row) * max(lengths[i] for i in row) if padded else sum(lengths[i] for i in row) for row in rows),
         max(sum(trained[i] for i in row) for row in rows),
-        max(sum(pictures[i] for i in row) for row in rows),
+        max(sum(images[i] for i in row) for row in rows),
     )
 
 
@@ -90,7 +90,7 @@ def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda:
     return Step(
         config=config, quantization=recipe.model.quantization, dtype_bytes=dtype.itemsize, lora=recipe.lora,
         optimizer_bytes=2 if "8bit" in resolve_optimizer(recipe, cuda=cuda) else 8, tokens=extremes.tokens,
-        trained_tokens=extremes.trained_tokens, pictures=extremes.pictures,
+        trained_tokens=extremes.trained_tokens, images=extremes.images,
         cached_features=recipe.training.vision_cache != "off", cuda=cuda,
         ranks=this_rank()[1] if is_sharded() else 1,
     )  # fmt: skip
@@ -169,7 +169,7 @@ def leaner_steps(recipe: Recipe, step: Step) -> list[tuple[str, Step]]:
 
 def what_fits(recipe: Recipe, step: Step) -> list[tuple[int, str]]:
     """For cards of common sizes, what a recipe needs to run there, in words."""
-    on_card = build_step(recipe, step.config, Extremes(step.tokens, step.trained_tokens, step.pictures), cuda=True)
+    on_card = build_step(recipe, step.config, Extremes(step.tokens, step.trained_tokens, step.images), cuda=True)
     lines = []
     for size in CARDS_GB:
         budget = int(size * GIB - CARD_OVERHEAD)

@@ -1,4 +1,4 @@
-"""`lora-llava plan`: what a recipe takes, in seconds, before a picture is opened or a weight is read."""
+"""`lora-llava plan`: what a recipe takes, in seconds, before an image is opened or a weight is read."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def _print_time(recipe: Recipe, found: Forecast, step: Step | None, console: Con
         rate = step.tokens / seconds / found.padding
         console.print(
             f"time: about {_words(found.tokens / rate)} of training at {rate:,.0f} tokens/s, timed here on random "
-            "weights; loading, pictures, validation and tables come on top"
+            "weights; loading, images, validation and tables come on top"
         )
         return
     hours = published_hours(found.step, found.tokens)

@@ -38,7 +38,7 @@ class Step:
         optimizer_bytes: Per trained parameter: 8 for AdamW's two float32 states, 2 for its 8-bit ones.
         tokens: Of the longest row, padding included.
         trained_tokens: Most of a row.
-        pictures: Most of a row.
+        images: Most of a row.
         cached_features: Whether the tower is left out.
         cuda: Whether it runs on a GPU.
         ranks: Processes that share the weights out; 1 where each has all of them.
@@ -53,7 +53,7 @@ class Step:
     optimizer_bytes: int
     tokens: int
     trained_tokens: int
-    pictures: int
+    images: int
     cached_features: bool
     cuda: bool
     ranks: int = 1
@@ -165,7 +165,7 @@ class Step:
         text, size = self.config.text_config, self.dtype_bytes
         entry = size * text.hidden_size * self.tokens
         waiting = min(self.checkpointed, 2) if self.offloaded else self.checkpointed
-        if self.lora is None and not self.pictures:
+        if self.lora is None and not self.images:
             return 0
         return entry * (waiting + 3) + max(0, self.layers - self.checkpointed - 1) * self.layer_bytes()
 
@@ -184,12 +184,12 @@ class Step:
         return last + tile + rows * text.hidden_size * (4 + self.dtype_bytes)
 
     def _vision(self) -> int:
-        if self.cached_features or not self.pictures:
+        if self.cached_features or not self.images:
             return 0
         vision = self.config.vision_config
         tokens = (vision.image_size // vision.patch_size) ** 2 + 1
         states = vision.num_hidden_layers + 1  # all of them are kept by transformers before 5.20
-        return self.dtype_bytes * self.pictures * tokens * (states * vision.hidden_size + 2 * vision.intermediate_size)
+        return self.dtype_bytes * self.images * tokens * (states * vision.hidden_size + 2 * vision.intermediate_size)
 
     def _dequantised(self) -> int:
         """The largest matrix, whole again for one multiplication."""

@@ -65,7 +65,7 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
 
     Args:
         recipe: The recipe.
-        progress: Wraps the encoding of each source and the opening of pictures, for a progress bar.
+        progress: Wraps the encoding of each source and the opening of images, for a progress bar.
 
     Returns:
         The plan.

@@ -86,14 +86,14 @@ def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:
 
 
 def _full_row(step: Step, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """One row of samples of equal length with as many pictures and trained tokens as the heaviest."""
+    """One row of samples of equal length with as many images and trained tokens as the heaviest."""
     image = step.config.image_seq_length
-    samples = max(1, step.pictures, step.tokens // recipe.data.max_length)
+    samples = max(1, step.images, step.tokens // recipe.data.max_length)
     length = max(image + 2, step.tokens // samples)
-    pictures = min(samples, step.pictures)
-    trained = max(1, min(length - 1 - (image if pictures else 0), step.trained_tokens // samples))
+    images = min(samples, step.images)
+    trained = max(1, min(length - 1 - (image if images else 0), step.trained_tokens // samples))
     ids = torch.full((samples, length), 3)
-    ids[:pictures, 1 : image + 1] = step.config.image_token_index
+    ids[:images, 1 : image + 1] = step.config.image_token_index
     labels = torch.full_like(ids, -100)
     labels[:, length - trained :] = 3
     ends = torch.arange(0, samples * length + 1, length, dtype=torch.int32)
@@ -102,8 +102,8 @@ def _full_row(step: Step, recipe: Recipe, device: torch.device) -> dict[str, Any
         "position_ids": torch.arange(length).repeat(samples).view(1, -1),
         "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length,
     }  # fmt: skip
-    if pictures:
-        batch["pixel_values"] = torch.randn(pictures, image, step.config.vision_config.hidden_size)
+    if images:
+        batch["pixel_values"] = torch.randn(images, image, step.config.vision_config.hidden_size)
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 

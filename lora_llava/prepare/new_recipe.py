@@ -1,4 +1,4 @@
-"""`lora-llava init`: from a folder of pictures and questions to a recipe that has been checked."""
+"""`lora-llava init`: from a folder of images and questions to a recipe that has been checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_llava.data.findings import CheckReport
 from lora_llava.data.folder import FolderData, understand_folder
 from lora_llava.data.formats import Columns
 from lora_llava.data.sources import file_remarks
-from lora_llava.demo.dataset import EXAMPLE_PICTURES, write_example_folder
+from lora_llava.demo.dataset import EXAMPLE_IMAGES, write_example_folder
 from lora_llava.prepare.row_check import check
 from lora_llava.recipe import find_recipe, load_recipe
 
@@ -35,11 +35,11 @@ def init(
     """Write a recipe for a folder, and check it.
 
     Args:
-        folder: With pictures and a file of rows.
+        folder: With images and a file of rows.
         data: The file of rows, where there are several.
         model: A complete LLaVA to start from, a folder or a Hub id, or `demo`; None: the template's.
         template: The shipped recipe that is filled in; None: my_data_qlora.yaml, or the demo's.
-        example: Make the folder first, with drawn pictures and a table of questions.
+        example: Make the folder first, with drawn images and a table of questions.
         follow_links: Read images that links in the folder lead to, outside it too; the recipe says so.
         console: Where it is told what was understood.
 
@@ -53,7 +53,7 @@ def init(
         raise UserError(f"--recipe {template}: the demo has a recipe of its own; drop --recipe or --model demo")
     if example:
         write_example_folder(folder)
-        console.print(f"{folder}: {EXAMPLE_PICTURES} drawn pictures and questions.csv", soft_wrap=True)
+        console.print(f"{folder}: {EXAMPLE_IMAGES} drawn images and questions.csv", soft_wrap=True)
     target = folder / RECIPE_NAME
     if target.exists():
         raise UserError(f"{target} is there already; `lora-llava check {target}`, or remove it to begin anew")
@@ -81,8 +81,8 @@ def _tell(found: FolderData, console: Console) -> None:
     facts = {
         "rows": f"{found.rows:,} in {found.file}" + _and_shards(found),
         "form": found.shape,
-        "pictures": f"{found.named:,} named by rows, {found.pictures:,} in the folder",
-        "picture folder": str(found.image_folder or ("in the table" if found.embedded else "none: text alone")),
+        "images": f"{found.named:,} named by rows, {found.images:,} in the folder",
+        "image folder": str(found.image_folder or ("in the table" if found.embedded else "none: text alone")),
         "read as": "; ".join(remark for _, remark in file_remarks(found.files)),
         "not used": ", ".join(found.unused),
         "validation": _validation_in_words(found),
@@ -102,17 +102,17 @@ def _validation_in_words(found: FolderData) -> str:
     count = held_back_rows(found.rows, found.linked)
     if found.validation is not None:
         return str(found.validation)
-    return f"{count:,} rows or more, split off by picture" if count else "none: there is too little to split off"
+    return f"{count:,} rows or more, split off by image" if count else "none: there is too little to split off"
 
 
-def held_back_rows(rows: int, pictures: int) -> int:
+def held_back_rows(rows: int, images: int) -> int:
     """How many rows are split off for validation; none where that would leave nothing to train on.
 
     Args:
         rows: All rows.
-        pictures: Different pictures that they name, or sets of them; rows of one stay together.
+        images: Different images that they name, or sets of them; rows of one stay together.
     """
-    if rows < 2 or pictures == 1:
+    if rows < 2 or images == 1:
         return 0
     return min(_MOST, max(1, rows // (5 if rows < _FEW else _SHARE)))
 

@@ -17,13 +17,13 @@ from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.files.cleaned_copy import write_set_without
 from lora_llava.data.files.reading import DataFileError
 from lora_llava.data.findings import DUPLICATE, CheckReport, Finding, check_sources
-from lora_llava.data.images.image_check import ImageFacts, inspect_pictures
+from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.model.start import plan_model
 from lora_llava.pages.preview_samples import escape_hidden
 from lora_llava.planning.run_plan import build_run_processor
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.runs.directory import write_json
-from lora_llava.splits.encoded_sources import OpenSplit, encode_splits, picture_cache, progress_bar
+from lora_llava.splits.encoded_sources import OpenSplit, encode_splits, image_cache, progress_bar
 from lora_llava.splits.refusals import checked_sources, sources_with_images
 from lora_llava.splits.split_rows import run_policy
 
@@ -83,13 +83,13 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
     model = plan_model(recipe.model)
     tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
     splits = encode_splits(recipe, tokenizer, progress_bar)
-    pictures = _inspect(splits)
-    checked = checked_sources(splits, pictures)
+    images = _inspect(splits)
+    checked = checked_sources(splits, images)
     image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     report = check_sources(
         checked, {name: run_policy(recipe, name) for name in splits},
         image_id=image_id, num_image_tokens=model.config.image_seq_length, leaks_are_errors=not science,
-        with_pictures=sources_with_images(recipe, splits),
+        with_images=sources_with_images(recipe, splits),
     )  # fmt: skip
     report.warnings += _remarks(splits)
     return splits, report
@@ -107,14 +107,14 @@ def _remarks(splits: dict[str, OpenSplit]) -> Iterator[Finding]:
 
 
 def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, ImageFacts]]:
-    """Look at every source's pictures, those of a source that two splits share once."""
+    """Look at every source's images, those of a source that two splits share once."""
     found: dict[int, dict[str, ImageFacts]] = {}
     for split in splits.values():
         for source, table in zip(split.sources, split.tables, strict=True):
             if id(source) not in found:
                 names = dict.fromkeys(name for row in range(len(table)) for name in table.images(row))
-                bar = partial(progress_bar, f"pictures of {source.name}")
-                found[id(source)] = inspect_pictures(source.images, names, picture_cache(source), bar)
+                bar = partial(progress_bar, f"images of {source.name}")
+                found[id(source)] = inspect_images(source.images, names, image_cache(source), bar)
     return found
 
 
@@ -123,12 +123,12 @@ def print_report(report: CheckReport, console: Console) -> None:
     for name, figures in report.splits.items():
         share = 100 * figures["trained_tokens"] / max(1, figures["tokens"])
         sources = figures["sources"]
-        bare = figures["sound_rows"] - figures["rows_with_pictures"]
-        without = f", {bare:,} without" if bare and figures["rows_with_pictures"] else ""
+        bare = figures["sound_rows"] - figures["rows_with_images"]
+        without = f", {bare:,} without" if bare and figures["rows_with_images"] else ""
         of = f" from {len(sources)} sources" if len(sources) > 1 else ""
         console.print(
             Text(
-                f"{name}: {figures['rows']:,} rows{of}, {figures['rows_with_pictures']:,} with pictures{without}; "
+                f"{name}: {figures['rows']:,} rows{of}, {figures['rows_with_images']:,} with images{without}; "
                 f"{figures['tokens']:,} tokens, {share:.0f}% trained; longest {figures['longest']:,}"
             )
         )

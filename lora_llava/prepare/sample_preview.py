@@ -36,9 +36,9 @@ class _Batches:
     Attributes:
         split: Whose rows they are made of.
         tokenizer: Names tokens.
-        processor: Whose picture normalisation is undone.
+        processor: Whose image normalisation is undone.
         image_id: The id of `<image>`.
-        num_image_tokens: How many of them a picture has.
+        num_image_tokens: How many of them an image has.
         padding_free: Whether rows are packed.
         capacity: Most tokens of a row; 0 where there is no budget.
     """
@@ -78,7 +78,7 @@ def preview(
     splits = encode_splits(recipe, tokenizer, progress_bar)
     if split not in splits:
         raise UserError(f"--split: this recipe has no {split} rows; it has {', '.join(splits)}")
-    # Pictures are opened when they are shown, unless bad ones are dropped, which changes the order of the run.
+    # Images are opened when they are shown, unless bad ones are dropped, which changes the order of the run.
     trusted = recipe.data.on_bad_image == "error"
     found = build_split(recipe, split, splits[split], processor, model.config, progress_bar, trusted=trusted)
     rows = lay_out(recipe, found).rows if split == "train" else _in_order(recipe, found)
@@ -148,7 +148,7 @@ def _take(
 
 
 Part = tuple[list[int], list[int], list[torch.Tensor]]
-"""A sample's input_ids, labels and pictures, read back from a batch."""
+"""A sample's input_ids, labels and images, read back from a batch."""
 
 
 def _read_batch(batches: _Batches, row: Sequence[int]) -> Iterator[Part]:
@@ -171,9 +171,9 @@ def _read_batch(batches: _Batches, row: Sequence[int]) -> Iterator[Part]:
     used = 0
     for cut in cuts:
         ids, labels = batch["input_ids"][cut].tolist(), batch["labels"][cut].tolist()
-        pictures = ids.count(batches.image_id) // batches.num_image_tokens
-        yield ids, labels, list(batch["pixel_values"][used : used + pictures]) if pictures else []
-        used += pictures
+        images = ids.count(batches.image_id) // batches.num_image_tokens
+        yield ids, labels, list(batch["pixel_values"][used : used + images]) if images else []
+        used += images
 
 
 def _sample(
@@ -186,14 +186,14 @@ def _sample(
         notes.append("answer cut to fit")
     return PreviewSample(
         batches.split.source_of(index).name, table.row_ids[number], tuple(_tokens(batches, ids, labels)),
-        tuple(_picture(one, batches.processor.image_processor) for one in pixels), row, tuple(notes),
+        tuple(_image(one, batches.processor.image_processor) for one in pixels), row, tuple(notes),
         table.row_name(number),
         tuple(batches.split.images.label(name) for name in rows.image_files(index)) if pixels else (),
     )  # fmt: skip
 
 
 def _tokens(batches: _Batches, ids: list[int], labels: list[int]) -> Iterator[PreviewToken]:
-    """One token each, a picture's positions as one."""
+    """One token each, an image's positions as one."""
     names = batches.tokenizer.convert_ids_to_tokens(ids)
     position = 0
     while position < len(ids):
@@ -204,7 +204,7 @@ def _tokens(batches: _Batches, ids: list[int], labels: list[int]) -> Iterator[Pr
         position += count
 
 
-def _picture(pixels: torch.Tensor, image_processor: Any) -> Image.Image:
+def _image(pixels: torch.Tensor, image_processor: Any) -> Image.Image:
     """Undo the normalisation: what CLIP gets, to be looked at."""
     both = (image_processor.image_mean, image_processor.image_std)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in both)

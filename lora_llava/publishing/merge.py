@@ -49,7 +49,7 @@ def merge(
         base: `bf16` adds to the base's own weights, `nf4` to what NF4 makes of them.
         dtype: What the folder stores.
         projector_only: Put the projector into `output/base` and keep LoRA as an adapter in `output/adapter`.
-        prompts: Sample prompts of each kind, with and without a picture.
+        prompts: Sample prompts of each kind, with and without an image.
         console: Where everything is told.
 
     Returns:

@@ -88,13 +88,13 @@ class Questions:
 
     Attributes:
         prompts: Encoded.
-        with_picture: How many have one.
+        with_image: How many have one.
         where: Where they are from.
         stop_ids: Tokens that end an answer.
     """
 
     prompts: Prompts
-    with_picture: int
+    with_image: int
     where: str
     stop_ids: list[int]
 
@@ -104,7 +104,7 @@ def prepare_questions(source: Source, per_kind: int) -> Questions:
 
     Args:
         source: What is merged.
-        per_kind: Prompts of each kind, with and without a picture.
+        per_kind: Prompts of each kind, with and without an image.
 
     Raises:
         UserError: Where the run's processor, recipe or generation config is missing or damaged.
@@ -119,8 +119,8 @@ def prepare_questions(source: Source, per_kind: int) -> Questions:
         ) from None
     processor = load_processor(source.run)
     stop_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    with_picture = sum(sample.image is not None for sample in samples)
-    return Questions(encode_samples(samples, processor), with_picture, where, stop_ids)
+    with_image = sum(sample.image is not None for sample in samples)
+    return Questions(encode_samples(samples, processor), with_image, where, stop_ids)
 
 
 def prove(source: Source, merged: MergedModel, questions: Questions, console: Console) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def prove(source: Source, merged: MergedModel, questions: Questions, console: Co
         ProofError: Over the tolerance.
     """
     prompts, count = questions.prompts, len(questions.prompts.ids)
-    console.print(f"proof: {count} prompts, {questions.with_picture} with a picture; {questions.where}")
+    console.print(f"proof: {count} prompts, {questions.with_image} with an image; {questions.where}")
     keep = stays_in_memory(source.tensors, merged.dtype)
     reference = _reference_of(merged.kind)
     answers, logits, noise, effect = _ask_adapter(source, merged, questions, keep)
@@ -154,7 +154,7 @@ def prove(source: Source, merged: MergedModel, questions: Questions, console: Co
         "merged_into": merged.kind, "dtype": str(merged.dtype).removeprefix("torch."), "checked_against": reference,
         "tolerance": tolerance, "batch_size_noise": noise, "adapter_effect": effect,
         **{name: asdict(deltas[name]) if name in deltas else None for name in (ADAPTER, NF4_ADAPTER)},
-        "prompts": count, "prompts_with_picture": questions.with_picture, "prompts_from": questions.where,
+        "prompts": count, "prompts_with_image": questions.with_image, "prompts_from": questions.where,
         "base": source.record["base"],
     }  # fmt: skip
     _hold(report, merged.dtype, console)

@@ -30,7 +30,7 @@ class Sample:
 
     Attributes:
         text: What the user says.
-        image: The picture, or None.
+        image: The image, or None.
     """
 
     text: str
@@ -58,14 +58,14 @@ def load_processor(folder: Path) -> Any:
 
 
 def sample_prompts(recipe: Recipe | None, count: int = PER_KIND) -> tuple[list[Sample], str]:
-    """Draw prompts with and without a picture.
+    """Draw prompts with and without an image.
 
     Args:
         recipe: Whose questions to ask; None for prompts of our own.
         count: How many of each kind; where the data has fewer, our own fill up.
 
     Returns:
-        Prompts, those with a picture first, and a sentence on where they are from.
+        Prompts, those with an image first, and a sentence on where they are from.
     """
     rows, images, source = _rows(recipe)
     stock = [row for row in rows if "<image>" not in _text(row)]  # a stock processor takes the word for an image
@@ -76,7 +76,7 @@ def sample_prompts(recipe: Recipe | None, count: int = PER_KIND) -> tuple[list[S
     asked = generator.sample(without, min(count, len(without)))
     samples = [sample for row in chosen if images is not None and (sample := _opened(row, images))]
     own = len(samples) + len(asked)
-    samples += [Sample(text, draw_picture(i)) for i, text in enumerate(_cycle(_DRAWN, count - len(samples)))]
+    samples += [Sample(text, draw_image(i)) for i, text in enumerate(_cycle(_DRAWN, count - len(samples)))]
     samples += [Sample(_text(row), None) for row in asked]
     samples += [Sample(text, None) for text in _cycle(_WRITTEN, count - len(asked))]
     return samples, f"{own} from {source}, {2 * count - own} of our own"
@@ -87,7 +87,7 @@ def _cycle(texts: Sequence[str], count: int) -> list[str]:
 
 
 def _opened(row: Conversation, images: ImageSource) -> Sample | None:
-    """The row's prompt; None where its picture is bad, and a drawn one takes its place."""
+    """The row's prompt; None where its image is bad, and a drawn one takes its place."""
     try:
         return Sample(_text(row), images.open(row.images[0]))
     except BadImageError:
@@ -111,12 +111,12 @@ def _text(row: Conversation) -> str:
     return turn.words
 
 
-def draw_picture(seed: int, size: int = 96) -> Image.Image:
-    """A picture of three coloured shapes, for prompts without data."""
+def draw_image(seed: int, size: int = 96) -> Image.Image:
+    """An image of three coloured shapes, for prompts without data."""
     generator = random.Random(seed)
-    picture = Image.new("RGB", (size, size), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(image)
     for shape in (draw.rectangle, draw.ellipse, draw.rectangle):
         x, y = generator.randrange(size // 2), generator.randrange(size // 2)
         shape((x, y, x + size // 3, y + size // 3), fill=tuple(generator.randrange(256) for _ in range(3)))
-    return picture
+    return image

@@ -13,26 +13,26 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class ContextsSection(Section):
-    """What is known of the pictures in words; files are joined by the picture's name, and any may be missing."""
+    """What is known of the images in words; files are joined by the image's name, and any may be missing."""
 
     captions: InputPath | None = None
     """COCO's captions (`captions_train2017.json`), or a table of image and caption."""
     instances: InputPath | None = None
     """COCO's boxes (`instances_train2017.json`)."""
     contexts: InputName | None = None
-    """LLaVA's JSONL of captions and instances; `demo` draws pictures and knows what is in them."""
+    """LLaVA's JSONL of captions and instances; `demo` draws images and knows what is in them."""
     boxes: InputPath | None = None
     """Boxes from a JSON file of your own."""
     box_format: Literal["xyxy", "xywh"] = "xyxy"
     """Corners, or left, top, width and height, in `boxes`."""
     box_unit: Literal["fraction", "pixel"] = "fraction"
-    """Of the numbers in `boxes`; pixels need each picture's width and height."""
+    """Of the numbers in `boxes`; pixels need each image's width and height."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Other names of a table's columns, such as `{image: file, caption: text}`."""
     images: InputPath | None = None
-    """Folder of the pictures: for the gallery and for training; none is needed to generate."""
+    """Folder of the images: for the gallery and for training; none is needed to generate."""
     missing_image: Literal["error", "drop"] = "error"
-    """Where `images` is given and a picture is not in it."""
+    """Where `images` is given and an image is not in it."""
 
     @model_validator(mode="after")
     def _something(self) -> ContextsSection:
@@ -126,13 +126,13 @@ class GenerateRecipe(Section):
     output_dir: OutputPath
     """Where the rows, the ledger of answers, the card and the gallery go."""
     seed: int = 0
-    """Seeds which pictures are drawn."""
+    """Seeds which images are drawn."""
     contexts: ContextsSection
-    """What is known of the pictures."""
+    """What is known of the images."""
     samples: Count | None = None
-    """Rows to make; null makes `samples_per_picture` for every picture."""
-    samples_per_picture: Count = 1
-    """Most samples of one kind for a picture."""
+    """Rows to make; null makes `samples_per_image` for every image."""
+    samples_per_image: Count = 1
+    """Most samples of one kind for an image."""
     flavours: FlavoursSection = FlavoursSection()
     """The mixture."""
     prompts: InputPath | None = None

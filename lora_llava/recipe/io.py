@@ -30,6 +30,10 @@ _LARGEST = 1_000_000
 """Bytes of a recipe, and characters that its aliases may unfold to; those that are shipped have some thousands."""
 
 
+RENAMED_KEYS = {"samples_per_picture": "samples_per_image"}
+"""Top-level keys by their earlier names, which are still accepted with a warning."""
+
+
 class RecipeError(UserError):
     """A recipe that cannot be used as it stands."""
 
@@ -133,7 +137,23 @@ def _read_content(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str,
         raise RecipeError(f"{path}: a recipe is a mapping of keys; this is {type(content).__name__}")
     for override in overrides:
         _apply_override(content, override)
+    _rename_keys(content, str(path))
     return content, str(path)
+
+
+def _rename_keys(content: dict[str, Any], where: str) -> None:
+    """Replace keys that have a new name by it, with a warning.
+
+    Raises:
+        RecipeError: Where both names are there.
+    """
+    for old, new in RENAMED_KEYS.items():
+        if old not in content:
+            continue
+        if new in content:
+            raise RecipeError(f"{where}: {old} is the old name of {new}; keep one of the two")
+        content[new] = content.pop(old)
+        print(f"warning: {where}: {old} is now called {new}; use the new name", file=sys.stderr)
 
 
 def check_recipe(content: Mapping[str, Any], where: str) -> Recipe:

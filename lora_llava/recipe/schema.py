@@ -122,13 +122,13 @@ class ColumnsSection(Section):
     """Names of a table's columns."""
 
     image: str = "image"
-    """The picture's file name, or the picture itself."""
+    """The image's file name, or the image itself."""
     question: str = "question"
     """What the user asks."""
     answer: str = "answer"
     """What is trained."""
     caption: str = "caption"
-    """The picture's caption, in captions."""
+    """The image's caption, in captions."""
     id: str = "id"
     """The row's name; rows without one are numbered."""
 
@@ -149,7 +149,7 @@ class SourceSection(Section):
     split: str = "train"
     """Split of a Hub table, or of ScienceQA."""
     image_folder: InputPath | None = None
-    """Root of the pictures; default: `images` beside the data, else the data's own folder."""
+    """Root of the images; default: `images` beside the data, else the data's own folder."""
     columns: ColumnsSection = ColumnsSection()
     """What a table calls its columns."""
     weight: Positive | None = None
@@ -179,13 +179,13 @@ class DataSection(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub `path`."""
     image_folder: InputPath | None = None
-    """Root of the pictures; default: `images` beside the data, else the data's own folder."""
+    """Root of the images; default: `images` beside the data, else the data's own folder."""
     columns: ColumnsSection = ColumnsSection()
     """What a table calls its columns."""
     splits: SplitsSection = SplitsSection()
     """Names of ScienceQA's splits."""
     validation_rows: Annotated[int, Field(ge=0)] = 0
-    """Rows held back, by picture and by the seed, to pick the checkpoint; ScienceQA has a split for it."""
+    """Rows held back, by image and by the seed, to pick the checkpoint; ScienceQA has a split for it."""
     test_rows: Annotated[int, Field(ge=0)] = 0
     """More rows held back, read only by the tables before and after; without any they ask the validation rows."""
     validation_source: SourceSection | None = None
@@ -201,12 +201,12 @@ class DataSection(Section):
     system_prompt: str | None = None
     """Replaces the template's system text; "" leaves it out; null keeps it."""
     image_position: Literal["first", "last", "random", "as_written"] = "first"
-    """A lone picture before or after its question; random is the LLaVA paper's coin flip, as_written what the data
-    has. Several pictures stay where they stand."""
+    """A lone image before or after its question; random is the LLaVA paper's coin flip, as_written what the data
+    has. Several images stay where they stand."""
     image_aspect: Literal["pad", "crop"] = "pad"
-    """Pad pictures to a square with CLIP's mean colour (LLaVA-1.5), or crop the centre (CLIP, llava-hf)."""
+    """Pad images to a square with CLIP's mean colour (LLaVA-1.5), or crop the centre (CLIP, llava-hf)."""
     max_image_pixels: Annotated[int, Field(ge=1)] = 50_000_000
-    """A picture with more pixels is a bad picture."""
+    """An image with more pixels is a bad image."""
     background: Literal["white", "black", "llava"] = "white"
     """What transparent parts of images are composited on; `llava` drops transparency, as LLaVA's own
     `convert("RGB")` does. Images of 16 bits or floats are scaled to 8 bits whatever is set here."""
@@ -215,9 +215,9 @@ class DataSection(Section):
     on_bad_row: Literal["error", "drop"] = "error"
     """What becomes of a row that is no conversation; `lora-llava check` lists them."""
     on_bad_image: Literal["error", "drop"] = "error"
-    """What becomes of a row whose picture is missing, corrupt or too large."""
+    """What becomes of a row whose image is missing, corrupt or too large."""
     max_length: Annotated[int, Field(ge=16)] = 2048
-    """Most tokens of a sample, its picture's included."""
+    """Most tokens of a sample, its image's included."""
     on_overlong: Literal["error", "drop", "truncate_answer"] = "error"
     """What becomes of a longer sample; truncate_answer cuts the end of its last answer and nothing else."""
 
@@ -262,7 +262,7 @@ class DataSection(Section):
             if self.format == "scienceqa" and (getattr(self, f"{part}_rows") or getattr(self, f"{part}_source")):
                 raise ValueError(f"{part}_rows or {part}_source with format scienceqa, which has splits; drop it")
         if self.format == "scienceqa" and self.image_position == "as_written":
-            raise ValueError("image_position is as_written, but ScienceQA's pictures are written nowhere; use first")
+            raise ValueError("image_position is as_written, but ScienceQA's images are written nowhere; use first")
         return self
 
 
@@ -311,10 +311,10 @@ class TrainingSection(Section):
     log_every: Annotated[int, Field(ge=1)] = 10
     """Log every so many steps."""
     vision_cache: Literal["off", "memory", "disk"] = "off"
-    """Compute the tower's features of every picture once, before training, and keep them in memory or on disk; the
-    tower is then not loaded. A picture takes 1.2 MB with CLIP ViT-L/14-336 in bfloat16."""
+    """Compute the tower's features of every image once, before training, and keep them in memory or on disk; the
+    tower is then not loaded. An image takes 1.2 MB with CLIP ViT-L/14-336 in bfloat16."""
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that load pictures; 0 loads them in the training process."""
+    """Processes that load images; 0 loads them in the training process."""
     report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(default=("tensorboard",), strict=False)
     """Where the curves go."""
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lora_llava.core.errors import UserError
 from lora_llava.data.encoded import EncodedTable, encode_table
 from lora_llava.data.formats import Columns
-from lora_llava.data.images.image_check import ImageFacts, inspect_pictures
+from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.data.images.reading import FolderImages, ImageSource, JoinedImages, TableImages
 from lora_llava.data.mixture import hold_back, row_keys
 from lora_llava.data.scienceqa import load_scienceqa
@@ -192,12 +192,12 @@ def _held_back(recipe: Recipe, splits: dict[str, OpenSplit]) -> dict[str, OpenSp
 
 
 def _digests(source: Source, table: EncodedTable) -> dict[str, str] | None:
-    """What a table's own pictures hold: two rows of one picture have it twice. Files are told apart by their names."""
+    """What a table's own images hold: two rows of one image have it twice. Files are told apart by their names."""
     if not isinstance(source.images, TableImages):
         return None
     names = list(dict.fromkeys(name for row in range(len(table)) for name in table.images(row)))
     found = inspect_split([source], names)
-    return {name: picture.digest for name, picture in found.items() if picture.digest}
+    return {name: image.digest for name, image in found.items() if image.digest}
 
 
 def _is_weighted(recipe: Recipe) -> bool:
@@ -208,28 +208,28 @@ def inspect_split(
     sources: Sequence[Source], names: Sequence[str],
     progress: Callable[[Iterable[ImageFacts]], Iterable[ImageFacts]] = lambda found: found,
 ) -> dict[str, ImageFacts]:  # fmt: skip
-    """Look at pictures, source by source, so that what is known of a source's is known in every mixture.
+    """Look at images, source by source, so that what is known of a source's is known in every mixture.
 
     Args:
         sources: The split's.
         names: As the split's image source knows them.
-        progress: Wraps the pictures of each source.
+        progress: Wraps the images of each source.
 
     Returns:
         What was found, by name.
     """
     if len(sources) == 1:
-        return inspect_pictures(sources[0].images, names, picture_cache(sources[0]), progress)
+        return inspect_images(sources[0].images, names, image_cache(sources[0]), progress)
     found: dict[str, ImageFacts] = {}
     for number, source in enumerate(sources):
         own = [name.partition("|")[2] for name in names if name.partition("|")[0] == str(number)]
-        looked = inspect_pictures(source.images, own, picture_cache(source), progress)
-        found |= {f"{number}|{name}": picture for name, picture in looked.items()}
+        looked = inspect_images(source.images, own, image_cache(source), progress)
+        found |= {f"{number}|{name}": image for name, image in looked.items()}
     return found
 
 
-def picture_cache(source: Source) -> Path:
-    """The file that keeps what is known of a source's pictures."""
+def image_cache(source: Source) -> Path:
+    """The file that keeps what is known of a source's images."""
     images = source.images
     place = str(images.root) if isinstance(images, FolderImages) else source.fingerprint
-    return cache_folder() / "pictures" / f"{hashlib.sha256(place.encode()).hexdigest()[:32]}.json"
+    return cache_folder() / "images" / f"{hashlib.sha256(place.encode()).hexdigest()[:32]}.json"

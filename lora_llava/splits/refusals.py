@@ -10,28 +10,28 @@ from pathlib import Path
 from lora_llava.core.errors import UserError
 from lora_llava.data.findings import CheckedSource, Finding, asked_again, leaks, whole_source_errors
 from lora_llava.data.formats import IMAGE_SUFFIXES
-from lora_llava.data.images.image_check import ImageFacts, inspect_pictures
+from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.data.images.reading import FolderImages
 from lora_llava.data.sources import Source
 from lora_llava.recipe import ColumnsSection, Recipe, SourceSection
-from lora_llava.splits.encoded_sources import OpenSplit, picture_cache
+from lora_llava.splits.encoded_sources import OpenSplit, image_cache
 
 _LOOKED_AT = 10_000
 """Files of a folder among which an image is looked for."""
 
 
 def checked_sources(
-    splits: Mapping[str, OpenSplit], pictures: Mapping[int, Mapping[str, ImageFacts]]
+    splits: Mapping[str, OpenSplit], images: Mapping[int, Mapping[str, ImageFacts]]
 ) -> list[CheckedSource]:  # fmt: skip
     """Each source's part in each split.
 
     Args:
         splits: From `encode_splits`.
-        pictures: What is known of a source's images, by the `id` of the source.
+        images: What is known of a source's images, by the `id` of the source.
     """
     return [
         CheckedSource(name, source.name, table, split.places[split.places[:, 0] == place, 1],
-                      pictures.get(id(source), {}))
+                      images.get(id(source), {}))
         for name, split in splits.items()
         for place, (source, table) in enumerate(zip(split.sources, split.tables, strict=True))
     ]  # fmt: skip
@@ -102,7 +102,7 @@ def refuse_errors(recipe: Recipe, splits: Mapping[str, OpenSplit]) -> None:
     known: dict[int, dict[str, ImageFacts]] = {}
     for place, names in asked_again(checked_sources(splits, {})).items():
         source = sources[place]
-        known.setdefault(id(source), {}).update(inspect_pictures(source.images, names, picture_cache(source)))
+        known.setdefault(id(source), {}).update(inspect_images(source.images, names, image_cache(source)))
     _refuse(list(leaks(checked_sources(splits, known))))
 
 

@@ -1,4 +1,4 @@
-"""Each split's rows, picked from what was encoded, their pictures looked at, and mixtures laid out."""
+"""Each split's rows, picked from what was encoded, their images looked at, and mixtures laid out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_llava.data.encoded import EncodedRows
 from lora_llava.data.images.image_check import ImageFacts
 from lora_llava.data.images.reading import ImageSource, JoinedImages, PixelLoader, Pixels
 from lora_llava.data.mixture import Share, epoch_counts, mixture
-from lora_llava.data.selection import NOT_DRAWN, Policy, Report, account, select_rows, without_bad_pictures
+from lora_llava.data.selection import NOT_DRAWN, Policy, Report, account, select_rows, without_bad_images
 from lora_llava.data.sources import Source
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.splits.encoded_sources import (
@@ -41,7 +41,7 @@ class Split:
 
     Attributes:
         sources: Where they come from.
-        images: Opens their pictures.
+        images: Opens their images.
         load_pixels: Loads their pixels for a model.
         rows: Those that are used, encoded.
         report: What became of all.
@@ -86,7 +86,7 @@ class Split:
         return digest.hexdigest()
 
     def name_of(self, index: int) -> str:
-        """A row for a person: its source, its id and its pictures."""
+        """A row for a person: its source, its id and its images."""
         names = ", ".join(map(self.images.label, self.rows.image_files(index)))
         return f"{self.source_of(index).name}: {self.rows.row_name(index)}" + (f" ({names})" if names else "")
 
@@ -119,7 +119,7 @@ def build_split(
     recipe: Recipe, name: str, split: OpenSplit, processor: Any, config: LlavaConfig, progress: Progress = no_progress,
     *, trusted: bool = False,
 ) -> Split:  # fmt: skip
-    """Pick the rows that a split uses, its pictures opened.
+    """Pick the rows that a split uses, its images opened.
 
     Args:
         recipe: The recipe.
@@ -127,8 +127,8 @@ def build_split(
         split: From `encode_splits`.
         processor: The stock processor.
         config: Of the LLaVA.
-        progress: Wraps the pictures.
-        trusted: Leave the pictures unopened.
+        progress: Wraps the images.
+        trusted: Leave the images unopened.
 
     Returns:
         The split.
@@ -150,14 +150,14 @@ def build_split(
         rows = usable.take(drawn)
     digests: dict[str, str] = {}
     if not trusted:
-        inspect = partial(inspect_split, split.sources, progress=lambda found: progress(f"pictures of {name}", found))
+        inspect = partial(inspect_split, split.sources, progress=lambda found: progress(f"images of {name}", found))
 
         def inspected(names: list[str]) -> dict[str, ImageFacts]:
             found = inspect(names)
-            digests.update((name, picture.digest) for name, picture in found.items())
+            digests.update((name, image.digest) for name, image in found.items())
             return found
 
-        rows = without_bad_pictures(rows, data.on_bad_image, report, inspected)
+        rows = without_bad_images(rows, data.on_bad_image, report, inspected)
     report.dropped = +report.dropped
     account(rows, report)
     epochs = _among(rows, usable, draw) if draw is not None else None
@@ -217,7 +217,7 @@ def read_held_out(
         processor: The stock processor.
         config: Of the LLaVA.
         progress: Wraps what is read and opened.
-        trusted: Leave the pictures unopened.
+        trusted: Leave the images unopened.
 
     Returns:
         The split's name, and the split.
@@ -248,7 +248,7 @@ def sample_rows(recipe: Recipe, split: str, count: int) -> tuple[list[Conversati
         count: How many at most, drawn by the seed over all sources.
 
     Returns:
-        The rows, their pictures, and how many rows there are in all.
+        The rows, their images, and how many rows there are in all.
 
     Raises:
         UserError: For data that cannot be read.

@@ -1,1 +1,1 @@
-"""Conversations about pictures from captions and boxes: GPT-assisted data, as LLaVA's paper made its own."""
+"""Conversations about images from captions and boxes: GPT-assisted data, as LLaVA's paper made its own."""

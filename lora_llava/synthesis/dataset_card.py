@@ -20,7 +20,7 @@ _LARGEST = "10M<n<100M"
 _LIMITS = """\
 ## Before you trust it
 
-- The teacher saw no picture. Where a row says more than captions and boxes hold, it may be wrong and sound sure.
+- The teacher saw no image. Where a row says more than captions and boxes hold, it may be wrong and sound sure.
 - The checks are rules. They find refusals, talk of captions and boxes, markup, repeats, and numbers, denials and sides
   that the boxes contradict; they weigh a claim only where its words are exact, and know nothing of colours or actions.
 - Look at `gallery.html`, and read a few dozen rows, before you train on them."""
@@ -93,11 +93,11 @@ def _warnings(summary: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _introduction(summary: Mapping[str, Any]) -> str:
-    rows, pictures = count_of(summary["rows"], "conversation"), count_of(summary["pictures"], "picture")
-    given = "given each picture's captions and boxes in words, and wrote as one who sees it. Made with lora_llava."
-    who = "rules were" if is_by_rules(summary) else f"{_models(summary)}, which saw no picture, was"
+    rows, images = count_of(summary["rows"], "conversation"), count_of(summary["images"], "image")
+    given = "given each image's captions and boxes in words, and wrote as one who sees it. Made with lora_llava."
+    who = "rules were" if is_by_rules(summary) else f"{_models(summary)}, which saw no image, was"
     return (
-        f"{rows} about {pictures}, made as LLaVA's own were (Visual Instruction Tuning, arXiv 2304.08485, section 3): "
+        f"{rows} about {images}, made as LLaVA's own were (Visual Instruction Tuning, arXiv 2304.08485, section 3): "
         f"{who} {given}"
     )
 
@@ -112,7 +112,7 @@ def _flavours(summary: Mapping[str, Any]) -> str:
 
 def _rows(summary: Mapping[str, Any]) -> str:
     beside = summary["image_folder"]
-    pictures = f"are in {_code(beside)}" if beside else "are not part of it"
+    images = f"are in {_code(beside)}" if beside else "are not part of it"
     return f"""\
 ## Rows
 
@@ -121,7 +121,7 @@ def _rows(summary: Mapping[str, Any]) -> str:
     {{"id": "000000296284-detail-0", "image": "000000296284.jpg", "category": "detail",
      "conversations": [{{"from": "human", "value": "<image>\\nDescribe ..."}}, {{"from": "gpt", "value": "..."}}]}}
 
-The pictures, which `image` names, {pictures}. `rejected.jsonl` holds every answer that was not taken, with its reason,
+The images, which `image` names, {images}. `rejected.jsonl` holds every answer that was not taken, with its reason,
 and every sample that is missing; `summary.json` all counts; `gallery.html` some of both to look at."""
 
 
@@ -139,7 +139,7 @@ def _making(summary: Mapping[str, Any]) -> str:
     teacher, known = summary["teacher"], summary["contexts"]
     lines = [
         ("teacher", "lora_llava's rules, no language model" if is_by_rules(summary) else _models(summary)),
-        ("contexts", f"{known['pictures']:,} pictures, {known['captions']:,} captions, {known['boxes']:,} boxes"),
+        ("contexts", f"{known['images']:,} images, {known['captions']:,} captions, {known['boxes']:,} boxes"),
         ("read from", ", ".join(map(_code, dict.fromkeys(known["files"].values())))),
     ]
     if not is_by_rules(summary):
@@ -167,9 +167,9 @@ def _models(summary: Mapping[str, Any]) -> str:
 def _training(summary: Mapping[str, Any]) -> str:
     recipe = "demo_generated_qlora.yaml" if is_by_rules(summary) else "my_data_qlora.yaml"
     images = summary["image_folder"]
-    folder = "PICTURES" if images is None else shlex.quote(images)
+    folder = "IMAGES" if images is None else shlex.quote(images)
     command = f"lora-llava finetune {recipe} data.path=instruct.json data.image_folder={folder} output_dir=runs/mine"
-    where = "in this folder" + (", with the pictures' own in place of PICTURES" if images is None else "")
+    where = "in this folder" + (", with the images' own in place of IMAGES" if images is None else "")
     return f"## Train on it\n\n    {command}\n\n{where}."
 
 
@@ -187,7 +187,7 @@ def _licences(summary: Mapping[str, Any]) -> str:
 
 {writer}
 - Captions and boxes: COCO's are CC BY 4.0 (cocodataset.org), the demo's of lora_llava Apache-2.0, others as they came.
-- Pictures: COCO's are under Flickr's terms of use, and each under its owner's; the demo's Apache-2.0."""
+- Images: COCO's are under Flickr's terms of use, and each under its owner's; the demo's Apache-2.0."""
 
 
 def _table(head: Iterable[Any], lines: Iterable[Iterable[Any]]) -> str:

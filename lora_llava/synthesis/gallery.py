@@ -1,4 +1,4 @@
-"""Samples and rejections of a set with their pictures, boxes and captions, on one HTML page that needs nothing else."""
+"""Samples and rejections of a set with their images, boxes and captions, on one HTML page that needs nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_llava.pages.html_page import escape_line, escape_lines, write_page
 from lora_llava.pages.preview_samples import count_of, escape_hidden
 from lora_llava.synthesis.contexts.context import Context, write_context
 from lora_llava.synthesis.dataset_card import BY_RULES, is_by_rules, teacher_name
-from lora_llava.synthesis.gallery_image import COLOURS, draw_picture
+from lora_llava.synthesis.gallery_image import COLOURS, draw_image
 from lora_llava.synthesis.gates.gates import REASONS
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.pipeline import Result
@@ -27,7 +27,7 @@ from lora_llava.synthesis.sample import FLAVOURS, Rejection, Task, Turns
 ROWS, REJECTIONS = 30, 15
 """Shown at most."""
 _MAX_PIXELS = 50_000_000
-"""Of a picture that is opened: what a recipe's `data.max_image_pixels` is by default."""
+"""Of an image that is opened: what a recipe's `data.max_image_pixels` is by default."""
 _LONGEST_ANSWER = 4000
 """Letters of a rejected answer that could not be read."""
 
@@ -108,11 +108,11 @@ def render_gallery(
         summary: As `summary.json` holds it.
         picks: What is shown; its texts may hold anything.
         contexts: What the tasks' places point into.
-        images: The picture folder; without it boxes are drawn on an empty frame.
+        images: The image folder; without it boxes are drawn on an empty frame.
         answer_of: Gives the text of a task's attempt; without it, rejections show their detail alone.
 
     Returns:
-        One HTML document without scripts. It reaches no network: its Content-Security-Policy allows `data:` pictures
+        One HTML document without scripts. It reaches no network: its Content-Security-Policy allows `data:` images
         and inline styles alone. It can be encoded as UTF-8, and holds no path of this machine.
     """
     folder = FolderImages(Path(images), _MAX_PIXELS) if images else None
@@ -130,7 +130,7 @@ def _head(name: str, summary: Mapping[str, Any]) -> str:
     who = "lora_llava's rules" if is_by_rules(summary) else teacher_name(summary)
     tokens = ledger.get("prompt_tokens", 0) + ledger.get("completion_tokens", 0)
     facts = [
-        ("rows", f"{summary['rows']:,} of {summary['tasks']:,}"), ("pictures", f"{summary['pictures']:,}"),
+        ("rows", f"{summary['rows']:,} of {summary['tasks']:,}"), ("images", f"{summary['images']:,}"),
         ("questions", f"{summary['turns']:,}"), ("written by", who),
     ]  # fmt: skip
     facts += [("tokens", f"{tokens:,}")] if tokens else []
@@ -140,7 +140,7 @@ def _head(name: str, summary: Mapping[str, Any]) -> str:
         notes.append(f"Not complete: {summary['failed']:,} had no answer, {summary['not_asked']:,} were not asked for.")
     return (
         f"<header><h1>{escape_line(name)}</h1>"
-        "<p>Conversations about pictures, written from captions and boxes alone.</p>"
+        "<p>Conversations about images, written from captions and boxes alone.</p>"
         + "<dl>"
         + "".join(f"<div><dt>{label}</dt><dd>{escape_line(value)}</dd></div>" for label, value in facts)
         + "</dl>"
@@ -212,7 +212,7 @@ def _article(shown: Shown, context: Context, folder: FolderImages | None, answer
     return (
         f'<article class="card {kind}"><div class="top"><span class="mark">{kind}</span>'
         f'<bdi class="id">{escape_line(shown.task.task_id)}</bdi>{tries}</div><div class="body">'
-        f'<div class="seen">{draw_picture(context, folder)}{_known(context)}</div>'
+        f'<div class="seen">{draw_image(context, folder)}{_known(context)}</div>'
         f'<div class="said">{why}{_said(shown, answer_of)}</div></div></article>'
     )
 

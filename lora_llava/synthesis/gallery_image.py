@@ -1,4 +1,4 @@
-"""A picture with its boxes over it, as a figure of the gallery."""
+"""An image with its boxes over it, as a figure of the gallery."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lora_llava.data.images.reading import BadImageError, FolderImages
 from lora_llava.pages.preview_samples import escape_hidden
 from lora_llava.synthesis.contexts.context import Box, Context
 
-PICTURE_SIZE = 480
-"""Pixels of a picture's longer side, at most."""
+IMAGE_SIZE = 480
+"""Pixels of an image's longer side, at most."""
 JPEG_QUALITY = 80
 _SMALL = 128 * 128
-"""Pixels up to which a picture is kept as PNG, and drawn with its pixels to be seen."""
+"""Pixels up to which an image is kept as PNG, and drawn with its pixels to be seen."""
 _FRAME = (400, 300)
-"""Of a picture that is not there."""
+"""Of an image that is not there."""
 _WIDTH = 360
 """Units of an overlay's width, about a CSS pixel each where the page is wide."""
 COLOURS = 8
@@ -31,30 +31,30 @@ _Place = tuple[float, float, float, float]
 """Left, top, right and bottom, in units."""
 
 
-def draw_picture(context: Context, folder: FolderImages | None) -> str:
-    """Draw a picture with its boxes over it, or, where it cannot be shown, the boxes on an empty frame.
+def draw_image(context: Context, folder: FolderImages | None) -> str:
+    """Draw an image with its boxes over it, or, where it cannot be shown, the boxes on an empty frame.
 
     Args:
-        context: The picture's name and boxes.
-        folder: Opens the picture; None where there is none.
+        context: The image's name and boxes.
+        folder: Opens the image; None where there is none.
 
     Returns:
-        An HTML figure; the picture is in it, downscaled, as a data URI.
+        An HTML figure; the image is in it, downscaled, as a data URI.
     """
-    picture, told = None, "no picture folder was named"
+    image, told = None, "no image folder was named"
     if folder:
         try:
-            picture = folder.open(context.image)
+            image = folder.open(context.image)
         except BadImageError as error:
             told = error.kind  # its message may hold a path
-    width, height = picture.size if picture else _FRAME
+    width, height = image.size if image else _FRAME
     overlay = _overlay(context.boxes, max(round(_WIDTH * height / width), 1))
-    caption = f"<figcaption><bdi>{_line(context.image)}</bdi>{'' if picture else f': {told}'}</figcaption>"
-    if picture is None:
-        return f'<figure><div class="picture empty">{overlay}</div>{caption}</figure>'
+    caption = f"<figcaption><bdi>{_line(context.image)}</bdi>{'' if image else f': {told}'}</figcaption>"
+    if image is None:
+        return f'<figure><div class="image empty">{overlay}</div>{caption}</figure>'
     few = ' class="few"' if width * height <= _SMALL else ""
-    element = f'<img{few} src="{_data_uri(picture)}" width="{width}" height="{height}" alt="{_line(context.image)}">'
-    return f'<figure><div class="picture">{element}{overlay}</div>{caption}</figure>'
+    element = f'<img{few} src="{_data_uri(image)}" width="{width}" height="{height}" alt="{_line(context.image)}">'
+    return f'<figure><div class="image">{element}{overlay}</div>{caption}</figure>'
 
 
 def _overlay(boxes: Sequence[Box], height: int) -> str:
@@ -73,7 +73,7 @@ def _overlay(boxes: Sequence[Box], height: int) -> str:
         x = max(min(left, _WIDTH - width - 8), 0)
         ways = [(x, y, x + width + 8, y + _TAG) for y in (top - _TAG, top, bottom) if 0 <= y <= height - _TAG]
         free = next((way for way in ways if not any(_overlap(way, other) for other in taken)), None)
-        if free:  # else the label is told where the pointer rests on the box, and below the picture
+        if free:  # else the label is told where the pointer rests on the box, and below the image
             taken.append(free)
             tags.append(_tag(text, free, colour))
     return f'<svg class="boxes" viewBox="0 0 {_WIDTH} {height}" aria-hidden="true">{"".join(drawn + tags)}</svg>'
@@ -101,9 +101,9 @@ def _line(text: str) -> str:
     return escape(escape_hidden(text))
 
 
-def _data_uri(picture: Image.Image) -> str:
-    small = picture.copy()
-    small.thumbnail((PICTURE_SIZE, PICTURE_SIZE))
+def _data_uri(image: Image.Image) -> str:
+    small = image.copy()
+    small.thumbnail((IMAGE_SIZE, IMAGE_SIZE))
     kind = "png" if small.width * small.height <= _SMALL else "jpeg"
     stream = io.BytesIO()
     small.save(stream, kind.upper(), quality=JPEG_QUALITY, optimize=True)

@@ -106,25 +106,25 @@ def _plan(recipe: GenerateRecipe, console: Console) -> tuple[GenerateRecipe, Con
     console.print(f"contexts: {contexts.report}", soft_wrap=True)
     weights: dict[Flavour, float] = {flavour: getattr(recipe.flavours, flavour) for flavour in FLAVOURS}
     tasks = plan_tasks(
-        contexts, weights=weights, samples=recipe.samples, samples_per_picture=recipe.samples_per_picture,
+        contexts, weights=weights, samples=recipe.samples, samples_per_image=recipe.samples_per_image,
         seed=recipe.seed,
     )  # fmt: skip
     told = ", ".join(f"{flavour} {count:,}" for flavour, count in tasks.counts().items())
     console.print(f"samples: {len(tasks):,} ({told})", soft_wrap=True)
     for flavour, count in tasks.left_out.items():
         if count:
-            console.print(f"{count:,} pictures are not known well enough for {flavour}", soft_wrap=True)
+            console.print(f"{count:,} images are not known well enough for {flavour}", soft_wrap=True)
     return recipe, contexts, tasks, load_prompts(Path(recipe.prompts) if recipe.prompts else None)
 
 
 def _with_demo(recipe: GenerateRecipe) -> GenerateRecipe:
-    """The recipe with the demo's contexts and pictures, put beside its rows, in the place of their name."""
+    """The recipe with the demo's contexts and images, put beside its rows, in the place of their name."""
     if recipe.contexts.contexts != DEMO:
         return recipe
     if recipe.contexts.images:
         raise UserError(
             f"contexts.images: {recipe.contexts.images} has no place where contexts are the demo's, which "
-            "has pictures of its own; leave it out"
+            "has images of its own; leave it out"
         )
     from lora_llava.demo.dataset import build_demo_contexts
     from lora_llava.model.base import cache_folder

@@ -52,7 +52,7 @@ def request_key(model: str, request: ChatRequest, task_id: str, attempt: int) ->
     Args:
         model: The teacher's name.
         request: Messages and settings.
-        task_id: Whose; two samples of one picture may be asked for in the same words.
+        task_id: Whose; two samples of one image may be asked for in the same words.
         attempt: Which try at a sample that passes this is.
 
     Returns:

@@ -50,7 +50,7 @@ def write_set(
         folder: Made where it is not there.
         results: In the order of the tasks; a sample that is the same as an earlier one is taken for rejected.
         contexts: What the tasks' places point into.
-        recipe: What was asked for; its `contexts.images` is where the gallery's pictures are.
+        recipe: What was asked for; its `contexts.images` is where the gallery's images are.
         about: What else the summary tells: `ledger`, its totals; `prompts`, their hashes by flavour; `recipe_hash`.
         answer_of: Gives the text of a task's attempt, for the gallery; without it, rejections show their detail alone.
 
@@ -121,7 +121,7 @@ def _once(results: Iterable[Result]) -> Iterator[Result]:
 
 
 def _row(result: Result, image: str) -> dict[str, Any]:
-    """A sample as LLaVA's own data has it: the picture before the first question."""
+    """A sample as LLaVA's own data has it: the image before the first question."""
     if not result.turns or any(IMAGE_PLACEHOLDER in turn.text for turn in result.turns):
         raise ValueError(
             f"{result.task.task_id}: a sample is empty or holds {IMAGE_PLACEHOLDER}; no gate should let it"
@@ -150,7 +150,7 @@ class _Tally:
     """Counts of what has come so far."""
 
     rows: int = 0
-    pictures: int = 0
+    images: int = 0
     by_flavour: dict[Flavour, Counter[str]] = field(default_factory=lambda: {name: Counter() for name in FLAVOURS})
     reasons: dict[str, Counter[str]] = field(default_factory=lambda: {reason: Counter() for reason in REASONS})
     failures: Counter[str] = field(default_factory=Counter)
@@ -162,7 +162,7 @@ class _Tally:
         counts.update(("tasks", result.status))
         if result.status == "accepted":
             self.rows += 1
-            self.pictures += result.task.place != self._place  # tasks of a picture follow one another
+            self.images += result.task.place != self._place  # tasks of an image follow one another
             self._place = result.task.place
             counts.update(_sizes(result.turns))
         elif result.status == "failed":
@@ -197,7 +197,7 @@ def _summary(tally: _Tally, contexts: Contexts, recipe: GenerateRecipe) -> dict[
         models[_bare(name)] += count
     return {
         "complete": not total["failed"] and not total["not asked"],
-        **_statuses(total), "turns": total["turns"], "pictures": tally.pictures,
+        **_statuses(total), "turns": total["turns"], "images": tally.images,
         "flavours": {
             flavour: {
                 **_statuses(counts), "turns": counts["turns"],
@@ -231,7 +231,7 @@ def _statuses(counts: Counter[str]) -> dict[str, int]:
 
 
 def _within(images: str | None, folder: Path) -> str | None:
-    """The picture folder as the set's own names it; None where it is elsewhere."""
+    """The image folder as the set's own names it; None where it is elsewhere."""
     path = Path(images).resolve() if images else None
     return path.relative_to(folder.resolve()).as_posix() if path and path.is_relative_to(folder.resolve()) else None
 

@@ -41,7 +41,7 @@ _PREFACE = re.compile(
     r"[*_# \t]{0,9}(?:detailed )?description[*_ \t]{0,9}(?::[*_ \t]*|\n\s*))",
     re.IGNORECASE,
 )
-"""`Here is a description of the picture:` and `**Description:**`."""
+"""`Here is a description of the image:` and `**Description:**`."""
 _ENDED = re.compile(r"[^\w\s,;:(\[{\u2013\u2014-]['\"\u201d\u2019)\]*_]*\Z")
 _LONG = 12
 """Words from which a text without JSON has to end as a sentence does (untuned): a short answer may do without."""

@@ -80,7 +80,7 @@ def write_request(
 
     Args:
         task: What is to be made.
-        context: Of its picture.
+        context: Of its image.
         prompt: Of its flavour.
         settings: How it is asked for.
         attempt: Which try this is, from 0.
@@ -93,7 +93,7 @@ def write_request(
     drawn = settings.temperature is None or settings.temperature > 0
     return ChatRequest(
         messages, settings.max_tokens, settings.temperature, settings.top_p,
-        seed=settings.seed + task.number + 1000 * attempt if drawn else None,  # two samples of a picture should differ
+        seed=settings.seed + task.number + 1000 * attempt if drawn else None,  # two samples of an image should differ
         response_format=RESPONSE_SCHEMAS[task.flavour] if settings.structured else None,
     )  # fmt: skip
 
@@ -102,7 +102,7 @@ class Maker:
     """Makes samples by a ledger of answers; what the ledger lacks is asked for.
 
     Args:
-        contexts: What is known of the pictures.
+        contexts: What is known of the images.
         tasks: What is to be made.
         prompts: From `load_prompts`.
         settings: How it is asked for.

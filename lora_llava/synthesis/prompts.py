@@ -1,4 +1,4 @@
-"""What the teacher is asked: a system message, examples, and the captions and boxes of the picture."""
+"""What the teacher is asked: a system message, examples, and the captions and boxes of the image."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def write_messages(prompt: Prompt, context: Context) -> list[dict[str, str]]:
 
     Args:
         prompt: Of the flavour.
-        context: Of the picture.
+        context: Of the image.
 
     Returns:
         The system message, each example as a user's and an assistant's, and last the context alone, word for word.

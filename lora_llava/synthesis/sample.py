@@ -22,7 +22,7 @@ class Task:
         task_id: Tells it from all others of a set, the same in every run: `000000296284-conversation-0`.
         place: Of its context among the contexts.
         flavour: What is to be made.
-        number: Of the sample among those of this picture and flavour, from 0.
+        number: Of the sample among those of this image and flavour, from 0.
     """
 
     task_id: str
@@ -45,4 +45,4 @@ class Rejection:
 
 
 Turns = tuple[Turn, ...]
-"""Roles `user` and `assistant` in turn, without any mention of the picture's place."""
+"""Roles `user` and `assistant` in turn, without any mention of the image's place."""

@@ -1,4 +1,4 @@
-"""What is to be made of which picture: flavours dealt by weight, pictures drawn by seed."""
+"""What is to be made of which image: flavours dealt by weight, images drawn by seed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lora_llava.synthesis.contexts.context import Context
 from lora_llava.synthesis.sample import FLAVOURS, WEIGHTS, Flavour, Task
 
 _GOLDEN = 0.6180339887498949
-"""Steps of the golden ratio fall evenly on a circle however many they are, so that a picture's samples are of flavours
+"""Steps of the golden ratio fall evenly on a circle however many they are, so that an image's samples are of flavours
 by weight too, and the first few seldom of one."""
 
 
 class Tasks(Sequence[Task]):
-    """Tasks in the order of their pictures, then of flavours, then of numbers; eight bytes each.
+    """Tasks in the order of their images, then of flavours, then of numbers; eight bytes each.
 
     Args:
         codes: Each task as `(place * flavours + flavour) * most + number`.
         most: More than any number.
-        stems: Of each context's picture, from `image_stem`.
-        left_out: Pictures that cannot carry a flavour which is asked for, by flavour.
+        stems: Of each context's image, from `image_stem`.
+        left_out: Images that cannot carry a flavour which is asked for, by flavour.
     """
 
     def __init__(self, codes: array[int], most: int, stems: list[str], left_out: Mapping[Flavour, int]) -> None:
@@ -55,15 +55,15 @@ class Tasks(Sequence[Task]):
 
 
 def image_stem(image: str) -> str:
-    """A picture's part of its tasks' ids.
+    """An image's part of its tasks' ids.
 
-    It depends on the picture's own name and no other's, so that an id means the same picture whatever else is there.
+    It depends on the image's own name and no other's, so that an id means the same image whatever else is there.
 
     Args:
-        image: The picture's name.
+        image: The image's name.
 
     Returns:
-        `000000296284` for `000000296284.jpg`; for a picture in a folder, or of another suffix, the stem and eight hex
+        `000000296284` for `000000296284.jpg`; for an image in a folder, or of another suffix, the stem and eight hex
         digits of the whole name's hash, since `a/1.jpg`, `b/1.jpg`, `1.jpg` and `1.png` share their stem.
     """
     own = image.rpartition("/")[2]
@@ -74,7 +74,7 @@ def image_stem(image: str) -> str:
 
 
 def can_carry(context: Context, flavour: Flavour) -> bool:
-    """Whether enough is known of a picture for a flavour.
+    """Whether enough is known of an image for a flavour.
 
     LLaVA's teacher had five captions and boxes for each (arXiv 2304.08485, section 3), so the paper gives no least.
     Captions alone tell who does what where, and everything may be made of one. A box alone tells what there is and
@@ -82,7 +82,7 @@ def can_carry(context: Context, flavour: Flavour) -> bool:
     things stand to each other; of one box, all but its label would be made up, so it needs two.
 
     Args:
-        context: Of the picture.
+        context: Of the image.
         flavour: What is to be made.
 
     Returns:
@@ -95,54 +95,54 @@ def can_carry(context: Context, flavour: Flavour) -> bool:
 
 def plan_tasks(
     contexts: Sequence[Context], *, weights: Mapping[Flavour, float] = WEIGHTS, samples: int | None = None,
-    samples_per_picture: int = 1, seed: int, where: str = "",
+    samples_per_image: int = 1, seed: int, where: str = "",
 ) -> Tasks:  # fmt: skip
-    """Decide what is made of which picture.
+    """Decide what is made of which image.
 
     With `samples`, so many tasks are dealt to the flavours by weight (largest remainder; a tie goes to the flavour that
-    is first). A flavour's pictures are drawn by seed: none a second time before all had their turn. More samples keep
-    the pictures that fewer had, save where the largest remainder gives a flavour one task less.
+    is first). A flavour's images are drawn by seed: none a second time before all had their turn. More samples keep
+    the images that fewer had, save where the largest remainder gives a flavour one task less.
 
-    Without `samples`, every picture has `samples_per_picture` tasks, and which flavours depends on its name and the
-    seed alone: by weight over all pictures, and spread within one. Other pictures, or more samples of each, leave them
-    as they are. A picture that cannot carry a flavour gets another.
+    Without `samples`, every image has `samples_per_image` tasks, and which flavours depends on its name and the
+    seed alone: by weight over all images, and spread within one. Other images, or more samples of each, leave them
+    as they are. An image that cannot carry a flavour gets another.
 
     Args:
-        contexts: What is known of the pictures.
+        contexts: What is known of the images.
         weights: Of the flavours; one that is missing, or 0, is not made.
-        samples: How many; None makes some of every picture.
-        samples_per_picture: Tasks of a picture; with `samples`, the most of each flavour.
+        samples: How many; None makes some of every image.
+        samples_per_image: Tasks of an image; with `samples`, the most of each flavour.
         seed: Of the draw.
         where: Prefix of the arguments' names in messages.
 
     Returns:
-        The tasks, by picture in order.
+        The tasks, by image in order.
 
     Raises:
         UserError: For weights that are none, numbers below 1, and more samples than can be made.
     """
     prefix = f"{where}." if where else ""
     shares = _shares(weights, f"{prefix}weights")
-    for name, value in (("samples", samples), ("samples_per_picture", samples_per_picture)):
+    for name, value in (("samples", samples), ("samples_per_image", samples_per_image)):
         if value is not None and value < 1:
             raise UserError(f"{prefix}{name}: it is {value}; set it to 1 or more")
     images: list[str] = []
     carried: list[tuple[Flavour, ...]] = []
-    known: dict[tuple[Flavour, ...], tuple[Flavour, ...]] = {}  # the same few tuples, for a hundred thousand pictures
+    known: dict[tuple[Flavour, ...], tuple[Flavour, ...]] = {}  # the same few tuples, for a hundred thousand images
     for context in contexts:
         images.append(context.image)
         flavours = tuple(flavour for flavour in shares if can_carry(context, flavour))
         carried.append(known.setdefault(flavours, flavours))
     if samples is None:
-        tasks = _deal_to_pictures(images, carried, shares, samples_per_picture, seed)
+        tasks = _deal_to_images(images, carried, shares, samples_per_image, seed)
     else:
         places = {flavour: [i for i, flavours in enumerate(carried) if flavour in flavours] for flavour in shares}
-        _check_samples(samples, samples_per_picture, shares, {f: len(mine) for f, mine in places.items()}, prefix)
+        _check_samples(samples, samples_per_image, shares, {f: len(mine) for f, mine in places.items()}, prefix)
         tasks = _deal_to_flavours(images, places, deal(samples, shares), seed)
     kinds = {flavour: kind for kind, flavour in enumerate(FLAVOURS)}
-    codes = ((place * len(kinds) + kinds[flavour]) * samples_per_picture + number for place, flavour, number in tasks)
+    codes = ((place * len(kinds) + kinds[flavour]) * samples_per_image + number for place, flavour, number in tasks)
     left_out = {flavour: sum(flavour not in flavours for flavours in carried) for flavour in shares}
-    return Tasks(array("Q", sorted(codes)), samples_per_picture, [image_stem(image) for image in images], left_out)
+    return Tasks(array("Q", sorted(codes)), samples_per_image, [image_stem(image) for image in images], left_out)
 
 
 def deal(count: int, shares: Mapping[Flavour, Fraction]) -> dict[Flavour, int]:
@@ -181,7 +181,7 @@ def _shares(weights: Mapping[Flavour, float], field: str) -> dict[Flavour, Fract
 def _check_samples(
     samples: int, most: int, shares: Mapping[Flavour, Fraction], carriers: Mapping[Flavour, int], prefix: str
 ) -> None:  # fmt: skip
-    """Hold that every flavour has pictures enough, and say how many samples can be made where one has not."""
+    """Hold that every flavour has images enough, and say how many samples can be made where one has not."""
 
     def short(count: int) -> Flavour | None:
         return next((f for f, wanted in deal(count, shares).items() if wanted > carriers[f] * most), None)
@@ -194,14 +194,14 @@ def _check_samples(
         can -= 1
     raise UserError(
         f"{prefix}samples: of {samples:,}, {deal(samples, shares)[lacking]:,} are {lacking}, for which there are "
-        f"{carriers[lacking]:,} pictures and {prefix}samples_per_picture is {most}; by these weights {can:,} can be had"
+        f"{carriers[lacking]:,} images and {prefix}samples_per_image is {most}; by these weights {can:,} can be had"
     )
 
 
 def _deal_to_flavours(
     images: Sequence[str], places: Mapping[Flavour, Sequence[int]], wanted: Mapping[Flavour, int], seed: int
 ) -> Iterator[tuple[int, Flavour, int]]:  # fmt: skip
-    """Each flavour's tasks: place of the picture, flavour, number."""
+    """Each flavour's tasks: place of the image, flavour, number."""
     for flavour, count in wanted.items():
         for number in range(-(-count // max(len(places[flavour]), 1))):
             left = count - number * len(places[flavour])
@@ -211,11 +211,11 @@ def _deal_to_flavours(
             yield from ((place, flavour, number) for place in order)
 
 
-def _deal_to_pictures(
+def _deal_to_images(
     images: Sequence[str], carried: Sequence[tuple[Flavour, ...]], shares: Mapping[Flavour, Fraction], most: int,
     seed: int,
 ) -> Iterator[tuple[int, Flavour, int]]:  # fmt: skip
-    """Each picture's tasks: place of the picture, flavour, number."""
+    """Each image's tasks: place of the image, flavour, number."""
     bounds = {flavours: list(accumulate(float(shares[flavour]) for flavour in flavours)) for flavours in set(carried)}
     for place, flavours in enumerate(carried):
         if not flavours:

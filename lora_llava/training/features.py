@@ -1,4 +1,4 @@
-"""`vision_cache`: every picture of a run through the tower once, before the language model is loaded."""
+"""`vision_cache`: every image of a run through the tower once, before the language model is loaded."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from lora_llava.model.vision_cache import CachedFeatures, FeatureStore, feature_
 from lora_llava.planning.run_plan import RunPlan
 
 _BATCH = 8
-"""Pictures that go through the tower at once; more gain nothing (untuned on a GPU)."""
+"""Images that go through the tower at once; more gain nothing (untuned on a GPU)."""
 
 
 def cache_features(plan: RunPlan, base: Base, console: Console) -> None:
-    """Where the recipe has a vision cache, compute what it lacks and let every split's pictures come from it.
+    """Where the recipe has a vision cache, compute what it lacks and let every split's images come from it.
 
     Args:
-        plan: From `plan_run`; its splits' `pictures` are replaced.
+        plan: From `plan_run`; its splits' `images` are replaced.
         base: Whose tower computes what the cache lacks.
         console: Told what is kept where, and what is rebuilt.
 
     Raises:
-        UserError: Where the features fit neither disk nor memory, or a picture cannot be read.
+        UserError: Where the features fit neither disk nor memory, or an image cannot be read.
     """
     if plan.recipe.training.vision_cache == "off":
         return
@@ -59,9 +59,9 @@ def cache_features(plan: RunPlan, base: Base, console: Console) -> None:
             for line in store.load(wanted):
                 console.print(f"vision cache: {line}", soft_wrap=True)
             _fill(store, hashes, plan, base)
-    pictures = len({digest for found in hashes.values() for digest in found.values()})
+    images = len({digest for found in hashes.values() for digest in found.values()})
     where = "memory" if folder is None else folder
-    console.print(f"vision cache: {pictures:,} pictures in {where}; the vision tower is not loaded", soft_wrap=True)
+    console.print(f"vision cache: {images:,} images in {where}; the vision tower is not loaded", soft_wrap=True)
     for name, split in plan.splits.items():
         split.load_pixels = CachedFeatures(store, hashes[name])
 
@@ -81,7 +81,7 @@ def _locked(folder: Path, console: Console) -> Iterator[None]:
 
 
 def cache_key(plan: RunPlan, base: Base) -> dict[str, Any]:
-    """What features depend on besides the picture."""
+    """What features depend on besides the image."""
     config = plan.model.config
     return {
         "tower": base.as_dict()["hashes"]["vision_tower"],
@@ -94,26 +94,26 @@ def cache_key(plan: RunPlan, base: Base) -> dict[str, Any]:
     }
 
 
-def split_pictures(plan: RunPlan, name: str) -> list[str]:
-    """Names of the pictures that a run reads of a split, each once; of the test split, those that are asked."""
+def split_images(plan: RunPlan, name: str) -> list[str]:
+    """Names of the images that a run reads of a split, each once; of the test split, those that are asked."""
     rows = plan.splits[name].rows
     indices: Any = range(len(rows))
     if name == "test" and plan.recipe.evaluation is not None:
         evaluation, seed = plan.recipe.evaluation, plan.recipe.seed
         indices = [i for count in (evaluation.before, evaluation.after) for i in choose_rows(indices, count, seed)]
-    return list(dict.fromkeys(picture for i in indices for picture in rows.image_files(i)))
+    return list(dict.fromkeys(image for i in indices for image in rows.image_files(i)))
 
 
 def _hash_split(plan: RunPlan, name: str) -> dict[str, str]:
-    """SHA-256 of each picture's file by its name."""
-    names, images = split_pictures(plan, name), plan.splits[name].images
+    """SHA-256 of each image's file by its name."""
+    names, images = split_images(plan, name), plan.splits[name].images
 
-    def digest(picture: str) -> str:
-        return hashlib.sha256(images.read(picture)).hexdigest()
+    def digest(image: str) -> str:
+        return hashlib.sha256(images.read(image)).hexdigest()
 
     with ThreadPoolExecutor() as pool:
         digests = tqdm(
-            pool.map(digest, names), desc=f"reading pictures of {name}", total=len(names), unit="picture", leave=False,
+            pool.map(digest, names), desc=f"reading images of {name}", total=len(names), unit="image", leave=False,
             dynamic_ncols=True,
         )  # fmt: skip
         return dict(zip(names, digests, strict=True))
@@ -128,7 +128,7 @@ def _fill(store: FeatureStore, hashes: dict[str, dict[str, str]], plan: RunPlan,
     _check_room(store, len(missing), plan)
     config, dtype, device = plan.model.config, resolve_dtype(plan.recipe.model.dtype), default_device()
     tower = load_tower(base.folder, config, dtype, device)
-    bar = tqdm(desc="encoding pictures", total=len(missing), unit="picture", dynamic_ncols=True)
+    bar = tqdm(desc="encoding images", total=len(missing), unit="image", dynamic_ncols=True)
     with bar:
         try:
             for batch, pixels in _preprocessed(missing, plan):
@@ -145,7 +145,7 @@ def _fill(store: FeatureStore, hashes: dict[str, dict[str, str]], plan: RunPlan,
 
 
 def _preprocessed(places: list[tuple[str, str]], plan: RunPlan) -> Iterator[tuple[list[tuple[str, str]], torch.Tensor]]:
-    """Batches of pictures with their pixels; the next one is preprocessed while the tower runs."""
+    """Batches of images with their pixels; the next one is preprocessed while the tower runs."""
     batches = [places[start : start + _BATCH] for start in range(0, len(places), _BATCH)]
     processor = plan.processor.image_processor
 
@@ -161,19 +161,19 @@ def _preprocessed(places: list[tuple[str, str]], plan: RunPlan) -> Iterator[tupl
             yield batch, ready
 
 
-def _check_room(store: FeatureStore, pictures: int, plan: RunPlan) -> None:
+def _check_room(store: FeatureStore, images: int, plan: RunPlan) -> None:
     config = plan.model.config
     layers = config.vision_feature_layer
     width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
     one = feature_bytes(config.image_seq_length, width, resolve_dtype(plan.recipe.model.dtype))
-    needed = pictures * one
+    needed = images * one
     if store.folder is None:
         free, what, mend = psutil.virtual_memory().available, "memory", "disk or off"
     else:
         free, what, mend = shutil.disk_usage(store.folder).free, str(store.folder), "memory or off, or LORA_LLAVA_CACHE"
     if needed > free:
         raise UserError(
-            f"training.vision_cache: features of {pictures:,} pictures need {needed / 1e9:.1f} GB and {what} has "
+            f"training.vision_cache: features of {images:,} images need {needed / 1e9:.1f} GB and {what} has "
             f"{free / 1e9:.1f} GB free; set training.vision_cache to {mend}"
             + (" to another disk" if store.folder is not None else "")
         )

@@ -221,7 +221,7 @@ def train(
     Raises:
         StoppedError: After Ctrl-C, SIGTERM or SIGHUP, with a checkpoint written.
         PoisonedError: For a loss or gradient that is not a number.
-        UserError: Where memory or the disk ends, or a picture is not there any more.
+        UserError: Where memory or the disk ends, or an image is not there any more.
     """
     recipe = plan.recipe
     feed, validation = build_feeds(plan)
@@ -332,7 +332,7 @@ def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Ca
         if "DataLoader worker" not in str(error):
             raise
         told = " ".join(str(error).split())
-        raise UserError(f"a process that loads pictures was ended ({told:.200}){trainer.save_last_step()}") from None
+        raise UserError(f"a process that loads images was ended ({told:.200}){trainer.save_last_step()}") from None
 
 
 def _out_of_memory(plan: RunPlan) -> UserError:

@@ -188,7 +188,7 @@ class LlavaSFTTrainer(SFTTrainer):
         return self._loader("train")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """The validation rows, with their own pictures."""
+        """The validation rows, with their own images."""
         return self._loader("validation")
 
     def _loader(self, split: str) -> Any:

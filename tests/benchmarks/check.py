@@ -1,4 +1,4 @@
-"""`lora-llava check` on many pictures of real size: seconds and memory."""
+"""`lora-llava check` on many images of real size: seconds and memory."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from lora_llava.recipe import load_recipe
 
 _WORDS = "the a red blue dog cat man woman street table holds next to large small two behind"
 _DIFFERENT = 300
-"""Pictures that are drawn; the others have their content with another end, so that each is a file of its own."""
+"""Images that are drawn; the others have their content with another end, so that each is a file of its own."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=int, default=6_000)
+    parser.add_argument("--images", type=int, default=6_000)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["LORA_LLAVA_CACHE"] = str(folder / "cache")
-        total_bytes = _write(folder, args.pictures)
+        total_bytes = _write(folder, args.images)
         recipe = load_recipe("demo_my_data_qlora.yaml", [
             f"data.path={folder}/rows.json", f"data.image_folder={folder}/images", "data.validation_rows=100",
             "data.max_length=512",
         ])  # fmt: skip
         first, again = _timed(recipe), _timed(recipe)
     return {
-        "pictures": args.pictures, "size": "640 x 480 JPEG", "mean_bytes": total_bytes // args.pictures,
+        "images": args.images, "size": "640 x 480 JPEG", "mean_bytes": total_bytes // args.images,
         "first": first, "again": again,
     }  # fmt: skip
 
@@ -77,7 +77,7 @@ def _write(folder: Path, count: int) -> int:
     rows, total = [], 0
     for index in range(count):
         name = f"{index:06d}.jpg"
-        content = contents[index % len(contents)] + b"%d" % index  # after the picture's end
+        content = contents[index % len(contents)] + b"%d" % index  # after the image's end
         total += len(content)
         (folder / "images" / name).write_bytes(content)
         said = [" ".join(rng.choices(words, k=rng.randint(5, 40))) for _ in range(4)]
@@ -89,12 +89,12 @@ def _write(folder: Path, count: int) -> int:
 
 
 def _photo(rng: np.random.Generator) -> bytes:
-    """A picture as heavy as a photograph: blurred blocks under grain."""
+    """An image as heavy as a photograph: blurred blocks under grain."""
     blocks = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((640, 480)).filter(
         ImageFilter.GaussianBlur(3)
     )  # fmt: skip
     grain = rng.normal(0, 9, (480, 640, 3))
-    picture = Image.fromarray(np.clip(np.asarray(blocks) + grain, 0, 255).astype(np.uint8))
+    image = Image.fromarray(np.clip(np.asarray(blocks) + grain, 0, 255).astype(np.uint8))
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=90)
+    image.save(stream, "JPEG", quality=90)
     return stream.getvalue()

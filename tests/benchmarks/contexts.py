@@ -1,4 +1,4 @@
-"""Contexts of many pictures read and all tasks planned: seconds and peak memory of a whole process."""
+"""Contexts of many images read and all tasks planned: seconds and peak memory of a whole process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 
 FEW = 10_000
-"""Pictures of a first run, which shows what of the memory does not grow."""
+"""Images of a first run, which shows what of the memory does not grow."""
 SAMPLE_SECONDS = 0.01
 CAPTIONS, BOXES, CROWD = 5, 7, 0.01
-"""Of a picture, about as in COCO's train2017 (118,287 pictures, 591,753 captions, 860,001 annotations); and the part of
+"""Of an image, about as in COCO's train2017 (118,287 images, 591,753 captions, 860,001 annotations); and the part of
 its boxes that are crowd regions."""
 POLYGON = 54
 """Numbers of a segmentation, so that an annotation is about as long as COCO's, of which there are 860,001 in 448 MB."""
@@ -30,25 +30,25 @@ from pathlib import Path
 from lora_llava.synthesis.contexts.reading_contexts import read_contexts
 from lora_llava.synthesis.tasks import plan_tasks
 contexts = read_contexts(**{name: Path(file) for name, file in json.loads(sys.argv[1]).items()})
-tasks = plan_tasks(contexts, samples_per_picture=3, seed=0)
+tasks = plan_tasks(contexts, samples_per_image=3, seed=0)
 print(json.dumps({"report": str(contexts.report), "tasks": len(tasks)}))
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """A process for each form of the files, on few pictures and on all."""
+    """A process for each form of the files, on few images and on all."""
     runs = []
     for form, write in (("llava", write_llava), ("coco", write_coco)):
-        for count in sorted({min(FEW, args.pictures), args.pictures}):
+        for count in sorted({min(FEW, args.images), args.images}):
             with tempfile.TemporaryDirectory() as folder:
                 files = write(Path(folder), count, Random(args.seed))
                 megabytes = round(sum(file.stat().st_size for file in files.values()) / 1e6, 1)
-                runs.append({"form": form, "pictures": count, "megabytes": megabytes} | _run(files))
+                runs.append({"form": form, "images": count, "megabytes": megabytes} | _run(files))
     return {"captions": CAPTIONS, "boxes": BOXES, "seed": args.seed, "runs": runs}
 
 
@@ -87,16 +87,16 @@ def write_llava(folder: Path, count: int, random: Random) -> dict[str, Path]:
 
 
 def write_coco(folder: Path, count: int, random: Random) -> dict[str, Path]:
-    """COCO's two files; the boxes of a picture are far apart, and what they are called stands at the end."""
-    pictures = [{
+    """COCO's two files; the boxes of an image are far apart, and what they are called stands at the end."""
+    images = [{
         "license": 3, "file_name": f"{number:012}.jpg", "coco_url": f"http://images.example/train2017/{number:012}.jpg",
         "height": 480, "width": 640, "date_captured": "2013-11-14 11:18:45", "id": number,
     } for number in range(count)]  # fmt: skip
     texts = ({"image_id": n, "id": n, "caption": text} for n in range(count) for text in captions(random))
     files = {"captions": folder / "captions.json", "instances": folder / "instances.json"}
-    _write(files["captions"], {"images": pictures}, texts, {})
+    _write(files["captions"], {"images": images}, texts, {})
     categories = [{"supercategory": "object", "id": kind, "name": f"object {kind}"} for kind in range(80)]
-    _write(files["instances"], {"images": pictures}, _instances(count, random), {"categories": categories})
+    _write(files["instances"], {"images": images}, _instances(count, random), {"categories": categories})
     return files
 
 

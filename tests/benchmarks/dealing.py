@@ -10,7 +10,7 @@ from typing import Any
 IMAGE_TOKENS = 576
 IMAGE_SHARE = 0.49
 TEXT = {True: (310, 170), False: (340, 125)}
-"""Mean and standard deviation of the text's tokens, with a picture and without: near those of 444 real problems, whose
+"""Mean and standard deviation of the text's tokens, with an image and without: near those of 444 real problems, whose
 means are 299 and 333 and deviations 186 and 125."""
 
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw_lengths(samples: int) -> list[int]:
-    """Lengths with the mean, the 95th percentile and the share of pictures of ScienceQA under the Llama tokenizer."""
+    """Lengths with the mean, the 95th percentile and the share of images of ScienceQA under the Llama tokenizer."""
     drawn = random.Random(0)
 
     def one(pictured: bool) -> int:

@@ -1,4 +1,4 @@
-"""Batches from cached features against batches from pictures: samples a second of the collator alone."""
+"""Batches from cached features against batches from images: samples a second of the collator alone."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ REPEATS = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """PNG pictures of 480 x 360 for CLIP ViT-L/14-336, and its features of 576 x 1024 in bfloat16 from disk."""
+    """PNG images of 480 x 360 for CLIP ViT-L/14-336, and its features of 576 x 1024 in bfloat16 from disk."""
     config = shape_config("7b", 0, 32000)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        names = [f"{index}.png" for index in range(args.pictures)]
+        names = [f"{index}.png" for index in range(args.images)]
         store = FeatureStore(folder / "features", {})
         store.load()
-        for picture in names:
-            pixels = random.Random(picture).randbytes(96 * 72 * 3)
-            Image.frombytes("RGB", (96, 72), pixels).resize((480, 360)).save(folder / picture)
-            store.put(picture, torch.randn(576, 1024).to(torch.bfloat16))
+        for image in names:
+            pixels = random.Random(image).randbytes(96 * 72 * 3)
+            Image.frombytes("RGB", (96, 72), pixels).resize((480, 360)).save(folder / image)
+            store.put(image, torch.randn(576, 1024).to(torch.bfloat16))
         store.flush()
         sources: dict[str, PixelLoader] = {
             "pixels": Pixels(FolderImages(folder, 10**7), image_processor_of(folder, config)),
-            "cached": CachedFeatures(store, {picture: picture for picture in names}),
+            "cached": CachedFeatures(store, {image: image for image in names}),
         }
         rates = {key: _rate(PackedCollator(source), names, args.batch_size) for key, source in sources.items()}
     return {
-        "pictures": args.pictures, "batch_size": args.batch_size, "samples_per_second": rates,
+        "images": args.images, "batch_size": args.batch_size, "samples_per_second": rates,
         "cached_over_pixels": rates["cached"] / rates["pixels"],
     }  # fmt: skip
 

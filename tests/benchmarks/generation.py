@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Weights are loaded once and the first pass is not counted; every pass encodes its questions and pictures anew."""
+    """Weights are loaded once and the first pass is not counted; every pass encodes its questions and images anew."""
     way = Way()
     opened = open_evaluation(args.run, way)
     settings = opened.recipe.evaluation or EvaluationSection()
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "batched_over_one_at_a_time": one / many,
         "answers_that_differ": sum(a["text"] != b["text"] for a, b in zip(together, alone, strict=True)),
         "accuracy": {"generate": table["AVG"][0], "loglik": likely["AVG"][0]},
-        "accuracy_with_picture": {"generate": table["IMG"][0], "loglik": likely["IMG"][0]},
+        "accuracy_with_image": {"generate": table["IMG"][0], "loglik": likely["IMG"][0]},
         "choices_that_differ": sum(
             a["prediction"] != b["prediction"] for a, b in zip(together, weighed, strict=True)
         ),

@@ -12,7 +12,7 @@ from lora_llava.benchmark.comparison_run import run_in_process
 from lora_llava.planning.memory import CUDA_CONTEXT, GIB
 
 WORDS_OF_768 = 768 - 576 - 10
-"""A text that makes a row of 768 tokens with a picture and the template's own."""
+"""A text that makes a row of 768 tokens with an image and the template's own."""
 EIGHT_BIT = "paged_adamw_8bit"
 
 

@@ -25,7 +25,7 @@ RANK = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="7b")
     parser.add_argument("--layers", type=int, help="fewer layers, where the disk is small")
-    parser.add_argument("--image-size", type=int, default=336, help="smaller pictures make the proof shorter")
+    parser.add_argument("--image-size", type=int, default=336, help="smaller images make the proof shorter")
     parser.add_argument("--prompts", type=int, default=1, help="of each kind")
     parser.add_argument("--folder", type=Path, help="where the weights go; default: a temporary folder")
 
@@ -107,11 +107,11 @@ def build(folder: Path, shape: str, layers: int | None, image_size: int) -> tupl
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.padding_side = "left"
-    pictures = CLIPImageProcessorPil(
+    images = CLIPImageProcessorPil(
         size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
     )
     template = chat_template(get_template("vicuna_v1", ""))
-    build_processor(tokenizer, config, pictures, template).save_pretrained(run_folder)
+    build_processor(tokenizer, config, images, template).save_pretrained(run_folder)
     GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=32001).save_pretrained(run_folder)
     recorded = {"name": str(base), "revision": None, "parts": None, "hashes": component_hashes(base)}
     (run_folder / "run.json").write_text(json.dumps({"stage": 2, "base": recorded}))

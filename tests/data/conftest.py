@@ -73,9 +73,9 @@ def spell() -> Callable[..., tuple[list[int], list[int]]]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def images(tmp_path: Path) -> Path:
     """A folder with red.png, green.png and blue.png, 4 x 4 pixels each."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for name, colour in {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}.items():
         Image.new("RGB", (4, 4), colour).save(folder / f"{name}.png")

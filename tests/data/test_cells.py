@@ -41,8 +41,8 @@ def test_a_cell_may_hold_several_images(cell: Any, names: tuple[str, ...], colum
     [
         ("[01.png, 02.png]", 'image is \'[01.png, 02.png]\', which is no JSON list; write it as ["a", "b"]'),
         ('["01.png", ]', 'image is \'["01.png", ]\', which is no JSON list; write it as ["a", "b"]'),
-        ('[["01.png"]]', "a picture's name is ['01.png']; it should be a file's name"),
-        ("[1, 2]", "a picture's name is 1; it should be a file's name"),
+        ('[["01.png"]]', "an image's name is ['01.png']; it should be a file's name"),
+        ("[1, 2]", "an image's name is 1; it should be a file's name"),
         ("[" * 5000 + "]" * 5000, f'image is {"[" * 5000!r:.60}, which is no JSON list; write it as ["a", "b"]'),
     ],
 )

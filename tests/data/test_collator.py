@@ -17,9 +17,9 @@ PAD = 9
 
 
 @pytest.fixture
-def collator(pictures: Path) -> PaddedCollator:
+def collator(images: Path) -> PaddedCollator:
     processor = CLIPImageProcessorPil(size={"shortest_edge": 4}, crop_size={"height": 4, "width": 4})
-    return PaddedCollator(Pixels(FolderImages(pictures, 16), processor), PAD)
+    return PaddedCollator(Pixels(FolderImages(images, 16), processor), PAD)
 
 
 def row(ids: list[int], labels: list[int], *images: str) -> dict[str, Any]:
@@ -53,13 +53,13 @@ def test_a_whole_batch(collator: PaddedCollator) -> None:
     torch.testing.assert_close(batch["pixel_values"], pixels, rtol=0, atol=1e-6)
 
 
-def test_pictures_follow_the_rows(collator: PaddedCollator) -> None:
+def test_images_follow_the_rows(collator: PaddedCollator) -> None:
     pixels = collator(ROWS[::-1])["pixel_values"]
     expected = torch.stack([normalised(0, 0, 255), normalised(0, 255, 0), normalised(255, 0, 0)])
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-6)
 
 
-def test_a_batch_without_pictures_has_no_pixels(collator: PaddedCollator) -> None:
+def test_a_batch_without_images_has_no_pixels(collator: PaddedCollator) -> None:
     batch = collator(ROWS[1:2])
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
         "input_ids": [[1, 7, 8, 2, 4]],
@@ -74,6 +74,6 @@ def test_a_pad_token_inside_a_row_is_seen(collator: PaddedCollator) -> None:
     assert batch["labels"].tolist() == [[-100, PAD], [-100, -100]]
 
 
-def test_a_missing_picture_is_named(collator: PaddedCollator) -> None:
-    with pytest.raises(BadImageError, match=r"^picture pink.png is missing$"):
+def test_a_missing_image_is_named(collator: PaddedCollator) -> None:
+    with pytest.raises(BadImageError, match=r"^image pink.png is missing$"):
         collator([row([1], [-100], "pink.png")])

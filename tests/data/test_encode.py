@@ -46,7 +46,7 @@ def said(*texts: str) -> list[dict[str, str]]:
 
 
 def encode(tokenizer: Any, messages: Sequence[Any], template: str | Template, **more: Any) -> Lists:
-    """Ids and labels of a conversation whose pictures take three tokens."""
+    """Ids and labels of a conversation whose images take three tokens."""
     encoded = encode_conversation(messages, tokenizer=tokenizer, template=template, num_image_tokens=3, **more)
     assert list(encoded) == ["input_ids", "labels"]
     return encoded["input_ids"], encoded["labels"]
@@ -74,7 +74,7 @@ def test_two_turns_give_these_ids_and_labels(letters: LlamaTokenizer, spell: Spe
     assert encode(letters, TWO_TURNS, template) == spell(*SPELLED[template])
 
 
-def test_plain_keeps_picture_and_caption(letters: LlamaTokenizer, spell: Spell) -> None:
+def test_plain_keeps_image_and_caption(letters: LlamaTokenizer, spell: Spell) -> None:
     messages = said("Describe it.\n<image>", "a red cube")
     assert encode(letters, messages, "plain") == spell(("<image>", False), (" a red cube\n", True))
 
@@ -117,7 +117,7 @@ def test_parts_are_the_same_as_a_string(letters: LlamaTokenizer, parts: list[str
 
 
 @pytest.mark.parametrize("value", ["<image>\nWhat?", "What?\n<image>", "What? <image>", "<image>What?"])
-def test_llava_rows_get_their_picture_in_front(letters: LlamaTokenizer, value: str) -> None:
+def test_llava_rows_get_their_image_in_front(letters: LlamaTokenizer, value: str) -> None:
     rows = [{"from": "human", "value": value}, {"from": "gpt", "value": "Yo"}]
     assert encode(letters, rows, "vicuna_v1") == encode(letters, said("<image>\nWhat?", "Yo"), "vicuna_v1")
 
@@ -176,8 +176,8 @@ def written(tokenizer: LlamaTokenizer, ids: list[int]) -> str:
         (said("Hi")[:1] * 2 + said("Hi", "Yo")[1:], "vicuna_v1", "turn 1 is the user's; the assistant's was due"),
         ([*said("Hi"), {"role": "system", "content": "x"}, *said("Hi", "Yo")[1:]], "vicuna_v1",
          "turn 1 is the system's; the assistant's was due"),
-        (said("<image>", "a", "b", "c"), "plain", "template plain takes one picture and one caption"),
-        (said("Hi", "a"), "plain", "template plain takes one picture and one caption"),
+        (said("<image>", "a", "b", "c"), "plain", "template plain takes one image and one caption"),
+        (said("Hi", "a"), "plain", "template plain takes one image and one caption"),
         ([{"role": "tool", "content": "x"}], "plain",
          "message 0: role is 'tool'; use one of human, user, prompter, gpt, assistant, chatgpt, bing, bard, model, "
          "bot, system"),
@@ -199,8 +199,8 @@ def test_a_malformed_part_is_refused(letters: LlamaTokenizer, part: Any) -> None
         encode(letters, [{"role": "user", "content": [part]}, *said("Hi", "Yo")[1:]], "vicuna_v1")
 
 
-def test_plain_takes_one_picture(letters: LlamaTokenizer) -> None:
-    with pytest.raises(EncodingError, match="one picture and one caption"):
+def test_plain_takes_one_image(letters: LlamaTokenizer) -> None:
+    with pytest.raises(EncodingError, match="one image and one caption"):
         encode(letters, said("<image>\n<image>", "a"), "plain")
 
 
@@ -212,7 +212,7 @@ def test_an_unknown_template_names_the_nearest(letters: LlamaTokenizer) -> None:
     )
 
 
-def test_a_tokenizer_without_the_picture_is_refused() -> None:
+def test_a_tokenizer_without_the_image_is_refused() -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=LlamaTokenizer(vocab={"<unk>": 0}, merges=[]).backend_tokenizer)
     with pytest.raises(EncodingError, match=r"^the tokenizer does not know <image>; add it as a special token$"):
         encode(bare, said("Hi", "Yo"), "vicuna_v0")
@@ -252,7 +252,7 @@ def test_a_limit_cuts_the_end_of_the_last_answer_only(letters: LlamaTokenizer, s
             assert encode(letters, TWO_TURNS, template, max_length=limit) == (ids[:limit], labels[:limit])
 
 
-def test_a_caption_is_cut_but_never_its_picture(letters: LlamaTokenizer, spell: Spell) -> None:
+def test_a_caption_is_cut_but_never_its_image(letters: LlamaTokenizer, spell: Spell) -> None:
     messages, (ids, labels) = said("<image>", "ab"), spell(("<image>", False), (" ab\n", True))
     assert encode(letters, messages, "plain", max_length=5) == (ids[:5], labels[:5])
     with pytest.raises(OverlongError, match="starts at token 4: a limit of 4 would cut the answer away"):

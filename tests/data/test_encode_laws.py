@@ -27,7 +27,7 @@ from lora_llava.data.encode import Span, _tokenise, encode_spans
 from lora_llava.model.base import assembled_config, build_processor, image_processor_of
 
 TOKENIZERS = ["letters", "demo_tokenizer", "llama_tokenizer"]
-PICTURE = Image.new("RGB", (6, 4), (10, 200, 30))
+IMAGE = Image.new("RGB", (6, 4), (10, 200, 30))
 IMAGE_TOKENS = 4  # (32 / 16) ** 2
 FRAGMENTS = [
     "a", "The dog", "7.5", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "{}", "{", "}", "{{", "%}", "é", "e\u0301",
@@ -46,10 +46,10 @@ def texts(template: str) -> st.SearchStrategy[str]:
 
 @st.composite
 def conversations(draw: st.DrawFn, template: str) -> list[dict[str, Any]]:
-    """Messages with pictures anywhere in the users' turns."""
+    """Messages with images anywhere in the users' turns."""
     said = texts(template)
     text_part = said.map(lambda text: {"type": "text", "text": text})
-    image_part = st.just({"type": "image", "image": PICTURE})
+    image_part = st.just({"type": "image", "image": IMAGE})
     content = st.one_of(said, st.lists(st.one_of(text_part, image_part), max_size=4))
     turns, system = draw(st.integers(1, 3)), st.one_of(st.just([]), said.map(lambda text: [message("system", text)]))
     messages = draw(system)
@@ -105,7 +105,7 @@ def served(request: pytest.FixtureRequest, server: Any) -> Callable[[str, str], 
 
 
 def in_parts(item: dict[str, Any]) -> dict[str, Any]:
-    """The stock processor opens pictures of messages in parts only."""
+    """The stock processor opens images of messages in parts only."""
     if isinstance(item["content"], str):
         return item | {"content": [{"type": "text", "text": item["content"]}]}
     return item
@@ -180,7 +180,7 @@ def test_looking_spans_up_gives_what_token_by_token_gives(
         assert got == wanted
 
 
-SHOWN = [message("user", [{"type": "image", "image": PICTURE}, {"type": "text", "text": "What?"}])]
+SHOWN = [message("user", [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What?"}])]
 HARD_SYSTEM_TEXTS = ["", "Say \"hi\", {name} 'n' \\ {{ x }} {% y %}", "Über\n中 \u2028 é\n", " spaces  "]
 
 

@@ -58,7 +58,7 @@ def tokenizer(request: pytest.FixtureRequest) -> LlamaTokenizer:
 
 @st.composite
 def conversations(draw: st.DrawFn) -> Conversation:
-    """Any turns, right or wrong, with as many pictures as placeholders or not."""
+    """Any turns, right or wrong, with as many images as placeholders or not."""
     turns = [Turn("system", draw(TEXTS))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(0, 2))):
         turns += [Turn("user", draw(TEXTS | st.just("<image>\nWhat?"))), Turn("assistant", draw(TEXTS))]
@@ -67,7 +67,7 @@ def conversations(draw: st.DrawFn) -> Conversation:
 
 
 def alone(row: Conversation, tokenizer: Any, template: Any, image_tokens: int = 3) -> Any:
-    """A row's ids, labels and pictures, or what is wrong with it, by `encode_conversation`."""
+    """A row's ids, labels and images, or what is wrong with it, by `encode_conversation`."""
     messages = [{"role": turn.role, "content": turn.text} for turn in row.turns]
     try:
         encoded = encode_conversation(messages, tokenizer=tokenizer, template=template, num_image_tokens=image_tokens)
@@ -75,7 +75,7 @@ def alone(row: Conversation, tokenizer: Any, template: Any, image_tokens: int = 
         return (error.kind, str(error))
     count = sum(turn.text.count("<image>") for turn in row.turns)
     if count != len(row.images):
-        message = f"{count} <image> placeholders for {len(row.images)} pictures; make them equal"
+        message = f"{count} <image> placeholders for {len(row.images)} images; make them equal"
         return ("placeholder count", message)
     return {"row_id": row.row_id, **encoded, "image_files": list(row.images)}
 

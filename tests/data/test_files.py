@@ -256,12 +256,10 @@ def test_where_another_encoding_begins_is_told_in_a_long_file(tmp_path: Path) ->
     fails(file, ": not UTF-8: invalid continuation byte at byte 45001; save it as UTF-8")
 
 
-def test_parquet_gives_a_stored_picture_s_path_and_not_its_bytes(tmp_path: Path) -> None:
-    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+def test_parquet_gives_a_stored_image_s_path_and_not_its_bytes(tmp_path: Path) -> None:
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     turns = pa.list_(pa.struct([("from", pa.string()), ("value", pa.string())]))
-    schema = pa.schema(
-        [("id", pa.int64()), ("image", picture), ("images", pa.list_(picture)), ("conversations", turns)]
-    )
+    schema = pa.schema([("id", pa.int64()), ("image", image), ("images", pa.list_(image)), ("conversations", turns)])
     said = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]
     stored = {"bytes": b"\xff" * 9, "path": "a.png"}
     rows = [

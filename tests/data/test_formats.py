@@ -74,7 +74,7 @@ UNMENTIONED = [
 
 
 @pytest.mark.parametrize("row", UNMENTIONED)
-def test_a_picture_that_no_text_mentions_is_put_first(row: dict[str, Any]) -> None:
+def test_a_image_that_no_text_mentions_is_put_first(row: dict[str, Any]) -> None:
     notes = () if "question" in row else (PLACEHOLDER_ADDED,)  # in a table nothing is amiss
     wanted = Conversation("0", SHOWN, ("a.png",), notes=notes)
     assert read_row(row, 0) == wanted
@@ -83,7 +83,7 @@ def test_a_picture_that_no_text_mentions_is_put_first(row: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("row", [{key: row[key] for key in row if "image" not in key} for row in UNMENTIONED])
 @pytest.mark.parametrize("empty", [{}, {"image": ""}, {"image": None}, {"images": []}, {"images": ()}])
-def test_a_row_may_have_no_picture(row: dict[str, Any], empty: dict[str, Any]) -> None:
+def test_a_row_may_have_no_image(row: dict[str, Any], empty: dict[str, Any]) -> None:
     for position in ("first", "last", "random", "as_written"):
         assert read_row(row | empty, 0, position=position) == Conversation("0", SAID)  # type: ignore[arg-type]
 
@@ -149,7 +149,7 @@ LATER = {"image": "a.png", "messages": chat("Hi", "Yo", "In <image> what?", "A d
     ("position", "text"),
     [("first", "<image>\nIn  what?"), ("last", "In  what?\n<image>"), ("as_written", "In <image> what?")],
 )
-def test_the_recipe_says_where_a_picture_goes_in_its_text(position: Any, text: str) -> None:
+def test_the_recipe_says_where_a_image_goes_in_its_text(position: Any, text: str) -> None:
     said = [turn.text for turn in read_row(MIDDLE, 0, position=position).turns]
     assert said == [text, "A dog.", "Sure?", "Yes."]
     said = [turn.text for turn in read_row(LATER, 0, position=position).turns]
@@ -167,14 +167,14 @@ def test_a_coin_is_thrown_for_every_row() -> None:
 
 
 @pytest.mark.parametrize("position", ["first", "last", "random", "as_written"])
-def test_a_question_may_be_nothing_but_its_picture(position: Any) -> None:
+def test_a_question_may_be_nothing_but_its_image(position: Any) -> None:
     turns = (Turn("user", "<image>"), Turn("assistant", "A dog."))
     row = {"image": "a.png", "conversations": llava("<image>\n", "A dog.")}
     assert read_row(row, 0, position=position) == Conversation("0", turns, ("a.png",))
 
 
 @pytest.mark.parametrize("position", ["first", "last", "random", "as_written"])
-def test_several_pictures_stay_where_they_stand(position: Any) -> None:
+def test_several_images_stay_where_they_stand(position: Any) -> None:
     row = {"images": ["a.png", "b.png"], "conversations": llava("<image> or <image>?", "Yes.", "Or?", "No.")}
     found = read_row(row, 0, position=position)
     assert ([turn.text for turn in found.turns], found.images, found.notes) == (
@@ -186,28 +186,28 @@ def test_several_pictures_stay_where_they_stand(position: Any) -> None:
     assert read_row(row, 0, position=position) == wanted
 
 
-def test_pictures_of_messages_come_in_their_order() -> None:
+def test_images_of_messages_come_in_their_order() -> None:
     first = [part("image", image="a.png"), WHAT, part("image_url", image_url={"url": "b.png"})]
     row = {"messages": chat(first, "A dog.", [part("image", path="c.png"), WHAT], "A dog.")}
     asked = (Turn("user", "<image>\nWhat?\n<image>"), SHOWN[1], *SHOWN)
     assert read_row(row, 0) == Conversation("0", asked, ("a.png", "b.png", "c.png"))
 
 
-@pytest.mark.parametrize("picture", [{"path": None}, {"path": "a.png"}, {"bytes": b"x", "path": None}, {"bytes": None}])
-def test_a_picture_that_is_stored_in_the_table_is_named_by_its_row(picture: dict[str, Any]) -> None:
-    row = {"image": picture, "messages": chat("<image>\nWhat?", "A dog.")}
+@pytest.mark.parametrize("image", [{"path": None}, {"path": "a.png"}, {"bytes": b"x", "path": None}, {"bytes": None}])
+def test_a_image_that_is_stored_in_the_table_is_named_by_its_row(image: dict[str, Any]) -> None:
+    row = {"image": image, "messages": chat("<image>\nWhat?", "A dog.")}
     assert read_row(row, 12, embedded=True) == Conversation("12", SHOWN, ("12",))
-    row = {"images": [picture], "messages": row["messages"]}
+    row = {"images": [image], "messages": row["messages"]}
     assert read_row(row, 12, embedded=True) == Conversation("12", SHOWN, ("12",))
-    row = {"images": [picture, picture], "messages": chat("<image><image>", "A dog.")}
+    row = {"images": [image, image], "messages": chat("<image><image>", "A dog.")}
     turns = (Turn("user", "<image><image>"), SHOWN[1])
     assert read_row(row, 12, embedded=True) == Conversation("12", turns, ("12:0", "12:1"))
 
 
-def test_a_picture_that_a_row_names_by_its_path_is_a_file() -> None:
+def test_a_image_that_a_row_names_by_its_path_is_a_file() -> None:
     row = {"image": {"path": "a.png"}, "messages": chat("<image>\nWhat?", "A dog.")}
     assert read_row(row, 12) == Conversation("12", SHOWN, ("a.png",))
-    with pytest.raises(RowError, match="a picture's name is"):
+    with pytest.raises(RowError, match="an image's name is"):
         read_row(row | {"image": {"bytes": b"x", "path": None}}, 12)
 
 
@@ -225,7 +225,7 @@ def test_what_stands_before_the_first_question_and_after_the_last_answer_is_cut_
         assert read_row({"conversations": [system, *messages]}, 0) == Conversation("0", turns, notes=notes)
 
 
-def test_a_picture_of_a_question_that_is_cut_is_not_shown_with_another() -> None:
+def test_a_image_of_a_question_that_is_cut_is_not_shown_with_another() -> None:
     row = {"image": "a.png", "conversations": llava("Hi", "Yo", "<image>\nWhat?")}
     with pytest.raises(RowError):
         read_row(row, 0)
@@ -283,22 +283,22 @@ BAD: list[tuple[Any, str, str]] = [
     ({"messages": chat("a", " \n")}, "empty answer", "turn 1: the answer is empty"),
     ({"messages": chat("", "b")}, "empty question", "turn 0: the question is empty"),
     ({"messages": chat("<image>", "b")}, "placeholder count",
-     "1 <image> placeholders for 0 pictures; make them equal"),
+     "1 <image> placeholders for 0 images; make them equal"),
     ({"messages": chat("<image> <image>", "b"), "image": "a.png"}, "placeholder count",
-     "2 <image> placeholders for 1 pictures; make them equal"),
+     "2 <image> placeholders for 1 images; make them equal"),
     ({"messages": chat("<image>", "b"), "images": ["a.png", "b.png"]}, "placeholder count",
-     "1 <image> placeholders for 2 pictures; make them equal"),
+     "1 <image> placeholders for 2 images; make them equal"),
     ({"messages": chat([part("image", image="a.png"), part("image"), WHAT], "b")}, "placeholder count",
-     "2 <image> placeholders for 1 pictures; make them equal"),
+     "2 <image> placeholders for 1 images; make them equal"),
     ({"messages": chat([part("image", image="a.png"), WHAT], "b"), "image": "a.png"}, "both formats",
-     "its pictures stand in image and in its messages; keep one"),
-    ({"messages": TEXT, "image": 5}, "malformed row", "a picture's name is 5; it should be a file's name"),
+     "its images stand in image and in its messages; keep one"),
+    ({"messages": TEXT, "image": 5}, "malformed row", "an image's name is 5; it should be a file's name"),
     ({"messages": TEXT, "image": {"url": "x"}}, "malformed row",
-     "a picture's name is {'url': 'x'}; it should be a file's name"),
+     "an image's name is {'url': 'x'}; it should be a file's name"),
     ({"messages": TEXT, "images": ["a.png", None]}, "malformed row",
-     "a picture's name is None; it should be a file's name"),
+     "an image's name is None; it should be a file's name"),
     ({"messages": TEXT, "images": [["a.png"]]}, "malformed row",
-     "a picture's name is ['a.png']; it should be a file's name"),
+     "an image's name is ['a.png']; it should be a file's name"),
     (ASKED | {"answer": ["x"]}, "malformed row", "answer is ['x']; it should be text"),
     (ANSWERED | {"question": {"x": "y" * 99}}, "malformed row",
      "question is {'x': '" + "y" * 53 + "; it should be text"),
@@ -326,7 +326,7 @@ def test_a_row_s_missing_columns_are_named_as_the_recipe_names_them() -> None:
 
 
 @pytest.mark.parametrize("images", [[""], ["a\0b.png"], "a\0b.png"])
-def test_a_picture_s_name_is_one(images: Any) -> None:
+def test_a_image_s_name_is_one(images: Any) -> None:
     with pytest.raises(RowError):
         read_row({"messages": TEXT, "images": images}, 0)
 

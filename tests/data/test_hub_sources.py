@@ -79,12 +79,12 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Environment of a process whose Hub is on the loopback interface; it has a JSON file and a table with pictures."""
+    """Environment of a process whose Hub is on the loopback interface; it has a JSON file and a table with images."""
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
     Hub.files = {"rows.json": json.dumps([{"id": "7", "image": "a.png", "conversations": turns}]).encode()}
     Image.new("RGB", (9, 9), (1, 2, 3)).save(tmp_path / "a.png")
-    picture = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
-    rows = [{"image": picture, "question": f"What is {n}?", "answer": "Red."} for n in range(3)]
+    image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    rows = [{"image": image, "question": f"What is {n}?", "answer": "Red."} for n in range(3)]
     rows.append({"image": None, "question": "And now?", "answer": "Nothing."})
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     table.to_parquet(tmp_path / "table.parquet")
@@ -138,7 +138,7 @@ def test_a_file_or_repository_that_is_not_there_is_one_line(hub: dict[str, str])
         assert "\n" not in told
 
 
-def test_a_table_with_pictures_is_read(hub: dict[str, str]) -> None:
+def test_a_table_with_images_is_read(hub: dict[str, str]) -> None:
     Hub.files = {"train-00000-of-00001.parquet": Path(hub["TABLE"]).read_bytes()}
     found = json.loads(opened(hub, REPO))
     assert found == [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lora_llava.data.images.image_check import inspect_pictures
+from lora_llava.data.images.image_check import inspect_images
 from lora_llava.data.images.image_names import MATCHED
 from lora_llava.data.images.reading import BadImageError, FolderImages, JoinedImages, TableImages
 
@@ -51,8 +51,8 @@ def test_a_name_is_matched_to_the_one_file_that_is_meant(
     assert images.find(name) == tmp_path / expected
     assert (images.matched(name), images.label(name)) == (expected, expected)
     assert images.open(name).getpixel((0, 0)) == (files.index(expected), 0, 0)
-    (found,) = inspect_pictures(images, [name])[name].oddities
-    assert found == (MATCHED, f"picture {name} is not there under this name; the file {expected} is taken for it")
+    (found,) = inspect_images(images, [name])[name].oddities
+    assert found == (MATCHED, f"image {name} is not there under this name; the file {expected} is taken for it")
 
 
 def test_a_file_s_own_name_comes_first(tmp_path: Path) -> None:
@@ -71,18 +71,18 @@ def test_a_file_s_own_name_comes_first(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_name_that_several_files_match_is_refused(tmp_path: Path, files: list[str], name: str) -> None:
     images = draw(tmp_path, *files)
-    told = f"picture {name} may be {files[0]} or {files[1]}; write the one that is meant"
+    told = f"image {name} may be {files[0]} or {files[1]}; write the one that is meant"
     with pytest.raises(BadImageError, match=f"^{re.escape(told)}$"):
         images.open(name)
-    assert inspect_pictures(images, [name])[name].problem == told
+    assert inspect_images(images, [name])[name].problem == told
 
 
 def test_two_names_of_one_file_are_told_where_their_folders_differ(tmp_path: Path) -> None:
     images = draw(tmp_path, "a/01.png", "02.png")
-    found = inspect_pictures(images, ["a/01.png", "b/01.png", "02.png", "images\\02.png"])
-    assert {name: picture.problem for name, picture in found.items()} == {
+    found = inspect_images(images, ["a/01.png", "b/01.png", "02.png", "images\\02.png"])
+    assert {name: image.problem for name, image in found.items()} == {
         "a/01.png": None, "02.png": None, "images\\02.png": None,
-        "b/01.png": "picture b/01.png may be a/01.png, but so may a/01.png; write the file that each means",
+        "b/01.png": "image b/01.png may be a/01.png, but so may a/01.png; write the file that each means",
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Pictures: what is opened, to which pixels, and what is refused."""
+"""Images: what is opened, to which pixels, and what is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pixels(image: Image.Image) -> list[tuple[int, ...]]:
     return [image.getpixel((x, y)) for y in range(image.height) for x in range(image.width)]
 
 
-def test_a_picture_opens_in_rgb(opened: Path) -> None:
+def test_a_image_opens_in_rgb(opened: Path) -> None:
     assert pixels(FolderImages(opened, 16).open("green.png")) == [(0, 255, 0)] * 16
 
 
@@ -45,34 +45,34 @@ def test_no_way_leads_out_of_the_folder(opened: Path, name: str) -> None:
     Image.new("RGB", (1, 1)).save(outside)
     (opened / "link.png").symlink_to(outside)
     (opened / "folder").symlink_to(opened.parent, target_is_directory=True)
-    refused(opened, name, f"picture {name} lies outside {pictures}")
-    refused(opened, str(outside), f"picture {outside} lies outside {pictures}")
+    refused(opened, name, f"image {name} lies outside {opened}")
+    refused(opened, str(outside), f"image {outside} lies outside {opened}")
 
 
 def test_a_neighbour_with_the_folder_s_name_as_its_start_is_outside(opened: Path) -> None:
-    neighbour = opened.parent / "pictures2"
+    neighbour = opened.parent / "images2"
     neighbour.mkdir()
     Image.new("RGB", (1, 1)).save(neighbour / "a.png")
-    refused(opened, "../pictures2/a.png", f"picture ../pictures2/a.png lies outside {pictures}")
+    refused(opened, "../images2/a.png", f"image ../images2/a.png lies outside {opened}")
 
 
 @pytest.mark.parametrize("name", ["http://host/a.png", "https://host/a.png", "file:///etc/passwd"])
 def test_urls_are_refused(opened: Path, name: str) -> None:
-    refused(opened, name, f"picture {name} is a URL; only files under {pictures} are opened")
+    refused(opened, name, f"image {name} is a URL; only files under {opened} are opened")
 
 
-def test_a_missing_picture_is_named(opened: Path) -> None:
-    refused(opened, "pink.png", "picture pink.png is missing")
-    refused(opened, "", "picture  cannot be read: ")
+def test_a_missing_image_is_named(opened: Path) -> None:
+    refused(opened, "pink.png", "image pink.png is missing")
+    refused(opened, "", "image  cannot be read: ")
 
 
 def test_a_name_with_a_nul_is_refused(opened: Path) -> None:
-    refused(opened, "a\0b.png", "picture ")
+    refused(opened, "a\0b.png", "image ")
 
 
 def test_the_pixel_cap_is_exact(opened: Path) -> None:
     assert FolderImages(opened, 16).open("red.png").size == (4, 4)
-    refused(opened, "red.png", "picture red.png has 4 x 4 pixels, over max_image_pixels 15", max_pixels=15)
+    refused(opened, "red.png", "image red.png has 4 x 4 pixels, over max_image_pixels 15", max_pixels=15)
 
 
 def png(width: int, height: int) -> bytes:
@@ -88,23 +88,23 @@ def png(width: int, height: int) -> bytes:
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as it is where a person runs it
 def test_a_bomb_is_refused_by_its_header(opened: Path) -> None:
     (opened / "bomb.png").write_bytes(png(10_000, 10_000))
-    refused(opened, "bomb.png", "picture bomb.png has 10000 x 10000 pixels, over max_image_pixels 100")
+    refused(opened, "bomb.png", "image bomb.png has 10000 x 10000 pixels, over max_image_pixels 100")
     (opened / "bomb.png").write_bytes(png(60_000, 60_000))
-    refused(opened, "bomb.png", f"picture bomb.png is over max_image_pixels {10**12}: ", max_pixels=10**12)
+    refused(opened, "bomb.png", f"image bomb.png is over max_image_pixels {10**12}: ", max_pixels=10**12)
 
 
-def test_a_truncated_picture_is_refused(opened: Path) -> None:
+def test_a_truncated_image_is_refused(opened: Path) -> None:
     noise = Image.frombytes("RGB", (8, 8), bytes(range(192)))
     noise.save(opened / "whole.png")
     content = (opened / "whole.png").read_bytes()
     assert pixels(FolderImages(opened, 64).open("whole.png")) == pixels(noise)
     for length in (0, 7, 30, len(content) // 2, len(content) - 40):
         (opened / "cut.png").write_bytes(content[:length])
-        refused(opened, "cut.png", "picture cut.png cannot be read: ")
+        refused(opened, "cut.png", "image cut.png cannot be read: ")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
-def test_a_damaged_picture_is_read_or_refused(kind: str) -> None:
+def test_a_damaged_image_is_read_or_refused(kind: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (4, 4), (1, 2, 3)).save(file, kind)
     content = file.getvalue()
@@ -118,7 +118,7 @@ def test_a_damaged_picture_is_read_or_refused(kind: str) -> None:
 
 def test_a_text_file_is_refused(opened: Path) -> None:
     (opened / "a.png").write_text("<html>404</html>")
-    refused(opened, "a.png", "picture a.png cannot be read: ")
+    refused(opened, "a.png", "image a.png cannot be read: ")
 
 
 def test_a_palette_with_transparency_keeps_its_colours(opened: Path) -> None:
@@ -156,7 +156,7 @@ COCO_NAMES = [
 
 @pytest.mark.parametrize("kept", COCO_NAMES)
 @pytest.mark.parametrize("named", COCO_NAMES)
-def test_coco_s_releases_know_one_picture_by_several_names(tmp_path: Path, kept: str, named: str) -> None:
+def test_coco_s_releases_know_one_image_by_several_names(tmp_path: Path, kept: str, named: str) -> None:
     if kept.startswith("coco/") != named.startswith("coco/"):
         return  # the folder above the splits is the row's own
     (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def test_coco_s_releases_know_one_picture_by_several_names(tmp_path: Path, kept:
     images = FolderImages(tmp_path, 1)
     assert images.find(named) == tmp_path / kept
     assert pixels(images.open(named)) == [(7, 8, 9)]
-    refused(tmp_path, named.replace("442786", "442787"), f"picture {named.replace('442786', '442787')} is missing")
+    refused(tmp_path, named.replace("442786", "442787"), f"image {named.replace('442786', '442787')} is missing")
 
 
 def test_a_row_s_own_name_comes_first(tmp_path: Path) -> None:
@@ -178,41 +178,41 @@ def test_a_row_s_own_name_comes_first(tmp_path: Path) -> None:
 def test_a_coco_name_leads_nowhere_else(opened: Path) -> None:
     Image.new("RGB", (1, 1)).save(opened.parent / "000000442786.jpg", "PNG")
     name = "../COCO_train2014_000000442786.jpg"
-    refused(opened, name, f"picture {name} lies outside {pictures}")
+    refused(opened, name, f"image {name} lies outside {opened}")
 
 
 def test_a_coco_folder_that_leads_out_does_not_end_the_search(opened: Path) -> None:
     (opened / "train2017").symlink_to(opened.parent, target_is_directory=True)
-    refused(opened, "000000442786.jpg", "picture 000000442786.jpg ")
+    refused(opened, "000000442786.jpg", "image 000000442786.jpg ")
     (opened / "val2017").mkdir()
     Image.new("RGB", (1, 1), (7, 8, 9)).save(opened / "val2017" / "000000442786.jpg", "PNG")
     assert pixels(FolderImages(opened, 1).open("000000442786.jpg")) == [(7, 8, 9)]
 
 
-def test_a_picture_in_the_row_itself_is_refused(opened: Path) -> None:
+def test_a_image_in_the_row_itself_is_refused(opened: Path) -> None:
     name = "data:image/png;base64," + "A" * 100
-    refused(opened, name, f"picture {name[:60]} is a URL; only files under {pictures} are opened")
+    refused(opened, name, f"image {name[:60]} is a URL; only files under {opened} are opened")
 
 
 def test_a_file_is_read_undecoded(opened: Path) -> None:
     images = FolderImages(opened, 1)  # whatever its size
     assert images.read("red.png") == (opened / "red.png").read_bytes()
-    with pytest.raises(BadImageError, match=r"^picture pink.png is missing$"):
+    with pytest.raises(BadImageError, match=r"^image pink.png is missing$"):
         images.read("pink.png")
-    with pytest.raises(BadImageError, match=r"^picture \. cannot be read: Is a directory$"):
+    with pytest.raises(BadImageError, match=r"^image \. cannot be read: Is a directory$"):
         images.read(".")
 
 
 def test_a_name_that_is_too_long_is_refused(opened: Path) -> None:
-    refused(opened, "iVBORw0KGgo" * 40, "picture ")
+    refused(opened, "iVBORw0KGgo" * 40, "image ")
 
 
 def test_a_link_to_itself_is_refused(opened: Path) -> None:
     (opened / "loop.png").symlink_to("loop.png")
-    refused(opened, "loop.png", "picture ")
+    refused(opened, "loop.png", "image ")
 
 
-def test_pictures_of_a_table_s_column(opened: Path) -> None:
+def test_images_of_a_table_s_column(opened: Path) -> None:
     red, green, blue = ((opened / f"{name}.png").read_bytes() for name in ("red", "green", "blue"))
     table = [
         {"image": {"bytes": red, "path": None}, "images": [{"bytes": green}, {"bytes": blue}, {"bytes": None}]},
@@ -222,13 +222,13 @@ def test_pictures_of_a_table_s_column(opened: Path) -> None:
     assert single.read("0") == red
     assert [pixels(several.open(name))[0] for name in ("0:0", "0:1", "0")] == [(0, 255, 0), (0, 0, 255), (0, 255, 0)]
     for images, name in ((single, "1"), (several, "0:2")):
-        with pytest.raises(BadImageError, match=f"^picture of row {name} is missing$"):
+        with pytest.raises(BadImageError, match=f"^image of row {name} is missing$"):
             images.open(name)
-    with pytest.raises(BadImageError, match=r"^picture of row 0 has 4 x 4 pixels, over max_image_pixels 15$"):
+    with pytest.raises(BadImageError, match=r"^image of row 0 has 4 x 4 pixels, over max_image_pixels 15$"):
         TableImages(table, 15).open("0")
 
 
-def test_joined_pictures_are_opened_by_their_source(opened: Path) -> None:
+def test_joined_images_are_opened_by_their_source(opened: Path) -> None:
     (opened / "1|a.png").write_bytes((opened / "green.png").read_bytes())
     table = TableImages([{"image": {"bytes": (opened / "blue.png").read_bytes()}}], 16)
     images = JoinedImages([FolderImages(opened, 16), table])
@@ -236,5 +236,5 @@ def test_joined_pictures_are_opened_by_their_source(opened: Path) -> None:
     assert pixels(images.open("0|1|a.png")) == [(0, 255, 0)] * 16
     assert pixels(images.open("1|0")) == [(0, 0, 255)] * 16
     assert images.read("1|0") == (opened / "blue.png").read_bytes()
-    with pytest.raises(BadImageError, match=r"^picture pink.png is missing$"):
+    with pytest.raises(BadImageError, match=r"^image pink.png is missing$"):
         images.read("0|pink.png")

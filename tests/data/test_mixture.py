@@ -1,4 +1,4 @@
-"""Mixtures: what is held back shares no picture with what is left, and every source gives its part of an epoch."""
+"""Mixtures: what is held back shares no image with what is left, and every source gives its part of an epoch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KEYS = st.lists(st.lists(st.integers(0, 12), min_size=1, max_size=3), min_size=1
 
 
 def table_of(tokenizer: LlamaTokenizer, *rows: tuple[str, list[str]]) -> EncodedTable:
-    """Rows of a question and their pictures."""
+    """Rows of a question and their images."""
     conversations = [
         Conversation(str(n), (Turn("user", "<image>" * len(images) + text), Turn("assistant", "x")), tuple(images))
         for n, (text, images) in enumerate(rows)
@@ -48,7 +48,7 @@ def sides(keys: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 @given(keys=KEYS, counts=st.lists(st.integers(0, 12), max_size=2), seed=st.integers(0, 99))
-def test_what_is_held_back_shares_no_picture_with_what_is_left(
+def test_what_is_held_back_shares_no_image_with_what_is_left(
     keys: list[list[int]], counts: list[int], seed: int
 ) -> None:
     together = sides(keys)
@@ -69,7 +69,7 @@ def test_what_is_held_back_shares_no_picture_with_what_is_left(
     assert hold_back(keys, counts, seed, NAMES[: len(counts)]) == parts
 
 
-def test_a_chain_of_shared_pictures_stays_together() -> None:
+def test_a_chain_of_shared_images_stays_together() -> None:
     chain = [[n, n + 1] for n in range(40)][::-1]
     keys = [*chain[::2], ["alone"], *chain[1::2]]
     for seed in range(20):
@@ -80,7 +80,7 @@ def test_a_chain_of_shared_pictures_stays_together() -> None:
         assert sorted(map(len, (left, held))) == [1, 40]
 
 
-def test_rows_with_pictures_of_their_own_are_held_back_in_number() -> None:
+def test_rows_with_images_of_their_own_are_held_back_in_number() -> None:
     keys = [[f"{number}.png"] for number in range(100)]
     first, second = hold_back(keys, [30, 5], 0, NAMES), hold_back(keys, [30, 5], 1, NAMES)
     assert [len(part) for part in (*first, *second)] == [65, 30, 5, 65, 30, 5]
@@ -93,12 +93,12 @@ def test_rows_with_pictures_of_their_own_are_held_back_in_number() -> None:
 @pytest.mark.parametrize(
     ("keys", "counts", "message"),
     [
-        ([[0], [1], [2]], [3, 0], "data.validation_rows is 3, of 3 rows, which have 3 pictures or sets of them"),
+        ([[0], [1], [2]], [3, 0], "data.validation_rows is 3, of 3 rows, which have 3 images or sets of them"),
         ([[0], [1], [2]], [2, 1],
-         "data.validation_rows is 2, data.test_rows is 1, of 3 rows, which have 3 pictures or sets of them"),
-        ([[0], [0, 1], [1]], [0, 1], "data.test_rows is 1, of 3 rows, which have 1 pictures or sets of them"),
+         "data.validation_rows is 2, data.test_rows is 1, of 3 rows, which have 3 images or sets of them"),
+        ([[0], [0, 1], [1]], [0, 1], "data.test_rows is 1, of 3 rows, which have 1 images or sets of them"),
         ([[0], [1]], [9, 9],
-         "data.validation_rows is 9, data.test_rows is 9, of 2 rows, which have 2 pictures or sets of them"),
+         "data.validation_rows is 9, data.test_rows is 9, of 2 rows, which have 2 images or sets of them"),
     ],
 )  # fmt: skip
 def test_something_is_left_to_train_on(keys: list[list[int]], counts: list[int], message: str) -> None:
@@ -106,7 +106,7 @@ def test_something_is_left_to_train_on(keys: list[list[int]], counts: list[int],
         hold_back(keys, counts, 0, NAMES)
 
 
-def test_a_row_is_known_by_its_pictures_or_its_text(letters: LlamaTokenizer, tmp_path: Path) -> None:
+def test_a_row_is_known_by_its_images_or_its_text(letters: LlamaTokenizer, tmp_path: Path) -> None:
     images = FolderImages(tmp_path, 1)
     rows = [("a", ["x.png"]), ("b", ["./sub/../x.png", "y.png"]), ("c", []), ("d", []), ("c", [])]
     keys = row_keys(table_of(letters, *rows), images, 0)
@@ -116,7 +116,7 @@ def test_a_row_is_known_by_its_pictures_or_its_text(letters: LlamaTokenizer, tmp
     assert keys[2] == keys[4] != keys[3]
 
 
-def test_a_picture_is_the_same_in_every_source_that_has_its_file(letters: LlamaTokenizer, tmp_path: Path) -> None:
+def test_a_image_is_the_same_in_every_source_that_has_its_file(letters: LlamaTokenizer, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     above, below = FolderImages(tmp_path, 1), FolderImages(tmp_path / "sub", 1)
     first = row_keys(table_of(letters, ("a", ["sub/x.png"]), ("same", [])), above, 0)
@@ -126,7 +126,7 @@ def test_a_picture_is_the_same_in_every_source_that_has_its_file(letters: LlamaT
     assert third[0] != first[0]
 
 
-def test_pictures_in_tables_are_told_apart_by_source(letters: LlamaTokenizer) -> None:
+def test_images_in_tables_are_told_apart_by_source(letters: LlamaTokenizer) -> None:
     table = table_of(letters, ("a", ["0"]), ("b", ["1:0", "1:1"]))
     first, second = (row_keys(table, TableImages([], 1), source) for source in (0, 1))
     assert len({*first[0], *first[1], *second[0], *second[1]}) == 6
@@ -138,7 +138,7 @@ COCO = [
 ]  # fmt: skip
 
 
-def test_coco_s_pictures_are_the_same_in_every_release_and_source(letters: LlamaTokenizer, tmp_path: Path) -> None:
+def test_coco_s_images_are_the_same_in_every_release_and_source(letters: LlamaTokenizer, tmp_path: Path) -> None:
     rows = [("a", [name]) for name in COCO]
     found = row_keys(table_of(letters, *rows), FolderImages(tmp_path, 1), 0)
     (tmp_path / "other").mkdir()
@@ -149,7 +149,7 @@ def test_coco_s_pictures_are_the_same_in_every_release_and_source(letters: Llama
     assert len({*map(tuple, keys), *map(tuple, found)}) == 6
 
 
-def test_rows_that_could_not_be_read_are_not_one_picture(letters: LlamaTokenizer, tmp_path: Path) -> None:
+def test_rows_that_could_not_be_read_are_not_one_image(letters: LlamaTokenizer, tmp_path: Path) -> None:
     source = Source("rows", FolderImages(tmp_path, 1), "f", lambda: (RowError("role order", "x") for _ in range(50)))
     keys = row_keys(encode_table(source, tokenizer=letters, template=SHORT), source.images, 0)
     keys += [[f"{number}.png"] for number in range(50)]

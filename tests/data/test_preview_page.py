@@ -90,7 +90,7 @@ def sample_of(
     *pieces: tuple[int, str, bool],
     source: str = "chat",
     row_id: str = "7",
-    pictures: tuple[Image.Image, ...] = (),
+    images: tuple[Image.Image, ...] = (),
     row: int = 0,
 ) -> PreviewSample:
     """A sample of (id, text, trained); an image token stands for 576."""
@@ -99,7 +99,7 @@ def sample_of(
         is_image = token_id == IMAGE_TOKEN_ID
         tokens.append(PreviewToken(token_id, text, trained, position, 576 if is_image else 1, is_image))
         position += tokens[-1].count
-    return PreviewSample(source, row_id, tuple(tokens), pictures, row)
+    return PreviewSample(source, row_id, tuple(tokens), images, row)
 
 
 def preview_of(*samples: PreviewSample, capacity: int = 0) -> Preview:
@@ -110,7 +110,7 @@ def preview_of(*samples: PreviewSample, capacity: int = 0) -> Preview:
 
 CAT = sample_of(
     (1, "<s>", False), (IMAGE_TOKEN_ID, "<image>", False), (13, "<0x0A>", False), (263, "▁a", True),
-    (6635, "▁cat", True), (2, "</s>", True), row_id="cat", pictures=(Image.new("RGB", (336, 336), "red"),),
+    (6635, "▁cat", True), (2, "</s>", True), row_id="cat", images=(Image.new("RGB", (336, 336), "red"),),
 )  # fmt: skip
 PACKED = Preview(
     "Packed",
@@ -195,15 +195,15 @@ def test_the_page_reaches_nothing_and_allows_only_its_own_script() -> None:
     assert [name for _, named in page.tags for name in named if name.startswith("on")] == []
 
 
-def test_a_picture_is_embedded_once_and_shown_wherever_it_belongs() -> None:
+def test_a_image_is_embedded_once_and_shown_wherever_it_belongs() -> None:
     red, blue = Image.new("RGB", (336, 336), "red"), Image.new("RGB", (336, 336), "blue")
-    samples = [sample_of((1, "<s>", False), pictures=p) for p in ((red, blue), (blue.copy(),), ())]
+    samples = [sample_of((1, "<s>", False), images=p) for p in ((red, blue), (blue.copy(),), ())]
     page = Page(render_page(preview_of(*samples)))
     assert [use["href"] for use in page.all("use")] == ["#p0", "#p1", "#p1"]
     assert [symbol["id"] for symbol in page.all("symbol")] == ["p0", "p1"]
     shown = [Image.open(io.BytesIO(base64.b64decode(i["href"].partition(",")[2]))) for i in page.all("image")]
-    assert [(picture.format, picture.size) for picture in shown] == [("JPEG", (336, 336)), ("JPEG", (336, 336))]
-    assert [picture.getpixel((9, 9)) for picture in shown] == [(254, 0, 0), (0, 0, 254)]
+    assert [(image.format, image.size) for image in shown] == [("JPEG", (336, 336)), ("JPEG", (336, 336))]
+    assert [image.getpixel((9, 9)) for image in shown] == [(254, 0, 0), (0, 0, 254)]
 
 
 def test_samples_can_be_reached_by_number_and_by_source() -> None:
@@ -260,7 +260,7 @@ def test_fifty_samples_with_photographs_stay_under_five_megabytes() -> None:
         Image.merge("YCbCr", [Image.effect_noise((336, 336), sigma) for sigma in grain]).convert("RGB")
         for _ in range(50)
     ]
-    samples = [sample_of(*tokens, row=n, pictures=(photo,)) for n, photo in enumerate(photos)]
+    samples = [sample_of(*tokens, row=n, images=(photo,)) for n, photo in enumerate(photos)]
     assert len(render_page(preview_of(*samples, capacity=2048)).encode()) < 5_000_000
 
 
@@ -273,7 +273,7 @@ def printed(preview: Preview, **options: object) -> str:
 
 def test_the_terminal_without_colour() -> None:
     assert [line.rstrip() for line in printed(preview_of(CAT, capacity=1000)).splitlines()] == [
-        "Samples", "recipe: a.yaml", "", "1 of 1  chat  cat", "581 tokens, 3 trained (under 1%), 1", "picture, row 1",
+        "Samples", "recipe: a.yaml", "", "1 of 1  chat  cat", "581 tokens, 3 trained (under 1%), 1", "image, row 1",
         "<s><image × 576>⏎", "⟦ a cat</s>⟧", "", "row 1: 1 sample, 581 of 1,000 tokens,", "58%", "█" * 23 + "·" * 17,
     ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Rows: policies for long samples and bad pictures, and the account of every row."""
+"""Rows: policies for long samples and bad images, and the account of every row."""
 
 from __future__ import annotations
 
@@ -107,27 +107,27 @@ def test_a_row_that_cannot_be_encoded_is_named_under_every_policy(build: Build, 
     ("row", "message"),
     [
         (conversation("c", "<image>", "Yo"),
-         "row c: 1 <image> placeholders for 0 pictures; make them equal"),
+         "row c: 1 <image> placeholders for 0 images; make them equal"),
         (conversation("c", "Hi", "Yo", "red.png"),
-         "row c: 0 <image> placeholders for 1 pictures; make them equal"),
+         "row c: 0 <image> placeholders for 1 images; make them equal"),
         (conversation("c", "<image> <image>", "Yo", "red.png"),
-         "row c: 2 <image> placeholders for 1 pictures; make them equal"),
+         "row c: 2 <image> placeholders for 1 images; make them equal"),
     ],
 )  # fmt: skip
-def test_placeholders_and_pictures_are_as_many(build: Build, row: Conversation, message: str) -> None:
+def test_placeholders_and_images_are_as_many(build: Build, row: Conversation, message: str) -> None:
     fails(build, message, A, row, on_overlong="drop", on_bad_image="drop")
 
 
-def test_a_bad_picture_is_an_error_that_names_row_and_picture(build: Build, opened: Path) -> None:
+def test_a_bad_image_is_an_error_that_names_row_and_image(build: Build, opened: Path) -> None:
     images = FolderImages(opened, 16)
     gone = conversation("c", "<image>", "Yo", "pink.png")
-    message = "row c: picture pink.png is missing; mend it or set data.on_bad_image=drop"
+    message = "row c: image pink.png is missing; mend it or set data.on_bad_image=drop"
     fails(build, message, A, B, gone, images=images)
-    message = "row b: picture red.png has 4 x 4 pixels, over max_image_pixels 15; mend it or set data.on_bad_image=drop"
+    message = "row b: image red.png has 4 x 4 pixels, over max_image_pixels 15; mend it or set data.on_bad_image=drop"
     fails(build, message, A, B, gone, images=FolderImages(opened, 15))
 
 
-def test_bad_pictures_are_dropped_and_counted(build: Build, opened: Path) -> None:
+def test_bad_images_are_dropped_and_counted(build: Build, opened: Path) -> None:
     (opened / "cut.png").write_bytes((opened / "blue.png").read_bytes()[:30])
     images = FolderImages(opened, 16)
     gone = conversation("c", "<image>", "Yo", "pink.png")
@@ -141,7 +141,7 @@ def test_bad_pictures_are_dropped_and_counted(build: Build, opened: Path) -> Non
     }  # fmt: skip
 
 
-def test_pictures_are_trusted_where_no_source_is_given(build: Build) -> None:
+def test_images_are_trusted_where_no_source_is_given(build: Build) -> None:
     rows, _ = build(conversation("c", "<image>", "Yo", "nowhere.png"))
     assert rows[0]["image_files"] == ["nowhere.png"]
 

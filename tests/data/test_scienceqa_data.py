@@ -89,7 +89,7 @@ def test_texts_are_those_of_llava_s_converter(shared: Path, order: Any) -> None:
 
 @pytest.fixture
 def official(tmp_path: Path) -> Path:
-    """Four problems in the official layout; 7 and 9 have pictures, 9 in the folder of another split."""
+    """Four problems in the official layout; 7 and 9 have images, 9 in the folder of another split."""
     folder = tmp_path / "scienceqa"
     text = METAL | {"image": None, "hint": "", "grade": "grade9", "subject": "social science", "answer": 0}
     problems = {"7": METAL, "8": text, "9": METAL | {"split": "val"}, "10": text}
@@ -130,25 +130,25 @@ def test_the_official_folder_in_the_split_s_order(official: Path) -> None:
     ]
 
 
-def test_pictures_open_from_the_folder_or_another(official: Path, tmp_path: Path) -> None:
+def test_images_open_from_the_folder_or_another(official: Path, tmp_path: Path) -> None:
     split = load_scienceqa(official, "test")
     assert split.images.open("test/7/image.png").getpixel((2, 1)) == (255, 0, 0)
     assert split.images.open("val/9/image.png").getpixel((0, 0)) == (0, 0, 255)
     moved = tmp_path / "elsewhere"
     (official / "images").rename(moved)
     assert load_scienceqa(official, "test", image_folder=moved).images.open("test/7/image.png").size == (3, 2)
-    with pytest.raises(BadImageError, match=r"^picture test/7/image.png is missing$"):
+    with pytest.raises(BadImageError, match=r"^image test/7/image.png is missing$"):
         split.images.open("test/7/image.png")
 
 
-def test_the_pixel_cap_reaches_the_pictures(official: Path) -> None:
+def test_the_pixel_cap_reaches_the_images(official: Path) -> None:
     images = load_scienceqa(official, "test", max_image_pixels=5).images
-    with pytest.raises(BadImageError, match=r"^picture test/7/image.png has 3 x 2 pixels, over max_image_pixels 5$"):
+    with pytest.raises(BadImageError, match=r"^image test/7/image.png has 3 x 2 pixels, over max_image_pixels 5$"):
         images.open("test/7/image.png")
 
 
 @pytest.mark.parametrize("position", ["first", "last"])
-def test_the_picture_s_place(official: Path, position: Any) -> None:
+def test_the_image_s_place(official: Path, position: Any) -> None:
     expected = f"<image>\n{QUESTION}" if position == "first" else f"{QUESTION}\n<image>"
     rows = load_scienceqa(official, "test", image_position=position).conversations
     assert [rows[0].turns[0].text, rows[2].turns[0].text] == [expected, expected]
@@ -231,12 +231,12 @@ def test_files_that_do_not_fit_are_named(official: Path, tmp_path: Path) -> None
 
 @pytest.fixture
 def parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The Hub's form: three rows, the second without picture."""
+    """The Hub's form: three rows, the second without image."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     file = io.BytesIO()
     Image.new("RGB", (3, 2), (0, 255, 0)).save(file, "PNG")
     drawn = {"bytes": file.getvalue(), "path": None}
-    broken = {"bytes": b"not a picture", "path": None}
+    broken = {"bytes": b"not an image", "path": None}
     row = {key: METAL[key] for key in METAL if key not in ("image", "split")}
     row |= {"task": "closed choice", "topic": "chemistry", "category": "matter", "skill": "Name metals"}
     rows = [{"image": image} | row for image in (drawn, None, broken)]
@@ -260,9 +260,9 @@ def test_parquet_rows_are_the_same_conversations(parquet: Path) -> None:
     ]
     drawn = images.open("0")
     assert (drawn.size, drawn.mode, drawn.getpixel((0, 0))) == ((3, 2), "RGB", (0, 255, 0))
-    with pytest.raises(BadImageError, match=r"^picture of row 1 is missing$"):
+    with pytest.raises(BadImageError, match=r"^image of row 1 is missing$"):
         images.open("1")
-    with pytest.raises(BadImageError, match=r"^picture of row 2 cannot be read: "):
+    with pytest.raises(BadImageError, match=r"^image of row 2 cannot be read: "):
         images.open("2")
 
 

@@ -1,4 +1,4 @@
-"""Sources: files and folders of rows with their pictures, what names them and what is said where they are not there."""
+"""Sources: files and folders of rows with their images, what names them and what is said where they are not there."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ def colour(source: Source, name: str) -> Any:
     return source.images.open(name).getpixel((0, 0))
 
 
-def test_a_file_s_rows_become_conversations(pictures: Path) -> None:
+def test_a_file_s_rows_become_conversations(images: Path) -> None:
     nameless = {key: value for key, value in row("green").items() if key != "id"}
-    file = write(pictures.parent / "chat.json", [row("red"), nameless, row("blue", id=12)])
-    source = open_source(file, image_folder=pictures)
+    file = write(images.parent / "chat.json", [row("red"), nameless, row("blue", id=12)])
+    source = open_source(file, image_folder=images)
     expected = [wanted("red"), replace(wanted("green"), row_id="1"), replace(wanted("blue"), row_id="12")]
     assert list(source.read()) == list(source.read()) == expected
     assert (source.name, source.file) == ("chat", file)
     assert colour(source, "blue.png") == COLOURS["blue"]
 
 
-def test_a_folder_with_one_file_is_opened(pictures: Path) -> None:
-    file = write(pictures / "chat.json", [row("red")])
-    source = open_source(pictures, name="mine")
+def test_a_folder_with_one_file_is_opened(images: Path) -> None:
+    file = write(images / "chat.json", [row("red")])
+    source = open_source(images, name="mine")
     assert (source.name, source.file, list(source.read())) == ("mine", file, [wanted("red")])
 
 
@@ -83,7 +83,7 @@ def test_a_bad_row_is_given_with_its_name_and_the_next_one_is_read(tmp_path: Pat
 
 
 @pytest.mark.parametrize("named", ["beside", "images", "explicit"])
-def test_pictures_are_looked_for_beside_the_file(tmp_path: Path, named: str) -> None:
+def test_images_are_looked_for_beside_the_file(tmp_path: Path, named: str) -> None:
     folder = tmp_path if named == "beside" else tmp_path / ("images" if named == "images" else "other")
     folder.mkdir(exist_ok=True)
     (folder / "red.png").write_bytes(png("red"))
@@ -114,7 +114,7 @@ def test_what_is_not_there_is_told(tmp_path: Path) -> None:
     )  # fmt: skip
     write(missing, [])
     told(
-        f"data.sources.1.image_folder: there is no folder {tmp_path / 'no'}; name the root of the pictures", missing,
+        f"data.sources.1.image_folder: there is no folder {tmp_path / 'no'}; name the root of the images", missing,
         image_folder=tmp_path / "no",
     )  # fmt: skip
     write(tmp_path / "more.json", [])
@@ -201,12 +201,12 @@ def test_a_list_of_conversations_is_a_source() -> None:
 
 
 def embedded(file: Path, rows: list[dict[str, Any]], features: datasets.Features) -> Path:
-    """A Parquet file as `datasets` writes it, its pictures inside."""
+    """A Parquet file as `datasets` writes it, its images inside."""
     datasets.Dataset.from_list(rows, features=features).to_parquet(file)
     return file
 
 
-def test_parquet_with_its_pictures_inside(tmp_path: Path) -> None:
+def test_parquet_with_its_images_inside(tmp_path: Path) -> None:
     features = datasets.Features(
         {"image": datasets.Image(), "question": datasets.Value("string"), "answer": datasets.Value("string")}
     )
@@ -219,14 +219,14 @@ def test_parquet_with_its_pictures_inside(tmp_path: Path) -> None:
     read = list(source.read())
     assert read[:3] == [Conversation(str(n), SHOWN, (str(n),)) for n in range(3)]
     assert isinstance(read[3], RowError)
-    assert str(read[3]) == "1 <image> placeholders for 0 pictures; make them equal"
+    assert str(read[3]) == "1 <image> placeholders for 0 images; make them equal"
     assert [colour(source, str(n)) for n in range(3)] == list(COLOURS.values())
     assert source.images.read("1") == png("green")
-    with pytest.raises(BadImageError, match=r"^picture of row 3 is missing$"):
+    with pytest.raises(BadImageError, match=r"^image of row 3 is missing$"):
         source.images.open("3")
 
 
-def test_parquet_with_lists_of_pictures_inside(tmp_path: Path) -> None:
+def test_parquet_with_lists_of_images_inside(tmp_path: Path) -> None:
     features = datasets.Features(
         {"images": datasets.List(datasets.Image()), "messages": datasets.List(
             {"role": datasets.Value("string"), "content": datasets.Value("string")})}
@@ -247,17 +247,17 @@ def test_parquet_with_lists_of_pictures_inside(tmp_path: Path) -> None:
     assert [colour(source, name) for name in ("0:0", "0:1", "1")] == [COLOURS[n] for n in ("red", "blue", "green")]
 
 
-def test_parquet_with_its_pictures_names(pictures: Path) -> None:
-    file = pictures.parent / "a.parquet"
+def test_parquet_with_its_images_names(images: Path) -> None:
+    file = images.parent / "a.parquet"
     rows = [{"id": name, "image": f"{name}.png", "question": "<image>What?", "answer": "A cube."} for name in COLOURS]
     pq.write_table(pa.Table.from_pylist(rows), file)
-    source = open_source(file, image_folder=pictures)
+    source = open_source(file, image_folder=images)
     assert list(source.read()) == [wanted(name) for name in COLOURS]
     assert colour(source, "green.png") == COLOURS["green"]
-    (pictures / "images").mkdir()
-    inside = open_source(Path(file.rename(pictures / "a.parquet"))).images
+    (images / "images").mkdir()
+    inside = open_source(Path(file.rename(images / "a.parquet"))).images
     assert isinstance(inside, FolderImages)
-    assert inside.root == pictures / "images"
+    assert inside.root == images / "images"
 
 
 @pytest.mark.parametrize(
@@ -283,10 +283,10 @@ def test_parquet_without_the_columns_lists_what_it_has(
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
-def test_tables_are_read_with_their_pictures(pictures: Path, name: str) -> None:
+def test_tables_are_read_with_their_images(images: Path, name: str) -> None:
     sign = "\t" if name == "a.tsv" else ","
     lines = [["id", "image", "question", "answer"], ["red", "red.png", "What?", "A cube."], ["x", "", "What?", "5"]]
-    (pictures / name).write_text("".join(sign.join(line) + "\n" for line in lines))
-    source = open_source(pictures / name)
+    (images / name).write_text("".join(sign.join(line) + "\n" for line in lines))
+    source = open_source(images / name)
     assert list(source.read()) == [wanted("red"), Conversation("x", (Turn("user", "What?"), Turn("assistant", "5")))]
     assert colour(source, "red.png") == COLOURS["red"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lora_llava.data.images.image_check import inspect_picture, inspect_pictures
+from lora_llava.data.images.image_check import inspect_image, inspect_images
 from lora_llava.data.images.reading import FolderImages, TableImages, read_converted
 from lora_llava.data.images.to_rgb import SCALED, TRANSPARENT, Background, Converted
 
@@ -143,7 +143,7 @@ def test_every_source_of_images_composites_alike(tmp_path: Path) -> None:
         embedded = TableImages(table, 99, background=background)  # type: ignore[arg-type]
         for images, name in ((folder, "a.png"), (embedded, "0")):
             assert images.open(name).getpixel((0, 0)) == (expected,) * 3  # type: ignore[attr-defined]
-            kinds = [kind for kind, _ in inspect_picture(images, name).oddities]  # type: ignore[arg-type]
+            kinds = [kind for kind, _ in inspect_image(images, name).oddities]  # type: ignore[arg-type]
             assert kinds == [TRANSPARENT]
 
 
@@ -152,5 +152,5 @@ def test_what_is_known_of_an_image_depends_on_the_background(tmp_path: Path) -> 
     cache = tmp_path / "cache.json"
     for background in ("white", "black"):
         images = FolderImages(tmp_path, 99, background=background)  # type: ignore[arg-type]
-        ((_, told),) = inspect_pictures(images, ["a.png"], cache)["a.png"].oddities
+        ((_, told),) = inspect_images(images, ["a.png"], cache)["a.png"].oddities
         assert f"composited on {background}" in told

@@ -112,7 +112,7 @@ def test_an_answer_s_mention_is_text(demo_tokenizer: LlamaTokenizer) -> None:
 
 
 def test_an_image_that_no_row_names_is_refused() -> None:
-    with pytest.raises(RowError, match="1 <image> placeholders for 0 pictures"):
+    with pytest.raises(RowError, match="1 <image> placeholders for 0 images"):
         read_row({"conversations": human("<image>\nWhat is it?", "x")}, 0)
 
 

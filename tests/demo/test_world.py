@@ -1,4 +1,4 @@
-"""The demo is fair: splits share nothing, the base never saw a picture's words, questions need their picture."""
+"""The demo is fair: splits share nothing, the base never saw an image's words, questions need their image."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def test_the_same_seed_gives_the_same_files(data: Path, tmp_path: Path) -> None:
     again = build_demo_scienceqa(tmp_path, {"train": 400, "val": 60, "test": 200})
     for file in ("problems.json", "pid_splits.json"):
         assert (again / file).read_bytes() == (data / file).read_bytes()
-    pictures = sorted(path.relative_to(data) for path in data.rglob("*.png"))
-    assert len(pictures) > 100
-    assert all((again / path).read_bytes() == (data / path).read_bytes() for path in pictures)
+    images = sorted(path.relative_to(data) for path in data.rglob("*.png"))
+    assert len(images) > 100
+    assert all((again / path).read_bytes() == (data / path).read_bytes() for path in images)
 
 
 def test_scenes_belong_to_one_split_by_what_they_show() -> None:
@@ -98,15 +98,15 @@ def test_the_corpus_tells_none_of_the_facts_that_are_asked() -> None:
         assert told not in text
 
 
-def test_pictures_show_what_captions_say() -> None:
+def test_images_show_what_captions_say() -> None:
     rng = random.Random(3)
     for _ in range(50):
         scene = random_scene(rng)
-        picture = draw(scene, rng)
-        assert picture.size == (64, 64)
+        image = draw(scene, rng)
+        assert image.size == (64, 64)
         for thing in scene.things:
             row, column = divmod(thing.place, 2)
-            quadrant = picture.crop((32 * column, 32 * row, 32 * column + 32, 32 * row + 32))
+            quadrant = image.crop((32 * column, 32 * row, 32 * column + 32, 32 * row + 32))
             assert len(quadrant.getcolors(1024) or []) > 1
             assert f"a {thing.colour} {thing.shape} at the {thing.where}" in caption(scene)
 

@@ -1,4 +1,4 @@
-"""Which questions are asked, and with whose pictures."""
+"""Which questions are asked, and with whose images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lora_llava.evaluation.ask import choose_rows, shuffle_images, write_predict
 from lora_llava.evaluation.scienceqa import Prediction
 
 
-def rows_with(pictures: list[bool]) -> list[Conversation]:
-    """A row each, with a picture of its own or none."""
+def rows_with(images: list[bool]) -> list[Conversation]:
+    """A row each, with an image of its own or none."""
     return [
-        Conversation(str(number), (Turn("user", f"question {number}"),), (f"{number}.png",) if picture else ())
-        for number, picture in enumerate(pictures)
+        Conversation(str(number), (Turn("user", f"question {number}"),), (f"{number}.png",) if image else ())
+        for number, image in enumerate(images)
     ]
 
 
@@ -38,9 +38,9 @@ def test_all_and_another_seed() -> None:
     assert choose_rows(rows, 50, 0) != choose_rows(rows, 50, 1)
 
 
-@given(pictures=st.lists(st.booleans(), max_size=12).filter(lambda given: sum(given) != 1), seed=st.integers(0, 9))
-def test_every_picture_moves_to_another_row(pictures: list[bool], seed: int) -> None:
-    rows = rows_with(pictures)
+@given(images=st.lists(st.booleans(), max_size=12).filter(lambda given: sum(given) != 1), seed=st.integers(0, 9))
+def test_every_image_moves_to_another_row(images: list[bool], seed: int) -> None:
+    rows = rows_with(images)
     shuffled = shuffle_images(rows, seed)
     assert [replace(row, images=()) for row in shuffled] == [replace(row, images=()) for row in rows]
     assert Counter(row.images for row in shuffled) == Counter(row.images for row in rows)
@@ -52,7 +52,7 @@ def test_every_picture_moves_to_another_row(pictures: list[bool], seed: int) -> 
 @given(
     shown=st.lists(st.lists(st.sampled_from("abcd"), max_size=2).map(tuple), max_size=16), seed=st.integers(0, 9)
 )  # fmt: skip
-def test_rows_that_share_pictures_get_others_of_as_many(shown: list[tuple[str, ...]], seed: int) -> None:
+def test_rows_that_share_images_get_others_of_as_many(shown: list[tuple[str, ...]], seed: int) -> None:
     rows = [Conversation(str(number), (), images) for number, images in enumerate(shown)]
     shuffled = shuffle_images(rows, seed)
     assert [len(row.images) for row in shuffled] == [len(images) for images in shown]

@@ -133,15 +133,15 @@ def test_a_line_cut_short_is_asked_again(tmp_path: Path, cut: bytes) -> None:
         assert (log.answers, log.other) == ({}, True)
 
 
-def test_a_bad_picture_stops_it_or_counts_as_wrong(tmp_path: Path) -> None:
+def test_a_bad_image_stops_it_or_counts_as_wrong(tmp_path: Path) -> None:
     file = tmp_path / "predictions.jsonl"
-    problems = {2: Answer("", problem="picture 2.png is missing", is_picture=True)}
-    with pytest.raises(UserError, match=r"row r2: picture 2\.png is missing; restore it, or .* --bad-images wrong"):
+    problems = {2: Answer("", problem="image 2.png is missing", is_image=True)}
+    with pytest.raises(UserError, match=r"row r2: image 2\.png is missing; restore it, or .* --bad-images wrong"):
         ask(rows_of(5), Answering(problems=problems), file)
     again = Answering(problems=problems)
     marked = ask(rows_of(5), again, file, bad_images="wrong")
     assert again.asked == [2, 1, 0]  # 4 and 3 were answered before it stopped
-    assert marked[2] == {"id": "r2", "text": "", "problem": "picture 2.png is missing"}
+    assert marked[2] == {"id": "r2", "text": "", "problem": "image 2.png is missing"}
     assert [line for line in marked if "problem" in line] == [marked[2]]
 
 
@@ -167,7 +167,7 @@ def test_without_a_file_nothing_is_written(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-def test_questions_are_told_apart_by_id_text_and_picture() -> None:
+def test_questions_are_told_apart_by_id_text_and_image() -> None:
     row = rows_of(1)[0]
     others = [
         Conversation("other", row.turns, row.images), Conversation(row.row_id, row.turns, ("b.png",)),

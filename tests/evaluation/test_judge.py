@@ -105,7 +105,7 @@ UNREAD = [
     "Helpfulness:\nAssistant 1: 8\nAssistant 2: 9\nAccuracy:\nAssistant 1: 7\nAssistant 2: 9",
     "Both are fine. Accuracy:\nAssistant 1: 7\nAssistant 2: 9",
     WHY + "\nScores:\nAssistant 1: 10\nAssistant 2: 4\n\nAssistant 1 performed better.",
-    "In the picture there are\n3 4\napples and pears, and both see it.",
+    "In the image there are\n3 4\napples and pears, and both see it.",
     "<think>8 9</think>",
     "1.\n2.",
 ]

@@ -30,7 +30,7 @@ UNNAMED = [
     "Both A and B", "answer: A/B", "A man", "a big dog", "Bananas", "The answer is Bananas.", "Either B or C",
     "The answer isn't B", "a.m.", "D-day", "The answer is B vitamins", "I have a b", "gold or iron", "not gold",
     "None of A, B, C", "The answer is either B or C", "answer: B, C", "A is not the answer. B is not the answer.",
-    "Which is it: A or B?", "The answer cannot be B.", "A picture of a cat.", "The answer is B: iron",
+    "Which is it: A or B?", "The answer cannot be B.", "An image of a cat.", "The answer is B: iron",
 ]  # fmt: skip
 
 

@@ -56,9 +56,9 @@ def test_contexts_of_either_benchmark(tmp_path: Path) -> None:
         {"id": "001", "image": "001.jpg", "caption": "A hill by the sea."},
         {"id": "002", "image": "002.jpg", "caption": ["A hill.", "The sea."]},
     ]  # fmt: skip
-    head = "What people wrote about the picture:"
+    head = "What people wrote about the image:"
     boxes = "\n".join([
-        "Objects with the corners of their boxes, left, top, right, bottom, as fractions of the picture's width and "
+        "Objects with the corners of their boxes, left, top, right, bottom, as fractions of the image's width and "
         "height:",
         "- dog: 0.100, 0.250, 0.500, 1.000",
         "- cup: 0.000, 0.000, 1.000, 1.000",
@@ -131,7 +131,7 @@ def test_contexts_that_are_none(tmp_path: Path, row: dict[str, Any], told: str) 
 
 def test_files_are_put_together(tmp_path: Path) -> None:
     cases = read_cases(*bench(tmp_path).values())
-    text = "What people wrote about the picture:\n- A dog."
+    text = "What people wrote about the image:\n- A dog."
     assert cases == [
         JudgeCase("0", "conv", "What is in 0?", text, "gpt 0", "ours 0"),
         JudgeCase("1", "detail", "What is in 1?", text, "gpt 1", "ours 1"),
@@ -151,7 +151,7 @@ def test_what_is_missing_or_too_much_is_named(tmp_path: Path) -> None:
         read_cases(*files.values())
     files = bench(tmp_path, 6)
     write(files["context"], [{"image": "2.jpg", "caption": "a"}])
-    with pytest.raises(UserError, match=r"context.jsonl: 1 missing: context for picture '1.jpg'"):
+    with pytest.raises(UserError, match=r"context.jsonl: 1 missing: context for image '1.jpg'"):
         read_cases(*files.values())
 
 

@@ -37,7 +37,7 @@ def test_lmms_eval_s() -> None:
     assert write_question(PROBLEM | {"hint": ""}, "lmms-eval").startswith("Which one is iron?\nA. gold")
 
 
-def test_a_row_asked_in_another_way_keeps_its_picture_and_does_not_tell_the_answer() -> None:
+def test_a_row_asked_in_another_way_keeps_its_image_and_does_not_tell_the_answer() -> None:
     assert ask_by(row(), "recipe") == row()
     for prompt in ("direct", "lmms-eval"):
         asked = ask_by(row(), prompt)

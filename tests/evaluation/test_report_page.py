@@ -70,14 +70,14 @@ def report_of(*gallery: GalleryItem, **parts: Any) -> RunReport:
 
 def item(text: str = "B", right: bool = True, **fields: Any) -> GalleryItem:
     usual: dict[str, Any] = {
-        "question": "What?\nOptions: (A) x (B) y", "reference": "B", "pictures": [], "categories": ["NAT"],
+        "question": "What?\nOptions: (A) x (B) y", "reference": "B", "images": [], "categories": ["NAT"],
         "question_id": "7",
     }  # fmt: skip
     return GalleryItem(**{**usual, **fields}, text=text, right=right)
 
 
 def test_the_page_reaches_nothing_and_runs_nothing() -> None:
-    html = render_report(report_of(item(pictures=[Image.new("RGB", (300, 200), "red")]), curves=[LOSS]))
+    html = render_report(report_of(item(images=[Image.new("RGB", (300, 200), "red")]), curves=[LOSS]))
     page = Page(html)
     assert page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"] == (
         "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -156,22 +156,22 @@ def test_long_texts_are_folded_and_nothing_of_them_is_lost() -> None:
     assert Page(render_report(report_of(item(" ")))).text("p")[-1] == "nothing"
 
 
-def test_pictures_are_made_small_and_keep_their_colours() -> None:
-    pictures = [
+def test_images_are_made_small_and_keep_their_colours() -> None:
+    images = [
         Image.new("RGB", (1000, 500), "red"), Image.new("L", (40, 60), 9), Image.new("RGBA", (9, 9), (0, 0, 255, 0)),
         Image.new("CMYK", (8, 999)),
     ]  # fmt: skip
-    page = Page(render_report(report_of(item(pictures=pictures, question_id="a<b"))))
+    page = Page(render_report(report_of(item(images=images, question_id="a<b"))))
     found = [named["src"].partition(";base64,") for named in page.all("img")]
     shown = [Image.open(io.BytesIO(base64.b64decode(data))) for _, _, data in found]
-    assert [(kind, picture.size) for (kind, _, _), picture in zip(found, shown, strict=True)] == [
+    assert [(kind, image.size) for (kind, _, _), image in zip(found, shown, strict=True)] == [
         ("data:image/jpeg", (224, 112)), ("data:image/png", (40, 60)), ("data:image/png", (9, 9)),
         ("data:image/png", (2, 224)),
     ]  # fmt: skip
     assert shown[0].getpixel((5, 5)) == (254, 0, 0)
     assert shown[1].getpixel((0, 0)) == (9, 9, 9)
-    assert [named["alt"] for named in page.all("img")][3] == "picture 4 of question a<b"
-    assert pictures[0].size == (1000, 500)
+    assert [named["alt"] for named in page.all("img")][3] == "image 4 of question a<b"
+    assert images[0].size == (1000, 500)
 
 
 def test_a_table_with_its_labels() -> None:
@@ -289,7 +289,7 @@ def test_numbers() -> None:
 def test_forty_answers_with_photographs_and_long_curves_stay_under_two_megabytes() -> None:
     # Grain in every pixel: heavier than a photograph of this size.
     photo = Image.merge("YCbCr", [Image.effect_noise((640, 480), sigma) for sigma in (20, 8, 8)]).convert("RGB")
-    gallery = [item("An answer. " * 30, n % 2 == 0, pictures=[photo.rotate(n)], question_id=str(n)) for n in range(40)]
+    gallery = [item("An answer. " * 30, n % 2 == 0, images=[photo.rotate(n)], question_id=str(n)) for n in range(40)]
     noisy = [(float(n), 1.0 + (n * 7919 % 1000) / 1000) for n in range(5_000)]
     html = render_report(report_of(*gallery, curves=[Curve("Loss", "", {"train": noisy})] * 5))
     assert len(html.encode()) < 2_000_000

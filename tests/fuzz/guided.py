@@ -22,7 +22,7 @@ with atheris.instrument_imports(include=["lora_llava", "ruamel", "PIL", "json", 
     from lora_llava.recipe import shipped_generate_recipes, shipped_recipes
     from tests.fuzz.targets import TARGETS, attempt
 
-BYTES = ("recipe", "bench", "pictures", "judge", "records")
+BYTES = ("recipe", "bench", "images", "judge", "records")
 """Targets whose value is a file's content."""
 _TEXT = ("recipe", "judge")
 

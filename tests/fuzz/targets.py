@@ -22,7 +22,7 @@ from lora_llava.data.encoded import encode_table
 from lora_llava.data.files.reading import iterate_rows
 from lora_llava.data.folder import understand_folder
 from lora_llava.data.formats import Columns, read_row
-from lora_llava.data.images.image_check import inspect_pictures
+from lora_llava.data.images.image_check import inspect_images
 from lora_llava.data.images.reading import FolderImages, read_rgb
 from lora_llava.data.scienceqa import load_scienceqa
 from lora_llava.data.sources import open_source
@@ -179,9 +179,9 @@ def _bench(content: str | bytes, folder: Path) -> None:
     )))  # fmt: skip
 
 
-def _picture(content: bytes, folder: Path) -> None:
+def _image(content: bytes, folder: Path) -> None:
     _write(folder / "a.png", content)
-    inspect_pictures(FolderImages(folder, 10_000), ["a.png"], folder / "cache.json")
+    inspect_images(FolderImages(folder, 10_000), ["a.png"], folder / "cache.json")
     read_rgb(io.BytesIO(content), "a", 10_000)
 
 
@@ -212,10 +212,10 @@ def _records(content: str | bytes, folder: Path) -> None:
     for name in ("config.json", "run.json"):
         _write(folder / name, content)
     _write(folder / "adapter_model.safetensors", b"")
-    picture = FolderImages(folder, 100)
+    image = FolderImages(folder, 100)
     _write(folder / "cache.json", content)
     _each(lambda: read_config(folder), lambda: read_record(folder))
-    inspect_pictures(picture, ["none.png"], folder / "cache.json")
+    inspect_images(image, ["none.png"], folder / "cache.json")
 
 
 _CHANGED = [f"table/{name}" for name in ("table.json", "ids.npy", "starts.npy", "row_ids.npy", "trained.npy")]
@@ -223,7 +223,7 @@ _CHANGED += [f"checkpoint-1/{MANIFEST_FILE}", f"state/{STATE_JSON}", f"state/{ST
 _EDITS = st.lists(st.tuples(st.integers(0, 400), st.integers(0, 9), st.binary(max_size=9)), min_size=1, max_size=4)
 
 
-def _pictures() -> st.SearchStrategy[bytes]:
+def _images() -> st.SearchStrategy[bytes]:
     found = []
     for kind in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "JPEG2000"):
         stream = io.BytesIO()
@@ -288,7 +288,7 @@ TARGETS: dict[str, Target] = {
                     lambda text, _: parse_scores(text)),
     "bench": Target(rows_of(json_like()), _bench),
     "sample": Target(st.tuples(soup(MARKS) | json_text(), _FLAVOURS), lambda value, _: parse_sample(*value)),
-    "pictures": Target(_pictures(), _picture),
+    "images": Target(_images(), _image),
     "kept": Target(st.tuples(st.sampled_from(_CHANGED), _EDITS), _changed),
     "records": Target(rows_of(json_like()), _records),
 }  # fmt: skip

@@ -50,7 +50,7 @@ def train_run(folder: Path, parts: Path, scienceqa: Path) -> str:
     return str(folder)
 
 
-def draw_picture(file: Path, colour: tuple[int, int, int] = (220, 30, 30)) -> Path:
+def draw_image(file: Path, colour: tuple[int, int, int] = (220, 30, 30)) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (40, 24), colour).save(file)
     return file

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from PIL import Image
-from small_runs import draw_picture, write_base
+from small_runs import draw_image, write_base
 
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
@@ -58,12 +58,12 @@ def told(chat: Chat, line: str) -> str:
 # --- the conversation ----------------------------------------------------------------------------------------------
 
 
-def test_turns_and_pictures_are_kept_and_sent_along(
+def test_turns_and_images_are_kept_and_sent_along(
     chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chat.system = "Be brief."
-    red = draw_picture(tmp_path / "red.png")
-    blue = draw_picture(tmp_path / "blue.png", (30, 60, 220))
+    red = draw_image(tmp_path / "red.png")
+    blue = draw_image(tmp_path / "blue.png", (30, 60, 220))
     for line in (f"/image {red}", f"/image {blue}", "Which is blue?"):
         run_line(chat, line)
     system = text_message("system", "Be brief.")
@@ -84,9 +84,9 @@ def test_turns_and_pictures_are_kept_and_sent_along(
 @pytest.mark.parametrize(
     ("written", "name"),
     [
-        ("my red picture.png", "my red picture.png"),
-        ('"my red picture.png"', "my red picture.png"),
-        ("my\\ red\\ picture.png", "my red picture.png"),
+        ("my red image.png", "my red image.png"),
+        ('"my red image.png"', "my red image.png"),
+        ("my\\ red\\ image.png", "my red image.png"),
         ("~/it's.png", "it's.png"),
         ("plain.png", "plain.png"),
     ],
@@ -94,28 +94,28 @@ def test_turns_and_pictures_are_kept_and_sent_along(
 def test_paths_are_taken_as_people_write_them(
     chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, name: str
 ) -> None:
-    draw_picture(tmp_path / name)
+    draw_image(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     run_line(chat, f"/image {written}")
-    assert [picture.file.name for picture in chat.attached] == [name]
+    assert [image.file.name for image in chat.attached] == [name]
     assert chat.attached[0].image.size == (40, 24)
 
 
-def test_several_pictures_may_be_named_at_once(chat: Chat, tmp_path: Path) -> None:
-    one, two = draw_picture(tmp_path / "1.png"), draw_picture(tmp_path / "2 b.png")
+def test_several_images_may_be_named_at_once(chat: Chat, tmp_path: Path) -> None:
+    one, two = draw_image(tmp_path / "1.png"), draw_image(tmp_path / "2 b.png")
     run_line(chat, f"/image {one} '{two}'")
-    assert [picture.file for picture in chat.attached] == [one, two]
-    assert told(chat, f"/image {one} 3.png") == "picture 3.png is missing"
+    assert [image.file for image in chat.attached] == [one, two]
+    assert told(chat, f"/image {one} 3.png") == "image 3.png is missing"
 
 
-def test_a_bad_picture_or_command_is_one_line_and_changes_nothing(chat: Chat, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+def test_a_bad_image_or_command_is_one_line_and_changes_nothing(chat: Chat, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
     for line, expected in (
-        (f"/image {tmp_path}/broken.png", "broken.png cannot be read: it is no picture, or one of an unknown kind"),
-        ("/image nowhere.png", "picture nowhere.png is missing"),
-        ("/image my own picture.png", "picture my own picture.png is missing"),
-        (f"/image {tmp_path}", f"{tmp_path} is a folder; name a picture"),
+        (f"/image {tmp_path}/broken.png", "broken.png cannot be read: it is no image, or one of an unknown kind"),
+        ("/image nowhere.png", "image nowhere.png is missing"),
+        ("/image my own image.png", "image my own image.png is missing"),
+        (f"/image {tmp_path}", f"{tmp_path} is a folder; name an image"),
         ("/image", "/image needs a path"),
         ("/imgae x", 'there is no command /imgae (did you mean "/image"?); /help lists them'),
     ):
@@ -134,17 +134,17 @@ def test_a_message_that_does_not_fit_leaves_the_conversation_as_it_was(
     assert chat.messages == before
 
 
-def test_a_model_of_captions_takes_one_picture_at_a_time(
+def test_a_model_of_captions_takes_one_image_at_a_time(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     captions = Chat(open_speaker(base, template="plain"), SHORT)
-    picture = draw_picture(tmp_path / "a.png")
-    assert told(captions, "What is it?").endswith("(template plain): give it one picture and no text")
+    image = draw_image(tmp_path / "a.png")
+    assert told(captions, "What is it?").endswith("(template plain): give it one image and no text")
     for _ in range(2):
-        run_line(captions, f"/image {picture}")
+        run_line(captions, f"/image {image}")
         run_line(captions, "")
     assert [message["role"] for message in captions.messages] == ["user", "assistant"]
-    assert captions.shown == [picture]
+    assert captions.shown == [image]
     one, two = capsys.readouterr().out.splitlines()
     assert one == two != ""
 
@@ -153,7 +153,7 @@ def test_a_model_of_captions_takes_one_picture_at_a_time(
 
 
 def test_a_saved_chat_is_read_as_training_data(chat: Chat, tmp_path: Path) -> None:
-    one, two = draw_picture(tmp_path / "a" / "x.png"), draw_picture(tmp_path / "b" / "x.png", (30, 60, 220))
+    one, two = draw_image(tmp_path / "a" / "x.png"), draw_image(tmp_path / "b" / "x.png", (30, 60, 220))
     chat.system = "Be brief."
     for line in (f"/image {one}", "First?", f"/image {two}", f"/image {one}", "Second?", f"/save {tmp_path}/talk.json"):
         run_line(chat, line)
@@ -219,7 +219,7 @@ def options(base: str, *more: str) -> list[str]:
 def test_one_question_prints_its_answer_alone(
     base: str, speaker: Speaker, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    red, blue = draw_picture(tmp_path / "red.png"), draw_picture(tmp_path / "blue.png", (30, 60, 220))
+    red, blue = draw_image(tmp_path / "red.png"), draw_image(tmp_path / "blue.png", (30, 60, 220))
     given = ["--image", str(red), "--image", str(blue), "--prompt", "Which?", "--system", "", "--seed", "3"]
     assert main(None, options(base, *given, "--temperature", "1.5", "--top-p", "0.9")) == 0
     asked = [text_message("system", ""), user_message("Which?", [Image.open(red), Image.open(blue)])]
@@ -230,9 +230,9 @@ def test_one_question_prints_its_answer_alone(
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["--prompt", " "], "error: --prompt is empty; give a question, or a picture with --image"),
-        (["--prompt", "x", "--image", "no.png"], "error: picture no.png is missing"),
-        (["--prompt", "x", "--web"], "error: --web takes pictures and messages on its page; leave out --prompt and"),
+        (["--prompt", " "], "error: --prompt is empty; give a question, or an image with --image"),
+        (["--prompt", "x", "--image", "no.png"], "error: image no.png is missing"),
+        (["--prompt", "x", "--web"], "error: --web takes images and messages on its page; leave out --prompt and"),
         (["--port", "1"], "error: --host and --port are the page's; add --web"),
         (["--prompt", "x", "--top-p", "0"], "error: top_p is 0.0; give a share above 0, at most 1"),
     ],
@@ -324,7 +324,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(base: str, speaker: Speaker, tm
         terminal.wait_for("Ctrl-D or /exit leaves, and so does Ctrl-C again")
         terminal.wait_for("you> ")
         terminal.type("/help\n")
-        terminal.wait_for("/reset       forget the conversation and attached pictures\r\n")
+        terminal.wait_for("/reset       forget the conversation and attached images\r\n")
         terminal.wait_for("you> ")
         terminal.type("\x04")
         assert process.wait(30) == 0

@@ -1,4 +1,4 @@
-"""The engine: batched answers are those of one question at a time, and no picture is encoded twice."""
+"""The engine: batched answers are those of one question at a time, and no image is encoded twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_llava.data.conversation import Conversation
 from lora_llava.data.images.reading import BadImageError
 from lora_llava.evaluation.answerers import Asked
 from lora_llava.inference.answer import Answer
-from lora_llava.inference.generate import EncodedPictures, Question, generate_answers
+from lora_llava.inference.generate import EncodedImages, Question, generate_answers
 from lora_llava.inference.sampling import Sampling
 
 
@@ -63,11 +63,11 @@ def test_longest_first_and_what_was_answered_is_not_asked_again(speaking: Any) -
 
 @pytest.fixture
 def seen(speaking: Any) -> Iterator[Counter[float]]:
-    """How often the tower saw each picture, told apart by their sums."""
+    """How often the tower saw each image, told apart by their sums."""
     counts: Counter[float] = Counter()
 
     def count(module: Any, args: Any) -> None:
-        counts.update(round(float(picture.sum()), 3) for picture in args[0])
+        counts.update(round(float(image.sum()), 3) for image in args[0])
 
     tower = speaking[0].model.get_base_model().model.vision_tower
     handle = tower.register_forward_pre_hook(count)
@@ -75,7 +75,7 @@ def seen(speaking: Any) -> Iterator[Counter[float]]:
     handle.remove()
 
 
-def test_the_tower_sees_a_shared_picture_once(speaking: Any, seen: Counter[float]) -> None:
+def test_the_tower_sees_a_shared_image_once(speaking: Any, seen: Counter[float]) -> None:
     asked, rows = speaking
     pictured = [row for row in rows if row.images][:3]
     shared = [replace(row, images=pictured[0].images) for row in rows if row.images] + pictured[1:]
@@ -87,38 +87,38 @@ def test_the_tower_sees_a_shared_picture_once(speaking: Any, seen: Counter[float
     assert set(seen.values()) == {1}
 
 
-def test_a_picture_is_let_go_after_its_last_question(speaking: Any) -> None:
+def test_a_image_is_let_go_after_its_last_question(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, [row for row in rows if row.images])
-    encoded = EncodedPictures(asked.model, asked.load_pixels, questions, range(len(questions)))
+    encoded = EncodedImages(asked.model, asked.load_pixels, questions, range(len(questions)))
     for i in range(len(questions)):
         encoded.batch([i], questions, asked.tokenizer.pad_token_id)
         assert not encoded._held
-    twice = EncodedPictures(asked.model, asked.load_pixels, questions, range(len(questions)), times=2)
+    twice = EncodedImages(asked.model, asked.load_pixels, questions, range(len(questions)), times=2)
     twice.batch([0], questions, asked.tokenizer.pad_token_id)
     assert list(twice._held) == list(questions[0].image_files)
 
 
-def test_a_picture_that_is_gone_costs_its_question_alone(speaking: Any) -> None:
+def test_a_image_that_is_gone_costs_its_question_alone(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, rows)
     gone = next(row for row in rows if row.images).images[0]
 
-    def pictures(names: Sequence[str]) -> torch.Tensor:
+    def images(names: Sequence[str]) -> torch.Tensor:
         if gone in names:
-            raise BadImageError(f"picture {gone} is missing")
+            raise BadImageError(f"image {gone} is missing")
         return asked.load_pixels(names)
 
     whole = answers(asked, questions)
-    found = answers(asked, questions, pictures=pictures)
+    found = answers(asked, questions, images=images)
     lost = [i for i, question in enumerate(questions) if gone in question.image_files]
     assert {i for i in found if found[i].problem} == set(lost)
-    assert found[lost[0]] == Answer("", problem=f"picture {gone} is missing", is_picture=True)
+    assert found[lost[0]] == Answer("", problem=f"image {gone} is missing", is_image=True)
     assert {i: answer for i, answer in found.items() if i not in lost} == {
         i: answer for i, answer in whole.items() if i not in lost
     }
-    alone = answers(asked, [questions[lost[0]]], pictures=pictures)
-    assert [answer.problem for answer in alone.values()] == [f"picture {gone} is missing"]
+    alone = answers(asked, [questions[lost[0]]], images=images)
+    assert [answer.problem for answer in alone.values()] == [f"image {gone} is missing"]
 
 
 def test_the_model_takes_pixels_again_afterwards(speaking: Any) -> None:

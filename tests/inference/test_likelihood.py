@@ -94,23 +94,23 @@ def test_reasons_are_written_before_the_choice(speaking: Any) -> None:
     assert len(set(given.values())) > 3
 
 
-def test_a_picture_that_is_gone(speaking: Any) -> None:
+def test_a_image_that_is_gone(speaking: Any) -> None:
     asked, rows = speaking
     gone, whole = next(row for row in rows if row.images).images[0], asked.load_pixels
 
-    def pictures(names: Sequence[str]) -> torch.Tensor:
+    def images(names: Sequence[str]) -> torch.Tensor:
         if gone in names:
             raise BadImageError("gone")
         return whole(names)
 
-    asked = Asked(asked.model, asked.tokenizer, asked.template, asked.num_image_tokens, pictures, 5)
+    asked = Asked(asked.model, asked.tokenizer, asked.template, asked.num_image_tokens, images, 5)
     lost = next(i for i, row in enumerate(rows) if gone in row.images)
     for answerer in (
         by_likelihood(asked, lambda row, reasons: TEXTS[:2]),
         by_reasoned_likelihood(asked, Sampling(max_new_tokens=2), lambda row, reasons: TEXTS[:2]),
     ):
         answers = dict(answerer(rows, frozenset()))
-        assert answers[lost] == Answer("", problem="gone", is_picture=True)
+        assert answers[lost] == Answer("", problem="gone", is_image=True)
         assert [i for i, answer in answers.items() if answer.problem] == [lost]
         assert len(answers) == 12
     assert sorted(reference_losses(asked, rows)) == [i for i in range(12) if i != lost]

@@ -29,7 +29,7 @@ from lora_llava.inference.client import (
     ChatServer,
     ask,
     find_model,
-    picture_part,
+    image_part,
 )
 
 KEY = "sk-a-key-that-nobody-sees"
@@ -333,9 +333,9 @@ def test_closing_cancels_what_is_on_its_way_and_leaves_nothing(log: ChatLog) -> 
 def test_a_mistake_among_the_requests_reaches_the_caller(log: ChatLog) -> None:
     def requests() -> Iterator[ChatRequest]:
         yield request("a")
-        raise UserError("picture 3.png is missing")
+        raise UserError("image 3.png is missing")
 
-    with pytest.raises(UserError, match=r"picture 3.png is missing"):
+    with pytest.raises(UserError, match=r"image 3.png is missing"):
         list(ask(quick(log), requests()))
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("chat")] == []
 
@@ -357,14 +357,14 @@ def test_ctrl_c_ends_it_at_once(log: ChatLog, tmp_path: Path) -> None:
     assert len(log.requests) == 8
 
 
-def test_pictures_go_as_they_are_unless_large(log: ChatLog) -> None:
-    picture = Image.effect_noise((40, 30), 60).convert("RGB")
-    part = picture_part(picture)
+def test_images_go_as_they_are_unless_large(log: ChatLog) -> None:
+    image = Image.effect_noise((40, 30), 60).convert("RGB")
+    part = image_part(image)
     head, _, content = part["image_url"]["url"].partition(",")
     assert head == "data:image/png;base64"
     with Image.open(io.BytesIO(base64.b64decode(content))) as sent:
-        assert sent.tobytes() == picture.tobytes()
-    url = picture_part(Image.new("L", (1025, 1024)))["image_url"]["url"]
+        assert sent.tobytes() == image.tobytes()
+    url = image_part(Image.new("L", (1025, 1024)))["image_url"]["url"]
     with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as sent:
         assert (sent.format, sent.size, sent.mode) == ("JPEG", (1025, 1024), "RGB")
     parts = [part, {"type": "text", "text": "What is it?"}]

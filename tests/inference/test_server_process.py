@@ -76,9 +76,9 @@ def test_the_sender_ends_without_a_word_of_its_own(capfd: pytest.CaptureFixture[
 def test_a_mistake_among_the_requests_reaches_the_caller(log: ChatLog) -> None:
     def requests() -> Iterator[ChatRequest]:
         yield request("a")
-        raise UserError("picture 3.png is missing")
+        raise UserError("image 3.png is missing")
 
-    with pytest.raises(UserError, match=r"picture 3.png is missing"):
+    with pytest.raises(UserError, match=r"image 3.png is missing"):
         list(ask_apart(quick(log), requests()))
     assert senders() == []
 

@@ -246,7 +246,7 @@ def test_special_tokens_that_people_type_are_text(speaker: Speaker) -> None:
 def test_messages_that_the_model_cannot_take_are_refused(speaker: Speaker) -> None:
     captions = replace(speaker, single_turn=True)
     for messages in ([user_message("Hi")], [user_message("Hi", [RED])], [user_message("", [RED, RED])]):
-        with pytest.raises(UserError, match="give it one picture and no text"):
+        with pytest.raises(UserError, match="give it one image and no text"):
             encode_messages(captions, messages)
     assert encode_messages(captions, [user_message("", [RED])])["pixel_values"].shape == (1, 3, 32, 32)
 

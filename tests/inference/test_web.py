@@ -21,7 +21,7 @@ import httpx
 import pytest
 from browser import Browser, find_chromium
 from PIL import Image
-from small_runs import draw_picture, write_base
+from small_runs import draw_image, write_base
 
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
@@ -129,9 +129,9 @@ def page(browser: Browser, served: Served) -> Browser:
     return browser
 
 
-def ask(page: Browser, text: str, picture: Path | None = None) -> None:
-    if picture is not None:
-        page.choose_files("#message input[type=file]", [picture])
+def ask(page: Browser, text: str, image: Path | None = None) -> None:
+    if image is not None:
+        page.choose_files("#message input[type=file]", [image])
         page.wait_for("!!document.querySelector('#message .thumbnail-item, #message img')")
     page.evaluate(f"{BOX}.focus()")
     page.type(text)
@@ -145,13 +145,13 @@ def finished(page: Browser, answers: int = 1) -> list[str]:
     return list(page.evaluate(SAID))
 
 
-def test_a_picture_is_asked_about_and_the_answer_streams(page: Browser, speaker: Speaker, tmp_path: Path) -> None:
-    picture = draw_picture(tmp_path / "red.png")
-    ask(page, "Which <b>colour</b>?", picture)
+def test_a_image_is_asked_about_and_the_answer_streams(page: Browser, speaker: Speaker, tmp_path: Path) -> None:
+    image = draw_image(tmp_path / "red.png")
+    ask(page, "Which <b>colour</b>?", image)
     lengths = {0}
     while page.evaluate(f"!{SAID}.length || !!{STOP}"):
         lengths.add(page.evaluate(f"({SAID}[0] || '').length"))
-    asked = user_message("Which <b>colour</b>?", [Image.open(picture)])
+    asked = user_message("Which <b>colour</b>?", [Image.open(image)])
     said = expected(speaker, asked)
     assert len(said) > 200
     assert finished(page) == [said]
@@ -182,9 +182,9 @@ def test_an_answer_can_be_stopped_and_is_kept_as_far_as_it_came(page: Browser, s
 
 
 def test_a_message_that_cannot_be_answered_goes_back_into_its_box(page: Browser, tmp_path: Path) -> None:
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     ask(page, "What is it?", tmp_path / "broken.png")
-    page.wait_for(f"{TOAST}.includes('picture broken.png cannot be read: it is no picture, or one of an unknown kind')")
+    page.wait_for(f"{TOAST}.includes('image broken.png cannot be read: it is no image, or one of an unknown kind')")
     page.wait_for(f"{BOX}.value == 'What is it?' && {IDLE}")
     assert page.evaluate(ASKED) == []
     page.wait_for("document.querySelectorAll('#message .thumbnail-item').length == 1")
@@ -271,11 +271,11 @@ def call(served: Served, message: dict[str, Any], history: list[Any], *settings:
 
 
 def test_a_program_asks_by_http(served: Served, speaker: Speaker, tmp_path: Path) -> None:
-    picture = draw_picture(tmp_path / "red.png")
-    (path,) = upload(served, picture.read_bytes()).json()
+    image = draw_image(tmp_path / "red.png")
+    (path,) = upload(served, image.read_bytes()).json()
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     history, _ = call(served, {"text": "Which?", "files": [file]}, [], 0, 1, 12)
-    said = expected(speaker, user_message("Which?", [Image.open(picture)]), tokens=12)
+    said = expected(speaker, user_message("Which?", [Image.open(image)]), tokens=12)
     assert [turn["role"] for turn in history] == ["user", "assistant"]
     assert [html.unescape(part["text"]) for part in history[1]["content"]] == [said]
 
@@ -367,7 +367,7 @@ def test_ctrl_c_ends_it_and_nothing_is_left_behind(served: Served, speaker: Spea
 
 
 @pytest.mark.slow
-def test_settings_beyond_the_sliders_are_taken_and_a_signal_to_end_leaves_no_picture_behind(
+def test_settings_beyond_the_sliders_are_taken_and_a_signal_to_end_leaves_no_image_behind(
     base: str, tmp_path: Path
 ) -> None:
     served = Served(base, tmp_path, "--temperature", "3.5", "--top-p", "0.01")
@@ -376,7 +376,7 @@ def test_settings_beyond_the_sliders_are_taken_and_a_signal_to_end_leaves_no_pic
         sliders = [found["props"] for found in components if found["type"] == "slider"]
         ends = [(found["minimum"], found["value"], found["maximum"]) for found in sliders]
         assert ends == [(0, 3.5, 3.5), (0.01, 0.01, 1), (1, TOKENS, 512)]
-        (path,) = upload(served, draw_picture(tmp_path / "red.png").read_bytes()).json()
+        (path,) = upload(served, draw_image(tmp_path / "red.png").read_bytes()).json()
         assert Path(path).is_file()
         assert served.end(signal.SIGTERM) == 0
     finally:

@@ -30,12 +30,12 @@ class Colours:
         return name.encode()
 
 
-def sample(length: int, trained: int, seed: int, picture: str | None = None) -> dict[str, Any]:
+def sample(length: int, trained: int, seed: int, image: str | None = None) -> dict[str, Any]:
     ids = torch.randint(3, 800, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    if picture:
+    if image:
         ids[2:6] = [896] * 4
     labels = [IGNORE_INDEX] * (length - trained) + ids[length - trained :]
-    return {"row_id": str(seed), "input_ids": ids, "labels": labels, "image_files": [picture] if picture else []}
+    return {"row_id": str(seed), "input_ids": ids, "labels": labels, "image_files": [image] if image else []}
 
 
 SAMPLES = [sample(30, 9, 1, "red"), sample(17, 5, 2), sample(41, 20, 3, "blue"), sample(9, 2, 4)]
@@ -93,8 +93,8 @@ def test_changing_one_sample_leaves_every_other_s_loss_bit_equal(model: Any, col
         before = token_losses(model, packed(SAMPLES))
         for place in range(len(SAMPLES)):
             changed = list(SAMPLES)
-            picture = next(iter(SAMPLES[place]["image_files"]), None) and "green"
-            changed[place] = sample(len(SAMPLES[place]["input_ids"]), 2, 99, picture)
+            image = next(iter(SAMPLES[place]["image_files"]), None) and "green"
+            changed[place] = sample(len(SAMPLES[place]["input_ids"]), 2, 99, image)
             after = token_losses(model, packed(changed))
             split = [sum(label != IGNORE_INDEX for label in row["labels"]) for row in SAMPLES]
             own = [2 if i == place else count for i, count in enumerate(split)]

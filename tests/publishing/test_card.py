@@ -148,10 +148,10 @@ def test_the_person_s_word_on_the_licence_counts(train: Train) -> None:
 def test_a_recipe_s_paths_are_cut_to_their_names() -> None:
     content = load_recipe("scienceqa_qlora.yaml").model_dump(mode="json")
     content["output_dir"] = "C:\\Users\\alice\\runs\\pets"
-    content["data"]["path"], content["data"]["image_folder"] = "/home/alice/pets", "~/pictures"
+    content["data"]["path"], content["data"]["image_folder"] = "/home/alice/pets", "~/images"
     public = public_recipe(content, {"lmsys/vicuna-7b-v1.5"})
     assert public["output_dir"] == "pets"
-    assert (public["data"]["path"], public["data"]["image_folder"]) == ("pets", "pictures")
+    assert (public["data"]["path"], public["data"]["image_folder"]) == ("pets", "images")
     assert public["model"]["llm"] == "lmsys/vicuna-7b-v1.5"
     assert public["model"]["vision_tower"] == "clip-vit-large-patch14-336"  # a folder when the run began
 

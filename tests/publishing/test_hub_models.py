@@ -35,7 +35,7 @@ def test_a_hub_id_answers_as_its_folder(merged: Path, hub: Store, tmp_path: Path
     assert tables[0]["AVG"][2] == 6
     here, there = (next((tmp_path / kind).glob("predictions*.jsonl")).read_text() for kind in ("here", "there"))
     assert here == there
-    Image.new("RGB", (40, 24), (220, 30, 30)).save(tmp_path / "picture.png")
-    asked = ["--image", "picture.png", "--prompt", "What is it?", "--max-new-tokens", "8"]
+    Image.new("RGB", (40, 24), (220, 30, 30)).save(tmp_path / "image.png")
+    asked = ["--image", "image.png", "--prompt", "What is it?", "--max-new-tokens", "8"]
     assert run(["chat", "me/model", *asked], hub, tmp_path) == run(["chat", str(merged), *asked], hub, tmp_path)
     assert any("GET /me/model/resolve/" in request and "model.safetensors" in request for request in hub.requests)

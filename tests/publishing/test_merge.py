@@ -71,7 +71,7 @@ def test_merged_logits_are_the_adapter_s(lora: dict[str, Any], train: Train, tmp
     assert (base - adapter).abs().max() > 0.5  # or the comparison would hold for an adapter that was forgotten
     delta = report["adapter_on_bf16_base"]
     assert delta["max_logit_difference"] <= report["tolerance"] == 1e-4
-    assert (delta["greedy_equal"], delta["prompts"], report["prompts_with_picture"]) == (8, 8, 4)
+    assert (delta["greedy_equal"], delta["prompts"], report["prompts_with_image"]) == (8, 8, 4)
     assert report["prompts_from"] == "6 from the run's test split, 2 of our own"
     assert report["adapter_on_nf4_base"]["max_logit_difference"] > delta["max_logit_difference"]
     assert report["adapter_effect"] > 0.5
@@ -177,7 +177,7 @@ def test_prompts_of_our_own_take_the_place_of_data_that_is_gone(finished: Path, 
     (finished / "recipe.yaml").write_text(re.sub(r"  path: .*", "  path: /mnt/team/gone", recipe))
     report, told = merged(finished, tmp_path / "merged", dtype="float32")
     assert report["prompts_from"] == "0 from the run's data, which is not at hand, 8 of our own"
-    assert report["prompts_with_picture"] == 4
+    assert report["prompts_with_image"] == 4
     assert "/mnt/team" not in json.dumps(report) + told
 
 

@@ -140,7 +140,7 @@ model = AutoModelForImageTextToText.from_pretrained(base or name, dtype=torch.fl
 if base:
     model = PeftModel.from_pretrained(model, name)
 processor = AutoProcessor.from_pretrained(name)
-messages = [{'role': 'user', 'content': [{'type': 'image', 'image': Image.open('picture.png')},
+messages = [{'role': 'user', 'content': [{'type': 'image', 'image': Image.open('image.png')},
     {'type': 'text', 'text': 'Which colour is shown?'}]}]
 batch = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,
     return_tensors='pt')
@@ -160,7 +160,7 @@ def environment(hub: Store, folder: Path) -> dict[str, str]:
 
 def stock(name: str, base: str, hub: Store, folder: Path) -> Any:
     """Logits and greedy answer in a process without this package."""
-    Image.new("RGB", (40, 24), (220, 30, 30)).save(folder / "picture.png")
+    Image.new("RGB", (40, 24), (220, 30, 30)).save(folder / "image.png")
     command = [sys.executable, "-c", STOCK, name, base, str(folder / "out.pt")]
     done = subprocess.run(command, cwd=folder, env=environment(hub, folder), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -186,7 +186,7 @@ def test_the_card_s_snippet_runs(kind: str, merged: Path, train: Train, hub: Sto
     pushed(train(), "me/adapter", base_repo="me/base")
     card = hub.repos[f"me/{kind}"]["README.md"].decode()
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
-    Image.new("RGB", (40, 24), (220, 30, 30)).save(tmp_path / "picture.png")
+    Image.new("RGB", (40, 24), (220, 30, 30)).save(tmp_path / "image.png")
     command = [sys.executable, "-c", "import sys\nsys.modules['lora_llava'] = None\n" + code]
     done = subprocess.run(command, cwd=tmp_path, env=environment(hub, tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -337,11 +337,11 @@ def plant_in(name: str, text: str) -> Callable[[Path], None]:
     [
         (plant_in("tokenizer_config.json", f"use {SECRET}"), "tokenizer_config.json, line 1: a Hugging Face token"),
         (plant_in("run.json", f"key {SECRET}"), "run.json, line "),
-        (plant_in("metrics.json", "/home/alice/pictures/cat.jpg"), "a path into a home"),
+        (plant_in("metrics.json", "/home/alice/images/cat.jpg"), "a path into a home"),
         (plant_in("processor_config.json", "C:\\Users\\alice\\x"), "a path into a home"),
         (plant_in("generation_config.json", "https://me:secret@example.com"), "a password in a URL"),
         (plant_in("adapter_config.json", "sk-" + "a1B2" * 8), "an OpenAI key"),
-        (plant_in("metrics.json", "/mnt/team/pictures/cat.jpg"), "a local path"),
+        (plant_in("metrics.json", "/mnt/team/images/cat.jpg"), "a local path"),
         (plant_in_weights, "adapter_model.safetensors, line 1: a Hugging Face token"),
     ],
 )  # fmt: skip

@@ -23,7 +23,7 @@ from lora_llava.publishing.merge import merge
 Train = Callable[..., Path]
 HEAD = "import sys, json\nsys.modules['lora_llava'] = None\nimport torch\nfrom PIL import Image\n"
 MESSAGE = (
-    "messages = [{'role': 'user', 'content': [{'type': 'image', 'image': Image.open('picture.png')},\n"
+    "messages = [{'role': 'user', 'content': [{'type': 'image', 'image': Image.open('image.png')},\n"
     "    {'type': 'text', 'text': 'Which colour is shown?'}]}]\n"
 )
 
@@ -38,9 +38,9 @@ def in_process(code: str, folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def exported(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `merged`, `two/base`, `two/adapter` and a picture."""
+    """A folder with `merged`, `two/base`, `two/adapter` and an image."""
     folder = tmp_path_factory.mktemp("exported")
-    Image.new("RGB", (40, 24), (220, 30, 30)).save(folder / "picture.png")
+    Image.new("RGB", (40, 24), (220, 30, 30)).save(folder / "image.png")
     quiet = Console(file=io.StringIO())
     merge(train(), folder / "merged", dtype="float32", console=quiet)
     merge(train(), folder / "two", dtype="float32", projector_only=True, console=quiet)

@@ -66,7 +66,7 @@ def test_inputs_are_found_here_and_then_beside_the_recipe(places: Path) -> None:
     ("where", "changes"),
     [
         ("data.path", {"data": {"path": "data/rows.csv"}}),
-        ("data.image_folder", {"data": {"image_folder": "pictures"}}),
+        ("data.image_folder", {"data": {"image_folder": "images"}}),
         ("model.start_from.projector", {"model": {"start_from": {"projector": "mm_projector.bin"}}}),
         ("model.start_from.stage1_run", {"model": {"start_from": {"stage1_run": "runs/align"}}}),
         ("model.llm", {"model": {"llm": "./llm"}}),
@@ -109,8 +109,8 @@ def test_a_stage_1_recipe_is_found_alike(places: Path) -> None:
 
 def test_home_is_home_in_recipes_and_overrides(places: Path) -> None:
     rows = put(places / "home" / "rows.csv")
-    folder = places / "home" / "pictures"
-    file = recipe(places, output_dir="~/out", data={"path": "~/rows.csv", "image_folder": "~/pictures"})
+    folder = places / "home" / "images"
+    file = recipe(places, output_dir="~/out", data={"path": "~/rows.csv", "image_folder": "~/images"})
     loaded = load_recipe(file)
     assert (loaded.output_dir, loaded.data.path, loaded.data.image_folder) == (
         str(places / "home" / "out"), rows, str(folder)

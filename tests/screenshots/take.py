@@ -19,7 +19,7 @@ from browser import Browser, find_chromium
 from lora_llava.core.quiet import quieten
 
 BOX = "document.querySelector('#message textarea')"
-PICTURE = "[...document.querySelectorAll('#chat img')].some(e => e.naturalWidth && e.complete)"
+IMAGE = "[...document.querySelectorAll('#chat img')].some(e => e.naturalWidth && e.complete)"
 ANSWER = "[...document.querySelectorAll('#chat [data-testid=bot]')].map(e => e.textContent).join(' ')"
 BUSY = "!!document.querySelector('#message .stop-button')"
 
@@ -30,7 +30,7 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     chat = verbs.add_parser("chat", help="the page of `lora-llava chat --web`, with one question asked")
     chat.add_argument("model", help="a run, a folder with a whole LLaVA, or a Hub id")
-    chat.add_argument("--image", type=Path, help="a picture in place of the demo's")
+    chat.add_argument("--image", type=Path, help="an image in place of the demo's")
     chat.add_argument("--question", help="a question about it")
     page = verbs.add_parser("page", help="an HTML file that needs no other")
     page.add_argument("file", type=Path)
@@ -81,17 +81,17 @@ def _page(browser: Browser, args: argparse.Namespace) -> bytes:
 
 def _chat(browser: Browser, args: argparse.Namespace) -> bytes:
     """Ask one question in the browser, wait for the whole answer, and look."""
-    picture, question = (args.image, args.question) if args.image else demo_question()
+    image, question = (args.image, args.question) if args.image else demo_question()
     with _served(args.model) as url:
         browser.open(url)
         browser.wait_for(f"!!{BOX}", 60)
-        browser.choose_files("#message input[type=file]", [picture.resolve()])
+        browser.choose_files("#message input[type=file]", [image.resolve()])
         browser.wait_for("!!document.querySelector('#message .thumbnail-item img')")
         browser.evaluate(f"{BOX}.focus()")
         browser.type(question)
         browser.wait_for(f"{BOX}.value == {json.dumps(question)}")
         browser.press_enter()
-        browser.wait_for(f"{ANSWER} != '' && !{BUSY} && {PICTURE}", 600)
+        browser.wait_for(f"{ANSWER} != '' && !{BUSY} && {IMAGE}", 600)
         browser.wait_for("!document.getAnimations().length")
         print(f"{question}\n-> {browser.evaluate(ANSWER)}")
         return browser.screenshot()
@@ -114,7 +114,7 @@ def _served(model: str) -> Iterator[str]:
 
 
 def demo_question() -> tuple[Path, str]:
-    """The demo's first test question with a hint about a picture of three shapes; nothing of it was trained on."""
+    """The demo's first test question with a hint about an image of three shapes; nothing of it was trained on."""
     quieten()  # before what it quietens
     from lora_llava.data.scienceqa import format_problem, read_problems
     from lora_llava.demo.dataset import build_demo_scienceqa

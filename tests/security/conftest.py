@@ -1,4 +1,4 @@
-"""A good set of pictures and rows, to which hostile ones are added."""
+"""A good set of images and rows, to which hostile ones are added."""
 
 from __future__ import annotations
 

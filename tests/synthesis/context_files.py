@@ -12,7 +12,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.synthesis.contexts.context import Box, Context
 from lora_llava.synthesis.contexts.reading_contexts import read_contexts
 
-PICTURES = [
+IMAGES = [
     {"id": 7, "file_name": "000000000007.jpg", "width": 640, "height": 480},
     {"id": 3, "file_name": "000000000003.jpg", "width": 300, "height": 300},
     {"id": 9, "file_name": "000000000009.jpg", "width": 10, "height": 10},
@@ -38,7 +38,7 @@ SEVEN = Context(
 
 def captions(**more: Any) -> dict[str, Any]:
     rows = [{"image_id": key, "id": number, "caption": text} for number, (key, text) in enumerate(CAPTIONS)]
-    return {"info": {"year": 2017}, "images": PICTURES, "annotations": rows} | more
+    return {"info": {"year": 2017}, "images": IMAGES, "annotations": rows} | more
 
 
 def instances(**more: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def instances(**more: Any) -> dict[str, Any]:
         }
         for number, (key, kind, box, crowd) in enumerate(BOXES)
     ]
-    return {"images": PICTURES, "annotations": rows, "categories": CATEGORIES} | more
+    return {"images": IMAGES, "annotations": rows, "categories": CATEGORIES} | more
 
 
 def save(folder: Path, name: str, content: Any) -> Path:

@@ -52,7 +52,7 @@ def told_samples() -> Iterator[tuple[Context, Turns, Flavour]]:
             yield (
                 context,
                 turns_of(
-                    f"How many {many} are there in the picture?",
+                    f"How many {many} are there in the image?",
                     f"There {are} {number} {named}.",
                     f"Are there any other {many} on the roof?",
                     f"No, there are no {many} on the roof.",

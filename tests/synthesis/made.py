@@ -17,7 +17,7 @@ ANIMALS = ("dog", "cat", "horse", "sheep", "bird", "cow", "zebra", "bear")
 
 
 def write_contexts(file: Path, count: int) -> Path:
-    """So many pictures, each with an animal and a ball of its own place."""
+    """So many images, each with an animal and a ball of its own place."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {
@@ -34,7 +34,7 @@ def write_contexts(file: Path, count: int) -> Path:
 
 
 def recipe_of(folder: Path, url: str, count: int, **more: Any) -> GenerateRecipe:
-    """A set of one sample a picture, asked of a server; its contexts stand beside its folder, for others too."""
+    """A set of one sample an image, asked of a server; its contexts stand beside its folder, for others too."""
     teacher = {"url": url, "model": "judge", "concurrency": 4, "timeout": 20.0, "retries": 3, **more.pop("teacher", {})}
     return GenerateRecipe(
         output_dir=str(folder / "set"),
@@ -50,7 +50,7 @@ def write_recipe(recipe: GenerateRecipe, folder: Path) -> str:
 
 
 def number_of(body: Body) -> int:
-    """Of the picture that a request is about."""
+    """Of the image that a request is about."""
     return int(re.findall(r"near ball (\d+)\.", body["messages"][-1]["content"])[-1])
 
 

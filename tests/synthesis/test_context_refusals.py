@@ -12,7 +12,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.synthesis.contexts.coco_contexts import json_items
 from lora_llava.synthesis.contexts.context import Box
 from lora_llava.synthesis.contexts.reading_contexts import read_contexts
-from tests.synthesis.context_files import CATEGORIES, PICTURES, captions, instances, save, told
+from tests.synthesis.context_files import CATEGORIES, IMAGES, captions, instances, save, told
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,8 @@ from tests.synthesis.context_files import CATEGORIES, PICTURES, captions, instan
         ({"box_format": "cxcywh"}, ": box_format is 'cxcywh'; say xyxy or xywh, or leave it out"),
         ({"box_unit": None}, ": box_unit is None; say fraction or pixel, or leave it out"),
         ({"boxes": 3, "box_format": "xyxy", "box_unit": "pixel"}, ": boxes is 3; it should be a list"),
-        ({}, ", box 1: width is None; boxes in pixels need the picture's width in pixels"),
-        ({"width": 640, "height": 0}, ", box 1: height is 0; boxes in pixels need the picture's height in pixels"),
+        ({}, ", box 1: width is None; boxes in pixels need the image's width in pixels"),
+        ({"width": 640, "height": 0}, ", box 1: height is 0; boxes in pixels need the image's height in pixels"),
         ({"box": [5, 5, 4, 9]}, ", box 1: bbox [5, 5, 4, 9] cannot be xyxy: its second corner comes before its first"),
         ({"box": [5, 5, 9, 4]}, ", box 1: bbox [5, 5, 9, 4] cannot be xyxy: its second corner comes before its first"),
         ({"box": [5, 5, -4, 9], "box_format": "xywh"},
@@ -30,10 +30,10 @@ from tests.synthesis.context_files import CATEGORIES, PICTURES, captions, instan
         ({"box": [0.1, 0.2, 0.3, 0.4], "width": 640, "height": 480},
          ", box 1: bbox [0.1, 0.2, 0.3, 0.4] cannot be pixels: no number is over 1; are they fractions?"),
         ({"box": [1, 2, 3000, 4], "width": 640, "height": 480},
-         ", box 1: bbox [1, 2, 3000, 4] cannot be pixels of a picture of 640 x 480: it lies more than a whole picture "
+         ", box 1: bbox [1, 2, 3000, 4] cannot be pixels of an image of 640 x 480: it lies more than a whole image "
          "outside"),
         ({"box": [1, 2, 30, 40], "box_unit": "fraction"},
-         ", box 1: bbox [1, 2, 30, 40] cannot be fractions of a picture: a corner is 40; are they pixels?"),
+         ", box 1: bbox [1, 2, 30, 40] cannot be fractions of an image: a corner is 40; are they pixels?"),
         ({"box": [1, 2, 3]}, ", box 1: bbox is [1, 2, 3]; it should be a list of four numbers"),
         ({"box": [1, 2, 3, True]}, ", box 1: bbox is [1, 2, 3, True]; it should be a list of four numbers"),
         ({"box": "1 2 3 4"}, ", box 1: bbox is '1 2 3 4'; it should be a list of four numbers"),
@@ -60,7 +60,7 @@ def test_llava_s_boxes_are_fractions_or_an_error(tmp_path: Path) -> None:
     assert contexts.report.clipped_boxes == 1
     row["instances"][0]["bbox"] = [10, 20, 212, 300]  # type: ignore[index]
     file = save(tmp_path, "a.jsonl", [row])
-    problem = "bbox [10, 20, 212, 300] cannot be fractions of a picture: a corner is 300; are they pixels?"
+    problem = "bbox [10, 20, 212, 300] cannot be fractions of an image: a corner is 300; are they pixels?"
     assert told(contexts=file) == f"{file}, row 1, box 1: {problem}"
 
 
@@ -75,7 +75,7 @@ def annotations(**entry: Any) -> dict[str, Any]:
 
 WANT_CAPTIONS = "COCO captions (captions_train2017.json) or rows of image and caption"
 WANT_INSTANCES = "COCO instances (instances_train2017.json)"
-WANT_BOXES = "boxes by picture"
+WANT_BOXES = "boxes by image"
 WANT_CONTEXTS = "rows of image, captions and instances"
 
 
@@ -94,14 +94,14 @@ WANT_CONTEXTS = "rows of image, captions and instances"
          f"COCO panoptic segments, which have no boxes of single objects; it should hold {WANT_INSTANCES}"),
         ("instances", annotations(question="?"),
          f"annotations that are neither captions nor boxes; it should hold {WANT_INSTANCES}"),
-        ("captions", {"images": PICTURES, "categories": CATEGORIES},
-         f"COCO's list of pictures without any annotation; it should hold {WANT_CAPTIONS}"),
+        ("captions", {"images": IMAGES, "categories": CATEGORIES},
+         f"COCO's list of images without any annotation; it should hold {WANT_CAPTIONS}"),
         ("instances", [{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}],
-         f"COCO results of a detector or captioner, which do not name their pictures; it should hold {WANT_INSTANCES}"),
+         f"COCO results of a detector or captioner, which do not name their images; it should hold {WANT_INSTANCES}"),
         ("contexts", TALK, f"conversations, which are what is made here; it should hold {WANT_CONTEXTS}"),
         ("captions", LLAVA,
          f"rows of image, captions and instances; it should hold {WANT_CAPTIONS}; give it as data.contexts"),
-        ("captions", OWN, f"boxes by picture; it should hold {WANT_CAPTIONS}; give it as data.boxes"),
+        ("captions", OWN, f"boxes by image; it should hold {WANT_CAPTIONS}; give it as data.boxes"),
         ("contexts", [{"image": "1.jpg", "caption": "x"}],
          f"rows of image and caption; it should hold {WANT_CONTEXTS}; give it as data.captions"),
     ],
@@ -129,7 +129,7 @@ def test_coco_s_stuff_is_no_objects(tmp_path: Path) -> None:
         ("a.json", "[1]", "it holds rows that are int; it should hold "),
         ("a.json", {"info": {}, "x": []}, "it holds an object with 'x' and no boxes; it should hold "),
         ("a.json", "{}", "it holds an object with '' and no boxes; it should hold "),
-        ("a.csv", "picture,text\n1.jpg,A dog\n", "its rows have picture, text; it should hold "),
+        ("a.csv", "image,text\n1.jpg,A dog\n", "its rows have image, text; it should hold "),
         ("a.json", '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"caption": "x", "im',
          "not JSON: the file ends within a value: it is cut off"),
         ("a.json", '{"file": "1.jpg"}\n{"file": "2.jpg"}\n', ": its rows have file; it should hold "),
@@ -144,9 +144,9 @@ def test_broken_and_unknown_files_are_told(tmp_path: Path, name: str, content: A
 
 
 def test_a_table_s_columns_are_named_in_the_mend(tmp_path: Path) -> None:
-    file = save(tmp_path, "a.csv", "picture,text\n1.jpg,A dog\n")
+    file = save(tmp_path, "a.csv", "image,text\n1.jpg,A dog\n")
     assert told(captions=file, where="data") == (
-        f"{file}: its rows have picture, text; it should hold {WANT_CAPTIONS}; data.columns names columns"
+        f"{file}: its rows have image, text; it should hold {WANT_CAPTIONS}; data.columns names columns"
     )
     assert told(captions=file, columns={"captoin": "text"}, where="data") == (
         "data.columns: 'captoin' is no column of captions (did you mean \"caption\"?); it names image and caption"
@@ -184,7 +184,7 @@ def test_a_big_file_is_streamed(tmp_path: Path) -> None:
         (instances(categories=[]),
          "annotations, entry 1: category_id is 18, which the file's categories do not hold"),
         (instances(images=[{"id": 7, "file_name": "7.jpg", "width": 640}]),
-         "picture 7: height is None; boxes in pixels need the picture's height in pixels"),
+         "image 7: height is None; boxes in pixels need the image's height in pixels"),
         (instances(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3]}]),
          "annotations, entry 1: bbox is [1, 2, 3]; it should be a list of four numbers"),
     ],
@@ -201,7 +201,7 @@ def test_what_a_file_of_coco_lacks_is_told(tmp_path: Path, content: dict[str, An
         ([*LLAVA, {"image": "2.jpg"}], "contexts", "row 2: neither captions nor instances; it has image"),
         ([*LLAVA, 5], "contexts", "row 2: it is 5; it should be an object with named fields"),
         ([*LLAVA, {"captions": ["x"]}], "contexts",
-         "row 2: the picture's name is None; it should be the name of its file"),
+         "row 2: the image's name is None; it should be the name of its file"),
         ([*LLAVA, {"image": "2.jpg", "captions": [{}]}], "contexts",
          "row 2: captions is {}; it should be text, or a list of texts"),
         ([{"image": "1.jpg", "caption": "x"}, {"image": "2.jpg", "text": "x"}], "captions",
@@ -226,19 +226,19 @@ def test_an_entry_without_boxes_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("../1.jpg", "picture ../1.jpg leads out of the picture folder; name it from there"),
-        ("a/../../1.jpg", "picture a/../../1.jpg leads out of the picture folder; name it from there"),
-        ("/etc/1.jpg", "picture /etc/1.jpg leads out of the picture folder; name it from there"),
-        ("a\\..\\1.jpg", "picture a\\..\\1.jpg leads out of the picture folder; name it from there"),
-        ("C:\\1.jpg", "picture C:\\1.jpg leads out of the picture folder; name it from there"),
-        ("http://x/1.jpg", "picture http://x/1.jpg is a URL; give the name of its file in the picture folder"),
-        ("data:image/png;x", "picture data:image/png;x is a URL; give the name of its file in the picture folder"),
-        ("a\x00.jpg", "the picture's name is 'a\\x00.jpg'; it should be the name of its file"),
-        ("a\n.jpg", "the picture's name is 'a\\n.jpg'; it should be the name of its file"),
-        (" ", "the picture's name is ' '; it should be the name of its file"),
-        ("", "the picture's name is ''; it should be the name of its file"),
-        (5, "the picture's name is 5; it should be the name of its file"),
-        (["a.jpg"], "the picture's name is ['a.jpg']; it should be the name of its file"),
+        ("../1.jpg", "image ../1.jpg leads out of the image folder; name it from there"),
+        ("a/../../1.jpg", "image a/../../1.jpg leads out of the image folder; name it from there"),
+        ("/etc/1.jpg", "image /etc/1.jpg leads out of the image folder; name it from there"),
+        ("a\\..\\1.jpg", "image a\\..\\1.jpg leads out of the image folder; name it from there"),
+        ("C:\\1.jpg", "image C:\\1.jpg leads out of the image folder; name it from there"),
+        ("http://x/1.jpg", "image http://x/1.jpg is a URL; give the name of its file in the image folder"),
+        ("data:image/png;x", "image data:image/png;x is a URL; give the name of its file in the image folder"),
+        ("a\x00.jpg", "the image's name is 'a\\x00.jpg'; it should be the name of its file"),
+        ("a\n.jpg", "the image's name is 'a\\n.jpg'; it should be the name of its file"),
+        (" ", "the image's name is ' '; it should be the name of its file"),
+        ("", "the image's name is ''; it should be the name of its file"),
+        (5, "the image's name is 5; it should be the name of its file"),
+        (["a.jpg"], "the image's name is ['a.jpg']; it should be the name of its file"),
     ],
 )
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: Any, problem: str) -> None:
@@ -254,6 +254,6 @@ def test_nothing_given_and_nothing_left_are_told(tmp_path: Path) -> None:
     )
     file = save(tmp_path, "a.jsonl", [{"image": "1.jpg", "captions": ["", " "]}])
     assert told(contexts=file) == (
-        f"no picture with a context is left of {file} (pictures: 0, captions: 0, boxes: 0, empty captions: 2, "
-        "pictures without anything: 1); look at what was dropped"
+        f"no image with a context is left of {file} (images: 0, captions: 0, boxes: 0, empty captions: 2, "
+        "images without anything: 1); look at what was dropped"
     )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lora_llava.synthesis.contexts.context import Box, Context, write_context
 from lora_llava.synthesis.contexts.context_builder import ContextBuilder, ContextReport, clean_text
 from lora_llava.synthesis.contexts.reading_contexts import read_contexts
-from tests.synthesis.context_files import CATEGORIES, PICTURES, SEVEN, THREE, captions, instances, save, told
+from tests.synthesis.context_files import CATEGORIES, IMAGES, SEVEN, THREE, captions, instances, save, told
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_contexts" / "captions_boxes_20.jsonl"
 
@@ -26,7 +26,7 @@ def test_llava_s_contexts_stand_in_the_prompt_as_in_the_file() -> None:
     contexts = read_contexts(contexts=REAL)
     rows = {row["image"]: (row, line) for line in REAL.read_text().splitlines() for row in [json.loads(line)]}
     assert [context.image for context in contexts] == sorted(rows)
-    assert str(contexts.report) == "pictures: 20, captions: 100, boxes: 109, captions alone: 1"
+    assert str(contexts.report) == "images: 20, captions: 100, boxes: 109, captions alone: 1"
     for context in contexts:
         row, line = rows[context.image]
         text = write_context(context)
@@ -48,12 +48,12 @@ def test_coco_s_two_files_are_joined(tmp_path: Path) -> None:
     )  # fmt: skip
     assert list(contexts) == [THREE, SEVEN]
     assert contexts.report == ContextReport(
-        pictures=2, captions=3, boxes=3, empty_captions=1, repeated_captions=1, crowd_regions=1, clipped_boxes=1,
-        dropped_boxes=2, unlisted_annotations=2, pictures_without_anything=1,
+        images=2, captions=3, boxes=3, empty_captions=1, repeated_captions=1, crowd_regions=1, clipped_boxes=1,
+        dropped_boxes=2, unlisted_annotations=2, images_without_anything=1,
     )  # fmt: skip
     assert str(contexts.report) == (
-        "pictures: 2, captions: 3, boxes: 3, empty captions: 1, repeated captions: 1, crowd regions: 1, "
-        "clipped boxes: 1, dropped boxes: 2, unlisted annotations: 2, pictures without anything: 1"
+        "images: 2, captions: 3, boxes: 3, empty captions: 1, repeated captions: 1, crowd regions: 1, "
+        "clipped boxes: 1, dropped boxes: 2, unlisted annotations: 2, images without anything: 1"
     )
 
 
@@ -64,7 +64,7 @@ def test_no_order_within_coco_s_files_matters_to_boxes(
     folder, order = tmp_path_factory.mktemp("coco"), random.Random(seed)
     whole = instances()
     keys = order.sample(list(whole), 3)
-    images = order.sample(PICTURES, 3)
+    images = order.sample(IMAGES, 3)
     content = {key: images if key == "images" else whole[key] for key in keys}
     file = save(folder, "i.json", json.dumps(content, indent=None if compact else 2))
     assert list(read_contexts(instances=file)) == [
@@ -100,7 +100,7 @@ def test_a_sequence_is_what_contexts_are(tmp_path: Path) -> None:
 )
 @example(box=(-0.0, -0.0, 5.0, 5.0), size=(10, 10))
 @example(box=(9.9999, 0.0, 1.0, 1.0), size=(10, 10))
-def test_a_box_in_pixels_becomes_what_of_it_is_in_the_picture(
+def test_a_box_in_pixels_becomes_what_of_it_is_in_the_image(
     tmp_path_factory: pytest.TempPathFactory, box: tuple[float, ...], size: tuple[int, int]
 ) -> None:
     content = {
@@ -124,15 +124,15 @@ def test_a_box_in_pixels_becomes_what_of_it_is_in_the_picture(
 @pytest.mark.parametrize(
     ("box", "problem"),
     [
-        ([290.5, -5.0, 100.0, 100.0], "reaches out of the picture"),
-        ([300.0, 0.0, 10.0, 10.0], "has no area within the picture"),
+        ([290.5, -5.0, 100.0, 100.0], "reaches out of the image"),
+        ([300.0, 0.0, 10.0, 10.0], "has no area within the image"),
     ],
 )
 def test_bad_boxes_can_be_errors(tmp_path: Path, box: list[float], problem: str) -> None:
     rows = [{"image_id": 3, "category_id": 18, "bbox": box}]
     file = save(tmp_path, "i.json", instances(annotations=rows))
     message = told(instances=file, on_bad_box="error")
-    assert message.startswith(f"{file}, picture 3: box 'dog' [")
+    assert message.startswith(f"{file}, image 3: box 'dog' [")
     assert message.endswith(f"of 000000000003.jpg {problem}; mend it, or set on_bad_box to clip")
     rows[0]["bbox"] = [0.0, 0.0, 300.1, 300.0]  # a rounding
     contexts = read_contexts(instances=save(tmp_path, "i.json", instances(annotations=rows)), on_bad_box="error")
@@ -183,7 +183,7 @@ def test_a_row_of_a_table_may_have_several_captions_or_none(tmp_path: Path) -> N
             {"image": "c.jpg", "caption": float("nan")}]  # fmt: skip
     contexts = read_contexts(captions=save(tmp_path, "t.json", rows))
     assert list(contexts) == [Context("a.jpg", ("One", "Two")), Context("b.jpg", ("5",))]
-    assert contexts.report == ContextReport(2, 3, 0, 2, empty_captions=2, pictures_without_anything=1)
+    assert contexts.report == ContextReport(2, 3, 0, 2, empty_captions=2, images_without_anything=1)
 
 
 @given(st.permutations(range(5)))
@@ -221,7 +221,7 @@ def test_own_boxes(tmp_path: Path, form: Any, unit: Any, bbox: list[float], shap
     assert list(read_contexts(boxes=file, **given)) == [DOG]
 
 
-def test_all_files_are_joined_by_picture_and_halves_may_be_missing(tmp_path: Path) -> None:
+def test_all_files_are_joined_by_image_and_halves_may_be_missing(tmp_path: Path) -> None:
     table = save(tmp_path, "t.csv", "image,caption\n000000000007.jpg,Dogs\nz.png,Alone\n")
     rows = [{"image": "000000000003.jpg", "captions": ["A man", "Him"]}, {"image": "y.png", "instances": [
         {"label": "cup", "bbox": [0.1, 0.1, 0.2, 0.2]}]}]  # fmt: skip
@@ -235,8 +235,8 @@ def test_all_files_are_joined_by_picture_and_halves_may_be_missing(tmp_path: Pat
     assert (contexts.report.captions_alone, contexts.report.boxes_alone) == (1, 1)
 
 
-def test_coco_s_releases_name_one_picture(tmp_path: Path) -> None:
-    old = [picture | {"file_name": f"COCO_train2014_{picture['file_name']}"} for picture in PICTURES]
+def test_coco_s_releases_name_one_image(tmp_path: Path) -> None:
+    old = [image | {"file_name": f"COCO_train2014_{image['file_name']}"} for image in IMAGES]
     contexts = read_contexts(
         captions=save(tmp_path, "c.json", captions(images=old)), instances=save(tmp_path, "i.json", instances())
     )
@@ -256,8 +256,8 @@ def test_boxes_are_given_once(tmp_path: Path) -> None:
     )
 
 
-def test_pictures_are_looked_for(tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
+def test_images_are_looked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
     (folder / "train2014").mkdir(parents=True)
     (folder / "train2014" / "COCO_train2014_000000000007.jpg").touch()
     (folder / "1.jpg").touch()
@@ -266,23 +266,23 @@ def test_pictures_are_looked_for(tmp_path: Path) -> None:
     file = save(tmp_path, "a.jsonl", [{"image": name, "captions": ["a", "b"]} for name in names])
     contexts = read_contexts(contexts=file, images=folder, missing_image="drop")
     assert contexts.images == ["000000000007.jpg", "1.jpg"]
-    assert contexts.report == ContextReport(2, 4, 0, captions_alone=2, missing_pictures=3)
+    assert contexts.report == ContextReport(2, 4, 0, captions_alone=2, missing_images=3)
     assert told(contexts=file, images=folder, where="data") == (
-        f"data.images: picture 2.jpg is not in {folder}; put it there, or set data.missing_image to drop"
+        f"data.images: image 2.jpg is not in {folder}; put it there, or set data.missing_image to drop"
     )
     assert told(contexts=file, images=tmp_path / "no", where="data") == (
-        f"data.images: there is no folder {tmp_path / 'no'}; name the root of the pictures"
+        f"data.images: there is no folder {tmp_path / 'no'}; name the root of the images"
     )
     (tmp_path / "secret.jpg").touch()
     (folder / "3.jpg").symlink_to(tmp_path / "secret.jpg")
     assert told(contexts=file, images=folder, missing_image="drop") == (
-        f"picture 3.jpg lies outside {folder.resolve()}: 3.jpg is a link that leads out of it"
+        f"image 3.jpg lies outside {folder.resolve()}: 3.jpg is a link that leads out of it"
     )
 
 
 def test_labels_and_captions_survive_their_bytes() -> None:
     builder = ContextBuilder()
-    name = builder.add_picture('a "b".jpg', "here")
+    name = builder.add_image('a "b".jpg', "here")
     builder.add_captions(name, ['He said: "a","b"\\', 'a","b', "ünï 🐕"])
     builder.add_boxes(name, [('tv "set",', (0.1, 0.2, 0.30000000000000004, 0.4))] * 2, "here", rounded=False)
     found = builder.finish(lambda name: True)

@@ -31,7 +31,7 @@ TEXT = st.text(st.characters(), max_size=30) | st.sampled_from(HOSTILE)
 VOID = {"meta", "img", "input"}
 TALLY = {"tasks": 3, "rows": 1, "rejected": 1, "failed": 0, "not_asked": 0, "turns": 2, "words_per_answer": 2.5}
 SUMMARY = {
-    "complete": True, "tasks": 3, "rows": 1, "rejected": 2, "failed": 0, "not_asked": 0, "turns": 2, "pictures": 1,
+    "complete": True, "tasks": 3, "rows": 1, "rejected": 2, "failed": 0, "not_asked": 0, "turns": 2, "images": 1,
     "flavours": {"conversation": TALLY},
     "reasons": {"no answer": {"attempts": 4, "tasks": 2, "given_up": 1}, "empty": {"attempts": 1}},
     "teacher": {"backend": "server", "model": None, "answered_as": {"owner/model": 3}},
@@ -143,7 +143,7 @@ def test_the_head_tells_counts() -> None:
     page = Page(gallery(complete=False, **missing, ledger=ledger, flavours={"conversation": TALLY | missing}))
     assert page.text("h1.") == ["My set"]
     assert dict(zip(page.text("dt."), page.text("dd."), strict=True)) == {
-        "rows": "1 of 3", "pictures": "1", "questions": "2", "written by": "owner/model", "tokens": "1,020",
+        "rows": "1 of 3", "images": "1", "questions": "2", "written by": "owner/model", "tokens": "1,020",
         "cost": "1.50 USD",
     }  # fmt: skip
     assert page.text("li.") == ["Not complete: 3 had no answer, 1,200 were not asked for."]
@@ -218,46 +218,46 @@ def test_labels_do_not_cover_each_other(boxes: list[tuple[str, tuple[float, floa
     assert [text.strip() for name, text in page.texts if name.startswith("li.b")] == list(chips)
 
 
-def test_a_picture_is_made_small_and_kept_in_the_page(tmp_path: Path) -> None:
+def test_a_image_is_made_small_and_kept_in_the_page(tmp_path: Path) -> None:
     Image.effect_noise((960, 640), 40).save(tmp_path / "dog.png")
     page = Page(gallery(result(), images=tmp_path))
-    (picture,) = page.all("img")
-    kind, _, content = picture["src"].partition(";base64,")
+    (image,) = page.all("img")
+    kind, _, content = image["src"].partition(";base64,")
     assert kind == "data:image/jpeg"
     assert Image.open(io.BytesIO(base64.b64decode(content))).size == (480, 320)
-    assert (picture["width"], picture["height"], picture["alt"]) == ("960", "640", "dog.png")
+    assert (image["width"], image["height"], image["alt"]) == ("960", "640", "dog.png")
     assert page.all("svg")[0]["viewbox"] == "0 0 360 240"
-    assert "empty" not in page.all("div", "picture")[0]["class"]
+    assert "empty" not in page.all("div", "image")[0]["class"]
 
 
-def test_a_tiny_picture_keeps_its_pixels(tmp_path: Path) -> None:
+def test_a_tiny_image_keeps_its_pixels(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (1, 2, 3)).save(tmp_path / "dog.png")
-    (picture,) = Page(gallery(result(), images=tmp_path)).all("img", "few")
-    assert picture["src"].startswith("data:image/png;base64,")
+    (image,) = Page(gallery(result(), images=tmp_path)).all("img", "few")
+    assert image["src"].startswith("data:image/png;base64,")
 
 
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("gone.png", "missing picture"), ("broken.png", "corrupt picture"), ("../out.png", "outside the folder"),
+        ("gone.png", "missing image"), ("broken.png", "corrupt image"), ("../out.png", "outside the folder"),
         ("https://example.com/x.png", "outside the folder"),
     ],
 )  # fmt: skip
-def test_a_picture_that_cannot_be_shown_leaves_a_frame(tmp_path: Path, name: str, told: str) -> None:
+def test_a_image_that_cannot_be_shown_leaves_a_frame(tmp_path: Path, name: str, told: str) -> None:
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "broken.png").write_text("no picture")
+    (tmp_path / "images" / "broken.png").write_text("no image")
     Image.new("RGB", (8, 8)).save(tmp_path / "out.png")
     html = gallery(result(), contexts=[Context(name, ("A dog.",), DOG.boxes)], images=tmp_path / "images")
     page = Page(html)
     assert page.text("figcaption.") == [f": {told}"]
-    assert page.all("div", "picture") == [{"class": "picture empty"}]
+    assert page.all("div", "image") == [{"class": "image empty"}]
     assert len(page.all("rect")) == 3
     assert page.all("img") == []
     assert str(tmp_path) not in html
 
 
 def test_without_a_folder_the_frame_says_so() -> None:
-    assert Page(gallery(result())).text("figcaption.") == [": no picture folder was named"]
+    assert Page(gallery(result())).text("figcaption.") == [": no image folder was named"]
 
 
 ANSWER = '{"turns": [{"question": "What is it?", "answer": "I\u2019m not  sure; \\"no\\" dog, nothing."}]}'

@@ -128,8 +128,8 @@ def test_characters_of_chinese_are_words() -> None:
         ((), "What is there?", "On the left there are two dogs.", None),
         ((), "What is there on the left?", "There are two dogs.", None),
         ((), "What is there?", "There are two dogs and they play.", None),
-        ((), "What is there?", "There are two animals in this picture.", '"2 animals" where the boxes hold 3'),
-        ((), "What is there?", "There are four animals in this picture.", None),
+        ((), "What is there?", "There are two animals in this image.", '"2 animals" where the boxes hold 3'),
+        ((), "What is there?", "There are four animals in this image.", None),
         ((), "What is there?", "There are four puppies.", '"4 puppies" where the boxes hold 3'),
         ((), "What is there?", "There are two puppies.", None),
         ((), "What is there?", "There is a single dog here.", '"1 dog" where the boxes hold 3'),
@@ -170,7 +170,7 @@ def test_people_are_added_up() -> None:
         ("Is there a dog?", "No, there are three dogs.", None),
         ("Is there a cat?", "No.", None),
         ("What is on the bench?", "There are no dogs.", None),
-        ("What is on the bench?", "There are no dogs in the picture.", '"no dogs" where the boxes hold 3'),
+        ("What is on the bench?", "There are no dogs in the image.", '"no dogs" where the boxes hold 3'),
         ("What is there?", "There are no cats, dogs or horses.", '"no dogs" where the boxes hold 3'),
         ("What is there?", "There are no cats, dogs or horses on the road.", None),
         ("What is there?", "There are no dogs running.", None),
@@ -189,8 +189,8 @@ def test_denials_are_weighed_against_boxes(question: str, answer: str, detail: s
         ("The cat is to the left of the dog.", True),
         ("The cat is to the right of the dog.", False),
         ("The dog is sitting on the left side of the cat.", False),
-        ("The dog is on the right side of the picture.", True),
-        ("The dog is on the left of the picture.", False),
+        ("The dog is on the right side of the image.", True),
+        ("The dog is on the left of the image.", False),
         ("The cat is not to the left of the dog.", False),
         ("The owner of the cat is to the left of the dog.", False),
         ("The bench is to the left of the dog.", False),
@@ -258,7 +258,7 @@ def test_texts_are_the_same_where_they_differ_in_spaces_alone(text: str, other: 
     assert seen.check("b", turns_of(f" {text}", f"{other}\n"), "reasoning") == Rejection("duplicate", "of a")
 
 
-SENTENCE = "There are no two three dogs people . , ? is it left of the picture not how many 0.123 [ ] <"
+SENTENCE = "There are no two three dogs people . , ? is it left of the image not how many 0.123 [ ] <"
 WORDS = st.sampled_from(SENTENCE.split(" "))
 
 

@@ -38,7 +38,7 @@ def test_the_demo_from_contexts_to_training(
     monkeypatch.chdir(tmp_path)
     assert main(None, ["generate_data", "recipes/demo_generate.yaml"]) == 0
     told = capsys.readouterr().out
-    assert "contexts: pictures: 300, captions: 300" in told
+    assert "contexts: images: 300, captions: 300" in told
     assert "samples: 600 (conversation 220, detail 87, reasoning 293)" in told
     rows = rows_of(Path("runs/demo_generate/instruct.json"))
     assert f"{len(rows)} rows in runs/demo_generate/instruct.json" in told
@@ -88,7 +88,7 @@ def test_it_starts_without_torch(tmp_path: Path) -> None:
         (["contexts.contexts=gone.jsonl"], "gone.jsonl is missing"),
         (["contexts={contexts: demo, images: own}"], "contexts.images: own has no place"),
         (["contexts={}"], "name at least one of captions, instances, contexts, boxes"),
-        (["samples=1000"], "samples: of 1,000, 367 are conversation, for which there are 4 pictures"),
+        (["samples=1000"], "samples: of 1,000, 367 are conversation, for which there are 4 images"),
         (["flavours={conversation: 0, detail: 0, reasoning: 0}"], "every weight is 0"),
         (["prompts=nowhere"], "nowhere"),
         (["teacher.structure=true"], 'teacher.structure is not a key of a recipe (did you mean "structured"?)'),

@@ -45,7 +45,7 @@ SERVER = TeacherSection(url="http://localhost:8000/v1", model="owner/model")
 
 def contexts(count: int = 4) -> Contexts:
     known = json.dumps([["A dog."], [["dog", 0.1, 0.2, 0.5, 0.6]]]).encode()
-    report = ContextReport(pictures=count, captions=count, boxes=count)
+    report = ContextReport(images=count, captions=count, boxes=count)
     return Contexts({f"{number}.jpg": known for number in range(count)}, report)
 
 
@@ -146,7 +146,7 @@ def test_the_summary_counts_all(tmp_path: Path) -> None:
     assert set(versions) == {"python", "lora_llava", "openai"}
     nothing = {"rejected": 0, "failed": 0, "not_asked": 0}
     assert summary == {
-        "complete": False, "tasks": 6, "rows": 2, "rejected": 2, "failed": 1, "not_asked": 1, "turns": 3, "pictures": 1,
+        "complete": False, "tasks": 6, "rows": 2, "rejected": 2, "failed": 1, "not_asked": 1, "turns": 3, "images": 1,
         "flavours": {
             "conversation": {
                 **nothing, "tasks": 3, "rows": 1, "rejected": 1, "not_asked": 1, "turns": 2, "words_per_answer": 2.5,
@@ -164,7 +164,7 @@ def test_the_summary_counts_all(tmp_path: Path) -> None:
         },
         "failures": {"HTTP 500": 1},
         "contexts": {
-            **dict.fromkeys(vars(ContextReport()), 0), "pictures": 4, "captions": 4, "boxes": 4,
+            **dict.fromkeys(vars(ContextReport()), 0), "images": 4, "captions": 4, "boxes": 4,
             "files": {"contexts": "c.jsonl"},
         },
         "teacher": {
@@ -252,8 +252,8 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 def test_a_set_without_rows_is_a_set(tmp_path: Path) -> None:
     summary = write(tmp_path, [Result(task(0), "rejected", rejections=told("empty"))])
     assert (tmp_path / "instruct.json").read_text() == "[]\n"
-    assert summary["pictures"] == summary["turns"] == 0
-    assert "0 conversations about 0 pictures" in (tmp_path / "README.md").read_text()
+    assert summary["images"] == summary["turns"] == 0
+    assert "0 conversations about 0 images" in (tmp_path / "README.md").read_text()
 
 
 def test_nothing_of_this_machine_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,8 +293,8 @@ def test_the_card_is_a_card(tmp_path: Path) -> None:
     }  # fmt: skip
     for part in (
         "# my set\n",
-        "2 conversations about 1 picture, made as LLaVA's own were (Visual Instruction Tuning, arXiv 2304.08485, "
-        "section 3): `m`, which saw no picture, was given",
+        "2 conversations about 1 image, made as LLaVA's own were (Visual Instruction Tuning, arXiv 2304.08485, "
+        "section 3): `m`, which saw no image, was given",
         "> **Not complete:** of 6 samples that were to be made, 1 had no answer and 1 were not asked for.",
         "| conversation | 3 | 1 | 2 | 2.5 | 1 | 0 | 1 |",
         "| reasoning | 2 | 0 | 0 |  | 1 | 1 | 0 |",
@@ -325,17 +325,17 @@ def test_the_card_s_command_trains(tmp_path: Path, teacher: TeacherSection) -> N
     _, verb, name, *overrides = shlex.split(command[1])
     loaded = load_recipe(name, overrides)
     assert (verb, loaded.data.format, loaded.data.path, loaded.data.image_folder) == (
-        "finetune", "conversations", "instruct.json", "PICTURES",
+        "finetune", "conversations", "instruct.json", "IMAGES",
     )  # fmt: skip
 
 
-def test_pictures_that_lie_beside_the_rows_are_told(tmp_path: Path) -> None:
+def test_images_that_lie_beside_the_rows_are_told(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     asked = recipe(images=str(folder / "my images"))
     summary = write_set(folder, results=RESULTS, contexts=contexts(), recipe=asked, about={})
     assert summary["image_folder"] == "my images"
     card = (folder / "README.md").read_text()
-    assert "The pictures, which `image` names, are in `my images`." in card
+    assert "The images, which `image` names, are in `my images`." in card
     assert " data.path=instruct.json data.image_folder='my images' output_dir=runs/mine\n\nin this folder.\n" in card
 
 
@@ -369,7 +369,7 @@ def test_the_demo_s_teacher_makes_a_set(tmp_path: Path) -> None:
     asked = recipe(DEMO, contexts=str(file), images=str(file.parent / "images"))
     prompts = load_prompts()
     with Ledger(tmp_path / "set" / LEDGER_FILE) as ledger:
-        maker = Maker(known, plan_tasks(known, samples_per_picture=2, seed=0), prompts, Settings(NAME), ledger)
+        maker = Maker(known, plan_tasks(known, samples_per_image=2, seed=0), prompts, Settings(NAME), ledger)
         maker.run(answer_by_rules, Budget())
         about = {"ledger": ledger.totals(), "prompts": prompt_hashes(prompts)}
         summary = write_set(tmp_path / "set", results=maker.results(), contexts=known, recipe=asked, about=about)
@@ -388,5 +388,5 @@ def test_the_demo_s_teacher_makes_a_set(tmp_path: Path) -> None:
     assert "| teacher | lora_llava's rules, no language model |" in card
     assert "sampling" not in card
     assert "SHA-256" not in card
-    assert "The pictures, which `image` names, are not part of it." in card
+    assert "The images, which `image` names, are not part of it." in card
     assert "from lora_llava's rules, Apache-2.0" in card

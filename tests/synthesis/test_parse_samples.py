@@ -71,14 +71,14 @@ DESCRIPTIONS = {
     "as asked": json.dumps({"description": TEXT}),
     "in fences": f"```\n{json.dumps({'description': TEXT}, indent=1)}\n```",
     "under another name": json.dumps({"Detailed Description": TEXT}),
-    "under any one name": json.dumps({"picture": TEXT}),
+    "under any one name": json.dumps({"image": TEXT}),
     "in a list": json.dumps([{"description": TEXT}]),
     "in paragraphs": json.dumps({"description": ["A dog lies on the lawn.\n", "\nIt is asleep."]}).replace("\\n", ""),
     "as an answer": json.dumps({"question": "Describe it.", "answer": TEXT}),
     "as a turn": json.dumps({"turns": [{"question": "Describe it.", "answer": TEXT}]}),
     "prose": TEXT,
     "prose with other line ends": TEXT.replace("\n", "\r\n"),
-    "prose after a word about it": f"Here is a detailed description of the picture:\n\n{TEXT}",
+    "prose after a word about it": f"Here is a detailed description of the image:\n\n{TEXT}",
     "prose after a heading": f"**Description:** {TEXT}",
     "prose in fences": f"```text\n{TEXT}\n```",
     "LLaVA's form": f"Question:\nDescribe it.\n===\nAnswer:\n{TEXT}\n===",
@@ -156,7 +156,7 @@ def test_what_json_says_of_thoughts_is_left_to_the_gates() -> None:
 
 
 def test_a_first_line_of_the_description_is_kept() -> None:
-    text = "The picture shows two things:\na dog and a lawn."
+    text = "The image shows two things:\na dog and a lawn."
     assert parse_sample(text, "detail", "?") == (Turn("user", "?"), Turn("assistant", text))
 
 

@@ -59,14 +59,14 @@ def test_rows_are_what_the_teacher_wrote(log: ChatLog, tmp_path: Path) -> None:
     assert seen(log) == [1] * 30
     for row in rows_of(tmp_path):
         texts = " ".join(turn["value"] for turn in row["conversations"])
-        assert f"all {int(row['image'][:3])}" in texts  # ball 7 is in the picture 007.jpg alone
+        assert f"all {int(row['image'][:3])}" in texts  # ball 7 is in the image 007.jpg alone
         assert row["conversations"][0]["value"].startswith("<image>\n")
     assert log.requests[0]["response_format"]["type"] == "json_schema"
     assert {row["category"] for row in rows_of(tmp_path)} == {"conversation", "detail", "reasoning"}
 
 
 def test_answers_that_are_not_taken_are_asked_for_again_with_the_reason(log: ChatLog, tmp_path: Path) -> None:
-    """Of ten pictures two get a bad first answer, one bad ones for ever."""
+    """Of ten images two get a bad first answer, one bad ones for ever."""
 
     def answer(body: Body) -> str:
         number, again = number_of(body), "was not taken" in body["messages"][-1]["content"]
@@ -94,7 +94,7 @@ FAULTS = ("429", "500", "stall", "cut", "html", "no choices")
 
 
 def test_every_sample_is_made_or_listed_by_a_teacher_that_fails(log: ChatLog, tmp_path: Path) -> None:
-    """One request in ten fails, each time in another way; two pictures are never answered."""
+    """One request in ten fails, each time in another way; two images are never answered."""
     drawn = random.Random(3)
 
     def behave(body: Body, count: int) -> str:

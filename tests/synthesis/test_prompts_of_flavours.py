@@ -56,7 +56,7 @@ def test_every_flavour_has_a_system_message_and_examples() -> None:
     assert [flavour for flavour, prompt in prompts.items() if prompt.requests] == ["detail"]
     for prompt in prompts.values():
         for demand in (
-            "see the picture|who looks at it",
+            "see the image|who looks at it",
             "[Nn]ever mention captions",
             "coordinate",
             "confidence|certain",
@@ -168,11 +168,11 @@ def test_own_prompts_take_the_place_of_the_shipped(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert {**prompts, "reasoning": None} == {**load_prompts(), "reasoning": None}
     for number in (10, 9):
-        (own / f"example_{number}.context.txt").write_text(f"Picture {number}.")
+        (own / f"example_{number}.context.txt").write_text(f"Image {number}.")
         (own / f"example_{number}.answer.json").write_text(json.dumps({"question": "Why?", "answer": f"So {number}."}))
     assert [example.context for example in load_prompts(tmp_path)["reasoning"].examples] == [
-        "Picture 9.",
-        "Picture 10.",
+        "Image 9.",
+        "Image 10.",
     ]
 
 

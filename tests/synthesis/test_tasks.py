@@ -1,4 +1,4 @@
-"""Tasks: flavours dealt by weight, pictures drawn by seed, ids that always mean the same."""
+"""Tasks: flavours dealt by weight, images drawn by seed, ids that always mean the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WEIGHTINGS = st.fixed_dictionaries(
 ).filter(lambda weights: any(weights.values()))  # fmt: skip
 
 
-def pictures(count: int) -> list[Context]:
+def images(count: int) -> list[Context]:
     return [Context(f"{number:012}.jpg", ("A cup.",)) for number in range(count)]
 
 
@@ -67,7 +67,7 @@ PINNED_BY_SAMPLES = [
     "000000000002-conversation-0",
     "000000000005-reasoning-0",
 ]
-PINNED_BY_PICTURE = [
+PINNED_BY_IMAGE = [
     "000000000000-conversation-0",
     "000000000000-reasoning-0",
     "000000000001-detail-0",
@@ -84,16 +84,16 @@ PINNED_BY_PICTURE = [
 
 
 def test_the_draw_is_the_same_everywhere() -> None:
-    contexts = pictures(6)
+    contexts = images(6)
     assert [task.task_id for task in plan_tasks(contexts, samples=5, seed=0)] == PINNED_BY_SAMPLES
     assert [task.task_id for task in plan_tasks(contexts, samples=5, seed=1)] != PINNED_BY_SAMPLES
-    assert [task.task_id for task in plan_tasks(contexts, samples_per_picture=2, seed=0)] == PINNED_BY_PICTURE
-    assert [task.task_id for task in plan_tasks(contexts, samples_per_picture=2, seed=1)] != PINNED_BY_PICTURE
+    assert [task.task_id for task in plan_tasks(contexts, samples_per_image=2, seed=0)] == PINNED_BY_IMAGE
+    assert [task.task_id for task in plan_tasks(contexts, samples_per_image=2, seed=1)] != PINNED_BY_IMAGE
 
 
-def test_tasks_are_a_sequence_by_picture_flavour_and_number() -> None:
-    contexts = pictures(3)
-    tasks = plan_tasks(contexts, samples=12, samples_per_picture=2, weights={"reasoning": 1, "detail": 1}, seed=0)
+def test_tasks_are_a_sequence_by_image_flavour_and_number() -> None:
+    contexts = images(3)
+    tasks = plan_tasks(contexts, samples=12, samples_per_image=2, weights={"reasoning": 1, "detail": 1}, seed=0)
     assert len(tasks) == 12
     assert tasks[1] == Task("000000000000-detail-1", 0, "detail", 1)
     assert tasks[-1] == Task("000000000002-reasoning-1", 2, "reasoning", 1)
@@ -112,11 +112,11 @@ def test_tasks_are_a_sequence_by_picture_flavour_and_number() -> None:
     names=st.lists(NAMES, min_size=1, max_size=9, unique=True), weights=WEIGHTINGS, samples=st.integers(1, 40),
     seed=st.integers(0, 9),
 )  # fmt: skip
-def test_no_picture_has_a_second_turn_before_all_had_one(
+def test_no_image_has_a_second_turn_before_all_had_one(
     names: list[str], weights: dict[Flavour, float], samples: int, seed: int
 ) -> None:
     contexts = [Context(name, ("x",)) for name in names]
-    tasks = plan_tasks(contexts, weights=weights, samples=samples, samples_per_picture=40, seed=seed)
+    tasks = plan_tasks(contexts, weights=weights, samples=samples, samples_per_image=40, seed=seed)
     assert tasks.counts() == dict.fromkeys(FLAVOURS, 0) | deal(samples, shares(weights))
     taken = Counter((task.place, task.flavour) for task in tasks)
     for flavour, count in tasks.counts().items():
@@ -129,7 +129,7 @@ def test_no_picture_has_a_second_turn_before_all_had_one(
 
 
 @given(st.lists(st.text(min_size=1, max_size=8), unique=True, max_size=20))
-def test_stems_tell_pictures_apart(names: list[str]) -> None:
+def test_stems_tell_images_apart(names: list[str]) -> None:
     names = [spelling for name in names for spelling in (name, f"{name}.jpg", f"a/{name}.jpg", f"{name}.png")]
     assert len({image_stem(name) for name in names}) == len(set(names))
 
@@ -152,41 +152,41 @@ def test_stems_are_short_for_coco_s_names_and_hold_a_hash_for_others() -> None:
 
 
 @given(st.permutations(range(8)), st.integers(1, 8), st.integers(0, 3), st.sampled_from([None, 5]))
-def test_other_pictures_do_not_change_what_an_id_means(
+def test_other_images_do_not_change_what_an_id_means(
     order: list[int], count: int, seed: int, samples: int | None
 ) -> None:
     every = [Context(f"{number % 3}/{number // 3}.jpg", ("x",)) for number in order]
     fewer = every[:count]
-    before = meanings(plan_tasks(fewer, samples_per_picture=3, samples=samples, seed=seed), fewer)
-    after = meanings(plan_tasks(every, samples_per_picture=3, samples=samples, seed=seed), every)
+    before = meanings(plan_tasks(fewer, samples_per_image=3, samples=samples, seed=seed), fewer)
+    after = meanings(plan_tasks(every, samples_per_image=3, samples=samples, seed=seed), every)
     assert all(after.get(name, meaning) == meaning for name, meaning in before.items())
     if samples is None:
         assert before.items() <= after.items()
     in_order = sorted(every, key=lambda context: context.image)
-    assert meanings(plan_tasks(in_order, samples_per_picture=3, samples=samples, seed=seed), in_order) == after
+    assert meanings(plan_tasks(in_order, samples_per_image=3, samples=samples, seed=seed), in_order) == after
 
 
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 5))
 def test_more_samples_keep_those_of_fewer(samples: int, more: int, most: int) -> None:
-    contexts = pictures(20)
+    contexts = images(20)
     weights: dict[Flavour, float] = {"conversation": 1, "detail": 1}  # of two flavours, neither loses by more
-    first = meanings(plan_tasks(contexts, weights=weights, samples=samples, samples_per_picture=9, seed=3), contexts)
+    first = meanings(plan_tasks(contexts, weights=weights, samples=samples, samples_per_image=9, seed=3), contexts)
     second = meanings(
-        plan_tasks(contexts, weights=weights, samples=samples + more, samples_per_picture=9, seed=3), contexts
+        plan_tasks(contexts, weights=weights, samples=samples + more, samples_per_image=9, seed=3), contexts
     )
     assert first.items() <= second.items()
-    each = meanings(plan_tasks(contexts, samples_per_picture=most, seed=3), contexts)
-    assert each.items() <= meanings(plan_tasks(contexts, samples_per_picture=most + 1, seed=3), contexts).items()
+    each = meanings(plan_tasks(contexts, samples_per_image=most, seed=3), contexts)
+    assert each.items() <= meanings(plan_tasks(contexts, samples_per_image=most + 1, seed=3), contexts).items()
 
 
-def test_flavours_of_many_pictures_are_by_weight() -> None:
-    tasks = plan_tasks(pictures(4_000), seed=0)
+def test_flavours_of_many_images_are_by_weight() -> None:
+    tasks = plan_tasks(images(4_000), seed=0)
     assert tasks.counts() == {"conversation": 1_432, "detail": 530, "reasoning": 2_038}  # of 1468, 582 and 1949
 
 
 @given(st.integers(1, 30), st.integers(0, 50))
-def test_flavours_of_one_picture_are_spread_by_weight(most: int, seed: int) -> None:
-    counts = plan_tasks(pictures(1), samples_per_picture=most, seed=seed).counts()
+def test_flavours_of_one_image_are_spread_by_weight(most: int, seed: int) -> None:
+    counts = plan_tasks(images(1), samples_per_image=most, seed=seed).counts()
     assert sum(counts.values()) == most
     assert all(abs(counts[flavour] - most * share) < 2 for flavour, share in shares(WEIGHTS).items())
 
@@ -203,13 +203,13 @@ def test_what_a_context_can_carry(captions: int, boxes: int, carried: list[Flavo
     assert [flavour for flavour in FLAVOURS if can_carry(context, flavour)] == list(carried)
 
 
-def test_pictures_that_cannot_carry_a_flavour_are_counted_and_get_another() -> None:
-    contexts = [*pictures(4), Context("a.jpg", (), (BOX,)), Context("b.jpg")]
-    tasks = plan_tasks(contexts, samples_per_picture=9, seed=0)
+def test_images_that_cannot_carry_a_flavour_are_counted_and_get_another() -> None:
+    contexts = [*images(4), Context("a.jpg", (), (BOX,)), Context("b.jpg")]
+    tasks = plan_tasks(contexts, samples_per_image=9, seed=0)
     assert tasks.left_out == {"conversation": 1, "detail": 2, "reasoning": 1}
     assert Counter(task.place for task in tasks) == dict.fromkeys(range(5), 9)
     assert {task.flavour for task in tasks if task.place == 4} == {"conversation", "reasoning"}
-    details = plan_tasks(contexts, weights={"detail": 1}, samples=8, samples_per_picture=2, seed=0)
+    details = plan_tasks(contexts, weights={"detail": 1}, samples=8, samples_per_image=2, seed=0)
     assert Counter(task.place for task in details) == dict.fromkeys(range(4), 2)
     assert details.left_out == {"detail": 2}
     assert len(plan_tasks(contexts, weights={"detail": 1}, seed=0)) == 4
@@ -219,7 +219,7 @@ def test_pictures_that_cannot_carry_a_flavour_are_counted_and_get_another() -> N
     ("given", "message"),
     [
         ({"samples": 0}, "r.samples: it is 0; set it to 1 or more"),
-        ({"samples_per_picture": -1}, "r.samples_per_picture: it is -1; set it to 1 or more"),
+        ({"samples_per_image": -1}, "r.samples_per_image: it is -1; set it to 1 or more"),
         ({"weights": {"detial": 1}},
          "r.weights: 'detial' is no flavour (did you mean \"detail\"?); there are conversation, detail, reasoning"),
         ({"weights": {"detail": -1.0}}, "r.weights: detail has -1.0; set it to 0 or more"),
@@ -227,12 +227,12 @@ def test_pictures_that_cannot_carry_a_flavour_are_counted_and_get_another() -> N
         ({"weights": {"detail": 0}},
          "r.weights: no flavour has any weight; give one of conversation, detail, reasoning more than 0"),
         ({"samples": 20},
-         "r.samples: of 20, 7 are conversation, for which there are 4 pictures and r.samples_per_picture is 1; by "
+         "r.samples: of 20, 7 are conversation, for which there are 4 images and r.samples_per_image is 1; by "
          "these weights 8 can be had"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_is_told(given: dict[str, Any], message: str) -> None:
-    assert told(pictures(4), seed=0, where="r", **given) == message
+    assert told(images(4), seed=0, where="r", **given) == message
 
 
 @given(
@@ -242,19 +242,19 @@ def test_what_cannot_be_planned_is_told(given: dict[str, Any], message: str) -> 
 def test_what_is_said_to_be_possible_is_and_nothing_more(
     captioned: int, boxed: int, weights: dict[Flavour, float], samples: int, most: int
 ) -> None:
-    contexts = [*pictures(captioned), *(Context(f"{number}.png", (), (BOX,)) for number in range(boxed))]
+    contexts = [*images(captioned), *(Context(f"{number}.png", (), (BOX,)) for number in range(boxed))]
     room = {flavour: (captioned + boxed * (flavour != "detail")) * most for flavour in FLAVOURS}
 
     def fits(count: int) -> bool:
         return all(wanted <= room[flavour] for flavour, wanted in deal(count, shares(weights)).items())
 
     def plan(count: int) -> Tasks:
-        return plan_tasks(contexts, weights=weights, samples=count, samples_per_picture=most, seed=0)
+        return plan_tasks(contexts, weights=weights, samples=count, samples_per_image=most, seed=0)
 
     if fits(samples):
         assert len(plan(samples)) == samples
         return
-    message = told(contexts, weights=weights, samples=samples, samples_per_picture=most, seed=0)
+    message = told(contexts, weights=weights, samples=samples, samples_per_image=most, seed=0)
     can = int(message.rpartition("weights ")[2].split()[0])
     assert can == max((count for count in range(samples) if fits(count)), default=0)
     if can:

@@ -61,7 +61,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 
 
 def content_for_ranks(parts: Path, scienceqa: Path, quantization: str = "none") -> dict[str, Any]:
-    """One sample a row, half of them without picture; the last of six steps has one sample for two ranks."""
+    """One sample a row, half of them without image; the last of six steps has one sample for two ranks."""
     return {
         "stage": 2,
         "model": {

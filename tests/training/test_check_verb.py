@@ -36,7 +36,7 @@ def row(number: int, image: str | None = None, question: str = "Which colour?", 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Sixteen pictures, no two alike."""
+    """Sixteen images, no two alike."""
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(16):
@@ -47,7 +47,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def clean() -> list[Row]:
-    """Sixteen rows with a picture each and four without."""
+    """Sixteen rows with an image each and four without."""
     rows = [row(number, f"{number}.png", f"Which colour is {number}?") for number in range(16)]
     return rows + [row(number, None, f"What is {number}?", f"A number, {number}.") for number in range(16, 20)]
 
@@ -111,11 +111,11 @@ def _planted_rows(clean: list[Row]) -> list[Row]:
 
 
 PLANTED_ERRORS = {
-    ("missing picture", "r20"), ("corrupt picture", "r21"), ("oversized picture", "r22"), ("outside the folder", "r23"),
+    ("missing image", "r20"), ("corrupt image", "r21"), ("oversized image", "r22"), ("outside the folder", "r23"),
     ("outside the folder", "r24"), ("placeholder count", "r25"), ("placeholder count", "r26"),
     ("empty conversation", "r27"), ("one-sided conversation", "r28"), ("role order", "r29"), ("unknown role", "r30"),
     ("empty answer", "r31"), ("both formats", "r32"), ("missing column", "r33"), ("overlong", "r34"),
-    ("malformed row", "r35"), ("placeholder count", "r36"), ("corrupt picture", "r37"),
+    ("malformed row", "r35"), ("placeholder count", "r36"), ("corrupt image", "r37"),
 }  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def broken_images(images: Path) -> Path:
     (images / "cut.jpg").write_bytes(stream.getvalue()[: len(stream.getvalue()) // 2])
     Image.new("RGB", (200, 100)).save(images / "huge.png")
     Image.new("RGB", (20, 20)).save(images.parent / "outside.png")
-    (images / "text.png").write_text("not a picture")
+    (images / "text.png").write_text("not an image")
     return images
 
 
@@ -160,10 +160,10 @@ def test_every_planted_oddity_is_a_warning(run_check: Check, clean: list[Row], i
     ]  # fmt: skip
     report = run_check([*clean, *planted], code=0)
     assert kinds(report, "warnings") == {
-        ("mislabelled picture", "r20"), ("picture not RGB", "r20"), ("picture not RGB", "r21"),
-        ("image with transparency", "r22"), ("picture not RGB", "r23"), ("several frames", "r23"),
-        ("turned picture", "r24"),
-        ("tiny picture", "r25"), ("duplicate row", "r26"), ("placeholder added", "r27"), ("leading answer cut", "r28"),
+        ("mislabelled image", "r20"), ("image not RGB", "r20"), ("image not RGB", "r21"),
+        ("image with transparency", "r22"), ("image not RGB", "r23"), ("several frames", "r23"),
+        ("turned image", "r24"),
+        ("tiny image", "r25"), ("duplicate row", "r26"), ("placeholder added", "r27"), ("leading answer cut", "r28"),
         ("unanswered end cut", "r29"),
     }  # fmt: skip
 
@@ -200,7 +200,7 @@ def test_a_held_out_row_that_is_trained_on_is_an_error(
     report = check(check_recipe(stage2_content, "test"), console=Console(file=io.StringIO()))
     assert [(f.kind, f.row, f.split) for f in report.errors] == [("held-out row in train", "r5", "train")]
     assert [(f.kind, f.row) for f in report.warnings] == [
-        ("held-out picture in train", "r5"), ("held-out picture in train", "r6"),
+        ("held-out image in train", "r5"), ("held-out image in train", "r6"),
     ]  # fmt: skip
 
 
@@ -256,4 +256,4 @@ def test_a_png_that_lies_about_its_size_is_refused_before_it_is_decoded(
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     (images / "bomb.png").write_bytes(bytes(content))
     report = run_check([*clean, row(20, "bomb.png")], code=1)
-    assert kinds(report, "errors") == {("oversized picture", "r20")}
+    assert kinds(report, "errors") == {("oversized image", "r20")}

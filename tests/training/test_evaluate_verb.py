@@ -1,4 +1,4 @@
-"""`lora-llava evaluate`: what it writes, how it goes on after a kill, servers, bad pictures; and the run's page."""
+"""`lora-llava evaluate`: what it writes, how it goes on after a kill, servers, bad images; and the run's page."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_the_summary_says_what_the_figure_stands_on(run: Path) -> None:
     low, high = found["table"]["AVG"]["interval"]
     assert low < percent < high or percent in (0.0, 100.0)
     assert found["unparsed"] == {"count": table["unparsed"], "percent": round(100 * table["unparsed"] / 6, 2)}
-    assert found["bad_pictures"] == []
+    assert found["unopened_images"] == []
     asked = found["asked"]
     assert asked["prompt"]["name"] == "recipe"
     assert asked["prompt"]["order"] == "QCM-LEA"
@@ -167,11 +167,11 @@ def test_a_killed_evaluation_asks_nothing_twice(run: Path) -> None:
     assert not partial.exists()
 
 
-def test_a_picture_that_is_gone_counts_as_wrong_or_refuses(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = next((run.parent / "data" / "images" / "test").rglob("image.png"))
-    name = picture.parent.name
+def test_a_image_that_is_gone_counts_as_wrong_or_refuses(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = next((run.parent / "data" / "images" / "test").rglob("image.png"))
+    name = image.parent.name
     before = lines(run / "predictions_after.jsonl")
-    picture.write_bytes(b"no picture")
+    image.write_bytes(b"no image")
     assert main("evaluate", [str(run)]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1
@@ -182,8 +182,8 @@ def test_a_picture_that_is_gone_counts_as_wrong_or_refuses(run: Path, capsys: py
     assert (lost["prediction"], lost["text"]) == (-1, "")
     assert "cannot be read" in lost["problem"]
     assert [line for line in marked if line != lost] == [line for line in before if line["question_id"] != name]
-    assert json.loads((run / "evaluation.json").read_text())["bad_pictures"] == [name]
-    assert f"1 question counts as wrong because its picture cannot be opened: {name}" in capsys.readouterr().err
+    assert json.loads((run / "evaluation.json").read_text())["unopened_images"] == [name]
+    assert f"1 question counts as wrong because its image cannot be opened: {name}" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot be read"):
         evaluate(str(run))
 
@@ -232,9 +232,9 @@ def test_part_of_the_questions_leaves_the_answers_to_all_where_they_are(run: Pat
 def test_rows_that_the_run_itself_dropped_are_no_change_of_its_data(
     stage2_content: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A held-out picture is broken, and the recipe drops such rows: later evaluations go by the same rows."""
+    """A held-out image is broken, and the recipe drops such rows: later evaluations go by the same rows."""
     drawn(tmp_path / "images", 12)
-    (tmp_path / "images" / "3.png").write_bytes(b"no picture")
+    (tmp_path / "images" / "3.png").write_bytes(b"no image")
     rows = [asked(number, f"{number}.png") for number in range(12)]
     stage2_content["data"] = {
         "format": "conversations", "path": written(tmp_path / "rows.json", rows), "on_bad_image": "drop",
@@ -252,12 +252,12 @@ def test_rows_that_the_run_itself_dropped_are_no_change_of_its_data(
 
 
 def letter_for(body: dict[str, Any]) -> str:
-    """Answers A where a picture is shown, B elsewhere."""
+    """Answers A where an image is shown, B elsewhere."""
     content = body["messages"][-1]["content"]
     return "The answer is A." if isinstance(content, list) else " The answer is B. "
 
 
-def test_a_server_gets_the_questions_with_their_pictures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_gets_the_questions_with_their_images(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with chat_server() as log:
         log.models, log.answer = ["merged"], letter_for
         assert main("evaluate", [str(run), "--server", log.url, "--json", "--output", str(run / "served")]) == 0
@@ -364,7 +364,7 @@ def test_the_page_is_made_of_the_run_s_own_questions_alone(run: Path) -> None:
     assert "question" in rebuild_report(str(run)).read_text()
 
 
-def test_pictures_of_the_page_are_the_questions_own(run: Path) -> None:
+def test_images_of_the_page_are_the_questions_own(run: Path) -> None:
     page = (run / "report.html").read_text()
     found = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
     colours = {Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB").getpixel((5, 5)) for data in found}

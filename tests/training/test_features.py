@@ -23,7 +23,7 @@ from lora_llava.model.vision import tower_features
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training import features
-from lora_llava.training.features import cache_features, cache_key, split_pictures
+from lora_llava.training.features import cache_features, cache_key, split_images
 from lora_llava.training.finetune import finetune
 
 
@@ -44,7 +44,7 @@ def cached(content: dict[str, Any]) -> tuple[Any, Any, str]:
 
 
 def all_features(plan: Any) -> dict[str, torch.Tensor]:
-    return {name: split.load_pixels(split_pictures(plan, name)) for name, split in plan.splits.items()}
+    return {name: split.load_pixels(split_images(plan, name)) for name, split in plan.splits.items()}
 
 
 def shards() -> list[Path]:
@@ -61,12 +61,12 @@ def test_features_are_the_tower_s(content: dict[str, Any], where: str) -> None:
     plan, base, told = cached(content)
     model = load_base(base.folder, dtype="float32")
     for name, split in plan.splits.items():
-        names = split_pictures(plan, name)
+        names = split_images(plan, name)
         pixels = Pixels(split.images, plan.processor.image_processor)(names)
         expected = tower_features(model.model.vision_tower, model.config, pixels)
         assert split.load_pixels(names).shape == (len(names), 4, 32)
         torch.testing.assert_close(split.load_pixels(names), expected, rtol=1e-6, atol=1e-6)
-    assert "vision cache: 3 pictures in" in told  # 18 files, three different contents
+    assert "vision cache: 3 images in" in told  # 18 files, three different contents
     assert len(shards()) == (where == "disk")
 
 
@@ -115,8 +115,8 @@ def test_damage_is_told_and_mended(content: dict[str, Any], damage: str) -> None
     else:
         file.write_bytes(file.read_bytes()[:-9] if damage == "cut" else b"")
     plan, _, told = cached(content)
-    said = {"missing": "is missing: its pictures are encoded again", "index": "index.json is damaged: all pictures"}
-    assert said.get(damage, "is damaged: its pictures are encoded again") in told
+    said = {"missing": "is missing: its images are encoded again", "index": "index.json is damaged: all images"}
+    assert said.get(damage, "is damaged: its images are encoded again") in told
     assert all(torch.equal(tensor, expected[name]) for name, tensor in all_features(plan).items())
     assert "again" not in cached(content)[2]
 
@@ -138,9 +138,7 @@ def test_too_little_room_is_refused_with_the_size(content: dict[str, Any], where
     content["training"]["vision_cache"] = where
     monkeypatch.setattr(features.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    told = (
-        r"training.vision_cache: features of 3 pictures need 0.0 GB and .* has 0.0 GB free; set training.vision_cache"
-    )
+    told = r"training.vision_cache: features of 3 images need 0.0 GB and .* has 0.0 GB free; set training.vision_cache"
     with pytest.raises(UserError, match=told):
         cached(content)
 

@@ -33,7 +33,7 @@ def test_a_weighted_epoch_is_as_long_as_what_its_sources_hold(plan: Plan, tmp_pa
         assert {i for row in found.order.rows for i in row} == set(range(distinct))
 
 
-def test_rows_with_bad_pictures_leave_an_epoch_and_no_other_row_does(plan: Plan, tmp_path: Path) -> None:
+def test_rows_with_bad_images_leave_an_epoch_and_no_other_row_does(plan: Plan, tmp_path: Path) -> None:
     images = drawn(tmp_path / "images", 18)
     rows = [asked(n, f"{n}.png") for n in range(20)]
     sources = [{"path": written(tmp_path / "a.json", rows), "image_folder": str(images), "rows": 20}]
@@ -75,7 +75,7 @@ def test_what_asks_or_shows_the_same_is_held_back_together(stage2_content: dict[
         assert (report.errors, report.warnings) == ([], [])
 
 
-def test_a_column_of_raw_pictures_is_read(plan: Plan, tmp_path: Path) -> None:
+def test_a_column_of_raw_images_is_read(plan: Plan, tmp_path: Path) -> None:
     images = drawn(tmp_path / "images", 6)
     table = pyarrow.table({
         "image": [(images / f"{n}.png").read_bytes() for n in range(6)],

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lora_llava.commands.main import main
 from lora_llava.evaluation.run_report import rebuild_report
-from lora_llava.inference.chat import Chat, open_pictures, run_line
+from lora_llava.inference.chat import Chat, open_images, run_line
 from lora_llava.inference.open_model import background_of
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker
@@ -105,7 +105,7 @@ def test_chat_and_page_composite_as_the_speaker_says(tmp_path: Path) -> None:
         chat = Chat(speaker, Sampling())
         run_line(chat, f"/image {tmp_path / 'a.png'}")
         assert chat.attached[0].image.getpixel((0, 0)) == expected
-        assert open_pictures([tmp_path / "a.png"], background)[0].image.getpixel((0, 0)) == expected  # type: ignore[arg-type]
+        assert open_images([tmp_path / "a.png"], background)[0].image.getpixel((0, 0)) == expected  # type: ignore[arg-type]
         assert _opened([str(tmp_path / "a.png")], background)[0].getpixel((0, 0)) == expected  # type: ignore[arg-type]
 
 

@@ -56,7 +56,7 @@ def test_images_that_nobody_named_are_an_error_with_the_column(
         f"q: no row has an image, and the column {column} seems to name one in {count} of 2 rows; set data.columns: "
         f"{{image: {column}}}, or take the column out to train on text alone"
     )
-    assert (errors, refused) == ([("no pictures", message)], message)
+    assert (errors, refused) == ([("no images", message)], message)
 
 
 @pytest.mark.parametrize("folder", [True, False])
@@ -66,7 +66,7 @@ def test_images_beside_rows_that_name_none_are_an_error(
     data = {"path": table(tmp_path, "number", ["0", "1"])}
     data |= {"image_folder": str(tmp_path / "images")} if folder else {}
     errors, refused = both(stage2_content, data)
-    assert [kind for kind, _ in errors] == ["no pictures"]
+    assert [kind for kind, _ in errors] == ["no images"]
     assert refused == errors[0][1]
     assert "name their column with data.columns: {image: ...}" in str(refused)
 
@@ -97,7 +97,7 @@ def test_some_rows_without_an_image_are_counted(
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(json.dumps(stage2_content))
     assert main(None, ["check", str(tmp_path / "recipe.yaml"), "--json", str(tmp_path / "report.json")]) == 0
-    assert "train: 5 rows, 3 with pictures, 2 without;" in capsys.readouterr().out
+    assert "train: 5 rows, 3 with images, 2 without;" in capsys.readouterr().out
     warnings = json.loads((tmp_path / "report.json").read_text())["warnings"]
     assert [(each["kind"], each["name"]) for each in warnings] == [("image not read", "row r3 (rows.json, index 3)")]
     assert main(None, ["finetune", str(tmp_path / "recipe.yaml"), "--dry-run"]) == 0
@@ -118,7 +118,7 @@ def test_a_held_out_row_that_is_trained_on_is_refused(
     errors, refused = both(stage2_content, {"path": train, "image_folder": str(images), f"{held}_source": source})
     message = (
         f"train row r1 (train.json, index 1): it asks what {held} row again (held.json, index 2) asks, of the same "
-        "pictures; take it out of one of them"
+        "images; take it out of one of them"
     )
     assert (errors, refused) == ([("held-out row in train", message)], message)
 
@@ -132,7 +132,7 @@ def test_test_rows_that_nothing_asks_are_looked_at_as_check_does(
         (images / f"{bad}.png").unlink()
         data = {"path": written(tmp_path / "rows.json", [asked(n, f"{n}.png") for n in range(4)])}
         errors, refused = both(stage2_content, data | {"image_folder": str(images), "test_rows": 1})
-        message = f"row r{bad} (rows.json, index {bad}): picture {bad}.png is missing"
+        message = f"row r{bad} (rows.json, index {bad}): image {bad}.png is missing"
         split = errors[0][1].partition(" ")[0]
         assert [found for _, found in errors] == [f"{split} {message}"]
         assert str(refused).startswith(message)

@@ -1,4 +1,4 @@
-"""The LLaVA-Instruct recipes on small files of the same names: types sampled alike, the picture placed as they say."""
+"""The LLaVA-Instruct recipes on small files of the same names: types sampled alike, the image placed as they say."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lora_llava.recipe import Recipe, load_recipe
 from lora_llava.recipe.schema import ModelSection, StartFrom
 
 FILES = {"conversation_58k": 30, "detail_23k": 10, "complex_reasoning_77k": 50}
-PICTURES = 40
+IMAGES = 40
 
 
 @pytest.fixture
 def instruct(tmp_path: Path) -> Path:
-    """Three files in LLaVA-Instruct's form, whose rows share COCO pictures of the release before."""
+    """Three files in LLaVA-Instruct's form, whose rows share COCO images of the release before."""
     images = tmp_path / "coco" / "train2017"
     images.mkdir(parents=True)
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         Image.new("RGB", (30, 20), (number, 0, 0)).save(images / f"COCO_train2014_{number:012d}.jpg")
     for name, count in FILES.items():
         rows = []
@@ -30,7 +30,7 @@ def instruct(tmp_path: Path) -> Path:
             turns = 2 if name == "conversation_58k" else 1
             said = [f"{name[:4]} {index} {i}?" if i % 2 == 0 else "It is so." for i in range(2 * turns)]
             said[0] = f"<image>\n{said[0]}" if index % 2 else f"{said[0]}\n<image>"
-            number = f"{index % PICTURES:012d}"
+            number = f"{index % IMAGES:012d}"
             messages = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
             rows.append({"id": number, "image": f"{number}.jpg", "conversations": messages})
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
@@ -68,7 +68,7 @@ def test_the_three_types_are_sampled_alike(name: str, instruct: Path, parts: Pat
             == used
             == {"conversation": drawn["conversation"], "detail": drawn["detail"], "reasoning": drawn["reasoning"]}
         )
-    seen = {picture.rpartition("|")[2] for i in range(total) for picture in train.rows.image_files(i)}
+    seen = {image.rpartition("|")[2] for i in range(total) for image in train.rows.image_files(i)}
     held = {p.rpartition("|")[2] for i in range(len(validation.rows)) for p in validation.rows.image_files(i)}
     assert seen.isdisjoint(held)
 
@@ -92,7 +92,7 @@ def test_the_first_llava_throws_a_coin_by_the_seed(instruct: Path, parts: Path) 
     assert any(changed)
 
 
-def test_llava_1_5_puts_the_picture_first(instruct: Path, parts: Path) -> None:
+def test_llava_1_5_puts_the_image_first(instruct: Path, parts: Path) -> None:
     train = plan_run(small("instruct_qlora.yaml", instruct, parts)).splits["train"]
     rows = train.read(range(len(train.rows)))
     assert all(row.turns[0].text.startswith("<image>\n") for row in rows)

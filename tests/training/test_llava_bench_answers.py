@@ -19,7 +19,7 @@ from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker, stream_answer, user_message
 from tests.evaluation.llava_bench_files import bench, options, write
 from tests.inference.chat_server import ChatLog, chat_server
-from tests.inference.small_runs import draw_picture, train_run
+from tests.inference.small_runs import draw_image, train_run
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def speaker(run: str) -> Speaker:
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """Six questions about one picture, and the options that take them."""
-    draw_picture(tmp_path / "images" / "1.jpg")
+    """Six questions about one image, and the options that take them."""
+    draw_image(tmp_path / "images" / "1.jpg")
     return bench(tmp_path, 6)
 
 
@@ -70,7 +70,7 @@ def test_answers_are_those_of_a_chat(run: str, speaker: Speaker, files: dict[str
         assert row["text"] == "".join(stream_answer(speaker, [message], sampling)).strip()
     about = json.loads(file.with_suffix(".json").read_text())
     assert about["questions"] == 6
-    assert about["bad_pictures"] == []
+    assert about["unopened_images"] == []
 
 
 def test_a_server_answers_and_a_judge_scores(
@@ -93,7 +93,7 @@ def test_a_server_answers_and_a_judge_scores(
     assert "A dog." not in capsys.readouterr().out
 
 
-def test_pictures_that_are_gone_and_arguments_that_lack(
+def test_images_that_are_gone_and_arguments_that_lack(
     run: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions = rows_of(files["questions"])
@@ -112,4 +112,4 @@ def test_pictures_that_are_gone_and_arguments_that_lack(
     rows = rows_of(tmp_path / "llava_bench_answers.jsonl")
     assert rows[0]["text"] != ""
     assert rows[1]["text"] == ""
-    assert json.loads((tmp_path / "llava_bench_answers.json").read_text())["bad_pictures"] == ["1"]
+    assert json.loads((tmp_path / "llava_bench_answers.json").read_text())["unopened_images"] == ["1"]

@@ -47,7 +47,7 @@ def step_of(shape: str = "7b", **values: Any) -> Step:
     config = SMALL if shape == "small" else shape_config(shape, 0, 32000)
     defaults: dict[str, Any] = {
         "config": config, "quantization": "nf4", "dtype_bytes": 2, "lora": LoraSection(r=16), "optimizer_bytes": 8,
-        "tokens": 3072, "trained_tokens": 1000, "pictures": 4, "cached_features": True, "cuda": True,
+        "tokens": 3072, "trained_tokens": 1000, "images": 4, "cached_features": True, "cuda": True,
     }  # fmt: skip
     return Step(**defaults | values)
 

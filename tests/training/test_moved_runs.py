@@ -27,12 +27,12 @@ def project(content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyP
     """A recipe with relative paths beside its rows; the command runs in its folder, its run goes to the home folder."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     folder = tmp_path / "project"
-    drawn(folder / "pictures", 12)
+    drawn(folder / "images", 12)
     written(folder / "rows.json", [asked(n, f"{n}.png") for n in range(12)])
     content |= {
         "output_dir": "~/run",
         "data": {
-            "format": "conversations", "path": "rows.json", "image_folder": "pictures", "validation_rows": 4,
+            "format": "conversations", "path": "rows.json", "image_folder": "images", "validation_rows": 4,
             "max_length": 300,
         },
         "training": content["training"] | {"max_steps": 2, "eval_every": 1},

@@ -1,4 +1,4 @@
-"""One's own data, from a folder of pictures and a table to a trained adapter and its score on held-back rows."""
+"""One's own data, from a folder of images and a table to a trained adapter and its score on held-back rows."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=120)
 
 
-def picture(file: Path) -> None:
-    """A picture unlike those of other names."""
+def image(file: Path) -> None:
+    """An image unlike those of other names."""
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (24, 18), (len(file.stem), 90, zlib.crc32(file.stem.encode()) % 256)).save(file)
 
@@ -41,34 +41,34 @@ def test_the_readme_s_own_data_section(
 ) -> None:
     """The commands of the README's "Your own data" as they stand, but for a shorter Stage 1 and 60 steps of Stage 2."""
     monkeypatch.chdir(tmp_path)
-    assert main(None, ["init", "my_pictures", "--example", "--model", "demo"]) == 0
+    assert main(None, ["init", "my_images", "--example", "--model", "demo"]) == 0
     told = capsys.readouterr().out
-    assert "110 in my_pictures/questions.csv" in told
+    assert "110 in my_images/questions.csv" in told
     assert "110 rows checked: 0 errors, 0 warnings; nothing is wrong" in told
-    assert main(None, ["check", "my_pictures/recipe.yaml"]) == 0
-    assert main(None, ["preview", "my_pictures/recipe.yaml"]) == 0
+    assert main(None, ["check", "my_images/recipe.yaml"]) == 0
+    assert main(None, ["preview", "my_images/recipe.yaml"]) == 0
     assert Path("preview.html").is_file()
     stage1 = load_recipe("demo_align.yaml", ["training.max_steps=150"])
     finetune(stage1, Path(), console=quiet())
     options = ["training.max_steps=60", f"model.start_from={{stage1_run: {stage1.output_dir}}}"]
-    assert main(None, ["finetune", "my_pictures/recipe.yaml", *options]) == 0
-    metrics = json.loads(Path("runs/my_pictures/metrics.json").read_text())
+    assert main(None, ["finetune", "my_images/recipe.yaml", *options]) == 0
+    metrics = json.loads(Path("runs/my_images/metrics.json").read_text())
     before, after = metrics["before"]["all"], metrics["after"]["all"]
     assert before["questions"] == after["questions"] == metrics["data"]["validation"]["used"] == 24
     assert before["exact_match"] == 0
-    # Of 24 rows with words, colours and shapes, none of whose pictures was trained on.
+    # Of 24 rows with words, colours and shapes, none of whose images was trained on.
     assert after["exact_match"] >= 25
     losses = dict(metrics["train"]["loss_curve"]["validation"])
     assert losses[60] < losses[20]
     capsys.readouterr()
-    assert main(None, ["evaluate", "runs/my_pictures", "--json"]) == 0
+    assert main(None, ["evaluate", "runs/my_images", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == metrics["after"]
-    held = {line["question_id"] for line in _lines(Path("runs/my_pictures/predictions.jsonl"))}
-    plan = plan_run(load_recipe("runs/my_pictures/recipe.yaml"))
+    held = {line["question_id"] for line in _lines(Path("runs/my_images/predictions.jsonl"))}
+    plan = plan_run(load_recipe("runs/my_images/recipe.yaml"))
     train = plan.splits["train"]
     assert held == {row["row_id"] for row in plan.splits["validation"].rows}
     seen = {name for i in range(len(train.rows)) for name in train.rows.image_files(i)}
-    rows = list(csv.DictReader(Path("my_pictures/questions.csv").read_text().splitlines()))
+    rows = list(csv.DictReader(Path("my_images/questions.csv").read_text().splitlines()))
     assert seen.isdisjoint(rows[int(number)]["image"] for number in held)
 
 
@@ -85,7 +85,7 @@ def test_a_mixture_trains_and_is_told_by_source(
     stage2_content["data"] = {
         "format": "conversations", "max_length": 400, "system_prompt": "", "validation_rows": 6, "max_train_rows": 24,
         "sources": [
-            {"name": "pictures", "path": str(captions), "image_folder": images, "weight": 2},
+            {"name": "images", "path": str(captions), "image_folder": images, "weight": 2},
             {"name": "facts", "path": str(table), "weight": 1},
             {"name": "science", "format": "scienceqa", "path": str(scienceqa), "rows": 6},
         ],
@@ -96,26 +96,26 @@ def test_a_mixture_trains_and_is_told_by_source(
     recipe = check_recipe(stage2_content, "test")
     stream = io.StringIO()
     metrics = finetune(recipe, Path(), console=Console(file=stream, width=160))
-    assert metrics["data"]["train"]["sources"] == {"pictures": 12, "facts": 6, "science": 6}
+    assert metrics["data"]["train"]["sources"] == {"images": 12, "facts": 6, "science": 6}
     assert metrics["train"]["steps"] == 12
     assert metrics["after"]["all"]["questions"] >= 6
     groups = {group for group in metrics["after"] if not group.startswith("type: ")}
-    assert groups <= {"all", "pictures", "facts", "science"}
+    assert groups <= {"all", "images", "facts", "science"}
     told = stream.getvalue()
     assert "Sources" in told
     again = plan_run(recipe)
     assert again.order.rows == plan_run(recipe).order.rows
     names = [again.splits["train"].source_of(i).name for row in again.order.rows[:6] for i in row]
-    assert {name: names.count(name) for name in set(names)} == {"pictures": 12, "facts": 6, "science": 6}
+    assert {name: names.count(name) for name in set(names)} == {"images": 12, "facts": 6, "science": 6}
 
 
-def test_sources_share_no_picture_across_the_split(stage2_content: dict[str, Any], tmp_path: Path) -> None:
-    """The same COCO picture, by two releases' names in two sources, is never on both sides."""
+def test_sources_share_no_image_across_the_split(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+    """The same COCO image, by two releases' names in two sources, is never on both sides."""
     folder = tmp_path / "coco"
     files: dict[str, list[dict[str, Any]]] = {"a": [], "b": []}
     for number in range(12):
         name = f"{number:012d}.jpg"
-        picture(folder / "train2017" / name)
+        image(folder / "train2017" / name)
         for source, shown in (("a", name), ("b", f"COCO_train2014_{name}")):
             turns = [{"from": "human", "value": f"<image>\n{source}?"}, {"from": "gpt", "value": f"{number}"}]
             files[source].append({"id": f"{source}{number}", "image": shown, "conversations": turns})
@@ -145,10 +145,10 @@ def test_init_understands_tables(
     tmp_path: Path, name: str, header: str, line: str, columns: Columns, form: str
 ) -> None:  # fmt: skip
     for number in range(6):
-        picture(tmp_path / "pics" / f"{number}.png")
+        image(tmp_path / "pics" / f"{number}.png")
     (tmp_path / name).write_text("\n".join([header, *(line.format(number) for number in range(6))]) + "\n")
     found = understand_folder(tmp_path)
-    assert (found.columns, found.form, found.rows, found.named, found.pictures) == (columns, form, 6, 6, 6)
+    assert (found.columns, found.form, found.rows, found.named, found.images) == (columns, form, 6, 6, 6)
     assert found.image_folder == (tmp_path if "pics/" in line else tmp_path / "pics")
 
 
@@ -157,7 +157,7 @@ def test_init_writes_a_recipe_with_its_comments_and_takes_files_called_val_and_t
 ) -> None:  # fmt: skip
     rows = [{"image": f"{n}.png", "q": "What?", "a": f"Red {n}."} for n in range(8)]
     for number in range(8):
-        picture(tmp_path / "mine" / "img" / f"{number}.png")
+        image(tmp_path / "mine" / "img" / f"{number}.png")
     for name, part in (("train", rows[:5]), ("val", rows[5:7]), ("test", rows[7:])):
         (tmp_path / "mine" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     target, report = init(tmp_path / "mine", model="demo", console=quiet())
@@ -172,7 +172,7 @@ def test_init_writes_a_recipe_with_its_comments_and_takes_files_called_val_and_t
     assert recipe.output_dir == "runs/mine"
     text = target.read_text()
     assert text.splitlines()[0] == "# yaml-language-server: $schema=schema.json"
-    assert "# the pictures that they name" in text
+    assert "# the images that they name" in text
     assert [line for line in text.splitlines() if "columns:" in line or "_source:" in line] != []
     for line in text.splitlines():
         assert "#" in line or line.endswith(":"), line
@@ -183,7 +183,7 @@ def test_init_starts_from_the_model_that_is_named(tmp_path: Path, stage2: Any) -
 
     base = prepare_base(stage2.model, 0).name
     for number in range(6):
-        picture(tmp_path / "mine" / f"{number}.png")
+        image(tmp_path / "mine" / f"{number}.png")
     lines = ["image,question,answer", *(f"{number}.png,What?,It is {number}." for number in range(6))]
     (tmp_path / "mine" / "table.csv").write_text("\n".join(lines))
     target, report = init(tmp_path / "mine", model=base, console=quiet())
@@ -208,7 +208,7 @@ def test_what_init_cannot_understand_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     with pytest.raises(UserError, match="there is no folder"):
         understand_folder(folder)
-    picture(folder / "a.png")
+    image(folder / "a.png")
     with pytest.raises(UserError, match="holds no table and no JSON; put a CSV into it"):
         understand_folder(folder)
     (folder / "one.csv").write_text("x,y\n1,2\n")
@@ -219,7 +219,7 @@ def test_what_init_cannot_understand_is_told(tmp_path: Path) -> None:
         UserError, match=r"holds 2 files that may be the rows: one\.csv, two\.csv; name one with --data"
     ):
         understand_folder(folder)
-    with pytest.raises(UserError, match=r"none of its first 1 pictures is under .*, which holds 1 pictures"):
+    with pytest.raises(UserError, match=r"none of its first 1 images is under .*, which holds 1 images"):
         understand_folder(folder, folder / "two.csv")
     (folder / "two.csv").write_text("image,question,answer\na.png,q,a\n")
     shutil.copy(folder / "two.csv", folder / "recipe.yaml")
@@ -238,7 +238,7 @@ def test_too_little_to_hold_anything_back_is_all_trained_on(tmp_path: Path) -> N
     assert [held_back_rows(*counts) for counts in ((1, 0), (9, 1), (2, 2), (199, 50), (200, 50), (99_999, 9))] == [
         0, 0, 1, 39, 20, 1000,
     ]  # fmt: skip
-    picture(tmp_path / "mine" / "a.png")
+    image(tmp_path / "mine" / "a.png")
     (tmp_path / "mine" / "table.csv").write_text("image,question,answer\na.png,What?,Red.\na.png,Why?,So.\n")
     target, report = init(tmp_path / "mine", model="demo", console=quiet())
     recipe = load_recipe(target)

@@ -37,8 +37,8 @@ from lora_llava.training.finetune import dry_run, finetune
 
 
 def samples() -> Any:
-    lengths, trained, pictures = (np.array(column) for column in zip((10, 4, 1), (20, 2, 0), (7, 7, 2), strict=True))
-    return SimpleNamespace(lengths=lengths, supervised=trained, pictures=lambda: pictures)
+    lengths, trained, images = (np.array(column) for column in zip((10, 4, 1), (20, 2, 0), (7, 7, 2), strict=True))
+    return SimpleNamespace(lengths=lengths, supervised=trained, images=lambda: images)
 
 
 def test_the_heaviest_row_is_found() -> None:
@@ -153,7 +153,7 @@ def test_a_forecast_is_the_plan(stage2: Recipe) -> None:
     assert found.tokens == pytest.approx(sum(plan.order.tokens_per_row for _ in plan.order.rows), rel=0.1)
 
 
-def test_a_plan_opens_no_picture_and_loads_no_weights(
+def test_a_plan_opens_no_image_and_loads_no_weights(
     stage2: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     def refuse(*_: Any, **__: Any) -> Any:

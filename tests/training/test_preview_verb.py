@@ -84,21 +84,21 @@ def test_the_page_shows_the_collator_s_batches_exactly(
     assert len(shown.samples) == 14
 
 
-def test_pictures_are_what_the_tower_gets(stage2: Recipe, tmp_path: Path) -> None:
+def test_images_are_what_the_tower_gets(stage2: Recipe, tmp_path: Path) -> None:
     shown = preview(stage2, name="test", output=None, console=Console(file=io.StringIO()), samples=6)
     plan = plan_run(stage2)
     rows = {row["row_id"]: row for row in plan.splits["train"].rows}
     processor = plan.processor.image_processor
-    with_picture = [sample for sample in shown.samples if sample.pictures]
-    assert with_picture
-    for sample in with_picture:
+    with_image = [sample for sample in shown.samples if sample.images]
+    assert with_image
+    for sample in with_image:
         pixels = plan.splits["train"].load_pixels(rows[sample.row_id]["image_files"])[0]
-        seen = torch.from_numpy(np.array(sample.pictures[0])).permute(2, 0, 1) / 255
+        seen = torch.from_numpy(np.array(sample.images[0])).permute(2, 0, 1) / 255
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
         torch.testing.assert_close((seen - mean) / std, pixels, atol=0.51 / 255 / 0.26, rtol=0)
 
 
-def test_several_pictures_several_sources_and_hostile_text(
+def test_several_images_several_sources_and_hostile_text(
     stage2_content: dict[str, Any], tmp_path: Path
 ) -> None:  # fmt: skip
     images = tmp_path / "images"
@@ -126,7 +126,7 @@ def test_several_pictures_several_sources_and_hostile_text(
     expected = first_batches(plan_run(recipe), 50)[: len(shown.samples)]
     assert [(ids, labels) for _, _, ids, labels in shown.samples] == expected
     assert {source for source, *_ in shown.samples} == {"a", "b"}
-    assert sorted({len(sample.pictures) for sample in result.samples}) == [0, 1, 2]
+    assert sorted({len(sample.images) for sample in result.samples}) == [0, 1, 2]
     assert "<script>alert" not in text
     assert "\u202e" not in text
 
@@ -162,7 +162,7 @@ def test_the_command_writes_a_page_or_prints(
     assert "<image × 4>" in told
 
 
-def test_a_split_that_is_not_there_and_a_bad_picture_are_named(
+def test_a_split_that_is_not_there_and_a_bad_image_are_named(
     stage2_content: dict[str, Any], captions: Path, tmp_path: Path
 ) -> None:
     rows = json.loads(captions.read_text())[:3]
@@ -176,7 +176,7 @@ def test_a_split_that_is_not_there_and_a_bad_picture_are_named(
     recipe = check_recipe(stage2_content, "test")
     with pytest.raises(UserError, match="--split: this recipe has no validation rows; it has train"):
         show(recipe, tmp_path, split="validation")
-    with pytest.raises(UserError, match=r"picture gone\.png is missing; `lora-llava check` lists all such rows"):
+    with pytest.raises(UserError, match=r"image gone\.png is missing; `lora-llava check` lists all such rows"):
         show(recipe, tmp_path)
 
 

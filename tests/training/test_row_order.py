@@ -201,8 +201,8 @@ def test_the_validation_loss_does_not_depend_on_the_batch_size(stage2_content: d
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
 
 
-def test_a_validation_split_has_its_own_pictures(stage2_content: dict[str, Any]) -> None:
-    """Pictures in a table are named by their row, and so have the same names in every split."""
+def test_a_validation_split_has_its_own_images(stage2_content: dict[str, Any]) -> None:
+    """Images in a table are named by their row, and so have the same names in every split."""
     plan = plan_run(check_recipe(stage2_content, "test"))
     train_feed, validation = build_feeds(plan)
     assert validation is not None

@@ -26,12 +26,12 @@ from lora_llava.training.finetune import finetune
 from tests.own_rows import asked, quiet, written
 
 COLOURS = {"first": (200, 0), "second": (0, 200)}
-"""Red and blue; of the green a picture has ten times its number."""
+"""Red and blue; of the green an image has ten times its number."""
 
 
 @pytest.fixture(scope="module")
 def trained(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run over two files whose ids, questions and answers are the same; three pictures of the second are broken."""
+    """A run over two files whose ids, questions and answers are the same; three images of the second are broken."""
     folder = tmp_path_factory.mktemp("reported")
     for name, (red, blue) in COLOURS.items():
         (folder / name).mkdir()
@@ -39,7 +39,7 @@ def trained(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.new("RGB", (20, 20), (red, 10 * number, blue)).save(folder / name / f"{number}.png")
         written(folder / f"{name}.json", [asked(n, f"{n}.png") for n in range(10)])
     for number in (0, 3, 6):
-        (folder / "second" / f"{number}.png").write_text(f"no picture {number}")
+        (folder / "second" / f"{number}.png").write_text(f"no image {number}")
     content: dict[str, Any] = {
         "stage": 2, "output_dir": str(folder / "run"), "lora": {"r": 4, "alpha": 8},
         "model": {
@@ -72,18 +72,16 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def cards(page: str) -> list[tuple[str, tuple[int, ...] | None]]:
-    """Of each card its id and its picture's colour, None without a picture."""
+    """Of each card its id and its image's colour, None without an image."""
     found = []
     for card in re.findall(r"<article.*?</article>", page, re.DOTALL):
-        picture = re.search(r"data:image/png;base64,([A-Za-z0-9+/=]+)", card)
-        pixel = (
-            Image.open(io.BytesIO(base64.b64decode(picture[1]))).convert("RGB").getpixel((5, 5)) if picture else None
-        )
+        image = re.search(r"data:image/png;base64,([A-Za-z0-9+/=]+)", card)
+        pixel = Image.open(io.BytesIO(base64.b64decode(image[1]))).convert("RGB").getpixel((5, 5)) if image else None
         found.append((re.findall(r'<bdi class="id">(.*?)</bdi>', card)[0], pixel))
     return found
 
 
-def test_rows_that_the_run_dropped_leave_every_answer_its_own_picture(run: Path) -> None:
+def test_rows_that_the_run_dropped_leave_every_answer_its_own_image(run: Path) -> None:
     page = (run / "report.html").read_text()
     expected = []
     for line in lines(run):
@@ -94,13 +92,13 @@ def test_rows_that_the_run_dropped_leave_every_answer_its_own_picture(run: Path)
     assert cards(rebuild_report(str(run)).read_text()) == cards(page)
 
 
-def test_a_row_whose_picture_is_gone_is_shown_without_it_and_told(run: Path) -> None:
+def test_a_row_whose_image_is_gone_is_shown_without_it_and_told(run: Path) -> None:
     gone = next(line for line in lines(run) if line["source"] == "first")
     (run.parent / "first" / f"{gone['question_id'][1:]}.png").write_bytes(b"")
     page = rebuild_report(str(run)).read_text()
     assert (gone["question_id"], None) in cards(page)
     assert len(cards(page)) == len(lines(run))
-    assert f"Shown without a picture that cannot be opened any more: {gone['question_id']}." in page
+    assert f"Shown without an image that cannot be opened any more: {gone['question_id']}." in page
 
 
 def test_a_page_without_answers_says_why(run: Path) -> None:

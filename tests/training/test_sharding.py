@@ -22,7 +22,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 @pytest.fixture(scope="module", params=["none", pytest.param("nf4", marks=pytest.mark.slow)])
 def content(parts: Path, scienceqa: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Packed rows, half the samples without picture, layers recomputed; validated in the middle."""
+    """Packed rows, half the samples without image, layers recomputed; validated in the middle."""
     content = content_for_ranks(parts, scienceqa, request.param)
     content["training"]["gradient_checkpointing"] = True
     return content

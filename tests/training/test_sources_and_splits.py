@@ -1,4 +1,4 @@
-"""Sources as a run takes them: names apart, pictures in tables, mixtures of what can be used, data that changes."""
+"""Sources as a run takes them: names apart, images in tables, mixtures of what can be used, data that changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.data.folder import understand_folder
-from lora_llava.data.images import image_check as picture_check
+from lora_llava.data.images import image_check as image_check
 from lora_llava.data.images.reading import FolderImages, TableImages, open_table
 from lora_llava.data.sources import _light_rows, list_source, open_source
 from lora_llava.evaluation.evaluate import evaluate
@@ -26,7 +26,7 @@ from tests.own_rows import asked, drawn, quiet, stored, written
 from tests.training.conftest import Plan
 
 
-def test_a_table_s_own_picture_is_one_picture(tmp_path: Path) -> None:
+def test_a_table_s_own_image_is_one_image(tmp_path: Path) -> None:
     file = stored(tmp_path, 3, 1)
     source = open_source(file)
     rows = list(source.read())
@@ -36,15 +36,15 @@ def test_a_table_s_own_picture_is_one_picture(tmp_path: Path) -> None:
     assert light[1] == {"image": [{"path": None}], "question": "Is it 0?", "answer": "1"}
 
 
-def test_lists_of_pictures_are_counted_without_their_bytes(tmp_path: Path) -> None:
+def test_lists_of_images_are_counted_without_their_bytes(tmp_path: Path) -> None:
     content = (drawn(tmp_path / "drawn", 1) / "0.png").read_bytes()
-    picture = {"bytes": content, "path": None}
-    table = datasets.Dataset.from_list([{"images": [picture, picture]}, {"images": []}, {"images": None}])
+    image = {"bytes": content, "path": None}
+    table = datasets.Dataset.from_list([{"images": [image, image]}, {"images": []}, {"images": None}])
     table = table.cast_column("images", datasets.List(datasets.Image(decode=False)))
     assert [row["images"] for row in _light_rows(table)] == [[{"path": None}] * 2, [], []]
 
 
-def test_rows_of_one_stored_picture_are_held_back_together(plan: Plan, tmp_path: Path) -> None:
+def test_rows_of_one_stored_image_are_held_back_together(plan: Plan, tmp_path: Path) -> None:
     found = plan(path=str(stored(tmp_path, 8, 4)), validation_rows=8)
     numbers = {
         name: {split.read([i])[0].turns[-1].text for i in range(len(split.rows))}
@@ -98,14 +98,12 @@ def test_what_an_epoch_leaves_out_is_counted_or_comes_later(plan: Plan, tmp_path
     assert (len(thrice.rows), thrice.report.dropped) == (30, {})
 
 
-def test_pictures_that_check_has_seen_are_not_opened_again(
+def test_images_that_check_has_seen_are_not_opened_again(
     plan: Plan, stage2_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    inspect = picture_check.inspect_picture
-    monkeypatch.setattr(
-        picture_check, "inspect_picture", lambda images, name: opened.append(name) or inspect(images, name)
-    )
+    inspect = image_check.inspect_image
+    monkeypatch.setattr(image_check, "inspect_image", lambda images, name: opened.append(name) or inspect(images, name))
     images = drawn(tmp_path / "images", 6)
     sources = [
         {"path": written(tmp_path / "a.json", [asked(n, f"{n}.png") for n in range(6)]), "image_folder": str(images)},
@@ -121,7 +119,7 @@ def test_pictures_that_check_has_seen_are_not_opened_again(
 
 def test_a_preview_leaves_out_what_the_run_leaves_out(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     images = drawn(tmp_path / "images", 6)
-    rows = [asked(n, f"{n}.png") for n in range(8)]  # two have no picture there
+    rows = [asked(n, f"{n}.png") for n in range(8)]  # two have no image there
     stage2_content["evaluation"] = None
     stage2_content["training"] |= {"max_steps": None, "epochs": 1}
     stage2_content["data"] = {
@@ -134,7 +132,7 @@ def test_a_preview_leaves_out_what_the_run_leaves_out(stage2_content: dict[str, 
     names = [order.splits["train"].rows[i]["row_id"] for row in order.order.rows for i in row]
     assert [sample.row_id for sample in shown.samples] == names
     report = check(recipe, console=quiet())
-    assert (len(report.errors), [f.kind for f in report.warnings]) == (0, ["missing picture"] * 2)
+    assert (len(report.errors), [f.kind for f in report.warnings]) == (0, ["missing image"] * 2)
 
 
 def test_data_that_changed_is_neither_resumed_nor_asked(stage2_content: dict[str, Any], tmp_path: Path) -> None:
@@ -191,8 +189,8 @@ def test_nothing_is_written_over_that_is_no_report(
     ("header", "line", "kind", "data"),
     [
         ("image,question,answer\n", "", "no rows", {}),
-        ("img,question,answer\n", "a.png,Is it?,Yes.\n", "no pictures", {"image_folder": "."}),
-        ("image,question,answer\n", ",Is it?,Yes.\n", "no pictures", {"image_folder": "."}),
+        ("img,question,answer\n", "a.png,Is it?,Yes.\n", "no images", {"image_folder": "."}),
+        ("image,question,answer\n", ",Is it?,Yes.\n", "no images", {"image_folder": "."}),
     ],
 )
 def test_what_a_run_would_refuse_or_be_blind_to_is_an_error(
@@ -218,7 +216,7 @@ def test_a_fixed_table_keeps_its_line_ends_its_mark_and_its_values(
     assert (tmp_path / "rows.fixed.csv").read_bytes() == content.replace("Leer?;;2\r\n", "").encode()
 
 
-def test_init_takes_pictures_from_the_table_and_names_what_it_does_not_read(tmp_path: Path) -> None:
+def test_init_takes_images_from_the_table_and_names_what_it_does_not_read(tmp_path: Path) -> None:
     file = stored(tmp_path / "mine", 4, 2)
     found = understand_folder(tmp_path / "mine")
     assert (found.file, found.embedded, found.image_folder, found.rows) == (file, True, None, 8)
@@ -249,7 +247,7 @@ def test_a_typing_slip_in_a_source_is_one_line(stage2_content: dict[str, Any], t
         load_recipe(file, ["data.sources.7.weight=1"])
 
 
-def test_pictures_of_several_sources_are_looked_at_by_their_own_source_s_rules(tmp_path: Path) -> None:
+def test_images_of_several_sources_are_looked_at_by_their_own_source_s_rules(tmp_path: Path) -> None:
     folders = [drawn(tmp_path / str(number), number + 1) for number in range(3)]
     images = [FolderImages(folder, limit) for folder, limit in zip(folders, (400, 399, 400), strict=True)]
     table = TableImages([{"image": {"bytes": (folders[0] / "0.png").read_bytes()}}, {"image": None}], 400)
@@ -257,7 +255,7 @@ def test_pictures_of_several_sources_are_looked_at_by_their_own_source_s_rules(t
     names = ["0|0.png", "1|0.png", "2|2.png", "2|b.png", "3|0", "3|1"]
     found = inspect_split(sources, names)
     assert {name: found[name].problem for name in names} == {
-        "0|0.png": None, "1|0.png": "picture 0.png has 20 x 20 pixels, over max_image_pixels 399", "2|2.png": None,
-        "2|b.png": "picture b.png is missing", "3|0": None, "3|1": "picture of row 1 is missing",
+        "0|0.png": None, "1|0.png": "image 0.png has 20 x 20 pixels, over max_image_pixels 399", "2|2.png": None,
+        "2|b.png": "image b.png is missing", "3|0": None, "3|1": "image of row 1 is missing",
     }  # fmt: skip
     assert found["0|0.png"].digest == found["3|0"].digest != found["2|2.png"].digest

@@ -168,7 +168,7 @@ def test_sigterm_from_outside_ends_within_a_step_and_two_seconds(
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let one picture be no numbers, as a broken preprocessing would."""
+    """Let one image be no numbers, as a broken preprocessing would."""
     given = Pixels.__call__
 
     def pixels(self: Pixels, names: Any) -> Any:
@@ -181,7 +181,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(Pixels, "__call__", pixels)
 
 
-def test_a_poisoned_picture_stops_in_its_step_and_is_named(
+def test_a_poisoned_image_stops_in_its_step_and_is_named(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(stage2_content, batch_size=2, gradient_accumulation=2, save_every=1, max_steps=6)
@@ -225,7 +225,7 @@ def test_a_gradient_that_is_no_number_stops_too(
     assert newest_whole(checkpoints_of(recipe)) == (checkpoints_of(recipe) / "checkpoint-2", [])
 
 
-def test_a_picture_that_vanishes_is_named_and_resume_is_exact(
+def test_a_image_that_vanishes_is_named_and_resume_is_exact(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scienceqa: Path
 ) -> None:
     shutil.copytree(scienceqa, tmp_path / "data")
@@ -235,7 +235,7 @@ def test_a_picture_that_vanishes_is_named_and_resume_is_exact(
     with monkeypatch.context() as patch:
         act_at(patch, 3, lambda: images.rename(tmp_path / "away"))
         with pytest.raises(
-            UserError, match=r"picture train/\d+/image.png is missing; go on with --resume, from .*-[34]$"
+            UserError, match=r"image train/\d+/image.png is missing; go on with --resume, from .*-[34]$"
         ):
             run(recipe)
     (tmp_path / "away").rename(images)

@@ -354,7 +354,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _without_bytes(table: Any) -> list[str]:
-    """The columns to read: of a picture that is stored in the table, its path and not its bytes."""
+    """The columns to read: of an image that is stored in the table, its path and not its bytes."""
     leaves = [table.schema.column(i) for i in range(len(table.schema))]
     parents = [leaf.path.rpartition(".")[0] for leaf in leaves]
     return [
@@ -369,7 +369,7 @@ def _is_bytes(leaf: Any) -> bool:
 
 
 def parquet_columns(file: Path) -> dict[str, bool]:
-    """A Parquet file's columns, and which of them hold something else than text and numbers, such as pictures.
+    """A Parquet file's columns, and which of them hold something else than text and numbers, such as images.
 
     Raises:
         DataFileError: Where it is no Parquet file.
@@ -382,9 +382,9 @@ def parquet_columns(file: Path) -> dict[str, bool]:
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataFileError(f"{file}: not a Parquet file: {str(error).splitlines()[0]}") from None
 
-    def is_picture(kind: Any) -> bool:
+    def is_image(kind: Any) -> bool:
         if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
-            return is_picture(kind.value_type)
+            return is_image(kind.value_type)
         return bool(pyarrow.types.is_struct(kind) or pyarrow.types.is_binary(kind))
 
-    return {field.name: is_picture(field.type) for field in schema}
+    return {field.name: is_image(field.type) for field in schema}

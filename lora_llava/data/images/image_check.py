@@ -1,4 +1,4 @@
-"""Every picture opened once, in parallel, and what is odd about it; unchanged files are not opened again."""
+"""Every image opened once, in parallel, and what is odd about it; unchanged files are not opened again."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _ORIENTATION = 0x0112
 """The EXIF tag of the camera's orientation; 1 is upright (CIPA DC-008, section 4.6.4)."""
 _AT_ONCE = 64
 _TINY = 8
-"""A side of fewer pixels is hardly a picture."""
+"""A side of fewer pixels is hardly an image."""
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known of a picture.
+    """What is known of an image.
 
     Attributes:
         problem: Why it cannot be used; None where it can.
@@ -50,17 +50,17 @@ class ImageFacts:
     digest: str = ""
 
 
-def inspect_pictures(
+def inspect_images(
     images: ImageSource, names: Iterable[str], cache: Path | None = None,
     progress: Callable[[Iterable[ImageFacts]], Iterable[ImageFacts]] = lambda found: found,
 ) -> dict[str, ImageFacts]:  # fmt: skip
-    """Open pictures as training will.
+    """Open images as training will.
 
     Args:
-        images: Opens them: those of one source, which know how large a picture may be.
+        images: Opens them: those of one source, which know how large an image may be.
         names: Which.
         cache: File that keeps what was found, by name, size and time of change; None keeps nothing.
-        progress: Wraps the pictures as they are done, for a progress bar.
+        progress: Wraps the images as they are done, for a progress bar.
 
     Returns:
         What was found, by name.
@@ -76,8 +76,8 @@ def inspect_pictures(
         warnings.simplefilter("ignore")  # Pillow's remarks about odd files; what matters is found by `_oddities`
         try:
             coming = Counted(_mapped(pool, images, missing), len(missing))
-            for name, picture in zip(missing, progress(coming), strict=True):
-                found[name] = picture
+            for name, image in zip(missing, progress(coming), strict=True):
+                found[name] = image
         finally:
             if missing:
                 _save(cache, {**known, **{name: (stamps[name], p) for name, p in found.items() if stamps[name]}})
@@ -89,7 +89,7 @@ def _contradicting(images: ImageSource, found: Mapping[str, ImageFacts]) -> dict
     """Names that were matched to a file that another name means too: `a/01.png` and `b/01.png` are two images."""
     matched: dict[str, str] = {}
     if isinstance(images, FolderImages):
-        loose = (name for name, picture in found.items() if any(kind == MATCHED for kind, _ in picture.oddities))
+        loose = (name for name, image in found.items() if any(kind == MATCHED for kind, _ in image.oddities))
         matched = {name: images.label(name) for name in loose}
     if not matched:
         return {}
@@ -98,23 +98,23 @@ def _contradicting(images: ImageSource, found: Mapping[str, ImageFacts]) -> dict
         with contextlib.suppress(BadImageError):
             files[name] = str(images.find(name))  # type: ignore[attr-defined]
     return {
-        name: ImageFacts(f"picture {name} may be {matched[name]}, but so may {other}; write the file that each means",
+        name: ImageFacts(f"image {name} may be {matched[name]}, but so may {other}; write the file that each means",
                       "ambiguous name")
         for name, other in contradictions(files, matched).items()
     }  # fmt: skip
 
 
 def _mapped(pool: ThreadPoolExecutor, images: ImageSource, names: list[str]) -> Iterator[ImageFacts]:
-    """Few pictures at a time are under way, so that memory does not grow with their number."""
+    """Few images at a time are under way, so that memory does not grow with their number."""
     waiting = iter(names)
-    running = [pool.submit(inspect_picture, images, name) for name in islice(waiting, _AT_ONCE)]
+    running = [pool.submit(inspect_image, images, name) for name in islice(waiting, _AT_ONCE)]
     while running:
         yield running.pop(0).result()
-        running += [pool.submit(inspect_picture, images, name) for name in islice(waiting, 1)]
+        running += [pool.submit(inspect_image, images, name) for name in islice(waiting, 1)]
 
 
-def inspect_picture(images: ImageSource, name: str) -> ImageFacts:
-    """Open one picture as training does, to its last byte."""
+def inspect_image(images: ImageSource, name: str) -> ImageFacts:
+    """Open one image as training does, to its last byte."""
     limit: int = images.max_pixels  # type: ignore[attr-defined]
     digest = ""
     try:
@@ -123,7 +123,7 @@ def inspect_picture(images: ImageSource, name: str) -> ImageFacts:
         label = images.label(name)
         background: Background = images.background  # type: ignore[attr-defined]
         notes = read_converted(io.BytesIO(content), label, limit, background).notes
-        oddities = [*_match(images, name), *((kind, f"picture {label} {note}") for kind, note in notes)]
+        oddities = [*_match(images, name), *((kind, f"image {label} {note}") for kind, note in notes)]
         return ImageFacts(None, "", (*oddities, *_oddities(content, label, bool(notes))), digest)
     except BadImageError as error:
         return ImageFacts(str(error), error.kind, (), digest)
@@ -132,16 +132,16 @@ def inspect_picture(images: ImageSource, name: str) -> ImageFacts:
 def _match(images: ImageSource, name: str) -> Iterator[tuple[str, str]]:
     file = images.matched(name) if isinstance(images, FolderImages) else None
     if file is not None:
-        yield MATCHED, f"picture {name} is not there under this name; the file {file} is taken for it"
+        yield MATCHED, f"image {name} is not there under this name; the file {file} is taken for it"
 
 
 def _oddities(content: bytes, name: str, is_converted: bool) -> list[tuple[str, str]]:
-    """What is odd about a picture that can be used; what Pillow cannot tell of it is one thing more."""
+    """What is odd about an image that can be used; what Pillow cannot tell of it is one thing more."""
     found: list[tuple[str, str]] = []
     try:
         found.extend(_look(content, name, is_converted))
     except Exception as error:  # Pillow's decoders raise anything for what comes after the first frame
-        found.append(("odd picture", f"picture {name} is read, but not all of its file is sound: {error}"))
+        found.append(("odd image", f"image {name} is read, but not all of its file is sound: {error}"))
     return found
 
 
@@ -150,15 +150,15 @@ def _look(content: bytes, name: str, is_converted: bool) -> Iterator[tuple[str, 
         kind, suffix = str(image.format), Path(name).suffix.lower()
         known = {other for suffixes in _SUFFIXES.values() for other in suffixes}
         if suffix in known and suffix not in _SUFFIXES.get(kind, ()):
-            yield "mislabelled picture", f"picture {name} is a {kind}; it is read as one, but its name misleads"
+            yield "mislabelled image", f"image {name} is a {kind}; it is read as one, but its name misleads"
         if image.mode != "RGB" and not is_converted:
-            yield "picture not RGB", f"picture {name} has mode {image.mode}; it is converted, look at it in the preview"
+            yield "image not RGB", f"image {name} has mode {image.mode}; it is converted, look at it in the preview"
         if getattr(image, "n_frames", 1) > 1:
-            yield "several frames", f"picture {name} has {image.n_frames} frames; only the first is seen"  # type: ignore[attr-defined]
+            yield "several frames", f"image {name} has {image.n_frames} frames; only the first is seen"  # type: ignore[attr-defined]
         if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
-            yield "turned picture", f"picture {name} lies on its side but for an EXIF tag; the model sees it lying"
+            yield "turned image", f"image {name} lies on its side but for an EXIF tag; the model sees it lying"
         if min(image.size) < _TINY:
-            yield "tiny picture", f"picture {name} has {image.width} x {image.height} pixels"
+            yield "tiny image", f"image {name} has {image.width} x {image.height} pixels"
 
 
 def _stamp(images: ImageSource, name: str) -> str:
@@ -193,7 +193,7 @@ def _load(cache: Path | None) -> dict[str, tuple[str, ImageFacts]]:
 def _save(cache: Path | None, found: dict[str, tuple[str, ImageFacts]]) -> None:
     if cache is None:
         return
-    content = {name: (stamp, asdict(picture)) for name, (stamp, picture) in found.items()}
+    content = {name: (stamp, asdict(image)) for name, (stamp, image) in found.items()}
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)

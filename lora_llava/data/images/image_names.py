@@ -145,7 +145,7 @@ _COCO_FOLDERS = ("", "train2017", "val2017", "train2014", "val2014")
 
 
 def coco_names(name: str) -> list[str]:
-    """Other names that COCO's releases give a picture: 2014's files are `COCO_train2014_000000442786.jpg`, 2017's
+    """Other names that COCO's releases give an image: 2014's files are `COCO_train2014_000000442786.jpg`, 2017's
     `000000442786.jpg`, each in a folder of the split.
 
     Args:

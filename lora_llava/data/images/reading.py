@@ -1,4 +1,4 @@
-"""Pictures: opened lazily, never outside their folder, never from a URL, never larger than a cap."""
+"""Images: opened lazily, never outside their folder, never from a URL, never larger than a cap."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 _HEAD_BYTES, _PIXEL_BYTES = 1 << 22, 4
-"""Most bytes of a picture's file: of each pixel, unpacked, in RGBA, and of profiles and thumbnails beside them."""
+"""Most bytes of an image's file: of each pixel, unpacked, in RGBA, and of profiles and thumbnails beside them."""
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """Formats that are decoded in this process; of others Pillow starts a program for EPS (Ghostscript)."""
 
 
 class BadImageError(RefusedError):
-    """A picture that is missing, corrupt, too large or out of bounds."""
+    """An image that is missing, corrupt, too large or out of bounds."""
 
-    kind = "corrupt picture"
+    kind = "corrupt image"
 
 
 class ImageSource(Protocol):
-    """Opens the pictures that conversations name."""
+    """Opens the images that conversations name."""
 
     def open(self, name: str) -> Image.Image:
-        """Give one picture in RGB; BadImageError says what is wrong with it."""
+        """Give one image in RGB; BadImageError says what is wrong with it."""
         ...
 
     def read(self, name: str) -> bytes:
-        """Give one picture's file, undecoded; BadImageError where there is none."""
+        """Give one image's file, undecoded; BadImageError where there is none."""
         ...
 
     def label(self, name: str) -> str:
@@ -53,12 +53,12 @@ class ImageSource(Protocol):
 
 
 PixelLoader = Callable[[Sequence[str]], "torch.Tensor"]
-"""Gives the pictures of these names as a model's `pixel_values`, in order: pixels, or a tower's features of them."""
+"""Gives the images of these names as a model's `pixel_values`, in order: pixels, or a tower's features of them."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Opens pictures and preprocesses them.
+    """Opens images and preprocesses them.
 
     Args:
         images: Opens them.
@@ -69,7 +69,7 @@ class Pixels:
     image_processor: Any
 
     def __call__(self, names: Sequence[str]) -> torch.Tensor:
-        """Pixels of these pictures, float32 of shape (pictures, 3, height, width)."""
+        """Pixels of these images, float32 of shape (images, 3, height, width)."""
         opened = [self.images.open(name) for name in names]
         pixels: torch.Tensor = self.image_processor(opened, return_tensors="pt")["pixel_values"]
         return pixels
@@ -100,25 +100,23 @@ def read_converted(file: Path | io.BytesIO, name: str, max_pixels: int, backgrou
     try:
         with Image.open(file) as image:
             if image.format not in _FORMATS:
-                raise BadImageError(f"picture {name} is {image.format}, which is not read; save it as PNG or JPEG")
+                raise BadImageError(f"image {name} is {image.format}, which is not read; save it as PNG or JPEG")
             if image.width * image.height > max_pixels:
                 raise BadImageError(
-                    f"picture {name} has {image.width} x {image.height} pixels, over max_image_pixels {max_pixels}",
-                    "oversized picture",
+                    f"image {name} has {image.width} x {image.height} pixels, over max_image_pixels {max_pixels}",
+                    "oversized image",
                 )
             return to_rgb(image, background)
     except FileNotFoundError:
-        raise BadImageError(f"picture {name} is missing", "missing picture") from None
+        raise BadImageError(f"image {name} is missing", "missing image") from None
     except _TOO_LARGE as error:
-        raise BadImageError(
-            f"picture {name} is over max_image_pixels {max_pixels}: {error}", "oversized picture"
-        ) from None
+        raise BadImageError(f"image {name} is over max_image_pixels {max_pixels}: {error}", "oversized image") from None
     except UnidentifiedImageError:
-        raise BadImageError(f"picture {name} cannot be read: it is no picture, or one of an unknown kind") from None
+        raise BadImageError(f"image {name} cannot be read: it is no image, or one of an unknown kind") from None
     except BadImageError:
         raise
     except Exception as error:  # Pillow's decoders raise anything for files that are broken
-        raise BadImageError(f"picture {name} cannot be read: {error}") from None
+        raise BadImageError(f"image {name} cannot be read: {error}") from None
 
 
 class _OutsideError(BadImageError):
@@ -158,7 +156,7 @@ class FolderImages:
         except FileNotFoundError:
             raise self._missing(name) from None
         except OSError as error:
-            raise BadImageError(f"picture {name} cannot be read: {error.strerror}") from None
+            raise BadImageError(f"image {name} cannot be read: {error.strerror}") from None
         return read_rgb(io.BytesIO(content), name, self.max_pixels, self.background)
 
     def read(self, name: str) -> bytes:
@@ -169,7 +167,7 @@ class FolderImages:
         except FileNotFoundError:
             raise self._missing(name) from None
         except OSError as error:
-            raise BadImageError(f"picture {name} cannot be read: {error.strerror}") from None
+            raise BadImageError(f"image {name} cannot be read: {error.strerror}") from None
 
     def find(self, name: str) -> Path:
         """Where an image is: under its own name, under the one that another release of COCO gives it, or under the one
@@ -214,7 +212,7 @@ class FolderImages:
         if len(files) > 1:
             more = f" or {len(files) - 2:,} more" if len(files) > 2 else ""
             raise BadImageError(
-                f"picture {name} may be {files[0]} or {files[1]}{more}; write the one that is meant", "ambiguous name"
+                f"image {name} may be {files[0]} or {files[1]}{more}; write the one that is meant", "ambiguous name"
             )
         if files:
             return self._inside(files[0]), files[0]
@@ -226,37 +224,37 @@ class FolderImages:
         """Refuse what would be waited for without end, and what would fill the memory before a pixel is counted."""
         facts = path.stat()
         if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
-            raise BadImageError(f"picture {name} is no file but a pipe, socket or device")
+            raise BadImageError(f"image {name} is no file but a pipe, socket or device")
         if facts.st_size > _HEAD_BYTES + _PIXEL_BYTES * self.max_pixels:
             raise BadImageError(
-                f"picture {name} is a file of {facts.st_size:,} bytes, more than max_image_pixels {self.max_pixels} "
-                "can take", "oversized picture",
+                f"image {name} is a file of {facts.st_size:,} bytes, more than max_image_pixels {self.max_pixels} "
+                "can take", "oversized image",
             )  # fmt: skip
 
     def _missing(self, name: str) -> BadImageError:
-        return BadImageError(f"picture {name} is missing", "missing picture")
+        return BadImageError(f"image {name} is missing", "missing image")
 
     def _inside(self, name: str) -> Path:
         """The file of a name, links resolved."""
         if "://" in name or name[:5].lower() == "data:":
             raise BadImageError(
-                f"picture {name:.60} is a URL; only files under {self.root} are opened", "outside the folder"
+                f"image {name:.60} is a URL; only files under {self.root} are opened", "outside the folder"
             )
         written = Path(os.path.normpath(self.root / name))
         try:
             path = (written if self.follow_links else self.root / name).resolve()
             path.exists()
         except (ValueError, RuntimeError, OSError) as error:  # a NUL in the name, a link to itself, a name too long
-            raise BadImageError(f"picture {name!r:.60} cannot be a file: {error!s:.100}", "missing picture") from None
+            raise BadImageError(f"image {name!r:.60} cannot be a file: {error!s:.100}", "missing image") from None
         if path.is_relative_to(self.root):
             return path
         if not written.is_relative_to(self.root):
-            raise _OutsideError(f"picture {name} lies outside {self.root}", "outside the folder")
+            raise _OutsideError(f"image {name} lies outside {self.root}", "outside the folder")
         if self.follow_links:
             return path
         hint = "; set data.follow_links=true to allow such links" if self.has_key else ""
         raise BadImageError(
-            f"picture {name} lies outside {self.root}: {self._link(written)} is a link that leads out of it{hint}",
+            f"image {name} lies outside {self.root}: {self._link(written)} is a link that leads out of it{hint}",
             "outside the folder",
         )
 
@@ -268,12 +266,12 @@ class FolderImages:
 
 
 class TableImages:
-    """Pictures in a column of a `datasets.Dataset`, named by their row.
+    """Images in a column of a `datasets.Dataset`, named by their row.
 
     Args:
         table: A data set whose column `image` holds `{"bytes", "path"}` or None, undecoded.
-        max_pixels: Most pixels of a picture.
-        column: The column's name; it may also hold lists of pictures.
+        max_pixels: Most pixels of an image.
+        column: The column's name; it may also hold lists of images.
         fingerprint: Hash of the table's content; "" where it is not known.
         background: See `to_rgb`.
     """
@@ -307,16 +305,16 @@ class TableImages:
             return bytes(content)
         if content and content.get("path") and not content.get("bytes"):
             raise BadImageError(
-                f"picture of row {name} is not in the table, only its path {content['path']}; set data.image_folder to "
-                "the root of the pictures", "missing picture",
+                f"image of row {name} is not in the table, only its path {content['path']}; set data.image_folder to "
+                "the root of the images", "missing image",
             )  # fmt: skip
         if not content or not content.get("bytes"):
-            raise BadImageError(f"picture of row {name} is missing", "missing picture")
+            raise BadImageError(f"image of row {name} is missing", "missing image")
         return bytes(content["bytes"])
 
 
 class JoinedImages:
-    """Pictures of several sources, named `3|name` by the place of their source.
+    """Images of several sources, named `3|name` by the place of their source.
 
     Args:
         sources: Each opens its own.
@@ -345,7 +343,7 @@ class JoinedImages:
 def open_table(
     path: str, split: str, revision: str | None, where: str = "data.path", files: Sequence[Path] = ()
 ) -> Any:  # fmt: skip
-    """Open Parquet files, or a data set on the Hub, with its pictures undecoded.
+    """Open Parquet files, or a data set on the Hub, with its images undecoded.
 
     Args:
         path: A Parquet file or a Hub id.
@@ -355,7 +353,7 @@ def open_table(
         files: The Parquet files of one data set, in order, in place of the path.
 
     Returns:
-        A `datasets.Dataset`; columns of pictures hold `{"bytes", "path"}`.
+        A `datasets.Dataset`; columns of images hold `{"bytes", "path"}`.
 
     Raises:
         UserError: Where it cannot be read.

@@ -1,4 +1,4 @@
-"""LLaVA-Bench's files, as they are published: COCO (30 pictures, 90 questions) and In-the-Wild (24 and 60)."""
+"""LLaVA-Bench's files, as they are published: COCO (30 images, 90 questions) and In-the-Wild (24 and 60)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class BenchQuestion:
 
     Attributes:
         question_id: Its id, a number as text.
-        image: The picture's file name.
+        image: The image's file name.
         category: `conv`, `detail` or `complex`.
         text: What is asked.
     """
@@ -59,17 +59,17 @@ def read_questions(file: Path) -> list[BenchQuestion]:
 
 
 def read_contexts(file: Path) -> dict[str, str]:
-    """Read what is known of the pictures: COCO's captions and boxes, or In-the-Wild's captions.
+    """Read what is known of the images: COCO's captions and boxes, or In-the-Wild's captions.
 
     Args:
         file: JSONL of `image` with `captions` and `instances` (`category`, `bbox` as x1, y1, x2, y2 from 0 to 1), or
             with `caption`.
 
     Returns:
-        By picture, the text that a judge reads.
+        By image, the text that a judge reads.
 
     Raises:
-        UserError: For a file that is missing, empty or malformed, or a picture that stands there twice.
+        UserError: For a file that is missing, empty or malformed, or an image that stands there twice.
     """
     contexts: dict[str, str] = {}
     for where, row in _rows(file):
@@ -80,7 +80,7 @@ def read_contexts(file: Path) -> dict[str, str]:
         captions = [captions] if isinstance(captions, str) else captions
         if not isinstance(captions, list) or not captions or not all(isinstance(text, str) for text in captions):
             raise UserError(f"{where}: {field} should be a text or a list of texts")
-        parts = ["\n".join(["What people wrote about the picture:", *(f"- {text.strip()}" for text in captions)])]
+        parts = ["\n".join(["What people wrote about the image:", *(f"- {text.strip()}" for text in captions)])]
         if row.get("instances"):
             boxes = [_box(where, instance) for instance in row["instances"]]
             parts.append("\n".join([_BOXES, *boxes]))
@@ -89,7 +89,7 @@ def read_contexts(file: Path) -> dict[str, str]:
 
 
 _BOXES = (
-    "Objects with the corners of their boxes, left, top, right, bottom, as fractions of the picture's width and height:"
+    "Objects with the corners of their boxes, left, top, right, bottom, as fractions of the image's width and height:"
 )
 
 
@@ -141,7 +141,7 @@ def read_cases(questions: Path, contexts: Path, reference: Path, answers: Path) 
     asked = read_questions(questions)
     known = read_contexts(contexts)
     texts = {file: read_answers(file) for file in (reference, answers)}
-    _refuse_missing(contexts, "context for picture", [question.image for question in asked], known)
+    _refuse_missing(contexts, "context for image", [question.image for question in asked], known)
     ids = [question.question_id for question in asked]
     for file, found in texts.items():
         _refuse_missing(file, "answer to question_id", ids, found)

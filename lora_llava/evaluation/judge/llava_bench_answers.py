@@ -41,11 +41,11 @@ def answer_llava_bench(
     Args:
         model: A run directory, a folder with a whole LLaVA, or a Hub id; with a server the model's name there.
         questions: LLaVA-Bench's file.
-        images: Folder of its pictures; COCO's may have the name of either release.
+        images: Folder of its images; COCO's may have the name of either release.
         output: Folder of the answers; default: the model's, else here.
         sampling: How tokens are drawn; by default greedily, up to 1,024 tokens (llava/eval/model_vqa.py).
         batch_size: Questions at once.
-        bad_images: `error`, or `wrong`: a question whose picture cannot be opened gets an empty answer and is listed.
+        bad_images: `error`, or `wrong`: a question whose image cannot be opened gets an empty answer and is listed.
         server: Who answers, in place of a model here.
         template: Conversation template in place of the model's own.
         quantization: As of `open_speaker`.
@@ -57,7 +57,7 @@ def answer_llava_bench(
         UserError: For a file, folder or model that is missing or does not fit.
     """
     if not images.is_dir():
-        raise UserError(f"--images: there is no folder {images}; name the one with the benchmark's pictures")
+        raise UserError(f"--images: there is no folder {images}; name the one with the benchmark's images")
     sampling = sampling or Sampling(max_new_tokens=1024)
     rows = [_asked(question) for question in read_questions(questions)]
     source = FolderImages(images, MAX_IMAGE_PIXELS, background=background_of(model), has_key=False)
@@ -85,7 +85,7 @@ def answer_llava_bench(
         bad_images=bad_images,
     )  # fmt: skip
     bad = [line["question_id"] for line in marked if "problem" in line]
-    summary = {"asked": about, "questions": len(marked), "bad_pictures": bad}
+    summary = {"asked": about, "questions": len(marked), "unopened_images": bad}
     summary |= {"machine": machine(), "versions": versions()}
     write_json(folder / ANSWERS_FILE.replace(".jsonl", ".json"), summary)
     return folder / ANSWERS_FILE
@@ -102,7 +102,7 @@ def by_speaker(speaker: Speaker, images: FolderImages, batch_size: int, sampling
 
     Args:
         speaker: The model.
-        images: Opens the rows' pictures.
+        images: Opens the rows' images.
         batch_size: Questions at once.
         sampling: How tokens are drawn.
     """
@@ -111,15 +111,15 @@ def by_speaker(speaker: Speaker, images: FolderImages, batch_size: int, sampling
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
         questions = [Question(prompt_ids(speaker, row), row.images) for row in rows]
         return generate_answers(
-            speaker.model, questions, tokenizer=speaker.processor.tokenizer, load_pixels=load_pixels, batch_size=batch_size,
-            sampling=sampling, stop_string=speaker.stop_string, answered=answered,
+            speaker.model, questions, tokenizer=speaker.processor.tokenizer, load_pixels=load_pixels,
+            batch_size=batch_size, sampling=sampling, stop_string=speaker.stop_string, answered=answered,
         )  # fmt: skip
 
     return answer
 
 
 def prompt_ids(speaker: Speaker, row: Conversation) -> list[int]:
-    """Ids of a question about one picture, which stands before it, as the speaker's processor writes them."""
+    """Ids of a question about one image, which stands before it, as the speaker's processor writes them."""
     text = without_marks(row.turns[0].text.removeprefix(f"{IMAGE_PLACEHOLDER}\n"))
     if speaker.single_turn:
         raise UserError(f"{speaker.name} was trained on captions (template plain) and takes no questions")

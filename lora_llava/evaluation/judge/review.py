@@ -55,7 +55,7 @@ class JudgeCase:
         question_id: Its id.
         category: One of `CATEGORIES`.
         question: Its text.
-        context: What is known of the picture, in words.
+        context: What is known of the image, in words.
         reference: The answer that is the measure.
         answer: The answer that is measured.
     """

@@ -90,7 +90,7 @@ def read_config(folder: Path) -> OriginalConfig:
         raise UserError(f"{folder}: mm_projector_type is {projector_type}; only linear and mlp2x_gelu are supported")
     if content.get("mm_use_im_start_end"):
         raise UserError(
-            f"{folder}: mm_use_im_start_end is true: its pictures stand between <im_start> and <im_end>, which stock "
+            f"{folder}: mm_use_im_start_end is true: its images stand between <im_start> and <im_end>, which stock "
             "processors do not write; take a checkpoint without"
         )
     feature = content.get("mm_vision_select_feature", "patch")

@@ -191,7 +191,7 @@ def _answers(package: Package, tables: dict[str, Any]) -> str:
     """Marks of free answers, by source."""
     lines = [
         f"## Results\n\nAnswers to rows of {data_name(package)} that were held back from training, by the seed and by "
-        f"picture, against the data's own: exact match and word F1 as SQuAD defines them, ROUGE-L. "
+        f"image, against the data's own: exact match and word F1 as SQuAD defines them, ROUGE-L. "
         f"{_measured(package)}\n",
         table_row(["", "group", "exact match in %", "F1 in %", "ROUGE-L in %", "questions"]),
         table_row(["---"] * 6),

@@ -9,14 +9,14 @@ from lora_llava.model.loading import KEPT_WHOLE
 from lora_llava.publishing.package import Package
 
 _ASK = """messages = [{"role": "user", "content": [
-    {"type": "image", "image": Image.open("picture.png")},
+    {"type": "image", "image": Image.open("image.png")},
     {"type": "text", "text": "What is shown?"},
 ]}]
 """
 
 
 def loading_snippet(package: Package, repo_id: str) -> str:
-    """Markdown with Python that answers a question about `picture.png` without lora_llava.
+    """Markdown with Python that answers a question about `image.png` without lora_llava.
 
     Args:
         package: What is published.

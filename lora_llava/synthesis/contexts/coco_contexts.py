@@ -1,4 +1,4 @@
-"""COCO's annotation files: captions and boxes by picture, streamed, since the instances of 2017 are 448 MB."""
+"""COCO's annotation files: captions and boxes by image, streamed, since the instances of 2017 are 448 MB."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def add_coco_captions(file: Path, builder: ContextBuilder) -> None:
     Raises:
         UserError: For an entry that lacks something, or is of the wrong kind.
     """
-    names = {key: builder.add_picture(_get(entry, "file_name", where), where) for key, entry, where in _images(file)}
+    names = {key: builder.add_image(_get(entry, "file_name", where), where) for key, entry, where in _images(file)}
     for annotation, where in _annotations(file):
         key, caption = _get(annotation, "image_id", where), _get(annotation, "caption", where)
         if key not in names:
@@ -95,14 +95,14 @@ def add_coco_instances(file: Path, builder: ContextBuilder) -> None:
     Args:
         file: `{"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}], "annotations":
             [{"image_id", "category_id", "bbox": [x, y, width, height], "iscrowd"}]}`, in any order, in pixels.
-        builder: Takes them as fractions of the picture's size, rounded to three decimals; crowd regions are counted
+        builder: Takes them as fractions of the image's size, rounded to three decimals; crowd regions are counted
             and dropped.
 
     Raises:
         UserError: For an entry that lacks something, or is of the wrong kind.
     """
-    pictures = {
-        key: (builder.add_picture(_get(entry, "file_name", where), where), entry.get("width"), entry.get("height"))
+    images = {
+        key: (builder.add_image(_get(entry, "file_name", where), where), entry.get("width"), entry.get("height"))
         for key, entry, where in _images(file)
     }
     labels = _categories(file)
@@ -111,7 +111,7 @@ def add_coco_instances(file: Path, builder: ContextBuilder) -> None:
     found: dict[Any, bytearray] = {}
     for annotation, where in _annotations(file):
         key, category = _get(annotation, "image_id", where), _get(annotation, "category_id", where)
-        if key not in pictures:
+        if key not in images:
             builder.report.unlisted_annotations += 1
         elif annotation.get("iscrowd"):
             builder.report.crowd_regions += 1
@@ -122,9 +122,9 @@ def add_coco_instances(file: Path, builder: ContextBuilder) -> None:
             found.setdefault(key, bytearray()).extend(_BOX.pack(places[category], *numbers))
     names = list(labels.values())
     for key in list(found):
-        name, width, height = pictures[key]
-        where = f"{file}, picture {key}"
-        size = picture_size(width, height, where)
+        name, width, height = images[key]
+        where = f"{file}, image {key}"
+        size = image_size(width, height, where)
         boxes = [
             (names[place], scale(corners_of(box, sized=True), *size))
             for place, *box in _BOX.iter_unpack(found.pop(key))
@@ -132,20 +132,20 @@ def add_coco_instances(file: Path, builder: ContextBuilder) -> None:
         builder.add_boxes(name, boxes, where, rounded=True)
 
 
-def picture_size(width: Any, height: Any, where: str) -> tuple[float, float]:
-    """A picture's width and height in pixels.
+def image_size(width: Any, height: Any, where: str) -> tuple[float, float]:
+    """An image's width and height in pixels.
 
     Raises:
         UserError: Where they are not given, or cannot be.
     """
     for name, value in (("width", width), ("height", height)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise UserError(f"{where}: {name} is {value!r:.40}; boxes in pixels need the picture's {name} in pixels")
+            raise UserError(f"{where}: {name} is {value!r:.40}; boxes in pixels need the image's {name} in pixels")
     return width, height
 
 
 def _images(file: Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
-    """The pictures that a file lists: id, entry, and where it is."""
+    """The images that a file lists: id, entry, and where it is."""
     for number, entry in enumerate(json_items(file, "images.item"), 1):
         where = f"{file}, images, entry {number}"
         yield _get(entry, "id", where), entry, where

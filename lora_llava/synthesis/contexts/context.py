@@ -1,4 +1,4 @@
-"""What is known of a picture in words: captions and boxes, all that the teacher sees of it."""
+"""What is known of an image in words: captions and boxes, all that the teacher sees of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Box:
 
     Attributes:
         label: Its category.
-        corners: x1, y1, x2, y2 as fractions of the picture's width and height, from 0 to 1 (arXiv 2304.08485,
+        corners: x1, y1, x2, y2 as fractions of the image's width and height, from 0 to 1 (arXiv 2304.08485,
             section 3: normalised between 0 and 1).
     """
 
@@ -21,10 +21,10 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What is known of one picture.
+    """What is known of one image.
 
     Attributes:
-        image: The picture's file name, as rows will name it.
+        image: The image's file name, as rows will name it.
         captions: What people wrote about it.
         boxes: Its objects.
     """

@@ -1,4 +1,4 @@
-"""Captions and boxes of many pictures, brought together by picture and kept as bytes."""
+"""Captions and boxes of many images, brought together by image and kept as bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_llava.data.images.image_names import COCO_NAME
 BoxPolicy = Literal["clip", "error"]
 Corners = tuple[float, float, float, float]
 _HALF = 0.0005
-"""Less than this, a corner outside the picture is rounding: three decimals do not show it."""
+"""Less than this, a corner outside the image is rounding: three decimals do not show it."""
 
 
 @dataclass
@@ -24,23 +24,23 @@ class ContextReport:
     """What was read, and what of it was not used.
 
     Attributes:
-        pictures: With captions, boxes or both.
-        captions: Of these pictures.
-        boxes: Of these pictures.
-        captions_alone: Pictures with captions and no boxes.
-        boxes_alone: Pictures with boxes and no captions.
+        images: With captions, boxes or both.
+        captions: Of these images.
+        boxes: Of these images.
+        captions_alone: Images with captions and no boxes.
+        boxes_alone: Images with boxes and no captions.
         empty_captions: Dropped: nothing but white space.
-        repeated_captions: Dropped: the picture had the same one already.
+        repeated_captions: Dropped: the image had the same one already.
         crowd_regions: Dropped: one box around many objects (COCO's `iscrowd`).
-        clipped_boxes: Cut at the picture's edge, out of which they reached.
-        dropped_boxes: Outside the picture altogether, or without area.
-        repeated_boxes: Dropped: the picture's boxes are given a second time, the same.
-        unlisted_annotations: Dropped: of pictures that the file does not list.
-        pictures_without_anything: Left out: no caption and no box.
-        missing_pictures: Left out: not in the picture folder.
+        clipped_boxes: Cut at the image's edge, out of which they reached.
+        dropped_boxes: Outside the image altogether, or without area.
+        repeated_boxes: Dropped: the image's boxes are given a second time, the same.
+        unlisted_annotations: Dropped: of images that the file does not list.
+        images_without_anything: Left out: no caption and no box.
+        missing_images: Left out: not in the image folder.
     """
 
-    pictures: int = 0
+    images: int = 0
     captions: int = 0
     boxes: int = 0
     captions_alone: int = 0
@@ -52,12 +52,12 @@ class ContextReport:
     dropped_boxes: int = 0
     repeated_boxes: int = 0
     unlisted_annotations: int = 0
-    pictures_without_anything: int = 0
-    missing_pictures: int = 0
+    images_without_anything: int = 0
+    missing_images: int = 0
 
     def __str__(self) -> str:
         """In one line, without what there is none of."""
-        always = ("pictures", "captions", "boxes")
+        always = ("images", "captions", "boxes")
         counts = {name: count for name, count in asdict(self).items() if count or name in always}
         return ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in counts.items())
 
@@ -92,7 +92,7 @@ def corners_of(numbers: Sequence[float], *, sized: bool) -> Corners:
 
 
 def scale(corners: Corners, width: float, height: float) -> Corners:
-    """Corners in pixels as fractions of the picture's width and height."""
+    """Corners in pixels as fractions of the image's width and height."""
     x1, y1, x2, y2 = corners
     return x1 / width, y1 / height, x2 / width, y2 / height
 
@@ -111,12 +111,12 @@ def box_numbers(value: Any, where: str) -> Corners:
 
 
 class ContextBuilder:
-    """Collects what files say of pictures.
+    """Collects what files say of images.
 
-    COCO's two names of a picture, 2014's and 2017's, are one picture here; it keeps the name that was read first.
+    COCO's two names of an image, 2014's and 2017's, are one image here; it keeps the name that was read first.
 
     Args:
-        on_bad_box: What is done with a box that reaches out of its picture, lies outside or has no area: `clip` cuts
+        on_bad_box: What is done with a box that reaches out of its image, lies outside or has no area: `clip` cuts
             it, or drops it where nothing is left, and counts it; `error` raises.
 
     Attributes:
@@ -131,15 +131,15 @@ class ContextBuilder:
         self._boxes: dict[str, bytes] = {}
         self._labels: dict[str, str] = {}
 
-    def add_picture(self, name: Any, where: str) -> str:
-        """Hold a picture's name, with or without anything known of it.
+    def add_image(self, name: Any, where: str) -> str:
+        """Hold an image's name, with or without anything known of it.
 
         Args:
             name: As the file has it.
             where: The file and row, for messages.
 
         Returns:
-            What the picture is called from here on.
+            What the image is called from here on.
 
         Raises:
             UserError: For what is no name of a file in a folder: a URL, an absolute name, one with `..` in it.
@@ -149,20 +149,20 @@ class ContextBuilder:
         if isinstance(name, str) and key in self._names:
             return self._names[key]
         if not isinstance(name, str) or not name.strip() or any(unicodedata.category(x) in ("Cc", "Cs") for x in name):
-            raise UserError(f"{where}: the picture's name is {name!r:.80}; it should be the name of its file")
+            raise UserError(f"{where}: the image's name is {name!r:.80}; it should be the name of its file")
         if "://" in name or name.startswith("data:"):
-            raise UserError(f"{where}: picture {name:.80} is a URL; give the name of its file in the picture folder")
+            raise UserError(f"{where}: image {name:.80} is a URL; give the name of its file in the image folder")
         paths = (PurePosixPath(name), PureWindowsPath(name))
         if any(path.anchor or ".." in path.parts for path in paths):
-            raise UserError(f"{where}: picture {name:.80} leads out of the picture folder; name it from there")
+            raise UserError(f"{where}: image {name:.80} leads out of the image folder; name it from there")
         self._names[key] = name
         return name
 
     def add_captions(self, image: str, captions: Iterable[str]) -> None:
-        """Add to a picture's captions those that it has not yet.
+        """Add to an image's captions those that it has not yet.
 
         Args:
-            image: From `add_picture`.
+            image: From `add_image`.
             captions: As the file has them.
         """
         known = self._captions.get(image, b"")
@@ -180,16 +180,16 @@ class ContextBuilder:
             self._captions[image] = b"\n".join(lines)
 
     def add_boxes(self, image: str, boxes: Iterable[tuple[str, Corners]], where: str, *, rounded: bool) -> None:
-        """Give a picture its boxes, all at once.
+        """Give an image its boxes, all at once.
 
         Args:
-            image: From `add_picture`.
-            boxes: Label and corners as fractions of the picture's size.
+            image: From `add_image`.
+            boxes: Label and corners as fractions of the image's size.
             where: The file and row, for messages.
             rounded: Round to three decimals, as LLaVA did with COCO's pixels; else numbers stay as they are.
 
         Raises:
-            UserError: For a label that is empty, a bad box where such are errors, and a picture that has other boxes.
+            UserError: For a label that is empty, a bad box where such are errors, and an image that has other boxes.
         """
         lines = []
         for label, corners in boxes:
@@ -220,24 +220,24 @@ class ContextBuilder:
         return self._labels[label]
 
     def finish(self, is_there: Callable[[str], bool]) -> dict[str, bytes]:
-        """Every picture's captions and boxes, `[[caption, ...], [[label, x1, y1, x2, y2], ...]]` in JSON.
+        """Every image's captions and boxes, `[[caption, ...], [[label, x1, y1, x2, y2], ...]]` in JSON.
 
         Args:
-            is_there: Whether a picture can be used.
+            is_there: Whether an image can be used.
 
         Returns:
-            By name, in its order, those pictures of which something is known; the report counts them.
+            By name, in its order, those images of which something is known; the report counts them.
         """
         found: dict[str, bytes] = {}
         report = self.report
         for name in sorted(self._names.values()):
             captions, boxes = self._captions.pop(name, b""), self._boxes.pop(name, b"")
             if not captions and not boxes:
-                report.pictures_without_anything += 1
+                report.images_without_anything += 1
             elif not is_there(name):
-                report.missing_pictures += 1
+                report.missing_images += 1
             else:
-                report.pictures += 1
+                report.images += 1
                 report.captions += captions.count(b"\n") + bool(captions)
                 report.boxes += boxes.count(b"\n") + bool(boxes)
                 report.captions_alone += not boxes
@@ -247,10 +247,10 @@ class ContextBuilder:
 
 
 def _fit(corners: Corners) -> tuple[Sequence[float] | None, str | None]:
-    """A box within the picture, or None where nothing of it is; and what was wrong with it."""
+    """A box within the image, or None where nothing of it is; and what was wrong with it."""
     # Numbers that are fine stay what they are, so that the prompt shows 1 or 1.0 as the file does; -0.0 is 0.0.
     x1, y1, x2, y2 = fitted = [abs(x) if 0 <= x <= 1 else float(x > 1) for x in corners]
     if x1 >= x2 or y1 >= y2:
-        return None, "has no area within the picture"
+        return None, "has no area within the image"
     reaches_out = min(corners) < -_HALF or max(corners) > 1 + _HALF
-    return fitted, "reaches out of the picture" if reaches_out else None
+    return fitted, "reaches out of the image" if reaches_out else None

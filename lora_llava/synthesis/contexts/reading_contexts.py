@@ -1,4 +1,4 @@
-"""Contexts of many pictures, read from COCO's files, LLaVA's, tables of captions or a person's own boxes."""
+"""Contexts of many images, read from COCO's files, LLaVA's, tables of captions or a person's own boxes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MissingPolicy = Literal["error", "drop"]
 _WANTED = {
     "captions": "COCO captions (captions_train2017.json) or rows of image and caption",
     "instances": "COCO instances (instances_train2017.json)",
-    "boxes": "boxes by picture",
+    "boxes": "boxes by image",
     "contexts": "rows of image, captions and instances",
 }
 _KINDS: dict[str, tuple[str, str | None]] = {
@@ -43,23 +43,23 @@ _KINDS: dict[str, tuple[str, str | None]] = {
     "coco instances": ("COCO instances", "instances"),
     "coco keypoints": ("COCO keypoints, which have people alone", None),
     "coco panoptic": ("COCO panoptic segments, which have no boxes of single objects", None),
-    "coco results": ("COCO results of a detector or captioner, which do not name their pictures", None),
-    "coco pictures": ("COCO's list of pictures without any annotation", None),
+    "coco results": ("COCO results of a detector or captioner, which do not name their images", None),
+    "coco images": ("COCO's list of images without any annotation", None),
     "coco annotations": ("annotations that are neither captions nor boxes", None),
     "caption rows": ("rows of image and caption", "captions"),
     "context rows": ("rows of image, captions and instances", "contexts"),
-    "box rows": ("boxes by picture", "boxes"),
-    "box entries": ("boxes by picture", "boxes"),
+    "box rows": ("boxes by image", "boxes"),
+    "box entries": ("boxes by image", "boxes"),
     "conversations": ("conversations, which are what is made here", None),
 }
 """What a file may hold: in words, and which argument takes it."""
 
 
 class Contexts(Sequence[Context]):
-    """Contexts in the order of their pictures' names, kept as bytes.
+    """Contexts in the order of their images' names, kept as bytes.
 
     Args:
-        found: What is known of each picture, from `ContextBuilder.finish`.
+        found: What is known of each image, from `ContextBuilder.finish`.
         report: What was read, and what of it was not used.
     """
 
@@ -85,26 +85,26 @@ def read_contexts(
     box_unit: BoxUnit = "fraction", on_bad_box: BoxPolicy = "clip", images: Path | None = None,
     missing_image: MissingPolicy = "error", where: str = "",
 ) -> Contexts:  # fmt: skip
-    """Read what is known of pictures, and join it by their names.
+    """Read what is known of images, and join it by their names.
 
-    What kind a file is, its content says. At least one is needed; a picture may have captions alone or boxes alone.
+    What kind a file is, its content says. At least one is needed; an image may have captions alone or boxes alone.
     Captions become one line each, and the same one twice counts once.
 
     Args:
         captions: COCO's captions, or a table (JSON, JSONL, CSV, TSV, Parquet) with a row a caption.
         instances: COCO's, in pixels.
-        boxes: One's own, by picture: `{"1.jpg": {"width": 640, "height": 480, "boxes": [{"label": "dog", "bbox":
+        boxes: One's own, by image: `{"1.jpg": {"width": 640, "height": 480, "boxes": [{"label": "dog", "bbox":
             [...]}]}}`, or rows of the same with `image` in them.
         contexts: LLaVA's rows `{"image", "captions": [...], "instances": [{"category", "bbox": [x1, y1, x2, y2]}]}`,
             corners as fractions; captions and boxes stay as they are written.
         columns: What tables call `image` and `caption`.
-        box_format: What the four numbers of `boxes` are: `xyxy`, two corners, or `xywh`, a corner and a size. A
-            picture that has a `box_format` or `box_unit` of its own there goes by that.
-        box_unit: `fraction` of the picture's size, or `pixel`, for which each picture's width and height are needed.
-        on_bad_box: `clip` cuts a box at the picture's edge, drops it where nothing is left, and counts it; `error`
+        box_format: What the four numbers of `boxes` are: `xyxy`, two corners, or `xywh`, a corner and a size. An
+            image that has a `box_format` or `box_unit` of its own there goes by that.
+        box_unit: `fraction` of the image's size, or `pixel`, for which each image's width and height are needed.
+        on_bad_box: `clip` cuts a box at the image's edge, drops it where nothing is left, and counts it; `error`
             raises.
-        images: The picture folder; None looks for no picture.
-        missing_image: A picture that is not there: `error` raises; `drop` leaves its context out and counts it.
+        images: The image folder; None looks for no image.
+        missing_image: An image that is not there: `error` raises; `drop` leaves its context out and counts it.
         where: Prefix of the arguments' names in messages.
 
     Returns:
@@ -112,7 +112,7 @@ def read_contexts(
 
     Raises:
         UserError: For a file that is missing, broken or of another kind, a row that is not what its file's kind says,
-            a picture's name that leads out of its folder, and where no context is left.
+            an image's name that leads out of its folder, and where no context is left.
     """
     prefix = f"{where}." if where else ""
     given = {"captions": captions, "instances": instances, "boxes": boxes, "contexts": contexts}
@@ -130,7 +130,7 @@ def read_contexts(
     found = builder.finish(is_there)
     if not found:
         files = ", ".join(str(path) for path in given.values() if path)
-        raise UserError(f"no picture with a context is left of {files} ({builder.report}); look at what was dropped")
+        raise UserError(f"no image with a context is left of {files} ({builder.report}); look at what was dropped")
     return Contexts(found, builder.report)
 
 
@@ -145,11 +145,11 @@ def _columns(given: Mapping[str, str], field: str) -> Columns:
 
 
 def _presence(images: Path | None, missing_image: MissingPolicy, prefix: str) -> Callable[[str], bool]:
-    """Tells whether a picture is in the folder."""
+    """Tells whether an image is in the folder."""
     if images is None:
         return lambda name: True
     if not images.is_dir():
-        raise UserError(f"{prefix}images: there is no folder {images}; name the root of the pictures")
+        raise UserError(f"{prefix}images: there is no folder {images}; name the root of the images")
     folder = FolderImages(images, max_pixels=0, match_names=False, has_key=False)
 
     def is_there(name: str) -> bool:
@@ -161,7 +161,7 @@ def _presence(images: Path | None, missing_image: MissingPolicy, prefix: str) ->
             found = False
         if not found and missing_image == "error":
             raise UserError(
-                f"{prefix}images: picture {name} is not in {images}; put it there, or set {prefix}missing_image to drop"
+                f"{prefix}images: image {name} is not in {images}; put it there, or set {prefix}missing_image to drop"
             )
         return found
 
@@ -197,7 +197,7 @@ def _file_kind(file: Path, columns: Columns, wanted: str, field: str) -> str:
         return kind
     annotation = next(json_items(file, "annotations.item"), None)
     if not isinstance(annotation, dict):
-        return "coco pictures"
+        return "coco images"
     for key, its in (
         ("caption", "captions"), ("segments_info", "panoptic"), ("keypoints", "keypoints"), ("bbox", "instances")
     ):  # fmt: skip
@@ -213,7 +213,7 @@ def _opening(file: Path) -> bytes:
 
 
 def _object_kind(file: Path, columns: Columns, wanted: str) -> str:
-    """Whether a JSON object is COCO's, boxes by picture, or the first of many lines, seen by its outer keys."""
+    """Whether a JSON object is COCO's, boxes by image, or the first of many lines, seen by its outer keys."""
     depth, keys = 0, [""]
     with open_json(file) as stream:
         try:

@@ -1,4 +1,4 @@
-"""Contexts that are not COCO's files: LLaVA's rows, tables of captions, and boxes by picture."""
+"""Contexts that are not COCO's files: LLaVA's rows, tables of captions, and boxes by image."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tqdm import tqdm
 from lora_llava.core.errors import UserError
 from lora_llava.data.files.reading import iterate_rows
 from lora_llava.data.formats import Columns
-from lora_llava.synthesis.contexts.coco_contexts import open_json, picture_size
+from lora_llava.synthesis.contexts.coco_contexts import image_size, open_json
 from lora_llava.synthesis.contexts.context_builder import ContextBuilder, Corners, box_numbers, corners_of, scale
 
 BoxFormat = Literal["xyxy", "xywh"]
 BoxUnit = Literal["fraction", "pixel"]
 _LEAST, _MOST = -1.0, 2.0
-"""Fractions beyond these lie more than a whole picture outside it: they are no fractions of that picture."""
+"""Fractions beyond these lie more than a whole image outside it: they are no fractions of that image."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BoxForm:
 
     Attributes:
         format: `xyxy`, two corners; `xywh`, one corner, width and height.
-        unit: `fraction` of the picture's width and height, or `pixel`.
+        unit: `fraction` of the image's width and height, or `pixel`.
     """
 
     format: BoxFormat = "xyxy"
@@ -39,10 +39,10 @@ LLAVA = BoxForm()
 
 
 def add_caption_rows(file: Path, builder: ContextBuilder, columns: Columns) -> None:
-    """Read a table of captions; several rows with one picture each add to its captions.
+    """Read a table of captions; several rows with one image each add to its captions.
 
     Args:
-        file: Rows of a picture's name and a caption, or a list of captions.
+        file: Rows of an image's name and a caption, or a list of captions.
         builder: Takes them.
         columns: What they are called.
 
@@ -52,7 +52,7 @@ def add_caption_rows(file: Path, builder: ContextBuilder, columns: Columns) -> N
     for row, where in _rows(file):
         if columns.caption not in row:
             raise UserError(f"{where}: no column {columns.caption}; it has {', '.join(map(str, row))}")
-        name = builder.add_picture(_image(row, columns), where)
+        name = builder.add_image(_image(row, columns), where)
         builder.add_captions(name, _texts(row[columns.caption], columns.caption, where))
 
 
@@ -63,7 +63,7 @@ def add_context_rows(file: Path, builder: ContextBuilder, columns: Columns) -> N
         file: Rows `{"image", "captions": [...], "instances": [{"category", "bbox": [x1, y1, x2, y2]}]}`, corners as
             fractions; either list may be missing.
         builder: Takes them as they are.
-        columns: What the picture's name is called.
+        columns: What the image's name is called.
 
     Raises:
         UserError: For a row that is not so.
@@ -71,19 +71,19 @@ def add_context_rows(file: Path, builder: ContextBuilder, columns: Columns) -> N
     for row, where in _rows(file):
         if "captions" not in row and "instances" not in row:
             raise UserError(f"{where}: neither captions nor instances; it has {', '.join(map(str, row))}")
-        name = builder.add_picture(_image(row, columns), where)
+        name = builder.add_image(_image(row, columns), where)
         builder.add_captions(name, _texts(row.get("captions", []), "captions", where))
         builder.add_boxes(name, _boxes(row, "instances", LLAVA, where), where, rounded=False)
 
 
 def add_box_rows(file: Path, builder: ContextBuilder, columns: Columns, form: BoxForm) -> None:
-    """Read rows of a picture's name and its boxes; see `add_box_entries`."""
+    """Read rows of an image's name and its boxes; see `add_box_entries`."""
     for row, where in _rows(file):
-        _add_entry(row, builder.add_picture(_image(row, columns), where), builder, form, where)
+        _add_entry(row, builder.add_image(_image(row, columns), where), builder, form, where)
 
 
 def add_box_entries(file: Path, builder: ContextBuilder, form: BoxForm) -> None:
-    """Read boxes by picture.
+    """Read boxes by image.
 
     Args:
         file: `{"1.jpg": {"width": 640, "height": 480, "boxes": [{"label": "dog", "bbox": [...]}]}}`; `category` does
@@ -97,11 +97,11 @@ def add_box_entries(file: Path, builder: ContextBuilder, form: BoxForm) -> None:
     """
     with open_json(file) as stream:
         entries = ijson.kvitems(stream, "", use_float=True)
-        for name, entry in tqdm(entries, desc=file.name, unit=" pictures", leave=False, delay=1, dynamic_ncols=True):
+        for name, entry in tqdm(entries, desc=file.name, unit=" images", leave=False, delay=1, dynamic_ncols=True):
             where = f"{file}, {name:.80}"
             if not isinstance(entry, Mapping):
                 raise UserError(f"{where}: it is {entry!r:.60}; it should be an object with a list of boxes")
-            _add_entry(entry, builder.add_picture(name, where), builder, form, where)
+            _add_entry(entry, builder.add_image(name, where), builder, form, where)
 
 
 def _add_entry(entry: Mapping[str, Any], name: str, builder: ContextBuilder, form: BoxForm, where: str) -> None:
@@ -138,21 +138,21 @@ def _boxes(entry: Mapping[str, Any], key: str, form: BoxForm, where: str) -> lis
 
 
 def _fractions(numbers: Corners, form: BoxForm, entry: Mapping[str, Any], where: str) -> Corners:
-    """Two corners in fractions of the picture's size, held to be what they are said to be."""
+    """Two corners in fractions of the image's size, held to be what they are said to be."""
     problem = ""
     x1, y1, x2, y2 = corners = corners_of(numbers, sized=form.format == "xywh")
     if x2 < x1 or y2 < y1:
         why = "its second corner comes before its first" if form.format == "xyxy" else "a width or height is below 0"
         problem = f"{form.format}: {why}"
     elif form.unit == "pixel":
-        width, height = picture_size(entry.get("width"), entry.get("height"), where)
+        width, height = image_size(entry.get("width"), entry.get("height"), where)
         corners = scale(corners, width, height)
         if max(map(abs, numbers)) <= 1 and any(x != int(x) for x in numbers):
             problem = "pixels: no number is over 1; are they fractions?"
         elif min(corners) < _LEAST or max(corners) > _MOST:
-            problem = f"pixels of a picture of {width} x {height}: it lies more than a whole picture outside"
+            problem = f"pixels of an image of {width} x {height}: it lies more than a whole image outside"
     elif min(corners) < _LEAST or max(corners) > _MOST:
-        problem = f"fractions of a picture: a corner is {max(corners, key=abs):g}; are they pixels?"
+        problem = f"fractions of an image: a corner is {max(corners, key=abs):g}; are they pixels?"
     if problem:
         raise UserError(f"{where}: bbox {list(numbers)} cannot be {problem}")
     return corners
@@ -170,7 +170,7 @@ def _rows(file: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 def _image(row: Mapping[str, Any], columns: Columns) -> Any:
-    """The picture's name; of a picture that is stored in the table, its path."""
+    """The image's name; of an image that is stored in the table, its path."""
     value = row.get(columns.image)
     return value.get("path") if isinstance(value, Mapping) else value
 

@@ -2,7 +2,7 @@
 
 The boxes do not hold everything: crowds are left out, and a small thing may have none. So a claim is weighed only where
 its words are exact: a number is wrong where it is neither the boxes' nor a caption's and the words speak of the whole
-picture, or where it is more than either allows; a denial is wrong where nothing limits it to a part or a kind. Claims
+image, or where it is more than either allows; a denial is wrong where nothing limits it to a part or a kind. Claims
 about things without boxes, about colours, actions and ages, and numbers in other words (`several`) are not weighed.
 """
 
@@ -16,21 +16,21 @@ from typing import Literal
 from lora_llava.synthesis.contexts.context import Context
 from lora_llava.synthesis.gates.gate_nouns import Known, Noun, noun_at, number_of, tokens_of, words
 
-_PICTURE = r"(?:the|this) (?:whole |entire )?(?:picture|image|photo|photograph|scene|shot|frame|view)"
+_IMAGE = r"(?:the|this) (?:whole |entire )?(?:picture|image|photo|photograph|scene|shot|frame|view)"
 _SEEN = r"(?:visible|present|shown|seen|pictured|depicted|here|there|to be seen|around|anywhere|in sight|in view)"
 _TOTAL = (
     rf"(?: (?:that|which|who) (?:is|are|can be|i can see))?(?: (?:clearly|fully|actually))?(?: {_SEEN})?"
-    rf"(?: (?:in|within|of) {_PICTURE})?(?: (?:at all|in total|in all|altogether|overall|total|here))?"
+    rf"(?: (?:in|within|of) {_IMAGE})?(?: (?:at all|in total|in all|altogether|overall|total|here))?"
 )
 _ALONE = re.compile(rf"{_TOTAL}(?: [.,;:!?)\u2013\u2014-].*)?")
-"""After a noun: nothing limits it to a part of the picture."""
-_LEAD = re.compile(rf"(?:(?:yes|no|well|overall|in total|in all|also|here|so|in {_PICTURE}|looking closely) (?:, )?)*")
-"""Before a claim that is said of the whole picture."""
+"""After a noun: nothing limits it to a part of the image."""
+_LEAD = re.compile(rf"(?:(?:yes|no|well|overall|in total|in all|also|here|so|in {_IMAGE}|looking closely) (?:, )?)*")
+"""Before a claim that is said of the whole image."""
 _STARTS = re.compile(rf"{_LEAD.pattern}(?:only |just |exactly )?")
 _EXACTLY = re.compile(r".*\b(?:only|just|exactly|precisely|a total of)")
 _EXISTS = re.compile(
     r"(?:^|(?<= ))(?:there (?:is|are)|there's|there're|(?:i|we|you) (?:can )?(?:clearly )?(?:see|count|spot)|"
-    rf"{_PICTURE} (?:clearly )?(?:shows|contains|has|features|includes|depicts)|a total of)"
+    rf"{_IMAGE} (?:clearly )?(?:shows|contains|has|features|includes|depicts)|a total of)"
     r"(?: (?:only|just|exactly|precisely|clearly|a total of|a)){0,2}$"
 )
 _EXISTS_LIST = re.compile(rf"{_EXISTS.pattern.removesuffix('$')} .*(?:and|,|with)")
@@ -39,7 +39,7 @@ _HAPPENS = re.compile(
     r" (?:is|are) (?:\w+ing|in|on|at|by|near|seated|visible|present|shown|gathered)\b.*| can be seen\b.*"
 )
 _SHOWN = re.compile(
-    rf" (?:is|are|can be) (?:{_SEEN}(?: (?:in|within) {_PICTURE})?|(?:in|within) {_PICTURE})(?: [.,;:!?].*)?"
+    rf" (?:is|are|can be) (?:{_SEEN}(?: (?:in|within) {_IMAGE})?|(?:in|within) {_IMAGE})(?: [.,;:!?].*)?"
 )
 _SUPPOSED = frozenset(
     words("if would could might should usually typically normally often generally imagine suppose unless per whether")
@@ -63,26 +63,24 @@ _PLACES = frozenset(
         right top bottom front back background foreground with wearing holding by from to for"""
     )
 )
-_PARTS = re.compile(
-    rf" going on| (?:in|within|of|from) {_PICTURE}| in (?:great |more |full )?(?:detail|total|all|depth)"
-)
+_PARTS = re.compile(rf" going on| (?:in|within|of|from) {_IMAGE}| in (?:great |more |full )?(?:detail|total|all|depth)")
 _HOW_MANY = re.compile(
     r" (?:(?:are|is) (?:there|visible|shown|present|pictured|seen)|(?:can|do|could) (?:you|we) (?:see|count|spot)|"
-    rf"can be (?:seen|counted)|does {_PICTURE} (?:show|have|contain|include)|(?:are|is)(?= in {_PICTURE})|appear)"
+    rf"can be (?:seen|counted)|does {_IMAGE} (?:show|have|contain|include)|(?:are|is)(?= in {_IMAGE})|appear)"
     rf"{_TOTAL} \?"
 )
 _HOW_MANY_HERE = re.compile(r" (?:(?:are|is)|(?:can|do) (?:you|we) (?:see|count|spot))\b.*")
 _ASKED = re.compile(
     r"(?:is|are) there|(?:do|can) you (?:see|spot|find|notice)|"
-    rf"does {_PICTURE} (?:show|contain|include|feature|have)"
+    rf"does {_IMAGE} (?:show|contain|include|feature|have)"
 )
 _DENIED = re.compile(
     r"(?:^|(?<= ))(?:there is(?= nobody)|there (?:is|are) (?:no|not any|not an?|not a single)|there's (?:no|not an?)|"
     r"there (?:isn't|aren't) (?:any|an?|a single)|(?:i|we|you) (?:can )?(?:see|spot) no|"
     r"(?:i|we|you) (?:do not|don't|cannot|can't|can not) (?:see|spot|find)(?: any| a single| an?)?|"
-    rf"{_PICTURE} (?:does not|doesn't) (?:show|contain|include|feature|have|depict)(?: any| a single| an?)?|"
-    rf"{_PICTURE} (?:shows|contains|has|includes|features) no|"
-    rf"{_PICTURE} is (?:devoid|empty|free) of(?: any)?) "
+    rf"{_IMAGE} (?:does not|doesn't) (?:show|contain|include|feature|have|depict)(?: any| a single| an?)?|"
+    rf"{_IMAGE} (?:shows|contains|has|includes|features) no|"
+    rf"{_IMAGE} is (?:devoid|empty|free) of(?: any)?) "
 )
 _NONE_SHOWN = re.compile(rf"(?:no (?=.)|(?=nobody))(?P<items>.+?){_SHOWN.pattern}$")
 _CLAUSE = re.compile(
@@ -101,7 +99,7 @@ Kind = Literal["exists", "starts", "definite"]
 
 @dataclass(frozen=True, slots=True)
 class _Count:
-    """`there are two brown dogs in the picture`: the number, its noun, and what stands around it."""
+    """`there are two brown dogs in the image`: the number, its noun, and what stands around it."""
 
     number: int
     form: str
@@ -144,7 +142,7 @@ def wrong_count(known: Known, question: str, answer: str) -> str | None:
 
 
 def _judge_count(known: Known, count: _Count, is_whole: bool) -> str | None:
-    """More than boxes and captions allow, or, of the whole picture, fewer than the boxes."""
+    """More than boxes and captions allow, or, of the whole image, fewer than the boxes."""
     noun, boxes = count.noun, known.count(count.noun)
     told = f'"{count.number} {count.form}" where the boxes hold {boxes}'
     if noun.relation != "wider" and count.number > known.most(noun):
@@ -156,7 +154,7 @@ def _judge_count(known: Known, count: _Count, is_whole: bool) -> str | None:
 
 
 def _counts(known: Known, tokens: list[str], is_description: bool) -> Iterator[_Count]:
-    """Numbers with their nouns; in a description each is said of the picture, elsewhere it may be of the world."""
+    """Numbers with their nouns; in a description each is said of the image, elsewhere it may be of the world."""
     for place, token in enumerate(tokens):
         number = number_of(token) if token != "single" else 1
         if number is None:
@@ -263,21 +261,21 @@ def denied_object(known: Known, question: str, answer: str) -> str | None:
         return f'"no" to whether there is a {form} where the boxes hold {known.count(known.nouns[form])}'
     is_part = _is_part(asked) or any(noun_at(asked, place, known.nouns) for place in range(len(asked)))
     for sentence in sentences_of(tokens_of(answer)):
-        for items, says_picture in _denials(" ".join(sentence)):
+        for items, says_image in _denials(" ".join(sentence)):
             for form in _denied_nouns(known, items):
-                if says_picture or not is_part:
+                if says_image or not is_part:
                     return f'"no {form}" where the boxes hold {known.count(known.nouns[form])}'
     return None
 
 
 def _denials(sentence: str) -> Iterator[tuple[str, bool]]:
-    """What comes after `there is no` and the like, and whether it is said of the whole picture in so many words."""
+    """What comes after `there is no` and the like, and whether it is said of the whole image in so many words."""
     matches = [(match, sentence[match.end() :]) for match in _DENIED.finditer(sentence)]
     none = _NONE_SHOWN.match(sentence)
     for match, items in [*matches, *([(none, none["items"])] if none else [])]:
         lead = sentence[: match.start()]
         if _LEAD.fullmatch(lead):
-            yield items, re.search(_PICTURE, sentence) is not None
+            yield items, re.search(_IMAGE, sentence) is not None
 
 
 def _denied_nouns(known: Known, items: str) -> list[str]:
@@ -307,7 +305,7 @@ def _answered_no(known: Known, asked: list[str], answer: str) -> str | None:
 
 
 def wrong_place(context: Context, known: Known, answer: str) -> str | None:
-    """Left for right, of two things of which there is one each, or of one thing in the picture.
+    """Left for right, of two things of which there is one each, or of one thing in the image.
 
     Args:
         context: With its boxes.
@@ -330,12 +328,12 @@ def wrong_place(context: Context, known: Known, answer: str) -> str | None:
         if match["rest"] is not None:
             there = match["rest"].split()
             other = noun_at(there, _skip_adjectives(there, 0), known.nouns)
-        # Half of the picture where it is named: what lies wholly in the other half is misplaced.
+        # Half of the image where it is named: what lies wholly in the other half is misplaced.
         against = (0.5, 0.5) if match["picture"] else _only_span(context, known, other[0]) if other else None
         if own is None or against is None:
             continue
         if own[0] >= against[1] if match["side"] == "left" else own[1] <= against[0]:
-            what = other[0] if other else "the picture"
+            what = other[0] if other else "the image"
             return f'"{found[0]} {match["side"]} of {what}" where the boxes say otherwise'
     return None
 
@@ -368,5 +366,5 @@ def _skip_adjectives(tokens: list[str], place: int) -> int:
 
 
 def _is_part(asked: list[str]) -> bool:
-    """Whether a question is about a part of the picture, which then limits the answer too."""
+    """Whether a question is about a part of the image, which then limits the answer too."""
     return bool(_PLACES.intersection(_PARTS.sub("", " ".join(asked)).split()))

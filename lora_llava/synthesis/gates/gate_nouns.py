@@ -226,7 +226,7 @@ def read_context(context: Context) -> Known:
     """Bring captions and boxes to numbers.
 
     Args:
-        context: Of one picture.
+        context: Of one image.
 
     Returns:
         Boxes by label, and what each caption says; -1 there stands for one that was named without a number.

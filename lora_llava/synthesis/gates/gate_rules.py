@@ -1,6 +1,6 @@
 """What a text may not hold: markup, template markers, talk of its source, coordinates, refusals and hedges.
 
-Each rule is a list of patterns. Words that a context itself has (`caption` on a poster) are taken to be of the picture.
+Each rule is a list of patterns. Words that a context itself has (`caption` on a poster) are taken to be of the image.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ REASONS: dict[str, str] = {
     "too long": "more words than the limits allow",
     "control characters": "characters that are no text",
     "template marker": "an image placeholder or a marker of a chat template",
-    "link or markup": "a link, a script, HTML or Markdown's links and pictures",
+    "link or markup": "a link, a script, HTML or Markdown's links and images",
     "coordinates": "numbers of a box",
-    "speaks as a model": "speaks as a program that was shown no picture",
-    "source named": "speaks of captions, boxes or a description in place of the picture",
+    "speaks as a model": "speaks as a program that was shown no image",
+    "source named": "speaks of captions, boxes or a description in place of the image",
     "no answer": "refuses, or says that it cannot be told",
     "repeated question": "the same question twice in a conversation",
     "repetition": "goes round in circles",
@@ -46,7 +46,7 @@ _MIN_WORDS: dict[Flavour, int] = {"conversation": 2, "detail": 15, "reasoning": 
 """Untuned. Short answers are right in a conversation (`Two.`), but a description of a caption's length is not detailed,
 and an answer in a few words takes no steps."""
 _MAX_WORDS: dict[Flavour, int] = {"conversation": 900, "detail": 600, "reasoning": 600}
-"""Untuned. 900 words of English are some 1,250 tokens, which with the 576 of a picture of 336 pixels and the questions
+"""Untuned. 900 words of English are some 1,250 tokens, which with the 576 of an image of 336 pixels and the questions
 fill the rows of 2,048 tokens that LLaVA-1.5 was trained on (haotian-liu/LLaVA, scripts/v1_5/finetune.sh)."""
 
 
@@ -108,7 +108,7 @@ def check_sample(context: Context, turns: Turns, flavour: Flavour, limits: Limit
     """Put a sample through the gates.
 
     Args:
-        context: What the teacher was shown of the picture.
+        context: What the teacher was shown of the image.
         turns: What it wrote, from `parse_sample`.
         flavour: What was asked for.
         limits: Of turns and words.

@@ -1,4 +1,4 @@
-"""Pictures opened before training: what is wrong with them, what is odd, and what is not opened again."""
+"""Images opened before training: what is wrong with them, what is odd, and what is not opened again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lora_llava.data.images.image_check import ImageFacts, inspect_picture, inspect_pictures
+from lora_llava.data.images.image_check import ImageFacts, inspect_image, inspect_images
 from lora_llava.data.images.reading import FolderImages
 
 UPRIGHT, TURNED = 1, 6
@@ -26,7 +26,7 @@ def drawn(mode: str = "RGB", size: tuple[int, int] = (9, 8)) -> Image.Image:
 
 
 def save(folder: Path, name: str, kind: str, image: Image.Image | None = None, **settings: Any) -> str:
-    """Save a picture; its file's SHA-256."""
+    """Save an image; its file's SHA-256."""
     (image or drawn()).save(folder / name, kind, **settings)
     return hashlib.sha256((folder / name).read_bytes()).hexdigest()
 
@@ -41,25 +41,25 @@ def turned(orientation: int) -> bytes:
     ("name", "kind"),
     [
         ("a.png", "PNG"), ("a.PNG", "PNG"), ("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP"), ("a.bmp", "BMP"),
-        ("a.tif", "TIFF"), ("sub.png/a", "PNG"), ("a.picture", "JPEG"),
+        ("a.tif", "TIFF"), ("sub.png/a", "PNG"), ("a.image", "JPEG"),
     ],
 )  # fmt: skip
-def test_nothing_is_odd_about_a_clean_picture(tmp_path: Path, name: str, kind: str) -> None:
+def test_nothing_is_odd_about_a_clean_image(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     digest = save(tmp_path, name, kind)
-    assert inspect_picture(FolderImages(tmp_path, 72), name) == ImageFacts(None, "", (), digest)
+    assert inspect_image(FolderImages(tmp_path, 72), name) == ImageFacts(None, "", (), digest)
 
 
 def test_an_upright_orientation_is_not_odd(tmp_path: Path) -> None:
     for orientation in (0, UPRIGHT):
         digest = save(tmp_path, "a.jpg", "JPEG", exif=turned(orientation))
-        assert inspect_picture(FolderImages(tmp_path, 72), "a.jpg") == ImageFacts(None, "", (), digest)
+        assert inspect_image(FolderImages(tmp_path, 72), "a.jpg") == ImageFacts(None, "", (), digest)
 
 
-MODE = ("picture not RGB", "picture {} has mode {}; it is converted, look at it in the preview")
-FRAMES = ("several frames", "picture {} has 3 frames; only the first is seen")
-LYING = ("turned picture", "picture {} lies on its side but for an EXIF tag; the model sees it lying")
-MISLEADING = ("mislabelled picture", "picture {} is a {}; it is read as one, but its name misleads")
+MODE = ("image not RGB", "image {} has mode {}; it is converted, look at it in the preview")
+FRAMES = ("several frames", "image {} has 3 frames; only the first is seen")
+LYING = ("turned image", "image {} lies on its side but for an EXIF tag; the model sees it lying")
+MISLEADING = ("mislabelled image", "image {} is a {}; it is read as one, but its name misleads")
 MANY: dict[str, Any] = {"save_all": True, "append_images": [drawn().rotate(180), drawn("1").convert("RGB")]}
 
 
@@ -82,60 +82,60 @@ MANY: dict[str, Any] = {"save_all": True, "append_images": [drawn().rotate(180),
         ("a.gif", "GIF", drawn(), MANY, [(MODE, "P"), (FRAMES,)]),
         ("a.jpg", "JPEG", drawn(), {"exif": turned(TURNED)}, [(LYING,)]),
         ("a.png", "PNG", drawn(), {"exif": turned(3)}, [(LYING,)]),
-        ("a.png", "PNG", drawn(size=(7, 9)), {}, [(("tiny picture", "picture {} has 7 x 9 pixels"),)]),
-        ("a.png", "PNG", drawn(size=(9, 7)), {}, [(("tiny picture", "picture {} has 9 x 7 pixels"),)]),
+        ("a.png", "PNG", drawn(size=(7, 9)), {}, [(("tiny image", "image {} has 7 x 9 pixels"),)]),
+        ("a.png", "PNG", drawn(size=(9, 7)), {}, [(("tiny image", "image {} has 9 x 7 pixels"),)]),
         ("a.jpg", "PNG", drawn("LA", (1, 1)), {"exif": turned(TURNED)},
-         [(MISLEADING, "PNG"), (MODE, "LA"), (LYING,), (("tiny picture", "picture {} has 1 x 1 pixels"),)]),
+         [(MISLEADING, "PNG"), (MODE, "LA"), (LYING,), (("tiny image", "image {} has 1 x 1 pixels"),)]),
     ],
 )  # fmt: skip
-def test_what_is_odd_about_a_picture(
+def test_what_is_odd_about_a_image(
     tmp_path: Path, name: str, kind: str, image: Image.Image, settings: dict[str, Any], odd: list[Any]
 ) -> None:
     digest = save(tmp_path, name, kind, image, **settings)
     oddities = tuple((label, text.format(name, *more)) for (label, text), *more in odd)
-    assert inspect_picture(FolderImages(tmp_path, 72), name) == ImageFacts(None, "", oddities, digest)
+    assert inspect_image(FolderImages(tmp_path, 72), name) == ImageFacts(None, "", oddities, digest)
 
 
 def test_a_camera_s_jpeg_with_a_thumbnail_is_not_mislabelled(tmp_path: Path) -> None:
     save(tmp_path, "a.jpg", "MPO", save_all=True, append_images=[drawn()])
-    found = inspect_picture(FolderImages(tmp_path, 72), "a.jpg")
+    found = inspect_image(FolderImages(tmp_path, 72), "a.jpg")
     assert [kind for kind, _ in found.oddities] == ["several frames"]
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("gone.png", "missing picture", "picture gone.png is missing"),
-        ("sub", "corrupt picture", "picture sub cannot be read: Is a directory"),
+        ("gone.png", "missing image", "image gone.png is missing"),
+        ("sub", "corrupt image", "image sub cannot be read: Is a directory"),
         ("http://host/a.png", "outside the folder",
-         "picture http://host/a.png is a URL; only files under {root} are opened"),
+         "image http://host/a.png is a URL; only files under {root} are opened"),
         ("data:image/png;base64,AAAA", "outside the folder",
-         "picture data:image/png;base64,AAAA is a URL; only files under {root} are opened"),
-        ("../a.png", "outside the folder", "picture ../a.png lies outside {root}"),
-        ("a\0b.png", "missing picture", "picture 'a\\x00b.png' cannot be a file: embedded null byte"),
+         "image data:image/png;base64,AAAA is a URL; only files under {root} are opened"),
+        ("../a.png", "outside the folder", "image ../a.png lies outside {root}"),
+        ("a\0b.png", "missing image", "image 'a\\x00b.png' cannot be a file: embedded null byte"),
     ],
 )  # fmt: skip
 def test_what_has_no_file_cannot_be_used(opened: Path, name: str, kind: str, message: str) -> None:
     (opened / "sub").mkdir()
-    found = inspect_picture(FolderImages(opened, 16), name)
+    found = inspect_image(FolderImages(opened, 16), name)
     assert found == ImageFacts(message.format(root=opened), kind)
 
 
-def test_what_is_no_whole_picture_cannot_be_used(tmp_path: Path) -> None:
+def test_what_is_no_whole_image_cannot_be_used(tmp_path: Path) -> None:
     save(tmp_path, "whole.png", "PNG", drawn(size=(40, 40)))
     content = (tmp_path / "whole.png").read_bytes()
     for damaged in (b"", b"<html>404</html>", content[:30], content[: len(content) // 2]):
         (tmp_path / "a.png").write_bytes(damaged)
-        found = inspect_picture(FolderImages(tmp_path, 1600), "a.png")
-        assert (found.kind, found.oddities) == ("corrupt picture", ())
+        found = inspect_image(FolderImages(tmp_path, 1600), "a.png")
+        assert (found.kind, found.oddities) == ("corrupt image", ())
         assert found.digest == hashlib.sha256(damaged).hexdigest()
-        assert (found.problem or "").startswith("picture a.png cannot be read: ")
+        assert (found.problem or "").startswith("image a.png cannot be read: ")
 
 
-def test_an_oversized_picture_cannot_be_used(tmp_path: Path) -> None:
+def test_an_oversized_image_cannot_be_used(tmp_path: Path) -> None:
     digest = save(tmp_path, "a.png", "PNG")
-    message = "picture a.png has 9 x 8 pixels, over max_image_pixels 71"
-    assert inspect_picture(FolderImages(tmp_path, 71), "a.png") == ImageFacts(message, "oversized picture", (), digest)
+    message = "image a.png has 9 x 8 pixels, over max_image_pixels 71"
+    assert inspect_image(FolderImages(tmp_path, 71), "a.png") == ImageFacts(message, "oversized image", (), digest)
 
 
 def gif_with_half_a_second_frame() -> bytes:
@@ -166,16 +166,16 @@ def webp_with_a_broken_exif() -> bytes:
 )
 def test_damage_behind_the_first_frame_is_no_traceback(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
-    assert inspect_picture(FolderImages(tmp_path, 576), "a").digest == hashlib.sha256(content).hexdigest()
+    assert inspect_image(FolderImages(tmp_path, 576), "a").digest == hashlib.sha256(content).hexdigest()
 
 
 def test_a_link_to_itself_is_a_problem(tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to("a.png")
-    assert inspect_picture(FolderImages(tmp_path, 72), "a.png").problem is not None
+    assert inspect_image(FolderImages(tmp_path, 72), "a.png").problem is not None
 
 
 class Counted(FolderImages):
-    """A folder that keeps which pictures were opened."""
+    """A folder that keeps which images were opened."""
 
     def __init__(self, root: Path, max_pixels: int = 72) -> None:
         super().__init__(root, max_pixels)
@@ -188,16 +188,16 @@ class Counted(FolderImages):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for number in range(200):
-        save(tmp_path / "pictures", f"{number}.png", "PNG", drawn(size=(9, 1 + number % 8)))
-    return tmp_path / "pictures"
+        save(tmp_path / "images", f"{number}.png", "PNG", drawn(size=(9, 1 + number % 8)))
+    return tmp_path / "images"
 
 
 NAMES = [f"{number}.png" for number in range(200)]
 
 
-def test_every_picture_is_opened_once_and_found_in_order(folder: Path) -> None:
+def test_every_image_is_opened_once_and_found_in_order(folder: Path) -> None:
     images = Counted(folder)
     done: list[ImageFacts] = []
 
@@ -206,46 +206,46 @@ def test_every_picture_is_opened_once_and_found_in_order(folder: Path) -> None:
             done.append(each)
             yield each
 
-    found = inspect_pictures(images, NAMES, progress=progress)
+    found = inspect_images(images, NAMES, progress=progress)
     assert list(found) == NAMES
-    assert list(found.values()) == done == [inspect_picture(images, name) for name in NAMES]
+    assert list(found.values()) == done == [inspect_image(images, name) for name in NAMES]
     assert sorted(images.opened[:200]) == sorted(NAMES)
-    assert inspect_pictures(images, []) == {}
+    assert inspect_images(images, []) == {}
 
 
-def test_unchanged_pictures_are_not_opened_again(folder: Path) -> None:
-    cache, images = folder.parent / "new" / "pictures.json", Counted(folder)
+def test_unchanged_images_are_not_opened_again(folder: Path) -> None:
+    cache, images = folder.parent / "new" / "images.json", Counted(folder)
     names = [*NAMES[:5], "gone.png", "../out.png"]
-    first = inspect_pictures(images, names, cache)
+    first = inspect_images(images, names, cache)
     images.opened.clear()
-    assert inspect_pictures(images, names, cache) == first
+    assert inspect_images(images, names, cache) == first
     assert sorted(images.opened) == ["../out.png", "gone.png"]  # no file, so nothing to know it by
     images.opened.clear()
-    assert inspect_pictures(images, ["3.png", "7.png"], cache)["3.png"] == first["3.png"]
+    assert inspect_images(images, ["3.png", "7.png"], cache)["3.png"] == first["3.png"]
     assert images.opened == ["7.png"]
     images.opened.clear()
-    inspect_pictures(images, NAMES[:8], cache)  # what was known before is still known
+    inspect_images(images, NAMES[:8], cache)  # what was known before is still known
     assert sorted(images.opened) == ["5.png", "6.png"]
     assert list(cache.parent.iterdir()) == [cache]
 
 
-def test_changed_pictures_are_opened_again(folder: Path) -> None:
-    cache, images = folder.parent / "pictures.json", Counted(folder)
-    inspect_pictures(images, NAMES[:4], cache)
-    (folder / "0.png").write_text("no picture")
+def test_changed_images_are_opened_again(folder: Path) -> None:
+    cache, images = folder.parent / "images.json", Counted(folder)
+    inspect_images(images, NAMES[:4], cache)
+    (folder / "0.png").write_text("no image")
     old = (folder / "1.png").stat()
     os.utime(folder / "1.png", ns=(old.st_atime_ns, old.st_mtime_ns + 1))
     (folder / "2.png").unlink()
     images.opened.clear()
-    found = inspect_pictures(images, NAMES[:4], cache)
+    found = inspect_images(images, NAMES[:4], cache)
     assert sorted(images.opened) == ["0.png", "1.png", "2.png"]
-    assert [found[name].kind for name in NAMES[:4]] == ["corrupt picture", "", "missing picture", ""]
+    assert [found[name].kind for name in NAMES[:4]] == ["corrupt image", "", "missing image", ""]
     other = Counted(folder, max_pixels=1)
-    assert inspect_pictures(other, ["3.png"], cache)["3.png"].kind == "oversized picture"
+    assert inspect_images(other, ["3.png"], cache)["3.png"].kind == "oversized image"
     (folder.parent / "more").mkdir()
     save(folder.parent / "more", "3.png", "PNG", drawn("L"))
-    more = inspect_pictures(Counted(folder.parent / "more"), ["3.png"], cache)
-    assert [kind for kind, _ in more["3.png"].oddities] == ["picture not RGB"]
+    more = inspect_images(Counted(folder.parent / "more"), ["3.png"], cache)
+    assert [kind for kind, _ in more["3.png"].oddities] == ["image not RGB"]
 
 
 BROKEN = ["", "{", '{"0.png": 5}', '{"0.png": ["x", 5]}', '{"0.png": ["x", {"other": 1}]}', "\xff"]
@@ -253,25 +253,25 @@ BROKEN = ["", "{", '{"0.png": 5}', '{"0.png": ["x", 5]}', '{"0.png": ["x", {"oth
 
 @pytest.mark.parametrize("content", [*BROKEN, "[]"])
 def test_a_broken_cache_is_made_anew(folder: Path, content: str) -> None:
-    cache, images = folder.parent / "pictures.json", Counted(folder)
+    cache, images = folder.parent / "images.json", Counted(folder)
     cache.write_bytes(content.encode("latin-1"))
-    first = inspect_pictures(images, ["0.png"], cache)
-    assert first == inspect_pictures(images, ["0.png"], cache) == inspect_pictures(images, ["0.png"])
+    first = inspect_images(images, ["0.png"], cache)
+    assert first == inspect_images(images, ["0.png"], cache) == inspect_images(images, ["0.png"])
     assert images.opened == ["0.png", "0.png"]
     assert list(json.loads(cache.read_text())) == ["0.png"]
 
 
 def test_the_order_is_that_of_the_names_whatever_is_known(folder: Path) -> None:
-    cache, images = folder.parent / "pictures.json", Counted(folder)
-    inspect_pictures(images, ["2.png", "gone.png"], cache)
-    assert list(inspect_pictures(images, ["gone.png", "3.png", "2.png"], cache)) == ["gone.png", "3.png", "2.png"]
+    cache, images = folder.parent / "images.json", Counted(folder)
+    inspect_images(images, ["2.png", "gone.png"], cache)
+    assert list(inspect_images(images, ["gone.png", "3.png", "2.png"], cache)) == ["gone.png", "3.png", "2.png"]
 
 
 def test_warnings_are_as_they_were(folder: Path) -> None:
     before = list(warnings.filters)
     try:
         for _ in range(20):
-            inspect_pictures(Counted(folder), NAMES)
+            inspect_images(Counted(folder), NAMES)
             assert list(warnings.filters) == before
     finally:
         warnings.filters[:] = before  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Hostile pictures and names: nothing is read outside the folder, fetched, started, waited for or unpacked."""
+"""Hostile images and names: nothing is read outside the folder, fetched, started, waited for or unpacked."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.security.conftest import WriteRows
 from tests.security.hostile import MEMORY_RISE_MIB, Outcome, counting_server, png, run_verb, tiff
 
 PIXELS_81M = (9000, 9000)
-NO_PICTURE = "cannot be read: it is no picture, or one of an unknown kind"
+NO_IMAGE = "cannot be read: it is no image, or one of an unknown kind"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(%pipe%touch /tmp/x) (w) file\n"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script><image href="file:///etc/passwd"/></svg>'
 
@@ -41,29 +41,29 @@ def _bomb(file: Path) -> None:
 
 
 HOSTILE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
-    "bomb.png": (_bomb, "has 9000 x 9000 pixels, over max_image_pixels 50000000", "oversized picture"),
+    "bomb.png": (_bomb, "has 9000 x 9000 pixels, over max_image_pixels 50000000", "oversized image"),
     "claim.png": (
         lambda file: file.write_bytes(png(60_000, 60_000)),
         "is over max_image_pixels 50000000: Image size (3600000000 pixels) exceeds limit of 178956970 pixels, could be "
-        "decompression bomb DOS attack.", "oversized picture",
+        "decompression bomb DOS attack.", "oversized image",
     ),
     "absurd.tif": (
         lambda file: file.write_bytes(tiff(2**31 - 1, 2**31 - 1)),
         "is over max_image_pixels 50000000: Image size (4611686014132420609 pixels) exceeds limit of 178956970 pixels, "
-        "could be decompression bomb DOS attack.", "oversized picture",
+        "could be decompression bomb DOS attack.", "oversized image",
     ),
     "sparse.png": (
-        _sparse, "is a file of 4,294,967,296 bytes, more than max_image_pixels 50000000 can take", "oversized picture",
+        _sparse, "is a file of 4,294,967,296 bytes, more than max_image_pixels 50000000 can take", "oversized image",
     ),
-    "cut.jpg": (_cut_jpeg, "cannot be read: image file is truncated", "corrupt picture"),
-    "script.svg": (lambda file: file.write_text(SVG), NO_PICTURE, "corrupt picture"),
-    "page.png": (lambda file: file.write_text("<html><script>alert(1)</script>"), NO_PICTURE, "corrupt picture"),
+    "cut.jpg": (_cut_jpeg, "cannot be read: image file is truncated", "corrupt image"),
+    "script.svg": (lambda file: file.write_text(SVG), NO_IMAGE, "corrupt image"),
+    "page.png": (lambda file: file.write_text("<html><script>alert(1)</script>"), NO_IMAGE, "corrupt image"),
     "print.png": (
-        lambda file: file.write_bytes(EPS), "is EPS, which is not read; save it as PNG or JPEG", "corrupt picture",
+        lambda file: file.write_bytes(EPS), "is EPS, which is not read; save it as PNG or JPEG", "corrupt image",
     ),
-    "pipe.png": (lambda file: os.mkfifo(file), "is no file but a pipe, socket or device", "corrupt picture"),
-    "folder.png": (lambda file: file.mkdir(), "cannot be read: Is a directory", "corrupt picture"),
-    "loop.png": (lambda file: file.symlink_to(file.name), "cannot be a file: ", "missing picture"),
+    "pipe.png": (lambda file: os.mkfifo(file), "is no file but a pipe, socket or device", "corrupt image"),
+    "folder.png": (lambda file: file.mkdir(), "cannot be read: Is a directory", "corrupt image"),
+    "loop.png": (lambda file: file.symlink_to(file.name), "cannot be a file: ", "missing image"),
 }  # fmt: skip
 
 
@@ -75,19 +75,19 @@ def good(write_rows: WriteRows) -> Outcome:
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_picture_is_one_line(name: str, write_rows: WriteRows, images: Path, good: Outcome) -> None:
+def test_a_hostile_image_is_one_line(name: str, write_rows: WriteRows, images: Path, good: Outcome) -> None:
     make, told, _ = HOSTILE[name]
     make(images / name)
     found = run_verb("finetune", write_rows([asked(8, name)], validation_rows=0), "--dry-run")
     assert found.code == 2, found.err
     assert len(found.err.splitlines()) == 1
     shown = repr(name) if name == "loop.png" else name
-    assert found.err.startswith(f"error: row r8 (rows.json, index 8): picture {shown} {told}")
+    assert found.err.startswith(f"error: row r8 (rows.json, index 8): image {shown} {told}")
     assert found.err.endswith("; mend it or set data.on_bad_image=drop\n")
     assert found.rise_mib - good.rise_mib < MEMORY_RISE_MIB
 
 
-def test_hostile_pictures_are_dropped_and_counted(write_rows: WriteRows, images: Path, tmp_path: Path) -> None:
+def test_hostile_images_are_dropped_and_counted(write_rows: WriteRows, images: Path, tmp_path: Path) -> None:
     for name, (make, _, _) in HOSTILE.items():
         make(images / name)
     rows = [asked(8 + number, name) for number, name in enumerate(HOSTILE)]
@@ -100,7 +100,7 @@ def test_hostile_pictures_are_dropped_and_counted(write_rows: WriteRows, images:
     assert sorted(errors) == sorted((row["id"], HOSTILE[row["image"]][2]) for row in rows)
 
 
-def test_no_program_is_started_for_a_picture(write_rows: WriteRows, images: Path, tmp_path: Path) -> None:
+def test_no_program_is_started_for_a_image(write_rows: WriteRows, images: Path, tmp_path: Path) -> None:
     marker, programs = tmp_path / "started", tmp_path / "bin"
     programs.mkdir()
     for name in ("gs", "gswin64c", "djpeg", "xv"):
@@ -114,7 +114,7 @@ def test_no_program_is_started_for_a_picture(write_rows: WriteRows, images: Path
 
 
 @pytest.mark.parametrize("tail", ["html", "zip"])
-def test_what_is_appended_to_a_picture_is_not_seen(
+def test_what_is_appended_to_a_image_is_not_seen(
     tail: str, write_rows: WriteRows, images: Path, tmp_path: Path
 ) -> None:
     archive = io.BytesIO()
@@ -139,7 +139,7 @@ def test_a_gif_of_10_000_frames_is_its_first(
     report = tmp_path / "report.json"
     found = run_verb("check", write_rows([asked(8, "long.gif")], validation_rows=0), "--json", report)
     assert found.code == 0, found.err
-    told = "picture long.gif has 10000 frames; only the first is seen"
+    told = "image long.gif has 10000 frames; only the first is seen"
     warnings = json.loads(report.read_text())["warnings"]
     assert [each["message"] for each in warnings if each["kind"] == "several frames"] == [told]
     assert found.rise_mib - good.rise_mib < MEMORY_RISE_MIB
@@ -174,7 +174,7 @@ def test_nothing_outside_the_folder_is_read_or_fetched(
     with counting_server() as (url, asked_for):
         own = name.format(root=tmp_path, url=url)
         found = run_verb("finetune", write_rows([asked(8, own)], validation_rows=0), "--dry-run")
-    told = f"error: row r8 (rows.json, index 8): picture {own[:60] if 'URL' in OUTSIDE[name] else own} {OUTSIDE[name]}"
+    told = f"error: row r8 (rows.json, index 8): image {own[:60] if 'URL' in OUTSIDE[name] else own} {OUTSIDE[name]}"
     assert (found.code, found.err) == (2, f"{told.format(images=images)}; mend it or set data.on_bad_image=drop\n")
     assert asked_for == []
     assert _last_read(tmp_path / "secret.png") == before
