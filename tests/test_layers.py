@@ -28,6 +28,7 @@ LAYERS = [
     "training",
     "benchmark",
     "publishing",
+    "api",
     "commands",
 ]
 """From the bottom up; a module imports from its own layer or those before it."""

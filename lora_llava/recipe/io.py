@@ -156,6 +156,18 @@ def _rename_keys(content: dict[str, Any], where: str) -> None:
         print(f"warning: {where}: {old} is now called {new}; use the new name", file=sys.stderr)
 
 
+def override_recipe(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
+    """Return a recipe with `key.sub=value` overrides applied.
+
+    Raises:
+        RecipeError: For an unknown key, a wrong type or a value out of range.
+    """
+    content = recipe.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(content, override)
+    return check_recipe(content, "recipe")
+
+
 def check_recipe(content: Mapping[str, Any], where: str) -> Recipe:
     """Validate a recipe's plain content; all mistakes are told, one line each.
 
