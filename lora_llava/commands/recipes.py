@@ -14,6 +14,7 @@ EXAMPLES = ("lora-llava recipes", "lora-llava recipes --copy my_recipes")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--copy", metavar="FOLDER", type=a_path, help="copy the shipped recipes there")
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a recipe")
+    parser.add_argument("--reference", action="store_true", help="print the reference of all keys, as Markdown")
 
 
 def run(args: argparse.Namespace, console: Any) -> int:
@@ -28,6 +29,11 @@ def run(args: argparse.Namespace, console: Any) -> int:
 
     if args.schema:
         print(json_schema(), end="")
+        return 0
+    if args.reference:
+        from lora_llava.recipe.key_reference import key_reference
+
+        print(key_reference(), end="")
         return 0
     if args.copy:
         written = copy_recipes(args.copy)
