@@ -20,8 +20,8 @@ my_recipes` copies them. Any value can be replaced on the command line, in YAML'
     lora-llava plan scienceqa_qlora.yaml lora.r=32 training.learning_rate=1e-4
 
 Unknown keys, wrong types and duplicate keys are refused. Editors that know YAML language servers complete and check
-recipes by `recipes/schema.json`. `~` is the home folder; relative input paths are looked up where the command runs, then
-beside the recipe; output paths are relative to where the command runs.
+recipes by `recipes/schema.json`. `~` is the home folder. Relative input paths are looked up where the command runs,
+then beside the recipe; output paths are relative to where the command runs.
 
 This page is generated: `lora-llava recipes --reference > docs/recipes.md`.
 """
