@@ -17,7 +17,7 @@ from PIL import Image
 
 from lora_llava.pages.preview_samples import escape_hidden
 from lora_llava.pages.report_page import GalleryItem, RunReport, Table, render_report
-from lora_llava.pages.report_plots import Curve, draw, left_out, write_number
+from lora_llava.pages.report_plots import Curve, describe_gaps, draw, write_number
 
 HOSTILE = (
     "</p></style><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='x", "]]></svg>",
@@ -26,6 +26,11 @@ HOSTILE = (
 TEXT = st.text(st.characters(), max_size=40) | st.sampled_from(HOSTILE)
 VOID = {"meta", "img", "input", "br"}
 LOSS = Curve("Loss", "nats", {"training": [(10, 2.0), (20, 1.0)], "validation": [(20, 1.5)]})
+
+
+def is_layout(text: str) -> bool:
+    """Check whether a text is a line break and indentation of the template, not content."""
+    return text.isspace() and "\n" in text
 
 
 class Page(HTMLParser):
@@ -52,7 +57,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open:
+        if self.open and not is_layout(data):
             self.texts.append((self.open[-1], data))
 
     def all(self, tag: str, **wanted: str) -> list[dict[str, str]]:
@@ -191,6 +196,12 @@ def test_head_and_empty_parts() -> None:
     assert page.all("article") == page.all("figure") == page.all("table") == page.all("input") == []
 
 
+def drawn(curve: Curve, prefix: str = "c") -> str:
+    """Return the drawing's SVG, "" for none."""
+    drawing = draw(curve, prefix)
+    return drawing.content if drawing else ""
+
+
 def marks(svg: str) -> list[int]:
     """Points that are marked, a series each."""
     return [
@@ -207,10 +218,12 @@ def vertices(svg: str) -> list[str]:
 
 
 def test_a_drawing_takes_text_as_text_and_colours_from_the_page() -> None:
-    svg = draw(LOSS, "c")
-    assert svg == draw(LOSS, "c")
-    assert svg.startswith("<svg viewBox=")
-    assert svg.endswith("</svg>")
+    drawing = draw(LOSS, "c")
+    assert drawing == draw(LOSS, "c")
+    assert drawing
+    svg = drawing.content
+    assert re.fullmatch(r"0 0 [\d.]+ [\d.]+", drawing.view_box)
+    assert "svg" not in svg
     assert vertices(svg)[0] == "ML"
     assert [label for label in ("0", "0.5", "1", "1.5", "2") if f">{label}</text>" in svg] == [
         "0",
@@ -224,7 +237,7 @@ def test_a_drawing_takes_text_as_text_and_colours_from_the_page() -> None:
     }  # fmt: skip
     assert "<style" not in svg
     assert "xmlns" not in svg
-    ids, other = (set(re.findall(r' id="([^"]+)"', draw(LOSS, prefix))) for prefix in ("c0", "c1"))
+    ids, other = (set(re.findall(r' id="([^"]+)"', drawn(LOSS, prefix))) for prefix in ("c0", "c1"))
     assert ids
     assert not ids & other
     assert all(f'id="{name}"' in svg for name in re.findall(r'(?:="#|url\(#)([^")]+)', svg))
@@ -233,27 +246,27 @@ def test_a_drawing_takes_text_as_text_and_colours_from_the_page() -> None:
 def test_a_nan_is_a_gap_and_told() -> None:
     points = [(float(n), math.nan if n == 20 else math.inf if n == 30 else 1.0 + n) for n in range(40)]
     curve = Curve("Loss", "", {"train": points, "fine": [(0, 1.0)]})
-    assert left_out(curve) == ["train: 2 values are gaps, the first NaN at step 20"]
-    assert vertices(draw(curve, "c"))[0].count("M") == 3
+    assert describe_gaps(curve) == ["train: 2 values are gaps, the first NaN at step 20"]
+    assert vertices(drawn(curve))[0].count("M") == 3
     page = Page(render_report(report_of(curves=[curve])))
     assert "train: 2 values are gaps, the first NaN at step 20" in page.text("p")
     log = Curve("Loss", "", {"train": [(1, 0.0), (2, 1.0)]}, log_scale=True)
-    assert left_out(log) == ["train: 1 value is a gap, the first 0 at step 1"]
-    assert left_out(Curve("", "", {"train": [(math.nan, 1.0)]})) == ["train: 1 value is a gap, the first 1 at step nan"]
+    assert describe_gaps(log) == ["train: 1 value is a gap, the first 0 at step 1"]
+    assert describe_gaps(Curve("", "", {"train": [(math.nan, 1.0)]})) == ["train: 1 value is a gap, the first 1 at step nan"]
 
 
 def test_points_without_a_line_are_marked() -> None:
     many = [(float(n), 1.0) for n in range(40)]
     many[19] = many[21] = (19.0, math.nan)  # 20 stands alone
-    assert marks(draw(Curve("", "", {"one": [(5, 1.0)]}), "c")) == [1]
-    assert marks(draw(Curve("", "", {"many": many}), "c")) == [1]
-    assert marks(draw(Curve("", "", {"few": many[:16]}), "c")) == [16]
+    assert marks(drawn(Curve("", "", {"one": [(5, 1.0)]}))) == [1]
+    assert marks(drawn(Curve("", "", {"many": many}))) == [1]
+    assert marks(drawn(Curve("", "", {"few": many[:16]}))) == [16]
 
 
 @pytest.mark.parametrize("points", [[], [(1, math.nan)], [(math.inf, 1.0)]])
 def test_a_curve_without_a_point_says_so(points: list[tuple[float, float]]) -> None:
     curve = Curve("Accuracy", "%", {"validation": points})
-    assert draw(curve, "c") == ""
+    assert draw(curve, "c") is None
     page = Page(render_report(report_of(curves=[curve])))
     assert "no values" in page.text("p")
     assert page.all("svg") == []
@@ -265,7 +278,7 @@ def test_a_curve_without_a_point_says_so(points: list[tuple[float, float]]) -> N
     points=st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats()), max_size=5), log_scale=st.booleans(),
 )  # fmt: skip
 def test_any_numbers_can_be_drawn(points: list[tuple[float, float]], log_scale: bool) -> None:
-    svg = draw(Curve("", "", {"a": points}, log_scale), "c")
+    svg = drawn(Curve("", "", {"a": points}, log_scale))
     drawable = [value for _, value in points if abs(value) < 1e100 and (value > 1e-100 or not log_scale)]
     assert bool(svg) == bool(drawable)
     assert "nan" not in svg
