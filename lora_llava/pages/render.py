@@ -40,6 +40,7 @@ def _lines(text: str) -> Markup:
 
 
 def _thousands(number: float) -> str:
+    """Write a number with commas between thousands."""
     return f"{number:,}"
 
 
