@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 
 from PIL import Image
 
@@ -114,6 +115,7 @@ class Preview:
     rows: tuple[PreviewRow, ...]
 
 
+@lru_cache(maxsize=4096)
 def is_hidden(character: str) -> bool:
     """Check whether a character is invisible or changes how its neighbours are drawn.
 
@@ -142,6 +144,8 @@ def escape_hidden(text: str) -> str:
     Returns:
         Text that can be encoded as UTF-8, sends no control sequence to a terminal and reorders no text around it.
     """
+    if text.isascii() and text.isprintable():  # fast: most texts have no hidden characters
+        return text
     return "".join(f"U+{ord(c):04X}" if is_hidden(c) else c for c in text)
 
 
