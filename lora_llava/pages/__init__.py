@@ -1,0 +1,1 @@
+"""HTML pages and terminal views, rendered from plain data."""

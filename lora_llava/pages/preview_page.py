@@ -1,22 +1,20 @@
-"""Samples as they are trained, on one HTML page that needs nothing else.
+"""Samples as they are trained, on one HTML page that needs no other file.
 
-A reader can take `input_ids` and `labels` back from the page: every token is a `span` with its id in `data-id`, how
-many equal ids it stands for in `data-n`, and the class `on` where it is trained.
+A reader can restore `input_ids` and `labels` from the page: every token is a `span` with its id in `data-id`, the
+number of equal ids it stands for in `data-n`, and the class `on` where it is trained.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 from collections import Counter
-from collections.abc import Sequence
-from html import escape
-from importlib import resources
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
 from PIL import Image
 
-from lora_llava.pages.html_page import escape_line, write_page
+from lora_llava.pages.embedded_image import EmbeddedImage, embed_image
 from lora_llava.pages.preview_samples import (
     NEWLINE,
     SPACE,
@@ -29,15 +27,64 @@ from lora_llava.pages.preview_samples import (
     is_hidden,
     share,
 )
+from lora_llava.pages.render import render
 
 JPEG_QUALITY = 85
-_SMALL = 128 * 128
-"""Pixels up to which an image is kept as PNG: JPEG's traces would show where few pixels are drawn large."""
 _NUMBERED_SEGMENT = 0.05  # of a row; a number does not fit in less on a phone
 
 
+@dataclass(frozen=True)
+class _Token:
+    """A token's box: its text in parts, each with its kind: `plain`, `mark` (of a blank) or `hidden`."""
+
+    id: int
+    count: int
+    style: str
+    title: str
+    parts: Sequence[tuple[str, str]]
+    newlines: int
+
+
+@dataclass(frozen=True)
+class _Figure:
+    """An image of a sample: the symbol to draw, its size in pixels, and its file name if known."""
+
+    symbol: str
+    width: int
+    height: int
+    file: str | None
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A part of a row's bar: a sample with its number, or 0 for what is not a sample of the page."""
+
+    size: int
+    title: str
+    number: int = 0
+    is_numbered: bool = False
+    is_current: bool = False
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class _Row:
+    description: str
+    segments: Sequence[_Segment]
+
+
+@dataclass(frozen=True)
+class _Article:
+    number: int
+    sample: PreviewSample
+    trained_share: str
+    row: _Row
+    tokens: Sequence[_Token]
+    figures: Sequence[_Figure]
+
+
 def render_page(preview: Preview) -> str:
-    """Write the page.
+    """Render the page.
 
     Args:
         preview: What to show; its texts may hold anything.
@@ -49,159 +96,98 @@ def render_page(preview: Preview) -> str:
     Raises:
         IndexError: For a sample whose row is not among the rows.
     """
-    style, script = _asset("preview_page.css"), _asset("preview_page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    definitions, names = _embed_images(preview.samples)
-    articles = "\n".join(_article(preview, index, names[index]) for index in range(len(preview.samples)))
-    main = articles or "<p>There are no samples.</p>"
-    body = f"{definitions}\n{_head(preview)}\n{_toolbar(preview.samples)}\n<main>\n{main}\n</main>"
-    return write_page(preview.title, style, body, policy, script)
-
-
-def _asset(name: str) -> str:
-    return resources.files("lora_llava.pages").joinpath(name).read_text(encoding="utf-8")
-
-
-def _embed_images(samples: Sequence[PreviewSample]) -> tuple[str, list[list[str]]]:
-    """The images as SVG symbols, each distinct one once, and the symbols' names for every sample."""
-    symbols: dict[bytes, tuple[str, str]] = {}
-    names: list[list[str]] = []
-    for sample in samples:
-        names.append([])
-        for image in sample.images:
-            key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-            if key not in symbols:
-                symbols[key] = _symbol(f"p{len(symbols)}", image)
-            names[-1].append(symbols[key][0])
-    drawn = "\n".join(symbol for _, symbol in symbols.values())
-    return f'<svg class="store" aria-hidden="true">{drawn}</svg>', names
-
-
-def _symbol(name: str, image: Image.Image) -> tuple[str, str]:
-    stream = io.BytesIO()
-    width, height = image.size
-    kind = "png" if width * height <= _SMALL else "jpeg"
-    image.convert("RGB").save(stream, kind.upper(), quality=JPEG_QUALITY, optimize=True)
-    data = base64.b64encode(stream.getvalue()).decode()
-    element = f'<image width="{width}" height="{height}" href="data:image/{kind};base64,{data}"/>'
-    return name, f'<symbol id="{name}" viewBox="0 0 {width} {height}">{element}</symbol>'
-
-
-def _head(preview: Preview) -> str:
-    facts = "".join(
-        f"<div><dt>{escape_line(label)}</dt><dd>{escape_line(value)}</dd></div>" for label, value in preview.facts
-    )
-    return (
-        f"<header><h1>{escape_line(preview.title)}</h1><dl>{facts}</dl>"
-        '<ul class="legend"><li><span class="on">trained</span> the loss is taken on it</li>'
-        '<li><span class="t">read</span> context only</li>'
-        '<li><span class="im">image</span> positions of an image</li>'
-        f"<li><span class='t'><i>{SPACE}</i></span> space</li><li><span class='t'><i>{NEWLINE}</i></span> new line</li>"
-        "</ul></header>"
+    symbols = _Symbols()
+    return render(
+        "preview.html.j2",
+        title=preview.title,
+        facts=preview.facts,
+        articles=[_article(preview, index, symbols) for index in range(len(preview.samples))],
+        sources=Counter(escape_hidden(sample.source) for sample in preview.samples),
+        symbols=symbols.embedded(),
+        space=SPACE,
+        newline=NEWLINE,
     )
 
 
-def _toolbar(samples: Sequence[PreviewSample]) -> str:
-    sources = Counter(escape_hidden(sample.source) for sample in samples)
-    options = "".join(
-        f'<option value="{escape(source)}">{escape(source)} ({count:,})</option>' for source, count in sources.items()
-    )
-    # Sources are told from "all" by its lack of a value, as a source can have any name, the empty one too.
-    return (
-        '<nav aria-label="Samples"><button id="previous" type="button" title="Left arrow key">← Previous</button>'
-        f'<output id="place" aria-live="polite">1 of {len(samples)}</output>'
-        '<button id="next" type="button" title="Right arrow key">Next →</button>'
-        f'<label>Source <select id="source"><option data-all>all ({len(samples):,})</option>{options}</select></label>'
-        "</nav>"
-    )
+class _Symbols:
+    """Images of the page, each distinct one embedded once as an SVG symbol."""
+
+    def __init__(self) -> None:
+        self._symbols: dict[bytes, tuple[str, EmbeddedImage]] = {}
+
+    def add(self, image: Image.Image) -> str:
+        """Return the name of the image's symbol."""
+        key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
+        if key not in self._symbols:
+            self._symbols[key] = (f"p{len(self._symbols)}", embed_image(image, JPEG_QUALITY))
+        return self._symbols[key][0]
+
+    def embedded(self) -> list[tuple[str, EmbeddedImage]]:
+        return list(self._symbols.values())
 
 
-def _article(preview: Preview, index: int, images: Sequence[str]) -> str:
+def _article(preview: Preview, index: int, symbols: _Symbols) -> _Article:
     sample = preview.samples[index]
-    source, row_id = escape_line(sample.source), escape_line(sample.row_id)
-    name = escape_line(sample.name) or row_id
-    notes = "".join(f"<li>{escape_line(note)}</li>" for note in sample.notes)
-    figures = (
-        ("tokens", f"{sample.length:,}"),
-        ("trained", f"{sample.trained:,} <small>{share(sample.trained, sample.length)}</small>"),
-        ("images", str(len(sample.images))),
-    )
-    return (
-        f'<article id="{index + 1}" data-row-id="{row_id}" data-source="{source}">'
-        f'<div class="top"><div><p class="source">sample {index + 1} · <bdi>{source}</bdi></p><h2>{name}</h2></div>'
-        '<dl class="figures">'
-        + "".join(f"<div><dt>{label}</dt><dd>{value}</dd></div>" for label, value in figures)
-        + "</dl></div>"
-        + (f'<ul class="notes">{notes}</ul>' if notes else "")
-        + _row(preview, index)
-        + f'<div class="body"><p class="tokens">{"".join(map(_token, sample.tokens))}</p>'
-        + _images(sample, images)
-        + "</div></article>"
+    files = sample.names or [None] * len(sample.images)
+    return _Article(
+        number=index + 1,
+        sample=sample,
+        trained_share=share(sample.trained, sample.length),
+        row=_Row(describe_row(preview, sample.row), list(_segments(preview, index))),
+        tokens=[_token(token) for token in sample.tokens],
+        figures=[
+            _Figure(symbols.add(image), *image.size, file) for image, file in zip(sample.images, files, strict=True)
+        ],
     )
 
 
-def _images(sample: PreviewSample, names: Sequence[str]) -> str:
-    if not sample.images:
-        return ""
-    figures = ""
-    files = [f"<bdi>{escape_line(file)}</bdi>, " for file in sample.names] or [""] * len(names)
-    for number, (image, name, file) in enumerate(zip(sample.images, names, files, strict=True), 1):
-        width, height = image.size
-        figures += (
-            f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="Image {number}">'
-            f'<use href="#{name}" width="{width}" height="{height}"/></svg>'
-            f"<figcaption>{file}as CLIP gets it, {width} × {height}</figcaption></figure>"
-        )
-    return f'<div class="images">{figures}</div>'
-
-
-def _row(preview: Preview, current: int) -> str:
-    """The bar of the row that the current sample lies in."""
-    number = preview.samples[current].row
-    row = preview.rows[number]
+def _segments(preview: Preview, current: int) -> Iterator[_Segment]:
+    """Segments of the row that the current sample lies in."""
+    row = preview.rows[preview.samples[current].row]
     total = sum(row.lengths) + row.padding + row.unused
-    bar = ""
     for sample, length in zip(row.samples, row.lengths, strict=True):
-        text = str(sample + 1) if sample >= 0 and length >= _NUMBERED_SEGMENT * total else ""
-        style = f'style="flex-grow:{length}"'
+        tokens = count_of(length, "token")
         if sample < 0:
-            bar += f'<b {style} title="a sample that is not shown, {count_of(length, "token")}"></b>'
+            yield _Segment(length, f"a sample that is not shown, {tokens}")
             continue
-        here = ' aria-current="true"' if sample == current else ""
-        title = f"sample {sample + 1}, {count_of(length, 'token')}"
-        bar += f'<a href="#{sample + 1}" {style}{here} title="{title}" aria-label="{title}">{text}</a>'
-    for name, size in (("padding", row.padding), ("unused", row.unused)):
+        yield _Segment(
+            size=length,
+            title=f"sample {sample + 1}, {tokens}",
+            number=sample + 1,
+            is_numbered=length >= _NUMBERED_SEGMENT * total,
+            is_current=sample == current,
+        )
+    for style, size in (("padding", row.padding), ("unused", row.unused)):
         if size:
-            bar += f'<b class="{name}" style="flex-grow:{size}" title="{name}, {count_of(size, "token")}"></b>'
-    return f'<div class="row"><p>{describe_row(preview, number)}</p><div class="bar">{bar}</div></div>'
+            yield _Segment(size, f"{style}, {count_of(size, 'token')}", style=style)
 
 
-def _token(token: PreviewToken) -> str:
-    kind = "im" if token.is_image else "" if token.trained else "t"
-    kind = f"{kind} on".strip() if token.trained else kind
+def _token(token: PreviewToken) -> _Token:
+    style = "im" if token.is_image else "" if token.trained else "t"
     last = f"-{token.position + token.count - 1}" if token.count > 1 else ""
     trained = "trained" if token.trained else "not trained"
-    title = f"id {token.id}, position {token.position}{last}, {trained}: {escape_line(token.text)}"
-    shown = f"image × {token.count}" if token.is_image else _piece(token)
-    box = f'<span class="{kind}" data-id="{token.id}" data-n="{token.count}" title="{title}">{shown}</span>'
-    return box + "<br>" * token.newlines
+    return _Token(
+        id=token.id,
+        count=token.count,
+        style=f"{style} on".strip() if token.trained else style,
+        title=f"id {token.id}, position {token.position}{last}, {trained}: {token.text}",
+        parts=[("plain", f"image × {token.count}")] if token.is_image else list(_parts(token)),
+        newlines=token.newlines,
+    )
 
 
-def _piece(token: PreviewToken) -> str:
+def _parts(token: PreviewToken) -> Iterator[tuple[str, str]]:
+    """Split a token's text into plain characters, marks of blanks, and hidden characters."""
     if token.text == "<0x0A>":
-        return f"<i>{NEWLINE}</i>"
-    shown = ""
-    for character in token.text:
-        if character in (SPACE, " "):
-            shown += f"<i>{SPACE if character == SPACE else '␣'}</i>"
-        elif character == "\n":
-            shown += f"<i>{NEWLINE}</i>"
-        elif is_hidden(character):
-            shown += f"<b>{escape_hidden(character)}</b>"
+        yield "mark", NEWLINE
+        return
+    marks = {SPACE: SPACE, " ": "␣", "\n": NEWLINE}
+    for kind, characters in groupby(
+        token.text, lambda c: "mark" if c in marks else "hidden" if is_hidden(c) else "plain"
+    ):
+        if kind == "plain":
+            yield kind, "".join(characters)
         else:
-            shown += escape(character)
-    return shown + (f" × {token.count}" if token.count > 1 else "")
+            yield from ((kind, marks.get(character, character)) for character in characters)
+    if token.count > 1:
+        yield "plain", f" × {token.count}"

@@ -1,16 +1,18 @@
-"""What a preview shows: samples as they are trained, the rows they share, and how both are put into words."""
+"""Content of a preview: samples as they are trained, their rows, and helpers that write both as text."""
 
 from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 
 from PIL import Image
 
 SPACE = "▁"
 """SentencePiece's mark of a space."""
 NEWLINE = "⏎"
-_BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and marks to Unicode, nothing to the eye
+"""How a preview shows a line break."""
+_BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and marks in Unicode, but drawn as nothing
 
 
 @dataclass(frozen=True)
@@ -20,10 +22,10 @@ class PreviewToken:
     Attributes:
         id: Token id.
         text: The tokenizer's own piece, such as `▁dog` or `<0x0A>`.
-        trained: The loss is taken on it.
+        trained: Whether the loss is computed on it.
         position: Index of its first id in the sample's `input_ids`.
-        count: Equal ids that it stands for; more than 1 only for image positions.
-        is_image: It is replaced by features of the image.
+        count: Number of equal ids that it stands for; more than 1 only for image positions.
+        is_image: Whether features of the image replace it.
     """
 
     id: int
@@ -35,7 +37,7 @@ class PreviewToken:
 
     @property
     def newlines(self) -> int:
-        """How often the piece breaks the line."""
+        """Number of line breaks in the piece."""
         return 1 if self.text == "<0x0A>" else self.text.count("\n")
 
 
@@ -44,13 +46,13 @@ class PreviewSample:
     """One sample.
 
     Attributes:
-        source: The dataset or file that it comes from.
-        row_id: Its name there.
+        source: Name of its dataset or file.
+        row_id: Its id in the source.
         tokens: All of them, in order.
-        images: RGB, as CLIP gets them, in the order of the placeholders.
-        row: Index of the row that it lies in.
-        notes: What a reader should know of it, such as "answer cut to fit".
-        name: How messages name the row; nothing where only the id is known.
+        images: RGB images as CLIP gets them, in the order of the placeholders.
+        row: Index of its row.
+        notes: What a reader should know about it, such as "answer cut to fit".
+        name: How messages name the row; "" where only the id is known.
         names: The images' file names.
     """
 
@@ -65,12 +67,12 @@ class PreviewSample:
 
     @property
     def length(self) -> int:
-        """Tokens, image positions included."""
+        """Number of tokens, image positions included."""
         return sum(token.count for token in self.tokens)
 
     @property
     def trained(self) -> int:
-        """Tokens that the loss is taken on."""
+        """Number of tokens that the loss is computed on."""
         return sum(token.count for token in self.tokens if token.trained)
 
 
@@ -80,9 +82,9 @@ class PreviewRow:
 
     Attributes:
         samples: Indices into the preview's samples, in order; -1 for a sample that is not shown.
-        lengths: Tokens of each.
-        capacity: The row's token budget, 0 if there is none.
-        padding: Padding tokens.
+        lengths: Number of tokens of each.
+        capacity: The row's token budget; 0 for none.
+        padding: Number of padding tokens.
     """
 
     samples: tuple[int, ...]
@@ -92,19 +94,19 @@ class PreviewRow:
 
     @property
     def unused(self) -> int:
-        """Tokens of the budget that nothing takes."""
+        """Number of tokens of the budget that are not used."""
         return max(0, self.capacity - sum(self.lengths) - self.padding)
 
 
 @dataclass(frozen=True)
 class Preview:
-    """What is shown.
+    """The content of a preview.
 
     Attributes:
         title: Heading.
         facts: Labels and values for the head, such as the recipe and the template.
-        samples: In the order that they are shown.
-        rows: The rows that they lie in.
+        samples: In the order in which they are shown.
+        rows: The samples' rows.
     """
 
     title: str
@@ -113,15 +115,16 @@ class Preview:
     rows: tuple[PreviewRow, ...]
 
 
+@lru_cache(maxsize=4096)
 def is_hidden(character: str) -> bool:
-    """Whether a character is invisible or steers what is around it.
+    """Check whether a character is invisible or changes how its neighbours are drawn.
 
     Args:
-        character: One.
+        character: One character.
 
     Returns:
-        True for control, format and bidi characters, lone surrogates, unassigned and private ones, every space and line
-        break but the plain space, and what is drawn as nothing.
+        True for control, format and bidi characters, lone surrogates, unassigned and private-use characters, every
+        space and line break except the plain space, and characters that are drawn as nothing.
     """
     if character == " ":
         return False
@@ -133,14 +136,16 @@ def is_hidden(character: str) -> bool:
 
 
 def escape_hidden(text: str) -> str:
-    """Write hidden characters by their code point, such as U+202E.
+    """Replace hidden characters with their code points, such as U+202E.
 
     Args:
-        text: Any, lone surrogates included.
+        text: Any text, lone surrogates included.
 
     Returns:
-        Text that can be encoded as UTF-8, drives no terminal and reorders nothing outside itself.
+        Text that can be encoded as UTF-8, sends no control sequence to a terminal and reorders no text around it.
     """
+    if text.isascii() and text.isprintable():  # fast: most texts have no hidden characters
+        return text
     return "".join(f"U+{ord(c):04X}" if is_hidden(c) else c for c in text)
 
 
@@ -148,11 +153,11 @@ def share(part: int, whole: int) -> str:
     """Write a share as a percentage.
 
     Args:
-        part: Of `whole`.
-        whole: 0 gives 0%.
+        part: Part of `whole`.
+        whole: 0 results in 0%.
 
     Returns:
-        Such as `25%`, `under 1%` or `over 99%`; 0% is nothing and 100% is all.
+        A text such as `25%`, `under 1%` or `over 99%`; 0% and 100% are exact.
     """
     if 0 < part < 0.01 * whole:
         return "under 1%"
@@ -165,24 +170,24 @@ def count_of(number: int, noun: str) -> str:
     """Write a count, such as `1 sample` or `3,987 tokens`.
 
     Args:
-        number: How many.
-        noun: In the singular.
+        number: The count.
+        noun: Its noun, in the singular.
 
     Returns:
-        Both.
+        The count and the noun, in the plural unless the count is 1.
     """
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def describe_row(preview: Preview, row: int) -> str:
-    """Say how full a row is.
+    """Describe how full a row is.
 
     Args:
-        preview: Holds the row.
-        row: Its index.
+        preview: The preview.
+        row: The row's index.
 
     Returns:
-        Such as `row 3: 5 samples, 3,987 of 4,096 tokens, 97%`.
+        A text such as `row 3: 5 samples, 3,987 of 4,096 tokens, 97%`.
     """
     shape = preview.rows[row]
     used = sum(shape.lengths)

@@ -18,18 +18,18 @@ from lora_llava.pages.preview_samples import (
 )
 
 WIDEST_BAR = 100
-_SEGMENTS = "█▓"  # in turn, so that neighbours are told apart
+_SEGMENTS = "█▓"  # in turn, so that neighbouring samples differ
 _PADDING, _UNUSED = "░", "·"
 
 
 def print_samples(preview: Preview, console: Console) -> None:
     """Print every sample with its trained tokens marked, then how full the rows are.
 
-    Trained tokens are green and in reverse video, and between ⟦ ⟧ where the console has no colour.
+    Trained tokens are green in reverse video or, on a console without colour, between ⟦ and ⟧.
 
     Args:
-        preview: What to show; its texts may hold anything, and are neither markup nor control sequences here.
-        console: Where to.
+        preview: What to show; its texts may hold anything, and are printed neither as markup nor as control sequences.
+        console: Where to print.
 
     Raises:
         IndexError: For a sample whose row is not among the rows.
@@ -91,7 +91,7 @@ def _piece(token: PreviewToken) -> str:
 
 
 def _bar(row: PreviewRow, width: int) -> str:
-    """The row in `width` characters, one shade after the other for its samples, then padding and what is unused."""
+    """Draw a row in `width` characters: its samples in alternating shades, then padding and unused tokens."""
     parts = [(length, _SEGMENTS[i % 2]) for i, length in enumerate(row.lengths)]
     parts += [(row.padding, _PADDING), (row.unused, _UNUSED)]
     total = max(1, sum(size for size, _ in parts))

@@ -1,4 +1,4 @@
-"""Samples and rejections of a set with their images, boxes and captions, on one HTML page that needs nothing else."""
+"""Draw samples and rejections of a set by seed, and collect what the gallery shows of them."""
 
 from __future__ import annotations
 
@@ -7,42 +7,54 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from html import escape
-from importlib import resources
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.images.reading import FolderImages
-from lora_llava.pages.html_page import escape_line, escape_lines, write_page
+from lora_llava.data.images.reading import BadImageError, FolderImages
+from lora_llava.pages.box_overlay import LabelledBox
+from lora_llava.pages.embedded_image import EmbeddedImage, embed_image
+from lora_llava.pages.gallery_page import (
+    IMAGE_SIZE,
+    JPEG_QUALITY,
+    FlavourRow,
+    FlavourTable,
+    Gallery,
+    GalleryEntry,
+    GalleryRejection,
+    GalleryTurn,
+    MarkedText,
+    ReasonCount,
+    render_gallery_page,
+)
 from lora_llava.pages.preview_samples import count_of, escape_hidden
 from lora_llava.synthesis.contexts.context import Context, write_context
 from lora_llava.synthesis.dataset_card import BY_RULES, is_by_rules, teacher_name
-from lora_llava.synthesis.gallery_image import COLOURS, draw_image
 from lora_llava.synthesis.gates.gates import REASONS
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.pipeline import Result
 from lora_llava.synthesis.sample import FLAVOURS, Rejection, Task, Turns
 
 ROWS, REJECTIONS = 30, 15
-"""Shown at most."""
+"""Most samples and rejections that are shown."""
 _MAX_PIXELS = 50_000_000
-"""Of an image that is opened: what a recipe's `data.max_image_pixels` is by default."""
+"""Most pixels of an image that is opened: the default of a recipe's `data.max_image_pixels`."""
 _LONGEST_ANSWER = 4000
-"""Letters of a rejected answer that could not be read."""
+"""Most characters of a rejected answer that could not be parsed."""
 
 AnswerOf = Callable[[Task, int], str | None]
+"""Return the text of a task's attempt, if it is known."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A sample, or an attempt at one that was not taken.
+    """A sample, or an attempt that was not taken.
 
     Attributes:
-        task: Which.
-        attempt: Which try, from 0.
-        turns: What was written, as far as it is known.
-        rejection: Why it was not taken; None for a row.
+        task: The sample's task.
+        attempt: Number of the attempt, from 0.
+        turns: Its questions and answers, as far as they are known.
+        rejection: Why it was not taken; None for a sample.
     """
 
     task: Task
@@ -52,12 +64,12 @@ class Shown:
 
 
 class Picks:
-    """Draws by seed what is shown: as many rows of each flavour, and rejections of as many reasons, as there are.
+    """Draw by seed what is shown: samples of the flavours in turn, and rejections of the reasons in turn.
 
-    It holds a few of each, however many are added, and which they are does not depend on the order.
+    Memory does not grow with the number of results, and their order does not change the draw.
 
     Args:
-        seed: Of the draw.
+        seed: Seed of the draw.
     """
 
     def __init__(self, seed: int) -> None:
@@ -66,7 +78,7 @@ class Picks:
         self._rejections: dict[str, list[tuple[int, str, Shown]]] = {reason: [] for reason in REASONS}
 
     def add(self, result: Result) -> None:
-        """Let a result take part in the draw."""
+        """Add a result to the draw."""
         if result.status == "accepted":
             shown = Shown(result.task, len(result.rejections), result.turns)
             self._draw(self._rows[result.task.flavour], shown, ROWS)
@@ -84,11 +96,11 @@ class Picks:
             heapq.heapreplace(heap, item)
 
     def rows(self) -> list[Shown]:
-        """The rows, flavours in turn."""
+        """Return the drawn samples, flavours in turn."""
         return _in_turn(self._rows.values(), ROWS)
 
     def rejections(self) -> list[Shown]:
-        """The attempts that were not taken, reasons in turn."""
+        """Return the drawn rejections, reasons in turn."""
         return _in_turn(self._rejections.values(), REJECTIONS)
 
 
@@ -98,185 +110,168 @@ def _in_turn(heaps: Iterable[list[tuple[int, str, Shown]]], most: int) -> list[S
 
 
 def render_gallery(
-    name: str, summary: Mapping[str, Any], picks: Picks, contexts: Sequence[Context], images: str | None,
+    name: str,
+    summary: Mapping[str, Any],
+    picks: Picks,
+    contexts: Sequence[Context],
+    images: str | None,
     answer_of: AnswerOf | None = None,
-) -> str:  # fmt: skip
-    """Write the page.
+) -> str:
+    """Render the gallery of a set.
 
     Args:
-        name: Of the set.
-        summary: As `summary.json` holds it.
-        picks: What is shown; its texts may hold anything.
-        contexts: What the tasks' places point into.
-        images: The image folder; without it boxes are drawn on an empty frame.
-        answer_of: Gives the text of a task's attempt; without it, rejections show their detail alone.
+        name: The set's name.
+        summary: Content of `summary.json`.
+        picks: What to show; its texts may hold anything.
+        contexts: Contexts, indexed by the tasks' `place`.
+        images: The image folder; without it, boxes are drawn on an empty frame.
+        answer_of: Returns the text of a task's attempt; without it, rejections show only their detail.
 
     Returns:
-        One HTML document without scripts. It reaches no network: its Content-Security-Policy allows `data:` images
-        and inline styles alone. It can be encoded as UTF-8, and holds no path of this machine.
+        An HTML document as of `render_gallery_page`, without any path of this machine.
     """
     folder = FolderImages(Path(images), _MAX_PIXELS) if images else None
     rows, rejections = picks.rows(), picks.rejections()
-    articles = [_article(shown, contexts[shown.task.place], folder, answer_of) for shown in [*rows, *rejections]]
-    style = resources.files("lora_llava.pages").joinpath("gallery.css").read_text(encoding="utf-8")
-    nothing = '<p class="none">There is nothing to show.</p>'
-    main = "\n".join(articles) or nothing
-    body = f"{_head(name, summary)}\n{_toolbar(summary, rows, rejections)}\n<main>\n{main}\n</main>"
-    return write_page(name, style, body)
+    return render_gallery_page(
+        Gallery(
+            title=name,
+            facts=_facts(summary),
+            notes=_notes(summary),
+            flavours=_flavours(summary),
+            reasons=[
+                ReasonCount(reason, REASONS[reason], counts["attempts"])
+                for reason, counts in summary["reasons"].items()
+            ],
+            choices=_choices(rows, rejections),
+            drawn=_drawn(summary, rows, rejections),
+            entries=[_entry(shown, contexts[shown.task.place], folder, answer_of) for shown in [*rows, *rejections]],
+        )
+    )
 
 
-def _head(name: str, summary: Mapping[str, Any]) -> str:
+def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     ledger = summary.get("ledger", {})
-    who = "lora_llava's rules" if is_by_rules(summary) else teacher_name(summary)
     tokens = ledger.get("prompt_tokens", 0) + ledger.get("completion_tokens", 0)
     facts = [
-        ("rows", f"{summary['rows']:,} of {summary['tasks']:,}"), ("images", f"{summary['images']:,}"),
-        ("questions", f"{summary['turns']:,}"), ("written by", who),
-    ]  # fmt: skip
-    facts += [("tokens", f"{tokens:,}")] if tokens else []
-    facts += [("cost", f"{ledger['usd']:,.2f} USD")] if ledger.get("usd") else []
+        ("rows", f"{summary['rows']:,} of {summary['tasks']:,}"),
+        ("images", f"{summary['images']:,}"),
+        ("questions", f"{summary['turns']:,}"),
+        ("written by", "lora_llava's rules" if is_by_rules(summary) else teacher_name(summary)),
+    ]
+    if tokens:
+        facts.append(("tokens", f"{tokens:,}"))
+    if ledger.get("usd"):
+        facts.append(("cost", f"{ledger['usd']:,.2f} USD"))
+    return facts
+
+
+def _notes(summary: Mapping[str, Any]) -> list[str]:
     notes = [BY_RULES] if is_by_rules(summary) else []
     if not summary["complete"]:
         notes.append(f"Not complete: {summary['failed']:,} had no answer, {summary['not_asked']:,} were not asked for.")
-    return (
-        f"<header><h1>{escape_line(name)}</h1>"
-        "<p>Conversations about images, written from captions and boxes alone.</p>"
-        + "<dl>"
-        + "".join(f"<div><dt>{label}</dt><dd>{escape_line(value)}</dd></div>" for label, value in facts)
-        + "</dl>"
-        + (f'<ul class="notes">{"".join(f"<li>{escape_line(note)}</li>" for note in notes)}</ul>' if notes else "")
-        + f'<div class="tables">{_flavours(summary)}{_reasons(summary)}</div></header>'
-    )
+    return notes
 
 
-def _flavours(summary: Mapping[str, Any]) -> str:
+def _flavours(summary: Mapping[str, Any]) -> FlavourTable:
     titles = {"turns": "questions", "words_per_answer": "words an answer", "rejected": "rejected"}
-    titles |= {name: told for name, told in (("failed", "no answer"), ("not_asked", "not asked for")) if summary[name]}
-    head = "".join(f'<th scope="col">{title}</th>' for title in ("flavour", "rows", *titles.values()))
-    body = "".join(
-        f'<tr><th scope="row">{flavour}</th><td>{counts["rows"]:,} <small>of {counts["tasks"]:,}</small></td>'
-        + "".join(f"<td>{'' if counts[name] is None else format(counts[name], ',')}</td>" for name in titles)
-        + "</tr>"
+    titles |= {key: title for key, title in (("failed", "no answer"), ("not_asked", "not asked for")) if summary[key]}
+    rows = [
+        FlavourRow(flavour, counts["rows"], counts["tasks"], [counts[key] for key in titles])
         for flavour, counts in summary["flavours"].items()
-    )
-    return _card("Rows", f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>")
+    ]
+    return FlavourTable(list(titles.values()), rows)
 
 
-def _reasons(summary: Mapping[str, Any]) -> str:
-    most = max((counts["attempts"] for counts in summary["reasons"].values()), default=0)
-    body = "".join(
-        f'<tr title="{escape_line(REASONS[reason])}"><th scope="row">{reason}</th><td>{counts["attempts"]:,}</td>'
-        f'<td class="bar"><i style="width:{100 * counts["attempts"] / most:.1f}%"></i></td></tr>'
-        for reason, counts in summary["reasons"].items()
-    )
-    return _card("Answers not taken", f'<tbody class="close">{body}</tbody>') if body else ""
+def _choices(rows: Sequence[Shown], rejections: Sequence[Shown]) -> list[tuple[str, int]]:
+    counts = {flavour: sum(shown.task.flavour == flavour for shown in rows) for flavour in FLAVOURS}
+    choices: list[tuple[str, int]] = [*counts.items(), ("rejected", len(rejections))]
+    return [("all", len(rows) + len(rejections)), *(choice for choice in choices if choice[1])]
 
 
-def _card(title: str, table: str) -> str:
-    return (
-        f'<section class="card"><h2>{title}</h2><div class="wide" tabindex="0"><table>{table}</table></div></section>'
-    )
+def _drawn(summary: Mapping[str, Any], rows: Sequence[Shown], rejections: Sequence[Shown]) -> str:
+    text = f"{len(rows):,} of {count_of(summary['rows'], 'row')}"
+    if answers := sum(counts["attempts"] for counts in summary["reasons"].values()):
+        text += f", {len(rejections):,} of {count_of(answers, 'answer')} not taken"
+    return f"{text}, drawn by the seed"
 
 
-def _toolbar(summary: Mapping[str, Any], rows: Sequence[Shown], rejections: Sequence[Shown]) -> str:
-    """What is shown of all; without scripts, so the page's style does the choosing."""
-    shown = {"all": len(rows) + len(rejections)}
-    shown |= {flavour: sum(each.task.flavour == flavour for each in rows) for flavour in FLAVOURS}
-    shown["rejected"] = len(rejections)
-    choices = "".join(
-        f'<input type="radio" name="show" id="show-{kind}"{" checked" * (kind == "all")}>'
-        f'<label for="show-{kind}">{kind} <span>{count:,}</span></label>'
-        for kind, count in shown.items()
-        if count or kind == "all"
-    )
-    answers = sum(counts["attempts"] for counts in summary["reasons"].values())
-    told = f"{len(rows):,} of {count_of(summary['rows'], 'row')}"
-    told += f", {len(rejections):,} of {count_of(answers, 'answer')} not taken" if answers else ""
-    return (
-        f'<nav aria-label="What is shown">{choices}<input type="checkbox" id="boxes" checked>'
-        f'<label for="boxes">boxes</label><span class="drawn">{told}, drawn by the seed</span></nav>'
-    )
-
-
-def _article(shown: Shown, context: Context, folder: FolderImages | None, answer_of: AnswerOf | None) -> str:
+def _entry(shown: Shown, context: Context, folder: FolderImages | None, answer_of: AnswerOf | None) -> GalleryEntry:
     flavour, rejection = shown.task.flavour, shown.rejection
-    kind = "rejected" if rejection else flavour
-    tries = f"<span>at attempt {shown.attempt + 1}</span>" if shown.attempt and not rejection else ""
-    tries = f"<span>{flavour}, attempt {shown.attempt + 1}</span>" if rejection else tries
-    why = ""
-    if rejection:
-        why = (
-            f'<div class="why"><b>{escape_line(rejection.reason)}</b> {escape_line(REASONS[rejection.reason])}'
-            f'<p class="text" dir="auto">{escape_line(rejection.detail)}</p></div>'
-        )
-    return (
-        f'<article class="card {kind}"><div class="top"><span class="mark">{kind}</span>'
-        f'<bdi class="id">{escape_line(shown.task.task_id)}</bdi>{tries}</div><div class="body">'
-        f'<div class="seen">{draw_image(context, folder)}{_known(context)}</div>'
-        f'<div class="said">{why}{_said(shown, answer_of)}</div></div></article>'
+    attempt = f"at attempt {shown.attempt + 1}" if shown.attempt else ""
+    image, error = _image(context.image, folder)
+    turns, raw = _texts(shown, answer_of)
+    return GalleryEntry(
+        kind="rejected" if rejection else flavour,
+        entry_id=shown.task.task_id,
+        attempt=f"{flavour}, attempt {shown.attempt + 1}" if rejection else attempt,
+        image_name=context.image,
+        image=image,
+        image_error=error,
+        boxes=[LabelledBox(box.label, box.corners) for box in context.boxes],
+        captions=context.captions,
+        context=write_context(context),
+        rejection=GalleryRejection(rejection.reason, REASONS[rejection.reason], rejection.detail)
+        if rejection
+        else None,
+        turns=turns,
+        raw=raw,
     )
 
 
-def _known(context: Context) -> str:
-    """What the teacher was given: captions, kinds of boxes, and all of it word for word."""
-    counts: dict[str, int] = {}
-    for box in context.boxes:
-        counts[box.label] = counts.get(box.label, 0) + 1
-    labels = "".join(
-        f'<li class="b{number % COLOURS}">{escape_line(label)}{f" <b>{count}</b>" if count > 1 else ""}</li>'
-        for number, (label, count) in enumerate(counts.items())
-    )
-    captions = "".join(f'<li dir="auto">{escape_line(caption)}</li>' for caption in context.captions)
-    return (
-        (f'<ul class="labels">{labels}</ul>' if labels else "")
-        + (f'<ul class="captions">{captions}</ul>' if captions else "")
-        + "<details><summary>as the teacher was given it</summary>"
-        + f"<pre>{escape_lines(write_context(context))}</pre></details>"
-    )
+def _image(name: str, folder: FolderImages | None) -> tuple[EmbeddedImage | None, str]:
+    """Return the image, or None and why it cannot be shown."""
+    if folder is None:
+        return None, "no image folder was named"
+    try:
+        return embed_image(folder.open(name), JPEG_QUALITY, IMAGE_SIZE), ""
+    except BadImageError as error:
+        return None, error.kind  # its message may hold a path
 
 
-def _said(shown: Shown, answer_of: AnswerOf | None) -> str:
-    """Questions and answers; of what could not be read, the text as it was."""
+def _texts(shown: Shown, answer_of: AnswerOf | None) -> tuple[list[GalleryTurn], MarkedText | None]:
+    """Return the questions and answers or, where they cannot be parsed, the text of the answer."""
     turns, text = shown.turns, None
     if shown.rejection and not turns and answer_of:
         text = answer_of(shown.task, shown.attempt)
-        read = parse_sample(text or "", shown.task.flavour)
-        turns = () if isinstance(read, Rejection) else read
-    find = _patterns(shown.rejection.detail) if shown.rejection else []
-    if not turns:
-        if text is None:
-            return ""
-        cut = f"\n[{len(text) - _LONGEST_ANSWER:,} letters more]" if len(text) > _LONGEST_ANSWER else ""
-        return f'<pre class="raw">{next(_marked([text[:_LONGEST_ANSWER] + cut], find))}</pre>'
-    parts = zip(turns, _marked([turn.text for turn in turns], find), strict=True)
-    return "".join(
-        f'<p class="text {"question" if turn.role == "user" else "answer"}" dir="auto">{html}</p>'
-        for turn, html in parts
-        if turn.text
-    )
+        parsed = parse_sample(text or "", shown.task.flavour)
+        turns = () if isinstance(parsed, Rejection) else parsed
+    patterns = _patterns(shown.rejection.detail) if shown.rejection else []
+    if turns:
+        marked = _mark([turn.text for turn in turns], patterns)
+        return [
+            GalleryTurn("question" if turn.role == "user" else "answer", part)
+            for turn, part in zip(turns, marked, strict=True)
+            if turn.text
+        ], None
+    if text is None:
+        return [], None
+    cut = f"\n[{len(text) - _LONGEST_ANSWER:,} letters more]" if len(text) > _LONGEST_ANSWER else ""
+    return [], next(_mark([text[:_LONGEST_ANSWER] + cut], patterns))
 
 
 def _patterns(detail: str) -> list[re.Pattern[str]]:
-    """Ways to find in a text what a rejection's detail quotes: as it stands but for spaces and case, else its words."""
+    """Return patterns that find what a rejection's detail quotes: as it is but for spaces and case, else its words."""
     if re.match(r"U\+[0-9A-F]{4,6}\Z", detail):
         return [re.compile(re.escape(detail))]
     quoted = re.search(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", detail)
     found = re.sub(r"\\(.)", r"\1", quoted[0][1:-1]).removesuffix("...") if quoted else ""
     exact = r"\s+".join(map(re.escape, found.split()))
     words = r"[\W_]+".join(map(re.escape, re.findall(r"[^\W_]+", found)))
-    # A short word, such as "no", is not looked for within others.
-    ways = [exact if len(found) > 3 else rf"(?<!\w){exact}(?!\w)", rf"(?<!\w){words}(?!\w)"]
-    return [re.compile(way, re.IGNORECASE) for way, part in zip(ways, (exact, words), strict=True) if part]
+    # A short word, such as "no", must not match inside another word.
+    candidates = [exact if len(found) > 3 else rf"(?<!\w){exact}(?!\w)", rf"(?<!\w){words}(?!\w)"]
+    return [
+        re.compile(pattern, re.IGNORECASE) for pattern, part in zip(candidates, (exact, words), strict=True) if part
+    ]
 
 
-def _marked(texts: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> Iterator[str]:
-    """Texts as HTML, what is looked for marked where it stands first."""
-    seen = ["\n".join(map(escape_hidden, text.replace("\r\n", "\n").split("\n"))) for text in texts]
-    find = next((pattern for pattern in patterns if any(map(pattern.search, seen))), None)
-    for text in seen:
-        match = find.search(text) if find else None
+def _mark(texts: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> Iterator[MarkedText]:
+    """Mark the first match of the first pattern that matches any of the texts, their hidden characters shown."""
+    visible = ["\n".join(map(escape_hidden, text.replace("\r\n", "\n").split("\n"))) for text in texts]
+    pattern = next((pattern for pattern in patterns if any(map(pattern.search, visible))), None)
+    for text in visible:
+        match = pattern.search(text) if pattern else None
         if match:
-            find = None
-            yield f"{escape(text[: match.start()])}<mark>{escape(match[0])}</mark>{escape(text[match.end() :])}"
+            pattern = None
+            yield MarkedText(text[: match.start()], match[0], text[match.end() :])
         else:
-            yield escape(text)
+            yield MarkedText(text)

@@ -1,4 +1,4 @@
-"""The preview's page gives back exactly what is trained, and no text of a sample does anything on it."""
+"""The preview's page holds exactly what is trained, and no text of a sample changes its structure."""
 
 from __future__ import annotations
 
@@ -30,14 +30,30 @@ from lora_llava.pages.preview_terminal import print_samples
 
 IMAGE_TOKEN_ID = 32000
 HOSTILE = (
-    "<script>alert(1)</script>", "[/INST]", "[bold red]", "</article>", "</span>", "\"'&lt;&#0;", "\x00\x1b[31m\x9b",
-    "\ud800", "\u202e\u2066", "▁שלום", "", "▁ ▁", "a\nb\r\n", "<0x0A>", "\ufeff\ufe0f\u3164", "é́", "-->", "]]>",
-)  # fmt: skip
+    "<script>alert(1)</script>",
+    "[/INST]",
+    "[bold red]",
+    "</article>",
+    "</span>",
+    "\"'&lt;&#0;",
+    "\x00\x1b[31m\x9b",
+    "\ud800",
+    "\u202e\u2066",
+    "▁שלום",
+    "",
+    "▁ ▁",
+    "a\nb\r\n",
+    "<0x0A>",
+    "\ufeff\ufe0f\u3164",
+    "é́",
+    "-->",
+    "]]>",
+)
 TEXT = st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(exclude_categories=()), max_size=8))
 
 
 class Page(HTMLParser):
-    """Reads a page back as a test needs it."""
+    """A parsed page: articles, token boxes and texts."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -75,7 +91,7 @@ class Page(HTMLParser):
             self.texts[self._open][-1] += data
 
     def row(self, number: int) -> tuple[list[int], list[int]]:
-        """`input_ids` and `labels` of an article."""
+        """Return an article's `input_ids` and `labels`."""
         ids, labels = [], []
         for box, _ in self.boxes[number]:
             ids += [int(box["data-id"])] * int(box["data-n"])
@@ -93,7 +109,7 @@ def sample_of(
     images: tuple[Image.Image, ...] = (),
     row: int = 0,
 ) -> PreviewSample:
-    """A sample of (id, text, trained); an image token stands for 576."""
+    """Return a sample of (id, text, trained); an image token stands for 576 positions."""
     tokens, position = [], 0
     for token_id, text, trained in pieces:
         is_image = token_id == IMAGE_TOKEN_ID
@@ -103,15 +119,21 @@ def sample_of(
 
 
 def preview_of(*samples: PreviewSample, capacity: int = 0) -> Preview:
-    """A preview with every sample in a row of its own."""
+    """Return a preview with one sample in each row."""
     rows = tuple(PreviewRow((i,), (sample.length,), capacity) for i, sample in enumerate(samples))
     return Preview("Samples", (("recipe", "a.yaml"),), samples, rows)
 
 
 CAT = sample_of(
-    (1, "<s>", False), (IMAGE_TOKEN_ID, "<image>", False), (13, "<0x0A>", False), (263, "▁a", True),
-    (6635, "▁cat", True), (2, "</s>", True), row_id="cat", images=(Image.new("RGB", (336, 336), "red"),),
-)  # fmt: skip
+    (1, "<s>", False),
+    (IMAGE_TOKEN_ID, "<image>", False),
+    (13, "<0x0A>", False),
+    (263, "▁a", True),
+    (6635, "▁cat", True),
+    (2, "</s>", True),
+    row_id="cat",
+    images=(Image.new("RGB", (336, 336), "red"),),
+)
 PACKED = Preview(
     "Packed",
     (),
@@ -123,7 +145,7 @@ PACKED = Preview(
 )
 
 
-def test_ids_and_labels_come_back() -> None:
+def test_ids_and_labels_can_be_restored() -> None:
     ids, labels = Page(render_page(preview_of(CAT))).row(0)
     assert ids == [1, *[IMAGE_TOKEN_ID] * 576, 13, 263, 6635, 2]
     assert labels == [IGNORE_INDEX] * 578 + [263, 6635, 2]
@@ -132,7 +154,7 @@ def test_ids_and_labels_come_back() -> None:
 @settings(max_examples=200)
 @given(pieces=st.lists(st.tuples(st.integers(0, 32000), TEXT, st.booleans()), max_size=6), name=TEXT, source=TEXT)
 @example(pieces=[(n, text, n % 2 == 0) for n, text in enumerate(HOSTILE)], name=HOSTILE[0], source=HOSTILE[3])
-def test_no_text_changes_what_comes_back(pieces: list[tuple[int, str, bool]], name: str, source: str) -> None:
+def test_no_text_changes_ids_labels_or_structure(pieces: list[tuple[int, str, bool]], name: str, source: str) -> None:
     hostile = sample_of(*pieces, row_id=name, source=source)
     html = render_page(preview_of(hostile, CAT))
     page = Page(html)
@@ -143,8 +165,9 @@ def test_no_text_changes_what_comes_back(pieces: list[tuple[int, str, bool]], na
     ]
     assert page.row(1) == Page(render_page(preview_of(CAT))).row(0)
     assert [(a["data-row-id"], a["data-source"]) for a in page.articles] == [
-        (escape_hidden(name), escape_hidden(source)), ("cat", "chat")
-    ]  # fmt: skip
+        (escape_hidden(name), escape_hidden(source)),
+        ("cat", "chat"),
+    ]
     assert [box["title"].partition(": ")[2] for box, _ in page.boxes[0]] == [
         escape_hidden(text) for _, text, _ in pieces
     ]
@@ -153,30 +176,30 @@ def test_no_text_changes_what_comes_back(pieces: list[tuple[int, str, bool]], na
     assert {c for c in html if unicodedata.category(c)[0] == "C"} == {"\n"}
 
 
-def test_what_a_box_shows() -> None:
+def test_the_text_of_a_token_box() -> None:
     texts = ("▁dog", "a b", "<0x0A>", "\n\n", "\u202e", "\x1b[0m", "&lt;")
     page = Page(render_page(preview_of(sample_of(*[(n, text, False) for n, text in enumerate(texts)]), CAT)))
     assert [text for _, text in page.boxes[0]] == ["▁dog", "a␣b", "⏎", "⏎⏎", "U+202E", "U+001B[0m", "&lt;"]
-    assert len(page.all("br")) == 4  # one, two, and CAT's
+    assert len(page.all("br")) == 4  # one, two and the one of CAT
     assert [text for _, text in page.boxes[1]] == ["<s>", "image × 576", "⏎", "▁a", "▁cat", "</s>"]
     assert [box["class"] for box, _ in page.boxes[1]] == ["t", "im", "t", "on", "on", "on"]
     assert page.boxes[1][1][0]["title"] == "id 32000, position 1-576, not trained: <image>"
     assert page.boxes[1][3][0]["title"] == "id 263, position 578, trained: ▁a"
 
 
-def test_what_is_hidden_is_written_out() -> None:
+def test_hidden_characters_are_shown_as_code_points() -> None:
     assert escape_hidden("a\u00a0\u2028\u200d\ufe0f\u3164\U000e0041") == "aU+00A0U+2028U+200DU+FE0FU+3164U+E0041"
     seen = "a é שלום 猫 🐈 ▁ ⟦"
     assert escape_hidden(seen) == seen
 
 
-def test_an_image_position_that_is_trained_shows() -> None:
+def test_a_trained_image_position_is_visible() -> None:
     page = Page(render_page(preview_of(sample_of((IMAGE_TOKEN_ID, "<image>", True)))))
     assert page.boxes[0][0][0]["class"] == "im on"
     assert page.row(0)[1] == [IMAGE_TOKEN_ID] * 576
 
 
-def test_the_page_reaches_nothing_and_allows_only_its_own_script() -> None:
+def test_the_page_reaches_no_network_and_allows_only_its_own_script() -> None:
     page = Page(render_page(preview_of(CAT)))
     digest = base64.b64encode(hashlib.sha256(page.texts["script"][0].encode()).digest()).decode()
     policies = [tag["content"] for tag in page.all("meta") if tag.get("http-equiv") == "Content-Security-Policy"]
@@ -195,7 +218,7 @@ def test_the_page_reaches_nothing_and_allows_only_its_own_script() -> None:
     assert [name for _, named in page.tags for name in named if name.startswith("on")] == []
 
 
-def test_a_image_is_embedded_once_and_shown_wherever_it_belongs() -> None:
+def test_an_image_is_embedded_once_and_shown_in_every_sample() -> None:
     red, blue = Image.new("RGB", (336, 336), "red"), Image.new("RGB", (336, 336), "blue")
     samples = [sample_of((1, "<s>", False), images=p) for p in ((red, blue), (blue.copy(),), ())]
     page = Page(render_page(preview_of(*samples)))
@@ -212,36 +235,43 @@ def test_samples_can_be_reached_by_number_and_by_source() -> None:
     assert page.texts["option"] == ["all (3)", "a (2)", "b (1)"]
     assert [option.get("value") for option in page.all("option")] == [None, "a", "b"]
     assert {"previous", "next", "place", "source"} <= {named.get("id") for _, named in page.tags}
-    assert [article.get("hidden") for article in page.articles] == [None] * 3  # without JavaScript all are there
+    assert [article.get("hidden") for article in page.articles] == [None] * 3  # without JavaScript all are shown
 
 
-def test_the_bar_of_a_row_holds_its_samples_and_what_is_unused() -> None:
+def test_the_bar_of_a_row_shows_its_samples_and_unused_tokens() -> None:
     page = Page(render_page(PACKED))
     cells = [
         (tag, named.get("href"), named["style"], "aria-current" in named)
-        for tag, named in page.tags if named.get("style", "").startswith("flex-grow")
-    ]  # fmt: skip
+        for tag, named in page.tags
+        if named.get("style", "").startswith("flex-grow")
+    ]
     first = [("a", "#1", "flex-grow:30", True), ("a", "#3", "flex-grow:60", False)]
     rest = [("b", None, "flex-grow:7", False), ("b", None, "flex-grow:3", False)]
     second = [("a", "#2", "flex-grow:9", True), ("b", None, "flex-grow:3", False)]
     third = [(tag, href, style, not here) for tag, href, style, here in first]
     assert cells == [*first, *rest, *second, *third, *rest]
     assert [text for text in page.texts["p"] if text.startswith("row")] == [
-        "row 1: 3 samples, 97 of 100 tokens, 97%", "row 2: 1 sample, 9 tokens, 3 padding",
         "row 1: 3 samples, 97 of 100 tokens, 97%",
-    ]  # fmt: skip
+        "row 2: 1 sample, 9 tokens, 3 padding",
+        "row 1: 3 samples, 97 of 100 tokens, 97%",
+    ]
 
 
-def test_how_full_a_row_is() -> None:
+def test_the_description_of_a_row() -> None:
     row = PreviewRow((0, 1, 2, 3, 4), (3000, 900, 80, 6, 1), 4096)
     assert row.unused == 109
     assert describe_row(Preview("", (), (), (row,)), 0) == "row 1: 5 samples, 3,987 of 4,096 tokens, 97%"
     assert [share(*pair) for pair in ((0, 0), (0, 9), (1, 1000), (1, 4), (999, 1000), (7, 7))] == [
-        "0%", "0%", "under 1%", "25%", "over 99%", "100%"
-    ]  # fmt: skip
+        "0%",
+        "0%",
+        "under 1%",
+        "25%",
+        "over 99%",
+        "100%",
+    ]
 
 
-def test_a_row_that_is_not_there_is_an_error() -> None:
+def test_a_missing_row_is_an_error() -> None:
     with pytest.raises(IndexError):
         render_page(Preview("", (), (CAT,), ()))
 
@@ -254,7 +284,7 @@ def test_a_preview_without_samples() -> None:
 
 def test_fifty_samples_with_photographs_stay_under_five_megabytes() -> None:
     tokens = [(20_000 + n, f"▁token{n}", n > 150) for n in range(250)]
-    # Grain in every pixel: 47 kB as a JPEG, where a photograph of this size has 20 to 40.
+    # Noise in every pixel: 47 kB as a JPEG; a photograph of this size has 20 to 40.
     grain = (20, 8, 8)
     photos = [
         Image.merge("YCbCr", [Image.effect_noise((336, 336), sigma) for sigma in grain]).convert("RGB")
@@ -273,9 +303,19 @@ def printed(preview: Preview, **options: object) -> str:
 
 def test_the_terminal_without_colour() -> None:
     assert [line.rstrip() for line in printed(preview_of(CAT, capacity=1000)).splitlines()] == [
-        "Samples", "recipe: a.yaml", "", "1 of 1  chat  cat", "581 tokens, 3 trained (under 1%), 1", "image, row 1",
-        "<s><image × 576>⏎", "⟦ a cat</s>⟧", "", "row 1: 1 sample, 581 of 1,000 tokens,", "58%", "█" * 23 + "·" * 17,
-    ]  # fmt: skip
+        "Samples",
+        "recipe: a.yaml",
+        "",
+        "1 of 1  chat  cat",
+        "581 tokens, 3 trained (under 1%), 1",
+        "image, row 1",
+        "<s><image × 576>⏎",
+        "⟦ a cat</s>⟧",
+        "",
+        "row 1: 1 sample, 581 of 1,000 tokens,",
+        "58%",
+        "█" * 23 + "·" * 17,
+    ]
 
 
 def test_the_terminal_in_colour() -> None:
@@ -294,7 +334,7 @@ def test_the_bars_of_the_terminal() -> None:
 
 @given(texts=st.lists(TEXT, max_size=5), name=TEXT, colour=st.booleans())
 @example(texts=list(HOSTILE), name="[/INST]\x1b[2J", colour=True)
-def test_no_text_drives_the_terminal(texts: list[str], name: str, colour: bool) -> None:
+def test_no_text_controls_the_terminal(texts: list[str], name: str, colour: bool) -> None:
     preview = preview_of(sample_of(*[(n, text, n % 2 == 1) for n, text in enumerate(texts)], row_id=name, source=name))
     options = {"color_system": "standard", "force_terminal": True} if colour else {}
     text = re.sub(r"\x1b\[[0-9;]*m", "", printed(preview, width=10_000, **options))

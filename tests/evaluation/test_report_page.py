@@ -1,4 +1,4 @@
-"""The report's page shows what it is given, reaches nothing, and no text of a run does anything on it."""
+"""The report's page shows its data, reaches no network, and no text of a run changes its structure."""
 
 from __future__ import annotations
 
@@ -17,19 +17,31 @@ from PIL import Image
 
 from lora_llava.pages.preview_samples import escape_hidden
 from lora_llava.pages.report_page import GalleryItem, RunReport, Table, render_report
-from lora_llava.pages.report_plots import Curve, draw, left_out, write_number
+from lora_llava.pages.report_plots import Curve, describe_gaps, draw, write_number
 
 HOSTILE = (
-    "</p></style><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='x", "]]></svg>",
-    "a\u202eb\x1b[2J\x00\u2028", "&lt;b&gt; &#x3c;", "javascript:alert(1)", "$\\frac{1}{0}$", "\ud800",
-)  # fmt: skip
+    "</p></style><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onload='x",
+    "]]></svg>",
+    "a\u202eb\x1b[2J\x00\u2028",
+    "&lt;b&gt; &#x3c;",
+    "javascript:alert(1)",
+    "$\\frac{1}{0}$",
+    "\ud800",
+)
 TEXT = st.text(st.characters(), max_size=40) | st.sampled_from(HOSTILE)
 VOID = {"meta", "img", "input", "br"}
 LOSS = Curve("Loss", "nats", {"training": [(10, 2.0), (20, 1.0)], "validation": [(20, 1.5)]})
 
 
+def is_layout(text: str) -> bool:
+    """Check whether a text is a line break and indentation of the template, not content."""
+    return text.isspace() and "\n" in text
+
+
 class Page(HTMLParser):
-    """What a browser would read: tags with attributes, what they hold, and whether all are closed in order."""
+    """A parsed page: tags with their attributes and texts; every tag must be closed in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -52,7 +64,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open:
+        if self.open and not is_layout(data):
             self.texts.append((self.open[-1], data))
 
     def all(self, tag: str, **wanted: str) -> list[dict[str, str]]:
@@ -70,13 +82,16 @@ def report_of(*gallery: GalleryItem, **parts: Any) -> RunReport:
 
 def item(text: str = "B", right: bool = True, **fields: Any) -> GalleryItem:
     usual: dict[str, Any] = {
-        "question": "What?\nOptions: (A) x (B) y", "reference": "B", "images": [], "categories": ["NAT"],
+        "question": "What?\nOptions: (A) x (B) y",
+        "reference": "B",
+        "images": [],
+        "categories": ["NAT"],
         "question_id": "7",
-    }  # fmt: skip
+    }
     return GalleryItem(**{**usual, **fields}, text=text, right=right)
 
 
-def test_the_page_reaches_nothing_and_runs_nothing() -> None:
+def test_the_page_reaches_no_network_and_has_no_script() -> None:
     html = render_report(report_of(item(images=[Image.new("RGB", (300, 200), "red")]), curves=[LOSS]))
     page = Page(html)
     assert page.all("meta", **{"http-equiv": "Content-Security-Policy"})[0]["content"] == (
@@ -103,7 +118,7 @@ def test_the_page_reaches_nothing_and_runs_nothing() -> None:
 @example(a=HOSTILE[0], b=HOSTILE[1], c=HOSTILE[4], value=math.nan)
 @example(a=HOSTILE[2], b=HOSTILE[3], c=HOSTILE[8], value=math.inf)
 @example(a=HOSTILE[7] * 99, b=HOSTILE[5] * 99, c="\n\r\n", value=-0.0)
-def test_no_text_changes_what_is_on_the_page(a: str, b: str, c: str, value: float) -> None:
+def test_no_text_changes_the_structure(a: str, b: str, c: str, value: float) -> None:
     def shape(a: str, b: str, c: str) -> Page:
         gallery = item(b, False, question=f"Q{a}", reference=f"R{c}", question_id=c, categories=[a, b])
         curve = Curve(a, f"in {b}", {"first": [(1.0, 1.0)], f"then {c}": [(2.0, value)]})
@@ -115,7 +130,13 @@ def test_no_text_changes_what_is_on_the_page(a: str, b: str, c: str, value: floa
         return Page(html)
 
     page, plain = shape(a, b, c), shape("x", "x", "x")
-    folding = {"details", "summary", "span", "p", "div"}  # long and empty texts, and the question's own lines
+    folding = {
+        "details",
+        "summary",
+        "span",
+        "p",
+        "div",
+    }  # long texts, empty texts and the question's lines differ in these
     assert [tag for tag, _ in page.tags if tag not in folding] == [tag for tag, _ in plain.tags if tag not in folding]
     assert [sorted(named) for tag, named in page.tags if tag not in folding] == [
         sorted(named) for tag, named in plain.tags if tag not in folding
@@ -124,7 +145,7 @@ def test_no_text_changes_what_is_on_the_page(a: str, b: str, c: str, value: floa
     assert page.text("h1") == ([escape_hidden(a)] if a else [])
 
 
-def test_a_hostile_text_is_there_to_read() -> None:
+def test_a_hostile_text_can_be_read() -> None:
     page = Page(render_report(report_of(*[item(text, False) for text in HOSTILE])))
     shown = [text for tag, text in page.texts if tag == "p"]
     for text in HOSTILE:
@@ -145,7 +166,7 @@ def test_wrong_answers_come_first_and_can_be_chosen_without_a_script() -> None:
     assert "#show-wrong:checked ~ .items > .right, #show-right:checked ~ .items > .wrong { display: none; }" in style
 
 
-def test_long_texts_are_folded_and_nothing_of_them_is_lost() -> None:
+def test_long_texts_are_folded_and_kept_in_full() -> None:
     lecture = "A lecture. " * 40 + "\r\nThe answer is B."
     page = Page(render_report(report_of(item(lecture, reference="x" * 320, question="Q" * 321))))
     assert len(page.all("details")) == 2
@@ -156,25 +177,29 @@ def test_long_texts_are_folded_and_nothing_of_them_is_lost() -> None:
     assert Page(render_report(report_of(item(" ")))).text("p")[-1] == "nothing"
 
 
-def test_images_are_made_small_and_keep_their_colours() -> None:
+def test_images_are_downscaled_and_keep_their_colours() -> None:
     images = [
-        Image.new("RGB", (1000, 500), "red"), Image.new("L", (40, 60), 9), Image.new("RGBA", (9, 9), (0, 0, 255, 0)),
+        Image.new("RGB", (1000, 500), "red"),
+        Image.new("L", (40, 60), 9),
+        Image.new("RGBA", (9, 9), (0, 0, 255, 0)),
         Image.new("CMYK", (8, 999)),
-    ]  # fmt: skip
+    ]
     page = Page(render_report(report_of(item(images=images, question_id="a<b"))))
     found = [named["src"].partition(";base64,") for named in page.all("img")]
     shown = [Image.open(io.BytesIO(base64.b64decode(data))) for _, _, data in found]
     assert [(kind, image.size) for (kind, _, _), image in zip(found, shown, strict=True)] == [
-        ("data:image/jpeg", (224, 112)), ("data:image/png", (40, 60)), ("data:image/png", (9, 9)),
+        ("data:image/jpeg", (224, 112)),
+        ("data:image/png", (40, 60)),
+        ("data:image/png", (9, 9)),
         ("data:image/png", (2, 224)),
-    ]  # fmt: skip
+    ]
     assert shown[0].getpixel((5, 5)) == (254, 0, 0)
     assert shown[1].getpixel((0, 0)) == (9, 9, 9)
     assert [named["alt"] for named in page.all("img")][3] == "image 4 of question a<b"
     assert images[0].size == (1000, 500)
 
 
-def test_a_table_with_its_labels() -> None:
+def test_a_table_has_row_and_column_headings() -> None:
     table = Table("By category", ["category", "accuracy"], [["NAT", "95.82"], ["SOC", "99.22"]])
     page = Page(render_report(report_of(tables=[table])))
     assert page.text("th") == ["category", "accuracy", "NAT", "SOC"]
@@ -184,15 +209,21 @@ def test_a_table_with_its_labels() -> None:
         render_report(report_of(tables=[Table("T", ["a", "b"], [["x"]])]))
 
 
-def test_head_and_empty_parts() -> None:
+def test_empty_parts_are_left_out() -> None:
     page = Page(render_report(report_of(title="My run", facts=[("seed", "0")], notes=["2 rows dropped"])))
     assert (page.text("h1"), page.text("title")) == (["My run"], ["My run"])
     assert (page.text("dt"), page.text("dd"), page.text("li")) == (["seed"], ["0"], ["2 rows dropped"])
     assert page.all("article") == page.all("figure") == page.all("table") == page.all("input") == []
 
 
+def drawn(curve: Curve, prefix: str = "c") -> str:
+    """Return the drawing's SVG, "" for none."""
+    drawing = draw(curve, prefix)
+    return drawing.content if drawing else ""
+
+
 def marks(svg: str) -> list[int]:
-    """Points that are marked, a series each."""
+    """Return the number of marked points of each series."""
     return [
         group.count("<use ")
         for group in re.findall(r'<g id="c-line2d_\d+">\n<path[^>]*series-.*?(?=<g id=)', svg, re.S)
@@ -200,17 +231,19 @@ def marks(svg: str) -> list[int]:
 
 
 def vertices(svg: str) -> list[str]:
-    """The moves and lines of every series."""
+    """Return the moves and lines of each series' path."""
     return [
         "".join(re.findall("[ML]", path)) for path in re.findall(r'<path d="([^"]*)"[^>]*stroke: var\(--series', svg)
     ]
 
 
-def test_a_drawing_takes_text_as_text_and_colours_from_the_page() -> None:
-    svg = draw(LOSS, "c")
-    assert svg == draw(LOSS, "c")
-    assert svg.startswith("<svg viewBox=")
-    assert svg.endswith("</svg>")
+def test_a_drawing_has_text_and_the_colours_of_the_page() -> None:
+    drawing = draw(LOSS, "c")
+    assert drawing == draw(LOSS, "c")
+    assert drawing
+    svg = drawing.content
+    assert re.fullmatch(r"0 0 [\d.]+ [\d.]+", drawing.view_box)
+    assert "svg" not in svg
     assert vertices(svg)[0] == "ML"
     assert [label for label in ("0", "0.5", "1", "1.5", "2") if f">{label}</text>" in svg] == [
         "0",
@@ -220,40 +253,46 @@ def test_a_drawing_takes_text_as_text_and_colours_from_the_page() -> None:
         "2",
     ]
     assert set(re.findall(r"(?:stroke|fill): ([a-z#(][^;\"]*)", svg)) == {
-        "none", "var(--soft)", "var(--line)", "var(--series-0)", "var(--series-1)"
-    }  # fmt: skip
+        "none",
+        "var(--soft)",
+        "var(--line)",
+        "var(--series-0)",
+        "var(--series-1)",
+    }
     assert "<style" not in svg
     assert "xmlns" not in svg
-    ids, other = (set(re.findall(r' id="([^"]+)"', draw(LOSS, prefix))) for prefix in ("c0", "c1"))
+    ids, other = (set(re.findall(r' id="([^"]+)"', drawn(LOSS, prefix))) for prefix in ("c0", "c1"))
     assert ids
     assert not ids & other
     assert all(f'id="{name}"' in svg for name in re.findall(r'(?:="#|url\(#)([^")]+)', svg))
 
 
-def test_a_nan_is_a_gap_and_told() -> None:
+def test_a_nan_is_a_gap_and_is_reported() -> None:
     points = [(float(n), math.nan if n == 20 else math.inf if n == 30 else 1.0 + n) for n in range(40)]
     curve = Curve("Loss", "", {"train": points, "fine": [(0, 1.0)]})
-    assert left_out(curve) == ["train: 2 values are gaps, the first NaN at step 20"]
-    assert vertices(draw(curve, "c"))[0].count("M") == 3
+    assert describe_gaps(curve) == ["train: 2 values are gaps, the first NaN at step 20"]
+    assert vertices(drawn(curve))[0].count("M") == 3
     page = Page(render_report(report_of(curves=[curve])))
     assert "train: 2 values are gaps, the first NaN at step 20" in page.text("p")
     log = Curve("Loss", "", {"train": [(1, 0.0), (2, 1.0)]}, log_scale=True)
-    assert left_out(log) == ["train: 1 value is a gap, the first 0 at step 1"]
-    assert left_out(Curve("", "", {"train": [(math.nan, 1.0)]})) == ["train: 1 value is a gap, the first 1 at step nan"]
+    assert describe_gaps(log) == ["train: 1 value is a gap, the first 0 at step 1"]
+    assert describe_gaps(Curve("", "", {"train": [(math.nan, 1.0)]})) == [
+        "train: 1 value is a gap, the first 1 at step nan"
+    ]
 
 
 def test_points_without_a_line_are_marked() -> None:
     many = [(float(n), 1.0) for n in range(40)]
-    many[19] = many[21] = (19.0, math.nan)  # 20 stands alone
-    assert marks(draw(Curve("", "", {"one": [(5, 1.0)]}), "c")) == [1]
-    assert marks(draw(Curve("", "", {"many": many}), "c")) == [1]
-    assert marks(draw(Curve("", "", {"few": many[:16]}), "c")) == [16]
+    many[19] = many[21] = (19.0, math.nan)  # 20 has no neighbours
+    assert marks(drawn(Curve("", "", {"one": [(5, 1.0)]}))) == [1]
+    assert marks(drawn(Curve("", "", {"many": many}))) == [1]
+    assert marks(drawn(Curve("", "", {"few": many[:16]}))) == [16]
 
 
 @pytest.mark.parametrize("points", [[], [(1, math.nan)], [(math.inf, 1.0)]])
-def test_a_curve_without_a_point_says_so(points: list[tuple[float, float]]) -> None:
+def test_a_curve_without_values_has_no_drawing(points: list[tuple[float, float]]) -> None:
     curve = Curve("Accuracy", "%", {"validation": points})
-    assert draw(curve, "c") == ""
+    assert draw(curve, "c") is None
     page = Page(render_report(report_of(curves=[curve])))
     assert "no values" in page.text("p")
     assert page.all("svg") == []
@@ -262,16 +301,17 @@ def test_a_curve_without_a_point_says_so(points: list[tuple[float, float]]) -> N
 
 @settings(max_examples=30)
 @given(
-    points=st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats()), max_size=5), log_scale=st.booleans(),
-)  # fmt: skip
+    points=st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats()), max_size=5),
+    log_scale=st.booleans(),
+)
 def test_any_numbers_can_be_drawn(points: list[tuple[float, float]], log_scale: bool) -> None:
-    svg = draw(Curve("", "", {"a": points}, log_scale), "c")
+    svg = drawn(Curve("", "", {"a": points}, log_scale))
     drawable = [value for _, value in points if abs(value) < 1e100 and (value > 1e-100 or not log_scale)]
     assert bool(svg) == bool(drawable)
     assert "nan" not in svg
 
 
-def test_the_legend_tells_the_last_value() -> None:
+def test_the_legend_shows_the_last_value() -> None:
     html = render_report(report_of(curves=[LOSS, Curve("Speed", "tokens/s", {"a": [(1500, 7854.6)]})]))
     page = Page(html)
     assert page.text("b") == ["1", "1.5", "7,855"]
@@ -282,12 +322,18 @@ def test_the_legend_tells_the_last_value() -> None:
 
 def test_numbers() -> None:
     assert [write_number(value) for value in (0.0, 0.30000000000000004, 2e-5, 999.95, 1000.4, -4241.0, 3e9)] == [
-        "0", "0.3", "2e-5", "1,000", "1,000", "-4,241", "3e+9"
-    ]  # fmt: skip
+        "0",
+        "0.3",
+        "2e-5",
+        "1,000",
+        "1,000",
+        "-4,241",
+        "3e+9",
+    ]
 
 
 def test_forty_answers_with_photographs_and_long_curves_stay_under_two_megabytes() -> None:
-    # Grain in every pixel: heavier than a photograph of this size.
+    # Noise in every pixel compresses worse than a photograph of this size.
     photo = Image.merge("YCbCr", [Image.effect_noise((640, 480), sigma) for sigma in (20, 8, 8)]).convert("RGB")
     gallery = [item("An answer. " * 30, n % 2 == 0, images=[photo.rotate(n)], question_id=str(n)) for n in range(40)]
     noisy = [(float(n), 1.0 + (n * 7919 % 1000) / 1000) for n in range(5_000)]

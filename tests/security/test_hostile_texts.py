@@ -1,4 +1,4 @@
-"""Markup in texts is shown and never marked up; tokens of this machine reach no file and no line that is printed."""
+"""Markup in texts is shown as text; secrets of this machine reach no file and no printed line."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Page(HTMLParser):
 
 
 def assert_harmless(page: Page) -> None:
-    """No tag, handler or address that a text brought along."""
+    """Check that no tag, handler or address came from a text."""
     assert not {"iframe", "object", "embed", "link", "base", "form"} & {tag for tag, _ in page.tags}
     assert not any("alert" in script for script in page.scripts)
     for tag, attributes in page.tags:
@@ -72,7 +72,7 @@ def test_preview_shows_markup_as_text(write_rows: WriteRows, tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def hostile_run(parts: Path, scienceqa: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run on questions that hold markup, with secrets in the environment; and what it printed."""
+    """A run on questions with markup, with secrets in the environment, and its printed output."""
     folder = tmp_path_factory.mktemp("hostile")
     shutil.copytree(scienceqa, folder / "data")
     problems = json.loads((folder / "data" / "problems.json").read_text())
@@ -82,11 +82,14 @@ def hostile_run(parts: Path, scienceqa: Path, tmp_path_factory: pytest.TempPathF
     (folder / "data" / "problems.json").write_text(json.dumps(problems))
     model = {"llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "start_from": {"untrained": True}}
     content: dict[str, Any] = {
-        "stage": 2, "output_dir": str(folder / "run"), "model": model, "lora": {"r": 4, "alpha": 8},
+        "stage": 2,
+        "output_dir": str(folder / "run"),
+        "model": model,
+        "lora": {"r": 4, "alpha": 8},
         "data": {"format": "scienceqa", "path": str(folder / "data"), "max_length": 400, "system_prompt": ""},
         "training": {"batch_size": 4, "learning_rate": 5e-3, "max_steps": 2, "log_every": 1},
         "evaluation": {"max_new_tokens": 4},
-    }  # fmt: skip
+    }
     found = run_verb("finetune", write_recipe(folder / "recipe.yaml", content), environment=SECRETS)
     assert found.code == 0, found.err
     return folder / "run", found.out + found.err
@@ -121,32 +124,30 @@ def test_no_secret_is_kept_or_printed(hostile_run: tuple[Path, str]) -> None:
         ("data.path", "https://me:secret@example.com/rows.json", "a password in a URL"),
     ],
 )
-def test_a_recipe_with_a_secret_is_refused_and_the_secret_not_told(
+def test_a_recipe_with_a_secret_is_rejected_without_printing_it(
     field: str, value: str, what: str, stage2_content: dict[str, Any], tmp_path: Path
 ) -> None:
     section, key = field.split(".")
-    recipe = write_recipe(
-        tmp_path / "recipe.yaml", stage2_content | {section: stage2_content[section] | {key: value}}
-    )  # fmt: skip
+    recipe = write_recipe(tmp_path / "recipe.yaml", stage2_content | {section: stage2_content[section] | {key: value}})
     plain = write_recipe(tmp_path / "plain.yaml", stage2_content)
-    told = f"{field} holds {what}; take it out, a run keeps a copy of its recipe\n"
+    message = f"{field} holds {what}; take it out, a run keeps a copy of its recipe\n"
     for verb, where in (([recipe], recipe), ([plain, f"{field}={value}"], plain)):
         found = run_verb("finetune", *verb)
-        assert (found.code, found.out, found.err) == (2, "", f"error: {where}: {told}")
+        assert (found.code, found.out, found.err) == (2, "", f"error: {where}: {message}")
     assert not Path(stage2_content["output_dir"]).exists()
 
 
-def test_a_folder_that_only_looks_like_a_key_is_taken(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_folder_whose_name_resembles_a_key_is_accepted(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     content = stage2_content | {"output_dir": str(tmp_path / "sk-learn-experiments-of-november-2")}
     assert run_verb("finetune", write_recipe(tmp_path / "recipe.yaml", content), "--dry-run").code == 0
 
 
-def test_pages_and_verbs_fetch_nothing_that_a_text_names(write_rows: WriteRows, tmp_path: Path) -> None:
-    with counting_server() as (url, asked_for):
+def test_no_url_in_a_text_is_fetched(write_rows: WriteRows, tmp_path: Path) -> None:
+    with counting_server() as (url, requests):
         texts = [f"<img src={url}/a.png>", f"![]({url}/b.png)", f"{url}/c", f"<script src={url}/d.js></script>"]
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps({"question": text, "answer": text}) + "\n" for text in texts))
         recipe = write_rows(file=file, validation_rows=0)
         for verb in (["check", recipe], ["preview", recipe, "--output", tmp_path / "p.html"]):
             assert run_verb(*verb).code in (0, 1)
-    assert asked_for == []
+    assert requests == []

@@ -1,4 +1,4 @@
-"""The gallery shows what it is given, reaches nothing, and no text of a set does anything on it."""
+"""The gallery shows its data, reaches no network, and no text of a set changes its structure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import base64
 import io
 import random
 import re
-from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,23 +23,37 @@ from lora_llava.synthesis.pipeline import Result
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Rejection, Task
 
 HOSTILE = (
-    "</p></style><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='x", "]]></svg>",
-    "a\u202eb\x1b[2J\x00\u2028", "&lt;b&gt; &#x3c;", "javascript:alert(1)", "\ud800", "https://example.com/x.png",
-)  # fmt: skip
+    "</p></style><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onload='x",
+    "]]></svg>",
+    "a\u202eb\x1b[2J\x00\u2028",
+    "&lt;b&gt; &#x3c;",
+    "javascript:alert(1)",
+    "\ud800",
+    "https://example.com/x.png",
+)
 TEXT = st.text(st.characters(), max_size=30) | st.sampled_from(HOSTILE)
 VOID = {"meta", "img", "input"}
 TALLY = {"tasks": 3, "rows": 1, "rejected": 1, "failed": 0, "not_asked": 0, "turns": 2, "words_per_answer": 2.5}
 SUMMARY = {
-    "complete": True, "tasks": 3, "rows": 1, "rejected": 2, "failed": 0, "not_asked": 0, "turns": 2, "images": 1,
+    "complete": True,
+    "tasks": 3,
+    "rows": 1,
+    "rejected": 2,
+    "failed": 0,
+    "not_asked": 0,
+    "turns": 2,
+    "images": 1,
     "flavours": {"conversation": TALLY},
     "reasons": {"no answer": {"attempts": 4, "tasks": 2, "given_up": 1}, "empty": {"attempts": 1}},
     "teacher": {"backend": "server", "model": None, "answered_as": {"owner/model": 3}},
-}  # fmt: skip
+}
 DOG = Context("dog.png", ("A dog.",), (Box("dog", (0.25, 0.5, 0.75, 1.0)),))
 
 
 class Page(HTMLParser):
-    """What a browser would read: tags with attributes, what they hold, and whether all are closed in order."""
+    """A parsed page: tags with their attributes and texts; every tag must be closed in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -69,49 +82,52 @@ class Page(HTMLParser):
             self.texts.append((".".join(self.open[-1]), data))
 
     def all(self, tag: str, name: str | None = None) -> list[dict[str, str]]:
-        """Attributes of all tags of a kind and, where given, a class."""
+        """Return the attributes of all tags of a kind and, if given, a class."""
         found = [attributes for kind, attributes in self.tags if kind == tag]
         return [each for each in found if name is None or name in each.get("class", "").split()]
 
     def text(self, tag: str) -> list[str]:
-        """What stands in tags, named with their class: `p.text answer`."""
+        """Return the texts in tags, named with their class: `p.text answer`."""
         return [text for name, text in self.texts if name == tag]
 
 
-def said(*texts: str) -> tuple[Turn, ...]:
+def turns_of(*texts: str) -> tuple[Turn, ...]:
     return tuple(Turn("assistant" if number % 2 else "user", text) for number, text in enumerate(texts))
 
 
 def result(place: int = 0, flavour: Flavour = "conversation", **fields: Any) -> Result:
-    usual: dict[str, Any] = {"status": "accepted", "turns": said("What?", "A dog.")}
+    usual: dict[str, Any] = {"status": "accepted", "turns": turns_of("What?", "A dog.")}
     return Result(Task(f"{place}-{flavour}-0", place, flavour, 0), **(usual | fields))
 
 
-def lost(*rejections: Rejection, place: int = 0, flavour: Flavour = "conversation") -> Result:
+def rejected(*rejections: Rejection, place: int = 0, flavour: Flavour = "conversation") -> Result:
     return result(place, flavour, status="rejected", turns=(), rejections=rejections)
 
 
 def gallery(
-    *results: Result, contexts: Any = (DOG,), images: Path | None = None, answer_of: AnswerOf | None = None,
+    *results: Result,
+    contexts: Any = (DOG,),
+    images: Path | None = None,
+    answer_of: AnswerOf | None = None,
     **changed: Any,
-) -> str:  # fmt: skip
+) -> str:
     picks = Picks(0)
     for each in results:
         picks.add(each)
     return render_gallery("My set", SUMMARY | changed, picks, contexts, str(images) if images else None, answer_of)
 
 
-def test_the_page_reaches_nothing_and_runs_nothing(tmp_path: Path) -> None:
+def test_the_page_reaches_no_network_and_has_no_script(tmp_path: Path) -> None:
     Image.new("RGB", (300, 200), "red").save(tmp_path / "dog.png")
-    html = gallery(result(), lost(Rejection("no answer", "'unclear'")), images=tmp_path)
+    html = gallery(result(), rejected(Rejection("no answer", "'unclear'")), images=tmp_path)
     page = Page(html)
     (policy,) = [each["content"] for each in page.all("meta") if each.get("http-equiv") == "Content-Security-Policy"]
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    assert {tag for tag, _ in page.tags} == {
-        "html", "head", "meta", "title", "style", "body", "header", "h1", "p", "dl", "div", "dt", "dd", "section", "h2",
-        "table", "thead", "tr", "th", "tbody", "td", "small", "i", "nav", "input", "label", "span", "main", "article",
-        "bdi", "figure", "img", "svg", "g", "rect", "text", "figcaption", "ul", "li", "details", "summary", "pre", "b",
-    }  # fmt: skip
+    tags = (
+        "html head meta title style body header main nav section article p h1 h2 div span bdi b i small pre "
+        "dl dt dd ul li table thead tbody tr th td input label details summary figure figcaption img svg g rect text"
+    )
+    assert {tag for tag, _ in page.tags} == set(tags.split())
     for _, attributes in page.tags:
         assert not any(name.startswith("on") or name in ("href", "action", "srcdoc") for name in attributes)
         assert attributes.get("src", "data:").startswith("data:")
@@ -120,13 +136,13 @@ def test_the_page_reaches_nothing_and_runs_nothing(tmp_path: Path) -> None:
 
 
 @given(name=TEXT, texts=st.lists(TEXT, min_size=8, max_size=8))
-def test_no_text_does_anything(name: str, texts: list[str]) -> None:
+def test_no_text_changes_the_structure(name: str, texts: list[str]) -> None:
     def page(*texts: str) -> Page:
         captions, label, image = (texts[0],), texts[1], texts[2]
         context = Context(image, captions, (Box(label, (0.1, 0.1, 0.9, 0.9)),))
         picks = Picks(0)
-        picks.add(result(turns=said(texts[3] or "x", texts[4] or "x")))
-        picks.add(lost(Rejection("no answer", texts[5])))
+        picks.add(result(turns=turns_of(texts[3] or "x", texts[4] or "x")))
+        picks.add(rejected(Rejection("no answer", texts[5])))
         summary = SUMMARY | {"teacher": SUMMARY["teacher"] | {"answered_as": {texts[6] or "x": 1}}}  # type: ignore[operator]
         return Page(render_gallery(texts[7], summary, picks, [context], None, lambda *_: "[" + texts[5]))
 
@@ -137,15 +153,19 @@ def test_no_text_does_anything(name: str, texts: list[str]) -> None:
     assert shape(page(*texts[:7], name)) == shape(page(*["plain"] * 8))
 
 
-def test_the_head_tells_counts() -> None:
+def test_the_head_shows_counts() -> None:
     ledger = {"prompt_tokens": 900, "completion_tokens": 120, "usd": 1.5}
     missing = {"failed": 3, "not_asked": 1200}
     page = Page(gallery(complete=False, **missing, ledger=ledger, flavours={"conversation": TALLY | missing}))
     assert page.text("h1.") == ["My set"]
     assert dict(zip(page.text("dt."), page.text("dd."), strict=True)) == {
-        "rows": "1 of 3", "images": "1", "questions": "2", "written by": "owner/model", "tokens": "1,020",
+        "rows": "1 of 3",
+        "images": "1",
+        "questions": "2",
+        "written by": "owner/model",
+        "tokens": "1,020",
         "cost": "1.50 USD",
-    }  # fmt: skip
+    }
     assert page.text("li.") == ["Not complete: 3 had no answer, 1,200 were not asked for."]
     columns = ["flavour", "rows", "questions", "words an answer", "rejected", "no answer", "not asked for"]
     assert page.text("th.") == [*columns, "conversation", "no answer", "empty"]
@@ -154,15 +174,15 @@ def test_the_head_tells_counts() -> None:
     assert page.text("p.none") == ["There is nothing to show."]
 
 
-def test_rules_are_not_taken_for_a_model() -> None:
+def test_rules_are_not_shown_as_a_model() -> None:
     page = Page(gallery(teacher={"backend": "demo", "model": None, "answered_as": {"rules": 3}}))
     assert page.text("li.") == ["Written by rules, not by a language model."]
     assert "lora_llava's rules" in page.text("dd.")
 
 
-def test_a_sample_stands_beside_what_the_teacher_was_given() -> None:
+def test_a_sample_is_shown_with_its_context() -> None:
     page = Page(
-        gallery(result(turns=said("What?", "A\ndog.", "Where?", "Here."), rejections=(Rejection("empty", ""),)))
+        gallery(result(turns=turns_of("What?", "A\ndog.", "Where?", "Here."), rejections=(Rejection("empty", ""),)))
     )
     first, second = page.all("article")
     assert (first["class"], second["class"]) == ("card conversation", "card rejected")
@@ -187,38 +207,7 @@ def test_boxes_are_drawn_where_they_are() -> None:
     assert page.text("text.") == ["dog"]
 
 
-CORNERS = st.tuples(*[st.integers(0, 50)] * 4).map(
-    lambda x: (x[0] / 100, x[1] / 100, (x[0] + x[2] + 1) / 102, (x[1] + x[3] + 1) / 102)
-)
-
-
-@given(boxes=st.lists(st.tuples(st.sampled_from(["dog", "traffic light", "a" * 40]), CORNERS), max_size=12))
-def test_labels_do_not_cover_each_other(boxes: list[tuple[str, tuple[float, float, float, float]]]) -> None:
-    context = Context("x.jpg", (), tuple(Box(label, corners) for label, corners in boxes))
-    page = Page(gallery(result(), contexts=[context]))
-    rects = page.all("rect")
-    assert len([each for each in rects if each.get("class") == "halo"]) == len(boxes)
-    tags = rects[2 * len(boxes) :]
-    assert bool(tags) == bool(boxes)
-    places = [tuple(float(each[name]) for name in ("x", "y", "width", "height")) for each in tags]
-    for number, (x, y, width, height) in enumerate(places):
-        assert x >= 0
-        assert y >= 0
-        assert x + width <= 360
-        assert y + height <= 270
-        for left, top, wide, high in places[:number]:
-            apart = (
-                x + width <= left + 0.11
-                or left + wide <= x + 0.11
-                or y + height <= top + 0.11
-                or top + high <= y + 0.11
-            )
-            assert apart
-    chips = Counter(label for label, _ in boxes)
-    assert [text.strip() for name, text in page.texts if name.startswith("li.b")] == list(chips)
-
-
-def test_a_image_is_made_small_and_kept_in_the_page(tmp_path: Path) -> None:
+def test_an_image_is_downscaled_and_embedded(tmp_path: Path) -> None:
     Image.effect_noise((960, 640), 40).save(tmp_path / "dog.png")
     page = Page(gallery(result(), images=tmp_path))
     (image,) = page.all("img")
@@ -237,26 +226,28 @@ def test_a_tiny_image_keeps_its_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "reason"),
     [
-        ("gone.png", "missing image"), ("broken.png", "corrupt image"), ("../out.png", "outside the folder"),
+        ("gone.png", "missing image"),
+        ("broken.png", "corrupt image"),
+        ("../out.png", "outside the folder"),
         ("https://example.com/x.png", "outside the folder"),
     ],
-)  # fmt: skip
-def test_a_image_that_cannot_be_shown_leaves_a_frame(tmp_path: Path, name: str, told: str) -> None:
+)
+def test_an_image_that_cannot_be_shown_leaves_a_frame(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.png").write_text("no image")
     Image.new("RGB", (8, 8)).save(tmp_path / "out.png")
     html = gallery(result(), contexts=[Context(name, ("A dog.",), DOG.boxes)], images=tmp_path / "images")
     page = Page(html)
-    assert page.text("figcaption.") == [f": {told}"]
+    assert page.text("figcaption.") == [f": {reason}"]
     assert page.all("div", "image") == [{"class": "image empty"}]
     assert len(page.all("rect")) == 3
     assert page.all("img") == []
     assert str(tmp_path) not in html
 
 
-def test_without_a_folder_the_frame_says_so() -> None:
+def test_without_a_folder_the_frame_gives_the_reason() -> None:
     assert Page(gallery(result())).text("figcaption.") == [": no image folder was named"]
 
 
@@ -267,56 +258,58 @@ ANSWER = '{"turns": [{"question": "What is it?", "answer": "I\u2019m not  sure; 
     ("detail", "shown"),
     [
         ("'not sure'", 'I\u2019m [not  sure]; "no" dog, nothing.'),  # spaces differ
-        ("'NOT SURE...'", 'I\u2019m [not  sure]; "no" dog, nothing.'),  # cut off, and case
-        ("turn 2: 'm not sure no dog'", 'I\u2019[m not  sure; "no" dog], nothing.'),  # normalised: by its words
+        ("'NOT SURE...'", 'I\u2019m [not  sure]; "no" dog, nothing.'),  # cut off, and different case
+        ("turn 2: 'm not sure no dog'", 'I\u2019[m not  sure; "no" dog], nothing.'),  # found by its words alone
         ('"no" to whether there is a dog where the boxes hold 1', 'I\u2019m not  sure; "[no]" dog, nothing.'),
         ("7 words in the answers", 'I\u2019m not  sure; "no" dog, nothing.'),
         ("'it is unclear'", 'I\u2019m not  sure; "no" dog, nothing.'),
         ("''", 'I\u2019m not  sure; "no" dog, nothing.'),
     ],
 )
-def test_what_was_wrong_is_marked(detail: str, shown: str) -> None:
-    page = Page(gallery(lost(Rejection("no answer", detail)), answer_of=lambda *_: ANSWER))
+def test_the_rejected_passage_is_marked(detail: str, shown: str) -> None:
+    page = Page(gallery(rejected(Rejection("no answer", detail)), answer_of=lambda *_: ANSWER))
     parts = {"p.text answer": "{}", "mark.": "[{}]"}
     assert "".join(parts[name].format(text) for name, text in page.texts if name in parts) == shown
     assert page.text("p.text") == [detail]
     assert page.text("p.text question") == ["What is it?"]
 
 
-def test_markup_is_marked_and_shown_as_text() -> None:
+def test_markup_is_highlighted_and_shown_as_text() -> None:
     text = "The image shows <image> and \u202eturned."
-    html = gallery(lost(Rejection("template marker", "'<image>'"), flavour="detail"), answer_of=lambda *_: text)
+    html = gallery(rejected(Rejection("template marker", "'<image>'"), flavour="detail"), answer_of=lambda *_: text)
     assert '<p class="text answer" dir="auto">The image shows <mark>&lt;image&gt;</mark> and U+202Eturned.</p>' in html
-    page = Page(gallery(lost(Rejection("control characters", "U+202E"), flavour="detail"), answer_of=lambda *_: text))
+    page = Page(
+        gallery(rejected(Rejection("control characters", "U+202E"), flavour="detail"), answer_of=lambda *_: text)
+    )
     assert page.text("mark.") == ["U+202E"]
 
 
-def test_what_could_not_be_read_stands_as_it_was_written() -> None:
-    asked = []
+def test_an_answer_that_cannot_be_parsed_is_shown_as_text() -> None:
+    requested = []
 
     def answer_of(task: Task, attempt: int) -> str:
-        asked.append((task.task_id, attempt))
+        requested.append((task.task_id, attempt))
         return f"No.{'x' * 5000}"
 
     rejections = (Rejection("unreadable", "neither: 'No.xxx'"), Rejection("cut off", ""))
-    page = Page(gallery(lost(*rejections), answer_of=answer_of))
-    assert sorted(asked) == [("0-conversation-0", 0), ("0-conversation-0", 1)]
+    page = Page(gallery(rejected(*rejections), answer_of=answer_of))
+    assert sorted(requested) == [("0-conversation-0", 0), ("0-conversation-0", 1)]
     first, second = re.findall(
-        r'<pre class="raw">(.*?)</pre>', gallery(lost(*rejections), answer_of=answer_of), re.DOTALL
+        r'<pre class="raw">(.*?)</pre>', gallery(rejected(*rejections), answer_of=answer_of), re.DOTALL
     )
     assert first == f"<mark>No.xxx</mark>{'x' * 3994}\n[1,003 letters more]"
     assert second == f"No.{'x' * 3997}\n[1,003 letters more]"
     assert page.text("b.") == ["unreadable", "cut off"]
 
 
-def test_without_the_answers_reasons_stand_alone() -> None:
-    page = Page(gallery(lost(Rejection("no answer", "'unclear'"))))
+def test_without_answers_only_the_reasons_are_shown() -> None:
+    page = Page(gallery(rejected(Rejection("no answer", "'unclear'"))))
     assert page.text("div.why") == [f" {REASONS['no answer']}"]
     assert page.text("p.text") == ["'unclear'"]
     assert page.all("pre", "raw") == page.all("p", "answer") == []
 
 
-def test_a_duplicate_shows_what_it_says() -> None:
+def test_a_duplicate_shows_its_answer() -> None:
     same = result(status="rejected", rejections=(Rejection("duplicate", "of 1-conversation-0"),))
     assert Page(gallery(same)).text("p.text answer") == ["A dog."]
 
@@ -347,7 +340,7 @@ def test_the_draw_does_not_depend_on_the_order(seed: int, count: int, order: ran
     assert len(rejections) == min(count, REJECTIONS)
 
 
-def test_flavours_and_reasons_take_turns_and_fill_up() -> None:
+def test_flavours_and_reasons_alternate_until_all_places_are_used() -> None:
     picks, other = Picks(0), Picks(1)
     for number in range(100):
         flavour: Flavour = "detail" if number < 3 else "reasoning"

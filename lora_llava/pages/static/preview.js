@@ -1,5 +1,5 @@
 "use strict";
-// The class comes before the body is read, so that all samples never show for a moment.
+// Set before the body is parsed, so that the page never shows all samples at once.
 document.documentElement.classList.add("js");
 
 addEventListener("DOMContentLoaded", () => {
@@ -31,12 +31,12 @@ addEventListener("DOMContentLoaded", () => {
     else previous.disabled = next.disabled = true;
   };
 
-  // Replaced and not pushed: Back leaves the page, however many samples were read.
+  // Replace, not push: Back leaves the page however many samples were read.
   const go = (article) => {
     if (!article || article === current) return;
     show(article);
     location.replace(`#${article.id}`);
-    // A reader far down a long sample starts the next one at its top.
+    // Far down a long sample, start the next one at its top.
     if (article.getBoundingClientRect().top < 0) article.scrollIntoView();
   };
 
@@ -55,7 +55,7 @@ addEventListener("DOMContentLoaded", () => {
   addEventListener("keydown", (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!by || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
-    // On the filter too, where these keys would choose another source; up and down still do.
+    // Also on the filter, where these keys would choose another source; up and down still do.
     event.preventDefault();
     step(by);
   });
