@@ -72,10 +72,18 @@ def build_tokenizer(seed: int) -> LlamaTokenizer:
 def llm_config(vocab_size: int) -> LlamaConfig:
     """The shape of the demo's language model: 1.8 million parameters."""
     return LlamaConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
         initializer_range=0.08,  # about hidden_size**-0.5; the library's 0.02 is for a width of 2,500
-    )  # fmt: skip
+    )
 
 
 def encode_texts(texts: list[list[Text]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
@@ -127,16 +135,28 @@ def clip_config(vocab_size: int) -> CLIPConfig:
     """The shape of the vision tower that ships, and of the text tower that teaches it and is left behind."""
     return CLIPConfig(
         vision_config={
-            "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "projection_dim": 128,
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH_SIZE,
+            "projection_dim": 128,
         },
         text_config={
-            "vocab_size": vocab_size, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "max_position_embeddings": 64, "projection_dim": 128, "eos_token_id": 2,
-            "bos_token_id": 1, "pad_token_id": 0,
+            "vocab_size": vocab_size,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "projection_dim": 128,
+            "eos_token_id": 2,
+            "bos_token_id": 1,
+            "pad_token_id": 0,
         },
         projection_dim=128,
-    )  # fmt: skip
+    )
 
 
 def near_misses(scene: Scene, rng: random.Random) -> list[Scene]:

@@ -111,12 +111,16 @@ def _write_captions(folder: Path, count: int) -> None:
         name = f"{index:05d}.png"
         draw(scene, rng).save(folder / "images" / name)
         request = rng.choice(corpus.DESCRIBE)
-        rows.append({
-            "id": f"{index:05d}", "image": name,
-            "conversations": [
-                {"from": "human", "value": f"{request}\n<image>"}, {"from": "gpt", "value": caption(scene)},
-            ],
-        })  # fmt: skip
+        rows.append(
+            {
+                "id": f"{index:05d}",
+                "image": name,
+                "conversations": [
+                    {"from": "human", "value": f"{request}\n<image>"},
+                    {"from": "gpt", "value": caption(scene)},
+                ],
+            }
+        )
     (folder / "chat.json").write_text(json.dumps(rows))
 
 

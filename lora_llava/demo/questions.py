@@ -21,16 +21,33 @@ NUMBERS = ("one", "two", "three")
 
 
 def _row(
-    rng: random.Random, question: str, choices: Sequence[str], right: str, solution: str, about: tuple[str, str, str],
-    hint: str = "", lecture: str = "",
-) -> Row:  # fmt: skip
+    rng: random.Random,
+    question: str,
+    choices: Sequence[str],
+    right: str,
+    solution: str,
+    about: tuple[str, str, str],
+    hint: str = "",
+    lecture: str = "",
+) -> Row:
     """Fill in every field of ScienceQA."""
     subject, topic, skill = about
     return {
-        "question": question, "choices": list(choices), "answer": list(choices).index(right), "hint": hint,
-        "image": None, "task": "closed choice", "grade": f"grade{rng.randint(1, 12)}", "subject": subject,
-        "topic": topic, "category": topic, "skill": skill, "lecture": lecture, "solution": solution, "split": "",
-    }  # fmt: skip
+        "question": question,
+        "choices": list(choices),
+        "answer": list(choices).index(right),
+        "hint": hint,
+        "image": None,
+        "task": "closed choice",
+        "grade": f"grade{rng.randint(1, 12)}",
+        "subject": subject,
+        "topic": topic,
+        "category": topic,
+        "skill": skill,
+        "lecture": lecture,
+        "solution": solution,
+        "split": "",
+    }
 
 
 def _a(word: str) -> str:
@@ -101,8 +118,15 @@ def building_of(scene: Scene, rng: random.Random) -> Row:
 
 
 VISUAL: tuple[Callable[[Scene, random.Random], Row], ...] = (
-    colour_of, shape_of, shape_at, colour_at, count_of, property_of, compass_of, building_of,
-)  # fmt: skip
+    colour_of,
+    shape_of,
+    shape_at,
+    colour_at,
+    count_of,
+    property_of,
+    compass_of,
+    building_of,
+)
 
 
 def plain_questions(scene: Scene) -> list[tuple[str, str]]:
@@ -170,5 +194,10 @@ def trade(rng: random.Random) -> Row:
 
 
 TEXTUAL: tuple[Callable[[random.Random], Row], ...] = (
-    animal_class, continent, word_class, sentence_kind, magnet, trade,
-)  # fmt: skip
+    animal_class,
+    continent,
+    word_class,
+    sentence_kind,
+    magnet,
+    trade,
+)

@@ -125,9 +125,12 @@ def draw_with_boxes(scene: Scene, rng: random.Random) -> tuple[Image.Image, list
 
 
 _REACH = {
-    "circle": (1.0, 1.0, 1.0, 1.0), "square": (0.85, 0.85, 0.85, 0.85), "triangle": (1.0, 1.0, 1.0, 0.8),
-    "star": (0.866, 1.0, 0.866, 1.0), "cross": (1.0, 1.0, 1.0, 1.0),
-}  # fmt: skip
+    "circle": (1.0, 1.0, 1.0, 1.0),
+    "square": (0.85, 0.85, 0.85, 0.85),
+    "triangle": (1.0, 1.0, 1.0, 0.8),
+    "star": (0.866, 1.0, 0.866, 1.0),
+    "cross": (1.0, 1.0, 1.0, 1.0),
+}
 """How far a shape reaches from its centre to the left, top, right and bottom, in radii."""
 
 

@@ -39,10 +39,14 @@ def write_card(name: str, summary: Mapping[str, Any]) -> str:
     name = escape_hidden(" ".join(name.split()))
     # `other` has to be replaced by the person: what the rows were made from decides, and the notes below tell it.
     head = DatasetCardData(
-        language=["en"], license="other", task_categories=["visual-question-answering", "image-text-to-text"],
-        tags=["llava", "synthetic", "lora_llava"], size_categories=[size_category(summary["rows"])], pretty_name=name,
+        language=["en"],
+        license="other",
+        task_categories=["visual-question-answering", "image-text-to-text"],
+        tags=["llava", "synthetic", "lora_llava"],
+        size_categories=[size_category(summary["rows"])],
+        pretty_name=name,
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "instruct.json"}]}],
-    )  # fmt: skip
+    )
     sections = (
         f"# {_plain(name)}",
         *_warnings(summary),

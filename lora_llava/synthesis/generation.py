@@ -106,9 +106,12 @@ def _plan(recipe: GenerateRecipe, console: Console) -> tuple[GenerateRecipe, Con
     console.print(f"contexts: {contexts.report}", soft_wrap=True)
     weights: dict[Flavour, float] = {flavour: getattr(recipe.flavours, flavour) for flavour in FLAVOURS}
     tasks = plan_tasks(
-        contexts, weights=weights, samples=recipe.samples, samples_per_image=recipe.samples_per_image,
+        contexts,
+        weights=weights,
+        samples=recipe.samples,
+        samples_per_image=recipe.samples_per_image,
         seed=recipe.seed,
-    )  # fmt: skip
+    )
     told = ", ".join(f"{flavour} {count:,}" for flavour, count in tasks.counts().items())
     console.print(f"samples: {len(tasks):,} ({told})", soft_wrap=True)
     for flavour, count in tasks.left_out.items():
@@ -144,19 +147,32 @@ def _read(section: ContextsSection) -> Contexts:
         return Path(name) if name else None
 
     return read_contexts(
-        captions=path(section.captions), instances=path(section.instances), boxes=path(section.boxes),
-        contexts=path(section.contexts), columns=section.columns, box_format=section.box_format,
-        box_unit=section.box_unit, images=path(section.images), missing_image=section.missing_image, where="contexts",
-    )  # fmt: skip
+        captions=path(section.captions),
+        instances=path(section.instances),
+        boxes=path(section.boxes),
+        contexts=path(section.contexts),
+        columns=section.columns,
+        box_format=section.box_format,
+        box_unit=section.box_unit,
+        images=path(section.images),
+        missing_image=section.missing_image,
+        where="contexts",
+    )
 
 
 def _settings(recipe: GenerateRecipe, model: str) -> Settings:
     teacher, gates = recipe.teacher, recipe.gates
     structured = teacher.structured and teacher.backend == "server"
     return Settings(
-        model, teacher.max_tokens, teacher.temperature, teacher.top_p, structured,
-        gates.max_attempts, Limits(gates.min_turns, gates.max_turns, gates.min_words, gates.max_words), recipe.seed,
-    )  # fmt: skip
+        model,
+        teacher.max_tokens,
+        teacher.temperature,
+        teacher.top_p,
+        structured,
+        gates.max_attempts,
+        Limits(gates.min_turns, gates.max_turns, gates.min_words, gates.max_words),
+        recipe.seed,
+    )
 
 
 def _open_teacher(recipe: GenerateRecipe, samples: int) -> tuple[Settings, Teacher]:
@@ -172,10 +188,14 @@ def _open_teacher(recipe: GenerateRecipe, samples: int) -> tuple[Settings, Teach
         return _settings(recipe, name), load_teacher(name, teacher.dtype, teacher.batch_size)
     server = find_model(
         ChatServer(
-            str(teacher.url), teacher.model, concurrency=teacher.concurrency, timeout=teacher.timeout,
-            retries=teacher.retries, requests_per_minute=teacher.requests_per_minute,
+            str(teacher.url),
+            teacher.model,
+            concurrency=teacher.concurrency,
+            timeout=teacher.timeout,
+            retries=teacher.retries,
+            requests_per_minute=teacher.requests_per_minute,
         )
-    )  # fmt: skip
+    )
     return _settings(recipe, str(server.model)), by_server(server, apart=samples >= _MANY)
 
 

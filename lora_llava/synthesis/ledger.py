@@ -138,9 +138,16 @@ class Ledger:
         return Entry(*row) if row else None
 
     def add(
-        self, key: str, task_id: str, attempt: int, prompt_hash: str, answer: ChatAnswer, usd: float | None,
-        verdict: str, detail: str,
-    ) -> None:  # fmt: skip
+        self,
+        key: str,
+        task_id: str,
+        attempt: int,
+        prompt_hash: str,
+        answer: ChatAnswer,
+        usd: float | None,
+        verdict: str,
+        detail: str,
+    ) -> None:
         """Keep an answer.
 
         Args:
@@ -157,9 +164,19 @@ class Ledger:
             UserError: Where the disk is full or the file cannot be written.
         """
         row = (
-            key, task_id, attempt, prompt_hash, answer.model, answer.text, answer.prompt_tokens,
-            answer.completion_tokens, usd, verdict, detail, time.time(),
-        )  # fmt: skip
+            key,
+            task_id,
+            attempt,
+            prompt_hash,
+            answer.model,
+            answer.text,
+            answer.prompt_tokens,
+            answer.completion_tokens,
+            usd,
+            verdict,
+            detail,
+            time.time(),
+        )
         with self._told():
             self._base.execute(f"INSERT INTO answers VALUES ({', '.join('?' * len(row))})", row)
             if time.monotonic() - self._synced > _SYNC_SECONDS:
@@ -207,9 +224,12 @@ class Ledger:
             (count,) = self._base.execute("SELECT COUNT(*) FROM answers").fetchone()
             (failed,) = self._base.execute("SELECT COUNT(*) FROM failures").fetchone()
         return {
-            "answers": count, "prompt_tokens": prompt or 0, "completion_tokens": completion or 0,
-            "usd": round(usd or 0.0, 4) if priced == entries and entries else None, "failed_requests": failed,
-        }  # fmt: skip
+            "answers": count,
+            "prompt_tokens": prompt or 0,
+            "completion_tokens": completion or 0,
+            "usd": round(usd or 0.0, 4) if priced == entries and entries else None,
+            "failed_requests": failed,
+        }
 
     def close(self) -> None:
         """Leave the file to the next run."""

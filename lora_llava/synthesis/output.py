@@ -34,9 +34,14 @@ _OTHER_FAILURES = "other reasons"
 
 
 def write_set(
-    folder: Path, *, results: Iterable[Result], contexts: Contexts, recipe: GenerateRecipe, about: Mapping[str, Any],
+    folder: Path,
+    *,
+    results: Iterable[Result],
+    contexts: Contexts,
+    recipe: GenerateRecipe,
+    about: Mapping[str, Any],
     answer_of: Callable[[Task, int], str | None] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write the files of a set, in place of those that an earlier run left.
 
     They are `instruct.json`, LLaVA's rows; `rejected.jsonl`, a line for each answer that was not taken, failure and
@@ -197,10 +202,13 @@ def _summary(tally: _Tally, contexts: Contexts, recipe: GenerateRecipe) -> dict[
         models[_bare(name)] += count
     return {
         "complete": not total["failed"] and not total["not asked"],
-        **_statuses(total), "turns": total["turns"], "images": tally.images,
+        **_statuses(total),
+        "turns": total["turns"],
+        "images": tally.images,
         "flavours": {
             flavour: {
-                **_statuses(counts), "turns": counts["turns"],
+                **_statuses(counts),
+                "turns": counts["turns"],
                 "words_per_answer": round(counts["words"] / counts["turns"], 1) if counts["turns"] else None,
             }
             for flavour, counts in tally.by_flavour.items()
@@ -213,16 +221,20 @@ def _summary(tally: _Tally, contexts: Contexts, recipe: GenerateRecipe) -> dict[
         },
         "failures": dict(tally.failures.most_common()),
         "contexts": {
-            **asdict(contexts.report), "files": {name: PurePath(path).name for name, path in files.items() if path},
+            **asdict(contexts.report),
+            "files": {name: PurePath(path).name for name, path in files.items() if path},
         },
         "teacher": {
-            "backend": teacher.backend, "model": _bare(teacher.model) if teacher.model else None,
+            "backend": teacher.backend,
+            "model": _bare(teacher.model) if teacher.model else None,
             "answered_as": dict(models.most_common()),
             **{name: getattr(teacher, name) for name in ("temperature", "top_p", "max_tokens", "structured")},
         },
-        "flavour_weights": recipe.flavours.model_dump(), "gates": recipe.gates.model_dump(), "seed": recipe.seed,
+        "flavour_weights": recipe.flavours.model_dump(),
+        "gates": recipe.gates.model_dump(),
+        "seed": recipe.seed,
         "versions": {"python": platform.python_version(), **{x: metadata.version(x) for x in ("lora_llava", "openai")}},
-    }  # fmt: skip
+    }
 
 
 def _statuses(counts: Counter[str]) -> dict[str, int]:

@@ -20,9 +20,20 @@ _SPEAKER_ROLES: dict[str, Role] = {**_ROLES, "model": "assistant", "ai": "assist
 _SPEAKERS = ("role", "from", "speaker")
 _SAID = ("content", "value", "text", "message")
 _WRAPPERS = (
-    "turns", "conversation", "conversations", "messages", "dialogue", "dialog", "qa", "qapairs", "pairs", "data",
-    "sample", "result", "output",
-)  # fmt: skip
+    "turns",
+    "conversation",
+    "conversations",
+    "messages",
+    "dialogue",
+    "dialog",
+    "qa",
+    "qapairs",
+    "pairs",
+    "data",
+    "sample",
+    "result",
+    "output",
+)
 _DESCRIPTIONS = ("description", "detaileddescription", "text", "content", "output", "answer", "response", "detail")
 _OPENED = re.compile(r"<(think|thinking|thought|reasoning)>", re.IGNORECASE)
 _CLOSED = re.compile(r"</(think|thinking|thought|reasoning)>", re.IGNORECASE)

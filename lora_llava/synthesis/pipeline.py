@@ -73,9 +73,13 @@ class Result:
 
 
 def write_request(
-    task: Task, context: Context, prompt: Prompt, settings: Settings, attempt: int = 0,
+    task: Task,
+    context: Context,
+    prompt: Prompt,
+    settings: Settings,
+    attempt: int = 0,
     rejections: Sequence[Rejection] = (),
-) -> ChatRequest:  # fmt: skip
+) -> ChatRequest:
     """What the teacher is sent.
 
     Args:
@@ -92,10 +96,13 @@ def write_request(
         messages[-1]["content"] += f"\n\nAn earlier answer was not taken: {told}. Write another in the same form."
     drawn = settings.temperature is None or settings.temperature > 0
     return ChatRequest(
-        messages, settings.max_tokens, settings.temperature, settings.top_p,
+        messages,
+        settings.max_tokens,
+        settings.temperature,
+        settings.top_p,
         seed=settings.seed + task.number + 1000 * attempt if drawn else None,  # two samples of an image should differ
         response_format=RESPONSE_SCHEMAS[task.flavour] if settings.structured else None,
-    )  # fmt: skip
+    )
 
 
 class Maker:

@@ -165,7 +165,7 @@ def _object(**properties: Any) -> dict[str, Any]:
         "properties": properties,
         "required": list(properties),
         "additionalProperties": False,
-    }  # fmt: skip
+    }
 
 
 def _format(name: str, schema: dict[str, Any]) -> dict[str, Any]:

@@ -94,9 +94,14 @@ def can_carry(context: Context, flavour: Flavour) -> bool:
 
 
 def plan_tasks(
-    contexts: Sequence[Context], *, weights: Mapping[Flavour, float] = WEIGHTS, samples: int | None = None,
-    samples_per_image: int = 1, seed: int, where: str = "",
-) -> Tasks:  # fmt: skip
+    contexts: Sequence[Context],
+    *,
+    weights: Mapping[Flavour, float] = WEIGHTS,
+    samples: int | None = None,
+    samples_per_image: int = 1,
+    seed: int,
+    where: str = "",
+) -> Tasks:
     """Decide what is made of which image.
 
     With `samples`, so many tasks are dealt to the flavours by weight (largest remainder; a tie goes to the flavour that
@@ -180,7 +185,7 @@ def _shares(weights: Mapping[Flavour, float], field: str) -> dict[Flavour, Fract
 
 def _check_samples(
     samples: int, most: int, shares: Mapping[Flavour, Fraction], carriers: Mapping[Flavour, int], prefix: str
-) -> None:  # fmt: skip
+) -> None:
     """Hold that every flavour has images enough, and say how many samples can be made where one has not."""
 
     def short(count: int) -> Flavour | None:
@@ -200,7 +205,7 @@ def _check_samples(
 
 def _deal_to_flavours(
     images: Sequence[str], places: Mapping[Flavour, Sequence[int]], wanted: Mapping[Flavour, int], seed: int
-) -> Iterator[tuple[int, Flavour, int]]:  # fmt: skip
+) -> Iterator[tuple[int, Flavour, int]]:
     """Each flavour's tasks: place of the image, flavour, number."""
     for flavour, count in wanted.items():
         for number in range(-(-count // max(len(places[flavour]), 1))):
@@ -212,9 +217,12 @@ def _deal_to_flavours(
 
 
 def _deal_to_images(
-    images: Sequence[str], carried: Sequence[tuple[Flavour, ...]], shares: Mapping[Flavour, Fraction], most: int,
+    images: Sequence[str],
+    carried: Sequence[tuple[Flavour, ...]],
+    shares: Mapping[Flavour, Fraction],
+    most: int,
     seed: int,
-) -> Iterator[tuple[int, Flavour, int]]:  # fmt: skip
+) -> Iterator[tuple[int, Flavour, int]]:
     """Each image's tasks: place of the image, flavour, number."""
     bounds = {flavours: list(accumulate(float(shares[flavour]) for flavour in flavours)) for flavours in set(carried)}
     for place, flavours in enumerate(carried):

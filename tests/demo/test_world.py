@@ -14,9 +14,21 @@ from lora_llava.demo.dataset import build_demo_captions, build_demo_scienceqa
 from lora_llava.demo.world import caption, draw, random_scene
 
 FIELDS = {
-    "question", "choices", "answer", "hint", "image", "task", "grade", "subject", "topic", "category", "skill",
-    "lecture", "solution", "split",
-}  # fmt: skip
+    "question",
+    "choices",
+    "answer",
+    "hint",
+    "image",
+    "task",
+    "grade",
+    "subject",
+    "topic",
+    "category",
+    "skill",
+    "lecture",
+    "solution",
+    "split",
+}
 
 
 @pytest.fixture(scope="module")

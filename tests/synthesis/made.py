@@ -21,14 +21,16 @@ def write_contexts(file: Path, count: int) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {
-            "id": str(n), "image": f"{n:03}.jpg", "captions": [f"A {ANIMALS[n % 8]} near ball {n}."],
+            "id": str(n),
+            "image": f"{n:03}.jpg",
+            "captions": [f"A {ANIMALS[n % 8]} near ball {n}."],
             "instances": [
                 {"category": ANIMALS[n % 8], "bbox": [0.1, 0.2, 0.3, 0.4]},
                 {"category": "sports ball", "bbox": [0.5, 0.001 * n, 0.6, 0.5]},
             ],
         }
         for n in range(count)
-    ]  # fmt: skip
+    ]
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return file
 
@@ -39,8 +41,10 @@ def recipe_of(folder: Path, url: str, count: int, **more: Any) -> GenerateRecipe
     return GenerateRecipe(
         output_dir=str(folder / "set"),
         contexts=ContextsSection(contexts=str(write_contexts(folder.parent / "contexts.jsonl", count))),
-        teacher=TeacherSection(**teacher), gates=GatesSection(**more.pop("gates", {})), **more,
-    )  # fmt: skip
+        teacher=TeacherSection(**teacher),
+        gates=GatesSection(**more.pop("gates", {})),
+        **more,
+    )
 
 
 def write_recipe(recipe: GenerateRecipe, folder: Path) -> str:

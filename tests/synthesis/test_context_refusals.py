@@ -25,23 +25,33 @@ from tests.synthesis.context_files import CATEGORIES, IMAGES, captions, instance
         ({"width": 640, "height": 0}, ", box 1: height is 0; boxes in pixels need the image's height in pixels"),
         ({"box": [5, 5, 4, 9]}, ", box 1: bbox [5, 5, 4, 9] cannot be xyxy: its second corner comes before its first"),
         ({"box": [5, 5, 9, 4]}, ", box 1: bbox [5, 5, 9, 4] cannot be xyxy: its second corner comes before its first"),
-        ({"box": [5, 5, -4, 9], "box_format": "xywh"},
-         ", box 1: bbox [5, 5, -4, 9] cannot be xywh: a width or height is below 0"),
-        ({"box": [0.1, 0.2, 0.3, 0.4], "width": 640, "height": 480},
-         ", box 1: bbox [0.1, 0.2, 0.3, 0.4] cannot be pixels: no number is over 1; are they fractions?"),
-        ({"box": [1, 2, 3000, 4], "width": 640, "height": 480},
-         ", box 1: bbox [1, 2, 3000, 4] cannot be pixels of an image of 640 x 480: it lies more than a whole image "
-         "outside"),
-        ({"box": [1, 2, 30, 40], "box_unit": "fraction"},
-         ", box 1: bbox [1, 2, 30, 40] cannot be fractions of an image: a corner is 40; are they pixels?"),
+        (
+            {"box": [5, 5, -4, 9], "box_format": "xywh"},
+            ", box 1: bbox [5, 5, -4, 9] cannot be xywh: a width or height is below 0",
+        ),
+        (
+            {"box": [0.1, 0.2, 0.3, 0.4], "width": 640, "height": 480},
+            ", box 1: bbox [0.1, 0.2, 0.3, 0.4] cannot be pixels: no number is over 1; are they fractions?",
+        ),
+        (
+            {"box": [1, 2, 3000, 4], "width": 640, "height": 480},
+            ", box 1: bbox [1, 2, 3000, 4] cannot be pixels of an image of 640 x 480: it lies more than a whole image "
+            "outside",
+        ),
+        (
+            {"box": [1, 2, 30, 40], "box_unit": "fraction"},
+            ", box 1: bbox [1, 2, 30, 40] cannot be fractions of an image: a corner is 40; are they pixels?",
+        ),
         ({"box": [1, 2, 3]}, ", box 1: bbox is [1, 2, 3]; it should be a list of four numbers"),
         ({"box": [1, 2, 3, True]}, ", box 1: bbox is [1, 2, 3, True]; it should be a list of four numbers"),
         ({"box": "1 2 3 4"}, ", box 1: bbox is '1 2 3 4'; it should be a list of four numbers"),
-        ({"boxes": [{"bbox": [1, 2, 3, 4]}], "box_format": "xyxy", "box_unit": "pixel"},
-         ", box 1: it is {'bbox': [1, 2, 3, 4]}; it should have a label, or category, and a bbox"),
+        (
+            {"boxes": [{"bbox": [1, 2, 3, 4]}], "box_format": "xyxy", "box_unit": "pixel"},
+            ", box 1: it is {'bbox': [1, 2, 3, 4]}; it should have a label, or category, and a bbox",
+        ),
         ({"label": " \x00", "width": 640, "height": 480}, ": a box has no label; say what it is"),
     ],
-)  # fmt: skip
+)
 def test_what_own_boxes_cannot_be_is_told(tmp_path: Path, entry: dict[str, Any], problem: str) -> None:
     plain = "boxes" in entry or entry.keys() == {"box_format"}
     box = {"label": entry.pop("label", "dog"), "bbox": entry.pop("box", [1, 2, 3, 4])}
@@ -86,26 +96,50 @@ WANT_CONTEXTS = "rows of image, captions and instances"
         ("captions", instances(), f"COCO instances; it should hold {WANT_CAPTIONS}; give it as data.instances"),
         ("contexts", instances(), f"COCO instances; it should hold {WANT_CONTEXTS}; give it as data.instances"),
         ("boxes", instances(), f"COCO instances; it should hold {WANT_BOXES}; give it as data.instances"),
-        ("captions", annotations(keypoints=[], bbox=[], category_id=1),
-         f"COCO keypoints, which have people alone; it should hold {WANT_CAPTIONS}"),
-        ("instances", annotations(keypoints=[], bbox=[], category_id=1),
-         f"COCO keypoints, which have people alone; it should hold {WANT_INSTANCES}"),
-        ("instances", annotations(segments_info=[]),
-         f"COCO panoptic segments, which have no boxes of single objects; it should hold {WANT_INSTANCES}"),
-        ("instances", annotations(question="?"),
-         f"annotations that are neither captions nor boxes; it should hold {WANT_INSTANCES}"),
-        ("captions", {"images": IMAGES, "categories": CATEGORIES},
-         f"COCO's list of images without any annotation; it should hold {WANT_CAPTIONS}"),
-        ("instances", [{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}],
-         f"COCO results of a detector or captioner, which do not name their images; it should hold {WANT_INSTANCES}"),
+        (
+            "captions",
+            annotations(keypoints=[], bbox=[], category_id=1),
+            f"COCO keypoints, which have people alone; it should hold {WANT_CAPTIONS}",
+        ),
+        (
+            "instances",
+            annotations(keypoints=[], bbox=[], category_id=1),
+            f"COCO keypoints, which have people alone; it should hold {WANT_INSTANCES}",
+        ),
+        (
+            "instances",
+            annotations(segments_info=[]),
+            f"COCO panoptic segments, which have no boxes of single objects; it should hold {WANT_INSTANCES}",
+        ),
+        (
+            "instances",
+            annotations(question="?"),
+            f"annotations that are neither captions nor boxes; it should hold {WANT_INSTANCES}",
+        ),
+        (
+            "captions",
+            {"images": IMAGES, "categories": CATEGORIES},
+            f"COCO's list of images without any annotation; it should hold {WANT_CAPTIONS}",
+        ),
+        (
+            "instances",
+            [{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}],
+            f"COCO results of a detector or captioner, which do not name their images; it should hold {WANT_INSTANCES}",
+        ),
         ("contexts", TALK, f"conversations, which are what is made here; it should hold {WANT_CONTEXTS}"),
-        ("captions", LLAVA,
-         f"rows of image, captions and instances; it should hold {WANT_CAPTIONS}; give it as data.contexts"),
+        (
+            "captions",
+            LLAVA,
+            f"rows of image, captions and instances; it should hold {WANT_CAPTIONS}; give it as data.contexts",
+        ),
         ("captions", OWN, f"boxes by image; it should hold {WANT_CAPTIONS}; give it as data.boxes"),
-        ("contexts", [{"image": "1.jpg", "caption": "x"}],
-         f"rows of image and caption; it should hold {WANT_CONTEXTS}; give it as data.captions"),
+        (
+            "contexts",
+            [{"image": "1.jpg", "caption": "x"}],
+            f"rows of image and caption; it should hold {WANT_CONTEXTS}; give it as data.captions",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_file_of_another_kind_is_told(tmp_path: Path, field: str, content: Any, message: str) -> None:
     file = save(tmp_path, "a.json", content)
     given: dict[str, Any] = {field: file}
@@ -113,8 +147,11 @@ def test_a_file_of_another_kind_is_told(tmp_path: Path, field: str, content: Any
 
 
 def test_coco_s_stuff_is_no_objects(tmp_path: Path) -> None:
-    kinds = [*CATEGORIES, {"id": 92, "name": "banner", "supercategory": "textile"},
-             {"id": 98, "name": "cabinet", "supercategory": "furniture-stuff"}]  # fmt: skip
+    kinds = [
+        *CATEGORIES,
+        {"id": 92, "name": "banner", "supercategory": "textile"},
+        {"id": 98, "name": "cabinet", "supercategory": "furniture-stuff"},
+    ]
     file = save(tmp_path, "stuff.json", instances(categories=kinds))
     assert told(instances=file) == (
         f"{file}: it holds COCO stuff, which are regions such as sky; give instances_train2017.json"
@@ -130,13 +167,16 @@ def test_coco_s_stuff_is_no_objects(tmp_path: Path) -> None:
         ("a.json", {"info": {}, "x": []}, "it holds an object with 'x' and no boxes; it should hold "),
         ("a.json", "{}", "it holds an object with '' and no boxes; it should hold "),
         ("a.csv", "image,text\n1.jpg,A dog\n", "its rows have image, text; it should hold "),
-        ("a.json", '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"caption": "x", "im',
-         "not JSON: the file ends within a value: it is cut off"),
+        (
+            "a.json",
+            '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"caption": "x", "im',
+            "not JSON: the file ends within a value: it is cut off",
+        ),
         ("a.json", '{"file": "1.jpg"}\n{"file": "2.jpg"}\n', ": its rows have file; it should hold "),
         ("a.json", '{"images": [NaN]}', "not JSON: lexical error: invalid char in json text."),
         ("a.json", "", "line 1: not JSON: Expecting value"),
     ],
-)  # fmt: skip
+)
 def test_broken_and_unknown_files_are_told(tmp_path: Path, name: str, content: Any, message: str) -> None:
     file = save(tmp_path, name, content)
     assert message in told(captions=file)
@@ -177,18 +217,25 @@ def test_a_big_file_is_streamed(tmp_path: Path) -> None:
     [
         (captions(images=[{"id": 7}]), "images, entry 1: file_name is None; a file of COCO's gives each entry one"),
         (captions(images=[5]), "images, entry 1: id is None; a file of COCO's gives each entry one"),
-        (captions(annotations=[{"caption": "x"}]),
-         "annotations, entry 1: image_id is None; a file of COCO's gives each entry one"),
-        (captions(annotations=[{"caption": "x", "image_id": 7}, {"caption": 5, "image_id": 7}]),
-         "annotations, entry 2: caption is 5; it should be text"),
-        (instances(categories=[]),
-         "annotations, entry 1: category_id is 18, which the file's categories do not hold"),
-        (instances(images=[{"id": 7, "file_name": "7.jpg", "width": 640}]),
-         "image 7: height is None; boxes in pixels need the image's height in pixels"),
-        (instances(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3]}]),
-         "annotations, entry 1: bbox is [1, 2, 3]; it should be a list of four numbers"),
+        (
+            captions(annotations=[{"caption": "x"}]),
+            "annotations, entry 1: image_id is None; a file of COCO's gives each entry one",
+        ),
+        (
+            captions(annotations=[{"caption": "x", "image_id": 7}, {"caption": 5, "image_id": 7}]),
+            "annotations, entry 2: caption is 5; it should be text",
+        ),
+        (instances(categories=[]), "annotations, entry 1: category_id is 18, which the file's categories do not hold"),
+        (
+            instances(images=[{"id": 7, "file_name": "7.jpg", "width": 640}]),
+            "image 7: height is None; boxes in pixels need the image's height in pixels",
+        ),
+        (
+            instances(annotations=[{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3]}]),
+            "annotations, entry 1: bbox is [1, 2, 3]; it should be a list of four numbers",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_file_of_coco_lacks_is_told(tmp_path: Path, content: dict[str, Any], message: str) -> None:
     file = save(tmp_path, "a.json", content)
     field = "captions" if "categories" not in content else "instances"
@@ -200,14 +247,23 @@ def test_what_a_file_of_coco_lacks_is_told(tmp_path: Path, content: dict[str, An
     [
         ([*LLAVA, {"image": "2.jpg"}], "contexts", "row 2: neither captions nor instances; it has image"),
         ([*LLAVA, 5], "contexts", "row 2: it is 5; it should be an object with named fields"),
-        ([*LLAVA, {"captions": ["x"]}], "contexts",
-         "row 2: the image's name is None; it should be the name of its file"),
-        ([*LLAVA, {"image": "2.jpg", "captions": [{}]}], "contexts",
-         "row 2: captions is {}; it should be text, or a list of texts"),
-        ([{"image": "1.jpg", "caption": "x"}, {"image": "2.jpg", "text": "x"}], "captions",
-         "row 2: no column caption; it has image, text"),
+        (
+            [*LLAVA, {"captions": ["x"]}],
+            "contexts",
+            "row 2: the image's name is None; it should be the name of its file",
+        ),
+        (
+            [*LLAVA, {"image": "2.jpg", "captions": [{}]}],
+            "contexts",
+            "row 2: captions is {}; it should be text, or a list of texts",
+        ),
+        (
+            [{"image": "1.jpg", "caption": "x"}, {"image": "2.jpg", "text": "x"}],
+            "captions",
+            "row 2: no column caption; it has image, text",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_a_row_lacks_is_told(tmp_path: Path, rows: list[Any], field: str, message: str) -> None:
     file = save(tmp_path, "a.jsonl", rows)
     assert told(**{field: file}) == f"{file}, {message}"

@@ -45,12 +45,20 @@ def test_numbers_of_llava_s_boxes_are_not_touched(tmp_path: Path) -> None:
 def test_coco_s_two_files_are_joined(tmp_path: Path) -> None:
     contexts = read_contexts(
         captions=save(tmp_path, "c.json", captions()), instances=save(tmp_path, "i.json", instances())
-    )  # fmt: skip
+    )
     assert list(contexts) == [THREE, SEVEN]
     assert contexts.report == ContextReport(
-        images=2, captions=3, boxes=3, empty_captions=1, repeated_captions=1, crowd_regions=1, clipped_boxes=1,
-        dropped_boxes=2, unlisted_annotations=2, images_without_anything=1,
-    )  # fmt: skip
+        images=2,
+        captions=3,
+        boxes=3,
+        empty_captions=1,
+        repeated_captions=1,
+        crowd_regions=1,
+        clipped_boxes=1,
+        dropped_boxes=2,
+        unlisted_annotations=2,
+        images_without_anything=1,
+    )
     assert str(contexts.report) == (
         "images: 2, captions: 3, boxes: 3, empty captions: 1, repeated captions: 1, crowd regions: 1, "
         "clipped boxes: 1, dropped boxes: 2, unlisted annotations: 2, images without anything: 1"
@@ -68,15 +76,17 @@ def test_no_order_within_coco_s_files_matters_to_boxes(
     content = {key: images if key == "images" else whole[key] for key in keys}
     file = save(folder, "i.json", json.dumps(content, indent=None if compact else 2))
     assert list(read_contexts(instances=file)) == [
-        Context(THREE.image, (), THREE.boxes), Context(SEVEN.image, (), SEVEN.boxes)
-    ]  # fmt: skip
+        Context(THREE.image, (), THREE.boxes),
+        Context(SEVEN.image, (), SEVEN.boxes),
+    ]
 
 
 def test_either_file_of_coco_does_alone(tmp_path: Path) -> None:
     only = read_contexts(captions=save(tmp_path, "c.json", captions()))
     assert [(x.image, x.captions, x.boxes) for x in only] == [
-        ("000000000003.jpg", ("A man",), ()), ("000000000007.jpg", ("A dog.", "Two dogs"), ())
-    ]  # fmt: skip
+        ("000000000003.jpg", ("A man",), ()),
+        ("000000000007.jpg", ("A dog.", "Two dogs"), ()),
+    ]
     assert (only.report.captions_alone, only.report.boxes_alone, only.report.boxes) == (2, 0, 0)
     boxes = read_contexts(instances=save(tmp_path, "i.json", instances()))
     assert (boxes.report.captions_alone, boxes.report.boxes_alone, boxes.report.captions) == (0, 2, 0)
@@ -104,9 +114,10 @@ def test_a_box_in_pixels_becomes_what_of_it_is_in_the_image(
     tmp_path_factory: pytest.TempPathFactory, box: tuple[float, ...], size: tuple[int, int]
 ) -> None:
     content = {
-        "images": [{"id": 1, "file_name": "a.png", "width": size[0], "height": size[1]}], "categories": CATEGORIES,
+        "images": [{"id": 1, "file_name": "a.png", "width": size[0], "height": size[1]}],
+        "categories": CATEGORIES,
         "annotations": [{"image_id": 1, "category_id": 18, "bbox": box}],
-    }  # fmt: skip
+    }
     file = save(tmp_path_factory.mktemp("box"), "i.json", content)
     x, y, width, height = box
     whole = (x / size[0], y / size[1], (x + width) / size[0], (y + height) / size[1])
@@ -179,8 +190,11 @@ def test_tables_of_captions(tmp_path: Path, suffix: str, names: dict[str, str]) 
 
 
 def test_a_row_of_a_table_may_have_several_captions_or_none(tmp_path: Path) -> None:
-    rows = [{"image": {"path": "a.jpg"}, "caption": ["One", "Two", None]}, {"image": "b.jpg", "caption": 5},
-            {"image": "c.jpg", "caption": float("nan")}]  # fmt: skip
+    rows = [
+        {"image": {"path": "a.jpg"}, "caption": ["One", "Two", None]},
+        {"image": "b.jpg", "caption": 5},
+        {"image": "c.jpg", "caption": float("nan")},
+    ]
     contexts = read_contexts(captions=save(tmp_path, "t.json", rows))
     assert list(contexts) == [Context("a.jpg", ("One", "Two")), Context("b.jpg", ("5",))]
     assert contexts.report == ContextReport(2, 3, 0, 2, empty_captions=2, images_without_anything=1)
@@ -199,10 +213,12 @@ DOG = Context("1.jpg", (), (Box("dog", (0.1, 0.25, 0.4, 0.75)),))
 @pytest.mark.parametrize(
     ("form", "unit", "bbox"),
     [
-        ("xywh", "pixel", [64, 120, 192, 240]), ("xyxy", "pixel", [64, 120, 256, 360.2]),
-        ("xyxy", "fraction", [0.1, 0.25, 0.4, 0.75]), ("xywh", "fraction", [0.1, 0.25, 0.30000000000000004, 0.5]),
+        ("xywh", "pixel", [64, 120, 192, 240]),
+        ("xyxy", "pixel", [64, 120, 256, 360.2]),
+        ("xyxy", "fraction", [0.1, 0.25, 0.4, 0.75]),
+        ("xywh", "fraction", [0.1, 0.25, 0.30000000000000004, 0.5]),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("shape", ["entries", "rows", "lines"])
 @pytest.mark.parametrize("by_entry", [True, False])
 def test_own_boxes(tmp_path: Path, form: Any, unit: Any, bbox: list[float], shape: str, by_entry: bool) -> None:
@@ -223,15 +239,19 @@ def test_own_boxes(tmp_path: Path, form: Any, unit: Any, bbox: list[float], shap
 
 def test_all_files_are_joined_by_image_and_halves_may_be_missing(tmp_path: Path) -> None:
     table = save(tmp_path, "t.csv", "image,caption\n000000000007.jpg,Dogs\nz.png,Alone\n")
-    rows = [{"image": "000000000003.jpg", "captions": ["A man", "Him"]}, {"image": "y.png", "instances": [
-        {"label": "cup", "bbox": [0.1, 0.1, 0.2, 0.2]}]}]  # fmt: skip
+    rows = [
+        {"image": "000000000003.jpg", "captions": ["A man", "Him"]},
+        {"image": "y.png", "instances": [{"label": "cup", "bbox": [0.1, 0.1, 0.2, 0.2]}]},
+    ]
     contexts = read_contexts(
         captions=table, instances=save(tmp_path, "i.json", instances()), contexts=save(tmp_path, "c.jsonl", rows)
     )
     assert list(contexts) == [
-        Context(THREE.image, ("A man", "Him"), THREE.boxes), Context(SEVEN.image, ("Dogs",), SEVEN.boxes),
-        Context("y.png", (), (Box("cup", (0.1, 0.1, 0.2, 0.2)),)), Context("z.png", ("Alone",)),
-    ]  # fmt: skip
+        Context(THREE.image, ("A man", "Him"), THREE.boxes),
+        Context(SEVEN.image, ("Dogs",), SEVEN.boxes),
+        Context("y.png", (), (Box("cup", (0.1, 0.1, 0.2, 0.2)),)),
+        Context("z.png", ("Alone",)),
+    ]
     assert (contexts.report.captions_alone, contexts.report.boxes_alone) == (1, 1)
 
 
@@ -287,6 +307,7 @@ def test_labels_and_captions_survive_their_bytes() -> None:
     builder.add_boxes(name, [('tv "set",', (0.1, 0.2, 0.30000000000000004, 0.4))] * 2, "here", rounded=False)
     found = builder.finish(lambda name: True)
     assert json.loads(found['a "b".jpg']) == [
-        ['He said: "a","b"\\', 'a","b', "ünï 🐕"], [['tv "set",', 0.1, 0.2, 0.30000000000000004, 0.4]] * 2
-    ]  # fmt: skip
+        ['He said: "a","b"\\', 'a","b', "ünï 🐕"],
+        [['tv "set",', 0.1, 0.2, 0.30000000000000004, 0.4]] * 2,
+    ]
     assert builder.report == ContextReport(1, 3, 2)

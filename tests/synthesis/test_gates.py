@@ -145,7 +145,7 @@ def test_characters_of_chinese_are_words() -> None:
         (("Four huskies on a lawn.",), "How many dogs are there?", "Four.", None),
         (("A dog in a dog bed.",), "How many dogs are there?", "Two.", "2 dogs where the boxes hold 3"),
     ],
-)  # fmt: skip
+)
 def test_numbers_are_weighed_against_boxes_and_captions(
     captions: tuple[str, ...], question: str, answer: str, detail: str | None
 ) -> None:
@@ -264,8 +264,9 @@ WORDS = st.sampled_from(SENTENCE.split(" "))
 
 @given(
     st.lists(st.one_of(st.text(max_size=40), st.lists(WORDS, max_size=25).map(" ".join)), max_size=5),
-    st.sampled_from(FLAVOURS), st.sampled_from([DOGS, *CONTEXTS.values()]),
-)  # fmt: skip
+    st.sampled_from(FLAVOURS),
+    st.sampled_from([DOGS, *CONTEXTS.values()]),
+)
 def test_no_text_breaks_the_gates(texts: list[str], flavour: Flavour, context: Context) -> None:
     told = check_sample(context, turns_of(*texts), flavour, Limits(min_turns=1, min_words=0))
     assert told is None or (told.reason in REASONS and told.detail.isprintable())

@@ -89,20 +89,26 @@ def test_rows_are_llava_s(tmp_path: Path) -> None:
     write(tmp_path)
     assert json.loads((tmp_path / "instruct.json").read_text(encoding="utf-8")) == [
         {
-            "id": "0-conversation-0", "image": "0.jpg", "category": "conversation",
+            "id": "0-conversation-0",
+            "image": "0.jpg",
+            "category": "conversation",
             "conversations": [
-                {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."},
-                {"from": "human", "value": "Where, then?"}, {"from": "gpt", "value": "On the left"},
+                {"from": "human", "value": "<image>\nWhat?"},
+                {"from": "gpt", "value": "A dog."},
+                {"from": "human", "value": "Where, then?"},
+                {"from": "gpt", "value": "On the left"},
             ],
         },
         {
-            "id": "0-detail-0", "image": "0.jpg", "category": "detail",
+            "id": "0-detail-0",
+            "image": "0.jpg",
+            "category": "detail",
             "conversations": [
                 {"from": "human", "value": "<image>\nDescribe it."},
                 {"from": "gpt", "value": "Ein Hündchen \u2028 «links»."},
             ],
         },
-    ]  # fmt: skip
+    ]
     assert sorted(file.name for file in tmp_path.iterdir()) == FILES
 
 
@@ -146,14 +152,33 @@ def test_the_summary_counts_all(tmp_path: Path) -> None:
     assert set(versions) == {"python", "lora_llava", "openai"}
     nothing = {"rejected": 0, "failed": 0, "not_asked": 0}
     assert summary == {
-        "complete": False, "tasks": 6, "rows": 2, "rejected": 2, "failed": 1, "not_asked": 1, "turns": 3, "images": 1,
+        "complete": False,
+        "tasks": 6,
+        "rows": 2,
+        "rejected": 2,
+        "failed": 1,
+        "not_asked": 1,
+        "turns": 3,
+        "images": 1,
         "flavours": {
             "conversation": {
-                **nothing, "tasks": 3, "rows": 1, "rejected": 1, "not_asked": 1, "turns": 2, "words_per_answer": 2.5,
+                **nothing,
+                "tasks": 3,
+                "rows": 1,
+                "rejected": 1,
+                "not_asked": 1,
+                "turns": 2,
+                "words_per_answer": 2.5,
             },
             "detail": {**nothing, "tasks": 1, "rows": 1, "turns": 1, "words_per_answer": 3.0},
             "reasoning": {
-                **nothing, "tasks": 2, "rows": 0, "rejected": 1, "failed": 1, "turns": 0, "words_per_answer": None,
+                **nothing,
+                "tasks": 2,
+                "rows": 0,
+                "rejected": 1,
+                "failed": 1,
+                "turns": 0,
+                "words_per_answer": None,
             },
         },
         "reasons": {
@@ -164,17 +189,29 @@ def test_the_summary_counts_all(tmp_path: Path) -> None:
         },
         "failures": {"HTTP 500": 1},
         "contexts": {
-            **dict.fromkeys(vars(ContextReport()), 0), "images": 4, "captions": 4, "boxes": 4,
+            **dict.fromkeys(vars(ContextReport()), 0),
+            "images": 4,
+            "captions": 4,
+            "boxes": 4,
             "files": {"contexts": "c.jsonl"},
         },
         "teacher": {
-            "backend": "server", "model": "owner/model", "answered_as": {"m": 4}, "temperature": 0.7, "top_p": 1.0,
-            "max_tokens": 1024, "structured": True,
+            "backend": "server",
+            "model": "owner/model",
+            "answered_as": {"m": 4},
+            "temperature": 0.7,
+            "top_p": 1.0,
+            "max_tokens": 1024,
+            "structured": True,
         },
         "flavour_weights": {"conversation": 58, "detail": 23, "reasoning": 77},
-        "gates": {"max_attempts": 3, "min_turns": 2, "max_turns": 12, "min_words": None, "max_words": None}, "seed": 0,
-        "image_folder": None, "ledger": ledger, "prompts": {"detail": "ab"}, "recipe_hash": "cd",
-    }  # fmt: skip
+        "gates": {"max_attempts": 3, "min_turns": 2, "max_turns": 12, "min_words": None, "max_words": None},
+        "seed": 0,
+        "image_folder": None,
+        "ledger": ledger,
+        "prompts": {"detail": "ab"},
+        "recipe_hash": "cd",
+    }
 
 
 STATUSES = st.sampled_from(["accepted", "rejected", "failed", "not asked"])
@@ -274,10 +311,14 @@ def test_nothing_of_this_machine_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("rows", "category"),
     [
-        (0, "n<1K"), (999, "n<1K"), (1000, "1K<n<10K"), (158_000, "100K<n<1M"), (10**6, "1M<n<10M"),
+        (0, "n<1K"),
+        (999, "n<1K"),
+        (1000, "1K<n<10K"),
+        (158_000, "100K<n<1M"),
+        (10**6, "1M<n<10M"),
         (10**7, "10M<n<100M"),
     ],
-)  # fmt: skip
+)
 def test_size_categories(rows: int, category: str) -> None:
     assert size_category(rows) == category
 
@@ -286,11 +327,14 @@ def test_the_card_is_a_card(tmp_path: Path) -> None:
     write(tmp_path / "my set", prompts={"detail": "ab" * 32}, recipe_hash="cd" * 32)
     card = DatasetCard.load(tmp_path / "my set" / "README.md")
     assert card.data.to_dict() == {
-        "language": ["en"], "license": "other", "pretty_name": "my set", "size_categories": ["n<1K"],
+        "language": ["en"],
+        "license": "other",
+        "pretty_name": "my set",
+        "size_categories": ["n<1K"],
         "task_categories": ["visual-question-answering", "image-text-to-text"],
         "tags": ["llava", "synthetic", "lora_llava"],
         "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": "instruct.json"}]}],
-    }  # fmt: skip
+    }
     for part in (
         "# my set\n",
         "2 conversations about 1 image, made as LLaVA's own were (Visual Instruction Tuning, arXiv 2304.08485, "
@@ -325,8 +369,11 @@ def test_the_card_s_command_trains(tmp_path: Path, teacher: TeacherSection) -> N
     _, verb, name, *overrides = shlex.split(command[1])
     loaded = load_recipe(name, overrides)
     assert (verb, loaded.data.format, loaded.data.path, loaded.data.image_folder) == (
-        "finetune", "conversations", "instruct.json", "IMAGES",
-    )  # fmt: skip
+        "finetune",
+        "conversations",
+        "instruct.json",
+        "IMAGES",
+    )
 
 
 def test_images_that_lie_beside_the_rows_are_told(tmp_path: Path) -> None:

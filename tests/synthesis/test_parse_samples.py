@@ -44,27 +44,29 @@ CONVERSATIONS = {
     "user and assistant": json.dumps([{"user": p["question"], "assistant": p["answer"]} for p in (ASKED, AGAIN)]),
     "human and gpt": json.dumps([{"human": p["question"], "gpt": p["answer"]} for p in (ASKED, AGAIN)]),
     "q and a, the answer first": json.dumps([{"A": p["answer"], "Q": p["question"]} for p in (ASKED, AGAIN)]),
-    "numbered keys": json.dumps({"question_1": "What is it?", "answer_1": "A dog.", "question_2": "Where is it?",
-                                 "answer_2": AGAIN["answer"]}),
+    "numbered keys": json.dumps(
+        {"question_1": "What is it?", "answer_1": "A dog.", "question_2": "Where is it?", "answer_2": AGAIN["answer"]}
+    ),
     "the same keys again": '{"question": "What is it?", "answer": "A dog.", '
-                           f'"question": "Where is it?", "answer": {QUOTED}}}',
+    f'"question": "Where is it?", "answer": {QUOTED}}}',
     "lists of both": json.dumps({"questions": ["What is it?", "Where is it?"], "answers": ["A dog.", AGAIN["answer"]]}),
     "pairs": json.dumps([["What is it?", "A dog."], ["Where is it?", AGAIN["answer"]]]),
     "roles": json.dumps({"messages": ROLES}),
-    "from and value": json.dumps([{"from": "human" if place % 2 == 0 else "gpt", "value": turn.text}
-                                  for place, turn in enumerate(TWO)]),
+    "from and value": json.dumps(
+        [{"from": "human" if place % 2 == 0 else "gpt", "value": turn.text} for place, turn in enumerate(TWO)]
+    ),
     "a comma too many": JSON.replace("]}", ",]}").replace('dog."}', 'dog.",}'),
     "line breaks in a string": JSON.replace("A dog.", "A dog.\n"),
     "LLaVA's form": LLAVA,
-    "LLaVA's form, on one line each": 'Question: What is it?\nAnswer: A dog.\n\n'
-                                      'Question: Where is it?\nAnswer: On the "lawn".',
+    "LLaVA's form, on one line each": "Question: What is it?\nAnswer: A dog.\n\n"
+    'Question: Where is it?\nAnswer: On the "lawn".',
     "LLaVA's form, on one line": 'Question: What is it? Answer: A dog. Question: Where is it? Answer: On the "lawn".',
     "numbered lines": '**Q1:** What is it?\n**A1:** A dog.\n\n**Q2:** Where is it?\n**A2:** On the "lawn".',
-    "headings": '### Question 1: What is it?\n### Answer 1: A dog.\n'
-                '### Question 2: Where is it?\n### Answer 2: On the "lawn".',
-    "speakers": 'Sure, here it is.\n\nUser: What is it?\nAssistant: A dog.\n'
-                'User: Where is it?\nAssistant: On the "lawn".',
-}  # fmt: skip
+    "headings": "### Question 1: What is it?\n### Answer 1: A dog.\n"
+    '### Question 2: Where is it?\n### Answer 2: On the "lawn".',
+    "speakers": "Sure, here it is.\n\nUser: What is it?\nAssistant: A dog.\n"
+    'User: Where is it?\nAssistant: On the "lawn".',
+}
 
 TEXT = "A dog lies on the lawn.\n\nIt is asleep."
 DESCRIPTIONS = {
@@ -92,31 +94,55 @@ UNREADABLE = [
     ("reasoning", '{"turns": []}', "unreadable", "the JSON holds no questions and answers"),
     ("reasoning", '{"question": null, "answer": "A dog."}', "unreadable", "the JSON holds no questions and answers"),
     ("reasoning", '{"question": "Why?", "answer": {"a": 1}}', "unreadable", "the JSON holds no questions and answers"),
-    ("reasoning", '{"question": "Why?" "answer": "So."}', "unreadable",
-     "the JSON is wrong: Expecting ',' delimiter: line 1 column 21 (char 20)"),
+    (
+        "reasoning",
+        '{"question": "Why?" "answer": "So."}',
+        "unreadable",
+        "the JSON is wrong: Expecting ',' delimiter: line 1 column 21 (char 20)",
+    ),
     ("detail", '{"width": 640, "height": 480}', "unreadable", "it holds no description, or several"),
     ("detail", LLAVA, "unreadable", "it holds no description, or several"),
     ("conversation", "", "empty", "nothing is written"),
     ("detail", " \n\t", "empty", "nothing is written"),
-    ("conversation", json.dumps({"turns": [ASKED]})[:-1], "cut off",
-     """the JSON ends with '{"turns": [{"question": "What is it?", "answer": "A dog."}]'"""),
-    ("conversation", JSON[:50], "cut off",
-     """the JSON ends with '{"turns": [{"question": "What is it?", "answer": "'"""),
+    (
+        "conversation",
+        json.dumps({"turns": [ASKED]})[:-1],
+        "cut off",
+        """the JSON ends with '{"turns": [{"question": "What is it?", "answer": "A dog."}]'""",
+    ),
+    (
+        "conversation",
+        JSON[:50],
+        "cut off",
+        """the JSON ends with '{"turns": [{"question": "What is it?", "answer": "'""",
+    ),
     ("conversation", "{", "cut off", "the JSON ends with '{'"),
     ("conversation", '```json\n{"tur', "cut off", """the JSON ends with '```json {"tur'"""),
     ("conversation", "<think>Let me see", "cut off", "it ends in the middle of its thoughts"),
     ("conversation", "Question: What is it?\nAnswer: A dog.\nQuestion: Where is", "cut off", "it ends with 'Where is'"),
-    ("conversation", f"Question: What is it?\nAnswer: {LONG}", "cut off",
-     "it ends with 'A dog lies on the lawn in front of a house and looks at a'"),
+    (
+        "conversation",
+        f"Question: What is it?\nAnswer: {LONG}",
+        "cut off",
+        "it ends with 'A dog lies on the lawn in front of a house and looks at a'",
+    ),
     ("detail", LONG, "cut off", "it ends with 'A dog lies on the lawn in front of a house and looks at a'"),
-    ("conversation", json.dumps([ASKED, {"answer": "No."}]), "turn order",
-     "turn 3 is the assistant's; the user's was due"),
+    (
+        "conversation",
+        json.dumps([ASKED, {"answer": "No."}]),
+        "turn order",
+        "turn 3 is the assistant's; the user's was due",
+    ),
     ("conversation", json.dumps([ASKED, {"question": "No?"}]), "turn order", "the last question has no answer"),
     ("conversation", json.dumps(ROLES[1:]), "turn order", "turn 1 is the assistant's; the user's was due"),
     ("conversation", json.dumps([ROLES[0], *ROLES]), "turn order", "turn 2 is the user's; the assistant's was due"),
-    ("conversation", "Answer: A dog.\nQuestion: What is it?\nAnswer: A dog.", "turn order",
-     "turn 1 is the assistant's; the user's was due"),
-]  # fmt: skip
+    (
+        "conversation",
+        "Answer: A dog.\nQuestion: What is it?\nAnswer: A dog.",
+        "turn order",
+        "turn 1 is the assistant's; the user's was due",
+    ),
+]
 
 
 @pytest.mark.parametrize("form", CONVERSATIONS)
@@ -129,8 +155,9 @@ def test_a_description_answers_the_request(form: str) -> None:
     read = parse_sample(DESCRIPTIONS[form], "detail", "Describe this.")
     assert not isinstance(read, Rejection), read
     assert [(turn.role, turn.text.replace("\n\n", "\n")) for turn in read] == [
-        ("user", "Describe this."), ("assistant", TEXT.replace("\n\n", "\n"))
-    ]  # fmt: skip
+        ("user", "Describe this."),
+        ("assistant", TEXT.replace("\n\n", "\n")),
+    ]
 
 
 def test_reasoning_is_one_pair() -> None:
@@ -138,11 +165,13 @@ def test_reasoning_is_one_pair() -> None:
     assert parse_sample("Question: What is it?\n===\nAnswer: A dog.", "reasoning") == TWO[:2]
     steps = json.dumps({"question": "How many?", "answer": ["There are two.", "One more comes.", "So three."]})
     assert parse_sample(steps, "reasoning") == (
-        Turn("user", "How many?"), Turn("assistant", "There are two.\nOne more comes.\nSo three.")
-    )  # fmt: skip
+        Turn("user", "How many?"),
+        Turn("assistant", "There are two.\nOne more comes.\nSo three."),
+    )
     assert parse_sample('{"question": "How many?", "answer": 2}', "reasoning") == (
-        Turn("user", "How many?"), Turn("assistant", "2")
-    )  # fmt: skip
+        Turn("user", "How many?"),
+        Turn("assistant", "2"),
+    )
 
 
 @pytest.mark.parametrize(("flavour", "text", "reason", "detail"), UNREADABLE)

@@ -206,8 +206,17 @@ def test_a_teacher_that_answers_nothing_is_given_up(log: ChatLog, tmp_path: Path
 def test_the_ledger_is_only_appended_to_and_locked(tmp_path: Path) -> None:
     request = ChatRequest([{"role": "user", "content": "a"}], 5)
     key = request_key("m", request, "t", 0)
-    assert len({key, request_key("n", request, "t", 0), request_key("m", request, "u", 0),
-                request_key("m", request, "t", 1)}) == 4  # fmt: skip
+    assert (
+        len(
+            {
+                key,
+                request_key("n", request, "t", 0),
+                request_key("m", request, "u", 0),
+                request_key("m", request, "t", 1),
+            }
+        )
+        == 4
+    )
     with Ledger(tmp_path / LEDGER_FILE) as ledger:
         ledger.add(key, "t", 0, "hash", ChatAnswer("text", 3, 4, "m"), 0.5, "accepted", "")
         with pytest.raises(UserError, match="another run is at work in it"):
@@ -224,8 +233,12 @@ def test_the_ledger_is_only_appended_to_and_locked(tmp_path: Path) -> None:
         assert entry is not None
         assert (entry.text, entry.model) == ("text", "m")
         assert ledger.totals() == {
-            "answers": 1, "prompt_tokens": 3, "completion_tokens": 4, "usd": 0.5, "failed_requests": 0
-        }  # fmt: skip
+            "answers": 1,
+            "prompt_tokens": 3,
+            "completion_tokens": 4,
+            "usd": 0.5,
+            "failed_requests": 0,
+        }
     (tmp_path / "other.sqlite").write_bytes(b"no ledger at all, but long enough to have a header" * 4)
     with pytest.raises(UserError, match="is damaged or no ledger"):
         Ledger(tmp_path / "other.sqlite")

@@ -51,8 +51,10 @@ def shipped_examples() -> Iterator[tuple[Prompt, str, str]]:
 def test_every_flavour_has_a_system_message_and_examples() -> None:
     prompts = load_prompts()
     assert {flavour: len(prompt.examples) for flavour, prompt in prompts.items()} == {
-        "conversation": 3, "detail": 2, "reasoning": 2
-    }  # fmt: skip
+        "conversation": 3,
+        "detail": 2,
+        "reasoning": 2,
+    }
     assert [flavour for flavour, prompt in prompts.items() if prompt.requests] == ["detail"]
     for prompt in prompts.values():
         for demand in (
@@ -78,8 +80,10 @@ def test_the_shipped_examples_pass_the_gates() -> None:
 
 def test_the_shipped_examples_have_the_form_of_the_schema() -> None:
     keys: dict[Flavour, list[str]] = {
-        "conversation": ["turns"], "detail": ["description"], "reasoning": ["question", "answer"]
-    }  # fmt: skip
+        "conversation": ["turns"],
+        "detail": ["description"],
+        "reasoning": ["question", "answer"],
+    }
     for prompt, _, answer in shipped_examples():
         value = json.loads(answer)
         assert list(value) == keys[prompt.flavour]
@@ -113,16 +117,29 @@ def test_messages_are_system_examples_and_the_context_alone(flavour: Flavour) ->
 
 
 def test_schemas_are_strict() -> None:
-    turn = {"type": "object", "properties": {"question": {"type": "string"}, "answer": {"type": "string"}},
-            "required": ["question", "answer"], "additionalProperties": False}  # fmt: skip
-    turns = {"type": "object", "properties": {"turns": {"type": "array", "items": turn}}, "required": ["turns"],
-             "additionalProperties": False}  # fmt: skip
-    description = {"type": "object", "properties": {"description": {"type": "string"}}, "required": ["description"],
-                   "additionalProperties": False}  # fmt: skip
+    turn = {
+        "type": "object",
+        "properties": {"question": {"type": "string"}, "answer": {"type": "string"}},
+        "required": ["question", "answer"],
+        "additionalProperties": False,
+    }
+    turns = {
+        "type": "object",
+        "properties": {"turns": {"type": "array", "items": turn}},
+        "required": ["turns"],
+        "additionalProperties": False,
+    }
+    description = {
+        "type": "object",
+        "properties": {"description": {"type": "string"}},
+        "required": ["description"],
+        "additionalProperties": False,
+    }
     for flavour, schema in (("conversation", turns), ("detail", description), ("reasoning", turn)):
         assert RESPONSE_SCHEMAS[flavour] == {  # type: ignore[index]
-            "type": "json_schema", "json_schema": {"name": flavour, "strict": True, "schema": schema}
-        }  # fmt: skip
+            "type": "json_schema",
+            "json_schema": {"name": flavour, "strict": True, "schema": schema},
+        }
 
 
 def test_requests_are_drawn_by_task_alone() -> None:
@@ -164,8 +181,9 @@ def test_own_prompts_take_the_place_of_the_shipped(tmp_path: Path) -> None:
     prompts = load_prompts(tmp_path)
     assert prompts["reasoning"] == Prompt("reasoning", "Ask why.", ())
     assert write_messages(prompts["reasoning"], Context("a.jpg", ("A.",))) == [
-        {"role": "system", "content": "Ask why."}, {"role": "user", "content": "A."}
-    ]  # fmt: skip
+        {"role": "system", "content": "Ask why."},
+        {"role": "user", "content": "A."},
+    ]
     assert {**prompts, "reasoning": None} == {**load_prompts(), "reasoning": None}
     for number in (10, 9):
         (own / f"example_{number}.context.txt").write_text(f"Image {number}.")
@@ -182,17 +200,21 @@ def test_own_prompts_take_the_place_of_the_shipped(tmp_path: Path) -> None:
         ("system.txt", None, "{folder}/detail/system.txt is missing; copy the shipped one and change it"),
         ("system.txt", " \n", "{folder}/detail/system.txt is empty; write it, or take the folder away"),
         ("requests.txt", None, "{folder}/detail/requests.txt is missing; copy the shipped one and change it"),
-        ("example_1.context.txt", None,
-         "{folder}/detail/example_1.context.txt is missing; an example has both files"),
-        ("example_1.answer.json", None,
-         "{folder}/detail/example_1.answer.json is missing; an example has both files"),
-        ("example_1.answer.json", '{"width": 1, "height": 2}',
-         "{folder}/detail/example_1.answer.json is unreadable (it holds no description, or several); "
-         "write it as the shipped examples are"),
-        ("example1.context.txt", "A.",
-         "{folder}/detail/example1.context.txt is none of requests.txt, system.txt and example_N.*; rename it"),
+        ("example_1.context.txt", None, "{folder}/detail/example_1.context.txt is missing; an example has both files"),
+        ("example_1.answer.json", None, "{folder}/detail/example_1.answer.json is missing; an example has both files"),
+        (
+            "example_1.answer.json",
+            '{"width": 1, "height": 2}',
+            "{folder}/detail/example_1.answer.json is unreadable (it holds no description, or several); "
+            "write it as the shipped examples are",
+        ),
+        (
+            "example1.context.txt",
+            "A.",
+            "{folder}/detail/example1.context.txt is none of requests.txt, system.txt and example_N.*; rename it",
+        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_prompts_are_told(tmp_path: Path, name: str, content: str | None, told: str) -> None:
     file = copy_of_detail(tmp_path) / "detail" / name
     file.unlink() if content is None else file.write_text(content)

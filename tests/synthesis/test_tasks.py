@@ -19,7 +19,7 @@ BOX = Box("cup", (0.1, 0.1, 0.2, 0.2))
 NAMES = st.text("ab1-./", min_size=1, max_size=6)
 WEIGHTINGS = st.fixed_dictionaries(
     {}, optional={flavour: st.sampled_from([0, 0.5, 1, 23, 58, 77]) for flavour in FLAVOURS}
-).filter(lambda weights: any(weights.values()))  # fmt: skip
+).filter(lambda weights: any(weights.values()))
 
 
 def images(count: int) -> list[Context]:
@@ -49,8 +49,10 @@ def test_llava_s_mixture_is_dealt_exactly() -> None:
     assert deal(10, whole) == {"conversation": 4, "detail": 1, "reasoning": 5}
     assert deal(1, whole) == {"conversation": 0, "detail": 0, "reasoning": 1}
     assert deal(2, shares({"conversation": 1, "detail": 1, "reasoning": 1})) == {
-        "conversation": 1, "detail": 1, "reasoning": 0
-    }  # fmt: skip
+        "conversation": 1,
+        "detail": 1,
+        "reasoning": 0,
+    }
 
 
 @given(st.integers(1, 5000), WEIGHTINGS)
@@ -109,9 +111,11 @@ def test_tasks_are_a_sequence_by_image_flavour_and_number() -> None:
 
 
 @given(
-    names=st.lists(NAMES, min_size=1, max_size=9, unique=True), weights=WEIGHTINGS, samples=st.integers(1, 40),
+    names=st.lists(NAMES, min_size=1, max_size=9, unique=True),
+    weights=WEIGHTINGS,
+    samples=st.integers(1, 40),
     seed=st.integers(0, 9),
-)  # fmt: skip
+)
 def test_no_image_has_a_second_turn_before_all_had_one(
     names: list[str], weights: dict[Flavour, float], samples: int, seed: int
 ) -> None:
@@ -146,9 +150,15 @@ def test_stems_are_short_for_coco_s_names_and_hold_a_hash_for_others() -> None:
         ".jpg",
     ]
     assert [image_stem(name) for name in names] == [
-        "000000296284", "COCO_train2014_000000296284", "a b.c",
-        "1-9461eefa", "1-35f4aeeb", "1-a066f3a4", "1-6b86b273", ".jpg-d912c70a"
-    ]  # fmt: skip
+        "000000296284",
+        "COCO_train2014_000000296284",
+        "a b.c",
+        "1-9461eefa",
+        "1-35f4aeeb",
+        "1-a066f3a4",
+        "1-6b86b273",
+        ".jpg-d912c70a",
+    ]
 
 
 @given(st.permutations(range(8)), st.integers(1, 8), st.integers(0, 3), st.sampled_from([None, 5]))
@@ -194,10 +204,14 @@ def test_flavours_of_one_image_are_spread_by_weight(most: int, seed: int) -> Non
 @pytest.mark.parametrize(
     ("captions", "boxes", "carried"),
     [
-        (0, 0, []), (1, 0, FLAVOURS), (5, 7, FLAVOURS), (0, 1, ["conversation", "reasoning"]), (0, 2, FLAVOURS),
+        (0, 0, []),
+        (1, 0, FLAVOURS),
+        (5, 7, FLAVOURS),
+        (0, 1, ["conversation", "reasoning"]),
+        (0, 2, FLAVOURS),
         (1, 1, FLAVOURS),
     ],
-)  # fmt: skip
+)
 def test_what_a_context_can_carry(captions: int, boxes: int, carried: list[Flavour]) -> None:
     context = Context("1.jpg", ("A cup.",) * captions, (BOX,) * boxes)
     assert [flavour for flavour in FLAVOURS if can_carry(context, flavour)] == list(carried)
@@ -220,25 +234,34 @@ def test_images_that_cannot_carry_a_flavour_are_counted_and_get_another() -> Non
     [
         ({"samples": 0}, "r.samples: it is 0; set it to 1 or more"),
         ({"samples_per_image": -1}, "r.samples_per_image: it is -1; set it to 1 or more"),
-        ({"weights": {"detial": 1}},
-         "r.weights: 'detial' is no flavour (did you mean \"detail\"?); there are conversation, detail, reasoning"),
+        (
+            {"weights": {"detial": 1}},
+            "r.weights: 'detial' is no flavour (did you mean \"detail\"?); there are conversation, detail, reasoning",
+        ),
         ({"weights": {"detail": -1.0}}, "r.weights: detail has -1.0; set it to 0 or more"),
         ({"weights": {"detail": float("nan")}}, "r.weights: detail has nan; set it to 0 or more"),
-        ({"weights": {"detail": 0}},
-         "r.weights: no flavour has any weight; give one of conversation, detail, reasoning more than 0"),
-        ({"samples": 20},
-         "r.samples: of 20, 7 are conversation, for which there are 4 images and r.samples_per_image is 1; by "
-         "these weights 8 can be had"),
+        (
+            {"weights": {"detail": 0}},
+            "r.weights: no flavour has any weight; give one of conversation, detail, reasoning more than 0",
+        ),
+        (
+            {"samples": 20},
+            "r.samples: of 20, 7 are conversation, for which there are 4 images and r.samples_per_image is 1; by "
+            "these weights 8 can be had",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_planned_is_told(given: dict[str, Any], message: str) -> None:
     assert told(images(4), seed=0, where="r", **given) == message
 
 
 @given(
-    captioned=st.integers(0, 6), boxed=st.integers(0, 6), weights=WEIGHTINGS, samples=st.integers(1, 60),
+    captioned=st.integers(0, 6),
+    boxed=st.integers(0, 6),
+    weights=WEIGHTINGS,
+    samples=st.integers(1, 60),
     most=st.integers(1, 3),
-)  # fmt: skip
+)
 def test_what_is_said_to_be_possible_is_and_nothing_more(
     captioned: int, boxed: int, weights: dict[Flavour, float], samples: int, most: int
 ) -> None:

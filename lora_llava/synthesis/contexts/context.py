@@ -44,7 +44,5 @@ def write_context(context: Context) -> str:
         A caption a line, an empty line, a box a line: `label: [x1, y1, x2, y2]` rounded to three decimals, as
         LLaVA's own requests have it (arXiv 2304.08485, table 1).
     """
-    boxes = [
-        f"{box.label}: [{', '.join(f'{round(corner, 3)}' for corner in box.corners)}]" for box in context.boxes
-    ]  # fmt: skip
+    boxes = [f"{box.label}: [{', '.join(f'{round(corner, 3)}' for corner in box.corners)}]" for box in context.boxes]
     return "\n\n".join("\n".join(part) for part in (context.captions, boxes) if part)

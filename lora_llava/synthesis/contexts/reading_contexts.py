@@ -80,11 +80,19 @@ class Contexts(Sequence[Context]):
 
 
 def read_contexts(
-    *, captions: Path | None = None, instances: Path | None = None, boxes: Path | None = None,
-    contexts: Path | None = None, columns: Mapping[str, str] | None = None, box_format: BoxFormat = "xyxy",
-    box_unit: BoxUnit = "fraction", on_bad_box: BoxPolicy = "clip", images: Path | None = None,
-    missing_image: MissingPolicy = "error", where: str = "",
-) -> Contexts:  # fmt: skip
+    *,
+    captions: Path | None = None,
+    instances: Path | None = None,
+    boxes: Path | None = None,
+    contexts: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    box_format: BoxFormat = "xyxy",
+    box_unit: BoxUnit = "fraction",
+    on_bad_box: BoxPolicy = "clip",
+    images: Path | None = None,
+    missing_image: MissingPolicy = "error",
+    where: str = "",
+) -> Contexts:
     """Read what is known of images, and join it by their names.
 
     What kind a file is, its content says. At least one is needed; an image may have captions alone or boxes alone.
@@ -199,8 +207,11 @@ def _file_kind(file: Path, columns: Columns, wanted: str, field: str) -> str:
     if not isinstance(annotation, dict):
         return "coco images"
     for key, its in (
-        ("caption", "captions"), ("segments_info", "panoptic"), ("keypoints", "keypoints"), ("bbox", "instances")
-    ):  # fmt: skip
+        ("caption", "captions"),
+        ("segments_info", "panoptic"),
+        ("keypoints", "keypoints"),
+        ("bbox", "instances"),
+    ):
         if key in annotation:
             return f"coco {its}"
     return "coco annotations"

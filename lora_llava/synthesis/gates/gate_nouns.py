@@ -78,11 +78,26 @@ _PEOPLE = words(
 )
 """Said of people in captions, besides the narrower names: enough not to call a right number wrong."""
 _PLURALS = {
-    "person": ("people", "persons"), "man": ("men",), "woman": ("women",), "child": ("children",),
-    "knife": ("knives",), "mouse": ("mice",), "sheep": ("sheep",), "broccoli": ("broccoli",), "fruit": ("fruits",),
-    "bus": ("buses", "busses"), "calf": ("calves",), "leaf": ("leaves",), "shelf": ("shelves",), "fish": ("fish",),
-    "deer": ("deer",), "goose": ("geese",), "foot": ("feet",), "wolf": ("wolves",), "aircraft": ("aircraft",),
-}  # fmt: skip
+    "person": ("people", "persons"),
+    "man": ("men",),
+    "woman": ("women",),
+    "child": ("children",),
+    "knife": ("knives",),
+    "mouse": ("mice",),
+    "sheep": ("sheep",),
+    "broccoli": ("broccoli",),
+    "fruit": ("fruits",),
+    "bus": ("buses", "busses"),
+    "calf": ("calves",),
+    "leaf": ("leaves",),
+    "shelf": ("shelves",),
+    "fish": ("fish",),
+    "deer": ("deer",),
+    "goose": ("geese",),
+    "foot": ("feet",),
+    "wolf": ("wolves",),
+    "aircraft": ("aircraft",),
+}
 _COUPLES = {"couple": 2, "pair": 2, "both": 2, "duo": 2, "twins": 2, "single": 1, "lone": 1, "trio": 3, "dozen": 12}
 _REACH = 4
 """Tokens after a number in which its noun is looked for: `three very large brown dogs` (untuned)."""
@@ -131,9 +146,7 @@ def plurals(noun: str) -> tuple[str, ...]:
     return tuple(f"{start} {form}".strip() for form in found)
 
 
-_HUMANS = frozenset(
-    form for name in ("person", *_NARROWER["person"], *_PEOPLE) for form in (name, *plurals(name))
-)  # fmt: skip
+_HUMANS = frozenset(form for name in ("person", *_NARROWER["person"], *_PEOPLE) for form in (name, *plurals(name)))
 
 
 @lru_cache(maxsize=4096)

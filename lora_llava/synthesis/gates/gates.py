@@ -231,9 +231,20 @@ def _wrong_place(case: _Case) -> Rejection | None:
 
 
 _GATES: tuple[Callable[[_Case], Rejection | None], ...] = (
-    _turn_order, _empty, _number_of_turns, _too_long, _control_characters, _forbidden, _no_answer, _repeated_question,
-    _repetition, _too_short, _wrong_count, _denied_object, _wrong_place,
-)  # fmt: skip
+    _turn_order,
+    _empty,
+    _number_of_turns,
+    _too_long,
+    _control_characters,
+    _forbidden,
+    _no_answer,
+    _repeated_question,
+    _repetition,
+    _too_short,
+    _wrong_count,
+    _denied_object,
+    _wrong_place,
+)
 """In the order of `REASONS`. What is too long is not searched any further; what is too short comes after refusals,
 which are short too."""
 
