@@ -16,8 +16,8 @@ from lora_llava.synthesis.contexts.context import Context
 from lora_llava.synthesis.sample import FLAVOURS, WEIGHTS, Flavour, Task
 
 _GOLDEN = 0.6180339887498949
-"""Multiples of the golden ratio spread evenly over a circle, however many there are. Stepping by it gives the samples of
-one image flavours in proportion to the weights too, and rarely the same flavour several times in a row."""
+"""Multiples of the golden ratio spread evenly over a circle, however many there are. Stepping by it gives the samples
+of one image flavours in proportion to the weights too, and rarely one flavour several times in a row."""
 
 
 class Tasks(Sequence[Task]):

@@ -58,7 +58,7 @@ def test_every_flavour_has_a_system_message_and_examples() -> None:
     assert [flavour for flavour, prompt in prompts.items() if prompt.requests] == ["detail"]
     for prompt in prompts.values():
         for demand in (
-            "see the image|who looks at it",
+            "see the picture|who looks at it",
             "[Nn]ever mention captions",
             "coordinate",
             "confidence|certain",
