@@ -21,7 +21,7 @@ from lora_llava.synthesis.pipeline import Settings, write_request
 from lora_llava.synthesis.prompts import load_prompts
 from lora_llava.synthesis.sample import FLAVOURS, Task
 from lora_llava.synthesis.teachers.local_teacher import load_teacher
-from lora_llava.synthesis.teachers.teacher import Asked
+from lora_llava.synthesis.teachers.teacher import TeacherRequest
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -142,7 +142,7 @@ def test_a_model_here_is_a_teacher_too(parts: Path, tmp_path: Path) -> None:
     task = Task("1-detail-0", 0, "detail", 0)
     settings = Settings(str(folder), max_tokens=5, temperature=0.0, structured=False)
     request = write_request(task, context, load_prompts()["detail"], settings)
-    found = dict(load_teacher(str(folder), "float32", 2)([Asked(task, context, request, "key", 0)] * 3))
+    found = dict(load_teacher(str(folder), "float32", 2)([TeacherRequest(task, context, request, "key", 0)] * 3))
     assert sorted(found) == [0, 1, 2]
     assert len({answer.text for answer in found.values()}) == 1
     text = tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True)

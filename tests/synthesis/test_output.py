@@ -32,7 +32,7 @@ from lora_llava.synthesis.dataset_card import size_category, write_card
 from lora_llava.synthesis.gates.gates import REASONS
 from lora_llava.synthesis.ledger import LEDGER_FILE, Ledger
 from lora_llava.synthesis.output import write_set
-from lora_llava.synthesis.pipeline import Maker, Result, Settings
+from lora_llava.synthesis.pipeline import Result, SampleGenerator, Settings
 from lora_llava.synthesis.prompts import load_prompts, prompt_hashes
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Rejection, Task
 from lora_llava.synthesis.tasks import plan_tasks
@@ -416,10 +416,12 @@ def test_the_demo_s_teacher_makes_a_set(tmp_path: Path) -> None:
     asked = recipe(DEMO, contexts=str(file), images=str(file.parent / "images"))
     prompts = load_prompts()
     with Ledger(tmp_path / "set" / LEDGER_FILE) as ledger:
-        maker = Maker(known, plan_tasks(known, samples_per_image=2, seed=0), prompts, Settings(NAME), ledger)
-        maker.run(answer_by_rules, Budget())
+        generator = SampleGenerator(
+            known, plan_tasks(known, samples_per_image=2, seed=0), prompts, Settings(NAME), ledger
+        )
+        generator.run(answer_by_rules, Budget())
         about = {"ledger": ledger.totals(), "prompts": prompt_hashes(prompts)}
-        summary = write_set(tmp_path / "set", results=maker.results(), contexts=known, recipe=asked, about=about)
+        summary = write_set(tmp_path / "set", results=generator.results(), contexts=known, recipe=asked, about=about)
     assert summary["complete"]
     assert summary["tasks"] == 48
     assert summary["rows"] + summary["rejected"] == 48
