@@ -181,8 +181,8 @@ def _licences(summary: Mapping[str, Any]) -> str:
     writer = (
         "- Text: written by lora_llava's rules, Apache-2.0, except where it repeats the captions."
         if is_by_rules(summary)
-        else f"- Text: written by {_code(teacher_name(summary))}. The terms of use of a model or its service may forbid "
-        "training competing models on its output, or publishing it; read them."
+        else f"- Text: written by {_code(teacher_name(summary))}. The terms of use of a model or its service may "
+        "forbid training competing models on its output, or publishing it; read them."
     )
     return f"""\
 ## Licences
