@@ -1,7 +1,7 @@
-"""ScienceQA-shaped rows over the demo's world: three subjects, with and without image, hint and lecture.
+"""ScienceQA-like questions about the demo's world: three subjects, with and without image, hint and lecture.
 
-Choices stand in a fixed order, as on a form: which letter a choice has is then the same in every row, which a language
-model of a million parameters can learn in minutes. The right choice is not to be had from the question alone.
+Choices have a fixed order, so that a choice has the same letter in every row, which a language model of a million
+parameters can learn in minutes. The correct choice cannot be inferred from the question alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _row(
     hint: str = "",
     lecture: str = "",
 ) -> Row:
-    """Fill in every field of ScienceQA."""
+    """Return a row with every field of ScienceQA."""
     subject, topic, skill = about
     return {
         "question": question,
@@ -130,12 +130,12 @@ VISUAL: tuple[Callable[[Scene, random.Random], Row], ...] = (
 
 
 def plain_questions(scene: Scene) -> list[tuple[str, str]]:
-    """Questions and short answers about a scene, as a person would write them into a table."""
-    asked = [("How many shapes are there?", NUMBERS[len(scene.things) - 1])]
+    """Return questions and short answers about a scene, as a person would write them into a table."""
+    pairs = [("How many shapes are there?", NUMBERS[len(scene.things) - 1])]
     for thing in scene.things:
-        asked.append((f"What colour is the {thing.shape}?", thing.colour))
-        asked.append((f"Which shape is at the {thing.where}?", thing.shape))
-    return asked
+        pairs.append((f"What colour is the {thing.shape}?", thing.colour))
+        pairs.append((f"Which shape is at the {thing.where}?", thing.shape))
+    return pairs
 
 
 # --- questions without an image -----------------------------------------------------------------------------------

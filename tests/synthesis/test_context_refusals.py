@@ -131,7 +131,8 @@ WANT_CONTEXTS = "rows of image, captions and instances"
         (
             "instances",
             [{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}],
-            f"COCO results of a detector or captioner, which do not name their images; it must contain {WANT_INSTANCES}",
+            "COCO results of a detector or captioner, which do not name their images; it must contain "
+            f"{WANT_INSTANCES}",
         ),
         ("contexts", CHAT, f"conversations, which are the output of this verb; it must contain {WANT_CONTEXTS}"),
         (
