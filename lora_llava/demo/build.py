@@ -181,7 +181,7 @@ def near_misses(scene: Scene, rng: random.Random) -> list[Scene]:
 def train_vision_tower(
     tokenizer: PreTrainedTokenizerBase, seed: int, steps: int, progress: Progress
 ) -> tuple[CLIPModel, CLIPImageProcessorPil]:
-    """Pre-train CLIP on the training split by the symmetric contrastive loss over images and captions (CLIP, fig. 3)."""
+    """Pre-train CLIP on images and captions of the training split by its symmetric contrastive loss (CLIP, fig. 3)."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}

@@ -32,7 +32,7 @@ RECIPE_FILE = "recipe.yaml"
 _ESTIMATED = 200
 """Number of requests from which the token count of all is extrapolated."""
 _MANY = 500
-"""Number of samples from which a separate process for the requests is worth the second that it takes to start."""
+"""Number of samples from which a separate process for the requests pays off, since it takes a second to start."""
 
 
 def generate(

@@ -58,7 +58,7 @@ class Result:
 
     Attributes:
         task: The task.
-        status: `accepted`, `rejected`, `failed` (no answer), or `not asked`.
+        status: `accepted`, `rejected`, `failed` (no answer), or `not asked` (not requested yet).
         turns: Turns of an accepted sample.
         rejections: Rejection of every attempt that did not pass.
         reason: Reason of a failure.
@@ -108,7 +108,7 @@ def write_request(
 
 
 class SampleGenerator:
-    """Generator of samples; it queries the teacher only for answers that the ledger does not hold.
+    """Generator of samples; it queries the teacher only for answers that the ledger does not contain.
 
     Args:
         contexts: Contexts of the images.
@@ -203,7 +203,7 @@ class SampleGenerator:
     def _record(self, item: TeacherRequest, answer: ChatAnswer, charge: Charge, budget: Budget) -> Rejection | None:
         """Add an answer to the ledger; returns its rejection, or None if it is accepted."""
         self.answered += 1
-        # JSON may hold unpaired surrogates, which UTF-8 cannot encode.
+        # JSON may contain unpaired surrogates, which UTF-8 cannot encode.
         answer = replace(answer, text=answer.text.encode("utf-8", "replace").decode("utf-8"))
         checked = self.check(item.task, answer.text)
         rejection = checked if isinstance(checked, Rejection) else None
@@ -229,7 +229,7 @@ class SampleGenerator:
         return check_sample(self.contexts[task.place], turns, task.flavour, self.settings.limits) or turns
 
     def look_up(self, task: Task, rejections: list[Rejection] | None = None) -> Result | TeacherRequest:
-        """Return the result of a task if the ledger holds it, else the next request to send.
+        """Return the result of a task if the ledger contains its answers, else the next request to send.
 
         Args:
             task: The task.
@@ -251,7 +251,7 @@ class SampleGenerator:
         return Result(task, "rejected", rejections=tuple(rejections), model=model)
 
     def answer_of(self, task: Task, attempt: int) -> str | None:
-        """Return the teacher's answer at one attempt; None if the ledger holds none."""
+        """Return the teacher's answer at one attempt; None if it is not in the ledger."""
         rejections: list[Rejection] = []
         for number in range(attempt + 1):
             request = self._request(task, number, rejections)

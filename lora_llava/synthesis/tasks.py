@@ -16,8 +16,8 @@ from lora_llava.synthesis.contexts.context import Context
 from lora_llava.synthesis.sample import FLAVOURS, WEIGHTS, Flavour, Task
 
 _GOLDEN = 0.6180339887498949
-"""Multiples of the golden ratio spread evenly over a circle, however many there are. Stepping by it gives the samples
-of one image flavours in proportion to the weights too, and rarely one flavour several times in a row."""
+"""Multiples of the golden ratio spread evenly over a circle, however many there are. Stepping by it spreads the
+flavours of one image's samples in proportion to the weights, and rarely repeats a flavour several times in a row."""
 
 
 class Tasks(Sequence[Task]):
@@ -74,7 +74,7 @@ def image_stem(image: str) -> str:
 
 
 def can_carry(context: Context, flavour: Flavour) -> bool:
-    """Check whether a context holds enough for a flavour.
+    """Check whether a context contains enough for a flavour.
 
     LLaVA's teacher saw five captions and the boxes of each image (arXiv 2304.08485, section 3), so the paper sets no
     minimum. One caption states who does what and where, which is enough for every flavour. One box states what is
@@ -106,7 +106,7 @@ def plan_tasks(
 
     With `samples`, that many tasks are distributed to the flavours by weight (largest remainder method; ties go to the
     first flavour). The images of a flavour are drawn by seed, and no image is drawn twice before every image was drawn
-    once. A larger `samples` keeps the images of a smaller one, except where rounding gives a flavour one task less.
+    once. A larger `samples` keeps the images of a smaller one, except where rounding takes one task from a flavour.
 
     Without `samples`, every image gets `samples_per_image` tasks. Their flavours depend on the image's name and the
     seed alone, so that adding images or samples leaves existing tasks as they are. Over all images the flavours follow

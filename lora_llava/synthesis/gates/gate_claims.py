@@ -70,7 +70,7 @@ _HOW_MANY = re.compile(
     rf"{_TOTAL} \?"
 )
 _HOW_MANY_HERE = re.compile(r" (?:(?:are|is)|(?:can|do) (?:you|we) (?:see|count|spot))\b.*")
-_ASKED = re.compile(
+_ASKS_WHETHER = re.compile(
     r"(?:is|are) there|(?:do|can) you (?:see|spot|find|notice)|"
     rf"does {_IMAGE} (?:show|contain|include|feature|have)"
 )
@@ -107,7 +107,7 @@ class _Count:
         noun: The labels that it covers.
         kind: How the count is phrased.
         is_plain: Whether no adjective stands between number and noun.
-        is_exact: Whether the text says `only`, `exactly`, `a single` or the like.
+        is_exact: Whether it is marked by `only`, `exactly`, `a single` or the like.
         lead: Text before the phrase.
         after: Text after the noun.
     """
@@ -135,10 +135,10 @@ def wrong_count(known: Known, question: str, answer: str) -> str | None:
     """
     if not known.boxes:
         return None
-    asked = tokens_of(question)
-    if problem := _wrong_total(known, asked, answer):
+    question_tokens = tokens_of(question)
+    if problem := _wrong_total(known, question_tokens, answer):
         return problem
-    is_part = _is_part(asked)
+    is_part = _is_part(question_tokens)
     for text in (question, answer):
         tokens = tokens_of(text)
         for sentence in sentences_of(tokens):
@@ -160,8 +160,8 @@ def _check_count(known: Known, count: _Count, is_whole: bool) -> str | None:
         return problem
     if not is_whole or noun.relation == "narrower" or not count.is_plain or count.number >= boxes:
         return None
-    whole = (_SHOWN if count.kind == "starts" else _ALONE).fullmatch(count.after) and _LEAD.fullmatch(count.lead)
-    return None if not whole or count.kind == "definite" or count.number in known.stated(noun) else problem
+    is_total = (_SHOWN if count.kind == "starts" else _ALONE).fullmatch(count.after) and _LEAD.fullmatch(count.lead)
+    return None if not is_total or count.kind == "definite" or count.number in known.stated(noun) else problem
 
 
 def _counts(known: Known, tokens: list[str], is_description: bool) -> Iterator[_Count]:
@@ -199,17 +199,19 @@ def _counts(known: Known, tokens: list[str], is_description: bool) -> Iterator[_
         yield _Count(number, form, known.nouns[form], kind, start == place + 1, is_exact, before, after)
 
 
-def _wrong_total(known: Known, asked: list[str], answer: str) -> str | None:
+def _wrong_total(known: Known, question_tokens: list[str], answer: str) -> str | None:
     """Check the answer to `How many dogs are there?`, or to a yes-or-no question about a count."""
-    text = " ".join(asked)
-    place = next((i + 2 for i in range(len(asked) - 1) if asked[i : i + 2] == ["how", "many"]), None)
-    if place is None or not asked or _SUPPOSED.intersection(asked):
+    text = " ".join(question_tokens)
+    place = next(
+        (i + 2 for i in range(len(question_tokens) - 1) if question_tokens[i : i + 2] == ["how", "many"]), None
+    )
+    if place is None or not question_tokens or _SUPPOSED.intersection(question_tokens):
         return _wrong_more_than(known, text, answer)
-    start = _skip_adjectives(asked, place)
-    found = noun_at(asked, start, known.nouns)
+    start = _skip_adjectives(question_tokens, place)
+    found = noun_at(question_tokens, start, known.nouns)
     if found is None or not known.nouns[found[0]].countable:
         return None
-    noun, after = known.nouns[found[0]], "".join(f" {token}" for token in asked[found[1] :])
+    noun, after = known.nouns[found[0]], "".join(f" {token}" for token in question_tokens[found[1] :])
     numbers = _answered_numbers(known, noun, answer)
     boxes, stated = known.count(noun), known.stated(noun)
     if not numbers or stated.intersection(numbers) or boxes in (*numbers, sum(numbers)) or sum(numbers) in stated:
@@ -271,10 +273,12 @@ def denied_object(known: Known, question: str, answer: str) -> str | None:
     Returns:
         A description of the wrong denial, or None.
     """
-    asked = tokens_of(question)
-    if form := _answered_no(known, asked, answer):
+    question_tokens = tokens_of(question)
+    if form := _answered_no(known, question_tokens, answer):
         return f'"no" to whether there is a {form} but the boxes show {known.count(known.nouns[form])}'
-    is_part = _is_part(asked) or any(noun_at(asked, place, known.nouns) for place in range(len(asked)))
+    is_part = _is_part(question_tokens) or any(
+        noun_at(question_tokens, place, known.nouns) for place in range(len(question_tokens))
+    )
     for sentence in sentences_of(tokens_of(answer)):
         for items, names_image in _denials(" ".join(sentence)):
             for form in _denied_nouns(known, items):
@@ -304,10 +308,10 @@ def _denied_nouns(known: Known, items: str) -> list[str]:
     return [part for part in parts if part in known.nouns and known.nouns[part].relation != "narrower"]
 
 
-def _answered_no(known: Known, asked: list[str], answer: str) -> str | None:
+def _answered_no(known: Known, question_tokens: list[str], answer: str) -> str | None:
     """Return the noun of `Is there a dog?` if the answer is a plain no."""
-    text = " ".join(asked)
-    match = _ASKED.match(text)
+    text = " ".join(question_tokens)
+    match = _ASKS_WHETHER.match(text)
     if match is None or not re.match(r"(?:no|nope|none)\b(?! doubt)", answer.strip().lower()):
         return None
     rest = re.sub(r"^ (?:any|an?|some|even one|even a|a single) ", " ", text[match.end() :]).split()
@@ -384,6 +388,6 @@ def _skip_adjectives(tokens: list[str], place: int) -> int:
     return place
 
 
-def _is_part(asked: list[str]) -> bool:
+def _is_part(question_tokens: list[str]) -> bool:
     """Check whether a question is about a part of the image, which then limits the answer too."""
-    return bool(_PLACES.intersection(_PARTS.sub("", " ".join(asked)).split()))
+    return bool(_PLACES.intersection(_PARTS.sub("", " ".join(question_tokens)).split()))

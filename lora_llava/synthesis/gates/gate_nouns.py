@@ -199,8 +199,8 @@ class Known:
     Attributes:
         nouns: Nouns for its labels, by form.
         boxes: Number of boxes by label.
-        captions: For each caption its (number, label) pairs; the label is empty if the noun is unknown. A number of -1
-            or -2 stands for an object that is named in the singular or plural without a number.
+        captions: For each caption its (number, label) pairs; the label is empty if the noun is unknown. The number is
+            -1 or -2 for an object that is named in the singular or plural without a number.
     """
 
     nouns: dict[str, Noun]
@@ -254,7 +254,7 @@ def read_context(context: Context) -> Known:
 
 
 def _numbers(tokens: list[str], nouns: dict[str, Noun]) -> Iterator[tuple[int, str]]:
-    """Yield the (number, label) pairs of a caption, as `Known.captions` holds them."""
+    """Yield the (number, label) pairs of a caption, in the form of `Known.captions`."""
     place, number = 0, None
     reach = 0
     while place < len(tokens):

@@ -44,7 +44,7 @@ REASONS: dict[str, str] = {
 _QUESTION_WORDS = (2, 120)
 _MIN_WORDS: dict[Flavour, int] = {"conversation": 2, "detail": 15, "reasoning": 10}
 """Untuned. Short answers are fine in a conversation (`Two.`), but a description as short as a caption is not detailed,
-and a few words hold no reasoning."""
+and a few words cannot contain reasoning."""
 _MAX_WORDS: dict[Flavour, int] = {"conversation": 900, "detail": 600, "reasoning": 600}
 """Untuned. 900 English words are about 1,250 tokens. With the questions and the 576 tokens of an image of 336 pixels
 they fill a row of 2,048 tokens, LLaVA-1.5's training length (haotian-liu/LLaVA, scripts/v1_5/finetune.sh)."""

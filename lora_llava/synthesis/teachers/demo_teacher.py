@@ -67,7 +67,7 @@ def _questions(context: Context) -> list[tuple[str, str]]:
 
 
 def _unambiguous(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Keep the questions that have one answer: a place that several things share is not asked about."""
+    """Keep the questions that have one answer: those about a place that several things share are dropped."""
     answers: dict[str, set[str]] = {}
     for question, answer in pairs:
         answers.setdefault(question, set()).add(answer)
