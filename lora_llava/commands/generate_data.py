@@ -39,7 +39,7 @@ def run(args: argparse.Namespace, console: Any) -> int:
 
         print(json.dumps(summary, indent=2))
     else:
-        from lora_llava.synthesis.printed_report import print_summary
+        from lora_llava.synthesis.summary_tables import print_summary
 
         print_summary(summary, recipe.output_dir, console)
     return 0 if summary["complete"] else 1

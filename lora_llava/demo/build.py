@@ -1,7 +1,7 @@
 """`lora-llava build-demo`: pre-train the demo's tokenizer, language model and CLIP vision tower from a seed.
 
-The language model reads text alone; the vision tower learns from images and captions by CLIP's contrastive loss.
-The two have never met: joining them is what Stage 1 and Stage 2 of the demo recipes do.
+The language model is trained on text alone, the vision tower on images and captions with CLIP's contrastive loss. They
+are trained separately: Stages 1 and 2 of the demo recipes connect them.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ CLIP_STEPS, CLIP_SCENES, CLIP_POOL = 3000, 32, 10000
 
 
 def build_tokenizer(seed: int) -> LlamaTokenizer:
-    """Train a byte-fallback BPE of the Llama kind on the corpus.
+    """Train a Llama-style BPE tokenizer with byte fallback on the corpus.
 
     Returns:
-        A tokenizer that behaves as Vicuna's: Metaspace, `<unk>`, `<s>`, `</s>` as ids 0, 1, 2.
+        A tokenizer that behaves like Vicuna's: Metaspace, and `<unk>`, `<s>`, `</s>` as ids 0, 1, 2.
     """
     specials = ["<unk>", "<s>", "</s>"]
     byte_tokens = [f"<0x{value:02X}>" for value in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    # Merges stay inside one word or one mark; a newline stays a byte, as in Llama's own vocabulary.
+    # Merges stay within one word or one punctuation mark; a newline remains a byte, as in Llama's vocabulary.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split("\n", "removed"),
@@ -64,22 +64,30 @@ def build_tokenizer(seed: int) -> LlamaTokenizer:
     tokenizer.train_from_iterator(tokenizer_texts(4000, seed), trainer)
     model = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) for pair in model["merges"]]
-    return LlamaTokenizer(  # adds BOS, as Vicuna's does
+    return LlamaTokenizer(  # adds BOS, like Vicuna's
         vocab=model["vocab"], merges=merges, add_bos_token=True, model_max_length=2048, padding_side="right"
     )
 
 
 def llm_config(vocab_size: int) -> LlamaConfig:
-    """The shape of the demo's language model: 1.8 million parameters."""
+    """Return the configuration of the demo's language model, which has 1.8 million parameters."""
     return LlamaConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
         initializer_range=0.08,  # about hidden_size**-0.5; the library's 0.02 is for a width of 2,500
-    )  # fmt: skip
+    )
 
 
 def encode_texts(texts: list[list[Text]], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Pad texts to one batch whose labels are the answers' tokens.
+    """Encode texts as one padded batch whose labels are the tokens of the answers.
 
     Returns:
         `input_ids`, `attention_mask` and `labels`, each int64 of shape (batch, longest).
@@ -124,25 +132,38 @@ def train_llm(tokenizer: PreTrainedTokenizerBase, seed: int, steps: int, progres
 
 
 def clip_config(vocab_size: int) -> CLIPConfig:
-    """The shape of the vision tower that ships, and of the text tower that teaches it and is left behind."""
+    """Return the configuration of CLIP: the vision tower, which ships, and the text tower, used only for training."""
     return CLIPConfig(
         vision_config={
-            "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "projection_dim": 128,
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": IMAGE_SIZE,
+            "patch_size": PATCH_SIZE,
+            "projection_dim": 128,
         },
         text_config={
-            "vocab_size": vocab_size, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "max_position_embeddings": 64, "projection_dim": 128, "eos_token_id": 2,
-            "bos_token_id": 1, "pad_token_id": 0,
+            "vocab_size": vocab_size,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "projection_dim": 128,
+            "eos_token_id": 2,
+            "bos_token_id": 1,
+            "pad_token_id": 0,
         },
         projection_dim=128,
-    )  # fmt: skip
+    )
 
 
 def near_misses(scene: Scene, rng: random.Random) -> list[Scene]:
-    """The scene and three that differ a little: one thing moved, one of another shape, the colours exchanged.
+    """Return the scene and three variants: one thing moved, one thing with another shape, and the colours rotated.
 
-    In-batch negatives that share most words make the contrastive loss ask which thing has which colour and shape where.
+    Negatives that share most words in a batch make the contrastive loss distinguish which thing has which colour and
+    shape at which place.
     """
     things = list(scene.things)
     index = rng.randrange(len(things))
@@ -160,7 +181,7 @@ def near_misses(scene: Scene, rng: random.Random) -> list[Scene]:
 def train_vision_tower(
     tokenizer: PreTrainedTokenizerBase, seed: int, steps: int, progress: Progress
 ) -> tuple[CLIPModel, CLIPImageProcessorPil]:
-    """Pre-train CLIP on the training split's images and captions by the symmetric contrastive loss (CLIP, fig. 3)."""
+    """Pre-train CLIP on images and captions of the training split by its symmetric contrastive loss (CLIP, fig. 3)."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
@@ -202,7 +223,7 @@ def train_vision_tower(
 def build_demo(
     output: Path, seed: int = 0, llm_steps: int = LLM_STEPS, clip_steps: int = CLIP_STEPS
 ) -> dict[str, float]:
-    """Pre-train everything and write `output/llm` and `output/vision_tower` in bf16.
+    """Pre-train tokenizer, vision tower and language model; write `output/llm` and `output/vision_tower` in bf16.
 
     Returns:
         Seconds spent on each part.

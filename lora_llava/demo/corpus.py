@@ -1,7 +1,7 @@
-"""The text on which the demo's language model is pre-trained: questions about *written* scenes, and word games.
+"""Pre-training corpus of the demo's language model: questions about scenes in written form, and word games.
 
-No image and no image token occurs in it, and none of the facts that the text-only questions of the demo ask for
-(`facts.ANIMALS` and so on): their words occur, what is said of them does not.
+It contains no image and no image token. The words of the demo's text-only questions (`facts.ANIMALS` and so on) occur
+in it, but not the facts that the questions ask for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lora_llava.demo import facts, questions
 from lora_llava.demo.world import COLOURS, PLACES, SHAPES, Scene, caption, random_scene
 
 GRID = 4
-"""A scene written as a grid has 4 x 4 words, as its image has 4 x 4 patches."""
+"""Side of a written grid in words: 4 x 4, like the 4 x 4 patches of an image."""
 DESCRIBE = ("Describe the picture.", "What is shown?", "Give a brief description.")
 
 
@@ -26,7 +26,7 @@ class Text(NamedTuple):
 
 
 def written_grid(scene: Scene) -> str:
-    """The scene as 16 words in reading order, one compound word such as `redstar` for every cell of a thing."""
+    """Write a scene as 16 words in reading order, with a compound word such as `redstar` in each cell of a thing."""
     cells = ["."] * (GRID * GRID)
     for thing in scene.things:
         row, column = divmod(thing.place, 2)
@@ -37,7 +37,7 @@ def written_grid(scene: Scene) -> str:
 
 
 def written_scene(scene: Scene, rng: random.Random) -> str:
-    """The scene in words: mostly as a grid, else as its caption or as a list."""
+    """Write a scene as text: usually as a grid, else as its caption or as a list."""
     draw = rng.random()
     if draw < 0.8:
         return written_grid(scene)
@@ -48,12 +48,12 @@ def written_scene(scene: Scene, rng: random.Random) -> str:
 
 
 def chat(user: str, answer: str) -> Text:
-    """One turn in the form of the template `vicuna_v1` without its system text."""
+    """Write one turn in the form of the template `vicuna_v1`, without its system text."""
     return Text(f"USER: {user} ASSISTANT:", f" {answer}</s>")
 
 
 def _scene_question(scene: Scene, rng: random.Random) -> list[Text]:
-    # Which shape is where is learnt last of all, and so asked more often.
+    # Questions about shapes at places are learnt last, so they occur more often.
     ask = rng.choice((*questions.VISUAL, questions.shape_at, questions.compass_of))
     prompt, answer = format_problem(ask(scene, rng), "QCM-LEA")
     return [chat(f"{written_scene(scene, rng)}\n{prompt}", answer)]
@@ -66,7 +66,7 @@ def _description(scene: Scene, rng: random.Random) -> list[Text]:
 
 
 def all_words() -> list[str]:
-    """Every content word of the demo's questions."""
+    """Return every content word of the demo's questions."""
     groups = [*facts.ANIMALS.values(), *facts.COUNTRIES.values(), *facts.WORDS.values(), *facts.MATERIALS.values()]
     groups += [facts.OBJECTS, facts.QUALITIES, tuple(facts.ANIMALS), tuple(facts.WORDS), tuple(facts.SENTENCES)]
     return [word for group in groups for word in group]
@@ -76,7 +76,7 @@ _GAME_WORDS = (*COLOURS, *SHAPES, *facts.NAMES, *all_words())
 
 
 def _who_says_it(rng: random.Random) -> list[Text]:
-    """A word game that teaches reading a context, and shows every word once in a while."""
+    """Draw a word game that trains reading a context and covers every word."""
     names, words = rng.sample(facts.NAMES, 2), rng.sample(all_words(), 2)
     pairs = list(zip(names, words, strict=True))
     hint = " ".join(f"{name} says {word}." for name, word in pairs)
@@ -88,7 +88,7 @@ def _who_says_it(rng: random.Random) -> list[Text]:
 
 
 def _repetition(rng: random.Random) -> list[Text]:
-    """Copying: the plainest use of attention, and the first that is learnt."""
+    """Draw a copying task, the simplest use of attention and the first that is learnt."""
     words = [rng.choice(_GAME_WORDS) for _ in range(rng.randint(4, 20))]
     return [chat(f"{' '.join(words)}\nRepeat this.", " ".join(words))]
 
@@ -104,7 +104,7 @@ def random_text(rng: random.Random) -> list[Text]:
 
 
 def tokenizer_texts(count: int, seed: int) -> list[str]:
-    """Texts for training the tokenizer: the corpus and the demo's own questions, so that every word is one token."""
+    """Return texts for training the tokenizer: the corpus and the demo's questions, so that every word is one token."""
     rng = random.Random(seed)
     texts = ["".join("".join(turn) for turn in random_text(rng)) for _ in range(count)]
     rows = [rng.choice(questions.TEXTUAL)(rng) for _ in range(count)]

@@ -1,4 +1,4 @@
-"""The demo's data on disk: ScienceQA in its official folder layout and Stage 1 captions in LLaVA's `chat.json`."""
+"""Data sets of the demo: ScienceQA in its official layout, captions in LLaVA's `chat.json`, contexts and an example."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ CONTEXTS = 300
 EXAMPLE_IMAGES = 20
 VISUAL_SHARE = 0.6
 _VERSION = 1
-"""Raise it when the same counts would give other rows."""
+"""Increase it when the same counts would produce different rows."""
 
 
 def build_demo_scienceqa(cache: Path, rows: dict[str, int] | None = None) -> Path:
-    """Draw the ScienceQA-shaped set, once.
+    """Build the ScienceQA-like data set, unless the cache has it.
 
     Args:
-        cache: Folder that keeps it.
-        rows: How many rows of each split; the demo's where None.
+        cache: Cache folder.
+        rows: Number of rows of each split; None sets those of the demo.
 
     Returns:
-        A folder with `problems.json`, `pid_splits.json`, `images/{split}/{id}/image.png`, and `scenes.json`, what each
-        image shows. No scene and no question of one split occurs in another.
+        A folder with `problems.json`, `pid_splits.json`, `images/{split}/{id}/image.png`, and `scenes.json`, which
+        describes what each image shows. No scene and no question of one split occurs in another.
     """
     rows = rows or ROWS
     name = f"scienceqa-v{_VERSION}-{'-'.join(str(count) for count in rows.values())}"
@@ -42,20 +42,20 @@ def build_demo_scienceqa(cache: Path, rows: dict[str, int] | None = None) -> Pat
 
 
 def build_demo_captions(cache: Path, count: int = CAPTIONS) -> Path:
-    """Draw images of the training split with their captions, once.
+    """Build images of the training split with their captions, unless the cache has them.
 
     Returns:
-        A `chat.json` with its images in `images` beside it.
+        Path of a `chat.json`; its images are in the folder `images` next to it.
     """
     folder = _once(cache / "demo" / f"captions-v{_VERSION}-{count}", lambda folder: _write_captions(folder, count))
     return folder / "chat.json"
 
 
 def build_demo_contexts(cache: Path, count: int = CONTEXTS) -> Path:
-    """Draw images of the training split with captions and boxes, once.
+    """Build images of the training split with captions and boxes, unless the cache has them.
 
     Returns:
-        A `contexts.jsonl` of LLaVA's form, with its images in `images` beside it.
+        Path of a `contexts.jsonl` in LLaVA's form; its images are in the folder `images` next to it.
     """
     folder = _once(cache / "demo" / f"contexts-v{_VERSION}-{count}", lambda folder: _write_contexts(folder, count))
     return folder / "contexts.jsonl"
@@ -87,7 +87,7 @@ def _write_scienceqa(folder: Path, rows: dict[str, int]) -> None:
 
 
 def _draw_row(rng: random.Random, split: Split, image_folder: Path, seen: set[str]) -> tuple[Row | None, str]:
-    """One row with its image and what that shows; no row where the same question was drawn before."""
+    """Draw one row and its image; returns the row, or None for a repeated text-only question, and the scene's key."""
     if rng.random() < VISUAL_SHARE:
         scene = random_scene(rng, split)
         row = rng.choice(questions.VISUAL)(scene, rng)
@@ -111,12 +111,16 @@ def _write_captions(folder: Path, count: int) -> None:
         name = f"{index:05d}.png"
         draw(scene, rng).save(folder / "images" / name)
         request = rng.choice(corpus.DESCRIBE)
-        rows.append({
-            "id": f"{index:05d}", "image": name,
-            "conversations": [
-                {"from": "human", "value": f"{request}\n<image>"}, {"from": "gpt", "value": caption(scene)},
-            ],
-        })  # fmt: skip
+        rows.append(
+            {
+                "id": f"{index:05d}",
+                "image": name,
+                "conversations": [
+                    {"from": "human", "value": f"{request}\n<image>"},
+                    {"from": "gpt", "value": caption(scene)},
+                ],
+            }
+        )
     (folder / "chat.json").write_text(json.dumps(rows))
 
 
@@ -137,14 +141,14 @@ def _write_contexts(folder: Path, count: int) -> None:
 
 
 def write_example_folder(folder: Path, images: int = EXAMPLE_IMAGES) -> None:
-    """Make a folder such as people have: images, and a CSV of questions about them.
+    """Write an example of a user's folder: images, and a CSV file of questions about them.
 
     Args:
-        folder: A new folder, or an empty one.
-        images: How many images are drawn.
+        folder: A new or empty folder.
+        images: Number of images.
 
     Raises:
-        UserError: Where the folder holds something.
+        UserError: If the folder is not empty.
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name a new folder for the example")

@@ -1,5 +1,8 @@
-"""What the demo's text-only questions are about. The base language model never reads these facts: they are learnt
-in Stage 2, from the lectures and solutions of the training rows."""
+"""Facts for the demo's text-only questions.
+
+The base language model is not trained on them: they are learnt in Stage 2 from the lectures and solutions of the
+training rows.
+"""
 
 ANIMALS = {
     "mammal": ("bear", "fox", "whale", "horse", "mouse", "bat"),
@@ -42,4 +45,4 @@ QUALITIES = ("old", "young", "wild", "tame", "big", "small")
 PROPERTIES = ("hot", "cold", "magnetic", "fragile", "alive", "wooden")
 BUILDINGS = ("school", "farm", "harbour", "market", "museum", "station")
 COMPASS = ("north-west", "north-east", "south-west", "south-east")
-"""In the order of `world.PLACES`: north is at the top of a map."""
+"""Directions in the order of `world.PLACES`; north is at the top of a map."""

@@ -1,7 +1,7 @@
-"""ScienceQA-shaped rows over the demo's world: three subjects, with and without image, hint and lecture.
+"""ScienceQA-like questions about the demo's world: three subjects, with and without image, hint and lecture.
 
-Choices stand in a fixed order, as on a form: which letter a choice has is then the same in every row, which a language
-model of a million parameters can learn in minutes. The right choice is not to be had from the question alone.
+Choices have a fixed order, so that a choice has the same letter in every row, which a language model of a million
+parameters can learn in minutes. The correct choice cannot be inferred from the question alone.
 """
 
 from __future__ import annotations
@@ -21,16 +21,33 @@ NUMBERS = ("one", "two", "three")
 
 
 def _row(
-    rng: random.Random, question: str, choices: Sequence[str], right: str, solution: str, about: tuple[str, str, str],
-    hint: str = "", lecture: str = "",
-) -> Row:  # fmt: skip
-    """Fill in every field of ScienceQA."""
+    rng: random.Random,
+    question: str,
+    choices: Sequence[str],
+    right: str,
+    solution: str,
+    about: tuple[str, str, str],
+    hint: str = "",
+    lecture: str = "",
+) -> Row:
+    """Return a row with every field of ScienceQA."""
     subject, topic, skill = about
     return {
-        "question": question, "choices": list(choices), "answer": list(choices).index(right), "hint": hint,
-        "image": None, "task": "closed choice", "grade": f"grade{rng.randint(1, 12)}", "subject": subject,
-        "topic": topic, "category": topic, "skill": skill, "lecture": lecture, "solution": solution, "split": "",
-    }  # fmt: skip
+        "question": question,
+        "choices": list(choices),
+        "answer": list(choices).index(right),
+        "hint": hint,
+        "image": None,
+        "task": "closed choice",
+        "grade": f"grade{rng.randint(1, 12)}",
+        "subject": subject,
+        "topic": topic,
+        "category": topic,
+        "skill": skill,
+        "lecture": lecture,
+        "solution": solution,
+        "split": "",
+    }
 
 
 def _a(word: str) -> str:
@@ -101,17 +118,24 @@ def building_of(scene: Scene, rng: random.Random) -> Row:
 
 
 VISUAL: tuple[Callable[[Scene, random.Random], Row], ...] = (
-    colour_of, shape_of, shape_at, colour_at, count_of, property_of, compass_of, building_of,
-)  # fmt: skip
+    colour_of,
+    shape_of,
+    shape_at,
+    colour_at,
+    count_of,
+    property_of,
+    compass_of,
+    building_of,
+)
 
 
 def plain_questions(scene: Scene) -> list[tuple[str, str]]:
-    """Questions and short answers about a scene, as a person would write them into a table."""
-    asked = [("How many shapes are there?", NUMBERS[len(scene.things) - 1])]
+    """Return questions and short answers about a scene, as a person would write them into a table."""
+    pairs = [("How many shapes are there?", NUMBERS[len(scene.things) - 1])]
     for thing in scene.things:
-        asked.append((f"What colour is the {thing.shape}?", thing.colour))
-        asked.append((f"Which shape is at the {thing.where}?", thing.shape))
-    return asked
+        pairs.append((f"What colour is the {thing.shape}?", thing.colour))
+        pairs.append((f"Which shape is at the {thing.where}?", thing.shape))
+    return pairs
 
 
 # --- questions without an image -----------------------------------------------------------------------------------
@@ -170,5 +194,10 @@ def trade(rng: random.Random) -> Row:
 
 
 TEXTUAL: tuple[Callable[[random.Random], Row], ...] = (
-    animal_class, continent, word_class, sentence_kind, magnet, trade,
-)  # fmt: skip
+    animal_class,
+    continent,
+    word_class,
+    sentence_kind,
+    magnet,
+    trade,
+)

@@ -1,7 +1,7 @@
-"""The demo's little world: scenes of coloured shapes, their images and their captions.
+"""The demo's world: scenes of coloured shapes, their images and their captions.
 
-A scene is drawn by seed and belongs to one split for good (by a hash of what it shows), so that no test scene
-can occur in training, whatever question is asked of it.
+A hash of its contents assigns each scene to one split, so that no scene of the test split occurs in training, whatever
+the question.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 BACKGROUNDS = ((255, 255, 255), (244, 240, 228), (228, 238, 246), (232, 244, 230))
 IMAGE_SIZE = 64
-"""Side of an image in pixels; each place is one quadrant."""
+"""Side of an image in pixels; each place is a quadrant."""
 
 _SPLIT_BUCKETS = {"test": range(15), "val": range(15, 20), "train": range(20, 100)}
 
@@ -65,10 +65,10 @@ def random_scene(rng: random.Random, split: Split | None = None) -> Scene:
 
     Args:
         rng: Source of randomness.
-        split: Only scenes of this split; None takes any.
+        split: Split of the scene; None allows any.
 
     Returns:
-        A scene whose hash puts it in `split`.
+        A scene of `split`.
     """
     while True:
         count = rng.choices((1, 2, 3), weights=(15, 45, 40))[0]
@@ -81,16 +81,16 @@ def random_scene(rng: random.Random, split: Split | None = None) -> Scene:
 
 
 def caption(scene: Scene) -> str:
-    """One sentence that says everything about the scene, in reading order."""
+    """Describe the complete scene in one sentence, in reading order."""
     parts = [f"a {t.colour} {t.shape} at the {t.where}" for t in scene.things]
     return (", ".join(parts[:-1]) + " and " + parts[-1] if len(parts) > 1 else parts[0]) + "."
 
 
 def draw(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draw a scene with jittered positions, sizes and background, so that no two images are alike.
+    """Draw a scene with random offsets, sizes, shade and background, so that no two images are equal.
 
     Returns:
-        An RGB image of `IMAGE_SIZE` squared.
+        An RGB image of `IMAGE_SIZE` x `IMAGE_SIZE` pixels.
     """
     return draw_with_boxes(scene, rng)[0]
 
@@ -100,12 +100,12 @@ Corners = tuple[float, float, float, float]
 
 
 def draw_with_boxes(scene: Scene, rng: random.Random) -> tuple[Image.Image, list[Corners]]:
-    """Draw a scene, and tell where its things are.
+    """Draw a scene and return the boxes of its things.
 
     Returns:
-        The image as of `draw`, and each thing's box.
+        The image as in `draw`, and the box of each thing.
     """
-    scale = 4  # drawn large and reduced, for smooth edges
+    scale = 4  # supersampling, for smooth edges
     side = IMAGE_SIZE * scale
     image = Image.new("RGB", (side, side), rng.choice(BACKGROUNDS))
     pen = ImageDraw.Draw(image)
@@ -125,10 +125,13 @@ def draw_with_boxes(scene: Scene, rng: random.Random) -> tuple[Image.Image, list
 
 
 _REACH = {
-    "circle": (1.0, 1.0, 1.0, 1.0), "square": (0.85, 0.85, 0.85, 0.85), "triangle": (1.0, 1.0, 1.0, 0.8),
-    "star": (0.866, 1.0, 0.866, 1.0), "cross": (1.0, 1.0, 1.0, 1.0),
-}  # fmt: skip
-"""How far a shape reaches from its centre to the left, top, right and bottom, in radii."""
+    "circle": (1.0, 1.0, 1.0, 1.0),
+    "square": (0.85, 0.85, 0.85, 0.85),
+    "triangle": (1.0, 1.0, 1.0, 0.8),
+    "star": (0.866, 1.0, 0.866, 1.0),
+    "cross": (1.0, 1.0, 1.0, 1.0),
+}
+"""Extent of a shape from its centre to the left, top, right and bottom, in radii."""
 
 
 def _draw_shape(

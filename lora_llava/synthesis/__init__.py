@@ -1,1 +1,1 @@
-"""Conversations about images from captions and boxes: GPT-assisted data, as LLaVA's paper made its own."""
+"""Data generation: conversations about images, written from captions and boxes (LLaVA, arXiv 2304.08485)."""

@@ -1,4 +1,4 @@
-"""The set's own README: a data set's card for the Hugging Face Hub, from the summary alone."""
+"""Data set card for the Hugging Face Hub, written from the summary alone."""
 
 from __future__ import annotations
 
@@ -13,36 +13,40 @@ from lora_llava.pages.preview_samples import count_of, escape_hidden
 from lora_llava.synthesis.gates.gates import REASONS
 
 BY_RULES = "Written by rules, not by a language model."
-"""What is said of the demo's rows wherever they are shown."""
+"""Notice shown wherever the demo's rows are shown."""
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
 _LARGEST = "10M<n<100M"
-"""Size categories of the Hub (huggingface/hub-docs, datasetcard.md); a thousand is not under a thousand."""
+"""Size categories of the Hub (huggingface/hub-docs, datasetcard.md); upper limits are exclusive."""
 _LIMITS = """\
-## Before you trust it
+## Limitations
 
-- The teacher saw no image. Where a row says more than captions and boxes hold, it may be wrong and sound sure.
-- The checks are rules. They find refusals, talk of captions and boxes, markup, repeats, and numbers, denials and sides
-  that the boxes contradict; they weigh a claim only where its words are exact, and know nothing of colours or actions.
-- Look at `gallery.html`, and read a few dozen rows, before you train on them."""
+- The teacher saw no image. A row that goes beyond the captions and boxes may be wrong and still sound certain.
+- The checks are rules. They find refusals, mentions of captions and boxes, markup and repetitions, as well as counts,
+  denials and sides that the boxes contradict. They check only claims with exact wording, and not colours or actions.
+- Look at `gallery.html` and read a few dozen rows before you train on them."""
 
 
 def write_card(name: str, summary: Mapping[str, Any]) -> str:
-    """Write the card.
+    """Write the data set card.
 
     Args:
-        name: Of the set; its folder's.
-        summary: As `summary.json` holds it.
+        name: Name of the data set, which is its folder's.
+        summary: Summary as in `summary.json`.
 
     Returns:
-        Markdown behind YAML that `huggingface_hub.DatasetCard` reads. It holds no path of this machine.
+        Markdown with YAML metadata that `huggingface_hub.DatasetCard` reads. It contains no path of this machine.
     """
     name = escape_hidden(" ".join(name.split()))
-    # `other` has to be replaced by the person: what the rows were made from decides, and the notes below tell it.
+    # The user replaces the license `other`: it depends on the sources of the rows, which the card lists.
     head = DatasetCardData(
-        language=["en"], license="other", task_categories=["visual-question-answering", "image-text-to-text"],
-        tags=["llava", "synthetic", "lora_llava"], size_categories=[size_category(summary["rows"])], pretty_name=name,
+        language=["en"],
+        license="other",
+        task_categories=["visual-question-answering", "image-text-to-text"],
+        tags=["llava", "synthetic", "lora_llava"],
+        size_categories=[size_category(summary["rows"])],
+        pretty_name=name,
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "instruct.json"}]}],
-    )  # fmt: skip
+    )
     sections = (
         f"# {_plain(name)}",
         *_warnings(summary),
@@ -59,51 +63,51 @@ def write_card(name: str, summary: Mapping[str, Any]) -> str:
 
 
 def size_category(rows: int) -> str:
-    """The Hub's name of a size.
+    """Return the Hub's size category.
 
     Args:
-        rows: How many.
+        rows: Number of rows.
 
     Returns:
-        Such as `1K<n<10K`.
+        A category such as `1K<n<10K`.
     """
     return next((name for limit, name in _SIZES if rows < limit), _LARGEST)
 
 
 def is_by_rules(summary: Mapping[str, Any]) -> bool:
-    """Whether the demo's rules wrote the rows, and no language model."""
+    """Check whether the demo's rules wrote the rows instead of a language model."""
     return bool(summary["teacher"]["backend"] == "demo")
 
 
 def teacher_name(summary: Mapping[str, Any]) -> str:
-    """Who wrote: the name that the answers came under, else the recipe's."""
+    """Return the teacher's name as reported with the answers, else as in the recipe."""
     teacher = summary["teacher"]
     return next(iter(teacher["answered_as"]), None) or teacher["model"] or "a model that its server does not name"
 
 
 def _warnings(summary: Mapping[str, Any]) -> Iterable[str]:
     if is_by_rules(summary):
-        yield f"> **{BY_RULES}** Stiff sentences from captions and boxes: they show what a set looks like."
+        yield f"> **{BY_RULES}** The sentences are stiff; they only show what a data set looks like."
     if not summary["complete"]:
         yield (
-            f"> **Not complete:** of {count_of(summary['tasks'], 'sample')} that were to be made, "
-            f"{summary['failed']:,} had no answer and {summary['not_asked']:,} were not asked for. "
-            "`lora-llava generate-data` with the same recipe goes on."
+            f"> **Incomplete:** of {count_of(summary['tasks'], 'planned sample')}, {summary['failed']:,} failed and "
+            f"{summary['not_asked']:,} were not requested. Run `lora-llava generate-data` with the same recipe to "
+            "resume."
         )
 
 
 def _introduction(summary: Mapping[str, Any]) -> str:
     rows, images = count_of(summary["rows"], "conversation"), count_of(summary["images"], "image")
-    given = "given each image's captions and boxes in words, and wrote as one who sees it. Made with lora_llava."
+    given = "given the captions and boxes of each image as text. Made with lora_llava."
     who = "rules were" if is_by_rules(summary) else f"{_models(summary)}, which saw no image, was"
     return (
-        f"{rows} about {images}, made as LLaVA's own were (Visual Instruction Tuning, arXiv 2304.08485, section 3): "
-        f"{who} {given}"
+        f"{rows} about {images}, generated with LLaVA's method (Visual Instruction Tuning, arXiv 2304.08485, section "
+        f"3): {who} {given}"
     )
 
 
 def _flavours(summary: Mapping[str, Any]) -> str:
-    head = ("", "to be made", "rows", "questions", "words an answer", "rejected", "no answer", "not asked for")
+    head = ("", "planned", "rows", "questions", "words per answer", "rejected", "failed", "not requested")
     names = ("tasks", "rows", "turns", "words_per_answer", "rejected", "failed", "not_asked")
     lines = [[flavour, *(counts[name] for name in names)] for flavour, counts in summary["flavours"].items()]
     lines.append(["all", *(summary.get(name, "") for name in names)])
@@ -112,17 +116,17 @@ def _flavours(summary: Mapping[str, Any]) -> str:
 
 def _rows(summary: Mapping[str, Any]) -> str:
     beside = summary["image_folder"]
-    images = f"are in {_code(beside)}" if beside else "are not part of it"
+    images = f"are in {_code(beside)}" if beside else "are not included"
     return f"""\
 ## Rows
 
-`instruct.json` is a list in LLaVA's form; `category` is one of conversation, detail and reasoning:
+`instruct.json` is a list in LLaVA's form; `category` is conversation, detail or reasoning:
 
     {{"id": "000000296284-detail-0", "image": "000000296284.jpg", "category": "detail",
      "conversations": [{{"from": "human", "value": "<image>\\nDescribe ..."}}, {{"from": "gpt", "value": "..."}}]}}
 
-The images, which `image` names, {images}. `rejected.jsonl` holds every answer that was not taken, with its reason,
-and every sample that is missing; `summary.json` all counts; `gallery.html` some of both to look at."""
+The images, which `image` names, {images}. `rejected.jsonl` lists every rejected answer with its reason and every
+missing sample, `summary.json` contains all counts, and `gallery.html` shows examples of both."""
 
 
 def _rejections(summary: Mapping[str, Any]) -> str:
@@ -132,7 +136,7 @@ def _rejections(summary: Mapping[str, Any]) -> str:
         [reason, REASONS[reason], counts["attempts"], counts["given_up"]]
         for reason, counts in summary["reasons"].items()
     ]
-    return "## What was not taken\n\n" + _table(("reason", "the answer", "answers", "samples given up"), lines)
+    return "## Rejected answers\n\n" + _table(("reason", "description", "answers", "samples given up"), lines)
 
 
 def _making(summary: Mapping[str, Any]) -> str:
@@ -140,27 +144,27 @@ def _making(summary: Mapping[str, Any]) -> str:
     lines = [
         ("teacher", "lora_llava's rules, no language model" if is_by_rules(summary) else _models(summary)),
         ("contexts", f"{known['images']:,} images, {known['captions']:,} captions, {known['boxes']:,} boxes"),
-        ("read from", ", ".join(map(_code, dict.fromkeys(known["files"].values())))),
+        ("source files", ", ".join(map(_code, dict.fromkeys(known["files"].values())))),
     ]
     if not is_by_rules(summary):
-        drawn = ("temperature", "top_p", "max_tokens")
-        left = "left to the server"
-        values = [f"{name} {left if teacher[name] is None else teacher[name]}" for name in drawn]
+        names = ("temperature", "top_p", "max_tokens")
+        default = "set by the server"
+        values = [f"{name} {default if teacher[name] is None else teacher[name]}" for name in names]
         lines.insert(1, ("sampling", ", ".join(values)))
     ledger = summary.get("ledger", {})
     if ledger.get("prompt_tokens") or ledger.get("completion_tokens"):
         cost = "" if ledger.get("usd") is None else f", {ledger['usd']:,.2f} USD"
-        told = f"{ledger['prompt_tokens']:,} to the teacher, {ledger['completion_tokens']:,} from it{cost}"
-        lines.append(("tokens", told))
-    asked = {} if is_by_rules(summary) else summary.get("prompts", {})  # the rules read none
-    prompts = [(f"prompt, {flavour}", f"SHA-256 `{digest}`") for flavour, digest in asked.items()]
+        usage = f"{ledger['prompt_tokens']:,} prompt, {ledger['completion_tokens']:,} completion{cost}"
+        lines.append(("tokens", usage))
+    hashes = {} if is_by_rules(summary) else summary.get("prompts", {})  # the rules read no prompts
+    prompts = [(f"prompt, {flavour}", f"SHA-256 `{digest}`") for flavour, digest in hashes.items()]
     recipe = [("recipe", f"SHA-256 `{summary['recipe_hash']}`")] if "recipe_hash" in summary else []
     versions = ", ".join(f"{library} {number}" for library, number in summary["versions"].items())
     return "## How it was made\n\n" + _table(("", ""), [*lines, *prompts, *recipe, ("versions", versions)])
 
 
 def _models(summary: Mapping[str, Any]) -> str:
-    """All names that answers came under; a server may change its model on the way."""
+    """List all models reported with the answers; a server may change its model during a run."""
     return ", ".join(map(_code, summary["teacher"]["answered_as"])) or _code(teacher_name(summary))
 
 
@@ -169,25 +173,26 @@ def _training(summary: Mapping[str, Any]) -> str:
     images = summary["image_folder"]
     folder = "IMAGES" if images is None else shlex.quote(images)
     command = f"lora-llava finetune {recipe} data.path=instruct.json data.image_folder={folder} output_dir=runs/mine"
-    where = "in this folder" + (", with the images' own in place of IMAGES" if images is None else "")
-    return f"## Train on it\n\n    {command}\n\n{where}."
+    where = "Run it in this folder" + (", with the image folder in place of IMAGES" if images is None else "")
+    return f"## Training\n\n    {command}\n\n{where}."
 
 
 def _licences(summary: Mapping[str, Any]) -> str:
     writer = (
-        "- The text: from lora_llava's rules, Apache-2.0, as far as it does not repeat the captions."
+        "- Text: written by lora_llava's rules, Apache-2.0, except where it repeats the captions."
         if is_by_rules(summary)
-        else f"- The text: by {_code(teacher_name(summary))}. The terms of use of a model or its service may forbid to "
-        "train others that compete with it, or to publish what it wrote; read them."
+        else f"- Text: written by {_code(teacher_name(summary))}. The terms of use of a model or its service may "
+        "forbid training competing models on its output, or publishing it; read them."
     )
     return f"""\
 ## Licences
 
-`license: other` above is for you to fill in; these decide it:
+Replace `license: other` above; the licence depends on these sources:
 
 {writer}
-- Captions and boxes: COCO's are CC BY 4.0 (cocodataset.org), the demo's of lora_llava Apache-2.0, others as they came.
-- Images: COCO's are under Flickr's terms of use, and each under its owner's; the demo's Apache-2.0."""
+- Captions and boxes: COCO's are CC BY 4.0 (cocodataset.org), those of lora_llava's demo Apache-2.0; others keep their
+  own licence.
+- Images: COCO's are under Flickr's terms of use and their owners' licences; the demo's are Apache-2.0."""
 
 
 def _table(head: Iterable[Any], lines: Iterable[Iterable[Any]]) -> str:
@@ -203,10 +208,10 @@ def _cell(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """A line of whatever content as Markdown shows it, without markup."""
+    """Escape a text so that Markdown shows it without markup."""
     return re.sub(r"([\\`*_{}\[\]<>#|~&!])", r"\\\1", text)
 
 
 def _code(text: str) -> str:
-    """A name of whatever content as code in a line or a table's cell."""
+    """Format any name as inline code that is safe in a line or a table cell."""
     return f"`{escape_hidden(' '.join(text.split())).replace('`', chr(39)).replace('|', '/')}`"

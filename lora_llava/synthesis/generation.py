@@ -1,4 +1,4 @@
-"""`lora-llava generate-data`: a recipe to a set of conversations."""
+"""`lora-llava generate-data`: generate a data set of conversations from a recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_llava.synthesis.contexts.reading_contexts import Contexts, read_contex
 from lora_llava.synthesis.gates.gates import Limits
 from lora_llava.synthesis.ledger import LEDGER_FILE, Ledger
 from lora_llava.synthesis.output import write_set
-from lora_llava.synthesis.pipeline import Maker, Settings, write_request
+from lora_llava.synthesis.pipeline import SampleGenerator, Settings, write_request
 from lora_llava.synthesis.prompts import Prompt, load_prompts, prompt_hashes
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Task
 from lora_llava.synthesis.tasks import Tasks, plan_tasks
@@ -30,27 +30,27 @@ from lora_llava.synthesis.teachers.teacher import Teacher, by_server
 DEMO = "demo"
 RECIPE_FILE = "recipe.yaml"
 _ESTIMATED = 200
-"""Requests by which the tokens of all are estimated."""
+"""Number of requests from which the token count of all is extrapolated."""
 _MANY = 500
-"""Samples from which a process of its own that sends the requests is worth the second that it takes to start."""
+"""Number of samples from which a separate process for the requests pays off, since it takes a second to start."""
 
 
 def generate(
     recipe: GenerateRecipe, *, max_cost: float | None = None, max_requests: int | None = None, console: Console
 ) -> dict[str, Any]:
-    """Make a set, or go on with one.
+    """Generate a data set, or resume one.
 
     Args:
-        recipe: What is made, and where.
-        max_cost: USD that this run may spend, with what earlier ones of the set spent under a cap.
-        max_requests: Requests that this run may send, further tries included.
-        console: Told what is done.
+        recipe: The recipe.
+        max_cost: Cap on USD, which includes the spending of earlier runs of the same set that had a cap.
+        max_requests: Cap on the requests of this run, retries included.
+        console: Receives progress messages.
 
     Returns:
-        The summary, as `summary.json` holds it; `complete` says whether every sample was taken or given up.
+        The summary as in `summary.json`; `complete` states whether every sample was accepted or given up.
 
     Raises:
-        UserError: For files, prompts or a teacher that are missing or do not fit, and where nothing can be written.
+        UserError: If files, prompts or the teacher are missing or invalid, or the output folder cannot be written.
     """
     teacher = recipe.teacher
     budget = Budget(teacher.price_in, teacher.price_out, max_cost, max_requests)
@@ -58,29 +58,34 @@ def generate(
     settings, write = _open_teacher(recipe, len(tasks))
     folder = Path(recipe.output_dir)
     with Ledger(folder / LEDGER_FILE) as ledger:
-        _keep_recipe(recipe, folder)
+        _save_recipe(recipe, folder)
         budget.before = ledger.spent_under_caps()
         if budget.capped and budget.before:
-            console.print(f"{budget.before:.4f} USD of --max-cost {max_cost:g} were spent by earlier runs")
-        maker = Maker(contexts, tasks, prompts, settings, ledger)
+            console.print(f"earlier runs spent {budget.before:.4f} USD of --max-cost {max_cost:g}")
+        generator = SampleGenerator(contexts, tasks, prompts, settings, ledger)
         try:
-            maker.run(write, budget)
+            generator.run(write, budget)
         except KeyboardInterrupt:
-            console.print(f"stopped; {ledger.totals()['answers']} answers are kept, and the same command goes on")
+            console.print(f"stopped; {ledger.totals()['answers']} answers are saved; run the same command to resume")
             raise
-        if told := budget.why_stopped():
-            console.print(told, soft_wrap=True)
+        if reason := budget.why_stopped():
+            console.print(reason, soft_wrap=True)
         about = {"ledger": ledger.totals(), "prompts": prompt_hashes(dict(prompts)), "recipe_hash": recipe_hash(recipe)}
         return write_set(
-            folder, results=maker.results(), contexts=contexts, recipe=recipe, about=about, answer_of=maker.answer_of
+            folder,
+            results=generator.results(),
+            contexts=contexts,
+            recipe=recipe,
+            about=about,
+            answer_of=generator.answer_of,
         )
 
 
 def dry_run(recipe: GenerateRecipe, console: Console) -> None:
-    """Print a full prompt of each flavour, and what all would take in tokens and USD. Nobody is asked.
+    """Print a full prompt of each flavour and an estimate of tokens and USD, without sending anything.
 
     Raises:
-        UserError: As `generate`, but for the teacher, which is not looked for.
+        UserError: As in `generate`, except for errors of the teacher, which is not contacted.
     """
     budget = Budget(recipe.teacher.price_in, recipe.teacher.price_out)
     recipe, contexts, tasks, prompts = _plan(recipe, console)
@@ -100,31 +105,35 @@ def dry_run(recipe: GenerateRecipe, console: Console) -> None:
 
 
 def _plan(recipe: GenerateRecipe, console: Console) -> tuple[GenerateRecipe, Contexts, Tasks, Mapping[Flavour, Prompt]]:
+    """Read the contexts, plan the tasks and load the prompts; returns the recipe with the demo's paths filled in."""
     recipe = _with_demo(recipe)
     section = recipe.contexts
     contexts = _read(section)
     console.print(f"contexts: {contexts.report}", soft_wrap=True)
     weights: dict[Flavour, float] = {flavour: getattr(recipe.flavours, flavour) for flavour in FLAVOURS}
     tasks = plan_tasks(
-        contexts, weights=weights, samples=recipe.samples, samples_per_image=recipe.samples_per_image,
+        contexts,
+        weights=weights,
+        samples=recipe.samples,
+        samples_per_image=recipe.samples_per_image,
         seed=recipe.seed,
-    )  # fmt: skip
-    told = ", ".join(f"{flavour} {count:,}" for flavour, count in tasks.counts().items())
-    console.print(f"samples: {len(tasks):,} ({told})", soft_wrap=True)
+    )
+    counts = ", ".join(f"{flavour} {count:,}" for flavour, count in tasks.counts().items())
+    console.print(f"samples: {len(tasks):,} ({counts})", soft_wrap=True)
     for flavour, count in tasks.left_out.items():
         if count:
-            console.print(f"{count:,} images are not known well enough for {flavour}", soft_wrap=True)
+            console.print(f"{count:,} images have too few captions or boxes for {flavour}", soft_wrap=True)
     return recipe, contexts, tasks, load_prompts(Path(recipe.prompts) if recipe.prompts else None)
 
 
 def _with_demo(recipe: GenerateRecipe) -> GenerateRecipe:
-    """The recipe with the demo's contexts and images, put beside its rows, in the place of their name."""
+    """Replace `contexts: demo` by the demo's contexts and images, copied into the output folder."""
     if recipe.contexts.contexts != DEMO:
         return recipe
     if recipe.contexts.images:
         raise UserError(
-            f"contexts.images: {recipe.contexts.images} has no place where contexts are the demo's, which "
-            "has images of its own; leave it out"
+            f"contexts.images: {recipe.contexts.images} is set, but contexts.contexts is demo, which includes its "
+            "images; leave out contexts.images"
         )
     from lora_llava.demo.dataset import build_demo_contexts
     from lora_llava.model.base import cache_folder
@@ -134,7 +143,7 @@ def _with_demo(recipe: GenerateRecipe) -> GenerateRecipe:
     try:
         shutil.copytree(file.parent, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SUMS_FILE))
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error}); mend it, or name another output_dir") from None
+        raise UserError(f"{folder} cannot be written ({error}); fix it, or name another output_dir") from None
     update = {"contexts": str(folder / file.name), "images": str(folder / "images")}
     return recipe.model_copy(update={"contexts": recipe.contexts.model_copy(update=update)})
 
@@ -144,22 +153,36 @@ def _read(section: ContextsSection) -> Contexts:
         return Path(name) if name else None
 
     return read_contexts(
-        captions=path(section.captions), instances=path(section.instances), boxes=path(section.boxes),
-        contexts=path(section.contexts), columns=section.columns, box_format=section.box_format,
-        box_unit=section.box_unit, images=path(section.images), missing_image=section.missing_image, where="contexts",
-    )  # fmt: skip
+        captions=path(section.captions),
+        instances=path(section.instances),
+        boxes=path(section.boxes),
+        contexts=path(section.contexts),
+        columns=section.columns,
+        box_format=section.box_format,
+        box_unit=section.box_unit,
+        images=path(section.images),
+        missing_image=section.missing_image,
+        where="contexts",
+    )
 
 
 def _settings(recipe: GenerateRecipe, model: str) -> Settings:
     teacher, gates = recipe.teacher, recipe.gates
     structured = teacher.structured and teacher.backend == "server"
     return Settings(
-        model, teacher.max_tokens, teacher.temperature, teacher.top_p, structured,
-        gates.max_attempts, Limits(gates.min_turns, gates.max_turns, gates.min_words, gates.max_words), recipe.seed,
-    )  # fmt: skip
+        model,
+        teacher.max_tokens,
+        teacher.temperature,
+        teacher.top_p,
+        structured,
+        gates.max_attempts,
+        Limits(gates.min_turns, gates.max_turns, gates.min_words, gates.max_words),
+        recipe.seed,
+    )
 
 
 def _open_teacher(recipe: GenerateRecipe, samples: int) -> tuple[Settings, Teacher]:
+    """Connect to or load the teacher of a recipe; returns it with the settings of its requests."""
     teacher = recipe.teacher
     if teacher.backend == "demo":
         from lora_llava.synthesis.teachers.demo_teacher import NAME, answer_by_rules
@@ -172,25 +195,30 @@ def _open_teacher(recipe: GenerateRecipe, samples: int) -> tuple[Settings, Teach
         return _settings(recipe, name), load_teacher(name, teacher.dtype, teacher.batch_size)
     server = find_model(
         ChatServer(
-            str(teacher.url), teacher.model, concurrency=teacher.concurrency, timeout=teacher.timeout,
-            retries=teacher.retries, requests_per_minute=teacher.requests_per_minute,
+            str(teacher.url),
+            teacher.model,
+            concurrency=teacher.concurrency,
+            timeout=teacher.timeout,
+            retries=teacher.retries,
+            requests_per_minute=teacher.requests_per_minute,
         )
-    )  # fmt: skip
+    )
     return _settings(recipe, str(server.model)), by_server(server, apart=samples >= _MANY)
 
 
-def _keep_recipe(recipe: GenerateRecipe, folder: Path) -> None:
+def _save_recipe(recipe: GenerateRecipe, folder: Path) -> None:
     try:
         (folder / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}); mend it, or name another output_dir") from None
+        raise UserError(f"{folder} cannot be written ({error.strerror}); fix it, or name another output_dir") from None
 
 
 def _estimate(requests: list[ChatRequest], count: int, budget: Budget) -> str:
+    """Extrapolate tokens and cost from a sample of the requests."""
     tokens_in = round(sum(map(estimate_tokens, requests)) / len(requests) * count)
     tokens_out = requests[0].max_tokens * count
     cost = "" if budget.price_in is None else f"; up to {budget.cost(tokens_in, tokens_out):,.2f} USD"
     return (
-        f"{count:,} requests, more where answers are not taken: about {tokens_in:,} tokens there (estimated from "
-        f"bytes, rather too many), at most {tokens_out:,} back{cost}"
+        f"{count:,} requests, and more if answers are rejected: about {tokens_in:,} prompt tokens (a high estimate, "
+        f"from bytes), at most {tokens_out:,} completion tokens{cost}"
     )

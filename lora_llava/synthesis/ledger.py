@@ -1,4 +1,4 @@
-"""Every request and answer of a set, in an SQLite file that is only appended to."""
+"""Ledger of a data set: every answer, failure and charge in an append-only SQLite file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 
 LEDGER_FILE = "ledger.sqlite"
 ANSWERED = ""
-"""In the place of a reason, of a charge for an answer."""
+"""Reason of a charge whose request was answered."""
 _FORMAT = 1
 _SYNC_SECONDS = 5.0
 _SCHEMA = """
@@ -47,16 +47,16 @@ CREATE TRIGGER IF NOT EXISTS failures_keep BEFORE DELETE ON failures BEGIN SELEC
 
 
 def request_key(model: str, request: ChatRequest, task_id: str, attempt: int) -> str:
-    """What an answer is kept under.
+    """Return the key of an answer.
 
     Args:
         model: The teacher's name.
         request: Messages and settings.
-        task_id: Whose; two samples of one image may be asked for in the same words.
-        attempt: Which try at a sample that passes this is.
+        task_id: Task of the request; the requests of two samples of one image may be equal otherwise.
+        attempt: Index of the attempt at this sample, from 0.
 
     Returns:
-        SHA-256, in hex, of all that the answer depends on.
+        SHA-256, in hex, of everything that the answer depends on.
     """
     content = json.dumps([model, request.messages, request.settings(), task_id, attempt], sort_keys=True)
     return hashlib.sha256(content.encode("ascii")).hexdigest()
@@ -64,11 +64,11 @@ def request_key(model: str, request: ChatRequest, task_id: str, attempt: int) ->
 
 @dataclass(frozen=True)
 class Entry:
-    """One answer.
+    """One stored answer.
 
     Attributes:
-        text: As the teacher wrote it.
-        model: As the server names it.
+        text: The answer as the teacher wrote it.
+        model: The model's name as reported by the server.
         prompt_hash: SHA-256 of the flavour's prompt.
     """
 
@@ -78,17 +78,17 @@ class Entry:
 
 
 class Ledger:
-    """The file of a set, locked while it is open.
+    """The ledger file of a data set, locked while it is open.
 
-    An answer is in the file before the next one is looked at: a process that is killed loses none that it had, and
-    what is there is never asked for again. Against a power cut the file is synced every five seconds: to wait for the
-    disk at every answer would hold up the others (SQLite's WAL with `synchronous=NORMAL`, sqlite.org/pragma.html).
+    Each answer is written before the next one is handled, so that a killed process loses no answer and a resumed run
+    requests none twice. To survive a power cut, the file is synced every five seconds; syncing at every answer would
+    delay the others (SQLite's WAL with `synchronous=NORMAL`, sqlite.org/pragma.html).
 
     Args:
-        file: Made with its folder where it is not there.
+        file: Path of the file; it and its folder are created if missing.
 
     Raises:
-        UserError: Where another run is at work in it, it is no ledger, or it cannot be written.
+        UserError: If another run uses the file, it is not a ledger, or it cannot be written.
     """
 
     def __init__(self, file: Path) -> None:
@@ -98,9 +98,9 @@ class Ledger:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{file}: another run is at work in it; wait for it, or name another output_dir") from None
+            raise UserError(f"{file}: another run uses it; wait for that run, or name another output_dir") from None
         try:
-            with self._told():
+            with self._explain_errors():
                 self._open()
         except BaseException:
             self.close()
@@ -112,89 +112,111 @@ class Ledger:
         self._base.execute("PRAGMA synchronous=NORMAL")
         (found,) = self._base.execute("PRAGMA user_version").fetchone()
         if found not in (0, _FORMAT):
-            raise UserError(f"{self.file} was written by a newer version; name another output_dir")
+            raise UserError(
+                f"{self.file} was written by a newer version of lora_llava; upgrade, or name another output_dir"
+            )
         self._base.executescript(_SCHEMA)
         self._synced = time.monotonic()
         self._base.execute(f"PRAGMA user_version={_FORMAT}")
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What SQLite says, for a person."""
+    def _explain_errors(self) -> Iterator[None]:
+        """Turn errors of SQLite into errors for the user."""
         try:
             yield
         except sqlite3.DatabaseError as error:
-            told = str(error)
-            if "full" in told or "I/O" in told:
-                mend = "make room and run the same command again: it goes on from here"
-                raise UserError(f"{self.file} cannot be written ({told}); {mend}") from None
-            if "not a database" in told or "malformed" in told:
-                raise UserError(f"{self.file} is damaged or no ledger ({told}); move it away, or restore it") from None
-            raise UserError(f"{self.file} cannot be used ({told})") from None
+            message = str(error)
+            if "full" in message or "I/O" in message:
+                fix = "free disk space and run the same command to resume"
+                raise UserError(f"{self.file} cannot be written ({message}); {fix}") from None
+            if "not a database" in message or "malformed" in message:
+                fix = "move it away, or restore it from a backup"
+                raise UserError(f"{self.file} is damaged or is not a ledger ({message}); {fix}") from None
+            raise UserError(f"{self.file} cannot be used ({message})") from None
 
     def get(self, key: str) -> Entry | None:
-        """The answer under a key, if there is one."""
-        with self._told():
+        """Return the answer with this key, or None."""
+        with self._explain_errors():
             row = self._base.execute("SELECT text, model, prompt_hash FROM answers WHERE key = ?", (key,)).fetchone()
         return Entry(*row) if row else None
 
     def add(
-        self, key: str, task_id: str, attempt: int, prompt_hash: str, answer: ChatAnswer, usd: float | None,
-        verdict: str, detail: str,
-    ) -> None:  # fmt: skip
-        """Keep an answer.
+        self,
+        key: str,
+        task_id: str,
+        attempt: int,
+        prompt_hash: str,
+        answer: ChatAnswer,
+        usd: float | None,
+        verdict: str,
+        detail: str,
+    ) -> None:
+        """Store an answer.
 
         Args:
-            key: From `request_key`.
-            task_id: Whose it is.
-            attempt: Which try.
+            key: Key from `request_key`.
+            task_id: Task of the request.
+            attempt: Index of the attempt.
             prompt_hash: SHA-256 of the flavour's prompt.
-            answer: What came.
-            usd: What it cost; None where prices are unknown.
+            answer: The answer.
+            usd: Cost in USD; None if prices are unknown.
             verdict: `accepted`, or the reason of the rejection.
-            detail: Of the rejection.
+            detail: Detail of the rejection, else empty.
 
         Raises:
-            UserError: Where the disk is full or the file cannot be written.
+            UserError: If the disk is full or the file cannot be written.
         """
         row = (
-            key, task_id, attempt, prompt_hash, answer.model, answer.text, answer.prompt_tokens,
-            answer.completion_tokens, usd, verdict, detail, time.time(),
-        )  # fmt: skip
-        with self._told():
+            key,
+            task_id,
+            attempt,
+            prompt_hash,
+            answer.model,
+            answer.text,
+            answer.prompt_tokens,
+            answer.completion_tokens,
+            usd,
+            verdict,
+            detail,
+            time.time(),
+        )
+        with self._explain_errors():
             self._base.execute(f"INSERT INTO answers VALUES ({', '.join('?' * len(row))})", row)
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 self._base.execute("PRAGMA wal_checkpoint(PASSIVE)")
                 self._synced = time.monotonic()
 
     def add_failure(self, key: str, task_id: str, attempt: int, reason: str) -> None:
-        """Keep that a request was not answered; it is asked for again in the next run."""
-        with self._told():
+        """Store that a request failed; the next run sends it again."""
+        with self._explain_errors():
             self._base.execute(
                 "INSERT INTO failures VALUES (?, ?, ?, ?, ?)", (key, task_id, attempt, reason, time.time())
             )
 
     def add_charge(self, key: str, reason: str, charge: Charge, capped: bool) -> None:
-        """Keep what a try cost.
+        """Store the cost of one try at a request.
 
         Args:
-            key: Of the request.
-            reason: Why the try failed; `ANSWERED` where it did not.
-            charge: From `Budget.settle`.
+            key: Key of the request.
+            reason: Why the try failed; `ANSWERED` if it did not.
+            charge: Charge from `Budget.settle`.
             capped: Whether the run has a cap on cost.
         """
         row = (key, reason, charge.prompt_tokens, charge.completion_tokens, charge.usd, capped, time.time())
-        with self._told():
+        with self._explain_errors():
             self._base.execute("INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def spent_under_caps(self) -> float:
-        """USD that runs with a cap on cost have spent, failed tries included."""
-        with self._told():
+        """Return the USD spent by runs with a cap on cost, including failed tries."""
+        with self._explain_errors():
             (usd,) = self._base.execute("SELECT SUM(usd) FROM charges WHERE capped").fetchone()
         return usd or 0.0
 
     def totals(self) -> dict[str, Any]:
-        """Answers, and tokens and USD with those of failed tries, over all runs; USD is None where a price was
-        unknown."""
+        """Sum up all runs: answers, failed requests, and tokens and USD including failed tries.
+
+        `usd` is None if any price was unknown.
+        """
         sums = (
             "SELECT COUNT(*) AS n, SUM(prompt_tokens) AS p, SUM(completion_tokens) AS c, SUM(usd) AS u, COUNT(usd) AS k"
         )
@@ -202,17 +224,20 @@ class Ledger:
             f"SELECT SUM(n), SUM(p), SUM(c), SUM(u), SUM(k) FROM ({sums} FROM answers UNION ALL "
             f"{sums} FROM charges WHERE reason <> '{ANSWERED}')"
         )
-        with self._told():
+        with self._explain_errors():
             entries, prompt, completion, usd, priced = self._base.execute(query).fetchone()
             (count,) = self._base.execute("SELECT COUNT(*) FROM answers").fetchone()
             (failed,) = self._base.execute("SELECT COUNT(*) FROM failures").fetchone()
         return {
-            "answers": count, "prompt_tokens": prompt or 0, "completion_tokens": completion or 0,
-            "usd": round(usd or 0.0, 4) if priced == entries and entries else None, "failed_requests": failed,
-        }  # fmt: skip
+            "answers": count,
+            "prompt_tokens": prompt or 0,
+            "completion_tokens": completion or 0,
+            "usd": round(usd or 0.0, 4) if priced == entries and entries else None,
+            "failed_requests": failed,
+        }
 
     def close(self) -> None:
-        """Leave the file to the next run."""
+        """Close the file and release its lock."""
         if hasattr(self, "_base"):
             self._base.close()
         self._lock.release()

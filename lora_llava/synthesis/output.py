@@ -1,4 +1,4 @@
-"""What a set leaves: rows, rejections, counts, a card and a gallery, written as the results come."""
+"""Output files of a data set: rows, rejections, summary, card and gallery."""
 
 from __future__ import annotations
 
@@ -27,46 +27,52 @@ from lora_llava.synthesis.sample import FLAVOURS, Flavour, Task, Turns
 INSTRUCT_FILE, REJECTED_FILE, SUMMARY_FILE = "instruct.json", "rejected.jsonl", "summary.json"
 CARD_FILE, GALLERY_FILE = "README.md", "gallery.html"
 _SPEAKERS = {"user": "human", "assistant": "gpt"}
-"""LLaVA's names of who speaks."""
+"""LLaVA's names of the roles."""
 _MOST_FAILURES = 50
-"""Different reasons of failures that are told apart; a server may write another into each."""
+"""Maximum number of distinct failure reasons in the summary, since a server may send a different one each time."""
 _OTHER_FAILURES = "other reasons"
 
 
 def write_set(
-    folder: Path, *, results: Iterable[Result], contexts: Contexts, recipe: GenerateRecipe, about: Mapping[str, Any],
+    folder: Path,
+    *,
+    results: Iterable[Result],
+    contexts: Contexts,
+    recipe: GenerateRecipe,
+    about: Mapping[str, Any],
     answer_of: Callable[[Task, int], str | None] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Write the files of a set, in place of those that an earlier run left.
+) -> dict[str, Any]:
+    """Write the files of a data set, replacing those of an earlier run.
 
-    They are `instruct.json`, LLaVA's rows; `rejected.jsonl`, a line for each answer that was not taken, failure and
-    task that was not asked for; `summary.json`; `README.md`, a data set's card; and `gallery.html`. Each is written
-    under another name and renamed when all are whole. Results are taken one at a time.
+    The files are `instruct.json`, rows in LLaVA's form; `rejected.jsonl`, one line for each rejected answer, failed
+    request and task that was not requested; `summary.json`; `README.md`, a data set card; and `gallery.html`. Each is
+    written under a temporary name, and all are renamed at the end. Results are consumed one at a time.
 
-    Every task is in `instruct.json`, or has exactly one line in `rejected.jsonl` that is marked `given_up`, or whose
-    reason is `failed` or `not asked`.
+    Every task is either in `instruct.json`, or has exactly one line in `rejected.jsonl` that is marked `given_up` or
+    has the reason `failed` or `not asked`.
 
     Args:
-        folder: Made where it is not there.
-        results: In the order of the tasks; a sample that is the same as an earlier one is taken for rejected.
-        contexts: What the tasks' places point into.
-        recipe: What was asked for; its `contexts.images` is where the gallery's images are.
-        about: What else the summary tells: `ledger`, its totals; `prompts`, their hashes by flavour; `recipe_hash`.
-        answer_of: Gives the text of a task's attempt, for the gallery; without it, rejections show their detail alone.
+        folder: Output folder; created if missing.
+        results: Results in the order of the tasks; a duplicate of an earlier sample is counted as rejected.
+        contexts: Contexts that the tasks' places index.
+        recipe: The recipe; the gallery reads images from its `contexts.images`.
+        about: Further entries of the summary: `ledger` (totals), `prompts` (hashes by flavour) and `recipe_hash`.
+        answer_of: Function that returns the answer to a task's attempt for the gallery; without it, the gallery shows
+            only the details of rejections.
 
     Returns:
         The summary.
 
     Raises:
-        UserError: Where the folder cannot be written.
-        ValueError: For a sample that no gate should have let through, or a result of no known status.
+        UserError: If the folder cannot be written.
+        ValueError: If a sample is empty or contains an image placeholder, or a result has an unknown status.
     """
     tally, picks = _Tally(), Picks(recipe.seed)
     name = folder.resolve().name
-    with _whole_files(folder) as parts:
+    with _temporary_files(folder) as parts:
         with _open(parts[INSTRUCT_FILE]) as rows, _open(parts[REJECTED_FILE]) as rest:
             for result in tqdm(
-                _once(results), desc="writing", unit=" samples", delay=1, leave=False, dynamic_ncols=True
+                _without_duplicates(results), desc="writing", unit=" samples", delay=1, leave=False, dynamic_ncols=True
             ):
                 image = contexts.images[result.task.place]
                 if result.status == "accepted":
@@ -88,8 +94,8 @@ def write_set(
 
 
 @contextmanager
-def _whole_files(folder: Path) -> Iterator[dict[str, Path]]:
-    """Names to write under; what is there at the end gets its own name, after an error nothing does."""
+def _temporary_files(folder: Path) -> Iterator[dict[str, Path]]:
+    """Yield a temporary path for each file; all are renamed at the end, and removed after an error."""
     names = (INSTRUCT_FILE, REJECTED_FILE, SUMMARY_FILE, CARD_FILE, GALLERY_FILE)
     parts = {name: folder / f".{name}.tmp" for name in names}
     try:
@@ -102,37 +108,37 @@ def _whole_files(folder: Path) -> Iterator[dict[str, Path]]:
             for part in parts.values():
                 part.unlink(missing_ok=True)
     except OSError as error:
-        mend = "make room or mend it, and run the same command again: no answer is lost"
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}); {mend}") from None
+        fix = "free disk space or fix its permissions, and run the same command again: no answer is lost"
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}); {fix}") from None
 
 
 def _open(file: Path) -> IO[str]:
     return file.open("w", encoding="utf-8", newline="\n")
 
 
-def _once(results: Iterable[Result]) -> Iterator[Result]:
-    """The results, those rejected that are the same as an earlier one of another task."""
+def _without_duplicates(results: Iterable[Result]) -> Iterator[Result]:
+    """Yield the results, with duplicates of earlier samples turned into rejections."""
     seen = SeenSamples()
     for result in results:
         if result.status not in ("accepted", "rejected", "failed", "not asked"):
-            raise ValueError(f"{result.task.task_id}: {result.status!r} is no status")
-        told = result.status == "accepted" and seen.check(result.task.task_id, result.turns, result.task.flavour)
-        yield replace(result, status="rejected", rejections=(*result.rejections, told)) if told else result
+            raise ValueError(f"{result.task.task_id}: unknown status {result.status!r}")
+        duplicate = result.status == "accepted" and seen.check(result.task.task_id, result.turns, result.task.flavour)
+        yield replace(result, status="rejected", rejections=(*result.rejections, duplicate)) if duplicate else result
 
 
 def _row(result: Result, image: str) -> dict[str, Any]:
-    """A sample as LLaVA's own data has it: the image before the first question."""
+    """Return a sample in LLaVA's form, with the image placeholder before the first question."""
     if not result.turns or any(IMAGE_PLACEHOLDER in turn.text for turn in result.turns):
         raise ValueError(
-            f"{result.task.task_id}: a sample is empty or holds {IMAGE_PLACEHOLDER}; no gate should let it"
+            f"{result.task.task_id}: the sample is empty or contains {IMAGE_PLACEHOLDER}, which the gates should reject"
         )
-    said = [{"from": _SPEAKERS[turn.role], "value": turn.text} for turn in result.turns]
-    said[0]["value"] = f"{IMAGE_PLACEHOLDER}\n{said[0]['value']}"
-    return {"id": result.task.task_id, "image": image, "conversations": said, "category": result.task.flavour}
+    turns = [{"from": _SPEAKERS[turn.role], "value": turn.text} for turn in result.turns]
+    turns[0]["value"] = f"{IMAGE_PLACEHOLDER}\n{turns[0]['value']}"
+    return {"id": result.task.task_id, "image": image, "conversations": turns, "category": result.task.flavour}
 
 
 def _lines(result: Result, image: str) -> Iterator[dict[str, Any]]:
-    """What `rejected.jsonl` says of a task; attempts are counted from 0, as in the ledger."""
+    """Yield a task's lines in `rejected.jsonl`; attempts are counted from 0, as in the ledger."""
     task = result.task
     head = {"task_id": task.task_id, "flavour": task.flavour, "image": image}
     for attempt, rejection in enumerate(result.rejections):
@@ -140,14 +146,14 @@ def _lines(result: Result, image: str) -> Iterator[dict[str, Any]]:
         last = attempt + 1 == len(result.rejections)
         yield {**line, "given_up": True} if last and result.status == "rejected" else line
     if result.status == "rejected" and not result.rejections:
-        raise ValueError(f"{task.task_id} is rejected without a rejection")
+        raise ValueError(f"{task.task_id}: the status is rejected, but there is no rejection")
     if result.status in ("failed", "not asked"):
         yield {**head, "attempt": len(result.rejections), "reason": result.status, "detail": result.reason}
 
 
 @dataclass
 class _Tally:
-    """Counts of what has come so far."""
+    """Running counts of the results."""
 
     rows: int = 0
     images: int = 0
@@ -183,6 +189,7 @@ class _Tally:
 
 
 def _sizes(turns: Turns) -> Counter[str]:
+    """Count the answers of a sample and their words."""
     answers = [turn.text for turn in turns if turn.role == "assistant"]
     return Counter(turns=len(answers), words=sum(len(answer.split()) for answer in answers))
 
@@ -197,10 +204,13 @@ def _summary(tally: _Tally, contexts: Contexts, recipe: GenerateRecipe) -> dict[
         models[_bare(name)] += count
     return {
         "complete": not total["failed"] and not total["not asked"],
-        **_statuses(total), "turns": total["turns"], "images": tally.images,
+        **_statuses(total),
+        "turns": total["turns"],
+        "images": tally.images,
         "flavours": {
             flavour: {
-                **_statuses(counts), "turns": counts["turns"],
+                **_statuses(counts),
+                "turns": counts["turns"],
                 "words_per_answer": round(counts["words"] / counts["turns"], 1) if counts["turns"] else None,
             }
             for flavour, counts in tally.by_flavour.items()
@@ -213,31 +223,36 @@ def _summary(tally: _Tally, contexts: Contexts, recipe: GenerateRecipe) -> dict[
         },
         "failures": dict(tally.failures.most_common()),
         "contexts": {
-            **asdict(contexts.report), "files": {name: PurePath(path).name for name, path in files.items() if path},
+            **asdict(contexts.report),
+            "files": {name: PurePath(path).name for name, path in files.items() if path},
         },
         "teacher": {
-            "backend": teacher.backend, "model": _bare(teacher.model) if teacher.model else None,
+            "backend": teacher.backend,
+            "model": _bare(teacher.model) if teacher.model else None,
             "answered_as": dict(models.most_common()),
             **{name: getattr(teacher, name) for name in ("temperature", "top_p", "max_tokens", "structured")},
         },
-        "flavour_weights": recipe.flavours.model_dump(), "gates": recipe.gates.model_dump(), "seed": recipe.seed,
+        "flavour_weights": recipe.flavours.model_dump(),
+        "gates": recipe.gates.model_dump(),
+        "seed": recipe.seed,
         "versions": {"python": platform.python_version(), **{x: metadata.version(x) for x in ("lora_llava", "openai")}},
-    }  # fmt: skip
+    }
 
 
 def _statuses(counts: Counter[str]) -> dict[str, int]:
+    """Return the counts of statuses under the summary's keys."""
     names = {"tasks": "tasks", "rows": "accepted", "rejected": "rejected", "failed": "failed", "not_asked": "not asked"}
     return {name: counts[status] for name, status in names.items()}
 
 
 def _within(images: str | None, folder: Path) -> str | None:
-    """The image folder as the set's own names it; None where it is elsewhere."""
+    """Return the image folder relative to the data set's folder; None if it is not inside."""
     path = Path(images).resolve() if images else None
     return path.relative_to(folder.resolve()).as_posix() if path and path.is_relative_to(folder.resolve()) else None
 
 
 def _bare(name: str) -> str:
-    """A file's or model's name without the folders of this machine; a Hub id stays as it is."""
+    """Strip the folders of this machine from a file's or model's name; Hub ids are returned unchanged."""
     plain = name.replace("\\", "/").rstrip("/")
     is_path = plain.startswith(("/", ".", "~")) or plain[1:3] == ":/" or Path(name).exists()
     return PurePath(plain).name if is_path else name

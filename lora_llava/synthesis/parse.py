@@ -1,4 +1,4 @@
-"""A sample in what the teacher wrote: the JSON that was asked for, or the forms that models write in its place."""
+"""Parser of the teacher's answers: the requested JSON, and other forms that models write instead."""
 
 from __future__ import annotations
 
@@ -18,11 +18,22 @@ _ROLES: dict[str, Role] = dict.fromkeys(("question", "q", "user", "human", "aske
 _ROLES |= dict.fromkeys(("answer", "a", "assistant", "gpt", "response", "reply", "bot"), "assistant")
 _SPEAKER_ROLES: dict[str, Role] = {**_ROLES, "model": "assistant", "ai": "assistant"}
 _SPEAKERS = ("role", "from", "speaker")
-_SAID = ("content", "value", "text", "message")
+_CONTENTS = ("content", "value", "text", "message")
 _WRAPPERS = (
-    "turns", "conversation", "conversations", "messages", "dialogue", "dialog", "qa", "qapairs", "pairs", "data",
-    "sample", "result", "output",
-)  # fmt: skip
+    "turns",
+    "conversation",
+    "conversations",
+    "messages",
+    "dialogue",
+    "dialog",
+    "qa",
+    "qapairs",
+    "pairs",
+    "data",
+    "sample",
+    "result",
+    "output",
+)
 _DESCRIPTIONS = ("description", "detaileddescription", "text", "content", "output", "answer", "response", "detail")
 _OPENED = re.compile(r"<(think|thinking|thought|reasoning)>", re.IGNORECASE)
 _CLOSED = re.compile(r"</(think|thinking|thought|reasoning)>", re.IGNORECASE)
@@ -34,39 +45,39 @@ _MARK = re.compile(
     r"|(?<=\s)(?P<inline>(?-i:Question|Answer))[ \t]*+\d{0,3}:[ \t]*",
     re.IGNORECASE | re.MULTILINE,
 )
-"""`Question:`, `**Q1:**`, `2. Answer 2:`; the repeats give nothing back, so that no text takes long."""
+"""Matches `Question:`, `**Q1:**`, `2. Answer 2:`. Possessive quantifiers keep the matching time linear."""
 _RULE = re.compile(r"^[ \t]*(?:={3,}|-{3,}|\*{3,}|`{3,}\w*)[ \t]*$", re.MULTILINE)
 _PREFACE = re.compile(
     r"\A(?:[^\n]{0,200}\b(?:description|here is|here's|sure|certainly)\b[^\n]{0,100}:[ \t]*\n\s*|"
     r"[*_# \t]{0,9}(?:detailed )?description[*_ \t]{0,9}(?::[*_ \t]*|\n\s*))",
     re.IGNORECASE,
 )
-"""`Here is a description of the image:` and `**Description:**`."""
+"""Matches `Here is a description of the image:` and `**Description:**`."""
 _ENDED = re.compile(r"[^\w\s,;:(\[{\u2013\u2014-]['\"\u201d\u2019)\]*_]*\Z")
 _LONG = 12
-"""Words from which a text without JSON has to end as a sentence does (untuned): a short answer may do without."""
+"""Words from which a text without JSON must end like a sentence (untuned); a short answer need not."""
 
 
 def parse_sample(text: str, flavour: Flavour, request: str | None = None) -> Turns | Rejection:
-    """Read what the teacher wrote.
+    """Parse an answer of the teacher.
 
-    Besides the JSON of `RESPONSE_SCHEMAS`, also in Markdown's fences, with prose around it or after thoughts in
-    `<think>`, it takes a bare list of turns, other names of the keys (user and assistant, human and gpt, role and
-    content), lines of `Question:` and `Answer:` as LLaVA's own prompts have them, and for `detail` plain prose.
+    Accepted forms: the JSON of `RESPONSE_SCHEMAS`, also in Markdown code fences, surrounded by prose or after thoughts
+    in `<think>`; a bare list of turns; other key names (user and assistant, human and gpt, role and content); lines of
+    `Question:` and `Answer:` as in LLaVA's own prompts; and plain prose for `detail`.
 
     Args:
         text: Any text.
-        flavour: What was asked for.
-        request: Of `detail`, the question that the description is made the answer of.
+        flavour: Kind of sample that was requested.
+        request: For `detail`, the question that the description becomes the answer to.
 
     Returns:
-        The turns, or `unreadable`, `cut off` or `turn order` with what it was. Nothing is raised.
+        The turns, or a rejection as `unreadable`, `cut off`, `empty` or `turn order`. Nothing is raised.
     """
     written = _without_thoughts(text.replace("\r\n", "\n").replace("\r", "\n"))
     if written is None:
-        return Rejection("cut off", "it ends in the middle of its thoughts")
+        return Rejection("cut off", "it ends within its thoughts")
     if not written.strip():
-        return Rejection("empty", "nothing is written")
+        return Rejection("empty", "the answer is empty")
     start, mark = _JSON.search(written), _MARK.search(written)
     if start and not (mark and written[mark.end() : start.start()].strip()):
         value = _read_json(written, start.start())
@@ -80,26 +91,26 @@ def parse_sample(text: str, flavour: Flavour, request: str | None = None) -> Tur
         answers = [text for role, text in messages if role == "assistant"]
         return _described(_complete(answers[0]) if len(answers) == 1 else None, request)
     if not messages:
-        return Rejection("unreadable", f"neither JSON nor questions and answers: {_excerpt(written)}")
+        return Rejection("unreadable", f"it is neither JSON nor questions and answers: {_excerpt(written)}")
     if messages[-1][0] == "user" or isinstance(last := _complete(messages[-1][1]), Rejection):
         return Rejection("cut off", f"it ends with {_excerpt(messages[-1][1][-60:])}")
     return _in_order([*messages[:-1], ("assistant", last)])
 
 
 def _without_thoughts(text: str) -> str | None:
-    """The text after `<think>` and its like; None where the thoughts have no end. What JSON has of it stays."""
+    """Remove `<think>` blocks outside JSON; return None if the text consists of a block without an end."""
     while (opened := _OPENED.search(text)) and not _JSON.search(text, 0, opened.start()):
         closed = _CLOSED.search(text, opened.end())
         if closed is None:
             return text if text[: opened.start()].strip() else None
         text = text[: opened.start()] + text[closed.end() :]
-    # Some chat templates open the thoughts in the prompt, so that only their end is written.
+    # Some chat templates put the opening tag into the prompt, so that the answer has only the closing tag.
     closed = None if opened else _CLOSED.search(text)
     return text[closed.end() :] if closed else text
 
 
 def _read_json(text: str, start: int) -> Any:
-    """The value that begins at a place, or the list of several in a row; a Rejection where it cannot be read."""
+    """Read the JSON value that begins at `start`, or a list of several in a row; return a Rejection if it is broken."""
     decoder = json.JSONDecoder(strict=False, object_pairs_hook=_object)
     values: list[Any] = []
     match: re.Match[str] | None = _JSON.search(text, start)
@@ -114,24 +125,24 @@ def _read_json(text: str, start: int) -> Any:
             try:
                 value = decoder.decode(_COMMA.sub(r"\1", text[match.start() : end]))
             except (ValueError, RecursionError):
-                return Rejection("unreadable", f"the JSON is wrong: {error}")
+                return Rejection("unreadable", f"the JSON is invalid: {error}")
         values.append(value)
         match = _JSON.search(text, end)
     return values[0] if len(values) == 1 else values
 
 
 _COMMA = re.compile(r'("(?:[^"\\]|\\.)*+")|,(?=\s*[}\]])', re.DOTALL)
-"""A string, to be passed over, or the comma after a last element."""
+"""Matches a string, which is kept, or a trailing comma."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Any:
-    """A dict; where a key comes again (`question, answer, question, answer`), a list of dicts with a key each."""
+    """Return a dict, or a list of one-key dicts if a key repeats (`question, answer, question, answer`)."""
     found = dict(pairs)
     return found if len(found) == len(pairs) else [{key: value} for key, value in pairs]
 
 
 def _end_of_json(text: str, start: int) -> int | None:
-    """Where the brackets that open at a place are closed again; None where the text ends before."""
+    """Return the place after the bracket that closes the one at `start`; None if the text ends before it."""
     depth, place = 0, start
     for match in _BRACKET.finditer(text, start):
         place = match.end()
@@ -149,7 +160,7 @@ _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[{}\[\]]', re.DOTALL)
 
 
 def _messages(value: Any, depth: int = 0) -> list[Message] | None:
-    """Questions and answers in a JSON value, in its order; None where it holds something else."""
+    """Return the questions and answers of a JSON value in order; None if it contains anything else."""
     if isinstance(value, list):
         found: list[Message] = []
         if len(value) == 2 and all(isinstance(each, str) for each in value):
@@ -165,20 +176,20 @@ def _messages(value: Any, depth: int = 0) -> list[Message] | None:
     for name in _WRAPPERS:
         if name in keys and isinstance(value[keys[name]], (list, dict)) and value[keys[name]] and depth <= 4:
             return _messages(value[keys[name]], depth + 1)
-    return _spoken(value, keys) or _paired(value, keys)
+    return _read_role(value, keys) or _read_pair(value, keys)
 
 
-def _spoken(value: dict[str, Any], keys: dict[str, str]) -> list[Message] | None:
-    """`{"role": "user", "content": "..."}` and its like."""
+def _read_role(value: dict[str, Any], keys: dict[str, str]) -> list[Message] | None:
+    """Read `{"role": "user", "content": "..."}` and variants."""
     speaker = next((value[keys[name]] for name in _SPEAKERS if name in keys), None)
-    said = next((value[keys[name]] for name in _SAID if name in keys), None)
+    content = next((value[keys[name]] for name in _CONTENTS if name in keys), None)
     role = _SPEAKER_ROLES.get(_plain(speaker)) if isinstance(speaker, str) else None
-    text = _text(said)
+    text = _text(content)
     return [(role, text)] if role and text is not None else None
 
 
-def _paired(value: dict[str, Any], keys: dict[str, str]) -> list[Message] | None:
-    """`{"question": "...", "answer": "..."}` and its like, also numbered, and lists of both."""
+def _read_pair(value: dict[str, Any], keys: dict[str, str]) -> list[Message] | None:
+    """Read `{"question": "...", "answer": "..."}` and variants: numbered keys, or lists of questions and answers."""
     questions, answers = (value.get(keys.get(name, "")) for name in ("questions", "answers"))
     if isinstance(questions, list) and isinstance(answers, list):
         value = dict(enumerate(zip_longest(questions, answers)))  # type: ignore[arg-type]
@@ -195,10 +206,12 @@ _BOTH: tuple[Role, Role] = ("user", "assistant")
 
 
 def _plain(key: str) -> str:
+    """Reduce a key to its lower-case letters."""
     return re.sub(r"[\W\d_]+", "", key).lower()
 
 
 def _text(value: Any) -> str | None:
+    """Return the text of a string, a number, a typed part or a list of them; None for anything else."""
     if isinstance(value, dict) and value.get("type") == "text":
         value = value.get("text")
     if isinstance(value, list) and value:
@@ -210,25 +223,28 @@ def _text(value: Any) -> str | None:
 
 
 def _in_order(messages: list[Message] | None) -> Turns | Rejection:
+    """Check that the roles alternate and return the turns."""
     if not messages:
-        return Rejection("unreadable", "the JSON holds no questions and answers")
+        return Rejection("unreadable", "the JSON contains no questions and answers")
     for number, (role, _) in enumerate(messages, 1):
-        if role != (due := "user" if number % 2 else "assistant"):
-            return Rejection("turn order", f"turn {number} is the {role}'s; the {due}'s was due")
+        if role != (expected := "user" if number % 2 else "assistant"):
+            return Rejection("turn order", f"turn {number} is from the {role}; expected the {expected}")
     if len(messages) % 2:
         return Rejection("turn order", "the last question has no answer")
     return tuple(Turn(role, text) for role, text in messages)
 
 
 def _described(description: str | Rejection | None, request: str | None) -> Turns | Rejection:
+    """Return the turns of a description that answers a request."""
     if description is None:
-        return Rejection("unreadable", "it holds no description, or several")
+        return Rejection("unreadable", "it contains no description, or several")
     if isinstance(description, Rejection):
         return description
     return (Turn("user", request or ""), Turn("assistant", description))
 
 
 def _description(value: Any) -> str | None:
+    """Return the one description in a JSON value; None if it has none or several."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, (str, list)) and (text := _text(value)) is not None:
@@ -245,26 +261,28 @@ def _description(value: Any) -> str | None:
 
 
 def _prose(text: str) -> str | Rejection:
+    """Return a description written as plain text, without rules and introductory lines."""
     text = _RULE.sub("", text).strip()
     text = _PREFACE.sub("", text, count=1).strip()
     return _complete(text)
 
 
 def _complete(text: str) -> str | Rejection:
-    """The text, unless it is long and ends without the end of a sentence."""
+    """Return the text, or a rejection if it is long and does not end like a sentence."""
     if len(text.split()) >= _LONG and not _ENDED.search(text[-9:]):
         return Rejection("cut off", f"it ends with {_excerpt(text[-60:])}")
     return text
 
 
 def _marked(text: str) -> Iterator[Message]:
-    """Parts after `Question:` and `Answer:`; what stands before the first is no part."""
+    """Yield the texts after `Question:` and `Answer:`; text before the first is ignored."""
     marks = list(_MARK.finditer(text))
     for mark, following in zip_longest(marks, marks[1:]):
-        said = text[mark.end() : following.start() if following else None]
-        yield _ROLES[(mark["name"] or mark["inline"]).lower()], _RULE.sub("", said).strip()
+        content = text[mark.end() : following.start() if following else None]
+        yield _ROLES[(mark["name"] or mark["inline"]).lower()], _RULE.sub("", content).strip()
 
 
 def _excerpt(text: str) -> str:
+    """Quote the start of a text on one line."""
     text = " ".join(text.split())
     return repr(text if len(text) <= 80 else f"{text[:80]}...")

@@ -1,4 +1,4 @@
-"""The samples of a set: asked for until each passes the gates, every answer in the ledger."""
+"""Generation loop: query the teacher until every sample passes the gates, and record every answer in the ledger."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from lora_llava.inference.budget import Budget, Charge
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
 from lora_llava.synthesis.contexts.context import Context
 from lora_llava.synthesis.contexts.reading_contexts import Contexts
-from lora_llava.synthesis.gates.gates import REASONS, Limits, check_sample
+from lora_llava.synthesis.gates.gates import Limits, check_sample
+from lora_llava.synthesis.gates.retry_texts import RETRY_TEXTS
 from lora_llava.synthesis.ledger import ANSWERED, Ledger, request_key
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.prompts import RESPONSE_SCHEMAS, Prompt, choose_request, write_messages
 from lora_llava.synthesis.sample import Flavour, Rejection, Task, Turns
 from lora_llava.synthesis.tasks import Tasks
-from lora_llava.synthesis.teachers.teacher import Asked, Teacher
+from lora_llava.synthesis.teachers.teacher import Teacher, TeacherRequest
 
 _HOPELESS = 8
-"""Failures in a row at the start after which the rest is not tried."""
+"""Number of failures without a single answer after which a run stops."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How samples are asked for.
+    """Settings of the requests to the teacher.
 
     Attributes:
-        model: The teacher's name, which keys the answers.
-        max_tokens: Longest answer.
-        temperature: Of the teacher; None leaves it to the server.
-        top_p: Share of the probability that tokens are drawn from.
-        structured: Whether JSON is asked for by schema.
-        attempts: Times that a sample is asked for.
-        limits: Of the gates, by flavour.
-        seed: Of what is drawn.
+        model: The teacher's name, which is part of the ledger's keys.
+        max_tokens: Maximum length of an answer in tokens.
+        temperature: Sampling temperature; None leaves it to the server.
+        top_p: Probability mass of nucleus sampling.
+        structured: Whether requests include a JSON schema for the answer.
+        attempts: Maximum number of attempts for a sample.
+        limits: Limits of turns and words.
+        seed: Base of the sampling seeds.
     """
 
     model: str
@@ -53,15 +54,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a task.
+    """The result of a task.
 
     Attributes:
-        task: Which.
-        status: `accepted`, `rejected`, `failed` (no answer), or `not asked`.
-        turns: Of an accepted sample.
-        rejections: Of every attempt that was not taken.
-        reason: Of a failure.
-        model: Who wrote the last answer, as the server names it.
+        task: The task.
+        status: `accepted`, `rejected`, `failed` (no answer), or `not asked` (not requested yet).
+        turns: Turns of an accepted sample.
+        rejections: Rejection of every attempt that did not pass.
+        reason: Reason of a failure.
+        model: Model of the last answer, as the server names it.
     """
 
     task: Task
@@ -73,40 +74,48 @@ class Result:
 
 
 def write_request(
-    task: Task, context: Context, prompt: Prompt, settings: Settings, attempt: int = 0,
+    task: Task,
+    context: Context,
+    prompt: Prompt,
+    settings: Settings,
+    attempt: int = 0,
     rejections: Sequence[Rejection] = (),
-) -> ChatRequest:  # fmt: skip
-    """What the teacher is sent.
+) -> ChatRequest:
+    """Write the request for one attempt at a sample.
 
     Args:
-        task: What is to be made.
-        context: Of its image.
-        prompt: Of its flavour.
-        settings: How it is asked for.
-        attempt: Which try this is, from 0.
-        rejections: Of the earlier ones; the last one's reason is told.
+        task: Sample to generate.
+        context: Context of its image.
+        prompt: Prompt of its flavour.
+        settings: Settings of the request.
+        attempt: Index of the attempt, from 0.
+        rejections: Rejections of the earlier attempts; the request states the reason of the last one.
     """
     messages = write_messages(prompt, context)
     if rejections:
-        told = REASONS[rejections[-1].reason]
-        messages[-1]["content"] += f"\n\nAn earlier answer was not taken: {told}. Write another in the same form."
-    drawn = settings.temperature is None or settings.temperature > 0
+        why = RETRY_TEXTS[rejections[-1].reason]
+        messages[-1]["content"] += f"\n\nAn earlier answer was not taken: {why}. Write another in the same form."
+    is_sampled = settings.temperature is None or settings.temperature > 0
     return ChatRequest(
-        messages, settings.max_tokens, settings.temperature, settings.top_p,
-        seed=settings.seed + task.number + 1000 * attempt if drawn else None,  # two samples of an image should differ
+        messages,
+        settings.max_tokens,
+        settings.temperature,
+        settings.top_p,
+        # One seed per sample and attempt, so that two samples of an image differ.
+        seed=settings.seed + task.number + 1000 * attempt if is_sampled else None,
         response_format=RESPONSE_SCHEMAS[task.flavour] if settings.structured else None,
-    )  # fmt: skip
+    )
 
 
-class Maker:
-    """Makes samples by a ledger of answers; what the ledger lacks is asked for.
+class SampleGenerator:
+    """Generator of samples; it queries the teacher only for answers that the ledger does not contain.
 
     Args:
-        contexts: What is known of the images.
-        tasks: What is to be made.
-        prompts: From `load_prompts`.
-        settings: How it is asked for.
-        ledger: Keeps the answers.
+        contexts: Contexts of the images.
+        tasks: Samples to generate.
+        prompts: Prompts by flavour, from `load_prompts`.
+        settings: Settings of the requests.
+        ledger: Store of the answers.
     """
 
     def __init__(
@@ -115,36 +124,40 @@ class Maker:
         self.contexts, self.tasks, self.prompts, self.settings = contexts, tasks, prompts, settings
         self.ledger = ledger
         self.failed: dict[str, str] = {}
-        """Reasons by task id."""
+        """Reasons of failures in this run, by task id."""
         self.answered = 0
 
     def run(self, teacher: Teacher, budget: Budget) -> None:
-        """Ask until every sample is taken, given up or failed, or the budget is spent.
+        """Query the teacher until every sample is accepted, given up or failed, or the budget is spent.
 
         Args:
-            teacher: Who writes.
-            budget: What may be asked.
+            teacher: Writer of the answers.
+            budget: Caps on requests and cost.
 
         Raises:
-            UserError: Where the teacher cannot be used, or the ledger cannot be written.
+            UserError: If the teacher cannot be used, or the ledger cannot be written.
         """
         left = list(range(len(self.tasks)))
         with tqdm(desc="generating", total=len(left), unit="sample", dynamic_ncols=True, smoothing=0.05) as bar:
             while left and not budget.exhausted:
-                asked = self._ask(left, teacher, budget, bar)
-                left = [number for number in asked if self.tasks[number].task_id not in self.failed]
+                remaining = self._run_round(left, teacher, budget, bar)
+                left = [number for number in remaining if self.tasks[number].task_id not in self.failed]
 
-    def _ask(self, numbers: list[int], teacher: Teacher, budget: Budget, bar: Any) -> list[int]:
-        """One round; gives the tasks whose answers were not taken and that may be asked for again, and those for which
-        no money was left as long as others were on their way."""
-        sent: list[tuple[int, Asked]] = []
+    def _run_round(self, numbers: list[int], teacher: Teacher, budget: Budget, bar: Any) -> list[int]:
+        """Send one attempt for each task.
+
+        Returns:
+            Tasks that may get another attempt: their answer was rejected, or the budget was reserved for requests that
+            were still running.
+        """
+        sent: list[tuple[int, TeacherRequest]] = []
         again: list[int] = []
         rest: list[int] = []
 
-        def requests() -> Iterator[Asked]:
+        def requests() -> Iterator[TeacherRequest]:
             for place, number in enumerate(numbers):
                 item = self.look_up(self.tasks[number])
-                if not isinstance(item, Asked):
+                if not isinstance(item, TeacherRequest):
                     bar.update()
                     continue
                 if not budget.take(item.key, item.request):
@@ -168,29 +181,32 @@ class Maker:
                         self._fail(item, found.reason)
                         bar.update()
                         continue
-                    taken = self._keep(item, found, charge, budget) is None
-                    if taken or item.attempt + 1 == self.settings.attempts:
+                    is_accepted = self._record(item, found, charge, budget) is None
+                    if is_accepted or item.attempt + 1 == self.settings.attempts:
                         bar.update()
                     else:
                         again.append(number)
         except BaseException as error:
-            if budget.spent or not isinstance(error, UserError):  # else the server let nothing in
+            # Charge the requests that were running. A UserError before any spending means that none was processed.
+            if budget.spent or not isinstance(error, UserError):
                 for _, item in sent:
                     if budget.holds(item.key):
                         self._charge(item, "not waited for", budget.settle(item.key, item.request, None), budget)
             raise
         return again + rest
 
-    def _charge(self, item: Asked, reason: str, charge: Charge, budget: Budget) -> None:
+    def _charge(self, item: TeacherRequest, reason: str, charge: Charge, budget: Budget) -> None:
+        """Record a charge, unless it is empty."""
         if charge.prompt_tokens or charge.completion_tokens:
             self.ledger.add_charge(item.key, reason, charge, budget.capped)
 
-    def _keep(self, item: Asked, answer: ChatAnswer, charge: Charge, budget: Budget) -> Rejection | None:
+    def _record(self, item: TeacherRequest, answer: ChatAnswer, charge: Charge, budget: Budget) -> Rejection | None:
+        """Add an answer to the ledger; returns its rejection, or None if it is accepted."""
         self.answered += 1
-        # Half a surrogate pair, which JSON may hold, is in no file's UTF-8.
+        # JSON may contain unpaired surrogates, which UTF-8 cannot encode.
         answer = replace(answer, text=answer.text.encode("utf-8", "replace").decode("utf-8"))
-        judged = self.judge(item.task, answer.text)
-        rejection = judged if isinstance(judged, Rejection) else None
+        checked = self.check(item.task, answer.text)
+        rejection = checked if isinstance(checked, Rejection) else None
         verdict, detail = (rejection.reason, rejection.detail) if rejection else ("accepted", "")
         prompt_hash = self.prompts[item.task.flavour].hash
         if budget.capped:
@@ -198,21 +214,27 @@ class Maker:
         self.ledger.add(item.key, item.task.task_id, item.attempt, prompt_hash, answer, charge.usd, verdict, detail)
         return rejection
 
-    def _fail(self, item: Asked, reason: str) -> None:
+    def _fail(self, item: TeacherRequest, reason: str) -> None:
+        """Record a failed request; raise if the teacher has answered none so far."""
         self.failed[item.task.task_id] = reason
         self.ledger.add_failure(item.key, item.task.task_id, item.attempt, reason)
         if not self.answered and len(self.failed) >= _HOPELESS:
             raise UserError(f"the teacher answered none of {len(self.failed)} requests: {reason}")
 
-    def judge(self, task: Task, text: str) -> Turns | Rejection:
-        """Read an answer and hold it against the gates."""
+    def check(self, task: Task, text: str) -> Turns | Rejection:
+        """Parse an answer and check it with the gates."""
         turns = parse_sample(text, task.flavour, choose_request(self.prompts[task.flavour], task.task_id))
         if isinstance(turns, Rejection):
             return turns
         return check_sample(self.contexts[task.place], turns, task.flavour, self.settings.limits) or turns
 
-    def look_up(self, task: Task, rejections: list[Rejection] | None = None) -> Result | Asked:
-        """What came of a task by the ledger, or what to ask for next; what was not taken goes to `rejections`."""
+    def look_up(self, task: Task, rejections: list[Rejection] | None = None) -> Result | TeacherRequest:
+        """Return the result of a task if the ledger contains its answers, else the next request to send.
+
+        Args:
+            task: The task.
+            rejections: Receives the rejections of the attempts so far.
+        """
         rejections = [] if rejections is None else rejections
         model = ""
         for attempt in range(self.settings.attempts):
@@ -220,24 +242,24 @@ class Maker:
             key = request_key(self.settings.model, request, task.task_id, attempt)
             entry = self.ledger.get(key)
             if entry is None:
-                return Asked(task, self.contexts[task.place], replace(request, key=key), key, attempt)
+                return TeacherRequest(task, self.contexts[task.place], replace(request, key=key), key, attempt)
             model = entry.model
-            judged = self.judge(task, entry.text)
-            if not isinstance(judged, Rejection):
-                return Result(task, "accepted", judged, tuple(rejections), model=model)
-            rejections.append(judged)
+            checked = self.check(task, entry.text)
+            if not isinstance(checked, Rejection):
+                return Result(task, "accepted", checked, tuple(rejections), model=model)
+            rejections.append(checked)
         return Result(task, "rejected", rejections=tuple(rejections), model=model)
 
     def answer_of(self, task: Task, attempt: int) -> str | None:
-        """What the teacher wrote at one attempt; None where it was not asked."""
+        """Return the teacher's answer at one attempt; None if it is not in the ledger."""
         rejections: list[Rejection] = []
         for number in range(attempt + 1):
             request = self._request(task, number, rejections)
             entry = self.ledger.get(request_key(self.settings.model, request, task.task_id, number))
             if entry is None or number == attempt:
                 return entry.text if entry else None
-            judged = self.judge(task, entry.text)
-            rejections += [judged] if isinstance(judged, Rejection) else []
+            checked = self.check(task, entry.text)
+            rejections += [checked] if isinstance(checked, Rejection) else []
         return None
 
     def _request(self, task: Task, attempt: int, rejections: list[Rejection]) -> ChatRequest:
@@ -245,7 +267,7 @@ class Maker:
         return write_request(task, self.contexts[task.place], prompt, self.settings, attempt, rejections)
 
     def results(self) -> Iterator[Result]:
-        """What has come of every task, in their order."""
+        """Yield the result of every task in order."""
         for task in self.tasks:
             rejections: list[Rejection] = []
             found = self.look_up(task, rejections)

@@ -1,4 +1,4 @@
-"""What the teacher is asked: a system message, examples, and the captions and boxes of the image."""
+"""Prompts for the teacher: a system message, examples, and the captions and boxes of an image."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _EXAMPLE = re.compile(r"example_(\d+)\.(context\.txt|answer\.json)")
 
 @dataclass(frozen=True)
 class Example:
-    """One example.
+    """One example of a prompt.
 
     Attributes:
-        context: Captions and boxes, as `write_context` writes them.
-        answer: JSON in the flavour's form.
+        context: Captions and boxes as `write_context` writes them.
+        answer: The answer as JSON in the flavour's form.
     """
 
     context: str
@@ -35,13 +35,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a flavour is asked for with.
+    """The prompt of a flavour.
 
     Attributes:
-        flavour: Which.
+        flavour: The flavour.
         system: The system message.
-        examples: In order.
-        requests: Of `detail`, what the description will answer in the row; the teacher does not see it.
+        examples: Examples in order.
+        requests: For `detail`, the questions that rows pair with descriptions; the teacher does not see them.
     """
 
     flavour: Flavour
@@ -51,25 +51,26 @@ class Prompt:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of all of it, in hex."""
+        """SHA-256 of the complete prompt, in hex."""
         parts = [self.flavour, self.system, [[each.context, each.answer] for each in self.examples], self.requests]
         return hashlib.sha256(json.dumps(parts).encode("ascii")).hexdigest()
 
 
 def load_prompts(folder: Path | None = None) -> dict[Flavour, Prompt]:
-    """Read the prompts.
+    """Load the prompts of all flavours.
 
     Args:
-        folder: Holds a folder for each flavour that is to be asked otherwise; a flavour without one keeps the shipped
-            prompt. In it are `system.txt`, examples as pairs of `example_1.context.txt` and `example_1.answer.json`
-            (none are needed), and for `detail` a `requests.txt`, a request a line. None takes the shipped ones.
+        folder: Folder with a subfolder for each flavour whose prompt is replaced; other flavours keep the shipped
+            prompt. A subfolder contains `system.txt`, optional examples as pairs of `example_1.context.txt` and
+            `example_1.answer.json`, and for `detail` a `requests.txt` with one request per line. None loads the shipped
+            prompts.
 
     Returns:
-        Of all flavours.
+        Prompts by flavour.
 
     Raises:
-        UserError: For a folder without any flavour, a file that is missing, unknown, empty or not UTF-8, or an example
-            whose answer cannot be read.
+        UserError: If the folder has no subfolder of a flavour, a file is missing, unknown, empty or not UTF-8, or the
+            answer of an example cannot be parsed.
     """
     shipped = resources.files("lora_llava.synthesis").joinpath("prompts")
     if folder is None:
@@ -77,24 +78,30 @@ def load_prompts(folder: Path | None = None) -> dict[Flavour, Prompt]:
     names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     unknown = [name for name in names if name not in FLAVOURS and not name.startswith((".", "_"))]
     if unknown or not any(name in FLAVOURS for name in names):
-        told = f'a folder "{unknown[0]}"{nearest(unknown[0], FLAVOURS)}' if unknown else "none of the folders"
-        raise UserError(f"prompts: {folder} has {told}; take {', '.join(FLAVOURS)}, one or more, as in {shipped}")
+        problem = (
+            f'contains an unknown folder "{unknown[0]}"{nearest(unknown[0], FLAVOURS)}'
+            if unknown
+            else "contains no folder of a flavour"
+        )
+        raise UserError(
+            f"prompts: {folder} {problem}; name folders {', '.join(FLAVOURS)}, one or more, as in {shipped}"
+        )
     return {
         flavour: _load_flavour((folder if flavour in names else shipped) / flavour, flavour) for flavour in FLAVOURS
     }
 
 
 def prompt_hashes(prompts: dict[Flavour, Prompt]) -> dict[Flavour, str]:
-    """SHA-256 of each prompt, in hex."""
+    """Return the SHA-256 of each prompt, in hex."""
     return {flavour: prompt.hash for flavour, prompt in prompts.items()}
 
 
 def choose_request(prompt: Prompt, task_id: str) -> str | None:
-    """What a description will answer: the same for a task in every run.
+    """Choose the request that a description answers in its row, the same in every run.
 
     Args:
-        prompt: Of the flavour.
-        task_id: Draws one.
+        prompt: Prompt of the flavour.
+        task_id: Task id, which seeds the choice.
 
     Returns:
         One of the prompt's requests; None for a flavour whose questions the teacher writes.
@@ -110,11 +117,12 @@ def write_messages(prompt: Prompt, context: Context) -> list[dict[str, str]]:
     turns).
 
     Args:
-        prompt: Of the flavour.
-        context: Of the image.
+        prompt: Prompt of the flavour.
+        context: Context of the image.
 
     Returns:
-        The system message, each example as a user's and an assistant's, and last the context alone, word for word.
+        Messages with `role` and `content`: the system message, a user and an assistant message for each example, and
+        the context verbatim as the last user message.
     """
     messages = [{"role": "system", "content": prompt.system}]
     for example in prompt.examples:
@@ -124,6 +132,7 @@ def write_messages(prompt: Prompt, context: Context) -> list[dict[str, str]]:
 
 
 def _load_flavour(folder: Traversable, flavour: Flavour) -> Prompt:
+    """Load the prompt of one flavour and check that its examples can be parsed."""
     texts: dict[tuple[int, str], str] = {}
     known = {"system.txt", *(["requests.txt"] if flavour == "detail" else [])}
     for file in sorted(folder.iterdir(), key=lambda file: file.name):
@@ -131,17 +140,20 @@ def _load_flavour(folder: Traversable, flavour: Flavour) -> Prompt:
         if match:
             texts[int(match[1]), match[2]] = _read(file)
         elif file.name not in known and file.name.endswith((".txt", ".json")):
-            raise UserError(f"prompts: {file} is none of {', '.join(sorted(known))} and example_N.*; rename it")
+            expected = f"{', '.join(sorted(known))}, example_N.context.txt and example_N.answer.json"
+            raise UserError(f"prompts: {file} is not a prompt file; rename it to one of {expected}, or remove it")
     examples = []
     for number in sorted({number for number, _ in texts}):
         for part in ("context.txt", "answer.json"):
             if (number, part) not in texts:
-                raise UserError(f"prompts: {folder}/example_{number}.{part} is missing; an example has both files")
+                raise UserError(
+                    f"prompts: {folder}/example_{number}.{part} is missing; add it: an example needs both files"
+                )
         examples.append(Example(texts[number, "context.txt"], texts[number, "answer.json"]))
         read = parse_sample(examples[-1].answer, flavour, "-")
         if isinstance(read, Rejection):
-            told = f"{folder}/example_{number}.answer.json is {read.reason} ({read.detail})"
-            raise UserError(f"prompts: {told}; write it as the shipped examples are")
+            problem = f"{folder}/example_{number}.answer.json cannot be used: {read.reason} ({read.detail})"
+            raise UserError(f"prompts: {problem}; write it like the shipped examples")
     requests = _read(folder / "requests.txt").splitlines() if flavour == "detail" else []
     requests = [line.strip() for line in requests if line.strip()]
     return Prompt(flavour, _read(folder / "system.txt"), tuple(examples), tuple(requests))
@@ -151,21 +163,22 @@ def _read(file: Traversable) -> str:
     try:
         text = file.read_text(encoding="utf-8-sig").strip()
     except FileNotFoundError:
-        raise UserError(f"prompts: {file} is missing; copy the shipped one and change it") from None
+        raise UserError(f"prompts: {file} is missing; copy the shipped file and edit it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts: {file} cannot be read: {error}") from None
     if not text:
-        raise UserError(f"prompts: {file} is empty; write it, or take the folder away")
+        raise UserError(f"prompts: {file} is empty; write it, or remove the folder to use the shipped prompt")
     return text
 
 
 def _object(**properties: Any) -> dict[str, Any]:
+    """Return the schema of an object that has exactly these properties."""
     return {
         "type": "object",
         "properties": properties,
         "required": list(properties),
         "additionalProperties": False,
-    }  # fmt: skip
+    }
 
 
 def _format(name: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -180,4 +193,4 @@ RESPONSE_SCHEMAS: dict[Flavour, dict[str, Any]] = {
     "detail": _format("detail", _object(description=_TEXT)),
     "reasoning": _format("reasoning", _object(question=_TEXT, answer=_TEXT)),
 }
-"""What a server is given as `response_format` (platform.openai.com, Structured Outputs: strict, all keys required)."""
+"""Schemas sent as `response_format` (platform.openai.com, Structured Outputs: strict, with all keys required)."""

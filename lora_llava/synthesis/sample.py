@@ -1,4 +1,4 @@
-"""What is asked for, and what came of it."""
+"""Flavours, tasks and rejections: the types that all parts of the data generation share."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ Flavour = Literal["conversation", "detail", "reasoning"]
 FLAVOURS: tuple[Flavour, ...] = ("conversation", "detail", "reasoning")
 """LLaVA's three kinds of responses (arXiv 2304.08485, section 3)."""
 WEIGHTS: dict[Flavour, float] = {"conversation": 58, "detail": 23, "reasoning": 77}
-"""LLaVA-Instruct-158K's mixture, in thousands (arXiv 2304.08485, section 3)."""
+"""The mixture of LLaVA-Instruct-158K, in thousands of samples (arXiv 2304.08485, section 3)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One sample to be made.
+    """One sample to generate.
 
     Attributes:
-        task_id: Tells it from all others of a set, the same in every run: `000000296284-conversation-0`.
-        place: Of its context among the contexts.
-        flavour: What is to be made.
-        number: Of the sample among those of this image and flavour, from 0.
+        task_id: Unique within a data set and the same in every run: `000000296284-conversation-0`.
+        place: Index of its context in the list of contexts.
+        flavour: Kind of sample.
+        number: Index of the sample among those of the same image and flavour, from 0.
     """
 
     task_id: str
@@ -33,11 +33,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """Why an answer is not taken.
+    """Why an answer was rejected.
 
     Attributes:
         reason: A key of `lora_llava.synthesis.gates.gates.REASONS`.
-        detail: What of the answer it was, in a few words.
+        detail: The part of the answer that failed, in a few words.
     """
 
     reason: str
@@ -45,4 +45,4 @@ class Rejection:
 
 
 Turns = tuple[Turn, ...]
-"""Roles `user` and `assistant` in turn, without any mention of the image's place."""
+"""Alternating turns of `user` and `assistant`, without an image placeholder."""

@@ -1,4 +1,4 @@
-"""The base that ships is what `build-demo` makes, and is as small and as blind as it should be."""
+"""The shipped base model matches `build-demo`, is small, and answers questions about written scenes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lora_llava.model.weights.parts import DEMO_FOLDER
 from lora_llava.model.weights.tensor_files import iterate_tensors
 
 
-def test_is_eight_megabytes_of_safetensors_at_the_most() -> None:
+def test_the_base_is_at_most_eight_megabytes_of_safetensors() -> None:
     files = [file for file in DEMO_FOLDER.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < 8 * 2**20
     assert {file.suffix for file in files} == {".safetensors", ".json"}
 
 
-def test_tokenizer_and_shape_are_those_of_the_code() -> None:
+def test_tokenizer_and_tensor_shapes_match_the_code() -> None:
     shipped = json.loads((DEMO_FOLDER / "llm" / "tokenizer.json").read_text())["model"]
     built = json.loads(build_tokenizer(0).backend_tokenizer.to_str())["model"]
     assert shipped["vocab"] == built["vocab"]
@@ -49,7 +49,7 @@ def test_answers_questions_about_written_scenes() -> None:
     assert right >= 115  # of 128, every token right
 
 
-def test_pre_training_is_the_same_twice(tmp_path: Path) -> None:
+def test_pre_training_is_reproducible(tmp_path: Path) -> None:
     tokenizer = build_tokenizer(0)
     tokenizer.pad_token = "<unk>"
     with Progress(disable=True) as progress:

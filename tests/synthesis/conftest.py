@@ -1,4 +1,4 @@
-"""The chat server as a teacher."""
+"""Fixture: the chat server as a teacher."""
 
 from __future__ import annotations
 

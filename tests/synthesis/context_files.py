@@ -1,4 +1,4 @@
-"""Files of captions and boxes for tests."""
+"""Builders of caption and box files for tests."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def save(folder: Path, name: str, content: Any) -> Path:
     return file
 
 
-def told(**given: Any) -> str:
+def error_of(**given: Any) -> str:
     with pytest.raises(UserError) as caught:
         read_contexts(**given)
     message = str(caught.value)

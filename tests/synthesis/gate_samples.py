@@ -1,4 +1,4 @@
-"""Contexts, good samples and bad ones for the gates, all of our own."""
+"""Contexts with good and bad samples for the gates, all written for these tests."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def turns_of(*texts: str) -> Turns:
 
 
 def written_samples() -> Iterator[tuple[Context, Turns, Flavour]]:
-    """Written by hand."""
+    """Yield good samples that were written by hand."""
     for row in rows("good_samples.jsonl"):
         yield CONTEXTS[row["context"]], turns_of(*row["turns"]), row["flavour"]
     for row in rows("good_answers.jsonl"):
         yield CONTEXTS[row["context"]], turns_of(*OPENING, row["question"], row["answer"]), "conversation"
 
 
-def told_samples() -> Iterator[tuple[Context, Turns, Flavour]]:
-    """True by the boxes: a conversation for each kind of thing in each context."""
+def box_samples() -> Iterator[tuple[Context, Turns, Flavour]]:
+    """Yield conversations that agree with the boxes, one for each label of each context."""
     for context in CONTEXTS.values():
         for label, count in Counter(box.label for box in context.boxes).items():
             many = label if label == "skis" else plurals(label)[0]
@@ -64,7 +64,7 @@ def told_samples() -> Iterator[tuple[Context, Turns, Flavour]]:
 
 
 def bad_answers() -> dict[str, list[tuple[Context, Turns]]]:
-    """By the reason for which they have to be rejected."""
+    """Return bad answers by the reason for which they must be rejected."""
     found: dict[str, list[tuple[Context, Turns]]] = {}
     for row in rows("bad_answers.jsonl"):
         turns = turns_of(*OPENING, row["question"], row["answer"])

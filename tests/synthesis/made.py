@@ -1,4 +1,4 @@
-"""Small sets to be made, and a teacher on the loopback interface."""
+"""Recipes of small data sets, and the answers of a teacher on the loopback interface."""
 
 from __future__ import annotations
 
@@ -17,30 +17,34 @@ ANIMALS = ("dog", "cat", "horse", "sheep", "bird", "cow", "zebra", "bear")
 
 
 def write_contexts(file: Path, count: int) -> Path:
-    """So many images, each with an animal and a ball of its own place."""
+    """Write contexts of `count` images, each with an animal, and a ball at a different place."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {
-            "id": str(n), "image": f"{n:03}.jpg", "captions": [f"A {ANIMALS[n % 8]} near ball {n}."],
+            "id": str(n),
+            "image": f"{n:03}.jpg",
+            "captions": [f"A {ANIMALS[n % 8]} near ball {n}."],
             "instances": [
                 {"category": ANIMALS[n % 8], "bbox": [0.1, 0.2, 0.3, 0.4]},
                 {"category": "sports ball", "bbox": [0.5, 0.001 * n, 0.6, 0.5]},
             ],
         }
         for n in range(count)
-    ]  # fmt: skip
+    ]
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return file
 
 
 def recipe_of(folder: Path, url: str, count: int, **more: Any) -> GenerateRecipe:
-    """A set of one sample an image, asked of a server; its contexts stand beside its folder, for others too."""
+    """Return a recipe for one sample per image from a server; the contexts are next to the folder, to be shared."""
     teacher = {"url": url, "model": "judge", "concurrency": 4, "timeout": 20.0, "retries": 3, **more.pop("teacher", {})}
     return GenerateRecipe(
         output_dir=str(folder / "set"),
         contexts=ContextsSection(contexts=str(write_contexts(folder.parent / "contexts.jsonl", count))),
-        teacher=TeacherSection(**teacher), gates=GatesSection(**more.pop("gates", {})), **more,
-    )  # fmt: skip
+        teacher=TeacherSection(**teacher),
+        gates=GatesSection(**more.pop("gates", {})),
+        **more,
+    )
 
 
 def write_recipe(recipe: GenerateRecipe, folder: Path) -> str:
@@ -50,12 +54,12 @@ def write_recipe(recipe: GenerateRecipe, folder: Path) -> str:
 
 
 def number_of(body: Body) -> int:
-    """Of the image that a request is about."""
+    """Return the number of the image in a request."""
     return int(re.findall(r"near ball (\d+)\.", body["messages"][-1]["content"])[-1])
 
 
 def teach(body: Body) -> str:
-    """A true answer in the form that is asked for, the same for the same request."""
+    """Return a correct answer in the requested form, the same for equal requests."""
     number = number_of(body)
     animal = ANIMALS[number % 8]
     kind = body["response_format"]["json_schema"]["schema"]["properties"] if "response_format" in body else {"turns": 1}
@@ -76,12 +80,12 @@ def teach(body: Body) -> str:
 
 
 def seen(log: ChatLog) -> list[int]:
-    """How often each request was answered in full."""
+    """Return how often each request was answered completely."""
     return sorted(log.answered.values())
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """What a set left, but for the ledger, whose times differ, and the recipe, which names its folder."""
+    """Return the files of a set, except the ledger, whose times differ, and the recipe, which names its folder."""
     skipped = (LEDGER_FILE, "recipe.yaml")
     return {
         file.name: file.read_bytes()

@@ -1,4 +1,4 @@
-"""Contexts from every kind of file: what is read, joined, mended and counted."""
+"""Reading contexts from every kind of file: joining, cleaning, clipping and counting."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from lora_llava.synthesis.contexts.context import Box, Context, write_context
 from lora_llava.synthesis.contexts.context_builder import ContextBuilder, ContextReport, clean_text
 from lora_llava.synthesis.contexts.reading_contexts import read_contexts
-from tests.synthesis.context_files import CATEGORIES, IMAGES, SEVEN, THREE, captions, instances, save, told
+from tests.synthesis.context_files import CATEGORIES, IMAGES, SEVEN, THREE, captions, error_of, instances, save
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_contexts" / "captions_boxes_20.jsonl"
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="the twenty contexts of COCO are not in this repository")
-def test_llava_s_contexts_stand_in_the_prompt_as_in_the_file() -> None:
+@pytest.mark.skipif(not REAL.exists(), reason="the twenty COCO contexts are not in this repository")
+def test_contexts_of_llava_appear_in_the_prompt_as_in_the_file() -> None:
     contexts = read_contexts(contexts=REAL)
     rows = {row["image"]: (row, line) for line in REAL.read_text().splitlines() for row in [json.loads(line)]}
     assert [context.image for context in contexts] == sorted(rows)
@@ -35,22 +35,30 @@ def test_llava_s_contexts_stand_in_the_prompt_as_in_the_file() -> None:
         assert all(box.partition(": ")[2] in line for box in boxes)
 
 
-def test_numbers_of_llava_s_boxes_are_not_touched(tmp_path: Path) -> None:
+def test_numbers_in_boxes_of_llava_are_kept(tmp_path: Path) -> None:
     line = '{"image": "1.jpg", "instances": [{"category": "cup", "bbox": [0, 0.0, 0.12345, 1]}]}'
     context = read_contexts(contexts=save(tmp_path, "a.jsonl", line))[0]
     assert repr(context.boxes[0].corners) == "(0, 0.0, 0.12345, 1)"
     assert write_context(context) == "cup: [0, 0.0, 0.123, 1]"
 
 
-def test_coco_s_two_files_are_joined(tmp_path: Path) -> None:
+def test_the_two_files_of_coco_are_joined(tmp_path: Path) -> None:
     contexts = read_contexts(
         captions=save(tmp_path, "c.json", captions()), instances=save(tmp_path, "i.json", instances())
-    )  # fmt: skip
+    )
     assert list(contexts) == [THREE, SEVEN]
     assert contexts.report == ContextReport(
-        images=2, captions=3, boxes=3, empty_captions=1, repeated_captions=1, crowd_regions=1, clipped_boxes=1,
-        dropped_boxes=2, unlisted_annotations=2, images_without_anything=1,
-    )  # fmt: skip
+        images=2,
+        captions=3,
+        boxes=3,
+        empty_captions=1,
+        repeated_captions=1,
+        crowd_regions=1,
+        clipped_boxes=1,
+        dropped_boxes=2,
+        unlisted_annotations=2,
+        images_without_anything=1,
+    )
     assert str(contexts.report) == (
         "images: 2, captions: 3, boxes: 3, empty captions: 1, repeated captions: 1, crowd regions: 1, "
         "clipped boxes: 1, dropped boxes: 2, unlisted annotations: 2, images without anything: 1"
@@ -58,31 +66,33 @@ def test_coco_s_two_files_are_joined(tmp_path: Path) -> None:
 
 
 @given(seed=st.integers(0, 1000), compact=st.booleans())
-def test_no_order_within_coco_s_files_matters_to_boxes(
+def test_the_order_within_coco_files_does_not_matter(
     tmp_path_factory: pytest.TempPathFactory, seed: int, compact: bool
 ) -> None:
     folder, order = tmp_path_factory.mktemp("coco"), random.Random(seed)
-    whole = instances()
-    keys = order.sample(list(whole), 3)
+    content_of = instances()
+    keys = order.sample(list(content_of), 3)
     images = order.sample(IMAGES, 3)
-    content = {key: images if key == "images" else whole[key] for key in keys}
+    content = {key: images if key == "images" else content_of[key] for key in keys}
     file = save(folder, "i.json", json.dumps(content, indent=None if compact else 2))
     assert list(read_contexts(instances=file)) == [
-        Context(THREE.image, (), THREE.boxes), Context(SEVEN.image, (), SEVEN.boxes)
-    ]  # fmt: skip
+        Context(THREE.image, (), THREE.boxes),
+        Context(SEVEN.image, (), SEVEN.boxes),
+    ]
 
 
-def test_either_file_of_coco_does_alone(tmp_path: Path) -> None:
+def test_either_file_of_coco_suffices(tmp_path: Path) -> None:
     only = read_contexts(captions=save(tmp_path, "c.json", captions()))
     assert [(x.image, x.captions, x.boxes) for x in only] == [
-        ("000000000003.jpg", ("A man",), ()), ("000000000007.jpg", ("A dog.", "Two dogs"), ())
-    ]  # fmt: skip
+        ("000000000003.jpg", ("A man",), ()),
+        ("000000000007.jpg", ("A dog.", "Two dogs"), ()),
+    ]
     assert (only.report.captions_alone, only.report.boxes_alone, only.report.boxes) == (2, 0, 0)
     boxes = read_contexts(instances=save(tmp_path, "i.json", instances()))
     assert (boxes.report.captions_alone, boxes.report.boxes_alone, boxes.report.captions) == (0, 2, 0)
 
 
-def test_a_sequence_is_what_contexts_are(tmp_path: Path) -> None:
+def test_contexts_are_a_sequence(tmp_path: Path) -> None:
     contexts = read_contexts(
         captions=save(tmp_path, "c.json", captions()), instances=save(tmp_path, "i.json", instances())
     )
@@ -100,25 +110,26 @@ def test_a_sequence_is_what_contexts_are(tmp_path: Path) -> None:
 )
 @example(box=(-0.0, -0.0, 5.0, 5.0), size=(10, 10))
 @example(box=(9.9999, 0.0, 1.0, 1.0), size=(10, 10))
-def test_a_box_in_pixels_becomes_what_of_it_is_in_the_image(
+def test_boxes_in_pixels_are_clipped_to_the_image(
     tmp_path_factory: pytest.TempPathFactory, box: tuple[float, ...], size: tuple[int, int]
 ) -> None:
     content = {
-        "images": [{"id": 1, "file_name": "a.png", "width": size[0], "height": size[1]}], "categories": CATEGORIES,
+        "images": [{"id": 1, "file_name": "a.png", "width": size[0], "height": size[1]}],
+        "categories": CATEGORIES,
         "annotations": [{"image_id": 1, "category_id": 18, "bbox": box}],
-    }  # fmt: skip
+    }
     file = save(tmp_path_factory.mktemp("box"), "i.json", content)
     x, y, width, height = box
-    whole = (x / size[0], y / size[1], (x + width) / size[0], (y + height) / size[1])
-    left = tuple(min(max(corner, 0), 1) for corner in whole)
-    if left[0] >= left[2] or left[1] >= left[3]:
-        assert "dropped boxes: 1, " in told(instances=file)
+    corners_before = (x / size[0], y / size[1], (x + width) / size[0], (y + height) / size[1])
+    inside = tuple(min(max(corner, 0), 1) for corner in corners_before)
+    if inside[0] >= inside[2] or inside[1] >= inside[3]:
+        assert "dropped boxes: 1, " in error_of(instances=file)
         return
     contexts = read_contexts(instances=file)
     corners = contexts[0].boxes[0].corners
-    assert corners == tuple(round(corner, 3) for corner in left)
+    assert corners == tuple(round(corner, 3) for corner in inside)
     assert "-" not in repr(corners)
-    assert contexts.report.clipped_boxes == any(corner < -0.0005 or corner > 1.0005 for corner in whole)
+    assert contexts.report.clipped_boxes == any(corner < -0.0005 or corner > 1.0005 for corner in corners_before)
 
 
 @pytest.mark.parametrize(
@@ -131,9 +142,9 @@ def test_a_box_in_pixels_becomes_what_of_it_is_in_the_image(
 def test_bad_boxes_can_be_errors(tmp_path: Path, box: list[float], problem: str) -> None:
     rows = [{"image_id": 3, "category_id": 18, "bbox": box}]
     file = save(tmp_path, "i.json", instances(annotations=rows))
-    message = told(instances=file, on_bad_box="error")
+    message = error_of(instances=file, on_bad_box="error")
     assert message.startswith(f"{file}, image 3: box 'dog' [")
-    assert message.endswith(f"of 000000000003.jpg {problem}; mend it, or set on_bad_box to clip")
+    assert message.endswith(f"of 000000000003.jpg {problem}; fix it, or set on_bad_box to clip")
     rows[0]["bbox"] = [0.0, 0.0, 300.1, 300.0]  # a rounding
     contexts = read_contexts(instances=save(tmp_path, "i.json", instances(annotations=rows)), on_bad_box="error")
     assert contexts[0].boxes == (Box("dog", (0.0, 0.0, 1.0, 1.0)),)
@@ -142,7 +153,7 @@ def test_bad_boxes_can_be_errors(tmp_path: Path, box: list[float], problem: str)
 @given(st.text())
 @example("\ud800")
 @example(" a \u2028 b\x00\x1f\tc\u3000\x85")
-def test_a_clean_text_is_one_line_of_words(text: str) -> None:
+def test_a_clean_text_is_one_line(text: str) -> None:
     clean = clean_text(text)
     assert clean_text(clean) == clean
     assert clean == " ".join(clean.split())
@@ -179,15 +190,18 @@ def test_tables_of_captions(tmp_path: Path, suffix: str, names: dict[str, str]) 
 
 
 def test_a_row_of_a_table_may_have_several_captions_or_none(tmp_path: Path) -> None:
-    rows = [{"image": {"path": "a.jpg"}, "caption": ["One", "Two", None]}, {"image": "b.jpg", "caption": 5},
-            {"image": "c.jpg", "caption": float("nan")}]  # fmt: skip
+    rows = [
+        {"image": {"path": "a.jpg"}, "caption": ["One", "Two", None]},
+        {"image": "b.jpg", "caption": 5},
+        {"image": "c.jpg", "caption": float("nan")},
+    ]
     contexts = read_contexts(captions=save(tmp_path, "t.json", rows))
     assert list(contexts) == [Context("a.jpg", ("One", "Two")), Context("b.jpg", ("5",))]
     assert contexts.report == ContextReport(2, 3, 0, 2, empty_captions=2, images_without_anything=1)
 
 
 @given(st.permutations(range(5)))
-def test_rows_in_any_order_give_contexts_in_one(tmp_path_factory: pytest.TempPathFactory, order: list[int]) -> None:
+def test_contexts_are_sorted_by_image_name(tmp_path_factory: pytest.TempPathFactory, order: list[int]) -> None:
     rows = [{"image": f"{n}/ä{n}.jpg", "captions": [f"number {n}"]} for n in order]
     contexts = read_contexts(contexts=save(tmp_path_factory.mktemp("rows"), "a.jsonl", rows))
     assert list(contexts) == [Context(f"{n}/ä{n}.jpg", (f"number {n}",)) for n in range(5)]
@@ -199,10 +213,12 @@ DOG = Context("1.jpg", (), (Box("dog", (0.1, 0.25, 0.4, 0.75)),))
 @pytest.mark.parametrize(
     ("form", "unit", "bbox"),
     [
-        ("xywh", "pixel", [64, 120, 192, 240]), ("xyxy", "pixel", [64, 120, 256, 360.2]),
-        ("xyxy", "fraction", [0.1, 0.25, 0.4, 0.75]), ("xywh", "fraction", [0.1, 0.25, 0.30000000000000004, 0.5]),
+        ("xywh", "pixel", [64, 120, 192, 240]),
+        ("xyxy", "pixel", [64, 120, 256, 360.2]),
+        ("xyxy", "fraction", [0.1, 0.25, 0.4, 0.75]),
+        ("xywh", "fraction", [0.1, 0.25, 0.30000000000000004, 0.5]),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("shape", ["entries", "rows", "lines"])
 @pytest.mark.parametrize("by_entry", [True, False])
 def test_own_boxes(tmp_path: Path, form: Any, unit: Any, bbox: list[float], shape: str, by_entry: bool) -> None:
@@ -212,7 +228,7 @@ def test_own_boxes(tmp_path: Path, form: Any, unit: Any, bbox: list[float], shap
         "box_format": "xyxy" if form == "xywh" else "xywh",
         "box_unit": "fraction" if unit == "pixel" else "pixel",
     }
-    if by_entry:  # which counts more than what is said of the file
+    if by_entry:  # an entry takes precedence over the arguments
         entry, given = entry | given, other
     if shape == "entries":
         file = save(tmp_path, "b.json", {"1.jpg": entry})
@@ -221,21 +237,25 @@ def test_own_boxes(tmp_path: Path, form: Any, unit: Any, bbox: list[float], shap
     assert list(read_contexts(boxes=file, **given)) == [DOG]
 
 
-def test_all_files_are_joined_by_image_and_halves_may_be_missing(tmp_path: Path) -> None:
+def test_all_files_are_joined_by_image_and_may_be_partial(tmp_path: Path) -> None:
     table = save(tmp_path, "t.csv", "image,caption\n000000000007.jpg,Dogs\nz.png,Alone\n")
-    rows = [{"image": "000000000003.jpg", "captions": ["A man", "Him"]}, {"image": "y.png", "instances": [
-        {"label": "cup", "bbox": [0.1, 0.1, 0.2, 0.2]}]}]  # fmt: skip
+    rows = [
+        {"image": "000000000003.jpg", "captions": ["A man", "Him"]},
+        {"image": "y.png", "instances": [{"label": "cup", "bbox": [0.1, 0.1, 0.2, 0.2]}]},
+    ]
     contexts = read_contexts(
         captions=table, instances=save(tmp_path, "i.json", instances()), contexts=save(tmp_path, "c.jsonl", rows)
     )
     assert list(contexts) == [
-        Context(THREE.image, ("A man", "Him"), THREE.boxes), Context(SEVEN.image, ("Dogs",), SEVEN.boxes),
-        Context("y.png", (), (Box("cup", (0.1, 0.1, 0.2, 0.2)),)), Context("z.png", ("Alone",)),
-    ]  # fmt: skip
+        Context(THREE.image, ("A man", "Him"), THREE.boxes),
+        Context(SEVEN.image, ("Dogs",), SEVEN.boxes),
+        Context("y.png", (), (Box("cup", (0.1, 0.1, 0.2, 0.2)),)),
+        Context("z.png", ("Alone",)),
+    ]
     assert (contexts.report.captions_alone, contexts.report.boxes_alone) == (1, 1)
 
 
-def test_coco_s_releases_name_one_image(tmp_path: Path) -> None:
+def test_names_of_both_coco_releases_are_one_image(tmp_path: Path) -> None:
     old = [image | {"file_name": f"COCO_train2014_{image['file_name']}"} for image in IMAGES]
     contexts = read_contexts(
         captions=save(tmp_path, "c.json", captions(images=old)), instances=save(tmp_path, "i.json", instances())
@@ -244,19 +264,19 @@ def test_coco_s_releases_name_one_image(tmp_path: Path) -> None:
     assert [(x.captions, x.boxes) for x in contexts] == [(x.captions, x.boxes) for x in (THREE, SEVEN)]
 
 
-def test_boxes_are_given_once(tmp_path: Path) -> None:
+def test_an_image_has_one_set_of_boxes(tmp_path: Path) -> None:
     one = {"image": "1.jpg", "captions": ["x"], "instances": [{"category": "cup", "bbox": [0.1, 0.2, 0.3, 0.4]}] * 2}
     contexts = read_contexts(contexts=save(tmp_path, "a.jsonl", [one, one]))
     assert [len(x.boxes) for x in contexts] == [2]
     assert (contexts.report.boxes, contexts.report.repeated_boxes, contexts.report.repeated_captions) == (2, 2, 1)
     other = one | {"instances": [{"category": "cup", "bbox": [0.1, 0.2, 0.3, 0.5]}]}
     file = save(tmp_path, "a.jsonl", [one, other])
-    assert told(contexts=file) == (
-        f"{file}, row 2: 1.jpg has other boxes already, from an earlier row or file; give them once"
+    assert error_of(contexts=file) == (
+        f"{file}, row 2: 1.jpg already has other boxes, from an earlier row or file; give its boxes once"
     )
 
 
-def test_images_are_looked_for(tmp_path: Path) -> None:
+def test_missing_images_are_found(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     (folder / "train2014").mkdir(parents=True)
     (folder / "train2014" / "COCO_train2014_000000000007.jpg").touch()
@@ -267,26 +287,27 @@ def test_images_are_looked_for(tmp_path: Path) -> None:
     contexts = read_contexts(contexts=file, images=folder, missing_image="drop")
     assert contexts.images == ["000000000007.jpg", "1.jpg"]
     assert contexts.report == ContextReport(2, 4, 0, captions_alone=2, missing_images=3)
-    assert told(contexts=file, images=folder, where="data") == (
-        f"data.images: image 2.jpg is not in {folder}; put it there, or set data.missing_image to drop"
+    assert error_of(contexts=file, images=folder, where="data") == (
+        f"data.images: image 2.jpg is not in {folder}; add it, or set data.missing_image to drop"
     )
-    assert told(contexts=file, images=tmp_path / "no", where="data") == (
-        f"data.images: there is no folder {tmp_path / 'no'}; name the root of the images"
+    assert error_of(contexts=file, images=tmp_path / "no", where="data") == (
+        f"data.images: the folder {tmp_path / 'no'} does not exist; name the root folder of the images"
     )
     (tmp_path / "secret.jpg").touch()
     (folder / "3.jpg").symlink_to(tmp_path / "secret.jpg")
-    assert told(contexts=file, images=folder, missing_image="drop") == (
+    assert error_of(contexts=file, images=folder, missing_image="drop") == (
         f"image 3.jpg lies outside {folder.resolve()}: 3.jpg is a link that leads out of it"
     )
 
 
-def test_labels_and_captions_survive_their_bytes() -> None:
+def test_labels_and_captions_survive_storage_as_bytes() -> None:
     builder = ContextBuilder()
     name = builder.add_image('a "b".jpg', "here")
     builder.add_captions(name, ['He said: "a","b"\\', 'a","b', "ünï 🐕"])
     builder.add_boxes(name, [('tv "set",', (0.1, 0.2, 0.30000000000000004, 0.4))] * 2, "here", rounded=False)
     found = builder.finish(lambda name: True)
     assert json.loads(found['a "b".jpg']) == [
-        ['He said: "a","b"\\', 'a","b', "ünï 🐕"], [['tv "set",', 0.1, 0.2, 0.30000000000000004, 0.4]] * 2
-    ]  # fmt: skip
+        ['He said: "a","b"\\', 'a","b', "ünï 🐕"],
+        [['tv "set",', 0.1, 0.2, 0.30000000000000004, 0.4]] * 2,
+    ]
     assert builder.report == ContextReport(1, 3, 2)

@@ -260,7 +260,7 @@ ANSWER = '{"turns": [{"question": "What is it?", "answer": "I\u2019m not  sure; 
         ("'not sure'", 'I\u2019m [not  sure]; "no" dog, nothing.'),  # spaces differ
         ("'NOT SURE...'", 'I\u2019m [not  sure]; "no" dog, nothing.'),  # cut off, and different case
         ("turn 2: 'm not sure no dog'", 'I\u2019[m not  sure; "no" dog], nothing.'),  # found by its words alone
-        ('"no" to whether there is a dog where the boxes hold 1', 'I\u2019m not  sure; "[no]" dog, nothing.'),
+        ('"no" to whether there is a dog but the boxes show 1', 'I\u2019m not  sure; "[no]" dog, nothing.'),
         ("7 words in the answers", 'I\u2019m not  sure; "no" dog, nothing.'),
         ("'it is unclear'", 'I\u2019m not  sure; "no" dog, nothing.'),
         ("''", 'I\u2019m not  sure; "no" dog, nothing.'),

@@ -21,7 +21,7 @@ from lora_llava.synthesis.pipeline import Settings, write_request
 from lora_llava.synthesis.prompts import load_prompts
 from lora_llava.synthesis.sample import FLAVOURS, Task
 from lora_llava.synthesis.teachers.local_teacher import load_teacher
-from lora_llava.synthesis.teachers.teacher import Asked
+from lora_llava.synthesis.teachers.teacher import TeacherRequest
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -34,14 +34,14 @@ def rows_of(file: Path) -> list[Any]:
 def test_the_demo_from_contexts_to_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The README's commands, the training cut short."""
+    """Run the README's commands with a shortened training."""
     monkeypatch.chdir(tmp_path)
     assert main(None, ["generate_data", "recipes/demo_generate.yaml"]) == 0
-    told = capsys.readouterr().out
-    assert "contexts: images: 300, captions: 300" in told
-    assert "samples: 600 (conversation 220, detail 87, reasoning 293)" in told
+    printed = capsys.readouterr().out
+    assert "contexts: images: 300, captions: 300" in printed
+    assert "samples: 600 (conversation 220, detail 87, reasoning 293)" in printed
     rows = rows_of(Path("runs/demo_generate/instruct.json"))
-    assert f"{len(rows)} rows in runs/demo_generate/instruct.json" in told
+    assert f"{len(rows)} rows in runs/demo_generate/instruct.json" in printed
     assert len(rows) > 500
     again = Path("runs/demo_generate/instruct.json").read_bytes()
     assert main("generate-data", ["demo_generate.yaml", "--json"]) == 0
@@ -55,18 +55,19 @@ def test_the_demo_from_contexts_to_training(
     assert main("finetune", ["demo_generated_qlora.yaml", *short]) == 0
 
 
-def test_a_dry_run_prints_a_prompt_of_each_kind_and_asks_nobody(
+def test_a_dry_run_prints_a_prompt_of_each_flavour_and_sends_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     teacher = {"url": "http://127.0.0.1:9", "price_in": 1.0, "price_out": 2.0}
     recipe = recipe_of(tmp_path / "own", "", 12, teacher=teacher, samples=12)
     assert main("generate-data", [write_recipe(recipe, tmp_path), "--dry-run"]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     prompts = load_prompts()
-    assert all(prompts[flavour].system in told for flavour in FLAVOURS)
-    assert ": [0.1, 0.2, 0.3, 0.4]" in told
-    assert "12 requests, more where answers are not taken: about " in told
-    assert "at most 12,288 back; up to 0.0" in told  # 12 x 1,024 tokens at 2 USD a million, and what goes there
+    assert all(prompts[flavour].system in printed for flavour in FLAVOURS)
+    assert ": [0.1, 0.2, 0.3, 0.4]" in printed
+    assert "12 requests, and more if answers are rejected: about " in printed
+    # 12 x 1,024 completion tokens at 2 USD per million, plus the prompt tokens
+    assert "at most 12,288 completion tokens; up to 0.0" in printed
     assert not (tmp_path / "own" / "set").exists()
 
 
@@ -86,9 +87,9 @@ def test_it_starts_without_torch(tmp_path: Path) -> None:
         (["teacher.backend=transformers"], "url stands beside backend transformers; drop it"),
         (["contexts.captions=OWN"], "contexts.captions"),
         (["contexts.contexts=gone.jsonl"], "gone.jsonl is missing"),
-        (["contexts={contexts: demo, images: own}"], "contexts.images: own has no place"),
+        (["contexts={contexts: demo, images: own}"], "contexts.images: own is set, but contexts.contexts is demo"),
         (["contexts={}"], "name at least one of captions, instances, contexts, boxes"),
-        (["samples=1000"], "samples: of 1,000, 367 are conversation, for which there are 4 images"),
+        (["samples=1000"], "samples: 1,000 samples include 367 of conversation, but only 4 images suit it"),
         (["flavours={conversation: 0, detail: 0, reasoning: 0}"], "every weight is 0"),
         (["prompts=nowhere"], "nowhere"),
         (["teacher.structure=true"], 'teacher.structure is not a key of a recipe (did you mean "structured"?)'),
@@ -108,13 +109,13 @@ def test_mistakes_are_one_line(
     assert expected in error[0]
 
 
-def test_no_key_is_told(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_key_is_an_error(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log.behave = lambda body, count: "401"
     assert main("generate-data", [write_recipe(recipe_of(tmp_path / "own", log.url, 4), tmp_path)]) == 2
     assert "refuses the key (HTTP 401); set OPENAI_API_KEY to one that it takes" in capsys.readouterr().err
 
 
-def test_each_verb_tells_of_the_other_s_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_verb_names_the_right_verb_for_other_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("finetune", ["demo_generate.yaml"]) == 2
     assert "makes data; run it with lora-llava generate-data" in capsys.readouterr().err
     assert main("generate-data", ["demo_align.yaml"]) == 2
@@ -129,8 +130,8 @@ def test_shipped_recipes_load_and_their_schema_is_current() -> None:
     assert json.loads((RECIPES / "generate_schema.json").read_text()) == json.loads(json_schema("generate_schema.json"))
 
 
-def test_a_model_here_is_a_teacher_too(parts: Path, tmp_path: Path) -> None:
-    """A tiny one, which writes nonsense: it is asked, and nothing that it says is taken."""
+def test_a_local_model_is_a_teacher(parts: Path, tmp_path: Path) -> None:
+    """A tiny model writes nonsense; its requests, token counts and answers are checked."""
     folder = tmp_path / "teacher"
     from transformers import LlamaForCausalLM
 
@@ -142,7 +143,7 @@ def test_a_model_here_is_a_teacher_too(parts: Path, tmp_path: Path) -> None:
     task = Task("1-detail-0", 0, "detail", 0)
     settings = Settings(str(folder), max_tokens=5, temperature=0.0, structured=False)
     request = write_request(task, context, load_prompts()["detail"], settings)
-    found = dict(load_teacher(str(folder), "float32", 2)([Asked(task, context, request, "key", 0)] * 3))
+    found = dict(load_teacher(str(folder), "float32", 2)([TeacherRequest(task, context, request, "key", 0)] * 3))
     assert sorted(found) == [0, 1, 2]
     assert len({answer.text for answer in found.values()}) == 1
     text = tokenizer.apply_chat_template(request.messages, tokenize=False, add_generation_prompt=True)
@@ -151,15 +152,17 @@ def test_a_model_here_is_a_teacher_too(parts: Path, tmp_path: Path) -> None:
     assert 1 <= found[0].completion_tokens <= 5
 
 
-def test_caps_end_with_code_one(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_incomplete_run_exits_with_code_one(
+    log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = write_recipe(recipe_of(tmp_path / "own", log.url, 6), tmp_path)
     assert main("generate-data", [recipe, "--max-requests", "2"]) == 1
-    assert "the same command goes on from here" in capsys.readouterr().out
+    assert "the set is incomplete; run the same command to resume" in capsys.readouterr().out
     assert main("generate-data", [recipe]) == 0
     assert len(log.requests) == 6
 
 
-def test_half_a_surrogate_pair_is_no_reason_to_stop(log: ChatLog, tmp_path: Path) -> None:
+def test_unpaired_surrogates_do_not_stop_a_run(log: ChatLog, tmp_path: Path) -> None:
     log.answer = lambda body: teach(body).replace("near", "\ud800 near", 1) if "ball 2" in str(body) else teach(body)
     recipe = recipe_of(tmp_path / "own", log.url, 4)
     from rich.console import Console

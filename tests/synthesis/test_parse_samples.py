@@ -1,4 +1,4 @@
-"""A sample in whatever form a teacher wrote it, and what is told of one that cannot be read."""
+"""Parsing answers: every accepted form of a sample, and the rejection of those that cannot be read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lora_llava.synthesis.gates.gates import REASONS
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Rejection, Turns
 
-ASKED = {"question": "What is it?", "answer": "A dog."}
-AGAIN = {"question": "Where is it?", "answer": 'On the "lawn".'}
+FIRST = {"question": "What is it?", "answer": "A dog."}
+SECOND = {"question": "Where is it?", "answer": 'On the "lawn".'}
 TWO: Turns = (
     Turn("user", "What is it?"),
     Turn("assistant", "A dog."),
@@ -27,48 +27,52 @@ ROLES = [
     {"role": "user", "content": "Where is it?"},
     {"role": "assistant", "content": 'On the "lawn".'},
 ]
-JSON = json.dumps({"turns": [ASKED, AGAIN]})
-QUOTED = json.dumps(AGAIN["answer"])
+JSON = json.dumps({"turns": [FIRST, SECOND]})
+QUOTED = json.dumps(SECOND["answer"])
 LLAVA = 'Question:\nWhat is it?\n===\nAnswer:\nA dog.\n===\nQuestion:\nWhere is it?\n===\nAnswer:\nOn the "lawn".\n==='
 CONVERSATIONS = {
-    "as asked": JSON,
-    "over lines": json.dumps({"turns": [ASKED, AGAIN]}, indent=2).replace("\n", "\r\n"),
+    "as requested": JSON,
+    "over lines": json.dumps({"turns": [FIRST, SECOND]}, indent=2).replace("\n", "\r\n"),
     "in fences": f"```json\n{JSON}\n```",
     "with prose around it": f"Here is a conversation about it:\n\n{JSON}\n\nI hope this helps!",
     "after thoughts": f'<think>Is it {{"turns": []}}?\n\nNo.</think>\n\n{JSON}',
-    "after thoughts that the prompt opened": f"Perhaps {json.dumps(ASKED)}?\n</think>\n{JSON}",
-    "a bare list": json.dumps([ASKED, AGAIN]),
-    "a list under another name": json.dumps({"id": 7, "conversation": [ASKED, AGAIN]}),
-    "nested": json.dumps({"result": {"turns": [ASKED, AGAIN]}}),
-    "one object after the other": f"{json.dumps(ASKED)}\n{json.dumps(AGAIN)}",
-    "user and assistant": json.dumps([{"user": p["question"], "assistant": p["answer"]} for p in (ASKED, AGAIN)]),
-    "human and gpt": json.dumps([{"human": p["question"], "gpt": p["answer"]} for p in (ASKED, AGAIN)]),
-    "q and a, the answer first": json.dumps([{"A": p["answer"], "Q": p["question"]} for p in (ASKED, AGAIN)]),
-    "numbered keys": json.dumps({"question_1": "What is it?", "answer_1": "A dog.", "question_2": "Where is it?",
-                                 "answer_2": AGAIN["answer"]}),
+    "after thoughts that the prompt opened": f"Perhaps {json.dumps(FIRST)}?\n</think>\n{JSON}",
+    "a bare list": json.dumps([FIRST, SECOND]),
+    "a list under another name": json.dumps({"id": 7, "conversation": [FIRST, SECOND]}),
+    "nested": json.dumps({"result": {"turns": [FIRST, SECOND]}}),
+    "one object after the other": f"{json.dumps(FIRST)}\n{json.dumps(SECOND)}",
+    "user and assistant": json.dumps([{"user": p["question"], "assistant": p["answer"]} for p in (FIRST, SECOND)]),
+    "human and gpt": json.dumps([{"human": p["question"], "gpt": p["answer"]} for p in (FIRST, SECOND)]),
+    "q and a, the answer first": json.dumps([{"A": p["answer"], "Q": p["question"]} for p in (FIRST, SECOND)]),
+    "numbered keys": json.dumps(
+        {"question_1": "What is it?", "answer_1": "A dog.", "question_2": "Where is it?", "answer_2": SECOND["answer"]}
+    ),
     "the same keys again": '{"question": "What is it?", "answer": "A dog.", '
-                           f'"question": "Where is it?", "answer": {QUOTED}}}',
-    "lists of both": json.dumps({"questions": ["What is it?", "Where is it?"], "answers": ["A dog.", AGAIN["answer"]]}),
-    "pairs": json.dumps([["What is it?", "A dog."], ["Where is it?", AGAIN["answer"]]]),
+    f'"question": "Where is it?", "answer": {QUOTED}}}',
+    "lists of both": json.dumps(
+        {"questions": ["What is it?", "Where is it?"], "answers": ["A dog.", SECOND["answer"]]}
+    ),
+    "pairs": json.dumps([["What is it?", "A dog."], ["Where is it?", SECOND["answer"]]]),
     "roles": json.dumps({"messages": ROLES}),
-    "from and value": json.dumps([{"from": "human" if place % 2 == 0 else "gpt", "value": turn.text}
-                                  for place, turn in enumerate(TWO)]),
+    "from and value": json.dumps(
+        [{"from": "human" if place % 2 == 0 else "gpt", "value": turn.text} for place, turn in enumerate(TWO)]
+    ),
     "a comma too many": JSON.replace("]}", ",]}").replace('dog."}', 'dog.",}'),
     "line breaks in a string": JSON.replace("A dog.", "A dog.\n"),
     "LLaVA's form": LLAVA,
-    "LLaVA's form, on one line each": 'Question: What is it?\nAnswer: A dog.\n\n'
-                                      'Question: Where is it?\nAnswer: On the "lawn".',
+    "LLaVA's form, on one line each": "Question: What is it?\nAnswer: A dog.\n\n"
+    'Question: Where is it?\nAnswer: On the "lawn".',
     "LLaVA's form, on one line": 'Question: What is it? Answer: A dog. Question: Where is it? Answer: On the "lawn".',
     "numbered lines": '**Q1:** What is it?\n**A1:** A dog.\n\n**Q2:** Where is it?\n**A2:** On the "lawn".',
-    "headings": '### Question 1: What is it?\n### Answer 1: A dog.\n'
-                '### Question 2: Where is it?\n### Answer 2: On the "lawn".',
-    "speakers": 'Sure, here it is.\n\nUser: What is it?\nAssistant: A dog.\n'
-                'User: Where is it?\nAssistant: On the "lawn".',
-}  # fmt: skip
+    "headings": "### Question 1: What is it?\n### Answer 1: A dog.\n"
+    '### Question 2: Where is it?\n### Answer 2: On the "lawn".',
+    "speakers": "Sure, here it is.\n\nUser: What is it?\nAssistant: A dog.\n"
+    'User: Where is it?\nAssistant: On the "lawn".',
+}
 
 TEXT = "A dog lies on the lawn.\n\nIt is asleep."
 DESCRIPTIONS = {
-    "as asked": json.dumps({"description": TEXT}),
+    "as requested": json.dumps({"description": TEXT}),
     "in fences": f"```\n{json.dumps({'description': TEXT}, indent=1)}\n```",
     "under another name": json.dumps({"Detailed Description": TEXT}),
     "under any one name": json.dumps({"image": TEXT}),
@@ -87,40 +91,74 @@ DESCRIPTIONS = {
 LONG = "A dog lies on the lawn in front of a house and looks at a"
 
 UNREADABLE = [
-    ("conversation", "I had rather not.", "unreadable", "neither JSON nor questions and answers: 'I had rather not.'"),
-    ("reasoning", "{}", "unreadable", "the JSON holds no questions and answers"),
-    ("reasoning", '{"turns": []}', "unreadable", "the JSON holds no questions and answers"),
-    ("reasoning", '{"question": null, "answer": "A dog."}', "unreadable", "the JSON holds no questions and answers"),
-    ("reasoning", '{"question": "Why?", "answer": {"a": 1}}', "unreadable", "the JSON holds no questions and answers"),
-    ("reasoning", '{"question": "Why?" "answer": "So."}', "unreadable",
-     "the JSON is wrong: Expecting ',' delimiter: line 1 column 21 (char 20)"),
-    ("detail", '{"width": 640, "height": 480}', "unreadable", "it holds no description, or several"),
-    ("detail", LLAVA, "unreadable", "it holds no description, or several"),
-    ("conversation", "", "empty", "nothing is written"),
-    ("detail", " \n\t", "empty", "nothing is written"),
-    ("conversation", json.dumps({"turns": [ASKED]})[:-1], "cut off",
-     """the JSON ends with '{"turns": [{"question": "What is it?", "answer": "A dog."}]'"""),
-    ("conversation", JSON[:50], "cut off",
-     """the JSON ends with '{"turns": [{"question": "What is it?", "answer": "'"""),
+    (
+        "conversation",
+        "I had rather not.",
+        "unreadable",
+        "it is neither JSON nor questions and answers: 'I had rather not.'",
+    ),
+    ("reasoning", "{}", "unreadable", "the JSON contains no questions and answers"),
+    ("reasoning", '{"turns": []}', "unreadable", "the JSON contains no questions and answers"),
+    ("reasoning", '{"question": null, "answer": "A dog."}', "unreadable", "the JSON contains no questions and answers"),
+    (
+        "reasoning",
+        '{"question": "Why?", "answer": {"a": 1}}',
+        "unreadable",
+        "the JSON contains no questions and answers",
+    ),
+    (
+        "reasoning",
+        '{"question": "Why?" "answer": "So."}',
+        "unreadable",
+        "the JSON is invalid: Expecting ',' delimiter: line 1 column 21 (char 20)",
+    ),
+    ("detail", '{"width": 640, "height": 480}', "unreadable", "it contains no description, or several"),
+    ("detail", LLAVA, "unreadable", "it contains no description, or several"),
+    ("conversation", "", "empty", "the answer is empty"),
+    ("detail", " \n\t", "empty", "the answer is empty"),
+    (
+        "conversation",
+        json.dumps({"turns": [FIRST]})[:-1],
+        "cut off",
+        """the JSON ends with '{"turns": [{"question": "What is it?", "answer": "A dog."}]'""",
+    ),
+    (
+        "conversation",
+        JSON[:50],
+        "cut off",
+        """the JSON ends with '{"turns": [{"question": "What is it?", "answer": "'""",
+    ),
     ("conversation", "{", "cut off", "the JSON ends with '{'"),
     ("conversation", '```json\n{"tur', "cut off", """the JSON ends with '```json {"tur'"""),
-    ("conversation", "<think>Let me see", "cut off", "it ends in the middle of its thoughts"),
+    ("conversation", "<think>Let me see", "cut off", "it ends within its thoughts"),
     ("conversation", "Question: What is it?\nAnswer: A dog.\nQuestion: Where is", "cut off", "it ends with 'Where is'"),
-    ("conversation", f"Question: What is it?\nAnswer: {LONG}", "cut off",
-     "it ends with 'A dog lies on the lawn in front of a house and looks at a'"),
+    (
+        "conversation",
+        f"Question: What is it?\nAnswer: {LONG}",
+        "cut off",
+        "it ends with 'A dog lies on the lawn in front of a house and looks at a'",
+    ),
     ("detail", LONG, "cut off", "it ends with 'A dog lies on the lawn in front of a house and looks at a'"),
-    ("conversation", json.dumps([ASKED, {"answer": "No."}]), "turn order",
-     "turn 3 is the assistant's; the user's was due"),
-    ("conversation", json.dumps([ASKED, {"question": "No?"}]), "turn order", "the last question has no answer"),
-    ("conversation", json.dumps(ROLES[1:]), "turn order", "turn 1 is the assistant's; the user's was due"),
-    ("conversation", json.dumps([ROLES[0], *ROLES]), "turn order", "turn 2 is the user's; the assistant's was due"),
-    ("conversation", "Answer: A dog.\nQuestion: What is it?\nAnswer: A dog.", "turn order",
-     "turn 1 is the assistant's; the user's was due"),
-]  # fmt: skip
+    (
+        "conversation",
+        json.dumps([FIRST, {"answer": "No."}]),
+        "turn order",
+        "turn 3 is from the assistant; expected the user",
+    ),
+    ("conversation", json.dumps([FIRST, {"question": "No?"}]), "turn order", "the last question has no answer"),
+    ("conversation", json.dumps(ROLES[1:]), "turn order", "turn 1 is from the assistant; expected the user"),
+    ("conversation", json.dumps([ROLES[0], *ROLES]), "turn order", "turn 2 is from the user; expected the assistant"),
+    (
+        "conversation",
+        "Answer: A dog.\nQuestion: What is it?\nAnswer: A dog.",
+        "turn order",
+        "turn 1 is from the assistant; expected the user",
+    ),
+]
 
 
 @pytest.mark.parametrize("form", CONVERSATIONS)
-def test_a_conversation_is_read_in_every_form(form: str) -> None:
+def test_conversations_are_read_in_every_form(form: str) -> None:
     assert parse_sample(CONVERSATIONS[form], "conversation") == TWO
 
 
@@ -129,39 +167,42 @@ def test_a_description_answers_the_request(form: str) -> None:
     read = parse_sample(DESCRIPTIONS[form], "detail", "Describe this.")
     assert not isinstance(read, Rejection), read
     assert [(turn.role, turn.text.replace("\n\n", "\n")) for turn in read] == [
-        ("user", "Describe this."), ("assistant", TEXT.replace("\n\n", "\n"))
-    ]  # fmt: skip
+        ("user", "Describe this."),
+        ("assistant", TEXT.replace("\n\n", "\n")),
+    ]
 
 
-def test_reasoning_is_one_pair() -> None:
-    assert parse_sample(json.dumps(ASKED), "reasoning") == TWO[:2]
+def test_reasoning_is_one_question_and_answer() -> None:
+    assert parse_sample(json.dumps(FIRST), "reasoning") == TWO[:2]
     assert parse_sample("Question: What is it?\n===\nAnswer: A dog.", "reasoning") == TWO[:2]
     steps = json.dumps({"question": "How many?", "answer": ["There are two.", "One more comes.", "So three."]})
     assert parse_sample(steps, "reasoning") == (
-        Turn("user", "How many?"), Turn("assistant", "There are two.\nOne more comes.\nSo three.")
-    )  # fmt: skip
+        Turn("user", "How many?"),
+        Turn("assistant", "There are two.\nOne more comes.\nSo three."),
+    )
     assert parse_sample('{"question": "How many?", "answer": 2}', "reasoning") == (
-        Turn("user", "How many?"), Turn("assistant", "2")
-    )  # fmt: skip
+        Turn("user", "How many?"),
+        Turn("assistant", "2"),
+    )
 
 
 @pytest.mark.parametrize(("flavour", "text", "reason", "detail"), UNREADABLE)
-def test_what_cannot_be_read_is_told(flavour: Flavour, text: str, reason: str, detail: str) -> None:
+def test_unreadable_answers_are_rejected(flavour: Flavour, text: str, reason: str, detail: str) -> None:
     assert parse_sample(text, flavour, "Describe it.") == Rejection(reason, detail)
 
 
-def test_what_json_says_of_thoughts_is_left_to_the_gates() -> None:
+def test_thoughts_within_json_are_left_to_the_gates() -> None:
     read = parse_sample('{"question": "Why?", "answer": "<think>So?</think> So."}', "reasoning")
     assert read == (Turn("user", "Why?"), Turn("assistant", "<think>So?</think> So."))
 
 
-def test_a_first_line_of_the_description_is_kept() -> None:
+def test_the_first_line_of_a_description_is_kept() -> None:
     text = "The image shows two things:\na dog and a lawn."
     assert parse_sample(text, "detail", "?") == (Turn("user", "?"), Turn("assistant", text))
 
 
 @pytest.mark.parametrize("opening", ["[", '{"a":', "[{", '{"turns": [['])
-def test_deep_nesting_is_no_error(opening: str) -> None:
+def test_deep_nesting_raises_nothing(opening: str) -> None:
     for flavour in FLAVOURS:
         assert parse_sample(opening * 20_000, flavour, "?") == Rejection(
             "cut off", f"the JSON ends with {' '.join((opening * 20_000)[-60:].split())!r}"
@@ -176,7 +217,7 @@ PIECES = st.sampled_from([*MARKS.split(" "), '{"', '"}', '": "', "[", "]", "{", 
 
 
 @given(st.one_of(st.text(), st.lists(PIECES, max_size=40).map("".join)), st.sampled_from(FLAVOURS))
-def test_no_text_breaks_the_reader(text: str, flavour: Flavour) -> None:
+def test_no_text_breaks_the_parser(text: str, flavour: Flavour) -> None:
     read = parse_sample(text, flavour, "Describe it.")
     if isinstance(read, Rejection):
         assert read.reason in ("unreadable", "cut off", "turn order", "empty")
@@ -195,7 +236,7 @@ VALUES = st.recursive(
 
 
 @given(VALUES, st.sampled_from(FLAVOURS))
-def test_no_json_breaks_the_reader(value: object, flavour: Flavour) -> None:
+def test_no_json_breaks_the_parser(value: object, flavour: Flavour) -> None:
     read = parse_sample(json.dumps(value), flavour, "Describe it.")
     assert isinstance(read, Rejection) or all(isinstance(turn.text, str) for turn in read)
 
@@ -204,15 +245,17 @@ TEXTS = st.text(st.characters(codec="utf-8"), min_size=1).map(str.strip).filter(
 
 
 @given(st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=4), st.booleans(), st.sampled_from([None, 1]))
-def test_what_is_asked_for_is_read_as_it_is(pairs: list[tuple[str, str]], ascii_only: bool, indent: int | None) -> None:
+def test_the_requested_form_is_read_unchanged(
+    pairs: list[tuple[str, str]], ascii_only: bool, indent: int | None
+) -> None:
     turns = [{"question": question, "answer": answer} for question, answer in pairs]
     read = parse_sample(json.dumps({"turns": turns}, ensure_ascii=ascii_only, indent=indent), "conversation")
-    said = [text for pair in pairs for text in pair]
-    assert read == tuple(Turn("assistant" if place % 2 else "user", text) for place, text in enumerate(said))
+    texts = [text for pair in pairs for text in pair]
+    assert read == tuple(Turn("assistant" if place % 2 else "user", text) for place, text in enumerate(texts))
 
 
 @given(st.integers(min_value=0, max_value=len(JSON) - 1))
-def test_a_conversation_that_is_cut_off_is_never_taken(length: int) -> None:
+def test_truncated_conversations_are_never_accepted(length: int) -> None:
     read = parse_sample(JSON[:length], "conversation")
     assert isinstance(read, Rejection)
     assert read.reason == ("cut off" if length else "empty")

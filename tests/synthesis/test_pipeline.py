@@ -1,4 +1,4 @@
-"""Sets made by a teacher that fails, is wrong, or is asked by a process that dies: nothing lost, nothing paid twice."""
+"""Generation with failing or wrong teachers and killed processes: nothing is lost and nothing is paid twice."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def kept(folder: Path) -> int:
             base.rollback()
 
 
-def test_rows_are_what_the_teacher_wrote(log: ChatLog, tmp_path: Path) -> None:
+def test_rows_contain_the_answers_of_the_teacher(log: ChatLog, tmp_path: Path) -> None:
     summary = make(recipe_of(tmp_path, log.url, 30))
     assert summary["complete"]
     assert summary["tasks"] == summary["rows"] == len(rows_of(tmp_path)) == 30
@@ -65,8 +65,8 @@ def test_rows_are_what_the_teacher_wrote(log: ChatLog, tmp_path: Path) -> None:
     assert {row["category"] for row in rows_of(tmp_path)} == {"conversation", "detail", "reasoning"}
 
 
-def test_answers_that_are_not_taken_are_asked_for_again_with_the_reason(log: ChatLog, tmp_path: Path) -> None:
-    """Of ten images two get a bad first answer, one bad ones for ever."""
+def test_rejected_answers_are_requested_again_with_the_reason(log: ChatLog, tmp_path: Path) -> None:
+    """Of ten images, two get a bad first answer and one gets only bad answers."""
 
     def answer(body: Body) -> str:
         number, again = number_of(body), "was not taken" in body["messages"][-1]["content"]
@@ -82,9 +82,11 @@ def test_answers_that_are_not_taken_are_asked_for_again_with_the_reason(log: Cha
     lines = lines_of(tmp_path)
     assert Counter(line["image"] for line in lines) == {"003.jpg": 1, "005.jpg": 1, "007.jpg": 3}
     assert [line["image"] for line in lines if line.get("given_up")] == ["007.jpg"]
-    told = [body["messages"][-1]["content"] for body in log.requests if "not taken" in body["messages"][-1]["content"]]
-    assert len(told) == 4
-    assert all("speaks of captions, boxes or a description" in text for text in told)
+    retries = [
+        body["messages"][-1]["content"] for body in log.requests if "not taken" in body["messages"][-1]["content"]
+    ]
+    assert len(retries) == 4
+    assert all("speaks of captions, boxes or a description" in text for text in retries)
     before = len(log.requests)
     assert make(recipe_of(tmp_path, log.url, 10)) == summary
     assert len(log.requests) == before
@@ -93,8 +95,8 @@ def test_answers_that_are_not_taken_are_asked_for_again_with_the_reason(log: Cha
 FAULTS = ("429", "500", "stall", "cut", "html", "no choices")
 
 
-def test_every_sample_is_made_or_listed_by_a_teacher_that_fails(log: ChatLog, tmp_path: Path) -> None:
-    """One request in ten fails, each time in another way; two images are never answered."""
+def test_every_sample_is_generated_or_listed_with_a_failing_teacher(log: ChatLog, tmp_path: Path) -> None:
+    """One request in ten fails, in varying ways; two images are never answered."""
     drawn = random.Random(3)
 
     def behave(body: Body, count: int) -> str:
@@ -132,7 +134,7 @@ def wrong_at_times(body: Body) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no forkserver there")
-def test_a_run_killed_at_twenty_points_pays_nothing_twice_and_ends_at_the_same_set(
+def test_a_run_killed_at_twenty_points_pays_nothing_twice_and_ends_with_the_same_files(
     log: ChatLog, tmp_path: Path
 ) -> None:
     log.answer = wrong_at_times
@@ -147,7 +149,7 @@ def test_a_run_killed_at_twenty_points_pays_nothing_twice_and_ends_at_the_same_s
     recipe = recipe_of(killed, log.url, 60)
     file = write_recipe(recipe, tmp_path)
     for point in sorted(random.Random(9).sample(range(1, total), 20)):
-        log.gate = point  # answers in full until then; what is asked beyond is on its way when the kill comes
+        log.gate = point  # later requests are still running when the process is killed
         process = start(file)
         wait_for(lambda point=point: kept(killed) == point)  # type: ignore[misc]
         kill(process)
@@ -163,10 +165,10 @@ def test_a_run_killed_at_twenty_points_pays_nothing_twice_and_ends_at_the_same_s
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no forkserver there")
-def test_a_run_killed_at_any_moment_pays_nothing_twice_where_the_server_knows_the_key(
+def test_a_run_killed_at_any_moment_pays_nothing_twice_if_the_server_honours_the_key(
     log: ChatLog, tmp_path: Path
 ) -> None:
-    """Answers that were on their way are asked for again, under the same Idempotency-Key."""
+    """Answers that were not yet received are requested again with the same Idempotency-Key."""
     log.latency = 0.01
     recipe = recipe_of(tmp_path, log.url, 40)
     file = write_recipe(recipe, tmp_path)
@@ -183,34 +185,43 @@ def test_a_run_killed_at_any_moment_pays_nothing_twice_where_the_server_knows_th
     assert kept(tmp_path) == 40
 
 
-def test_caps_stop_and_the_same_command_goes_on(log: ChatLog, tmp_path: Path) -> None:
+def test_caps_stop_a_run_and_the_same_command_resumes_it(log: ChatLog, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, log.url, 12, teacher={"price_in": 10.0, "price_out": 1000.0})
     first = make(recipe, max_requests=5)
     assert (first["rows"], first["not_asked"], first["complete"]) == (5, 7, False)
     assert len(log.requests) == 5
     assert [line["reason"] for line in lines_of(tmp_path)] == ["not asked"] * 7
-    second = make(recipe, max_cost=1.1)  # an answer may have 1,024 tokens: no two at a time are within it
+    second = make(recipe, max_cost=1.1)  # an answer may have 1,024 tokens, so the cap admits one request at a time
     assert 5 < second["rows"] < 12
     assert second["ledger"]["usd"] < 1.1 + first["ledger"]["usd"]
     assert make(recipe)["rows"] == 12
     assert set(log.answered.values()) == {1}
 
 
-def test_a_teacher_that_answers_nothing_is_given_up(log: ChatLog, tmp_path: Path) -> None:
+def test_a_run_stops_if_the_teacher_answers_nothing(log: ChatLog, tmp_path: Path) -> None:
     log.behave = lambda body, count: "400"
     with pytest.raises(UserError, match="the teacher answered none of 8 requests: HTTP 400"):
         make(recipe_of(tmp_path, log.url, 30))
     assert len(log.requests) < 30
 
 
-def test_the_ledger_is_only_appended_to_and_locked(tmp_path: Path) -> None:
+def test_the_ledger_is_append_only_and_locked(tmp_path: Path) -> None:
     request = ChatRequest([{"role": "user", "content": "a"}], 5)
     key = request_key("m", request, "t", 0)
-    assert len({key, request_key("n", request, "t", 0), request_key("m", request, "u", 0),
-                request_key("m", request, "t", 1)}) == 4  # fmt: skip
+    assert (
+        len(
+            {
+                key,
+                request_key("n", request, "t", 0),
+                request_key("m", request, "u", 0),
+                request_key("m", request, "t", 1),
+            }
+        )
+        == 4
+    )
     with Ledger(tmp_path / LEDGER_FILE) as ledger:
         ledger.add(key, "t", 0, "hash", ChatAnswer("text", 3, 4, "m"), 0.5, "accepted", "")
-        with pytest.raises(UserError, match="another run is at work in it"):
+        with pytest.raises(UserError, match="another run uses it"):
             Ledger(tmp_path / LEDGER_FILE)
         with pytest.raises(UserError, match="cannot be used"):
             ledger.add(key, "t", 0, "hash", ChatAnswer("other", 3, 4, "m"), 0.5, "accepted", "")
@@ -224,14 +235,18 @@ def test_the_ledger_is_only_appended_to_and_locked(tmp_path: Path) -> None:
         assert entry is not None
         assert (entry.text, entry.model) == ("text", "m")
         assert ledger.totals() == {
-            "answers": 1, "prompt_tokens": 3, "completion_tokens": 4, "usd": 0.5, "failed_requests": 0
-        }  # fmt: skip
+            "answers": 1,
+            "prompt_tokens": 3,
+            "completion_tokens": 4,
+            "usd": 0.5,
+            "failed_requests": 0,
+        }
     (tmp_path / "other.sqlite").write_bytes(b"no ledger at all, but long enough to have a header" * 4)
-    with pytest.raises(UserError, match="is damaged or no ledger"):
+    with pytest.raises(UserError, match="is damaged or is not a ledger"):
         Ledger(tmp_path / "other.sqlite")
 
 
-def test_a_full_disk_is_one_line_and_nothing_is_lost(log: ChatLog, tmp_path: Path) -> None:
+def test_a_full_disk_is_a_one_line_error_and_nothing_is_lost(log: ChatLog, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, log.url, 40)
     make(recipe, max_requests=3)
     real = sqlite3.connect
@@ -245,7 +260,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(log: ChatLog, tmp_path: Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sqlite3, "connect", small)
         with pytest.raises(
-            UserError, match=r"cannot be written \(.*full.*\); make room and run the same command again"
+            UserError, match=r"cannot be written \(.*full.*\); free disk space and run the same command to resume"
         ):
             make(recipe)
     answered = kept(tmp_path)

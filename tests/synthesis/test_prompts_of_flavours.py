@@ -1,4 +1,4 @@
-"""What the teacher is sent, and that a person can put their own in its place."""
+"""Prompts for the teacher: the shipped ones, and prompts of the user's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pytest
 
 from lora_llava.core.errors import UserError
 from lora_llava.synthesis.contexts.context import Box, Context, write_context
-from lora_llava.synthesis.gates.gates import Limits, SeenSamples, check_sample
+from lora_llava.synthesis.gates.gates import REASONS, Limits, SeenSamples, check_sample
+from lora_llava.synthesis.gates.retry_texts import RETRY_TEXTS
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.prompts import (
     RESPONSE_SCHEMAS,
@@ -51,12 +52,14 @@ def shipped_examples() -> Iterator[tuple[Prompt, str, str]]:
 def test_every_flavour_has_a_system_message_and_examples() -> None:
     prompts = load_prompts()
     assert {flavour: len(prompt.examples) for flavour, prompt in prompts.items()} == {
-        "conversation": 3, "detail": 2, "reasoning": 2
-    }  # fmt: skip
+        "conversation": 3,
+        "detail": 2,
+        "reasoning": 2,
+    }
     assert [flavour for flavour, prompt in prompts.items() if prompt.requests] == ["detail"]
     for prompt in prompts.values():
         for demand in (
-            "see the image|who looks at it",
+            "see the picture|who looks at it",
             "[Nn]ever mention captions",
             "coordinate",
             "confidence|certain",
@@ -78,15 +81,17 @@ def test_the_shipped_examples_pass_the_gates() -> None:
 
 def test_the_shipped_examples_have_the_form_of_the_schema() -> None:
     keys: dict[Flavour, list[str]] = {
-        "conversation": ["turns"], "detail": ["description"], "reasoning": ["question", "answer"]
-    }  # fmt: skip
+        "conversation": ["turns"],
+        "detail": ["description"],
+        "reasoning": ["question", "answer"],
+    }
     for prompt, _, answer in shipped_examples():
         value = json.loads(answer)
         assert list(value) == keys[prompt.flavour]
         assert all(list(turn) == ["question", "answer"] for turn in value.get("turns", []))
 
 
-def test_every_request_makes_a_row_that_passes() -> None:
+def test_every_request_passes_the_gates() -> None:
     requests = load_prompts()["detail"].requests
     assert len(set(requests)) == len(requests) == 12
     context, answer = next((context, answer) for prompt, context, answer in shipped_examples() if prompt.requests)
@@ -98,7 +103,7 @@ def test_every_request_makes_a_row_that_passes() -> None:
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_messages_are_system_examples_and_the_context_alone(flavour: Flavour) -> None:
+def test_messages_are_the_system_message_examples_and_the_context(flavour: Flavour) -> None:
     prompt = load_prompts()[flavour]
     messages = write_messages(prompt, DOG)
     assert [message["role"] for message in messages] == [
@@ -113,19 +118,32 @@ def test_messages_are_system_examples_and_the_context_alone(flavour: Flavour) ->
 
 
 def test_schemas_are_strict() -> None:
-    turn = {"type": "object", "properties": {"question": {"type": "string"}, "answer": {"type": "string"}},
-            "required": ["question", "answer"], "additionalProperties": False}  # fmt: skip
-    turns = {"type": "object", "properties": {"turns": {"type": "array", "items": turn}}, "required": ["turns"],
-             "additionalProperties": False}  # fmt: skip
-    description = {"type": "object", "properties": {"description": {"type": "string"}}, "required": ["description"],
-                   "additionalProperties": False}  # fmt: skip
+    turn = {
+        "type": "object",
+        "properties": {"question": {"type": "string"}, "answer": {"type": "string"}},
+        "required": ["question", "answer"],
+        "additionalProperties": False,
+    }
+    turns = {
+        "type": "object",
+        "properties": {"turns": {"type": "array", "items": turn}},
+        "required": ["turns"],
+        "additionalProperties": False,
+    }
+    description = {
+        "type": "object",
+        "properties": {"description": {"type": "string"}},
+        "required": ["description"],
+        "additionalProperties": False,
+    }
     for flavour, schema in (("conversation", turns), ("detail", description), ("reasoning", turn)):
         assert RESPONSE_SCHEMAS[flavour] == {  # type: ignore[index]
-            "type": "json_schema", "json_schema": {"name": flavour, "strict": True, "schema": schema}
-        }  # fmt: skip
+            "type": "json_schema",
+            "json_schema": {"name": flavour, "strict": True, "schema": schema},
+        }
 
 
-def test_requests_are_drawn_by_task_alone() -> None:
+def test_requests_depend_on_the_task_alone() -> None:
     prompts = load_prompts()
     drawn = [choose_request(prompts["detail"], f"{n:012}-detail-0") for n in range(1200)]
     assert drawn == [choose_request(prompts["detail"], f"{n:012}-detail-0") for n in range(1200)]
@@ -137,7 +155,7 @@ def test_requests_are_drawn_by_task_alone() -> None:
     assert [choose_request(three, name) for name in ("x-0", "x-1", "x-2", "x-3")] == ["b", "b", "a", "b"]
 
 
-def test_hashes_tell_prompts_apart(tmp_path: Path) -> None:
+def test_different_prompts_have_different_hashes(tmp_path: Path) -> None:
     shipped = prompt_hashes(load_prompts())
     assert shipped == {flavour: prompt.hash for flavour, prompt in load_prompts().items()}
     assert {len(each) for each in shipped.values()} == {64}
@@ -156,7 +174,7 @@ def copy_of_detail(folder: Path) -> Path:
     return folder
 
 
-def test_own_prompts_take_the_place_of_the_shipped(tmp_path: Path) -> None:
+def test_own_prompts_replace_the_shipped_ones(tmp_path: Path) -> None:
     own = tmp_path / "reasoning"
     own.mkdir()
     (own / "system.txt").write_text("\ufeffAsk why.\n", encoding="utf-8")
@@ -164,8 +182,9 @@ def test_own_prompts_take_the_place_of_the_shipped(tmp_path: Path) -> None:
     prompts = load_prompts(tmp_path)
     assert prompts["reasoning"] == Prompt("reasoning", "Ask why.", ())
     assert write_messages(prompts["reasoning"], Context("a.jpg", ("A.",))) == [
-        {"role": "system", "content": "Ask why."}, {"role": "user", "content": "A."}
-    ]  # fmt: skip
+        {"role": "system", "content": "Ask why."},
+        {"role": "user", "content": "A."},
+    ]
     assert {**prompts, "reasoning": None} == {**load_prompts(), "reasoning": None}
     for number in (10, 9):
         (own / f"example_{number}.context.txt").write_text(f"Image {number}.")
@@ -177,53 +196,73 @@ def test_own_prompts_take_the_place_of_the_shipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
-        ("system.txt", None, "{folder}/detail/system.txt is missing; copy the shipped one and change it"),
-        ("system.txt", " \n", "{folder}/detail/system.txt is empty; write it, or take the folder away"),
-        ("requests.txt", None, "{folder}/detail/requests.txt is missing; copy the shipped one and change it"),
-        ("example_1.context.txt", None,
-         "{folder}/detail/example_1.context.txt is missing; an example has both files"),
-        ("example_1.answer.json", None,
-         "{folder}/detail/example_1.answer.json is missing; an example has both files"),
-        ("example_1.answer.json", '{"width": 1, "height": 2}',
-         "{folder}/detail/example_1.answer.json is unreadable (it holds no description, or several); "
-         "write it as the shipped examples are"),
-        ("example1.context.txt", "A.",
-         "{folder}/detail/example1.context.txt is none of requests.txt, system.txt and example_N.*; rename it"),
+        ("system.txt", None, "{folder}/detail/system.txt is missing; copy the shipped file and edit it"),
+        (
+            "system.txt",
+            " \n",
+            "{folder}/detail/system.txt is empty; write it, or remove the folder to use the shipped prompt",
+        ),
+        ("requests.txt", None, "{folder}/detail/requests.txt is missing; copy the shipped file and edit it"),
+        (
+            "example_1.context.txt",
+            None,
+            "{folder}/detail/example_1.context.txt is missing; add it: an example needs both files",
+        ),
+        (
+            "example_1.answer.json",
+            None,
+            "{folder}/detail/example_1.answer.json is missing; add it: an example needs both files",
+        ),
+        (
+            "example_1.answer.json",
+            '{"width": 1, "height": 2}',
+            "{folder}/detail/example_1.answer.json cannot be used: unreadable (it contains no description, "
+            "or several); write it like the shipped examples",
+        ),
+        (
+            "example1.context.txt",
+            "A.",
+            "{folder}/detail/example1.context.txt is not a prompt file; rename it to one of requests.txt, "
+            "system.txt, example_N.context.txt and example_N.answer.json, or remove it",
+        ),
     ],
-)  # fmt: skip
-def test_wrong_prompts_are_told(tmp_path: Path, name: str, content: str | None, told: str) -> None:
+)
+def test_invalid_prompts_are_errors(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     file = copy_of_detail(tmp_path) / "detail" / name
     file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(UserError, match=f"^{re.escape('prompts: ' + told.format(folder=tmp_path))}$"):
+    with pytest.raises(UserError, match=f"^{re.escape('prompts: ' + message.format(folder=tmp_path))}$"):
         load_prompts(tmp_path)
 
 
-def test_text_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+def test_prompts_must_be_utf8(tmp_path: Path) -> None:
     (copy_of_detail(tmp_path) / "detail" / "system.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"^prompts: .*/detail/system.txt cannot be read: 'utf-8' codec"):
         load_prompts(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("folders", "told"),
+    ("folders", "message"),
     [
-        ([], "none of the folders; take conversation, detail, reasoning, one or more, as in "),
-        (["detail", "reasonning"], 'a folder "reasonning" (did you mean "reasoning"?); take conversation, '),
+        ([], "contains no folder of a flavour; name folders conversation, detail, reasoning, one or more, as in "),
+        (
+            ["detail", "reasonning"],
+            'contains an unknown folder "reasonning" (did you mean "reasoning"?); name folders conversation, ',
+        ),
     ],
 )
-def test_a_folder_without_flavours_is_told(tmp_path: Path, folders: list[str], told: str) -> None:
+def test_a_folder_without_flavours_is_an_error(tmp_path: Path, folders: list[str], message: str) -> None:
     for name in folders:
         (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=f"^{re.escape(f'prompts: {tmp_path} has {told}')}"):
+    with pytest.raises(UserError, match=f"^{re.escape(f'prompts: {tmp_path} {message}')}"):
         load_prompts(tmp_path)
-    with pytest.raises(UserError, match=r"missing has none of the folders"):
+    with pytest.raises(UserError, match=r"missing contains no folder of a flavour"):
         load_prompts(tmp_path / "missing")
 
 
-@pytest.mark.skipif(not COCO.exists(), reason="real contexts are not here")
-def test_real_contexts_stand_in_the_request_as_in_their_file() -> None:
+@pytest.mark.skipif(not COCO.exists(), reason="the twenty COCO contexts are not in this repository")
+def test_real_contexts_appear_in_the_prompt_as_in_their_file() -> None:
     rows = [json.loads(line) for line in COCO.read_text().splitlines()]
     assert len(rows) == 20
     for row in rows:
@@ -233,3 +272,10 @@ def test_real_contexts_stand_in_the_request_as_in_their_file() -> None:
         for prompt in load_prompts().values():
             content = write_messages(prompt, context)[-1]["content"]
             assert content == "\n".join(row["captions"]) + ("\n\n" + "\n".join(lines) if lines else "")
+
+
+def test_retry_texts_are_unchanged() -> None:
+    """The ledger's keys depend on these texts: a change would make resumed sets query the teacher again."""
+    assert list(RETRY_TEXTS) == list(REASONS)
+    digest = hashlib.sha256(json.dumps(RETRY_TEXTS).encode("ascii")).hexdigest()
+    assert digest == "bf595d775e26022eefa62fd8a9a0fd232af8bb98057a9ad42cdfff664874ffe2"

@@ -1,4 +1,4 @@
-"""Tasks: flavours dealt by weight, images drawn by seed, ids that always mean the same."""
+"""Tasks: flavours follow the weights, images are drawn by seed, and ids are stable."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from hypothesis import strategies as st
 from lora_llava.core.errors import UserError
 from lora_llava.synthesis.contexts.context import Box, Context
 from lora_llava.synthesis.sample import FLAVOURS, WEIGHTS, Flavour, Task
-from lora_llava.synthesis.tasks import Tasks, can_carry, deal, image_stem, plan_tasks
+from lora_llava.synthesis.tasks import Tasks, can_carry, distribute, image_stem, plan_tasks
 
 BOX = Box("cup", (0.1, 0.1, 0.2, 0.2))
 NAMES = st.text("ab1-./", min_size=1, max_size=6)
 WEIGHTINGS = st.fixed_dictionaries(
     {}, optional={flavour: st.sampled_from([0, 0.5, 1, 23, 58, 77]) for flavour in FLAVOURS}
-).filter(lambda weights: any(weights.values()))  # fmt: skip
+).filter(lambda weights: any(weights.values()))
 
 
 def images(count: int) -> list[Context]:
     return [Context(f"{number:012}.jpg", ("A cup.",)) for number in range(count)]
 
 
-def meanings(tasks: Tasks, contexts: list[Context]) -> dict[str, tuple[str, Flavour, int]]:
+def tasks_by_id(tasks: Tasks, contexts: list[Context]) -> dict[str, tuple[str, Flavour, int]]:
     found = {task.task_id: (contexts[task.place].image, task.flavour, task.number) for task in tasks}
     assert len(found) == len(tasks)
     return found
 
 
-def told(*given: Any, **more: Any) -> str:
+def error_of(*given: Any, **more: Any) -> str:
     with pytest.raises(UserError) as caught:
         plan_tasks(*given, **more)
     return str(caught.value)
@@ -43,21 +43,23 @@ def shares(weights: dict[Flavour, float]) -> dict[Flavour, Fraction]:
     return {flavour: Fraction(weights[flavour]) / total for flavour in FLAVOURS if weights.get(flavour)}
 
 
-def test_llava_s_mixture_is_dealt_exactly() -> None:
-    whole = shares(WEIGHTS)
-    assert deal(158_000, whole) == {"conversation": 58_000, "detail": 23_000, "reasoning": 77_000}
-    assert deal(10, whole) == {"conversation": 4, "detail": 1, "reasoning": 5}
-    assert deal(1, whole) == {"conversation": 0, "detail": 0, "reasoning": 1}
-    assert deal(2, shares({"conversation": 1, "detail": 1, "reasoning": 1})) == {
-        "conversation": 1, "detail": 1, "reasoning": 0
-    }  # fmt: skip
+def test_the_mixture_of_llava_is_distributed_exactly() -> None:
+    mixture = shares(WEIGHTS)
+    assert distribute(158_000, mixture) == {"conversation": 58_000, "detail": 23_000, "reasoning": 77_000}
+    assert distribute(10, mixture) == {"conversation": 4, "detail": 1, "reasoning": 5}
+    assert distribute(1, mixture) == {"conversation": 0, "detail": 0, "reasoning": 1}
+    assert distribute(2, shares({"conversation": 1, "detail": 1, "reasoning": 1})) == {
+        "conversation": 1,
+        "detail": 1,
+        "reasoning": 0,
+    }
 
 
 @given(st.integers(1, 5000), WEIGHTINGS)
-def test_what_is_dealt_is_all_and_next_to_its_share(count: int, weights: dict[Flavour, float]) -> None:
-    dealt = deal(count, shares(weights))
-    assert sum(dealt.values()) == count
-    assert all(abs(dealt[flavour] - count * share) < 1 for flavour, share in shares(weights).items())
+def test_distributed_counts_sum_up_and_are_within_one_of_their_share(count: int, weights: dict[Flavour, float]) -> None:
+    counts = distribute(count, shares(weights))
+    assert sum(counts.values()) == count
+    assert all(abs(counts[flavour] - count * share) < 1 for flavour, share in shares(weights).items())
 
 
 PINNED_BY_SAMPLES = [
@@ -109,15 +111,17 @@ def test_tasks_are_a_sequence_by_image_flavour_and_number() -> None:
 
 
 @given(
-    names=st.lists(NAMES, min_size=1, max_size=9, unique=True), weights=WEIGHTINGS, samples=st.integers(1, 40),
+    names=st.lists(NAMES, min_size=1, max_size=9, unique=True),
+    weights=WEIGHTINGS,
+    samples=st.integers(1, 40),
     seed=st.integers(0, 9),
-)  # fmt: skip
-def test_no_image_has_a_second_turn_before_all_had_one(
+)
+def test_no_image_is_drawn_twice_before_all_were_drawn_once(
     names: list[str], weights: dict[Flavour, float], samples: int, seed: int
 ) -> None:
     contexts = [Context(name, ("x",)) for name in names]
     tasks = plan_tasks(contexts, weights=weights, samples=samples, samples_per_image=40, seed=seed)
-    assert tasks.counts() == dict.fromkeys(FLAVOURS, 0) | deal(samples, shares(weights))
+    assert tasks.counts() == dict.fromkeys(FLAVOURS, 0) | distribute(samples, shares(weights))
     taken = Counter((task.place, task.flavour) for task in tasks)
     for flavour, count in tasks.counts().items():
         each = [taken[place, flavour] for place in range(len(names))]
@@ -129,12 +133,12 @@ def test_no_image_has_a_second_turn_before_all_had_one(
 
 
 @given(st.lists(st.text(min_size=1, max_size=8), unique=True, max_size=20))
-def test_stems_tell_images_apart(names: list[str]) -> None:
+def test_stems_are_unique(names: list[str]) -> None:
     names = [spelling for name in names for spelling in (name, f"{name}.jpg", f"a/{name}.jpg", f"{name}.png")]
     assert len({image_stem(name) for name in names}) == len(set(names))
 
 
-def test_stems_are_short_for_coco_s_names_and_hold_a_hash_for_others() -> None:
+def test_stems_are_short_for_coco_names_and_contain_a_hash_for_others() -> None:
     names = [
         "000000296284.jpg",
         "COCO_train2014_000000296284.jpg",
@@ -146,37 +150,46 @@ def test_stems_are_short_for_coco_s_names_and_hold_a_hash_for_others() -> None:
         ".jpg",
     ]
     assert [image_stem(name) for name in names] == [
-        "000000296284", "COCO_train2014_000000296284", "a b.c",
-        "1-9461eefa", "1-35f4aeeb", "1-a066f3a4", "1-6b86b273", ".jpg-d912c70a"
-    ]  # fmt: skip
+        "000000296284",
+        "COCO_train2014_000000296284",
+        "a b.c",
+        "1-9461eefa",
+        "1-35f4aeeb",
+        "1-a066f3a4",
+        "1-6b86b273",
+        ".jpg-d912c70a",
+    ]
 
 
 @given(st.permutations(range(8)), st.integers(1, 8), st.integers(0, 3), st.sampled_from([None, 5]))
-def test_other_images_do_not_change_what_an_id_means(
+def test_other_images_do_not_change_the_task_of_an_id(
     order: list[int], count: int, seed: int, samples: int | None
 ) -> None:
     every = [Context(f"{number % 3}/{number // 3}.jpg", ("x",)) for number in order]
     fewer = every[:count]
-    before = meanings(plan_tasks(fewer, samples_per_image=3, samples=samples, seed=seed), fewer)
-    after = meanings(plan_tasks(every, samples_per_image=3, samples=samples, seed=seed), every)
-    assert all(after.get(name, meaning) == meaning for name, meaning in before.items())
+    before = tasks_by_id(plan_tasks(fewer, samples_per_image=3, samples=samples, seed=seed), fewer)
+    after = tasks_by_id(plan_tasks(every, samples_per_image=3, samples=samples, seed=seed), every)
+    assert all(after.get(name, expected) == expected for name, expected in before.items())
     if samples is None:
         assert before.items() <= after.items()
     in_order = sorted(every, key=lambda context: context.image)
-    assert meanings(plan_tasks(in_order, samples_per_image=3, samples=samples, seed=seed), in_order) == after
+    assert tasks_by_id(plan_tasks(in_order, samples_per_image=3, samples=samples, seed=seed), in_order) == after
 
 
 @given(st.integers(1, 60), st.integers(1, 40), st.integers(1, 5))
 def test_more_samples_keep_those_of_fewer(samples: int, more: int, most: int) -> None:
     contexts = images(20)
-    weights: dict[Flavour, float] = {"conversation": 1, "detail": 1}  # of two flavours, neither loses by more
-    first = meanings(plan_tasks(contexts, weights=weights, samples=samples, samples_per_image=9, seed=3), contexts)
-    second = meanings(
+    weights: dict[Flavour, float] = {
+        "conversation": 1,
+        "detail": 1,
+    }  # with two flavours, no count falls as the sum rises
+    first = tasks_by_id(plan_tasks(contexts, weights=weights, samples=samples, samples_per_image=9, seed=3), contexts)
+    second = tasks_by_id(
         plan_tasks(contexts, weights=weights, samples=samples + more, samples_per_image=9, seed=3), contexts
     )
     assert first.items() <= second.items()
-    each = meanings(plan_tasks(contexts, samples_per_image=most, seed=3), contexts)
-    assert each.items() <= meanings(plan_tasks(contexts, samples_per_image=most + 1, seed=3), contexts).items()
+    each = tasks_by_id(plan_tasks(contexts, samples_per_image=most, seed=3), contexts)
+    assert each.items() <= tasks_by_id(plan_tasks(contexts, samples_per_image=most + 1, seed=3), contexts).items()
 
 
 def test_flavours_of_many_images_are_by_weight() -> None:
@@ -194,16 +207,20 @@ def test_flavours_of_one_image_are_spread_by_weight(most: int, seed: int) -> Non
 @pytest.mark.parametrize(
     ("captions", "boxes", "carried"),
     [
-        (0, 0, []), (1, 0, FLAVOURS), (5, 7, FLAVOURS), (0, 1, ["conversation", "reasoning"]), (0, 2, FLAVOURS),
+        (0, 0, []),
+        (1, 0, FLAVOURS),
+        (5, 7, FLAVOURS),
+        (0, 1, ["conversation", "reasoning"]),
+        (0, 2, FLAVOURS),
         (1, 1, FLAVOURS),
     ],
-)  # fmt: skip
-def test_what_a_context_can_carry(captions: int, boxes: int, carried: list[Flavour]) -> None:
+)
+def test_flavours_that_a_context_suffices_for(captions: int, boxes: int, carried: list[Flavour]) -> None:
     context = Context("1.jpg", ("A cup.",) * captions, (BOX,) * boxes)
     assert [flavour for flavour in FLAVOURS if can_carry(context, flavour)] == list(carried)
 
 
-def test_images_that_cannot_carry_a_flavour_are_counted_and_get_another() -> None:
+def test_images_with_thin_contexts_are_counted_and_get_another_flavour() -> None:
     contexts = [*images(4), Context("a.jpg", (), (BOX,)), Context("b.jpg")]
     tasks = plan_tasks(contexts, samples_per_image=9, seed=0)
     assert tasks.left_out == {"conversation": 1, "detail": 2, "reasoning": 1}
@@ -220,33 +237,43 @@ def test_images_that_cannot_carry_a_flavour_are_counted_and_get_another() -> Non
     [
         ({"samples": 0}, "r.samples: it is 0; set it to 1 or more"),
         ({"samples_per_image": -1}, "r.samples_per_image: it is -1; set it to 1 or more"),
-        ({"weights": {"detial": 1}},
-         "r.weights: 'detial' is no flavour (did you mean \"detail\"?); there are conversation, detail, reasoning"),
-        ({"weights": {"detail": -1.0}}, "r.weights: detail has -1.0; set it to 0 or more"),
-        ({"weights": {"detail": float("nan")}}, "r.weights: detail has nan; set it to 0 or more"),
-        ({"weights": {"detail": 0}},
-         "r.weights: no flavour has any weight; give one of conversation, detail, reasoning more than 0"),
-        ({"samples": 20},
-         "r.samples: of 20, 7 are conversation, for which there are 4 images and r.samples_per_image is 1; by "
-         "these weights 8 can be had"),
+        (
+            {"weights": {"detial": 1}},
+            "r.weights: 'detial' is not a flavour (did you mean \"detail\"?); choose from conversation, detail, "
+            "reasoning",
+        ),
+        ({"weights": {"detail": -1.0}}, "r.weights: the weight of detail is -1.0; set it to 0 or more"),
+        ({"weights": {"detail": float("nan")}}, "r.weights: the weight of detail is nan; set it to 0 or more"),
+        (
+            {"weights": {"detail": 0}},
+            "r.weights: every weight is 0; set at least one of conversation, detail, reasoning above 0",
+        ),
+        (
+            {"samples": 20},
+            "r.samples: 20 samples include 7 of conversation, but only 4 images suit it and r.samples_per_image is 1; "
+            "at most 8 samples are possible with these weights: lower samples, or raise samples_per_image",
+        ),
     ],
-)  # fmt: skip
-def test_what_cannot_be_planned_is_told(given: dict[str, Any], message: str) -> None:
-    assert told(images(4), seed=0, where="r", **given) == message
+)
+def test_invalid_plans_are_errors(given: dict[str, Any], message: str) -> None:
+    assert error_of(images(4), seed=0, where="r", **given) == message
 
 
 @given(
-    captioned=st.integers(0, 6), boxed=st.integers(0, 6), weights=WEIGHTINGS, samples=st.integers(1, 60),
+    captioned=st.integers(0, 6),
+    boxed=st.integers(0, 6),
+    weights=WEIGHTINGS,
+    samples=st.integers(1, 60),
     most=st.integers(1, 3),
-)  # fmt: skip
-def test_what_is_said_to_be_possible_is_and_nothing_more(
+)
+def test_the_reported_maximum_is_possible_and_exact(
     captioned: int, boxed: int, weights: dict[Flavour, float], samples: int, most: int
 ) -> None:
     contexts = [*images(captioned), *(Context(f"{number}.png", (), (BOX,)) for number in range(boxed))]
     room = {flavour: (captioned + boxed * (flavour != "detail")) * most for flavour in FLAVOURS}
 
     def fits(count: int) -> bool:
-        return all(wanted <= room[flavour] for flavour, wanted in deal(count, shares(weights)).items())
+        return all(wanted <= room[flavour] for flavour, wanted in distribute(count, shares(weights)).items())
 
     def plan(count: int) -> Tasks:
         return plan_tasks(contexts, weights=weights, samples=count, samples_per_image=most, seed=0)
@@ -254,8 +281,8 @@ def test_what_is_said_to_be_possible_is_and_nothing_more(
     if fits(samples):
         assert len(plan(samples)) == samples
         return
-    message = told(contexts, weights=weights, samples=samples, samples_per_image=most, seed=0)
-    can = int(message.rpartition("weights ")[2].split()[0])
-    assert can == max((count for count in range(samples) if fits(count)), default=0)
-    if can:
-        assert len(plan(can)) == can
+    message = error_of(contexts, weights=weights, samples=samples, samples_per_image=most, seed=0)
+    possible = int(message.rpartition("at most ")[2].split()[0])
+    assert possible == max((count for count in range(samples) if fits(count)), default=0)
+    if possible:
+        assert len(plan(possible)) == possible

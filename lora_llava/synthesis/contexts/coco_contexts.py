@@ -1,4 +1,4 @@
-"""COCO's annotation files: captions and boxes by image, streamed, since the instances of 2017 are 448 MB."""
+"""Readers of COCO's annotation files, streamed because the instances of 2017 are 448 MB."""
 
 from __future__ import annotations
 
@@ -16,67 +16,67 @@ from lora_llava.data.files.reading import DataFileError
 from lora_llava.synthesis.contexts.context_builder import ContextBuilder, box_numbers, corners_of, scale
 
 _BOX = Struct("<I4d")
-"""Which label, and x, y, width, height in pixels."""
+"""Index of the label, and x, y, width, height in pixels."""
 _STUFF = {"furniture-stuff", "food-stuff", "raw-material"}
-"""Groups of categories that only COCO's stuff has (arXiv 1612.03716): regions such as walls, no objects."""
+"""Supercategories that occur only in COCO stuff (arXiv 1612.03716), which annotates regions such as walls."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @contextmanager
 def open_json(file: Path) -> Iterator[IO[bytes]]:
-    """Open a JSON file for ijson, whose errors are told.
+    """Open a JSON file for ijson and turn its errors into errors for the user.
 
     Args:
-        file: In UTF-8.
+        file: JSON file in UTF-8.
 
     Yields:
-        Its bytes after the byte order mark.
+        The stream of bytes after any byte order mark.
 
     Raises:
-        DataFileError: For what is no JSON.
+        DataFileError: If the file is not valid JSON in UTF-8.
     """
     try:
         with file.open("rb") as stream:
             if stream.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
                 stream.seek(0)
             yield stream
-    except UnicodeDecodeError:  # half a surrogate pair, which ijson makes bytes of that are no text
-        raise DataFileError(f"{file}: a text in it is not Unicode; save it as UTF-8") from None
+    except UnicodeDecodeError:  # raised for unpaired surrogates, which ijson turns into invalid bytes
+        raise DataFileError(f"{file}: it contains text that is not Unicode; save it as UTF-8") from None
     except ijson.JSONError as error:
         problem = str(error)
         if "UTF8" in problem:
             raise DataFileError(f"{file}: not UTF-8; save it as UTF-8") from None
         if "premature EOF" in problem:
-            raise DataFileError(f"{file}: not JSON: the file ends within a value: it is cut off") from None
+            raise DataFileError(f"{file}: not JSON: the file ends within a value; it seems truncated") from None
         raise DataFileError(f"{file}: not JSON: {problem.splitlines()[0].removeprefix('parse error: ')}") from None
 
 
 def json_items(file: Path, prefix: str) -> Iterator[Any]:
-    """The items of a list in a JSON file, one at a time.
+    """Stream the items of a list in a JSON file.
 
     Args:
-        file: To read.
-        prefix: Where they are, as ijson has it: `annotations.item`.
+        file: JSON file.
+        prefix: Path of the items in ijson's notation, such as `annotations.item`.
 
     Yields:
-        Each, numbers as int and float.
+        Items, with numbers as int and float.
 
     Raises:
-        DataFileError: For what is no JSON.
+        DataFileError: If the file is not valid JSON.
     """
     with open_json(file) as stream:
         yield from ijson.items(stream, prefix, use_float=True)
 
 
 def add_coco_captions(file: Path, builder: ContextBuilder) -> None:
-    """Read captions as `captions_train2017.json` has them.
+    """Read captions in the form of `captions_train2017.json`.
 
     Args:
         file: `{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}`, in any order.
-        builder: Takes them.
+        builder: Builder that receives the captions.
 
     Raises:
-        UserError: For an entry that lacks something, or is of the wrong kind.
+        UserError: If an entry lacks a value or has one of the wrong type.
     """
     names = {key: builder.add_image(_get(entry, "file_name", where), where) for key, entry, where in _images(file)}
     for annotation, where in _annotations(file):
@@ -84,22 +84,22 @@ def add_coco_captions(file: Path, builder: ContextBuilder) -> None:
         if key not in names:
             builder.report.unlisted_annotations += 1
         elif not isinstance(caption, str):
-            raise UserError(f"{where}: caption is {caption!r:.60}; it should be text")
+            raise UserError(f"{where}: caption is {caption!r:.60}; it must be text")
         else:
             builder.add_captions(names[key], [caption])
 
 
 def add_coco_instances(file: Path, builder: ContextBuilder) -> None:
-    """Read boxes as `instances_train2017.json` has them.
+    """Read boxes in the form of `instances_train2017.json`.
 
     Args:
         file: `{"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}], "annotations":
             [{"image_id", "category_id", "bbox": [x, y, width, height], "iscrowd"}]}`, in any order, in pixels.
-        builder: Takes them as fractions of the image's size, rounded to three decimals; crowd regions are counted
-            and dropped.
+        builder: Builder that receives the boxes as fractions of the image's size, rounded to three decimals. Crowd
+            regions are counted and dropped.
 
     Raises:
-        UserError: For an entry that lacks something, or is of the wrong kind.
+        UserError: If an entry lacks a value or has one of the wrong type.
     """
     images = {
         key: (builder.add_image(_get(entry, "file_name", where), where), entry.get("width"), entry.get("height"))
@@ -107,7 +107,7 @@ def add_coco_instances(file: Path, builder: ContextBuilder) -> None:
     }
     labels = _categories(file)
     places = {key: place for place, key in enumerate(labels)}
-    # Annotations come in any order: until all are read, a box is 36 bytes.
+    # Annotations come in any order, so boxes are kept in 36 bytes each until all are read.
     found: dict[Any, bytearray] = {}
     for annotation, where in _annotations(file):
         key, category = _get(annotation, "image_id", where), _get(annotation, "category_id", where)
@@ -116,7 +116,7 @@ def add_coco_instances(file: Path, builder: ContextBuilder) -> None:
         elif annotation.get("iscrowd"):
             builder.report.crowd_regions += 1
         elif category not in places:
-            raise UserError(f"{where}: category_id is {category!r:.40}, which the file's categories do not hold")
+            raise UserError(f"{where}: category_id is {category!r:.40}, which is not among the file's categories")
         else:
             numbers = box_numbers(annotation.get("bbox"), where)
             found.setdefault(key, bytearray()).extend(_BOX.pack(places[category], *numbers))
@@ -133,38 +133,41 @@ def add_coco_instances(file: Path, builder: ContextBuilder) -> None:
 
 
 def image_size(width: Any, height: Any, where: str) -> tuple[float, float]:
-    """An image's width and height in pixels.
+    """Check an image's width and height in pixels, and return them.
 
     Raises:
-        UserError: Where they are not given, or cannot be.
+        UserError: If either is missing or not a positive number.
     """
     for name, value in (("width", width), ("height", height)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise UserError(f"{where}: {name} is {value!r:.40}; boxes in pixels need the image's {name} in pixels")
+            raise UserError(
+                f"{where}: {name} is {value!r:.40}; give the image's {name} in pixels, which boxes in pixels need"
+            )
     return width, height
 
 
 def _images(file: Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
-    """The images that a file lists: id, entry, and where it is."""
+    """Yield the images that a file lists: id, entry, and position for messages."""
     for number, entry in enumerate(json_items(file, "images.item"), 1):
         where = f"{file}, images, entry {number}"
         yield _get(entry, "id", where), entry, where
 
 
 def _categories(file: Path) -> dict[Any, str]:
-    """Names of categories by id."""
+    """Return the names of the categories by id."""
     labels = {}
     for number, entry in enumerate(json_items(file, "categories.item"), 1):
         where = f"{file}, categories, entry {number}"
         labels[_get(entry, "id", where)] = str(_get(entry, "name", where))
         if entry.get("supercategory") in _STUFF:
             raise UserError(
-                f"{file}: it holds COCO stuff, which are regions such as sky; give instances_train2017.json"
+                f"{file}: it contains COCO stuff, which are regions such as sky; give instances_train2017.json"
             )
     return labels
 
 
 def _annotations(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the annotations of a file, each with its position for messages."""
     items = json_items(file, "annotations.item")
     for number, entry in enumerate(
         tqdm(items, desc=file.name, unit=" annotations", leave=False, delay=1, dynamic_ncols=True), 1
@@ -173,8 +176,8 @@ def _annotations(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _get(entry: Any, key: str, where: str) -> Any:
-    """A number or text of an entry."""
+    """Return the number or text under a key of an entry."""
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, (str, int, float)):
-        raise UserError(f"{where}: {key} is {value!r:.60}; a file of COCO's gives each entry one")
+        raise UserError(f"{where}: {key} is {value!r:.60}; every entry of a COCO file needs it")
     return value

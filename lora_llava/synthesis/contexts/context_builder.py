@@ -1,4 +1,4 @@
-"""Captions and boxes of many images, brought together by image and kept as bytes."""
+"""Builder that joins captions and boxes by image and stores them as bytes."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from lora_llava.data.images.image_names import COCO_NAME
 BoxPolicy = Literal["clip", "error"]
 Corners = tuple[float, float, float, float]
 _HALF = 0.0005
-"""Less than this, a corner outside the image is rounding: three decimals do not show it."""
+"""Largest distance of a corner outside the image that is treated as rounding, as three decimals do not show it."""
 
 
 @dataclass
 class ContextReport:
-    """What was read, and what of it was not used.
+    """Counts of what was read, changed and dropped.
 
     Attributes:
-        images: With captions, boxes or both.
-        captions: Of these images.
-        boxes: Of these images.
+        images: Images with captions, boxes or both.
+        captions: Captions of these images.
+        boxes: Boxes of these images.
         captions_alone: Images with captions and no boxes.
         boxes_alone: Images with boxes and no captions.
-        empty_captions: Dropped: nothing but white space.
-        repeated_captions: Dropped: the image had the same one already.
-        crowd_regions: Dropped: one box around many objects (COCO's `iscrowd`).
-        clipped_boxes: Cut at the image's edge, out of which they reached.
-        dropped_boxes: Outside the image altogether, or without area.
-        repeated_boxes: Dropped: the image's boxes are given a second time, the same.
-        unlisted_annotations: Dropped: of images that the file does not list.
-        images_without_anything: Left out: no caption and no box.
-        missing_images: Left out: not in the image folder.
+        empty_captions: Captions dropped because they are empty.
+        repeated_captions: Captions dropped because the image has an equal one.
+        crowd_regions: Boxes dropped because they surround many objects (COCO's `iscrowd`).
+        clipped_boxes: Boxes that reached out of the image and were clipped to it.
+        dropped_boxes: Boxes dropped because they lie outside the image or have no area.
+        repeated_boxes: Boxes dropped because the same boxes were given for the image before.
+        unlisted_annotations: Annotations dropped because their file does not list the image.
+        images_without_anything: Images dropped because they have neither a caption nor a box.
+        missing_images: Images dropped because they are not in the image folder.
     """
 
     images: int = 0
@@ -56,21 +56,21 @@ class ContextReport:
     missing_images: int = 0
 
     def __str__(self) -> str:
-        """In one line, without what there is none of."""
+        """Write the counts on one line, without those that are 0."""
         always = ("images", "captions", "boxes")
         counts = {name: count for name, count in asdict(self).items() if count or name in always}
         return ", ".join(f"{name.replace('_', ' ')}: {count:,}" for name, count in counts.items())
 
 
 def clean_text(text: str) -> str:
-    """A text on one line, as a prompt can hold it.
+    """Clean a text to one line for use in a prompt.
 
     Args:
-        text: As a file has it.
+        text: Text as in a file.
 
     Returns:
-        The same without control characters and halves of surrogate pairs, which UTF-8 cannot hold, and with one space
-        for any white space within and none around it.
+        The text without control characters and unpaired surrogates, which UTF-8 cannot encode. Each run of white space
+        becomes one space, and white space around the text is removed.
     """
     if not text.isprintable():
         text = "".join(sign for sign in text if sign.isspace() or unicodedata.category(sign) not in ("Cc", "Cs"))
@@ -78,11 +78,11 @@ def clean_text(text: str) -> str:
 
 
 def corners_of(numbers: Sequence[float], *, sized: bool) -> Corners:
-    """The two corners of a box that is given by them, or by one and its size.
+    """Convert a box to its two corners.
 
     Args:
-        numbers: x1, y1, x2, y2; or x, y, width, height.
-        sized: The latter.
+        numbers: x1, y1, x2, y2, or x, y, width, height.
+        sized: Whether the numbers are x, y, width, height.
 
     Returns:
         x1, y1, x2, y2.
@@ -92,35 +92,35 @@ def corners_of(numbers: Sequence[float], *, sized: bool) -> Corners:
 
 
 def scale(corners: Corners, width: float, height: float) -> Corners:
-    """Corners in pixels as fractions of the image's width and height."""
+    """Convert corners in pixels to fractions of the image's width and height."""
     x1, y1, x2, y2 = corners
     return x1 / width, y1 / height, x2 / width, y2 / height
 
 
 def box_numbers(value: Any, where: str) -> Corners:
-    """The four numbers of a box as a file has it.
+    """Check that a value of a file is a list of four finite numbers, and return them.
 
     Raises:
-        UserError: For anything else.
+        UserError: If it is not.
     """
     is_list = isinstance(value, (list, tuple)) and len(value) == 4
     if not is_list or any(isinstance(x, bool) or not isinstance(x, (int, float)) or not isfinite(x) for x in value):
-        raise UserError(f"{where}: bbox is {value!r:.80}; it should be a list of four numbers")
+        raise UserError(f"{where}: bbox is {value!r:.80}; it must be a list of four numbers")
     x1, y1, x2, y2 = value
     return x1, y1, x2, y2
 
 
 class ContextBuilder:
-    """Collects what files say of images.
+    """Collector of captions and boxes by image.
 
-    COCO's two names of an image, 2014's and 2017's, are one image here; it keeps the name that was read first.
+    The names of an image in COCO's releases of 2014 and 2017 count as one image, under the name that was read first.
 
     Args:
-        on_bad_box: What is done with a box that reaches out of its image, lies outside or has no area: `clip` cuts
-            it, or drops it where nothing is left, and counts it; `error` raises.
+        on_bad_box: Handling of a box that reaches out of its image, lies outside it or has no area: `clip` clips it, or
+            drops it if nothing is left, and counts it; `error` raises.
 
     Attributes:
-        report: What was dropped so far; what is left is counted by `finish`.
+        report: Counts of what was dropped so far; `finish` adds the counts of the result.
     """
 
     def __init__(self, on_bad_box: BoxPolicy = "clip") -> None:
@@ -132,38 +132,40 @@ class ContextBuilder:
         self._labels: dict[str, str] = {}
 
     def add_image(self, name: Any, where: str) -> str:
-        """Hold an image's name, with or without anything known of it.
+        """Register an image.
 
         Args:
-            name: As the file has it.
-            where: The file and row, for messages.
+            name: Image name as in the file.
+            where: File and row, for messages.
 
         Returns:
-            What the image is called from here on.
+            The name to use in the other methods.
 
         Raises:
-            UserError: For what is no name of a file in a folder: a URL, an absolute name, one with `..` in it.
+            UserError: If the name is not that of a file in a folder: a URL, an absolute path, or a path with `..`.
         """
         match = COCO_NAME.fullmatch(name) if isinstance(name, str) else None
         key = match[1] if match else name
         if isinstance(name, str) and key in self._names:
             return self._names[key]
         if not isinstance(name, str) or not name.strip() or any(unicodedata.category(x) in ("Cc", "Cs") for x in name):
-            raise UserError(f"{where}: the image's name is {name!r:.80}; it should be the name of its file")
+            raise UserError(f"{where}: the image's name is {name!r:.80}; it must be a file name")
         if "://" in name or name.startswith("data:"):
             raise UserError(f"{where}: image {name:.80} is a URL; give the name of its file in the image folder")
         paths = (PurePosixPath(name), PureWindowsPath(name))
         if any(path.anchor or ".." in path.parts for path in paths):
-            raise UserError(f"{where}: image {name:.80} leads out of the image folder; name it from there")
+            raise UserError(
+                f"{where}: image {name:.80} leads out of the image folder; give its path relative to that folder"
+            )
         self._names[key] = name
         return name
 
     def add_captions(self, image: str, captions: Iterable[str]) -> None:
-        """Add to an image's captions those that it has not yet.
+        """Add captions to an image, except empty and repeated ones.
 
         Args:
-            image: From `add_image`.
-            captions: As the file has them.
+            image: Name from `add_image`.
+            captions: Captions as in the file.
         """
         known = self._captions.get(image, b"")
         lines = known.split(b"\n") if known else []
@@ -180,23 +182,23 @@ class ContextBuilder:
             self._captions[image] = b"\n".join(lines)
 
     def add_boxes(self, image: str, boxes: Iterable[tuple[str, Corners]], where: str, *, rounded: bool) -> None:
-        """Give an image its boxes, all at once.
+        """Set the boxes of an image.
 
         Args:
-            image: From `add_image`.
-            boxes: Label and corners as fractions of the image's size.
-            where: The file and row, for messages.
-            rounded: Round to three decimals, as LLaVA did with COCO's pixels; else numbers stay as they are.
+            image: Name from `add_image`.
+            boxes: All boxes of the image: label, and corners as fractions of the image's size.
+            where: File and row, for messages.
+            rounded: Whether to round to three decimals, as LLaVA did with COCO's pixels; else numbers are kept.
 
         Raises:
-            UserError: For a label that is empty, a bad box where such are errors, and an image that has other boxes.
+            UserError: If a label is empty, a box is bad and `on_bad_box` is `error`, or the image has other boxes.
         """
         lines = []
         for label, corners in boxes:
             fitted, wrong = _fit(corners)
             if wrong and self._on_bad_box == "error":
                 box = f"box {label!r:.40} {list(corners)} of {image}"
-                raise UserError(f"{where}: {box} {wrong}; mend it, or set on_bad_box to clip")
+                raise UserError(f"{where}: {box} {wrong}; fix it, or set on_bad_box to clip")
             self.report.dropped_boxes += fitted is None
             self.report.clipped_boxes += wrong is not None and fitted is not None
             if fitted is not None:
@@ -206,27 +208,29 @@ class ContextBuilder:
         if content and known == content:
             self.report.repeated_boxes += len(lines)
         elif content and known is not None:
-            raise UserError(f"{where}: {image} has other boxes already, from an earlier row or file; give them once")
+            raise UserError(
+                f"{where}: {image} already has other boxes, from an earlier row or file; give its boxes once"
+            )
         elif content:
             self._boxes[image] = content
 
     def _label(self, label: str, where: str) -> str:
-        """A label as JSON; there are few of them."""
+        """Return a label as JSON, from a cache, since labels repeat."""
         if label not in self._labels:
             text = clean_text(label)
             if not text:
-                raise UserError(f"{where}: a box has no label; say what it is")
+                raise UserError(f"{where}: a box has an empty label; name its object")
             self._labels[label] = json.dumps(text, ensure_ascii=False)
         return self._labels[label]
 
     def finish(self, is_there: Callable[[str], bool]) -> dict[str, bytes]:
-        """Every image's captions and boxes, `[[caption, ...], [[label, x1, y1, x2, y2], ...]]` in JSON.
+        """Return the captions and boxes of every image as JSON, `[[caption, ...], [[label, x1, y1, x2, y2], ...]]`.
 
         Args:
-            is_there: Whether an image can be used.
+            is_there: Function that checks whether an image is available.
 
         Returns:
-            By name, in its order, those images of which something is known; the report counts them.
+            JSON by image name, sorted, for available images with a caption or a box; the report counts them.
         """
         found: dict[str, bytes] = {}
         report = self.report
@@ -247,8 +251,8 @@ class ContextBuilder:
 
 
 def _fit(corners: Corners) -> tuple[Sequence[float] | None, str | None]:
-    """A box within the image, or None where nothing of it is; and what was wrong with it."""
-    # Numbers that are fine stay what they are, so that the prompt shows 1 or 1.0 as the file does; -0.0 is 0.0.
+    """Clip a box to the image; returns None if nothing is left, and a description of the problem, if any."""
+    # Numbers within the image keep their type, so that the prompt shows 1 or 1.0 as the file does; -0.0 becomes 0.0.
     x1, y1, x2, y2 = fitted = [abs(x) if 0 <= x <= 1 else float(x > 1) for x in corners]
     if x1 >= x2 or y1 >= y2:
         return None, "has no area within the image"

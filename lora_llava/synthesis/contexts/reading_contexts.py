@@ -1,4 +1,4 @@
-"""Contexts of many images, read from COCO's files, LLaVA's, tables of captions or a person's own boxes."""
+"""Reader of contexts from COCO's files, LLaVA's rows, tables of captions or the user's own boxes."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ _WANTED = {
 _KINDS: dict[str, tuple[str, str | None]] = {
     "coco captions": ("COCO captions", "captions"),
     "coco instances": ("COCO instances", "instances"),
-    "coco keypoints": ("COCO keypoints, which have people alone", None),
-    "coco panoptic": ("COCO panoptic segments, which have no boxes of single objects", None),
+    "coco keypoints": ("COCO keypoints, which cover only people", None),
+    "coco panoptic": ("COCO panoptic segments, which lack boxes of single objects", None),
     "coco results": ("COCO results of a detector or captioner, which do not name their images", None),
-    "coco images": ("COCO's list of images without any annotation", None),
+    "coco images": ("a COCO list of images without annotations", None),
     "coco annotations": ("annotations that are neither captions nor boxes", None),
     "caption rows": ("rows of image and caption", "captions"),
     "context rows": ("rows of image, captions and instances", "contexts"),
     "box rows": ("boxes by image", "boxes"),
     "box entries": ("boxes by image", "boxes"),
-    "conversations": ("conversations, which are what is made here", None),
+    "conversations": ("conversations, which are the output of this verb", None),
 }
-"""What a file may hold: in words, and which argument takes it."""
+"""Kinds of files: the description in messages, and the argument that accepts the kind."""
 
 
 class Contexts(Sequence[Context]):
-    """Contexts in the order of their images' names, kept as bytes.
+    """Contexts sorted by image name, stored as bytes.
 
     Args:
-        found: What is known of each image, from `ContextBuilder.finish`.
-        report: What was read, and what of it was not used.
+        found: Captions and boxes by image, from `ContextBuilder.finish`.
+        report: Counts of what was read and dropped.
     """
 
     def __init__(self, found: Mapping[str, bytes], report: ContextReport) -> None:
@@ -70,7 +70,7 @@ class Contexts(Sequence[Context]):
         return len(self.images)
 
     def __getitem__(self, index: Any) -> Any:
-        """One context; or, for a slice, those contexts."""
+        """Return one context, or a list of contexts for a slice."""
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         captions, boxes = json.loads(self._found[index])
@@ -80,39 +80,47 @@ class Contexts(Sequence[Context]):
 
 
 def read_contexts(
-    *, captions: Path | None = None, instances: Path | None = None, boxes: Path | None = None,
-    contexts: Path | None = None, columns: Mapping[str, str] | None = None, box_format: BoxFormat = "xyxy",
-    box_unit: BoxUnit = "fraction", on_bad_box: BoxPolicy = "clip", images: Path | None = None,
-    missing_image: MissingPolicy = "error", where: str = "",
-) -> Contexts:  # fmt: skip
-    """Read what is known of images, and join it by their names.
+    *,
+    captions: Path | None = None,
+    instances: Path | None = None,
+    boxes: Path | None = None,
+    contexts: Path | None = None,
+    columns: Mapping[str, str] | None = None,
+    box_format: BoxFormat = "xyxy",
+    box_unit: BoxUnit = "fraction",
+    on_bad_box: BoxPolicy = "clip",
+    images: Path | None = None,
+    missing_image: MissingPolicy = "error",
+    where: str = "",
+) -> Contexts:
+    """Read captions and boxes and join them by image name.
 
-    What kind a file is, its content says. At least one is needed; an image may have captions alone or boxes alone.
-    Captions become one line each, and the same one twice counts once.
+    The kind of a file is detected from its contents. At least one file is needed; an image may have captions alone or
+    boxes alone. Each caption becomes one line, and repeated captions of an image count once.
 
     Args:
-        captions: COCO's captions, or a table (JSON, JSONL, CSV, TSV, Parquet) with a row a caption.
-        instances: COCO's, in pixels.
-        boxes: One's own, by image: `{"1.jpg": {"width": 640, "height": 480, "boxes": [{"label": "dog", "bbox":
-            [...]}]}}`, or rows of the same with `image` in them.
+        captions: COCO's captions, or a table (JSON, JSONL, CSV, TSV, Parquet) with one caption per row.
+        instances: COCO's instances, in pixels.
+        boxes: Your own boxes by image: `{"1.jpg": {"width": 640, "height": 480, "boxes": [{"label": "dog", "bbox":
+            [...]}]}}`, or rows with the same keys and `image`.
         contexts: LLaVA's rows `{"image", "captions": [...], "instances": [{"category", "bbox": [x1, y1, x2, y2]}]}`,
-            corners as fractions; captions and boxes stay as they are written.
-        columns: What tables call `image` and `caption`.
-        box_format: What the four numbers of `boxes` are: `xyxy`, two corners, or `xywh`, a corner and a size. An
-            image that has a `box_format` or `box_unit` of its own there goes by that.
-        box_unit: `fraction` of the image's size, or `pixel`, for which each image's width and height are needed.
-        on_bad_box: `clip` cuts a box at the image's edge, drops it where nothing is left, and counts it; `error`
-            raises.
-        images: The image folder; None looks for no image.
-        missing_image: An image that is not there: `error` raises; `drop` leaves its context out and counts it.
+            corners as fractions; numbers are kept as they are written.
+        columns: Column names for `image` and `caption` in tables.
+        box_format: Meaning of the four numbers in `boxes`: `xyxy`, two corners, or `xywh`, a corner and a size. An
+            entry's own `box_format` or `box_unit` takes precedence.
+        box_unit: `fraction` of the image's size, or `pixel`, which needs each image's width and height.
+        on_bad_box: `clip` clips a box to the image, drops it if nothing is left, and counts it; `error` raises.
+        images: Image folder; None skips the check for missing images.
+        missing_image: Handling of an image that is not in the folder: `error` raises; `drop` drops its context and
+            counts it.
         where: Prefix of the arguments' names in messages.
 
     Returns:
-        The contexts, by image name in order, with their `report`.
+        The contexts, sorted by image name, with their `report`.
 
     Raises:
-        UserError: For a file that is missing, broken or of another kind, a row that is not what its file's kind says,
-            an image's name that leads out of its folder, and where no context is left.
+        UserError: If a file is missing, broken or of the wrong kind, a row is invalid, an image's name leads out of its
+            folder, or no context is left.
     """
     prefix = f"{where}." if where else ""
     given = {"captions": captions, "instances": instances, "boxes": boxes, "contexts": contexts}
@@ -126,11 +134,11 @@ def read_contexts(
             _check_kind(file, kind, field, prefix)
             _add(file, kind, builder, names, BoxForm(box_format, box_unit))
     if not any(given.values()):
-        raise UserError(f"{', '.join(prefix + field for field in given)}: none is given; name a file")
+        raise UserError(f"{', '.join(prefix + field for field in given)}: no file is given; set one of them")
     found = builder.finish(is_there)
     if not found:
         files = ", ".join(str(path) for path in given.values() if path)
-        raise UserError(f"no image with a context is left of {files} ({builder.report}); look at what was dropped")
+        raise UserError(f"{files}: no image with a context is left ({builder.report}); check why they were dropped")
     return Contexts(found, builder.report)
 
 
@@ -139,17 +147,17 @@ def _columns(given: Mapping[str, str], field: str) -> Columns:
     for name in given:
         if name not in known:
             raise UserError(
-                f"{field}: {name!r} is no column of captions{nearest(name, known)}; it names image and caption"
+                f"{field}: {name!r} is not a known column{nearest(name, known)}; map only image and caption"
             )
     return Columns(**given)
 
 
 def _presence(images: Path | None, missing_image: MissingPolicy, prefix: str) -> Callable[[str], bool]:
-    """Tells whether an image is in the folder."""
+    """Return a function that checks whether an image is in the folder."""
     if images is None:
         return lambda name: True
     if not images.is_dir():
-        raise UserError(f"{prefix}images: there is no folder {images}; name the root of the images")
+        raise UserError(f"{prefix}images: the folder {images} does not exist; name the root folder of the images")
     folder = FolderImages(images, max_pixels=0, match_names=False, has_key=False)
 
     def is_there(name: str) -> bool:
@@ -161,7 +169,7 @@ def _presence(images: Path | None, missing_image: MissingPolicy, prefix: str) ->
             found = False
         if not found and missing_image == "error":
             raise UserError(
-                f"{prefix}images: image {name} is not in {images}; put it there, or set {prefix}missing_image to drop"
+                f"{prefix}images: image {name} is not in {images}; add it, or set {prefix}missing_image to drop"
             )
         return found
 
@@ -181,15 +189,15 @@ def _add(file: Path, kind: str, builder: ContextBuilder, columns: Columns, form:
 
 
 def _check_kind(file: Path, kind: str, field: str, prefix: str) -> None:
-    """Hold that a file is what its argument takes."""
-    holds, belongs = _KINDS[kind]
-    if belongs != field:
-        mend = f"; give it as {prefix}{belongs}" if belongs else ""
-        raise UserError(f"{prefix}{field}: {file} holds {holds}; it should hold {_WANTED[field]}{mend}")
+    """Check that an argument accepts the kind of its file."""
+    description, right_field = _KINDS[kind]
+    if right_field != field:
+        fix = f"; give it as {prefix}{right_field}" if right_field else ""
+        raise UserError(f"{prefix}{field}: {file} contains {description}; it must contain {_WANTED[field]}{fix}")
 
 
 def _file_kind(file: Path, columns: Columns, wanted: str, field: str) -> str:
-    """What a file holds, seen by its first entries."""
+    """Detect the kind of a file from its first entries."""
     kind = _object_kind(file, columns, wanted) if file.suffix.lower() == ".json" and _opening(file) == b"{" else "rows"
     if kind == "rows":
         return _row_kind(file, columns, wanted, field)
@@ -199,21 +207,24 @@ def _file_kind(file: Path, columns: Columns, wanted: str, field: str) -> str:
     if not isinstance(annotation, dict):
         return "coco images"
     for key, its in (
-        ("caption", "captions"), ("segments_info", "panoptic"), ("keypoints", "keypoints"), ("bbox", "instances")
-    ):  # fmt: skip
+        ("caption", "captions"),
+        ("segments_info", "panoptic"),
+        ("keypoints", "keypoints"),
+        ("bbox", "instances"),
+    ):
         if key in annotation:
             return f"coco {its}"
     return "coco annotations"
 
 
 def _opening(file: Path) -> bytes:
-    """The first character that is not white space."""
+    """Return the first byte that is not white space."""
     with open_json(file) as stream:
         return next((sign for sign in iter(lambda: stream.read(1), b"") if sign.strip()), b"")
 
 
 def _object_kind(file: Path, columns: Columns, wanted: str) -> str:
-    """Whether a JSON object is COCO's, boxes by image, or the first of many lines, seen by its outer keys."""
+    """Detect from its outer keys whether a JSON object is a COCO file, boxes by image, or the first of many lines."""
     depth, keys = 0, [""]
     with open_json(file) as stream:
         try:
@@ -231,17 +242,18 @@ def _object_kind(file: Path, columns: Columns, wanted: str) -> str:
                 elif event == "string" and depth == 1 and keys[0] == columns.image:
                     return "rows"
         except ijson.JSONError as error:
-            if "trailing garbage" not in str(error):  # JSON lines that are called .json
+            if "trailing garbage" not in str(error):  # JSON lines in a file named .json
                 raise
             return "rows"
-    raise UserError(f"{file}: it holds an object with {keys[0]!r:.40} and no boxes; it should hold {wanted}")
+    raise UserError(f"{file}: it contains an object with {keys[0]!r:.40} and no boxes; it must contain {wanted}")
 
 
 def _row_kind(file: Path, columns: Columns, wanted: str, field: str) -> str:
+    """Detect the kind of a table from the columns of its first row."""
     row = next(iterate_rows(file), None)
     if not isinstance(row, Mapping):
-        holds = "no rows" if row is None else f"rows that are {type(row).__name__}"
-        raise UserError(f"{file}: it holds {holds}; it should hold {wanted}")
+        content = "no rows" if row is None else f"rows of type {type(row).__name__}"
+        raise UserError(f"{file}: it contains {content}; it must contain {wanted}")
     if any(key in row for key in CHAT_COLUMNS):
         return "conversations"
     if "image_id" in row and columns.image not in row:
@@ -256,4 +268,4 @@ def _row_kind(file: Path, columns: Columns, wanted: str, field: str) -> str:
             if key in row:
                 return f"{kind} rows"
     found = ", ".join(map(str, row))
-    raise UserError(f"{file}: its rows have {found}; it should hold {wanted}; {field} names columns")
+    raise UserError(f"{file}: its rows have the columns {found}; it must contain {wanted}; {field} renames columns")

@@ -1,4 +1,4 @@
-"""Contexts that are not COCO's files: LLaVA's rows, tables of captions, and boxes by image."""
+"""Readers of contexts other than COCO's files: LLaVA's rows, tables of captions, and boxes by image."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lora_llava.synthesis.contexts.context_builder import ContextBuilder, Corner
 BoxFormat = Literal["xyxy", "xywh"]
 BoxUnit = Literal["fraction", "pixel"]
 _LEAST, _MOST = -1.0, 2.0
-"""Fractions beyond these lie more than a whole image outside it: they are no fractions of that image."""
+"""Bounds of plausible fractions: a corner beyond them lies more than an image's size outside the image."""
 
 
 @dataclass(frozen=True)
 class BoxForm:
-    """What the four numbers of a file's boxes are, where its entries do not say so themselves.
+    """Meaning of the four numbers of a box, for entries that do not specify it themselves.
 
     Attributes:
         format: `xyxy`, two corners; `xywh`, one corner, width and height.
@@ -39,19 +39,19 @@ LLAVA = BoxForm()
 
 
 def add_caption_rows(file: Path, builder: ContextBuilder, columns: Columns) -> None:
-    """Read a table of captions; several rows with one image each add to its captions.
+    """Read a table of captions, in which an image may have several rows.
 
     Args:
-        file: Rows of an image's name and a caption, or a list of captions.
-        builder: Takes them.
-        columns: What they are called.
+        file: Rows of an image name and a caption or a list of captions.
+        builder: Builder that receives the captions.
+        columns: Names of the columns.
 
     Raises:
-        UserError: For a row that lacks either.
+        UserError: If a row lacks an image name or a caption.
     """
     for row, where in _rows(file):
         if columns.caption not in row:
-            raise UserError(f"{where}: no column {columns.caption}; it has {', '.join(map(str, row))}")
+            raise UserError(f"{where}: the column {columns.caption} is missing; it has {', '.join(map(str, row))}")
         name = builder.add_image(_image(row, columns), where)
         builder.add_captions(name, _texts(row[columns.caption], columns.caption, where))
 
@@ -62,22 +62,22 @@ def add_context_rows(file: Path, builder: ContextBuilder, columns: Columns) -> N
     Args:
         file: Rows `{"image", "captions": [...], "instances": [{"category", "bbox": [x1, y1, x2, y2]}]}`, corners as
             fractions; either list may be missing.
-        builder: Takes them as they are.
-        columns: What the image's name is called.
+        builder: Builder that receives captions and boxes as they are.
+        columns: Names of the columns.
 
     Raises:
-        UserError: For a row that is not so.
+        UserError: If a row has another form.
     """
     for row, where in _rows(file):
         if "captions" not in row and "instances" not in row:
-            raise UserError(f"{where}: neither captions nor instances; it has {', '.join(map(str, row))}")
+            raise UserError(f"{where}: captions and instances are both missing; it has {', '.join(map(str, row))}")
         name = builder.add_image(_image(row, columns), where)
         builder.add_captions(name, _texts(row.get("captions", []), "captions", where))
         builder.add_boxes(name, _boxes(row, "instances", LLAVA, where), where, rounded=False)
 
 
 def add_box_rows(file: Path, builder: ContextBuilder, columns: Columns, form: BoxForm) -> None:
-    """Read rows of an image's name and its boxes; see `add_box_entries`."""
+    """Read rows of an image name and its boxes; see `add_box_entries`."""
     for row, where in _rows(file):
         _add_entry(row, builder.add_image(_image(row, columns), where), builder, form, where)
 
@@ -86,59 +86,60 @@ def add_box_entries(file: Path, builder: ContextBuilder, form: BoxForm) -> None:
     """Read boxes by image.
 
     Args:
-        file: `{"1.jpg": {"width": 640, "height": 480, "boxes": [{"label": "dog", "bbox": [...]}]}}`; `category` does
-            as well as `label`. Width and height are needed with pixels alone. An entry may say `box_format` and
-            `box_unit` for itself.
-        builder: Takes them; those in pixels rounded to three decimals.
-        form: What the numbers are where the entry does not say.
+        file: `{"1.jpg": {"width": 640, "height": 480, "boxes": [{"label": "dog", "bbox": [...]}]}}`, where `category`
+            may replace `label`. Only pixels need width and height. An entry may set its own `box_format` and
+            `box_unit`.
+        builder: Builder that receives the boxes; pixels are converted to fractions of three decimals.
+        form: Meaning of the numbers in entries that do not specify it.
 
     Raises:
-        UserError: For an entry that is not so, does not say what its numbers are, or whose numbers cannot be that.
+        UserError: If an entry has another form, or its numbers contradict their format or unit.
     """
     with open_json(file) as stream:
         entries = ijson.kvitems(stream, "", use_float=True)
         for name, entry in tqdm(entries, desc=file.name, unit=" images", leave=False, delay=1, dynamic_ncols=True):
             where = f"{file}, {name:.80}"
             if not isinstance(entry, Mapping):
-                raise UserError(f"{where}: it is {entry!r:.60}; it should be an object with a list of boxes")
+                raise UserError(f"{where}: it is {entry!r:.60}; it must be an object with a list of boxes")
             _add_entry(entry, builder.add_image(name, where), builder, form, where)
 
 
 def _add_entry(entry: Mapping[str, Any], name: str, builder: ContextBuilder, form: BoxForm, where: str) -> None:
+    """Add the boxes of one image, in the format and unit that the entry or else the file specifies."""
     if "boxes" not in entry:
-        raise UserError(f"{where}: no boxes; it has {', '.join(map(str, entry)) or 'nothing'}")
+        raise UserError(f"{where}: boxes is missing; it has {', '.join(map(str, entry)) or 'nothing'}")
     form = BoxForm(
-        _said(entry.get("box_format", form.format), "box_format", BoxFormat, where),
-        _said(entry.get("box_unit", form.unit), "box_unit", BoxUnit, where),
+        _check_choice(entry.get("box_format", form.format), "box_format", BoxFormat, where),
+        _check_choice(entry.get("box_unit", form.unit), "box_unit", BoxUnit, where),
     )
     builder.add_boxes(name, _boxes(entry, "boxes", form, where), where, rounded=form.unit == "pixel")
 
 
-def _said(value: Any, key: str, choices: Any, where: str) -> Any:
+def _check_choice(value: Any, key: str, choices: Any, where: str) -> Any:
     if value not in get_args(choices):
-        raise UserError(f"{where}: {key} is {value!r:.40}; say {' or '.join(get_args(choices))}, or leave it out")
+        raise UserError(f"{where}: {key} is {value!r:.40}; set it to {' or '.join(get_args(choices))}, or leave it out")
     return value
 
 
 def _boxes(entry: Mapping[str, Any], key: str, form: BoxForm, where: str) -> list[tuple[str, Corners]]:
-    """The boxes of a row or entry, in fractions."""
+    """Return the boxes of a row or entry, with corners as fractions."""
     given = entry.get(key)
     if given is None:
         return []
     if not isinstance(given, (list, tuple)):
-        raise UserError(f"{where}: {key} is {given!r:.60}; it should be a list")
+        raise UserError(f"{where}: {key} is {given!r:.60}; it must be a list")
     boxes = []
     for number, box in enumerate(given, 1):
         here = f"{where}, box {number}"
         label = box.get("label", box.get("category")) if isinstance(box, Mapping) else None
         if not isinstance(label, str):
-            raise UserError(f"{here}: it is {box!r:.80}; it should have a label, or category, and a bbox")
+            raise UserError(f"{here}: it is {box!r:.80}; it must have a label or category, and a bbox")
         boxes.append((label, _fractions(box_numbers(box.get("bbox"), here), form, entry, here)))
     return boxes
 
 
 def _fractions(numbers: Corners, form: BoxForm, entry: Mapping[str, Any], where: str) -> Corners:
-    """Two corners in fractions of the image's size, held to be what they are said to be."""
+    """Convert a box to two corners in fractions, and check that its numbers agree with its format and unit."""
     problem = ""
     x1, y1, x2, y2 = corners = corners_of(numbers, sized=form.format == "xywh")
     if x2 < x1 or y2 < y1:
@@ -148,39 +149,41 @@ def _fractions(numbers: Corners, form: BoxForm, entry: Mapping[str, Any], where:
         width, height = image_size(entry.get("width"), entry.get("height"), where)
         corners = scale(corners, width, height)
         if max(map(abs, numbers)) <= 1 and any(x != int(x) for x in numbers):
-            problem = "pixels: no number is over 1; are they fractions?"
+            problem = "pixels: no number is over 1; if they are fractions, set box_unit to fraction"
         elif min(corners) < _LEAST or max(corners) > _MOST:
-            problem = f"pixels of an image of {width} x {height}: it lies more than a whole image outside"
+            problem = f"pixels of an image of {width} x {height}: it lies far outside the image"
     elif min(corners) < _LEAST or max(corners) > _MOST:
-        problem = f"fractions of an image: a corner is {max(corners, key=abs):g}; are they pixels?"
+        largest = max(corners, key=abs)
+        problem = f"fractions of an image: a corner is {largest:g}; give pixels as boxes with box_unit pixel"
     if problem:
-        raise UserError(f"{where}: bbox {list(numbers)} cannot be {problem}")
+        raise UserError(f"{where}: bbox {list(numbers)} is not in {problem}")
     return corners
 
 
 def _rows(file: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the rows of a table, each with its position for messages."""
     rows: Iterable[Any] = tqdm(
         iterate_rows(file), desc=file.name, unit=" rows", leave=False, delay=1, dynamic_ncols=True
     )
     for number, row in enumerate(rows, 1):
         where = f"{file}, row {number}"
         if not isinstance(row, Mapping):
-            raise UserError(f"{where}: it is {row!r:.60}; it should be an object with named fields")
+            raise UserError(f"{where}: it is {row!r:.60}; it must be an object with named fields")
         yield row, where
 
 
 def _image(row: Mapping[str, Any], columns: Columns) -> Any:
-    """The image's name; of an image that is stored in the table, its path."""
+    """Return the image's name, or the path of an image that is stored in the table."""
     value = row.get(columns.image)
     return value.get("path") if isinstance(value, Mapping) else value
 
 
 def _texts(value: Any, column: str, where: str) -> list[str]:
-    """One caption or several; nothing is an empty one, which is counted."""
+    """Return one or several captions as a list; a missing value becomes an empty caption, which is counted."""
     if value is None or value != value:  # NaN is not itself
         return [""]
     if isinstance(value, (list, tuple)):
         return [text for each in value for text in _texts(each, column, where)]
     if isinstance(value, (str, int, float)):
         return [str(value)]
-    raise UserError(f"{where}: {column} is {value!r:.60}; it should be text, or a list of texts")
+    raise UserError(f"{where}: {column} is {value!r:.60}; it must be text, or a list of texts")

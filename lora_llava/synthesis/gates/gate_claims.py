@@ -1,9 +1,9 @@
-"""Claims that the boxes contradict: numbers of things, things that are denied, and left for right.
+"""Gates for claims that the boxes contradict: wrong counts, denied objects, and left and right confused.
 
-The boxes do not hold everything: crowds are left out, and a small thing may have none. So a claim is weighed only where
-its words are exact: a number is wrong where it is neither the boxes' nor a caption's and the words speak of the whole
-image, or where it is more than either allows; a denial is wrong where nothing limits it to a part or a kind. Claims
-about things without boxes, about colours, actions and ages, and numbers in other words (`several`) are not weighed.
+Boxes do not cover everything: crowds have none, and small objects may lack one. So a claim is checked only if its
+wording is exact. A count is wrong if it is about the whole image and equals neither the boxes' nor a caption's count,
+or if it exceeds both. A denial is wrong if nothing limits it to a part of the image or a kind of object. Claims about
+objects without boxes, about colours, actions and ages, and vague numbers (`several`) are not checked.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _TOTAL = (
     rf"(?: (?:in|within|of) {_IMAGE})?(?: (?:at all|in total|in all|altogether|overall|total|here))?"
 )
 _ALONE = re.compile(rf"{_TOTAL}(?: [.,;:!?)\u2013\u2014-].*)?")
-"""After a noun: nothing limits it to a part of the image."""
+"""Text after a noun that does not limit it to a part of the image."""
 _LEAD = re.compile(rf"(?:(?:yes|no|well|overall|in total|in all|also|here|so|in {_IMAGE}|looking closely) (?:, )?)*")
-"""Before a claim that is said of the whole image."""
+"""Text before a claim about the whole image."""
 _STARTS = re.compile(rf"{_LEAD.pattern}(?:only |just |exactly )?")
 _EXACTLY = re.compile(r".*\b(?:only|just|exactly|precisely|a total of)")
 _EXISTS = re.compile(
@@ -70,7 +70,7 @@ _HOW_MANY = re.compile(
     rf"{_TOTAL} \?"
 )
 _HOW_MANY_HERE = re.compile(r" (?:(?:are|is)|(?:can|do) (?:you|we) (?:see|count|spot))\b.*")
-_ASKED = re.compile(
+_ASKS_WHETHER = re.compile(
     r"(?:is|are) there|(?:do|can) you (?:see|spot|find|notice)|"
     rf"does {_IMAGE} (?:show|contain|include|feature|have)"
 )
@@ -94,12 +94,23 @@ _SIDE = re.compile(
 )
 
 Kind = Literal["exists", "starts", "definite"]
-"""`There are two dogs`, `Two dogs are visible`, `the two dogs`; the last says nothing of how many there are besides."""
+"""`There are two dogs`, `Two dogs are visible` and `the two dogs`; the last does not exclude further dogs."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Count:
-    """`there are two brown dogs in the image`: the number, its noun, and what stands around it."""
+    """One count in a sentence, such as `there are two brown dogs in the image`.
+
+    Attributes:
+        number: The stated number.
+        form: The noun as it is written.
+        noun: The labels that it covers.
+        kind: How the count is phrased.
+        is_plain: Whether no adjective stands between number and noun.
+        is_exact: Whether it is marked by `only`, `exactly`, `a single` or the like.
+        lead: Text before the phrase.
+        after: Text after the noun.
+    """
 
     number: int
     form: str
@@ -112,22 +123,22 @@ class _Count:
 
 
 def wrong_count(known: Known, question: str, answer: str) -> str | None:
-    """A number in a question or an answer that neither boxes nor captions bear out.
+    """Find a count in a question or an answer that neither boxes nor captions support.
 
     Args:
-        known: The context in numbers.
-        question: What was asked; empty where it says nothing about what the answer is limited to.
-        answer: What was answered.
+        known: The context's counts.
+        question: The question; empty if it does not limit the answer to a part of the image.
+        answer: The answer.
 
     Returns:
-        What is wrong, or None.
+        A description of the wrong count, or None.
     """
     if not known.boxes:
         return None
-    asked = tokens_of(question)
-    if told := _wrong_total(known, asked, answer):
-        return told
-    is_part = _is_part(asked)
+    question_tokens = tokens_of(question)
+    if problem := _wrong_total(known, question_tokens, answer):
+        return problem
+    is_part = _is_part(question_tokens)
     for text in (question, answer):
         tokens = tokens_of(text)
         for sentence in sentences_of(tokens):
@@ -136,25 +147,29 @@ def wrong_count(known: Known, question: str, answer: str) -> str | None:
             for count in _counts(known, sentence, is_description=not question):
                 is_last = not _FURTHER.intersection(sentence if count.is_exact else tokens)
                 is_whole = not is_part and is_last and text is answer
-                if told := _judge_count(known, count, is_whole):
-                    return told
+                if problem := _check_count(known, count, is_whole):
+                    return problem
     return None
 
 
-def _judge_count(known: Known, count: _Count, is_whole: bool) -> str | None:
-    """More than boxes and captions allow, or, of the whole image, fewer than the boxes."""
+def _check_count(known: Known, count: _Count, is_whole: bool) -> str | None:
+    """Describe a count that exceeds boxes and captions, or that is below the boxes if it is about the whole image."""
     noun, boxes = count.noun, known.count(count.noun)
-    told = f'"{count.number} {count.form}" where the boxes hold {boxes}'
+    problem = f'"{count.number} {count.form}" but the boxes show {boxes}'
     if noun.relation != "wider" and count.number > known.most(noun):
-        return told
+        return problem
     if not is_whole or noun.relation == "narrower" or not count.is_plain or count.number >= boxes:
         return None
-    whole = (_SHOWN if count.kind == "starts" else _ALONE).fullmatch(count.after) and _LEAD.fullmatch(count.lead)
-    return None if not whole or count.kind == "definite" or count.number in known.stated(noun) else told
+    is_total = (_SHOWN if count.kind == "starts" else _ALONE).fullmatch(count.after) and _LEAD.fullmatch(count.lead)
+    return None if not is_total or count.kind == "definite" or count.number in known.stated(noun) else problem
 
 
 def _counts(known: Known, tokens: list[str], is_description: bool) -> Iterator[_Count]:
-    """Numbers with their nouns; in a description each is said of the image, elsewhere it may be of the world."""
+    """Yield the counts of a sentence that are about the image.
+
+    In a description every number is about the image. In other answers only certain phrases are, since the rest may be
+    about the world in general.
+    """
     for place, token in enumerate(tokens):
         number = number_of(token) if token != "single" else 1
         if number is None:
@@ -184,30 +199,32 @@ def _counts(known: Known, tokens: list[str], is_description: bool) -> Iterator[_
         yield _Count(number, form, known.nouns[form], kind, start == place + 1, is_exact, before, after)
 
 
-def _wrong_total(known: Known, asked: list[str], answer: str) -> str | None:
-    """`How many dogs are there?` with another number than the boxes have and a caption gives."""
-    text = " ".join(asked)
-    place = next((i + 2 for i in range(len(asked) - 1) if asked[i : i + 2] == ["how", "many"]), None)
-    if place is None or not asked or _SUPPOSED.intersection(asked):
+def _wrong_total(known: Known, question_tokens: list[str], answer: str) -> str | None:
+    """Check the answer to `How many dogs are there?`, or to a yes-or-no question about a count."""
+    text = " ".join(question_tokens)
+    place = next(
+        (i + 2 for i in range(len(question_tokens) - 1) if question_tokens[i : i + 2] == ["how", "many"]), None
+    )
+    if place is None or not question_tokens or _SUPPOSED.intersection(question_tokens):
         return _wrong_more_than(known, text, answer)
-    start = _skip_adjectives(asked, place)
-    found = noun_at(asked, start, known.nouns)
+    start = _skip_adjectives(question_tokens, place)
+    found = noun_at(question_tokens, start, known.nouns)
     if found is None or not known.nouns[found[0]].countable:
         return None
-    noun, after = known.nouns[found[0]], "".join(f" {token}" for token in asked[found[1] :])
+    noun, after = known.nouns[found[0]], "".join(f" {token}" for token in question_tokens[found[1] :])
     numbers = _answered_numbers(known, noun, answer)
     boxes, stated = known.count(noun), known.stated(noun)
     if not numbers or stated.intersection(numbers) or boxes in (*numbers, sum(numbers)) or sum(numbers) in stated:
         return None
-    told = f"{' and '.join(map(str, numbers))} {found[0]} where the boxes hold {boxes}"
+    problem = f"{' and '.join(map(str, numbers))} {found[0]} but the boxes show {boxes}"
     if noun.relation != "wider" and min(numbers) > known.most(noun) and _HOW_MANY_HERE.match(after):
-        return told
+        return problem
     is_whole = start == place and _HOW_MANY.match(after) is not None and noun.relation != "narrower"
-    return told if is_whole and (noun.relation == "same" or sum(numbers) < boxes) else None
+    return problem if is_whole and (noun.relation == "same" or sum(numbers) < boxes) else None
 
 
 def _wrong_more_than(known: Known, text: str, answer: str) -> str | None:
-    """`Is there more than one dog?` and `Is there only one dog?`."""
+    """Check the answer to `Is there more than one dog?` or `Is there only one dog?`."""
     match = re.match(r"(?:is|are) there (?P<what>more than|only|just) (?P<number>\S+) (?P<rest>.*)", text)
     yes = re.match(r"(yes|no)\b", answer.strip().lower())
     number = number_of(match["number"]) if match else None
@@ -221,13 +238,13 @@ def _wrong_more_than(known: Known, text: str, answer: str) -> str | None:
     if noun.relation != "same" or not noun.countable or known.most(noun) != known.count(noun):
         return None
     boxes = known.count(noun)
-    is_so = boxes > number if match["what"] == "more than" else boxes <= number
-    said = yes[1] == "yes"
-    return None if said == is_so else f'"{yes[1]}" to {match["what"]} {number} where the boxes hold {boxes}'
+    expected = boxes > number if match["what"] == "more than" else boxes <= number
+    answered = yes[1] == "yes"
+    return None if answered == expected else f'"{yes[1]}" to {match["what"]} {number} but the boxes show {boxes}'
 
 
 def _answered_numbers(known: Known, noun: Noun, answer: str) -> list[int]:
-    """Numbers of the answer's first sentence that may be of the noun; none where it is not exact."""
+    """Return the numbers in the answer's first sentence that may count the noun; none if its wording is vague."""
     tokens = next(sentences_of(tokens_of(answer)), [])
     if _VAGUE.intersection(tokens):
         return []
@@ -235,7 +252,7 @@ def _answered_numbers(known: Known, noun: Noun, answer: str) -> list[int]:
     for place, token in enumerate(tokens):
         number = {"none": 0, "no": 0, "single": 1}.get(token, number_of(token))
         following = tokens[place + 1 : place + 2]
-        # "One of them is black" counts a part, "there are three of them" all.
+        # "One of them is black" counts a part, "there are three of them" counts all.
         is_part = following == ["of"] and tokens[place - 2 : place] != ["there", "are"]
         if number is None or is_part or [token, *following] in (["no", ","], ["single", "one"]):
             continue
@@ -246,30 +263,32 @@ def _answered_numbers(known: Known, noun: Noun, answer: str) -> list[int]:
 
 
 def denied_object(known: Known, question: str, answer: str) -> str | None:
-    """A thing that the answer says is not there, and a box is.
+    """Find an object that the answer denies although it has a box.
 
     Args:
-        known: The context in numbers.
-        question: What was asked; empty where it says nothing about what the answer is limited to.
-        answer: What was answered.
+        known: The context's counts.
+        question: The question; empty if it does not limit the answer to a part of the image.
+        answer: The answer.
 
     Returns:
-        What is wrong, or None.
+        A description of the wrong denial, or None.
     """
-    asked = tokens_of(question)
-    if form := _answered_no(known, asked, answer):
-        return f'"no" to whether there is a {form} where the boxes hold {known.count(known.nouns[form])}'
-    is_part = _is_part(asked) or any(noun_at(asked, place, known.nouns) for place in range(len(asked)))
+    question_tokens = tokens_of(question)
+    if form := _answered_no(known, question_tokens, answer):
+        return f'"no" to whether there is a {form} but the boxes show {known.count(known.nouns[form])}'
+    is_part = _is_part(question_tokens) or any(
+        noun_at(question_tokens, place, known.nouns) for place in range(len(question_tokens))
+    )
     for sentence in sentences_of(tokens_of(answer)):
-        for items, says_image in _denials(" ".join(sentence)):
+        for items, names_image in _denials(" ".join(sentence)):
             for form in _denied_nouns(known, items):
-                if says_image or not is_part:
-                    return f'"no {form}" where the boxes hold {known.count(known.nouns[form])}'
+                if names_image or not is_part:
+                    return f'"no {form}" but the boxes show {known.count(known.nouns[form])}'
     return None
 
 
 def _denials(sentence: str) -> Iterator[tuple[str, bool]]:
-    """What comes after `there is no` and the like, and whether it is said of the whole image in so many words."""
+    """Yield the text after `there is no` and similar phrases, and whether the sentence names the image explicitly."""
     matches = [(match, sentence[match.end() :]) for match in _DENIED.finditer(sentence)]
     none = _NONE_SHOWN.match(sentence)
     for match, items in [*matches, *([(none, none["items"])] if none else [])]:
@@ -279,18 +298,20 @@ def _denials(sentence: str) -> Iterator[tuple[str, bool]]:
 
 
 def _denied_nouns(known: Known, items: str) -> list[str]:
+    """Return the known nouns in a list of denied objects; none if the list is limited to a place."""
     clause = _CLAUSE.split(f" {items}", maxsplit=1)[0]
     clause = re.sub(rf"{_TOTAL}$", "", clause).strip()
     parts = [re.sub(r"^(?:any|an?|no|single) ", "", part) for part in _SEPARATOR.split(clause)]
     if _PLACES.intersection(parts[-1].split()) or parts[-1].endswith(("ing", "ed")):
-        return []  # "no dogs or cats on the sofa": said of the sofa
+        return []  # "no dogs or cats on the sofa" is about the sofa
     parts = ["person" if part in ("one", "nobody") else part for part in parts]
     return [part for part in parts if part in known.nouns and known.nouns[part].relation != "narrower"]
 
 
-def _answered_no(known: Known, asked: list[str], answer: str) -> str | None:
-    text = " ".join(asked)
-    match = _ASKED.match(text)
+def _answered_no(known: Known, question_tokens: list[str], answer: str) -> str | None:
+    """Return the noun of `Is there a dog?` if the answer is a plain no."""
+    text = " ".join(question_tokens)
+    match = _ASKS_WHETHER.match(text)
     if match is None or not re.match(r"(?:no|nope|none)\b(?! doubt)", answer.strip().lower()):
         return None
     rest = re.sub(r"^ (?:any|an?|some|even one|even a|a single) ", " ", text[match.end() :]).split()
@@ -305,15 +326,16 @@ def _answered_no(known: Known, asked: list[str], answer: str) -> str | None:
 
 
 def wrong_place(context: Context, known: Known, answer: str) -> str | None:
-    """Left for right, of two things of which there is one each, or of one thing in the image.
+    """Find left and right confused: between two objects that occur once each, or for one object in the image.
 
     Args:
-        context: With its boxes.
-        known: The same in numbers.
-        answer: What was answered.
+        context: The image's boxes.
+        known: The context's counts.
+        answer: The answer.
 
     Returns:
-        What is wrong, or None. Only what its box puts wholly on the other side counts.
+        A description of the wrong place, or None. An object is misplaced only if its box lies entirely on the other
+        side.
     """
     for sentence in sentences_of(tokens_of(answer)):
         text = re.sub(r"^(?:yes|no) , ", "", " ".join(sentence))
@@ -328,18 +350,18 @@ def wrong_place(context: Context, known: Known, answer: str) -> str | None:
         if match["rest"] is not None:
             there = match["rest"].split()
             other = noun_at(there, _skip_adjectives(there, 0), known.nouns)
-        # Half of the image where it is named: what lies wholly in the other half is misplaced.
+        # "Left of the image" means its left half: an object entirely in the right half is misplaced.
         against = (0.5, 0.5) if match["picture"] else _only_span(context, known, other[0]) if other else None
         if own is None or against is None:
             continue
         if own[0] >= against[1] if match["side"] == "left" else own[1] <= against[0]:
             what = other[0] if other else "the image"
-            return f'"{found[0]} {match["side"]} of {what}" where the boxes say otherwise'
+            return f'"{found[0]} {match["side"]} of {what}" but the boxes show otherwise'
     return None
 
 
 def _only_span(context: Context, known: Known, form: str) -> tuple[float, float] | None:
-    """Left and right edge of the one thing of this name."""
+    """Return the left and right edge of the only object of this name; None if it is not the only one."""
     noun = known.nouns[form]
     if noun.relation == "wider" or noun.plural or known.most(noun) != 1 or known.count(noun) != 1:
         return None
@@ -349,7 +371,7 @@ def _only_span(context: Context, known: Known, form: str) -> tuple[float, float]
 
 
 def sentences_of(tokens: list[str]) -> Iterator[list[str]]:
-    """Tokens cut after `.`, `!` and `?`."""
+    """Split tokens after `.`, `!` and `?`."""
     start = 0
     for place, token in enumerate(tokens):
         if token in (".", "!", "?"):
@@ -360,11 +382,12 @@ def sentences_of(tokens: list[str]) -> Iterator[list[str]]:
 
 
 def _skip_adjectives(tokens: list[str], place: int) -> int:
+    """Return the place after up to two plain adjectives."""
     for _ in range(2):
         place += place < len(tokens) and tokens[place] in _PLAIN
     return place
 
 
-def _is_part(asked: list[str]) -> bool:
-    """Whether a question is about a part of the image, which then limits the answer too."""
-    return bool(_PLACES.intersection(_PARTS.sub("", " ".join(asked)).split()))
+def _is_part(question_tokens: list[str]) -> bool:
+    """Check whether a question is about a part of the image, which then limits the answer too."""
+    return bool(_PLACES.intersection(_PARTS.sub("", " ".join(question_tokens)).split()))

@@ -1,4 +1,4 @@
-"""The names that English has for a context's objects, and the numbers that its captions give of them."""
+"""English nouns for a context's objects, and the counts that its boxes and captions state."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Literal
 from lora_llava.synthesis.contexts.context import Context
 
 Relation = Literal["same", "wider", "narrower"]
-"""What a noun means beside a label: the very thing, more than it (`animal` beside `dog`), or less (`man` beside
+"""Relation of a noun to a label: the same thing, a wider term (`animal` for `dog`), or a narrower one (`man` for
 `person`)."""
 
 
 def words(text: str) -> tuple[str, ...]:
-    """A list of words written as one text."""
+    """Split a text into its words."""
     return tuple(text.split())
 
 
@@ -48,7 +48,7 @@ _SAME = {
     "laptop": ("laptop computer",),
     "microwave": ("microwave oven",),
 }
-"""Other names of COCO's categories; any other label has its own name alone."""
+"""Synonyms of COCO's categories; other labels have none."""
 _WIDER = {
     "animal": ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe"),
     "vehicle": ("car", "motorcycle", "bus", "truck"),
@@ -76,27 +76,42 @@ _PEOPLE = words(
     gentleman grandfather grandmother groom husband mom mother mum nurse officer parent passenger player policeman
     rider sister soldier son student teacher team uncle waiter waitress wife worker"""
 )
-"""Said of people in captions, besides the narrower names: enough not to call a right number wrong."""
+"""Further nouns for people in captions: enough of them to avoid rejecting correct counts."""
 _PLURALS = {
-    "person": ("people", "persons"), "man": ("men",), "woman": ("women",), "child": ("children",),
-    "knife": ("knives",), "mouse": ("mice",), "sheep": ("sheep",), "broccoli": ("broccoli",), "fruit": ("fruits",),
-    "bus": ("buses", "busses"), "calf": ("calves",), "leaf": ("leaves",), "shelf": ("shelves",), "fish": ("fish",),
-    "deer": ("deer",), "goose": ("geese",), "foot": ("feet",), "wolf": ("wolves",), "aircraft": ("aircraft",),
-}  # fmt: skip
+    "person": ("people", "persons"),
+    "man": ("men",),
+    "woman": ("women",),
+    "child": ("children",),
+    "knife": ("knives",),
+    "mouse": ("mice",),
+    "sheep": ("sheep",),
+    "broccoli": ("broccoli",),
+    "fruit": ("fruits",),
+    "bus": ("buses", "busses"),
+    "calf": ("calves",),
+    "leaf": ("leaves",),
+    "shelf": ("shelves",),
+    "fish": ("fish",),
+    "deer": ("deer",),
+    "goose": ("geese",),
+    "foot": ("feet",),
+    "wolf": ("wolves",),
+    "aircraft": ("aircraft",),
+}
 _COUPLES = {"couple": 2, "pair": 2, "both": 2, "duo": 2, "twins": 2, "single": 1, "lone": 1, "trio": 3, "dozen": 12}
 _REACH = 4
-"""Tokens after a number in which its noun is looked for: `three very large brown dogs` (untuned)."""
+"""Number of tokens after a number that are searched for its noun: `three very large brown dogs` (untuned)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Noun:
-    """What a word says of the boxes.
+    """A noun and the box labels that it covers.
 
     Attributes:
-        labels: The labels that it covers, of those that have boxes.
-        relation: How it stands to them.
-        plural: Whether its form can be the plural.
-        countable: Whether a number of it can be compared with the boxes; `skis` and `scissors` come in pairs.
+        labels: Labels that it covers, among those with boxes.
+        relation: Relation to these labels.
+        plural: Whether the form can be a plural.
+        countable: Whether its count can be compared with the boxes; `skis` and `scissors` come in pairs.
     """
 
     labels: tuple[str, ...]
@@ -106,19 +121,19 @@ class Noun:
 
 
 def tokens_of(text: str) -> list[str]:
-    """Words in lower case, with what joins them (`dog's`, `10:30`, `2.5`), and marks one by one."""
+    """Split a text into lower-case words, including inner marks (`dog's`, `10:30`, `2.5`), and single other marks."""
     return _TOKEN.findall(text.lower().replace("\u2019", "'"))
 
 
 def number_of(token: str) -> int | None:
-    """A whole number up to 9,999 in digits, or in words up to twenty; else None."""
+    """Return an integer written in digits (up to 9,999) or words (up to twenty); else None."""
     if token.isascii() and token.isdigit() and len(token) <= 4:
         return int(token)
     return _NUMBERS.get(token)
 
 
 def plurals(noun: str) -> tuple[str, ...]:
-    """English plurals of a noun, which may be of several words."""
+    """Return the English plurals of a noun, which may consist of several words."""
     start, _, last = noun.rpartition(" ")
     if last in _PLURALS:
         found = _PLURALS[last]
@@ -131,20 +146,18 @@ def plurals(noun: str) -> tuple[str, ...]:
     return tuple(f"{start} {form}".strip() for form in found)
 
 
-_HUMANS = frozenset(
-    form for name in ("person", *_NARROWER["person"], *_PEOPLE) for form in (name, *plurals(name))
-)  # fmt: skip
+_HUMANS = frozenset(form for name in ("person", *_NARROWER["person"], *_PEOPLE) for form in (name, *plurals(name)))
 
 
 @lru_cache(maxsize=4096)
 def nouns_of(labels: frozenset[str]) -> dict[str, Noun]:
-    """Every form of every name of some labels.
+    """Return every form of every noun for a set of labels.
 
     Args:
-        labels: In lower case.
+        labels: Labels in lower case.
 
     Returns:
-        From forms such as `dogs`, `animal`, `traffic lights` to what each says.
+        Nouns by form, such as `dogs`, `animal` or `traffic lights`.
     """
     found: dict[str, Noun] = {}
     for name, members in _WIDER.items():
@@ -168,10 +181,10 @@ def _add(found: dict[str, Noun], name: str, labels: tuple[str, ...], relation: R
 
 
 def noun_at(tokens: list[str], place: int, nouns: dict[str, Noun]) -> tuple[str, int] | None:
-    """The longest known noun that begins at a place.
+    """Find the longest known noun that begins at a place.
 
     Returns:
-        Its form and the place after it; None where none begins there.
+        Its form and the place after it; None if no noun begins there.
     """
     for end in range(min(len(tokens), place + 3), place, -1):
         if (form := " ".join(tokens[place:end])) in nouns:
@@ -181,12 +194,13 @@ def noun_at(tokens: list[str], place: int, nouns: dict[str, Noun]) -> tuple[str,
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What a context says of its objects' numbers.
+    """The counts that a context states of its objects.
 
     Attributes:
-        nouns: Of its labels.
+        nouns: Nouns for its labels, by form.
         boxes: Number of boxes by label.
-        captions: Of each caption the (number, label) that it gives; the label is empty where the noun is unknown.
+        captions: For each caption its (number, label) pairs; the label is empty if the noun is unknown. The number is
+            -1 or -2 for an object that is named in the singular or plural without a number.
     """
 
     nouns: dict[str, Noun]
@@ -194,42 +208,42 @@ class Known:
     captions: tuple[tuple[tuple[int, str], ...], ...]
 
     def count(self, noun: Noun) -> int:
-        """Boxes that a noun covers."""
+        """Count the boxes that a noun covers."""
         return sum(self.boxes[label] for label in noun.labels)
 
     def stated(self, noun: Noun) -> set[int]:
-        """Numbers that a caption may give of what the noun covers.
+        """Return the counts that captions may state for a noun.
 
-        Of several numbers with it in one caption, their sum counts (`one pizza beside two other pizzas`). A number
-        whose noun is not known may be about it too (`two huskies`). `A dog` says that there is one, not that there are
-        no more; only people are added up without a number (`a man and his wife`), as a caption often says another
-        thing's name twice (`a dog in a dog bed`).
+        Several numbers for the noun in one caption are summed (`one pizza beside two other pizzas`). A number with an
+        unknown noun may count it too (`two huskies`). `A dog` states that there is one, but not that there are no more.
+        Only people are summed without numbers (`a man and his wife`), because captions often name other things twice
+        (`a dog in a dog bed`).
         """
         found: set[int] = set()
         for caption in self.captions:
-            tied = [number for number, label in caption if label in noun.labels]
-            said = [number for number in tied if number > 0]
+            mentions = [number for number, label in caption if label in noun.labels]
+            explicit = [number for number in mentions if number > 0]
             others = [number for number, label in caption if not label and number > 1]
             found.update(others)
-            if said:
-                found.add(sum(said))
-            if "person" in noun.labels and len(tied) + len(others) > 1:
-                found.update((*said, sum(map(abs, tied)) + sum(others)))
+            if explicit:
+                found.add(sum(explicit))
+            if "person" in noun.labels and len(mentions) + len(others) > 1:
+                found.update((*explicit, sum(map(abs, mentions)) + sum(others)))
         return found
 
     def most(self, noun: Noun) -> int:
-        """The largest number that boxes or captions allow."""
+        """Return the largest count that boxes or captions allow."""
         return max(self.count(noun), *self.stated(noun), 0)
 
 
 def read_context(context: Context) -> Known:
-    """Bring captions and boxes to numbers.
+    """Count the objects of a context's boxes and captions.
 
     Args:
-        context: Of one image.
+        context: Captions and boxes of one image.
 
     Returns:
-        Boxes by label, and what each caption says; -1 there stands for one that was named without a number.
+        The counts by label, and those that each caption states.
     """
     boxes: dict[str, int] = {}
     for box in context.boxes:
@@ -240,6 +254,7 @@ def read_context(context: Context) -> Known:
 
 
 def _numbers(tokens: list[str], nouns: dict[str, Noun]) -> Iterator[tuple[int, str]]:
+    """Yield the (number, label) pairs of a caption, in the form of `Known.captions`."""
     place, number = 0, None
     reach = 0
     while place < len(tokens):

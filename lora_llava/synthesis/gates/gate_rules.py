@@ -1,6 +1,7 @@
-"""What a text may not hold: markup, template markers, talk of its source, coordinates, refusals and hedges.
+"""Gates for forbidden text: markup, template markers, mentions of the source, coordinates, refusals and hedges.
 
-Each rule is a list of patterns. Words that a context itself has (`caption` on a poster) are taken to be of the image.
+Each rule is a list of patterns. Text that also occurs in the context (`caption` on a poster) is allowed, since it
+describes the image.
 """
 
 from __future__ import annotations
@@ -124,6 +125,7 @@ _HEDGES = (
 
 
 def _compile(patterns: Sequence[str], flags: int = re.IGNORECASE) -> re.Pattern[str]:
+    """Join patterns into one."""
     return re.compile("|".join(patterns), flags | re.MULTILINE)
 
 
@@ -139,15 +141,15 @@ _UNSAFE = ("template marker", "link or markup")
 
 
 def find_forbidden(rule: str, text: str, known: str = "") -> str | None:
-    """The first thing in a text that a rule forbids.
+    """Find the first text that a rule forbids.
 
     Args:
         rule: `template marker`, `link or markup`, `coordinates`, `source named`, `speaks as a model` or `no answer`.
         text: A question or an answer.
-        known: The context's captions and labels: what they hold may be said, unless it is a marker or markup.
+        known: The context's captions and labels; text that occurs in them is allowed, except markers and markup.
 
     Returns:
-        As it stands in the text; None where there is nothing.
+        The forbidden text as it is written, or None.
     """
     plain = text.replace("\u2019", "'")
     for match in _RULES[rule].finditer(plain):
@@ -158,27 +160,28 @@ def find_forbidden(rule: str, text: str, known: str = "") -> str | None:
 
 
 def find_corner(text: str, corners: Collection[str]) -> str | None:
-    """The first number in a text that is the corner of a box.
+    """Find the first number in a text that is the corner of a box.
 
     Args:
         text: A question or an answer.
-        corners: As the teacher was shown them.
+        corners: Coordinates as written in the prompt.
 
     Returns:
-        The number; None where there is none of two decimals or more without a unit or a currency.
+        The number, or None. Only numbers of at least two decimals without a unit or a currency are compared.
     """
     return next((match[0] for match in _FRACTION.finditer(text) if match[0] in corners), None)
 
 
 def find_control(text: str) -> str | None:
-    """The first character that no text should hold.
+    """Find the first control character.
 
     Args:
         text: A question or an answer.
 
     Returns:
-        Its code point, as `U+0000`: a control character other than line feed and tab, half a surrogate pair, a private
-        character, the replacement character, or one that turns the direction of writing; None where there is none.
+        Its code point, such as `U+0000`, or None. Counted as such are control characters other than line feed and tab,
+        unpaired surrogates, private-use characters, the replacement character, zero-width marks and characters that
+        change the writing direction.
     """
     for character in text:
         if character in "\n\t" or " " <= character <= "~":

@@ -1,4 +1,4 @@
-"""The demo's teacher: rules over captions and boxes, in place of a language model. Stiff, true, and free."""
+"""The demo's teacher: rules that write answers from captions and boxes, without a language model."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from lora_llava.inference.chat_request import ChatAnswer
 from lora_llava.inference.client import Again
 from lora_llava.synthesis.contexts.context import Box, Context
 from lora_llava.synthesis.sample import Flavour
-from lora_llava.synthesis.teachers.teacher import Answers, Asked
+from lora_llava.synthesis.teachers.teacher import Answers, TeacherRequest
 
 NAME = "rules (no language model)"
-"""What the ledger and the card call it."""
+"""Its name in the ledger and the data set card."""
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
-def answer_by_rules(asked: Iterable[Asked], again: Again | None = None) -> Answers:
-    """Write what is asked for from the context alone.
+def answer_by_rules(requests: Iterable[TeacherRequest], again: Again | None = None) -> Answers:
+    """Answer requests from their contexts alone.
 
     Args:
-        asked: Requests; their messages are not read.
+        requests: Requests, whose messages are not read.
+        again: Unused, since no request is retried.
     """
-    for place, each in enumerate(asked):
+    for place, each in enumerate(requests):
         yield place, ChatAnswer(write_by_rules(each.context, each.task.flavour, each.task.number), 0, 0, NAME)
 
 
 def write_by_rules(context: Context, flavour: Flavour, number: int) -> str:
-    """One answer in the form that teachers are asked for.
+    """Write one answer in the JSON form that teachers are prompted for.
 
     Args:
         context: Captions, boxes, or both.
-        flavour: What is to be made.
-        number: Of the sample; another number asks about other things first.
+        flavour: Kind of sample.
+        number: Index of the sample; other numbers begin with other questions.
 
     Returns:
-        JSON.
+        The answer as JSON.
     """
     pairs = _questions(context)
     if flavour == "detail":
@@ -62,11 +63,11 @@ def _questions(context: Context) -> list[tuple[str, str]]:
     ]
     if context.captions:
         pairs.append(("What is shown?", _sentence(context.captions[0])))
-    return _told_apart(pairs)
+    return _unambiguous(pairs)
 
 
-def _told_apart(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Questions with one answer each: where several things share a place, it is not asked about."""
+def _unambiguous(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Keep the questions that have one answer: those about a place that several things share are dropped."""
     answers: dict[str, set[str]] = {}
     for question, answer in pairs:
         answers.setdefault(question, set()).add(answer)
@@ -83,12 +84,12 @@ def _describe(context: Context) -> str:
 
 def _reason(context: Context, number: int) -> tuple[str, str]:
     counts = _counts(context)
-    boxes = [box for box in context.boxes if counts[box.label] == 1]  # of two alike it could not be said which is meant
+    boxes = [box for box in context.boxes if counts[box.label] == 1]  # other labels are ambiguous
     if len(boxes) < 2:
-        told = _sentence(context.captions[0]) if context.captions else f"There is {_one(context.boxes[0].label)}."
+        opening = _sentence(context.captions[0]) if context.captions else f"There is {_one(context.boxes[0].label)}."
         kinds = len(counts)
         seen = "one kind of thing" if kinds == 1 else f"{_word(kinds)} kinds of things"
-        return "How many kinds of things are there to look at, and why?", f"{told} So there is {seen} to look at."
+        return "How many kinds of things are there to look at, and why?", f"{opening} So there is {seen} to look at."
     first, second = boxes[number % len(boxes)], boxes[(number + 1) % len(boxes)]
     aspect = ("further to the left", 0) if abs(_middle(first)[0] - _middle(second)[0]) > 0.15 else ("higher up", 1)
     name, axis = aspect
@@ -111,7 +112,7 @@ def _middle(box: Box) -> tuple[float, float]:
 
 
 def _where(box: Box) -> str:
-    """One of four quarters."""
+    """Name the quarter of the image that holds a box's centre."""
     x, y = _middle(box)
     return f"{'top' if y < 0.5 else 'bottom'} {'left' if x < 0.5 else 'right'}"
 

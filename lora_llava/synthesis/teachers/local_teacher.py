@@ -1,4 +1,4 @@
-"""A teacher that runs here: any instruct model that transformers loads."""
+"""Local teacher: an instruct model loaded by transformers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lora_llava.data.typed import as_typed, special_tokens, text_backend
 from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 from lora_llava.inference.client import Again
 from lora_llava.inference.sampling import Sampling
-from lora_llava.synthesis.teachers.teacher import Answers, Asked, Teacher
+from lora_llava.synthesis.teachers.teacher import Answers, Teacher, TeacherRequest
 
 
 def load_teacher(name: str, dtype: str, batch_size: int) -> Teacher:
-    """Load a local instruct model.
+    """Load a local instruct model as a teacher.
 
     Args:
-        name: A folder, or a Hub id.
+        name: Folder or Hub id of the model.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
-        batch_size: Requests at once.
+        batch_size: Number of requests per batch.
 
     Raises:
-        UserError: For a model that is missing, cannot be read, or has no chat template.
+        UserError: If the model is missing, cannot be read, or has no chat template.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -33,32 +33,33 @@ def load_teacher(name: str, dtype: str, batch_size: int) -> Teacher:
     except (OSError, ValueError) as error:
         raise UserError(f"teacher.model: {name} cannot be loaded: {str(error).splitlines()[0]}") from None
     if not tokenizer.chat_template:
-        raise UserError(f"teacher.model: {name} has no chat template, so it is no instruct model; name one that is")
+        raise UserError(f"teacher.model: {name} has no chat template; name an instruct model, which has one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return by_model(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, batch_size)
 
 
 def by_model(model: Any, tokenizer: Any, batch_size: int) -> Teacher:
-    """An instruct model here.
+    """Return a teacher that is a loaded instruct model.
 
     Args:
         model: A causal language model.
-        tokenizer: Its own, with a chat template.
-        batch_size: Requests at once.
+        tokenizer: The model's tokenizer, with a chat template.
+        batch_size: Number of requests per batch.
     """
 
-    def answer(asked: Iterable[Asked], again: Again | None = None) -> Answers:
-        for start, batch in _batches(asked, batch_size):
+    def answer(requests: Iterable[TeacherRequest], again: Again | None = None) -> Answers:
+        for start, batch in _batches(requests, batch_size):
             texts = _write(model, tokenizer, [each.request for each in batch])
             yield from ((start + place, found) for place, found in enumerate(texts))
 
     return answer
 
 
-def _batches(asked: Iterable[Asked], size: int) -> Iterator[tuple[int, list[Asked]]]:
+def _batches(requests: Iterable[TeacherRequest], size: int) -> Iterator[tuple[int, list[TeacherRequest]]]:
+    """Yield batches, each with the index of its first request."""
     start, batch = 0, []
-    for each in asked:
+    for each in requests:
         batch.append(each)
         if len(batch) == size:
             yield start, batch
@@ -68,7 +69,7 @@ def _batches(asked: Iterable[Asked], size: int) -> Iterator[tuple[int, list[Aske
 
 
 def _write(model: Any, tokenizer: Any, requests: list[ChatRequest]) -> list[ChatAnswer]:
-    """One batch; all its requests have the same settings."""
+    """Generate the answers of one batch, whose requests share their settings."""
     specials = special_tokens(tokenizer)
     rows = []
     for each in requests:

@@ -1,4 +1,4 @@
-"""Who writes the samples, whatever it is."""
+"""The interface of teachers, and the teacher behind a server."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lora_llava.synthesis.sample import Task
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request.
+class TeacherRequest:
+    """One request to a teacher.
 
     Attributes:
-        task: What is to be made.
-        context: Of what.
-        request: What the teacher is sent.
-        key: What the ledger keeps its answer under.
-        attempt: Which try at a sample that passes this is, from 0.
+        task: Sample to generate.
+        context: Context of its image.
+        request: Messages and settings.
+        key: Key of the answer in the ledger.
+        attempt: Index of the attempt at this sample, from 0.
     """
 
     task: Task
@@ -32,20 +32,20 @@ class Asked:
 
 
 Answers = Generator[tuple[int, ChatAnswer | ChatFailure], None, None]
-Teacher = Callable[[Iterable[Asked], Again | None], Answers]
-"""Answers requests in any order, each with its place; draws them as it needs them, and asks before each further try at
-one (`server.Again`)."""
+Teacher = Callable[[Iterable[TeacherRequest], Again | None], Answers]
+"""Function that answers requests in any order, each with its index. It reads the requests as it needs them, and calls
+its second argument before it retries one."""
 
 
 def by_server(server: ChatServer, *, apart: bool = False) -> Teacher:
-    """A model on an OpenAI-compatible server.
+    """Return a teacher that is a model on an OpenAI-compatible server.
 
     Args:
-        server: With its model named.
-        apart: Whether a process of its own sends the requests: faster, once it has started.
+        server: The server, with the name of its model.
+        apart: Whether a separate process sends the requests, which is faster once it has started.
     """
 
-    def answer(asked: Iterable[Asked], again: Again | None = None) -> Answers:
-        return (ask_apart if apart else ask)(server, (each.request for each in asked), again)
+    def answer(requests: Iterable[TeacherRequest], again: Again | None = None) -> Answers:
+        return (ask_apart if apart else ask)(server, (each.request for each in requests), again)
 
     return answer
