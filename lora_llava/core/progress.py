@@ -23,6 +23,8 @@ class LineProgress(tqdm):  # type: ignore[type-arg]
         kwargs |= {"mininterval": 1.0, "maxinterval": 1.0, "dynamic_ncols": False, "ncols": 0, "position": 0}
         super().__init__(*args, **kwargs)
 
+    disable: bool
+
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Print a line where the last one is half a minute old."""
         if time.monotonic() - self._printed >= LINE_INTERVAL:
@@ -37,10 +39,12 @@ class LineProgress(tqdm):  # type: ignore[type-arg]
 
     def close(self) -> None:
         """End; the last line reports the total of work that printed lines before."""
-        if not self.disable and self._printed > self._started:
+        if self.disable:
+            return
+        if self._printed > self._started:
             self._print_line()
-        self.leave = False
-        super().close()
+        self.disable = True  # tqdm.close without its carriage return
+        self._decr_instances(self)
 
     def _print_line(self) -> None:
         self._printed = time.monotonic()
