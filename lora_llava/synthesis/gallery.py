@@ -168,13 +168,13 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _notes(summary: Mapping[str, Any]) -> list[str]:
     notes = [BY_RULES] if is_by_rules(summary) else []
     if not summary["complete"]:
-        notes.append(f"Not complete: {summary['failed']:,} had no answer, {summary['not_asked']:,} were not asked for.")
+        notes.append(f"Not complete: {summary['failed']:,} failed, {summary['not_asked']:,} were not requested.")
     return notes
 
 
 def _flavours(summary: Mapping[str, Any]) -> FlavourTable:
-    titles = {"turns": "questions", "words_per_answer": "words an answer", "rejected": "rejected"}
-    titles |= {key: title for key, title in (("failed", "no answer"), ("not_asked", "not asked for")) if summary[key]}
+    titles = {"turns": "questions", "words_per_answer": "words per answer", "rejected": "rejected"}
+    titles |= {key: title for key, title in (("failed", "failed"), ("not_asked", "not requested")) if summary[key]}
     rows = [
         FlavourRow(flavour, counts["rows"], counts["tasks"], [counts[key] for key in titles])
         for flavour, counts in summary["flavours"].items()
