@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lora_llava.core.errors import UserError
-from lora_llava.runs.checkpoint import list_checkpoints, newest_whole
+from lora_llava.runs.checkpoint import list_checkpoints, newest_complete
 from lora_llava.runs.trainer_state import gather_random
 from lora_llava.training import stages
 from lora_llava.training.trainer import LlavaSFTTrainer
@@ -47,11 +47,11 @@ def damaged_silently(folder: Path) -> tuple[int, list[str]]:
                 continue
             damage(file)
             tried += 1
-            found, passed_over = newest_whole(folder)
+            found, passed_over = newest_complete(folder)
             if found == newest or len(passed_over) != 1 or file.name not in passed_over[0]:
                 unseen.append(f"{name} {file}")
             file.write_bytes(content)
-    assert newest_whole(folder)[0] == newest
+    assert newest_complete(folder)[0] == newest
     return tried, unseen
 
 
@@ -118,8 +118,8 @@ def ends_at_every_write(trainer: LlavaSFTTrainer, end: Callable[[], None], strid
                 sys.setprofile(None)
                 end()
 
-        code = in_child(lambda: trainer.save_whole(gather_random()), on_call)
-        newest, _ = newest_whole(folder)
+        code = in_child(lambda: trainer.save_checkpoint(gather_random()), on_call)
+        newest, _ = newest_complete(folder)
         found.append((code, newest and newest.name))
         for each in folder.glob("*checkpoint-3*"):
             shutil.rmtree(each)

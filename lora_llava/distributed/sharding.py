@@ -62,7 +62,7 @@ def check_sharding(recipe: Recipe, ranks: int) -> None:
     os.environ.update(_SETTINGS)
 
 
-def share_out(accelerator: Any) -> None:
+def configure_sharding(accelerator: Any) -> None:
     """Let accelerate shard what it prepares, also on CPUs, which it leaves out without a word (accelerate/state.py);
     gradients are summed in float32.
 
@@ -90,7 +90,7 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def whole(value: Any) -> Any:
+def gather_full(value: Any) -> Any:
     """Tensors that are shared out, whole and on the CPU; all else as it is. Every rank calls it.
 
     Args:
@@ -99,20 +99,20 @@ def whole(value: Any) -> Any:
     if isinstance(value, DTensor):
         return value.full_tensor().cpu()
     if isinstance(value, dict):
-        return {key: whole(each) for key, each in value.items()}
+        return {key: gather_full(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(whole(each) for each in value)
+        return type(value)(gather_full(each) for each in value)
     return value
 
 
-def whole_weights(model: PeftModel) -> dict[str, torch.Tensor] | None:
+def full_weights(model: PeftModel) -> dict[str, torch.Tensor] | None:
     """What peft saves of a model that is shared out; None of any other, which peft can see for itself.
 
     Args:
         model: Every rank calls with its own.
     """
     kept = _kept_parameters(model)
-    return whole(kept) if any(isinstance(p, DTensor) for p in kept.values()) else None
+    return gather_full(kept) if any(isinstance(p, DTensor) for p in kept.values()) else None
 
 
 def load_weights(model: PeftModel, folder: Path) -> None:
@@ -135,7 +135,7 @@ def load_weights(model: PeftModel, folder: Path) -> None:
             place.to_local().copy_(_share(saved[name], place).to_local())
 
 
-def share_states(optimizer: torch.optim.Optimizer) -> None:
+def shard_states(optimizer: torch.optim.Optimizer) -> None:
     """Share out an optimiser's states as its parameters are, after whole ones were loaded into it."""
     for parameter, states in optimizer.state.items():
         if isinstance(parameter, DTensor):

@@ -30,7 +30,7 @@ class DiskFullError(UserError):
 
 
 @contextlib.contextmanager
-def written_whole(folder: Path, about: dict[str, Any], needed: int = 0) -> Iterator[Path]:
+def atomic_checkpoint(folder: Path, about: dict[str, Any], needed: int = 0) -> Iterator[Path]:
     """Write a checkpoint: into a folder beside, every file synced, then the manifest, then renamed.
 
     A process or machine that stops anywhere in it leaves what was there before. A checkpoint of the same name is
@@ -209,7 +209,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [each for _, each in sorted(found, reverse=True)]
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies.
 
     Args:

@@ -12,7 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_llava.core.errors import UserError, nearest
 from lora_llava.recipe import Recipe, load_recipe
-from lora_llava.runs.checkpoint import best_of_run, list_checkpoints, newest_whole, read_manifest
+from lora_llava.runs.checkpoint import best_of_run, list_checkpoints, newest_complete, read_manifest
 from lora_llava.runs.directory import RECIPE_FILE
 from lora_llava.runs.identity import check_identity, is_of_run
 from lora_llava.splits.split_rows import Split
@@ -75,7 +75,7 @@ def find_start(folder: Path, recipe: Recipe, accepted: Iterable[str] = (), proce
     Raises:
         UserError: Where there is none, or something changed that was not accepted.
     """
-    checkpoint, passed_over = newest_whole(folder)
+    checkpoint, passed_over = newest_complete(folder)
     if checkpoint is None:
         if passed_over:
             raise UserError(f"--resume: no checkpoint is whole ({'; '.join(passed_over)}); run with --overwrite")

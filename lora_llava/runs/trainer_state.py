@@ -10,7 +10,7 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_llava.distributed.ranks import gather
-from lora_llava.distributed.sharding import share_states
+from lora_llava.distributed.sharding import shard_states
 from lora_llava.runs.directory import write_json
 from lora_llava.runs.identity import IDENTITY_FILE
 from lora_llava.runs.state_files import load_state, random_state, save_state, set_random_state
@@ -66,7 +66,7 @@ def restore_optimizer(trainer: Trainer, folder: Path, changed: tuple[str, ...]) 
     fresh = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     rates = list(scheduler.base_lrs)
     optimizer.load_state_dict(state.pop("optimizer"))
-    share_states(optimizer)
+    shard_states(optimizer)
     scheduler.load_state_dict(state.pop("scheduler"))
     if changed:
         for group, values in zip(optimizer.param_groups, fresh, strict=True):

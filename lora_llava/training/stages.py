@@ -21,7 +21,7 @@ from lora_llava.core.errors import StoppedError, UserError
 from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.distributed.balance import deal_rows
 from lora_llava.distributed.ranks import first_alone, gather, is_first, this_rank
-from lora_llava.distributed.sharding import describe_share, is_sharded, whole_weights
+from lora_llava.distributed.sharding import describe_share, full_weights, is_sharded
 from lora_llava.evaluation.scoring import ScoreValidation
 from lora_llava.model.adapters import add_adapters, freeze_plan, trained_projector
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
@@ -40,9 +40,10 @@ from lora_llava.runs.directory import save_model, versions
 from lora_llava.runs.identity import run_identity
 from lora_llava.runs.resume import Start
 from lora_llava.splits.split_rows import Split
+from lora_llava.training.feed import Feed
 from lora_llava.training.progress import ProgressLine, peak_memory_bytes
 from lora_llava.training.start_check import check_first_batch
-from lora_llava.training.trainer import Feed, LlavaSFTTrainer
+from lora_llava.training.trainer import LlavaSFTTrainer
 from lora_llava.training.watchdog import RefuseNaN, SaveEvery, StopOnSignal, TellSpikes
 
 CHECKPOINTS = "checkpoints"
@@ -243,7 +244,7 @@ def train(
     if spikes.steps and is_first():
         print(f"the loss leapt at {len(spikes.steps)} logged steps: {', '.join(map(str, spikes.steps[:10]))}")
     seconds = trainer.seconds
-    weights = whole_weights(model)
+    weights = full_weights(model)
     first_alone(lambda: save_model(Path(recipe.output_dir), model, plan.processor, recipe, base, weights))
     trainer.join_tokens()
     return TrainResult(
@@ -299,7 +300,7 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)  # ours tells it
     trainer.on_loss = nan.losses.append
-    trainer.told_of_run = {"recipe_hash": recipe_hash(recipe), "versions": versions()}
+    trainer.manifest_entries = {"recipe_hash": recipe_hash(recipe), "versions": versions()}
     line.trainer = trainer
     for callback in scoring:
         callback.trainer = trainer

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
-from lora_llava.runs.checkpoint import MANIFEST_FILE, list_checkpoints, written_whole
+from lora_llava.runs.checkpoint import MANIFEST_FILE, atomic_checkpoint, list_checkpoints
 from lora_llava.training import finetune
 from tests.ends import act_at
 
@@ -134,7 +134,7 @@ def edited(file: Path, change: Callable[[Any], None]) -> None:
 def rewritten(checkpoint: Path, change: Callable[[Path], Any]) -> None:
     """Change a checkpoint as if it had been written so."""
     about = {"step": int(checkpoint.name.split("-")[1])}
-    with written_whole(checkpoint, about) as staging:
+    with atomic_checkpoint(checkpoint, about) as staging:
         shutil.copytree(checkpoint, staging, dirs_exist_ok=True)
         (staging / MANIFEST_FILE).unlink()
         change(staging)

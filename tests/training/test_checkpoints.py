@@ -20,12 +20,12 @@ from lora_llava.data.files.reading import file_hash
 from lora_llava.recipe import Recipe
 from lora_llava.runs.checkpoint import (
     MANIFEST_FILE,
+    atomic_checkpoint,
     find_damage,
     list_checkpoints,
-    newest_whole,
+    newest_complete,
     read_manifest,
     remove_old,
-    written_whole,
 )
 from lora_llava.runs.state_files import load_state, random_state, save_state, set_random_state
 from tests.training.small_runs import PulledPlugError, pull_plug, recipe_of, run, same, weights
@@ -35,7 +35,7 @@ from tests.training.small_runs import PulledPlugError, pull_plug, recipe_of, run
 def small(tmp_path: Path) -> Path:
     """Two small checkpoints."""
     for step in (1, 2):
-        with written_whole(tmp_path / f"checkpoint-{step}", {"step": step}) as staging:
+        with atomic_checkpoint(tmp_path / f"checkpoint-{step}", {"step": step}) as staging:
             (staging / "inner").mkdir()
             (staging / "inner" / "a.txt").write_text("some text " * step)
             (staging / "b.bin").write_bytes(bytes(range(200)))
@@ -46,7 +46,7 @@ def test_a_checkpoint_tells_what_it_holds(small: Path) -> None:
     manifest = read_manifest(small / "checkpoint-2")
     assert manifest["step"] == 2
     assert {name: told["bytes"] for name, told in manifest["files"].items()} == {"b.bin": 200, "inner/a.txt": 20}
-    assert newest_whole(small) == (small / "checkpoint-2", [])
+    assert newest_complete(small) == (small / "checkpoint-2", [])
     assert [each.name for each in list_checkpoints(small)] == ["checkpoint-2", "checkpoint-1"]
 
 
@@ -65,7 +65,7 @@ def test_no_old_one_is_removed_for_one_that_is_damaged(small: Path) -> None:
 
 def test_the_newest_and_the_best_stay(small: Path) -> None:
     for step in (3, 4):
-        with written_whole(small / f"checkpoint-{step}", {"step": step}):
+        with atomic_checkpoint(small / f"checkpoint-{step}", {"step": step}):
             pass
     (small / ".checkpoint-9.partial").mkdir()
     remove_old(small, 2, str(small / "checkpoint-1"))
@@ -76,9 +76,9 @@ def test_too_little_room_is_told_before_anything_is_written(small: Path) -> None
     with pytest.raises(
         UserError, match=r"the disk is full: .*checkpoint-3 needs 1,[\d,]{23} bytes and has [\d,]+ free"
     ):
-        with written_whole(small / "checkpoint-3", {"step": 3}, needed=10**18):
+        with atomic_checkpoint(small / "checkpoint-3", {"step": 3}, needed=10**18):
             raise AssertionError
-    assert newest_whole(small) == (small / "checkpoint-2", [])
+    assert newest_complete(small) == (small / "checkpoint-2", [])
 
 
 VALUES = st.recursive(
@@ -158,7 +158,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_resume_is_exact(
         with pytest.raises(UserError, match=r"the disk is full: .*checkpoint-4 needs") as error:
             run(recipe)
     assert "\n" not in str(error.value)
-    assert str(error.value).endswith("go on with --resume, from " + str(tmp_path / "other/checkpoints/checkpoint-2"))
+    assert str(error.value).endswith("resume with --resume, from " + str(tmp_path / "other/checkpoints/checkpoint-2"))
     told = run(recipe, resume=True)
     assert f"resume: going on from {tmp_path}/other/checkpoints/checkpoint-2 at step 2\n" in told
     assert same(weights(tmp_path / "other"), expected)
@@ -236,14 +236,14 @@ def test_one_that_the_disk_cannot_read_is_passed_over(small: Path, monkeypatch: 
         return file_hash(file)
 
     monkeypatch.setattr("lora_llava.runs.checkpoint.file_hash", unreadable)
-    found, passed_over = newest_whole(small)
+    found, passed_over = newest_complete(small)
     assert found == small / "checkpoint-1"
     assert passed_over == ["checkpoint-2: b.bin cannot be read (Input/output error)"]
 
 
 def test_a_hidden_file_of_a_desktop_is_no_damage(small: Path) -> None:
     (small / "checkpoint-2" / ".DS_Store").write_text("x")
-    assert newest_whole(small) == (small / "checkpoint-2", [])
+    assert newest_complete(small) == (small / "checkpoint-2", [])
 
 
 def test_none_is_whole_and_nothing_in_one_could_be_executed(left_at_6: tuple[Recipe, dict[str, torch.Tensor]]) -> None:

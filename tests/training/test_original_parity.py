@@ -26,8 +26,8 @@ from lora_llava.planning.run_plan import plan_run
 from lora_llava.publishing.import_llava import import_llava
 from lora_llava.recipe.io import check_recipe
 from lora_llava.splits.encoded_sources import no_progress
+from lora_llava.training.feed import Feed
 from lora_llava.training.stages import build_trained_model, build_trainer
-from lora_llava.training.trainer import Feed
 
 IMAGE_TOKENS = 16  # (56 / 14) ** 2
 STEPS, BATCH = 6, 4

@@ -22,7 +22,7 @@ from lora_llava.core.errors import StoppedError, UserError
 from lora_llava.data.images.reading import Pixels
 from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
-from lora_llava.runs.checkpoint import list_checkpoints, newest_whole
+from lora_llava.runs.checkpoint import list_checkpoints, newest_complete
 from lora_llava.training import stages
 from lora_llava.training.watchdog import PoisonedError, RefuseNaN, SaveEvery, StopOnSignal, TellSpikes
 from tests.training.small_runs import recipe_of, run, same, weights
@@ -75,7 +75,7 @@ def test_a_signal_leaves_a_checkpoint_and_no_result(
             run(recipe)
     assert error.value.exit_code == code
     assert [signal.getsignal(getattr(signal, each)) for each in ("SIGINT", "SIGTERM", "SIGHUP")] == handlers
-    assert newest_whole(checkpoints_of(recipe))[0] in [checkpoints_of(recipe) / f"checkpoint-{n}" for n in (3, 4)]
+    assert newest_complete(checkpoints_of(recipe))[0] in [checkpoints_of(recipe) / f"checkpoint-{n}" for n in (3, 4)]
     assert not {"run.json", "adapter_model.safetensors", "metrics.json"} & set(os.listdir(recipe.output_dir))
     run(recipe, resume=True)
     assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
@@ -145,7 +145,7 @@ def test_a_second_ctrl_c_ends_it_at_once_and_the_last_checkpoint_is_whole(
     act_at(monkeypatch, 3, twice)
     with pytest.raises(KeyboardInterrupt):
         run(recipe)
-    assert newest_whole(checkpoints_of(recipe)) == (checkpoints_of(recipe) / "checkpoint-2", [])
+    assert newest_complete(checkpoints_of(recipe)) == (checkpoints_of(recipe) / "checkpoint-2", [])
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_sigterm_from_outside_ends_within_a_step_and_two_seconds(
     process.join(30)
     assert process.exitcode == 143
     assert time.monotonic() - sent < 10  # the README has the figure of an idle machine
-    assert newest_whole(checkpoints_of(recipe))[1] == []
+    assert newest_complete(checkpoints_of(recipe))[1] == []
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -194,7 +194,7 @@ def test_a_poisoned_image_stops_in_its_step_and_is_named(
     assert "(train/7/image.png)" in told
     assert "the loss is not a number (NaN or infinite); the weights did not take it and nothing was saved" in told
     step = int(told.removeprefix("step ").partition(":")[0])
-    newest, passed_over = newest_whole(checkpoints_of(recipe))
+    newest, passed_over = newest_complete(checkpoints_of(recipe))
     assert passed_over == []
     if step == 1:
         assert newest is None
@@ -222,7 +222,7 @@ def test_a_gradient_that_is_no_number_stops_too(
     monkeypatch.setattr(stages, "build_trainer", build)
     with pytest.raises(PoisonedError, match="step 3: the gradient is not a number"):
         run(recipe)
-    assert newest_whole(checkpoints_of(recipe)) == (checkpoints_of(recipe) / "checkpoint-2", [])
+    assert newest_complete(checkpoints_of(recipe)) == (checkpoints_of(recipe) / "checkpoint-2", [])
 
 
 def test_a_image_that_vanishes_is_named_and_resume_is_exact(
@@ -235,7 +235,7 @@ def test_a_image_that_vanishes_is_named_and_resume_is_exact(
     with monkeypatch.context() as patch:
         act_at(patch, 3, lambda: images.rename(tmp_path / "away"))
         with pytest.raises(
-            UserError, match=r"image train/\d+/image.png is missing; go on with --resume, from .*-[34]$"
+            UserError, match=r"image train/\d+/image.png is missing; resume with --resume, from .*-[34]$"
         ):
             run(recipe)
     (tmp_path / "away").rename(images)
@@ -253,7 +253,9 @@ def test_memory_that_ends_says_what_to_change_and_leaves_a_checkpoint(
 
     with monkeypatch.context() as patch:
         act_at(patch, 4, end)
-        with pytest.raises(UserError, match=r"set training.memory_gb=.*; go on with --resume, from .*checkpoint-[34]$"):
+        with pytest.raises(
+            UserError, match=r"set training.memory_gb=.*; resume with --resume, from .*checkpoint-[34]$"
+        ):
             run(recipe)
     run(recipe, resume=True)
     assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
@@ -282,7 +284,7 @@ def test_weights_that_are_half_updated_are_not_saved(
     recipe = recipe_of(stage2_content, max_steps=4, eval_every=4, save_every=None)
     with monkeypatch.context() as patch:
         raise_in_update(patch, 3)
-        with pytest.raises(UserError, match=r"; there is no checkpoint to go on from$"):
+        with pytest.raises(UserError, match=r"; no checkpoint exists to resume from$"):
             run(recipe)
     assert list_checkpoints(checkpoints_of(recipe)) == []
     run(recipe)
