@@ -41,8 +41,9 @@ def stored(folder: Path, opened: int, rows_each: int) -> Path:
     images = drawn(folder / "drawn", opened)
     rows = [
         {"image": (images / f"{n}.png").read_bytes(), "question": f"Is it {q}?", "answer": f"{n}"}
-        for n in range(opened) for q in range(rows_each)
-    ]  # fmt: skip
+        for n in range(opened)
+        for q in range(rows_each)
+    ]
     table = datasets.Dataset.from_list([row | {"image": {"bytes": row["image"], "path": None}} for row in rows])
     table.cast_column("image", datasets.Image()).to_parquet(folder / "table.parquet")
     return folder / "table.parquet"

@@ -10,9 +10,14 @@ Rows = list[list[int]]
 
 
 def deal_rows(
-    rows: Sequence[Sequence[int]], lengths: Sequence[int], *, ranks: int, accumulation: int = 1,
-    max_tokens: int | None = None, padded: bool = False,
-) -> Rows:  # fmt: skip
+    rows: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    *,
+    ranks: int,
+    accumulation: int = 1,
+    max_tokens: int | None = None,
+    padded: bool = False,
+) -> Rows:
     """Lay the rows of each optimiser step out anew among ranks.
 
     A step keeps the samples that it has with one rank, and each rank makes as many forward passes as every other.

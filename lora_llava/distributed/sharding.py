@@ -72,8 +72,9 @@ def configure_sharding(accelerator: Any) -> None:
     if not torch.cuda.is_available():
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         AcceleratorState._shared_state |= {
-            "distributed_type": DistributedType.FSDP, "fsdp_plugin": FullyShardedDataParallelPlugin(),
-        }  # fmt: skip
+            "distributed_type": DistributedType.FSDP,
+            "fsdp_plugin": FullyShardedDataParallelPlugin(),
+        }
     computed = torch.bfloat16 if torch.cuda.is_available() else None
     policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32)
     accelerator.state.fsdp_plugin.mixed_precision_policy = policy

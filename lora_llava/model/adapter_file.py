@@ -23,11 +23,31 @@ from lora_llava.model.weights.tensor_files import lazy_file
 PEFT_PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
 _TAKEN = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode",
-    "init_lora_weights", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
-    "merge_weights", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
-    "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
-}  # fmt: skip
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "merge_weights",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
 """Settings that are kept, or say nothing about what a finished adapter computes."""
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to start that change the base's own weights; the adapter belongs to the changed base."""

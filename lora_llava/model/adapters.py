@@ -35,9 +35,15 @@ class FreezeRow:
 
 
 def lora_config(
-    *, r: int = 64, alpha: float = 16, dropout: float = 0.0, rslora: bool = False, dora: bool = False,
-    targets: Sequence[str] = (), base: str | None = None,
-) -> LoraConfig:  # fmt: skip
+    *,
+    r: int = 64,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    dora: bool = False,
+    targets: Sequence[str] = (),
+    base: str | None = None,
+) -> LoraConfig:
     """The PEFT configuration of a run.
 
     Args:
@@ -173,9 +179,12 @@ def freeze_plan(model: nn.Module) -> list[FreezeRow]:
 
 def _part_of(name: str) -> str:
     parts = {
-        "lora_": "LoRA adapters", "vision_tower": "vision tower", PROJECTOR: "projector", "embed_tokens": "embeddings",
+        "lora_": "LoRA adapters",
+        "vision_tower": "vision tower",
+        PROJECTOR: "projector",
+        "embed_tokens": "embeddings",
         "lm_head": "head",
-    }  # fmt: skip
+    }
     return next((part for key, part in parts.items() if key in name), "language model")
 
 

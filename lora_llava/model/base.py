@@ -167,9 +167,10 @@ def _all_tensors(
     config: LlavaConfig, llm: Part, vision_tower: Part, projector_file: Path | None, parts: BaseParts
 ) -> list[LazyTensor]:
     projector = (
-        fresh_projector(config, parts.seed) if projector_file is None
+        fresh_projector(config, parts.seed)
+        if projector_file is None
         else read_projector(projector_file, parts.projector_type)[0]
-    )  # fmt: skip
+    )
     _check_projector(projector, config, projector_file)
     return [
         *language_tensors(lazy_tensors(llm.folder), config),

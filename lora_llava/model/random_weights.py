@@ -15,9 +15,14 @@ _STD = 0.02
 
 
 def build_random_llava(
-    config: LlavaConfig, *, quantization: Quantization, dtype: torch.dtype, device: torch.device, seed: int = 0,
+    config: LlavaConfig,
+    *,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
     with_tower: bool = True,
-) -> LlavaForConditionalGeneration:  # fmt: skip
+) -> LlavaForConditionalGeneration:
     """Draw a model matrix by matrix: no more than one exists unquantised.
 
     Args:

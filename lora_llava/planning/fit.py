@@ -88,12 +88,18 @@ def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda:
     auto = torch.bfloat16 if cuda else torch.float32
     dtype = auto if recipe.model.dtype == "auto" else resolve_dtype(recipe.model.dtype)
     return Step(
-        config=config, quantization=recipe.model.quantization, dtype_bytes=dtype.itemsize, lora=recipe.lora,
-        optimizer_bytes=2 if "8bit" in resolve_optimizer(recipe, cuda=cuda) else 8, tokens=extremes.tokens,
-        trained_tokens=extremes.trained_tokens, images=extremes.images,
-        cached_features=recipe.training.vision_cache != "off", cuda=cuda,
+        config=config,
+        quantization=recipe.model.quantization,
+        dtype_bytes=dtype.itemsize,
+        lora=recipe.lora,
+        optimizer_bytes=2 if "8bit" in resolve_optimizer(recipe, cuda=cuda) else 8,
+        tokens=extremes.tokens,
+        trained_tokens=extremes.trained_tokens,
+        images=extremes.images,
+        cached_features=recipe.training.vision_cache != "off",
+        cuda=cuda,
         ranks=this_rank()[1] if is_sharded() else 1,
-    )  # fmt: skip
+    )
 
 
 def memory_budget(recipe: Recipe) -> tuple[int, str]:

@@ -93,7 +93,7 @@ def forecast(recipe: Recipe) -> Forecast:
     padding = max(1.0, filled / sum(lengths[i] for row in folded for i in row))
     return Forecast(
         build_step(recipe, model.config, extremes, cuda=cuda), round(scale * order.steps), tokens, padding, source
-    )  # fmt: skip
+    )
 
 
 def _rows_an_epoch(recipe: Recipe, total: int) -> int:

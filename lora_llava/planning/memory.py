@@ -72,9 +72,14 @@ class Step:
         head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
         queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
         sizes = (
-            (hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), (hidden, inner), (hidden, inner),
+            (hidden, queries),
+            (hidden, keys),
+            (hidden, keys),
+            (queries, hidden),
+            (hidden, inner),
+            (hidden, inner),
             (inner, hidden),
-        )  # fmt: skip
+        )
         return dict(zip(LINEARS, sizes, strict=True))
 
     def parts(self) -> dict[str, int]:

@@ -36,9 +36,15 @@ def print_data(plan: RunPlan, console: Console) -> None:
         dropped = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "0"
         share = f"{report.supervised_tokens:,} ({100 * report.supervised_tokens / max(1, report.tokens):.0f}%)"
         table.add_row(
-            name, f"{report.rows:,}", f"{report.used:,}", dropped, f"{report.truncated:,}", f"{report.tokens:,}", share,
+            name,
+            f"{report.rows:,}",
+            f"{report.used:,}",
+            dropped,
+            f"{report.truncated:,}",
+            f"{report.tokens:,}",
+            share,
             f"{report.longest:,}",
-        )  # fmt: skip
+        )
     console.print(table)
     _print_sources(plan, console)
     for name, split in plan.splits.items():

@@ -41,9 +41,14 @@ def exact_epochs(training: TrainingSection) -> Fraction:
 
 
 def order_rows(
-    training: TrainingSection, lengths: Sequence[int], *, seed: int, padded: bool,
-    epochs: Callable[[int], Sequence[int]] | None = None, ranks: int = 1,
-) -> RowOrder:  # fmt: skip
+    training: TrainingSection,
+    lengths: Sequence[int],
+    *,
+    seed: int,
+    padded: bool,
+    epochs: Callable[[int], Sequence[int]] | None = None,
+    ranks: int = 1,
+) -> RowOrder:
     """Lay out a run.
 
     A fraction of an epoch is that share of its rows, rounded up: 2.1 epochs of 100 rows are 210.
@@ -85,9 +90,13 @@ def order_rows(
         epoch += 1
     rows = rows if training.max_steps is None else rows[: int(wanted)]
     rows = deal_rows(
-        rows, lengths, ranks=ranks, accumulation=training.gradient_accumulation,
-        max_tokens=training.max_tokens_per_row, padded=padded,
-    )  # fmt: skip
+        rows,
+        lengths,
+        ranks=ranks,
+        accumulation=training.gradient_accumulation,
+        max_tokens=training.max_tokens_per_row,
+        padded=padded,
+    )
     steps = math.ceil(len(rows) / size)
     tokens = [sum(lengths[i] for i in row) for row in rows]
     return RowOrder(rows, steps, sum(map(len, rows)) / steps, sum(tokens) / len(rows), max(tokens))

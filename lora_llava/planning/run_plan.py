@@ -97,9 +97,17 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     except UserError as error:
         refusal = error
     return RunPlan(
-        recipe, model, tokenizer, processor, template, splits, order, step, refusal,
+        recipe,
+        model,
+        tokenizer,
+        processor,
+        template,
+        splits,
+        order,
+        step,
+        refusal,
         planned_parameters(model.config, run_lora_config(recipe)),
-    )  # fmt: skip
+    )
 
 
 def _with_test_rows(recipe: Recipe) -> Recipe:

@@ -98,10 +98,14 @@ def _full_row(step: Step, recipe: Recipe, device: torch.device) -> dict[str, Any
     labels[:, length - trained :] = 3
     ends = torch.arange(0, samples * length + 1, length, dtype=torch.int32)
     batch: dict[str, Any] = {
-        "input_ids": ids.view(1, -1), "labels": labels.view(1, -1),
+        "input_ids": ids.view(1, -1),
+        "labels": labels.view(1, -1),
         "position_ids": torch.arange(length).repeat(samples).view(1, -1),
-        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length,
-    }  # fmt: skip
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": length,
+        "max_length_k": length,
+    }
     if images:
         batch["pixel_values"] = torch.randn(images, image, step.config.vision_config.hidden_size)
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

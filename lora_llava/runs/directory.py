@@ -29,9 +29,17 @@ from lora_llava.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
 from lora_llava.recipe.places import find_inputs
 
 LIBRARIES = (
-    "torch", "transformers", "tokenizers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "pillow",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "pillow",
     "lora_llava",
-)  # fmt: skip
+)
 RECIPE_FILE, METRICS_FILE, DATA_FILE = "recipe.yaml", "metrics.json", "data.json"
 
 
@@ -151,10 +159,15 @@ def save_model(
     share(folder / ADAPTER_FILE)
     dtype = str(resolve_dtype(recipe.model.dtype)).removeprefix("torch.")
     content = {
-        "stage": recipe.stage, "base": base.as_dict(), "dtype": dtype, "recipe_hash": recipe_hash(recipe),
-        "hub_ids": hub_ids(recipe), "stage1": _stage1_of(recipe), "adapter_sha256": file_hash(folder / ADAPTER_FILE),
+        "stage": recipe.stage,
+        "base": base.as_dict(),
+        "dtype": dtype,
+        "recipe_hash": recipe_hash(recipe),
+        "hub_ids": hub_ids(recipe),
+        "stage1": _stage1_of(recipe),
+        "adapter_sha256": file_hash(folder / ADAPTER_FILE),
         "versions": versions(),
-    }  # fmt: skip
+    }
     write_json(folder / RUN_FILE, content)
 
 

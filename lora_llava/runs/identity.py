@@ -137,9 +137,12 @@ def _split_identity(split: Split, asked: bool) -> dict[str, Any]:
     uses = [split.digests.get(name, "") for index in range(len(rows)) for name in rows.image_files(index)]
     tokens = [_row_hash(split, index) for index in range(len(rows))]
     found = {
-        "source": split.fingerprint(), "tokens": _hash("".join(tokens)), "images": _hash("\n".join(uses)),
-        "row_marks": _marks(tokens), "image_marks": _marks([split.digests.get(name, "") for name in names]),
-    }  # fmt: skip
+        "source": split.fingerprint(),
+        "tokens": _hash("".join(tokens)),
+        "images": _hash("\n".join(uses)),
+        "row_marks": _marks(tokens),
+        "image_marks": _marks([split.digests.get(name, "") for name in names]),
+    }
     return found | ({"asked": _asked_hash(split)} if asked else {})
 
 
@@ -200,9 +203,7 @@ def is_of_run(checkpoint: Path, run: str) -> bool:
     return identity is not None and identity["run"] == run
 
 
-def check_identity(
-    checkpoint: Path, now: Mapping[str, Any], splits: Mapping[str, Split]
-) -> tuple[str, list[str]]:  # fmt: skip
+def check_identity(checkpoint: Path, now: Mapping[str, Any], splits: Mapping[str, Split]) -> tuple[str, list[str]]:
     """Refuse to go on from a checkpoint of something else than what stands there now.
 
     A checkpoint without identity, which versions before this one wrote, is refused too: what it was trained on cannot
@@ -278,7 +279,7 @@ def _leaves(content: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator
 
 def _split_differences(
     name: str, old: Mapping[str, Any], new: Mapping[str, Any], split: Split, same_text: bool
-) -> Iterator[str]:  # fmt: skip
+) -> Iterator[str]:
     """What is not the same in a split: its rows, else their tokens; and where the rows are the same, their images."""
     name = "training" if name == "train" else name
     other_tokens, asked = old["tokens"] != new["tokens"], ("asked" in old and "asked" in new)

@@ -17,26 +17,57 @@ from lora_llava.runs.directory import RECIPE_FILE
 from lora_llava.runs.identity import check_identity, is_of_run
 from lora_llava.splits.split_rows import Split
 
-UNTOUCHED = frozenset({
-    "output_dir", "training.report_to", "training.workers", "training.log_every", "training.save_every",
-    "training.memory_gb", "training.gradient_checkpointing",
-})  # fmt: skip
+UNTOUCHED = frozenset(
+    {
+        "output_dir",
+        "training.report_to",
+        "training.workers",
+        "training.log_every",
+        "training.save_every",
+        "training.memory_gb",
+        "training.gradient_checkpointing",
+    }
+)
 """Keys that change nothing of what is trained or asked."""
 _PLACES_OF_A_SOURCE = ("path", "file", "revision", "image_folder")
-PLACES = frozenset({
-    "model.llm", "model.llm_revision", "model.vision_tower", "model.vision_tower_revision",
-    *(f"model.start_from.{name}" for name in (
-        "stage1_run", "stage1_recipe", "projector", "projector_revision", "llava", "llava_revision",
-    )),
-    *(f"data.{name}" for name in _PLACES_OF_A_SOURCE),
-    *(f"data.{held}_source.{name}" for held in ("validation", "test") for name in _PLACES_OF_A_SOURCE),
-})  # fmt: skip
+PLACES = frozenset(
+    {
+        "model.llm",
+        "model.llm_revision",
+        "model.vision_tower",
+        "model.vision_tower_revision",
+        *(
+            f"model.start_from.{name}"
+            for name in (
+                "stage1_run",
+                "stage1_recipe",
+                "projector",
+                "projector_revision",
+                "llava",
+                "llava_revision",
+            )
+        ),
+        *(f"data.{name}" for name in _PLACES_OF_A_SOURCE),
+        *(f"data.{held}_source.{name}" for held in ("validation", "test") for name in _PLACES_OF_A_SOURCE),
+    }
+)
 """Keys that say where something is found: `identity` compares what is found there, so that it may be moved."""
-ACCEPTABLE = frozenset({
-    "training.epochs", "training.max_steps", "training.learning_rate", "training.projector_learning_rate",
-    "training.weight_decay", "training.warmup_ratio", "training.lr_scheduler", "training.max_grad_norm",
-    "training.projector_dropout", "training.eval_every", "training.vision_cache", "lora.dropout",
-})  # fmt: skip
+ACCEPTABLE = frozenset(
+    {
+        "training.epochs",
+        "training.max_steps",
+        "training.learning_rate",
+        "training.projector_learning_rate",
+        "training.weight_decay",
+        "training.warmup_ratio",
+        "training.lr_scheduler",
+        "training.max_grad_norm",
+        "training.projector_dropout",
+        "training.eval_every",
+        "training.vision_cache",
+        "lora.dropout",
+    }
+)
 """Keys that may change on the way, where the person says so, beside all of `evaluation`: with another of those, the
 table before training is asked again. All others change what a step or the model is."""
 
@@ -95,9 +126,7 @@ def find_start(folder: Path, recipe: Recipe, accepted: Iterable[str] = (), proce
     return Start(checkpoint, step, changed, tuple(told), tuple(moved_places(begun, recipe)))
 
 
-def same_run(
-    start: Start, identity: dict[str, Any], splits: Mapping[str, Split]
-) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+def same_run(start: Start, identity: dict[str, Any], splits: Mapping[str, Split]) -> tuple[dict[str, Any], list[str]]:
     """Refuse to go on with a run of other content, or without its best checkpoint.
 
     Args:

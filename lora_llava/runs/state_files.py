@@ -83,8 +83,10 @@ def _restore(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def random_state() -> dict[str, Any]:
     """Where every generator of random numbers stands: Python's, NumPy's, torch's, and CUDA's of this device."""
     state: dict[str, Any] = {
-        "python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
-    }  # fmt: skip
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state

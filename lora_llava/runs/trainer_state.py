@@ -33,10 +33,12 @@ def save_trainer_state(
     save_state(
         folder,
         {
-            "optimizer": optimizer, "scheduler": trainer.lr_scheduler.state_dict(),
-            "random": random, "counters": _counters(trainer) | {"loss": loss},
+            "optimizer": optimizer,
+            "scheduler": trainer.lr_scheduler.state_dict(),
+            "random": random,
+            "counters": _counters(trainer) | {"loss": loss},
         },
-    )  # fmt: skip
+    )
     # Without the path of the best checkpoint, which is wrong once the run is moved: its step says which one it is.
     replace(trainer.state, best_model_checkpoint=None).save_to_json(str(folder / TRAINER_STATE_NAME))
     write_json(folder / IDENTITY_FILE, trainer.identity)
@@ -44,10 +46,12 @@ def save_trainer_state(
 
 def _counters(trainer: Trainer) -> dict[str, Any]:
     return {
-        "tokens": trainer.tokens_of_all, "seconds": trainer.seconds, "total_loss": trainer._total_loss_scalar,
+        "tokens": trainer.tokens_of_all,
+        "seconds": trainer.seconds,
+        "total_loss": trainer._total_loss_scalar,
         "last_logged": trainer._globalstep_last_logged,
         "means": {mode: dict(values) for mode, values in trainer._metrics.items()},
-    }  # fmt: skip
+    }
 
 
 def restore_optimizer(trainer: Trainer, folder: Path, changed: tuple[str, ...]) -> dict[str, Any]:

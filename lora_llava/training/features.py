@@ -113,9 +113,13 @@ def _hash_split(plan: RunPlan, name: str) -> dict[str, str]:
 
     with ThreadPoolExecutor() as pool:
         digests = tqdm(
-            pool.map(digest, names), desc=f"reading images of {name}", total=len(names), unit="image", leave=False,
+            pool.map(digest, names),
+            desc=f"reading images of {name}",
+            total=len(names),
+            unit="image",
+            leave=False,
             dynamic_ncols=True,
-        )  # fmt: skip
+        )
         return dict(zip(names, digests, strict=True))
 
 

@@ -52,9 +52,14 @@ BEFORE_FILE = "before.json"
 
 
 def finetune(
-    recipe: Recipe, recipe_folder: Path, *, resume: bool = False, overwrite: bool = False,
-    accept_changes: Iterable[str] = (), console: Console,
-) -> dict[str, Any]:  # fmt: skip
+    recipe: Recipe,
+    recipe_folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    accept_changes: Iterable[str] = (),
+    console: Console,
+) -> dict[str, Any]:
     """Run a recipe, and first the Stage 1 recipe it starts from where that has no result yet.
 
     Args:
@@ -265,21 +270,25 @@ def _go_on(start: Start, identity: dict[str, Any], plan: RunPlan, console: Conso
 
 def _metrics(
     plan: RunPlan, base: Base, freeze_plan: list[dict[str, Any]], result: TrainResult, tables: dict[str, Any]
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     return {
         **tables,
         "train": result.as_dict(),
         "step": {
-            "optimizer": resolve_optimizer(plan.recipe, cuda=plan.step.cuda), "planned_bytes": plan.step.peak,
-            "checkpointed_layers": plan.step.checkpointed, "offloaded": plan.step.offloaded,
+            "optimizer": resolve_optimizer(plan.recipe, cuda=plan.step.cuda),
+            "planned_bytes": plan.step.peak,
+            "checkpointed_layers": plan.step.checkpointed,
+            "offloaded": plan.step.offloaded,
         },
         "data": {name: split.report.as_dict() for name, split in plan.splits.items()},
         "model": {
-            "base": base.as_dict(), "trained_parameters": plan.trained_parameters, "freeze_plan": freeze_plan,
+            "base": base.as_dict(),
+            "trained_parameters": plan.trained_parameters,
+            "freeze_plan": freeze_plan,
         },
         "machine": machine(),
         "versions": versions(),
-    }  # fmt: skip
+    }
 
 
 def dry_run(recipe: Recipe, recipe_folder: Path, console: Console) -> None:

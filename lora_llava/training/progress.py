@@ -37,9 +37,13 @@ class ProgressLine(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         interval = 0.2 if sys.stderr.isatty() else 15.0
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.description, unit="step", mininterval=interval,
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.description,
+            unit="step",
+            mininterval=interval,
             dynamic_ncols=True,
-        )  # fmt: skip
+        )
         if self.trainer is not None:
             self.before = self.trainer.tokens_of_all[0], self.trainer.seconds
 

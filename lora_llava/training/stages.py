@@ -92,9 +92,13 @@ def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
     """
     set_seed(recipe.seed)
     model = load_base(
-        base.name, quantization=recipe.model.quantization, dtype=recipe.model.dtype, revision=base.revision,
-        with_tower=recipe.training.vision_cache == "off", to_share=is_sharded(),
-    )  # fmt: skip
+        base.name,
+        quantization=recipe.model.quantization,
+        dtype=recipe.model.dtype,
+        revision=base.revision,
+        with_tower=recipe.training.vision_cache == "off",
+        to_share=is_sharded(),
+    )
     if is_padding_free(recipe)[0]:
         use_flash_varlen(model)
     peft_model = add_adapters(model, run_lora_config(recipe, base.name), recipe.training.projector_dropout)
@@ -193,9 +197,12 @@ def build_feeds(plan: RunPlan) -> tuple[Feed, Feed | None]:
         return feed(train, plan.order.rows), None
     training, lengths = plan.recipe.training, validation.rows.lengths.tolist()
     order = deal_rows(
-        validation_rows(training, lengths), lengths, ranks=this_rank()[1], max_tokens=training.max_tokens_per_row,
+        validation_rows(training, lengths),
+        lengths,
+        ranks=this_rank()[1],
+        max_tokens=training.max_tokens_per_row,
         padded=not padding_free,
-    )  # fmt: skip
+    )
     return feed(train, plan.order.rows), feed(validation, order)
 
 
@@ -206,7 +213,7 @@ def padded_collator(plan: RunPlan, split: Split) -> PaddedCollator:
 
 def train(
     plan: RunPlan, base: Base, model: PeftModel, start: Start | None = None, identity: dict[str, Any] | None = None
-) -> TrainResult:  # fmt: skip
+) -> TrainResult:
     """Train one stage and write its run directory.
 
     Args:
@@ -239,8 +246,9 @@ def train(
     if stop.number is not None:
         raise StoppedError(
             f"stopped at step {trainer.state.global_step} of {plan.order.steps}; a checkpoint is in "
-            f"{trainer.args.output_dir}; go on with the same command and --resume", stop.number,
-        )  # fmt: skip
+            f"{trainer.args.output_dir}; go on with the same command and --resume",
+            stop.number,
+        )
     if spikes.steps and is_first():
         print(f"the loss leapt at {len(spikes.steps)} logged steps: {', '.join(map(str, spikes.steps[:10]))}")
     seconds = trainer.seconds
@@ -248,10 +256,14 @@ def train(
     first_alone(lambda: save_model(Path(recipe.output_dir), model, plan.processor, recipe, base, weights))
     trainer.join_tokens()
     return TrainResult(
-        seconds, *trainer.tokens_of_all, peak_memory_bytes(), trainer.state.best_metric,
-        trainer.state.global_step, _curves(trainer.state.log_history, {"train": "loss", "validation": "eval_loss"}),
+        seconds,
+        *trainer.tokens_of_all,
+        peak_memory_bytes(),
+        trainer.state.best_metric,
+        trainer.state.global_step,
+        _curves(trainer.state.log_history, {"train": "loss", "validation": "eval_loss"}),
         _curves(trainer.state.log_history, {name: name for name in CURVES}),
-    )  # fmt: skip
+    )
 
 
 def _begin_sharded(plan: RunPlan, model: PeftModel, feed: Feed) -> None:

@@ -20,9 +20,13 @@ def language_model(layers: int = 2, dtype: torch.dtype = torch.bfloat16, lean_fi
     """Vicuna's proportions (11008 / 4096 = 2.6875), with PEFT's adapters as PEFT makes them."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=128, intermediate_size=344, num_hidden_layers=layers, num_attention_heads=4, vocab_size=50,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        vocab_size=50,
         attn_implementation="sdpa",
-    )  # fmt: skip
+    )
     model = LlamaModel(config).to(dtype).requires_grad_(False)
     if lean_first:
         assert make_lean(model) == 3 * layers + 1  # two norms and an MLP a layer, and the last norm

@@ -33,16 +33,30 @@ def train(folder: Path, **options: object) -> Path:
     lines = [" ".join(WORDS[i % 5 :] + WORDS[: i % 7]).replace("\n", " ") for i in range(300)]
     corpus.write_text("\n".join(lines), encoding="utf-8")
     settings = {
-        "model_type": "bpe", "vocab_size": 350, "byte_fallback": True, "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False, "split_by_whitespace": True, "allow_whitespace_only_pieces": True,
-        "split_digits": True, "minloglevel": 2, "pad_id": -1,
-    }  # fmt: skip
+        "model_type": "bpe",
+        "vocab_size": 350,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "split_by_whitespace": True,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "minloglevel": 2,
+        "pad_id": -1,
+    }
     SentencePieceTrainer.train(input=str(corpus), model_prefix=str(folder / "tokenizer"), **settings | options)
     (folder / "tokenizer.vocab").unlink()
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>",
-                    "unk_token": "<unk>"})
-    )  # fmt: skip
+        json.dumps(
+            {
+                "tokenizer_class": "LlamaTokenizer",
+                "legacy": False,
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+            }
+        )
+    )
     return folder
 
 

@@ -65,13 +65,15 @@ def content_for_ranks(parts: Path, scienceqa: Path, quantization: str = "none") 
     return {
         "stage": 2,
         "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "quantization": quantization,
+            "llm": str(parts / "llm"),
+            "vision_tower": str(parts / "vision_tower"),
+            "quantization": quantization,
             "start_from": {"untrained": True},
         },
         "lora": {"r": 4, "alpha": 8},
         "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400, "system_prompt": ""},
         "training": {"batch_size": 1, "learning_rate": 1e-3, "epochs": 0.45, "eval_every": 3, "log_every": 1},
-    }  # fmt: skip
+    }
 
 
 def one_and_two(
@@ -95,9 +97,12 @@ def one_and_two(
 
 
 def launch(
-    content: Mapping[str, Any], folder: Path, launcher: list[str], *options: str,
+    content: Mapping[str, Any],
+    folder: Path,
+    launcher: list[str],
+    *options: str,
     environment: Mapping[str, str] | None = None,
-) -> subprocess.CompletedProcess[str]:  # fmt: skip
+) -> subprocess.CompletedProcess[str]:
     """Run `scripts/finetune.py`.
 
     Args:

@@ -172,9 +172,14 @@ def left_at_6(
     stage2_content["lora"]["dropout"] = 0.1
     stage2_content["output_dir"] = str(tmp_path / "unbroken")
     settings: dict[str, Any] = {
-        "max_steps": 8, "eval_every": 8, "save_every": 2, "batch_size": 2, "gradient_accumulation": 2, "log_every": 3,
+        "max_steps": 8,
+        "eval_every": 8,
+        "save_every": 2,
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "log_every": 3,
         "projector_dropout": 0.1,
-    }  # fmt: skip
+    }
     run(recipe_of(stage2_content, **settings))
     stage2_content["output_dir"] = str(tmp_path / "run")
     recipe = recipe_of(stage2_content)

@@ -23,9 +23,13 @@ def layouts(draw: Any) -> dict[str, Any]:
     size = draw(st.integers(1, 5))
     rows = pack_samples(lengths, BUDGET) if packed else batch_samples(lengths, size)
     return {
-        "rows": rows, "lengths": lengths, "ranks": draw(st.integers(2, 5)), "accumulation": draw(st.integers(1, 3)),
-        "max_tokens": BUDGET if packed else None, "padded": False if packed else draw(st.booleans()),
-    }  # fmt: skip
+        "rows": rows,
+        "lengths": lengths,
+        "ranks": draw(st.integers(2, 5)),
+        "accumulation": draw(st.integers(1, 3)),
+        "max_tokens": BUDGET if packed else None,
+        "padded": False if packed else draw(st.booleans()),
+    }
 
 
 def steps_of(rows: list[list[int]], layout: dict[str, Any]) -> list[list[list[int]]]:
@@ -61,10 +65,16 @@ def test_no_row_is_over_its_budget_or_its_batch(layout: dict[str, Any]) -> None:
 
 
 @given(layouts())
-@example({
-    "rows": [[4, 1], [6], [3, 2], [5], [7], [0]], "lengths": [16, 23, 39, 46, 62, 86, 86, 86], "ranks": 5,
-    "accumulation": 2, "max_tokens": BUDGET, "padded": False,
-})  # fmt: skip
+@example(
+    {
+        "rows": [[4, 1], [6], [3, 2], [5], [7], [0]],
+        "lengths": [16, 23, 39, 46, 62, 86, 86, 86],
+        "ranks": 5,
+        "accumulation": 2,
+        "max_tokens": BUDGET,
+        "padded": False,
+    }
+)
 def test_no_step_waits_longer_for_its_heaviest_rank_than_undealt(layout: dict[str, Any]) -> None:
     """But for a last step where fewer passes are then without a sample, which take time too."""
     ranks, lengths = layout["ranks"], layout["lengths"]

@@ -52,8 +52,11 @@ def test_a_source_that_a_split_has_nothing_of_is_no_error(stage2_content: dict[s
     sources = [{"path": str(tmp_path / "a.csv")}, {"path": str(tmp_path / "b.csv"), "image_folder": str(images)}]
     for seed in range(4):
         stage2_content["data"] = {
-            "format": "conversations", "sources": sources, "validation_rows": 5, "max_length": 300,
-        }  # fmt: skip
+            "format": "conversations",
+            "sources": sources,
+            "validation_rows": 5,
+            "max_length": 300,
+        }
         report = check(check_recipe(stage2_content | {"seed": seed}, "test"), console=quiet())
         assert (report.errors, report.warnings) == ([], [])
 
@@ -68,19 +71,25 @@ def test_what_asks_or_shows_the_same_is_held_back_together(stage2_content: dict[
     stage2_content["evaluation"] = None
     for seed in range(5):
         stage2_content["data"] = {
-            "format": "conversations", "path": written(tmp_path / "rows.json", rows), "image_folder": str(images),
-            "validation_rows": 6, "max_length": 300,
-        }  # fmt: skip
+            "format": "conversations",
+            "path": written(tmp_path / "rows.json", rows),
+            "image_folder": str(images),
+            "validation_rows": 6,
+            "max_length": 300,
+        }
         report = check(check_recipe(stage2_content | {"seed": seed}, "test"), console=quiet())
         assert (report.errors, report.warnings) == ([], [])
 
 
 def test_a_column_of_raw_images_is_read(plan: Plan, tmp_path: Path) -> None:
     images = drawn(tmp_path / "images", 6)
-    table = pyarrow.table({
-        "image": [(images / f"{n}.png").read_bytes() for n in range(6)],
-        "question": [f"Is it {n}?" for n in range(6)], "answer": ["Yes."] * 6,
-    })  # fmt: skip
+    table = pyarrow.table(
+        {
+            "image": [(images / f"{n}.png").read_bytes() for n in range(6)],
+            "question": [f"Is it {n}?" for n in range(6)],
+            "answer": ["Yes."] * 6,
+        }
+    )
     pyarrow.parquet.write_table(table, tmp_path / "raw.parquet")
     train = plan(path=str(tmp_path / "raw.parquet")).splits["train"]
     assert [train.rows.image_files(i) for i in range(6)] == [[str(n)] for n in range(6)]
@@ -100,8 +109,11 @@ def test_held_back_rows_of_their_own_need_no_training_data(stage2_content: dict[
     held = written(tmp_path / "held.json", [asked(n) for n in range(20, 23)])
     stage2_content["evaluation"] = {"max_new_tokens": 2, "before": 0}
     stage2_content["data"] = {
-        "format": "conversations", "path": str(train), "test_source": {"path": held}, "max_length": 300,
-    }  # fmt: skip
+        "format": "conversations",
+        "path": str(train),
+        "test_source": {"path": held},
+        "max_length": 300,
+    }
     recipe = check_recipe(stage2_content, "test")
     metrics = finetune(recipe, Path(), console=quiet())
     train.unlink()
@@ -115,9 +127,11 @@ def test_held_back_rows_of_their_own_need_no_training_data(stage2_content: dict[
 def test_a_checkpoint_of_other_rows_is_not_gone_on_from(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "path": written(tmp_path / "rows.json", [asked(n) for n in range(40)]),
-        "validation_rows": 4, "max_length": 300,
-    }  # fmt: skip
+        "format": "conversations",
+        "path": written(tmp_path / "rows.json", [asked(n) for n in range(40)]),
+        "validation_rows": 4,
+        "max_length": 300,
+    }
     recipe = check_recipe(stage2_content, "test")
     finetune(recipe, Path(), console=quiet())
     (Path(recipe.output_dir) / "run.json").unlink()

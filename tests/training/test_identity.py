@@ -104,7 +104,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
         problem("test", subject="language science"),
         r"the test rows are asked or marked otherwise than when the run began; .*",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -128,9 +128,11 @@ def test_every_difference_has_its_line(own_content: Content, tmp_path: Path, mon
         run(recipe, resume=True)
     lines = str(error.value).splitlines()
     assert [" ".join(line.split()[1:5]) for line in lines] == [
-        "the language model's weights", "the image processor changed", "images of the training",
+        "the language model's weights",
+        "the image processor changed",
+        "images of the training",
         "the validation rows are",
-    ]  # fmt: skip
+    ]
     assert all(line.startswith("--resume: ") and line.endswith(", or run with --overwrite") for line in lines)
 
 
@@ -249,8 +251,9 @@ def test_settings_that_another_library_version_adds_are_no_difference() -> None:
     assert differences(before, now, {}) == []
     now["versions"] = {"transformers": "5.17"}
     assert [each.partition(":")[2].partition(";")[0] for each in differences(before, now, {})] == [
-        " b was None and is 2", " do was None and is 1",
-    ]  # fmt: skip
+        " b was None and is 2",
+        " do was None and is 1",
+    ]
 
 
 def test_another_stage_1_result_is_refused(
@@ -298,9 +301,13 @@ def own_rows(own_content: Content, tmp_path: Path) -> Content:
         edited(tmp_path / name / "rows.json", lambda rows, name=name: ask_of(rows, name))
     sources = [{"path": f"{tmp_path}/{name}/rows.json", "weight": weight} for name, weight in (("one", 1), ("two", 2))]
     own_content["data"] = {
-        "format": "conversations", "sources": sources, "validation_rows": 4, "max_length": 400, "system_prompt": "",
+        "format": "conversations",
+        "sources": sources,
+        "validation_rows": 4,
+        "max_length": 400,
+        "system_prompt": "",
         "test_source": {"path": f"{tmp_path}/test/rows.json"},
-    }  # fmt: skip
+    }
     return own_content
 
 

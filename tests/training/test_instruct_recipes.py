@@ -45,9 +45,11 @@ def small(name: str, instruct: Path, parts: Path) -> Recipe:
     ]
     recipe = load_recipe(name, [*overrides, "data.max_length=500", "data.validation_rows=8", "training.workers=0"])
     model = ModelSection(
-        llm=str(parts / "llm"), vision_tower=str(parts / "vision_tower"), start_from=StartFrom(untrained=True),
+        llm=str(parts / "llm"),
+        vision_tower=str(parts / "vision_tower"),
+        start_from=StartFrom(untrained=True),
         projector_type=recipe.model.projector_type,
-    )  # fmt: skip
+    )
     training = recipe.training.model_copy(update={"max_tokens_per_row": 1000, "epochs": 2.0})
     return recipe.model_copy(update={"model": model, "training": training})
 

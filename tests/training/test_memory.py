@@ -34,21 +34,39 @@ from tests.memory import saved_bytes
 
 SMALL = LlavaConfig(
     text_config=LlamaConfig(
-        hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4, vocab_size=500,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=500,
     ),
     vision_config=CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
     ),
-    image_token_index=499, image_seq_length=4,
-)  # fmt: skip
+    image_token_index=499,
+    image_seq_length=4,
+)
 
 
 def step_of(shape: str = "7b", **values: Any) -> Step:
     config = SMALL if shape == "small" else shape_config(shape, 0, 32000)
     defaults: dict[str, Any] = {
-        "config": config, "quantization": "nf4", "dtype_bytes": 2, "lora": LoraSection(r=16), "optimizer_bytes": 8,
-        "tokens": 3072, "trained_tokens": 1000, "images": 4, "cached_features": True, "cuda": True,
-    }  # fmt: skip
+        "config": config,
+        "quantization": "nf4",
+        "dtype_bytes": 2,
+        "lora": LoraSection(r=16),
+        "optimizer_bytes": 8,
+        "tokens": 3072,
+        "trained_tokens": 1000,
+        "images": 4,
+        "cached_features": True,
+        "cuda": True,
+    }
     return Step(**defaults | values)
 
 
@@ -163,9 +181,13 @@ def test_four_samples_of_768_tokens_are_planned_into_small_cards(shape: str, cap
 def test_more_of_anything_takes_more() -> None:
     peak = step_of().peak
     for change in (
-        {"tokens": 4096}, {"lora": LoraSection(r=64)}, {"quantization": "none"}, {"cached_features": False},
-        {"lora": LoraSection(r=16, dropout=0.1)}, {"dtype_bytes": 4},
-    ):  # fmt: skip
+        {"tokens": 4096},
+        {"lora": LoraSection(r=64)},
+        {"quantization": "none"},
+        {"cached_features": False},
+        {"lora": LoraSection(r=16, dropout=0.1)},
+        {"dtype_bytes": 4},
+    ):
         assert step_of(**change).peak > peak, change
     assert step_of(optimizer_bytes=2).peak < peak
     assert step_of(lora=None).peak < peak

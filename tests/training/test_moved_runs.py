@@ -32,11 +32,14 @@ def project(content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyP
     content |= {
         "output_dir": "~/run",
         "data": {
-            "format": "conversations", "path": "rows.json", "image_folder": "images", "validation_rows": 4,
+            "format": "conversations",
+            "path": "rows.json",
+            "image_folder": "images",
+            "validation_rows": 4,
             "max_length": 300,
         },
         "training": content["training"] | {"max_steps": 2, "eval_every": 1},
-    }  # fmt: skip
+    }
     (folder / "recipe.yaml").write_text(json.dumps(content))
     monkeypatch.chdir(folder)
     return folder

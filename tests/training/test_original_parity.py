@@ -73,9 +73,11 @@ def test_rows_have_llava_s_ids_and_labels(original: Path) -> None:
 
 def test_the_imported_model_gives_llava_s_logits_by_a_stock_processor(original: Path, tmp_path: Path) -> None:
     import_llava(
-        original / "llava15", tmp_path / "stock", vision_tower=str(original / "clip56"),
+        original / "llava15",
+        tmp_path / "stock",
+        vision_tower=str(original / "clip56"),
         console=Console(file=io.StringIO(), width=160),
-    )  # fmt: skip
+    )
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stock", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "stock", backend="pil")
     image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
@@ -98,21 +100,32 @@ def test_the_imported_model_gives_llava_s_logits_by_a_stock_processor(original: 
 
 def recipe_of(original: Path, output: Path) -> Any:
     content = {
-        "stage": 2, "output_dir": str(output),
+        "stage": 2,
+        "output_dir": str(output),
         "model": {
-            "llm": str(original / "vicuna"), "vision_tower": str(original / "clip56"), "quantization": "none",
-            "dtype": "float32", "start_from": {"projector": str(original / "mm_projector.bin")},
+            "llm": str(original / "vicuna"),
+            "vision_tower": str(original / "clip56"),
+            "quantization": "none",
+            "dtype": "float32",
+            "start_from": {"projector": str(original / "mm_projector.bin")},
         },
         "lora": {"r": 128, "alpha": 256, "dropout": 0},
         "data": {
-            "format": "conversations", "path": str(original / "rows.json"),
-            "image_folder": str(original.parent / "scienceqa_sample" / "images"), "max_length": 2048,
+            "format": "conversations",
+            "path": str(original / "rows.json"),
+            "image_folder": str(original.parent / "scienceqa_sample" / "images"),
+            "max_length": 2048,
         },
         "training": {
-            "batch_size": BATCH, "max_steps": STEPS, "learning_rate": 2e-4, "projector_learning_rate": 2e-5,
-            "warmup_ratio": 0.03, "lr_scheduler": "cosine", "log_every": 1,
+            "batch_size": BATCH,
+            "max_steps": STEPS,
+            "learning_rate": 2e-4,
+            "projector_learning_rate": 2e-5,
+            "warmup_ratio": 0.03,
+            "lr_scheduler": "cosine",
+            "log_every": 1,
         },
-    }  # fmt: skip
+    }
     return check_recipe(content, "test")
 
 

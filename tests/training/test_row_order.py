@@ -53,9 +53,20 @@ def test_a_run_is_as_many_passes_as_asked() -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "samples", "rows"),
-    [(2.1, 100, 210), (1.1, 10, 11), (0.07, 100, 7), (0.29, 100, 29), (3.3, 10, 33), (0.45, 20, 9), (4.35, 100, 435),
-     (2.11, 100, 211), (0.001, 10, 1), (3.0, 7, 21), (1e-7, 10, 1)],
-)  # fmt: skip
+    [
+        (2.1, 100, 210),
+        (1.1, 10, 11),
+        (0.07, 100, 7),
+        (0.29, 100, 29),
+        (3.3, 10, 33),
+        (0.45, 20, 9),
+        (4.35, 100, 435),
+        (2.11, 100, 211),
+        (0.001, 10, 1),
+        (3.0, 7, 21),
+        (1e-7, 10, 1),
+    ],
+)
 def test_a_fraction_of_an_epoch_is_that_share_of_its_rows(epochs: float, samples: int, rows: int) -> None:
     order = order_rows(section(epochs=epochs), [10] * samples, seed=0, padded=False)
     assert sum(map(len, order.rows)) == rows

@@ -76,14 +76,16 @@ REFUSED = {
     "answers": ({}, {"evaluation": {}}, "evaluation: answers need the whole model on one GPU"),
     "offload": ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "FSDP's offload of parameters has not been tried here"),
     "recompute": (
-        {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {},
+        {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+        {},
         "leave --fsdp_activation_checkpointing out; training.gradient_checkpointing does it",
     ),
     "paged": (
-        {}, {"training": {"learning_rate": 1e-3, "optimizer": "paged_adamw_8bit"}},
+        {},
+        {"training": {"learning_rate": 1e-3, "optimizer": "paged_adamw_8bit"}},
         "training.optimizer: paged_adamw_8bit cannot step shares of weights; set adamw_torch, or auto",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -133,9 +133,12 @@ def test_exported_processor_gives_the_trained_prompt(trained: Any, stage2: Recip
     text = conversation.turns[0].text.removeprefix("<image>\n")
     parts = [{"type": "image", "image": image}, {"type": "text", "text": text}]
     batch = processor.apply_chat_template(
-        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        [{"role": "user", "content": parts}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
         return_tensors="pt",
-    )  # fmt: skip
+    )
     prompt = batch["input_ids"][0].tolist()
     labels = split.rows[row]["labels"]
     assert split.rows[row]["input_ids"][: len(prompt)] == prompt
@@ -149,9 +152,14 @@ def test_two_learning_rates_and_decay_of_matrices_alone(stage2_content: dict[str
     plan = plan_run(recipe)
     model = build_trained_model(recipe, prepare_base(recipe.model, 0))
     trainer = LlavaSFTTrainer(
-        model, training_arguments(recipe, 4, False), train=build_feeds(plan)[0], validation=None,
-        processor=plan.processor, projector_learning_rate=1e-4, callbacks=[],
-    )  # fmt: skip
+        model,
+        training_arguments(recipe, 4, False),
+        train=build_feeds(plan)[0],
+        validation=None,
+        processor=plan.processor,
+        projector_learning_rate=1e-4,
+        callbacks=[],
+    )
     groups = [(g["lr"], g["weight_decay"], len(g["params"])) for g in trainer.create_optimizer().param_groups]
     assert sorted(groups) == [(1e-4, 0.0, 2), (1e-4, 0.1, 2), (5e-3, 0.1, 2 * 7 * 2)]
 

@@ -22,10 +22,18 @@ IMPLEMENTATION = "varlen"
 
 
 def flash_varlen_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, *, scaling: float | None = None, dropout: float = 0.0,
-    cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **kwargs: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """Causal attention within the samples of a row; without `cu_seq_lens_q`, transformers' SDPA.
 
     Args:
@@ -46,7 +54,7 @@ def flash_varlen_attention(
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )  # fmt: skip
+        )
     if not query.is_cuda:
         return _by_segment(query, key, value, cu_seq_lens_q, scaling, dropout), None
     longest = int(max_length_q or torch.diff(cu_seq_lens_q).max())
@@ -80,19 +88,28 @@ def _varlen_options(function: Any, key: torch.Tensor, query: torch.Tensor) -> di
 
 
 def _by_segment(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor, scaling: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    scaling: float | None,
     dropout: float,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """One SDPA for each sample: exact, and far cheaper than one dense mask over the row."""
     ends = cu_seq_lens.tolist()
     grouped = key.shape[1] != query.shape[1]
     parts = [
         F.scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], dropout_p=dropout, is_causal=True,
-            scale=scaling, enable_gqa=grouped,
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=grouped,
         )
         for start, end in itertools.pairwise(ends)
-    ]  # fmt: skip
+    ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 

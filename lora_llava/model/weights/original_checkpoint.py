@@ -240,9 +240,12 @@ def read_lora(folder: Path, original: OriginalConfig, layers: int) -> OriginalLo
         raise UserError(f"{folder}/{OTHER_FILE} holds no projector; it is not a whole LLaVA adapter")
     tensors += [replace(tensor, name=f"base_model.model.model.{tensor.name}") for tensor in projector]
     chosen = {
-        "r": settings["r"], "alpha": settings["lora_alpha"], "dropout": settings.get("lora_dropout", 0.0),
-        "rslora": settings.get("use_rslora", False), "dora": settings.get("use_dora", False),
-    }  # fmt: skip
+        "r": settings["r"],
+        "alpha": settings["lora_alpha"],
+        "dropout": settings.get("lora_dropout", 0.0),
+        "rslora": settings.get("use_rslora", False),
+        "dora": settings.get("use_dora", False),
+    }
     return OriginalLora(tensors, targets, chosen, settings.get("base_model_name_or_path", ""))
 
 

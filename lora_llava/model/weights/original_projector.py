@@ -19,10 +19,12 @@ _FIELD = "start_from.projector"
 _NAMES = {
     "linear": {"weight": "linear_1.weight", "bias": "linear_1.bias"},
     "mlp2x_gelu": {
-        "0.weight": "linear_1.weight", "0.bias": "linear_1.bias",
-        "2.weight": "linear_2.weight", "2.bias": "linear_2.bias",
+        "0.weight": "linear_1.weight",
+        "0.bias": "linear_1.bias",
+        "2.weight": "linear_2.weight",
+        "2.bias": "linear_2.bias",
     },
-}  # fmt: skip
+}
 """From LLaVA's names (llava/model/multimodal_projector/builder.py) to transformers'."""
 
 

@@ -141,9 +141,7 @@ def write_checkpoint(
         for shard, file in zip(shards, files, strict=True):
             write_file(shard, file, dtype, lambda tensor: bar.update(_bytes(tensor, dtype)) and None)
     if len(shards) > 1:
-        weight_map = {
-            tensor.name: file.name for shard, file in zip(shards, files, strict=True) for tensor in shard
-        }  # fmt: skip
+        weight_map = {tensor.name: file.name for shard, file in zip(shards, files, strict=True) for tensor in shard}
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
     return files
@@ -176,9 +174,11 @@ def _shard_name(index: int, count: int) -> str:
 
 
 def write_file(
-    tensors: Sequence[LazyTensor], file: Path, dtype: torch.dtype,
+    tensors: Sequence[LazyTensor],
+    file: Path,
+    dtype: torch.dtype,
     progress: Callable[[LazyTensor], None] = lambda tensor: None,
-) -> None:  # fmt: skip
+) -> None:
     """Write one safetensors file.
 
     Args:
