@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lora_llava.data.packing import pack_samples
-from lora_llava.distributed.balance import deal_rows, rank_tokens
+from lora_llava.distributed.balance import distribute_rows, rank_tokens
 from lora_llava.planning.row_order import batch_samples
 
 BUDGET = 100
@@ -39,14 +39,14 @@ def steps_of(rows: list[list[int]], layout: dict[str, Any]) -> list[list[list[in
 
 @given(layouts())
 def test_every_step_has_the_samples_of_one_rank_each_once(layout: dict[str, Any]) -> None:
-    before, after = steps_of(layout["rows"], layout), steps_of(deal_rows(**layout), layout)
+    before, after = steps_of(layout["rows"], layout), steps_of(distribute_rows(**layout), layout)
     flat = [[sorted(i for row in step for i in row) for step in steps] for steps in (before, after)]
     assert flat[0] == flat[1]
 
 
 @given(layouts())
 def test_ranks_make_as_many_passes_and_only_the_last_step_has_empty_ones(layout: dict[str, Any]) -> None:
-    steps = steps_of(deal_rows(**layout), layout)
+    steps = steps_of(distribute_rows(**layout), layout)
     assert [len(step) for step in steps[:-1]] == [layout["ranks"] * layout["accumulation"]] * (len(steps) - 1)
     assert len(steps[-1]) % layout["ranks"] == 0
     assert all(row for step in steps[:-1] for row in step)
@@ -57,7 +57,7 @@ def test_ranks_make_as_many_passes_and_only_the_last_step_has_empty_ones(layout:
 
 @given(layouts())
 def test_no_row_is_over_its_budget_or_its_batch(layout: dict[str, Any]) -> None:
-    for row in deal_rows(**layout):
+    for row in distribute_rows(**layout):
         if layout["max_tokens"] is not None:
             assert sum(layout["lengths"][i] for i in row) <= BUDGET
         else:
@@ -78,7 +78,7 @@ def test_no_row_is_over_its_budget_or_its_batch(layout: dict[str, Any]) -> None:
 def test_no_step_waits_longer_for_its_heaviest_rank_than_undealt(layout: dict[str, Any]) -> None:
     """But for a last step where fewer passes are then without a sample, which take time too."""
     ranks, lengths = layout["ranks"], layout["lengths"]
-    before, after = steps_of(layout["rows"], layout), steps_of(deal_rows(**layout), layout)
+    before, after = steps_of(layout["rows"], layout), steps_of(distribute_rows(**layout), layout)
     for old, new in zip(before, after, strict=True):
         lacking = len(new) - len(old) + old.count([])
         heaviest = max(rank_tokens(new, lengths, ranks)), max(rank_tokens(old, lengths, ranks))
@@ -89,41 +89,41 @@ def test_no_step_waits_longer_for_its_heaviest_rank_than_undealt(layout: dict[st
 
 @given(layouts())
 def test_dealing_is_a_function_of_its_arguments(layout: dict[str, Any]) -> None:
-    assert deal_rows(**layout) == deal_rows(**layout)
+    assert distribute_rows(**layout) == distribute_rows(**layout)
 
 
 @given(layouts())
 def test_one_rank_keeps_its_rows(layout: dict[str, Any]) -> None:
-    assert deal_rows(**layout | {"ranks": 1}) == layout["rows"]
+    assert distribute_rows(**layout | {"ranks": 1}) == layout["rows"]
 
 
 def test_uneven_rows_are_packed_anew() -> None:
     lengths = [50, 30, 20, 60]
-    assert deal_rows([[0, 1, 2], [3]], lengths, ranks=2, max_tokens=100) == [[3, 2], [0, 1]]
+    assert distribute_rows([[0, 1, 2], [3]], lengths, ranks=2, max_tokens=100) == [[3, 2], [0, 1]]
 
 
 def test_full_rows_stay_within_their_budget() -> None:
     lengths = [5, 5, 4, 3, 3] * 2
-    dealt = deal_rows([[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]], lengths, ranks=2, accumulation=2, max_tokens=10)
+    dealt = distribute_rows([[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]], lengths, ranks=2, accumulation=2, max_tokens=10)
     assert [sum(lengths[i] for i in row) for row in dealt] == [10] * 4
 
 
 def test_a_full_batch_takes_no_more() -> None:
-    assert [len(row) for row in deal_rows([[0, 1], [2, 3]], [9, 2, 3, 3], ranks=2)] == [2, 2]
+    assert [len(row) for row in distribute_rows([[0, 1], [2, 3]], [9, 2, 3, 3], ranks=2)] == [2, 2]
 
 
 def test_what_is_even_already_is_kept() -> None:
-    dealt = deal_rows([[0, 1], [2, 3, 4]], [5, 5, 4, 3, 3], ranks=2, padded=True)
+    dealt = distribute_rows([[0, 1], [2, 3, 4]], [5, 5, 4, 3, 3], ranks=2, padded=True)
     assert rank_tokens(dealt, [5, 5, 4, 3, 3], 2) == [10, 10]
 
 
 def test_a_step_with_fewer_samples_than_ranks_leaves_some_empty() -> None:
-    assert deal_rows([[0, 1]], [5, 5], ranks=3, max_tokens=10) == [[0], [1], []]
+    assert distribute_rows([[0, 1]], [5, 5], ranks=3, max_tokens=10) == [[0], [1], []]
 
 
 def test_padded_batches_of_a_rank_hold_like_lengths() -> None:
     lengths = [10, 1, 9, 2, 10, 1, 9, 2]
-    dealt = deal_rows([[0, 1], [2, 3], [4, 5], [6, 7]], lengths, ranks=2, accumulation=2, padded=True)
+    dealt = distribute_rows([[0, 1], [2, 3], [4, 5], [6, 7]], lengths, ranks=2, accumulation=2, padded=True)
     assert rank_tokens(dealt, lengths, 2) == [22, 22]
     assert [[lengths[i] for i in row] for row in dealt] == [[10, 9], [10, 9], [2, 1], [2, 1]]
 
@@ -133,7 +133,7 @@ def test_scienceqa_like_rows_are_even_within_three_percent(budget: int) -> None:
     drawn = random.Random(0)
     lengths = [int(drawn.lognormvariate(5.5, 0.6)) % 900 + 30 + 576 * (drawn.random() < 0.49) for _ in range(2000)]
     rows = pack_samples(lengths, budget)
-    dealt = deal_rows(rows, lengths, ranks=8, max_tokens=budget)
+    dealt = distribute_rows(rows, lengths, ranks=8, max_tokens=budget)
     steps = [dealt[start : start + 8] for start in range(0, len(dealt) - 8, 8)]
     shares = [rank_tokens(step, lengths, 8) for step in steps]
     assert max(max(share) / (sum(share) / 8) for share in shares) <= 1.03

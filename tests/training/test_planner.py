@@ -21,7 +21,7 @@ from lora_llava.planning.fit import (
     Extremes,
     build_step,
     choose_checkpointing,
-    device_in_words,
+    describe_device,
     leaner_steps,
     measure_rows,
     resolve_optimizer,
@@ -129,11 +129,11 @@ def test_the_optimizer_goes_by_rank_and_device() -> None:
 
 
 def test_a_card_without_a_cuda_build_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert device_in_words() == "no GPU: it would run on the CPU"
+    assert describe_device() == "no GPU: it would run on the CPU"
     monkeypatch.setattr(planner.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    assert device_in_words().startswith("CUDA card present, but this torch is the CPU build; install")
+    assert describe_device().startswith("CUDA card present, but this torch is the CPU build; install")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert device_in_words().startswith("CUDA card present, but torch cannot use it")
+    assert describe_device().startswith("CUDA card present, but torch cannot use it")
 
 
 def test_published_rates_are_scaled_by_size() -> None:

@@ -24,7 +24,7 @@ from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.checkpoint import list_checkpoints, newest_complete
 from lora_llava.training import stages
-from lora_llava.training.watchdog import PoisonedError, RefuseNaN, SaveEvery, StopOnSignal, TellSpikes
+from lora_llava.training.watchdog import PoisonedError, RefuseNaN, SaveEvery, StopOnSignal, WarnOfSpikes
 from tests.training.small_runs import recipe_of, run, same, weights
 
 
@@ -346,7 +346,7 @@ def test_a_worker_that_is_killed_is_told_and_resume_is_exact(stage2_content: dic
 
 
 def test_a_loss_that_leaps_is_told_of_and_training_goes_on() -> None:
-    watch, state = TellSpikes(), TrainerState()
+    watch, state = WarnOfSpikes(), TrainerState()
     for step in range(1, 31):
         state.global_step = step
         watch.on_log(None, state, TrainerControl(), {"loss": 9.1 if step == 25 else 3.0})
