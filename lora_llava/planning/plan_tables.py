@@ -50,9 +50,9 @@ def print_data(plan: RunPlan, console: Console) -> None:
     for name, split in plan.splits.items():
         for line in _reading(name, split):
             console.print(line, soft_wrap=True, markup=False)
-        mended = ", ".join(f"{count:,} {what}" for what, count in split.report.mended.items())
-        if mended:
-            console.print(f"{name}: mended while reading: {mended}; `lora-llava check` names the rows", soft_wrap=True)
+        fixes = ", ".join(f"{count:,} {what}" for what, count in split.report.mended.items())
+        if fixes:
+            console.print(f"{name}: fixed while reading: {fixes}; `lora-llava check` names the rows", soft_wrap=True)
     console.print(_steps(plan))
 
 

@@ -105,7 +105,7 @@ def test_a_published_projector_is_planned_without_fetching_it(hub: dict[str, str
 def test_a_repository_that_is_not_there_is_one_line(hub: dict[str, str]) -> None:
     code = "try: load_part('vicuna/huge', None, 'llm')\nexcept UserError as error: print(error)"
     told = in_process(code, hub)
-    assert told.startswith("model.llm: vicuna/huge is neither a folder nor to be had from the Hub")
+    assert told.startswith("model.llm: vicuna/huge is neither a folder nor available from the Hub")
     assert "\n" not in told
 
 
@@ -126,5 +126,5 @@ def test_revision_of_a_folder_is_its_content(parts: Path, tmp_path: Path) -> Non
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         plan_download(str(tmp_path), None, "llm")

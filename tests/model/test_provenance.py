@@ -106,7 +106,7 @@ def test_an_assembled_base_that_is_gone_is_assembled_again(base: Any, monkeypatc
     assert folder.is_relative_to(tmp_path / "cache")
     assert component_hashes(folder) == recorded["hashes"]
     recorded["parts"]["llm_revision"] = "0" * 64
-    with pytest.raises(UserError, match=r"which is gone, and .* is not what it was"):
+    with pytest.raises(UserError, match=r"which is missing, and .* has changed"):
         locate_base(recorded, Path("run"))
     recorded["parts"] = None
     with pytest.raises(UserError, match="which is gone; put it back there, or train again"):

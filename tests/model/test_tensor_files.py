@@ -53,10 +53,12 @@ def test_a_file_cut_short_is_told_in_one_line(left: int, tmp_path: Path) -> None
     save_file(drawn((8, 8)), tmp_path / "model.safetensors")
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[:left])
-    with pytest.raises(UserError, match=r"model\.safetensors is cut short or damaged .*; fetch it or write it again"):
+    with pytest.raises(
+        UserError, match=r"model\.safetensors is truncated or damaged .*; download it or write it again"
+    ):
         lazy_tensors(tmp_path)
 
 
 def test_a_tensor_of_another_shape_than_said_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"tensor\.0 has shape \(2,\), said \(3,\)"):
+    with pytest.raises(RuntimeError, match=r"tensor\.0 has shape \(2,\), not \(3,\)"):
         write_checkpoint([LazyTensor("tensor.0", (3,), lambda: torch.zeros(2))], tmp_path, torch.float32)

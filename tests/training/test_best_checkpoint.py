@@ -56,7 +56,7 @@ def spoilt(folder: Path) -> str:
 
 def of_another_run(folder: Path) -> str:
     rewritten(folder, lambda each: edited(each / IDENTITY_FILE, lambda content: content.update(run="another")))
-    return "is another run's"
+    return "belongs to another run"
 
 
 @pytest.mark.parametrize("change", [lost, spoilt, of_another_run])

@@ -53,12 +53,12 @@ def test_a_checkpoint_tells_what_it_holds(small: Path) -> None:
 def test_every_damage_is_seen_and_the_one_before_taken(small: Path) -> None:
     assert damaged_silently(small) == (12, [])
     (small / "checkpoint-2" / MANIFEST_FILE).write_text("[" * 100_000)
-    assert find_damage(small / "checkpoint-2") == "manifest.json is not as it was written"
+    assert find_damage(small / "checkpoint-2") == "manifest.json has changed since it was written"
 
 
 def test_no_old_one_is_removed_for_one_that_is_damaged(small: Path) -> None:
     flipped(small / "checkpoint-2" / "b.bin")
-    with pytest.raises(UserError, match=r"checkpoint-2 was not written well \(b.bin is not as it was written\)"):
+    with pytest.raises(UserError, match=r"checkpoint-2 is damaged \(b.bin has changed since it was written\)"):
         remove_old(small, 1, None)
     assert len(list_checkpoints(small)) == 2
 
@@ -110,7 +110,7 @@ def test_tensors_and_random_numbers_come_back(tmp_path: Path) -> None:
     assert found["tensors"][0].dtype == torch.bfloat16
     assert torch.equal(found["tensors"][0], tensors[0])  # type: ignore[arg-type]
     assert torch.equal(found["tensors"]["a"][0], tensors["a"][0])
-    with pytest.raises(TypeError, match="holds a set"):
+    with pytest.raises(TypeError, match="contains a set"):
         save_state(tmp_path, {"a": {1}})
     (tmp_path / "state.json").write_text('{"dict": [["a", {"tensor": "99"}]]}')
     with pytest.raises(UserError, match="cannot be read"):
@@ -160,7 +160,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_resume_is_exact(
     assert "\n" not in str(error.value)
     assert str(error.value).endswith("resume with --resume, from " + str(tmp_path / "other/checkpoints/checkpoint-2"))
     told = run(recipe, resume=True)
-    assert f"resume: going on from {tmp_path}/other/checkpoints/checkpoint-2 at step 2\n" in told
+    assert f"resume: from {tmp_path}/other/checkpoints/checkpoint-2 at step 2\n" in told
     assert same(weights(tmp_path / "other"), expected)
 
 
@@ -214,9 +214,7 @@ def test_every_damage_to_a_real_checkpoint_is_seen(left_at_6: tuple[Recipe, dict
     assert tried > 40
     (checkpoints / "checkpoint-6" / "state.safetensors").unlink()
     told = run(recipe, resume=True)
-    assert (
-        "resume: passed over checkpoint-6: state.safetensors is missing; it is kept as damaged-checkpoint-6\n" in told
-    )
+    assert "resume: skipped checkpoint-6: state.safetensors is missing; it is kept as damaged-checkpoint-6\n" in told
     assert (checkpoints / "damaged-checkpoint-6").is_dir()
     assert same(weights(Path(recipe.output_dir)), expected)
 
@@ -257,6 +255,6 @@ def test_none_is_whole_and_nothing_in_one_could_be_executed(left_at_6: tuple[Rec
     assert {file.suffix for file in found[0].iterdir()} == {".safetensors", ".json", ".jinja", ".yaml"}
     for each in found:
         (each / MANIFEST_FILE).unlink()
-    told = r"no checkpoint is whole \(checkpoint-6: has no manifest.json; checkpoint-4: has no manifest.json\)"
+    told = r"no checkpoint is complete \(checkpoint-6: has no manifest.json; checkpoint-4: has no manifest.json\)"
     with pytest.raises(UserError, match=told):
         run(recipe, resume=True)

@@ -127,7 +127,7 @@ def test_a_cache_of_another_tower_is_not_taken(content: dict[str, Any]) -> None:
     index = json.loads((own / "index.json").read_text())
     index["key"]["tower"] = "another"
     (own / "index.json").write_text(json.dumps(index))
-    assert "holds another tower's or another preprocessing's features: encoded again" in cached(content)[2]
+    assert "has features of another tower or preprocessing: all images are encoded again" in cached(content)[2]
     content["data"]["image_aspect"] = "crop"  # another preprocessing is another folder
     cached(content)
     assert len({file.parent for file in shards()}) == 2

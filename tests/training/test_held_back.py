@@ -139,6 +139,6 @@ def test_a_checkpoint_of_other_rows_is_not_gone_on_from(stage2_content: dict[str
     other = check_recipe(stage2_content, "test")
     start_run(Path(other.output_dir), other, {"train": "begun anew, and killed"})
     with pytest.raises(
-        UserError, match=r"--resume: the recipe is not that of step 4: data.validation_rows was 4 and is 9"
+        UserError, match=r"--resume: the recipe differs from that of step 4: data.validation_rows was 4 and is 9"
     ):
         finetune(other, Path(), resume=True, console=quiet())

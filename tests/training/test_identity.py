@@ -68,7 +68,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "language model": (
         lambda folder: other_weights(folder / LLM, "model.norm.weight"),
         r"the language model's weights changed since the run began \(SHA-256 [0-9a-f]{12} then, [0-9a-f]{12} now\); "
-        r"put back the weights that it began with, or run with --overwrite",
+        r"restore the weights that it began with, or run with --overwrite",
     ),
     "vision tower": (
         lambda folder: other_weights(folder / TOWER, "pre_layrnorm.weight"),
@@ -78,7 +78,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: edited(folder / "parts/llm/config.json", lambda each: each.update(rms_norm_eps=1e-3)),
         r"the model's config.json changed since the run began: text_config.rms_norm_eps was 1e-06 and is 0.001; put .*",
     ),
-    "tokenizer": (swapped_merges, r"the tokenizer changed since the run began \(.*\); put back the tokenizer .*"),
+    "tokenizer": (swapped_merges, r"the tokenizer changed since the run began \(.*\); restore the tokenizer .*"),
     "image processor": (
         lambda folder: edited(
             folder / "parts/vision_tower/preprocessor_config.json", lambda each: each.update(image_mean=[0.4, 0.5, 0.5])
@@ -94,15 +94,15 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "test image": (repainted("test"), r"images of the test rows changed .*: 1 of 3, the first is test/.*"),
     "training row": (
         problem("train", solution="Look."),
-        r"the training rows are not those that the run began with: 1 of 24, the first is row 1; put them back, .*",
+        r"the training rows are not those that the run began with: 1 of 24, the first is row 1; restore them, .*",
     ),
     "validation row": (
         problem("val", hint="Look."),
-        r"the validation rows are not those .*: 1 of 6, the first is row 25; put them back, .*",
+        r"the validation rows are not those .*: 1 of 6, the first is row 25; restore them, .*",
     ),
     "what marks a test row": (
         problem("test", subject="language science"),
-        r"the test rows are asked or marked otherwise than when the run began; .*",
+        r"the test rows are evaluated in another way than when the run began; .*",
     ),
 }
 
@@ -182,12 +182,12 @@ def test_other_settings_of_the_evaluation_are_refused_or_both_tables_are_asked_b
     own_content["evaluation"] |= {"max_new_tokens": 3, "before": 4, "after": 4}
     with pytest.raises(
         UserError,
-        match=r"the recipe is not that of step 4: evaluation.after was 2 and is 4; evaluation.before was 2 and is 4; "
-        r"evaluation.max_new_tokens was 2 and is 3; take that back, or --accept-changes evaluation$",
+        match=r"the recipe differs from that of step 4: evaluation.after was 2 and is 4; evaluation.before was 2 and is 4; "
+        r"evaluation.max_new_tokens was 2 and is 3; undo that, or --accept-changes evaluation$",
     ):
         run(check_recipe(own_content, "test"), resume=True)
     told = run(check_recipe(own_content, "test"), resume=True, accept_changes=["evaluation"])
-    assert "the table before training was asked in another way; it is asked again\n" in told
+    assert "the settings of the evaluation changed; the table before training is computed again\n" in told
     for when in ("before", "after"):
         assert len((folder / f"predictions_{when}.jsonl").read_text().splitlines()) == 4
 
@@ -322,7 +322,7 @@ def test_files_that_say_the_same_elsewhere_and_in_another_layout_are_the_same(
     for source in (*own_rows["data"]["sources"], own_rows["data"]["test_source"]):
         source["path"] = source["path"].replace(str(tmp_path), f"{tmp_path}/moved")
     told = run(check_recipe(own_rows, "test"), resume=True)
-    assert "resume: data.sources are elsewhere than before, with the same content\n" in told
+    assert "resume: the paths of data.sources changed, with the same content\n" in told
     assert "resume: data.test_source.path was " in told
     assert "asked again" not in told
 
@@ -343,8 +343,8 @@ def other_answer(rows: Any) -> None:
             other_answer,
             r"the (training|validation) rows are not those .*, the first is row r3; put .*",
         ),
-        ("test", other_answer, r"the test rows are not those .*: 1 of 12, the first is row r3; put them back, .*"),
-        ("test", other_type, r"the test rows are asked or marked otherwise than when the run began; .*"),
+        ("test", other_answer, r"the test rows are not those .*: 1 of 12, the first is row r3; restore them, .*"),
+        ("test", other_type, r"the test rows are evaluated in another way than when the run began; .*"),
     ],
 )
 def test_a_row_of_ones_own_that_changed_is_named(

@@ -218,7 +218,7 @@ def test_every_key_of_a_recipe_for_one_s_own_data_has_a_comment(template: str) -
 
 def test_what_init_cannot_understand_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="the folder .* does not exist"):
         understand_folder(folder)
     image(folder / "a.png")
     with pytest.raises(UserError, match="holds no table and no JSON; put a CSV into it"):

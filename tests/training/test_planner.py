@@ -38,7 +38,7 @@ from lora_llava.training.finetune import dry_run, finetune
 
 def samples() -> Any:
     lengths, trained, images = (np.array(column) for column in zip((10, 4, 1), (20, 2, 0), (7, 7, 2), strict=True))
-    return SimpleNamespace(lengths=lengths, supervised=trained, images=lambda: images)
+    return SimpleNamespace(lengths=lengths, supervised=trained, image_counts=lambda: images)
 
 
 def test_the_heaviest_row_is_found() -> None:
@@ -72,18 +72,14 @@ def test_true_and_false_are_obeyed_and_refused_where_they_do_not_fit() -> None:
     recipe = changed("scienceqa_qlora.yaml", training__gradient_checkpointing=True, training__memory_gb=24.0)
     assert choose_checkpointing(recipe, planned(recipe)).checkpointed == 32
     recipe = changed("scienceqa_qlora.yaml", training__gradient_checkpointing=False, training__memory_gb=16.0)
-    told = (
-        r"a step needs \d+\.\d GiB or more, and 16.0 GiB are there \(training.memory_gb 16 GiB\); set training.gradient"
-    )
+    told = r"a step needs \d+\.\d GiB or more, and 16.0 GiB are available \(training.memory_gb 16 GiB\); set training.gradient"
     with pytest.raises(UserError, match=told):
         choose_checkpointing(recipe, planned(recipe))
 
 
 def test_a_budget_nothing_fits_in_names_the_smallest_that_does() -> None:
     recipe = changed("scienceqa_qlora.yaml", training__memory_gb=4.0)
-    told = (
-        r"a step needs \d\.\d GiB or more, and 4.0 GiB are there .*; no setting of this recipe fits there: take a small"
-    )
+    told = r"a step needs \d\.\d GiB or more, and 4.0 GiB are available .*; no setting of this recipe fits: use a small"
     with pytest.raises(UserError, match=told):
         choose_checkpointing(recipe, planned(recipe))
 
@@ -129,7 +125,7 @@ def test_the_optimizer_goes_by_rank_and_device() -> None:
 
 
 def test_a_card_without_a_cuda_build_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert describe_device() == "no GPU: it would run on the CPU"
+    assert describe_device() == "no GPU: training would run on the CPU"
     monkeypatch.setattr(planner.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     assert describe_device().startswith("CUDA card present, but this torch is the CPU build; install")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -174,7 +170,7 @@ def test_a_plan_without_its_data_says_so(stage2_content: dict[str, Any], tmp_pat
     stage2_content["data"]["path"] = str(tmp_path / "nowhere")
     stream = io.StringIO()
     print_forecast(check_recipe(stage2_content, "test"), Console(file=stream, width=300))
-    assert "data not at hand" in stream.getvalue()
+    assert "data not available" in stream.getvalue()
     assert "time: not known without the data" in stream.getvalue()
 
 
@@ -182,13 +178,13 @@ def test_a_plan_that_cannot_run_here_is_refused_after_its_table(stage2_content: 
     stage2_content["training"]["memory_gb"] = 0.2
     recipe = check_recipe(stage2_content, "test")
     stream = io.StringIO()
-    with pytest.raises(UserError, match=r"a step needs 0\.\d GiB or more, and 0.2 GiB are there"):
+    with pytest.raises(UserError, match=r"a step needs 0\.\d GiB or more, and 0.2 GiB are available"):
         print_forecast(recipe, Console(file=stream, width=160))
     assert "peak" in stream.getvalue()
-    assert "and 0.2 GiB are there (training.memory_gb 0.2 GiB)" in str(plan_run(recipe).refusal)
+    assert "and 0.2 GiB are available (training.memory_gb 0.2 GiB)" in str(plan_run(recipe).refusal)
     for run in (finetune, dry_run):
         stream = io.StringIO()
-        with pytest.raises(UserError, match=r"and 0.2 GiB are there \(training.memory_gb 0.2 GiB\)"):
+        with pytest.raises(UserError, match=r"and 0.2 GiB are available \(training.memory_gb 0.2 GiB\)"):
             run(recipe, Path(), console=Console(file=stream, width=160))
         assert "Memory of a step" in stream.getvalue()
     assert not Path(recipe.output_dir).exists()

@@ -62,7 +62,7 @@ def test_every_key_is_refused_accepted_by_name_or_known_to_change_nothing(stage2
             continue
         refused.append(key)
         acceptable = key in ACCEPTABLE or key.startswith("evaluation.")
-        with pytest.raises(UserError, match=r"^--resume: the recipe is not that of step 3: ") as error:
+        with pytest.raises(UserError, match=r"^--resume: the recipe differs from that of step 3: ") as error:
             check_changes(recipe, other, (), 3)
         assert f" {key} was " in str(error.value)
         assert (f"--accept-changes {key}" in str(error.value)) == acceptable
@@ -111,8 +111,8 @@ def test_another_learning_rate_is_refused_and_takes_effect_where_accepted(
     code, told = call("--resume", rate=0.003)
     assert (code, told) == (
         2,
-        "error: --resume: the recipe is not that of step 3: training.learning_rate was 0.006 and is 0.003; take that "
-        "back, or --accept-changes training.learning_rate",
+        "error: --resume: the recipe differs from that of step 3: training.learning_rate was 0.006 and is 0.003; undo "
+        "that, or --accept-changes training.learning_rate",
     )
     code, told = call("--resume", "--accept-changes", "training.learning_rat", rate=0.003)
     assert (code, told) == (
@@ -215,5 +215,5 @@ def test_a_folder_that_cannot_be_made_is_told(stage2_content: dict[str, Any], tm
 
 
 def test_resume_and_overwrite_are_not_both(stage2: Recipe) -> None:
-    with pytest.raises(UserError, match="give one"):
+    with pytest.raises(UserError, match="use one of them"):
         finetune(stage2, Path(), resume=True, overwrite=True, console=Console(file=io.StringIO()))

@@ -83,7 +83,7 @@ REFUSED = {
     "paged": (
         {},
         {"training": {"learning_rate": 1e-3, "optimizer": "paged_adamw_8bit"}},
-        "training.optimizer: paged_adamw_8bit cannot step shares of weights; set adamw_torch, or auto",
+        "training.optimizer: paged_adamw_8bit cannot update sharded weights; set adamw_torch, or auto",
     ),
 }
 
@@ -111,8 +111,8 @@ def test_one_process_has_nobody_to_share_with(stage2_content: dict[str, Any], mo
 @pytest.mark.parametrize(
     ("stage", "told"),
     [
-        ("3", "DeepSpeed's ZeRO-3 shares weights out, which 4-bit ones cannot be; start with torchrun"),
-        ("", "DeepSpeed has not been tried with this trainer; start with torchrun"),
+        ("3", "DeepSpeed's ZeRO-3 shards weights, which 4-bit weights do not support; start with torchrun"),
+        ("", "DeepSpeed has not been tested with this trainer; start with torchrun"),
     ],
 )
 def test_deepspeed_is_refused(

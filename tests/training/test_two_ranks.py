@@ -83,7 +83,7 @@ def test_two_ranks_that_were_stopped_go_on_as_if_there_was_no_stop(
     shutil.copytree(runs[1], folder)
     (folder / "run.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
-    told = "was written by 2 processes that trained together, and now there are 1; start as many"
+    told = "was written by a run of 2 processes, and now there are 1; start as many"
     with pytest.raises(UserError, match=told):
         run(check_recipe(content | {"output_dir": str(folder)}, "test"), resume=True)
     assert launch(content, folder, LAUNCHER, "--resume").returncode == 0

@@ -192,7 +192,7 @@ def test_a_poisoned_image_stops_in_its_step_and_is_named(
     told = str(error.value)
     assert error.value.exit_code == 3
     assert "(train/7/image.png)" in told
-    assert "the loss is not a number (NaN or infinite); the weights did not take it and nothing was saved" in told
+    assert "the loss is not a number (NaN or infinite); the weights were not updated and nothing was saved" in told
     step = int(told.removeprefix("step ").partition(":")[0])
     newest, passed_over = newest_complete(checkpoints_of(recipe))
     assert passed_over == []
