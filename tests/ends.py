@@ -1,4 +1,4 @@
-"""Saves that end in the middle, and files that are damaged afterwards."""
+"""Interrupt saves, and damage files afterwards."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 def damaged_silently(folder: Path) -> tuple[int, list[str]]:
-    """Damage every file of the newest checkpoint in every way; gives how many, and those that were not seen."""
+    """Damage every file of the newest checkpoint in every way; return the number and those not detected."""
     newest = list_checkpoints(folder)[0]
     files = sorted(file for file in newest.rglob("*") if file.is_file())
     unseen = []
@@ -56,7 +56,7 @@ def damaged_silently(folder: Path) -> tuple[int, list[str]]:
 
 
 class AtStep(TrainerCallback):
-    """Does something at the end of a step, with the trainer."""
+    """Call a function with the trainer at the end of a step."""
 
     def __init__(self, step: int, act: Callable[[LlavaSFTTrainer], None]) -> None:
         self.step, self.act = step, act
@@ -68,7 +68,7 @@ class AtStep(TrainerCallback):
 
 
 def act_at(step: int, act: Callable[[LlavaSFTTrainer], None], put: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Do something at the end of a step of the runs that follow; `put` sets an attribute, for tests to take it back."""
+    """Call a function at the end of a step of later runs; `put` sets an attribute, such as `monkeypatch.setattr`."""
     build = stages.build_trainer
 
     def built(*args: Any) -> Any:
@@ -82,14 +82,14 @@ def act_at(step: int, act: Callable[[LlavaSFTTrainer], None], put: Callable[[Any
 
 
 def in_child(act: Callable[[], None], on_call: Callable[[int, str], None]) -> int:
-    """Run something in a forked process that looks at every write; gives its exit code."""
+    """Run a function in a forked process that observes every write; return its exit code."""
     pid = os.fork()
     if pid == 0:
         calls = 0
 
         def look(frame: Any, event: str, called: Any) -> None:
             nonlocal calls
-            text = isinstance(getattr(called, "__self__", None), str | list)  # which have a `replace` and `remove` too
+            text = isinstance(getattr(called, "__self__", None), str | list)  # they have `replace` and `remove` too
             if event == "c_return" and getattr(called, "__name__", "") in WRITES and not text:
                 calls += 1
                 on_call(calls, called.__name__)
@@ -107,8 +107,10 @@ def in_child(act: Callable[[], None], on_call: Callable[[int, str], None]) -> in
 
 
 def ends_at_every_write(trainer: LlavaSFTTrainer, end: Callable[[], None], stride: int) -> list[tuple[int, str | None]]:
-    """Save in a process that ends after its first, second, third write and so on, until one saves in whole; gives each
-    exit code with the newest whole checkpoint then."""
+    """Save in processes that end after each `stride`-th write, until one saves completely.
+
+    Returns each exit code with the newest complete checkpoint.
+    """
     folder = Path(trainer.args.output_dir)
     found: list[tuple[int, str | None]] = []
     for last in range(1, 100_000, stride):

@@ -1,4 +1,4 @@
-"""Rows and images such as people bring, made small."""
+"""Small rows and images in common formats."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def drawn(folder: Path, count: int) -> Path:
 
 
 def stored(folder: Path, opened: int, rows_each: int) -> Path:
-    """A Parquet file as `datasets` writes it, the images in it, several rows to each."""
+    """Write a Parquet file with `datasets`, with images in it and several rows per image."""
     images = drawn(folder / "drawn", opened)
     rows = [
         {"image": (images / f"{n}.png").read_bytes(), "question": f"Is it {q}?", "answer": f"{n}"}

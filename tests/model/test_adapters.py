@@ -1,4 +1,4 @@
-"""What trains and what is 4-bit."""
+"""The trained parameters and the 4-bit layers."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_nothing_of_clip_embeddings_or_head_trains_at_7b() -> None:
     assert frozen == {"vision tower", "embeddings", "language model", "head"}
 
 
-def test_stage_1_trains_the_projector_alone() -> None:
+def test_stage_1_trains_only_the_projector() -> None:
     assert planned_parameters(vicuna("7b"), lora_config()) == {"lora": 0, "projector": 20_979_712}
 
 

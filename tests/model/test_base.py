@@ -75,7 +75,7 @@ def test_is_written_once_and_keyed_by_its_parts(stage2: Recipe, base: Path) -> N
     assert Path(prepare_base(stage2.model, 1).name) != base  # another fresh projector
 
 
-def test_a_failure_leaves_nothing_half_written(parts: Path, base: Path, monkeypatch: Any) -> None:
+def test_a_failure_leaves_no_partial_folder(parts: Path, base: Path, monkeypatch: Any) -> None:
     llm, tower = (
         load_part(str(parts / "llm"), None, "llm"),
         load_part(str(parts / "vision_tower"), None, "vision_tower"),

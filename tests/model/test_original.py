@@ -54,7 +54,7 @@ def test_wrong_type_names_the_right_one(tmp_path: Path) -> None:
         read_projector(tmp_path / "p.bin", "linear")
 
 
-def test_half_a_projector_is_refused(tmp_path: Path) -> None:
+def test_an_incomplete_projector_is_refused(tmp_path: Path) -> None:
     torch.save({name: t for name, t in mlp().items() if "bias" not in name}, tmp_path / "p.bin")
     with pytest.raises(UserError, match=r"no linear_1.bias; it is not a complete mlp2x_gelu projector"):
         read_projector(tmp_path / "p.bin", "mlp2x_gelu")

@@ -1,4 +1,4 @@
-"""Parts from folders and from a Hub: a real server on the loopback interface stands for it."""
+"""Parts from folders and from a Hub, simulated by a server on the loopback interface."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_published_projector_is_planned_without_fetching_it(hub: dict[str, str
     assert not any("resolve" in line for line in Hub.asked)
 
 
-def test_a_repository_that_is_not_there_is_one_line(hub: dict[str, str]) -> None:
+def test_a_missing_repository_is_one_line(hub: dict[str, str]) -> None:
     code = "try: load_part('vicuna/huge', None, 'llm')\nexcept UserError as error: print(error)"
     told = in_process(code, hub)
     assert told.startswith("model.llm: vicuna/huge is neither a folder nor available from the Hub")
@@ -114,7 +114,7 @@ def test_nothing_touches_the_network_for_a_folder(parts: Path, hub: dict[str, st
     assert Hub.asked == []
 
 
-def test_revision_of_a_folder_is_its_content(parts: Path, tmp_path: Path) -> None:
+def test_revision_of_a_folder_is_a_hash_of_its_contents(parts: Path, tmp_path: Path) -> None:
     copy = tmp_path / "llm"
     copy.mkdir()
     for file in (parts / "llm").iterdir():

@@ -1,4 +1,4 @@
-"""What an adapter stands on is recorded by content, and another base is refused with both named."""
+"""An adapter records the hashes of its base, and another base is refused with both named."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def base(stage2: Recipe) -> Any:
 
 
 def copied(base: Path, folder: Path, change: str = "") -> Path:
-    """A copy, one value changed in the tensors whose name holds `change`."""
+    """Copy a base, with one value changed in the tensors whose name contains `change`."""
     shutil.copytree(base, folder)
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
@@ -38,7 +38,7 @@ def copied(base: Path, folder: Path, change: str = "") -> Path:
     return folder
 
 
-def test_names_of_both_layouts_are_one() -> None:
+def test_both_layouts_have_the_same_canonical_names() -> None:
     pairs = {
         "language_model.model.layers.0.mlp.up_proj.weight": "model.language_model.layers.0.mlp.up_proj.weight",
         "language_model.lm_head.weight": "lm_head.weight",
@@ -76,7 +76,7 @@ def test_shards_and_layout_of_names_do_not_matter(base: Any, tmp_path: Path, mon
     assert component_hashes(tmp_path) == component_hashes(base.folder)
 
 
-def test_hashes_are_kept_until_a_file_changes(base: Any, tmp_path: Path) -> None:
+def test_hashes_are_cached_until_a_file_changes(base: Any, tmp_path: Path) -> None:
     folder = copied(base.folder, tmp_path / "copy")
     hashes = component_hashes(folder)
     whole = (folder / "model.safetensors").read_bytes()
@@ -98,7 +98,7 @@ def test_another_base_is_refused_with_both_named(base: Any, tmp_path: Path) -> N
     )
 
 
-def test_an_assembled_base_that_is_gone_is_assembled_again(base: Any, monkeypatch: Any, tmp_path: Path) -> None:
+def test_a_missing_assembled_base_is_assembled_again(base: Any, monkeypatch: Any, tmp_path: Path) -> None:
     recorded = json.loads(json.dumps(base.as_dict()))
     recorded["name"] = str(tmp_path / "gone")
     monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))
@@ -114,7 +114,7 @@ def test_an_assembled_base_that_is_gone_is_assembled_again(base: Any, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
-def test_a_flipped_bit_in_a_kept_base_is_seen_and_the_base_made_again(
+def test_a_flipped_bit_in_a_cached_base_is_detected_and_the_base_rebuilt(
     stage2: Recipe, monkeypatch: Any, tmp_path: Path, name: str, capsys: Any
 ) -> None:
     monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))
@@ -129,7 +129,7 @@ def test_a_flipped_bit_in_a_kept_base_is_seen_and_the_base_made_again(
         assert f"({name} has changed); it is written again" in capsys.readouterr().err
 
 
-def test_a_failed_write_and_a_killed_one_leave_no_half_base(stage2: Recipe, monkeypatch: Any, tmp_path: Path) -> None:
+def test_a_failed_or_killed_write_leaves_no_partial_base(stage2: Recipe, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))
     left = tmp_path / "cache" / "bases" / "0123456789abcdef0123.partial"
     left.mkdir(parents=True)

@@ -49,7 +49,7 @@ def test_rows_of_768_tokens_are_that_long() -> None:
     assert all(abs(len(row["input_ids"]) - 768) <= 1 for row in encoded(5, WORDS_OF_768))
 
 
-def test_few_batches_stand_for_all_and_are_the_same_for_every_side() -> None:
+def test_few_batches_represent_all_and_are_the_same_for_every_side() -> None:
     lengths = [len(row["input_ids"]) for row in encoded(1600)]
     grouped, shuffled = lay_out(lengths, 8, steps=8)
     assert grouped[0] == shuffled[0]

@@ -1,4 +1,4 @@
-"""The vision cache: the tower's features once, bit-equal ever after, and whole or not at all."""
+"""The vision cache: features computed once, bit-equal afterwards, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def content(stage2_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
 
 
 def cached(content: dict[str, Any]) -> tuple[Any, Any, str]:
-    """A plan with its cache, its base, and what was told."""
+    """Return a plan with its cache, its base, and the output."""
     recipe = check_recipe(content, "test")
     plan, base, stream = plan_run(recipe), prepare_base(recipe.model, 0), io.StringIO()
     cache_features(plan, base, Console(file=stream, width=300))
@@ -77,7 +77,7 @@ def test_a_second_run_never_loads_the_tower(content: dict[str, Any], monkeypatch
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_cut_run_goes_on_where_it_stopped(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_its_encoding(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "_BATCH", 1)
     asked = []
 
@@ -101,7 +101,7 @@ def test_a_cut_run_goes_on_where_it_stopped(content: dict[str, Any], monkeypatch
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "missing", "index"])
-def test_damage_is_told_and_mended(content: dict[str, Any], damage: str) -> None:
+def test_damage_is_reported_and_repaired(content: dict[str, Any], damage: str) -> None:
     expected = all_features(cached(content)[0])
     file = shards()[0]
     if damage == "bit":
@@ -121,7 +121,7 @@ def test_damage_is_told_and_mended(content: dict[str, Any], damage: str) -> None
     assert "again" not in cached(content)[2]
 
 
-def test_a_cache_of_another_tower_is_not_taken(content: dict[str, Any]) -> None:
+def test_a_cache_of_another_tower_is_not_used(content: dict[str, Any]) -> None:
     plan, base, _ = cached(content)
     own = vision_cache.store_folder(features.cache_folder(), cache_key(plan, base))
     index = json.loads((own / "index.json").read_text())
@@ -143,7 +143,7 @@ def test_too_little_room_is_refused_with_the_size(content: dict[str, Any], where
         cached(content)
 
 
-def test_a_run_with_the_cache_is_the_run_without_it(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_with_the_cache_equals_one_without(content: dict[str, Any], tmp_path: Path) -> None:
     """Losses to rounding (the tower sees other batch shapes), predictions to the letter; no tower in the model."""
     found = []
     for where in ("off", "disk"):

@@ -1,4 +1,4 @@
-"""A resumed run is the run that was begun: base, tokenizer, images, rows and questions, by content and not by path."""
+"""A resumed run has the same base, tokenizer, images, rows and questions, checked by hash and not by path."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_changed_is_named_and_refused(
+def test_changes_are_named_and_refused(
     own_content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     recipe = left_at_4(own_content, monkeypatch)
@@ -136,7 +136,7 @@ def test_every_difference_has_its_line(own_content: Content, tmp_path: Path, mon
     assert all(line.startswith("--resume: ") and line.endswith(", or run with --overwrite") for line in lines)
 
 
-def test_what_was_moved_and_touched_but_is_the_same_goes_on_exactly(
+def test_a_run_with_moved_files_of_the_same_contents_resumes_exactly(
     own_content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own_content["output_dir"] = str(tmp_path / "unbroken")
@@ -175,15 +175,15 @@ def test_nothing_in_an_identity_is_a_path(
         assert str(cache_folder()).encode() not in text
 
 
-def test_other_settings_of_the_evaluation_are_refused_or_both_tables_are_asked_by_them(
+def test_accepted_evaluation_settings_apply_to_both_tables(
     own_content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(left_at_4(own_content, monkeypatch).output_dir)
     own_content["evaluation"] |= {"max_new_tokens": 3, "before": 4, "after": 4}
     with pytest.raises(
         UserError,
-        match=r"the recipe differs from that of step 4: evaluation.after was 2 and is 4; evaluation.before was 2 and is 4; "
-        r"evaluation.max_new_tokens was 2 and is 3; undo that, or --accept-changes evaluation$",
+        match=r"the recipe differs from that of step 4: evaluation.after was 2 and is 4; evaluation.before was 2 and "
+        r"is 4; evaluation.max_new_tokens was 2 and is 3; undo that, or --accept-changes evaluation$",
     ):
         run(check_recipe(own_content, "test"), resume=True)
     told = run(check_recipe(own_content, "test"), resume=True, accept_changes=["evaluation"])
@@ -192,10 +192,10 @@ def test_other_settings_of_the_evaluation_are_refused_or_both_tables_are_asked_b
         assert len((folder / f"predictions_{when}.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_table_that_was_asked_again_and_left_is_not_taken_for_the_first(
+def test_a_repeated_first_table_is_not_reused_with_other_settings(
     own_content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accepted settings are asked before; the run ends at once, and goes on with its first settings after all."""
+    """Evaluate with accepted settings, stop the run at once, and resume it with its first settings."""
     recipe = left_at_4(own_content, monkeypatch)
     file = Path(recipe.output_dir) / "predictions_before.jsonl"
     other = check_recipe(own_content | {"evaluation": {"before": 5, "after": 2, "max_new_tokens": 2}}, "test")
@@ -208,7 +208,7 @@ def test_a_table_that_was_asked_again_and_left_is_not_taken_for_the_first(
     assert len(file.read_text().splitlines()) == 2
 
 
-def test_the_first_table_is_kept_where_nothing_changed(own_content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_table_is_kept_if_nothing_changed(own_content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = left_at_4(own_content, monkeypatch)
     asked = []
 
@@ -221,7 +221,7 @@ def test_the_first_table_is_kept_where_nothing_changed(own_content: Content, mon
     assert asked == ["after"]
 
 
-def test_one_without_identity_is_refused(own_content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_without_identity_is_refused(own_content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = left_at_4(own_content, monkeypatch)
     newest = Path(recipe.output_dir) / "checkpoints" / "checkpoint-4"
     rewritten(newest, lambda folder: (folder / IDENTITY_FILE).unlink())
@@ -245,7 +245,7 @@ def test_other_libraries_are_reported(own_content: Content, monkeypatch: pytest.
     )
 
 
-def test_settings_that_another_library_version_adds_are_no_difference() -> None:
+def test_settings_added_by_another_library_version_are_not_a_difference() -> None:
     before = {"config": {"a": 1}, "image_processor": {"size": 3}, "data": {}, "versions": {"transformers": "5.17"}}
     now = {"config": {"a": 1, "b": 2}, "image_processor": {"size": 3, "do": 1}, "data": {}, "versions": {}}
     assert differences(before, now, {}) == []
@@ -288,14 +288,14 @@ def conversations(file: Path, count: int, **layout: Any) -> list[Any]:
 
 
 def ask_of(rows: Any, name: str) -> None:
-    """Give each file questions of its own, so that no held-out row is trained."""
+    """Give each file different questions, so that no held-out row is trained."""
     for row in rows:
         row["conversations"][0]["value"] = f"<image>\nWhich of {name}?"
 
 
 @pytest.fixture
 def own_rows(own_content: Content, tmp_path: Path) -> Content:
-    """A recipe that mixes two files, holds validation rows back and has test rows of their own."""
+    """A recipe with two files, held-out validation rows and a test file."""
     for name in ("one", "two", "test"):
         conversations(tmp_path / name / "rows.json", 12)
         edited(tmp_path / name / "rows.json", lambda rows, name=name: ask_of(rows, name))
@@ -311,7 +311,7 @@ def own_rows(own_content: Content, tmp_path: Path) -> Content:
     return own_content
 
 
-def test_files_that_say_the_same_elsewhere_and_in_another_layout_are_the_same(
+def test_files_with_the_same_rows_in_another_layout_are_the_same(
     own_rows: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left_at_4(own_rows, monkeypatch)
@@ -347,7 +347,7 @@ def other_answer(rows: Any) -> None:
         ("test", other_type, r"the test rows are evaluated in another way than when the run began; .*"),
     ],
 )
-def test_a_row_of_ones_own_that_changed_is_named(
+def test_a_changed_row_of_own_data_is_named(
     own_rows: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, change: Any, told: str
 ) -> None:
     recipe = left_at_4(own_rows, monkeypatch)
@@ -356,7 +356,7 @@ def test_a_row_of_ones_own_that_changed_is_named(
         run(recipe, resume=True)
 
 
-def test_an_image_of_the_same_size_and_time_is_seen_to_be_another(
+def test_another_image_of_the_same_size_and_time_is_detected(
     own_rows: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = left_at_4(own_rows, monkeypatch)

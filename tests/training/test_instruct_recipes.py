@@ -1,4 +1,4 @@
-"""The LLaVA-Instruct recipes on small files of the same names: types sampled alike, the image placed as they say."""
+"""The LLaVA-Instruct recipes on small files of the same names: types sampled equally, images placed as specified."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_three_types_are_sampled_alike(name: str, instruct: Path, parts: Pat
     assert seen.isdisjoint(held)
 
 
-def test_the_first_llava_throws_a_coin_by_the_seed(instruct: Path, parts: Path) -> None:
+def test_the_first_llava_places_the_image_at_random_by_the_seed(instruct: Path, parts: Path) -> None:
     recipe = small("instruct_qlora_v0.yaml", instruct, parts)
     train = plan_run(recipe).splits["train"]
     rows = train.read(range(len(train.rows)))

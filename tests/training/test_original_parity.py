@@ -1,4 +1,4 @@
-"""Training beside LLaVA's own code: ids, labels, logits, and six optimiser steps of a tiny LLaVA-1.5.
+"""Training compared with LLaVA's code: ids, labels, logits, and six optimizer steps of a tiny LLaVA-1.5.
 
 The reference was computed by haotian-liu/LLaVA at c121f04 (CPU, float32). It is not part of the project; without it
 these tests are skipped.
@@ -35,7 +35,7 @@ STEPS, BATCH = 6, 4
 
 @pytest.fixture(scope="module")
 def original() -> Path:
-    """LLaVA's own tiny model and what its code computed with it."""
+    """LLaVA's tiny model and what LLaVA's code computed with it."""
     folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "original_llava"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here: reference data that is not part of the project")
@@ -47,7 +47,7 @@ def read(file: Path) -> Any:
 
 
 def expanded(ids: list[int], image_id: int, fill: int) -> list[int]:
-    """LLaVA's list with its one -200 an image expanded; elsewhere the values as they are."""
+    """Return LLaVA's list with its -200 for each image expanded."""
     return [value for token in ids for value in ([fill] * IMAGE_TOKENS if token == image_id else [token])]
 
 
@@ -130,7 +130,7 @@ def recipe_of(original: Path, output: Path) -> Any:
 
 
 def load_start(model: torch.nn.Module, file: Path) -> None:
-    """Set LoRA and projector to what LLaVA's run began with."""
+    """Set LoRA and projector to the initial weights of LLaVA's run."""
     theirs = torch.load(file, weights_only=True)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     with torch.no_grad():

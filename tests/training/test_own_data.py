@@ -1,4 +1,4 @@
-"""One's own data, from a folder of images and a table to a trained adapter and its score on held-back rows."""
+"""Own data, from a folder of images and a table to a trained adapter and its score on held-out rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def image(file: Path) -> None:
 def test_the_readme_s_own_data_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The commands of the README's "Your own data" as they stand, but for a shorter Stage 1 and 60 steps of Stage 2."""
+    """The commands of the README's "Your own data", with a shorter Stage 1 and 60 steps of Stage 2."""
     monkeypatch.chdir(tmp_path)
     assert main(None, ["init", "my_images", "--example", "--model", "demo"]) == 0
     told = capsys.readouterr().out
@@ -76,7 +76,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_mixture_trains_and_is_told_by_source(
+def test_a_mixture_trains_and_is_reported_by_source(
     stage2_content: dict[str, Any], captions: Path, scienceqa: Path, tmp_path: Path
 ) -> None:
     table = tmp_path / "facts.tsv"
@@ -114,7 +114,7 @@ def test_a_mixture_trains_and_is_told_by_source(
 
 
 def test_sources_share_no_image_across_the_split(stage2_content: dict[str, Any], tmp_path: Path) -> None:
-    """The same COCO image, by two releases' names in two sources, is never on both sides."""
+    """A COCO image with the names of two releases in two sources is never in both splits."""
     folder = tmp_path / "coco"
     files: dict[str, list[dict[str, Any]]] = {"a": [], "b": []}
     for number in range(12):
@@ -164,9 +164,7 @@ def test_init_understands_tables(
     assert found.image_folder == (tmp_path if "pics/" in line else tmp_path / "pics")
 
 
-def test_init_writes_a_recipe_with_its_comments_and_takes_files_called_val_and_test(
-    tmp_path: Path, parts: Path
-) -> None:
+def test_init_writes_a_commented_recipe_and_uses_files_named_val_and_test(tmp_path: Path, parts: Path) -> None:
     rows = [{"image": f"{n}.png", "q": "What?", "a": f"Red {n}."} for n in range(8)]
     for number in range(8):
         image(tmp_path / "mine" / "img" / f"{number}.png")
@@ -207,7 +205,7 @@ def test_init_starts_from_the_model_that_is_named(tmp_path: Path, stage2: Any) -
 
 
 @pytest.mark.parametrize("template", ["my_data_qlora.yaml", "my_data_8gb.yaml", "demo_my_data_qlora.yaml"])
-def test_every_key_of_a_recipe_for_one_s_own_data_has_a_comment(template: str) -> None:
+def test_every_key_of_an_own_data_recipe_has_a_comment(template: str) -> None:
     from lora_llava.recipe import find_recipe
 
     for line in find_recipe(template).read_text().splitlines():
@@ -216,7 +214,7 @@ def test_every_key_of_a_recipe_for_one_s_own_data_has_a_comment(template: str) -
         assert section or explained, line
 
 
-def test_what_init_cannot_understand_is_told(tmp_path: Path) -> None:
+def test_init_reports_what_it_cannot_read(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     with pytest.raises(UserError, match="the folder .* does not exist"):
         understand_folder(folder)
@@ -239,14 +237,14 @@ def test_what_init_cannot_understand_is_told(tmp_path: Path) -> None:
         init(folder, data=folder / "two.csv", model="demo", console=quiet())
 
 
-def test_the_example_is_not_written_over_anything(tmp_path: Path) -> None:
+def test_the_example_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         init(tmp_path / "mine", example=True, model="demo", console=quiet())
 
 
-def test_too_little_to_hold_anything_back_is_all_trained_on(tmp_path: Path) -> None:
+def test_with_too_few_rows_none_are_held_out(tmp_path: Path) -> None:
     assert [held_back_rows(*counts) for counts in ((1, 0), (9, 1), (2, 2), (199, 50), (200, 50), (99_999, 9))] == [
         0,
         0,

@@ -1,4 +1,4 @@
-"""Plans that a person reads: budgets, refusals with a mend, and `lora-llava plan`."""
+"""Printed plans: budgets, refusals with a fix, and `lora-llava plan`."""
 
 from __future__ import annotations
 
@@ -68,23 +68,23 @@ def test_a_number_is_a_budget_in_gib_and_decides_how_much_is_recomputed() -> Non
     assert counts[0] > counts[-1] == 0
 
 
-def test_true_and_false_are_obeyed_and_refused_where_they_do_not_fit() -> None:
+def test_true_and_false_are_kept_and_refused_if_they_do_not_fit() -> None:
     recipe = changed("scienceqa_qlora.yaml", training__gradient_checkpointing=True, training__memory_gb=24.0)
     assert choose_checkpointing(recipe, planned(recipe)).checkpointed == 32
     recipe = changed("scienceqa_qlora.yaml", training__gradient_checkpointing=False, training__memory_gb=16.0)
-    told = r"a step needs \d+\.\d GiB or more, and 16.0 GiB are available \(training.memory_gb 16 GiB\); set training.gradient"
+    told = r"a step needs \d+\.\d GiB or more, and 16.0 GiB are available \(training.memory_gb 16 GiB\); set training"
     with pytest.raises(UserError, match=told):
         choose_checkpointing(recipe, planned(recipe))
 
 
-def test_a_budget_nothing_fits_in_names_the_smallest_that_does() -> None:
+def test_a_budget_that_is_too_small_names_the_smallest_that_fits() -> None:
     recipe = changed("scienceqa_qlora.yaml", training__memory_gb=4.0)
     told = r"a step needs \d\.\d GiB or more, and 4.0 GiB are available .*; no setting of this recipe fits: use a small"
     with pytest.raises(UserError, match=told):
         choose_checkpointing(recipe, planned(recipe))
 
 
-def test_a_mend_names_settings_that_fit() -> None:
+def test_the_fix_names_settings_that_fit() -> None:
     recipe = changed("scienceqa_qlora.yaml", training__memory_gb=6.5)
     with pytest.raises(UserError, match=r"; set (.*)$") as caught:
         choose_checkpointing(recipe, planned(recipe))
@@ -112,7 +112,7 @@ def test_the_recipe_for_8_gb_is_planned_into_8_gb() -> None:
     assert choose_checkpointing(recipe, planned(recipe, 2048)).peak <= 7.7 * GIB
 
 
-def test_the_optimizer_goes_by_rank_and_device() -> None:
+def test_the_optimizer_depends_on_rank_and_device() -> None:
     recipe = load_recipe("scienceqa_qlora.yaml")
     assert resolve_optimizer(recipe, cuda=True) == "paged_adamw_8bit"
     assert resolve_optimizer(recipe, cuda=False) == "adamw_torch"
@@ -124,7 +124,7 @@ def test_the_optimizer_goes_by_rank_and_device() -> None:
         resolve_optimizer(paged, cuda=False)
 
 
-def test_a_card_without_a_cuda_build_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_without_a_cuda_build_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe_device() == "no GPU: training would run on the CPU"
     monkeypatch.setattr(planner.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
     assert describe_device().startswith("CUDA card present, but this torch is the CPU build; install")
@@ -166,7 +166,7 @@ def test_a_plan_opens_no_image_and_loads_no_weights(
     assert "timed here on random weights" in told
 
 
-def test_a_plan_without_its_data_says_so(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_plan_without_its_data_reports_that(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     stage2_content["data"]["path"] = str(tmp_path / "nowhere")
     stream = io.StringIO()
     print_forecast(check_recipe(stage2_content, "test"), Console(file=stream, width=300))

@@ -51,7 +51,7 @@ def show(recipe: Recipe, tmp_path: Path, **options: Any) -> Boxes:
 
 
 def first_batches(plan: RunPlan, count: int) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels as the trainer's own batches hold them, sample by sample."""
+    """Return ids and labels of the trainer's batches, sample by sample."""
     feed, _ = build_feeds(plan)
     found: list[tuple[list[int], list[int]]] = []
     for row in feed.rows:
@@ -131,7 +131,9 @@ def test_several_images_several_sources_and_hostile_text(stage2_content: dict[st
     assert "\u202e" not in text
 
 
-def test_a_cut_answer_and_a_mended_row_say_so(stage2_content: dict[str, Any], captions: Path, tmp_path: Path) -> None:
+def test_a_truncated_answer_and_a_fixed_row_are_marked(
+    stage2_content: dict[str, Any], captions: Path, tmp_path: Path
+) -> None:
     rows = json.loads(captions.read_text())[:2]
     rows[0]["conversations"][1]["value"] = "red " * 100
     rows[1]["conversations"][0]["value"] = "What?"
@@ -166,7 +168,7 @@ def test_the_command_writes_a_page_or_prints(
     assert "<image × 4>" in told
 
 
-def test_a_split_that_is_not_there_and_a_bad_image_are_named(
+def test_a_missing_split_and_a_bad_image_are_named(
     stage2_content: dict[str, Any], captions: Path, tmp_path: Path
 ) -> None:
     rows = json.loads(captions.read_text())[:3]

@@ -1,4 +1,4 @@
-"""FSDP2 over two gloo processes trains what one process trains, and its checkpoints are like any other."""
+"""FSDP2 over two gloo processes matches one process, and its checkpoints are like any other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_llava.recipe.io import check_recipe
 from tests.training.small_runs import LAUNCHER, content_for_ranks, launch, one_and_two, same, weights
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-"""As `accelerate launch --use_fsdp --fsdp_version 2` sets them."""
+"""Set by `accelerate launch --use_fsdp --fsdp_version 2`."""
 
 
 @pytest.fixture(scope="module", params=["none", pytest.param("nf4", marks=pytest.mark.slow)])
@@ -30,7 +30,7 @@ def content(parts: Path, scienceqa: Path, request: pytest.FixtureRequest) -> dic
 
 @pytest.fixture(scope="module")
 def runs(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """Run directories of one process and of two that share the weights, and what the two said."""
+    """Run directories of one process and of two sharded ones, and the output of the two."""
     return one_and_two(content, tmp_path_factory.mktemp("sharded"), FSDP)
 
 
@@ -38,7 +38,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     return dict(json.loads((run / "metrics.json").read_text())["train"]["loss_curve"])
 
 
-def test_each_process_holds_half(runs: tuple[Path, Path, str]) -> None:
+def test_each_process_has_half_of_the_weights(runs: tuple[Path, Path, str]) -> None:
     held, of = re.search(r"this process holds ([\d.]+) of ([\d.]+) MB of weights", runs[2]).groups()  # type: ignore[union-attr]
     assert float(held) == pytest.approx(float(of) / 2, rel=0.05)
     plans = [json.loads((each / "metrics.json").read_text())["model"]["freeze_plan"] for each in runs[:2]]
@@ -56,7 +56,7 @@ def test_the_losses_and_the_adapter_are_those_of_one_process(runs: tuple[Path, P
     assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) < 1e-5
 
 
-def test_two_that_share_go_on_as_if_there_was_no_stop(
+def test_two_sharded_processes_resume_exactly(
     content: dict[str, Any], runs: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
     if content["model"]["quantization"] == "none":
@@ -89,7 +89,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_has_not_been_shared_out_is_refused(
+def test_settings_not_tested_with_fsdp_are_refused(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     environment, changes, told = REFUSED[name]
@@ -101,7 +101,7 @@ def test_what_has_not_been_shared_out_is_refused(
     assert str(error.value).startswith(told)
 
 
-def test_one_process_has_nobody_to_share_with(stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_with_one_process_is_refused(stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(UserError, match="there is one; start several, or leave FSDP out"):

@@ -64,7 +64,7 @@ def test_projector_and_adapters_train_in_float32(trained: Any) -> None:
     assert dtypes == {torch.float32}
 
 
-def test_the_run_holds_the_checkpoint_with_the_best_validation_loss(trained: Any, stage2: Recipe) -> None:
+def test_the_run_has_the_weights_with_the_best_validation_loss(trained: Any, stage2: Recipe) -> None:
     _plan, _, _, result = trained
     folder = Path(stage2.output_dir)
     steps = sorted(int(p.name.split("-")[1]) for p in (folder / "checkpoints").iterdir())
@@ -146,7 +146,7 @@ def test_exported_processor_gives_the_trained_prompt(trained: Any, stage2: Recip
     assert -100 not in labels[len(prompt) :]
 
 
-def test_two_learning_rates_and_decay_of_matrices_alone(stage2_content: dict[str, Any]) -> None:
+def test_two_learning_rates_and_decay_of_matrices_only(stage2_content: dict[str, Any]) -> None:
     stage2_content["training"] |= {"projector_learning_rate": 1e-4, "weight_decay": 0.1}
     recipe = check_recipe(stage2_content, "test")
     plan = plan_run(recipe)
@@ -164,7 +164,7 @@ def test_two_learning_rates_and_decay_of_matrices_alone(stage2_content: dict[str
     assert sorted(groups) == [(1e-4, 0.0, 2), (1e-4, 0.1, 2), (5e-3, 0.1, 2 * 7 * 2)]
 
 
-def test_finetune_tells_and_writes_everything(stage2: Recipe) -> None:
+def test_finetune_prints_and_writes_everything(stage2: Recipe) -> None:
     metrics, told = run(stage2)
     folder = Path(stage2.output_dir)
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
@@ -250,7 +250,7 @@ def test_a_complete_llava_needs_no_stage_1(stage2: Recipe, stage2_content: dict[
     assert config["base_model_name_or_path"] == base
 
 
-def test_a_finished_run_is_not_overwritten_unasked(stage1: Recipe) -> None:
+def test_a_finished_run_is_not_overwritten_automatically(stage1: Recipe) -> None:
     run(stage1)
     with pytest.raises(UserError, match="holds a finished run"):
         run(stage1)
@@ -260,7 +260,7 @@ def test_a_finished_run_is_not_overwritten_unasked(stage1: Recipe) -> None:
         run(stage1)
 
 
-def test_resume_goes_on_from_the_newest_checkpoint(stage2_content: dict[str, Any]) -> None:
+def test_resume_continues_from_the_newest_checkpoint(stage2_content: dict[str, Any]) -> None:
     stage2_content["evaluation"] = None
     whole = check_recipe(stage2_content, "test")
     run(whole)
@@ -275,7 +275,7 @@ def test_resume_goes_on_from_the_newest_checkpoint(stage2_content: dict[str, Any
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
-def test_nothing_to_resume_is_said(stage2: Recipe) -> None:
+def test_nothing_to_resume_is_an_error(stage2: Recipe) -> None:
     with pytest.raises(UserError, match="holds no checkpoint"):
         run(stage2, resume=True)
 

@@ -1,4 +1,4 @@
-"""Rows dealt to ranks: nothing lost, nothing twice, steps as with one rank, and about as many tokens for each."""
+"""Rows distributed to ranks: every sample once, the same steps as one rank, and about as many tokens for each."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def steps_of(rows: list[list[int]], layout: dict[str, Any]) -> list[list[list[in
 
 
 @given(layouts())
-def test_every_step_has_the_samples_of_one_rank_each_once(layout: dict[str, Any]) -> None:
+def test_every_step_keeps_its_samples_each_once(layout: dict[str, Any]) -> None:
     before, after = steps_of(layout["rows"], layout), steps_of(distribute_rows(**layout), layout)
     flat = [[sorted(i for row in step for i in row) for step in steps] for steps in (before, after)]
     assert flat[0] == flat[1]
 
 
 @given(layouts())
-def test_ranks_make_as_many_passes_and_only_the_last_step_has_empty_ones(layout: dict[str, Any]) -> None:
+def test_ranks_run_equally_many_passes_and_only_the_last_step_has_empty_rows(layout: dict[str, Any]) -> None:
     steps = steps_of(distribute_rows(**layout), layout)
     assert [len(step) for step in steps[:-1]] == [layout["ranks"] * layout["accumulation"]] * (len(steps) - 1)
     assert len(steps[-1]) % layout["ranks"] == 0
@@ -56,7 +56,7 @@ def test_ranks_make_as_many_passes_and_only_the_last_step_has_empty_ones(layout:
 
 
 @given(layouts())
-def test_no_row_is_over_its_budget_or_its_batch(layout: dict[str, Any]) -> None:
+def test_no_row_exceeds_its_budget_or_batch_size(layout: dict[str, Any]) -> None:
     for row in distribute_rows(**layout):
         if layout["max_tokens"] is not None:
             assert sum(layout["lengths"][i] for i in row) <= BUDGET
@@ -75,8 +75,8 @@ def test_no_row_is_over_its_budget_or_its_batch(layout: dict[str, Any]) -> None:
         "padded": False,
     }
 )
-def test_no_step_waits_longer_for_its_heaviest_rank_than_undealt(layout: dict[str, Any]) -> None:
-    """But for a last step where fewer passes are then without a sample, which take time too."""
+def test_the_heaviest_rank_of_a_step_never_gets_heavier(layout: dict[str, Any]) -> None:
+    """Except in a last step, if fewer rows are empty then."""
     ranks, lengths = layout["ranks"], layout["lengths"]
     before, after = steps_of(layout["rows"], layout), steps_of(distribute_rows(**layout), layout)
     for old, new in zip(before, after, strict=True):
@@ -88,7 +88,7 @@ def test_no_step_waits_longer_for_its_heaviest_rank_than_undealt(layout: dict[st
 
 
 @given(layouts())
-def test_dealing_is_a_function_of_its_arguments(layout: dict[str, Any]) -> None:
+def test_distribution_is_deterministic(layout: dict[str, Any]) -> None:
     assert distribute_rows(**layout) == distribute_rows(**layout)
 
 
@@ -97,7 +97,7 @@ def test_one_rank_keeps_its_rows(layout: dict[str, Any]) -> None:
     assert distribute_rows(**layout | {"ranks": 1}) == layout["rows"]
 
 
-def test_uneven_rows_are_packed_anew() -> None:
+def test_uneven_rows_are_repacked() -> None:
     lengths = [50, 30, 20, 60]
     assert distribute_rows([[0, 1, 2], [3]], lengths, ranks=2, max_tokens=100) == [[3, 2], [0, 1]]
 
@@ -108,11 +108,11 @@ def test_full_rows_stay_within_their_budget() -> None:
     assert [sum(lengths[i] for i in row) for row in dealt] == [10] * 4
 
 
-def test_a_full_batch_takes_no_more() -> None:
+def test_a_full_batch_does_not_grow() -> None:
     assert [len(row) for row in distribute_rows([[0, 1], [2, 3]], [9, 2, 3, 3], ranks=2)] == [2, 2]
 
 
-def test_what_is_even_already_is_kept() -> None:
+def test_even_rows_are_kept() -> None:
     dealt = distribute_rows([[0, 1], [2, 3, 4]], [5, 5, 4, 3, 3], ranks=2, padded=True)
     assert rank_tokens(dealt, [5, 5, 4, 3, 3], 2) == [10, 10]
 
@@ -121,7 +121,7 @@ def test_a_step_with_fewer_samples_than_ranks_leaves_some_empty() -> None:
     assert distribute_rows([[0, 1]], [5, 5], ranks=3, max_tokens=10) == [[0], [1], []]
 
 
-def test_padded_batches_of_a_rank_hold_like_lengths() -> None:
+def test_padded_batches_of_a_rank_have_similar_lengths() -> None:
     lengths = [10, 1, 9, 2, 10, 1, 9, 2]
     dealt = distribute_rows([[0, 1], [2, 3], [4, 5], [6, 7]], lengths, ranks=2, accumulation=2, padded=True)
     assert rank_tokens(dealt, lengths, 2) == [22, 22]
