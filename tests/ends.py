@@ -47,8 +47,8 @@ def damaged_silently(folder: Path) -> tuple[int, list[str]]:
                 continue
             damage(file)
             tried += 1
-            found, passed_over = newest_complete(folder)
-            if found == newest or len(passed_over) != 1 or file.name not in passed_over[0]:
+            found, skipped = newest_complete(folder)
+            if found == newest or len(skipped) != 1 or file.name not in skipped[0]:
                 unseen.append(f"{name} {file}")
             file.write_bytes(content)
     assert newest_complete(folder)[0] == newest

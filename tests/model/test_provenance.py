@@ -79,8 +79,8 @@ def test_shards_and_layout_of_names_do_not_matter(base: Any, tmp_path: Path, mon
 def test_hashes_are_cached_until_a_file_changes(base: Any, tmp_path: Path) -> None:
     folder = copied(base.folder, tmp_path / "copy")
     hashes = component_hashes(folder)
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    original = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     assert component_hashes(folder) != hashes
 
 
@@ -90,9 +90,9 @@ def test_another_base_is_refused_with_both_named(base: Any, tmp_path: Path) -> N
     folder = copied(base.folder, tmp_path / "other", "layers.0")
     theirs = component_hashes(folder)["llm"][:12]
     llm, ours = recorded["parts"]["llm"], recorded["hashes"]["llm"][:12]
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as output:
         check_base(recorded, folder, Path("run"))
-    assert str(told.value) == (
+    assert str(output.value) == (
         f"run was trained on another llm ({llm}, {ours}) than {folder} holds ({theirs}); put back the base it was "
         "trained on"
     )
@@ -120,12 +120,12 @@ def test_a_flipped_bit_in_a_cached_base_is_detected_and_the_base_rebuilt(
     monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))
     base = prepare_base(stage2.model, 0)
     recorded, file = base.as_dict(), base.folder / name
-    whole, state = file.read_bytes(), file.stat()
+    original, state = file.read_bytes(), file.stat()
     for again in (lambda: prepare_base(stage2.model, 0).folder, lambda: locate_base(recorded, tmp_path / "run")):
-        file.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+        file.write_bytes(original[:-5] + bytes([original[-5] ^ 1]) + original[-4:])
         os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
         assert again() == base.folder
-        assert file.read_bytes() == whole
+        assert file.read_bytes() == original
         assert f"({name} has changed); it is written again" in capsys.readouterr().err
 
 

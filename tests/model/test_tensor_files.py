@@ -51,8 +51,8 @@ def test_shards_are_named_and_indexed_as_transformers_does(tmp_path: Path, monke
 @pytest.mark.parametrize("left", [4, 60, -8])
 def test_a_truncated_file_is_reported_in_one_line(left: int, tmp_path: Path) -> None:
     save_file(drawn((8, 8)), tmp_path / "model.safetensors")
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[:left])
+    original = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(original[:left])
     with pytest.raises(UserError, match=r"model\.safetensors is truncated or damaged .*; download it or write it"):
         lazy_tensors(tmp_path)
 

@@ -104,8 +104,8 @@ def test_uneven_rows_are_repacked() -> None:
 
 def test_full_rows_stay_within_their_budget() -> None:
     lengths = [5, 5, 4, 3, 3] * 2
-    dealt = distribute_rows([[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]], lengths, ranks=2, accumulation=2, max_tokens=10)
-    assert [sum(lengths[i] for i in row) for row in dealt] == [10] * 4
+    balanced = distribute_rows([[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]], lengths, ranks=2, accumulation=2, max_tokens=10)
+    assert [sum(lengths[i] for i in row) for row in balanced] == [10] * 4
 
 
 def test_a_full_batch_does_not_grow() -> None:
@@ -113,8 +113,8 @@ def test_a_full_batch_does_not_grow() -> None:
 
 
 def test_even_rows_are_kept() -> None:
-    dealt = distribute_rows([[0, 1], [2, 3, 4]], [5, 5, 4, 3, 3], ranks=2, padded=True)
-    assert rank_tokens(dealt, [5, 5, 4, 3, 3], 2) == [10, 10]
+    balanced = distribute_rows([[0, 1], [2, 3, 4]], [5, 5, 4, 3, 3], ranks=2, padded=True)
+    assert rank_tokens(balanced, [5, 5, 4, 3, 3], 2) == [10, 10]
 
 
 def test_a_step_with_fewer_samples_than_ranks_leaves_some_empty() -> None:
@@ -123,9 +123,9 @@ def test_a_step_with_fewer_samples_than_ranks_leaves_some_empty() -> None:
 
 def test_padded_batches_of_a_rank_have_similar_lengths() -> None:
     lengths = [10, 1, 9, 2, 10, 1, 9, 2]
-    dealt = distribute_rows([[0, 1], [2, 3], [4, 5], [6, 7]], lengths, ranks=2, accumulation=2, padded=True)
-    assert rank_tokens(dealt, lengths, 2) == [22, 22]
-    assert [[lengths[i] for i in row] for row in dealt] == [[10, 9], [10, 9], [2, 1], [2, 1]]
+    balanced = distribute_rows([[0, 1], [2, 3], [4, 5], [6, 7]], lengths, ranks=2, accumulation=2, padded=True)
+    assert rank_tokens(balanced, lengths, 2) == [22, 22]
+    assert [[lengths[i] for i in row] for row in balanced] == [[10, 9], [10, 9], [2, 1], [2, 1]]
 
 
 @pytest.mark.parametrize("budget", [2048, 4096])
@@ -133,7 +133,7 @@ def test_scienceqa_like_rows_are_even_within_three_percent(budget: int) -> None:
     drawn = random.Random(0)
     lengths = [int(drawn.lognormvariate(5.5, 0.6)) % 900 + 30 + 576 * (drawn.random() < 0.49) for _ in range(2000)]
     rows = pack_samples(lengths, budget)
-    dealt = distribute_rows(rows, lengths, ranks=8, max_tokens=budget)
-    steps = [dealt[start : start + 8] for start in range(0, len(dealt) - 8, 8)]
+    balanced = distribute_rows(rows, lengths, ranks=8, max_tokens=budget)
+    steps = [balanced[start : start + 8] for start in range(0, len(balanced) - 8, 8)]
     shares = [rank_tokens(step, lengths, 8) for step in steps]
     assert max(max(share) / (sum(share) / 8) for share in shares) <= 1.03

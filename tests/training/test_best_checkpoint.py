@@ -74,16 +74,16 @@ def test_a_missing_best_checkpoint_is_an_error_at_the_start_and_at_the_end(
     )
     shutil.copytree(checkpoints / "checkpoint-2", checkpoints.parent / "kept")
     problem = change(checkpoints / "checkpoint-2")
-    told = (
+    message = (
         rf"{checkpoints}/checkpoint-2, the checkpoint with the lowest validation loss, {problem}; put it back, or run"
     )
-    with pytest.raises(UserError, match=f"^{told}"):
+    with pytest.raises(UserError, match=f"^{message}"):
         run(recipe, resume=True)
     shutil.rmtree(checkpoints / "checkpoint-2", ignore_errors=True)
     shutil.copytree(checkpoints.parent / "kept", checkpoints / "checkpoint-2")
     with monkeypatch.context() as patch:
         act_at(6, lambda trainer: change(checkpoints / "checkpoint-2"), patch.setattr)
-        with pytest.raises(UserError, match=f"^{told}"):
+        with pytest.raises(UserError, match=f"^{message}"):
             run(recipe, resume=True)
 
 

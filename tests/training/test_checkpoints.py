@@ -45,7 +45,7 @@ def small(tmp_path: Path) -> Path:
 def test_a_manifest_lists_the_files_of_a_checkpoint(small: Path) -> None:
     manifest = read_manifest(small / "checkpoint-2")
     assert manifest["step"] == 2
-    assert {name: told["bytes"] for name, told in manifest["files"].items()} == {"b.bin": 200, "inner/a.txt": 20}
+    assert {name: output["bytes"] for name, output in manifest["files"].items()} == {"b.bin": 200, "inner/a.txt": 20}
     assert newest_complete(small) == (small / "checkpoint-2", [])
     assert [each.name for each in list_checkpoints(small)] == ["checkpoint-2", "checkpoint-1"]
 
@@ -159,8 +159,8 @@ def test_a_full_disk_stops_a_run_with_one_line_and_resume_is_exact(
             run(recipe)
     assert "\n" not in str(error.value)
     assert str(error.value).endswith("resume with --resume, from " + str(tmp_path / "other/checkpoints/checkpoint-2"))
-    told = run(recipe, resume=True)
-    assert f"resume: from {tmp_path}/other/checkpoints/checkpoint-2 at step 2\n" in told
+    output = run(recipe, resume=True)
+    assert f"resume: from {tmp_path}/other/checkpoints/checkpoint-2 at step 2\n" in output
     assert same(weights(tmp_path / "other"), expected)
 
 
@@ -213,8 +213,8 @@ def test_every_damage_to_a_real_checkpoint_is_detected(left_at_6: tuple[Recipe, 
     assert unseen == []
     assert tried > 40
     (checkpoints / "checkpoint-6" / "state.safetensors").unlink()
-    told = run(recipe, resume=True)
-    assert "resume: skipped checkpoint-6: state.safetensors is missing; it is kept as damaged-checkpoint-6\n" in told
+    output = run(recipe, resume=True)
+    assert "resume: skipped checkpoint-6: state.safetensors is missing; it is kept as damaged-checkpoint-6\n" in output
     assert (checkpoints / "damaged-checkpoint-6").is_dir()
     assert same(weights(Path(recipe.output_dir)), expected)
 
@@ -239,9 +239,9 @@ def test_an_unreadable_checkpoint_is_skipped(small: Path, monkeypatch: pytest.Mo
         return file_hash(file)
 
     monkeypatch.setattr("lora_llava.runs.checkpoint.file_hash", unreadable)
-    found, passed_over = newest_complete(small)
+    found, skipped = newest_complete(small)
     assert found == small / "checkpoint-1"
-    assert passed_over == ["checkpoint-2: b.bin cannot be read (Input/output error)"]
+    assert skipped == ["checkpoint-2: b.bin cannot be read (Input/output error)"]
 
 
 def test_a_hidden_file_is_not_damage(small: Path) -> None:
@@ -257,6 +257,6 @@ def test_no_complete_checkpoint_is_an_error_and_none_has_executable_files(
     assert {file.suffix for file in found[0].iterdir()} == {".safetensors", ".json", ".jinja", ".yaml"}
     for each in found:
         (each / MANIFEST_FILE).unlink()
-    told = r"no checkpoint is complete \(checkpoint-6: has no manifest.json; checkpoint-4: has no manifest.json\)"
-    with pytest.raises(UserError, match=told):
+    message = r"no checkpoint is complete \(checkpoint-6: has no manifest.json; checkpoint-4: has no manifest.json\)"
+    with pytest.raises(UserError, match=message):
         run(recipe, resume=True)

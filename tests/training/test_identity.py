@@ -112,9 +112,9 @@ def test_changes_are_named_and_refused(
     own_content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     recipe = left_at_4(own_content, monkeypatch)
-    change, told = CHANGES[name]
+    change, message = CHANGES[name]
     change(tmp_path)
-    with pytest.raises(UserError, match=rf"^--resume: {told}$") as error:
+    with pytest.raises(UserError, match=rf"^--resume: {message}$") as error:
         run(recipe, resume=True)
     assert len(str(error.value).splitlines()) == 1
     assert list_checkpoints(Path(recipe.output_dir) / "checkpoints")[0].name == "checkpoint-4"
@@ -151,12 +151,12 @@ def test_a_run_with_moved_files_of_the_same_contents_resumes_exactly(
     there = tmp_path / "elsewhere"
     own_content["model"] |= {"llm": f"{there}/parts/llm", "vision_tower": f"{there}/parts/vision_tower"}
     own_content["data"]["path"], own_content["output_dir"] = f"{there}/data", f"{there}/run"
-    told = run(check_recipe(own_content, "test"), resume=True)
+    output = run(check_recipe(own_content, "test"), resume=True)
     for key, before, now in (
         ("data.path", tmp_path / "data", there / "data"),
         ("model.llm", tmp_path / "parts/llm", there / "parts/llm"),
     ):
-        assert f"resume: {key} was '{before}' and is '{now}', with the same content\n" in told
+        assert f"resume: {key} was '{before}' and is '{now}', with the same content\n" in output
     assert same(weights(there / "run"), weights(tmp_path / "unbroken"))
     before, after = (json.loads((each / "metrics.json").read_text()) for each in (tmp_path / "unbroken", there / "run"))
     assert after["train"]["loss_curve"] == before["train"]["loss_curve"]
@@ -186,8 +186,8 @@ def test_accepted_evaluation_settings_apply_to_both_tables(
         r"is 4; evaluation.max_new_tokens was 2 and is 3; undo that, or --accept-changes evaluation$",
     ):
         run(check_recipe(own_content, "test"), resume=True)
-    told = run(check_recipe(own_content, "test"), resume=True, accept_changes=["evaluation"])
-    assert "the settings of the evaluation changed; the table before training is computed again\n" in told
+    output = run(check_recipe(own_content, "test"), resume=True, accept_changes=["evaluation"])
+    assert "the settings of the evaluation changed; the table before training is computed again\n" in output
     for when in ("before", "after"):
         assert len((folder / f"predictions_{when}.jsonl").read_text().splitlines()) == 4
 
@@ -210,15 +210,15 @@ def test_a_repeated_first_table_is_not_reused_with_other_settings(
 
 def test_the_first_table_is_kept_if_nothing_changed(own_content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = left_at_4(own_content, monkeypatch)
-    asked = []
+    evaluated = []
 
     def recorded(model: Any, plan: Any, when: str) -> Any:
-        asked.append(when)
+        evaluated.append(when)
         return ask_table(model, plan, when)
 
     monkeypatch.setattr("lora_llava.training.finetune.ask_table", recorded)
     run(recipe, resume=True)
-    assert asked == ["after"]
+    assert evaluated == ["after"]
 
 
 def test_a_checkpoint_without_identity_is_refused(own_content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,10 +238,10 @@ def test_other_libraries_are_reported(own_content: Content, monkeypatch: pytest.
 
     rewritten(newest, older)
     now = json.loads((newest.parents[1] / IDENTITY_FILE).read_text())["versions"]
-    told = run(recipe, resume=True)
+    output = run(recipe, resume=True)
     assert (
         f"resume: the run began with other versions: peft 0.1 is now {now['peft']}, pillow 9.0 is now {now['pillow']}; "
-        "results may differ in the last digits\n" in told
+        "results may differ in the last digits\n" in output
     )
 
 
@@ -271,8 +271,8 @@ def test_another_stage_1_result_is_refused(
     with pytest.raises(UserError, match=r"^--resume: the Stage 1 projector changed since the run began .*; name the "):
         run(recipe, resume=True)
     own_content["model"]["start_from"] = {"stage1_run": str(tmp_path / "stage1 elsewhere")}
-    told = run(check_recipe(own_content, "test"), resume=True)
-    assert "resume: model.start_from.stage1_run was " in told
+    output = run(check_recipe(own_content, "test"), resume=True)
+    assert "resume: model.start_from.stage1_run was " in output
 
 
 def conversations(file: Path, count: int, **layout: Any) -> list[Any]:
@@ -321,10 +321,10 @@ def test_files_with_the_same_rows_in_another_layout_are_the_same(
         edited(tmp_path / "moved" / name / "rows.json", lambda rows, name=name: ask_of(rows, name))
     for source in (*own_rows["data"]["sources"], own_rows["data"]["test_source"]):
         source["path"] = source["path"].replace(str(tmp_path), f"{tmp_path}/moved")
-    told = run(check_recipe(own_rows, "test"), resume=True)
-    assert "resume: the paths of data.sources changed, with the same content\n" in told
-    assert "resume: data.test_source.path was " in told
-    assert "asked again" not in told
+    output = run(check_recipe(own_rows, "test"), resume=True)
+    assert "resume: the paths of data.sources changed, with the same content\n" in output
+    assert "resume: data.test_source.path was " in output
+    assert "computed again" not in output
 
 
 def other_type(rows: Any) -> None:
@@ -336,7 +336,7 @@ def other_answer(rows: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "told"),
+    ("file", "change", "output"),
     [
         (
             "one",
@@ -348,11 +348,11 @@ def other_answer(rows: Any) -> None:
     ],
 )
 def test_a_changed_row_of_own_data_is_named(
-    own_rows: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, change: Any, told: str
+    own_rows: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, change: Any, output: str
 ) -> None:
     recipe = left_at_4(own_rows, monkeypatch)
     edited(tmp_path / file / "rows.json", change)
-    with pytest.raises(UserError, match=rf"^--resume: {told}$"):
+    with pytest.raises(UserError, match=rf"^--resume: {output}$"):
         run(recipe, resume=True)
 
 

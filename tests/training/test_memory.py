@@ -95,17 +95,17 @@ def test_the_tower_is_counted_as_transformers_makes_it(config: LlavaConfig) -> N
 def test_bytes_of_weights_are_exact() -> None:
     model = build_random_llava(SMALL, quantization="nf4", dtype=torch.bfloat16, device=torch.device("cpu"))
     parts = step_of("small", cached_features=False).parts()
-    four_bit, whole = 0, 0
+    four_bit, unquantized = 0, 0
     for name, parameter in model.model.language_model.named_parameters():
         state = getattr(parameter, "quant_state", None)
         if state is None:
-            whole += parameter.nbytes
+            unquantized += parameter.nbytes
         else:
             four_bit += parameter.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
             assert name.endswith("proj.weight")
-    whole += model.lm_head.weight.nbytes
+    unquantized += model.lm_head.weight.nbytes
     tower = sum(p.nbytes for p in model.model.vision_tower.parameters())
-    assert parts["embeddings, head, norms"] == whole
+    assert parts["embeddings, head, norms"] == unquantized
     assert parts["vision tower"] == tower
     assert parts["language model, NF4"] == pytest.approx(four_bit, rel=0.01)  # blocks that are not full
 

@@ -72,15 +72,19 @@ def test_true_and_false_are_kept_and_refused_if_they_do_not_fit() -> None:
     recipe = changed("scienceqa_qlora.yaml", training__gradient_checkpointing=True, training__memory_gb=24.0)
     assert choose_checkpointing(recipe, planned(recipe)).checkpointed == 32
     recipe = changed("scienceqa_qlora.yaml", training__gradient_checkpointing=False, training__memory_gb=16.0)
-    told = r"a step needs \d+\.\d GiB or more, and 16.0 GiB are available \(training.memory_gb 16 GiB\); set training"
-    with pytest.raises(UserError, match=told):
+    message = (
+        r"a step needs \d+\.\d GiB or more, and 16.0 GiB are available \(training.memory_gb 16 GiB\); set training"
+    )
+    with pytest.raises(UserError, match=message):
         choose_checkpointing(recipe, planned(recipe))
 
 
 def test_a_budget_that_is_too_small_names_the_smallest_that_fits() -> None:
     recipe = changed("scienceqa_qlora.yaml", training__memory_gb=4.0)
-    told = r"a step needs \d\.\d GiB or more, and 4.0 GiB are available .*; no setting of this recipe fits: use a small"
-    with pytest.raises(UserError, match=told):
+    message = (
+        r"a step needs \d\.\d GiB or more, and 4.0 GiB are available .*; no setting of this recipe fits: use a small"
+    )
+    with pytest.raises(UserError, match=message):
         choose_checkpointing(recipe, planned(recipe))
 
 
@@ -159,11 +163,11 @@ def test_a_plan_opens_no_image_and_loads_no_weights(
     monkeypatch.setattr("safetensors.torch.load_file", refuse)
     stream = io.StringIO()
     print_forecast(stage2, Console(file=stream, width=160))
-    told = stream.getvalue()
+    output = stream.getvalue()
     for part in ("language model, NF4", "vision tower", "optimizer", "activations, kept", "peak", "24 GB"):
-        assert part in told
-    assert "4 steps" in told
-    assert "timed here on random weights" in told
+        assert part in output
+    assert "4 steps" in output
+    assert "timed here on random weights" in output
 
 
 def test_a_plan_without_its_data_reports_that(stage2_content: dict[str, Any], tmp_path: Path) -> None:

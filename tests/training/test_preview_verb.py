@@ -163,9 +163,9 @@ def test_the_command_writes_a_page_or_prints(
     assert len(Boxes(page.read_text()).samples) == 5
     assert "5 samples in 2 rows" in capsys.readouterr().out
     assert main(None, ["preview", str(recipe), "--samples", "3", "--split", "validation", "--terminal"]) == 0
-    told = capsys.readouterr().out
-    assert "⟦" in told
-    assert "<image × 4>" in told
+    output = capsys.readouterr().out
+    assert "⟦" in output
+    assert "<image × 4>" in output
 
 
 def test_a_missing_split_and_a_bad_image_are_named(

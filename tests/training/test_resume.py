@@ -75,11 +75,14 @@ def test_every_changed_key_is_refused_acceptable_or_without_effect(stage2_conten
 
 
 def test_an_added_or_removed_section_is_a_change(stage2_content: dict[str, Any]) -> None:
-    asked, without = check_recipe(stage2_content, "test"), check_recipe(stage2_content | {"evaluation": None}, "test")
+    with_evaluation, without = (
+        check_recipe(stage2_content, "test"),
+        check_recipe(stage2_content | {"evaluation": None}, "test"),
+    )
     with pytest.raises(UserError, match=r"evaluation.before was 'all' and is None.*, or --accept-changes evaluation$"):
-        check_changes(asked, without, (), 3)
+        check_changes(with_evaluation, without, (), 3)
     keys = ("after", "batch_size", "before", "generate_rows", "max_new_tokens", "parser")
-    assert check_changes(asked, without, ("evaluation",), 3) == tuple(f"evaluation.{key}" for key in keys)
+    assert check_changes(with_evaluation, without, ("evaluation",), 3) == tuple(f"evaluation.{key}" for key in keys)
     own = stage2_content | {"data": {"format": "conversations", "path": "a.json"}, "evaluation": None}
     with pytest.raises(UserError, match=r"data.format was 'scienceqa' and is 'conversations'"):
         check_changes(without, check_recipe(own, "test"), (), 3)
@@ -100,22 +103,22 @@ def test_another_learning_rate_takes_effect_only_if_accepted(
         stage2_content["training"]["learning_rate"] = rate
         file.write_text(dump_recipe(check_recipe(stage2_content, "test")))
         code = main("finetune", [str(file), *arguments])
-        _, found, told = capsys.readouterr().err.rpartition("error: ")  # behind what is left of a progress bar
-        return code, (found + told).rstrip() if found else ""
+        _, found, message = capsys.readouterr().err.rpartition("error: ")  # behind what is left of a progress bar
+        return code, (found + message).rstrip() if found else ""
 
     assert call() == (0, "")
     folder = Path(stage2_content["output_dir"])
     expected = load_file(folder / "adapter_model.safetensors")
     (folder / "run.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
-    code, told = call("--resume", rate=0.003)
-    assert (code, told) == (
+    code, message = call("--resume", rate=0.003)
+    assert (code, message) == (
         2,
         "error: --resume: the recipe differs from that of step 3: training.learning_rate was 0.006 and is 0.003; undo "
         "that, or --accept-changes training.learning_rate",
     )
-    code, told = call("--resume", "--accept-changes", "training.learning_rat", rate=0.003)
-    assert (code, told) == (
+    code, message = call("--resume", "--accept-changes", "training.learning_rat", rate=0.003)
+    assert (code, message) == (
         2,
         'error: --accept-changes: training.learning_rat cannot change within a run (did you mean "training.'
         'learning_rate"?)',
@@ -169,12 +172,12 @@ def test_a_run_stopped_before_its_evaluation_is_unfinished(
 def ends_at(table: str) -> Any:
     """Return an `ask_table` that raises Ctrl-C before or after training."""
 
-    def asked(model: Any, plan: Any, when: str) -> Any:
+    def evaluate_table(model: Any, plan: Any, when: str) -> Any:
         if when == table:
             raise KeyboardInterrupt
         return ask_table(model, plan, when)
 
-    return asked
+    return evaluate_table
 
 
 def test_errors_inside_the_lock_are_not_reported_as_errors_of_the_folder(tmp_path: Path) -> None:
@@ -202,8 +205,10 @@ def test_overwrite_replaces_an_unfinished_stage_1_too(
 
 def test_a_second_run_in_a_folder_is_refused_naming_the_first(stage2_content: dict[str, Any]) -> None:
     recipe = check_recipe(stage2_content, "test")
-    told = rf"output_dir: process {os.getpid()} on .*, since .*, is at work in .*/run; wait for it, or set output_dir="
-    with only_run(Path(recipe.output_dir)), pytest.raises(UserError, match=told):
+    message = (
+        rf"output_dir: process {os.getpid()} on .*, since .*, is at work in .*/run; wait for it, or set output_dir="
+    )
+    with only_run(Path(recipe.output_dir)), pytest.raises(UserError, match=message):
         finetune(recipe, Path(), console=Console(file=io.StringIO()))
 
 

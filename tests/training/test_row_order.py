@@ -223,8 +223,8 @@ def test_a_validation_split_has_its_own_images(stage2_content: dict[str, Any]) -
 
 def test_a_sample_longer_than_a_row_is_named_with_the_fix(stage2_content: dict[str, Any]) -> None:
     packed_content(stage2_content, max_tokens_per_row=40)
-    told = r"row \d+ has \d+ tokens, over training.max_tokens_per_row 40; raise it, or set data.max_length=40 with"
-    with pytest.raises(UserError, match=told):
+    message = r"row \d+ has \d+ tokens, over training.max_tokens_per_row 40; raise it, or set data.max_length=40 with"
+    with pytest.raises(UserError, match=message):
         plan_run(check_recipe(stage2_content, "test"))
 
 

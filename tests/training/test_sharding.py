@@ -73,7 +73,7 @@ def test_two_sharded_processes_resume_exactly(
 
 REFUSED = {
     "first version": ({"FSDP_VERSION": "1"}, {}, "FSDP's first version is not supported; add --fsdp_version 2"),
-    "answers": ({}, {"evaluation": {}}, "evaluation: answers need the whole model on one GPU"),
+    "answers": ({}, {"evaluation": {}}, "evaluation: answers need the complete model on one GPU"),
     "offload": ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "FSDP's offload of parameters has not been tried here"),
     "recompute": (
         {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
@@ -92,13 +92,13 @@ REFUSED = {
 def test_settings_not_tested_with_fsdp_are_refused(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    environment, changes, told = REFUSED[name]
+    environment, changes, message = REFUSED[name]
     for key, value in (FSDP | environment).items():
         monkeypatch.setenv(key, value)
     recipe = check_recipe(stage2_content | {"evaluation": None} | changes, "test")
     with pytest.raises(UserError) as error:
         check_sharding(recipe, 2)
-    assert str(error.value).startswith(told)
+    assert str(error.value).startswith(message)
 
 
 def test_fsdp_with_one_process_is_refused(stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,17 +109,17 @@ def test_fsdp_with_one_process_is_refused(stage2_content: dict[str, Any], monkey
 
 
 @pytest.mark.parametrize(
-    ("stage", "told"),
+    ("stage", "output"),
     [
         ("3", "DeepSpeed's ZeRO-3 shards weights, which 4-bit weights do not support; start with torchrun"),
         ("", "DeepSpeed has not been tested with this trainer; start with torchrun"),
     ],
 )
 def test_deepspeed_is_refused(
-    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stage: str, told: str
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stage: str, message: str
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     with pytest.raises(UserError) as error:
         plan_run(check_recipe(stage2_content, "test"))
-    assert str(error.value).startswith(told)
+    assert str(error.value).startswith(message)

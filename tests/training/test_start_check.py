@@ -32,8 +32,8 @@ def test_equal_losses_pass_and_the_model_is_unchanged(start: Any) -> None:
     model, rows, padded, packed = start
     model.train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    told = check_first_batch(model, rows, padded, packed)
-    packed_loss, padded_loss = (part.split(" ")[1] for part in told.removesuffix(": equal").split(", "))
+    output = check_first_batch(model, rows, padded, packed)
+    packed_loss, padded_loss = (part.split(" ")[1] for part in output.removesuffix(": equal").split(", "))
     assert packed_loss == padded_loss
     assert model.training
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -85,7 +85,7 @@ def test_the_attention_is_described_and_refused_if_it_cannot_run(monkeypatch: An
     ):
         resolve_attention("flash_varlen", torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    told = "need compute capability 8.0, and this GPU has 7.5"
-    assert resolve_attention("auto", torch.bfloat16) == (False, f"sdpa, padded: flash_varlen's GPU kernels {told}")
-    with pytest.raises(UserError, match=f"{told}; set model.attention=sdpa"):
+    message = "need compute capability 8.0, and this GPU has 7.5"
+    assert resolve_attention("auto", torch.bfloat16) == (False, f"sdpa, padded: flash_varlen's GPU kernels {message}")
+    with pytest.raises(UserError, match=f"{message}; set model.attention=sdpa"):
         resolve_attention("flash_varlen", torch.bfloat16)

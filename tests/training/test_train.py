@@ -165,7 +165,7 @@ def test_two_learning_rates_and_decay_of_matrices_only(stage2_content: dict[str,
 
 
 def test_finetune_prints_and_writes_everything(stage2: Recipe) -> None:
-    metrics, told = run(stage2)
+    metrics, output = run(stage2)
     folder = Path(stage2.output_dir)
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert set(metrics) >= {"before", "after", "train", "model", "versions"}
@@ -176,8 +176,8 @@ def test_finetune_prints_and_writes_everything(stage2: Recipe) -> None:
         assert table["AVG"][2] == 6
         predictions = [json.loads(line) for line in (folder / f"predictions_{when}.jsonl").read_text().splitlines()]
         assert [p["question_id"] for p in predictions] == ["31", "32", "33", "34", "35", "36"]
-    assert "Freeze plan" in told
-    assert "peak memory" in told
+    assert "Freeze plan" in output
+    assert "peak memory" in output
 
 
 def test_stage_2_starts_from_the_projector_of_stage_1(stage1: Recipe, stage2_content: dict[str, Any]) -> None:
@@ -210,12 +210,12 @@ def test_a_stage_1_recipe_is_run_first_and_only_once(
     (tmp_path / "align.yaml").write_text(json.dumps(stage1_content))  # JSON is YAML
     stage2_content["model"]["start_from"] = {"stage1_recipe": "align.yaml"}
     stage2_content["evaluation"] = None
-    _, told = run(check_recipe(stage2_content, "test"), tmp_path)
-    assert "Stage 1" in told
+    _, output = run(check_recipe(stage2_content, "test"), tmp_path)
+    assert "Stage 1" in output
     written = (tmp_path / "stage1" / "run.json").stat().st_mtime_ns
     stage2_content["output_dir"] = str(tmp_path / "second")
-    _, told = run(check_recipe(stage2_content, "test"), tmp_path)
-    assert "Stage 1" not in told
+    _, output = run(check_recipe(stage2_content, "test"), tmp_path)
+    assert "Stage 1" not in output
     assert (tmp_path / "stage1" / "run.json").stat().st_mtime_ns == written
     stage1_content["training"]["max_steps"] = 2
     (tmp_path / "align.yaml").write_text(json.dumps(stage1_content))
@@ -262,15 +262,15 @@ def test_a_finished_run_is_not_overwritten_automatically(stage1: Recipe) -> None
 
 def test_resume_continues_from_the_newest_checkpoint(stage2_content: dict[str, Any]) -> None:
     stage2_content["evaluation"] = None
-    whole = check_recipe(stage2_content, "test")
-    run(whole)
-    folder = Path(whole.output_dir)
+    complete = check_recipe(stage2_content, "test")
+    run(complete)
+    folder = Path(complete.output_dir)
     expected = load_file(folder / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
     (folder / "run.json").unlink()
     import shutil
 
     shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
-    run(whole, resume=True)
+    run(complete, resume=True)
     resumed = load_file(folder / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
@@ -284,9 +284,9 @@ def test_dry_run_writes_no_base_and_marks_a_sample(stage2: Recipe, monkeypatch: 
     monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))
     stream = io.StringIO()
     dry_run(stage2, Path(), Console(file=stream, width=160))
-    told = stream.getvalue()
+    output = stream.getvalue()
     assert not (tmp_path / "cache" / "bases").exists()
     assert not Path(stage2.output_dir).exists()
-    assert "4 steps of 4 samples" in told
-    assert "<image x 4>" in told
-    assert "⟦Colours have names. It is red. The answer is A.</s>⟧" in told
+    assert "4 steps of 4 samples" in output
+    assert "<image x 4>" in output
+    assert "⟦Colours have names. It is red. The answer is A.</s>⟧" in output

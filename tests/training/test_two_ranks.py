@@ -60,10 +60,10 @@ def test_both_ranks_answer_and_every_answer_is_there_once(runs: tuple[Path, Path
 
 
 def test_only_one_rank_prints_and_writes(runs: tuple[Path, Path, str]) -> None:
-    _, two, told = runs
-    assert told.count("trained 6 steps") == 1
-    assert told.count("step 3: validation loss") == 1
-    assert told.count("Freeze plan") == 1
+    _, two, output = runs
+    assert output.count("trained 6 steps") == 1
+    assert output.count("step 3: validation loss") == 1
+    assert output.count("Freeze plan") == 1
     assert sorted(file.name for file in (two / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6"]
 
 
@@ -83,8 +83,8 @@ def test_two_stopped_ranks_resume_exactly(
     shutil.copytree(runs[1], folder)
     (folder / "run.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
-    told = "was written by a run of 2 processes, and now there are 1; start as many"
-    with pytest.raises(UserError, match=told):
+    message = "was written by a run of 2 processes, and now there are 1; start as many"
+    with pytest.raises(UserError, match=message):
         run(check_recipe(content | {"output_dir": str(folder)}, "test"), resume=True)
     assert launch(content, folder, LAUNCHER, "--resume").returncode == 0
     assert same(weights(folder), weights(runs[1]))

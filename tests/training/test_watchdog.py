@@ -189,13 +189,13 @@ def test_a_poisoned_image_stops_in_its_step_and_is_named(
         poisoned(patch, "train/7/image.png")
         with pytest.raises(PoisonedError) as error:
             run(recipe)
-    told = str(error.value)
+    message = str(error.value)
     assert error.value.exit_code == 3
-    assert "(train/7/image.png)" in told
-    assert "the loss is not a number (NaN or infinite); the weights were not updated and nothing was saved" in told
-    step = int(told.removeprefix("step ").partition(":")[0])
-    newest, passed_over = newest_complete(checkpoints_of(recipe))
-    assert passed_over == []
+    assert "(train/7/image.png)" in message
+    assert "the loss is not a number (NaN or infinite); the weights were not updated and nothing was saved" in message
+    step = int(message.removeprefix("step ").partition(":")[0])
+    newest, skipped = newest_complete(checkpoints_of(recipe))
+    assert skipped == []
     if step == 1:
         assert newest is None
         return
