@@ -117,14 +117,14 @@ def _set_merges(backend: Tokenizer, reference: SentencePieceProcessor) -> None:
 
 
 def _set_spaces(backend: Tokenizer, reference: SentencePieceProcessor) -> None:
-    """Give a BPE tokenizer SentencePiece's treatment of spaces, its dummy prefix included where the model has one."""
+    """Set SentencePiece's treatment of spaces in a BPE tokenizer, with its dummy prefix if the model has one."""
     backend.normalizer = None
     marked = pre_tokenizers.Metaspace("▁", "never", split=False)
     if not reference.encode("a", out_type=str)[0].startswith("▁"):  # no dummy prefix, such as Gemma's
         backend.pre_tokenizer = marked
         return
-    # "first" adds nothing before a text that begins with its own mark. Written as ▁ before, a leading space is not
-    # that mark, so that the dummy prefix comes before it as well.
+    # Metaspace "first" adds no prefix before a text that begins with its own mark, here a space. The first step has
+    # written leading spaces as ▁, so that they get the dummy prefix as well.
     prefix = pre_tokenizers.Metaspace(" ", "first", split=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([marked, prefix, marked])
 
@@ -132,8 +132,8 @@ def _set_spaces(backend: Tokenizer, reference: SentencePieceProcessor) -> None:
 def merges_by_score(reference: SentencePieceProcessor) -> list[tuple[str, str]]:
     """List the merges of SentencePiece's BPE, in their order.
 
-    It joins the two neighbours that make the piece of the highest score (sentencepiece, bpe_model.cc). Control, byte
-    and unused pieces are never made of text.
+    It merges the two neighbours whose piece has the highest score (sentencepiece, bpe_model.cc). Control, byte and unused
+    pieces never result from text.
     """
     scores = {
         reference.id_to_piece(i): reference.get_score(i)
@@ -141,7 +141,7 @@ def merges_by_score(reference: SentencePieceProcessor) -> list[tuple[str, str]]:
         if not (reference.is_control(i) or reference.is_byte(i) or reference.is_unused(i) or reference.is_unknown(i))
     }
     found = [
-        (-score, -cut, piece[:cut], piece[cut:])  # of equal scores the longer left half: runs of spaces need it
+        (-score, -cut, piece[:cut], piece[cut:])  # longer left half first if scores are equal, as in runs of spaces
         for piece, score in scores.items()
         for cut in range(1, len(piece))
         if piece[:cut] in scores and piece[cut:] in scores
