@@ -132,8 +132,8 @@ def _set_spaces(backend: Tokenizer, reference: SentencePieceProcessor) -> None:
 def merges_by_score(reference: SentencePieceProcessor) -> list[tuple[str, str]]:
     """List the merges of SentencePiece's BPE, in their order.
 
-    It merges the two neighbours whose piece has the highest score (sentencepiece, bpe_model.cc). Control, byte and unused
-    pieces never result from text.
+    It merges the two neighbours whose piece has the highest score (sentencepiece, bpe_model.cc). Control, byte and
+    unused pieces never result from text.
     """
     scores = {
         reference.id_to_piece(i): reference.get_score(i)

@@ -90,11 +90,11 @@ def test_another_base_is_refused_with_both_named(base: Any, tmp_path: Path) -> N
     folder = copied(base.folder, tmp_path / "other", "layers.0")
     theirs = component_hashes(folder)["llm"][:12]
     llm, ours = recorded["parts"]["llm"], recorded["hashes"]["llm"][:12]
-    with pytest.raises(UserError) as output:
+    with pytest.raises(UserError) as error:
         check_base(recorded, folder, Path("run"))
-    assert str(output.value) == (
-        f"run was trained on another llm ({llm}, {ours}) than {folder} holds ({theirs}); put back the base it was "
-        "trained on"
+    assert str(error.value) == (
+        f"run was trained on another llm ({llm}, {ours}) than {folder} holds ({theirs}); restore the base it was trained "
+        "on"
     )
 
 
@@ -109,7 +109,7 @@ def test_a_missing_assembled_base_is_assembled_again(base: Any, monkeypatch: Any
     with pytest.raises(UserError, match=r"which is missing, and .* has changed"):
         locate_base(recorded, Path("run"))
     recorded["parts"] = None
-    with pytest.raises(UserError, match="which is gone; put it back there, or train again"):
+    with pytest.raises(UserError, match="which is missing; restore it, or train again"):
         locate_base(recorded, Path("run"))
 
 

@@ -72,7 +72,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "vision tower": (
         lambda folder: other_weights(folder / TOWER, "pre_layrnorm.weight"),
-        r"the vision tower's weights changed since the run began \(.*\); put back .*",
+        r"the vision tower's weights changed since the run began \(.*\); restore .*",
     ),
     "config.json": (
         lambda folder: edited(folder / "parts/llm/config.json", lambda each: each.update(rms_norm_eps=1e-3)),
@@ -83,7 +83,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: edited(
             folder / "parts/vision_tower/preprocessor_config.json", lambda each: each.update(image_mean=[0.4, 0.5, 0.5])
         ),
-        r"the image processor changed .*: image_mean was \[0.5, 0.5, 0.5\] and is \[0.4, 0.5, 0.5\]; put back its .*",
+        r"the image processor changed .*: image_mean was \[0.5, 0.5, 0.5\] and is \[0.4, 0.5, 0.5\]; restore its .*",
     ),
     "training image": (
         repainted("train"),

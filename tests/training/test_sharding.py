@@ -74,7 +74,7 @@ def test_two_sharded_processes_resume_exactly(
 REFUSED = {
     "first version": ({"FSDP_VERSION": "1"}, {}, "FSDP's first version is not supported; add --fsdp_version 2"),
     "answers": ({}, {"evaluation": {}}, "evaluation: answers need the complete model on one GPU"),
-    "offload": ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "FSDP's offload of parameters has not been tried here"),
+    "offload": ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "FSDP's parameter offload has not been tested with this trainer"),
     "recompute": (
         {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
         {},
@@ -104,12 +104,12 @@ def test_settings_not_tested_with_fsdp_are_refused(
 def test_fsdp_with_one_process_is_refused(stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(UserError, match="there is one; start several, or leave FSDP out"):
+    with pytest.raises(UserError, match="only one was started; start several, or leave FSDP out"):
         plan_run(check_recipe(stage2_content, "test"))
 
 
 @pytest.mark.parametrize(
-    ("stage", "output"),
+    ("stage", "message"),
     [
         ("3", "DeepSpeed's ZeRO-3 shards weights, which 4-bit weights do not support; start with torchrun"),
         ("", "DeepSpeed has not been tested with this trainer; start with torchrun"),

@@ -220,7 +220,7 @@ def test_a_stage_1_recipe_is_run_first_and_only_once(
     stage1_content["training"]["max_steps"] = 2
     (tmp_path / "align.yaml").write_text(json.dumps(stage1_content))
     stage2_content["output_dir"] = str(tmp_path / "third")
-    with pytest.raises(UserError, match="was trained by another Stage 1 recipe"):
+    with pytest.raises(UserError, match="was trained with another Stage 1 recipe"):
         run(check_recipe(stage2_content, "test"), tmp_path)
 
 
@@ -276,7 +276,7 @@ def test_resume_continues_from_the_newest_checkpoint(stage2_content: dict[str, A
 
 
 def test_nothing_to_resume_is_an_error(stage2: Recipe) -> None:
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoint"):
         run(stage2, resume=True)
 
 
