@@ -93,8 +93,8 @@ def test_another_base_is_refused_with_both_named(base: Any, tmp_path: Path) -> N
     with pytest.raises(UserError) as error:
         check_base(recorded, folder, Path("run"))
     assert str(error.value) == (
-        f"run was trained on another llm ({llm}, {ours}) than {folder} holds ({theirs}); restore the base it was trained "
-        "on"
+        f"run was trained on another llm ({llm}, {ours}) than {folder} holds ({theirs}); restore the base it was "
+        "trained on"
     )
 
 
