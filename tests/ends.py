@@ -1,4 +1,4 @@
-"""Saves that end in the middle, and files that are damaged afterwards."""
+"""Interrupt saves, and damage files afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lora_llava.core.errors import UserError
-from lora_llava.runs.checkpoint import list_checkpoints, newest_whole
+from lora_llava.runs.checkpoint import list_checkpoints, newest_complete
 from lora_llava.runs.trainer_state import gather_random
 from lora_llava.training import stages
 from lora_llava.training.trainer import LlavaSFTTrainer
@@ -35,7 +35,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 def damaged_silently(folder: Path) -> tuple[int, list[str]]:
-    """Damage every file of the newest checkpoint in every way; gives how many, and those that were not seen."""
+    """Damage every file of the newest checkpoint in every way; return the number and those not detected."""
     newest = list_checkpoints(folder)[0]
     files = sorted(file for file in newest.rglob("*") if file.is_file())
     unseen = []
@@ -47,16 +47,16 @@ def damaged_silently(folder: Path) -> tuple[int, list[str]]:
                 continue
             damage(file)
             tried += 1
-            found, passed_over = newest_whole(folder)
-            if found == newest or len(passed_over) != 1 or file.name not in passed_over[0]:
+            found, skipped = newest_complete(folder)
+            if found == newest or len(skipped) != 1 or file.name not in skipped[0]:
                 unseen.append(f"{name} {file}")
             file.write_bytes(content)
-    assert newest_whole(folder)[0] == newest
+    assert newest_complete(folder)[0] == newest
     return tried, unseen
 
 
 class AtStep(TrainerCallback):
-    """Does something at the end of a step, with the trainer."""
+    """Call a function with the trainer at the end of a step."""
 
     def __init__(self, step: int, act: Callable[[LlavaSFTTrainer], None]) -> None:
         self.step, self.act = step, act
@@ -68,7 +68,7 @@ class AtStep(TrainerCallback):
 
 
 def act_at(step: int, act: Callable[[LlavaSFTTrainer], None], put: Callable[[Any, str, Any], None] = setattr) -> None:
-    """Do something at the end of a step of the runs that follow; `put` sets an attribute, for tests to take it back."""
+    """Call a function at the end of a step of later runs; `put` sets an attribute, such as `monkeypatch.setattr`."""
     build = stages.build_trainer
 
     def built(*args: Any) -> Any:
@@ -82,14 +82,14 @@ def act_at(step: int, act: Callable[[LlavaSFTTrainer], None], put: Callable[[Any
 
 
 def in_child(act: Callable[[], None], on_call: Callable[[int, str], None]) -> int:
-    """Run something in a forked process that looks at every write; gives its exit code."""
+    """Run a function in a forked process that observes every write; return its exit code."""
     pid = os.fork()
     if pid == 0:
         calls = 0
 
         def look(frame: Any, event: str, called: Any) -> None:
             nonlocal calls
-            text = isinstance(getattr(called, "__self__", None), str | list)  # which have a `replace` and `remove` too
+            text = isinstance(getattr(called, "__self__", None), str | list)  # they have `replace` and `remove` too
             if event == "c_return" and getattr(called, "__name__", "") in WRITES and not text:
                 calls += 1
                 on_call(calls, called.__name__)
@@ -107,8 +107,10 @@ def in_child(act: Callable[[], None], on_call: Callable[[int, str], None]) -> in
 
 
 def ends_at_every_write(trainer: LlavaSFTTrainer, end: Callable[[], None], stride: int) -> list[tuple[int, str | None]]:
-    """Save in a process that ends after its first, second, third write and so on, until one saves in whole; gives each
-    exit code with the newest whole checkpoint then."""
+    """Save in processes that end after each `stride`-th write, until one saves completely.
+
+    Returns each exit code with the newest complete checkpoint.
+    """
     folder = Path(trainer.args.output_dir)
     found: list[tuple[int, str | None]] = []
     for last in range(1, 100_000, stride):
@@ -118,8 +120,8 @@ def ends_at_every_write(trainer: LlavaSFTTrainer, end: Callable[[], None], strid
                 sys.setprofile(None)
                 end()
 
-        code = in_child(lambda: trainer.save_whole(gather_random()), on_call)
-        newest, _ = newest_whole(folder)
+        code = in_child(lambda: trainer.save_checkpoint(gather_random()), on_call)
+        newest, _ = newest_complete(folder)
         found.append((code, newest and newest.name))
         for each in folder.glob("*checkpoint-3*"):
             shutil.rmtree(each)

@@ -1,4 +1,4 @@
-"""A verb in a process of its own, to be killed."""
+"""Run a verb in another process, to kill it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def start(arguments: Sequence[str], preload: str) -> BaseProcess:
-    """Start a verb, forked from a process that has loaded the verb's module already."""
+    """Start a verb in a process forked from one that has loaded the verb's module."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lora_llava.commands.main", preload])
     process = context.Process(target=_run, args=(list(arguments),))
@@ -25,7 +25,7 @@ def start(arguments: Sequence[str], preload: str) -> BaseProcess:
 
 
 def kill(process: BaseProcess) -> None:
-    """Kill it, as `kill -9` does."""
+    """Kill a process like `kill -9`."""
     process.kill()
     process.join()
     assert process.exitcode == -9
@@ -33,7 +33,7 @@ def kill(process: BaseProcess) -> None:
 
 
 def wait_for(reached: Callable[[], bool]) -> None:
-    """Wait until something is so."""
+    """Wait until a condition holds."""
     end = time.monotonic() + 240
     while not reached():
         assert time.monotonic() < end

@@ -1,4 +1,4 @@
-"""What autograd keeps, counted."""
+"""Count the bytes that autograd keeps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes that autograd holds on to after `run`, each storage once and the model's weights not at all."""
+    """Return the bytes that autograd keeps after `run`, each storage once and without the model's weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
-    holding: list[Any] = []  # or a freed storage's address would come again
+    holding: list[Any] = []  # otherwise the address of a freed storage is reused
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

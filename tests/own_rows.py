@@ -1,4 +1,4 @@
-"""Rows and images such as people bring, made small."""
+"""Small rows and images in common formats."""
 
 from __future__ import annotations
 
@@ -37,12 +37,13 @@ def drawn(folder: Path, count: int) -> Path:
 
 
 def stored(folder: Path, opened: int, rows_each: int) -> Path:
-    """A Parquet file as `datasets` writes it, the images in it, several rows to each."""
+    """Write a Parquet file with `datasets`, with images in it and several rows per image."""
     images = drawn(folder / "drawn", opened)
     rows = [
         {"image": (images / f"{n}.png").read_bytes(), "question": f"Is it {q}?", "answer": f"{n}"}
-        for n in range(opened) for q in range(rows_each)
-    ]  # fmt: skip
+        for n in range(opened)
+        for q in range(rows_each)
+    ]
     table = datasets.Dataset.from_list([row | {"image": {"bytes": row["image"], "path": None}} for row in rows])
     table.cast_column("image", datasets.Image()).to_parquet(folder / "table.parquet")
     return folder / "table.parquet"

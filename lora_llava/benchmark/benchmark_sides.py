@@ -33,9 +33,10 @@ from lora_llava.model.weights.parts import DEMO_FOLDER
 from lora_llava.planning.fit import measure_rows
 from lora_llava.planning.memory import CUDA_CONTEXT, Step, fit_step, smallest
 from lora_llava.recipe.schema import LINEARS, LoraSection
+from lora_llava.training.feed import Feed
 from lora_llava.training.progress import peak_memory_bytes
 from lora_llava.training.stages import checkpointing_argument
-from lora_llava.training.trainer import Feed, LlavaSFTTrainer
+from lora_llava.training.trainer import LlavaSFTTrainer
 
 SIDES = ("ours", "ours_cached", "trl_random", "trl_grouped")
 

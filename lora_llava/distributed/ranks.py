@@ -1,4 +1,4 @@
-"""Several processes, one a GPU, that train together: which of them this is, who goes first, what all of them hold."""
+"""The ranks of a distributed run: their number, their order and the values they share."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 _PATIENCE = timedelta(days=7)
-"""How long ranks wait where one of them writes what all read; what dies is ended by the launcher."""
+"""How long ranks wait for the one that writes a shared file; the launcher ends all if one of them dies."""
 
 
 def this_rank() -> tuple[int, int]:
-    """This process's number, and how many there are; where a launcher started several, they are joined here."""
+    """Return the rank of this process and the number of ranks; the first call connects them."""
     state = PartialState(cpu=not torch.cuda.is_available())
     return state.process_index, state.num_processes
 
 
 def is_first() -> bool:
-    """Whether this process writes and tells."""
+    """Check whether this is the first rank, which writes files and prints."""
     return this_rank()[0] == 0
 
 
 def wait_for_all() -> None:
-    """Go on when every rank is here."""
+    """Wait until every rank has come here."""
     if this_rank()[1] > 1:
         dist.barrier(group=_waiting_group())
 
 
 @contextmanager
 def first_before_others() -> Iterator[None]:
-    """The first rank alone does what is inside, and then the others, who find what it wrote."""
+    """Run the `with` block on the first rank, then on the others, which find the files it wrote."""
     if not is_first():
         wait_for_all()
     yield
@@ -44,7 +44,7 @@ def first_before_others() -> Iterator[None]:
 
 
 def gather(value: Any) -> list[Any]:
-    """What every rank holds, in their order."""
+    """Return the value of every rank, in the order of ranks."""
     _, ranks = this_rank()
     if ranks == 1:
         return [value]
@@ -54,7 +54,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def first_alone(work: Callable[[], None]) -> None:
-    """Let the first rank do it while the others wait."""
+    """Run a function on the first rank only, while the others wait."""
     if is_first():
         work()
     wait_for_all()
@@ -62,5 +62,5 @@ def first_alone(work: Callable[[], None]) -> None:
 
 @cache
 def _waiting_group() -> Any:
-    """Apart from the one that trains, whose timeout is for what hangs."""
+    """Return a group with a long timeout; that of the training group is short, to detect a rank that hangs."""
     return dist.new_group(backend="gloo", timeout=_PATIENCE)

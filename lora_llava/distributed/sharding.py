@@ -1,4 +1,4 @@
-"""FSDP2 through accelerate: every rank holds a share of the weights; they are whole where they are written or read."""
+"""FSDP2 through accelerate: weights are sharded over ranks, and gathered to be written."""
 
 from __future__ import annotations
 
@@ -21,66 +21,72 @@ from lora_llava.recipe import Recipe
 _SETTINGS = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
-    # transformers would give ranks but the first empty weights (modeling_utils.py), which our own loading reads.
+    # Otherwise transformers leaves the weights empty on all ranks but the first (modeling_utils.py).
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-"""What accelerate reads of FSDP (accelerate/utils/dataclasses.py), as this trainer needs it."""
+"""The environment variables of accelerate's FSDP (accelerate/utils/dataclasses.py) that this trainer needs."""
 _RECOMPUTE = "FSDP_ACTIVATION_CHECKPOINTING"
 
 
 def is_sharded() -> bool:
-    """Whether `accelerate launch --use_fsdp`, or the environment that it sets, asks for FSDP."""
+    """Check whether FSDP was requested, by `accelerate launch --use_fsdp` or its environment variable."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def check_sharding(recipe: Recipe, ranks: int) -> None:
-    """Refuse what FSDP2 is not known to give as one process does, and settle the rest of accelerate's settings.
+    """Refuse settings with which FSDP2 is not known to match one process, and set accelerate's other settings.
 
     Args:
         recipe: The recipe.
-        ranks: Processes that were started.
+        ranks: The number of processes.
 
     Raises:
-        UserError: With what to change.
+        UserError: For a setting that is not supported.
     """
-    told = {name: os.environ.get(name, "false").lower() for name in ("FSDP_OFFLOAD_PARAMS", _RECOMPUTE)}
+    settings = {name: os.environ.get(name, "false").lower() for name in ("FSDP_OFFLOAD_PARAMS", _RECOMPUTE)}
     if os.environ.setdefault("FSDP_VERSION", "2") != "2":
         raise UserError("FSDP's first version is not supported; add --fsdp_version 2")
     if ranks == 1:
-        raise UserError("FSDP shares a model out over processes, and there is one; start several, or leave FSDP out")
+        raise UserError(
+            "FSDP shards a model over several processes, and only one was started; start several, or leave FSDP out"
+        )
     if recipe.evaluation is not None:
         raise UserError(
-            "evaluation: answers need the whole model on one GPU, and FSDP shares it out; set evaluation=null, and run "
+            "evaluation: answers need the complete model on one GPU, and FSDP shards it; set evaluation=null, and run "
             f"lora-llava evaluate {recipe.output_dir} afterwards"
         )
     if recipe.training.optimizer == "paged_adamw_8bit":
-        raise UserError("training.optimizer: paged_adamw_8bit cannot step shares of weights; set adamw_torch, or auto")
-    if told["FSDP_OFFLOAD_PARAMS"] == "true":
-        raise UserError("FSDP's offload of parameters has not been tried here; leave --fsdp_offload_params out")
-    if told[_RECOMPUTE] == "true":
+        raise UserError("training.optimizer: paged_adamw_8bit cannot update sharded weights; set adamw_torch, or auto")
+    if settings["FSDP_OFFLOAD_PARAMS"] == "true":
+        raise UserError(
+            "FSDP's parameter offload has not been tested with this trainer; leave --fsdp_offload_params out"
+        )
+    if settings[_RECOMPUTE] == "true":
         raise UserError(f"leave --{_RECOMPUTE.lower()} out; training.gradient_checkpointing does it")
     os.environ.update(_SETTINGS)
 
 
-def share_out(accelerator: Any) -> None:
-    """Let accelerate shard what it prepares, also on CPUs, which it leaves out without a word (accelerate/state.py);
-    gradients are summed in float32.
+def configure_sharding(accelerator: Any) -> None:
+    """Configure accelerate to shard the model, with gradients summed in float32.
 
     Args:
         accelerator: The trainer's.
     """
+    # On CPUs accelerate silently ignores FSDP (accelerate/state.py), so its state is set here.
     if not torch.cuda.is_available():
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         AcceleratorState._shared_state |= {
-            "distributed_type": DistributedType.FSDP, "fsdp_plugin": FullyShardedDataParallelPlugin(),
-        }  # fmt: skip
+            "distributed_type": DistributedType.FSDP,
+            "fsdp_plugin": FullyShardedDataParallelPlugin(),
+        }
+    # The forward pass is in bfloat16 on GPUs; None keeps the dtype of the weights.
     computed = torch.bfloat16 if torch.cuda.is_available() else None
     policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32)
     accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
 
-def describe_share(model: PeftModel) -> str:
-    """What this rank holds of a model that is shared out, in a line."""
+def describe_shard(model: PeftModel) -> str:
+    """Describe in one line how many bytes of a sharded model this rank holds."""
     parameters = list(model.parameters())
     held = sum(_bytes(p.to_local() if isinstance(p, DTensor) else p) for p in parameters)
     return f"FSDP2: this process holds {held / 1e6:,.2f} of {sum(map(_bytes, parameters)) / 1e6:,.2f} MB of weights"
@@ -90,67 +96,72 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def whole(value: Any) -> Any:
-    """Tensors that are shared out, whole and on the CPU; all else as it is. Every rank calls it.
+def gather_full(value: Any) -> Any:
+    """Return sharded tensors as full ones on the CPU, and everything else unchanged; every rank must call it.
 
     Args:
-        value: Dictionaries, lists and tuples of anything.
+        value: Nested dictionaries, lists and tuples of tensors and other values.
     """
     if isinstance(value, DTensor):
         return value.full_tensor().cpu()
     if isinstance(value, dict):
-        return {key: whole(each) for key, each in value.items()}
+        return {key: gather_full(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(whole(each) for each in value)
+        return type(value)(gather_full(each) for each in value)
     return value
 
 
-def whole_weights(model: PeftModel) -> dict[str, torch.Tensor] | None:
-    """What peft saves of a model that is shared out; None of any other, which peft can see for itself.
+def full_weights(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """Return the full tensors that peft saves of a sharded model; None for any other, which peft can read itself.
 
     Args:
-        model: Every rank calls with its own.
+        model: The model; every rank must call it.
     """
     kept = _kept_parameters(model)
-    return whole(kept) if any(isinstance(p, DTensor) for p in kept.values()) else None
+    return gather_full(kept) if any(isinstance(p, DTensor) for p in kept.values()) else None
 
 
 def load_weights(model: PeftModel, folder: Path) -> None:
-    """Put saved weights into a model that is shared out.
+    """Load saved weights into a sharded model.
 
     Args:
-        model: Every rank calls with its own.
+        model: The model; every rank must call it.
         folder: A checkpoint.
 
     Raises:
-        UserError: Where they are of another model.
+        UserError: If the names of the weights are not those of the model.
     """
+    # Compare by the names that peft saves, which lack the adapter's name.
     saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
     places = get_peft_model_state_dict(model, state_dict=_kept_parameters(model), save_embedding_layers=False)
     if saved.keys() != places.keys():
         name = min(saved.keys() ^ places.keys())
-        raise UserError(f"{folder}: {name} is not in the checkpoint and the model alike; resume with the run's recipe")
+        raise UserError(
+            f"{folder}: {name} is not in both the checkpoint and the model; resume with the recipe of the run"
+        )
+    # Every rank reads all weights and copies its shard.
     with torch.no_grad():
         for name, place in places.items():
-            place.to_local().copy_(_share(saved[name], place).to_local())
+            place.to_local().copy_(_shard(saved[name], place).to_local())
 
 
-def share_states(optimizer: torch.optim.Optimizer) -> None:
-    """Share out an optimiser's states as its parameters are, after whole ones were loaded into it."""
+def shard_states(optimizer: torch.optim.Optimizer) -> None:
+    """Shard an optimizer's states like its parameters, after full ones were loaded."""
     for parameter, states in optimizer.state.items():
         if isinstance(parameter, DTensor):
             for name, value in states.items():
-                if value.shape == parameter.shape:
-                    states[name] = _share(value, parameter)
+                if value.shape == parameter.shape:  # the step counter is a scalar on every rank
+                    states[name] = _shard(value, parameter)
 
 
-def _share(value: torch.Tensor, like: DTensor) -> DTensor:
+def _shard(value: torch.Tensor, like: DTensor) -> DTensor:
     value = value.to(like.device, like.dtype)
     return distribute_tensor(value, like.device_mesh, like.placements)
 
 
 def _kept_parameters(model: PeftModel) -> dict[str, Any]:
-    """LoRA and projector by name. After a forward pass without a backward one some are gathered, in a lower dtype."""
+    """Return the parameters of LoRA and the projector by name, sharded."""
+    # After a forward pass without a backward one, some are still gathered, in a lower dtype.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,4 @@
-"""A saved adapter, checked before anything uses it: its hash, its settings, and its tensors against its base."""
+"""Check a saved adapter before use: its hash, its settings, and its tensors against its base."""
 
 from __future__ import annotations
 
@@ -22,21 +22,41 @@ from lora_llava.model.weights.tensor_files import lazy_file
 
 PEFT_PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
-_TAKEN = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "inference_mode",
-    "init_lora_weights", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
-    "merge_weights", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
-    "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
-}  # fmt: skip
-"""Settings that are kept, or say nothing about what a finished adapter computes."""
+_SUPPORTED = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "merge_weights",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
+"""Settings that are kept, or do not change the output of a finished adapter."""
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Ways to start that change the base's own weights; the adapter belongs to the changed base."""
+"""Initializations that change the base's weights; the adapter needs the changed base."""
 
 
 def refuse_settings(settings: Mapping[str, Any], file: Path) -> None:
-    """Refuse an adapter whose settings change what it computes in a way that would be lost here.
+    """Refuse an adapter with settings that are not supported.
 
-    Every setting that is not known to be kept must be at its default, so that one of a later PEFT is refused too.
+    Every other setting must be at its default, so that new settings of a later PEFT are refused too.
 
     Args:
         settings: The content of an `adapter_config.json`.
@@ -46,8 +66,10 @@ def refuse_settings(settings: Mapping[str, Any], file: Path) -> None:
         UserError: Naming the first such setting.
     """
     for name, value in settings.items():
-        if name not in _TAKEN and value not in (None, False, 0, "", "none", {}, []):
-            raise UserError(f"{file}: {name} is {json.dumps(value)}, which lora_llava cannot keep; train without it")
+        if name not in _SUPPORTED and value not in (None, False, 0, "", "none", {}, []):
+            raise UserError(
+                f"{file}: {name} is {json.dumps(value)}, which lora_llava does not support; train without it"
+            )
     start = str(settings.get("init_lora_weights") or "").lower()
     if start.startswith(_REWRITES_BASE):
         raise UserError(
@@ -60,7 +82,7 @@ def read_lora_config(folder: Path) -> LoraConfig:
     """Read a folder's `adapter_config.json`.
 
     Raises:
-        UserError: Where it is missing, not PEFT's, not LoRA's, or has settings that would be lost.
+        UserError: If it is missing, not PEFT's, not LoRA, or has settings that are not supported.
     """
     file = folder / CONFIG_FILE
     try:
@@ -80,14 +102,14 @@ def read_lora_config(folder: Path) -> LoraConfig:
 
 
 def check_saved(folder: Path, record: Mapping[str, Any]) -> None:
-    """Check what can be checked without the base: the file's hash and the settings.
+    """Check an adapter's hash and settings, without its base.
 
     Args:
         folder: The run directory.
         record: Its `run.json`; runs of older versions recorded no hash.
 
     Raises:
-        UserError: Where the file is not as it was saved, or the settings would be lost.
+        UserError: If the file has changed, or a setting is not supported.
     """
     read_lora_config(folder)
     file, recorded = folder / ADAPTER_FILE, record.get("adapter_sha256")
@@ -96,13 +118,13 @@ def check_saved(folder: Path, record: Mapping[str, Any]) -> None:
     found = file_hash(file)
     if found != recorded:
         raise UserError(
-            f"{file} is not as it was saved (its SHA-256 is {found[:12]}, run.json says {str(recorded)[:12]}); restore "
-            "it, or train again"
+            f"{file} has changed since it was saved (its SHA-256 is {found[:12]}, run.json has {str(recorded)[:12]}); "
+            "restore it, or train again"
         )
 
 
 def check_fits(folder: Path, base: LlavaConfig, base_name: str) -> None:
-    """Check that an adapter's file holds exactly the tensors that PEFT makes of its settings on its base.
+    """Check that an adapter's file holds exactly the tensors that PEFT expects for its settings and base.
 
     Args:
         folder: The run directory.
@@ -110,8 +132,8 @@ def check_fits(folder: Path, base: LlavaConfig, base_name: str) -> None:
         base_name: The base's name or folder, for messages.
 
     Raises:
-        UserError: Naming the first tensor that is missing, unexpected, of another shape or not finite, and how many
-            there are.
+        UserError: Naming the first tensor that is missing, unexpected, of another shape or not finite, and the number
+            of such tensors.
     """
     file = folder / ADAPTER_FILE
     expected = _expected_shapes(folder, base, base_name)
@@ -136,7 +158,7 @@ def check_fits(folder: Path, base: LlavaConfig, base_name: str) -> None:
 
 
 def _expected_shapes(folder: Path, base: LlavaConfig, base_name: str) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, as PEFT itself would save this adapter on this base."""
+    """Return the shapes by name that PEFT would save for this adapter on this base."""
     config = read_lora_config(folder)
     try:
         model = adapter_on(build_empty(base), config)
@@ -157,17 +179,17 @@ def _times(shape: tuple[int, ...]) -> str:
 
 
 def checked_base(record: Mapping[str, Any], adapter: Path) -> Path:
-    """Check an adapter and find the base it stands on; what every use of an adapter begins with.
+    """Check an adapter and find its base; every use of an adapter begins with this.
 
     Args:
         record: The adapter's `run.json`.
         adapter: The adapter's folder.
 
     Returns:
-        The base's folder, as `locate_base`.
+        The base's folder, from `locate_base`.
 
     Raises:
-        UserError: Where the adapter is damaged or does not fit its base, or the base is gone or another.
+        UserError: If the adapter is damaged or does not fit its base, or the base is missing or has changed.
     """
     check_saved(adapter, record)
     base = locate_base(record["base"], adapter)

@@ -1,4 +1,4 @@
-"""What trains: LoRA on the language model's linear layers, the projector in full, nothing else."""
+"""The trained parameters: LoRA on the language model's linear layers, and the complete projector."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class FreezeRow:
 
     Attributes:
         module: Part of the model.
-        dtype: Storage of its weights.
+        dtype: Storage dtype of its weights.
         trained: Whether it trains.
-        parameters: How many it has; 4-bit ones are counted whole.
+        parameters: Number of parameters; 4-bit ones are counted before packing.
     """
 
     module: str
@@ -35,10 +35,16 @@ class FreezeRow:
 
 
 def lora_config(
-    *, r: int = 64, alpha: float = 16, dropout: float = 0.0, rslora: bool = False, dora: bool = False,
-    targets: Sequence[str] = (), base: str | None = None,
-) -> LoraConfig:  # fmt: skip
-    """The PEFT configuration of a run.
+    *,
+    r: int = 64,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    dora: bool = False,
+    targets: Sequence[str] = (),
+    base: str | None = None,
+) -> LoraConfig:
+    """Return the PEFT configuration of a run.
 
     Args:
         r: Rank.
@@ -47,22 +53,21 @@ def lora_config(
         rslora: Scale by the root of r.
         dora: Decompose into magnitude and direction.
         targets: Names of the language model's linear layers; empty for Stage 1, which has no adapters.
-        base: What `base_model_name_or_path` is to say.
+        base: Value of `base_model_name_or_path`.
 
     Returns:
         A config whose target is a pattern rooted at the language model (CLIP has a `q_proj` too), with the projector
         in `modules_to_save`.
     """
-    pattern = (
-        rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})$"  # vLLM takes patterns that end so
-    )
+    # vLLM supports patterns with this ending.
+    pattern = rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})$"
     return LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=dora,
-        target_modules=pattern if targets else DUMMY_TARGET_MODULES,  # peft's word for "modules_to_save alone"
+        target_modules=pattern if targets else DUMMY_TARGET_MODULES,  # peft's name for `modules_to_save` only
         modules_to_save=[PROJECTOR],
         base_model_name_or_path=base,
         bias="none",
@@ -71,7 +76,7 @@ def lora_config(
 
 
 def add_adapters(model: LlavaForConditionalGeneration, config: LoraConfig, projector_dropout: float = 0.0) -> PeftModel:
-    """Freeze the model, add the adapters, and set the projector free, in fp32.
+    """Freeze the model, add the adapters, and unfreeze the projector in fp32.
 
     A linear projector's second layer, the identity, stays frozen.
 
@@ -84,7 +89,7 @@ def add_adapters(model: LlavaForConditionalGeneration, config: LoraConfig, proje
         The PEFT model.
 
     Raises:
-        RuntimeError: Where the trained parameters are not those of the plan.
+        RuntimeError: If the trained parameters are not those of the plan.
     """
     layers = model.config.text_config.num_hidden_layers
     linear_projector = model.config.projector_hidden_act == "linear"
@@ -103,23 +108,25 @@ def add_adapters(model: LlavaForConditionalGeneration, config: LoraConfig, proje
 
 
 def _reach_projector(projector: nn.Module, model: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Lead nothing through the projector where no image led there: a rank without a gradient for what others have one
-    for leaves them waiting. One process does the same, so that its steps are those of many."""
+    """Add a zero from the projector to the output of a batch without images.
+
+    DDP waits for a gradient of every trained parameter on every rank. One process does the same, for equal results.
+    """
     if model.training and torch.is_grad_enabled() and kwargs.get("pixel_values") is None:
-        nothing = sum(0.0 * p.sum() for p in projector.parameters() if p.requires_grad)
-        output.last_hidden_state = output.last_hidden_state + nothing
+        zero = sum(0.0 * p.sum() for p in projector.parameters() if p.requires_grad)
+        output.last_hidden_state = output.last_hidden_state + zero
     return output
 
 
 def adapter_on(model: LlavaForConditionalGeneration, config: LoraConfig) -> PeftModel:
-    """Put a saved adapter's layers on a model without weights; who reads the weights fills them in.
+    """Add a saved adapter's layers to a model without weights; the caller loads the weights.
 
     Args:
-        model: With parameters on the meta device.
-        config: As saved with the adapter.
+        model: A model with parameters on the meta device.
+        config: The adapter's saved configuration.
 
     Returns:
-        The PEFT model, its projector ready for float32 weights under a base of another dtype.
+        The PEFT model, whose projector may be float32 with a base of another dtype.
     """
     peft_model = PeftModel(model, config, low_cpu_mem_usage=True)
     if config.modules_to_save:
@@ -132,27 +139,27 @@ def _to_weight_dtype(projector: nn.Module, inputs: tuple[torch.Tensor]) -> tuple
 
 
 def trained_projector(model: PeftModel) -> nn.Module:
-    """The projector that trains and is saved (PEFT keeps the base's beside it)."""
+    """Return the trained projector, which is saved (PEFT keeps the base's projector beside it)."""
     wrapper = model.get_base_model().model.multi_modal_projector
     return wrapper.modules_to_save[model.active_adapter]
 
 
 def check_adapters(model: PeftModel, expected: int) -> None:
-    """Hold that every targeted layer has an adapter and that nothing of CLIP, embeddings or head trains.
+    """Check that every targeted layer has an adapter, and that only adapters and projector train.
 
     Raises:
-        RuntimeError: Naming what is against the plan.
+        RuntimeError: Naming the first difference from the plan.
     """
     adapted = {name.split(".lora_A")[0] for name, _ in model.named_modules() if name.endswith(".lora_A")}
     if len(adapted) != expected:
-        raise RuntimeError(f"{len(adapted)} layers have an adapter; the plan says {expected}")
+        raise RuntimeError(f"{len(adapted)} layers have an adapter; the plan has {expected}")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not ("lora_" in name or PROJECTOR in name):
             raise RuntimeError(f"{name} would train, against the plan")
 
 
 def freeze_plan(model: nn.Module) -> list[FreezeRow]:
-    """Say, part by part, what trains.
+    """List which parts of a model train.
 
     Args:
         model: The PEFT model.
@@ -173,9 +180,12 @@ def freeze_plan(model: nn.Module) -> list[FreezeRow]:
 
 def _part_of(name: str) -> str:
     parts = {
-        "lora_": "LoRA adapters", "vision_tower": "vision tower", PROJECTOR: "projector", "embed_tokens": "embeddings",
+        "lora_": "LoRA adapters",
+        "vision_tower": "vision tower",
+        PROJECTOR: "projector",
+        "embed_tokens": "embeddings",
         "lm_head": "head",
-    }  # fmt: skip
+    }
     return next((part for key, part in parts.items() if key in name), "language model")
 
 
@@ -185,13 +195,13 @@ def _dtypes(parameters: Sequence[nn.Parameter]) -> str:
 
 
 def true_numel(parameter: nn.Parameter) -> int:
-    """A parameter's elements; of a 4-bit one, those it stands for."""
+    """Return the number of elements of a parameter; of a 4-bit one, before packing."""
     state = getattr(parameter, "quant_state", None)
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
 
 
 def planned_parameters(config: LlavaConfig, lora: LoraConfig) -> dict[str, int]:
-    """Count what a run would train, on the meta device: no weights are loaded.
+    """Count the trained parameters of a run on the meta device, without loading weights.
 
     Args:
         config: A `LlavaConfig`.

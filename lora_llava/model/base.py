@@ -1,7 +1,7 @@
 """The base folder: one stock bf16 `LlavaForConditionalGeneration`, written once from its parts, tensor by tensor.
 
 Training, merging and stock peft all load this folder. Tensor names are llava-hf's, so that every library that reads
-those checkpoints reads it too.
+those checkpoints can read it.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from lora_llava.model.weights.tensor_files import LazyTensor, lazy_tensors, writ
 VOCABULARY_MULTIPLE = 64
 """llava-hf pads Vicuna's 32,002 tokens to 32,064, the next multiple."""
 _FORMAT = 2
-"""Raise it when the same parts would be written differently."""
+"""Version of the folder's format; raise it when the same parts would be written differently."""
 
 
 @dataclass(frozen=True)
 class BaseParts:
-    """What a base folder is made of; equal parts give the same folder.
+    """The parts of a base folder; equal parts give the same folder.
 
     Attributes:
         llm: Name of the language model.
-        llm_revision: Its commit or content hash.
+        llm_revision: Its commit, or a hash of its contents.
         vision_tower: Name of the vision tower.
-        vision_tower_revision: Its commit or content hash.
+        vision_tower_revision: Its commit, or a hash of its contents.
         projector_type: `mlp2x_gelu` or `linear`.
         projector: SHA-256 of the published projector, or None for a fresh one.
-        seed: Draws a fresh projector.
+        seed: Seed of a fresh projector.
     """
 
     llm: str
@@ -63,7 +63,7 @@ class BaseParts:
 
     @property
     def key(self) -> str:
-        """Names the cache folder."""
+        """Name of the folder in the cache."""
         content = asdict(self) | {"format": _FORMAT}
         for name in ("llm", "vision_tower"):  # the same files under another name are the same part
             content.pop(name)
@@ -71,23 +71,23 @@ class BaseParts:
 
 
 def cache_folder() -> Path:
-    """Where base folders and demo data are kept: `LORA_LLAVA_CACHE`, else `~/.cache/lora_llava`."""
+    """Return the folder of base folders and demo data: `LORA_LLAVA_CACHE`, or `~/.cache/lora_llava`."""
     return Path(os.environ.get("LORA_LLAVA_CACHE") or Path.home() / ".cache" / "lora_llava").expanduser()
 
 
 def assembled_config(llm: dict[str, Any], vision: dict[str, Any], projector_type: str) -> LlavaConfig:
-    """The configuration of the LLaVA that the parts make.
+    """Return the configuration of the LLaVA made of a language model and a vision tower.
 
     Args:
         llm: The language model's config.json.
-        vision: The tower's config.json: CLIP's, or its vision part alone.
+        vision: The tower's config.json: CLIP's, or its vision part.
         projector_type: `mlp2x_gelu`, or `linear`: the same class without activation.
 
     Returns:
         A config whose vocabulary has the image and pad tokens and is a multiple of 64.
 
     Raises:
-        UserError: For a language model that is not of the Llama family or a tower that is not CLIP's.
+        UserError: For a language model that is not a Llama, or a tower that is not a CLIP.
     """
     if llm.get("model_type") != "llama":
         raise UserError(f"model.llm is a {llm.get('model_type')!r} model; only Llama's architecture is supported")
@@ -121,10 +121,10 @@ def build_base(
     vision_tower: Part,
     projector_file: Path | None,
 ) -> Path:
-    """Write the base folder if the cache does not hold it whole.
+    """Write the base folder unless the cache has a complete one.
 
     Args:
-        parts: Names the folder.
+        parts: The parts, which name the folder.
         llm: Folder of the language model.
         vision_tower: Folder of the CLIP vision tower.
         projector_file: LLaVA's `mm_projector.bin`, or None for a fresh projector.
@@ -133,7 +133,7 @@ def build_base(
         The folder.
 
     Raises:
-        UserError: Where a part does not fit.
+        UserError: If a part does not fit.
     """
     folder = cache_folder() / "bases" / parts.key
     make_entry(folder, lambda temporary: _write_base(temporary, parts, llm, vision_tower, projector_file))
@@ -167,9 +167,10 @@ def _all_tensors(
     config: LlavaConfig, llm: Part, vision_tower: Part, projector_file: Path | None, parts: BaseParts
 ) -> list[LazyTensor]:
     projector = (
-        fresh_projector(config, parts.seed) if projector_file is None
+        fresh_projector(config, parts.seed)
+        if projector_file is None
         else read_projector(projector_file, parts.projector_type)[0]
-    )  # fmt: skip
+    )
     _check_projector(projector, config, projector_file)
     return [
         *language_tensors(lazy_tensors(llm.folder), config),
@@ -179,16 +180,16 @@ def _all_tensors(
 
 
 def lazy_projector(projector: dict[str, torch.Tensor]) -> list[LazyTensor]:
-    """A projector's tensors (`linear_1.weight` and so on) under llava-hf's names."""
+    """Return a projector's tensors (`linear_1.weight` and so on) under llava-hf's names."""
     return [LazyTensor(f"multi_modal_projector.{n}", tuple(t.shape), lambda t=t: t) for n, t in projector.items()]  # type: ignore[misc]
 
 
 def language_tensors(tensors: Sequence[LazyTensor], config: LlavaConfig) -> Iterator[LazyTensor]:
-    """A Llama's tensors under llava-hf's names, its vocabulary grown to the config's."""
+    """Yield a Llama's tensors under llava-hf's names, with the vocabulary enlarged to that of the config."""
     vocabulary = config.text_config.vocab_size
     for tensor in tensors:
         name = tensor.name
-        if name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints carry
+        if name.endswith("rotary_emb.inv_freq"):  # a buffer in old checkpoints
             continue
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensor = _padded(tensor, vocabulary)
@@ -204,7 +205,7 @@ def _padded(tensor: LazyTensor, vocabulary: int) -> LazyTensor:
 
 
 def vision_tensors(tensors: Sequence[LazyTensor]) -> Iterator[LazyTensor]:
-    """A CLIP's tensors under llava-hf's names, its text half left out."""
+    """Yield a CLIP's tensors under llava-hf's names, without its text model."""
     for tensor in tensors:
         name = tensor.name
         if name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale")):
@@ -214,21 +215,21 @@ def vision_tensors(tensors: Sequence[LazyTensor]) -> Iterator[LazyTensor]:
 
 
 def pad_vocabulary(matrix: torch.Tensor, size: int) -> torch.Tensor:
-    """Grow an embedding or output matrix, the new rows the mean of the old.
+    """Enlarge an embedding or output matrix with rows that are the mean of the old ones.
 
     Args:
         matrix: Shape (old vocabulary, hidden).
         size: New vocabulary.
 
     Returns:
-        Shape (size, hidden), the old rows unchanged.
+        The matrix of shape (size, hidden), with the old rows unchanged.
     """
     mean = matrix.float().mean(dim=0, keepdim=True).to(matrix.dtype)
     return torch.cat([matrix, mean.expand(size - matrix.shape[0], -1)])
 
 
 def fresh_projector(config: LlavaConfig, seed: int) -> dict[str, torch.Tensor]:
-    """A projector drawn as `torch.nn.Linear` draws it, which is how LLaVA's own starts."""
+    """Return a random projector, initialized like `torch.nn.Linear`, as in LLaVA."""
     generator = torch.Generator().manual_seed(seed)
     vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
 
@@ -249,17 +250,17 @@ def _check_projector(projector: dict[str, torch.Tensor], config: LlavaConfig, fi
         if projector[name].shape != shape:
             raise UserError(
                 f"{file}: {name} has shape {tuple(projector[name].shape)}, this LLM and tower need {tuple(shape)}; "
-                "take the projector that was trained for them"
+                "use the projector that was trained for them"
             )
 
 
 def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -> Any:
-    """CLIP's preprocessing, on PIL as CLIP and LLaVA had it, whatever else is installed.
+    """Return CLIP's image processor on PIL, as CLIP and LLaVA used it, whatever else is installed.
 
     Args:
-        folder: The vision tower's folder, or a base folder; its preprocessor_config.json is read where there is one.
-        config: Gives the image size where there is none.
-        aspect: `pad` makes images square with CLIP's mean colour first; `crop` cuts the centre.
+        folder: The vision tower's folder, or a base folder; its preprocessor_config.json is read if there is one.
+        config: The LLaVA's configuration, with the image size.
+        aspect: `pad` pads images to a square with CLIP's mean colour; `crop` crops the centre.
 
     Returns:
         A stock image processor.
@@ -279,12 +280,12 @@ def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -
 def build_processor(
     tokenizer: PreTrainedTokenizerBase, config: LlavaConfig, image_processor: Any, chat_template: str | None = None
 ) -> LlavaProcessor:
-    """The stock processor that turns messages and images into what the model was trained on."""
+    """Return the stock processor, which turns messages and images into model inputs."""
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # CLIP's CLS, which the strategy "default" takes off again
+        num_additional_image_tokens=1,  # CLIP's CLS, which the strategy "default" removes
         chat_template=chat_template,
     )

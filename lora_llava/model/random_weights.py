@@ -1,4 +1,4 @@
-"""A LLaVA of any shape with random weights, straight onto the device: for timing and measuring, not for answers."""
+"""Build a LLaVA of any shape with random weights on the device, for measurements."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lora_llava.model.loading import Quantization, keep_autograd
-from lora_llava.model.vision import take_features
+from lora_llava.model.vision import accept_features
 from lora_llava.model.weights.streaming import build_empty
 
 _STD = 0.02
@@ -15,25 +15,30 @@ _STD = 0.02
 
 
 def build_random_llava(
-    config: LlavaConfig, *, quantization: Quantization, dtype: torch.dtype, device: torch.device, seed: int = 0,
+    config: LlavaConfig,
+    *,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
     with_tower: bool = True,
-) -> LlavaForConditionalGeneration:  # fmt: skip
-    """Draw a model matrix by matrix: no more than one exists unquantised.
+) -> LlavaForConditionalGeneration:
+    """Build a random model matrix by matrix, so that only one is unquantized at a time.
 
     Args:
-        config: The shape.
-        quantization: `nf4` for the language model's linear layers, as `load_base` does it.
-        dtype: Of everything else, and what is computed in.
-        device: Where it is drawn.
-        seed: Draws it.
-        with_tower: Draw the vision tower; without it the model takes features of images as its `pixel_values`.
+        config: The model's configuration.
+        quantization: `nf4` for the language model's linear layers, as in `load_base`.
+        dtype: Dtype of everything else, and of computation.
+        device: Device of the weights.
+        seed: Seed of the weights.
+        with_tower: Include the vision tower; without it the model accepts image features as its `pixel_values`.
 
     Returns:
-        The model in eval mode, nothing of it trained.
+        The frozen model in eval mode.
     """
     model = build_empty(config, device)
     if not with_tower:
-        take_features(model)
+        accept_features(model)
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(shape: torch.Size) -> torch.Tensor:
@@ -48,7 +53,7 @@ def build_random_llava(
                 scale = leaf == "weight" and parameter.ndim == 1  # of a norm
                 value = torch.ones(parameter.shape, dtype=dtype, device=device) if scale else draw(parameter.shape)
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    model.is_loaded_in_4bit = quantization == "nf4"  # by which peft and trl know a quantised model
+    model.is_loaded_in_4bit = quantization == "nf4"  # peft and trl recognize a quantized model by it
     keep_autograd(model)
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""From a recipe's model section to a base that can be loaded: planned without weights, then prepared."""
+"""Plan and prepare the base model of a recipe's model section."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ RUN_FILE = "run.json"
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """All that is known of the model before a weight is loaded.
+    """What is known of a model before its weights are loaded.
 
     Attributes:
-        config: Of the LLaVA.
-        tokenizer_folder: Holds the tokenizer.
-        image_folder: Holds the preprocessor's settings.
-        downloads: What is to be fetched from the Hub.
+        config: Configuration of the LLaVA.
+        tokenizer_folder: Folder of the tokenizer.
+        image_folder: Folder of the preprocessor's settings.
+        downloads: Files to download from the Hub.
     """
 
     config: LlavaConfig
@@ -55,9 +55,9 @@ class Base:
     Attributes:
         name: The base folder's path, or a complete LLaVA's folder or Hub id: the adapter's
             `base_model_name_or_path`.
-        folder: Where its files are.
+        folder: Folder of its files.
         revision: Commit of a Hub id.
-        parts: What an assembled one is made of.
+        parts: Parts of an assembled base.
         initial_projector: The Stage 1 projector to start from, float32 tensors by name, or None for the base's own.
     """
 
@@ -68,13 +68,13 @@ class Base:
     initial_projector: dict[str, torch.Tensor] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """What an adapter records of it: name, revision, parts, and its components' hashes."""
+        """Return what an adapter records: name, revision, parts, and the hashes of the components."""
         parts = asdict(self.parts) if self.parts else None
         return {"name": self.name, "revision": self.revision, "parts": parts, "hashes": component_hashes(self.folder)}
 
 
 def plan_model(section: ModelSection) -> ModelPlan:
-    """Read configs, see what must be fetched and that it can be; load and assemble nothing.
+    """Read the configs and check what must be downloaded; load and assemble nothing.
 
     Args:
         section: A recipe's model section; a `stage1_recipe` counts as untrained here.
@@ -91,7 +91,7 @@ def plan_model(section: ModelSection) -> ModelPlan:
         content = load_config(start.llava, start.llava_revision, "start_from.llava")
         if is_original_config(content):
             raise UserError(
-                f"model.start_from.llava: {start.llava} is one of LLaVA's own checkpoints; bring it into stock form "
+                f"model.start_from.llava: {start.llava} is a checkpoint in LLaVA's original format; convert it "
                 "with `lora-llava import`, then name the result"
             )
         if content.get("model_type") != "llava":
@@ -100,7 +100,7 @@ def plan_model(section: ModelSection) -> ModelPlan:
             )
         folder = _small_files(start.llava, start.llava_revision, "start_from.llava")
         return ModelPlan(LlavaConfig(**content), folder, folder, downloads)
-    llm_name, tower_name = section.llm or "", section.vision_tower or ""  # the schema holds that both are given
+    llm_name, tower_name = section.llm or "", section.vision_tower or ""  # the schema requires both
     downloads = [
         plan_download(llm_name, section.llm_revision, "llm"),
         plan_download(tower_name, section.vision_tower_revision, "vision_tower"),
@@ -125,22 +125,22 @@ def _assembled_config(section: ModelSection) -> LlavaConfig:
 
 
 def _small_files(name: str, revision: str | None, field: str) -> Path:
-    """The folder of a part's configs and tokenizer; of a Hub id, those alone are fetched."""
+    """Return the folder of a part's configs and tokenizer; of a Hub id, only those are downloaded."""
     folder = model_parts.local_folder(name, field)
     if folder is not None:
         return folder
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(model_parts.TEXT_FILES)))
     except model_parts.NETWORK_ERRORS as error:
-        raise model_parts.not_to_be_had(name, field, error) from None
+        raise model_parts.not_available(name, field, error) from None
 
 
 def prepare_base(section: ModelSection, seed: int) -> Base:
-    """Fetch what is missing and write the base folder if it is an assembled one.
+    """Download what is missing, and write the base folder if the base is assembled.
 
     Args:
-        section: A recipe's model section, a `stage1_recipe` already turned into its `stage1_run`.
-        seed: Draws a fresh projector.
+        section: A recipe's model section, a `stage1_recipe` already replaced by its `stage1_run`.
+        seed: Seed of a fresh projector.
 
     Returns:
         The base.
@@ -155,7 +155,7 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
             return Base(str(folder.resolve()), folder, None, None)
         part = load_part(start.llava, start.llava_revision, "start_from.llava")
         return Base(part.name, part.folder, part.revision, None)
-    llm_name, tower_name = section.llm or "", section.vision_tower or ""  # the schema holds that both are given
+    llm_name, tower_name = section.llm or "", section.vision_tower or ""  # the schema requires both
     llm = load_part(llm_name, section.llm_revision, "llm")
     tower = load_part(tower_name, section.vision_tower_revision, "vision_tower")
     file = find_projector(start.projector, start.projector_revision) if start.projector else None
@@ -173,25 +173,25 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
         parts = replace(parts, seed=stage1_parts.seed, projector=stage1_parts.projector)
         folder = cache_folder() / "bases" / parts.key
         if parts.projector is not None and (damage := find_damage(folder)) is not None:
-            what = f"damaged in {folder} ({damage})" if folder.is_dir() else f"no longer in {cache_folder()}"
-            raise UserError(f"{start.stage1_run} stands on a base that is {what}; run Stage 1 again")
+            what = f"damaged in {folder} ({damage})" if folder.is_dir() else f"missing in {cache_folder()}"
+            raise UserError(f"{start.stage1_run} needs a base that is {what}; run Stage 1 again")
     folder = build_base(parts, llm, tower, file)
     return Base(str(folder), folder, None, parts, initial)
 
 
 def read_stage1(name: str, section: ModelSection, config: LlavaConfig) -> tuple[BaseParts, dict[str, torch.Tensor]]:
-    """Read what a Stage 1 run stands on and the projector it trained.
+    """Read the base's parts and the trained projector of a Stage 1 run.
 
     Args:
         name: The run directory.
         section: The model section that starts from it.
-        config: Of the LLaVA that the section's parts make.
+        config: Configuration of the LLaVA made of the section's parts.
 
     Returns:
         The parts of its base, and the projector's tensors in float32.
 
     Raises:
-        UserError: Where it is no finished Stage 1 run, is of another projector type, or its adapter is damaged.
+        UserError: If it is not a finished Stage 1 run, has another projector type, or a damaged adapter.
     """
     field, run, looked = "model.start_from.stage1_run", Path(name), looked_in(name)
     if not (run / RUN_FILE).is_file() or not (run / ADAPTER_FILE).is_file():
@@ -214,7 +214,7 @@ def read_stage1(name: str, section: ModelSection, config: LlavaConfig) -> tuple[
 
 
 def read_run_projector(run: Path) -> dict[str, torch.Tensor]:
-    """The projector in a run's adapter file, float32 tensors by `linear_1.weight` and so on."""
+    """Return the projector in a run's adapter file, float32 tensors by `linear_1.weight` and so on."""
     tensors = {}
     with safe_open(run / ADAPTER_FILE, framework="pt") as content:
         for name in content.keys():  # noqa: SIM118 - not a dict

@@ -1,8 +1,8 @@
-"""Loading a tokenizer that splits text as the language model's own SentencePiece model does.
+"""Load a tokenizer that splits text exactly like the language model's SentencePiece model.
 
-transformers 5 makes merges of a lone `tokenizer.model` in the order of ids instead of by score
+From a lone `tokenizer.model`, transformers 5 orders merges by id and not by score
 (convert_slow_tokenizer.py, `SentencePieceExtractor.extract`), and `LlamaTokenizer` rebuilds its pre-tokenizer at every
-load, so that runs of spaces and a leading space are split differently from what the model was pre-trained on.
+load, so that runs of spaces and a leading space are split differently from pre-training.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROBES = (
     *(f"if x:\n{' ' * n}y" for n in (8, 12, 17, 20, 28, 33, 40)),
     "\t\t\t\t\tx" + "\n" * 9 + "-" * 35 + "=" * 21 + "." * 13,
 )
-"""Texts that a tokenizer must split as its SentencePiece model does."""
+"""Texts that a tokenizer must split like its SentencePiece model."""
 
 
 def load_tokenizer(folder: Path, config: LlavaConfig | None = None) -> PreTrainedTokenizerBase:
@@ -49,11 +49,11 @@ def load_tokenizer(folder: Path, config: LlavaConfig | None = None) -> PreTraine
         config: The assembled config, to check that the new tokens get the ids it names.
 
     Returns:
-        A fast tokenizer. Where the folder holds a `tokenizer.model`, it gives SentencePiece's ids.
+        A fast tokenizer. If the folder has a `tokenizer.model`, it returns SentencePiece's ids.
 
     Raises:
-        UserError: Where the tokenizer's vocabulary is not the model's, or it does not split text as the
-            `tokenizer.model` beside it does.
+        UserError: If the tokenizer's vocabulary is not the model's, or it does not split text like the
+            `tokenizer.model` beside it.
     """
     if (folder / SENTENCEPIECE_FILE).is_file():
         tokenizer = _load_by_sentencepiece(folder)
@@ -67,35 +67,34 @@ def load_tokenizer(folder: Path, config: LlavaConfig | None = None) -> PreTraine
     if config is not None and image_id != config.image_token_index:
         raise UserError(
             f"{folder}: {IMAGE_TOKEN} has id {image_id} in the tokenizer and {config.image_token_index} in the model; "
-            "the tokenizer is another model's"
+            "the tokenizer belongs to another model"
         )
     return tokenizer
 
 
 def copy_sentencepiece(source: Path, target: Path) -> None:
-    """Copy a folder's `tokenizer.model`, which converters to GGUF read, where it has one."""
+    """Copy a folder's `tokenizer.model`, if it has one; converters to GGUF read it."""
     if (source / SENTENCEPIECE_FILE).is_file():
         shutil.copyfile(source / SENTENCEPIECE_FILE, target / SENTENCEPIECE_FILE)
 
 
 def _load_by_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a folder's tokenizer, its treatment of spaces corrected, and check it against its `tokenizer.model`.
+    """Load a folder's tokenizer, correct its treatment of spaces, and check it against its `tokenizer.model`.
 
-    Merges are made from `tokenizer.model` where there is no `tokenizer.json`; else they are that file's, which stock
-    loaders take as well.
+    Merges are those of `tokenizer.json`, as in stock loaders; without that file they are made from `tokenizer.model`.
     """
     file = folder / SENTENCEPIECE_FILE
     try:
-        judge = SentencePieceProcessor(model_file=str(file))
+        reference = SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file} cannot be read as a SentencePiece model ({reason}); restore it") from None
     tokenizer = TokenizersBackend.from_pretrained(folder)
     if json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] == "BPE":
         if not (folder / "tokenizer.json").is_file():
-            _set_merges(tokenizer.backend_tokenizer, judge)
-        _set_spaces(tokenizer.backend_tokenizer, judge)
-    difference = first_difference(tokenizer, judge)
+            _set_merges(tokenizer.backend_tokenizer, reference)
+        _set_spaces(tokenizer.backend_tokenizer, reference)
+    difference = first_difference(tokenizer, reference)
     if difference is not None:
         text, ids, wanted = difference
         raise UserError(
@@ -105,44 +104,44 @@ def _load_by_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _set_merges(backend: Tokenizer, judge: SentencePieceProcessor) -> None:
-    """Give a BPE tokenizer SentencePiece's vocabulary and merges; its added tokens stay."""
-    pieces = range(judge.get_piece_size())
+def _set_merges(backend: Tokenizer, reference: SentencePieceProcessor) -> None:
+    """Set a BPE tokenizer's vocabulary and merges from SentencePiece, and keep its added tokens."""
+    pieces = range(reference.get_piece_size())
     backend.model = models.BPE(
-        vocab={judge.id_to_piece(i): i for i in pieces},
-        merges=merges_by_score(judge),
-        unk_token=judge.id_to_piece(judge.unk_id()),
+        vocab={reference.id_to_piece(i): i for i in pieces},
+        merges=merges_by_score(reference),
+        unk_token=reference.id_to_piece(reference.unk_id()),
         fuse_unk=True,
-        byte_fallback=any(judge.is_byte(i) for i in pieces),
+        byte_fallback=any(reference.is_byte(i) for i in pieces),
     )
 
 
-def _set_spaces(backend: Tokenizer, judge: SentencePieceProcessor) -> None:
-    """Give a BPE tokenizer SentencePiece's treatment of spaces, its dummy prefix included where the model has one."""
+def _set_spaces(backend: Tokenizer, reference: SentencePieceProcessor) -> None:
+    """Set SentencePiece's treatment of spaces in a BPE tokenizer, with its dummy prefix if the model has one."""
     backend.normalizer = None
     marked = pre_tokenizers.Metaspace("▁", "never", split=False)
-    if not judge.encode("a", out_type=str)[0].startswith("▁"):  # no dummy prefix, such as Gemma's
+    if not reference.encode("a", out_type=str)[0].startswith("▁"):  # no dummy prefix, such as Gemma's
         backend.pre_tokenizer = marked
         return
-    # "first" adds nothing before a text that begins with its own mark. Written as ▁ before, a leading space is not
-    # that mark, so that the dummy prefix comes before it as well.
+    # Metaspace "first" adds no prefix before a text that begins with its own mark, here a space. The first step has
+    # written leading spaces as ▁, so that they get the dummy prefix as well.
     prefix = pre_tokenizers.Metaspace(" ", "first", split=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([marked, prefix, marked])
 
 
-def merges_by_score(judge: SentencePieceProcessor) -> list[tuple[str, str]]:
-    """List the merges that SentencePiece's BPE makes, the first the one it makes first.
+def merges_by_score(reference: SentencePieceProcessor) -> list[tuple[str, str]]:
+    """List the merges of SentencePiece's BPE, in their order.
 
-    It joins the two neighbours that make the piece of the highest score (sentencepiece, bpe_model.cc). Control, byte
-    and unused pieces are never made of text.
+    It merges the two neighbours whose piece has the highest score (sentencepiece, bpe_model.cc). Control, byte and
+    unused pieces never result from text.
     """
     scores = {
-        judge.id_to_piece(i): judge.get_score(i)
-        for i in range(judge.get_piece_size())
-        if not (judge.is_control(i) or judge.is_byte(i) or judge.is_unused(i) or judge.is_unknown(i))
+        reference.id_to_piece(i): reference.get_score(i)
+        for i in range(reference.get_piece_size())
+        if not (reference.is_control(i) or reference.is_byte(i) or reference.is_unused(i) or reference.is_unknown(i))
     }
     found = [
-        (-score, -cut, piece[:cut], piece[cut:])  # of equal scores the longer left half: runs of spaces need it
+        (-score, -cut, piece[:cut], piece[cut:])  # longer left half first if scores are equal, as in runs of spaces
         for piece, score in scores.items()
         for cut in range(1, len(piece))
         if piece[:cut] in scores and piece[cut:] in scores
@@ -151,17 +150,16 @@ def merges_by_score(judge: SentencePieceProcessor) -> list[tuple[str, str]]:
 
 
 def first_difference(
-    tokenizer: PreTrainedTokenizerBase, judge: SentencePieceProcessor
+    tokenizer: PreTrainedTokenizerBase, reference: SentencePieceProcessor
 ) -> tuple[str, list[int], list[int]] | None:
     """Compare a tokenizer with its SentencePiece model on `PROBES`.
 
     Returns:
-        The first text that they split differently, with the tokenizer's ids and SentencePiece's; None where there is
-        none.
+        The first text that they split differently, with the tokenizer's ids and SentencePiece's; None if they agree.
     """
     for text in PROBES:
         ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        wanted = judge.encode(text)
+        wanted = reference.encode(text)
         if ids != wanted:
             return text, ids, wanted
     return None

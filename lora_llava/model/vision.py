@@ -1,4 +1,4 @@
-"""What the frozen vision tower sees: always the same features, and never a graph."""
+"""The frozen vision tower: its features are constant and have no autograd graph."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from lora_llava.model.weights.tensor_files import lazy_tensors
 
 @torch.no_grad()
 def tower_features(tower: nn.Module, config: LlavaConfig, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The grid features that the projector translates (transformers, models/llava/modeling_llava.py).
+    """Return the patch features for the projector (transformers, models/llava/modeling_llava.py).
 
     Args:
         tower: A CLIP vision model.
-        config: The LLaVA's, which says what of the tower's states is taken.
+        config: The LLaVA's configuration, with the layer and strategy of the features.
         pixel_values: Shape (images, 3, height, width).
 
     Returns:
-        Shape (images, image tokens, features), in the tower's dtype whatever autocast is on.
+        Shape (images, image tokens, features), in the tower's dtype even under autocast.
     """
     layers = config.vision_feature_layer
     with torch.autocast(pixel_values.device.type, enabled=False):
         states = tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
     chosen = [states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
-    first = 1 if config.vision_feature_select_strategy == "default" else 0  # `default` takes CLIP's CLS off
+    first = 1 if config.vision_feature_select_strategy == "default" else 0  # `default` drops CLIP's CLS
     return torch.cat([layer[:, first:] for layer in chosen], dim=-1)
 
 
 def freeze_tower(model: Any) -> None:
-    """Run the tower without a graph, which stock code builds as soon as a hook asks for input gradients.
+    """Run the tower without an autograd graph, which stock code builds once a hook requires input gradients.
 
     Args:
         model: A `LlavaForConditionalGeneration`; changed in place.
@@ -45,25 +45,25 @@ def freeze_tower(model: Any) -> None:
     _replace_features(model, lambda pixels: tower_features(model.model.vision_tower, model.config, pixels))
 
 
-def take_features(model: Any) -> None:
-    """Let a model take features of images as its `pixel_values`, and drop its tower.
+def accept_features(model: Any) -> None:
+    """Make a model accept image features as its `pixel_values`, and remove its tower.
 
     Args:
-        model: A `LlavaForConditionalGeneration`; changed in place. Its `pixel_values` are then of shape (images,
-            image tokens, features), as `tower_features` gives them.
+        model: A `LlavaForConditionalGeneration`; changed in place. Its `pixel_values` then have shape (images,
+            image tokens, features), like those of `tower_features`.
     """
     model.model.vision_tower = None
     _replace_features(model, lambda features: features)
 
 
 def load_tower(folder: Path, config: LlavaConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load a LLaVA's vision tower and nothing else of it.
+    """Load only the vision tower of a LLaVA.
 
     Args:
-        folder: Holds the LLaVA's weights.
-        config: The LLaVA's.
-        dtype: To compute in.
-        device: To compute on.
+        folder: Folder of the LLaVA's weights.
+        config: The LLaVA's configuration.
+        dtype: Compute dtype.
+        device: Compute device.
 
     Returns:
         The tower in eval mode.
@@ -86,13 +86,13 @@ def load_tower(folder: Path, config: LlavaConfig, dtype: torch.dtype, device: to
 
 
 def llava_of(model: Any) -> Any:
-    """The `LlavaForConditionalGeneration` itself, under an adapter or not."""
+    """Return the `LlavaForConditionalGeneration` of a model with or without an adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextmanager
 def features_as_pixels(model: Any) -> Iterator[None]:
-    """While this is entered, a model takes features of images as its `pixel_values`, as `tower_features` gives them.
+    """Make a model accept image features as its `pixel_values` within a `with` block.
 
     Args:
         model: A `LlavaForConditionalGeneration`.

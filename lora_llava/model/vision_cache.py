@@ -1,4 +1,4 @@
-"""A vision tower's features of images, kept: computed once, and the tower is not needed again."""
+"""A cache of the vision tower's image features, on disk or in memory."""
 
 from __future__ import annotations
 
@@ -20,52 +20,52 @@ from lora_llava.core.storage import share
 from lora_llava.model.weights.parts import file_hash
 
 SHARD_IMAGES = 256
-"""About 300 MB of CLIP ViT-L/14-336's features in bfloat16: a kill loses less than a minute's work."""
+"""Images per shard: about 300 MB of CLIP ViT-L/14-336's features in bfloat16; a kill loses less than a minute."""
 _INDEX = "index.json"
 
 
 class FeatureStore:
-    """Features by image content: `put` keeps them, `get` gives them back bit-equal.
+    """Image features by the hash of the image file; `get` returns what `put` stored, bit-equal.
 
-    On disk: a folder with `index.json`, which holds the key and each shard's SHA-256, and safetensors shards with one
-    tensor an image under the SHA-256 of the image's file. A shard counts once the index names it; both are written
-    under another name and renamed.
+    On disk it is a folder with `index.json`, which has the key and each shard's SHA-256, and safetensors shards with a
+    tensor per image, named by the SHA-256 of the image file. A shard is valid once the index lists it; both are written
+    under a temporary name and renamed.
 
     Args:
-        folder: Where shards are; None keeps everything in memory.
-        key: What the features depend on besides the image, as plain JSON: tower, preprocessing, layer, dtype.
+        folder: Folder of the shards; None keeps everything in memory.
+        key: What features depend on besides the image, as JSON values: tower, preprocessing, layer, dtype.
     """
 
     def __init__(self, folder: Path | None, key: Mapping[str, Any]) -> None:
         self.folder = folder
         self.key = json.loads(json.dumps(key))
-        self._held: dict[str, torch.Tensor] = {}  # in memory, or not yet in a shard
+        self._pending: dict[str, torch.Tensor] = {}  # not in a shard, or not yet
         self._shard_of: dict[str, str] = {}
         self._shards: dict[str, str] = {}
         self._open: dict[tuple[int, str], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # a worker process opens shards of its own
+        return {**self.__dict__, "_open": {}}  # each worker process opens the shards itself
 
     def __contains__(self, image: str) -> bool:
-        return image in self._held or image in self._shard_of
+        return image in self._pending or image in self._shard_of
 
     def __len__(self) -> int:
-        return len(self._held) + len(self._shard_of)
+        return len(self._pending) + len(self._shard_of)
 
     def load(self, wanted: Collection[str] | None = None) -> list[str]:
-        """Take in the shards that are whole, and remove what is not.
+        """Load the valid shards and remove damaged ones.
 
         Args:
-            wanted: Images that will be asked for; shards with none of them are left unread. None wants all.
+            wanted: Images that will be read; shards without any of them are not checked. None checks all.
 
         Returns:
-            What was removed and why, a line each; nothing where all is well.
+            A line for each file that was removed, with the reason.
         """
         if self.folder is None:
             return []
         self.folder.mkdir(parents=True, exist_ok=True)
-        shards, told = self._read_index()
+        shards, removed = self._read_index()
         shards = {name: digest for name, digest in shards.items() if self._is_wanted(name, digest, wanted)}
         total = sum((self.folder / name).stat().st_size for name in shards if (self.folder / name).is_file())
         bar = tqdm(
@@ -73,19 +73,19 @@ class FeatureStore:
         )
         with bar:
             for name, digest in shards.items():
-                if problem := self._take_shard(name, str(digest)):
-                    told.append(f"{self.folder / name} {problem}: its images are encoded again")
+                if problem := self._add_shard(name, str(digest)):
+                    removed.append(f"{self.folder / name} {problem}: its images are encoded again")
                 else:
                     bar.update((self.folder / name).stat().st_size)
         for file in self.folder.glob("*.safetensors*"):
             if file.name not in self._shards:
                 file.unlink()
-        if told:
+        if removed:
             self._write_index()
-        return told
+        return removed
 
     def _is_wanted(self, name: str, digest: Any, wanted: Collection[str] | None) -> bool:
-        """Whether a shard is to be read; one that is not stays as it is."""
+        """Check whether a shard has wanted images; one without stays in the index."""
         assert self.folder is not None
         if wanted is None:
             return True
@@ -94,7 +94,7 @@ class FeatureStore:
                 if any(image in wanted for image in content.keys()):  # noqa: SIM118 - not a dict
                     return True
         except (SafetensorError, OSError):
-            return True  # to be told
+            return True  # reported when it is checked
         self._shards[name] = digest
         return False
 
@@ -109,11 +109,11 @@ class FeatureStore:
         except (ValueError, KeyError, TypeError):
             return {}, [f"{file} is damaged: all images are encoded again"]
         if key != self.key:
-            return {}, [f"{self.folder} holds another tower's or another preprocessing's features: encoded again"]
+            return {}, [f"{self.folder} has features of another tower or preprocessing: all images are encoded again"]
         return {name: digest for name, digest in shards.items() if re.fullmatch(r"features-\d+\.safetensors", name)}, []
 
-    def _take_shard(self, name: str, digest: str) -> str | None:
-        """Take in a shard, or say what is wrong with it."""
+    def _add_shard(self, name: str, digest: str) -> str | None:
+        """Add a shard, or return its damage."""
         assert self.folder is not None
         file = self.folder / name
         if not file.is_file():
@@ -129,38 +129,38 @@ class FeatureStore:
         return None
 
     def put(self, image: str, features: torch.Tensor) -> None:
-        """Keep an image's features.
+        """Store an image's features.
 
         Args:
-            image: SHA-256 of the image's file.
+            image: SHA-256 of the image file.
             features: Shape (image tokens, features).
         """
-        self._held[image] = features.detach().to("cpu", copy=True).contiguous()
-        if self.folder is not None and len(self._held) >= SHARD_IMAGES:
+        self._pending[image] = features.detach().to("cpu", copy=True).contiguous()
+        if self.folder is not None and len(self._pending) >= SHARD_IMAGES:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is not yet in a shard."""
-        if self.folder is None or not self._held:
+        """Write the features that are not yet in a shard."""
+        if self.folder is None or not self._pending:
             return
         number = 1 + max((int(re.findall(r"\d+", name)[0]) for name in self._shards), default=-1)
         name = f"features-{number:05}.safetensors"
         temporary = self.folder / f"{name}.part"
         try:
-            save_file(self._held, temporary)
+            save_file(self._pending, temporary)
         except SafetensorError as error:
             temporary.unlink(missing_ok=True)
             raise UserError(
-                f"{temporary} cannot be written: {str(error).splitlines()[0]}; free some of the disk and run the same "
-                "command again: what was written before is kept"
+                f"{temporary} cannot be written: {str(error).splitlines()[0]}; free some disk space and run the same "
+                "command again: earlier shards are kept"
             ) from None
         share(temporary)
         _sync(temporary)
         digest = file_hash(temporary)
         temporary.rename(self.folder / name)
         self._shards[name] = digest
-        self._shard_of |= dict.fromkeys(self._held, name)
-        self._held = {}
+        self._shard_of |= dict.fromkeys(self._pending, name)
+        self._pending = {}
         self._write_index()
 
     def _write_index(self) -> None:
@@ -171,9 +171,9 @@ class FeatureStore:
         temporary.replace(self.folder / _INDEX)
 
     def get(self, image: str) -> torch.Tensor:
-        """An image's features, shape (image tokens, features)."""
-        if image in self._held:
-            return self._held[image]
+        """Return an image's features, of shape (image tokens, features)."""
+        if image in self._pending:
+            return self._pending[image]
         assert self.folder is not None
         name = self._shard_of[image]
         place = (os.getpid(), name)  # a forked worker must not share a handle
@@ -184,11 +184,11 @@ class FeatureStore:
 
 
 class CachedFeatures:
-    """Images as their features: what `Pixels` is to a model with a tower, for one that takes features.
+    """A loader of image features, in place of `Pixels`, for a model without a tower.
 
     Args:
-        store: Holds them.
-        hashes: SHA-256 of each image's file by its name.
+        store: The features.
+        hashes: SHA-256 of each image file by its name.
     """
 
     def __init__(self, store: FeatureStore, hashes: Mapping[str, str]) -> None:
@@ -196,18 +196,18 @@ class CachedFeatures:
         self.hashes = hashes
 
     def __call__(self, names: Sequence[str]) -> torch.Tensor:
-        """Features of these images, of shape (images, image tokens, features)."""
+        """Return the features of images, of shape (images, image tokens, features)."""
         return torch.stack([self.store.get(self.hashes[name]) for name in names])
 
 
 def store_folder(cache: Path, key: Mapping[str, Any]) -> Path:
-    """The folder of one key's features."""
+    """Return the cache folder of a key's features."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return cache / "features" / digest[:32]
 
 
 def feature_bytes(tokens: int, width: int, dtype: torch.dtype) -> int:
-    """Bytes of one image's features."""
+    """Return the bytes of one image's features."""
     return tokens * width * dtype.itemsize
 
 

@@ -1,4 +1,4 @@
-"""Before a run: what a step takes, whether it fits, how many layers are recomputed for it, and how long it will be."""
+"""Fit a training step into memory: its size, the recomputed layers, and the settings that need less."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_llava.recipe import Recipe
 
 CARDS_GB = (8, 12, 16, 24)
 CARD_OVERHEAD = 0.3 * GIB
-"""What a driver and a desktop take of a card (a card of 8 GB then leaves torch 7.2 GiB beside CUDA's context)."""
+"""Memory used by the driver and a desktop (on a card of 8 GB, 7.2 GiB are left besides CUDA's context)."""
 EIGHT_BIT_FROM_R = 64
 
 
@@ -31,9 +31,9 @@ class Extremes:
     """The heaviest forward pass of a run.
 
     Attributes:
-        tokens: Padding included.
-        trained_tokens: Most of any.
-        images: Most of any.
+        tokens: Most tokens of a pass, padding included.
+        trained_tokens: Most trained tokens of a pass.
+        images: Most images of a pass.
     """
 
     tokens: int
@@ -45,11 +45,11 @@ def measure_rows(rows: Sequence[Sequence[int]], samples: EncodedRows, *, padded:
     """Find the heaviest forward pass.
 
     Args:
-        rows: Sample indices of each.
+        rows: Sample indices of each pass.
         samples: The samples.
-        padded: Whether every sample of a row is as long as its longest.
+        padded: Whether the samples of a row are padded to the longest.
     """
-    rows = [row for row in rows if row]  # a rank's share of the last step may be nothing
+    rows = [row for row in rows if row]  # a rank's rows in the last step may be empty
     lengths, trained, images = (
         values.tolist() for values in (samples.lengths, samples.supervised, samples.image_counts())
     )
@@ -61,82 +61,88 @@ def measure_rows(rows: Sequence[Sequence[int]], samples: EncodedRows, *, padded:
 
 
 def resolve_optimizer(recipe: Recipe, *, cuda: bool) -> str:
-    """transformers' name of a run's optimiser.
+    """Return transformers' name of a run's optimizer.
 
     Raises:
-        UserError: Where the recipe asks for one that needs CUDA, and there is none.
+        UserError: If the recipe names one that needs CUDA, and there is no GPU.
     """
-    asked = recipe.training.optimizer
-    if asked == "paged_adamw_8bit" and not cuda:
+    requested = recipe.training.optimizer
+    if requested == "paged_adamw_8bit" and not cuda:
         raise UserError("training.optimizer is paged_adamw_8bit, which needs CUDA; set adamw_torch, or auto")
-    sharded = is_sharded()  # 8-bit states of shares of weights have not been tried
+    sharded = is_sharded()  # 8-bit states of sharded weights have not been tested
     large = recipe.lora is not None and recipe.lora.r >= EIGHT_BIT_FROM_R
-    if asked == "auto":
+    if requested == "auto":
         return "paged_adamw_8bit" if large and cuda and not sharded else "adamw_torch"
-    return asked
+    return requested
 
 
 def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda: bool) -> Step:
-    """A recipe's step, nothing recomputed.
+    """Return the training step of a recipe, without recomputation.
 
     Args:
         recipe: The recipe.
-        config: Of the LLaVA.
-        extremes: Of its rows.
-        cuda: Whether it is to run on a GPU.
+        config: Configuration of the LLaVA.
+        extremes: The heaviest forward pass.
+        cuda: Whether it runs on a GPU.
     """
     auto = torch.bfloat16 if cuda else torch.float32
     dtype = auto if recipe.model.dtype == "auto" else resolve_dtype(recipe.model.dtype)
     return Step(
-        config=config, quantization=recipe.model.quantization, dtype_bytes=dtype.itemsize, lora=recipe.lora,
-        optimizer_bytes=2 if "8bit" in resolve_optimizer(recipe, cuda=cuda) else 8, tokens=extremes.tokens,
-        trained_tokens=extremes.trained_tokens, images=extremes.images,
-        cached_features=recipe.training.vision_cache != "off", cuda=cuda,
+        config=config,
+        quantization=recipe.model.quantization,
+        dtype_bytes=dtype.itemsize,
+        lora=recipe.lora,
+        optimizer_bytes=2 if "8bit" in resolve_optimizer(recipe, cuda=cuda) else 8,
+        tokens=extremes.tokens,
+        trained_tokens=extremes.trained_tokens,
+        images=extremes.images,
+        cached_features=recipe.training.vision_cache != "off",
+        cuda=cuda,
         ranks=this_rank()[1] if is_sharded() else 1,
-    )  # fmt: skip
+    )
 
 
 def memory_budget(recipe: Recipe) -> tuple[int, str]:
-    """Bytes that a step may take here, and where the figure is from, in words."""
-    asked = recipe.training.memory_gb
-    if asked != "auto":
-        return int(asked * GIB), f"training.memory_gb {asked:g} GiB"
+    """Return the bytes available for a step on this machine, and a description of their source."""
+    requested = recipe.training.memory_gb
+    if requested != "auto":
+        return int(requested * GIB), f"training.memory_gb {requested:g} GiB"
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0] + CUDA_CONTEXT, "free on the GPU"
     return psutil.virtual_memory().available + PROCESS, "free memory"
 
 
 def choose_checkpointing(recipe: Recipe, step: Step) -> Step:
-    """The step as it is to run: as the recipe says, or with the least recomputation that fits.
+    """Return the step with the recomputation set in the recipe, or the least that fits.
 
     Raises:
-        UserError: Where it does not fit, with what it needs at least and a mend.
+        UserError: If it does not fit, with the memory it needs and a fix.
     """
     budget, source = memory_budget(recipe)
-    chosen = as_asked(recipe, step, budget)
+    chosen = as_requested(recipe, step, budget)
     if chosen is None:
-        asked = recipe.training.gradient_checkpointing
-        needed = smallest(step) if asked == "auto" else replace(step, checkpointed=step.layers if asked else 0).peak
-        fitting = (words for words, leaner in leaner_steps(recipe, step) if fit_step(leaner, budget))
-        mend = next(fitting, None)
+        setting = recipe.training.gradient_checkpointing
+        needed = smallest(step) if setting == "auto" else replace(step, checkpointed=step.layers if setting else 0).peak
+        fitting = (text for text, leaner in leaner_steps(recipe, step) if fit_step(leaner, budget))
+        fix = next(fitting, None)
         raise UserError(
-            f"a step needs {needed / GIB:.1f} GiB or more, and {budget / GIB:.1f} GiB are there ({source}); "
-            + (f"set {mend}" if mend else "no setting of this recipe fits there: take a smaller language model")
+            f"a step needs {needed / GIB:.1f} GiB or more, and {budget / GIB:.1f} GiB are available ({source}); "
+            + (f"set {fix}" if fix else "no setting of this recipe fits: use a smaller language model")
         )
     return chosen
 
 
-def as_asked(recipe: Recipe, step: Step, budget: int) -> Step | None:
-    """The step with the recipe's own word on recomputation, or None where that does not fit the budget."""
-    asked = recipe.training.gradient_checkpointing
-    if asked == "auto":
+def as_requested(recipe: Recipe, step: Step, budget: int) -> Step | None:
+    """Return the step with the recomputation set in the recipe; None if that does not fit the budget."""
+    setting = recipe.training.gradient_checkpointing
+    if setting == "auto":
         return fit_step(step, budget)
-    fixed = replace(step, checkpointed=step.layers if asked else 0)
+    fixed = replace(step, checkpointed=step.layers if setting else 0)
     return fixed if fixed.peak <= usable(step, budget) else None
 
 
 def leaner_steps(recipe: Recipe, step: Step) -> list[tuple[str, Step]]:
-    """Ways to need less, each with those before it, the cheapest first: the settings in words, and the step."""
+    """List settings that need less memory, cheapest first, each including those before it, and their steps."""
     ways: list[tuple[str, dict[str, Any]]] = []
     if recipe.training.gradient_checkpointing != "auto":
         ways.append(("training.gradient_checkpointing=auto", {}))
@@ -157,46 +163,46 @@ def leaner_steps(recipe: Recipe, step: Step) -> list[tuple[str, Step]]:
         eight_bit = "" if step.optimizer_bytes > 2 or not step.cuda else " training.optimizer=paged_adamw_8bit"
         ways.append((f"lora.r=16{eight_bit}", {"lora": smaller}))
     steps: list[tuple[str, Step]] = []
-    words: list[str] = []
+    settings: list[str] = []
     current = step
-    for word, change in ways:
-        key = word.split("=")[0]
-        words = [*(other for other in words if not other.startswith(key)), word]
+    for setting, change in ways:
+        key = setting.split("=")[0]
+        settings = [*(other for other in settings if not other.startswith(key)), setting]
         current = replace(current, **change)
-        steps.append((" ".join(words), current))
+        steps.append((" ".join(settings), current))
     return steps
 
 
 def what_fits(recipe: Recipe, step: Step) -> list[tuple[int, str]]:
-    """For cards of common sizes, what a recipe needs to run there, in words."""
+    """Return, for common GPU sizes, a description of the settings with which a recipe fits."""
     on_card = build_step(recipe, step.config, Extremes(step.tokens, step.trained_tokens, step.images), cuda=True)
     lines = []
     for size in CARDS_GB:
         budget = int(size * GIB - CARD_OVERHEAD)
-        own = as_asked(recipe, on_card, budget)
+        unchanged = as_requested(recipe, on_card, budget)
         ways = [
-            ("as it is", own),
-            *((words, fit_step(leaner, budget)) for words, leaner in leaner_steps(recipe, on_card)),
+            ("as it is", unchanged),
+            *((text, fit_step(leaner, budget)) for text, leaner in leaner_steps(recipe, on_card)),
         ]
-        words, fit = next(((words, fit) for words, fit in ways if fit is not None), ("", None))
-        lines.append((size, "nothing fits" if fit is None else f"{words}; {recomputation(fit)}; {_gib(fit.peak)}"))
+        text, fit = next(((text, fit) for text, fit in ways if fit is not None), ("", None))
+        lines.append((size, "nothing fits" if fit is None else f"{text}; {recomputation(fit)}; {_gib(fit.peak)}"))
     return lines
 
 
 def recomputation(step: Step) -> str:
-    """How much is recomputed, in words."""
+    """Describe how much is recomputed."""
     if not step.checkpointed:
         return "no layer recomputed"
-    told = f"{step.checkpointed} of {step.layers} layers recomputed"
-    return told + (", their inputs in the host's memory" if step.offloaded else "")
+    text = f"{step.checkpointed} of {step.layers} layers recomputed"
+    return text + (", their inputs in host memory" if step.offloaded else "")
 
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def device_in_words() -> str:
-    """What would train here."""
+def describe_device() -> str:
+    """Describe the device that would train."""
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
         return f"{torch.cuda.get_device_name()}, {memory / GIB:.1f} GiB"
@@ -204,4 +210,4 @@ def device_in_words() -> str:
         if torch.version.cuda is None:
             return "CUDA card present, but this torch is the CPU build; install torch for CUDA (pytorch.org)"
         return "CUDA card present, but torch cannot use it; see `nvidia-smi` and the driver's version"
-    return "no GPU: it would run on the CPU"
+    return "no GPU: training would run on the CPU"

@@ -1,4 +1,4 @@
-"""`lora-llava plan`: what a recipe takes, in seconds, before an image is opened or a weight is read."""
+"""`lora-llava plan`: forecast a run's memory, steps and time within seconds, without images or weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_llava.planning.fit import (
     Extremes,
     build_step,
     choose_checkpointing,
-    device_in_words,
+    describe_device,
     measure_rows,
     what_fits,
 )
@@ -31,21 +31,21 @@ from lora_llava.recipe import Recipe
 from lora_llava.splits.split_rows import sample_rows
 
 _SAMPLES = 1_000
-"""Conversations that are encoded to know the lengths of all."""
+"""Conversations that are encoded to estimate the lengths of all."""
 _ROWS = 20_000
-"""Conversations whose order is laid out; more are scaled up."""
+"""Most conversations whose row order is computed; more are extrapolated."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known of a run without reading its data in full.
+    """An estimate of a run from a sample of its data.
 
     Attributes:
-        step: Of the heaviest row, nothing recomputed yet.
-        steps: Optimiser steps.
-        tokens: Real tokens of the run; None without data.
-        padding: Tokens with padding over real ones.
-        source: What lengths are from, in words.
+        step: The step of the heaviest row, without recomputation.
+        steps: Optimizer steps.
+        tokens: Tokens of the run without padding; None without data.
+        padding: Ratio of tokens with padding to those without.
+        source: Description of the sample.
     """
 
     step: Step
@@ -56,10 +56,10 @@ class Forecast:
 
 
 def forecast(recipe: Recipe) -> Forecast:
-    """Work out a run from a sample of its data, or from its limits where the data is not at hand.
+    """Forecast a run from a sample of its data, or from its limits if the data is not available.
 
     Raises:
-        UserError: Where the model's config cannot be had, or a setting cannot run here.
+        UserError: If the model's config is not available, or a setting cannot run here.
     """
     if recipe.model.quantization == "nf4":
         check_bitsandbytes()
@@ -69,7 +69,9 @@ def forecast(recipe: Recipe) -> Forecast:
         drawn, _, total = sample_rows(recipe, "train", _SAMPLES)
     except UserError as error:
         step = build_step(recipe, model.config, _limits(recipe, model.config), cuda=cuda)
-        return Forecast(step, recipe.training.max_steps, None, 1.0, f"data not at hand ({error}): rows taken as full")
+        return Forecast(
+            step, recipe.training.max_steps, None, 1.0, f"data not available ({error}): all rows assumed to be full"
+        )
     tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
     samples, _ = build_rows(
         drawn,
@@ -80,9 +82,9 @@ def forecast(recipe: Recipe) -> Forecast:
         on_overlong="drop",
     )
     source = f"lengths from {len(samples):,} of {total:,} samples"
-    total = _rows_an_epoch(recipe, total)
+    total = _rows_per_epoch(recipe, total)
     lengths = samples.lengths.tolist()
-    order, scale = _lay_out(recipe, total, lengths)
+    order, scale = _order_sample(recipe, total, lengths)
     tokens = int(scale * sum(lengths[i % len(lengths)] for row in order.rows for i in row))
     padded = not is_padding_free(recipe)[0]
     folded = [[i % len(samples) for i in row] for row in order.rows]
@@ -93,21 +95,21 @@ def forecast(recipe: Recipe) -> Forecast:
     padding = max(1.0, filled / sum(lengths[i] for row in folded for i in row))
     return Forecast(
         build_step(recipe, model.config, extremes, cuda=cuda), round(scale * order.steps), tokens, padding, source
-    )  # fmt: skip
+    )
 
 
-def _rows_an_epoch(recipe: Recipe, total: int) -> int:
-    """What is left of all rows when some are held back, or others are not drawn."""
+def _rows_per_epoch(recipe: Recipe, total: int) -> int:
+    """Return the rows per epoch, without held-out rows and rows that are not drawn."""
     data = recipe.data
     left = max(1, total - data.validation_rows - data.test_rows)
-    asked = [source.rows for source in data.train_sources() if source.rows is not None]
-    if asked and len(asked) == len(data.train_sources()):
-        return sum(asked)
+    chosen = [source.rows for source in data.train_sources() if source.rows is not None]
+    if chosen and len(chosen) == len(data.train_sources()):
+        return sum(chosen)
     return left if data.max_train_rows is None else min(left, data.max_train_rows)
 
 
-def _lay_out(recipe: Recipe, total: int, sampled: list[int]) -> tuple[RowOrder, float]:
-    """One pass over data whose lengths repeat the sample's, and how often the run is that pass."""
+def _order_sample(recipe: Recipe, total: int, sampled: list[int]) -> tuple[RowOrder, float]:
+    """Order one pass over data with the sample's lengths repeated; return it and the passes of the run."""
     count = min(total, _ROWS)
     lengths = [sampled[i % len(sampled)] for i in range(count)]
     training = recipe.training.model_copy(update={"epochs": 1.0, "max_steps": None})
@@ -125,13 +127,13 @@ def _limits(recipe: Recipe, config: LlavaConfig) -> Extremes:
 
 
 def print_forecast(recipe: Recipe, console: Console) -> None:
-    """Tell a run's memory, what it fits in, its steps and its time.
+    """Print a run's memory, the GPUs it fits, its steps and its time.
 
     Raises:
-        UserError: As `forecast`, or where the run cannot fit here.
+        UserError: See `forecast`; or if the run does not fit here.
     """
     found = forecast(recipe)
-    console.print(device_in_words())
+    console.print(describe_device())
     try:
         step, refusal = choose_checkpointing(recipe, found.step), None
     except UserError as error:
@@ -139,9 +141,9 @@ def print_forecast(recipe: Recipe, console: Console) -> None:
     plan_tables.print_memory(recipe, step, console)
     cards = RichTable(title="Cards", title_justify="left")
     cards.add_column("card", justify="right")
-    cards.add_column("what this recipe needs there, by arithmetic")
-    for size, words in what_fits(recipe, found.step):
-        cards.add_row(f"{size} GB", words)
+    cards.add_column("settings with which this recipe fits, computed")
+    for size, text in what_fits(recipe, found.step):
+        cards.add_row(f"{size} GB", text)
     console.print(cards)
     start = recipe.model.start_from.stage1_recipe
     if start is not None:
@@ -157,24 +159,24 @@ def _print_time(recipe: Recipe, found: Forecast, step: Step | None, console: Con
         console.print("time: not known without the data")
         return
     console.print(
-        f"{found.steps:,} steps, {found.tokens:,} tokens, {found.tokens / found.steps:,.0f} tokens a step on average"
+        f"{found.steps:,} steps, {found.tokens:,} tokens, {found.tokens / found.steps:,.0f} tokens per step on average"
     )
     seconds = time_row(recipe, step) if step is not None else None
     if step is not None and seconds is not None:
         rate = step.tokens / seconds / found.padding
         console.print(
-            f"time: about {_words(found.tokens / rate)} of training at {rate:,.0f} tokens/s, timed here on random "
-            "weights; loading, images, validation and tables come on top"
+            f"time: about {_duration(found.tokens / rate)} of training at {rate:,.0f} tokens/s, timed here on random "
+            "weights; loading, images, validation and evaluation are not included"
         )
         return
     hours = published_hours(found.step, found.tokens)
-    known = ", ".join(f"{_words(3600 * value)} on an {card}" for card, value in hours.items())
+    known = ", ".join(f"{_duration(3600 * value)} on an {card}" for card, value in hours.items())
     console.print(
         f"time: about {known}: published rates of Llama-2-7B QLoRA (fsdp_qlora), scaled by size; not measured here"
     )
 
 
-def _words(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,6 +1,6 @@
-"""What a training step holds in memory, worked out from shapes; and how many layers to checkpoint so that it fits.
+"""The memory of a training step, computed from shapes, and the number of layers to checkpoint so that it fits.
 
-Every figure is in bytes. The arithmetic is that of the modules named beside it; no GPU has been compared with it yet.
+All sizes are in bytes, and follow the modules named beside them. They have not been compared with a GPU yet.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from lora_llava.recipe.schema import LINEARS, LoraSection
 
 GIB = 2**30
 CUDA_CONTEXT = 550_000_000
-"""CUDA's context with cuBLAS; outside torch's allocator (seen from 0.4 to 0.6 GB; not measured here)."""
+"""CUDA's context with cuBLAS; outside torch's allocator (0.4 to 0.6 GB in reports; not measured here)."""
 PROCESS = 600_000_000
-"""Python with torch, transformers and trl: the resident set after the imports, which counts on a CPU."""
+"""Python with torch, transformers and trl: the resident set after the imports, counted on a CPU."""
 GPU_SHARE = 0.93
-"""Of a GPU's budget; a guess, to be replaced by what `scripts/benchmark.py gpu` measures."""
+"""Usable share of a GPU's budget; a guess, to be replaced by a measurement of `scripts/benchmark.py gpu`."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Per weight: 4 bits, an 8-bit scale for 64, a float32 scale for 256 of those (QLoRA, section 3)."""
+"""Bytes per weight: 4 bits, an 8-bit scale per 64 weights, a float32 scale per 256 scales (QLoRA, section 3)."""
 HEAD_TILE_ROWS, HEAD_TILE_COLUMNS = 4096, 32768
-"""Of trl's fused head (trl/kernels/chunked_logprob.py)."""
+"""Tile size of trl's fused head (trl/kernels/chunked_logprob.py)."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step, as far as memory depends on it.
+    """The properties of a training step that determine its memory.
 
     Attributes:
-        config: Of the LLaVA.
+        config: Configuration of the LLaVA.
         quantization: `nf4` or `none`.
-        dtype_bytes: Of what is computed in: 2 or 4.
+        dtype_bytes: Bytes of the compute dtype: 2 or 4.
         lora: The adapters; None in Stage 1.
         optimizer_bytes: Per trained parameter: 8 for AdamW's two float32 states, 2 for its 8-bit ones.
-        tokens: Of the longest row, padding included.
-        trained_tokens: Most of a row.
-        images: Most of a row.
-        cached_features: Whether the tower is left out.
+        tokens: Tokens of the longest row, padding included.
+        trained_tokens: Most trained tokens of a row.
+        images: Most images of a row.
+        cached_features: Whether features are cached and the tower is not loaded.
         cuda: Whether it runs on a GPU.
-        ranks: Processes that share the weights out; 1 where each has all of them.
-        checkpointed: Language model layers that are recomputed.
-        offloaded: Whether the inputs of those wait in the host's memory.
+        ranks: Processes over which the weights are sharded; 1 if each has all of them.
+        checkpointed: Number of language model layers that are recomputed.
+        offloaded: Whether the inputs of those layers are kept in host memory.
     """
 
     config: LlavaConfig
@@ -66,23 +66,28 @@ class Step:
 
     @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of a layer's linear layers (transformers, models/llama/modeling_llama.py)."""
+        """Input and output sizes of a layer's linear layers (transformers, models/llama/modeling_llama.py)."""
         text = self.config.text_config
         hidden, inner = text.hidden_size, text.intermediate_size
         head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
         queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
         sizes = (
-            (hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), (hidden, inner), (hidden, inner),
+            (hidden, queries),
+            (hidden, keys),
+            (hidden, keys),
+            (queries, hidden),
+            (hidden, inner),
+            (hidden, inner),
             (inner, hidden),
-        )  # fmt: skip
+        )
         return dict(zip(LINEARS, sizes, strict=True))
 
     def parts(self) -> dict[str, int]:
-        """Bytes by part, in the order of the table; they are there together at the worst moment of a step."""
+        """Return the bytes of each part at the peak of a step, in the order of the table."""
         ranks = self.ranks
         weights = {
-            "language model, " + ("NF4" if self.quantization == "nf4" else "whole"): self._linears() // ranks
-            + self._whole_scales(),
+            "language model, " + ("NF4" if self.quantization == "nf4" else "unquantized"): self._linears() // ranks
+            + self._extra_scales(),
             "embeddings, head, norms": self._embeddings() // ranks,
             "vision tower": 0 if self.cached_features else vision_parameters(self.config) * self.dtype_bytes,
             "projector": projector_parameters(self.config) * (4 + self.dtype_bytes),  # peft keeps the base's beside it
@@ -90,49 +95,49 @@ class Step:
         } | ({"gathered weights": self._gathered()} if ranks > 1 else {})
         trained = self.lora_parameters + trained_projector_parameters(self.config)
         return weights | {
-            "16-bit copies of what trains": self._autocast_copies(),
+            "16-bit copies of trained weights": self._autocast_copies(),
             "gradients": 4 * trained // ranks,
             "optimizer": self.optimizer_bytes * trained // ranks,
             "activations, kept": self.kept_bytes(),
             "one layer's working set": max(self._working_set(), self._head(), self._vision()),
-            "dequantised weight": self._dequantised(),
+            "dequantized weight": self._dequantized(),
             "CUDA context" if self.cuda else "Python and libraries": CUDA_CONTEXT if self.cuda else PROCESS,
         }
 
     @property
     def peak(self) -> int:
-        """Bytes at the worst moment."""
+        """Peak bytes of a step."""
         return sum(self.parts().values())
 
     @property
     def lora_parameters(self) -> int:
         if self.lora is None:
             return 0
-        extra = 1 if self.lora.dora else 0  # DoRA's magnitude, a value an output
+        extra = 1 if self.lora.dora else 0  # DoRA's magnitude, one value per output
         shapes = [self.linear_shapes[name] for name in self.lora.targets]
         return self.layers * sum(self.lora.r * (a + b) + extra * b for a, b in shapes)
 
     def _autocast_copies(self) -> int:
-        """Of float32 LoRA and projector: autocast's cache holds A's, the backward pass B's of layers kept whole."""
+        """Bytes of 16-bit copies of LoRA and projector: autocast caches A, and layers not recomputed keep B."""
         if not self.cuda or self.dtype_bytes == 4:
             return 0
         a_share = sum(a for a, _ in self.linear_shapes.values()) / sum(a + b for a, b in self.linear_shapes.values())
-        whole = 1 - self.checkpointed / self.layers
-        lora = self.lora_parameters * (a_share + (1 - a_share) * whole)
+        kept = 1 - self.checkpointed / self.layers
+        lora = self.lora_parameters * (a_share + (1 - a_share) * kept)
         return int(2 * (lora + projector_parameters(self.config)))
 
     def _linears(self) -> int:
         count = self.layers * sum(a * b for a, b in self.linear_shapes.values())
         return int(count * (NF4_BYTES if self.quantization == "nf4" else self.dtype_bytes))
 
-    def _whole_scales(self) -> int:
-        """What a rank holds of 4-bit weights' scales beyond its share: they are no parameters and not shared out."""
+    def _extra_scales(self) -> int:
+        """Bytes of 4-bit scales on a rank beyond its share: scales are not parameters and are not sharded."""
         count = self.layers * sum(a * b for a, b in self.linear_shapes.values())
         scales = int(count * (NF4_BYTES - 0.5)) if self.quantization == "nf4" else 0
         return scales - scales // self.ranks
 
     def _gathered(self) -> int:
-        """Of shared weights: a layer at work and the next one on its way, the matrix of the embeddings or the head."""
+        """Bytes of gathered weights: the present layer, the next one, and the matrix of the embeddings or the head."""
         text = self.config.text_config
         layer = self._linears() // self.layers + 4 * self.lora_parameters // self.layers
         return 2 * layer + self.dtype_bytes * text.vocab_size * text.hidden_size
@@ -143,7 +148,7 @@ class Step:
         return self.dtype_bytes * (matrices * text.vocab_size + 2 * self.layers + 1) * text.hidden_size
 
     def layer_bytes(self) -> int:
-        """What autograd keeps of a layer that is not recomputed, all tokens together (fast_path/lean.py)."""
+        """Return the bytes that autograd keeps of a layer without recomputation, for all tokens (fast_path/lean.py)."""
         text, size = self.config.text_config, self.dtype_bytes
         hidden, inner = text.hidden_size, text.intermediate_size
         queries, keys = self.linear_shapes["q_proj"][1], self.linear_shapes["k_proj"][1]
@@ -151,26 +156,26 @@ class Step:
         per_token += 4 * text.num_attention_heads  # attention's log-sum-exp
         dropout = self.lora is not None and self.lora.dropout > 0
         if not self.cuda and not dropout:
-            per_token += size * queries  # the samples' outputs, laid together for o_proj
+            per_token += size * queries  # the samples' outputs, concatenated for o_proj
         if self.lora is not None:
             inputs = sum(self.linear_shapes[name][0] for name in self.lora.targets)
-            shared = 2 * hidden + inner  # norms' outputs, and what down_proj reads; attention's output is there already
+            shared = 2 * hidden + inner  # norms' outputs and down_proj's input; attention's output is counted above
             mask = 1 if self.cuda else size
-            per_token += (size + mask) * inputs if dropout else size * shared  # dropped copies, and their masks
+            per_token += (size + mask) * inputs if dropout else size * shared  # inputs after dropout, and the masks
             per_token += size * self.lora.r * len(self.lora.targets)
         return per_token * self.tokens
 
     def kept_bytes(self) -> int:
-        """What waits between forward and backward, the layer aside that is being worked on."""
+        """Return the bytes kept between forward and backward pass, besides the layer being computed."""
         text, size = self.config.text_config, self.dtype_bytes
         entry = size * text.hidden_size * self.tokens
-        waiting = min(self.checkpointed, 2) if self.offloaded else self.checkpointed
+        inputs_kept = min(self.checkpointed, 2) if self.offloaded else self.checkpointed
         if self.lora is None and not self.images:
             return 0
-        return entry * (waiting + 3) + max(0, self.layers - self.checkpointed - 1) * self.layer_bytes()
+        return entry * (inputs_kept + 3) + max(0, self.layers - self.checkpointed - 1) * self.layer_bytes()
 
     def _working_set(self) -> int:
-        """One layer's own, and the gradients of its MLP (bytes as for kept, plus 4 wide and 4 narrow values)."""
+        """Bytes of one layer, and of the gradients of its MLP (4 wide and 4 narrow values per token)."""
         text = self.config.text_config
         transient = self.dtype_bytes * (4 * text.intermediate_size + 4 * text.hidden_size) * self.tokens
         return self.layer_bytes() + transient
@@ -188,17 +193,17 @@ class Step:
             return 0
         vision = self.config.vision_config
         tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-        states = vision.num_hidden_layers + 1  # all of them are kept by transformers before 5.20
+        states = vision.num_hidden_layers + 1  # transformers before 5.20 keeps all of them
         return self.dtype_bytes * self.images * tokens * (states * vision.hidden_size + 2 * vision.intermediate_size)
 
-    def _dequantised(self) -> int:
-        """The largest matrix, whole again for one multiplication."""
+    def _dequantized(self) -> int:
+        """Bytes of the largest matrix, dequantized for one multiplication."""
         largest = max(a * b for a, b in self.linear_shapes.values())
         return largest * self.dtype_bytes if self.quantization == "nf4" else 0
 
 
 def vision_parameters(config: LlavaConfig) -> int:
-    """Parameters of a CLIP vision tower (transformers, models/clip/modeling_clip.py)."""
+    """Return the number of parameters of a CLIP vision tower (transformers, models/clip/modeling_clip.py)."""
     vision = config.vision_config
     width, inner = vision.hidden_size, vision.intermediate_size
     positions = (vision.image_size // vision.patch_size) ** 2 + 1
@@ -208,7 +213,7 @@ def vision_parameters(config: LlavaConfig) -> int:
 
 
 def projector_parameters(config: LlavaConfig) -> int:
-    """Parameters of the projector."""
+    """Return the number of parameters of the projector."""
     layers = config.vision_feature_layer
     width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
     hidden = config.text_config.hidden_size
@@ -216,21 +221,21 @@ def projector_parameters(config: LlavaConfig) -> int:
 
 
 def trained_projector_parameters(config: LlavaConfig) -> int:
-    """Those that train: a linear projector's second layer is the identity and stays."""
+    """Return the number of trained parameters of the projector; a linear one has a frozen identity layer."""
     hidden = config.text_config.hidden_size
     identity = (hidden + 1) * hidden if config.projector_hidden_act == "linear" else 0
     return projector_parameters(config) - int(identity)
 
 
 def fit_step(step: Step, budget: int) -> Step | None:
-    """The same step with as few layers recomputed as the budget allows, and host offload only where that is not enough.
+    """Return the step with the fewest recomputed layers that fit a budget, and host offload only if necessary.
 
     Args:
-        step: Its `checkpointed` and `offloaded` are not looked at.
-        budget: Bytes, of which a GPU's allocator loses some: see `usable`.
+        step: The step; its `checkpointed` and `offloaded` are ignored.
+        budget: Bytes; see `usable`.
 
     Returns:
-        The step, or None where nothing fits.
+        The step, or None if nothing fits.
     """
     for candidate in candidates(step):
         if candidate.peak <= usable(step, budget):
@@ -239,18 +244,18 @@ def fit_step(step: Step, budget: int) -> Step | None:
 
 
 def usable(step: Step, budget: int) -> int:
-    """What of a budget a plan may fill: on a GPU some is lost between blocks, and no plan has been measured there."""
+    """Return the usable part of a budget: on a GPU some is lost to fragmentation, and plans are not measured there."""
     return int(budget * GPU_SHARE) if step.cuda else budget
 
 
 def candidates(step: Step) -> list[Step]:
-    """Ways to run a step, the fastest first. The last layer is never recomputed: what it keeps is needed at once."""
+    """List the ways to run a step, fastest first. The last layer is never recomputed, as it is needed at once."""
     most = max(0, step.layers - 1)
     ways = [replace(step, checkpointed=count, offloaded=False) for count in range(most + 1)]
     return [*ways, replace(step, checkpointed=most, offloaded=True)] if step.cuda else ways
 
 
 def smallest(step: Step) -> int:
-    """The smallest budget in bytes that some way to run a step fits in."""
+    """Return the smallest budget, in bytes, in which a step fits."""
     least = min(candidate.peak for candidate in candidates(step))
     return math.ceil(least / GPU_SHARE) if step.cuda else least

@@ -1,4 +1,4 @@
-"""What a person reads on the terminal about a run."""
+"""Print the plan of a run on the terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BF16_BYTES = 2
 
 
 def print_data(plan: RunPlan, console: Console) -> None:
-    """Rows used and dropped, tokens and steps."""
+    """Print rows used and dropped, tokens and steps."""
     recipe = plan.recipe
     paths = ", ".join(dict.fromkeys(source.path for source in recipe.data.train_sources()))
     table = RichTable(title=f"Stage {recipe.stage}: {recipe.data.format} from {paths}", title_justify="left")
@@ -36,22 +36,28 @@ def print_data(plan: RunPlan, console: Console) -> None:
         dropped = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "0"
         share = f"{report.supervised_tokens:,} ({100 * report.supervised_tokens / max(1, report.tokens):.0f}%)"
         table.add_row(
-            name, f"{report.rows:,}", f"{report.used:,}", dropped, f"{report.truncated:,}", f"{report.tokens:,}", share,
+            name,
+            f"{report.rows:,}",
+            f"{report.used:,}",
+            dropped,
+            f"{report.truncated:,}",
+            f"{report.tokens:,}",
+            share,
             f"{report.longest:,}",
-        )  # fmt: skip
+        )
     console.print(table)
     _print_sources(plan, console)
     for name, split in plan.splits.items():
         for line in _reading(name, split):
             console.print(line, soft_wrap=True, markup=False)
-        mended = ", ".join(f"{count:,} {what}" for what, count in split.report.mended.items())
-        if mended:
-            console.print(f"{name}: mended while reading: {mended}; `lora-llava check` names the rows", soft_wrap=True)
+        fixes = ", ".join(f"{count:,} {what}" for what, count in split.report.mended.items())
+        if fixes:
+            console.print(f"{name}: fixed while reading: {fixes}; `lora-llava check` names the rows", soft_wrap=True)
     console.print(_steps(plan))
 
 
 def _reading(name: str, split: Split) -> Iterator[str]:
-    """What a person should know of how a split was read: rows without an image among others, and odd files."""
+    """Yield remarks on a split: rows without an image among others, and unusual files."""
     bare = int((split.rows.image_counts() == 0).sum())
     if 0 < bare < len(split.rows):
         yield f"{name}: {bare:,} of {len(split.rows):,} rows have no image"
@@ -62,12 +68,12 @@ def _reading(name: str, split: Split) -> Iterator[str]:
 
 
 def _print_sources(plan: RunPlan, console: Console) -> None:
-    """Rows of each source that an epoch of training has."""
+    """Print the rows per epoch of each source."""
     train = plan.splits["train"]
     if len(train.sources) < 2:
         return
     table = RichTable(title="Sources", title_justify="left")
-    for name in ("source", "rows", "rows an epoch", "share"):
+    for name in ("source", "rows", "rows per epoch", "share"):
         table.add_column(name, justify="left" if name == "source" else "right")
     used = train.report.sources
     available = np.bincount(train.rows.places[:, 0], minlength=len(train.sources))
@@ -85,12 +91,12 @@ def _steps(plan: RunPlan) -> str:
     full = order.tokens_per_row / training.max_tokens_per_row
     return (
         f"{order.steps:,} steps of {accumulation} rows of up to {training.max_tokens_per_row:,} tokens, "
-        f"{100 * full:.1f}% full: {order.samples_per_step:.1f} samples a step on average"
+        f"{100 * full:.1f}% full: {order.samples_per_step:.1f} samples per step on average"
     )
 
 
 def print_memory(recipe: Recipe, step: Step, console: Console) -> None:
-    """What a step takes, part by part, and how much of it is recomputed."""
+    """Print the memory of a step by part, and how much is recomputed."""
     table = RichTable(title=f"Memory of a step: a row of up to {step.tokens:,} tokens", title_justify="left")
     table.add_column("part")
     table.add_column("", justify="right")
@@ -102,7 +108,7 @@ def print_memory(recipe: Recipe, step: Step, console: Console) -> None:
     console.print(table)
     budget, source = memory_budget(recipe)
     console.print(
-        f"{recomputation(step)}; {budget / GIB:.1f} GiB to stay in ({source}); optimizer "
+        f"{recomputation(step)}; {budget / GIB:.1f} GiB available ({source}); optimizer "
         f"{resolve_optimizer(recipe, cuda=step.cuda)}"
     )
 
@@ -112,10 +118,10 @@ def _size(size: int) -> str:
 
 
 def print_downloads(plan: RunPlan, cache: Path, console: Console) -> None:
-    """What would be fetched and written, and whether the disk holds it.
+    """Print what would be downloaded and written, and check the disk space.
 
     Raises:
-        UserError: Where it does not.
+        UserError: If there is not enough.
     """
     downloads = plan.model.downloads
     total = sum(download.missing_bytes for download in downloads)
@@ -130,7 +136,7 @@ def print_downloads(plan: RunPlan, cache: Path, console: Console) -> None:
 
 
 def total_parameters(plan: RunPlan) -> int:
-    """Parameters of the LLaVA, from its config alone."""
+    """Return the number of parameters of the LLaVA, from its config."""
     import torch
     from transformers import LlavaForConditionalGeneration
 
@@ -141,7 +147,7 @@ def total_parameters(plan: RunPlan) -> int:
 def _check_disk(folder: Path, needed: int, what: str, console: Console) -> None:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    console.print(f"disk: {what} takes up to {needed / 1e9:.2f} GB in {folder}; {free / 1e9:.0f} GB are free")
+    console.print(f"disk: {what} needs up to {needed / 1e9:.2f} GB in {folder}; {free / 1e9:.0f} GB are free")
     if needed > free:
         raise UserError(
             f"{folder}: {what} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; free some, or set "
@@ -150,25 +156,25 @@ def _check_disk(folder: Path, needed: int, what: str, console: Console) -> None:
 
 
 def print_parameters(plan: RunPlan, console: Console) -> None:
-    """What trains."""
+    """Print the number of trained parameters."""
     counts = plan.trained_parameters
     parts = [f"projector {counts['projector']:,}"] + ([f"LoRA {counts['lora']:,}"] if counts["lora"] else [])
     console.print(f"trains {' + '.join(parts)} parameters of {total_parameters(plan):,}")
 
 
 def print_sample(plan: RunPlan, console: Console) -> None:
-    """One training row, its trained tokens marked."""
+    """Print one training row with its trained tokens marked."""
     console.print("one sample, its trained tokens marked:")
     console.print(mark_sample(plan.splits["train"].rows[0], plan.tokenizer, plan.model.config.image_token_index))
 
 
 def mark_sample(row: dict[str, Any], tokenizer: Any, image_token_id: int) -> Text:
-    """Write a row's tokens out, trained ones in reverse video and between brackets for terminals without colour.
+    """Return a row's text with trained tokens in reverse video, and in brackets for terminals without colour.
 
     Args:
         row: With `input_ids` and `labels`.
-        tokenizer: Decodes.
-        image_token_id: A run of these is told as a count.
+        tokenizer: Decodes the tokens.
+        image_token_id: A run of these is shown as a count.
 
     Returns:
         Styled text.
@@ -189,7 +195,7 @@ def mark_sample(row: dict[str, Any], tokenizer: Any, image_token_id: int) -> Tex
 
 
 def print_freeze_plan(plan: list[dict[str, Any]], console: Console) -> None:
-    """Module, dtype, trained or frozen, parameters."""
+    """Print the freeze plan: module, dtype, trained or frozen, parameters."""
     table = RichTable(title="Freeze plan", title_justify="left")
     for name in ("module", "dtype", "", "parameters"):
         table.add_column(name, justify="right" if name == "parameters" else "left")

@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from lora_llava.data.packing import pack_samples
-from lora_llava.distributed.balance import deal_rows
+from lora_llava.distributed.balance import distribute_rows
 from lora_llava.recipe import TrainingSection
 
 _MEGABATCH = 50
-"""Batches that are sorted together by length (transformers, trainer_pt_utils.py, get_length_grouped_indices)."""
+"""Batches in a window that is sorted by length (transformers, trainer_pt_utils.py, get_length_grouped_indices)."""
 
 
 @dataclass(frozen=True)
 class RowOrder:
-    """What training sees.
+    """The rows of a run, in order.
 
     Attributes:
-        rows: Sample indices of every forward pass of the run, in order; of several ranks, r has `rows[r::ranks]`.
-        steps: Optimiser steps.
-        samples_per_step: On average.
-        tokens_per_row: Real tokens, on average.
-        longest_row: Most real tokens of a row.
+        rows: Sample indices of every forward pass of the run; with several ranks, rank r runs `rows[r::ranks]`.
+        steps: Optimizer steps.
+        samples_per_step: Mean number of samples per step.
+        tokens_per_row: Mean number of tokens per row, without padding.
+        longest_row: Tokens of the longest row, without padding.
     """
 
     rows: list[list[int]]
@@ -36,27 +36,32 @@ class RowOrder:
 
 
 def exact_epochs(training: TrainingSection) -> Fraction:
-    """The recipe's epochs as the number that a person wrote: 2.1 is 21/10, which a float is not."""
+    """Return the recipe's epochs as an exact fraction: 2.1 is 21/10, which a float cannot represent."""
     return Fraction(str(training.epochs))
 
 
 def order_rows(
-    training: TrainingSection, lengths: Sequence[int], *, seed: int, padded: bool,
-    epochs: Callable[[int], Sequence[int]] | None = None, ranks: int = 1,
-) -> RowOrder:  # fmt: skip
-    """Lay out a run.
+    training: TrainingSection,
+    lengths: Sequence[int],
+    *,
+    seed: int,
+    padded: bool,
+    epochs: Callable[[int], Sequence[int]] | None = None,
+    ranks: int = 1,
+) -> RowOrder:
+    """Order the rows of a run.
 
     A fraction of an epoch is that share of its rows, rounded up: 2.1 epochs of 100 rows are 210.
 
-    Recipe, lengths and `padded` decide it: a run that is resumed where attention is the same goes on in the same order.
+    The order depends on the recipe, the lengths and `padded` only, so a resumed run has the same order.
 
     Args:
         training: The recipe's section.
         lengths: Tokens of each training sample.
-        seed: The recipe's.
-        padded: Whether batches are padded, which grouping by length is for.
-        epochs: Which samples an epoch has; None: every one.
-        ranks: Processes that train together; each makes `gradient_accumulation` passes a step.
+        seed: The recipe's seed.
+        padded: Whether batches are padded; only those are grouped by length.
+        epochs: Returns the samples of an epoch; None uses all samples.
+        ranks: Processes that train together; each runs `gradient_accumulation` passes per step.
 
     Returns:
         The order.
@@ -67,12 +72,12 @@ def order_rows(
 
     def epoch_rows(epoch: int) -> list[list[int]]:
         chosen = range(len(lengths)) if epochs is None else epochs(epoch)
-        theirs = [lengths[i] for i in chosen]
+        chosen_lengths = [lengths[i] for i in chosen]
         if training.max_tokens_per_row is not None:
-            found = pack_samples(theirs, training.max_tokens_per_row, seed=seed, epoch=epoch)
+            found = pack_samples(chosen_lengths, training.max_tokens_per_row, seed=seed, epoch=epoch)
         else:
             grouped = padded and training.group_by_length
-            found = batch_samples(theirs, training.batch_size, seed=seed, epoch=epoch, grouped=grouped)
+            found = batch_samples(chosen_lengths, training.batch_size, seed=seed, epoch=epoch, grouped=grouped)
         return [[chosen[i] for i in row] for row in found]
 
     rows: list[list[int]] = []
@@ -84,10 +89,14 @@ def order_rows(
         rows += new if passes is None else new[: math.ceil(len(new) * min(Fraction(1), passes - epoch))]
         epoch += 1
     rows = rows if training.max_steps is None else rows[: int(wanted)]
-    rows = deal_rows(
-        rows, lengths, ranks=ranks, accumulation=training.gradient_accumulation,
-        max_tokens=training.max_tokens_per_row, padded=padded,
-    )  # fmt: skip
+    rows = distribute_rows(
+        rows,
+        lengths,
+        ranks=ranks,
+        accumulation=training.gradient_accumulation,
+        max_tokens=training.max_tokens_per_row,
+        padded=padded,
+    )
     steps = math.ceil(len(rows) / size)
     tokens = [sum(lengths[i] for i in row) for row in rows]
     return RowOrder(rows, steps, sum(map(len, rows)) / steps, sum(tokens) / len(rows), max(tokens))
@@ -96,12 +105,12 @@ def order_rows(
 def batch_samples(
     lengths: Sequence[int], batch_size: int, *, seed: int = 0, epoch: int = 0, grouped: bool = False
 ) -> list[list[int]]:
-    """Batches of a fixed number of samples, in an order that seed and epoch decide.
+    """Return batches of a fixed number of samples, shuffled by seed and epoch.
 
     Args:
         lengths: Tokens of each sample.
         batch_size: Samples of a batch; the last may have fewer.
-        seed: Shuffles, with the epoch.
+        seed: Seed of the shuffle, with the epoch.
         epoch: From 0.
         grouped: Put samples of similar length together, within shuffled windows of 50 batches.
 
@@ -125,7 +134,7 @@ def batch_samples(
 
 
 def validation_rows(training: TrainingSection, lengths: Sequence[int]) -> list[list[int]]:
-    """The forward passes of a validation: in order, of the size that training has."""
+    """Return the forward passes of a validation: in order, with the row size of training."""
     if training.max_tokens_per_row is not None:
         return pack_samples(lengths, training.max_tokens_per_row)
     indices = list(range(len(lengths)))

@@ -1,4 +1,4 @@
-"""A recipe worked out: rows encoded, steps counted, everything that can fail before training has been tried."""
+"""Plan a run: encode rows, count steps, and check everything that can fail before training."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ from lora_llava.splits.split_rows import Split, build_split
 
 @dataclass
 class RunPlan:
-    """Everything of a run but its weights.
+    """A run without its weights.
 
     Attributes:
-        recipe: What was asked for.
+        recipe: The recipe.
         model: The model's plan.
-        tokenizer: With `<image>` and `<pad>`.
-        processor: The stock processor that is exported.
-        template: The conversation template, its system text replaced if the recipe says so.
-        splits: `train`, and `validation` and `test` where the recipe has them.
-        order: Which samples share a forward pass, and the optimiser steps.
-        step: What the heaviest of them takes, and how much of it is recomputed.
-        refusal: Why that cannot fit here; None where it does.
+        tokenizer: The tokenizer, with `<image>` and `<pad>`.
+        processor: The stock processor, saved with the run.
+        template: The conversation template, with the system text of the recipe.
+        splits: `train`, and `validation` and `test` if the recipe has them.
+        order: The samples of each forward pass, and the optimizer steps.
+        step: The heaviest step, and how much of it is recomputed.
+        refusal: The error if it does not fit here; else None.
         trained_parameters: `lora` and `projector`.
     """
 
@@ -61,7 +61,7 @@ class RunPlan:
 
 
 def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
-    """Work a recipe out and load no weights.
+    """Plan a run without loading weights.
 
     Args:
         recipe: The recipe.
@@ -71,7 +71,7 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
         The plan.
 
     Raises:
-        UserError: For anything that would make the run fail later, memory aside: that stands in `refusal`.
+        UserError: For anything that would make the run fail later, except memory, which is in `refusal`.
     """
     if recipe.model.quantization == "nf4":
         check_bitsandbytes()
@@ -89,7 +89,7 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     if recipe.evaluation is None and recipe.data.test_source is None:
         splits.pop("test", None)
     samples = splits["train"].rows
-    order = lay_out(recipe, splits["train"])
+    order = order_run(recipe, splits["train"])
     extremes = measure_rows(order.rows, samples, padded=not is_padding_free(recipe)[0])
     step, refusal = build_step(recipe, model.config, extremes, cuda=torch.cuda.is_available()), None
     try:
@@ -97,41 +97,49 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     except UserError as error:
         refusal = error
     return RunPlan(
-        recipe, model, tokenizer, processor, template, splits, order, step, refusal,
+        recipe,
+        model,
+        tokenizer,
+        processor,
+        template,
+        splits,
+        order,
+        step,
+        refusal,
         planned_parameters(model.config, run_lora_config(recipe)),
-    )  # fmt: skip
+    )
 
 
 def _with_test_rows(recipe: Recipe) -> Recipe:
-    """The recipe as `check` reads it: rows held back for a test are looked at also where nothing asks them yet."""
+    """Return the recipe as `check` reads it, with held-out test rows even if they are not evaluated."""
     if not recipe.data.test_rows:
         return recipe
     return recipe.model_copy(update={"evaluation": recipe.evaluation or EvaluationSection()})
 
 
 def check_launch(recipe: Recipe) -> None:
-    """Refuse ways to share a model out that are not known to give what one process gives.
+    """Refuse distributed setups that are not known to match one process.
 
     Args:
         recipe: The recipe.
 
     Raises:
-        UserError: For DeepSpeed and for some ways of FSDP, as `accelerate launch` tells of them in the environment.
+        UserError: For DeepSpeed and for some ways of FSDP, set by `accelerate launch` in the environment.
     """
     if is_sharded():
         check_sharding(recipe, this_rank()[1])
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        use = "start with torchrun, or with accelerate launch --multi_gpu, which give every GPU the whole model"
+        use = "start with torchrun, or with accelerate launch --multi_gpu, which load the complete model on every GPU"
         stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
         if stage == "3" and recipe.model.quantization == "nf4":
-            raise UserError(f"DeepSpeed's ZeRO-3 shares weights out, which 4-bit ones cannot be; {use}")
-        raise UserError(f"DeepSpeed has not been tried with this trainer; {use}")
+            raise UserError(f"DeepSpeed's ZeRO-3 shards weights, which 4-bit weights do not support; {use}")
+        raise UserError(f"DeepSpeed has not been tested with this trainer; {use}")
 
 
 def build_run_processor(
     recipe: Recipe, config: LlavaConfig, tokenizer_folder: Path, image_folder: Path
 ) -> tuple[PreTrainedTokenizerBase, Any]:
-    """The tokenizer that encodes rows and the stock processor that carries it, template included."""
+    """Return the tokenizer that encodes rows, and the stock processor with it and the template."""
     template = get_template(recipe.data.template, recipe.data.system_prompt)
     tokenizer = load_tokenizer(tokenizer_folder, config)
     image_processor = image_processor_of(image_folder, config, recipe.data.image_aspect)
@@ -141,7 +149,7 @@ def build_run_processor(
 
 
 def run_lora_config(recipe: Recipe, base: str | None = None) -> Any:
-    """The PEFT config of a recipe; Stage 1 has no adapters."""
+    """Return the PEFT config of a recipe; Stage 1 has no adapters."""
     if recipe.lora is None:
         return lora_config(base=base)
     return lora_config(**recipe.lora.model_dump(), base=base)
@@ -154,10 +162,10 @@ def _check_context(recipe: Recipe, config: LlavaConfig) -> None:
 
 
 def check_reporters(reporters: Iterable[str]) -> None:
-    """Hold that what is to receive the curves is installed.
+    """Check that the packages for logging are installed.
 
     Raises:
-        UserError: Naming the one that is not.
+        UserError: Naming the first that is missing.
     """
     import importlib.util
 
@@ -167,22 +175,22 @@ def check_reporters(reporters: Iterable[str]) -> None:
 
 
 def is_padding_free(recipe: Recipe) -> tuple[bool, str]:
-    """Whether a recipe trains on rows without padding here, and on what, in words."""
+    """Return whether a recipe trains without padding on this machine, and a description of the attention."""
     return resolve_attention(recipe.model.attention, resolve_dtype(recipe.model.dtype))
 
 
-def lay_out(recipe: Recipe, split: Split) -> RowOrder:
-    """Lay out the run: which training samples share a forward pass.
+def order_run(recipe: Recipe, split: Split) -> RowOrder:
+    """Order the rows of a run: which training samples share a forward pass.
 
     Args:
         recipe: The recipe.
-        split: Its training rows.
+        split: The training split.
 
     Returns:
         The order.
 
     Raises:
-        UserError: Where a sample is longer than a row, or rows cannot be packed here.
+        UserError: If a sample is longer than a row, or rows cannot be packed on this machine.
     """
     budget = recipe.training.max_tokens_per_row
     padding_free, found = is_padding_free(recipe)

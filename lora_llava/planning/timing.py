@@ -1,4 +1,4 @@
-"""How long a run will take: timed on this machine where it can train the model, else from published rates."""
+"""Estimate the time of a run, measured on this machine if possible, else from published rates."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from lora_llava.recipe import Recipe
 PUBLISHED_TOKENS_PER_SECOND = {"RTX 4090": 2330, "RTX 3090": 1198}
 """Llama-2-7B QLoRA, derived from the fsdp_qlora benchmark (github.com/AnswerDotAI/fsdp_qlora)."""
 _PUBLISHED_PARAMETERS = 6.48e9
-"""Llama-2-7B's linear layers, which nearly all of the work is in."""
+"""Parameters of Llama-2-7B's linear layers, which do nearly all of the work."""
 _CPU_SECONDS_ALLOWED = 3.0
 _CPU_FLOPS = 5e10
-"""A guess, good enough to see that a 7B model is not to be timed on a CPU."""
+"""A rough guess, enough to skip timing a 7B model on a CPU."""
 _REPEATS = 3
 
 
 def time_row(recipe: Recipe, step: Step) -> float | None:
-    """Seconds of one optimiser step on a full row, from one and two layers with random weights.
+    """Measure the seconds of one optimizer step on a full row, from one and two layers with random weights.
 
     Args:
         recipe: The recipe.
         step: From `choose_checkpointing`.
 
     Returns:
-        Seconds, the head included, vision tower and data loading not; None where it would take too long to find out, or
-        more memory than there is.
+        Seconds, with the head but without vision tower and data loading; None if measuring takes too long or needs too
+        much memory.
     """
     parameters = sum(a * b for a, b in step.linear_shapes.values())
     head = step.config.text_config.vocab_size * step.config.text_config.hidden_size
@@ -48,12 +48,12 @@ def time_row(recipe: Recipe, step: Step) -> float | None:
     try:
         one, two = (_time_layers(recipe, step, count) for count in (1, 2))
     except torch.cuda.OutOfMemoryError:
-        gc.collect()  # 4-bit layers hold themselves in a circle
+        gc.collect()  # 4-bit layers have reference cycles
         torch.cuda.empty_cache()
         return None
     layer = max(0.0, two - one)
-    again = step.checkpointed / 3  # a forward pass is a third of forward and backward
-    return one + layer * (step.layers - 1 + again)
+    recomputed = step.checkpointed / 3  # a forward pass is a third of forward and backward
+    return one + layer * (step.layers - 1 + recomputed)
 
 
 def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:
@@ -70,7 +70,7 @@ def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:
     batch = _full_row(step, recipe, device)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-6)
     seconds = []
-    for _ in range(_REPEATS + 1):  # the first one warms up
+    for _ in range(_REPEATS + 1):  # the first is a warm-up
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -86,7 +86,7 @@ def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:
 
 
 def _full_row(step: Step, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """One row of samples of equal length with as many images and trained tokens as the heaviest."""
+    """Return a row of samples of equal length, with as many images and trained tokens as the heaviest."""
     image = step.config.image_seq_length
     samples = max(1, step.images, step.tokens // recipe.data.max_length)
     length = max(image + 2, step.tokens // samples)
@@ -98,21 +98,25 @@ def _full_row(step: Step, recipe: Recipe, device: torch.device) -> dict[str, Any
     labels[:, length - trained :] = 3
     ends = torch.arange(0, samples * length + 1, length, dtype=torch.int32)
     batch: dict[str, Any] = {
-        "input_ids": ids.view(1, -1), "labels": labels.view(1, -1),
+        "input_ids": ids.view(1, -1),
+        "labels": labels.view(1, -1),
         "position_ids": torch.arange(length).repeat(samples).view(1, -1),
-        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length,
-    }  # fmt: skip
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": length,
+        "max_length_k": length,
+    }
     if images:
         batch["pixel_values"] = torch.randn(images, image, step.config.vision_config.hidden_size)
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def published_hours(step: Step, tokens: int) -> dict[str, float]:
-    """Hours of training on known cards, by their published rates and the model's size.
+    """Return the hours of training on known GPUs, from published rates scaled by the model's size.
 
     Args:
         step: The step.
-        tokens: Real tokens of the run.
+        tokens: Tokens of the run, without padding.
     """
     size = step.layers * sum(a * b for a, b in step.linear_shapes.values()) / _PUBLISHED_PARAMETERS
     return {card: tokens * size / rate / 3600 for card, rate in PUBLISHED_TOKENS_PER_SECOND.items()}

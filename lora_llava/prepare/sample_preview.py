@@ -23,7 +23,7 @@ from lora_llava.pages.preview_page import render_page
 from lora_llava.pages.preview_samples import Preview, PreviewRow, PreviewSample, PreviewToken
 from lora_llava.pages.preview_terminal import print_samples
 from lora_llava.planning.row_order import validation_rows
-from lora_llava.planning.run_plan import build_run_processor, is_padding_free, lay_out
+from lora_llava.planning.run_plan import build_run_processor, is_padding_free, order_run
 from lora_llava.recipe import Recipe
 from lora_llava.splits.encoded_sources import encode_splits, progress_bar
 from lora_llava.splits.split_rows import Split, build_split
@@ -81,7 +81,7 @@ def preview(
     # Images are opened when they are shown, unless bad ones are dropped, which changes the order of the run.
     trusted = recipe.data.on_bad_image == "error"
     found = build_split(recipe, split, splits[split], processor, model.config, progress_bar, trusted=trusted)
-    rows = lay_out(recipe, found).rows if split == "train" else _in_order(recipe, found)
+    rows = order_run(recipe, found).rows if split == "train" else _in_order(recipe, found)
     batches = _Batches(
         found, tokenizer, processor, tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),  # type: ignore[arg-type]
         model.config.image_seq_length, is_padding_free(recipe)[0], recipe.training.max_tokens_per_row or 0,

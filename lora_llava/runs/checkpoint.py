@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, and are read only where every byte is as it was written."""
+"""Checkpoints that are written completely or not at all, and verified byte by byte before they are read."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = ".partial"
 _MARGIN = 16 << 20
-"""Bytes beside weights and states: tokenizer, JSON, the file system's own."""
+"""Bytes needed besides weights and states: tokenizer, JSON, file system overhead."""
 
 
 class DiskFullError(UserError):
-    """There is no room for a checkpoint."""
+    """The disk has no room for a checkpoint."""
 
 
 @contextlib.contextmanager
-def written_whole(folder: Path, about: dict[str, Any], needed: int = 0) -> Iterator[Path]:
-    """Write a checkpoint: into a folder beside, every file synced, then the manifest, then renamed.
+def atomic_checkpoint(folder: Path, about: dict[str, Any], needed: int = 0) -> Iterator[Path]:
+    """Write a checkpoint atomically: write and sync a temporary folder, then its manifest, then rename the folder.
 
-    A process or machine that stops anywhere in it leaves what was there before. A checkpoint of the same name is
+    If the process or machine stops at any point, the folder is as it was before. A checkpoint of the same name is
     replaced.
 
     Args:
         folder: `checkpoint-STEP`.
-        about: What the manifest tells beside the files.
-        needed: Bytes that it will take, where it can be told.
+        about: Entries of the manifest besides the files.
+        needed: Bytes that the checkpoint will take; 0 if unknown.
 
     Yields:
         The folder to write into.
 
     Raises:
-        DiskFullError: Where there is no room for it.
-        UserError: Where the folder cannot be written.
+        DiskFullError: If there is no room for it.
+        UserError: If the folder cannot be written.
     """
     staging = folder.with_name(f".{folder.name}{_PARTIAL}")
     try:
-        with _told(folder, needed):
+        with _report_write_errors(folder, needed):
             _check_room(folder, needed)
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
@@ -60,7 +60,7 @@ def written_whole(folder: Path, about: dict[str, Any], needed: int = 0) -> Itera
                 shutil.rmtree(folder)
             os.rename(staging, folder)
             sync_folder(folder.parent)
-            sync_folder(folder.parent.parent)  # the folder of all of them may be new
+            sync_folder(folder.parent.parent)  # the folder of checkpoints may be new
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -74,24 +74,23 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def _told(folder: Path, needed: int) -> Iterator[None]:
+def _report_write_errors(folder: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # safetensors has exceptions of its own for what the system says
+    except Exception as error:  # safetensors wraps system errors in its own exceptions
         if is_disk_full(error, folder.parent):
             raise _no_room(folder, needed) from None
         if isinstance(error, OSError):
-            told = f"{folder} cannot be written ({error.strerror or error})"
-            raise UserError(f"{told}; mend that") from None
+            raise UserError(f"{folder} cannot be written ({error.strerror or error}); fix that") from None
         raise
 
 
 def _no_room(folder: Path, needed: int) -> DiskFullError:
     free = shutil.disk_usage(folder.parent).free
-    wanted = f"needs {needed:,} bytes and " if needed else ""
-    return DiskFullError(f"the disk is full: {folder} {wanted}has {free:,} free; make room")
+    required = f"needs {needed:,} bytes and " if needed else ""
+    return DiskFullError(f"the disk is full: {folder} {required}has {free:,} free; make room")
 
 
 def _seal(staging: Path, about: dict[str, Any]) -> None:
@@ -118,7 +117,7 @@ def _hash(text: str) -> str:
 
 
 def sync_file(file: Path) -> None:
-    """Wait until a file's content is on the disk."""
+    """Sync a file to the disk."""
     descriptor = os.open(file, os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -127,7 +126,7 @@ def sync_file(file: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until a folder's names are on the disk, where a system can (Windows cannot)."""
+    """Sync a folder's entries to the disk, if the system can (Windows cannot)."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -144,102 +143,102 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         folder: The checkpoint.
 
     Returns:
-        Its content: `step`, `recipe_hash`, `files` with `bytes` and `sha256`, and what else it tells.
+        Its content: `step`, `recipe_hash`, `files` with `bytes` and `sha256`, and its other entries.
 
     Raises:
-        UserError: Where there is none, or it is not as it was written.
+        UserError: If it is missing or has changed since it was written.
     """
     try:
         content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        told = content.pop("sha256")
+        recorded = content.pop("sha256")
         body = json.dumps(content, indent=2, sort_keys=True)
-        whole = told == _hash(body) and content["format"] == _FORMAT and isinstance(content["step"], int)
-        whole = whole and all(_is_entry(name, each) for name, each in content["files"].items())
+        valid = recorded == _hash(body) and content["format"] == _FORMAT and isinstance(content["step"], int)
+        valid = valid and all(_is_entry(name, each) for name, each in content["files"].items())
     except FileNotFoundError:
         raise UserError(f"{folder} has no {MANIFEST_FILE}") from None
     except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
-        whole = False
-    if not whole:
-        raise UserError(f"{folder}/{MANIFEST_FILE} is not as it was written")
+        valid = False
+    if not valid:
+        raise UserError(f"{folder}/{MANIFEST_FILE} has changed since it was written")
     return dict(content)
 
 
-def _is_entry(name: str, told: Any) -> bool:
+def _is_entry(name: str, recorded: Any) -> bool:
     inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-    return inside and isinstance(told["bytes"], int) and isinstance(told["sha256"], str)
+    return inside and isinstance(recorded["bytes"], int) and isinstance(recorded["sha256"], str)
 
 
 def find_damage(folder: Path) -> str | None:
-    """Hold every file of a checkpoint against its manifest.
+    """Check every file of a checkpoint against its manifest.
 
     Args:
         folder: The checkpoint.
 
     Returns:
-        What is wrong, in a few words; None where every byte is as it was written.
+        A short description of the first damage; None if every byte is unchanged.
     """
     try:
         listed = read_manifest(folder)["files"]
     except UserError as error:
         return str(error).removeprefix(str(folder)).lstrip("/ ")
-    there = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    seen = {name for name in there if not Path(name).name.startswith(".")}  # desktops and NFS leave hidden ones
-    if strange := seen - listed.keys() - {MANIFEST_FILE}:
-        return f"{min(strange)} was not written with it"
-    damages = (_damage_of(folder / name, name, told) for name, told in listed.items())
+    present = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    seen = {name for name in present if not Path(name).name.startswith(".")}  # desktops and NFS leave hidden files
+    if unknown := seen - listed.keys() - {MANIFEST_FILE}:
+        return f"{min(unknown)} is not in its manifest"
+    damages = (_damage_of(folder / name, name, entry) for name, entry in listed.items())
     return next((damage for damage in damages if damage), None)
 
 
-def _damage_of(file: Path, name: str, told: dict[str, Any]) -> str | None:
+def _damage_of(file: Path, name: str, entry: dict[str, Any]) -> str | None:
     try:
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != told["bytes"]:
-            return f"{name} has {file.stat().st_size:,} bytes in place of {told['bytes']:,}"
-        return None if file_hash(file) == told["sha256"] else f"{name} is not as it was written"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size:,} bytes in place of {entry['bytes']:,}"
+        return None if file_hash(file) == entry["sha256"] else f"{name} has changed since it was written"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first, whole or not."""
+    """Return the checkpoints in a folder, newest first, without checking them."""
     if not folder.is_dir():
         return []
     found = [(int(match[1]), each) for each in folder.iterdir() if (match := _NAME.fullmatch(each.name))]
     return [each for _, each in sorted(found, reverse=True)]
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies.
+def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
+    """Find the newest complete checkpoint.
 
     Args:
-        folder: Where checkpoints are.
+        folder: The folder of checkpoints.
 
     Returns:
-        It, or None where none does; and of each newer one why it is passed over.
+        The checkpoint, or None if none is complete; and the damage of each newer one that was skipped.
     """
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for each in list_checkpoints(folder):
         damage = find_damage(each)
         if damage is None:
-            return each, passed_over
-        passed_over.append(f"{each.name}: {damage}")
-    return None, passed_over
+            return each, skipped
+        skipped.append(f"{each.name}: {damage}")
+    return None, skipped
 
 
 def best_of_run(folder: Path, step: int, is_own: Callable[[Path], bool]) -> Path:
-    """The best checkpoint, found by its step in the run's own folder, wherever that was moved to.
+    """Find the best checkpoint by its step; works in a run folder that was moved.
 
     Args:
-        folder: Where the run's checkpoints are.
-        step: The best one's.
-        is_own: Whether a checkpoint is this run's.
+        folder: The folder of the run's checkpoints.
+        step: Step of the best checkpoint.
+        is_own: Checks whether a checkpoint belongs to this run.
 
     Returns:
         The checkpoint.
 
     Raises:
-        UserError: Where it is missing, damaged, or another run's.
+        UserError: If it is missing, damaged, or belongs to another run.
     """
     best = folder / f"checkpoint-{step}"
     if not best.is_dir():
@@ -247,19 +246,19 @@ def best_of_run(folder: Path, step: int, is_own: Callable[[Path], bool]) -> Path
     elif damage := find_damage(best):
         problem = f"is damaged ({damage})"
     elif not is_own(best):
-        problem = "is another run's"
+        problem = "belongs to another run"
     else:
         return best
-    best_is = f"{best}, the checkpoint with the lowest validation loss,"
-    raise UserError(f"{best_is} {problem}; put it back, or run with --overwrite")
+    named = f"{best}, the checkpoint with the lowest validation loss,"
+    raise UserError(f"{named} {problem}; restore it, or run with --overwrite")
 
 
 def set_aside(folder: Path, start: Path) -> None:
-    """Rename checkpoints that are newer than the one a run goes on from, so that its own get their names.
+    """Rename checkpoints that are newer than the one a run resumes from, to free their names.
 
     Args:
-        folder: Where checkpoints are.
-        start: The newest that is whole; the others are kept as `damaged-checkpoint-STEP`.
+        folder: The folder of checkpoints.
+        start: The newest complete one; newer ones are kept as `damaged-checkpoint-STEP`.
     """
     for each in itertools.takewhile(lambda each: each.name != start.name, list_checkpoints(folder)):
         aside = each.with_name(f"damaged-{each.name}")
@@ -268,19 +267,19 @@ def set_aside(folder: Path, start: Path) -> None:
 
 
 def remove_old(folder: Path, keep: int, best: str | None) -> None:
-    """Remove all but the newest checkpoints and the best, once the newest verifies.
+    """Remove all but the newest checkpoints and the best one, after verifying the newest.
 
     Args:
-        folder: Where checkpoints are.
-        keep: How many at least.
-        best: The best one's path, of which the name counts.
+        folder: The folder of checkpoints.
+        keep: How many of the newest to keep.
+        best: Path of the best one; only its name is used.
 
     Raises:
-        UserError: Where the newest does not verify: nothing is removed then.
+        UserError: If the newest is damaged; nothing is removed then.
     """
     found = list_checkpoints(folder)
     if found and (damage := find_damage(found[0])):
-        raise UserError(f"{found[0]} was not written well ({damage}); check the disk. The checkpoint before is kept")
+        raise UserError(f"{found[0]} is damaged ({damage}); check the disk. The checkpoint before it is kept")
     kept = {each.name for each in found[:keep]} | ({Path(best).name} if best else set())
     for each in found:
         if each.name not in kept:

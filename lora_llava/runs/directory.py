@@ -1,4 +1,4 @@
-"""What a finished run leaves: everything that is needed to load it, and how it came about."""
+"""The run directory: what is needed to load a finished run, and how it was made."""
 
 from __future__ import annotations
 
@@ -29,14 +29,22 @@ from lora_llava.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
 from lora_llava.recipe.places import find_inputs
 
 LIBRARIES = (
-    "torch", "transformers", "tokenizers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "pillow",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "datasets",
+    "accelerate",
+    "pillow",
     "lora_llava",
-)  # fmt: skip
+)
 RECIPE_FILE, METRICS_FILE, DATA_FILE = "recipe.yaml", "metrics.json", "data.json"
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a run stands on."""
+    """Return the versions of Python and of the libraries that a run uses."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -47,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure was measured on: the GPU, or else the processor's kind and cores."""
+    """Describe the machine: its GPU, or else the model and cores of the processor."""
     import torch
 
     if torch.cuda.is_available():
@@ -57,21 +65,21 @@ def machine() -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """The processor's model, or its architecture where the system does not tell."""
+    """Return the processor's model, or its architecture if the model is unknown."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write JSON to a temporary name and rename it, so that a reader never sees half a file."""
+    """Write JSON to a temporary file and rename it, so that a reader never sees part of a file."""
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, file)
 
 
 def start_run(folder: Path, recipe: Recipe, data: dict[str, str]) -> None:
-    """Make the run directory and put the resolved recipe in it, and a hash of each split's rows.
+    """Create the run directory with the resolved recipe and a hash of each split's rows.
 
     Args:
         folder: The run directory.
@@ -85,13 +93,13 @@ def start_run(folder: Path, recipe: Recipe, data: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """While this is entered, no other run can be at work in the folder.
+    """Lock a run directory for the `with` block.
 
     Args:
         folder: The run directory.
 
     Raises:
-        UserError: Where another is, which is named, or the folder cannot be written.
+        UserError: If another run holds the lock, or the folder cannot be written.
     """
     lock, holder = folder / ".lock", folder / ".lock.json"
     held = FileLock(lock)
@@ -102,10 +110,10 @@ def only_run(folder: Path) -> Iterator[None]:
     except Timeout:
         try:
             other = json.loads(holder.read_text(encoding="utf-8"))
-            told = f"process {other['process']} on {other['host']}, since {other['since']},"
+            owner = f"process {other['process']} on {other['host']}, since {other['since']},"
         except (OSError, ValueError, KeyError, TypeError):
-            told = "another run"
-        raise UserError(f"output_dir: {told} is at work in {folder}; wait for it, or set output_dir=OTHER") from None
+            owner = "another run"
+        raise UserError(f"output_dir: {owner} is at work in {folder}; wait for it, or set output_dir=OTHER") from None
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
@@ -118,7 +126,7 @@ def only_run(folder: Path) -> Iterator[None]:
 
 
 def read_data_hashes(folder: Path) -> dict[str, str]:
-    """The hashes of a run's or checkpoint's rows by split; nothing where they are not there."""
+    """Return the hashes of a run's or checkpoint's rows by split; empty if it has none."""
     try:
         return dict(json.loads((folder / DATA_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError):
@@ -128,21 +136,21 @@ def read_data_hashes(folder: Path) -> dict[str, str]:
 def save_model(
     folder: Path, model: PeftModel, processor: Any, recipe: Recipe, base: Base, weights: dict[str, Any] | None = None
 ) -> None:
-    """Save adapter, projector, processor and generation config; `run.json` last, as the mark of a whole run.
+    """Save adapter, projector, processor and generation config; `run.json` last, as the mark of a complete run.
 
     Args:
         folder: The run directory.
         model: The trained PEFT model.
         processor: The stock processor.
         recipe: The resolved recipe.
-        base: What the adapter stands on.
-        weights: What is saved of the model; None takes it from the model.
+        base: The base of the adapter.
+        weights: The weights to save by name; None saves those of the model.
     """
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path, config.revision = base.name, base.revision
     model.save_pretrained(folder, state_dict=weights)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    processor.tokenizer.padding_side = "left"  # who serves the run generates
+    processor.tokenizer.padding_side = "left"  # for generation, which is what a saved run is used for
     processor.save_pretrained(folder)
     processor.tokenizer.padding_side = "right"
     generation = copy.deepcopy(model.get_base_model().generation_config)
@@ -151,15 +159,20 @@ def save_model(
     share(folder / ADAPTER_FILE)
     dtype = str(resolve_dtype(recipe.model.dtype)).removeprefix("torch.")
     content = {
-        "stage": recipe.stage, "base": base.as_dict(), "dtype": dtype, "recipe_hash": recipe_hash(recipe),
-        "hub_ids": hub_ids(recipe), "stage1": _stage1_of(recipe), "adapter_sha256": file_hash(folder / ADAPTER_FILE),
+        "stage": recipe.stage,
+        "base": base.as_dict(),
+        "dtype": dtype,
+        "recipe_hash": recipe_hash(recipe),
+        "hub_ids": hub_ids(recipe),
+        "stage1": _stage1_of(recipe),
+        "adapter_sha256": file_hash(folder / ADAPTER_FILE),
         "versions": versions(),
-    }  # fmt: skip
+    }
     write_json(folder / RUN_FILE, content)
 
 
 def hub_ids(recipe: Recipe) -> list[str]:
-    """The recipe's names that are Hub ids: told now, while it can be seen which are folders."""
+    """Return the names in a recipe that are Hub ids and not folders on this machine."""
     start = recipe.model.start_from
     data = [source.path for source in recipe.data.all_sources()]
     names = [recipe.model.llm, recipe.model.vision_tower, start.projector, start.llava, *data]
@@ -167,7 +180,7 @@ def hub_ids(recipe: Recipe) -> list[str]:
 
 
 def _stage1_of(recipe: Recipe) -> dict[str, Any] | None:
-    """What the run's Stage 1 was trained on."""
+    """Describe the data and recipe of the run's Stage 1."""
     run = recipe.model.start_from.stage1_run
     if run is None or not (Path(run) / RECIPE_FILE).is_file():
         return None
@@ -177,7 +190,7 @@ def _stage1_of(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a finished run."""
+    """Check whether a folder is a finished run."""
     return (folder / RUN_FILE).is_file() and (folder / ADAPTER_FILE).is_file()
 
 
@@ -185,13 +198,13 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Read a finished run's `run.json`.
 
     Raises:
-        UserError: Where the folder is no finished run.
+        UserError: If the folder is not a finished run.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; name a run directory")
+        raise UserError(f"the folder {folder} does not exist; name a run directory")
     if not is_run(folder):
         if (folder / "config.json").is_file():
-            raise UserError(f"{folder} is a whole model, not a run: there is nothing to merge into it")
+            raise UserError(f"{folder} is a complete model, not a run; name a run directory")
         raise UserError(f"{folder} is not a finished run; it has no {RUN_FILE} with {ADAPTER_FILE}")
     try:
         content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
@@ -199,5 +212,5 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}/{RUN_FILE} is not JSON ({error}); restore it") from None
     base = content.get("base") if isinstance(content, dict) else None
     if not isinstance(base, dict) or "name" not in base:
-        raise UserError(f"{folder}/{RUN_FILE} names no base, which a run's does; restore it")
+        raise UserError(f"{folder}/{RUN_FILE} names no base model; restore it")
     return dict(content)

@@ -1,6 +1,6 @@
-"""What a run is, by content: worked out once, kept with every checkpoint, compared in one place when a run goes on.
+"""The identity of a run: hashes of its base, settings and data, saved with every checkpoint and checked on resume.
 
-Nothing in it is a path: a base or data that were moved are the same base and data.
+It contains no paths: a base or data that were moved are the same base and data.
 """
 
 from __future__ import annotations
@@ -29,37 +29,36 @@ from lora_llava.splits.split_rows import Split, asked_split
 IDENTITY_FILE = "identity.json"
 _FORMAT = 1
 _MARK, _MOST_MARKS = 8, 20_000
-"""Hex digits kept of each row's and image's hash, so that one that changed can be named, and the most they are kept
-of."""
-_NOT_SO = ("format", "run", "versions", "data")
-"""Not compared value by value."""
-_OF_THE_LIBRARY = ("config", "generation_config", "image_processor")
-"""Settings that a library fills in: another version of it may have more of them, or fewer."""
+"""Hex digits kept of each row's and image's hash to name those that changed, and the most hashes that are kept."""
+_NOT_COMPARED = ("format", "run", "versions", "data")
+"""Entries that are not compared value by value."""
+_LIBRARY_SETTINGS = ("config", "generation_config", "image_processor")
+"""Settings that a library fills in: another version may have more or fewer."""
 _NOT_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
 _SOURCE = re.compile(r"^\d+\|")
-"""The place of an image's source before its name, where a run has several."""
+"""The index of an image's source before its name, in a run with several sources."""
 _TEXT = ("tokenizer", "special_tokens", "chat_template")
 
 
 def run_identity(plan: RunPlan, base: Base) -> dict[str, Any]:
-    """Work out what a run is, by content.
+    """Compute the identity of a run.
 
     Args:
-        plan: The run's, its images opened.
-        base: What it trains on.
+        plan: The run's plan, with opened images.
+        base: The base it trains.
 
     Returns:
         Plain JSON: hashes of the base's components and of a Stage 1 projector (`base`), the model's settings
         (`config`), the tokenizer, its special tokens and the chat template, the image processor's settings, what
-        `auto` came to on this machine (`computation`), and of every split (`data`) its rows, their tokens and the
-        contents of their images. `versions` are there to be reported. `run` is drawn when a run begins, and tells its
+        `auto` resolved to on this machine (`computation`), and for every split (`data`) its rows, their tokens and the
+        contents of their images. `versions` are only reported. `run` is drawn when a run begins, and distinguishes its
         checkpoints from those of another run that is otherwise the same.
 
     Raises:
-        UserError: Where the base's weights are missing or damaged.
+        UserError: If the base's weights are missing or damaged.
     """
     recipe = plan.recipe
-    asked = asked_split(plan.splits) if recipe.evaluation is not None else None
+    evaluated = asked_split(plan.splits) if recipe.evaluation is not None else None
     stage1 = {"stage1_projector": _tensor_hash(base.initial_projector)} if base.initial_projector else {}
     content = {
         "format": _FORMAT,
@@ -76,7 +75,7 @@ def run_identity(plan: RunPlan, base: Base) -> dict[str, Any]:
             "padding_free": is_padding_free(recipe)[0],
             "optimizer": resolve_optimizer(recipe, cuda=torch.cuda.is_available()),
         },
-        "data": {name: _split_identity(split, name == asked) for name, split in plan.splits.items()},
+        "data": {name: _split_identity(split, name == evaluated) for name, split in plan.splits.items()},
         "versions": versions(),
     }
     return dict(json.loads(json.dumps(content, default=str)))
@@ -95,7 +94,7 @@ def _tensor_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _model_settings(folder: Path) -> dict[str, Any]:
-    """A model's configuration as it is loaded, without what says where it is from or which library wrote it."""
+    """Return a model's loaded configuration without its name and library versions."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return _without(LlavaConfig(**content).to_dict(), _NOT_SETTINGS)
 
@@ -114,13 +113,13 @@ def _without(content: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash over a tokenizer's vocabulary, merges, normaliser and pre-tokenizer, however it is kept on disk."""
+    """Hash a tokenizer's vocabulary, merges, normaliser and pre-tokenizer, regardless of its files."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content: dict[str, Any] = {"vocabulary": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
     else:
         content = json.loads(backend.to_str())
-        for name in ("padding", "truncation"):  # of the last call
+        for name in ("padding", "truncation"):  # set by the last call
             content.pop(name, None)
     return _hash(json.dumps(content, sort_keys=True))
 
@@ -131,31 +130,34 @@ def _special_tokens(tokenizer: Any) -> dict[str, Any]:
     return tokens | {"add_bos_token": bool(getattr(tokenizer, "add_bos_token", False))}
 
 
-def _split_identity(split: Split, asked: bool) -> dict[str, Any]:
-    """A split by its rows' tokens and its images' contents: files that say the same in another way are the same."""
+def _split_identity(split: Split, evaluated: bool) -> dict[str, Any]:
+    """Hash a split by its rows' tokens and its images' contents, regardless of the file format."""
     rows, names = split.rows, image_names(split)
     uses = [split.digests.get(name, "") for index in range(len(rows)) for name in rows.image_files(index)]
     tokens = [_row_hash(split, index) for index in range(len(rows))]
     found = {
-        "source": split.fingerprint(), "tokens": _hash("".join(tokens)), "images": _hash("\n".join(uses)),
-        "row_marks": _marks(tokens), "image_marks": _marks([split.digests.get(name, "") for name in names]),
-    }  # fmt: skip
-    return found | ({"asked": _asked_hash(split)} if asked else {})
+        "source": split.fingerprint(),
+        "tokens": _hash("".join(tokens)),
+        "images": _hash("\n".join(uses)),
+        "row_marks": _marks(tokens),
+        "image_marks": _marks([split.digests.get(name, "") for name in names]),
+    }
+    return found | ({"asked": _evaluation_hash(split)} if evaluated else {})
 
 
 def _marks(digests: Sequence[str]) -> str:
-    """A few digits of each hash, end to end; nothing where there are too many."""
+    """Join the first digits of each hash; empty if there are too many."""
     return "".join(digest[:_MARK].ljust(_MARK, "-") for digest in digests) if len(digests) <= _MOST_MARKS else ""
 
 
 def image_names(split: Split) -> list[str]:
-    """Names of a split's images, each once, in the order of its rows."""
+    """Return the names of a split's images, each once, in the order of its rows."""
     rows = split.rows
     return list(dict.fromkeys(name for index in range(len(rows)) for name in rows.image_files(index)))
 
 
 def _row_hash(split: Split, index: int) -> str:
-    """A hash over a row's tokens and which of them are trained, before images take their places and its end is cut."""
+    """Hash a row's tokens and which are trained, before image tokens are inserted and the end is cut."""
     table, row = split.rows.table_row(index)
     ids, trained = table.row(row)
     digest = hashlib.sha256(np.ascontiguousarray(ids).data)
@@ -163,20 +165,20 @@ def _row_hash(split: Split, index: int) -> str:
     return digest.hexdigest()
 
 
-def _asked_hash(split: Split) -> str:
-    """A hash over all that asking a split's rows and marking the answers depend on, beside their images."""
+def _evaluation_hash(split: Split) -> str:
+    """Hash everything that the evaluation of a split's rows depends on, besides the images."""
     digest = hashlib.sha256()
     for row in split.read(range(len(split.rows))):
-        extra = {name: value for name, value in row.extra.items() if name != "source"}  # its file's name
+        extra = {name: value for name, value in row.extra.items() if name != "source"}  # the name of its file
         digest.update(repr((row.row_id, row.turns, sorted(extra.items()))).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
 def read_identity(checkpoint: Path) -> dict[str, Any] | None:
-    """The identity that a checkpoint was written with; None where it has none.
+    """Read the identity in a checkpoint; None if it has none.
 
     Raises:
-        UserError: Where it cannot be read, or a later version wrote it.
+        UserError: If it cannot be read, or another version wrote it.
     """
     file = checkpoint / IDENTITY_FILE
     if not file.is_file():
@@ -195,29 +197,27 @@ def read_identity(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def is_of_run(checkpoint: Path, run: str) -> bool:
-    """Whether a checkpoint was written by the run of this name, which is drawn when a run begins."""
+    """Check whether a checkpoint was written by the run of this name, which is drawn when a run begins."""
     identity = read_identity(checkpoint)
     return identity is not None and identity["run"] == run
 
 
-def check_identity(
-    checkpoint: Path, now: Mapping[str, Any], splits: Mapping[str, Split]
-) -> tuple[str, list[str]]:  # fmt: skip
-    """Refuse to go on from a checkpoint of something else than what stands there now.
+def check_identity(checkpoint: Path, now: Mapping[str, Any], splits: Mapping[str, Split]) -> tuple[str, list[str]]:
+    """Refuse to resume from a checkpoint whose identity differs from the present one.
 
-    A checkpoint without identity, which versions before this one wrote, is refused too: what it was trained on cannot
-    be told. Libraries of other versions are reported and not refused.
+    A checkpoint without identity, written by an early version, is refused too, as it cannot be checked. Other versions
+    of libraries are only reported.
 
     Args:
-        checkpoint: Where the run is to go on.
-        now: From `run_identity`.
-        splits: The run's, to name the rows and images that changed.
+        checkpoint: The checkpoint to resume from.
+        now: The present identity, from `run_identity`.
+        splits: The run's splits, to name the rows and images that changed.
 
     Returns:
-        The run's own name, drawn when it began; and lines for the person.
+        The run's name, drawn when it began, and lines to print.
 
     Raises:
-        UserError: With a line for everything that is not what it was.
+        UserError: With one line per difference.
     """
     before = read_identity(checkpoint)
     if before is None:
@@ -236,20 +236,20 @@ def _other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> list[s
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if not changed:
         return []
-    told = ", ".join(f"{name} {before.get(name, 'unknown')} is now {now.get(name, 'unknown')}" for name in changed)
-    return [f"the run began with other versions: {told}; results may differ in the last digits"]
+    changes = ", ".join(f"{name} {before.get(name, 'unknown')} is now {now.get(name, 'unknown')}" for name in changed)
+    return [f"the run began with other versions: {changes}; results may differ in the last digits"]
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], splits: Mapping[str, Split]) -> list[str]:
-    """What is not the same in two identities: a line for each, with what was, what is, and the fix.
+    """Compare two identities and return one line per difference, with the old value, the new value and the fix.
 
-    A split that only one of them has is left to the recipe, which says so by its keys. What follows from another
-    difference is not told twice: other rows have other images, another tokenizer gives other tokens.
+    A split that only one of them has is a change of the recipe, which is checked elsewhere. Consequences of another
+    difference are not listed: other rows have other images, and another tokenizer makes other tokens.
 
     Args:
-        before: A checkpoint's.
-        now: The run's as it stands.
-        splits: The run's as they stand, to name the rows and images that changed.
+        before: The identity of a checkpoint.
+        now: The present identity.
+        splits: The present splits, to name the rows and images that changed.
     """
     old, new = dict(_leaves(before)), dict(_leaves(now))
     same_library = before["versions"].get("transformers") == now["versions"].get("transformers")
@@ -257,7 +257,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], splits: Mappi
     found = []
     for key in changed:
         one_sided = (key in old) != (key in new)
-        if not (one_sided and key[0] in _OF_THE_LIBRARY and not same_library):
+        if not (one_sided and key[0] in _LIBRARY_SETTINGS and not same_library):
             found.append(_line(key, old.get(key), new.get(key)))
     same_text = not any(key[0] in _TEXT for key in changed)
     for name in now["data"]:
@@ -268,7 +268,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], splits: Mappi
 
 def _leaves(content: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for name, value in content.items():
-        if not place and name in _NOT_SO:
+        if not place and name in _NOT_COMPARED:
             continue
         if isinstance(value, dict):
             yield from _leaves(value, (*place, name))
@@ -278,26 +278,29 @@ def _leaves(content: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator
 
 def _split_differences(
     name: str, old: Mapping[str, Any], new: Mapping[str, Any], split: Split, same_text: bool
-) -> Iterator[str]:  # fmt: skip
-    """What is not the same in a split: its rows, else their tokens; and where the rows are the same, their images."""
+) -> Iterator[str]:
+    """List the differences of a split: its rows, else their tokens, and the images if the rows are the same."""
     name = "training" if name == "train" else name
-    other_tokens, asked = old["tokens"] != new["tokens"], ("asked" in old and "asked" in new)
+    other_tokens, evaluated = old["tokens"] != new["tokens"], ("asked" in old and "asked" in new)
     if other_tokens:
-        told = _told(old["row_marks"], new["row_marks"], lambda place: f"row {split.rows[place]['row_id']}")
+        which = _describe_changes(
+            old["row_marks"], new["row_marks"], lambda place: f"row {split.rows[place]['row_id']}"
+        )
         if old["source"] != new["source"]:
-            yield f"the {name} rows are not those that the run began with{told}; put them back"
+            yield f"the {name} rows are not those that the run began with{which}; restore them"
             return
         if same_text:
-            yield f"the {name} rows give other tokens than when the run began{told}; use the version that began it"
-    elif asked and old["asked"] != new["asked"]:
-        yield f"the {name} rows are asked or marked otherwise than when the run began; put their fields back"
+            yield f"the {name} rows have other tokens than when the run began{which}; use the version that began it"
+    elif evaluated and old["asked"] != new["asked"]:
+        yield f"the {name} rows are evaluated in another way than when the run began; restore their fields"
     if old["images"] != new["images"]:
-        told = _told(old["image_marks"], new["image_marks"], lambda place: _SOURCE.sub("", image_names(split)[place]))
-        yield f"images of the {name} rows changed since the run began{told}; put them back"
+        names = image_names(split)
+        which = _describe_changes(old["image_marks"], new["image_marks"], lambda place: _SOURCE.sub("", names[place]))
+        yield f"images of the {name} rows changed since the run began{which}; restore them"
 
 
-def _told(before: str, now: str, name_of: Callable[[int], str]) -> str:
-    """How many of the things behind these marks are others than before, and the first; nothing where it is unknown."""
+def _describe_changes(before: str, now: str, name_of: Callable[[int], str]) -> str:
+    """Return how many of the hashes changed, and the name of the first; empty if unknown."""
     if len(before) != len(now):
         return f" ({len(before) // _MARK:,} then, {len(now) // _MARK:,} now)" if before and now else ""
     changed = [at // _MARK for at in range(0, len(now), _MARK) if before[at : at + _MARK] != now[at : at + _MARK]]
@@ -305,19 +308,19 @@ def _told(before: str, now: str, name_of: Callable[[int], str]) -> str:
 
 
 _PARTS = {
-    ("base", "llm"): ("the language model's weights", "put back the weights that it began with"),
-    ("base", "vision_tower"): ("the vision tower's weights", "put back the weights that it began with"),
-    ("base", "projector"): ("the base's projector", "put back the projector that it began with"),
+    ("base", "llm"): ("the language model's weights", "restore the weights that it began with"),
+    ("base", "vision_tower"): ("the vision tower's weights", "restore the weights that it began with"),
+    ("base", "projector"): ("the base's projector", "restore the projector that it began with"),
     ("base", "stage1_projector"): ("the Stage 1 projector", "name the Stage 1 run that it began with"),
-    ("tokenizer",): ("the tokenizer", "put back the tokenizer that it began with"),
-    ("chat_template",): ("the chat template", "go on with the version of lora_llava that began it"),
+    ("tokenizer",): ("the tokenizer", "restore the tokenizer that it began with"),
+    ("chat_template",): ("the chat template", "resume with the version of lora_llava that began it"),
 }
 _SETTINGS = {
-    "config": ("the model's config.json", "put back the one that it began with"),
-    "generation_config": ("the model's generation_config.json", "put back the one that it began with"),
-    "special_tokens": ("the tokenizer", "put back the tokenizer that it began with"),
-    "image_processor": ("the image processor", "put back its preprocessor_config.json"),
-    "computation": ("this machine", "go on where it began"),
+    "config": ("the model's config.json", "restore the one that it began with"),
+    "generation_config": ("the model's generation_config.json", "restore the one that it began with"),
+    "special_tokens": ("the tokenizer", "restore the tokenizer that it began with"),
+    "image_processor": ("the image processor", "restore its preprocessor_config.json"),
+    "computation": ("this machine", "resume it on the machine where it began"),
 }
 
 

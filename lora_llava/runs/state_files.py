@@ -1,4 +1,4 @@
-"""A trainer's state as safetensors and JSON: nothing of it is ever executed on the way back."""
+"""A trainer's state as safetensors and JSON, which execute nothing when loaded."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ STATE_JSON, STATE_TENSORS = "state.json", "state.safetensors"
 
 
 def save_state(folder: Path, state: Any) -> None:
-    """Write dictionaries, lists, tuples, numbers, texts and tensors, nested in any way.
+    """Write nested dictionaries, lists, tuples, numbers, strings and tensors.
 
     Args:
-        folder: Where `state.json` and `state.safetensors` are put.
-        state: Tensors of any dtype and device; keys are texts or whole numbers.
+        folder: The folder for `state.json` and `state.safetensors`.
+        state: Tensors of any dtype and device; keys are strings or integers.
 
     Raises:
-        TypeError: For anything else.
+        TypeError: For a value of any other type.
     """
     tensors: dict[str, torch.Tensor] = {}
     content = _flatten(state, tensors)
@@ -34,16 +34,18 @@ def save_state(folder: Path, state: Any) -> None:
 
 
 def load_state(folder: Path) -> Any:
-    """Read what `save_state` wrote, tensors on the CPU.
+    """Read a state written by `save_state`, with tensors on the CPU.
 
     Raises:
-        UserError: Where it is not what was written.
+        UserError: If the files are damaged.
     """
     try:
         content = json.loads((folder / STATE_JSON).read_text(encoding="utf-8"))
         return _restore(content, load_file(folder / STATE_TENSORS))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        raise UserError(f"{folder}: the trainer's state cannot be read ({error}); resume from another one") from None
+        raise UserError(
+            f"{folder}: the trainer's state cannot be read ({error}); resume from another checkpoint"
+        ) from None
 
 
 def _flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -63,7 +65,7 @@ def _flatten(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return value.item()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"a trainer's state holds a {type(value).__name__}, which has no place in a file")
+    raise TypeError(f"a trainer's state contains a {type(value).__name__}, which cannot be saved")
 
 
 def _restore(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -81,26 +83,30 @@ def _restore(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """Where every generator of random numbers stands: Python's, NumPy's, torch's, and CUDA's of this device."""
+    """Return the state of the random generators of Python, NumPy, torch, and CUDA on this device."""
     state: dict[str, Any] = {
-        "python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
-    }  # fmt: skip
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put every generator where `random_state` found it.
+    """Restore the random generators to a state from `random_state`.
 
     Raises:
-        UserError: For what is no such state.
+        UserError: If it is not such a state.
     """
     try:
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["torch"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"the checkpoint's random numbers cannot be read ({error}); resume from another one") from None
+        raise UserError(
+            f"the checkpoint's random numbers cannot be read ({error}); resume from another checkpoint"
+        ) from None
     if torch.cuda.is_available() and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"])

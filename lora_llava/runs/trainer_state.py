@@ -1,4 +1,8 @@
-"""What a trainer's checkpoint holds beside the weights, and how it comes back."""
+"""A checkpoint's optimizer, schedule, random numbers and counters: saved and restored.
+
+`_tr_loss`, `_total_loss_scalar` and `_globalstep_last_logged` (transformers) and `_metrics` (trl) are private, and are
+used here only: no public attribute has the loss and metrics summed since the last log.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_llava.distributed.ranks import gather
-from lora_llava.distributed.sharding import share_states
+from lora_llava.distributed.sharding import shard_states
 from lora_llava.runs.directory import write_json
 from lora_llava.runs.identity import IDENTITY_FILE
 from lora_llava.runs.state_files import load_state, random_state, save_state, set_random_state
@@ -21,42 +25,46 @@ Trainer = Any
 def save_trainer_state(
     trainer: Trainer, folder: Path, optimizer: dict[str, Any], random: list[dict[str, Any]], loss: torch.Tensor
 ) -> None:
-    """Write optimiser, schedule, random numbers and counters, the trainer's own state, and what the run is.
+    """Write optimizer, schedule, random numbers and counters, the trainer's own state, and the run's identity.
 
     Args:
-        trainer: At the end of a step.
+        trainer: A trainer at the end of a step.
         folder: The checkpoint.
-        optimizer: The optimiser's state, whole.
-        random: Of every process, from `random_state`.
-        loss: Summed since it was logged, from `mean_loss`.
+        optimizer: The optimizer's state, with full tensors.
+        random: The random state of every process, from `random_state`.
+        loss: The loss summed since the last log, from `mean_loss`.
     """
     save_state(
         folder,
         {
-            "optimizer": optimizer, "scheduler": trainer.lr_scheduler.state_dict(),
-            "random": random, "counters": _counters(trainer) | {"loss": loss},
+            "optimizer": optimizer,
+            "scheduler": trainer.lr_scheduler.state_dict(),
+            "random": random,
+            "counters": _counters(trainer) | {"loss": loss},
         },
-    )  # fmt: skip
-    # Without the path of the best checkpoint, which is wrong once the run is moved: its step says which one it is.
+    )
+    # Without the path of the best checkpoint, which is wrong once the run is moved; its step identifies it.
     replace(trainer.state, best_model_checkpoint=None).save_to_json(str(folder / TRAINER_STATE_NAME))
     write_json(folder / IDENTITY_FILE, trainer.identity)
 
 
 def _counters(trainer: Trainer) -> dict[str, Any]:
     return {
-        "tokens": trainer.tokens_of_all, "seconds": trainer.seconds, "total_loss": trainer._total_loss_scalar,
+        "tokens": trainer.tokens_of_all,
+        "seconds": trainer.seconds,
+        "total_loss": trainer._total_loss_scalar,
         "last_logged": trainer._globalstep_last_logged,
         "means": {mode: dict(values) for mode, values in trainer._metrics.items()},
-    }  # fmt: skip
+    }
 
 
 def restore_optimizer(trainer: Trainer, folder: Path, changed: tuple[str, ...]) -> dict[str, Any]:
-    """Bring optimiser and schedule back; what the recipe says anew takes effect.
+    """Restore optimizer and schedule; settings changed in the recipe take effect.
 
     Args:
-        trainer: With a fresh optimiser and schedule.
+        trainer: A trainer with a fresh optimizer and schedule.
         folder: The checkpoint.
-        changed: Keys of the recipe that are others than the checkpoint's.
+        changed: Keys of the recipe that differ from the checkpoint's.
 
     Returns:
         The rest of the state, for `restore_counters` and `restore_random`.
@@ -66,12 +74,12 @@ def restore_optimizer(trainer: Trainer, folder: Path, changed: tuple[str, ...]) 
     fresh = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     rates = list(scheduler.base_lrs)
     optimizer.load_state_dict(state.pop("optimizer"))
-    share_states(optimizer)
+    shard_states(optimizer)
     scheduler.load_state_dict(state.pop("scheduler"))
     if changed:
         for group, values in zip(optimizer.param_groups, fresh, strict=True):
             group.update(values)
-        # As LambdaLR works them out (torch, optim/lr_scheduler.py).
+        # The rates that LambdaLR computes (torch, optim/lr_scheduler.py).
         scheduler.base_lrs = rates
         scheduler._last_lr = [
             rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)
@@ -82,9 +90,9 @@ def restore_optimizer(trainer: Trainer, folder: Path, changed: tuple[str, ...]) 
 
 
 def restore_counters(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Bring back what is logged and counted, once the trainer has set it to nothing."""
+    """Restore the counters and the loss summed since the last log, after the trainer has reset them."""
     counters = state["counters"]
-    first = trainer.args.process_index == 0  # the others count from nothing: it is the sum that is told
+    first = trainer.args.process_index == 0  # the others start at 0, as only the sum is reported
     trainer.tokens_seen, trainer.supervised_tokens_seen = counters["tokens"] if first else (0, 0)
     trainer.join_tokens()
     trainer.seconds_before = counters["seconds"]
@@ -96,14 +104,14 @@ def restore_counters(trainer: Trainer, state: dict[str, Any]) -> None:
 
 
 def take_counters(trainer: Trainer) -> dict[str, Any]:
-    """What is counted and where random numbers stand between two steps, for `put_counters`."""
+    """Return the counters and the random state between two steps, for `put_counters`."""
     means = {mode: {key: list(value) for key, value in values.items()} for mode, values in trainer._metrics.items()}
     tokens = trainer.tokens_seen, trainer.supervised_tokens_seen
     return {"random": random_state(), "tokens": tokens, "loss": trainer._tr_loss.detach().clone(), "means": means}
 
 
 def put_counters(trainer: Trainer, kept: dict[str, Any]) -> None:
-    """Count as at the end of the last step; random numbers stay."""
+    """Reset the counters to the end of the last step, without the random state."""
     trainer.tokens_seen, trainer.supervised_tokens_seen = kept["tokens"]
     trainer._tr_loss = kept["loss"].clone()
     for mode, values in kept["means"].items():
@@ -112,23 +120,23 @@ def put_counters(trainer: Trainer, kept: dict[str, Any]) -> None:
 
 
 def restore_random(state: dict[str, Any], process: int) -> None:
-    """Put this process's random numbers where they were."""
+    """Restore the random state of this process."""
     set_random_state(state["random"][process])
 
 
 def gather_random() -> list[dict[str, Any]]:
-    """The random numbers' state of every process, in the order of their ranks."""
+    """Return the random state of every process, in the order of ranks."""
     return gather(random_state())
 
 
 def mean_loss(loss: torch.Tensor) -> torch.Tensor:
-    """The ranks' mean of a loss that each has summed up, on the CPU."""
+    """Return the mean over ranks of their summed losses, on the CPU."""
     shares = gather(loss.detach().cpu())
     return shares[0] if len(shares) == 1 else torch.stack(shares).mean(0)
 
 
 def state_bytes(trainer: Trainer) -> int:
-    """Bytes that a checkpoint's weights and states will take."""
+    """Return the bytes of a checkpoint's weights and optimizer states."""
     weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
     states = sum(
         value.numel() * value.element_size()

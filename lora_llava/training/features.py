@@ -1,4 +1,4 @@
-"""`vision_cache`: every image of a run through the tower once, before the language model is loaded."""
+"""`vision_cache`: encode every image of a run once, before the language model is loaded."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from lora_llava.model.vision_cache import CachedFeatures, FeatureStore, feature_
 from lora_llava.planning.run_plan import RunPlan
 
 _BATCH = 8
-"""Images that go through the tower at once; more gain nothing (untuned on a GPU)."""
+"""Images per batch of the vision tower (untuned on a GPU)."""
 
 
 def cache_features(plan: RunPlan, base: Base, console: Console) -> None:
-    """Where the recipe has a vision cache, compute what it lacks and let every split's images come from it.
+    """Compute the missing features if the recipe has a vision cache, and let all splits read from it.
 
     Args:
-        plan: From `plan_run`; its splits' `images` are replaced.
-        base: Whose tower computes what the cache lacks.
-        console: Told what is kept where, and what is rebuilt.
+        plan: From `plan_run`; the `load_pixels` of its splits are replaced.
+        base: The base whose tower computes the features.
+        console: Prints where the cache is and what is rebuilt.
 
     Raises:
-        UserError: Where the features fit neither disk nor memory, or an image cannot be read.
+        UserError: If the features do not fit the disk or memory, or an image cannot be read.
     """
     if plan.recipe.training.vision_cache == "off":
         return
@@ -55,7 +55,7 @@ def cache_features(plan: RunPlan, base: Base, console: Console) -> None:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         wanted = {digest for found in hashes.values() for digest in found.values()}
-        with first_before_others(), _locked(folder, console):  # two runs of one tower write one cache
+        with first_before_others(), _locked(folder, console):  # two runs with the same tower write to one cache
             for line in store.load(wanted):
                 console.print(f"vision cache: {line}", soft_wrap=True)
             _fill(store, hashes, plan, base)
@@ -72,7 +72,7 @@ def _locked(folder: Path, console: Console) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        console.print(f"vision cache: another run is at work in {folder}; waiting for it", soft_wrap=True)
+        console.print(f"vision cache: another run is using {folder}; waiting for it", soft_wrap=True)
         lock.acquire()
     try:
         yield
@@ -81,7 +81,7 @@ def _locked(folder: Path, console: Console) -> Iterator[None]:
 
 
 def cache_key(plan: RunPlan, base: Base) -> dict[str, Any]:
-    """What features depend on besides the image."""
+    """Return everything that features depend on besides the image."""
     config = plan.model.config
     return {
         "tower": base.as_dict()["hashes"]["vision_tower"],
@@ -95,7 +95,7 @@ def cache_key(plan: RunPlan, base: Base) -> dict[str, Any]:
 
 
 def split_images(plan: RunPlan, name: str) -> list[str]:
-    """Names of the images that a run reads of a split, each once; of the test split, those that are asked."""
+    """Return the names of the images of a split, each once; of the test split, only those of evaluated rows."""
     rows = plan.splits[name].rows
     indices: Any = range(len(rows))
     if name == "test" and plan.recipe.evaluation is not None:
@@ -105,7 +105,7 @@ def split_images(plan: RunPlan, name: str) -> list[str]:
 
 
 def _hash_split(plan: RunPlan, name: str) -> dict[str, str]:
-    """SHA-256 of each image's file by its name."""
+    """Return the SHA-256 of each image file by its name."""
     names, images = split_images(plan, name), plan.splits[name].images
 
     def digest(image: str) -> str:
@@ -113,14 +113,18 @@ def _hash_split(plan: RunPlan, name: str) -> dict[str, str]:
 
     with ThreadPoolExecutor() as pool:
         digests = tqdm(
-            pool.map(digest, names), desc=f"reading images of {name}", total=len(names), unit="image", leave=False,
+            pool.map(digest, names),
+            desc=f"reading images of {name}",
+            total=len(names),
+            unit="image",
+            leave=False,
             dynamic_ncols=True,
-        )  # fmt: skip
+        )
         return dict(zip(names, digests, strict=True))
 
 
 def _fill(store: FeatureStore, hashes: dict[str, dict[str, str]], plan: RunPlan, base: Base) -> None:
-    """Encode what the store lacks."""
+    """Encode the images whose features are not in the store."""
     places = {digest: (split, name) for split, found in hashes.items() for name, digest in found.items()}
     missing = [place for digest, place in places.items() if digest not in store]
     if not missing:
@@ -137,7 +141,7 @@ def _fill(store: FeatureStore, hashes: dict[str, dict[str, str]], plan: RunPlan,
                     store.put(hashes[split][name], one)
                 bar.update(len(batch))
         finally:
-            store.flush()  # Ctrl-C loses nothing that was computed
+            store.flush()  # Ctrl-C keeps what was computed
     del tower
     gc.collect()
     if torch.cuda.is_available():
@@ -145,7 +149,7 @@ def _fill(store: FeatureStore, hashes: dict[str, dict[str, str]], plan: RunPlan,
 
 
 def _preprocessed(places: list[tuple[str, str]], plan: RunPlan) -> Iterator[tuple[list[tuple[str, str]], torch.Tensor]]:
-    """Batches of images with their pixels; the next one is preprocessed while the tower runs."""
+    """Yield batches of images with their pixels; the next batch is preprocessed while the tower runs."""
     batches = [places[start : start + _BATCH] for start in range(0, len(places), _BATCH)]
     processor = plan.processor.image_processor
 
@@ -168,12 +172,12 @@ def _check_room(store: FeatureStore, images: int, plan: RunPlan) -> None:
     one = feature_bytes(config.image_seq_length, width, resolve_dtype(plan.recipe.model.dtype))
     needed = images * one
     if store.folder is None:
-        free, what, mend = psutil.virtual_memory().available, "memory", "disk or off"
+        free, what, fix = psutil.virtual_memory().available, "memory", "disk or off"
     else:
-        free, what, mend = shutil.disk_usage(store.folder).free, str(store.folder), "memory or off, or LORA_LLAVA_CACHE"
+        free, what, fix = shutil.disk_usage(store.folder).free, str(store.folder), "memory or off, or LORA_LLAVA_CACHE"
     if needed > free:
         raise UserError(
             f"training.vision_cache: features of {images:,} images need {needed / 1e9:.1f} GB and {what} has "
-            f"{free / 1e9:.1f} GB free; set training.vision_cache to {mend}"
+            f"{free / 1e9:.1f} GB free; set training.vision_cache to {fix}"
             + (" to another disk" if store.folder is not None else "")
         )

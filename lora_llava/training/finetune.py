@@ -1,4 +1,4 @@
-"""`lora-llava finetune`: a recipe from start to score."""
+"""`lora-llava finetune`: run a recipe from its checks to the evaluation."""
 
 from __future__ import annotations
 
@@ -52,18 +52,23 @@ BEFORE_FILE = "before.json"
 
 
 def finetune(
-    recipe: Recipe, recipe_folder: Path, *, resume: bool = False, overwrite: bool = False,
-    accept_changes: Iterable[str] = (), console: Console,
-) -> dict[str, Any]:  # fmt: skip
-    """Run a recipe, and first the Stage 1 recipe it starts from where that has no result yet.
+    recipe: Recipe,
+    recipe_folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    accept_changes: Iterable[str] = (),
+    console: Console,
+) -> dict[str, Any]:
+    """Run a recipe, after the Stage 1 recipe it starts from if that has no result yet.
 
     Args:
         recipe: The recipe.
-        recipe_folder: Where its `stage1_recipe` is looked up.
-        resume: Go on from the newest checkpoint that is whole.
+        recipe_folder: The folder in which its `stage1_recipe` is looked up.
+        resume: Resume from the newest complete checkpoint.
         overwrite: Replace a run in `output_dir`, finished or not.
-        accept_changes: Keys of the recipe that may be others than the checkpoint's.
-        console: Where everything is told.
+        accept_changes: Keys of the recipe that may differ from the checkpoint's.
+        console: Prints progress and results.
 
     Returns:
         The content of `metrics.json`.
@@ -76,16 +81,16 @@ def finetune(
     if is_run(folder) and (folder / METRICS_FILE).is_file() and not overwrite:
         raise UserError(f"output_dir: {folder} holds a finished run; set output_dir=OTHER, or --overwrite")
     if resume and overwrite:
-        raise UserError("--resume goes on with a run and --overwrite replaces it; give one")
+        raise UserError("--resume continues a run and --overwrite replaces it; use one of them")
     stage1 = stage1_of(recipe, recipe_folder)
     if not resume and not overwrite:
         refuse_unfinished(folder / CHECKPOINTS)
     if stage1 is None:
         plan = _plan(recipe, console)
-        _refuse_what_cannot_fit([plan])
+        _refuse_if_too_large([plan])
     else:
         plan, resume = _after_stage1(stage1, recipe, resume, overwrite, console)
-    with _alone(folder):  # what was wrong with the recipe has left no folder
+    with _alone(folder):  # only now, so that a wrong recipe leaves no folder
         if not resume and not overwrite:
             refuse_unfinished(folder / CHECKPOINTS)
         return _run_stage(plan, resume, tuple(accept_changes), console)
@@ -98,11 +103,11 @@ def _alone(folder: Path) -> AbstractContextManager[None]:
 def _after_stage1(
     stage1: Recipe, recipe: Recipe, resume: bool, overwrite: bool, console: Console
 ) -> tuple[RunPlan, bool]:
-    """Run Stage 1 where it has no result yet; gives Stage 2's plan and whether there is something of it to resume."""
+    """Run Stage 1 if it has no result yet; return the plan of Stage 2 and whether to resume it."""
     run = Path(stage1.output_dir)
     plans = [] if finished_stage1(stage1) else [_plan(stage1, console)]
     plan = _plan(recipe, console)
-    _refuse_what_cannot_fit([*plans, plan])
+    _refuse_if_too_large([*plans, plan])
     for stage1_plan in plans:
         with _alone(run):
             left = bool(list_checkpoints(run / CHECKPOINTS)) and not overwrite
@@ -115,10 +120,10 @@ def _after_stage1(
 
 
 def stage1_of(recipe: Recipe, recipe_folder: Path) -> Recipe | None:
-    """The Stage 1 recipe that a recipe starts from, if it names one.
+    """Return the Stage 1 recipe that a recipe starts from, or None.
 
     Raises:
-        UserError: Where the named recipe is not of Stage 1.
+        UserError: If the named recipe is not a Stage 1 recipe.
     """
     name = recipe.model.start_from.stage1_recipe
     if name is None:
@@ -137,24 +142,24 @@ def stage1_of(recipe: Recipe, recipe_folder: Path) -> Recipe | None:
 
 
 def finished_stage1(stage1: Recipe) -> bool:
-    """Whether the result of a Stage 1 recipe is there.
+    """Check whether a Stage 1 recipe has a finished run.
 
     Raises:
-        UserError: Where its directory holds the result of another recipe.
+        UserError: If its directory holds the run of another recipe.
     """
     folder = Path(stage1.output_dir)
     if not is_run(folder):
         return False
     if read_record(folder)["recipe_hash"] != recipe_hash(stage1):
         raise UserError(
-            f"{folder} was trained by another Stage 1 recipe than the one named; remove it to train anew, or set "
+            f"{folder} was trained with another Stage 1 recipe; remove it to train anew, or set "
             f"model.start_from={{stage1_run: {folder}}} to use it"
         )
     return True
 
 
 def with_stage1_run(recipe: Recipe, run: Path) -> Recipe:
-    """The recipe with its `stage1_recipe` turned into that recipe's result."""
+    """Return the recipe with its `stage1_recipe` replaced by that recipe's run."""
     start = recipe.model.start_from.model_copy(
         update={"stage1_recipe": None, "stage1_run": FoundPath(os.path.abspath(run), str(run))}
     )
@@ -169,7 +174,7 @@ def _plan(recipe: Recipe, console: Console) -> RunPlan:
     return plan
 
 
-def _refuse_what_cannot_fit(plans: Iterable[RunPlan]) -> None:
+def _refuse_if_too_large(plans: Iterable[RunPlan]) -> None:
     for plan in plans:
         if plan.refusal is not None:
             raise plan.refusal
@@ -179,25 +184,25 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     recipe = plan.recipe
     folder = Path(recipe.output_dir)
     start = time.monotonic()
-    going_on = find_start(folder / CHECKPOINTS, recipe, accepted, this_rank()[1]) if resume else None
+    resumed = find_start(folder / CHECKPOINTS, recipe, accepted, this_rank()[1]) if resume else None
     with first_before_others():
         base = prepare_base(recipe.model, recipe.seed)
         identity = run_identity(plan, base)
-    if going_on is not None:
-        identity = _go_on(going_on, identity, plan, console)
-    first_alone(lambda: _open_run(folder, plan, identity, going_on is None))
+    if resumed is not None:
+        identity = _check_resumed(resumed, identity, plan, console)
+    first_alone(lambda: _open_run(folder, plan, identity, resumed is None))
     cache_features(plan, base, console)
     model = build_trained_model(recipe, replace(base, initial_projector=None))
     freeze_plan = describe_plan(model)
     plan_tables.print_freeze_plan(freeze_plan, console)
     console.print(f"attention: {is_padding_free(recipe)[1]}")
-    before = _ask_before(model, plan, identity, going_on is not None, console)
+    before = _evaluate_before(model, plan, identity, resumed is not None, console)
     if base.initial_projector is not None:
         trained_projector(model).load_state_dict(base.initial_projector)
-    if going_on is not None:
-        first_alone(lambda: set_aside(folder / CHECKPOINTS, going_on.checkpoint))
+    if resumed is not None:
+        first_alone(lambda: set_aside(folder / CHECKPOINTS, resumed.checkpoint))
     with sealed(plan.splits.get("test")):
-        result = train(plan, base, model, going_on, identity)
+        result = train(plan, base, model, resumed, identity)
     after = ask_table(model, plan, "after")
     tables = {"before": before, "after": after.table if after else None}
     metrics = _metrics(plan, base, freeze_plan, result, tables)
@@ -213,11 +218,11 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
 def _open_run(folder: Path, plan: RunPlan, identity: dict[str, Any], anew: bool) -> None:
     start_run(folder, plan.recipe, {name: split.fingerprint() for name, split in plan.splits.items()})
     write_json(folder / IDENTITY_FILE, identity)
-    (folder / RUN_FILE).unlink(missing_ok=True)  # comes back when the run is whole
+    (folder / RUN_FILE).unlink(missing_ok=True)  # written again when the run is complete
     if anew:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         for file in [*(folder / name for name in (METRICS_FILE, REPORT_FILE, BEFORE_FILE)), *_predictions(folder)]:
-            file.unlink(missing_ok=True)  # of the run that this one replaces
+            file.unlink(missing_ok=True)  # of the replaced run
 
 
 def _predictions(folder: Path) -> list[Path]:
@@ -229,61 +234,67 @@ def _write_results(folder: Path, recipe: Recipe, metrics: dict[str, Any], after:
     write_report(folder, recipe, metrics, after)
 
 
-def _ask_before(model: Any, plan: RunPlan, identity: dict[str, Any], again: bool, console: Console) -> Any:
-    """The table before training; of a run that goes on, the one that was asked when it began, if it was asked the same
-    way: where a person has accepted other settings of the evaluation, it is asked again."""
-    file, asked_how = Path(plan.recipe.output_dir) / BEFORE_FILE, _asked_how(plan, identity)
+def _evaluate_before(model: Any, plan: RunPlan, identity: dict[str, Any], again: bool, console: Console) -> Any:
+    """Return the table before training.
+
+    A resumed run reuses the table from its start if the settings of the evaluation are the same.
+    """
+    file, settings = Path(plan.recipe.output_dir) / BEFORE_FILE, _evaluation_settings(plan, identity)
     if again and file.is_file():
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # half a file, or one of an earlier version
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a partial file, or one of an earlier version
             kept = json.loads(file.read_text(encoding="utf-8"))
-            if kept["asked"] == asked_how:
+            if kept["asked"] == settings:
                 return kept["table"]
-        console.print("the table before training was asked in another way; it is asked again")
-    asked = ask_table(model, plan, "before")
-    table = asked.table if asked else None
-    first_alone(lambda: write_json(file, {"asked": asked_how, "table": table}))
+        console.print("the settings of the evaluation changed; the table before training is computed again")
+    answered = ask_table(model, plan, "before")
+    table = answered.table if answered else None
+    first_alone(lambda: write_json(file, {"asked": settings, "table": table}))
     return table
 
 
-def _asked_how(plan: RunPlan, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """What the table before training depends on, besides the model: the settings and the rows."""
+def _evaluation_settings(plan: RunPlan, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what the table before training depends on besides the model: the settings and the rows."""
     evaluation, split = plan.recipe.evaluation, asked_split(plan.splits)
     if evaluation is None or split is None:
         return None
-    own = evaluation.model_dump(mode="json", exclude={"after", "generate_every", "generate_rows"})
+    chosen = evaluation.model_dump(mode="json", exclude={"after", "generate_every", "generate_rows"})
     rows = {name: identity["data"][split][name] for name in ("tokens", "images", "asked")}
-    return {**own, "split": split, "rows": rows}
+    return {**chosen, "split": split, "rows": rows}
 
 
-def _go_on(start: Start, identity: dict[str, Any], plan: RunPlan, console: Console) -> dict[str, Any]:
-    """Hold that the run is the one that was begun, and tell where it goes on; gives its identity."""
-    identity, told = same_run(start, identity, plan.splits)
-    for line in (*start.told, *told):
+def _check_resumed(start: Start, identity: dict[str, Any], plan: RunPlan, console: Console) -> dict[str, Any]:
+    """Check that a resumed run is the same, print where it resumes, and return its identity."""
+    identity, lines = same_run(start, identity, plan.splits)
+    for line in (*start.lines, *lines):
         console.print(f"resume: {line}", soft_wrap=True)
     return identity
 
 
 def _metrics(
     plan: RunPlan, base: Base, freeze_plan: list[dict[str, Any]], result: TrainResult, tables: dict[str, Any]
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     return {
         **tables,
         "train": result.as_dict(),
         "step": {
-            "optimizer": resolve_optimizer(plan.recipe, cuda=plan.step.cuda), "planned_bytes": plan.step.peak,
-            "checkpointed_layers": plan.step.checkpointed, "offloaded": plan.step.offloaded,
+            "optimizer": resolve_optimizer(plan.recipe, cuda=plan.step.cuda),
+            "planned_bytes": plan.step.peak,
+            "checkpointed_layers": plan.step.checkpointed,
+            "offloaded": plan.step.offloaded,
         },
         "data": {name: split.report.as_dict() for name, split in plan.splits.items()},
         "model": {
-            "base": base.as_dict(), "trained_parameters": plan.trained_parameters, "freeze_plan": freeze_plan,
+            "base": base.as_dict(),
+            "trained_parameters": plan.trained_parameters,
+            "freeze_plan": freeze_plan,
         },
         "machine": machine(),
         "versions": versions(),
-    }  # fmt: skip
+    }
 
 
 def dry_run(recipe: Recipe, recipe_folder: Path, console: Console) -> None:
-    """Tell what a run would do: downloads, rows, steps, trained parameters, one marked sample. Loads no weights.
+    """Print what a run would do: downloads, rows, steps, trained parameters, one marked sample. Loads no weights.
 
     Raises:
         UserError: For anything that would make the run fail.
@@ -294,11 +305,11 @@ def dry_run(recipe: Recipe, recipe_folder: Path, console: Console) -> None:
         plan_tables.print_downloads(plan, cache_folder(), console)
         plan_tables.print_parameters(plan, console)
         plan_tables.print_sample(plan, console)
-        _refuse_what_cannot_fit([plan])
+        _refuse_if_too_large([plan])
 
 
 def _print_result(recipe: Recipe, metrics: dict[str, Any], seconds: float, console: Console) -> None:
-    """The tables before and after, memory, time and what to do next."""
+    """Print the tables before and after, memory, time and the run directory."""
     tables = {name: metrics[name] for name in ("before", "after") if metrics[name] is not None}
     if tables:
         title = "ScienceQA, test split" if recipe.data.format == "scienceqa" else "Answers"

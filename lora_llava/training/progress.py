@@ -1,4 +1,4 @@
-"""What a person sees while it trains."""
+"""The progress line of training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Trainer = Any
 
 
 def peak_memory_bytes() -> int:
-    """Most memory held so far: on the GPU where there is one, else the process's resident set."""
+    """Return the peak memory: of the GPU if there is one, else of the process's resident set."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB elsewhere
@@ -25,7 +25,7 @@ class ProgressLine(TrainerCallback):
     """One line: loss, tokens per second, share of trained tokens, memory, and tqdm's rate and ETA.
 
     Args:
-        description: Stands before the bar.
+        description: Text before the bar.
     """
 
     def __init__(self, description: str) -> None:
@@ -37,9 +37,13 @@ class ProgressLine(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         interval = 0.2 if sys.stderr.isatty() else 15.0
         self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.description, unit="step", mininterval=interval,
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.description,
+            unit="step",
+            mininterval=interval,
             dynamic_ncols=True,
-        )  # fmt: skip
+        )
         if self.trainer is not None:
             self.before = self.trainer.tokens_of_all[0], self.trainer.seconds
 

@@ -1,4 +1,4 @@
-"""Training one stage: model and adapters from the base, the trainer, the run directory."""
+"""Train one stage: build the model and the trainer, train, and write the run directory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from trl import SFTConfig
 
 from lora_llava.core.errors import StoppedError, UserError
 from lora_llava.data.collator import PackedCollator, PaddedCollator
-from lora_llava.distributed.balance import deal_rows
+from lora_llava.distributed.balance import distribute_rows
 from lora_llava.distributed.ranks import first_alone, gather, is_first, this_rank
-from lora_llava.distributed.sharding import describe_share, is_sharded, whole_weights
+from lora_llava.distributed.sharding import describe_shard, full_weights, is_sharded
 from lora_llava.evaluation.scoring import ScoreValidation
 from lora_llava.model.adapters import add_adapters, freeze_plan, trained_projector
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
@@ -40,29 +40,30 @@ from lora_llava.runs.directory import save_model, versions
 from lora_llava.runs.identity import run_identity
 from lora_llava.runs.resume import Start
 from lora_llava.splits.split_rows import Split
+from lora_llava.training.feed import Feed
 from lora_llava.training.progress import ProgressLine, peak_memory_bytes
 from lora_llava.training.start_check import check_first_batch
-from lora_llava.training.trainer import Feed, LlavaSFTTrainer
-from lora_llava.training.watchdog import RefuseNaN, SaveEvery, StopOnSignal, TellSpikes
+from lora_llava.training.trainer import LlavaSFTTrainer
+from lora_llava.training.watchdog import RefuseNaN, SaveEvery, StopOnSignal, WarnOfSpikes
 
 CHECKPOINTS = "checkpoints"
 CURVES = ("learning_rate", "tokens_per_second", "memory_bytes", "validation_score")
-"""What is logged beside the losses."""
+"""Values that are logged besides the losses."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training took.
+    """The result of training.
 
     Attributes:
-        seconds: Wall time of the training loop, without that of validating, scoring and saving.
-        tokens: Real tokens trained on, padding aside.
-        supervised_tokens: Those with a label.
-        peak_memory_bytes: Of the GPU, else of the process.
+        seconds: Wall time of the training loop, without validation, evaluation and saving.
+        tokens: Tokens trained on, without padding.
+        supervised_tokens: Tokens with a label.
+        peak_memory_bytes: Peak memory of the GPU, or else of the process.
         best_validation_loss: Of the checkpoint kept; None without validation.
-        steps: Optimiser steps.
+        steps: Optimizer steps.
         loss_curve: `train` and `validation`: pairs of step and loss.
-        curves: Pairs of step and value of what else was logged: `learning_rate`, `tokens_per_second`, `memory_bytes`,
+        curves: Pairs of step and value by name: `learning_rate`, `tokens_per_second`, `memory_bytes`,
             `validation_score`.
     """
 
@@ -80,20 +81,24 @@ class TrainResult:
 
 
 def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
-    """Load the base as the recipe says and set free what trains.
+    """Load the base and add the adapters of a recipe.
 
     Args:
         recipe: The recipe.
         base: From `prepare_base`.
 
     Returns:
-        The PEFT model, its projector from Stage 1 where the base names one.
+        The PEFT model, with the projector of Stage 1 if the base has one.
     """
     set_seed(recipe.seed)
     model = load_base(
-        base.name, quantization=recipe.model.quantization, dtype=recipe.model.dtype, revision=base.revision,
-        with_tower=recipe.training.vision_cache == "off", to_share=is_sharded(),
-    )  # fmt: skip
+        base.name,
+        quantization=recipe.model.quantization,
+        dtype=recipe.model.dtype,
+        revision=base.revision,
+        with_tower=recipe.training.vision_cache == "off",
+        to_shard=is_sharded(),
+    )
     if is_padding_free(recipe)[0]:
         use_flash_varlen(model)
     peft_model = add_adapters(model, run_lora_config(recipe, base.name), recipe.training.projector_dropout)
@@ -106,20 +111,19 @@ def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
 
 
 _FEW = 4
-"""Steps below which a warm-up that would be less than a step is left out: the first step of a warm-up has a rate of 0,
-which such a run cannot spare."""
+"""Runs with fewer steps skip a warm-up of less than a step, as its first step has a learning rate of 0."""
 
 
 def warmup_steps(share: float, steps: int) -> int:
-    """Steps over which the rates rise, as transformers counts them, but never all of a run.
+    """Return the number of warm-up steps, as transformers counts them, but never all steps of a run.
 
     Args:
         share: The recipe's `training.warmup_ratio`.
-        steps: Optimiser steps of the run.
+        steps: Optimizer steps of the run.
 
     Returns:
-        The share rounded up; at most all steps but one, as the first of them trains at a rate of 0; in a run of up to
-        three steps none where the share is less than a step.
+        The share of the steps, rounded up; at most all steps but one, as the first has a learning rate of 0. It is 0 in
+        a run of up to three steps if the share is less than a step.
     """
     if steps < _FEW and share * steps < 1:
         return 0
@@ -127,7 +131,7 @@ def warmup_steps(share: float, steps: int) -> int:
 
 
 def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) -> SFTConfig:
-    """TRL's arguments for a recipe."""
+    """Return TRL's training arguments for a recipe."""
     training = recipe.training
     folder = Path(recipe.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "logs")
@@ -154,7 +158,7 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
         greater_is_better=False if has_validation else None,
         prediction_loss_only=True,
         logging_steps=training.log_every,
-        logging_nan_inf_filter=False,  # a NaN is to be seen
+        logging_nan_inf_filter=False,  # a NaN must not be hidden
         report_to=list(training.report_to) or "none",
         dataloader_num_workers=training.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -169,18 +173,18 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
         ddp_find_unused_parameters=False,  # LlavaSFTTrainer.compute_loss reaches the projector in every pass
         disable_tqdm=True,
     )
-    args._n_gpu = 1  # one process has one GPU: what DataParallel would split is not a batch of rows
+    args._n_gpu = 1  # one GPU per process: DataParallel cannot split packed rows
     return args
 
 
 def checkpointing_argument() -> str:
-    """The argument's name, which changed within the range of transformers that we take."""
+    """Return the argument's name, which depends on the version of transformers."""
     names = {field.name for field in fields(SFTConfig)}
     return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
 
 
 def build_feeds(plan: RunPlan) -> tuple[Feed, Feed | None]:
-    """What the training and the validation split feed to the trainer."""
+    """Return the feeds of the training and the validation split."""
     padding_free = is_padding_free(plan.recipe)[0]
 
     def feed(split: Split, rows: list[list[int]]) -> Feed:
@@ -191,37 +195,40 @@ def build_feeds(plan: RunPlan) -> tuple[Feed, Feed | None]:
     if validation is None:
         return feed(train, plan.order.rows), None
     training, lengths = plan.recipe.training, validation.rows.lengths.tolist()
-    order = deal_rows(
-        validation_rows(training, lengths), lengths, ranks=this_rank()[1], max_tokens=training.max_tokens_per_row,
+    order = distribute_rows(
+        validation_rows(training, lengths),
+        lengths,
+        ranks=this_rank()[1],
+        max_tokens=training.max_tokens_per_row,
         padded=not padding_free,
-    )  # fmt: skip
+    )
     return feed(train, plan.order.rows), feed(validation, order)
 
 
 def padded_collator(plan: RunPlan, split: Split) -> PaddedCollator:
-    """The reference collator of a split."""
+    """Return the padding collator of a split, which is the reference."""
     return PaddedCollator(split.load_pixels, plan.tokenizer.pad_token_id)  # type: ignore[arg-type]
 
 
 def train(
     plan: RunPlan, base: Base, model: PeftModel, start: Start | None = None, identity: dict[str, Any] | None = None
-) -> TrainResult:  # fmt: skip
+) -> TrainResult:
     """Train one stage and write its run directory.
 
     Args:
         plan: From `plan_run`.
         base: From `prepare_base`.
-        model: From `build_trained_model`; trained in place, the best checkpoint's weights in it afterwards.
-        start: Where to go on; None begins.
-        identity: What the run is, from `run_identity` or `same_run`, kept with every checkpoint; None works it out.
+        model: From `build_trained_model`; trained in place, with the best checkpoint's weights afterwards.
+        start: The checkpoint to resume from; None starts anew.
+        identity: The run's identity, from `run_identity` or `same_run`, saved with every checkpoint; None computes it.
 
     Returns:
-        What it took.
+        The result.
 
     Raises:
         StoppedError: After Ctrl-C, SIGTERM or SIGHUP, with a checkpoint written.
         PoisonedError: For a loss or gradient that is not a number.
-        UserError: Where memory or the disk ends, or an image is not there any more.
+        UserError: If memory or the disk is full, or an image is missing.
     """
     recipe = plan.recipe
     feed, validation = build_feeds(plan)
@@ -230,53 +237,58 @@ def train(
         _check_start(plan, model, feed)
     trainer, stop, spikes = build_trainer(plan, model, feed, validation)
     trainer.identity = identity or run_identity(plan, base)
-    trainer.identity["run"] = gather(trainer.identity["run"])[0]  # each rank has drawn a name
-    if is_sharded():  # before, the weights are not where they are computed with
+    trainer.identity["run"] = gather(trainer.identity["run"])[0]  # each rank has drawn a name; use the first
+    if is_sharded():  # the weights are sharded only then
         trainer.on_begin = lambda: _begin_sharded(plan, model, feed)
     with stop.listening():
         run_trainer(trainer, start, lambda: _out_of_memory(plan))
     if stop.number is not None:
         raise StoppedError(
             f"stopped at step {trainer.state.global_step} of {plan.order.steps}; a checkpoint is in "
-            f"{trainer.args.output_dir}; go on with the same command and --resume", stop.number,
-        )  # fmt: skip
+            f"{trainer.args.output_dir}; resume with the same command and --resume",
+            stop.number,
+        )
     if spikes.steps and is_first():
-        print(f"the loss leapt at {len(spikes.steps)} logged steps: {', '.join(map(str, spikes.steps[:10]))}")
+        print(f"the loss spiked at {len(spikes.steps)} logged steps: {', '.join(map(str, spikes.steps[:10]))}")
     seconds = trainer.seconds
-    weights = whole_weights(model)
+    weights = full_weights(model)
     first_alone(lambda: save_model(Path(recipe.output_dir), model, plan.processor, recipe, base, weights))
     trainer.join_tokens()
     return TrainResult(
-        seconds, *trainer.tokens_of_all, peak_memory_bytes(), trainer.state.best_metric,
-        trainer.state.global_step, _curves(trainer.state.log_history, {"train": "loss", "validation": "eval_loss"}),
+        seconds,
+        *trainer.tokens_of_all,
+        peak_memory_bytes(),
+        trainer.state.best_metric,
+        trainer.state.global_step,
+        _curves(trainer.state.log_history, {"train": "loss", "validation": "eval_loss"}),
         _curves(trainer.state.log_history, {name: name for name in CURVES}),
-    )  # fmt: skip
+    )
 
 
 def _begin_sharded(plan: RunPlan, model: PeftModel, feed: Feed) -> None:
     if is_first():
-        print(describe_share(model))
+        print(describe_shard(model))
     _check_start(plan, model, feed)
 
 
 def _check_start(plan: RunPlan, model: PeftModel, feed: Feed) -> None:
-    """Run the first rows padded and packed, where rows are packed; ranks that share weights run the same ones."""
+    """Compare the first rows padded and packed, if rows are packed; ranks with sharded weights run the same rows."""
     if not is_padding_free(plan.recipe)[0]:
         return
     split = plan.splits["train"]
     rank = 0 if is_sharded() else this_rank()[0]
     first = [split.rows[i] for i in feed.rows[rank] or feed.rows[0]]
-    told = check_first_batch(model, first, padded_collator(plan, split), feed.collator)
+    line = check_first_batch(model, first, padded_collator(plan, split), feed.collator)
     if is_first():
-        print(told)
+        print(line)
 
 
 def build_trainer(
     plan: RunPlan, model: PeftModel, feed: Feed, validation: Feed | None
-) -> tuple[LlavaSFTTrainer, StopOnSignal, TellSpikes]:
-    """The trainer of a stage, with what watches over it."""
+) -> tuple[LlavaSFTTrainer, StopOnSignal, WarnOfSpikes]:
+    """Build the trainer of a stage, with its callbacks."""
     recipe, split = plan.recipe, plan.splits["train"]
-    line, stop, spikes = ProgressLine(f"stage {recipe.stage}"), StopOnSignal(), TellSpikes()
+    line, stop, spikes = ProgressLine(f"stage {recipe.stage}"), StopOnSignal(), WarnOfSpikes()
     scored = recipe.evaluation is not None and recipe.evaluation.generate_every is not None
     scoring = [ScoreValidation(plan)] if scored else []
     rank, ranks = this_rank()
@@ -287,7 +299,7 @@ def build_trainer(
     saving = SaveEvery(every if isinstance(every, int) else None, minutes, time.monotonic)
     share, steps = recipe.training.warmup_ratio, plan.order.steps
     if is_first() and warmup_steps(share, steps) < math.ceil(share * steps):
-        print(f"of {steps} steps {warmup_steps(share, steps)} are warm-up: more would leave too few that train")
+        print(f"of {steps} steps {warmup_steps(share, steps)} are warm-up: more would leave too few to train")
     trainer = LlavaSFTTrainer(
         model,
         training_arguments(recipe, plan.order.steps, validation is not None),
@@ -297,9 +309,9 @@ def build_trainer(
         projector_learning_rate=recipe.training.projector_learning_rate or recipe.training.learning_rate,
         callbacks=[*([line, spikes] if is_first() else []), stop, nan, saving, *scoring],
     )
-    trainer.remove_callback(PrinterCallback)  # ours tells it
+    trainer.remove_callback(PrinterCallback)  # the progress line replaces it
     trainer.on_loss = nan.losses.append
-    trainer.told_of_run = {"recipe_hash": recipe_hash(recipe), "versions": versions()}
+    trainer.manifest_entries = {"recipe_hash": recipe_hash(recipe), "versions": versions()}
     line.trainer = trainer
     for callback in scoring:
         callback.trainer = trainer
@@ -307,15 +319,15 @@ def build_trainer(
 
 
 def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Callable[[], UserError]) -> None:
-    """Train, and where that fails leave a checkpoint of the last whole step.
+    """Train, and write a checkpoint of the last complete step if that fails.
 
     Args:
         trainer: From `build_trainer`.
-        start: Where to go on; None begins.
-        out_of_memory: What a person is told then.
+        start: The checkpoint to resume from; None starts anew.
+        out_of_memory: Makes the error for a GPU without free memory.
 
     Raises:
-        ToldError: For what the person can mend.
+        ToldError: For a failure that the user can fix.
     """
     trainer.changed = start.changed if start else ()
     try:
@@ -331,12 +343,12 @@ def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Ca
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        told = " ".join(str(error).split())
-        raise UserError(f"a process that loads images was ended ({told:.200}){trainer.save_last_step()}") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"a process that loads images was killed ({reason:.200}){trainer.save_last_step()}") from None
 
 
 def _out_of_memory(plan: RunPlan) -> UserError:
-    """What to change where the plan was too tight."""
+    """Return the error for a plan that needed more memory than expected."""
     return UserError(
         f"the GPU's memory ran out at a step planned at {plan.step.peak / GIB:.1f} GiB; set training.memory_gb="
         f"{0.9 * plan.step.peak / GIB:.1f}, so that more is recomputed"
@@ -348,5 +360,5 @@ def _curves(history: list[dict[str, Any]], kinds: dict[str, str]) -> dict[str, l
 
 
 def describe_plan(model: PeftModel) -> list[dict[str, Any]]:
-    """The freeze plan as plain rows, for `metrics.json` and the terminal."""
+    """Return the freeze plan as dictionaries, for `metrics.json` and the terminal."""
     return [asdict(row) for row in freeze_plan(model)]

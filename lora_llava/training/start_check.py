@@ -1,4 +1,4 @@
-"""A check at every start: rows without padding give the padded rows' loss, on this very run's first batch."""
+"""A check at every start: the first batch has the same loss padded and packed."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from lora_llava.core.errors import ToldError
 from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
 
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""Relative; what other shapes of the same sums change in each dtype, with room."""
+"""Relative differences that rounding can cause in each dtype, with some room."""
 _PADDED_SAMPLES = 2
-"""The padded reference runs so many at a time, so that it takes less memory than the row it is compared with."""
+"""Samples of a padded batch: few, so that the reference needs less memory than the packed row."""
 
 
 class StartCheckError(ToldError):
-    """Packed and padded rows do not give the same loss."""
+    """The losses of packed and padded rows differ."""
 
 
 @torch.no_grad()
 def check_first_batch(
     model: Any, samples: Sequence[dict[str, Any]], padded: Callable[..., Any], packed: Callable[..., Any]
 ) -> str:
-    """Run a batch padded and packed.
+    """Compare the losses of the first batch, padded and packed.
 
     Args:
-        model: What is to be trained; left as it was.
-        samples: Those of the first batch.
+        model: The model to train; unchanged.
+        samples: The samples of the first batch.
         padded: The reference collator.
-        packed: The collator that trains.
+        packed: The collator of training.
 
     Returns:
-        A line such as `packed 1.8234, padded 1.8234: equal`.
+        A line to print, such as `packed 1.8234, padded 1.8234: equal`.
 
     Raises:
-        StartCheckError: Where they differ by more than rounding.
+        StartCheckError: If they differ by more than rounding.
     """
     training = model.training
     model.eval()
@@ -45,13 +45,13 @@ def check_first_batch(
     model.train(training)
     found = f"packed {losses[0]:.4f}, padded {losses[1]:.4f}"
     tolerance = _TOLERANCES[model.get_input_embeddings().weight.dtype]
-    if not abs(losses[0] - losses[1]) <= tolerance * abs(losses[1]):  # a NaN is no equality
-        raise StartCheckError(f"{found}: they should be equal; set model.attention=sdpa, and tell us of this machine")
+    if not abs(losses[0] - losses[1]) <= tolerance * abs(losses[1]):  # False for NaN
+        raise StartCheckError(f"{found}: they should be equal; set model.attention=sdpa, and report this machine to us")
     return f"{found}: equal"
 
 
 def _loss(model: Any, batches: Sequence[dict[str, Any]]) -> float:
-    """The mean over the trained tokens of all batches."""
+    """Return the mean loss over the trained tokens of all batches."""
     device = model.get_input_embeddings().weight.device
     total, count = 0.0, 0
     for batch in batches:

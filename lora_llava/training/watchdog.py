@@ -1,4 +1,4 @@
-"""What ends a run before it does harm: a signal, a loss that is no number; and what is to be told on the way."""
+"""Stop a run on a signal or a non-finite loss, warn of loss spikes, and save at intervals."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lora_llava.distributed.ranks import gather
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _SPIKE, _BEFORE = 3.0, 20
-"""A loss is told of at three times the median of the twenty logged before it; untuned."""
-_ROWS_TOLD = 16
+"""A loss is a spike at three times the median of the twenty logged before it; untuned."""
+_ROWS_NAMED = 16
 
 
 class PoisonedError(ToldError):
-    """A loss or a gradient that is no number: the weights did not take it."""
+    """A loss or a gradient is not finite; the weights were not updated with it."""
 
     exit_code = 3
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C, SIGTERM and SIGHUP end training after the step, with a checkpoint; a second Ctrl-C ends it at once.
+    """Stop after the step on Ctrl-C, SIGTERM or SIGHUP, with a checkpoint; a second Ctrl-C stops at once.
 
     Attributes:
-        number: Of the signal that came; None where none did.
+        number: The signal that was received; None if none was.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While this is entered, signals are listened to; outside a main thread, where Python lets none be, not."""
+        """Handle signals in a `with` block; outside the main thread Python allows no handlers, and nothing happens."""
         previous: dict[int, Any] = {}
         try:
             for name in _SIGNALS:
@@ -66,11 +66,11 @@ class StopOnSignal(TrainerCallback):
             print(f"\nstopping after this step{again}", file=sys.stderr)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Ranks stop at the same step, whichever of them was told.
-        told = next((number for number in gather(self.number) if number is not None), None)
-        if told is None:  # one that came meanwhile is told at the next step
+        # All ranks stop at the same step, whichever of them received the signal.
+        received = next((number for number in gather(self.number) if number is not None), None)
+        if received is None:  # one that came meanwhile is handled at the next step
             return
-        self.number = told
+        self.number = received
         if state.global_step < state.max_steps:
             control.should_save = True
             control.should_evaluate = False
@@ -79,11 +79,11 @@ class StopOnSignal(TrainerCallback):
 
 
 class RefuseNaN(TrainerCallback):
-    """Looks at the losses and gradients of a step before the weights take them.
+    """Check the losses and gradients of a step before the weights are updated.
 
     Args:
-        rows_of: Names the rows of a forward pass, by its number over the run.
-        accumulation: Forward passes of a step.
+        rows_of: Returns the names of the rows of a forward pass, by its number in the run.
+        accumulation: Forward passes per step.
     """
 
     def __init__(self, rows_of: Callable[[int], list[str]], accumulation: int) -> None:
@@ -98,33 +98,33 @@ class RefuseNaN(TrainerCallback):
         gradients = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])  # as clip_grad_norm_ does
         losses = torch.stack([loss.detach().float() for loss in self.losses])
-        told = torch.cat([losses, norms.sum().reshape(1).to(losses.device)]).isfinite().tolist()  # one wait for the GPU
-        # A share of the gradients is one rank's to see, and one rank's loss is in the gradients of all.
-        found = gather(None if all(told) else self._blame(state.global_step, told[:-1]))
+        finite = torch.cat([losses, norms.sum().reshape(1).to(losses.device)]).isfinite().tolist()  # one GPU sync
+        # A rank sees its shard of the gradients only, and its loss is in the gradients of all ranks.
+        found = gather(None if all(finite) else self._blame(state.global_step, finite[:-1]))
         blamed = [each for each in found if each is not None]
         if not blamed:
             return
         what = max(what for what, _ in blamed)  # a loss rather than a gradient
         rows = [row for kind, rows in blamed if kind == what for row in rows]
-        listed = ", ".join(rows[:_ROWS_TOLD]) + (
-            f" and {len(rows) - _ROWS_TOLD} more" if len(rows) > _ROWS_TOLD else ""
+        listed = ", ".join(rows[:_ROWS_NAMED]) + (
+            f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""
         )
         raise PoisonedError(
-            f"step {state.global_step + 1}: the {what} is not a number (NaN or infinite); the weights did not take it "
-            f"and nothing was saved. Look at its rows: {listed}; mend them and start anew with --overwrite, or lower "
-            "the rate and go on with --resume --accept-changes training.learning_rate"
+            f"step {state.global_step + 1}: the {what} is not a number (NaN or infinite); the weights were not updated "
+            f"and nothing was saved. Look at its rows: {listed}; fix them and start anew with --overwrite, or lower "
+            "the learning rate and resume with --resume --accept-changes training.learning_rate"
         )
 
     def _blame(self, step: int, finite: list[bool]) -> tuple[str, list[str]]:
-        """What is no number on this rank, and the rows it may be from."""
+        """Return which value is not finite on this rank, and the rows it may come from."""
         bad = [number for number, is_finite in enumerate(finite) if not is_finite]
         passes = bad or range(len(finite))
         first = step * self.accumulation
         return "loss" if bad else "gradient", [row for number in passes for row in self.rows_of(first + number)]
 
 
-class TellSpikes(TrainerCallback):
-    """Tells of a logged loss far above those before it, and goes on."""
+class WarnOfSpikes(TrainerCallback):
+    """Warn of a logged loss far above those before it."""
 
     def __init__(self) -> None:
         self.before: deque[float] = deque(maxlen=_BEFORE)
@@ -136,18 +136,18 @@ class TellSpikes(TrainerCallback):
             return
         if len(self.before) == _BEFORE and loss > _SPIKE * (usual := statistics.median(self.before)):
             self.steps.append(state.global_step)
-            told = f"step {state.global_step}: the loss is {loss:.4f}, {loss / usual:.1f} times what it was"
-            tqdm.write(told, file=sys.stderr)
+            warning = f"step {state.global_step}: the loss is {loss:.4f}, {loss / usual:.1f} times what it was"
+            tqdm.write(warning, file=sys.stderr)
         self.before.append(loss)
 
 
 class SaveEvery(TrainerCallback):
-    """Saves every so many steps or minutes, beside what the trainer saves when it validates.
+    """Save at intervals of steps or minutes, in addition to the checkpoints of validations.
 
     Args:
-        steps: None goes by minutes.
-        minutes: None goes by steps.
-        clock: Seconds that only grow.
+        steps: Steps between checkpoints, or None.
+        minutes: Minutes between checkpoints, or None.
+        clock: A monotonic clock in seconds.
     """
 
     def __init__(self, steps: int | None, minutes: float | None, clock: Callable[[], float]) -> None:
@@ -160,7 +160,9 @@ class SaveEvery(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.steps is not None and state.global_step % self.steps == 0:
             control.should_save = True
-        if self.minutes is not None and gather(self.clock() - self.last)[0] >= 60 * self.minutes:  # the first's clock
+        if (
+            self.minutes is not None and gather(self.clock() - self.last)[0] >= 60 * self.minutes
+        ):  # the clock of the first rank
             control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

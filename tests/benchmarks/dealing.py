@@ -48,12 +48,12 @@ def _measure(
     lengths: list[int], ranks: int, budget: int | None, batch_size: int | None, accumulation: int
 ) -> dict[str, Any]:
     from lora_llava.data.packing import pack_samples
-    from lora_llava.distributed.balance import deal_rows
+    from lora_llava.distributed.balance import distribute_rows
     from lora_llava.planning.row_order import batch_samples
 
     rows = pack_samples(lengths, budget) if budget is not None else batch_samples(lengths, batch_size or 1)
     start = time.perf_counter()
-    dealt = deal_rows(rows, lengths, ranks=ranks, accumulation=accumulation, max_tokens=budget)
+    dealt = distribute_rows(rows, lengths, ranks=ranks, accumulation=accumulation, max_tokens=budget)
     seconds = time.perf_counter() - start
     return {
         "max_tokens_per_row": budget, "batch_size": batch_size, "accumulation": accumulation,

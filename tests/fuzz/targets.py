@@ -34,7 +34,7 @@ from lora_llava.evaluation.scienceqa import parse_answer
 from lora_llava.evaluation.score_files import score_scienceqa_file
 from lora_llava.model.weights.original_checkpoint import read_config
 from lora_llava.recipe import load_generate_recipe, load_recipe, shipped_generate_recipes, shipped_recipes
-from lora_llava.runs.checkpoint import MANIFEST_FILE, find_damage, read_manifest, written_whole
+from lora_llava.runs.checkpoint import MANIFEST_FILE, atomic_checkpoint, find_damage, read_manifest
 from lora_llava.runs.directory import read_record
 from lora_llava.runs.state_files import STATE_JSON, STATE_TENSORS, load_state, save_state
 from lora_llava.synthesis.contexts.reading_contexts import read_contexts
@@ -193,7 +193,7 @@ def _kept() -> Path:
     file = _write(folder / "rows.json", json.dumps(rows))
     encode_table(open_source(str(file)), tokenizer=_tokenizer(), template="vicuna_v1", cache=folder / "cache")
     next((folder / "cache" / "encoded").iterdir()).rename(folder / "table")
-    with written_whole(folder / "checkpoint-1", {"step": 1, "recipe_hash": "x"}) as staging:
+    with atomic_checkpoint(folder / "checkpoint-1", {"step": 1, "recipe_hash": "x"}) as staging:
         _write(staging / "state.json", "{}")
     (folder / "state").mkdir()
     save_state(folder / "state", {"a": [1, (2.5, None)], "t": _tokenizer()("a", return_tensors="pt")["input_ids"]})

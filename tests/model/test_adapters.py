@@ -1,4 +1,4 @@
-"""What trains and what is 4-bit."""
+"""The trained parameters and the 4-bit layers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ from lora_llava.recipe import Recipe
 from lora_llava.recipe.schema import LINEARS
 
 CLIP_L = {
-    "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-    "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
-}  # fmt: skip
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
 VICUNA: dict[str, dict[str, Any]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
@@ -52,7 +57,7 @@ def test_nothing_of_clip_embeddings_or_head_trains_at_7b() -> None:
     assert frozen == {"vision tower", "embeddings", "language model", "head"}
 
 
-def test_stage_1_trains_the_projector_alone() -> None:
+def test_stage_1_trains_only_the_projector() -> None:
     assert planned_parameters(vicuna("7b"), lora_config()) == {"lora": 0, "projector": 20_979_712}
 
 

@@ -1,4 +1,4 @@
-"""Padding-free rows: the padded reference's loss and gradients, and no sample that sees another."""
+"""Packed rows have the loss and gradients of padded ones, and no sample attends to another."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_loss_and_every_gradient_are_the_padded_reference_s(model: Any, collators: Any) -> None:
+def test_loss_and_every_gradient_equal_the_padded_reference(model: Any, collators: Any) -> None:
     padded, packed = collators
     reference = token_losses(model, padded(SAMPLES))
     expected = gradients(model, reference.mean())
@@ -86,7 +86,7 @@ def test_loss_and_every_gradient_are_the_padded_reference_s(model: Any, collator
         assert error <= 1e-5, f"{name}: {error}"
 
 
-def test_changing_one_sample_leaves_every_other_s_loss_bit_equal(model: Any, collators: Any) -> None:
+def test_changing_one_sample_leaves_all_other_losses_bit_equal(model: Any, collators: Any) -> None:
     packed = collators[1]
     use_flash_varlen(model.get_base_model())
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_changing_one_sample_leaves_every_other_s_loss_bit_equal(model: Any, col
 
 
 def test_the_leak_test_sees_a_leak(model: Any, collators: Any) -> None:
-    """Without its sample bounds a row is one long sample, and the last one sees the first."""
+    """Without sample bounds a row is one long sample, whose end attends to its start."""
     batch = collators[1](SAMPLES)
     use_flash_varlen(model.get_base_model())
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_the_leak_test_sees_a_leak(model: Any, collators: Any) -> None:
     assert not torch.allclose(apart[9:], together[9:], atol=1e-3)
 
 
-def test_a_padded_batch_and_generation_stay_as_they_were(model: Any, collators: Any) -> None:
+def test_a_padded_batch_and_generation_are_unchanged(model: Any, collators: Any) -> None:
     batch = collators[0](SAMPLES)
     del batch["labels"]
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_a_padded_batch_and_generation_stay_as_they_were(model: Any, collators: 
 
 
 def test_a_packed_row_without_bounds_still_keeps_samples_apart(model: Any, collators: Any) -> None:
-    """transformers finds samples by their positions where nobody gives bounds; our mask must not undo that."""
+    """Without bounds transformers finds samples by their positions; our mask must not undo that."""
     use_flash_varlen(model.get_base_model())
     batch = collators[1](SAMPLES)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_a_packed_row_without_bounds_still_keeps_samples_apart(model: Any, colla
 
 
 def test_the_leak_test_sees_the_cache_trap(model: Any, collators: Any) -> None:
-    """With a cache transformers stops looking for samples in a row: without our bounds they would see each other."""
+    """With a cache transformers does not separate the samples of a row; our bounds do."""
     use_flash_varlen(model.get_base_model())
     batch = collators[1](SAMPLES)
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "pixel_values")}

@@ -75,7 +75,7 @@ def test_is_written_once_and_keyed_by_its_parts(stage2: Recipe, base: Path) -> N
     assert Path(prepare_base(stage2.model, 1).name) != base  # another fresh projector
 
 
-def test_a_failure_leaves_nothing_half_written(parts: Path, base: Path, monkeypatch: Any) -> None:
+def test_a_failure_leaves_no_partial_folder(parts: Path, base: Path, monkeypatch: Any) -> None:
     llm, tower = (
         load_part(str(parts / "llm"), None, "llm"),
         load_part(str(parts / "vision_tower"), None, "vision_tower"),
@@ -118,7 +118,7 @@ def test_a_pickle_with_code_is_refused(tmp_path: Path, parts: Path, stage2: Reci
     llm.mkdir()
     (llm / "config.json").write_bytes((parts / "llm" / "config.json").read_bytes())
     torch.save({"model.x": Path("code")}, llm / "pytorch_model.bin")
-    with pytest.raises(UserError, match="not a file of plain tensors"):
+    with pytest.raises(UserError, match="not a file of tensors"):
         dict(iterate_tensors(llm))
 
 
@@ -130,7 +130,7 @@ def test_another_models_tokenizer_is_refused(tmp_path: Path, parts: Path, stage2
     tokenizer = AutoTokenizer.from_pretrained(llm)
     tokenizer.add_tokens(["surplus"])
     tokenizer.save_pretrained(llm)
-    with pytest.raises(UserError, match="the tokenizer is another model's"):
+    with pytest.raises(UserError, match="the tokenizer belongs to another model"):
         prepare_base(stage2.model.model_copy(update={"llm": str(llm)}), 0)
 
 

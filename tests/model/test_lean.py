@@ -1,4 +1,4 @@
-"""What is kept for the backward pass: less, and to the same gradients."""
+"""Lean modules keep less for the backward pass, with the same gradients."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def language_model(layers: int = 2, dtype: torch.dtype = torch.bfloat16, lean_first: bool = False, **lora: Any) -> Any:
-    """Vicuna's proportions (11008 / 4096 = 2.6875), with PEFT's adapters as PEFT makes them."""
+    """Build a Llama with Vicuna's proportions (11008 / 4096 = 2.6875) and PEFT's adapters."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=128, intermediate_size=344, num_hidden_layers=layers, num_attention_heads=4, vocab_size=50,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        vocab_size=50,
         attn_implementation="sdpa",
-    )  # fmt: skip
+    )
     model = LlamaModel(config).to(dtype).requires_grad_(False)
     if lean_first:
         assert make_lean(model) == 3 * layers + 1  # two norms and an MLP a layer, and the last norm
@@ -34,7 +38,7 @@ def language_model(layers: int = 2, dtype: torch.dtype = torch.bfloat16, lean_fi
 
 
 def activation_bytes(model: Any, autocast: bool = True) -> float:
-    """Bytes per token and layer: the slope over tokens and over layers takes off what is there once."""
+    """Return the bytes per token and layer, as a slope over tokens and layers, without constant parts."""
     layers = model.get_base_model().layers
 
     def run(tokens: int, depth: int) -> int:
@@ -52,7 +56,7 @@ def activation_bytes(model: Any, autocast: bool = True) -> float:
 
 @pytest.mark.parametrize("autocast", [True, False])
 def test_at_most_065_of_what_peft_s_defaults_keep(autocast: bool) -> None:
-    """With dropout 0.05, as LLaVA's and TRL's recipes have it; under the trainer's autocast and without it."""
+    """With dropout 0.05, as in LLaVA's and TRL's recipes, with and without the trainer's autocast."""
     stock = activation_bytes(language_model(lora_dropout=0.05), autocast)
     lean_model = language_model()
     make_lean(lean_model)
@@ -62,7 +66,7 @@ def test_at_most_065_of_what_peft_s_defaults_keep(autocast: bool) -> None:
 
 
 def step(model: Any, dtype: torch.dtype, autocast: bool = False) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Output of a forward pass, and every gradient."""
+    """Return the output of a forward pass and every gradient."""
     embeds = torch.randn(1, 40, 128, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         output = model(inputs_embeds=embeds, use_cache=False).last_hidden_state
@@ -71,7 +75,7 @@ def step(model: Any, dtype: torch.dtype, autocast: bool = False) -> tuple[torch.
     return output, {n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"": embeds.grad}
 
 
-def test_norms_and_mlps_stay_to_the_bit() -> None:
+def test_norms_and_mlps_are_bit_equal() -> None:
     output, expected = step(language_model(), torch.bfloat16)
     found_output, found = step(language_model(lean_first=True), torch.bfloat16)
     assert torch.equal(found_output, output)
@@ -80,8 +84,8 @@ def test_norms_and_mlps_stay_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("lora", [{}, {"use_rslora": True, "lora_alpha": 16}, {"use_dora": True}])
-def test_adapters_stay_to_rounding(lora: dict[str, Any]) -> None:
-    """DoRA takes peft's own way."""
+def test_adapters_are_equal_up_to_rounding(lora: dict[str, Any]) -> None:
+    """DoRA is left to peft."""
     output, expected = step(language_model(dtype=torch.float32, **lora), torch.float32)
     lean_model = language_model(dtype=torch.float32, **lora)
     assert make_lean(lean_model) == 2 * (7 + 2 + 1) + 1
@@ -93,7 +97,7 @@ def test_adapters_stay_to_rounding(lora: dict[str, Any]) -> None:
 
 
 def test_under_autocast_adapters_round_once_less() -> None:
-    """Against float32, the lean way is no further off than peft's, which rounds the product before it adds it."""
+    """The error against float32 is no larger than peft's, which rounds the product before adding it."""
     reference, _ = step(language_model(dtype=torch.float32), torch.float32)
     errors = []
     for lean in (False, True):
@@ -106,7 +110,7 @@ def test_under_autocast_adapters_round_once_less() -> None:
     assert errors[1] <= 1.05 * errors[0]
 
 
-def test_adapters_that_are_switched_off_or_merged_are_left_out() -> None:
+def test_disabled_or_merged_adapters_are_left_to_peft() -> None:
     model = language_model(dtype=torch.float32)
     make_lean(model)
     embeds = torch.randn(1, 9, 128)

@@ -54,9 +54,9 @@ def test_wrong_type_names_the_right_one(tmp_path: Path) -> None:
         read_projector(tmp_path / "p.bin", "linear")
 
 
-def test_half_a_projector_is_refused(tmp_path: Path) -> None:
+def test_an_incomplete_projector_is_refused(tmp_path: Path) -> None:
     torch.save({name: t for name, t in mlp().items() if "bias" not in name}, tmp_path / "p.bin")
-    with pytest.raises(UserError, match=r"no linear_1.bias; it is not a whole mlp2x_gelu projector"):
+    with pytest.raises(UserError, match=r"no linear_1.bias; it is not a complete mlp2x_gelu projector"):
         read_projector(tmp_path / "p.bin", "mlp2x_gelu")
 
 
@@ -70,7 +70,7 @@ def test_shape_of_another_tower_is_named(stage2: Recipe, tmp_path: Path) -> None
 
 def test_a_pickle_with_code_is_refused(tmp_path: Path) -> None:
     torch.save({"0.weight": Path("code")}, tmp_path / "p.bin")
-    with pytest.raises(UserError, match="not a file of plain tensors"):
+    with pytest.raises(UserError, match="not a file of tensors"):
         read_projector(tmp_path / "p.bin", "mlp2x_gelu")
 
 

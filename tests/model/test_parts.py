@@ -1,4 +1,4 @@
-"""Parts from folders and from a Hub: a real server on the loopback interface stands for it."""
+"""Parts from folders and from a Hub, simulated by a server on the loopback interface."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Hub(BaseHTTPRequestHandler):
     """Serves one repository, `vicuna/tiny`, with a text file, safetensors and a pickle."""
 
     files: ClassVar[dict[str, bytes]] = {}
-    asked: ClassVar[list[str]] = []
+    requests: ClassVar[list[str]] = []
 
     def do_HEAD(self) -> None:
         self.do_GET(body=False)
 
     def do_GET(self, body: bool = True) -> None:
-        self.asked.append(f"{self.command} {self.path}")
+        self.requests.append(f"{self.command} {self.path}")
         path = self.path.split("?")[0]
         if path.startswith("/api/models/vicuna/tiny"):
             siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
@@ -62,7 +62,7 @@ def hub(parts: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
     """Environment of a process whose Hub is on the loopback interface."""
     Hub.files = {file.name: file.read_bytes() for file in (parts / "llm").iterdir()}
     Hub.files["pytorch_model.bin"] = b"a pickle that nobody should fetch"
-    Hub.asked = []
+    Hub.requests = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
@@ -83,7 +83,7 @@ def test_a_hub_id_is_planned_fetched_and_then_cached(hub: dict[str, str], parts:
     wanted = sum(len(data) for name, data in Hub.files.items() if not name.endswith(".bin"))
     plan = "print(plan_download('vicuna/tiny', None, 'llm').missing_bytes)"
     assert in_process(plan, hub) == str(wanted)
-    assert not any("resolve" in line for line in Hub.asked)
+    assert not any("resolve" in line for line in Hub.requests)
     folder, revision = in_process("p = load_part('vicuna/tiny', None, 'llm'); print(p.folder, p.revision)", hub).split()
     assert revision == COMMIT
     fetched = {file.name for file in Path(folder).iterdir()}
@@ -99,22 +99,22 @@ def test_a_published_projector_is_planned_without_fetching_it(hub: dict[str, str
     module = "lora_llava.model.weights.original_projector"
     code = f"from {module} import plan_projector; print(plan_projector('vicuna/tiny', None))"
     assert "missing_bytes=321" in in_process(code, hub)
-    assert not any("resolve" in line for line in Hub.asked)
+    assert not any("resolve" in line for line in Hub.requests)
 
 
-def test_a_repository_that_is_not_there_is_one_line(hub: dict[str, str]) -> None:
+def test_a_missing_repository_is_one_line(hub: dict[str, str]) -> None:
     code = "try: load_part('vicuna/huge', None, 'llm')\nexcept UserError as error: print(error)"
-    told = in_process(code, hub)
-    assert told.startswith("model.llm: vicuna/huge is neither a folder nor to be had from the Hub")
-    assert "\n" not in told
+    message = in_process(code, hub)
+    assert message.startswith("model.llm: vicuna/huge is neither a folder nor available from the Hub")
+    assert "\n" not in message
 
 
 def test_nothing_touches_the_network_for_a_folder(parts: Path, hub: dict[str, str]) -> None:
     in_process(f"load_part({str(parts / 'llm')!r}, None, 'llm')", hub)
-    assert Hub.asked == []
+    assert Hub.requests == []
 
 
-def test_revision_of_a_folder_is_its_content(parts: Path, tmp_path: Path) -> None:
+def test_revision_of_a_folder_is_a_hash_of_its_contents(parts: Path, tmp_path: Path) -> None:
     copy = tmp_path / "llm"
     copy.mkdir()
     for file in (parts / "llm").iterdir():
@@ -126,5 +126,5 @@ def test_revision_of_a_folder_is_its_content(parts: Path, tmp_path: Path) -> Non
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no config\.json"):
+    with pytest.raises(UserError, match=r"has no config\.json"):
         plan_download(str(tmp_path), None, "llm")

@@ -1,4 +1,4 @@
-"""What an adapter stands on is recorded by content, and another base is refused with both named."""
+"""An adapter records the hashes of its base, and another base is refused with both named."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def base(stage2: Recipe) -> Any:
 
 
 def copied(base: Path, folder: Path, change: str = "") -> Path:
-    """A copy, one value changed in the tensors whose name holds `change`."""
+    """Copy a base, with one value changed in the tensors whose name contains `change`."""
     shutil.copytree(base, folder)
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
@@ -38,7 +38,7 @@ def copied(base: Path, folder: Path, change: str = "") -> Path:
     return folder
 
 
-def test_names_of_both_layouts_are_one() -> None:
+def test_both_layouts_have_the_same_canonical_names() -> None:
     pairs = {
         "language_model.model.layers.0.mlp.up_proj.weight": "model.language_model.layers.0.mlp.up_proj.weight",
         "language_model.lm_head.weight": "lm_head.weight",
@@ -76,11 +76,11 @@ def test_shards_and_layout_of_names_do_not_matter(base: Any, tmp_path: Path, mon
     assert component_hashes(tmp_path) == component_hashes(base.folder)
 
 
-def test_hashes_are_kept_until_a_file_changes(base: Any, tmp_path: Path) -> None:
+def test_hashes_are_cached_until_a_file_changes(base: Any, tmp_path: Path) -> None:
     folder = copied(base.folder, tmp_path / "copy")
     hashes = component_hashes(folder)
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    original = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
     assert component_hashes(folder) != hashes
 
 
@@ -90,15 +90,15 @@ def test_another_base_is_refused_with_both_named(base: Any, tmp_path: Path) -> N
     folder = copied(base.folder, tmp_path / "other", "layers.0")
     theirs = component_hashes(folder)["llm"][:12]
     llm, ours = recorded["parts"]["llm"], recorded["hashes"]["llm"][:12]
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         check_base(recorded, folder, Path("run"))
-    assert str(told.value) == (
-        f"run was trained on another llm ({llm}, {ours}) than {folder} holds ({theirs}); put back the base it was "
+    assert str(error.value) == (
+        f"run was trained on another llm ({llm}, {ours}) than {folder} holds ({theirs}); restore the base it was "
         "trained on"
     )
 
 
-def test_an_assembled_base_that_is_gone_is_assembled_again(base: Any, monkeypatch: Any, tmp_path: Path) -> None:
+def test_a_missing_assembled_base_is_assembled_again(base: Any, monkeypatch: Any, tmp_path: Path) -> None:
     recorded = json.loads(json.dumps(base.as_dict()))
     recorded["name"] = str(tmp_path / "gone")
     monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))
@@ -106,30 +106,30 @@ def test_an_assembled_base_that_is_gone_is_assembled_again(base: Any, monkeypatc
     assert folder.is_relative_to(tmp_path / "cache")
     assert component_hashes(folder) == recorded["hashes"]
     recorded["parts"]["llm_revision"] = "0" * 64
-    with pytest.raises(UserError, match=r"which is gone, and .* is not what it was"):
+    with pytest.raises(UserError, match=r"which is missing, and .* has changed"):
         locate_base(recorded, Path("run"))
     recorded["parts"] = None
-    with pytest.raises(UserError, match="which is gone; put it back there, or train again"):
+    with pytest.raises(UserError, match="which is missing; restore it, or train again"):
         locate_base(recorded, Path("run"))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
-def test_a_flipped_bit_in_a_kept_base_is_seen_and_the_base_made_again(
+def test_a_flipped_bit_in_a_cached_base_is_detected_and_the_base_rebuilt(
     stage2: Recipe, monkeypatch: Any, tmp_path: Path, name: str, capsys: Any
 ) -> None:
     monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))
     base = prepare_base(stage2.model, 0)
     recorded, file = base.as_dict(), base.folder / name
-    whole, state = file.read_bytes(), file.stat()
+    original, state = file.read_bytes(), file.stat()
     for again in (lambda: prepare_base(stage2.model, 0).folder, lambda: locate_base(recorded, tmp_path / "run")):
-        file.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+        file.write_bytes(original[:-5] + bytes([original[-5] ^ 1]) + original[-4:])
         os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
         assert again() == base.folder
-        assert file.read_bytes() == whole
+        assert file.read_bytes() == original
         assert f"({name} has changed); it is written again" in capsys.readouterr().err
 
 
-def test_a_failed_write_and_a_killed_one_leave_no_half_base(stage2: Recipe, monkeypatch: Any, tmp_path: Path) -> None:
+def test_a_failed_or_killed_write_leaves_no_partial_base(stage2: Recipe, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))
     left = tmp_path / "cache" / "bases" / "0123456789abcdef0123.partial"
     left.mkdir(parents=True)

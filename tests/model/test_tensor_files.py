@@ -1,4 +1,4 @@
-"""Weight files are written and read one tensor at a time, and are what the safetensors library reads."""
+"""Weight files are written and read one tensor at a time, in the format of the safetensors library."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_shards_are_named_and_indexed_as_transformers_does(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("left", [4, 60, -8])
-def test_a_file_cut_short_is_told_in_one_line(left: int, tmp_path: Path) -> None:
+def test_a_truncated_file_is_reported_in_one_line(left: int, tmp_path: Path) -> None:
     save_file(drawn((8, 8)), tmp_path / "model.safetensors")
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(whole[:left])
-    with pytest.raises(UserError, match=r"model\.safetensors is cut short or damaged .*; fetch it or write it again"):
+    original = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(original[:left])
+    with pytest.raises(UserError, match=r"model\.safetensors is truncated or damaged .*; download it or write it"):
         lazy_tensors(tmp_path)
 
 
-def test_a_tensor_of_another_shape_than_said_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"tensor\.0 has shape \(2,\), said \(3,\)"):
+def test_a_tensor_of_an_unexpected_shape_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"tensor\.0 has shape \(2,\), not \(3,\)"):
         write_checkpoint([LazyTensor("tensor.0", (3,), lambda: torch.zeros(2))], tmp_path, torch.float32)

@@ -1,4 +1,4 @@
-"""Tokenizers from SentencePiece models made here: SentencePiece's own ids, before and after a reload."""
+"""Tokenizers from small SentencePiece models have its ids, before and after a reload."""
 
 from __future__ import annotations
 
@@ -27,22 +27,36 @@ TEXTS = st.lists(
 
 
 def train(folder: Path, **options: object) -> Path:
-    """A folder with a `tokenizer.model` alone, as Vicuna's: BPE, bytes for what is unknown, nothing normalised."""
+    """Make a folder with only a `tokenizer.model`, like Vicuna's: BPE with byte fallback, not normalised."""
     folder.mkdir(parents=True)
     corpus = folder.parent / f"{folder.name}.txt"
     lines = [" ".join(WORDS[i % 5 :] + WORDS[: i % 7]).replace("\n", " ") for i in range(300)]
     corpus.write_text("\n".join(lines), encoding="utf-8")
     settings = {
-        "model_type": "bpe", "vocab_size": 350, "byte_fallback": True, "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False, "split_by_whitespace": True, "allow_whitespace_only_pieces": True,
-        "split_digits": True, "minloglevel": 2, "pad_id": -1,
-    }  # fmt: skip
+        "model_type": "bpe",
+        "vocab_size": 350,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "split_by_whitespace": True,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "minloglevel": 2,
+        "pad_id": -1,
+    }
     SentencePieceTrainer.train(input=str(corpus), model_prefix=str(folder / "tokenizer"), **settings | options)
     (folder / "tokenizer.vocab").unlink()
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>",
-                    "unk_token": "<unk>"})
-    )  # fmt: skip
+        json.dumps(
+            {
+                "tokenizer_class": "LlamaTokenizer",
+                "legacy": False,
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "unk_token": "<unk>",
+            }
+        )
+    )
     return folder
 
 
@@ -58,7 +72,7 @@ def judge(folder: Path) -> SentencePieceProcessor:
 
 @pytest.fixture(scope="module")
 def reloaded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> object:
-    """The tokenizer as stock transformers loads what we saved."""
+    """Load a saved tokenizer with stock transformers."""
     saved = tmp_path_factory.mktemp("saved")
     load_tokenizer(folder).save_pretrained(saved)
     return AutoTokenizer.from_pretrained(saved)

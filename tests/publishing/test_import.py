@@ -193,7 +193,7 @@ class Attack:
 def test_code_in_a_pickle_is_refused_and_not_run(name: str, lora_folder: tuple[Path, Path], tmp_path: Path) -> None:
     _, folder = lora_folder
     torch.save({"x": Attack(tmp_path / "ran")}, folder / name)
-    with pytest.raises(UserError, match="is not a file of plain tensors"):
+    with pytest.raises(UserError, match="is not a file of tensors"):
         import_llava(folder, tmp_path / "run", console=QUIET)
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "run").exists()
@@ -214,12 +214,12 @@ def test_what_cannot_be_taken_over_is_named(lora_folder: tuple[Path, Path], part
         assert not (tmp_path / "run").exists()
 
     rename(folder / "adapter_model.bin", "model.layers.1.mlp.up_proj", "model.vision_tower.q_proj")
-    refused(r"base_model\.model\.model\.vision_tower\.q_proj\.lora_A\.weight is no adapter of a language model's layer")
+    refused(r"base_model\.model\.model\.vision_tower\.q_proj\.lora_A\.weight is not an adapter of a language")
     (folder / "adapter_model.bin").write_bytes(good)
     content = torch.load(folder / "adapter_model.bin")
     content.popitem()
     torch.save(content, folder / "adapter_model.bin")
-    refused("27 LoRA matrices; .* on 2 layers would be 28: not all layers are adapted alike")
+    refused("27 LoRA matrices; .* on 2 layers would be 28: the layers have different adapters")
     content = torch.load(io.BytesIO(good))
     content = {name: torch.zeros(4, 7) if "lora_A" in name and "up_proj" in name else t for name, t in content.items()}
     torch.save(content, folder / "adapter_model.bin")
@@ -245,14 +245,14 @@ def test_a_wrong_shape_or_name_in_a_checkpoint_is_named(checkpoint: tuple[Path, 
     with pytest.raises(UserError, match=rf"{name} has shape \(3, 3\), its config\.json asks for"):
         import_llava(folder, tmp_path / "stock", console=QUIET)
     torch.save(content | {"model.resampler.weight": torch.zeros(3)}, file)
-    with pytest.raises(UserError, match=r"model\.resampler\.weight is no tensor of a LLaVA"):
+    with pytest.raises(UserError, match=r"model\.resampler\.weight is not a tensor of a LLaVA"):
         import_llava(folder, tmp_path / "stock", console=QUIET)
     del content[name]
     torch.save(content, file)
     with pytest.raises(UserError, match=r"is missing \(1 tensors in all\)"):
         import_llava(folder, tmp_path / "stock", console=QUIET)
     file.write_bytes(good[: len(good) // 2])
-    with pytest.raises(UserError, match="is not a file of plain tensors"):
+    with pytest.raises(UserError, match="is not a file of tensors"):
         import_llava(folder, tmp_path / "stock", console=QUIET)
     assert not (tmp_path / "stock").exists()
 
@@ -264,6 +264,6 @@ def test_start_from_an_original_checkpoint_names_the_verb(
     (tmp_path / "recipe.yaml").write_text(json.dumps(stage2_content))
     assert main("finetune", [str(tmp_path / "recipe.yaml"), "--dry-run"]) == 2
     assert (
-        "is one of LLaVA's own checkpoints; bring it into stock form with `lora-llava import`"
+        "is a checkpoint in LLaVA's original format; convert it with `lora-llava import`"
         in capsys.readouterr().err
     )

@@ -321,7 +321,7 @@ def test_an_adapter_that_does_not_fit_is_one_line(change: Any, told: str, finish
 def test_a_truncated_adapter_is_one_line(finished: Path, tmp_path: Path) -> None:
     file = finished / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors is not as it was saved"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors has changed since it was saved"):
         merged(finished, tmp_path / "merged")
 
 
@@ -363,16 +363,16 @@ def test_mistakes_in_a_call_are_told_without_traceback(
         assert main("merge", [str(run), "--output", str(output)]) == 2
         return capsys.readouterr().err
 
-    assert "there is no folder" in told(tmp_path / "nope", tmp_path / "merged")
+    assert "does not exist; name a run directory" in told(tmp_path / "nope", tmp_path / "merged")
     (tmp_path / "file").write_text("")
     assert "cannot be written to; name another --output" in told(train(), tmp_path / "file" / "merged")
     (finished / "run.json").write_text("[1]")
-    assert "run.json names no base, which a run's does; restore it" in told(finished, tmp_path / "merged")
+    assert "run.json names no base model; restore it" in told(finished, tmp_path / "merged")
     (finished / "run.json").write_bytes((train() / "run.json").read_bytes())
     (finished / "tokenizer.json").write_text('{"a": 1}')
     assert "its processor or tokenizer cannot be loaded" in told(finished, tmp_path / "merged")
     whole = json.loads((train() / "run.json").read_text())["base"]["name"]
-    assert "is a whole model, not a run" in told(Path(whole), tmp_path / "merged")
+    assert "is a complete model, not a run" in told(Path(whole), tmp_path / "merged")
 
 
 def test_base_and_adapter_may_move_together(train: Train, tmp_path: Path) -> None:

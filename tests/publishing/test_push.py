@@ -243,7 +243,7 @@ def test_adapter_and_base_need_names_of_their_own(train: Train, merged: Path, hu
 def test_a_damaged_file_is_not_pushed(name: str, merged: Path, hub: Store, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(merged, tmp_path / "damaged"))
     (folder / name).write_bytes((folder / name).read_bytes()[:5000] if "model" in name else b'{"a": 1}')
-    with pytest.raises(UserError, match=r"is cut short or damaged|its processor or tokenizer cannot be loaded"):
+    with pytest.raises(UserError, match=r"is truncated or damaged|its processor or tokenizer cannot be loaded"):
         pushed(folder)
     assert hub.requests == []
 

@@ -63,7 +63,7 @@ def test_a_hostile_header_is_one_line(name: str, llm: Path, stage2_content: dict
     found = start_from(llm, "model.safetensors", stage2_content, tmp_path)
     assert found.code == 2, found.err
     assert len(found.err.splitlines()) == 1
-    assert found.err.startswith(f"error: {llm / 'model.safetensors'} is cut short or damaged (")
+    assert found.err.startswith(f"error: {llm / 'model.safetensors'} is truncated or damaged (")
     assert found.err.endswith("); fetch it or write it again\n")
     assert found.rise_mib < MEMORY_RISE_MIB
 
@@ -74,7 +74,7 @@ def test_a_header_of_120_mb_is_refused(llm: Path, stage2_content: dict[str, Any]
         stream.truncate(120_000_008)
     found = start_from(llm, "model.safetensors", stage2_content, tmp_path)
     assert found.code == 2
-    assert found.err.startswith(f"error: {llm / 'model.safetensors'} is cut short or damaged (")
+    assert found.err.startswith(f"error: {llm / 'model.safetensors'} is truncated or damaged (")
     assert found.rise_mib < MEMORY_RISE_MIB
 
 
@@ -87,7 +87,7 @@ def test_a_pickle_in_the_place_of_weights_is_not_run(
     found = start_from(llm, "pytorch_model.bin", stage2_content, tmp_path)
     assert found.code == 2, found.err
     assert len(found.err.splitlines()) == 1
-    assert found.err.startswith(f"error: {file} is not a file of plain tensors: ")
+    assert found.err.startswith(f"error: {file} is not a file of tensors: ")
     assert not marker.exists()
 
 

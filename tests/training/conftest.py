@@ -1,4 +1,4 @@
-"""Plans of small recipes over one's own rows."""
+"""Plans of small recipes with own rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plan(stage2_content: dict[str, Any]) -> Plan:
 def own_content(
     stage2_content: dict[str, Any], parts: Path, scienceqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, Any]:
-    """A recipe over parts, data and a cache of its own, which a test may change."""
+    """A recipe with copies of the parts and data and a separate cache, which a test may change."""
     monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))
     shutil.copytree(parts, tmp_path / "parts")
     shutil.copytree(scienceqa, tmp_path / "data")

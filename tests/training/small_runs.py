@@ -1,4 +1,4 @@
-"""Small runs: in this process, or by the script as a person or a launcher starts it."""
+"""Small runs, in this process or by the script with or without a launcher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
-from lora_llava.runs.checkpoint import MANIFEST_FILE, list_checkpoints, written_whole
+from lora_llava.runs.checkpoint import MANIFEST_FILE, atomic_checkpoint, list_checkpoints
 from lora_llava.training import finetune
 from tests.ends import act_at
 
@@ -28,64 +28,66 @@ LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def recipe_of(content: dict[str, Any], **training: Any) -> Recipe:
-    """A recipe that asks no questions, with its training as given."""
+    """Return a recipe without evaluation, with the given training settings."""
     content["evaluation"] = None
     content["training"] |= training
     return check_recipe(content, "test")
 
 
 def run(recipe: Recipe, **options: Any) -> str:
-    """Train in this process; gives what was told."""
+    """Train in this process and return the output."""
     stream = io.StringIO()
     finetune.finetune(recipe, Path(), console=Console(file=stream, width=400), **options)
     return stream.getvalue()
 
 
 class PulledPlugError(Exception):
-    """What no handler knows of."""
+    """An error that no handler catches."""
 
 
 def pull_plug(trainer: Any) -> None:
-    """End a run as nothing that it can handle would."""
+    """Stop a run with an error that it does not handle."""
     raise PulledPlugError
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Of a run or a checkpoint: LoRA and projector."""
+    """Return the LoRA and projector weights of a run or checkpoint."""
     return load_file(folder / "adapter_model.safetensors")
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    """Whether both have the same weights to the bit."""
+    """Check whether two sets of weights are bit-equal."""
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def content_for_ranks(parts: Path, scienceqa: Path, quantization: str = "none") -> dict[str, Any]:
-    """One sample a row, half of them without image; the last of six steps has one sample for two ranks."""
+    """Return a recipe with one sample per row, half without image; its last step has one sample for two ranks."""
     return {
         "stage": 2,
         "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "quantization": quantization,
+            "llm": str(parts / "llm"),
+            "vision_tower": str(parts / "vision_tower"),
+            "quantization": quantization,
             "start_from": {"untrained": True},
         },
         "lora": {"r": 4, "alpha": 8},
         "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400, "system_prompt": ""},
         "training": {"batch_size": 1, "learning_rate": 1e-3, "epochs": 0.45, "eval_every": 3, "log_every": 1},
-    }  # fmt: skip
+    }
 
 
 def one_and_two(
     content: dict[str, Any], folder: Path, environment: Mapping[str, str] | None = None
 ) -> tuple[Path, Path, str]:
-    """Train with one process and with two, with as many samples a step.
+    """Train with one process and with two, with equally many samples per step.
 
     Args:
-        content: Of the recipe of the two.
-        folder: Where to.
-        environment: Of the two.
+        content: The recipe of the two processes.
+        folder: The folder of both runs.
+        environment: Environment variables of the two processes.
 
     Returns:
-        The run directories of the one and the two, and what the two said.
+        The run directories of one and of two processes, and the output of the two.
     """
     alone = content | {"training": content["training"] | {"gradient_accumulation": 2}}
     run(check_recipe(alone | {"output_dir": str(folder / "one")}, "test"))
@@ -95,17 +97,20 @@ def one_and_two(
 
 
 def launch(
-    content: Mapping[str, Any], folder: Path, launcher: list[str], *options: str,
+    content: Mapping[str, Any],
+    folder: Path,
+    launcher: list[str],
+    *options: str,
     environment: Mapping[str, str] | None = None,
-) -> subprocess.CompletedProcess[str]:  # fmt: skip
+) -> subprocess.CompletedProcess[str]:
     """Run `scripts/finetune.py`.
 
     Args:
-        content: Of the recipe, without `output_dir`.
+        content: The recipe, without `output_dir`.
         folder: The run directory; the recipe is written beside it.
-        launcher: What Python runs the script by; nothing, or `LAUNCHER`.
-        options: Of the script.
-        environment: Set besides this process's own.
+        launcher: Python options that start the script: none, or `LAUNCHER`.
+        options: Options of the script.
+        environment: Variables added to those of this process.
     """
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(dump_recipe(check_recipe({**content, "output_dir": str(folder)}, "test")))
@@ -115,7 +120,7 @@ def launch(
 
 
 def left_at_4(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Recipe:
-    """A run that ended in the middle of its fifth step of six."""
+    """Make a run that was stopped in its fifth step of six."""
     recipe = check_recipe(content, "test")
     with monkeypatch.context() as patch:
         act_at(5, pull_plug, patch.setattr)
@@ -132,9 +137,9 @@ def edited(file: Path, change: Callable[[Any], None]) -> None:
 
 
 def rewritten(checkpoint: Path, change: Callable[[Path], Any]) -> None:
-    """Change a checkpoint as if it had been written so."""
+    """Change a checkpoint and update its manifest."""
     about = {"step": int(checkpoint.name.split("-")[1])}
-    with written_whole(checkpoint, about) as staging:
+    with atomic_checkpoint(checkpoint, about) as staging:
         shutil.copytree(checkpoint, staging, dirs_exist_ok=True)
         (staging / MANIFEST_FILE).unlink()
         change(staging)

@@ -1,4 +1,4 @@
-"""The best checkpoint is the run's own, found by its step, wherever the run was moved."""
+"""The best checkpoint is found by its step in the run's folder, also after a move."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Content = dict[str, Any]
 
 
 @pytest.mark.parametrize("left", ["at the old path", "nothing"])
-def test_the_best_checkpoint_is_the_runs_own_wherever_it_was_moved(
+def test_the_best_checkpoint_is_found_in_a_moved_run(
     own_content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: str
 ) -> None:
-    """Step 2 is made the best; where it was, another run's checkpoint of that step stands, or nothing."""
+    """Step 2 is the best; at its old place is another run's checkpoint of that step, or nothing."""
     own_content["evaluation"] = None
     recipe = left_at_4(own_content, monkeypatch)
     moved = tmp_path / "moved"
@@ -56,11 +56,11 @@ def spoilt(folder: Path) -> str:
 
 def of_another_run(folder: Path) -> str:
     rewritten(folder, lambda each: edited(each / IDENTITY_FILE, lambda content: content.update(run="another")))
-    return "is another run's"
+    return "belongs to another run"
 
 
 @pytest.mark.parametrize("change", [lost, spoilt, of_another_run])
-def test_a_best_checkpoint_that_is_gone_is_an_error_at_the_start_and_at_the_end(
+def test_a_missing_best_checkpoint_is_an_error_at_the_start_and_at_the_end(
     own_content: Content, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], str]
 ) -> None:
     own_content["evaluation"] = None
@@ -74,23 +74,21 @@ def test_a_best_checkpoint_that_is_gone_is_an_error_at_the_start_and_at_the_end(
     )
     shutil.copytree(checkpoints / "checkpoint-2", checkpoints.parent / "kept")
     problem = change(checkpoints / "checkpoint-2")
-    told = (
+    message = (
         rf"{checkpoints}/checkpoint-2, the checkpoint with the lowest validation loss, {problem}; put it back, or run"
     )
-    with pytest.raises(UserError, match=f"^{told}"):
+    with pytest.raises(UserError, match=f"^{message}"):
         run(recipe, resume=True)
     shutil.rmtree(checkpoints / "checkpoint-2", ignore_errors=True)
     shutil.copytree(checkpoints.parent / "kept", checkpoints / "checkpoint-2")
     with monkeypatch.context() as patch:
         act_at(6, lambda trainer: change(checkpoints / "checkpoint-2"), patch.setattr)
-        with pytest.raises(UserError, match=f"^{told}"):
+        with pytest.raises(UserError, match=f"^{message}"):
             run(recipe, resume=True)
 
 
-def test_a_last_step_that_was_not_yet_validated_may_be_the_best(
-    own_content: Content, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The run ends between the last step and its validation, which then is the lowest."""
+def test_a_last_step_without_validation_may_be_the_best(own_content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run stops between the last step and its validation, which has the lowest loss."""
     own_content["evaluation"] = None
     own_content["training"] |= {"eval_every": 3, "save_every": 1, "learning_rate": 1e-4}
     recipe = check_recipe(own_content, "test")

@@ -1,4 +1,4 @@
-"""The vision cache: the tower's features once, bit-equal ever after, and whole or not at all."""
+"""The vision cache: features computed once, bit-equal afterwards, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def content(stage2_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.
 
 
 def cached(content: dict[str, Any]) -> tuple[Any, Any, str]:
-    """A plan with its cache, its base, and what was told."""
+    """Return a plan with its cache, its base, and the output."""
     recipe = check_recipe(content, "test")
     plan, base, stream = plan_run(recipe), prepare_base(recipe.model, 0), io.StringIO()
     cache_features(plan, base, Console(file=stream, width=300))
@@ -58,7 +58,7 @@ def no_tower(*_: Any) -> Any:
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_features_are_the_tower_s(content: dict[str, Any], where: str) -> None:
     content["training"]["vision_cache"] = where
-    plan, base, told = cached(content)
+    plan, base, output = cached(content)
     model = load_base(base.folder, dtype="float32")
     for name, split in plan.splits.items():
         names = split_images(plan, name)
@@ -66,7 +66,7 @@ def test_features_are_the_tower_s(content: dict[str, Any], where: str) -> None:
         expected = tower_features(model.model.vision_tower, model.config, pixels)
         assert split.load_pixels(names).shape == (len(names), 4, 32)
         torch.testing.assert_close(split.load_pixels(names), expected, rtol=1e-6, atol=1e-6)
-    assert "vision cache: 3 images in" in told  # 18 files, three different contents
+    assert "vision cache: 3 images in" in output  # 18 files, three different contents
     assert len(shards()) == (where == "disk")
 
 
@@ -77,13 +77,13 @@ def test_a_second_run_never_loads_the_tower(content: dict[str, Any], monkeypatch
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_cut_run_goes_on_where_it_stopped(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_its_encoding(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "_BATCH", 1)
-    asked = []
+    batches = []
 
     def counting(tower: Any, config: Any, pixels: torch.Tensor) -> torch.Tensor:
-        asked.append(len(pixels))
-        if len(asked) == 3:
+        batches.append(len(pixels))
+        if len(batches) == 3:
             raise KeyboardInterrupt
         return tower_features(tower, config, pixels)
 
@@ -92,16 +92,16 @@ def test_a_cut_run_goes_on_where_it_stopped(content: dict[str, Any], monkeypatch
         cached(content)
     assert len(shards()) == 1  # the two that were there
     (shards()[0].parent / "features-00007.safetensors.part").write_bytes(b"half a shard")
-    plan, _, told = cached(content)
-    assert asked == [1, 1, 1, 1]
-    assert "encoded again" not in told
+    plan, _, output = cached(content)
+    assert batches == [1, 1, 1, 1]
+    assert "encoded again" not in output
     assert [file.name for file in shards()] == [f"features-0000{i}.safetensors" for i in range(2)]
     assert not list(shards()[0].parent.glob("*.part"))
     assert all(len(tensor) for tensor in all_features(plan).values())
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "missing", "index"])
-def test_damage_is_told_and_mended(content: dict[str, Any], damage: str) -> None:
+def test_damage_is_reported_and_repaired(content: dict[str, Any], damage: str) -> None:
     expected = all_features(cached(content)[0])
     file = shards()[0]
     if damage == "bit":
@@ -114,20 +114,20 @@ def test_damage_is_told_and_mended(content: dict[str, Any], damage: str) -> None
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:-9] if damage == "cut" else b"")
-    plan, _, told = cached(content)
+    plan, _, output = cached(content)
     said = {"missing": "is missing: its images are encoded again", "index": "index.json is damaged: all images"}
-    assert said.get(damage, "is damaged: its images are encoded again") in told
+    assert said.get(damage, "is damaged: its images are encoded again") in output
     assert all(torch.equal(tensor, expected[name]) for name, tensor in all_features(plan).items())
     assert "again" not in cached(content)[2]
 
 
-def test_a_cache_of_another_tower_is_not_taken(content: dict[str, Any]) -> None:
+def test_a_cache_of_another_tower_is_not_used(content: dict[str, Any]) -> None:
     plan, base, _ = cached(content)
     own = vision_cache.store_folder(features.cache_folder(), cache_key(plan, base))
     index = json.loads((own / "index.json").read_text())
     index["key"]["tower"] = "another"
     (own / "index.json").write_text(json.dumps(index))
-    assert "holds another tower's or another preprocessing's features: encoded again" in cached(content)[2]
+    assert "has features of another tower or preprocessing: all images are encoded again" in cached(content)[2]
     content["data"]["image_aspect"] = "crop"  # another preprocessing is another folder
     cached(content)
     assert len({file.parent for file in shards()}) == 2
@@ -138,12 +138,14 @@ def test_too_little_room_is_refused_with_the_size(content: dict[str, Any], where
     content["training"]["vision_cache"] = where
     monkeypatch.setattr(features.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
-    told = r"training.vision_cache: features of 3 images need 0.0 GB and .* has 0.0 GB free; set training.vision_cache"
-    with pytest.raises(UserError, match=told):
+    message = (
+        r"training.vision_cache: features of 3 images need 0.0 GB and .* has 0.0 GB free; set training.vision_cache"
+    )
+    with pytest.raises(UserError, match=message):
         cached(content)
 
 
-def test_a_run_with_the_cache_is_the_run_without_it(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_with_the_cache_equals_one_without(content: dict[str, Any], tmp_path: Path) -> None:
     """Losses to rounding (the tower sees other batch shapes), predictions to the letter; no tower in the model."""
     found = []
     for where in ("off", "disk"):

@@ -1,4 +1,4 @@
-"""A resumed run is the run that was begun: base, tokenizer, images, rows and questions, by content and not by path."""
+"""A resumed run has the same base, tokenizer, images, rows and questions, checked by hash and not by path."""
 
 from __future__ import annotations
 
@@ -68,22 +68,22 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "language model": (
         lambda folder: other_weights(folder / LLM, "model.norm.weight"),
         r"the language model's weights changed since the run began \(SHA-256 [0-9a-f]{12} then, [0-9a-f]{12} now\); "
-        r"put back the weights that it began with, or run with --overwrite",
+        r"restore the weights that it began with, or run with --overwrite",
     ),
     "vision tower": (
         lambda folder: other_weights(folder / TOWER, "pre_layrnorm.weight"),
-        r"the vision tower's weights changed since the run began \(.*\); put back .*",
+        r"the vision tower's weights changed since the run began \(.*\); restore .*",
     ),
     "config.json": (
         lambda folder: edited(folder / "parts/llm/config.json", lambda each: each.update(rms_norm_eps=1e-3)),
         r"the model's config.json changed since the run began: text_config.rms_norm_eps was 1e-06 and is 0.001; put .*",
     ),
-    "tokenizer": (swapped_merges, r"the tokenizer changed since the run began \(.*\); put back the tokenizer .*"),
+    "tokenizer": (swapped_merges, r"the tokenizer changed since the run began \(.*\); restore the tokenizer .*"),
     "image processor": (
         lambda folder: edited(
             folder / "parts/vision_tower/preprocessor_config.json", lambda each: each.update(image_mean=[0.4, 0.5, 0.5])
         ),
-        r"the image processor changed .*: image_mean was \[0.5, 0.5, 0.5\] and is \[0.4, 0.5, 0.5\]; put back its .*",
+        r"the image processor changed .*: image_mean was \[0.5, 0.5, 0.5\] and is \[0.4, 0.5, 0.5\]; restore its .*",
     ),
     "training image": (
         repainted("train"),
@@ -94,27 +94,27 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "test image": (repainted("test"), r"images of the test rows changed .*: 1 of 3, the first is test/.*"),
     "training row": (
         problem("train", solution="Look."),
-        r"the training rows are not those that the run began with: 1 of 24, the first is row 1; put them back, .*",
+        r"the training rows are not those that the run began with: 1 of 24, the first is row 1; restore them, .*",
     ),
     "validation row": (
         problem("val", hint="Look."),
-        r"the validation rows are not those .*: 1 of 6, the first is row 25; put them back, .*",
+        r"the validation rows are not those .*: 1 of 6, the first is row 25; restore them, .*",
     ),
     "what marks a test row": (
         problem("test", subject="language science"),
-        r"the test rows are asked or marked otherwise than when the run began; .*",
+        r"the test rows are evaluated in another way than when the run began; .*",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_changed_is_named_and_refused(
+def test_changes_are_named_and_refused(
     own_content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     recipe = left_at_4(own_content, monkeypatch)
-    change, told = CHANGES[name]
+    change, message = CHANGES[name]
     change(tmp_path)
-    with pytest.raises(UserError, match=rf"^--resume: {told}$") as error:
+    with pytest.raises(UserError, match=rf"^--resume: {message}$") as error:
         run(recipe, resume=True)
     assert len(str(error.value).splitlines()) == 1
     assert list_checkpoints(Path(recipe.output_dir) / "checkpoints")[0].name == "checkpoint-4"
@@ -128,13 +128,15 @@ def test_every_difference_has_its_line(own_content: Content, tmp_path: Path, mon
         run(recipe, resume=True)
     lines = str(error.value).splitlines()
     assert [" ".join(line.split()[1:5]) for line in lines] == [
-        "the language model's weights", "the image processor changed", "images of the training",
+        "the language model's weights",
+        "the image processor changed",
+        "images of the training",
         "the validation rows are",
-    ]  # fmt: skip
+    ]
     assert all(line.startswith("--resume: ") and line.endswith(", or run with --overwrite") for line in lines)
 
 
-def test_what_was_moved_and_touched_but_is_the_same_goes_on_exactly(
+def test_a_run_with_moved_files_of_the_same_contents_resumes_exactly(
     own_content: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own_content["output_dir"] = str(tmp_path / "unbroken")
@@ -149,12 +151,12 @@ def test_what_was_moved_and_touched_but_is_the_same_goes_on_exactly(
     there = tmp_path / "elsewhere"
     own_content["model"] |= {"llm": f"{there}/parts/llm", "vision_tower": f"{there}/parts/vision_tower"}
     own_content["data"]["path"], own_content["output_dir"] = f"{there}/data", f"{there}/run"
-    told = run(check_recipe(own_content, "test"), resume=True)
+    output = run(check_recipe(own_content, "test"), resume=True)
     for key, before, now in (
         ("data.path", tmp_path / "data", there / "data"),
         ("model.llm", tmp_path / "parts/llm", there / "parts/llm"),
     ):
-        assert f"resume: {key} was '{before}' and is '{now}', with the same content\n" in told
+        assert f"resume: {key} was '{before}' and is '{now}', with the same content\n" in output
     assert same(weights(there / "run"), weights(tmp_path / "unbroken"))
     before, after = (json.loads((each / "metrics.json").read_text()) for each in (tmp_path / "unbroken", there / "run"))
     assert after["train"]["loss_curve"] == before["train"]["loss_curve"]
@@ -173,27 +175,27 @@ def test_nothing_in_an_identity_is_a_path(
         assert str(cache_folder()).encode() not in text
 
 
-def test_other_settings_of_the_evaluation_are_refused_or_both_tables_are_asked_by_them(
+def test_accepted_evaluation_settings_apply_to_both_tables(
     own_content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(left_at_4(own_content, monkeypatch).output_dir)
     own_content["evaluation"] |= {"max_new_tokens": 3, "before": 4, "after": 4}
     with pytest.raises(
         UserError,
-        match=r"the recipe is not that of step 4: evaluation.after was 2 and is 4; evaluation.before was 2 and is 4; "
-        r"evaluation.max_new_tokens was 2 and is 3; take that back, or --accept-changes evaluation$",
+        match=r"the recipe differs from that of step 4: evaluation.after was 2 and is 4; evaluation.before was 2 and "
+        r"is 4; evaluation.max_new_tokens was 2 and is 3; undo that, or --accept-changes evaluation$",
     ):
         run(check_recipe(own_content, "test"), resume=True)
-    told = run(check_recipe(own_content, "test"), resume=True, accept_changes=["evaluation"])
-    assert "the table before training was asked in another way; it is asked again\n" in told
+    output = run(check_recipe(own_content, "test"), resume=True, accept_changes=["evaluation"])
+    assert "the settings of the evaluation changed; the table before training is computed again\n" in output
     for when in ("before", "after"):
         assert len((folder / f"predictions_{when}.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_table_that_was_asked_again_and_left_is_not_taken_for_the_first(
+def test_a_repeated_first_table_is_not_reused_with_other_settings(
     own_content: Content, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Accepted settings are asked before; the run ends at once, and goes on with its first settings after all."""
+    """Evaluate with accepted settings, stop the run at once, and resume it with its first settings."""
     recipe = left_at_4(own_content, monkeypatch)
     file = Path(recipe.output_dir) / "predictions_before.jsonl"
     other = check_recipe(own_content | {"evaluation": {"before": 5, "after": 2, "max_new_tokens": 2}}, "test")
@@ -206,20 +208,20 @@ def test_a_table_that_was_asked_again_and_left_is_not_taken_for_the_first(
     assert len(file.read_text().splitlines()) == 2
 
 
-def test_the_first_table_is_kept_where_nothing_changed(own_content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_table_is_kept_if_nothing_changed(own_content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = left_at_4(own_content, monkeypatch)
-    asked = []
+    evaluated = []
 
     def recorded(model: Any, plan: Any, when: str) -> Any:
-        asked.append(when)
+        evaluated.append(when)
         return ask_table(model, plan, when)
 
     monkeypatch.setattr("lora_llava.training.finetune.ask_table", recorded)
     run(recipe, resume=True)
-    assert asked == ["after"]
+    assert evaluated == ["after"]
 
 
-def test_one_without_identity_is_refused(own_content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_without_identity_is_refused(own_content: Content, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = left_at_4(own_content, monkeypatch)
     newest = Path(recipe.output_dir) / "checkpoints" / "checkpoint-4"
     rewritten(newest, lambda folder: (folder / IDENTITY_FILE).unlink())
@@ -236,21 +238,22 @@ def test_other_libraries_are_reported(own_content: Content, monkeypatch: pytest.
 
     rewritten(newest, older)
     now = json.loads((newest.parents[1] / IDENTITY_FILE).read_text())["versions"]
-    told = run(recipe, resume=True)
+    output = run(recipe, resume=True)
     assert (
         f"resume: the run began with other versions: peft 0.1 is now {now['peft']}, pillow 9.0 is now {now['pillow']}; "
-        "results may differ in the last digits\n" in told
+        "results may differ in the last digits\n" in output
     )
 
 
-def test_settings_that_another_library_version_adds_are_no_difference() -> None:
+def test_settings_added_by_another_library_version_are_not_a_difference() -> None:
     before = {"config": {"a": 1}, "image_processor": {"size": 3}, "data": {}, "versions": {"transformers": "5.17"}}
     now = {"config": {"a": 1, "b": 2}, "image_processor": {"size": 3, "do": 1}, "data": {}, "versions": {}}
     assert differences(before, now, {}) == []
     now["versions"] = {"transformers": "5.17"}
     assert [each.partition(":")[2].partition(";")[0] for each in differences(before, now, {})] == [
-        " b was None and is 2", " do was None and is 1",
-    ]  # fmt: skip
+        " b was None and is 2",
+        " do was None and is 1",
+    ]
 
 
 def test_another_stage_1_result_is_refused(
@@ -268,8 +271,8 @@ def test_another_stage_1_result_is_refused(
     with pytest.raises(UserError, match=r"^--resume: the Stage 1 projector changed since the run began .*; name the "):
         run(recipe, resume=True)
     own_content["model"]["start_from"] = {"stage1_run": str(tmp_path / "stage1 elsewhere")}
-    told = run(check_recipe(own_content, "test"), resume=True)
-    assert "resume: model.start_from.stage1_run was " in told
+    output = run(check_recipe(own_content, "test"), resume=True)
+    assert "resume: model.start_from.stage1_run was " in output
 
 
 def conversations(file: Path, count: int, **layout: Any) -> list[Any]:
@@ -285,26 +288,30 @@ def conversations(file: Path, count: int, **layout: Any) -> list[Any]:
 
 
 def ask_of(rows: Any, name: str) -> None:
-    """Give each file questions of its own, so that no held-out row is trained."""
+    """Give each file different questions, so that no held-out row is trained."""
     for row in rows:
         row["conversations"][0]["value"] = f"<image>\nWhich of {name}?"
 
 
 @pytest.fixture
 def own_rows(own_content: Content, tmp_path: Path) -> Content:
-    """A recipe that mixes two files, holds validation rows back and has test rows of their own."""
+    """A recipe with two files, held-out validation rows and a test file."""
     for name in ("one", "two", "test"):
         conversations(tmp_path / name / "rows.json", 12)
         edited(tmp_path / name / "rows.json", lambda rows, name=name: ask_of(rows, name))
     sources = [{"path": f"{tmp_path}/{name}/rows.json", "weight": weight} for name, weight in (("one", 1), ("two", 2))]
     own_content["data"] = {
-        "format": "conversations", "sources": sources, "validation_rows": 4, "max_length": 400, "system_prompt": "",
+        "format": "conversations",
+        "sources": sources,
+        "validation_rows": 4,
+        "max_length": 400,
+        "system_prompt": "",
         "test_source": {"path": f"{tmp_path}/test/rows.json"},
-    }  # fmt: skip
+    }
     return own_content
 
 
-def test_files_that_say_the_same_elsewhere_and_in_another_layout_are_the_same(
+def test_files_with_the_same_rows_in_another_layout_are_the_same(
     own_rows: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left_at_4(own_rows, monkeypatch)
@@ -314,10 +321,10 @@ def test_files_that_say_the_same_elsewhere_and_in_another_layout_are_the_same(
         edited(tmp_path / "moved" / name / "rows.json", lambda rows, name=name: ask_of(rows, name))
     for source in (*own_rows["data"]["sources"], own_rows["data"]["test_source"]):
         source["path"] = source["path"].replace(str(tmp_path), f"{tmp_path}/moved")
-    told = run(check_recipe(own_rows, "test"), resume=True)
-    assert "resume: data.sources are elsewhere than before, with the same content\n" in told
-    assert "resume: data.test_source.path was " in told
-    assert "asked again" not in told
+    output = run(check_recipe(own_rows, "test"), resume=True)
+    assert "resume: the paths of data.sources changed, with the same content\n" in output
+    assert "resume: data.test_source.path was " in output
+    assert "computed again" not in output
 
 
 def other_type(rows: Any) -> None:
@@ -329,27 +336,27 @@ def other_answer(rows: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "told"),
+    ("file", "change", "output"),
     [
         (
             "one",
             other_answer,
             r"the (training|validation) rows are not those .*, the first is row r3; put .*",
         ),
-        ("test", other_answer, r"the test rows are not those .*: 1 of 12, the first is row r3; put them back, .*"),
-        ("test", other_type, r"the test rows are asked or marked otherwise than when the run began; .*"),
+        ("test", other_answer, r"the test rows are not those .*: 1 of 12, the first is row r3; restore them, .*"),
+        ("test", other_type, r"the test rows are evaluated in another way than when the run began; .*"),
     ],
 )
-def test_a_row_of_ones_own_that_changed_is_named(
-    own_rows: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, change: Any, told: str
+def test_a_changed_row_of_own_data_is_named(
+    own_rows: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, change: Any, output: str
 ) -> None:
     recipe = left_at_4(own_rows, monkeypatch)
     edited(tmp_path / file / "rows.json", change)
-    with pytest.raises(UserError, match=rf"^--resume: {told}$"):
+    with pytest.raises(UserError, match=rf"^--resume: {output}$"):
         run(recipe, resume=True)
 
 
-def test_an_image_of_the_same_size_and_time_is_seen_to_be_another(
+def test_another_image_of_the_same_size_and_time_is_detected(
     own_rows: Content, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = left_at_4(own_rows, monkeypatch)

@@ -87,7 +87,7 @@ def test_a_run_counts_names_its_images_and_is_asked_with_its_background(
     out = io.StringIO()
     finetune(check_recipe(content, "test"), Path(), console=Console(file=out, width=400))
     assert (
-        "train: mended while reading: 2 image matched by file name, 1 image with transparency, "
+        "train: fixed while reading: 2 image matched by file name, 1 image with transparency, "
         "1 image of more than 8 bits"
     ) in out.getvalue()
     folder = Path(content["output_dir"])

@@ -1,4 +1,4 @@
-"""The LLaVA-Instruct recipes on small files of the same names: types sampled alike, the image placed as they say."""
+"""The LLaVA-Instruct recipes on small files of the same names: types sampled equally, images placed as specified."""
 
 from __future__ import annotations
 
@@ -45,9 +45,11 @@ def small(name: str, instruct: Path, parts: Path) -> Recipe:
     ]
     recipe = load_recipe(name, [*overrides, "data.max_length=500", "data.validation_rows=8", "training.workers=0"])
     model = ModelSection(
-        llm=str(parts / "llm"), vision_tower=str(parts / "vision_tower"), start_from=StartFrom(untrained=True),
+        llm=str(parts / "llm"),
+        vision_tower=str(parts / "vision_tower"),
+        start_from=StartFrom(untrained=True),
         projector_type=recipe.model.projector_type,
-    )  # fmt: skip
+    )
     training = recipe.training.model_copy(update={"max_tokens_per_row": 1000, "epochs": 2.0})
     return recipe.model_copy(update={"model": model, "training": training})
 
@@ -73,7 +75,7 @@ def test_the_three_types_are_sampled_alike(name: str, instruct: Path, parts: Pat
     assert seen.isdisjoint(held)
 
 
-def test_the_first_llava_throws_a_coin_by_the_seed(instruct: Path, parts: Path) -> None:
+def test_the_first_llava_places_the_image_at_random_by_the_seed(instruct: Path, parts: Path) -> None:
     recipe = small("instruct_qlora_v0.yaml", instruct, parts)
     train = plan_run(recipe).splits["train"]
     rows = train.read(range(len(train.rows)))

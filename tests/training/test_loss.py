@@ -1,4 +1,4 @@
-"""The loss of trained tokens: stock's value and gradients, for a fraction of the logits; and all of the fast path."""
+"""The loss of trained tokens has the stock value and gradients with few logits; and the complete fast path."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rows(count: int = 1, tokens: int = 800, trained: int = 150) -> dict[str, tor
 
 
 def stock_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
-    """Every position's logits, and the mean over the trained ones."""
+    """Compute the logits of every position, and the mean loss over the trained ones."""
     labels = batch["labels"][:, 1:].flatten()
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     return F.cross_entropy(model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1), labels, ignore_index=-100)
@@ -84,7 +84,7 @@ def test_a_batch_without_trained_tokens_is_a_zero_that_can_be_differentiated(vic
 
 
 def test_packed_cached_and_compact_against_the_padded_reference(stage2_content: dict[str, Any], tmp_path: Path) -> None:
-    """All of the fast path at once, in fp32, against stock modules, padding, pixels and every logit."""
+    """The complete fast path in fp32 equals stock modules with padding, pixels and all logits."""
     stage2_content["model"]["quantization"] = "none"
     stage2_content["training"] |= {"vision_cache": "memory"}
     recipe = check_recipe(stage2_content, "test")

@@ -1,4 +1,4 @@
-"""The planner's arithmetic against what is really there, and its choices against all others."""
+"""The planner's computed memory against measurements, and its choices against all others."""
 
 from __future__ import annotations
 
@@ -34,26 +34,44 @@ from tests.memory import saved_bytes
 
 SMALL = LlavaConfig(
     text_config=LlamaConfig(
-        hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4, vocab_size=500,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=500,
     ),
     vision_config=CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
     ),
-    image_token_index=499, image_seq_length=4,
-)  # fmt: skip
+    image_token_index=499,
+    image_seq_length=4,
+)
 
 
 def step_of(shape: str = "7b", **values: Any) -> Step:
     config = SMALL if shape == "small" else shape_config(shape, 0, 32000)
     defaults: dict[str, Any] = {
-        "config": config, "quantization": "nf4", "dtype_bytes": 2, "lora": LoraSection(r=16), "optimizer_bytes": 8,
-        "tokens": 3072, "trained_tokens": 1000, "images": 4, "cached_features": True, "cuda": True,
-    }  # fmt: skip
+        "config": config,
+        "quantization": "nf4",
+        "dtype_bytes": 2,
+        "lora": LoraSection(r=16),
+        "optimizer_bytes": 8,
+        "tokens": 3072,
+        "trained_tokens": 1000,
+        "images": 4,
+        "cached_features": True,
+        "cuda": True,
+    }
     return Step(**defaults | values)
 
 
 @pytest.mark.parametrize(("shape", "lora", "projector"), [("7b", 159907840, 20979712), ("13b", 250347520, 31467520)])
-def test_parameters_that_train_are_counted_exactly(shape: str, lora: int, projector: int) -> None:
+def test_trained_parameters_are_counted_exactly(shape: str, lora: int, projector: int) -> None:
     step = step_of(shape, lora=LoraSection(r=64))
     assert step.lora_parameters == lora
     assert projector_parameters(step.config) == projector
@@ -74,26 +92,26 @@ def test_the_tower_is_counted_as_transformers_makes_it(config: LlavaConfig) -> N
     assert vision_parameters(config) == sum(p.numel() for p in tower.parameters())
 
 
-def test_weights_take_the_bytes_that_they_really_take() -> None:
+def test_bytes_of_weights_are_exact() -> None:
     model = build_random_llava(SMALL, quantization="nf4", dtype=torch.bfloat16, device=torch.device("cpu"))
     parts = step_of("small", cached_features=False).parts()
-    four_bit, whole = 0, 0
+    four_bit, unquantized = 0, 0
     for name, parameter in model.model.language_model.named_parameters():
         state = getattr(parameter, "quant_state", None)
         if state is None:
-            whole += parameter.nbytes
+            unquantized += parameter.nbytes
         else:
             four_bit += parameter.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
             assert name.endswith("proj.weight")
-    whole += model.lm_head.weight.nbytes
+    unquantized += model.lm_head.weight.nbytes
     tower = sum(p.nbytes for p in model.model.vision_tower.parameters())
-    assert parts["embeddings, head, norms"] == whole
+    assert parts["embeddings, head, norms"] == unquantized
     assert parts["vision tower"] == tower
     assert parts["language model, NF4"] == pytest.approx(four_bit, rel=0.01)  # blocks that are not full
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_ranks_that_share_hold_their_share_and_what_is_at_work(quantization: str) -> None:
+def test_sharded_ranks_have_their_share_and_the_gathered_weights(quantization: str) -> None:
     alone, shared = (step_of(quantization=quantization, ranks=ranks).parts() for ranks in (1, 4))
     model = next(name for name in alone if name.startswith("language model"))
     layers = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
@@ -109,7 +127,7 @@ def test_ranks_that_share_hold_their_share_and_what_is_at_work(quantization: str
 
 
 @pytest.mark.parametrize(("cuda", "dropout"), [(True, 0.0), (False, 0.0), (False, 0.05)])
-def test_a_layer_keeps_what_the_arithmetic_says(cuda: bool, dropout: float) -> None:
+def test_a_layer_keeps_the_computed_bytes(cuda: bool, dropout: float) -> None:
     """Saved bytes by token and layer; SDPA keeps what FlashAttention keeps, the CPU's loop a copy more."""
     torch.manual_seed(0)
     model = LlamaModel(SMALL.text_config).to(torch.bfloat16)
@@ -133,7 +151,7 @@ def test_a_layer_keeps_what_the_arithmetic_says(cuda: bool, dropout: float) -> N
     assert (two - one) / 64 == step_of("small", tokens=1, lora=lora, cuda=cuda).layer_bytes()
 
 
-def test_the_fastest_way_that_fits_is_taken() -> None:
+def test_the_fastest_way_that_fits_is_chosen() -> None:
     step = step_of()
     ways = candidates(step)
     assert [way.checkpointed for way in ways] == [*range(32), 31]
@@ -148,24 +166,28 @@ def test_the_fastest_way_that_fits_is_taken() -> None:
     assert fit_step(step, smallest(step) - 2) is None
 
 
-def test_the_last_layer_is_free_to_keep() -> None:
+def test_keeping_the_last_layer_costs_nothing() -> None:
     assert replace(step_of(), checkpointed=31).peak < replace(step_of(), checkpointed=32).peak
 
 
 @pytest.mark.parametrize(("shape", "cap"), [("7b", 7.2), ("13b", 11.2)])
 def test_four_samples_of_768_tokens_are_planned_into_small_cards(shape: str, cap: float) -> None:
-    """By arithmetic alone: the figures that a GPU is to confirm (`scripts/benchmark.py gpu`)."""
+    """Computed values, to be confirmed on a GPU (`scripts/benchmark.py gpu`)."""
     found = fit_step(step_of(shape), int(cap * GIB) + CUDA_CONTEXT)
     assert found is not None
     assert found.peak - CUDA_CONTEXT < cap * GIB
 
 
-def test_more_of_anything_takes_more() -> None:
+def test_more_of_anything_needs_more_memory() -> None:
     peak = step_of().peak
     for change in (
-        {"tokens": 4096}, {"lora": LoraSection(r=64)}, {"quantization": "none"}, {"cached_features": False},
-        {"lora": LoraSection(r=16, dropout=0.1)}, {"dtype_bytes": 4},
-    ):  # fmt: skip
+        {"tokens": 4096},
+        {"lora": LoraSection(r=64)},
+        {"quantization": "none"},
+        {"cached_features": False},
+        {"lora": LoraSection(r=16, dropout=0.1)},
+        {"dtype_bytes": 4},
+    ):
         assert step_of(**change).peak > peak, change
     assert step_of(optimizer_bytes=2).peak < peak
     assert step_of(lora=None).peak < peak
@@ -173,7 +195,7 @@ def test_more_of_anything_takes_more() -> None:
 
 @pytest.mark.parametrize(("layers", "offload"), [(0, False), (1, False), (3, False), (None, False), (2, True)])
 def test_recomputed_and_offloaded_layers_give_the_same_gradients(layers: int | None, offload: bool) -> None:
-    """To the bit, whatever is kept; and no more is kept than planned."""
+    """Gradients are bit-equal whatever is kept, and no more is kept than planned."""
 
     def run(layers: int | None, offload: bool) -> tuple[dict[str, torch.Tensor], int, list[bool]]:
         torch.manual_seed(0)
@@ -201,7 +223,7 @@ def test_recomputed_and_offloaded_layers_give_the_same_gradients(layers: int | N
 
 
 def test_a_random_nf4_model_is_adapted_as_a_quantised_one() -> None:
-    """peft and trl know it by a flag that only transformers' own loading sets."""
+    """peft and trl recognize it by a flag that transformers sets on loading."""
     model = build_random_llava(SMALL, quantization="nf4", dtype=torch.float32, device=torch.device("cpu"))
     adapted = add_adapters(model, lora_config(r=4, targets=LINEARS))
     layer = adapted.get_base_model().model.language_model.layers[0].self_attn.q_proj

@@ -1,4 +1,4 @@
-"""A run goes where it is sent, is readable as its siblings are, and can be used wherever it was copied to."""
+"""A run is written to its folder, is readable like its siblings, and can be used from a copy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def umask() -> Iterator[None]:
 
 
 def project(content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe with relative paths beside its rows; the command runs in its folder, its run goes to the home folder."""
+    """A recipe with relative paths beside its rows; it runs in its folder and writes to the home folder."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     folder = tmp_path / "project"
     drawn(folder / "images", 12)
@@ -32,11 +32,14 @@ def project(content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyP
     content |= {
         "output_dir": "~/run",
         "data": {
-            "format": "conversations", "path": "rows.json", "image_folder": "images", "validation_rows": 4,
+            "format": "conversations",
+            "path": "rows.json",
+            "image_folder": "images",
+            "validation_rows": 4,
             "max_length": 300,
         },
         "training": content["training"] | {"max_steps": 2, "eval_every": 1},
-    }  # fmt: skip
+    }
     (folder / "recipe.yaml").write_text(json.dumps(content))
     monkeypatch.chdir(folder)
     return folder

@@ -1,4 +1,4 @@
-"""Training beside LLaVA's own code: ids, labels, logits, and six optimiser steps of a tiny LLaVA-1.5.
+"""Training compared with LLaVA's code: ids, labels, logits, and six optimizer steps of a tiny LLaVA-1.5.
 
 The reference was computed by haotian-liu/LLaVA at c121f04 (CPU, float32). It is not part of the project; without it
 these tests are skipped.
@@ -26,8 +26,8 @@ from lora_llava.planning.run_plan import plan_run
 from lora_llava.publishing.import_llava import import_llava
 from lora_llava.recipe.io import check_recipe
 from lora_llava.splits.encoded_sources import no_progress
+from lora_llava.training.feed import Feed
 from lora_llava.training.stages import build_trained_model, build_trainer
-from lora_llava.training.trainer import Feed
 
 IMAGE_TOKENS = 16  # (56 / 14) ** 2
 STEPS, BATCH = 6, 4
@@ -35,7 +35,7 @@ STEPS, BATCH = 6, 4
 
 @pytest.fixture(scope="module")
 def original() -> Path:
-    """LLaVA's own tiny model and what its code computed with it."""
+    """LLaVA's tiny model and what LLaVA's code computed with it."""
     folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "original_llava"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here: reference data that is not part of the project")
@@ -47,7 +47,7 @@ def read(file: Path) -> Any:
 
 
 def expanded(ids: list[int], image_id: int, fill: int) -> list[int]:
-    """LLaVA's list with its one -200 an image expanded; elsewhere the values as they are."""
+    """Return LLaVA's list with its -200 for each image expanded."""
     return [value for token in ids for value in ([fill] * IMAGE_TOKENS if token == image_id else [token])]
 
 
@@ -73,9 +73,11 @@ def test_rows_have_llava_s_ids_and_labels(original: Path) -> None:
 
 def test_the_imported_model_gives_llava_s_logits_by_a_stock_processor(original: Path, tmp_path: Path) -> None:
     import_llava(
-        original / "llava15", tmp_path / "stock", vision_tower=str(original / "clip56"),
+        original / "llava15",
+        tmp_path / "stock",
+        vision_tower=str(original / "clip56"),
         console=Console(file=io.StringIO(), width=160),
-    )  # fmt: skip
+    )
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "stock", dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "stock", backend="pil")
     image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
@@ -98,26 +100,37 @@ def test_the_imported_model_gives_llava_s_logits_by_a_stock_processor(original: 
 
 def recipe_of(original: Path, output: Path) -> Any:
     content = {
-        "stage": 2, "output_dir": str(output),
+        "stage": 2,
+        "output_dir": str(output),
         "model": {
-            "llm": str(original / "vicuna"), "vision_tower": str(original / "clip56"), "quantization": "none",
-            "dtype": "float32", "start_from": {"projector": str(original / "mm_projector.bin")},
+            "llm": str(original / "vicuna"),
+            "vision_tower": str(original / "clip56"),
+            "quantization": "none",
+            "dtype": "float32",
+            "start_from": {"projector": str(original / "mm_projector.bin")},
         },
         "lora": {"r": 128, "alpha": 256, "dropout": 0},
         "data": {
-            "format": "conversations", "path": str(original / "rows.json"),
-            "image_folder": str(original.parent / "scienceqa_sample" / "images"), "max_length": 2048,
+            "format": "conversations",
+            "path": str(original / "rows.json"),
+            "image_folder": str(original.parent / "scienceqa_sample" / "images"),
+            "max_length": 2048,
         },
         "training": {
-            "batch_size": BATCH, "max_steps": STEPS, "learning_rate": 2e-4, "projector_learning_rate": 2e-5,
-            "warmup_ratio": 0.03, "lr_scheduler": "cosine", "log_every": 1,
+            "batch_size": BATCH,
+            "max_steps": STEPS,
+            "learning_rate": 2e-4,
+            "projector_learning_rate": 2e-5,
+            "warmup_ratio": 0.03,
+            "lr_scheduler": "cosine",
+            "log_every": 1,
         },
-    }  # fmt: skip
+    }
     return check_recipe(content, "test")
 
 
 def load_start(model: torch.nn.Module, file: Path) -> None:
-    """Set LoRA and projector to what LLaVA's run began with."""
+    """Set LoRA and projector to the initial weights of LLaVA's run."""
     theirs = torch.load(file, weights_only=True)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     with torch.no_grad():

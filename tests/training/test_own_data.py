@@ -1,4 +1,4 @@
-"""One's own data, from a folder of images and a table to a trained adapter and its score on held-back rows."""
+"""Own data, from a folder of images and a table to a trained adapter and its score on held-out rows."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def image(file: Path) -> None:
 def test_the_readme_s_own_data_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The commands of the README's "Your own data" as they stand, but for a shorter Stage 1 and 60 steps of Stage 2."""
+    """The commands of the README's "Your own data", with a shorter Stage 1 and 60 steps of Stage 2."""
     monkeypatch.chdir(tmp_path)
     assert main(None, ["init", "my_images", "--example", "--model", "demo"]) == 0
-    told = capsys.readouterr().out
-    assert "110 in my_images/questions.csv" in told
-    assert "110 rows checked: 0 errors, 0 warnings; nothing is wrong" in told
+    message = capsys.readouterr().out
+    assert "110 in my_images/questions.csv" in message
+    assert "110 rows checked: 0 errors, 0 warnings; nothing is wrong" in message
     assert main(None, ["check", "my_images/recipe.yaml"]) == 0
     assert main(None, ["preview", "my_images/recipe.yaml"]) == 0
     assert Path("preview.html").is_file()
@@ -76,20 +76,24 @@ def _lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_mixture_trains_and_is_told_by_source(
+def test_a_mixture_trains_and_is_reported_by_source(
     stage2_content: dict[str, Any], captions: Path, scienceqa: Path, tmp_path: Path
 ) -> None:
     table = tmp_path / "facts.tsv"
     table.write_text("question\tanswer\n" + "".join(f"What is {n}?\tIt is {n}.\n" for n in range(30)))
     images = str(captions.parent / "images")
     stage2_content["data"] = {
-        "format": "conversations", "max_length": 400, "system_prompt": "", "validation_rows": 6, "max_train_rows": 24,
+        "format": "conversations",
+        "max_length": 400,
+        "system_prompt": "",
+        "validation_rows": 6,
+        "max_train_rows": 24,
         "sources": [
             {"name": "images", "path": str(captions), "image_folder": images, "weight": 2},
             {"name": "facts", "path": str(table), "weight": 1},
             {"name": "science", "format": "scienceqa", "path": str(scienceqa), "rows": 6},
         ],
-    }  # fmt: skip
+    }
     stage2_content["training"] |= {"max_steps": None, "epochs": 2, "batch_size": 4, "eval_every": None}
     stage2_content["training"] |= {"vision_cache": "memory", "workers": 1}
     stage2_content["output_dir"] = str(tmp_path / "mixed")
@@ -101,8 +105,8 @@ def test_a_mixture_trains_and_is_told_by_source(
     assert metrics["after"]["all"]["questions"] >= 6
     groups = {group for group in metrics["after"] if not group.startswith("type: ")}
     assert groups <= {"all", "images", "facts", "science"}
-    told = stream.getvalue()
-    assert "Sources" in told
+    output = stream.getvalue()
+    assert "Sources" in output
     again = plan_run(recipe)
     assert again.order.rows == plan_run(recipe).order.rows
     names = [again.splits["train"].source_of(i).name for row in again.order.rows[:6] for i in row]
@@ -110,7 +114,7 @@ def test_a_mixture_trains_and_is_told_by_source(
 
 
 def test_sources_share_no_image_across_the_split(stage2_content: dict[str, Any], tmp_path: Path) -> None:
-    """The same COCO image, by two releases' names in two sources, is never on both sides."""
+    """A COCO image with the names of two releases in two sources is never in both splits."""
     folder = tmp_path / "coco"
     files: dict[str, list[dict[str, Any]]] = {"a": [], "b": []}
     for number in range(12):
@@ -123,9 +127,12 @@ def test_sources_share_no_image_across_the_split(stage2_content: dict[str, Any],
         (tmp_path / f"{source}.json").write_text(json.dumps(rows))
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "max_length": 400, "system_prompt": "", "validation_rows": 6,
+        "format": "conversations",
+        "max_length": 400,
+        "system_prompt": "",
+        "validation_rows": 6,
         "sources": [{"path": str(tmp_path / f"{s}.json"), "image_folder": str(folder)} for s in files],
-    }  # fmt: skip
+    }
     plan = plan_run(check_recipe(stage2_content, "test"))
     numbers = {name: {row["row_id"][1:] for row in split.rows} for name, split in plan.splits.items()}
     assert numbers["train"].isdisjoint(numbers["validation"])
@@ -136,14 +143,19 @@ def test_sources_share_no_image_across_the_split(stage2_content: dict[str, Any],
     ("name", "header", "line", "columns", "form"),
     [
         ("table.csv", "image,question,answer", "{}.png,What?,Red", Columns(), "conversations"),
-        ("t.tsv", "file_name\tprompt\tresponse", "{}.png\tWhat?\tRed",
-         Columns(image="file_name", question="prompt", answer="response"), "conversations"),
+        (
+            "t.tsv",
+            "file_name\tprompt\tresponse",
+            "{}.png\tWhat?\tRed",
+            Columns(image="file_name", question="prompt", answer="response"),
+            "conversations",
+        ),
         ("semi.csv", "path;caption", "pics/{}.png;a red thing", Columns(image="path"), "captions"),
     ],
-)  # fmt: skip
+)
 def test_init_understands_tables(
     tmp_path: Path, name: str, header: str, line: str, columns: Columns, form: str
-) -> None:  # fmt: skip
+) -> None:
     for number in range(6):
         image(tmp_path / "pics" / f"{number}.png")
     (tmp_path / name).write_text("\n".join([header, *(line.format(number) for number in range(6))]) + "\n")
@@ -152,9 +164,7 @@ def test_init_understands_tables(
     assert found.image_folder == (tmp_path if "pics/" in line else tmp_path / "pics")
 
 
-def test_init_writes_a_recipe_with_its_comments_and_takes_files_called_val_and_test(
-    tmp_path: Path, parts: Path
-) -> None:  # fmt: skip
+def test_init_writes_a_commented_recipe_and_uses_files_named_val_and_test(tmp_path: Path, parts: Path) -> None:
     rows = [{"image": f"{n}.png", "q": "What?", "a": f"Red {n}."} for n in range(8)]
     for number in range(8):
         image(tmp_path / "mine" / "img" / f"{number}.png")
@@ -195,7 +205,7 @@ def test_init_starts_from_the_model_that_is_named(tmp_path: Path, stage2: Any) -
 
 
 @pytest.mark.parametrize("template", ["my_data_qlora.yaml", "my_data_8gb.yaml", "demo_my_data_qlora.yaml"])
-def test_every_key_of_a_recipe_for_one_s_own_data_has_a_comment(template: str) -> None:
+def test_every_key_of_an_own_data_recipe_has_a_comment(template: str) -> None:
     from lora_llava.recipe import find_recipe
 
     for line in find_recipe(template).read_text().splitlines():
@@ -204,7 +214,7 @@ def test_every_key_of_a_recipe_for_one_s_own_data_has_a_comment(template: str) -
         assert section or explained, line
 
 
-def test_what_init_cannot_understand_is_told(tmp_path: Path) -> None:
+def test_init_reports_what_it_cannot_read(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     with pytest.raises(UserError, match="there is no folder"):
         understand_folder(folder)
@@ -227,17 +237,22 @@ def test_what_init_cannot_understand_is_told(tmp_path: Path) -> None:
         init(folder, data=folder / "two.csv", model="demo", console=quiet())
 
 
-def test_the_example_is_not_written_over_anything(tmp_path: Path) -> None:
+def test_the_example_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
         init(tmp_path / "mine", example=True, model="demo", console=quiet())
 
 
-def test_too_little_to_hold_anything_back_is_all_trained_on(tmp_path: Path) -> None:
+def test_with_too_few_rows_none_are_held_out(tmp_path: Path) -> None:
     assert [held_back_rows(*counts) for counts in ((1, 0), (9, 1), (2, 2), (199, 50), (200, 50), (99_999, 9))] == [
-        0, 0, 1, 39, 20, 1000,
-    ]  # fmt: skip
+        0,
+        0,
+        1,
+        39,
+        20,
+        1000,
+    ]
     image(tmp_path / "mine" / "a.png")
     (tmp_path / "mine" / "table.csv").write_text("image,question,answer\na.png,What?,Red.\na.png,Why?,So.\n")
     target, report = init(tmp_path / "mine", model="demo", console=quiet())

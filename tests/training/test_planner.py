@@ -1,4 +1,4 @@
-"""Plans that a person reads: budgets, refusals with a mend, and `lora-llava plan`."""
+"""Printed plans: budgets, refusals with a fix, and `lora-llava plan`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_llava.planning.fit import (
     Extremes,
     build_step,
     choose_checkpointing,
-    device_in_words,
+    describe_device,
     leaner_steps,
     measure_rows,
     resolve_optimizer,
@@ -38,7 +38,7 @@ from lora_llava.training.finetune import dry_run, finetune
 
 def samples() -> Any:
     lengths, trained, images = (np.array(column) for column in zip((10, 4, 1), (20, 2, 0), (7, 7, 2), strict=True))
-    return SimpleNamespace(lengths=lengths, supervised=trained, images=lambda: images)
+    return SimpleNamespace(lengths=lengths, supervised=trained, image_counts=lambda: images)
 
 
 def test_the_heaviest_row_is_found() -> None:
@@ -68,27 +68,27 @@ def test_a_number_is_a_budget_in_gib_and_decides_how_much_is_recomputed() -> Non
     assert counts[0] > counts[-1] == 0
 
 
-def test_true_and_false_are_obeyed_and_refused_where_they_do_not_fit() -> None:
+def test_true_and_false_are_kept_and_refused_if_they_do_not_fit() -> None:
     recipe = changed("scienceqa_qlora.yaml", training__gradient_checkpointing=True, training__memory_gb=24.0)
     assert choose_checkpointing(recipe, planned(recipe)).checkpointed == 32
     recipe = changed("scienceqa_qlora.yaml", training__gradient_checkpointing=False, training__memory_gb=16.0)
-    told = (
-        r"a step needs \d+\.\d GiB or more, and 16.0 GiB are there \(training.memory_gb 16 GiB\); set training.gradient"
+    message = (
+        r"a step needs \d+\.\d GiB or more, and 16.0 GiB are available \(training.memory_gb 16 GiB\); set training"
     )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         choose_checkpointing(recipe, planned(recipe))
 
 
-def test_a_budget_nothing_fits_in_names_the_smallest_that_does() -> None:
+def test_a_budget_that_is_too_small_names_the_smallest_that_fits() -> None:
     recipe = changed("scienceqa_qlora.yaml", training__memory_gb=4.0)
-    told = (
-        r"a step needs \d\.\d GiB or more, and 4.0 GiB are there .*; no setting of this recipe fits there: take a small"
+    message = (
+        r"a step needs \d\.\d GiB or more, and 4.0 GiB are available .*; no setting of this recipe fits: use a small"
     )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         choose_checkpointing(recipe, planned(recipe))
 
 
-def test_a_mend_names_settings_that_fit() -> None:
+def test_the_fix_names_settings_that_fit() -> None:
     recipe = changed("scienceqa_qlora.yaml", training__memory_gb=6.5)
     with pytest.raises(UserError, match=r"; set (.*)$") as caught:
         choose_checkpointing(recipe, planned(recipe))
@@ -116,7 +116,7 @@ def test_the_recipe_for_8_gb_is_planned_into_8_gb() -> None:
     assert choose_checkpointing(recipe, planned(recipe, 2048)).peak <= 7.7 * GIB
 
 
-def test_the_optimizer_goes_by_rank_and_device() -> None:
+def test_the_optimizer_depends_on_rank_and_device() -> None:
     recipe = load_recipe("scienceqa_qlora.yaml")
     assert resolve_optimizer(recipe, cuda=True) == "paged_adamw_8bit"
     assert resolve_optimizer(recipe, cuda=False) == "adamw_torch"
@@ -128,12 +128,12 @@ def test_the_optimizer_goes_by_rank_and_device() -> None:
         resolve_optimizer(paged, cuda=False)
 
 
-def test_a_card_without_a_cuda_build_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert device_in_words() == "no GPU: it would run on the CPU"
+def test_a_gpu_without_a_cuda_build_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert describe_device() == "no GPU: training would run on the CPU"
     monkeypatch.setattr(planner.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    assert device_in_words().startswith("CUDA card present, but this torch is the CPU build; install")
+    assert describe_device().startswith("CUDA card present, but this torch is the CPU build; install")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert device_in_words().startswith("CUDA card present, but torch cannot use it")
+    assert describe_device().startswith("CUDA card present, but torch cannot use it")
 
 
 def test_published_rates_are_scaled_by_size() -> None:
@@ -163,18 +163,18 @@ def test_a_plan_opens_no_image_and_loads_no_weights(
     monkeypatch.setattr("safetensors.torch.load_file", refuse)
     stream = io.StringIO()
     print_forecast(stage2, Console(file=stream, width=160))
-    told = stream.getvalue()
+    output = stream.getvalue()
     for part in ("language model, NF4", "vision tower", "optimizer", "activations, kept", "peak", "24 GB"):
-        assert part in told
-    assert "4 steps" in told
-    assert "timed here on random weights" in told
+        assert part in output
+    assert "4 steps" in output
+    assert "timed here on random weights" in output
 
 
-def test_a_plan_without_its_data_says_so(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_plan_without_its_data_reports_that(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     stage2_content["data"]["path"] = str(tmp_path / "nowhere")
     stream = io.StringIO()
     print_forecast(check_recipe(stage2_content, "test"), Console(file=stream, width=300))
-    assert "data not at hand" in stream.getvalue()
+    assert "data not available" in stream.getvalue()
     assert "time: not known without the data" in stream.getvalue()
 
 
@@ -182,13 +182,13 @@ def test_a_plan_that_cannot_run_here_is_refused_after_its_table(stage2_content: 
     stage2_content["training"]["memory_gb"] = 0.2
     recipe = check_recipe(stage2_content, "test")
     stream = io.StringIO()
-    with pytest.raises(UserError, match=r"a step needs 0\.\d GiB or more, and 0.2 GiB are there"):
+    with pytest.raises(UserError, match=r"a step needs 0\.\d GiB or more, and 0.2 GiB are available"):
         print_forecast(recipe, Console(file=stream, width=160))
     assert "peak" in stream.getvalue()
-    assert "and 0.2 GiB are there (training.memory_gb 0.2 GiB)" in str(plan_run(recipe).refusal)
+    assert "and 0.2 GiB are available (training.memory_gb 0.2 GiB)" in str(plan_run(recipe).refusal)
     for run in (finetune, dry_run):
         stream = io.StringIO()
-        with pytest.raises(UserError, match=r"and 0.2 GiB are there \(training.memory_gb 0.2 GiB\)"):
+        with pytest.raises(UserError, match=r"and 0.2 GiB are available \(training.memory_gb 0.2 GiB\)"):
             run(recipe, Path(), console=Console(file=stream, width=160))
         assert "Memory of a step" in stream.getvalue()
     assert not Path(recipe.output_dir).exists()

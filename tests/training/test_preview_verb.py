@@ -51,7 +51,7 @@ def show(recipe: Recipe, tmp_path: Path, **options: Any) -> Boxes:
 
 
 def first_batches(plan: RunPlan, count: int) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels as the trainer's own batches hold them, sample by sample."""
+    """Return ids and labels of the trainer's batches, sample by sample."""
     feed, _ = build_feeds(plan)
     found: list[tuple[list[int], list[int]]] = []
     for row in feed.rows:
@@ -98,9 +98,7 @@ def test_images_are_what_the_tower_gets(stage2: Recipe, tmp_path: Path) -> None:
         torch.testing.assert_close((seen - mean) / std, pixels, atol=0.51 / 255 / 0.26, rtol=0)
 
 
-def test_several_images_several_sources_and_hostile_text(
-    stage2_content: dict[str, Any], tmp_path: Path
-) -> None:  # fmt: skip
+def test_several_images_several_sources_and_hostile_text(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for number in range(3):
@@ -115,9 +113,11 @@ def test_several_images_several_sources_and_hostile_text(
     (tmp_path / "b.csv").write_text(table)
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "max_length": 400, "system_prompt": "",
+        "format": "conversations",
+        "max_length": 400,
+        "system_prompt": "",
         "sources": [{"path": str(tmp_path / name), "image_folder": str(images)} for name in ("a.json", "b.csv")],
-    }  # fmt: skip
+    }
     recipe = check_recipe(stage2_content, "test")
     page = tmp_path / "page.html"
     result = preview(recipe, name="test", output=page, console=Console(file=io.StringIO()))
@@ -131,16 +131,22 @@ def test_several_images_several_sources_and_hostile_text(
     assert "\u202e" not in text
 
 
-def test_a_cut_answer_and_a_mended_row_say_so(stage2_content: dict[str, Any], captions: Path, tmp_path: Path) -> None:
+def test_a_truncated_answer_and_a_fixed_row_are_marked(
+    stage2_content: dict[str, Any], captions: Path, tmp_path: Path
+) -> None:
     rows = json.loads(captions.read_text())[:2]
     rows[0]["conversations"][1]["value"] = "red " * 100
     rows[1]["conversations"][0]["value"] = "What?"
     (tmp_path / "chat.json").write_text(json.dumps(rows))
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "path": str(tmp_path / "chat.json"), "image_folder": str(captions.parent / "images"),
-        "max_length": 40, "system_prompt": "", "on_overlong": "truncate_answer",
-    }  # fmt: skip
+        "format": "conversations",
+        "path": str(tmp_path / "chat.json"),
+        "image_folder": str(captions.parent / "images"),
+        "max_length": 40,
+        "system_prompt": "",
+        "on_overlong": "truncate_answer",
+    }
     shown = preview(check_recipe(stage2_content, "test"), name="test", output=None, console=Console(file=io.StringIO()))
     notes = {sample.row_id: sample.notes for sample in shown.samples}
     assert notes == {"0": ("answer cut to fit",), "1": ("placeholder added",)}
@@ -157,12 +163,12 @@ def test_the_command_writes_a_page_or_prints(
     assert len(Boxes(page.read_text()).samples) == 5
     assert "5 samples in 2 rows" in capsys.readouterr().out
     assert main(None, ["preview", str(recipe), "--samples", "3", "--split", "validation", "--terminal"]) == 0
-    told = capsys.readouterr().out
-    assert "⟦" in told
-    assert "<image × 4>" in told
+    output = capsys.readouterr().out
+    assert "⟦" in output
+    assert "<image × 4>" in output
 
 
-def test_a_split_that_is_not_there_and_a_bad_image_are_named(
+def test_a_missing_split_and_a_bad_image_are_named(
     stage2_content: dict[str, Any], captions: Path, tmp_path: Path
 ) -> None:
     rows = json.loads(captions.read_text())[:3]
@@ -170,9 +176,11 @@ def test_a_split_that_is_not_there_and_a_bad_image_are_named(
     (tmp_path / "chat.json").write_text(json.dumps(rows))
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "path": str(tmp_path / "chat.json"), "max_length": 400,
+        "format": "conversations",
+        "path": str(tmp_path / "chat.json"),
+        "max_length": 400,
         "image_folder": str(captions.parent / "images"),
-    }  # fmt: skip
+    }
     recipe = check_recipe(stage2_content, "test")
     with pytest.raises(UserError, match="--split: this recipe has no validation rows; it has train"):
         show(recipe, tmp_path, split="validation")
@@ -185,17 +193,29 @@ def test_a_split_that_is_not_there_and_a_bad_image_are_named(
 def test_a_browser_shows_one_sample_and_reports_nothing(stage2: Recipe, tmp_path: Path) -> None:
     show(stage2, tmp_path, samples=5)
     command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
         "--enable-logging=stderr",
-        "--dump-dom", f"file://{tmp_path / 'page.html'}#3",
-    ]  # fmt: skip
+        "--dump-dom",
+        f"file://{tmp_path / 'page.html'}#3",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
         pytest.skip(f"chromium does not run here: {error}")
     assert [int("now" in text.split(">")[0].split('class="')[-1]) for text in done.stdout.split("<article")[1:]] == [
-        0, 0, 1, 0, 0,
-    ]  # fmt: skip
+        0,
+        0,
+        1,
+        0,
+        0,
+    ]
     assert "3 of 5" in done.stdout
     assert "CONSOLE" not in done.stderr  # neither an error of the script nor a breach of the page's policy

@@ -1,4 +1,4 @@
-"""What a run goes on with: the same recipe, or changes that were accepted by name."""
+"""Resume with the same recipe, or with changes accepted by name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OTHERS: dict[type, Any] = {
 
 
 def changed_in(recipe: Recipe, key: str) -> Recipe:
-    """The same recipe with another value at one key, whether or not that could be run."""
+    """Return the recipe with another value at one key, valid or not."""
     *path, name = key.split(".")
     sections: list[Any] = [recipe]
     for part in path:
@@ -48,7 +48,7 @@ def changed_in(recipe: Recipe, key: str) -> Recipe:
 
 
 @pytest.mark.filterwarnings("ignore:Pydantic serializer:UserWarning")  # of values that no recipe could have
-def test_every_key_is_refused_accepted_by_name_or_known_to_change_nothing(stage2_content: dict[str, Any]) -> None:
+def test_every_changed_key_is_refused_acceptable_or_without_effect(stage2_content: dict[str, Any]) -> None:
     recipe = check_recipe(stage2_content, "test")
     keys = [key for key in leaves(recipe) if not key.startswith("data.columns")]
     assert len(keys) > 60
@@ -62,7 +62,7 @@ def test_every_key_is_refused_accepted_by_name_or_known_to_change_nothing(stage2
             continue
         refused.append(key)
         acceptable = key in ACCEPTABLE or key.startswith("evaluation.")
-        with pytest.raises(UserError, match=r"^--resume: the recipe is not that of step 3: ") as error:
+        with pytest.raises(UserError, match=r"^--resume: the recipe differs from that of step 3: ") as error:
             check_changes(recipe, other, (), 3)
         assert f" {key} was " in str(error.value)
         assert (f"--accept-changes {key}" in str(error.value)) == acceptable
@@ -74,12 +74,15 @@ def test_every_key_is_refused_accepted_by_name_or_known_to_change_nothing(stage2
     assert {"training.learning_rate", "lora.r", "seed", "data.max_length", "model.quantization"} <= set(refused)
 
 
-def test_a_section_that_comes_or_goes_is_a_change(stage2_content: dict[str, Any]) -> None:
-    asked, without = check_recipe(stage2_content, "test"), check_recipe(stage2_content | {"evaluation": None}, "test")
+def test_an_added_or_removed_section_is_a_change(stage2_content: dict[str, Any]) -> None:
+    with_evaluation, without = (
+        check_recipe(stage2_content, "test"),
+        check_recipe(stage2_content | {"evaluation": None}, "test"),
+    )
     with pytest.raises(UserError, match=r"evaluation.before was 'all' and is None.*, or --accept-changes evaluation$"):
-        check_changes(asked, without, (), 3)
+        check_changes(with_evaluation, without, (), 3)
     keys = ("after", "batch_size", "before", "generate_rows", "max_new_tokens", "parser")
-    assert check_changes(asked, without, ("evaluation",), 3) == tuple(f"evaluation.{key}" for key in keys)
+    assert check_changes(with_evaluation, without, ("evaluation",), 3) == tuple(f"evaluation.{key}" for key in keys)
     own = stage2_content | {"data": {"format": "conversations", "path": "a.json"}, "evaluation": None}
     with pytest.raises(UserError, match=r"data.format was 'scienceqa' and is 'conversations'"):
         check_changes(without, check_recipe(own, "test"), (), 3)
@@ -89,7 +92,7 @@ def curve(folder: Path, name: str) -> list[Any]:
     return list(json.loads((folder / "metrics.json").read_text())["train"]["curves"][name])
 
 
-def test_another_learning_rate_is_refused_and_takes_effect_where_accepted(
+def test_another_learning_rate_takes_effect_only_if_accepted(
     stage2_content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage2_content["evaluation"] = None
@@ -100,22 +103,22 @@ def test_another_learning_rate_is_refused_and_takes_effect_where_accepted(
         stage2_content["training"]["learning_rate"] = rate
         file.write_text(dump_recipe(check_recipe(stage2_content, "test")))
         code = main("finetune", [str(file), *arguments])
-        _, found, told = capsys.readouterr().err.rpartition("error: ")  # behind what is left of a progress bar
-        return code, (found + told).rstrip() if found else ""
+        _, found, message = capsys.readouterr().err.rpartition("error: ")  # behind what is left of a progress bar
+        return code, (found + message).rstrip() if found else ""
 
     assert call() == (0, "")
     folder = Path(stage2_content["output_dir"])
     expected = load_file(folder / "adapter_model.safetensors")
     (folder / "run.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
-    code, told = call("--resume", rate=0.003)
-    assert (code, told) == (
+    code, message = call("--resume", rate=0.003)
+    assert (code, message) == (
         2,
-        "error: --resume: the recipe is not that of step 3: training.learning_rate was 0.006 and is 0.003; take that "
-        "back, or --accept-changes training.learning_rate",
+        "error: --resume: the recipe differs from that of step 3: training.learning_rate was 0.006 and is 0.003; undo "
+        "that, or --accept-changes training.learning_rate",
     )
-    code, told = call("--resume", "--accept-changes", "training.learning_rat", rate=0.003)
-    assert (code, told) == (
+    code, message = call("--resume", "--accept-changes", "training.learning_rat", rate=0.003)
+    assert (code, message) == (
         2,
         'error: --accept-changes: training.learning_rat cannot change within a run (did you mean "training.'
         'learning_rate"?)',
@@ -128,7 +131,7 @@ def test_another_learning_rate_is_refused_and_takes_effect_where_accepted(
     assert any(not expected[name].equal(found[name]) for name in expected)
 
 
-def test_another_interval_of_validation_takes_effect_where_accepted(
+def test_another_validation_interval_takes_effect_if_accepted(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(stage2_content, max_steps=8, eval_every=8, save_every=2, log_every=4)
@@ -143,7 +146,7 @@ def test_another_interval_of_validation_takes_effect_where_accepted(
     assert [step for step, _ in curves["train"]] == [3, 4, 5, 6, 7, 8]
 
 
-def test_a_run_that_was_ended_before_its_table_is_no_finished_one(
+def test_a_run_stopped_before_its_evaluation_is_unfinished(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = check_recipe(stage2_content, "test")
@@ -167,17 +170,17 @@ def test_a_run_that_was_ended_before_its_table_is_no_finished_one(
 
 
 def ends_at(table: str) -> Any:
-    """Asks tables, and is stopped by Ctrl-C at the one before or the one after training."""
+    """Return an `ask_table` that raises Ctrl-C before or after training."""
 
-    def asked(model: Any, plan: Any, when: str) -> Any:
+    def evaluate_table(model: Any, plan: Any, when: str) -> Any:
         if when == table:
             raise KeyboardInterrupt
         return ask_table(model, plan, when)
 
-    return asked
+    return evaluate_table
 
 
-def test_what_fails_inside_is_not_taken_for_the_folder(tmp_path: Path) -> None:
+def test_errors_inside_the_lock_are_not_reported_as_errors_of_the_folder(tmp_path: Path) -> None:
     for error in (PermissionError(13, "Permission denied"), Timeout("other.lock")):
         with pytest.raises(type(error)), only_run(tmp_path):
             raise error
@@ -185,7 +188,7 @@ def test_what_fails_inside_is_not_taken_for_the_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_overwrite_takes_an_unfinished_stage_1_too(
+def test_overwrite_replaces_an_unfinished_stage_1_too(
     stage1_content: dict[str, Any], stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     stage1_content["training"] |= {"save_every": 1, "max_steps": 4}
@@ -200,20 +203,22 @@ def test_overwrite_takes_an_unfinished_stage_1_too(
     assert (Path(recipe.output_dir) / "metrics.json").is_file()
 
 
-def test_two_runs_in_one_folder_and_the_other_is_named(stage2_content: dict[str, Any]) -> None:
+def test_a_second_run_in_a_folder_is_refused_naming_the_first(stage2_content: dict[str, Any]) -> None:
     recipe = check_recipe(stage2_content, "test")
-    told = rf"output_dir: process {os.getpid()} on .*, since .*, is at work in .*/run; wait for it, or set output_dir="
-    with only_run(Path(recipe.output_dir)), pytest.raises(UserError, match=told):
+    message = (
+        rf"output_dir: process {os.getpid()} on .*, since .*, is at work in .*/run; wait for it, or set output_dir="
+    )
+    with only_run(Path(recipe.output_dir)), pytest.raises(UserError, match=message):
         finetune(recipe, Path(), console=Console(file=io.StringIO()))
 
 
-def test_a_folder_that_cannot_be_made_is_told(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_an_error(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     recipe = check_recipe(stage2_content | {"output_dir": str(tmp_path / "file" / "run")}, "test")
     with pytest.raises((UserError, NotADirectoryError)):
         finetune(recipe, Path(), console=Console(file=io.StringIO()))
 
 
-def test_resume_and_overwrite_are_not_both(stage2: Recipe) -> None:
-    with pytest.raises(UserError, match="give one"):
+def test_resume_and_overwrite_exclude_each_other(stage2: Recipe) -> None:
+    with pytest.raises(UserError, match="use one of them"):
         finetune(stage2, Path(), resume=True, overwrite=True, console=Console(file=io.StringIO()))

@@ -43,7 +43,7 @@ def test_grouped_batches_hold_similar_lengths() -> None:
     assert batch_samples(lengths, 4, grouped=True)[0] != batch_samples(lengths, 4, grouped=True, epoch=1)[0]
 
 
-def test_a_run_is_as_many_passes_as_asked() -> None:
+def test_a_run_has_the_epochs_of_the_recipe() -> None:
     order = order_rows(section(epochs=1.5, batch_size=5, gradient_accumulation=2), [10] * 24, seed=0, padded=False)
     assert [len(row) for row in order.rows] == [5, 5, 5, 5, 4, 5, 5, 5]  # 5 batches, and 3 of the second pass's 5
     assert order.steps == 4
@@ -53,9 +53,20 @@ def test_a_run_is_as_many_passes_as_asked() -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "samples", "rows"),
-    [(2.1, 100, 210), (1.1, 10, 11), (0.07, 100, 7), (0.29, 100, 29), (3.3, 10, 33), (0.45, 20, 9), (4.35, 100, 435),
-     (2.11, 100, 211), (0.001, 10, 1), (3.0, 7, 21), (1e-7, 10, 1)],
-)  # fmt: skip
+    [
+        (2.1, 100, 210),
+        (1.1, 10, 11),
+        (0.07, 100, 7),
+        (0.29, 100, 29),
+        (3.3, 10, 33),
+        (0.45, 20, 9),
+        (4.35, 100, 435),
+        (2.11, 100, 211),
+        (0.001, 10, 1),
+        (3.0, 7, 21),
+        (1e-7, 10, 1),
+    ],
+)
 def test_a_fraction_of_an_epoch_is_that_share_of_its_rows(epochs: float, samples: int, rows: int) -> None:
     order = order_rows(section(epochs=epochs), [10] * samples, seed=0, padded=False)
     assert sum(map(len, order.rows)) == rows
@@ -67,7 +78,7 @@ SCHEDULERS = ("cosine", "linear", "constant_with_warmup")
 
 
 def rates(share: float, steps: int, scheduler: str) -> list[float]:
-    """Of a run's steps, by transformers' own schedule; 1 is the peak."""
+    """Return the learning rates of a run's steps from transformers' schedule; 1 is the peak."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = get_scheduler(scheduler, optimizer, warmup_steps(share, steps), steps)
     found = []
@@ -86,7 +97,7 @@ def test_the_first_of_very_few_steps_trains(scheduler: str, steps: int) -> None:
     assert rates(0.0, steps, scheduler)[0] == 1.0
 
 
-def test_warm_up_never_takes_all_steps_and_is_else_that_of_transformers() -> None:
+def test_warm_up_is_that_of_transformers_but_never_all_steps() -> None:
     for share in (0.0, 0.01, 0.03, 0.1, 0.5, 0.9, 0.99):
         for steps in range(4, 300):
             theirs = SFTConfig(warmup_steps=share, use_cpu=True, bf16=False, report_to="none").get_warmup_steps(steps)
@@ -95,7 +106,7 @@ def test_warm_up_never_takes_all_steps_and_is_else_that_of_transformers() -> Non
     assert [warmup_steps(0.5, 2), warmup_steps(0.9, 2), warmup_steps(0.9, 1)] == [1, 1, 0]
 
 
-def test_a_run_of_one_step_changes_weights_at_its_full_rate(
+def test_a_run_of_one_step_trains_at_its_full_learning_rate(
     stage2_content: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage2_content["training"] |= {"max_steps": 1, "learning_rate": 1e-3, "log_every": 1}
@@ -111,7 +122,7 @@ def test_a_run_of_one_step_changes_weights_at_its_full_rate(
     assert "of 1 steps 0 are warm-up" in capsys.readouterr().out
 
 
-def test_a_run_of_fixed_steps_passes_over_the_data_until_it_has_them() -> None:
+def test_a_run_of_fixed_steps_repeats_the_data() -> None:
     training = section(max_steps=7, max_tokens_per_row=25, gradient_accumulation=2)
     order = order_rows(training, [10] * 6, seed=0, padded=False)
     assert [len(row) for row in order.rows] == [2] * 14
@@ -126,10 +137,10 @@ def packed_content(content: dict[str, Any], **training: Any) -> dict[str, Any]:
     return content
 
 
-def test_packed_rows_train_every_token_and_go_on_after_a_stop_as_if_there_was_none(
+def test_packed_rows_train_every_token_and_resume_exactly(
     stage2_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """24 samples in rows of 250 tokens, two rows a step; stopped after the second step, in the middle of an epoch."""
+    """24 samples in rows of 250 tokens, two rows per step; stopped after the second step, within an epoch."""
     packed_content(stage2_content, max_steps=None, epochs=2, gradient_accumulation=2, eval_every=100)
 
     def trained(name: str, stop_at: int | None = None, resume: bool = False) -> Any:
@@ -166,8 +177,8 @@ def test_packed_rows_train_every_token_and_go_on_after_a_stop_as_if_there_was_no
     assert all(torch.equal(found[name], parameter) for name, parameter in expected.items())
 
 
-def test_a_step_is_the_same_however_its_samples_are_laid_out(stage2_content: dict[str, Any], tmp_path: Path) -> None:
-    """Eight samples a step, in eight rows, in two batches or in one row: one loss, one gradient, one projector."""
+def test_a_step_does_not_depend_on_the_layout_of_its_samples(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+    """Eight samples per step in eight rows, two batches or one row have the same loss, gradient and projector."""
     ends = []
     stage2_content["model"]["quantization"] = "none"
     layouts = ({"batch_size": 1, "gradient_accumulation": 8}, {"batch_size": 4, "gradient_accumulation": 2})
@@ -202,7 +213,7 @@ def test_the_validation_loss_does_not_depend_on_the_batch_size(stage2_content: d
 
 
 def test_a_validation_split_has_its_own_images(stage2_content: dict[str, Any]) -> None:
-    """Images in a table are named by their row, and so have the same names in every split."""
+    """Images in a table are named by their row, so every split has the same names."""
     plan = plan_run(check_recipe(stage2_content, "test"))
     train_feed, validation = build_feeds(plan)
     assert validation is not None
@@ -210,10 +221,10 @@ def test_a_validation_split_has_its_own_images(stage2_content: dict[str, Any]) -
     assert train_feed.collator.load_pixels.images is plan.splits["train"].images
 
 
-def test_a_sample_longer_than_a_row_is_named_with_the_mend(stage2_content: dict[str, Any]) -> None:
+def test_a_sample_longer_than_a_row_is_named_with_the_fix(stage2_content: dict[str, Any]) -> None:
     packed_content(stage2_content, max_tokens_per_row=40)
-    told = r"row \d+ has \d+ tokens, over training.max_tokens_per_row 40; raise it, or set data.max_length=40 with"
-    with pytest.raises(UserError, match=told):
+    message = r"row \d+ has \d+ tokens, over training.max_tokens_per_row 40; raise it, or set data.max_length=40 with"
+    with pytest.raises(UserError, match=message):
         plan_run(check_recipe(stage2_content, "test"))
 
 

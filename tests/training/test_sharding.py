@@ -1,4 +1,4 @@
-"""FSDP2 over two gloo processes trains what one process trains, and its checkpoints are like any other."""
+"""FSDP2 over two gloo processes matches one process, and its checkpoints are like any other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lora_llava.recipe.io import check_recipe
 from tests.training.small_runs import LAUNCHER, content_for_ranks, launch, one_and_two, same, weights
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-"""As `accelerate launch --use_fsdp --fsdp_version 2` sets them."""
+"""Set by `accelerate launch --use_fsdp --fsdp_version 2`."""
 
 
 @pytest.fixture(scope="module", params=["none", pytest.param("nf4", marks=pytest.mark.slow)])
@@ -30,7 +30,7 @@ def content(parts: Path, scienceqa: Path, request: pytest.FixtureRequest) -> dic
 
 @pytest.fixture(scope="module")
 def runs(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """Run directories of one process and of two that share the weights, and what the two said."""
+    """Run directories of one process and of two sharded ones, and the output of the two."""
     return one_and_two(content, tmp_path_factory.mktemp("sharded"), FSDP)
 
 
@@ -38,7 +38,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     return dict(json.loads((run / "metrics.json").read_text())["train"]["loss_curve"])
 
 
-def test_each_process_holds_half(runs: tuple[Path, Path, str]) -> None:
+def test_each_process_has_half_of_the_weights(runs: tuple[Path, Path, str]) -> None:
     held, of = re.search(r"this process holds ([\d.]+) of ([\d.]+) MB of weights", runs[2]).groups()  # type: ignore[union-attr]
     assert float(held) == pytest.approx(float(of) / 2, rel=0.05)
     plans = [json.loads((each / "metrics.json").read_text())["model"]["freeze_plan"] for each in runs[:2]]
@@ -56,7 +56,7 @@ def test_the_losses_and_the_adapter_are_those_of_one_process(runs: tuple[Path, P
     assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) < 1e-5
 
 
-def test_two_that_share_go_on_as_if_there_was_no_stop(
+def test_two_sharded_processes_resume_exactly(
     content: dict[str, Any], runs: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
     if content["model"]["quantization"] == "none":
@@ -73,51 +73,53 @@ def test_two_that_share_go_on_as_if_there_was_no_stop(
 
 REFUSED = {
     "first version": ({"FSDP_VERSION": "1"}, {}, "FSDP's first version is not supported; add --fsdp_version 2"),
-    "answers": ({}, {"evaluation": {}}, "evaluation: answers need the whole model on one GPU"),
-    "offload": ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "FSDP's offload of parameters has not been tried here"),
+    "answers": ({}, {"evaluation": {}}, "evaluation: answers need the complete model on one GPU"),
+    "offload": ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "FSDP's parameter offload has not been tested with this trainer"),
     "recompute": (
-        {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {},
+        {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+        {},
         "leave --fsdp_activation_checkpointing out; training.gradient_checkpointing does it",
     ),
     "paged": (
-        {}, {"training": {"learning_rate": 1e-3, "optimizer": "paged_adamw_8bit"}},
-        "training.optimizer: paged_adamw_8bit cannot step shares of weights; set adamw_torch, or auto",
+        {},
+        {"training": {"learning_rate": 1e-3, "optimizer": "paged_adamw_8bit"}},
+        "training.optimizer: paged_adamw_8bit cannot update sharded weights; set adamw_torch, or auto",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_has_not_been_shared_out_is_refused(
+def test_settings_not_tested_with_fsdp_are_refused(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    environment, changes, told = REFUSED[name]
+    environment, changes, message = REFUSED[name]
     for key, value in (FSDP | environment).items():
         monkeypatch.setenv(key, value)
     recipe = check_recipe(stage2_content | {"evaluation": None} | changes, "test")
     with pytest.raises(UserError) as error:
         check_sharding(recipe, 2)
-    assert str(error.value).startswith(told)
+    assert str(error.value).startswith(message)
 
 
-def test_one_process_has_nobody_to_share_with(stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsdp_with_one_process_is_refused(stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(UserError, match="there is one; start several, or leave FSDP out"):
+    with pytest.raises(UserError, match="only one was started; start several, or leave FSDP out"):
         plan_run(check_recipe(stage2_content, "test"))
 
 
 @pytest.mark.parametrize(
-    ("stage", "told"),
+    ("stage", "message"),
     [
-        ("3", "DeepSpeed's ZeRO-3 shares weights out, which 4-bit ones cannot be; start with torchrun"),
-        ("", "DeepSpeed has not been tried with this trainer; start with torchrun"),
+        ("3", "DeepSpeed's ZeRO-3 shards weights, which 4-bit weights do not support; start with torchrun"),
+        ("", "DeepSpeed has not been tested with this trainer; start with torchrun"),
     ],
 )
 def test_deepspeed_is_refused(
-    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stage: str, told: str
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, stage: str, message: str
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     with pytest.raises(UserError) as error:
         plan_run(check_recipe(stage2_content, "test"))
-    assert str(error.value).startswith(told)
+    assert str(error.value).startswith(message)

@@ -1,4 +1,4 @@
-"""The check at every start passes what is equal and stops what is not."""
+"""The check at every start passes equal losses and stops a run with different ones."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def start(stage2: Recipe) -> tuple[Any, list[dict[str, Any]], PaddedCollator, Pa
     return model, plan.splits["train"].rows[:4], PaddedCollator(pixels, 897), PackedCollator(pixels)
 
 
-def test_equal_losses_pass_and_the_model_is_left_as_it_was(start: Any) -> None:
+def test_equal_losses_pass_and_the_model_is_unchanged(start: Any) -> None:
     model, rows, padded, packed = start
     model.train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    told = check_first_batch(model, rows, padded, packed)
-    packed_loss, padded_loss = (part.split(" ")[1] for part in told.removesuffix(": equal").split(", "))
+    output = check_first_batch(model, rows, padded, packed)
+    packed_loss, padded_loss = (part.split(" ")[1] for part in output.removesuffix(": equal").split(", "))
     assert packed_loss == padded_loss
     assert model.training
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_samples_that_see_each_other_stop_the_run(start: Any) -> None:
+def test_samples_that_attend_to_each_other_stop_the_run(start: Any) -> None:
     model, rows, padded, packed = start
 
     def leaking(rows: Any) -> Any:
@@ -73,7 +73,7 @@ def test_padded_and_padding_free_training_end_at_the_same_weights(
             torch.testing.assert_close(parameter, expected[name], rtol=0, atol=2e-4, msg=name)
 
 
-def test_the_backend_is_told_and_refused_where_it_cannot_run(monkeypatch: Any) -> None:
+def test_the_attention_is_described_and_refused_if_it_cannot_run(monkeypatch: Any) -> None:
     assert resolve_attention("auto", torch.float32) == (True, "flash_varlen, padding-free, by SDPA on each sample")
     assert resolve_attention("sdpa", torch.float32) == (False, "sdpa, padded")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -85,7 +85,7 @@ def test_the_backend_is_told_and_refused_where_it_cannot_run(monkeypatch: Any) -
     ):
         resolve_attention("flash_varlen", torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    told = "need compute capability 8.0, and this GPU has 7.5"
-    assert resolve_attention("auto", torch.bfloat16) == (False, f"sdpa, padded: flash_varlen's GPU kernels {told}")
-    with pytest.raises(UserError, match=f"{told}; set model.attention=sdpa"):
+    message = "need compute capability 8.0, and this GPU has 7.5"
+    assert resolve_attention("auto", torch.bfloat16) == (False, f"sdpa, padded: flash_varlen's GPU kernels {message}")
+    with pytest.raises(UserError, match=f"{message}; set model.attention=sdpa"):
         resolve_attention("flash_varlen", torch.bfloat16)

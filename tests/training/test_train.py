@@ -64,7 +64,7 @@ def test_projector_and_adapters_train_in_float32(trained: Any) -> None:
     assert dtypes == {torch.float32}
 
 
-def test_the_run_holds_the_checkpoint_with_the_best_validation_loss(trained: Any, stage2: Recipe) -> None:
+def test_the_run_has_the_weights_with_the_best_validation_loss(trained: Any, stage2: Recipe) -> None:
     _plan, _, _, result = trained
     folder = Path(stage2.output_dir)
     steps = sorted(int(p.name.split("-")[1]) for p in (folder / "checkpoints").iterdir())
@@ -133,9 +133,12 @@ def test_exported_processor_gives_the_trained_prompt(trained: Any, stage2: Recip
     text = conversation.turns[0].text.removeprefix("<image>\n")
     parts = [{"type": "image", "image": image}, {"type": "text", "text": text}]
     batch = processor.apply_chat_template(
-        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        [{"role": "user", "content": parts}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
         return_tensors="pt",
-    )  # fmt: skip
+    )
     prompt = batch["input_ids"][0].tolist()
     labels = split.rows[row]["labels"]
     assert split.rows[row]["input_ids"][: len(prompt)] == prompt
@@ -143,21 +146,26 @@ def test_exported_processor_gives_the_trained_prompt(trained: Any, stage2: Recip
     assert -100 not in labels[len(prompt) :]
 
 
-def test_two_learning_rates_and_decay_of_matrices_alone(stage2_content: dict[str, Any]) -> None:
+def test_two_learning_rates_and_decay_of_matrices_only(stage2_content: dict[str, Any]) -> None:
     stage2_content["training"] |= {"projector_learning_rate": 1e-4, "weight_decay": 0.1}
     recipe = check_recipe(stage2_content, "test")
     plan = plan_run(recipe)
     model = build_trained_model(recipe, prepare_base(recipe.model, 0))
     trainer = LlavaSFTTrainer(
-        model, training_arguments(recipe, 4, False), train=build_feeds(plan)[0], validation=None,
-        processor=plan.processor, projector_learning_rate=1e-4, callbacks=[],
-    )  # fmt: skip
+        model,
+        training_arguments(recipe, 4, False),
+        train=build_feeds(plan)[0],
+        validation=None,
+        processor=plan.processor,
+        projector_learning_rate=1e-4,
+        callbacks=[],
+    )
     groups = [(g["lr"], g["weight_decay"], len(g["params"])) for g in trainer.create_optimizer().param_groups]
     assert sorted(groups) == [(1e-4, 0.0, 2), (1e-4, 0.1, 2), (5e-3, 0.1, 2 * 7 * 2)]
 
 
-def test_finetune_tells_and_writes_everything(stage2: Recipe) -> None:
-    metrics, told = run(stage2)
+def test_finetune_prints_and_writes_everything(stage2: Recipe) -> None:
+    metrics, output = run(stage2)
     folder = Path(stage2.output_dir)
     assert json.loads((folder / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert set(metrics) >= {"before", "after", "train", "model", "versions"}
@@ -168,8 +176,8 @@ def test_finetune_tells_and_writes_everything(stage2: Recipe) -> None:
         assert table["AVG"][2] == 6
         predictions = [json.loads(line) for line in (folder / f"predictions_{when}.jsonl").read_text().splitlines()]
         assert [p["question_id"] for p in predictions] == ["31", "32", "33", "34", "35", "36"]
-    assert "Freeze plan" in told
-    assert "peak memory" in told
+    assert "Freeze plan" in output
+    assert "peak memory" in output
 
 
 def test_stage_2_starts_from_the_projector_of_stage_1(stage1: Recipe, stage2_content: dict[str, Any]) -> None:
@@ -202,17 +210,17 @@ def test_a_stage_1_recipe_is_run_first_and_only_once(
     (tmp_path / "align.yaml").write_text(json.dumps(stage1_content))  # JSON is YAML
     stage2_content["model"]["start_from"] = {"stage1_recipe": "align.yaml"}
     stage2_content["evaluation"] = None
-    _, told = run(check_recipe(stage2_content, "test"), tmp_path)
-    assert "Stage 1" in told
+    _, output = run(check_recipe(stage2_content, "test"), tmp_path)
+    assert "Stage 1" in output
     written = (tmp_path / "stage1" / "run.json").stat().st_mtime_ns
     stage2_content["output_dir"] = str(tmp_path / "second")
-    _, told = run(check_recipe(stage2_content, "test"), tmp_path)
-    assert "Stage 1" not in told
+    _, output = run(check_recipe(stage2_content, "test"), tmp_path)
+    assert "Stage 1" not in output
     assert (tmp_path / "stage1" / "run.json").stat().st_mtime_ns == written
     stage1_content["training"]["max_steps"] = 2
     (tmp_path / "align.yaml").write_text(json.dumps(stage1_content))
     stage2_content["output_dir"] = str(tmp_path / "third")
-    with pytest.raises(UserError, match="was trained by another Stage 1 recipe"):
+    with pytest.raises(UserError, match="was trained with another Stage 1 recipe"):
         run(check_recipe(stage2_content, "test"), tmp_path)
 
 
@@ -242,7 +250,7 @@ def test_a_complete_llava_needs_no_stage_1(stage2: Recipe, stage2_content: dict[
     assert config["base_model_name_or_path"] == base
 
 
-def test_a_finished_run_is_not_overwritten_unasked(stage1: Recipe) -> None:
+def test_a_finished_run_is_not_overwritten_automatically(stage1: Recipe) -> None:
     run(stage1)
     with pytest.raises(UserError, match="holds a finished run"):
         run(stage1)
@@ -252,23 +260,23 @@ def test_a_finished_run_is_not_overwritten_unasked(stage1: Recipe) -> None:
         run(stage1)
 
 
-def test_resume_goes_on_from_the_newest_checkpoint(stage2_content: dict[str, Any]) -> None:
+def test_resume_continues_from_the_newest_checkpoint(stage2_content: dict[str, Any]) -> None:
     stage2_content["evaluation"] = None
-    whole = check_recipe(stage2_content, "test")
-    run(whole)
-    folder = Path(whole.output_dir)
+    complete = check_recipe(stage2_content, "test")
+    run(complete)
+    folder = Path(complete.output_dir)
     expected = load_file(folder / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
     (folder / "run.json").unlink()
     import shutil
 
     shutil.rmtree(folder / "checkpoints" / "checkpoint-4")
-    run(whole, resume=True)
+    run(complete, resume=True)
     resumed = load_file(folder / "checkpoints" / "checkpoint-4" / "adapter_model.safetensors")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
-def test_nothing_to_resume_is_said(stage2: Recipe) -> None:
-    with pytest.raises(UserError, match="holds no checkpoint"):
+def test_nothing_to_resume_is_an_error(stage2: Recipe) -> None:
+    with pytest.raises(UserError, match="has no checkpoint"):
         run(stage2, resume=True)
 
 
@@ -276,9 +284,9 @@ def test_dry_run_writes_no_base_and_marks_a_sample(stage2: Recipe, monkeypatch: 
     monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))
     stream = io.StringIO()
     dry_run(stage2, Path(), Console(file=stream, width=160))
-    told = stream.getvalue()
+    output = stream.getvalue()
     assert not (tmp_path / "cache" / "bases").exists()
     assert not Path(stage2.output_dir).exists()
-    assert "4 steps of 4 samples" in told
-    assert "<image x 4>" in told
-    assert "⟦Colours have names. It is red. The answer is A.</s>⟧" in told
+    assert "4 steps of 4 samples" in output
+    assert "<image x 4>" in output
+    assert "⟦Colours have names. It is red. The answer is A.</s>⟧" in output

@@ -1,4 +1,4 @@
-"""Two processes over gloo train what one trains: losses, adapter, answers; and one of them writes and tells."""
+"""Two processes over gloo match one: losses, adapter, answers; and only one of them writes and prints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def content(parts: Path, scienceqa: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """Run directories of one rank and of two, with as many samples a step, and what the two said."""
+    """Run directories of one rank and of two, with equally many samples per step, and the output of the two."""
     return one_and_two(content, tmp_path_factory.mktemp("ranks"))
 
 
@@ -59,15 +59,15 @@ def test_both_ranks_answer_and_every_answer_is_there_once(runs: tuple[Path, Path
     assert (runs[0] / "predictions_before.jsonl").read_bytes() == (runs[1] / "predictions_before.jsonl").read_bytes()
 
 
-def test_one_rank_tells_and_writes(runs: tuple[Path, Path, str]) -> None:
-    _, two, told = runs
-    assert told.count("trained 6 steps") == 1
-    assert told.count("step 3: validation loss") == 1
-    assert told.count("Freeze plan") == 1
+def test_only_one_rank_prints_and_writes(runs: tuple[Path, Path, str]) -> None:
+    _, two, output = runs
+    assert output.count("trained 6 steps") == 1
+    assert output.count("step 3: validation loss") == 1
+    assert output.count("Freeze plan") == 1
     assert sorted(file.name for file in (two / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6"]
 
 
-def test_a_mistake_is_told_once_without_traceback_of_ours(content: dict[str, Any], tmp_path: Path) -> None:
+def test_an_error_is_printed_once_without_our_traceback(content: dict[str, Any], tmp_path: Path) -> None:
     wrong = content | {"data": content["data"] | {"path": str(tmp_path / "nowhere")}}
     result = launch(wrong, tmp_path / "run", LAUNCHER)
     assert result.returncode != 0
@@ -75,16 +75,16 @@ def test_a_mistake_is_told_once_without_traceback_of_ours(content: dict[str, Any
     assert 'finetune.py", line' not in result.stderr
 
 
-def test_two_ranks_that_were_stopped_go_on_as_if_there_was_no_stop(
+def test_two_stopped_ranks_resume_exactly(
     content: dict[str, Any], runs: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
-    """Both ranks of the finished run lose their last three steps, as a kill takes them; one process may not go on."""
+    """Remove the last three steps of a finished run; one process may not resume it."""
     folder = tmp_path / "two"
     shutil.copytree(runs[1], folder)
     (folder / "run.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
-    told = "was written by 2 processes that trained together, and now there are 1; start as many"
-    with pytest.raises(UserError, match=told):
+    message = "was written by a run of 2 processes, and now there are 1; start as many"
+    with pytest.raises(UserError, match=message):
         run(check_recipe(content | {"output_dir": str(folder)}, "test"), resume=True)
     assert launch(content, folder, LAUNCHER, "--resume").returncode == 0
     assert same(weights(folder), weights(runs[1]))

@@ -1,4 +1,4 @@
-"""What ends a run before it does harm, and leaves it to be resumed."""
+"""Stop a run on a signal, a non-finite value or another failure, and resume it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lora_llava.core.errors import StoppedError, UserError
 from lora_llava.data.images.reading import Pixels
 from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
-from lora_llava.runs.checkpoint import list_checkpoints, newest_whole
+from lora_llava.runs.checkpoint import list_checkpoints, newest_complete
 from lora_llava.training import stages
-from lora_llava.training.watchdog import PoisonedError, RefuseNaN, SaveEvery, StopOnSignal, TellSpikes
+from lora_llava.training.watchdog import PoisonedError, RefuseNaN, SaveEvery, StopOnSignal, WarnOfSpikes
 from tests.training.small_runs import recipe_of, run, same, weights
 
 
@@ -33,11 +33,11 @@ def checkpoints_of(recipe: Recipe) -> Path:
 
 
 UNBROKEN: dict[str, Path] = {}
-"""Run directories of recipes to whose runs nothing happened."""
+"""Run directories of uninterrupted runs by recipe."""
 
 
 def unbroken(content: dict[str, Any], tmp_path: Path) -> Path:
-    """What the same recipe comes to where nothing happens."""
+    """Return an uninterrupted run of the same recipe."""
     key = json.dumps(content | {"output_dir": ""}, sort_keys=True)
     if key not in UNBROKEN:
         recipe = check_recipe(content | {"output_dir": str(tmp_path / "unbroken")}, "test")
@@ -47,12 +47,12 @@ def unbroken(content: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def expected_of(content: dict[str, Any], tmp_path: Path) -> dict[str, torch.Tensor]:
-    """The weights of the unbroken run."""
+    """Return the weights of the uninterrupted run."""
     return weights(unbroken(content, tmp_path))
 
 
 def act_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], Any]) -> None:
-    """Do something at the end of a step of the next run."""
+    """Call a function at the end of a step of the next run."""
     ended = StopOnSignal.on_step_end
 
     def on_step_end(self: StopOnSignal, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -75,16 +75,16 @@ def test_a_signal_leaves_a_checkpoint_and_no_result(
             run(recipe)
     assert error.value.exit_code == code
     assert [signal.getsignal(getattr(signal, each)) for each in ("SIGINT", "SIGTERM", "SIGHUP")] == handlers
-    assert newest_whole(checkpoints_of(recipe))[0] in [checkpoints_of(recipe) / f"checkpoint-{n}" for n in (3, 4)]
+    assert newest_complete(checkpoints_of(recipe))[0] in [checkpoints_of(recipe) / f"checkpoint-{n}" for n in (3, 4)]
     assert not {"run.json", "adapter_model.safetensors", "metrics.json"} & set(os.listdir(recipe.output_dir))
     run(recipe, resume=True)
     assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
 
 
-def test_a_signal_at_a_validation_loses_nothing_of_it(
+def test_a_signal_during_validation_loses_nothing(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The best checkpoint is that of the step of the signal: it is not known to be before the run goes on."""
+    """The best checkpoint is at the step of the signal, which is known only after the run resumes."""
     recipe = recipe_of(stage2_content, max_steps=4, eval_every=2, learning_rate=0.15, log_every=1)
     with monkeypatch.context() as patch:
         act_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -101,7 +101,7 @@ def test_a_signal_at_a_validation_loses_nothing_of_it(
     assert same(weights(Path(recipe.output_dir)), expected)
 
 
-def test_a_signal_after_the_last_step_leaves_the_rest_to_a_resume(
+def test_a_run_stopped_after_the_last_step_is_finished_by_a_resume(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     recipe = recipe_of(stage2_content, max_steps=4, eval_every=4)
@@ -114,7 +114,7 @@ def test_a_signal_after_the_last_step_leaves_the_rest_to_a_resume(
     assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
 
 
-def test_a_signal_that_comes_while_ranks_tell_one_another_is_heeded_at_the_next_step(
+def test_a_signal_during_a_gather_is_handled_at_the_next_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stop, state, control = StopOnSignal(), TrainerState(max_steps=9), TrainerControl()
@@ -131,7 +131,7 @@ def test_a_signal_that_comes_while_ranks_tell_one_another_is_heeded_at_the_next_
     assert control.should_training_stop
 
 
-def test_a_second_ctrl_c_ends_it_at_once_and_the_last_checkpoint_is_whole(
+def test_a_second_ctrl_c_stops_at_once_with_a_complete_last_checkpoint(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(stage2_content)
@@ -145,14 +145,14 @@ def test_a_second_ctrl_c_ends_it_at_once_and_the_last_checkpoint_is_whole(
     act_at(monkeypatch, 3, twice)
     with pytest.raises(KeyboardInterrupt):
         run(recipe)
-    assert newest_whole(checkpoints_of(recipe)) == (checkpoints_of(recipe) / "checkpoint-2", [])
+    assert newest_complete(checkpoints_of(recipe)) == (checkpoints_of(recipe) / "checkpoint-2", [])
 
 
 @pytest.mark.slow
-def test_sigterm_from_outside_ends_within_a_step_and_two_seconds(
+def test_sigterm_from_outside_stops_within_a_step_and_two_seconds(
     stage2_content: dict[str, Any], tmp_path: Path
 ) -> None:
-    """As SLURM does before it takes the machine."""
+    """As SLURM sends it before it stops a job."""
     recipe = recipe_of(stage2_content, max_steps=2000, eval_every=2000, save_every=3)
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))
@@ -164,11 +164,11 @@ def test_sigterm_from_outside_ends_within_a_step_and_two_seconds(
     process.join(30)
     assert process.exitcode == 143
     assert time.monotonic() - sent < 10  # the README has the figure of an idle machine
-    assert newest_whole(checkpoints_of(recipe))[1] == []
+    assert newest_complete(checkpoints_of(recipe))[1] == []
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Let one image be no numbers, as a broken preprocessing would."""
+    """Replace the pixels of an image with NaN."""
     given = Pixels.__call__
 
     def pixels(self: Pixels, names: Any) -> Any:
@@ -189,13 +189,13 @@ def test_a_poisoned_image_stops_in_its_step_and_is_named(
         poisoned(patch, "train/7/image.png")
         with pytest.raises(PoisonedError) as error:
             run(recipe)
-    told = str(error.value)
+    message = str(error.value)
     assert error.value.exit_code == 3
-    assert "(train/7/image.png)" in told
-    assert "the loss is not a number (NaN or infinite); the weights did not take it and nothing was saved" in told
-    step = int(told.removeprefix("step ").partition(":")[0])
-    newest, passed_over = newest_whole(checkpoints_of(recipe))
-    assert passed_over == []
+    assert "(train/7/image.png)" in message
+    assert "the loss is not a number (NaN or infinite); the weights were not updated and nothing was saved" in message
+    step = int(message.removeprefix("step ").partition(":")[0])
+    newest, skipped = newest_complete(checkpoints_of(recipe))
+    assert skipped == []
     if step == 1:
         assert newest is None
         return
@@ -203,7 +203,7 @@ def test_a_poisoned_image_stops_in_its_step_and_is_named(
     assert all(value.isfinite().all() for value in weights(newest).values())
 
 
-def test_a_gradient_that_is_no_number_stops_too(
+def test_a_gradient_that_is_not_finite_stops_the_run_too(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(stage2_content, save_every=1, eval_every=4)
@@ -222,10 +222,10 @@ def test_a_gradient_that_is_no_number_stops_too(
     monkeypatch.setattr(stages, "build_trainer", build)
     with pytest.raises(PoisonedError, match="step 3: the gradient is not a number"):
         run(recipe)
-    assert newest_whole(checkpoints_of(recipe)) == (checkpoints_of(recipe) / "checkpoint-2", [])
+    assert newest_complete(checkpoints_of(recipe)) == (checkpoints_of(recipe) / "checkpoint-2", [])
 
 
-def test_a_image_that_vanishes_is_named_and_resume_is_exact(
+def test_an_image_that_vanishes_is_named_and_resume_is_exact(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scienceqa: Path
 ) -> None:
     shutil.copytree(scienceqa, tmp_path / "data")
@@ -235,7 +235,7 @@ def test_a_image_that_vanishes_is_named_and_resume_is_exact(
     with monkeypatch.context() as patch:
         act_at(patch, 3, lambda: images.rename(tmp_path / "away"))
         with pytest.raises(
-            UserError, match=r"image train/\d+/image.png is missing; go on with --resume, from .*-[34]$"
+            UserError, match=r"image train/\d+/image.png is missing; resume with --resume, from .*-[34]$"
         ):
             run(recipe)
     (tmp_path / "away").rename(images)
@@ -243,7 +243,7 @@ def test_a_image_that_vanishes_is_named_and_resume_is_exact(
     assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
 
 
-def test_memory_that_ends_says_what_to_change_and_leaves_a_checkpoint(
+def test_out_of_memory_names_the_fix_and_leaves_a_checkpoint(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     recipe = recipe_of(stage2_content, max_steps=5, eval_every=5)
@@ -253,14 +253,16 @@ def test_memory_that_ends_says_what_to_change_and_leaves_a_checkpoint(
 
     with monkeypatch.context() as patch:
         act_at(patch, 4, end)
-        with pytest.raises(UserError, match=r"set training.memory_gb=.*; go on with --resume, from .*checkpoint-[34]$"):
+        with pytest.raises(
+            UserError, match=r"set training.memory_gb=.*; resume with --resume, from .*checkpoint-[34]$"
+        ):
             run(recipe)
     run(recipe, resume=True)
     assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
 
 
 def raise_in_update(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let memory end in an update, after some of the weights have taken it."""
+    """Run out of memory in an update, after some of the weights were changed."""
     update = torch.optim.AdamW.step
     updates = 0
 
@@ -276,20 +278,20 @@ def raise_in_update(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
 
 
-def test_weights_that_are_half_updated_are_not_saved(
+def test_partly_updated_weights_are_not_saved(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     recipe = recipe_of(stage2_content, max_steps=4, eval_every=4, save_every=None)
     with monkeypatch.context() as patch:
         raise_in_update(patch, 3)
-        with pytest.raises(UserError, match=r"; there is no checkpoint to go on from$"):
+        with pytest.raises(UserError, match=r"; no checkpoint exists to resume from$"):
             run(recipe)
     assert list_checkpoints(checkpoints_of(recipe)) == []
     run(recipe)
     assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
 
 
-def test_what_a_broken_step_has_counted_is_counted_once(
+def test_tokens_of_a_failed_step_are_counted_once(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     recipe = recipe_of(stage2_content, max_steps=4, eval_every=4, log_every=4, gradient_accumulation=2)
@@ -316,7 +318,7 @@ def test_what_a_broken_step_has_counted_is_counted_once(
         assert found[key] == before[key], key
 
 
-def test_of_several_ranks_the_rows_of_the_loss_are_told_and_not_those_of_the_gradient(
+def test_with_several_ranks_only_the_rows_of_the_loss_are_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("lora_llava.training.watchdog.gather", lambda own: [own, ("loss", ["bad row"]), None])
@@ -328,7 +330,7 @@ def test_of_several_ranks_the_rows_of_the_loss_are_told_and_not_those_of_the_gra
         watch.on_pre_optimizer_step(None, TrainerState(), None, model=model)
 
 
-def test_a_worker_that_is_killed_is_told_and_resume_is_exact(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_killed_worker_is_reported_and_resume_is_exact(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     recipe = recipe_of(stage2_content, max_steps=24, eval_every=24, save_every=2, workers=1)
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))
@@ -343,8 +345,8 @@ def test_a_worker_that_is_killed_is_told_and_resume_is_exact(stage2_content: dic
     assert same(weights(Path(recipe.output_dir)), expected_of(stage2_content, tmp_path))
 
 
-def test_a_loss_that_leaps_is_told_of_and_training_goes_on() -> None:
-    watch, state = TellSpikes(), TrainerState()
+def test_a_loss_spike_is_reported_and_training_continues() -> None:
+    watch, state = WarnOfSpikes(), TrainerState()
     for step in range(1, 31):
         state.global_step = step
         watch.on_log(None, state, TrainerControl(), {"loss": 9.1 if step == 25 else 3.0})
@@ -352,7 +354,7 @@ def test_a_loss_that_leaps_is_told_of_and_training_goes_on() -> None:
     assert watch.steps == [25]
 
 
-def test_a_checkpoint_comes_by_steps_or_by_the_clock() -> None:
+def test_checkpoints_are_saved_by_steps_or_minutes() -> None:
     now = 0.0
 
     def clock() -> float:
@@ -373,6 +375,6 @@ def test_a_checkpoint_comes_by_steps_or_by_the_clock() -> None:
 
 
 @pytest.mark.parametrize("value", [0, -1, "10", "ten min", "1.5.2 min", 2.5])
-def test_what_is_no_number_of_steps_or_minutes_is_refused(stage2_content: dict[str, Any], value: Any) -> None:
+def test_an_invalid_save_interval_is_refused(stage2_content: dict[str, Any], value: Any) -> None:
     with pytest.raises(UserError, match=r"training.save_every"):
         recipe_of(stage2_content, save_every=value)

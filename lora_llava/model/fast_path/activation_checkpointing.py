@@ -1,4 +1,4 @@
-"""Activation checkpointing of the language model's layers, and of nothing else."""
+"""Activation checkpointing of the language model's layers only."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch.utils.checkpoint import checkpoint
 def checkpoint_language_model(model: Any, layers: int | None = None, offload: bool = False) -> None:
     """Recompute the language model's first layers in the backward pass.
 
-    Enabled on the whole LLaVA instead, CLIP would recompute and, through peft's input gradients, build a graph too.
+    Enabled on the complete LLaVA, CLIP would be recomputed too and, through peft's input gradients, build a graph.
 
     Args:
         model: A `LlavaForConditionalGeneration`.
-        layers: How many; None for all of them.
-        offload: Keep the inputs of those layers in the host's memory meanwhile.
+        layers: How many layers; None for all of them.
+        offload: Keep the inputs of those layers in host memory until the backward pass.
     """
     language_model = model.model.language_model
     if layers == 0:
         return
     options = {"use_reentrant": False}
-    if hasattr(language_model, "activation_checkpointing_enable"):  # the name from transformers 5.2x on
+    if hasattr(language_model, "activation_checkpointing_enable"):  # newer versions of transformers
         language_model.activation_checkpointing_enable(options)
     else:
         language_model.gradient_checkpointing_enable(options)
@@ -33,6 +33,6 @@ def checkpoint_language_model(model: Any, layers: int | None = None, offload: bo
 
 
 def _offloaded(function: Any, *inputs: Any) -> Any:
-    """A checkpoint whose inputs wait in the host's memory: the hooks see them, and nothing of what runs inside."""
+    """Checkpoint a function and keep its inputs in host memory; tensors inside the function are not affected."""
     with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(function, *inputs, use_reentrant=False)

@@ -1,4 +1,4 @@
-"""Attention over rows of several samples, each of which sees itself alone: `flash_varlen`."""
+"""`flash_varlen`: attention over packed rows, in which each sample attends to itself only."""
 
 from __future__ import annotations
 
@@ -17,36 +17,44 @@ from transformers.masking_utils import sdpa_mask
 from lora_llava.core.errors import UserError
 
 IMPLEMENTATION = "varlen"
-"""transformers' key for `flash_varlen`: whatever has "flash" in its name it looks for on the Hub
+"""The name under which `flash_varlen` is registered: transformers looks for any name with "flash" on the Hub
 (transformers/utils/generic.py, is_flash_attention_requested)."""
 
 
 def flash_varlen_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, *, scaling: float | None = None, dropout: float = 0.0,
-    cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, **kwargs: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Causal attention within the samples of a row; without `cu_seq_lens_q`, transformers' SDPA.
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute causal attention within each sample of a row; without `cu_seq_lens_q`, use transformers' SDPA.
 
     Args:
         module: The attention layer.
         query: Shape (1, heads, tokens, head size).
         key: Shape (1, key heads, tokens, head size).
         value: As `key`.
-        attention_mask: Used where there are no `cu_seq_lens_q`.
-        scaling: Of the scores; 1 / sqrt(head size) where None.
-        dropout: Of the weights; none of ours has any.
-        cu_seq_lens_q: Where samples begin and the last one ends, int32, shape (samples + 1,).
+        attention_mask: Used if `cu_seq_lens_q` is None.
+        scaling: Factor of the scores; None is 1 / sqrt(head size).
+        dropout: Dropout of the attention weights; 0 in every Llama we train.
+        cu_seq_lens_q: Start of each sample and end of the last one, int32, shape (samples + 1,).
         max_length_q: Tokens of the longest sample.
-        kwargs: What else transformers passes.
+        kwargs: Other arguments of transformers, unused.
 
     Returns:
-        Shape (1, tokens, heads, head size), and no weights.
+        The output of shape (1, tokens, heads, head size), and None for the weights.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )  # fmt: skip
+        )
     if not query.is_cuda:
         return _by_segment(query, key, value, cu_seq_lens_q, scaling, dropout), None
     longest = int(max_length_q or torch.diff(cu_seq_lens_q).max())
@@ -64,40 +72,49 @@ def flash_varlen_attention(
 
 @functools.cache
 def find_flash_attn() -> Any:
-    """flash_attn's function, or None where it is not installed or was built for another torch."""
+    """Return flash_attn's function; None if it is not installed or was built for another torch."""
     try:
         from flash_attn import flash_attn_varlen_func
-    except ImportError:  # also what a library with undefined symbols raises
+    except ImportError:  # a library with undefined symbols raises it too
         return None
     return flash_attn_varlen_func
 
 
 def _varlen_options(function: Any, key: torch.Tensor, query: torch.Tensor) -> dict[str, Any]:
-    """Causal, in the words of the torch that is installed; grouped heads only where there are some."""
+    """Return the options for causal attention in the installed torch, and for grouped heads if there are any."""
     windowed = "window_size" in inspect.signature(function).parameters
     options: dict[str, Any] = {"window_size": (-1, 0)} if windowed else {"is_causal": True}
     return options | ({"enable_gqa": True} if key.shape[1] != query.shape[1] else {})
 
 
 def _by_segment(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor, scaling: float | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    scaling: float | None,
     dropout: float,
-) -> torch.Tensor:  # fmt: skip
-    """One SDPA for each sample: exact, and far cheaper than one dense mask over the row."""
+) -> torch.Tensor:
+    """Run SDPA on each sample: exact, and far cheaper than a dense mask over the row."""
     ends = cu_seq_lens.tolist()
     grouped = key.shape[1] != query.shape[1]
     parts = [
         F.scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], dropout_p=dropout, is_causal=True,
-            scale=scaling, enable_gqa=grouped,
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=grouped,
         )
         for start, end in itertools.pairwise(ends)
-    ]  # fmt: skip
+    ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
 def register_flash_varlen() -> None:
-    """Make `flash_varlen` known to transformers, with SDPA's masks for whatever comes without `cu_seq_lens_q`."""
+    """Register `flash_varlen` with transformers, with SDPA's masks for inputs without `cu_seq_lens_q`."""
     AttentionInterface.register(IMPLEMENTATION, flash_varlen_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
@@ -115,38 +132,40 @@ def use_flash_varlen(model: Any) -> None:
 
 
 def _no_dense_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Keep transformers from making a mask of tokens x tokens that nothing reads: one with four dimensions is taken as
-    it is (transformers/masking_utils.py, _preprocess_mask_arguments)."""
+    """Keep transformers from making an unused mask of tokens x tokens.
+
+    A mask with four dimensions is used as it is (transformers/masking_utils.py, _preprocess_mask_arguments).
+    """
     if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = kwargs["cu_seq_lens_q"].new_zeros(1, 1, 1, 1)
     return args, kwargs
 
 
-def resolve_attention(asked: str, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether training takes rows without padding here, and on what, in words.
+def resolve_attention(requested: str, dtype: torch.dtype) -> tuple[bool, str]:
+    """Return whether rows are trained without padding on this machine, and a description of the attention.
 
     Args:
-        asked: `auto`, `flash_varlen` or `sdpa`.
-        dtype: What the language model computes in.
+        requested: `auto`, `flash_varlen` or `sdpa`.
+        dtype: Compute dtype of the language model.
 
     Raises:
-        UserError: Where `flash_varlen` is asked for and this machine cannot run it.
+        UserError: If `flash_varlen` is requested and this machine cannot run it.
     """
-    if asked == "sdpa":
+    if requested == "sdpa":
         return False, "sdpa, padded"
     if not torch.cuda.is_available():
         return True, "flash_varlen, padding-free, by SDPA on each sample"
     if problem := _kernel_problem(dtype):
-        reason, mend = problem
-        if asked == "flash_varlen":
-            raise UserError(f"model.attention is flash_varlen, but its GPU kernels {reason}; set {mend}")
+        reason, fix = problem
+        if requested == "flash_varlen":
+            raise UserError(f"model.attention is flash_varlen, but its GPU kernels {reason}; set {fix}")
         return False, f"sdpa, padded: flash_varlen's GPU kernels {reason}"
     kernel = "flash_attn" if find_flash_attn() is not None else "torch.nn.attention.varlen"
     return True, f"flash_varlen, padding-free, by {kernel}"
 
 
 def _kernel_problem(dtype: torch.dtype) -> tuple[str, str] | None:
-    """Why FlashAttention cannot run on this GPU, and the mend; None where it can."""
+    """Return why FlashAttention cannot run on this GPU, and the fix; None if it can."""
     if dtype == torch.float32:
         return "do not compute in float32", "model.dtype=bfloat16, or model.attention=sdpa"
     major, minor = torch.cuda.get_device_capability()

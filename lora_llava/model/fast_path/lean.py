@@ -1,5 +1,8 @@
-"""A leaner step: what costs next to nothing to compute twice is not kept for the backward pass, and an adapter's output
-is added to its layer's in one multiplication."""
+"""Training steps with less memory and time, by three changes to a Llama.
+
+Norms and MLPs recompute cheap values in the backward pass in place of keeping them, and an adapter's output is added to
+that of its layer in one matrix multiplication.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 
 class _Recompute(torch.autograd.Function):
-    """Keeps a function's inputs and nothing else, and runs it again in the backward pass."""
+    """A function that keeps only its inputs, and runs again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
@@ -25,6 +28,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        # Build the graph of this one function, and differentiate it.
         inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         with torch.enable_grad():
             output = ctx.function(*inputs)
@@ -32,7 +36,7 @@ class _Recompute(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up that keeps gate and up, and not silu(gate) beside them; autograd's own values, to the bit."""
+    """silu(gate) * up, which keeps gate and up but not silu(gate); bit-equal to autograd."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -41,12 +45,13 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        # d/dgate = gradient * up * silu'(gate), and d/dup = gradient * silu(gate), which is computed again.
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
 def _lean_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """RMSNorm that keeps its input (2 bytes a value in bfloat16) in place of the float32 copy it computes on (4)."""
+    """RMSNorm that keeps its input (2 bytes per value in bfloat16) in place of its float32 copy (4 bytes)."""
     stock = type(self).forward
     if not hidden_states.requires_grad:
         return stock(self, hidden_states)
@@ -54,25 +59,30 @@ def _lean_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _lean_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """A Llama's MLP around `_SwiGLU`."""
+    """The MLP of a Llama, with `_SwiGLU`."""
     return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 def _lean_lora(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """LoRA that adds scaling * B A x by the multiplication itself; peft makes three more passes over the output for it,
-    and a float32 copy of x where the layer is not 4-bit (peft/tuners/lora/layer.py and bnb.py, Linear.forward)."""
+    """LoRA that adds scaling * B A x to the layer's output in one matrix multiplication.
+
+    peft makes three more passes over the output, and a float32 copy of x if the layer is not 4-bit
+    (peft/tuners/lora/layer.py and bnb.py, Linear.forward).
+    """
     adapter = self.active_adapters[0]
     autocast = torch.is_autocast_enabled(x.device.type)
+    # Leave everything unusual to peft.
     if args or kwargs or not _is_plain(self, adapter) or not (autocast or x.dtype == self.lora_A[adapter].weight.dtype):
         return type(self).forward(self, x, *args, **kwargs)
     result = self.base_layer(x)
+    # addmm takes matrices: (rows, tokens, features) is flattened to (rows * tokens, features) and back.
     inner = self.lora_A[adapter](self.lora_dropout[adapter](x)).flatten(0, -2)
     weight, scaling = self.lora_B[adapter].weight.t(), self.scaling[adapter]
     return torch.addmm(result.flatten(0, -2), inner, weight, alpha=scaling).view(result.shape).to(result.dtype)
 
 
 def _is_plain(layer: Any, adapter: str) -> bool:
-    """Whether a layer has one adapter that is switched on, apart, and neither DoRA nor with a bias."""
+    """Check whether a layer has exactly one adapter, enabled, not merged, without DoRA and without a bias."""
     return (
         len(layer.active_adapters) == 1
         and adapter in layer.lora_A
@@ -84,15 +94,15 @@ def _is_plain(layer: Any, adapter: str) -> bool:
 
 
 def make_lean(language_model: nn.Module) -> int:
-    """Let a Llama's frozen norms and its MLPs keep less, and its adapters pass over their outputs once.
+    """Replace the forward methods of a Llama's frozen norms, MLPs and adapters with lean ones.
 
-    Norms and MLPs stay as they are to the bit, adapters to rounding.
+    The outputs of norms and MLPs are bit-equal to the stock ones; those of adapters are equal up to rounding.
 
     Args:
         language_model: The language model of a LLaVA; modules that are not Llama's or peft's stay stock.
 
     Returns:
-        How many modules were changed.
+        The number of modules that were changed.
     """
     changed = 0
     for module in language_model.modules():

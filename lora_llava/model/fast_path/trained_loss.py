@@ -1,4 +1,4 @@
-"""The loss on trained tokens, with logits for those alone."""
+"""The loss on trained tokens, with logits for those tokens only."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lora_llava.data.encode import IGNORE_INDEX
 
 
 def labelled_loss(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum the cross-entropy of a batch's trained tokens; the head runs on the positions that predict one.
+    """Sum the cross-entropy of a batch's trained tokens; the head runs only on the positions that predict them.
 
     Args:
         model: A LLaVA, with or without adapters.
         inputs: A batch with `labels`, int64 of shape (rows, tokens).
 
     Returns:
-        The summed loss, a float32 scalar, and how many of the trained tokens were the likeliest.
+        The summed loss, a float32 scalar, and the number of trained tokens that were predicted as the most likely.
     """
     inputs = dict(inputs)
     labels = inputs.pop("labels")[:, 1:]
@@ -30,5 +30,5 @@ def labelled_loss(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, tor
 
 
 def count_labels(inputs: dict[str, Any]) -> int:
-    """Tokens of a batch that are trained; a row's first one is never predicted."""
+    """Count the trained tokens of a batch; the first token of a row is never predicted."""
     return int((inputs["labels"][:, 1:] != IGNORE_INDEX).sum())

@@ -1,4 +1,4 @@
-"""One name for each weight, whatever library wrote the checkpoint."""
+"""Canonical names of weights, for checkpoints of any library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PREFIXES = {
 """From llava-hf's names to transformers' (transformers/conversion_mapping.py, `llava`)."""
 _TIED = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 ADAPTER_FILE = "adapter_model.safetensors"
-"""What PEFT calls an adapter's weights."""
+"""PEFT's name for the file of an adapter's weights."""
 PROJECTOR_PREFIX = "model.multi_modal_projector."
 COMPONENTS = {
     "llm": ("model.language_model.", "lm_head."),
@@ -25,10 +25,10 @@ COMPONENTS = {
 
 
 def canonical_name(name: str) -> str:
-    """A weight's name in the model of the transformers that is installed.
+    """Return a weight's name in the installed transformers' model.
 
     Args:
-        name: As in a checkpoint, llava-hf's first layout or transformers 5's own.
+        name: Name in a checkpoint, in llava-hf's first layout or that of transformers 5.
 
     Returns:
         For instance `model.language_model.layers.0.self_attn.q_proj.weight`.
@@ -41,17 +41,17 @@ def canonical_name(name: str) -> str:
 
 
 def stored_name(name: str, stored: Container[str], config: LlavaConfig) -> str:
-    """Under which name a checkpoint stores a weight: a head that is tied is stored as the embeddings alone.
+    """Return the name under which a checkpoint stores a weight; a tied head is stored only as the embeddings.
 
     Args:
         name: A canonical name.
         stored: The checkpoint's canonical names.
-        config: The model's, which says whether it is tied.
+        config: The model's configuration, with the tying.
     """
     tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
     return _TIED[name] if tied and name in _TIED and name not in stored else name
 
 
 def component_of(name: str) -> str | None:
-    """The component a canonical name belongs to: `llm`, `vision_tower` or `projector`."""
+    """Return the component of a canonical name: `llm`, `vision_tower`, `projector`, or None."""
     return next((part for part, prefixes in COMPONENTS.items() if name.startswith(prefixes)), None)

@@ -1,4 +1,4 @@
-"""LLaVA's own checkpoints and LoRA folders (github.com/haotian-liu/LLaVA), under transformers' names."""
+"""Read checkpoints and LoRA folders in LLaVA's original format (github.com/haotian-liu/LLaVA)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 OTHER_FILE = "non_lora_trainables.bin"
 _TOWER_PREFIX = "model.vision_tower.vision_tower."
 _NOT_LLAMA = ("mm_", "use_mm_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "image_", "tokenizer_", "_name_or_path")
-"""Keys of LLaVA's config.json that are none of Llama's (llava/train/train.py)."""
+"""Prefixes of keys in LLaVA's config.json that are not Llama's (llava/train/train.py)."""
 _STRATEGIES = {"patch": "default", "cls_patch": "full"}
 _ASPECTS = {"pad": "pad", "square": "crop"}
 _LORA_NAME = re.compile(
@@ -33,13 +33,13 @@ _LORA_NAME = re.compile(
 
 @dataclass(frozen=True)
 class OriginalConfig:
-    """What LLaVA's config.json says.
+    """The settings in LLaVA's config.json.
 
     Attributes:
         llm: Llama's configuration.
         vision_tower: Name of the CLIP tower.
         projector_type: `mlp2x_gelu` or `linear`.
-        feature_layer: Layer of the tower whose features are taken.
+        feature_layer: Layer of the tower whose features are used.
         strategy: `default` drops CLIP's CLS, `full` keeps it.
         image_aspect: `pad` or `crop`.
     """
@@ -53,14 +53,14 @@ class OriginalConfig:
 
 
 def is_original(folder: Path) -> bool:
-    """Whether a folder is LLaVA's own checkpoint or LoRA folder."""
+    """Check whether a folder is a checkpoint or LoRA folder in LLaVA's original format."""
     return is_original_config(_read_config(folder))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"{folder} holds no config.json; LLaVA writes one beside its weights")
+        raise UserError(f"{folder} has no config.json; LLaVA writes one beside its weights")
     return _read_object(file)
 
 
@@ -68,9 +68,9 @@ def _read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON: {str(error).splitlines()[0]}; fetch it again") from None
+        raise UserError(f"{file}: not JSON: {str(error).splitlines()[0]}; download it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file}: it should hold an object; it holds {type(content).__name__}; fetch it again")
+        raise UserError(f"{file}: it should contain an object, not {type(content).__name__}; download it again")
     return content
 
 
@@ -78,20 +78,22 @@ def read_config(folder: Path) -> OriginalConfig:
     """Read LLaVA's config.json.
 
     Raises:
-        UserError: Where it is not LLaVA's, or asks for something that stock transformers does not do.
+        UserError: If it is not LLaVA's, or has a setting that stock transformers does not support.
     """
     content = _read_config(folder)
     if content.get("model_type") == "llava" and "vision_config" in content:
-        raise UserError(f"{folder} is a stock LLaVA already; use it as it is")
+        raise UserError(f"{folder} is already in the stock format; use it directly")
     if not is_original_config(content):
-        raise UserError(f"{folder}/config.json has no mm_vision_tower; it is not one of LLaVA's own checkpoints")
+        raise UserError(
+            f"{folder}/config.json has no mm_vision_tower; it is not a checkpoint in LLaVA's original format"
+        )
     projector_type = content.get("mm_projector_type", "linear")
     if projector_type not in ("linear", "mlp2x_gelu"):
         raise UserError(f"{folder}: mm_projector_type is {projector_type}; only linear and mlp2x_gelu are supported")
     if content.get("mm_use_im_start_end"):
         raise UserError(
             f"{folder}: mm_use_im_start_end is true: its images stand between <im_start> and <im_end>, which stock "
-            "processors do not write; take a checkpoint without"
+            "processors do not write; use a checkpoint without"
         )
     feature = content.get("mm_vision_select_feature", "patch")
     if feature not in _STRATEGIES:
@@ -110,7 +112,7 @@ def read_config(folder: Path) -> OriginalConfig:
 
 
 def stock_config(original: OriginalConfig, vision: Mapping[str, Any]) -> LlavaConfig:
-    """The stock configuration of an original checkpoint and its tower's config.json."""
+    """Return the stock configuration of an original checkpoint and its tower's config.json."""
     config = assembled_config(original.llm, dict(vision), original.projector_type)
     config.vision_feature_layer = original.feature_layer
     config.vision_feature_select_strategy = original.strategy
@@ -120,16 +122,16 @@ def stock_config(original: OriginalConfig, vision: Mapping[str, Any]) -> LlavaCo
 def checkpoint_tensors(
     folder: Path, config: LlavaConfig, original: OriginalConfig, tower: Sequence[LazyTensor]
 ) -> list[LazyTensor]:
-    """A full checkpoint's tensors under llava-hf's names.
+    """Return a full checkpoint's tensors under llava-hf's names.
 
     Args:
         folder: The checkpoint.
         config: From `stock_config`.
         original: From `read_config`.
-        tower: The CLIP tower's tensors; those that the checkpoint carries itself take their place.
+        tower: The CLIP tower's tensors, used unless the checkpoint has its own.
 
     Raises:
-        UserError: For a name that is not LLaVA's, a shape that is not the config's, or a tensor that is missing.
+        UserError: For an unknown name, a shape that differs from the config, or a missing tensor.
     """
     language, own_tower, projector = [], [], []
     for tensor in lazy_tensors(folder):
@@ -149,10 +151,10 @@ def checkpoint_tensors(
 
 
 def projector_tensors(tensors: Sequence[LazyTensor], projector_type: str, source: Path) -> list[LazyTensor]:
-    """LLaVA's `mm_projector` tensors under llava-hf's names, with the identity beside a linear one.
+    """Return LLaVA's `mm_projector` tensors under llava-hf's names; a linear one gets an identity layer.
 
     Raises:
-        UserError: For a name that is not that projector's.
+        UserError: For an unknown name.
     """
     names = projector_names(projector_type)
     found = []
@@ -167,7 +169,7 @@ def projector_tensors(tensors: Sequence[LazyTensor], projector_type: str, source
 
 
 def check_tensors(tensors: Sequence[LazyTensor], config: LlavaConfig, source: Path) -> None:
-    """Hold that tensors are exactly those of a stock model.
+    """Check that tensors are exactly those of a stock model.
 
     Raises:
         UserError: Naming the first that is unknown, missing or of another shape.
@@ -176,10 +178,10 @@ def check_tensors(tensors: Sequence[LazyTensor], config: LlavaConfig, source: Pa
     found = {canonical_name(tensor.name): tensor for tensor in tensors}
     for name, tensor in found.items():
         if name not in expected:
-            raise UserError(f"{source}: {tensor.name} is no tensor of a LLaVA; it is another model's checkpoint")
+            raise UserError(f"{source}: {tensor.name} is not a tensor of a LLaVA; it is another model's checkpoint")
         if tensor.shape != expected[name]:
             raise UserError(
-                f"{source}: {tensor.name} has shape {tensor.shape}, its config.json asks for {expected[name]}"
+                f"{source}: {tensor.name} has shape {tensor.shape}, and its config.json requires {expected[name]}"
             )
     missing = sorted(set(expected) - set(found))
     if missing:
@@ -188,10 +190,10 @@ def check_tensors(tensors: Sequence[LazyTensor], config: LlavaConfig, source: Pa
 
 @dataclass(frozen=True)
 class OriginalLora:
-    """A LoRA folder's content under our names.
+    """The contents of a LoRA folder, under our names.
 
     Attributes:
-        tensors: By the names that PEFT saves for our runs, the projector included.
+        tensors: Under the names that PEFT saves for our runs, including the projector.
         targets: The linear layers that have an adapter.
         settings: `r`, `alpha`, `dropout`, `rslora`, `dora`.
         llm: The language model it was trained on.
@@ -212,19 +214,21 @@ def read_lora(folder: Path, original: OriginalConfig, layers: int) -> OriginalLo
         layers: Decoder layers of the language model.
 
     Raises:
-        UserError: For a name that is not LLaVA's, or adapters that are not on all layers alike.
+        UserError: For an unknown name, or adapters that are not the same on all layers.
     """
     settings = _read_object(folder / "adapter_config.json")
     refuse_settings(settings, folder / "adapter_config.json")
     for name in ("r", "lora_alpha"):
         if name not in settings:
-            raise UserError(f"{folder}/adapter_config.json lacks {name}; it is not PEFT's")
+            raise UserError(f"{folder}/adapter_config.json has no {name}; it is not PEFT's")
     file = next((folder / name for name in LORA_FILES if (folder / name).is_file()), folder / LORA_FILES[0])
     tensors, found = [], set()
     for tensor in lazy_file(file):
         match = _LORA_NAME.fullmatch(tensor.name)
         if match is None:
-            raise UserError(f"{file}: {tensor.name} is no adapter of a language model's layer; it cannot be taken over")
+            raise UserError(
+                f"{file}: {tensor.name} is not an adapter of a language model's layer; it cannot be imported"
+            )
         layer, target, half = match.groups()
         name = f"base_model.model.model.language_model.{layer}.lora_{half}.weight"
         tensors.append(replace(tensor, name=name))
@@ -233,16 +237,19 @@ def read_lora(folder: Path, original: OriginalConfig, layers: int) -> OriginalLo
     if len(found) != layers * len(targets) * 2:
         raise UserError(
             f"{file}: {len(found)} LoRA matrices; {', '.join(targets)} on {layers} layers would be "
-            f"{layers * len(targets) * 2}: not all layers are adapted alike"
+            f"{layers * len(targets) * 2}: the layers have different adapters"
         )
     projector = projector_tensors(_only_projector(folder / OTHER_FILE), original.projector_type, folder / OTHER_FILE)
     if not projector:
-        raise UserError(f"{folder}/{OTHER_FILE} holds no projector; it is not a whole LLaVA adapter")
+        raise UserError(f"{folder}/{OTHER_FILE} has no projector; it is not a complete LLaVA adapter")
     tensors += [replace(tensor, name=f"base_model.model.model.{tensor.name}") for tensor in projector]
     chosen = {
-        "r": settings["r"], "alpha": settings["lora_alpha"], "dropout": settings.get("lora_dropout", 0.0),
-        "rslora": settings.get("use_rslora", False), "dora": settings.get("use_dora", False),
-    }  # fmt: skip
+        "r": settings["r"],
+        "alpha": settings["lora_alpha"],
+        "dropout": settings.get("lora_dropout", 0.0),
+        "rslora": settings.get("use_rslora", False),
+        "dora": settings.get("use_dora", False),
+    }
     return OriginalLora(tensors, targets, chosen, settings.get("base_model_name_or_path", ""))
 
 
@@ -250,5 +257,5 @@ def _only_projector(file: Path) -> list[LazyTensor]:
     tensors = lazy_file(file)
     for tensor in tensors:
         if "mm_projector." not in tensor.name:
-            raise UserError(f"{file}: {tensor.name} was trained besides LoRA and projector; it cannot be taken over")
+            raise UserError(f"{file}: {tensor.name} was trained besides LoRA and projector; it cannot be imported")
     return tensors

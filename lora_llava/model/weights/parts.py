@@ -1,4 +1,4 @@
-"""The parts a LLaVA is made of: where their files are and what identifies them."""
+"""The parts of a LLaVA: their files and revisions."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Part:
     """A language model, a vision tower or a complete LLaVA on disk.
 
     Attributes:
-        name: What the recipe says.
-        folder: Where its files are.
+        name: Its name in the recipe.
+        folder: Folder of its files.
         revision: The commit of a Hub id; a hash of its contents for a folder.
     """
 
@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Download:
-    """What fetching a Hub id would take.
+    """What downloading a Hub id would require.
 
     Attributes:
         name: The Hub id.
@@ -51,21 +51,21 @@ class Download:
 
 
 def local_folder(name: str, field: str) -> Path | None:
-    """The folder of a part that needs no network: `demo` (by `field`: llm or vision_tower) or a path.
+    """Return the folder of a local part: a path, or `demo` (its `field`, llm or vision_tower); None for a Hub id.
 
     Raises:
-        UserError: For a folder that holds no model.
+        UserError: For a folder without a model.
     """
     folder = DEMO_FOLDER / field if name == "demo" else Path(name)
     if not folder.is_dir():
         return None
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.{field}: {name} holds no config.json; name a folder with a saved model")
+        raise UserError(f"model.{field}: {name} has no config.json; name a folder with a saved model")
     return folder
 
 
 def load_part(name: str, revision: str | None, field: str) -> Part:
-    """Find a part, fetching a Hub id's files if they are not in the cache.
+    """Find a part, and download the files of a Hub id that are not in the cache.
 
     Args:
         name: `demo`, a folder, or a Hub id.
@@ -76,7 +76,7 @@ def load_part(name: str, revision: str | None, field: str) -> Part:
         The part.
 
     Raises:
-        UserError: Where it is neither there nor to be had.
+        UserError: If it is not available.
     """
     folder = local_folder(name, field)
     if folder is not None:
@@ -85,15 +85,15 @@ def load_part(name: str, revision: str | None, field: str) -> Part:
     try:
         folder = _cached_snapshot(name, revision) if constants.HF_HUB_OFFLINE else _fetch(name, revision)
     except NETWORK_ERRORS as error:
-        raise not_to_be_had(name, field, error) from None
+        raise not_available(name, field, error) from None
     return Part(name, folder, folder.name)
 
 
 def plan_download(name: str, revision: str | None, field: str) -> Download:
-    """Say what `load_part` would fetch, fetching nothing.
+    """Return what `load_part` would download, without downloading it.
 
     Raises:
-        UserError: Where the part is neither there nor to be had.
+        UserError: If the part is not available.
     """
     if local_folder(name, field) is not None:
         return Download(name, 0, True)
@@ -104,7 +104,7 @@ def plan_download(name: str, revision: str | None, field: str) -> Download:
         try:
             load_part(name, revision, field)
         except UserError:
-            raise not_to_be_had(name, field, error) from None
+            raise not_available(name, field, error) from None
         return Download(name, 0, True)
     sizes = {item.rfilename: item.size or 0 for item in info.siblings or []}
     wanted = weight_files(list(sizes)) + [file for file in sizes if _is_text(file)]
@@ -116,7 +116,7 @@ def load_config(name: str, revision: str | None, field: str) -> dict[str, Any]:
     """Read a part's config.json alone; a Hub id's is fetched if need be.
 
     Raises:
-        UserError: Where it cannot be had.
+        UserError: If it is not available.
     """
     folder = local_folder(name, field)
     if folder is None:
@@ -124,18 +124,18 @@ def load_config(name: str, revision: str | None, field: str) -> dict[str, Any]:
         try:
             folder = Path(hf_hub_download(name, "config.json", revision=revision)).parent
         except NETWORK_ERRORS as error:
-            raise not_to_be_had(name, field, error) from None
+            raise not_available(name, field, error) from None
     return dict(json.loads((folder / "config.json").read_text()))
 
 
 def check_hub_id(name: str, field: str) -> None:
-    """Refuse a name that can only be a folder that is not there."""
+    """Refuse a name that can only be a missing folder."""
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UserError(f"model.{field}: the folder {name} is missing{looked_in(name)}")
 
 
-def not_to_be_had(name: str, field: str, error: Exception) -> UserError:
-    """The error for a Hub id whose files are neither cached nor to be fetched."""
+def not_available(name: str, field: str, error: Exception) -> UserError:
+    """Return the error for a Hub id whose files are neither cached nor can be downloaded."""
     looked = looked_in(name)
     if constants.HF_HUB_OFFLINE:
         return UserError(
@@ -143,7 +143,7 @@ def not_to_be_had(name: str, field: str, error: Exception) -> UserError:
             f"or name a folder{looked}"
         )
     return UserError(
-        f"model.{field}: {name} is neither a folder{looked} nor to be had from the Hub: {str(error).splitlines()[0]}"
+        f"model.{field}: {name} is neither a folder{looked} nor available from the Hub: {str(error).splitlines()[0]}"
     )
 
 
@@ -157,7 +157,10 @@ def _fetch(name: str, revision: str | None) -> Path:
 
 
 def _cached_snapshot(name: str, revision: str | None) -> Path:
-    """The snapshot in the local cache; huggingface_hub calls one incomplete that lacks a kind of weights asked for."""
+    """Return the snapshot in the local cache.
+
+    huggingface_hub treats one as incomplete if it lacks a requested kind of weights, so each kind is tried alone.
+    """
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, "*.safetensors"]))
     except LocalEntryNotFoundError:
@@ -165,7 +168,7 @@ def _cached_snapshot(name: str, revision: str | None) -> Path:
 
 
 def folder_hash(folder: Path) -> str:
-    """SHA-256 over names and contents of a folder's config, tokenizer and weight files."""
+    """Return the SHA-256 of the names and contents of a folder's config, tokenizer and weight files."""
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja") and file.is_file():
@@ -175,6 +178,6 @@ def folder_hash(folder: Path) -> str:
 
 
 def file_hash(file: Path) -> str:
-    """SHA-256 of a file, read in chunks."""
+    """Return the SHA-256 of a file, read in chunks."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""A stock model whose weights come from disk block by block: a forward of any size in the memory of one block."""
+"""Run a stock model with weights loaded from disk block by block, in the memory of one block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Load = Callable[[str], torch.Tensor]
 
 
 def build_empty(config: LlavaConfig, device: torch.device | str = "cpu") -> LlavaForConditionalGeneration:
-    """A LLaVA without weights: its parameters are on the meta device, its buffers are real and on `device`."""
+    """Return a LLaVA without weights: parameters on the meta device, real buffers on `device`."""
     with init_empty_weights(include_buffers=False):
         model = LlavaForConditionalGeneration(config).eval()
     for module in model.modules():
@@ -26,26 +26,26 @@ def build_empty(config: LlavaConfig, device: torch.device | str = "cpu") -> Llav
 def stream_weights(
     model: nn.Module, load: Load, *, keep: bool = False, progress: Callable[[str], None] = lambda block: None
 ) -> None:
-    """Give every block its weights when it is about to run and take them away after.
+    """Load every block's weights before it runs and remove them afterwards.
 
     Args:
-        model: With parameters on the meta device: a LLaVA, or a PEFT model of one.
-        load: Gives the weight of a parameter's name, on the device and in the dtype it is to have.
-        keep: Leave the weights where they are, for a model that fits.
-        progress: Told the name of every block that runs.
+        model: A LLaVA or its PEFT model, with parameters on the meta device.
+        load: Returns the weight of a parameter by name, on its device and in its dtype.
+        keep: Keep the weights, for a model that fits in memory.
+        progress: Called with the name of every block that runs.
     """
     for name, block in _blocks(model):
         _stream_block(name, block, load, keep, progress)
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Decoder layers and the vision tower whole; elsewhere the modules that have parameters of their own."""
+    """List the blocks: decoder layers, the vision tower, and elsewhere the modules that own parameters."""
     found: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         parent = name.rpartition(".")[0]
         inside = any(name.startswith(f"{block}.") for block, _ in found)
-        whole = parent.endswith("language_model.layers") or name.endswith("vision_tower")
-        if not inside and (whole or any(True for _ in module.parameters(recurse=False))):
+        is_block = parent.endswith("language_model.layers") or name.endswith("vision_tower")
+        if not inside and (is_block or any(True for _ in module.parameters(recurse=False))):
             found.append((name, module))
     return found
 

@@ -1,4 +1,4 @@
-"""Weight files: read one tensor at a time, written one tensor at a time, so that memory never holds a shard."""
+"""Read and write weight files one tensor at a time, without a complete shard in memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lora_llava.core.errors import UserError
 
 SHARD_BYTES = 2 * 2**30
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""The safetensors format's names of what we write (safetensors/src/tensor.rs, Dtype)."""
+"""Names of the dtypes in the safetensors format (safetensors/src/tensor.rs, Dtype)."""
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is still on disk.
+    """A tensor on disk that is not loaded.
 
     Attributes:
         name: Its name.
@@ -38,7 +38,7 @@ class LazyTensor:
 
 
 def weight_files(files: Sequence[str]) -> list[str]:
-    """A checkpoint's weight files, as transformers names them; safetensors, or else the `.bin` that Vicuna has."""
+    """Return a checkpoint's weight files by transformers' names: safetensors, or else `.bin`, as in Vicuna."""
     for name in (r"model", r"pytorch_model"):
         ending = "safetensors" if name == "model" else "bin"
         found = [file for file in sorted(files) if re.fullmatch(rf"{name}(-\d+-of-\d+)?\.{ending}", file)]
@@ -48,30 +48,30 @@ def weight_files(files: Sequence[str]) -> list[str]:
 
 
 def lazy_tensors(folder: Path) -> list[LazyTensor]:
-    """A checkpoint's tensors, unread.
+    """List a checkpoint's tensors without loading them.
 
     Args:
-        folder: Holds safetensors, or else `.bin` files, which are read with `weights_only=True`.
+        folder: Folder of safetensors, or else of `.bin` files, which are read with `weights_only=True`.
 
     Raises:
-        UserError: Where the folder holds no weights, one that is damaged, or one that is not plain tensors.
+        UserError: If there are no weight files, or one is damaged or has other objects than tensors.
     """
     names = weight_files(os.listdir(folder))
     if not names:
-        raise UserError(f"{folder} holds no *.safetensors and no pytorch_model*.bin")
+        raise UserError(f"{folder} has no *.safetensors and no pytorch_model*.bin")
     return [tensor for name in names for tensor in lazy_file(folder / name)]
 
 
 def lazy_file(file: Path) -> list[LazyTensor]:
-    """One weight file's tensors, unread.
+    """List a weight file's tensors without loading them.
 
     Raises:
-        UserError: Where it is missing, damaged, or not plain tensors.
+        UserError: If it is missing, damaged, or has other objects than tensors.
     """
     if file.suffix != ".safetensors":
         return [LazyTensor(n, tuple(t.shape), lambda t=t: t) for n, t in load_bin(file).items()]  # type: ignore[misc]
 
-    def load(name: str) -> torch.Tensor:  # opened for each tensor, so that a file's pages are not all kept
+    def load(name: str) -> torch.Tensor:  # opened for each tensor, so that the pages of the file can be freed
         with safe_open(file, framework="pt") as content:
             return content.get_tensor(name)
 
@@ -81,15 +81,15 @@ def lazy_file(file: Path) -> list[LazyTensor]:
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is cut short or damaged ({error}); fetch it or write it again") from None
+        raise UserError(f"{file} is truncated or damaged ({error}); download it or write it again") from None
     return [LazyTensor(name, shape, lambda name=name: load(name)) for name, shape in shapes.items()]  # type: ignore[misc]
 
 
 def iterate_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give a checkpoint's tensors one at a time.
+    """Yield a checkpoint's tensors one at a time.
 
     Raises:
-        UserError: As `lazy_tensors`.
+        UserError: See `lazy_tensors`.
     """
     for tensor in lazy_tensors(folder):
         yield tensor.name, tensor.load()
@@ -99,38 +99,38 @@ def load_bin(file: Path) -> dict[str, torch.Tensor]:
     """Read a `.bin` of plain tensors; nothing in it is executed.
 
     Raises:
-        UserError: Where it is missing or holds anything but tensors.
+        UserError: If it is missing or has other objects than tensors.
     """
     if not file.is_file():
         raise UserError(f"{file} is missing")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises several kinds for a file that is none of its own
-        raise UserError(f"{file} is not a file of plain tensors: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # torch raises several kinds for a damaged or foreign file
+        raise UserError(f"{file} is not a file of tensors: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise UserError(f"{file} should hold a dict of tensors")
+        raise UserError(f"{file} should contain a dict of tensors")
     return content
 
 
 def write_checkpoint(
     tensors: Sequence[LazyTensor], folder: Path, dtype: torch.dtype, description: str | None = None
 ) -> list[Path]:
-    """Write a checkpoint of `model.safetensors`, or of shards and their index, named as transformers names them.
+    """Write a checkpoint as `model.safetensors`, or as shards and their index, with transformers' names.
 
-    One tensor is in memory at a time: shapes are known before, so each file's header is written first and the tensors
-    follow (the format: https://huggingface.co/docs/safetensors).
+    One tensor is in memory at a time: the shapes are known, so each file's header is written before its tensors (the
+    format: https://huggingface.co/docs/safetensors).
 
     Args:
-        tensors: In the order of the file.
-        folder: Where to.
-        dtype: What they are stored in: float32, bfloat16 or float16.
-        description: Stands before the progress bar; None for no bar.
+        tensors: The tensors in the order of the file.
+        folder: The folder to write to.
+        dtype: Storage dtype: float32, bfloat16 or float16.
+        description: Text before the progress bar; None for no bar.
 
     Returns:
         The weight files.
 
     Raises:
-        RuntimeError: Where a tensor has another shape than it said.
+        RuntimeError: If a tensor has another shape than its entry.
     """
     shards = plan_shards(tensors, dtype)
     files = [folder / _shard_name(i, len(shards)) for i in range(len(shards))]
@@ -141,16 +141,14 @@ def write_checkpoint(
         for shard, file in zip(shards, files, strict=True):
             write_file(shard, file, dtype, lambda tensor: bar.update(_bytes(tensor, dtype)) and None)
     if len(shards) > 1:
-        weight_map = {
-            tensor.name: file.name for shard, file in zip(shards, files, strict=True) for tensor in shard
-        }  # fmt: skip
+        weight_map = {tensor.name: file.name for shard, file in zip(shards, files, strict=True) for tensor in shard}
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(content, indent=2) + "\n")
     return files
 
 
 def plan_shards(tensors: Sequence[LazyTensor], dtype: torch.dtype) -> list[list[LazyTensor]]:
-    """Cut a checkpoint into shards of at most `SHARD_BYTES`, or of one larger tensor."""
+    """Divide a checkpoint into shards of at most `SHARD_BYTES`, or of one larger tensor."""
     shards: list[list[LazyTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -163,7 +161,7 @@ def plan_shards(tensors: Sequence[LazyTensor], dtype: torch.dtype) -> list[list[
 
 
 def checkpoint_bytes(tensors: Sequence[LazyTensor], dtype: torch.dtype) -> int:
-    """Bytes that a checkpoint's tensors take on disk."""
+    """Return the bytes of a checkpoint's tensors on disk."""
     return sum(_bytes(tensor, dtype) for tensor in tensors)
 
 
@@ -176,19 +174,21 @@ def _shard_name(index: int, count: int) -> str:
 
 
 def write_file(
-    tensors: Sequence[LazyTensor], file: Path, dtype: torch.dtype,
+    tensors: Sequence[LazyTensor],
+    file: Path,
+    dtype: torch.dtype,
     progress: Callable[[LazyTensor], None] = lambda tensor: None,
-) -> None:  # fmt: skip
+) -> None:
     """Write one safetensors file.
 
     Args:
-        tensors: In the order of the file.
-        file: Where to.
-        dtype: What they are stored in.
-        progress: Told every tensor that is written.
+        tensors: The tensors in the order of the file.
+        file: The file to write.
+        dtype: Storage dtype.
+        progress: Called with every tensor that is written.
 
     Raises:
-        RuntimeError: Where a tensor has another shape than it said.
+        RuntimeError: If a tensor has another shape than its entry.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -202,10 +202,10 @@ def write_file(
         stream.write(len(text).to_bytes(8, "little") + text)
         for tensor, value in zip(tensors, _one_ahead(tensors, dtype), strict=True):
             if tuple(value.shape) != tensor.shape:
-                raise RuntimeError(f"{tensor.name} has shape {tuple(value.shape)}, said {tensor.shape}")
+                raise RuntimeError(f"{tensor.name} has shape {tuple(value.shape)}, not {tensor.shape}")
             stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
             progress(tensor)
-            if flushed.done():  # or the system lets a whole shard gather before it writes any of it
+            if flushed.done():  # otherwise the system caches a complete shard before writing
                 flushed = flusher.submit(os.fsync, stream.fileno())
         flushed.result()
         stream.flush()
@@ -213,7 +213,7 @@ def write_file(
 
 
 def _one_ahead(tensors: Sequence[LazyTensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Read the next tensor while the last one is written."""
+    """Yield the tensors, reading the next one while the last is written."""
 
     def read(tensor: LazyTensor) -> torch.Tensor:
         return tensor.load().to(dtype).contiguous()

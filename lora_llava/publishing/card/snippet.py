@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lora_llava.model.loading import KEPT_WHOLE
+from lora_llava.model.loading import NOT_QUANTIZED
 from lora_llava.publishing.package import Package
 
 _ASK = """messages = [{"role": "user", "content": [
@@ -54,7 +54,7 @@ print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 `pip install transformers peft pillow torch` is all it needs."""
     if package.recipe.get("model", {}).get("quantization") == "nf4":
-        kept = ", ".join(f'"{name}"' for name in KEPT_WHOLE)
+        kept = ", ".join(f'"{name}"' for name in NOT_QUANTIZED)
         code += (
             " It was trained on the base in NF4; to load that, `pip install bitsandbytes` and pass "
             f'`quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '

@@ -1,4 +1,4 @@
-"""What an epoch has, what is held back, and with which data a run goes on."""
+"""The rows of an epoch, held-out rows, and the data of a resumed run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.own_rows import asked, drawn, quiet, written
 from tests.training.conftest import Plan
 
 
-def test_a_weighted_epoch_is_as_long_as_what_its_sources_hold(plan: Plan, tmp_path: Path) -> None:
+def test_a_weighted_epoch_is_as_long_as_its_sources(plan: Plan, tmp_path: Path) -> None:
     sources = [
         {"path": written(tmp_path / "a.json", [asked(n) for n in range(20)]), "weight": 1.0},
         {"path": written(tmp_path / "b.json", [asked(n) for n in range(30, 34)]), "weight": 1.0},
@@ -33,7 +33,7 @@ def test_a_weighted_epoch_is_as_long_as_what_its_sources_hold(plan: Plan, tmp_pa
         assert {i for row in found.order.rows for i in row} == set(range(distinct))
 
 
-def test_rows_with_bad_images_leave_an_epoch_and_no_other_row_does(plan: Plan, tmp_path: Path) -> None:
+def test_only_rows_with_bad_images_leave_an_epoch(plan: Plan, tmp_path: Path) -> None:
     images = drawn(tmp_path / "images", 18)
     rows = [asked(n, f"{n}.png") for n in range(20)]
     sources = [{"path": written(tmp_path / "a.json", rows), "image_folder": str(images), "rows": 20}]
@@ -43,7 +43,7 @@ def test_rows_with_bad_images_leave_an_epoch_and_no_other_row_does(plan: Plan, t
     assert train.report.dropped == {"bad image": 2}
 
 
-def test_a_source_that_a_split_has_nothing_of_is_no_error(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_source_may_be_missing_from_a_split(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("question,answer\n" + "".join(f"What is {n}?,It is {n}.\n" for n in range(40)))
     images = drawn(tmp_path / "images", 2)
     few = "".join(f"{n}.png,Is it {n}?,Yes.\n" for n in range(2))
@@ -52,13 +52,18 @@ def test_a_source_that_a_split_has_nothing_of_is_no_error(stage2_content: dict[s
     sources = [{"path": str(tmp_path / "a.csv")}, {"path": str(tmp_path / "b.csv"), "image_folder": str(images)}]
     for seed in range(4):
         stage2_content["data"] = {
-            "format": "conversations", "sources": sources, "validation_rows": 5, "max_length": 300,
-        }  # fmt: skip
+            "format": "conversations",
+            "sources": sources,
+            "validation_rows": 5,
+            "max_length": 300,
+        }
         report = check(check_recipe(stage2_content | {"seed": seed}, "test"), console=quiet())
         assert (report.errors, report.warnings) == ([], [])
 
 
-def test_what_asks_or_shows_the_same_is_held_back_together(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_rows_with_the_same_question_or_image_are_held_out_together(
+    stage2_content: dict[str, Any], tmp_path: Path
+) -> None:
     images = drawn(tmp_path / "images", 10)
     rows = [asked(n % 10, f"{n % 10}.png", f"{n}") | {"id": str(n)} for n in range(10)]
     for n in range(10):
@@ -68,26 +73,32 @@ def test_what_asks_or_shows_the_same_is_held_back_together(stage2_content: dict[
     stage2_content["evaluation"] = None
     for seed in range(5):
         stage2_content["data"] = {
-            "format": "conversations", "path": written(tmp_path / "rows.json", rows), "image_folder": str(images),
-            "validation_rows": 6, "max_length": 300,
-        }  # fmt: skip
+            "format": "conversations",
+            "path": written(tmp_path / "rows.json", rows),
+            "image_folder": str(images),
+            "validation_rows": 6,
+            "max_length": 300,
+        }
         report = check(check_recipe(stage2_content | {"seed": seed}, "test"), console=quiet())
         assert (report.errors, report.warnings) == ([], [])
 
 
 def test_a_column_of_raw_images_is_read(plan: Plan, tmp_path: Path) -> None:
     images = drawn(tmp_path / "images", 6)
-    table = pyarrow.table({
-        "image": [(images / f"{n}.png").read_bytes() for n in range(6)],
-        "question": [f"Is it {n}?" for n in range(6)], "answer": ["Yes."] * 6,
-    })  # fmt: skip
+    table = pyarrow.table(
+        {
+            "image": [(images / f"{n}.png").read_bytes() for n in range(6)],
+            "question": [f"Is it {n}?" for n in range(6)],
+            "answer": ["Yes."] * 6,
+        }
+    )
     pyarrow.parquet.write_table(table, tmp_path / "raw.parquet")
     train = plan(path=str(tmp_path / "raw.parquet")).splits["train"]
     assert [train.rows.image_files(i) for i in range(6)] == [[str(n)] for n in range(6)]
     assert train.images.open("4").getpixel((0, 0)) == (28, 90, 30)
 
 
-def test_whole_batches_of_a_parquet_file_may_go(tmp_path: Path) -> None:
+def test_complete_batches_of_a_parquet_file_can_be_removed(tmp_path: Path) -> None:
     rows = {"question": [f"{n}?" for n in range(600)], "answer": ["x"] * 600}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "rows.parquet")
     target, count = write_without(tmp_path / "rows.parquet", set(range(300)))
@@ -95,13 +106,16 @@ def test_whole_batches_of_a_parquet_file_may_go(tmp_path: Path) -> None:
     assert pyarrow.parquet.read_table(target)["question"].to_pylist() == rows["question"][300:]
 
 
-def test_held_back_rows_of_their_own_need_no_training_data(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_separate_test_source_needs_no_training_data(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     train = Path(written(tmp_path / "train.json", [asked(n) for n in range(8)]))
     held = written(tmp_path / "held.json", [asked(n) for n in range(20, 23)])
     stage2_content["evaluation"] = {"max_new_tokens": 2, "before": 0}
     stage2_content["data"] = {
-        "format": "conversations", "path": str(train), "test_source": {"path": held}, "max_length": 300,
-    }  # fmt: skip
+        "format": "conversations",
+        "path": str(train),
+        "test_source": {"path": held},
+        "max_length": 300,
+    }
     recipe = check_recipe(stage2_content, "test")
     metrics = finetune(recipe, Path(), console=quiet())
     train.unlink()
@@ -112,12 +126,14 @@ def test_held_back_rows_of_their_own_need_no_training_data(stage2_content: dict[
         plan_run(check_recipe(stage2_content, "test"))
 
 
-def test_a_checkpoint_of_other_rows_is_not_gone_on_from(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_rows_is_not_resumed(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "path": written(tmp_path / "rows.json", [asked(n) for n in range(40)]),
-        "validation_rows": 4, "max_length": 300,
-    }  # fmt: skip
+        "format": "conversations",
+        "path": written(tmp_path / "rows.json", [asked(n) for n in range(40)]),
+        "validation_rows": 4,
+        "max_length": 300,
+    }
     recipe = check_recipe(stage2_content, "test")
     finetune(recipe, Path(), console=quiet())
     (Path(recipe.output_dir) / "run.json").unlink()
@@ -125,6 +141,6 @@ def test_a_checkpoint_of_other_rows_is_not_gone_on_from(stage2_content: dict[str
     other = check_recipe(stage2_content, "test")
     start_run(Path(other.output_dir), other, {"train": "begun anew, and killed"})
     with pytest.raises(
-        UserError, match=r"--resume: the recipe is not that of step 4: data.validation_rows was 4 and is 9"
+        UserError, match=r"--resume: the recipe differs from that of step 4: data.validation_rows was 4 and is 9"
     ):
         finetune(other, Path(), resume=True, console=quiet())
