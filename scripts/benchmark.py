@@ -26,10 +26,18 @@ from tests.benchmarks import (
 )
 
 BENCHMARKS = {
-    "merge": merge, "features": features, "check": check, "encoding": encoding, "concepts": concepts,
-    "generation": generation, "contexts": contexts, "synthesis": synthesis, "gpu": gpu, "dealing": dealing,
+    "merge": merge,
+    "features": features,
+    "check": check,
+    "encoding": encoding,
+    "concepts": concepts,
+    "generation": generation,
+    "contexts": contexts,
+    "synthesis": synthesis,
+    "gpu": gpu,
+    "dealing": dealing,
     "faults": faults,
-}  # fmt: skip
+}
 
 
 def where() -> dict[str, Any]:

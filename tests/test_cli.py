@@ -86,9 +86,12 @@ def test_a_row_without_answer_is_named(
     broken.write_text(json.dumps(rows))
     stage2_content |= {"stage": 1, "lora": None, "evaluation": None}
     stage2_content["data"] = {
-        "format": "captions", "path": str(broken), "image_folder": str(captions.parent / "images"), "template": "plain",
+        "format": "captions",
+        "path": str(broken),
+        "image_folder": str(captions.parent / "images"),
+        "template": "plain",
         "max_length": 400,
-    }  # fmt: skip
+    }
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(stage2_content))
     assert "row 2 (chat.json, index 2): turn 1: the answer is empty" in error_of(capsys, "finetune", str(file))

@@ -26,9 +26,11 @@ _IMAGE_SIZE = (480, 360)
 _IMAGES = 16
 """Different ones; there need be no more to decode one for each row."""
 SHAPES = {
-    "tiny": (512, 1376, 4, 8), "tiny_body": (512, 1376, 4, 8), "7b": (4096, 11008, 32, 32),
+    "tiny": (512, 1376, 4, 8),
+    "tiny_body": (512, 1376, 4, 8),
+    "7b": (4096, 11008, 32, 32),
     "13b": (5120, 13824, 40, 40),
-}  # fmt: skip
+}
 """Hidden and inner size, layers and heads."""
 _WORDS = ("red", "blue", "green", "circle", "square", "left", "right", "small", "shape", "which", "the", "and")
 """Each one token of the demo's tokenizer."""
@@ -128,16 +130,31 @@ def shape_config(shape: str, vocabulary: int, image_token_id: int) -> LlavaConfi
     hidden, inner, layers, heads = SHAPES[shape]
     tiny = shape.startswith("tiny")
     text = LlamaConfig(
-        vocab_size=vocabulary if shape == "tiny_body" else 32064, hidden_size=hidden, intermediate_size=inner,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=vocabulary if shape == "tiny_body" else 32064,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     width, depth = (64, 3) if tiny else (1024, 24)
     vision = CLIPVisionConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth, num_attention_heads=width // 64 or 1,
-        image_size=336, patch_size=14, projection_dim=768,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=width // 64 or 1,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
     return LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=image_token_id, image_seq_length=576,
-        vision_feature_layer=-2, vision_feature_select_strategy="default",
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image_token_id,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )

@@ -115,10 +115,15 @@ def run_side(settings: Settings) -> dict[str, Any]:
     trainer.train()
     tokens = clock.tokens - clock.first_tokens
     return {
-        "name": settings.side, "real_tokens_per_second": tokens / clock.seconds,
-        "peak_memory_bytes": peak_memory_bytes(), "seconds": clock.seconds, "real_tokens": tokens,
-        "losses": clock.losses, "micro_batch": settings.micro_batch, **told,
-    }  # fmt: skip
+        "name": settings.side,
+        "real_tokens_per_second": tokens / clock.seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "seconds": clock.seconds,
+        "real_tokens": tokens,
+        "losses": clock.losses,
+        "micro_batch": settings.micro_batch,
+        **told,
+    }
 
 
 def _template() -> Template:
@@ -137,29 +142,48 @@ def _batches(settings: Settings) -> list[list[Conversation]]:
 def _random_model(settings: Settings, config: LlavaConfig, with_tower: bool = True) -> LlavaForConditionalGeneration:
     cuda = torch.cuda.is_available()
     return build_random_llava(
-        config, quantization="nf4" if cuda else "none", dtype=torch.bfloat16 if cuda else torch.float32,
-        device=default_device(), seed=settings.seed, with_tower=with_tower,
-    )  # fmt: skip
+        config,
+        quantization="nf4" if cuda else "none",
+        dtype=torch.bfloat16 if cuda else torch.float32,
+        device=default_device(),
+        seed=settings.seed,
+        with_tower=with_tower,
+    )
 
 
 def _arguments(settings: Settings, **own: Any) -> SFTConfig:
     cuda = torch.cuda.is_available()
     return SFTConfig(
-        output_dir=tempfile.mkdtemp(prefix="lora_llava_benchmark_"), seed=settings.seed, max_steps=settings.steps + 1,
+        output_dir=tempfile.mkdtemp(prefix="lora_llava_benchmark_"),
+        seed=settings.seed,
+        max_steps=settings.steps + 1,
         per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.batch_size // settings.micro_batch, learning_rate=1e-4,
-        optim=settings.optimizer, bf16=cuda, use_cpu=not cuda, logging_steps=1, report_to="none", save_strategy="no",
-        disable_tqdm=True, remove_unused_columns=False, max_length=None, dataloader_pin_memory=cuda, **own,
-    )  # fmt: skip
+        gradient_accumulation_steps=settings.batch_size // settings.micro_batch,
+        learning_rate=1e-4,
+        optim=settings.optimizer,
+        bf16=cuda,
+        use_cpu=not cuda,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        max_length=None,
+        dataloader_pin_memory=cuda,
+        **own,
+    )
 
 
 def _ours(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
     cached = settings.side == "ours_cached"
     conversations = [row for batch in _batches(settings) for row in batch]
     samples, _ = build_rows(
-        conversations, tokenizer=processor.tokenizer, template=_template(), num_image_tokens=config.image_seq_length,
+        conversations,
+        tokenizer=processor.tokenizer,
+        template=_template(),
+        num_image_tokens=config.image_seq_length,
         max_length=4096,
-    )  # fmt: skip
+    )
     indices, size = list(range(len(samples))), settings.micro_batch
     rows = [indices[start : start + size] for start in range(0, len(indices), size)]
     images: Any = Pixels(DrawnImages(), processor.image_processor)
@@ -175,11 +199,20 @@ def _ours(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock)
     step = _planned(settings, config, rows, samples, cached)
     checkpoint_language_model(model, step.checkpointed, step.offloaded)
     trainer = CountingTrainer(
-        peft_model, _arguments(settings, **{checkpointing_argument(): False}, packing=False, padding_free=False,
-                               dataset_kwargs={"skip_prepare_dataset": True}),
-        train=Feed(samples, rows, PackedCollator(images)), validation=None, processor=processor,
-        projector_learning_rate=1e-4, callbacks=[clock],
-    )  # fmt: skip
+        peft_model,
+        _arguments(
+            settings,
+            **{checkpointing_argument(): False},
+            packing=False,
+            padding_free=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train=Feed(samples, rows, PackedCollator(images)),
+        validation=None,
+        processor=processor,
+        projector_learning_rate=1e-4,
+        callbacks=[clock],
+    )
     trainer.clock = clock
     return trainer, {"checkpointed_layers": step.checkpointed, "planned_bytes": step.peak}
 
@@ -212,11 +245,17 @@ def _planned(settings: Settings, config: LlavaConfig, rows: Any, samples: Any, c
     cuda = torch.cuda.is_available()
     extremes = measure_rows(rows, samples, padded=False)
     step = Step(
-        config=config, quantization="nf4" if cuda else "none", dtype_bytes=2 if cuda else 4,
-        lora=LoraSection(r=settings.r), optimizer_bytes=2 if "8bit" in settings.optimizer else 8,
-        tokens=extremes.tokens, trained_tokens=extremes.trained_tokens, images=extremes.images,
-        cached_features=cached, cuda=cuda,
-    )  # fmt: skip
+        config=config,
+        quantization="nf4" if cuda else "none",
+        dtype_bytes=2 if cuda else 4,
+        lora=LoraSection(r=settings.r),
+        optimizer_bytes=2 if "8bit" in settings.optimizer else 8,
+        tokens=extremes.tokens,
+        trained_tokens=extremes.trained_tokens,
+        images=extremes.images,
+        cached_features=cached,
+        cuda=cuda,
+    )
     budget = None if settings.cap_bytes is None else settings.cap_bytes + CUDA_CONTEXT
     fitting = fit_step(step, budget) if budget is not None else step
     if fitting is None:
@@ -239,14 +278,21 @@ def _trl(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) 
     ).cast_column("images", datasets.List(datasets.Image()))
     targets = lora_config(r=settings.r, targets=LINEARS).target_modules
     adapters = LoraConfig(
-        r=settings.r, lora_alpha=16, target_modules=targets, modules_to_save=["multi_modal_projector"],
+        r=settings.r,
+        lora_alpha=16,
+        target_modules=targets,
+        modules_to_save=["multi_modal_projector"],
         task_type="CAUSAL_LM",
-    )  # fmt: skip
+    )
     arguments = _arguments(settings, train_sampling_strategy="sequential")  # in the order of its strategy
     trainer = CountingTrl(
-        model=_random_model(settings, config), args=arguments, train_dataset=dataset, processing_class=processor,
-        peft_config=adapters, callbacks=[clock],
-    )  # fmt: skip
+        model=_random_model(settings, config),
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=processor,
+        peft_config=adapters,
+        callbacks=[clock],
+    )
     trainer.clock = clock
     return trainer, {"checkpointed_layers": config.text_config.num_hidden_layers}
 

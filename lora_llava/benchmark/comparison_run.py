@@ -22,9 +22,17 @@ from lora_llava.runs.directory import machine, versions, write_json
 
 
 def benchmark(
-    *, shape: str, batch_size: int, steps: int, repeats: int, r: int, cap_gb: float | None, sides: list[str],
-    output: Path | None, console: Console,
-) -> dict[str, Any]:  # fmt: skip
+    *,
+    shape: str,
+    batch_size: int,
+    steps: int,
+    repeats: int,
+    r: int,
+    cap_gb: float | None,
+    sides: list[str],
+    output: Path | None,
+    console: Console,
+) -> dict[str, Any]:
     """Run every side several times, each in a process of its own, in turn, and keep the fastest of each.
 
     Args:
@@ -61,13 +69,19 @@ def benchmark(
                     best[one.side] = found
                 bar.update()
     result = {
-        "machine": machine(), "versions": versions(),
+        "machine": machine(),
+        "versions": versions(),
         "settings": {
-            "shape": shape, "batch_size": batch_size, "steps": steps, "repeats": repeats, "r": r, "cap_gb": cap_gb,
+            "shape": shape,
+            "batch_size": batch_size,
+            "steps": steps,
+            "repeats": repeats,
+            "r": r,
+            "cap_gb": cap_gb,
             "optimizer": optimizer,
         },
         "results": [best[side] for side in sides],
-    }  # fmt: skip
+    }
     console.print(_table(result))
     if output is not None:
         write_json(output, result)
@@ -113,7 +127,11 @@ def _table(result: dict[str, Any]) -> RichTable:
             continue
         rate = row["real_tokens_per_second"]
         table.add_row(
-            row["name"], f"{rate:,.0f}", f"{ours / rate:.2f}x" if ours else "",
-            f"{row['peak_memory_bytes'] / GIB:.2f} GiB", str(row["micro_batch"]), str(row["checkpointed_layers"]),
-        )  # fmt: skip
+            row["name"],
+            f"{rate:,.0f}",
+            f"{ours / rate:.2f}x" if ours else "",
+            f"{row['peak_memory_bytes'] / GIB:.2f} GiB",
+            str(row["micro_batch"]),
+            str(row["checkpointed_layers"]),
+        )
     return table

@@ -21,9 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=home, help="a run directory, a folder with a whole LLaVA, or a Hub id")
     parser.add_argument("--prompt", metavar="TEXT", help="print the answer to this alone, and leave")
     parser.add_argument(
-        "--image", metavar="PATH", type=home, action="append", default=[], help="show an image with the first "
-        "message; may be given several times",
-    )  # fmt: skip
+        "--image",
+        metavar="PATH",
+        type=home,
+        action="append",
+        default=[],
+        help="show an image with the first message; may be given several times",
+    )
     parser.add_argument("--system", metavar="TEXT", help="system text in place of the template's own")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest that have this share")

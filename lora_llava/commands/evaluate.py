@@ -23,27 +23,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
     parser.add_argument("--recipe", type=home, help="recipe with data and evaluation to use; default: the run's")
     parser.add_argument(
-        "--benchmark", choices=["llava-bench"], help="answer LLaVA-Bench's questions instead, for `lora-llava score "
-        "llava-bench`",
-    )  # fmt: skip
+        "--benchmark",
+        choices=["llava-bench"],
+        help="answer LLaVA-Bench's questions instead, for `lora-llava score llava-bench`",
+    )
     parser.add_argument("--questions", type=a_path, help="LLaVA-Bench's questions, JSONL")
     parser.add_argument("--images", type=a_path, help="folder of LLaVA-Bench's images")
     parser.add_argument("--template", help="conversation template for LLaVA-Bench, where the model has none")
     parser.add_argument("--limit", type=positive, help="use only this many questions, drawn by the recipe's seed")
     parser.add_argument("--shuffle-images", action="store_true", help="shuffle the images among the questions")
     parser.add_argument(
-        "--method", choices=["generate", "loglik"], default="generate", help="let the model write its answer, or take "
-        "the choice it finds most likely",
-    )  # fmt: skip
+        "--method",
+        choices=["generate", "loglik"],
+        default="generate",
+        help="let the model write its answer, or take the choice it finds most likely",
+    )
     parser.add_argument("--prompt", help="how ScienceQA questions are written: recipe, direct or lmms-eval")
     add_letter_parser(parser)
     parser.add_argument("--direct", action="store_true", help="request the letter alone; the same as --prompt direct")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument(
-        "--bad-images", choices=["error", "wrong"], default="error", help="an image that cannot be opened stops the "
-        "evaluation, or its question counts as wrong and is listed",
-    )  # fmt: skip
+        "--bad-images",
+        choices=["error", "wrong"],
+        default="error",
+        help="an image that cannot be opened stops the evaluation, or its question counts as wrong and is listed",
+    )
     parser.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server, such as vLLM")
     parser.add_argument("--server-model", metavar="NAME", help="default: the only model of the server")
     parser.add_argument("--concurrency", type=positive, help="concurrent requests to the server; default: 8")
@@ -68,14 +73,24 @@ def run(args: argparse.Namespace, console: Any) -> int:
     from lora_llava.evaluation.evaluate import Way, evaluate
 
     way = Way(
-        method=args.method, prompt="direct" if args.direct else args.prompt or "recipe", temperature=args.temperature,
-        top_p=args.top_p, shuffled=args.shuffle_images, base_only=args.base_only, bad_images=args.bad_images,
+        method=args.method,
+        prompt="direct" if args.direct else args.prompt or "recipe",
+        temperature=args.temperature,
+        top_p=args.top_p,
+        shuffled=args.shuffle_images,
+        base_only=args.base_only,
+        bad_images=args.bad_images,
         parser=args.parser,
-    )  # fmt: skip
+    )
     table = evaluate(
-        args.model, way, recipe=args.recipe, overrides=args.overrides, limit=args.limit, output=args.output,
+        args.model,
+        way,
+        recipe=args.recipe,
+        overrides=args.overrides,
+        limit=args.limit,
+        output=args.output,
         server=server,
-    )  # fmt: skip
+    )
     print_table(Path(args.model).name, table, args, console, same_questions=not (way.shuffled or way.base_only))
     return 0
 
@@ -83,8 +98,17 @@ def run(args: argparse.Namespace, console: Any) -> int:
 _BENCHMARK_FLAGS = ("questions", "images", "template")
 _SERVER_FLAGS = ("server_model", "concurrency", "timeout")
 _TABLE_FLAGS = (
-    "overrides", "recipe", "limit", "shuffle_images", "prompt", "direct", "parser", "base_only", "published", "json",
-)  # fmt: skip
+    "overrides",
+    "recipe",
+    "limit",
+    "shuffle_images",
+    "prompt",
+    "direct",
+    "parser",
+    "base_only",
+    "published",
+    "json",
+)
 """Flags of an evaluation that prints a table."""
 
 
@@ -127,8 +151,14 @@ def _answer_llava_bench(args: argparse.Namespace, server: Any, console: Any) -> 
     if server is not None and server.model is None and not Path(args.model).is_dir():
         server = replace(server, model=args.model)
     file = answer_llava_bench(
-        args.model, args.questions, args.images, output=args.output and Path(args.output), server=server,
-        sampling=Sampling(args.temperature, args.top_p, 1024, 0), bad_images=args.bad_images, template=args.template,
-    )  # fmt: skip
+        args.model,
+        args.questions,
+        args.images,
+        output=args.output and Path(args.output),
+        server=server,
+        sampling=Sampling(args.temperature, args.top_p, 1024, 0),
+        bad_images=args.bad_images,
+        template=args.template,
+    )
     console.print(f"{file}: score it with lora-llava score llava-bench", soft_wrap=True)
     return 0

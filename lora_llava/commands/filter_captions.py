@@ -36,9 +36,15 @@ def run(args: argparse.Namespace, console: Any) -> int:
     noun_phrases = load_noun_phrases(args.tagger)
     console.print(f"noun phrases by the {noun_phrases.name} tagger")
     report = filter_caption_file(
-        args.captions, args.output, noun_phrases=noun_phrases, column=args.caption_column, minimum=args.minimum,
-        maximum=args.maximum, seed=args.seed, progress=lambda rows: tqdm(rows, unit="caption", dynamic_ncols=True),
-    )  # fmt: skip
+        args.captions,
+        args.output,
+        noun_phrases=noun_phrases,
+        column=args.caption_column,
+        minimum=args.minimum,
+        maximum=args.maximum,
+        seed=args.seed,
+        progress=lambda rows: tqdm(rows, unit="caption", dynamic_ncols=True),
+    )
     table = Table(title="The most frequent noun phrases", title_justify="left")
     table.add_column("noun phrase")
     table.add_column("captions", justify="right")

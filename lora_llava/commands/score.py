@@ -95,9 +95,15 @@ def _score_llava_bench(args: argparse.Namespace, console: Any) -> int:
     if args.json:  # nothing but the report on stdout
         console.stderr = True
     report = score_llava_bench(
-        cases, server, files=files, output=output, prompts=args.prompts, settings=settings, budget=budget,
+        cases,
+        server,
+        files=files,
+        output=output,
+        prompts=args.prompts,
+        settings=settings,
+        budget=budget,
         console=console,
-    )  # fmt: skip
+    )
     if args.json:
         import json
 

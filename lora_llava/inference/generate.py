@@ -73,9 +73,13 @@ def generate_answers(
             torch.manual_seed(sampling.seed + indices[0])
         with encoded.as_pixels():
             output = model.generate(
-                **batch, **sampling.as_generate(), pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id, use_cache=True, **stop,
-            )  # fmt: skip
+                **batch,
+                **sampling.as_generate(),
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                use_cache=True,
+                **stop,
+            )
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
             if index in answered:
@@ -85,7 +89,7 @@ def generate_answers(
 
 def _plan_batches(
     questions: Sequence[Question], answered: Collection[int], batch_size: int, *, drawn: bool
-) -> list[list[int]]:  # fmt: skip
+) -> list[list[int]]:
     """Batches, longest first. What is drawn depends on who shares a batch: there a batch is asked as it would have
     been, those of it that were answered included."""
 

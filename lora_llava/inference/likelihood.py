@@ -73,9 +73,15 @@ def build_tree(choices: Sequence[Sequence[int]]) -> Tree:
 
 @torch.inference_mode()
 def weigh_choices(
-    model: Any, questions: Sequence[Choices], *, load_pixels: PixelLoader, batch_size: int, pad_token_id: int,
-    answered: Collection[int] = (), encoded: EncodedImages | None = None,
-) -> Iterator[tuple[int, Answer]]:  # fmt: skip
+    model: Any,
+    questions: Sequence[Choices],
+    *,
+    load_pixels: PixelLoader,
+    batch_size: int,
+    pad_token_id: int,
+    answered: Collection[int] = (),
+    encoded: EncodedImages | None = None,
+) -> Iterator[tuple[int, Answer]]:
     """Choose answers by their log-likelihood, what a question's choices share computed once: one forward a batch.
 
     A branch sees what is shared and itself, and its positions go on from there: its logits are those of its
@@ -109,10 +115,13 @@ def weigh_choices(
         own = max(len(trees[i].input_ids) - trees[i].shared for i in indices)
         with encoded.as_pixels():
             logits = model(
-                input_ids=batch["input_ids"], pixel_values=batch.get("pixel_values"),
+                input_ids=batch["input_ids"],
+                pixel_values=batch.get("pixel_values"),
                 attention_mask=_additive(mask, llava_of(model).dtype).to(batch["input_ids"].device),
-                position_ids=positions.to(batch["input_ids"].device), use_cache=False, logits_to_keep=own + 1,
-            ).logits  # fmt: skip
+                position_ids=positions.to(batch["input_ids"].device),
+                use_cache=False,
+                logits_to_keep=own + 1,
+            ).logits
         log_probabilities = functional.log_softmax(logits.float(), dim=-1).cpu()
         for row, i in enumerate(indices):
             found = Answer("", scores=_scores(log_probabilities[row], trees[i], questions[i]))
@@ -159,9 +168,14 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 @torch.inference_mode()
 def answer_losses(
-    model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], image_files: Sequence[Sequence[str]], *,
-    load_pixels: PixelLoader, batch_size: int, pad_token_id: int,
-) -> Iterator[tuple[int, float, int]]:  # fmt: skip
+    model: Any,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    image_files: Sequence[Sequence[str]],
+    *,
+    load_pixels: PixelLoader,
+    batch_size: int,
+    pad_token_id: int,
+) -> Iterator[tuple[int, float, int]]:
     """The loss of given answers.
 
     Args:
@@ -198,9 +212,13 @@ def answer_losses(
 
 
 def _batches(
-    model: Any, rows: Sequence[Question], left: Sequence[int], encoded: EncodedImages, batch_size: int,
+    model: Any,
+    rows: Sequence[Question],
+    left: Sequence[int],
+    encoded: EncodedImages,
+    batch_size: int,
     pad_token_id: int,
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor], dict[int, Answer]]]:  # fmt: skip
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor], dict[int, Answer]]]:
     """Batches of rows, longest first: indices, tensors, and the rows whose images are bad."""
     order = sorted(left, key=lambda i: -len(rows[i].input_ids))
     model.eval()

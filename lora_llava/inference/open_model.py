@@ -21,9 +21,12 @@ from lora_llava.runs.directory import RECIPE_FILE, is_run, read_record
 
 
 def open_speaker(
-    name: str, *, quantization: Literal["auto", "nf4", "none"] = "auto", dtype: str = "auto",
+    name: str,
+    *,
+    quantization: Literal["auto", "nf4", "none"] = "auto",
+    dtype: str = "auto",
     template: str | None = None,
-) -> Speaker:  # fmt: skip
+) -> Speaker:
     """Load a model, and the processor that writes its prompts.
 
     Args:

@@ -38,7 +38,17 @@ class Sampling:
     def as_generate(self) -> dict[str, Any]:
         """Arguments of transformers' `generate`; what greedy search does not use is None, which it takes in silence."""
         if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None,
-                    "max_new_tokens": self.max_new_tokens}  # fmt: skip
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0,
-                "max_new_tokens": self.max_new_tokens}  # fmt: skip
+            return {
+                "do_sample": False,
+                "temperature": None,
+                "top_p": None,
+                "top_k": None,
+                "max_new_tokens": self.max_new_tokens,
+            }
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": 0,
+            "max_new_tokens": self.max_new_tokens,
+        }

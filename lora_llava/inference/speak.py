@@ -134,9 +134,11 @@ def stream_answer(
     stop, closed = stop or threading.Event(), threading.Event()
     queue: SimpleQueue[int | BaseException | None] = SimpleQueue()
     thread = threading.Thread(
-        target=_generate, args=(speaker, batch, sampling, limit, queue, (stop, closed)), name="stream_answer",
+        target=_generate,
+        args=(speaker, batch, sampling, limit, queue, (stop, closed)),
+        name="stream_answer",
         daemon=True,
-    )  # fmt: skip
+    )
     thread.start()
     seen: list[int] = []
     try:
@@ -166,9 +168,13 @@ class _Streamer(BaseStreamer):
 
 
 def _generate(
-    speaker: Speaker, batch: dict[str, torch.Tensor], sampling: Sampling, limit: int,
-    queue: SimpleQueue[int | BaseException | None], stops: Sequence[threading.Event],
-) -> None:  # fmt: skip
+    speaker: Speaker,
+    batch: dict[str, torch.Tensor],
+    sampling: Sampling,
+    limit: int,
+    queue: SimpleQueue[int | BaseException | None],
+    stops: Sequence[threading.Event],
+) -> None:
     """Draw tokens into the queue; None ends it, an exception is handed over in its place."""
 
     def stopped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -180,10 +186,15 @@ def _generate(
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
             speaker.model.generate(
-                **batch, **sampling.as_generate() | {"max_new_tokens": limit}, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id, use_cache=True, streamer=_Streamer(queue), tokenizer=tokenizer,
+                **batch,
+                **sampling.as_generate() | {"max_new_tokens": limit},
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                use_cache=True,
+                streamer=_Streamer(queue),
+                tokenizer=tokenizer,
                 stopping_criteria=StoppingCriteriaList([stopped]),
-            )  # fmt: skip
+            )
         queue.put(None)
     except torch.OutOfMemoryError:
         queue.put(FullError(f"the GPU's memory does not hold the conversation of {tokens:,} tokens; start anew"))

@@ -47,17 +47,28 @@ _CAPTIONS = "This model writes captions: send one image at a time, without a mes
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 _STYLE = Path(__file__).with_name("web_page.css")
 _COLOURS = {
-    "body_background_fill": "#f7f7f5", "body_background_fill_dark": "#121315",
-    "background_fill_secondary": "#f1f1ee", "background_fill_secondary_dark": "#24272b",
-    "block_background_fill": "#ffffff", "block_background_fill_dark": "#1a1c1f",
-    "border_color_primary": "#e4e4e0", "border_color_primary_dark": "#2c2f34",
-    "color_accent": "#2f6fed", "color_accent_soft": "#e9f0fe", "color_accent_soft_dark": "#1d2b48",
-    "slider_color": "#2f6fed", "slider_color_dark": "#7aa7ff", "block_radius": "12px",
+    "body_background_fill": "#f7f7f5",
+    "body_background_fill_dark": "#121315",
+    "background_fill_secondary": "#f1f1ee",
+    "background_fill_secondary_dark": "#24272b",
+    "block_background_fill": "#ffffff",
+    "block_background_fill_dark": "#1a1c1f",
+    "border_color_primary": "#e4e4e0",
+    "border_color_primary_dark": "#2c2f34",
+    "color_accent": "#2f6fed",
+    "color_accent_soft": "#e9f0fe",
+    "color_accent_soft_dark": "#1d2b48",
+    "slider_color": "#2f6fed",
+    "slider_color_dark": "#7aa7ff",
+    "block_radius": "12px",
     "button_border_width": "1px",
-    "button_secondary_border_color": "#e4e4e0", "button_secondary_border_color_dark": "#2c2f34",
-    "button_secondary_background_fill": "#ffffff", "button_secondary_background_fill_dark": "#1a1c1f",
-    "button_secondary_background_fill_hover": "#f1f1ee", "button_secondary_background_fill_hover_dark": "#24272b",
-}  # fmt: skip
+    "button_secondary_border_color": "#e4e4e0",
+    "button_secondary_border_color_dark": "#2c2f34",
+    "button_secondary_background_fill": "#ffffff",
+    "button_secondary_background_fill_dark": "#1a1c1f",
+    "button_secondary_background_fill_hover": "#f1f1ee",
+    "button_secondary_background_fill_hover_dark": "#24272b",
+}
 """Those of the pages that the package writes to files."""
 
 
@@ -117,9 +128,14 @@ def is_loopback(host: str) -> bool:
 
 
 def serve(
-    speaker: Speaker, *, host: str = "127.0.0.1", port: int = 7860, sampling: Sampling | None = None,
-    system: str | None = None, console: Console | None = None,
-) -> None:  # fmt: skip
+    speaker: Speaker,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    sampling: Sampling | None = None,
+    system: str | None = None,
+    console: Console | None = None,
+) -> None:
     """Serve the page until Ctrl-C, or another signal to end. Images that were uploaded are removed with it.
 
     Args:
@@ -167,12 +183,23 @@ def _launch(gradio: Any, page: Any, host: str, port: int) -> None:
     """Serve in the background: no share link, no history kept in the browser, no request for fonts."""
     fonts = ["system-ui", "sans-serif"]
     page.queue(default_concurrency_limit=1).launch(
-        server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, show_error=True,
-        max_file_size=MAX_UPLOAD, ssr_mode=False, mcp_server=False, pwa=False, run_history=False,
-        enable_monitoring=False, footer_links=[], css=_STYLE.read_text(encoding="utf-8"),
+        server_name=host,
+        server_port=port,
+        share=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=True,
+        max_file_size=MAX_UPLOAD,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=[],
+        css=_STYLE.read_text(encoding="utf-8"),
         theme=gradio.themes.Default(primary_hue="blue", font=fonts, font_mono=["monospace"]).set(**_COLOURS),
         app_kwargs={"middleware": [(_SameOrigin, (), {})]},
-    )  # fmt: skip
+    )
 
 
 class _SameOrigin:
@@ -225,14 +252,28 @@ def build_page(
             gr.HTML(f"<h1>{html.escape(title)}</h1>", elem_id="title", padding=False)
             clear = gr.Button("New conversation", elem_id="clear", size="sm", scale=0, min_width=160)
         chatbot = gr.Chatbot(
-            show_label=False, scale=1, height=_LEAST_HEIGHT, render_markdown=False, latex_delimiters=[], buttons=[],
-            allow_tags=False, allow_file_downloads=False, feedback_options=None, elem_id="chat",
+            show_label=False,
+            scale=1,
+            height=_LEAST_HEIGHT,
+            render_markdown=False,
+            latex_delimiters=[],
+            buttons=[],
+            allow_tags=False,
+            allow_file_downloads=False,
+            feedback_options=None,
+            elem_id="chat",
             placeholder=_CAPTIONS if speaker.single_turn else _INVITATION,
-        )  # fmt: skip
+        )
         box = gr.MultimodalTextbox(
-            show_label=False, placeholder="Your message", sources=["upload"], file_types=["image"],
-            file_count="multiple", max_plain_text_length=_LONGEST_PASTE, autofocus=True, elem_id="message",
-        )  # fmt: skip
+            show_label=False,
+            placeholder="Your message",
+            sources=["upload"],
+            file_types=["image"],
+            file_count="multiple",
+            max_plain_text_length=_LONGEST_PASTE,
+            autofocus=True,
+            elem_id="message",
+        )
         settings = _settings(gr, sampling, speaker.model.config.text_config.max_position_embeddings)
         outputs = [chatbot, box]
         box.submit(answer, [box, chatbot, *settings], outputs, api_name="chat", show_progress_on=chatbot)
@@ -252,9 +293,13 @@ def _handlers(
     """
 
     def answer(
-        message: dict[str, Any], history: list[Message], temperature: float, top_p: float, max_new_tokens: float,
+        message: dict[str, Any],
+        history: list[Message],
+        temperature: float,
+        top_p: float,
+        max_new_tokens: float,
         request: Any,
-    ) -> Iterator[tuple[Any, Any]]:  # fmt: skip
+    ) -> Iterator[tuple[Any, Any]]:
         chosen = replace(sampling, temperature=temperature, top_p=top_p, max_new_tokens=int(max_new_tokens))
         answering = in_hand[request.session_hash] = Answering()
         try:
@@ -306,9 +351,14 @@ def _waiting(gr: Any, value: dict[str, Any] | None = None) -> Any:
 
 
 def _answer(
-    gr: Any, speaker: Speaker, message: dict[str, Any], history: list[Message], sampling: Sampling,
-    system: str | None, stop: threading.Event,
-) -> Iterator[tuple[Any, Any]]:  # fmt: skip
+    gr: Any,
+    speaker: Speaker,
+    message: dict[str, Any],
+    history: list[Message],
+    sampling: Sampling,
+    system: str | None,
+    stop: threading.Event,
+) -> Iterator[tuple[Any, Any]]:
     """The conversation as it grows, and the message box; a message that cannot be answered goes back there."""
     text, files = (message.get("text") or "").strip(), message.get("files") or []
     if not text and not files:

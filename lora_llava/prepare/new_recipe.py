@@ -29,9 +29,15 @@ _MOST = 1_000
 
 
 def init(
-    folder: Path, *, data: Path | None = None, model: str | None = None, template: str | None = None,
-    example: bool = False, follow_links: bool = False, console: Console,
-) -> tuple[Path, CheckReport]:  # fmt: skip
+    folder: Path,
+    *,
+    data: Path | None = None,
+    model: str | None = None,
+    template: str | None = None,
+    example: bool = False,
+    follow_links: bool = False,
+    console: Console,
+) -> tuple[Path, CheckReport]:
     """Write a recipe for a folder, and check it.
 
     Args:

@@ -87,10 +87,13 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
     checked = checked_sources(splits, images)
     image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     report = check_sources(
-        checked, {name: run_policy(recipe, name) for name in splits},
-        image_id=image_id, num_image_tokens=model.config.image_seq_length, leaks_are_errors=not science,
+        checked,
+        {name: run_policy(recipe, name) for name in splits},
+        image_id=image_id,
+        num_image_tokens=model.config.image_seq_length,
+        leaks_are_errors=not science,
         with_images=sources_with_images(recipe, splits),
-    )  # fmt: skip
+    )
     report.warnings += _remarks(splits)
     return splits, report
 
@@ -185,8 +188,9 @@ def _fix(splits: dict[str, OpenSplit], report: CheckReport, console: Console) ->
     sources = {source.name: source for split in splits.values() for source in split.sources}
     totals = {
         source.name: len(table)
-        for split in splits.values() for source, table in zip(split.sources, split.tables, strict=True)
-    }  # fmt: skip
+        for split in splits.values()
+        for source, table in zip(split.sources, split.tables, strict=True)
+    }
     for name, source in sources.items():
         rows = dropped.get(name, set())
         if not rows:

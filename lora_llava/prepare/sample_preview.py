@@ -54,7 +54,7 @@ class _Batches:
 
 def preview(
     recipe: Recipe, *, name: str, split: str = "train", samples: int = 50, output: Path | None, console: Console
-) -> Preview:  # fmt: skip
+) -> Preview:
     """Show the first samples of a run.
 
     Args:
@@ -83,12 +83,15 @@ def preview(
     found = build_split(recipe, split, splits[split], processor, model.config, progress_bar, trusted=trusted)
     rows = lay_out(recipe, found).rows if split == "train" else _in_order(recipe, found)
     batches = _Batches(
-        found, tokenizer, processor, tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),  # type: ignore[arg-type]
-        model.config.image_seq_length, is_padding_free(recipe)[0], recipe.training.max_tokens_per_row or 0,
-    )  # fmt: skip
-    shown = Preview(
-        "Samples as they are trained", _facts(recipe, name, model, found), *_take(batches, rows, samples)
-    )  # fmt: skip
+        found,
+        tokenizer,
+        processor,
+        tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),  # type: ignore[arg-type]
+        model.config.image_seq_length,
+        is_padding_free(recipe)[0],
+        recipe.training.max_tokens_per_row or 0,
+    )
+    shown = Preview("Samples as they are trained", _facts(recipe, name, model, found), *_take(batches, rows, samples))
     if output is None:
         print_samples(shown, console)
         return shown
@@ -127,7 +130,7 @@ def _facts(recipe: Recipe, name: str, model: ModelPlan, split: Split) -> tuple[t
 
 def _take(
     batches: _Batches, rows: Sequence[Sequence[int]], count: int
-) -> tuple[tuple[PreviewSample, ...], tuple[PreviewRow, ...]]:  # fmt: skip
+) -> tuple[tuple[PreviewSample, ...], tuple[PreviewRow, ...]]:
     """Collate forward passes until there are enough samples, and read the batches back."""
     samples: list[PreviewSample] = []
     passes: list[PreviewRow] = []
@@ -178,18 +181,22 @@ def _read_batch(batches: _Batches, row: Sequence[int]) -> Iterator[Part]:
 
 def _sample(
     batches: _Batches, index: int, ids: list[int], labels: list[int], pixels: list[torch.Tensor], *, row: int
-) -> PreviewSample:  # fmt: skip
+) -> PreviewSample:
     rows = batches.split.rows
     table, number = rows.table_row(index)
     notes = [note for note in table.notes[number].split("\0") if note]
     if table.lengths(batches.num_image_tokens)[number] > rows.max_length:
         notes.append("answer cut to fit")
     return PreviewSample(
-        batches.split.source_of(index).name, table.row_ids[number], tuple(_tokens(batches, ids, labels)),
-        tuple(_image(one, batches.processor.image_processor) for one in pixels), row, tuple(notes),
+        batches.split.source_of(index).name,
+        table.row_ids[number],
+        tuple(_tokens(batches, ids, labels)),
+        tuple(_image(one, batches.processor.image_processor) for one in pixels),
+        row,
+        tuple(notes),
         table.row_name(number),
         tuple(batches.split.images.label(name) for name in rows.image_files(index)) if pixels else (),
-    )  # fmt: skip
+    )
 
 
 def _tokens(batches: _Batches, ids: list[int], labels: list[int]) -> Iterator[PreviewToken]:

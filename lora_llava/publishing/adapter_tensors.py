@@ -112,9 +112,13 @@ def _layer(name: str, tensors: dict[str, LazyTensor], folder: Path, config: Lora
 
 
 def merge_weight(
-    weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float,
-    magnitude: torch.Tensor | None = None, dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:  # fmt: skip
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+    magnitude: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """Add an adapter to a weight, in float32.
 
     Args:

@@ -35,9 +35,15 @@ from lora_llava.runs.directory import versions, write_json
 
 
 def import_llava(
-    folder: Path, output: Path, *, llm: str | None = None, vision_tower: str | None = None, base: str | None = None,
-    template: str = "vicuna_v1", console: Console,
-) -> None:  # fmt: skip
+    folder: Path,
+    output: Path,
+    *,
+    llm: str | None = None,
+    vision_tower: str | None = None,
+    base: str | None = None,
+    template: str = "vicuna_v1",
+    console: Console,
+) -> None:
     """Convert LLaVA's own checkpoint (to a stock folder) or LoRA folder (to a run directory).
 
     Args:
@@ -94,21 +100,30 @@ def _save_processor(
     copy_sentencepiece(tokenizer_folder, output)
     text = config.text_config
     GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
         stop_strings=stop_strings(written),
-    ).save_pretrained(output)  # fmt: skip
+    ).save_pretrained(output)
 
 
 def _import_lora(
-    folder: Path, output: Path, original: OriginalConfig, tower: Part, llm: str | None, base: str | None,
-    template: str, console: Console,
-) -> None:  # fmt: skip
+    folder: Path,
+    output: Path,
+    original: OriginalConfig,
+    tower: Part,
+    llm: str | None,
+    base: str | None,
+    template: str,
+    console: Console,
+) -> None:
     named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path", "")
     base_folder, record = _base_of(folder, original, tower, llm or named, base)
     config = LlavaConfig.from_pretrained(base_folder)
     if (config.vision_feature_layer, config.vision_feature_select_strategy) != (
-        original.feature_layer, original.strategy
-    ):  # fmt: skip
+        original.feature_layer,
+        original.strategy,
+    ):
         raise UserError(
             f"{folder}: takes layer {original.feature_layer} of the vision tower ({original.strategy}), its base "
             "another"
@@ -123,9 +138,13 @@ def _import_lora(
         _check_taken(temporary, folder, config, base_folder)
         _save_processor(temporary, config, base_folder, base_folder, original.image_aspect, template)
         content = {
-            "stage": 2, "base": record, "recipe_hash": None, "imported": folder.name,
-            "adapter_sha256": file_hash(temporary / ADAPTER_FILE), "versions": versions(),
-        }  # fmt: skip
+            "stage": 2,
+            "base": record,
+            "recipe_hash": None,
+            "imported": folder.name,
+            "adapter_sha256": file_hash(temporary / ADAPTER_FILE),
+            "versions": versions(),
+        }
         write_json(temporary / RUN_FILE, content)
 
 
@@ -154,7 +173,7 @@ def _base_of(
         raise UserError(f"{folder} stands on {llm}, a whole LLaVA; import that first, then name the result with --base")
     parts = BaseParts(
         model.name, model.revision, tower.name, tower.revision, original.projector_type, projector=None, seed=0
-    )  # fmt: skip
+    )
     written = build_base(parts, model, tower, None)
     hashes = component_hashes(written)
     return written, {"name": str(written), "revision": None, "parts": parts.__dict__, "hashes": hashes}

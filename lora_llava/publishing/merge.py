@@ -29,18 +29,31 @@ from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, versions, write
 REPORT_FILE = "merge_report.json"
 Dtype = Literal["bfloat16", "float32"]
 PROCESSOR_FILES = (
-    "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 BASE_FOLDER, ADAPTER_FOLDER, BASE_FILE = "base", "adapter", "base.json"
 IMPORTED = "imported"
 """What a converted checkpoint is called where a base would be named."""
 
 
 def merge(
-    run: Path, output: Path, *, base: BaseKind = "bf16", dtype: Dtype = "bfloat16", projector_only: bool = False,
-    prompts: int = PER_KIND, console: Console,
-) -> dict[str, Any]:  # fmt: skip
+    run: Path,
+    output: Path,
+    *,
+    base: BaseKind = "bf16",
+    dtype: Dtype = "bfloat16",
+    projector_only: bool = False,
+    prompts: int = PER_KIND,
+    console: Console,
+) -> dict[str, Any]:
     """Merge a run into its base, prove the result, and only then give it its name.
 
     Args:
@@ -69,7 +82,7 @@ def merge(
     stored = resolve_dtype(dtype)
     tensors = merged_tensors(
         source.tensors, source.adapter, kind=base, with_lora=not projector_only, dtype=stored, nf4_from=source.dtype
-    )  # fmt: skip
+    )
     questions = prepare_questions(source, prompts)
     check_disk(output, checkpoint_bytes(tensors, stored))
     with new_folder(output) as temporary:
@@ -81,9 +94,11 @@ def merge(
         report = prove(source, merged, questions, console)
         size = sum(file.stat().st_size for file in temporary.rglob("*.safetensors"))
         report |= {
-            "bytes": size, "write_seconds": round(seconds, 3), "seconds": round(time.monotonic() - start, 3),
+            "bytes": size,
+            "write_seconds": round(seconds, 3),
+            "seconds": round(time.monotonic() - start, 3),
             "versions": versions(),
-        }  # fmt: skip
+        }
         tell(report, console)
         write_json(temporary / REPORT_FILE, report)
         for name in (RUN_FILE, RECIPE_FILE, METRICS_FILE):

@@ -151,12 +151,18 @@ def prove(source: Source, merged: MergedModel, questions: Questions, console: Co
         deltas |= _other_delta(source, merged, prompts, answers, ours, keep, console)
     tolerance = max(FP32_TOLERANCE if merged.dtype == torch.float32 else 0.0, NOISE_FACTOR * noise)
     report = {
-        "merged_into": merged.kind, "dtype": str(merged.dtype).removeprefix("torch."), "checked_against": reference,
-        "tolerance": tolerance, "batch_size_noise": noise, "adapter_effect": effect,
+        "merged_into": merged.kind,
+        "dtype": str(merged.dtype).removeprefix("torch."),
+        "checked_against": reference,
+        "tolerance": tolerance,
+        "batch_size_noise": noise,
+        "adapter_effect": effect,
         **{name: asdict(deltas[name]) if name in deltas else None for name in (ADAPTER, NF4_ADAPTER)},
-        "prompts": count, "prompts_with_image": questions.with_image, "prompts_from": questions.where,
+        "prompts": count,
+        "prompts_with_image": questions.with_image,
+        "prompts_from": questions.where,
         "base": source.record["base"],
-    }  # fmt: skip
+    }
     _hold(report, merged.dtype, console)
     return report
 
@@ -172,9 +178,14 @@ def _ask_adapter(
     prompts, nf4_from = questions.prompts, source.dtype if merged.kind == "nf4" else None
     with _bar("proof: base + adapter", source, MAX_NEW_TOKENS + len(prompts.ids) + 2) as progress:
         model = adapted_model(
-            source.config, source.tensors, source.adapter, merged.dtype, nf4_from=nf4_from, keep=keep,
+            source.config,
+            source.tensors,
+            source.adapter,
+            merged.dtype,
+            nf4_from=nf4_from,
+            keep=keep,
             progress=progress,
-        )  # fmt: skip
+        )
         answers = greedy_answers(model, prompts, MAX_NEW_TOKENS, questions.stop_ids)
         logits = last_logits(model, prompts, answers, len(answers))
         one_by_one = last_logits(model, prompts, answers, 1)
@@ -185,7 +196,7 @@ def _ask_adapter(
 
 def _ask_merged(
     source: Source, merged: MergedModel, prompts: Prompts, answers: list[list[int]], keep: bool
-) -> list[torch.Tensor]:  # fmt: skip
+) -> list[torch.Tensor]:
     config = LlavaConfig.from_pretrained(merged.folder)
     with _bar("proof: merged", source, 1) as progress:
         if merged.adapter is None:
@@ -198,9 +209,14 @@ def _ask_merged(
 
 
 def _other_delta(
-    source: Source, merged: MergedModel, prompts: Prompts, answers: list[list[int]], ours: list[torch.Tensor],
-    keep: bool, console: Console,
-) -> dict[str, Any]:  # fmt: skip
+    source: Source,
+    merged: MergedModel,
+    prompts: Prompts,
+    answers: list[list[int]],
+    ours: list[torch.Tensor],
+    keep: bool,
+    console: Console,
+) -> dict[str, Any]:
     """The delta against the adapter on the other kind of base: what quantisation costs."""
     nf4 = merged.kind == "bf16"
     try:
@@ -210,9 +226,14 @@ def _other_delta(
         return {}
     with _bar(f"proof: adapter on the {'NF4' if nf4 else 'bf16'} base", source, 1) as progress:
         model = adapted_model(
-            source.config, source.tensors, source.adapter, merged.dtype, nf4_from=source.dtype if nf4 else None,
-            keep=keep, progress=progress,
-        )  # fmt: skip
+            source.config,
+            source.tensors,
+            source.adapter,
+            merged.dtype,
+            nf4_from=source.dtype if nf4 else None,
+            keep=keep,
+            progress=progress,
+        )
         theirs = last_logits(model, prompts, answers, len(answers))
     return {_reference_of("nf4" if nf4 else "bf16"): compare(theirs, ours, answers)}
 
@@ -224,9 +245,10 @@ def _hold(report: dict[str, Any], dtype: torch.dtype, console: Console) -> None:
     if over or unequal:
         tell(report, console)
         what = (
-            f"logits differ by {delta['max_logit_difference']:.3g}, tolerance {report['tolerance']:.3g}" if over
+            f"logits differ by {delta['max_logit_difference']:.3g}, tolerance {report['tolerance']:.3g}"
+            if over
             else f"{delta['prompts'] - delta['greedy_equal']} of {delta['prompts']} greedy answers differ"
-        )  # fmt: skip
+        )
         mend = "" if dtype == torch.float32 else "; --dtype float32 stores it without rounding"
         raise ProofError(f"the merged model is not base + adapter: {what}; nothing was kept{mend}")
 
@@ -242,9 +264,11 @@ def tell(report: dict[str, Any], console: Console) -> None:
         if delta is not None:
             held = " (held to the tolerance)" if name == report["checked_against"] else ""
             table.add_row(
-                title + held, f"{delta['max_logit_difference']:.3g}", f"{delta['mean_logit_difference']:.3g}",
+                title + held,
+                f"{delta['max_logit_difference']:.3g}",
+                f"{delta['mean_logit_difference']:.3g}",
                 f"{delta['greedy_equal']} of {delta['prompts']}",
-            )  # fmt: skip
+            )
     console.print(table)
     console.print(
         f"tolerance {report['tolerance']:.3g} in {report['dtype']}; batch size alone changes a logit by up to "

@@ -244,7 +244,7 @@ def check_secrets(package: Package) -> None:
         finding
         for name, content in package.files.items()
         for finding in scan(name, _scanned(name, content), written_by_us=isinstance(content, bytes))
-    ]  # fmt: skip
+    ]
     if found:
         lines = [f"{package.folder}: {f.file}, line {f.line}: {f.what}; take it out, then push again" for f in found]
         raise UserError("\n".join(lines))

@@ -72,9 +72,15 @@ def encode_samples(samples: Sequence[Sample], processor: Any) -> Prompts:
 
 
 def adapted_model(
-    config: LlavaConfig, base: Sequence[LazyTensor], adapter: Adapter, dtype: torch.dtype, *,
-    nf4_from: torch.dtype | None = None, keep: bool = False, progress: Progress = lambda block: None,
-) -> PeftModel:  # fmt: skip
+    config: LlavaConfig,
+    base: Sequence[LazyTensor],
+    adapter: Adapter,
+    dtype: torch.dtype,
+    *,
+    nf4_from: torch.dtype | None = None,
+    keep: bool = False,
+    progress: Progress = lambda block: None,
+) -> PeftModel:
     """The base with the adapter beside it, by PEFT's own layers; the adapter and the projector in float32.
 
     Args:
@@ -109,16 +115,22 @@ def adapted_model(
 
 
 def whole_model(
-    config: LlavaConfig, folder: Path, dtype: torch.dtype, *, keep: bool = False,
+    config: LlavaConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    keep: bool = False,
     progress: Progress = lambda block: None,
-) -> Any:  # fmt: skip
+) -> Any:
     """A merged model whose weights come from its folder as it runs; arguments as of `adapted_model`."""
     tensors = {canonical_name(tensor.name): tensor for tensor in lazy_tensors(folder)}
     model = build_empty(config, default_device())
     stream_weights(
-        model, lambda name: tensors[stored_name(name, tensors, config)].load().to(default_device(), dtype), keep=keep,
+        model,
+        lambda name: tensors[stored_name(name, tensors, config)].load().to(default_device(), dtype),
+        keep=keep,
         progress=progress,
-    )  # fmt: skip
+    )
     return model.eval()
 
 
@@ -142,9 +154,13 @@ def greedy_answers(model: Any, prompts: Prompts, max_new_tokens: int, stop_ids: 
     """
     batch = prompts.batch(range(len(prompts.ids)))
     output = model.generate(
-        **batch, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=prompts.pad_token_id,
-        eos_token_id=list(stop_ids), use_cache=True,
-    )  # fmt: skip
+        **batch,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=prompts.pad_token_id,
+        eos_token_id=list(stop_ids),
+        use_cache=True,
+    )
     answers = []
     for row in output[:, batch["input_ids"].shape[1] :].tolist():
         end = next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))

@@ -41,9 +41,16 @@ class PushError(ToldError):
 
 
 def push(
-    folder: Path, repo_id: str, *, public: bool = False, base_repo: str | None = None, replace: bool = False,
-    licence: str | None = None, dry_run: bool = False, console: Console,
-) -> str | None:  # fmt: skip
+    folder: Path,
+    repo_id: str,
+    *,
+    public: bool = False,
+    base_repo: str | None = None,
+    replace: bool = False,
+    licence: str | None = None,
+    dry_run: bool = False,
+    console: Console,
+) -> str | None:
     """Push a run or a model folder.
 
     Args:
@@ -128,9 +135,7 @@ def _connect() -> HfApi:
     return HfApi(library_name="lora_llava")
 
 
-def _upload(
-    api: HfApi, package: Package, repo_id: str, public: bool, replace: bool, console: Console
-) -> str:  # fmt: skip
+def _upload(api: HfApi, package: Package, repo_id: str, public: bool, replace: bool, console: Console) -> str:
     with _told(repo_id, console):
         there = _remote_files(api, repo_id)
         if there is None:

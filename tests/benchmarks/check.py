@@ -35,15 +35,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         folder = Path(temporary)
         os.environ["LORA_LLAVA_CACHE"] = str(folder / "cache")
         total_bytes = _write(folder, args.images)
-        recipe = load_recipe("demo_my_data_qlora.yaml", [
-            f"data.path={folder}/rows.json", f"data.image_folder={folder}/images", "data.validation_rows=100",
-            "data.max_length=512",
-        ])  # fmt: skip
+        recipe = load_recipe(
+            "demo_my_data_qlora.yaml",
+            [
+                f"data.path={folder}/rows.json",
+                f"data.image_folder={folder}/images",
+                "data.validation_rows=100",
+                "data.max_length=512",
+            ],
+        )
         first, again = _timed(recipe), _timed(recipe)
     return {
-        "images": args.images, "size": "640 x 480 JPEG", "mean_bytes": total_bytes // args.images,
-        "first": first, "again": again,
-    }  # fmt: skip
+        "images": args.images,
+        "size": "640 x 480 JPEG",
+        "mean_bytes": total_bytes // args.images,
+        "first": first,
+        "again": again,
+    }
 
 
 def _timed(recipe: Any) -> dict[str, Any]:
@@ -63,10 +71,12 @@ def _timed(recipe: Any) -> dict[str, Any]:
     watcher.join()
     half = [rss for when, rss in seen if when < start + seconds / 2]
     return {
-        "seconds": round(seconds, 2), "errors": len(report.errors), "warnings": len(report.warnings),
+        "seconds": round(seconds, 2),
+        "errors": len(report.errors),
+        "warnings": len(report.warnings),
         "peak_rss_mb_first_half": round(max(half, default=0) / 1e6),
         "peak_rss_mb": round(max(rss for _, rss in seen) / 1e6),
-    }  # fmt: skip
+    }
 
 
 def _write(folder: Path, count: int) -> int:
@@ -90,9 +100,11 @@ def _write(folder: Path, count: int) -> int:
 
 def _photo(rng: np.random.Generator) -> bytes:
     """An image as heavy as a photograph: blurred blocks under grain."""
-    blocks = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((640, 480)).filter(
-        ImageFilter.GaussianBlur(3)
-    )  # fmt: skip
+    blocks = (
+        Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
+        .resize((640, 480))
+        .filter(ImageFilter.GaussianBlur(3))
+    )
     grain = rng.normal(0, 9, (480, 640, 3))
     image = Image.fromarray(np.clip(np.asarray(blocks) + grain, 0, 255).astype(np.uint8))
     stream = io.BytesIO()

@@ -23,9 +23,13 @@ EARLY = 10_000
 """Captions after which memory should not grow."""
 SAMPLE_SECONDS = 0.01
 TEMPLATES = (
-    "a {a} {n} {v} on a {n}", "the {n} and the {a} {a} {n} near the {n}", "{n} {v} a {a} {n} {n}",
-    "two {a} {n}s {v} in front of the {n} , with a {n}", "a photo of the {n} {n} at a {a} {n}", "{a} {n}",
-)  # fmt: skip
+    "a {a} {n} {v} on a {n}",
+    "the {n} and the {a} {a} {n} near the {n}",
+    "{n} {v} a {a} {n} {n}",
+    "two {a} {n}s {v} in front of the {n} , with a {n}",
+    "a photo of the {n} {n} at a {a} {n}",
+    "{a} {n}",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,9 +62,11 @@ def _run(folder: Path, count: int, args: argparse.Namespace) -> dict[str, Any]:
     if process.returncode:
         raise RuntimeError(f"the command ended with {process.returncode}")
     return {
-        "captions": count, "seconds": round(time.perf_counter() - start, 2),
-        "peak_rss_mb": round(peak / 1e6, 1), "kept": sum(1 for _ in target.open()),
-    }  # fmt: skip
+        "captions": count,
+        "seconds": round(time.perf_counter() - start, 2),
+        "peak_rss_mb": round(peak / 1e6, 1),
+        "kept": sum(1 for _ in target.open()),
+    }
 
 
 def captions(count: int, nouns: int, seed: int) -> Iterator[str]:

@@ -88,10 +88,18 @@ def write_llava(folder: Path, count: int, random: Random) -> dict[str, Path]:
 
 def write_coco(folder: Path, count: int, random: Random) -> dict[str, Path]:
     """COCO's two files; the boxes of an image are far apart, and what they are called stands at the end."""
-    images = [{
-        "license": 3, "file_name": f"{number:012}.jpg", "coco_url": f"http://images.example/train2017/{number:012}.jpg",
-        "height": 480, "width": 640, "date_captured": "2013-11-14 11:18:45", "id": number,
-    } for number in range(count)]  # fmt: skip
+    images = [
+        {
+            "license": 3,
+            "file_name": f"{number:012}.jpg",
+            "coco_url": f"http://images.example/train2017/{number:012}.jpg",
+            "height": 480,
+            "width": 640,
+            "date_captured": "2013-11-14 11:18:45",
+            "id": number,
+        }
+        for number in range(count)
+    ]
     texts = ({"image_id": n, "id": n, "caption": text} for n in range(count) for text in captions(random))
     files = {"captions": folder / "captions.json", "instances": folder / "instances.json"}
     _write(files["captions"], {"images": images}, texts, {})
@@ -107,10 +115,14 @@ def _instances(count: int, random: Random) -> Iterator[dict[str, Any]]:
             x1, y1, x2, y2 = corners(random)
             box = [round(value, 2) for value in (x1 * 640, y1 * 480, (x2 - x1) * 640, (y2 - y1) * 480)]
             yield {
-                "segmentation": [random.choice(polygons)], "area": 2765.1486500000005,
-                "iscrowd": int(random.random() < CROWD), "image_id": number, "bbox": box,
-                "category_id": random.randrange(80), "id": time_ * count + number,
-            }  # fmt: skip
+                "segmentation": [random.choice(polygons)],
+                "area": 2765.1486500000005,
+                "iscrowd": int(random.random() < CROWD),
+                "image_id": number,
+                "bbox": box,
+                "category_id": random.randrange(80),
+                "id": time_ * count + number,
+            }
 
 
 def _write(file: Path, before: dict[str, Any], annotations: Iterator[Any], after: dict[str, Any]) -> None:

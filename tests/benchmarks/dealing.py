@@ -26,10 +26,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     layouts = [(budget, None, accumulation) for budget in (2048, 4096, 8192) for accumulation in (1, 2)]
     batches = [(None, size, accumulation) for size, accumulation in ((4, 1), (16, 1), (4, 4))]
     return {
-        "samples": len(lengths), "ranks": args.ranks, "mean_length": sum(lengths) / len(lengths),
-        "p95_length": ordered[int(0.95 * len(ordered))], "longest": ordered[-1],
+        "samples": len(lengths),
+        "ranks": args.ranks,
+        "mean_length": sum(lengths) / len(lengths),
+        "p95_length": ordered[int(0.95 * len(ordered))],
+        "longest": ordered[-1],
         "layouts": [_measure(lengths, args.ranks, *layout) for layout in layouts + batches],
-    }  # fmt: skip
+    }
 
 
 def draw_lengths(samples: int) -> list[int]:
@@ -56,10 +59,13 @@ def _measure(
     dealt = deal_rows(rows, lengths, ranks=ranks, accumulation=accumulation, max_tokens=budget)
     seconds = time.perf_counter() - start
     return {
-        "max_tokens_per_row": budget, "batch_size": batch_size, "accumulation": accumulation,
+        "max_tokens_per_row": budget,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
         "undealt": _unevenness(rows, lengths, ranks, accumulation),
-        "dealt": _unevenness(dealt, lengths, ranks, accumulation), "seconds": seconds,
-    }  # fmt: skip
+        "dealt": _unevenness(dealt, lengths, ranks, accumulation),
+        "seconds": seconds,
+    }
 
 
 def _unevenness(rows: list[list[int]], lengths: list[int], ranks: int, accumulation: int) -> dict[str, float]:
@@ -71,6 +77,10 @@ def _unevenness(rows: list[list[int]], lengths: list[int], ranks: int, accumulat
     slowest = sum(map(max, shares)) / (sum(map(sum, shares)) / ranks)
     full = uneven[:-1]
     return {
-        "steps": len(uneven), "mean": sum(full) / len(full), "worst_full_step": max(full), "last_step": uneven[-1],
-        "steps_over_1.03": sum(one > 1.03 for one in uneven), "epoch": slowest,
-    }  # fmt: skip
+        "steps": len(uneven),
+        "mean": sum(full) / len(full),
+        "worst_full_step": max(full),
+        "last_step": uneven[-1],
+        "steps_over_1.03": sum(one > 1.03 for one in uneven),
+        "epoch": slowest,
+    }

@@ -47,12 +47,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         first, second = _timed(start), _timed(start)
     return {
-        "rows": args.rows, "tokenizer": "Llama's" if args.tokenizer else "the demo's",
+        "rows": args.rows,
+        "tokenizer": "Llama's" if args.tokenizer else "the demo's",
         "tokens_per_row_without_image": round(len(table[0].ids) / args.rows, 1),
         "rows_per_second_one_at_a_time_one_core": round(len(rows) / one),
         "rows_per_second_in_batches_one_core": round(len(rows) / many),
-        "first_start_seconds_all_cores": round(first, 1), "second_start_seconds": round(second, 2),
-    }  # fmt: skip
+        "first_start_seconds_all_cores": round(first, 1),
+        "second_start_seconds": round(second, 2),
+    }
 
 
 def _one(messages: Any, tokenizer: Any) -> None:

@@ -23,9 +23,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than free cores wa
 
 RECIPE = "recipes/demo_scienceqa_qlora.yaml"
 SETTINGS = (
-    "training.max_steps=30", "training.save_every=3", "training.eval_every=10", "training.log_every=1",
-    "training.vision_cache=off", "data.max_train_rows=480", "model.start_from={untrained: true}", "evaluation=null",
-)  # fmt: skip
+    "training.max_steps=30",
+    "training.save_every=3",
+    "training.eval_every=10",
+    "training.log_every=1",
+    "training.vision_cache=off",
+    "data.max_train_rows=480",
+    "model.start_from={untrained: true}",
+    "evaluation=null",
+)
 """Stage 2 alone, which is what is killed; no features are computed beforehand."""
 
 
@@ -52,14 +58,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         terms = [_terminated(folder / "stopped", after, expected) for after in moments[args.points :]]
     stopped = [term for term in terms if term["stopped"]]
     return {
-        "recipe": RECIPE, "settings": SETTINGS, **_saves(), "kills": len(kills),
+        "recipe": RECIPE,
+        "settings": SETTINGS,
+        **_saves(),
+        "kills": len(kills),
         "bitwise_equal": sum(k["equal"] for k in kills),
         "killed_behind_checkpoint": sorted(k["step"] for k in kills),
-        "killed_while_saving": sum(k["saving"] for k in kills), "sigterms": len(stopped),
+        "killed_while_saving": sum(k["saving"] for k in kills),
+        "sigterms": len(stopped),
         "sigterms_bitwise_equal": sum(t["equal"] for t in stopped),
         "seconds_from_sigterm_to_exit": _spread([t["seconds"] for t in stopped]),
         "seconds_of_training_and_the_end": seconds,
-    }  # fmt: skip
+    }
 
 
 def _saves() -> dict[str, Any]:
@@ -86,12 +96,14 @@ def _saves() -> dict[str, Any]:
         finetune(load_recipe(RECIPE, settings), Path("recipes"), console=Console(quiet=True))
     whole = {"checkpoint-2", "checkpoint-3"}
     return {
-        "ends_within_a_save": len(ends) - 1, "whole_after_each": sum(newest in whole for _, newest in ends[:-1]),
+        "ends_within_a_save": len(ends) - 1,
+        "whole_after_each": sum(newest in whole for _, newest in ends[:-1]),
         "full_disks_within_a_save": sum(code == 2 for code, _ in fulls),
         "checkpoint_before_whole": sum(newest == "checkpoint-2" for code, newest in fulls if code == 2),
         "new_checkpoint_whole": sum(newest == "checkpoint-3" for code, newest in fulls if code == 2),
-        "damages": damages[0][0], "damages_not_seen": damages[0][1],
-    }  # fmt: skip
+        "damages": damages[0][0],
+        "damages_not_seen": damages[0][1],
+    }
 
 
 def _spread(values: list[float]) -> dict[str, float]:

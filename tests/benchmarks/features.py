@@ -45,9 +45,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }
         rates = {key: _rate(PackedCollator(source), names, args.batch_size) for key, source in sources.items()}
     return {
-        "images": args.images, "batch_size": args.batch_size, "samples_per_second": rates,
+        "images": args.images,
+        "batch_size": args.batch_size,
+        "samples_per_second": rates,
         "cached_over_pixels": rates["cached"] / rates["pixels"],
-    }  # fmt: skip
+    }
 
 
 def _rate(collator: PackedCollator, names: list[str], batch_size: int) -> float:

@@ -39,14 +39,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     one, _, alone = ask(replace(batched, batch_size=1), way)
     weighing, likely, weighed = ask(batched, Way(method="loglik"))
     return {
-        "run": Path(args.run).name, "questions": len(rows), "batch_size": settings.batch_size,
+        "run": Path(args.run).name,
+        "questions": len(rows),
+        "batch_size": settings.batch_size,
         "questions_per_second": {"batched": len(rows) / many, "one_at_a_time": len(rows) / one},
         "batched_over_one_at_a_time": one / many,
         "answers_that_differ": sum(a["text"] != b["text"] for a, b in zip(together, alone, strict=True)),
         "accuracy": {"generate": table["AVG"][0], "loglik": likely["AVG"][0]},
         "accuracy_with_image": {"generate": table["IMG"][0], "loglik": likely["IMG"][0]},
-        "choices_that_differ": sum(
-            a["prediction"] != b["prediction"] for a, b in zip(together, weighed, strict=True)
-        ),
+        "choices_that_differ": sum(a["prediction"] != b["prediction"] for a, b in zip(together, weighed, strict=True)),
         "loglik_questions_per_second": len(rows) / weighing,
-    }  # fmt: skip
+    }

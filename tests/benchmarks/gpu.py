@@ -50,9 +50,16 @@ def planner(shape: str) -> list[dict[str, Any]]:
         for batch in (2, 4, 8):
             for side in ("ours", "ours_cached"):
                 settings = Settings(
-                    side=side, shape=shape, batch_size=batch, micro_batch=batch, steps=2, r=r, optimizer="adamw_torch",
-                    cap_bytes=_cap(24.0 if shape == "7b" else 40.0), words=WORDS_OF_768,
-                )  # fmt: skip
+                    side=side,
+                    shape=shape,
+                    batch_size=batch,
+                    micro_batch=batch,
+                    steps=2,
+                    r=r,
+                    optimizer="adamw_torch",
+                    cap_bytes=_cap(24.0 if shape == "7b" else 40.0),
+                    words=WORDS_OF_768,
+                )
                 result = run_in_process(settings)
                 if "planned_bytes" in result:
                     result["planned_over_measured"] = (
@@ -69,9 +76,15 @@ def speed(shape: str) -> list[dict[str, Any]]:
         for side in ("ours", "ours_cached", "trl_random", "trl_grouped"):
             for micro in (8, 4, 2, 1):
                 settings = Settings(
-                    side=side, shape=shape, batch_size=8, micro_batch=micro, steps=6, r=16, optimizer="adamw_torch",
+                    side=side,
+                    shape=shape,
+                    batch_size=8,
+                    micro_batch=micro,
+                    steps=6,
+                    r=16,
+                    optimizer="adamw_torch",
                     cap_bytes=_cap(cap_gb - 0.8),
-                )  # fmt: skip
+                )
                 result = run_in_process(settings)
                 if "out_of_memory" not in result:
                     break

@@ -46,14 +46,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(folder)
     total, largest, peak = sum(shards), shards[-1], measured["peak_rss_bytes"]
     return {
-        "shape": args.shape, "layers": args.layers or SHAPES[args.shape]["num_hidden_layers"],
-        "image_size": args.image_size, "rank": RANK, "prompts_of_each_kind": args.prompts, "bytes": total,
-        "largest_shard_bytes": largest, "copy_mb_per_s": total / 1e6 / copy,
+        "shape": args.shape,
+        "layers": args.layers or SHAPES[args.shape]["num_hidden_layers"],
+        "image_size": args.image_size,
+        "rank": RANK,
+        "prompts_of_each_kind": args.prompts,
+        "bytes": total,
+        "largest_shard_bytes": largest,
+        "copy_mb_per_s": total / 1e6 / copy,
         "merge_mb_per_s": total / 1e6 / report["write_seconds"],
-        "merge_speed_over_copy": copy / report["write_seconds"], "write_seconds": report["write_seconds"],
-        "seconds_with_proof": measured["seconds"], "peak_rss_bytes": peak,
-        "allowed_bytes": int(1.3 * largest + 2e9), "report": report,
-    }  # fmt: skip
+        "merge_speed_over_copy": copy / report["write_seconds"],
+        "write_seconds": report["write_seconds"],
+        "seconds_with_proof": measured["seconds"],
+        "peak_rss_bytes": peak,
+        "allowed_bytes": int(1.3 * largest + 2e9),
+        "report": report,
+    }
 
 
 def build(folder: Path, shape: str, layers: int | None, image_size: int) -> tuple[Path, Path]:
@@ -75,9 +83,14 @@ def build(folder: Path, shape: str, layers: int | None, image_size: int) -> tupl
     size = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
     llm = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, **size}
     vision = {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "image_size": image_size, "patch_size": 14, "projection_dim": 768,
-    }  # fmt: skip
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": image_size,
+        "patch_size": 14,
+        "projection_dim": 768,
+    }
     config = assembled_config(llm, vision, "mlp2x_gelu")
     generator = torch.Generator().manual_seed(0)
 

@@ -36,16 +36,20 @@ def train_run(folder: Path, parts: Path, scienceqa: Path) -> str:
         "stage": 2,
         "output_dir": str(folder),
         "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"),
+            "llm": str(parts / "llm"),
+            "vision_tower": str(parts / "vision_tower"),
             "start_from": {"untrained": True},
         },
         "lora": {"r": 4, "alpha": 8},
         "data": {
-            "format": "scienceqa", "path": str(scienceqa), "max_length": 400, "system_prompt": "Be brief.",
+            "format": "scienceqa",
+            "path": str(scienceqa),
+            "max_length": 400,
+            "system_prompt": "Be brief.",
             "splits": {"train": "test", "validation": None, "test": None},
         },
         "training": {"batch_size": 2, "learning_rate": 1e-3, "max_steps": 1, "log_every": 1},
-    }  # fmt: skip
+    }
     finetune(check_recipe(content, "test"), Path(), console=Console(file=io.StringIO(), width=160))
     return str(folder)
 

@@ -161,13 +161,18 @@ def test_a_saved_chat_is_read_as_training_data(chat: Chat, tmp_path: Path) -> No
     (row,) = source.read()
     said = [message["content"][-1]["text"] for message in chat.messages]
     assert [(turn.role, turn.text) for turn in row.turns] == [
-        ("system", "Be brief."), ("user", "<image>\nFirst?"), ("assistant", said[1]),
-        ("user", "<image>\n<image>\nSecond?"), ("assistant", said[3]),
-    ]  # fmt: skip
+        ("system", "Be brief."),
+        ("user", "<image>\nFirst?"),
+        ("assistant", said[1]),
+        ("user", "<image>\n<image>\nSecond?"),
+        ("assistant", said[3]),
+    ]
     assert row.images == ("x.png", "x-2.png", "x.png")
     assert [source.images.open(name).getpixel((0, 0)) for name in row.images] == [
-        (220, 30, 30), (30, 60, 220), (220, 30, 30),
-    ]  # fmt: skip
+        (220, 30, 30),
+        (30, 60, 220),
+        (220, 30, 30),
+    ]
 
 
 @pytest.mark.parametrize("written", ["my talk.json", '"my talk.json"', "my\\ talk.json", "~/my talk.json"])

@@ -42,9 +42,13 @@ def test_an_answer_is_stock_generation_s(speaking: Any) -> None:
     row = next(row for row in rows if row.images)
     ids = torch.tensor([asked.prompt(row)])
     output = asked.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=asked.load_pixels(row.images), do_sample=False,
-        max_new_tokens=12, pad_token_id=asked.tokenizer.pad_token_id,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=asked.load_pixels(row.images),
+        do_sample=False,
+        max_new_tokens=12,
+        pad_token_id=asked.tokenizer.pad_token_id,
+    )
     text = asked.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert answers(asked, questions_of(asked, [row]))[0].text == text.strip()
 
@@ -129,9 +133,13 @@ def test_the_model_takes_pixels_again_afterwards(speaking: Any) -> None:
     answers(asked, questions_of(asked, rows))
     assert inner.get_image_features == before
     stream = generate_answers(
-        asked.model, questions_of(asked, rows), tokenizer=asked.tokenizer, load_pixels=asked.load_pixels, batch_size=1,
+        asked.model,
+        questions_of(asked, rows),
+        tokenizer=asked.tokenizer,
+        load_pixels=asked.load_pixels,
+        batch_size=1,
         sampling=Sampling(max_new_tokens=2),
-    )  # fmt: skip
+    )
     next(stream)
     assert inner.get_image_features(pixel_values=asked.load_pixels(row.images)).pooler_output[0].shape[0] == 4
     stream.close()
@@ -140,9 +148,7 @@ def test_the_model_takes_pixels_again_afterwards(speaking: Any) -> None:
 def test_sampling_is_drawn_by_the_seed(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, rows)
-    first, again, other = (
-        answers(asked, questions, sampling=Sampling(1.0, 0.9, 12, seed)) for seed in (1, 1, 2)
-    )  # fmt: skip
+    first, again, other = (answers(asked, questions, sampling=Sampling(1.0, 0.9, 12, seed)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
     assert first != answers(asked, questions)
@@ -154,9 +160,14 @@ def test_what_is_drawn_does_not_depend_on_where_it_was_stopped(speaking: Any) ->
 
     def draw(answered: dict[int, Any]) -> dict[int, Any]:
         stream = generate_answers(
-            asked.model, questions, tokenizer=asked.tokenizer, load_pixels=asked.load_pixels, batch_size=4,
-            sampling=Sampling(5.0, max_new_tokens=6, seed=1), answered=answered,
-        )  # fmt: skip
+            asked.model,
+            questions,
+            tokenizer=asked.tokenizer,
+            load_pixels=asked.load_pixels,
+            batch_size=4,
+            sampling=Sampling(5.0, max_new_tokens=6, seed=1),
+            answered=answered,
+        )
         return dict(stream)
 
     whole = draw({})

@@ -100,9 +100,11 @@ def test_prompts_are_what_was_trained(run: str) -> None:
     opened = open_speaker(run, quantization="none")
     asked = [{"role": "user", "content": "<image>\nWhich?"}, {"role": "assistant", "content": "Red."}]
     ids = encode_prompt(
-        [*asked, {"role": "user", "content": "Sure?"}], tokenizer=opened.processor.tokenizer,
-        template=get_template("vicuna_v1", "Be brief."), num_image_tokens=4,
-    )  # fmt: skip
+        [*asked, {"role": "user", "content": "Sure?"}],
+        tokenizer=opened.processor.tokenizer,
+        template=get_template("vicuna_v1", "Be brief."),
+        num_image_tokens=4,
+    )
     messages = [user_message("Which?", [RED]), text_message("assistant", "Red."), user_message("Sure?")]
     batch = encode_messages(opened, messages)
     assert batch["input_ids"][0].tolist() == list(ids)
@@ -130,7 +132,7 @@ def test_what_cannot_be_opened_is_one_line(base: str, tmp_path: Path) -> None:
         (base, {"template": "vicuna"}, "template: 'vicuna' is unknown (did you mean \"vicuna_v1\"?)"),
         (str(tmp_path), {}, f"{tmp_path} is neither a finished run, which has run.json and adapter_model.safetensors"),
         ("nobody/nothing", {}, "nobody/nothing is not in the local cache and HF_HUB_OFFLINE is set; unset it to"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError) as caught:
             open_speaker(name, **options)
         assert str(caught.value).startswith(expected)

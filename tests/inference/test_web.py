@@ -70,8 +70,12 @@ class Served:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", WATCHED, "chat", base, "--web", *options],
-                cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True,
-            )  # fmt: skip
+                cwd=folder,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if " is at http://127.0.0.1:" not in line:

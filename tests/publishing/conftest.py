@@ -18,9 +18,7 @@ Train = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def train(
-    parts: Path, scienceqa: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Train:  # fmt: skip
+def train(parts: Path, scienceqa: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Trains a small run, once for each set of options: `lora` keys, `stage=1`, a learning rate."""
     done: dict[str, Path] = {}
 
@@ -32,14 +30,16 @@ def train(
                 "stage": stage,
                 "output_dir": str(folder),
                 "model": {
-                    "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"),
-                    "start_from": {"untrained": True}, "quantization": quantization,
+                    "llm": str(parts / "llm"),
+                    "vision_tower": str(parts / "vision_tower"),
+                    "start_from": {"untrained": True},
+                    "quantization": quantization,
                 },
                 "lora": {"r": 4, "alpha": 32, **lora},
                 "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400, "system_prompt": ""},
                 "training": {"batch_size": 8, "learning_rate": rate, "max_steps": 4, "log_every": 1},
                 "evaluation": {"max_new_tokens": 4},
-            }  # fmt: skip
+            }
             if stage == 1:
                 del content["lora"], content["evaluation"]
                 content["data"] = {"format": "captions", "path": str(captions), "template": "plain", "max_length": 400}

@@ -97,14 +97,17 @@ def test_a_stage_2_run_refuses_half_a_stage_1_projector(
     stage1 = Path(shutil.copytree(train(stage=1), tmp_path / "stage1"))
     change(stage1, drop_bias)
     content: dict[str, Any] = {
-        "stage": 2, "output_dir": str(tmp_path / "run"), "lora": {},
+        "stage": 2,
+        "output_dir": str(tmp_path / "run"),
+        "lora": {},
         "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"),
+            "llm": str(parts / "llm"),
+            "vision_tower": str(parts / "vision_tower"),
             "start_from": {"stage1_run": str(stage1)},
         },
         "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400},
         "training": {"learning_rate": 0.01, "max_steps": 1},
-    }  # fmt: skip
+    }
     with pytest.raises(UserError, match=r"stage1_run: .*linear_2\.bias is missing \(tensors at fault: 1 of 4\)"):
         finetune(check_recipe(content, "test"), Path(), console=Console(file=io.StringIO()))
 
@@ -119,11 +122,19 @@ def test_every_adapter_that_a_run_saves_fits(options: dict[str, Any], train: Tra
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("alpha_pattern", {"up_proj": 8}), ("rank_pattern", {"up_proj": 8}), ("fan_in_fan_out", True), ("bias", "all"),
-        ("use_qalora", True), ("lora_bias", True), ("layers_to_transform", [0]), ("target_parameters", ["x"]),
-        ("trainable_token_indices", [1]), ("some_later_setting", 0.5), ("init_lora_weights", "pissa_niter_4"),
+        ("alpha_pattern", {"up_proj": 8}),
+        ("rank_pattern", {"up_proj": 8}),
+        ("fan_in_fan_out", True),
+        ("bias", "all"),
+        ("use_qalora", True),
+        ("lora_bias", True),
+        ("layers_to_transform", [0]),
+        ("target_parameters", ["x"]),
+        ("trainable_token_indices", [1]),
+        ("some_later_setting", 0.5),
+        ("init_lora_weights", "pissa_niter_4"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_would_be_lost_are_refused(name: str, value: Any, finished: Path) -> None:
     file = finished / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
@@ -133,11 +144,21 @@ def test_settings_that_would_be_lost_are_refused(name: str, value: Any, finished
 
 def test_llava_s_own_settings_are_not_refused() -> None:
     written = {
-        "base_model_name_or_path": "x", "bias": "none", "enable_lora": None, "fan_in_fan_out": False,
-        "inference_mode": True, "init_lora_weights": True, "lora_alpha": 256, "lora_dropout": 0.05,
-        "merge_weights": False, "modules_to_save": None, "peft_type": "LORA", "r": 128, "target_modules": ["q_proj"],
+        "base_model_name_or_path": "x",
+        "bias": "none",
+        "enable_lora": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": 256,
+        "lora_dropout": 0.05,
+        "merge_weights": False,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 128,
+        "target_modules": ["q_proj"],
         "task_type": "CAUSAL_LM",
-    }  # fmt: skip
+    }
     refuse_settings(written, Path("adapter_config.json"))
 
 

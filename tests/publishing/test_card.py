@@ -31,9 +31,11 @@ def vicuna_run(finished: Path) -> Path:
     record = json.loads((finished / "run.json").read_text())
     recipe = load_recipe(finished / "recipe.yaml").model
     record["base"]["parts"] |= {
-        "llm": recipe.llm, "llm_revision": recipe.llm_revision, "vision_tower": recipe.vision_tower,
+        "llm": recipe.llm,
+        "llm_revision": recipe.llm_revision,
+        "vision_tower": recipe.vision_tower,
         "vision_tower_revision": recipe.vision_tower_revision,
-    }  # fmt: skip
+    }
     record["hub_ids"] = hub_ids(load_recipe(finished / "recipe.yaml"))
     (finished / "run.json").write_text(json.dumps(record))
     return finished

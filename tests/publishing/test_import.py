@@ -38,12 +38,21 @@ def original_name(name: str) -> str | None:
 def original_config(parts: Path, **extra: Any) -> dict[str, Any]:
     llm = json.loads((parts / "llm" / "config.json").read_text())
     return llm | {
-        "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_tower": str(parts / "vision_tower"), "mm_hidden_size": 32, "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
-        "use_mm_proj": True, "tune_mm_mlp_adapter": False, "image_aspect_ratio": "pad",
-        "tokenizer_padding_side": "right", **extra,
-    }  # fmt: skip
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_tower": str(parts / "vision_tower"),
+        "mm_hidden_size": 32,
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "tune_mm_mlp_adapter": False,
+        "image_aspect_ratio": "pad",
+        "tokenizer_padding_side": "right",
+        **extra,
+    }
 
 
 @pytest.fixture
@@ -102,7 +111,7 @@ def test_a_checkpoint_with_its_own_tower_keeps_it(checkpoint: tuple[Path, Path],
     base, folder = checkpoint
     tower = {
         f"model.vision_tower.{n}": t + 1 for n, t in load_file(base / "model.safetensors").items() if "vision" in n
-    }  # fmt: skip
+    }
     torch.save(tower, folder / "pytorch_model-00003-of-00003.bin")
     import_llava(folder, tmp_path / "stock", console=QUIET)
     ours = load_file(tmp_path / "stock" / "model.safetensors")
@@ -144,10 +153,16 @@ def lora_folder(parts: Path, train: Train, tmp_path: Path) -> tuple[Path, Path]:
     torch.save(adapter, folder / "adapter_model.bin")
     torch.save(other, folder / "non_lora_trainables.bin")
     settings = {
-        "base_model_name_or_path": str(parts / "llm"), "bias": "none", "lora_alpha": 32, "lora_dropout": 0.05,
-        "peft_type": "LORA", "r": 4, "task_type": "CAUSAL_LM", "modules_to_save": None,
+        "base_model_name_or_path": str(parts / "llm"),
+        "bias": "none",
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "peft_type": "LORA",
+        "r": 4,
+        "task_type": "CAUSAL_LM",
+        "modules_to_save": None,
         "target_modules": ["up_proj", "down_proj", "gate_proj", "k_proj", "q_proj", "v_proj", "o_proj"],
-    }  # fmt: skip
+    }
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps(original_config(parts)))
     return run, folder

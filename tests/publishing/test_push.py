@@ -65,10 +65,21 @@ def pushed(folder: Path, repo_id: str = "me/model", **options: Any) -> str:
 
 
 MODEL_FILES = {
-    ".gitattributes", "README.md", "chat_template.jinja", "config.json", "generation_config.json", "loss_curve.png",
-    "merge_report.json", "metrics.json", "model.safetensors", "processor_config.json", "recipe.yaml", "run.json",
-    "tokenizer.json", "tokenizer_config.json",
-}  # fmt: skip
+    ".gitattributes",
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "loss_curve.png",
+    "merge_report.json",
+    "metrics.json",
+    "model.safetensors",
+    "processor_config.json",
+    "recipe.yaml",
+    "run.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 def test_a_merged_model_arrives_whole_and_private(merged: Path, hub: Store) -> None:
@@ -197,10 +208,20 @@ def test_an_adapter_names_its_pushed_base_and_commit(train: Train, hub: Store) -
     config = json.loads(hub.repos["me/adapter"]["adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", hub.commits["me/base"])
     assert set(hub.repos["me/adapter"]) == {
-        ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
-        "generation_config.json", "loss_curve.png", "metrics.json", "processor_config.json", "recipe.yaml", "run.json",
-        "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "generation_config.json",
+        "loss_curve.png",
+        "metrics.json",
+        "processor_config.json",
+        "recipe.yaml",
+        "run.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     hub.reset()
     assert pushed(train(), "me/adapter", base_repo="me/base").count("nothing uploaded") == 2
     assert hub.uploaded == 0
@@ -344,7 +365,7 @@ def plant_in(name: str, text: str) -> Callable[[Path], None]:
         (plant_in("metrics.json", "/mnt/team/images/cat.jpg"), "a local path"),
         (plant_in_weights, "adapter_model.safetensors, line 1: a Hugging Face token"),
     ],
-)  # fmt: skip
+)
 def test_a_planted_secret_stops_the_push(
     plant: Callable[[Path], None], told: str, finished: Path, hub: Store, capsys: Any
 ) -> None:
@@ -364,9 +385,7 @@ def test_local_paths_of_the_recipe_do_not_leave(finished: Path, hub: Store, tmp_
     (finished / "logs").mkdir(exist_ok=True)
     (finished / "logs" / "events").write_text(TOKEN)
     pushed(finished, base_repo="me/base")
-    sent = b"".join(hub.received) + b"".join(
-        data for files in hub.repos.values() for data in files.values()
-    )  # fmt: skip
+    sent = b"".join(hub.received) + b"".join(data for files in hub.repos.values() for data in files.values())
     for private in (TOKEN.encode(), str(tmp_path).encode(), b"pytest-of", str(Path.home()).encode() + b"/"):
         assert private not in sent
     recipe = hub.repos["me/model"]["recipe.yaml"].decode()

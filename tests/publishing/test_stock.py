@@ -95,8 +95,10 @@ def test_the_pipeline_answers_a_chat_message_with_the_trained_prompt(exported: P
     )
     prompt = encode_prompt(
         [{"role": "user", "content": "<image>\nWhich colour is shown?"}],
-        tokenizer=load_tokenizer(exported / "merged"), template=get_template("vicuna_v1", ""), num_image_tokens=4,
-    )  # fmt: skip
+        tokenizer=load_tokenizer(exported / "merged"),
+        template=get_template("vicuna_v1", ""),
+        num_image_tokens=4,
+    )
     assert told["ids"] == prompt
     assert told["pixels"] == [1, 3, 32, 32]
     assert told["turns"][-1]["role"] == "assistant"

@@ -84,9 +84,16 @@ def test_all_sides_train_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_verb_writes_machine_versions_and_results(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     benchmark(
-        shape="tiny_body", batch_size=1, steps=1, repeats=1, r=2, cap_gb=None, sides=["ours"], output=file,
+        shape="tiny_body",
+        batch_size=1,
+        steps=1,
+        repeats=1,
+        r=2,
+        cap_gb=None,
+        sides=["ours"],
+        output=file,
         console=Console(file=io.StringIO(), width=160),
-    )  # fmt: skip
+    )
     result = json.loads(file.read_text())
     assert set(result) == {"machine", "versions", "settings", "results"}
     assert result["versions"]["torch"] == torch.__version__
@@ -97,8 +104,14 @@ def test_the_verb_writes_machine_versions_and_results(tmp_path: Path) -> None:
 
 def test_what_needs_a_gpu_is_refused_without_one() -> None:
     options: dict[str, Any] = {
-        "batch_size": 1, "steps": 1, "repeats": 1, "r": 2, "sides": ["ours"], "output": None, "console": Console(),
-    }  # fmt: skip
+        "batch_size": 1,
+        "steps": 1,
+        "repeats": 1,
+        "r": 2,
+        "sides": ["ours"],
+        "output": None,
+        "console": Console(),
+    }
     with pytest.raises(UserError, match="--shape 7b would take days without a GPU; take tiny or tiny_body"):
         benchmark(shape="7b", cap_gb=None, **options)
     with pytest.raises(UserError, match="--cap-gb 8 caps a GPU's memory, and there is none here; leave it out"):

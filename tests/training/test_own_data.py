@@ -83,13 +83,17 @@ def test_a_mixture_trains_and_is_told_by_source(
     table.write_text("question\tanswer\n" + "".join(f"What is {n}?\tIt is {n}.\n" for n in range(30)))
     images = str(captions.parent / "images")
     stage2_content["data"] = {
-        "format": "conversations", "max_length": 400, "system_prompt": "", "validation_rows": 6, "max_train_rows": 24,
+        "format": "conversations",
+        "max_length": 400,
+        "system_prompt": "",
+        "validation_rows": 6,
+        "max_train_rows": 24,
         "sources": [
             {"name": "images", "path": str(captions), "image_folder": images, "weight": 2},
             {"name": "facts", "path": str(table), "weight": 1},
             {"name": "science", "format": "scienceqa", "path": str(scienceqa), "rows": 6},
         ],
-    }  # fmt: skip
+    }
     stage2_content["training"] |= {"max_steps": None, "epochs": 2, "batch_size": 4, "eval_every": None}
     stage2_content["training"] |= {"vision_cache": "memory", "workers": 1}
     stage2_content["output_dir"] = str(tmp_path / "mixed")
@@ -123,9 +127,12 @@ def test_sources_share_no_image_across_the_split(stage2_content: dict[str, Any],
         (tmp_path / f"{source}.json").write_text(json.dumps(rows))
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "max_length": 400, "system_prompt": "", "validation_rows": 6,
+        "format": "conversations",
+        "max_length": 400,
+        "system_prompt": "",
+        "validation_rows": 6,
         "sources": [{"path": str(tmp_path / f"{s}.json"), "image_folder": str(folder)} for s in files],
-    }  # fmt: skip
+    }
     plan = plan_run(check_recipe(stage2_content, "test"))
     numbers = {name: {row["row_id"][1:] for row in split.rows} for name, split in plan.splits.items()}
     assert numbers["train"].isdisjoint(numbers["validation"])
@@ -136,14 +143,19 @@ def test_sources_share_no_image_across_the_split(stage2_content: dict[str, Any],
     ("name", "header", "line", "columns", "form"),
     [
         ("table.csv", "image,question,answer", "{}.png,What?,Red", Columns(), "conversations"),
-        ("t.tsv", "file_name\tprompt\tresponse", "{}.png\tWhat?\tRed",
-         Columns(image="file_name", question="prompt", answer="response"), "conversations"),
+        (
+            "t.tsv",
+            "file_name\tprompt\tresponse",
+            "{}.png\tWhat?\tRed",
+            Columns(image="file_name", question="prompt", answer="response"),
+            "conversations",
+        ),
         ("semi.csv", "path;caption", "pics/{}.png;a red thing", Columns(image="path"), "captions"),
     ],
-)  # fmt: skip
+)
 def test_init_understands_tables(
     tmp_path: Path, name: str, header: str, line: str, columns: Columns, form: str
-) -> None:  # fmt: skip
+) -> None:
     for number in range(6):
         image(tmp_path / "pics" / f"{number}.png")
     (tmp_path / name).write_text("\n".join([header, *(line.format(number) for number in range(6))]) + "\n")
@@ -154,7 +166,7 @@ def test_init_understands_tables(
 
 def test_init_writes_a_recipe_with_its_comments_and_takes_files_called_val_and_test(
     tmp_path: Path, parts: Path
-) -> None:  # fmt: skip
+) -> None:
     rows = [{"image": f"{n}.png", "q": "What?", "a": f"Red {n}."} for n in range(8)]
     for number in range(8):
         image(tmp_path / "mine" / "img" / f"{number}.png")
@@ -236,8 +248,13 @@ def test_the_example_is_not_written_over_anything(tmp_path: Path) -> None:
 
 def test_too_little_to_hold_anything_back_is_all_trained_on(tmp_path: Path) -> None:
     assert [held_back_rows(*counts) for counts in ((1, 0), (9, 1), (2, 2), (199, 50), (200, 50), (99_999, 9))] == [
-        0, 0, 1, 39, 20, 1000,
-    ]  # fmt: skip
+        0,
+        0,
+        1,
+        39,
+        20,
+        1000,
+    ]
     image(tmp_path / "mine" / "a.png")
     (tmp_path / "mine" / "table.csv").write_text("image,question,answer\na.png,What?,Red.\na.png,Why?,So.\n")
     target, report = init(tmp_path / "mine", model="demo", console=quiet())

@@ -98,9 +98,7 @@ def test_images_are_what_the_tower_gets(stage2: Recipe, tmp_path: Path) -> None:
         torch.testing.assert_close((seen - mean) / std, pixels, atol=0.51 / 255 / 0.26, rtol=0)
 
 
-def test_several_images_several_sources_and_hostile_text(
-    stage2_content: dict[str, Any], tmp_path: Path
-) -> None:  # fmt: skip
+def test_several_images_several_sources_and_hostile_text(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     for number in range(3):
@@ -115,9 +113,11 @@ def test_several_images_several_sources_and_hostile_text(
     (tmp_path / "b.csv").write_text(table)
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "max_length": 400, "system_prompt": "",
+        "format": "conversations",
+        "max_length": 400,
+        "system_prompt": "",
         "sources": [{"path": str(tmp_path / name), "image_folder": str(images)} for name in ("a.json", "b.csv")],
-    }  # fmt: skip
+    }
     recipe = check_recipe(stage2_content, "test")
     page = tmp_path / "page.html"
     result = preview(recipe, name="test", output=page, console=Console(file=io.StringIO()))
@@ -138,9 +138,13 @@ def test_a_cut_answer_and_a_mended_row_say_so(stage2_content: dict[str, Any], ca
     (tmp_path / "chat.json").write_text(json.dumps(rows))
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "path": str(tmp_path / "chat.json"), "image_folder": str(captions.parent / "images"),
-        "max_length": 40, "system_prompt": "", "on_overlong": "truncate_answer",
-    }  # fmt: skip
+        "format": "conversations",
+        "path": str(tmp_path / "chat.json"),
+        "image_folder": str(captions.parent / "images"),
+        "max_length": 40,
+        "system_prompt": "",
+        "on_overlong": "truncate_answer",
+    }
     shown = preview(check_recipe(stage2_content, "test"), name="test", output=None, console=Console(file=io.StringIO()))
     notes = {sample.row_id: sample.notes for sample in shown.samples}
     assert notes == {"0": ("answer cut to fit",), "1": ("placeholder added",)}
@@ -170,9 +174,11 @@ def test_a_split_that_is_not_there_and_a_bad_image_are_named(
     (tmp_path / "chat.json").write_text(json.dumps(rows))
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "path": str(tmp_path / "chat.json"), "max_length": 400,
+        "format": "conversations",
+        "path": str(tmp_path / "chat.json"),
+        "max_length": 400,
         "image_folder": str(captions.parent / "images"),
-    }  # fmt: skip
+    }
     recipe = check_recipe(stage2_content, "test")
     with pytest.raises(UserError, match="--split: this recipe has no validation rows; it has train"):
         show(recipe, tmp_path, split="validation")
@@ -185,17 +191,29 @@ def test_a_split_that_is_not_there_and_a_bad_image_are_named(
 def test_a_browser_shows_one_sample_and_reports_nothing(stage2: Recipe, tmp_path: Path) -> None:
     show(stage2, tmp_path, samples=5)
     command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
         "--enable-logging=stderr",
-        "--dump-dom", f"file://{tmp_path / 'page.html'}#3",
-    ]  # fmt: skip
+        "--dump-dom",
+        f"file://{tmp_path / 'page.html'}#3",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
         pytest.skip(f"chromium does not run here: {error}")
     assert [int("now" in text.split(">")[0].split('class="')[-1]) for text in done.stdout.split("<article")[1:]] == [
-        0, 0, 1, 0, 0,
-    ]  # fmt: skip
+        0,
+        0,
+        1,
+        0,
+        0,
+    ]
     assert "3 of 5" in done.stdout
     assert "CONSOLE" not in done.stderr  # neither an error of the script nor a breach of the page's policy

@@ -66,7 +66,7 @@ def _setting_rows(package: Package) -> list[tuple[str, str]]:
         ("batch", _batch(training)),
         ("optimizer", f"{step.get('optimizer', training['optimizer'])}, weight decay {training['weight_decay']:g}"),
         ("seed", str(recipe["seed"])),
-    ]  # fmt: skip
+    ]
     if package.record.get("recipe_hash"):
         rows.append(("recipe", f"`recipe.yaml`, SHA-256 as it ran `{package.record['recipe_hash'][:_SHORT]}`"))
     return rows
@@ -96,7 +96,7 @@ def _cost_rows(package: Package) -> list[tuple[str, str]]:
             ("tokens", f"{train['tokens']:,}, {train['supervised_tokens']:,} of them trained on"),
             ("time", f"{train['seconds'] / 60:,.1f} min of training on {_machine(package.metrics.get('machine'))}"),
             ("peak memory", f"{train['peak_memory_bytes'] / 2**30:.2f} GiB"),
-        ]  # fmt: skip
+        ]
         if train["best_validation_loss"] is not None:
             rows.append(("validation loss", f"{train['best_validation_loss']:.4f}, the checkpoint kept"))
     versions = package.record.get("versions", {})

@@ -97,10 +97,13 @@ def card_data(package: Package, repo_id: str, licence: str | None, licences: Seq
     if results:
         extra |= {"model_name": repo_id.split("/")[1], "eval_results": results}
     return ModelCardData(
-        license=licence, library_name="peft" if package.kind == "adapter" else "transformers",
-        pipeline_tag="image-text-to-text", datasets=data or None,
-        tags=["llava", "lora_llava", *tags(package)], **extra,
-    )  # fmt: skip
+        license=licence,
+        library_name="peft" if package.kind == "adapter" else "transformers",
+        pipeline_tag="image-text-to-text",
+        datasets=data or None,
+        tags=["llava", "lora_llava", *tags(package)],
+        **extra,
+    )
 
 
 def tags(package: Package) -> list[str]:
@@ -133,10 +136,15 @@ def index_results(package: Package) -> Iterable[EvalResult]:
     for column, entry in table.items():
         if column not in ("unparsed", "parser") and entry[2]:
             yield EvalResult(
-                task_type="visual-question-answering", dataset_type=kind, dataset_name=name,
-                dataset_split=data["splits"]["test"], dataset_revision=data.get("revision"), metric_type="accuracy",
-                metric_name=f"accuracy, {column} ({entry[2]} questions)", metric_value=entry[0],
-            )  # fmt: skip
+                task_type="visual-question-answering",
+                dataset_type=kind,
+                dataset_name=name,
+                dataset_split=data["splits"]["test"],
+                dataset_revision=data.get("revision"),
+                metric_type="accuracy",
+                metric_name=f"accuracy, {column} ({entry[2]} questions)",
+                metric_value=entry[0],
+            )
 
 
 def eval_entries(package: Package) -> list[EvalResultEntry]:
