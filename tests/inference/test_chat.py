@@ -238,7 +238,7 @@ def test_one_question_prints_its_answer_alone(
         (["--prompt", " "], "error: --prompt is empty; give a question, or an image with --image"),
         (["--prompt", "x", "--image", "no.png"], "error: image no.png is missing"),
         (["--prompt", "x", "--web"], "error: --web takes images and messages on its page; leave out --prompt and"),
-        (["--port", "1"], "error: --host and --port are the page's; add --web"),
+        (["--port", "1"], "error: --host and --port have no effect without --web"),
         (["--prompt", "x", "--top-p", "0"], "error: top_p is 0.0; give a share above 0, at most 1"),
     ],
 )
