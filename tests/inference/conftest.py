@@ -1,4 +1,4 @@
-"""A small model that answers."""
+"""A small model with questions for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lora_llava.training.stages import build_trained_model
 def speaking(
     parts: Path, scienceqa: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Asked, list[Conversation]]:
-    """A small model with an adapter that is far from zero, and twelve questions of which six show an image."""
+    """Build a small model with an adapter far from zero, and twelve questions, six of them with an image."""
     content: dict[str, Any] = {
         "stage": 2,
         "output_dir": str(tmp_path_factory.mktemp("run")),
