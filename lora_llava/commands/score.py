@@ -100,7 +100,7 @@ def _temperature(text: str) -> float | None:
         return None
     number = float(text)
     if not 0 <= number <= 2:
-        raise argparse.ArgumentTypeError(f'{text} should be from 0 to 2, or the word "default"')
+        raise argparse.ArgumentTypeError(f"{text} should be from 0 to 2, or default")
     return number
 
 

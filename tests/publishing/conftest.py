@@ -1,4 +1,4 @@
-"""Small finished runs, their LoRA far from zero."""
+"""Small finished runs with LoRA weights far from zero."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Train = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def train(parts: Path, scienceqa: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Trains a small run, once for each set of options: `lora` keys, `stage=1`, a learning rate."""
+    """Return a function that trains a small run, once for each set of options."""
     done: dict[str, Path] = {}
 
     def run(stage: int = 2, quantization: str = "nf4", rate: float = 0.05, **lora: Any) -> Path:
@@ -52,5 +52,5 @@ def train(parts: Path, scienceqa: Path, captions: Path, tmp_path_factory: pytest
 
 @pytest.fixture
 def finished(train: Train, tmp_path: Path) -> Path:
-    """A QLoRA run of its own, to be changed at will."""
+    """Copy a QLoRA run that the test may modify."""
     return Path(shutil.copytree(train(), tmp_path / "finished"))

@@ -128,7 +128,7 @@ def test_conflicting_licences_are_named(vicuna_run: Path) -> None:
     assert "The language model lmsys/vicuna-7b-v1.5: Llama 2 Community License" in card
     assert (
         "It is allowed for the language model lmsys/vicuna-7b-v1.5 (Llama 2 Community License) and the vision tower "
-        "openai/clip-vit-large-patch14-336 (MIT), but not for the data (derek-thomas/ScienceQA) (CC BY-NC-SA 4.0). "
+        "openai/clip-vit-large-patch14-336 (MIT), but not for the data set derek-thomas/ScienceQA (CC BY-NC-SA 4.0). "
     ) in card
     projector = "liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5"
     assert f"because lora_llava does not know them: the projector {projector}." in card

@@ -1,4 +1,4 @@
-"""Templates whose stop is ordinary text: stock generation ends there, from what the exported folder says."""
+"""Templates whose stop is ordinary text: stock generation stops there, using the exported folder's config."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUIET = Console(file=io.StringIO(), width=160)
 
 @pytest.fixture(scope="module")
 def merged(parts: Path, scienceqa: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A merged model that was trained with `vicuna_v0`, to write its stop at once."""
+    """Train and merge a model with `vicuna_v0` until it writes its stop immediately."""
     folder = tmp_path_factory.mktemp("v0")
     content: dict[str, Any] = {
         "stage": 2,

@@ -44,12 +44,16 @@ def licences_of(package: Package) -> list[Licence]:
     """List the licences of the models and data that the model was made from."""
     found = [licence_of(name, named(role, name)) for role, name in sources(package)]
     if package.recipe:
-        found += [licence_of(path, f"the data ({_named_data(path)})") for path in data_paths(package.recipe["data"])]
+        found += [licence_of(path, _data_part(path)) for path in data_paths(package.recipe["data"])]
     stage1 = package.record.get("stage1")
     if stage1:
         name = public_name(stage1["data"], stage1["hub_ids"])
-        found.append(licence_of(name, f"the data of Stage 1 ({_DEMO_NAME if name == 'demo' else name})"))
+        found.append(licence_of(name, _data_part(name, "Stage 1 ")))
     return found
+
+
+def _data_part(name: str, stage: str = "") -> str:
+    return f"the {stage}data of {_DEMO_NAME}" if name == "demo" else f"the {stage}data set {name}"
 
 
 def sources(package: Package) -> list[tuple[str, str]]:
@@ -208,8 +212,8 @@ def _answers(package: Package, tables: dict[str, Any]) -> str:
     """Write the scores of free-form answers, by group."""
     lines = [
         f"## Results\n\nScores on rows of {data_name(package)} that were held out from training, with all rows of an "
-        "image kept together. Answers are compared with the reference answers by exact match and word F1, both as defined by SQuAD, and by "
-        f"ROUGE-L. {_measured(package)}\n",
+        "image kept together. Answers are compared with the reference answers by exact match and word F1, both as "
+        f"defined by SQuAD, and by ROUGE-L. {_measured(package)}\n",
         table_row(["", "group", "exact match in %", "F1 in %", "ROUGE-L in %", "questions"]),
         table_row(["---"] * 6),
     ]
