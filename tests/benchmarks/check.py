@@ -1,4 +1,4 @@
-"""`lora-llava check` on many images of real size: seconds and memory."""
+"""Measure seconds and memory of `lora-llava check` on many images of realistic size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lora_llava.recipe import load_recipe
 
 _WORDS = "the a red blue dog cat man woman street table holds next to large small two behind"
 _DIFFERENT = 300
-"""Images that are drawn; the others have their content with another end, so that each is a file of its own."""
+"""Number of drawn images; the other files repeat them with different trailing bytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,8 +90,8 @@ def _write(folder: Path, count: int) -> int:
         content = contents[index % len(contents)] + b"%d" % index  # after the image's end
         total += len(content)
         (folder / "images" / name).write_bytes(content)
-        said = [" ".join(rng.choices(words, k=rng.randint(5, 40))) for _ in range(4)]
-        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+        texts = [" ".join(rng.choices(words, k=rng.randint(5, 40))) for _ in range(4)]
+        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
         turns[0]["value"] = f"{turns[0]['value']}\n<image>"
         rows.append({"id": str(index), "image": name, "conversations": turns})
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -99,7 +99,7 @@ def _write(folder: Path, count: int) -> int:
 
 
 def _photo(rng: np.random.Generator) -> bytes:
-    """An image as heavy as a photograph: blurred blocks under grain."""
+    """Draw an image with the file size of a photograph: blurred blocks with grain."""
     blocks = (
         Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
         .resize((640, 480))

@@ -1,4 +1,4 @@
-"""generate-data against a loopback server: requests a second of the ideal, and the same with a tenth of faults."""
+"""Measure requests per second of generate-data against a loopback server, without faults and with 10% faults."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from rich.console import Console
 
 CONCURRENCY = 32
 FAULTS = ("429", "500", "stall", "cut", "malformed")
-_SPOKEN = "It is a dog, with its head turned to the left, and near it on the grass lies ball 17."
+_SENTENCE = "It is a dog, with its head turned to the left, and near it on the grass lies ball 17."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=6000)
-    parser.add_argument("--latency", type=float, default=0.05, help="seconds of the server for an answer")
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds that the server takes for an answer")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole verb, from contexts to files, the median of five runs; the ideal is concurrency over latency. The
-    server is a process of its own."""
+    """Run the complete verb, from contexts to files, and take the median of five runs.
+
+    The ideal rate is concurrency over latency. The server runs in a separate process.
+    """
     runs = sorted(
         (_made(args.samples, 0.0, args.latency) for _ in range(5)), key=lambda run: run["requests_per_second"]
     )
@@ -106,7 +108,7 @@ def _contexts(folder: Path, count: int) -> str:
 
 
 class _Server(asyncio.Protocol):
-    """As little as an HTTP server can do, so that the client is what is measured."""
+    """A minimal HTTP server, so that the client limits the rate."""
 
     def __init__(self, seen: Any, faults: float, latency: float, drawn: random.Random) -> None:
         self.seen, self.faults, self.latency, self.drawn = seen, faults, latency, drawn
@@ -138,7 +140,7 @@ class _Server(asyncio.Protocol):
 
 def _serve(seen: Any, faults: float, latency: float) -> None:
     with contextlib.suppress(PermissionError):
-        os.nice(-10)  # it stands for another machine, which would not wait for this one's cores
+        os.nice(-10)  # it represents another machine, which would have its own cores
     drawn = random.Random(0)
 
     async def main() -> None:
@@ -165,7 +167,7 @@ def _reply(body: bytes, fault: str | None) -> bytes:
 
 def _answer() -> bytes:
     turns = [
-        {"question": "Which animal is shown?", "answer": _SPOKEN},
+        {"question": "Which animal is shown?", "answer": _SENTENCE},
         {"question": "What lies near it?", "answer": "Ball 17 lies on the grass near the dog."},
     ]
     message = {"role": "assistant", "content": json.dumps({"turns": turns})}
