@@ -85,8 +85,8 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class _Parser(argparse.ArgumentParser):
     """A parser that suggests the flag that was probably meant."""
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, formatter_class=_HelpFormatter, **settings)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _HelpFormatter, **settings})
 
     def error(self, message: str) -> NoReturn:
         unknown = message.partition("unrecognized arguments: ")[2].split()

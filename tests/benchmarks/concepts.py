@@ -70,7 +70,7 @@ def _run(folder: Path, count: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def captions(count: int, nouns: int, seed: int) -> Iterator[str]:
-    """Yield captions of invented words, the n-th noun and adjective with frequency 1 / n (Zipf), without storing any."""
+    """Yield captions of invented words, the n-th noun and adjective with frequency 1 / n (Zipf), one by one."""
     random = Random(seed)
     words = {"n": _invented(random, nouns, ""), "a": _invented(random, 400, "ous"), "v": _invented(random, 300, "ing")}
     weights = {kind: list(accumulate(1 / rank for rank in range(1, len(own) + 1))) for kind, own in words.items()}
