@@ -321,7 +321,7 @@ def save_chat(chat: Chat, file: Path) -> str:
         A message on what was written.
 
     Raises:
-        UserError: If the conversation is empty, or the file holds something else or cannot be written.
+        UserError: If the conversation is empty, or the file has other content or cannot be written.
     """
     if not chat.messages:
         raise UserError("the conversation is empty; there is nothing to save")

@@ -125,5 +125,5 @@ def recognise_template(processor: Any) -> Template | None:
 def _written(processor: Any, turns: list[dict[str, Any]], template: str) -> str:
     try:
         return str(processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True))
-    except TemplateError:  # one that takes no system text is none of ours
+    except TemplateError:  # a template that rejects system messages is not in TEMPLATES
         return ""

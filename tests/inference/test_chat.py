@@ -67,13 +67,13 @@ def test_turns_and_images_are_kept_and_sent_along(
     for line in (f"/image {red}", f"/image {blue}", "Which is blue?"):
         run_line(chat, line)
     system = text_message("system", "Be brief.")
-    asked = user_message("Which is blue?", [Image.open(red), Image.open(blue)])
-    first = answer(chat, system, asked)
+    question = user_message("Which is blue?", [Image.open(red), Image.open(blue)])
+    first = answer(chat, system, question)
     assert len(first) > 3
     assert capsys.readouterr().out == clean_text(first) + "\n"
     assert chat.attached == []
     run_line(chat, "Sure?")
-    second = answer(chat, system, asked, text_message("assistant", first), user_message("Sure?"))
+    second = answer(chat, system, question, text_message("assistant", first), user_message("Sure?"))
     assert second != answer(chat, system, user_message("Sure?"))
     assert capsys.readouterr().out == clean_text(second) + "\n"
     run_line(chat, "/reset")
@@ -229,8 +229,8 @@ def test_one_question_prints_its_answer_alone(
     red, blue = draw_image(tmp_path / "red.png"), draw_image(tmp_path / "blue.png", (30, 60, 220))
     given = ["--image", str(red), "--image", str(blue), "--prompt", "Which?", "--system", "", "--seed", "3"]
     assert main(None, options(base, *given, "--temperature", "1.5", "--top-p", "0.9")) == 0
-    asked = [text_message("system", ""), user_message("Which?", [Image.open(red), Image.open(blue)])]
-    expected = "".join(stream_answer(speaker, asked, Sampling(1.5, 0.9, 8, 3)))
+    question = [text_message("system", ""), user_message("Which?", [Image.open(red), Image.open(blue)])]
+    expected = "".join(stream_answer(speaker, question, Sampling(1.5, 0.9, 8, 3)))
     assert capsys.readouterr().out == clean_text(expected) + "\n"
 
 

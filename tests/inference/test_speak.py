@@ -33,7 +33,7 @@ from lora_llava.inference.speak import (
 from lora_llava.model.loading import is_4bit
 
 RED = Image.new("RGB", (40, 24), (220, 30, 30))
-ASKED = [user_message("Which colour is shown?", [RED])]
+QUESTION = [user_message("Which colour is shown?", [RED])]
 LONG = Sampling(max_new_tokens=80)
 
 
@@ -98,9 +98,9 @@ def test_quantization_can_be_chosen_against_the_run(run: str) -> None:
 
 def test_prompts_equal_those_of_training(run: str) -> None:
     opened = open_speaker(run, quantization="none")
-    asked = [{"role": "user", "content": "<image>\nWhich?"}, {"role": "assistant", "content": "Red."}]
+    turns = [{"role": "user", "content": "<image>\nWhich?"}, {"role": "assistant", "content": "Red."}]
     ids = encode_prompt(
-        [*asked, {"role": "user", "content": "Sure?"}],
+        [*turns, {"role": "user", "content": "Sure?"}],
         tokenizer=opened.processor.tokenizer,
         template=get_template("vicuna_v1", "Be brief."),
         num_image_tokens=4,
@@ -144,24 +144,24 @@ def test_a_model_that_cannot_be_opened_is_one_line(base: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("sampling", [LONG, Sampling(temperature=1.3, top_p=0.9, max_new_tokens=80, seed=7)])
 def test_joined_pieces_equal_the_answer_of_one_call(speaker: Speaker, sampling: Sampling) -> None:
-    pieces, _ = streamed(speaker, ASKED, sampling)
+    pieces, _ = streamed(speaker, QUESTION, sampling)
     assert len(pieces) > 20
-    assert "".join(pieces) == generated(speaker, ASKED, sampling)
+    assert "".join(pieces) == generated(speaker, QUESTION, sampling)
 
 
 def test_the_stop_string_and_what_follows_are_never_shown(speaker: Speaker) -> None:
-    complete = generated(speaker, ASKED, LONG)
-    pieces, _ = streamed(speaker, ASKED, LONG)
+    complete = generated(speaker, QUESTION, LONG)
+    pieces, _ = streamed(speaker, QUESTION, LONG)
     first = "".join(pieces[:10])
     stop = complete[len(first) - 2 : len(first) + 2]  # spans two pieces
     assert complete.count(stop) > 0
-    shown, finish = streamed(replace(speaker, stop_string=stop), ASKED, LONG)
+    shown, finish = streamed(replace(speaker, stop_string=stop), QUESTION, LONG)
     assert "".join(shown) == complete.split(stop)[0].strip()
     assert finish == "stop"
 
 
 def test_an_answer_that_reaches_the_token_limit_ends_with_length(speaker: Speaker) -> None:
-    assert streamed(speaker, ASKED, Sampling(max_new_tokens=5))[1] == "length"
+    assert streamed(speaker, QUESTION, Sampling(max_new_tokens=5))[1] == "length"
 
 
 def passes(speaker: Speaker, record: list[int]) -> Any:
@@ -174,13 +174,13 @@ def test_an_event_or_closing_stops_the_model(speaker: Speaker) -> None:
     count: list[int] = []
     hook = passes(speaker, count)
     try:
-        stream = stream_answer(speaker, ASKED, endless, stop)
+        stream = stream_answer(speaker, QUESTION, endless, stop)
         next(stream)
         stop.set()
         assert finish_of(stream)[1] == "stopped"
         assert len(count) < 300
         count.clear()
-        with closing(stream_answer(speaker, ASKED, endless)) as stream:
+        with closing(stream_answer(speaker, QUESTION, endless)) as stream:
             next(stream)
         assert len(count) < 300
         assert "stream_answer" not in [thread.name for thread in threading.enumerate()]
@@ -204,7 +204,7 @@ def test_an_exception_of_the_model_reaches_the_caller(
     hook = speaker.model.register_forward_pre_hook(fail)
     try:
         with pytest.raises(seen):
-            streamed(speaker, ASKED, LONG)
+            streamed(speaker, QUESTION, LONG)
     finally:
         hook.remove()
     assert len(count) == 4

@@ -116,8 +116,8 @@ def expected(speaker: Speaker, *messages: Any, tokens: int = TOKENS) -> str:
 
 # --- in a browser --------------------------------------------------------------------------------------------------
 
-SAID = "[...document.querySelectorAll('#chat [data-testid=bot]')].map(e => e.textContent)"
-ASKED = "[...document.querySelectorAll('#chat [data-testid=user]')].map(e => e.textContent)"
+ANSWERS = "[...document.querySelectorAll('#chat [data-testid=bot]')].map(e => e.textContent)"
+QUESTIONS = "[...document.querySelectorAll('#chat [data-testid=user]')].map(e => e.textContent)"
 BOX = "document.querySelector('#message textarea')"
 STOP = "document.querySelector('#message .stop-button')"
 IDLE = f"!{STOP} && !!document.querySelector('#chat [data-testid=status-tracker].hide')"
@@ -146,44 +146,44 @@ def ask(page: Browser, text: str, image: Path | None = None) -> None:
 
 def finished(page: Browser, answers: int = 1) -> list[str]:
     """Return the model's answers, once there are so many of them and the page waits."""
-    page.wait_for(f"{SAID}.length == {answers} && {IDLE}", 60)
-    return list(page.evaluate(SAID))
+    page.wait_for(f"{ANSWERS}.length == {answers} && {IDLE}", 60)
+    return list(page.evaluate(ANSWERS))
 
 
 def test_a_question_about_an_image_is_answered_in_a_stream(page: Browser, speaker: Speaker, tmp_path: Path) -> None:
     image = draw_image(tmp_path / "red.png")
     ask(page, "Which <b>colour</b>?", image)
     lengths = {0}
-    while page.evaluate(f"!{SAID}.length || !!{STOP}"):
-        lengths.add(page.evaluate(f"({SAID}[0] || '').length"))
-    asked = user_message("Which <b>colour</b>?", [Image.open(image)])
-    said = expected(speaker, asked)
-    assert len(said) > 200
-    assert finished(page) == [said]
-    assert len(lengths - {0, len(said)}) >= 2
-    assert page.evaluate(ASKED)[-1] == "Which <b>colour</b>?"
+    while page.evaluate(f"!{ANSWERS}.length || !!{STOP}"):
+        lengths.add(page.evaluate(f"({ANSWERS}[0] || '').length"))
+    question = user_message("Which <b>colour</b>?", [Image.open(image)])
+    answer = expected(speaker, question)
+    assert len(answer) > 200
+    assert finished(page) == [answer]
+    assert len(lengths - {0, len(answer)}) >= 2
+    assert page.evaluate(QUESTIONS)[-1] == "Which <b>colour</b>?"
     assert page.evaluate("document.querySelectorAll('#chat b').length") == 0
     assert page.evaluate("document.querySelector('#chat img').naturalWidth") == 40
     ask(page, "Sure?")
-    turns = (asked, text_message("assistant", said), user_message("Sure?"))
-    assert finished(page, 2) == [said, expected(speaker, *turns)]
+    turns = (question, text_message("assistant", answer), user_message("Sure?"))
+    assert finished(page, 2) == [answer, expected(speaker, *turns)]
     page.evaluate("document.querySelector('#clear').click()")
-    page.wait_for(f"{SAID}.length == 0")
+    page.wait_for(f"{ANSWERS}.length == 0")
     ask(page, "Sure?")
     assert finished(page) == [expected(speaker, user_message("Sure?"))]
 
 
 def test_a_stopped_answer_is_kept_up_to_there(page: Browser, speaker: Speaker) -> None:
     ask(page, "Hello")
-    page.wait_for(f"({SAID}[0] || '').length > 3")
+    page.wait_for(f"({ANSWERS}[0] || '').length > 3")
     page.evaluate(f"{STOP}.click()")
-    (said,) = finished(page)
+    (answer,) = finished(page)
     complete = expected(speaker, user_message("Hello"))
-    assert said != complete
-    assert complete.startswith(said)
+    assert answer != complete
+    assert complete.startswith(answer)
     ask(page, "Sure?")
-    turns = (user_message("Hello"), text_message("assistant", said), user_message("Sure?"))
-    assert finished(page, 2) == [said, expected(speaker, *turns)]
+    turns = (user_message("Hello"), text_message("assistant", answer), user_message("Sure?"))
+    assert finished(page, 2) == [answer, expected(speaker, *turns)]
 
 
 def test_a_message_that_cannot_be_answered_goes_back_into_its_box(page: Browser, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_message_that_cannot_be_answered_goes_back_into_its_box(page: Browser,
     ask(page, "What is it?", tmp_path / "broken.png")
     page.wait_for(f"{TOAST}.includes('image broken.png cannot be read: it is no image, or one of an unknown kind')")
     page.wait_for(f"{BOX}.value == 'What is it?' && {IDLE}")
-    assert page.evaluate(ASKED) == []
+    assert page.evaluate(QUESTIONS) == []
     page.wait_for("document.querySelectorAll('#message .thumbnail-item').length == 1")
     page.evaluate("document.querySelector('#message .thumbnail-item .delete-button').click()")
     page.wait_for("document.querySelectorAll('#message .thumbnail-item').length == 0")
@@ -200,7 +200,7 @@ def test_a_message_that_cannot_be_answered_goes_back_into_its_box(page: Browser,
     ask(page, long)
     page.wait_for(f"{TOAST}.includes('shorten the message or start a new conversation with “New conversation”')")
     page.wait_for(f"{BOX}.value == {json.dumps(long.strip())} && {IDLE}")
-    assert page.evaluate(ASKED) == []
+    assert page.evaluate(QUESTIONS) == []
 
 
 def test_a_new_conversation_during_an_answer_stays_empty_and_leaves_the_box_alone(
@@ -208,13 +208,13 @@ def test_a_new_conversation_during_an_answer_stays_empty_and_leaves_the_box_alon
 ) -> None:
     for _ in range(3):  # a late piece would show up in some of the attempts
         ask(page, "Hello")
-        page.wait_for(f"({SAID}[0] || '').length > 3")
+        page.wait_for(f"({ANSWERS}[0] || '').length > 3")
         page.evaluate(f"{BOX}.focus()")
         page.type("Sure?")
         page.evaluate("document.querySelector('#clear').click()")
-        page.wait_for(f"{SAID}.length == 0 && {IDLE}")
+        page.wait_for(f"{ANSWERS}.length == 0 && {IDLE}")
         time.sleep(0.3)
-        assert (page.evaluate(SAID), page.evaluate(ASKED), page.evaluate(f"{BOX}.value")) == ([], [], "Sure?")
+        assert (page.evaluate(ANSWERS), page.evaluate(QUESTIONS), page.evaluate(f"{BOX}.value")) == ([], [], "Sure?")
         page.evaluate(f"{BOX}.select()")
     ask(page, "Sure?")
     assert finished(page) == [expected(speaker, user_message("Sure?"))]
@@ -280,9 +280,9 @@ def test_a_question_by_http_is_answered(served: Served, speaker: Speaker, tmp_pa
     (path,) = upload(served, image.read_bytes()).json()
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     history, _ = call(served, {"text": "Which?", "files": [file]}, [], 0, 1, 12)
-    said = expected(speaker, user_message("Which?", [Image.open(image)]), tokens=12)
+    answer = expected(speaker, user_message("Which?", [Image.open(image)]), tokens=12)
     assert [turn["role"] for turn in history] == ["user", "assistant"]
-    assert [html.unescape(part["text"]) for part in history[1]["content"]] == [said]
+    assert [html.unescape(part["text"]) for part in history[1]["content"]] == [answer]
 
 
 def test_only_uploads_are_served_and_large_ones_are_rejected(served: Served, tmp_path: Path) -> None:
