@@ -1,4 +1,4 @@
-"""`lora-llava benchmark`; and `benchmark.py merge`, `check` and others, which measure what a test cannot."""
+"""Run `lora-llava benchmark`, or one of the other benchmarks: `benchmark.py merge`, `check` and so on."""
 
 from __future__ import annotations
 
@@ -26,14 +26,22 @@ from tests.benchmarks import (
 )
 
 BENCHMARKS = {
-    "merge": merge, "features": features, "check": check, "encoding": encoding, "concepts": concepts,
-    "generation": generation, "contexts": contexts, "synthesis": synthesis, "gpu": gpu, "dealing": dealing,
+    "merge": merge,
+    "features": features,
+    "check": check,
+    "encoding": encoding,
+    "concepts": concepts,
+    "generation": generation,
+    "contexts": contexts,
+    "synthesis": synthesis,
+    "gpu": gpu,
+    "dealing": dealing,
     "faults": faults,
-}  # fmt: skip
+}
 
 
 def where() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine that the figures were measured on."""
     import psutil
 
     from lora_llava.runs.directory import machine, versions
@@ -49,7 +57,7 @@ def main() -> int:
     for name, module in BENCHMARKS.items():
         command = commands.add_parser(name, help=str(module.__doc__))
         module.add_arguments(command)
-        command.add_argument("--output", type=Path, help="file for the result, JSON")
+        command.add_argument("--output", type=Path, help="JSON file for the result; default: print only")
     args = parser.parse_args()
     result = {"benchmark": args.benchmark, "machine": where(), **BENCHMARKS[args.benchmark].run(args)}
     text = json.dumps(result, indent=2)

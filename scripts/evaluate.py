@@ -1,4 +1,4 @@
-"""`lora-llava evaluate`."""
+"""Run `lora-llava evaluate`."""
 
 import sys
 

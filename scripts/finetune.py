@@ -1,4 +1,4 @@
-"""`lora-llava finetune`."""
+"""Run `lora-llava finetune`."""
 
 import sys
 

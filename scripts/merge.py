@@ -1,4 +1,4 @@
-"""`lora-llava merge`."""
+"""Run `lora-llava merge`."""
 
 import sys
 

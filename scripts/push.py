@@ -1,4 +1,4 @@
-"""`lora-llava push`."""
+"""Run `lora-llava push`."""
 
 import sys
 

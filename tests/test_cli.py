@@ -1,7 +1,8 @@
-"""What a person gets for a mistake: one line, exit code 2, nothing lost."""
+"""The command line: help, and one line with exit code 2 for each mistake."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from lora_llava.commands.main import VERBS, main
+from lora_llava.commands.main import VERBS, main, verb_module
+from lora_llava.demo.build import CLIP_STEPS, LLM_STEPS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -23,7 +25,7 @@ def recipe_file(stage2_content: dict[str, Any], tmp_path: Path) -> Path:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Run a verb that must fail with exit code 2 and one line."""
+    """Run a verb that must fail with exit code 2, and return its one line."""
     capsys.readouterr()
     assert main(None, list(argv)) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -70,9 +72,9 @@ def test_a_corrupt_image_names_its_row_or_is_dropped_and_counted(
     stage2_content["data"]["path"] = str(data)
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(stage2_content))
-    told = error_of(capsys, "finetune", str(file))
-    assert "row 1: image train/1/image.png cannot be read" in told
-    assert "data.on_bad_image=drop" in told
+    message = error_of(capsys, "finetune", str(file))
+    assert "row 1: image train/1/image.png cannot be read" in message
+    assert "data.on_bad_image=drop" in message
     assert main(None, ["finetune", str(file), "--dry-run", "data.on_bad_image=drop"]) == 0
     assert "2 bad image" in capsys.readouterr().out
 
@@ -86,9 +88,12 @@ def test_a_row_without_answer_is_named(
     broken.write_text(json.dumps(rows))
     stage2_content |= {"stage": 1, "lora": None, "evaluation": None}
     stage2_content["data"] = {
-        "format": "captions", "path": str(broken), "image_folder": str(captions.parent / "images"), "template": "plain",
+        "format": "captions",
+        "path": str(broken),
+        "image_folder": str(captions.parent / "images"),
+        "template": "plain",
         "max_length": 400,
-    }  # fmt: skip
+    }
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(stage2_content))
     assert "row 2 (chat.json, index 2): turn 1: the answer is empty" in error_of(capsys, "finetune", str(file))
@@ -98,16 +103,16 @@ def test_a_row_without_answer_is_named(
     assert "row 2 (chat.json, index 2): 2 <image> placeholders for 1 images" in error_of(capsys, "finetune", str(file))
 
 
-def test_bitsandbytes_that_cannot_run_is_said(
+def test_bitsandbytes_that_cannot_run_is_reported(
     recipe_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
-    told = error_of(capsys, "finetune", str(recipe_file))
-    assert "bitsandbytes cannot run here" in told
-    assert "set model.quantization=none" in told
+    message = error_of(capsys, "finetune", str(recipe_file))
+    assert "bitsandbytes cannot run here" in message
+    assert "set model.quantization=none" in message
 
 
-def test_evaluate_says_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_rejects_a_folder_that_is_not_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not a finished run" in error_of(capsys, "evaluate", str(tmp_path))
 
 
@@ -122,6 +127,37 @@ def test_help_of_every_verb_ends_with_two_examples(verb: str, capsys: pytest.Cap
     examples = capsys.readouterr().out.rpartition("examples:\n")[2].splitlines()
     assert len(examples) == 2
     assert all(line.startswith(f"  lora-llava {verb} ") or line == f"  lora-llava {verb}" for line in examples)
+
+
+@pytest.mark.parametrize("argv", [[], *([verb] for verb in VERBS), ["score", "scienceqa"], ["score", "llava-bench"]])
+def test_help_fits_into_80_columns(
+    argv: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(None, [*argv, "--help"])
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+def test_every_flag_has_help_with_its_default(verb: str) -> None:
+    parser = argparse.ArgumentParser()
+    verb_module(verb).add_arguments(parser)
+    for action in parser._actions:
+        flag = ", ".join(action.option_strings)
+        if not flag or action.nargs == 0:  # a positional argument or a switch
+            continue
+        assert action.help, flag
+        shown = any(word in action.help for word in ("default", "required")) or action.default is not None
+        assert shown, f"{verb} {flag}"
+
+
+def test_the_demo_s_default_steps_are_those_of_its_build() -> None:
+    parser = argparse.ArgumentParser()
+    verb_module("build-demo").add_arguments(parser)
+    shown = parser.format_help()
+    assert f"default: {LLM_STEPS}" in shown
+    assert f"default: {CLIP_STEPS}" in shown
 
 
 @pytest.mark.parametrize("script", ["finetune", "evaluate", "merge", "push", "benchmark"])
@@ -161,10 +197,10 @@ def test_a_count_below_one_is_a_usage_error(capsys: pytest.CaptureFixture[str]) 
     assert "--limit: -3 should be 1 or more" in capsys.readouterr().err
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    told = error_of(capsys, "recipes", "--copy", str(tmp_path / "file" / "below"))
-    assert told == f"error: {tmp_path / 'file' / 'below'}: Not a directory; name another place"
+    message = error_of(capsys, "recipes", "--copy", str(tmp_path / "file" / "below"))
+    assert message == f"error: {tmp_path / 'file' / 'below'}: Not a directory; choose another path"
 
 
 def test_recipes_are_listed_and_copied(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

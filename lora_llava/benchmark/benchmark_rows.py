@@ -1,4 +1,4 @@
-"""Rows as long as ScienceQA's, made from a seed: what both sides of the benchmark train on."""
+"""Seeded rows with the lengths of ScienceQA's, which all sides of the benchmark train on."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ from lora_llava.data.conversation import Conversation, Turn
 from lora_llava.data.images.reading import read_rgb
 
 IMAGE_SHARE = 0.49
-"""ScienceQA's share of rows with an image."""
+"""Share of ScienceQA's rows with an image."""
 _LOG_MEAN, _LOG_SPREAD, _MOST_WORDS = 5.71, 0.37, 1400
-"""Of a row's text tokens: with 576 for an image, rows have ScienceQA's mean of 615 and 95th percentile of 1,084 under
-the Llama tokenizer, and random batches of 8 are 1.67 times padding (tests/training/test_benchmark.py)."""
+"""Log-normal distribution of a row's text tokens. With 576 tokens for an image, rows have ScienceQA's mean of 615 and
+95th percentile of 1,084 under the Llama tokenizer, and padding multiplies the tokens of random batches of 8 by 1.67
+(tests/training/test_benchmark.py)."""
 _ANSWER_SHARE = 0.65
-"""Of the text: 35% of all tokens are trained."""
+"""Share of the answer in a row's text, so that 35% of all tokens are trained."""
 _IMAGE_SIZE = (480, 360)
-"""Of the order of ScienceQA's images."""
+"""Pixels, similar to ScienceQA's images."""
 _IMAGES = 16
-"""Different ones; there need be no more to decode one for each row."""
+"""Number of different images; each row still decodes its own."""
 SHAPES = {
-    "tiny": (512, 1376, 4, 8), "tiny_body": (512, 1376, 4, 8), "7b": (4096, 11008, 32, 32),
+    "tiny": (512, 1376, 4, 8),
+    "tiny_body": (512, 1376, 4, 8),
+    "7b": (4096, 11008, 32, 32),
     "13b": (5120, 13824, 40, 40),
-}  # fmt: skip
-"""Hidden and inner size, layers and heads."""
+}
+"""Hidden size, intermediate size, layers and heads of each shape."""
 _WORDS = ("red", "blue", "green", "circle", "square", "left", "right", "small", "shape", "which", "the", "and")
-"""Each one token of the demo's tokenizer."""
+"""Words that are one token each in the demo's tokenizer."""
 
 
 class DrawnImages:
@@ -58,12 +61,12 @@ def _draw_image(seed: int) -> bytes:
 
 
 def draw_rows(count: int, seed: int = 0, words: int | None = None) -> list[Conversation]:
-    """Conversations of one question and one answer.
+    """Draw conversations of one question and one answer.
 
     Args:
-        count: How many.
-        seed: Draws them.
-        words: The length of every text, each with an image; None draws lengths and images as ScienceQA has them.
+        count: Number of conversations.
+        seed: Seed of the draw.
+        words: Text length of every row, each with an image; None draws lengths and images as in ScienceQA.
     """
     generator = random.Random(seed)
     rows = []
@@ -78,25 +81,25 @@ def draw_rows(count: int, seed: int = 0, words: int | None = None) -> list[Conve
 
 
 def text_length(row: Conversation) -> int:
-    """Tokens of a row's texts and image, the template's few aside."""
+    """Return the tokens of a row's text and image, without the few of the template."""
     return sum(len(turn.text.replace("<image>", "").split()) for turn in row.turns) + 576 * len(row.images)
 
 
 def lay_out(
     lengths: Sequence[int], batch_size: int, steps: int, seed: int = 0
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Batches grouped by length as transformers groups them, and the same samples in random batches.
+    """Form batches grouped by length as transformers does, and random batches of the same samples.
 
-    Of the batches that the whole pool is grouped into, every n-th by length is taken: few of them stand for all.
+    The complete pool is grouped into batches, of which every n-th by length is used, so that a few represent all.
 
     Args:
-        lengths: Tokens of each sample of the pool; 200 batches' worth or more is grouped as a real data set is.
-        batch_size: Samples of a batch.
-        steps: Batches that are taken.
-        seed: Draws both.
+        lengths: Tokens of each sample of the pool; at least 200 batches are needed to group as in a real data set.
+        batch_size: Samples per batch.
+        steps: Number of batches.
+        seed: Seed of both.
 
     Returns:
-        The grouped batches and the random ones, each led by one more for warming up.
+        The grouped batches and the random ones, each with one more batch in front for warm-up.
     """
     order = get_length_grouped_indices(list(lengths), batch_size, generator=torch.Generator().manual_seed(seed))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -116,28 +119,43 @@ def _text(generator: random.Random, words: int) -> str:
 
 
 def shape_config(shape: str, vocabulary: int, image_token_id: int) -> LlavaConfig:
-    """The config of a LLaVA-1.5 of some size.
+    """Build the config of a LLaVA-1.5 of some size.
 
     Args:
-        shape: `7b` or `13b` for Vicuna's (its config.json) with CLIP ViT-L/14-336; `tiny` for a CPU, with Vicuna's
-            vocabulary; `tiny_body` the same with a vocabulary of under 1,000, so that the head's share of the work is
-            that of a 7B's.
-        vocabulary: Of `tiny_body`; the others have 32,064.
-        image_token_id: Of `<image>`.
+        shape: `7b` or `13b` for Vicuna (its config.json) with CLIP ViT-L/14-336; `tiny` for a CPU, with Vicuna's
+            vocabulary; `tiny_body` the same with a vocabulary of under 1,000, so that the head has the same share of
+            the work as in a 7B model.
+        vocabulary: Vocabulary size of `tiny_body`; the others have 32,064.
+        image_token_id: Token id of `<image>`.
     """
     hidden, inner, layers, heads = SHAPES[shape]
     tiny = shape.startswith("tiny")
     text = LlamaConfig(
-        vocab_size=vocabulary if shape == "tiny_body" else 32064, hidden_size=hidden, intermediate_size=inner,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=vocabulary if shape == "tiny_body" else 32064,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=4096,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     width, depth = (64, 3) if tiny else (1024, 24)
     vision = CLIPVisionConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=depth, num_attention_heads=width // 64 or 1,
-        image_size=336, patch_size=14, projection_dim=768,
-    )  # fmt: skip
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=width // 64 or 1,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
     return LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=image_token_id, image_seq_length=576,
-        vision_feature_layer=-2, vision_feature_select_strategy="default",
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        image_token_index=image_token_id,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )

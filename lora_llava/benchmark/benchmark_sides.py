@@ -1,4 +1,4 @@
-"""The sides of the benchmark: ours, and TRL's own way with images; the same model, rows and samples a step."""
+"""The sides of the benchmark: this package and TRL, with the same model, rows and samples per step."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ SIDES = ("ours", "ours_cached", "trl_random", "trl_grouped")
 
 @dataclass(frozen=True)
 class Settings:
-    """One run of one side.
+    """The settings of one run of one side.
 
     Attributes:
         side: One of `SIDES`.
-        shape: Of `SHAPES`.
-        batch_size: Samples of an optimiser step.
-        micro_batch: Samples of a forward pass.
-        steps: Timed steps; one before them is not.
+        shape: One of `SHAPES`.
+        batch_size: Samples per optimizer step.
+        micro_batch: Samples per forward pass.
+        steps: Timed steps, after one untimed step.
         r: Rank of the adapters.
-        optimizer: transformers' name.
-        cap_bytes: Of GPU memory; None for no cap.
-        words: Of every row's text, each with an image; None for ScienceQA's lengths.
-        seed: Draws rows and weights.
-        pool: Batches that rows are drawn for, of which `steps` are trained.
+        optimizer: transformers' name of the optimizer.
+        cap_bytes: Cap on GPU memory in bytes; None for no cap.
+        words: Text length of every row, each with an image; None for ScienceQA's lengths.
+        seed: Seed of rows and weights.
+        pool: Number of batches to draw rows for, of which `steps` are trained.
     """
 
     side: str
@@ -73,7 +73,7 @@ class Settings:
 
 
 class Clock(TrainerCallback):
-    """Times the steps after the first, and counts their real tokens."""
+    """A callback that times the steps after the first, and counts their real tokens."""
 
     def __init__(self) -> None:
         self.start = self.seconds = 0.0
@@ -94,10 +94,11 @@ class Clock(TrainerCallback):
 
 
 def run_side(settings: Settings) -> dict[str, Any]:
-    """Train some steps and tell how fast.
+    """Train some steps and measure speed and memory.
 
     Returns:
-        `name`, `real_tokens_per_second`, `peak_memory_bytes`, `seconds`, `real_tokens`, `losses`, and how it ran.
+        `name`, `real_tokens_per_second`, `peak_memory_bytes`, `seconds`, `real_tokens`, `losses`, and details of the
+        side.
     """
     if settings.cap_bytes is not None:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -111,24 +112,29 @@ def run_side(settings: Settings) -> dict[str, Any]:
     processor = build_processor(tokenizer, config, pixels, template)
     clock = Clock()
     build = _ours if settings.side.startswith("ours") else _trl
-    trainer, told = build(settings, config, processor, clock)
+    trainer, details = build(settings, config, processor, clock)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     tokens = clock.tokens - clock.first_tokens
     return {
-        "name": settings.side, "real_tokens_per_second": tokens / clock.seconds,
-        "peak_memory_bytes": peak_memory_bytes(), "seconds": clock.seconds, "real_tokens": tokens,
-        "losses": clock.losses, "micro_batch": settings.micro_batch, **told,
-    }  # fmt: skip
+        "name": settings.side,
+        "real_tokens_per_second": tokens / clock.seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "seconds": clock.seconds,
+        "real_tokens": tokens,
+        "losses": clock.losses,
+        "micro_batch": settings.micro_batch,
+        **details,
+    }
 
 
 def _template() -> Template:
-    """Vicuna's, without the system text, which the demo's tokenizer would break into far more tokens than Vicuna's."""
+    """Return Vicuna's template without the system prompt, which has far more tokens in the demo's tokenizer."""
     return get_template("vicuna_v1", "")
 
 
 def _batches(settings: Settings) -> list[list[Conversation]]:
-    """The batches of a run: the same samples for every side, grouped by length for one of them."""
+    """Return the batches of a run: the same samples for every side, grouped by length for `trl_grouped`."""
     pool = draw_rows(max(settings.steps, settings.pool) * settings.batch_size, settings.seed, settings.words)
     grouped, shuffled = lay_out([text_length(row) for row in pool], settings.batch_size, settings.steps, settings.seed)
     chosen = grouped if settings.side == "trl_grouped" else shuffled
@@ -138,29 +144,48 @@ def _batches(settings: Settings) -> list[list[Conversation]]:
 def _random_model(settings: Settings, config: LlavaConfig, with_tower: bool = True) -> LlavaForConditionalGeneration:
     cuda = torch.cuda.is_available()
     return build_random_llava(
-        config, quantization="nf4" if cuda else "none", dtype=torch.bfloat16 if cuda else torch.float32,
-        device=default_device(), seed=settings.seed, with_tower=with_tower,
-    )  # fmt: skip
+        config,
+        quantization="nf4" if cuda else "none",
+        dtype=torch.bfloat16 if cuda else torch.float32,
+        device=default_device(),
+        seed=settings.seed,
+        with_tower=with_tower,
+    )
 
 
 def _arguments(settings: Settings, **own: Any) -> SFTConfig:
     cuda = torch.cuda.is_available()
     return SFTConfig(
-        output_dir=tempfile.mkdtemp(prefix="lora_llava_benchmark_"), seed=settings.seed, max_steps=settings.steps + 1,
+        output_dir=tempfile.mkdtemp(prefix="lora_llava_benchmark_"),
+        seed=settings.seed,
+        max_steps=settings.steps + 1,
         per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.batch_size // settings.micro_batch, learning_rate=1e-4,
-        optim=settings.optimizer, bf16=cuda, use_cpu=not cuda, logging_steps=1, report_to="none", save_strategy="no",
-        disable_tqdm=True, remove_unused_columns=False, max_length=None, dataloader_pin_memory=cuda, **own,
-    )  # fmt: skip
+        gradient_accumulation_steps=settings.batch_size // settings.micro_batch,
+        learning_rate=1e-4,
+        optim=settings.optimizer,
+        bf16=cuda,
+        use_cpu=not cuda,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        max_length=None,
+        dataloader_pin_memory=cuda,
+        **own,
+    )
 
 
 def _ours(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
     cached = settings.side == "ours_cached"
     conversations = [row for batch in _batches(settings) for row in batch]
     samples, _ = build_rows(
-        conversations, tokenizer=processor.tokenizer, template=_template(), num_image_tokens=config.image_seq_length,
+        conversations,
+        tokenizer=processor.tokenizer,
+        template=_template(),
+        num_image_tokens=config.image_seq_length,
         max_length=4096,
-    )  # fmt: skip
+    )
     indices, size = list(range(len(samples))), settings.micro_batch
     rows = [indices[start : start + size] for start in range(0, len(indices), size)]
     images: Any = Pixels(DrawnImages(), processor.image_processor)
@@ -176,17 +201,26 @@ def _ours(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock)
     step = _planned(settings, config, rows, samples, cached)
     checkpoint_language_model(model, step.checkpointed, step.offloaded)
     trainer = CountingTrainer(
-        peft_model, _arguments(settings, **{checkpointing_argument(): False}, packing=False, padding_free=False,
-                               dataset_kwargs={"skip_prepare_dataset": True}),
-        train=Feed(samples, rows, PackedCollator(images)), validation=None, processor=processor,
-        projector_learning_rate=1e-4, callbacks=[clock],
-    )  # fmt: skip
+        peft_model,
+        _arguments(
+            settings,
+            **{checkpointing_argument(): False},
+            packing=False,
+            padding_free=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train=Feed(samples, rows, PackedCollator(images)),
+        validation=None,
+        processor=processor,
+        projector_learning_rate=1e-4,
+        callbacks=[clock],
+    )
     trainer.clock = clock
     return trainer, {"checkpointed_layers": step.checkpointed, "planned_bytes": step.peak}
 
 
 class CountingTrainer(LlavaSFTTrainer):
-    """Ours, its tokens told to the clock."""
+    """This package's trainer, which reports its tokens to the clock."""
 
     clock: Clock
 
@@ -196,7 +230,7 @@ class CountingTrainer(LlavaSFTTrainer):
 
 
 def _features(settings: Settings, config: LlavaConfig, pixels: Pixels, names: list[str]) -> Any:
-    """Every image's features, computed before the clock runs, as a vision cache does."""
+    """Compute the features of every image before the clock starts, as a vision cache does."""
     device = default_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tower = AutoModel.from_config(config.vision_config, dtype=dtype).to(device).eval()
@@ -209,24 +243,30 @@ def _features(settings: Settings, config: LlavaConfig, pixels: Pixels, names: li
 
 
 def _planned(settings: Settings, config: LlavaConfig, rows: Any, samples: Any, cached: bool) -> Step:
-    """The step with the least recomputation under the cap; without one, with none."""
+    """Plan the step with the least recomputation that fits under the cap; without a cap, with none."""
     cuda = torch.cuda.is_available()
     extremes = measure_rows(rows, samples, padded=False)
     step = Step(
-        config=config, quantization="nf4" if cuda else "none", dtype_bytes=2 if cuda else 4,
-        lora=LoraSection(r=settings.r), optimizer_bytes=2 if "8bit" in settings.optimizer else 8,
-        tokens=extremes.tokens, trained_tokens=extremes.trained_tokens, images=extremes.images,
-        cached_features=cached, cuda=cuda,
-    )  # fmt: skip
+        config=config,
+        quantization="nf4" if cuda else "none",
+        dtype_bytes=2 if cuda else 4,
+        lora=LoraSection(r=settings.r),
+        optimizer_bytes=2 if "8bit" in settings.optimizer else 8,
+        tokens=extremes.tokens,
+        trained_tokens=extremes.trained_tokens,
+        images=extremes.images,
+        cached_features=cached,
+        cuda=cuda,
+    )
     budget = None if settings.cap_bytes is None else settings.cap_bytes + CUDA_CONTEXT
     fitting = fit_step(step, budget) if budget is not None else step
     if fitting is None:
-        raise torch.cuda.OutOfMemoryError(f"planned: {smallest(step)} bytes are more than {budget}")
+        raise torch.cuda.OutOfMemoryError(f"the plan needs at least {smallest(step)} bytes, over the cap of {budget}")
     return fitting
 
 
 def _trl(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
-    """TRL as its documentation has it: its VLM collator on prompts and completions, peft_config, and its defaults."""
+    """Set TRL up as in its documentation: its VLM collator on prompts and completions, peft_config and defaults."""
     conversations, images = [row for batch in _batches(settings) for row in batch], DrawnImages()
     dataset = Dataset.from_list(
         [
@@ -240,20 +280,27 @@ def _trl(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) 
     ).cast_column("images", datasets.List(datasets.Image()))
     targets = lora_config(r=settings.r, targets=LINEARS).target_modules
     adapters = LoraConfig(
-        r=settings.r, lora_alpha=16, target_modules=targets, modules_to_save=["multi_modal_projector"],
+        r=settings.r,
+        lora_alpha=16,
+        target_modules=targets,
+        modules_to_save=["multi_modal_projector"],
         task_type="CAUSAL_LM",
-    )  # fmt: skip
-    arguments = _arguments(settings, train_sampling_strategy="sequential")  # in the order of its strategy
+    )
+    arguments = _arguments(settings, train_sampling_strategy="sequential")  # keep the order of our batches
     trainer = CountingTrl(
-        model=_random_model(settings, config), args=arguments, train_dataset=dataset, processing_class=processor,
-        peft_config=adapters, callbacks=[clock],
-    )  # fmt: skip
+        model=_random_model(settings, config),
+        args=arguments,
+        train_dataset=dataset,
+        processing_class=processor,
+        peft_config=adapters,
+        callbacks=[clock],
+    )
     trainer.clock = clock
     return trainer, {"checkpointed_layers": config.text_config.num_hidden_layers}
 
 
 class CountingTrl(SFTTrainer):
-    """TRL's, its real tokens told to the clock."""
+    """TRL's trainer, which reports its real tokens to the clock."""
 
     clock: Clock
 

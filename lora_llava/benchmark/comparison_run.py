@@ -1,4 +1,4 @@
-"""`lora-llava benchmark`: real tokens a second and peak memory, ours and TRL's, in one run on one machine."""
+"""`lora-llava benchmark`: real tokens per second and peak memory of this package and of TRL, on one machine."""
 
 from __future__ import annotations
 
@@ -22,32 +22,40 @@ from lora_llava.runs.directory import machine, versions, write_json
 
 
 def benchmark(
-    *, shape: str, batch_size: int, steps: int, repeats: int, r: int, cap_gb: float | None, sides: list[str],
-    output: Path | None, console: Console,
-) -> dict[str, Any]:  # fmt: skip
-    """Run every side several times, each in a process of its own, in turn, and keep the fastest of each.
+    *,
+    shape: str,
+    batch_size: int,
+    steps: int,
+    repeats: int,
+    r: int,
+    cap_gb: float | None,
+    sides: list[str],
+    output: Path | None,
+    console: Console,
+) -> dict[str, Any]:
+    """Run the sides in turn, several times, each run in a new process, and keep the fastest run of each side.
 
     Args:
-        shape: Of `benchmark_data.SHAPES`.
-        batch_size: Samples of an optimiser step, on every side.
+        shape: One of `benchmark_rows.SHAPES`.
+        batch_size: Samples per optimizer step, on every side.
         steps: Timed steps of a run.
         repeats: Runs of each side.
         r: Rank of the adapters.
-        cap_gb: GPU memory in GiB that torch may take; None for all.
-        sides: Of `SIDES`.
-        output: File for the result, JSON.
-        console: Shows the table.
+        cap_gb: GPU memory in GiB for torch; None for all.
+        sides: Some of `SIDES`.
+        output: JSON file for the result.
+        console: Prints the table.
 
     Returns:
         `machine`, `versions`, `settings` and `results`.
 
     Raises:
-        UserError: For what this machine cannot run.
+        UserError: For settings that this machine cannot run.
     """
     if cap_gb is not None and not torch.cuda.is_available():
-        raise UserError(f"--cap-gb {cap_gb:g} caps a GPU's memory, and there is none here; leave it out")
+        raise UserError(f"--cap-gb {cap_gb:g} has no effect, because this machine has no GPU; leave it out")
     if shape not in ("tiny", "tiny_body") and not torch.cuda.is_available():
-        raise UserError(f"--shape {shape} would take days without a GPU; take tiny or tiny_body")
+        raise UserError(f"--shape {shape} would take days without a GPU; use tiny or tiny_body")
     optimizer = "paged_adamw_8bit" if torch.cuda.is_available() and r >= 64 else "adamw_torch"
     cap = None if cap_gb is None else int(cap_gb * GIB)
     settings = [Settings(side, shape, batch_size, batch_size, steps, r, optimizer, cap) for side in sides]
@@ -61,13 +69,19 @@ def benchmark(
                     best[one.side] = found
                 bar.update()
     result = {
-        "machine": machine(), "versions": versions(),
+        "machine": machine(),
+        "versions": versions(),
         "settings": {
-            "shape": shape, "batch_size": batch_size, "steps": steps, "repeats": repeats, "r": r, "cap_gb": cap_gb,
+            "shape": shape,
+            "batch_size": batch_size,
+            "steps": steps,
+            "repeats": repeats,
+            "r": r,
+            "cap_gb": cap_gb,
             "optimizer": optimizer,
         },
         "results": [best[side] for side in sides],
-    }  # fmt: skip
+    }
     console.print(_table(result))
     if output is not None:
         write_json(output, result)
@@ -76,7 +90,7 @@ def benchmark(
 
 
 def _smallest_that_fits(settings: Settings) -> dict[str, Any]:
-    """Run a side with the largest forward pass that its memory allows, the batch of a step kept by accumulation."""
+    """Run a side with the largest forward pass that fits into memory; accumulation keeps the batch size."""
     for micro in (size for size in range(settings.micro_batch, 0, -1) if settings.batch_size % size == 0):
         found = run_in_process(replace(settings, micro_batch=micro))
         if "out_of_memory" not in found:
@@ -85,7 +99,7 @@ def _smallest_that_fits(settings: Settings) -> dict[str, Any]:
 
 
 def run_in_process(settings: Settings) -> dict[str, Any]:
-    """Run one side in a process of its own, so that its peak memory is its own; `out_of_memory` if there was none."""
+    """Run one side in a new process, for its own peak memory; return `out_of_memory` if it does not fit."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=quieten) as pool:
         return pool.submit(_run, settings).result()
@@ -101,10 +115,10 @@ def _run(settings: Settings) -> dict[str, Any]:
 def _table(result: dict[str, Any]) -> RichTable:
     settings = result["settings"]
     table = RichTable(
-        title=f"{settings['shape']} model, rows of ScienceQA's lengths, {settings['batch_size']} samples a step",
+        title=f"{settings['shape']} model, rows of ScienceQA's lengths, {settings['batch_size']} samples per step",
         title_justify="left",
     )
-    for name in ("side", "real tokens/s", "ours is", "peak memory", "samples a pass", "layers recomputed"):
+    for name in ("side", "real tokens/s", "ours is", "peak memory", "samples per pass", "layers recomputed"):
         table.add_column(name, justify="left" if name == "side" else "right")
     ours = next((row.get("real_tokens_per_second") for row in result["results"] if row["name"] == "ours"), None)
     for row in result["results"]:
@@ -113,7 +127,11 @@ def _table(result: dict[str, Any]) -> RichTable:
             continue
         rate = row["real_tokens_per_second"]
         table.add_row(
-            row["name"], f"{rate:,.0f}", f"{ours / rate:.2f}x" if ours else "",
-            f"{row['peak_memory_bytes'] / GIB:.2f} GiB", str(row["micro_batch"]), str(row["checkpointed_layers"]),
-        )  # fmt: skip
+            row["name"],
+            f"{rate:,.0f}",
+            f"{ours / rate:.2f}x" if ours else "",
+            f"{row['peak_memory_bytes'] / GIB:.2f} GiB",
+            str(row["micro_batch"]),
+            str(row["checkpointed_layers"]),
+        )
     return table

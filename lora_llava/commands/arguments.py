@@ -8,14 +8,16 @@ from pathlib import Path
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of a verb that takes a recipe."""
-    parser.add_argument("recipe", type=home, help="a recipe file, or the name of a shipped recipe")
+    """Add the recipe argument and its overrides."""
+    parser.add_argument("recipe", type=home, help="recipe file, or the name of a shipped recipe")
     add_overrides(parser)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add `key.sub=value` arguments."""
-    parser.add_argument("overrides", nargs="*", default=(), metavar="key.sub=value", help="replace recipe values")
+    parser.add_argument(
+        "overrides", nargs="*", default=(), metavar="key.sub=value", help="replace values of the recipe"
+    )
 
 
 def add_letter_parser(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +25,8 @@ def add_letter_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parser",
         choices=["llava", "lenient"],
-        help="how ScienceQA's letters are read: by LLaVA's rule, or also b, (B), **B**, \"answer: B\" and the choice's "
-        "text; default: the recipe's, else llava",
+        help="rule that reads ScienceQA's answer letters: LLaVA's own, or a lenient one that also accepts b, (B), "
+        '**B**, "answer: B" and the text of the choice; default: the recipe\'s, else llava',
     )
 
 
@@ -33,30 +35,35 @@ def add_published(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--published",
         action="store_true",
-        help="print published ScienceQA scores below; automatic when all 4,241 test questions were answered",
+        help="print published ScienceQA scores below the table; by default only if all 4,241 test questions were "
+        "answered",
     )
 
 
 def add_caps(parser: argparse.ArgumentParser) -> None:
-    """Add the limits on what a server may cost."""
+    """Add the caps on cost and requests."""
     parser.add_argument(
         "--max-cost",
         type=float,
         metavar="USD",
-        help="stop before this run and earlier capped runs cost more, failed requests included",
+        help="stop before this run and earlier capped runs together cost more, failed requests included; default: no "
+        "cap",
     )
     parser.add_argument(
-        "--max-requests", type=positive, metavar="N", help="stop this run after N requests, retries included"
+        "--max-requests",
+        type=positive,
+        metavar="N",
+        help="stop this run after N requests, retries included; default: no cap",
     )
 
 
 def home(text: str) -> str:
-    """Expand `~` in a path or Hub id; a shell does not expand it in `--output=~/x`."""
+    """Expand `~` in a path; a shell does not expand it in `--output=~/x`. A Hub id is returned unchanged."""
     return os.path.expanduser(text)
 
 
 def a_path(text: str) -> Path:
-    """Convert an argument to a path, with `~` as the home folder."""
+    """Convert an argument to a path, with `~` expanded."""
     return Path(home(text))
 
 

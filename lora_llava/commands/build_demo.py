@@ -1,4 +1,4 @@
-"""`lora-llava build-demo`: pre-train the demo's base from a seed."""
+"""`lora-llava build-demo`: pre-train the demo's base model from a seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from lora_llava.commands.arguments import a_path, positive
 from lora_llava.core.quiet import quieten
 
-SUMMARY = "pre-train the demo's base from a seed"
+SUMMARY = "pre-train the demo's base model from a seed"
 EXAMPLES = (
     "lora-llava build-demo --output demo_base",
     "lora-llava build-demo --output demo_base --llm-steps 10 --clip-steps 10",
@@ -16,10 +16,16 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=a_path, required=True, help="folder for llm/ and vision_tower/")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--llm-steps", type=positive, help="fewer steps, to try it")
-    parser.add_argument("--clip-steps", type=positive, help="fewer steps, to try it")
+    parser.add_argument(
+        "--output",
+        type=a_path,
+        required=True,
+        metavar="FOLDER",
+        help="new folder, for llm/ and vision_tower/ (required)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of weights and data")
+    parser.add_argument("--llm-steps", type=positive, metavar="N", help="steps of the language model; default: 4000")
+    parser.add_argument("--clip-steps", type=positive, metavar="N", help="steps of the vision tower; default: 3000")
 
 
 def run(args: argparse.Namespace, console: Any) -> int:

@@ -14,8 +14,10 @@ EXAMPLES = ("lora-llava check my_images/recipe.yaml", "lora-llava check my_image
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
-    parser.add_argument("--json", type=a_path, metavar="FILE", help="write every finding to this file")
-    parser.add_argument("--fix", action="store_true", help="write a cleaned copy beside each file of rows")
+    parser.add_argument(
+        "--json", type=a_path, metavar="FILE", help="write every finding to this file; default: print a summary only"
+    )
+    parser.add_argument("--fix", action="store_true", help="write a cleaned copy next to each file of rows")
 
 
 def run(args: argparse.Namespace, console: Any) -> int:

@@ -7,21 +7,23 @@ from typing import Any
 
 from lora_llava.commands.arguments import a_path
 
-SUMMARY = "compare runs: seeds averaged, paired tests; as a table for terminal, Markdown or LaTeX"
+SUMMARY = "compare runs by paired tests, with seeds averaged"
 EXAMPLES = (
-    "lora-llava compare runs/demo_scienceqa_qlora runs/demo_merged",
-    "lora-llava compare runs/seed_0 runs/seed_1 --format markdown --output table.md",
+    "lora-llava compare runs/demo_scienceqa_qlora runs/other",
+    "lora-llava compare runs/seed_0 runs/seed_1 --format latex --output table.tex",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=a_path, metavar="RUN", help="a run directory or a predictions file")
+    parser.add_argument("runs", nargs="+", type=a_path, metavar="RUN", help="run directory or predictions file")
     parser.add_argument("--common", action="store_true", help="compare only questions that all runs answered")
-    parser.add_argument("--published", action="store_true", help="print published ScienceQA scores below")
+    parser.add_argument("--published", action="store_true", help="print published ScienceQA scores below the table")
     form = parser.add_mutually_exclusive_group()
-    form.add_argument("--format", choices=["terminal", "markdown", "latex"], default="terminal")
-    form.add_argument("--json", action="store_true", help="print everything as JSON, not rounded")
-    parser.add_argument("--output", type=a_path, metavar="FILE", help="write to this file instead of printing")
+    form.add_argument(
+        "--format", choices=["terminal", "markdown", "latex"], default="terminal", help="format of the table"
+    )
+    form.add_argument("--json", action="store_true", help="print everything as JSON, unrounded")
+    parser.add_argument("--output", type=a_path, metavar="FILE", help="file to write to; default: print")
 
 
 def run(args: argparse.Namespace, console: Any) -> int:

@@ -11,7 +11,7 @@ from lora_llava.commands.score import print_table
 from lora_llava.core.errors import UserError
 from lora_llava.core.quiet import quieten
 
-SUMMARY = "answer the test questions of a recipe with a model, and score the answers"
+SUMMARY = "answer a recipe's test questions with a model and score them"
 EXAMPLES = (
     "lora-llava evaluate runs/demo_scienceqa_qlora",
     "lora-llava evaluate runs/demo_scienceqa_qlora --shuffle-images",
@@ -19,37 +19,70 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", type=home, help="a run directory, a folder with a complete LLaVA, or a Hub id")
+    parser.add_argument("model", type=home, help="run directory, folder with a complete LLaVA, or Hub id")
     add_overrides(parser)
-    parser.add_argument("--recipe", type=home, help="recipe with data and evaluation to use; default: the run's")
     parser.add_argument(
-        "--benchmark", choices=["llava-bench"], help="answer LLaVA-Bench's questions instead, for `lora-llava score "
-        "llava-bench`",
-    )  # fmt: skip
-    parser.add_argument("--questions", type=a_path, help="LLaVA-Bench's questions, JSONL")
-    parser.add_argument("--images", type=a_path, help="folder of LLaVA-Bench's images")
-    parser.add_argument("--template", help="conversation template for LLaVA-Bench, where the model has none")
-    parser.add_argument("--limit", type=positive, help="use only this many questions, drawn by the recipe's seed")
+        "--recipe", type=home, metavar="FILE", help="recipe whose data and evaluation to use; default: the run's"
+    )
+    parser.add_argument(
+        "--benchmark",
+        choices=["llava-bench"],
+        help="answer LLaVA-Bench's questions instead, to be scored by score llava-bench; default: the recipe's "
+        "questions",
+    )
+    parser.add_argument(
+        "--questions", type=a_path, metavar="FILE", help="LLaVA-Bench's questions, JSONL; required with --benchmark"
+    )
+    parser.add_argument(
+        "--images", type=a_path, metavar="FOLDER", help="LLaVA-Bench's images; required with --benchmark"
+    )
+    parser.add_argument(
+        "--template", metavar="NAME", help="conversation template for LLaVA-Bench; default: the model's own"
+    )
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="use only N questions, drawn by the recipe's seed; default: all",
+    )
     parser.add_argument("--shuffle-images", action="store_true", help="shuffle the images among the questions")
     parser.add_argument(
-        "--method", choices=["generate", "loglik"], default="generate", help="let the model write its answer, or take "
-        "the choice it finds most likely",
-    )  # fmt: skip
-    parser.add_argument("--prompt", help="how ScienceQA questions are written: recipe, direct or lmms-eval")
-    add_letter_parser(parser)
-    parser.add_argument("--direct", action="store_true", help="request the letter alone; the same as --prompt direct")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
+        "--method",
+        choices=["generate", "loglik"],
+        default="generate",
+        help="generate an answer, or choose the option of highest log-likelihood",
+    )
     parser.add_argument(
-        "--bad-images", choices=["error", "wrong"], default="error", help="an image that cannot be opened stops the "
-        "evaluation, or its question counts as wrong and is listed",
-    )  # fmt: skip
-    parser.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server, such as vLLM")
-    parser.add_argument("--server-model", metavar="NAME", help="default: the only model of the server")
-    parser.add_argument("--concurrency", type=positive, help="concurrent requests to the server; default: 8")
+        "--prompt", metavar="NAME", help="recipe, lmms-eval or direct: prompt of ScienceQA questions; default: recipe"
+    )
+    add_letter_parser(parser)
+    parser.add_argument("--direct", action="store_true", help="the same as --prompt direct: prompt for the letter only")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="sampling temperature; default: 0, which is greedy"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling's share of probability")
+    parser.add_argument(
+        "--bad-images",
+        choices=["error", "wrong"],
+        default="error",
+        help="on an image that cannot be opened: stop with an error, or count its question as wrong and list it",
+    )
+    parser.add_argument(
+        "--server", metavar="URL", help="query an OpenAI-compatible server, such as vLLM; default: load the model here"
+    )
+    parser.add_argument(
+        "--server-model", metavar="NAME", help="model name on the server; default: the only model it serves"
+    )
+    parser.add_argument(
+        "--concurrency", type=positive, metavar="N", help="concurrent requests to the server; default: 8"
+    )
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="timeout of one request; default: 120")
-    parser.add_argument("--base-only", action="store_true", help="the run's base, without its adapter and projector")
-    parser.add_argument("--output", type=home, help="folder for predictions; default: the run directory")
+    parser.add_argument(
+        "--base-only", action="store_true", help="evaluate the run's base, without its adapter and projector"
+    )
+    parser.add_argument(
+        "--output", type=home, metavar="FOLDER", help="folder for predictions; default: the run directory"
+    )
     add_published(parser)
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
@@ -68,14 +101,24 @@ def run(args: argparse.Namespace, console: Any) -> int:
     from lora_llava.evaluation.evaluate import Way, evaluate
 
     way = Way(
-        method=args.method, prompt="direct" if args.direct else args.prompt or "recipe", temperature=args.temperature,
-        top_p=args.top_p, shuffled=args.shuffle_images, base_only=args.base_only, bad_images=args.bad_images,
+        method=args.method,
+        prompt="direct" if args.direct else args.prompt or "recipe",
+        temperature=args.temperature,
+        top_p=args.top_p,
+        shuffled=args.shuffle_images,
+        base_only=args.base_only,
+        bad_images=args.bad_images,
         parser=args.parser,
-    )  # fmt: skip
+    )
     table = evaluate(
-        args.model, way, recipe=args.recipe, overrides=args.overrides, limit=args.limit, output=args.output,
+        args.model,
+        way,
+        recipe=args.recipe,
+        overrides=args.overrides,
+        limit=args.limit,
+        output=args.output,
         server=server,
-    )  # fmt: skip
+    )
     print_table(Path(args.model).name, table, args, console, same_questions=not (way.shuffled or way.base_only))
     return 0
 
@@ -83,32 +126,41 @@ def run(args: argparse.Namespace, console: Any) -> int:
 _BENCHMARK_FLAGS = ("questions", "images", "template")
 _SERVER_FLAGS = ("server_model", "concurrency", "timeout")
 _TABLE_FLAGS = (
-    "overrides", "recipe", "limit", "shuffle_images", "prompt", "direct", "parser", "base_only", "published", "json",
-)  # fmt: skip
+    "overrides",
+    "recipe",
+    "limit",
+    "shuffle_images",
+    "prompt",
+    "direct",
+    "parser",
+    "base_only",
+    "published",
+    "json",
+)
 """Flags of an evaluation that prints a table."""
 
 
 def _refuse_without_effect(args: argparse.Namespace) -> None:
-    """Refuse flags that would have no effect.
+    """Reject flags that would have no effect.
 
     Raises:
-        UserError: Naming the first.
+        UserError: Naming the first such flag.
     """
 
     def given(names: tuple[str, ...]) -> str | None:
-        unsaid: tuple[Any, ...] = (None, (), [])
+        unset: tuple[Any, ...] = (None, (), [])
         values = {name: getattr(args, name) for name in names}
-        said = next((name for name, value in values.items() if value is not False and value not in unsaid), None)
-        return said and ("an override of a recipe" if said == "overrides" else f"--{said.replace('_', '-')}")
+        first = next((name for name, value in values.items() if value is not False and value not in unset), None)
+        return first and ("an override of a recipe" if first == "overrides" else f"--{first.replace('_', '-')}")
 
     if args.benchmark is None and (flag := given(_BENCHMARK_FLAGS)):
-        raise UserError(f"{flag} needs --benchmark llava-bench; add it, or leave it out")
+        raise UserError(f"{flag} needs --benchmark llava-bench; add that, or leave {flag} out")
     if args.benchmark:
         flag = "--method loglik" if args.method != "generate" else given(_TABLE_FLAGS)
         if flag:
             raise UserError(f"{flag} has no effect with --benchmark llava-bench; leave it out")
     if args.server is None and (flag := given(_SERVER_FLAGS)):
-        raise UserError(f"{flag} needs a server; name it with --server, or leave it out")
+        raise UserError(f"{flag} needs --server; add it, or leave {flag} out")
     if args.direct and args.prompt not in (None, "direct"):
         raise UserError(f"--direct and --prompt {args.prompt} contradict each other; leave one out")
     if args.published and args.json:
@@ -127,8 +179,14 @@ def _answer_llava_bench(args: argparse.Namespace, server: Any, console: Any) -> 
     if server is not None and server.model is None and not Path(args.model).is_dir():
         server = replace(server, model=args.model)
     file = answer_llava_bench(
-        args.model, args.questions, args.images, output=args.output and Path(args.output), server=server,
-        sampling=Sampling(args.temperature, args.top_p, 1024, 0), bad_images=args.bad_images, template=args.template,
-    )  # fmt: skip
+        args.model,
+        args.questions,
+        args.images,
+        output=args.output and Path(args.output),
+        server=server,
+        sampling=Sampling(args.temperature, args.top_p, 1024, 0),
+        bad_images=args.bad_images,
+        template=args.template,
+    )
     console.print(f"{file}: score it with lora-llava score llava-bench", soft_wrap=True)
     return 0

@@ -1,4 +1,4 @@
-"""`lora-llava finetune`: train a recipe, and score the model before and after."""
+"""`lora-llava finetune`: train a recipe, and evaluate the model before and after."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from lora_llava.commands.arguments import add_recipe
 from lora_llava.core.quiet import quieten
 
-SUMMARY = "train a recipe, and score the model before and after"
+SUMMARY = "train a recipe, and evaluate the model before and after"
 EXAMPLES = (
     "lora-llava finetune recipes/demo_scienceqa_qlora.yaml",
     "lora-llava finetune my_images/recipe.yaml training.learning_rate=1e-4 --resume",
@@ -20,19 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would happen; load no weights")
     parser.add_argument("--resume", action="store_true", help="resume from the newest complete checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace a run, finished or not")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing run, finished or not")
     parser.add_argument(
         "--accept-changes",
         metavar="KEY,KEY",
         default="",
-        help="with --resume: recipe keys that may differ from before, such as training.learning_rate",
+        help="with --resume: recipe keys that may differ from the interrupted run's, such as training.learning_rate; "
+        "default: none",
     )
 
 
 def run(args: argparse.Namespace, console: Any) -> int:
     from lora_llava.recipe import find_recipe, load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)  # before the heavy imports: a typo is reported at once
+    recipe = load_recipe(args.recipe, args.overrides)  # before the heavy imports: report a typo immediately
     quieten()
     from lora_llava.training.finetune import dry_run, finetune
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace, console: Any) -> int:
 
 
 def next_commands(run: str) -> list[str]:
-    """List the commands that a person may want after a run."""
+    """List useful commands after a run."""
     merged = shlex.quote(f"{run}-merged")
     run = shlex.quote(run)
     return [

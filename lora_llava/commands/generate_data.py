@@ -18,7 +18,7 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     add_caps(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print three prompts and an estimate; send nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print three prompts and a cost estimate; send nothing")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
 
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, console: Any) -> int:
     if args.dry_run:
         dry_run(recipe, console)
         return 0
-    if args.json:  # nothing but the summary on stdout
+    if args.json:  # only the summary goes to stdout
         console.stderr = True
     summary = generate(recipe, max_cost=args.max_cost, max_requests=args.max_requests, console=console)
     if args.json:

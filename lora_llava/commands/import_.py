@@ -11,17 +11,31 @@ from lora_llava.core.quiet import quieten
 SUMMARY = "convert LLaVA's own checkpoint or LoRA folder to stock form"
 EXAMPLES = (
     "lora-llava import llava-v1.5-7b --output llava-stock",
-    "lora-llava import llava-v1.5-7b-lora --output runs/imported --llm lmsys/vicuna-7b-v1.5",
+    "lora-llava import llava-v1.5-7b-lora --output runs/imported",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=a_path, help="a checkpoint or LoRA folder of github.com/haotian-liu/LLaVA")
-    parser.add_argument("--output", type=a_path, required=True, help="the new folder")
-    parser.add_argument("--llm", type=home, help="language model under a LoRA folder; default: the one it names")
-    parser.add_argument("--vision-tower", type=home, help="CLIP tower, a folder or Hub id; default: the one it names")
-    parser.add_argument("--base", type=home, help="complete stock LLaVA under a LoRA folder, instead of --llm")
-    parser.add_argument("--template", default="vicuna_v1", help="conversation template it was trained with")
+    parser.add_argument("folder", type=a_path, help="checkpoint or LoRA folder as the original LLaVA code writes it")
+    parser.add_argument("--output", type=a_path, required=True, metavar="FOLDER", help="new folder (required)")
+    parser.add_argument(
+        "--llm",
+        type=home,
+        metavar="MODEL",
+        help="language model that a LoRA folder was trained on, a folder or Hub id; default: the one it names",
+    )
+    parser.add_argument(
+        "--vision-tower", type=home, metavar="MODEL", help="CLIP tower, a folder or Hub id; default: the one it names"
+    )
+    parser.add_argument(
+        "--base",
+        type=home,
+        metavar="MODEL",
+        help="complete stock LLaVA that a LoRA folder was trained on; default: assembled from --llm and --vision-tower",
+    )
+    parser.add_argument(
+        "--template", default="vicuna_v1", metavar="NAME", help="conversation template it was trained with"
+    )
 
 
 def run(args: argparse.Namespace, console: Any) -> int:

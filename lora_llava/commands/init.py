@@ -8,22 +8,33 @@ from typing import Any
 from lora_llava.commands.arguments import a_path, home
 from lora_llava.core.quiet import quieten
 
-SUMMARY = "write a recipe for a folder of your own images and questions, and check it"
+SUMMARY = "write and check a recipe for a folder of your own images"
 EXAMPLES = ("lora-llava init my_images", "lora-llava init my_images --example --model demo")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=a_path, help="folder with your images and a table or JSON of questions")
-    parser.add_argument("--data", type=a_path, help="the file of rows, where the folder has several")
-    parser.add_argument("--model", type=home, help="complete LLaVA to start from: a folder, a Hub id, or demo")
+    parser.add_argument(
+        "folder", type=a_path, help="folder with images and a table or JSON file of questions and answers"
+    )
+    parser.add_argument(
+        "--data", type=a_path, metavar="FILE", help="file with the questions; default: the only one in the folder"
+    )
+    parser.add_argument(
+        "--model",
+        type=home,
+        metavar="MODEL",
+        help="complete LLaVA to start from: a folder, a Hub id, or demo; default: the recipe's",
+    )
     parser.add_argument(
         "--recipe",
         type=home,
-        help="shipped recipe to fill in: my_data_qlora.yaml, or my_data_8gb.yaml for a small GPU",
+        metavar="NAME",
+        help="shipped recipe to fill in: my_data_qlora.yaml, or my_data_8gb.yaml for a small GPU; default: "
+        "my_data_qlora.yaml",
     )
-    parser.add_argument("--example", action="store_true", help="first make an example folder with drawn images")
+    parser.add_argument("--example", action="store_true", help="create the folder first, with example images")
     parser.add_argument(
-        "--follow-links", action="store_true", help="read images behind links in the folder, also outside it"
+        "--follow-links", action="store_true", help="follow symbolic links in the folder, even to images outside it"
     )
 
 

@@ -23,14 +23,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "make data": ("generate-data", "filter-captions"),
     "other": ("recipes", "benchmark", "build-demo"),
 }
-"""The verbs in the order in which a person needs them."""
+"""The verbs, in the order in which they are needed."""
 VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 
 
 def verb_module(verb: str) -> ModuleType:
     """Import a verb's module, which has SUMMARY, EXAMPLES, add_arguments and run.
 
-    These modules import heavy libraries inside `run`, so that `--help` and usage errors answer at once.
+    These modules import heavy libraries inside `run`, so that `--help` and usage errors print immediately.
     """
     name = verb.replace("-", "_")
     return import_module(f"lora_llava.commands.{'import_' if name == 'import' else name}")
@@ -40,12 +40,12 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Args:
-        verb: Set by scripts/VERB.py; else the first argument names it.
-        argv: Arguments; those of the process where None.
+        verb: The verb, set by scripts/VERB.py; None takes it from the first argument.
+        argv: The arguments; None takes those of the process.
 
     Returns:
-        The exit code: 0, 1 where a check found errors, 2 for a mistake in a call, recipe or file, 3 for a
-        loss that is not a number, 128 and the signal's number after a signal: 130 after Ctrl-C.
+        The exit code: 0 for success, 1 where a check found errors, 2 for a mistake in a call, recipe or file, 3 for a
+        non-finite loss, and 128 plus the signal's number after a signal, so 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if verb is not None:
@@ -71,8 +71,22 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help that prints the default of each flag and leaves examples unwrapped."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help, action.default
+        is_value = isinstance(default, str | int | float) and not isinstance(default, bool)
+        if not text or not is_value or default == argparse.SUPPRESS or "default" in text:
+            return text
+        return f"{text}; default: {default:g}" if isinstance(default, float) else f"{text}; default: {default}"
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser that suggests the verb or flag that was probably meant."""
+    """A parser that suggests the flag that was probably meant."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"formatter_class": _HelpFormatter, **settings})
 
     def error(self, message: str) -> NoReturn:
         unknown = message.partition("unrecognized arguments: ")[2].split()
@@ -87,10 +101,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="lora-llava",
         usage="lora-llava [-h] [--version] VERB ...",
         description="Fine-tune LLaVA with LoRA and QLoRA.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="`lora-llava VERB --help` explains a verb.",
+        epilog="Run `lora-llava VERB --help` for the arguments of a verb.",
     )
-    parser.add_argument("--version", action="version", version=f"lora-llava {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"lora-llava {__version__}", help="print the version and exit"
+    )
     if not argv or argv[0] in ("-h", "--help"):
         parser.epilog = f"{_overview()}\n\n{parser.epilog}"
     verb = argv[0] if argv else None
@@ -106,12 +121,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog=f"lora-llava {verb}",
         description=module.SUMMARY,
         epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     module.add_arguments(parser)
     args, rest = parser.parse_known_args(argv[1:])
-    if hasattr(args, "overrides"):  # argparse does not collect those behind an option
+    if hasattr(args, "overrides"):  # argparse does not collect overrides that follow an option
         args.overrides = [*args.overrides, *(text for text in rest if "=" in text and not text.startswith("-"))]
         rest = [text for text in rest if text not in args.overrides]
     if rest:
@@ -132,18 +146,18 @@ def _overview() -> str:
 
 
 def _report_os_error(error: OSError) -> int:
-    """Print the one line that a person can act on.
+    """Print one line about a path or a full disk, and return the exit code.
 
     Raises:
-        OSError: The same, where it is not about a path or a full disk.
+        OSError: The error itself, if it has another cause.
     """
     about_a_path = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
     if isinstance(error, about_a_path) or error.errno == errno.EROFS:
-        print(f"error: {error.filename}: {error.strerror}; name another place", file=sys.stderr)
+        print(f"error: {error.filename}: {error.strerror}; choose another path", file=sys.stderr)
         return 2
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         raise error
-    print("error: the disk is full; free some, then run the same command again", file=sys.stderr)
+    print("error: the disk is full; free some space, then run the same command again", file=sys.stderr)
     return 1
 
 

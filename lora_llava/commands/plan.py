@@ -8,7 +8,7 @@ from typing import Any
 from lora_llava.commands.arguments import add_recipe
 from lora_llava.core.quiet import quieten
 
-SUMMARY = "estimate what a recipe needs: memory by part, GPUs it fits, steps, time"
+SUMMARY = "estimate memory, fitting GPUs, steps and time of a recipe"
 EXAMPLES = ("lora-llava plan scienceqa_qlora.yaml", "lora-llava plan scienceqa_qlora.yaml training.memory_gb=12")
 
 

@@ -1,4 +1,4 @@
-"""`lora-llava preview`: show samples exactly as they are trained."""
+"""`lora-llava preview`: show samples exactly as the model is trained on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from lora_llava.commands.arguments import a_path, add_recipe, positive
 from lora_llava.core.quiet import quieten
 
-SUMMARY = "show samples as they are trained, as an HTML page or in the terminal"
+SUMMARY = "show training samples as an HTML page or in the terminal"
 EXAMPLES = (
     "lora-llava preview my_images/recipe.yaml",
     "lora-llava preview recipes/demo_scienceqa_qlora.yaml --terminal --samples 3",
@@ -19,10 +19,12 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--output", type=a_path, metavar="FILE", help="the page; default: preview.html")
-    parser.add_argument("--samples", type=positive, default=50, help="number of samples; default: 50")
-    parser.add_argument("--split", choices=["train", "validation", "test"], default="train")
-    where.add_argument("--terminal", action="store_true", help="print the samples instead of writing a page")
+    where.add_argument("--output", type=a_path, metavar="FILE", help="HTML file to write; default: preview.html")
+    parser.add_argument("--samples", type=positive, default=50, metavar="N", help="number of samples")
+    parser.add_argument(
+        "--split", choices=["train", "validation", "test"], default="train", help="split that the samples are from"
+    )
+    where.add_argument("--terminal", action="store_true", help="print the samples instead of writing a file")
 
 
 def run(args: argparse.Namespace, console: Any) -> int:

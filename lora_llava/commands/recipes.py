@@ -12,7 +12,9 @@ EXAMPLES = ("lora-llava recipes", "lora-llava recipes --copy my_recipes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--copy", metavar="FOLDER", type=a_path, help="copy the shipped recipes there")
+    parser.add_argument(
+        "--copy", metavar="FOLDER", type=a_path, help="copy the shipped recipes there; default: list them"
+    )
     parser.add_argument("--schema", action="store_true", help="print the JSON Schema of a recipe")
     parser.add_argument("--reference", action="store_true", help="print the reference of all keys, as Markdown")
 

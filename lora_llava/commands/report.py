@@ -1,4 +1,4 @@
-"""`lora-llava report`: write a run's HTML report again."""
+"""`lora-llava report`: rebuild a run's HTML report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from lora_llava.commands.arguments import home
 from lora_llava.core.quiet import quieten
 
-SUMMARY = "write a run's HTML report again: curves, tables, answers with their images"
+SUMMARY = "rebuild a run's HTML report: curves, tables and answers"
 EXAMPLES = ("lora-llava report runs/demo_scienceqa_qlora", "lora-llava report runs/my_images")
 
 

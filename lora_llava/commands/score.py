@@ -9,59 +9,93 @@ from lora_llava.commands.arguments import a_path, add_caps, add_letter_parser, a
 from lora_llava.core.errors import UserError
 
 SUMMARY = "score a file of answers"
-EXAMPLES = (
-    "lora-llava score scienceqa --problems problems.json --splits pid_splits.json --answers answers.jsonl",
-    "lora-llava score llava-bench --questions questions.jsonl --context context.jsonl --reference gpt4.jsonl "
-    "--answers answers.jsonl --judge-url http://localhost:8000/v1",
-)
+EXAMPLES = ("lora-llava score scienceqa --help", "lora-llava score llava-bench --help")
+_SCIENCEQA_EXAMPLE = """example:
+  lora-llava score scienceqa --problems problems.json \\
+    --splits pid_splits.json --answers answers.jsonl"""
+_LLAVA_BENCH_EXAMPLE = """example:
+  lora-llava score llava-bench --questions questions.jsonl \\
+    --context context.jsonl --reference gpt4.jsonl \\
+    --answers answers.jsonl --judge-url http://localhost:8000/v1"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    _add_score_scienceqa(benchmarks.add_parser("scienceqa", help="by LLaVA's rule", allow_abbrev=False))
-    _add_score_llava_bench(benchmarks.add_parser("llava-bench", help="by a judge, such as GPT-4", allow_abbrev=False))
+    summaries = {
+        "scienceqa": "accuracy on ScienceQA, as LLaVA's evaluation computes it",
+        "llava-bench": "scores on LLaVA-Bench, given by a judge such as GPT-4",
+    }
+    scienceqa, llava_bench = (
+        benchmarks.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        for name, summary in summaries.items()
+    )
+    scienceqa.epilog, llava_bench.epilog = _SCIENCEQA_EXAMPLE, _LLAVA_BENCH_EXAMPLE
+    _add_score_scienceqa(scienceqa)
+    _add_score_llava_bench(llava_bench)
 
 
 def _add_score_scienceqa(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--problems", required=True, type=a_path, help="problems.json")
-    parser.add_argument("--splits", required=True, type=a_path, help="pid_splits.json")
-    parser.add_argument("--answers", required=True, type=a_path, help="JSONL of question_id and text")
-    parser.add_argument("--split", default="test", help="the split that was answered")
+    parser.add_argument("--problems", required=True, type=a_path, metavar="FILE", help="problems.json (required)")
+    parser.add_argument("--splits", required=True, type=a_path, metavar="FILE", help="pid_splits.json (required)")
+    parser.add_argument(
+        "--answers", required=True, type=a_path, metavar="FILE", help="JSONL of question_id and text (required)"
+    )
+    parser.add_argument("--split", default="test", metavar="NAME", help="split that was answered")
     add_letter_parser(parser)
     add_published(parser)
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
 def _add_score_llava_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--questions", required=True, type=a_path, help="JSONL: question_id, image, category, text")
-    parser.add_argument("--context", required=True, type=a_path, help="JSONL that describes the images")
-    parser.add_argument("--reference", required=True, type=a_path, help="JSONL of GPT-4's answers: question_id, text")
+    files = {
+        "--questions": "JSONL of question_id, image, category and text",
+        "--context": "JSONL with descriptions of the images",
+        "--reference": "JSONL of GPT-4's answers, question_id and text",
+        "--answers": "JSONL of the answers to judge, question_id and text",
+    }
+    for flag, what in files.items():
+        parser.add_argument(flag, required=True, type=a_path, metavar="FILE", help=f"{what} (required)")
     parser.add_argument(
-        "--answers", required=True, type=a_path, help="JSONL of the answers to judge: question_id, text"
+        "--judge-url",
+        metavar="URL",
+        help="OpenAI-compatible server of the judge, with its key in OPENAI_API_KEY; required unless --dry-run",
     )
-    parser.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible server; its key: OPENAI_API_KEY")
-    parser.add_argument("--judge-model", metavar="NAME", help="default: the only model of the server")
+    parser.add_argument(
+        "--judge-model", metavar="NAME", help="model name on the server; default: the only model it serves"
+    )
     parser.add_argument(
         "--judge-temperature",
         type=_temperature,
         default=0.0,
         metavar="T",
-        help="a number, or default: the server's own",
+        help='sampling temperature of the judge, or the word "default" for the server\'s own; default: 0',
     )
-    parser.add_argument("--output", type=a_path, metavar="FOLDER", help="default: the folder of the answers")
-    parser.add_argument("--prompts", type=a_path, metavar="FOLDER", help="judge prompts instead of the shipped ones")
-    parser.add_argument("--no-swap", action="store_true", help="judge only with the reference first, as LLaVA does")
-    parser.add_argument("--price-in", type=float, metavar="USD", help="price of a million input tokens")
-    parser.add_argument("--price-out", type=float, metavar="USD", help="price of a million output tokens")
+    parser.add_argument(
+        "--output", type=a_path, metavar="FOLDER", help="folder for the reviews; default: the folder of the answers"
+    )
+    parser.add_argument(
+        "--prompts", type=a_path, metavar="FOLDER", help="folder with the judge's prompts; default: the shipped ones"
+    )
+    parser.add_argument(
+        "--no-swap",
+        action="store_true",
+        help="judge each pair once, with the reference first, as LLaVA does; default: in both orders",
+    )
+    parser.add_argument(
+        "--price-in", type=float, metavar="USD", help="price of a million input tokens; default: unknown"
+    )
+    parser.add_argument(
+        "--price-out", type=float, metavar="USD", help="price of a million output tokens; default: unknown"
+    )
     add_caps(parser)
-    parser.add_argument("--concurrency", type=positive, default=8, help="concurrent requests")
+    parser.add_argument("--concurrency", type=positive, default=8, metavar="N", help="concurrent requests")
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="timeout of one request")
     parser.add_argument("--dry-run", action="store_true", help="print prompts and a cost estimate; send nothing")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _temperature(text: str) -> float | None:
-    """A temperature for argparse; None for the server's own, as some models take no other."""
+    """Convert a temperature; return None for the server's own, because some models accept no other."""
     if text == "default":
         return None
     number = float(text)
@@ -89,15 +123,21 @@ def _score_llava_bench(args: argparse.Namespace, console: Any) -> int:
         dry_run(cases, args.prompts, settings, budget, console)
         return 0
     if args.judge_url is None:
-        raise UserError("--judge-url is missing; name an OpenAI-compatible server such as http://localhost:8000/v1")
+        raise UserError("--judge-url is missing; set it to an OpenAI-compatible server, as http://localhost:8000/v1")
     server = ChatServer(args.judge_url, args.judge_model, concurrency=args.concurrency, timeout=args.timeout)
     output = args.output or args.answers.parent
-    if args.json:  # nothing but the report on stdout
+    if args.json:  # only the report goes to stdout
         console.stderr = True
     report = score_llava_bench(
-        cases, server, files=files, output=output, prompts=args.prompts, settings=settings, budget=budget,
+        cases,
+        server,
+        files=files,
+        output=output,
+        prompts=args.prompts,
+        settings=settings,
+        budget=budget,
         console=console,
-    )  # fmt: skip
+    )
     if args.json:
         import json
 
@@ -118,7 +158,7 @@ def _score_scienceqa(args: argparse.Namespace, console: Any) -> int:
 def print_table(
     name: str, table: dict[str, Any], args: argparse.Namespace, console: Any, *, same_questions: bool
 ) -> None:
-    """Print a table of scores, or its JSON with `--json`; published scores below where they are comparable."""
+    """Print a table of scores, or its JSON with `--json`; add published scores if they are comparable."""
     if args.json:
         import json
 
@@ -131,12 +171,12 @@ def print_table(
 
 
 def _print_published(table: dict[str, Any], forced: bool, console: Any, same_questions: bool) -> None:
-    """Print the published scores: unless forced, only where the same 4,241 questions were answered."""
+    """Print the published scores; unless forced, only if the same 4,241 questions were answered."""
     from lora_llava.evaluation.published import QUESTIONS, published_sources, published_table
 
     if "all" in table:
         if forced:
-            console.print("published scores are of ScienceQA; this table is not")
+            console.print("--published has no effect: published scores exist for ScienceQA only")
         return
     count = table["AVG"][2]
     same_questions &= count == QUESTIONS
@@ -145,8 +185,8 @@ def _print_published(table: dict[str, Any], forced: bool, console: Any, same_que
     console.print(published_table())
     if "parser" in table:
         console.print(
-            f"The letters above were read by the {table['parser']} parser, those of the published rows by LLaVA's rule"
+            f"Answer letters above were read by the {table['parser']} parser, those of published rows by LLaVA's rule"
         )
     console.print(f"Sources: {published_sources()}", style="dim", soft_wrap=True)
     if not same_questions:
-        console.print(f"The table above covers {count:,} other questions: not comparable", style="dim")
+        console.print(f"Not comparable: the table above covers {count:,} other questions", style="dim")

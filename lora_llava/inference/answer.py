@@ -1,4 +1,4 @@
-"""What comes back for a question."""
+"""The answer to one question."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer.
+    """One answer, or the reason why there is none.
 
     Attributes:
-        text: What was written, without special tokens; "" where nothing was.
-        problem: Why there is no answer; None where there is one.
-        is_image: Whether the problem is an image that cannot be opened, and not who was asked.
-        scores: Log-likelihood of each choice in nats, where choices were weighed in place of writing.
+        text: The generated text without special tokens; "" if empty or missing.
+        problem: Why there is no answer; None if there is one.
+        is_image: Whether the problem is an image that cannot be opened, rather than the model or server.
+        scores: Log-likelihood of each choice in nats, if choices were scored instead of generating text.
     """
 
     text: str
@@ -23,5 +23,5 @@ class Answer:
 
     @property
     def choice(self) -> int | None:
-        """Index of the likeliest choice, the first of equals; None where none were weighed."""
+        """Index of the likeliest choice, the first on a tie; None if no choices were scored."""
         return None if self.scores is None else max(range(len(self.scores)), key=self.scores.__getitem__)

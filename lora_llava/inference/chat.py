@@ -1,4 +1,4 @@
-"""Talking with a model on the terminal, or asking it one thing."""
+"""Chat with a model in the terminal, or answer a single prompt."""
 
 from __future__ import annotations
 
@@ -35,21 +35,22 @@ from lora_llava.inference.speak import (
 
 COMMANDS = {
     "/image": ("PATH", "attach an image to the next message; several may be attached"),
-    "/reset": ("", "forget the conversation and attached images"),
-    "/save": ("PATH", "write the conversation as a JSON file that `data.format: conversations` reads"),
-    "/help": ("", "show this"),
-    "/exit": ("", "leave; Ctrl-D does too"),
+    "/reset": ("", "start a new conversation, without attached images"),
+    "/save": ("PATH", "write the conversation as a JSON file for `data.format: conversations`"),
+    "/help": ("", "show this list"),
+    "/exit": ("", "leave, as Ctrl-D does"),
 }
 _HELP = "\n".join(f"{f'{name} {argument}':13}{what}" for name, (argument, what) in COMMANDS.items()) + (
-    "\nCtrl-C stops an answer. A message goes on where its line ends with \\, and may start with / after a space."
+    "\nCtrl-C stops an answer. End a line with \\ to continue the message on the next line. To start a message with /, "
+    "type a space before it."
 )
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""C0 and C1 but newline and tab: what starts an escape sequence, and what moves the cursor."""
+"""C0 and C1 control characters except newline and tab: they start escape sequences and move the cursor."""
 
 
 @dataclass
 class AttachedImage:
-    """An image that is shown to the model, and its file."""
+    """An opened image with its file."""
 
     file: Path
     image: Image.Image
@@ -57,15 +58,15 @@ class AttachedImage:
 
 @dataclass
 class Chat:
-    """A conversation on the terminal.
+    """A conversation in the terminal.
 
     Attributes:
-        speaker: Who answers.
-        sampling: How.
-        system: System text in place of the template's own; None keeps that.
-        messages: What was said, without the system text.
-        shown: Files of the images in it, in order.
-        attached: Images of the next message.
+        speaker: The model that answers.
+        sampling: How tokens are sampled.
+        system: System prompt that replaces the template's; None keeps the template's.
+        messages: The messages so far, without the system prompt.
+        shown: Files of their images, in order.
+        attached: Images for the next message.
     """
 
     speaker: Speaker
@@ -76,11 +77,12 @@ class Chat:
     attached: list[AttachedImage] = field(default_factory=list)
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the messages with the system prompt first, if there is one."""
         return [text_message("system", self.system), *messages] if self.system is not None else list(messages)
 
 
 def clean_text(text: str) -> str:
-    """Text without control characters, so that no escape sequence of a model's or a file's reaches the terminal."""
+    """Remove control characters, so that no escape sequence from a model or a file reaches the terminal."""
     return _CONTROL.sub("", text)
 
 
@@ -88,11 +90,11 @@ def open_images(paths: Sequence[str | Path], background: Background = "white") -
     """Open images.
 
     Args:
-        paths: Files.
-        background: What transparent parts are composited on.
+        paths: The image files.
+        background: The colour behind transparent parts.
 
     Raises:
-        UserError: For one that is missing, broken or too large, or a folder.
+        UserError: For an image that is missing, broken or too large, or for a folder.
     """
     files = [Path(path).expanduser() for path in paths]
     folder = next((file for file in files if file.is_dir()), None)
@@ -112,18 +114,18 @@ def answer_once(
     """Print the answer to one message, and nothing else, on stdout.
 
     Args:
-        speaker: Who answers.
-        prompt: The message's text.
-        images: What it shows.
-        sampling: How tokens are drawn.
-        system: System text in place of the template's own.
+        speaker: The model that answers.
+        prompt: The text of the message.
+        images: The images of the message.
+        sampling: How tokens are sampled.
+        system: System prompt that replaces the template's.
 
     Raises:
         UserError: For a message that is empty or does not fit the model.
-        KeyboardInterrupt: Where it is stopped.
+        KeyboardInterrupt: If the answer is stopped.
     """
     if not prompt.strip() and not images:
-        raise UserError("--prompt is empty; give a question, or an image with --image")
+        raise UserError("--prompt is empty; write a question, or attach an image with --image")
     chat = Chat(speaker, sampling, system, attached=list(images))
     _, finish = _speak(chat, prompt)
     if finish == "stopped":
@@ -133,22 +135,22 @@ def answer_once(
 
 
 def chat_on_terminal(chat: Chat) -> None:
-    """Read messages and commands from stdin and answer them on stdout until it ends; everything else goes to stderr.
+    """Read messages and commands from stdin until it ends, and print answers on stdout and notes on stderr.
 
     Args:
-        chat: The conversation, with nothing said as a rule.
+        chat: The conversation, usually empty.
 
     Raises:
-        KeyboardInterrupt: Where stdin is no terminal; on one, Ctrl-C stops an answer, or leaves.
+        KeyboardInterrupt: On Ctrl-C, if stdin is not a terminal; in a terminal, Ctrl-C stops an answer or leaves.
     """
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401 - gives input() its editing and history
+            import readline  # noqa: F401 - adds line editing and history to input()
         _note(f"{chat.speaker.name}: /image PATH attaches an image, /help lists the commands")
         if chat.speaker.single_turn:
-            _note("it was trained on captions: attach one image, then press Enter")
-        _tell_attached(chat.attached)
+            _note("this model was trained on captions: attach one image, then press Enter")
+        _note_attached(chat.attached)
     warned = False
     while True:
         try:
@@ -159,7 +161,7 @@ def chat_on_terminal(chat: Chat) -> None:
             print()
             if warned:
                 return
-            _note("Ctrl-D or /exit leaves, and so does Ctrl-C again")
+            _note("press Ctrl-C again to leave, or Ctrl-D, or type /exit")
             warned = True
             continue
         warned = False
@@ -170,7 +172,7 @@ def chat_on_terminal(chat: Chat) -> None:
         try:
             run_line(chat, line)
         except FullError as error:
-            _note(f"{error} with /reset; this message is not kept")
+            _note(f"{error} with /reset; this message was not kept")
         except UserError as error:
             _note(str(error))
         if interactive and not line.startswith("/"):
@@ -178,7 +180,7 @@ def chat_on_terminal(chat: Chat) -> None:
 
 
 def _read_message(interactive: bool) -> str | None:
-    """One message; a line that ends with a backslash goes on in the next. None at the end of the input."""
+    """Read one message; a backslash at the end of a line continues it. Return None at the end of the input."""
     lines: list[str] = []
     while True:
         try:
@@ -191,24 +193,24 @@ def _read_message(interactive: bool) -> str | None:
 
 
 def run_line(chat: Chat, line: str) -> None:
-    """Do what a line asks for: run a command, or answer it.
+    """Run a line as a command, or answer it as a message.
 
     Args:
         chat: The conversation.
-        line: What was typed.
+        line: The line that was typed.
 
     Raises:
-        UserError: For a command or message that cannot be followed; the conversation stays as it was.
-        KeyboardInterrupt: Where an answer is stopped and stdin is no terminal.
+        UserError: For a command or message that cannot be processed; the conversation is unchanged.
+        KeyboardInterrupt: If an answer is stopped and stdin is not a terminal.
     """
     if not line.startswith("/"):
         if line.strip() or chat.attached:
-            ask(chat, line.strip())
+            send(chat, line.strip())
         return
     command, _, argument = line.partition(" ")
     argument = argument.strip()
     if command not in COMMANDS:
-        raise UserError(f"there is no command {command}{nearest(command, COMMANDS)}; /help lists them")
+        raise UserError(f"{command} is not a command{nearest(command, COMMANDS)}; /help lists them")
     if command in ("/image", "/save") and not argument:
         raise UserError(f"{command} needs a path")
     if command == "/image":
@@ -218,44 +220,44 @@ def run_line(chat: Chat, line: str) -> None:
         _note(save_chat(chat, paths[0] if len(paths) == 1 else Path(argument).expanduser()))
     elif command == "/reset":
         chat.messages, chat.shown, chat.attached = [], [], []
-        _note("a new conversation")
+        _note("started a new conversation")
     else:
         _note(_HELP)
 
 
 def _paths_of(argument: str) -> list[Path]:
-    """The paths that an argument means: one as it stands, or one or more that are written as in a shell."""
-    whole = Path(argument).expanduser()
+    """Return the paths of an argument: one path with or without spaces, or several written as in a shell."""
+    unsplit = Path(argument).expanduser()
     try:
         parts = [Path(part).expanduser() for part in shlex.split(argument)]
-        if len(parts) > 1 and (whole.exists() or not any(part.exists() for part in parts)):
-            return [whole]
-        return [whole] if whole.exists() else parts or [whole]
-    except (ValueError, OSError):  # an open quote; a name too long
-        return [whole]
+        if len(parts) > 1 and (unsplit.exists() or not any(part.exists() for part in parts)):
+            return [unsplit]
+        return [unsplit] if unsplit.exists() else parts or [unsplit]
+    except (ValueError, OSError):  # an open quote, or a name that is too long
+        return [unsplit]
 
 
 def _attach(chat: Chat, argument: str) -> None:
     images = open_images(_paths_of(argument), chat.speaker.background)
     chat.attached += images
-    _tell_attached(images)
+    _note_attached(images)
 
 
-def _tell_attached(images: Sequence[AttachedImage]) -> None:
+def _note_attached(images: Sequence[AttachedImage]) -> None:
     for image in images:
-        _note(f"{image.file}: {image.image.width} x {image.image.height}, goes with your next message")
+        _note(f"{image.file}: {image.image.width} x {image.image.height}, attached to your next message")
 
 
-def ask(chat: Chat, text: str) -> None:
-    """Answer a message on stdout and keep both, unless nothing was answered.
+def send(chat: Chat, text: str) -> None:
+    """Print the answer to a message on stdout, and keep both unless the answer is empty.
 
     Args:
-        chat: The conversation; attached images go with the message.
+        chat: The conversation; its attached images are sent with the message.
         text: The message.
 
     Raises:
-        UserError: For a message that the model cannot take.
-        KeyboardInterrupt: Where the answer is stopped and stdin is no terminal.
+        UserError: For a message that does not fit the model.
+        KeyboardInterrupt: If the answer is stopped and stdin is not a terminal.
     """
     answer, finish = _speak(chat, text)
     if finish == "stopped":
@@ -264,7 +266,7 @@ def ask(chat: Chat, text: str) -> None:
         _note("(stopped)")
     if not answer:
         attached = "; its images stay attached" if chat.attached else ""
-        _note(f"there is no answer, and the message is not kept{attached}")
+        _note(f"the answer is empty, so the message was not kept{attached}")
         return
     if finish == "length":
         _note(_cut_off(chat))
@@ -280,26 +282,28 @@ def _question(chat: Chat, text: str) -> Message:
 
 
 def _speak(chat: Chat, text: str) -> tuple[str, Finish]:
-    """Print the answer to a message as it comes; Ctrl-C stops it."""
+    """Print the answer to a message as it is generated; Ctrl-C stops it."""
     before = [] if chat.speaker.single_turn else chat.messages
     messages = chat.with_system([*before, _question(chat, text)])
-    said = ""
+    answer = ""
     with closing(stream_answer(chat.speaker, messages, chat.sampling)) as stream:
         try:
             while True:
                 piece = next(stream)
-                said += piece
+                answer += piece
                 print(clean_text(piece), end="", flush=True)
         except StopIteration as end:
             finish: Finish = end.value
         except KeyboardInterrupt:
             finish = "stopped"
     print()
-    return said, finish
+    return answer, finish
 
 
 def _cut_off(chat: Chat) -> str:
-    return f"(cut off at {chat.sampling.max_new_tokens} tokens, or at the model's last position; see --max-new-tokens)"
+    return (
+        f"(cut off after {chat.sampling.max_new_tokens} tokens or at the model's maximum length; see --max-new-tokens)"
+    )
 
 
 def _note(text: str) -> None:
@@ -307,32 +311,32 @@ def _note(text: str) -> None:
 
 
 def save_chat(chat: Chat, file: Path) -> str:
-    """Write the conversation as one row of messages, its images copied into `images` beside it, where a recipe looks.
+    """Write the conversation as one row of messages, and copy its images into an `images` folder next to it.
 
     Args:
         chat: The conversation.
-        file: A `.json` file; only a chat that was saved there before is replaced.
+        file: A `.json` file; an existing one is replaced only if it is a saved chat.
 
     Returns:
-        What was written.
+        A message on what was written.
 
     Raises:
-        UserError: Where nothing was said, the file holds something else, or cannot be written.
+        UserError: If the conversation is empty, or the file has other content or cannot be written.
     """
     if not chat.messages:
-        raise UserError("nothing has been said yet; there is nothing to save")
+        raise UserError("the conversation is empty; there is nothing to save")
     if file.suffix.lower() != ".json":
-        raise UserError(f"{file} should be called .json, such as {file.with_suffix('.json').name}")
+        raise UserError(f"{file} should end in .json, as {file.with_suffix('.json').name} does")
     replaced = file.exists()
     if replaced and not _is_saved_chat(file):
-        raise UserError(f"{file} is there and is no saved chat; name another file")
+        raise UserError(f"{file} exists and is not a saved chat; choose another file")
     try:
         names = [_keep_image(image, file.parent / "images") for image in chat.shown]
         row = {"messages": [_as_saved(message) for message in chat.with_system(chat.messages)], "images": names}
         read_row(row, 0, position="as_written")
         file.write_text(json_text([row], indent=2) + "\n", encoding="utf-8")
     except RowError as error:
-        raise UserError(f"this conversation cannot be trained on, and is not saved: {error}") from None
+        raise UserError(f"this conversation was not saved, because it cannot be trained on: {error}") from None
     except OSError as error:
         raise UserError(f"{error.filename or file} cannot be read or written: {error.strerror}") from None
     images = f", its images in {file.parent / 'images'}" if names else ""
@@ -348,7 +352,7 @@ def _is_saved_chat(file: Path) -> bool:
 
 
 def _as_saved(message: Message) -> Message:
-    """A message whose images are named beside it."""
+    """Return a message with placeholders for its images, whose names the row stores separately."""
     parts = message["content"]
     if all(part["type"] == "text" for part in parts):
         return {"role": message["role"], "content": "".join(part["text"] for part in parts)}
@@ -357,7 +361,7 @@ def _as_saved(message: Message) -> Message:
 
 
 def _keep_image(file: Path, folder: Path) -> str:
-    """Copy an image into a folder unless it is there, under a name that no other image has."""
+    """Copy an image into a folder under a unique name, unless it is already there; return the name."""
     folder.mkdir(exist_ok=True)
     number, target = 1, folder / file.name
     while target.exists() and not filecmp.cmp(file, target, shallow=False):

@@ -1,4 +1,4 @@
-"""Batched answers: questions sorted by length, each image encoded once, a KV cache, the template's stop."""
+"""Generate answers in batches: questions sorted by length, each image encoded once, with a KV cache."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from lora_llava.model.vision import features_as_pixels, llava_of, tower_features
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt.
+    """One encoded prompt.
 
     Attributes:
-        input_ids: Ids up to where the answer starts, image tokens expanded.
+        input_ids: Token ids up to where the answer starts, image tokens expanded.
         image_files: Names of its images, in order.
     """
 
@@ -43,21 +43,21 @@ def generate_answers(
     answered: Collection[int] = (),
     encoded: EncodedImages | None = None,
 ) -> Iterator[tuple[int, Answer]]:
-    """Answer questions, longest first, and give each batch's answers as they come.
+    """Answer questions in batches, longest first, and yield the answers of each batch when it is done.
 
     Args:
-        model: A LLaVA, with or without adapter.
-        questions: What to ask.
-        tokenizer: The processor's; it pads on the left here.
-        load_pixels: Gives the images that questions name.
-        batch_size: Questions at once.
-        sampling: How tokens are drawn; what is drawn depends on the seed and on which questions share a batch.
-        stop_string: Ends an answer where the template's stop is ordinary text; taken off the answer.
-        answered: Indices that are not asked again.
-        encoded: Images that are shared with other calls; None keeps those of this one.
+        model: A LLaVA, with or without an adapter.
+        questions: The prompts.
+        tokenizer: The processor's tokenizer; prompts are padded on the left.
+        load_pixels: Loads the images that questions name.
+        batch_size: Questions per batch.
+        sampling: How tokens are sampled; samples depend on the seed and on which questions share a batch.
+        stop_string: Text that ends an answer, if the template's stop is ordinary text; removed from the answer.
+        answered: Indices to skip, because their answers exist.
+        encoded: Encoded images shared with other calls; None encodes them for this call.
 
     Yields:
-        The question's index and its answer; one with a problem where an image cannot be opened.
+        The question's index and its answer, which has a problem set if an image cannot be opened.
     """
     batches = _plan_batches(questions, answered, batch_size, drawn=sampling.temperature > 0)
     encoded = encoded or EncodedImages(model, load_pixels, questions, [i for chosen in batches for i in chosen])
@@ -73,9 +73,13 @@ def generate_answers(
             torch.manual_seed(sampling.seed + indices[0])
         with encoded.as_pixels():
             output = model.generate(
-                **batch, **sampling.as_generate(), pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id, use_cache=True, **stop,
-            )  # fmt: skip
+                **batch,
+                **sampling.as_generate(),
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                use_cache=True,
+                **stop,
+            )
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
             if index in answered:
@@ -85,9 +89,11 @@ def generate_answers(
 
 def _plan_batches(
     questions: Sequence[Question], answered: Collection[int], batch_size: int, *, drawn: bool
-) -> list[list[int]]:  # fmt: skip
-    """Batches, longest first. What is drawn depends on who shares a batch: there a batch is asked as it would have
-    been, those of it that were answered included."""
+) -> list[list[int]]:
+    """Group questions into batches, longest first.
+
+    Samples depend on which questions share a batch, so with sampling an unfinished batch keeps its answered questions.
+    """
 
     def cut(indices: Sequence[int]) -> list[list[int]]:
         order = sorted(indices, key=lambda i: -len(questions[i].input_ids))
@@ -99,15 +105,14 @@ def _plan_batches(
 
 
 class EncodedImages:
-    """Features of the images that questions share: the tower sees each once, and what no question needs any more is
-    let go.
+    """Image features shared by questions: each image is encoded once and freed after its last use.
 
     Args:
-        model: A LLaVA, with or without adapter; one without tower takes what `load_pixels` gives as features.
-        load_pixels: Gives images by name.
-        questions: Whose images are asked for.
-        indices: Those of them that are asked.
-        times: How often each is asked.
+        model: A LLaVA, with or without an adapter; without a vision tower, `load_pixels` must return features.
+        load_pixels: Loads images by name.
+        questions: The questions that name the images.
+        indices: Indices of the questions to answer.
+        times: How often each question is answered.
     """
 
     def __init__(
@@ -128,7 +133,7 @@ class EncodedImages:
     def batch(
         self, indices: Sequence[int], questions: Sequence[Question], pad_token_id: int
     ) -> tuple[dict[str, torch.Tensor], dict[int, Answer]]:
-        """Left-padded ids of these questions with the features of their images, and those whose images are bad."""
+        """Return left-padded ids and image features of these questions, and answers for those with a bad image."""
         features: list[torch.Tensor] = []
         failed: dict[int, Answer] = {}
         self._encode([name for i in indices for name in questions[i].image_files])
@@ -146,7 +151,7 @@ class EncodedImages:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}, failed
 
     def as_pixels(self) -> Any:
-        """While this is entered, the model takes features as its `pixel_values`."""
+        """Return a context in which the model accepts features as its `pixel_values`."""
         return nullcontext() if self.llava.model.vision_tower is None else features_as_pixels(self.llava)
 
     def _encode(self, names: Sequence[str]) -> None:
@@ -164,7 +169,7 @@ class EncodedImages:
         tower = self.llava.model.vision_tower
         if tower is not None:
             stacked = tower_features(tower, self.llava.config, stacked.to(tower.dtype))
-        # Each by itself: a view would keep the whole batch's alive.
+        # Clone each one: a view would keep the features of the entire batch in memory.
         self._held |= {name: features.clone() for name, features in zip(opened, stacked, strict=True)}
 
     def _take(self, name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How likely a model holds given answers: choices weighed against each other, and the loss of a reference."""
+"""Log-likelihood of given answers: score multiple choices, and compute the loss of reference answers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lora_llava.model.vision import llava_of
 
 @dataclass(frozen=True)
 class Choices:
-    """A question with the answers it may have.
+    """A question with its possible answers.
 
     Attributes:
-        texts: Each answer.
-        encoded: `input_ids` and `labels` of the conversation with each answer at its end, labels -100 up to there.
+        texts: The text of each answer.
+        encoded: `input_ids` and `labels` of the conversation ending in each answer; labels are -100 before the answer.
         image_files: Names of its images, in order.
     """
 
@@ -33,12 +33,12 @@ class Choices:
 
 @dataclass(frozen=True)
 class Tree:
-    """A question's choices as one row: what they share once, then what is left of each.
+    """The choices of a question in one row: the shared prefix once, then the rest of each choice.
 
     Attributes:
-        input_ids: The shared ids, then each choice's own.
-        shared: How many ids are shared.
-        branches: Where each choice's own ids begin and end.
+        input_ids: The shared ids, then the remaining ids of each choice.
+        shared: Number of shared ids.
+        branches: Start and end of each choice's remaining ids.
     """
 
     input_ids: list[int]
@@ -47,23 +47,23 @@ class Tree:
 
 
 def build_tree(choices: Sequence[Sequence[int]]) -> Tree:
-    """Lay choices out side by side behind what they share.
+    """Put the choices of a question into one row behind their shared prefix.
 
     Args:
-        choices: Ids of each conversation, which begin alike and of which none is all of another.
+        choices: Token ids of the conversation with each choice; none may be a prefix of another.
 
     Returns:
         The row.
 
     Raises:
-        ValueError: Where one choice is another, or its beginning.
+        ValueError: If a choice equals another or is its prefix.
     """
     shared = 0
     shortest = min(map(len, choices))
     while shared < shortest and len({row[shared] for row in choices}) == 1:
         shared += 1
     if shared == shortest:
-        raise ValueError("a choice is the beginning of another, or the same; they cannot be told apart")
+        raise ValueError("a choice equals another or is its prefix; they cannot be distinguished")
     ids, branches = list(choices[0][:shared]), []
     for row in choices:
         branches.append((len(ids), len(ids) + len(row) - shared))
@@ -73,28 +73,35 @@ def build_tree(choices: Sequence[Sequence[int]]) -> Tree:
 
 @torch.inference_mode()
 def weigh_choices(
-    model: Any, questions: Sequence[Choices], *, load_pixels: PixelLoader, batch_size: int, pad_token_id: int,
-    answered: Collection[int] = (), encoded: EncodedImages | None = None,
-) -> Iterator[tuple[int, Answer]]:  # fmt: skip
-    """Choose answers by their log-likelihood, what a question's choices share computed once: one forward a batch.
+    model: Any,
+    questions: Sequence[Choices],
+    *,
+    load_pixels: PixelLoader,
+    batch_size: int,
+    pad_token_id: int,
+    answered: Collection[int] = (),
+    encoded: EncodedImages | None = None,
+) -> Iterator[tuple[int, Answer]]:
+    """Choose answers by their log-likelihood, with one forward pass per batch that computes shared prefixes once.
 
-    A branch sees what is shared and itself, and its positions go on from there: its logits are those of its
-    conversation alone.
+    Each branch attends to the shared prefix and to itself, and its positions continue from the prefix. Its logits
+    therefore equal those of its conversation alone.
 
     Args:
-        model: A LLaVA, with or without adapter.
-        questions: With their choices.
-        load_pixels: Gives the images that questions name.
-        batch_size: Questions at once.
-        pad_token_id: Fills on the left.
-        answered: Indices that are not asked again.
-        encoded: Images that are shared with other calls; None keeps those of this one.
+        model: A LLaVA, with or without an adapter.
+        questions: The questions with their choices.
+        load_pixels: Loads the images that questions name.
+        batch_size: Questions per batch.
+        pad_token_id: Token id for padding on the left.
+        answered: Indices to skip, because their answers exist.
+        encoded: Encoded images shared with other calls; None encodes them for this call.
 
     Yields:
-        The question's index and its likeliest choice, with the log-likelihood in nats of what tells the choices apart.
+        The question's index and its likeliest choice, with the log-likelihood in nats of each choice's answer tokens
+        behind the shared prefix.
 
     Raises:
-        ValueError: Where choices cannot be told apart.
+        ValueError: If two choices of a question cannot be distinguished.
     """
     trees = [build_tree([ids for ids, _ in question.encoded]) for question in questions]
     rows = [Question(tree.input_ids, q.image_files) for tree, q in zip(trees, questions, strict=True)]
@@ -109,10 +116,13 @@ def weigh_choices(
         own = max(len(trees[i].input_ids) - trees[i].shared for i in indices)
         with encoded.as_pixels():
             logits = model(
-                input_ids=batch["input_ids"], pixel_values=batch.get("pixel_values"),
+                input_ids=batch["input_ids"],
+                pixel_values=batch.get("pixel_values"),
                 attention_mask=_additive(mask, llava_of(model).dtype).to(batch["input_ids"].device),
-                position_ids=positions.to(batch["input_ids"].device), use_cache=False, logits_to_keep=own + 1,
-            ).logits  # fmt: skip
+                position_ids=positions.to(batch["input_ids"].device),
+                use_cache=False,
+                logits_to_keep=own + 1,
+            ).logits
         log_probabilities = functional.log_softmax(logits.float(), dim=-1).cpu()
         for row, i in enumerate(indices):
             found = Answer("", scores=_scores(log_probabilities[row], trees[i], questions[i]))
@@ -120,7 +130,7 @@ def weigh_choices(
 
 
 def _scores(log_probabilities: torch.Tensor, tree: Tree, question: Choices) -> tuple[float, ...]:
-    """Sum over each branch's labelled tokens, the first of which the last shared token foretells."""
+    """Sum the log-probabilities of each branch's labelled tokens; the last shared token predicts the first of them."""
     end = len(tree.input_ids)
     kept = len(log_probabilities)
     scores = []
@@ -136,8 +146,8 @@ def _scores(log_probabilities: torch.Tensor, tree: Tree, question: Choices) -> t
 
 
 def _tree_mask(trees: Sequence[Tree], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Who sees whom, bool of shape (rows, 1, tokens, tokens), and positions, of shape (rows, tokens)."""
-    mask = torch.eye(longest, dtype=torch.bool).repeat(len(trees), 1, 1, 1)  # padding sees itself: no row is empty
+    """Return the attention mask, bool of shape (rows, 1, tokens, tokens), and positions, shape (rows, tokens)."""
+    mask = torch.eye(longest, dtype=torch.bool).repeat(len(trees), 1, 1, 1)  # padding attends to itself: no empty row
     positions = torch.zeros(len(trees), longest, dtype=torch.long)
     for row, tree in enumerate(trees):
         start = longest - len(tree.input_ids)
@@ -153,27 +163,33 @@ def _tree_mask(trees: Sequence[Tree], longest: int) -> tuple[torch.Tensor, torch
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where attention goes, the lowest number elsewhere, which every attention implementation takes."""
+    """Convert a mask to 0 and the dtype's minimum, the form that every attention implementation accepts."""
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 @torch.inference_mode()
 def answer_losses(
-    model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]], image_files: Sequence[Sequence[str]], *,
-    load_pixels: PixelLoader, batch_size: int, pad_token_id: int,
-) -> Iterator[tuple[int, float, int]]:  # fmt: skip
-    """The loss of given answers.
+    model: Any,
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+    image_files: Sequence[Sequence[str]],
+    *,
+    load_pixels: PixelLoader,
+    batch_size: int,
+    pad_token_id: int,
+) -> Iterator[tuple[int, float, int]]:
+    """Compute the loss of given answers.
 
     Args:
-        model: A LLaVA, with or without adapter.
-        rows: `input_ids` and `labels` of each conversation, labels -100 but for the answer.
-        image_files: Names of each one's images.
-        load_pixels: Gives them.
-        batch_size: Conversations at once.
-        pad_token_id: Fills on the left.
+        model: A LLaVA, with or without an adapter.
+        rows: `input_ids` and `labels` of each conversation; labels are -100 outside the answer.
+        image_files: Names of each conversation's images.
+        load_pixels: Loads images by name.
+        batch_size: Conversations per batch.
+        pad_token_id: Token id for padding on the left.
 
     Yields:
-        Index, summed cross-entropy in nats and labelled tokens; rows whose images cannot be opened are left out.
+        The row's index, summed cross-entropy in nats and count of labelled tokens. Rows with an image that cannot be
+        opened are skipped.
     """
     questions = [Question(ids, files) for (ids, _), files in zip(rows, image_files, strict=True)]
     everything = range(len(questions))
@@ -198,10 +214,14 @@ def answer_losses(
 
 
 def _batches(
-    model: Any, rows: Sequence[Question], left: Sequence[int], encoded: EncodedImages, batch_size: int,
+    model: Any,
+    rows: Sequence[Question],
+    left: Sequence[int],
+    encoded: EncodedImages,
+    batch_size: int,
     pad_token_id: int,
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor], dict[int, Answer]]]:  # fmt: skip
-    """Batches of rows, longest first: indices, tensors, and the rows whose images are bad."""
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor], dict[int, Answer]]]:
+    """Yield batches of rows, longest first: indices, tensors, and answers for rows with a bad image."""
     order = sorted(left, key=lambda i: -len(rows[i].input_ids))
     model.eval()
     for start in range(0, len(order), batch_size):

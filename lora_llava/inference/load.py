@@ -1,4 +1,4 @@
-"""Loading what is to answer: a run, a merged folder or a Hub id."""
+"""Load a model for inference: a run, a merged folder or a Hub id."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def load_answering_model(
     """Load a model for generation.
 
     Args:
-        base: Folder or Hub id of what the adapter stands on (`locate_base` finds a run's), or of the whole model.
+        base: Folder or Hub id of the adapter's base (`locate_base` finds a run's), or of the complete model.
         adapter: A run directory; None for the base alone.
-        quantization: How the language model is stored.
-        dtype: What is computed in.
+        quantization: How the language model's weights are stored.
+        dtype: The dtype of the computation.
 
     Returns:
         The model in eval mode.
 
     Raises:
-        UserError: Where the base cannot be loaded or the adapter does not fit it.
+        UserError: If the base cannot be loaded, or the adapter does not fit it.
     """
     model = load_base(base, quantization=quantization, dtype=dtype)
     if adapter is None:

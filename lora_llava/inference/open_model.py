@@ -1,4 +1,4 @@
-"""Opening a model to talk with: a run, a folder with a whole LLaVA, or a Hub id."""
+"""Open a model for chat: a run, a folder with a complete LLaVA, or a Hub id."""
 
 from __future__ import annotations
 
@@ -21,22 +21,26 @@ from lora_llava.runs.directory import RECIPE_FILE, is_run, read_record
 
 
 def open_speaker(
-    name: str, *, quantization: Literal["auto", "nf4", "none"] = "auto", dtype: str = "auto",
+    name: str,
+    *,
+    quantization: Literal["auto", "nf4", "none"] = "auto",
+    dtype: str = "auto",
     template: str | None = None,
-) -> Speaker:  # fmt: skip
-    """Load a model, and the processor that writes its prompts.
+) -> Speaker:
+    """Load a model with the processor that writes its prompts.
 
     Args:
-        name: A run directory, a folder with a whole LLaVA, or a Hub id.
-        quantization: How the language model is stored; `auto` is a run's own, and none for a whole model.
-        dtype: What is computed in; `auto` is a run's own, else bfloat16 on a GPU and float32 on a CPU.
-        template: Conversation template in place of the processor's own.
+        name: A run directory, a folder with a complete LLaVA, or a Hub id.
+        quantization: How the language model's weights are stored; `auto` follows the run, and is `none` for a
+            complete model.
+        dtype: The dtype of the computation; `auto` follows the run, else bfloat16 on a GPU and float32 on a CPU.
+        template: Conversation template that replaces the processor's.
 
     Returns:
         The speaker.
 
     Raises:
-        UserError: For a model that is missing or does not fit, or that has no chat template.
+        UserError: For a model that is missing, does not fit or has no chat template.
     """
     folder, given = Path(name), get_template(template) if template else None
     adapter = folder if is_run(folder) else None
@@ -47,14 +51,13 @@ def open_speaker(
             quantization = own.quantization if quantization == "auto" else quantization
             dtype = own.dtype if dtype == "auto" else dtype
     else:
-        base, folder = name, _find_whole(name)
+        base, folder = name, _find_complete_model(name)
     processor = load_processor(folder)
     if given is not None:
         processor.chat_template = chat_template(given)
     elif not processor.chat_template:
         raise UserError(
-            f"{name} has no chat template; name the one it was trained with, such as --template vicuna_v1; one of "
-            f"{', '.join(TEMPLATES)}"
+            f"{name} has no chat template; set --template to the one it was trained with: {', '.join(TEMPLATES)}"
         )
     known = given or recognise_template(processor)
     stored: Quantization = "none" if quantization == "auto" else quantization
@@ -70,7 +73,7 @@ def open_speaker(
 
 
 def background_of(name: str) -> Background:
-    """What transparent parts of images are composited on for a model: what its own recipe says, else white.
+    """Return the colour behind transparent parts of images: the one in the model's recipe, else white.
 
     Args:
         name: A run directory, a merged folder, another model's folder or a Hub id.
@@ -79,12 +82,12 @@ def background_of(name: str) -> Background:
     return load_recipe(recipe).data.background if recipe.is_file() else "white"
 
 
-def _find_whole(name: str) -> Path:
-    """The folder of a whole LLaVA's processor; a Hub id's small files are fetched."""
+def _find_complete_model(name: str) -> Path:
+    """Return the folder of a complete LLaVA's processor; the small files of a Hub id are downloaded."""
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UserError(
             f"{name} is neither a finished run, which has run.json and adapter_model.safetensors, nor a folder with a "
-            "whole LLaVA, which has config.json; name one"
+            "complete LLaVA, which has config.json; name one of these"
         )
     try:
         return plan_model(ModelSection(start_from=StartFrom(llava=name))).tokenizer_folder
@@ -93,25 +96,26 @@ def _find_whole(name: str) -> Path:
 
 
 def load_processor(folder: Path) -> Any:
-    """Load the stock processor of a run or model folder, on PIL as it was trained, with left padding.
+    """Load the stock processor of a run or model folder, with the PIL backend of training and left padding.
 
     Raises:
-        UserError: Where its files are missing or damaged.
+        UserError: If its files are missing or damaged.
     """
     try:
         processor = AutoProcessor.from_pretrained(folder, backend="pil")
         processor.tokenizer.padding_side = "left"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: its processor or tokenizer cannot be loaded ({told}); restore its files") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{folder}: its processor or tokenizer cannot be loaded ({reason}); restore its files"
+        ) from None
     return processor
 
 
 def recognise_template(processor: Any) -> Template | None:
-    """The template of ours that a processor writes, whatever its system text; None for another's.
+    """Return the template in `TEMPLATES` that a processor uses, with any system prompt; None for an unknown one.
 
-    What is compared is what they make of a conversation, so that a template that was saved by an older version of this
-    package is known too.
+    The comparison is on a rendered conversation, so templates saved by older versions are recognised too.
     """
     turns = [text_message(role, role) for role in ("system", "user", "assistant", "user")]
     written = _written(processor, turns, processor.chat_template)
@@ -121,5 +125,5 @@ def recognise_template(processor: Any) -> Template | None:
 def _written(processor: Any, turns: list[dict[str, Any]], template: str) -> str:
     try:
         return str(processor.apply_chat_template(turns, chat_template=template, add_generation_prompt=True))
-    except TemplateError:  # one that takes no system text is none of ours
+    except TemplateError:  # a template that rejects system messages is not in TEMPLATES
         return ""

@@ -1,4 +1,4 @@
-"""Prompts that a model's own processor writes, with special tokens that people typed as ordinary text."""
+"""Encode prompts with a model's processor, with special tokens in the user's text encoded as ordinary text."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lora_llava.data.typed import as_typed, special_tokens, text_backend
 Message = Mapping[str, Any]
 
 
-def holds_special_token(processor: Any, messages: Sequence[Message]) -> bool:
-    """Whether a text of these messages holds one of the tokenizer's special tokens."""
+def has_special_token(processor: Any, messages: Sequence[Message]) -> bool:
+    """Check whether the text of any message contains a special token of the tokenizer."""
     specials = special_tokens(processor.tokenizer)
     return any(token in text for text in _texts(messages) for token in specials)
 
 
 def prompt_ids(processor: Any, messages: Sequence[Message], num_image_tokens: int) -> list[int]:
-    """Write messages by the processor's chat template and tokenise them, typed special tokens as text.
+    """Render messages with the processor's chat template and tokenize them, with typed special tokens as text.
 
-    Without such tokens these are the ids that `processor.apply_chat_template(tokenize=True)` gives.
+    Without such tokens, the ids equal those of `processor.apply_chat_template(tokenize=True)`.
 
     Args:
         processor: A stock processor with a chat template.
         messages: `{"role", "content"}`, the content a list of text and image parts.
-        num_image_tokens: Tokens of one image.
+        num_image_tokens: Tokens per image.
 
     Returns:
         The ids of the prompt, up to where the answer starts.
@@ -43,18 +43,18 @@ def prompt_ids(processor: Any, messages: Sequence[Message], num_image_tokens: in
 
 
 def encode_prompt(processor: Any, messages: Sequence[Message], num_image_tokens: int) -> dict[str, torch.Tensor]:
-    """Encode messages for a model.
+    """Encode messages as input tensors for a model.
 
     Args:
-        processor: As in `prompt_ids`.
-        messages: As in `prompt_ids`, image parts with their `image`.
-        num_image_tokens: As in `prompt_ids`.
+        processor: A stock processor with a chat template.
+        messages: As for `prompt_ids`, with an `image` in each image part.
+        num_image_tokens: Tokens per image.
 
     Returns:
-        `input_ids` and `attention_mask`, int64 of shape (1, tokens), and with images `pixel_values`, float32 of shape
+        `input_ids` and `attention_mask`, int64 of shape (1, tokens); with images also `pixel_values`, float32 of shape
         (images, 3, height, width).
     """
-    if not holds_special_token(processor, messages):
+    if not has_special_token(processor, messages):
         return dict(
             processor.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"

@@ -1,4 +1,4 @@
-"""Streamed answers to chat messages, their prompts written by the model's own processor."""
+"""Stream answers to chat messages, with prompts written by the model's processor."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ from lora_llava.inference.sampling import Sampling
 from lora_llava.model.vision import llava_of
 
 MAX_IMAGE_PIXELS = 50_000_000
-"""Most pixels of an image that is shown in a chat: what a recipe's `data.max_image_pixels` is by default."""
+"""Most pixels of an image in a chat, the default of a recipe's `data.max_image_pixels`."""
 Message = dict[str, Any]
-"""`{"role", "content"}` as `user_message` and `text_message` write it: content is always a list of parts, which every
-processor's chat template takes."""
+"""`{"role", "content"}` as `user_message` and `text_message` build it. The content is always a list of parts, which
+every processor's chat template accepts."""
 Finish = Literal["stop", "length", "stopped"]
-"""Why an answer ended: by its own stop, at the most tokens, or because the caller stopped it."""
+"""Why an answer ended: at the template's stop, at the token limit, or stopped by the caller."""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-"""A byte of a letter that a Llama tokenizer has no token for."""
+"""A byte token, which Llama tokenizers use for letters without a token."""
 
 
 class FullError(UserError):
-    """A conversation that is too long for the model."""
+    """The conversation is too long for the model."""
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """A model that answers.
+    """A model that answers chat messages, with its processor.
 
     Attributes:
-        model: A LLaVA, with or without adapter, in eval mode.
+        model: A LLaVA in eval mode, with or without an adapter.
         processor: Its stock processor, with a chat template.
-        name: What the person called it.
-        stop_string: Ends an answer where the template's stop is ordinary text.
-        single_turn: The template is `plain`: a prompt is one image and no text.
-        background: What transparent parts of images are composited on, as the model was trained.
+        name: The path or Hub id that the user named.
+        stop_string: Text that ends an answer, if the template's stop is ordinary text.
+        single_turn: Whether the template is `plain`: a prompt is one image and no text.
+        background: Colour behind transparent parts of images, as in training.
     """
 
     model: Any
@@ -60,42 +60,42 @@ class Speaker:
 
 
 def text_message(role: str, text: str) -> Message:
-    """A message of text alone; the role is `system`, `user` or `assistant`."""
+    """Build a message of text only; the role is `system`, `user` or `assistant`."""
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def user_message(text: str, images: Sequence[Image.Image] = ()) -> Message:
-    """A user's message, its images before its text, as they were trained unless a recipe says otherwise."""
+    """Build a user message with images before the text, the default order of training."""
     parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if text else parts}
 
 
 def encode_messages(speaker: Speaker, messages: Sequence[Message]) -> dict[str, torch.Tensor]:
-    """Write the prompt that messages make.
+    """Encode messages as the input of a speaker's model.
 
     Args:
-        speaker: Whose processor writes it.
-        messages: In order, the last of them the user's.
+        speaker: The model and its processor.
+        messages: The messages in order, the last one from the user.
 
     Returns:
-        `input_ids` and `attention_mask`, int64 of shape (1, tokens), and with images `pixel_values`, float32 of
-        shape (images, 3, height, width), on the model's device.
+        `input_ids` and `attention_mask`, int64 of shape (1, tokens); with images also `pixel_values`, float32 of
+        shape (images, 3, height, width). All are on the model's device.
 
     Raises:
-        UserError: For messages that the template refuses, or a prompt that leaves the model no position to answer in
-            (`FullError`).
+        UserError: For messages that the template rejects.
+        FullError: For a prompt that leaves no position for an answer.
     """
     if speaker.single_turn and [part["type"] for message in messages for part in message["content"]] != ["image"]:
-        raise UserError(f"{speaker.name} was trained on captions (template plain): give it one image and no text")
+        raise UserError(f"{speaker.name} was trained on captions (template plain); send one image and no text")
     try:
         batch = encode_prompt(speaker.processor, messages, llava_of(speaker.model).config.image_seq_length)
     except TemplateError as error:
-        raise UserError(f"the chat template of {speaker.name} refuses these messages: {error}") from None
+        raise UserError(f"the chat template of {speaker.name} rejects these messages: {error}") from None
     tokens, positions = batch["input_ids"].shape[1], _positions(speaker)
     if tokens >= positions:
         raise FullError(
-            f"the conversation has {tokens:,} tokens with this message, and the model {positions:,} positions; shorten "
-            "it or start anew"
+            f"the conversation with this message has {tokens:,} tokens, and the model only {positions:,} positions; "
+            "shorten the message or start a new conversation"
         )
     device = next(speaker.model.parameters()).device
     names = ("input_ids", "attention_mask", "pixel_values")
@@ -109,34 +109,36 @@ def _positions(speaker: Speaker) -> int:
 def stream_answer(
     speaker: Speaker, messages: Sequence[Message], sampling: Sampling, stop: threading.Event | None = None
 ) -> Generator[str, None, Finish]:
-    """Answer, and give the text in pieces as it comes.
+    """Generate an answer and yield its text in pieces.
 
-    Closing the generator stops the model after the token in hand.
+    Closing the generator stops the model after the current token.
 
     Args:
-        speaker: Who answers.
-        messages: The conversation, the last message the user's.
-        sampling: How tokens are drawn; an answer also ends at the model's last position.
-        stop: Set by another thread, it stops the answer.
+        speaker: The model that answers.
+        messages: The conversation, the last message from the user.
+        sampling: How tokens are sampled; an answer also ends at the model's last position.
+        stop: An event that another thread sets to stop the answer.
 
     Yields:
-        Pieces of the answer, none empty: without special tokens, the stop string and what is behind it, and white space
-        at either end.
+        Non-empty pieces of the answer, without special tokens, without the stop string and any text behind it, and
+        without leading or trailing white space.
 
     Returns:
-        Why it ended.
+        Why the answer ended.
 
     Raises:
-        UserError: As `encode_messages`.
+        UserError: For messages that `encode_messages` rejects.
     """
     batch = encode_messages(speaker, messages)
     limit = min(sampling.max_new_tokens, _positions(speaker) - batch["input_ids"].shape[1])
     stop, closed = stop or threading.Event(), threading.Event()
     queue: SimpleQueue[int | BaseException | None] = SimpleQueue()
     thread = threading.Thread(
-        target=_generate, args=(speaker, batch, sampling, limit, queue, (stop, closed)), name="stream_answer",
+        target=_generate,
+        args=(speaker, batch, sampling, limit, queue, (stop, closed)),
+        name="stream_answer",
         daemon=True,
-    )  # fmt: skip
+    )
     thread.start()
     seen: list[int] = []
     try:
@@ -151,7 +153,7 @@ def stream_answer(
 
 
 class _Streamer(BaseStreamer):
-    """Hands tokens over as they are drawn; the prompt, which comes first, is left out."""
+    """Put each generated token into a queue, and skip the prompt, which comes first."""
 
     def __init__(self, queue: SimpleQueue[int | BaseException | None]) -> None:
         self.queue, self.is_prompt = queue, True
@@ -162,14 +164,18 @@ class _Streamer(BaseStreamer):
         self.is_prompt = False
 
     def end(self) -> None:
-        """`_generate` tells the end itself, which comes after an exception too."""
+        """Do nothing: `_generate` marks the end itself, after an exception too."""
 
 
 def _generate(
-    speaker: Speaker, batch: dict[str, torch.Tensor], sampling: Sampling, limit: int,
-    queue: SimpleQueue[int | BaseException | None], stops: Sequence[threading.Event],
-) -> None:  # fmt: skip
-    """Draw tokens into the queue; None ends it, an exception is handed over in its place."""
+    speaker: Speaker,
+    batch: dict[str, torch.Tensor],
+    sampling: Sampling,
+    limit: int,
+    queue: SimpleQueue[int | BaseException | None],
+    stops: Sequence[threading.Event],
+) -> None:
+    """Generate tokens into the queue, then None, or the exception that ended the generation."""
 
     def stopped(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         return torch.full((len(input_ids),), any(event.is_set() for event in stops), device=input_ids.device)
@@ -180,14 +186,20 @@ def _generate(
             if sampling.seed is not None:
                 torch.manual_seed(sampling.seed)
             speaker.model.generate(
-                **batch, **sampling.as_generate() | {"max_new_tokens": limit}, pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id, use_cache=True, streamer=_Streamer(queue), tokenizer=tokenizer,
+                **batch,
+                **sampling.as_generate() | {"max_new_tokens": limit},
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                use_cache=True,
+                streamer=_Streamer(queue),
+                tokenizer=tokenizer,
                 stopping_criteria=StoppingCriteriaList([stopped]),
-            )  # fmt: skip
+            )
         queue.put(None)
     except torch.OutOfMemoryError:
-        queue.put(FullError(f"the GPU's memory does not hold the conversation of {tokens:,} tokens; start anew"))
-    except BaseException as error:  # whatever it is, who waits for tokens has to hear of it
+        message = f"the conversation of {tokens:,} tokens does not fit into GPU memory; start a new conversation"
+        queue.put(FullError(message))
+    except BaseException as error:  # pass any error on, or the reader of the queue would wait forever
         queue.put(error)
 
 
@@ -202,34 +214,34 @@ def _taken(queue: SimpleQueue[int | BaseException | None], seen: list[int]) -> I
 def text_pieces(
     tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase, stop_string: str | None = None
 ) -> Generator[str, None, bool]:
-    """Decode tokens as they come; what may still change is held back.
+    """Decode tokens as they arrive, and delay text that later tokens may still change.
 
     Args:
-        tokens: Ids of an answer.
-        tokenizer: Decodes them.
-        stop_string: Ends the answer; no further token is taken.
+        tokens: Token ids of an answer.
+        tokenizer: The tokenizer that decodes them.
+        stop_string: Text that ends the answer; no token after it is consumed.
 
     Yields:
-        Pieces that joined are the whole decoded text up to the stop string, stripped.
+        Pieces that join to the decoded text up to the stop string, stripped.
 
     Returns:
-        Whether the stop string came.
+        Whether the stop string appeared.
     """
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     ids: list[int] = []
-    said, ended = 0, False
+    sent, ended = 0, False
     for token in tokens:
-        if token in special or tokenizer.convert_ids_to_tokens(token) is None:  # a row that fills the vocabulary up
+        if token in special or tokenizer.convert_ids_to_tokens(token) is None:  # padding of the vocabulary
             continue
         ids.append(token)
         text, ended = _cut(_decode(tokenizer, _without_open_bytes(tokenizer, ids)), stop_string)
-        piece, said = _next_piece(text, said, len(text) if ended else _settled(text, stop_string))
+        piece, sent = _next_piece(text, sent, len(text) if ended else _settled(text, stop_string))
         if piece:
             yield piece
         if ended:
             return True
     text, ended = _cut(_decode(tokenizer, ids), stop_string)
-    piece, _ = _next_piece(text, said, len(text))
+    piece, _ = _next_piece(text, sent, len(text))
     if piece:
         yield piece
     return ended
@@ -240,7 +252,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _without_open_bytes(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Ids without a run of bytes at their end: one more byte can make the whole run another text."""
+    """Return the ids without byte tokens at the end: one more byte can change the text of all of them."""
     end = len(ids)
     while end and _BYTE_TOKEN.fullmatch(tokenizer.convert_ids_to_tokens(ids[end - 1])):
         end -= 1
@@ -254,15 +266,14 @@ def _cut(text: str, stop_string: str | None) -> tuple[str, bool]:
 
 
 def _settled(text: str, stop_string: str | None) -> int:
-    """How much of a text stays as it is, whatever comes: not the beginning of a letter's bytes, nor of the stop
-    string."""
+    """Return how many characters are final: all but an incomplete letter or the start of the stop string."""
     end = len(text.rstrip("\ufffd"))
     beginnings = range(min(len(stop_string or "") - 1, end), 0, -1)
     return end - next((size for size in beginnings if text.endswith((stop_string or "")[:size], 0, end)), 0)
 
 
-def _next_piece(text: str, said: int, end: int) -> tuple[str, int]:
-    """What of `text[:end]` is to be said after `text[:said]`; white space at the end waits for what follows it."""
-    start = max(said, len(text) - len(text.lstrip()))
+def _next_piece(text: str, sent: int, end: int) -> tuple[str, int]:
+    """Return the part of `text[:end]` after `text[:sent]`, without white space at its end, and where it ends."""
+    start = max(sent, len(text) - len(text.lstrip()))
     end = len(text[:end].rstrip())
-    return (text[start:end], end) if end > start else ("", said)
+    return (text[start:end], end) if end > start else ("", sent)

@@ -1,13 +1,10 @@
-"""A page to talk with a model: Gradio, served on this machine, without a request to any other."""
+"""The chat page of `lora-llava chat --web`: Gradio, served locally, without requests to other machines."""
 
 from __future__ import annotations
 
-import errno
 import html
-import ipaddress
 import os
 import signal
-import socket
 import tempfile
 import threading
 import traceback
@@ -33,39 +30,51 @@ from lora_llava.inference.speak import (
     text_message,
     user_message,
 )
+from lora_llava.inference.web_address import check_address
 
 MAX_UPLOAD = "64mb"
-"""Most bytes of an uploaded file; a 50-megapixel photograph as JPEG has about 25 MB."""
+"""Size limit of an uploaded file; a 50-megapixel photograph as JPEG has about 25 MB."""
 _LONGEST_PASTE = 100_000
-"""Characters; what is pasted beyond them would become an attached file."""
+"""Characters; Gradio turns a longer pasted text into an attached file."""
 _OLDEST_GRADIO = (6, 24)
-"""The first that keeps runs in the browser, and can be told not to."""
+"""The first version with the setting `run_history`, which stores runs in the browser and is switched off here."""
 _LEAST_HEIGHT = 320
-"""Pixels of the conversation; it takes what the window has beyond the rest, and scrolls in itself."""
+"""Minimum height of the conversation in pixels; it fills the rest of the window and scrolls."""
 _INVITATION = "Ask anything, with an image or without."
 _CAPTIONS = "This model writes captions: send one image at a time, without a message."
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 _STYLE = Path(__file__).with_name("web_page.css")
 _COLOURS = {
-    "body_background_fill": "#f7f7f5", "body_background_fill_dark": "#121315",
-    "background_fill_secondary": "#f1f1ee", "background_fill_secondary_dark": "#24272b",
-    "block_background_fill": "#ffffff", "block_background_fill_dark": "#1a1c1f",
-    "border_color_primary": "#e4e4e0", "border_color_primary_dark": "#2c2f34",
-    "color_accent": "#2f6fed", "color_accent_soft": "#e9f0fe", "color_accent_soft_dark": "#1d2b48",
-    "slider_color": "#2f6fed", "slider_color_dark": "#7aa7ff", "block_radius": "12px",
+    "body_background_fill": "#f7f7f5",
+    "body_background_fill_dark": "#121315",
+    "background_fill_secondary": "#f1f1ee",
+    "background_fill_secondary_dark": "#24272b",
+    "block_background_fill": "#ffffff",
+    "block_background_fill_dark": "#1a1c1f",
+    "border_color_primary": "#e4e4e0",
+    "border_color_primary_dark": "#2c2f34",
+    "color_accent": "#2f6fed",
+    "color_accent_soft": "#e9f0fe",
+    "color_accent_soft_dark": "#1d2b48",
+    "slider_color": "#2f6fed",
+    "slider_color_dark": "#7aa7ff",
+    "block_radius": "12px",
     "button_border_width": "1px",
-    "button_secondary_border_color": "#e4e4e0", "button_secondary_border_color_dark": "#2c2f34",
-    "button_secondary_background_fill": "#ffffff", "button_secondary_background_fill_dark": "#1a1c1f",
-    "button_secondary_background_fill_hover": "#f1f1ee", "button_secondary_background_fill_hover_dark": "#24272b",
-}  # fmt: skip
-"""Those of the pages that the package writes to files."""
+    "button_secondary_border_color": "#e4e4e0",
+    "button_secondary_border_color_dark": "#2c2f34",
+    "button_secondary_background_fill": "#ffffff",
+    "button_secondary_background_fill_dark": "#1a1c1f",
+    "button_secondary_background_fill_hover": "#f1f1ee",
+    "button_secondary_background_fill_hover_dark": "#24272b",
+}
+"""The colours of the HTML pages that the package writes."""
 
 
 def import_gradio() -> Any:
-    """Import Gradio with its telemetry and its question for newer versions off.
+    """Import Gradio with its telemetry and version check switched off.
 
     Raises:
-        UserError: Where it is not installed, or too old.
+        UserError: If it is not installed, or too old.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio/analytics.py reads it before every request
     try:
@@ -77,61 +86,27 @@ def import_gradio() -> Any:
     return gradio
 
 
-def check_address(host: str, port: int) -> int:
-    """Hold that a page can be served at an address.
-
-    Args:
-        host: A name or address of this machine.
-        port: 0 for any that is free.
-
-    Returns:
-        The port.
-
-    Raises:
-        UserError: Where it is taken, or not to be had.
-    """
-    if not 0 <= port < 2**16:
-        raise UserError(f"--port {port} is no port; give a number from 1024 to 65535, or 0 for any free one")
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(found[0], socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: one just closed is free
-            probe.bind(found[4])
-            return int(probe.getsockname()[1])
-    except socket.gaierror:
-        raise UserError(f"--host {host} is not known; give an address of this machine, such as 127.0.0.1") from None
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(f"--port {port} is taken; name another, or 0 for any free one") from None
-        if error.errno == errno.EACCES:
-            raise UserError(f"--port {port} is the system's; name one from 1024 on") from None
-        raise UserError(f"--host {host} cannot be served on ({error.strerror}); leave it out") from None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def serve(
-    speaker: Speaker, *, host: str = "127.0.0.1", port: int = 7860, sampling: Sampling | None = None,
-    system: str | None = None, console: Console | None = None,
-) -> None:  # fmt: skip
-    """Serve the page until Ctrl-C, or another signal to end. Images that were uploaded are removed with it.
+    speaker: Speaker,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    sampling: Sampling | None = None,
+    system: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Serve the page until Ctrl-C, SIGTERM or SIGHUP, then remove uploaded images.
 
     Args:
-        speaker: Who answers, one person at a time.
-        host: Where the page is served; there is no password.
-        port: 0 for any that is free.
-        sampling: What the page starts with.
-        system: System text in place of the template's own.
-        console: Told the page's address.
+        speaker: The model that answers, one request at a time.
+        host: Address to serve the page on, without a password.
+        port: The port, or 0 for any free one.
+        sampling: Initial sampling settings of the page.
+        system: System prompt that replaces the template's.
+        console: Prints the page's address.
 
     Raises:
-        UserError: Where Gradio is missing or the address is taken.
+        UserError: If Gradio is missing or the address is in use.
     """
     console = console or Console()
     gradio = import_gradio()
@@ -143,12 +118,12 @@ def serve(
         page = build_page(speaker, sampling or Sampling(), system, in_hand)
         try:
             _launch(gradio, page, f"[{host}]" if ":" in host and not host.startswith("[") else host, port)
-            console.print(f"{speaker.name} is at {page.local_url}, Ctrl-C ends it", markup=False, soft_wrap=True)
+            console.print(f"{speaker.name} is at {page.local_url}, press Ctrl-C to stop", markup=False, soft_wrap=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             pass
-        except OSError as error:  # taken since it was looked at
-            raise UserError(f"--port {port} cannot be served on ({error}); name another") from None
+        except OSError as error:  # in use since the check
+            raise UserError(f"--port {port} cannot be used ({error}); choose another") from None
         finally:
             for answering in list(in_hand.values()):
                 answering.stop.set()
@@ -156,7 +131,7 @@ def serve(
 
 
 def _end_as_by_ctrl_c(*names: str) -> None:
-    """Let signals do what Ctrl-C does, unless somebody else sees to them, as nohup does to SIGHUP."""
+    """Handle signals like Ctrl-C, unless they already have a handler or are ignored, as SIGHUP is under nohup."""
     for name in names:
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is not None and signal.getsignal(number) is signal.SIG_DFL:
@@ -164,19 +139,30 @@ def _end_as_by_ctrl_c(*names: str) -> None:
 
 
 def _launch(gradio: Any, page: Any, host: str, port: int) -> None:
-    """Serve in the background: no share link, no history kept in the browser, no request for fonts."""
+    """Serve in the background, without a share link, history in the browser or requests for fonts."""
     fonts = ["system-ui", "sans-serif"]
     page.queue(default_concurrency_limit=1).launch(
-        server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, show_error=True,
-        max_file_size=MAX_UPLOAD, ssr_mode=False, mcp_server=False, pwa=False, run_history=False,
-        enable_monitoring=False, footer_links=[], css=_STYLE.read_text(encoding="utf-8"),
+        server_name=host,
+        server_port=port,
+        share=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=True,
+        max_file_size=MAX_UPLOAD,
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=[],
+        css=_STYLE.read_text(encoding="utf-8"),
         theme=gradio.themes.Default(primary_hue="blue", font=fonts, font_mono=["monospace"]).set(**_COLOURS),
         app_kwargs={"middleware": [(_SameOrigin, (), {})]},
-    )  # fmt: skip
+    )
 
 
 class _SameOrigin:
-    """Tells the browser, with every response, to fetch nothing from another machine, whatever the page asks for."""
+    """Middleware with a content security policy that stops the browser from fetching from other machines."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -192,11 +178,11 @@ class _SameOrigin:
 
 @dataclass
 class Answering:
-    """An answer in hand.
+    """An answer in progress.
 
     Attributes:
-        stop: Ends it.
-        forget: The conversation goes with it.
+        stop: Event that ends it.
+        forget: Whether to clear the conversation when it ends.
     """
 
     stop: threading.Event = field(default_factory=threading.Event)
@@ -206,16 +192,16 @@ class Answering:
 def build_page(
     speaker: Speaker, sampling: Sampling, system: str | None = None, in_hand: dict[str, Answering] | None = None
 ) -> Any:
-    """Lay the page out.
+    """Build the page.
 
     Args:
-        speaker: Who answers.
-        sampling: What the settings start with.
-        system: System text in place of the template's own.
-        in_hand: Holds the answers in hand, by Gradio's name of the open page.
+        speaker: The model that answers.
+        sampling: Initial sampling settings.
+        system: System prompt that replaces the template's.
+        in_hand: Filled with the answers in progress, by Gradio's session hash.
 
     Returns:
-        The `gradio.Blocks`; its endpoint for programs is `/chat`, whose texts are HTML.
+        The `gradio.Blocks`; its API endpoint is `/chat`, whose texts are HTML.
     """
     gr = import_gradio()
     answer, stop, forget = _handlers(gr, speaker, sampling, system, {} if in_hand is None else in_hand)
@@ -225,36 +211,54 @@ def build_page(
             gr.HTML(f"<h1>{html.escape(title)}</h1>", elem_id="title", padding=False)
             clear = gr.Button("New conversation", elem_id="clear", size="sm", scale=0, min_width=160)
         chatbot = gr.Chatbot(
-            show_label=False, scale=1, height=_LEAST_HEIGHT, render_markdown=False, latex_delimiters=[], buttons=[],
-            allow_tags=False, allow_file_downloads=False, feedback_options=None, elem_id="chat",
+            show_label=False,
+            scale=1,
+            height=_LEAST_HEIGHT,
+            render_markdown=False,
+            latex_delimiters=[],
+            buttons=[],
+            allow_tags=False,
+            allow_file_downloads=False,
+            feedback_options=None,
+            elem_id="chat",
             placeholder=_CAPTIONS if speaker.single_turn else _INVITATION,
-        )  # fmt: skip
+        )
         box = gr.MultimodalTextbox(
-            show_label=False, placeholder="Your message", sources=["upload"], file_types=["image"],
-            file_count="multiple", max_plain_text_length=_LONGEST_PASTE, autofocus=True, elem_id="message",
-        )  # fmt: skip
+            show_label=False,
+            placeholder="Your message",
+            sources=["upload"],
+            file_types=["image"],
+            file_count="multiple",
+            max_plain_text_length=_LONGEST_PASTE,
+            autofocus=True,
+            elem_id="message",
+        )
         settings = _settings(gr, sampling, speaker.model.config.text_config.max_position_embeddings)
         outputs = [chatbot, box]
         box.submit(answer, [box, chatbot, *settings], outputs, api_name="chat", show_progress_on=chatbot)
         private = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         box.stop(stop, None, None, **private)
-        clear.click(forget, None, outputs, **private)  # what is in the box stays
+        clear.click(forget, None, outputs, **private)  # the message box keeps its text
     return page
 
 
 def _handlers(
     gr: Any, speaker: Speaker, sampling: Sampling, system: str | None, in_hand: dict[str, Answering]
 ) -> tuple[Any, Any, Any]:
-    """What answers a message, stops that, and starts a new conversation.
+    """Return the handlers that answer a message, stop the answer, and start a new conversation.
 
-    The answer's own handler alone writes while it runs, and is told to end. Gradio's `cancels` would end it too, but
-    pieces on their way then come after what the canceller writes, and the page may say "Error".
+    Only the handler of the answer updates the page while it runs; the others set flags for it. Gradio's `cancels` would
+    also end it, but pieces in transit would then arrive after the canceller's update, and the page may show "Error".
     """
 
     def answer(
-        message: dict[str, Any], history: list[Message], temperature: float, top_p: float, max_new_tokens: float,
+        message: dict[str, Any],
+        history: list[Message],
+        temperature: float,
+        top_p: float,
+        max_new_tokens: float,
         request: Any,
-    ) -> Iterator[tuple[Any, Any]]:  # fmt: skip
+    ) -> Iterator[tuple[Any, Any]]:
         chosen = replace(sampling, temperature=temperature, top_p=top_p, max_new_tokens=int(max_new_tokens))
         answering = in_hand[request.session_hash] = Answering()
         try:
@@ -278,77 +282,82 @@ def _handlers(
         return gr.skip(), gr.skip()
 
     for handler in (answer, stop, forget):
-        handler.__annotations__["request"] = gr.Request  # by which Gradio knows to give it
+        handler.__annotations__["request"] = gr.Request  # Gradio passes the request by this annotation
     return answer, stop, forget
 
 
 def _nothing(gr: Any) -> tuple[Any, Any]:
-    """A new conversation, with what stands in the message box."""
+    """Return an empty conversation, and the message box with its text unchanged."""
     return [], _waiting(gr)
 
 
 def _settings(gr: Any, sampling: Sampling, positions: int) -> list[Any]:
-    """Temperature, top p and the longest answer, as `Sampling` names them."""
+    """Build the sliders for temperature, top p and the longest answer."""
     temperature, top_p, longest = sampling.temperature, sampling.top_p, min(sampling.max_new_tokens, positions)
-    highest, least = max(2, temperature), min(0.05, top_p)  # Gradio refuses a value beyond a slider's ends
+    highest, least = max(2, temperature), min(0.05, top_p)  # Gradio rejects values outside a slider's range
     with gr.Row(elem_id="settings"):
         return [
-            gr.Slider(0, highest, temperature, step=0.05, label="Temperature", info="0 takes the likeliest token"),
-            gr.Slider(least, 1, top_p, step=0.05, label="Top p", info="draws among the likeliest"),
+            gr.Slider(0, highest, temperature, step=0.05, label="Temperature", info="0 is greedy"),
+            gr.Slider(least, 1, top_p, step=0.05, label="Top p", info="share of probability to sample from"),
             gr.Slider(1, positions, longest, step=1, label="Longest answer", info="in tokens"),
         ]
 
 
 def _waiting(gr: Any, value: dict[str, Any] | None = None) -> Any:
-    """The message box ready for a message: as it stands, or with this text and these files in it."""
+    """Return the message box ready for input, unchanged or with this text and these files."""
     kept = {} if value is None else {"value": value}
     return gr.MultimodalTextbox(submit_btn=True, stop_btn=False, interactive=True, **kept)
 
 
 def _answer(
-    gr: Any, speaker: Speaker, message: dict[str, Any], history: list[Message], sampling: Sampling,
-    system: str | None, stop: threading.Event,
-) -> Iterator[tuple[Any, Any]]:  # fmt: skip
-    """The conversation as it grows, and the message box; a message that cannot be answered goes back there."""
+    gr: Any,
+    speaker: Speaker,
+    message: dict[str, Any],
+    history: list[Message],
+    sampling: Sampling,
+    system: str | None,
+    stop: threading.Event,
+) -> Iterator[tuple[Any, Any]]:
+    """Yield the growing conversation and the message box; an unanswered message is put back into the box."""
     text, files = (message.get("text") or "").strip(), message.get("files") or []
     if not text and not files:
         yield gr.skip(), _waiting(gr)
         return
     shown = [*history, {"role": "user", "content": [*({"path": file} for file in files), *_as_html(text)]}]
     yield shown, gr.MultimodalTextbox(value="", submit_btn=False, stop_btn=True)
-    said = problem = ""
+    answer = problem = ""
     try:
         before = [] if speaker.single_turn else [_as_message(turn, speaker.background) for turn in history]
         opening = [text_message("system", system)] if system is not None else []
         messages = [*opening, *before, user_message(text, _opened(files, speaker.background))]
         with closing(stream_answer(speaker, messages, sampling, stop)) as stream:
             while True:
-                said += next(stream)
-                yield [*shown, {"role": "assistant", "content": _as_html(said)}], gr.skip()
+                answer += next(stream)
+                yield [*shown, {"role": "assistant", "content": _as_html(answer)}], gr.skip()
     except StopIteration as end:
         if end.value == "length":
-            gr.Info("The answer is cut off: it reached “Longest answer”, or the model's last position.")
-        problem = "" if said or end.value == "stopped" else "The model said nothing."
+            gr.Info("The answer is cut off at “Longest answer” or at the model's maximum length.")
+        problem = "" if answer or end.value == "stopped" else "The answer is empty."
     except UserError as error:
-        problem = f"{error}: “New conversation”" if isinstance(error, FullError) else str(error)
-    except Exception as error:  # the page goes on
+        problem = f"{error} with “New conversation”" if isinstance(error, FullError) else str(error)
+    except Exception as error:  # keep the page running
         traceback.print_exc()
         problem = f"{type(error).__name__}: {error}"
     if problem:
         gr.Warning(html.escape(problem), title="Not answered")
-    if said:
-        yield [*shown, {"role": "assistant", "content": _as_html(said)}], _waiting(gr)
+    if answer:
+        yield [*shown, {"role": "assistant", "content": _as_html(answer)}], _waiting(gr)
     else:
         yield history, _waiting(gr, {"text": text, "files": files})
 
 
 def _as_html(text: str) -> list[str]:
-    """A text as the page's history holds it: Gradio shows HTML without markdown too (MarkdownCode, render_markdown)."""
+    """Escape a text for the page's history: Gradio renders HTML even without Markdown (MarkdownCode)."""
     return [html.escape(text, quote=False)] if text else []
 
 
 def _parts_of(turn: Message) -> tuple[list[str], list[str]]:
-    """Texts and files of a turn of the page's history."""
+    """Return texts and files of a turn in the page's history."""
     parts: Sequence[dict[str, Any]] = turn["content"]
     texts = [html.unescape(part["text"]) for part in parts if part["type"] == "text"]
     return texts, [part["file"]["path"] for part in parts if part["type"] == "file"]

@@ -1,4 +1,4 @@
-"""`lora-llava init`: from a folder of images and questions to a recipe that has been checked."""
+"""`lora-llava init`: write and check a recipe for a folder of images and questions."""
 
 from __future__ import annotations
 
@@ -23,42 +23,48 @@ from lora_llava.recipe import find_recipe, load_recipe
 
 RECIPE_NAME = "recipe.yaml"
 _SHARE = 10
-"""One row in so many is held back; of fewer than `_FEW` rows, one in five, or there would be hardly any."""
+"""One in this many rows is held out for validation; with fewer than `_FEW` rows, one in five."""
 _FEW = 200
 _MOST = 1_000
 
 
 def init(
-    folder: Path, *, data: Path | None = None, model: str | None = None, template: str | None = None,
-    example: bool = False, follow_links: bool = False, console: Console,
-) -> tuple[Path, CheckReport]:  # fmt: skip
+    folder: Path,
+    *,
+    data: Path | None = None,
+    model: str | None = None,
+    template: str | None = None,
+    example: bool = False,
+    follow_links: bool = False,
+    console: Console,
+) -> tuple[Path, CheckReport]:
     """Write a recipe for a folder, and check it.
 
     Args:
-        folder: With images and a file of rows.
-        data: The file of rows, where there are several.
-        model: A complete LLaVA to start from, a folder or a Hub id, or `demo`; None: the template's.
-        template: The shipped recipe that is filled in; None: my_data_qlora.yaml, or the demo's.
-        example: Make the folder first, with drawn images and a table of questions.
-        follow_links: Read images that links in the folder lead to, outside it too; the recipe says so.
-        console: Where it is told what was understood.
+        folder: The folder with images and a file of rows.
+        data: The file of rows; None if the folder has only one.
+        model: A complete LLaVA to start from: a folder, a Hub id or `demo`; None keeps the template's.
+        template: The shipped recipe to fill in; None for my_data_qlora.yaml, or the demo's.
+        example: Create the folder first, with drawn images and a table of questions.
+        follow_links: Follow symbolic links, also to images outside the folder; the recipe records it.
+        console: Prints what was found.
 
     Returns:
-        The recipe's file, and what the check found.
+        The recipe's file, and the report of the check.
 
     Raises:
-        UserError: For a folder that cannot be understood, or where a recipe is there already.
+        UserError: For a folder that cannot be read as data, or that has a recipe already.
     """
     if model == "demo" and template is not None:
-        raise UserError(f"--recipe {template}: the demo has a recipe of its own; drop --recipe or --model demo")
+        raise UserError(f"--recipe {template}: the demo uses its own recipe; leave out --recipe or --model demo")
     if example:
         write_example_folder(folder)
         console.print(f"{folder}: {EXAMPLE_IMAGES} drawn images and questions.csv", soft_wrap=True)
     target = folder / RECIPE_NAME
     if target.exists():
-        raise UserError(f"{target} is there already; `lora-llava check {target}`, or remove it to begin anew")
+        raise UserError(f"{target} exists already; run `lora-llava check {target}`, or remove it to start again")
     found = understand_folder(folder, data, follow_links)
-    _tell(found, console)
+    _print_found(found, console)
     shipped = "demo_my_data_qlora.yaml" if model == "demo" else template or "my_data_qlora.yaml"
     filled = fill_in(find_recipe(shipped), found, model, follow_links)
     target.write_text(filled, encoding="utf-8")
@@ -67,22 +73,22 @@ def init(
     try:
         report = check(recipe, console=console)
     except UserError as error:
-        raise UserError(f"{target} is written, and not checked: {error}") from None
+        raise UserError(f"{target} was written but not checked: {error}") from None
     console.print("next:")
     for verb in ("check",) if report.errors else ("preview", "finetune"):
         console.print(f"  lora-llava {verb} {shlex.quote(str(target))}", soft_wrap=True)
     return target, report
 
 
-def _tell(found: FolderData, console: Console) -> None:
-    table = RichTable(title="Understood", title_justify="left", show_header=False)
+def _print_found(found: FolderData, console: Console) -> None:
+    table = RichTable(title="Found data", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     facts = {
         "rows": f"{found.rows:,} in {found.file}" + _and_shards(found),
-        "form": found.shape,
+        "format": found.shape,
         "images": f"{found.named:,} named by rows, {found.images:,} in the folder",
-        "image folder": str(found.image_folder or ("in the table" if found.embedded else "none: text alone")),
+        "image folder": str(found.image_folder or ("in the table" if found.embedded else "none: text only")),
         "read as": "; ".join(remark for _, remark in file_remarks(found.files)),
         "not used": ", ".join(found.unused),
         "validation": _validation_in_words(found),
@@ -99,18 +105,18 @@ def _and_shards(found: FolderData) -> str:
 
 
 def _validation_in_words(found: FolderData) -> str:
-    count = held_back_rows(found.rows, found.linked)
+    count = held_out_rows(found.rows, found.linked)
     if found.validation is not None:
         return str(found.validation)
-    return f"{count:,} rows or more, split off by image" if count else "none: there is too little to split off"
+    return f"{count:,} rows or more, held out by image" if count else "none: too few rows or images to hold any out"
 
 
-def held_back_rows(rows: int, images: int) -> int:
-    """How many rows are split off for validation; none where that would leave nothing to train on.
+def held_out_rows(rows: int, images: int) -> int:
+    """Return how many rows to hold out for validation; 0 if nothing would be left to train on.
 
     Args:
-        rows: All rows.
-        images: Different images that they name, or sets of them; rows of one stay together.
+        rows: Number of rows.
+        images: Number of different images, or sets of images; rows with the same one stay together.
     """
     if rows < 2 or images == 1:
         return 0
@@ -118,13 +124,13 @@ def held_back_rows(rows: int, images: int) -> int:
 
 
 def fill_in(template: Path, found: FolderData, model: str | None, follow_links: bool = False) -> str:
-    """A recipe with a folder's data in it, its comments kept.
+    """Fill a folder's data into a shipped recipe, and keep its comments.
 
     Args:
-        template: A shipped recipe for one's own data.
-        found: The folder.
-        model: See `init`.
-        follow_links: See `init`.
+        template: A shipped recipe for own data.
+        found: The folder's data.
+        model: A complete LLaVA to start from, or `demo`; None keeps the template's.
+        follow_links: Whether to follow symbolic links.
 
     Returns:
         The recipe's text.
@@ -143,14 +149,14 @@ def fill_in(template: Path, found: FolderData, model: str | None, follow_links: 
         data["image_folder"] = str(found.image_folder)
     if follow_links:
         data["follow_links"] = True
-    data["validation_rows"] = 0 if found.validation else held_back_rows(found.rows, found.linked)
-    _put(data, "columns", _changed_columns(found.columns), "what the table calls its columns")
+    data["validation_rows"] = 0 if found.validation else held_out_rows(found.rows, found.linked)
+    _put(data, "columns", _changed_columns(found.columns), "column names of the table")
     for part in ("validation", "test"):
         file = getattr(found, part)
         if file is not None:
-            _put(data, f"{part}_source", _held_source(found, file), "never trained on")
+            _put(data, f"{part}_source", _held_out_source(found, file), "never trained on")
     if found.form == "captions" or not (data["validation_rows"] or found.validation or found.test):
-        content.pop("evaluation", None)  # there is nothing to ask
+        content.pop("evaluation", None)  # no rows to evaluate on
     if model not in (None, "demo"):
         content["model"]["start_from"] = {"llava": model}
     stream = io.StringIO()
@@ -159,13 +165,13 @@ def fill_in(template: Path, found: FolderData, model: str | None, follow_links: 
 
 
 def _comment_apart(line: str) -> str:
-    """A line with two spaces before its comment, which ruamel leaves in the column it had beside another value."""
+    """Put two spaces before a line's comment, which ruamel leaves in the column of the previous value."""
     value, sign, comment = line.rpartition("# ")
     return f"{value.rstrip()}  # {comment}" if sign and value.strip() else line
 
 
 def _put(section: Any, key: str, value: dict[str, Any], comment: str) -> None:
-    """Insert a key at a section's beginning: what stands last carries the comments before the next section."""
+    """Insert a key at the start of a section; the last key carries the comments before the next section."""
     if value:
         in_one_line = CommentedMap(value)
         in_one_line.fa.set_flow_style()
@@ -177,7 +183,7 @@ def _changed_columns(columns: Columns) -> dict[str, str]:
     return {role: name for role, name in vars(columns).items() if name != usual[role]}
 
 
-def _held_source(found: FolderData, file: Path) -> dict[str, Any]:
+def _held_out_source(found: FolderData, file: Path) -> dict[str, Any]:
     source: dict[str, Any] = {"format": found.form, "path": str(file)}
     if found.image_folder is not None:
         source["image_folder"] = str(found.image_folder)

@@ -1,4 +1,4 @@
-"""`lora-llava check`: everything that training will read, read before it."""
+"""`lora-llava check`: read all data of a recipe before training, and report what is wrong."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ _BAR = 40
 
 
 def check(recipe: Recipe, *, json_file: Path | None = None, fix: bool = False, console: Console) -> CheckReport:
-    """Read all that a recipe reads, and tell what is wrong with it.
+    """Read all data of a recipe, and report what is wrong with it.
 
     Args:
         recipe: The recipe.
-        json_file: Where the findings go as JSON.
-        fix: Write cleaned copies of the files of rows, beside them.
-        console: Where everything is told.
+        json_file: JSON file for the findings.
+        fix: Write a cleaned copy next to each file of rows.
+        console: Prints the report.
 
     Returns:
-        The report; the run would not do well where it has errors.
+        The report; with errors, the recipe should not be trained.
 
     Raises:
-        UserError: Where the recipe's model or data is not there.
+        UserError: If the recipe's model or data is missing.
     """
     if json_file is not None:
         _check_json_file(json_file)
@@ -55,7 +55,7 @@ def check(recipe: Recipe, *, json_file: Path | None = None, fix: bool = False, c
     print_report(report, console)
     stage1 = recipe.model.start_from.stage1_recipe
     if stage1 is not None:
-        console.print(f"Stage 1 reads data of its own, which was not looked at: lora-llava check {stage1}")
+        console.print(f"the data of Stage 1 was not checked; run lora-llava check {stage1}")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, report.as_dict())
@@ -65,7 +65,7 @@ def check(recipe: Recipe, *, json_file: Path | None = None, fix: bool = False, c
 
 
 def _check_json_file(file: Path) -> None:
-    """Hold that nothing but an earlier report is written over."""
+    """Check that an existing file to overwrite is an earlier report."""
     if not file.exists():
         return
     try:
@@ -73,12 +73,14 @@ def _check_json_file(file: Path) -> None:
     except (ValueError, TypeError, OSError):
         earlier = False
     if not earlier:
-        raise UserError(f"--json: {file} is there already, and is no report of a check; name another file")
+        raise UserError(f"--json: {file} exists and is not a report of a check; choose another file")
 
 
 def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
     science = recipe.data.format == "scienceqa"
-    if not science or recipe.data.splits.test is not None:  # whether or not it is asked, it must not be trained on
+    if (
+        not science or recipe.data.splits.test is not None
+    ):  # even without an evaluation, test rows must not be trained on
         recipe = recipe.model_copy(update={"evaluation": recipe.evaluation or EvaluationSection()})
     model = plan_model(recipe.model)
     tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
@@ -87,16 +89,19 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
     checked = checked_sources(splits, images)
     image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     report = check_sources(
-        checked, {name: run_policy(recipe, name) for name in splits},
-        image_id=image_id, num_image_tokens=model.config.image_seq_length, leaks_are_errors=not science,
+        checked,
+        {name: run_policy(recipe, name) for name in splits},
+        image_id=image_id,
+        num_image_tokens=model.config.image_seq_length,
+        leaks_are_errors=not science,
         with_images=sources_with_images(recipe, splits),
-    )  # fmt: skip
+    )
     report.warnings += _remarks(splits)
     return splits, report
 
 
 def _remarks(splits: dict[str, OpenSplit]) -> Iterator[Finding]:
-    """How files were read, where it is not as usual."""
+    """Yield remarks on files that were read in an unusual way."""
     seen: set[str] = set()
     for split, found in splits.items():
         for source in found.sources:
@@ -107,7 +112,7 @@ def _remarks(splits: dict[str, OpenSplit]) -> Iterator[Finding]:
 
 
 def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, ImageFacts]]:
-    """Look at every source's images, those of a source that two splits share once."""
+    """Inspect the images of every source, once for a source that two splits share."""
     found: dict[int, dict[str, ImageFacts]] = {}
     for split in splits.values():
         for source, table in zip(split.sources, split.tables, strict=True):
@@ -119,7 +124,7 @@ def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, ImageFacts]]:
 
 
 def print_report(report: CheckReport, console: Console) -> None:
-    """Figures by split, then every kind of finding with how often and one example."""
+    """Print figures by split, then every kind of finding with its count and an example."""
     for name, figures in report.splits.items():
         share = 100 * figures["trained_tokens"] / max(1, figures["tokens"])
         sources = figures["sources"]
@@ -139,10 +144,10 @@ def print_report(report: CheckReport, console: Console) -> None:
     if report.errors or report.warnings:
         console.print(_findings(report))
     errors, warnings = len(report.errors), len(report.warnings)
-    harmless = "nothing stops a run" if warnings else "nothing is wrong"
+    harmless = "ready to train" if warnings else "nothing is wrong"
     fixable = all(finding.number >= 0 for finding in report.errors)
-    mend = "mend the errors, or leave them out with --fix" if fixable else "mend the errors"
-    verdict = mend if errors else harmless
+    advice = "fix the errors, or leave their rows out with --fix" if fixable else "fix the errors"
+    verdict = advice if errors else harmless
     counts = [f"{count:,} {word}{'s' * (count != 1)}" for count, word in ((errors, "error"), (warnings, "warning"))]
     console.print(f"{report.rows:,} rows checked: {', '.join(counts)}; {verdict}")
 
@@ -151,7 +156,7 @@ def _histogram(bins: list[dict[str, Any]]) -> Text:
     most = max((each["rows"] for each in bins), default=0)
     text = Text()
     for each in bins:
-        if text or each["rows"]:  # from the shortest row on
+        if text or each["rows"]:  # start at the shortest row
             bar = "█" * (round(_BAR * each["rows"] / most) or min(1, each["rows"]))
             text.append(f"  {each['from']:>6,} to {each['to'] - 1:>6,} tokens  ")
             text.append(bar, style="green")
@@ -171,13 +176,13 @@ def _findings(report: CheckReport) -> RichTable:
         for kind, found in sorted(kinds.items(), key=lambda item: -len(item[1])):
             first = found[0]
             where = f"{first.split} {first.name}: " if first.name else ""
-            told = escape_hidden(f"{where}{first.message}")
-            table.add_row(Text(level, style=style), kind, f"{len(found):,}", Text(told))
+            example = escape_hidden(f"{where}{first.message}")
+            table.add_row(Text(level, style=style), kind, f"{len(found):,}", Text(example))
     return table
 
 
 def _fix(splits: dict[str, OpenSplit], report: CheckReport, console: Console) -> None:
-    """Write each file of rows anew without what has errors, and without repeated rows."""
+    """Write a copy of each file of rows without rows that have errors or are repeated."""
     dropped: dict[str, set[int]] = {}
     for finding in [*report.errors, *(f for f in report.warnings if f.dropped or f.kind == DUPLICATE)]:
         if finding.number >= 0:
@@ -185,21 +190,22 @@ def _fix(splits: dict[str, OpenSplit], report: CheckReport, console: Console) ->
     sources = {source.name: source for split in splits.values() for source in split.sources}
     totals = {
         source.name: len(table)
-        for split in splits.values() for source, table in zip(split.sources, split.tables, strict=True)
-    }  # fmt: skip
+        for split in splits.values()
+        for source, table in zip(split.sources, split.tables, strict=True)
+    }
     for name, source in sources.items():
         rows = dropped.get(name, set())
         if not rows:
             continue
         if len(rows) >= totals[name]:
-            raise UserError(f"--fix: nothing of {name} would be left; mend it by hand")
+            raise UserError(f"--fix: no row of {name} would be left; fix it by hand")
         if not source.files:
             raise UserError(
-                f"--fix: {name} is not a file of rows here; set data.on_bad_row=drop data.on_bad_image=drop"
+                f"--fix: {name} is not a local file of rows; set data.on_bad_row=drop data.on_bad_image=drop instead"
             )
         for file, target, count, left_out in write_set_without(source.files, rows):
             console.print(
-                f"--fix: {target}: {count:,} rows, {left_out:,} left out; {file} is as it was", soft_wrap=True
+                f"--fix: {target}: {count:,} rows, {left_out:,} left out; {file} is unchanged", soft_wrap=True
             )
     if not dropped:
-        console.print("--fix: there is nothing to leave out; no copy was written")
+        console.print("--fix: nothing to leave out; no copy was written")

@@ -1,4 +1,4 @@
-"""`lora-llava preview`: samples as they are trained, taken from the batches that training would make."""
+"""`lora-llava preview`: show samples from the batches that training would use."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from lora_llava.splits.split_rows import Split, build_split
 
 @dataclass(frozen=True)
 class _Batches:
-    """What batches are read with.
+    """The settings for building and reading batches.
 
     Attributes:
-        split: Whose rows they are made of.
-        tokenizer: Names tokens.
-        processor: Whose image normalisation is undone.
-        image_id: The id of `<image>`.
-        num_image_tokens: How many of them an image has.
+        split: The split with the rows.
+        tokenizer: The tokenizer, for the texts of tokens.
+        processor: The processor, for its image normalisation.
+        image_id: Token id of `<image>`.
+        num_image_tokens: Tokens per image.
         padding_free: Whether rows are packed.
-        capacity: Most tokens of a row; 0 where there is no budget.
+        capacity: Most tokens of a row; 0 without a limit.
     """
 
     split: Split
@@ -54,48 +54,51 @@ class _Batches:
 
 def preview(
     recipe: Recipe, *, name: str, split: str = "train", samples: int = 50, output: Path | None, console: Console
-) -> Preview:  # fmt: skip
+) -> Preview:
     """Show the first samples of a run.
 
     Args:
         recipe: The recipe.
-        name: Its name, for the page's head.
-        split: `train`, in the order of the run, or another split as it lies.
-        samples: How many at most.
-        output: The page's file; None prints to the terminal instead.
-        console: Where it is told or printed.
+        name: The recipe's name, for the title of the page.
+        split: `train`, in the order of the run, or another split, in the order of its file.
+        samples: Most samples to show.
+        output: The HTML file; None prints to the terminal instead.
+        console: Prints the result.
 
     Returns:
-        What is shown.
+        The samples shown.
 
     Raises:
-        UserError: Where data or model is missing, or a row cannot be used.
+        UserError: If data or model is missing, or a row cannot be used.
     """
     if output is not None and output.exists() and not _is_page(output):
-        raise UserError(f"--output: {output} is there already, and is no preview; name another file")
+        raise UserError(f"--output: {output} exists and is not a preview; choose another file")
     model = plan_model(recipe.model)
     tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
     splits = encode_splits(recipe, tokenizer, progress_bar)
     if split not in splits:
-        raise UserError(f"--split: this recipe has no {split} rows; it has {', '.join(splits)}")
-    # Images are opened when they are shown, unless bad ones are dropped, which changes the order of the run.
+        raise UserError(f"--split {split}: the recipe has no such rows; choose from {', '.join(splits)}")
+    # Open images only when shown, unless bad ones are dropped, which changes the order of the run.
     trusted = recipe.data.on_bad_image == "error"
     found = build_split(recipe, split, splits[split], processor, model.config, progress_bar, trusted=trusted)
     rows = order_run(recipe, found).rows if split == "train" else _in_order(recipe, found)
     batches = _Batches(
-        found, tokenizer, processor, tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),  # type: ignore[arg-type]
-        model.config.image_seq_length, is_padding_free(recipe)[0], recipe.training.max_tokens_per_row or 0,
-    )  # fmt: skip
-    shown = Preview(
-        "Samples as they are trained", _facts(recipe, name, model, found), *_take(batches, rows, samples)
-    )  # fmt: skip
+        found,
+        tokenizer,
+        processor,
+        tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),  # type: ignore[arg-type]
+        model.config.image_seq_length,
+        is_padding_free(recipe)[0],
+        recipe.training.max_tokens_per_row or 0,
+    )
+    shown = Preview("Samples as they are trained", _facts(recipe, name, model, found), *_take(batches, rows, samples))
     if output is None:
         print_samples(shown, console)
         return shown
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(render_page(shown), encoding="utf-8")
-    told = f"{output}: {len(shown.samples)} samples in {len(shown.rows)} rows; open it in a browser"
-    console.print(told, soft_wrap=True)
+    message = f"{output}: {len(shown.samples)} samples in {len(shown.rows)} rows; open it in a browser"
+    console.print(message, soft_wrap=True)
     return shown
 
 
@@ -127,8 +130,8 @@ def _facts(recipe: Recipe, name: str, model: ModelPlan, split: Split) -> tuple[t
 
 def _take(
     batches: _Batches, rows: Sequence[Sequence[int]], count: int
-) -> tuple[tuple[PreviewSample, ...], tuple[PreviewRow, ...]]:  # fmt: skip
-    """Collate forward passes until there are enough samples, and read the batches back."""
+) -> tuple[tuple[PreviewSample, ...], tuple[PreviewRow, ...]]:
+    """Collate batches until there are enough samples, and read the samples back."""
     samples: list[PreviewSample] = []
     passes: list[PreviewRow] = []
     for row in tqdm(rows, desc="collating", unit="row", leave=False, dynamic_ncols=True):
@@ -148,11 +151,11 @@ def _take(
 
 
 Part = tuple[list[int], list[int], list[torch.Tensor]]
-"""A sample's input_ids, labels and images, read back from a batch."""
+"""Input ids, labels and images of a sample, read back from a batch."""
 
 
 def _read_batch(batches: _Batches, row: Sequence[int]) -> Iterator[Part]:
-    """Make one batch as training does and take it apart again."""
+    """Build one batch as training does, and split it into its samples."""
     split = batches.split
     if batches.padding_free:
         collator: Any = PackedCollator(split.load_pixels)
@@ -178,22 +181,26 @@ def _read_batch(batches: _Batches, row: Sequence[int]) -> Iterator[Part]:
 
 def _sample(
     batches: _Batches, index: int, ids: list[int], labels: list[int], pixels: list[torch.Tensor], *, row: int
-) -> PreviewSample:  # fmt: skip
+) -> PreviewSample:
     rows = batches.split.rows
     table, number = rows.table_row(index)
     notes = [note for note in table.notes[number].split("\0") if note]
     if table.lengths(batches.num_image_tokens)[number] > rows.max_length:
         notes.append("answer cut to fit")
     return PreviewSample(
-        batches.split.source_of(index).name, table.row_ids[number], tuple(_tokens(batches, ids, labels)),
-        tuple(_image(one, batches.processor.image_processor) for one in pixels), row, tuple(notes),
+        batches.split.source_of(index).name,
+        table.row_ids[number],
+        tuple(_tokens(batches, ids, labels)),
+        tuple(_image(one, batches.processor.image_processor) for one in pixels),
+        row,
+        tuple(notes),
         table.row_name(number),
         tuple(batches.split.images.label(name) for name in rows.image_files(index)) if pixels else (),
-    )  # fmt: skip
+    )
 
 
 def _tokens(batches: _Batches, ids: list[int], labels: list[int]) -> Iterator[PreviewToken]:
-    """One token each, an image's positions as one."""
+    """Yield the tokens of a sample; all positions of an image are one token."""
     names = batches.tokenizer.convert_ids_to_tokens(ids)
     position = 0
     while position < len(ids):
@@ -205,7 +212,7 @@ def _tokens(batches: _Batches, ids: list[int], labels: list[int]) -> Iterator[Pr
 
 
 def _image(pixels: torch.Tensor, image_processor: Any) -> Image.Image:
-    """Undo the normalisation: what CLIP gets, to be looked at."""
+    """Undo the normalisation, to show the image as CLIP receives it."""
     both = (image_processor.image_mean, image_processor.image_std)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in both)
     values = ((pixels.float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)

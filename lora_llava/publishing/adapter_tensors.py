@@ -1,4 +1,4 @@
-"""A trained adapter as its file holds it: LoRA matrices by layer, and the projector."""
+"""The tensors of a trained adapter: LoRA matrices by layer, and the projector."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_llava.model.weights.names import ADAPTER_FILE, PROJECTOR_PREFIX
 from lora_llava.model.weights.tensor_files import LazyTensor, lazy_file
 
 _ROWS = 512
-"""At 4096 columns five times as fast as whole matrices (2 cores; fresh memory for each is what takes the time)."""
+"""Rows per step; at 4096 columns five times as fast as complete matrices, which need fresh memory (2 cores)."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class LoraLayer:
     """The adapter of one linear layer.
 
     Attributes:
-        down: A, shape (r, in).
-        up: B, shape (out, r).
-        magnitude: DoRA's, shape (out,); None for LoRA.
+        down: Matrix A, shape (r, in).
+        up: Matrix B, shape (out, r).
+        magnitude: DoRA's magnitudes, shape (out,); None for LoRA.
     """
 
     down: LazyTensor
@@ -35,13 +35,13 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter, its tensors unread.
+    """An adapter with lazily read tensors.
 
     Attributes:
-        folder: Where it is.
-        config: PEFT's.
-        layers: By the linear layer's name, as in the stock model.
-        projector: The trained projector by the stock model's parameter names.
+        folder: Its folder.
+        config: PEFT's config.
+        layers: The LoRA layers, by the name of the linear layer in the stock model.
+        projector: The trained projector, by parameter name of the stock model.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class Adapter:
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA (peft/tuners/lora/layer.py)."""
+        """The factor of B A: alpha / r, or alpha / sqrt(r) with rsLoRA (peft/tuners/lora/layer.py)."""
         alpha, r = float(self.config.lora_alpha), float(self.config.r)
         return alpha / r**0.5 if self.config.use_rslora else alpha / r
 
@@ -59,7 +59,7 @@ class Adapter:
         """Read the adapter's tensor for a parameter of the PEFT model, in float32.
 
         Args:
-            name: Without PEFT's prefix, such as `model.language_model.layers.0.mlp.up_proj.lora_A.default.weight`.
+            name: The name without PEFT's prefix, as `model.language_model.layers.0.mlp.up_proj.lora_A.default.weight`.
         """
         if ".modules_to_save." in name:
             return self.projector[name.replace("modules_to_save.default.", "")].load().float()
@@ -73,26 +73,26 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter's config and find its tensors.
+    """Read an adapter's config and locate its tensors.
 
     Args:
         folder: A run directory.
 
     Raises:
-        UserError: Where it is damaged, lacks the projector, or is of a kind that cannot be merged exactly.
+        UserError: If it is damaged, lacks the projector, or is of a kind that cannot be merged exactly.
     """
     config = read_lora_config(folder)
     tensors = {tensor.name.removeprefix(PEFT_PREFIX): tensor for tensor in lazy_file(folder / ADAPTER_FILE)}
     projector = {name: tensor for name, tensor in tensors.items() if name.startswith(PROJECTOR_PREFIX)}
     if config.modules_to_save and not projector:
-        raise UserError(f"{folder}/{ADAPTER_FILE} holds no projector; it is not a whole LLaVA adapter")
+        raise UserError(f"{folder}/{ADAPTER_FILE} has no projector; it is not a complete LLaVA adapter")
     names = {name.split(".lora_")[0] for name in tensors if ".lora_" in name}
     unknown = set(tensors) - set(projector) - {name for name in tensors if ".lora_" in name}
     if unknown:
         raise UserError(f"{folder}/{ADAPTER_FILE}: {min(unknown)} is neither LoRA nor the projector")
     if not names and config.target_modules != DUMMY_TARGET_MODULES:
         raise UserError(
-            f"{folder}/{ADAPTER_FILE} holds no LoRA matrices, but adapter_config.json names layers for them"
+            f"{folder}/{ADAPTER_FILE} has no LoRA matrices, although adapter_config.json names layers for them"
         )
     return Adapter(folder, config, {name: _layer(name, tensors, folder, config) for name in names}, projector)
 
@@ -104,32 +104,38 @@ def _layer(name: str, tensors: dict[str, LazyTensor], folder: Path, config: Lora
         keys["magnitude"] = f"{name}.lora_magnitude_vector"
     for key in keys.values():
         if key not in tensors:
-            raise UserError(f"{folder}/{ADAPTER_FILE} holds no {key}; it is damaged")
+            raise UserError(f"{folder}/{ADAPTER_FILE} lacks {key}; it is damaged")
     layer = LoraLayer(**{field: tensors[key] for field, key in keys.items()})
     if layer.down.shape[0] != r or layer.up.shape[1] != r:
-        raise UserError(f"{folder}/{ADAPTER_FILE}: {name} has rank {layer.down.shape[0]}, adapter_config.json says {r}")
+        raise UserError(
+            f"{folder}/{ADAPTER_FILE}: {name} has rank {layer.down.shape[0]}, but adapter_config.json has {r}"
+        )
     return layer
 
 
 def merge_weight(
-    weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scaling: float,
-    magnitude: torch.Tensor | None = None, dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:  # fmt: skip
-    """Add an adapter to a weight, in float32.
+    weight: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    scaling: float,
+    magnitude: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Add an adapter to a weight, computed in float32.
 
     Args:
         weight: W, shape (out, in), any float dtype.
         down: A, shape (r, in), float32.
         up: B, shape (out, r), float32.
-        scaling: What B A is multiplied by.
-        magnitude: DoRA's m, shape (out,), float32.
-        dtype: What the sum is rounded to.
+        scaling: Factor of B A.
+        magnitude: DoRA's m, shape (out,), float32; None for LoRA.
+        dtype: The dtype of the result.
 
     Returns:
-        W + scaling B A; with DoRA that times m / (its rows' norms) (arXiv 2402.09353, eq. 5).
+        W + scaling B A; with DoRA multiplied by m / (norms of its rows) (arXiv 2402.09353, eq. 5).
     """
     merged = torch.empty_like(weight, dtype=dtype)
-    for start in range(0, weight.shape[0], _ROWS):  # some rows at a time stay in the processor's cache
+    for start in range(0, weight.shape[0], _ROWS):  # a few rows at a time fit into the CPU cache
         rows = slice(start, start + _ROWS)
         part = torch.addmm(weight[rows].float(), up[rows], down, alpha=scaling)
         if magnitude is not None:

@@ -1,4 +1,4 @@
-"""`lora-llava import`: LLaVA's own checkpoints and LoRA folders as a stock folder or a run directory."""
+"""`lora-llava import`: convert LLaVA's own checkpoints and LoRA folders to a stock folder or a run directory."""
 
 from __future__ import annotations
 
@@ -35,28 +35,34 @@ from lora_llava.runs.directory import versions, write_json
 
 
 def import_llava(
-    folder: Path, output: Path, *, llm: str | None = None, vision_tower: str | None = None, base: str | None = None,
-    template: str = "vicuna_v1", console: Console,
-) -> None:  # fmt: skip
+    folder: Path,
+    output: Path,
+    *,
+    llm: str | None = None,
+    vision_tower: str | None = None,
+    base: str | None = None,
+    template: str = "vicuna_v1",
+    console: Console,
+) -> None:
     """Convert LLaVA's own checkpoint (to a stock folder) or LoRA folder (to a run directory).
 
     Args:
-        folder: What LLaVA's training left, or a published checkpoint of it.
-        output: The new folder; nothing may stand there.
-        llm: The language model a LoRA folder stands on; by default what its adapter_config.json says.
-        vision_tower: The CLIP tower; by default what config.json says.
-        base: A complete stock LLaVA that a LoRA folder stands on, in place of `llm`.
+        folder: The output of LLaVA's training, or a published checkpoint.
+        output: The new folder, which must not exist.
+        llm: Language model that a LoRA folder was trained on; None takes it from adapter_config.json.
+        vision_tower: The CLIP tower; None takes it from config.json.
+        base: Complete stock LLaVA that a LoRA folder was trained on, instead of `llm`.
         template: Conversation template that it was trained with.
-        console: Where everything is told.
+        console: Prints progress and result.
 
     Raises:
-        UserError: For a folder that is not LLaVA's, or holds what stock transformers cannot.
+        UserError: For a folder not written by LLaVA, or with a feature that stock transformers lacks.
     """
     check_new(output)
     original = read_config(folder)
     is_lora = (folder / "adapter_config.json").is_file()
     if not is_lora:
-        lazy_tensors(folder)  # tells what is wrong with the folder before anything is fetched
+        lazy_tensors(folder)  # reports a damaged folder before anything is downloaded
     try:
         tower = load_part(vision_tower or original.vision_tower, None, "vision_tower")
     except UserError as error:
@@ -74,7 +80,7 @@ def _import_checkpoint(
     config = stock_config(original, json.loads((tower.folder / "config.json").read_text(encoding="utf-8")))
     tensors = checkpoint_tensors(folder, config, original, lazy_tensors(tower.folder))
     check_disk(output, checkpoint_bytes(tensors, torch.bfloat16))
-    console.print(f"{folder}: a whole LLaVA, {original.projector_type} projector, {len(tensors)} tensors")
+    console.print(f"{folder}: a complete LLaVA, {original.projector_type} projector, {len(tensors)} tensors")
     with new_folder(output) as temporary:
         write_checkpoint(tensors, temporary, torch.bfloat16, "converting")
         config.save_pretrained(temporary)
@@ -94,24 +100,33 @@ def _save_processor(
     copy_sentencepiece(tokenizer_folder, output)
     text = config.text_config
     GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
         stop_strings=stop_strings(written),
-    ).save_pretrained(output)  # fmt: skip
+    ).save_pretrained(output)
 
 
 def _import_lora(
-    folder: Path, output: Path, original: OriginalConfig, tower: Part, llm: str | None, base: str | None,
-    template: str, console: Console,
-) -> None:  # fmt: skip
+    folder: Path,
+    output: Path,
+    original: OriginalConfig,
+    tower: Part,
+    llm: str | None,
+    base: str | None,
+    template: str,
+    console: Console,
+) -> None:
     named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path", "")
     base_folder, record = _base_of(folder, original, tower, llm or named, base)
     config = LlavaConfig.from_pretrained(base_folder)
     if (config.vision_feature_layer, config.vision_feature_select_strategy) != (
-        original.feature_layer, original.strategy
-    ):  # fmt: skip
+        original.feature_layer,
+        original.strategy,
+    ):
         raise UserError(
-            f"{folder}: takes layer {original.feature_layer} of the vision tower ({original.strategy}), its base "
-            "another"
+            f"{folder} was trained on layer {original.feature_layer} of the vision tower ({original.strategy}), but "
+            "its base uses another; name the right base with --base or --llm"
         )
     lora = read_lora(folder, original, config.text_config.num_hidden_layers)
     console.print(f"{folder}: LoRA r {lora.settings['r']} on {', '.join(lora.targets)}, and a projector")
@@ -120,28 +135,32 @@ def _import_lora(
         settings = lora_config(**lora.settings, targets=lora.targets, base=str(record["name"]))
         settings.inference_mode = True
         settings.save_pretrained(str(temporary))
-        _check_taken(temporary, folder, config, base_folder)
+        _check_converted(temporary, folder, config, base_folder)
         _save_processor(temporary, config, base_folder, base_folder, original.image_aspect, template)
         content = {
-            "stage": 2, "base": record, "recipe_hash": None, "imported": folder.name,
-            "adapter_sha256": file_hash(temporary / ADAPTER_FILE), "versions": versions(),
-        }  # fmt: skip
+            "stage": 2,
+            "base": record,
+            "recipe_hash": None,
+            "imported": folder.name,
+            "adapter_sha256": file_hash(temporary / ADAPTER_FILE),
+            "versions": versions(),
+        }
         write_json(temporary / RUN_FILE, content)
 
 
-def _check_taken(converted: Path, folder: Path, config: LlavaConfig, base: Path) -> None:
-    """Check the converted adapter as every later use of it does; errors name the folder it came from."""
+def _check_converted(converted: Path, folder: Path, config: LlavaConfig, base: Path) -> None:
+    """Check that the converted adapter fits its base; errors name the original folder."""
     try:
         check_fits(converted, config, str(base))
     except UserError as error:
-        told = str(error).replace(str(converted / ADAPTER_FILE), str(folder)).replace(str(converted), str(folder))
-        raise UserError(told) from None
+        message = str(error).replace(str(converted / ADAPTER_FILE), str(folder)).replace(str(converted), str(folder))
+        raise UserError(message) from None
 
 
 def _base_of(
     folder: Path, original: OriginalConfig, tower: Part, llm: str, base: str | None
 ) -> tuple[Path, dict[str, object]]:
-    """The base that a LoRA folder stands on, and what the run records of it."""
+    """Return the base of a LoRA folder, and its entry in `run.json`."""
     if base is not None:
         part = load_part(base, None, "start_from.llava")
         local = Path(base).is_dir()
@@ -151,10 +170,12 @@ def _base_of(
         raise UserError(f"{folder}/adapter_config.json names no base; name the language model with --llm")
     model = load_part(llm, None, "llm")
     if is_original(model.folder):
-        raise UserError(f"{folder} stands on {llm}, a whole LLaVA; import that first, then name the result with --base")
+        raise UserError(
+            f"{folder} was trained on {llm}, a complete LLaVA; import that first, then name the result with --base"
+        )
     parts = BaseParts(
         model.name, model.revision, tower.name, tower.revision, original.projector_type, projector=None, seed=0
-    )  # fmt: skip
+    )
     written = build_base(parts, model, tower, None)
     hashes = component_hashes(written)
     return written, {"name": str(written), "revision": None, "parts": parts.__dict__, "hashes": hashes}

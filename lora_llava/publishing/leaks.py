@@ -1,4 +1,4 @@
-"""Nothing that identifies a person or opens an account leaves: a scan of everything that is to be uploaded."""
+"""Scan files before an upload for secrets and for paths that identify a person."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lora_llava.core.secrets import TOKENS
 _HOMES = rb"(?:(?<![\w./-])|file://)/(?:home/|Users/|root\b)|\b[A-Za-z]:[\\/]{1,4}Users[\\/]"
 _SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD)$")
 LOCAL_PATH = rb"[\s\":(\[=](?:/(?:[\w.+-]+/)+[\w.+-]+|[A-Za-z]:\\[\w.+-]+\\)"
-"""An absolute path, which nothing that we write ourselves should hold."""
+"""An absolute path, which no generated file should contain."""
 _SHORTEST_SECRET = 8
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that should not leave; what it is, never what it says.
+    """Something that must not be uploaded, by kind and without its text.
 
     Attributes:
         file: Name of the file.
-        line: Line in it, from 1.
-        what: Its kind.
+        line: Line number, from 1.
+        what: The kind of finding.
     """
 
     file: str
@@ -34,15 +34,15 @@ class Finding:
 
 
 def scan(file: str, content: bytes, *, written_by_us: bool = False) -> list[Finding]:
-    """Look for tokens, this machine's secrets and paths into people's homes.
+    """Search a file for tokens, secrets of this machine and paths into home folders.
 
     Args:
-        file: Its name, for the finding.
-        content: All of it; of a weight file, its header.
-        written_by_us: Look for any absolute path too.
+        file: Name of the file, for the findings.
+        content: Its complete content; for a weight file, the header.
+        written_by_us: Whether the file is generated, so that any absolute path is a finding.
 
     Returns:
-        What was found, in order.
+        The findings, in order.
     """
     patterns = TOKENS | {"a path into a home": _HOMES} | _own_secrets()
     if written_by_us:
@@ -55,7 +55,7 @@ def scan(file: str, content: bytes, *, written_by_us: bool = False) -> list[Find
 
 
 def _own_secrets() -> dict[str, bytes]:
-    """Patterns of what is secret on this machine alone."""
+    """Return patterns of the secrets of this machine."""
     values = {f"the value of {name}": value for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
     values["this machine's Hub token"] = get_token() or ""
     patterns = {what: re.escape(value).encode() for what, value in values.items() if len(value) >= _SHORTEST_SECRET}

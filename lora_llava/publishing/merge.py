@@ -1,4 +1,4 @@
-"""`lora-llava merge`: base + adapter as one stock folder, which proves itself before it gets its name."""
+"""`lora-llava merge`: merge an adapter into its base as one stock folder, and verify the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_llava.model.start import RUN_FILE
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.model.weights.parts import file_hash
 from lora_llava.model.weights.tensor_files import LazyTensor, checkpoint_bytes, write_checkpoint, write_file
-from lora_llava.publishing.merge_check import MergedModel, prepare_questions, prove, tell
+from lora_llava.publishing.merge_check import MergedModel, prepare_questions, print_report, prove
 from lora_llava.publishing.merge_source import Source, read_source
 from lora_llava.publishing.merged_weights import BaseKind, merged_tensors
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
@@ -29,47 +29,60 @@ from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, versions, write
 REPORT_FILE = "merge_report.json"
 Dtype = Literal["bfloat16", "float32"]
 PROCESSOR_FILES = (
-    "processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 BASE_FOLDER, ADAPTER_FOLDER, BASE_FILE = "base", "adapter", "base.json"
 IMPORTED = "imported"
-"""What a converted checkpoint is called where a base would be named."""
+"""Name of the base of a converted checkpoint, in its records."""
 
 
 def merge(
-    run: Path, output: Path, *, base: BaseKind = "bf16", dtype: Dtype = "bfloat16", projector_only: bool = False,
-    prompts: int = PER_KIND, console: Console,
-) -> dict[str, Any]:  # fmt: skip
-    """Merge a run into its base, prove the result, and only then give it its name.
+    run: Path,
+    output: Path,
+    *,
+    base: BaseKind = "bf16",
+    dtype: Dtype = "bfloat16",
+    projector_only: bool = False,
+    prompts: int = PER_KIND,
+    console: Console,
+) -> dict[str, Any]:
+    """Merge a run into its base, verify the result, and only then rename it to `output`.
 
     Args:
         run: A run directory.
-        output: The new folder; nothing may stand there.
-        base: `bf16` adds to the base's own weights, `nf4` to what NF4 makes of them.
-        dtype: What the folder stores.
+        output: The new folder, which must not exist.
+        base: `bf16` adds to the base's weights as stored, `nf4` to their values after NF4 quantisation.
+        dtype: The dtype of the stored weights.
         projector_only: Put the projector into `output/base` and keep LoRA as an adapter in `output/adapter`.
-        prompts: Sample prompts of each kind, with and without an image.
-        console: Where everything is told.
+        prompts: Number of sample prompts of each kind, with and without an image.
+        console: Prints progress and report.
 
     Returns:
         The content of `merge_report.json`.
 
     Raises:
-        ProofError: Where the merged model is further from base + adapter than the tolerance; nothing is left.
-        UserError: For a run, base or disk that does not do.
+        ProofError: If the merged model differs from base + adapter by more than the tolerance; nothing is kept.
+        UserError: For an unsuitable run or base, or too little disk space.
     """
     source = read_source(run)
     check_new(output)
     if base == "nf4":
         check_bitsandbytes()
     if projector_only and not source.adapter.layers:
-        raise UserError(f"{run} is a Stage 1 run and has no LoRA to keep; merge it without --projector-only")
+        raise UserError(f"--projector-only: {run} is a Stage 1 run without LoRA; leave the flag out")
     start = time.monotonic()
     stored = resolve_dtype(dtype)
     tensors = merged_tensors(
         source.tensors, source.adapter, kind=base, with_lora=not projector_only, dtype=stored, nf4_from=source.dtype
-    )  # fmt: skip
+    )
     questions = prepare_questions(source, prompts)
     check_disk(output, checkpoint_bytes(tensors, stored))
     with new_folder(output) as temporary:
@@ -81,10 +94,12 @@ def merge(
         report = prove(source, merged, questions, console)
         size = sum(file.stat().st_size for file in temporary.rglob("*.safetensors"))
         report |= {
-            "bytes": size, "write_seconds": round(seconds, 3), "seconds": round(time.monotonic() - start, 3),
+            "bytes": size,
+            "write_seconds": round(seconds, 3),
+            "seconds": round(time.monotonic() - start, 3),
             "versions": versions(),
-        }  # fmt: skip
-        tell(report, console)
+        }
+        print_report(report, console)
         write_json(temporary / REPORT_FILE, report)
         for name in (RUN_FILE, RECIPE_FILE, METRICS_FILE):
             if (run / name).is_file():
@@ -96,7 +111,7 @@ def merge(
 
 
 def _write_model(folder: Path, source: Source, tensors: list[LazyTensor], dtype: torch.dtype) -> float:
-    """Write a stock folder and give the seconds that the weights took."""
+    """Write a stock folder, and return the seconds spent on writing weights."""
     folder.mkdir(exist_ok=True)
     start = time.monotonic()
     write_checkpoint(tensors, folder, dtype, "merging")
@@ -110,7 +125,7 @@ def _write_model(folder: Path, source: Source, tensors: list[LazyTensor], dtype:
 
 
 def copy_processor(source: Source, folder: Path) -> None:
-    """Processor, template and generation config of the run; the base's `tokenizer.model`, which llama.cpp reads."""
+    """Copy processor, template and generation config of the run, and the base's `tokenizer.model` for llama.cpp."""
     for name in PROCESSOR_FILES:
         if (source.run / name).is_file():
             shutil.copyfile(source.run / name, folder / name)
@@ -119,7 +134,7 @@ def copy_processor(source: Source, folder: Path) -> None:
 
 
 def _record_apart(folder: Path, source: Source, output: Path) -> None:
-    """What base and adapter are, each for itself: the adapter stands on the new base."""
+    """Write the records of the separate base and adapter; the adapter's base is the new one."""
     base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
     record = source.record
     hashes = component_hashes(base)
@@ -130,12 +145,12 @@ def _record_apart(folder: Path, source: Source, output: Path) -> None:
 
 
 def write_adapter(folder: Path, source: Source, base_name: str) -> None:
-    """Write the run's LoRA without the projector, for servers that refuse `modules_to_save`.
+    """Write the run's LoRA without the projector, for servers that reject `modules_to_save`.
 
     Args:
-        folder: Where to.
+        folder: The new folder.
         source: The run.
-        base_name: What the adapter's config is to call its base.
+        base_name: Name of the base in the adapter's config.
     """
     folder.mkdir()
     tensors = [

@@ -1,4 +1,4 @@
-"""The proof of a merge: what is compared with what, how far apart it may be, and how it is told."""
+"""Verify a merge: compare logits and answers with base + adapter, check the tolerance, and print the report."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from lora_llava.publishing.proof import (
     encode_samples,
     greedy_answers,
     last_logits,
+    merged_model,
     stays_in_memory,
-    whole_model,
 )
 from lora_llava.publishing.proof_prompts import load_processor, sample_prompts
 from lora_llava.recipe import load_recipe
@@ -43,18 +43,18 @@ ADAPTER, NF4_ADAPTER = "adapter_on_bf16_base", "adapter_on_nf4_base"
 
 
 class ProofError(ToldError):
-    """The merged model is not what base + adapter is."""
+    """The merged model differs from base + adapter."""
 
 
 @dataclass(frozen=True)
 class MergedModel:
-    """What is to be proven.
+    """The merged model to verify.
 
     Attributes:
         folder: The merged folder.
-        adapter: An adapter that goes with it, or None.
-        kind: What it was merged into.
-        dtype: What it stores, and what all models of the proof compute in.
+        adapter: An adapter for it, or None.
+        kind: The kind of base it was merged into.
+        dtype: The dtype of its weights, in which all models are compared.
     """
 
     folder: Path
@@ -64,19 +64,19 @@ class MergedModel:
 
 
 _OTHER_BLOCKS = 6
-"""Vision tower, the projector's two layers, embeddings, norm and head."""
+"""Vision tower, two layers of the projector, embeddings, norm and head."""
 
 
 @contextmanager
 def _bar(description: str, source: Source, passes: int) -> Iterator[Progress]:
-    """A progress bar over blocks; answers that stop early end it early."""
+    """Show a progress bar over blocks; it ends early if answers stop early."""
     total = passes * (source.config.text_config.num_hidden_layers + _OTHER_BLOCKS)
     with tqdm(desc=description, total=total, unit="block", dynamic_ncols=True, leave=False) as bar:
         yield lambda block: bar.update() and None
 
 
-def _give_back() -> None:
-    """Free the last model before the next is read: hooks hold it in a cycle."""
+def _free_memory() -> None:
+    """Free the last model before loading the next; its hooks form a reference cycle."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -84,12 +84,12 @@ def _give_back() -> None:
 
 @dataclass(frozen=True)
 class Questions:
-    """What the proof asks.
+    """The prompts to verify with.
 
     Attributes:
-        prompts: Encoded.
-        with_image: How many have one.
-        where: Where they are from.
+        prompts: The encoded prompts.
+        with_image: Number of prompts with an image.
+        where: A phrase on their origin.
         stop_ids: Tokens that end an answer.
     """
 
@@ -100,14 +100,14 @@ class Questions:
 
 
 def prepare_questions(source: Source, per_kind: int) -> Questions:
-    """Draw and encode the sample prompts: all that can fail for want of a file does so here.
+    """Draw and encode the sample prompts, early enough that missing files are reported before the merge.
 
     Args:
-        source: What is merged.
-        per_kind: Prompts of each kind, with and without an image.
+        source: The run and its base.
+        per_kind: Number of prompts of each kind, with and without an image.
 
     Raises:
-        UserError: Where the run's processor, recipe or generation config is missing or damaged.
+        UserError: If the run's processor, recipe or generation config is missing or damaged.
     """
     file = source.run / RECIPE_FILE
     samples, where = sample_prompts(load_recipe(file) if file.is_file() else None, per_kind)
@@ -127,37 +127,43 @@ def prove(source: Source, merged: MergedModel, questions: Questions, console: Co
     """Compare a merged model with base + adapter on sample prompts.
 
     Args:
-        source: What was merged.
-        merged: The result.
+        source: The run and its base.
+        merged: The merged model.
         questions: From `prepare_questions`.
-        console: Told where the prompts are from.
+        console: Prints the origin of the prompts.
 
     Returns:
-        The report: both deltas, the tolerance and what it stands on.
+        The report: the differences from both kinds of base + adapter, the tolerance and the noise it is based on.
 
     Raises:
-        ProofError: Over the tolerance.
+        ProofError: If the difference exceeds the tolerance.
     """
     prompts, count = questions.prompts, len(questions.prompts.ids)
-    console.print(f"proof: {count} prompts, {questions.with_image} with an image; {questions.where}")
+    console.print(f"verifying on {count} prompts, {questions.with_image} with an image: {questions.where}")
     keep = stays_in_memory(source.tensors, merged.dtype)
     reference = _reference_of(merged.kind)
-    answers, logits, noise, effect = _ask_adapter(source, merged, questions, keep)
-    _give_back()
-    ours = _ask_merged(source, merged, prompts, answers, keep)
-    _give_back()
+    answers, logits, noise, effect = _adapter_outputs(source, merged, questions, keep)
+    _free_memory()
+    ours = _merged_logits(source, merged, prompts, answers, keep)
+    _free_memory()
     deltas = {reference: compare(logits, ours, answers)}
     if source.adapter.layers:
         deltas |= _other_delta(source, merged, prompts, answers, ours, keep, console)
     tolerance = max(FP32_TOLERANCE if merged.dtype == torch.float32 else 0.0, NOISE_FACTOR * noise)
     report = {
-        "merged_into": merged.kind, "dtype": str(merged.dtype).removeprefix("torch."), "checked_against": reference,
-        "tolerance": tolerance, "batch_size_noise": noise, "adapter_effect": effect,
+        "merged_into": merged.kind,
+        "dtype": str(merged.dtype).removeprefix("torch."),
+        "checked_against": reference,
+        "tolerance": tolerance,
+        "batch_size_noise": noise,
+        "adapter_effect": effect,
         **{name: asdict(deltas[name]) if name in deltas else None for name in (ADAPTER, NF4_ADAPTER)},
-        "prompts": count, "prompts_with_image": questions.with_image, "prompts_from": questions.where,
+        "prompts": count,
+        "prompts_with_image": questions.with_image,
+        "prompts_from": questions.where,
         "base": source.record["base"],
-    }  # fmt: skip
-    _hold(report, merged.dtype, console)
+    }
+    _check_tolerance(report, merged.dtype, console)
     return report
 
 
@@ -165,16 +171,21 @@ def _reference_of(kind: BaseKind) -> str:
     return NF4_ADAPTER if kind == "nf4" else ADAPTER
 
 
-def _ask_adapter(
+def _adapter_outputs(
     source: Source, merged: MergedModel, questions: Questions, keep: bool
 ) -> tuple[list[list[int]], list[torch.Tensor], float, float]:
-    """Answers and logits of base + adapter, what batch size alone changes in them, and what the adapter does."""
+    """Return answers and logits of base + adapter, and the effects of batch size and of the adapter on logits."""
     prompts, nf4_from = questions.prompts, source.dtype if merged.kind == "nf4" else None
-    with _bar("proof: base + adapter", source, MAX_NEW_TOKENS + len(prompts.ids) + 2) as progress:
+    with _bar("verify: base + adapter", source, MAX_NEW_TOKENS + len(prompts.ids) + 2) as progress:
         model = adapted_model(
-            source.config, source.tensors, source.adapter, merged.dtype, nf4_from=nf4_from, keep=keep,
+            source.config,
+            source.tensors,
+            source.adapter,
+            merged.dtype,
+            nf4_from=nf4_from,
+            keep=keep,
             progress=progress,
-        )  # fmt: skip
+        )
         answers = greedy_answers(model, prompts, MAX_NEW_TOKENS, questions.stop_ids)
         logits = last_logits(model, prompts, answers, len(answers))
         one_by_one = last_logits(model, prompts, answers, 1)
@@ -183,13 +194,13 @@ def _ask_adapter(
     return answers, logits, noise, compare(logits, without, answers).max_logit_difference
 
 
-def _ask_merged(
+def _merged_logits(
     source: Source, merged: MergedModel, prompts: Prompts, answers: list[list[int]], keep: bool
-) -> list[torch.Tensor]:  # fmt: skip
+) -> list[torch.Tensor]:
     config = LlavaConfig.from_pretrained(merged.folder)
-    with _bar("proof: merged", source, 1) as progress:
+    with _bar("verify: merged model", source, 1) as progress:
         if merged.adapter is None:
-            model = whole_model(config, merged.folder, merged.dtype, keep=keep, progress=progress)
+            model = merged_model(config, merged.folder, merged.dtype, keep=keep, progress=progress)
         else:
             adapter = read_adapter(merged.adapter)
             tensors = lazy_tensors(merged.folder)
@@ -198,61 +209,74 @@ def _ask_merged(
 
 
 def _other_delta(
-    source: Source, merged: MergedModel, prompts: Prompts, answers: list[list[int]], ours: list[torch.Tensor],
-    keep: bool, console: Console,
-) -> dict[str, Any]:  # fmt: skip
-    """The delta against the adapter on the other kind of base: what quantisation costs."""
+    source: Source,
+    merged: MergedModel,
+    prompts: Prompts,
+    answers: list[list[int]],
+    ours: list[torch.Tensor],
+    keep: bool,
+    console: Console,
+) -> dict[str, Any]:
+    """Compare with the adapter on the other kind of base, which shows the effect of quantisation."""
     nf4 = merged.kind == "bf16"
     try:
         check_bitsandbytes()
     except UserError as error:
-        console.print(f"not compared with the NF4 base: {error}")
+        console.print(f"comparison with the NF4 base skipped: {error}")
         return {}
-    with _bar(f"proof: adapter on the {'NF4' if nf4 else 'bf16'} base", source, 1) as progress:
+    with _bar(f"verify: adapter on the {'NF4' if nf4 else 'bf16'} base", source, 1) as progress:
         model = adapted_model(
-            source.config, source.tensors, source.adapter, merged.dtype, nf4_from=source.dtype if nf4 else None,
-            keep=keep, progress=progress,
-        )  # fmt: skip
+            source.config,
+            source.tensors,
+            source.adapter,
+            merged.dtype,
+            nf4_from=source.dtype if nf4 else None,
+            keep=keep,
+            progress=progress,
+        )
         theirs = last_logits(model, prompts, answers, len(answers))
     return {_reference_of("nf4" if nf4 else "bf16"): compare(theirs, ours, answers)}
 
 
-def _hold(report: dict[str, Any], dtype: torch.dtype, console: Console) -> None:
+def _check_tolerance(report: dict[str, Any], dtype: torch.dtype, console: Console) -> None:
     delta = report[report["checked_against"]]
-    over = not delta["max_logit_difference"] <= report["tolerance"]  # a NaN is over
+    over = not delta["max_logit_difference"] <= report["tolerance"]  # also true for NaN
     unequal = dtype == torch.float32 and delta["greedy_equal"] < delta["prompts"]
     if over or unequal:
-        tell(report, console)
+        print_report(report, console)
         what = (
-            f"logits differ by {delta['max_logit_difference']:.3g}, tolerance {report['tolerance']:.3g}" if over
+            f"logits differ by {delta['max_logit_difference']:.3g}, tolerance {report['tolerance']:.3g}"
+            if over
             else f"{delta['prompts'] - delta['greedy_equal']} of {delta['prompts']} greedy answers differ"
-        )  # fmt: skip
-        mend = "" if dtype == torch.float32 else "; --dtype float32 stores it without rounding"
-        raise ProofError(f"the merged model is not base + adapter: {what}; nothing was kept{mend}")
+        )
+        fix = "" if dtype == torch.float32 else "; use --dtype float32 to store it without rounding"
+        raise ProofError(f"the merged model differs from base + adapter: {what}; nothing was kept{fix}")
 
 
-def tell(report: dict[str, Any], console: Console) -> None:
+def print_report(report: dict[str, Any], console: Console) -> None:
     """Print a report."""
-    table = Table(title="The merged model against", title_justify="left")
+    table = Table(title="The merged model compared with", title_justify="left")
     for name in ("", "largest logit difference", "mean", "greedy answers equal"):
         table.add_column(name, justify="right" if name else "left")
     titles = {ADAPTER: "base in bf16 + adapter", NF4_ADAPTER: "base in NF4 + adapter"}
     for name, title in titles.items():
         delta = report[name]
         if delta is not None:
-            held = " (held to the tolerance)" if name == report["checked_against"] else ""
+            checked = " (checked against the tolerance)" if name == report["checked_against"] else ""
             table.add_row(
-                title + held, f"{delta['max_logit_difference']:.3g}", f"{delta['mean_logit_difference']:.3g}",
+                title + checked,
+                f"{delta['max_logit_difference']:.3g}",
+                f"{delta['mean_logit_difference']:.3g}",
                 f"{delta['greedy_equal']} of {delta['prompts']}",
-            )  # fmt: skip
+            )
     console.print(table)
     console.print(
         f"tolerance {report['tolerance']:.3g} in {report['dtype']}; batch size alone changes a logit by up to "
         f"{report['batch_size_noise']:.3g}, the adapter by up to {report['adapter_effect']:.3g}"
     )
-    held = report[report["checked_against"]]
-    if held["greedy_equal"] < held["prompts"]:
+    checked = report[report["checked_against"]]
+    if checked["greedy_equal"] < checked["prompts"]:
         console.print(
-            f"{held['prompts'] - held['greedy_equal']} greedy answers differ: rounding to {report['dtype']} decides "
-            "where two tokens are as likely; lora-llava evaluate tells whether it matters"
+            f"{checked['prompts'] - checked['greedy_equal']} greedy answers differ: between two nearly equally likely "
+            f"tokens, rounding to {report['dtype']} decides; run lora-llava evaluate to see whether scores change"
         )

@@ -1,4 +1,4 @@
-"""What is merged and published: a run, the base it stands on, and their tensors unread."""
+"""The source of a merge: a run and its base, with lazily read tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lora_llava.runs.directory import read_record
 
 @dataclass(frozen=True)
 class Source:
-    """What is merged.
+    """A run and its base.
 
     Attributes:
         run: The run directory.
@@ -30,7 +30,7 @@ class Source:
         config: The base's config.
         tensors: The base's tensors.
         adapter: The run's adapter.
-        dtype: What the run computed in, and its NF4 weights were made from.
+        dtype: The dtype that the run computed in and quantised NF4 weights from.
     """
 
     run: Path
@@ -43,24 +43,24 @@ class Source:
 
 
 def read_source(run: Path) -> Source:
-    """Find all that a run is merged from.
+    """Read a run, its adapter and its base.
 
     Raises:
-        UserError: Where the run, its adapter or its base does not do.
+        UserError: If one of them is missing, damaged or does not fit.
     """
     record = read_record(run)
     base = checked_base(record, run)
     adapter = read_adapter(run)
     config, tensors = LlavaConfig.from_pretrained(base), lazy_tensors(base)
-    _check_whole(base, config, tensors)
+    _check_complete(base, config, tensors)
     return Source(run, record, base, config, tensors, adapter, resolve_dtype(record.get("dtype", "auto")))
 
 
-def _check_whole(base: Path, config: LlavaConfig, tensors: list[LazyTensor]) -> None:
-    """Hold that a base has every weight of its config, before anything long begins."""
+def _check_complete(base: Path, config: LlavaConfig, tensors: list[LazyTensor]) -> None:
+    """Check that a base has every weight of its config, before any long computation."""
     stored = {canonical_name(tensor.name) for tensor in tensors}
     if len(stored) < len(tensors):
         raise UserError(f"{base} stores a tensor twice; remove the weight files that do not belong to it")
     for name, _ in build_empty(config).named_parameters():
         if stored_name(name, stored, config) not in stored:
-            raise UserError(f"{base} lacks {name}, which its config.json asks for; fetch it or write it again")
+            raise UserError(f"{base} lacks {name}, which its config.json requires; download or write it again")

@@ -1,4 +1,4 @@
-"""The merged checkpoint's tensors: the base's, with adapters added and the trained projector in."""
+"""The tensors of a merged checkpoint: the base's, with LoRA added and the projector replaced."""
 
 from __future__ import annotations
 
@@ -26,24 +26,26 @@ def merged_tensors(
     dtype: torch.dtype = torch.float32,
     nf4_from: torch.dtype = torch.float32,
 ) -> list[LazyTensor]:
-    """The merged checkpoint, unread, under the base's names and in its order.
+    """List the tensors of the merged checkpoint, lazily read, with the base's names and order.
 
     Args:
         base: The base's tensors.
-        adapter: What is added.
-        kind: `bf16` adds to the base's own weights; `nf4` to what NF4 makes of the language model's linear layers.
-        with_lora: Add the LoRA layers; else put in the projector alone.
-        dtype: What merged weights are rounded to.
-        nf4_from: The dtype that NF4 is made from.
+        adapter: The adapter to merge.
+        kind: `bf16` adds to the base's weights as stored, `nf4` to the NF4 values of the language model's matrices.
+        with_lora: Whether to add LoRA; if not, only the projector is replaced.
+        dtype: The dtype of merged weights.
+        nf4_from: The dtype that NF4 values are quantised from.
 
     Raises:
-        UserError: Where the adapter does not fit the base.
+        UserError: If the adapter does not fit the base.
     """
     found = list(_merged(base, adapter, nf4_from if kind == "nf4" else None, with_lora, dtype))
     names = {canonical_name(tensor.name) for tensor in base}
     for name in [*(f"{layer}.weight" for layer in adapter.layers), *adapter.projector]:
         if name not in names:
-            raise UserError(f"{adapter.folder}: the adapter has {name}, its base has not; it is another base's")
+            raise UserError(
+                f"{adapter.folder}: the adapter has {name}, but its base does not; it belongs to another base"
+            )
     return found
 
 
@@ -65,7 +67,7 @@ def _merged(
 
 
 def is_quantized(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether `load_base` puts a weight into 4 bits: the matrices of the language model's layers."""
+    """Check whether `load_base` quantises a weight to 4 bits, as it does the language model's matrices."""
     return name.startswith("model.language_model.layers.") and len(shape) == 2
 
 
@@ -85,8 +87,8 @@ def _with_layer(tensor: LazyTensor, layer: LoraLayer, scaling: float, dtype: tor
 def _check_shape(name: str, base: tuple[int, ...], adapter: tuple[int, ...], source: Adapter) -> None:
     if base != adapter:
         raise UserError(
-            f"{source.folder}: {name} is {_times(adapter)} in the adapter and {_times(base)} in its base; it is "
-            "another base's"
+            f"{source.folder}: {name} is {_times(adapter)} in the adapter and {_times(base)} in its base; it "
+            "belongs to another base"
         )
 
 

@@ -1,4 +1,4 @@
-"""A folder that is either whole or not there, and a disk that holds it."""
+"""Write a folder atomically, after checking that it is new and fits on the disk."""
 
 from __future__ import annotations
 
@@ -14,55 +14,55 @@ from lora_llava.core.storage import locked, share
 from lora_llava.model.base import cache_folder
 
 _SPARE_BYTES = 64 * 2**20
-"""For tokenizer, configs and reports."""
+"""Space for tokenizer, configs and reports."""
 
 
 def check_new(output: Path) -> None:
-    """Hold that nothing stands where a folder is to be written.
+    """Check that a folder to be written does not exist.
 
     Raises:
-        UserError: Where something does.
+        UserError: If it exists.
     """
     if output.exists():
-        raise UserError(f"{output} is there already; name another --output, or remove it")
+        raise UserError(f"{output} exists already; choose another --output, or remove it")
 
 
 def check_disk(output: Path, weights: int) -> None:
-    """Hold that the disk has room for a model, before a byte is written.
+    """Check that a model fits on the disk, before writing.
 
     Args:
-        output: Where it goes.
+        output: The folder to write.
         weights: Bytes of its weights.
 
     Raises:
-        UserError: With the bytes needed and free.
+        UserError: If it does not fit, with the bytes needed and free.
     """
     needed = weights + _SPARE_BYTES
     existing = next(parent for parent in output.absolute().parents if parent.exists())
     usage = shutil.disk_usage(existing)
     if not existing.is_dir() or not os.access(existing, os.W_OK) or usage.total == 0:
-        raise UserError(f"{output}: {existing} cannot be written to; name another --output")
+        raise UserError(f"{output}: {existing} is not writable; choose another --output")
     free = usage.free
     if needed > free:
         raise UserError(
-            f"{output}: needs {needed:,} bytes ({needed / 1e9:.1f} GB) and {free:,} ({free / 1e9:.1f} GB) are free; "
-            "free some, or name an --output on another disk"
+            f"{output} needs {needed:,} bytes ({needed / 1e9:.1f} GB), but {free:,} ({free / 1e9:.1f} GB) are free; "
+            "free some space, or choose an --output on another disk"
         )
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that becomes it at the end, and goes on any failure.
+    """Create a temporary folder that is renamed to `output` at the end, or removed on any failure.
 
-    What a killed process left of it is removed at the next start; a live one holds the lock.
+    The leftovers of a killed process are removed first; a lock protects those of a live one.
 
     Raises:
-        UserError: Where another process is writing the same folder.
+        UserError: If another process is writing the same folder.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.partial")
     key = hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:20]
-    busy = f"{output} is being written by another process; name another --output"
+    busy = f"{output} is being written by another process; choose another --output"
     with locked(cache_folder() / "outputs" / key, busy):
         try:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What leaves: an allow-list of a folder's files, their local names taken out, and nothing that identifies anyone."""
+"""The files of an upload: an allow-list, without local paths or anything that identifies a person."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ PARTS_FILE = "parts.json"
 CARD_FILE, CURVE_FILE, RESULTS_FOLDER = "README.md", "loss_curve.png", ".eval_results"
 _COMMIT_LENGTH = 40
 _HEADER_LIMIT = 100 * 2**20
-"""The safetensors format's own limit of a header."""
+"""Limit of a header in the safetensors format."""
 
 
 @dataclass
 class Package:
-    """What is to be uploaded.
+    """The files of an upload.
 
     Attributes:
-        folder: Where it comes from.
-        kind: An adapter, or a whole model.
-        files: By name in the repository: a file on disk, or its bytes.
-        record: `run.json` as it leaves, or empty.
-        metrics: `metrics.json` as it leaves, or empty.
-        merge: `merge_report.json` as it leaves, or empty.
-        recipe: The recipe's content as it leaves, or empty.
-        base: The base's name as it leaves: a Hub id, or a word for an assembled one.
-        hub_ids: Which of the names are Hub ids, as the run saw it.
+        folder: The folder they come from.
+        kind: An adapter, or a complete model.
+        files: A file on disk or its bytes, by name in the repository.
+        record: Published content of `run.json`, or empty.
+        metrics: Published content of `metrics.json`, or empty.
+        merge: Published content of `merge_report.json`, or empty.
+        recipe: Published content of the recipe, or empty.
+        base: Published name of the base: a Hub id, or `assembled`.
+        hub_ids: The names that were Hub ids when the run began.
     """
 
     folder: Path
@@ -60,28 +60,28 @@ class Package:
     hub_ids: frozenset[str] = frozenset()
 
     def size(self, name: str) -> int:
-        """Bytes of one of the files."""
+        """Return the size of a file in bytes."""
         content = self.files[name]
         return len(content) if isinstance(content, bytes) else content.stat().st_size
 
 
 def collect(folder: Path, base_repo: str | None = None, base_commit: str | None = None) -> Package:
-    """Gather a run's or a model folder's files for upload; the rest stays here.
+    """Collect the files to upload from a run or a model folder.
 
     Args:
         folder: A run directory, a merged folder or a base folder.
-        base_repo: Hub id that an adapter's config is to name as its base, for one that stands on a local folder.
-        base_commit: Its commit.
+        base_repo: Hub id to name as the base in an adapter's config, if its base is a local folder.
+        base_commit: Commit of `base_repo`.
 
     Raises:
-        UserError: Where the folder is neither, or an adapter's base is a local folder and no `base_repo` is given.
+        UserError: If the folder is neither, or an adapter's base is a local folder and `base_repo` is missing.
     """
     if is_run(folder):
         kind: Kind = "adapter"
     elif (folder / MODEL_CONFIG).is_file() and weight_files([file.name for file in folder.iterdir()]):
         kind = "model"
     elif (folder / BASE_FOLDER).is_dir() and is_run(folder / ADAPTER_FOLDER):
-        raise UserError(f"{folder} holds base and adapter; push {folder / ADAPTER_FOLDER} with --base-repo")
+        raise UserError(f"{folder} has a separate base and adapter; push {folder / ADAPTER_FOLDER} with --base-repo")
     else:
         raise UserError(f"{folder} is neither a finished run nor a folder with a model")
     package = Package(folder, kind, {})
@@ -99,13 +99,13 @@ def collect(folder: Path, base_repo: str | None = None, base_commit: str | None 
 
 
 def _add_record(package: Package, base_repo: str | None, base_commit: str | None) -> None:
-    """`run.json`, `metrics.json`, `recipe.yaml` and the merge report without local paths."""
+    """Add `run.json`, `metrics.json`, `recipe.yaml` and the merge report without local paths."""
     folder = package.folder
     package.hub_ids = _hub_ids(folder)
     if (folder / RECIPE_FILE).is_file():
         package.recipe = public_recipe(load_recipe(folder / RECIPE_FILE).model_dump(mode="json"), package.hub_ids)
         package.files[RECIPE_FILE] = dump_recipe(check_recipe(package.recipe, RECIPE_FILE)).encode()
-    if (folder / PARTS_FILE).is_file():  # an assembled base, which has no run
+    if (folder / PARTS_FILE).is_file():  # an assembled base, without a run
         parts = json.loads((folder / PARTS_FILE).read_text(encoding="utf-8"))
         base = {"name": "assembled", "revision": None, "parts": parts, "hashes": component_hashes(folder)}
         package.record = {"base": public_base(base, package.hub_ids)}
@@ -114,7 +114,7 @@ def _add_record(package: Package, base_repo: str | None, base_commit: str | None
         if not (folder / name).is_file():
             continue
         content = json.loads((folder / name).read_text(encoding="utf-8"))
-        holder = content.get("model", content)  # metrics.json keeps it one level down
+        holder = content.get("model", content)  # metrics.json nests the base one level deeper
         if content.get("stage1"):
             content["stage1"]["data"] = public_name(content["stage1"]["data"], content["stage1"]["hub_ids"])
         if "base" in holder:
@@ -132,8 +132,8 @@ def _add_adapter_config(package: Package, base_repo: str | None, base_commit: st
     content = json.loads((package.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     if base_repo is None and package.base not in package.hub_ids:
         raise UserError(
-            f"{package.folder} stands on {content['base_model_name_or_path']}, a folder on this machine that others do "
-            "not have; merge it (lora-llava merge) and push the merged folder, or push its base too with --base-repo"
+            f"{package.folder}: its base {content['base_model_name_or_path']} is a local folder, which others do not "
+            "have; push a merged folder (see lora-llava merge), or push the base too with --base-repo"
         )
     content["base_model_name_or_path"] = package.base
     content["revision"] = base_commit if base_repo else content.get("revision")
@@ -145,7 +145,7 @@ def _json(content: Any) -> bytes:
 
 
 def _hub_ids(folder: Path) -> frozenset[str]:
-    """The names that were Hub ids when the run began: later, from another folder, it cannot be told."""
+    """Return the names that were Hub ids when the run began; from another folder, they look like paths."""
     if (folder / RUN_FILE).is_file():
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         revision = record["base"].get("revision")  # a Hub id's commit
@@ -158,12 +158,12 @@ def _hub_ids(folder: Path) -> frozenset[str]:
 
 
 def public_name(name: str, hub_ids: Container[str]) -> str:
-    """A model's or data set's name without the folders around it; a Hub id stays."""
+    """Shorten a model's or data set's path to its last name; a Hub id is returned unchanged."""
     return name if name in hub_ids else PurePath(name.replace("\\", "/")).name
 
 
-def is_ours(name: str) -> bool:
-    """Whether a file of a repository is one that a push writes."""
+def is_pushed_file(name: str) -> bool:
+    """Check whether a push writes a file of this name."""
     fixed = {*PROCESSOR_FILES, ADAPTER_CONFIG, ADAPTER_FILE, MODEL_CONFIG, INDEX_FILE, BASE_FILE, RUN_FILE, RECIPE_FILE}
     fixed |= {METRICS_FILE, REPORT_FILE, CARD_FILE, CURVE_FILE}
     return name in fixed or bool(weight_files([name])) or name.startswith(f"{RESULTS_FOLDER}/")
@@ -172,12 +172,12 @@ def is_ours(name: str) -> bool:
 def public_base(
     base: Mapping[str, Any], hub_ids: Container[str], base_repo: str | None = None, base_commit: str | None = None
 ) -> dict[str, Any]:
-    """What an adapter stands on, without local paths.
+    """Return the record of an adapter's base without local paths.
 
     Args:
         base: `base` of `run.json`.
-        hub_ids: Names that stay as they are.
-        base_repo: Where the base is on the Hub, if it is pushed too.
+        hub_ids: Names to keep unchanged.
+        base_repo: Repository of the base, if it is pushed too.
         base_commit: Its commit there.
     """
     found = dict(base)
@@ -191,7 +191,7 @@ def public_base(
 
 
 def public_recipe(content: dict[str, Any], hub_ids: Container[str]) -> dict[str, Any]:
-    """A recipe's content, its local paths shortened to their last name; Hub ids stay."""
+    """Return a recipe's content with local paths shortened to their last name and Hub ids unchanged."""
 
     def shorten(section: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
         return section | {name: public_name(section[name], hub_ids) for name in fields if section.get(name)}
@@ -207,11 +207,11 @@ def public_recipe(content: dict[str, Any], hub_ids: Container[str]) -> dict[str,
     return shorten(content, ("output_dir",)) | {"model": model, "data": data}
 
 
-def check_whole(package: Package) -> None:
-    """Check that weights are whole, that an adapter fits its base and that the processor loads.
+def check_complete(package: Package) -> None:
+    """Check that weights are complete, that an adapter fits its base and that the processor loads.
 
     Raises:
-        UserError: Naming what is damaged.
+        UserError: Naming the damaged file.
     """
     for name, content in package.files.items():
         if name.endswith(".safetensors") and isinstance(content, Path):
@@ -223,7 +223,7 @@ def check_whole(package: Package) -> None:
 
 
 def _check_adapter(folder: Path) -> None:
-    """Check an adapter; of a base on the Hub only its config.json is read."""
+    """Check an adapter against its base; for a base on the Hub, only config.json is downloaded."""
     record = read_record(folder)
     base = record["base"]
     if not base.get("revision"):
@@ -235,23 +235,23 @@ def _check_adapter(folder: Path) -> None:
 
 
 def check_secrets(package: Package) -> None:
-    """Hold that nothing in a package is a token or a path into somebody's home.
+    """Check that a package has no token and no path into a home folder.
 
     Raises:
-        UserError: Naming file, line and kind of every finding, and never what it says.
+        UserError: Naming file, line and kind of every finding, without its text.
     """
     found = [
         finding
         for name, content in package.files.items()
         for finding in scan(name, _scanned(name, content), written_by_us=isinstance(content, bytes))
-    ]  # fmt: skip
+    ]
     if found:
-        lines = [f"{package.folder}: {f.file}, line {f.line}: {f.what}; take it out, then push again" for f in found]
+        lines = [f"{package.folder}: {f.file}, line {f.line}: {f.what}; remove it, then push again" for f in found]
         raise UserError("\n".join(lines))
 
 
 def _scanned(name: str, content: Path | bytes) -> bytes:
-    """All of a file; of weights, the header, which is the only text in them."""
+    """Return the content to scan; for weights this is the header, the only text in them."""
     if isinstance(content, bytes):
         return content
     if not name.endswith(".safetensors"):

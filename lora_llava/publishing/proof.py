@@ -1,4 +1,4 @@
-"""Does the merged model say what base + adapter says? Logits and greedy answers of both, computed block by block."""
+"""Compare logits and greedy answers of a merged model with those of base + adapter, computed block by block."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lora_llava.publishing.merged_weights import is_quantized
 from lora_llava.publishing.proof_prompts import Sample
 
 CONTEXT_LOGITS = 8
-"""Positions before the answer whose logits are compared too."""
+"""Number of positions before the answer whose logits are also compared."""
 SMALL_BYTES = 2**30
 Progress = Callable[[str], None]
 
@@ -34,9 +34,9 @@ class Prompts:
     """Encoded prompts.
 
     Attributes:
-        ids: Up to where the answer starts, image tokens expanded.
-        pixels: Per prompt: shape (1, 3, height, width), or None.
-        pad_token_id: Fills on the left.
+        ids: Token ids of each prompt up to where the answer starts, image tokens expanded.
+        pixels: Image of each prompt, float32 of shape (1, 3, height, width), or None.
+        pad_token_id: Token id for padding on the left.
     """
 
     ids: list[list[int]]
@@ -44,7 +44,7 @@ class Prompts:
     pad_token_id: int
 
     def batch(self, rows: Sequence[int], answers: Sequence[list[int]] | None = None) -> dict[str, torch.Tensor]:
-        """Some prompts as one left-padded batch, with answers to the right of them if given."""
+        """Return prompts as one left-padded batch, with answers appended if given."""
         texts = [self.ids[i] + (answers[i] if answers is not None else []) for i in rows]
         longest = max(map(len, texts))
         ids = torch.full((len(texts), longest), self.pad_token_id)
@@ -60,7 +60,7 @@ class Prompts:
 
 
 def encode_samples(samples: Sequence[Sample], processor: Any) -> Prompts:
-    """Encode prompts as the stock processor does for a chat, which is as they were trained."""
+    """Encode prompts with the stock processor's chat template, as in training."""
     ids, pixels = [], []
     for sample in samples:
         encoded = processor.apply_chat_template(
@@ -72,23 +72,29 @@ def encode_samples(samples: Sequence[Sample], processor: Any) -> Prompts:
 
 
 def adapted_model(
-    config: LlavaConfig, base: Sequence[LazyTensor], adapter: Adapter, dtype: torch.dtype, *,
-    nf4_from: torch.dtype | None = None, keep: bool = False, progress: Progress = lambda block: None,
-) -> PeftModel:  # fmt: skip
-    """The base with the adapter beside it, by PEFT's own layers; the adapter and the projector in float32.
+    config: LlavaConfig,
+    base: Sequence[LazyTensor],
+    adapter: Adapter,
+    dtype: torch.dtype,
+    *,
+    nf4_from: torch.dtype | None = None,
+    keep: bool = False,
+    progress: Progress = lambda block: None,
+) -> PeftModel:
+    """Build base + adapter with PEFT's layers; adapter and projector are in float32.
 
     Args:
-        config: The base's.
+        config: The base's config.
         base: The base's tensors.
         adapter: The adapter.
-        dtype: What the base computes in.
-        nf4_from: Give the language model's linear layers what NF4 makes of their weights in this dtype; None leaves
-            them as they are.
-        keep: Leave weights in memory once read.
-        progress: Told the name of every block that runs.
+        dtype: The dtype of the base.
+        nf4_from: Replace the weights of the language model's linear layers by their NF4 values, quantised from this
+            dtype; None keeps them.
+        keep: Keep weights in memory once read.
+        progress: Called with the name of every block that runs.
 
     Returns:
-        A model whose weights come from disk as it runs.
+        A model that reads its weights from disk as it runs.
     """
     tensors = {canonical_name(tensor.name): tensor for tensor in base}
     device = default_device()
@@ -108,24 +114,30 @@ def adapted_model(
     return model.eval()
 
 
-def whole_model(
-    config: LlavaConfig, folder: Path, dtype: torch.dtype, *, keep: bool = False,
+def merged_model(
+    config: LlavaConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    keep: bool = False,
     progress: Progress = lambda block: None,
-) -> Any:  # fmt: skip
-    """A merged model whose weights come from its folder as it runs; arguments as of `adapted_model`."""
+) -> Any:
+    """Build a merged model that reads its weights from its folder as it runs; see `adapted_model`."""
     tensors = {canonical_name(tensor.name): tensor for tensor in lazy_tensors(folder)}
     model = build_empty(config, default_device())
     stream_weights(
-        model, lambda name: tensors[stored_name(name, tensors, config)].load().to(default_device(), dtype), keep=keep,
+        model,
+        lambda name: tensors[stored_name(name, tensors, config)].load().to(default_device(), dtype),
+        keep=keep,
         progress=progress,
-    )  # fmt: skip
+    )
     return model.eval()
 
 
 def stays_in_memory(tensors: Sequence[LazyTensor], dtype: torch.dtype) -> bool:
-    """Whether a model's weights stay between passes: in a GPU's memory where it has room, else only small ones.
+    """Check whether to keep a model's weights between passes: if they fit on the GPU, or on a CPU if they are small.
 
-    In main memory the system's page cache keeps what has room, and gives it up where something else needs it.
+    Without a GPU, the system's page cache keeps large weights as long as there is room.
     """
     needed = checkpoint_bytes(tensors, dtype)
     if torch.cuda.is_available():
@@ -138,13 +150,17 @@ def greedy_answers(model: Any, prompts: Prompts, max_new_tokens: int, stop_ids: 
     """Answer all prompts greedily in one batch.
 
     Returns:
-        Ids of each answer, its stop token included.
+        Token ids of each answer, including the stop token.
     """
     batch = prompts.batch(range(len(prompts.ids)))
     output = model.generate(
-        **batch, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=prompts.pad_token_id,
-        eos_token_id=list(stop_ids), use_cache=True,
-    )  # fmt: skip
+        **batch,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=prompts.pad_token_id,
+        eos_token_id=list(stop_ids),
+        use_cache=True,
+    )
     answers = []
     for row in output[:, batch["input_ids"].shape[1] :].tolist():
         end = next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))
@@ -156,18 +172,18 @@ def greedy_answers(model: Any, prompts: Prompts, max_new_tokens: int, stop_ids: 
 def last_logits(
     model: Any, prompts: Prompts, answers: Sequence[list[int]], batch_size: int, *, with_adapter: bool = True
 ) -> list[torch.Tensor]:
-    """Logits over each prompt's last positions and its answer.
+    """Compute logits over each prompt's last positions and its answer.
 
     Args:
         model: A model.
-        prompts: What is asked.
-        answers: What follows each prompt.
-        batch_size: Prompts at once.
-        with_adapter: False switches a PEFT model's adapter off.
+        prompts: The prompts.
+        answers: Token ids to append to each prompt.
+        batch_size: Prompts per batch.
+        with_adapter: False switches off the adapter of a PEFT model.
 
     Returns:
-        Per prompt: shape (`CONTEXT_LOGITS` or the prompt's length if that is less + answer length, vocabulary),
-        float32, on the CPU.
+        One tensor per prompt, float32 on the CPU, of shape (context + answer length, vocabulary). The context is
+        `CONTEXT_LOGITS` positions, or all of a shorter prompt.
     """
     found = []
     keep = CONTEXT_LOGITS + max(map(len, answers))
@@ -183,13 +199,13 @@ def last_logits(
 
 @dataclass(frozen=True)
 class Delta:
-    """How far two models' logits are apart.
+    """The difference between two models' logits.
 
     Attributes:
         max_logit_difference: Largest absolute difference.
         mean_logit_difference: Mean absolute difference.
-        greedy_equal: Prompts that get the same greedy answer, token by token.
-        prompts: How many there are.
+        greedy_equal: Number of prompts with the same greedy answer, token by token.
+        prompts: Number of prompts.
     """
 
     max_logit_difference: float
@@ -201,13 +217,13 @@ class Delta:
 def compare(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor], answers: Sequence[list[int]]) -> Delta:
     """Compare two models' logits over the reference's prompts and greedy answers.
 
-    The other's greedy answer is the reference's exactly where, given the answer so far, it would go on with the same
-    token all along.
+    The greedy answers are equal if the other model, given each prefix of the reference's answer, also ranks its next
+    token first.
 
     Args:
-        reference: From `last_logits`.
-        other: From `last_logits`.
-        answers: The reference's greedy answers.
+        reference: Logits of the reference, from `last_logits`.
+        other: Logits of the other model, from `last_logits`.
+        answers: Greedy answers of the reference.
     """
     gaps = [(a - b).abs() for a, b in zip(reference, other, strict=True)]
     equal = sum(

@@ -1,4 +1,4 @@
-"""Sample prompts for the proof: the run's own questions where its data is at hand, and drawn ones."""
+"""Sample prompts to verify a merge with: questions from the run's data if available, and built-in ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_llava.splits.split_rows import sample_rows
 
 PER_KIND = 4
 _READ = 2_000
-"""Rows that are drawn from the data, from which prompts are then chosen."""
+"""Number of rows drawn from the data, from which prompts are chosen."""
 _DRAWN = ("What is shown?", "Describe the image.", "How many shapes are there?", "Which colours do you see?")
 _WRITTEN = ("What is the capital of France?", "Count from one to five.", "Is ice colder than steam?", "Name a fruit.")
 
@@ -29,7 +29,7 @@ class Sample:
     """A prompt.
 
     Attributes:
-        text: What the user says.
+        text: The user's text.
         image: The image, or None.
     """
 
@@ -37,7 +37,7 @@ class Sample:
     image: Image.Image | None
 
     def message(self) -> dict[str, Any]:
-        """The prompt as a chat message for a stock processor."""
+        """Return the prompt as a chat message for a stock processor."""
         parts: list[dict[str, Any]] = [{"type": "text", "text": self.text}]
         if self.image is not None:
             parts.insert(0, {"type": "image", "image": self.image})
@@ -48,38 +48,40 @@ def load_processor(folder: Path) -> Any:
     """Load the stock processor of a run or model folder.
 
     Raises:
-        UserError: Where its files are missing or damaged.
+        UserError: If its files are missing or damaged.
     """
     try:
         return AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: its processor or tokenizer cannot be loaded ({told}); restore its files") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{folder}: its processor or tokenizer cannot be loaded ({reason}); restore its files"
+        ) from None
 
 
 def sample_prompts(recipe: Recipe | None, count: int = PER_KIND) -> tuple[list[Sample], str]:
     """Draw prompts with and without an image.
 
     Args:
-        recipe: Whose questions to ask; None for prompts of our own.
-        count: How many of each kind; where the data has fewer, our own fill up.
+        recipe: The recipe whose data to use; None for built-in prompts only.
+        count: Number of prompts of each kind; built-in prompts make up for missing rows.
 
     Returns:
-        Prompts, those with an image first, and a sentence on where they are from.
+        Prompts, those with an image first, and a phrase on their origin.
     """
     rows, images, source = _rows(recipe)
-    stock = [row for row in rows if "<image>" not in _text(row)]  # a stock processor takes the word for an image
+    stock = [row for row in rows if "<image>" not in _text(row)]  # a stock processor treats it as an image
     with_image = [row for row in stock if len(row.images) == 1]
     without = [row for row in stock if not row.images]
     generator = random.Random(0)
     chosen = generator.sample(with_image, min(count, len(with_image)))
-    asked = generator.sample(without, min(count, len(without)))
+    text_only = generator.sample(without, min(count, len(without)))
     samples = [sample for row in chosen if images is not None and (sample := _opened(row, images))]
-    own = len(samples) + len(asked)
+    from_data = len(samples) + len(text_only)
     samples += [Sample(text, draw_image(i)) for i, text in enumerate(_cycle(_DRAWN, count - len(samples)))]
-    samples += [Sample(_text(row), None) for row in asked]
-    samples += [Sample(text, None) for text in _cycle(_WRITTEN, count - len(asked))]
-    return samples, f"{own} from {source}, {2 * count - own} of our own"
+    samples += [Sample(_text(row), None) for row in text_only]
+    samples += [Sample(text, None) for text in _cycle(_WRITTEN, count - len(text_only))]
+    return samples, f"{from_data} from {source}, {2 * count - from_data} built-in"
 
 
 def _cycle(texts: Sequence[str], count: int) -> list[str]:
@@ -87,7 +89,7 @@ def _cycle(texts: Sequence[str], count: int) -> list[str]:
 
 
 def _opened(row: Conversation, images: ImageSource) -> Sample | None:
-    """The row's prompt; None where its image is bad, and a drawn one takes its place."""
+    """Return a row's prompt; None if its image cannot be opened, so that a built-in one replaces it."""
     try:
         return Sample(_text(row), images.open(row.images[0]))
     except BadImageError:
@@ -96,14 +98,14 @@ def _opened(row: Conversation, images: ImageSource) -> Sample | None:
 
 def _rows(recipe: Recipe | None) -> tuple[Sequence[Conversation], ImageSource | None, str]:
     if recipe is None:
-        return [], None, "a recipe, which the run lacks"
+        return [], None, "the run's data (it has no recipe)"
     try:
         split = "test" if recipe.data.format == "scienceqa" and recipe.data.splits.test is not None else "train"
-        asking = recipe.model_copy(update={"evaluation": EvaluationSection()})
-        rows, images, _ = sample_rows(asking, split, _READ)
+        evaluated = recipe.model_copy(update={"evaluation": EvaluationSection()})
+        rows, images, _ = sample_rows(evaluated, split, _READ)
         return rows, images, "the run's test split" if split == "test" else "the run's training rows"
     except (UserError, OSError):
-        return [], None, "the run's data, which is not at hand"
+        return [], None, "the run's data (not available)"
 
 
 def _text(row: Conversation) -> str:
@@ -112,7 +114,7 @@ def _text(row: Conversation) -> str:
 
 
 def draw_image(seed: int, size: int = 96) -> Image.Image:
-    """An image of three coloured shapes, for prompts without data."""
+    """Draw three coloured shapes, for prompts without data."""
     generator = random.Random(seed)
     image = Image.new("RGB", (size, size), "white")
     draw = ImageDraw.Draw(image)

@@ -1,4 +1,4 @@
-"""`lora-llava push`: a run or a model folder to the Hub, in one commit, and the same again uploads nothing."""
+"""`lora-llava push`: upload a run or a model folder to the Hub in one commit; repeating it uploads nothing."""
 
 from __future__ import annotations
 
@@ -25,64 +25,71 @@ from lora_llava.model.weights.parts import file_hash
 from lora_llava.model.weights.tensor_files import weight_files
 from lora_llava.publishing.card.model_card import add_card
 from lora_llava.publishing.merge import BASE_FILE
-from lora_llava.publishing.package import CARD_FILE, Package, check_secrets, check_whole, collect, is_ours
+from lora_llava.publishing.package import CARD_FILE, Package, check_complete, check_secrets, collect, is_pushed_file
 from lora_llava.runs.directory import is_run, read_record
 
-_NOT_OURS = (".gitattributes",)
-"""The Hub puts it there."""
-_CUT: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # type: ignore[assignment]
-"""OSError, and the HTTPError of httpx or httpx2, whichever huggingface_hub speaks through."""
-_FAILURES: tuple[type[Exception], ...] = (*_CUT, RuntimeError)
-"""RuntimeError is "Error while uploading X", with what happened as its cause."""
+_HUB_FILES = (".gitattributes",)
+"""Files that the Hub itself adds."""
+_CONNECTION_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__  # type: ignore[assignment]
+"""OSError, and the HTTPError of httpx or httpx2, whichever huggingface_hub uses."""
+_FAILURES: tuple[type[Exception], ...] = (*_CONNECTION_ERRORS, RuntimeError)
+"""RuntimeError is "Error while uploading X", with the real error as its cause."""
 
 
 class PushError(ToldError):
-    """The Hub refused, or the line was cut."""
+    """The Hub rejected the upload, or the connection failed."""
 
 
 def push(
-    folder: Path, repo_id: str, *, public: bool = False, base_repo: str | None = None, replace: bool = False,
-    licence: str | None = None, dry_run: bool = False, console: Console,
-) -> str | None:  # fmt: skip
-    """Push a run or a model folder.
+    folder: Path,
+    repo_id: str,
+    *,
+    public: bool = False,
+    base_repo: str | None = None,
+    replace: bool = False,
+    licence: str | None = None,
+    dry_run: bool = False,
+    console: Console,
+) -> str | None:
+    """Push a run or a model folder to the Hub.
 
     Args:
         folder: A run directory, a merged folder or a base folder.
-        repo_id: `owner/name`.
-        public: Let everybody see a repository that is made now; one that is there keeps its visibility.
-        base_repo: For a run on a local base: where that goes, before the adapter that names it.
-        replace: Put this in the place of another model that stands there; never another base's.
-        licence: The card's licence, as Hugging Face writes it.
-        dry_run: Print the files and the card, and send nothing.
-        console: Where everything is told.
+        repo_id: The repository, `owner/name`.
+        public: Make a new repository public; an existing one keeps its visibility.
+        base_repo: Repository for a run's local base, which is pushed before the adapter that names it.
+        replace: Replace another model in the repository; a base is never replaced.
+        licence: Licence identifier for the card.
+        dry_run: Print the files and the card, and upload nothing.
+        console: Prints progress and result.
 
     Returns:
         The commit, or None for a dry run.
 
     Raises:
-        UserError: For a folder, name, token or repository that does not do, or a secret in a file.
-        PushError: Where the Hub refuses or cannot be reached.
+        UserError: For an unsuitable folder, name, token or repository, or a secret in a file.
+        PushError: If the Hub rejects the upload or cannot be reached.
     """
     for name in (repo_id, base_repo):
         _check_repo_id(name)
     if repo_id == base_repo:
-        raise UserError(f"--base-repo: {base_repo} is where the adapter goes; name another one for its base")
+        raise UserError(f"--base-repo: {base_repo} is the adapter's own repository; choose another for its base")
     base = _base_package(folder, base_repo, licence)
     package = _package(folder, repo_id, licence, base_repo)
     for each in (base, package):
         if each is not None:
             check_secrets(each)
-            check_whole(each)
+            check_complete(each)
     if dry_run:
         for each, name in ((base, base_repo), (package, repo_id)):
             if each is not None and name is not None:
-                _tell(each, name, public, console)
-        console.print("nothing was sent")
+                _print_package(each, name, public, console)
+        console.print("dry run: nothing was uploaded")
         return None
     api = _connect()
     commit = None
     if base is not None and base_repo is not None:
-        with _told(repo_id, console):  # before the base is sent for an adapter that is then refused
+        with _hub_errors(repo_id):  # check before the base is uploaded for an adapter that would be rejected
             _stale(api, package, repo_id, _remote_files(api, repo_id) or [], replace)
         commit = _upload(api, base, base_repo, public, False, console)
         package = _package(folder, repo_id, licence, base_repo, commit)
@@ -95,9 +102,9 @@ def _check_repo_id(name: str | None) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"{name}: not a name of a repository ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{name} is not a valid repository name ({str(error).splitlines()[0]})") from None
     if "/" not in name:
-        raise UserError(f"{name}: write OWNER/NAME, with your name on the Hub as OWNER")
+        raise UserError(f"{name} lacks an owner; write OWNER/NAME, with your name on the Hub as OWNER")
 
 
 def _package(
@@ -109,14 +116,14 @@ def _package(
 
 
 def _base_package(folder: Path, base_repo: str | None, licence: str | None) -> Package | None:
-    """The local base of a run, to be pushed before it."""
+    """Collect the local base of a run, which is pushed first."""
     if base_repo is None:
         return None
     if not is_run(folder):
-        raise UserError(f"--base-repo: {folder} is a whole model and stands on no base; leave it out")
+        raise UserError(f"--base-repo: {folder} is a complete model without a base; leave the flag out")
     record = read_record(folder)["base"]
     if record.get("revision"):
-        raise UserError(f"--base-repo: {folder} stands on {record['name']}, which is on the Hub; leave it out")
+        raise UserError(f"--base-repo: the base {record['name']} is on the Hub already; leave the flag out")
     return _package(locate_base(record, folder), base_repo, licence, None)
 
 
@@ -124,14 +131,12 @@ def _connect() -> HfApi:
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set; unset it to push")
     if get_token() is None:
-        raise UserError("no Hub token here; run `hf auth login`, or set HF_TOKEN to one with write access")
+        raise UserError("no Hub token was found; run `hf auth login`, or set HF_TOKEN to a token with write access")
     return HfApi(library_name="lora_llava")
 
 
-def _upload(
-    api: HfApi, package: Package, repo_id: str, public: bool, replace: bool, console: Console
-) -> str:  # fmt: skip
-    with _told(repo_id, console):
+def _upload(api: HfApi, package: Package, repo_id: str, public: bool, replace: bool, console: Console) -> str:
+    with _hub_errors(repo_id):
         there = _remote_files(api, repo_id)
         if there is None:
             url = api.create_repo(repo_id, private=not public, exist_ok=True)
@@ -147,42 +152,42 @@ def _upload(
             repo_id, [*operations, *map(CommitOperationDelete, stale)], commit_message="Upload with lora_llava"
         )
     if commit.oid == before:
-        console.print(f"{repo_id} holds all of it already: nothing uploaded", soft_wrap=True)
+        console.print(f"{repo_id} is up to date; nothing was uploaded", soft_wrap=True)
     else:
         console.print(f"pushed {len(operations)} files to {commit.repo_url}", soft_wrap=True)
     kept = [file for file in there if file not in package.files and file not in stale]
-    for files, told in ((stale, "removed, from an older push"), (kept, "left as they were")):
+    for files, label in ((stale, "removed files of an earlier push"), (kept, "kept other files")):
         if files:
-            console.print(f"{told}: {', '.join(files)}", soft_wrap=True)
+            console.print(f"{label}: {', '.join(files)}", soft_wrap=True)
     return str(commit.oid)
 
 
 def _remote_files(api: HfApi, repo_id: str) -> list[str] | None:
-    """Files of the repository; None where there is none."""
+    """List the files of a repository; None if it does not exist."""
     try:
-        return [file for file in api.list_repo_files(repo_id) if file not in _NOT_OURS]
+        return [file for file in api.list_repo_files(repo_id) if file not in _HUB_FILES]
     except RepositoryNotFoundError:
         return None
 
 
 def _stale(api: HfApi, package: Package, repo_id: str, there: list[str], replace: bool) -> list[str]:
-    """Files to remove: what another push left. What a person put there stays.
+    """List the files of earlier pushes to remove; files that a person added are kept.
 
     Raises:
-        UserError: Where another model stands there and was not given up.
+        UserError: If the repository has another model, and `replace` is not set.
     """
-    stale = [file for file in there if file not in package.files and is_ours(file)]
+    stale = [file for file in there if file not in package.files and is_pushed_file(file)]
     if replace or set(there) <= {CARD_FILE} or _same_model(api, package, repo_id, there):
         return stale
     some = ", ".join(sorted(there)[:3]) + (", ..." if len(there) > 3 else "")
     raise UserError(
-        f"{repo_id} holds something else ({some}; files: {len(there)}); name another repository, or --replace to "
-        "put this one in its place (its history keeps the old)"
+        f"{repo_id} has another model ({some}; files: {len(there)}); choose another repository, or use --replace to "
+        "replace it (the repository's history keeps the old one)"
     )
 
 
 def _same_model(api: HfApi, package: Package, repo_id: str, there: list[str]) -> bool:
-    """Whether the repository holds the same kind of model of the same recipe and base."""
+    """Check whether the repository has the same kind of model, from the same recipe and base."""
     kind = "adapter" if ADAPTER_FILE in there else "model" if weight_files(there) else None
     if kind != package.kind:
         return False
@@ -193,12 +198,12 @@ def _same_model(api: HfApi, package: Package, repo_id: str, there: list[str]) ->
         theirs = json.loads(Path(api.hf_hub_download(repo_id, name)).read_text(encoding="utf-8"))
         ours = _identity(package.record, name)
         return ours is not None and _identity(theirs, name) == ours
-    except (ValueError, AttributeError):  # somebody else's file of that name
+    except (ValueError, AttributeError):  # a foreign file of that name
         return False
 
 
 def _identity(record: dict[str, Any], name: str) -> tuple[Any, ...] | None:
-    """What tells one model from another: recipe or weights, and the base. None where nothing does."""
+    """Return what identifies a model: recipe or weights, and the base; None if nothing does."""
     weights = record.get("adapter_sha256") if record.get("recipe_hash") is None else None
     own = (record.get("recipe_hash"), weights, record.get("hashes"), record.get("stage"))
     if name == RUN_FILE and not any(own[:2]):
@@ -217,8 +222,8 @@ def _same_weights(api: HfApi, package: Package, repo_id: str) -> bool:
 
 
 @contextmanager
-def _told(repo_id: str, console: Console) -> Iterator[None]:
-    """Tell what the Hub says in one line; its library's remarks on empty commits are ours to make."""
+def _hub_errors(repo_id: str) -> Iterator[None]:
+    """Raise errors of the Hub as one line, and silence its library's warning about empty commits."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -227,13 +232,13 @@ def _told(repo_id: str, console: Console) -> Iterator[None]:
     except _FAILURES as error:
         cause = error.__cause__ or error if isinstance(error, RuntimeError) else error
         if isinstance(cause, HfHubHTTPError):
-            raise PushError(f"{repo_id}: the Hub refused ({_refusal(cause)}") from None
+            raise PushError(f"{repo_id}: the Hub rejected the upload ({_refusal(cause)}") from None
         if isinstance(cause, OSError) and (cause.filename is not None or cause.errno == errno.ENOSPC):
-            raise cause from None  # a file here, not the line
+            raise cause from None  # a local file, not the connection
         what = str(cause).splitlines()[0] if isinstance(cause, RuntimeError) else type(cause).__name__
         raise PushError(
-            f"{repo_id}: {constants.ENDPOINT} does not answer, or cut the line ({what}); run the same command again to "
-            "go on"
+            f"{repo_id}: {constants.ENDPOINT} does not answer, or the connection failed ({what}); run the same command "
+            "again to resume"
         ) from None
     finally:
         logger.setLevel(level)
@@ -241,20 +246,20 @@ def _told(repo_id: str, console: Console) -> Iterator[None]:
 
 def _refusal(error: HfHubHTTPError) -> str:
     status = error.response.status_code
-    mend = "check that the token may write there" if status in (401, 403) else "run the same command again to go on"
-    return f"{status}: {str(error).splitlines()[0]}); {mend}"
+    fix = "check that the token has write access" if status in (401, 403) else "run the same command again to resume"
+    return f"{status}: {str(error).splitlines()[0]}); {fix}"
 
 
-def _tell(package: Package, repo_id: str, public: bool, console: Console) -> None:
-    """Print what would be pushed: files, sizes, and the card."""
-    table = Table(title=f"{repo_id} ({'public' if public else 'private'} if new)", title_justify="left")
+def _print_package(package: Package, repo_id: str, public: bool, console: Console) -> None:
+    """Print files, sizes and the card of an upload."""
+    table = Table(title=f"{repo_id} (created as {'public' if public else 'private'} if new)", title_justify="left")
     table.add_column("file")
     table.add_column("bytes", justify="right")
     for name in sorted(package.files):
         table.add_row(name, f"{package.size(name):,}")
-    table.add_row("in all", f"{sum(map(package.size, package.files)):,}")
+    table.add_row("total", f"{sum(map(package.size, package.files)):,}")
     console.print(table)
     left = sorted(file.name for file in package.folder.iterdir() if file.name not in package.files)
-    console.print(f"stays here: {', '.join(left) or 'nothing'}", soft_wrap=True)
+    console.print(f"not uploaded: {', '.join(left) or 'nothing'}", soft_wrap=True)
     card = package.files[CARD_FILE]
     console.print(Text(card.decode() if isinstance(card, bytes) else ""), soft_wrap=True)

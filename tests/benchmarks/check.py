@@ -1,4 +1,4 @@
-"""`lora-llava check` on many images of real size: seconds and memory."""
+"""Measure seconds and memory of `lora-llava check` on many images of realistic size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lora_llava.recipe import load_recipe
 
 _WORDS = "the a red blue dog cat man woman street table holds next to large small two behind"
 _DIFFERENT = 300
-"""Images that are drawn; the others have their content with another end, so that each is a file of its own."""
+"""Number of drawn images; the other files repeat them with different trailing bytes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,15 +35,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         folder = Path(temporary)
         os.environ["LORA_LLAVA_CACHE"] = str(folder / "cache")
         total_bytes = _write(folder, args.images)
-        recipe = load_recipe("demo_my_data_qlora.yaml", [
-            f"data.path={folder}/rows.json", f"data.image_folder={folder}/images", "data.validation_rows=100",
-            "data.max_length=512",
-        ])  # fmt: skip
+        recipe = load_recipe(
+            "demo_my_data_qlora.yaml",
+            [
+                f"data.path={folder}/rows.json",
+                f"data.image_folder={folder}/images",
+                "data.validation_rows=100",
+                "data.max_length=512",
+            ],
+        )
         first, again = _timed(recipe), _timed(recipe)
     return {
-        "images": args.images, "size": "640 x 480 JPEG", "mean_bytes": total_bytes // args.images,
-        "first": first, "again": again,
-    }  # fmt: skip
+        "images": args.images,
+        "size": "640 x 480 JPEG",
+        "mean_bytes": total_bytes // args.images,
+        "first": first,
+        "again": again,
+    }
 
 
 def _timed(recipe: Any) -> dict[str, Any]:
@@ -63,10 +71,12 @@ def _timed(recipe: Any) -> dict[str, Any]:
     watcher.join()
     half = [rss for when, rss in seen if when < start + seconds / 2]
     return {
-        "seconds": round(seconds, 2), "errors": len(report.errors), "warnings": len(report.warnings),
+        "seconds": round(seconds, 2),
+        "errors": len(report.errors),
+        "warnings": len(report.warnings),
         "peak_rss_mb_first_half": round(max(half, default=0) / 1e6),
         "peak_rss_mb": round(max(rss for _, rss in seen) / 1e6),
-    }  # fmt: skip
+    }
 
 
 def _write(folder: Path, count: int) -> int:
@@ -80,8 +90,8 @@ def _write(folder: Path, count: int) -> int:
         content = contents[index % len(contents)] + b"%d" % index  # after the image's end
         total += len(content)
         (folder / "images" / name).write_bytes(content)
-        said = [" ".join(rng.choices(words, k=rng.randint(5, 40))) for _ in range(4)]
-        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+        texts = [" ".join(rng.choices(words, k=rng.randint(5, 40))) for _ in range(4)]
+        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
         turns[0]["value"] = f"{turns[0]['value']}\n<image>"
         rows.append({"id": str(index), "image": name, "conversations": turns})
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -89,10 +99,12 @@ def _write(folder: Path, count: int) -> int:
 
 
 def _photo(rng: np.random.Generator) -> bytes:
-    """An image as heavy as a photograph: blurred blocks under grain."""
-    blocks = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8)).resize((640, 480)).filter(
-        ImageFilter.GaussianBlur(3)
-    )  # fmt: skip
+    """Draw an image with the file size of a photograph: blurred blocks with grain."""
+    blocks = (
+        Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
+        .resize((640, 480))
+        .filter(ImageFilter.GaussianBlur(3))
+    )
     grain = rng.normal(0, 9, (480, 640, 3))
     image = Image.fromarray(np.clip(np.asarray(blocks) + grain, 0, 255).astype(np.uint8))
     stream = io.BytesIO()

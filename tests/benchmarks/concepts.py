@@ -1,4 +1,4 @@
-"""`lora-llava filter-captions` on generated captions: seconds, and whether memory stays flat."""
+"""Measure seconds and memory of `lora-llava filter-captions` on generated captions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,16 @@ import psutil
 from lora_llava.data.concepts.noun_phrases import TAGGERS
 
 EARLY = 10_000
-"""Captions after which memory should not grow."""
+"""Number of captions after which memory should not grow."""
 SAMPLE_SECONDS = 0.01
 TEMPLATES = (
-    "a {a} {n} {v} on a {n}", "the {n} and the {a} {a} {n} near the {n}", "{n} {v} a {a} {n} {n}",
-    "two {a} {n}s {v} in front of the {n} , with a {n}", "a photo of the {n} {n} at a {a} {n}", "{a} {n}",
-)  # fmt: skip
+    "a {a} {n} {v} on a {n}",
+    "the {n} and the {a} {a} {n} near the {n}",
+    "{n} {v} a {a} {n} {n}",
+    "two {a} {n}s {v} in front of the {n} , with a {n}",
+    "a photo of the {n} {n} at a {a} {n}",
+    "{a} {n}",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The command as a process of its own, on few captions and on all."""
+    """Run the command in a separate process, on few captions and on all."""
     with tempfile.TemporaryDirectory() as temporary:
         runs = [_run(Path(temporary), count, args) for count in sorted({min(EARLY, args.captions), args.captions})]
     return {"nouns": args.nouns, "seed": args.seed, "tagger": args.tagger, "runs": runs}
@@ -52,19 +56,21 @@ def _run(folder: Path, count: int, args: argparse.Namespace) -> dict[str, Any]:
     process = subprocess.Popen([*verb, "--tagger", args.tagger], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
-        with contextlib.suppress(psutil.Error):  # it ends while it is looked at
+        with contextlib.suppress(psutil.Error):  # it may end during the reading
             peak = max(peak, psutil.Process(process.pid).memory_info().rss)
         time.sleep(SAMPLE_SECONDS)
     if process.returncode:
         raise RuntimeError(f"the command ended with {process.returncode}")
     return {
-        "captions": count, "seconds": round(time.perf_counter() - start, 2),
-        "peak_rss_mb": round(peak / 1e6, 1), "kept": sum(1 for _ in target.open()),
-    }  # fmt: skip
+        "captions": count,
+        "seconds": round(time.perf_counter() - start, 2),
+        "peak_rss_mb": round(peak / 1e6, 1),
+        "kept": sum(1 for _ in target.open()),
+    }
 
 
 def captions(count: int, nouns: int, seed: int) -> Iterator[str]:
-    """Captions of invented words, the n-th noun and adjective as frequent as 1 / n (Zipf), none kept."""
+    """Yield captions of invented words, the n-th noun and adjective with frequency 1 / n (Zipf), one by one."""
     random = Random(seed)
     words = {"n": _invented(random, nouns, ""), "a": _invented(random, 400, "ous"), "v": _invented(random, 300, "ing")}
     weights = {kind: list(accumulate(1 / rank for rank in range(1, len(own) + 1))) for kind, own in words.items()}

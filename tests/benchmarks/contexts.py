@@ -1,4 +1,4 @@
-"""Contexts of many images read and all tasks planned: seconds and peak memory of a whole process."""
+"""Measure seconds and peak memory of a process that reads the contexts of many images and plans all tasks."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any
 import psutil
 
 FEW = 10_000
-"""Images of a first run, which shows what of the memory does not grow."""
+"""Number of images in a first run, which shows the memory that does not grow."""
 SAMPLE_SECONDS = 0.01
 CAPTIONS, BOXES, CROWD = 5, 7, 0.01
-"""Of an image, about as in COCO's train2017 (118,287 images, 591,753 captions, 860,001 annotations); and the part of
-its boxes that are crowd regions."""
+"""Captions and boxes per image, about as in COCO's train2017 (118,287 images, 591,753 captions, 860,001 annotations),
+and the share of boxes that are crowd regions."""
 POLYGON = 54
-"""Numbers of a segmentation, so that an annotation is about as long as COCO's, of which there are 860,001 in 448 MB."""
+"""Numbers per segmentation, so that annotations are as long as COCO's, whose 860,001 have 448 MB."""
 READ = """
 import json, sys
 from pathlib import Path
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """A process for each form of the files, on few images and on all."""
+    """Run a process for each file format, on few images and on all."""
     runs = []
     for form, write in (("llava", write_llava), ("coco", write_coco)):
         for count in sorted({min(FEW, args.images), args.images}):
@@ -60,18 +60,18 @@ def _run(files: dict[str, Path]) -> dict[str, Any]:
     )
     peak = 0
     while process.poll() is None:
-        with contextlib.suppress(psutil.Error):  # it ends while it is looked at
+        with contextlib.suppress(psutil.Error):  # it may end during the reading
             peak = max(peak, psutil.Process(process.pid).memory_info().rss)
         time.sleep(SAMPLE_SECONDS)
     seconds = round(time.perf_counter() - start, 2)
     if process.returncode:
         raise RuntimeError(f"reading ended with {process.returncode}")
-    told = json.loads(process.communicate()[0])
-    return {"seconds": seconds, "peak_rss_mb": round(peak / 1e6, 1), **told}
+    output = json.loads(process.communicate()[0])
+    return {"seconds": seconds, "peak_rss_mb": round(peak / 1e6, 1), **output}
 
 
 def write_llava(folder: Path, count: int, random: Random) -> dict[str, Path]:
-    """LLaVA's JSONL."""
+    """Write LLaVA's JSONL."""
     file = folder / "contexts.jsonl"
     with file.open("w") as stream:
         for number in range(count):
@@ -87,11 +87,19 @@ def write_llava(folder: Path, count: int, random: Random) -> dict[str, Path]:
 
 
 def write_coco(folder: Path, count: int, random: Random) -> dict[str, Path]:
-    """COCO's two files; the boxes of an image are far apart, and what they are called stands at the end."""
-    images = [{
-        "license": 3, "file_name": f"{number:012}.jpg", "coco_url": f"http://images.example/train2017/{number:012}.jpg",
-        "height": 480, "width": 640, "date_captured": "2013-11-14 11:18:45", "id": number,
-    } for number in range(count)]  # fmt: skip
+    """Write COCO's two files, with the boxes of an image far apart and the category names at the end."""
+    images = [
+        {
+            "license": 3,
+            "file_name": f"{number:012}.jpg",
+            "coco_url": f"http://images.example/train2017/{number:012}.jpg",
+            "height": 480,
+            "width": 640,
+            "date_captured": "2013-11-14 11:18:45",
+            "id": number,
+        }
+        for number in range(count)
+    ]
     texts = ({"image_id": n, "id": n, "caption": text} for n in range(count) for text in captions(random))
     files = {"captions": folder / "captions.json", "instances": folder / "instances.json"}
     _write(files["captions"], {"images": images}, texts, {})
@@ -107,10 +115,14 @@ def _instances(count: int, random: Random) -> Iterator[dict[str, Any]]:
             x1, y1, x2, y2 = corners(random)
             box = [round(value, 2) for value in (x1 * 640, y1 * 480, (x2 - x1) * 640, (y2 - y1) * 480)]
             yield {
-                "segmentation": [random.choice(polygons)], "area": 2765.1486500000005,
-                "iscrowd": int(random.random() < CROWD), "image_id": number, "bbox": box,
-                "category_id": random.randrange(80), "id": time_ * count + number,
-            }  # fmt: skip
+                "segmentation": [random.choice(polygons)],
+                "area": 2765.1486500000005,
+                "iscrowd": int(random.random() < CROWD),
+                "image_id": number,
+                "bbox": box,
+                "category_id": random.randrange(80),
+                "id": time_ * count + number,
+            }
 
 
 def _write(file: Path, before: dict[str, Any], annotations: Iterator[Any], after: dict[str, Any]) -> None:
@@ -122,7 +134,7 @@ def _write(file: Path, before: dict[str, Any], annotations: Iterator[Any], after
 
 
 def captions(random: Random) -> list[str]:
-    """Of COCO's length: 10 words, 52 letters and spaces."""
+    """Return captions of COCO's length: 10 words, 52 characters."""
     return [" ".join(f"{random.randrange(10**4):04}" for _ in range(10)) + " ." for _ in range(CAPTIONS)]
 
 

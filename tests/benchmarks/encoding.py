@@ -1,4 +1,4 @@
-"""Encoding of rows like LLaVA-Instruct's: conversations a second on one core, and what a second start takes."""
+"""Measure the encoding of rows like LLaVA-Instruct's: conversations per second, and the time of a second start."""
 
 from __future__ import annotations
 
@@ -47,12 +47,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
         first, second = _timed(start), _timed(start)
     return {
-        "rows": args.rows, "tokenizer": "Llama's" if args.tokenizer else "the demo's",
+        "rows": args.rows,
+        "tokenizer": "Llama's" if args.tokenizer else "the demo's",
         "tokens_per_row_without_image": round(len(table[0].ids) / args.rows, 1),
         "rows_per_second_one_at_a_time_one_core": round(len(rows) / one),
         "rows_per_second_in_batches_one_core": round(len(rows) / many),
-        "first_start_seconds_all_cores": round(first, 1), "second_start_seconds": round(second, 2),
-    }  # fmt: skip
+        "first_start_seconds_all_cores": round(first, 1),
+        "second_start_seconds": round(second, 2),
+    }
 
 
 def _one(messages: Any, tokenizer: Any) -> None:
@@ -60,7 +62,7 @@ def _one(messages: Any, tokenizer: Any) -> None:
 
 
 def _many(rows: list[Any], tokenizer: Any) -> None:
-    """As `encode_table` does it, with one core (TOKENIZERS_PARALLELISM is off)."""
+    """Encode as `encode_table` does, on one core (TOKENIZERS_PARALLELISM is off)."""
     template = get_template("vicuna_v1")
     for start in range(0, len(rows), 512):
         batch = rows[start : start + 512]
@@ -74,14 +76,14 @@ def _timed(run: Any) -> float:
 
 
 def _write(file: Path, count: int) -> None:
-    """Rows in LLaVA-Instruct-158K's shape: 37% conversations of 3 to 5 turns, 15% descriptions, 48% reasoning."""
+    """Write rows like LLaVA-Instruct-158K's: 37% conversations of 3 to 5 turns, 15% descriptions, 48% reasoning."""
     rng = random.Random(0)
     syllables = _SYLLABLES.split()
     words = ["".join(rng.choices(syllables, k=rng.choice((1, 1, 2, 2, 3)))) for _ in range(20_000)]
     weights = [1 / (rank + 10) for rank in range(len(words))]
     pool = rng.choices(words, weights, k=200_000)
 
-    def say(low: int, high: int) -> str:
+    def sentence(low: int, high: int) -> str:
         start = rng.randrange(len(pool) - high)
         return " ".join(pool[start : start + rng.randint(low, high)]).capitalize() + "."
 
@@ -90,11 +92,11 @@ def _write(file: Path, count: int) -> None:
         for index in range(count):
             kind = rng.random()
             if kind < 0.37:
-                said = [say(8, 45) if i % 2 else say(6, 12) for i in range(2 * rng.randint(3, 5))]
+                texts = [sentence(8, 45) if i % 2 else sentence(6, 12) for i in range(2 * rng.randint(3, 5))]
             else:
-                said = [say(8, 16), say(70, 130) if kind < 0.52 else say(60, 140)]
-            said[0] = f"<image>\n{said[0]}" if rng.random() < 0.5 else f"{said[0]}\n<image>"
-            turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+                texts = [sentence(8, 16), sentence(70, 130) if kind < 0.52 else sentence(60, 140)]
+            texts[0] = f"<image>\n{texts[0]}" if rng.random() < 0.5 else f"{texts[0]}\n<image>"
+            turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
             row = {"id": f"{index:012d}", "image": f"{index:012d}.jpg", "conversations": turns}
             stream.write((",\n" if index else "\n") + json.dumps(row))
         stream.write("\n]\n")

@@ -1,5 +1,4 @@
-"""What a run survives: kill -9 and SIGTERM at random moments of a demo run, each resumed and held against an unbroken
-one."""
+"""Kill demo runs at random moments with kill -9 and SIGTERM, resume them, and compare with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -23,10 +22,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than free cores wa
 
 RECIPE = "recipes/demo_scienceqa_qlora.yaml"
 SETTINGS = (
-    "training.max_steps=30", "training.save_every=3", "training.eval_every=10", "training.log_every=1",
-    "training.vision_cache=off", "data.max_train_rows=480", "model.start_from={untrained: true}", "evaluation=null",
-)  # fmt: skip
-"""Stage 2 alone, which is what is killed; no features are computed beforehand."""
+    "training.max_steps=30",
+    "training.save_every=3",
+    "training.eval_every=10",
+    "training.log_every=1",
+    "training.vision_cache=off",
+    "data.max_train_rows=480",
+    "model.start_from={untrained: true}",
+    "evaluation=null",
+)
+"""Only Stage 2 runs and is killed; no features are computed beforehand."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """A 30-step run of the demo's recipe, saved every 3 steps, ended at random moments and resumed; the weights, the
-    optimiser's states and the curve that it ends with are held against an unbroken run's."""
+    """End and resume a 30-step run of the demo's recipe, saved every 3 steps, at random moments.
+
+    The final weights, optimizer states and loss curve are compared with those of an uninterrupted run.
+    """
     drawn = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -52,19 +59,22 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         terms = [_terminated(folder / "stopped", after, expected) for after in moments[args.points :]]
     stopped = [term for term in terms if term["stopped"]]
     return {
-        "recipe": RECIPE, "settings": SETTINGS, **_saves(), "kills": len(kills),
+        "recipe": RECIPE,
+        "settings": SETTINGS,
+        **_saves(),
+        "kills": len(kills),
         "bitwise_equal": sum(k["equal"] for k in kills),
         "killed_behind_checkpoint": sorted(k["step"] for k in kills),
-        "killed_while_saving": sum(k["saving"] for k in kills), "sigterms": len(stopped),
+        "killed_while_saving": sum(k["saving"] for k in kills),
+        "sigterms": len(stopped),
         "sigterms_bitwise_equal": sum(t["equal"] for t in stopped),
         "seconds_from_sigterm_to_exit": _spread([t["seconds"] for t in stopped]),
         "seconds_of_training_and_the_end": seconds,
-    }  # fmt: skip
+    }
 
 
 def _saves() -> dict[str, Any]:
-    """One save that ends after its first, second, third write, fsync or rename and so on; the same with a full disk;
-    and every file of a checkpoint damaged in every way."""
+    """Interrupt a save after each write, fsync or rename, by exit and by a full disk, and damage every file."""
     from ends import act_at, damaged_silently, ends_at_every_write, full
     from rich.console import Console
 
@@ -84,14 +94,16 @@ def _saves() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         settings = [*SETTINGS, "training.max_steps=4", "training.save_every=2", f"output_dir={folder}/run"]
         finetune(load_recipe(RECIPE, settings), Path("recipes"), console=Console(quiet=True))
-    whole = {"checkpoint-2", "checkpoint-3"}
+    complete = {"checkpoint-2", "checkpoint-3"}
     return {
-        "ends_within_a_save": len(ends) - 1, "whole_after_each": sum(newest in whole for _, newest in ends[:-1]),
+        "ends_within_a_save": len(ends) - 1,
+        "whole_after_each": sum(newest in complete for _, newest in ends[:-1]),
         "full_disks_within_a_save": sum(code == 2 for code, _ in fulls),
         "checkpoint_before_whole": sum(newest == "checkpoint-2" for code, newest in fulls if code == 2),
         "new_checkpoint_whole": sum(newest == "checkpoint-3" for code, newest in fulls if code == 2),
-        "damages": damages[0][0], "damages_not_seen": damages[0][1],
-    }  # fmt: skip
+        "damages": damages[0][0],
+        "damages_not_seen": damages[0][1],
+    }
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -113,7 +125,7 @@ def _finish(folder: Path, resume: bool) -> None:
 
 
 def _end_of(folder: Path) -> tuple[Any, ...]:
-    """All that a run ends with: weights, optimiser, schedule and random numbers, byte for byte, and the curve."""
+    """Return the end state of a run: bytes of weights, optimizer, schedule and random numbers, and the loss curve."""
     last = folder / "checkpoints" / "checkpoint-30"
     state = json.loads((last / "state.json").read_text())
     seconds = [pair for pair in dict(state["dict"])["counters"]["dict"] if pair[0] == "seconds"]
@@ -135,7 +147,7 @@ def _newest(folder: Path) -> int:
 
 
 def _killed(folder: Path, after: float, expected: tuple[Any, ...]) -> dict[str, Any]:
-    """One run that is killed some seconds after training began, and resumed to the end."""
+    """Kill a run some seconds after training began, and resume it to the end."""
     process = _start(folder, False)
     _wait_for_training(folder, process)
     process.join(after)
@@ -147,18 +159,18 @@ def _killed(folder: Path, after: float, expected: tuple[Any, ...]) -> dict[str, 
         _finish(folder, resume=step > 0)
     equal = _end_of(folder) == expected
     shutil.rmtree(folder)
-    told = f"killed behind step {step}{', while saving' if saving else ''}"
-    print(f"{told}: {'equal' if equal else 'NOT EQUAL'}", file=sys.stderr, flush=True)
+    event = f"killed after step {step}{', while saving' if saving else ''}"
+    print(f"{event}: {'equal' if equal else 'NOT EQUAL'}", file=sys.stderr, flush=True)
     return {"step": step, "saving": saving, "equal": equal}
 
 
 def _terminated(folder: Path, after: float, expected: tuple[Any, ...]) -> dict[str, Any]:
-    """One run that is told to stop some seconds after training began, and resumed to the end."""
+    """Stop a run by SIGTERM some seconds after training began, and resume it to the end."""
     process = _start(folder, False)
     _wait_for_training(folder, process)
     process.join(after)
     sent = time.monotonic()
-    with contextlib.suppress(ProcessLookupError):  # it was done before
+    with contextlib.suppress(ProcessLookupError):  # it had finished
         os.kill(process.pid, signal.SIGTERM)
     process.join()
     seconds = time.monotonic() - sent

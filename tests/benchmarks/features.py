@@ -1,4 +1,4 @@
-"""Batches from cached features against batches from images: samples a second of the collator alone."""
+"""Compare batches from cached features with batches from images: samples per second of the collator."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """PNG images of 480 x 360 for CLIP ViT-L/14-336, and its features of 576 x 1024 in bfloat16 from disk."""
+    """Read PNG images of 480 x 360 for CLIP ViT-L/14-336, and features of 576 x 1024 in bfloat16 from disk."""
     config = shape_config("7b", 0, 32000)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -45,9 +45,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }
         rates = {key: _rate(PackedCollator(source), names, args.batch_size) for key, source in sources.items()}
     return {
-        "images": args.images, "batch_size": args.batch_size, "samples_per_second": rates,
+        "images": args.images,
+        "batch_size": args.batch_size,
+        "samples_per_second": rates,
         "cached_over_pixels": rates["cached"] / rates["pixels"],
-    }  # fmt: skip
+    }
 
 
 def _rate(collator: PackedCollator, names: list[str], batch_size: int) -> float:

@@ -1,4 +1,4 @@
-"""A run's questions answered in batches against one at a time, and by likelihood against writing."""
+"""Compare answers in batches with answers one at a time, and log-likelihood with generation."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lora_llava.recipe import EvaluationSection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="a finished run on ScienceQA, such as the demo's")
-    parser.add_argument("--limit", type=int, help="ask only so many questions")
+    parser.add_argument("run", help="finished run on ScienceQA, such as the demo's")
+    parser.add_argument("--limit", type=int, help="number of questions; default: all")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Weights are loaded once and the first pass is not counted; every pass encodes its questions and images anew."""
+    """Load the weights once, run one untimed pass, and time passes that each encode their questions and images."""
     way = Way()
     opened = open_evaluation(args.run, way)
     settings = opened.recipe.evaluation or EvaluationSection()
@@ -37,16 +37,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ask(batched, way)
     many, table, together = ask(batched, way)
     one, _, alone = ask(replace(batched, batch_size=1), way)
-    weighing, likely, weighed = ask(batched, Way(method="loglik"))
+    scoring, likely, scored = ask(batched, Way(method="loglik"))
     return {
-        "run": Path(args.run).name, "questions": len(rows), "batch_size": settings.batch_size,
+        "run": Path(args.run).name,
+        "questions": len(rows),
+        "batch_size": settings.batch_size,
         "questions_per_second": {"batched": len(rows) / many, "one_at_a_time": len(rows) / one},
         "batched_over_one_at_a_time": one / many,
         "answers_that_differ": sum(a["text"] != b["text"] for a, b in zip(together, alone, strict=True)),
         "accuracy": {"generate": table["AVG"][0], "loglik": likely["AVG"][0]},
         "accuracy_with_image": {"generate": table["IMG"][0], "loglik": likely["IMG"][0]},
-        "choices_that_differ": sum(
-            a["prediction"] != b["prediction"] for a, b in zip(together, weighed, strict=True)
-        ),
-        "loglik_questions_per_second": len(rows) / weighing,
-    }  # fmt: skip
+        "choices_that_differ": sum(a["prediction"] != b["prediction"] for a, b in zip(together, scored, strict=True)),
+        "loglik_questions_per_second": len(rows) / scoring,
+    }

@@ -1,4 +1,4 @@
-"""On CUDA: memory under caps, the planner against the measured peak, speed against TRL, at 7B and 13B shape."""
+"""Measure on CUDA: memory under caps, planned and measured peaks, and speed against TRL, at 7B and 13B shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lora_llava.benchmark.comparison_run import run_in_process
 from lora_llava.planning.memory import CUDA_CONTEXT, GIB
 
 WORDS_OF_768 = 768 - 576 - 10
-"""A text that makes a row of 768 tokens with an image and the template's own."""
+"""Words of a row that has 768 tokens with an image and the template."""
 EIGHT_BIT = "paged_adamw_8bit"
 
 
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Memory, planner and speed."""
+    """Measure memory, planner and speed."""
     shapes = args.shape or ["7b", "13b"]
     return {
         "memory": [found for shape in shapes for found in memory(shape, args.steps)],
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(shape: str, steps: int) -> list[dict[str, Any]]:
-    """20 steps of 4 x 768 tokens with cached features under the cap of a small card, and TRL's peak without one."""
+    """Run steps of 4 x 768 tokens with cached features under a small GPU's cap, and TRL without a cap."""
     cap = _cap({"7b": 7.2, "13b": 11.2}.get(shape))
     found = []
     for r, optimizer in ((16, "adamw_torch"), (64, EIGHT_BIT)):
@@ -44,15 +44,22 @@ def memory(shape: str, steps: int) -> list[dict[str, Any]]:
 
 
 def planner(shape: str) -> list[dict[str, Any]]:
-    """A dozen settings, planned and measured; CUDA's context is no part of what torch measures."""
+    """Plan and measure a dozen settings; torch's measurement excludes the CUDA context."""
     found = []
     for r in (16, 64):
         for batch in (2, 4, 8):
             for side in ("ours", "ours_cached"):
                 settings = Settings(
-                    side=side, shape=shape, batch_size=batch, micro_batch=batch, steps=2, r=r, optimizer="adamw_torch",
-                    cap_bytes=_cap(24.0 if shape == "7b" else 40.0), words=WORDS_OF_768,
-                )  # fmt: skip
+                    side=side,
+                    shape=shape,
+                    batch_size=batch,
+                    micro_batch=batch,
+                    steps=2,
+                    r=r,
+                    optimizer="adamw_torch",
+                    cap_bytes=_cap(24.0 if shape == "7b" else 40.0),
+                    words=WORDS_OF_768,
+                )
                 result = run_in_process(settings)
                 if "planned_bytes" in result:
                     result["planned_over_measured"] = (
@@ -69,9 +76,15 @@ def speed(shape: str) -> list[dict[str, Any]]:
         for side in ("ours", "ours_cached", "trl_random", "trl_grouped"):
             for micro in (8, 4, 2, 1):
                 settings = Settings(
-                    side=side, shape=shape, batch_size=8, micro_batch=micro, steps=6, r=16, optimizer="adamw_torch",
+                    side=side,
+                    shape=shape,
+                    batch_size=8,
+                    micro_batch=micro,
+                    steps=6,
+                    r=16,
+                    optimizer="adamw_torch",
                     cap_bytes=_cap(cap_gb - 0.8),
-                )  # fmt: skip
+                )
                 result = run_in_process(settings)
                 if "out_of_memory" not in result:
                     break

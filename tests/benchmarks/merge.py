@@ -1,4 +1,4 @@
-"""Merge at true shape: random weights on disk, peak memory and speed of `lora-llava merge`, against a plain copy."""
+"""Measure peak memory and speed of `lora-llava merge` on random weights of real size, against a plain copy."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
-"""Vicuna's (config.json of lmsys/vicuna-7b-v1.5 and 13b)."""
+"""Vicuna's shapes (config.json of lmsys/vicuna-7b-v1.5 and 13b)."""
 RANK = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="7b")
-    parser.add_argument("--layers", type=int, help="fewer layers, where the disk is small")
-    parser.add_argument("--image-size", type=int, default=336, help="smaller images make the proof shorter")
-    parser.add_argument("--prompts", type=int, default=1, help="of each kind")
-    parser.add_argument("--folder", type=Path, help="where the weights go; default: a temporary folder")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a small disk; default: all")
+    parser.add_argument(
+        "--image-size", type=int, default=336, help="smaller images make the check faster; default: 336"
+    )
+    parser.add_argument("--prompts", type=int, default=1, help="number of prompts of each kind; default: 1")
+    parser.add_argument("--folder", type=Path, help="folder for the weights; default: a temporary folder")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Write base and adapter, copy the base for comparison, merge in a process of its own."""
+    """Write base and adapter, copy the base for comparison, and merge in a separate process."""
     folder = Path(tempfile.mkdtemp(prefix="merge-benchmark.", dir=args.folder))
     os.environ["LORA_LLAVA_CACHE"] = str(folder / "cache")
     try:
@@ -46,18 +48,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         shutil.rmtree(folder)
     total, largest, peak = sum(shards), shards[-1], measured["peak_rss_bytes"]
     return {
-        "shape": args.shape, "layers": args.layers or SHAPES[args.shape]["num_hidden_layers"],
-        "image_size": args.image_size, "rank": RANK, "prompts_of_each_kind": args.prompts, "bytes": total,
-        "largest_shard_bytes": largest, "copy_mb_per_s": total / 1e6 / copy,
+        "shape": args.shape,
+        "layers": args.layers or SHAPES[args.shape]["num_hidden_layers"],
+        "image_size": args.image_size,
+        "rank": RANK,
+        "prompts_of_each_kind": args.prompts,
+        "bytes": total,
+        "largest_shard_bytes": largest,
+        "copy_mb_per_s": total / 1e6 / copy,
         "merge_mb_per_s": total / 1e6 / report["write_seconds"],
-        "merge_speed_over_copy": copy / report["write_seconds"], "write_seconds": report["write_seconds"],
-        "seconds_with_proof": measured["seconds"], "peak_rss_bytes": peak,
-        "allowed_bytes": int(1.3 * largest + 2e9), "report": report,
-    }  # fmt: skip
+        "merge_speed_over_copy": copy / report["write_seconds"],
+        "write_seconds": report["write_seconds"],
+        "seconds_with_proof": measured["seconds"],
+        "peak_rss_bytes": peak,
+        "allowed_bytes": int(1.3 * largest + 2e9),
+        "report": report,
+    }
 
 
 def build(folder: Path, shape: str, layers: int | None, image_size: int) -> tuple[Path, Path]:
-    """A base of random weights and a run directory with a random adapter, both as `finetune` leaves them."""
+    """Write a base of random weights and a run directory with a random adapter, as `finetune` does."""
     import torch
     from peft import get_peft_model
     from peft.utils import get_peft_model_state_dict
@@ -75,9 +85,14 @@ def build(folder: Path, shape: str, layers: int | None, image_size: int) -> tupl
     size = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
     llm = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096, **size}
     vision = {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "image_size": image_size, "patch_size": 14, "projection_dim": 768,
-    }  # fmt: skip
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": image_size,
+        "patch_size": 14,
+        "projection_dim": 768,
+    }
     config = assembled_config(llm, vision, "mlp2x_gelu")
     generator = torch.Generator().manual_seed(0)
 
@@ -119,7 +134,7 @@ def build(folder: Path, shape: str, layers: int | None, image_size: int) -> tupl
 
 
 def copy_seconds(source: Path, target: Path) -> float:
-    """Seconds of a plain copy of the weights, on the disk when it ends."""
+    """Return the seconds of a plain copy of the weights, synced to disk."""
     target.mkdir()
     start = time.monotonic()
     for file in source.glob("*.safetensors"):
@@ -133,7 +148,7 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def drop_pages(folder: Path) -> None:
-    """Let the system forget the files' pages, so that they are read from the disk."""
+    """Drop the files from the page cache, so that they are read from disk."""
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -141,7 +156,7 @@ def drop_pages(folder: Path) -> None:
 
 
 def merge(run_folder: Path, output: Path, prompts: int) -> dict[str, Any]:
-    """Run `lora-llava merge` in a process of its own and read its peak resident set."""
+    """Run `lora-llava merge` in a separate process and measure its peak resident set."""
     command = [
         *(sys.executable, "-m", "lora_llava.commands.main", "merge"),
         *(str(run_folder), "--output", str(output), "--prompts", str(prompts)),

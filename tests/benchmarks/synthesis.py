@@ -1,4 +1,4 @@
-"""generate-data against a loopback server: requests a second of the ideal, and the same with a tenth of faults."""
+"""Measure requests per second of generate-data against a loopback server, without faults and with 10% faults."""
 
 from __future__ import annotations
 
@@ -21,29 +21,35 @@ from rich.console import Console
 
 CONCURRENCY = 32
 FAULTS = ("429", "500", "stall", "cut", "malformed")
-_SPOKEN = "It is a dog, with its head turned to the left, and near it on the grass lies ball 17."
+_SENTENCE = "It is a dog, with its head turned to the left, and near it on the grass lies ball 17."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=6000)
-    parser.add_argument("--latency", type=float, default=0.05, help="seconds of the server for an answer")
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds that the server takes for an answer")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole verb, from contexts to files, the median of five runs; the ideal is concurrency over latency. The
-    server is a process of its own."""
+    """Run the complete verb, from contexts to files, and take the median of five runs.
+
+    The ideal rate is concurrency over latency. The server runs in a separate process.
+    """
     runs = sorted(
         (_made(args.samples, 0.0, args.latency) for _ in range(5)), key=lambda run: run["requests_per_second"]
     )
     good, faulty = runs[2], _made(args.samples, 0.1, args.latency)
     ideal = CONCURRENCY / args.latency
     return {
-        "samples": args.samples, "concurrency": CONCURRENCY, "latency_seconds": args.latency,
-        "ideal_requests_per_second": ideal, "requests_per_second": good["requests_per_second"],
+        "samples": args.samples,
+        "concurrency": CONCURRENCY,
+        "latency_seconds": args.latency,
+        "ideal_requests_per_second": ideal,
+        "requests_per_second": good["requests_per_second"],
         "share_of_ideal": good["requests_per_second"] / ideal,
-        "shares_of_all_runs": [run["requests_per_second"] / ideal for run in runs], "without_faults": good,
+        "shares_of_all_runs": [run["requests_per_second"] / ideal for run in runs],
+        "without_faults": good,
         "a_tenth_faults": faulty,
-    }  # fmt: skip
+    }
 
 
 def _made(samples: int, faults: float, latency: float) -> dict[str, Any]:
@@ -58,12 +64,13 @@ def _made(samples: int, faults: float, latency: float) -> dict[str, Any]:
         time.sleep(0.01)
     with tempfile.TemporaryDirectory() as folder:
         recipe = GenerateRecipe(
-            output_dir=f"{folder}/set", contexts=ContextsSection(contexts=_contexts(Path(folder), samples)),
+            output_dir=f"{folder}/set",
+            contexts=ContextsSection(contexts=_contexts(Path(folder), samples)),
             flavours=FlavoursSection(conversation=1, detail=0, reasoning=0),
             teacher=TeacherSection(
                 url=f"http://127.0.0.1:{int(seen[0])}/v1", model="m", concurrency=CONCURRENCY, timeout=1.0, retries=8
             ),
-        )  # fmt: skip
+        )
         summary = generate(recipe, console=Console(file=io.StringIO()))
         rows = json.loads(Path(folder, "set", "instruct.json").read_text())
         listed = [json.loads(line) for line in Path(folder, "set", "rejected.jsonl").read_text().splitlines()]
@@ -73,30 +80,35 @@ def _made(samples: int, faults: float, latency: float) -> dict[str, Any]:
     ends = [line for line in listed if line.get("given_up") or line["reason"] in ("failed", "not asked")]
     ids = Counter([row["id"] for row in rows] + [line["task_id"] for line in ends])
     return {
-        "requests_per_second": answers / (last - first), "seconds": last - first, "answers": int(answers),
-        "rows": summary["rows"], "listed": len(ends), "twice": sum(count > 1 for count in ids.values()),
+        "requests_per_second": answers / (last - first),
+        "seconds": last - first,
+        "answers": int(answers),
+        "rows": summary["rows"],
+        "listed": len(ends),
+        "twice": sum(count > 1 for count in ids.values()),
         "lost": samples - len(ids),
-    }  # fmt: skip
+    }
 
 
 def _contexts(folder: Path, count: int) -> str:
     file = folder / "contexts.jsonl"
     rows = [
         {
-            "image": f"{n:06}.jpg", "captions": [f"A dog near ball {n}.", f"A dog on the grass beside ball {n}."],
+            "image": f"{n:06}.jpg",
+            "captions": [f"A dog near ball {n}.", f"A dog on the grass beside ball {n}."],
             "instances": [
                 {"category": "dog", "bbox": [0.1, 0.2, 0.3, 0.4]},
                 {"category": "sports ball", "bbox": [0.5, 0.3, 0.6, 0.5]},
             ],
         }
         for n in range(count)
-    ]  # fmt: skip
+    ]
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return str(file)
 
 
 class _Server(asyncio.Protocol):
-    """As little as an HTTP server can do, so that the client is what is measured."""
+    """A minimal HTTP server, so that the client limits the rate."""
 
     def __init__(self, seen: Any, faults: float, latency: float, drawn: random.Random) -> None:
         self.seen, self.faults, self.latency, self.drawn = seen, faults, latency, drawn
@@ -128,7 +140,7 @@ class _Server(asyncio.Protocol):
 
 def _serve(seen: Any, faults: float, latency: float) -> None:
     with contextlib.suppress(PermissionError):
-        os.nice(-10)  # it stands for another machine, which would not wait for this one's cores
+        os.nice(-10)  # it represents another machine, which would have its own cores
     drawn = random.Random(0)
 
     async def main() -> None:
@@ -155,15 +167,21 @@ def _reply(body: bytes, fault: str | None) -> bytes:
 
 def _answer() -> bytes:
     turns = [
-        {"question": "Which animal is shown?", "answer": _SPOKEN},
+        {"question": "Which animal is shown?", "answer": _SENTENCE},
         {"question": "What lies near it?", "answer": "Ball 17 lies on the grass near the dog."},
     ]
     message = {"role": "assistant", "content": json.dumps({"turns": turns})}
     usage = {"prompt_tokens": 900, "completion_tokens": 60, "total_tokens": 960}
     return json.dumps(
-        {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "usage": usage,
-         "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-    ).encode()  # fmt: skip
+        {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": "m",
+            "usage": usage,
+            "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+        }
+    ).encode()
 
 
 _ANSWER = _answer()

@@ -50,7 +50,7 @@ def test_generated_data_costs_no_more_than_the_cap_however_often_the_server_fail
     assert main(None, argv) == 1
     prompt = max(map(prompt_tokens, log.requests))
     assert 5 < work_of(made, prompt, 60) <= 8
-    assert "the same command goes on with a higher --max-cost" in capsys.readouterr().err
+    assert "run the same command again with a higher --max-cost" in capsys.readouterr().err
     tries = len(made)
     assert main(None, argv) == 1  # the same cap again: what was spent before counts
     assert len(made) - tries <= 1

@@ -157,7 +157,7 @@ def test_a_cap_on_requests_stops_and_goes_on(log: ChatLog, tmp_path: Path, capsy
     log.requests.clear()
     assert run(log, tmp_path / "capped", "--max-requests", "5") == 1
     assert len(log.requests) == 5
-    assert "not asked: the cap was reached; the same command goes on" in capsys.readouterr().out
+    assert "not asked: the cap was reached; run the same command again" in capsys.readouterr().out
     assert run(log, tmp_path / "capped", "--max-requests", "6") == 1
     assert run(log, tmp_path / "capped", "--max-requests", "6") == 0
     assert len(log.requests) == 12
@@ -192,12 +192,12 @@ def test_a_cap_below_one_request_is_told_with_both_numbers(
         r"6 not asked: --max-cost 0.5 is below the (1\.\d{4}) USD that one request may cost; raise it", told
     )
     assert found
-    assert "the same command goes on" not in told
+    assert "run the same command again" not in told
     assert "no question was scored" in told
     assert report_of(tmp_path)["table"]["all"]["not asked"] == 6
     assert run(log, tmp_path, *prices, "--max-cost", found[1]) == 1  # what is named is enough for the first
     assert log.requests
-    assert "the cap was reached; the same command goes on" in capsys.readouterr().out
+    assert "the cap was reached; run the same command again" in capsys.readouterr().out
 
 
 def test_a_judge_whose_texts_cannot_be_read_gives_no_score(

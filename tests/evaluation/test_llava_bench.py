@@ -233,9 +233,9 @@ def test_mistakes_in_the_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for more, told in (
         ([], "--judge-url is missing"),
         (["--judge-url", "localhost"], "the server's URL is 'localhost'"),
-        (["--max-cost", "1"], "--max-cost needs the model's prices; give --price-in and --price-out"),
+        (["--max-cost", "1"], "--max-cost needs the model's prices; set --price-in and --price-out"),
         (["--price-in", "1"], "--price-in and --price-out go together"),
-        (["--price-in", "-1", "--price-out", "1"], "--price-in is -1.0; give 0 or more USD"),
+        (["--price-in", "-1", "--price-out", "1"], "--price-in is -1.0; set it to 0 or more USD"),
         (["--judge-url", "http://a", "--timeout", "0"], "timeout is 0"),
         (["--dry-run", "--prompts", str(tmp_path)], "system.txt is missing; copy it from"),
     ):

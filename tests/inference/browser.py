@@ -1,4 +1,4 @@
-"""A headless Chromium, driven by the Chrome DevTools Protocol over pipes: no library, no port."""
+"""A headless Chromium, driven by the Chrome DevTools Protocol over pipes, without a library or port."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 _START = (
     "import os, sys; os.dup2(int(sys.argv[1]), 3); os.dup2(int(sys.argv[2]), 4); os.execvp(sys.argv[3], sys.argv[3:])"
 )
-"""Chromium reads commands from file descriptor 3 and writes to 4; they are put there in a process of its own."""
+"""Chromium reads commands from file descriptor 3 and writes to 4; this starts it with our pipes there."""
 
 
 def find_chromium() -> str | None:
@@ -25,27 +25,38 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page.
+    """A browser with one page.
 
     Args:
-        executable: Chromium.
-        profile: An empty folder for it.
-        width: Of its window, in pixels.
-        height: Of its window.
+        executable: Path of Chromium.
+        profile: An empty folder for its profile.
+        width: Width of its window in pixels.
+        height: Height of its window in pixels.
     """
 
     def __init__(self, executable: str, profile: Path, width: int = 1200, height: int = 900) -> None:
         child_in, self._out = os.pipe()
         self._in, child_out = os.pipe()
         flags = [
-            "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-            "--disable-background-networking", "--disable-component-update", "--no-first-run", "--disable-sync",
-            f"--user-data-dir={profile}", f"--window-size={width},{height}", "about:blank",
-        ]  # fmt: skip
+            "--headless=new",
+            "--remote-debugging-pipe",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--no-first-run",
+            "--disable-sync",
+            f"--user-data-dir={profile}",
+            f"--window-size={width},{height}",
+            "about:blank",
+        ]
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, str(child_in), str(child_out), executable, *flags],
-            pass_fds=(child_in, child_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            pass_fds=(child_in, child_out),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(child_in)
         os.close(child_out)
         self.events: list[dict[str, Any]] = []
@@ -57,7 +68,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command, and its result; events on the way are kept."""
+        """Send a command and return its result; events received meanwhile are kept."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": params}
         if self._session:
@@ -74,7 +85,7 @@ class Browser:
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._in], [], [], seconds)
             chunk = os.read(self._in, 1 << 20) if ready else b""
-            assert chunk, "Chromium says nothing"
+            assert chunk, "Chromium does not answer"
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\0")
         return dict(json.loads(line))
@@ -83,13 +94,13 @@ class Browser:
         self.call("Page.navigate", url=url)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
     def wait_for(self, expression: str, seconds: float = 30) -> Any:
-        """Wait until an expression is true, and give its value."""
+        """Wait until an expression is true, and return its value."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             value = self.evaluate(expression)
@@ -105,7 +116,7 @@ class Browser:
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
 
     def type(self, text: str) -> None:
-        """Type into what has the focus."""
+        """Type into the focused element."""
         self.call("Input.insertText", text=text)
 
     def press_enter(self) -> None:
@@ -114,16 +125,16 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyUp", **key)
 
     def requested(self) -> list[str]:
-        """Every address that the page asked for, or tried to."""
+        """Return every address that the page requested or tried to."""
         found = [event["params"] for event in self.events if event.get("method") == "Network.requestWillBeSent"]
         return [params["request"]["url"] for params in found]
 
     def screenshot(self, *, full: bool = False) -> bytes:
-        """What the page looks like, as PNG; in full with what is below the window."""
-        taken = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=full, **self._whole(full))
+        """Return a PNG of the page; in full, it includes what is below the window."""
+        taken = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=full, **self._clip(full))
         return base64.b64decode(taken["data"])
 
-    def _whole(self, full: bool) -> dict[str, Any]:
+    def _clip(self, full: bool) -> dict[str, Any]:
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         return {"clip": size | {"scale": 1}} if full else {}
 

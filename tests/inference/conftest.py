@@ -1,4 +1,4 @@
-"""A small model that answers."""
+"""A small model with questions for it."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ from lora_llava.training.stages import build_trained_model
 @pytest.fixture(scope="session")
 def speaking(
     parts: Path, scienceqa: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Asked, list[Conversation]]:  # fmt: skip
-    """A small model with an adapter that is far from zero, and twelve questions of which six show an image."""
+) -> tuple[Asked, list[Conversation]]:
+    """Build a small model with an adapter far from zero, and twelve questions, six of them with an image."""
     content: dict[str, Any] = {
         "stage": 2,
         "output_dir": str(tmp_path_factory.mktemp("run")),
         "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "start_from": {"untrained": True},
+            "llm": str(parts / "llm"),
+            "vision_tower": str(parts / "vision_tower"),
+            "start_from": {"untrained": True},
             "quantization": "none",
         },
         "lora": {"r": 4, "alpha": 32},
         "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400, "system_prompt": ""},
         "training": {"batch_size": 4, "learning_rate": 5e-3, "max_steps": 4},
         "evaluation": {"max_new_tokens": 4},
-    }  # fmt: skip
+    }
     recipe = check_recipe(content, "test")
     plan = plan_run(recipe)
     model = build_trained_model(recipe, prepare_base(recipe.model, 0)).eval()

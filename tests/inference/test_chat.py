@@ -1,4 +1,4 @@
-"""`lora-llava chat` on the terminal: its commands, what it keeps, and how it ends."""
+"""`lora-llava chat` in the terminal: commands, history, saving, and how it ends."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def answer(chat: Chat, *messages: object) -> str:
     return "".join(stream_answer(chat.speaker, list(messages), chat.sampling))  # type: ignore[arg-type]
 
 
-def told(chat: Chat, line: str) -> str:
+def error_of(chat: Chat, line: str) -> str:
     with pytest.raises(UserError) as caught:
         run_line(chat, line)
     assert "\n" not in str(caught.value)
@@ -67,13 +67,13 @@ def test_turns_and_images_are_kept_and_sent_along(
     for line in (f"/image {red}", f"/image {blue}", "Which is blue?"):
         run_line(chat, line)
     system = text_message("system", "Be brief.")
-    asked = user_message("Which is blue?", [Image.open(red), Image.open(blue)])
-    first = answer(chat, system, asked)
+    question = user_message("Which is blue?", [Image.open(red), Image.open(blue)])
+    first = answer(chat, system, question)
     assert len(first) > 3
     assert capsys.readouterr().out == clean_text(first) + "\n"
     assert chat.attached == []
     run_line(chat, "Sure?")
-    second = answer(chat, system, asked, text_message("assistant", first), user_message("Sure?"))
+    second = answer(chat, system, question, text_message("assistant", first), user_message("Sure?"))
     assert second != answer(chat, system, user_message("Sure?"))
     assert capsys.readouterr().out == clean_text(second) + "\n"
     run_line(chat, "/reset")
@@ -91,7 +91,7 @@ def test_turns_and_images_are_kept_and_sent_along(
         ("plain.png", "plain.png"),
     ],
 )
-def test_paths_are_taken_as_people_write_them(
+def test_paths_may_be_quoted_or_contain_spaces(
     chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, name: str
 ) -> None:
     draw_image(tmp_path / name)
@@ -106,7 +106,7 @@ def test_several_images_may_be_named_at_once(chat: Chat, tmp_path: Path) -> None
     one, two = draw_image(tmp_path / "1.png"), draw_image(tmp_path / "2 b.png")
     run_line(chat, f"/image {one} '{two}'")
     assert [image.file for image in chat.attached] == [one, two]
-    assert told(chat, f"/image {one} 3.png") == "image 3.png is missing"
+    assert error_of(chat, f"/image {one} 3.png") == "image 3.png is missing"
 
 
 def test_a_bad_image_or_command_is_one_line_and_changes_nothing(chat: Chat, tmp_path: Path) -> None:
@@ -117,29 +117,31 @@ def test_a_bad_image_or_command_is_one_line_and_changes_nothing(chat: Chat, tmp_
         ("/image my own image.png", "image my own image.png is missing"),
         (f"/image {tmp_path}", f"{tmp_path} is a folder; name an image"),
         ("/image", "/image needs a path"),
-        ("/imgae x", 'there is no command /imgae (did you mean "/image"?); /help lists them'),
+        ("/imgae x", '/imgae is not a command (did you mean "/image"?); /help lists them'),
     ):
-        assert told(chat, line).endswith(expected)
+        assert error_of(chat, line).endswith(expected)
     assert (chat.messages, chat.attached) == ([], [])
 
 
-def test_a_message_that_does_not_fit_leaves_the_conversation_as_it_was(
+def test_a_message_that_does_not_fit_leaves_the_conversation_unchanged(
     chat: Chat, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_line(chat, "Hello")
     before = list(chat.messages)
-    assert "the model 512 positions; shorten it or start anew" in told(chat, "word " * 600)
+    assert "the model only 512 positions; shorten the message or start a new conversation" in error_of(
+        chat, "word " * 600
+    )
     assert chat.messages == before
     run_line(chat, "  ")
     assert chat.messages == before
 
 
-def test_a_model_of_captions_takes_one_image_at_a_time(
+def test_a_caption_model_accepts_one_image_at_a_time(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     captions = Chat(open_speaker(base, template="plain"), SHORT)
     image = draw_image(tmp_path / "a.png")
-    assert told(captions, "What is it?").endswith("(template plain): give it one image and no text")
+    assert error_of(captions, "What is it?").endswith("(template plain); send one image and no text")
     for _ in range(2):
         run_line(captions, f"/image {image}")
         run_line(captions, "")
@@ -152,26 +154,31 @@ def test_a_model_of_captions_takes_one_image_at_a_time(
 # --- saving --------------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_chat_is_read_as_training_data(chat: Chat, tmp_path: Path) -> None:
+def test_a_saved_chat_can_be_read_as_training_data(chat: Chat, tmp_path: Path) -> None:
     one, two = draw_image(tmp_path / "a" / "x.png"), draw_image(tmp_path / "b" / "x.png", (30, 60, 220))
     chat.system = "Be brief."
     for line in (f"/image {one}", "First?", f"/image {two}", f"/image {one}", "Second?", f"/save {tmp_path}/talk.json"):
         run_line(chat, line)
     source = open_source(tmp_path / "talk.json", form="conversations", position="as_written")
     (row,) = source.read()
-    said = [message["content"][-1]["text"] for message in chat.messages]
+    texts = [message["content"][-1]["text"] for message in chat.messages]
     assert [(turn.role, turn.text) for turn in row.turns] == [
-        ("system", "Be brief."), ("user", "<image>\nFirst?"), ("assistant", said[1]),
-        ("user", "<image>\n<image>\nSecond?"), ("assistant", said[3]),
-    ]  # fmt: skip
+        ("system", "Be brief."),
+        ("user", "<image>\nFirst?"),
+        ("assistant", texts[1]),
+        ("user", "<image>\n<image>\nSecond?"),
+        ("assistant", texts[3]),
+    ]
     assert row.images == ("x.png", "x-2.png", "x.png")
     assert [source.images.open(name).getpixel((0, 0)) for name in row.images] == [
-        (220, 30, 30), (30, 60, 220), (220, 30, 30),
-    ]  # fmt: skip
+        (220, 30, 30),
+        (30, 60, 220),
+        (220, 30, 30),
+    ]
 
 
 @pytest.mark.parametrize("written", ["my talk.json", '"my talk.json"', "my\\ talk.json", "~/my talk.json"])
-def test_a_chat_is_saved_where_people_write(
+def test_the_path_of_a_saved_chat_may_be_quoted_or_contain_spaces(
     chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -187,7 +194,7 @@ def test_a_chat_is_saved_where_people_write(
 def test_saving_replaces_a_saved_chat_and_nothing_else(
     chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert told(chat, f"/save {tmp_path}/t.json") == "nothing has been said yet; there is nothing to save"
+    assert error_of(chat, f"/save {tmp_path}/t.json") == "the conversation is empty; there is nothing to save"
     run_line(chat, "Hello")
     run_line(chat, f"/save {tmp_path}/t.json")
     run_line(chat, "Again")
@@ -198,13 +205,13 @@ def test_saving_replaces_a_saved_chat_and_nothing_else(
     for content in ("{}", "my notes", json.dumps(rows), '[{"messages": [], "images": [], "id": 1}]'):
         (tmp_path / "mine.json").write_text(content)
         assert (
-            told(chat, f"/save {tmp_path}/mine.json")
-            == f"{tmp_path}/mine.json is there and is no saved chat; name another file"
+            error_of(chat, f"/save {tmp_path}/mine.json")
+            == f"{tmp_path}/mine.json exists and is not a saved chat; choose another file"
         )
         assert (tmp_path / "mine.json").read_text() == content
-    assert told(chat, f"/save {tmp_path}/t.txt") == f"{tmp_path}/t.txt should be called .json, such as t.json"
+    assert error_of(chat, f"/save {tmp_path}/t.txt") == f"{tmp_path}/t.txt should end in .json, as t.json does"
     assert (
-        told(chat, f"/save {tmp_path}/no/t.json")
+        error_of(chat, f"/save {tmp_path}/no/t.json")
         == f"{tmp_path}/no/t.json cannot be read or written: No such file or directory"
     )
 
@@ -222,19 +229,19 @@ def test_one_question_prints_its_answer_alone(
     red, blue = draw_image(tmp_path / "red.png"), draw_image(tmp_path / "blue.png", (30, 60, 220))
     given = ["--image", str(red), "--image", str(blue), "--prompt", "Which?", "--system", "", "--seed", "3"]
     assert main(None, options(base, *given, "--temperature", "1.5", "--top-p", "0.9")) == 0
-    asked = [text_message("system", ""), user_message("Which?", [Image.open(red), Image.open(blue)])]
-    expected = "".join(stream_answer(speaker, asked, Sampling(1.5, 0.9, 8, 3)))
+    question = [text_message("system", ""), user_message("Which?", [Image.open(red), Image.open(blue)])]
+    expected = "".join(stream_answer(speaker, question, Sampling(1.5, 0.9, 8, 3)))
     assert capsys.readouterr().out == clean_text(expected) + "\n"
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["--prompt", " "], "error: --prompt is empty; give a question, or an image with --image"),
+        (["--prompt", " "], "error: --prompt is empty; write a question, or attach an image with --image"),
         (["--prompt", "x", "--image", "no.png"], "error: image no.png is missing"),
-        (["--prompt", "x", "--web"], "error: --web takes images and messages on its page; leave out --prompt and"),
-        (["--port", "1"], "error: --host and --port are the page's; add --web"),
-        (["--prompt", "x", "--top-p", "0"], "error: top_p is 0.0; give a share above 0, at most 1"),
+        (["--prompt", "x", "--web"], "error: --prompt and --image have no effect with --web; leave them out"),
+        (["--port", "1"], "error: --host and --port have no effect without --web"),
+        (["--prompt", "x", "--top-p", "0"], "error: top_p is 0.0; set it to a number above 0 and at most 1"),
     ],
 )
 def test_a_mistake_is_one_line(base: str, capsys: pytest.CaptureFixture[str], given: list[str], expected: str) -> None:
@@ -257,7 +264,7 @@ def test_piped_lines_are_answered_one_by_one(
     assert captured.out == "".join(
         clean_text(text) + "\n" for text in (first, "".join(stream_answer(speaker, turns, SHORT)))
     )
-    assert "there is no command /nothing; /help lists them" in captured.err.splitlines()
+    assert "/nothing is not a command; /help lists them" in captured.err.splitlines()
 
 
 def test_control_characters_never_reach_the_terminal() -> None:
@@ -271,17 +278,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 from lora_llava.commands.main import console_main
 console_main()
 """
-"""`lora-llava`, heeding Ctrl-C also where these tests run in the background of a shell, which has it ignored."""
+"""`lora-llava` with Ctrl-C enabled; a shell that runs these tests in the background makes its children ignore it."""
 
 
 class Terminal:
-    """Our end of a terminal."""
+    """The controlling end of a pseudo-terminal."""
 
     def __init__(self, ours: int) -> None:
         self.ours, self.shown = ours, ""
 
     def wait_for(self, wanted: str, seconds: float = 60) -> None:
-        """Read until the terminal shows this, and put what came up to its end behind us."""
+        """Read until the terminal shows a text, and discard everything up to its end."""
         end = time.monotonic() + seconds
         while wanted not in self.shown:
             ready, _, _ = select.select([self.ours], [], [], end - time.monotonic())
@@ -294,7 +301,7 @@ class Terminal:
 
 
 def wait_until_it_sleeps(pid: int) -> None:
-    """Wait until a prompt that is shown listens too: Python's readline sees to an earlier signal with the next line."""
+    """Wait until a visible prompt also reads: Python's readline delays an earlier signal to the next line."""
     asleep = 0
     while asleep < 5:
         asleep = asleep + 1 if psutil.Process(pid).status() == psutil.STATUS_SLEEPING else 0
@@ -321,10 +328,10 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(base: str, speaker: Speaker, tm
         terminal.wait_for("you> ")
         wait_until_it_sleeps(process.pid)
         process.send_signal(signal.SIGINT)
-        terminal.wait_for("Ctrl-D or /exit leaves, and so does Ctrl-C again")
+        terminal.wait_for("press Ctrl-C again to leave, or Ctrl-D, or type /exit")
         terminal.wait_for("you> ")
         terminal.type("/help\n")
-        terminal.wait_for("/reset       forget the conversation and attached images\r\n")
+        terminal.wait_for("/reset       start a new conversation, without attached images\r\n")
         terminal.wait_for("you> ")
         terminal.type("\x04")
         assert process.wait(30) == 0
@@ -333,7 +340,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat(base: str, speaker: Speaker, tm
         process.wait()
         os.close(ours)
     (row,) = json.loads((tmp_path / "t.json").read_text())
-    said = row["messages"][1]["content"]
-    whole = "".join(stream_answer(speaker, [user_message("Hello")], Sampling(max_new_tokens=400)))
-    assert said != whole
-    assert whole.startswith(said)
+    stopped = row["messages"][1]["content"]
+    complete = "".join(stream_answer(speaker, [user_message("Hello")], Sampling(max_new_tokens=400)))
+    assert stopped != complete
+    assert complete.startswith(stopped)

@@ -1,4 +1,4 @@
-"""The engine: batched answers are those of one question at a time, and no image is encoded twice."""
+"""Generation: batched answers equal single ones, and no image is encoded twice."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def answers(asked: Asked, questions: Sequence[Question], **settings: Any) -> dic
     return dict(generate_answers(asked.model, questions, tokenizer=asked.tokenizer, **given))
 
 
-def test_batches_answer_as_one_at_a_time_does(speaking: Any) -> None:
+def test_batched_answers_equal_single_ones(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, rows)
     assert len({len(question.input_ids) for question in questions}) > 1
@@ -37,19 +37,23 @@ def test_batches_answer_as_one_at_a_time_does(speaking: Any) -> None:
         assert answers(asked, questions, batch_size=batch_size) == alone
 
 
-def test_an_answer_is_stock_generation_s(speaking: Any) -> None:
+def test_an_answer_equals_that_of_stock_generation(speaking: Any) -> None:
     asked, rows = speaking
     row = next(row for row in rows if row.images)
     ids = torch.tensor([asked.prompt(row)])
     output = asked.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=asked.load_pixels(row.images), do_sample=False,
-        max_new_tokens=12, pad_token_id=asked.tokenizer.pad_token_id,
-    )  # fmt: skip
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=asked.load_pixels(row.images),
+        do_sample=False,
+        max_new_tokens=12,
+        pad_token_id=asked.tokenizer.pad_token_id,
+    )
     text = asked.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     assert answers(asked, questions_of(asked, [row]))[0].text == text.strip()
 
 
-def test_longest_first_and_what_was_answered_is_not_asked_again(speaking: Any) -> None:
+def test_longest_first_and_answered_questions_are_skipped(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, rows)
     given = {"tokenizer": asked.tokenizer, "load_pixels": asked.load_pixels, "sampling": Sampling(max_new_tokens=2)}
@@ -63,7 +67,7 @@ def test_longest_first_and_what_was_answered_is_not_asked_again(speaking: Any) -
 
 @pytest.fixture
 def seen(speaking: Any) -> Iterator[Counter[float]]:
-    """How often the tower saw each image, told apart by their sums."""
+    """Count how often the tower encodes each image, identified by its sum."""
     counts: Counter[float] = Counter()
 
     def count(module: Any, args: Any) -> None:
@@ -75,10 +79,10 @@ def seen(speaking: Any) -> Iterator[Counter[float]]:
     handle.remove()
 
 
-def test_the_tower_sees_a_shared_image_once(speaking: Any, seen: Counter[float]) -> None:
+def test_the_tower_encodes_a_shared_image_once(speaking: Any, seen: Counter[float]) -> None:
     asked, rows = speaking
-    pictured = [row for row in rows if row.images][:3]
-    shared = [replace(row, images=pictured[0].images) for row in rows if row.images] + pictured[1:]
+    with_image = [row for row in rows if row.images][:3]
+    shared = [replace(row, images=with_image[0].images) for row in rows if row.images] + with_image[1:]
     apart = answers(asked, questions_of(asked, shared), batch_size=1)
     assert set(seen.values()) == {1}
     assert len(seen) == 3
@@ -87,7 +91,7 @@ def test_the_tower_sees_a_shared_image_once(speaking: Any, seen: Counter[float])
     assert set(seen.values()) == {1}
 
 
-def test_a_image_is_let_go_after_its_last_question(speaking: Any) -> None:
+def test_an_image_is_freed_after_its_last_question(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, [row for row in rows if row.images])
     encoded = EncodedImages(asked.model, asked.load_pixels, questions, range(len(questions)))
@@ -99,7 +103,7 @@ def test_a_image_is_let_go_after_its_last_question(speaking: Any) -> None:
     assert list(twice._held) == list(questions[0].image_files)
 
 
-def test_a_image_that_is_gone_costs_its_question_alone(speaking: Any) -> None:
+def test_a_missing_image_is_a_problem_of_its_question_only(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, rows)
     gone = next(row for row in rows if row.images).images[0]
@@ -109,19 +113,19 @@ def test_a_image_that_is_gone_costs_its_question_alone(speaking: Any) -> None:
             raise BadImageError(f"image {gone} is missing")
         return asked.load_pixels(names)
 
-    whole = answers(asked, questions)
-    found = answers(asked, questions, images=images)
+    complete = answers(asked, questions)
+    found = answers(asked, questions, load_pixels=images)
     lost = [i for i, question in enumerate(questions) if gone in question.image_files]
     assert {i for i in found if found[i].problem} == set(lost)
     assert found[lost[0]] == Answer("", problem=f"image {gone} is missing", is_image=True)
     assert {i: answer for i, answer in found.items() if i not in lost} == {
-        i: answer for i, answer in whole.items() if i not in lost
+        i: answer for i, answer in complete.items() if i not in lost
     }
-    alone = answers(asked, [questions[lost[0]]], images=images)
+    alone = answers(asked, [questions[lost[0]]], load_pixels=images)
     assert [answer.problem for answer in alone.values()] == [f"image {gone} is missing"]
 
 
-def test_the_model_takes_pixels_again_afterwards(speaking: Any) -> None:
+def test_the_model_accepts_pixels_again_afterwards(speaking: Any) -> None:
     asked, rows = speaking
     row = next(row for row in rows if row.images)
     inner = asked.model.get_base_model().model
@@ -129,48 +133,55 @@ def test_the_model_takes_pixels_again_afterwards(speaking: Any) -> None:
     answers(asked, questions_of(asked, rows))
     assert inner.get_image_features == before
     stream = generate_answers(
-        asked.model, questions_of(asked, rows), tokenizer=asked.tokenizer, load_pixels=asked.load_pixels, batch_size=1,
+        asked.model,
+        questions_of(asked, rows),
+        tokenizer=asked.tokenizer,
+        load_pixels=asked.load_pixels,
+        batch_size=1,
         sampling=Sampling(max_new_tokens=2),
-    )  # fmt: skip
+    )
     next(stream)
     assert inner.get_image_features(pixel_values=asked.load_pixels(row.images)).pooler_output[0].shape[0] == 4
     stream.close()
 
 
-def test_sampling_is_drawn_by_the_seed(speaking: Any) -> None:
+def test_sampling_follows_the_seed(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, rows)
-    first, again, other = (
-        answers(asked, questions, sampling=Sampling(1.0, 0.9, 12, seed)) for seed in (1, 1, 2)
-    )  # fmt: skip
+    first, again, other = (answers(asked, questions, sampling=Sampling(1.0, 0.9, 12, seed)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
     assert first != answers(asked, questions)
 
 
-def test_what_is_drawn_does_not_depend_on_where_it_was_stopped(speaking: Any) -> None:
+def test_resumed_sampling_equals_uninterrupted_sampling(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, rows)
 
     def draw(answered: dict[int, Any]) -> dict[int, Any]:
         stream = generate_answers(
-            asked.model, questions, tokenizer=asked.tokenizer, load_pixels=asked.load_pixels, batch_size=4,
-            sampling=Sampling(5.0, max_new_tokens=6, seed=1), answered=answered,
-        )  # fmt: skip
+            asked.model,
+            questions,
+            tokenizer=asked.tokenizer,
+            load_pixels=asked.load_pixels,
+            batch_size=4,
+            sampling=Sampling(5.0, max_new_tokens=6, seed=1),
+            answered=answered,
+        )
         return dict(stream)
 
-    whole = draw({})
-    first = dict(list(whole.items())[:6])  # a batch and a half
+    complete = draw({})
+    first = dict(list(complete.items())[:6])  # a batch and a half
     rest = draw(first)
     assert not set(rest) & set(first)
-    assert first | rest == whole
+    assert first | rest == complete
 
 
-def test_text_behind_the_stop_string_is_not_said(speaking: Any) -> None:
+def test_text_behind_the_stop_string_is_removed(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, rows)
-    whole = answers(asked, questions)
-    index, text = next((i, answer.text) for i, answer in whole.items() if len(answer.text) > 8)
+    complete = answers(asked, questions)
+    index, text = next((i, answer.text) for i, answer in complete.items() if len(answer.text) > 8)
     stop = text[4:6]
     cut = answers(asked, questions, stop_string=stop)
     assert cut[index].text == text.split(stop)[0].strip()

@@ -1,4 +1,4 @@
-"""Choices weighed side by side get the log-likelihood that each has alone."""
+"""Choices scored in one row get the log-likelihood that each has alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_llava.inference.sampling import Sampling
     own=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=2, max_size=4),
 )
 def test_a_tree_holds_every_choice(shared: list[int], own: list[list[int]]) -> None:
-    rows = [[*shared, *tail, 9 + place] for place, tail in enumerate(own)]  # each ends on an id of its own
+    rows = [[*shared, *tail, 9 + place] for place, tail in enumerate(own)]  # each ends in a unique id
     tree = build_tree(rows)
     assert [tree.input_ids[: tree.shared] + tree.input_ids[a:b] for a, b in tree.branches] == rows
     assert len({row[tree.shared] for row in rows}) > 1
@@ -30,13 +30,13 @@ def test_a_tree_holds_every_choice(shared: list[int], own: list[list[int]]) -> N
 
 
 @pytest.mark.parametrize("rows", [[[1, 2], [1, 2]], [[1, 2], [1, 2, 3]]])
-def test_choices_that_cannot_be_told_apart(rows: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match="cannot be told apart"):
+def test_choices_that_cannot_be_distinguished_are_rejected(rows: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="cannot be distinguished"):
         build_tree(rows)
 
 
 def alone(asked: Asked, row: Any, texts: Sequence[str]) -> list[float]:
-    """The slow reference: a forward of its own for each choice, the loss of all its labelled tokens."""
+    """Compute the slow reference: one forward pass per choice, the loss over all its labelled tokens."""
     found = []
     for text in texts:
         ids, labels = asked.with_answer(row, text)
@@ -63,14 +63,14 @@ def test_scores_are_those_of_each_choice_alone(speaking: Any, batch_size: int) -
         texts = chosen[str(int(rows[index].row_id) % 3)]
         expected = alone(asked, rows[index], texts)
         assert answer.scores is not None
-        # What the choices share is in the reference and not in the scores: differences are what chooses.
+        # The reference includes the shared tokens, the scores do not: only differences between choices matter.
         gaps = [score - wanted for score, wanted in zip(answer.scores, expected, strict=True)]
         assert gaps == pytest.approx([gaps[0]] * len(gaps), abs=2e-4)
         assert answer.text == texts[expected.index(max(expected))]
     assert len({answer.text for answer in answers.values()}) > 1
 
 
-def test_answered_questions_are_left_out(speaking: Any) -> None:
+def test_answered_questions_are_skipped(speaking: Any) -> None:
     asked, rows = speaking
     answerer = by_likelihood(asked, lambda row, reasons: TEXTS[:2])
     assert sorted(i for i, _ in answerer(rows, {1, 2})) == [0, *range(3, 12)]
@@ -94,14 +94,14 @@ def test_reasons_are_written_before_the_choice(speaking: Any) -> None:
     assert len(set(given.values())) > 3
 
 
-def test_a_image_that_is_gone(speaking: Any) -> None:
+def test_a_missing_image_is_a_problem_of_its_question_only(speaking: Any) -> None:
     asked, rows = speaking
-    gone, whole = next(row for row in rows if row.images).images[0], asked.load_pixels
+    gone, load_pixels = next(row for row in rows if row.images).images[0], asked.load_pixels
 
     def images(names: Sequence[str]) -> torch.Tensor:
         if gone in names:
             raise BadImageError("gone")
-        return whole(names)
+        return load_pixels(names)
 
     asked = Asked(asked.model, asked.tokenizer, asked.template, asked.num_image_tokens, images, 5)
     lost = next(i for i, row in enumerate(rows) if gone in row.images)
@@ -116,7 +116,7 @@ def test_a_image_that_is_gone(speaking: Any) -> None:
     assert sorted(reference_losses(asked, rows)) == [i for i in range(12) if i != lost]
 
 
-def test_the_reference_s_loss_is_that_of_its_tokens_alone(speaking: Any) -> None:
+def test_the_loss_of_a_reference_answer_is_that_of_its_tokens(speaking: Any) -> None:
     asked, rows = speaking
     losses = reference_losses(asked, rows)
     for index, (loss, tokens) in losses.items():
@@ -126,7 +126,7 @@ def test_the_reference_s_loss_is_that_of_its_tokens_alone(speaking: Any) -> None
         assert tokens == sum(label != -100 for label in asked.with_answer(row, text)[1])
 
 
-def test_of_several_answers_the_last_alone_is_labelled(speaking: Any) -> None:
+def test_only_the_last_of_several_answers_is_labelled(speaking: Any) -> None:
     asked, rows = speaking
     row = rows[1]
     longer = type(row)("x", (*row.turns, row.turns[0], row.turns[1]), row.images * 2)

@@ -1,4 +1,4 @@
-"""Opening a model to talk with, the prompts it gets, and its answers as they stream."""
+"""Opening a model for chat, its prompts, and its streamed answers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lora_llava.inference.speak import (
 from lora_llava.model.loading import is_4bit
 
 RED = Image.new("RGB", (40, 24), (220, 30, 30))
-ASKED = [user_message("Which colour is shown?", [RED])]
+QUESTION = [user_message("Which colour is shown?", [RED])]
 LONG = Sampling(max_new_tokens=80)
 
 
@@ -53,7 +53,7 @@ def speaker(base: str) -> Speaker:
 
 
 def streamed(speaker: Speaker, messages: list[Any], sampling: Sampling, **options: Any) -> tuple[list[str], str]:
-    """The pieces of an answer, and why it ended."""
+    """Return the pieces of an answer, and why it ended."""
     return finish_of(stream_answer(speaker, messages, sampling, **options))
 
 
@@ -67,7 +67,7 @@ def finish_of(stream: Any) -> tuple[list[str], str]:
 
 
 def generated(speaker: Speaker, messages: list[Any], sampling: Sampling) -> str:
-    """The answer that transformers gives in one go."""
+    """Return the answer of one call of transformers' `generate`."""
     batch = encode_messages(speaker, messages)
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
@@ -80,7 +80,7 @@ def generated(speaker: Speaker, messages: list[Any], sampling: Sampling) -> str:
 # --- the model -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_opened_as_it_was_trained(run: str) -> None:
+def test_a_run_is_opened_with_its_own_settings(run: str) -> None:
     opened = open_speaker(run)
     four_bit = [name for name, module in opened.model.named_modules() if is_4bit(module) and "base_layer" in name]
     assert len(four_bit) == 14
@@ -96,13 +96,15 @@ def test_quantization_can_be_chosen_against_the_run(run: str) -> None:
     assert any("lora_A" in name for name, _ in opened.model.named_parameters())
 
 
-def test_prompts_are_what_was_trained(run: str) -> None:
+def test_prompts_equal_those_of_training(run: str) -> None:
     opened = open_speaker(run, quantization="none")
-    asked = [{"role": "user", "content": "<image>\nWhich?"}, {"role": "assistant", "content": "Red."}]
+    turns = [{"role": "user", "content": "<image>\nWhich?"}, {"role": "assistant", "content": "Red."}]
     ids = encode_prompt(
-        [*asked, {"role": "user", "content": "Sure?"}], tokenizer=opened.processor.tokenizer,
-        template=get_template("vicuna_v1", "Be brief."), num_image_tokens=4,
-    )  # fmt: skip
+        [*turns, {"role": "user", "content": "Sure?"}],
+        tokenizer=opened.processor.tokenizer,
+        template=get_template("vicuna_v1", "Be brief."),
+        num_image_tokens=4,
+    )
     messages = [user_message("Which?", [RED]), text_message("assistant", "Red."), user_message("Sure?")]
     batch = encode_messages(opened, messages)
     assert batch["input_ids"][0].tolist() == list(ids)
@@ -110,13 +112,13 @@ def test_prompts_are_what_was_trained(run: str) -> None:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_template_of_a_processor_is_recognised_whatever_its_system_text(base: str, name: str) -> None:
+def test_a_processor_s_template_is_recognised_with_any_system_prompt(base: str, name: str) -> None:
     processor = load_processor(Path(base))
     processor.chat_template = chat_template(get_template(name, "Another."))
     assert recognise_template(processor) == TEMPLATES[name]
 
 
-def test_another_ones_template_is_not_taken_for_ours(base: str) -> None:
+def test_an_unknown_template_is_not_recognised(base: str) -> None:
     processor = load_processor(Path(base))
     processor.chat_template = (
         "{% for m in messages %}{{ raise_exception('no system') if m.role == 'system' }}{% endfor %}"
@@ -124,13 +126,13 @@ def test_another_ones_template_is_not_taken_for_ours(base: str) -> None:
     assert recognise_template(processor) is None
 
 
-def test_what_cannot_be_opened_is_one_line(base: str, tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_opened_is_one_line(base: str, tmp_path: Path) -> None:
     for name, options, expected in (
-        (base, {}, f"{base} has no chat template; name the one it was trained with, such as --template vicuna_v1"),
+        (base, {}, f"{base} has no chat template; set --template to the one it was trained with: vicuna_v1"),
         (base, {"template": "vicuna"}, "template: 'vicuna' is unknown (did you mean \"vicuna_v1\"?)"),
         (str(tmp_path), {}, f"{tmp_path} is neither a finished run, which has run.json and adapter_model.safetensors"),
         ("nobody/nothing", {}, "nobody/nothing is not in the local cache and HF_HUB_OFFLINE is set; unset it to"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(UserError) as caught:
             open_speaker(name, **options)
         assert str(caught.value).startswith(expected)
@@ -141,29 +143,29 @@ def test_what_cannot_be_opened_is_one_line(base: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sampling", [LONG, Sampling(temperature=1.3, top_p=0.9, max_new_tokens=80, seed=7)])
-def test_joined_pieces_are_the_answer_in_one_go(speaker: Speaker, sampling: Sampling) -> None:
-    pieces, _ = streamed(speaker, ASKED, sampling)
+def test_joined_pieces_equal_the_answer_of_one_call(speaker: Speaker, sampling: Sampling) -> None:
+    pieces, _ = streamed(speaker, QUESTION, sampling)
     assert len(pieces) > 20
-    assert "".join(pieces) == generated(speaker, ASKED, sampling)
+    assert "".join(pieces) == generated(speaker, QUESTION, sampling)
 
 
 def test_the_stop_string_and_what_follows_are_never_shown(speaker: Speaker) -> None:
-    whole = generated(speaker, ASKED, LONG)
-    pieces, _ = streamed(speaker, ASKED, LONG)
+    complete = generated(speaker, QUESTION, LONG)
+    pieces, _ = streamed(speaker, QUESTION, LONG)
     first = "".join(pieces[:10])
-    stop = whole[len(first) - 2 : len(first) + 2]  # it comes in two pieces
-    assert whole.count(stop) > 0
-    shown, finish = streamed(replace(speaker, stop_string=stop), ASKED, LONG)
-    assert "".join(shown) == whole.split(stop)[0].strip()
+    stop = complete[len(first) - 2 : len(first) + 2]  # spans two pieces
+    assert complete.count(stop) > 0
+    shown, finish = streamed(replace(speaker, stop_string=stop), QUESTION, LONG)
+    assert "".join(shown) == complete.split(stop)[0].strip()
     assert finish == "stop"
 
 
-def test_an_answer_that_reaches_the_most_tokens_says_so(speaker: Speaker) -> None:
-    assert streamed(speaker, ASKED, Sampling(max_new_tokens=5))[1] == "length"
+def test_an_answer_that_reaches_the_token_limit_ends_with_length(speaker: Speaker) -> None:
+    assert streamed(speaker, QUESTION, Sampling(max_new_tokens=5))[1] == "length"
 
 
 def passes(speaker: Speaker, record: list[int]) -> Any:
-    """Counts forward passes into a list."""
+    """Record forward passes in a list."""
     return speaker.model.register_forward_pre_hook(lambda *_: record.append(1))
 
 
@@ -172,13 +174,13 @@ def test_an_event_or_closing_stops_the_model(speaker: Speaker) -> None:
     count: list[int] = []
     hook = passes(speaker, count)
     try:
-        stream = stream_answer(speaker, ASKED, endless, stop)
+        stream = stream_answer(speaker, QUESTION, endless, stop)
         next(stream)
         stop.set()
         assert finish_of(stream)[1] == "stopped"
         assert len(count) < 300
         count.clear()
-        with closing(stream_answer(speaker, ASKED, endless)) as stream:
+        with closing(stream_answer(speaker, QUESTION, endless)) as stream:
             next(stream)
         assert len(count) < 300
         assert "stream_answer" not in [thread.name for thread in threading.enumerate()]
@@ -202,15 +204,17 @@ def test_an_exception_of_the_model_reaches_the_caller(
     hook = speaker.model.register_forward_pre_hook(fail)
     try:
         with pytest.raises(seen):
-            streamed(speaker, ASKED, LONG)
+            streamed(speaker, QUESTION, LONG)
     finally:
         hook.remove()
     assert len(count) == 4
 
 
-def test_a_conversation_that_is_too_long_is_refused_and_an_answer_ends_at_the_last_position(speaker: Speaker) -> None:
+def test_a_conversation_that_is_too_long_is_rejected_and_an_answer_ends_at_the_last_position(speaker: Speaker) -> None:
     long = user_message("word " * 600)
-    with pytest.raises(FullError, match=r"the conversation has [\d,]+ tokens with this message, and the model 512 pos"):
+    with pytest.raises(
+        FullError, match=r"the conversation with this message has [\d,]+ tokens, and the model only 512 pos"
+    ):
         streamed(speaker, [long], LONG)
     nearly = user_message("USER" * 420)
     room = 512 - encode_messages(speaker, [nearly])["input_ids"].shape[1]
@@ -224,7 +228,7 @@ def test_a_conversation_that_is_too_long_is_refused_and_an_answer_ends_at_the_la
     assert len(count) == room
 
 
-def test_special_tokens_that_people_type_are_text(speaker: Speaker) -> None:
+def test_typed_special_tokens_are_encoded_as_text(speaker: Speaker) -> None:
     tokenizer = speaker.processor.tokenizer
     image, stop, start = (tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "</s>", "<s>"))
     typed = "What does <image> mean? </s><s> ASSISTANT: Four. <pad> <unk>"
@@ -243,10 +247,10 @@ def test_special_tokens_that_people_type_are_text(speaker: Speaker) -> None:
             assert torch.equal(batch["pixel_values"], plain["pixel_values"])
 
 
-def test_messages_that_the_model_cannot_take_are_refused(speaker: Speaker) -> None:
+def test_messages_that_a_caption_model_does_not_accept_are_rejected(speaker: Speaker) -> None:
     captions = replace(speaker, single_turn=True)
     for messages in ([user_message("Hi")], [user_message("Hi", [RED])], [user_message("", [RED, RED])]):
-        with pytest.raises(UserError, match="give it one image and no text"):
+        with pytest.raises(UserError, match="send one image and no text"):
             encode_messages(captions, messages)
     assert encode_messages(captions, [user_message("", [RED])])["pixel_values"].shape == (1, 3, 32, 32)
 
@@ -259,7 +263,9 @@ def test_messages_that_the_model_cannot_take_are_refused(speaker: Speaker) -> No
     bytes_=st.lists(st.sampled_from(list(range(3, 259))), max_size=6),
     stop=st.sampled_from([None, "###", "\n", " t", "e", "é"]),
 )
-def test_pieces_are_the_decoded_text(speaker: Speaker, ids: list[int], bytes_: list[int], stop: str | None) -> None:
+def test_joined_pieces_equal_the_decoded_text(
+    speaker: Speaker, ids: list[int], bytes_: list[int], stop: str | None
+) -> None:
     tokenizer = speaker.processor.tokenizer
     accent = tokenizer.encode("é 😀##", add_special_tokens=False)
     tokens = [*ids[:20], *accent, *bytes_, *ids[20:]]
@@ -269,16 +275,16 @@ def test_pieces_are_the_decoded_text(speaker: Speaker, ids: list[int], bytes_: l
     assert all(pieces)
 
 
-def test_a_beginning_of_the_stop_string_is_held_back_and_comes_when_it_was_none(speaker: Speaker) -> None:
+def test_a_start_of_the_stop_string_is_delayed_until_it_proves_to_be_none(speaker: Speaker) -> None:
     tokenizer = speaker.processor.tokenizer
-    given_so_far: list[str] = []
+    sent: list[str] = []
     tokens = tokenizer.encode("One ## two ###", add_special_tokens=False)
 
     def watched() -> Iterator[int]:
         for token in tokens:
-            assert not "".join(given_so_far).endswith("#") or "two" in "".join(given_so_far)
+            assert not "".join(sent).endswith("#") or "two" in "".join(sent)
             yield token
 
     for piece in text_pieces(watched(), tokenizer, "###"):
-        given_so_far.append(piece)
-    assert "".join(given_so_far) == "One ## two"
+        sent.append(piece)
+    assert "".join(sent) == "One ## two"

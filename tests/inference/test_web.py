@@ -1,4 +1,4 @@
-"""The page of `lora-llava chat --web`, in a real browser and as a program sees it."""
+"""The page of `lora-llava chat --web`, in a browser and by HTTP."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from lora_llava.core.errors import UserError
 from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker, stream_answer, text_message, user_message
-from lora_llava.inference.web import _answer, check_address, is_loopback
+from lora_llava.inference.web import _answer
+from lora_llava.inference.web_address import check_address, is_loopback
 
 gradio = pytest.importorskip("gradio", reason="the extra [web] is not installed")
 
@@ -41,13 +42,13 @@ def watch(event, args):
     if event == "socket.connect" and isinstance(args[1], tuple):
         print("connected to", args[1][0], file=sys.stderr, flush=True)
     if event == "socket.getaddrinfo":
-        print("asked for", args[0], file=sys.stderr, flush=True)
+        print("looked up", args[0], file=sys.stderr, flush=True)
 sys.addaudithook(watch)
 from lora_llava.commands.main import console_main
 console_main()
 """
-"""The command, with every address it connects to or looks up told on stderr. It heeds Ctrl-C also where these tests run
-in the background of a shell, which has what it starts ignore it."""
+"""The command, with every address that it connects to or looks up printed on stderr. Ctrl-C is enabled; a shell that
+runs these tests in the background makes its children ignore it."""
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def speaker(base: str) -> Speaker:
 
 
 class Served:
-    """The command in a process of its own, told to serve on any free port."""
+    """The command in a separate process, on any free port."""
 
     def __init__(self, base: str, folder: Path, *more: str) -> None:
         self.log = folder / "stderr.txt"
@@ -70,13 +71,17 @@ class Served:
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", WATCHED, "chat", base, "--web", *options],
-                cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=log, text=True,
-            )  # fmt: skip
+                cwd=folder,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if " is at http://127.0.0.1:" not in line:
             self.close()
-            pytest.fail(f"it is not served: {line}{self.log.read_text()}")
+            pytest.fail(f"the page is not served: {line}{self.log.read_text()}")
         self.url = line.split(" is at ")[1].split(",")[0]
 
     def end(self, number: signal.Signals) -> int:
@@ -99,7 +104,7 @@ def served(base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serv
 def browser(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     executable = find_chromium()
     if executable is None:
-        pytest.skip("there is no Chromium on this machine")
+        pytest.skip("Chromium is not installed")
     browser = Browser(executable, tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
@@ -111,12 +116,12 @@ def expected(speaker: Speaker, *messages: Any, tokens: int = TOKENS) -> str:
 
 # --- in a browser --------------------------------------------------------------------------------------------------
 
-SAID = "[...document.querySelectorAll('#chat [data-testid=bot]')].map(e => e.textContent)"
-ASKED = "[...document.querySelectorAll('#chat [data-testid=user]')].map(e => e.textContent)"
+ANSWERS = "[...document.querySelectorAll('#chat [data-testid=bot]')].map(e => e.textContent)"
+QUESTIONS = "[...document.querySelectorAll('#chat [data-testid=user]')].map(e => e.textContent)"
 BOX = "document.querySelector('#message textarea')"
 STOP = "document.querySelector('#message .stop-button')"
 IDLE = f"!{STOP} && !!document.querySelector('#chat [data-testid=status-tracker].hide')"
-"""Gradio sends the last state twice: only then has what was asked come to its end."""
+"""Gradio sends the last state twice; the request has ended only after the second."""
 TOAST = "[...document.querySelectorAll('.toast-body')].map(e => e.textContent).join(' ')"
 
 
@@ -140,45 +145,45 @@ def ask(page: Browser, text: str, image: Path | None = None) -> None:
 
 
 def finished(page: Browser, answers: int = 1) -> list[str]:
-    """What the model said, once it has said so many answers and waits."""
-    page.wait_for(f"{SAID}.length == {answers} && {IDLE}", 60)
-    return list(page.evaluate(SAID))
+    """Return the model's answers, once there are so many of them and the page waits."""
+    page.wait_for(f"{ANSWERS}.length == {answers} && {IDLE}", 60)
+    return list(page.evaluate(ANSWERS))
 
 
-def test_a_image_is_asked_about_and_the_answer_streams(page: Browser, speaker: Speaker, tmp_path: Path) -> None:
+def test_a_question_about_an_image_is_answered_in_a_stream(page: Browser, speaker: Speaker, tmp_path: Path) -> None:
     image = draw_image(tmp_path / "red.png")
     ask(page, "Which <b>colour</b>?", image)
     lengths = {0}
-    while page.evaluate(f"!{SAID}.length || !!{STOP}"):
-        lengths.add(page.evaluate(f"({SAID}[0] || '').length"))
-    asked = user_message("Which <b>colour</b>?", [Image.open(image)])
-    said = expected(speaker, asked)
-    assert len(said) > 200
-    assert finished(page) == [said]
-    assert len(lengths - {0, len(said)}) >= 2
-    assert page.evaluate(ASKED)[-1] == "Which <b>colour</b>?"
+    while page.evaluate(f"!{ANSWERS}.length || !!{STOP}"):
+        lengths.add(page.evaluate(f"({ANSWERS}[0] || '').length"))
+    question = user_message("Which <b>colour</b>?", [Image.open(image)])
+    answer = expected(speaker, question)
+    assert len(answer) > 200
+    assert finished(page) == [answer]
+    assert len(lengths - {0, len(answer)}) >= 2
+    assert page.evaluate(QUESTIONS)[-1] == "Which <b>colour</b>?"
     assert page.evaluate("document.querySelectorAll('#chat b').length") == 0
     assert page.evaluate("document.querySelector('#chat img').naturalWidth") == 40
     ask(page, "Sure?")
-    turns = (asked, text_message("assistant", said), user_message("Sure?"))
-    assert finished(page, 2) == [said, expected(speaker, *turns)]
+    turns = (question, text_message("assistant", answer), user_message("Sure?"))
+    assert finished(page, 2) == [answer, expected(speaker, *turns)]
     page.evaluate("document.querySelector('#clear').click()")
-    page.wait_for(f"{SAID}.length == 0")
+    page.wait_for(f"{ANSWERS}.length == 0")
     ask(page, "Sure?")
     assert finished(page) == [expected(speaker, user_message("Sure?"))]
 
 
-def test_an_answer_can_be_stopped_and_is_kept_as_far_as_it_came(page: Browser, speaker: Speaker) -> None:
+def test_a_stopped_answer_is_kept_up_to_there(page: Browser, speaker: Speaker) -> None:
     ask(page, "Hello")
-    page.wait_for(f"({SAID}[0] || '').length > 3")
+    page.wait_for(f"({ANSWERS}[0] || '').length > 3")
     page.evaluate(f"{STOP}.click()")
-    (said,) = finished(page)
-    whole = expected(speaker, user_message("Hello"))
-    assert said != whole
-    assert whole.startswith(said)
+    (answer,) = finished(page)
+    complete = expected(speaker, user_message("Hello"))
+    assert answer != complete
+    assert complete.startswith(answer)
     ask(page, "Sure?")
-    turns = (user_message("Hello"), text_message("assistant", said), user_message("Sure?"))
-    assert finished(page, 2) == [said, expected(speaker, *turns)]
+    turns = (user_message("Hello"), text_message("assistant", answer), user_message("Sure?"))
+    assert finished(page, 2) == [answer, expected(speaker, *turns)]
 
 
 def test_a_message_that_cannot_be_answered_goes_back_into_its_box(page: Browser, tmp_path: Path) -> None:
@@ -186,36 +191,36 @@ def test_a_message_that_cannot_be_answered_goes_back_into_its_box(page: Browser,
     ask(page, "What is it?", tmp_path / "broken.png")
     page.wait_for(f"{TOAST}.includes('image broken.png cannot be read: it is no image, or one of an unknown kind')")
     page.wait_for(f"{BOX}.value == 'What is it?' && {IDLE}")
-    assert page.evaluate(ASKED) == []
+    assert page.evaluate(QUESTIONS) == []
     page.wait_for("document.querySelectorAll('#message .thumbnail-item').length == 1")
     page.evaluate("document.querySelector('#message .thumbnail-item .delete-button').click()")
     page.wait_for("document.querySelectorAll('#message .thumbnail-item').length == 0")
     page.evaluate(f"{BOX}.select()")
     long = "word " * 600
     ask(page, long)
-    page.wait_for(f"{TOAST}.includes('and the model 512 positions; shorten it or start anew: “New conversation”')")
+    page.wait_for(f"{TOAST}.includes('shorten the message or start a new conversation with “New conversation”')")
     page.wait_for(f"{BOX}.value == {json.dumps(long.strip())} && {IDLE}")
-    assert page.evaluate(ASKED) == []
+    assert page.evaluate(QUESTIONS) == []
 
 
 def test_a_new_conversation_during_an_answer_stays_empty_and_leaves_the_box_alone(
     page: Browser, speaker: Speaker
 ) -> None:
-    for _ in range(3):  # a piece that came late would show some of the time
+    for _ in range(3):  # a late piece would show up in some of the attempts
         ask(page, "Hello")
-        page.wait_for(f"({SAID}[0] || '').length > 3")
+        page.wait_for(f"({ANSWERS}[0] || '').length > 3")
         page.evaluate(f"{BOX}.focus()")
         page.type("Sure?")
         page.evaluate("document.querySelector('#clear').click()")
-        page.wait_for(f"{SAID}.length == 0 && {IDLE}")
+        page.wait_for(f"{ANSWERS}.length == 0 && {IDLE}")
         time.sleep(0.3)
-        assert (page.evaluate(SAID), page.evaluate(ASKED), page.evaluate(f"{BOX}.value")) == ([], [], "Sure?")
+        assert (page.evaluate(ANSWERS), page.evaluate(QUESTIONS), page.evaluate(f"{BOX}.value")) == ([], [], "Sure?")
         page.evaluate(f"{BOX}.select()")
     ask(page, "Sure?")
     assert finished(page) == [expected(speaker, user_message("Sure?"))]
 
 
-def test_a_long_answer_scrolls_in_its_own_place(page: Browser) -> None:
+def test_a_long_conversation_scrolls_inside_the_page(page: Browser) -> None:
     page.call("Emulation.setDeviceMetricsOverride", width=420, height=760, deviceScaleFactor=1, mobile=False)
     try:
         for number, text in enumerate(("Hello", "Sure?"), 1):
@@ -229,7 +234,7 @@ def test_a_long_answer_scrolls_in_its_own_place(page: Browser) -> None:
         page.call("Emulation.clearDeviceMetricsOverride")
 
 
-def test_the_page_asks_no_other_machine_for_anything(page: Browser) -> None:
+def test_the_page_requests_nothing_from_other_machines(page: Browser) -> None:
     class Elsewhere(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             reached.append(self.path)
@@ -248,9 +253,9 @@ def test_the_page_asks_no_other_machine_for_anything(page: Browser) -> None:
         thread.join()
         server.server_close()
     assert reached == []
-    asked = [urlsplit(url) for url in page.requested()]
-    assert len(asked) > 50
-    assert {url.hostname for url in asked if url.scheme not in ("data", "blob", "about")} == {"127.0.0.1"}
+    requested = [urlsplit(url) for url in page.requested()]
+    assert len(requested) > 50
+    assert {url.hostname for url in requested if url.scheme not in ("data", "blob", "about")} == {"127.0.0.1"}
 
 
 # --- as a program --------------------------------------------------------------------------------------------------
@@ -261,7 +266,7 @@ def upload(served: Served, content: bytes, name: str = "a.png") -> httpx.Respons
 
 
 def call(served: Served, message: dict[str, Any], history: list[Any], *settings: float) -> Any:
-    """The last thing that `/chat` gives; None where it fails."""
+    """Return the last state that `/chat` sends; None if it fails."""
     started = httpx.post(f"{served.url}gradio_api/call/chat", json={"data": [message, history, *settings]}, timeout=60)
     with httpx.stream("GET", f"{served.url}gradio_api/call/chat/{started.json()['event_id']}", timeout=60) as answer:
         events = answer.read().decode().strip().split("\n\n")
@@ -270,17 +275,17 @@ def call(served: Served, message: dict[str, Any], history: list[Any], *settings:
     return json.loads(data.removeprefix("data: ")) if event == "event: complete" else None
 
 
-def test_a_program_asks_by_http(served: Served, speaker: Speaker, tmp_path: Path) -> None:
+def test_a_question_by_http_is_answered(served: Served, speaker: Speaker, tmp_path: Path) -> None:
     image = draw_image(tmp_path / "red.png")
     (path,) = upload(served, image.read_bytes()).json()
     file = {"path": path, "meta": {"_type": "gradio.FileData"}}
     history, _ = call(served, {"text": "Which?", "files": [file]}, [], 0, 1, 12)
-    said = expected(speaker, user_message("Which?", [Image.open(image)]), tokens=12)
+    answer = expected(speaker, user_message("Which?", [Image.open(image)]), tokens=12)
     assert [turn["role"] for turn in history] == ["user", "assistant"]
-    assert [html.unescape(part["text"]) for part in history[1]["content"]] == [said]
+    assert [html.unescape(part["text"]) for part in history[1]["content"]] == [answer]
 
 
-def test_nothing_but_uploads_is_served_and_large_ones_are_refused(served: Served, tmp_path: Path) -> None:
+def test_only_uploads_are_served_and_large_ones_are_rejected(served: Served, tmp_path: Path) -> None:
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
     for path in ("/etc/passwd", secret, "stderr.txt"):
@@ -292,7 +297,9 @@ def test_nothing_but_uploads_is_served_and_large_ones_are_refused(served: Served
         assert call(served, message, history, 0, 1, 9) is None
 
 
-def test_an_error_of_the_model_gives_the_message_back(speaker: Speaker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_after_an_error_of_the_model_the_message_is_back_in_its_box(
+    speaker: Speaker, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("broken")
 
@@ -318,24 +325,24 @@ def test_addresses(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port {port} is taken; name another, or 0 for any free one"):
+        with pytest.raises(UserError, match=f"--port {port} is in use; choose another, or 0 for any free one"):
             check_address("127.0.0.1", port)
         assert main(None, ["chat", str(tmp_path), "--web", "--port", str(port)]) == 2
-    assert capsys.readouterr().err == f"error: --port {port} is taken; name another, or 0 for any free one\n"
+    assert capsys.readouterr().err == f"error: --port {port} is in use; choose another, or 0 for any free one\n"
     assert check_address("127.0.0.1", port) == port
     assert check_address("127.0.0.1", 0) > 1023
-    with pytest.raises(UserError, match="--port 70000 is no port"):
+    with pytest.raises(UserError, match="--port 70000 is not a port"):
         check_address("127.0.0.1", 70000)
-    with pytest.raises(UserError, match=r"--host nowhere\.invalid is not known; give an address of this machine"):
+    with pytest.raises(UserError, match=r"--host nowhere\.invalid is unknown; use an address of this machine"):
         check_address("nowhere.invalid", 0)
 
 
-def test_an_open_address_is_warned_of_before_the_model_is_read(
+def test_a_public_address_gets_a_warning_before_the_model_is_loaded(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(None, ["chat", str(tmp_path), "--web", "--host", "0.0.0.0", "--port", "0"]) == 2
     warning, error = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: whoever reaches 0.0.0.0 port ")
+    assert warning.startswith("warning: anyone who can reach 0.0.0.0 port ")
     assert error.startswith(f"error: {tmp_path} is neither a finished run")
 
 
@@ -353,7 +360,7 @@ def test_without_gradio_or_with_an_old_one_the_extra_is_named(
     assert capsys.readouterr().err == "error: --web needs gradio; pip install 'lora_llava[web]'\n"
 
 
-def test_ctrl_c_ends_it_and_nothing_is_left_behind(served: Served, speaker: Speaker) -> None:
+def test_ctrl_c_stops_the_server_and_removes_uploads(served: Served, speaker: Speaker) -> None:
     folder = served.log.parent
     assert list(folder.glob("lora_llava_chat_*/*/*.png")) != []
     before = served.log.read_text()
@@ -361,15 +368,13 @@ def test_ctrl_c_ends_it_and_nothing_is_left_behind(served: Served, speaker: Spea
     log = served.log.read_text()
     assert log == before
     assert list(folder.glob("lora_llava_chat_*")) == []
-    told = {line.split()[-1] for line in log.splitlines() if line.startswith(("connected to", "asked for"))}
-    assert told - {"127.0.0.1", "None"} == set()
+    hosts = {line.split()[-1] for line in log.splitlines() if line.startswith(("connected to", "looked up"))}
+    assert hosts - {"127.0.0.1", "None"} == set()
     assert "connected to 127.0.0.1" in log
 
 
 @pytest.mark.slow
-def test_settings_beyond_the_sliders_are_taken_and_a_signal_to_end_leaves_no_image_behind(
-    base: str, tmp_path: Path
-) -> None:
+def test_settings_outside_the_sliders_are_accepted_and_sigterm_removes_uploads(base: str, tmp_path: Path) -> None:
     served = Served(base, tmp_path, "--temperature", "3.5", "--top-p", "0.01")
     try:
         components = httpx.get(f"{served.url}config").json()["components"]

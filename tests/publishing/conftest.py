@@ -1,4 +1,4 @@
-"""Small finished runs, their LoRA far from zero."""
+"""Small finished runs with LoRA weights far from zero."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ Train = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def train(
-    parts: Path, scienceqa: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Train:  # fmt: skip
-    """Trains a small run, once for each set of options: `lora` keys, `stage=1`, a learning rate."""
+def train(parts: Path, scienceqa: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Return a function that trains a small run, once for each set of options."""
     done: dict[str, Path] = {}
 
     def run(stage: int = 2, quantization: str = "nf4", rate: float = 0.05, **lora: Any) -> Path:
@@ -32,14 +30,16 @@ def train(
                 "stage": stage,
                 "output_dir": str(folder),
                 "model": {
-                    "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"),
-                    "start_from": {"untrained": True}, "quantization": quantization,
+                    "llm": str(parts / "llm"),
+                    "vision_tower": str(parts / "vision_tower"),
+                    "start_from": {"untrained": True},
+                    "quantization": quantization,
                 },
                 "lora": {"r": 4, "alpha": 32, **lora},
                 "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400, "system_prompt": ""},
                 "training": {"batch_size": 8, "learning_rate": rate, "max_steps": 4, "log_every": 1},
                 "evaluation": {"max_new_tokens": 4},
-            }  # fmt: skip
+            }
             if stage == 1:
                 del content["lora"], content["evaluation"]
                 content["data"] = {"format": "captions", "path": str(captions), "template": "plain", "max_length": 400}
@@ -52,5 +52,5 @@ def train(
 
 @pytest.fixture
 def finished(train: Train, tmp_path: Path) -> Path:
-    """A QLoRA run of its own, to be changed at will."""
+    """Copy a QLoRA run that the test may modify."""
     return Path(shutil.copytree(train(), tmp_path / "finished"))

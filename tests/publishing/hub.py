@@ -1,4 +1,4 @@
-"""A server that speaks the Hub's HTTP on the loopback interface: repositories, LFS, commits, downloads."""
+"""A server with the Hub's HTTP API on the loopback interface: repositories, LFS, commits, downloads."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from urllib.parse import unquote
 
 
 class Store:
-    """What the server holds.
+    """The state of the server.
 
     Attributes:
-        repos: Repository to its files.
-        commits: Repository to its newest commit.
-        private: Repository to its visibility.
+        repos: Files of each repository.
+        commits: Newest commit of each repository.
+        private: Whether each repository is private.
         objects: LFS objects by SHA-256.
-        requests: Every request, `METHOD path`.
+        requests: Every request, as `METHOD path`.
         uploaded: Bytes of LFS objects received since the last `reset`.
-        received: Everything that was sent, for a search.
-        dead_from: Number of the request from which on every answer is a refusal; the first one is cut off.
-        refuse_token: Answer 401 to all.
+        received: The body of every request.
+        dead_from: Number of the first request to fail: its connection is closed, and later ones get an error.
+        refuse_token: Whether to answer 401 to every request.
     """
 
     def __init__(self) -> None:
@@ -209,7 +209,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve() -> Iterator[tuple[Store, str]]:
-    """A hub of its own and its endpoint."""
+    """Start a new server, and yield its state and endpoint."""
     store = Store()
     handler = type("OwnHandler", (Handler,), {"store": store})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

@@ -1,4 +1,4 @@
-"""No verb takes half an adapter: every tensor is there, of its shape, finite and as it was saved."""
+"""Every verb rejects an incomplete adapter: missing tensors, wrong shapes or changed values."""
 
 from __future__ import annotations
 
@@ -66,20 +66,20 @@ def every_verb(run: Path, tmp_path: Path) -> list[tuple[str, list[str]]]:
     ]
 
 
-@pytest.mark.parametrize(("how", "told"), CHANGES, ids=lambda value: getattr(value, "__name__", ""))
-def test_every_verb_refuses_half_an_adapter(
-    how: Callable[[Tensors], None], told: str, finished: Path, tmp_path: Path, capsys: Any
+@pytest.mark.parametrize(("how", "message"), CHANGES, ids=lambda value: getattr(value, "__name__", ""))
+def test_every_verb_rejects_an_incomplete_adapter(
+    how: Callable[[Tensors], None], message: str, finished: Path, tmp_path: Path, capsys: Any
 ) -> None:
     change(finished, how)
     for verb, arguments in every_verb(finished, tmp_path):
         assert main(verb, arguments) == 2, verb
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1, verb
-        assert told in errors[0], verb
+        assert message in errors[0], verb
     assert [path.name for path in tmp_path.iterdir()] == ["finished"]
 
 
-def test_a_changed_value_is_seen_by_the_recorded_hash(finished: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_changed_value_is_detected_by_the_recorded_hash(finished: Path, tmp_path: Path, capsys: Any) -> None:
     def add_one(tensors: Tensors) -> None:
         tensors[f"{LAYER}.lora_B.weight"] += 1
 
@@ -89,7 +89,7 @@ def test_a_changed_value_is_seen_by_the_recorded_hash(finished: Path, tmp_path: 
         assert "adapter_model.safetensors has changed since it was saved (its SHA" in capsys.readouterr().err, verb
 
 
-def test_a_stage_2_run_refuses_half_a_stage_1_projector(
+def test_a_stage_2_run_rejects_an_incomplete_stage_1_projector(
     train: Train, scienceqa: Path, parts: Path, tmp_path: Path
 ) -> None:
     import shutil
@@ -97,14 +97,17 @@ def test_a_stage_2_run_refuses_half_a_stage_1_projector(
     stage1 = Path(shutil.copytree(train(stage=1), tmp_path / "stage1"))
     change(stage1, drop_bias)
     content: dict[str, Any] = {
-        "stage": 2, "output_dir": str(tmp_path / "run"), "lora": {},
+        "stage": 2,
+        "output_dir": str(tmp_path / "run"),
+        "lora": {},
         "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"),
+            "llm": str(parts / "llm"),
+            "vision_tower": str(parts / "vision_tower"),
             "start_from": {"stage1_run": str(stage1)},
         },
         "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400},
         "training": {"learning_rate": 0.01, "max_steps": 1},
-    }  # fmt: skip
+    }
     with pytest.raises(UserError, match=r"stage1_run: .*linear_2\.bias is missing \(tensors at fault: 1 of 4\)"):
         finetune(check_recipe(content, "test"), Path(), console=Console(file=io.StringIO()))
 
@@ -119,29 +122,47 @@ def test_every_adapter_that_a_run_saves_fits(options: dict[str, Any], train: Tra
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("alpha_pattern", {"up_proj": 8}), ("rank_pattern", {"up_proj": 8}), ("fan_in_fan_out", True), ("bias", "all"),
-        ("use_qalora", True), ("lora_bias", True), ("layers_to_transform", [0]), ("target_parameters", ["x"]),
-        ("trainable_token_indices", [1]), ("some_later_setting", 0.5), ("init_lora_weights", "pissa_niter_4"),
+        ("alpha_pattern", {"up_proj": 8}),
+        ("rank_pattern", {"up_proj": 8}),
+        ("fan_in_fan_out", True),
+        ("bias", "all"),
+        ("use_qalora", True),
+        ("lora_bias", True),
+        ("layers_to_transform", [0]),
+        ("target_parameters", ["x"]),
+        ("trainable_token_indices", [1]),
+        ("some_later_setting", 0.5),
+        ("init_lora_weights", "pissa_niter_4"),
     ],
-)  # fmt: skip
-def test_settings_that_would_be_lost_are_refused(name: str, value: Any, finished: Path) -> None:
+)
+def test_unsupported_settings_are_rejected(name: str, value: Any, finished: Path) -> None:
     file = finished / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
     with pytest.raises(UserError, match=rf"adapter_config\.json: {name} is "):
         read_source(finished)
 
 
-def test_llava_s_own_settings_are_not_refused() -> None:
+def test_llava_s_own_settings_are_accepted() -> None:
     written = {
-        "base_model_name_or_path": "x", "bias": "none", "enable_lora": None, "fan_in_fan_out": False,
-        "inference_mode": True, "init_lora_weights": True, "lora_alpha": 256, "lora_dropout": 0.05,
-        "merge_weights": False, "modules_to_save": None, "peft_type": "LORA", "r": 128, "target_modules": ["q_proj"],
+        "base_model_name_or_path": "x",
+        "bias": "none",
+        "enable_lora": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": 256,
+        "lora_dropout": 0.05,
+        "merge_weights": False,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 128,
+        "target_modules": ["q_proj"],
         "task_type": "CAUSAL_LM",
-    }  # fmt: skip
+    }
     refuse_settings(written, Path("adapter_config.json"))
 
 
-def test_another_base_s_adapter_is_named_with_the_base(finished: Path) -> None:
+def test_the_error_for_an_adapter_of_another_base_names_the_base(finished: Path) -> None:
     config = LlavaConfig.from_pretrained(read_source(finished).base)
     config.text_config.num_hidden_layers = 3
     with pytest.raises(UserError, match=r"the base LARGER: .*layers\.2\.mlp\.down_proj\.lora_A\.weight is missing"):

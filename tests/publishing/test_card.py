@@ -1,4 +1,4 @@
-"""The card says what the run recorded, names licences that do not go together, and holds nothing else."""
+"""The model card: the run's records, conflicting licences, and nothing else."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ Train = Callable[..., Path]
 
 @pytest.fixture
 def vicuna_run(finished: Path) -> Path:
-    """A run as the 7B recipe would leave it: its recipe and parts, the small run's weights and figures."""
+    """Build a run like one of the 7B recipe: its recipe and parts, with a small run's weights and figures."""
     shutil.copyfile(Path(__file__).parents[2] / "recipes" / "scienceqa_qlora.yaml", finished / "recipe.yaml")
     record = json.loads((finished / "run.json").read_text())
     recipe = load_recipe(finished / "recipe.yaml").model
     record["base"]["parts"] |= {
-        "llm": recipe.llm, "llm_revision": recipe.llm_revision, "vision_tower": recipe.vision_tower,
+        "llm": recipe.llm,
+        "llm_revision": recipe.llm_revision,
+        "vision_tower": recipe.vision_tower,
         "vision_tower_revision": recipe.vision_tower_revision,
-    }  # fmt: skip
+    }
     record["hub_ids"] = hub_ids(load_recipe(finished / "recipe.yaml"))
     (finished / "run.json").write_text(json.dumps(record))
     return finished
@@ -47,7 +49,7 @@ def card_of(folder: Path, repo_id: str = "me/pets") -> tuple[Package, str]:
     return package, content.decode()
 
 
-def test_metadata_is_the_run_s(vicuna_run: Path) -> None:
+def test_metadata_comes_from_the_run(vicuna_run: Path) -> None:
     package, card = card_of(vicuna_run)
     data = ModelCard(card).data
     assert data.base_model == ["me/base"]
@@ -64,14 +66,16 @@ def test_metadata_is_the_run_s(vicuna_run: Path) -> None:
     assert len(data.eval_results) == sum(table[column][2] > 0 for column in table if column != "unparsed")
 
 
-def test_eval_results_are_hugging_face_s(vicuna_run: Path) -> None:
+def test_eval_results_follow_hugging_face_s_format(vicuna_run: Path) -> None:
     package, _ = card_of(vicuna_run)
     content = package.files[".eval_results/scienceqa.yaml"]
     assert isinstance(content, bytes)
     (entry,) = parse_eval_result_entries(yaml.safe_load(content))
     assert (entry.dataset_id, entry.task_id) == ("derek-thomas/ScienceQA", "default")
     assert entry.value == package.metrics["after"]["AVG"][0]
-    assert entry.notes.startswith(f"{package.metrics['after']['AVG'][1]} of 6 questions; prompt QCM-LEA, greedy")
+    assert entry.notes.startswith(
+        f"{package.metrics['after']['AVG'][1]} of 6 questions correct; prompt QCM-LEA, greedy"
+    )
 
 
 def test_a_part_of_the_split_or_local_data_gives_no_eval_results(vicuna_run: Path, train: Train) -> None:
@@ -85,24 +89,24 @@ def test_body_holds_data_settings_cost_and_curve(train: Train) -> None:
     package, card = card_of(train())
     train_figures = package.metrics["train"]
     for line in (
-        "| train rows | 24 of 24 used; dropped 0; cut 0 |",
+        "| training rows | 24 of 24 used; dropped: none; cut: 0 |",
         "| LoRA | r 4, alpha 32, dropout 0, on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj |",
-        "| quantisation while training | NF4, doubly quantised |",
-        "| learning rate | 0.05 (projector 0.05), cosine, warm-up 0.03 |",
-        "| batch | 8 x 1 |",
+        "| quantisation during training | NF4 with double quantisation |",
+        "| learning rate | 0.05 (projector 0.05), cosine schedule, warm-up ratio 0.03 |",
+        "| batch | 8 samples x 1 accumulation step |",
         "| optimizer | adamw_torch, weight decay 0 |",
         f"| peak memory | {train_figures['peak_memory_bytes'] / 2**30:.2f} GiB |",
-        "| trained parameters | lora 8,704, projector 6,272 |",
-        f"SHA-256 as it ran `{package.record['recipe_hash'][:12]}`",
+        "| trained parameters | LoRA 8,704, projector 6,272 |",
+        f"SHA-256 before local paths were shortened: `{package.record['recipe_hash'][:12]}`",
         "![Loss over steps](loss_curve.png)",
-        "Measured in the training run, with the adapter on the NF4 base.",
+        "All values were measured during the training run, with the adapter on the NF4 base.",
     ):
         assert line in card, line
     curve = package.files["loss_curve.png"]
     assert isinstance(curve, bytes)
     assert Image.open(io.BytesIO(curve)).size == (840, 420)
     assert len(train_figures["loss_curve"]["train"]) == 4
-    assert re.search(r"\| before \|( \d+\.\d\d \|){9} \d+ \|", card)
+    assert re.search(r"\| before training \|( (\d+\.\d\d|–) \|){9} \d+ \|", card)
 
 
 def test_no_placeholder_and_no_local_path(train: Train, vicuna_run: Path) -> None:
@@ -113,31 +117,31 @@ def test_no_placeholder_and_no_local_path(train: Train, vicuna_run: Path) -> Non
         assert scan("README.md", card.encode()) == []
 
 
-def test_the_same_run_gives_the_same_card(train: Train) -> None:
+def test_a_card_is_reproducible(train: Train) -> None:
     one, two = card_of(train())[0].files, card_of(train())[0].files
     assert one == two
 
 
-def test_licences_that_pull_apart_are_named(vicuna_run: Path) -> None:
+def test_conflicting_licences_are_named(vicuna_run: Path) -> None:
     package, card = card_of(vicuna_run)
     assert card_licence(licences_of(package)) == "other"
-    assert "the language model lmsys/vicuna-7b-v1.5: Llama 2 Community License" in card
+    assert "The language model lmsys/vicuna-7b-v1.5: Llama 2 Community License" in card
     assert (
-        "the language model lmsys/vicuna-7b-v1.5 may be used commercially under the Llama 2 Community License, the "
-        "data (derek-thomas/ScienceQA) may not (CC BY-NC-SA 4.0): what was made from both falls under the stricter."
+        "It is allowed for the language model lmsys/vicuna-7b-v1.5 (Llama 2 Community License) and the vision tower "
+        "openai/clip-vit-large-patch14-336 (MIT), but not for the data set derek-thomas/ScienceQA (CC BY-NC-SA 4.0). "
     ) in card
     projector = "liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5"
-    assert f"Not known to lora_llava, so read them before use: the projector {projector}." in card
+    assert f"because lora_llava does not know them: the projector {projector}." in card
 
 
-def test_one_licence_is_the_card_s() -> None:
+def test_a_shared_licence_is_that_of_the_card() -> None:
     demo = [licence_of("demo", part) for part in ("a", "b")]
     assert card_licence(demo) == "apache-2.0"
     assert conflicts(demo) == []
     assert card_licence([]) is None
 
 
-def test_the_person_s_word_on_the_licence_counts(train: Train) -> None:
+def test_a_licence_set_by_the_user_takes_precedence(train: Train) -> None:
     package = collect(train(), "me/base")
     add_card(package, "me/pets", "mit")
     content = package.files["README.md"]
@@ -145,7 +149,7 @@ def test_the_person_s_word_on_the_licence_counts(train: Train) -> None:
     assert ModelCard(content.decode()).data.license == "mit"
 
 
-def test_a_recipe_s_paths_are_cut_to_their_names() -> None:
+def test_a_recipe_s_local_paths_are_shortened_to_their_names() -> None:
     content = load_recipe("scienceqa_qlora.yaml").model_dump(mode="json")
     content["output_dir"] = "C:\\Users\\alice\\runs\\pets"
     content["data"]["path"], content["data"]["image_folder"] = "/home/alice/pets", "~/images"
@@ -168,11 +172,11 @@ def test_a_recipe_s_paths_are_cut_to_their_names() -> None:
         ("-----BEGIN RSA PRIVATE KEY-----", "a private key"),
     ],
 )
-def test_the_scan_finds(text: str, what: str) -> None:
+def test_the_scan_finds_secrets_and_home_paths(text: str, what: str) -> None:
     assert [(found.line, found.what) for found in scan("f", f"one\n{text}\n".encode())] == [(2, what)]
 
 
-def test_what_we_write_holds_no_absolute_path() -> None:
+def test_absolute_paths_are_found_in_generated_files() -> None:
     content = b'{"a": "/mnt/team/x.json", "b": "https://huggingface.co/me/x", "c": "5/7 of it", "d": "D:\\x\\y"}'
     found = scan("f", content, written_by_us=True)
     assert [(finding.line, finding.what) for finding in found] == [(1, "a local path")]
@@ -181,5 +185,5 @@ def test_what_we_write_holds_no_absolute_path() -> None:
 
 
 @pytest.mark.parametrize("text", ["https://x.org/home/page", "models/root/x", "hf_hub", "sk-learn", "user@example.com"])
-def test_the_scan_lets_pass(text: str) -> None:
+def test_the_scan_accepts_harmless_text(text: str) -> None:
     assert scan("f", text.encode()) == []

@@ -1,4 +1,4 @@
-"""A model by its Hub id: asked, marked and talked with, as the folder that was pushed."""
+"""A model by its Hub id: evaluation and chat give the same results as the pushed folder."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ def test_a_hub_id_answers_as_its_folder(merged: Path, hub: Store, tmp_path: Path
     here, there = (next((tmp_path / kind).glob("predictions*.jsonl")).read_text() for kind in ("here", "there"))
     assert here == there
     Image.new("RGB", (40, 24), (220, 30, 30)).save(tmp_path / "image.png")
-    asked = ["--image", "image.png", "--prompt", "What is it?", "--max-new-tokens", "8"]
-    assert run(["chat", "me/model", *asked], hub, tmp_path) == run(["chat", str(merged), *asked], hub, tmp_path)
+    prompt = ["--image", "image.png", "--prompt", "What is it?", "--max-new-tokens", "8"]
+    assert run(["chat", "me/model", *prompt], hub, tmp_path) == run(["chat", str(merged), *prompt], hub, tmp_path)
     assert any("GET /me/model/resolve/" in request and "model.safetensors" in request for request in hub.requests)

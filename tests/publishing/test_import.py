@@ -1,4 +1,4 @@
-"""LLaVA's own checkpoints come in: names, shapes and logits; nothing in them is executed."""
+"""Importing LLaVA's own checkpoints: names, shapes and logits, and no code execution."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUIET = Console(file=io.StringIO(), width=160)
 
 
 def original_name(name: str) -> str | None:
-    """LLaVA's name of a tensor of a stock file; None for the vision tower, which it does not save."""
+    """Return LLaVA's name of a stock tensor; None for the vision tower, which LLaVA does not save."""
     if name.startswith("vision_tower."):
         return None
     for stock, original in {"linear_1": "0", "linear_2": "2"}.items():
@@ -38,17 +38,26 @@ def original_name(name: str) -> str | None:
 def original_config(parts: Path, **extra: Any) -> dict[str, Any]:
     llm = json.loads((parts / "llm" / "config.json").read_text())
     return llm | {
-        "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu",
-        "mm_vision_tower": str(parts / "vision_tower"), "mm_hidden_size": 32, "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
-        "use_mm_proj": True, "tune_mm_mlp_adapter": False, "image_aspect_ratio": "pad",
-        "tokenizer_padding_side": "right", **extra,
-    }  # fmt: skip
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_tower": str(parts / "vision_tower"),
+        "mm_hidden_size": 32,
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "tune_mm_mlp_adapter": False,
+        "image_aspect_ratio": "pad",
+        "tokenizer_padding_side": "right",
+        **extra,
+    }
 
 
 @pytest.fixture
 def checkpoint(parts: Path, train: Train, tmp_path: Path) -> tuple[Path, Path]:
-    """A stock LLaVA and the same as LLaVA's own full checkpoint, in two `.bin` shards."""
+    """Write a stock LLaVA, and the same model as LLaVA's own checkpoint in two `.bin` shards."""
     base = read_source(train()).base
     folder = tmp_path / "llava-v1.5-tiny"
     folder.mkdir()
@@ -102,7 +111,7 @@ def test_a_checkpoint_with_its_own_tower_keeps_it(checkpoint: tuple[Path, Path],
     base, folder = checkpoint
     tower = {
         f"model.vision_tower.{n}": t + 1 for n, t in load_file(base / "model.safetensors").items() if "vision" in n
-    }  # fmt: skip
+    }
     torch.save(tower, folder / "pytorch_model-00003-of-00003.bin")
     import_llava(folder, tmp_path / "stock", console=QUIET)
     ours = load_file(tmp_path / "stock" / "model.safetensors")
@@ -110,7 +119,9 @@ def test_a_checkpoint_with_its_own_tower_keeps_it(checkpoint: tuple[Path, Path],
         assert torch.equal(ours[name.removeprefix("model.vision_tower.")], tensor)
 
 
-def test_a_linear_projector_of_llava_1_0_comes_in(checkpoint: tuple[Path, Path], parts: Path, tmp_path: Path) -> None:
+def test_a_linear_projector_of_llava_1_0_is_imported(
+    checkpoint: tuple[Path, Path], parts: Path, tmp_path: Path
+) -> None:
     _, folder = checkpoint
     for file in folder.glob("*.bin"):
         content = torch.load(file)
@@ -120,7 +131,7 @@ def test_a_linear_projector_of_llava_1_0_comes_in(checkpoint: tuple[Path, Path],
                 linear[f"model.mm_projector.{kind}"] = content[f"model.mm_projector.0.{kind}"]
         torch.save(linear, file)
     config = original_config(parts)
-    del config["mm_projector_type"]  # LLaVA 1.0 had one kind and did not say
+    del config["mm_projector_type"]  # LLaVA 1.0 had one kind and did not record it
     (folder / "config.json").write_text(json.dumps(config))
     import_llava(folder, tmp_path / "stock", console=QUIET)
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "stock", dtype="float32")
@@ -130,7 +141,7 @@ def test_a_linear_projector_of_llava_1_0_comes_in(checkpoint: tuple[Path, Path],
 
 @pytest.fixture
 def lora_folder(parts: Path, train: Train, tmp_path: Path) -> tuple[Path, Path]:
-    """A run of ours and the same as LLaVA's LoRA folder."""
+    """Train a run, and write the same adapter as LLaVA's LoRA folder."""
     run = train(rate=0.02)
     folder = tmp_path / "llava-lora"
     folder.mkdir()
@@ -144,10 +155,16 @@ def lora_folder(parts: Path, train: Train, tmp_path: Path) -> tuple[Path, Path]:
     torch.save(adapter, folder / "adapter_model.bin")
     torch.save(other, folder / "non_lora_trainables.bin")
     settings = {
-        "base_model_name_or_path": str(parts / "llm"), "bias": "none", "lora_alpha": 32, "lora_dropout": 0.05,
-        "peft_type": "LORA", "r": 4, "task_type": "CAUSAL_LM", "modules_to_save": None,
+        "base_model_name_or_path": str(parts / "llm"),
+        "bias": "none",
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "peft_type": "LORA",
+        "r": 4,
+        "task_type": "CAUSAL_LM",
+        "modules_to_save": None,
         "target_modules": ["up_proj", "down_proj", "gate_proj", "k_proj", "q_proj", "v_proj", "o_proj"],
-    }  # fmt: skip
+    }
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     (folder / "config.json").write_text(json.dumps(original_config(parts)))
     return run, folder
@@ -164,15 +181,15 @@ def test_a_lora_folder_gives_the_run_s_logits_and_merges(lora_folder: tuple[Path
     assert torch.equal(adapted(tmp_path / "run"), adapted(run))
     report = merge(tmp_path / "run", tmp_path / "merged", dtype="float32", console=QUIET)
     assert report["adapter_on_bf16_base"]["max_logit_difference"] <= 1e-4
-    assert report["prompts_from"] == "0 from a recipe, which the run lacks, 8 of our own"
+    assert report["prompts_from"] == "0 from the run's data (it has no recipe), 8 built-in"
 
 
-def test_a_lora_folder_on_a_whole_llava_takes_that_as_base(
+def test_a_lora_folder_on_a_complete_llava_needs_it_as_base(
     lora_folder: tuple[Path, Path], checkpoint: tuple[Path, Path], tmp_path: Path
 ) -> None:
     _, folder = lora_folder
     base, original = checkpoint
-    with pytest.raises(UserError, match="a whole LLaVA; import that first, then name the result with --base"):
+    with pytest.raises(UserError, match="a complete LLaVA; import that first, then name the result with --base"):
         import_llava(folder, tmp_path / "run", llm=str(original), console=QUIET)
     import_llava(folder, tmp_path / "run", base=str(base), console=QUIET)
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
@@ -180,7 +197,7 @@ def test_a_lora_folder_on_a_whole_llava_takes_that_as_base(
 
 
 class Attack:
-    """Touches a file when it is unpickled."""
+    """An object that touches a file when unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -190,7 +207,7 @@ class Attack:
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "non_lora_trainables.bin"])
-def test_code_in_a_pickle_is_refused_and_not_run(name: str, lora_folder: tuple[Path, Path], tmp_path: Path) -> None:
+def test_code_in_a_pickle_is_rejected_and_not_run(name: str, lora_folder: tuple[Path, Path], tmp_path: Path) -> None:
     _, folder = lora_folder
     torch.save({"x": Attack(tmp_path / "ran")}, folder / name)
     with pytest.raises(UserError, match="is not a file of tensors"):
@@ -204,35 +221,37 @@ def rename(file: Path, old: str, new: str) -> None:
     torch.save({name.replace(old, new): tensor for name, tensor in content.items()}, file)
 
 
-def test_what_cannot_be_taken_over_is_named(lora_folder: tuple[Path, Path], parts: Path, tmp_path: Path) -> None:
+def test_tensors_and_settings_that_cannot_be_converted_are_named(
+    lora_folder: tuple[Path, Path], parts: Path, tmp_path: Path
+) -> None:
     _, folder = lora_folder
     good = (folder / "adapter_model.bin").read_bytes()
 
-    def refused(told: str) -> None:
-        with pytest.raises(UserError, match=told):
+    def assert_rejected(message: str) -> None:
+        with pytest.raises(UserError, match=message):
             import_llava(folder, tmp_path / "run", console=QUIET)
         assert not (tmp_path / "run").exists()
 
     rename(folder / "adapter_model.bin", "model.layers.1.mlp.up_proj", "model.vision_tower.q_proj")
-    refused(r"base_model\.model\.model\.vision_tower\.q_proj\.lora_A\.weight is not an adapter of a language")
+    assert_rejected(r"base_model\.model\.model\.vision_tower\.q_proj\.lora_A\.weight is not an adapter of a language")
     (folder / "adapter_model.bin").write_bytes(good)
     content = torch.load(folder / "adapter_model.bin")
     content.popitem()
     torch.save(content, folder / "adapter_model.bin")
-    refused("27 LoRA matrices; .* on 2 layers would be 28: the layers have different adapters")
+    assert_rejected("27 LoRA matrices; .* on 2 layers would be 28: the layers have different adapters")
     content = torch.load(io.BytesIO(good))
     content = {name: torch.zeros(4, 7) if "lora_A" in name and "up_proj" in name else t for name, t in content.items()}
     torch.save(content, folder / "adapter_model.bin")
-    refused(
+    assert_rejected(
         r"llava-lora does not fit .*layers\.0\.mlp\.up_proj\.lora_A\.weight has shape 4 x 7, not 4 x 64 \(.* 2 of 32\)"
     )
     (folder / "adapter_model.bin").write_bytes(good)
     rename(folder / "non_lora_trainables.bin", "mm_projector.0", "embed_tokens")
-    refused(r"embed_tokens\.\w+ was trained besides LoRA and projector")
+    assert_rejected(r"embed_tokens\.\w+ was trained besides LoRA and projector")
     (folder / "config.json").write_text(json.dumps(original_config(parts, mm_use_im_start_end=True)))
-    refused("mm_use_im_start_end is true")
+    assert_rejected("mm_use_im_start_end is true")
     (folder / "config.json").write_text(json.dumps(original_config(parts, mm_projector_type="mlp3x_gelu")))
-    refused("mm_projector_type is mlp3x_gelu; only linear and mlp2x_gelu are supported")
+    assert_rejected("mm_projector_type is mlp3x_gelu; only linear and mlp2x_gelu are supported")
 
 
 def test_a_wrong_shape_or_name_in_a_checkpoint_is_named(checkpoint: tuple[Path, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A merged folder says what base + adapter says, or does not come to be."""
+"""Merging: the merged model equals base + adapter, or nothing is written."""
 
 from __future__ import annotations
 
@@ -56,31 +56,31 @@ def on_base(run: Path, **options: Any) -> PeftModel:
 
 
 GENTLE = {"rate": 0.005, "alpha": 8}
-"""An adapter of the size that training gives; bf16 rounds what the others add."""
+"""An adapter of the size that training produces; bf16 rounding is visible with the larger ones."""
 ADAPTERS: list[dict[str, Any]] = [{}, {"rslora": True}, {"dora": True}, {"targets": ["q_proj", "down_proj"]}]
 
 
 @pytest.mark.parametrize("lora", ADAPTERS, ids=str)
-def test_merged_logits_are_the_adapter_s(lora: dict[str, Any], train: Train, tmp_path: Path) -> None:
+def test_merged_logits_equal_the_adapter_s(lora: dict[str, Any], train: Train, tmp_path: Path) -> None:
     run = train(**lora)
-    report, told = merged(run, tmp_path / "merged", dtype="float32")
+    report, output = merged(run, tmp_path / "merged", dtype="float32")
     adapter = logits(on_base(run))
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="float32")
     assert (logits(stock) - adapter).abs().max() < 1e-4
     base = logits(load_base(read_source(run).base, dtype="float32"))
-    assert (base - adapter).abs().max() > 0.5  # or the comparison would hold for an adapter that was forgotten
+    assert (base - adapter).abs().max() > 0.5  # or the comparison would also pass without the adapter
     delta = report["adapter_on_bf16_base"]
     assert delta["max_logit_difference"] <= report["tolerance"] == 1e-4
     assert (delta["greedy_equal"], delta["prompts"], report["prompts_with_image"]) == (8, 8, 4)
-    assert report["prompts_from"] == "6 from the run's test split, 2 of our own"
+    assert report["prompts_from"] == "6 from the run's test split, 2 built-in"
     assert report["adapter_on_nf4_base"]["max_logit_difference"] > delta["max_logit_difference"]
     assert report["adapter_effect"] > 0.5
-    assert "tolerance 0.0001 in float32" in told
+    assert "tolerance 0.0001 in float32" in output
     assert json.loads((tmp_path / "merged" / "merge_report.json").read_text()) == report
 
 
 @pytest.mark.parametrize("lora", ADAPTERS[:3], ids=str)
-def test_merged_weights_are_those_of_peft(lora: dict[str, Any], train: Train, tmp_path: Path) -> None:
+def test_merged_weights_equal_peft_s(lora: dict[str, Any], train: Train, tmp_path: Path) -> None:
     merged(train(**lora), tmp_path / "merged", dtype="float32")
     theirs = on_base(train(**lora)).merge_and_unload().state_dict()
     ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="float32").state_dict()
@@ -91,7 +91,7 @@ def test_merged_weights_are_those_of_peft(lora: dict[str, Any], train: Train, tm
             assert torch.equal(tensor, theirs[name]), name
 
 
-def test_nf4_merges_into_what_the_adapter_was_trained_on(train: Train, tmp_path: Path) -> None:
+def test_nf4_merges_into_the_base_of_training(train: Train, tmp_path: Path) -> None:
     report, _ = merged(train(), tmp_path / "merged", dtype="float32", base="nf4")
     trained = logits(on_base(train(), quantization="nf4"))
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="float32")
@@ -102,7 +102,7 @@ def test_nf4_merges_into_what_the_adapter_was_trained_on(train: Train, tmp_path:
 
 
 @pytest.mark.parametrize("lora", [{}, {"dora": True}], ids=str)
-def test_bf16_stays_within_twice_what_batch_size_changes(lora: dict[str, Any], train: Train, tmp_path: Path) -> None:
+def test_bf16_stays_within_twice_the_noise_of_batch_size(lora: dict[str, Any], train: Train, tmp_path: Path) -> None:
     report, _ = merged(train(**GENTLE, **lora), tmp_path / "merged")
     assert report["tolerance"] == 2 * report["batch_size_noise"]
     assert report["adapter_on_bf16_base"]["max_logit_difference"] <= report["tolerance"]
@@ -112,7 +112,7 @@ def test_bf16_stays_within_twice_what_batch_size_changes(lora: dict[str, Any], t
 
 @pytest.mark.parametrize("nf4", [False, True])
 @pytest.mark.parametrize("lora", [{}, {"dora": True}], ids=str)
-def test_the_streamed_reference_is_stock_peft(lora: dict[str, Any], nf4: bool, train: Train) -> None:
+def test_the_streamed_reference_equals_stock_peft(lora: dict[str, Any], nf4: bool, train: Train) -> None:
     run = train(**lora)
     source = read_source(run)
     dtype = torch.float32 if nf4 else None
@@ -122,7 +122,7 @@ def test_the_streamed_reference_is_stock_peft(lora: dict[str, Any], nf4: bool, t
 
 
 def on_other_base(run: Path, folder: Path, change: Any) -> Path:
-    """Put a run on a copy of its base that `change` has been at, as if it had been trained on that."""
+    """Move a run to a copy of its base modified by `change`, as if it had been trained on that."""
     record = json.loads((run / "run.json").read_text())
     shutil.copytree(record["base"]["name"], folder)
     tensors = load_file(folder / "model.safetensors")
@@ -133,10 +133,10 @@ def on_other_base(run: Path, folder: Path, change: Any) -> Path:
     return folder
 
 
-def test_nf4_of_a_float16_base_is_made_as_stock_loading_makes_it(finished: Path, tmp_path: Path) -> None:
+def test_nf4_values_of_a_float16_base_equal_those_of_stock_loading(finished: Path, tmp_path: Path) -> None:
     def to_half(tensors: dict[str, torch.Tensor], folder: Path) -> None:
         for name, tensor in tensors.items():
-            tensors[name] = (tensor.float() * 1.001).half()  # values that bf16 does not have
+            tensors[name] = (tensor.float() * 1.001).half()  # values that bf16 cannot represent
 
     on_other_base(finished, tmp_path / "half", to_half)
     source = read_source(finished)
@@ -163,22 +163,22 @@ def test_a_base_with_tied_head_merges(finished: Path, tmp_path: Path) -> None:
     assert (logits(stock) - logits(on_base(finished))).abs().max() < 1e-4
 
 
-def test_a_base_that_lacks_a_weight_is_told_before_anything_is_written(finished: Path, tmp_path: Path) -> None:
+def test_a_base_that_lacks_a_weight_is_reported_before_writing(finished: Path, tmp_path: Path) -> None:
     def drop(tensors: dict[str, torch.Tensor], folder: Path) -> None:
         del tensors["language_model.lm_head.weight"]
 
     on_other_base(finished, tmp_path / "other", drop)
-    with pytest.raises(UserError, match=r"other lacks lm_head\.weight, which its config\.json asks for"):
+    with pytest.raises(UserError, match=r"other lacks lm_head\.weight, which its config\.json requires"):
         merged(finished, tmp_path / "merged")
 
 
-def test_prompts_of_our_own_take_the_place_of_data_that_is_gone(finished: Path, tmp_path: Path) -> None:
+def test_built_in_prompts_replace_missing_data(finished: Path, tmp_path: Path) -> None:
     recipe = (finished / "recipe.yaml").read_text()
     (finished / "recipe.yaml").write_text(re.sub(r"  path: .*", "  path: /mnt/team/gone", recipe))
-    report, told = merged(finished, tmp_path / "merged", dtype="float32")
-    assert report["prompts_from"] == "0 from the run's data, which is not at hand, 8 of our own"
+    report, output = merged(finished, tmp_path / "merged", dtype="float32")
+    assert report["prompts_from"] == "0 from the run's data (not available), 8 built-in"
     assert report["prompts_with_image"] == 4
-    assert "/mnt/team" not in json.dumps(report) + told
+    assert "/mnt/team" not in json.dumps(report) + output
 
 
 def test_a_streamed_model_holds_no_weights_after_a_pass(train: Train) -> None:
@@ -197,14 +197,14 @@ def test_shards_merge_to_the_same_weights(train: Train, tmp_path: Path, monkeypa
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
-def test_a_stage_1_run_puts_its_projector_in(train: Train, tmp_path: Path) -> None:
+def test_a_stage_1_run_merges_its_projector(train: Train, tmp_path: Path) -> None:
     run = train(stage=1, quantization="none")
     merged(run, tmp_path / "merged", dtype="float32")
     projector = {n: t for n, t in load_file(run / "adapter_model.safetensors").items() if "projector" in n}
     state = load_file(tmp_path / "merged" / "model.safetensors")
     for name, tensor in projector.items():
         assert torch.equal(state[name.split("base_model.model.model.")[1]], tensor)
-    with pytest.raises(UserError, match="is a Stage 1 run and has no LoRA to keep"):
+    with pytest.raises(UserError, match="is a Stage 1 run without LoRA"):
         merged(run, tmp_path / "other", projector_only=True)
 
 
@@ -225,7 +225,7 @@ def change_adapter(run: Path, change: Any) -> None:
     change(tensors)
     save_file(tensors, run / "adapter_model.safetensors")
     record = json.loads((run / "run.json").read_text())
-    del record["adapter_sha256"]  # as of a run of an older version, so that the tensors themselves are looked at
+    del record["adapter_sha256"]  # as in a run of an older version, so that the tensors are checked
     (run / "run.json").write_text(json.dumps(record))
 
 
@@ -237,24 +237,24 @@ def poison(tensors: dict[str, torch.Tensor]) -> None:
     next(t for name, t in sorted(tensors.items()) if "lora_B" in name)[0, 0] = float("nan")
 
 
-def test_a_nan_in_the_last_prompt_alone_is_seen() -> None:
+def test_a_nan_in_the_last_prompt_is_detected() -> None:
     good = [torch.zeros(9, 5), torch.zeros(9, 5)]
     bad = [torch.zeros(9, 5), torch.full((9, 5), float("nan"))]
     assert math.isnan(compare(good, bad, [[0], [0]]).max_logit_difference)
     assert compare(good, good, [[0], [0]]).greedy_equal == 2
 
 
-def test_the_proof_fails_for_another_projector(train: Train, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    """A merge that rounds the projector away from what was trained, as a real fault would."""
+def test_the_check_fails_for_another_projector(train: Train, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """A merge with a wrong projector is rejected and leaves nothing."""
     from lora_llava.publishing import merge as module
 
-    whole = module.write_checkpoint
+    write_checkpoint = module.write_checkpoint
 
     def faulty(tensors: Any, *rest: Any) -> Any:
         from dataclasses import replace
 
         wrong = [replace(t, load=lambda t=t: t.load() * 1.5) if "projector" in t.name else t for t in tensors]
-        return whole(wrong, *rest)
+        return write_checkpoint(wrong, *rest)
 
     monkeypatch.setattr(module, "write_checkpoint", faulty)
     with pytest.raises(ProofError, match="logits differ by"):
@@ -296,7 +296,7 @@ def add_layer(tensors: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (drop_projector, r"model\.multi_modal_projector\.linear_1\.bias is missing \(tensors at fault: 4 of 32\)"),
         (drop_one_up, r"layers\.0\.mlp\.up_proj\.lora_B\.weight is missing \(tensors at fault: 1 of 32\)"),
@@ -311,9 +311,9 @@ def add_layer(tensors: dict[str, torch.Tensor]) -> None:
         ),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_one_line(change: Any, told: str, finished: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_is_one_line(change: Any, message: str, finished: Path, tmp_path: Path) -> None:
     change_adapter(finished, change)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         merged(finished, tmp_path / "merged")
     assert nothing_left(tmp_path)
 
@@ -325,7 +325,7 @@ def test_a_truncated_adapter_is_one_line(finished: Path, tmp_path: Path) -> None
         merged(finished, tmp_path / "merged")
 
 
-def test_another_base_is_refused(finished: Path, tmp_path: Path) -> None:
+def test_another_base_is_rejected(finished: Path, tmp_path: Path) -> None:
     record = json.loads((finished / "run.json").read_text())
     other = tmp_path / "other"
     shutil.copytree(record["base"]["name"], other)
@@ -337,14 +337,14 @@ def test_another_base_is_refused(finished: Path, tmp_path: Path) -> None:
         merged(finished, tmp_path / "merged")
 
 
-def test_a_full_disk_is_told_before_anything_is_written(train: Train, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_full_disk_is_reported_before_writing(train: Train, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(UserError, match=r"needs 67,\d{3},\d{3} bytes \(0.1 GB\) and 1,000 \(0.0 GB\) are free"):
+    with pytest.raises(UserError, match=r"needs 67,\d{3},\d{3} bytes \(0.1 GB\), but 1,000 \(0.0 GB\) are free"):
         merged(train(), tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_on_the_way_is_one_line(
+def test_a_disk_that_fills_up_while_writing_is_one_line(
     train: Train, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:
     def full(descriptor: int) -> None:
@@ -352,27 +352,27 @@ def test_a_disk_that_fills_up_on_the_way_is_one_line(
 
     monkeypatch.setattr("os.fsync", full)
     assert main("merge", [str(train()), "--output", str(tmp_path / "merged")]) == 1
-    assert "the disk is full; free some, then run the same command again" in capsys.readouterr().err
+    assert "the disk is full; free some space, then run the same command again" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mistakes_in_a_call_are_told_without_traceback(
+def test_mistakes_in_a_call_are_reported_without_traceback(
     train: Train, finished: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    def told(run: Path, output: Path) -> str:
+    def error_of(run: Path, output: Path) -> str:
         assert main("merge", [str(run), "--output", str(output)]) == 2
         return capsys.readouterr().err
 
-    assert "does not exist; name a run directory" in told(tmp_path / "nope", tmp_path / "merged")
+    assert "does not exist; name a run directory" in error_of(tmp_path / "nope", tmp_path / "merged")
     (tmp_path / "file").write_text("")
-    assert "cannot be written to; name another --output" in told(train(), tmp_path / "file" / "merged")
+    assert "is not writable; choose another --output" in error_of(train(), tmp_path / "file" / "merged")
     (finished / "run.json").write_text("[1]")
-    assert "run.json names no base model; restore it" in told(finished, tmp_path / "merged")
+    assert "run.json names no base model; restore it" in error_of(finished, tmp_path / "merged")
     (finished / "run.json").write_bytes((train() / "run.json").read_bytes())
     (finished / "tokenizer.json").write_text('{"a": 1}')
-    assert "its processor or tokenizer cannot be loaded" in told(finished, tmp_path / "merged")
+    assert "its processor or tokenizer cannot be loaded" in error_of(finished, tmp_path / "merged")
     whole = json.loads((train() / "run.json").read_text())["base"]["name"]
-    assert "is a complete model, not a run" in told(Path(whole), tmp_path / "merged")
+    assert "is a complete model, not a run" in error_of(Path(whole), tmp_path / "merged")
 
 
 def test_base_and_adapter_may_move_together(train: Train, tmp_path: Path) -> None:
@@ -381,9 +381,9 @@ def test_base_and_adapter_may_move_together(train: Train, tmp_path: Path) -> Non
     assert read_source(tmp_path / "moved" / "adapter").base == tmp_path / "moved" / "base"
 
 
-def test_what_stands_there_is_not_overwritten(train: Train, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_overwritten(train: Train, tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
-    with pytest.raises(UserError, match="is there already; name another --output, or remove it"):
+    with pytest.raises(UserError, match="exists already; choose another --output, or remove it"):
         merged(train(), tmp_path / "merged")
     with pytest.raises(UserError, match="is not a finished run"):
         merged(tmp_path / "merged", tmp_path / "other")

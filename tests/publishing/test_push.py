@@ -1,4 +1,4 @@
-"""Pushing to a hub on the loopback interface: what arrives, what never leaves, what a cut leaves behind."""
+"""Pushing to a Hub server on the loopback interface: uploads, secrets, and failed connections."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ QUIET = Console(file=io.StringIO(), width=160)
 
 @pytest.fixture
 def hub(monkeypatch: Any, tmp_path: Path) -> Iterator[Store]:
-    """A hub that this process's huggingface_hub talks to, with a token."""
+    """Start a Hub server for this process's huggingface_hub, with a token."""
     with serve() as (store, endpoint):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
@@ -65,56 +65,67 @@ def pushed(folder: Path, repo_id: str = "me/model", **options: Any) -> str:
 
 
 MODEL_FILES = {
-    ".gitattributes", "README.md", "chat_template.jinja", "config.json", "generation_config.json", "loss_curve.png",
-    "merge_report.json", "metrics.json", "model.safetensors", "processor_config.json", "recipe.yaml", "run.json",
-    "tokenizer.json", "tokenizer_config.json",
-}  # fmt: skip
+    ".gitattributes",
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "loss_curve.png",
+    "merge_report.json",
+    "metrics.json",
+    "model.safetensors",
+    "processor_config.json",
+    "recipe.yaml",
+    "run.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
-def test_a_merged_model_arrives_whole_and_private(merged: Path, hub: Store) -> None:
-    told = pushed(merged)
+def test_a_merged_model_arrives_complete_and_private(merged: Path, hub: Store) -> None:
+    output = pushed(merged)
     assert hub.private == {"me/model": True}
     assert set(hub.repos["me/model"]) == MODEL_FILES
     for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
         assert hub.repos["me/model"][name] == (merged / name).read_bytes()
-    assert "pushed 13 files" in told
+    assert "pushed 13 files" in output
     pushed(merged, "me/open", public=True)
     assert hub.private["me/open"] is False
 
 
-def test_the_same_push_again_uploads_nothing(merged: Path, hub: Store) -> None:
+def test_a_repeated_push_uploads_nothing(merged: Path, hub: Store) -> None:
     pushed(merged)
     commit, files = hub.commits["me/model"], hub.repos["me/model"]
     assert hub.uploaded > 10**6
     hub.reset()
-    assert "holds all of it already: nothing uploaded" in pushed(merged)
+    assert "is up to date; nothing was uploaded" in pushed(merged)
     assert hub.uploaded == 0
     assert not any("/commit/" in request or request.startswith("PUT") for request in hub.requests)
     assert (hub.commits["me/model"], hub.repos["me/model"]) == (commit, files)
 
 
-def test_a_push_cut_at_each_request_converges(merged: Path, hub: Store) -> None:
-    pushed(merged, "me/whole")
-    whole, count = hub.repos["me/whole"], len(hub.requests)
+def test_a_push_that_fails_at_any_request_can_be_resumed(merged: Path, hub: Store) -> None:
+    pushed(merged, "me/complete")
+    complete, count = hub.repos["me/complete"], len(hub.requests)
     assert count >= 8
     objects = dict(hub.objects)
     for number in range(1, count + 1):
         hub.repos.clear()
         hub.objects.clear()
         hub.reset(dead_from=number)
-        with pytest.raises(PushError, match=r"me/whole: .*; run the same command again to\s+go on"):
-            pushed(merged, "me/whole")
-        assert set(hub.repos.get("me/whole", {})) <= {".gitattributes"}  # never half a model
+        with pytest.raises(PushError, match=r"me/complete: .*; run the same command again to\s+resume"):
+            pushed(merged, "me/complete")
+        assert set(hub.repos.get("me/complete", {})) <= {".gitattributes"}  # never half a model
         hub.reset()
-        pushed(merged, "me/whole")
-        assert {name: data for name, data in hub.repos["me/whole"].items() if name != "README.md"} == {
-            name: data for name, data in whole.items() if name != "README.md"
+        pushed(merged, "me/complete")
+        assert {name: data for name, data in hub.repos["me/complete"].items() if name != "README.md"} == {
+            name: data for name, data in complete.items() if name != "README.md"
         }
-        assert hub.repos["me/whole"]["README.md"] == whole["README.md"]
+        assert hub.repos["me/complete"]["README.md"] == complete["README.md"]
         assert hub.objects == objects
 
 
-def test_what_was_uploaded_before_a_cut_is_not_uploaded_again(merged: Path, hub: Store) -> None:
+def test_files_uploaded_before_a_failure_are_not_uploaded_again(merged: Path, hub: Store) -> None:
     pushed(merged)
     commit = next(i for i, request in enumerate(hub.requests, 1) if "/commit/" in request)
     hub.repos.clear()
@@ -152,14 +163,14 @@ torch.save((logits, answer), out)
 
 
 def environment(hub: Store, folder: Path) -> dict[str, str]:
-    """Of a person who has the Hub, a token, and not this package's settings."""
+    """Return the environment of a user with the Hub and a token, but without this package's settings."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LORA_"))}
     own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}  # type: ignore[attr-defined]
     return kept | own
 
 
 def stock(name: str, base: str, hub: Store, folder: Path) -> Any:
-    """Logits and greedy answer in a process without this package."""
+    """Return logits and greedy answer of a process without this package."""
     Image.new("RGB", (40, 24), (220, 30, 30)).save(folder / "image.png")
     command = [sys.executable, "-c", STOCK, name, base, str(folder / "out.pt")]
     done = subprocess.run(command, cwd=folder, env=environment(hub, folder), capture_output=True, text=True)
@@ -167,7 +178,7 @@ def stock(name: str, base: str, hub: Store, folder: Path) -> Any:
     return torch.load(folder / "out.pt")
 
 
-def test_downloaded_logits_are_bit_equal_to_the_local_ones(
+def test_downloaded_logits_equal_the_local_ones_bit_for_bit(
     merged: Path, train: Train, hub: Store, tmp_path: Path
 ) -> None:
     pushed(merged)
@@ -197,45 +208,55 @@ def test_an_adapter_names_its_pushed_base_and_commit(train: Train, hub: Store) -
     config = json.loads(hub.repos["me/adapter"]["adapter_config.json"])
     assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", hub.commits["me/base"])
     assert set(hub.repos["me/adapter"]) == {
-        ".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
-        "generation_config.json", "loss_curve.png", "metrics.json", "processor_config.json", "recipe.yaml", "run.json",
-        "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "generation_config.json",
+        "loss_curve.png",
+        "metrics.json",
+        "processor_config.json",
+        "recipe.yaml",
+        "run.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     hub.reset()
-    assert pushed(train(), "me/adapter", base_repo="me/base").count("nothing uploaded") == 2
+    assert pushed(train(), "me/adapter", base_repo="me/base").count("nothing was uploaded") == 2
     assert hub.uploaded == 0
 
 
 def test_an_adapter_on_a_local_base_is_not_pushed_alone(train: Train, hub: Store) -> None:
-    with pytest.raises(UserError, match="a folder on this machine that others do not have; merge it"):
+    with pytest.raises(UserError, match="is a local folder, which others do not have; push a merged folder"):
         pushed(train())
     assert hub.requests == []
 
 
-def test_another_model_is_not_overwritten_unasked(merged: Path, train: Train, hub: Store) -> None:
+def test_another_model_is_not_overwritten_automatically(merged: Path, train: Train, hub: Store) -> None:
     pushed(merged)
     files = hub.repos["me/model"]
-    with pytest.raises(UserError, match=r"me/model holds something else \(README\.md, .*; files: 13\); .*--replace"):
+    with pytest.raises(UserError, match=r"me/model has another model \(README\.md, .*; files: 13\); .*--replace"):
         pushed(train(), base_repo="me/base")
     assert hub.repos["me/model"] == files
-    told = pushed(train(), base_repo="me/base", replace=True)
-    assert "removed, from an older push: config.json, merge_report.json, model.safetensors" in told
+    output = pushed(train(), base_repo="me/base", replace=True)
+    assert "removed files of an earlier push: config.json, merge_report.json, model.safetensors" in output
     assert "model.safetensors" not in hub.repos["me/model"]
     hub.repos["me/notes"] = {"notes.txt": b"mine"}
     hub.commits["me/notes"], hub.private["me/notes"] = "0" * 40, True
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="has another model"):
         pushed(merged, "me/notes")
 
 
-def test_adapter_and_base_need_names_of_their_own(train: Train, merged: Path, hub: Store) -> None:
-    with pytest.raises(UserError, match="--base-repo: me/model is where the adapter goes; name another one"):
+def test_adapter_and_base_need_different_repositories(train: Train, merged: Path, hub: Store) -> None:
+    with pytest.raises(UserError, match="--base-repo: me/model is the adapter's own repository; choose another"):
         pushed(train(), base_repo="me/model")
     assert hub.requests == []
     pushed(merged, "me/other")
-    with pytest.raises(UserError, match="me/other holds something else"):
+    with pytest.raises(UserError, match="me/other has another model"):
         pushed(train(), "me/other", base_repo="me/base")
-    assert "me/base" not in hub.repos  # nothing is sent for an adapter that is refused
-    with pytest.raises(UserError, match="me/other holds something else"):
+    assert "me/base" not in hub.repos  # nothing is uploaded for an adapter that is rejected
+    with pytest.raises(UserError, match="me/other has another model"):
         pushed(train(), "me/adapter", base_repo="me/other", replace=True)
 
 
@@ -254,29 +275,29 @@ def test_a_run_without_recipe_is_pushed_without_a_table(finished: Path, hub: Sto
     assert b"## Results" not in hub.repos["me/model"]["README.md"]
 
 
-def test_what_a_person_put_there_stays(merged: Path, hub: Store) -> None:
+def test_files_added_by_a_person_are_kept(merged: Path, hub: Store) -> None:
     pushed(merged)
     hub.repos["me/model"] |= {"LICENSE": b"mine", "model.gguf": b"x", "preprocessor_config.json": b"{}"}
-    told = pushed(merged)
+    output = pushed(merged)
     assert set(hub.repos["me/model"]) == MODEL_FILES | {"LICENSE", "model.gguf"}
-    assert "removed, from an older push: preprocessor_config.json" in told
-    assert "left as they were: LICENSE, model.gguf" in told
+    assert "removed files of an earlier push: preprocessor_config.json" in output
+    assert "kept other files: LICENSE, model.gguf" in output
 
 
-def test_a_folder_without_a_record_is_known_by_its_weights(merged: Path, hub: Store, tmp_path: Path) -> None:
+def test_a_folder_without_a_record_is_identified_by_its_weights(merged: Path, hub: Store, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(merged, tmp_path / "bare"))
     for name in ("run.json", "recipe.yaml", "metrics.json", "merge_report.json"):
         (folder / name).unlink()
     pushed(folder)
-    assert "nothing uploaded" in pushed(folder)
+    assert "nothing was uploaded" in pushed(folder)
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="has another model"):
         pushed(folder)
 
 
-def test_retraining_by_the_same_recipe_takes_the_old_one_s_place(finished: Path, hub: Store) -> None:
+def test_a_retrained_run_of_the_same_recipe_replaces_the_old_one(finished: Path, hub: Store) -> None:
     pushed(finished, base_repo="me/base")
     file = finished / "adapter_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
@@ -284,21 +305,21 @@ def test_retraining_by_the_same_recipe_takes_the_old_one_s_place(finished: Path,
     (finished / "run.json").write_text(json.dumps(record))
     assert "pushed 12 files" in pushed(finished, base_repo="me/base")
     (finished / "run.json").write_text(json.dumps(record | {"recipe_hash": "0" * 64}))
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="has another model"):
         pushed(finished, base_repo="me/base")
 
 
 def test_no_token_and_no_network_are_one_line(merged: Path, hub: Store, monkeypatch: Any, capsys: Any) -> None:
     hub.refuse_token = True
     assert main("push", [str(merged), "me/model"]) == 1
-    told = capsys.readouterr().err
-    assert "me/model: the Hub refused (401: " in told
-    assert "check that the token may write there" in told
-    assert TOKEN not in told
+    message = capsys.readouterr().err
+    assert "me/model: the Hub rejected the upload (401: " in message
+    assert "check that the token has write access" in message
+    assert TOKEN not in message
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("lora_llava.publishing.push.get_token", lambda: None)
     assert main("push", [str(merged), "me/model"]) == 2
-    assert "no Hub token here; run `hf auth login`" in capsys.readouterr().err
+    assert "no Hub token was found; run `hf auth login`" in capsys.readouterr().err
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert main("push", [str(merged), "me/model"]) == 2
     assert "HF_HUB_OFFLINE is set; unset it to push" in capsys.readouterr().err
@@ -307,12 +328,12 @@ def test_no_token_and_no_network_are_one_line(merged: Path, hub: Store, monkeypa
         assert name in capsys.readouterr().err
 
 
-def test_a_dry_run_sends_nothing_and_shows_all(merged: Path, hub: Store) -> None:
-    told = pushed(merged, dry_run=True)
+def test_a_dry_run_uploads_nothing_and_prints_files_and_card(merged: Path, hub: Store) -> None:
+    output = pushed(merged, dry_run=True)
     assert hub.requests == []
     for name in MODEL_FILES - {".gitattributes"}:
-        assert name in told
-    assert "# model" in told
+        assert name in output
+    assert "# model" in output
 
 
 SECRET = "hf_" + "zZ9" * 12
@@ -333,7 +354,7 @@ def plant_in(name: str, text: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("plant", "told"),
+    ("plant", "message"),
     [
         (plant_in("tokenizer_config.json", f"use {SECRET}"), "tokenizer_config.json, line 1: a Hugging Face token"),
         (plant_in("run.json", f"key {SECRET}"), "run.json, line "),
@@ -344,29 +365,27 @@ def plant_in(name: str, text: str) -> Callable[[Path], None]:
         (plant_in("metrics.json", "/mnt/team/images/cat.jpg"), "a local path"),
         (plant_in_weights, "adapter_model.safetensors, line 1: a Hugging Face token"),
     ],
-)  # fmt: skip
+)
 def test_a_planted_secret_stops_the_push(
-    plant: Callable[[Path], None], told: str, finished: Path, hub: Store, capsys: Any
+    plant: Callable[[Path], None], message: str, finished: Path, hub: Store, capsys: Any
 ) -> None:
     plant(finished)
     for options in ([], ["--dry-run"]):
         assert main("push", [str(finished), "me/model", "--base-repo", "me/base", *options]) == 2
         seen = "".join(capsys.readouterr())
-        assert told in seen
-        assert "take it out, then push again" in seen
+        assert message in seen
+        assert "remove it, then push again" in seen
         assert SECRET not in seen
         assert "alice" not in seen
     assert hub.requests == []
 
 
-def test_local_paths_of_the_recipe_do_not_leave(finished: Path, hub: Store, tmp_path: Path) -> None:
+def test_local_paths_of_the_recipe_are_not_uploaded(finished: Path, hub: Store, tmp_path: Path) -> None:
     (finished / "training_args.bin").write_bytes(TOKEN.encode())
     (finished / "logs").mkdir(exist_ok=True)
     (finished / "logs" / "events").write_text(TOKEN)
     pushed(finished, base_repo="me/base")
-    sent = b"".join(hub.received) + b"".join(
-        data for files in hub.repos.values() for data in files.values()
-    )  # fmt: skip
+    sent = b"".join(hub.received) + b"".join(data for files in hub.repos.values() for data in files.values())
     for private in (TOKEN.encode(), str(tmp_path).encode(), b"pytest-of", str(Path.home()).encode() + b"/"):
         assert private not in sent
     recipe = hub.repos["me/model"]["recipe.yaml"].decode()

@@ -1,4 +1,4 @@
-"""What leaves loads in a process that cannot import this package."""
+"""Exported folders load in a process that cannot import this package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MESSAGE = (
 
 
 def in_process(code: str, folder: Path) -> Any:
-    """Run code that prints JSON, without this package."""
+    """Run code that prints JSON, in a process without this package."""
     command = [sys.executable, "-c", HEAD + MESSAGE + code]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -38,7 +38,7 @@ def in_process(code: str, folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def exported(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `merged`, `two/base`, `two/adapter` and an image."""
+    """Write a folder with `merged`, `two/base`, `two/adapter` and an image."""
     folder = tmp_path_factory.mktemp("exported")
     Image.new("RGB", (40, 24), (220, 30, 30)).save(folder / "image.png")
     quiet = Console(file=io.StringIO())
@@ -69,20 +69,20 @@ def adapter_code(base: Path | str, adapter: Path) -> str:
 def test_adapter_merged_and_adapter_alone_give_the_same_logits(train: Train, exported: Path) -> None:
     base = json.loads((train() / "adapter_config.json").read_text())["base_model_name_or_path"]
     run = in_process(adapter_code(base, train()), exported)
-    whole = in_process(
+    complete = in_process(
         "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
         "model = AutoModelForImageTextToText.from_pretrained('merged', dtype=torch.float32)\n"
         "processor = AutoProcessor.from_pretrained('merged')\n" + ASK,
         exported,
     )
     apart = in_process(adapter_code(exported / "two" / "base", exported / "two" / "adapter"), exported)
-    assert run["ids"] == whole["ids"] == apart["ids"]
+    assert run["ids"] == complete["ids"] == apart["ids"]
     assert apart["logits"] == run["logits"]
-    torch.testing.assert_close(torch.tensor(whole["logits"]), torch.tensor(run["logits"]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(complete["logits"]), torch.tensor(run["logits"]), rtol=0, atol=1e-4)
 
 
 def test_the_pipeline_answers_a_chat_message_with_the_trained_prompt(exported: Path) -> None:
-    told = in_process(
+    output = in_process(
         "from transformers import pipeline\n"
         "pipe = pipeline('image-text-to-text', model='merged', dtype=torch.float32)\n"
         "seen = []\n"
@@ -95,8 +95,10 @@ def test_the_pipeline_answers_a_chat_message_with_the_trained_prompt(exported: P
     )
     prompt = encode_prompt(
         [{"role": "user", "content": "<image>\nWhich colour is shown?"}],
-        tokenizer=load_tokenizer(exported / "merged"), template=get_template("vicuna_v1", ""), num_image_tokens=4,
-    )  # fmt: skip
-    assert told["ids"] == prompt
-    assert told["pixels"] == [1, 3, 32, 32]
-    assert told["turns"][-1]["role"] == "assistant"
+        tokenizer=load_tokenizer(exported / "merged"),
+        template=get_template("vicuna_v1", ""),
+        num_image_tokens=4,
+    )
+    assert output["ids"] == prompt
+    assert output["pixels"] == [1, 3, 32, 32]
+    assert output["turns"][-1]["role"] == "assistant"

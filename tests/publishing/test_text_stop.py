@@ -1,4 +1,4 @@
-"""Templates whose stop is ordinary text: stock generation ends there, from what the exported folder says."""
+"""Templates whose stop is ordinary text: stock generation stops there, using the exported folder's config."""
 
 from __future__ import annotations
 
@@ -24,21 +24,28 @@ QUIET = Console(file=io.StringIO(), width=160)
 
 @pytest.fixture(scope="module")
 def merged(parts: Path, scienceqa: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A merged model that was trained with `vicuna_v0`, to write its stop at once."""
+    """Train and merge a model with `vicuna_v0` until it writes its stop immediately."""
     folder = tmp_path_factory.mktemp("v0")
     content: dict[str, Any] = {
-        "stage": 2, "output_dir": str(folder / "run"),
+        "stage": 2,
+        "output_dir": str(folder / "run"),
         "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"),
-            "start_from": {"untrained": True}, "quantization": "none",
+            "llm": str(parts / "llm"),
+            "vision_tower": str(parts / "vision_tower"),
+            "start_from": {"untrained": True},
+            "quantization": "none",
         },
         "lora": {"r": 4, "alpha": 8},
         "data": {
-            "format": "scienceqa", "path": str(scienceqa), "template": "vicuna_v0", "max_length": 400,
-            "splits": {"test": None}, "system_prompt": "",
+            "format": "scienceqa",
+            "path": str(scienceqa),
+            "template": "vicuna_v0",
+            "max_length": 400,
+            "splits": {"test": None},
+            "system_prompt": "",
         },
         "training": {"batch_size": 8, "learning_rate": 0.03, "max_steps": 30, "log_every": 10},
-    }  # fmt: skip
+    }
     finetune(check_recipe(content, "test"), Path(), console=QUIET)
     merge(folder / "run", folder / "merged", prompts=1, console=QUIET)
     return folder / "merged"

@@ -1,4 +1,4 @@
-"""Screenshots of the README, in a headless Chromium: of `lora-llava chat MODEL --web`, or of a page in a file."""
+"""Take a screenshot for the README in a headless Chromium: of `lora-llava chat MODEL --web`, or of an HTML file."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ BUSY = "!!document.querySelector('#message .stop-button')"
 
 
 def main() -> None:
-    """Take one screenshot, as the command line says."""
+    """Take one screenshot, by the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     chat = verbs.add_parser("chat", help="the page of `lora-llava chat --web`, with one question asked")
-    chat.add_argument("model", help="a run, a folder with a whole LLaVA, or a Hub id")
-    chat.add_argument("--image", type=Path, help="an image in place of the demo's")
+    chat.add_argument("model", help="run, folder with a complete LLaVA, or Hub id")
+    chat.add_argument("--image", type=Path, help="an image instead of the demo's")
     chat.add_argument("--question", help="a question about it")
-    page = verbs.add_parser("page", help="an HTML file that needs no other")
+    page = verbs.add_parser("page", help="a self-contained HTML file")
     page.add_argument("file", type=Path)
-    page.add_argument("--full", action="store_true", help="the whole page, and not its first screen alone")
-    page.add_argument("--from", dest="start", metavar="SELECTOR", help="scroll to what this CSS selector finds first")
+    page.add_argument("--full", action="store_true", help="the complete page instead of its first screen")
+    page.add_argument("--from", dest="start", metavar="SELECTOR", help="scroll to the first match of this CSS selector")
     for verb, height in ((chat, 760), (page, 900)):
         verb.add_argument("out", type=Path, help="the PNG")
         verb.add_argument("--width", type=int, default=1200)
@@ -47,7 +47,7 @@ def main() -> None:
     if needed is not None and not needed.is_file():
         parser.error(f"{needed} is missing")
     if not args.out.parent.is_dir():
-        parser.error(f"{args.out.parent} is no folder")
+        parser.error(f"{args.out.parent} is not a folder")
     with _browser(args.width, args.height) as browser:
         content = _chat(browser, args) if args.verb == "chat" else _page(browser, args)
     args.out.write_bytes(content)
@@ -56,7 +56,7 @@ def main() -> None:
 
 @contextmanager
 def _browser(width: int, height: int) -> Iterator[Browser]:
-    """Chromium with a light page of exactly this size."""
+    """Start Chromium with a light page of exactly this size."""
     executable = find_chromium()
     if executable is None:
         sys.exit("no Chromium was found; install chromium or Google Chrome")
@@ -80,7 +80,7 @@ def _page(browser: Browser, args: argparse.Namespace) -> bytes:
 
 
 def _chat(browser: Browser, args: argparse.Namespace) -> bytes:
-    """Ask one question in the browser, wait for the whole answer, and look."""
+    """Ask one question in the browser, wait for the complete answer, and take the screenshot."""
     image, question = (args.image, args.question) if args.image else demo_question()
     with _served(args.model) as url:
         browser.open(url)
@@ -99,7 +99,7 @@ def _chat(browser: Browser, args: argparse.Namespace) -> bytes:
 
 @contextmanager
 def _served(model: str) -> Iterator[str]:
-    """The command itself on a free port, and the address that it tells."""
+    """Run the command on a free port, and yield the address that it prints."""
     command = [sys.executable, "-m", "lora_llava.commands.main", "chat", model, "--web", "--port", "0"]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
@@ -107,15 +107,15 @@ def _served(model: str) -> Iterator[str]:
             assert server.stdout is not None
             line = server.stdout.readline()
             if " is at " not in line:
-                sys.exit(f"{model} is not served")  # it said why on stderr
+                sys.exit(f"{model} is not served")  # the reason is on stderr
             yield line.split(" is at ")[1].split(",")[0]
         finally:
             server.terminate()
 
 
 def demo_question() -> tuple[Path, str]:
-    """The demo's first test question with a hint about an image of three shapes; nothing of it was trained on."""
-    quieten()  # before what it quietens
+    """Return the demo's first test question with a hint about an image of three shapes, which is not trained on."""
+    quieten()  # before the imports that it silences
     from lora_llava.data.scienceqa import format_problem, read_problems
     from lora_llava.demo.dataset import build_demo_scienceqa
     from lora_llava.model.base import cache_folder

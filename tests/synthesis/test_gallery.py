@@ -166,8 +166,8 @@ def test_the_head_shows_counts() -> None:
         "tokens": "1,020",
         "cost": "1.50 USD",
     }
-    assert page.text("li.") == ["Not complete: 3 had no answer, 1,200 were not asked for."]
-    columns = ["flavour", "rows", "questions", "words an answer", "rejected", "no answer", "not asked for"]
+    assert page.text("li.") == ["Not complete: 3 failed, 1,200 were not requested."]
+    columns = ["flavour", "rows", "questions", "words per answer", "rejected", "failed", "not requested"]
     assert page.text("th.") == [*columns, "conversation", "no answer", "empty"]
     assert page.text("td.") == ["1 ", "2", "2.5", "1", "3", "1,200", "4", "1"]
     assert [each["style"] for each in page.all("i")] == ["width:100.0%", "width:25.0%"]

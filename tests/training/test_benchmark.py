@@ -1,4 +1,4 @@
-"""The benchmark's data has ScienceQA's lengths, and its sides train the same tokens."""
+"""The benchmark: its rows have ScienceQA's lengths, and all sides train the same tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from lora_llava.benchmark import benchmark_rows as benchmark_data
+from lora_llava.benchmark import benchmark_rows
 from lora_llava.benchmark.benchmark_rows import draw_rows, lay_out
 from lora_llava.benchmark.benchmark_sides import SIDES, Settings, run_side
 from lora_llava.benchmark.comparison_run import benchmark
@@ -30,8 +30,8 @@ def encoded(count: int, words: int | None = None) -> list[dict[str, Any]]:
     return build_rows(rows, tokenizer=tokenizer, template=template, num_image_tokens=576, max_length=4096)[0]
 
 
-def test_lengths_are_scienceqa_s() -> None:
-    """Mean 615, 95th percentile 1,084, 35% trained, 1.67 times padding in random batches of 8."""
+def test_lengths_equal_scienceqa_s() -> None:
+    """Check mean 615, 95th percentile 1,084, 35% trained, and a factor of 1.67 from padding in batches of 8."""
     rows = encoded(2000)
     lengths = sorted(len(row["input_ids"]) for row in rows)
     total = sum(lengths)
@@ -65,13 +65,13 @@ def test_few_batches_represent_all_and_are_the_same_for_every_side() -> None:
 
 @pytest.mark.slow
 def test_all_sides_train_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(benchmark_data.SHAPES, "tiny_body", (64, 128, 2, 2))
+    monkeypatch.setitem(benchmark_rows.SHAPES, "tiny_body", (64, 128, 2, 2))
     found = [run_side(Settings(side, "tiny_body", 2, 2, 3, 4, "adamw_torch", None, pool=4)) for side in SIDES]
     assert [row["name"] for row in found] == list(SIDES)
     tokens = found[0]["real_tokens"]
     assert tokens > 6 * 50
     for row in found:
-        bos = 6 if row["name"].startswith("trl") else 0  # TRL's collator leaves it out
+        bos = 6 if row["name"].startswith("trl") else 0  # TRL's collator omits it
         assert row["real_tokens"] == tokens - bos
         assert len(row["losses"]) == 4
         assert row["losses"][0] == pytest.approx(found[0]["losses"][0], abs=0.3)
@@ -102,7 +102,7 @@ def test_the_verb_writes_machine_versions_and_results(tmp_path: Path) -> None:
     assert row["real_tokens"] / row["seconds"] == pytest.approx(row["real_tokens_per_second"])
 
 
-def test_what_needs_a_gpu_is_refused_without_one() -> None:
+def test_settings_that_need_a_gpu_are_rejected_without_one() -> None:
     options: dict[str, Any] = {
         "batch_size": 1,
         "steps": 1,
@@ -112,12 +112,12 @@ def test_what_needs_a_gpu_is_refused_without_one() -> None:
         "output": None,
         "console": Console(),
     }
-    with pytest.raises(UserError, match="--shape 7b would take days without a GPU; take tiny or tiny_body"):
+    with pytest.raises(UserError, match="--shape 7b would take days without a GPU; use tiny or tiny_body"):
         benchmark(shape="7b", cap_gb=None, **options)
-    with pytest.raises(UserError, match="--cap-gb 8 caps a GPU's memory, and there is none here; leave it out"):
+    with pytest.raises(UserError, match="--cap-gb 8 has no effect, because this machine has no GPU; leave it out"):
         benchmark(shape="tiny", cap_gb=8.0, **options)
 
 
 def test_the_demo_s_words_are_one_token_each() -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_FOLDER / "llm")
-    assert all(len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1 for word in benchmark_data._WORDS)
+    assert all(len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1 for word in benchmark_rows._WORDS)

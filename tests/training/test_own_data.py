@@ -1,4 +1,4 @@
-"""Own data, from a folder of images and a table to a trained adapter and its score on held-out rows."""
+"""Own data: from a folder of images and a table to a trained adapter and its score on held-out rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.folder import understand_folder
 from lora_llava.data.formats import Columns
 from lora_llava.planning.run_plan import plan_run
-from lora_llava.prepare.new_recipe import held_back_rows, init
+from lora_llava.prepare.new_recipe import held_out_rows, init
 from lora_llava.recipe import load_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import finetune
@@ -30,7 +30,7 @@ def quiet() -> Console:
 
 
 def image(file: Path) -> None:
-    """An image unlike those of other names."""
+    """Write an image that differs from those of other names."""
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (24, 18), (len(file.stem), 90, zlib.crc32(file.stem.encode()) % 256)).save(file)
 
@@ -39,12 +39,12 @@ def image(file: Path) -> None:
 def test_the_readme_s_own_data_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The commands of the README's "Your own data", with a shorter Stage 1 and 60 steps of Stage 2."""
+    """Run the commands of the README's "Your own data", with a shorter Stage 1 and 60 steps of Stage 2."""
     monkeypatch.chdir(tmp_path)
     assert main(None, ["init", "my_images", "--example", "--model", "demo"]) == 0
-    message = capsys.readouterr().out
-    assert "110 in my_images/questions.csv" in message
-    assert "110 rows checked: 0 errors, 0 warnings; nothing is wrong" in message
+    output = capsys.readouterr().out
+    assert "110 in my_images/questions.csv" in output
+    assert "110 rows checked: 0 errors, 0 warnings; nothing is wrong" in output
     assert main(None, ["check", "my_images/recipe.yaml"]) == 0
     assert main(None, ["preview", "my_images/recipe.yaml"]) == 0
     assert Path("preview.html").is_file()
@@ -56,20 +56,20 @@ def test_the_readme_s_own_data_section(
     before, after = metrics["before"]["all"], metrics["after"]["all"]
     assert before["questions"] == after["questions"] == metrics["data"]["validation"]["used"] == 24
     assert before["exact_match"] == 0
-    # Of 24 rows with words, colours and shapes, none of whose images was trained on.
+    # None of the images of these 24 rows was trained on.
     assert after["exact_match"] >= 25
     losses = dict(metrics["train"]["loss_curve"]["validation"])
     assert losses[60] < losses[20]
     capsys.readouterr()
     assert main(None, ["evaluate", "runs/my_images", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == metrics["after"]
-    held = {line["question_id"] for line in _lines(Path("runs/my_images/predictions.jsonl"))}
+    held_out = {line["question_id"] for line in _lines(Path("runs/my_images/predictions.jsonl"))}
     plan = plan_run(load_recipe("runs/my_images/recipe.yaml"))
     train = plan.splits["train"]
-    assert held == {row["row_id"] for row in plan.splits["validation"].rows}
+    assert held_out == {row["row_id"] for row in plan.splits["validation"].rows}
     seen = {name for i in range(len(train.rows)) for name in train.rows.image_files(i)}
     rows = list(csv.DictReader(Path("my_images/questions.csv").read_text().splitlines()))
-    assert seen.isdisjoint(rows[int(number)]["image"] for number in held)
+    assert seen.isdisjoint(rows[int(number)]["image"] for number in held_out)
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -105,8 +105,7 @@ def test_a_mixture_trains_and_is_reported_by_source(
     assert metrics["after"]["all"]["questions"] >= 6
     groups = {group for group in metrics["after"] if not group.startswith("type: ")}
     assert groups <= {"all", "images", "facts", "science"}
-    output = stream.getvalue()
-    assert "Sources" in output
+    assert "Sources" in stream.getvalue()
     again = plan_run(recipe)
     assert again.order.rows == plan_run(recipe).order.rows
     names = [again.splits["train"].source_of(i).name for row in again.order.rows[:6] for i in row]
@@ -114,7 +113,7 @@ def test_a_mixture_trains_and_is_reported_by_source(
 
 
 def test_sources_share_no_image_across_the_split(stage2_content: dict[str, Any], tmp_path: Path) -> None:
-    """A COCO image with the names of two releases in two sources is never in both splits."""
+    """A COCO image with different names in two sources is never in both splits."""
     folder = tmp_path / "coco"
     files: dict[str, list[dict[str, Any]]] = {"a": [], "b": []}
     for number in range(12):
@@ -164,7 +163,7 @@ def test_init_understands_tables(
     assert found.image_folder == (tmp_path if "pics/" in line else tmp_path / "pics")
 
 
-def test_init_writes_a_commented_recipe_and_uses_files_named_val_and_test(tmp_path: Path, parts: Path) -> None:
+def test_init_writes_a_recipe_with_comments_and_uses_files_named_val_and_test(tmp_path: Path, parts: Path) -> None:
     rows = [{"image": f"{n}.png", "q": "What?", "a": f"Red {n}."} for n in range(8)]
     for number in range(8):
         image(tmp_path / "mine" / "img" / f"{number}.png")
@@ -188,7 +187,7 @@ def test_init_writes_a_commented_recipe_and_uses_files_named_val_and_test(tmp_pa
         assert "#" in line or line.endswith(":"), line
 
 
-def test_init_starts_from_the_model_that_is_named(tmp_path: Path, stage2: Any) -> None:
+def test_init_starts_from_a_named_model(tmp_path: Path, stage2: Any) -> None:
     from lora_llava.model.start import prepare_base
 
     base = prepare_base(stage2.model, 0).name
@@ -200,12 +199,12 @@ def test_init_starts_from_the_model_that_is_named(tmp_path: Path, stage2: Any) -
     recipe = load_recipe(target)
     assert recipe.model.start_from.llava == base
     assert recipe.model.start_from.llava_revision is None
-    assert recipe.data.validation_rows == held_back_rows(6, 6) == 1
+    assert recipe.data.validation_rows == held_out_rows(6, 6) == 1
     assert {f.kind for f in report.errors} == set()
 
 
 @pytest.mark.parametrize("template", ["my_data_qlora.yaml", "my_data_8gb.yaml", "demo_my_data_qlora.yaml"])
-def test_every_key_of_an_own_data_recipe_has_a_comment(template: str) -> None:
+def test_every_key_of_a_recipe_for_own_data_has_a_comment(template: str) -> None:
     from lora_llava.recipe import find_recipe
 
     for line in find_recipe(template).read_text().splitlines():
@@ -214,7 +213,7 @@ def test_every_key_of_an_own_data_recipe_has_a_comment(template: str) -> None:
         assert section or explained, line
 
 
-def test_init_reports_what_it_cannot_read(tmp_path: Path) -> None:
+def test_data_that_init_cannot_read_is_reported(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     with pytest.raises(UserError, match="there is no folder"):
         understand_folder(folder)
@@ -233,11 +232,11 @@ def test_init_reports_what_it_cannot_read(tmp_path: Path) -> None:
         understand_folder(folder, folder / "two.csv")
     (folder / "two.csv").write_text("image,question,answer\na.png,q,a\n")
     shutil.copy(folder / "two.csv", folder / "recipe.yaml")
-    with pytest.raises(UserError, match=r"recipe\.yaml is there already"):
+    with pytest.raises(UserError, match=r"recipe\.yaml exists already"):
         init(folder, data=folder / "two.csv", model="demo", console=quiet())
 
 
-def test_the_example_overwrites_nothing(tmp_path: Path) -> None:
+def test_the_example_does_not_overwrite_files(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):
@@ -245,7 +244,7 @@ def test_the_example_overwrites_nothing(tmp_path: Path) -> None:
 
 
 def test_with_too_few_rows_none_are_held_out(tmp_path: Path) -> None:
-    assert [held_back_rows(*counts) for counts in ((1, 0), (9, 1), (2, 2), (199, 50), (200, 50), (99_999, 9))] == [
+    assert [held_out_rows(*counts) for counts in ((1, 0), (9, 1), (2, 2), (199, 50), (200, 50), (99_999, 9))] == [
         0,
         0,
         1,

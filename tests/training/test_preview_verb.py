@@ -1,4 +1,4 @@
-"""`lora-llava preview`: the page's green tokens are the collator's labels, to the last one."""
+"""`lora-llava preview`: the page shows exactly the collator's ids and labels."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lora_llava.training.stages import build_feeds
 
 
 class Boxes(HTMLParser):
-    """Ids and labels of every article, and its row's name."""
+    """A parser of ids and labels of every article, with source and row id."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def test_the_page_shows_the_collator_s_batches_exactly(
     assert len(shown.samples) == 14
 
 
-def test_images_are_what_the_tower_gets(stage2: Recipe, tmp_path: Path) -> None:
+def test_images_equal_the_input_of_the_tower(stage2: Recipe, tmp_path: Path) -> None:
     shown = preview(stage2, name="test", output=None, console=Console(file=io.StringIO()), samples=6)
     plan = plan_run(stage2)
     rows = {row["row_id"]: row for row in plan.splits["train"].rows}
@@ -131,7 +131,7 @@ def test_several_images_several_sources_and_hostile_text(stage2_content: dict[st
     assert "\u202e" not in text
 
 
-def test_a_truncated_answer_and_a_fixed_row_are_marked(
+def test_a_cut_answer_and_a_fixed_row_have_notes(
     stage2_content: dict[str, Any], captions: Path, tmp_path: Path
 ) -> None:
     rows = json.loads(captions.read_text())[:2]
@@ -182,7 +182,7 @@ def test_a_missing_split_and_a_bad_image_are_named(
         "image_folder": str(captions.parent / "images"),
     }
     recipe = check_recipe(stage2_content, "test")
-    with pytest.raises(UserError, match="--split: this recipe has no validation rows; it has train"):
+    with pytest.raises(UserError, match="--split validation: the recipe has no such rows; choose from train"):
         show(recipe, tmp_path, split="validation")
     with pytest.raises(UserError, match=r"image gone\.png is missing; `lora-llava check` lists all such rows"):
         show(recipe, tmp_path)
@@ -190,7 +190,7 @@ def test_a_missing_split_and_a_bad_image_are_named(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_shows_one_sample_and_reports_nothing(stage2: Recipe, tmp_path: Path) -> None:
+def test_a_browser_shows_one_sample_without_errors(stage2: Recipe, tmp_path: Path) -> None:
     show(stage2, tmp_path, samples=5)
     command = [
         "chromium",
@@ -218,4 +218,4 @@ def test_a_browser_shows_one_sample_and_reports_nothing(stage2: Recipe, tmp_path
         0,
     ]
     assert "3 of 5" in done.stdout
-    assert "CONSOLE" not in done.stderr  # neither an error of the script nor a breach of the page's policy
+    assert "CONSOLE" not in done.stderr  # neither script errors nor violations of the page's policy

@@ -181,7 +181,7 @@ def test_nothing_is_written_over_that_is_no_report(
         assert main(None, ["check", str(recipe), "--json", str(tmp_path / "report.json")]) == 0
         assert main(None, ["preview", str(recipe), "--output", str(tmp_path / "page.html")]) == 0
     told = capsys.readouterr().err
-    assert "is there already, and is no report of a check" in told
+    assert "exists and is not a report of a check" in told
     assert "Traceback" not in told
 
 

@@ -6,13 +6,16 @@ from typing import Any
 
 from lora_llava.publishing.package import Package
 
-_QUANTIZATIONS = {"nf4": "NF4, doubly quantised", "none": "none"}
+_QUANTIZATIONS = {"nf4": "NF4 with double quantisation", "none": "none"}
 _SHORT = 12
-"""Letters of a hash that a table shows; run.json has all of them."""
+"""Digits of a hash in a table; run.json has all of them."""
+_PARTS = {"llm": "language model", "vision_tower": "vision tower"}
+_SPLITS = {"train": "training"}
+_TRAINED = {"lora": "LoRA"}
 
 
 def training_rows(package: Package) -> list[tuple[str, str]]:
-    """Name and value of all that was recorded of a run: base, data, settings, cost and versions."""
+    """List names and values of everything a run recorded: base, data, settings, cost and versions."""
     return [*_base_rows(package), *_data_rows(package), *_setting_rows(package), *_cost_rows(package)]
 
 
@@ -25,14 +28,14 @@ def _base_rows(package: Package) -> list[tuple[str, str]]:
             rows.append((role, f"{_named(parts[field])}, revision `{parts[f'{field}_revision'][:_SHORT]}`"))
         start = package.recipe["model"]["start_from"]
         key, value = next((key, value) for key, value in start.items() if value and "revision" not in key)
-        origin = "its seed" if value is True else f"the {key.replace('_', ' ')} {value}"
-        rows.append(("projector starts from", f"{origin} ({parts['projector_type']})"))
+        origin = "random weights" if value is True else f"the {key.replace('_', ' ')} {value}"
+        rows.append(("projector initialised from", f"{origin} ({parts['projector_type']})"))
     elif base:
         revision = f", revision `{base['revision'][:_SHORT]}`" if base.get("revision") else ""
         rows.append(("base", f"{base['name']}{revision}"))
     if hashes:
-        told = ", ".join(f"{part.replace('_', ' ')} `{digest[:_SHORT]}`" for part, digest in hashes.items())
-        rows.append(("SHA-256 of the base's weights", told))
+        shown = ", ".join(f"{_PARTS.get(part, part)} `{digest[:_SHORT]}`" for part, digest in hashes.items())
+        rows.append(("SHA-256 of the base's weights", shown))
     return rows
 
 
@@ -47,9 +50,9 @@ def _data_rows(package: Package) -> list[tuple[str, str]]:
     named = ", ".join(map(_named, dict.fromkeys(paths)))
     rows = [("data", f"{named} ({data['format']}){revision}")]
     for split, report in package.metrics.get("data", {}).items():
-        dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()) or "0"
+        dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()) or "none"
         used = f"{report['used']:,} of {report['rows']:,} used"
-        rows.append((f"{split} rows", f"{used}; dropped {dropped}; cut {report['truncated']:,}"))
+        rows.append((f"{_SPLITS.get(split, split)} rows", f"{used}; dropped: {dropped}; cut: {report['truncated']:,}"))
     return rows
 
 
@@ -60,23 +63,26 @@ def _setting_rows(package: Package) -> list[tuple[str, str]]:
     rate = f"{training['learning_rate']:g} (projector {projector_rate:g})"
     rows = [("LoRA", _lora(recipe["lora"]))] if recipe["lora"] else []
     rows += [
-        ("quantisation while training", _QUANTIZATIONS[recipe["model"]["quantization"]]),
-        ("template", f"{data['template']}, image {data['image_position']}, {data['image_aspect']}"),
-        ("learning rate", f"{rate}, {training['lr_scheduler']}, warm-up {training['warmup_ratio']:g}"),
+        ("quantisation during training", _QUANTIZATIONS[recipe["model"]["quantization"]]),
+        ("conversation template", data["template"]),
+        ("images", f"position {data['image_position']}, aspect {data['image_aspect']}"),
+        ("learning rate", f"{rate}, {training['lr_scheduler']} schedule, warm-up ratio {training['warmup_ratio']:g}"),
         ("batch", _batch(training)),
         ("optimizer", f"{step.get('optimizer', training['optimizer'])}, weight decay {training['weight_decay']:g}"),
         ("seed", str(recipe["seed"])),
-    ]  # fmt: skip
+    ]
     if package.record.get("recipe_hash"):
-        rows.append(("recipe", f"`recipe.yaml`, SHA-256 as it ran `{package.record['recipe_hash'][:_SHORT]}`"))
+        digest = package.record["recipe_hash"][:_SHORT]
+        rows.append(("recipe", f"`recipe.yaml`; SHA-256 before local paths were shortened: `{digest}`"))
     return rows
 
 
 def _batch(training: dict[str, Any]) -> str:
     if training.get("max_tokens_per_row"):
         rows, tokens = training["gradient_accumulation"], training["max_tokens_per_row"]
-        return f"{rows} row{'s' * (rows != 1)} of up to {tokens:,} tokens, whole samples packed"
-    return f"{training['batch_size']} x {training['gradient_accumulation']}"
+        return f"{rows} row{'s' * (rows != 1)} of up to {tokens:,} tokens, each packed with complete samples"
+    steps = training["gradient_accumulation"]
+    return f"{training['batch_size']} samples x {steps} accumulation step{'s' * (steps != 1)}"
 
 
 def _lora(lora: dict[str, Any]) -> str:
@@ -91,23 +97,23 @@ def _cost_rows(package: Package) -> list[tuple[str, str]]:
     if train:
         trained = package.metrics["model"]["trained_parameters"]
         rows += [
-            ("trained parameters", ", ".join(f"{part} {count:,}" for part, count in trained.items() if count)),
+            ("trained parameters", ", ".join(f"{_TRAINED.get(p, p)} {n:,}" for p, n in trained.items() if n)),
             ("steps", f"{train['steps']:,}"),
-            ("tokens", f"{train['tokens']:,}, {train['supervised_tokens']:,} of them trained on"),
-            ("time", f"{train['seconds'] / 60:,.1f} min of training on {_machine(package.metrics.get('machine'))}"),
+            ("tokens", f"{train['tokens']:,}, of which {train['supervised_tokens']:,} count towards the loss"),
+            ("training time", f"{train['seconds'] / 60:,.1f} min on {_machine(package.metrics.get('machine'))}"),
             ("peak memory", f"{train['peak_memory_bytes'] / 2**30:.2f} GiB"),
-        ]  # fmt: skip
+        ]
         if train["best_validation_loss"] is not None:
-            rows.append(("validation loss", f"{train['best_validation_loss']:.4f}, the checkpoint kept"))
+            rows.append(("validation loss", f"{train['best_validation_loss']:.4f} (best checkpoint, published here)"))
     versions = package.record.get("versions", {})
     if versions:
-        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+        rows.append(("software versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
     return rows
 
 
 def _machine(machine: dict[str, Any] | None) -> str:
     if not machine:
-        return "a machine that was not recorded"
+        return "an unrecorded machine"
     if machine["gpu"]:
         return f"{machine['gpus']} x {machine['gpu']}"
     return f"{machine['cores']} cores of {machine['processor']}"

@@ -1,4 +1,4 @@
-"""Licences of bases and data, and where they pull apart. Facts read on the named pages in 2024 to 2026."""
+"""Licences of bases and data, and their conflicts. The facts are from the named pages, read in 2024 to 2026."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Licence:
-    """What is known of a part's licence.
+    """The licence of one part of a model.
 
     Attributes:
-        part: What it covers, as the card names it.
-        name: The licence, or what is known of it.
-        identifier: Hugging Face's identifier; None where there is none.
-        commercial: Whether it allows commercial use; None where that is not known.
-        note: What else a person should know.
+        part: The part, as the card names it.
+        name: The name of the licence, or what is known about it.
+        identifier: Hugging Face's identifier; None if none exists.
+        commercial: Whether it allows commercial use; None if unknown.
+        note: Further information for the card.
     """
 
     part: str
@@ -30,7 +30,7 @@ _CLIP = {
     "name": "MIT",
     "identifier": "mit",
     "commercial": True,
-    "note": "of github.com/openai/CLIP; its Hub page names none",
+    "note": "the licence of github.com/openai/CLIP; the Hub page names none",
 }
 _KNOWN: dict[str, dict[str, object]] = {
     "demo": {"name": "Apache-2.0", "identifier": "apache-2.0", "commercial": True, "note": "part of lora_llava"},
@@ -46,8 +46,8 @@ _KNOWN: dict[str, dict[str, object]] = {
         "name": "CC BY-NC-SA 4.0",
         "identifier": "cc-by-nc-sa-4.0",
         "commercial": False,
-        "note": "its authors (github.com/lupantech/ScienceQA) say CC BY-NC-SA 4.0, its Hub page CC BY-SA 4.0: the "
-        "stricter is taken here",
+        "note": "stated by its authors on github.com/lupantech/ScienceQA; the Hub page states CC BY-SA 4.0, and the "
+        "stricter licence is assumed here",
     },
     "liuhaotian/llava-instruct-150k": {
         "name": "CC BY 4.0",
@@ -61,36 +61,39 @@ _KNOWN: dict[str, dict[str, object]] = {
 
 
 def licence_of(name: str, shown: str) -> Licence:
-    """What is known of the licence of a model or data set.
+    """Return the known licence of a model or data set.
 
     Args:
         name: A Hub id, a path or `demo`.
-        shown: How the card names it.
+        shown: Its name in the card.
     """
     known = _KNOWN.get(name.lower())
     if known is not None:
         return Licence(shown, **known)  # type: ignore[arg-type]
-    return Licence(shown, "not known to lora_llava", note="see where it is from")
+    return Licence(shown, "unknown", note="see its source")
 
 
 def card_licence(licences: Sequence[Licence]) -> str | None:
-    """The identifier for the card: the parts' own if they share one, else `other`; None where none is known."""
+    """Return the identifier for the card: the one that all parts share, else `other`; None if none is known."""
     found = {licence.identifier for licence in licences}
     return next(iter(found), None) if len(found) < 2 else "other"
 
 
 def conflicts(licences: Sequence[Licence]) -> list[str]:
-    """Sentences on licences that do not go together."""
+    """Write sentences about licences that conflict or are unknown."""
     found = []
     allow = [licence for licence in licences if licence.commercial]
     forbid = [licence for licence in licences if licence.commercial is False]
-    for strict in forbid:
-        for free in allow:
-            found.append(
-                f"{free.part} may be used commercially under the {free.name}, {strict.part} may not "
-                f"({strict.name}): what was made from both falls under the stricter."
-            )
+    if allow and forbid:
+        found.append(
+            f"These licences differ on commercial use. It is allowed for {_list(allow)}, but not for {_list(forbid)}. "
+            "This model is made from all of them, so the stricter terms apply."
+        )
     unknown = [licence.part for licence in licences if licence.identifier is None]
     if unknown:
-        found.append(f"Not known to lora_llava, so read them before use: {', '.join(unknown)}.")
+        found.append(f"Check these licences before use, because lora_llava does not know them: {', '.join(unknown)}.")
     return found
+
+
+def _list(licences: Sequence[Licence]) -> str:
+    return " and ".join(f"{licence.part} ({licence.name})" for licence in licences)

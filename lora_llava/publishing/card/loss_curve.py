@@ -12,10 +12,10 @@ def draw_curve(losses: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
     """Draw training and validation loss over steps.
 
     Args:
-        losses: `train` and `validation`: pairs of step and loss.
+        losses: Pairs of step and loss, for `train` and `validation`.
 
     Returns:
-        A PNG, the same bytes for the same losses.
+        A PNG, reproducible to the byte.
     """
     figure = Figure(figsize=(7, 3.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()

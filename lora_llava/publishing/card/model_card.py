@@ -1,4 +1,4 @@
-"""The model card, made from what the run recorded: nothing is filled in that was not measured."""
+"""The model card, written from the run's records without unmeasured values."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _DEMO_NAME = "lora_llava's demo world"
 
 
 def add_card(package: Package, repo_id: str, licence: str | None = None) -> None:
-    """Put card, loss curve and evaluation results into a package.
+    """Add card, loss curve and evaluation results to a package.
 
     Args:
         package: From `collect`.
-        repo_id: Where it goes.
-        licence: What the person says its licence is; else it is told from the parts'.
+        repo_id: The repository, `owner/name`.
+        licence: Licence identifier set by the user; None derives it from the licences of the parts.
     """
     losses = package.metrics.get("train", {}).get("loss_curve", {})
     if losses.get("train"):
@@ -41,19 +41,23 @@ def add_card(package: Package, repo_id: str, licence: str | None = None) -> None
 
 
 def licences_of(package: Package) -> list[Licence]:
-    """What the model was made from, with the licences that are known."""
+    """List the licences of the models and data that the model was made from."""
     found = [licence_of(name, named(role, name)) for role, name in sources(package)]
     if package.recipe:
-        found += [licence_of(path, f"the data ({_named_data(path)})") for path in data_paths(package.recipe["data"])]
+        found += [licence_of(path, _data_part(path)) for path in data_paths(package.recipe["data"])]
     stage1 = package.record.get("stage1")
     if stage1:
         name = public_name(stage1["data"], stage1["hub_ids"])
-        found.append(licence_of(name, f"the data of Stage 1 ({_DEMO_NAME if name == 'demo' else name})"))
+        found.append(licence_of(name, _data_part(name, "Stage 1 ")))
     return found
 
 
+def _data_part(name: str, stage: str = "") -> str:
+    return f"the {stage}data of {_DEMO_NAME}" if name == "demo" else f"the {stage}data set {name}"
+
+
 def sources(package: Package) -> list[tuple[str, str]]:
-    """Role and name of the models that this one was made from."""
+    """List role and name of the models that this one was made from."""
     parts = package.record.get("base", {}).get("parts")
     if parts:
         found = [("language model", parts["llm"]), ("vision tower", parts["vision_tower"])]
@@ -63,12 +67,12 @@ def sources(package: Package) -> list[tuple[str, str]]:
 
 
 def named(role: str, name: str) -> str:
-    """How the card names one of those models."""
+    """Return the name of a source model in the card."""
     return f"the demo's {role}" if name == "demo" else f"the {role} {name}"
 
 
 def data_name(package: Package) -> str:
-    """How the card names the data."""
+    """Return the name of the training data in the card."""
     return ", ".join(_named_data(path) for path in data_paths(package.recipe["data"]))
 
 
@@ -77,12 +81,12 @@ def _named_data(path: str) -> str:
 
 
 def data_paths(data: dict[str, Any]) -> list[str]:
-    """Where a recipe's training data is from, each once."""
+    """List the paths or Hub ids of a recipe's training data, each once."""
     return list(dict.fromkeys([data["path"]] if data.get("path") else [s["path"] for s in data["sources"]]))
 
 
 def card_data(package: Package, repo_id: str, licence: str | None, licences: Sequence[Licence]) -> ModelCardData:
-    """The card's metadata, with `model-index`."""
+    """Build the card's metadata, including `model-index`."""
     bases = [name for _, name in sources(package) if name in package.hub_ids]
     if package.kind == "adapter":
         bases = [package.base]
@@ -97,14 +101,17 @@ def card_data(package: Package, repo_id: str, licence: str | None, licences: Seq
     if results:
         extra |= {"model_name": repo_id.split("/")[1], "eval_results": results}
     return ModelCardData(
-        license=licence, library_name="peft" if package.kind == "adapter" else "transformers",
-        pipeline_tag="image-text-to-text", datasets=data or None,
-        tags=["llava", "lora_llava", *tags(package)], **extra,
-    )  # fmt: skip
+        license=licence,
+        library_name="peft" if package.kind == "adapter" else "transformers",
+        pipeline_tag="image-text-to-text",
+        datasets=data or None,
+        tags=["llava", "lora_llava", *tags(package)],
+        **extra,
+    )
 
 
 def tags(package: Package) -> list[str]:
-    """Words to find the model by."""
+    """List the tags of the training method."""
     model = package.recipe.get("model", {})
     if not package.recipe.get("lora"):
         return []
@@ -112,18 +119,18 @@ def tags(package: Package) -> list[str]:
 
 
 def after_table(package: Package) -> dict[str, Any] | None:
-    """ScienceQA's table after training: column to accuracy in percent, correct and count."""
+    """Return ScienceQA's table after training: column to accuracy in percent, correct and count."""
     table = package.metrics.get("after")
     return None if is_answer_table(table) else table
 
 
 def _reader(table: Mapping[str, Any]) -> str:
-    """What read the letters of a ScienceQA table."""
+    """Return the name of the rule that read the letters of a ScienceQA table."""
     return f"the {table['parser']} parser" if "parser" in table else "LLaVA's rule"
 
 
 def index_results(package: Package) -> Iterable[EvalResult]:
-    """`model-index`: accuracy, in all and by column."""
+    """Yield the results for `model-index`: accuracy, overall and by column."""
     table = after_table(package)
     if table is None or not package.recipe:
         return
@@ -133,14 +140,19 @@ def index_results(package: Package) -> Iterable[EvalResult]:
     for column, entry in table.items():
         if column not in ("unparsed", "parser") and entry[2]:
             yield EvalResult(
-                task_type="visual-question-answering", dataset_type=kind, dataset_name=name,
-                dataset_split=data["splits"]["test"], dataset_revision=data.get("revision"), metric_type="accuracy",
-                metric_name=f"accuracy, {column} ({entry[2]} questions)", metric_value=entry[0],
-            )  # fmt: skip
+                task_type="visual-question-answering",
+                dataset_type=kind,
+                dataset_name=name,
+                dataset_split=data["splits"]["test"],
+                dataset_revision=data.get("revision"),
+                metric_type="accuracy",
+                metric_name=f"accuracy, {column} ({entry[2]} questions)",
+                metric_value=entry[0],
+            )
 
 
 def eval_entries(package: Package) -> list[EvalResultEntry]:
-    """`.eval_results/`: the average over the whole test split of a data set that is on the Hub."""
+    """Return the result for `.eval_results/`: the average over the complete test split of a data set on the Hub."""
     table, data = after_table(package), package.recipe.get("data", {})
     if (
         table is None
@@ -150,18 +162,18 @@ def eval_entries(package: Package) -> list[EvalResultEntry]:
     ):
         return []
     note = (
-        f"{table['AVG'][1]} of {table['AVG'][2]} questions; prompt {data['prompt_order']}, greedy; answers read by "
-        f"{_reader(table)}, {table['unparsed']} unparsed"
+        f"{table['AVG'][1]} of {table['AVG'][2]} questions correct; prompt {data['prompt_order']}, greedy decoding; "
+        f"answers read by {_reader(table)}, {table['unparsed']} unparsed"
     )
     return [EvalResultEntry(data["path"], "default", table["AVG"][0], dataset_revision=data["revision"], notes=note)]
 
 
 def card_text(package: Package, repo_id: str, licences: Sequence[Licence]) -> str:
-    """The card's body."""
+    """Write the card's body."""
     sections = [
         f"# {repo_id.split('/')[1]}\n\n{_summary(package)}",
         _results(package),
-        f"## Use\n\n{loading_snippet(package, repo_id)}" if "chat_template.jinja" in package.files else "",
+        f"## How to use\n\n{loading_snippet(package, repo_id)}" if "chat_template.jinja" in package.files else "",
         _training(package),
         _licence_section(licences),
     ]
@@ -170,36 +182,45 @@ def card_text(package: Package, repo_id: str, licences: Sequence[Licence]) -> st
 
 def _summary(package: Package) -> str:
     what = {
-        "adapter": "A LoRA adapter for LLaVA (`LlavaForConditionalGeneration`), with the trained projector in it.",
-        "model": "A whole LLaVA (`LlavaForConditionalGeneration`) that stock transformers loads.",
+        "adapter": "A LoRA adapter for LLaVA (`LlavaForConditionalGeneration`), including the trained projector.",
+        "model": "A complete LLaVA (`LlavaForConditionalGeneration`), ready for stock transformers.",
     }[package.kind]
-    made = " and ".join(named(role, name) for role, name in sources(package))
+    made = _joined([named(role, name) for role, name in sources(package)])
     imported = package.record.get("imported")
     if imported and package.kind == "model":
-        return f"{what} Converted from {imported}, a checkpoint in LLaVA's own format, by lora_llava."
+        return f"{what} It was converted by lora_llava from {imported}, a checkpoint in the original LLaVA format."
     if BASE_FILE in package.files:
-        projector = " and the projector of a run" if "projector_of_recipe" in package.record else ""
-        return f"The base that an adapter stands on: a LLaVA made of {made}{projector}, by lora_llava."
+        projector = ", with the projector of a training run" if "projector_of_recipe" in package.record else ""
+        return f"A LLaVA that serves as the base of an adapter. It was assembled by lora_llava from {made}{projector}."
     if not package.recipe:
-        origin = f" Converted from {imported}, a LoRA folder in LLaVA's own format," if imported else " Made"
-        return what + (f"{origin} on {made}, by lora_llava." if made else "")
+        if imported:
+            what += f" It was converted by lora_llava from {imported}, a LoRA folder in the original LLaVA format."
+        return what + (f" It is based on {made}." if made else "")
     trained = "Its projector was trained" if package.recipe["stage"] == 1 else "LoRA and the projector were trained"
-    return f"{what} {trained} on {data_name(package)}, from {made}, by lora_llava."
+    merged = ", and LoRA was merged into the weights" if package.kind == "model" and package.recipe.get("lora") else ""
+    return f"{what} {trained} on {data_name(package)} with lora_llava{merged}. The model is based on {made}."
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return " and ".join(part for part in (", ".join(parts[:-1]), *parts[-1:]) if part)
+
+
+_ROWS = {"before": "before training", "after": "after training"}
 
 
 def _answers(package: Package, tables: dict[str, Any]) -> str:
-    """Marks of free answers, by source."""
+    """Write the scores of free-form answers, by group."""
     lines = [
-        f"## Results\n\nAnswers to rows of {data_name(package)} that were held back from training, by the seed and by "
-        f"image, against the data's own: exact match and word F1 as SQuAD defines them, ROUGE-L. "
-        f"{_measured(package)}\n",
+        f"## Results\n\nScores on rows of {data_name(package)} that were held out from training, with all rows of an "
+        "image kept together. Answers are compared with the reference answers by exact match and word F1, both as "
+        f"defined by SQuAD, and by ROUGE-L. {_measured(package)}\n",
         table_row(["", "group", "exact match in %", "F1 in %", "ROUGE-L in %", "questions"]),
         table_row(["---"] * 6),
     ]
     for name, table in tables.items():
-        for group, marks in table.items():
-            shares = (f"{marks[key]:.2f}" for key in ("exact_match", "f1", "rouge_l"))
-            lines.append(table_row([name, group, *shares, marks["questions"]]))
+        for group, scores in table.items():
+            shares = (f"{scores[key]:.2f}" for key in ("exact_match", "f1", "rouge_l"))
+            lines.append(table_row([_ROWS[name], group, *shares, scores["questions"]]))
     return "\n".join(lines) + "\n"
 
 
@@ -213,43 +234,44 @@ def _results(package: Package) -> str:
     columns = [column for column in next(iter(tables.values())) if column not in ("unparsed", "parser")]
     data, reader = package.recipe["data"], _reader(next(iter(tables.values())))
     lines = [
-        f"## Results\n\nAccuracy in % on the {data['splits']['test']} split of {data_name(package)}; prompt "
-        f"{data['prompt_order']}, greedy answers, read by {reader}; one that cannot be read counts as wrong. "
-        f"{_measured(package)}\n",
+        f"## Results\n\nAccuracy in % on the {data['splits']['test']} split of {data_name(package)}, with prompt "
+        f"{data['prompt_order']} and greedy decoding. Answer letters were read by {reader}; an answer that cannot be "
+        f"parsed counts as wrong. {_measured(package)}\n",
         table_row(["", *columns, "unparsed"]),
         table_row(["---"] * (len(columns) + 2)),
     ]
     for name, table in tables.items():
-        lines.append(table_row([name, *(f"{table[column][0]:.2f}" for column in columns), table["unparsed"]]))
+        shares = (f"{table[column][0]:.2f}" if table[column][2] else "–" for column in columns)
+        lines.append(table_row([_ROWS[name], *shares, table["unparsed"]]))
     last = next(reversed(tables.values()))
     lines.append(table_row(["questions", *(last[column][2] for column in columns), ""]))
     return "\n".join(lines)
 
 
 def _measured(package: Package) -> str:
-    """What the table was measured on, and how near this model is to that."""
+    """Describe the model that was measured, and how close this model is to it."""
     base = {"nf4": "NF4", "none": "unquantised"}[package.recipe["model"]["quantization"]]
-    told = f"Measured in the training run, with the adapter on the {base} base."
+    measured = f"All values were measured during the training run, with the adapter on the {base} base."
     if not package.merge:
-        return told
+        return measured
     delta = package.merge[package.merge["checked_against"]]
     return (
-        f"{told} This model was merged from it into the base in {package.merge['merged_into'].upper()}: logits on "
-        f"{delta['prompts']} prompts within {delta['max_logit_difference']:.3g} of adapter and base, tolerance "
-        f"{package.merge['tolerance']:.3g}, {delta['greedy_equal']} greedy answers of {delta['prompts']} equal "
-        "(`merge_report.json`)."
+        f"{measured}\n\nThis model is that adapter merged into the {package.merge['merged_into'].upper()} base. On "
+        f"{delta['prompts']} test prompts, its logits differ from those of base and adapter by at most "
+        f"{delta['max_logit_difference']:.3g} (tolerance {package.merge['tolerance']:.3g}), and "
+        f"{delta['greedy_equal']} of {delta['prompts']} greedy answers are equal; see `merge_report.json`."
     )
 
 
 def table_row(cells: Iterable[Any]) -> str:
-    """One line of a Markdown table."""
+    """Write one line of a Markdown table."""
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
 def _training(package: Package) -> str:
     if not package.recipe:
         return ""
-    rows = [table_row(["", ""]), table_row(["---", "---"]), *map(table_row, training_rows(package))]
+    rows = [table_row(["Setting", "Value"]), table_row(["---", "---"]), *map(table_row, training_rows(package))]
     curve = f"\n\n![Loss over steps]({CURVE_FILE})" if CURVE_FILE in package.files else ""
     return "## Training\n\n" + "\n".join(rows) + curve
 
@@ -257,6 +279,8 @@ def _training(package: Package) -> str:
 def _licence_section(licences: Sequence[Licence]) -> str:
     if not licences:
         return ""
-    lines = [f"- {lic.part}: {lic.name}" + (f" ({lic.note})" if lic.note else "") for lic in licences]
-    told = conflicts(licences)
-    return "## Licences\n\n" + "\n".join(lines) + ("\n\n" + "\n".join(told) if told else "")
+    lines = [
+        f"- {lic.part[0].upper()}{lic.part[1:]}: {lic.name}" + (f" ({lic.note})" if lic.note else "")
+        for lic in licences
+    ]
+    return "\n\n".join(["## Licences", "\n".join(lines), *conflicts(licences)])

@@ -1,4 +1,4 @@
-"""The lines that load a published model, for its card."""
+"""The code in a model card that loads the model."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ _ASK = """messages = [{"role": "user", "content": [
 
 
 def loading_snippet(package: Package, repo_id: str) -> str:
-    """Markdown with Python that answers a question about `image.png` without lora_llava.
+    """Write Markdown with Python code that answers a question about `image.png` without lora_llava.
 
     Args:
-        package: What is published.
-        repo_id: Where it is.
+        package: The published files.
+        repo_id: The repository, `owner/name`.
     """
     stops = _stop_strings(package.folder / "generation_config.json")
     if package.kind == "model":
         stop = f", stop_sequence={json.dumps(stops[0])}" if stops else ""
-        return f"""```python
+        return f"""Install the requirements with `pip install transformers pillow torch`, then run:
+
+```python
 from PIL import Image
 from transformers import pipeline
 
 pipe = pipeline("image-text-to-text", model="{repo_id}")
 {_ASK}print(pipe(text=messages, max_new_tokens=128, return_full_text=False{stop})[0]["generated_text"])
-```
-
-`pip install transformers pillow torch` is all it needs."""
+```"""
     revision = package.record["base"].get("revision")
     where = f'"{package.base}"' + (f', revision="{revision}"' if revision else "")
     stop = f", stop_strings={json.dumps(stops)}, tokenizer=processor.tokenizer" if stops else ""
-    code = f"""```python
+    code = f"""Install the requirements with `pip install transformers peft pillow torch`, then run:
+
+```python
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -50,13 +52,12 @@ processor = AutoProcessor.from_pretrained("{repo_id}")
 )
 answer = model.generate(**inputs, max_new_tokens=128{stop})
 print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```
-
-`pip install transformers peft pillow torch` is all it needs."""
+```"""
     if package.recipe.get("model", {}).get("quantization") == "nf4":
         kept = ", ".join(f'"{name}"' for name in NOT_QUANTIZED)
         code += (
-            " It was trained on the base in NF4; to load that, `pip install bitsandbytes` and pass "
+            "\n\nThe adapter was trained on the base quantised to NF4. To load the base in the same way, run "
+            "`pip install bitsandbytes` and pass this to `AutoModelForImageTextToText.from_pretrained`: "
             f'`quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
             f"bnb_4bit_use_double_quant=True, llm_int8_skip_modules=[{kept}])`."
         )
@@ -64,5 +65,5 @@ print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 
 def _stop_strings(file: Path) -> list[str] | None:
-    """What ends an answer where that is ordinary text; stock generation then needs the tokenizer as well."""
+    """Return the stop strings, if any: text that ends an answer, for which `generate` also needs the tokenizer."""
     return json.loads(file.read_text(encoding="utf-8")).get("stop_strings") if file.is_file() else None
