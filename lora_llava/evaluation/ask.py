@@ -18,8 +18,9 @@ from lora_llava.core.errors import ToldError, UserError
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.files.reading import json_text
 from lora_llava.evaluation.answer_log import AnswerLog
+from lora_llava.evaluation.answer_metrics import EXACT, worst_scores
 from lora_llava.evaluation.answerers import Answerer, messages_of
-from lora_llava.evaluation.answers import AnsweredRow, AnswerTable, answer_table, mark_answer
+from lora_llava.evaluation.answers import AnsweredRow, AnswerTable, answer_table, score_answer
 from lora_llava.evaluation.scienceqa import Prediction, Table, make_prediction, score
 from lora_llava.inference.answer import Answer
 
@@ -117,7 +118,7 @@ def ask_conversations(
     def mark(index: int, row: Conversation, answer: Answer) -> AnsweredRow:
         question = row.turns[-2].words
         source, kind = str(row.extra.get("source", "")), row.extra.get("type")
-        marked = mark_answer(row.row_id, source, question, row.turns[-1].shown, answer.text, kind)
+        marked = score_answer(row.row_id, source, question, row.turns[-1].shown, answer.text, kind)
         known = found()
         if index in known:
             total, tokens = known[index]
@@ -241,8 +242,8 @@ def _mark(mark: Mark, index: int, row: Conversation, answer: Answer) -> Any:
         marked["scores"] = [round(score, 4) for score in answer.scores]
     if answer.problem is not None:
         marked["problem"] = answer.problem
-        if "exact" in marked:  # nothing was answered, whatever the reference
-            marked |= {"exact": False, "f1": 0.0, "rouge_l": 0.0}
+        if EXACT in marked:  # no answer is wrong, whatever the reference
+            marked |= worst_scores()
     return marked
 
 

@@ -25,7 +25,7 @@ from lora_llava.evaluation.answerers import (
     by_writing,
     reference_losses,
 )
-from lora_llava.evaluation.answers import MARKING, AnswerTable
+from lora_llava.evaluation.answers import COMPARED_BY, AnswerTable
 from lora_llava.evaluation.ask import (
     ask_conversations,
     ask_scienceqa,
@@ -304,7 +304,7 @@ def _about(
         about["prompt"] = {"name": way.prompt, "what": what, "order": recipe.data.prompt_order}
         about["parser"] = "none: the likeliest choice" if way.method == "loglik" else PARSERS[parser]
     else:
-        about["marking"] = MARKING
+        about["marking"] = COMPARED_BY
     return about
 
 

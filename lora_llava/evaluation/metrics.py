@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from lora_llava.evaluation.answers import answer_table, mark_answer
+from lora_llava.evaluation.answer_metrics import group_scores, text_metrics, text_scores
 from lora_llava.evaluation.scienceqa import COLUMNS, Prediction, parse_answer, score
 
 _CITATION = """@inproceedings{lu2022learn, title={Learn to Explain: Multimodal Reasoning via Thought Chains for Science
@@ -79,6 +79,5 @@ class AnswerMatch(_Metric):
         )  # fmt: skip
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        rows = [mark_answer("", "", "", right, text) for text, right in zip(predictions, references, strict=True)]
-        marks = answer_table(rows)["all"]
-        return {"exact_match": marks["exact_match"], "f1": marks["f1"], "rouge_l": marks["rouge_l"]}
+        scores = group_scores([text_scores(*pair) for pair in zip(predictions, references, strict=True)])
+        return {metric.saved_as: scores[metric.saved_as] for metric in text_metrics()}

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.images.reading import BadImageError
+from lora_llava.evaluation.answer_metrics import EXACT, METRICS, score_cells, score_headings
 from lora_llava.evaluation.answers import is_answer_table
 from lora_llava.evaluation.compare.compare_files import CONVERSATIONS, Row, read_predictions
+from lora_llava.evaluation.compare.comparison import is_right
 from lora_llava.evaluation.evaluate import Way, open_evaluation
 from lora_llava.evaluation.scienceqa import COLUMNS
 from lora_llava.evaluation.scoring import Asking
-from lora_llava.evaluation.tables import interval_cells, mark_cells, percent_cells
+from lora_llava.evaluation.tables import interval_cells, percent_cells
 from lora_llava.pages.report_page import GalleryItem, RunReport, Table, render_report
 from lora_llava.pages.report_plots import Curve
 from lora_llava.planning.memory import GIB
@@ -55,14 +57,6 @@ class _Train(BaseModel):
 
 class _Trained(BaseModel):
     trained_parameters: dict[str, int]
-
-
-class _Marks(BaseModel):
-    exact_match: float
-    f1: float
-    rouge_l: float
-    loss: float | None
-    questions: int
 
 
 class _Metrics(BaseModel):
@@ -149,11 +143,21 @@ def _read_metrics(file: Path) -> dict[str, Any]:
 
 def _check_table(name: str, table: dict[str, Any] | None) -> None:
     if is_answer_table(table):
-        TypeAdapter(dict[str, dict[str, _Marks]]).validate_json(json.dumps({name: table}), strict=True)
+        form: Any = TypeAdapter(dict[str, dict[str, _scores_model()]])  # type: ignore[misc, arg-type]
+        form.validate_json(json.dumps({name: table}), strict=True)
     elif table:
         columns = {column: table.get(column) for column in COLUMNS}
         form = TypeAdapter(dict[str, dict[str, tuple[float, int, int]]])
         form.validate_json(json.dumps({name: columns}), strict=True)
+
+
+def _scores_model() -> type[BaseModel]:
+    """Build the model of the scores of one group, from `METRICS`."""
+    fields: dict[str, Any] = {"questions": (int, ...)}
+    for metric in METRICS.values():
+        kind = float if metric.function is not None and metric.required else float | None
+        fields[metric.saved_as] = (kind, ... if metric.required else None)
+    return create_model("Scores", **fields)
 
 
 def _count_asked(table: dict[str, Any]) -> int:
@@ -212,7 +216,7 @@ def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
     curves = [
         Curve("Loss", "nats per token", {name: points(losses[name]) for name in ("train", "validation")}),
         Curve(
-            "Exact match during training" if free else "Accuracy during training", "%",
+            f"{METRICS[EXACT].title.capitalize() if free else 'Accuracy'} during training", "%",
             {"validation rows": points(others.get("validation_score"))},
         ),
         Curve("Learning rate", "", {"learning rate": points(others.get("learning_rate"))}),
@@ -226,12 +230,12 @@ def _tables(tables: dict[str, Any]) -> list[Table]:
     if not tables:
         return []
     if any(is_answer_table(table) for table in tables.values()):
-        columns = ["", "group", "exact match in %", "F1 in %", "ROUGE-L in %", "loss", "questions"]
+        columns = ["", "group", *score_headings(), "questions"]
         rows = [
-            [name, group, *mark_cells(marks),
-             "" if marks["loss"] is None else f"{marks['loss']:.4f}", str(marks["questions"])]
-            for name, table in tables.items() for group, marks in table.items()
-        ]  # fmt: skip
+            [name, group, *score_cells(scores), str(scores["questions"])]
+            for name, table in tables.items()
+            for group, scores in table.items()
+        ]
         return [Table("Answers to held-back rows", columns, rows)]
     rows = [[name, *percent_cells(table)] for name, table in tables.items()]
     last = tables[list(tables)[-1]]
@@ -243,15 +247,11 @@ def _tables(tables: dict[str, Any]) -> list[Table]:
     return [Table(f"Accuracy in % on the test split{parser}", ["", *COLUMNS], rows)]
 
 
-def _is_right(line: dict[str, Any]) -> bool:
-    return bool(line["exact"] if "exact" in line else line["prediction"] == line["answer"])
-
-
 def _choose(marked: Sequence[Row], seed: int) -> list[int]:
     """Some wrong and some right answers, drawn by the seed, in the rows' order."""
     chosen: list[int] = []
     for right in (False, True):
-        places = [i for i, line in enumerate(marked) if _is_right(line) == right]
+        places = [i for i, line in enumerate(marked) if is_right(line) == right]
         chosen += random.Random(seed).sample(places, min(_SHOWN, len(places)))
     return sorted(chosen)
 
@@ -264,7 +264,7 @@ def _item(after: Asking, index: int) -> GalleryItem:
     row, line = after.rows[index], after.marked[index]
     shown = _images(row, after)
     return GalleryItem(
-        question=_question(row), reference=row.turns[-1].shown, text=line["text"], right=_is_right(line),
+        question=_question(row), reference=row.turns[-1].shown, text=line["text"], right=is_right(line),
         images=[image for _, image in shown], names=[name for name, _ in shown], question_id=line["question_id"],
         categories=(line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)])
         + ([row.named] if row.named else []),
@@ -289,7 +289,7 @@ def _why_none(metrics: Mapping[str, Any]) -> str:
 
 
 def _notes(after: Asking, gallery: Mapping[int, GalleryItem]) -> list[str]:
-    right = sum(map(_is_right, after.marked))
+    right = sum(map(is_right, after.marked))
     notes = [
         f"The gallery shows up to {_SHOWN} of {len(after.marked) - right:,} wrong and of {right:,} right answers, "
         "drawn by the seed."

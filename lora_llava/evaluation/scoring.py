@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from lora_llava.data.conversation import Conversation
 from lora_llava.distributed.ranks import is_first
+from lora_llava.evaluation.answer_metrics import EXACT, METRICS
 from lora_llava.evaluation.answerers import Asked, by_writing, reference_losses, shared
 from lora_llava.evaluation.answers import AnswerTable, is_answer_table
 from lora_llava.evaluation.ask import ask_conversations, ask_scienceqa, choose_rows
@@ -119,5 +120,6 @@ def headline(table: Table | AnswerTable) -> tuple[str, float]:
     """A table's one figure, and its name."""
     found: dict[str, Any] = dict(table)
     if is_answer_table(found):
-        return "exact match", float(found["all"]["exact_match"])
+        metric = METRICS[EXACT]
+        return metric.title, float(found["all"][metric.saved_as])
     return "accuracy", float(found["AVG"][0])

@@ -7,17 +7,15 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
-from lora_llava.evaluation.answers import AnswerTable, Marks, is_answer_table
+from lora_llava.evaluation.answer_metrics import DASH, score_cells, score_headings
+from lora_llava.evaluation.answers import AnswerTable, is_answer_table
 from lora_llava.evaluation.intervals import share_interval
 from lora_llava.evaluation.scienceqa import COLUMNS, Table
 from lora_llava.evaluation.summary import unparsed
 
-DASH = "–"
-"""In the place of a figure of no questions."""
-
 
 def answer_rows(title: str, tables: Mapping[str, AnswerTable]) -> RichTable:
-    """One line a table and group: exact match, F1, ROUGE-L, loss and questions.
+    """Build a table with one line for each table and group: every metric, and the number of questions.
 
     Args:
         title: Stands above.
@@ -28,20 +26,12 @@ def answer_rows(title: str, tables: Mapping[str, AnswerTable]) -> RichTable:
     """
     view = RichTable(title=title, title_justify="left")
     several = any(len(table) > 1 for table in tables.values())
-    shares = ("exact match in %", "F1 in %", "ROUGE-L in %")
-    for column in ("", *(["group"] if several else []), *shares, "loss", "questions"):
+    for column in ("", *(["group"] if several else []), *score_headings(), "questions"):
         view.add_column(column, justify="right" if column and column != "group" else "left")
     for name, table in tables.items():
-        for group, marks in table.items():
-            loss = "" if marks["loss"] is None else f"{marks['loss']:.4f}"
-            view.add_row(name, *([group] if several else []), *mark_cells(marks), loss, f"{marks['questions']:,}")
+        for group, scores in table.items():
+            view.add_row(name, *([group] if several else []), *score_cells(scores), f"{scores['questions']:,}")
     return view
-
-
-def mark_cells(marks: Marks) -> list[str]:
-    """Exact match, F1 and ROUGE-L in percent; a dash each for no questions."""
-    values = (marks["exact_match"], marks["f1"], marks["rouge_l"])
-    return [f"{value:.2f}" if marks["questions"] else DASH for value in values]
 
 
 def percent_cells(table: Table) -> list[str]:

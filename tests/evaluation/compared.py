@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_llava.evaluation.answers import mark_answer
+from lora_llava.evaluation.answers import score_answer
 from lora_llava.evaluation.compare.compare_files import read_runs
 from lora_llava.evaluation.compare.comparison import Comparison, compare_runs
 
@@ -24,7 +24,7 @@ def science(marks: str, first: int = 0) -> list[dict[str, Any]]:
 
 
 def own(*texts: str, first: int = 0) -> list[Any]:
-    return [mark_answer(str(first + n), "mine", "What?", "red cube", text) for n, text in enumerate(texts)]
+    return [score_answer(str(first + n), "mine", "What?", "red cube", text) for n, text in enumerate(texts)]
 
 
 def written(folder: Path, rows: list[Any], recipe: dict[str, Any] | None = None, name: str = "predictions") -> Path:

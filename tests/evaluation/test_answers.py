@@ -11,16 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from lora_llava.evaluation.answers import (
-    answer_table,
-    exact_match,
-    is_answer_table,
-    mark_answer,
-    normalise,
-    question_type,
-    rouge_l,
-    token_f1,
-)
+from lora_llava.evaluation.answer_metrics import exact_match, rouge_l, token_f1
+from lora_llava.evaluation.answers import answer_table, is_answer_table, question_type, score_answer
+from lora_llava.evaluation.parsing.normal import normalise
 
 WORDS = st.lists(st.sampled_from(["a", "the", "red", "cube", "Red", "two", ".", "cube's", " ", "\n"]), max_size=8)
 TEXTS = WORDS.map(" ".join)
@@ -71,11 +64,11 @@ def test_marks_agree_with_each_other(text: str, reference: str) -> None:
 
 
 def test_a_marked_answer() -> None:
-    assert mark_answer("7", "mine", "What?", "The red cube.", "a cube") == {
+    assert score_answer("7", "mine", "What?", "The red cube.", "a cube") == {
         "question_id": "7", "source": "mine", "type": "phrase", "question": "What?", "reference": "The red cube.",
         "text": "a cube", "exact": False, "f1": 2 / 3, "rouge_l": pytest.approx(0.4),
     }  # fmt: skip
-    assert mark_answer("7", "mine", "What?", "3", "3", "counting")["type"] == "counting"
+    assert score_answer("7", "mine", "What?", "3", "3", "counting")["type"] == "counting"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +106,7 @@ def test_kinds_of_question(reference: str, kind: str) -> None:
 
 
 def marked(source: str, *texts: str) -> list[Any]:
-    return [mark_answer(str(n), source, "What?", "red cube", text) for n, text in enumerate(texts)]
+    return [score_answer(str(n), source, "What?", "red cube", text) for n, text in enumerate(texts)]
 
 
 def marks(exact: float, f1: float, rouge: float, count: int, loss: float | None = None) -> dict[str, Any]:
@@ -136,8 +129,8 @@ def test_one_source_is_all() -> None:
 
 def test_types_stand_apart_where_there_are_several() -> None:
     rows = [
-        mark_answer("1", "a", "How many?", "two", "two"), mark_answer("2", "a", "Is it?", "yes", "no"),
-        mark_answer("3", "a", "What?", "red", "red", "colour"),
+        score_answer("1", "a", "How many?", "two", "two"), score_answer("2", "a", "Is it?", "yes", "no"),
+        score_answer("3", "a", "What?", "red", "red", "colour"),
     ]  # fmt: skip
     table = answer_table(rows)
     assert list(table) == ["all", "type: yes/no", "type: number", "type: colour"]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.core.errors import UserError
-from lora_llava.evaluation.answers import mark_answer
+from lora_llava.evaluation.answers import score_answer
 from lora_llava.evaluation.compare.compare_files import flatten, read_runs
 from lora_llava.evaluation.compare.compare_view import render
 from lora_llava.evaluation.compare.comparison import holm, mcnemar
@@ -193,21 +193,21 @@ def test_questions_answered_twice_are_named(tmp_path: Path) -> None:
 
 
 def test_ids_that_repeat_are_told_apart_by_question_reference_and_source(tmp_path: Path) -> None:
-    rows = [mark_answer("7", "mine", *asked) for asked in (("Q?", "A", "A"), ("Q?", "B", "A"), ("R?", "A", "A"))]
+    rows = [score_answer("7", "mine", *asked) for asked in (("Q?", "A", "A"), ("Q?", "B", "A"), ("R?", "A", "A"))]
     [test] = compared(tmp_path, {"a": rows, "b": rows[::-1]}).tests
     assert (test.questions, test.only_first, test.only_other) == (3, 0, 0)
-    two = [mark_answer("7", source, "Q?", "A", text) for source, text in (("one", "A"), ("two", "B"))]
+    two = [score_answer("7", source, "Q?", "A", text) for source, text in (("one", "A"), ("two", "B"))]
     found = compared(tmp_path, {"a": two, "b": two[::-1]})
     assert [(test.questions, test.only_first, test.only_other) for test in found.tests] == [(2, 0, 0)]
     assert found.notes == []
-    renamed = [mark_answer("7", "renamed", "Q?", "A", "B")]  # of one source alone the name tells nothing
+    renamed = [score_answer("7", "renamed", "Q?", "A", "B")]  # of one source alone the name tells nothing
     [test] = compared(tmp_path, {"a": two[:1], "b": renamed}).tests
     assert (test.questions, test.only_first, test.only_other) == (1, 1, 0)
 
 
 def test_copies_of_one_row_are_paired_in_their_order(tmp_path: Path) -> None:
-    first = [mark_answer("7", "mine", "Q?", "A", text) for text in ("A", "A", "B")]
-    other = [mark_answer("7", "mine", "Q?", "A", text) for text in ("A", "B", "B")]
+    first = [score_answer("7", "mine", "Q?", "A", text) for text in ("A", "A", "B")]
+    other = [score_answer("7", "mine", "Q?", "A", text) for text in ("A", "B", "B")]
     found = compared(tmp_path, {"a": [*own("x"), *first], "b": [*other, *own("x")]})
     [test] = found.tests
     assert (test.questions, test.only_first, test.only_other) == (4, 1, 0)

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.evaluation.answers import exact_match, question_type, rouge_l, token_f1
+from lora_llava.evaluation.answer_metrics import exact_match, rouge_l, token_f1
+from lora_llava.evaluation.answers import question_type
 from lora_llava.evaluation.parsing.normal import answer_tokens, normalise
 
 

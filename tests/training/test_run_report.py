@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
-from lora_llava.evaluation.answers import answer_table, mark_answer
+from lora_llava.evaluation.answers import answer_table, score_answer
 from lora_llava.evaluation.run_report import _tables, rebuild_report
 from lora_llava.evaluation.scienceqa import COLUMNS, score
 from lora_llava.evaluation.summary import summarise
@@ -188,7 +188,7 @@ def test_columns_without_questions_are_dashes() -> None:
 
 
 def test_answers_to_no_question_are_dashes() -> None:
-    none, one = answer_table([]), answer_table([mark_answer("1", "a", "?", "x", "y")])
+    none, one = answer_table([]), answer_table([score_answer("1", "a", "?", "x", "y")])
     assert shown(tables_view("T", {"a": none, "b": one})) == [
         ["a", "–", "–", "–", "", "0"], ["b", "0.00", "0.00", "0.00", "", "1"]
     ]  # fmt: skip

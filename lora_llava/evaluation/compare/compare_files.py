@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.core.errors import UserError
+from lora_llava.evaluation.answer_metrics import EXACT, text_metrics
 from lora_llava.evaluation.scienceqa import COLUMNS
 
 SCIENCEQA, CONVERSATIONS = "scienceqa", "conversations"
@@ -145,7 +146,7 @@ def read_predictions(file: Path, texts: Sequence[str] = ()) -> tuple[str, list[R
 
 
 def _kind(row: Any) -> str:
-    return CONVERSATIONS if isinstance(row, dict) and "exact" in row else SCIENCEQA
+    return CONVERSATIONS if isinstance(row, dict) and EXACT in row else SCIENCEQA
 
 
 def _what_is_wrong(row: Any, kind: str, texts: Sequence[str]) -> str:
@@ -155,7 +156,7 @@ def _what_is_wrong(row: Any, kind: str, texts: Sequence[str]) -> str:
     right = {"question_id": isinstance(row.get("question_id"), str)}
     if kind == CONVERSATIONS:
         right |= {name: isinstance(row.get(name), str) for name in ("question", "reference")}
-        right |= {"exact": isinstance(row.get("exact"), bool), "f1": is_share(row.get("f1"))}
+        right |= {metric.key: metric.is_valid(row.get(metric.key)) for metric in text_metrics() if metric.required}
         right |= {name: isinstance(row.get(name, ""), str) for name in ("source", "type")}
     else:
         right |= {name: type(row.get(name)) is int for name in ("prediction", "answer")}
@@ -164,11 +165,6 @@ def _what_is_wrong(row: Any, kind: str, texts: Sequence[str]) -> str:
     right |= {name: isinstance(row.get(name), str) for name in texts}
     wrong = next((name for name, is_right in right.items() if not is_right), "")
     return wrong and (f"{wrong} is {row[wrong]!r}" if wrong in row else f"no {wrong}")
-
-
-def is_share(value: Any) -> bool:
-    """Whether a value is a number from 0 to 1."""
-    return isinstance(value, int | float) and 0 <= value <= 1
 
 
 def flatten(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from lora_llava.evaluation.compare.compare_files import SCIENCEQA, Row, Run, is_share
+from lora_llava.evaluation.answer_metrics import EXACT, text_metrics
+from lora_llava.evaluation.compare.compare_files import SCIENCEQA, Row, Run
 from lora_llava.evaluation.compare.compare_questions import Key, same_questions
 from lora_llava.evaluation.intervals import share_interval
 from lora_llava.evaluation.scienceqa import score
@@ -139,7 +140,7 @@ def compare_runs(runs: Sequence[Run], common: bool = False) -> Comparison:
 
 def is_right(row: Row) -> bool:
     """Whether an answer counts as right in the first column."""
-    return bool(row["exact"]) if "exact" in row else row["prediction"] == row["answer"]
+    return bool(row[EXACT]) if EXACT in row else row["prediction"] == row["answer"]
 
 
 def run_columns(kind: str, rows: Sequence[Row]) -> dict[str, float | None]:
@@ -148,11 +149,10 @@ def run_columns(kind: str, rows: Sequence[Row]) -> dict[str, float | None]:
         table = score(rows)  # type: ignore[arg-type]
         counted = {column: value for column, value in table.items() if isinstance(value, list)}
         return {column: 100 * right / count if count else None for column, (_, right, count) in counted.items()}
-    marks = {"exact match": "exact", "F1": "f1", "ROUGE-L": "rouge_l"}
     return {
-        name: 100 * statistics.fmean(row[mark] for row in rows)
-        for name, mark in marks.items()
-        if all(is_share(row.get(mark)) for row in rows)
+        metric.title: metric.scale * statistics.fmean(row[metric.key] for row in rows)
+        for metric in text_metrics()
+        if all(metric.is_valid(row.get(metric.key)) for row in rows)
     }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
 
+from lora_llava.evaluation.answer_metrics import text_metrics
 from lora_llava.evaluation.answers import is_answer_table
 from lora_llava.publishing.card.card_training import training_rows
 from lora_llava.publishing.card.licences import Licence, card_licence, conflicts, licence_of
@@ -188,18 +189,19 @@ def _summary(package: Package) -> str:
 
 
 def _answers(package: Package, tables: dict[str, Any]) -> str:
-    """Marks of free answers, by source."""
+    """Scores of free answers, by source."""
+    metrics = text_metrics()
     lines = [
         f"## Results\n\nAnswers to rows of {data_name(package)} that were held back from training, by the seed and by "
-        f"image, against the data's own: exact match and word F1 as SQuAD defines them, ROUGE-L. "
+        f"image, against the data's own: {', '.join(metric.definition or metric.title for metric in metrics)}. "
         f"{_measured(package)}\n",
-        table_row(["", "group", "exact match in %", "F1 in %", "ROUGE-L in %", "questions"]),
-        table_row(["---"] * 6),
+        table_row(["", "group", *(metric.heading for metric in metrics), "questions"]),
+        table_row(["---"] * (3 + len(metrics))),
     ]
     for name, table in tables.items():
-        for group, marks in table.items():
-            shares = (f"{marks[key]:.2f}" for key in ("exact_match", "f1", "rouge_l"))
-            lines.append(table_row([name, group, *shares, marks["questions"]]))
+        for group, scores in table.items():
+            cells = (metric.cell(scores) for metric in metrics)
+            lines.append(table_row([name, group, *cells, scores["questions"]]))
     return "\n".join(lines) + "\n"
 
 
