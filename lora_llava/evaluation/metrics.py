@@ -38,14 +38,16 @@ class ScienceQAAccuracy(_Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         question = {
-            "answer": datasets.Value("int32"), "num_choices": datasets.Value("int32"),
+            "answer": datasets.Value("int32"),
+            "num_choices": datasets.Value("int32"),
             "categories": datasets.List(datasets.Value("string")),
-        }  # fmt: skip
+        }
         return evaluate.MetricInfo(
-            description="Accuracy on ScienceQA (arXiv 2209.09513).", citation=_CITATION,
+            description="Accuracy on ScienceQA (arXiv 2209.09513).",
+            citation=_CITATION,
             inputs_description=str(ScienceQAAccuracy.__doc__),
             features=datasets.Features({"predictions": datasets.Value("string"), "references": question}),
-        )  # fmt: skip
+        )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[dict[str, Any]]) -> dict[str, float]:
         known = COLUMNS[1:]
@@ -54,11 +56,14 @@ class ScienceQAAccuracy(_Metric):
             raise ValueError(f"categories: {unknown[0]!r} is unknown; use those of {', '.join(known)}")
         table = score(
             Prediction(
-                question_id=str(number), text=text, prediction=parse_answer(text, question["num_choices"]),
-                answer=question["answer"], categories=list(question["categories"]),
+                question_id=str(number),
+                text=text,
+                prediction=parse_answer(text, question["num_choices"]),
+                answer=question["answer"],
+                categories=list(question["categories"]),
             )
             for number, (text, question) in enumerate(zip(predictions, references, strict=True))
-        )  # fmt: skip
+        )
         columns = {column: table[column][0] for column in COLUMNS[1:] if table[column][2]}
         unparsed = round(100 * table["unparsed"] / max(1, len(predictions)), 2)
         return {"accuracy": table["AVG"][0], **columns, "unparsed": unparsed}
@@ -73,10 +78,11 @@ class AnswerMatch(_Metric):
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description="How far answers say what the references say.", citation="",
+            description="How far answers say what the references say.",
+            citation="",
             inputs_description=str(AnswerMatch.__doc__),
             features=datasets.Features({"predictions": text, "references": text}),
-        )  # fmt: skip
+        )
 
     def _compute(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         scores = group_scores([text_scores(*pair) for pair in zip(predictions, references, strict=True)])

@@ -48,7 +48,7 @@ def write_question(problem: Mapping[str, Any], prompt: str) -> str:
     return f"{context}{problem['question']}\n{options}\n{LETTER_REQUEST}"
 
 
-def ask_by(row: Conversation, prompt: str) -> Conversation:
+def with_prompt(row: Conversation, prompt: str) -> Conversation:
     """A row of ScienceQA asked in another way.
 
     Args:

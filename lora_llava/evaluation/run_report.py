@@ -19,9 +19,9 @@ from lora_llava.evaluation.answer_metrics import EXACT, METRICS, score_cells, sc
 from lora_llava.evaluation.answers import is_answer_table
 from lora_llava.evaluation.compare.compare_files import CONVERSATIONS, Row, read_predictions
 from lora_llava.evaluation.compare.comparison import is_right
-from lora_llava.evaluation.evaluate import Way, open_evaluation
+from lora_llava.evaluation.evaluate import EvaluationOptions, open_evaluation
 from lora_llava.evaluation.scienceqa import COLUMNS
-from lora_llava.evaluation.scoring import Asking
+from lora_llava.evaluation.scoring import EvaluationResult
 from lora_llava.evaluation.tables import interval_cells, percent_cells
 from lora_llava.pages.report_page import GalleryItem, RunReport, Table, render_report
 from lora_llava.pages.report_plots import Curve
@@ -69,7 +69,7 @@ class _Metrics(BaseModel):
     after: dict[str, Any] | None = None
 
 
-def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: Asking | None) -> Path:
+def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: EvaluationResult | None) -> Path:
     """Write a run's report.
 
     Args:
@@ -121,9 +121,9 @@ def rebuild_report(run: str) -> Path:
     if len(marked) != (count := _count_asked(metrics["after"])):
         raise UserError(f"{file} has {len(marked):,} answers, the table in {METRICS_FILE} is of {count:,}; restore it")
     # With the recipe named, all rows are there, also those that the run dropped: each answer looks for its own.
-    split = open_evaluation(run, Way(bad_images="wrong"), recipe=str(folder / RECIPE_FILE)).split
+    split = open_evaluation(run, EvaluationOptions(bad_images="wrong"), recipe=str(folder / RECIPE_FILE)).split
     rows = _asked_rows(file, marked, split, own=kind == CONVERSATIONS)
-    return write_report(folder, recipe, metrics, Asking(metrics["after"], rows, marked, split))
+    return write_report(folder, recipe, metrics, EvaluationResult(metrics["after"], rows, marked, split))
 
 
 def _read_metrics(file: Path) -> dict[str, Any]:
@@ -216,13 +216,14 @@ def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
     curves = [
         Curve("Loss", "nats per token", {name: points(losses[name]) for name in ("train", "validation")}),
         Curve(
-            f"{METRICS[EXACT].title.capitalize() if free else 'Accuracy'} during training", "%",
+            f"{METRICS[EXACT].title.capitalize() if free else 'Accuracy'} during training",
+            "%",
             {"validation rows": points(others.get("validation_score"))},
         ),
         Curve("Learning rate", "", {"learning rate": points(others.get("learning_rate"))}),
         Curve("Speed", "tokens/s", {"training": points(others.get("tokens_per_second"))}),
         Curve("Memory", "GiB", {"peak so far": points(others.get("memory_bytes"), GIB)}),
-    ]  # fmt: skip
+    ]
     return [curve for curve in curves if any(curve.series.values())]
 
 
@@ -260,18 +261,23 @@ def _question(row: Conversation) -> str:
     return row.turns[-2].words
 
 
-def _item(after: Asking, index: int) -> GalleryItem:
+def _item(after: EvaluationResult, index: int) -> GalleryItem:
     row, line = after.rows[index], after.marked[index]
     shown = _images(row, after)
     return GalleryItem(
-        question=_question(row), reference=row.turns[-1].shown, text=line["text"], right=is_right(line),
-        images=[image for _, image in shown], names=[name for name, _ in shown], question_id=line["question_id"],
+        question=_question(row),
+        reference=row.turns[-1].shown,
+        text=line["text"],
+        right=is_right(line),
+        images=[image for _, image in shown],
+        names=[name for name, _ in shown],
+        question_id=line["question_id"],
         categories=(line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)])
         + ([row.named] if row.named else []),
-    )  # fmt: skip
+    )
 
 
-def _images(row: Conversation, after: Asking) -> list[tuple[str, Image.Image]]:
+def _images(row: Conversation, after: EvaluationResult) -> list[tuple[str, Image.Image]]:
     """The images that can be opened, with their file names."""
     found = []
     for name in row.images:
@@ -288,7 +294,7 @@ def _why_none(metrics: Mapping[str, Any]) -> str:
     return f"No gallery of answers: {PREDICTIONS_FILE} is not in the run's folder."
 
 
-def _notes(after: Asking, gallery: Mapping[int, GalleryItem]) -> list[str]:
+def _notes(after: EvaluationResult, gallery: Mapping[int, GalleryItem]) -> list[str]:
     right = sum(map(is_right, after.marked))
     notes = [
         f"The gallery shows up to {_SHOWN} of {len(after.marked) - right:,} wrong and of {right:,} right answers, "
@@ -298,9 +304,10 @@ def _notes(after: Asking, gallery: Mapping[int, GalleryItem]) -> list[str]:
     if bad:
         notes.append(f"{_count(bad)} wrong because an image could not be opened: {_named(bad)}.")
     gone = [
-        item.question_id for i, item in gallery.items()
+        item.question_id
+        for i, item in gallery.items()
         if len(item.images) < len(after.rows[i].images) and "problem" not in after.marked[i]
-    ]  # fmt: skip
+    ]
     if gone:
         notes.append(f"Shown without an image that cannot be opened any more: {_named(gone)}.")
     return notes

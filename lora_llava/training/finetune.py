@@ -21,7 +21,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import FoundPath
 from lora_llava.distributed.ranks import first_alone, first_before_others, is_first, this_rank
 from lora_llava.evaluation.run_report import REPORT_FILE, write_report
-from lora_llava.evaluation.scoring import Asking, ask_table
+from lora_llava.evaluation.scoring import EvaluationResult, evaluate_run
 from lora_llava.evaluation.tables import tables_view
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.base import cache_folder
@@ -198,7 +198,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
         first_alone(lambda: set_aside(folder / CHECKPOINTS, going_on.checkpoint))
     with sealed(plan.splits.get("test")):
         result = train(plan, base, model, going_on, identity)
-    after = ask_table(model, plan, "after")
+    after = evaluate_run(model, plan, "after")
     tables = {"before": before, "after": after.table if after else None}
     metrics = _metrics(plan, base, freeze_plan, result, tables)
     first_alone(lambda: _write_results(folder, recipe, metrics, after))
@@ -224,7 +224,7 @@ def _predictions(folder: Path) -> list[Path]:
     return sorted(folder.glob("predictions_*.jsonl"))
 
 
-def _write_results(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: Asking | None) -> None:
+def _write_results(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: EvaluationResult | None) -> None:
     write_json(folder / METRICS_FILE, metrics)
     write_report(folder, recipe, metrics, after)
 
@@ -239,7 +239,7 @@ def _ask_before(model: Any, plan: RunPlan, identity: dict[str, Any], again: bool
             if kept["asked"] == asked_how:
                 return kept["table"]
         console.print("the table before training was asked in another way; it is asked again")
-    asked = ask_table(model, plan, "before")
+    asked = evaluate_run(model, plan, "before")
     table = asked.table if asked else None
     first_alone(lambda: write_json(file, {"asked": asked_how, "table": table}))
     return table

@@ -17,10 +17,15 @@ CATEGORIES = [["NAT", "IMG", "G1-6"], ["SOC", "TXT", "G7-12"]]
 def science(marks: str, first: int = 0) -> list[dict[str, Any]]:
     """One row a letter: `r` right, `w` wrong; even questions are of NAT, IMG and G1-6."""
     return [
-        {"question_id": str(first + n), "text": "", "prediction": 1 if mark == "r" else 0, "answer": 1,
-         "categories": CATEGORIES[(first + n) % 2]}
+        {
+            "question_id": str(first + n),
+            "text": "",
+            "prediction": 1 if mark == "r" else 0,
+            "answer": 1,
+            "categories": CATEGORIES[(first + n) % 2],
+        }
         for n, mark in enumerate(marks)
-    ]  # fmt: skip
+    ]
 
 
 def own(*texts: str, first: int = 0) -> list[Any]:

@@ -22,11 +22,20 @@ TEXTS = WORDS.map(" ".join)
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("The red cube.", "red cube"), ("  a\tRED \n cube ", "red cube"), ("an apple, the theme", "apple theme"),
-        ("It's 3.5!", "its 3.5"), ("A", "a"), ("the", "the"), ("...", ""), ("", ""), ("Ein Würfel", "ein würfel"),
-        ("a-b", "ab"), ("x-the-y", "xthey"), ("(the) cat", "cat"),
+        ("The red cube.", "red cube"),
+        ("  a\tRED \n cube ", "red cube"),
+        ("an apple, the theme", "apple theme"),
+        ("It's 3.5!", "its 3.5"),
+        ("A", "a"),
+        ("the", "the"),
+        ("...", ""),
+        ("", ""),
+        ("Ein Würfel", "ein würfel"),
+        ("a-b", "ab"),
+        ("x-the-y", "xthey"),
+        ("(the) cat", "cat"),
     ],
-)  # fmt: skip
+)
 def test_a_text_without_articles_marks_and_capitals(text: str, wanted: str) -> None:
     assert normalise(text) == wanted
 
@@ -65,9 +74,16 @@ def test_marks_agree_with_each_other(text: str, reference: str) -> None:
 
 def test_a_marked_answer() -> None:
     assert score_answer("7", "mine", "What?", "The red cube.", "a cube") == {
-        "question_id": "7", "source": "mine", "type": "phrase", "question": "What?", "reference": "The red cube.",
-        "text": "a cube", "exact": False, "f1": 2 / 3, "rouge_l": pytest.approx(0.4),
-    }  # fmt: skip
+        "question_id": "7",
+        "source": "mine",
+        "type": "phrase",
+        "question": "What?",
+        "reference": "The red cube.",
+        "text": "a cube",
+        "exact": False,
+        "f1": 2 / 3,
+        "rouge_l": pytest.approx(0.4),
+    }
     assert score_answer("7", "mine", "What?", "3", "3", "counting")["type"] == "counting"
 
 
@@ -96,11 +112,18 @@ def test_rouge_l_is_rouge_score_s_own_on_plain_letters(text: str, reference: str
 @pytest.mark.parametrize(
     ("reference", "kind"),
     [
-        ("Yes.", "yes/no"), ("no", "yes/no"), ("No, it is red", "phrase"), ("two", "number"), ("12", "number"),
-        ("3.", "number"), ("twenty two", "phrase"), ("a red cube on the left", "phrase"),
-        ("a red cube lies on the left of it", "text"), ("", "phrase"),
+        ("Yes.", "yes/no"),
+        ("no", "yes/no"),
+        ("No, it is red", "phrase"),
+        ("two", "number"),
+        ("12", "number"),
+        ("3.", "number"),
+        ("twenty two", "phrase"),
+        ("a red cube on the left", "phrase"),
+        ("a red cube lies on the left of it", "text"),
+        ("", "phrase"),
     ],
-)  # fmt: skip
+)
 def test_kinds_of_question(reference: str, kind: str) -> None:
     assert question_type(reference) == kind
 
@@ -117,8 +140,10 @@ def test_marks_are_averaged_over_all_and_every_source() -> None:
     rows = [*marked("b", "red cube", "cube", "x"), *marked("a", "cube")]
     table = answer_table(iter(rows))
     assert table == {
-        "all": marks(25.0, 58.33, 58.33, 4), "b": marks(33.33, 55.56, 55.56, 3), "a": marks(0.0, 66.67, 66.67, 1)
-    }  # fmt: skip
+        "all": marks(25.0, 58.33, 58.33, 4),
+        "b": marks(33.33, 55.56, 55.56, 3),
+        "a": marks(0.0, 66.67, 66.67, 1),
+    }
     assert list(table) == ["all", "b", "a"]
 
 
@@ -129,9 +154,10 @@ def test_one_source_is_all() -> None:
 
 def test_types_stand_apart_where_there_are_several() -> None:
     rows = [
-        score_answer("1", "a", "How many?", "two", "two"), score_answer("2", "a", "Is it?", "yes", "no"),
+        score_answer("1", "a", "How many?", "two", "two"),
+        score_answer("2", "a", "Is it?", "yes", "no"),
         score_answer("3", "a", "What?", "red", "red", "colour"),
-    ]  # fmt: skip
+    ]
     table = answer_table(rows)
     assert list(table) == ["all", "type: yes/no", "type: number", "type: colour"]
     assert [group["exact_match"] for group in table.values()] == [66.67, 0.0, 100.0, 100.0]

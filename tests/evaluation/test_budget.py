@@ -42,9 +42,7 @@ def test_generated_data_costs_no_more_than_the_cap_however_often_the_server_fail
 ) -> None:
     made: list[int] = []
     log.answer, log.behave = teach, lambda body, count: failing(body, count, made)
-    teacher = {
-        "timeout": 0.3, "retries": 1, "concurrency": concurrency, "price_in": 10.0, "price_out": 1000.0
-    }  # fmt: skip
+    teacher = {"timeout": 0.3, "retries": 1, "concurrency": concurrency, "price_in": 10.0, "price_out": 1000.0}
     recipe = write_recipe(recipe_of(tmp_path, log.url, 40, teacher=teacher), tmp_path)
     argv = ["generate-data", recipe, "--max-cost", "8", "--json"]
     assert main(None, argv) == 1
@@ -71,8 +69,21 @@ def test_a_judge_costs_no_more_than_the_cap_and_a_second_run_counts_the_first(lo
     made: list[int] = []
     log.answer, log.behave = lambda body: "9 8", lambda body, count: failing(body, count, made)
     files = bench(tmp_path, 30)
-    argv = ["score", "llava-bench", *options(files), "--judge-url", log.url, "--timeout", "0.3", "--concurrency", "2",
-            "--price-in", "10", "--price-out", "1000"]  # fmt: skip
+    argv = [
+        "score",
+        "llava-bench",
+        *options(files),
+        "--judge-url",
+        log.url,
+        "--timeout",
+        "0.3",
+        "--concurrency",
+        "2",
+        "--price-in",
+        "10",
+        "--price-out",
+        "1000",
+    ]
     assert main(None, [*argv, "--max-cost", "5"]) == 1
     assert 3 < work_of(made, 1000, 2) <= 5
     tries = len(made)
@@ -107,9 +118,16 @@ def test_every_failed_try_is_told_with_its_cost_and_another_may_be_refused(log: 
 
 @pytest.mark.parametrize(
     ("kind", "usage"),
-    [("stall", (None, None)), ("html", (None, None)), ("no choices", (None, None)), ("no choices, used", (500, 700)),
-     ("400", (0, 0)), ("503", (None, None)), ("408", (None, None))],
-)  # fmt: skip
+    [
+        ("stall", (None, None)),
+        ("html", (None, None)),
+        ("no choices", (None, None)),
+        ("no choices, used", (500, 700)),
+        ("400", (0, 0)),
+        ("503", (None, None)),
+        ("408", (None, None)),
+    ],
+)
 def test_a_failure_costs_what_the_server_says_or_nobody_knows(
     log: ChatLog, kind: str, usage: tuple[int | None, int | None]
 ) -> None:

@@ -25,9 +25,16 @@ from lora_llava.evaluation.intervals import share_interval
 def test_nine_columns_and_the_interval_of_a_single_run(tmp_path: Path) -> None:
     [group] = compared(tmp_path, {"a": science("rrrw")}).groups
     assert group.columns == {
-        "AVG": [75.0], "NAT": [100.0], "SOC": [50.0], "LAN": [None], "TXT": [50.0], "IMG": [100.0], "NO": [None],
-        "G1-6": [100.0], "G7-12": [50.0],
-    }  # fmt: skip
+        "AVG": [75.0],
+        "NAT": [100.0],
+        "SOC": [50.0],
+        "LAN": [None],
+        "TXT": [50.0],
+        "IMG": [100.0],
+        "NO": [None],
+        "G1-6": [100.0],
+        "G7-12": [50.0],
+    }
     assert (group.name, group.deviation("AVG"), group.interval()) == ("a", None, share_interval(3, 4))
 
 
@@ -35,8 +42,10 @@ def test_columns_of_conversations_and_rouge_where_every_row_has_it(tmp_path: Pat
     rows = [{**row, "rouge_l": 0.5} for row in own("red cube", "a cube", "x", "cube red")]
     found = compared(tmp_path, {"a": rows, "b": [{k: v for k, v in row.items() if k != "rouge_l"} for row in rows]})
     assert found.groups[0].columns == {
-        "exact match": [25.0], "F1": [pytest.approx(100 * (1 + 2 / 3 + 0 + 1) / 4)], "ROUGE-L": [50.0]
-    }  # fmt: skip
+        "exact match": [25.0],
+        "F1": [pytest.approx(100 * (1 + 2 / 3 + 0 + 1) / 4)],
+        "ROUGE-L": [50.0],
+    }
     assert "ROUGE-L" not in found.groups[1].columns
     assert found.columns == ["exact match", "F1", "ROUGE-L"]
     row = next(line for line in render(found, "markdown").splitlines() if line.startswith("| b "))
@@ -90,8 +99,9 @@ def test_seeds_of_one_recipe_are_averaged_and_paired_seed_by_seed(tmp_path: Path
     assert first.deviation("AVG") == pytest.approx(statistics.stdev([50.0, 75.0]))
     assert (first.interval(), other.deviation("AVG")) == (None, 0.0)
     assert [(t.seeds, t.only_first, t.only_other, t.p, t.holm) for t in found.tests] == [
-        ((0, 0), 0, 2, 0.5, 1.0), ((1, 1), 0, 1, 1.0, 1.0)
-    ]  # fmt: skip
+        ((0, 0), 0, 2, 0.5, 1.0),
+        ((1, 1), 0, 1, 1.0, 1.0),
+    ]
     assert found.notes == []
 
 
@@ -102,8 +112,9 @@ def test_a_seed_that_is_not_in_both_is_told_and_no_shared_seed_is_no_test(tmp_pa
     assert [group.name for group in found.groups] == ["a", "b", "c"]
     assert [(test.other, test.seeds) for test in found.tests] == [("b", (2, 2))]
     assert found.notes == [
-        "b against a: no test of a-1, b-3, the seed is not in both", "no test of c against a: they share no seed"
-    ]  # fmt: skip
+        "b against a: no test of a-1, b-3, the seed is not in both",
+        "no test of c against a: they share no seed",
+    ]
 
 
 def test_how_often_a_run_was_scored_on_the_way_makes_no_other_group(tmp_path: Path) -> None:
@@ -116,8 +127,9 @@ def test_a_single_run_without_a_shared_seed_is_paired_with_every_seed(tmp_path: 
     runs = {"before": science("ww"), "a-1": science("rw"), "a-2": science("rr")}
     found = compared(tmp_path, runs, {"a-1": recipe_of(1), "a-2": recipe_of(2)})
     assert [(test.other, test.seeds, test.only_other) for test in found.tests] == [
-        ("a", (None, 1), 1), ("a", (None, 2), 2)
-    ]  # fmt: skip
+        ("a", (None, 1), 1),
+        ("a", (None, 2), 2),
+    ]
     assert [group.settings for group in found.groups] == [{}, {}]
 
 
@@ -136,8 +148,9 @@ def test_seeds_on_stage_1_runs_of_their_own_are_averaged_and_it_is_told(tmp_path
     recipes = {"a-1": on_stage1(1, "s1/x"), "a-2": on_stage1(2, "s1/y"), "b-1": on_stage1(1, "s1/x", r=32)}
     found = compared(tmp_path, {"a-1": science("rw"), "a-2": science("rr"), "b-1": science("ww")}, recipes)
     assert [(group.name, len(group.runs), group.mean("AVG")) for group in found.groups] == [
-        ("a", 2, 75.0), ("b-1", 1, 0.0)
-    ]  # fmt: skip
+        ("a", 2, 75.0),
+        ("b-1", 1, 0.0),
+    ]
     assert found.groups[0].settings == {"lora.r": 16}
     assert found.notes[0] == "a: the runs stand on Stage 1 runs of their own: s1/x, s1/y"
     assert "- a: the runs stand on Stage 1 runs of their own: s1/x, s1/y" in render(found, "markdown")
@@ -148,8 +161,9 @@ def test_stage_1_runs_that_are_compared_stay_apart(tmp_path: Path) -> None:
     recipes = {name: on_stage1(int(name[-1]), stage1) for name, stage1 in names.items()}
     found = compared(tmp_path, {name: science("rw") for name in names}, recipes)
     assert [(group.name, group.settings.get("model.start_from.stage1_run")) for group in found.groups] == [
-        ("a", None), ("b", "s1/y")
-    ]  # fmt: skip
+        ("a", None),
+        ("b", "s1/y"),
+    ]
     assert found.notes == ["a: the runs stand on Stage 1 runs of their own: s1/x-1, s1/x-2"]
     twins = compared(tmp_path, {"a": science("r"), "b": science("r")}, {n: on_stage1(1, "s1/x") for n in "ab"})
     assert twins.notes == ["b has the recipe and the seed of a and stands for itself"]
@@ -217,8 +231,9 @@ def test_copies_of_one_row_are_paired_in_their_order(tmp_path: Path) -> None:
         compared(tmp_path, runs)
     found = compared(tmp_path, runs, common=True)  # which of three is missing cannot be told
     assert (found.questions, found.notes) == (
-        [1], ["3 of 4 questions left out: not in every run, or more often in one"]
-    )  # fmt: skip
+        [1],
+        ["3 of 4 questions left out: not in every run, or more often in one"],
+    )
 
 
 def test_seeds_may_have_been_asked_questions_of_their_own(tmp_path: Path) -> None:

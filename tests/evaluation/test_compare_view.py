@@ -115,14 +115,23 @@ def test_json_has_everything_unrounded(tmp_path: Path) -> None:
     recipes = {name: recipe_of(int(name[-1]), int(name[1:3])) for name in SEEDS}
     found = json.loads(as_json(compared(tmp_path, {n: science(m) for n, m in SEEDS.items()}, recipes), published=True))
     assert found["groups"][0]["columns"]["AVG"] == {
-        "mean": 62.5, "deviation": statistics.stdev([50, 75]), "values": [50.0, 75.0]
-    }  # fmt: skip
+        "mean": 62.5,
+        "deviation": statistics.stdev([50, 75]),
+        "values": [50.0, 75.0],
+    }
     assert found["groups"][0]["columns"]["LAN"] == {"mean": None, "deviation": None, "values": [None, None]}
     assert [run["seed"] for run in found["groups"][0]["runs"]] == [0, 1]
     assert found["tests"][0] == {
-        "first": "r16", "other": "r32", "seeds": [0, 0], "questions": 4, "only_first": 0, "only_other": 2, "p": 0.5,
-        "holm": 1.0, "difference": 50.0,
-    }  # fmt: skip
+        "first": "r16",
+        "other": "r32",
+        "seeds": [0, 0],
+        "questions": 4,
+        "only_first": 0,
+        "only_other": 2,
+        "p": 0.5,
+        "holm": 1.0,
+        "difference": 50.0,
+    }
     assert found["published"]["LLaVA 13B"]["columns"]["AVG"] == 90.92
 
 
@@ -139,9 +148,21 @@ def test_published_averages_are_those_of_their_columns() -> None:
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], stage2_content: dict[str, Any]) -> None:
-    marked = [make_prediction(str(n), text, {"answer": 0, "num_choices": 2, "subject": "natural science",
-                                             "grade": "grade1", "has_image": True, "has_hint": False})
-              for n, text in enumerate(("A", "B", "?"))]  # fmt: skip
+    marked = [
+        make_prediction(
+            str(n),
+            text,
+            {
+                "answer": 0,
+                "num_choices": 2,
+                "subject": "natural science",
+                "grade": "grade1",
+                "has_image": True,
+                "has_hint": False,
+            },
+        )
+        for n, text in enumerate(("A", "B", "?"))
+    ]
     runs = []
     for seed in (1, 2):
         run = written(tmp_path / f"run-{seed}", marked, name="predictions_after")

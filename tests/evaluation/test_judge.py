@@ -134,9 +134,16 @@ def test_published_reviews_are_read_as_recorded_or_not_at_all() -> None:
 score = st.one_of(st.integers(0, 10).map(str), st.decimals(0, 10, places=1).map(str))
 prose = st.lists(st.text(st.characters(exclude_categories=["Nd", "Cs"], exclude_characters="<")), max_size=4)
 FORMS = [
-    "{} {}", "{}, {}", "{}/10 {}/10", "({}, {})", "**{} {}**", "Scores: {} and {}", "Assistant 1: {}, Assistant 2: {}",
-    "Assistant 1: {}\nAssistant 2: {} (good)", "Answer A = {}\nAnswer B = {}",
-]  # fmt: skip
+    "{} {}",
+    "{}, {}",
+    "{}/10 {}/10",
+    "({}, {})",
+    "**{} {}**",
+    "Scores: {} and {}",
+    "Assistant 1: {}, Assistant 2: {}",
+    "Assistant 1: {}\nAssistant 2: {} (good)",
+    "Answer A = {}\nAnswer B = {}",
+]
 
 
 @given(st.text())
@@ -174,9 +181,11 @@ def test_what_the_judge_is_asked() -> None:
     system, user = (message["content"] for message in judge_request(CASE, ORDERS[0], prompts, JudgeSettings()).messages)
     assert system == prompts["system"]
     for part in (
-        "<material>\n- a {question}\n</material>", "<question>\nDescribe it.\n</question>",
-        "<answer_1>\na dog {answer_2}\n</answer_1>", "<answer_2>\na cat $x {} \\1\n</answer_2>",
-    ):  # fmt: skip
+        "<material>\n- a {question}\n</material>",
+        "<question>\nDescribe it.\n</question>",
+        "<answer_1>\na dog {answer_2}\n</answer_1>",
+        "<answer_2>\na cat $x {} \\1\n</answer_2>",
+    ):
         assert part in user
     swapped = judge_request(CASE, ORDERS[1], prompts, JudgeSettings()).messages[1]["content"]
     assert "<answer_1>\na cat $x {} \\1\n</answer_1>" in swapped

@@ -45,9 +45,11 @@ def judge_by_number(body: Body) -> str:
 
 
 def run(log: ChatLog, folder: Path, *more: str, count: int = 6) -> int:
-    files = bench(folder, count) if not (folder / "questions.jsonl").is_file() else {
-        name: folder / f"{name}.jsonl" for name in ("questions", "context", "reference", "answers")
-    }  # fmt: skip
+    files = (
+        bench(folder, count)
+        if not (folder / "questions.jsonl").is_file()
+        else {name: folder / f"{name}.jsonl" for name in ("questions", "context", "reference", "answers")}
+    )
     return main(None, ["score", "llava-bench", *options(files), "--judge-url", log.url, *more])
 
 
@@ -70,12 +72,19 @@ def test_both_orders_are_asked_and_averaged(log: ChatLog, tmp_path: Path, capsys
     )
     report = report_of(tmp_path)
     assert report["questions"][1] == {
-        "question_id": "1", "category": "detail", "status": "scored", "answer": 7.5, "reference": 8.5,
+        "question_id": "1",
+        "category": "detail",
+        "status": "scored",
+        "answer": 7.5,
+        "reference": 8.5,
         "orders": {"reference_first": [9.0, 7.0], "answer_first": [8.0, 8.0]},
-    }  # fmt: skip
+    }
     assert {name: (row["answer"], row["reference"], row["relative"]) for name, row in report["table"].items()} == {
-        "conv": (6.5, 8.5, 76.47), "detail": (7.5, 8.5, 88.24), "complex": (8.5, 8.5, 100.0), "all": (7.5, 8.5, 88.24),
-    }  # fmt: skip
+        "conv": (6.5, 8.5, 76.47),
+        "detail": (7.5, 8.5, 88.24),
+        "complex": (8.5, 8.5, 100.0),
+        "all": (7.5, 8.5, 88.24),
+    }
     assert report["complete"] is True
     assert report["judge"] == {"url": log.url, "model": "judge", "model_told": ["judge-0613"]}
     answers = (tmp_path / "answers.jsonl").read_bytes()
@@ -268,10 +277,13 @@ def test_the_ledger_takes_a_torn_line_away_and_keeps_the_rest(tmp_path: Path) ->
 def test_keys_depend_on_all_that_an_answer_depends_on() -> None:
     request = ChatRequest(MESSAGES, 10)
     keys = [
-        request_key("judge", request, 0), request_key("judge", request, 1), request_key("other", request, 0),
-        request_key("judge", ChatRequest(MESSAGES, 11), 0), request_key("judge", ChatRequest(MESSAGES, 10, 0.1), 0),
+        request_key("judge", request, 0),
+        request_key("judge", request, 1),
+        request_key("other", request, 0),
+        request_key("judge", ChatRequest(MESSAGES, 11), 0),
+        request_key("judge", ChatRequest(MESSAGES, 10, 0.1), 0),
         request_key("judge", ChatRequest([{"role": "user", "content": "b"}], 10), 0),
-    ]  # fmt: skip
+    ]
     assert len(set(keys)) == 6
     assert request_key("judge", ChatRequest([dict(reversed(MESSAGES[0].items()))], 10), 0) == keys[0]
 

@@ -48,21 +48,27 @@ def test_questions_of_either_benchmark(tmp_path: Path) -> None:
 def test_contexts_of_either_benchmark(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {
-            "id": "1", "image": "1.jpg", "captions": ["A dog. ", "It sits."], "instances": [
-                {"category": "dog", "bbox": [0.1, 0.25, 0.5, 1.0]}, {"category": "cup", "bbox": [0, 0, 1, 1]},
+            "id": "1",
+            "image": "1.jpg",
+            "captions": ["A dog. ", "It sits."],
+            "instances": [
+                {"category": "dog", "bbox": [0.1, 0.25, 0.5, 1.0]},
+                {"category": "cup", "bbox": [0, 0, 1, 1]},
             ],
         },
         {"id": "2", "image": "2.jpg", "captions": ["A cat."], "instances": []},
         {"id": "001", "image": "001.jpg", "caption": "A hill by the sea."},
         {"id": "002", "image": "002.jpg", "caption": ["A hill.", "The sea."]},
-    ]  # fmt: skip
+    ]
     head = "What people wrote about the image:"
-    boxes = "\n".join([
-        "Objects with the corners of their boxes, left, top, right, bottom, as fractions of the image's width and "
-        "height:",
-        "- dog: 0.100, 0.250, 0.500, 1.000",
-        "- cup: 0.000, 0.000, 1.000, 1.000",
-    ])  # fmt: skip
+    boxes = "\n".join(
+        [
+            "Objects with the corners of their boxes, left, top, right, bottom, as fractions of the image's width and "
+            "height:",
+            "- dog: 0.100, 0.250, 0.500, 1.000",
+            "- cup: 0.000, 0.000, 1.000, 1.000",
+        ]
+    )
     assert read_contexts(write(tmp_path / "context.jsonl", rows)) == {
         "1.jpg": f"{head}\n- A dog.\n- It sits.\n\n{boxes}",
         "2.jpg": f"{head}\n- A cat.",
@@ -189,8 +195,11 @@ def test_what_has_no_interval_says_so_in_json_and_in_the_table() -> None:
     assert json.loads(json.dumps(table, allow_nan=False))["conv"]["interval"] is None
     stream = io.StringIO()
     Console(file=stream, width=120).print(judge_table(table, "T"))
-    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
-            for line in stream.getvalue().splitlines() if len(cells := line.split("│")) > 3}  # fmt: skip
+    rows = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+        for line in stream.getvalue().splitlines()
+        if len(cells := line.split("│")) > 3
+    }
     assert rows["conv"] == ["2", "5.50", "4.00", "137.5", "–", "0"]
     assert rows["detail"] == ["1", "–", "–", "–", "–", "1"]
     zero = tabulate([verdict("conv", 5, 0)])  # scored, and nothing to divide by

@@ -8,12 +8,15 @@ import pytest
 
 from lora_llava.core.errors import UserError
 from lora_llava.data import Conversation, Turn
-from lora_llava.evaluation.question_prompts import PROMPTS, ask_by, choices_of, reasons_first, write_question
+from lora_llava.evaluation.question_prompts import PROMPTS, choices_of, reasons_first, with_prompt, write_question
 
 PROBLEM: dict[str, Any] = {
-    "question": "Which one is iron?", "choices": ["gold", "iron", "a nail"], "hint": "It rusts.", "answer": 1,
+    "question": "Which one is iron?",
+    "choices": ["gold", "iron", "a nail"],
+    "hint": "It rusts.",
+    "answer": 1,
     "num_choices": 3,
-}  # fmt: skip
+}
 
 
 def row(**changes: Any) -> Conversation:
@@ -38,16 +41,16 @@ def test_lmms_eval_s() -> None:
 
 
 def test_a_row_asked_in_another_way_keeps_its_image_and_does_not_tell_the_answer() -> None:
-    assert ask_by(row(), "recipe") == row()
+    assert with_prompt(row(), "recipe") == row()
     for prompt in ("direct", "lmms-eval"):
-        asked = ask_by(row(), prompt)
+        asked = with_prompt(row(), prompt)
         assert asked.turns[0].text == f"<image>\n{write_question(PROBLEM, prompt)}"
         assert asked.turns[1].text == "B"
         assert asked.images == ("7.png",)
-        other = ask_by(row(answer=2), prompt)
+        other = with_prompt(row(answer=2), prompt)
         assert other.turns[0] == asked.turns[0]
     without = Conversation("7", row().turns, (), PROBLEM)
-    assert ask_by(without, "direct").turns[0].text == write_question(PROBLEM, "direct")
+    assert with_prompt(without, "direct").turns[0].text == write_question(PROBLEM, "direct")
 
 
 def test_likelihood_chooses_among_letters() -> None:

@@ -20,9 +20,16 @@ from lora_llava.pages.report_page import GalleryItem, RunReport, Table, render_r
 from lora_llava.pages.report_plots import Curve, draw, left_out, write_number
 
 HOSTILE = (
-    "</p></style><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='x", "]]></svg>",
-    "a\u202eb\x1b[2J\x00\u2028", "&lt;b&gt; &#x3c;", "javascript:alert(1)", "$\\frac{1}{0}$", "\ud800",
-)  # fmt: skip
+    "</p></style><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onload='x",
+    "]]></svg>",
+    "a\u202eb\x1b[2J\x00\u2028",
+    "&lt;b&gt; &#x3c;",
+    "javascript:alert(1)",
+    "$\\frac{1}{0}$",
+    "\ud800",
+)
 TEXT = st.text(st.characters(), max_size=40) | st.sampled_from(HOSTILE)
 VOID = {"meta", "img", "input", "br"}
 LOSS = Curve("Loss", "nats", {"training": [(10, 2.0), (20, 1.0)], "validation": [(20, 1.5)]})
@@ -70,9 +77,12 @@ def report_of(*gallery: GalleryItem, **parts: Any) -> RunReport:
 
 def item(text: str = "B", right: bool = True, **fields: Any) -> GalleryItem:
     usual: dict[str, Any] = {
-        "question": "What?\nOptions: (A) x (B) y", "reference": "B", "images": [], "categories": ["NAT"],
+        "question": "What?\nOptions: (A) x (B) y",
+        "reference": "B",
+        "images": [],
+        "categories": ["NAT"],
         "question_id": "7",
-    }  # fmt: skip
+    }
     return GalleryItem(**{**usual, **fields}, text=text, right=right)
 
 
@@ -158,16 +168,20 @@ def test_long_texts_are_folded_and_nothing_of_them_is_lost() -> None:
 
 def test_images_are_made_small_and_keep_their_colours() -> None:
     images = [
-        Image.new("RGB", (1000, 500), "red"), Image.new("L", (40, 60), 9), Image.new("RGBA", (9, 9), (0, 0, 255, 0)),
+        Image.new("RGB", (1000, 500), "red"),
+        Image.new("L", (40, 60), 9),
+        Image.new("RGBA", (9, 9), (0, 0, 255, 0)),
         Image.new("CMYK", (8, 999)),
-    ]  # fmt: skip
+    ]
     page = Page(render_report(report_of(item(images=images, question_id="a<b"))))
     found = [named["src"].partition(";base64,") for named in page.all("img")]
     shown = [Image.open(io.BytesIO(base64.b64decode(data))) for _, _, data in found]
     assert [(kind, image.size) for (kind, _, _), image in zip(found, shown, strict=True)] == [
-        ("data:image/jpeg", (224, 112)), ("data:image/png", (40, 60)), ("data:image/png", (9, 9)),
+        ("data:image/jpeg", (224, 112)),
+        ("data:image/png", (40, 60)),
+        ("data:image/png", (9, 9)),
         ("data:image/png", (2, 224)),
-    ]  # fmt: skip
+    ]
     assert shown[0].getpixel((5, 5)) == (254, 0, 0)
     assert shown[1].getpixel((0, 0)) == (9, 9, 9)
     assert [named["alt"] for named in page.all("img")][3] == "image 4 of question a<b"
@@ -220,8 +234,12 @@ def test_a_drawing_takes_text_as_text_and_colours_from_the_page() -> None:
         "2",
     ]
     assert set(re.findall(r"(?:stroke|fill): ([a-z#(][^;\"]*)", svg)) == {
-        "none", "var(--soft)", "var(--line)", "var(--series-0)", "var(--series-1)"
-    }  # fmt: skip
+        "none",
+        "var(--soft)",
+        "var(--line)",
+        "var(--series-0)",
+        "var(--series-1)",
+    }
     assert "<style" not in svg
     assert "xmlns" not in svg
     ids, other = (set(re.findall(r' id="([^"]+)"', draw(LOSS, prefix))) for prefix in ("c0", "c1"))
@@ -262,8 +280,9 @@ def test_a_curve_without_a_point_says_so(points: list[tuple[float, float]]) -> N
 
 @settings(max_examples=30)
 @given(
-    points=st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats()), max_size=5), log_scale=st.booleans(),
-)  # fmt: skip
+    points=st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats()), max_size=5),
+    log_scale=st.booleans(),
+)
 def test_any_numbers_can_be_drawn(points: list[tuple[float, float]], log_scale: bool) -> None:
     svg = draw(Curve("", "", {"a": points}, log_scale), "c")
     drawable = [value for _, value in points if abs(value) < 1e100 and (value > 1e-100 or not log_scale)]
@@ -282,8 +301,14 @@ def test_the_legend_tells_the_last_value() -> None:
 
 def test_numbers() -> None:
     assert [write_number(value) for value in (0.0, 0.30000000000000004, 2e-5, 999.95, 1000.4, -4241.0, 3e9)] == [
-        "0", "0.3", "2e-5", "1,000", "1,000", "-4,241", "3e+9"
-    ]  # fmt: skip
+        "0",
+        "0.3",
+        "2e-5",
+        "1,000",
+        "1,000",
+        "-4,241",
+        "3e+9",
+    ]
 
 
 def test_forty_answers_with_photographs_and_long_curves_stay_under_two_megabytes() -> None:

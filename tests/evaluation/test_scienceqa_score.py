@@ -20,16 +20,37 @@ SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "scienceqa_sa
 @pytest.mark.parametrize(
     ("text", "choices", "index"),
     [
-        ("A", 2, 0), ("E", 5, 4), ("E", 4, -1), ("F", 5, -1), ("a", 5, -1), ("", 5, -1), ("AB", 5, -1), (" A", 5, -1),
-        ("B. iron", 3, 1), ("B. ", 3, 1), ("B.", 3, -1), ("B.iron", 3, -1), ("b. iron", 3, -1), ("D. iron", 3, -1),
-        ("The answer is C.", 3, 2), ("Because. The answer is A. So.", 2, 0), ("The answer is C", 3, -1),
-        ("The answer is D.", 3, -1), ("The answer is F.", 5, -1), ("the answer is A.", 3, -1),
-        ("The answer is a.", 3, -1), ("The answer is  A.", 3, -1), ("The answer is A. The answer is A.", 3, -1),
+        ("A", 2, 0),
+        ("E", 5, 4),
+        ("E", 4, -1),
+        ("F", 5, -1),
+        ("a", 5, -1),
+        ("", 5, -1),
+        ("AB", 5, -1),
+        (" A", 5, -1),
+        ("B. iron", 3, 1),
+        ("B. ", 3, 1),
+        ("B.", 3, -1),
+        ("B.iron", 3, -1),
+        ("b. iron", 3, -1),
+        ("D. iron", 3, -1),
+        ("The answer is C.", 3, 2),
+        ("Because. The answer is A. So.", 2, 0),
+        ("The answer is C", 3, -1),
+        ("The answer is D.", 3, -1),
+        ("The answer is F.", 5, -1),
+        ("the answer is A.", 3, -1),
+        ("The answer is a.", 3, -1),
+        ("The answer is  A.", 3, -1),
+        ("The answer is A. The answer is A.", 3, -1),
         ("The answer is BE.", 3, 1),
-        ("The answer is A\n", 3, -1), ("The answer is A, said B. The answer is C.", 3, -1),
-        ("A. The answer is B.", 3, 0), ("Assistant: x\n The answer is B.\n", 2, 1), ("iron", 3, -1),
+        ("The answer is A\n", 3, -1),
+        ("The answer is A, said B. The answer is C.", 3, -1),
+        ("A. The answer is B.", 3, 0),
+        ("Assistant: x\n The answer is B.\n", 2, 1),
+        ("iron", 3, -1),
     ],
-)  # fmt: skip
+)
 def test_an_answer_is_read_by_llava_s_rule(text: str, choices: int, index: int) -> None:
     assert parse_answer(text, choices) == index
 
@@ -63,13 +84,20 @@ def test_the_columns_of_a_question(question: tuple[str, str, bool, bool], column
 
 def test_a_prediction_is_marked() -> None:
     question = {
-        "answer": 1, "num_choices": 2, "subject": "natural science", "grade": "grade2", "has_image": True,
+        "answer": 1,
+        "num_choices": 2,
+        "subject": "natural science",
+        "grade": "grade2",
+        "has_image": True,
         "has_hint": False,
-    }  # fmt: skip
+    }
     assert make_prediction("7", "The answer is B.", question) == {
-        "question_id": "7", "text": "The answer is B.", "prediction": 1, "answer": 1,
+        "question_id": "7",
+        "text": "The answer is B.",
+        "prediction": 1,
+        "answer": 1,
         "categories": ["NAT", "IMG", "G1-6"],
-    }  # fmt: skip
+    }
     assert make_prediction("7", "The answer is C.", question)["prediction"] == -1
 
 
@@ -79,21 +107,37 @@ def marked(prediction: int, answer: int, *columns: str) -> Prediction:
 
 def test_the_table_is_exact() -> None:
     predictions = [
-        marked(0, 0, "NAT", "TXT", "IMG", "G1-6"), marked(1, 0, "NAT", "NO", "G1-6"),
-        marked(2, 2, "SOC", "IMG", "G7-12"), marked(-1, 0, "NAT", "TXT", "G7-12"),
-        marked(-1, 1, "SOC", "NO", "G1-6"), marked(3, 3, "NAT", "NO", "G1-6"),
-    ]  # fmt: skip
+        marked(0, 0, "NAT", "TXT", "IMG", "G1-6"),
+        marked(1, 0, "NAT", "NO", "G1-6"),
+        marked(2, 2, "SOC", "IMG", "G7-12"),
+        marked(-1, 0, "NAT", "TXT", "G7-12"),
+        marked(-1, 1, "SOC", "NO", "G1-6"),
+        marked(3, 3, "NAT", "NO", "G1-6"),
+    ]
     assert score(predictions) == {
-        "AVG": [50.0, 3, 6], "NAT": [50.0, 2, 4], "SOC": [50.0, 1, 2], "LAN": [0.0, 0, 0], "TXT": [50.0, 1, 2],
-        "IMG": [100.0, 2, 2], "NO": [33.33, 1, 3], "G1-6": [50.0, 2, 4], "G7-12": [50.0, 1, 2], "unparsed": 2,
-    }  # fmt: skip
+        "AVG": [50.0, 3, 6],
+        "NAT": [50.0, 2, 4],
+        "SOC": [50.0, 1, 2],
+        "LAN": [0.0, 0, 0],
+        "TXT": [50.0, 1, 2],
+        "IMG": [100.0, 2, 2],
+        "NO": [33.33, 1, 3],
+        "G1-6": [50.0, 2, 4],
+        "G7-12": [50.0, 1, 2],
+        "unparsed": 2,
+    }
     assert score([])["AVG"] == [0.0, 0, 0]
 
 
 PROBLEM = {
-    "question": "Q", "choices": ["x", "y", "z"], "answer": 1, "hint": "", "image": None, "grade": "grade3",
+    "question": "Q",
+    "choices": ["x", "y", "z"],
+    "answer": 1,
+    "hint": "",
+    "image": None,
+    "grade": "grade3",
     "subject": "natural science",
-}  # fmt: skip
+}
 PROBLEMS = {
     "1": PROBLEM,
     "2": PROBLEM | {"answer": 0, "hint": "Look.", "image": "image.png", "grade": "grade8", "subject": "social science"},
@@ -130,9 +174,17 @@ def test_made_files_give_their_table(files: Files, capsys: pytest.CaptureFixture
     assert files.run("--json") == 0
     output, errors = capsys.readouterr()
     assert json.loads(output) == {
-        "AVG": [33.33, 1, 3], "NAT": [100.0, 1, 1], "SOC": [0.0, 0, 1], "LAN": [0.0, 0, 1], "TXT": [0.0, 0, 2],
-        "IMG": [0.0, 0, 1], "NO": [100.0, 1, 1], "G1-6": [50.0, 1, 2], "G7-12": [0.0, 0, 1], "unparsed": 1,
-    }  # fmt: skip
+        "AVG": [33.33, 1, 3],
+        "NAT": [100.0, 1, 1],
+        "SOC": [0.0, 0, 1],
+        "LAN": [0.0, 0, 1],
+        "TXT": [0.0, 0, 2],
+        "IMG": [0.0, 0, 1],
+        "NO": [100.0, 1, 1],
+        "G1-6": [50.0, 1, 2],
+        "G7-12": [0.0, 0, 1],
+        "unparsed": 1,
+    }
     assert errors == ""
 
 
@@ -180,11 +232,12 @@ def test_answers_and_questions_must_fit(files: Files, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"question_id": "9"}', "'text'"), ('{"text": "A"}', "'question_id'"),
+        ('{"question_id": "9"}', "'text'"),
+        ('{"text": "A"}', "'question_id'"),
         ("[1]", "list indices must be integers or slices, not str"),
         ("A", "Expecting value: line 1 column 1 (char 0)"),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_line_is_named(files: Files, capsys: pytest.CaptureFixture[str], line: str, problem: str) -> None:
     with files.answers.open("a") as file:
         file.write(f"\n\n{line}\n")

@@ -22,7 +22,7 @@ from rich.console import Console
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.data.templates import chat_template, get_template
-from lora_llava.evaluation.evaluate import Way, evaluate
+from lora_llava.evaluation.evaluate import EvaluationOptions, evaluate
 from lora_llava.evaluation.run_report import rebuild_report
 from lora_llava.evaluation.scienceqa import COLUMNS
 from lora_llava.recipe.io import check_recipe
@@ -40,13 +40,15 @@ def trained(parts: Path, scienceqa: Path, tmp_path_factory: pytest.TempPathFacto
         "stage": 2,
         "output_dir": str(folder / "run"),
         "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "start_from": {"untrained": True},
+            "llm": str(parts / "llm"),
+            "vision_tower": str(parts / "vision_tower"),
+            "start_from": {"untrained": True},
         },
         "lora": {"r": 4, "alpha": 32},
         "data": {"format": "scienceqa", "path": str(folder / "data"), "max_length": 400, "system_prompt": ""},
         "training": {"batch_size": 8, "learning_rate": 2e-2, "max_steps": 6, "log_every": 1},
         "evaluation": {"max_new_tokens": 8, "batch_size": 2, "before": 0},
-    }  # fmt: skip
+    }
     finetune(check_recipe(content, "test"), Path(), console=Console(file=io.StringIO(), width=160))
     return folder
 
@@ -73,8 +75,11 @@ def test_the_summary_says_what_the_figure_stands_on(run: Path) -> None:
     assert list(found["table"]) == list(COLUMNS)
     percent, correct, count = table["AVG"]
     assert found["table"]["AVG"] | {"interval": 0} == {
-        "percent": percent, "correct": correct, "count": count, "interval": 0
-    }  # fmt: skip
+        "percent": percent,
+        "correct": correct,
+        "count": count,
+        "interval": 0,
+    }
     low, high = found["table"]["AVG"]["interval"]
     assert low < percent < high or percent in (0.0, 100.0)
     assert found["unparsed"] == {"count": table["unparsed"], "percent": round(100 * table["unparsed"] / 6, 2)}
@@ -91,10 +96,14 @@ def test_the_summary_says_what_the_figure_stands_on(run: Path) -> None:
 
 def test_each_way_of_asking_has_files_of_its_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls = {
-        "": [], "_direct": ["--direct"], "_lmms_eval": ["--prompt", "lmms-eval"], "_loglik": ["--method", "loglik"],
-        "_shuffled_direct_loglik": ["--direct", "--method", "loglik", "--shuffle-images"], "_base": ["--base-only"],
+        "": [],
+        "_direct": ["--direct"],
+        "_lmms_eval": ["--prompt", "lmms-eval"],
+        "_loglik": ["--method", "loglik"],
+        "_shuffled_direct_loglik": ["--direct", "--method", "loglik", "--shuffle-images"],
+        "_base": ["--base-only"],
         "_sampled": ["--temperature", "0.7", "--top-p", "0.9"],
-    }  # fmt: skip
+    }
     for suffix, arguments in calls.items():
         assert main("evaluate", [str(run), *arguments, "--json"]) == 0
         table = json.loads(capsys.readouterr().out)
@@ -116,8 +125,10 @@ def test_letters_are_read_as_asked_and_the_parser_is_named(
     served = [str(run), "--server", log.url, "--json"]
     tables = {}
     for suffix, arguments in (
-        ("_server", []), ("_lenient_server", ["--parser", "lenient"]), ("_server_x", ["evaluation.parser=lenient"])
-    ):  # fmt: skip
+        ("_server", []),
+        ("_lenient_server", ["--parser", "lenient"]),
+        ("_server_x", ["evaluation.parser=lenient"]),
+    ):
         assert main("evaluate", [*served, *arguments]) == 0
         tables[suffix] = json.loads(capsys.readouterr().out)
     assert tables["_server"]["unparsed"] == 6
@@ -137,9 +148,15 @@ def test_a_killed_evaluation_asks_nothing_twice(run: Path) -> None:
     whole = run / "whole"
     evaluate(str(run), output=str(whole), overrides=["evaluation.batch_size=1"])
     command = [
-        sys.executable, "-m", "lora_llava.commands.main", "evaluate", str(run), "evaluation.batch_size=1", "--output",
+        sys.executable,
+        "-m",
+        "lora_llava.commands.main",
+        "evaluate",
+        str(run),
+        "evaluation.batch_size=1",
+        "--output",
         str(run / "killed"),
-    ]  # fmt: skip
+    ]
     script = (
         "import sys, time\n"
         "from lora_llava.evaluation.answer_log import AnswerLog\n"
@@ -237,13 +254,18 @@ def test_rows_that_the_run_itself_dropped_are_no_change_of_its_data(
     (tmp_path / "images" / "3.png").write_bytes(b"no image")
     rows = [asked(number, f"{number}.png") for number in range(12)]
     stage2_content["data"] = {
-        "format": "conversations", "path": written(tmp_path / "rows.json", rows), "on_bad_image": "drop",
-        "image_folder": str(tmp_path / "images"), "max_length": 300, "system_prompt": "", "validation_rows": 10,
-    }  # fmt: skip
+        "format": "conversations",
+        "path": written(tmp_path / "rows.json", rows),
+        "on_bad_image": "drop",
+        "image_folder": str(tmp_path / "images"),
+        "max_length": 300,
+        "system_prompt": "",
+        "validation_rows": 10,
+    }
     stage2_content["training"] |= {"max_steps": 1, "batch_size": 1}
     metrics = finetune(check_recipe(stage2_content, "test"), Path(), console=Console(file=io.StringIO()))
     run = stage2_content["output_dir"]
-    assert evaluate(run, Way(bad_images="wrong")) == metrics["after"]
+    assert evaluate(run, EvaluationOptions(bad_images="wrong")) == metrics["after"]
     assert evaluate(run) == metrics["after"]
     rebuild_report(run)
 
@@ -310,7 +332,7 @@ def test_what_a_server_is_sent_makes_the_prompt_that_was_trained(run: Path) -> N
     from lora_llava.evaluation.answerers import _server_messages
     from lora_llava.evaluation.evaluate import open_evaluation
 
-    opened = open_evaluation(str(run), Way())
+    opened = open_evaluation(str(run), EvaluationOptions())
     rows = opened.split.read(range(2))
     images = FolderImages(run.parent / "data" / "images", 10**6)
     for row in rows:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
-from lora_llava.evaluation.scoring import ask_table
+from lora_llava.evaluation.scoring import evaluate_run
 from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.directory import only_run
@@ -148,7 +148,7 @@ def test_a_run_that_was_ended_before_its_table_is_no_finished_one(
 ) -> None:
     recipe = check_recipe(stage2_content, "test")
     with monkeypatch.context() as patch:
-        patch.setattr("lora_llava.training.finetune.ask_table", ends_at("after"))
+        patch.setattr("lora_llava.training.finetune.evaluate_run", ends_at("after"))
         with pytest.raises(KeyboardInterrupt):
             run(recipe)
     folder = Path(recipe.output_dir)
@@ -160,7 +160,7 @@ def test_a_run_that_was_ended_before_its_table_is_no_finished_one(
     assert {"metrics.json", "report.html", "predictions_after.jsonl"} <= set(os.listdir(folder))
     with pytest.raises(UserError, match="holds a finished run"):
         run(recipe, resume=True)
-    monkeypatch.setattr("lora_llava.training.finetune.ask_table", ends_at("before"))
+    monkeypatch.setattr("lora_llava.training.finetune.evaluate_run", ends_at("before"))
     with pytest.raises(KeyboardInterrupt):
         run(recipe, overwrite=True)
     assert not {"metrics.json", "report.html", "predictions_after.jsonl", "run.json"} & set(os.listdir(folder))
@@ -172,7 +172,7 @@ def ends_at(table: str) -> Any:
     def asked(model: Any, plan: Any, when: str) -> Any:
         if when == table:
             raise KeyboardInterrupt
-        return ask_table(model, plan, when)
+        return evaluate_run(model, plan, when)
 
     return asked
 

@@ -41,17 +41,25 @@ def trained(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in (0, 3, 6):
         (folder / "second" / f"{number}.png").write_text(f"no image {number}")
     content: dict[str, Any] = {
-        "stage": 2, "output_dir": str(folder / "run"), "lora": {"r": 4, "alpha": 8},
+        "stage": 2,
+        "output_dir": str(folder / "run"),
+        "lora": {"r": 4, "alpha": 8},
         "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "start_from": {"untrained": True},
+            "llm": str(parts / "llm"),
+            "vision_tower": str(parts / "vision_tower"),
+            "start_from": {"untrained": True},
         },
         "data": {
-            "format": "conversations", "max_length": 300, "system_prompt": "", "test_rows": 12, "on_bad_image": "drop",
+            "format": "conversations",
+            "max_length": 300,
+            "system_prompt": "",
+            "test_rows": 12,
+            "on_bad_image": "drop",
             "sources": [{"path": str(folder / f"{name}.json"), "image_folder": str(folder / name)} for name in COLOURS],
         },
         "training": {"batch_size": 4, "learning_rate": 5e-3, "max_steps": 1, "log_every": 1},
         "evaluation": {"max_new_tokens": 2, "before": 0, "batch_size": 8},
-    }  # fmt: skip
+    }
     metrics = finetune(check_recipe(content, "test"), Path(), console=quiet())
     assert sum(metrics["data"]["test"]["dropped"].values()) > 0
     return folder
@@ -138,7 +146,7 @@ def without(*keys: str) -> Any:
         ("metrics.json", without("model"), "model: Field required"),
         ("metrics.json", lambda text: text.replace('"steps": 1', '"steps": "1"'), "train.steps: Input should be"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_spoilt_is_named(
     run: Path, name: str, spoil: Any, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,12 +184,12 @@ def test_columns_without_questions_are_dashes() -> None:
     percentages = ["0.00" if column in ("AVG", "NAT", "NO") else "–" for column in COLUMNS]
     low, high = ([end if each == "0.00" else "–" for each in percentages] for end in ("0.00", "79.35"))
     assert shown(tables_view("T", {"run": table}))[:3] == [
-        ["run", *percentages, "0"], ["95% interval from", *low, ""], ["to", *high, ""]
-    ]  # fmt: skip
+        ["run", *percentages, "0"],
+        ["95% interval from", *low, ""],
+        ["to", *high, ""],
+    ]
     [page] = _tables({"after": table})
-    assert [row[1:] for row in page.rows] == [
-        percentages, low, high, [str(table[column][2]) for column in COLUMNS]
-    ]  # fmt: skip
+    assert [row[1:] for row in page.rows] == [percentages, low, high, [str(table[column][2]) for column in COLUMNS]]
     found = summarise(table, [])["table"]
     assert found["SOC"] == {"percent": None, "correct": 0, "count": 0, "interval": None}
     assert found["NAT"] == {"percent": 0.0, "correct": 0, "count": 1, "interval": [0.0, 79.35]}
@@ -190,8 +198,9 @@ def test_columns_without_questions_are_dashes() -> None:
 def test_answers_to_no_question_are_dashes() -> None:
     none, one = answer_table([]), answer_table([score_answer("1", "a", "?", "x", "y")])
     assert shown(tables_view("T", {"a": none, "b": one})) == [
-        ["a", "–", "–", "–", "", "0"], ["b", "0.00", "0.00", "0.00", "", "1"]
-    ]  # fmt: skip
+        ["a", "–", "–", "–", "", "0"],
+        ["b", "0.00", "0.00", "0.00", "", "1"],
+    ]
     assert [row[2:5] for row in _tables({"a": none, "b": one})[0].rows] == [["–"] * 3, ["0.00"] * 3]
     marks = {"exact_match": None, "f1": None, "rouge_l": None, "loss": None, "questions": 0}
     assert summarise(none, [])["table"]["all"] == marks | {"exact_match_interval": None}

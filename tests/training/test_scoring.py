@@ -11,7 +11,7 @@ import pytest
 
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
-from lora_llava.evaluation.scoring import ask_table
+from lora_llava.evaluation.scoring import evaluate_run
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import check_recipe
 from lora_llava.splits.split_rows import sealed
@@ -55,11 +55,14 @@ def test_one_s_own_validation_rows_are_scored_and_weighed(
         row["choices"] = ["Yes.", "No."]
     content = stage2_content | {
         "data": {
-            "format": "conversations", "path": written(tmp_path / "rows.json", rows), "max_length": 200,
-            "validation_rows": 6, "system_prompt": "",
+            "format": "conversations",
+            "path": written(tmp_path / "rows.json", rows),
+            "max_length": 200,
+            "validation_rows": 6,
+            "system_prompt": "",
         },
         "evaluation": {"before": 0, "max_new_tokens": 4, "generate_every": 4, "generate_rows": 2},
-    }  # fmt: skip
+    }
     metrics = finetune(check_recipe(content, "test"), Path(), console=quiet())
     assert [step for step, _ in metrics["train"]["curves"]["validation_score"]] == [4]
     assert "step 4: exact match" in capsys.readouterr().err
@@ -77,12 +80,15 @@ def test_rows_without_choices_cannot_be_weighed(
 ) -> None:
     content = stage2_content | {
         "data": {
-            "format": "conversations", "path": written(tmp_path / "rows.json", [asked(n) for n in range(8)]),
-            "max_length": 200, "validation_rows": 2, "system_prompt": "",
+            "format": "conversations",
+            "path": written(tmp_path / "rows.json", [asked(n) for n in range(8)]),
+            "max_length": 200,
+            "validation_rows": 2,
+            "system_prompt": "",
         },
         "evaluation": {"before": 0, "after": 0},
         "training": stage2_content["training"] | {"max_steps": 1, "eval_every": None},
-    }  # fmt: skip
+    }
     finetune(check_recipe(content, "test"), Path(), console=quiet())
     assert main("evaluate", [str(content["output_dir"]), "--method", "loglik"]) == 2
     assert "--method loglik: row r1 (rows.json, index 1) has no choices; give it a list" in capsys.readouterr().err
@@ -95,7 +101,7 @@ def test_test_rows_are_not_read_while_training_runs(
     test = plan.splits["test"]
     with sealed(test):
         with pytest.raises(RuntimeError, match="test rows are read while training runs"):
-            ask_table(None, plan, "after")
+            evaluate_run(None, plan, "after")
         assert plan.splits["validation"].read([0])
     assert test.read([0])
 

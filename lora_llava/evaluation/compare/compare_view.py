@@ -114,8 +114,13 @@ def build_sheets(comparison: Comparison, published: bool) -> tuple[list[Sheet], 
     notes = _explain(comparison, first)
     if published:
         _check_published(comparison)
-        rows += [None, *([(name, ""), *((cell, "") for cell in published_cells(row["columns"]))]
-                         for name, row in PUBLISHED.items())]  # fmt: skip
+        rows += [
+            None,
+            *(
+                [(name, ""), *((cell, "") for cell in published_cells(row["columns"]))]
+                for name, row in PUBLISHED.items()
+            ),
+        ]
         other = "" if counts == [QUESTIONS] else f"; the runs above were asked {asked} questions"
         notes += [
             f"published figures are of the {QUESTIONS:,} questions of the test split{other}",
@@ -170,14 +175,27 @@ def _explain(comparison: Comparison, first: str) -> list[str]:
 
 def _test_sheet(tests: Sequence[Discordance]) -> Sheet:
     with_seed = any(test.seeds != tests[0].seeds or test.seeds[0] != test.seeds[1] for test in tests)
-    columns = [f"against {tests[0].first}", *(["seeds"] if with_seed else []), "difference", "only first right",
-               "only this right", "p", *(["p (Holm)"] if len(tests) > 1 else [])]  # fmt: skip
+    columns = [
+        f"against {tests[0].first}",
+        *(["seeds"] if with_seed else []),
+        "difference",
+        "only first right",
+        "only this right",
+        "p",
+        *(["p (Holm)"] if len(tests) > 1 else []),
+    ]
     rows: list[list[Cell] | None] = []
     for test in tests:
         seeds = [_DASH if seed is None else str(seed) for seed in dict.fromkeys(test.seeds)]
-        values = [test.other, *([", ".join(seeds)] if with_seed else []), f"{test.difference:+.2f}".replace("-", "−"),
-                  f"{test.only_first:,}", f"{test.only_other:,}", write_p(test.p),
-                  *([write_p(test.holm)] if len(tests) > 1 else [])]  # fmt: skip
+        values = [
+            test.other,
+            *([", ".join(seeds)] if with_seed else []),
+            f"{test.difference:+.2f}".replace("-", "−"),
+            f"{test.only_first:,}",
+            f"{test.only_other:,}",
+            write_p(test.p),
+            *([write_p(test.holm)] if len(tests) > 1 else []),
+        ]
         rows.append([(value, "") for value in values])
     return Sheet("Paired, on the same questions", columns, rows)
 
@@ -241,11 +259,27 @@ def escape_markdown(text: str) -> str:
 
 
 _LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$", "−": "$-$", "–": "--",
-    "…": r"\ldots{}", "[": "{[}", "*": "{*}",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "…": r"\ldots{}",
+    "[": "{[}",
+    "*": "{*}",
+}
 
 
 def escape_latex(text: str) -> str:

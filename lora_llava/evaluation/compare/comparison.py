@@ -273,9 +273,14 @@ def _discordance(first: Group, other: Group, pair: tuple[Run, Run], rows_of: dic
     marks = Counter((is_right(ours[key]), is_right(theirs[key])) for key in ours)
     only_first, only_other = marks[True, False], marks[False, True]
     return Discordance(
-        first.name, other.name, (pair[0].seed, pair[1].seed), len(ours), only_first, only_other,
+        first.name,
+        other.name,
+        (pair[0].seed, pair[1].seed),
+        len(ours),
+        only_first,
+        only_other,
         mcnemar(only_first, only_other),
-    )  # fmt: skip
+    )
 
 
 def mcnemar(only_first: int, only_other: int) -> float:

@@ -74,9 +74,14 @@ def ratio_interval(answers: Sequence[float], references: Sequence[float]) -> tup
     samples = (np.asarray(answers, dtype=float), np.asarray(references, dtype=float))
     with np.errstate(divide="ignore", invalid="ignore"):
         found = bootstrap(
-            samples, statistic, paired=True, confidence_level=LEVEL, n_resamples=_RESAMPLES, method="percentile",
+            samples,
+            statistic,
+            paired=True,
+            confidence_level=LEVEL,
+            n_resamples=_RESAMPLES,
+            method="percentile",
             rng=np.random.default_rng(0),
-        ).confidence_interval  # fmt: skip
+        ).confidence_interval
     low, high = float(found.low), float(found.high)
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
@@ -211,24 +216,31 @@ def _report(verdicts: Sequence[Verdict], server: ChatServer, judge: Judge, budge
         "judge": {"url": server.url, "model": server.model, "model_told": sorted(judge.models)},
         "prompts": prompt_hashes(judge.prompts),
         "settings": {
-            "orders": settings.orders, "temperature": settings.temperature, "max_tokens": settings.max_tokens,
+            "orders": settings.orders,
+            "temperature": settings.temperature,
+            "max_tokens": settings.max_tokens,
             "attempts": ATTEMPTS,
         },
         "this_run": {
-            "requests": budget.requests, "usd": round(budget.spent, 4) if priced else None,
+            "requests": budget.requests,
+            "usd": round(budget.spent, 4) if priced else None,
             "usd_before": round(budget.before, 4) if budget.capped else None,
             "cap": _what_caps(judge, budget),
         },
         "table": tabulate(verdicts),
         "questions": [
             {
-                "question_id": item.case.question_id, "category": item.case.category, "status": item.status,
-                "answer": item.answer, "reference": item.reference, "orders": dict(item.orders),
+                "question_id": item.case.question_id,
+                "category": item.case.category,
+                "status": item.status,
+                "answer": item.answer,
+                "reference": item.reference,
+                "orders": dict(item.orders),
                 **({"reason": item.reason} if item.reason else {}),
             }
             for item in verdicts
         ],
-    }  # fmt: skip
+    }
 
 
 def _what_caps(judge: Judge, budget: Budget) -> str:

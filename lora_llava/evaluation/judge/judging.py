@@ -70,9 +70,13 @@ class Judge:
     """
 
     def __init__(
-        self, cases: Sequence[JudgeCase], model: str, prompts: Mapping[str, str], settings: JudgeSettings,
+        self,
+        cases: Sequence[JudgeCase],
+        model: str,
+        prompts: Mapping[str, str],
+        settings: JudgeSettings,
         ledger: JudgeLedger,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.cases, self.model, self.prompts, self.settings, self.ledger = cases, model, prompts, settings, ledger
         self.failed: dict[str, str] = {}
         self.models: set[str] = set()

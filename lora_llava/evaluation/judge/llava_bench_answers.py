@@ -13,8 +13,8 @@ from lora_llava.data.files.reading import file_hash
 from lora_llava.data.images.reading import FolderImages, Pixels
 from lora_llava.data.typed import as_typed, without_marks
 from lora_llava.evaluation.answerers import Answerer, by_server
-from lora_llava.evaluation.ask import ask_rows
 from lora_llava.evaluation.judge.llava_bench import BenchQuestion, read_questions
+from lora_llava.evaluation.row_evaluation import evaluate_rows
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.client import ChatServer, find_model
 from lora_llava.inference.generate import Question, generate_answers
@@ -32,10 +32,18 @@ ANSWERS_FILE = "llava_bench_answers.jsonl"
 
 
 def answer_llava_bench(
-    model: str, questions: Path, images: Path, *, output: Path | None = None, sampling: Sampling | None = None,
-    batch_size: int = 8, bad_images: Literal["error", "wrong"] = "error", server: ChatServer | None = None,
-    template: str | None = None, quantization: Literal["auto", "nf4", "none"] = "auto",
-) -> Path:  # fmt: skip
+    model: str,
+    questions: Path,
+    images: Path,
+    *,
+    output: Path | None = None,
+    sampling: Sampling | None = None,
+    batch_size: int = 8,
+    bad_images: Literal["error", "wrong"] = "error",
+    server: ChatServer | None = None,
+    template: str | None = None,
+    quantization: Literal["auto", "nf4", "none"] = "auto",
+) -> Path:
     """Answer LLaVA-Bench's questions and write the answers as LLaVA's own scripts do.
 
     Args:
@@ -63,9 +71,11 @@ def answer_llava_bench(
     source = FolderImages(images, MAX_IMAGE_PIXELS, background=background_of(model), has_key=False)
     answerer: Answerer
     about: dict[str, Any] = {
-        "benchmark": "llava-bench", "questions": file_hash(questions), "sampling": asdict(sampling),
+        "benchmark": "llava-bench",
+        "questions": file_hash(questions),
+        "sampling": asdict(sampling),
         "background": source.background,
-    }  # fmt: skip
+    }
     if server is not None:
         server = find_model(server)
         answerer = by_server(server, source, sampling, None)
@@ -80,10 +90,15 @@ def answer_llava_bench(
     def mark(index: int, row: Conversation, answer: Answer) -> dict[str, Any]:
         return {"question_id": row.row_id, "text": answer.text, "category": row.extra["category"], "model_id": name}
 
-    marked = ask_rows(
-        rows, answerer, mark, predictions=folder / ANSWERS_FILE, description="LLaVA-Bench", key=about,
+    marked = evaluate_rows(
+        rows,
+        answerer,
+        mark,
+        predictions=folder / ANSWERS_FILE,
+        description="LLaVA-Bench",
+        key=about,
         bad_images=bad_images,
-    )  # fmt: skip
+    )
     bad = [line["question_id"] for line in marked if "problem" in line]
     summary = {"asked": about, "questions": len(marked), "unopened_images": bad}
     summary |= {"machine": machine(), "versions": versions()}
@@ -111,9 +126,15 @@ def by_speaker(speaker: Speaker, images: FolderImages, batch_size: int, sampling
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
         questions = [Question(prompt_ids(speaker, row), row.images) for row in rows]
         return generate_answers(
-            speaker.model, questions, tokenizer=speaker.processor.tokenizer, load_pixels=load_pixels,
-            batch_size=batch_size, sampling=sampling, stop_string=speaker.stop_string, answered=answered,
-        )  # fmt: skip
+            speaker.model,
+            questions,
+            tokenizer=speaker.processor.tokenizer,
+            load_pixels=load_pixels,
+            batch_size=batch_size,
+            sampling=sampling,
+            stop_string=speaker.stop_string,
+            answered=answered,
+        )
 
     return answer
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.data import Conversation, Turn
-from lora_llava.evaluation.ask import choose_rows, shuffle_images, write_predictions
+from lora_llava.evaluation.row_evaluation import choose_rows, shuffle_images, write_predictions
 from lora_llava.evaluation.scienceqa import Prediction
 
 
@@ -49,9 +49,7 @@ def test_every_image_moves_to_another_row(images: list[bool], seed: int) -> None
         assert not old.images or old.images != new.images
 
 
-@given(
-    shown=st.lists(st.lists(st.sampled_from("abcd"), max_size=2).map(tuple), max_size=16), seed=st.integers(0, 9)
-)  # fmt: skip
+@given(shown=st.lists(st.lists(st.sampled_from("abcd"), max_size=2).map(tuple), max_size=16), seed=st.integers(0, 9))
 def test_rows_that_share_images_get_others_of_as_many(shown: list[tuple[str, ...]], seed: int) -> None:
     rows = [Conversation(str(number), (), images) for number, images in enumerate(shown)]
     shuffled = shuffle_images(rows, seed)

@@ -1,4 +1,4 @@
-"""Asking the questions of a split, and marking what comes back."""
+"""EvaluationResult the questions of a split, and marking what comes back."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from lora_llava.evaluation.scienceqa import Prediction, Table, make_prediction, 
 from lora_llava.inference.answer import Answer
 
 Row = TypeVar("Row")
-Mark = Callable[[int, Conversation, Answer], Any]
-"""Marks the answer to the row of this index: a line of the predictions file."""
+ScoreRow = Callable[[int, Conversation, Answer], Any]
+"""Scores the answer to the row of an index; returns a line of the predictions file."""
 _HOPELESS = 8
-"""Questions without an answer, and none with one, after which the others are not asked."""
+"""Number of failed questions after which the evaluation stops, if none has been answered."""
 _NAMED = 3
-"""Rows whose trouble is told by name."""
+"""Number of rows that a message names."""
 
 
 class UnansweredError(ToldError):
-    """Questions that got no answer though they were asked again; what was answered is kept."""
+    """Questions stayed unanswered after all retries; the other answers are kept."""
 
 
 def choose_rows(rows: Sequence[Row], count: int | str, seed: int) -> list[Row]:
-    """A fixed random subset, in the old order.
+    """Choose a random subset of rows, in their order.
 
     Args:
         rows: All rows.
-        count: How many, or `all`.
-        seed: Draws them.
+        count: Number of rows, or `all`.
+        seed: Seed of the choice.
     """
     if count == "all" or int(count) >= len(rows):
         return list(rows)
@@ -51,14 +51,16 @@ def choose_rows(rows: Sequence[Row], count: int | str, seed: int) -> list[Row]:
 
 
 def shuffle_images(rows: Sequence[Conversation], seed: int) -> list[Conversation]:
-    """Give every row with images those of a row that has others: a model that looks must lose by it.
+    """Give every row with images the images of another row.
+
+    A model that uses the images must score worse on the result.
 
     Args:
-        rows: Rows of which some have images; they are exchanged among rows with as many.
-        seed: Draws the exchange.
+        rows: The rows. Images are shuffled among rows with the same number of images.
+        seed: Seed of the shuffle.
 
     Returns:
-        The rows; one keeps its own images only where more than half of those with as many have the same.
+        The rows. A row keeps its images only if more than half of the rows with as many images have the same ones.
     """
     places = [i for i, row in enumerate(rows) if row.images]
     random.Random(seed).shuffle(places)
@@ -69,114 +71,120 @@ def shuffle_images(rows: Sequence[Conversation], seed: int) -> list[Conversation
             if len(rows[place].images) == count:
                 groups.setdefault(rows[place].images, []).append(place)
         order = [place for group in groups.values() for place in group]
-        step = max(map(len, groups.values()))  # so far on, no row of the same images is met
+        step = max(map(len, groups.values()))  # this far on, no row has the same images
         for place, source in zip(order, order[step:] + order[:step], strict=True):
             shuffled[place] = replace(rows[place], images=rows[source].images)
     return shuffled
 
 
-def ask_scienceqa(
+def evaluate_scienceqa(
     rows: Sequence[Conversation], answerer: Answerer, parser: str = "llava", **settings: Any
 ) -> tuple[Table, list[Prediction]]:
-    """Ask ScienceQA's questions and score the answers.
+    """Evaluate ScienceQA's questions.
 
     Args:
         rows: Conversations of ScienceQA.
-        answerer: Who answers.
-        parser: Reads the letters, a member of `PARSERS`.
-        settings: As `ask_rows`.
+        answerer: Answers the questions.
+        parser: Parser of the letters, a member of `PARSERS`.
+        settings: As in `evaluate_rows`.
 
     Returns:
-        The table, and the marked answers in the rows' order.
+        The table, and the scored answers in the order of the rows.
     """
 
-    def mark(index: int, row: Conversation, answer: Answer) -> Prediction:
+    def score_row(index: int, row: Conversation, answer: Answer) -> Prediction:
         return make_prediction(row.row_id, answer.text, row.extra, answer.choice, parser)
 
-    marked = ask_rows(rows, answerer, mark, **settings)
-    return score(marked, parser), marked
+    scored = evaluate_rows(rows, answerer, score_row, **settings)
+    return score(scored, parser), scored
 
 
-def ask_conversations(
-    rows: Sequence[Conversation], answerer: Answerer,
-    losses: Callable[[], Mapping[int, tuple[float, int]]] | None = None, **settings: Any,
-) -> tuple[AnswerTable, list[AnsweredRow]]:  # fmt: skip
-    """Ask the last question of every conversation and mark the answers.
+def evaluate_conversations(
+    rows: Sequence[Conversation],
+    answerer: Answerer,
+    losses: Callable[[], Mapping[int, tuple[float, int]]] | None = None,
+    **settings: Any,
+) -> tuple[AnswerTable, list[AnsweredRow]]:
+    """Evaluate the last question of every conversation.
 
     Args:
-        rows: Conversations; in `extra` the source's name, and the type of question where the data has one.
-        answerer: Who answers.
-        losses: Gives, once all is answered, summed loss and tokens of the data's own answers (`reference_losses`).
-        settings: As `ask_rows`.
+        rows: Conversations; `extra` has the name of the source, and the type of question if the data names one.
+        answerer: Answers the questions.
+        losses: Returns summed loss and tokens of the reference answers (`reference_losses`); called after all answers.
+        settings: As in `evaluate_rows`.
 
     Returns:
-        The table, and the marked answers in the rows' order.
+        The table, and the scored answers in the order of the rows.
     """
 
     found = cache(losses or dict)
 
-    def mark(index: int, row: Conversation, answer: Answer) -> AnsweredRow:
+    def score_row(index: int, row: Conversation, answer: Answer) -> AnsweredRow:
         question = row.turns[-2].words
         source, kind = str(row.extra.get("source", "")), row.extra.get("type")
-        marked = score_answer(row.row_id, source, question, row.turns[-1].shown, answer.text, kind)
+        scored = score_answer(row.row_id, source, question, row.turns[-1].shown, answer.text, kind)
         known = found()
         if index in known:
             total, tokens = known[index]
-            marked |= {"loss": round(total / tokens, 4), "loss_tokens": tokens}
-        return marked
+            scored |= {"loss": round(total / tokens, 4), "loss_tokens": tokens}
+        return scored
 
-    marked = ask_rows(rows, answerer, mark, **settings)
-    return answer_table(marked), marked
+    scored = evaluate_rows(rows, answerer, score_row, **settings)
+    return answer_table(scored), scored
 
 
 def questions_hash(rows: Sequence[Conversation]) -> str:
-    """SHA-256 over what is asked: ids, turns up to the last answer, names of images, and choices."""
-    asked = [[row.row_id, messages_of(row)[:-1], row.images, row.extra.get("choices")] for row in rows]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    """Return the SHA-256 over the questions: ids, turns up to the last answer, names of images, and choices."""
+    questions = [[row.row_id, messages_of(row)[:-1], row.images, row.extra.get("choices")] for row in rows]
+    return hashlib.sha256(json.dumps(questions).encode()).hexdigest()
 
 
-def ask_rows(
+def evaluate_rows(
     rows: Sequence[Conversation],
     answerer: Answerer,
-    mark: Mark,
+    score_row: ScoreRow,
     *,
     predictions: Path | None,
     description: str,
     key: Mapping[str, Any] | None = None,
     bad_images: str = "error",
 ) -> list[Any]:
-    """Ask the last question of every row.
+    """Answer the last question of every row and score the answers.
 
     Args:
         rows: Conversations.
-        answerer: Who answers.
-        mark: Marks an answer.
-        predictions: File for one marked answer a line, in the rows' order; None writes none.
-        description: Stands before the progress bar.
-        key: What the answers depend on besides the questions; with it a stopped evaluation goes on where it was.
-        bad_images: `error`, or `wrong`: a question whose image cannot be opened counts as answered wrongly, and its
-            line says so.
+        answerer: Answers the questions.
+        score_row: Scores an answer.
+        predictions: File for one scored answer per line, in the order of the rows; None writes no file.
+        description: Label of the progress bar.
+        key: All that the answers depend on besides the questions; with it a stopped evaluation resumes.
+        bad_images: `error`, or `wrong`: a question whose image cannot be opened counts as wrong, and its line has the
+            key `problem`.
 
     Returns:
-        The marked answers, in the rows' order.
+        The scored answers, in the order of the rows.
 
     Raises:
-        UserError: For an image that cannot be opened.
-        UnansweredError: Where a server left questions unanswered.
+        UserError: If an image cannot be opened.
+        UnansweredError: If a server left questions unanswered.
     """
     log = _open_log(predictions, rows, key)
     answers = dict(log.answers) if log is not None else {}
     before, unanswered = len(answers), dict[int, str]()
     bar = tqdm(
-        total=len(rows), initial=len(answers), desc=description, unit="question", dynamic_ncols=True,
+        total=len(rows),
+        initial=len(answers),
+        desc=description,
+        unit="question",
+        dynamic_ncols=True,
         leave=predictions is not None,
-    )  # fmt: skip
+    )
     try:
         with bar:
             for index, answer in answerer(rows, frozenset(answers)):
                 if answer.problem is not None and bad_images == "error" and answer.is_image:
                     raise UserError(
-                        f"{rows[index].name}: {answer.problem}; restore it, or let such questions count as wrong "
+                        f"{rows[index].name}: {answer.problem}; restore it, or count such questions as wrong "
                         "with --bad-images wrong"
                     )
                 if answer.problem is not None and not answer.is_image:
@@ -190,20 +198,20 @@ def ask_rows(
                     log.add(index, answer)
     except KeyboardInterrupt:
         if log is not None:
-            _tell(f"{len(answers):,} of {len(rows):,} answers are in {log.file}; the same command asks for the others")
+            _report(f"{len(answers):,} of {len(rows):,} answers are in {log.file}; run the same command to resume")
         raise
     finally:
         if log is not None:
             log.close()
     if unanswered:
         raise _unanswered(rows, unanswered)
-    _tell_bad(rows, answers)
-    marked = [_mark(mark, index, rows[index], answers[index]) for index in range(len(rows))]
+    _report_bad_images(rows, answers)
+    scored = [_score(score_row, index, rows[index], answers[index]) for index in range(len(rows))]
     if predictions is not None:
-        write_predictions(predictions, marked)
+        write_predictions(predictions, scored)
     if log is not None:
         log.remove()
-    return marked
+    return scored
 
 
 def _open_log(
@@ -214,37 +222,39 @@ def _open_log(
     file = predictions.with_suffix(".partial.jsonl")
     log = AnswerLog(file, {**key, "questions": questions_hash(rows)}, len(rows))
     if log.answers:
-        _tell(f"{len(log.answers):,} of {len(rows):,} answers are in {file} already and are not asked again")
+        _report(f"{len(log.answers):,} of {len(rows):,} answers are in {file} already and are kept")
     elif log.other:
-        _tell(f"{file} holds answers of another model, question or setting; this evaluation's are in {log.file}")
+        _report(f"{file} has answers of another model, question or setting; this evaluation writes to {log.file}")
     if log.damaged:
-        _tell(f"{log.damaged:,} lines of {log.file} cannot be read; what they answered is asked again")
+        _report(f"{log.damaged:,} lines of {log.file} cannot be read; their questions are answered again")
     return log
 
 
-def _tell(text: str) -> None:
+def _report(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def _tell_bad(rows: Sequence[Conversation], answers: Mapping[int, Answer]) -> None:
+def _report_bad_images(rows: Sequence[Conversation], answers: Mapping[int, Answer]) -> None:
     bad = [rows[index].named or rows[index].row_id for index in sorted(answers) if answers[index].problem is not None]
     if bad:
-        what = "1 question counts as wrong because its image" if len(bad) == 1 else (
-            f"{len(bad):,} questions count as wrong because their images"
-        )  # fmt: skip
+        what = (
+            "1 question counts as wrong because its image"
+            if len(bad) == 1
+            else (f"{len(bad):,} questions count as wrong because their images")
+        )
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        _tell(f"{what} cannot be opened: {', '.join(bad[:_NAMED])}{more}")
+        _report(f"{what} cannot be opened: {', '.join(bad[:_NAMED])}{more}")
 
 
-def _mark(mark: Mark, index: int, row: Conversation, answer: Answer) -> Any:
-    marked = mark(index, row, answer)
+def _score(score_row: ScoreRow, index: int, row: Conversation, answer: Answer) -> Any:
+    scored = score_row(index, row, answer)
     if answer.scores is not None:
-        marked["scores"] = [round(score, 4) for score in answer.scores]
+        scored["scores"] = [round(score, 4) for score in answer.scores]
     if answer.problem is not None:
-        marked["problem"] = answer.problem
-        if EXACT in marked:  # no answer is wrong, whatever the reference
-            marked |= worst_scores()
-    return marked
+        scored["problem"] = answer.problem
+        if EXACT in scored:  # no answer is wrong, whatever the reference
+            scored |= worst_scores()
+    return scored
 
 
 def _unanswered(rows: Sequence[Conversation], problems: Mapping[int, str]) -> UnansweredError:
@@ -253,13 +263,13 @@ def _unanswered(rows: Sequence[Conversation], problems: Mapping[int, str]) -> Un
     )
     more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
     return UnansweredError(
-        f"{len(problems):,} of {len(rows):,} questions got no answer ({named}{more}); the others are kept, and the "
-        "same command asks only these again"
+        f"{len(problems):,} of {len(rows):,} questions got no answer ({named}{more}); the other answers are kept; "
+        "run the same command to ask only these again"
     )
 
 
 def write_predictions(file: Path, predictions: Sequence[Any]) -> None:
-    """Write predictions, one JSON object a line."""
+    """Write predictions, one JSON object per line."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json_text(prediction) + "\n" for prediction in predictions]
     temporary = file.with_name(f".{file.name}.tmp")

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from lora_llava.core.errors import UserError
 from lora_llava.data import Conversation, Turn
 from lora_llava.evaluation.answer_log import AnswerLog
-from lora_llava.evaluation.ask import UnansweredError, ask_conversations, ask_rows, ask_scienceqa, questions_hash
+from lora_llava.evaluation.row_evaluation import (
+    UnansweredError,
+    evaluate_conversations,
+    evaluate_rows,
+    evaluate_scienceqa,
+    questions_hash,
+)
 from lora_llava.inference.answer import Answer
 
 
@@ -49,7 +55,7 @@ def mark(index: int, row: Conversation, answer: Answer) -> dict[str, Any]:
 
 def ask(rows: Sequence[Conversation], answerer: Any, file: Path | None, **settings: Any) -> list[Any]:
     given = {"predictions": file, "description": "test", "key": {"model": "m"}, **settings}
-    return ask_rows(rows, answerer, mark, **given)
+    return evaluate_rows(rows, answerer, mark, **given)
 
 
 def lines(file: Path) -> list[Any]:
@@ -67,7 +73,7 @@ def test_answers_come_back_in_the_rows_order(tmp_path: Path) -> None:
 @given(stops=st.lists(st.integers(0, 4), max_size=5))
 def test_however_often_it_is_stopped_nothing_is_asked_twice(
     tmp_path_factory: pytest.TempPathFactory, stops: list[int]
-) -> None:  # fmt: skip
+) -> None:
     file = tmp_path_factory.mktemp("stopped") / "predictions.jsonl"
     asked: list[int] = []
     for stop in stops:
@@ -170,9 +176,10 @@ def test_without_a_file_nothing_is_written(tmp_path: Path, monkeypatch: pytest.M
 def test_questions_are_told_apart_by_id_text_and_image() -> None:
     row = rows_of(1)[0]
     others = [
-        Conversation("other", row.turns, row.images), Conversation(row.row_id, row.turns, ("b.png",)),
+        Conversation("other", row.turns, row.images),
+        Conversation(row.row_id, row.turns, ("b.png",)),
         Conversation(row.row_id, (Turn("user", "<image>\nwhat?"), row.turns[1]), row.images),
-    ]  # fmt: skip
+    ]
     assert len({questions_hash([each]) for each in (row, *others)}) == 4
     answer = Conversation(row.row_id, (row.turns[0], Turn("assistant", "other")), row.images)
     assert questions_hash([answer]) == questions_hash([row])
@@ -180,20 +187,25 @@ def test_questions_are_told_apart_by_id_text_and_image() -> None:
 
 def test_conversations_get_marks_losses_types_and_sources() -> None:
     rows = [
-        Conversation("a", (Turn("user", "<image>\nHow many?"), Turn("assistant", "answer 0")), ("1.png",),
-                     {"source": "one", "type": "counting"}),
+        Conversation(
+            "a",
+            (Turn("user", "<image>\nHow many?"), Turn("assistant", "answer 0")),
+            ("1.png",),
+            {"source": "one", "type": "counting"},
+        ),
         Conversation("b", (Turn("user", "What?"), Turn("assistant", "yes")), (), {"source": "two"}),
-    ]  # fmt: skip
-    table, marked = ask_conversations(
+    ]
+    table, marked = evaluate_conversations(
         rows, Answering(), lambda: {0: (6.0, 4), 1: (1.0, 1)}, predictions=None, description="test"
     )
     assert [(line["exact"], line["type"], line["loss"]) for line in marked] == [
-        (True, "counting", 1.5), (False, "yes/no", 1.0)
-    ]  # fmt: skip
+        (True, "counting", 1.5),
+        (False, "yes/no", 1.0),
+    ]
     assert marked[0]["question"] == "How many?"
     assert list(table) == ["all", "one", "two", "type: yes/no", "type: counting"]
     assert table["all"]["loss"] == 1.4
-    without, _ = ask_conversations(rows, Answering(), predictions=None, description="test")
+    without, _ = evaluate_conversations(rows, Answering(), predictions=None, description="test")
     assert without["all"]["loss"] is None
 
 
@@ -229,7 +241,7 @@ def test_science_qa_s_answers_are_scored() -> None:
         Conversation(str(n), (Turn("user", "?"), Turn("assistant", "x")), (), about | {"answer": n}) for n in (0, 1)
     ]
     problems = {0: Answer("The answer is A."), 1: Answer("A. The answer is B.", scores=(-1.23456, -2.0, -0.5))}
-    table, marked = ask_scienceqa(rows, Answering(problems=problems), predictions=None, description="test")
+    table, marked = evaluate_scienceqa(rows, Answering(problems=problems), predictions=None, description="test")
     assert table["AVG"] == [50.0, 1, 2]
     assert [line["prediction"] for line in marked] == [0, 2]
     assert marked[1]["scores"] == [-1.2346, -2.0, -0.5]
