@@ -46,7 +46,7 @@ class AnswerLog:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{self.file}: another process is writing to it; wait for it, or choose another folder with --output"
+                f"{self.file}: another process is writing to it; wait, or choose another --output"
             ) from None
         lines = self._read(count) if self.file.is_file() and _key_of(self.file) == key else []
         content = [json_text({"key": key}), *lines]

@@ -1,4 +1,4 @@
-"""The marks as metrics of the `evaluate` library: `ScienceQAAccuracy().compute(...)` needs no network and no model."""
+"""Metrics for the `evaluate` library; `ScienceQAAccuracy().compute(...)` needs neither network nor model."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ Question Answering}, author={Lu, Pan and others}, booktitle={NeurIPS}, year={202
 
 
 class _Metric(evaluate.Metric):  # type: ignore[misc]
-    """Keeps what it is given in memory: nothing is written, nothing is fetched."""
+    """A metric that stays in memory: it writes no file and downloads nothing."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"keep_in_memory": True, **kwargs})
 
 
 class ScienceQAAccuracy(_Metric):
-    """Accuracy in % over ScienceQA's columns, answers read by LLaVA's rule (`parse_answer`).
+    """Accuracy in % over ScienceQA's columns, with answers parsed by LLaVA's rule (`parse_answer`).
 
-    `compute(predictions=texts, references=questions)`: texts are what was written; a question is `{"answer": index,
-    "num_choices": count, "categories": columns}`, the last from `lora_llava.evaluation.scienceqa.categories` or empty.
+    `compute(predictions=texts, references=questions)`: texts are the answers; a question is `{"answer": index,
+    "num_choices": count, "categories": columns}`. Columns come from `lora_llava.evaluation.scienceqa.categories`, or are
+    empty.
 
     Returns:
-        `accuracy`; every column of the nine that has questions; `unparsed`, the share in % of texts that name
-        no choice.
+        `accuracy`; each of the nine columns that has questions; `unparsed`, the share in % of texts without a choice.
 
     Raises:
-        ValueError: For a category that is none of the columns.
+        ValueError: If a category is not one of the columns.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -70,7 +70,7 @@ class ScienceQAAccuracy(_Metric):
 
 
 class AnswerMatch(_Metric):
-    """Exact match, word F1 (SQuAD's) and ROUGE-L of free answers, in %.
+    """Metrics of free answers in %: exact match, word F1 (SQuAD's), ROUGE-L and any other text metric of `METRICS`.
 
     `compute(predictions=texts, references=texts)`.
     """
@@ -78,7 +78,7 @@ class AnswerMatch(_Metric):
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
         return evaluate.MetricInfo(
-            description="How far answers say what the references say.",
+            description="Agreement of free answers with their references.",
             citation="",
             inputs_description=str(AnswerMatch.__doc__),
             features=datasets.Features({"predictions": text, "references": text}),

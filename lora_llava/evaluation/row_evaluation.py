@@ -1,4 +1,4 @@
-"""EvaluationResult the questions of a split, and marking what comes back."""
+"""Evaluate rows: have their questions answered, score the answers and write the predictions file."""
 
 from __future__ import annotations
 

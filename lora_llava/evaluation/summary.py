@@ -1,4 +1,4 @@
-"""What a figure stands on, for `evaluation.json`: what was asked, how it was read, and how far off it may be."""
+"""Summary of an evaluation for `evaluation.json`: scores, counts and confidence intervals."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lora_llava.evaluation.intervals import share_interval
 from lora_llava.evaluation.scienceqa import COLUMNS
 
 
-def summarise(table: Mapping[str, Any], marked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A table with counts and 95% intervals, and what could not be read or seen.
+def summarise(table: Mapping[str, Any], scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Summarise a table with counts, 95% intervals, unparsed answers and unopened images.
 
     Args:
-        table: Of ScienceQA or of free answers.
-        marked: The lines of its predictions file.
+        table: A table of ScienceQA or of free answers.
+        scored: The lines of its predictions file.
 
     Returns:
-        `table`, a figure of no questions None; for ScienceQA `unparsed` with its share in %; `bad_images`, the ids of
-        questions that count as wrong because an image could not be opened.
+        `table`, with None for a score of no questions; for ScienceQA `unparsed` with its share in %; `unopened_images`,
+        the ids of questions that count as wrong because an image could not be opened.
     """
-    bad = [row["question_id"] for row in marked if "problem" in row]
+    bad = [row["question_id"] for row in scored if "problem" in row]
     if is_answer_table(dict(table)):
         groups = {name: _known(scores) | _intervals(scores) for name, scores in table.items()}
         return {"table": groups, "unopened_images": bad}
@@ -40,7 +40,7 @@ def summarise(table: Mapping[str, Any], marked: Sequence[Mapping[str, Any]]) -> 
 
 
 def unparsed(table: Mapping[str, Any]) -> dict[str, float]:
-    """How many of a ScienceQA table's answers named no choice, and their share in %."""
+    """Return how many answers of a ScienceQA table named no choice, and their share in %."""
     count = table["AVG"][2]
     return {"count": table["unparsed"], "percent": round(100 * table["unparsed"] / max(1, count), 2)}
 

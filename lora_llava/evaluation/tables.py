@@ -18,8 +18,8 @@ def answer_rows(title: str, tables: Mapping[str, AnswerTable]) -> RichTable:
     """Build a table with one line for each table and group: every metric, and the number of questions.
 
     Args:
-        title: Stands above.
-        tables: By name, such as `before` and `after`.
+        title: Title of the table.
+        tables: Tables by name, such as `before` and `after`.
 
     Returns:
         A table to print.
@@ -35,31 +35,32 @@ def answer_rows(title: str, tables: Mapping[str, AnswerTable]) -> RichTable:
 
 
 def percent_cells(table: Table) -> list[str]:
-    """A ScienceQA table's percentages by column; a dash for a column without questions."""
+    """Format the percentages of a ScienceQA table; a dash for a column without questions."""
     return [f"{table[column][0]:.2f}" if table[column][2] else DASH for column in COLUMNS]
 
 
 def interval_cells(table: Table) -> tuple[list[str], list[str]]:
-    """The lower and the upper ends of the columns' 95% intervals; a dash for a column without questions."""
+    """Format the lower and upper ends of the columns' 95% intervals; a dash for a column without questions."""
     ends = [share_interval(*table[column][1:]) if table[column][2] else None for column in COLUMNS]
     low, high = ([DASH if end is None else f"{end[place]:.2f}" for end in ends] for place in (0, 1))
     return low, high
 
 
 def tables_view(title: str, tables: Mapping[str, Any]) -> RichTable:
-    """Tables of either kind; see `table_rows` and `answer_rows`."""
+    """Build a table of either kind; see `table_rows` and `answer_rows`."""
     if any(is_answer_table(table) for table in tables.values()):
-        return answer_rows(f"{title}, held-back rows", tables)
+        return answer_rows(f"{title}, held-out rows", tables)
     return table_rows(title, tables)
 
 
 def table_rows(title: str, tables: Mapping[str, Table]) -> RichTable:
-    """One line a table: percentages, with the questions counted below each column's name, and of a table alone the 95%
-    intervals.
+    """Build a table with one line of percentages for each ScienceQA table, and a last line of question counts.
+
+    A single table also gets two lines with its 95% intervals.
 
     Args:
-        title: Stands above.
-        tables: By name, such as `before` and `after`.
+        title: Title of the table.
+        tables: Tables by name, such as `before` and `after`.
 
     Returns:
         A table to print.
@@ -71,8 +72,8 @@ def table_rows(title: str, tables: Mapping[str, Table]) -> RichTable:
     for name, table in tables.items():
         share = unparsed(table)
         name = f"{name}, letters read by the {table['parser']} parser" if "parser" in table else name
-        told = f"{share['count']} ({share['percent']:.1f}%)" if share["count"] else "0"
-        view.add_row(name, *percent_cells(table), told)
+        unread = f"{share['count']} ({share['percent']:.1f}%)" if share["count"] else "0"
+        view.add_row(name, *percent_cells(table), unread)
     last = list(tables.values())[-1]
     if len(tables) == 1:
         for name, ends in zip(("95% interval from", "to"), interval_cells(last), strict=True):
