@@ -26,8 +26,8 @@ class ScienceQAAccuracy(_Metric):
     """Accuracy in % over ScienceQA's columns, with answers parsed by LLaVA's rule (`parse_answer`).
 
     `compute(predictions=texts, references=questions)`: texts are the answers; a question is `{"answer": index,
-    "num_choices": count, "categories": columns}`. Columns come from `lora_llava.evaluation.scienceqa.categories`, or are
-    empty.
+    "num_choices": count, "categories": columns}`. Columns come from `lora_llava.evaluation.scienceqa.categories`
+    or are empty.
 
     Returns:
         `accuracy`; each of the nine columns that has questions; `unparsed`, the share in % of texts without a choice.

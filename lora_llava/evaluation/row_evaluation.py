@@ -264,7 +264,7 @@ def _unanswered(rows: Sequence[Conversation], problems: Mapping[int, str]) -> Un
     more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
     return UnansweredError(
         f"{len(problems):,} of {len(rows):,} questions got no answer ({named}{more}); the other answers are kept; "
-        "run the same command to ask only these again"
+        "run the same command to evaluate only these"
     )
 
 

@@ -92,7 +92,7 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: E
         gallery=gallery,
         notes=_notes(after, dict(zip(chosen, gallery, strict=True)))
         if after is not None
-        else [_without_gallery(metrics)],
+        else [_note_without_gallery(metrics)],
     )
     file = folder / REPORT_FILE
     file.write_text(render_report(report), encoding="utf-8")
@@ -290,7 +290,7 @@ def _images(row: Conversation, after: EvaluationResult) -> list[tuple[str, Image
     return found
 
 
-def _without_gallery(metrics: Mapping[str, Any]) -> str:
+def _note_without_gallery(metrics: Mapping[str, Any]) -> str:
     if not metrics.get("after"):
         return "No gallery of answers: the run evaluated no questions after training."
     return f"No gallery of answers: {PREDICTIONS_FILE} is not in the run's folder."

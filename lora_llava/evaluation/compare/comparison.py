@@ -144,7 +144,7 @@ def is_right(row: Row) -> bool:
 
 
 def run_columns(kind: str, rows: Sequence[Row]) -> dict[str, float | None]:
-    """Return the percentages of a run: ScienceQA's nine columns, or each text metric of `METRICS` that every row has."""
+    """Return the percentages of a run: ScienceQA's nine columns, or each of `text_metrics` that every row has."""
     if kind == SCIENCEQA:
         table = score(rows)  # type: ignore[arg-type]
         counted = {column: value for column, value in table.items() if isinstance(value, list)}

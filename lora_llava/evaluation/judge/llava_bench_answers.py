@@ -1,4 +1,4 @@
-"""`lora-llava evaluate MODEL --benchmark llava-bench`: answers to LLaVA-Bench's questions, for a judge to score."""
+"""`lora-llava evaluate MODEL --benchmark llava-bench`: answer LLaVA-Bench's questions for a judge to score."""
 
 from __future__ import annotations
 
@@ -44,30 +44,30 @@ def answer_llava_bench(
     template: str | None = None,
     quantization: Literal["auto", "nf4", "none"] = "auto",
 ) -> Path:
-    """Answer LLaVA-Bench's questions and write the answers as LLaVA's own scripts do.
+    """Answer LLaVA-Bench's questions and write the answers in the format of LLaVA's scripts.
 
     Args:
-        model: A run directory, a folder with a whole LLaVA, or a Hub id; with a server the model's name there.
-        questions: LLaVA-Bench's file.
-        images: Folder of its images; COCO's may have the name of either release.
-        output: Folder of the answers; default: the model's, else here.
-        sampling: How tokens are drawn; by default greedily, up to 1,024 tokens (llava/eval/model_vqa.py).
-        batch_size: Questions at once.
+        model: A run directory, a folder with a complete LLaVA, or a Hub id; with a server the model's name there.
+        questions: LLaVA-Bench's file of questions.
+        images: Folder with its images; COCO's may have the file names of either release.
+        output: Folder for the answers; by default the model's folder, else the working directory.
+        sampling: How tokens are sampled; by default greedily, up to 1,024 tokens (llava/eval/model_vqa.py).
+        batch_size: Questions in one batch.
         bad_images: `error`, or `wrong`: a question whose image cannot be opened gets an empty answer and is listed.
-        server: Who answers, in place of a model here.
+        server: The server that answers, in place of a local model.
         template: Conversation template in place of the model's own.
-        quantization: As of `open_speaker`.
+        quantization: See `open_speaker`.
 
     Returns:
         The file: JSONL of `question_id`, `text`, `category`, `model_id`.
 
     Raises:
-        UserError: For a file, folder or model that is missing or does not fit.
+        UserError: If a file, a folder or the model is missing or does not fit.
     """
     if not images.is_dir():
-        raise UserError(f"--images: there is no folder {images}; name the one with the benchmark's images")
+        raise UserError(f"--images: {images} is not a folder; name the folder with the benchmark's images")
     sampling = sampling or Sampling(max_new_tokens=1024)
-    rows = [_asked(question) for question in read_questions(questions)]
+    rows = [_conversation(question) for question in read_questions(questions)]
     source = FolderImages(images, MAX_IMAGE_PIXELS, background=background_of(model), has_key=False)
     answerer: Answerer
     about: dict[str, Any] = {
@@ -87,39 +87,39 @@ def answer_llava_bench(
     folder = output or (Path(model) if Path(model).is_dir() else Path())
     name = str(about["model"])
 
-    def mark(index: int, row: Conversation, answer: Answer) -> dict[str, Any]:
+    def score_row(index: int, row: Conversation, answer: Answer) -> dict[str, Any]:
         return {"question_id": row.row_id, "text": answer.text, "category": row.extra["category"], "model_id": name}
 
-    marked = evaluate_rows(
+    scored = evaluate_rows(
         rows,
         answerer,
-        mark,
+        score_row,
         predictions=folder / ANSWERS_FILE,
         description="LLaVA-Bench",
         key=about,
         bad_images=bad_images,
     )
-    bad = [line["question_id"] for line in marked if "problem" in line]
-    summary = {"asked": about, "questions": len(marked), "unopened_images": bad}
+    bad = [line["question_id"] for line in scored if "problem" in line]
+    summary = {"asked": about, "questions": len(scored), "unopened_images": bad}
     summary |= {"machine": machine(), "versions": versions()}
     write_json(folder / ANSWERS_FILE.replace(".jsonl", ".json"), summary)
     return folder / ANSWERS_FILE
 
 
-def _asked(question: BenchQuestion) -> Conversation:
+def _conversation(question: BenchQuestion) -> Conversation:
     text = as_typed(question.text, [IMAGE_PLACEHOLDER])
     turns = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{text}"), Turn("assistant", "?"))
     return Conversation(question.question_id, turns, (question.image,), {"category": question.category})
 
 
 def by_speaker(speaker: Speaker, images: FolderImages, batch_size: int, sampling: Sampling) -> Answerer:
-    """Answers of a model whose own processor writes its prompts.
+    """Return an answerer for a model whose own processor builds the prompts.
 
     Args:
         speaker: The model.
-        images: Opens the rows' images.
-        batch_size: Questions at once.
-        sampling: How tokens are drawn.
+        images: Opens the images of the rows.
+        batch_size: Questions in one batch.
+        sampling: How tokens are sampled.
     """
     load_pixels = Pixels(images, speaker.processor.image_processor)
 
@@ -140,10 +140,10 @@ def by_speaker(speaker: Speaker, images: FolderImages, batch_size: int, sampling
 
 
 def prompt_ids(speaker: Speaker, row: Conversation) -> list[int]:
-    """Ids of a question about one image, which stands before it, as the speaker's processor writes them."""
+    """Encode a question after its image with the speaker's processor."""
     text = without_marks(row.turns[0].text.removeprefix(f"{IMAGE_PLACEHOLDER}\n"))
     if speaker.single_turn:
-        raise UserError(f"{speaker.name} was trained on captions (template plain) and takes no questions")
+        raise UserError(f"{speaker.name} was trained on captions (template plain), not on questions; name another")
     content = [{"type": "image"}, {"type": "text", "text": text}]
     messages = [{"role": "user", "content": content}]
     return written_ids(speaker.processor, messages, llava_of(speaker.model).config.image_seq_length)

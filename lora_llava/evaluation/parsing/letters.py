@@ -100,9 +100,9 @@ def _declared(plain: str, choices: Sequence[str]) -> Iterator[int | None]:
         yield letter
         yield named
     for match in _DECLARED_TEXT.finditer(plain):
-        whole = match["text"]
-        first = re.split(r"(?<=[.!?])\s", whole)[0]
-        named = _choice_of(whole, choices)
+        declared = match["text"]
+        first = re.split(r"(?<=[.!?])\s", declared)[0]
+        named = _choice_of(declared, choices)
         yield _choice_of(first, choices) if named is None else named
         spaced = re.fullmatch(rf"[(\[]?{_LETTER}[)\]]?\s+(?P<text>.+)", first)
         known = _choice_of(spaced["text"], choices) if spaced else None

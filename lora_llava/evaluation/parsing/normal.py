@@ -127,17 +127,17 @@ def _one_form(text: str) -> str:
     """Return a number without separators, redundant zeros and plus sign."""
     digits, _, exponent = re.sub(r"[,'_+](?=[\d.])", "", text.replace("e+", "e")).partition("e")
     sign, digits = ("-", digits[1:]) if digits.startswith("-") else ("", digits)
-    whole, _, part = digits.partition(".")
+    integer, _, part = digits.partition(".")
     if exponent:
         shift = int(exponent) if len(exponent) < 4 else _POWERS + 1
         if abs(shift) > _POWERS:
             return text
-        whole, part = whole + part[: max(shift, 0)].ljust(max(shift, 0), "0"), part[max(shift, 0) :]
+        integer, part = integer + part[: max(shift, 0)].ljust(max(shift, 0), "0"), part[max(shift, 0) :]
         if shift < 0:
-            whole = whole.rjust(1 - shift, "0")
-            whole, part = whole[:shift], whole[shift:] + part
-    whole, part = whole.lstrip("0") or "0", part.rstrip("0")
-    found = f"{whole}.{part}" if part else whole
+            integer = integer.rjust(1 - shift, "0")
+            integer, part = integer[:shift], integer[shift:] + part
+    integer, part = integer.lstrip("0") or "0", part.rstrip("0")
+    found = f"{integer}.{part}" if part else integer
     return found if found == "0" else sign + found
 
 
