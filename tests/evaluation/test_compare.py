@@ -112,7 +112,7 @@ def test_a_seed_that_is_not_in_both_is_told_and_no_shared_seed_is_no_test(tmp_pa
     assert [group.name for group in found.groups] == ["a", "b", "c"]
     assert [(test.other, test.seeds) for test in found.tests] == [("b", (2, 2))]
     assert found.notes == [
-        "b against a: no test of a-1, b-3, the seed is not in both",
+        "b against a: no test of a-1, b-3, the seed is not in both groups",
         "no test of c against a: they share no seed",
     ]
 
@@ -137,7 +137,7 @@ def test_a_seed_twice_is_no_seed_to_average(tmp_path: Path) -> None:
     runs = {name: science("rw") for name in ("a-1", "a-2", "merged")}
     found = compared(tmp_path, runs, {"a-1": recipe_of(1), "a-2": recipe_of(2), "merged": recipe_of(1)})
     assert [(group.name, len(group.runs)) for group in found.groups] == [("a", 2), ("merged", 1)]
-    assert found.notes[0] == "merged has the recipe and the seed of a-1 and stands for itself"
+    assert found.notes[0] == "merged has the same recipe and seed as a-1, so it is a group of its own"
 
 
 def on_stage1(seed: int, stage1: str, r: int = 16) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def test_seeds_on_stage_1_runs_of_their_own_are_averaged_and_it_is_told(tmp_path
         ("b-1", 1, 0.0),
     ]
     assert found.groups[0].settings == {"lora.r": 16}
-    assert found.notes[0] == "a: the runs stand on Stage 1 runs of their own: s1/x, s1/y"
-    assert "- a: the runs stand on Stage 1 runs of their own: s1/x, s1/y" in render(found, "markdown")
+    assert found.notes[0] == "a: the runs start from different Stage 1 runs: s1/x, s1/y"
+    assert "- a: the runs start from different Stage 1 runs: s1/x, s1/y" in render(found, "markdown")
 
 
 def test_stage_1_runs_that_are_compared_stay_apart(tmp_path: Path) -> None:
@@ -164,9 +164,9 @@ def test_stage_1_runs_that_are_compared_stay_apart(tmp_path: Path) -> None:
         ("a", None),
         ("b", "s1/y"),
     ]
-    assert found.notes == ["a: the runs stand on Stage 1 runs of their own: s1/x-1, s1/x-2"]
+    assert found.notes == ["a: the runs start from different Stage 1 runs: s1/x-1, s1/x-2"]
     twins = compared(tmp_path, {"a": science("r"), "b": science("r")}, {n: on_stage1(1, "s1/x") for n in "ab"})
-    assert twins.notes == ["b has the recipe and the seed of a and stands for itself"]
+    assert twins.notes == ["b has the same recipe and seed as a, so it is a group of its own"]
 
 
 def test_a_seed_s_digit_is_no_seed_without_a_separator(tmp_path: Path) -> None:
@@ -187,21 +187,21 @@ def test_missing_questions_are_named_and_common_leaves_them_out(tmp_path: Path) 
     assert [
         line.partition("b/predictions.jsonl: ")[2] or line.partition("a/predictions.jsonl: ")[2] for line in lines
     ] == [
-        "no answer to 4 of 10 questions, 6, 7, 8, …; evaluate it on the same, or compare what all have with --common",
-        "no answer to 4 of 10 questions, 0, 1, 2, …; evaluate it on the same, or compare what all have with --common",
+        "no answer to 4 of 10 questions: 6, 7, 8, …; evaluate the run on the same questions, or compare the common ones with --common",
+        "no answer to 4 of 10 questions: 0, 1, 2, …; evaluate the run on the same questions, or compare the common ones with --common",
     ]
     found = compared(tmp_path, runs, common=True)
     assert [len(group.runs[0].rows) for group in found.groups] == [2, 2]
     assert found.questions == [2]
-    assert found.notes == ["8 of 10 questions left out: not in every run, or more often in one"]
-    with pytest.raises(UserError, match="no question is in every run once"):
+    assert found.notes == ["8 of 10 questions left out: missing from a run, or repeated in one"]
+    with pytest.raises(UserError, match="no question is in every run exactly once"):
         compared(tmp_path, {"a": science("r"), "b": science("r", first=4)}, common=True)
 
 
 def test_questions_answered_twice_are_named(tmp_path: Path) -> None:
     twice = [*science("rrrr"), *science("w")]
     runs = {"a": science("rrrr"), "b": twice}
-    with pytest.raises(UserError, match="answered more than once: 1 of 4 questions, 0; keep one answer, or leave"):
+    with pytest.raises(UserError, match="1 of 4 questions answered more than once: 0; keep one answer, or leave"):
         compared(tmp_path, runs)
     assert compared(tmp_path, runs, common=True).questions == [3]
 
@@ -225,14 +225,14 @@ def test_copies_of_one_row_are_paired_in_their_order(tmp_path: Path) -> None:
     found = compared(tmp_path, {"a": [*own("x"), *first], "b": [*other, *own("x")]})
     [test] = found.tests
     assert (test.questions, test.only_first, test.only_other) == (4, 1, 0)
-    assert found.notes == ["1 row stands in the data more than once (7); the copies are paired in their order"]
+    assert found.notes == ["1 row appears more than once in the data (7); copies are paired in order"]
     runs = {"a": [*own("x"), *first], "b": [*other[:2], *own("x")]}
-    with pytest.raises(UserError, match=r"b/predictions.jsonl: no answer to 1 of 4 questions, 7;"):
+    with pytest.raises(UserError, match=r"b/predictions.jsonl: no answer to 1 of 4 questions: 7;"):
         compared(tmp_path, runs)
     found = compared(tmp_path, runs, common=True)  # which of three is missing cannot be told
     assert (found.questions, found.notes) == (
         [1],
-        ["3 of 4 questions left out: not in every run, or more often in one"],
+        ["3 of 4 questions left out: missing from a run, or repeated in one"],
     )
 
 
@@ -240,7 +240,7 @@ def test_seeds_may_have_been_asked_questions_of_their_own(tmp_path: Path) -> Non
     runs = {"a-1": own("x", "x"), "b-1": own("red cube", "x"), "a-2": own("x", first=9), "b-2": own("x", first=9)}
     recipes = {name: recipe_of(int(name[-1]), ord(name[0])) for name in runs}
     found = compared(tmp_path, runs, recipes)
-    assert found.notes == ["every seed was asked questions of its own, runs of one seed the same"]
+    assert found.notes == ["each seed has its own questions; runs of one seed have the same questions"]
     assert [(test.seeds, test.questions, test.only_other) for test in found.tests] == [((1, 1), 2, 1), ((2, 2), 1, 0)]
     assert render(found, "terminal").startswith("Answers, 1 to 2 questions\n")
     with pytest.raises(UserError, match="no answer to"):  # b lacks seed 2: its mean would be of other questions
@@ -272,7 +272,7 @@ def test_what_evaluate_wrote_counts_unless_the_run_was_trained_anew(tmp_path: Pa
     ("line", "told"),
     [
         ("{", "line 1: not JSON"),
-        ("[]", "line 1: list and not an object"),
+        ("[]", "line 1: list, not an object"),
         ('{"question_id": "1", "text": "B"}', "line 1: no prediction;"),
         (json.dumps({**science("r")[0], "question_id": 7}), "line 1: question_id is 7;"),
         (json.dumps({**science("r")[0], "answer": True}), "line 1: answer is True;"),
@@ -296,11 +296,11 @@ def test_paths_that_cannot_be_compared(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for paths, told in (
         ([tmp_path / "none"], "none is missing; name a run directory or a predictions file"),
-        ([tmp_path / "empty"], "empty holds no predictions.jsonl or predictions_after.jsonl; run `lora-llava evaluate"),
+        ([tmp_path / "empty"], "empty has no predictions.jsonl or predictions_after.jsonl; run `lora-llava evaluate"),
         ([a, tmp_path / "b" / ".." / "a"], "is named twice"),
         (
             [a, b],
-            "b/predictions.jsonl holds answers to conversations, .*a/predictions.jsonl to scienceqa; compare one kind",
+            "b/predictions.jsonl has answers to conversations, .*a/predictions.jsonl to scienceqa; compare runs of one",
         ),
     ):
         with pytest.raises(UserError, match=told):

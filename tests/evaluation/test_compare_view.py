@@ -39,7 +39,7 @@ def test_the_terminal_s_table_at_100_columns(tmp_path: Path) -> None:
         "- mean ± sample standard deviation over seeds (r16: 0, 1; r32: 0, 1)",
     ):
         assert wanted in lines
-    assert "the runs above were asked 240 questions" in " ".join(lines)
+    assert "the runs above answered 240 questions" in " ".join(lines)
 
 
 def test_markdown_and_latex_of_two_runs(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_markdown_and_latex_of_two_runs(tmp_path: Path) -> None:
     assert markdown[:6] == [
         "**Answers, 2 questions**",
         "",
-        "| marks in % | exact match | F1 | ROUGE-L |",
+        "| scores in % | exact match | F1 | ROUGE-L |",
         "| --- | ---: | ---: | ---: |",
         "| a_x | 50.00 (9.5–90.5) | 50.00 | 50.00 |",
         "| b% | 0.00 (0.0–65.8) | 0.00 | 0.00 |",
@@ -63,7 +63,7 @@ def test_markdown_and_latex_of_two_runs(tmp_path: Path) -> None:
         "% Answers, 2 questions",
         r"\begin{tabular}{lrrr}",
         r"\toprule",
-        r"marks in \% & exact match & F1 & ROUGE-L \\",
+        r"scores in \% & exact match & F1 & ROUGE-L \\",
         r"\midrule",
         r"a\_x & 50.00 (9.5--90.5) & 50.00 & 50.00 \\",
         r"b\% & 0.00 (0.0--65.8) & 0.00 & 0.00 \\",
@@ -180,4 +180,4 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], stage2_con
     assert r"LLaVA 13B & 90.92" in file.read_text()
     (tmp_path / "own.jsonl").write_text(json.dumps(own("x")[0]))
     assert main(None, ["compare", str(tmp_path / "own.jsonl"), "--published"]) == 2
-    assert capsys.readouterr().err.startswith("error: --published: the published rows are ScienceQA's")
+    assert capsys.readouterr().err.startswith("error: --published: the published rows are for ScienceQA")

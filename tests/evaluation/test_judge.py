@@ -220,7 +220,7 @@ def test_own_prompts(tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("Mark.")
     assert load_prompts(tmp_path) == shipped | {"system": "Mark."}
     (tmp_path / "conv.txt").write_text("{context} {question} {answer_1}")
-    with pytest.raises(UserError, match=r"conv.txt lacks \{answer_2\}; put it where"):
+    with pytest.raises(UserError, match=r"conv.txt lacks \{answer_2\}; insert the placeholder"):
         load_prompts(tmp_path)
     (tmp_path / "conv.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"conv.txt is not UTF-8"):

@@ -91,7 +91,7 @@ def test_both_orders_are_asked_and_averaged(log: ChatLog, tmp_path: Path, capsys
     assert report["files"]["answers"] == hashlib.sha256(answers).hexdigest()
     assert list(report["prompts"]) == ["system", "conv", "detail", "complex", "reminder"]
     told = capsys.readouterr().out
-    assert "12 of 12 judgements to ask for" in told
+    assert "12 of 12 judgements to request" in told
     assert re.search(r"│ all +│ +6 │ 7.50 │ +8.50 │ +88.2 │ .*│ +0 │", told)
 
 
@@ -124,7 +124,10 @@ def test_what_cannot_be_read_is_asked_twice_more_and_then_listed(
     table = report["table"]
     assert (table["all"]["unparsed"], table["all"]["scored"]) == (1, 5)
     assert table["complex"]["answer"] == 8.5  # of question 5 alone
-    assert "1 unparsed: no readable scores in 3 texts of the judge; not averaged in: 2\n" in capsys.readouterr().out
+    assert (
+        "1 unparsed: no readable scores in 3 replies of the judge; left out of the average: 2\n"
+        in capsys.readouterr().out
+    )
     log.requests.clear()
     assert run(log, tmp_path) == 0
     assert log.requests == []
@@ -143,7 +146,7 @@ def test_a_question_that_the_judge_does_not_answer_is_listed_and_asked_again_nex
     assert [file.name for file in tmp_path.iterdir() if b"sk-not-to-be-seen" in file.read_bytes()] == []
     assert report["complete"] is False
     told = capsys.readouterr().out
-    assert "1 failed: the judge gave no text; the same command tries again (HTTP 400: told 400" in told
+    assert "1 failed: the judge did not reply; run the same command to try again (HTTP 400: told 400" in told
     log.behave = lambda body, count: "ok"
     log.requests.clear()
     assert run(log, tmp_path) == 0
@@ -166,7 +169,7 @@ def test_a_cap_on_requests_stops_and_goes_on(log: ChatLog, tmp_path: Path, capsy
     log.requests.clear()
     assert run(log, tmp_path / "capped", "--max-requests", "5") == 1
     assert len(log.requests) == 5
-    assert "not asked: the cap was reached; the same command goes on" in capsys.readouterr().out
+    assert "not asked: the cap was reached; run the same command to resume" in capsys.readouterr().out
     assert run(log, tmp_path / "capped", "--max-requests", "6") == 1
     assert run(log, tmp_path / "capped", "--max-requests", "6") == 0
     assert len(log.requests) == 12
@@ -206,7 +209,7 @@ def test_a_cap_below_one_request_is_told_with_both_numbers(
     assert report_of(tmp_path)["table"]["all"]["not asked"] == 6
     assert run(log, tmp_path, *prices, "--max-cost", found[1]) == 1  # what is named is enough for the first
     assert log.requests
-    assert "the cap was reached; the same command goes on" in capsys.readouterr().out
+    assert "the cap was reached; run the same command to resume" in capsys.readouterr().out
 
 
 def test_a_judge_whose_texts_cannot_be_read_gives_no_score(
@@ -218,7 +221,7 @@ def test_a_judge_whose_texts_cannot_be_read_gives_no_score(
     assert report["complete"] is False
     assert (report["table"]["all"]["unparsed"], report["table"]["all"]["relative"]) == (6, None)
     told = capsys.readouterr().out
-    assert "\nno question was scored: there is no score\n" in told
+    assert "\nno question was scored, so there is no score\n" in told
     assert "incomplete" in told
 
 
@@ -237,7 +240,7 @@ def test_a_report_of_other_answers_is_not_overwritten(
     answers.write_text(answers.read_text().replace("ours", "ours too"))
     log.requests.clear()
     assert run(log, tmp_path) == 2
-    assert "is the report of other answers; name another folder with --output" in capsys.readouterr().err
+    assert "is the report of other answers; choose another --output" in capsys.readouterr().err
     assert log.requests == []
     assert run(log, tmp_path, "--output", str(tmp_path / "other")) == 0
 
@@ -259,7 +262,7 @@ def test_the_ledger_takes_a_torn_line_away_and_keeps_the_rest(tmp_path: Path) ->
     answer = ChatAnswer("8 9\n\u2028\ud83d", 3, 4, "judge")
     with JudgeLedger(file) as ledger:
         ledger.add("a", answer, question_id="0")
-        with pytest.raises(UserError, match="another run is judging into it"):
+        with pytest.raises(UserError, match="another run is writing to it"):
             JudgeLedger(file)
     whole = file.read_bytes()
     for size in range(len(whole)):
@@ -270,7 +273,7 @@ def test_the_ledger_takes_a_torn_line_away_and_keeps_the_rest(tmp_path: Path) ->
         with JudgeLedger(file) as ledger:
             assert ledger.answers == {"a": answer, "b": answer}
     file.write_bytes(b'{"key": 1}\n' + whole)
-    with pytest.raises(UserError, match=r"ledger.jsonl, line 1: not a judge's answer; take the line out"):
+    with pytest.raises(UserError, match=r"ledger.jsonl, line 1: not a judge's answer; remove the line"):
         JudgeLedger(file)
 
 
@@ -351,7 +354,7 @@ def test_ctrl_c_keeps_the_answers(log: ChatLog, tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert f"stopped; 3 answers are in {tmp_path / LEDGER}, and the same command goes on" in told
+    assert f"stopped; 3 answers are in {tmp_path / LEDGER}; run the same command to resume" in told
     assert "Traceback" not in told
     log.gate = None
     assert run(log, tmp_path) == 0

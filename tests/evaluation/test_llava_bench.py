@@ -89,15 +89,15 @@ def without(field: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        (["{"], "line 1: not JSON; it should hold one object a line"),
-        (["[1]"], "line 1: not an object, but list"),
-        ([json.dumps(QUESTION)] * 2, "line 2: question_id '0' stands there twice; keep one"),
-        (["", json.dumps(without("question_id"))], "line 2: question_id is None; it should be a number or a name"),
-        ([json.dumps(QUESTION | {"question_id": 1.5})], "line 1: question_id is 1.5; it should be a number or a name"),
-        ([json.dumps(without("image"))], "line 1: image is None; it should be a text"),
-        ([json.dumps(QUESTION | {"text": " "})], "line 1: text is ' '; it should be a text"),
+        (["{"], "line 1: not JSON; write one object per line"),
+        (["[1]"], "line 1: list, not an object"),
+        ([json.dumps(QUESTION)] * 2, "line 2: question_id '0' appears twice; keep one"),
+        (["", json.dumps(without("question_id"))], "line 2: question_id is None; it must be a number or a name"),
+        ([json.dumps(QUESTION | {"question_id": 1.5})], "line 1: question_id is 1.5; it must be a number or a name"),
+        ([json.dumps(without("image"))], "line 1: image is None; it must be a text"),
+        ([json.dumps(QUESTION | {"text": " "})], "line 1: text is ' '; it must be a text"),
         ([json.dumps(QUESTION | {"category": "ocr"})], "category 'ocr' is unknown; use one of conv, detail, complex"),
-        (["", " "], "is empty; give one of LLaVA-Bench's JSONL files"),
+        (["", " "], "is empty; name one of LLaVA-Bench's JSONL files"),
     ],
 )
 def test_a_question_that_is_none_is_told_with_its_line(tmp_path: Path, lines: list[str], told: str) -> None:
@@ -120,10 +120,10 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"image": "1.jpg"}, "caption should be a text or a list of texts"),
-        ({"image": "1.jpg", "captions": []}, "captions should be a text or a list of texts"),
-        ({"image": "1.jpg", "captions": ["a", 1]}, "captions should be a text or a list of texts"),
-        ({"image": "1.jpg", "captions": ["a"], "instances": [{"category": "dog"}]}, "a bbox of four numbers each"),
+        ({"image": "1.jpg"}, "caption must be a text or a list of texts"),
+        ({"image": "1.jpg", "captions": []}, "captions must be a text or a list of texts"),
+        ({"image": "1.jpg", "captions": ["a", 1]}, "captions must be a text or a list of texts"),
+        ({"image": "1.jpg", "captions": ["a"], "instances": [{"category": "dog"}]}, "a bbox of four numbers"),
         (
             {"image": "1.jpg", "captions": ["a"], "instances": [{"category": "a", "bbox": [1]}]},
             "a bbox of four numbers",
@@ -153,7 +153,7 @@ def test_what_is_missing_or_too_much_is_named(tmp_path: Path) -> None:
     assert str(error.value) == (f"{files['reference']}: 5 missing: answer to question_id '0', '1', '2' and 2 more")
     files = bench(tmp_path, 6)
     write(files["answers"], [{"question_id": number, "text": "a"} for number in range(8)])
-    with pytest.raises(UserError, match=r"question_id '6', '7' not in .*questions.jsonl; is it of another benchmark\?"):
+    with pytest.raises(UserError, match=r"question_id '6', '7' not in .*questions.jsonl; name its answers"):
         read_cases(*files.values())
     files = bench(tmp_path, 6)
     write(files["context"], [{"image": "2.jpg", "caption": "a"}])
@@ -232,8 +232,8 @@ def test_a_dry_run_prints_prompts_and_cost_and_needs_neither_server_nor_torch(tm
     assert "heavy: []" in done.stdout
     for text in ("conv, question 0", "detail, question 1", "complex, question 2", "What is in 2?", "gpt 2", "ours 2"):
         assert done.stdout.count(text) == 1
-    assert "8 of 8 judgements to ask for" in done.stdout
-    assert "at most 8,192 back; up to 1" in done.stdout
+    assert "8 of 8 judgements to request" in done.stdout
+    assert "at most 8,192 reply tokens; up to 1" in done.stdout
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(file.name for file in files.values())
 
 

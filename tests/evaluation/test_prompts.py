@@ -81,5 +81,5 @@ def test_one_s_own_rows_bring_their_choices() -> None:
     turns = (Turn("user", "What?"), Turn("assistant", "red"))
     own = Conversation("9", turns, (), {"choices": ["red", "blue", "red"]})
     assert choices_of(own, "", prompt="recipe") == ["red", "blue"]
-    with pytest.raises(UserError, match="row 9 has no choices; give it a list `choices`"):
+    with pytest.raises(UserError, match="row 9 has no choices; add a list `choices`"):
         choices_of(Conversation("9", turns), "", prompt="recipe")

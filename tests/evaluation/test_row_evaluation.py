@@ -115,7 +115,7 @@ def test_answers_to_other_questions_or_of_another_model_are_not_taken(
         with pytest.raises(KeyboardInterrupt):
             ask(rows, answering, file, key=key)
         assert len(answering.asked) == 3
-    assert "holds answers of another model, question or setting; this evaluation's are in" in capsys.readouterr().err
+    assert "has answers of another model, question or setting; this evaluation writes to" in capsys.readouterr().err
     assert len(list(tmp_path.glob("*.partial.jsonl"))) == 3  # none gave way to another
     again = Answering()
     ask(rows_of(7), again, file, key={"model": "n"})
@@ -157,8 +157,8 @@ def test_what_a_server_leaves_unanswered_is_named_and_asked_again(tmp_path: Path
     with pytest.raises(UnansweredError) as caught:
         ask(rows_of(6), Answering(problems=problems), file, bad_images="wrong")
     assert str(caught.value) == (
-        "4 of 6 questions got no answer (r5: HTTP 505; r3: HTTP 503; r2: HTTP 502; and 1 more); the others are kept, "
-        "and the same command asks only these again"
+        "4 of 6 questions got no answer (r5: HTTP 505; r3: HTTP 503; r2: HTTP 502; and 1 more); the other answers are kept; "
+        "run the same command to evaluate only these"
     )
     assert caught.value.exit_code == 1
     assert not file.exists()

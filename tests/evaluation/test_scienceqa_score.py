@@ -209,7 +209,7 @@ def fails(files: Files, capsys: pytest.CaptureFixture[str], message: str, *more:
 
 def test_a_missing_file_is_named(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     files.answers.unlink()
-    fails(files, capsys, f"{files.answers} is missing; give a JSONL file of question_id and text")
+    fails(files, capsys, f"{files.answers} is missing; name a JSONL file of question_id and text")
     files.problems.unlink()
     rest = "is missing; a ScienceQA folder holds problems.json, pid_splits.json and images/"
     fails(files, capsys, f"{files.problems} {rest}")
@@ -226,7 +226,7 @@ def test_answers_and_questions_must_fit(files: Files, capsys: pytest.CaptureFixt
     files.write_answers([*ANSWERS, ("4", "A")])
     fails(files, capsys, f"{files.answers}: question_id '4' is not in split 'test' of {files.splits}")
     files.write_answers([*ANSWERS, ("1", "A")])
-    fails(files, capsys, f"{files.answers}, line 4: question_id '1' was answered before; keep one")
+    fails(files, capsys, f"{files.answers}, line 4: question_id '1' appears twice; keep one")
 
 
 @pytest.mark.parametrize(

@@ -378,7 +378,7 @@ def test_the_page_is_made_of_the_run_s_own_questions_alone(run: Path) -> None:
     rows = lines(file)
     rows[0]["question_id"] = "99"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="answers other questions than the run's data has now"):
+    with pytest.raises(UserError, match="answers questions that the run's data no longer has the run's data has now"):
         rebuild_report(str(run))
     with pytest.raises(UserError, match="is no finished run"):
         rebuild_report(str(run.parent))

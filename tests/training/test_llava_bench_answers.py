@@ -101,7 +101,7 @@ def test_images_that_are_gone_and_arguments_that_lack(
     asked = [run, "--benchmark", "llava-bench", "--questions", str(files["questions"]), "--output", str(tmp_path)]
     expected = {
         "--images is missing": asked,
-        "there is no folder": [*asked, "--images", str(tmp_path / "none")],
+        "is not a folder": [*asked, "--images", str(tmp_path / "none")],
         "gone.jpg": [*asked, "--images", str(tmp_path / "images")],
     }
     for told, arguments in expected.items():

@@ -106,7 +106,7 @@ def test_a_row_whose_image_is_gone_is_shown_without_it_and_told(run: Path) -> No
     page = rebuild_report(str(run)).read_text()
     assert (gone["question_id"], None) in cards(page)
     assert len(cards(page)) == len(lines(run))
-    assert f"Shown without an image that cannot be opened any more: {gone['question_id']}." in page
+    assert f"Shown without an image that can no longer be opened: {gone['question_id']}." in page
 
 
 def test_a_page_without_answers_says_why(run: Path) -> None:
@@ -115,7 +115,9 @@ def test_a_page_without_answers_says_why(run: Path) -> None:
     assert "No gallery of answers: predictions_after.jsonl is not in the run" in page
     metrics = json.loads((run / "metrics.json").read_text())
     (run / "metrics.json").write_text(json.dumps(metrics | {"after": None}))
-    assert "No gallery of answers: the run asked no questions after training." in rebuild_report(str(run)).read_text()
+    assert (
+        "No gallery of answers: the run evaluated no questions after training." in rebuild_report(str(run)).read_text()
+    )
 
 
 def without(*keys: str) -> Any:
@@ -136,7 +138,11 @@ def without(*keys: str) -> Any:
         ("predictions_after.jsonl", lambda text: text[:-20], r"line \d+: not JSON"),
         ("predictions_after.jsonl", lambda text: text[: text.rindex("\n", 0, -1) + 1], r"has \d+ answers, the"),
         ("predictions_after.jsonl", lambda text: text.replace('"text"', '"said"'), "line 1: no text;"),
-        ("predictions_after.jsonl", lambda text: text.replace("Is it", "Was it"), "answers other questions than"),
+        (
+            "predictions_after.jsonl",
+            lambda text: text.replace("Is it", "Was it"),
+            "answers questions that the run's data no longer has",
+        ),
         ("predictions_after.jsonl", lambda text: text + "\udcff", "is not UTF-8"),
         ("metrics.json", lambda text: text[:200], "Invalid JSON: EOF"),
         ("metrics.json", lambda text: "\udcff" + text, "Invalid JSON: "),

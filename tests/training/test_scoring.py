@@ -91,7 +91,7 @@ def test_rows_without_choices_cannot_be_weighed(
     }
     finetune(check_recipe(content, "test"), Path(), console=quiet())
     assert main("evaluate", [str(content["output_dir"]), "--method", "loglik"]) == 2
-    assert "--method loglik: row r1 (rows.json, index 1) has no choices; give it a list" in capsys.readouterr().err
+    assert "--method loglik: row r1 (rows.json, index 1) has no choices; add a list" in capsys.readouterr().err
 
 
 def test_test_rows_are_not_read_while_training_runs(
