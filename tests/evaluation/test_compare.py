@@ -184,11 +184,12 @@ def test_missing_questions_are_named_and_common_leaves_them_out(tmp_path: Path) 
     with pytest.raises(UserError) as error:
         compared(tmp_path, runs)
     lines = str(error.value).splitlines()
+    advice = "evaluate the run on the same questions, or compare the common ones with --common"
     assert [
         line.partition("b/predictions.jsonl: ")[2] or line.partition("a/predictions.jsonl: ")[2] for line in lines
     ] == [
-        "no answer to 4 of 10 questions: 6, 7, 8, …; evaluate the run on the same questions, or compare the common ones with --common",
-        "no answer to 4 of 10 questions: 0, 1, 2, …; evaluate the run on the same questions, or compare the common ones with --common",
+        f"no answer to 4 of 10 questions: 6, 7, 8, …; {advice}",
+        f"no answer to 4 of 10 questions: 0, 1, 2, …; {advice}",
     ]
     found = compared(tmp_path, runs, common=True)
     assert [len(group.runs[0].rows) for group in found.groups] == [2, 2]

@@ -157,8 +157,8 @@ def test_what_a_server_leaves_unanswered_is_named_and_asked_again(tmp_path: Path
     with pytest.raises(UnansweredError) as caught:
         ask(rows_of(6), Answering(problems=problems), file, bad_images="wrong")
     assert str(caught.value) == (
-        "4 of 6 questions got no answer (r5: HTTP 505; r3: HTTP 503; r2: HTTP 502; and 1 more); the other answers are kept; "
-        "run the same command to evaluate only these"
+        "4 of 6 questions got no answer (r5: HTTP 505; r3: HTTP 503; r2: HTTP 502; and 1 more); the other answers are "
+        "kept; run the same command to evaluate only these"
     )
     assert caught.value.exit_code == 1
     assert not file.exists()

@@ -208,7 +208,7 @@ def test_a_image_that_is_gone_counts_as_wrong_or_refuses(run: Path, capsys: pyte
 def test_a_way_that_does_not_fit_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, told in (
         (["--prompt", "dirct"], "--prompt: 'dirct' is unknown; use one of recipe, direct, lmms-eval"),
-        (["--method", "loglik", "--temperature", "1"], "leave them out of --method loglik"),
+        (["--method", "loglik", "--temperature", "1"], "leave them out with --method loglik"),
         (["--server", "http://127.0.0.1:9", "--server-model", "m", "--base-only"], "need a model here"),
         (["--temperature", "-1"], "temperature is -1.0; give 0 (greedy)"),
         (["--benchmark", "llava-bench"], "--questions is missing"),
@@ -378,7 +378,7 @@ def test_the_page_is_made_of_the_run_s_own_questions_alone(run: Path) -> None:
     rows = lines(file)
     rows[0]["question_id"] = "99"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="answers questions that the run's data no longer has the run's data has now"):
+    with pytest.raises(UserError, match="answers questions that the run's data no longer has"):
         rebuild_report(str(run))
     with pytest.raises(UserError, match="is no finished run"):
         rebuild_report(str(run.parent))

@@ -141,7 +141,7 @@ def without(*keys: str) -> Any:
         (
             "predictions_after.jsonl",
             lambda text: text.replace("Is it", "Was it"),
-            "answers questions that the run's data no longer has",
+            "answers questions that the run's",
         ),
         ("predictions_after.jsonl", lambda text: text + "\udcff", "is not UTF-8"),
         ("metrics.json", lambda text: text[:200], "Invalid JSON: EOF"),
