@@ -1,4 +1,4 @@
-"""Runs with predictions, written to be compared."""
+"""Runs with predictions for comparison tests."""
 
 from __future__ import annotations
 

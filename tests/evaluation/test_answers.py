@@ -1,4 +1,4 @@
-"""Marks for free answers: exact match and token F1, by hand."""
+"""Scores of free answers: exact match and token F1, computed by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEXTS = WORDS.map(" ".join)
         ("(the) cat", "cat"),
     ],
 )
-def test_a_text_without_articles_marks_and_capitals(text: str, wanted: str) -> None:
+def test_a_text_without_articles_punctuation_and_capitals(text: str, wanted: str) -> None:
     assert normalise(text) == wanted
 
 
@@ -57,14 +57,14 @@ def test_a_text_without_articles_marks_and_capitals(text: str, wanted: str) -> N
         ("cube", "the", False, 0.0),
     ],
 )
-def test_marks_by_hand(text: str, reference: str, exact: bool, f1: float) -> None:
+def test_scores_by_hand(text: str, reference: str, exact: bool, f1: float) -> None:
     assert exact_match(text, reference) is exact
     assert token_f1(text, reference) == f1
     assert token_f1(reference, text) == f1
 
 
 @given(text=TEXTS, reference=TEXTS)
-def test_marks_agree_with_each_other(text: str, reference: str) -> None:
+def test_scores_agree_with_each_other(text: str, reference: str) -> None:
     assert 0.0 <= token_f1(text, reference) <= 1.0
     assert token_f1(text, text) == 1.0
     assert not exact_match(text, reference) or token_f1(text, reference) == 1.0
@@ -72,7 +72,7 @@ def test_marks_agree_with_each_other(text: str, reference: str) -> None:
     assert not set(normalise(text)) & {*string.punctuation, *string.ascii_uppercase}
 
 
-def test_a_marked_answer() -> None:
+def test_a_scored_answer() -> None:
     assert score_answer("7", "mine", "What?", "The red cube.", "a cube") == {
         "question_id": "7",
         "source": "mine",
@@ -103,7 +103,7 @@ def test_rouge_l(text: str, reference: str, expected: float) -> None:
 
 
 @given(text=TEXTS, reference=TEXTS)
-def test_rouge_l_is_rouge_score_s_own_on_plain_letters(text: str, reference: str) -> None:
+def test_rouge_l_equals_rouge_score_on_plain_letters(text: str, reference: str) -> None:
     plain = [re.sub(r"[^a-z0-9 ]", " ", t.lower()) for t in (text, reference)]
     own = RougeScorer(["rougeL"]).score(plain[1], plain[0])["rougeL"].fmeasure
     assert rouge_l(*plain) == own
@@ -124,35 +124,35 @@ def test_rouge_l_is_rouge_score_s_own_on_plain_letters(text: str, reference: str
         ("", "phrase"),
     ],
 )
-def test_kinds_of_question(reference: str, kind: str) -> None:
+def test_types_of_question(reference: str, kind: str) -> None:
     assert question_type(reference) == kind
 
 
-def marked(source: str, *texts: str) -> list[Any]:
+def scored(source: str, *texts: str) -> list[Any]:
     return [score_answer(str(n), source, "What?", "red cube", text) for n, text in enumerate(texts)]
 
 
-def marks(exact: float, f1: float, rouge: float, count: int, loss: float | None = None) -> dict[str, Any]:
+def scores(exact: float, f1: float, rouge: float, count: int, loss: float | None = None) -> dict[str, Any]:
     return {"exact_match": exact, "f1": f1, "rouge_l": rouge, "loss": loss, "questions": count}
 
 
-def test_marks_are_averaged_over_all_and_every_source() -> None:
-    rows = [*marked("b", "red cube", "cube", "x"), *marked("a", "cube")]
+def test_scores_are_averaged_over_all_rows_and_each_source() -> None:
+    rows = [*scored("b", "red cube", "cube", "x"), *scored("a", "cube")]
     table = answer_table(iter(rows))
     assert table == {
-        "all": marks(25.0, 58.33, 58.33, 4),
-        "b": marks(33.33, 55.56, 55.56, 3),
-        "a": marks(0.0, 66.67, 66.67, 1),
+        "all": scores(25.0, 58.33, 58.33, 4),
+        "b": scores(33.33, 55.56, 55.56, 3),
+        "a": scores(0.0, 66.67, 66.67, 1),
     }
     assert list(table) == ["all", "b", "a"]
 
 
-def test_one_source_is_all() -> None:
-    assert answer_table(marked("a", "red cube", "cube")) == {"all": marks(50.0, 83.33, 83.33, 2)}
-    assert answer_table([]) == {"all": marks(0.0, 0.0, 0.0, 0)}
+def test_one_source_has_no_group_of_its_own() -> None:
+    assert answer_table(scored("a", "red cube", "cube")) == {"all": scores(50.0, 83.33, 83.33, 2)}
+    assert answer_table([]) == {"all": scores(0.0, 0.0, 0.0, 0)}
 
 
-def test_types_stand_apart_where_there_are_several() -> None:
+def test_each_of_several_types_is_a_group() -> None:
     rows = [
         score_answer("1", "a", "How many?", "two", "two"),
         score_answer("2", "a", "Is it?", "yes", "no"),
@@ -163,8 +163,8 @@ def test_types_stand_apart_where_there_are_several() -> None:
     assert [group["exact_match"] for group in table.values()] == [66.67, 0.0, 100.0, 100.0]
 
 
-def test_the_loss_is_a_mean_over_tokens_and_there_only_where_every_row_has_it() -> None:
-    rows = marked("a", "red cube", "cube")
+def test_the_loss_is_a_mean_over_tokens_if_every_row_has_it() -> None:
+    rows = scored("a", "red cube", "cube")
     rows[0] |= {"loss": 1.0, "loss_tokens": 3}
     assert answer_table(rows)["all"]["loss"] is None
     rows[1] |= {"loss": 3.0, "loss_tokens": 1}
@@ -172,12 +172,12 @@ def test_the_loss_is_a_mean_over_tokens_and_there_only_where_every_row_has_it() 
 
 
 def test_a_source_may_be_called_all() -> None:
-    table = answer_table([*marked("all", "red cube"), *marked("type: number", "x")])
+    table = answer_table([*scored("all", "red cube"), *scored("type: number", "x")])
     assert list(table) == ["all", "all (source)", "type: number (source)"]
     assert [group["questions"] for group in table.values()] == [2, 1, 1]
 
 
-def test_tables_of_free_answers_are_told_from_science_qa_s() -> None:
+def test_tables_of_free_answers_are_recognised() -> None:
     assert is_answer_table(answer_table([]))
     for other in (None, {}, {"NAT": [1.0, 2.0]}):
         assert not is_answer_table(other)

@@ -1,4 +1,4 @@
-"""Runs beside each other: the same questions, seeds, tests and tables, on predictions written here."""
+"""Comparison of runs: questions, seeds, tests and tables, on predictions written here."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_nine_columns_and_the_interval_of_a_single_run(tmp_path: Path) -> None:
     assert (group.name, group.deviation("AVG"), group.interval()) == ("a", None, share_interval(3, 4))
 
 
-def test_columns_of_conversations_and_rouge_where_every_row_has_it(tmp_path: Path) -> None:
+def test_columns_of_conversations_have_rouge_if_every_row_has_it(tmp_path: Path) -> None:
     rows = [{**row, "rouge_l": 0.5} for row in own("red cube", "a cube", "x", "cube red")]
     found = compared(tmp_path, {"a": rows, "b": [{k: v for k, v in row.items() if k != "rouge_l"} for row in rows]})
     assert found.groups[0].columns == {
@@ -105,7 +105,7 @@ def test_seeds_of_one_recipe_are_averaged_and_paired_seed_by_seed(tmp_path: Path
     assert found.notes == []
 
 
-def test_a_seed_that_is_not_in_both_is_told_and_no_shared_seed_is_no_test(tmp_path: Path) -> None:
+def test_seeds_without_a_pair_are_reported(tmp_path: Path) -> None:
     runs = {name: science("rw") for name in ("a-1", "a-2", "b-2", "b-3", "c-7", "c-8")}
     recipes = {name: recipe_of(int(name[-1]), ord(name[0])) for name in runs}
     found = compared(tmp_path, runs, recipes)
@@ -117,7 +117,7 @@ def test_a_seed_that_is_not_in_both_is_told_and_no_shared_seed_is_no_test(tmp_pa
     ]
 
 
-def test_how_often_a_run_was_scored_on_the_way_makes_no_other_group(tmp_path: Path) -> None:
+def test_irrelevant_recipe_keys_do_not_split_a_group(tmp_path: Path) -> None:
     runs = {"a-1": science("rw"), "a-2": science("rr")}
     recipes = {name: recipe_of(int(name[-1])) | {"evaluation": {"generate_every": int(name[-1])}} for name in runs}
     assert [group.name for group in compared(tmp_path, runs, recipes).groups] == ["a"]
@@ -133,7 +133,7 @@ def test_a_single_run_without_a_shared_seed_is_paired_with_every_seed(tmp_path: 
     assert [group.settings for group in found.groups] == [{}, {}]
 
 
-def test_a_seed_twice_is_no_seed_to_average(tmp_path: Path) -> None:
+def test_a_repeated_seed_is_not_averaged(tmp_path: Path) -> None:
     runs = {name: science("rw") for name in ("a-1", "a-2", "merged")}
     found = compared(tmp_path, runs, {"a-1": recipe_of(1), "a-2": recipe_of(2), "merged": recipe_of(1)})
     assert [(group.name, len(group.runs)) for group in found.groups] == [("a", 2), ("merged", 1)]
@@ -144,7 +144,7 @@ def on_stage1(seed: int, stage1: str, r: int = 16) -> dict[str, Any]:
     return recipe_of(seed, r, model={"start_from": {"stage1_run": stage1, "stage1_recipe": None}})
 
 
-def test_seeds_on_stage_1_runs_of_their_own_are_averaged_and_it_is_told(tmp_path: Path) -> None:
+def test_seeds_from_different_stage_1_runs_are_averaged_with_a_note(tmp_path: Path) -> None:
     recipes = {"a-1": on_stage1(1, "s1/x"), "a-2": on_stage1(2, "s1/y"), "b-1": on_stage1(1, "s1/x", r=32)}
     found = compared(tmp_path, {"a-1": science("rw"), "a-2": science("rr"), "b-1": science("ww")}, recipes)
     assert [(group.name, len(group.runs), group.mean("AVG")) for group in found.groups] == [
@@ -156,7 +156,7 @@ def test_seeds_on_stage_1_runs_of_their_own_are_averaged_and_it_is_told(tmp_path
     assert "- a: the runs start from different Stage 1 runs: s1/x, s1/y" in render(found, "markdown")
 
 
-def test_stage_1_runs_that_are_compared_stay_apart(tmp_path: Path) -> None:
+def test_compared_stage_1_runs_are_separate_groups(tmp_path: Path) -> None:
     names = {"a-1": "s1/x-1", "a-2": "s1/x-2", "b-1": "s1/y", "b-2": "s1/y"}
     recipes = {name: on_stage1(int(name[-1]), stage1) for name, stage1 in names.items()}
     found = compared(tmp_path, {name: science("rw") for name in names}, recipes)
@@ -169,7 +169,7 @@ def test_stage_1_runs_that_are_compared_stay_apart(tmp_path: Path) -> None:
     assert twins.notes == ["b has the same recipe and seed as a, so it is a group of its own"]
 
 
-def test_a_seed_s_digit_is_no_seed_without_a_separator(tmp_path: Path) -> None:
+def test_a_digit_without_a_separator_is_not_a_seed(tmp_path: Path) -> None:
     runs = {name: science("rw") for name in ("r31", "r32")}
     found = compared(tmp_path, runs, {"r31": recipe_of(1), "r32": recipe_of(2)})
     assert [group.name for group in found.groups] == ["r31, r32"]
@@ -207,7 +207,7 @@ def test_questions_answered_twice_are_named(tmp_path: Path) -> None:
     assert compared(tmp_path, runs, common=True).questions == [3]
 
 
-def test_ids_that_repeat_are_told_apart_by_question_reference_and_source(tmp_path: Path) -> None:
+def test_repeated_ids_are_distinguished_by_question_reference_and_source(tmp_path: Path) -> None:
     rows = [score_answer("7", "mine", *asked) for asked in (("Q?", "A", "A"), ("Q?", "B", "A"), ("R?", "A", "A"))]
     [test] = compared(tmp_path, {"a": rows, "b": rows[::-1]}).tests
     assert (test.questions, test.only_first, test.only_other) == (3, 0, 0)
@@ -230,14 +230,14 @@ def test_copies_of_one_row_are_paired_in_their_order(tmp_path: Path) -> None:
     runs = {"a": [*own("x"), *first], "b": [*other[:2], *own("x")]}
     with pytest.raises(UserError, match=r"b/predictions.jsonl: no answer to 1 of 4 questions: 7;"):
         compared(tmp_path, runs)
-    found = compared(tmp_path, runs, common=True)  # which of three is missing cannot be told
+    found = compared(tmp_path, runs, common=True)  # which of three is missing cannot be determined
     assert (found.questions, found.notes) == (
         [1],
         ["3 of 4 questions left out: missing from a run, or repeated in one"],
     )
 
 
-def test_seeds_may_have_been_asked_questions_of_their_own(tmp_path: Path) -> None:
+def test_seeds_may_have_different_questions(tmp_path: Path) -> None:
     runs = {"a-1": own("x", "x"), "b-1": own("red cube", "x"), "a-2": own("x", first=9), "b-2": own("x", first=9)}
     recipes = {name: recipe_of(int(name[-1]), ord(name[0])) for name in runs}
     found = compared(tmp_path, runs, recipes)
@@ -250,14 +250,14 @@ def test_seeds_may_have_been_asked_questions_of_their_own(tmp_path: Path) -> Non
         )
 
 
-def test_one_id_with_two_right_answers_is_other_data(tmp_path: Path) -> None:
+def test_an_id_with_two_right_answers_is_refused(tmp_path: Path) -> None:
     other = science("rw")
     other[1]["answer"] = 3
     with pytest.raises(UserError, match=r"the right answer to question 1 is 3, in .*a/predictions.jsonl it is 1"):
         compared(tmp_path, {"a": science("rw"), "b": other})
 
 
-def test_what_evaluate_wrote_counts_unless_the_run_was_trained_anew(tmp_path: Path) -> None:
+def test_the_newer_predictions_file_counts(tmp_path: Path) -> None:
     folder = written(tmp_path / "a", science("ww"), name="predictions_after")
     assert read_runs([folder], {})[0].file.name == "predictions_after.jsonl"
     written(folder, science("rr"))
@@ -270,7 +270,7 @@ def test_what_evaluate_wrote_counts_unless_the_run_was_trained_anew(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ("{", "line 1: not JSON"),
         ("[]", "line 1: list, not an object"),
@@ -285,17 +285,17 @@ def test_what_evaluate_wrote_counts_unless_the_run_was_trained_anew(tmp_path: Pa
         ("\n", "is empty; run"),
     ],
 )
-def test_a_malformed_line_is_named(tmp_path: Path, line: str, told: str) -> None:
+def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "answers.jsonl"
     file.write_text(line)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_runs([file], {})
 
 
 def test_paths_that_cannot_be_compared(tmp_path: Path) -> None:
     a, b = written(tmp_path / "a", science("r")), written(tmp_path / "b", own("x"))
     (tmp_path / "empty").mkdir()
-    for paths, told in (
+    for paths, message in (
         ([tmp_path / "none"], "none is missing; name a run directory or a predictions file"),
         ([tmp_path / "empty"], "empty has no predictions.jsonl or predictions_after.jsonl; run `lora-llava evaluate"),
         ([a, tmp_path / "b" / ".." / "a"], "is named twice"),
@@ -304,7 +304,7 @@ def test_paths_that_cannot_be_compared(tmp_path: Path) -> None:
             "b/predictions.jsonl has answers to conversations, .*a/predictions.jsonl to scienceqa; compare runs of one",
         ),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             read_runs(paths, {})
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9")
     with pytest.raises(UserError, match="is not UTF-8"):

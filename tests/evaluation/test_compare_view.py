@@ -1,4 +1,4 @@
-"""A comparison for the terminal, in Markdown, LaTeX and JSON, published rows, and the verb."""
+"""Rendering of comparisons for the terminal, Markdown, LaTeX and JSON, published rows, and the verb."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def unescaped(latex: str) -> str:
 
 
 @given(text=st.text(st.characters(codec="ascii"), max_size=30) | st.just(HOSTILE) | st.text(max_size=10))
-def test_no_text_acts_in_latex_or_ends_a_cell_in_markdown(text: str) -> None:
+def test_escaped_text_is_inert_in_latex_and_markdown(text: str) -> None:
     assert not set(unescaped(escape_latex(text))) & set("\\{}&%$#_^~<>|[*")
     assert "--" not in escape_latex(text.replace("–", ""))
     assert re.search(r"(?<!\\)(\\\\)*[|<`*\[]", escape_markdown(text)) is None
@@ -107,7 +107,7 @@ def test_hostile_names_leave_tables_balanced(tmp_path: Path) -> None:
         assert not {c for c in text if ord(c) < 32 or c == "\u202e"} - {"\n"}
 
 
-def test_p_values_in_words() -> None:
+def test_p_values_are_formatted() -> None:
     assert [write_p(p) for p in (0.00009, 0.0001, 0.04567, 1.0)] == ["< 0.0001", "0.0001", "0.0457", "1.0000"]
 
 
@@ -148,7 +148,7 @@ def test_published_averages_are_those_of_their_columns() -> None:
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], stage2_content: dict[str, Any]) -> None:
-    marked = [
+    scored = [
         make_prediction(
             str(n),
             text,
@@ -165,7 +165,7 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], stage2_con
     ]
     runs = []
     for seed in (1, 2):
-        run = written(tmp_path / f"run-{seed}", marked, name="predictions_after")
+        run = written(tmp_path / f"run-{seed}", scored, name="predictions_after")
         (run / "recipe.yaml").write_text(json.dumps({**stage2_content, "seed": seed, "output_dir": str(run)}))
         runs.append(str(run))
     assert main(None, ["compare", *runs]) == 0

@@ -1,4 +1,4 @@
-"""What a judge is asked, and the scores in what it writes."""
+"""Prompts of the judge, and the scores in its replies."""
 
 from __future__ import annotations
 
@@ -112,16 +112,16 @@ UNREAD = [
 
 
 @pytest.mark.parametrize(("text", "scores"), READ.items())
-def test_scores_are_read(text: str, scores: tuple[float, float]) -> None:
+def test_scores_are_parsed(text: str, scores: tuple[float, float]) -> None:
     assert parse_scores(text) == scores
 
 
 @pytest.mark.parametrize("text", UNREAD)
-def test_what_is_not_sure_is_not_read(text: str) -> None:
+def test_ambiguous_scores_are_not_parsed(text: str) -> None:
     assert parse_scores(text) is None
 
 
-def test_published_reviews_are_read_as_recorded_or_not_at_all() -> None:
+def test_published_reviews_are_parsed_as_recorded_or_not_at_all() -> None:
     if not REVIEWS.is_file():
         pytest.skip("the published reviews are not here")
     rows = [json.loads(line) for line in REVIEWS.read_text(encoding="utf-8").splitlines()]
@@ -147,12 +147,12 @@ FORMS = [
 
 
 @given(st.text())
-def test_any_text_is_taken(text: str) -> None:
+def test_any_text_is_accepted(text: str) -> None:
     parse_scores(text)
 
 
 @given(st.lists(st.sampled_from([*"0123456789 ,./:()|-\n", "10", "Assistant ", "Score", " and "])).map("".join))
-def test_what_is_read_stands_there(text: str) -> None:
+def test_parsed_scores_appear_in_the_text(text: str) -> None:
     scores = parse_scores(text)
     if scores is not None:
         assert all(0 <= value <= 10 and (f"{value:g}" in text) for value in scores)
@@ -176,7 +176,7 @@ def test_a_long_line_takes_no_longer_than_its_length() -> None:
 CASE = JudgeCase("7", "detail", "Describe it.", "- a {question}", "a dog {answer_2}", "a cat $x {} \\1")
 
 
-def test_what_the_judge_is_asked() -> None:
+def test_the_judge_s_prompt() -> None:
     prompts = load_prompts()
     system, user = (message["content"] for message in judge_request(CASE, ORDERS[0], prompts, JudgeSettings()).messages)
     assert system == prompts["system"]
@@ -192,7 +192,7 @@ def test_what_the_judge_is_asked() -> None:
     assert "<answer_2>\na dog {answer_2}\n</answer_2>" in swapped
 
 
-def test_later_attempts_are_reminded_and_the_last_is_drawn() -> None:
+def test_later_attempts_have_a_reminder_and_the_last_a_temperature() -> None:
     prompts = load_prompts()
     asked = [judge_request(CASE, ORDERS[0], prompts, JudgeSettings(), attempt) for attempt in range(3)]
     texts = [request.messages[1]["content"] for request in asked]

@@ -1,4 +1,4 @@
-"""The lenient reader of letters: what people and models write, and no guess where it could be two."""
+"""The lenient parser of letters: common forms, and no guess for ambiguous answers."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ UNNAMED = [
 
 
 @pytest.mark.parametrize("text", NAMED)
-def test_a_choice_is_found_in_the_forms_that_people_write(text: str) -> None:
+def test_a_choice_is_found_in_common_forms(text: str) -> None:
     assert parse_leniently(text, 4, CHOICES) == 1
 
 
@@ -145,12 +145,12 @@ def test_any_text_names_a_choice_or_none(text: str, count: int) -> None:
 
 
 @given(letter=st.sampled_from("ABCD"), form=st.sampled_from(["{}", "{}. iron bar", "So. The answer is {}.", "{}. "]))
-def test_what_llava_reads_is_read_alike(letter: str, form: str) -> None:
+def test_answers_that_llava_parses_are_parsed_alike(letter: str, form: str) -> None:
     text = form.format(letter)
     assert parse_leniently(text, 4, CHOICES) == parse_answer(text, 4) == "ABCD".index(letter)
 
 
-def test_score_reads_letters_as_asked_and_names_the_parser(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_uses_the_chosen_parser_and_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     problem = {
         "question": "Which is a metal?",
         "choices": ["wood", "gold"],

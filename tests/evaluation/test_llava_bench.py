@@ -87,7 +87,7 @@ def without(field: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "message"),
     [
         (["{"], "line 1: not JSON; write one object per line"),
         (["[1]"], "line 1: list, not an object"),
@@ -100,16 +100,16 @@ def without(field: str) -> dict[str, Any]:
         (["", " "], "is empty; name one of LLaVA-Bench's JSONL files"),
     ],
 )
-def test_a_question_that_is_none_is_told_with_its_line(tmp_path: Path, lines: list[str], told: str) -> None:
+def test_a_malformed_question_is_reported_with_its_line(tmp_path: Path, lines: list[str], message: str) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(lines))
     with pytest.raises(UserError) as error:
         read_questions(file)
     assert str(file) in str(error.value)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_missing_and_undecodable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none.jsonl is missing"):
         read_answers(tmp_path / "none.jsonl")
     (tmp_path / "bytes.jsonl").write_bytes(b'{"a": "\xff"}')
@@ -118,7 +118,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"image": "1.jpg"}, "caption must be a text or a list of texts"),
         ({"image": "1.jpg", "captions": []}, "captions must be a text or a list of texts"),
@@ -130,12 +130,12 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_contexts_that_are_none(tmp_path: Path, row: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_malformed_contexts_are_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         read_contexts(write(tmp_path / "context.jsonl", [row]))
 
 
-def test_files_are_put_together(tmp_path: Path) -> None:
+def test_files_are_combined_into_cases(tmp_path: Path) -> None:
     cases = read_cases(*bench(tmp_path).values())
     text = "What people wrote about the image:\n- A dog."
     assert cases == [
@@ -145,7 +145,7 @@ def test_files_are_put_together(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_missing_or_too_much_is_named(tmp_path: Path) -> None:
+def test_missing_and_unknown_ids_are_named(tmp_path: Path) -> None:
     files = bench(tmp_path, 6)
     write(files["reference"], [{"question_id": 3, "text": "a"}])
     with pytest.raises(UserError) as error:
@@ -185,7 +185,7 @@ def test_nothing_scored_has_no_relative_score() -> None:
     assert relative_score([1.0], [0.0]) is None
 
 
-def test_what_has_no_interval_says_so_in_json_and_in_the_table() -> None:
+def test_a_missing_interval_is_null_in_json_and_a_dash_in_the_table() -> None:
     assert ratio_interval([], []) is None
     assert ratio_interval([5.0], [4.0]) is None
     assert ratio_interval([5.0, 6.0], [0.0, 0.0]) is None
@@ -239,7 +239,7 @@ def test_a_dry_run_prints_prompts_and_cost_and_needs_neither_server_nor_torch(tm
 
 def test_mistakes_in_the_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = options(bench(tmp_path))
-    for more, told in (
+    for more, message in (
         ([], "--judge-url is missing"),
         (["--judge-url", "localhost"], "the server's URL is 'localhost'"),
         (["--max-cost", "1"], "--max-cost needs the model's prices; give --price-in and --price-out"),
@@ -249,7 +249,7 @@ def test_mistakes_in_the_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--dry-run", "--prompts", str(tmp_path)], "system.txt is missing; copy it from"),
     ):
         assert main(None, ["score", "llava-bench", *arguments, *more]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit) as error:
         main(None, ["score", "llava-bench", *arguments, "--judge-temperature", "5"])
     assert error.value.code == 2

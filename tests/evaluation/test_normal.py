@@ -1,4 +1,4 @@
-"""Numbers by their value, other scripts by theirs: what counts as the same answer."""
+"""Normalisation of answers: numbers by value, other scripts by their own rules."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ from lora_llava.evaluation.parsing.normal import answer_tokens, normalise
         ("35\u5c81", "35 \u5c81"),
     ],
 )
-def test_the_same_answer(text: str, reference: str) -> None:
+def test_equal_answers(text: str, reference: str) -> None:
     assert answer_tokens(text) == answer_tokens(reference)
     assert exact_match(text, reference)
     assert token_f1(text, reference) == 1.0
@@ -104,12 +104,12 @@ def test_the_same_answer(text: str, reference: str) -> None:
         ("3.5 and 4", "35 and 4"),
     ],
 )
-def test_another_answer(text: str, reference: str) -> None:
+def test_different_answers(text: str, reference: str) -> None:
     assert not exact_match(text, reference)
     assert token_f1(text, reference) < 1.0
 
 
-def test_cjk_counts_by_characters() -> None:
+def test_cjk_is_compared_by_characters() -> None:
     assert token_f1("\u6771\u4eac\u90fd", "\u6771\u4eac") == 0.8
     assert token_f1("\uc11c\uc6b8\uc2dc", "\uc11c\uc6b8") == 0.8
     assert rouge_l("\u6771\u4eac\u90fd", "\u6771\u4eac") == pytest.approx(0.8)
@@ -127,13 +127,13 @@ def test_an_exponent_that_is_too_large_is_compared_as_written() -> None:
 
 
 @given(whole=st.integers(-(10**9), 10**9), digits=st.integers(0, 6))
-def test_numbers_are_compared_by_their_value(whole: int, digits: int) -> None:
+def test_numbers_are_compared_by_value(whole: int, digits: int) -> None:
     value = f"{whole / 10**digits:.{digits}f}"
     assert exact_match(value, f"{whole / 10**digits:,.{digits + 2}f}")
     assert exact_match(value, f"{(whole + 1) / 10**digits:.{digits}f}") is False
 
 
 @given(text=st.text())
-def test_any_text_has_one_form(text: str) -> None:
+def test_normalisation_is_idempotent(text: str) -> None:
     assert answer_tokens(text) == answer_tokens(text)
     assert token_f1(text, text) == 1.0

@@ -1,4 +1,4 @@
-"""The report's page shows what it is given, reaches nothing, and no text of a run does anything on it."""
+"""The report page: it shows its content, reaches no network, and no text of a run is active on it."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_no_text_changes_what_is_on_the_page(a: str, b: str, c: str, value: floa
     assert page.text("h1") == ([escape_hidden(a)] if a else [])
 
 
-def test_a_hostile_text_is_there_to_read() -> None:
+def test_a_hostile_text_is_readable() -> None:
     page = Page(render_report(report_of(*[item(text, False) for text in HOSTILE])))
     shown = [text for tag, text in page.texts if tag == "p"]
     for text in HOSTILE:
@@ -155,7 +155,7 @@ def test_wrong_answers_come_first_and_can_be_chosen_without_a_script() -> None:
     assert "#show-wrong:checked ~ .items > .right, #show-right:checked ~ .items > .wrong { display: none; }" in style
 
 
-def test_long_texts_are_folded_and_nothing_of_them_is_lost() -> None:
+def test_long_texts_are_folded_completely() -> None:
     lecture = "A lecture. " * 40 + "\r\nThe answer is B."
     page = Page(render_report(report_of(item(lecture, reference="x" * 320, question="Q" * 321))))
     assert len(page.all("details")) == 2
@@ -248,7 +248,7 @@ def test_a_drawing_takes_text_as_text_and_colours_from_the_page() -> None:
     assert all(f'id="{name}"' in svg for name in re.findall(r'(?:="#|url\(#)([^")]+)', svg))
 
 
-def test_a_nan_is_a_gap_and_told() -> None:
+def test_a_nan_is_a_gap_and_reported() -> None:
     points = [(float(n), math.nan if n == 20 else math.inf if n == 30 else 1.0 + n) for n in range(40)]
     curve = Curve("Loss", "", {"train": points, "fine": [(0, 1.0)]})
     assert left_out(curve) == ["train: 2 values are gaps, the first NaN at step 20"]
@@ -260,7 +260,7 @@ def test_a_nan_is_a_gap_and_told() -> None:
     assert left_out(Curve("", "", {"train": [(math.nan, 1.0)]})) == ["train: 1 value is a gap, the first 1 at step nan"]
 
 
-def test_points_without_a_line_are_marked() -> None:
+def test_isolated_points_are_drawn() -> None:
     many = [(float(n), 1.0) for n in range(40)]
     many[19] = many[21] = (19.0, math.nan)  # 20 stands alone
     assert marks(draw(Curve("", "", {"one": [(5, 1.0)]}), "c")) == [1]
@@ -269,7 +269,7 @@ def test_points_without_a_line_are_marked() -> None:
 
 
 @pytest.mark.parametrize("points", [[], [(1, math.nan)], [(math.inf, 1.0)]])
-def test_a_curve_without_a_point_says_so(points: list[tuple[float, float]]) -> None:
+def test_an_empty_curve_is_reported(points: list[tuple[float, float]]) -> None:
     curve = Curve("Accuracy", "%", {"validation": points})
     assert draw(curve, "c") == ""
     page = Page(render_report(report_of(curves=[curve])))
@@ -290,7 +290,7 @@ def test_any_numbers_can_be_drawn(points: list[tuple[float, float]], log_scale: 
     assert "nan" not in svg
 
 
-def test_the_legend_tells_the_last_value() -> None:
+def test_the_legend_has_the_last_value() -> None:
     html = render_report(report_of(curves=[LOSS, Curve("Speed", "tokens/s", {"a": [(1500, 7854.6)]})]))
     page = Page(html)
     assert page.text("b") == ["1", "1.5", "7,855"]

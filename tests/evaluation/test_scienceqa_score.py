@@ -51,7 +51,7 @@ SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "scienceqa_sa
         ("iron", 3, -1),
     ],
 )
-def test_an_answer_is_read_by_llava_s_rule(text: str, choices: int, index: int) -> None:
+def test_answers_are_parsed_by_llava_s_rule(text: str, choices: int, index: int) -> None:
     assert parse_answer(text, choices) == index
 
 
@@ -82,7 +82,7 @@ def test_the_columns_of_a_question(question: tuple[str, str, bool, bool], column
     assert categories(*question) == columns
 
 
-def test_a_prediction_is_marked() -> None:
+def test_a_prediction_is_scored() -> None:
     question = {
         "answer": 1,
         "num_choices": 2,
@@ -101,18 +101,18 @@ def test_a_prediction_is_marked() -> None:
     assert make_prediction("7", "The answer is C.", question)["prediction"] == -1
 
 
-def marked(prediction: int, answer: int, *columns: str) -> Prediction:
+def scored(prediction: int, answer: int, *columns: str) -> Prediction:
     return Prediction(question_id="", text="", prediction=prediction, answer=answer, categories=list(columns))
 
 
 def test_the_table_is_exact() -> None:
     predictions = [
-        marked(0, 0, "NAT", "TXT", "IMG", "G1-6"),
-        marked(1, 0, "NAT", "NO", "G1-6"),
-        marked(2, 2, "SOC", "IMG", "G7-12"),
-        marked(-1, 0, "NAT", "TXT", "G7-12"),
-        marked(-1, 1, "SOC", "NO", "G1-6"),
-        marked(3, 3, "NAT", "NO", "G1-6"),
+        scored(0, 0, "NAT", "TXT", "IMG", "G1-6"),
+        scored(1, 0, "NAT", "NO", "G1-6"),
+        scored(2, 2, "SOC", "IMG", "G7-12"),
+        scored(-1, 0, "NAT", "TXT", "G7-12"),
+        scored(-1, 1, "SOC", "NO", "G1-6"),
+        scored(3, 3, "NAT", "NO", "G1-6"),
     ]
     assert score(predictions) == {
         "AVG": [50.0, 3, 6],
@@ -170,7 +170,7 @@ def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
 
 
-def test_made_files_give_their_table(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+def test_synthetic_files_have_the_expected_table(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     assert files.run("--json") == 0
     output, errors = capsys.readouterr()
     assert json.loads(output) == {
@@ -245,20 +245,20 @@ def test_a_malformed_line_is_named(files: Files, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\x85", "\u2029"])
-def test_an_answer_may_hold_unicode_s_line_marks(files: Files, mark: str) -> None:
+def test_an_answer_may_contain_unicode_line_separators(files: Files, mark: str) -> None:
     files.write_answers([("1", f"a{mark}b The answer is B."), *ANSWERS[::2]])
     table = score_scienceqa_file(files.problems, files.splits, files.answers)
     assert (table["AVG"], table["unparsed"]) == ([33.33, 1, 3], 1)
 
 
 @pytest.mark.parametrize("field", ["answer", "choices", "subject", "grade"])
-def test_a_problem_without_a_field_is_told(files: Files, field: str) -> None:
+def test_a_problem_without_a_field_is_reported(files: Files, field: str) -> None:
     problem = {key: value for key, value in PROBLEM.items() if key != field}
     files.problems.write_text(json.dumps(PROBLEMS | {"2": problem}))
     assert files.run("--json") == 2
 
 
-def test_answers_that_are_not_utf_8_are_told(files: Files) -> None:
+def test_answers_that_are_not_utf_8_are_refused(files: Files) -> None:
     files.answers.write_bytes(b"\xff")
     assert files.run("--json") == 2
 
@@ -270,7 +270,7 @@ def expected_scores() -> dict[str, Any]:
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"{SAMPLE} is not here: reference data that is not part of the project")
 @pytest.mark.parametrize("name", ["llava_13b_v1_3", "llava_13b_v0"])
-def test_published_answers_get_their_published_score(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_published_answers_reach_their_published_score(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--problems", SAMPLE / "problems.json", "--splits", SAMPLE / "pid_splits.json"]
     answers = ["--answers", SAMPLE / f"answers_{name}.jsonl", "--json"]
     assert main(None, ["score", "scienceqa", *map(str, [*files, *answers])]) == 0

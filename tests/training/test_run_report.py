@@ -1,4 +1,4 @@
-"""`lora-llava report`: the page of a run over two files of one's own, as it was, with less, and with files spoilt."""
+"""`lora-llava report`: the report of a run on two files, with complete, missing and damaged files."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def cards(page: str) -> list[tuple[str, tuple[int, ...] | None]]:
     return found
 
 
-def test_rows_that_the_run_dropped_leave_every_answer_its_own_image(run: Path) -> None:
+def test_dropped_rows_do_not_shift_images(run: Path) -> None:
     page = (run / "report.html").read_text()
     expected = []
     for line in lines(run):
@@ -100,7 +100,7 @@ def test_rows_that_the_run_dropped_leave_every_answer_its_own_image(run: Path) -
     assert cards(rebuild_report(str(run)).read_text()) == cards(page)
 
 
-def test_a_row_whose_image_is_gone_is_shown_without_it_and_told(run: Path) -> None:
+def test_a_row_with_a_missing_image_is_shown_with_a_note(run: Path) -> None:
     gone = next(line for line in lines(run) if line["source"] == "first")
     (run.parent / "first" / f"{gone['question_id'][1:]}.png").write_bytes(b"")
     page = rebuild_report(str(run)).read_text()
@@ -109,7 +109,7 @@ def test_a_row_whose_image_is_gone_is_shown_without_it_and_told(run: Path) -> No
     assert f"Shown without an image that can no longer be opened: {gone['question_id']}." in page
 
 
-def test_a_page_without_answers_says_why(run: Path) -> None:
+def test_a_report_without_answers_states_the_reason(run: Path) -> None:
     (run / "predictions_after.jsonl").unlink()
     page = rebuild_report(str(run)).read_text()
     assert "No gallery of answers: predictions_after.jsonl is not in the run" in page
@@ -133,7 +133,7 @@ def without(*keys: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "told"),
+    ("name", "spoil", "message"),
     [
         ("predictions_after.jsonl", lambda text: text[:-20], r"line \d+: not JSON"),
         ("predictions_after.jsonl", lambda text: text[: text.rindex("\n", 0, -1) + 1], r"has \d+ answers, the"),
@@ -153,8 +153,8 @@ def without(*keys: str) -> Any:
         ("metrics.json", lambda text: text.replace('"steps": 1', '"steps": "1"'), "train.steps: Input should be"),
     ],
 )
-def test_a_file_that_is_spoilt_is_named(
-    run: Path, name: str, spoil: Any, told: str, capsys: pytest.CaptureFixture[str]
+def test_a_damaged_file_is_named(
+    run: Path, name: str, spoil: Any, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = run / name
     before = file.read_text()
@@ -162,11 +162,11 @@ def test_a_file_that_is_spoilt_is_named(
     assert file.read_text(errors="surrogateescape") != before
     assert main("report", [str(run)]) == 2
     err = capsys.readouterr().err
-    assert re.search(rf"^error: {re.escape(str(file))}[:,]? {told}", err)
+    assert re.search(rf"^error: {re.escape(str(file))}[:,]? {message}", err)
     assert err.count("\n") == 1
 
 
-def test_a_science_table_that_lacks_a_column_is_named(run: Path) -> None:
+def test_a_science_table_without_a_column_is_named(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     table = score([]) | {"AVG": [50.0, 1, 2]}
     del table["G1-6"]
@@ -201,7 +201,7 @@ def test_columns_without_questions_are_dashes() -> None:
     assert found["NAT"] == {"percent": 0.0, "correct": 0, "count": 1, "interval": [0.0, 79.35]}
 
 
-def test_answers_to_no_question_are_dashes() -> None:
+def test_scores_of_no_questions_are_dashes() -> None:
     none, one = answer_table([]), answer_table([score_answer("1", "a", "?", "x", "y")])
     assert shown(tables_view("T", {"a": none, "b": one})) == [
         ["a", "–", "–", "–", "", "0"],
