@@ -218,7 +218,7 @@ def test_options_that_do_not_fit_are_refused(run: Path, capsys: pytest.CaptureFi
         (["--timeout", "0"], "--timeout needs a server"),
         (["--server", "http://127.0.0.1:9", "--timeout", "inf"], "timeout is inf; give a number of seconds"),
         (["--prompt", "lmms-eval", "--direct"], "contradict each other; leave one out"),
-        (["--parser", "lenient", "--method", "loglik"], "--parser lenient reads the letter in what is written"),
+        (["--parser", "lenient", "--method", "loglik"], "--parser lenient reads letters in generated answers"),
         (["--benchmark", "llava-bench", "--parser", "llava"], "--parser has no effect with --benchmark llava-bench"),
         (["--published", "--json"], "--published has no effect with --json"),
     ):
