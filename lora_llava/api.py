@@ -112,13 +112,15 @@ def evaluate(
         source = {"path": str(file), "image_folder": str(Path(images).expanduser() if images else file.parent)}
         texts.append(f"data.test_source={json.dumps(source)}")
     with _output(quiet):
-        from lora_llava.evaluation.evaluate import Way
+        from lora_llava.evaluation.evaluate import EvaluationOptions
         from lora_llava.evaluation.evaluate import evaluate as score
 
-        way = Way(method=method, temperature=temperature, shuffled=shuffle_images, base_only=base_only)
+        options = EvaluationOptions(
+            method=method, temperature=temperature, shuffled=shuffle_images, base_only=base_only
+        )
         named = None if recipe is None else str(recipe)
         folder = None if output is None else str(output)
-        return dict(score(str(model), way, recipe=named, overrides=texts, limit=limit, output=folder))
+        return dict(score(str(model), options, recipe=named, overrides=texts, limit=limit, output=folder))
 
 
 def merge(

@@ -98,9 +98,9 @@ def run(args: argparse.Namespace, console: Any) -> int:
         server = ChatServer(args.server, args.server_model, concurrency=args.concurrency or 8, timeout=timeout)
     if args.benchmark:
         return _answer_llava_bench(args, server, console)
-    from lora_llava.evaluation.evaluate import Way, evaluate
+    from lora_llava.evaluation.evaluate import EvaluationOptions, evaluate
 
-    way = Way(
+    options = EvaluationOptions(
         method=args.method,
         prompt="direct" if args.direct else args.prompt or "recipe",
         temperature=args.temperature,
@@ -112,14 +112,14 @@ def run(args: argparse.Namespace, console: Any) -> int:
     )
     table = evaluate(
         args.model,
-        way,
+        options,
         recipe=args.recipe,
         overrides=args.overrides,
         limit=args.limit,
         output=args.output,
         server=server,
     )
-    print_table(Path(args.model).name, table, args, console, same_questions=not (way.shuffled or way.base_only))
+    print_table(Path(args.model).name, table, args, console, same_questions=not (options.shuffled or options.base_only))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Answers as they come, on disk: a stopped evaluation goes on where it was, and nothing is asked twice."""
+"""Log of answers on disk, so that a stopped evaluation resumes and generates no answer twice."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from lora_llava.inference.answer import Answer
 
 
 class AnswerLog:
-    """A JSONL file that is only appended to: what is asked of whom in its first line, then an answer a line.
+    """An append-only JSONL file of answers: first a line with the key of the evaluation, then one line per answer.
 
-    An answer is on disk before the next batch is asked. Answers of another evaluation are left where they are: this
-    one's then go into a file beside them.
+    An answer is on disk before the next batch starts. Answers of another evaluation are left untouched: the answers of
+    this one then go into a second file beside it.
 
     Args:
-        file: Where it is; made with its folder.
-        key: What the answers depend on, as plain JSON.
-        count: How many questions there are.
+        file: The file; created with its folder.
+        key: All that the answers depend on, as plain JSON.
+        count: Number of questions.
 
     Raises:
-        UserError: Where another process is at work in it.
+        UserError: If another process has the file open.
     """
 
     def __init__(self, file: Path, key: Mapping[str, Any], count: int) -> None:
         self.answers: dict[int, Answer] = {}
         self.damaged = 0
-        """Lines that could not be read, but for a last one that a kill cut short."""
+        """Number of unreadable lines, except a last line that a kill cut short."""
         key = json.loads(json.dumps(key))
         self.other = file.is_file() and _key_of(file) not in (None, key)
-        """Whether answers of another evaluation are in `file`."""
+        """Whether `file` has answers of another evaluation."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
         self.file = file.with_name(file.name.replace(".partial.", f".{name}.partial.")) if self.other else file
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -45,12 +45,14 @@ class AnswerLog:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{self.file}: another process evaluates into it; wait, or name another --output") from None
+            raise UserError(
+                f"{self.file}: another process is writing to it; wait, or choose another --output"
+            ) from None
         lines = self._read(count) if self.file.is_file() and _key_of(self.file) == key else []
         content = [json_text({"key": key}), *lines]
         temporary = self.file.with_name(f".{self.file.name}.tmp")
         temporary.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
-        temporary.replace(self.file)  # without what was cut off
+        temporary.replace(self.file)  # drops a line that was cut short
         self._stream = self.file.open("a", encoding="utf-8")
 
     def _read(self, count: int) -> list[str]:
@@ -60,26 +62,26 @@ class AnswerLog:
             try:
                 index, answer = _entry(json.loads(line), count)
             except (ValueError, KeyError, TypeError, AttributeError):
-                self.damaged += number < len(found) - 1  # behind the last line break: nothing, or what a kill cut short
+                self.damaged += number < len(found) - 1  # after the last line break: empty, or cut short
                 continue
             self.answers[index] = answer
             lines.append(line)
         return lines
 
     def add(self, index: int, answer: Answer) -> None:
-        """Keep one answer."""
+        """Append one answer."""
         self.answers[index] = answer
         scores = {} if answer.scores is None else {"scores": answer.scores}
         self._stream.write(json_text({"index": index, "text": answer.text, **scores}) + "\n")
         self._stream.flush()
 
     def close(self) -> None:
-        """Leave the file for the next start."""
+        """Close the file and keep it for the next start."""
         self._stream.close()
         self._lock.release()
 
     def remove(self) -> None:
-        """Take the file away: everything was answered, and stands elsewhere."""
+        """Remove the file once all answers are in the predictions file."""
         self.close()
         self.file.unlink(missing_ok=True)
         Path(self._lock.lock_file).unlink(missing_ok=True)
@@ -94,7 +96,7 @@ class AnswerLog:
 
 
 def _key_of(file: Path) -> Any:
-    """Whose answers a file holds; None where it does not say."""
+    """Return the key in the first line of a file; None if it has none."""
     try:
         with file.open(encoding="utf-8", errors="replace") as stream:
             return json.loads(stream.readline())["key"]

@@ -1,4 +1,4 @@
-"""Who answers: a model here, by writing or by weighing choices, or a server."""
+"""Sources of answers: a local model that generates or scores choices by likelihood, or a server."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from lora_llava.inference.likelihood import Choices, answer_losses, build_tree, 
 from lora_llava.inference.sampling import Sampling
 
 Answerer = Callable[[Sequence[Conversation], Collection[int]], Iterator[tuple[int, Answer]]]
-"""Answers the last question of each row, the turns before it as history, but for the rows of these indices; gives
-index and answer as they come."""
+"""Answers the last question of each row, with the turns before it as history. Skips the rows of the given indices, and
+yields index and answer in any order."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A model here, and what its questions are written with.
+class Evaluator:
+    """A local model with all that is needed to evaluate it.
 
     Attributes:
-        model: A LLaVA, with or without adapter.
-        tokenizer: The processor's.
-        template: The one that was trained.
-        num_image_tokens: Of one image.
-        load_pixels: Gives the rows' images.
-        batch_size: Questions at once.
+        model: A LLaVA, with or without an adapter.
+        tokenizer: The tokenizer of its processor.
+        template: The conversation template it was trained with.
+        num_image_tokens: Tokens of one image.
+        load_pixels: Loads the images of the rows.
+        batch_size: Questions in one batch.
     """
 
     model: Any
@@ -48,14 +48,16 @@ class Asked:
     batch_size: int
 
     def prompt(self, row: Conversation) -> list[int]:
-        """Ids of a row up to where its last answer starts."""
+        """Encode a row up to the start of its last answer."""
         return encode_prompt(
-            messages_of(row)[:-1], tokenizer=self.tokenizer, template=self.template,
+            messages_of(row)[:-1],
+            tokenizer=self.tokenizer,
+            template=self.template,
             num_image_tokens=self.num_image_tokens,
-        )  # fmt: skip
+        )
 
     def with_answer(self, row: Conversation, answer: str) -> tuple[list[int], list[int]]:
-        """Ids and labels of a row with this answer at its end, the answer alone labelled."""
+        """Encode a row that ends with this answer; only the answer has labels."""
         messages = [*messages_of(row)[:-1], {"role": "assistant", "content": answer}]
         encoded = encode_conversation(
             messages, tokenizer=self.tokenizer, template=self.template, num_image_tokens=self.num_image_tokens
@@ -65,112 +67,132 @@ class Asked:
 
 
 def messages_of(row: Conversation) -> list[Message]:
-    """A row's turns as messages."""
+    """Return the turns of a row as messages."""
     return [{"role": turn.role, "content": turn.text} for turn in row.turns]
 
 
-def by_writing(asked: Asked, sampling: Sampling) -> Answerer:
-    """Answers that the model writes.
+def by_generation(evaluator: Evaluator, sampling: Sampling) -> Answerer:
+    """Return an answerer that lets the model generate.
 
     Args:
-        asked: The model.
-        sampling: How tokens are drawn.
+        evaluator: The model.
+        sampling: How tokens are sampled.
     """
 
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
-        questions = [Question(asked.prompt(row), row.images) for row in rows]
+        questions = [Question(evaluator.prompt(row), row.images) for row in rows]
         return generate_answers(
-            asked.model, questions, tokenizer=asked.tokenizer, load_pixels=asked.load_pixels,
-            batch_size=asked.batch_size, sampling=sampling, stop_string=asked.template.stop_string, answered=answered,
-        )  # fmt: skip
+            evaluator.model,
+            questions,
+            tokenizer=evaluator.tokenizer,
+            load_pixels=evaluator.load_pixels,
+            batch_size=evaluator.batch_size,
+            sampling=sampling,
+            stop_string=evaluator.template.stop_string,
+            answered=answered,
+        )
 
     return answer
 
 
 Choose = Callable[[Conversation, str], Sequence[str]]
-"""Gives the answers that a row may have, behind what was written before them."""
+"""Returns the possible answers of a row, each after the text that precedes it."""
 
 
-def by_likelihood(asked: Asked, choices: Choose) -> Answerer:
-    """The likeliest of the answers that a question may have; no parser, and no answer that names nothing.
+def by_likelihood(evaluator: Evaluator, choices: Choose) -> Answerer:
+    """Return an answerer that picks the likeliest choice, so that no answer has to be parsed.
 
     Args:
-        asked: The model.
-        choices: Gives a row's.
+        evaluator: The model.
+        choices: Returns the choices of a row.
     """
 
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
         return weigh_choices(
-            asked.model, [_choices(asked, row, choices(row, "")) for row in rows], load_pixels=asked.load_pixels,
-            batch_size=asked.batch_size, pad_token_id=asked.tokenizer.pad_token_id,  # type: ignore[arg-type]
+            evaluator.model,
+            [_choices(evaluator, row, choices(row, "")) for row in rows],
+            load_pixels=evaluator.load_pixels,
+            batch_size=evaluator.batch_size,
+            pad_token_id=evaluator.tokenizer.pad_token_id,  # type: ignore[arg-type]
             answered=answered,
-        )  # fmt: skip
+        )
 
     return answer
 
 
-def by_reasoned_likelihood(asked: Asked, sampling: Sampling, choices: Choose) -> Answerer:
-    """The likeliest answer behind the reasons that the model writes first: for models that were trained to reason
-    before they answer, to which an answer without reasons is unheard of.
+def by_reasoned_likelihood(evaluator: Evaluator, sampling: Sampling, choices: Choose) -> Answerer:
+    """Return an answerer that lets the model generate its reasons, then picks the likeliest choice after them.
+
+    It is for models trained to reason before they answer, to which a bare answer is out of distribution.
 
     Args:
-        asked: The model.
-        sampling: How the reasons are drawn.
-        choices: Gives a row's answers behind its reasons.
+        evaluator: The model.
+        sampling: How the reasons are sampled.
+        choices: Returns the choices of a row after its reasons.
     """
 
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
-        questions = [Question(asked.prompt(row), row.images) for row in rows]
+        questions = [Question(evaluator.prompt(row), row.images) for row in rows]
         left = sorted((i for i in range(len(rows)) if i not in answered), key=lambda i: -len(questions[i].input_ids))
-        encoded = EncodedImages(asked.model, asked.load_pixels, questions, left, times=2)
+        encoded = EncodedImages(evaluator.model, evaluator.load_pixels, questions, left, times=2)
         common: dict[str, Any] = {
-            "load_pixels": asked.load_pixels, "batch_size": asked.batch_size, "encoded": encoded,
-        }  # fmt: skip
-        for start in range(0, len(left), asked.batch_size):
-            batch = left[start : start + asked.batch_size]
-            written = generate_answers(
-                asked.model, [questions[i] for i in batch], tokenizer=asked.tokenizer, sampling=sampling,
-                stop_string=asked.template.stop_string, **common,
-            )  # fmt: skip
-            reasons = {batch[place]: found for place, found in written}
+            "load_pixels": evaluator.load_pixels,
+            "batch_size": evaluator.batch_size,
+            "encoded": encoded,
+        }
+        for start in range(0, len(left), evaluator.batch_size):
+            batch = left[start : start + evaluator.batch_size]
+            generated = generate_answers(
+                evaluator.model,
+                [questions[i] for i in batch],
+                tokenizer=evaluator.tokenizer,
+                sampling=sampling,
+                stop_string=evaluator.template.stop_string,
+                **common,
+            )
+            reasons = {batch[place]: found for place, found in generated}
             yield from ((i, found) for i, found in reasons.items() if found.problem is not None)
             seen = [i for i in batch if reasons[i].problem is None]
-            weighed = weigh_choices(
-                asked.model, [_choices(asked, rows[i], choices(rows[i], reasons[i].text)) for i in seen],
-                pad_token_id=asked.tokenizer.pad_token_id, **common,  # type: ignore[arg-type]
-            )  # fmt: skip
-            yield from ((seen[place], found) for place, found in weighed)
+            likeliest = weigh_choices(
+                evaluator.model,
+                [_choices(evaluator, rows[i], choices(rows[i], reasons[i].text)) for i in seen],
+                pad_token_id=evaluator.tokenizer.pad_token_id,
+                **common,  # type: ignore[arg-type]
+            )
+            yield from ((seen[place], found) for place, found in likeliest)
 
     return answer
 
 
-def _choices(asked: Asked, row: Conversation, texts: Sequence[str]) -> Choices:
-    """The row's choices, encoded.
+def _choices(evaluator: Evaluator, row: Conversation, texts: Sequence[str]) -> Choices:
+    """Encode the choices of a row.
 
     Raises:
-        UserError: For choices that cannot be told apart, or one that is empty.
+        UserError: If a choice is empty, or the same as another or its beginning.
     """
     if not all(text.strip() for text in texts):
-        raise UserError(f"--method loglik: {row.name} has an empty choice; fill it in, or take it out")
-    encoded = [asked.with_answer(row, text) for text in texts]
+        raise UserError(f"--method loglik: {row.name} has an empty choice; fill it in or remove it")
+    encoded = [evaluator.with_answer(row, text) for text in texts]
     try:
         build_tree([ids for ids, _ in encoded])
     except ValueError:
         raise UserError(
-            f"--method loglik: {row.name} has a choice that is the beginning of another, or the same; mend it"
+            f"--method loglik: {row.name} has a choice that equals another or is the beginning of it; fix it"
         ) from None
     return Choices(texts, encoded, row.images)
 
 
 def by_server(server: ChatServer, images: ImageSource, sampling: Sampling, stop_string: str | None) -> Answerer:
-    """Answers of a server, several asked at once. Its own chat template writes the prompt, which for a model that this
-    package exported is the one that was trained.
+    """Return an answerer that queries a server with concurrent requests.
+
+    The server's own chat template builds the prompt. For a model exported by this package it is the one used in
+    training.
 
     Args:
-        server: An OpenAI-compatible one.
-        images: Opens the rows' images, which are sent with the questions.
-        sampling: How tokens are drawn there.
-        stop_string: Ends an answer where the template's stop is ordinary text.
+        server: An OpenAI-compatible server.
+        images: Opens the images of the rows, which are sent with the questions.
+        sampling: How the server samples tokens.
+        stop_string: Ends an answer if the template's stop is ordinary text.
     """
 
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
@@ -202,7 +224,7 @@ def by_server(server: ChatServer, images: ImageSource, sampling: Sampling, stop_
 
 
 def _server_messages(row: Conversation, images: ImageSource) -> list[dict[str, Any]]:
-    """A row up to its last answer in OpenAI's form, each image where its placeholder stands."""
+    """Return a row up to its last answer as OpenAI messages, each image in place of its placeholder."""
     names = iter(row.images)
     messages = []
     for turn in row.turns[:-1]:
@@ -212,41 +234,44 @@ def _server_messages(row: Conversation, images: ImageSource) -> list[dict[str, A
             if place:
                 content.append(image_part(images.open(next(names))))
             piece = without_marks(piece)
-            text = piece.strip("\n") if len(pieces) > 1 else piece  # the template puts a line break at an image
+            text = piece.strip("\n") if len(pieces) > 1 else piece  # the template adds the line break at an image
             if text:
                 content.append({"type": "text", "text": text})
         messages.append({"role": turn.role, "content": content if len(pieces) > 1 else turn.shown})
     return messages
 
 
-def reference_losses(asked: Asked, rows: Sequence[Conversation]) -> dict[int, tuple[float, int]]:
-    """The loss of what the data answers.
+def reference_losses(evaluator: Evaluator, rows: Sequence[Conversation]) -> dict[int, tuple[float, int]]:
+    """Compute the loss of the reference answers.
 
     Args:
-        asked: The model.
-        rows: Conversations that end with an answer.
+        evaluator: The model.
+        rows: Conversations that end with the reference answer.
 
     Returns:
-        Summed cross-entropy in nats and tokens of the last answer and its stop, by the row's index; none for a row
-        whose image cannot be opened.
+        By index of the row, the summed cross-entropy in nats and the number of tokens, over the last answer and its
+        stop. A row whose image cannot be opened is left out.
     """
     found = answer_losses(
-        asked.model, [asked.with_answer(row, row.turns[-1].text) for row in rows], [row.images for row in rows],
-        load_pixels=asked.load_pixels, batch_size=asked.batch_size,
-        pad_token_id=asked.tokenizer.pad_token_id,  # type: ignore[arg-type]
-    )  # fmt: skip
+        evaluator.model,
+        [evaluator.with_answer(row, row.turns[-1].text) for row in rows],
+        [row.images for row in rows],
+        load_pixels=evaluator.load_pixels,
+        batch_size=evaluator.batch_size,
+        pad_token_id=evaluator.tokenizer.pad_token_id,  # type: ignore[arg-type]
+    )
     return {index: (loss, tokens) for index, loss, tokens in found}
 
 
-def shared(answerer: Answerer) -> Answerer:
-    """Let each rank answer its share of the questions; all of them get every answer."""
+def split_over_ranks(answerer: Answerer) -> Answerer:
+    """Return an answerer that splits the questions over the ranks; every rank receives all answers."""
     rank, ranks = this_rank()
     if ranks == 1:
         return answerer
 
-    def answer(rows: Sequence[Any], but: Collection[int]) -> Iterator[tuple[int, Any]]:
+    def answer(rows: Sequence[Any], answered: Collection[int]) -> Iterator[tuple[int, Any]]:
         others = {i for i in range(len(rows)) if i % ranks != rank}
-        for share in gather(list(answerer(rows, frozenset(but) | others))):
+        for share in gather(list(answerer(rows, frozenset(answered) | others))):
             yield from share
 
     return answer

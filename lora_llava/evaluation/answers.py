@@ -1,103 +1,32 @@
-"""Marks for free answers: exact match and token F1 as SQuAD defines them (arXiv 1606.05250, section 6.1), ROUGE-L.
-
-What is compared are the tokens of `lora_llava.evaluation.parsing.normal`, whose docstring states the rule.
-"""
+"""Records and tables of free answers: a line for each answer, and scores by source and by type of question."""
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, NotRequired, TypedDict
+from collections.abc import Iterable
+from typing import Any
 
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
+from lora_llava.evaluation.answer_metrics import group_scores, text_scores
+from lora_llava.evaluation.parsing.normal import is_number, normalise
 
-from lora_llava.evaluation.parsing.normal import CJK, answer_tokens, is_number, normalise
-
-MARKING = "SQuAD's rule, numbers by their value, CJK by characters: lora_llava.evaluation.parsing.normal"
-"""How free answers are compared."""
-_WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
+COMPARED_BY = "SQuAD's rule, numbers by their value, CJK by characters: lora_llava.evaluation.parsing.normal"
+"""How free answers are compared with their references, as `evaluation.json` records it."""
 _NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _PHRASE = 5
-"""Words of a short answer; VQA v2's longest common ones have as many."""
+"""Most words of a short answer, as in the longest common answers of VQA v2."""
 TYPES = ("yes/no", "number", "phrase", "text")
-"""Kinds of question, by what the data answers, where it names none itself; the first two are VQA's (arXiv 1505.00468,
+"""Types of question, by the reference answer, for data that names none. The first two are VQA's (arXiv 1505.00468,
 section 4)."""
 
-
-class AnsweredRow(TypedDict):
-    """One line of a predictions file."""
-
-    question_id: str
-    source: str
-    type: str
-    question: str
-    reference: str
-    text: str
-    exact: bool
-    f1: float
-    rouge_l: float
-    loss: NotRequired[float]
-    loss_tokens: NotRequired[int]
-    problem: NotRequired[str]
-
-
-class Marks(TypedDict):
-    """What a group of questions gets: three shares in %, the loss in nats a token, how many questions."""
-
-    exact_match: float
-    f1: float
-    rouge_l: float
-    loss: float | None
-    questions: int
-
-
-AnswerTable = dict[str, Marks]
-"""By group: `all`; the sources, where there are several; `type: yes/no` and so on, where there are several types."""
-
-
-class _Words(Tokenizer):
-    """rouge_score's own tokenizer knows no letter beyond a to z; this one agrees with it on those, and takes CJK by
-    characters."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
-
-
-_ROUGE = RougeScorer(["rougeL"], tokenizer=_Words())
-
-
-def exact_match(text: str, reference: str) -> bool:
-    """Whether an answer says what the reference says, by the tokens of both."""
-    return answer_tokens(text) == answer_tokens(reference)
-
-
-def token_f1(text: str, reference: str) -> float:
-    """Harmonic mean of precision and recall over words, numbers and CJK characters.
-
-    Returns:
-        From 0 to 1; of two texts without words, 1.
-    """
-    ours, theirs = answer_tokens(text), answer_tokens(reference)
-    if not ours or not theirs:
-        return float(ours == theirs)
-    common = sum((Counter(ours) & Counter(theirs)).values())
-    return 2 * common / (len(ours) + len(theirs))
-
-
-def rouge_l(text: str, reference: str) -> float:
-    """F-measure over the longest common subsequence of words (Lin 2004), by rouge_score, without stemming.
-
-    Returns:
-        From 0 to 1; 0 where either has no word.
-    """
-    return float(_ROUGE.score(reference, text)["rougeL"].fmeasure)
+AnsweredRow = dict[str, Any]
+"""One line of a predictions file: the texts `question_id`, `source`, `type`, `question`, `reference` and `text`; the
+values of `METRICS`; `loss_tokens` beside a loss; `problem` if no answer could be made."""
+AnswerTable = dict[str, dict[str, Any]]
+"""Scores (see `group_scores`) by group: `all`; each source, if there are several; `type: yes/no` and so on, if there
+are several types."""
 
 
 def question_type(reference: str) -> str:
-    """The kind of question that has this answer.
+    """Return the type of a question, by its answer.
 
     Returns:
         One of `TYPES`: yes or no; a number in digits, or a word up to twelve; up to five words; more.
@@ -110,57 +39,55 @@ def question_type(reference: str) -> str:
     return "phrase" if len(words) <= _PHRASE else "text"
 
 
-def mark_answer(
+def score_answer(
     row_id: str, source: str, question: str, reference: str, text: str, kind: str | None = None
 ) -> AnsweredRow:
-    """Mark one answer.
+    """Score one answer.
 
     Args:
-        row_id: The row's.
-        source: The row's source.
+        row_id: Id of the row.
+        source: Name of the row's source.
         question: The last question, without placeholder.
-        reference: What the data answers.
-        text: What the model wrote.
-        kind: The row's own type of question; None takes `question_type`.
+        reference: The answer in the data.
+        text: The answer of the model.
+        kind: The type of question, if the data names one; None uses `question_type`.
+
+    Returns:
+        A line of the predictions file.
     """
-    return AnsweredRow(
-        question_id=row_id, source=source, type=kind or question_type(reference), question=question,
-        reference=reference, text=text, exact=exact_match(text, reference), f1=token_f1(text, reference),
-        rouge_l=rouge_l(text, reference),
-    )  # fmt: skip
+    about = {
+        "question_id": row_id,
+        "source": source,
+        "type": kind or question_type(reference),
+        "question": question,
+        "reference": reference,
+        "text": text,
+    }
+    return about | text_scores(text, reference)
 
 
 def answer_table(rows: Iterable[AnsweredRow]) -> AnswerTable:
-    """Average marks over all rows, over each source and over each type of question.
+    """Average the scores over all rows, over each source and over each type of question.
 
-    A group's loss is the mean over its tokens, and None where a row of it has none.
+    Args:
+        rows: From `score_answer`.
+
+    Returns:
+        The table. The loss of a group is the mean over its tokens, and None if a row of the group has none.
     """
     rows = list(rows)
-    table = {"all": _marks(rows)}
+    table = {"all": group_scores(rows)}
     sources = list(dict.fromkeys(row["source"] for row in rows))
     for source in sources if len(sources) > 1 else []:
         name = f"{source} (source)" if source == "all" or source.startswith("type: ") else source
-        table[name] = _marks([row for row in rows if row["source"] == source])
+        table[name] = group_scores([row for row in rows if row["source"] == source])
     types = dict.fromkeys(row["type"] for row in rows)
     types = dict.fromkeys([*(kind for kind in TYPES if kind in types), *types])
     for kind in types if len(types) > 1 else []:
-        table[f"type: {kind}"] = _marks([row for row in rows if row["type"] == kind])
+        table[f"type: {kind}"] = group_scores([row for row in rows if row["type"] == kind])
     return table
 
 
-def _marks(rows: Sequence[AnsweredRow]) -> Marks:
-    def share(values: Iterable[float]) -> float:
-        return round(100 * sum(values) / max(1, len(rows)), 2)
-
-    tokens = sum(row.get("loss_tokens", 0) for row in rows)
-    loss = sum(row["loss"] * row["loss_tokens"] for row in rows if "loss" in row)
-    return Marks(
-        exact_match=share(row["exact"] for row in rows), f1=share(row["f1"] for row in rows),
-        rouge_l=share(row["rouge_l"] for row in rows),
-        loss=round(loss / tokens, 4) if tokens and all("loss" in row for row in rows) else None, questions=len(rows),
-    )  # fmt: skip
-
-
 def is_answer_table(table: dict[str, Any] | None) -> bool:
-    """Whether a table is of free answers and not ScienceQA's."""
+    """Check whether a table is one of free answers, not ScienceQA's."""
     return bool(table) and "all" in (table or {})

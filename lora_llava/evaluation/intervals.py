@@ -1,4 +1,4 @@
-"""How far a share may be off."""
+"""Confidence intervals of shares."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ LEVEL = 0.95
 
 
 def share_interval(correct: int, count: int) -> tuple[float, float]:
-    """Wilson's interval of a share (scipy.stats, BinomTestResult.proportion_ci).
+    """Compute Wilson's interval of a share (scipy.stats, BinomTestResult.proportion_ci).
 
     Args:
-        correct: How many of them.
-        count: Of how many.
+        correct: Number of correct answers.
+        count: Number of answers.
 
     Returns:
-        The lower and the upper end in percent; of nothing, 0 and 100.
+        The lower and the upper end in percent; 0 and 100 for a count of 0.
     """
     if count == 0:
         return 0.0, 100.0

@@ -1,4 +1,4 @@
-"""ScienceQA's test split as others report it, to stand beside one's own table."""
+"""Published results on ScienceQA's test split, for comparison."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 from lora_llava.evaluation.scienceqa import COLUMNS
 
 QUESTIONS = 4_241
-"""Of the test split (pid_splits.json of github.com/lupantech/ScienceQA), which all of these were asked."""
+"""Questions of the test split (pid_splits.json of github.com/lupantech/ScienceQA), the base of all these results."""
 _LEADERBOARD = "ScienceQA's leaderboard"
 _LAVIN = "README of github.com/luogen1996/LaVIN, 4-bit, the average alone"
 
@@ -19,7 +19,7 @@ def _row(source: str, *percentages: float) -> dict[str, Any]:
     return {"columns": dict(zip(COLUMNS, percentages, strict=False)), "source": where}
 
 
-# Figures are those of the leaderboard at github.com/lupantech/ScienceQA, and of the README for what it has not.
+# From the leaderboard at github.com/lupantech/ScienceQA, and from LaVIN's README for rows it does not list.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "Human": _row("arXiv 2209.09513", 88.40, 90.23, 84.97, 87.48, 89.60, 87.50, 88.10, 91.59, 82.42),
     "MM-CoT base": _row("arXiv 2302.00923", 84.91, 87.52, 77.17, 85.82, 87.88, 82.90, 86.83, 84.65, 85.37),
@@ -33,16 +33,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "arXiv 2304.08485, table 7", 92.53, 91.56, 96.74, 91.09, 90.62, 88.99, 93.52, 92.73, 92.16
     ),
 }
-"""By name: `columns`, in percent, as far as they are reported; `source`."""
+"""By name: `columns` in percent, as far as they are reported, and `source`."""
 
 
 def published_cells(columns: dict[str, float]) -> list[str]:
-    """A row's nine cells, a dash for what is not reported."""
+    """Format the nine cells of a row, with a dash for a column that is not reported."""
     return [f"{columns[column]:.2f}" if column in columns else "–" for column in COLUMNS]
 
 
 def published_table() -> RichTable:
-    """The rows for the terminal."""
+    """Build the table of published results for the terminal."""
     view = RichTable(title=f"Published, {QUESTIONS:,} test questions", title_justify="left")
     view.add_column("accuracy in %")
     for column in COLUMNS:
@@ -53,7 +53,7 @@ def published_table() -> RichTable:
 
 
 def published_sources() -> str:
-    """Where the rows are from, on one line."""
+    """Return the sources of the rows, on one line."""
     names: dict[str, list[str]] = {}
     for name, row in PUBLISHED.items():
         names.setdefault(row["source"], []).append(name)

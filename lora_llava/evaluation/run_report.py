@@ -1,4 +1,4 @@
-"""`report.html`: a run on one page: curves, the tables, and answers with their images."""
+"""`report.html`: a run on one page, with curves, tables, and answers with their images."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.images.reading import BadImageError
+from lora_llava.evaluation.answer_metrics import EXACT, METRICS, score_cells, score_headings
 from lora_llava.evaluation.answers import is_answer_table
 from lora_llava.evaluation.compare.compare_files import CONVERSATIONS, Row, read_predictions
-from lora_llava.evaluation.evaluate import Way, open_evaluation
+from lora_llava.evaluation.compare.comparison import is_right
+from lora_llava.evaluation.evaluate import EvaluationOptions, open_evaluation
 from lora_llava.evaluation.scienceqa import COLUMNS
-from lora_llava.evaluation.scoring import Asking
-from lora_llava.evaluation.tables import interval_cells, mark_cells, percent_cells
+from lora_llava.evaluation.scoring import EvaluationResult
+from lora_llava.evaluation.tables import interval_cells, percent_cells
 from lora_llava.pages.report_page import GalleryItem, RunReport, Table, render_report
 from lora_llava.pages.report_plots import Curve
 from lora_llava.planning.memory import GIB
@@ -31,9 +33,9 @@ from lora_llava.splits.split_rows import Split
 REPORT_FILE = "report.html"
 PREDICTIONS_FILE = "predictions_after.jsonl"
 _SHOWN = 20
-"""Right answers in the gallery, and as many wrong ones."""
+"""Most right answers in the gallery, and most wrong ones."""
 _NAMED = 5
-"""Questions that a note names of those it counts."""
+"""Most question ids that a note lists."""
 
 _Pairs = list[tuple[float, float]]
 
@@ -57,16 +59,8 @@ class _Trained(BaseModel):
     trained_parameters: dict[str, int]
 
 
-class _Marks(BaseModel):
-    exact_match: float
-    f1: float
-    rouge_l: float
-    loss: float | None
-    questions: int
-
-
 class _Metrics(BaseModel):
-    """What the page takes from `metrics.json`."""
+    """The part of `metrics.json` that the page shows."""
 
     train: _Train
     model: _Trained
@@ -75,20 +69,20 @@ class _Metrics(BaseModel):
     after: dict[str, Any] | None = None
 
 
-def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: Asking | None) -> Path:
-    """Write a run's report.
+def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: EvaluationResult | None) -> Path:
+    """Write the report of a run.
 
     Args:
         folder: The run directory.
-        recipe: The run's.
+        recipe: The recipe of the run.
         metrics: Content of its `metrics.json`.
-        after: What the table after training came of; None leaves the gallery out, and a note says why.
+        after: The evaluation after training; None leaves the gallery out, and a note states why.
 
     Returns:
         The file.
     """
     tables = {name: metrics[name] for name in ("before", "after") if metrics.get(name)}
-    chosen = _choose(after.marked, recipe.seed) if after is not None else []
+    chosen = _choose(after.scored, recipe.seed) if after is not None else []
     gallery = [_item(after, i) for i in chosen] if after is not None else []
     report = RunReport(
         title=f"{folder.name}: Stage {recipe.stage}",
@@ -96,7 +90,9 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: A
         curves=_curves(metrics["train"], tables),
         tables=_tables(tables),
         gallery=gallery,
-        notes=_notes(after, dict(zip(chosen, gallery, strict=True))) if after is not None else [_why_none(metrics)],
+        notes=_notes(after, dict(zip(chosen, gallery, strict=True)))
+        if after is not None
+        else [_note_without_gallery(metrics)],
     )
     file = folder / REPORT_FILE
     file.write_text(render_report(report), encoding="utf-8")
@@ -104,7 +100,7 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: A
 
 
 def rebuild_report(run: str) -> Path:
-    """Write a finished run's report again, from its metrics, predictions and data.
+    """Write the report of a finished run again, from its metrics, predictions and data.
 
     Args:
         run: The run directory.
@@ -113,23 +109,23 @@ def rebuild_report(run: str) -> Path:
         The file.
 
     Raises:
-        UserError: Where the folder is no finished run, a file of it cannot be read, or its data is not what it was.
+        UserError: If the folder is not a finished run, a file of it cannot be read, or its data has changed.
     """
     folder = Path(run)
     if not is_run(folder) or not (folder / METRICS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
-        raise UserError(f"{run} is no finished run with {METRICS_FILE} and {RECIPE_FILE}; name one")
+        raise UserError(f"{run} is not a finished run with {METRICS_FILE} and {RECIPE_FILE}; name one")
     metrics = _read_metrics(folder / METRICS_FILE)
     recipe = load_recipe(folder / RECIPE_FILE)
     file = folder / PREDICTIONS_FILE
     if not metrics.get("after") or not file.is_file():
         return write_report(folder, recipe, metrics, None)
-    kind, marked = read_predictions(file, texts=["text"])
-    if len(marked) != (count := _count_asked(metrics["after"])):
-        raise UserError(f"{file} has {len(marked):,} answers, the table in {METRICS_FILE} is of {count:,}; restore it")
-    # With the recipe named, all rows are there, also those that the run dropped: each answer looks for its own.
-    split = open_evaluation(run, Way(bad_images="wrong"), recipe=str(folder / RECIPE_FILE)).split
-    rows = _asked_rows(file, marked, split, own=kind == CONVERSATIONS)
-    return write_report(folder, recipe, metrics, Asking(metrics["after"], rows, marked, split))
+    kind, scored = read_predictions(file, texts=["text"])
+    if len(scored) != (count := _count_questions(metrics["after"])):
+        raise UserError(f"{file} has {len(scored):,} answers, the table in {METRICS_FILE} has {count:,}; restore it")
+    # With the recipe named, all rows are read, also those the run dropped; each answer is matched to its row.
+    split = open_evaluation(run, EvaluationOptions(bad_images="wrong"), recipe=str(folder / RECIPE_FILE)).split
+    rows = _evaluated_rows(file, scored, split, own=kind == CONVERSATIONS)
+    return write_report(folder, recipe, metrics, EvaluationResult(metrics["after"], rows, scored, split))
 
 
 def _read_metrics(file: Path) -> dict[str, Any]:
@@ -142,40 +138,50 @@ def _read_metrics(file: Path) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}." for part in first["loc"]).removesuffix(".")
-        told = f"{where}: {first['msg']}" if where else first["msg"]
-        raise UserError(f"{file}: {told}; restore it, or train the run again") from None
+        problem = f"{where}: {first['msg']}" if where else first["msg"]
+        raise UserError(f"{file}: {problem}; restore it, or train the run again") from None
     return metrics
 
 
 def _check_table(name: str, table: dict[str, Any] | None) -> None:
     if is_answer_table(table):
-        TypeAdapter(dict[str, dict[str, _Marks]]).validate_json(json.dumps({name: table}), strict=True)
+        form: Any = TypeAdapter(dict[str, dict[str, _scores_model()]])  # type: ignore[misc, arg-type]
+        form.validate_json(json.dumps({name: table}), strict=True)
     elif table:
         columns = {column: table.get(column) for column in COLUMNS}
         form = TypeAdapter(dict[str, dict[str, tuple[float, int, int]]])
         form.validate_json(json.dumps({name: columns}), strict=True)
 
 
-def _count_asked(table: dict[str, Any]) -> int:
+def _scores_model() -> type[BaseModel]:
+    """Build the model of the scores of one group, from `METRICS`."""
+    fields: dict[str, Any] = {"questions": (int, ...)}
+    for metric in METRICS.values():
+        kind = float if metric.function is not None and metric.required else float | None
+        fields[metric.saved_as] = (kind, ... if metric.required else None)
+    return create_model("Scores", **fields)
+
+
+def _count_questions(table: dict[str, Any]) -> int:
     return int(table["all"]["questions"] if is_answer_table(table) else table["AVG"][2])
 
 
-def _asked_rows(file: Path, marked: Sequence[Row], split: Split, own: bool) -> list[Conversation]:
-    """The rows that were asked, by what their lines say of them: others may have been dropped for their images."""
+def _evaluated_rows(file: Path, scored: Sequence[Row], split: Split, own: bool) -> list[Conversation]:
+    """Find the row of each line of a predictions file; other rows may have been dropped for their images."""
     rows: defaultdict[tuple[str, ...], deque[Conversation]] = defaultdict(deque)
     for row in split.read(range(len(split.rows))):
-        about = [str(row.extra.get("source", "")), _question(row), row.turns[-1].shown] if own else []
-        rows[row.row_id, *about].append(row)
+        identity = [str(row.extra.get("source", "")), _question(row), row.turns[-1].shown] if own else []
+        rows[row.row_id, *identity].append(row)
     found = []
-    for line in marked:
-        about = [line.get("source", ""), line["question"], line["reference"]] if own else []
-        same = rows.get((line["question_id"], *about))
+    for line in scored:
+        identity = [line.get("source", ""), line["question"], line["reference"]] if own else []
+        same = rows.get((line["question_id"], *identity))
         if not same:
             raise UserError(
-                f"{file} answers other questions than the run's data has now, such as {line['question_id']}; restore "
-                "the data"
+                f"{file} answers questions that the run's data no longer has, such as {line['question_id']}; "
+                "restore the data"
             )
-        found.append(same.popleft())  # of copies, each has its own line
+        found.append(same.popleft())  # equal rows are used one after the other
     return found
 
 
@@ -199,7 +205,7 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("seed", str(recipe.seed)),
         ("recipe", recipe_hash(recipe)[:12]),
     ]
-    return [(name, told) for name, told in facts if told]
+    return [(name, value) for name, value in facts if value]
 
 
 def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
@@ -212,13 +218,14 @@ def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
     curves = [
         Curve("Loss", "nats per token", {name: points(losses[name]) for name in ("train", "validation")}),
         Curve(
-            "Exact match during training" if free else "Accuracy during training", "%",
+            f"{METRICS[EXACT].title.capitalize() if free else 'Accuracy'} during training",
+            "%",
             {"validation rows": points(others.get("validation_score"))},
         ),
         Curve("Learning rate", "", {"learning rate": points(others.get("learning_rate"))}),
         Curve("Speed", "tokens/s", {"training": points(others.get("tokens_per_second"))}),
         Curve("Memory", "GiB", {"peak so far": points(others.get("memory_bytes"), GIB)}),
-    ]  # fmt: skip
+    ]
     return [curve for curve in curves if any(curve.series.values())]
 
 
@@ -226,13 +233,13 @@ def _tables(tables: dict[str, Any]) -> list[Table]:
     if not tables:
         return []
     if any(is_answer_table(table) for table in tables.values()):
-        columns = ["", "group", "exact match in %", "F1 in %", "ROUGE-L in %", "loss", "questions"]
+        columns = ["", "group", *score_headings(), "questions"]
         rows = [
-            [name, group, *mark_cells(marks),
-             "" if marks["loss"] is None else f"{marks['loss']:.4f}", str(marks["questions"])]
-            for name, table in tables.items() for group, marks in table.items()
-        ]  # fmt: skip
-        return [Table("Answers to held-back rows", columns, rows)]
+            [name, group, *score_cells(scores), str(scores["questions"])]
+            for name, table in tables.items()
+            for group, scores in table.items()
+        ]
+        return [Table("Answers to held-out rows", columns, rows)]
     rows = [[name, *percent_cells(table)] for name, table in tables.items()]
     last = tables[list(tables)[-1]]
     rows += [[f"95% {name}", *ends] for name, ends in zip(("from", "to"), interval_cells(last), strict=True)]
@@ -243,15 +250,11 @@ def _tables(tables: dict[str, Any]) -> list[Table]:
     return [Table(f"Accuracy in % on the test split{parser}", ["", *COLUMNS], rows)]
 
 
-def _is_right(line: dict[str, Any]) -> bool:
-    return bool(line["exact"] if "exact" in line else line["prediction"] == line["answer"])
-
-
-def _choose(marked: Sequence[Row], seed: int) -> list[int]:
-    """Some wrong and some right answers, drawn by the seed, in the rows' order."""
+def _choose(scored: Sequence[Row], seed: int) -> list[int]:
+    """Choose some wrong and some right answers by the seed, in the order of the rows."""
     chosen: list[int] = []
     for right in (False, True):
-        places = [i for i, line in enumerate(marked) if _is_right(line) == right]
+        places = [i for i, line in enumerate(scored) if is_right(line) == right]
         chosen += random.Random(seed).sample(places, min(_SHOWN, len(places)))
     return sorted(chosen)
 
@@ -260,49 +263,55 @@ def _question(row: Conversation) -> str:
     return row.turns[-2].words
 
 
-def _item(after: Asking, index: int) -> GalleryItem:
-    row, line = after.rows[index], after.marked[index]
+def _item(after: EvaluationResult, index: int) -> GalleryItem:
+    row, line = after.rows[index], after.scored[index]
     shown = _images(row, after)
     return GalleryItem(
-        question=_question(row), reference=row.turns[-1].shown, text=line["text"], right=_is_right(line),
-        images=[image for _, image in shown], names=[name for name, _ in shown], question_id=line["question_id"],
+        question=_question(row),
+        reference=row.turns[-1].shown,
+        text=line["text"],
+        right=is_right(line),
+        images=[image for _, image in shown],
+        names=[name for name, _ in shown],
+        question_id=line["question_id"],
         categories=(line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)])
         + ([row.named] if row.named else []),
-    )  # fmt: skip
+    )
 
 
-def _images(row: Conversation, after: Asking) -> list[tuple[str, Image.Image]]:
-    """The images that can be opened, with their file names."""
+def _images(row: Conversation, after: EvaluationResult) -> list[tuple[str, Image.Image]]:
+    """Return the images that can be opened, with their file names."""
     found = []
     for name in row.images:
         try:
             found.append((after.split.images.label(name), after.split.images.open(name)))
-        except BadImageError:  # the notes tell of it
+        except BadImageError:  # listed in the notes
             continue
     return found
 
 
-def _why_none(metrics: Mapping[str, Any]) -> str:
+def _note_without_gallery(metrics: Mapping[str, Any]) -> str:
     if not metrics.get("after"):
-        return "No gallery of answers: the run asked no questions after training."
+        return "No gallery of answers: the run evaluated no questions after training."
     return f"No gallery of answers: {PREDICTIONS_FILE} is not in the run's folder."
 
 
-def _notes(after: Asking, gallery: Mapping[int, GalleryItem]) -> list[str]:
-    right = sum(map(_is_right, after.marked))
+def _notes(after: EvaluationResult, gallery: Mapping[int, GalleryItem]) -> list[str]:
+    right = sum(map(is_right, after.scored))
     notes = [
-        f"The gallery shows up to {_SHOWN} of {len(after.marked) - right:,} wrong and of {right:,} right answers, "
-        "drawn by the seed."
+        f"The gallery shows up to {_SHOWN} of {len(after.scored) - right:,} wrong and of {right:,} right answers, "
+        "chosen by the seed."
     ]
-    bad = [line["question_id"] for line in after.marked if "problem" in line]
+    bad = [line["question_id"] for line in after.scored if "problem" in line]
     if bad:
         notes.append(f"{_count(bad)} wrong because an image could not be opened: {_named(bad)}.")
-    gone = [
-        item.question_id for i, item in gallery.items()
-        if len(item.images) < len(after.rows[i].images) and "problem" not in after.marked[i]
-    ]  # fmt: skip
-    if gone:
-        notes.append(f"Shown without an image that cannot be opened any more: {_named(gone)}.")
+    missing = [
+        item.question_id
+        for i, item in gallery.items()
+        if len(item.images) < len(after.rows[i].images) and "problem" not in after.scored[i]
+    ]
+    if missing:
+        notes.append(f"Shown without an image that can no longer be opened: {_named(missing)}.")
     return notes
 
 

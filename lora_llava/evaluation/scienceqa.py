@@ -1,4 +1,4 @@
-"""ScienceQA's score: which choice an answer names, and accuracy over the benchmark's nine columns."""
+"""ScienceQA's score: the choice that an answer names, and accuracy in the benchmark's nine columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lora_llava.evaluation.parsing.letters import parse_leniently
 
 LETTERS = "ABCDE"
 PARSERS = ("llava", "lenient")
-"""Readers of the letter that an answer names: `parse_answer`, and `letters.parse_leniently`."""
+"""Parsers of the letter in an answer: `parse_answer`, and `letters.parse_leniently`."""
 COLUMNS = ("AVG", "NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
 """ScienceQA's columns (arXiv 2209.09513, table 3), the average first."""
 
@@ -18,7 +18,7 @@ _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language scienc
 _ANSWER = re.compile(r"The answer is ([A-Z]).")  # the dot is LLaVA's: any character
 
 Table = dict[str, Any]
-"""`{column: [percent, correct, count], ..., "unparsed": count}`, and `parser` where it is not LLaVA's."""
+"""`{column: [percent, correct, count], ..., "unparsed": count}`, and `parser` if it is not LLaVA's."""
 
 
 class Prediction(TypedDict):
@@ -37,14 +37,14 @@ class Prediction(TypedDict):
 def parse_answer(text: str, num_choices: int) -> int:
     """Find the choice that an answer names, by LLaVA's rule (llava/eval/eval_science_qa.py).
 
-    The text is a lone letter, or starts with one as in "B. iron", or says "The answer is B." exactly once.
+    The text is a lone letter, starts with one as in "B. iron", or contains "The answer is B." exactly once.
 
     Args:
-        text: What the model wrote.
-        num_choices: How many choices the question has.
+        text: The answer of the model.
+        num_choices: Number of choices of the question.
 
     Returns:
-        The choice's index, or -1 where the text names none or one that there is not.
+        Index of the choice, or -1 if the text names none or one beyond the choices.
     """
     letters = LETTERS[:num_choices]
     if text in LETTERS and len(text) == 1:
@@ -60,16 +60,16 @@ def parse_answer(text: str, num_choices: int) -> int:
 
 
 def categories(subject: str, grade: str, has_image: bool, has_hint: bool) -> list[str]:
-    """The columns in which a question counts, AVG aside.
+    """Return the columns in which a question counts, except AVG.
 
     Args:
         subject: `natural science`, `social science` or `language science`.
         grade: `grade1` to `grade12`.
-        has_image: Whether it shows an image.
+        has_image: Whether it has an image.
         has_hint: Whether it has a textual context.
 
     Returns:
-        Among NAT, SOC, LAN; TXT, IMG, or NO for neither; G1-6, G7-12.
+        One of NAT, SOC and LAN; TXT and IMG, or NO for neither; G1-6 or G7-12.
     """
     columns = [_SUBJECTS[subject]] if subject in _SUBJECTS else []
     columns += ["TXT"] * has_hint + ["IMG"] * has_image + ["NO"] * (not has_hint and not has_image)
@@ -83,12 +83,12 @@ def read_letter(text: str, question: Mapping[str, Any], parser: str = "llava") -
     """Find the choice that an answer names.
 
     Args:
-        text: What the model wrote.
-        question: `num_choices`, and for the lenient parser `choices`.
+        text: The answer of the model.
+        question: A mapping with `num_choices`, and for the lenient parser `choices`.
         parser: A member of `PARSERS`.
 
     Returns:
-        The choice's index, or -1.
+        Index of the choice, or -1.
     """
     if parser == "llava":
         return parse_answer(text, question["num_choices"])
@@ -98,14 +98,14 @@ def read_letter(text: str, question: Mapping[str, Any], parser: str = "llava") -
 def make_prediction(
     question_id: str, text: str, question: Mapping[str, Any], choice: int | None = None, parser: str = "llava"
 ) -> Prediction:
-    """Mark one answer.
+    """Score one answer.
 
     Args:
-        question_id: The problem's id.
-        text: What the model wrote.
+        question_id: Id of the problem.
+        text: The answer of the model.
         question: `answer`, `num_choices`, `subject`, `grade`, `has_image` and `has_hint`.
-        choice: Index of what was chosen, where nothing is to be read from the text.
-        parser: Reads the letter, a member of `PARSERS`.
+        choice: Index of the chosen answer; None reads it from the text.
+        parser: Parser of the letter, a member of `PARSERS`.
     """
     columns = categories(question["subject"], question["grade"], question["has_image"], question["has_hint"])
     prediction = read_letter(text, question, parser) if choice is None else choice
@@ -118,15 +118,15 @@ def make_prediction(
 
 
 def score(predictions: Iterable[Prediction], parser: str = "llava") -> Table:
-    """Count the table.
+    """Compute the table of accuracies.
 
     Args:
         predictions: From `make_prediction`.
-        parser: What read the letters; a table names it where it is not LLaVA's.
+        parser: Parser of the letters; the table names it if it is not LLaVA's.
 
     Returns:
-        For every column the percentage to two decimals, correct answers and questions; and how many answers named no
-        choice, which count as wrong.
+        For every column the percentage to two decimals, the correct answers and the questions; and the number of
+        answers that named no choice. These count as wrong.
     """
     counts = {column: [0, 0] for column in COLUMNS}
     unparsed = 0

@@ -1,4 +1,4 @@
-"""`lora-llava score scienceqa`: marks a file of answers, whoever wrote it."""
+"""`lora-llava score scienceqa`: score a file of answers from any source."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lora_llava.evaluation.scienceqa import Table, make_prediction, score
 def score_scienceqa_file(
     problems: Path, splits: Path, answers: Path, split: str = "test", parser: str = "llava"
 ) -> Table:
-    """Score answers in the form that LLaVA publishes.
+    """Score answers in the format that LLaVA publishes.
 
     Args:
         problems: `problems.json`.
         splits: `pid_splits.json`.
         answers: JSONL of `{"question_id", "text"}`.
-        split: The split that was asked; a question without answer is an error.
-        parser: Reads the letters, a member of `PARSERS`.
+        split: The evaluated split; a question without an answer is an error.
+        parser: Parser of the letters, a member of `PARSERS`.
 
     Returns:
         The table.
 
     Raises:
-        UserError: For a file that is missing or malformed, an unknown question, or one that has no answer.
+        UserError: If a file is missing or malformed, or a question is unknown or has no answer.
     """
     entries = read_problems(problems, splits, split)
     texts = _read_answers(answers)
@@ -40,19 +40,19 @@ def score_scienceqa_file(
     for pid, entry in entries.items():
         lacking = [field for field in ("subject", "grade") if field not in entry]
         if lacking:
-            raise UserError(f"{problems}: row {pid}: the field {lacking[0]!r} is missing; its columns need it")
+            raise UserError(f"{problems}: row {pid}: the field {lacking[0]!r} is missing; the table needs it")
         predictions.append(make_prediction(pid, texts[pid], question_of(pid, entry), parser=parser))
     if not predictions:
-        raise UserError(f"{splits}: split {split!r} is empty; name the one that was asked with --split")
+        raise UserError(f"{splits}: split {split!r} is empty; name the evaluated one with --split")
     return score(predictions, parser)
 
 
 def _read_answers(file: Path) -> dict[str, str]:
     if not file.is_file():
-        raise UserError(f"{file} is missing; give a JSONL file of question_id and text")
+        raise UserError(f"{file} is missing; name a JSONL file of question_id and text")
     texts: dict[str, str] = {}
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would part an answer at U+2028
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would split an answer at U+2028
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -66,6 +66,6 @@ def _read_answers(file: Path) -> dict[str, str]:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}, line {number}: needs question_id and text ({error})") from None
         if pid in texts:
-            raise UserError(f"{file}, line {number}: question_id {pid!r} was answered before; keep one")
+            raise UserError(f"{file}, line {number}: question_id {pid!r} appears twice; keep one")
         texts[pid] = text
     return texts

@@ -1,4 +1,4 @@
-"""Asking a model: the tables before and after training, and a slice of the validation rows on the way."""
+"""Evaluation within a training run: tables before and after it, and scores of validation rows during it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from transformers import Trainer, TrainerCallback
 
 from lora_llava.data.conversation import Conversation
 from lora_llava.distributed.ranks import is_first
-from lora_llava.evaluation.answerers import Asked, by_writing, reference_losses, shared
+from lora_llava.evaluation.answer_metrics import EXACT, METRICS
+from lora_llava.evaluation.answerers import Evaluator, by_generation, reference_losses, split_over_ranks
 from lora_llava.evaluation.answers import AnswerTable, is_answer_table
-from lora_llava.evaluation.ask import ask_conversations, ask_scienceqa, choose_rows
+from lora_llava.evaluation.row_evaluation import choose_rows, evaluate_conversations, evaluate_scienceqa
 from lora_llava.evaluation.scienceqa import Table
 from lora_llava.inference.sampling import Sampling
 from lora_llava.planning.run_plan import RunPlan
@@ -25,32 +26,32 @@ from lora_llava.splits.split_rows import Split, asked_split
 
 
 @dataclass(frozen=True)
-class Asking:
-    """What a table came of.
+class EvaluationResult:
+    """A table and the answers it was computed from.
 
     Attributes:
         table: The scores.
-        rows: What was asked.
-        marked: The marked answers, in the rows' order.
-        split: Where the rows are from.
+        rows: The evaluated rows.
+        scored: The scored answers, in the order of the rows.
+        split: The split of the rows.
     """
 
     table: Table | AnswerTable
     rows: list[Conversation]
-    marked: list[Any]
+    scored: list[Any]
     split: Split
 
 
-def ask_table(model: Any, plan: RunPlan, when: str) -> Asking | None:
-    """Ask the held-back rows, and write the answers.
+def evaluate_run(model: Any, plan: RunPlan, when: str) -> EvaluationResult | None:
+    """Evaluate a model on the held-out rows of its run, and write the predictions file.
 
     Args:
-        model: As it is now.
-        plan: The run's.
+        model: The model in its present state.
+        plan: The plan of the run.
         when: `before` or `after`.
 
     Returns:
-        What came of it; None where the recipe asks nothing then.
+        The result; None if the recipe asks for no evaluation at that time.
     """
     count = getattr(plan.recipe.evaluation, when, 0)
     if count == 0:
@@ -58,34 +59,34 @@ def ask_table(model: Any, plan: RunPlan, when: str) -> Asking | None:
     split = plan.splits[asked_split(plan.splits) or "test"]
     rows = split.read(choose_rows(range(len(split.rows)), count, plan.recipe.seed))
     file = Path(plan.recipe.output_dir) / f"predictions_{when}.jsonl"
-    return _ask(model, plan, split, rows, file, f"table {when} training")
+    return _evaluate(model, plan, split, rows, file, f"table {when} training")
 
 
-def _ask(
+def _evaluate(
     model: Any, plan: RunPlan, split: Split, rows: list[Conversation], predictions: Path | None, description: str
-) -> Asking:  # fmt: skip
+) -> EvaluationResult:
     settings = plan.recipe.evaluation or EvaluationSection()
-    asked = Asked(
+    evaluator = Evaluator(
         model, plan.tokenizer, plan.template, plan.model.config.image_seq_length, split.load_pixels, settings.batch_size
     )
-    answerer = shared(by_writing(asked, Sampling(max_new_tokens=settings.max_new_tokens)))
+    answerer = split_over_ranks(by_generation(evaluator, Sampling(max_new_tokens=settings.max_new_tokens)))
     predictions = predictions if is_first() else None
     if plan.recipe.data.format == "scienceqa":
-        table, marked = ask_scienceqa(
+        table, scored = evaluate_scienceqa(
             rows, answerer, predictions=predictions, description=description, parser=settings.parser
         )
-        return Asking(table, rows, marked, split)
-    answers, lines = ask_conversations(
-        rows, answerer, lambda: reference_losses(asked, rows), predictions=predictions, description=description
+        return EvaluationResult(table, rows, scored, split)
+    answers, lines = evaluate_conversations(
+        rows, answerer, lambda: reference_losses(evaluator, rows), predictions=predictions, description=description
     )
-    return Asking(answers, rows, lines, split)
+    return EvaluationResult(answers, rows, lines, split)
 
 
 class ScoreValidation(TrainerCallback):
-    """Lets the model answer a slice of the validation rows every so many steps; training goes on as if it had not.
+    """Score some validation rows every `evaluation.generate_every` steps, without any effect on training.
 
     Args:
-        plan: The run's; its recipe says how often and how many.
+        plan: The plan of the run.
     """
 
     def __init__(self, plan: RunPlan) -> None:
@@ -101,23 +102,26 @@ class ScoreValidation(TrainerCallback):
         training, random = model.training, torch.get_rng_state()
         with self.trainer.off_the_clock() if self.trainer is not None else nullcontext():
             try:
-                found = _ask(model, self.plan, self.split, self.rows, None, f"step {state.global_step}: validation")
+                found = _evaluate(
+                    model, self.plan, self.split, self.rows, None, f"step {state.global_step}: validation"
+                )
             finally:
                 model.train(training)
                 torch.set_rng_state(random)
         name, score = headline(found.table)
         if self.trainer is not None:
             logs = control.should_log
-            Trainer.log(self.trainer, {"validation_score": score})  # TRL's own would also end its running means
-            control.should_log = logs  # the step's own loss is still to come
-        told = f"step {state.global_step}: {name} {score:.2f}% of {len(self.rows)} validation rows"
+            Trainer.log(self.trainer, {"validation_score": score})  # TRL's own log would also reset its running means
+            control.should_log = logs  # the loss of this step is logged later
+        line = f"step {state.global_step}: {name} {score:.2f}% of {len(self.rows)} validation rows"
         if is_first():
-            tqdm.write(told, file=sys.stderr)
+            tqdm.write(line, file=sys.stderr)
 
 
 def headline(table: Table | AnswerTable) -> tuple[str, float]:
-    """A table's one figure, and its name."""
+    """Return the name and the value of a table's main score."""
     found: dict[str, Any] = dict(table)
     if is_answer_table(found):
-        return "exact match", float(found["all"]["exact_match"])
+        metric = METRICS[EXACT]
+        return metric.title, float(found["all"][metric.saved_as])
     return "accuracy", float(found["AVG"][0])

@@ -1,29 +1,30 @@
-"""What a figure stands on, for `evaluation.json`: what was asked, how it was read, and how far off it may be."""
+"""Summary of an evaluation for `evaluation.json`: scores, counts and confidence intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_llava.evaluation.answer_metrics import METRICS
 from lora_llava.evaluation.answers import is_answer_table
 from lora_llava.evaluation.intervals import share_interval
 from lora_llava.evaluation.scienceqa import COLUMNS
 
 
-def summarise(table: Mapping[str, Any], marked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A table with counts and 95% intervals, and what could not be read or seen.
+def summarise(table: Mapping[str, Any], scored: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Summarise a table with counts, 95% intervals, unparsed answers and unopened images.
 
     Args:
-        table: Of ScienceQA or of free answers.
-        marked: The lines of its predictions file.
+        table: A table of ScienceQA or of free answers.
+        scored: The lines of its predictions file.
 
     Returns:
-        `table`, a figure of no questions None; for ScienceQA `unparsed` with its share in %; `bad_images`, the ids of
-        questions that count as wrong because an image could not be opened.
+        `table`, with None for a score of no questions; for ScienceQA `unparsed` with its share in %; `unopened_images`,
+        the ids of questions that count as wrong because an image could not be opened.
     """
-    bad = [row["question_id"] for row in marked if "problem" in row]
+    bad = [row["question_id"] for row in scored if "problem" in row]
     if is_answer_table(dict(table)):
-        groups = {name: _known(marks) | {"exact_match_interval": _interval(marks)} for name, marks in table.items()}
+        groups = {name: _known(scores) | _intervals(scores) for name, scores in table.items()}
         return {"table": groups, "unopened_images": bad}
     columns = {
         column: {
@@ -39,18 +40,24 @@ def summarise(table: Mapping[str, Any], marked: Sequence[Mapping[str, Any]]) -> 
 
 
 def unparsed(table: Mapping[str, Any]) -> dict[str, float]:
-    """How many of a ScienceQA table's answers named no choice, and their share in %."""
+    """Return how many answers of a ScienceQA table named no choice, and their share in %."""
     count = table["AVG"][2]
     return {"count": table["unparsed"], "percent": round(100 * table["unparsed"] / max(1, count), 2)}
 
 
-def _known(marks: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's marks, without figures of no questions."""
-    return {name: value if marks["questions"] or name == "questions" else None for name, value in marks.items()}
+def _known(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores of a group, None in place of the scores of no questions."""
+    return {name: value if scores["questions"] or name == "questions" else None for name, value in scores.items()}
 
 
-def _interval(marks: Mapping[str, Any]) -> list[float] | None:
-    return _rounded(round(marks["exact_match"] * marks["questions"] / 100), marks["questions"])
+def _intervals(scores: Mapping[str, Any]) -> dict[str, list[float] | None]:
+    """Return the 95% interval of each metric whose values are true or false."""
+    count = scores["questions"]
+    return {
+        f"{metric.saved_as}_interval": _rounded(round(scores[metric.saved_as] * count / 100), count)
+        for metric in METRICS.values()
+        if metric.binary
+    }
 
 
 def _rounded(correct: int, count: int) -> list[float] | None:

@@ -21,7 +21,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.images.reading import Pixels
 from lora_llava.data.images.to_rgb import CONVERSION_RULE
 from lora_llava.distributed.ranks import first_before_others
-from lora_llava.evaluation.ask import choose_rows
+from lora_llava.evaluation.row_evaluation import choose_rows
 from lora_llava.model.base import cache_folder
 from lora_llava.model.loading import default_device, resolve_dtype
 from lora_llava.model.start import Base

@@ -21,7 +21,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import FoundPath
 from lora_llava.distributed.ranks import first_alone, first_before_others, is_first, this_rank
 from lora_llava.evaluation.run_report import REPORT_FILE, write_report
-from lora_llava.evaluation.scoring import Asking, ask_table
+from lora_llava.evaluation.scoring import EvaluationResult, evaluate_run
 from lora_llava.evaluation.tables import tables_view
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.base import cache_folder
@@ -203,7 +203,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
         first_alone(lambda: set_aside(folder / CHECKPOINTS, resumed.checkpoint))
     with sealed(plan.splits.get("test")):
         result = train(plan, base, model, resumed, identity)
-    after = ask_table(model, plan, "after")
+    after = evaluate_run(model, plan, "after")
     tables = {"before": before, "after": after.table if after else None}
     metrics = _metrics(plan, base, freeze_plan, result, tables)
     first_alone(lambda: _write_results(folder, recipe, metrics, after))
@@ -229,7 +229,7 @@ def _predictions(folder: Path) -> list[Path]:
     return sorted(folder.glob("predictions_*.jsonl"))
 
 
-def _write_results(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: Asking | None) -> None:
+def _write_results(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: EvaluationResult | None) -> None:
     write_json(folder / METRICS_FILE, metrics)
     write_report(folder, recipe, metrics, after)
 
@@ -246,7 +246,7 @@ def _evaluate_before(model: Any, plan: RunPlan, identity: dict[str, Any], again:
             if kept["asked"] == settings:
                 return kept["table"]
         console.print("the settings of the evaluation changed; the table before training is computed again")
-    answered = ask_table(model, plan, "before")
+    answered = evaluate_run(model, plan, "before")
     table = answered.table if answered else None
     first_alone(lambda: write_json(file, {"asked": settings, "table": table}))
     return table

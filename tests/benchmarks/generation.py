@@ -8,8 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lora_llava.evaluation.ask import ask_scienceqa
-from lora_llava.evaluation.evaluate import Way, held_out_rows, load_asked, open_answerer, open_evaluation
+from lora_llava.evaluation.evaluate import (
+    EvaluationOptions,
+    held_out_rows,
+    load_evaluator,
+    open_answerer,
+    open_evaluation,
+)
+from lora_llava.evaluation.row_evaluation import evaluate_scienceqa
 from lora_llava.inference.sampling import Sampling
 from lora_llava.recipe import EvaluationSection
 
@@ -21,23 +27,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Load the weights once, run one untimed pass, and time passes that each encode their questions and images."""
-    way = Way()
-    opened = open_evaluation(args.run, way)
+    options = EvaluationOptions()
+    opened = open_evaluation(args.run, options)
     settings = opened.recipe.evaluation or EvaluationSection()
-    rows = held_out_rows(opened, way, args.limit)
-    batched = load_asked(opened, settings.batch_size)
+    rows = held_out_rows(opened, options, args.limit)
+    batched = load_evaluator(opened, settings.batch_size)
     sampling = Sampling(max_new_tokens=settings.max_new_tokens)
 
-    def ask(asked: Any, how: Way) -> tuple[float, Any, list[Any]]:
+    def ask(asked: Any, options: EvaluationOptions) -> tuple[float, Any, list[Any]]:
         start = time.perf_counter()
-        answerer = open_answerer(opened, how, asked, sampling)
-        table, marked = ask_scienceqa(rows, answerer, predictions=None, description=how.method)
+        answerer = open_answerer(opened, options, asked, sampling)
+        table, marked = evaluate_scienceqa(rows, answerer, predictions=None, description=options.method)
         return time.perf_counter() - start, table, marked
 
-    ask(batched, way)
-    many, table, together = ask(batched, way)
-    one, _, alone = ask(replace(batched, batch_size=1), way)
-    scoring, likely, scored = ask(batched, Way(method="loglik"))
+    ask(batched, options)
+    many, table, together = ask(batched, options)
+    one, _, alone = ask(replace(batched, batch_size=1), options)
+    scoring, likely, scored = ask(batched, EvaluationOptions(method="loglik"))
     return {
         "run": Path(args.run).name,
         "questions": len(rows),

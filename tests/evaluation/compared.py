@@ -1,4 +1,4 @@
-"""Runs with predictions, written to be compared."""
+"""Runs with predictions for comparison tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_llava.evaluation.answers import mark_answer
+from lora_llava.evaluation.answers import score_answer
 from lora_llava.evaluation.compare.compare_files import read_runs
 from lora_llava.evaluation.compare.comparison import Comparison, compare_runs
 
@@ -17,14 +17,19 @@ CATEGORIES = [["NAT", "IMG", "G1-6"], ["SOC", "TXT", "G7-12"]]
 def science(marks: str, first: int = 0) -> list[dict[str, Any]]:
     """One row a letter: `r` right, `w` wrong; even questions are of NAT, IMG and G1-6."""
     return [
-        {"question_id": str(first + n), "text": "", "prediction": 1 if mark == "r" else 0, "answer": 1,
-         "categories": CATEGORIES[(first + n) % 2]}
+        {
+            "question_id": str(first + n),
+            "text": "",
+            "prediction": 1 if mark == "r" else 0,
+            "answer": 1,
+            "categories": CATEGORIES[(first + n) % 2],
+        }
         for n, mark in enumerate(marks)
-    ]  # fmt: skip
+    ]
 
 
 def own(*texts: str, first: int = 0) -> list[Any]:
-    return [mark_answer(str(first + n), "mine", "What?", "red cube", text) for n, text in enumerate(texts)]
+    return [score_answer(str(first + n), "mine", "What?", "red cube", text) for n, text in enumerate(texts)]
 
 
 def written(folder: Path, rows: list[Any], recipe: dict[str, Any] | None = None, name: str = "predictions") -> Path:

@@ -1,4 +1,4 @@
-"""Small files of LLaVA-Bench's form."""
+"""Small files in the format of LLaVA-Bench."""
 
 from __future__ import annotations
 

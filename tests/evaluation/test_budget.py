@@ -1,4 +1,4 @@
-"""Caps hold what a server did, answered or not: over real servers that fail seven times of eight."""
+"""Caps on cost count failed requests too: tests with servers that fail seven of eight times."""
 
 from __future__ import annotations
 
@@ -37,14 +37,12 @@ def work_of(made: list[int], prompt: int, answered: int) -> float:
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
-def test_generated_data_costs_no_more_than_the_cap_however_often_the_server_fails(
+def test_generated_data_stays_under_the_cap_with_a_failing_server(
     log: ChatLog, tmp_path: Path, concurrency: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made: list[int] = []
     log.answer, log.behave = teach, lambda body, count: failing(body, count, made)
-    teacher = {
-        "timeout": 0.3, "retries": 1, "concurrency": concurrency, "price_in": 10.0, "price_out": 1000.0
-    }  # fmt: skip
+    teacher = {"timeout": 0.3, "retries": 1, "concurrency": concurrency, "price_in": 10.0, "price_out": 1000.0}
     recipe = write_recipe(recipe_of(tmp_path, log.url, 40, teacher=teacher), tmp_path)
     argv = ["generate-data", recipe, "--max-cost", "8", "--json"]
     assert main(None, argv) == 1
@@ -67,12 +65,25 @@ def prompt_tokens(body: Body) -> int:
     return sum(len(str(message["content"]).encode()) for message in body["messages"])
 
 
-def test_a_judge_costs_no_more_than_the_cap_and_a_second_run_counts_the_first(log: ChatLog, tmp_path: Path) -> None:
+def test_a_judge_stays_under_the_cap_and_a_second_run_counts_the_first(log: ChatLog, tmp_path: Path) -> None:
     made: list[int] = []
     log.answer, log.behave = lambda body: "9 8", lambda body, count: failing(body, count, made)
     files = bench(tmp_path, 30)
-    argv = ["score", "llava-bench", *options(files), "--judge-url", log.url, "--timeout", "0.3", "--concurrency", "2",
-            "--price-in", "10", "--price-out", "1000"]  # fmt: skip
+    argv = [
+        "score",
+        "llava-bench",
+        *options(files),
+        "--judge-url",
+        log.url,
+        "--timeout",
+        "0.3",
+        "--concurrency",
+        "2",
+        "--price-in",
+        "10",
+        "--price-out",
+        "1000",
+    ]
     assert main(None, [*argv, "--max-cost", "5"]) == 1
     assert 3 < work_of(made, 1000, 2) <= 5
     tries = len(made)
@@ -87,17 +98,17 @@ def quick(log: ChatLog, **more: Any) -> ChatServer:
 
 
 @pytest.mark.parametrize("way", [ask, ask_apart])
-def test_every_failed_try_is_told_with_its_cost_and_another_may_be_refused(log: ChatLog, way: Any) -> None:
+def test_every_failed_attempt_is_reported_with_its_cost(log: ChatLog, way: Any) -> None:
     log.behave = lambda body, count: ("no choices, used", "500", "429", "ok")[min(count, 3)]
-    told: list[tuple[int, str, int | None, int | None]] = []
+    reported: list[tuple[int, str, int | None, int | None]] = []
 
     def again(place: int, failure: ChatFailure) -> bool:
-        told.append((place, failure.reason[:8], failure.prompt_tokens, failure.completion_tokens))
-        return len(told) != 5
+        reported.append((place, failure.reason[:8], failure.prompt_tokens, failure.completion_tokens))
+        return len(reported) != 5
 
     found = dict(way(quick(log, concurrency=1), [REQUEST], again))
     assert isinstance(found[0], ChatAnswer)
-    assert told == [(0, "malforme", 500, 700), (0, "HTTP 500", None, None), (0, "HTTP 429", 0, 0)]
+    assert reported == [(0, "malforme", 500, 700), (0, "HTTP 500", None, None), (0, "HTTP 429", 0, 0)]
     log.came.clear()
     refused = dict(way(quick(log, concurrency=1), [REQUEST], again))[0]
     assert refused == ChatFailure("HTTP 500: told 500 with Bearer no-key, and the cap allows no further try")
@@ -107,10 +118,17 @@ def test_every_failed_try_is_told_with_its_cost_and_another_may_be_refused(log: 
 
 @pytest.mark.parametrize(
     ("kind", "usage"),
-    [("stall", (None, None)), ("html", (None, None)), ("no choices", (None, None)), ("no choices, used", (500, 700)),
-     ("400", (0, 0)), ("503", (None, None)), ("408", (None, None))],
-)  # fmt: skip
-def test_a_failure_costs_what_the_server_says_or_nobody_knows(
+    [
+        ("stall", (None, None)),
+        ("html", (None, None)),
+        ("no choices", (None, None)),
+        ("no choices, used", (500, 700)),
+        ("400", (0, 0)),
+        ("503", (None, None)),
+        ("408", (None, None)),
+    ],
+)
+def test_a_failure_costs_the_reported_usage_if_known(
     log: ChatLog, kind: str, usage: tuple[int | None, int | None]
 ) -> None:
     log.behave = lambda body, count: kind
@@ -119,7 +137,7 @@ def test_a_failure_costs_what_the_server_says_or_nobody_knows(
     assert (found.prompt_tokens, found.completion_tokens) == usage
 
 
-def test_a_failure_without_usage_costs_the_most() -> None:
+def test_a_failure_without_usage_costs_the_maximum() -> None:
     budget = Budget(price_in=1e6, price_out=1e3, max_cost=100.0, before=90.0)
     assert budget.take("a", REQUEST)  # 3 + 1 USD
     assert budget.again("a", REQUEST, ChatFailure("late"))
@@ -133,7 +151,7 @@ def test_a_failure_without_usage_costs_the_most() -> None:
     assert (budget.exhausted, budget.spent, budget.requests) == (True, pytest.approx(7.0), 2)
 
 
-def test_a_cap_on_requests_counts_further_tries(log: ChatLog, tmp_path: Path) -> None:
+def test_a_cap_on_requests_counts_retries(log: ChatLog, tmp_path: Path) -> None:
     log.answer, log.behave = teach, lambda body, count: "500"
     recipe = write_recipe(recipe_of(tmp_path, log.url, 40, teacher={"retries": 6}), tmp_path)
     assert main(None, ["generate-data", recipe, "--max-requests", "5"]) == 1
@@ -149,11 +167,11 @@ def test_a_cap_on_requests_counts_further_tries(log: ChatLog, tmp_path: Path) ->
         ("\u041d\u0430 \u044d\u0442\u043e\u0439", 5),
     ],
 )
-def test_estimates_are_no_less_than_what_llamas_tokenizer_makes(text: str, least: int) -> None:
+def test_estimates_are_not_below_llama_s_token_counts(text: str, least: int) -> None:
     assert least <= estimate_text_tokens(text) <= len(text.encode())
 
 
-def test_english_is_estimated_a_third_too_high_and_not_more() -> None:
+def test_english_is_estimated_at_most_a_third_too_high() -> None:
     text = "The judge is asked about two answers, and the two scores in what it writes."
     assert estimate_text_tokens(text) == 27  # Llama: 18
     assert estimate_tokens(ChatRequest([{"role": "user", "content": text}] * 2, 5)) == 54

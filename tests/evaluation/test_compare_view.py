@@ -1,4 +1,4 @@
-"""A comparison for the terminal, in Markdown, LaTeX and JSON, published rows, and the verb."""
+"""Rendering of comparisons for the terminal, Markdown, LaTeX and JSON, published rows, and the verb."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_terminal_s_table_at_100_columns(tmp_path: Path) -> None:
         "- mean ± sample standard deviation over seeds (r16: 0, 1; r32: 0, 1)",
     ):
         assert wanted in lines
-    assert "the runs above were asked 240 questions" in " ".join(lines)
+    assert "the runs above answered 240 questions" in " ".join(lines)
 
 
 def test_markdown_and_latex_of_two_runs(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_markdown_and_latex_of_two_runs(tmp_path: Path) -> None:
     assert markdown[:6] == [
         "**Answers, 2 questions**",
         "",
-        "| marks in % | exact match | F1 | ROUGE-L |",
+        "| scores in % | exact match | F1 | ROUGE-L |",
         "| --- | ---: | ---: | ---: |",
         "| a_x | 50.00 (9.5–90.5) | 50.00 | 50.00 |",
         "| b% | 0.00 (0.0–65.8) | 0.00 | 0.00 |",
@@ -63,7 +63,7 @@ def test_markdown_and_latex_of_two_runs(tmp_path: Path) -> None:
         "% Answers, 2 questions",
         r"\begin{tabular}{lrrr}",
         r"\toprule",
-        r"marks in \% & exact match & F1 & ROUGE-L \\",
+        r"scores in \% & exact match & F1 & ROUGE-L \\",
         r"\midrule",
         r"a\_x & 50.00 (9.5--90.5) & 50.00 & 50.00 \\",
         r"b\% & 0.00 (0.0--65.8) & 0.00 & 0.00 \\",
@@ -79,7 +79,7 @@ def unescaped(latex: str) -> str:
 
 
 @given(text=st.text(st.characters(codec="ascii"), max_size=30) | st.just(HOSTILE) | st.text(max_size=10))
-def test_no_text_acts_in_latex_or_ends_a_cell_in_markdown(text: str) -> None:
+def test_escaped_text_is_inert_in_latex_and_markdown(text: str) -> None:
     assert not set(unescaped(escape_latex(text))) & set("\\{}&%$#_^~<>|[*")
     assert "--" not in escape_latex(text.replace("–", ""))
     assert re.search(r"(?<!\\)(\\\\)*[|<`*\[]", escape_markdown(text)) is None
@@ -107,7 +107,7 @@ def test_hostile_names_leave_tables_balanced(tmp_path: Path) -> None:
         assert not {c for c in text if ord(c) < 32 or c == "\u202e"} - {"\n"}
 
 
-def test_p_values_in_words() -> None:
+def test_p_values_are_formatted() -> None:
     assert [write_p(p) for p in (0.00009, 0.0001, 0.04567, 1.0)] == ["< 0.0001", "0.0001", "0.0457", "1.0000"]
 
 
@@ -115,14 +115,23 @@ def test_json_has_everything_unrounded(tmp_path: Path) -> None:
     recipes = {name: recipe_of(int(name[-1]), int(name[1:3])) for name in SEEDS}
     found = json.loads(as_json(compared(tmp_path, {n: science(m) for n, m in SEEDS.items()}, recipes), published=True))
     assert found["groups"][0]["columns"]["AVG"] == {
-        "mean": 62.5, "deviation": statistics.stdev([50, 75]), "values": [50.0, 75.0]
-    }  # fmt: skip
+        "mean": 62.5,
+        "deviation": statistics.stdev([50, 75]),
+        "values": [50.0, 75.0],
+    }
     assert found["groups"][0]["columns"]["LAN"] == {"mean": None, "deviation": None, "values": [None, None]}
     assert [run["seed"] for run in found["groups"][0]["runs"]] == [0, 1]
     assert found["tests"][0] == {
-        "first": "r16", "other": "r32", "seeds": [0, 0], "questions": 4, "only_first": 0, "only_other": 2, "p": 0.5,
-        "holm": 1.0, "difference": 50.0,
-    }  # fmt: skip
+        "first": "r16",
+        "other": "r32",
+        "seeds": [0, 0],
+        "questions": 4,
+        "only_first": 0,
+        "only_other": 2,
+        "p": 0.5,
+        "holm": 1.0,
+        "difference": 50.0,
+    }
     assert found["published"]["LLaVA 13B"]["columns"]["AVG"] == 90.92
 
 
@@ -139,12 +148,24 @@ def test_published_averages_are_those_of_their_columns() -> None:
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], stage2_content: dict[str, Any]) -> None:
-    marked = [make_prediction(str(n), text, {"answer": 0, "num_choices": 2, "subject": "natural science",
-                                             "grade": "grade1", "has_image": True, "has_hint": False})
-              for n, text in enumerate(("A", "B", "?"))]  # fmt: skip
+    scored = [
+        make_prediction(
+            str(n),
+            text,
+            {
+                "answer": 0,
+                "num_choices": 2,
+                "subject": "natural science",
+                "grade": "grade1",
+                "has_image": True,
+                "has_hint": False,
+            },
+        )
+        for n, text in enumerate(("A", "B", "?"))
+    ]
     runs = []
     for seed in (1, 2):
-        run = written(tmp_path / f"run-{seed}", marked, name="predictions_after")
+        run = written(tmp_path / f"run-{seed}", scored, name="predictions_after")
         (run / "recipe.yaml").write_text(json.dumps({**stage2_content, "seed": seed, "output_dir": str(run)}))
         runs.append(str(run))
     assert main(None, ["compare", *runs]) == 0
@@ -159,4 +180,4 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str], stage2_con
     assert r"LLaVA 13B & 90.92" in file.read_text()
     (tmp_path / "own.jsonl").write_text(json.dumps(own("x")[0]))
     assert main(None, ["compare", str(tmp_path / "own.jsonl"), "--published"]) == 2
-    assert capsys.readouterr().err.startswith("error: --published: the published rows are ScienceQA's")
+    assert capsys.readouterr().err.startswith("error: --published: the published rows are for ScienceQA")

@@ -1,4 +1,4 @@
-"""Intervals, against values worked out elsewhere."""
+"""Intervals, checked against values computed elsewhere."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def test_wilson(correct: int, count: int) -> None:
     assert share_interval(correct, count) == pytest.approx(wilson(correct, count))
 
 
-def test_a_share_of_nothing_says_nothing() -> None:
+def test_a_share_of_nothing_has_the_full_interval() -> None:
     assert share_interval(0, 0) == (0.0, 100.0)

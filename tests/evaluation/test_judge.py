@@ -1,4 +1,4 @@
-"""What a judge is asked, and the scores in what it writes."""
+"""Prompts of the judge, and the scores in its replies."""
 
 from __future__ import annotations
 
@@ -112,16 +112,16 @@ UNREAD = [
 
 
 @pytest.mark.parametrize(("text", "scores"), READ.items())
-def test_scores_are_read(text: str, scores: tuple[float, float]) -> None:
+def test_scores_are_parsed(text: str, scores: tuple[float, float]) -> None:
     assert parse_scores(text) == scores
 
 
 @pytest.mark.parametrize("text", UNREAD)
-def test_what_is_not_sure_is_not_read(text: str) -> None:
+def test_ambiguous_scores_are_not_parsed(text: str) -> None:
     assert parse_scores(text) is None
 
 
-def test_published_reviews_are_read_as_recorded_or_not_at_all() -> None:
+def test_published_reviews_are_parsed_as_recorded_or_not_at_all() -> None:
     if not REVIEWS.is_file():
         pytest.skip("the published reviews are not here")
     rows = [json.loads(line) for line in REVIEWS.read_text(encoding="utf-8").splitlines()]
@@ -134,18 +134,25 @@ def test_published_reviews_are_read_as_recorded_or_not_at_all() -> None:
 score = st.one_of(st.integers(0, 10).map(str), st.decimals(0, 10, places=1).map(str))
 prose = st.lists(st.text(st.characters(exclude_categories=["Nd", "Cs"], exclude_characters="<")), max_size=4)
 FORMS = [
-    "{} {}", "{}, {}", "{}/10 {}/10", "({}, {})", "**{} {}**", "Scores: {} and {}", "Assistant 1: {}, Assistant 2: {}",
-    "Assistant 1: {}\nAssistant 2: {} (good)", "Answer A = {}\nAnswer B = {}",
-]  # fmt: skip
+    "{} {}",
+    "{}, {}",
+    "{}/10 {}/10",
+    "({}, {})",
+    "**{} {}**",
+    "Scores: {} and {}",
+    "Assistant 1: {}, Assistant 2: {}",
+    "Assistant 1: {}\nAssistant 2: {} (good)",
+    "Answer A = {}\nAnswer B = {}",
+]
 
 
 @given(st.text())
-def test_any_text_is_taken(text: str) -> None:
+def test_any_text_is_accepted(text: str) -> None:
     parse_scores(text)
 
 
 @given(st.lists(st.sampled_from([*"0123456789 ,./:()|-\n", "10", "Assistant ", "Score", " and "])).map("".join))
-def test_what_is_read_stands_there(text: str) -> None:
+def test_parsed_scores_appear_in_the_text(text: str) -> None:
     scores = parse_scores(text)
     if scores is not None:
         assert all(0 <= value <= 10 and (f"{value:g}" in text) for value in scores)
@@ -169,21 +176,23 @@ def test_a_long_line_takes_no_longer_than_its_length() -> None:
 CASE = JudgeCase("7", "detail", "Describe it.", "- a {question}", "a dog {answer_2}", "a cat $x {} \\1")
 
 
-def test_what_the_judge_is_asked() -> None:
+def test_the_judge_s_prompt() -> None:
     prompts = load_prompts()
     system, user = (message["content"] for message in judge_request(CASE, ORDERS[0], prompts, JudgeSettings()).messages)
     assert system == prompts["system"]
     for part in (
-        "<material>\n- a {question}\n</material>", "<question>\nDescribe it.\n</question>",
-        "<answer_1>\na dog {answer_2}\n</answer_1>", "<answer_2>\na cat $x {} \\1\n</answer_2>",
-    ):  # fmt: skip
+        "<material>\n- a {question}\n</material>",
+        "<question>\nDescribe it.\n</question>",
+        "<answer_1>\na dog {answer_2}\n</answer_1>",
+        "<answer_2>\na cat $x {} \\1\n</answer_2>",
+    ):
         assert part in user
     swapped = judge_request(CASE, ORDERS[1], prompts, JudgeSettings()).messages[1]["content"]
     assert "<answer_1>\na cat $x {} \\1\n</answer_1>" in swapped
     assert "<answer_2>\na dog {answer_2}\n</answer_2>" in swapped
 
 
-def test_later_attempts_are_reminded_and_the_last_is_drawn() -> None:
+def test_later_attempts_have_a_reminder_and_the_last_a_temperature() -> None:
     prompts = load_prompts()
     asked = [judge_request(CASE, ORDERS[0], prompts, JudgeSettings(), attempt) for attempt in range(3)]
     texts = [request.messages[1]["content"] for request in asked]
@@ -211,7 +220,7 @@ def test_own_prompts(tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("Mark.")
     assert load_prompts(tmp_path) == shipped | {"system": "Mark."}
     (tmp_path / "conv.txt").write_text("{context} {question} {answer_1}")
-    with pytest.raises(UserError, match=r"conv.txt lacks \{answer_2\}; put it where"):
+    with pytest.raises(UserError, match=r"conv.txt lacks \{answer_2\}; insert the placeholder"):
         load_prompts(tmp_path)
     (tmp_path / "conv.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"conv.txt is not UTF-8"):

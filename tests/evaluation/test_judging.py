@@ -1,4 +1,4 @@
-"""A judge at work, over a real server that answers well, badly, or not to the end."""
+"""A judge on a real server that replies well, badly, or incompletely."""
 
 from __future__ import annotations
 
@@ -45,9 +45,11 @@ def judge_by_number(body: Body) -> str:
 
 
 def run(log: ChatLog, folder: Path, *more: str, count: int = 6) -> int:
-    files = bench(folder, count) if not (folder / "questions.jsonl").is_file() else {
-        name: folder / f"{name}.jsonl" for name in ("questions", "context", "reference", "answers")
-    }  # fmt: skip
+    files = (
+        bench(folder, count)
+        if not (folder / "questions.jsonl").is_file()
+        else {name: folder / f"{name}.jsonl" for name in ("questions", "context", "reference", "answers")}
+    )
     return main(None, ["score", "llava-bench", *options(files), "--judge-url", log.url, *more])
 
 
@@ -62,7 +64,7 @@ def ledger_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_both_orders_are_asked_and_averaged(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_orders_are_judged_and_averaged(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log.answer = judge_by_number
     assert run(log, tmp_path) == 0
     assert Counter(asked(body)[:2] for body in log.requests) == Counter(
@@ -70,30 +72,37 @@ def test_both_orders_are_asked_and_averaged(log: ChatLog, tmp_path: Path, capsys
     )
     report = report_of(tmp_path)
     assert report["questions"][1] == {
-        "question_id": "1", "category": "detail", "status": "scored", "answer": 7.5, "reference": 8.5,
+        "question_id": "1",
+        "category": "detail",
+        "status": "scored",
+        "answer": 7.5,
+        "reference": 8.5,
         "orders": {"reference_first": [9.0, 7.0], "answer_first": [8.0, 8.0]},
-    }  # fmt: skip
+    }
     assert {name: (row["answer"], row["reference"], row["relative"]) for name, row in report["table"].items()} == {
-        "conv": (6.5, 8.5, 76.47), "detail": (7.5, 8.5, 88.24), "complex": (8.5, 8.5, 100.0), "all": (7.5, 8.5, 88.24),
-    }  # fmt: skip
+        "conv": (6.5, 8.5, 76.47),
+        "detail": (7.5, 8.5, 88.24),
+        "complex": (8.5, 8.5, 100.0),
+        "all": (7.5, 8.5, 88.24),
+    }
     assert report["complete"] is True
     assert report["judge"] == {"url": log.url, "model": "judge", "model_told": ["judge-0613"]}
     answers = (tmp_path / "answers.jsonl").read_bytes()
     assert report["files"]["answers"] == hashlib.sha256(answers).hexdigest()
     assert list(report["prompts"]) == ["system", "conv", "detail", "complex", "reminder"]
-    told = capsys.readouterr().out
-    assert "12 of 12 judgements to ask for" in told
-    assert re.search(r"│ all +│ +6 │ 7.50 │ +8.50 │ +88.2 │ .*│ +0 │", told)
+    output = capsys.readouterr().out
+    assert "12 of 12 judgements to request" in output
+    assert re.search(r"│ all +│ +6 │ 7.50 │ +8.50 │ +88.2 │ .*│ +0 │", output)
 
 
-def test_without_swap_it_is_llavas_way(log: ChatLog, tmp_path: Path) -> None:
+def test_without_swap_only_llava_s_order_is_judged(log: ChatLog, tmp_path: Path) -> None:
     log.answer = judge_by_number
     assert run(log, tmp_path, "--no-swap") == 0
     assert [asked(body)[1] for body in log.requests] == ["gpt"] * 6
     assert report_of(tmp_path)["table"]["all"]["relative"] == round(100 * (6 + 7 + 8) * 2 / (9 * 6), 2)
 
 
-def test_what_cannot_be_read_is_asked_twice_more_and_then_listed(
+def test_unparsed_replies_are_retried_twice_and_then_listed(
     log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def answer(body: Body) -> str:
@@ -115,13 +124,16 @@ def test_what_cannot_be_read_is_asked_twice_more_and_then_listed(
     table = report["table"]
     assert (table["all"]["unparsed"], table["all"]["scored"]) == (1, 5)
     assert table["complex"]["answer"] == 8.5  # of question 5 alone
-    assert "1 unparsed: no readable scores in 3 texts of the judge; not averaged in: 2\n" in capsys.readouterr().out
+    assert (
+        "1 unparsed: no readable scores in 3 replies of the judge; left out of the average: 2\n"
+        in capsys.readouterr().out
+    )
     log.requests.clear()
     assert run(log, tmp_path) == 0
     assert log.requests == []
 
 
-def test_a_question_that_the_judge_does_not_answer_is_listed_and_asked_again_next_time(
+def test_failed_judgements_are_listed_and_retried_by_the_next_run(
     log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-not-to-be-seen")
@@ -133,15 +145,15 @@ def test_a_question_that_the_judge_does_not_answer_is_listed_and_asked_again_nex
     assert log.keys == {"Bearer sk-not-to-be-seen"}
     assert [file.name for file in tmp_path.iterdir() if b"sk-not-to-be-seen" in file.read_bytes()] == []
     assert report["complete"] is False
-    told = capsys.readouterr().out
-    assert "1 failed: the judge gave no text; the same command tries again (HTTP 400: told 400" in told
+    output = capsys.readouterr().out
+    assert "1 failed: the judge did not reply; run the same command to try again (HTTP 400: told 400" in output
     log.behave = lambda body, count: "ok"
     log.requests.clear()
     assert run(log, tmp_path) == 0
     assert {asked(body)[0] for body in log.requests} == {4}
 
 
-def test_a_judge_that_answers_nothing_is_given_up(
+def test_a_judge_that_never_replies_stops_the_run(
     log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.behave = lambda body, count: "400"
@@ -150,21 +162,23 @@ def test_a_judge_that_answers_nothing_is_given_up(
     assert len(log.requests) <= 16
 
 
-def test_a_cap_on_requests_stops_and_goes_on(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cap_on_requests_stops_and_the_run_resumes(
+    log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log.answer = judge_by_number
     whole = tmp_path / "whole"
     assert run(log, whole) == 0
     log.requests.clear()
     assert run(log, tmp_path / "capped", "--max-requests", "5") == 1
     assert len(log.requests) == 5
-    assert "not asked: the cap was reached; run the same command again" in capsys.readouterr().out
+    assert "not asked: the cap was reached" in capsys.readouterr().out
     assert run(log, tmp_path / "capped", "--max-requests", "6") == 1
     assert run(log, tmp_path / "capped", "--max-requests", "6") == 0
     assert len(log.requests) == 12
     assert report_of(tmp_path / "capped")["table"] == report_of(whole)["table"]
 
 
-def test_a_cap_on_cost_is_not_passed(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cap_on_cost_is_not_exceeded(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log.answer = judge_by_number
     prices = ["--price-in", "100", "--price-out", "1000"]
     most = 1024 * 1000 / 1e6  # of the judge's text alone
@@ -180,27 +194,27 @@ def test_a_cap_on_cost_is_not_passed(log: ChatLog, tmp_path: Path, capsys: pytes
     assert f"{given} requests in this run, {spent:.4f} USD" in capsys.readouterr().out
 
 
-def test_a_cap_below_one_request_is_told_with_both_numbers(
+def test_a_cap_below_one_request_is_reported_with_both_numbers(
     log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.answer = judge_by_number
     prices = ["--price-in", "100", "--price-out", "1000"]
     assert run(log, tmp_path, *prices, "--max-cost", "0.5") == 1
     assert log.requests == []
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     found = re.search(
-        r"6 not asked: --max-cost 0.5 is below the (1\.\d{4}) USD that one request may cost; raise it", told
+        r"6 not asked: --max-cost 0.5 is below the (1\.\d{4}) USD that one request may cost; raise it", output
     )
     assert found
-    assert "run the same command again" not in told
-    assert "no question was scored" in told
+    assert "the cap was reached" not in output
+    assert "no question was scored" in output
     assert report_of(tmp_path)["table"]["all"]["not asked"] == 6
     assert run(log, tmp_path, *prices, "--max-cost", found[1]) == 1  # what is named is enough for the first
     assert log.requests
-    assert "the cap was reached; run the same command again" in capsys.readouterr().out
+    assert "the cap was reached" in capsys.readouterr().out
 
 
-def test_a_judge_whose_texts_cannot_be_read_gives_no_score(
+def test_a_judge_without_readable_replies_yields_no_score(
     log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.answer = lambda body: "I cannot say."
@@ -208,12 +222,12 @@ def test_a_judge_whose_texts_cannot_be_read_gives_no_score(
     report = report_of(tmp_path)
     assert report["complete"] is False
     assert (report["table"]["all"]["unparsed"], report["table"]["all"]["relative"]) == (6, None)
-    told = capsys.readouterr().out
-    assert "\nno question was scored: there is no score\n" in told
-    assert "incomplete" in told
+    output = capsys.readouterr().out
+    assert "\nno question was scored, so there is no score\n" in output
+    assert "incomplete" in output
 
 
-def test_json_is_all_that_stands_on_stdout(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stdout_has_only_json(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log.answer = judge_by_number
     assert run(log, tmp_path, "--json") == 0
     assert json.loads(capsys.readouterr().out) == report_of(tmp_path)
@@ -228,12 +242,12 @@ def test_a_report_of_other_answers_is_not_overwritten(
     answers.write_text(answers.read_text().replace("ours", "ours too"))
     log.requests.clear()
     assert run(log, tmp_path) == 2
-    assert "is the report of other answers; name another folder with --output" in capsys.readouterr().err
+    assert "is the report of other answers; choose another --output" in capsys.readouterr().err
     assert log.requests == []
     assert run(log, tmp_path, "--output", str(tmp_path / "other")) == 0
 
 
-def test_the_same_answers_are_asked_once_and_come_out_even(log: ChatLog, tmp_path: Path) -> None:
+def test_equal_answers_are_judged_once_and_score_100_percent(log: ChatLog, tmp_path: Path) -> None:
     log.answer = lambda body: "9 8\nThe first is better."
     files = bench(tmp_path, 1)
     files["answers"].write_text(files["reference"].read_text())
@@ -245,12 +259,12 @@ def test_the_same_answers_are_asked_once_and_come_out_even(log: ChatLog, tmp_pat
 MESSAGES = [{"role": "user", "content": "abcdefghi"}]
 
 
-def test_the_ledger_takes_a_torn_line_away_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_the_ledger_drops_a_torn_line_and_keeps_the_rest(tmp_path: Path) -> None:
     file = tmp_path / "new" / "ledger.jsonl"
     answer = ChatAnswer("8 9\n\u2028\ud83d", 3, 4, "judge")
     with JudgeLedger(file) as ledger:
         ledger.add("a", answer, question_id="0")
-        with pytest.raises(UserError, match="another run is judging into it"):
+        with pytest.raises(UserError, match="another run is writing to it"):
             JudgeLedger(file)
     whole = file.read_bytes()
     for size in range(len(whole)):
@@ -261,22 +275,25 @@ def test_the_ledger_takes_a_torn_line_away_and_keeps_the_rest(tmp_path: Path) ->
         with JudgeLedger(file) as ledger:
             assert ledger.answers == {"a": answer, "b": answer}
     file.write_bytes(b'{"key": 1}\n' + whole)
-    with pytest.raises(UserError, match=r"ledger.jsonl, line 1: not a judge's answer; take the line out"):
+    with pytest.raises(UserError, match=r"ledger.jsonl, line 1: not a judge's answer; remove the line"):
         JudgeLedger(file)
 
 
-def test_keys_depend_on_all_that_an_answer_depends_on() -> None:
+def test_keys_depend_on_the_whole_request() -> None:
     request = ChatRequest(MESSAGES, 10)
     keys = [
-        request_key("judge", request, 0), request_key("judge", request, 1), request_key("other", request, 0),
-        request_key("judge", ChatRequest(MESSAGES, 11), 0), request_key("judge", ChatRequest(MESSAGES, 10, 0.1), 0),
+        request_key("judge", request, 0),
+        request_key("judge", request, 1),
+        request_key("other", request, 0),
+        request_key("judge", ChatRequest(MESSAGES, 11), 0),
+        request_key("judge", ChatRequest(MESSAGES, 10, 0.1), 0),
         request_key("judge", ChatRequest([{"role": "user", "content": "b"}], 10), 0),
-    ]  # fmt: skip
+    ]
     assert len(set(keys)) == 6
     assert request_key("judge", ChatRequest([dict(reversed(MESSAGES[0].items()))], 10), 0) == keys[0]
 
 
-def test_a_budget_counts_what_was_used_and_sets_aside_what_may_be() -> None:
+def test_a_budget_counts_usage_and_reserves_the_maximum() -> None:
     request = ChatRequest(MESSAGES, 1000)
     assert estimate_tokens(request) == 3
     budget = Budget(price_in=1e6, price_out=1e3, max_cost=9.0)
@@ -305,7 +322,7 @@ def unreadable_at_times(body: Body) -> str:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no forkserver there")
-def test_a_run_killed_at_ten_points_repeats_no_call_and_ends_at_the_same_score(log: ChatLog, tmp_path: Path) -> None:
+def test_a_run_killed_at_ten_points_repeats_no_call_and_reaches_the_same_score(log: ChatLog, tmp_path: Path) -> None:
     log.answer = unreadable_at_times
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     assert run(log, unbroken, "--judge-model", "judge", count=20) == 0
@@ -337,10 +354,10 @@ def test_ctrl_c_keeps_the_answers(log: ChatLog, tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: len(ledger_of(tmp_path)) == 3)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=20)
+        _, output = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert f"stopped; 3 answers are in {tmp_path / LEDGER}, and the same command goes on" in told
-    assert "Traceback" not in told
+    assert f"stopped; 3 answers are in {tmp_path / LEDGER}; run the same command to resume" in output
+    assert "Traceback" not in output
     log.gate = None
     assert run(log, tmp_path) == 0
     assert len(ledger_of(tmp_path)) == 12
@@ -352,7 +369,7 @@ def key_of(body: Body) -> str:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no forkserver there")
-def test_a_run_killed_at_any_moment_asks_for_nothing_that_it_has(log: ChatLog, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_repeats_no_request(log: ChatLog, tmp_path: Path) -> None:
     log.answer, log.latency = unreadable_at_times, 0.03
     bench(tmp_path, 20)
     rng = random.Random(11)

@@ -48,21 +48,27 @@ def test_questions_of_either_benchmark(tmp_path: Path) -> None:
 def test_contexts_of_either_benchmark(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {
-            "id": "1", "image": "1.jpg", "captions": ["A dog. ", "It sits."], "instances": [
-                {"category": "dog", "bbox": [0.1, 0.25, 0.5, 1.0]}, {"category": "cup", "bbox": [0, 0, 1, 1]},
+            "id": "1",
+            "image": "1.jpg",
+            "captions": ["A dog. ", "It sits."],
+            "instances": [
+                {"category": "dog", "bbox": [0.1, 0.25, 0.5, 1.0]},
+                {"category": "cup", "bbox": [0, 0, 1, 1]},
             ],
         },
         {"id": "2", "image": "2.jpg", "captions": ["A cat."], "instances": []},
         {"id": "001", "image": "001.jpg", "caption": "A hill by the sea."},
         {"id": "002", "image": "002.jpg", "caption": ["A hill.", "The sea."]},
-    ]  # fmt: skip
+    ]
     head = "What people wrote about the image:"
-    boxes = "\n".join([
-        "Objects with the corners of their boxes, left, top, right, bottom, as fractions of the image's width and "
-        "height:",
-        "- dog: 0.100, 0.250, 0.500, 1.000",
-        "- cup: 0.000, 0.000, 1.000, 1.000",
-    ])  # fmt: skip
+    boxes = "\n".join(
+        [
+            "Objects with the corners of their boxes, left, top, right, bottom, as fractions of the image's width and "
+            "height:",
+            "- dog: 0.100, 0.250, 0.500, 1.000",
+            "- cup: 0.000, 0.000, 1.000, 1.000",
+        ]
+    )
     assert read_contexts(write(tmp_path / "context.jsonl", rows)) == {
         "1.jpg": f"{head}\n- A dog.\n- It sits.\n\n{boxes}",
         "2.jpg": f"{head}\n- A cat.",
@@ -81,29 +87,29 @@ def without(field: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "message"),
     [
-        (["{"], "line 1: not JSON; it should hold one object a line"),
-        (["[1]"], "line 1: not an object, but list"),
-        ([json.dumps(QUESTION)] * 2, "line 2: question_id '0' stands there twice; keep one"),
-        (["", json.dumps(without("question_id"))], "line 2: question_id is None; it should be a number or a name"),
-        ([json.dumps(QUESTION | {"question_id": 1.5})], "line 1: question_id is 1.5; it should be a number or a name"),
-        ([json.dumps(without("image"))], "line 1: image is None; it should be a text"),
-        ([json.dumps(QUESTION | {"text": " "})], "line 1: text is ' '; it should be a text"),
+        (["{"], "line 1: not JSON; write one object per line"),
+        (["[1]"], "line 1: list, not an object"),
+        ([json.dumps(QUESTION)] * 2, "line 2: question_id '0' appears twice; keep one"),
+        (["", json.dumps(without("question_id"))], "line 2: question_id is None; it must be a number or a name"),
+        ([json.dumps(QUESTION | {"question_id": 1.5})], "line 1: question_id is 1.5; it must be a number or a name"),
+        ([json.dumps(without("image"))], "line 1: image is None; it must be a text"),
+        ([json.dumps(QUESTION | {"text": " "})], "line 1: text is ' '; it must be a text"),
         ([json.dumps(QUESTION | {"category": "ocr"})], "category 'ocr' is unknown; use one of conv, detail, complex"),
-        (["", " "], "is empty; give one of LLaVA-Bench's JSONL files"),
+        (["", " "], "is empty; name one of LLaVA-Bench's JSONL files"),
     ],
 )
-def test_a_question_that_is_none_is_told_with_its_line(tmp_path: Path, lines: list[str], told: str) -> None:
+def test_a_malformed_question_is_reported_with_its_line(tmp_path: Path, lines: list[str], message: str) -> None:
     file = tmp_path / "questions.jsonl"
     file.write_text("\n".join(lines))
     with pytest.raises(UserError) as error:
         read_questions(file)
     assert str(file) in str(error.value)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_missing_and_undecodable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none.jsonl is missing"):
         read_answers(tmp_path / "none.jsonl")
     (tmp_path / "bytes.jsonl").write_bytes(b'{"a": "\xff"}')
@@ -112,24 +118,24 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
-        ({"image": "1.jpg"}, "caption should be a text or a list of texts"),
-        ({"image": "1.jpg", "captions": []}, "captions should be a text or a list of texts"),
-        ({"image": "1.jpg", "captions": ["a", 1]}, "captions should be a text or a list of texts"),
-        ({"image": "1.jpg", "captions": ["a"], "instances": [{"category": "dog"}]}, "a bbox of four numbers each"),
+        ({"image": "1.jpg"}, "caption must be a text or a list of texts"),
+        ({"image": "1.jpg", "captions": []}, "captions must be a text or a list of texts"),
+        ({"image": "1.jpg", "captions": ["a", 1]}, "captions must be a text or a list of texts"),
+        ({"image": "1.jpg", "captions": ["a"], "instances": [{"category": "dog"}]}, "a bbox of four numbers"),
         (
             {"image": "1.jpg", "captions": ["a"], "instances": [{"category": "a", "bbox": [1]}]},
             "a bbox of four numbers",
         ),
     ],
 )
-def test_contexts_that_are_none(tmp_path: Path, row: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_malformed_contexts_are_refused(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         read_contexts(write(tmp_path / "context.jsonl", [row]))
 
 
-def test_files_are_put_together(tmp_path: Path) -> None:
+def test_files_are_combined_into_cases(tmp_path: Path) -> None:
     cases = read_cases(*bench(tmp_path).values())
     text = "What people wrote about the image:\n- A dog."
     assert cases == [
@@ -139,7 +145,7 @@ def test_files_are_put_together(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_missing_or_too_much_is_named(tmp_path: Path) -> None:
+def test_missing_and_unknown_ids_are_named(tmp_path: Path) -> None:
     files = bench(tmp_path, 6)
     write(files["reference"], [{"question_id": 3, "text": "a"}])
     with pytest.raises(UserError) as error:
@@ -147,7 +153,7 @@ def test_what_is_missing_or_too_much_is_named(tmp_path: Path) -> None:
     assert str(error.value) == (f"{files['reference']}: 5 missing: answer to question_id '0', '1', '2' and 2 more")
     files = bench(tmp_path, 6)
     write(files["answers"], [{"question_id": number, "text": "a"} for number in range(8)])
-    with pytest.raises(UserError, match=r"question_id '6', '7' not in .*questions.jsonl; is it of another benchmark\?"):
+    with pytest.raises(UserError, match=r"question_id '6', '7' not in .*questions.jsonl; name its answers"):
         read_cases(*files.values())
     files = bench(tmp_path, 6)
     write(files["context"], [{"image": "2.jpg", "caption": "a"}])
@@ -179,7 +185,7 @@ def test_nothing_scored_has_no_relative_score() -> None:
     assert relative_score([1.0], [0.0]) is None
 
 
-def test_what_has_no_interval_says_so_in_json_and_in_the_table() -> None:
+def test_a_missing_interval_is_null_in_json_and_a_dash_in_the_table() -> None:
     assert ratio_interval([], []) is None
     assert ratio_interval([5.0], [4.0]) is None
     assert ratio_interval([5.0, 6.0], [0.0, 0.0]) is None
@@ -189,8 +195,11 @@ def test_what_has_no_interval_says_so_in_json_and_in_the_table() -> None:
     assert json.loads(json.dumps(table, allow_nan=False))["conv"]["interval"] is None
     stream = io.StringIO()
     Console(file=stream, width=120).print(judge_table(table, "T"))
-    rows = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
-            for line in stream.getvalue().splitlines() if len(cells := line.split("│")) > 3}  # fmt: skip
+    rows = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+        for line in stream.getvalue().splitlines()
+        if len(cells := line.split("│")) > 3
+    }
     assert rows["conv"] == ["2", "5.50", "4.00", "137.5", "–", "0"]
     assert rows["detail"] == ["1", "–", "–", "–", "–", "1"]
     zero = tabulate([verdict("conv", 5, 0)])  # scored, and nothing to divide by
@@ -223,14 +232,14 @@ def test_a_dry_run_prints_prompts_and_cost_and_needs_neither_server_nor_torch(tm
     assert "heavy: []" in done.stdout
     for text in ("conv, question 0", "detail, question 1", "complex, question 2", "What is in 2?", "gpt 2", "ours 2"):
         assert done.stdout.count(text) == 1
-    assert "8 of 8 judgements to ask for" in done.stdout
-    assert "at most 8,192 back; up to 1" in done.stdout
+    assert "8 of 8 judgements to request" in done.stdout
+    assert "at most 8,192 reply tokens; up to 1" in done.stdout
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(file.name for file in files.values())
 
 
 def test_mistakes_in_the_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = options(bench(tmp_path))
-    for more, told in (
+    for more, message in (
         ([], "--judge-url is missing"),
         (["--judge-url", "localhost"], "the server's URL is 'localhost'"),
         (["--max-cost", "1"], "--max-cost needs the model's prices; set --price-in and --price-out"),
@@ -240,7 +249,7 @@ def test_mistakes_in_the_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--dry-run", "--prompts", str(tmp_path)], "system.txt is missing; copy it from"),
     ):
         assert main(None, ["score", "llava-bench", *arguments, *more]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit) as error:
         main(None, ["score", "llava-bench", *arguments, "--judge-temperature", "5"])
     assert error.value.code == 2

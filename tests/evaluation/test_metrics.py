@@ -26,7 +26,7 @@ def test_accuracy_over_the_columns_that_have_questions() -> None:
     assert found == {"accuracy": 50.0, "NAT": 50.0, "SOC": 100.0, "IMG": 100.0, "unparsed": 25.0}
 
 
-def test_a_category_that_is_no_column_is_named() -> None:
+def test_an_unknown_category_is_named() -> None:
     metric = ScienceQAAccuracy()
     with pytest.raises(
         ValueError, match="categories: 'ART' is unknown; use those of NAT, SOC, LAN, TXT, IMG, NO, G1-6"
@@ -48,7 +48,7 @@ def test_free_answers() -> None:
     assert found == {"exact_match": 50.0, "f1": 50.0, "rouge_l": 33.33}
 
 
-def test_they_need_no_network_and_no_torch(tmp_path: Path) -> None:
+def test_metrics_need_no_network(tmp_path: Path) -> None:
     script = (
         "import socket, sys\n"
         "def refuse(*a, **k): raise AssertionError('network')\n"

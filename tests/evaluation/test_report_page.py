@@ -281,7 +281,7 @@ def test_a_nan_is_a_gap_and_is_reported() -> None:
     ]
 
 
-def test_points_without_a_line_are_marked() -> None:
+def test_isolated_points_are_drawn() -> None:
     many = [(float(n), 1.0) for n in range(40)]
     many[19] = many[21] = (19.0, math.nan)  # 20 has no neighbours
     assert marks(drawn(Curve("", "", {"one": [(5, 1.0)]}))) == [1]

@@ -20,17 +20,38 @@ SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "scienceqa_sa
 @pytest.mark.parametrize(
     ("text", "choices", "index"),
     [
-        ("A", 2, 0), ("E", 5, 4), ("E", 4, -1), ("F", 5, -1), ("a", 5, -1), ("", 5, -1), ("AB", 5, -1), (" A", 5, -1),
-        ("B. iron", 3, 1), ("B. ", 3, 1), ("B.", 3, -1), ("B.iron", 3, -1), ("b. iron", 3, -1), ("D. iron", 3, -1),
-        ("The answer is C.", 3, 2), ("Because. The answer is A. So.", 2, 0), ("The answer is C", 3, -1),
-        ("The answer is D.", 3, -1), ("The answer is F.", 5, -1), ("the answer is A.", 3, -1),
-        ("The answer is a.", 3, -1), ("The answer is  A.", 3, -1), ("The answer is A. The answer is A.", 3, -1),
+        ("A", 2, 0),
+        ("E", 5, 4),
+        ("E", 4, -1),
+        ("F", 5, -1),
+        ("a", 5, -1),
+        ("", 5, -1),
+        ("AB", 5, -1),
+        (" A", 5, -1),
+        ("B. iron", 3, 1),
+        ("B. ", 3, 1),
+        ("B.", 3, -1),
+        ("B.iron", 3, -1),
+        ("b. iron", 3, -1),
+        ("D. iron", 3, -1),
+        ("The answer is C.", 3, 2),
+        ("Because. The answer is A. So.", 2, 0),
+        ("The answer is C", 3, -1),
+        ("The answer is D.", 3, -1),
+        ("The answer is F.", 5, -1),
+        ("the answer is A.", 3, -1),
+        ("The answer is a.", 3, -1),
+        ("The answer is  A.", 3, -1),
+        ("The answer is A. The answer is A.", 3, -1),
         ("The answer is BE.", 3, 1),
-        ("The answer is A\n", 3, -1), ("The answer is A, said B. The answer is C.", 3, -1),
-        ("A. The answer is B.", 3, 0), ("Assistant: x\n The answer is B.\n", 2, 1), ("iron", 3, -1),
+        ("The answer is A\n", 3, -1),
+        ("The answer is A, said B. The answer is C.", 3, -1),
+        ("A. The answer is B.", 3, 0),
+        ("Assistant: x\n The answer is B.\n", 2, 1),
+        ("iron", 3, -1),
     ],
-)  # fmt: skip
-def test_an_answer_is_read_by_llava_s_rule(text: str, choices: int, index: int) -> None:
+)
+def test_answers_are_parsed_by_llava_s_rule(text: str, choices: int, index: int) -> None:
     assert parse_answer(text, choices) == index
 
 
@@ -61,39 +82,62 @@ def test_the_columns_of_a_question(question: tuple[str, str, bool, bool], column
     assert categories(*question) == columns
 
 
-def test_a_prediction_is_marked() -> None:
+def test_a_prediction_is_scored() -> None:
     question = {
-        "answer": 1, "num_choices": 2, "subject": "natural science", "grade": "grade2", "has_image": True,
+        "answer": 1,
+        "num_choices": 2,
+        "subject": "natural science",
+        "grade": "grade2",
+        "has_image": True,
         "has_hint": False,
-    }  # fmt: skip
+    }
     assert make_prediction("7", "The answer is B.", question) == {
-        "question_id": "7", "text": "The answer is B.", "prediction": 1, "answer": 1,
+        "question_id": "7",
+        "text": "The answer is B.",
+        "prediction": 1,
+        "answer": 1,
         "categories": ["NAT", "IMG", "G1-6"],
-    }  # fmt: skip
+    }
     assert make_prediction("7", "The answer is C.", question)["prediction"] == -1
 
 
-def marked(prediction: int, answer: int, *columns: str) -> Prediction:
+def scored(prediction: int, answer: int, *columns: str) -> Prediction:
     return Prediction(question_id="", text="", prediction=prediction, answer=answer, categories=list(columns))
 
 
 def test_the_table_is_exact() -> None:
     predictions = [
-        marked(0, 0, "NAT", "TXT", "IMG", "G1-6"), marked(1, 0, "NAT", "NO", "G1-6"),
-        marked(2, 2, "SOC", "IMG", "G7-12"), marked(-1, 0, "NAT", "TXT", "G7-12"),
-        marked(-1, 1, "SOC", "NO", "G1-6"), marked(3, 3, "NAT", "NO", "G1-6"),
-    ]  # fmt: skip
+        scored(0, 0, "NAT", "TXT", "IMG", "G1-6"),
+        scored(1, 0, "NAT", "NO", "G1-6"),
+        scored(2, 2, "SOC", "IMG", "G7-12"),
+        scored(-1, 0, "NAT", "TXT", "G7-12"),
+        scored(-1, 1, "SOC", "NO", "G1-6"),
+        scored(3, 3, "NAT", "NO", "G1-6"),
+    ]
     assert score(predictions) == {
-        "AVG": [50.0, 3, 6], "NAT": [50.0, 2, 4], "SOC": [50.0, 1, 2], "LAN": [0.0, 0, 0], "TXT": [50.0, 1, 2],
-        "IMG": [100.0, 2, 2], "NO": [33.33, 1, 3], "G1-6": [50.0, 2, 4], "G7-12": [50.0, 1, 2], "unparsed": 2,
-    }  # fmt: skip
+        "AVG": [50.0, 3, 6],
+        "NAT": [50.0, 2, 4],
+        "SOC": [50.0, 1, 2],
+        "LAN": [0.0, 0, 0],
+        "TXT": [50.0, 1, 2],
+        "IMG": [100.0, 2, 2],
+        "NO": [33.33, 1, 3],
+        "G1-6": [50.0, 2, 4],
+        "G7-12": [50.0, 1, 2],
+        "unparsed": 2,
+    }
     assert score([])["AVG"] == [0.0, 0, 0]
 
 
 PROBLEM = {
-    "question": "Q", "choices": ["x", "y", "z"], "answer": 1, "hint": "", "image": None, "grade": "grade3",
+    "question": "Q",
+    "choices": ["x", "y", "z"],
+    "answer": 1,
+    "hint": "",
+    "image": None,
+    "grade": "grade3",
     "subject": "natural science",
-}  # fmt: skip
+}
 PROBLEMS = {
     "1": PROBLEM,
     "2": PROBLEM | {"answer": 0, "hint": "Look.", "image": "image.png", "grade": "grade8", "subject": "social science"},
@@ -126,13 +170,21 @@ def files(tmp_path: Path) -> Files:
     return Files(tmp_path)
 
 
-def test_made_files_give_their_table(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
+def test_synthetic_files_have_the_expected_table(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     assert files.run("--json") == 0
     output, errors = capsys.readouterr()
     assert json.loads(output) == {
-        "AVG": [33.33, 1, 3], "NAT": [100.0, 1, 1], "SOC": [0.0, 0, 1], "LAN": [0.0, 0, 1], "TXT": [0.0, 0, 2],
-        "IMG": [0.0, 0, 1], "NO": [100.0, 1, 1], "G1-6": [50.0, 1, 2], "G7-12": [0.0, 0, 1], "unparsed": 1,
-    }  # fmt: skip
+        "AVG": [33.33, 1, 3],
+        "NAT": [100.0, 1, 1],
+        "SOC": [0.0, 0, 1],
+        "LAN": [0.0, 0, 1],
+        "TXT": [0.0, 0, 2],
+        "IMG": [0.0, 0, 1],
+        "NO": [100.0, 1, 1],
+        "G1-6": [50.0, 1, 2],
+        "G7-12": [0.0, 0, 1],
+        "unparsed": 1,
+    }
     assert errors == ""
 
 
@@ -157,7 +209,7 @@ def fails(files: Files, capsys: pytest.CaptureFixture[str], message: str, *more:
 
 def test_a_missing_file_is_named(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
     files.answers.unlink()
-    fails(files, capsys, f"{files.answers} is missing; give a JSONL file of question_id and text")
+    fails(files, capsys, f"{files.answers} is missing; name a JSONL file of question_id and text")
     files.problems.unlink()
     rest = "is missing; a ScienceQA folder holds problems.json, pid_splits.json and images/"
     fails(files, capsys, f"{files.problems} {rest}")
@@ -174,17 +226,18 @@ def test_answers_and_questions_must_fit(files: Files, capsys: pytest.CaptureFixt
     files.write_answers([*ANSWERS, ("4", "A")])
     fails(files, capsys, f"{files.answers}: question_id '4' is not in split 'test' of {files.splits}")
     files.write_answers([*ANSWERS, ("1", "A")])
-    fails(files, capsys, f"{files.answers}, line 4: question_id '1' was answered before; keep one")
+    fails(files, capsys, f"{files.answers}, line 4: question_id '1' appears twice; keep one")
 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ('{"question_id": "9"}', "'text'"), ('{"text": "A"}', "'question_id'"),
+        ('{"question_id": "9"}', "'text'"),
+        ('{"text": "A"}', "'question_id'"),
         ("[1]", "list indices must be integers or slices, not str"),
         ("A", "Expecting value: line 1 column 1 (char 0)"),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_line_is_named(files: Files, capsys: pytest.CaptureFixture[str], line: str, problem: str) -> None:
     with files.answers.open("a") as file:
         file.write(f"\n\n{line}\n")
@@ -192,20 +245,20 @@ def test_a_malformed_line_is_named(files: Files, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\x85", "\u2029"])
-def test_an_answer_may_hold_unicode_s_line_marks(files: Files, mark: str) -> None:
+def test_an_answer_may_contain_unicode_line_separators(files: Files, mark: str) -> None:
     files.write_answers([("1", f"a{mark}b The answer is B."), *ANSWERS[::2]])
     table = score_scienceqa_file(files.problems, files.splits, files.answers)
     assert (table["AVG"], table["unparsed"]) == ([33.33, 1, 3], 1)
 
 
 @pytest.mark.parametrize("field", ["answer", "choices", "subject", "grade"])
-def test_a_problem_without_a_field_is_told(files: Files, field: str) -> None:
+def test_a_problem_without_a_field_is_reported(files: Files, field: str) -> None:
     problem = {key: value for key, value in PROBLEM.items() if key != field}
     files.problems.write_text(json.dumps(PROBLEMS | {"2": problem}))
     assert files.run("--json") == 2
 
 
-def test_answers_that_are_not_utf_8_are_told(files: Files) -> None:
+def test_answers_that_are_not_utf_8_are_refused(files: Files) -> None:
     files.answers.write_bytes(b"\xff")
     assert files.run("--json") == 2
 
@@ -217,7 +270,7 @@ def expected_scores() -> dict[str, Any]:
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"{SAMPLE} is not here: reference data that is not part of the project")
 @pytest.mark.parametrize("name", ["llava_13b_v1_3", "llava_13b_v0"])
-def test_published_answers_get_their_published_score(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_published_answers_reach_their_published_score(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--problems", SAMPLE / "problems.json", "--splits", SAMPLE / "pid_splits.json"]
     answers = ["--answers", SAMPLE / f"answers_{name}.jsonl", "--json"]
     assert main(None, ["score", "scienceqa", *map(str, [*files, *answers])]) == 0

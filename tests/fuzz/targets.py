@@ -27,7 +27,7 @@ from lora_llava.data.images.reading import FolderImages, read_rgb
 from lora_llava.data.scienceqa import load_scienceqa
 from lora_llava.data.sources import open_source
 from lora_llava.demo.build import build_tokenizer
-from lora_llava.evaluation.answers import exact_match
+from lora_llava.evaluation.answer_metrics import exact_match
 from lora_llava.evaluation.judge import llava_bench
 from lora_llava.evaluation.judge.review import parse_scores
 from lora_llava.evaluation.scienceqa import parse_answer

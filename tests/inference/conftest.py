@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_llava.data.conversation import Conversation
-from lora_llava.evaluation.answerers import Asked
+from lora_llava.evaluation.answerers import Evaluator
 from lora_llava.model.start import prepare_base
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import check_recipe
@@ -19,7 +19,7 @@ from lora_llava.training.stages import build_trained_model
 @pytest.fixture(scope="session")
 def speaking(
     parts: Path, scienceqa: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Asked, list[Conversation]]:
+) -> tuple[Evaluator, list[Conversation]]:
     """Build a small model with an adapter far from zero, and twelve questions, six of them with an image."""
     content: dict[str, Any] = {
         "stage": 2,
@@ -42,7 +42,7 @@ def speaking(
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.3, generator=generator)
-    asked = Asked(
+    asked = Evaluator(
         model, plan.tokenizer, plan.template, plan.model.config.image_seq_length, plan.splits["train"].load_pixels, 5
     )
     return asked, plan.splits["train"].read(range(12))

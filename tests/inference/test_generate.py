@@ -12,17 +12,17 @@ import torch
 
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.images.reading import BadImageError
-from lora_llava.evaluation.answerers import Asked
+from lora_llava.evaluation.answerers import Evaluator
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.generate import EncodedImages, Question, generate_answers
 from lora_llava.inference.sampling import Sampling
 
 
-def questions_of(asked: Asked, rows: Sequence[Conversation]) -> list[Question]:
+def questions_of(asked: Evaluator, rows: Sequence[Conversation]) -> list[Question]:
     return [Question(asked.prompt(row), row.images) for row in rows]
 
 
-def answers(asked: Asked, questions: Sequence[Question], **settings: Any) -> dict[int, Answer]:
+def answers(asked: Evaluator, questions: Sequence[Question], **settings: Any) -> dict[int, Answer]:
     given = {"batch_size": 5, "sampling": Sampling(max_new_tokens=12), "load_pixels": asked.load_pixels, **settings}
     return dict(generate_answers(asked.model, questions, tokenizer=asked.tokenizer, **given))
 

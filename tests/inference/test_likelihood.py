@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.data.images.reading import BadImageError
-from lora_llava.evaluation.answerers import Asked, by_likelihood, by_reasoned_likelihood, reference_losses
+from lora_llava.evaluation.answerers import Evaluator, by_likelihood, by_reasoned_likelihood, reference_losses
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.likelihood import build_tree
 from lora_llava.inference.sampling import Sampling
@@ -35,7 +35,7 @@ def test_choices_that_cannot_be_distinguished_are_rejected(rows: list[list[int]]
         build_tree(rows)
 
 
-def alone(asked: Asked, row: Any, texts: Sequence[str]) -> list[float]:
+def alone(asked: Evaluator, row: Any, texts: Sequence[str]) -> list[float]:
     """Compute the slow reference: one forward pass per choice, the loss over all its labelled tokens."""
     found = []
     for text in texts:
@@ -54,7 +54,9 @@ TEXTS = ("red", "It is blue, I think.", "The answer is A.", "The answer is B.")
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_scores_are_those_of_each_choice_alone(speaking: Any, batch_size: int) -> None:
     asked, rows = speaking
-    asked = Asked(asked.model, asked.tokenizer, asked.template, asked.num_image_tokens, asked.load_pixels, batch_size)
+    asked = Evaluator(
+        asked.model, asked.tokenizer, asked.template, asked.num_image_tokens, asked.load_pixels, batch_size
+    )
     chosen = {"0": TEXTS, "1": TEXTS[2:], "2": TEXTS[:2]}
     answerer = by_likelihood(asked, lambda row, reasons: chosen[str(int(row.row_id) % 3)])
     answers = dict(answerer(rows, frozenset()))
@@ -103,7 +105,7 @@ def test_a_missing_image_is_a_problem_of_its_question_only(speaking: Any) -> Non
             raise BadImageError("gone")
         return load_pixels(names)
 
-    asked = Asked(asked.model, asked.tokenizer, asked.template, asked.num_image_tokens, images, 5)
+    asked = Evaluator(asked.model, asked.tokenizer, asked.template, asked.num_image_tokens, images, 5)
     lost = next(i for i, row in enumerate(rows) if gone in row.images)
     for answerer in (
         by_likelihood(asked, lambda row, reasons: TEXTS[:2]),

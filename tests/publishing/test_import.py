@@ -282,7 +282,4 @@ def test_start_from_an_original_checkpoint_names_the_verb(
     stage2_content["model"] = {"start_from": {"llava": str(checkpoint[1])}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(stage2_content))
     assert main("finetune", [str(tmp_path / "recipe.yaml"), "--dry-run"]) == 2
-    assert (
-        "is a checkpoint in LLaVA's original format; convert it with `lora-llava import`"
-        in capsys.readouterr().err
-    )
+    assert "is a checkpoint in LLaVA's original format; convert it with `lora-llava import`" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`lora-llava evaluate`: what it writes, how it goes on after a kill, servers, bad images; and the run's page."""
+"""`lora-llava evaluate`: files, resumption after a kill, servers, bad images, and the report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.console import Console
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.data.templates import chat_template, get_template
-from lora_llava.evaluation.evaluate import Way, evaluate
+from lora_llava.evaluation.evaluate import EvaluationOptions, evaluate
 from lora_llava.evaluation.run_report import rebuild_report
 from lora_llava.evaluation.scienceqa import COLUMNS
 from lora_llava.recipe.io import check_recipe
@@ -40,13 +40,15 @@ def trained(parts: Path, scienceqa: Path, tmp_path_factory: pytest.TempPathFacto
         "stage": 2,
         "output_dir": str(folder / "run"),
         "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "start_from": {"untrained": True},
+            "llm": str(parts / "llm"),
+            "vision_tower": str(parts / "vision_tower"),
+            "start_from": {"untrained": True},
         },
         "lora": {"r": 4, "alpha": 32},
         "data": {"format": "scienceqa", "path": str(folder / "data"), "max_length": 400, "system_prompt": ""},
         "training": {"batch_size": 8, "learning_rate": 2e-2, "max_steps": 6, "log_every": 1},
         "evaluation": {"max_new_tokens": 8, "batch_size": 2, "before": 0},
-    }  # fmt: skip
+    }
     finetune(check_recipe(content, "test"), Path(), console=Console(file=io.StringIO(), width=160))
     return folder
 
@@ -65,7 +67,7 @@ def lines(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_the_summary_says_what_the_figure_stands_on(run: Path) -> None:
+def test_the_summary_records_the_settings(run: Path) -> None:
     table = evaluate(str(run))
     assert table == json.loads((run / "metrics.json").read_text())["after"]
     assert (run / "predictions.jsonl").read_text() == (run / "predictions_after.jsonl").read_text()
@@ -73,8 +75,11 @@ def test_the_summary_says_what_the_figure_stands_on(run: Path) -> None:
     assert list(found["table"]) == list(COLUMNS)
     percent, correct, count = table["AVG"]
     assert found["table"]["AVG"] | {"interval": 0} == {
-        "percent": percent, "correct": correct, "count": count, "interval": 0
-    }  # fmt: skip
+        "percent": percent,
+        "correct": correct,
+        "count": count,
+        "interval": 0,
+    }
     low, high = found["table"]["AVG"]["interval"]
     assert low < percent < high or percent in (0.0, 100.0)
     assert found["unparsed"] == {"count": table["unparsed"], "percent": round(100 * table["unparsed"] / 6, 2)}
@@ -89,18 +94,22 @@ def test_the_summary_says_what_the_figure_stands_on(run: Path) -> None:
     assert {"machine", "versions"} <= set(found)
 
 
-def test_each_way_of_asking_has_files_of_its_own(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_options_write_different_files(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls = {
-        "": [], "_direct": ["--direct"], "_lmms_eval": ["--prompt", "lmms-eval"], "_loglik": ["--method", "loglik"],
-        "_shuffled_direct_loglik": ["--direct", "--method", "loglik", "--shuffle-images"], "_base": ["--base-only"],
+        "": [],
+        "_direct": ["--direct"],
+        "_lmms_eval": ["--prompt", "lmms-eval"],
+        "_loglik": ["--method", "loglik"],
+        "_shuffled_direct_loglik": ["--direct", "--method", "loglik", "--shuffle-images"],
+        "_base": ["--base-only"],
         "_sampled": ["--temperature", "0.7", "--top-p", "0.9"],
-    }  # fmt: skip
+    }
     for suffix, arguments in calls.items():
         assert main("evaluate", [str(run), *arguments, "--json"]) == 0
         table = json.loads(capsys.readouterr().out)
-        marked = lines(run / f"predictions{suffix}.jsonl")
-        assert [line["question_id"] for line in marked] == ["31", "32", "33", "34", "35", "36"]
-        assert table["AVG"][1] == sum(line["prediction"] == line["answer"] for line in marked)
+        scored = lines(run / f"predictions{suffix}.jsonl")
+        assert [line["question_id"] for line in scored] == ["31", "32", "33", "34", "35", "36"]
+        assert table["AVG"][1] == sum(line["prediction"] == line["answer"] for line in scored)
         assert (run / f"evaluation{suffix}.json").is_file()
     for line in lines(run / "predictions_loglik.jsonl"):
         assert line["prediction"] == line["scores"].index(max(line["scores"]))
@@ -109,15 +118,15 @@ def test_each_way_of_asking_has_files_of_its_own(run: Path, capsys: pytest.Captu
     assert not list(run.glob("*.partial.jsonl"))
 
 
-def test_letters_are_read_as_asked_and_the_parser_is_named(
-    run: Path, log: ChatLog, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_chosen_parser_is_used_and_named(run: Path, log: ChatLog, capsys: pytest.CaptureFixture[str]) -> None:
     log.answer = lambda body: "**a**"
     served = [str(run), "--server", log.url, "--json"]
     tables = {}
     for suffix, arguments in (
-        ("_server", []), ("_lenient_server", ["--parser", "lenient"]), ("_server_x", ["evaluation.parser=lenient"])
-    ):  # fmt: skip
+        ("_server", []),
+        ("_lenient_server", ["--parser", "lenient"]),
+        ("_server_x", ["evaluation.parser=lenient"]),
+    ):
         assert main("evaluate", [*served, *arguments]) == 0
         tables[suffix] = json.loads(capsys.readouterr().out)
     assert tables["_server"]["unparsed"] == 6
@@ -125,21 +134,27 @@ def test_letters_are_read_as_asked_and_the_parser_is_named(
     assert (tables["_lenient_server"]["unparsed"], tables["_lenient_server"]["parser"]) == (0, "lenient")
     assert tables["_server_x"] == tables["_lenient_server"]
     assert "parse_leniently" in json.loads((run / "evaluation_lenient_server.json").read_text())["asked"]["parser"]
-    marked = lines(run / "predictions_lenient_server.jsonl")
-    assert [(line["prediction"], line["parser"]) for line in marked] == [(0, "lenient")] * 6
+    scored = lines(run / "predictions_lenient_server.jsonl")
+    assert [(line["prediction"], line["parser"]) for line in scored] == [(0, "lenient")] * 6
     loglik = ["--method", "loglik", "evaluation.parser=lenient", "--json"]
     assert main("evaluate", [str(run), *loglik]) == 0
     assert "parser" not in json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.slow
-def test_a_killed_evaluation_asks_nothing_twice(run: Path) -> None:
+def test_a_killed_evaluation_resumes(run: Path) -> None:
     whole = run / "whole"
     evaluate(str(run), output=str(whole), overrides=["evaluation.batch_size=1"])
     command = [
-        sys.executable, "-m", "lora_llava.commands.main", "evaluate", str(run), "evaluation.batch_size=1", "--output",
+        sys.executable,
+        "-m",
+        "lora_llava.commands.main",
+        "evaluate",
+        str(run),
+        "evaluation.batch_size=1",
+        "--output",
         str(run / "killed"),
-    ]  # fmt: skip
+    ]
     script = (
         "import sys, time\n"
         "from lora_llava.evaluation.answer_log import AnswerLog\n"
@@ -161,38 +176,38 @@ def test_a_killed_evaluation_asks_nothing_twice(run: Path) -> None:
     process.communicate()
     kept = [json.loads(line)["index"] for line in partial.read_text().splitlines()[1:]]
     assert 2 <= len(kept) < 6
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert f"{len(kept)} of 6 answers are in" in told
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert f"{len(kept)} of 6 answers are in" in output
     assert (run / "killed" / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
     assert not partial.exists()
 
 
-def test_a_image_that_is_gone_counts_as_wrong_or_refuses(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_image_counts_as_wrong_or_is_an_error(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = next((run.parent / "data" / "images" / "test").rglob("image.png"))
     name = image.parent.name
     before = lines(run / "predictions_after.jsonl")
     image.write_bytes(b"no image")
     assert main("evaluate", [str(run)]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert f"{name}/image.png cannot be read" in told
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    assert f"{name}/image.png cannot be read" in output
     assert main("evaluate", [str(run), "--bad-images", "wrong"]) == 0
-    marked = lines(run / "predictions.jsonl")
-    lost = next(line for line in marked if line["question_id"] == name)
+    scored = lines(run / "predictions.jsonl")
+    lost = next(line for line in scored if line["question_id"] == name)
     assert (lost["prediction"], lost["text"]) == (-1, "")
     assert "cannot be read" in lost["problem"]
-    assert [line for line in marked if line != lost] == [line for line in before if line["question_id"] != name]
+    assert [line for line in scored if line != lost] == [line for line in before if line["question_id"] != name]
     assert json.loads((run / "evaluation.json").read_text())["unopened_images"] == [name]
     assert f"1 question counts as wrong because its image cannot be opened: {name}" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot be read"):
         evaluate(str(run))
 
 
-def test_a_way_that_does_not_fit_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, told in (
+def test_options_that_do_not_fit_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
         (["--prompt", "dirct"], "--prompt: 'dirct' is unknown; use one of recipe, direct, lmms-eval"),
-        (["--method", "loglik", "--temperature", "1"], "leave them out of --method loglik"),
-        (["--server", "http://127.0.0.1:9", "--server-model", "m", "--base-only"], "need a model here"),
+        (["--method", "loglik", "--temperature", "1"], "leave them out with --method loglik"),
+        (["--server", "http://127.0.0.1:9", "--server-model", "m", "--base-only"], "need a local model"),
         (["--temperature", "-1"], "temperature is -1.0; give 0 (greedy)"),
         (["--benchmark", "llava-bench"], "--questions is missing"),
         (["--benchmark", "llava-bench", "--limit", "3"], "--limit has no effect with --benchmark llava-bench"),
@@ -203,22 +218,22 @@ def test_a_way_that_does_not_fit_is_refused(run: Path, capsys: pytest.CaptureFix
         (["--timeout", "0"], "--timeout needs a server"),
         (["--server", "http://127.0.0.1:9", "--timeout", "inf"], "timeout is inf; give a number of seconds"),
         (["--prompt", "lmms-eval", "--direct"], "contradict each other; leave one out"),
-        (["--parser", "lenient", "--method", "loglik"], "--parser lenient reads the letter in what is written"),
+        (["--parser", "lenient", "--method", "loglik"], "--parser lenient reads letters in generated answers"),
         (["--benchmark", "llava-bench", "--parser", "llava"], "--parser has no effect with --benchmark llava-bench"),
         (["--published", "--json"], "--published has no effect with --json"),
     ):
         assert main("evaluate", [str(run), *arguments]) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_the_base_of_a_whole_model_is_the_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_base_only_needs_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = json.loads((run / "run.json").read_text())["base"]["name"]
     arguments = [str(base), "--recipe", str(run / "recipe.yaml"), "--base-only"]
     assert main("evaluate", arguments) == 2
     assert "--base-only: " in capsys.readouterr().err
 
 
-def test_part_of_the_questions_leaves_the_answers_to_all_where_they_are(run: Path) -> None:
+def test_a_limited_evaluation_keeps_the_full_predictions(run: Path) -> None:
     evaluate(str(run), output=str(run / "own"))
     whole = (run / "own" / "predictions.jsonl").read_bytes()
     assert evaluate(f"{run}/", limit=2, output=str(run / "own"))["AVG"][2] == 2
@@ -229,21 +244,24 @@ def test_part_of_the_questions_leaves_the_answers_to_all_where_they_are(run: Pat
     assert len(asked["questions"]) == 64
 
 
-def test_rows_that_the_run_itself_dropped_are_no_change_of_its_data(
-    stage2_content: dict[str, Any], tmp_path: Path
-) -> None:
+def test_rows_dropped_by_the_run_are_not_a_change_of_data(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     """A held-out image is broken, and the recipe drops such rows: later evaluations go by the same rows."""
     drawn(tmp_path / "images", 12)
     (tmp_path / "images" / "3.png").write_bytes(b"no image")
     rows = [asked(number, f"{number}.png") for number in range(12)]
     stage2_content["data"] = {
-        "format": "conversations", "path": written(tmp_path / "rows.json", rows), "on_bad_image": "drop",
-        "image_folder": str(tmp_path / "images"), "max_length": 300, "system_prompt": "", "validation_rows": 10,
-    }  # fmt: skip
+        "format": "conversations",
+        "path": written(tmp_path / "rows.json", rows),
+        "on_bad_image": "drop",
+        "image_folder": str(tmp_path / "images"),
+        "max_length": 300,
+        "system_prompt": "",
+        "validation_rows": 10,
+    }
     stage2_content["training"] |= {"max_steps": 1, "batch_size": 1}
     metrics = finetune(check_recipe(stage2_content, "test"), Path(), console=Console(file=io.StringIO()))
     run = stage2_content["output_dir"]
-    assert evaluate(run, Way(bad_images="wrong")) == metrics["after"]
+    assert evaluate(run, EvaluationOptions(bad_images="wrong")) == metrics["after"]
     assert evaluate(run) == metrics["after"]
     rebuild_report(run)
 
@@ -257,13 +275,13 @@ def letter_for(body: dict[str, Any]) -> str:
     return "The answer is A." if isinstance(content, list) else " The answer is B. "
 
 
-def test_a_server_gets_the_questions_with_their_images(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_receives_the_questions_with_their_images(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with chat_server() as log:
         log.models, log.answer = ["merged"], letter_for
         assert main("evaluate", [str(run), "--server", log.url, "--json", "--output", str(run / "served")]) == 0
         table = json.loads(capsys.readouterr().out)
-    marked = lines(run / "served" / "predictions_server.jsonl")
-    assert [line["text"] for line in marked] == ["The answer is A.", "The answer is B."] * 3
+    scored = lines(run / "served" / "predictions_server.jsonl")
+    assert [line["text"] for line in scored] == ["The answer is A.", "The answer is B."] * 3
     assert table["AVG"][2] == 6
     assert len(log.requests) == 6
     body = next(body for body in log.requests if isinstance(body["messages"][0]["content"], list))
@@ -276,7 +294,7 @@ def test_a_server_gets_the_questions_with_their_images(run: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("fault", ["500", "cut", "stall", "html", "no choices"])
-def test_a_bad_server_s_questions_are_named_and_the_others_kept(
+def test_failed_questions_of_a_server_are_named_and_the_others_kept(
     run: Path, fault: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lora_llava.inference.client.ChatServer.pause", 0.01)
@@ -286,8 +304,8 @@ def test_a_bad_server_s_questions_are_named_and_the_others_kept(
         log.behave = lambda body, count: fault if isinstance(body["messages"][-1]["content"], list) else "ok"
         arguments[2] = log.url
         assert main("evaluate", arguments) == 1
-        told = capsys.readouterr().err
-        assert "3 of 6 questions got no answer (3" in told
+        output = capsys.readouterr().err
+        assert "3 of 6 questions got no answer (3" in output
         assert not (run / "served" / "predictions_server.jsonl").exists()
         log.behave = lambda body, count: "ok"
         first = len(log.requests)
@@ -304,13 +322,13 @@ def test_an_empty_answer_is_an_answer(run: Path) -> None:
     assert table["unparsed"] == 6
 
 
-def test_what_a_server_is_sent_makes_the_prompt_that_was_trained(run: Path) -> None:
+def test_server_messages_render_to_the_training_prompt(run: Path) -> None:
     """The messages of the request, written by the exported processor, are the trained prompt's text."""
     from lora_llava.data.images.reading import FolderImages
     from lora_llava.evaluation.answerers import _server_messages
     from lora_llava.evaluation.evaluate import open_evaluation
 
-    opened = open_evaluation(str(run), Way())
+    opened = open_evaluation(str(run), EvaluationOptions())
     rows = opened.split.read(range(2))
     images = FolderImages(run.parent / "data" / "images", 10**6)
     for row in rows:
@@ -332,14 +350,12 @@ def test_what_a_server_is_sent_makes_the_prompt_that_was_trained(run: Path) -> N
 # --- the run's page ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_a_page_and_it_can_be_made_again(
-    run: Path, trained: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_can_be_rebuilt(run: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (run / "report.html").read_text()
-    marked = lines(run / "predictions_after.jsonl")
-    for line in marked:
+    scored = lines(run / "predictions_after.jsonl")
+    for line in scored:
         assert line["question_id"] in page
-    right = sum(line["prediction"] == line["answer"] for line in marked)
+    right = sum(line["prediction"] == line["answer"] for line in scored)
     assert f"of {6 - right} wrong and of {right} right answers" in page
     assert page.count("<svg") >= 4  # loss, learning rate, speed, memory
     assert "http://" not in page.replace("http://www.w3.org/", "")
@@ -351,20 +367,20 @@ def test_a_run_leaves_a_page_and_it_can_be_made_again(
     assert "report.html: open it" in capsys.readouterr().out
 
 
-def test_the_page_is_made_of_the_run_s_own_questions_alone(run: Path) -> None:
+def test_the_report_uses_only_the_run_s_questions(run: Path) -> None:
     file = run / "predictions_after.jsonl"
     rows = lines(file)
     rows[0]["question_id"] = "99"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="answers other questions than the run's data has now"):
+    with pytest.raises(UserError, match="answers questions that the run's data no longer has"):
         rebuild_report(str(run))
-    with pytest.raises(UserError, match="is no finished run"):
+    with pytest.raises(UserError, match="is not a finished run"):
         rebuild_report(str(run.parent))
     file.unlink()
     assert "question" in rebuild_report(str(run)).read_text()
 
 
-def test_images_of_the_page_are_the_questions_own(run: Path) -> None:
+def test_the_report_shows_the_image_of_each_question(run: Path) -> None:
     page = (run / "report.html").read_text()
     found = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
     colours = {Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB").getpixel((5, 5)) for data in found}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.files.reading import file_hash
-from lora_llava.evaluation.scoring import ask_table
+from lora_llava.evaluation.scoring import evaluate_run
 from lora_llava.model.base import cache_folder
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.checkpoint import list_checkpoints
@@ -214,9 +214,9 @@ def test_the_first_table_is_kept_if_nothing_changed(own_content: Content, monkey
 
     def recorded(model: Any, plan: Any, when: str) -> Any:
         evaluated.append(when)
-        return ask_table(model, plan, when)
+        return evaluate_run(model, plan, when)
 
-    monkeypatch.setattr("lora_llava.training.finetune.ask_table", recorded)
+    monkeypatch.setattr("lora_llava.training.finetune.evaluate_run", recorded)
     run(recipe, resume=True)
     assert evaluated == ["after"]
 

@@ -1,4 +1,4 @@
-"""`lora-llava evaluate MODEL --benchmark llava-bench`: answers in the form that the judge reads."""
+"""`lora-llava evaluate MODEL --benchmark llava-bench`: answers in the format of the judge."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rows_of(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_prompts_are_what_was_trained(speaker: Speaker) -> None:
+def test_prompts_are_those_of_training(speaker: Speaker) -> None:
     row = Conversation("1", (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "?")), ("1.jpg",), {})
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>\nWhat is it?"}]
     tokens = speaker.model.get_base_model().config.image_seq_length
@@ -58,7 +58,7 @@ def test_prompts_are_what_was_trained(speaker: Speaker) -> None:
     )
 
 
-def test_answers_are_those_of_a_chat(run: str, speaker: Speaker, files: dict[str, Path], tmp_path: Path) -> None:
+def test_answers_equal_those_of_a_chat(run: str, speaker: Speaker, files: dict[str, Path], tmp_path: Path) -> None:
     images = tmp_path / "images"
     sampling = Sampling(max_new_tokens=12)
     file = answer_llava_bench(run, files["questions"], images, output=tmp_path, sampling=sampling, batch_size=4)
@@ -93,7 +93,7 @@ def test_a_server_answers_and_a_judge_scores(
     assert "A dog." not in capsys.readouterr().out
 
 
-def test_images_that_are_gone_and_arguments_that_lack(
+def test_missing_images_and_arguments(
     run: str, files: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     questions = rows_of(files["questions"])
@@ -101,13 +101,13 @@ def test_images_that_are_gone_and_arguments_that_lack(
     asked = [run, "--benchmark", "llava-bench", "--questions", str(files["questions"]), "--output", str(tmp_path)]
     expected = {
         "--images is missing": asked,
-        "there is no folder": [*asked, "--images", str(tmp_path / "none")],
+        "is not a folder": [*asked, "--images", str(tmp_path / "none")],
         "gone.jpg": [*asked, "--images", str(tmp_path / "images")],
     }
-    for told, arguments in expected.items():
+    for message, arguments in expected.items():
         assert main("evaluate", arguments) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert told in error
+        assert message in error
     assert main("evaluate", [*asked, "--images", str(tmp_path / "images"), "--bad-images", "wrong"]) == 0
     rows = rows_of(tmp_path / "llava_bench_answers.jsonl")
     assert rows[0]["text"] != ""

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
-from lora_llava.evaluation.scoring import ask_table
+from lora_llava.evaluation.scoring import evaluate_run
 from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.directory import only_run
@@ -151,7 +151,7 @@ def test_a_run_stopped_before_its_evaluation_is_unfinished(
 ) -> None:
     recipe = check_recipe(stage2_content, "test")
     with monkeypatch.context() as patch:
-        patch.setattr("lora_llava.training.finetune.ask_table", ends_at("after"))
+        patch.setattr("lora_llava.training.finetune.evaluate_run", ends_at("after"))
         with pytest.raises(KeyboardInterrupt):
             run(recipe)
     folder = Path(recipe.output_dir)
@@ -163,19 +163,19 @@ def test_a_run_stopped_before_its_evaluation_is_unfinished(
     assert {"metrics.json", "report.html", "predictions_after.jsonl"} <= set(os.listdir(folder))
     with pytest.raises(UserError, match="holds a finished run"):
         run(recipe, resume=True)
-    monkeypatch.setattr("lora_llava.training.finetune.ask_table", ends_at("before"))
+    monkeypatch.setattr("lora_llava.training.finetune.evaluate_run", ends_at("before"))
     with pytest.raises(KeyboardInterrupt):
         run(recipe, overwrite=True)
     assert not {"metrics.json", "report.html", "predictions_after.jsonl", "run.json"} & set(os.listdir(folder))
 
 
 def ends_at(table: str) -> Any:
-    """Return an `ask_table` that raises Ctrl-C before or after training."""
+    """Return an `evaluate_run` that raises Ctrl-C before or after training."""
 
     def evaluate_table(model: Any, plan: Any, when: str) -> Any:
         if when == table:
             raise KeyboardInterrupt
-        return ask_table(model, plan, when)
+        return evaluate_run(model, plan, when)
 
     return evaluate_table
 

@@ -1,4 +1,4 @@
-"""`lora-llava report`: the page of a run over two files of one's own, as it was, with less, and with files spoilt."""
+"""`lora-llava report`: the report of a run on two files, with complete, missing and damaged files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
-from lora_llava.evaluation.answers import answer_table, mark_answer
+from lora_llava.evaluation.answers import answer_table, score_answer
 from lora_llava.evaluation.run_report import _tables, rebuild_report
 from lora_llava.evaluation.scienceqa import COLUMNS, score
 from lora_llava.evaluation.summary import summarise
@@ -41,17 +41,25 @@ def trained(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in (0, 3, 6):
         (folder / "second" / f"{number}.png").write_text(f"no image {number}")
     content: dict[str, Any] = {
-        "stage": 2, "output_dir": str(folder / "run"), "lora": {"r": 4, "alpha": 8},
+        "stage": 2,
+        "output_dir": str(folder / "run"),
+        "lora": {"r": 4, "alpha": 8},
         "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "start_from": {"untrained": True},
+            "llm": str(parts / "llm"),
+            "vision_tower": str(parts / "vision_tower"),
+            "start_from": {"untrained": True},
         },
         "data": {
-            "format": "conversations", "max_length": 300, "system_prompt": "", "test_rows": 12, "on_bad_image": "drop",
+            "format": "conversations",
+            "max_length": 300,
+            "system_prompt": "",
+            "test_rows": 12,
+            "on_bad_image": "drop",
             "sources": [{"path": str(folder / f"{name}.json"), "image_folder": str(folder / name)} for name in COLOURS],
         },
         "training": {"batch_size": 4, "learning_rate": 5e-3, "max_steps": 1, "log_every": 1},
         "evaluation": {"max_new_tokens": 2, "before": 0, "batch_size": 8},
-    }  # fmt: skip
+    }
     metrics = finetune(check_recipe(content, "test"), Path(), console=quiet())
     assert sum(metrics["data"]["test"]["dropped"].values()) > 0
     return folder
@@ -81,7 +89,7 @@ def cards(page: str) -> list[tuple[str, tuple[int, ...] | None]]:
     return found
 
 
-def test_rows_that_the_run_dropped_leave_every_answer_its_own_image(run: Path) -> None:
+def test_dropped_rows_do_not_shift_images(run: Path) -> None:
     page = (run / "report.html").read_text()
     expected = []
     for line in lines(run):
@@ -92,22 +100,24 @@ def test_rows_that_the_run_dropped_leave_every_answer_its_own_image(run: Path) -
     assert cards(rebuild_report(str(run)).read_text()) == cards(page)
 
 
-def test_a_row_whose_image_is_gone_is_shown_without_it_and_told(run: Path) -> None:
+def test_a_row_with_a_missing_image_is_shown_with_a_note(run: Path) -> None:
     gone = next(line for line in lines(run) if line["source"] == "first")
     (run.parent / "first" / f"{gone['question_id'][1:]}.png").write_bytes(b"")
     page = rebuild_report(str(run)).read_text()
     assert (gone["question_id"], None) in cards(page)
     assert len(cards(page)) == len(lines(run))
-    assert f"Shown without an image that cannot be opened any more: {gone['question_id']}." in page
+    assert f"Shown without an image that can no longer be opened: {gone['question_id']}." in page
 
 
-def test_a_page_without_answers_says_why(run: Path) -> None:
+def test_a_report_without_answers_states_the_reason(run: Path) -> None:
     (run / "predictions_after.jsonl").unlink()
     page = rebuild_report(str(run)).read_text()
     assert "No gallery of answers: predictions_after.jsonl is not in the run" in page
     metrics = json.loads((run / "metrics.json").read_text())
     (run / "metrics.json").write_text(json.dumps(metrics | {"after": None}))
-    assert "No gallery of answers: the run asked no questions after training." in rebuild_report(str(run)).read_text()
+    assert (
+        "No gallery of answers: the run evaluated no questions after training." in rebuild_report(str(run)).read_text()
+    )
 
 
 def without(*keys: str) -> Any:
@@ -123,12 +133,16 @@ def without(*keys: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "spoil", "told"),
+    ("name", "spoil", "message"),
     [
         ("predictions_after.jsonl", lambda text: text[:-20], r"line \d+: not JSON"),
         ("predictions_after.jsonl", lambda text: text[: text.rindex("\n", 0, -1) + 1], r"has \d+ answers, the"),
         ("predictions_after.jsonl", lambda text: text.replace('"text"', '"said"'), "line 1: no text;"),
-        ("predictions_after.jsonl", lambda text: text.replace("Is it", "Was it"), "answers other questions than"),
+        (
+            "predictions_after.jsonl",
+            lambda text: text.replace("Is it", "Was it"),
+            "answers questions that the run's",
+        ),
         ("predictions_after.jsonl", lambda text: text + "\udcff", "is not UTF-8"),
         ("metrics.json", lambda text: text[:200], "Invalid JSON: EOF"),
         ("metrics.json", lambda text: "\udcff" + text, "Invalid JSON: "),
@@ -138,9 +152,9 @@ def without(*keys: str) -> Any:
         ("metrics.json", without("model"), "model: Field required"),
         ("metrics.json", lambda text: text.replace('"steps": 1', '"steps": "1"'), "train.steps: Input should be"),
     ],
-)  # fmt: skip
-def test_a_file_that_is_spoilt_is_named(
-    run: Path, name: str, spoil: Any, told: str, capsys: pytest.CaptureFixture[str]
+)
+def test_a_damaged_file_is_named(
+    run: Path, name: str, spoil: Any, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = run / name
     before = file.read_text()
@@ -148,11 +162,11 @@ def test_a_file_that_is_spoilt_is_named(
     assert file.read_text(errors="surrogateescape") != before
     assert main("report", [str(run)]) == 2
     err = capsys.readouterr().err
-    assert re.search(rf"^error: {re.escape(str(file))}[:,]? {told}", err)
+    assert re.search(rf"^error: {re.escape(str(file))}[:,]? {message}", err)
     assert err.count("\n") == 1
 
 
-def test_a_science_table_that_lacks_a_column_is_named(run: Path) -> None:
+def test_a_science_table_without_a_column_is_named(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     table = score([]) | {"AVG": [50.0, 1, 2]}
     del table["G1-6"]
@@ -176,22 +190,23 @@ def test_columns_without_questions_are_dashes() -> None:
     percentages = ["0.00" if column in ("AVG", "NAT", "NO") else "–" for column in COLUMNS]
     low, high = ([end if each == "0.00" else "–" for each in percentages] for end in ("0.00", "79.35"))
     assert shown(tables_view("T", {"run": table}))[:3] == [
-        ["run", *percentages, "0"], ["95% interval from", *low, ""], ["to", *high, ""]
-    ]  # fmt: skip
+        ["run", *percentages, "0"],
+        ["95% interval from", *low, ""],
+        ["to", *high, ""],
+    ]
     [page] = _tables({"after": table})
-    assert [row[1:] for row in page.rows] == [
-        percentages, low, high, [str(table[column][2]) for column in COLUMNS]
-    ]  # fmt: skip
+    assert [row[1:] for row in page.rows] == [percentages, low, high, [str(table[column][2]) for column in COLUMNS]]
     found = summarise(table, [])["table"]
     assert found["SOC"] == {"percent": None, "correct": 0, "count": 0, "interval": None}
     assert found["NAT"] == {"percent": 0.0, "correct": 0, "count": 1, "interval": [0.0, 79.35]}
 
 
-def test_answers_to_no_question_are_dashes() -> None:
-    none, one = answer_table([]), answer_table([mark_answer("1", "a", "?", "x", "y")])
+def test_scores_of_no_questions_are_dashes() -> None:
+    none, one = answer_table([]), answer_table([score_answer("1", "a", "?", "x", "y")])
     assert shown(tables_view("T", {"a": none, "b": one})) == [
-        ["a", "–", "–", "–", "", "0"], ["b", "0.00", "0.00", "0.00", "", "1"]
-    ]  # fmt: skip
+        ["a", "–", "–", "–", "", "0"],
+        ["b", "0.00", "0.00", "0.00", "", "1"],
+    ]
     assert [row[2:5] for row in _tables({"a": none, "b": one})[0].rows] == [["–"] * 3, ["0.00"] * 3]
     marks = {"exact_match": None, "f1": None, "rouge_l": None, "loss": None, "questions": 0}
     assert summarise(none, [])["table"]["all"] == marks | {"exact_match_interval": None}

@@ -1,4 +1,4 @@
-"""Scores while training goes on: they change nothing in it, and the test rows stay unread."""
+"""Scores during training: they do not affect it, and the test rows stay unread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
-from lora_llava.evaluation.scoring import ask_table
+from lora_llava.evaluation.scoring import evaluate_run
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import check_recipe
 from lora_llava.splits.split_rows import sealed
@@ -24,7 +24,7 @@ def weights(folder: str) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(folder).glob("*.safetensors")}
 
 
-def test_scoring_on_the_way_changes_no_weight(
+def test_scoring_during_training_changes_no_weight(
     stage2_content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage2_content["lora"]["dropout"] = 0.1  # draws at every step
@@ -40,14 +40,14 @@ def test_scoring_on_the_way_changes_no_weight(
     assert all(0 <= score <= 100 for _, score in scores)
     assert not metrics["without"]["train"]["curves"].get("validation_score")
     assert all(speed > 0 for _, speed in metrics["with"]["train"]["curves"]["tokens_per_second"])
-    told = capsys.readouterr().err
-    assert "step 2: accuracy" in told
-    assert "of 3 validation rows" in told
+    output = capsys.readouterr().err
+    assert "step 2: accuracy" in output
+    assert "of 3 validation rows" in output
     assert "Accuracy during training" in (tmp_path / "with" / "report.html").read_text()
     assert "Accuracy during training" not in (tmp_path / "without" / "report.html").read_text()
 
 
-def test_one_s_own_validation_rows_are_scored_and_weighed(
+def test_validation_rows_are_scored_and_ranked_by_likelihood(
     stage2_content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [asked(number, answer=("Yes.", "No.")[number % 2]) for number in range(16)]
@@ -55,11 +55,14 @@ def test_one_s_own_validation_rows_are_scored_and_weighed(
         row["choices"] = ["Yes.", "No."]
     content = stage2_content | {
         "data": {
-            "format": "conversations", "path": written(tmp_path / "rows.json", rows), "max_length": 200,
-            "validation_rows": 6, "system_prompt": "",
+            "format": "conversations",
+            "path": written(tmp_path / "rows.json", rows),
+            "max_length": 200,
+            "validation_rows": 6,
+            "system_prompt": "",
         },
         "evaluation": {"before": 0, "max_new_tokens": 4, "generate_every": 4, "generate_rows": 2},
-    }  # fmt: skip
+    }
     metrics = finetune(check_recipe(content, "test"), Path(), console=quiet())
     assert [step for step, _ in metrics["train"]["curves"]["validation_score"]] == [4]
     assert "step 4: exact match" in capsys.readouterr().err
@@ -72,20 +75,23 @@ def test_one_s_own_validation_rows_are_scored_and_weighed(
     assert table["all"]["exact_match"] > metrics["after"]["all"]["exact_match"]  # after 4 steps it writes no such thing
 
 
-def test_rows_without_choices_cannot_be_weighed(
+def test_rows_without_choices_are_refused_by_likelihood(
     stage2_content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = stage2_content | {
         "data": {
-            "format": "conversations", "path": written(tmp_path / "rows.json", [asked(n) for n in range(8)]),
-            "max_length": 200, "validation_rows": 2, "system_prompt": "",
+            "format": "conversations",
+            "path": written(tmp_path / "rows.json", [asked(n) for n in range(8)]),
+            "max_length": 200,
+            "validation_rows": 2,
+            "system_prompt": "",
         },
         "evaluation": {"before": 0, "after": 0},
         "training": stage2_content["training"] | {"max_steps": 1, "eval_every": None},
-    }  # fmt: skip
+    }
     finetune(check_recipe(content, "test"), Path(), console=quiet())
     assert main("evaluate", [str(content["output_dir"]), "--method", "loglik"]) == 2
-    assert "--method loglik: row r1 (rows.json, index 1) has no choices; give it a list" in capsys.readouterr().err
+    assert "--method loglik: row r1 (rows.json, index 1) has no choices; add a list" in capsys.readouterr().err
 
 
 def test_test_rows_are_not_read_while_training_runs(
@@ -95,7 +101,7 @@ def test_test_rows_are_not_read_while_training_runs(
     test = plan.splits["test"]
     with sealed(test):
         with pytest.raises(RuntimeError, match="test rows are read while training runs"):
-            ask_table(None, plan, "after")
+            evaluate_run(None, plan, "after")
         assert plan.splits["validation"].read([0])
     assert test.read([0])
 
@@ -110,7 +116,7 @@ def test_test_rows_are_not_read_while_training_runs(
         finetune(check_recipe(stage2_content, "test"), Path(), console=quiet())
 
 
-def test_a_slice_of_no_rows_is_refused(stage2_content: dict[str, Any]) -> None:
+def test_an_empty_subset_is_refused(stage2_content: dict[str, Any]) -> None:
     stage2_content["evaluation"]["generate_every"] = 2
     stage2_content["data"]["splits"] = {"validation": None}
     with pytest.raises(UserError, match="generate_every scores validation rows, and the recipe has none"):

@@ -148,7 +148,7 @@ def test_data_that_changed_is_neither_resumed_nor_asked(stage2_content: dict[str
     assert metrics["after"]["all"]["questions"] == 4
     assert evaluate(run) == metrics["after"]
     written(tmp_path / "rows.json", [*rows, asked(99)])
-    with pytest.raises(UserError, match="the data is not what it was"):
+    with pytest.raises(UserError, match="the data has changed since training"):
         evaluate(run)
     own = written(tmp_path / "own.json", [asked(200), asked(201)])
     assert evaluate(run, overrides=["data.test_rows=0", f"data.test_source={{path: {own}}}"])["all"]["questions"] == 2

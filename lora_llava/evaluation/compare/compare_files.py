@@ -1,4 +1,4 @@
-"""The predictions of runs that are compared, read and checked."""
+"""Read and check the predictions files of the runs to compare."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.core.errors import UserError
+from lora_llava.evaluation.answer_metrics import EXACT, text_metrics
 from lora_llava.evaluation.scienceqa import COLUMNS
 
 SCIENCEQA, CONVERSATIONS = "scienceqa", "conversations"
 PREDICTIONS = ("predictions.jsonl", "predictions_after.jsonl")
-"""What `lora-llava evaluate` and `lora-llava finetune` leave in a run directory."""
+"""Predictions files that `lora-llava evaluate` and `lora-llava finetune` write into a run directory."""
 
 Row = dict[str, Any]
 
 
-_NO_MATTER = ("evaluation.generate_every", "evaluation.generate_rows", "evaluation.before", "training.report_to")
-"""Keys of a recipe that neither weights nor answers depend on."""
+_IRRELEVANT = ("evaluation.generate_every", "evaluation.generate_rows", "evaluation.before", "training.report_to")
+"""Keys of a recipe that affect neither weights nor answers."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The marked answers of one run.
+    """The scored answers of one run.
 
     Attributes:
-        name: Short, one of a kind among those compared.
-        file: Where the answers stand.
+        name: A short name, unique among the compared runs.
+        file: The predictions file.
         kind: `SCIENCEQA` or `CONVERSATIONS`.
-        rows: The answers, in the file's order.
-        output_dir: The recipe's, "" without a recipe.
-        seed: The recipe's, None without a recipe.
-        settings: The rest of the recipe by `key.sub`, None without a recipe.
+        rows: The answers, in the order of the file.
+        output_dir: From the recipe; "" without a recipe.
+        seed: From the recipe; None without a recipe.
+        settings: The rest of the recipe by `key.sub`; None without a recipe.
     """
 
     name: str
@@ -50,13 +51,13 @@ def read_runs(paths: Sequence[Path], recipes: Mapping[Path, Mapping[str, Any]]) 
 
     Args:
         paths: Run directories or predictions files.
-        recipes: The recipe's plain content for the paths that have one.
+        recipes: Content of the recipe for each path that has one.
 
     Returns:
         The runs, in the order of `paths`.
 
     Raises:
-        UserError: For a path without predictions, one that is named twice, a malformed line, or answers of two kinds.
+        UserError: If a path has no predictions or is named twice, a line is malformed, or the answers are of two kinds.
     """
     files = [find_predictions(path) for path in paths]
     for number, file in enumerate(files):
@@ -70,28 +71,28 @@ def read_runs(paths: Sequence[Path], recipes: Mapping[Path, Mapping[str, Any]]) 
             continue
         recipe = dict(recipes[path])
         output_dir, seed = str(recipe.pop("output_dir", "")), recipe.pop("seed", None)
-        settings = {key: value for key, value in flatten(recipe).items() if key not in _NO_MATTER}
+        settings = {key: value for key, value in flatten(recipe).items() if key not in _IRRELEVANT}
         runs.append(Run(name, file, kind, rows, output_dir, seed, settings))
     for run in runs:
         if run.kind != runs[0].kind:
             raise UserError(
-                f"{run.file} holds answers to {run.kind}, {runs[0].file} to {runs[0].kind}; compare one kind"
+                f"{run.file} has answers to {run.kind}, {runs[0].file} to {runs[0].kind}; compare runs of one kind"
             )
     return runs
 
 
 def find_predictions(path: Path) -> Path:
-    """The predictions that a path names.
+    """Find the predictions file that a path names.
 
     Args:
-        path: A predictions file, or a directory with `predictions.jsonl` or `predictions_after.jsonl`; of both the
-            newer, as a run may have been trained anew after it was evaluated.
+        path: A predictions file, or a directory with `predictions.jsonl` or `predictions_after.jsonl`. If it has both,
+            the newer one counts, as a run may have been trained again after its evaluation.
 
     Returns:
         The file.
 
     Raises:
-        UserError: Where there is none.
+        UserError: If none exists.
     """
     if path.is_file():
         return path
@@ -99,31 +100,31 @@ def find_predictions(path: Path) -> Path:
         raise UserError(f"{path} is missing; name a run directory or a predictions file")
     found = [path / name for name in PREDICTIONS if (path / name).is_file()]
     if not found:
-        raise UserError(f"{path} holds no {' or '.join(PREDICTIONS)}; run `lora-llava evaluate {path}` first")
+        raise UserError(f"{path} has no {' or '.join(PREDICTIONS)}; run `lora-llava evaluate {path}` first")
     return max(found, key=lambda file: file.stat().st_mtime_ns)
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, two parts of a file's; where these are not all different, the paths as they are."""
+    """Return the last part of each directory and the last two of each file; the full paths if these are not unique."""
     short = [f"{path.resolve().parent.name}/{path.name}" if path.is_file() else path.resolve().name for path in paths]
     return short if len(set(short)) == len(short) else [str(path) for path in paths]
 
 
 def read_predictions(file: Path, texts: Sequence[str] = ()) -> tuple[str, list[Row]]:
-    """Read a predictions file of either kind; keys that are not needed are left as they are.
+    """Read a predictions file of either kind; unknown keys are kept.
 
     Args:
-        file: JSONL, one marked answer a line.
-        texts: Further keys, each a text, that every line needs.
+        file: JSONL with one scored answer per line.
+        texts: Further keys that must hold a text in every line.
 
     Returns:
         The kind, and the rows.
 
     Raises:
-        UserError: Naming the first line that is malformed or of another kind.
+        UserError: If a line is malformed or of another kind; names the first such line.
     """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would part an answer at U+2028
+        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines would split an answer at U+2028
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8: {error}") from None
     kind, rows = "", []
@@ -133,11 +134,11 @@ def read_predictions(file: Path, texts: Sequence[str] = ()) -> tuple[str, list[R
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{file}, line {number}: not JSON ({error}); write the predictions anew") from None
+            raise UserError(f"{file}, line {number}: not JSON ({error}); write the predictions again") from None
         kind = kind or _kind(row)
-        wrong = _what_is_wrong(row, kind, texts)
-        if wrong:
-            raise UserError(f"{file}, line {number}: {wrong}; name a predictions file of evaluate or finetune")
+        problem = _find_problem(row, kind, texts)
+        if problem:
+            raise UserError(f"{file}, line {number}: {problem}; name a predictions file of evaluate or finetune")
         rows.append(row)
     if not rows:
         raise UserError(f"{file} is empty; run `lora-llava evaluate` to write it")
@@ -145,34 +146,29 @@ def read_predictions(file: Path, texts: Sequence[str] = ()) -> tuple[str, list[R
 
 
 def _kind(row: Any) -> str:
-    return CONVERSATIONS if isinstance(row, dict) and "exact" in row else SCIENCEQA
+    return CONVERSATIONS if isinstance(row, dict) and EXACT in row else SCIENCEQA
 
 
-def _what_is_wrong(row: Any, kind: str, texts: Sequence[str]) -> str:
-    """What a line lacks of its kind, or nothing."""
+def _find_problem(row: Any, kind: str, texts: Sequence[str]) -> str:
+    """Return what is wrong with a line of this kind, or ""."""
     if not isinstance(row, dict):
-        return f"{type(row).__name__} and not an object"
-    right = {"question_id": isinstance(row.get("question_id"), str)}
+        return f"{type(row).__name__}, not an object"
+    valid = {"question_id": isinstance(row.get("question_id"), str)}
     if kind == CONVERSATIONS:
-        right |= {name: isinstance(row.get(name), str) for name in ("question", "reference")}
-        right |= {"exact": isinstance(row.get("exact"), bool), "f1": is_share(row.get("f1"))}
-        right |= {name: isinstance(row.get(name, ""), str) for name in ("source", "type")}
+        valid |= {name: isinstance(row.get(name), str) for name in ("question", "reference")}
+        valid |= {metric.key: metric.is_valid(row.get(metric.key)) for metric in text_metrics() if metric.required}
+        valid |= {name: isinstance(row.get(name, ""), str) for name in ("source", "type")}
     else:
-        right |= {name: type(row.get(name)) is int for name in ("prediction", "answer")}
+        valid |= {name: type(row.get(name)) is int for name in ("prediction", "answer")}
         named = row.get("categories")
-        right["categories"] = isinstance(named, list) and all(each in COLUMNS[1:] for each in named)
-    right |= {name: isinstance(row.get(name), str) for name in texts}
-    wrong = next((name for name, is_right in right.items() if not is_right), "")
+        valid["categories"] = isinstance(named, list) and all(each in COLUMNS[1:] for each in named)
+    valid |= {name: isinstance(row.get(name), str) for name in texts}
+    wrong = next((name for name, is_valid in valid.items() if not is_valid), "")
     return wrong and (f"{wrong} is {row[wrong]!r}" if wrong in row else f"no {wrong}")
 
 
-def is_share(value: Any) -> bool:
-    """Whether a value is a number from 0 to 1."""
-    return isinstance(value, int | float) and 0 <= value <= 1
-
-
 def flatten(content: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """A recipe's values by `key.sub`; lists are values."""
+    """Return the values of a recipe by `key.sub`; a list is one value."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         name = f"{above}{key}"

@@ -1,4 +1,4 @@
-"""The same questions of runs that are compared: ids that are missing or stand twice, and other data, are told."""
+"""Match the questions of the runs to compare; report missing ids, duplicate ids and different data."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from lora_llava.core.errors import UserError
 from lora_llava.evaluation.compare.compare_files import CONVERSATIONS, Row, Run
 
 Key = tuple[Any, ...]
-"""What tells a question from the others."""
+"""Identifies a question among all others."""
 _NAMED = 3
-"""Questions that a message names of those it counts."""
+"""Most question ids that a message lists."""
 
 
 def same_questions(
     runs: Sequence[Run], seeds: Sequence[Set[int | None]], common: bool
 ) -> tuple[list[dict[Key, Row]], list[str]]:
-    """Put the runs' answers to one question under one key.
+    """Match the answers of the runs by question.
 
     Args:
         runs: From `read_runs`.
-        seeds: Those of each group of runs.
-        common: Take the questions that all runs have, and each once.
+        seeds: The seeds of each group of runs.
+        common: Whether to keep only the questions that every run has exactly once.
 
     Returns:
-        Each run's rows by question, in one order, and what is to be said of them. Without `common` all runs have the
-        same, or all groups the same seeds and the runs of each seed the same: rows that are held back are drawn by it.
+        The rows of each run by question, in the same order, and notes about them. Without `common`, either all runs
+        have the same questions, or all groups have the same seeds and the runs of each seed the same questions, since
+        the seed draws the held-out rows.
 
     Raises:
-        UserError: For questions that a run lacks, or whose right answer is not the same in all; for one of ScienceQA
-            that a run has twice.
+        UserError: If a run lacks questions, has a ScienceQA question twice, or has a different right answer to one.
     """
     keys = _keys(runs)
     counts = [Counter(mine) for mine in keys]
@@ -41,15 +41,15 @@ def same_questions(
     notes: list[str] = []
     wanted = [usable] * len(runs)
     if common and not usable:
-        raise UserError("--common: no question is in every run once; evaluate them on the same rows")
+        raise UserError("--common: no question is in every run exactly once; evaluate the runs on the same rows")
     if common and len(usable) < len(every):
         left = len(every) - len(usable)
-        notes = [f"{left:,} of {len(every):,} questions left out: not in every run, or more often in one"]
+        notes = [f"{left:,} of {len(every):,} questions left out: missing from a run, or repeated in one"]
     elif not common:
         _refuse_doubles(runs, counts)
         if len(usable) < len(every):
             _refuse_missing(runs, seeds, counts, every)
-            notes = ["every seed was asked questions of its own, runs of one seed the same"]
+            notes = ["each seed has its own questions; runs of one seed have the same questions"]
             wanted = keys
     found = [dict(zip(mine, run.rows, strict=True)) for run, mine in zip(runs, keys, strict=True)]
     keyed = [{key: rows[key] for key in mine} for rows, mine in zip(found, wanted, strict=True)]
@@ -58,15 +58,20 @@ def same_questions(
 
 
 def _parsers(runs: Sequence[Run]) -> list[str]:
-    """Which runs' letters were read by another parser than LLaVA's."""
+    """Return a note that names the runs whose letters were not parsed by LLaVA's rule."""
     names = [run.name for run in runs if any("parser" in row for row in run.rows)]
-    return [f"letters read by the lenient parser, not by LLaVA's rule: {', '.join(names)}"] if names else []
+    return [f"letters read by the lenient parser instead of LLaVA's rule: {', '.join(names)}"] if names else []
 
 
 def _keys(runs: Sequence[Run]) -> list[list[Key]]:
-    """What tells each row from the others: ScienceQA's id; of a person's own data, where ids may repeat, the id, the
-    question, the reference, the source where there are several, and last which copy of the same row it is."""
-    several = any(len({row.get("source") for row in run.rows}) > 1 for run in runs)  # else the file may be renamed
+    """Return the key of each row of each run.
+
+    For ScienceQA it is the id. In other data ids may repeat: the key is the id, the question, the reference, the source
+    if there are several, and the number of the copy among equal rows.
+    """
+    several = any(
+        len({row.get("source") for row in run.rows}) > 1 for run in runs
+    )  # with one source, its name may differ between runs
     keys: list[list[Key]] = []
     for run in runs:
         mine: list[Key] = []
@@ -83,18 +88,18 @@ def _keys(runs: Sequence[Run]) -> list[list[Key]]:
 
 
 def _uneven(keys: Sequence[Sequence[Key]]) -> set[Key]:
-    """Rows that not all runs have as many copies of: which copy is which cannot be told."""
+    """Return the rows whose number of copies differs between runs, so that the copies cannot be matched."""
     copies = [Counter(key[:-1] for key in mine) for mine in keys]
     return {key for mine in copies for key, count in mine.items() if any(other[key] != count for other in copies)}
 
 
 def _copies(runs: Sequence[Run], keyed: Sequence[dict[Key, Row]]) -> list[str]:
-    """What is said of rows of a person's own data that stand there more than once."""
+    """Return a note about rows that appear more than once in the data."""
     more = {key[:-1] for mine in keyed for key in mine if key[-1] == 2} if runs[0].kind == CONVERSATIONS else set()
     if not more:
         return []
-    what = "1 row stands" if len(more) == 1 else f"{len(more):,} rows stand"
-    return [f"{what} in the data more than once ({_named(list(more))}); the copies are paired in their order"]
+    what = "1 row appears" if len(more) == 1 else f"{len(more):,} rows appear"
+    return [f"{what} more than once in the data ({_named(list(more))}); copies are paired in order"]
 
 
 def _named(keys: Sequence[Key]) -> str:
@@ -108,7 +113,7 @@ def _refuse_doubles(runs: Sequence[Run], counts: Sequence[Counter[Key]]) -> None
         twice = [key for key, times in count.items() if times > 1]
         if twice:
             lines.append(
-                f"{run.file}: answered more than once: {len(twice):,} of {len(count):,} questions, {_named(twice)}; "
+                f"{run.file}: {len(twice):,} of {len(count):,} questions answered more than once: {_named(twice)}; "
                 "keep one answer, or leave these questions out with --common"
             )
     if lines:
@@ -118,10 +123,10 @@ def _refuse_doubles(runs: Sequence[Run], counts: Sequence[Counter[Key]]) -> None
 def _refuse_missing(
     runs: Sequence[Run], seeds: Sequence[Set[int | None]], counts: Sequence[Counter[Key]], every: Sequence[Key]
 ) -> None:
-    asked: dict[int | None, set[frozenset[Key]]] = {}
+    questions: dict[int | None, set[frozenset[Key]]] = {}
     for run, count in zip(runs, counts, strict=True):
-        asked.setdefault(run.seed, set()).add(frozenset(count))
-    by_seed = None not in asked and all(len(sets) == 1 for sets in asked.values())
+        questions.setdefault(run.seed, set()).add(frozenset(count))
+    by_seed = None not in questions and all(len(sets) == 1 for sets in questions.values())
     if by_seed and all(mine == seeds[0] for mine in seeds):
         return
     lines = []
@@ -129,16 +134,16 @@ def _refuse_missing(
         missing = [key for key in every if key not in count]
         if missing:
             lines.append(
-                f"{run.file}: no answer to {len(missing):,} of {len(every):,} questions, {_named(missing)}; evaluate "
-                "it on the same, or compare what all have with --common"
+                f"{run.file}: no answer to {len(missing):,} of {len(every):,} questions: {_named(missing)}; "
+                "evaluate the run on the same questions, or compare the common ones with --common"
             )
     raise UserError("\n".join(lines))
 
 
 def _check_answers(runs: Sequence[Run], keyed: Sequence[dict[Key, Row]]) -> None:
-    """Hold that one question has one right answer: an id may name another question in other data."""
+    """Check that a question has the same right answer in all runs; an id may name another question in other data."""
     if runs[0].kind == CONVERSATIONS:
-        return  # the reference is part of what tells a question from another
+        return  # the reference is part of the key
     known: dict[Key, tuple[Run, int]] = {}
     for run, rows in zip(runs, keyed, strict=True):
         for key, row in rows.items():
@@ -146,5 +151,5 @@ def _check_answers(runs: Sequence[Run], keyed: Sequence[dict[Key, Row]]) -> None
             if answer != row["answer"]:
                 raise UserError(
                     f"{run.file}: the right answer to question {key[0]} is {row['answer']}, in {other.file} it is "
-                    f"{answer}; they were asked different data, evaluate them on the same"
+                    f"{answer}; evaluate both runs on the same data"
                 )

@@ -1,4 +1,4 @@
-"""A comparison as a table for the terminal, for Markdown and for LaTeX, and as JSON."""
+"""Render a comparison as a table for the terminal, Markdown or LaTeX, or as JSON."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_llava.core.errors import UserError
+from lora_llava.evaluation.answer_metrics import DASH
 from lora_llava.evaluation.compare.compare_files import SCIENCEQA
 from lora_llava.evaluation.compare.comparison import Comparison, Discordance
 from lora_llava.evaluation.compare.comparison import Group as RunGroup
@@ -23,23 +24,22 @@ from lora_llava.pages.preview_samples import escape_hidden
 
 FORMATS = ("terminal", "markdown", "latex")
 WIDTH = 100
-"""Columns of a terminal's table in a file."""
-_DASH = "–"
+"""Width in characters of a terminal table that is written to a file."""
 _SETTINGS = 3
-"""Settings that are named with a group; the JSON has all."""
+"""Most settings that are shown with a group; the JSON has all."""
 
 Cell = tuple[str, str]
-"""What is measured, and what stands smaller with it: a deviation, an interval, the settings."""
+"""A value, and a secondary text below it: a deviation, an interval or the settings."""
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table before it takes a form.
+    """A table before it is rendered.
 
     Attributes:
-        title: Stands above.
-        columns: Headings; the first column is of words, the others of numbers.
-        rows: Cells; None is a line between.
+        title: Title of the table.
+        columns: Headings; the first column has text, the others have numbers.
+        rows: Cells; None is a separator line.
     """
 
     title: str
@@ -48,18 +48,18 @@ class Sheet:
 
 
 def render(comparison: Comparison, kind: str, published: bool = False) -> str:
-    """Write a comparison as text.
+    """Render a comparison as text.
 
     Args:
         comparison: From `compare_runs`.
         kind: One of `FORMATS`.
-        published: Put the published ScienceQA rows below.
+        published: Whether to append the published ScienceQA rows.
 
     Returns:
-        The text, its last line ended.
+        The text, with a line break at its end.
 
     Raises:
-        UserError: For published rows beside answers to conversations.
+        UserError: If published rows are requested for answers to conversations.
     """
     if kind == "terminal":
         stream = io.StringIO()
@@ -70,7 +70,7 @@ def render(comparison: Comparison, kind: str, published: bool = False) -> str:
 
 
 def as_json(comparison: Comparison, published: bool = False) -> str:
-    """Write a comparison as JSON, unrounded."""
+    """Render a comparison as JSON, unrounded."""
     if published:
         _check_published(comparison)
     groups = [
@@ -94,31 +94,36 @@ def as_json(comparison: Comparison, published: bool = False) -> str:
 def _check_published(comparison: Comparison) -> None:
     if comparison.kind != SCIENCEQA:
         raise UserError(
-            "--published: the published rows are ScienceQA's, these runs answer conversations; leave it out"
+            "--published: the published rows are for ScienceQA, but these runs answer conversations; leave it out"
         )
 
 
 def build_sheets(comparison: Comparison, published: bool) -> tuple[list[Sheet], list[str]]:
-    """The table, the tests where there are any, and the notes below.
+    """Build the table of scores, the table of tests if there are any, and the notes.
 
     Raises:
-        UserError: For published rows beside answers to conversations.
+        UserError: If published rows are requested for answers to conversations.
     """
     first = comparison.columns[0]
     counts = comparison.questions
-    asked = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
+    questions = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     science = comparison.kind == SCIENCEQA
-    title = f"{'ScienceQA' if science else 'Answers'}, {asked} question{'' if counts == [1] else 's'}"
-    heading = f"{'accuracy' if science else 'marks'} in %"
+    title = f"{'ScienceQA' if science else 'Answers'}, {questions} question{'' if counts == [1] else 's'}"
+    heading = f"{'accuracy' if science else 'scores'} in %"
     rows: list[list[Cell] | None] = [_group_row(group, comparison.columns) for group in comparison.groups]
     notes = _explain(comparison, first)
     if published:
         _check_published(comparison)
-        rows += [None, *([(name, ""), *((cell, "") for cell in published_cells(row["columns"]))]
-                         for name, row in PUBLISHED.items())]  # fmt: skip
-        other = "" if counts == [QUESTIONS] else f"; the runs above were asked {asked} questions"
+        rows += [
+            None,
+            *(
+                [(name, ""), *((cell, "") for cell in published_cells(row["columns"]))]
+                for name, row in PUBLISHED.items()
+            ),
+        ]
+        other = "" if counts == [QUESTIONS] else f"; the runs above answered {questions} questions"
         notes += [
-            f"published figures are of the {QUESTIONS:,} questions of the test split{other}",
+            f"published results are on the {QUESTIONS:,} questions of the test split{other}",
             published_sources(),
         ]
     sheets = [Sheet(title, [heading, *comparison.columns], rows)]
@@ -132,7 +137,7 @@ def _group_row(group: RunGroup, columns: Sequence[str]) -> list[Cell]:
     for column in columns:
         mean, deviation = group.mean(column), group.deviation(column)
         under = f"± {deviation:.2f}" if deviation is not None else ""
-        cells.append((_DASH if mean is None else f"{mean:.2f}", under))
+        cells.append((DASH if mean is None else f"{mean:.2f}", under))
     interval = group.interval()
     if interval is not None:
         cells[1] = (cells[1][0], f"({interval[0]:.1f}–{interval[1]:.1f})")
@@ -162,33 +167,46 @@ def _explain(comparison: Comparison, first: str) -> list[str]:
     if comparison.tests:
         more = f"; Holm: corrected for {len(comparison.tests)} tests" if len(comparison.tests) > 1 else ""
         notes.append(
-            f"difference: of {first}, in percentage points; p: exact two-sided McNemar test on the questions that one "
-            f"alone answers right{more}"
+            f"difference: {first}, in percentage points; p: exact two-sided McNemar test on the questions that only "
+            f"one of the two answers right{more}"
         )
     return notes
 
 
 def _test_sheet(tests: Sequence[Discordance]) -> Sheet:
     with_seed = any(test.seeds != tests[0].seeds or test.seeds[0] != test.seeds[1] for test in tests)
-    columns = [f"against {tests[0].first}", *(["seeds"] if with_seed else []), "difference", "only first right",
-               "only this right", "p", *(["p (Holm)"] if len(tests) > 1 else [])]  # fmt: skip
+    columns = [
+        f"against {tests[0].first}",
+        *(["seeds"] if with_seed else []),
+        "difference",
+        "only first right",
+        "only this right",
+        "p",
+        *(["p (Holm)"] if len(tests) > 1 else []),
+    ]
     rows: list[list[Cell] | None] = []
     for test in tests:
-        seeds = [_DASH if seed is None else str(seed) for seed in dict.fromkeys(test.seeds)]
-        values = [test.other, *([", ".join(seeds)] if with_seed else []), f"{test.difference:+.2f}".replace("-", "−"),
-                  f"{test.only_first:,}", f"{test.only_other:,}", write_p(test.p),
-                  *([write_p(test.holm)] if len(tests) > 1 else [])]  # fmt: skip
+        seeds = [DASH if seed is None else str(seed) for seed in dict.fromkeys(test.seeds)]
+        values = [
+            test.other,
+            *([", ".join(seeds)] if with_seed else []),
+            f"{test.difference:+.2f}".replace("-", "−"),
+            f"{test.only_first:,}",
+            f"{test.only_other:,}",
+            write_p(test.p),
+            *([write_p(test.holm)] if len(tests) > 1 else []),
+        ]
         rows.append([(value, "") for value in values])
     return Sheet("Paired, on the same questions", columns, rows)
 
 
 def write_p(p: float) -> str:
-    """A p value to four decimals, or `< 0.0001`."""
+    """Format a p value to four decimals, or as `< 0.0001`."""
     return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def terminal_view(comparison: Comparison, published: bool = False) -> RenderableType:
-    """The tables and notes for the terminal, readable at 100 columns; see `render`."""
+    """Build the tables and notes for a terminal of at least 100 columns; see `render`."""
     sheets, notes = build_sheets(comparison, published)
     parts: list[RenderableType] = []
     for sheet in sheets:
@@ -236,20 +254,36 @@ def _markdown_row(cells: Any) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that GitHub's Markdown shows as it is, also inside a table; an underscore within a word needs nothing."""
+    """Escape text for GitHub's Markdown, also inside a table; an underscore within a word needs no escape."""
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])|[\\`*\[\]<>|&~$#]", r"\\\g<0>", escape_hidden(text))
 
 
 _LATEX = {
-    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
-    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\textquotedbl{}", "±": r"$\pm$", "−": "$-$", "–": "--",
-    "…": r"\ldots{}", "[": "{[}", "*": "{*}",
-}  # fmt: skip
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "–": "--",
+    "…": r"\ldots{}",
+    "[": "{[}",
+    "*": "{*}",
+}
 
 
 def escape_latex(text: str) -> str:
-    """Text that LaTeX sets as it is: two hyphens make no dash, and `\\\\` takes no bracket or star behind it."""
+    """Escape text for LaTeX: two hyphens make no dash, and a bracket or star after `\\\\` is not its argument."""
     apart = re.sub("-(?=-)", "-\0", escape_hidden(text))
     return "".join(_LATEX.get(character, character) for character in apart).replace("\0", "{}")
 

@@ -1,4 +1,4 @@
-"""Runs beside each other: seeds averaged, and McNemar's test on the same questions."""
+"""Compare runs: averages over seeds, and McNemar's test on the same questions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from lora_llava.evaluation.compare.compare_files import SCIENCEQA, Row, Run, is_share
+from lora_llava.evaluation.answer_metrics import EXACT, text_metrics
+from lora_llava.evaluation.compare.compare_files import SCIENCEQA, Row, Run
 from lora_llava.evaluation.compare.compare_questions import Key, same_questions
 from lora_llava.evaluation.intervals import share_interval
 from lora_llava.evaluation.scienceqa import score
@@ -25,10 +26,10 @@ class Group:
     """One run, or the seeds of one recipe.
 
     Attributes:
-        name: A run's, or what the names of several have in common.
-        runs: One a seed.
+        name: The name of the run, or the common part of several names.
+        runs: One run per seed.
         settings: The recipe's values in which the groups differ, by `key.sub`.
-        columns: Percentages by column, one a run; None where a run has no such question.
+        columns: Percentages by column, one per run; None if a run has no question in the column.
     """
 
     name: str
@@ -37,17 +38,17 @@ class Group:
     columns: dict[str, list[float | None]]
 
     def mean(self, column: str) -> float | None:
-        """Over the seeds."""
+        """Return the mean over the seeds."""
         values = [value for value in self.columns.get(column, []) if value is not None]
         return statistics.fmean(values) if values else None
 
     def deviation(self, column: str) -> float | None:
-        """Sample standard deviation over the seeds (n - 1); None of one run."""
+        """Return the sample standard deviation over the seeds (n - 1); None for one run."""
         values = [value for value in self.columns.get(column, []) if value is not None]
         return statistics.stdev(values) if len(values) > 1 else None
 
     def interval(self) -> tuple[float, float] | None:
-        """95% interval of a single run's first column."""
+        """Return the 95% interval of the first column; None for several runs."""
         if len(self.runs) > 1:
             return None
         rows = self.runs[0].rows
@@ -56,17 +57,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Discordance:
-    """Two runs on the same questions.
+    """McNemar's test of two runs on the same questions.
 
     Attributes:
-        first: The first group's name.
-        other: The other's.
-        seeds: Of the two runs; None without a recipe.
-        questions: That both answered.
-        only_first: Answered right by the first run alone.
-        only_other: By the other alone.
-        p: Of the exact McNemar test.
-        holm: The same, corrected for the number of tests.
+        first: Name of the first group.
+        other: Name of the other group.
+        seeds: Seeds of the two runs; None without a recipe.
+        questions: Number of questions that both answered.
+        only_first: Number that only the first run answered right.
+        only_other: Number that only the other run answered right.
+        p: p value of the exact McNemar test.
+        holm: p value corrected for the number of tests (Holm).
     """
 
     first: str
@@ -80,20 +81,20 @@ class Discordance:
 
     @property
     def difference(self) -> float:
-        """Of the first column, other less first, in percentage points."""
+        """Return other minus first in the first column, in percentage points."""
         return 100 * (self.only_other - self.only_first) / self.questions
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is shown.
+    """The comparison of all groups.
 
     Attributes:
         kind: `scienceqa` or `conversations`.
-        columns: Names, the first the one that is tested.
-        groups: In the order that their first runs were named.
-        tests: Every other group against the first.
-        notes: What a reader should know.
+        columns: Names of the columns; the first one is tested.
+        groups: The groups, in the order of their first runs.
+        tests: Tests of every other group against the first.
+        notes: Remarks for the reader.
     """
 
     kind: str
@@ -104,7 +105,7 @@ class Comparison:
 
     @property
     def questions(self) -> list[int]:
-        """Numbers of questions that the runs answered, each once."""
+        """Return the different numbers of questions that the runs answered, sorted."""
         return sorted({len(run.rows) for group in self.groups for run in group.runs})
 
 
@@ -119,12 +120,12 @@ def compare_runs(runs: Sequence[Run], common: bool = False) -> Comparison:
         The comparison; for its groups see `group_runs`.
 
     Raises:
-        UserError: Where the runs were asked different questions, or the same with different right answers.
+        UserError: If the runs have different questions, or different right answers to the same question.
     """
     groups, notes = group_runs(runs)
-    keyed, told = same_questions(runs, [{run.seed for run in group.runs} for group in groups], common)
-    taken = {run.name: replace(run, rows=list(rows.values())) for run, rows in zip(runs, keyed, strict=True)}
-    groups = [_with_columns(replace(group, runs=tuple(taken[run.name] for run in group.runs))) for group in groups]
+    keyed, question_notes = same_questions(runs, [{run.seed for run in group.runs} for group in groups], common)
+    matched = {run.name: replace(run, rows=list(rows.values())) for run, rows in zip(runs, keyed, strict=True)}
+    groups = [_with_columns(replace(group, runs=tuple(matched[run.name] for run in group.runs))) for group in groups]
     rows_of = {run.name: rows for run, rows in zip(runs, keyed, strict=True)}
     tests: list[Discordance] = []
     for other in groups[1:]:
@@ -134,38 +135,37 @@ def compare_runs(runs: Sequence[Run], common: bool = False) -> Comparison:
     corrected = holm([test.p for test in tests])
     tests = [replace(test, holm=p) for test, p in zip(tests, corrected, strict=True)]
     columns = list(dict.fromkeys(column for group in groups for column in group.columns))
-    return Comparison(runs[0].kind, columns, groups, tests, [*told, *notes])
+    return Comparison(runs[0].kind, columns, groups, tests, [*question_notes, *notes])
 
 
 def is_right(row: Row) -> bool:
-    """Whether an answer counts as right in the first column."""
-    return bool(row["exact"]) if "exact" in row else row["prediction"] == row["answer"]
+    """Check whether an answer counts as right in the first column."""
+    return bool(row[EXACT]) if EXACT in row else row["prediction"] == row["answer"]
 
 
 def run_columns(kind: str, rows: Sequence[Row]) -> dict[str, float | None]:
-    """A run's percentages: ScienceQA's nine columns, or exact match, F1 and, where every row has it, ROUGE-L."""
+    """Return the percentages of a run: ScienceQA's nine columns, or each of `text_metrics` that every row has."""
     if kind == SCIENCEQA:
         table = score(rows)  # type: ignore[arg-type]
         counted = {column: value for column, value in table.items() if isinstance(value, list)}
         return {column: 100 * right / count if count else None for column, (_, right, count) in counted.items()}
-    marks = {"exact match": "exact", "F1": "f1", "ROUGE-L": "rouge_l"}
     return {
-        name: 100 * statistics.fmean(row[mark] for row in rows)
-        for name, mark in marks.items()
-        if all(is_share(row.get(mark)) for row in rows)
+        metric.title: metric.scale * statistics.fmean(row[metric.key] for row in rows)
+        for metric in text_metrics()
+        if all(metric.is_valid(row.get(metric.key)) for row in rows)
     }
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
-    """Put the seeds of one recipe together.
+    """Group the runs of one recipe with different seeds.
 
     Args:
         runs: From `read_runs`.
 
     Returns:
-        The groups without columns, in the order of their first runs, and notes. Runs whose recipes are equal but for
-        `seed` and `output_dir` are one group, also where each seed has a Stage 1 of its own. A second run of one recipe
-        and seed is no seed to average and stands for itself, as does a run without a recipe.
+        The groups without columns, in the order of their first runs, and notes. Runs whose recipes differ only in
+        `seed` and `output_dir` form one group, also if each seed has its own Stage 1 run. A second run with the same
+        recipe and seed forms its own group, as does a run without a recipe.
     """
     notes = []
     members: dict[tuple[str, ...], list[Run]] = {}
@@ -173,7 +173,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
         key = _group_key(run, runs)
         twin = next((other for other in members.get(key, []) if other.seed == run.seed), None)
         if twin is not None:
-            notes.append(f"{run.name} has the recipe and the seed of {twin.name} and stands for itself")
+            notes.append(f"{run.name} has the same recipe and seed as {twin.name}, so it is a group of its own")
             key = (run.name,)
         members.setdefault(key, []).append(run)
     found = list(members.values())
@@ -184,13 +184,16 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
         own = shared or {}
         groups.append(Group(_group_name(mine), tuple(mine), {key: own[key] for key in different if key in own}, {}))
         if len(stage1 := list(dict.fromkeys(map(_stage1, mine)))) > 1:
-            notes.append(f"{groups[-1].name}: the runs stand on Stage 1 runs of their own: {', '.join(stage1)}")
+            notes.append(f"{groups[-1].name}: the runs start from different Stage 1 runs: {', '.join(stage1)}")
     return groups, notes
 
 
 def _group_key(run: Run, runs: Sequence[Run]) -> tuple[str, ...]:
-    """What the seeds of one recipe share. Of its Stage 1 the name without the seed, and that only where runs of one
-    seed stand on several: then these are what is compared."""
+    """Return what the seeds of one recipe share.
+
+    It includes the name of the Stage 1 run without its seed only if runs with one seed start from several Stage 1 runs:
+    then the Stage 1 runs are what is compared.
+    """
     recipe = _without_stage1(run)
     if recipe is None:
         return (run.name,)
@@ -211,7 +214,7 @@ def _stage1(run: Run) -> str:
 
 
 def _shared_settings(runs: Sequence[Run]) -> dict[str, Any] | None:
-    """The recipe's values that are the same in all runs of a group; None without a recipe."""
+    """Return the values of the recipe that all runs of a group share; None without a recipe."""
     if runs[0].settings is None:
         return None
     own = len(set(map(_stage1, runs))) > 1
@@ -228,7 +231,7 @@ def _without_seed(name: str, seed: int | None) -> str:
 
 
 def _group_name(runs: Sequence[Run]) -> str:
-    """What the names have in common without the seed that each ends in, or all of them."""
+    """Return the names without the seed at their end if that leaves one name, otherwise all names."""
     if len(runs) == 1:
         return runs[0].name
     bare = {_without_seed(run.name, run.seed) for run in runs}
@@ -242,14 +245,15 @@ def _with_columns(group: Group) -> Group:
 
 
 def pair_runs(first: Group, other: Group) -> list[tuple[Run, Run]]:
-    """Runs to be tested against each other.
+    """Pair the runs to test against each other.
 
     Args:
         first: A group.
-        other: Another.
+        other: Another group.
 
     Returns:
-        Those of one seed; where no seed is shared and one group is a single run, this run and each of the other group.
+        The runs with the same seed. If no seed is shared and one group is a single run, that run with each of the other
+        group.
     """
     pairs = [(a, b) for a in first.runs for b in other.runs if a.seed is not None and a.seed == b.seed]
     if not pairs and 1 in (len(first.runs), len(other.runs)):
@@ -258,36 +262,42 @@ def pair_runs(first: Group, other: Group) -> list[tuple[Run, Run]]:
 
 
 def _unpaired(first: Group, other: Group, pairs: Sequence[tuple[Run, Run]]) -> list[str]:
-    """What is said of runs that no test takes."""
+    """Return a note about the runs that no test includes."""
     if not pairs:
         return [f"no test of {other.name} against {first.name}: they share no seed"]
     tested = {run.name for pair in pairs for run in pair}
     alone = [run.name for run in (*first.runs, *other.runs) if run.name not in tested]
     if not alone:
         return []
-    return [f"{other.name} against {first.name}: no test of {', '.join(alone)}, the seed is not in both"]
+    return [f"{other.name} against {first.name}: no test of {', '.join(alone)}, the seed is not in both groups"]
 
 
 def _discordance(first: Group, other: Group, pair: tuple[Run, Run], rows_of: dict[str, dict[Key, Row]]) -> Discordance:
     ours, theirs = (rows_of[run.name] for run in pair)
-    marks = Counter((is_right(ours[key]), is_right(theirs[key])) for key in ours)
-    only_first, only_other = marks[True, False], marks[False, True]
+    counts = Counter((is_right(ours[key]), is_right(theirs[key])) for key in ours)
+    only_first, only_other = counts[True, False], counts[False, True]
     return Discordance(
-        first.name, other.name, (pair[0].seed, pair[1].seed), len(ours), only_first, only_other,
+        first.name,
+        other.name,
+        (pair[0].seed, pair[1].seed),
+        len(ours),
+        only_first,
+        only_other,
         mcnemar(only_first, only_other),
-    )  # fmt: skip
+    )
 
 
 def mcnemar(only_first: int, only_other: int) -> float:
-    """McNemar's test (Psychometrika 12, 1947), exact: whether of the questions that one of two models alone answers
-    right, as many fall to either. Dietterich (Neural Computation 10:7, 1998) recommends it for two models trained once.
+    """Run McNemar's exact test (Psychometrika 12, 1947) on the questions that only one of two models answers right.
+
+    Dietterich (Neural Computation 10:7, 1998) recommends it for two models that were trained once.
 
     Args:
-        only_first: Questions that the first alone answers right.
-        only_other: The second alone.
+        only_first: Number of questions that only the first model answers right.
+        only_other: Number that only the second model answers right.
 
     Returns:
-        The two-sided p of the binomial test of one half.
+        The two-sided p value of a binomial test with probability 1/2.
     """
     if only_first + only_other == 0:
         return 1.0
@@ -295,13 +305,13 @@ def mcnemar(only_first: int, only_other: int) -> float:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Holm's correction for several tests (Scandinavian Journal of Statistics 6, 1979).
+    """Apply Holm's correction for several tests (Scandinavian Journal of Statistics 6, 1979).
 
     Args:
-        values: The tests' p.
+        values: The p values of the tests.
 
     Returns:
-        The corrected p, in the same order.
+        The corrected p values, in the same order.
     """
     corrected = [1.0] * len(values)
     highest = 0.0

@@ -1,4 +1,4 @@
-"""Scoring answers by a judge, such as GPT-4: LLaVA-Bench's way."""
+"""Scores from a judge model such as GPT-4, as in LLaVA-Bench."""
 
 from lora_llava.evaluation.judge.review import parse_scores
 

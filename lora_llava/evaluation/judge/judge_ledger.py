@@ -1,4 +1,4 @@
-"""What a judge has answered, kept as it comes."""
+"""Ledger of a judge's answers on disk."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 
 
 def request_key(model: str, request: ChatRequest, attempt: int) -> str:
-    """What an answer is kept under.
+    """Return the key of an answer in the ledger.
 
     Args:
-        model: The judge's name.
+        model: Name of the judge.
         request: Messages and settings.
-        attempt: Which try at a text with scores in it this is.
+        attempt: Number of the attempt at a text with readable scores, from 0.
 
     Returns:
-        SHA-256, in hex, of all that the answer depends on.
+        SHA-256 in hex of all that the answer depends on.
     """
     content = json.dumps([model, request.messages, request.settings(), attempt], sort_keys=True)
     return hashlib.sha256(content.encode("ascii")).hexdigest()
 
 
 class JudgeLedger:
-    """A JSONL file of answers that is only appended to.
+    """An append-only JSONL file of answers.
 
-    An answer is on disk (fsync) before the next one is looked at, and what is there is never asked for again. What was
-    on its way when the process was killed is asked for once more: nobody here can know whether the server had answered
-    it. A last line that was cut off is taken away.
+    An answer is on disk (fsync) before the next one is processed, and is never requested again. Requests in flight when
+    the process was killed are sent again, as the server may not have answered them. A last line that was cut short is
+    removed.
 
     Args:
-        file: Made with its folder where it is not there; `FILE.lock` beside it keeps a second run out.
+        file: The file, created with its folder if missing; `FILE.lock` beside it keeps out a second run.
 
     Raises:
-        UserError: Where another run is at work in it, or a line within it is no answer.
+        UserError: If another run has the file open, or a line is not an answer.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.answers: dict[str, ChatAnswer] = {}
         self.spent_under_caps = 0.0
-        """USD that earlier runs with a cap on cost spent, failed tries included."""
+        """USD spent by earlier runs with a cost cap, failed attempts included."""
         file.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(file.with_name(file.name + ".lock"))
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{file}: another run is judging into it; wait for it, or name another --output") from None
+            raise UserError(f"{file}: another run is writing to it; wait for it, or choose another --output") from None
         try:
             self._stream: BinaryIO = file.open("ab+")
             self._read()
@@ -65,11 +65,11 @@ class JudgeLedger:
 
     def _read(self) -> None:
         self._stream.seek(0)
-        whole = 0
+        complete = 0
         for number, line in enumerate(self._stream, start=1):
             if not line.endswith(b"\n"):
                 break
-            whole += len(line)
+            complete += len(line)
             try:
                 row = json.loads(line)
                 self.spent_under_caps += float(row.get("usd") or 0) * bool(row.get("capped"))
@@ -79,11 +79,11 @@ class JudgeLedger:
                     row["text"], int(row["prompt_tokens"]), int(row["completion_tokens"]), row["model"]
                 )
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f"{self.file}, line {number}: not a judge's answer; take the line out") from None
-        self._stream.truncate(whole)
+                raise UserError(f"{self.file}, line {number}: not a judge's answer; remove the line") from None
+        self._stream.truncate(complete)
 
     def add_failure(self, key: str, reason: str, charge: Charge) -> None:
-        """Keep what a try without an answer cost under a cap, on disk before this returns.
+        """Append the cost of a failed attempt under a cap; it is on disk before this returns.
 
         Args:
             key: From `request_key`.
@@ -95,17 +95,17 @@ class JudgeLedger:
         self._sync()
 
     def add(self, key: str, answer: ChatAnswer, **about: Any) -> None:
-        """Keep an answer, on disk before this returns.
+        """Append an answer; it is on disk before this returns.
 
         Args:
             key: From `request_key`.
-            answer: What came.
-            about: For a person who reads the file.
+            answer: The answer of the judge.
+            about: Further values for human readers of the file.
         """
         counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
         row = {"key": key, **about, "model": answer.model, **counts, "text": answer.text}
         self._write(row)
-        self.answers[key] = answer  # before the slow part: Ctrl-C there loses nothing, as closing writes what is left
+        self.answers[key] = answer  # before the sync, so that Ctrl-C during it loses nothing: closing flushes the line
         self._sync()
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ class JudgeLedger:
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Leave the file to the next run."""
+        """Close the file and release its lock."""
         if hasattr(self, "_stream"):
             self._stream.close()
         self._lock.release()

@@ -1,4 +1,4 @@
-"""`lora-llava score llava-bench`: judged answers as a table of relative scores."""
+"""`lora-llava score llava-bench`: have answers judged and report relative scores."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.core.errors import StoppedError, UserError
+from lora_llava.evaluation.answer_metrics import DASH
 from lora_llava.evaluation.judge.judge_ledger import JudgeLedger
 from lora_llava.evaluation.judge.judging import Judge, Verdict
 from lora_llava.evaluation.judge.review import (
@@ -31,34 +32,34 @@ LEDGER = "llava_bench_judge.jsonl"
 STATUSES = ("scored", "unparsed", "failed", "not asked")
 _RESAMPLES = 2_000
 _LISTED = 20
-"""Ids that are printed; the report has all."""
-DASH = "–"
+"""Most ids that are printed; the report has all."""
 
 
 def relative_score(answers: Sequence[float], references: Sequence[float]) -> float | None:
-    """The answers' scores in percent of the references', mean over mean (llava/eval/summarize_gpt_review.py).
+    """Return the mean score of the answers in percent of that of the references (llava/eval/summarize_gpt_review.py).
 
     Args:
-        answers: One a question.
-        references: The same of the reference.
+        answers: Scores of the answers, one per question.
+        references: Scores of the references, one per question.
 
     Returns:
-        None where there is nothing to divide by.
+        The percentage; None if the references' scores sum to 0.
     """
     return 100 * sum(answers) / sum(references) if sum(references) else None
 
 
 def ratio_interval(answers: Sequence[float], references: Sequence[float]) -> tuple[float, float] | None:
-    """Percentile bootstrap of the relative score (scipy.stats.bootstrap, paired): questions are resampled, each with
-    both its scores.
+    """Compute the 95% interval of the relative score by a percentile bootstrap (scipy.stats.bootstrap, paired).
+
+    Questions are resampled, each with both its scores.
 
     Args:
-        answers: One a question.
-        references: The same of the reference.
+        answers: Scores of the answers, one per question.
+        references: Scores of the references, one per question.
 
     Returns:
-        The lower and the upper end in percent; None for fewer than two questions, which say nothing of their spread,
-        and where an end is infinite, as the references of what is resampled come to 0 too often.
+        The lower and the upper end in percent. None for fewer than two questions, and if an end is not finite because
+        the references of too many resamples sum to 0.
     """
     import numpy as np
     from scipy.stats import bootstrap
@@ -68,28 +69,33 @@ def ratio_interval(answers: Sequence[float], references: Sequence[float]) -> tup
     if len(answers) < 2:
         return None
 
-    def statistic(mine: Any, theirs: Any, axis: int = -1) -> Any:
-        return 100 * mine.sum(axis=axis) / theirs.sum(axis=axis)
+    def statistic(ours: Any, theirs: Any, axis: int = -1) -> Any:
+        return 100 * ours.sum(axis=axis) / theirs.sum(axis=axis)
 
     samples = (np.asarray(answers, dtype=float), np.asarray(references, dtype=float))
     with np.errstate(divide="ignore", invalid="ignore"):
         found = bootstrap(
-            samples, statistic, paired=True, confidence_level=LEVEL, n_resamples=_RESAMPLES, method="percentile",
+            samples,
+            statistic,
+            paired=True,
+            confidence_level=LEVEL,
+            n_resamples=_RESAMPLES,
+            method="percentile",
             rng=np.random.default_rng(0),
-        ).confidence_interval  # fmt: skip
+        ).confidence_interval
     low, high = float(found.low), float(found.high)
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
 def tabulate(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
-    """Average over each category and over all; what is not scored is counted and not averaged.
+    """Average the scores over each category and over all; questions without a score are counted but not averaged.
 
     Args:
-        verdicts: Of all questions.
+        verdicts: Verdicts on all questions.
 
     Returns:
-        By category, `all` last: the number of questions by status, mean scores `answer` and `reference`, and `relative`
-        in percent with its 95% `interval`; None where nothing is scored, and see `ratio_interval`.
+        By category, `all` last: the number of questions by status, the mean scores `answer` and `reference`, and
+        `relative` in percent with its 95% `interval`. Scores are None if no question is scored; see `ratio_interval`.
     """
     table: dict[str, dict[str, Any]] = {}
     for category in (*CATEGORIES, "all"):
@@ -113,11 +119,11 @@ def tabulate(verdicts: Sequence[Verdict]) -> dict[str, dict[str, Any]]:
 
 
 def judge_table(table: Mapping[str, Mapping[str, Any]], title: str) -> Any:
-    """A table for the terminal.
+    """Build a table for the terminal.
 
     Args:
         table: From `tabulate`.
-        title: Stands above.
+        title: Title of the table.
 
     Returns:
         A `rich.table.Table`.
@@ -131,8 +137,8 @@ def judge_table(table: Mapping[str, Mapping[str, Any]], title: str) -> Any:
     for column in ("questions", "ours", "reference", "relative in %", "95% interval", "unparsed", *missing):
         view.add_column(column, justify="right")
     for category, row in table.items():
-        marks = (("answer", ".2f"), ("reference", ".2f"), ("relative", ".1f"))
-        shown = [DASH if row[name] is None else format(row[name], form) for name, form in marks]
+        formats = (("answer", ".2f"), ("reference", ".2f"), ("relative", ".1f"))
+        shown = [DASH if row[name] is None else format(row[name], form) for name, form in formats]
         shown.append(DASH if row["interval"] is None else " - ".join(f"{end:.1f}" for end in row["interval"]))
         view.add_row(category, str(row["questions"]), *shown, *(str(row[status]) for status in ("unparsed", *missing)))
     return view
@@ -149,23 +155,23 @@ def score_llava_bench(
     budget: Budget,
     console: Any,
 ) -> dict[str, Any]:
-    """Judge, and write the report; what an earlier run asked for is not asked for again.
+    """Have the answers judged and write the report; judgements of an earlier run are reused.
 
     Args:
         cases: From `read_cases`.
-        server: The judge.
-        files: Where the cases are from, by name; `answers` among them. The report holds their hashes.
-        output: Folder of report and ledger.
-        prompts: Folder of other prompts than ours.
-        settings: How is judged.
-        budget: What may be asked.
-        console: Told what is done.
+        server: The server of the judge.
+        files: The files of the cases by name, among them `answers`. The report has their hashes.
+        output: Folder for the report and the ledger.
+        prompts: Folder with prompts; None for the shipped ones.
+        settings: Settings of the judge.
+        budget: Limits on requests and cost.
+        console: Console for progress messages.
 
     Returns:
-        The report; its `complete` says whether every question was asked and answered, and one at least scored.
+        The report. Its key `complete` is true if the judge answered every question and scored at least one.
 
     Raises:
-        UserError: Where the judge cannot be used, or the folder has the report of other answers.
+        UserError: If the judge cannot be used, or the folder has the report of other answers.
         StoppedError: After Ctrl-C.
     """
     texts = load_prompts(prompts)
@@ -175,13 +181,13 @@ def score_llava_bench(
     with JudgeLedger(output / LEDGER) as ledger:
         budget.before = ledger.spent_under_caps
         judge = Judge(cases, str(server.model), texts, settings, ledger)
-        to_ask = [item.request for item in judge.pending().values()]
-        _print_estimate(to_ask, len(cases) * len(settings.orders), budget, console)
+        pending = [item.request for item in judge.pending().values()]
+        _print_estimate(pending, len(cases) * len(settings.orders), budget, console)
         try:
             judge.run(server, budget)
         except KeyboardInterrupt:
             raise StoppedError(
-                f"stopped; {len(ledger.answers)} answers are in {ledger.file}, and the same command goes on"
+                f"stopped; {len(ledger.answers)} answers are in {ledger.file}; run the same command to resume"
             ) from None
         verdicts = judge.verdicts()
     report = {"benchmark": "LLaVA-Bench", "files": hashes} | _report(verdicts, server, judge, budget)
@@ -200,7 +206,7 @@ def _refuse_other(file: Path, answers_hash: str) -> None:
     except (ValueError, KeyError, TypeError):
         other = True
     if other:
-        raise UserError(f"{file} is the report of other answers; name another folder with --output, or move it away")
+        raise UserError(f"{file} is the report of other answers; choose another --output, or move the file")
 
 
 def _report(verdicts: Sequence[Verdict], server: ChatServer, judge: Judge, budget: Budget) -> dict[str, Any]:
@@ -211,28 +217,35 @@ def _report(verdicts: Sequence[Verdict], server: ChatServer, judge: Judge, budge
         "judge": {"url": server.url, "model": server.model, "model_told": sorted(judge.models)},
         "prompts": prompt_hashes(judge.prompts),
         "settings": {
-            "orders": settings.orders, "temperature": settings.temperature, "max_tokens": settings.max_tokens,
+            "orders": settings.orders,
+            "temperature": settings.temperature,
+            "max_tokens": settings.max_tokens,
             "attempts": ATTEMPTS,
         },
         "this_run": {
-            "requests": budget.requests, "usd": round(budget.spent, 4) if priced else None,
+            "requests": budget.requests,
+            "usd": round(budget.spent, 4) if priced else None,
             "usd_before": round(budget.before, 4) if budget.capped else None,
-            "cap": _what_caps(judge, budget),
+            "cap": _cap_reached(judge, budget),
         },
         "table": tabulate(verdicts),
         "questions": [
             {
-                "question_id": item.case.question_id, "category": item.case.category, "status": item.status,
-                "answer": item.answer, "reference": item.reference, "orders": dict(item.orders),
+                "question_id": item.case.question_id,
+                "category": item.case.category,
+                "status": item.status,
+                "answer": item.answer,
+                "reference": item.reference,
+                "orders": dict(item.orders),
                 **({"reason": item.reason} if item.reason else {}),
             }
             for item in verdicts
         ],
-    }  # fmt: skip
+    }
 
 
-def _what_caps(judge: Judge, budget: Budget) -> str:
-    """Which cap ended the run and what to change; nothing where none did."""
+def _cap_reached(judge: Judge, budget: Budget) -> str:
+    """Return which cap ended the run and what to change; "" if none did."""
     pending = next(iter(judge.pending().values()), None)
     if pending is None or budget.max_cost is None or budget.most(pending.request) <= budget.max_cost:
         return budget.why_stopped()
@@ -241,43 +254,43 @@ def _what_caps(judge: Judge, budget: Budget) -> str:
 
 
 def print_report(report: Mapping[str, Any], title: str, output: Path, console: Any) -> None:
-    """Print the table, what is not in it, and where the report is.
+    """Print the table, the questions without a score, and the path of the report.
 
     Args:
         report: From `score_llava_bench`.
-        title: Stands above.
-        output: The report's folder.
-        console: Printed to.
+        title: Title of the table.
+        output: Folder of the report.
+        console: Console to print to.
     """
     console.print(judge_table(report["table"], title if report["complete"] else f"{title}, incomplete"))
-    for status, mend in (
-        ("unparsed", f"no readable scores in {ATTEMPTS} texts of the judge; not averaged in"),
-        ("failed", "the judge gave no text; the same command tries again"),
-        ("not asked", report["this_run"]["cap"] or "the cap was reached; the same command goes on"),
+    for status, explanation in (
+        ("unparsed", f"no readable scores in {ATTEMPTS} replies of the judge; left out of the average"),
+        ("failed", "the judge did not reply; run the same command to try again"),
+        ("not asked", report["this_run"]["cap"] or "the cap was reached; run the same command to resume"),
     ):
         named = [item for item in report["questions"] if item["status"] == status]
         if named:
             ids = ", ".join(item["question_id"] for item in named[:_LISTED])
             ids += f" and {len(named) - _LISTED} more in the report" if len(named) > _LISTED else ""
             reason = f" ({named[0]['reason']})" if "reason" in named[0] else ""
-            console.print(f"{len(named)} {status}: {mend}{reason}: {ids}", soft_wrap=True)
+            console.print(f"{len(named)} {status}: {explanation}{reason}: {ids}", soft_wrap=True)
     if not report["table"]["all"]["scored"]:
-        console.print("no question was scored: there is no score", soft_wrap=True)
+        console.print("no question was scored, so there is no score", soft_wrap=True)
     spent = "" if report["this_run"]["usd"] is None else f", {report['this_run']['usd']:.4f} USD"
     console.print(f"{report['this_run']['requests']} requests in this run{spent}; {output / REPORT}", soft_wrap=True)
 
 
 def _print_estimate(requests: Sequence[ChatRequest], judgements: int, budget: Budget, console: Any) -> None:
     if not requests:
-        console.print(f"all {judgements} judgements are answered")
+        console.print(f"all {judgements} judgements are in the ledger")
         return
     tokens_in = sum(estimate_tokens(request) for request in requests)
     tokens_out = sum(request.max_tokens for request in requests)
     cost = "" if budget.price_in is None else f"; up to {budget.cost(tokens_in, tokens_out):.2f} USD"
-    console.print(f"{len(requests)} of {judgements} judgements to ask for", soft_wrap=True)
+    console.print(f"{len(requests)} of {judgements} judgements to request", soft_wrap=True)
     console.print(
-        f"about {tokens_in:,} tokens there (estimated from bytes, rather too many), at most {tokens_out:,} back{cost}; "
-        f"a text without readable scores is asked for up to {ATTEMPTS - 1} times more",
+        f"about {tokens_in:,} prompt tokens (a high estimate from bytes), at most {tokens_out:,} reply tokens{cost}; "
+        f"a reply without readable scores is requested up to {ATTEMPTS - 1} more times",
         soft_wrap=True,
     )
 
@@ -285,14 +298,14 @@ def _print_estimate(requests: Sequence[ChatRequest], judgements: int, budget: Bu
 def dry_run(
     cases: Sequence[JudgeCase], prompts: Path | None, settings: JudgeSettings, budget: Budget, console: Any
 ) -> None:
-    """Print a prompt of each category and what all would cost; nobody is asked.
+    """Print one prompt of each category and the estimated cost, without any request.
 
     Args:
         cases: From `read_cases`.
-        prompts: Folder of other prompts than ours.
-        settings: How is judged.
-        budget: Knows the prices.
-        console: Printed to.
+        prompts: Folder with prompts; None for the shipped ones.
+        settings: Settings of the judge.
+        budget: Has the prices.
+        console: Console to print to.
     """
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""A judge at work: its scores for pairs of answers, asked for until every text has scores in it."""
+"""Have a judge score pairs of answers, and retry until each reply has readable scores."""
 
 from __future__ import annotations
 
@@ -24,21 +24,20 @@ from lora_llava.inference.budget import Budget, Charge
 from lora_llava.inference.client import ChatAnswer, ChatFailure, ChatRequest, ChatServer, ask
 
 _HOPELESS = 8
-"""Failures in a row at the start after which the rest is not tried."""
+"""Number of failures, without any answer, after which the run stops."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of one question.
+    """The judgement of one question.
 
     Attributes:
         case: The question.
-        status: `scored`, `unparsed` (a text without readable scores after all attempts), `failed` (no text) or
-            `not asked`.
-        reference: The reference's score, the mean over the orders; None unless scored.
-        answer: The same of the answer.
-        orders: By order, the scores of reference and answer where they are known.
-        reason: Why it failed.
+        status: `scored`, `unparsed` (no readable scores in any attempt), `failed` (no reply) or `not asked`.
+        reference: Score of the reference, averaged over the orders; None unless scored.
+        answer: Score of the answer, averaged likewise.
+        orders: The known scores of reference and answer, by order.
+        reason: Reason of a failure.
     """
 
     case: JudgeCase
@@ -51,7 +50,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A judgement that has to be asked for."""
+    """A judgement that is not in the ledger."""
 
     key: str
     request: ChatRequest
@@ -59,46 +58,50 @@ class _Pending:
 
 
 class Judge:
-    """Judges pairs by a ledger of answers; what the ledger lacks is asked for.
+    """A judge that reads its answers from a ledger and requests the missing ones.
 
     Args:
-        cases: What is judged.
-        model: The judge's name, which keys the answers.
+        cases: Pairs of answers to judge.
+        model: Name of the judge, a part of each answer's key.
         prompts: From `load_prompts`.
-        settings: How is judged.
-        ledger: Keeps the answers.
+        settings: Settings of the judge.
+        ledger: Stores the answers.
     """
 
     def __init__(
-        self, cases: Sequence[JudgeCase], model: str, prompts: Mapping[str, str], settings: JudgeSettings,
+        self,
+        cases: Sequence[JudgeCase],
+        model: str,
+        prompts: Mapping[str, str],
+        settings: JudgeSettings,
         ledger: JudgeLedger,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.cases, self.model, self.prompts, self.settings, self.ledger = cases, model, prompts, settings, ledger
         self.failed: dict[str, str] = {}
         self.models: set[str] = set()
-        """What the server called the model in the answers that were looked at."""
+        """Names of the model that the server reported in its answers."""
 
     def pending(self) -> dict[str, _Pending]:
-        """What has to be asked for next, by key; what failed is not asked for again."""
+        """Return the next judgements to request, by key, without those that failed."""
         found = [self._look_up(case, order) for case in self.cases for order in self.settings.orders]
         return {item.key: item for item in found if isinstance(item, _Pending) and item.key not in self.failed}
 
     def run(self, server: ChatServer, budget: Budget) -> None:
-        """Ask until every judgement has scores, or has failed, or no attempt or budget is left.
+        """Send requests until every judgement has scores or has failed, or no attempt or budget is left.
 
         Args:
-            server: The judge, its model named.
-            budget: What may be asked.
+            server: The server of the judge, with its model.
+            budget: Limits on requests and cost.
 
         Raises:
-            UserError: Where the server cannot be used.
+            UserError: If the server cannot be used.
         """
         with tqdm(desc="judging", total=len(self.pending()), unit="text", dynamic_ncols=True) as bar:
             while (pending := self.pending()) and not budget.exhausted:
                 bar.total = bar.n + len(pending)
-                self._ask(pending, server, budget, bar)
+                self._request(pending, server, budget, bar)
 
-    def _ask(self, pending: Mapping[str, _Pending], server: ChatServer, budget: Budget, bar: Any) -> None:
+    def _request(self, pending: Mapping[str, _Pending], server: ChatServer, budget: Budget, bar: Any) -> None:
         sent: list[_Pending] = []
 
         def requests() -> Iterator[ChatRequest]:
@@ -116,16 +119,16 @@ class Judge:
         try:
             with closing(ask(server, requests(), may_try_again)) as answers:
                 for index, found in answers:
-                    self._take(sent[index], found, server, budget)
+                    self._record(sent[index], found, server, budget)
                     bar.update()
         except BaseException as error:
-            if budget.spent or not isinstance(error, UserError):  # else the server let nothing in
+            if budget.spent or not isinstance(error, UserError):  # otherwise the server accepted no request
                 for item in sent:
                     if budget.holds(item.key):
                         self._charge(item, "not waited for", budget.settle(item.key, item.request, None), budget)
             raise
 
-    def _take(self, item: _Pending, found: ChatAnswer | ChatFailure, server: ChatServer, budget: Budget) -> None:
+    def _record(self, item: _Pending, found: ChatAnswer | ChatFailure, server: ChatServer, budget: Budget) -> None:
         charge = budget.settle(item.key, item.request, found)
         if isinstance(found, ChatAnswer):
             spent = {"usd": charge.usd, "capped": True} if budget.capped else {}
@@ -141,7 +144,7 @@ class Judge:
             self.ledger.add_failure(item.key, reason, charge)
 
     def _look_up(self, case: JudgeCase, order: str) -> Scores | _Pending | None:
-        """The scores of reference and answer in one order, or what to ask for next; None where no attempt gave any."""
+        """Return the scores of reference and answer in one order, or the next request; None if every attempt failed."""
         for attempt in range(ATTEMPTS):
             request = judge_request(case, order, self.prompts, self.settings, attempt)
             key = request_key(self.model, request, attempt)
@@ -154,19 +157,19 @@ class Judge:
         return None
 
     def verdicts(self) -> list[Verdict]:
-        """What has come of every question, in their order."""
+        """Return the verdict on every question, in order."""
         return [self._verdict(case) for case in self.cases]
 
     def _verdict(self, case: JudgeCase) -> Verdict:
         found = {order: self._look_up(case, order) for order in self.settings.orders}
         known = {order: item for order, item in found.items() if isinstance(item, tuple)}
-        asked_for = [item for item in found.values() if isinstance(item, _Pending)]
-        reasons = [self.failed[item.key] for item in asked_for if item.key in self.failed]
+        unanswered = [item for item in found.values() if isinstance(item, _Pending)]
+        reasons = [self.failed[item.key] for item in unanswered if item.key in self.failed]
         if None in found.values():
             return Verdict(case, "unparsed", orders=known)
         if reasons:
             return Verdict(case, "failed", orders=known, reason=reasons[0])
-        if asked_for:
+        if unanswered:
             return Verdict(case, "not asked", orders=known)
         reference, answer = (sum(scores[place] for scores in known.values()) / len(known) for place in (0, 1))
         return Verdict(case, "scored", reference, answer, known)

@@ -1,4 +1,4 @@
-"""`lora-llava evaluate MODEL --benchmark llava-bench`: answers to LLaVA-Bench's questions, for a judge to score."""
+"""`lora-llava evaluate MODEL --benchmark llava-bench`: answer LLaVA-Bench's questions for a judge to score."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lora_llava.data.files.reading import file_hash
 from lora_llava.data.images.reading import FolderImages, Pixels
 from lora_llava.data.typed import as_typed, without_marks
 from lora_llava.evaluation.answerers import Answerer, by_server
-from lora_llava.evaluation.ask import ask_rows
 from lora_llava.evaluation.judge.llava_bench import BenchQuestion, read_questions
+from lora_llava.evaluation.row_evaluation import evaluate_rows
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.client import ChatServer, find_model
 from lora_llava.inference.generate import Question, generate_answers
@@ -32,40 +32,50 @@ ANSWERS_FILE = "llava_bench_answers.jsonl"
 
 
 def answer_llava_bench(
-    model: str, questions: Path, images: Path, *, output: Path | None = None, sampling: Sampling | None = None,
-    batch_size: int = 8, bad_images: Literal["error", "wrong"] = "error", server: ChatServer | None = None,
-    template: str | None = None, quantization: Literal["auto", "nf4", "none"] = "auto",
-) -> Path:  # fmt: skip
-    """Answer LLaVA-Bench's questions and write the answers as LLaVA's own scripts do.
+    model: str,
+    questions: Path,
+    images: Path,
+    *,
+    output: Path | None = None,
+    sampling: Sampling | None = None,
+    batch_size: int = 8,
+    bad_images: Literal["error", "wrong"] = "error",
+    server: ChatServer | None = None,
+    template: str | None = None,
+    quantization: Literal["auto", "nf4", "none"] = "auto",
+) -> Path:
+    """Answer LLaVA-Bench's questions and write the answers in the format of LLaVA's scripts.
 
     Args:
-        model: A run directory, a folder with a whole LLaVA, or a Hub id; with a server the model's name there.
-        questions: LLaVA-Bench's file.
-        images: Folder of its images; COCO's may have the name of either release.
-        output: Folder of the answers; default: the model's, else here.
-        sampling: How tokens are drawn; by default greedily, up to 1,024 tokens (llava/eval/model_vqa.py).
-        batch_size: Questions at once.
+        model: A run directory, a folder with a complete LLaVA, or a Hub id; with a server the model's name there.
+        questions: LLaVA-Bench's file of questions.
+        images: Folder with its images; COCO's may have the file names of either release.
+        output: Folder for the answers; by default the model's folder, else the working directory.
+        sampling: How tokens are sampled; by default greedily, up to 1,024 tokens (llava/eval/model_vqa.py).
+        batch_size: Questions in one batch.
         bad_images: `error`, or `wrong`: a question whose image cannot be opened gets an empty answer and is listed.
-        server: Who answers, in place of a model here.
+        server: The server that answers, in place of a local model.
         template: Conversation template in place of the model's own.
-        quantization: As of `open_speaker`.
+        quantization: See `open_speaker`.
 
     Returns:
         The file: JSONL of `question_id`, `text`, `category`, `model_id`.
 
     Raises:
-        UserError: For a file, folder or model that is missing or does not fit.
+        UserError: If a file, a folder or the model is missing or does not fit.
     """
     if not images.is_dir():
-        raise UserError(f"--images: there is no folder {images}; name the one with the benchmark's images")
+        raise UserError(f"--images: {images} is not a folder; name the folder with the benchmark's images")
     sampling = sampling or Sampling(max_new_tokens=1024)
-    rows = [_asked(question) for question in read_questions(questions)]
+    rows = [_conversation(question) for question in read_questions(questions)]
     source = FolderImages(images, MAX_IMAGE_PIXELS, background=background_of(model), has_key=False)
     answerer: Answerer
     about: dict[str, Any] = {
-        "benchmark": "llava-bench", "questions": file_hash(questions), "sampling": asdict(sampling),
+        "benchmark": "llava-bench",
+        "questions": file_hash(questions),
+        "sampling": asdict(sampling),
         "background": source.background,
-    }  # fmt: skip
+    }
     if server is not None:
         server = find_model(server)
         answerer = by_server(server, source, sampling, None)
@@ -77,52 +87,63 @@ def answer_llava_bench(
     folder = output or (Path(model) if Path(model).is_dir() else Path())
     name = str(about["model"])
 
-    def mark(index: int, row: Conversation, answer: Answer) -> dict[str, Any]:
+    def score_row(index: int, row: Conversation, answer: Answer) -> dict[str, Any]:
         return {"question_id": row.row_id, "text": answer.text, "category": row.extra["category"], "model_id": name}
 
-    marked = ask_rows(
-        rows, answerer, mark, predictions=folder / ANSWERS_FILE, description="LLaVA-Bench", key=about,
+    scored = evaluate_rows(
+        rows,
+        answerer,
+        score_row,
+        predictions=folder / ANSWERS_FILE,
+        description="LLaVA-Bench",
+        key=about,
         bad_images=bad_images,
-    )  # fmt: skip
-    bad = [line["question_id"] for line in marked if "problem" in line]
-    summary = {"asked": about, "questions": len(marked), "unopened_images": bad}
+    )
+    bad = [line["question_id"] for line in scored if "problem" in line]
+    summary = {"asked": about, "questions": len(scored), "unopened_images": bad}
     summary |= {"machine": machine(), "versions": versions()}
     write_json(folder / ANSWERS_FILE.replace(".jsonl", ".json"), summary)
     return folder / ANSWERS_FILE
 
 
-def _asked(question: BenchQuestion) -> Conversation:
+def _conversation(question: BenchQuestion) -> Conversation:
     text = as_typed(question.text, [IMAGE_PLACEHOLDER])
     turns = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{text}"), Turn("assistant", "?"))
     return Conversation(question.question_id, turns, (question.image,), {"category": question.category})
 
 
 def by_speaker(speaker: Speaker, images: FolderImages, batch_size: int, sampling: Sampling) -> Answerer:
-    """Answers of a model whose own processor writes its prompts.
+    """Return an answerer for a model whose own processor builds the prompts.
 
     Args:
         speaker: The model.
-        images: Opens the rows' images.
-        batch_size: Questions at once.
-        sampling: How tokens are drawn.
+        images: Opens the images of the rows.
+        batch_size: Questions in one batch.
+        sampling: How tokens are sampled.
     """
     load_pixels = Pixels(images, speaker.processor.image_processor)
 
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
         questions = [Question(prompt_ids(speaker, row), row.images) for row in rows]
         return generate_answers(
-            speaker.model, questions, tokenizer=speaker.processor.tokenizer, load_pixels=load_pixels,
-            batch_size=batch_size, sampling=sampling, stop_string=speaker.stop_string, answered=answered,
-        )  # fmt: skip
+            speaker.model,
+            questions,
+            tokenizer=speaker.processor.tokenizer,
+            load_pixels=load_pixels,
+            batch_size=batch_size,
+            sampling=sampling,
+            stop_string=speaker.stop_string,
+            answered=answered,
+        )
 
     return answer
 
 
 def prompt_ids(speaker: Speaker, row: Conversation) -> list[int]:
-    """Ids of a question about one image, which stands before it, as the speaker's processor writes them."""
+    """Encode a question after its image with the speaker's processor."""
     text = without_marks(row.turns[0].text.removeprefix(f"{IMAGE_PLACEHOLDER}\n"))
     if speaker.single_turn:
-        raise UserError(f"{speaker.name} was trained on captions (template plain) and takes no questions")
+        raise UserError(f"{speaker.name} was trained on captions (template plain), not on questions; name another")
     content = [{"type": "image"}, {"type": "text", "text": text}]
     messages = [{"role": "user", "content": content}]
     return written_ids(speaker.processor, messages, llava_of(speaker.model).config.image_seq_length)

@@ -1,4 +1,4 @@
-"""What a judge is asked about two answers, and the two scores in what it writes."""
+"""Prompts for the judge of two answers, and the parser of the two scores in its reply."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lora_llava.core.errors import UserError
 from lora_llava.inference.chat_request import ChatRequest
 
 CATEGORIES = ("conv", "detail", "complex")
-"""LLaVA-Bench's kinds of questions."""
+"""Categories of LLaVA-Bench's questions."""
 PLACEHOLDERS = ("context", "question", "answer_1", "answer_2")
 ORDERS = ("reference_first", "answer_first")
-"""The first is LLaVA's; a judge favours a place (arXiv 2306.05685, section 3.3), so the other is asked too."""
+"""The first is LLaVA's. Judges favour a position (arXiv 2306.05685, section 3.3), so both orders are judged."""
 ATTEMPTS = 3
-"""Times that a judgement is asked for before its text counts as unparsed; from the second on with a reminder."""
+"""Number of attempts before a judgement counts as unparsed; all but the first have a reminder in the prompt."""
 _LAST_TEMPERATURE = 0.3
-"""Of the last attempt: the same words at temperature 0 would give the same text (untuned)."""
+"""Temperature of the last attempt: at 0 the same prompt would yield the same text (untuned)."""
 _NUMBER = r"((?:10|[0-9])(?:\.[0-9]+)?)"
 _SCORE = rf"{_NUMBER}(?:\s*/\s*10|\s+out\s+of\s+10)?"
 _BETWEEN = r"(?:\s*[,;|&]\s*(?:and\s+)?|\s+(?:and|vs\.?|versus)\s+|\s+)"
@@ -52,12 +52,12 @@ class JudgeCase:
     """One question and the two answers to it.
 
     Attributes:
-        question_id: Its id.
+        question_id: Id of the question.
         category: One of `CATEGORIES`.
-        question: Its text.
-        context: What is known of the image, in words.
-        reference: The answer that is the measure.
-        answer: The answer that is measured.
+        question: Text of the question.
+        context: Description of the image.
+        reference: The reference answer.
+        answer: The answer to judge.
     """
 
     question_id: str
@@ -70,12 +70,12 @@ class JudgeCase:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """How is judged.
+    """Settings of the judge.
 
     Attributes:
         swap: Whether each pair is judged in both orders.
-        temperature: The judge's; None leaves it to the server.
-        max_tokens: Longest text of the judge.
+        temperature: Sampling temperature; None leaves it to the server.
+        max_tokens: Most tokens of a reply.
     """
 
     swap: bool = True
@@ -84,21 +84,21 @@ class JudgeSettings:
 
     @property
     def orders(self) -> tuple[str, ...]:
-        """The orders in which each pair is judged."""
+        """Return the orders in which each pair is judged."""
         return ORDERS if self.swap else ORDERS[:1]
 
 
 def load_prompts(folder: Path | None = None) -> dict[str, str]:
-    """Read the judge's prompts.
+    """Read the prompts of the judge.
 
     Args:
-        folder: With `system.txt`, a file for each category and `reminder.txt`; None for the shipped ones.
+        folder: Folder with `system.txt`, one file per category and `reminder.txt`; None for the shipped ones.
 
     Returns:
-        Texts by name, without suffix.
+        Texts by file name without suffix.
 
     Raises:
-        UserError: For a file that is missing or not UTF-8, or a category's without one of the placeholders.
+        UserError: If a file is missing or not UTF-8, or the file of a category lacks a placeholder.
     """
     prompts = {}
     for name in ("system", *CATEGORIES, "reminder"):
@@ -107,35 +107,36 @@ def load_prompts(folder: Path | None = None) -> dict[str, str]:
         try:
             prompts[name] = source.read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
-            raise UserError(f"--prompts: {source} is missing; copy it from {shipped} and change it") from None
+            raise UserError(f"--prompts: {source} is missing; copy it from {shipped} and edit it") from None
         except UnicodeDecodeError as error:
-            raise UserError(f"--prompts: {source} is not UTF-8: {error.reason}") from None
+            raise UserError(f"--prompts: {source} is not UTF-8: {error.reason}; save it as UTF-8") from None
         lacking = [part for part in PLACEHOLDERS if name in CATEGORIES and f"{{{part}}}" not in prompts[name]]
         if lacking:
-            raise UserError(f"--prompts: {source} lacks {{{lacking[0]}}}; put it where that text belongs")
+            raise UserError(f"--prompts: {source} lacks {{{lacking[0]}}}; insert the placeholder")
     return prompts
 
 
 def prompt_hashes(prompts: Mapping[str, str]) -> dict[str, str]:
-    """SHA-256 of each prompt, in hex."""
+    """Return the SHA-256 of each prompt in hex."""
     return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in prompts.items()}
 
 
 def judge_request(
     case: JudgeCase, order: str, prompts: Mapping[str, str], settings: JudgeSettings, attempt: int = 0
 ) -> ChatRequest:
-    """Write what the judge is asked.
+    """Build the request for a judgement.
 
     Args:
         case: The question and its two answers.
-        order: Which of them is answer 1, a member of `ORDERS`.
+        order: The answer that comes first, a member of `ORDERS`.
         prompts: From `load_prompts`.
-        settings: How is judged.
-        attempt: 0 for the first; later ones have the reminder, and the last is drawn at 0.3.
+        settings: Settings of the judge.
+        attempt: Number of the attempt, from 0. Later ones have the reminder; the last has a temperature of at least
+            0.3.
     """
     pair = (case.reference, case.answer) if order == ORDERS[0] else (case.answer, case.reference)
     values = dict(zip(PLACEHOLDERS, (case.context, case.question, *pair), strict=True))
-    # In one pass: what an answer holds in braces stays as it is.
+    # One pass, so that braces within an answer are not replaced.
     text = re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), prompts[case.category])
     if attempt:
         text += f"\n\n{prompts['reminder']}"
@@ -147,19 +148,19 @@ def judge_request(
 
 
 def parse_scores(text: str) -> Scores | None:
-    """Read the two scores that a judge gives, the first answer's first.
+    """Parse the two scores in a judge's reply.
 
-    They stand at either end of the text, on a line of their own or one labelled line each: `8 9`, `8.5, 9`,
-    `8/10 and 9/10`, `Assistant 1: 8` above `Assistant 2: 9`. Figures within the text are not taken for scores: they
-    may be of one aspect, or an argument's, and of ten reviews that Vicuna published with such a pair in the middle, two
-    were recorded with other scores.
+    Scores are read from the start or the end of the text, either as a pair on one line or as one labelled line each:
+    `8 9`, `8.5, 9`, `8/10 and 9/10`, `Assistant 1: 8` above `Assistant 2: 9`. Numbers within the text are not treated
+    as scores: they may rate one aspect or belong to an argument. Of ten reviews published by Vicuna with such a pair in
+    the middle, two were recorded with other scores.
 
     Args:
-        text: As the judge wrote it; Markdown and a leading `<think>` part are passed over.
+        text: The reply; Markdown and a leading `<think>` part are ignored.
 
     Returns:
-        The scores, each from 0, which judges give to an empty answer, to 10; None where the text has none there, or
-        pairs that differ.
+        The scores of the first and the second answer, from 0 (which judges use for an empty answer) to 10. None if the
+        text has no scores there, or has pairs that differ.
     """
     lines = _plain_lines(text)
     pairs: list[tuple[int, int, Scores]] = []
@@ -184,8 +185,7 @@ def parse_scores(text: str) -> Scores | None:
 
 
 def _plain_lines(text: str) -> list[str]:
-    """Lines in lower case that say something, without Markdown; of one that is too long for scores, nothing is left
-    that could match."""
+    """Return the lines with text in lower case, without Markdown; lines too long for scores become "..."."""
     thinking = _THINKING.match(text)
     lines = []
     for line in text[thinking.end() if thinking else 0 :].split("\n"):
@@ -198,7 +198,7 @@ def _plain_lines(text: str) -> list[str]:
 
 
 def _pair_at(lines: list[str], place: int) -> tuple[int, Scores] | None:
-    """How many lines from here on give two scores, and which."""
+    """Return the number of lines from here that state two scores, and the scores; None if they do not."""
     if match := _PAIR.fullmatch(lines[place]):
         return 1, (float(match[1]), float(match[2]))
     if match := _BOTH_LABELLED.fullmatch(lines[place]):

@@ -1,9 +1,9 @@
-"""A lenient reader of the letter that an answer names, beside LLaVA's `parse_answer`.
+"""Lenient parser of the letter in an answer, an alternative to LLaVA's `parse_answer`.
 
-LLaVA's rule takes a lone capital, "B. iron", and "The answer is B." alone. This one also takes `b`, `(B)`, `B)`,
-`**B**`, "answer: B", "Option B is correct", "B because ...", and the choice's own text. It never guesses: where an
-answer names two choices, or a letter that may be a word ("A cat is shown"), it names none. It takes no "not B", and no
-choice that is only mentioned.
+LLaVA's rule accepts only a lone capital, "B. iron", and "The answer is B.". This parser also accepts `b`, `(B)`, `B)`,
+`**B**`, "answer: B", "Option B is correct", "B because ...", and the text of a choice. It never guesses: it returns no
+choice if an answer names two, or if the letter may be a word ("A cat is shown"). It ignores "not B" and choices that
+are only mentioned.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LETTER = r"(?P<letter>[a-e])"
 _OPEN, _CLOSE = r"[(\[{\"']*", r"[)\]}\"']*"
 _NAME = r"(?:(?:option|choice|letter)\s+)?"
 _ENDS = rf"{_CLOSE}(?=\s*(?:$|[.,;:!?)\n]|(?:because|since|due|as)\b))"
-"""What may follow a letter that is no word: the end, a mark, or the reason."""
+"""What may follow a letter that is not a word: the end, punctuation, or a reason."""
 _IS = r"(?:\s*[:=]\s*|\s+(?:is|would\s+be|must\s+be|should\s+be)\s*:?\s+|\s+is:\s*)"
 _THE_ANSWER = rf"\b(?:answer|option|choice|letter)[\"']?{_IS}"
 _LONE = re.compile(rf"(?:(?:option|choice|letter|answer)\s+)?[^\w\s]*\s*{_LETTER}\s*[^\w\s]*")
@@ -35,7 +35,7 @@ _DECLARED_WITH_TEXT = re.compile(rf"{_THE_ANSWER}{_NAME}[(\[]?{_LETTER}(?:[)\]][
 _MARKED = re.compile(
     r"(?<![\w'])\(?(?P<letter>[A-E])(?:\)|[.:](?=\s+\w))|(?:\bor|\band|[/&,])\s*\(?(?P<other>[A-E])(?=\s*(?:$|[).,;:!?]))"
 )
-"""Choices named beside the first: `(C)`, `C)`, `or C.`"""
+"""Further choices after the first: `(C)`, `C)`, `or C.`"""
 _OTHER = re.compile(
     rf"{_CLOSE}\s*(?:,|;|/|&|\bor\b|\band\b)\s*(?:(?:option|choice)\s+)?[(\[\"']*[a-e](?=\W*(?:$|[\s]))", re.IGNORECASE
 )
@@ -45,15 +45,15 @@ _LETTERS = "abcde"
 
 
 def parse_leniently(text: str, num_choices: int, choices: Sequence[str] = ()) -> int:
-    """Find the choice that an answer names, in the forms that models and people write.
+    """Find the choice that an answer names, in the usual forms of models and people.
 
     Args:
-        text: What the model wrote.
-        num_choices: How many choices the question has.
-        choices: Their texts; with none, letters alone are read.
+        text: The answer of the model.
+        num_choices: Number of choices of the question.
+        choices: Texts of the choices; without them only letters are parsed.
 
     Returns:
-        The choice's index, or -1 where the text names none, several, or one that there is not.
+        Index of the choice, or -1 if the text names none, several, or one beyond the choices.
     """
     shown = text.translate(_MARKS).strip()
     plain = plain_text(shown).strip()
@@ -62,7 +62,7 @@ def parse_leniently(text: str, num_choices: int, choices: Sequence[str] = ()) ->
 
 
 def _named(shown: str, plain: str, choices: Sequence[str]) -> Iterator[int | None]:
-    """Every choice that an answer names, in whatever form; a number beyond the choices where it contradicts itself."""
+    """Yield every choice that an answer names in any form; an index beyond all letters if it contradicts itself."""
     yield _choice_of(plain, choices)
     if lone := _LONE.fullmatch(plain):
         yield _LETTERS.index(lone["letter"])
@@ -82,12 +82,12 @@ def _named(shown: str, plain: str, choices: Sequence[str]) -> Iterator[int | Non
 
 
 def _marked(shown: str) -> Iterator[int]:
-    """The letters of an answer that are written as a choice's, such as `(C)`."""
+    """Return the letters of an answer that are written like a choice, such as `(C)`."""
     return (_LETTERS.index((match["letter"] or match["other"]).lower()) for match in _MARKED.finditer(shown))
 
 
 def _declared(plain: str, choices: Sequence[str]) -> Iterator[int | None]:
-    """What an answer calls its answer."""
+    """Yield the choices that a text declares as its answer."""
     for pattern in _DECLARED:
         for match in pattern.finditer(plain):
             if _NEGATED.search(plain[: match.start()]):
@@ -100,9 +100,9 @@ def _declared(plain: str, choices: Sequence[str]) -> Iterator[int | None]:
         yield letter
         yield named
     for match in _DECLARED_TEXT.finditer(plain):
-        whole = match["text"]
-        first = re.split(r"(?<=[.!?])\s", whole)[0]
-        named = _choice_of(whole, choices)
+        declared = match["text"]
+        first = re.split(r"(?<=[.!?])\s", declared)[0]
+        named = _choice_of(declared, choices)
         yield _choice_of(first, choices) if named is None else named
         spaced = re.fullmatch(rf"[(\[]?{_LETTER}[)\]]?\s+(?P<text>.+)", first)
         known = _choice_of(spaced["text"], choices) if spaced else None
@@ -111,7 +111,7 @@ def _declared(plain: str, choices: Sequence[str]) -> Iterator[int | None]:
 
 
 def _choice_of(text: str, choices: Sequence[str]) -> int | None:
-    """The one choice whose text this is."""
+    """Return the index of the only choice with this text."""
     exact = [i for i, choice in enumerate(choices) if plain_text(choice).strip() == text.lstrip().rstrip(" .\n")]
     if len(exact) == 1:
         return exact[0]
@@ -121,5 +121,5 @@ def _choice_of(text: str, choices: Sequence[str]) -> int | None:
 
 
 def _is_article(leading: re.Match[str], plain: str) -> bool:
-    """Whether a leading "a." is of an abbreviation, such as "a. m."."""
+    """Check whether a leading "a." belongs to an abbreviation such as "a. m."."""
     return bool(re.match(r"[a-e]\.\s+[a-z]\.", plain))

@@ -1,18 +1,18 @@
-"""The words and numbers of an answer, as exact match and F1 compare them.
+"""Words and numbers of an answer, as exact match and F1 compare them.
 
-SQuAD's rule (arXiv 1606.05250, section 6.1; its `evaluate-v1.1.py`: lower case, no punctuation, no articles, single
-spaces) stands for words. It deletes the point of 3.5 and the sign of -35 too, which makes 35 of both, so that numbers
-have rules of their own; and it knows ASCII alone, so that other scripts do too:
+Words follow SQuAD's rule (arXiv 1606.05250, section 6.1; its `evaluate-v1.1.py`): lower case, no punctuation, no
+articles, single spaces. That rule turns both 3.5 and -35 into 35 and knows only ASCII, so numbers and other scripts
+have further rules:
 
-- Text is compared by Unicode NFKC and case folding; curly quotes and dashes are as straight ones, invisible characters
-  are left out, and digits of any script are digits.
-- A number is compared by its value: 3.0 is 3, 1,000 is 1000, 007 is 7, 1e3 is 1000. A minus sign where a number begins
+- Text is compared after Unicode NFKC and case folding. Curly quotes and dashes equal straight ones, invisible
+  characters are left out, and digits of any script are digits.
+- Numbers are compared by value: 3.0 is 3, 1,000 is 1000, 007 is 7, 1e3 is 1000. A minus sign at the start of a number
   is part of it. Thousands are grouped by commas, apostrophes, underscores or narrow spaces, in threes.
-- What stands between digits is part of the answer: the ratios 1:2 and 3/4, 9:30, 2020-01-05, 10^2. A date's and a
-  time's first part may have a leading zero or not.
-- A unit may be joined to its number or not: 35cm is 35 cm. Signs of percent and currency are punctuation, as in SQuAD.
-- Chinese, Japanese and Korean are compared by characters, as MLQA (arXiv 1910.07475) and KorQuAD (arXiv 1909.07005)
-  do, spaces between them left out.
+- Characters between digits are part of the answer: the ratios 1:2 and 3/4, 9:30, 2020-01-05, 10^2. The first part of a
+  date or a time may have a leading zero.
+- A unit may be joined to its number: 35cm is 35 cm. Percent and currency signs are punctuation, as in SQuAD.
+- Chinese, Japanese and Korean are compared by characters, without the spaces between them, as in MLQA (arXiv
+  1910.07475) and KorQuAD (arXiv 1909.07005).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ CJK = (
     "\u30a1-\u30fa\u30fc-\u30ff\u3105-\u312f\u3131-\u318e\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\ua960-\ua97f\uac00-\ud7fb\uf900-\ufaff\U00020000-\U0003fffd"
 )
-"""Letters of Chinese, Japanese and Korean, for a regular expression's class."""
+"""Letters of Chinese, Japanese and Korean, for the character class of a regular expression."""
 _ARTICLES = {"a", "an", "the"}
 _ASCII_SYMBOLS = "$+<=>^`|~"
-"""What SQuAD calls punctuation beside Unicode's."""
+"""Characters that are punctuation for SQuAD but not for Unicode."""
 _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d"), "-")
 _QUOTES = dict.fromkeys(map(ord, "\u2018\u2019\u201a\u201b\u02bc\u2032\u00b4"), "'") | dict.fromkeys(
     map(ord, "\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb"), '"'
@@ -47,30 +47,30 @@ _START = re.compile(r"[-+]?\.?\d")
 _WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]+")
 _UNIT = re.compile(r"[^\W\d_]*(?!\w)")
 _POWERS = 40
-"""Most digits by which an exponent moves the point: what is further is compared as it is written."""
+"""Most digits that an exponent moves the point by; numbers beyond are compared as they are written."""
 
 
 def answer_tokens(text: str) -> list[str]:
-    """Split an answer into what is compared.
+    """Split an answer into the tokens that are compared.
 
     Args:
-        text: As a model or a person wrote it.
+        text: The answer of a model or a person.
 
     Returns:
-        Words, numbers in one form, and characters of Chinese, Japanese and Korean. An answer of articles alone, such as
-        the choice A, keeps them.
+        Words, normalised numbers, and characters of Chinese, Japanese and Korean. An answer that consists of articles,
+        such as the choice A, keeps them.
     """
     found = [token for piece in _WORD.findall(plain_text(text)) for token in _tokens_of(piece)]
     return [token for token in found if token not in _ARTICLES] or found
 
 
 def normalise(text: str) -> str:
-    """An answer as it is compared, its words with single spaces; see the module for the rule."""
+    """Return the tokens of an answer with single spaces; see the module for the rule."""
     return re.sub(rf"(?<=[{CJK}]) (?=[{CJK}])", "", " ".join(answer_tokens(text)))
 
 
 def plain_text(text: str) -> str:
-    """Text in NFKC and folded case, with straight quotes and dashes and ASCII digits, without invisible characters."""
+    """Return NFKC text in folded case, with straight quotes and dashes, ASCII digits and no invisible characters."""
     text = _NARROW.sub("_", _FRACTION.sub(" ", _POWER.sub("^", text.translate(_QUOTES))))
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_PLAIN)
     return "".join(
@@ -81,12 +81,12 @@ def plain_text(text: str) -> str:
 
 
 def is_number(token: str) -> bool:
-    """Whether a token of `answer_tokens` is a number, a ratio, a date or a time."""
+    """Check whether a token of `answer_tokens` is a number, a ratio, a date or a time."""
     return bool(_START.match(token)) and not any(map(str.isalpha, token))
 
 
 def _tokens_of(piece: str) -> list[str]:
-    """The words and numbers of what stands between two spaces."""
+    """Return the words and numbers of a piece of text without spaces."""
     tokens: list[str] = []
     place, word = 0, ""
     while place < len(piece):
@@ -110,7 +110,7 @@ def _tokens_of(piece: str) -> list[str]:
 
 
 def _number_at(piece: str, place: int) -> tuple[str, int] | None:
-    """The number that begins here, in its one form, and where it ends; None where none does."""
+    """Return the normalised number that starts here and its end; None if no number starts here."""
     if not _START.match(piece, place):
         return None
     one, joined = _ONE.match(piece, place), _COMPOUND.match(piece, place)
@@ -124,31 +124,30 @@ def _number_at(piece: str, place: int) -> tuple[str, int] | None:
 
 
 def _one_form(text: str) -> str:
-    """A number without separators, needless zeros, point and plus sign."""
+    """Return a number without separators, redundant zeros and plus sign."""
     digits, _, exponent = re.sub(r"[,'_+](?=[\d.])", "", text.replace("e+", "e")).partition("e")
     sign, digits = ("-", digits[1:]) if digits.startswith("-") else ("", digits)
-    whole, _, part = digits.partition(".")
+    integer, _, part = digits.partition(".")
     if exponent:
         shift = int(exponent) if len(exponent) < 4 else _POWERS + 1
         if abs(shift) > _POWERS:
             return text
-        whole, part = whole + part[: max(shift, 0)].ljust(max(shift, 0), "0"), part[max(shift, 0) :]
+        integer, part = integer + part[: max(shift, 0)].ljust(max(shift, 0), "0"), part[max(shift, 0) :]
         if shift < 0:
-            whole = whole.rjust(1 - shift, "0")
-            whole, part = whole[:shift], whole[shift:] + part
-    whole, part = whole.lstrip("0") or "0", part.rstrip("0")
-    found = f"{whole}.{part}" if part else whole
+            integer = integer.rjust(1 - shift, "0")
+            integer, part = integer[:shift], integer[shift:] + part
+    integer, part = integer.lstrip("0") or "0", part.rstrip("0")
+    found = f"{integer}.{part}" if part else integer
     return found if found == "0" else sign + found
 
 
 def _compound_form(text: str) -> str:
-    """Numbers with something between them: without leading zeros, but for what follows a colon, the minutes of a
-    time."""
+    """Return joined numbers without leading zeros, except after a colon, as in the minutes of a time."""
     return re.sub(r"(?<![\d:.])0+(?=\d)", "", text.removeprefix("+"))
 
 
 def _word(text: str) -> list[str]:
-    """A word without punctuation; two where digits would else be joined to others."""
+    """Return a word without punctuation, split where its removal would join digits."""
     parts = re.split(r"(?<=\d)[^\w\s]+(?=\d)", text)
     kept = ["".join(c for c in part if not _is_punctuation(c)) for part in parts]
     return [part for part in kept if part]

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
 
+from lora_llava.evaluation.answer_metrics import text_metrics
 from lora_llava.evaluation.answers import is_answer_table
 from lora_llava.publishing.card.card_training import training_rows
 from lora_llava.publishing.card.licences import Licence, card_licence, conflicts, licence_of
@@ -210,17 +211,18 @@ _ROWS = {"before": "before training", "after": "after training"}
 
 def _answers(package: Package, tables: dict[str, Any]) -> str:
     """Write the scores of free-form answers, by group."""
+    metrics = text_metrics()
     lines = [
         f"## Results\n\nScores on rows of {data_name(package)} that were held out from training, with all rows of an "
-        "image kept together. Answers are compared with the reference answers by exact match and word F1, both as "
-        f"defined by SQuAD, and by ROUGE-L. {_measured(package)}\n",
-        table_row(["", "group", "exact match in %", "F1 in %", "ROUGE-L in %", "questions"]),
-        table_row(["---"] * 6),
+        "image kept together. Answers are compared with the reference answers by "
+        f"{', '.join(metric.definition or metric.title for metric in metrics)}. {_measured(package)}\n",
+        table_row(["", "group", *(metric.heading for metric in metrics), "questions"]),
+        table_row(["---"] * (3 + len(metrics))),
     ]
     for name, table in tables.items():
         for group, scores in table.items():
-            shares = (f"{scores[key]:.2f}" for key in ("exact_match", "f1", "rouge_l"))
-            lines.append(table_row([_ROWS[name], group, *shares, scores["questions"]]))
+            cells = (metric.cell(scores) for metric in metrics)
+            lines.append(table_row([_ROWS[name], group, *cells, scores["questions"]]))
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Which questions are asked, and with whose images."""
+"""Choice of rows, and shuffled images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.data import Conversation, Turn
-from lora_llava.evaluation.ask import choose_rows, shuffle_images, write_predictions
+from lora_llava.evaluation.row_evaluation import choose_rows, shuffle_images, write_predictions
 from lora_llava.evaluation.scienceqa import Prediction
 
 
@@ -24,7 +24,7 @@ def rows_with(images: list[bool]) -> list[Conversation]:
 
 
 @given(count=st.integers(0, 20), seed=st.integers(0, 9))
-def test_as_many_rows_as_wanted_in_their_order(count: int, seed: int) -> None:
+def test_rows_are_chosen_in_order(count: int, seed: int) -> None:
     rows = rows_with([True] * 12)
     chosen = choose_rows(rows, count, seed)
     assert len(chosen) == min(count, 12)
@@ -49,10 +49,8 @@ def test_every_image_moves_to_another_row(images: list[bool], seed: int) -> None
         assert not old.images or old.images != new.images
 
 
-@given(
-    shown=st.lists(st.lists(st.sampled_from("abcd"), max_size=2).map(tuple), max_size=16), seed=st.integers(0, 9)
-)  # fmt: skip
-def test_rows_that_share_images_get_others_of_as_many(shown: list[tuple[str, ...]], seed: int) -> None:
+@given(shown=st.lists(st.lists(st.sampled_from("abcd"), max_size=2).map(tuple), max_size=16), seed=st.integers(0, 9))
+def test_rows_with_equal_images_get_other_images(shown: list[tuple[str, ...]], seed: int) -> None:
     rows = [Conversation(str(number), (), images) for number, images in enumerate(shown)]
     shuffled = shuffle_images(rows, seed)
     assert [len(row.images) for row in shuffled] == [len(images) for images in shown]
@@ -64,7 +62,7 @@ def test_rows_that_share_images_get_others_of_as_many(shown: list[tuple[str, ...
             assert new.images != old.images
 
 
-def test_predictions_are_written_one_a_line(tmp_path: Path) -> None:
+def test_predictions_are_written_one_per_line(tmp_path: Path) -> None:
     item = Prediction(question_id="1", text='"é"\n', prediction=0, answer=1, categories=["NAT"])
     file = tmp_path / "new" / "predictions.jsonl"
     write_predictions(file, [item, item])
@@ -73,5 +71,5 @@ def test_predictions_are_written_one_a_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", ["0", "3"])
-def test_a_count_in_words_is_a_count(count: str) -> None:
+def test_a_count_may_be_a_text(count: str) -> None:
     assert len(choose_rows(rows_with([True] * 5), count, 0)) == int(count)

@@ -1,4 +1,4 @@
-"""Asking: what was answered is kept, in order, and a stopped evaluation asks nothing twice."""
+"""Evaluation of rows: answers are kept in order, and a stopped evaluation resumes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from lora_llava.core.errors import UserError
 from lora_llava.data import Conversation, Turn
 from lora_llava.evaluation.answer_log import AnswerLog
-from lora_llava.evaluation.ask import UnansweredError, ask_conversations, ask_rows, ask_scienceqa, questions_hash
+from lora_llava.evaluation.row_evaluation import (
+    UnansweredError,
+    evaluate_conversations,
+    evaluate_rows,
+    evaluate_scienceqa,
+    questions_hash,
+)
 from lora_llava.inference.answer import Answer
 
 
@@ -27,7 +33,7 @@ def rows_of(count: int) -> list[Conversation]:
 
 
 class Answering:
-    """Answers from the last row to the first, and fails where it is told to."""
+    """Answers from the last row to the first, with given failures."""
 
     def __init__(self, stop_after: int | None = None, problems: dict[int, Answer] | None = None) -> None:
         self.stop_after, self.problems = stop_after, problems or {}
@@ -49,25 +55,23 @@ def mark(index: int, row: Conversation, answer: Answer) -> dict[str, Any]:
 
 def ask(rows: Sequence[Conversation], answerer: Any, file: Path | None, **settings: Any) -> list[Any]:
     given = {"predictions": file, "description": "test", "key": {"model": "m"}, **settings}
-    return ask_rows(rows, answerer, mark, **given)
+    return evaluate_rows(rows, answerer, mark, **given)
 
 
 def lines(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_answers_come_back_in_the_rows_order(tmp_path: Path) -> None:
+def test_answers_are_in_the_order_of_the_rows(tmp_path: Path) -> None:
     file = tmp_path / "new" / "predictions.jsonl"
-    marked = ask(rows_of(5), Answering(), file)
-    assert marked == [{"id": f"r{n}", "text": f"answer {n}"} for n in range(5)]
-    assert lines(file) == marked
+    scored = ask(rows_of(5), Answering(), file)
+    assert scored == [{"id": f"r{n}", "text": f"answer {n}"} for n in range(5)]
+    assert lines(file) == scored
     assert [path.name for path in file.parent.iterdir()] == ["predictions.jsonl"]
 
 
 @given(stops=st.lists(st.integers(0, 4), max_size=5))
-def test_however_often_it_is_stopped_nothing_is_asked_twice(
-    tmp_path_factory: pytest.TempPathFactory, stops: list[int]
-) -> None:  # fmt: skip
+def test_no_question_is_answered_twice_after_stops(tmp_path_factory: pytest.TempPathFactory, stops: list[int]) -> None:
     file = tmp_path_factory.mktemp("stopped") / "predictions.jsonl"
     asked: list[int] = []
     for stop in stops:
@@ -86,7 +90,7 @@ def test_however_often_it_is_stopped_nothing_is_asked_twice(
     assert lines(file) == [{"id": f"r{n}", "text": f"answer {n}"} for n in range(8)]
 
 
-def test_what_is_kept_is_on_disk_before_the_next_is_asked(tmp_path: Path) -> None:
+def test_an_answer_is_on_disk_before_the_next_question(tmp_path: Path) -> None:
     file = tmp_path / "predictions.jsonl"
     partial = tmp_path / "predictions.partial.jsonl"
     seen: list[int] = []
@@ -100,16 +104,14 @@ def test_what_is_kept_is_on_disk_before_the_next_is_asked(tmp_path: Path) -> Non
     assert seen == [1, 2, 3, 4]
 
 
-def test_answers_to_other_questions_or_of_another_model_are_not_taken(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_answers_of_another_evaluation_are_not_reused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "predictions.jsonl"
     for rows, key in ((rows_of(6), {"model": "m"}), (rows_of(7), {"model": "m"}), (rows_of(7), {"model": "n"})):
         answering = Answering(stop_after=3)
         with pytest.raises(KeyboardInterrupt):
             ask(rows, answering, file, key=key)
         assert len(answering.asked) == 3
-    assert "holds answers of another model, question or setting; this evaluation's are in" in capsys.readouterr().err
+    assert "has answers of another model, question or setting; this evaluation writes to" in capsys.readouterr().err
     assert len(list(tmp_path.glob("*.partial.jsonl"))) == 3  # none gave way to another
     again = Answering()
     ask(rows_of(7), again, file, key={"model": "n"})
@@ -118,7 +120,7 @@ def test_answers_to_other_questions_or_of_another_model_are_not_taken(
 
 
 @pytest.mark.parametrize("cut", [b'{"index": 1, "te', b"\xff\xfe", b'{"index": "x", "text": "y"}\n', b"[]\n"])
-def test_a_line_cut_short_is_asked_again(tmp_path: Path, cut: bytes) -> None:
+def test_a_truncated_line_is_dropped(tmp_path: Path, cut: bytes) -> None:
     file = tmp_path / "log.jsonl"
     with AnswerLog(file, {"a": 1}, 10) as log:
         log.add(4, Answer("é\u2028\n", scores=(-1.5, 0.0)))
@@ -133,26 +135,26 @@ def test_a_line_cut_short_is_asked_again(tmp_path: Path, cut: bytes) -> None:
         assert (log.answers, log.other) == ({}, True)
 
 
-def test_a_bad_image_stops_it_or_counts_as_wrong(tmp_path: Path) -> None:
+def test_a_bad_image_is_an_error_or_counts_as_wrong(tmp_path: Path) -> None:
     file = tmp_path / "predictions.jsonl"
     problems = {2: Answer("", problem="image 2.png is missing", is_image=True)}
     with pytest.raises(UserError, match=r"row r2: image 2\.png is missing; restore it, or .* --bad-images wrong"):
         ask(rows_of(5), Answering(problems=problems), file)
     again = Answering(problems=problems)
-    marked = ask(rows_of(5), again, file, bad_images="wrong")
+    scored = ask(rows_of(5), again, file, bad_images="wrong")
     assert again.asked == [2, 1, 0]  # 4 and 3 were answered before it stopped
-    assert marked[2] == {"id": "r2", "text": "", "problem": "image 2.png is missing"}
-    assert [line for line in marked if "problem" in line] == [marked[2]]
+    assert scored[2] == {"id": "r2", "text": "", "problem": "image 2.png is missing"}
+    assert [line for line in scored if "problem" in line] == [scored[2]]
 
 
-def test_what_a_server_leaves_unanswered_is_named_and_asked_again(tmp_path: Path) -> None:
+def test_unanswered_questions_are_named_and_retried(tmp_path: Path) -> None:
     file = tmp_path / "predictions.jsonl"
     problems = {n: Answer("", problem=f"HTTP {500 + n}") for n in (1, 2, 3, 5)}
     with pytest.raises(UnansweredError) as caught:
         ask(rows_of(6), Answering(problems=problems), file, bad_images="wrong")
     assert str(caught.value) == (
-        "4 of 6 questions got no answer (r5: HTTP 505; r3: HTTP 503; r2: HTTP 502; and 1 more); the others are kept, "
-        "and the same command asks only these again"
+        "4 of 6 questions got no answer (r5: HTTP 505; r3: HTTP 503; r2: HTTP 502; and 1 more); the other answers are "
+        "kept; run the same command to evaluate only these"
     )
     assert caught.value.exit_code == 1
     assert not file.exists()
@@ -167,37 +169,43 @@ def test_without_a_file_nothing_is_written(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-def test_questions_are_told_apart_by_id_text_and_image() -> None:
+def test_questions_are_hashed_by_id_text_and_image() -> None:
     row = rows_of(1)[0]
     others = [
-        Conversation("other", row.turns, row.images), Conversation(row.row_id, row.turns, ("b.png",)),
+        Conversation("other", row.turns, row.images),
+        Conversation(row.row_id, row.turns, ("b.png",)),
         Conversation(row.row_id, (Turn("user", "<image>\nwhat?"), row.turns[1]), row.images),
-    ]  # fmt: skip
+    ]
     assert len({questions_hash([each]) for each in (row, *others)}) == 4
     answer = Conversation(row.row_id, (row.turns[0], Turn("assistant", "other")), row.images)
     assert questions_hash([answer]) == questions_hash([row])
 
 
-def test_conversations_get_marks_losses_types_and_sources() -> None:
+def test_conversations_get_scores_losses_types_and_sources() -> None:
     rows = [
-        Conversation("a", (Turn("user", "<image>\nHow many?"), Turn("assistant", "answer 0")), ("1.png",),
-                     {"source": "one", "type": "counting"}),
+        Conversation(
+            "a",
+            (Turn("user", "<image>\nHow many?"), Turn("assistant", "answer 0")),
+            ("1.png",),
+            {"source": "one", "type": "counting"},
+        ),
         Conversation("b", (Turn("user", "What?"), Turn("assistant", "yes")), (), {"source": "two"}),
-    ]  # fmt: skip
-    table, marked = ask_conversations(
+    ]
+    table, scored = evaluate_conversations(
         rows, Answering(), lambda: {0: (6.0, 4), 1: (1.0, 1)}, predictions=None, description="test"
     )
-    assert [(line["exact"], line["type"], line["loss"]) for line in marked] == [
-        (True, "counting", 1.5), (False, "yes/no", 1.0)
-    ]  # fmt: skip
-    assert marked[0]["question"] == "How many?"
+    assert [(line["exact"], line["type"], line["loss"]) for line in scored] == [
+        (True, "counting", 1.5),
+        (False, "yes/no", 1.0),
+    ]
+    assert scored[0]["question"] == "How many?"
     assert list(table) == ["all", "one", "two", "type: yes/no", "type: counting"]
     assert table["all"]["loss"] == 1.4
-    without, _ = ask_conversations(rows, Answering(), predictions=None, description="test")
+    without, _ = evaluate_conversations(rows, Answering(), predictions=None, description="test")
     assert without["all"]["loss"] is None
 
 
-def test_a_server_that_answers_nothing_is_given_up(tmp_path: Path) -> None:
+def test_a_server_that_never_answers_stops_the_evaluation(tmp_path: Path) -> None:
     problems = {index: Answer("", problem="no answer within 1 s") for index in range(40)}
     answering = Answering(problems=problems)
     with pytest.raises(UnansweredError, match="8 of 40 questions got no answer"):
@@ -205,14 +213,12 @@ def test_a_server_that_answers_nothing_is_given_up(tmp_path: Path) -> None:
     assert len(answering.asked) <= 9
 
 
-def test_damaged_lines_are_counted_and_lines_of_no_question_not_taken(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_lines_and_unknown_questions_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "predictions.jsonl"
     with pytest.raises(KeyboardInterrupt):
         ask(rows_of(6), Answering(stop_after=3), file)
-    told = capsys.readouterr().err
-    assert "3 of 6 answers are in" in told
+    output = capsys.readouterr().err
+    assert "3 of 6 answers are in" in output
     partial = tmp_path / "predictions.partial.jsonl"
     first, *kept = partial.read_text().splitlines()
     wrong = ['{"index": 99, "text": "x"}', '{"index": -5, "text": "x"}', '{"index": 3, "text": null}', "{"]
@@ -229,8 +235,8 @@ def test_science_qa_s_answers_are_scored() -> None:
         Conversation(str(n), (Turn("user", "?"), Turn("assistant", "x")), (), about | {"answer": n}) for n in (0, 1)
     ]
     problems = {0: Answer("The answer is A."), 1: Answer("A. The answer is B.", scores=(-1.23456, -2.0, -0.5))}
-    table, marked = ask_scienceqa(rows, Answering(problems=problems), predictions=None, description="test")
+    table, scored = evaluate_scienceqa(rows, Answering(problems=problems), predictions=None, description="test")
     assert table["AVG"] == [50.0, 1, 2]
-    assert [line["prediction"] for line in marked] == [0, 2]
-    assert marked[1]["scores"] == [-1.2346, -2.0, -0.5]
-    assert "scores" not in marked[0]
+    assert [line["prediction"] for line in scored] == [0, 2]
+    assert scored[1]["scores"] == [-1.2346, -2.0, -0.5]
+    assert "scores" not in scored[0]
