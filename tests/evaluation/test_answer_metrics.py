@@ -85,7 +85,7 @@ def test_an_added_metric_is_on_the_model_card(letter: Metric, monkeypatch: pytes
     card = model_card._answers(package, {"after": answer_table(own("red cube", "blue cube"))})
     assert "exact match (SQuAD's rule), word F1 (SQuAD's rule), ROUGE-L, letter error." in card
     assert "| exact match in % | F1 in % | ROUGE-L in % | letter error in % | questions |" in card
-    assert "| after | all | 50.00 | 75.00 | 75.00 | 50.00 | 2 |" in card
+    assert "| after training | all | 50.00 | 75.00 | 75.00 | 50.00 | 2 |" in card
 
 
 def test_runs_saved_before_a_metric_existed_stay_readable(letter: Metric, tmp_path: Path) -> None:
