@@ -31,8 +31,6 @@ DEMO = "demo"
 RECIPE_FILE = "recipe.yaml"
 _ESTIMATED = 200
 """Requests by which the tokens of all are estimated."""
-_MANY = 500
-"""Samples from which a process of its own that sends the requests is worth the second that it takes to start."""
 
 
 def generate(
@@ -55,7 +53,7 @@ def generate(
     teacher = recipe.teacher
     budget = Budget(teacher.price_in, teacher.price_out, max_cost, max_requests)
     recipe, contexts, tasks, prompts = _plan(recipe, console)
-    settings, write = _open_teacher(recipe, len(tasks))
+    settings, write = _open_teacher(recipe)
     folder = Path(recipe.output_dir)
     with Ledger(folder / LEDGER_FILE) as ledger:
         _keep_recipe(recipe, folder)
@@ -159,7 +157,7 @@ def _settings(recipe: GenerateRecipe, model: str) -> Settings:
     )  # fmt: skip
 
 
-def _open_teacher(recipe: GenerateRecipe, samples: int) -> tuple[Settings, Teacher]:
+def _open_teacher(recipe: GenerateRecipe) -> tuple[Settings, Teacher]:
     teacher = recipe.teacher
     if teacher.backend == "demo":
         from lora_llava.synthesis.teachers.demo_teacher import NAME, answer_by_rules
@@ -176,7 +174,7 @@ def _open_teacher(recipe: GenerateRecipe, samples: int) -> tuple[Settings, Teach
             retries=teacher.retries, requests_per_minute=teacher.requests_per_minute,
         )
     )  # fmt: skip
-    return _settings(recipe, str(server.model)), by_server(server, apart=samples >= _MANY)
+    return _settings(recipe, str(server.model)), by_server(server)
 
 
 def _keep_recipe(recipe: GenerateRecipe, folder: Path) -> None:

@@ -15,7 +15,6 @@ from lora_llava.commands.main import main
 from lora_llava.inference.budget import Budget, estimate_text_tokens, estimate_tokens
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
 from lora_llava.inference.client import ChatServer, ask
-from lora_llava.inference.client_process import ask_apart
 
 REQUEST = ChatRequest([{"role": "user", "content": "abcdefghi"}], 1000)
 MOST_OUT = 1024
@@ -86,8 +85,7 @@ def quick(log: ChatLog, **more: Any) -> ChatServer:
     return ChatServer(log.url, model="judge", **{"timeout": 5.0, "pause": 0.01, "retries": 3} | more)
 
 
-@pytest.mark.parametrize("way", [ask, ask_apart])
-def test_every_failed_try_is_told_with_its_cost_and_another_may_be_refused(log: ChatLog, way: Any) -> None:
+def test_every_failed_try_is_told_with_its_cost_and_another_may_be_refused(log: ChatLog) -> None:
     log.behave = lambda body, count: ("no choices, used", "500", "429", "ok")[min(count, 3)]
     told: list[tuple[int, str, int | None, int | None]] = []
 
@@ -95,12 +93,12 @@ def test_every_failed_try_is_told_with_its_cost_and_another_may_be_refused(log: 
         told.append((place, failure.reason[:8], failure.prompt_tokens, failure.completion_tokens))
         return len(told) != 5
 
-    found = dict(way(quick(log, concurrency=1), [REQUEST], again))
+    found = dict(ask(quick(log, concurrency=1), [REQUEST], again))
     assert isinstance(found[0], ChatAnswer)
     assert told == [(0, "malforme", 500, 700), (0, "HTTP 500", None, None), (0, "HTTP 429", 0, 0)]
     log.came.clear()
-    refused = dict(way(quick(log, concurrency=1), [REQUEST], again))[0]
-    assert refused == ChatFailure("HTTP 500: told 500 with Bearer no-key, and the cap allows no further try")
+    refused = dict(ask(quick(log, concurrency=1), [REQUEST], again))[0]
+    assert refused == ChatFailure("HTTP 500: refused with 500 for Bearer no-key, and the cap allows no further try")
     assert (refused.prompt_tokens, refused.completion_tokens) == (0, 0)
     assert len(log.requests) == 6
 

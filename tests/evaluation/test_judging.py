@@ -129,12 +129,12 @@ def test_a_question_that_the_judge_does_not_answer_is_listed_and_asked_again_nex
     assert run(log, tmp_path, "--concurrency", "1") == 1
     report = report_of(tmp_path)
     assert [row["status"] for row in report["questions"]] == ["scored"] * 4 + ["failed", "scored"]
-    assert report["questions"][4]["reason"] == "HTTP 400: told 400 with Bearer ***"
+    assert report["questions"][4]["reason"] == "HTTP 400: refused with 400 for Bearer ***"
     assert log.keys == {"Bearer sk-not-to-be-seen"}
     assert [file.name for file in tmp_path.iterdir() if b"sk-not-to-be-seen" in file.read_bytes()] == []
     assert report["complete"] is False
     told = capsys.readouterr().out
-    assert "1 failed: the judge gave no text; the same command tries again (HTTP 400: told 400" in told
+    assert "1 failed: the judge gave no text; the same command tries again (HTTP 400: refused with 400" in told
     log.behave = lambda body, count: "ok"
     log.requests.clear()
     assert run(log, tmp_path) == 0
@@ -146,7 +146,7 @@ def test_a_judge_that_answers_nothing_is_given_up(
 ) -> None:
     log.behave = lambda body, count: "400"
     assert run(log, tmp_path, count=60) == 2
-    assert "answered none of 8 requests: HTTP 400: told 400" in capsys.readouterr().err
+    assert "answered none of 8 requests: HTTP 400: refused with 400" in capsys.readouterr().err
     assert len(log.requests) <= 16
 
 

@@ -164,7 +164,7 @@ class Handler(BaseHTTPRequestHandler):
         elif kind == "renamed":
             self.send(400, b'{"error": {"message": "max_tokens is unknown here. Use max_completion_tokens."}}')
         else:
-            error = {"error": {"message": f"told {kind}\nwith {self.headers['Authorization']}"}}
+            error = {"error": {"message": f"refused with {kind}\nfor {self.headers['Authorization']}"}}
             self.send(int(kind), json.dumps(error).encode())
 
     def is_gone(self) -> bool:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
 from lora_llava.inference.client import Again, ChatServer, ask
-from lora_llava.inference.client_process import ask_apart
 from lora_llava.synthesis.contexts.context import Context
 from lora_llava.synthesis.sample import Task
 
@@ -37,15 +36,14 @@ Teacher = Callable[[Iterable[Asked], Again | None], Answers]
 one (`server.Again`)."""
 
 
-def by_server(server: ChatServer, *, apart: bool = False) -> Teacher:
+def by_server(server: ChatServer) -> Teacher:
     """A model on an OpenAI-compatible server.
 
     Args:
         server: With its model named.
-        apart: Whether a process of its own sends the requests: faster, once it has started.
     """
 
     def answer(asked: Iterable[Asked], again: Again | None = None) -> Answers:
-        return (ask_apart if apart else ask)(server, (each.request for each in asked), again)
+        return ask(server, (each.request for each in asked), again)
 
     return answer
