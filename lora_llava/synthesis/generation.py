@@ -13,13 +13,13 @@ from rich.text import Text
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import SUMS_FILE
+from lora_llava.inference.answer_store import AnswerStore
 from lora_llava.inference.budget import Budget, estimate_tokens
 from lora_llava.inference.chat_request import ChatRequest
 from lora_llava.inference.client import ChatServer, find_model
 from lora_llava.recipe import ContextsSection, GenerateRecipe, dump_recipe, recipe_hash
 from lora_llava.synthesis.contexts.reading_contexts import Contexts, read_contexts
 from lora_llava.synthesis.gates.gates import Limits
-from lora_llava.synthesis.ledger import LEDGER_FILE, Ledger
 from lora_llava.synthesis.output import write_set
 from lora_llava.synthesis.pipeline import Maker, Settings, write_request
 from lora_llava.synthesis.prompts import Prompt, load_prompts, prompt_hashes
@@ -29,6 +29,7 @@ from lora_llava.synthesis.teachers.teacher import Teacher, by_server
 
 DEMO = "demo"
 RECIPE_FILE = "recipe.yaml"
+LEDGER_FILE = "ledger.sqlite"
 _ESTIMATED = 200
 """Requests by which the tokens of all are estimated."""
 
@@ -55,7 +56,7 @@ def generate(
     recipe, contexts, tasks, prompts = _plan(recipe, console)
     settings, write = _open_teacher(recipe)
     folder = Path(recipe.output_dir)
-    with Ledger(folder / LEDGER_FILE) as ledger:
+    with AnswerStore(folder / LEDGER_FILE) as ledger:
         _keep_recipe(recipe, folder)
         budget.before = ledger.spent_under_caps()
         if budget.capped and budget.before:

@@ -7,10 +7,12 @@ import json
 import random
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import closing
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,10 @@ from llava_bench_files import bench, options
 
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
-from lora_llava.evaluation.judge.judge_ledger import JudgeLedger, request_key
+from lora_llava.evaluation.judge.judge_ledger import LEDGER, OLD_LEDGER, open_judge_ledger
+from lora_llava.inference.answer_store import request_key
 from lora_llava.inference.budget import Budget, estimate_tokens
 from lora_llava.inference.client import ChatAnswer, ChatRequest
-
-LEDGER = "llava_bench_judge.jsonl"
 
 
 def asked(body: Body) -> tuple[int, str, bool]:
@@ -58,8 +59,14 @@ def report_of(folder: Path) -> dict[str, Any]:
 
 def ledger_of(folder: Path) -> list[dict[str, Any]]:
     file = folder / LEDGER
-    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
-    return [json.loads(line) for line in lines]
+    if not file.is_file():
+        return []
+    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as base:
+        base.row_factory = sqlite3.Row
+        try:
+            return [dict(row) for row in base.execute("SELECT key, text FROM answers")]
+        except sqlite3.OperationalError:  # the tables are not there yet
+            return []
 
 
 def test_both_orders_are_asked_and_averaged(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,24 +252,29 @@ def test_the_same_answers_are_asked_once_and_come_out_even(log: ChatLog, tmp_pat
 MESSAGES = [{"role": "user", "content": "abcdefghi"}]
 
 
-def test_the_ledger_takes_a_torn_line_away_and_keeps_the_rest(tmp_path: Path) -> None:
-    file = tmp_path / "new" / "ledger.jsonl"
-    answer = ChatAnswer("8 9\n\u2028\ud83d", 3, 4, "judge")
-    with JudgeLedger(file) as ledger:
-        ledger.add("a", answer, question_id="0")
-        with pytest.raises(UserError, match="another run is judging into it"):
-            JudgeLedger(file)
-    whole = file.read_bytes()
-    for size in range(len(whole)):
-        file.write_bytes(whole + whole[:size])
-        with JudgeLedger(file) as ledger:
-            assert ledger.answers == {"a": answer}
-            ledger.add("b", answer)
-        with JudgeLedger(file) as ledger:
-            assert ledger.answers == {"a": answer, "b": answer}
-    file.write_bytes(b'{"key": 1}\n' + whole)
-    with pytest.raises(UserError, match=r"ledger.jsonl, line 1: not a judge's answer; take the line out"):
-        JudgeLedger(file)
+def test_answers_of_an_earlier_version_are_copied_once(tmp_path: Path) -> None:
+    counts = {"prompt_tokens": 3, "completion_tokens": 4}
+    about = {"question_id": "0", "order": "reference_first", "attempt": 1}
+    rows: list[dict[str, Any]] = [
+        {"key": "a", **about, "model": "judge", **counts, "text": "8 9\n\u2028\ud83d", "usd": 0.5, "capped": True},
+        {"key": "b", "failed": "HTTP 500", **counts, "usd": 0.25, "capped": True},
+        {"key": "c", "model": "judge", **counts, "text": "7 7"},
+    ]
+    old = tmp_path / OLD_LEDGER
+    lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    old.write_bytes(lines + lines[:30])  # the last line was cut off
+    for _ in range(2):
+        with open_judge_ledger(tmp_path) as ledger:
+            assert ledger.get("a") == ChatAnswer("8 9\n\u2028?", 3, 4, "judge")
+            assert (ledger.get("b"), ledger.get("c")) == (None, ChatAnswer("7 7", 3, 4, "judge"))
+            assert (ledger.count(), ledger.spent_under_caps()) == (2, 0.75)
+    assert old.read_bytes() == lines + lines[:30]
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / OLD_LEDGER).write_bytes(lines + b'{"key": 1}\n')
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"llava_bench_judge.jsonl, line 4: not an answer of a judge; remove"):
+            open_judge_ledger(damaged)
 
 
 def test_keys_depend_on_all_that_an_answer_depends_on() -> None:

@@ -21,10 +21,10 @@ from rich.console import Console
 from synthesis.made import files_of, number_of, recipe_of, seen, teach, write_recipe
 
 from lora_llava.core.errors import UserError
+from lora_llava.inference.answer_store import AnswerStore, request_key
 from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 from lora_llava.recipe import GenerateRecipe
-from lora_llava.synthesis.generation import generate
-from lora_llava.synthesis.ledger import LEDGER_FILE, Ledger, request_key
+from lora_llava.synthesis.generation import LEDGER_FILE, generate
 
 
 def make(recipe: GenerateRecipe, **caps: Any) -> dict[str, Any]:
@@ -208,10 +208,10 @@ def test_the_ledger_is_only_appended_to_and_locked(tmp_path: Path) -> None:
     key = request_key("m", request, "t", 0)
     assert len({key, request_key("n", request, "t", 0), request_key("m", request, "u", 0),
                 request_key("m", request, "t", 1)}) == 4  # fmt: skip
-    with Ledger(tmp_path / LEDGER_FILE) as ledger:
+    with AnswerStore(tmp_path / LEDGER_FILE) as ledger:
         ledger.add(key, "t", 0, "hash", ChatAnswer("text", 3, 4, "m"), 0.5, "accepted", "")
-        with pytest.raises(UserError, match="another run is at work in it"):
-            Ledger(tmp_path / LEDGER_FILE)
+        with pytest.raises(UserError, match="another run is using it"):
+            AnswerStore(tmp_path / LEDGER_FILE)
         with pytest.raises(UserError, match="cannot be used"):
             ledger.add(key, "t", 0, "hash", ChatAnswer("other", 3, 4, "m"), 0.5, "accepted", "")
     with sqlite3.connect(tmp_path / LEDGER_FILE) as base:
@@ -219,7 +219,7 @@ def test_the_ledger_is_only_appended_to_and_locked(tmp_path: Path) -> None:
             with pytest.raises(sqlite3.IntegrityError, match="append only"):
                 base.execute(change)
     base.close()
-    with Ledger(tmp_path / LEDGER_FILE) as ledger:
+    with AnswerStore(tmp_path / LEDGER_FILE) as ledger:
         entry = ledger.get(key)
         assert entry is not None
         assert (entry.text, entry.model) == ("text", "m")
@@ -227,8 +227,8 @@ def test_the_ledger_is_only_appended_to_and_locked(tmp_path: Path) -> None:
             "answers": 1, "prompt_tokens": 3, "completion_tokens": 4, "usd": 0.5, "failed_requests": 0
         }  # fmt: skip
     (tmp_path / "other.sqlite").write_bytes(b"no ledger at all, but long enough to have a header" * 4)
-    with pytest.raises(UserError, match="is damaged or no ledger"):
-        Ledger(tmp_path / "other.sqlite")
+    with pytest.raises(UserError, match="is damaged or not an answer store"):
+        AnswerStore(tmp_path / "other.sqlite")
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_lost(log: ChatLog, tmp_path: Path) -> None:

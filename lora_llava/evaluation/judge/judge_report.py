@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.core.errors import StoppedError, UserError
-from lora_llava.evaluation.judge.judge_ledger import JudgeLedger
+from lora_llava.evaluation.judge.judge_ledger import open_judge_ledger
 from lora_llava.evaluation.judge.judging import Judge, Verdict
 from lora_llava.evaluation.judge.review import (
     ATTEMPTS,
@@ -27,7 +27,6 @@ from lora_llava.inference.chat_request import ChatRequest
 from lora_llava.inference.client import ChatServer, find_model
 
 REPORT = "llava_bench.json"
-LEDGER = "llava_bench_judge.jsonl"
 STATUSES = ("scored", "unparsed", "failed", "not asked")
 _RESAMPLES = 2_000
 _LISTED = 20
@@ -172,8 +171,8 @@ def score_llava_bench(
     hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
     _refuse_other(output / REPORT, hashes["answers"])
     server = find_model(server)
-    with JudgeLedger(output / LEDGER) as ledger:
-        budget.before = ledger.spent_under_caps
+    with open_judge_ledger(output) as ledger:
+        budget.before = ledger.spent_under_caps()
         judge = Judge(cases, str(server.model), texts, settings, ledger)
         to_ask = [item.request for item in judge.pending().values()]
         _print_estimate(to_ask, len(cases) * len(settings.orders), budget, console)
@@ -181,7 +180,7 @@ def score_llava_bench(
             judge.run(server, budget)
         except KeyboardInterrupt:
             raise StoppedError(
-                f"stopped; {len(ledger.answers)} answers are in {ledger.file}, and the same command goes on"
+                f"stopped; {ledger.count()} answers are in {ledger.file}, and the same command goes on"
             ) from None
         verdicts = judge.verdicts()
     report = {"benchmark": "LLaVA-Bench", "files": hashes} | _report(verdicts, server, judge, budget)
