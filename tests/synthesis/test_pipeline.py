@@ -245,7 +245,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(log: ChatLog, tmp_path: Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sqlite3, "connect", small)
         with pytest.raises(
-            UserError, match=r"cannot be written \(.*full.*\); make room and run the same command again"
+            UserError, match=r"cannot be written \(.*full.*\); free some space and run the same command again"
         ):
             make(recipe)
     answered = kept(tmp_path)

@@ -183,7 +183,7 @@ def score_llava_bench(
                 f"stopped; {ledger.count()} answers are in {ledger.file}, and the same command goes on"
             ) from None
         verdicts = judge.verdicts()
-    report = {"benchmark": "LLaVA-Bench", "files": hashes} | _report(verdicts, server, judge, budget)
+        report = {"benchmark": "LLaVA-Bench", "files": hashes} | _report(verdicts, server, judge, budget)
     file = output / REPORT
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
