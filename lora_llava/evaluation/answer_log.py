@@ -1,4 +1,4 @@
-"""Answers as they come, on disk: a stopped evaluation goes on where it was, and nothing is asked twice."""
+"""Store answers on disk as they arrive, so that a stopped evaluation resumes without repeating a question."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from lora_llava.inference.answer import Answer
 
 
 class AnswerLog:
-    """A JSONL file that is only appended to: what is asked of whom in its first line, then an answer a line.
+    """An append-only JSONL file: the evaluation's key in its first line, then one answer per line.
 
-    An answer is on disk before the next batch is asked. Answers of another evaluation are left where they are: this
-    one's then go into a file beside them.
+    An answer is written before the next batch starts. Answers of another evaluation are left in place, and those of
+    this one go into a file beside them.
 
     Args:
-        file: Where it is; made with its folder.
-        key: What the answers depend on, as plain JSON.
-        count: How many questions there are.
+        file: Created with its folder if missing.
+        key: Everything that the answers depend on, as plain JSON.
+        count: The number of questions.
 
     Raises:
-        UserError: Where another process is at work in it.
+        UserError: If another process uses the file.
     """
 
     def __init__(self, file: Path, key: Mapping[str, Any], count: int) -> None:
         self.answers: dict[int, Answer] = {}
         self.damaged = 0
-        """Lines that could not be read, but for a last one that a kill cut short."""
+        """Unreadable lines, except for a last one that was cut off when the process was killed."""
         key = json.loads(json.dumps(key))
         self.other = file.is_file() and _key_of(file) not in (None, key)
-        """Whether answers of another evaluation are in `file`."""
+        """Whether `file` contains the answers of another evaluation."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
         self.file = file.with_name(file.name.replace(".partial.", f".{name}.partial.")) if self.other else file
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ class AnswerLog:
         content = [json_text({"key": key}), *lines]
         temporary = self.file.with_name(f".{self.file.name}.tmp")
         temporary.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
-        temporary.replace(self.file)  # without what was cut off
+        temporary.replace(self.file)  # without a last line that was cut off
         self._stream = self.file.open("a", encoding="utf-8")
 
     def _read(self, count: int) -> list[str]:
@@ -60,26 +60,26 @@ class AnswerLog:
             try:
                 index, answer = _entry(json.loads(line), count)
             except (ValueError, KeyError, TypeError, AttributeError):
-                self.damaged += number < len(found) - 1  # behind the last line break: nothing, or what a kill cut short
+                self.damaged += number < len(found) - 1  # the last: empty or cut off
                 continue
             self.answers[index] = answer
             lines.append(line)
         return lines
 
     def add(self, index: int, answer: Answer) -> None:
-        """Keep one answer."""
+        """Store one answer."""
         self.answers[index] = answer
         scores = {} if answer.scores is None else {"scores": answer.scores}
         self._stream.write(json_text({"index": index, "text": answer.text, **scores}) + "\n")
         self._stream.flush()
 
     def close(self) -> None:
-        """Leave the file for the next start."""
+        """Close the file and release its lock."""
         self._stream.close()
         self._lock.release()
 
     def remove(self) -> None:
-        """Take the file away: everything was answered, and stands elsewhere."""
+        """Delete the file: all answers are complete and stored elsewhere."""
         self.close()
         self.file.unlink(missing_ok=True)
         Path(self._lock.lock_file).unlink(missing_ok=True)
@@ -94,7 +94,7 @@ class AnswerLog:
 
 
 def _key_of(file: Path) -> Any:
-    """Whose answers a file holds; None where it does not say."""
+    """Return the key of a file of answers; None if it has none."""
     try:
         with file.open(encoding="utf-8", errors="replace") as stream:
             return json.loads(stream.readline())["key"]

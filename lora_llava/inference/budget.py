@@ -1,4 +1,4 @@
-"""What requests may cost, and how many there may be."""
+"""Caps on the cost and the number of requests."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatReque
 
 _WORDS = re.compile(rb" ?[A-Za-z]+")
 _BYTES_PER_TOKEN = 3
-"""Of English words with the space before them: Llama's tokenizer has 4.6, OpenAI's more."""
+"""For English words with the space before them: Llama's tokenizer has 4.6 bytes per token, OpenAI's more."""
 
 
 def estimate_text_tokens(text: str) -> int:
-    """About how many tokens a text has at most, by its UTF-8 bytes.
+    """Estimate an upper bound of a text's tokens from its UTF-8 bytes.
 
-    English words count a token for three bytes. Every other byte counts as a token: digits and punctuation, of which
-    coordinates are made, mostly are one each, and of other scripts a tokenizer that knows a letter badly makes a token
-    of each byte.
+    English words count as one token per three bytes. Every other byte counts as a token: digits and punctuation, as in
+    coordinates, are mostly one token each, and tokenizers split a rare letter of other scripts into its bytes.
 
     Args:
-        text: Any.
+        text: Any text.
 
     Returns:
-        At least what common tokenizers make of it; for English a third more.
+        At least the count of common tokenizers; about a third more for English.
     """
     content = text.encode("utf-8", "surrogatepass")
     words = sum(map(len, _WORDS.findall(content)))
@@ -34,19 +33,19 @@ def estimate_text_tokens(text: str) -> int:
 
 
 def estimate_tokens(request: ChatRequest) -> int:
-    """About how many tokens a request's messages and its schema have at most; see `estimate_text_tokens`."""
+    """Estimate an upper bound of the tokens of a request's messages and schema; see `estimate_text_tokens`."""
     schema = estimate_text_tokens(json.dumps(request.response_format)) if request.response_format else 0
     return schema + sum(estimate_text_tokens(str(message["content"])) for message in request.messages)
 
 
 @dataclass(frozen=True)
 class Charge:
-    """What one try at a request cost.
+    """The cost of one try of a request.
 
     Attributes:
-        prompt_tokens: By the server's count, else by the estimate.
-        completion_tokens: The same of what came back.
-        usd: None where prices are unknown.
+        prompt_tokens: The server's count, else the estimate.
+        completion_tokens: The same for the answer.
+        usd: None if prices are unknown.
     """
 
     prompt_tokens: int
@@ -56,22 +55,22 @@ class Charge:
 
 @dataclass
 class Budget:
-    """What a run may ask, and what it has asked.
+    """The caps of a run, and what it has spent and reserved.
 
-    Every try counts, answered or not: a server works on an answer that is malformed or comes too late, too.
+    Every try counts, answered or not: a server also computes an answer that is malformed or arrives too late.
 
     Attributes:
-        price_in: USD for a million tokens to the model that is asked; None where unknown.
-        price_out: The same of tokens from it.
-        max_cost: USD that may be spent, `before` included.
-        max_requests: Requests that this run may send, further tries included.
+        price_in: USD for a million prompt tokens; None if unknown.
+        price_out: USD for a million completion tokens.
+        max_cost: Most USD to spend, `before` included.
+        max_requests: Most requests of this run, further tries included.
         requests: Sent so far.
-        spent: USD for all tries of this run that have ended.
+        spent: USD of all finished tries of this run.
         before: USD that earlier runs under a cap spent on the same work.
-        exhausted: Whether a request was refused while none was on its way: no other will be sent.
+        exhausted: Whether a request was refused while none was in flight, so that no other will be sent.
 
     Raises:
-        UserError: For a cap on cost without prices, or a value that cannot be.
+        UserError: For a cap on cost without prices, or an invalid value.
     """
 
     price_in: float | None = None
@@ -83,7 +82,7 @@ class Budget:
     before: float = 0.0
     exhausted: bool = False
     _reserved: dict[str, float] = field(default_factory=dict)
-    _set_aside: float = 0.0
+    _reserved_usd: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("price_in", "price_out", "max_cost"):
@@ -97,91 +96,92 @@ class Budget:
 
     @property
     def capped(self) -> bool:
-        """Whether there is a cap on cost."""
+        """Whether the run has a cap on cost."""
         return self.max_cost is not None
 
     def cost(self, tokens_in: int, tokens_out: int) -> float:
-        """USD; 0 where the prices are unknown."""
+        """Return the cost in USD; 0 if prices are unknown."""
         return (tokens_in * (self.price_in or 0.0) + tokens_out * (self.price_out or 0.0)) / 1e6
 
     def most(self, request: ChatRequest) -> float:
-        """USD that one try at a request costs at most: all the tokens it allows, its own by the estimate."""
+        """Return the most USD that one try can cost: its estimated prompt and an answer of the longest length."""
         return self.cost(estimate_tokens(request), request.max_tokens)
 
     def take(self, key: str, request: ChatRequest) -> bool:
-        """Set aside what a request costs at most.
+        """Reserve the most that a request can cost.
 
         Returns:
-            Whether it may be sent; where not, nothing is set aside.
+            Whether it may be sent; if not, nothing is reserved.
         """
-        taken, many = self._set(key, request)
-        if not taken:
-            self.exhausted = many or not self._reserved
-        return taken
+        reserved, too_many = self._reserve(key, request)
+        if not reserved:
+            self.exhausted = too_many or not self._reserved
+        return reserved
 
     def again(self, key: str, request: ChatRequest, failure: ChatFailure) -> bool:
-        """Put what a failed try did cost in the place of what was set aside, and set aside another.
+        """Replace the reservation of a failed try by its actual cost, and reserve another try.
 
         Returns:
-            Whether the request may be sent once more; where not, it still has to be settled, at no further cost.
+            Whether the request may be sent once more; if not, it still has to be settled, at no further cost.
         """
         self.settle(key, request, failure)
-        taken, _ = self._set(key, request)
-        if not taken:
+        reserved, _ = self._reserve(key, request)
+        if not reserved:
             self._reserved[key] = 0.0
-        return taken
+        return reserved
 
     def holds(self, key: str) -> bool:
-        """Whether something is set aside under a key."""
+        """Check whether a reservation exists for a key."""
         return key in self._reserved
 
-    def _set(self, key: str, request: ChatRequest) -> tuple[bool, bool]:
-        """Whether a try was set aside, and whether there were too many requests for it."""
+    def _reserve(self, key: str, request: ChatRequest) -> tuple[bool, bool]:
+        """Return whether a try was reserved, and whether the cap on requests was reached."""
         most = self.most(request)
-        many = self.max_requests is not None and self.requests >= self.max_requests
-        if many or (self.max_cost is not None and self.before + self.spent + self._set_aside + most > self.max_cost):
-            return False, many
+        too_many = self.max_requests is not None and self.requests >= self.max_requests
+        total = self.before + self.spent + self._reserved_usd + most
+        if too_many or (self.max_cost is not None and total > self.max_cost):
+            return False, too_many
         self.requests += 1
         self._reserved[key] = most
-        self._set_aside += most
+        self._reserved_usd += most
         return True, False
 
     def settle(self, key: str, request: ChatRequest, found: ChatAnswer | ChatFailure | None) -> Charge:
-        """Put what a try did cost in the place of what was set aside.
+        """Replace the reservation of a try by its actual cost.
 
         Args:
-            key: As it was taken.
-            request: As it was taken.
-            found: What came of it; None where nobody waited for it to end.
+            key: As passed to `take`.
+            request: As passed to `take`.
+            found: The result; None if the run stopped before it arrived.
 
         Returns:
-            What it did cost.
+            The actual cost.
         """
-        self._set_aside -= self._reserved.pop(key)
-        self._set_aside *= bool(self._reserved)  # nothing is left of rounding
+        self._reserved_usd -= self._reserved.pop(key)
+        self._reserved_usd *= bool(self._reserved)  # drop the rounding error
         charge = self.charge_of(request, found)
         self.spent += charge.usd or 0.0
         return charge
 
     def charge_of(self, request: ChatRequest, found: ChatAnswer | ChatFailure | None) -> Charge:
-        """What a try did cost.
+        """Return the cost of a try.
 
-        The server's count of tokens goes before the estimate. What failed without one is taken to have cost the most
-        that it may: the server can have worked on it to the end.
+        The server's token counts take precedence over the estimate. A failure without counts is charged the most that
+        the try can cost, because the server may have completed it.
         """
         if isinstance(found, ChatAnswer):
             tokens_in = found.prompt_tokens or estimate_tokens(request)
             tokens_out = found.completion_tokens or estimate_text_tokens(found.text)
         else:
-            told_in, told_out = (found.prompt_tokens, found.completion_tokens) if found else (None, None)
-            tokens_in = estimate_tokens(request) if told_in is None else told_in
-            tokens_out = request.max_tokens if told_out is None else told_out
+            reported_in, reported_out = (found.prompt_tokens, found.completion_tokens) if found else (None, None)
+            tokens_in = estimate_tokens(request) if reported_in is None else reported_in
+            tokens_out = request.max_tokens if reported_out is None else reported_out
         return Charge(tokens_in, tokens_out, None if self.price_in is None else self.cost(tokens_in, tokens_out))
 
     def why_stopped(self) -> str:
-        """Which cap was reached and what to change, for a person; nothing where none was."""
+        """Return which cap was reached and how to resume, for the user; empty if none was."""
         if not self.exhausted:
             return ""
         if self.max_requests is not None and self.requests >= self.max_requests:
-            return "the cap was reached; the same command goes on"
-        return "the cap was reached; the same command goes on with a higher --max-cost"
+            return "the cap was reached; the same command resumes"
+        return "the cap was reached; the same command resumes with a higher --max-cost"

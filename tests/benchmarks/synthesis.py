@@ -1,4 +1,4 @@
-"""generate-data against a loopback server: requests a second of the ideal, and the same with a tenth of faults."""
+"""generate-data on a loopback server: requests per second, without faults and with 10% faults."""
 
 from __future__ import annotations
 
@@ -26,27 +26,31 @@ _SPOKEN = "It is a dog, with its head turned to the left, and near it on the gra
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=6000)
-    parser.add_argument("--latency", type=float, default=0.05, help="seconds of the server for an answer")
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds before each answer of the server")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole verb, from contexts to files, the median of five runs; the ideal is concurrency over latency. The
-    server is a process of its own."""
+    """Run the verb from contexts to files and report the median of five runs; the ideal rate is concurrency / latency.
+    The server runs in another process."""
     runs = sorted(
-        (_made(args.samples, 0.0, args.latency) for _ in range(5)), key=lambda run: run["requests_per_second"]
+        (_measure(args.samples, 0.0, args.latency) for _ in range(5)), key=lambda run: run["requests_per_second"]
     )
-    good, faulty = runs[2], _made(args.samples, 0.1, args.latency)
+    good, faulty = runs[2], _measure(args.samples, 0.1, args.latency)
     ideal = CONCURRENCY / args.latency
     return {
-        "samples": args.samples, "concurrency": CONCURRENCY, "latency_seconds": args.latency,
-        "ideal_requests_per_second": ideal, "requests_per_second": good["requests_per_second"],
+        "samples": args.samples,
+        "concurrency": CONCURRENCY,
+        "latency_seconds": args.latency,
+        "ideal_requests_per_second": ideal,
+        "requests_per_second": good["requests_per_second"],
         "share_of_ideal": good["requests_per_second"] / ideal,
-        "shares_of_all_runs": [run["requests_per_second"] / ideal for run in runs], "without_faults": good,
+        "shares_of_all_runs": [run["requests_per_second"] / ideal for run in runs],
+        "without_faults": good,
         "a_tenth_faults": faulty,
-    }  # fmt: skip
+    }
 
 
-def _made(samples: int, faults: float, latency: float) -> dict[str, Any]:
+def _measure(samples: int, faults: float, latency: float) -> dict[str, Any]:
     from lora_llava.recipe.generate_schema import ContextsSection, FlavoursSection, GenerateRecipe, TeacherSection
     from lora_llava.synthesis.generation import generate
 
@@ -58,12 +62,13 @@ def _made(samples: int, faults: float, latency: float) -> dict[str, Any]:
         time.sleep(0.01)
     with tempfile.TemporaryDirectory() as folder:
         recipe = GenerateRecipe(
-            output_dir=f"{folder}/set", contexts=ContextsSection(contexts=_contexts(Path(folder), samples)),
+            output_dir=f"{folder}/set",
+            contexts=ContextsSection(contexts=_contexts(Path(folder), samples)),
             flavours=FlavoursSection(conversation=1, detail=0, reasoning=0),
             teacher=TeacherSection(
                 url=f"http://127.0.0.1:{int(seen[0])}/v1", model="m", concurrency=CONCURRENCY, timeout=1.0, retries=8
             ),
-        )  # fmt: skip
+        )
         summary = generate(recipe, console=Console(file=io.StringIO()))
         rows = json.loads(Path(folder, "set", "instruct.json").read_text())
         listed = [json.loads(line) for line in Path(folder, "set", "rejected.jsonl").read_text().splitlines()]
@@ -73,36 +78,41 @@ def _made(samples: int, faults: float, latency: float) -> dict[str, Any]:
     ends = [line for line in listed if line.get("given_up") or line["reason"] in ("failed", "not asked")]
     ids = Counter([row["id"] for row in rows] + [line["task_id"] for line in ends])
     return {
-        "requests_per_second": answers / (last - first), "seconds": last - first, "answers": int(answers),
-        "rows": summary["rows"], "listed": len(ends), "twice": sum(count > 1 for count in ids.values()),
+        "requests_per_second": answers / (last - first),
+        "seconds": last - first,
+        "answers": int(answers),
+        "rows": summary["rows"],
+        "listed": len(ends),
+        "twice": sum(count > 1 for count in ids.values()),
         "lost": samples - len(ids),
-    }  # fmt: skip
+    }
 
 
 def _contexts(folder: Path, count: int) -> str:
     file = folder / "contexts.jsonl"
     rows = [
         {
-            "image": f"{n:06}.jpg", "captions": [f"A dog near ball {n}.", f"A dog on the grass beside ball {n}."],
+            "image": f"{n:06}.jpg",
+            "captions": [f"A dog near ball {n}.", f"A dog on the grass beside ball {n}."],
             "instances": [
                 {"category": "dog", "bbox": [0.1, 0.2, 0.3, 0.4]},
                 {"category": "sports ball", "bbox": [0.5, 0.3, 0.6, 0.5]},
             ],
         }
         for n in range(count)
-    ]  # fmt: skip
+    ]
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return str(file)
 
 
 class _Server(asyncio.Protocol):
-    """As little as an HTTP server can do, so that the client is what is measured."""
+    """A minimal HTTP server, so that the benchmark measures the client."""
 
     def __init__(self, seen: Any, faults: float, latency: float, drawn: random.Random) -> None:
         self.seen, self.faults, self.latency, self.drawn = seen, faults, latency, drawn
         self.received = b""
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_measure(self, transport: Any) -> None:
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
@@ -128,7 +138,7 @@ class _Server(asyncio.Protocol):
 
 def _serve(seen: Any, faults: float, latency: float) -> None:
     with contextlib.suppress(PermissionError):
-        os.nice(-10)  # it stands for another machine, which would not wait for this one's cores
+        os.nice(-10)  # it stands for another machine with its own cores
     drawn = random.Random(0)
 
     async def main() -> None:
@@ -161,9 +171,15 @@ def _answer() -> bytes:
     message = {"role": "assistant", "content": json.dumps({"turns": turns})}
     usage = {"prompt_tokens": 900, "completion_tokens": 60, "total_tokens": 960}
     return json.dumps(
-        {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "usage": usage,
-         "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
-    ).encode()  # fmt: skip
+        {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": "m",
+            "usage": usage,
+            "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+        }
+    ).encode()
 
 
 _ANSWER = _answer()

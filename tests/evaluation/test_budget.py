@@ -1,4 +1,4 @@
-"""Caps hold what a server did, answered or not: over real servers that fail seven times of eight."""
+"""Caps on cost count every try, answered or not, on servers that fail seven times out of eight."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ FAULTS = ("no choices, used", "stall", "500", "html")
 
 
 def failing(body: Body, count: int, made: list[int]) -> str:
-    """Seven of eight requests fail, each in another way."""
+    """Fail seven of eight requests, each in a different way."""
     made.append(count)
     return "ok" if len(made) % 8 == 0 else FAULTS[len(made) % len(FAULTS)]
 
 
 def work_of(made: list[int], prompt: int, answered: int) -> float:
-    """USD of what the server did, at 10 and 1,000 USD for a million tokens."""
+    """Return the USD of the server's work, at 10 and 1,000 USD for a million tokens."""
     usd = {"no choices, used": 500 * 10 + 700 * 1000, "ok": 100 * 10 + answered * 1000}
     most = prompt * 10 + MOST_OUT * 1000
     kinds = ["ok" if n % 8 == 0 else FAULTS[n % len(FAULTS)] for n in range(1, len(made) + 1)]
@@ -41,17 +41,15 @@ def test_generated_data_costs_no_more_than_the_cap_however_often_the_server_fail
 ) -> None:
     made: list[int] = []
     log.answer, log.behave = teach, lambda body, count: failing(body, count, made)
-    teacher = {
-        "timeout": 0.3, "retries": 1, "concurrency": concurrency, "price_in": 10.0, "price_out": 1000.0
-    }  # fmt: skip
+    teacher = {"timeout": 0.3, "retries": 1, "concurrency": concurrency, "price_in": 10.0, "price_out": 1000.0}
     recipe = write_recipe(recipe_of(tmp_path, log.url, 40, teacher=teacher), tmp_path)
     argv = ["generate-data", recipe, "--max-cost", "8", "--json"]
     assert main(None, argv) == 1
     prompt = max(map(prompt_tokens, log.requests))
     assert 5 < work_of(made, prompt, 60) <= 8
-    assert "the same command goes on with a higher --max-cost" in capsys.readouterr().err
+    assert "the same command resumes with a higher --max-cost" in capsys.readouterr().err
     tries = len(made)
-    assert main(None, argv) == 1  # the same cap again: what was spent before counts
+    assert main(None, argv) == 1  # the same cap: earlier spending counts
     assert len(made) - tries <= 1
     base = sqlite3.connect(tmp_path / "set" / "ledger.sqlite")
     (usd,) = base.execute("SELECT SUM(usd) FROM charges WHERE capped").fetchone()
@@ -70,8 +68,21 @@ def test_a_judge_costs_no_more_than_the_cap_and_a_second_run_counts_the_first(lo
     made: list[int] = []
     log.answer, log.behave = lambda body: "9 8", lambda body, count: failing(body, count, made)
     files = bench(tmp_path, 30)
-    argv = ["score", "llava-bench", *options(files), "--judge-url", log.url, "--timeout", "0.3", "--concurrency", "2",
-            "--price-in", "10", "--price-out", "1000"]  # fmt: skip
+    argv = [
+        "score",
+        "llava-bench",
+        *options(files),
+        "--judge-url",
+        log.url,
+        "--timeout",
+        "0.3",
+        "--concurrency",
+        "2",
+        "--price-in",
+        "10",
+        "--price-out",
+        "1000",
+    ]
     assert main(None, [*argv, "--max-cost", "5"]) == 1
     assert 3 < work_of(made, 1000, 2) <= 5
     tries = len(made)
@@ -85,17 +96,17 @@ def quick(log: ChatLog, **more: Any) -> ChatServer:
     return ChatServer(log.url, model="judge", **{"timeout": 5.0, "pause": 0.01, "retries": 3} | more)
 
 
-def test_every_failed_try_is_told_with_its_cost_and_another_may_be_refused(log: ChatLog) -> None:
+def test_every_failed_try_is_reported_with_its_cost_and_another_may_be_refused(log: ChatLog) -> None:
     log.behave = lambda body, count: ("no choices, used", "500", "429", "ok")[min(count, 3)]
-    told: list[tuple[int, str, int | None, int | None]] = []
+    reported: list[tuple[int, str, int | None, int | None]] = []
 
     def again(place: int, failure: ChatFailure) -> bool:
-        told.append((place, failure.reason[:8], failure.prompt_tokens, failure.completion_tokens))
-        return len(told) != 5
+        reported.append((place, failure.reason[:8], failure.prompt_tokens, failure.completion_tokens))
+        return len(reported) != 5
 
     found = dict(ask(quick(log, concurrency=1), [REQUEST], again))
     assert isinstance(found[0], ChatAnswer)
-    assert told == [(0, "malforme", 500, 700), (0, "HTTP 500", None, None), (0, "HTTP 429", 0, 0)]
+    assert reported == [(0, "malforme", 500, 700), (0, "HTTP 500", None, None), (0, "HTTP 429", 0, 0)]
     log.came.clear()
     refused = dict(ask(quick(log, concurrency=1), [REQUEST], again))[0]
     assert refused == ChatFailure("HTTP 500: refused with 500 for Bearer no-key, and the cap allows no further try")
@@ -105,10 +116,17 @@ def test_every_failed_try_is_told_with_its_cost_and_another_may_be_refused(log: 
 
 @pytest.mark.parametrize(
     ("kind", "usage"),
-    [("stall", (None, None)), ("html", (None, None)), ("no choices", (None, None)), ("no choices, used", (500, 700)),
-     ("400", (0, 0)), ("503", (None, None)), ("408", (None, None))],
-)  # fmt: skip
-def test_a_failure_costs_what_the_server_says_or_nobody_knows(
+    [
+        ("stall", (None, None)),
+        ("html", (None, None)),
+        ("no choices", (None, None)),
+        ("no choices, used", (500, 700)),
+        ("400", (0, 0)),
+        ("503", (None, None)),
+        ("408", (None, None)),
+    ],
+)
+def test_a_failure_costs_the_reported_usage_or_an_unknown_amount(
     log: ChatLog, kind: str, usage: tuple[int | None, int | None]
 ) -> None:
     log.behave = lambda body, count: kind
