@@ -1,4 +1,4 @@
-"""What the failures of a chat server mean."""
+"""Interpret the failures of a chat server."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any
 import openai
 
 _LONGEST_RETRY_AFTER = 120.0
-"""Seconds; a server that asks for a longer wait is not waited for. The openai library draws the same line."""
-_PASSING = {408, 409, 425, 429}
-"""Besides 5xx, what HTTP lets a client try again: timeout, conflict, too early, too many requests."""
+"""Seconds; a longer wait that a server asks for counts as a refusal. The openai library uses the same limit."""
+_TEMPORARY = {408, 409, 425, 429}
+"""Statuses besides 5xx after which HTTP allows another try: timeout, conflict, too early, too many requests."""
 
 
-def knows_no_format(error: openai.APIStatusError, reason: str) -> bool:
-    """Whether a server refused a request for the form that was asked for, by what it says."""
-    told = ("response_format", "json_schema", "guided", "grammar", "structured")
-    return error.status_code in (400, 422, 501) and any(word in reason for word in told)
+def rejects_response_format(error: openai.APIStatusError, reason: str) -> bool:
+    """Check whether a server refused a request because of its `response_format`, judging by its message."""
+    names = ("response_format", "json_schema", "guided", "grammar", "structured")
+    return error.status_code in (400, 422, 501) and any(name in reason for name in names)
 
 
 def retry_after(error: openai.APIStatusError) -> float | None:
-    """Seconds that a server asks to wait, 0 where it does not say; None where trying again is of no use."""
-    if error.status_code not in _PASSING and error.status_code < 500:
+    """Return the seconds to wait before another try, 0 if the server names none; None if another try is useless."""
+    if error.status_code not in _TEMPORARY and error.status_code < 500:
         return None
-    told = error.response.headers.get("retry-after", "")
+    header = error.response.headers.get("retry-after", "")
     try:
-        seconds = float(told)
+        seconds = float(header)
     except ValueError:
         try:
-            seconds = parsedate_to_datetime(told).timestamp() - time.time()
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
         except ValueError:
             return 0.0
     if not seconds <= _LONGEST_RETRY_AFTER:
@@ -39,29 +39,29 @@ def retry_after(error: openai.APIStatusError) -> float | None:
 
 
 Usage = tuple[int | None, int | None]
-"""Tokens to the model and from it; None where they are not known."""
+"""Prompt and completion tokens; None where unknown."""
 
 
-def told_usage(content: Any) -> Usage:
-    """Tokens that a server says it used.
+def reported_usage(content: Any) -> Usage:
+    """Read the token counts that a server reports.
 
     Args:
-        content: Its answer as JSON, whatever that is.
+        content: The answer as parsed JSON, of any type.
 
     Returns:
-        By its `usage`; a count that cannot be, or 0 to the model, is none.
+        The counts in its `usage`; None for an invalid count and for 0 prompt tokens.
     """
     usage = content.get("usage") if isinstance(content, Mapping) else None
     found = [usage.get(name) if isinstance(usage, Mapping) else None for name in ("prompt_tokens", "completion_tokens")]
-    sent, came = (count if type(count) is int and count >= 0 else None for count in found)
-    return sent or None, came
+    prompt, completion = (count if type(count) is int and count >= 0 else None for count in found)
+    return prompt or None, completion
 
 
 class NoAnswerError(Exception):
-    """What came is no answer; the message says why.
+    """A response without a usable answer; the message gives the reason.
 
     Attributes:
-        usage: What it cost all the same.
+        usage: Tokens that it cost nevertheless.
     """
 
     def __init__(self, reason: str, usage: Usage = (None, None)) -> None:
@@ -70,12 +70,12 @@ class NoAnswerError(Exception):
 
 
 def text_of(found: Any) -> str:
-    """The text of a chat completion.
+    """Return the text of a chat completion.
 
     Raises:
-        NoAnswerError: Where there is none.
+        NoAnswerError: If it has none.
     """
-    usage = told_usage(found)
+    usage = reported_usage(found)
     if not isinstance(found, dict):
         raise NoAnswerError("malformed answer: no chat completion", usage)
     if not found.get("choices"):
@@ -89,20 +89,27 @@ def text_of(found: Any) -> str:
     return text
 
 
-def refused_usage(error: openai.APIStatusError) -> Usage:
-    """Tokens that a refusal cost: what it says, else none for a request that was not let in (4xx), and nobody knows
-    for one at which the server failed (5xx) or for which it took too long (408)."""
+def usage_of_refusal(error: openai.APIStatusError) -> Usage:
+    """Return the tokens that a refusal cost: the reported counts, else 0 for a request that was not accepted (4xx), and
+    unknown if the server failed at it (5xx) or ran out of time (408)."""
     try:
-        told = told_usage(error.response.json())
+        usage = reported_usage(error.response.json())
     except (ValueError, RecursionError):
-        told = (None, None)
-    if told != (None, None) or error.status_code == 408 or not 400 <= error.status_code < 500:
-        return told
+        usage = (None, None)
+    if usage != (None, None) or error.status_code == 408 or not 400 <= error.status_code < 500:
+        return usage
     return 0, 0
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """What an error came from in the end."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+    """Return the first error of a chain; in a group of errors (one per address of a host), follow its first.
+
+    Contexts are followed where no cause is set: httpcore raises its errors `from None`.
+    """
+    while True:
+        if isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        elif (before := error.__cause__ or error.__context__) is not None:
+            error = before
+        else:
+            return error

@@ -1,4 +1,4 @@
-"""What is asked of a chat server, and what comes back."""
+"""Requests to a chat server, their answers and failures."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 from PIL import Image
 
 _LARGE = 1024 * 1024
-"""Pixels from which an image goes as JPEG: a photograph of that size is megabytes as PNG."""
+"""Pixels above which an image is sent as JPEG: a photograph of that size takes megabytes as PNG."""
 
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One question.
+    """One request.
 
     Attributes:
-        messages: In OpenAI's form, `{"role", "content"}`; content is a text or a list of parts, see `image_part`.
-        max_tokens: Longest answer.
-        temperature: 0 is greedy; None leaves it to the server, as some models demand.
-        top_p: Share of the probability that tokens are drawn from.
-        stop: Ends an answer.
-        seed: Of what is drawn, where the server heeds it.
-        response_format: Such as `{"type": "json_schema", ...}`; left out for a server that does not know it.
-        key: Sent as `Idempotency-Key`: a server that heeds it answers and charges the same request once.
+        messages: In OpenAI's form, `{"role", "content"}`; the content is a text or a list of parts, see `image_part`.
+        max_tokens: Most tokens of the answer.
+        temperature: 0 is greedy; None omits it, as some models require.
+        top_p: Probability mass of nucleus sampling.
+        stop: Text that ends the answer.
+        seed: Of sampling, if the server supports it.
+        response_format: Such as `{"type": "json_schema", ...}`; omitted for a server that does not support it.
+        key: Sent as `Idempotency-Key`; a server that supports it answers and charges the same request once.
     """
 
     messages: list[dict[str, Any]]
@@ -38,11 +38,14 @@ class ChatRequest:
     key: str | None = None
 
     def settings(self) -> dict[str, Any]:
-        """What is sent beside the messages and the model's name."""
+        """Return the fields of the request's body besides the messages and the model's name."""
         values: dict[str, Any] = {
-            "max_tokens": self.max_tokens, "temperature": self.temperature, "stop": self.stop, "seed": self.seed,
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "stop": self.stop,
+            "seed": self.seed,
             "response_format": self.response_format,
-        }  # fmt: skip
+        }
         if self.top_p != 1:
             values["top_p"] = self.top_p
         return {name: value for name, value in values.items() if value is not None}
@@ -50,13 +53,13 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """What came back.
+    """An answer.
 
     Attributes:
-        text: The answer.
-        prompt_tokens: As the server counts them; 0 where it does not.
-        completion_tokens: The same of the answer.
-        model: As the server names it.
+        text: The text of the answer.
+        prompt_tokens: The server's count; 0 if it reports none.
+        completion_tokens: The server's count for the answer; 0 if it reports none.
+        model: The name that the server reports.
     """
 
     text: str
@@ -67,13 +70,13 @@ class ChatAnswer:
 
 @dataclass(frozen=True)
 class ChatFailure:
-    """A request, or one try at it, without an answer.
+    """A request, or one try of it, that was not answered.
 
     Attributes:
         reason: In a few words, such as `no answer within 60 s`.
-        prompt_tokens: What the last try cost by the server's count, 0 where the server refused it unread; None where
-            nobody knows.
-        completion_tokens: The same of what came back.
+        prompt_tokens: The server's count for the last try; 0 if the request was refused before it was processed; None
+            if unknown.
+        completion_tokens: The same for the answer.
     """
 
     reason: str
@@ -82,13 +85,13 @@ class ChatFailure:
 
 
 def image_part(image: Image.Image) -> dict[str, Any]:
-    """An image as a part of a message's content.
+    """Encode an image as a part of a message's content.
 
     Args:
-        image: Any mode; sent in RGB.
+        image: In any mode; converted to RGB.
 
     Returns:
-        An `image_url` part with the image in a data URL: PNG, which changes no pixel, or JPEG of quality 95 above
+        An `image_url` part with the image in a data URL: PNG, which is lossless, or JPEG of quality 95 above
         1024 x 1024 pixels.
     """
     kind = "jpeg" if image.width * image.height > _LARGE else "png"

@@ -1,4 +1,4 @@
-"""Requests to any OpenAI-compatible chat server (vLLM, SGLang, Ollama, OpenAI), several at once."""
+"""Send requests to an OpenAI-compatible chat server (vLLM, SGLang, Ollama, OpenAI), several at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import random
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,12 +22,12 @@ from lora_llava.core.errors import UserError
 from lora_llava.inference.chat_errors import (
     NoAnswerError,
     Usage,
-    knows_no_format,
-    refused_usage,
+    rejects_response_format,
+    reported_usage,
     retry_after,
     root_cause,
     text_of,
-    told_usage,
+    usage_of_refusal,
 )
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest, image_part
 
@@ -36,33 +36,32 @@ __all__ = ["Again", "ChatAnswer", "ChatFailure", "ChatRequest", "ChatServer", "a
 _LONGEST_PAUSE = 30.0
 _DAY = 86_400
 _STEPS_TO_SEND = 5
-"""Turns of the loop after which a request has reached its socket (measured with openai 3 and httpx)."""
+"""Turns of the event loop after which a new request is in its socket (measured with openai 3 and httpx)."""
 _SPACING = 0.001
-"""Seconds between two requests' starts, which take about as long to send: those that start together are answered
-together, and then wait for one another, again and again (at 32 at once and 50 ms a request: 72% of the ideal speed,
-and 94% with this)."""
-_NOBODY = (ConnectionRefusedError, socket.gaierror)
+"""Seconds between the starts of two requests, about the time to send one. Requests that start together are answered
+together and then wait for one another (32 at once, 50 ms each: 72% of the ideal rate, 94% when spaced)."""
+_UNREACHABLE = (ConnectionRefusedError, socket.gaierror)
 _NO_KEY = "no-key"
-"""Sent to servers that need none: the library insists on one."""
+"""Sent to servers that need no key, because the openai library requires one."""
 
 
 @dataclass(frozen=True)
 class ChatServer:
-    """Where to ask, and how patiently.
+    """A chat server and how to send requests to it.
 
     Attributes:
-        url: Of the API, such as `http://localhost:8000/v1`; one without a path gets `/v1`.
-        model: Its name there; None for the only one that the server has.
-        api_key: Default: the environment's OPENAI_API_KEY; a server that needs none gets a dummy. Never shown.
-        concurrency: Requests at once.
-        timeout: Seconds in which an answer has to be complete.
-        retries: Further tries after a failure that may pass.
-        refuse_empty: Whether an empty answer is a failure.
-        requests_per_minute: Most requests in a minute, evenly spread; None sends each as soon as there is room.
-        pause: Seconds before the first further try, doubled each time, up to 30.
+        url: The API's base URL, such as `http://localhost:8000/v1`; `/v1` is added to a URL without a path.
+        model: The model's name on the server; None selects the only one.
+        api_key: Default: the environment variable OPENAI_API_KEY, or a placeholder. Never printed.
+        concurrency: Most requests in flight at once.
+        timeout: Seconds within which an answer must be complete.
+        retries: Further tries after a failure that may be temporary.
+        refuse_empty: Whether an empty answer counts as a failure.
+        requests_per_minute: Most requests per minute, evenly spread; None means no limit.
+        pause: Seconds before the first further try, doubled after each, up to 30.
 
     Raises:
-        UserError: For a value that cannot be.
+        UserError: For an invalid value.
     """
 
     url: str
@@ -80,17 +79,17 @@ class ChatServer:
         if self.concurrency < 1:
             raise UserError(f"concurrency is {self.concurrency}; give 1 or more")
         if not 0 < self.timeout <= _DAY:
-            raise UserError(f"timeout is {self.timeout:g}; give a number of seconds above 0, at most a day's {_DAY:,}")
+            raise UserError(f"timeout is {self.timeout:g}; give a number of seconds above 0, at most {_DAY:,} (a day)")
         if self.requests_per_minute is not None and self.requests_per_minute < 1:
             raise UserError(f"requests_per_minute is {self.requests_per_minute}; give 1 or more")
         if self.retries < 0:
             raise UserError(f"retries is {self.retries}; give 0 or more")
         if not self.key.isascii() or not self.key.isprintable():
-            raise UserError("the API key has characters that no key has; set OPENAI_API_KEY again")
+            raise UserError("the API key contains characters that are invalid in a key; set OPENAI_API_KEY again")
 
     @property
     def key(self) -> str:
-        """The key that is sent."""
+        """The API key to send."""
         return (self.api_key or os.environ.get("OPENAI_API_KEY") or "").strip() or _NO_KEY
 
 
@@ -103,22 +102,22 @@ def _api_url(url: str) -> str:
     if not usable:
         raise UserError(f"the server's URL is {url!r}; give one such as http://localhost:8000/v1")
     if "@" in parts.netloc or parts.query:
-        raise UserError("the server's URL holds a password or a query; give it bare, and a key in OPENAI_API_KEY")
+        raise UserError("the server's URL contains a password or a query; remove it, and set the key in OPENAI_API_KEY")
     path = parts.path.rstrip("/") or "/v1"
     return f"{parts.scheme}://{parts.netloc}{path.removesuffix('/chat/completions')}"
 
 
 def find_model(server: ChatServer) -> ChatServer:
-    """Name the model of a server that has only one.
+    """Fill in the model's name from a server that has only one model.
 
     Args:
-        server: Returned as it is where its model is named.
+        server: Returned unchanged if its model is named.
 
     Returns:
         The server with its model named.
 
     Raises:
-        UserError: For a server that cannot be reached, refuses the key, or has none or several models.
+        UserError: If the server cannot be reached, refuses the key, or has no model or several.
     """
     if server.model is not None:
         return server
@@ -126,11 +125,11 @@ def find_model(server: ChatServer) -> ChatServer:
         with openai.OpenAI(**_client_settings(server)) as client:
             names = [model.id for model in client.models.list()]
     except openai.APIStatusError as error:
-        raise _refusal(server, error.status_code, "tell its models; name the model") from None
+        raise _refusal(server, error.status_code) from None
     except openai.APIConnectionError as error:
-        raise _unreachable(server, error) from None
+        raise _not_reached(server, error) from None
     except (openai.OpenAIError, ValueError, TypeError, AttributeError):
-        raise UserError(f"{server.url} does not tell its models; name the model, or mend the URL") from None
+        raise UserError(f"{server.url} does not list its models; name the model, or fix the URL") from None
     if len(names) != 1:
         found = f"{len(names)} models; name one: {_listed(names)}" if names else "no model; load one there"
         raise UserError(f"{server.url} has {found}")
@@ -138,33 +137,34 @@ def find_model(server: ChatServer) -> ChatServer:
 
 
 Again = Callable[[int, ChatFailure], bool]
-"""Asked after each failed try whether the request at this place may be tried once more, which costs once more."""
+"""Called after each failed try with the request's index; returns whether to send it once more (at its full cost)."""
 
 
 Answers = Generator[tuple[int, ChatAnswer | ChatFailure], None, None]
 
 
 def ask(server: ChatServer, requests: Iterable[ChatRequest], again: Again | None = None) -> Answers:
-    """Ask, and give the answers as they come.
+    """Send requests and yield their answers as they arrive.
 
-    Requests are drawn one by one, no more than `server.concurrency` before their answers are given: one with an image
-    may be megabytes. Closing the generator, or Ctrl-C, cancels what is on its way.
+    At most `server.concurrency` requests are read ahead of their answers, because one with an image may be megabytes.
+    Closing the generator, or Ctrl-C, cancels the requests in flight. All requests are sent from one event loop, in the
+    caller's thread where no loop is running there.
 
     Args:
-        server: Whom.
-        requests: What, in any number.
-        again: Asked before each further try; None allows `server.retries` of them. Where it says no, the failure that
-            is given has cost nothing: what the try cost, `again` was given.
+        server: Receives the requests.
+        requests: Any number of them.
+        again: Called before each further try; None allows `server.retries` of them. If it returns False, the failure
+            that is yielded has no cost: the cost of the try was already passed to `again`.
 
     Yields:
-        The request's place and its answer or failure; each request once.
+        The request's index and its answer or failure; each request once.
 
     Raises:
-        UserError: At the first sign that no request will be answered: the server cannot be reached, refuses the key,
+        UserError: At the first sign that no request can be answered: the server cannot be reached, refuses the key,
             or does not have the model.
     """
-    answers = _ask_here(find_model(server), requests, again)
-    # A notebook's own loop is at work in this thread.
+    answers = _answers(find_model(server), requests, again)
+    # A notebook already runs a loop in this thread.
     yield from _in_thread(answers) if _is_in_loop() else answers
 
 
@@ -176,47 +176,40 @@ def _is_in_loop() -> bool:
     return True
 
 
-def _ask_here(server: ChatServer, requests: Iterable[ChatRequest], again: Again | None) -> Answers:
-    """Ask in a loop of this thread, which runs while an answer is waited for: no hand-over between threads, which would
-    cost as much as the request."""
-    asker = Asker(server)
+def _answers(server: ChatServer, requests: Iterable[ChatRequest], again: Again | None) -> Answers:
+    """Yield answers from a loop in this thread, which runs while an answer is awaited: handing over between threads
+    would cost as much time as the request."""
+    sender = _Sender(server)
     loop = asyncio.new_event_loop()
     waiting = enumerate(requests)
-    alive: dict[asyncio.Task[ChatAnswer | ChatFailure], int] = {}
+    in_flight: dict[asyncio.Task[ChatAnswer | ChatFailure], int] = {}
     done: deque[asyncio.Task[ChatAnswer | ChatFailure]] = deque()
+    one_done = asyncio.Event()
 
-    one_arrived = asyncio.Event()
-
-    async def answer(index: int, request: ChatRequest) -> ChatAnswer | ChatFailure:
-        async def may(failure: ChatFailure) -> bool:
-            return again is None or again(index, failure)
-
-        return await asker.answer(request, may)
-
-    def arrived(task: asyncio.Task[ChatAnswer | ChatFailure]) -> None:
+    def keep(task: asyncio.Task[ChatAnswer | ChatFailure]) -> None:
         done.append(task)
-        one_arrived.set()
+        one_done.set()
 
     try:
         while True:
-            for index, request in itertools.islice(waiting, server.concurrency - len(alive)):
-                task = loop.create_task(answer(index, request))
-                task.add_done_callback(arrived)
-                alive[task] = index
-            if not alive:
+            for index, request in itertools.islice(waiting, server.concurrency - len(in_flight)):
+                task = loop.create_task(sender.send(index, request, again))
+                task.add_done_callback(keep)
+                in_flight[task] = index
+            if not in_flight:
                 return
-            if done:  # what was just drawn goes out before the next answer is looked at
+            if done:  # send the new requests before the next answer is handled
                 loop.run_until_complete(_let_others_run())
             else:
-                one_arrived.clear()
-                loop.run_until_complete(one_arrived.wait())
+                one_done.clear()
+                loop.run_until_complete(one_done.wait())
             task = done.popleft()
-            yield alive.pop(task), task.result()
+            yield in_flight.pop(task), task.result()
     finally:
-        for task in alive:
-            task.remove_done_callback(arrived)
+        for task in in_flight:
+            task.remove_done_callback(keep)
             task.cancel()
-        loop.run_until_complete(asker.close(alive))
+        loop.run_until_complete(sender.close(in_flight))
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
 
@@ -227,7 +220,7 @@ async def _let_others_run() -> None:
 
 
 def _in_thread(answers: Answers) -> Answers:
-    """The same answers, made in another thread."""
+    """Run a generator of answers in another thread."""
     with ThreadPoolExecutor(1, "chat") as thread:
         try:
             while (found := thread.submit(next, answers, None).result()) is not None:
@@ -237,12 +230,12 @@ def _in_thread(answers: Answers) -> Answers:
 
 
 @dataclass(frozen=True)
-class _Miss:
-    """A try that failed.
+class _FailedTry:
+    """One try that failed.
 
     Attributes:
-        reason: For a person.
-        wait: Seconds to wait at least before another try; None where another is of no use.
+        reason: Shown to the user.
+        wait: Seconds to wait at least before another try; None if another try is useless.
         usage: Tokens that it cost.
     """
 
@@ -251,35 +244,32 @@ class _Miss:
     usage: Usage = (None, None)
 
 
-class Asker:
-    """Asks for one answer at a time: a client, and what was learned of the server: whether it answers, what it calls
-    `max_tokens`, and whether it knows `response_format`."""
+class _Sender:
+    """An asyncio client and what was learned about the server: whether it has answered, its name for `max_tokens`, and
+    whether it accepts `response_format`."""
 
     def __init__(self, server: ChatServer) -> None:
         self.server = server
-        # aiohttp takes two thirds of the time that httpx's own transport takes.
-        self.client = openai.AsyncOpenAI(**_client_settings(server), http_client=openai.DefaultAioHttpClient())
+        self.client = openai.AsyncOpenAI(**_client_settings(server))
         self.answered = False
-        self.longest = "max_tokens"
+        self.max_tokens_name = "max_tokens"
         self.structured = True
-        self.due = 0.0
+        self.next_start = 0.0
 
     async def close(self, cancelled: Iterable[asyncio.Task[Any]]) -> None:
-        """Close the connections, once what used them has ended."""
+        """Close the connections after the cancelled tasks have ended."""
         await asyncio.gather(*cancelled, return_exceptions=True)
         await self.client.close()
 
-    async def answer(
-        self, request: ChatRequest, may: Callable[[ChatFailure], Awaitable[bool]]
-    ) -> ChatAnswer | ChatFailure:
-        """Ask until there is an answer or no try is left.
+    async def send(self, index: int, request: ChatRequest, again: Again | None) -> ChatAnswer | ChatFailure:
+        """Send a request until it is answered or no try is left.
 
         Args:
-            request: What.
-            may: Given each failed try, and says whether another may follow.
+            index: The request's index, passed to `again`.
+            request: Sent.
+            again: As of `ask`.
         """
-        attempt = 0
-        while True:
+        for attempt in itertools.count():
             found = await self._try(request, attempt)
             if isinstance(found, ChatAnswer):
                 self.answered = True
@@ -287,88 +277,92 @@ class Asker:
             failure = ChatFailure(found.reason, *found.usage)
             if found.wait is None or attempt == self.server.retries:
                 return failure
-            if not await may(failure):
+            if again is not None and not again(index, failure):
                 return ChatFailure(f"{found.reason}, and the cap allows no further try", 0, 0)
             doubled = min(self.server.pause * 2**attempt, _LONGEST_PAUSE)
             await asyncio.sleep(max(found.wait, doubled * random.uniform(0.5, 1)))
-            attempt += 1
+        raise AssertionError("unreachable")
 
-    async def _try(self, request: ChatRequest, attempt: int) -> ChatAnswer | _Miss:
-        longest, structured = self.longest, self.structured
+    async def _try(self, request: ChatRequest, attempt: int) -> ChatAnswer | _FailedTry:
+        max_tokens_name, structured = self.max_tokens_name, self.structured
+        late = _FailedTry(f"no answer within {self.server.timeout:g} s")
         await self._wait_for_turn()
         try:
-            async with asyncio.timeout(self.server.timeout):  # httpx's own starts anew with every byte
-                return await self._once(request)
-        except TimeoutError:
-            return _Miss(f"no answer within {self.server.timeout:g} s")
-        except openai.APIConnectionError as error:  # aiohttp's broken connections come as timeouts too
-            if isinstance(root_cause(error), TimeoutError):
-                return _Miss(f"no answer within {self.server.timeout:g} s")
+            async with asyncio.timeout(self.server.timeout):  # httpx restarts its timeout at every byte
+                return await self._send_once(request)
+        except (TimeoutError, openai.APITimeoutError):
+            return late
+        except openai.APIConnectionError as error:
             self._check_reached(error, attempt)
-            refused = isinstance(root_cause(error), _NOBODY)
-            told = f"the connection broke ({type(root_cause(error)).__name__})"
-            return _Miss(told, usage=(0, 0) if refused else (None, None))
+            cause = root_cause(error)
+            never_sent = isinstance(cause, _UNREACHABLE)
+            return _FailedTry(
+                f"the connection broke ({type(cause).__name__})", usage=(0, 0) if never_sent else (None, None)
+            )
         except openai.APIStatusError as error:
             await self._check_status(error)
-            reason, usage = self._told(error), refused_usage(error)
-            if longest == "max_tokens" and "max_completion_tokens" in reason:  # OpenAI's newer models
-                self.longest = "max_completion_tokens"
-                return _Miss(reason, usage=usage)
-            if request.response_format is not None and structured and knows_no_format(error, reason):
+            reason, usage = self._reason_of(error), usage_of_refusal(error)
+            if max_tokens_name == "max_tokens" and "max_completion_tokens" in reason:  # OpenAI's newer models
+                self.max_tokens_name = "max_completion_tokens"
+                return _FailedTry(reason, usage=usage)
+            if request.response_format is not None and structured and rejects_response_format(error, reason):
                 self.structured = False
-                return _Miss(reason, usage=usage)
-            return _Miss(reason, retry_after(error), usage)
+                return _FailedTry(reason, usage=usage)
+            return _FailedTry(reason, retry_after(error), usage)
         except NoAnswerError as error:
-            return _Miss(str(error), usage=error.usage)
+            return _FailedTry(str(error), usage=error.usage)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
-            return _Miss("malformed answer: no JSON")
+            return _FailedTry("malformed answer: no JSON")
         except UnicodeEncodeError:
-            return _Miss("the request holds half a surrogate pair, which UTF-8 cannot hold", None, (0, 0))
+            return _FailedTry("the request contains a lone surrogate, which UTF-8 cannot encode", None, (0, 0))
         except openai.OpenAIError as error:
-            return _Miss(f"malformed answer: {type(error).__name__}")
+            return _FailedTry(f"malformed answer: {type(error).__name__}")
 
     async def _wait_for_turn(self) -> None:
         spacing = 60 / self.server.requests_per_minute if self.server.requests_per_minute else _SPACING
         now = time.monotonic()
-        due, self.due = max(self.due, now), max(self.due, now) + spacing
-        if due > now:
-            await asyncio.sleep(due - now)
+        start = max(self.next_start, now)
+        self.next_start = start + spacing
+        if start > now:
+            await asyncio.sleep(start - now)
 
-    async def _once(self, request: ChatRequest) -> ChatAnswer:
+    async def _send_once(self, request: ChatRequest) -> ChatAnswer:
         settings = request.settings()
-        settings[self.longest] = settings.pop("max_tokens")
+        settings[self.max_tokens_name] = settings.pop("max_tokens")
         if not self.structured:
             settings.pop("response_format", None)
-        # The library's own `create` checks and copies all that goes out and comes in, which takes longer than all else.
+        # `chat.completions.create` validates and copies everything sent and received, which takes longer than the rest.
         found: Any = await self.client.post(
-            "/chat/completions", body={"model": self.server.model, "messages": request.messages, **settings},
-            cast_to=object, options={"headers": {"Idempotency-Key": request.key}} if request.key else {},
-        )  # fmt: skip
-        text, usage = text_of(found), told_usage(found)
+            "/chat/completions",
+            body={"model": self.server.model, "messages": request.messages, **settings},
+            cast_to=object,
+            options={"headers": {"Idempotency-Key": request.key}} if request.key else {},
+        )
+        text, usage = text_of(found), reported_usage(found)
         if self.server.refuse_empty and not text.strip():
             raise NoAnswerError("empty answer", usage)
         return ChatAnswer(text, usage[0] or 0, usage[1] or 0, str(found.get("model") or self.server.model))
 
     def _check_reached(self, error: openai.APIConnectionError, attempt: int) -> None:
-        """End where nobody listens: at once where nobody has answered yet, else after all tries, as a server that is
-        started again may be back."""
-        if isinstance(root_cause(error), _NOBODY) and (not self.answered or attempt == self.server.retries):
-            raise _unreachable(self.server, error)
+        """Stop if nothing listens at the URL: at once before the first answer, else after all tries, because a server
+        that is being restarted may come back."""
+        if isinstance(root_cause(error), _UNREACHABLE) and (not self.answered or attempt == self.server.retries):
+            raise _not_reached(self.server, error)
 
     async def _check_status(self, error: openai.APIStatusError) -> None:
-        """End where every request will be refused."""
+        """Stop if every request will be refused."""
         status = error.status_code
         if status == 401 or (status == 403 and not self.answered):
-            raise _refusal(self.server, status, "")
+            raise _refusal(self.server, status)
         if status == 404:
             try:
                 known = "it has: " + _listed([model.id async for model in self.client.models.list()])
             except (openai.OpenAIError, ValueError, TypeError, AttributeError):
-                known = "mend its name or the URL"
+                known = "fix its name or the URL"
             raise UserError(f"{self.server.url} does not know the model {self.server.model!r} (HTTP 404); {known}")
 
-    def _told(self, error: openai.APIStatusError) -> str:
-        """A refusal in a line; a server may repeat the key in it."""
+    def _reason_of(self, error: openai.APIStatusError) -> str:
+        """Describe a refusal in one line, without the key, which a server may repeat in its message."""
         body = error.body
         message = body.get("message") if isinstance(body, dict) else None
         text = " ".join(_without_key(str(message or error.response.text), self.server).split())
@@ -376,18 +370,19 @@ class Asker:
 
 
 def _client_settings(server: ChatServer) -> dict[str, Any]:
+    # No retries by the library: every try is counted and paid for here.
     return {"base_url": server.url, "api_key": server.key, "timeout": server.timeout, "max_retries": 0}
 
 
-def _refusal(server: ChatServer, status: int, what: str) -> UserError:
+def _refusal(server: ChatServer, status: int) -> UserError:
     if status in (401, 403):
-        return UserError(f"{server.url} refuses the key (HTTP {status}); set OPENAI_API_KEY to one that it takes")
-    return UserError(f"{server.url} does not {what}, or mend the URL (HTTP {status})")
+        return UserError(f"{server.url} refuses the key (HTTP {status}); set OPENAI_API_KEY to a valid one")
+    return UserError(f"{server.url} does not list its models (HTTP {status}); name the model, or fix the URL")
 
 
-def _unreachable(server: ChatServer, error: openai.APIConnectionError) -> UserError:
+def _not_reached(server: ChatServer, error: openai.APIConnectionError) -> UserError:
     cause = _without_key(str(root_cause(error)), server)
-    return UserError(f"{server.url} cannot be reached ({cause}); start the server, or mend the URL")
+    return UserError(f"{server.url} cannot be reached ({cause}); start the server, or fix the URL")
 
 
 def _without_key(text: str, server: ChatServer) -> str:

@@ -13,13 +13,13 @@ from rich.text import Text
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import SUMS_FILE
+from lora_llava.inference.answer_store import AnswerStore
 from lora_llava.inference.budget import Budget, estimate_tokens
 from lora_llava.inference.chat_request import ChatRequest
 from lora_llava.inference.client import ChatServer, find_model
 from lora_llava.recipe import ContextsSection, GenerateRecipe, dump_recipe, recipe_hash
 from lora_llava.synthesis.contexts.reading_contexts import Contexts, read_contexts
 from lora_llava.synthesis.gates.gates import Limits
-from lora_llava.synthesis.ledger import LEDGER_FILE, Ledger
 from lora_llava.synthesis.output import write_set
 from lora_llava.synthesis.pipeline import SampleGenerator, Settings, write_request
 from lora_llava.synthesis.prompts import Prompt, load_prompts, prompt_hashes
@@ -29,10 +29,9 @@ from lora_llava.synthesis.teachers.teacher import Teacher, by_server
 
 DEMO = "demo"
 RECIPE_FILE = "recipe.yaml"
+LEDGER_FILE = "ledger.sqlite"
 _ESTIMATED = 200
 """Number of requests from which the token count of all is extrapolated."""
-_MANY = 500
-"""Number of samples from which a separate process for the requests pays off, since it takes a second to start."""
 
 
 def generate(
@@ -55,9 +54,9 @@ def generate(
     teacher = recipe.teacher
     budget = Budget(teacher.price_in, teacher.price_out, max_cost, max_requests)
     recipe, contexts, tasks, prompts = _plan(recipe, console)
-    settings, write = _open_teacher(recipe, len(tasks))
+    settings, write = _open_teacher(recipe)
     folder = Path(recipe.output_dir)
-    with Ledger(folder / LEDGER_FILE) as ledger:
+    with AnswerStore(folder / LEDGER_FILE) as ledger:
         _save_recipe(recipe, folder)
         budget.before = ledger.spent_under_caps()
         if budget.capped and budget.before:
@@ -181,7 +180,7 @@ def _settings(recipe: GenerateRecipe, model: str) -> Settings:
     )
 
 
-def _open_teacher(recipe: GenerateRecipe, samples: int) -> tuple[Settings, Teacher]:
+def _open_teacher(recipe: GenerateRecipe) -> tuple[Settings, Teacher]:
     """Connect to or load the teacher of a recipe; returns it with the settings of its requests."""
     teacher = recipe.teacher
     if teacher.backend == "demo":
@@ -203,7 +202,7 @@ def _open_teacher(recipe: GenerateRecipe, samples: int) -> tuple[Settings, Teach
             requests_per_minute=teacher.requests_per_minute,
         )
     )
-    return _settings(recipe, str(server.model)), by_server(server, apart=samples >= _MANY)
+    return _settings(recipe, str(server.model)), by_server(server)
 
 
 def _save_recipe(recipe: GenerateRecipe, folder: Path) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 from tqdm import tqdm
 
 from lora_llava.core.errors import UserError
+from lora_llava.inference.answer_store import ANSWERED, AnswerStore, request_key
 from lora_llava.inference.budget import Budget, Charge
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
 from lora_llava.synthesis.contexts.context import Context
 from lora_llava.synthesis.contexts.reading_contexts import Contexts
 from lora_llava.synthesis.gates.gates import Limits, check_sample
 from lora_llava.synthesis.gates.retry_texts import RETRY_TEXTS
-from lora_llava.synthesis.ledger import ANSWERED, Ledger, request_key
 from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.prompts import RESPONSE_SCHEMAS, Prompt, choose_request, write_messages
 from lora_llava.synthesis.sample import Flavour, Rejection, Task, Turns
@@ -119,7 +119,12 @@ class SampleGenerator:
     """
 
     def __init__(
-        self, contexts: Contexts, tasks: Tasks, prompts: Mapping[Flavour, Prompt], settings: Settings, ledger: Ledger
+        self,
+        contexts: Contexts,
+        tasks: Tasks,
+        prompts: Mapping[Flavour, Prompt],
+        settings: Settings,
+        ledger: AnswerStore,
     ) -> None:
         self.contexts, self.tasks, self.prompts, self.settings = contexts, tasks, prompts, settings
         self.ledger = ledger

@@ -35,9 +35,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     The ideal rate is concurrency over latency. The server runs in a separate process.
     """
     runs = sorted(
-        (_made(args.samples, 0.0, args.latency) for _ in range(5)), key=lambda run: run["requests_per_second"]
+        (_measure(args.samples, 0.0, args.latency) for _ in range(5)), key=lambda run: run["requests_per_second"]
     )
-    good, faulty = runs[2], _made(args.samples, 0.1, args.latency)
+    good, faulty = runs[2], _measure(args.samples, 0.1, args.latency)
     ideal = CONCURRENCY / args.latency
     return {
         "samples": args.samples,
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _made(samples: int, faults: float, latency: float) -> dict[str, Any]:
+def _measure(samples: int, faults: float, latency: float) -> dict[str, Any]:
     from lora_llava.recipe.generate_schema import ContextsSection, FlavoursSection, GenerateRecipe, TeacherSection
     from lora_llava.synthesis.generation import generate
 
@@ -114,7 +114,7 @@ class _Server(asyncio.Protocol):
         self.seen, self.faults, self.latency, self.drawn = seen, faults, latency, drawn
         self.received = b""
 
-    def connection_made(self, transport: Any) -> None:
+    def connection_measure(self, transport: Any) -> None:
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:

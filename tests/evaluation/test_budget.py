@@ -1,4 +1,4 @@
-"""Caps on cost count failed requests too: tests with servers that fail seven of eight times."""
+"""Caps on cost count every try, answered or not, on servers that fail seven times out of eight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from lora_llava.commands.main import main
 from lora_llava.inference.budget import Budget, estimate_text_tokens, estimate_tokens
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
 from lora_llava.inference.client import ChatServer, ask
-from lora_llava.inference.client_process import ask_apart
 
 REQUEST = ChatRequest([{"role": "user", "content": "abcdefghi"}], 1000)
 MOST_OUT = 1024
@@ -23,13 +22,13 @@ FAULTS = ("no choices, used", "stall", "500", "html")
 
 
 def failing(body: Body, count: int, made: list[int]) -> str:
-    """Seven of eight requests fail, each in another way."""
+    """Fail seven of eight requests, each in a different way."""
     made.append(count)
     return "ok" if len(made) % 8 == 0 else FAULTS[len(made) % len(FAULTS)]
 
 
 def work_of(made: list[int], prompt: int, answered: int) -> float:
-    """USD of what the server did, at 10 and 1,000 USD for a million tokens."""
+    """Return the USD of the server's work, at 10 and 1,000 USD for a million tokens."""
     usd = {"no choices, used": 500 * 10 + 700 * 1000, "ok": 100 * 10 + answered * 1000}
     most = prompt * 10 + MOST_OUT * 1000
     kinds = ["ok" if n % 8 == 0 else FAULTS[n % len(FAULTS)] for n in range(1, len(made) + 1)]
@@ -48,9 +47,9 @@ def test_generated_data_stays_under_the_cap_with_a_failing_server(
     assert main(None, argv) == 1
     prompt = max(map(prompt_tokens, log.requests))
     assert 5 < work_of(made, prompt, 60) <= 8
-    assert "run the same command again with a higher --max-cost" in capsys.readouterr().err
+    assert "the same command resumes with a higher --max-cost" in capsys.readouterr().err
     tries = len(made)
-    assert main(None, argv) == 1  # the same cap again: what was spent before counts
+    assert main(None, argv) == 1  # the same cap: earlier spending counts
     assert len(made) - tries <= 1
     base = sqlite3.connect(tmp_path / "set" / "ledger.sqlite")
     (usd,) = base.execute("SELECT SUM(usd) FROM charges WHERE capped").fetchone()
@@ -97,8 +96,7 @@ def quick(log: ChatLog, **more: Any) -> ChatServer:
     return ChatServer(log.url, model="judge", **{"timeout": 5.0, "pause": 0.01, "retries": 3} | more)
 
 
-@pytest.mark.parametrize("way", [ask, ask_apart])
-def test_every_failed_attempt_is_reported_with_its_cost(log: ChatLog, way: Any) -> None:
+def test_every_failed_try_is_reported_with_its_cost_and_another_may_be_refused(log: ChatLog) -> None:
     log.behave = lambda body, count: ("no choices, used", "500", "429", "ok")[min(count, 3)]
     reported: list[tuple[int, str, int | None, int | None]] = []
 
@@ -106,12 +104,12 @@ def test_every_failed_attempt_is_reported_with_its_cost(log: ChatLog, way: Any) 
         reported.append((place, failure.reason[:8], failure.prompt_tokens, failure.completion_tokens))
         return len(reported) != 5
 
-    found = dict(way(quick(log, concurrency=1), [REQUEST], again))
+    found = dict(ask(quick(log, concurrency=1), [REQUEST], again))
     assert isinstance(found[0], ChatAnswer)
     assert reported == [(0, "malforme", 500, 700), (0, "HTTP 500", None, None), (0, "HTTP 429", 0, 0)]
     log.came.clear()
-    refused = dict(way(quick(log, concurrency=1), [REQUEST], again))[0]
-    assert refused == ChatFailure("HTTP 500: told 500 with Bearer no-key, and the cap allows no further try")
+    refused = dict(ask(quick(log, concurrency=1), [REQUEST], again))[0]
+    assert refused == ChatFailure("HTTP 500: refused with 500 for Bearer no-key, and the cap allows no further try")
     assert (refused.prompt_tokens, refused.completion_tokens) == (0, 0)
     assert len(log.requests) == 6
 
@@ -128,7 +126,7 @@ def test_every_failed_attempt_is_reported_with_its_cost(log: ChatLog, way: Any) 
         ("408", (None, None)),
     ],
 )
-def test_a_failure_costs_the_reported_usage_if_known(
+def test_a_failure_costs_the_reported_usage_or_an_unknown_amount(
     log: ChatLog, kind: str, usage: tuple[int | None, int | None]
 ) -> None:
     log.behave = lambda body, count: kind

@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's chat API on the loopback interface, well or badly."""
+"""A loopback server of OpenAI's chat API, with faults on request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Body = dict[str, Any]
 
 
 def question_of(body: Body) -> str:
-    """The text of a request's last message."""
+    """Return the text of a request's last message."""
     content = body["messages"][-1]["content"]
     if isinstance(content, str):
         return content
@@ -24,22 +24,22 @@ def question_of(body: Body) -> str:
 
 
 class ChatLog:
-    """What the server does, and what it saw.
+    """The behaviour of a server and what it has received.
 
     Attributes:
-        answer: Gives the text for a request.
-        behave: Gives for a request and how often it came before: `ok`, a fault that `Handler.fault` knows, or a status.
-        models: Names that it lists.
-        refuse_list: Whether it does not list them.
-        latency: Seconds that every answer takes.
-        requests: Bodies in the order they came.
+        answer: Returns the text for a request.
+        behave: Returns `ok`, a fault of `Handler.fault` or a status for a request and its number of earlier arrivals.
+        models: Names in its list of models.
+        refuse_list: Whether it refuses to list them.
+        latency: Seconds before every answer.
+        requests: Bodies in the order of their arrival.
         answered: How often each body's answer was written in full.
         keys: Authorization headers.
-        idempotency_keys: Of the requests, in the order they came.
-        charged: Answers that were paid for, by body: the same `Idempotency-Key` is charged once.
-        at_once: Most requests at work together.
+        idempotency_keys: Of the requests, in the order of their arrival.
+        charged: Paid answers by body; the same `Idempotency-Key` is charged once.
+        at_once: Most requests in progress at the same time.
         retry_after: Header of a 429.
-        gate: Full answers that it gives before it stalls; None for all.
+        gate: Number of complete answers before it stalls; None for all.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         log = self.log
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if log.closed.is_set():  # a connection outlives the server's socket
+        if log.closed.is_set():  # the connection outlives the listening socket
             self.close_connection = True
             return
         log.keys.add(self.headers.get("Authorization"))
@@ -164,11 +164,11 @@ class Handler(BaseHTTPRequestHandler):
         elif kind == "renamed":
             self.send(400, b'{"error": {"message": "max_tokens is unknown here. Use max_completion_tokens."}}')
         else:
-            error = {"error": {"message": f"told {kind}\nwith {self.headers['Authorization']}"}}
+            error = {"error": {"message": f"refused with {kind}\nfor {self.headers['Authorization']}"}}
             self.send(int(kind), json.dumps(error).encode())
 
     def is_gone(self) -> bool:
-        """Whether the client has hung up; of one that was killed, what it had sent is still read."""
+        """Check whether the client has closed the connection."""
         try:
             return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
         except BlockingIOError:
@@ -177,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
             return True
 
     def dribble(self) -> None:
-        """A byte now and then, for ever: never long enough without one for a timeout of reading."""
+        """Send a byte every 50 ms, for ever, so that no read timeout ends the connection."""
         self.head(200, 10_000)
         while not self.log.closed.wait(0.05):
             self.wfile.write(b" ")
@@ -208,7 +208,7 @@ ODD: dict[str, Any] = {
     "no message": {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [{"index": 0}]},
     "odd usage": {"id": "1", "choices": [{"message": {"content": "fine"}}], "usage": "much"},
 }
-"""JSON that is no answer, but for the last."""
+"""JSON bodies that are not an answer, except for the last."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -216,15 +216,15 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is no news here."""
+        """Ignore clients that close the connection."""
 
 
 @contextmanager
 def chat_server() -> Iterator[ChatLog]:
-    """Serve for as long as the block lasts.
+    """Run a server within the block.
 
     Yields:
-        The log, whose `url` is the API's; what it does can be changed at any time.
+        The log, whose `url` is the API's; its behaviour can be changed at any time.
     """
     log = ChatLog()
     server = _Server(("127.0.0.1", 0), type("ChatHandler", (Handler,), {"log": log}))

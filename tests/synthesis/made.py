@@ -11,7 +11,7 @@ from inference.chat_server import Body, ChatLog
 
 from lora_llava.recipe import dump_recipe
 from lora_llava.recipe.generate_schema import ContextsSection, GatesSection, GenerateRecipe, TeacherSection
-from lora_llava.synthesis.ledger import LEDGER_FILE
+from lora_llava.synthesis.generation import LEDGER_FILE
 
 ANIMALS = ("dog", "cat", "horse", "sheep", "bird", "cow", "zebra", "bear")
 

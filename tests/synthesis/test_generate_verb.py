@@ -112,7 +112,7 @@ def test_mistakes_are_one_line(
 def test_a_missing_key_is_an_error(log: ChatLog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log.behave = lambda body, count: "401"
     assert main("generate-data", [write_recipe(recipe_of(tmp_path / "own", log.url, 4), tmp_path)]) == 2
-    assert "refuses the key (HTTP 401); set OPENAI_API_KEY to one that it takes" in capsys.readouterr().err
+    assert "refuses the key (HTTP 401); set OPENAI_API_KEY to a valid one" in capsys.readouterr().err
 
 
 def test_each_verb_names_the_right_verb_for_other_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,13 +18,14 @@ from lora_llava.data.conversation import Conversation
 from lora_llava.data.files.reading import iterate_rows
 from lora_llava.data.sources import open_source
 from lora_llava.demo.dataset import build_demo_contexts
+from lora_llava.inference.answer_store import AnswerStore
 from lora_llava.inference.budget import Budget
 from lora_llava.publishing.leaks import scan
 from lora_llava.recipe.generate_schema import TeacherSection
 from lora_llava.synthesis.contexts.context_builder import ContextReport
 from lora_llava.synthesis.contexts.reading_contexts import read_contexts
 from lora_llava.synthesis.gates.gates import REASONS
-from lora_llava.synthesis.ledger import LEDGER_FILE, Ledger
+from lora_llava.synthesis.generation import LEDGER_FILE
 from lora_llava.synthesis.output import write_set
 from lora_llava.synthesis.pipeline import Result, SampleGenerator, Settings
 from lora_llava.synthesis.prompts import load_prompts, prompt_hashes
@@ -269,7 +270,7 @@ def test_the_demo_teacher_generates_a_set(tmp_path: Path) -> None:
     known = read_contexts(contexts=file)
     settings = recipe(DEMO, contexts=str(file), images=str(file.parent / "images"))
     prompts = load_prompts()
-    with Ledger(tmp_path / "set" / LEDGER_FILE) as ledger:
+    with AnswerStore(tmp_path / "set" / LEDGER_FILE) as ledger:
         generator = SampleGenerator(
             known, plan_tasks(known, samples_per_image=2, seed=0), prompts, Settings(NAME), ledger
         )

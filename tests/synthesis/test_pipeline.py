@@ -1,4 +1,4 @@
-"""Generation with failing or wrong teachers and killed processes: nothing is lost and nothing is paid twice."""
+"""Data generated despite failing teachers, bad answers and killed processes: nothing is lost or paid twice."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from rich.console import Console
 from synthesis.made import files_of, number_of, recipe_of, seen, teach, write_recipe
 
 from lora_llava.core.errors import UserError
+from lora_llava.inference.answer_store import AnswerStore, request_key
 from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 from lora_llava.recipe import GenerateRecipe
-from lora_llava.synthesis.generation import generate
-from lora_llava.synthesis.ledger import LEDGER_FILE, Ledger, request_key
+from lora_llava.synthesis.generation import LEDGER_FILE, generate
 
 
 def make(recipe: GenerateRecipe, **caps: Any) -> dict[str, Any]:
@@ -52,21 +52,21 @@ def kept(folder: Path) -> int:
             base.rollback()
 
 
-def test_rows_contain_the_answers_of_the_teacher(log: ChatLog, tmp_path: Path) -> None:
+def test_rows_contain_the_teachers_answers(log: ChatLog, tmp_path: Path) -> None:
     summary = make(recipe_of(tmp_path, log.url, 30))
     assert summary["complete"]
     assert summary["tasks"] == summary["rows"] == len(rows_of(tmp_path)) == 30
     assert seen(log) == [1] * 30
     for row in rows_of(tmp_path):
         texts = " ".join(turn["value"] for turn in row["conversations"])
-        assert f"all {int(row['image'][:3])}" in texts  # ball 7 is in the image 007.jpg alone
+        assert f"all {int(row['image'][:3])}" in texts  # only the image 007.jpg has ball 7
         assert row["conversations"][0]["value"].startswith("<image>\n")
     assert log.requests[0]["response_format"]["type"] == "json_schema"
     assert {row["category"] for row in rows_of(tmp_path)} == {"conversation", "detail", "reasoning"}
 
 
 def test_rejected_answers_are_requested_again_with_the_reason(log: ChatLog, tmp_path: Path) -> None:
-    """Of ten images, two get a bad first answer and one gets only bad answers."""
+    """Two of ten images get one bad answer, another one only bad answers."""
 
     def answer(body: Body) -> str:
         number, again = number_of(body), "was not taken" in body["messages"][-1]["content"]
@@ -95,8 +95,8 @@ def test_rejected_answers_are_requested_again_with_the_reason(log: ChatLog, tmp_
 FAULTS = ("429", "500", "stall", "cut", "html", "no choices")
 
 
-def test_every_sample_is_generated_or_listed_with_a_failing_teacher(log: ChatLog, tmp_path: Path) -> None:
-    """One request in ten fails, in varying ways; two images are never answered."""
+def test_every_sample_is_generated_or_reported_when_the_teacher_fails(log: ChatLog, tmp_path: Path) -> None:
+    """One request in ten fails, each in a different way; two images never get an answer."""
     drawn = random.Random(3)
 
     def behave(body: Body, count: int) -> str:
@@ -108,10 +108,10 @@ def test_every_sample_is_generated_or_listed_with_a_failing_teacher(log: ChatLog
     teacher = {"timeout": 0.5, "retries": 4, "concurrency": 16}
     summary = make(recipe_of(tmp_path, log.url, 60, teacher=teacher))
     made = [row["image"] for row in rows_of(tmp_path)]
-    listed = [line["image"] for line in lines_of(tmp_path)]
-    assert sorted(made + listed) == [f"{number:03}.jpg" for number in range(60)]
-    assert {"011.jpg", "012.jpg"} <= set(listed)
-    assert summary["failed"] == len(listed)
+    reported = [line["image"] for line in lines_of(tmp_path)]
+    assert sorted(made + reported) == [f"{number:03}.jpg" for number in range(60)]
+    assert {"011.jpg", "012.jpg"} <= set(reported)
+    assert summary["failed"] == len(reported)
     assert not summary["complete"]
     assert len(set(made)) == len(made) == summary["rows"]
     log.behave = lambda body, count: "ok"
@@ -133,8 +133,8 @@ def wrong_at_times(body: Body) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="no forkserver there")
-def test_a_run_killed_at_twenty_points_pays_nothing_twice_and_ends_with_the_same_files(
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no forkserver")
+def test_a_run_killed_at_twenty_points_pays_nothing_twice_and_ends_with_the_same_set(
     log: ChatLog, tmp_path: Path
 ) -> None:
     log.answer = wrong_at_times
@@ -149,7 +149,7 @@ def test_a_run_killed_at_twenty_points_pays_nothing_twice_and_ends_with_the_same
     recipe = recipe_of(killed, log.url, 60)
     file = write_recipe(recipe, tmp_path)
     for point in sorted(random.Random(9).sample(range(1, total), 20)):
-        log.gate = point  # later requests are still running when the process is killed
+        log.gate = point  # later requests are in flight when the process is killed
         process = start(file)
         wait_for(lambda point=point: kept(killed) == point)  # type: ignore[misc]
         kill(process)
@@ -164,11 +164,11 @@ def test_a_run_killed_at_twenty_points_pays_nothing_twice_and_ends_with_the_same
     assert files_of(killed) == files_of(unbroken)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no forkserver there")
-def test_a_run_killed_at_any_moment_pays_nothing_twice_if_the_server_honours_the_key(
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no forkserver")
+def test_a_run_killed_at_any_moment_pays_nothing_twice_on_a_server_with_idempotency_keys(
     log: ChatLog, tmp_path: Path
 ) -> None:
-    """Answers that were not yet received are requested again with the same Idempotency-Key."""
+    """Requests that were in flight are sent again with the same Idempotency-Key."""
     log.latency = 0.01
     recipe = recipe_of(tmp_path, log.url, 40)
     file = write_recipe(recipe, tmp_path)
@@ -185,27 +185,27 @@ def test_a_run_killed_at_any_moment_pays_nothing_twice_if_the_server_honours_the
     assert kept(tmp_path) == 40
 
 
-def test_caps_stop_a_run_and_the_same_command_resumes_it(log: ChatLog, tmp_path: Path) -> None:
+def test_a_run_stopped_by_caps_resumes(log: ChatLog, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, log.url, 12, teacher={"price_in": 10.0, "price_out": 1000.0})
     first = make(recipe, max_requests=5)
     assert (first["rows"], first["not_asked"], first["complete"]) == (5, 7, False)
     assert len(log.requests) == 5
     assert [line["reason"] for line in lines_of(tmp_path)] == ["not asked"] * 7
-    second = make(recipe, max_cost=1.1)  # an answer may have 1,024 tokens, so the cap admits one request at a time
+    second = make(recipe, max_cost=1.1)  # up to 1,024 tokens each: no two requests at a time fit
     assert 5 < second["rows"] < 12
     assert second["ledger"]["usd"] < 1.1 + first["ledger"]["usd"]
     assert make(recipe)["rows"] == 12
     assert set(log.answered.values()) == {1}
 
 
-def test_a_run_stops_if_the_teacher_answers_nothing(log: ChatLog, tmp_path: Path) -> None:
+def test_a_teacher_without_any_answer_stops_the_run(log: ChatLog, tmp_path: Path) -> None:
     log.behave = lambda body, count: "400"
     with pytest.raises(UserError, match="the teacher answered none of 8 requests: HTTP 400"):
         make(recipe_of(tmp_path, log.url, 30))
     assert len(log.requests) < 30
 
 
-def test_the_ledger_is_append_only_and_locked(tmp_path: Path) -> None:
+def test_the_answer_store_is_append_only_and_locked(tmp_path: Path) -> None:
     request = ChatRequest([{"role": "user", "content": "a"}], 5)
     key = request_key("m", request, "t", 0)
     assert (
@@ -219,10 +219,10 @@ def test_the_ledger_is_append_only_and_locked(tmp_path: Path) -> None:
         )
         == 4
     )
-    with Ledger(tmp_path / LEDGER_FILE) as ledger:
+    with AnswerStore(tmp_path / LEDGER_FILE) as ledger:
         ledger.add(key, "t", 0, "hash", ChatAnswer("text", 3, 4, "m"), 0.5, "accepted", "")
-        with pytest.raises(UserError, match="another run uses it"):
-            Ledger(tmp_path / LEDGER_FILE)
+        with pytest.raises(UserError, match="another run is using it"):
+            AnswerStore(tmp_path / LEDGER_FILE)
         with pytest.raises(UserError, match="cannot be used"):
             ledger.add(key, "t", 0, "hash", ChatAnswer("other", 3, 4, "m"), 0.5, "accepted", "")
     with sqlite3.connect(tmp_path / LEDGER_FILE) as base:
@@ -230,7 +230,7 @@ def test_the_ledger_is_append_only_and_locked(tmp_path: Path) -> None:
             with pytest.raises(sqlite3.IntegrityError, match="append only"):
                 base.execute(change)
     base.close()
-    with Ledger(tmp_path / LEDGER_FILE) as ledger:
+    with AnswerStore(tmp_path / LEDGER_FILE) as ledger:
         entry = ledger.get(key)
         assert entry is not None
         assert (entry.text, entry.model) == ("text", "m")
@@ -241,12 +241,12 @@ def test_the_ledger_is_append_only_and_locked(tmp_path: Path) -> None:
             "usd": 0.5,
             "failed_requests": 0,
         }
-    (tmp_path / "other.sqlite").write_bytes(b"no ledger at all, but long enough to have a header" * 4)
-    with pytest.raises(UserError, match="is damaged or is not a ledger"):
-        Ledger(tmp_path / "other.sqlite")
+    (tmp_path / "other.sqlite").write_bytes(b"not an answer store, but long enough to have a header" * 4)
+    with pytest.raises(UserError, match="is damaged or not an answer store"):
+        AnswerStore(tmp_path / "other.sqlite")
 
 
-def test_a_full_disk_is_a_one_line_error_and_nothing_is_lost(log: ChatLog, tmp_path: Path) -> None:
+def test_a_full_disk_is_a_one_line_error_and_loses_nothing(log: ChatLog, tmp_path: Path) -> None:
     recipe = recipe_of(tmp_path, log.url, 40)
     make(recipe, max_requests=3)
     real = sqlite3.connect
@@ -260,7 +260,7 @@ def test_a_full_disk_is_a_one_line_error_and_nothing_is_lost(log: ChatLog, tmp_p
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sqlite3, "connect", small)
         with pytest.raises(
-            UserError, match=r"cannot be written \(.*full.*\); free disk space and run the same command to resume"
+            UserError, match=r"cannot be written \(.*full.*\); free some space and run the same command again"
         ):
             make(recipe)
     answered = kept(tmp_path)

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_llava.core.errors import StoppedError, UserError
 from lora_llava.evaluation.answer_metrics import DASH
-from lora_llava.evaluation.judge.judge_ledger import JudgeLedger
+from lora_llava.evaluation.judge.judge_ledger import open_judge_ledger
 from lora_llava.evaluation.judge.judging import Judge, Verdict
 from lora_llava.evaluation.judge.review import (
     ATTEMPTS,
@@ -28,7 +28,6 @@ from lora_llava.inference.chat_request import ChatRequest
 from lora_llava.inference.client import ChatServer, find_model
 
 REPORT = "llava_bench.json"
-LEDGER = "llava_bench_judge.jsonl"
 STATUSES = ("scored", "unparsed", "failed", "not asked")
 _RESAMPLES = 2_000
 _LISTED = 20
@@ -178,8 +177,8 @@ def score_llava_bench(
     hashes = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
     _refuse_other(output / REPORT, hashes["answers"])
     server = find_model(server)
-    with JudgeLedger(output / LEDGER) as ledger:
-        budget.before = ledger.spent_under_caps
+    with open_judge_ledger(output) as ledger:
+        budget.before = ledger.spent_under_caps()
         judge = Judge(cases, str(server.model), texts, settings, ledger)
         pending = [item.request for item in judge.pending().values()]
         _print_estimate(pending, len(cases) * len(settings.orders), budget, console)
@@ -187,10 +186,10 @@ def score_llava_bench(
             judge.run(server, budget)
         except KeyboardInterrupt:
             raise StoppedError(
-                f"stopped; {len(ledger.answers)} answers are in {ledger.file}; run the same command to resume"
+                f"stopped; {ledger.count()} answers are in {ledger.file}; run the same command to resume"
             ) from None
         verdicts = judge.verdicts()
-    report = {"benchmark": "LLaVA-Bench", "files": hashes} | _report(verdicts, server, judge, budget)
+        report = {"benchmark": "LLaVA-Bench", "files": hashes} | _report(verdicts, server, judge, budget)
     file = output / REPORT
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")

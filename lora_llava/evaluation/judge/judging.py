@@ -10,7 +10,6 @@ from typing import Any
 from tqdm import tqdm
 
 from lora_llava.core.errors import UserError
-from lora_llava.evaluation.judge.judge_ledger import JudgeLedger, request_key
 from lora_llava.evaluation.judge.review import (
     ATTEMPTS,
     ORDERS,
@@ -20,6 +19,7 @@ from lora_llava.evaluation.judge.review import (
     judge_request,
     parse_scores,
 )
+from lora_llava.inference.answer_store import ANSWERED, AnswerStore, request_key
 from lora_llava.inference.budget import Budget, Charge
 from lora_llava.inference.client import ChatAnswer, ChatFailure, ChatRequest, ChatServer, ask
 
@@ -54,7 +54,8 @@ class _Pending:
 
     key: str
     request: ChatRequest
-    about: dict[str, Any]
+    question: str
+    attempt: int
 
 
 class Judge:
@@ -74,7 +75,7 @@ class Judge:
         model: str,
         prompts: Mapping[str, str],
         settings: JudgeSettings,
-        ledger: JudgeLedger,
+        ledger: AnswerStore,
     ) -> None:
         self.cases, self.model, self.prompts, self.settings, self.ledger = cases, model, prompts, settings, ledger
         self.failed: dict[str, str] = {}
@@ -131,26 +132,26 @@ class Judge:
     def _record(self, item: _Pending, found: ChatAnswer | ChatFailure, server: ChatServer, budget: Budget) -> None:
         charge = budget.settle(item.key, item.request, found)
         if isinstance(found, ChatAnswer):
-            spent = {"usd": charge.usd, "capped": True} if budget.capped else {}
-            self.ledger.add(item.key, found, **item.about, **spent)
+            self._charge(item, ANSWERED, charge, budget)
+            self.ledger.add(item.key, item.question, item.attempt, "", found, charge.usd, "", "")
             return
         self._charge(item, found.reason, charge, budget)
         self.failed[item.key] = found.reason
-        if not self.ledger.answers and len(self.failed) >= _HOPELESS:
+        if not self.ledger.count() and len(self.failed) >= _HOPELESS:
             raise UserError(f"{server.url} answered none of {len(self.failed)} requests: {found.reason}")
 
     def _charge(self, item: _Pending, reason: str, charge: Charge, budget: Budget) -> None:
         if budget.capped and (charge.prompt_tokens or charge.completion_tokens):
-            self.ledger.add_failure(item.key, reason, charge)
+            self.ledger.add_charge(item.key, reason, charge, capped=True)
 
     def _look_up(self, case: JudgeCase, order: str) -> Scores | _Pending | None:
         """Return the scores of reference and answer in one order, or the next request; None if every attempt failed."""
         for attempt in range(ATTEMPTS):
             request = judge_request(case, order, self.prompts, self.settings, attempt)
             key = request_key(self.model, request, attempt)
-            if key not in self.ledger.answers:
-                return _Pending(key, request, {"question_id": case.question_id, "order": order, "attempt": attempt})
-            answer = self.ledger.answers[key]
+            answer = self.ledger.get(key)
+            if answer is None:
+                return _Pending(key, request, f"{case.question_id} {order}", attempt)
             self.models.add(answer.model)
             if scores := parse_scores(answer.text):
                 return scores if order == ORDERS[0] else (scores[1], scores[0])

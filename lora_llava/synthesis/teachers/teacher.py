@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
 from lora_llava.inference.client import Again, ChatServer, ask
-from lora_llava.inference.client_process import ask_apart
 from lora_llava.synthesis.contexts.context import Context
 from lora_llava.synthesis.sample import Task
 
@@ -37,15 +36,14 @@ Teacher = Callable[[Iterable[TeacherRequest], Again | None], Answers]
 its second argument before it retries one."""
 
 
-def by_server(server: ChatServer, *, apart: bool = False) -> Teacher:
+def by_server(server: ChatServer) -> Teacher:
     """Return a teacher that is a model on an OpenAI-compatible server.
 
     Args:
         server: The server, with the name of its model.
-        apart: Whether a separate process sends the requests, which is faster once it has started.
     """
 
     def answer(requests: Iterable[TeacherRequest], again: Again | None = None) -> Answers:
-        return (ask_apart if apart else ask)(server, (each.request for each in requests), again)
+        return ask(server, (each.request for each in requests), again)
 
     return answer

@@ -1,4 +1,4 @@
-"""Ledger of a data set: every answer, failure and charge in an append-only SQLite file."""
+"""Store every request's answer and cost in an append-only SQLite file, so that a stopped run resumes where it was."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,12 +18,11 @@ from lora_llava.core.errors import UserError
 from lora_llava.inference.budget import Charge
 from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
 
-LEDGER_FILE = "ledger.sqlite"
 ANSWERED = ""
-"""Reason of a charge whose request was answered."""
+"""The reason that is stored with the cost of an answer."""
 _FORMAT = 1
 _SYNC_SECONDS = 5.0
-_SCHEMA = """
+_TABLES = """
 CREATE TABLE IF NOT EXISTS answers (
     key TEXT PRIMARY KEY, task_id TEXT NOT NULL, attempt INTEGER NOT NULL, prompt_hash TEXT NOT NULL,
     model TEXT NOT NULL, text TEXT NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
@@ -46,61 +44,48 @@ CREATE TRIGGER IF NOT EXISTS failures_keep BEFORE DELETE ON failures BEGIN SELEC
 """
 
 
-def request_key(model: str, request: ChatRequest, task_id: str, attempt: int) -> str:
-    """Return the key of an answer.
+def request_key(model: str, request: ChatRequest, *parts: str | int) -> str:
+    """Return the key under which a request's answer is stored.
 
     Args:
-        model: The teacher's name.
+        model: The model's name.
         request: Messages and settings.
-        task_id: Task of the request; the requests of two samples of one image may be equal otherwise.
-        attempt: Index of the attempt at this sample, from 0.
+        parts: What else distinguishes the request, such as the id of its task and the number of the attempt.
 
     Returns:
         SHA-256, in hex, of everything that the answer depends on.
     """
-    content = json.dumps([model, request.messages, request.settings(), task_id, attempt], sort_keys=True)
+    content = json.dumps([model, request.messages, request.settings(), *parts], sort_keys=True)
     return hashlib.sha256(content.encode("ascii")).hexdigest()
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One stored answer.
+class AnswerStore:
+    """An append-only SQLite file of answers, locked while it is open.
 
-    Attributes:
-        text: The answer as the teacher wrote it.
-        model: The model's name as reported by the server.
-        prompt_hash: SHA-256 of the flavour's prompt.
-    """
-
-    text: str
-    model: str
-    prompt_hash: str
-
-
-class Ledger:
-    """The ledger file of a data set, locked while it is open.
-
-    Each answer is written before the next one is handled, so that a killed process loses no answer and a resumed run
-    requests none twice. To survive a power cut, the file is synced every five seconds; syncing at every answer would
-    delay the others (SQLite's WAL with `synchronous=NORMAL`, sqlite.org/pragma.html).
+    An answer is in the file before the next one is handled, so a killed process loses none, and no stored answer is
+    requested again. With `sync`, each answer also survives a power failure; without, the file is synced every five
+    seconds (SQLite's WAL with `synchronous=NORMAL`, sqlite.org/pragma.html), because waiting for the disk at every
+    answer would delay the other requests.
 
     Args:
-        file: Path of the file; it and its folder are created if missing.
+        file: Created with its folder if missing.
+        sync: Whether every answer is synced to disk.
 
     Raises:
-        UserError: If another run uses the file, it is not a ledger, or it cannot be written.
+        UserError: If another run uses the file, it is not an answer store, or it cannot be written.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *, sync: bool = False) -> None:
         self.file = file
+        self._sync = sync
         file.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(file.with_name(file.name + ".lock"))
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UserError(f"{file}: another run uses it; wait for that run, or name another output_dir") from None
+            raise UserError(f"{file}: another run is using it; wait for that run, or name another folder") from None
         try:
-            with self._explain_errors():
+            with self._readable_errors():
                 self._open()
         except BaseException:
             self.close()
@@ -109,36 +94,48 @@ class Ledger:
     def _open(self) -> None:
         self._base = sqlite3.connect(self.file, isolation_level=None)
         self._base.execute("PRAGMA journal_mode=WAL")
-        self._base.execute("PRAGMA synchronous=NORMAL")
+        self._base.execute(f"PRAGMA synchronous={'FULL' if self._sync else 'NORMAL'}")
         (found,) = self._base.execute("PRAGMA user_version").fetchone()
         if found not in (0, _FORMAT):
-            raise UserError(
-                f"{self.file} was written by a newer version of lora_llava; upgrade, or name another output_dir"
-            )
-        self._base.executescript(_SCHEMA)
+            raise UserError(f"{self.file} was written by a newer version; name another folder, or update lora_llava")
+        self._base.executescript(_TABLES)
         self._synced = time.monotonic()
         self._base.execute(f"PRAGMA user_version={_FORMAT}")
 
     @contextmanager
-    def _explain_errors(self) -> Iterator[None]:
-        """Turn errors of SQLite into errors for the user."""
+    def _readable_errors(self) -> Iterator[None]:
+        """Turn SQLite's errors into messages for the user."""
         try:
             yield
         except sqlite3.DatabaseError as error:
-            message = str(error)
-            if "full" in message or "I/O" in message:
-                fix = "free disk space and run the same command to resume"
-                raise UserError(f"{self.file} cannot be written ({message}); {fix}") from None
-            if "not a database" in message or "malformed" in message:
-                fix = "move it away, or restore it from a backup"
-                raise UserError(f"{self.file} is damaged or is not a ledger ({message}); {fix}") from None
-            raise UserError(f"{self.file} cannot be used ({message})") from None
+            text = str(error)
+            if "full" in text or "I/O" in text:
+                fix = "free some space and run the same command again: it resumes from here"
+                raise UserError(f"{self.file} cannot be written ({text}); {fix}") from None
+            if "not a database" in text or "malformed" in text:
+                fix = "move it away, or restore it from a copy"
+                raise UserError(f"{self.file} is damaged or not an answer store ({text}); {fix}") from None
+            raise UserError(f"{self.file} cannot be used ({text})") from None
 
-    def get(self, key: str) -> Entry | None:
-        """Return the answer with this key, or None."""
-        with self._explain_errors():
-            row = self._base.execute("SELECT text, model, prompt_hash FROM answers WHERE key = ?", (key,)).fetchone()
-        return Entry(*row) if row else None
+    def get(self, key: str) -> ChatAnswer | None:
+        """Return the answer stored under a key, if any."""
+        columns = "text, prompt_tokens, completion_tokens, model"
+        with self._readable_errors():
+            row = self._base.execute(f"SELECT {columns} FROM answers WHERE key = ?", (key,)).fetchone()
+        return ChatAnswer(*row) if row else None
+
+    def count(self) -> int:
+        """Return the number of stored answers."""
+        with self._readable_errors():
+            (count,) = self._base.execute("SELECT COUNT(*) FROM answers").fetchone()
+        return int(count)
+
+    def is_empty(self) -> bool:
+        """Check whether no answer and no cost is stored."""
+        query = "SELECT EXISTS (SELECT 1 FROM answers) OR EXISTS (SELECT 1 FROM charges)"
+        with self._readable_errors():
+            (found,) = self._base.execute(query).fetchone()
+        return not found
 
     def add(
         self,
@@ -154,69 +151,68 @@ class Ledger:
         """Store an answer.
 
         Args:
-            key: Key from `request_key`.
-            task_id: Task of the request.
-            attempt: Index of the attempt.
-            prompt_hash: SHA-256 of the flavour's prompt.
-            answer: The answer.
-            usd: Cost in USD; None if prices are unknown.
-            verdict: `accepted`, or the reason of the rejection.
-            detail: Detail of the rejection, else empty.
+            key: From `request_key`.
+            task_id: The task or question that it answers.
+            attempt: The number of the attempt, from 0.
+            prompt_hash: SHA-256 of the prompt; empty if unknown.
+            answer: Stored with its text in valid UTF-8 (`?` replaces a lone surrogate).
+            usd: Its cost; None if prices are unknown.
+            verdict: `accepted`, or the reason of the rejection; empty where answers are not checked.
+            detail: Of the rejection.
 
         Raises:
             UserError: If the disk is full or the file cannot be written.
         """
-        row = (
-            key,
-            task_id,
-            attempt,
-            prompt_hash,
-            answer.model,
-            answer.text,
-            answer.prompt_tokens,
-            answer.completion_tokens,
-            usd,
-            verdict,
-            detail,
-            time.time(),
-        )
-        with self._explain_errors():
+        text = answer.text.encode("utf-8", "replace").decode("utf-8")
+        counts = (answer.prompt_tokens, answer.completion_tokens)
+        row = (key, task_id, attempt, prompt_hash, answer.model, text, *counts, usd, verdict, detail, time.time())
+        with self._readable_errors():
             self._base.execute(f"INSERT INTO answers VALUES ({', '.join('?' * len(row))})", row)
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 self._base.execute("PRAGMA wal_checkpoint(PASSIVE)")
                 self._synced = time.monotonic()
 
     def add_failure(self, key: str, task_id: str, attempt: int, reason: str) -> None:
-        """Store that a request failed; the next run sends it again."""
-        with self._explain_errors():
+        """Record that a request was not answered; the next run sends it again."""
+        with self._readable_errors():
             self._base.execute(
                 "INSERT INTO failures VALUES (?, ?, ?, ?, ?)", (key, task_id, attempt, reason, time.time())
             )
 
     def add_charge(self, key: str, reason: str, charge: Charge, capped: bool) -> None:
-        """Store the cost of one try at a request.
+        """Record the cost of one try.
 
         Args:
-            key: Key of the request.
+            key: The request's key.
             reason: Why the try failed; `ANSWERED` if it did not.
-            charge: Charge from `Budget.settle`.
+            charge: From `Budget.settle`.
             capped: Whether the run has a cap on cost.
         """
         row = (key, reason, charge.prompt_tokens, charge.completion_tokens, charge.usd, capped, time.time())
-        with self._explain_errors():
+        with self._readable_errors():
             self._base.execute("INSERT INTO charges VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Store all that is added within the block, or nothing if it fails."""
+        with self._readable_errors():
+            self._base.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._base.execute("ROLLBACK")
+            raise
+        with self._readable_errors():
+            self._base.execute("COMMIT")
+
     def spent_under_caps(self) -> float:
-        """Return the USD spent by runs with a cap on cost, including failed tries."""
-        with self._explain_errors():
+        """Return the USD that runs with a cap on cost have spent, failed tries included."""
+        with self._readable_errors():
             (usd,) = self._base.execute("SELECT SUM(usd) FROM charges WHERE capped").fetchone()
         return usd or 0.0
 
     def totals(self) -> dict[str, Any]:
-        """Sum up all runs: answers, failed requests, and tokens and USD including failed tries.
-
-        `usd` is None if any price was unknown.
-        """
+        """Return the answers, tokens and USD of all runs, failed tries included; USD is None if a price is unknown."""
         sums = (
             "SELECT COUNT(*) AS n, SUM(prompt_tokens) AS p, SUM(completion_tokens) AS c, SUM(usd) AS u, COUNT(usd) AS k"
         )
@@ -224,12 +220,11 @@ class Ledger:
             f"SELECT SUM(n), SUM(p), SUM(c), SUM(u), SUM(k) FROM ({sums} FROM answers UNION ALL "
             f"{sums} FROM charges WHERE reason <> '{ANSWERED}')"
         )
-        with self._explain_errors():
+        with self._readable_errors():
             entries, prompt, completion, usd, priced = self._base.execute(query).fetchone()
-            (count,) = self._base.execute("SELECT COUNT(*) FROM answers").fetchone()
             (failed,) = self._base.execute("SELECT COUNT(*) FROM failures").fetchone()
         return {
-            "answers": count,
+            "answers": self.count(),
             "prompt_tokens": prompt or 0,
             "completion_tokens": completion or 0,
             "usd": round(usd or 0.0, 4) if priced == entries and entries else None,
@@ -242,7 +237,7 @@ class Ledger:
             self._base.close()
         self._lock.release()
 
-    def __enter__(self) -> Ledger:
+    def __enter__(self) -> AnswerStore:
         return self
 
     def __exit__(
