@@ -15,26 +15,24 @@ from lora_llava.data.files.reading import data_files, parquet_columns, placed_ro
 from lora_llava.data.files.shards import SPLIT_WORDS, group_files, row_files, set_words
 from lora_llava.data.formats import (
     CHAT_COLUMNS,
+    FORMATS,
     IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
     Columns,
+    Detected,
     Format,
     RowError,
+    Sample,
     likely_image_column,
-    listed,
     read_row,
-)  # fmt: skip
+)
 from lora_llava.data.images.image_names import walk_files
 from lora_llava.data.images.reading import BadImageError, FolderImages
 
-_ALIASES = {
-    "image": IMAGE_COLUMNS,
-    "question": ("question", "prompt", "instruction", "query", "user", "input", "q"),
-    "answer": ("answer", "response", "output", "reply", "assistant", "completion", "target", "label", "a"),
-    "caption": ("caption", "description", "text", "blip_caption"),
-    "id": ("id", "question_id", "key", "uid"),
-}  # fmt: skip
-"""What people call their columns; the first that a table has counts."""
+_ALIASES: dict[str, tuple[str, ...]] = {"image": IMAGE_COLUMNS, "id": ("id", "question_id", "key", "uid")}
+for _format in FORMATS:
+    _ALIASES |= _format.aliases
+"""Names of columns found in the wild; the first that a table has counts."""
 _PEEK = 500
 
 
@@ -100,7 +98,8 @@ def understand_folder(folder: Path, file: Path | None = None, follow_links: bool
     first = [row for each in files for _, row in islice(placed_rows(each), _PEEK)]
     if not first:
         raise UserError(f"{file}: it holds no rows; give it lines such as image, question, answer")
-    form, shape, columns = _shape(file, first)
+    detected = _shape(file, first)
+    form, columns = detected.choice, detected.columns
     embedded = file.suffix.lower() == ".parquet" and any(
         parquet_columns(each).get(name) for each in files for name in (columns.image, "images")
     )  # fmt: skip
@@ -110,9 +109,21 @@ def understand_folder(folder: Path, file: Path | None = None, follow_links: bool
     known = {"system", "images", *CHAT_COLUMNS, *vars(columns).values()}
     unused = tuple(str(name) for name in dict.fromkeys(key for row in first for key in row) if name not in known)
     return FolderData(
-        file, held.get("validation"), held.get("test"), form, shape, columns, root, rows, len(images), len(names),
-        embedded, unused, files, linked,
-    )  # fmt: skip
+        file=file,
+        validation=held.get("validation"),
+        test=held.get("test"),
+        form=form,
+        shape=detected.shape,
+        columns=columns,
+        image_folder=root,
+        rows=rows,
+        images=len(images),
+        named=len(names),
+        embedded=embedded,
+        unused=unused,
+        files=files,
+        linked=linked,
+    )
 
 
 def _choose(folder: Path) -> tuple[Path, dict[str, Path]]:
@@ -138,7 +149,7 @@ def _choose(folder: Path) -> tuple[Path, dict[str, Path]]:
     raise UserError(f"{folder} holds {len(left)} files that may be the rows: {names}; name one with --data")
 
 
-def _shape(file: Path, rows: list[Any]) -> tuple[Format, str, Columns]:
+def _shape(file: Path, rows: list[Any]) -> Detected:
     wrong = [type(row).__name__ for row in rows if not isinstance(row, Mapping)]
     if wrong:
         raise UserError(f"{file}: a row is {wrong[0]}; it should be an object with named fields")
@@ -149,33 +160,15 @@ def _shape(file: Path, rows: list[Any]) -> tuple[Format, str, Columns]:
     found = {role: next((plain[name] for name in names if name in plain), None) for role, names in _ALIASES.items()}
     if found["image"] is None and "images" not in row:
         found["image"] = likely_image_column(row, set(filter(None, found.values())))
-    columns = Columns(**{role: name for role, name in found.items() if name is not None})
-    chat = next((key for key in CHAT_COLUMNS if key in row), None)
-    if chat is not None:
-        messages = _parsed(row[chat])
-        first = messages[0] if isinstance(messages, list) and messages else {}
-        kind = "LLaVA's or ShareGPT's from and value" if isinstance(first, Mapping) and "from" in first else "messages"
-        return "conversations", f"conversations ({kind})", columns
-    if "instruction" in row and row.get("input"):
-        raise UserError(f"{file}: its rows have instruction and input; join the two into one column question")
-    if found["question"] and found["answer"]:
-        table = ", ".join(filter(None, (found["image"], found["question"], found["answer"])))
-        return "conversations", f"a table of {table}", columns
-    if found["image"] and (found["caption"] or found["answer"]):
-        name = found["caption"] or found["answer"]
-        return "captions", f"captions: {found['image']}, {name}", Columns(**vars(columns) | {"caption": str(name)})
+    sample = Sample(file, row, found)
+    for each in FORMATS:
+        detected = each.detect(sample)
+        if detected is not None:
+            return detected
     raise UserError(
         f"{file}: its columns are {', '.join(map(str, row))}; call them image, question, answer, or name them with "
         "data.columns in a copy of my_data_qlora.yaml"
     )
-
-
-def _parsed(messages: Any) -> Any:
-    """Messages that a table's cell holds as JSON."""
-    try:
-        return listed(messages, "messages")
-    except RowError:  # the check says so, row by row
-        return messages
 
 
 def _count(

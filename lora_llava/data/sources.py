@@ -22,7 +22,7 @@ from lora_llava.data.files.reading import (
 )
 from lora_llava.data.files.shards import SUFFIXES, set_stem, shard_of
 from lora_llava.data.files.text_encoding import foreign_encoding
-from lora_llava.data.formats import CHAT_COLUMNS, Columns, Format, RowError, read_row
+from lora_llava.data.formats import Columns, Format, RowError, missing_columns, read_row
 from lora_llava.data.images.reading import FolderImages, ImageSource, TableImages, open_table
 from lora_llava.data.images.to_rgb import Background
 
@@ -259,19 +259,14 @@ def _images_of(
 
 
 def check_columns(file: Path, found: Sequence[str], form: Format, columns: Columns) -> None:
-    """Hold that a table has what its rows need.
+    """Check that a table has the columns that its rows need.
 
     Raises:
-        UserError: Listing what it has.
+        UserError: If it lacks some; the message lists those it has.
     """
-    chat = set(CHAT_COLUMNS) & set(found)
-    needed = [columns.caption] if form == "captions" else [columns.question, columns.answer]
-    lacking = [name for name in needed if name not in found]
-    if not chat and lacking:
-        raise UserError(
-            f"{file}: no column {' and no column '.join(lacking)}, nor messages or conversations; it has "
-            f"{', '.join(found)}; name them with data.columns"
-        )
+    lacking = missing_columns(dict.fromkeys(found), form, columns)
+    if lacking is not None:
+        raise UserError(f"{file}: it lacks {lacking}; it has {', '.join(found)}; name its columns with data.columns")
 
 
 def _light_rows(table: Any) -> Iterator[Any]:

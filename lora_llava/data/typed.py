@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:  # the recipe imports the formats, and should not load these
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 MARK = "\ufdd0"
 """A noncharacter, which Unicode keeps for a program's own use (The Unicode Standard, section 23.7)."""
@@ -86,6 +88,8 @@ def _ignoring_marks(backend: Tokenizer) -> Tokenizer:
             special.add(token["content"])
     if "merges" in content["model"]:  # no merge may write a special token either
         content["model"]["merges"] = [pair for pair in content["model"]["merges"] if _merged(pair) not in special]
+    from tokenizers import Tokenizer
+
     return Tokenizer.from_str(json.dumps(content))
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from lora_llava.data.formats import Format, describe_choices
 from lora_llava.recipe.places import Place
 
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -138,7 +139,7 @@ class SourceSection(Section):
 
     name: str | None = None
     """Names it in reports; default: the file's name."""
-    format: Literal["conversations", "captions", "scienceqa"] = "conversations"
+    format: Format = "conversations"
     """As data.format."""
     path: InputName
     """As data.path."""
@@ -167,9 +168,7 @@ class SourceSection(Section):
 class DataSection(Section):
     """What is read and how it becomes tokens."""
 
-    format: Literal["scienceqa", "captions", "conversations"]
-    """`conversations`: LLaVA's JSON, ShareGPT, messages, or a table of image, question, answer. `captions`: the same,
-    or a table of image, caption. `scienceqa`: the official folder layout, or Hub parquet."""
+    format: Format = Field(description=describe_choices())
     path: InputName | None = None
     """A file (JSON, JSONL, CSV, TSV, Parquet), a folder with one, a Hub id, or `demo`. Or give sources."""
     file: str | None = None

@@ -39,11 +39,11 @@ def test_a_cell_may_hold_several_images(cell: Any, names: tuple[str, ...], colum
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ("[01.png, 02.png]", 'image is \'[01.png, 02.png]\', which is no JSON list; write it as ["a", "b"]'),
-        ('["01.png", ]', 'image is \'["01.png", ]\', which is no JSON list; write it as ["a", "b"]'),
+        ("[01.png, 02.png]", 'image is \'[01.png, 02.png]\', which is not a JSON list; write it as ["a", "b"]'),
+        ('["01.png", ]', 'image is \'["01.png", ]\', which is not a JSON list; write it as ["a", "b"]'),
         ('[["01.png"]]', "an image's name is ['01.png']; it should be a file's name"),
         ("[1, 2]", "an image's name is 1; it should be a file's name"),
-        ("[" * 5000 + "]" * 5000, f'image is {"[" * 5000!r:.60}, which is no JSON list; write it as ["a", "b"]'),
+        ("[" * 5000 + "]" * 5000, f'image is {"[" * 5000!r:.60}, which is not a JSON list; write it as ["a", "b"]'),
     ],
 )
 def test_a_cell_that_only_looks_like_a_list_is_refused(cell: str, message: str) -> None:

@@ -231,8 +231,8 @@ def test_a_image_of_a_question_that_is_cut_is_not_shown_with_another() -> None:
         read_row(row, 0)
 
 
-NO_QUESTION = "the conversation has no question; only the assistant speaks"
-NO_ANSWER = "the conversation has no answer; only the user speaks"
+NO_QUESTION = "the conversation has no question; add one"
+NO_ANSWER = "the conversation has no answer; add one"
 MEND = "; columns are named by data.columns"
 FORMS = "it lacks conversations, messages, or question and answer; it has "
 TEXT, ASKED, ANSWERED = chat("What?", "A dog."), {"question": "What?"}, {"answer": "A dog."}
@@ -246,9 +246,9 @@ BAD: list[tuple[Any, str, str]] = [
     (ASKED | {"text": "x"}, "missing column", "it lacks answer; it has 'question', 'text'" + MEND),
     (ANSWERED, "missing column", "it lacks question; it has 'answer'" + MEND),
     ({"conversations": [], "messages": []}, "both formats",
-     "the row has conversations and messages, which are two forms; keep one"),
+     "the row has conversations and messages, which are two formats; keep one"),
     (ASKED | ANSWERED | {"messages": []}, "both formats",
-     "the row has messages and question/answer, which are two forms; keep one"),
+     "the row has messages and question/answer, which are two formats; keep one"),
     ({"conversations": "text"}, "malformed row",
      "conversations is 'text'; a row holds id, image and conversations"),
     ({"messages": {"role": "user"}}, "malformed row",
@@ -274,12 +274,12 @@ BAD: list[tuple[Any, str, str]] = [
      "the conversation is empty; give a question and an answer"),
     ({"messages": TEXT[1:]}, "one-sided conversation", NO_QUESTION),
     ({"messages": TEXT[:1] * 2}, "one-sided conversation", NO_ANSWER),
-    ({"messages": TEXT[::-1]}, "one-sided conversation", "the conversation has no question that is answered"),
+    ({"messages": TEXT[::-1]}, "one-sided conversation", "no question of the conversation is answered; add an answer"),
     ({"messages": chat("a", "b") + chat("a", "b")[1:]}, "role order",
-     "turn 2 is the assistant's; the user's was due"),
-    ({"messages": chat("a") + chat("a", "b")}, "role order", "turn 1 is the user's; the assistant's was due"),
+     "turn 2 is the assistant's; it should be the user's"),
+    ({"messages": chat("a") + chat("a", "b")}, "role order", "turn 1 is the user's; it should be the assistant's"),
     ({"messages": [*TEXT, {"role": "system", "content": "x"}, *TEXT]}, "role order",
-     "turn 2 is the system's; the user's was due"),
+     "turn 2 is the system's; it should be the user's"),
     ({"messages": chat("a", " \n")}, "empty answer", "turn 1: the answer is empty"),
     ({"messages": chat("", "b")}, "empty question", "turn 0: the question is empty"),
     ({"messages": chat("<image>", "b")}, "placeholder count",
@@ -291,7 +291,7 @@ BAD: list[tuple[Any, str, str]] = [
     ({"messages": chat([part("image", image="a.png"), part("image"), WHAT], "b")}, "placeholder count",
      "2 <image> placeholders for 1 images; make them equal"),
     ({"messages": chat([part("image", image="a.png"), WHAT], "b"), "image": "a.png"}, "both formats",
-     "its images stand in image and in its messages; keep one"),
+     "its images are named in image and in its messages; keep one"),
     ({"messages": TEXT, "image": 5}, "malformed row", "an image's name is 5; it should be a file's name"),
     ({"messages": TEXT, "image": {"url": "x"}}, "malformed row",
      "an image's name is {'url': 'x'}; it should be a file's name"),
@@ -316,7 +316,10 @@ def test_what_is_no_conversation_is_refused_by_its_kind(row: Any, kind: str, mes
 def test_a_caption_needs_its_column() -> None:
     with pytest.raises(RowError) as caught:
         read_row({"image": "a.png", "text": "x"}, 0, form="captions")
-    assert str(caught.value) == "it lacks caption or conversations; it has 'image', 'text'" + MEND
+    assert (
+        str(caught.value)
+        == "it lacks conversations, messages, question and answer, or caption; it has 'image', 'text'" + MEND
+    )
 
 
 def test_a_row_s_missing_columns_are_named_as_the_recipe_names_them() -> None:

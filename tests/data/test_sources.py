@@ -263,9 +263,9 @@ def test_parquet_with_its_images_names(images: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "settings", "lacking"),
     [
-        (["id", "frage"], {}, "question and no column answer"),
+        (["id", "frage"], {}, "conversations, messages, or question and answer"),
         (["id", "question"], {}, "answer"),
-        (["id", "question", "answer"], {"form": "captions"}, "caption"),
+        (["id", "text"], {"form": "captions"}, "conversations, messages, question and answer, or caption"),
         (["id", "question"], {"columns": Columns(answer="antwort")}, "antwort"),
     ],
 )
@@ -277,8 +277,7 @@ def test_parquet_without_the_columns_lists_what_it_has(
     with pytest.raises(UserError) as caught:
         open_source(file, **settings)
     assert str(caught.value) == (
-        f"{file}: no column {lacking}, nor messages or conversations; it has {', '.join(columns)}; name them with "
-        "data.columns"
+        f"{file}: it lacks {lacking}; it has {', '.join(columns)}; name its columns with data.columns"
     )
 
 
