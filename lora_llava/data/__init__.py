@@ -11,15 +11,28 @@ if TYPE_CHECKING:
     from lora_llava.data.templates import TEMPLATES, Template, chat_template, get_template
 
 __all__ = [
-    "IGNORE_INDEX", "TEMPLATES", "Conversation", "EncodingError", "OverlongError", "PaddedCollator", "Pixels",
-    "Template", "Turn", "chat_template", "encode_conversation", "encode_prompt", "get_template",
-]  # fmt: skip
+    "IGNORE_INDEX",
+    "TEMPLATES",
+    "Conversation",
+    "EncodingError",
+    "OverlongError",
+    "PaddedCollator",
+    "Pixels",
+    "Template",
+    "Turn",
+    "chat_template",
+    "encode_conversation",
+    "encode_prompt",
+    "get_template",
+]
 
 _HOMES = {
-    "collator": ("PaddedCollator",), "conversation": ("Conversation", "EncodingError", "Turn"),
-    "encode": ("IGNORE_INDEX", "OverlongError", "encode_conversation", "encode_prompt"), "images.reading": ("Pixels",),
+    "collator": ("PaddedCollator",),
+    "conversation": ("Conversation", "EncodingError", "Turn"),
+    "encode": ("IGNORE_INDEX", "OverlongError", "encode_conversation", "encode_prompt"),
+    "images.reading": ("Pixels",),
     "templates": ("TEMPLATES", "Template", "chat_template", "get_template"),
-}  # fmt: skip
+}
 
 
 def __getattr__(name: str) -> Any:

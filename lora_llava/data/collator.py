@@ -73,8 +73,11 @@ class PackedCollator:
             "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
             "labels": torch.tensor([[label for row in rows for label in row["labels"]]]),
             "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows]).unsqueeze(0),
-            "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest,
-        }  # fmt: skip
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
         return batch | _images_of(rows, self.load_pixels)
 
 

@@ -18,10 +18,18 @@ Message = Mapping[str, Any]
 `{"from", "value"}`."""
 
 _ROLES = {
-    "human": "user", "user": "user", "prompter": "user",
-    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "model": "assistant", "bot": "assistant", "system": "system",
-}  # fmt: skip
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+}
 """LLaVA's, transformers' and ShareGPT's names of who speaks."""
 _AT_LINE_START = re.compile(rf"(?m)^[ \t]*(?:{IMAGE_PLACEHOLDER}[ \t]*)+")
 """Placeholders with nothing before them on their line: where an image is put, and where nobody mentions the word."""

@@ -42,8 +42,12 @@ _VERSION = 3
 """Raise it when the same rows would be read or encoded otherwise."""
 _BATCH = 512
 _ARRAYS: dict[str, type] = {
-    "ids": np.int32, "trained": np.bool_, "starts": np.int64, "pictures": np.int32, "supervised": np.int32,
-}  # fmt: skip
+    "ids": np.int32,
+    "trained": np.bool_,
+    "starts": np.int64,
+    "pictures": np.int32,
+    "supervised": np.int32,
+}
 _TEXTS = ("row_ids", "images", "problems", "notes", "names")
 
 
@@ -128,11 +132,12 @@ class _Writer:
         images = row.images if isinstance(row, Conversation) else ()
         self.columns["pictures"].append(len(images))
         texts = {
-            "row_ids": row.row_id, "images": "\0".join(images),
+            "row_ids": row.row_id,
+            "images": "\0".join(images),
             "problems": f"{problem.kind}\t{problem}" if problem else "",
             "notes": "\0".join(row.notes) if isinstance(row, Conversation) else "",
             "names": row.name or f"row {row.row_id:.80}",
-        }  # fmt: skip
+        }
         for name, text in texts.items():
             self.texts[name] += text.encode("utf-8", "surrogatepass")
             self.text_starts[name].append(len(self.texts[name]))
@@ -147,9 +152,13 @@ class _Writer:
 
 
 def encode_table(
-    source: Source, *, tokenizer: PreTrainedTokenizerBase, template: str | Template, cache: Path | None = None,
+    source: Source,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | Template,
+    cache: Path | None = None,
     progress: Callable[[Iterable[Read]], Iterable[Read]] = lambda rows: rows,
-) -> EncodedTable:  # fmt: skip
+) -> EncodedTable:
     """Encode a source, once: the table is kept by content and settings.
 
     Args:
@@ -224,7 +233,7 @@ def _batches(rows: Iterable[Read], size: int) -> Iterator[list[Read]]:
 
 def _encode_batch(
     batch: Sequence[Read], tokenizer: PreTrainedTokenizerBase, template: Template, writer: _Writer
-) -> None:  # fmt: skip
+) -> None:
     specials = special_tokens(tokenizer)
     spans: list[list[Span] | EncodingError] = [_spans(row, template, specials) for row in batch]
     good = [found for found in spans if not isinstance(found, EncodingError)]
@@ -289,9 +298,14 @@ class EncodedRows(Sequence[dict[str, Any]]):
     """
 
     def __init__(
-        self, tables: Sequence[EncodedTable], places: np.ndarray, *, image_id: int, num_image_tokens: int,
+        self,
+        tables: Sequence[EncodedTable],
+        places: np.ndarray,
+        *,
+        image_id: int,
+        num_image_tokens: int,
         max_length: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.tables, self.places = tables, places.reshape(-1, 2)
         self.image_id, self.num_image_tokens, self.max_length = image_id, num_image_tokens, max_length
         self.lengths = np.zeros(len(self.places), dtype=np.int64)
@@ -344,9 +358,12 @@ class EncodedRows(Sequence[dict[str, Any]]):
         """Only these rows."""
         places = self.places[np.asarray(indices, dtype=np.int64)]
         return EncodedRows(
-            self.tables, places, image_id=self.image_id, num_image_tokens=self.num_image_tokens,
+            self.tables,
+            places,
+            image_id=self.image_id,
+            num_image_tokens=self.num_image_tokens,
             max_length=self.max_length,
-        )  # fmt: skip
+        )
 
 
 def answer_starts(table: EncodedTable, rows: np.ndarray, image_id: int, num_image_tokens: int) -> np.ndarray:

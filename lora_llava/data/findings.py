@@ -101,10 +101,14 @@ class CheckedSource:
 
 
 def check_sources(
-    sources: Sequence[CheckedSource], policies: Mapping[str, Policy], *, image_id: int,
-    num_image_tokens: int, leaks_are_errors: bool = True,
+    sources: Sequence[CheckedSource],
+    policies: Mapping[str, Policy],
+    *,
+    image_id: int,
+    num_image_tokens: int,
+    leaks_are_errors: bool = True,
     with_images: Container[str] = (),
-) -> CheckReport:  # fmt: skip
+) -> CheckReport:
     """Find everything.
 
     Args:
@@ -217,9 +221,7 @@ def _mended(source: CheckedSource) -> Iterator[Finding]:
             yield source.finding(kind, int(row), message)
 
 
-def _overlong(
-    source: CheckedSource, policy: Policy, shape: tuple[int, int]
-) -> tuple[list[Finding], list[Finding]]:  # fmt: skip
+def _overlong(source: CheckedSource, policy: Policy, shape: tuple[int, int]) -> tuple[list[Finding], list[Finding]]:
     """Rows over the limit: what the recipe's word makes of each."""
     image_id, num_image_tokens = shape
     lengths = source.table.lengths(num_image_tokens)[source.rows]
@@ -322,9 +324,11 @@ def leaks(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
             if found is not None:
                 other, number = found
                 yield source.finding(
-                    LEAK, row, f"it asks what {other.split} {other.table.row_name(number)} asks, of the same "
-                    "images; take it out of one of them"
-                )  # fmt: skip
+                    LEAK,
+                    row,
+                    f"it asks what {other.split} {other.table.row_name(number)} asks, of the same "
+                    "images; take it out of one of them",
+                )
 
 
 def _shared_images(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
@@ -368,4 +372,4 @@ def _figures(sources: Sequence[CheckedSource], policy: Policy, num_image_tokens:
             {"from": place * width, "to": (place + 1) * width, "rows": places.get(place, 0)}
             for place in range(longest // width + 1)
         ],
-    }  # fmt: skip
+    }

@@ -102,7 +102,7 @@ def understand_folder(folder: Path, file: Path | None = None, follow_links: bool
     form, columns = detected.choice, detected.columns
     embedded = file.suffix.lower() == ".parquet" and any(
         parquet_columns(each).get(name) for each in files for name in (columns.image, "images")
-    )  # fmt: skip
+    )
     rows, names, linked = _count(files, form, columns, embedded)
     images = list(_images(folder, follow_links))
     root = _image_folder(folder, file, images, names, follow_links) if names and not embedded else None
@@ -171,9 +171,7 @@ def _shape(file: Path, rows: list[Any]) -> Detected:
     )
 
 
-def _count(
-    files: Iterable[Path], form: Format, columns: Columns, embedded: bool
-) -> tuple[int, dict[str, None], int]:  # fmt: skip
+def _count(files: Iterable[Path], form: Format, columns: Columns, embedded: bool) -> tuple[int, dict[str, None], int]:
     """Rows, the images they name, and how many sets of images there are that no row links; the check says what is
     wrong with rows."""
     count = 0

@@ -22,7 +22,7 @@ side."""
 
 def row_keys(
     table: EncodedTable, images: ImageSource, source: int, digests: Mapping[str, str] | None = None
-) -> list[list[Hashable]]:  # fmt: skip
+) -> list[list[Hashable]]:
     """What of each row must not be on both sides of a split: its images, or, without any, its questions.
 
     Args:
@@ -76,7 +76,7 @@ def _same_files(images: FolderImages, names: Iterable[str]) -> dict[str, Hashabl
 
 def hold_back(
     keys: Sequence[Sequence[Hashable]], counts: Sequence[int], seed: int, names: Sequence[str]
-) -> list[list[int]]:  # fmt: skip
+) -> list[list[int]]:
     """Draw rows that are not trained on; rows that share an image, or images in turn, stay together.
 
     Args:
@@ -184,9 +184,7 @@ def epoch_counts(shares: Sequence[Share], available: Sequence[int], total: int |
     return [counts.get(i, count) for i, count in enumerate(fixed)]
 
 
-def mixture(
-    members: Sequence[Sequence[int]], counts: Sequence[int], seed: int
-) -> Callable[[int], list[int]]:  # fmt: skip
+def mixture(members: Sequence[Sequence[int]], counts: Sequence[int], seed: int) -> Callable[[int], list[int]]:
     """Which samples each epoch has.
 
     Every source is an endless row of shuffled passes; an epoch takes the next of it. So over the epochs no sample of a

@@ -102,9 +102,12 @@ def load_scienceqa(
         problems = read_problems(folder / "problems.json", folder / "pid_splits.json", split)
         root = Path(image_folder) if image_folder else folder / "images"
         images: ImageSource = FolderImages(
-            root, max_image_pixels, background=background, follow_links=follow_links,
+            root,
+            max_image_pixels,
+            background=background,
+            follow_links=follow_links,
             match_names=False,  # every file is called image.png
-        )  # fmt: skip
+        )
         names = {
             pid: f"{problem.get('split') or split}/{pid}/{problem['image']}"
             for pid, problem in problems.items()
@@ -193,11 +196,16 @@ def question_of(pid: str, problem: Mapping[str, Any]) -> dict[str, Any]:
     if not fits:
         raise UserError(f"row {pid}: answer is {answer!r}; it should index its {len(choices)} choices (2 to 5)")
     return {
-        "answer": answer, "num_choices": len(choices), "subject": str(problem.get("subject", "")),
-        "grade": str(problem.get("grade", "")), "has_image": bool(problem.get("image")),
-        "has_hint": bool(problem.get("hint")), "question": problem["question"], "choices": list(choices),
+        "answer": answer,
+        "num_choices": len(choices),
+        "subject": str(problem.get("subject", "")),
+        "grade": str(problem.get("grade", "")),
+        "has_image": bool(problem.get("image")),
+        "has_hint": bool(problem.get("hint")),
+        "question": problem["question"],
+        "choices": list(choices),
         "hint": problem.get("hint") or "",
-    }  # fmt: skip
+    }
 
 
 def _parquet_files(folder: Path, split: str) -> list[str]:

@@ -76,7 +76,7 @@ class Policy:
 
 def select_rows(
     tables: Sequence[EncodedTable], places: np.ndarray, policy: Policy, *, image_id: int, num_image_tokens: int
-) -> tuple[EncodedRows, Report]:  # fmt: skip
+) -> tuple[EncodedRows, Report]:
     """Take the rows that can be used from those that a split consists of, as far as their text tells.
 
     Args:
@@ -205,10 +205,17 @@ def account(rows: EncodedRows, report: Report) -> None:
 
 
 def build_rows(
-    conversations: Sequence[Conversation], *, tokenizer: PreTrainedTokenizerBase, template: str | Template,
-    num_image_tokens: int, max_length: int, on_overlong: OnOverlong = "error", images: ImageSource | None = None,
-    on_bad_image: OnBad = "error", progress: Callable[[Iterable[Read]], Iterable[Read]] = lambda rows: rows,
-) -> tuple[EncodedRows, Report]:  # fmt: skip
+    conversations: Sequence[Conversation],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | Template,
+    num_image_tokens: int,
+    max_length: int,
+    on_overlong: OnOverlong = "error",
+    images: ImageSource | None = None,
+    on_bad_image: OnBad = "error",
+    progress: Callable[[Iterable[Read]], Iterable[Read]] = lambda rows: rows,
+) -> tuple[EncodedRows, Report]:
     """Encode conversations that are at hand, and account for every one of them.
 
     Args:

@@ -122,12 +122,22 @@ def list_source(name: str, rows: Sequence[Conversation], images: ImageSource) ->
 
 
 def open_source(
-    path: str | Path, *, name: str | None = None, form: Format = "conversations", file: str | None = None,
-    revision: str | None = None, split: str = "train", image_folder: str | Path | None = None,
-    columns: Columns | None = None, position: ImagePosition = "first", seed: int = 0,
-    max_image_pixels: int = 50_000_000, where: str = "data.path", background: Background = "white",
+    path: str | Path,
+    *,
+    name: str | None = None,
+    form: Format = "conversations",
+    file: str | None = None,
+    revision: str | None = None,
+    split: str = "train",
+    image_folder: str | Path | None = None,
+    columns: Columns | None = None,
+    position: ImagePosition = "first",
+    seed: int = 0,
+    max_image_pixels: int = 50_000_000,
+    where: str = "data.path",
+    background: Background = "white",
     follow_links: bool = False,
-) -> Source:  # fmt: skip
+) -> Source:
     """Open a file of rows, a folder that holds one, or a data set on the Hub.
 
     Args:
@@ -175,9 +185,12 @@ def open_source(
     digest = digests[0] if len(digests) == 1 else _hash(digests)
     images = _images_of(image_folder, max_image_pixels, embedded, columns, found[0].parent, digest, where, look)
     return Source(
-        name or set_stem(found[0]), images, _hash([digest, found[0].suffix.lower(), settings]),
-        lambda: _read(_file_rows(found), form, columns, position, seed, isinstance(images, TableImages)), found,
-    )  # fmt: skip
+        name or set_stem(found[0]),
+        images,
+        _hash([digest, found[0].suffix.lower(), settings]),
+        lambda: _read(_file_rows(found), form, columns, position, seed, isinstance(images, TableImages)),
+        found,
+    )
 
 
 def _embedded_images(files: Sequence[Path], form: Format, columns: Columns, where: str) -> Any:
@@ -218,7 +231,7 @@ def _hash(content: Any) -> str:
 
 def _read(
     rows: Iterable[tuple[str, Any]], form: Format, columns: Columns, position: ImagePosition, seed: int, embedded: bool
-) -> Iterator[Read]:  # fmt: skip
+) -> Iterator[Read]:
     for number, (place, row) in enumerate(rows):
         own = _own_id(row, columns)
         row_id = str(number) if own is None else own
@@ -241,9 +254,15 @@ def _own_id(row: Any, columns: Columns) -> str | None:
 
 
 def _images_of(
-    folder: str | Path | None, max_pixels: int, table: Any, columns: Columns, beside: Path, fingerprint: str,
-    where: str, look: _Look,
-) -> ImageSource:  # fmt: skip
+    folder: str | Path | None,
+    max_pixels: int,
+    table: Any,
+    columns: Columns,
+    beside: Path,
+    fingerprint: str,
+    where: str,
+    look: _Look,
+) -> ImageSource:
     """Images in a folder, unless they are in the table itself."""
     if folder is None and table is not None:
         column = next((name for name in (columns.image, "images") if name in table.column_names), None)

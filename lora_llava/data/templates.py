@@ -63,25 +63,44 @@ class Template:
 
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Template(
-        name="vicuna_v1", system=_SYSTEM_V1, system_format="{} ", user_format="USER: {} ASSISTANT:", stop="</s>",
+        name="vicuna_v1",
+        system=_SYSTEM_V1,
+        system_format="{} ",
+        user_format="USER: {} ASSISTANT:",
+        stop="</s>",
         after_image=" ",
     ),
     "vicuna_v0": Template(
         # One "###" both stops an answer and opens the next turn; LLaVA closes the text with "### ".
-        name="vicuna_v0", system=_SYSTEM_V0, system_format="{}\n\n", opening="###",
-        user_format=" Human: {}\n### Assistant:", stop="\n###", closing=" ", stop_string="###",
+        name="vicuna_v0",
+        system=_SYSTEM_V0,
+        system_format="{}\n\n",
+        opening="###",
+        user_format=" Human: {}\n### Assistant:",
+        stop="\n###",
+        closing=" ",
+        stop_string="###",
         after_image=" ",
     ),
     "plain": Template(
         # The space that opens the answer is what follows the image.
-        name="plain", system="", system_format="", user_format=None, stop="\n", stop_string="\n",
+        name="plain",
+        system="",
+        system_format="",
+        user_format=None,
+        stop="\n",
+        stop_string="\n",
     ),
     "llama_2": Template(
-        name="llama_2", system=_SYSTEM_LLAMA_2, system_format="<<SYS>>\n{}\n<</SYS>>\n\n",
-        user_format="[INST] {} [/INST]", system_in_user=True, stop=" </s>",
+        name="llama_2",
+        system=_SYSTEM_LLAMA_2,
+        system_format="<<SYS>>\n{}\n<</SYS>>\n\n",
+        user_format="[INST] {} [/INST]",
+        system_in_user=True,
+        stop=" </s>",
         after_image=" ",
     ),
-}  # fmt: skip
+}
 
 
 def get_template(template: str | Template, system: str | None = None) -> Template:

@@ -32,8 +32,28 @@ from lora_llava.recipe.schema import (
 )
 
 __all__ = [
-    "ColumnsSection", "ContextsSection", "DataSection", "EvaluationSection", "FlavoursSection", "GatesSection",
-    "GenerateRecipe", "LoraSection", "ModelSection", "Recipe", "RecipeError", "SourceSection", "StartFrom",
-    "TeacherSection", "TrainingSection", "copy_recipes", "dump_recipe", "find_recipe", "json_schema",
-    "load_generate_recipe", "load_recipe", "recipe_hash", "shipped_generate_recipes", "shipped_recipes",
-]  # fmt: skip
+    "ColumnsSection",
+    "ContextsSection",
+    "DataSection",
+    "EvaluationSection",
+    "FlavoursSection",
+    "GatesSection",
+    "GenerateRecipe",
+    "LoraSection",
+    "ModelSection",
+    "Recipe",
+    "RecipeError",
+    "SourceSection",
+    "StartFrom",
+    "TeacherSection",
+    "TrainingSection",
+    "copy_recipes",
+    "dump_recipe",
+    "find_recipe",
+    "json_schema",
+    "load_generate_recipe",
+    "load_recipe",
+    "recipe_hash",
+    "shipped_generate_recipes",
+    "shipped_recipes",
+]

@@ -226,9 +226,13 @@ class DataSection(Section):
             return self.sources
         assert self.path is not None  # the validator below
         source = SourceSection(
-            format=self.format, path=self.path, file=self.file, revision=self.revision, split=self.splits.train,
+            format=self.format,
+            path=self.path,
+            file=self.file,
+            revision=self.revision,
+            split=self.splits.train,
             columns=self.columns,
-        )  # fmt: skip
+        )
         # Validation would make plain text of paths, which know where they were looked for.
         return (source.model_copy(update={"path": self.path, "image_folder": self.image_folder}),)
 
@@ -383,9 +387,11 @@ class Recipe(Section):
             raise ValueError(
                 "evaluation needs rows that are not trained on: set data.test_rows or data.validation_rows"
             )
-        validated = data.validation_rows or data.validation_source or (
-            data.format == "scienceqa" and data.splits.validation is not None
-        )  # fmt: skip
+        validated = (
+            data.validation_rows
+            or data.validation_source
+            or (data.format == "scienceqa" and data.splits.validation is not None)
+        )
         if self.evaluation is not None and self.evaluation.parser != "llava" and data.format != "scienceqa":
             raise ValueError(
                 f"evaluation.parser is {self.evaluation.parser}, which reads ScienceQA's letters, but data.format is "

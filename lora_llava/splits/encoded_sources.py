@@ -77,10 +77,13 @@ def open_sources(recipe: Recipe, names: Sequence[str] | None = None) -> dict[str
     else:
         held = {"validation": data.validation_source, "test": data.test_source}
         wanted |= {name: (source,) for name, source in held.items() if source is not None}
-    return _named_apart({
-        name: [_open(recipe, source, _field(recipe, name, i)) for i, source in enumerate(sources)]
-        for name, sources in wanted.items() if names is None or name in names
-    })  # fmt: skip
+    return _named_apart(
+        {
+            name: [_open(recipe, source, _field(recipe, name, i)) for i, source in enumerate(sources)]
+            for name, sources in wanted.items()
+            if names is None or name in names
+        }
+    )
 
 
 def _field(recipe: Recipe, split: str, place: int) -> str:
@@ -107,26 +110,43 @@ def _open(recipe: Recipe, section: SourceSection, where: str) -> Source:
     if section.format == "scienceqa":
         path: str | Path = build_demo_scienceqa(cache_folder()) if section.path == "demo" else section.path
         found = load_scienceqa(
-            path, section.split, order=data.prompt_order, image_position=data.image_position, seed=recipe.seed,
-            image_folder=section.image_folder, max_image_pixels=data.max_image_pixels, revision=section.revision,
-            background=data.background, follow_links=data.follow_links,
-        )  # fmt: skip
+            path,
+            section.split,
+            order=data.prompt_order,
+            image_position=data.image_position,
+            seed=recipe.seed,
+            image_folder=section.image_folder,
+            max_image_pixels=data.max_image_pixels,
+            revision=section.revision,
+            background=data.background,
+            follow_links=data.follow_links,
+        )
         name = section.name or f"{Path(section.path).name} {section.split}"
         return list_source(name, found.conversations, found.images)
     path = section.path
     if path == "demo" and section.format == "captions":
         path = build_demo_captions(cache_folder())
     return open_source(
-        path, name=section.name, form=section.format, file=section.file, revision=section.revision,
-        split=section.split, image_folder=section.image_folder, columns=Columns(**section.columns.model_dump()),
-        position=data.image_position, seed=recipe.seed, max_image_pixels=data.max_image_pixels, where=where,
-        background=data.background, follow_links=data.follow_links,
-    )  # fmt: skip
+        path,
+        name=section.name,
+        form=section.format,
+        file=section.file,
+        revision=section.revision,
+        split=section.split,
+        image_folder=section.image_folder,
+        columns=Columns(**section.columns.model_dump()),
+        position=data.image_position,
+        seed=recipe.seed,
+        max_image_pixels=data.max_image_pixels,
+        where=where,
+        background=data.background,
+        follow_links=data.follow_links,
+    )
 
 
 def encode_splits(
     recipe: Recipe, tokenizer: Any, progress: Progress = no_progress, sources: dict[str, list[Source]] | None = None
-) -> dict[str, OpenSplit]:  # fmt: skip
+) -> dict[str, OpenSplit]:
     """Encode a recipe's sources and tell which rows belong to which split.
 
     Args:
@@ -174,9 +194,10 @@ def _held_back(recipe: Recipe, splits: dict[str, OpenSplit]) -> dict[str, OpenSp
     counts = {name: count for name, count in (("validation", data.validation_rows), ("test", data.test_rows)) if count}
     if counts:
         keys = [
-            key for number, (source, table) in enumerate(zip(train.sources, train.tables, strict=True))
+            key
+            for number, (source, table) in enumerate(zip(train.sources, train.tables, strict=True))
             for key in row_keys(table, source.images, number, _digests(source, table))
-        ]  # fmt: skip
+        ]
         fields = [f"data.{name}_rows" for name in counts]
         left, *parts = hold_back(keys, list(counts.values()), recipe.seed, fields)
         for name, part in zip(counts, parts, strict=True):
@@ -205,9 +226,10 @@ def _is_weighted(recipe: Recipe) -> bool:
 
 
 def inspect_split(
-    sources: Sequence[Source], names: Sequence[str],
+    sources: Sequence[Source],
+    names: Sequence[str],
     progress: Callable[[Iterable[ImageFacts]], Iterable[ImageFacts]] = lambda found: found,
-) -> dict[str, ImageFacts]:  # fmt: skip
+) -> dict[str, ImageFacts]:
     """Look at images, source by source, so that what is known of a source's is known in every mixture.
 
     Args:

@@ -22,7 +22,7 @@ _LOOKED_AT = 10_000
 
 def checked_sources(
     splits: Mapping[str, OpenSplit], images: Mapping[int, Mapping[str, ImageFacts]]
-) -> list[CheckedSource]:  # fmt: skip
+) -> list[CheckedSource]:
     """Each source's part in each split.
 
     Args:
@@ -30,11 +30,12 @@ def checked_sources(
         images: What is known of a source's images, by the `id` of the source.
     """
     return [
-        CheckedSource(name, source.name, table, split.places[split.places[:, 0] == place, 1],
-                      images.get(id(source), {}))
+        CheckedSource(
+            name, source.name, table, split.places[split.places[:, 0] == place, 1], images.get(id(source), {})
+        )
         for name, split in splits.items()
         for place, (source, table) in enumerate(zip(split.sources, split.tables, strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def sources_with_images(recipe: Recipe, splits: Mapping[str, OpenSplit]) -> set[str]:
@@ -46,8 +47,10 @@ def sources_with_images(recipe: Recipe, splits: Mapping[str, OpenSplit]) -> set[
     """
     data = recipe.data
     sections: dict[str, tuple[SourceSection | None, ...]] = {
-        "train": data.train_sources(), "validation": (data.validation_source,), "test": (data.test_source,),
-    }  # fmt: skip
+        "train": data.train_sources(),
+        "validation": (data.validation_source,),
+        "test": (data.test_source,),
+    }
     used = {
         str(source.images.root)
         for split in splits.values()

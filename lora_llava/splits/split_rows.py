@@ -116,9 +116,15 @@ def run_policy(recipe: Recipe, split: str) -> Policy:
 
 
 def build_split(
-    recipe: Recipe, name: str, split: OpenSplit, processor: Any, config: LlavaConfig, progress: Progress = no_progress,
-    *, trusted: bool = False,
-) -> Split:  # fmt: skip
+    recipe: Recipe,
+    name: str,
+    split: OpenSplit,
+    processor: Any,
+    config: LlavaConfig,
+    progress: Progress = no_progress,
+    *,
+    trusted: bool = False,
+) -> Split:
     """Pick the rows that a split uses, its images opened.
 
     Args:
@@ -209,7 +215,7 @@ def asked_split(splits: Container[str]) -> str | None:
 
 def read_held_out(
     recipe: Recipe, processor: Any, config: LlavaConfig, progress: Progress = no_progress, *, trusted: bool = False
-) -> tuple[str, Split]:  # fmt: skip
+) -> tuple[str, Split]:
     """Read the rows that the tables ask, and nothing that is not needed for it.
 
     Args:

@@ -65,10 +65,13 @@ def test_turns_that_are_no_list_are_refused_row_by_row(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = list(open_source(tmp_path / "a.jsonl").read())
     assert [(each.name, each.kind) for each in found if isinstance(each, RowError)] == [
-        ("row r0 (a.jsonl, line 1)", "malformed row"), ("row r1 (a.jsonl, line 2)", "malformed row"),
-        ("row r2 (a.jsonl, line 3)", "malformed row"), ("row r3 (a.jsonl, line 4)", "malformed row"),
-        ("row r4 (a.jsonl, line 5)", "one-sided conversation"), ("row r5 (a.jsonl, line 6)", "empty conversation"),
-    ]  # fmt: skip
+        ("row r0 (a.jsonl, line 1)", "malformed row"),
+        ("row r1 (a.jsonl, line 2)", "malformed row"),
+        ("row r2 (a.jsonl, line 3)", "malformed row"),
+        ("row r3 (a.jsonl, line 4)", "malformed row"),
+        ("row r4 (a.jsonl, line 5)", "one-sided conversation"),
+        ("row r5 (a.jsonl, line 6)", "empty conversation"),
+    ]
 
 
 def test_an_empty_cell_of_turns_leaves_the_table_s_question() -> None:

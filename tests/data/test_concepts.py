@@ -133,8 +133,11 @@ def test_the_twenty_most_frequent_phrases_are_told() -> None:
 
 @given(
     captions=st.lists(st.lists(st.sampled_from("abcdef"), max_size=4).map(",".join), max_size=40),
-    minimum=st.integers(1, 5), maximum=st.integers(1, 8), seed=st.integers(0, 9), batch_size=st.integers(1, 50),
-)  # fmt: skip
+    minimum=st.integers(1, 5),
+    maximum=st.integers(1, 8),
+    seed=st.integers(0, 9),
+    batch_size=st.integers(1, 50),
+)
 def test_laws(captions: list[str], minimum: int, maximum: int, seed: int, batch_size: int) -> None:
     options = {"minimum": minimum, "maximum": maximum, "seed": seed}
     ids, report = kept_of(captions, **options)
@@ -170,9 +173,13 @@ def test_rows_are_read_once_and_written_after_that() -> None:
             yield row
 
     filter_captions(
-        Pipe(), lambda row: told.append("written"), noun_phrases=split, caption_of=lambda row: row["caption"],
-        batch_size=2, progress=progress,
-    )  # fmt: skip
+        Pipe(),
+        lambda row: told.append("written"),
+        noun_phrases=split,
+        caption_of=lambda row: row["caption"],
+        batch_size=2,
+        progress=progress,
+    )
     assert told == ["opened", *["read"] * 3, "ended", *["written"] * 3]
 
 

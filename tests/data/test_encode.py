@@ -55,18 +55,25 @@ def encode(tokenizer: Any, messages: Sequence[Any], template: str | Template, **
 TWO_TURNS = said("<image>\nWhat is it?", "A dog.", "Are {you} sure?", "Yes,\n it  is.")
 SPELLED = {
     "vicuna_v1": [
-        (f"{V1} USER: <image> \nWhat is it? ASSISTANT:", False), (" A dog.</s>", True),
-        ("USER: Are {you} sure? ASSISTANT:", False), (" Yes,\n it  is.</s>", True),
+        (f"{V1} USER: <image> \nWhat is it? ASSISTANT:", False),
+        (" A dog.</s>", True),
+        ("USER: Are {you} sure? ASSISTANT:", False),
+        (" Yes,\n it  is.</s>", True),
     ],
     "vicuna_v0": [
-        (f"{V0}\n\n### Human: <image> \nWhat is it?\n### Assistant:", False), (" A dog.\n###", True),
-        (" Human: Are {you} sure?\n### Assistant:", False), (" Yes,\n it  is.\n###", True), (" ", False),
+        (f"{V0}\n\n### Human: <image> \nWhat is it?\n### Assistant:", False),
+        (" A dog.\n###", True),
+        (" Human: Are {you} sure?\n### Assistant:", False),
+        (" Yes,\n it  is.\n###", True),
+        (" ", False),
     ],
     "llama_2": [
-        (f"[INST] <<SYS>>\n{LLAMA_2}\n<</SYS>>\n\n<image> \nWhat is it? [/INST]", False), (" A dog. </s>", True),
-        ("[INST] Are {you} sure? [/INST]", False), (" Yes,\n it  is. </s>", True),
+        (f"[INST] <<SYS>>\n{LLAMA_2}\n<</SYS>>\n\n<image> \nWhat is it? [/INST]", False),
+        (" A dog. </s>", True),
+        ("[INST] Are {you} sure? [/INST]", False),
+        (" Yes,\n it  is. </s>", True),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("template", SPELLED)
@@ -90,8 +97,10 @@ def test_a_first_message_by_system_replaces_the_system_text(letters: LlamaTokeni
 
 
 WITHOUT_SYSTEM = {
-    "vicuna_v1": "USER: Hi ASSISTANT:", "vicuna_v0": "### Human: Hi\n### Assistant:", "llama_2": "[INST] Hi [/INST]",
-}  # fmt: skip
+    "vicuna_v1": "USER: Hi ASSISTANT:",
+    "vicuna_v0": "### Human: Hi\n### Assistant:",
+    "llama_2": "[INST] Hi [/INST]",
+}
 
 
 @pytest.mark.parametrize("template", WITHOUT_SYSTEM)
@@ -106,10 +115,13 @@ def test_an_empty_system_text_leaves_no_trace(letters: LlamaTokenizer, spell: Sp
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
-        (["image", "What?"], "<image>\nWhat?"), (["What?", "image"], "What?\n<image>"),
-        (["Left:", "image", "image", " right"], "Left:\n<image>\n<image>\n right"), (["a", "b"], "ab"), ([], ""),
+        (["image", "What?"], "<image>\nWhat?"),
+        (["What?", "image"], "What?\n<image>"),
+        (["Left:", "image", "image", " right"], "Left:\n<image>\n<image>\n right"),
+        (["a", "b"], "ab"),
+        ([], ""),
     ],
-)  # fmt: skip
+)
 def test_parts_are_the_same_as_a_string(letters: LlamaTokenizer, parts: list[str], text: str) -> None:
     content = [{"type": "image"} if part == "image" else {"type": "text", "text": part} for part in parts]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yo"}]
@@ -174,18 +186,27 @@ def written(tokenizer: LlamaTokenizer, ids: list[int]) -> str:
         (said("Hi", "Yo", "Hi", " \n"), "vicuna_v1", "turn 3: the answer is empty"),
         (said("Hi", "Yo")[1:], "vicuna_v1", "turn 0 is the assistant's; the user's was due"),
         (said("Hi")[:1] * 2 + said("Hi", "Yo")[1:], "vicuna_v1", "turn 1 is the user's; the assistant's was due"),
-        ([*said("Hi"), {"role": "system", "content": "x"}, *said("Hi", "Yo")[1:]], "vicuna_v1",
-         "turn 1 is the system's; the assistant's was due"),
+        (
+            [*said("Hi"), {"role": "system", "content": "x"}, *said("Hi", "Yo")[1:]],
+            "vicuna_v1",
+            "turn 1 is the system's; the assistant's was due",
+        ),
         (said("<image>", "a", "b", "c"), "plain", "template plain takes one image and one caption"),
         (said("Hi", "a"), "plain", "template plain takes one image and one caption"),
-        ([{"role": "tool", "content": "x"}], "plain",
-         "message 0: role is 'tool'; use one of human, user, prompter, gpt, assistant, chatgpt, bing, bard, model, "
-         "bot, system"),
+        (
+            [{"role": "tool", "content": "x"}],
+            "plain",
+            "message 0: role is 'tool'; use one of human, user, prompter, gpt, assistant, chatgpt, bing, bard, model, "
+            "bot, system",
+        ),
         ([{"role": "user", "content": None}], "plain", "message 0: content is None; give a string or a list of parts"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "plain",
-         "message 0: a part has type 'video'; use \"text\" or \"image\""),
+        (
+            [{"role": "user", "content": [{"type": "video"}]}],
+            "plain",
+            'message 0: a part has type \'video\'; use "text" or "image"',
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_trained_is_refused(
     letters: LlamaTokenizer, messages: list[Any], template: str, message: str
 ) -> None:
@@ -226,9 +247,7 @@ def test_a_stop_of_another_model_is_refused(letters: LlamaTokenizer) -> None:
 
 
 def test_a_token_over_the_border_of_an_answer_is_refused(letters: LlamaTokenizer) -> None:
-    merging = Template(
-        name="merging", system="", system_format="", user_format="{}#", answer_prefix="", stop="</s>"
-    )  # fmt: skip
+    merging = Template(name="merging", system="", system_format="", user_format="{}#", answer_prefix="", stop="</s>")
     message = "one token covers the border between prompt and answer in 'Hi##Yo</s>'; part them"
     with pytest.raises(EncodingError, match=f"^{re.escape(message)}$"):
         encode(letters, said("Hi", "#Yo"), merging)

@@ -23,9 +23,10 @@ from lora_llava.data.files.reading import data_file, estimate_rows, file_hash, i
 ROWS: list[Any] = [{"id": "1", "text": "é"}, {"id": "2", "text": 'a "b", {c} [d]'}, {"id": 3, "deep": [{"x": [1, {}]}]}]
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
-)  # fmt: skip
+)
 OBJECTS = st.lists(st.dictionaries(st.text(max_size=4), VALUES, max_size=3), max_size=4)
 CHUNKS = st.integers(1, 9)
 
@@ -93,19 +94,25 @@ CUT_NUMBER = ", line 1: not JSON: Expecting ',' delimiter, after 0 whole rows an
     ("text", "message"),
     [
         ("[", ", line 1: not JSON: Expecting value, after 0 whole rows and the file ends there: it is cut off"),
-        ('[\n{"a": 1},\n{"b": 2}\n',
-         ", line 4: not JSON: Expecting ',' delimiter, after 2 whole rows and the file ends there: it is cut off"),
-        ('[\n{"a": 1},\n{"b":\n "no en',
-         ", line 4: not JSON: Unterminated string starting at, after 1 whole rows and the file ends there: "
-         "it is cut off"),
+        (
+            '[\n{"a": 1},\n{"b": 2}\n',
+            ", line 4: not JSON: Expecting ',' delimiter, after 2 whole rows and the file ends there: it is cut off",
+        ),
+        (
+            '[\n{"a": 1},\n{"b":\n "no en',
+            ", line 4: not JSON: Unterminated string starting at, after 1 whole rows and the file ends there: "
+            "it is cut off",
+        ),
         ('[{"a": -1.', CUT_NUMBER),
         ('[{"a": -1.5e', CUT_NUMBER),
         ('[{"a": -1E+', CUT_NUMBER),
         ('[{"a": -1e-', CUT_NUMBER),
-        ('[{"a": 1},',
-         ", line 1: not JSON: Expecting value, after 1 whole rows and the file ends there: it is cut off"),
+        (
+            '[{"a": 1},',
+            ", line 1: not JSON: Expecting value, after 1 whole rows and the file ends there: it is cut off",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 def test_where_a_list_is_cut_off_is_named(tmp_path: Path, text: str, message: str, chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -121,10 +128,12 @@ MORE = "".join(f',\n{{"c": {number}}}' for number in range(50))
     [
         ('[\n{"a": 1},\n{"b" 2}' + MORE + "\n]", ", line 3: not JSON: Expecting ':' delimiter, after 1 whole rows"),
         ('[\n{"a": 1}\n{"b": 2}' + MORE + "\n]", ", line 3: not JSON: Expecting ',' delimiter, after 1 whole rows"),
-        ("[\n{'a': 1}" + MORE + "\n]",
-         ", line 2: not JSON: Expecting property name enclosed in double quotes, after 0 whole rows"),
+        (
+            "[\n{'a': 1}" + MORE + "\n]",
+            ", line 2: not JSON: Expecting property name enclosed in double quotes, after 0 whole rows",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_slip_in_the_middle_is_not_the_file_s_end(tmp_path: Path, text: str, message: str) -> None:
     fails(write(tmp_path, "rows.json", text), message)
 
@@ -274,8 +283,11 @@ def test_parquet_gives_a_stored_image_s_path_and_not_its_bytes(tmp_path: Path) -
         {"id": 3, "image": None, "images": None, "conversations": None},
     ]
     assert parquet_columns(tmp_path / "a.parquet") == {
-        "id": False, "image": True, "images": True, "conversations": True,
-    }  # fmt: skip
+        "id": False,
+        "image": True,
+        "images": True,
+        "conversations": True,
+    }
 
 
 def test_parquet_gives_its_rows_in_order(tmp_path: Path) -> None:

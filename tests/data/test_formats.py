@@ -54,9 +54,14 @@ ONE = [
     {"messages": chat([part("image_url", image_url="a.png"), WHAT], "A dog.")},
     {"messages": chat([part("image_url", image_url={"url": "a.png", "detail": "low"}), WHAT], "A dog.")},
     {"image": "a.png", "question": "<image> What?", "answer": "A dog."},
-    {"images": ["a.png"], "conversations": [
-        {"role": None, "from": "user", "value": "<image>\nWhat?"}, {"role": "assistant", "content": "A dog."}]},
-]  # fmt: skip
+    {
+        "images": ["a.png"],
+        "conversations": [
+            {"role": None, "from": "user", "value": "<image>\nWhat?"},
+            {"role": "assistant", "content": "A dog."},
+        ],
+    },
+]
 
 
 @pytest.mark.parametrize("row", ONE)
@@ -178,8 +183,10 @@ def test_several_images_stay_where_they_stand(position: Any) -> None:
     row = {"images": ["a.png", "b.png"], "conversations": llava("<image> or <image>?", "Yes.", "Or?", "No.")}
     found = read_row(row, 0, position=position)
     assert ([turn.text for turn in found.turns], found.images, found.notes) == (
-        ["<image> or <image>?", "Yes.", "Or?", "No."], ("a.png", "b.png"), (),
-    )  # fmt: skip
+        ["<image> or <image>?", "Yes.", "Or?", "No."],
+        ("a.png", "b.png"),
+        (),
+    )
     row = {"images": ["a.png", "b.png"], "messages": chat("What?", "A dog.")}
     turns = (Turn("user", "<image>\n<image>\nWhat?"), Turn("assistant", "A dog."))
     wanted = Conversation("0", turns, ("a.png", "b.png"), notes=(PLACEHOLDER_ADDED,))
@@ -335,26 +342,48 @@ def test_a_image_s_name_is_one(images: Any) -> None:
 
 
 ODD = st.recursive(
-    st.none() | st.booleans() | st.integers(0, 9) | st.binary(max_size=2)
+    st.none()
+    | st.booleans()
+    | st.integers(0, 9)
+    | st.binary(max_size=2)
     | st.sampled_from(["", "x", "a.png", "<image>"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["type", "text", "image", "path", "bytes", "url", "role"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["type", "text", "image", "path", "bytes", "url", "role"]), inner, max_size=3)
+    ),
     max_leaves=5,
-)  # fmt: skip
+)
 PART = st.fixed_dictionaries(
     {"type": st.sampled_from(["text", "image", "image_url"])},
     optional={"text": st.just("x") | ODD, "image": ODD, "path": ODD, "url": ODD, "image_url": ODD},
 )
 CONTENT = st.sampled_from(["x", "<image>\nx", ""]) | st.lists(PART, max_size=3) | ODD
-MESSAGE = st.fixed_dictionaries(
-    {}, optional={"role": st.sampled_from(["user", "assistant", "system"]), "from": st.sampled_from(["human", "gpt"]),
-                  "content": CONTENT, "value": CONTENT},
-) | ODD  # fmt: skip
+MESSAGE = (
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "role": st.sampled_from(["user", "assistant", "system"]),
+            "from": st.sampled_from(["human", "gpt"]),
+            "content": CONTENT,
+            "value": CONTENT,
+        },
+    )
+    | ODD
+)
 ROW = st.fixed_dictionaries(
-    {}, optional={"conversations": st.lists(MESSAGE, max_size=4) | ODD, "messages": st.lists(MESSAGE, max_size=4) | ODD,
-                  "image": ODD, "images": ODD, "question": ODD, "answer": ODD, "caption": ODD, "system": ODD,
-                  "id": ODD},
-)  # fmt: skip
+    {},
+    optional={
+        "conversations": st.lists(MESSAGE, max_size=4) | ODD,
+        "messages": st.lists(MESSAGE, max_size=4) | ODD,
+        "image": ODD,
+        "images": ODD,
+        "question": ODD,
+        "answer": ODD,
+        "caption": ODD,
+        "system": ODD,
+        "id": ODD,
+    },
+)
 
 
 @given(row=ROW, form=st.sampled_from(["conversations", "captions"]))

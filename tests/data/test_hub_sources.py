@@ -93,9 +93,10 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     yield environment | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
         "TABLE": str(tmp_path / "table.parquet"),
-    }  # fmt: skip
+    }
     server.shutdown()
     server.server_close()
 
@@ -142,8 +143,10 @@ def test_a_table_with_images_is_read(hub: dict[str, str]) -> None:
     Hub.files = {"train-00000-of-00001.parquet": Path(hub["TABLE"]).read_bytes()}
     found = json.loads(opened(hub, REPO))
     assert found == [
-        *([str(n), f"<image>\nWhat is {n}?", [str(n)]] for n in range(3)), ["3", "And now?", []], [1, 2, 3],
-    ]  # fmt: skip
+        *([str(n), f"<image>\nWhat is {n}?", [str(n)]] for n in range(3)),
+        ["3", "And now?", []],
+        [1, 2, 3],
+    ]
     told = opened(hub, "me/gone")
     assert told.startswith("data.path: me/gone, split 'train', cannot be read: ")
     assert "\n" not in told

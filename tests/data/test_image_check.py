@@ -40,10 +40,17 @@ def turned(orientation: int) -> bytes:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("a.png", "PNG"), ("a.PNG", "PNG"), ("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP"), ("a.bmp", "BMP"),
-        ("a.tif", "TIFF"), ("sub.png/a", "PNG"), ("a.image", "JPEG"),
+        ("a.png", "PNG"),
+        ("a.PNG", "PNG"),
+        ("a.jpg", "JPEG"),
+        ("a.JPEG", "JPEG"),
+        ("a.webp", "WEBP"),
+        ("a.bmp", "BMP"),
+        ("a.tif", "TIFF"),
+        ("sub.png/a", "PNG"),
+        ("a.image", "JPEG"),
     ],
-)  # fmt: skip
+)
 def test_nothing_is_odd_about_a_clean_image(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     digest = save(tmp_path, name, kind)
@@ -84,10 +91,15 @@ MANY: dict[str, Any] = {"save_all": True, "append_images": [drawn().rotate(180),
         ("a.png", "PNG", drawn(), {"exif": turned(3)}, [(LYING,)]),
         ("a.png", "PNG", drawn(size=(7, 9)), {}, [(("tiny image", "image {} has 7 x 9 pixels"),)]),
         ("a.png", "PNG", drawn(size=(9, 7)), {}, [(("tiny image", "image {} has 9 x 7 pixels"),)]),
-        ("a.jpg", "PNG", drawn("LA", (1, 1)), {"exif": turned(TURNED)},
-         [(MISLEADING, "PNG"), (MODE, "LA"), (LYING,), (("tiny image", "image {} has 1 x 1 pixels"),)]),
+        (
+            "a.jpg",
+            "PNG",
+            drawn("LA", (1, 1)),
+            {"exif": turned(TURNED)},
+            [(MISLEADING, "PNG"), (MODE, "LA"), (LYING,), (("tiny image", "image {} has 1 x 1 pixels"),)],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_odd_about_a_image(
     tmp_path: Path, name: str, kind: str, image: Image.Image, settings: dict[str, Any], odd: list[Any]
 ) -> None:
@@ -107,14 +119,20 @@ def test_a_camera_s_jpeg_with_a_thumbnail_is_not_mislabelled(tmp_path: Path) -> 
     [
         ("gone.png", "missing image", "image gone.png is missing"),
         ("sub", "corrupt image", "image sub cannot be read: Is a directory"),
-        ("http://host/a.png", "outside the folder",
-         "image http://host/a.png is a URL; only files under {root} are opened"),
-        ("data:image/png;base64,AAAA", "outside the folder",
-         "image data:image/png;base64,AAAA is a URL; only files under {root} are opened"),
+        (
+            "http://host/a.png",
+            "outside the folder",
+            "image http://host/a.png is a URL; only files under {root} are opened",
+        ),
+        (
+            "data:image/png;base64,AAAA",
+            "outside the folder",
+            "image data:image/png;base64,AAAA is a URL; only files under {root} are opened",
+        ),
         ("../a.png", "outside the folder", "image ../a.png lies outside {root}"),
         ("a\0b.png", "missing image", "image 'a\\x00b.png' cannot be a file: embedded null byte"),
     ],
-)  # fmt: skip
+)
 def test_what_has_no_file_cannot_be_used(opened: Path, name: str, kind: str, message: str) -> None:
     (opened / "sub").mkdir()
     found = inspect_image(FolderImages(opened, 16), name)

@@ -65,10 +65,12 @@ def test_a_file_s_own_name_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "name"),
     [
-        (["01.jpg", "01.png"], "01"), (["a/01.png", "b/01.png"], "01.png"), (["a/01.png", "b/01.png"], "c\\01.png"),
+        (["01.jpg", "01.png"], "01"),
+        (["a/01.png", "b/01.png"], "01.png"),
+        (["a/01.png", "b/01.png"], "c\\01.png"),
         (["IMG.png", "img.PNG"], "Img.png"),
     ],
-)  # fmt: skip
+)
 def test_a_name_that_several_files_match_is_refused(tmp_path: Path, files: list[str], name: str) -> None:
     images = draw(tmp_path, *files)
     told = f"image {name} may be {files[0]} or {files[1]}; write the one that is meant"
@@ -81,9 +83,11 @@ def test_two_names_of_one_file_are_told_where_their_folders_differ(tmp_path: Pat
     images = draw(tmp_path, "a/01.png", "02.png")
     found = inspect_images(images, ["a/01.png", "b/01.png", "02.png", "images\\02.png"])
     assert {name: image.problem for name, image in found.items()} == {
-        "a/01.png": None, "02.png": None, "images\\02.png": None,
+        "a/01.png": None,
+        "02.png": None,
+        "images\\02.png": None,
         "b/01.png": "image b/01.png may be a/01.png, but so may a/01.png; write the file that each means",
-    }  # fmt: skip
+    }
 
 
 def test_a_name_that_no_file_has_is_missing(tmp_path: Path) -> None:
@@ -124,5 +128,9 @@ def test_images_are_named_for_a_person(tmp_path: Path) -> None:
     table = TableImages([{"image": {"bytes": b"", "path": "cat.png"}}, {"image": b""}], 9)
     joined = JoinedImages([images, table])
     assert [joined.label(name) for name in ("0|01.png", "0|01", "0|no.png", "1|0", "1|1")] == [
-        "01.png", "01.png", "no.png", "cat.png of row 0", "of row 1",
-    ]  # fmt: skip
+        "01.png",
+        "01.png",
+        "no.png",
+        "cat.png of row 0",
+        "of row 1",
+    ]

@@ -134,10 +134,13 @@ def test_a_palette_with_transparency_keeps_its_colours(opened: Path) -> None:
 @pytest.mark.parametrize(
     ("mode", "colour", "expected"),
     [
-        ("RGBA", (9, 8, 7, 0), (9, 8, 7)), ("LA", (7, 0), (7, 7, 7)), ("L", 7, (7, 7, 7)), ("1", 1, (255, 255, 255)),
+        ("RGBA", (9, 8, 7, 0), (9, 8, 7)),
+        ("LA", (7, 0), (7, 7, 7)),
+        ("L", 7, (7, 7, 7)),
+        ("1", 1, (255, 255, 255)),
         ("P", 0, (0, 0, 0)),
     ],
-)  # fmt: skip
+)
 def test_other_modes_become_rgb(mode: str, colour: int | tuple[int, ...], expected: tuple[int, ...]) -> None:
     file = io.BytesIO()
     Image.new(mode, (1, 1), colour).save(file, "PNG")
@@ -147,11 +150,19 @@ def test_other_modes_become_rgb(mode: str, colour: int | tuple[int, ...], expect
 COCO_NAMES = [
     f"{folder}{prefix}000000442786.jpg"
     for folder, prefix in [
-        ("", ""), ("", "COCO_train2014_"), ("", "COCO_val2014_"), ("train2017/", ""), ("val2017/", ""),
-        ("train2014/", "COCO_train2014_"), ("val2014/", "COCO_val2014_"), ("train2014/", ""),
-        ("coco/train2017/", ""), ("coco/val2014/", "COCO_val2014_"), ("coco/", ""),
+        ("", ""),
+        ("", "COCO_train2014_"),
+        ("", "COCO_val2014_"),
+        ("train2017/", ""),
+        ("val2017/", ""),
+        ("train2014/", "COCO_train2014_"),
+        ("val2014/", "COCO_val2014_"),
+        ("train2014/", ""),
+        ("coco/train2017/", ""),
+        ("coco/val2014/", "COCO_val2014_"),
+        ("coco/", ""),
     ]
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kept", COCO_NAMES)

@@ -94,13 +94,19 @@ def test_rows_with_images_of_their_own_are_held_back_in_number() -> None:
     ("keys", "counts", "message"),
     [
         ([[0], [1], [2]], [3, 0], "data.validation_rows is 3, of 3 rows, which have 3 images or sets of them"),
-        ([[0], [1], [2]], [2, 1],
-         "data.validation_rows is 2, data.test_rows is 1, of 3 rows, which have 3 images or sets of them"),
+        (
+            [[0], [1], [2]],
+            [2, 1],
+            "data.validation_rows is 2, data.test_rows is 1, of 3 rows, which have 3 images or sets of them",
+        ),
         ([[0], [0, 1], [1]], [0, 1], "data.test_rows is 1, of 3 rows, which have 1 images or sets of them"),
-        ([[0], [1]], [9, 9],
-         "data.validation_rows is 9, data.test_rows is 9, of 2 rows, which have 2 images or sets of them"),
+        (
+            [[0], [1]],
+            [9, 9],
+            "data.validation_rows is 9, data.test_rows is 9, of 2 rows, which have 2 images or sets of them",
+        ),
     ],
-)  # fmt: skip
+)
 def test_something_is_left_to_train_on(keys: list[list[int]], counts: list[int], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}; leave some to train on$"):
         hold_back(keys, counts, 0, NAMES)
@@ -133,9 +139,13 @@ def test_images_in_tables_are_told_apart_by_source(letters: LlamaTokenizer) -> N
 
 
 COCO = [
-    "000000442786.jpg", "COCO_train2014_000000442786.jpg", "COCO_val2014_000000442786.jpg",
-    "train2017/000000442786.jpg", "coco/val2017/000000442786.jpg", "coco/train2014/COCO_train2014_000000442786.jpg",
-]  # fmt: skip
+    "000000442786.jpg",
+    "COCO_train2014_000000442786.jpg",
+    "COCO_val2014_000000442786.jpg",
+    "train2017/000000442786.jpg",
+    "coco/val2017/000000442786.jpg",
+    "coco/train2014/COCO_train2014_000000442786.jpg",
+]
 
 
 def test_coco_s_images_are_the_same_in_every_release_and_source(letters: LlamaTokenizer, tmp_path: Path) -> None:
@@ -158,9 +168,10 @@ def test_rows_that_could_not_be_read_are_not_one_image(letters: LlamaTokenizer, 
 
 
 @given(
-    available=st.lists(st.integers(1, 50), min_size=1, max_size=5), total=st.none() | st.integers(300, 400),
+    available=st.lists(st.integers(1, 50), min_size=1, max_size=5),
+    total=st.none() | st.integers(300, 400),
     data=st.data(),
-)  # fmt: skip
+)
 def test_an_epoch_has_of_every_source_what_was_asked(
     available: list[int], total: int | None, data: st.DataObject
 ) -> None:
@@ -211,8 +222,9 @@ def test_something_is_left_for_sources_with_a_weight(total: int) -> None:
 
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 25)), min_size=1, max_size=4),
-    epochs=st.integers(1, 6), seed=st.integers(0, 9),
-)  # fmt: skip
+    epochs=st.integers(1, 6),
+    seed=st.integers(0, 9),
+)
 def test_over_the_epochs_every_sample_comes_as_often_as_any_other(
     sizes: list[tuple[int, int]], epochs: int, seed: int
 ) -> None:

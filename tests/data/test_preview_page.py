@@ -30,9 +30,25 @@ from lora_llava.pages.preview_terminal import print_samples
 
 IMAGE_TOKEN_ID = 32000
 HOSTILE = (
-    "<script>alert(1)</script>", "[/INST]", "[bold red]", "</article>", "</span>", "\"'&lt;&#0;", "\x00\x1b[31m\x9b",
-    "\ud800", "\u202e\u2066", "▁שלום", "", "▁ ▁", "a\nb\r\n", "<0x0A>", "\ufeff\ufe0f\u3164", "é́", "-->", "]]>",
-)  # fmt: skip
+    "<script>alert(1)</script>",
+    "[/INST]",
+    "[bold red]",
+    "</article>",
+    "</span>",
+    "\"'&lt;&#0;",
+    "\x00\x1b[31m\x9b",
+    "\ud800",
+    "\u202e\u2066",
+    "▁שלום",
+    "",
+    "▁ ▁",
+    "a\nb\r\n",
+    "<0x0A>",
+    "\ufeff\ufe0f\u3164",
+    "é́",
+    "-->",
+    "]]>",
+)
 TEXT = st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(exclude_categories=()), max_size=8))
 
 
@@ -109,9 +125,15 @@ def preview_of(*samples: PreviewSample, capacity: int = 0) -> Preview:
 
 
 CAT = sample_of(
-    (1, "<s>", False), (IMAGE_TOKEN_ID, "<image>", False), (13, "<0x0A>", False), (263, "▁a", True),
-    (6635, "▁cat", True), (2, "</s>", True), row_id="cat", images=(Image.new("RGB", (336, 336), "red"),),
-)  # fmt: skip
+    (1, "<s>", False),
+    (IMAGE_TOKEN_ID, "<image>", False),
+    (13, "<0x0A>", False),
+    (263, "▁a", True),
+    (6635, "▁cat", True),
+    (2, "</s>", True),
+    row_id="cat",
+    images=(Image.new("RGB", (336, 336), "red"),),
+)
 PACKED = Preview(
     "Packed",
     (),
@@ -143,8 +165,9 @@ def test_no_text_changes_what_comes_back(pieces: list[tuple[int, str, bool]], na
     ]
     assert page.row(1) == Page(render_page(preview_of(CAT))).row(0)
     assert [(a["data-row-id"], a["data-source"]) for a in page.articles] == [
-        (escape_hidden(name), escape_hidden(source)), ("cat", "chat")
-    ]  # fmt: skip
+        (escape_hidden(name), escape_hidden(source)),
+        ("cat", "chat"),
+    ]
     assert [box["title"].partition(": ")[2] for box, _ in page.boxes[0]] == [
         escape_hidden(text) for _, text, _ in pieces
     ]
@@ -219,17 +242,19 @@ def test_the_bar_of_a_row_holds_its_samples_and_what_is_unused() -> None:
     page = Page(render_page(PACKED))
     cells = [
         (tag, named.get("href"), named["style"], "aria-current" in named)
-        for tag, named in page.tags if named.get("style", "").startswith("flex-grow")
-    ]  # fmt: skip
+        for tag, named in page.tags
+        if named.get("style", "").startswith("flex-grow")
+    ]
     first = [("a", "#1", "flex-grow:30", True), ("a", "#3", "flex-grow:60", False)]
     rest = [("b", None, "flex-grow:7", False), ("b", None, "flex-grow:3", False)]
     second = [("a", "#2", "flex-grow:9", True), ("b", None, "flex-grow:3", False)]
     third = [(tag, href, style, not here) for tag, href, style, here in first]
     assert cells == [*first, *rest, *second, *third, *rest]
     assert [text for text in page.texts["p"] if text.startswith("row")] == [
-        "row 1: 3 samples, 97 of 100 tokens, 97%", "row 2: 1 sample, 9 tokens, 3 padding",
         "row 1: 3 samples, 97 of 100 tokens, 97%",
-    ]  # fmt: skip
+        "row 2: 1 sample, 9 tokens, 3 padding",
+        "row 1: 3 samples, 97 of 100 tokens, 97%",
+    ]
 
 
 def test_how_full_a_row_is() -> None:
@@ -237,8 +262,13 @@ def test_how_full_a_row_is() -> None:
     assert row.unused == 109
     assert describe_row(Preview("", (), (), (row,)), 0) == "row 1: 5 samples, 3,987 of 4,096 tokens, 97%"
     assert [share(*pair) for pair in ((0, 0), (0, 9), (1, 1000), (1, 4), (999, 1000), (7, 7))] == [
-        "0%", "0%", "under 1%", "25%", "over 99%", "100%"
-    ]  # fmt: skip
+        "0%",
+        "0%",
+        "under 1%",
+        "25%",
+        "over 99%",
+        "100%",
+    ]
 
 
 def test_a_row_that_is_not_there_is_an_error() -> None:
@@ -273,9 +303,19 @@ def printed(preview: Preview, **options: object) -> str:
 
 def test_the_terminal_without_colour() -> None:
     assert [line.rstrip() for line in printed(preview_of(CAT, capacity=1000)).splitlines()] == [
-        "Samples", "recipe: a.yaml", "", "1 of 1  chat  cat", "581 tokens, 3 trained (under 1%), 1", "image, row 1",
-        "<s><image × 576>⏎", "⟦ a cat</s>⟧", "", "row 1: 1 sample, 581 of 1,000 tokens,", "58%", "█" * 23 + "·" * 17,
-    ]  # fmt: skip
+        "Samples",
+        "recipe: a.yaml",
+        "",
+        "1 of 1  chat  cat",
+        "581 tokens, 3 trained (under 1%), 1",
+        "image, row 1",
+        "<s><image × 576>⏎",
+        "⟦ a cat</s>⟧",
+        "",
+        "row 1: 1 sample, 581 of 1,000 tokens,",
+        "58%",
+        "█" * 23 + "·" * 17,
+    ]
 
 
 def test_the_terminal_in_colour() -> None:

@@ -60,11 +60,16 @@ def test_a_text_is_decoded_as_its_bytes_say(
 @pytest.mark.parametrize(
     ("text", "codec"),
     [
-        ("Какой цвет?", "cp1251"), ("Какой цвет?", "koi8-r"), ("什么颜色？", "gbk"), ("これは何ですか。", "shift-jis"),
-        ("これは何", "euc-jp"), ("Łódź, żółw", "cp1250"), ("grün und größer", "mac_roman"),
+        ("Какой цвет?", "cp1251"),
+        ("Какой цвет?", "koi8-r"),
+        ("什么颜色？", "gbk"),
+        ("これは何ですか。", "shift-jis"),
+        ("これは何", "euc-jp"),
+        ("Łódź, żółw", "cp1250"),
+        ("grün und größer", "mac_roman"),
         ("\x00\x01é\x00", "latin-1"),
     ],
-)  # fmt: skip
+)
 def test_bytes_that_are_not_western_are_not_guessed(tmp_path: Path, text: str, codec: str) -> None:
     file = tmp_path / "a.csv"
     file.write_bytes(b"question,answer\n" + text.encode(codec) + b",yes\n")
@@ -112,8 +117,10 @@ def test_a_row_without_an_id_is_named_by_its_place_and_one_with_an_id_by_both(tm
     file.write_text('id,question,answer\na,"Is it\nso?",Yes\n,Why?,No\nb,,No\n')
     rows = list(open_source(file).read())
     assert [(row.row_id, row.name) for row in rows] == [
-        ("a", "row a (q.csv, line 2)"), ("1", "q.csv, line 4"), ("b", "row b (q.csv, line 5)"),
-    ]  # fmt: skip
+        ("a", "row a (q.csv, line 2)"),
+        ("1", "q.csv, line 4"),
+        ("b", "row b (q.csv, line 5)"),
+    ]
 
 
 def test_empty_rows_of_a_spreadsheet_are_left_out_and_counted(tmp_path: Path) -> None:

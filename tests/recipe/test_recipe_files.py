@@ -88,11 +88,14 @@ def test_a_recipe_that_is_not_there_names_the_nearest(tmp_path: Path, monkeypatc
         ("", ": a recipe is a mapping of keys; this is NoneType"),
         ("- a\n", ": a recipe is a mapping of keys; this is list"),
         ("stage\n", ": a recipe is a mapping of keys; this is str"),
-        ("a: !!python/object:os.system x\n", ", line 1: not YAML: could not determine a constructor for the tag "
-         "'tag:yaml.org,2002:python/object:os.system'"),
+        (
+            "a: !!python/object:os.system x\n",
+            ", line 1: not YAML: could not determine a constructor for the tag "
+            "'tag:yaml.org,2002:python/object:os.system'",
+        ),
         ("a: 1\n b: 2\n", ", line 2: not YAML: mapping values are not allowed here"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(text)

@@ -45,26 +45,32 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "claim.png": (
         lambda file: file.write_bytes(png(60_000, 60_000)),
         "is over max_image_pixels 50000000: Image size (3600000000 pixels) exceeds limit of 178956970 pixels, could be "
-        "decompression bomb DOS attack.", "oversized image",
+        "decompression bomb DOS attack.",
+        "oversized image",
     ),
     "absurd.tif": (
         lambda file: file.write_bytes(tiff(2**31 - 1, 2**31 - 1)),
         "is over max_image_pixels 50000000: Image size (4611686014132420609 pixels) exceeds limit of 178956970 pixels, "
-        "could be decompression bomb DOS attack.", "oversized image",
+        "could be decompression bomb DOS attack.",
+        "oversized image",
     ),
     "sparse.png": (
-        _sparse, "is a file of 4,294,967,296 bytes, more than max_image_pixels 50000000 can take", "oversized image",
+        _sparse,
+        "is a file of 4,294,967,296 bytes, more than max_image_pixels 50000000 can take",
+        "oversized image",
     ),
     "cut.jpg": (_cut_jpeg, "cannot be read: image file is truncated", "corrupt image"),
     "script.svg": (lambda file: file.write_text(SVG), NO_IMAGE, "corrupt image"),
     "page.png": (lambda file: file.write_text("<html><script>alert(1)</script>"), NO_IMAGE, "corrupt image"),
     "print.png": (
-        lambda file: file.write_bytes(EPS), "is EPS, which is not read; save it as PNG or JPEG", "corrupt image",
+        lambda file: file.write_bytes(EPS),
+        "is EPS, which is not read; save it as PNG or JPEG",
+        "corrupt image",
     ),
     "pipe.png": (lambda file: os.mkfifo(file), "is no file but a pipe, socket or device", "corrupt image"),
     "folder.png": (lambda file: file.mkdir(), "cannot be read: Is a directory", "corrupt image"),
     "loop.png": (lambda file: file.symlink_to(file.name), "cannot be a file: ", "missing image"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -96,8 +96,9 @@ def test_a_few_aliases_are_taken(text: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     assert run_verb("check", recipe).err.splitlines()[-2:] == [
-        f"error: {recipe}: a is not a key of a recipe", f"error: {recipe}: b is not a key of a recipe",
-    ]  # fmt: skip
+        f"error: {recipe}: a is not a key of a recipe",
+        f"error: {recipe}: b is not a key of a recipe",
+    ]
 
 
 def test_a_generate_recipe_is_held_to_the_same(tmp_path: Path) -> None:

@@ -30,14 +30,15 @@ HOSTILE = {
     "twice.jsonl": (f"{GOOD}\n{TWICE}\n", ", line 2: the key 'image' stands there twice in one object; keep one"),
     "latin.json": (b'[{"id": "\xff"}]', ": not UTF-8: invalid start byte at byte 9; save it as UTF-8"),
     "object.json": (
-        '{"rows": [1]}', ": it should hold a list of rows; it holds dict; give the list under rows by itself",
+        '{"rows": [1]}',
+        ": it should hold a list of rows; it holds dict; give the list under rows by itself",
     ),
     "pickle.parquet": (
         b"\x80\x04cos\nsystem\n(S'touch x'\ntR.",
         ": not a Parquet file: Parquet magic bytes not found in footer. Either the file is corrupted or this is not a "
         "parquet file.",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -62,8 +63,13 @@ BAD_ROWS = [
     '{"id": "o", "conversations": {"from": "human"}}',
     '{"id": "m", "image": {"path": "/etc/passwd"}, "question": "Q?", "answer": "A."}',
     '{"id": "l", "image": [["0.png"]], "question": "Q?", "answer": "A."}',
-    "NaN", "1e999", "null", '"text"', "[]", "{}",
-]  # fmt: skip
+    "NaN",
+    "1e999",
+    "null",
+    '"text"',
+    "[]",
+    "{}",
+]
 
 
 def test_hostile_rows_are_dropped_and_counted(write_rows: WriteRows, tmp_path: Path) -> None:

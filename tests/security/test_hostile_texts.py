@@ -82,11 +82,14 @@ def hostile_run(parts: Path, scienceqa: Path, tmp_path_factory: pytest.TempPathF
     (folder / "data" / "problems.json").write_text(json.dumps(problems))
     model = {"llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "start_from": {"untrained": True}}
     content: dict[str, Any] = {
-        "stage": 2, "output_dir": str(folder / "run"), "model": model, "lora": {"r": 4, "alpha": 8},
+        "stage": 2,
+        "output_dir": str(folder / "run"),
+        "model": model,
+        "lora": {"r": 4, "alpha": 8},
         "data": {"format": "scienceqa", "path": str(folder / "data"), "max_length": 400, "system_prompt": ""},
         "training": {"batch_size": 4, "learning_rate": 5e-3, "max_steps": 2, "log_every": 1},
         "evaluation": {"max_new_tokens": 4},
-    }  # fmt: skip
+    }
     found = run_verb("finetune", write_recipe(folder / "recipe.yaml", content), environment=SECRETS)
     assert found.code == 0, found.err
     return folder / "run", found.out + found.err
@@ -125,9 +128,7 @@ def test_a_recipe_with_a_secret_is_refused_and_the_secret_not_told(
     field: str, value: str, what: str, stage2_content: dict[str, Any], tmp_path: Path
 ) -> None:
     section, key = field.split(".")
-    recipe = write_recipe(
-        tmp_path / "recipe.yaml", stage2_content | {section: stage2_content[section] | {key: value}}
-    )  # fmt: skip
+    recipe = write_recipe(tmp_path / "recipe.yaml", stage2_content | {section: stage2_content[section] | {key: value}})
     plain = write_recipe(tmp_path / "plain.yaml", stage2_content)
     told = f"{field} holds {what}; take it out, a run keeps a copy of its recipe\n"
     for verb, where in (([recipe], recipe), ([plain, f"{field}={value}"], plain)):

@@ -24,8 +24,10 @@ def both(content: dict[str, Any], data: dict[str, Any]) -> tuple[list[tuple[str,
     content["evaluation"] = None
     content["data"] = {"format": "conversations", "max_length": 300, "system_prompt": "", **data}
     report = check(check_recipe(content, "test"), console=quiet())
-    errors = [(finding.kind, f"{finding.name and f'{finding.split} {finding.name}: '}{finding.message}")
-              for finding in report.errors]  # fmt: skip
+    errors = [
+        (finding.kind, f"{finding.name and f'{finding.split} {finding.name}: '}{finding.message}")
+        for finding in report.errors
+    ]
     try:
         plan_run(check_recipe(content, "test"))
     except UserError as error:
@@ -42,9 +44,13 @@ def table(folder: Path, column: str, names: list[str]) -> str:
 
 @pytest.mark.parametrize(
     ("column", "names"),
-    [("image_path", ["0.png", "1.png"]), ("foto", ["0.png", ""]), ("image_path", ["0", "1"]),
-     ("img", ['"[""0.png"", ""1.png""]"', "2.png"])],
-)  # fmt: skip
+    [
+        ("image_path", ["0.png", "1.png"]),
+        ("foto", ["0.png", ""]),
+        ("image_path", ["0", "1"]),
+        ("img", ['"[""0.png"", ""1.png""]"', "2.png"]),
+    ],
+)
 @pytest.mark.parametrize("folder", [True, False])
 def test_images_that_nobody_named_are_an_error_with_the_column(
     stage2_content: dict[str, Any], tmp_path: Path, column: str, names: list[str], folder: bool
@@ -92,9 +98,12 @@ def test_some_rows_without_an_image_are_counted(
     rows += [asked(3) | {"image_path": "3.png"}, asked(4)]
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "max_length": 300, "system_prompt": "", "image_folder": str(images),
+        "format": "conversations",
+        "max_length": 300,
+        "system_prompt": "",
+        "image_folder": str(images),
         "path": written(tmp_path / "rows.json", rows),
-    }  # fmt: skip
+    }
     (tmp_path / "recipe.yaml").write_text(json.dumps(stage2_content))
     assert main(None, ["check", str(tmp_path / "recipe.yaml"), "--json", str(tmp_path / "report.json")]) == 0
     assert "train: 5 rows, 3 with images, 2 without;" in capsys.readouterr().out

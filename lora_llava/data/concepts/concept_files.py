@@ -33,9 +33,16 @@ def caption_of(row: Mapping[str, Any], column: str = "caption") -> str:
 
 
 def filter_caption_file(
-    source: Path, target: Path, *, noun_phrases: NounPhrases, column: str = "caption", minimum: int = 3,
-    maximum: int = 100, seed: int = 0, progress: Callable[[Iterable[Any]], Iterable[Any]] = lambda rows: rows,
-) -> ConceptReport:  # fmt: skip
+    source: Path,
+    target: Path,
+    *,
+    noun_phrases: NounPhrases,
+    column: str = "caption",
+    minimum: int = 3,
+    maximum: int = 100,
+    seed: int = 0,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = lambda rows: rows,
+) -> ConceptReport:
     """Filter a file of captions.
 
     Args:
@@ -65,10 +72,15 @@ def filter_caption_file(
         with temporary.open("w", encoding="utf-8") as stream:
             writer = _Writer(stream, as_list=target.suffix.lower() == ".json")
             report = filter_captions(
-                iterate_rows(file), writer.write, noun_phrases=noun_phrases,
-                caption_of=lambda row: caption_of(row, column), minimum=minimum, maximum=maximum, seed=seed,
+                iterate_rows(file),
+                writer.write,
+                noun_phrases=noun_phrases,
+                caption_of=lambda row: caption_of(row, column),
+                minimum=minimum,
+                maximum=maximum,
+                seed=seed,
                 progress=progress,
-            )  # fmt: skip
+            )
             writer.close()
         temporary.replace(target)
     finally:

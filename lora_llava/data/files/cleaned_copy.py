@@ -26,9 +26,7 @@ def fixed_name(file: Path) -> Path:
     return file.with_name(f"{stem}.fixed-{file.name[len(shard.stem) :]}")
 
 
-def write_set_without(
-    files: Sequence[Path], dropped: Container[int]
-) -> Iterator[tuple[Path, Path, int, int]]:  # fmt: skip
+def write_set_without(files: Sequence[Path], dropped: Container[int]) -> Iterator[tuple[Path, Path, int, int]]:
     """Copy the files of one data set without some of its rows; see `write_without`.
 
     Args:

@@ -12,8 +12,10 @@ from lora_llava.core.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 SPLIT_WORDS = {
-    "train": ("train", "training"), "validation": ("val", "valid", "validation", "dev", "eval"), "test": ("test",),
-}  # fmt: skip
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev", "eval"),
+    "test": ("test",),
+}
 """What people call their splits in file names."""
 _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json")
 """What `datasets` writes beside the rows."""
@@ -58,9 +60,14 @@ def shard_of(name: str) -> Shard | None:
     if found is None or int(found["total"]) < 1:
         return None
     return Shard(
-        found["stem"], int(found["index"]), int(found["total"]), len(found["index"]),
-        f"{found['of']}{found['total']}", found["hash"] or "", path.suffix,
-    )  # fmt: skip
+        found["stem"],
+        int(found["index"]),
+        int(found["total"]),
+        len(found["index"]),
+        f"{found['of']}{found['total']}",
+        found["hash"] or "",
+        path.suffix,
+    )
 
 
 def set_stem(file: Path) -> str:
@@ -129,10 +136,13 @@ def whole_set(file: Path, where: str) -> tuple[Path, ...]:
 def row_files(folder: Path, deeper: bool = False) -> list[Path]:
     """A folder's files of rows, or those of its subfolders, in the order of their names."""
     return sorted(
-        file for file in folder.glob("*/*" if deeper else "*")
-        if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith(".")
+        file
+        for file in folder.glob("*/*" if deeper else "*")
+        if file.suffix.lower() in SUFFIXES
+        and file.is_file()
+        and not file.name.startswith(".")
         and file.name not in _NOT_ROWS
-    )  # fmt: skip
+    )
 
 
 def set_words(file: Path, folder: Path) -> set[str]:

@@ -23,9 +23,14 @@ from lora_llava.data.images.reading import BadImageError, FolderImages, ImageSou
 from lora_llava.data.images.to_rgb import CONVERSION_RULE, Background
 
 _SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png", ".apng"), "GIF": (".gif",), "WEBP": (".webp",),
-    "BMP": (".bmp", ".dib"), "TIFF": (".tif", ".tiff"), "MPO": (".jpg", ".jpeg", ".mpo"),
-}  # fmt: skip
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "MPO": (".jpg", ".jpeg", ".mpo"),
+}
 _ORIENTATION = 0x0112
 """The EXIF tag of the camera's orientation; 1 is upright (CIPA DC-008, section 4.6.4)."""
 _AT_ONCE = 64
@@ -51,9 +56,11 @@ class ImageFacts:
 
 
 def inspect_images(
-    images: ImageSource, names: Iterable[str], cache: Path | None = None,
+    images: ImageSource,
+    names: Iterable[str],
+    cache: Path | None = None,
     progress: Callable[[Iterable[ImageFacts]], Iterable[ImageFacts]] = lambda found: found,
-) -> dict[str, ImageFacts]:  # fmt: skip
+) -> dict[str, ImageFacts]:
     """Open images as training will.
 
     Args:
@@ -98,10 +105,11 @@ def _contradicting(images: ImageSource, found: Mapping[str, ImageFacts]) -> dict
         with contextlib.suppress(BadImageError):
             files[name] = str(images.find(name))  # type: ignore[attr-defined]
     return {
-        name: ImageFacts(f"image {name} may be {matched[name]}, but so may {other}; write the file that each means",
-                      "ambiguous name")
+        name: ImageFacts(
+            f"image {name} may be {matched[name]}, but so may {other}; write the file that each means", "ambiguous name"
+        )
         for name, other in contradictions(files, matched).items()
-    }  # fmt: skip
+    }
 
 
 def _mapped(pool: ThreadPoolExecutor, images: ImageSource, names: list[str]) -> Iterator[ImageFacts]:

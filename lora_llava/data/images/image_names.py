@@ -13,9 +13,29 @@ from urllib.parse import unquote
 MATCHED = "image matched by file name"
 """Kind of note."""
 SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif",
-     ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".ico", ".mpo")
-)  # fmt: skip
+    (
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".apng",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".jp2",
+        ".j2k",
+        ".tga",
+        ".ppm",
+        ".pgm",
+        ".ico",
+        ".mpo",
+    )
+)
 """What a name without suffix may be called in full."""
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image, UnidentifiedImageError
 
 from lora_llava.core.errors import RefusedError, UserError
-from lora_llava.core.patience import patiently
+from lora_llava.core.retry import patiently
 from lora_llava.data.images.image_names import NameIndex, coco_names
 from lora_llava.data.images.to_rgb import Background, Converted, to_rgb
 
@@ -75,9 +75,7 @@ class Pixels:
         return pixels
 
 
-def read_rgb(
-    file: Path | io.BytesIO, name: str, max_pixels: int, background: Background = "white"
-) -> Image.Image:  # fmt: skip
+def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int, background: Background = "white") -> Image.Image:
     """Decode an image to RGB; arguments and errors are those of `read_converted`."""
     return read_converted(file, name, max_pixels, background).image
 
@@ -136,9 +134,15 @@ class FolderImages:
     """
 
     def __init__(
-        self, root: Path, max_pixels: int, *, background: Background = "white", follow_links: bool = False,
-        match_names: bool = True, has_key: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        root: Path,
+        max_pixels: int,
+        *,
+        background: Background = "white",
+        follow_links: bool = False,
+        match_names: bool = True,
+        has_key: bool = True,
+    ) -> None:
         self.root = root.resolve()
         self.max_pixels = max_pixels
         self.background: Background = background
@@ -228,8 +232,9 @@ class FolderImages:
         if facts.st_size > _HEAD_BYTES + _PIXEL_BYTES * self.max_pixels:
             raise BadImageError(
                 f"image {name} is a file of {facts.st_size:,} bytes, more than max_image_pixels {self.max_pixels} "
-                "can take", "oversized image",
-            )  # fmt: skip
+                "can take",
+                "oversized image",
+            )
 
     def _missing(self, name: str) -> BadImageError:
         return BadImageError(f"image {name} is missing", "missing image")
@@ -277,9 +282,13 @@ class TableImages:
     """
 
     def __init__(
-        self, table: Any, max_pixels: int, column: str = "image", fingerprint: str = "",
+        self,
+        table: Any,
+        max_pixels: int,
+        column: str = "image",
+        fingerprint: str = "",
         background: Background = "white",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.background: Background = background
         self.fingerprint = fingerprint
         self.table = table
@@ -306,8 +315,9 @@ class TableImages:
         if content and content.get("path") and not content.get("bytes"):
             raise BadImageError(
                 f"image of row {name} is not in the table, only its path {content['path']}; set data.image_folder to "
-                "the root of the images", "missing image",
-            )  # fmt: skip
+                "the root of the images",
+                "missing image",
+            )
         if not content or not content.get("bytes"):
             raise BadImageError(f"image of row {name} is missing", "missing image")
         return bytes(content["bytes"])
@@ -342,7 +352,7 @@ class JoinedImages:
 
 def open_table(
     path: str, split: str, revision: str | None, where: str = "data.path", files: Sequence[Path] = ()
-) -> Any:  # fmt: skip
+) -> Any:
     """Open Parquet files, or a data set on the Hub, with its images undecoded.
 
     Args:

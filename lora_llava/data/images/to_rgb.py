@@ -116,7 +116,7 @@ def _deep_grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None, tup
 
 def _deep_colour(
     image: Image.Image, content: bytes | None
-) -> tuple[Image.Image, Image.Image | None, tuple[str, str] | None]:  # fmt: skip
+) -> tuple[Image.Image, Image.Image | None, tuple[str, str] | None]:
     """An image with several channels; where the file has 16 bits each and uses few of them, scaled as grey ones are.
 
     Pillow keeps the high byte of each value, which is right where all 16 bits are used.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_llava.core.patience import patiently
+from lora_llava.core.retry import patiently
 
 
 def failing(times: int, number: int) -> tuple[Callable[[], str], list[int]]:
