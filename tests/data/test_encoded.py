@@ -264,7 +264,7 @@ def test_a_flipped_bit_in_a_kept_table_is_seen(
     encode_table(counted.source, tokenizer=letters, template=SHORT, cache=tmp_path)
     assert counted.times == 2
     assert file.read_bytes() == whole
-    assert f"({name} has changed); it is written again" in capsys.readouterr().err
+    assert f"({name} has changed); writing it again" in capsys.readouterr().err
 
 
 def test_a_full_disk_while_rows_are_encoded_is_one_line(

@@ -85,7 +85,7 @@ def without(field: str) -> dict[str, Any]:
     [
         (["{"], "line 1: not JSON; it should hold one object a line"),
         (["[1]"], "line 1: not an object, but list"),
-        ([json.dumps(QUESTION)] * 2, "line 2: question_id '0' stands there twice; keep one"),
+        ([json.dumps(QUESTION)] * 2, "line 2: question_id '0' appears twice; keep one"),
         (["", json.dumps(without("question_id"))], "line 2: question_id is None; it should be a number or a name"),
         ([json.dumps(QUESTION | {"question_id": 1.5})], "line 1: question_id is 1.5; it should be a number or a name"),
         ([json.dumps(without("image"))], "line 1: image is None; it should be a text"),

@@ -126,7 +126,7 @@ def test_a_flipped_bit_in_a_kept_base_is_seen_and_the_base_made_again(
         os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
         assert again() == base.folder
         assert file.read_bytes() == whole
-        assert f"({name} has changed); it is written again" in capsys.readouterr().err
+        assert f"({name} has changed); writing it again" in capsys.readouterr().err
 
 
 def test_a_failed_write_and_a_killed_one_leave_no_half_base(stage2: Recipe, monkeypatch: Any, tmp_path: Path) -> None:

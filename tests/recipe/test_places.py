@@ -59,8 +59,8 @@ def test_inputs_are_found_here_and_then_beside_the_recipe(places: Path) -> None:
     with pytest.raises(RecipeError) as raised:
         load_recipe(recipe(places))
     assert str(raised.value) == (
-        f"{places}/beside/recipe.yaml: data.path: data/rows.csv is at two places, {here} where the command runs and "
-        f"{beside} beside the recipe, and they differ; write the whole path of the one you mean"
+        f"{places}/beside/recipe.yaml: data.path: data/rows.csv exists twice with different contents, as {here} "
+        f"in the working directory and as {beside} beside the recipe; write the full path of one"
     )
     assert load_recipe(recipe(places), [f"data.path={beside}"]).data.path == beside
 

@@ -79,7 +79,7 @@ def test_an_unknown_key_names_the_nearest(file: Path, override: str, message: st
 @pytest.mark.parametrize(("addition", "place"), [('lora: {}\n"": 1\n', "recipe"), ('lora: {"": 1}\n', "lora")])
 def test_an_empty_key_is_told(file: Path, addition: str, place: str) -> None:
     file.write_text(MINIMAL.replace("lora: {}\n", "") + addition)
-    fails(file, [], f"{place}: a key in it is empty; give it a name, or take it out")
+    fails(file, [], f"{place}: a key in it is empty; name it or remove it")
 
 
 def test_an_unknown_key_of_the_file_and_a_missing_one_are_both_told(file: Path) -> None:
@@ -96,11 +96,11 @@ def test_a_key_given_twice_is_refused(file: Path, addition: str, key: str, line:
     file.write_text(MINIMAL + addition)
     with pytest.raises(RecipeError) as caught:
         load_recipe(file)
-    assert str(caught.value) == f"{file}, line {line}: the key {key} stands there twice; keep one"
+    assert str(caught.value) == f"{file}, line {line}: the key {key} appears twice; keep one"
 
 
 def test_a_key_given_twice_in_an_override_is_refused(file: Path) -> None:
-    fails(file, ["lora={r: 1, r: 2}"], "override 'lora={r: 1, r: 2}', line 1: the key r stands there twice; keep one")
+    fails(file, ["lora={r: 1, r: 2}"], "override 'lora={r: 1, r: 2}', line 1: the key r appears twice; keep one")
 
 
 @pytest.mark.parametrize(
@@ -235,24 +235,27 @@ def test_no_start_and_two_are_refused(file: Path, names: tuple[str, ...]) -> Non
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["stage=1"], "lora stands in a Stage 1 recipe, which trains the projector alone; drop it or set stage: 2"),
-        (["lora=null"], "lora is missing; Stage 2 trains adapters (lora: {} takes the defaults)"),
+        (["stage=1"], "lora is set in a Stage 1 recipe, which trains only the projector; drop it or set stage: 2"),
+        (["lora=null"], "lora is missing; Stage 2 trains adapters; lora: {} has the defaults"),
         (
             ["stage=1", "lora=null", "model.start_from={stage1_run: x}"],
             "model.start_from names a Stage 1 result in a Stage 1 recipe; use untrained: true",
         ),
-        (["stage=1", "lora=null", "data.format=captions"], "data.template is vicuna_v1; Stage 1 captions take plain"),
+        (
+            ["stage=1", "lora=null", "data.format=captions"],
+            "data.template is vicuna_v1; use plain for captions in Stage 1",
+        ),
         (
             ["data.format=captions", "evaluation={}"],
             "evaluation needs data.format scienceqa or conversations; it is captions",
         ),
         (
             ["model.start_from={llava: x}"],
-            "model: llm stands beside start_from.llava, which already is a complete LLaVA; drop one",
+            "model: llm is set together with start_from.llava, which is a complete LLaVA; drop one",
         ),
         (
             ["model.start_from={llava: x}", "model.llm=null"],
-            "model: vision_tower stands beside start_from.llava, which already is a complete LLaVA; drop one",
+            "model: vision_tower is set together with start_from.llava, which is a complete LLaVA; drop one",
         ),
         (["model.llm=null"], "model: llm is missing; name a folder, a Hub id or demo"),
         (["model.vision_tower=null"], "model: vision_tower is missing; name a folder, a Hub id or demo"),

@@ -85,9 +85,9 @@ def test_a_recipe_that_is_not_there_names_the_nearest(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", ": a recipe is a mapping of keys; this is NoneType"),
-        ("- a\n", ": a recipe is a mapping of keys; this is list"),
-        ("stage\n", ": a recipe is a mapping of keys; this is str"),
+        ("", ": a recipe is a mapping of keys, not a NoneType; start from a shipped recipe"),
+        ("- a\n", ": a recipe is a mapping of keys, not a list; start from a shipped recipe"),
+        ("stage\n", ": a recipe is a mapping of keys, not a str; start from a shipped recipe"),
         (
             "a: !!python/object:os.system x\n",
             ", line 1: not YAML: could not determine a constructor for the tag "

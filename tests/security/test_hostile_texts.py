@@ -130,7 +130,7 @@ def test_a_recipe_with_a_secret_is_refused_and_the_secret_not_told(
     section, key = field.split(".")
     recipe = write_recipe(tmp_path / "recipe.yaml", stage2_content | {section: stage2_content[section] | {key: value}})
     plain = write_recipe(tmp_path / "plain.yaml", stage2_content)
-    told = f"{field} holds {what}; take it out, a run keeps a copy of its recipe\n"
+    told = f"{field} holds {what}; remove it, a run saves a copy of its recipe\n"
     for verb, where in (([recipe], recipe), ([plain, f"{field}={value}"], plain)):
         found = run_verb("finetune", *verb)
         assert (found.code, found.out, found.err) == (2, "", f"error: {where}: {told}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image, UnidentifiedImageError
 
 from lora_llava.core.errors import RefusedError, UserError
-from lora_llava.core.retry import patiently
+from lora_llava.core.retry import retry
 from lora_llava.data.images.image_names import NameIndex, coco_names
 from lora_llava.data.images.to_rgb import Background, Converted, to_rgb
 
@@ -156,7 +156,7 @@ class FolderImages:
             raise self._missing(name)
         self._check_file(path, name)
         try:
-            content = patiently(path.read_bytes)
+            content = retry(path.read_bytes)
         except FileNotFoundError:
             raise self._missing(name) from None
         except OSError as error:
@@ -167,7 +167,7 @@ class FolderImages:
         try:
             path = self.find(name)
             self._check_file(path, name)
-            return patiently(path.read_bytes)
+            return retry(path.read_bytes)
         except FileNotFoundError:
             raise self._missing(name) from None
         except OSError as error:
