@@ -1,4 +1,4 @@
-"""Data: adapters to conversations, encoding with labels, collation."""
+"""Data: reading rows as conversations, encoding them with labels, and collating batches."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name when it is asked for: reading files takes no torch, which takes seconds to load."""
+    """Import a name when it is first used: reading files does not need torch, which takes seconds to load."""
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"lora_llava.data.{home}"), name)

@@ -176,23 +176,26 @@ def written(tokenizer: LlamaTokenizer, ids: list[int]) -> str:
     return b"".join(parts).decode()
 
 
+ONE_CAPTION = "template plain needs one image and one caption; use another template"
+
+
 @pytest.mark.parametrize(
     ("messages", "template", "message"),
     [
-        ([], "vicuna_v1", "the conversation has no answer at its end"),
-        (said("Hi"), "vicuna_v1", "the conversation has no answer at its end"),
-        ([{"role": "system", "content": "x"}], "vicuna_v1", "the conversation has no answer at its end"),
+        ([], "vicuna_v1", "the conversation does not end with an answer; add one"),
+        (said("Hi"), "vicuna_v1", "the conversation does not end with an answer; add one"),
+        ([{"role": "system", "content": "x"}], "vicuna_v1", "the conversation does not end with an answer; add one"),
         (said("Hi", ""), "vicuna_v1", "turn 1: the answer is empty"),
         (said("Hi", "Yo", "Hi", " \n"), "vicuna_v1", "turn 3: the answer is empty"),
-        (said("Hi", "Yo")[1:], "vicuna_v1", "turn 0 is the assistant's; the user's was due"),
-        (said("Hi")[:1] * 2 + said("Hi", "Yo")[1:], "vicuna_v1", "turn 1 is the user's; the assistant's was due"),
+        (said("Hi", "Yo")[1:], "vicuna_v1", "turn 0 is the assistant's; it should be the user's"),
+        (said("Hi")[:1] * 2 + said("Hi", "Yo")[1:], "vicuna_v1", "turn 1 is the user's; it should be the assistant's"),
         (
             [*said("Hi"), {"role": "system", "content": "x"}, *said("Hi", "Yo")[1:]],
             "vicuna_v1",
-            "turn 1 is the system's; the assistant's was due",
+            "turn 1 is the system's; it should be the assistant's",
         ),
-        (said("<image>", "a", "b", "c"), "plain", "template plain takes one image and one caption"),
-        (said("Hi", "a"), "plain", "template plain takes one image and one caption"),
+        (said("<image>", "a", "b", "c"), "plain", ONE_CAPTION),
+        (said("Hi", "a"), "plain", ONE_CAPTION),
         (
             [{"role": "tool", "content": "x"}],
             "plain",
@@ -241,14 +244,14 @@ def test_a_tokenizer_without_the_image_is_refused() -> None:
 
 def test_a_stop_of_another_model_is_refused(letters: LlamaTokenizer) -> None:
     other = Template(name="other", system="", system_format="", user_format="{}:", stop="<|end|>")
-    message = "template other stops on '<|end|>', the tokenizer on '</s>'; take a template of this model"
+    message = "template other stops on '<|end|>', the tokenizer on '</s>'; use a template of this model"
     with pytest.raises(EncodingError, match=f"^{re.escape(message)}$"):
         encode(letters, said("Hi", "Yo"), other)
 
 
 def test_a_token_over_the_border_of_an_answer_is_refused(letters: LlamaTokenizer) -> None:
     merging = Template(name="merging", system="", system_format="", user_format="{}#", answer_prefix="", stop="</s>")
-    message = "one token covers the border between prompt and answer in 'Hi##Yo</s>'; part them"
+    message = "one token covers the border between prompt and answer in 'Hi##Yo</s>'; separate them by a space"
     with pytest.raises(EncodingError, match=f"^{re.escape(message)}$"):
         encode(letters, said("Hi", "#Yo"), merging)
     answer = letters.convert_tokens_to_ids(["Y", "o", "</s>"])

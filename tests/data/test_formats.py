@@ -260,7 +260,7 @@ BAD: list[tuple[Any, str, str]] = [
      "messages is {'role': 'user'}; a row holds id, image and conversations"),
     ({"messages": ["Hi"]}, "malformed row", "message 0 is 'Hi'; give an object with a role and its text"),
     ({"messages": [{"role": "user", "from": "human", "content": "Hi"}]}, "both formats",
-     "message 0 has both role and from; keep one form"),
+     "message 0 has both role and from; keep one"),
     ({"conversations": [*llava("Hi"), {"from": "hooman", "value": "x"}]}, "unknown role",
      "message 1: role is 'hooman'; use one of human, user, prompter, gpt, assistant, chatgpt, bing, bard, model, bot, "
      "system"),

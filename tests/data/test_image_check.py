@@ -1,4 +1,4 @@
-"""Images opened before training: what is wrong with them, what is odd, and what is not opened again."""
+"""The check of images before training: problems, oddities, and the cache of what is known."""
 
 from __future__ import annotations
 
@@ -133,10 +133,10 @@ def test_a_camera_s_jpeg_with_a_thumbnail_is_not_mislabelled(tmp_path: Path) -> 
         ("a\0b.png", "missing image", "image 'a\\x00b.png' cannot be a file: embedded null byte"),
     ],
 )
-def test_what_has_no_file_cannot_be_used(opened: Path, name: str, kind: str, message: str) -> None:
-    (opened / "sub").mkdir()
-    found = inspect_image(FolderImages(opened, 16), name)
-    assert found == ImageFacts(message.format(root=opened), kind)
+def test_what_has_no_file_cannot_be_used(image_folder: Path, name: str, kind: str, message: str) -> None:
+    (image_folder / "sub").mkdir()
+    found = inspect_image(FolderImages(image_folder, 16), name)
+    assert found == ImageFacts(message.format(root=image_folder), kind)
 
 
 def test_what_is_no_whole_image_cannot_be_used(tmp_path: Path) -> None:

@@ -93,17 +93,17 @@ def test_rows_with_images_of_their_own_are_held_back_in_number() -> None:
 @pytest.mark.parametrize(
     ("keys", "counts", "message"),
     [
-        ([[0], [1], [2]], [3, 0], "data.validation_rows is 3, of 3 rows, which have 3 images or sets of them"),
+        ([[0], [1], [2]], [3, 0], "data.validation_rows is 3, but the data has only 3 rows with 3 separate images"),
         (
             [[0], [1], [2]],
             [2, 1],
-            "data.validation_rows is 2, data.test_rows is 1, of 3 rows, which have 3 images or sets of them",
+            "data.validation_rows is 2, data.test_rows is 1, but the data has only 3 rows with 3 separate images",
         ),
-        ([[0], [0, 1], [1]], [0, 1], "data.test_rows is 1, of 3 rows, which have 1 images or sets of them"),
+        ([[0], [0, 1], [1]], [0, 1], "data.test_rows is 1, but the data has only 3 rows with 1 separate images"),
         (
             [[0], [1]],
             [9, 9],
-            "data.validation_rows is 9, data.test_rows is 9, of 2 rows, which have 2 images or sets of them",
+            "data.validation_rows is 9, data.test_rows is 9, but the data has only 2 rows with 2 separate images",
         ),
     ],
 )
@@ -213,8 +213,8 @@ def test_shares_in_numbers(shares: list[Share], total: int | None, counts: list[
 @pytest.mark.parametrize("total", [5, 10])
 def test_something_is_left_for_sources_with_a_weight(total: int) -> None:
     message = (
-        f"data.max_train_rows is {total}, and sources without a weight give 10 already; raise it, or give those "
-        "sources fewer rows"
+        f"data.max_train_rows is {total}, and sources without a weight already have 10 rows; raise it, or "
+        "set fewer rows for those sources"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         epoch_counts([Share("a"), Share("b", weight=1)], [10, 30], total)

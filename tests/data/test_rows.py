@@ -139,18 +139,18 @@ def test_placeholders_and_images_are_as_many(build: Build, row: Conversation, me
     fails(build, message, A, row, on_overlong="drop", on_bad_image="drop")
 
 
-def test_a_bad_image_is_an_error_that_names_row_and_image(build: Build, opened: Path) -> None:
-    images = FolderImages(opened, 16)
+def test_a_bad_image_is_an_error_that_names_row_and_image(build: Build, image_folder: Path) -> None:
+    images = FolderImages(image_folder, 16)
     gone = conversation("c", "<image>", "Yo", "pink.png")
-    message = "row c: image pink.png is missing; mend it or set data.on_bad_image=drop"
+    message = "row c: image pink.png is missing; fix it or set data.on_bad_image=drop"
     fails(build, message, A, B, gone, images=images)
-    message = "row b: image red.png has 4 x 4 pixels, over max_image_pixels 15; mend it or set data.on_bad_image=drop"
-    fails(build, message, A, B, gone, images=FolderImages(opened, 15))
+    message = "row b: image red.png has 4 x 4 pixels, over max_image_pixels 15; fix it or set data.on_bad_image=drop"
+    fails(build, message, A, B, gone, images=FolderImages(image_folder, 15))
 
 
-def test_bad_images_are_dropped_and_counted(build: Build, opened: Path) -> None:
-    (opened / "cut.png").write_bytes((opened / "blue.png").read_bytes()[:30])
-    images = FolderImages(opened, 16)
+def test_bad_images_are_dropped_and_counted(build: Build, image_folder: Path) -> None:
+    (image_folder / "cut.png").write_bytes((image_folder / "blue.png").read_bytes()[:30])
+    images = FolderImages(image_folder, 16)
     gone = conversation("c", "<image>", "Yo", "pink.png")
     cut = conversation("d", "<image> <image>", "Yo", "red.png", "cut.png")
     rows, report = build(gone, B, cut, A, LONG, images=images, on_bad_image="drop", on_overlong="drop")
@@ -174,8 +174,8 @@ def test_images_are_trusted_where_no_source_is_given(build: Build) -> None:
 
 
 def test_no_row_left_is_an_error(build: Build) -> None:
-    fails(build, "no row is left of 2: 2 overlong; `lora-llava check` names them", LONG, LONG, on_overlong="drop")
-    fails(build, "there are no rows; `lora-llava check` reads the same data")
+    fails(build, "no row is left of 2: 2 overlong; `lora-llava check` lists them", LONG, LONG, on_overlong="drop")
+    fails(build, "the data has no rows; `lora-llava check` reads the same data")
 
 
 def test_every_row_passes_through_the_progress_bar(build: Build) -> None:

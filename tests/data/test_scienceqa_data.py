@@ -203,13 +203,13 @@ def without(key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("problem", "message"),
     [
-        (without("question"), "row 1: the field 'question' is missing; a row without it cannot be asked"),
-        (without("choices"), "row 1: the field 'choices' is missing; a row without it cannot be asked"),
-        (without("answer"), "row 1: the field 'answer' is missing; a row without it cannot be asked"),
+        (without("question"), "row 1: the field 'question' is missing; add it"),
+        (without("choices"), "row 1: the field 'choices' is missing; add it"),
+        (without("answer"), "row 1: the field 'answer' is missing; add it"),
         (METAL | {"answer": 3}, "row 1: answer is 3; it should index its 3 choices (2 to 5)"),
         (METAL | {"answer": -1}, "row 1: answer is -1; it should index its 3 choices (2 to 5)"),
         (METAL | {"answer": "1"}, "row 1: answer is '1'; it should index its 3 choices (2 to 5)"),
-        (METAL | {"solution": [[]]}, "row 1: solution is [[]]; it should be a text"),
+        (METAL | {"solution": [[]]}, "row 1: solution is [[]]; it should be a string"),
         (METAL | {"answer": None}, "row 1: answer is None; it should index its 3 choices (2 to 5)"),
         (METAL | {"choices": list("abcdef")}, "row 1: answer is 1; it should index its 6 choices (2 to 5)"),
     ],
@@ -234,7 +234,7 @@ def test_an_unknown_split_names_the_nearest(official: Path) -> None:
 
 
 def test_an_empty_split_is_refused(official: Path) -> None:
-    message = f"data.splits: split 'val' of {official} is empty; name another, or null where it is optional"
+    message = f"data.splits: split 'val' of {official} is empty; name another, or set null if it is optional"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         load_scienceqa(official, "val")
 

@@ -89,7 +89,7 @@ def test_a_hostile_image_is_one_line(name: str, write_rows: WriteRows, images: P
     assert len(found.err.splitlines()) == 1
     shown = repr(name) if name == "loop.png" else name
     assert found.err.startswith(f"error: row r8 (rows.json, index 8): image {shown} {told}")
-    assert found.err.endswith("; mend it or set data.on_bad_image=drop\n")
+    assert found.err.endswith("; fix it or set data.on_bad_image=drop\n")
     assert found.rise_mib - good.rise_mib < MEMORY_RISE_MIB
 
 
@@ -181,7 +181,7 @@ def test_nothing_outside_the_folder_is_read_or_fetched(
         own = name.format(root=tmp_path, url=url)
         found = run_verb("finetune", write_rows([asked(8, own)], validation_rows=0), "--dry-run")
     told = f"error: row r8 (rows.json, index 8): image {own[:60] if 'URL' in OUTSIDE[name] else own} {OUTSIDE[name]}"
-    assert (found.code, found.err) == (2, f"{told.format(images=images)}; mend it or set data.on_bad_image=drop\n")
+    assert (found.code, found.err) == (2, f"{told.format(images=images)}; fix it or set data.on_bad_image=drop\n")
     assert asked_for == []
     assert _last_read(tmp_path / "secret.png") == before
 
