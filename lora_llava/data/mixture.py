@@ -115,7 +115,7 @@ def hold_back(
     if not left:
         counted = ", ".join(f"{name} is {count}" for name, count in zip(names, counts, strict=True) if count)
         raise UserError(
-            f"{counted}, but the data has only {len(keys)} rows with {len(members)} separate images or sets of images; "
+            f"{counted}, but the data has only {len(keys)} rows in {len(members)} groups by image; "
             "leave some to train on"
         )
     return [left, *parts]

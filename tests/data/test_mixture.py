@@ -93,17 +93,25 @@ def test_rows_with_images_of_their_own_are_held_back_in_number() -> None:
 @pytest.mark.parametrize(
     ("keys", "counts", "message"),
     [
-        ([[0], [1], [2]], [3, 0], "data.validation_rows is 3, but the data has only 3 rows with 3 separate images"),
+        (
+            [[0], [1], [2]],
+            [3, 0],
+            "data.validation_rows is 3, but the data has only 3 rows in 3 groups by image",
+        ),
         (
             [[0], [1], [2]],
             [2, 1],
-            "data.validation_rows is 2, data.test_rows is 1, but the data has only 3 rows with 3 separate images",
+            "data.validation_rows is 2, data.test_rows is 1, but the data has only 3 rows in 3 groups by image",
         ),
-        ([[0], [0, 1], [1]], [0, 1], "data.test_rows is 1, but the data has only 3 rows with 1 separate images"),
+        (
+            [[0], [0, 1], [1]],
+            [0, 1],
+            "data.test_rows is 1, but the data has only 3 rows in 1 groups by image",
+        ),
         (
             [[0], [1]],
             [9, 9],
-            "data.validation_rows is 9, data.test_rows is 9, but the data has only 2 rows with 2 separate images",
+            "data.validation_rows is 9, data.test_rows is 9, but the data has only 2 rows in 2 groups by image",
         ),
     ],
 )
