@@ -135,7 +135,7 @@ def test_a_file_of_a_repository_is_fetched_once(hub: dict[str, str]) -> None:
 def test_a_file_or_repository_that_is_not_there_is_one_line(hub: dict[str, str]) -> None:
     for path, file in ((REPO, "gone.json"), ("me/gone", "rows.json")):
         told = opened(hub, path, file=file)
-        assert told.startswith(f"data.path: {file} of {path} cannot be had from the Hub: ")
+        assert told.startswith(f"data.path: {file} of {path} cannot be downloaded from the Hub: ")
         assert "\n" not in told
 
 

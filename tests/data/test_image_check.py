@@ -63,10 +63,10 @@ def test_an_upright_orientation_is_not_odd(tmp_path: Path) -> None:
         assert inspect_image(FolderImages(tmp_path, 72), "a.jpg") == ImageFacts(None, "", (), digest)
 
 
-MODE = ("image not RGB", "image {} has mode {}; it is converted, look at it in the preview")
-FRAMES = ("several frames", "image {} has 3 frames; only the first is seen")
-LYING = ("turned image", "image {} lies on its side but for an EXIF tag; the model sees it lying")
-MISLEADING = ("mislabelled image", "image {} is a {}; it is read as one, but its name misleads")
+MODE = ("image not RGB", "image {} has mode {}; it is converted, check it in the preview")
+FRAMES = ("several frames", "image {} has 3 frames; only the first is used")
+LYING = ("turned image", "image {} is rotated by an EXIF tag, which is ignored; the model sees it unrotated")
+MISLEADING = ("mislabelled image", "image {} is a {}; it is read as such, but its suffix is wrong")
 MANY: dict[str, Any] = {"save_all": True, "append_images": [drawn().rotate(180), drawn("1").convert("RGB")]}
 
 
@@ -129,7 +129,7 @@ def test_a_camera_s_jpeg_with_a_thumbnail_is_not_mislabelled(tmp_path: Path) -> 
             "outside the folder",
             "image data:image/png;base64,AAAA is a URL; only files under {root} are opened",
         ),
-        ("../a.png", "outside the folder", "image ../a.png lies outside {root}"),
+        ("../a.png", "outside the folder", "image ../a.png is outside {root}"),
         ("a\0b.png", "missing image", "image 'a\\x00b.png' cannot be a file: embedded null byte"),
     ],
 )

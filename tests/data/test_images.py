@@ -45,15 +45,15 @@ def test_no_way_leads_out_of_the_folder(image_folder: Path, name: str) -> None:
     Image.new("RGB", (1, 1)).save(outside)
     (image_folder / "link.png").symlink_to(outside)
     (image_folder / "folder").symlink_to(image_folder.parent, target_is_directory=True)
-    refused(image_folder, name, f"image {name} lies outside {image_folder}")
-    refused(image_folder, str(outside), f"image {outside} lies outside {image_folder}")
+    refused(image_folder, name, f"image {name} is outside {image_folder}")
+    refused(image_folder, str(outside), f"image {outside} is outside {image_folder}")
 
 
 def test_a_neighbour_with_the_folder_s_name_as_its_start_is_outside(image_folder: Path) -> None:
     neighbour = image_folder.parent / "images2"
     neighbour.mkdir()
     Image.new("RGB", (1, 1)).save(neighbour / "a.png")
-    refused(image_folder, "../images2/a.png", f"image ../images2/a.png lies outside {image_folder}")
+    refused(image_folder, "../images2/a.png", f"image ../images2/a.png is outside {image_folder}")
 
 
 @pytest.mark.parametrize("name", ["http://host/a.png", "https://host/a.png", "file:///etc/passwd"])
@@ -189,7 +189,7 @@ def test_a_row_s_own_name_comes_first(tmp_path: Path) -> None:
 def test_a_coco_name_leads_nowhere_else(image_folder: Path) -> None:
     Image.new("RGB", (1, 1)).save(image_folder.parent / "000000442786.jpg", "PNG")
     name = "../COCO_train2014_000000442786.jpg"
-    refused(image_folder, name, f"image {name} lies outside {image_folder}")
+    refused(image_folder, name, f"image {name} is outside {image_folder}")
 
 
 def test_a_coco_folder_that_leads_out_does_not_end_the_search(image_folder: Path) -> None:

@@ -107,18 +107,20 @@ def test_what_is_not_there_is_told(tmp_path: Path) -> None:
     kinds = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet"
     missing = tmp_path / "chat.json"
     told(f"data.sources.1.path: {missing} is missing; it should be a file such as chat.json", missing)
-    told(f"data.sources.1.path: {tmp_path} is a folder; name its file of rows ({kinds}); it holds: none", tmp_path)
+    told(f"data.sources.1.path: {tmp_path} is a folder; name its file of rows ({kinds}); it has: none", tmp_path)
     (tmp_path / "chat.txt").write_text("x")
-    told(f"data.sources.1.path: {tmp_path / 'chat.txt'} is of no known kind; use one of {kinds}", tmp_path / "chat.txt")
+    told(
+        f"data.sources.1.path: {tmp_path / 'chat.txt'} is of an unknown kind; use one of {kinds}", tmp_path / "chat.txt"
+    )
     write(missing, [])
     told(
-        f"data.sources.1.image_folder: there is no folder {tmp_path / 'no'}; name the root of the images",
+        f"data.sources.1.image_folder: the folder {tmp_path / 'no'} does not exist; name the root folder of the images",
         missing,
         image_folder=tmp_path / "no",
     )
     write(tmp_path / "more.json", [])
     told(
-        f"data.sources.1.path: {tmp_path} is a folder; name its file of rows ({kinds}); it holds: chat.json, more.json",
+        f"data.sources.1.path: {tmp_path} is a folder; name its file of rows ({kinds}); it has: chat.json, more.json",
         tmp_path,
     )
 

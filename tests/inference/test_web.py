@@ -184,7 +184,7 @@ def test_an_answer_can_be_stopped_and_is_kept_as_far_as_it_came(page: Browser, s
 def test_a_message_that_cannot_be_answered_goes_back_into_its_box(page: Browser, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     ask(page, "What is it?", tmp_path / "broken.png")
-    page.wait_for(f"{TOAST}.includes('image broken.png cannot be read: it is no image, or one of an unknown kind')")
+    page.wait_for(f"{TOAST}.includes('image broken.png cannot be read: it is not an image, or of an unknown format')")
     page.wait_for(f"{BOX}.value == 'What is it?' && {IDLE}")
     assert page.evaluate(ASKED) == []
     page.wait_for("document.querySelectorAll('#message .thumbnail-item').length == 1")

@@ -18,7 +18,7 @@ from tests.security.conftest import WriteRows
 from tests.security.hostile import MEMORY_RISE_MIB, Outcome, counting_server, png, run_verb, tiff
 
 PIXELS_81M = (9000, 9000)
-NO_IMAGE = "cannot be read: it is no image, or one of an unknown kind"
+NO_IMAGE = "cannot be read: it is not an image, or of an unknown format"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(%pipe%touch /tmp/x) (w) file\n"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script><image href="file:///etc/passwd"/></svg>'
 
@@ -56,7 +56,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     ),
     "sparse.png": (
         _sparse,
-        "is a file of 4,294,967,296 bytes, more than max_image_pixels 50000000 can take",
+        "is a file of 4,294,967,296 bytes, too large for max_image_pixels 50000000",
         "oversized image",
     ),
     "cut.jpg": (_cut_jpeg, "cannot be read: image file is truncated", "corrupt image"),
@@ -64,10 +64,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "page.png": (lambda file: file.write_text("<html><script>alert(1)</script>"), NO_IMAGE, "corrupt image"),
     "print.png": (
         lambda file: file.write_bytes(EPS),
-        "is EPS, which is not read; save it as PNG or JPEG",
+        "is EPS, which is not supported; save it as PNG or JPEG",
         "corrupt image",
     ),
-    "pipe.png": (lambda file: os.mkfifo(file), "is no file but a pipe, socket or device", "corrupt image"),
+    "pipe.png": (lambda file: os.mkfifo(file), "is a pipe, socket or device, not a file", "corrupt image"),
     "folder.png": (lambda file: file.mkdir(), "cannot be read: Is a directory", "corrupt image"),
     "loop.png": (lambda file: file.symlink_to(file.name), "cannot be a file: ", "missing image"),
 }
@@ -145,7 +145,7 @@ def test_a_gif_of_10_000_frames_is_its_first(
     report = tmp_path / "report.json"
     found = run_verb("check", write_rows([asked(8, "long.gif")], validation_rows=0), "--json", report)
     assert found.code == 0, found.err
-    told = "image long.gif has 10000 frames; only the first is seen"
+    told = "image long.gif has 10000 frames; only the first is used"
     warnings = json.loads(report.read_text())["warnings"]
     assert [each["message"] for each in warnings if each["kind"] == "several frames"] == [told]
     assert found.rise_mib - good.rise_mib < MEMORY_RISE_MIB
@@ -153,13 +153,13 @@ def test_a_gif_of_10_000_frames_is_its_first(
 
 LINK = "is a link that leads out of it; set data.follow_links=true to allow such links"
 OUTSIDE = {
-    "../secret.png": "lies outside {images}",
-    "0/../../secret.png": "lies outside {images}",
-    "{root}/secret.png": "lies outside {images}",
-    "link.png": f"lies outside {{images}}: link.png {LINK}",
-    "linked/secret.png": f"lies outside {{images}}: linked {LINK}",
-    "/etc/passwd": "lies outside {images}",
-    "/dev/zero": "lies outside {images}",
+    "../secret.png": "is outside {images}",
+    "0/../../secret.png": "is outside {images}",
+    "{root}/secret.png": "is outside {images}",
+    "link.png": f"is outside {{images}}: link.png {LINK}",
+    "linked/secret.png": f"is outside {{images}}: linked {LINK}",
+    "/etc/passwd": "is outside {images}",
+    "/dev/zero": "is outside {images}",
     "file://{root}/secret.png": "is a URL; only files under {images} are opened",
     "{url}/a.png": "is a URL; only files under {images} are opened",
     "data:image/png;base64,iVBORw0KGgo=": "is a URL; only files under {images} are opened",

@@ -18,20 +18,20 @@ NUMBER = '{"id": ' + "9" * 5000 + "}"
 DIGITS = "Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits"
 
 HOSTILE = {
-    "deep.json": (f"[{GOOD}, {DEEP}]", ": not JSON that can be read: it is nested too deeply"),
-    "deep.jsonl": (f"{GOOD}\n{DEEP}\n", ": not JSON that can be read: it is nested too deeply"),
-    "deep_object.json": ('{"a":' * 100_000, ": not JSON that can be read: it is nested too deeply"),
-    "number.json": (f"[{GOOD},\n{NUMBER}]", f", line 2: {DIGITS}, after 1 whole rows"),
+    "deep.json": (f"[{GOOD}, {DEEP}]", ": not readable as JSON: it is nested too deeply"),
+    "deep.jsonl": (f"{GOOD}\n{DEEP}\n", ": not readable as JSON: it is nested too deeply"),
+    "deep_object.json": ('{"a":' * 100_000, ": not readable as JSON: it is nested too deeply"),
+    "number.json": (f"[{GOOD},\n{NUMBER}]", f", line 2: {DIGITS}, after 1 complete rows"),
     "number.jsonl": (f"{GOOD}\n{NUMBER}\n", f", line 2: not JSON: {DIGITS}"),
     "twice.json": (
         f"[{GOOD},\n{TWICE}]",
-        ", line 2: the key 'image' stands there twice in one object; keep one, after 1 whole rows",
+        ", line 2: the key 'image' appears twice in one object; keep one, after 1 complete rows",
     ),
-    "twice.jsonl": (f"{GOOD}\n{TWICE}\n", ", line 2: the key 'image' stands there twice in one object; keep one"),
+    "twice.jsonl": (f"{GOOD}\n{TWICE}\n", ", line 2: the key 'image' appears twice in one object; keep one"),
     "latin.json": (b'[{"id": "\xff"}]', ": not UTF-8: invalid start byte at byte 9; save it as UTF-8"),
     "object.json": (
         '{"rows": [1]}',
-        ": it should hold a list of rows; it holds dict; give the list under rows by itself",
+        ": it should be a list of rows, not dict; save only the list under rows",
     ),
     "pickle.parquet": (
         b"\x80\x04cos\nsystem\n(S'touch x'\ntR.",

@@ -44,7 +44,7 @@ def test_init_names_links_that_lead_out_and_follows_them_where_told(
     assert main(None, ["init", str(folder), "--model", "demo"]) == 2
     assert capsys.readouterr().err == (
         f"error: {folder / 'q.csv'}: none of its first 6 images is under {folder}, and the link "
-        f"{folder / 'images' / 'coco'} leads out of it, which is refused; add --follow-links, which writes "
+        f"{folder / 'images' / 'coco'} leads out of it, which is not followed; add --follow-links, which writes "
         "data.follow_links: true into the recipe\n"
     )
     assert main(None, ["init", str(folder), "--model", "demo", "--follow-links"]) == 0

@@ -60,7 +60,7 @@ def test_images_that_nobody_named_are_an_error_with_the_column(
     count = len([name for name in names if name])
     message = (
         f"q: no row has an image, and the column {column} seems to name one in {count} of 2 rows; set data.columns: "
-        f"{{image: {column}}}, or take the column out to train on text alone"
+        f"{{image: {column}}}, or remove the column to train on text alone"
     )
     assert (errors, refused) == ([("no images", message)], message)
 
@@ -126,8 +126,8 @@ def test_a_held_out_row_that_is_trained_on_is_refused(
     source = {"path": written(tmp_path / "held.json", other), "image_folder": str(images)}
     errors, refused = both(stage2_content, {"path": train, "image_folder": str(images), f"{held}_source": source})
     message = (
-        f"train row r1 (train.json, index 1): it asks what {held} row again (held.json, index 2) asks, of the same "
-        "images; take it out of one of them"
+        f"train row r1 (train.json, index 1): it has the question and images of {held} row again "
+        "(held.json, index 2); remove it from one of them"
     )
     assert (errors, refused) == ([("held-out row in train", message)], message)
 

@@ -206,18 +206,16 @@ def test_every_key_of_a_recipe_for_one_s_own_data_has_a_comment(template: str) -
 
 def test_what_init_cannot_understand_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match=r"the folder .* does not exist"):
         understand_folder(folder)
     image(folder / "a.png")
-    with pytest.raises(UserError, match="holds no table and no JSON; put a CSV into it"):
+    with pytest.raises(UserError, match="has no table and no JSON; add a CSV"):
         understand_folder(folder)
     (folder / "one.csv").write_text("x,y\n1,2\n")
-    with pytest.raises(UserError, match=r"its columns are x, y; call them image, question, answer"):
+    with pytest.raises(UserError, match=r"its columns are x, y; rename them to image, question, answer"):
         understand_folder(folder)
     (folder / "two.csv").write_text("image,question,answer\nb.png,q,a\n")
-    with pytest.raises(
-        UserError, match=r"holds 2 files that may be the rows: one\.csv, two\.csv; name one with --data"
-    ):
+    with pytest.raises(UserError, match=r"has 2 possible files of rows: one\.csv, two\.csv; name one with --data"):
         understand_folder(folder)
     with pytest.raises(UserError, match=r"none of its first 1 images is under .*, which holds 1 images"):
         understand_folder(folder, folder / "two.csv")

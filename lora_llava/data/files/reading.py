@@ -15,15 +15,7 @@ from typing import Any, Generic, TypeVar
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import looked_in
 from lora_llava.data.files.json_stream import LONGEST, JsonStream, RepeatedKeyError, TooLongError, keys_once
-from lora_llava.data.files.shards import (
-    SUFFIXES,
-    complete_set,
-    group_files,
-    row_files,
-    set_words,
-    shard_of,
-    split_words,
-)
+from lora_llava.data.files.shards import SUFFIXES, all_shards, group_files, row_files, set_words, shard_of, split_words
 from lora_llava.data.files.text_encoding import encoding_problem, text_encoding
 
 
@@ -90,7 +82,7 @@ def data_files(path: str | Path, where: str = "data.path", split: str = "train")
         sets = group_files(row_files(path)) or group_files(row_files(path, deeper=True))
         meant = [files for files in sets if set_words(files[0], path) & split_words(split)] if len(sets) > 1 else sets
         if len(meant) == 1:
-            return complete_set(meant[0][0], where)
+            return all_shards(meant[0][0], where)
         found = ", ".join(str(files[0].relative_to(path)) for files in sets[:5]) or "none"
         raise UserError(f"{where}: {path} is a folder; name its file of rows ({', '.join(SUFFIXES)}); it has: {found}")
     shard = shard_of(path.name)
@@ -98,7 +90,7 @@ def data_files(path: str | Path, where: str = "data.path", split: str = "train")
         raise UserError(f"{where}: {path} is missing{searched}; it should be a file such as chat.json")
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{where}: {path} is of an unknown kind; use one of {', '.join(SUFFIXES)}")
-    return complete_set(path, where)
+    return all_shards(path, where)
 
 
 def json_text(content: Any, indent: int | None = None) -> str:

@@ -94,7 +94,7 @@ def group_files(files: Iterable[Path]) -> list[tuple[Path, ...]]:
     return [tuple(file for _, file in sorted(found)) for found in sets.values()]
 
 
-def complete_set(file: Path, where: str) -> tuple[Path, ...]:
+def all_shards(file: Path, where: str) -> tuple[Path, ...]:
     """Return all files of the set that a file belongs to.
 
     Args:
