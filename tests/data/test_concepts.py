@@ -119,7 +119,7 @@ def test_a_phrase_s_draw_does_not_hang_on_other_phrases() -> None:
     assert [index for index in beside if index < 50] == alone
 
 
-def test_the_twenty_most_frequent_phrases_are_told() -> None:
+def test_the_twenty_most_frequent_phrases_are_reported() -> None:
     captions = [", ".join(f"p{p:02}" for p in range(30) if p <= i or p >= 28) for i in range(28)]
     _, report = kept_of(captions, minimum=1)
     assert [entry.phrase for entry in report.most_frequent] == [
@@ -183,7 +183,7 @@ def test_rows_are_read_once_and_written_after_that() -> None:
     assert told == ["opened", *["read"] * 3, "ended", *["written"] * 3]
 
 
-def test_no_row_is_no_mistake() -> None:
+def test_no_rows_are_no_error() -> None:
     assert kept_of([]) == ([], ConceptReport())
 
 
@@ -252,7 +252,7 @@ def test_temporary_files_are_gone_even_where_the_process_is_killed(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_told_as_one() -> None:
+def test_a_full_disk_is_reported() -> None:
     base = sqlite3.connect("")
     base.execute("CREATE TABLE t (x BLOB)")
     base.execute("PRAGMA max_page_count = 2")
@@ -299,7 +299,7 @@ def test_light_noun_phrases_are_the_caption_s_words(caption: str) -> None:
 INSTALLED = all(importlib.util.find_spec(name) for name in ("spacy", SPACY_MODEL))
 
 
-def test_auto_says_what_it_took() -> None:
+def test_auto_reports_its_choice() -> None:
     assert load_noun_phrases("auto").name == ("spacy" if INSTALLED else "light")
     assert load_noun_phrases("light").name == "light"
 
@@ -311,7 +311,7 @@ def test_an_unknown_tagger_is_named() -> None:
 
 
 @pytest.mark.skipif(INSTALLED, reason="spaCy and its model are installed here")
-def test_a_missing_spacy_is_told_with_the_commands() -> None:
+def test_a_missing_spacy_is_reported_with_the_commands() -> None:
     mend = f"run `pip install spacy` and `python -m spacy download {SPACY_MODEL}`, or take the tagger light"
     with pytest.raises(UserError, match=f"^tagger spacy: .+; {re.escape(mend)}$") as raised:
         load_noun_phrases("spacy")

@@ -282,7 +282,7 @@ def test_a_caption_is_cut_but_never_its_image(letters: LlamaTokenizer, spell: Sp
 
 
 @pytest.mark.parametrize("template", SPELLED)
-def test_a_prompt_is_what_stands_before_the_answer(letters: LlamaTokenizer, spell: Spell, template: str) -> None:
+def test_a_prompt_is_the_text_before_the_answer(letters: LlamaTokenizer, spell: Spell, template: str) -> None:
     for answer in (1, 3):
         prompt = encode_prompt(TWO_TURNS[:answer], tokenizer=letters, template=template, num_image_tokens=3)
         assert prompt == spell(*SPELLED[template][:answer])[0]

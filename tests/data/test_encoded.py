@@ -361,7 +361,7 @@ def test_an_earlier_call_of_the_tokenizer_changes_nothing(
         letters("abc")
 
 
-def test_a_text_that_is_no_unicode_is_a_problem_of_its_row(letters: LlamaTokenizer) -> None:
+def test_invalid_unicode_is_a_problem_of_its_row(letters: LlamaTokenizer) -> None:
     rows = [conversation("a", "Hi \ud83d", "Yo"), conversation("b", "Hi", "Yo")]
     table = encode_table(source_of(rows), tokenizer=letters, template=SHORT)
     assert table.problem(0) is not None

@@ -72,7 +72,7 @@ def test_a_list_of_anything_is_what_json_reads(folder: Path, rows: list[Any], ch
 
 
 @given(rows=OBJECTS.filter(bool), indent=st.sampled_from([None, 1]), chunk=CHUNKS, data=st.data())
-def test_a_list_that_is_cut_off_gives_its_whole_rows_and_says_so(
+def test_a_truncated_list_yields_its_complete_rows_and_an_error(
     folder: Path, rows: list[Any], indent: int | None, chunk: int, data: st.DataObject
 ) -> None:
     text = json.dumps(rows, indent=indent)
@@ -87,6 +87,7 @@ def test_a_list_that_is_cut_off_gives_its_whole_rows_and_says_so(
     assert str(caught.value).endswith(f", after {len(got)} complete rows and the file ends there: it is truncated")
 
 
+TRUNCATED = "and the file ends there: it is truncated"
 CUT_NUMBER = (
     ", line 1: not JSON: Expecting ',' delimiter, after 0 complete rows and the file ends there: it is truncated"
 )
@@ -177,7 +178,7 @@ def test_a_row_a_line(tmp_path: Path, name: str, start: str, break_: str) -> Non
     assert list(iterate_rows(write(tmp_path, name, text))) == ROWS
 
 
-def test_a_line_break_inside_a_text_is_no_end_of_a_row(tmp_path: Path) -> None:
+def test_a_line_break_inside_a_text_does_not_end_a_row(tmp_path: Path) -> None:
     row = {"a": "one\u2028two\x85three\x0cfour"}
     text = json.dumps(row, ensure_ascii=False)
     assert "\u2028" in text
@@ -262,7 +263,7 @@ def test_another_encoding_is_named(tmp_path: Path, name: str) -> None:
     fails(file, ": not UTF-16, which its first bytes indicate: truncated data at byte 4; save it as UTF-8")
 
 
-def test_where_another_encoding_begins_is_told_in_a_long_file(tmp_path: Path) -> None:
+def test_where_another_encoding_begins_is_reported_in_a_long_file(tmp_path: Path) -> None:
     file = write(tmp_path, "a.jsonl", b'{"a": 1}\n' * 5000 + b'"\xe9\x81"\n')
     fails(file, ": not UTF-8: invalid continuation byte at byte 45001; save it as UTF-8")
 
@@ -317,7 +318,7 @@ def test_a_file_or_a_folder_with_one_is_found(tmp_path: Path) -> None:
 KINDS = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet"
 
 
-def test_what_is_no_file_of_rows_is_told(tmp_path: Path) -> None:
+def test_paths_without_rows_are_refused(tmp_path: Path) -> None:
     def told(path: Path, message: str) -> None:
         with pytest.raises(UserError) as caught:
             data_file(path, "data.sources.0.path")

@@ -77,7 +77,7 @@ UNMENTIONED = [
 
 
 @pytest.mark.parametrize("row", UNMENTIONED)
-def test_a_image_that_no_text_mentions_is_put_first(row: dict[str, Any]) -> None:
+def test_an_image_that_no_text_mentions_is_put_first(row: dict[str, Any]) -> None:
     notes = () if "question" in row else (PLACEHOLDER_ADDED,)  # in a table nothing is amiss
     wanted = Conversation("0", SHOWN, ("a.png",), notes=notes)
     assert read_row(row, 0) == wanted
@@ -152,7 +152,7 @@ LATER = {"image": "a.png", "messages": chat("Hi", "Yo", "In <image> what?", "A d
     ("position", "text"),
     [("first", "<image>\nIn  what?"), ("last", "In  what?\n<image>"), ("as_written", "In <image> what?")],
 )
-def test_the_recipe_says_where_a_image_goes_in_its_text(position: Any, text: str) -> None:
+def test_the_recipe_sets_the_place_of_an_image(position: Any, text: str) -> None:
     said = [turn.text for turn in read_row(MIDDLE, 0, position=position).turns]
     assert said == [text, "A dog.", "Sure?", "Yes."]
     said = [turn.text for turn in read_row(LATER, 0, position=position).turns]
@@ -199,7 +199,7 @@ def test_images_of_messages_come_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("image", [{"path": None}, {"path": "a.png"}, {"bytes": b"x", "path": None}, {"bytes": None}])
-def test_a_image_that_is_stored_in_the_table_is_named_by_its_row(image: dict[str, Any]) -> None:
+def test_an_image_that_is_stored_in_the_table_is_named_by_its_row(image: dict[str, Any]) -> None:
     row = {"image": image, "messages": chat("<image>\nWhat?", "A dog.")}
     assert read_row(row, 12, embedded=True) == Conversation("12", SHOWN, ("12",))
     row = {"images": [image], "messages": row["messages"]}
@@ -209,14 +209,14 @@ def test_a_image_that_is_stored_in_the_table_is_named_by_its_row(image: dict[str
     assert read_row(row, 12, embedded=True) == Conversation("12", turns, ("12:0", "12:1"))
 
 
-def test_a_image_that_a_row_names_by_its_path_is_a_file() -> None:
+def test_an_image_that_a_row_names_by_its_path_is_a_file() -> None:
     row = {"image": {"path": "a.png"}, "messages": chat("<image>\nWhat?", "A dog.")}
     assert read_row(row, 12) == Conversation("12", SHOWN, ("a.png",))
     with pytest.raises(RowError, match="an image's name is"):
         read_row(row | {"image": {"bytes": b"x", "path": None}}, 12)
 
 
-def test_what_stands_before_the_first_question_and_after_the_last_answer_is_cut_and_noted() -> None:
+def test_text_before_the_first_question_and_after_the_last_answer_is_cut_and_noted() -> None:
     told, asked, answered = ({"from": "gpt", "value": "Hello."}, *llava("What?", "A dog."))
     system = {"from": "system", "value": "Be kind."}
     cases = [
@@ -230,7 +230,7 @@ def test_what_stands_before_the_first_question_and_after_the_last_answer_is_cut_
         assert read_row({"conversations": [system, *messages]}, 0) == Conversation("0", turns, notes=notes)
 
 
-def test_a_image_of_a_question_that_is_cut_is_not_shown_with_another() -> None:
+def test_an_image_of_a_question_that_is_cut_is_not_shown_with_another() -> None:
     row = {"image": "a.png", "conversations": llava("Hi", "Yo", "<image>\nWhat?")}
     with pytest.raises(RowError):
         read_row(row, 0)
@@ -312,7 +312,7 @@ BAD: list[tuple[Any, str, str]] = [
 
 
 @pytest.mark.parametrize(("row", "kind", "message"), BAD)
-def test_what_is_no_conversation_is_refused_by_its_kind(row: Any, kind: str, message: str) -> None:
+def test_malformed_rows_are_refused_by_kind(row: Any, kind: str, message: str) -> None:
     with pytest.raises(RowError) as caught:
         read_row(row, 0)
     assert (caught.value.kind, str(caught.value)) == (kind, message)
@@ -334,6 +334,6 @@ def test_a_row_s_missing_columns_are_named_as_the_recipe_names_them() -> None:
 
 
 @pytest.mark.parametrize("images", [[""], ["a\0b.png"], "a\0b.png"])
-def test_a_image_s_name_is_one(images: Any) -> None:
+def test_an_image_name_is_a_file_name(images: Any) -> None:
     with pytest.raises(RowError):
         read_row({"messages": TEXT, "images": images}, 0)

@@ -100,7 +100,7 @@ MANY: dict[str, Any] = {"save_all": True, "append_images": [drawn().rotate(180),
         ),
     ],
 )
-def test_what_is_odd_about_a_image(
+def test_oddities_of_an_image(
     tmp_path: Path, name: str, kind: str, image: Image.Image, settings: dict[str, Any], odd: list[Any]
 ) -> None:
     digest = save(tmp_path, name, kind, image, **settings)
@@ -139,7 +139,7 @@ def test_what_has_no_file_cannot_be_used(image_folder: Path, name: str, kind: st
     assert found == ImageFacts(message.format(root=image_folder), kind)
 
 
-def test_what_is_no_whole_image_cannot_be_used(tmp_path: Path) -> None:
+def test_incomplete_images_cannot_be_used(tmp_path: Path) -> None:
     save(tmp_path, "whole.png", "PNG", drawn(size=(40, 40)))
     content = (tmp_path / "whole.png").read_bytes()
     for damaged in (b"", b"<html>404</html>", content[:30], content[: len(content) // 2]):
@@ -182,7 +182,7 @@ def webp_with_a_broken_exif() -> bytes:
 @pytest.mark.parametrize(
     "content", [gif_with_half_a_second_frame(), tiff_with_a_broken_second_frame(), webp_with_a_broken_exif()]
 )
-def test_damage_behind_the_first_frame_is_no_traceback(tmp_path: Path, content: bytes) -> None:
+def test_damage_behind_the_first_frame_raises_no_traceback(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
     assert inspect_image(FolderImages(tmp_path, 576), "a").digest == hashlib.sha256(content).hexdigest()
 

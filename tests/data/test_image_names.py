@@ -79,7 +79,7 @@ def test_a_name_that_several_files_match_is_refused(tmp_path: Path, files: list[
     assert inspect_images(images, [name])[name].problem == told
 
 
-def test_two_names_of_one_file_are_told_where_their_folders_differ(tmp_path: Path) -> None:
+def test_two_names_of_one_file_are_reported_if_their_folders_differ(tmp_path: Path) -> None:
     images = draw(tmp_path, "a/01.png", "02.png")
     found = inspect_images(images, ["a/01.png", "b/01.png", "02.png", "images\\02.png"])
     assert {name: image.problem for name, image in found.items()} == {

@@ -27,7 +27,7 @@ def pixels(image: Image.Image) -> list[tuple[int, ...]]:
     return [image.getpixel((x, y)) for y in range(image.height) for x in range(image.width)]
 
 
-def test_a_image_opens_in_rgb(image_folder: Path) -> None:
+def test_an_image_opens_in_rgb(image_folder: Path) -> None:
     assert pixels(FolderImages(image_folder, 16).open("green.png")) == [(0, 255, 0)] * 16
 
 
@@ -200,7 +200,7 @@ def test_a_coco_folder_that_leads_out_does_not_end_the_search(image_folder: Path
     assert pixels(FolderImages(image_folder, 1).open("000000442786.jpg")) == [(7, 8, 9)]
 
 
-def test_a_image_in_the_row_itself_is_refused(image_folder: Path) -> None:
+def test_an_image_in_the_row_itself_is_refused(image_folder: Path) -> None:
     name = "data:image/png;base64," + "A" * 100
     refused(image_folder, name, f"image {name[:60]} is a URL; only files under {image_folder} are opened")
 

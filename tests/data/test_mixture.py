@@ -48,9 +48,7 @@ def sides(keys: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 @given(keys=KEYS, counts=st.lists(st.integers(0, 12), max_size=2), seed=st.integers(0, 99))
-def test_what_is_held_back_shares_no_image_with_what_is_left(
-    keys: list[list[int]], counts: list[int], seed: int
-) -> None:
+def test_held_out_rows_share_no_image_with_the_rest(keys: list[list[int]], counts: list[int], seed: int) -> None:
     together = sides(keys)
     try:
         parts = hold_back(keys, counts, seed, NAMES[: len(counts)])
@@ -80,7 +78,7 @@ def test_a_chain_of_shared_images_stays_together() -> None:
         assert sorted(map(len, (left, held))) == [1, 40]
 
 
-def test_rows_with_images_of_their_own_are_held_back_in_number() -> None:
+def test_rows_with_separate_images_are_held_out_in_number() -> None:
     keys = [[f"{number}.png"] for number in range(100)]
     first, second = hold_back(keys, [30, 5], 0, NAMES), hold_back(keys, [30, 5], 1, NAMES)
     assert [len(part) for part in (*first, *second)] == [65, 30, 5, 65, 30, 5]
@@ -130,7 +128,7 @@ def test_a_row_is_known_by_its_images_or_its_text(letters: LlamaTokenizer, tmp_p
     assert keys[2] == keys[4] != keys[3]
 
 
-def test_a_image_is_the_same_in_every_source_that_has_its_file(letters: LlamaTokenizer, tmp_path: Path) -> None:
+def test_an_image_is_the_same_in_every_source_that_has_its_file(letters: LlamaTokenizer, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     above, below = FolderImages(tmp_path, 1), FolderImages(tmp_path / "sub", 1)
     first = row_keys(table_of(letters, ("a", ["sub/x.png"]), ("same", [])), above, 0)
@@ -140,7 +138,7 @@ def test_a_image_is_the_same_in_every_source_that_has_its_file(letters: LlamaTok
     assert third[0] != first[0]
 
 
-def test_images_in_tables_are_told_apart_by_source(letters: LlamaTokenizer) -> None:
+def test_images_in_tables_are_distinguished_by_source(letters: LlamaTokenizer) -> None:
     table = table_of(letters, ("a", ["0"]), ("b", ["1:0", "1:1"]))
     first, second = (row_keys(table, TableImages([], 1), source) for source in (0, 1))
     assert len({*first[0], *first[1], *second[0], *second[1]}) == 6

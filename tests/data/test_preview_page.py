@@ -218,7 +218,7 @@ def test_the_page_reaches_nothing_and_allows_only_its_own_script() -> None:
     assert [name for _, named in page.tags for name in named if name.startswith("on")] == []
 
 
-def test_a_image_is_embedded_once_and_shown_wherever_it_belongs() -> None:
+def test_an_image_is_embedded_once_and_shown_wherever_it_belongs() -> None:
     red, blue = Image.new("RGB", (336, 336), "red"), Image.new("RGB", (336, 336), "blue")
     samples = [sample_of((1, "<s>", False), images=p) for p in ((red, blue), (blue.copy(),), ())]
     page = Page(render_page(preview_of(*samples)))

@@ -297,14 +297,14 @@ def test_a_parquet_file_that_cannot_be_read_is_named(parquet: Path) -> None:
         load_scienceqa(parquet, "test")
 
 
-def test_parquet_without_the_column_image_is_told(parquet: Path) -> None:
+def test_parquet_without_the_column_image_is_reported(parquet: Path) -> None:
     file = parquet / "data" / "validation-00000-of-00001.parquet"
     pq.write_table(pq.read_table(file).drop_columns("image"), file)
     with pytest.raises(UserError, match="image"):
         load_scienceqa(parquet, "val")
 
 
-def test_an_unknown_parquet_split_is_told_as_such(parquet: Path) -> None:
+def test_an_unknown_parquet_split_is_reported(parquet: Path) -> None:
     with pytest.raises(UserError, match="no split 'tset'"):
         load_scienceqa(parquet, "tset")
 

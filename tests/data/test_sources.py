@@ -98,7 +98,7 @@ def test_images_are_looked_for_beside_the_file(tmp_path: Path, named: str) -> No
     assert colour(source, "red.png") == COLOURS["red"]
 
 
-def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+def test_missing_paths_are_reported(tmp_path: Path) -> None:
     def told(message: str, path: Any, **more: Any) -> None:
         with pytest.raises(UserError) as caught:
             open_source(path, where="data.sources.1.path", **more)

@@ -112,7 +112,7 @@ MEANING = f"what does <{MARK}image> mean?"
         ),
     ],
 )
-def test_each_format_says_what_a_placeholder_is(row: dict[str, Any], questions: list[str]) -> None:
+def test_placeholders_by_format(row: dict[str, Any], questions: list[str]) -> None:
     found = read_row(row, 0)
     assert [turn.text for turn in found.turns if turn.role == "user"] == questions
     assert sum(text.count("<image>") for text in questions) == len(found.images)

@@ -77,12 +77,12 @@ def test_an_unknown_key_names_the_nearest(file: Path, override: str, message: st
 
 
 @pytest.mark.parametrize(("addition", "place"), [('lora: {}\n"": 1\n', "recipe"), ('lora: {"": 1}\n', "lora")])
-def test_an_empty_key_is_told(file: Path, addition: str, place: str) -> None:
+def test_an_empty_key_is_reported(file: Path, addition: str, place: str) -> None:
     file.write_text(MINIMAL.replace("lora: {}\n", "") + addition)
     fails(file, [], f"{place}: a key in it is empty; name it or remove it")
 
 
-def test_an_unknown_key_of_the_file_and_a_missing_one_are_both_told(file: Path) -> None:
+def test_an_unknown_key_of_the_file_and_a_missing_one_are_both_reported(file: Path) -> None:
     file.write_text(MINIMAL.replace("output_dir", "output_dri"))
     message = 'output_dri is not a key of a recipe (did you mean "output_dir"?)'
     fails(file, [], "output_dir is missing", message)
@@ -158,11 +158,11 @@ def test_no_is_a_name_and_a_short_float_a_number(file: Path) -> None:
         ("model.start_from.untrained=false", "model.start_from.untrained is False; it should be True"),
     ],
 )
-def test_a_wrong_value_is_told_with_its_field(file: Path, override: str, message: str) -> None:
+def test_a_wrong_value_is_reported_with_its_field(file: Path, override: str, message: str) -> None:
     fails(file, [override], message)
 
 
-def test_every_mistake_is_told(file: Path) -> None:
+def test_every_error_is_reported(file: Path) -> None:
     fails(
         file,
         ["lora.r=x", "seed=y", "datta=z"],

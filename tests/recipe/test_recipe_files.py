@@ -36,7 +36,7 @@ def test_the_schema_file_is_the_schema() -> None:
     assert json.loads(SCHEMA.read_text(encoding="utf-8")) == json.loads(json_schema())  # pydantic writes 0 or 0.0
 
 
-def test_the_schema_is_strict_and_says_what_every_key_is() -> None:
+def test_the_schema_is_strict_and_describes_every_key() -> None:
     schema = json.loads(json_schema())
     sections: list[dict[str, Any]] = [schema, *schema["$defs"].values()]
     assert len(sections) == 10
@@ -96,7 +96,7 @@ def test_a_recipe_that_is_not_there_names_the_nearest(tmp_path: Path, monkeypatc
         ("a: 1\n b: 2\n", ", line 2: not YAML: mapping values are not allowed here"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(text)
     with pytest.raises(RecipeError) as caught:
@@ -105,7 +105,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message:
 
 
 @pytest.mark.parametrize("content", [b"stage: \xe9\n", b"stage: \x00\n", b"\xff\xfe"])
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.yaml"
     file.write_bytes(content)
     with pytest.raises(RecipeError):

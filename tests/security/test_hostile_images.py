@@ -106,7 +106,7 @@ def test_hostile_images_are_dropped_and_counted(write_rows: WriteRows, images: P
     assert sorted(errors) == sorted((row["id"], HOSTILE[row["image"]][2]) for row in rows)
 
 
-def test_no_program_is_started_for_a_image(write_rows: WriteRows, images: Path, tmp_path: Path) -> None:
+def test_no_program_is_started_for_an_image(write_rows: WriteRows, images: Path, tmp_path: Path) -> None:
     marker, programs = tmp_path / "started", tmp_path / "bin"
     programs.mkdir()
     for name in ("gs", "gswin64c", "djpeg", "xv"):
@@ -120,9 +120,7 @@ def test_no_program_is_started_for_a_image(write_rows: WriteRows, images: Path, 
 
 
 @pytest.mark.parametrize("tail", ["html", "zip"])
-def test_what_is_appended_to_a_image_is_not_seen(
-    tail: str, write_rows: WriteRows, images: Path, tmp_path: Path
-) -> None:
+def test_data_appended_to_an_image_is_ignored(tail: str, write_rows: WriteRows, images: Path, tmp_path: Path) -> None:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as content:
         content.writestr("../../escaped.txt", "x" * 1000)

@@ -76,7 +76,7 @@ def test_a_recipe_of_50_mb_is_not_read(tmp_path: Path) -> None:
     assert found.rise_mib < 20
 
 
-def test_a_long_value_is_not_told_in_full(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_long_value_is_shortened(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", stage2_content | {"stage": "a" * 900_000})
     found = run_verb("check", recipe)
     assert (found.code, found.err) == (2, f"error: {recipe}: stage is '{'a' * 199}...; it should be 1 or 2\n")
@@ -101,7 +101,7 @@ def test_a_few_aliases_are_taken(text: str, tmp_path: Path) -> None:
     ]
 
 
-def test_a_generate_recipe_is_held_to_the_same(tmp_path: Path) -> None:
+def test_a_generate_recipe_has_the_same_limits(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(laughs(10))
     found = run_verb("generate-data", recipe, "--dry-run")

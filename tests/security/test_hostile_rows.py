@@ -103,7 +103,7 @@ LONG = {
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_a_long_row_is_told_in_one_line(name: str, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_a_long_row_is_reported_in_one_line(name: str, write_rows: WriteRows, tmp_path: Path) -> None:
     content, size, told = LONG[name]
     file = tmp_path / name
     file.write_text(content.replace("x", "x" * size))

@@ -124,7 +124,7 @@ def test_no_secret_is_kept_or_printed(hostile_run: tuple[Path, str]) -> None:
         ("data.path", "https://me:secret@example.com/rows.json", "a password in a URL"),
     ],
 )
-def test_a_recipe_with_a_secret_is_refused_and_the_secret_not_told(
+def test_a_recipe_with_a_secret_is_refused_without_printing_the_secret(
     field: str, value: str, what: str, stage2_content: dict[str, Any], tmp_path: Path
 ) -> None:
     section, key = field.split(".")

@@ -249,7 +249,7 @@ def test_a_file_that_is_cut_off_is_a_finding_with_its_line(
     assert "cut off" in report["errors"][0]["message"]
 
 
-def test_what_would_be_cut_is_told(
+def test_cut_answers_are_reported(
     stage2_content: dict[str, Any], clean: list[Row], images: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "rows.json").write_text(json.dumps([*clean, row(20, None, "Say a lot.", "word " * 200)]))

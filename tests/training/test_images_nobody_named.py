@@ -77,13 +77,13 @@ def test_images_beside_rows_that_name_none_are_an_error(
     assert "name their column with data.columns: {image: ...}" in str(refused)
 
 
-def test_text_alone_is_no_error(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_text_without_images_is_not_an_error(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "q.csv"
     file.write_text("topic,question,answer\na.b,Is it?,Yes.\nc,Was it?,No.\n")
     assert both(stage2_content, {"path": str(file)}) == ([], None)
 
 
-def test_text_beside_another_source_s_images_is_no_error(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_text_beside_another_source_s_images_is_not_an_error(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     drawn(tmp_path / "images", 4)
     shown = written(tmp_path / "shown.json", [asked(n, f"{n}.png") for n in range(4)])
     text = written(tmp_path / "text.json", [asked(n) for n in range(4, 8)])
@@ -132,9 +132,7 @@ def test_a_held_out_row_that_is_trained_on_is_refused(
     assert (errors, refused) == ([("held-out row in train", message)], message)
 
 
-def test_test_rows_that_nothing_asks_are_looked_at_as_check_does(
-    stage2_content: dict[str, Any], tmp_path: Path
-) -> None:
+def test_test_rows_without_an_evaluation_are_checked(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     seen = set()
     for bad in range(4):
         images = drawn(tmp_path / f"images{bad}", 4)

@@ -44,7 +44,7 @@ def test_lists_of_images_are_counted_without_their_bytes(tmp_path: Path) -> None
     assert [row["images"] for row in _light_rows(table)] == [[{"path": None}] * 2, [], []]
 
 
-def test_rows_of_one_stored_image_are_held_back_together(plan: Plan, tmp_path: Path) -> None:
+def test_rows_of_one_stored_image_are_held_out_together(plan: Plan, tmp_path: Path) -> None:
     found = plan(path=str(stored(tmp_path, 8, 4)), validation_rows=8)
     numbers = {
         name: {split.read([i])[0].turns[-1].text for i in range(len(split.rows))}
@@ -54,7 +54,7 @@ def test_rows_of_one_stored_image_are_held_back_together(plan: Plan, tmp_path: P
     assert len(found.splits["validation"].rows) == 8
 
 
-def test_files_of_one_name_are_told_apart_and_each_is_fixed_by_itself(
+def test_files_of_one_name_are_distinguished_and_each_is_fixed_by_itself(
     stage2_content: dict[str, Any], tmp_path: Path
 ) -> None:
     first = written(tmp_path / "a" / "train.json", [asked(n, answer="" if n == 1 else "Yes.") for n in range(4)])
@@ -167,13 +167,13 @@ def test_data_that_changed_is_neither_resumed_nor_asked(stage2_content: dict[str
         finetune(recipe, Path(), resume=True, console=quiet())
 
 
-def test_test_rows_are_held_back_though_nothing_asks_them(plan: Plan, tmp_path: Path) -> None:
+def test_test_rows_are_held_out_without_an_evaluation(plan: Plan, tmp_path: Path) -> None:
     file = written(tmp_path / "rows.json", [asked(n) for n in range(40)])
     found = plan(path=file, validation_rows=5, test_rows=7)
     assert {name: len(split.rows) for name, split in found.splits.items()} == {"train": 28, "validation": 5}
 
 
-def test_nothing_is_written_over_that_is_no_report(
+def test_other_files_are_not_overwritten(
     stage2_content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = Path(written(tmp_path / "rows.json", [asked(n) for n in range(6)]))
