@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.concepts.concept_filter import ConceptReport, _full_disk_told, filter_captions
+from lora_llava.data.concepts.concept_filter import ConceptReport, _full_disk_reported, filter_captions
 from lora_llava.data.concepts.noun_phrases import SPACY_MODEL, light_noun_phrases, load_noun_phrases, spacy_noun_phrases
 
 HAND_MADE = ["cat, tree", "cat", "cat, sea", "cat", "tree", " ", ",", "tree, tree", "sea"]
@@ -256,10 +256,10 @@ def test_a_full_disk_is_reported() -> None:
     base = sqlite3.connect("")
     base.execute("CREATE TABLE t (x BLOB)")
     base.execute("PRAGMA max_page_count = 2")
-    with pytest.raises(OSError, match="No space left on device") as raised, _full_disk_told():
+    with pytest.raises(OSError, match="No space left on device") as raised, _full_disk_reported():
         base.execute("INSERT INTO t VALUES (zeroblob(100000))")
     assert raised.value.errno == errno.ENOSPC
-    with pytest.raises(sqlite3.OperationalError, match="syntax"), _full_disk_told():
+    with pytest.raises(sqlite3.OperationalError, match="syntax"), _full_disk_reported():
         base.execute("nonsense")
     base.close()
 
@@ -305,15 +305,15 @@ def test_auto_reports_its_choice() -> None:
 
 
 def test_an_unknown_tagger_is_named() -> None:
-    message = 'tagger "spcy" is unknown (did you mean "spacy"?); take one of auto, spacy, light'
+    message = 'tagger "spcy" is unknown (did you mean "spacy"?); use one of auto, spacy, light'
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         load_noun_phrases("spcy")  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(INSTALLED, reason="spaCy and its model are installed here")
 def test_a_missing_spacy_is_reported_with_the_commands() -> None:
-    mend = f"run `pip install spacy` and `python -m spacy download {SPACY_MODEL}`, or take the tagger light"
-    with pytest.raises(UserError, match=f"^tagger spacy: .+; {re.escape(mend)}$") as raised:
+    fix = f"run `pip install spacy` and `python -m spacy download {SPACY_MODEL}`, or use the tagger light"
+    with pytest.raises(UserError, match=f"^tagger spacy: .+; {re.escape(fix)}$") as raised:
         load_noun_phrases("spacy")
     assert "\n" not in str(raised.value)
 
