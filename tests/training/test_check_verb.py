@@ -246,7 +246,7 @@ def test_a_file_that_is_cut_off_is_a_finding_with_its_line(
     report = json.loads((tmp_path / "report.json").read_text())
     assert [finding["kind"] for finding in report["errors"]] == ["unreadable file"]
     assert f"{tmp_path}/rows.json, line " in report["errors"][0]["message"]
-    assert "cut off" in report["errors"][0]["message"]
+    assert "truncated" in report["errors"][0]["message"]
 
 
 def test_cut_answers_are_reported(

@@ -172,7 +172,7 @@ def test_init_writes_a_recipe_with_its_comments_and_takes_files_called_val_and_t
     assert recipe.output_dir == "runs/mine"
     text = target.read_text()
     assert text.splitlines()[0] == "# yaml-language-server: $schema=schema.json"
-    assert "# the images that they name" in text
+    assert "# the images of the rows" in text
     assert [line for line in text.splitlines() if "columns:" in line or "_source:" in line] != []
     for line in text.splitlines():
         assert "#" in line or line.endswith(":"), line
@@ -217,7 +217,7 @@ def test_what_init_cannot_understand_is_told(tmp_path: Path) -> None:
     (folder / "two.csv").write_text("image,question,answer\nb.png,q,a\n")
     with pytest.raises(UserError, match=r"has 2 possible files of rows: one\.csv, two\.csv; name one with --data"):
         understand_folder(folder)
-    with pytest.raises(UserError, match=r"none of its first 1 images is under .*, which holds 1 images"):
+    with pytest.raises(UserError, match=r"none of its first 1 images is under .*, which has 1 images"):
         understand_folder(folder, folder / "two.csv")
     (folder / "two.csv").write_text("image,question,answer\na.png,q,a\n")
     shutil.copy(folder / "two.csv", folder / "recipe.yaml")
