@@ -94,7 +94,7 @@ LONG = {
     "long.csv": ("id\nx\n", 15_000_000, LACKS),
     "too_long.jsonl": (f'{GOOD}\n{{"id": "x"}}', 120_000_000, f"too_long.jsonl, line 2: {TOO_LONG}"),
     "too_long.json": (f'[{GOOD}, {{"id": "x"}}]', 120_000_000, f"too_long.json, line 1: {TOO_LONG}"),
-    "too_long_object.json": ('{"rows": [{"id": "x"}]}', 120_000_000, "it should hold a list of rows"),
+    "too_long_object.json": ('{"rows": [{"id": "x"}]}', 120_000_000, "it should be a list of rows"),
     "header.csv": ("x\n1\n", 120_000_000, f"line 1: not a table: {TOO_LONG}"),
     "lines.json": ('{"id": 1}\n{"id": "x"}', 120_000_000, f"lines.json, line 2: {TOO_LONG}"),
     "too_long.csv": ("id\nx\n", 120_000_000, f"line 2: not a table: {TOO_LONG}"),
