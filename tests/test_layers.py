@@ -12,9 +12,9 @@ import lora_llava
 PACKAGE = Path(lora_llava.__file__).parent
 LAYERS = [
     "core",
-    "recipe",
     "pages",
     "data",
+    "recipe",
     "demo",
     "model",
     "distributed",

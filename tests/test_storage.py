@@ -55,10 +55,10 @@ def test_an_entry_is_written_once_and_checked(tmp_path: Path, capsys: pytest.Cap
         else:
             state = (folder / name).stat()
             (folder / name).write_text("cOntent")
-            os.utime(folder / name, ns=(state.st_atime_ns, state.st_mtime_ns))  # as of a bit that flips on the disk
+            os.utime(folder / name, ns=(state.st_atime_ns, state.st_mtime_ns))  # as if a bit flipped on the disk
         assert find_damage(folder) == damage
         make_entry(folder, counted)
-        assert capsys.readouterr().err == (f"{folder} is not as it was written ({damage}); it is written again\n")
+        assert capsys.readouterr().err == f"warning: {folder} is damaged ({damage}); writing it again\n"
         assert find_damage(folder) is None
     assert len(written) == 3
     assert [each.name for each in folder.parent.iterdir()] == ["key"]
@@ -158,4 +158,4 @@ def test_a_demo_image_that_changed_is_drawn_again(tmp_path: Path, capsys: pytest
     image.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert build_demo_captions(tmp_path, 4) == file
     assert image.read_bytes() == content
-    assert "(images/00002.png has changed); it is written again" in capsys.readouterr().err
+    assert "(images/00002.png has changed); writing it again" in capsys.readouterr().err

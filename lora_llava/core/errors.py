@@ -1,4 +1,4 @@
-"""Errors that a person can mend: one line, exit code 2, no traceback."""
+"""Errors that a person can fix: one line, exit code 2, no traceback."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Iterable
 
 
 class ToldError(Exception):
-    """An end that is told in its message, without traceback."""
+    """An error that is reported by its message, without a traceback."""
 
     exit_code = 1
 
 
 class StoppedError(ToldError):
-    """A signal stopped the run; the message says how to go on.
+    """A run stopped by a signal.
 
     Args:
-        message: Where it stopped, and how to go on.
-        number: Of the signal: 2 for Ctrl-C.
+        message: Where it stopped, and how to resume it.
+        number: The signal's number: 2 for Ctrl-C.
     """
 
     def __init__(self, message: str, number: int = 2) -> None:
         super().__init__(message)
-        self.exit_code = 128 + number  # as shells tell of a process that a signal ended
+        self.exit_code = 128 + number  # as shells report a process that a signal ended
 
 
 class UserError(ToldError):
-    """A mistake in a recipe, a file or a call: one line that names the field or file, the value and the mend."""
+    """A mistake in a recipe, a file or a call: one line that names the field or file, the value and the fix."""
 
     exit_code = 2
 
@@ -36,7 +36,7 @@ class RefusedError(UserError):
 
     Args:
         message: What is wrong.
-        kind: The same in a word or two, under which such are counted; default: the class's own.
+        kind: The reason in a word or two, by which such rows are counted; default: the class's `kind`.
     """
 
     kind = "unusable"
@@ -47,6 +47,6 @@ class RefusedError(UserError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint such as ` (did you mean "batch_size"?)`, or nothing where no known name is near."""
+    """Return a hint such as ` (did you mean "batch_size"?)`; an empty text if no known name is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f' (did you mean "{matches[0]}"?)' if matches else ""

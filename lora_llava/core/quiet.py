@@ -1,4 +1,4 @@
-"""What every verb sets before the libraries are there: a terminal for our own lines, and CUDA's allocator."""
+"""Settings made before the libraries are imported: quiet logging, and the CUDA allocator."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import warnings
 
 
 def quieten() -> None:
-    """Leave the terminal to our own lines: libraries' bars and remarks about fallbacks we chose are off."""
+    """Silence the libraries' progress bars and warnings, so that only our own lines are printed."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.environ.get("RANK", "0") != "0":
-        os.environ["TQDM_DISABLE"] = "1"  # read by tqdm when it is imported; the first rank's bars are enough
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows differ in length: less is lost
+        os.environ["TQDM_DISABLE"] = "1"  # read by tqdm when it is imported; only the first rank shows bars
+    os.environ.setdefault(
+        "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+    )  # rows differ in length: less fragmentation
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl")
     for name in ("bitsandbytes", "transformers", "trl", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)

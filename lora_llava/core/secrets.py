@@ -1,4 +1,4 @@
-"""What opens an account has no place in a recipe: every run keeps a copy, and its record names what it holds."""
+"""Detection of secrets, which must not be in a recipe: every run saves a copy of it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ TOKENS = {
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "a password in a URL": rb"\b[a-z][a-z0-9+.-]*://[^/\s:@\"']+:[^/\s@\"']+@",
 }
-"""Forms of secrets, by what they are."""
+"""Patterns of secrets, by their kind."""
 _OPENAI = rb"(?<![A-Za-z0-9])sk-(?:[a-z0-9]+-)?(?=\w*\d)\w{20,}"
-"""The same for a recipe, whose folders may well be called sk-learn-experiments-2."""
+"""An OpenAI key in a recipe, whose folders may be called sk-learn-experiments-2."""
 
 
 def find_secrets(content: Any, field: str = "") -> Iterator[tuple[str, str]]:
-    """Look for secrets in a recipe.
+    """Find secrets in a recipe.
 
     Args:
-        content: Its plain content.
-        field: Where in the recipe that is.
+        content: The recipe's plain content, or a part of it.
+        field: The field that holds this part.
 
     Yields:
-        The field, and what it holds: its kind, never what it says.
+        The field and the kind of secret in it, never the secret.
     """
     if isinstance(content, dict):
         for key, value in content.items():

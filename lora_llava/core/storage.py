@@ -1,4 +1,4 @@
-"""Files that others can rely on: whole or absent, readable as their siblings, written once, checked when read."""
+"""The cache's folders and shared files: written completely or not at all, once, and checked when read."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from filelock import FileLock, Timeout
 from lora_llava.core.errors import UserError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""No room, or none for this user; some libraries say so only in their exceptions' texts, as `os error 28`."""
+"""The disk or the user's quota is full; some libraries report it only in the exception's text, as `os error 28`."""
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 SUMS_FILE = "files.sha256"
-"""In the format of `sha256sum`, so that `sha256sum -c` checks an entry too."""
+"""The file of checksums, in the format of `sha256sum`: `sha256sum -c` checks an entry too."""
 _PARTIAL = ".partial"
-_NOTHING = 64 << 10
-"""Bytes left below which whatever fails in writing fails for want of room."""
+_NO_ROOM = 64 << 10
+"""Free bytes below which a failed write is attributed to a full disk."""
 _ALWAYS_HASHED = 1 << 30
-"""An entry of at most this many bytes is hashed at every read, a larger one when its files changed."""
+"""Entries of at most this many bytes are hashed at every read, larger ones only when their files have changed."""
 _THREADS = 4
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether an error in writing is one of a full disk.
+    """Check whether a write failed because the disk is full.
 
-    numpy and safetensors raise errors without errno: numpy says how much was written, safetensors quotes the system.
+    numpy and safetensors raise errors without errno: numpy reports how much was written, safetensors quotes the system.
 
     Args:
-        error: What was raised.
-        folder: Where it was written, or a folder to come.
+        error: The exception.
+        folder: The folder that was written to; it need not exist.
     """
     text = str(error)
     if getattr(error, "errno", None) in DISK_FULL or any(f"os error {code})" in text for code in DISK_FULL):
         return True
     if isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", text):
         return True
-    return getattr(error, "errno", None) not in UNWRITABLE and _free(folder) < _NOTHING
+    return getattr(error, "errno", None) not in UNWRITABLE and _free(folder) < _NO_ROOM
 
 
 def _free(folder: Path) -> int:
@@ -55,27 +55,27 @@ def _free(folder: Path) -> int:
 
 @contextlib.contextmanager
 def full_disk_reported(folder: Path, fix: str) -> Iterator[None]:
-    """Turn a full disk into one line.
+    """Report a full disk in one line.
 
     Args:
-        folder: Where is written.
-        fix: What to do about it.
+        folder: The folder that is written to.
+        fix: How to fix it, for the message.
 
     Raises:
-        UserError: Where the disk is full.
+        UserError: If the disk is full.
     """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # safetensors has exceptions of its own
+    except Exception as error:  # safetensors raises its own exceptions
         if is_disk_full(error, folder):
             raise UserError(f"the disk is full: {folder} has {_free(folder):,} bytes free; {fix}") from None
         raise
 
 
 def share(path: Path) -> None:
-    """Give a file, or a folder and all that is in it, the permissions that the umask gives to new ones.
+    """Give a file, or a folder and its contents, the permissions that the umask grants to new ones.
 
     safetensors and `tempfile` make files and folders that only their owner can read.
     """
@@ -83,12 +83,12 @@ def share(path: Path) -> None:
     for each in (path, *path.rglob("*")) if path.is_dir() else (path,):
         if not each.is_symlink():
             with contextlib.suppress(PermissionError):  # another user's file in a folder of ours
-                special = each.stat().st_mode & 0o7000  # such as a folder's group, which new files in it take
+                special = each.stat().st_mode & 0o7000  # such as setgid, by which new files inherit the folder's group
                 each.chmod((0o777 if each.is_dir() else 0o666) & ~mask | special)
 
 
 def _umask() -> int:
-    """The process's umask; asking the system for it sets it for a moment, which other threads would see."""
+    """Return the process's umask, from /proc if possible: `os.umask` would change it for a moment for all threads."""
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
@@ -98,23 +98,22 @@ def _umask() -> int:
 
 
 def file_sum(file: Path) -> str:
-    """SHA-256 of a file, read in chunks."""
+    """Return the SHA-256 of a file, read in chunks."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def make_entry(folder: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder of the cache once: processes that need it at the same time wait for the first.
+    """Write a folder of the cache once; other processes that need it wait for the first.
 
-    Half-written folders of killed processes are removed. An entry that is not as it was written is written again, which
-    is said on stderr.
+    Incomplete folders of killed processes are removed. A damaged entry is written again, with a warning on stderr.
 
     Args:
         folder: `CACHE/KIND/KEY`; the key has no dot.
-        write: Fills a new folder, which then gets the name.
+        write: Fills a new folder, which is then renamed to `folder`.
 
     Raises:
-        UserError: Where the disk is full.
+        UserError: If the disk is full.
     """
     _sweep(folder.parent)
     if folder.is_dir() and find_damage(folder) is None:
@@ -124,7 +123,7 @@ def make_entry(folder: Path, write: Callable[[Path], None]) -> None:
         if folder.is_dir() and damage is None:
             return
         if damage is not None:
-            print(f"{folder} is not as it was written ({damage}); it is written again", file=sys.stderr)
+            print(f"warning: {folder} is damaged ({damage}); writing it again", file=sys.stderr)
         temporary = folder.with_name(f"{folder.name}{_PARTIAL}")
         with full_disk_reported(folder.parent, "make room, or set LORA_LLAVA_CACHE to a folder on another disk"):
             try:
@@ -134,7 +133,7 @@ def make_entry(folder: Path, write: Callable[[Path], None]) -> None:
                 seal(temporary)
                 shutil.rmtree(folder, ignore_errors=True)
                 temporary.rename(folder)
-            finally:  # after the rename there is nothing of that name
+            finally:  # after the rename it does not exist
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -144,14 +143,14 @@ def _lock_file(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
-    """Hold the lock of a cache's entry; where nothing can be written there is none to hold.
+    """Hold the lock of a cache entry; do nothing if the cache is not writable.
 
     Args:
         folder: The entry.
-        busy: What to say where another process holds it; None waits for it.
+        busy: The error message if another process holds the lock; None waits for it.
 
     Raises:
-        UserError: Where another process holds it and `busy` says what that means.
+        UserError: If another process holds the lock and `busy` is given.
     """
     lock = FileLock(_lock_file(folder))
     try:
@@ -173,19 +172,19 @@ def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what killed processes left half-written, whatever its key; a live one holds its lock."""
+    """Remove incomplete entries left by killed processes; a running process holds the lock of its entry."""
     for leftover in parent.glob("*.*") if parent.is_dir() else ():
         if not leftover.is_dir():
             continue
         lock = FileLock(_lock_file(leftover.with_name(leftover.name.partition(".")[0])))
-        with contextlib.suppress(OSError, Timeout):  # Timeout: it is being written
+        with contextlib.suppress(OSError, Timeout):  # Timeout: another process is writing it
             Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
             with lock.acquire(timeout=0):
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
 def seal(folder: Path) -> None:
-    """Record the SHA-256 of every file of a folder in it, and make all readable by the umask."""
+    """Write a folder's checksum file and set the permissions of its files by the umask."""
     files = _files(folder)
     with ThreadPoolExecutor(_THREADS) as pool:  # SHA-256 releases the GIL
         sums = list(pool.map(file_sum, (folder / name for name in files)))
@@ -200,16 +199,16 @@ def _files(folder: Path) -> list[str]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Compare an entry's files with the hashes recorded when it was written.
+    """Compare an entry's files with the checksums recorded when it was written.
 
-    All are hashed, unless the entry is larger than a gigabyte and its files are those that were hashed before, by size,
-    time of change, time of the last write and place.
+    All files are hashed, except in an entry over a gigabyte whose files have the sizes, times and inodes with which
+    they were hashed before.
 
     Args:
         folder: The entry.
 
     Returns:
-        What is wrong in a few words, or None.
+        The problem in a few words, or None.
     """
     try:
         lines = (folder / SUMS_FILE).read_text(encoding="utf-8").splitlines()
@@ -241,12 +240,12 @@ def find_damage(folder: Path) -> str | None:
 
 
 class FoundPath(str):
-    """A path of a recipe: the text is where it was found, or what was written where it was found nowhere.
+    """A path in a recipe: as text the path that was found, or the path as written if none exists.
 
     Args:
         path: The path.
-        written: What the recipe says.
-        looked: The places at which it was looked for in vain.
+        written: The path as the recipe has it.
+        looked: The paths that were tried and do not exist.
     """
 
     written: str
@@ -262,6 +261,6 @@ class FoundPath(str):
 
 
 def looked_in(path: object) -> str:
-    """Where a recipe's path was looked for in vain, to stand behind it in a message; else nothing."""
+    """Return the places where a recipe's path was not found, as a suffix for messages; else an empty text."""
     looked = path.looked if isinstance(path, FoundPath) else ()
     return f" (looked for {' and '.join(looked)})" if looked else ""

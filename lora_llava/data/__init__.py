@@ -1,4 +1,4 @@
-"""Data: adapters to conversations, encoding with labels, collation."""
+"""Data: reading rows as conversations, encoding them with labels, and collating batches."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -11,19 +11,32 @@ if TYPE_CHECKING:
     from lora_llava.data.templates import TEMPLATES, Template, chat_template, get_template
 
 __all__ = [
-    "IGNORE_INDEX", "TEMPLATES", "Conversation", "EncodingError", "OverlongError", "PaddedCollator", "Pixels",
-    "Template", "Turn", "chat_template", "encode_conversation", "encode_prompt", "get_template",
-]  # fmt: skip
+    "IGNORE_INDEX",
+    "TEMPLATES",
+    "Conversation",
+    "EncodingError",
+    "OverlongError",
+    "PaddedCollator",
+    "Pixels",
+    "Template",
+    "Turn",
+    "chat_template",
+    "encode_conversation",
+    "encode_prompt",
+    "get_template",
+]
 
 _HOMES = {
-    "collator": ("PaddedCollator",), "conversation": ("Conversation", "EncodingError", "Turn"),
-    "encode": ("IGNORE_INDEX", "OverlongError", "encode_conversation", "encode_prompt"), "images.reading": ("Pixels",),
+    "collator": ("PaddedCollator",),
+    "conversation": ("Conversation", "EncodingError", "Turn"),
+    "encode": ("IGNORE_INDEX", "OverlongError", "encode_conversation", "encode_prompt"),
+    "images.reading": ("Pixels",),
     "templates": ("TEMPLATES", "Template", "chat_template", "get_template"),
-}  # fmt: skip
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name when it is asked for: reading files takes no torch, which takes seconds to load."""
+    """Import a name when it is first used: reading files does not need torch, which takes seconds to load."""
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"lora_llava.data.{home}"), name)

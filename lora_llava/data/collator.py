@@ -1,4 +1,4 @@
-"""Rows to batches."""
+"""Collate encoded rows into batches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lora_llava.data.images.reading import PixelLoader
 
 @dataclass
 class PaddedCollator:
-    """Pads encoded rows on the right and puts their images beside them.
+    """Collator that pads rows on the right and adds the pixels of their images.
 
     Args:
-        load_pixels: Gives the images that rows name, such as `Pixels`.
-        pad_token_id: Fills `input_ids`.
+        load_pixels: Loads the pixels of named images, such as `Pixels`.
+        pad_token_id: The padding of `input_ids`.
     """
 
     load_pixels: PixelLoader
@@ -29,8 +29,8 @@ class PaddedCollator:
         """Collate rows with `input_ids`, `labels` and `image_files`.
 
         Returns:
-            `input_ids`, `labels` and `attention_mask`, each int64 of shape (rows, longest), and, where a row has an
-            image, `pixel_values` as `load_pixels` gives them, in the order of the placeholders.
+            `input_ids`, `labels` and `attention_mask`, each int64 of shape (rows, longest), and, if a row has an image,
+            `pixel_values` from `load_pixels`, in the order of the placeholders.
         """
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [torch.tensor(row["labels"]) for row in rows]
@@ -44,10 +44,10 @@ class PaddedCollator:
 
 @dataclass
 class PackedCollator:
-    """Lays encoded rows end to end in one row without padding, and puts their images beside them.
+    """Collator that packs rows into one row without padding and adds the pixels of their images.
 
     Args:
-        load_pixels: Gives the images that rows name, such as `Pixels`.
+        load_pixels: Loads the pixels of named images, such as `Pixels`.
     """
 
     load_pixels: PixelLoader
@@ -58,10 +58,10 @@ class PackedCollator:
         Returns:
             `input_ids`, `labels` and `position_ids`, each int64 of shape (1, tokens), positions from 0 in every
             sample; `cu_seq_lens_q` and `cu_seq_lens_k`, int32 of shape (samples + 1,); `max_length_q` and
-            `max_length_k`; and `pixel_values` as `PaddedCollator` gives them.
+            `max_length_k`; and `pixel_values` as in `PaddedCollator`.
 
         Raises:
-            ValueError: For a sample whose first token is trained: the sample before it would predict it.
+            ValueError: If the first token of a sample is trained: the sample before it would predict it.
         """
         for row in rows:
             if row["labels"][0] != IGNORE_INDEX:
@@ -73,8 +73,11 @@ class PackedCollator:
             "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
             "labels": torch.tensor([[label for row in rows for label in row["labels"]]]),
             "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows]).unsqueeze(0),
-            "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest,
-        }  # fmt: skip
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
         return batch | _images_of(rows, self.load_pixels)
 
 

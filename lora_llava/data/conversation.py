@@ -1,4 +1,4 @@
-"""What every data source becomes: a conversation, with the names of its images."""
+"""Conversations: the form into which every data source is read, with the names of its images."""
 
 from __future__ import annotations
 
@@ -18,36 +18,44 @@ Message = Mapping[str, Any]
 `{"from", "value"}`."""
 
 _ROLES = {
-    "human": "user", "user": "user", "prompter": "user",
-    "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
-    "model": "assistant", "bot": "assistant", "system": "system",
-}  # fmt: skip
-"""LLaVA's, transformers' and ShareGPT's names of who speaks."""
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+}
+"""Names of the roles in LLaVA, transformers and ShareGPT."""
 _AT_LINE_START = re.compile(rf"(?m)^[ \t]*(?:{IMAGE_PLACEHOLDER}[ \t]*)+")
-"""Placeholders with nothing before them on their line: where an image is put, and where nobody mentions the word."""
+"""Placeholders at the start of a line: images are placed there, and text that mentions the word rarely is."""
 
 
 class EncodingError(RefusedError):
-    """A conversation that cannot be trained on as it stands."""
+    """A conversation that cannot be encoded."""
 
     kind = "cannot be encoded"
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message with its text. `<image>` is an image's place; a mention of the word has a mark (`data/typed.py`)."""
+    """One message. `<image>` is the place of an image; where the word is meant, it has a mark (`data/typed.py`)."""
 
     role: Literal["system", "user", "assistant"]
     text: str
 
     @property
     def shown(self) -> str:
-        """The text for a person: mentions without their marks."""
+        """The text for display, without marks."""
         return without_marks(self.text)
 
     @property
     def words(self) -> str:
-        """The text for a person without the places of its images."""
+        """The text for display, without image placeholders."""
         return without_marks(self.text.replace(IMAGE_PLACEHOLDER, "")).strip()
 
 
@@ -59,9 +67,9 @@ class Conversation:
         row_id: Names the row in every message about it.
         turns: The messages in order.
         images: Image files relative to the data source's image folder, one per placeholder.
-        extra: What an evaluation needs besides (gold answer, categories).
-        notes: What was mended while it was read.
-        named: How messages name it: `row a (line 2)`, or `line 2` where it has no id; no part of what it says.
+        extra: What an evaluation needs in addition (gold answer, categories).
+        notes: Repairs made while it was read.
+        named: Its name in messages: `row a (line 2)`, or `line 2` without an id; ignored in comparisons.
     """
 
     row_id: str
@@ -73,31 +81,31 @@ class Conversation:
 
     @property
     def name(self) -> str:
-        """How messages name the row."""
+        """The row's name in messages."""
         return self.named or f"row {self.row_id:.80}"
 
 
 def read_turns(messages: Sequence[Message], images: int | None = None, *, inline: bool = True) -> tuple[Turn, ...]:
-    """Bring messages of either form to turns.
+    """Convert messages of either form to turns.
 
-    What `<image>` is in a text is decided here. In messages with image parts, the parts are the images and the word is
-    text. Else the user's placeholders are the images' places, where they are as many as the row has images; where they
-    are more, those at the start of a line are, if these are as many, and the others are text. In other speakers' texts
-    the word is text.
+    This decides whether `<image>` in a text is an image's place or the word. In messages with image parts, the parts
+    are the images and `<image>` is the word. Otherwise the user's placeholders are images' places if there are as many
+    as the row has images. If there are more, those at the start of a line are images' places, if their number fits,
+    and the others are words. In other roles' texts `<image>` is the word.
 
-    LLaVA's `from`/`value` rows get LLaVA's own treatment of images (llava/train/train.py, preprocess_multimodal): a
-    message's one placeholder moves to its front, on a line of its own. Several stay where they are.
+    LLaVA's `from`/`value` rows are treated as in LLaVA (llava/train/train.py, preprocess_multimodal): a message's
+    single placeholder moves to its front, on a separate line. Several keep their places.
 
     Args:
         messages: Messages with `role` and `content`, or with `from` and `value`.
-        images: How many images the row names; None takes every placeholder of a user for an image's place.
-        inline: Whether a placeholder inside a line can be an image's place; a table's question has none.
+        images: Number of images that the row names; None treats every placeholder of a user as an image's place.
+        inline: Whether a placeholder inside a line can be an image's place; in a table's question it cannot.
 
     Returns:
         One turn per message.
 
     Raises:
-        EncodingError: For what is no list, an unknown role or a part that is neither text nor image.
+        EncodingError: If the messages are not a list, a role is unknown, or a part is neither text nor image.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise EncodingError(f"the messages are {messages!r:.80}; give a list of them", "malformed row")
@@ -120,16 +128,16 @@ def _has_image_part(message: Any) -> bool:
 
 
 def _separate_mentions(turns: Sequence[Turn], images: int | None, inline: bool) -> list[Turn]:
-    """Mark as text what `<image>` is not an image's place, as `read_turns` says."""
-    asked = [turn.text for turn in turns if turn.role == "user"]
-    count = sum(text.count(IMAGE_PLACEHOLDER) for text in asked)
-    leading = sum(len(_leading(text)) for text in asked)
+    """Mark every `<image>` that is not an image's place as ordinary text; see `read_turns`."""
+    questions = [turn.text for turn in turns if turn.role == "user"]
+    count = sum(text.count(IMAGE_PLACEHOLDER) for text in questions)
+    leading = sum(len(_leading(text)) for text in questions)
     only_leading = not inline or (images is not None and count > images and leading == images)
     return [_with_mentions(turn, only_leading) for turn in turns]
 
 
 def _leading(text: str) -> list[int]:
-    """Where the placeholders at starts of lines are."""
+    """Return the positions of the placeholders at the start of a line."""
     found = []
     for line in _AT_LINE_START.finditer(text):
         found += [line.start() + match.start() for match in re.finditer(IMAGE_PLACEHOLDER, line[0])]
@@ -151,9 +159,9 @@ def _with_mentions(turn: Turn, only_leading: bool) -> Turn:
 def _read_turn(message: Message, index: int, in_parts: bool, may_hold_marks: bool) -> Turn:
     if not isinstance(message, Mapping):
         raise EncodingError(f"message {index} is {message!r}; give an object with a role and its text", "malformed row")
-    named, called = message.get("role"), message.get("from")  # a table fills what a row lacks with None
+    named, called = message.get("role"), message.get("from")  # a table has None where a row has no value
     if named is not None and called is not None:
-        raise EncodingError(f"message {index} has both role and from; keep one form", "both formats")
+        raise EncodingError(f"message {index} has both role and from; keep one", "both formats")
     name = called if named is None else named
     role = _ROLES.get(str(name).lower())
     if role is None:
@@ -200,7 +208,7 @@ def _llava_text(text: str) -> str:
 
 
 def place_image(text: str, position: ImagePosition, rng: random.Random) -> str:
-    """Put a message's one image before or after its text, as the recipe says.
+    """Place a message's single image before or after its text.
 
     Args:
         text: The text without placeholder.
@@ -208,7 +216,7 @@ def place_image(text: str, position: ImagePosition, rng: random.Random) -> str:
         rng: Throws the coin.
 
     Returns:
-        The text with a placeholder on a line of its own.
+        The text with a placeholder on a separate line.
     """
     if position == "random":
         position = "first" if rng.random() < 0.5 else "last"

@@ -1,8 +1,8 @@
-"""Conversations to token ids and labels.
+"""Encode conversations as token ids and labels.
 
-Ids and labels come from one list of spans (text, trained or not): the spans are joined, tokenised once, and every
-token is trained exactly where its span is. So an answer's prompt has the ids that a stock processor gives it when
-the model is served, and no text is searched for or split again.
+Ids and labels come from one list of spans (text, trained or not): the spans are joined and tokenised once, and a token
+is trained if its span is. So a prompt has the same ids in training as from a stock processor, and no text is searched
+for or split.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ IGNORE_INDEX = -100
 
 
 class Encoded(TypedDict):
-    """Two lists of equal length."""
+    """Token ids and labels, two lists of equal length."""
 
     input_ids: list[int]
     labels: list[int]
 
 
 class Span(NamedTuple):
-    """A stretch of the conversation's text and whether the model learns to write it."""
+    """A part of the conversation's text, and whether it is trained."""
 
     text: str
     trained: bool
@@ -64,15 +64,15 @@ def encode_conversation(
             the assistant last. Other special tokens in their texts are encoded as ordinary text.
         tokenizer: A fast tokenizer that knows `<image>`.
         template: A key of `lora_llava.data.TEMPLATES`, or a template.
-        num_image_tokens: How many `<image>` ids stand for one image (CLIP ViT-L/14-336: 576).
-        max_length: Most tokens of a sample; the end of the last answer is cut to fit. None cuts nothing.
+        num_image_tokens: Number of `<image>` ids for one image (CLIP ViT-L/14-336: 576).
+        max_length: Most tokens of a sample; the end of the last answer is cut to fit. None does not cut.
 
     Returns:
         `input_ids` and `labels`, two lists of int of equal length; a label is the id itself or -100.
 
     Raises:
-        EncodingError: For turns out of order, an empty answer, or a sample without trained tokens.
-        OverlongError: Where `max_length` would cut more than the end of the last answer.
+        EncodingError: If turns are out of order, an answer is empty, or no token is trained.
+        OverlongError: If `max_length` would cut more than the end of the last answer.
     """
     template = get_template(template)
     check_tokenizer(tokenizer, template)
@@ -90,25 +90,29 @@ Compact = tuple[np.ndarray, np.ndarray]
 
 
 def encode_spans(batch: Sequence[Sequence[Span]], tokenizer: PreTrainedTokenizerBase) -> list[Compact | EncodingError]:
-    """Tokenise conversations, many at once, BOS included.
+    """Tokenise a batch of conversations, including BOS.
 
     Args:
-        batch: The spans of each, from `conversation_spans`.
+        batch: The spans of each conversation, from `conversation_spans`.
         tokenizer: As in `encode_conversation`.
 
     Returns:
-        Ids and what is trained of each, or what is wrong with it.
+        For each conversation its ids and trained mask, or the error.
     """
     texts = [_unicode("".join(span.text for span in spans)) for spans in batch]
     backend = text_backend(tokenizer, [text or "" for text in texts])
-    backend.no_truncation()  # what an earlier call of the tokenizer may have left on
+    backend.no_truncation()  # an earlier call of the tokenizer may have enabled them
     backend.no_padding()
     encodings = backend.encode_batch([text or "" for text in texts], add_special_tokens=False)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     found: list[Compact | EncodingError] = []
     for spans, text, encoding in zip(batch, texts, encodings, strict=True):
         if text is None:
-            found.append(EncodingError("its text holds half a surrogate pair, which is no character", "malformed text"))
+            found.append(
+                EncodingError(
+                    "its text has half a surrogate pair, which is not a character; remove it", "malformed text"
+                )
+            )
             continue
         trained = np.zeros(len(bos) + len(encoding.ids), dtype=bool)
         try:
@@ -122,7 +126,7 @@ def encode_spans(batch: Sequence[Sequence[Span]], tokenizer: PreTrainedTokenizer
 
 
 def _unicode(text: str) -> str | None:
-    """The text; None where it cannot be written as UTF-8."""
+    """Return the text; None if it cannot be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -131,8 +135,8 @@ def _unicode(text: str) -> str | None:
 
 
 def _trained_ranges(spans: Sequence[Span], encoding: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int]]:
-    """The tokens of trained spans: by looking up where spans begin, and all tokens one by one where that is not where
-    a token begins."""
+    """Return the token ranges of trained spans: by looking up the spans' starts, or, if a span does not start at a
+    token, by checking every token."""
     starts, position = [], 0
     runs = _runs(spans)
     for run in runs:
@@ -147,7 +151,7 @@ def _trained_ranges(spans: Sequence[Span], encoding: Any, tokenizer: PreTrainedT
 
 
 def _runs(spans: Sequence[Span]) -> list[Span]:
-    """Spans with neighbours of one kind joined: only where training starts or stops does a border matter."""
+    """Join neighbouring spans that are both trained or both untrained."""
     runs: list[Span] = []
     for span in spans:
         if runs and runs[-1].trained == span.trained:
@@ -160,7 +164,7 @@ def _runs(spans: Sequence[Span]) -> list[Span]:
 def expand(
     ids: np.ndarray, trained: np.ndarray, *, image_id: int, num_image_tokens: int, max_length: int | None = None
 ) -> Encoded:
-    """Put every image's tokens in its place, and cut the end of the last answer to fit.
+    """Replace each `<image>` by the image's tokens, and cut the end of the last answer to fit.
 
     Args:
         ids: From `encode_spans`.
@@ -174,7 +178,7 @@ def expand(
 
     Raises:
         EncodingError: Where no token is trained.
-        OverlongError: Where `max_length` would cut more than the end of the last answer.
+        OverlongError: If `max_length` would cut more than the end of the last answer.
     """
     is_image = ids == image_id
     repeats = np.where(is_image, num_image_tokens, 1)
@@ -212,37 +216,38 @@ def encode_prompt(
 
 
 def fit_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Leave out what a template has after an image where the tokenizer has no dummy prefix that it is there for.
+    """Remove a template's `after_image` if the tokenizer has no dummy prefix that it stands for.
 
     Args:
         template: A template.
         tokenizer: A fast tokenizer that knows `<image>`.
 
     Returns:
-        The template as this tokenizer needs it.
+        The template for this tokenizer.
     """
     if not template.after_image:
         return template
     backend = tokenizer.backend_tokenizer
     alone = backend.encode("a", add_special_tokens=False).tokens
     behind = backend.encode(f"{IMAGE_PLACEHOLDER}a", add_special_tokens=False).tokens[1:]
-    has_prefix = alone[0].startswith("▁") and not behind[0].startswith("▁")  # SentencePiece's mark of a space
+    has_prefix = alone[0].startswith("▁") and not behind[0].startswith("▁")  # SentencePiece's space
     return template if has_prefix else replace(template, after_image="")
 
 
 def conversation_spans(turns: Sequence[Turn], template: Template, special_tokens: Collection[str] = ()) -> list[Span]:
-    """Write turns out as spans, the answers with their stop trained.
+    """Write turns as spans; answers are trained with their stop.
 
     Args:
         turns: System first if at all, then user and assistant in turn, the assistant last.
-        template: How to write them.
-        special_tokens: The tokenizer's; those that a turn's text holds are marked as typed, images' places aside.
+        template: The template.
+        special_tokens: The tokenizer's special tokens; in a turn's text they are marked as ordinary text, except
+            images' places.
 
     Returns:
-        Spans whose texts joined are the conversation without its BOS.
+        Spans whose joined texts are the conversation without its BOS.
 
     Raises:
-        EncodingError: For turns out of order, an empty answer, or a conversation that the template cannot hold.
+        EncodingError: If turns are out of order, an answer is empty, or the template does not support the conversation.
     """
     typed = [token for token in special_tokens if token != IMAGE_PLACEHOLDER]
     system = as_typed(template.system, special_tokens)
@@ -260,46 +265,46 @@ def conversation_spans(turns: Sequence[Turn], template: Template, special_tokens
             continue
         before, after = template.user_format.split("{}")
         inside = wrapped if template.system_in_user and index == 0 else ""
-        asked = after_images(as_typed(turn.text, typed), template)
-        spans.append(Span(before + inside + asked + after, False))
+        question = after_images(as_typed(turn.text, typed), template)
+        spans.append(Span(before + inside + question + after, False))
     spans.append(Span(template.closing, False))
     return [span for span in spans if span.text]
 
 
 def _check_turns(turns: Sequence[Turn], template: Template) -> None:
     if not turns or turns[-1].role != "assistant":
-        raise EncodingError("the conversation has no answer at its end")
+        raise EncodingError("the conversation does not end with an answer; add one")
     for index, turn in enumerate(turns):
         expected = ("user", "assistant")[index % 2]
         if turn.role != expected:
-            raise EncodingError(f"turn {index} is the {turn.role}'s; the {expected}'s was due")
+            raise EncodingError(f"turn {index} is the {turn.role}'s; it should be the {expected}'s")
         if turn.role == "assistant" and not turn.text.strip():
             raise EncodingError(f"turn {index}: the answer is empty")
         if turn.role == "assistant" and IMAGE_PLACEHOLDER in turn.text:
-            raise EncodingError(f"turn {index}: the answer holds {IMAGE_PLACEHOLDER}; only a user shows images")
+            raise EncodingError(f"turn {index}: the answer holds {IMAGE_PLACEHOLDER}; images belong in questions")
     if template.single_turn and (len(turns) != 2 or turns[0].text.count(IMAGE_PLACEHOLDER) != 1):
-        raise EncodingError(f"template {template.name} takes one image and one caption")
+        raise EncodingError(f"template {template.name} needs one image and one caption; use another template")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
-    """Hold that a tokenizer can encode for a template.
+    """Check that a tokenizer can encode for a template.
 
     Raises:
-        EncodingError: Saying what it lacks.
+        EncodingError: If it cannot; the message names what it lacks.
     """
     if not tokenizer.is_fast:
-        raise EncodingError(f"{type(tokenizer).__name__} gives no offsets; load the fast tokenizer")
+        raise EncodingError(f"{type(tokenizer).__name__} has no offsets; load the fast tokenizer")
     if tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) in (None, tokenizer.unk_token_id):
         raise EncodingError(f"the tokenizer does not know {IMAGE_PLACEHOLDER}; add it as a special token")
     if template.stop_string is None and template.stop.strip() != tokenizer.eos_token:
         raise EncodingError(
             f"template {template.name} stops on {template.stop.strip()!r}, the tokenizer on {tokenizer.eos_token!r}; "
-            "take a template of this model"
+            "use a template of this model"
         )
 
 
 def _tokenise(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """Tokenise the joined spans once; a token belongs to the span in which its first own character lies."""
+    """Tokenise the joined spans at once; a token belongs to the span that holds its first character."""
     text = "".join(span.text for span in spans)
     encoding = text_backend(tokenizer, [text]).encode(text, add_special_tokens=False)
     trained: list[bool] = []
@@ -314,13 +319,15 @@ def _tokenise(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tupl
             index += 1
         if end > ends[index] and spans[index].trained != spans[min(index + 1, len(spans) - 1)].trained:
             around = text[max(0, start - 10) : end + 10]
-            raise EncodingError(f"one token covers the border between prompt and answer in {around!r}; part them")
+            raise EncodingError(
+                f"one token covers the border between prompt and answer in {around!r}; separate them by a space"
+            )
         trained.append(spans[index].trained)
     return encoding.ids, trained
 
 
 def last_answer_start(labels: np.ndarray) -> int:
-    """Where the last answer begins among labels of shape (tokens,); 0 where nothing is trained."""
+    """Return the start of the last answer in labels of shape (tokens,); 0 if nothing is trained."""
     trained = np.flatnonzero(labels != IGNORE_INDEX)
     if not len(trained):
         return 0

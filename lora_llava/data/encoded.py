@@ -1,7 +1,7 @@
-"""Encoded rows: compact, kept on disk and memory-mapped, so that a second start neither reads nor tokenises them.
+"""Encoded rows in compact tables, cached on disk and memory-mapped, so that a second run does not tokenise them again.
 
-A table keeps a source's rows as they are tokenised once: one id per image, nothing cut. How many tokens an image
-takes, the length limit and which rows are used are decided when rows are taken from it.
+A table has a source's rows with one id per image and nothing cut. The number of tokens of an image, the length limit
+and the selection of rows are applied when rows are taken from it.
 """
 
 from __future__ import annotations
@@ -39,16 +39,20 @@ from lora_llava.data.templates import Template, get_template
 from lora_llava.data.typed import special_tokens
 
 _VERSION = 3
-"""Raise it when the same rows would be read or encoded otherwise."""
+"""Increase it when reading or encoding changes for the same rows."""
 _BATCH = 512
 _ARRAYS: dict[str, type] = {
-    "ids": np.int32, "trained": np.bool_, "starts": np.int64, "pictures": np.int32, "supervised": np.int32,
-}  # fmt: skip
+    "ids": np.int32,
+    "trained": np.bool_,
+    "starts": np.int64,
+    "pictures": np.int32,
+    "supervised": np.int32,
+}
 _TEXTS = ("row_ids", "images", "problems", "notes", "names")
 
 
 class _Texts:
-    """Many short texts as one run of bytes and where each begins."""
+    """Many short texts as one array of bytes and their start offsets."""
 
     def __init__(self, content: np.ndarray, starts: np.ndarray) -> None:
         self.content, self.starts = content, starts
@@ -57,22 +61,22 @@ class _Texts:
         return self.content[self.starts[index] : self.starts[index + 1]].tobytes().decode("utf-8", "surrogatepass")
 
     def where(self) -> np.ndarray:
-        """Indices of those that are not empty."""
+        """Return the indices of the texts that are not empty."""
         return np.flatnonzero(np.diff(self.starts))
 
 
 class EncodedTable:
-    """A source's rows, encoded.
+    """The encoded rows of a source.
 
     Attributes:
-        ids: All rows' ids end to end, int32; one `<image>` per image.
-        trained: Which of them are trained, bool.
-        starts: Where each row begins, int64 of shape (rows + 1,); a row that could not be encoded has no ids.
+        ids: The concatenated ids of all rows, int32; one `<image>` per image.
+        trained: Which ids are trained, bool.
+        starts: The start of each row, int64 of shape (rows + 1,); a row that could not be encoded has no ids.
         image_counts: Number of images of each row.
         supervised: Trained tokens of each row.
-        row_ids: Its name.
-        problems: What is wrong with it, `kind: message`, or nothing.
-        notes: What was mended, or nothing.
+        row_ids: The id of each row.
+        problems: The error of each row, its kind and message separated by a tab; empty if it has none.
+        notes: The repairs made to each row, separated by NUL; empty if none.
     """
 
     def __init__(self, columns: dict[str, np.ndarray]) -> None:
@@ -87,31 +91,31 @@ class EncodedTable:
         return len(self.starts) - 1
 
     def lengths(self, num_image_tokens: int) -> np.ndarray:
-        """Tokens of each row, images' included, int64."""
+        """Return the number of tokens of each row, including image tokens, int64."""
         return np.diff(self.starts) + self.image_counts.astype(np.int64) * (num_image_tokens - 1)
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """A row's ids and what is trained of them."""
+        """Return a row's ids and their trained mask."""
         place = slice(self.starts[index], self.starts[index + 1])
         return self.ids[place], self.trained[place]
 
     def images(self, index: int) -> list[str]:
-        """Names of a row's images, in order."""
+        """Return the names of a row's images, in order."""
         text = self._images[index]
         return text.split("\0") if text else []
 
     def row_name(self, index: int) -> str:
-        """How messages name a row; see `Conversation.named`."""
+        """Return a row's name in messages; see `Conversation.named`."""
         return self._names[index]
 
     def problem(self, index: int) -> EncodingError | None:
-        """What is wrong with a row."""
+        """Return the error of a row; None if it has none."""
         kind, _, message = self.problems[index].partition("\t")
         return EncodingError(message, kind) if kind else None
 
 
 class _Writer:
-    """Collects encoded rows column by column."""
+    """Collects encoded rows in columns."""
 
     def __init__(self) -> None:
         self.columns = {name: array({"trained": "b"}.get(name, "i")) for name in _ARRAYS if name != "starts"}
@@ -128,11 +132,12 @@ class _Writer:
         images = row.images if isinstance(row, Conversation) else ()
         self.columns["pictures"].append(len(images))
         texts = {
-            "row_ids": row.row_id, "images": "\0".join(images),
+            "row_ids": row.row_id,
+            "images": "\0".join(images),
             "problems": f"{problem.kind}\t{problem}" if problem else "",
             "notes": "\0".join(row.notes) if isinstance(row, Conversation) else "",
             "names": row.name or f"row {row.row_id:.80}",
-        }  # fmt: skip
+        }
         for name, text in texts.items():
             self.texts[name] += text.encode("utf-8", "surrogatepass")
             self.text_starts[name].append(len(self.texts[name]))
@@ -147,24 +152,28 @@ class _Writer:
 
 
 def encode_table(
-    source: Source, *, tokenizer: PreTrainedTokenizerBase, template: str | Template, cache: Path | None = None,
+    source: Source,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | Template,
+    cache: Path | None = None,
     progress: Callable[[Iterable[Read]], Iterable[Read]] = lambda rows: rows,
-) -> EncodedTable:  # fmt: skip
-    """Encode a source, once: the table is kept by content and settings.
+) -> EncodedTable:
+    """Encode a source once; the table is cached by the content and the settings.
 
     Args:
         source: The rows.
         tokenizer: See `encode_conversation`.
         template: See `encode_conversation`.
-        cache: Folder that keeps tables; None keeps it in memory.
-        progress: Wraps the rows, for a progress bar; not called where the table is there already.
+        cache: The cache folder; None keeps the table in memory.
+        progress: Wraps the rows, for a progress bar; not called if the table is cached.
 
     Returns:
-        The table, memory-mapped where it is kept.
+        The table, memory-mapped if it is cached.
 
     Raises:
-        EncodingError: Where the tokenizer does not fit the template.
-        UserError: For a file that cannot be read to its end.
+        EncodingError: If the tokenizer does not fit the template.
+        UserError: If a file cannot be read to its end.
     """
     template = get_template(template)
     check_tokenizer(tokenizer, template)
@@ -187,7 +196,7 @@ def encode_table(
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        return EncodedTable(made[0] if made else make())  # a cache that cannot be written is none
+        return EncodedTable(made[0] if made else make())  # the cache is not writable
     return _load(folder)
 
 
@@ -198,7 +207,7 @@ def _counted(source: Source) -> Iterable[Read]:
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """Let the tokenizer take all cores, though processes that load images are forked later: the setting is read at
+    """Let the tokenizer use all cores, although processes that load images are forked later: the setting is read at
     every call (tokenizers, utils/parallelism.rs)."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -209,8 +218,8 @@ def _all_cores() -> Iterator[None]:
 
 
 def table_key(source: Source, tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
-    """Hash of everything a table depends on."""
-    files = [file.name for file in source.files]  # rows are named by them
+    """Return the hash of everything that a table depends on."""
+    files = [file.name for file in source.files]  # they are part of the rows' names
     ours = (__version__, _VERSION, source.fingerprint, files, repr(template))
     parts = (*ours, tokenizer.backend_tokenizer.to_str(), tokenizer.bos_token_id)
     return hashlib.sha256(json.dumps(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
@@ -224,7 +233,7 @@ def _batches(rows: Iterable[Read], size: int) -> Iterator[list[Read]]:
 
 def _encode_batch(
     batch: Sequence[Read], tokenizer: PreTrainedTokenizerBase, template: Template, writer: _Writer
-) -> None:  # fmt: skip
+) -> None:
     specials = special_tokens(tokenizer)
     spans: list[list[Span] | EncodingError] = [_spans(row, template, specials) for row in batch]
     good = [found for found in spans if not isinstance(found, EncodingError)]
@@ -259,7 +268,7 @@ def _check(
             "placeholder count",
         )
     if not encoded[1].any():
-        return EncodingError("the sample has no trained token", "no trained token")
+        return EncodingError("the sample has no trained token; give it an answer", "no trained token")
     return encoded
 
 
@@ -270,7 +279,7 @@ def _write(arrays: dict[str, np.ndarray], folder: Path) -> None:
 
 
 def _load(folder: Path) -> EncodedTable:
-    """The table of a folder whose files were checked."""
+    """Load the table of a folder whose files were checked."""
     sizes = json.loads((folder / "table.json").read_text())
     return EncodedTable(
         {name: np.load(folder / f"{name}.npy", mmap_mode="r" if sizes[name] else None) for name in sizes}
@@ -281,23 +290,28 @@ class EncodedRows(Sequence[dict[str, Any]]):
     """The rows that a split uses, taken from one or more tables.
 
     Args:
-        tables: The sources'.
-        places: Table and row of each, int64 of shape (rows, 2).
+        tables: The tables of the sources.
+        places: The table and row of each row, int64 of shape (rows, 2).
         image_id: The id of `<image>`.
-        num_image_tokens: How many of them an image has.
+        num_image_tokens: The number of tokens of an image.
         max_length: Most tokens of a row; the end of its last answer is cut to fit.
     """
 
     def __init__(
-        self, tables: Sequence[EncodedTable], places: np.ndarray, *, image_id: int, num_image_tokens: int,
+        self,
+        tables: Sequence[EncodedTable],
+        places: np.ndarray,
+        *,
+        image_id: int,
+        num_image_tokens: int,
         max_length: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.tables, self.places = tables, places.reshape(-1, 2)
         self.image_id, self.num_image_tokens, self.max_length = image_id, num_image_tokens, max_length
         self.lengths = np.zeros(len(self.places), dtype=np.int64)
-        """Tokens of each row."""
+        """The number of tokens of each row."""
         self.supervised = np.zeros(len(self.places), dtype=np.int64)
-        """Trained tokens of each row."""
+        """The number of trained tokens of each row."""
         for number, table in enumerate(tables):
             mine = np.flatnonzero(self.places[:, 0] == number)
             rows = self.places[mine, 1]
@@ -311,7 +325,7 @@ class EncodedRows(Sequence[dict[str, Any]]):
         return len(self.places)
 
     def __getitem__(self, index: Any) -> Any:
-        """One row: `row_id`, `input_ids`, `labels`, `image_files`; or, for a slice, those rows."""
+        """Return a row with `row_id`, `input_ids`, `labels` and `image_files`, or the list of rows of a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         table, row = self.table_row(index)
@@ -321,36 +335,39 @@ class EncodedRows(Sequence[dict[str, Any]]):
         return {"row_id": table.row_ids[row], **encoded, "image_files": self.image_files(index)}
 
     def row_name(self, index: int) -> str:
-        """How messages name a row; see `Conversation.named`."""
+        """Return a row's name in messages; see `Conversation.named`."""
         table, row = self.table_row(index)
         return table.row_name(row)
 
     def table_row(self, index: int) -> tuple[EncodedTable, int]:
-        """The table that a row is from and its number there."""
+        """Return the table that a row is from and its index there."""
         number, row = self.places[index]
         return self.tables[number], int(row)
 
     def image_files(self, index: int) -> list[str]:
-        """Names of a row's images, as the split's image source knows them."""
+        """Return the names of a row's images in the split's image source."""
         table, row = self.table_row(index)
         names = table.images(row)
         return names if len(self.tables) == 1 else [f"{self.places[index][0]}|{name}" for name in names]
 
     def image_counts(self) -> np.ndarray:
-        """How many images each row has."""
+        """Return the number of images of each row."""
         return np.array([self.tables[table].image_counts[row] for table, row in self.places], dtype=np.int64)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> EncodedRows:
-        """Only these rows."""
+        """Return only these rows."""
         places = self.places[np.asarray(indices, dtype=np.int64)]
         return EncodedRows(
-            self.tables, places, image_id=self.image_id, num_image_tokens=self.num_image_tokens,
+            self.tables,
+            places,
+            image_id=self.image_id,
+            num_image_tokens=self.num_image_tokens,
             max_length=self.max_length,
-        )  # fmt: skip
+        )
 
 
 def answer_starts(table: EncodedTable, rows: np.ndarray, image_id: int, num_image_tokens: int) -> np.ndarray:
-    """Where the last answer of each of these rows begins, in tokens."""
+    """Return the start of the last answer of each of these rows, in tokens."""
     found = []
     for row in rows:
         ids, trained = table.row(int(row))

@@ -1,4 +1,4 @@
-"""What is wrong, or odd, with rows: found in their encoded tables and their images, before any training."""
+"""Checks of rows and images before training: errors and warnings about each row and source."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lora_llava.data.images.image_check import ImageFacts
 from lora_llava.data.selection import Policy
 
 _NOTES = {
-    PLACEHOLDER_ADDED: "an image is named but no <image> stands in the text; it is put where data.image_position says",
-    LEADING_ANSWER_CUT: "the conversation starts with an answer, which is left out, as LLaVA does",
-    OPEN_QUESTION_CUT: "the conversation ends with a question, which is left out",
+    PLACEHOLDER_ADDED: "the row has an image but its text no <image>; it is added as data.image_position says",
+    LEADING_ANSWER_CUT: "the conversation starts with an answer, which is removed, as in LLaVA",
+    OPEN_QUESTION_CUT: "the conversation ends with a question, which is removed",
 }
 LEAK, SHARED = "held-out row in train", "held-out image in train"
 DUPLICATE = "duplicate row"
@@ -28,17 +28,17 @@ _MOST_BINS = 16
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing about one row.
+    """A finding about a row, a source or a split.
 
     Attributes:
-        kind: What it is, in a word or two.
+        kind: The kind of finding, in a word or two.
         row: The row's id.
-        message: What it is, in a sentence, with the mend where there is one.
-        number: The row's place in its source, from 0; -1 for a finding about the source or split as a whole.
+        message: The finding in a sentence, with the fix if there is one.
+        number: The row's index in its source; -1 for a finding about a source or split.
         source: The source's name.
         split: The row's split.
-        dropped: Whether the recipe leaves the row out for it.
-        name: How messages name the row, such as `row a (rows.csv, line 2)`; nothing for a source or split.
+        dropped: Whether the recipe drops the row because of it.
+        name: The row's name in messages, such as `row a (rows.csv, line 2)`; empty for a source or split.
     """
 
     kind: str
@@ -53,13 +53,13 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        rows: Rows read, of all splits.
-        errors: What would stop the run, or make its figures untrue.
-        warnings: What a person may want to know.
-        splits: Figures by split.
+        rows: Number of rows read, in all splits.
+        errors: Findings that would stop the run or invalidate its results.
+        warnings: Other findings.
+        splits: Statistics by split.
     """
 
     rows: int = 0
@@ -78,14 +78,14 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class CheckedSource:
-    """One source's part in one split.
+    """The rows of one source in one split.
 
     Attributes:
         split: The split's name.
         name: The source's name.
-        table: The source's rows.
-        rows: Which of them belong to the split.
-        images: What was found about the source's images, by name.
+        table: The source's encoded rows.
+        rows: The indices of the rows in the split.
+        images: The facts about the source's images, by name.
     """
 
     split: str
@@ -95,30 +95,34 @@ class CheckedSource:
     images: Mapping[str, ImageFacts]
 
     def finding(self, kind: str, row: int, message: str, dropped: bool = False) -> Finding:
-        told = f"{message}: the row is dropped" if dropped else message
+        message = f"{message}: the row is dropped" if dropped else message
         name = self.table.row_name(row)
-        return Finding(kind, self.table.row_ids[row], told, row, self.name, self.split, dropped, name)
+        return Finding(kind, self.table.row_ids[row], message, row, self.name, self.split, dropped, name)
 
 
 def check_sources(
-    sources: Sequence[CheckedSource], policies: Mapping[str, Policy], *, image_id: int,
-    num_image_tokens: int, leaks_are_errors: bool = True,
+    sources: Sequence[CheckedSource],
+    policies: Mapping[str, Policy],
+    *,
+    image_id: int,
+    num_image_tokens: int,
+    leaks_are_errors: bool = True,
     with_images: Container[str] = (),
-) -> CheckReport:  # fmt: skip
-    """Find everything.
+) -> CheckReport:
+    """Run all checks.
 
     Args:
-        sources: What the splits consist of, training first.
-        policies: By split.
+        sources: The parts of the splits, training first.
+        policies: The policy of each split.
         image_id: The id of `<image>`.
-        num_image_tokens: How many of them an image has.
-        leaks_are_errors: Whether a held-out row that is also trained on is an error, or, in a published split that
-            nobody here can mend, a warning.
-        with_images: Sources that should have images by the recipe or by what is beside them: none is an error. It is
-            for any source of which a column that is not read seems to name images.
+        num_image_tokens: The number of tokens of an image.
+        leaks_are_errors: Whether a held-out row that is also trained on is an error. In a published split, which cannot
+            be fixed here, it is a warning.
+        with_images: Sources that should have images, by the recipe or by images beside them; without images they are
+            errors. So is any source in which a column that is not read seems to name images.
 
     Returns:
-        The report, findings in the order of the rows.
+        The report, with findings in the order of the rows.
     """
     report = CheckReport(rows=sum(len(source.rows) for source in sources))
     shape = (image_id, num_image_tokens)
@@ -128,7 +132,7 @@ def check_sources(
         errors, warnings = _overlong(source, policy, shape)
         report.errors += errors
         report.warnings += warnings
-        report.warnings += _mended(source)
+        report.warnings += _repaired(source)
         errors, warnings = _images(source, policy)
         report.errors += errors
         report.warnings += warnings
@@ -145,19 +149,19 @@ def check_sources(
 def _bad_rows(source: CheckedSource, policy: Policy) -> Iterator[Finding]:
     for row in source.rows[np.isin(source.rows, source.table.problems.where())]:
         problem = source.table.problem(int(row))
-        assert problem is not None  # it is among those that have one
+        assert problem is not None  # the row is among those with a problem
         yield source.finding(problem.kind, int(row), str(problem), policy.on_bad_row == "drop")
 
 
 def whole_source_errors(sources: Sequence[CheckedSource], with_images: Container[str]) -> Iterator[Finding]:
-    """Find what is wrong with a source in all its splits, and with a split in all its sources.
+    """Find errors of complete sources and of complete splits.
 
     Args:
         sources: See `check_sources`.
         with_images: See `check_sources`.
 
     Yields:
-        Errors: a source or split without rows, and a source that should have images and has none.
+        Findings about sources and splits without rows, and about sources without images that should have some.
     """
     for name in dict.fromkeys(source.name for source in sources):
         mine = [source for source in sources if source.name == name]
@@ -165,7 +169,7 @@ def whole_source_errors(sources: Sequence[CheckedSource], with_images: Container
         if not len(sound):
             rows = sum(len(source.rows) for source in mine)
             what = f"none of its {rows:,} rows can be used" if rows else "it has no rows"
-            yield Finding("no rows", "", f"{name}: {what}", -1, name, mine[0].split)
+            yield Finding("no rows", "", f"{name}: {what}; fix its rows, or remove the source", -1, name, mine[0].split)
         elif not mine[0].table.image_counts[sound].any():
             column, rows = _unread_images(mine[0].table, sound)
             if column is not None or name in with_images:
@@ -174,11 +178,13 @@ def whole_source_errors(sources: Sequence[CheckedSource], with_images: Container
         mine = [source for source in sources if source.split == split]
         elsewhere = any(len(_sound(source)) for source in sources if source.name == mine[0].name)
         if elsewhere and not any(len(_sound(source)) for source in mine):
-            yield Finding("no rows", "", f"{split}: it has no rows", -1, mine[0].name, split)
+            yield Finding(
+                "no rows", "", f"{split}: it has no rows; add some, or remove the split", -1, mine[0].name, split
+            )
 
 
 def _unread_images(table: EncodedTable, rows: np.ndarray) -> tuple[str | None, int]:
-    """The column that most of these rows seem to name images in, and in how many; see `likely_image_column`."""
+    """Return the column in which most of these rows seem to name images, and how many; see `likely_image_column`."""
     found: Counter[str] = Counter()
     for row in rows[np.isin(rows, table.notes.where())]:
         notes = table.notes[int(row)].split("\0")
@@ -190,7 +196,7 @@ def _no_images(name: str, column: str | None, rows: int, total: int) -> str:
     if column is not None:
         return (
             f"{name}: no row has an image, and the column {column} seems to name one in {rows:,} of {total:,} rows; "
-            f"set data.columns: {{image: {column}}}, or take the column out to train on text alone"
+            f"set data.columns: {{image: {column}}}, or remove the column to train on text alone"
         )
     return (
         f"{name}: no row names an image, though data.image_folder or data.columns.image is set, or images are beside "
@@ -200,27 +206,25 @@ def _no_images(name: str, column: str | None, rows: int, total: int) -> str:
 
 
 def _note_in_words(note: str) -> tuple[str, str]:
-    """A note's kind and its message."""
+    """Return the kind and the message of a note."""
     if note.startswith(IMAGE_NOT_READ):
         column = note.removeprefix(IMAGE_NOT_READ)
         return "image not read", (
             f"it has no image, and the column {column} seems to name one; set data.columns: {{image: {column}}}, or "
-            "call the column as the others do"
+            "rename the column"
         )
     return note, _NOTES.get(note, note)
 
 
-def _mended(source: CheckedSource) -> Iterator[Finding]:
+def _repaired(source: CheckedSource) -> Iterator[Finding]:
     for row in source.rows[np.isin(source.rows, source.table.notes.where())]:
         for note in source.table.notes[int(row)].split("\0"):
             kind, message = _note_in_words(note)
             yield source.finding(kind, int(row), message)
 
 
-def _overlong(
-    source: CheckedSource, policy: Policy, shape: tuple[int, int]
-) -> tuple[list[Finding], list[Finding]]:  # fmt: skip
-    """Rows over the limit: what the recipe's word makes of each."""
+def _overlong(source: CheckedSource, policy: Policy, shape: tuple[int, int]) -> tuple[list[Finding], list[Finding]]:
+    """Return errors and warnings about rows over the limit, by the recipe's policy."""
     image_id, num_image_tokens = shape
     lengths = source.table.lengths(num_image_tokens)[source.rows]
     long = np.flatnonzero(lengths > policy.max_length)
@@ -228,17 +232,17 @@ def _overlong(
     errors, warnings = [], []
     for place, start in zip(long, starts, strict=True):
         row, length = int(source.rows[place]), int(lengths[place])
-        told = f"it has {length:,} tokens, over data.max_length {policy.max_length:,}"
+        message = f"it has {length:,} tokens, over data.max_length {policy.max_length:,}"
         if policy.on_overlong == "drop":
-            warnings.append(source.finding("overlong", row, told, dropped=True))
+            warnings.append(source.finding("overlong", row, message, dropped=True))
         elif policy.on_overlong == "error":
-            mend = "raise it, or set data.on_overlong to drop or truncate_answer"
-            errors.append(source.finding("overlong", row, f"{told}; {mend}"))
+            fix = "raise it, or set data.on_overlong to drop or truncate_answer"
+            errors.append(source.finding("overlong", row, f"{message}; {fix}"))
         elif start >= policy.max_length:
-            cut = f"{told}, and its last answer starts at token {start:,}: nothing of it would be left"
+            cut = f"{message}, and its last answer starts at token {start:,}: nothing of it would be left"
             errors.append(source.finding("overlong", row, cut))
         else:
-            cut = f"{told}: the last {length - policy.max_length:,} tokens of its answer are cut"
+            cut = f"{message}: the last {length - policy.max_length:,} tokens of its answer are cut"
             warnings.append(source.finding("answer cut", row, cut))
     return errors, warnings
 
@@ -259,10 +263,10 @@ def _images(source: CheckedSource, policy: Policy) -> tuple[list[Finding], list[
     return errors, warnings
 
 
-def _key(source: CheckedSource, row: int, asked_only: bool) -> bytes:
-    """What makes two rows the same: their text, or what is asked in it, and what their images show."""
+def _key(source: CheckedSource, row: int, question_only: bool) -> bytes:
+    """Return a hash of a row's text, or only its question, and of its images' contents."""
     ids, trained = source.table.row(row)
-    digest = hashlib.sha256((ids[~trained] if asked_only else ids).tobytes())
+    digest = hashlib.sha256((ids[~trained] if question_only else ids).tobytes())
     for name in source.table.images(row):
         image = source.images.get(name)
         digest.update((image.digest if image and image.digest else name).encode("utf-8", "surrogatepass"))
@@ -281,14 +285,14 @@ def _duplicates(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
             if (other, number) != (source, row):
                 of = "" if other.name == source.name else f" of {other.name}"
                 yield source.finding(
-                    DUPLICATE, row, f"it says and shows the same as {other.table.row_name(number)}{of}"
+                    DUPLICATE, row, f"it has the text and images of {other.table.row_name(number)}{of}"
                 )
 
 
 def asked_again(sources: Sequence[CheckedSource]) -> dict[int, list[str]]:
-    """Images by which it is decided whether a held-out row is trained on, by the source's place among these sources.
+    """Return the images that decide whether a held-out row is trained on, by the index of their source.
 
-    They are those of rows whose question is the same as a row's on the other side, whatever their images show.
+    They are the images of rows whose question is also asked by a row on the other side.
     """
     texts: dict[bool, dict[bytes, list[tuple[int, int]]]] = {True: {}, False: {}}
     for place, source in enumerate(sources):
@@ -304,41 +308,43 @@ def asked_again(sources: Sequence[CheckedSource]) -> dict[int, list[str]]:
 
 
 def leaks(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
-    """Find training rows that ask what a held-out row asks, of the same images.
+    """Find training rows with the question and images of a held-out row.
 
     Args:
-        sources: What the splits consist of, with what is known of the images that `asked_again` names.
+        sources: The parts of the splits, with the facts about the images from `asked_again`.
 
     Yields:
         A finding for each such training row.
     """
-    held: dict[bytes, tuple[CheckedSource, int]] = {}
+    held_out: dict[bytes, tuple[CheckedSource, int]] = {}
     for source in (source for source in sources if source.split != "train"):
         for row in map(int, _sound(source)):
-            held.setdefault(_key(source, row, True), (source, row))
+            held_out.setdefault(_key(source, row, True), (source, row))
     for source in (source for source in sources if source.split == "train"):
         for row in map(int, _sound(source)):
-            found = held.get(_key(source, row, True))
+            found = held_out.get(_key(source, row, True))
             if found is not None:
                 other, number = found
                 yield source.finding(
-                    LEAK, row, f"it asks what {other.split} {other.table.row_name(number)} asks, of the same "
-                    "images; take it out of one of them"
-                )  # fmt: skip
+                    LEAK,
+                    row,
+                    f"it has the question and images of {other.split} {other.table.row_name(number)}; remove it "
+                    "from one of them",
+                )
 
 
 def _shared_images(sources: Sequence[CheckedSource]) -> Iterator[Finding]:
-    """Training rows that show an image of a held-out row, under this name or another."""
-    held: dict[str, str] = {}
+    """Find training rows with an image of a held-out row, under any name."""
+    held_out: dict[str, str] = {}
     for source in (source for source in sources if source.split != "train"):
         for row in map(int, _sound(source)):
             for digest in _digests(source, row):
-                held.setdefault(digest, f"{source.split} {source.table.row_name(row)}")
+                held_out.setdefault(digest, f"{source.split} {source.table.row_name(row)}")
     for source in (source for source in sources if source.split == "train"):
         for row in map(int, _sound(source)):
-            found = next((held[digest] for digest in _digests(source, row) if digest in held), None)
+            found = next((held_out[digest] for digest in _digests(source, row) if digest in held_out), None)
             if found is not None:
-                yield source.finding(SHARED, row, f"it shows an image that {found} shows")
+                yield source.finding(SHARED, row, f"it has an image of {found}")
 
 
 def _digests(source: CheckedSource, row: int) -> list[str]:
@@ -347,7 +353,7 @@ def _digests(source: CheckedSource, row: int) -> list[str]:
 
 
 def _figures(sources: Sequence[CheckedSource], policy: Policy, num_image_tokens: int) -> dict[str, Any]:
-    """Rows, tokens, share of trained tokens, and a histogram of lengths."""
+    """Return the statistics of a split: rows, tokens, trained tokens, and a histogram of lengths."""
     lengths = np.concatenate([source.table.lengths(num_image_tokens)[_sound(source)] for source in sources])
     trained = sum(int(source.table.supervised[_sound(source)].sum()) for source in sources)
     longest = int(lengths.max()) if len(lengths) else 0
@@ -368,4 +374,4 @@ def _figures(sources: Sequence[CheckedSource], policy: Policy, num_image_tokens:
             {"from": place * width, "to": (place + 1) * width, "rows": places.get(place, 0)}
             for place in range(longest // width + 1)
         ],
-    }  # fmt: skip
+    }

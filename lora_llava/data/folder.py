@@ -1,5 +1,4 @@
-"""A person's folder of images and questions, looked at: which file holds the rows, what its columns are called, and
-where the images are."""
+"""Detection of the data in a folder: the file of rows, its format and columns, and the root of its images."""
 
 from __future__ import annotations
 
@@ -15,48 +14,46 @@ from lora_llava.data.files.reading import data_files, parquet_columns, placed_ro
 from lora_llava.data.files.shards import SPLIT_WORDS, group_files, row_files, set_words
 from lora_llava.data.formats import (
     CHAT_COLUMNS,
+    FORMATS,
     IMAGE_COLUMNS,
     IMAGE_SUFFIXES,
     Columns,
+    Detected,
     Format,
     RowError,
+    Sample,
     likely_image_column,
-    listed,
     read_row,
-)  # fmt: skip
+)
 from lora_llava.data.images.image_names import walk_files
 from lora_llava.data.images.reading import BadImageError, FolderImages
 
-_ALIASES = {
-    "image": IMAGE_COLUMNS,
-    "question": ("question", "prompt", "instruction", "query", "user", "input", "q"),
-    "answer": ("answer", "response", "output", "reply", "assistant", "completion", "target", "label", "a"),
-    "caption": ("caption", "description", "text", "blip_caption"),
-    "id": ("id", "question_id", "key", "uid"),
-}  # fmt: skip
-"""What people call their columns; the first that a table has counts."""
+_ALIASES: dict[str, tuple[str, ...]] = {"image": IMAGE_COLUMNS, "id": ("id", "question_id", "key", "uid")}
+for _format in FORMATS:
+    _ALIASES |= _format.aliases
+"""Names of columns found in the wild; the first that a table has counts."""
 _PEEK = 500
 
 
 @dataclass(frozen=True)
 class FolderData:
-    """What a folder was understood to be.
+    """The data found in a folder.
 
     Attributes:
-        file: The rows that are trained on.
-        validation: A file of validation rows; None where they are split off.
-        test: A file of test rows.
-        form: How the rows are read.
-        shape: The same in words.
-        columns: What a table calls its columns.
-        image_folder: Root of the images; None where no row has one.
-        rows: Rows of `file`.
-        images: Image files under the folder.
-        named: Different images that rows name.
+        file: The file of training rows.
+        validation: A file of validation rows; None if they are split off from the training rows.
+        test: A file of test rows; None if none exists.
+        form: The value of `data.format`.
+        shape: A description of the format.
+        columns: The names of the table's columns.
+        image_folder: Root folder of the images; None if no row has one.
+        rows: Number of rows in `file`.
+        images: Number of image files under the folder.
+        named: Number of different images that rows name.
         embedded: Whether the images are in the table itself.
         unused: Columns that are not read.
-        files: All files of the set that `file` is the first of.
-        linked: Sets of images that no row links to each other; rows of one set are held back together.
+        files: All files of the set of which `file` is the first.
+        linked: Number of sets of images that no row links to each other; the rows of a set are held out together.
     """
 
     file: Path
@@ -76,113 +73,111 @@ class FolderData:
 
 
 def understand_folder(folder: Path, file: Path | None = None, follow_links: bool = False) -> FolderData:
-    """Look at a folder.
+    """Detect the data in a folder.
 
     Args:
-        folder: With images, at any depth, and a file of rows.
-        file: The file of rows, where there are several.
+        folder: A folder with images, at any depth, and a file of rows.
+        file: The file of rows, if there are several.
         follow_links: Whether links in the folder may lead out of it.
 
     Returns:
-        What it was understood to be.
+        The data that was found.
 
     Raises:
-        UserError: For a folder without rows, or with files among which it cannot be told, or rows whose form is not
-            known, or none of whose images is there.
+        UserError: If the folder has no rows or several possible files of rows, the format of the rows is unknown, or
+            none of their images exists.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; name one with images and a table, or add --example to make one")
-    held: dict[str, Path] = {}
+        raise UserError(
+            f"the folder {folder} does not exist; name one with images and a table, or add --example to make one"
+        )
+    held_out: dict[str, Path] = {}
     if file is None:
-        file, held = _choose(folder)
+        file, held_out = _choose(folder)
     files = data_files(file, "--data")
     file = files[0]
     first = [row for each in files for _, row in islice(placed_rows(each), _PEEK)]
     if not first:
-        raise UserError(f"{file}: it holds no rows; give it lines such as image, question, answer")
-    form, shape, columns = _shape(file, first)
+        raise UserError(f"{file}: it has no rows; add lines such as image, question, answer")
+    detected = _shape(file, first)
+    form, columns = detected.choice, detected.columns
     embedded = file.suffix.lower() == ".parquet" and any(
         parquet_columns(each).get(name) for each in files for name in (columns.image, "images")
-    )  # fmt: skip
+    )
     rows, names, linked = _count(files, form, columns, embedded)
     images = list(_images(folder, follow_links))
     root = _image_folder(folder, file, images, names, follow_links) if names and not embedded else None
     known = {"system", "images", *CHAT_COLUMNS, *vars(columns).values()}
     unused = tuple(str(name) for name in dict.fromkeys(key for row in first for key in row) if name not in known)
     return FolderData(
-        file, held.get("validation"), held.get("test"), form, shape, columns, root, rows, len(images), len(names),
-        embedded, unused, files, linked,
-    )  # fmt: skip
+        file=file,
+        validation=held_out.get("validation"),
+        test=held_out.get("test"),
+        form=form,
+        shape=detected.shape,
+        columns=columns,
+        image_folder=root,
+        rows=rows,
+        images=len(images),
+        named=len(names),
+        embedded=embedded,
+        unused=unused,
+        files=files,
+        linked=linked,
+    )
 
 
 def _choose(folder: Path) -> tuple[Path, dict[str, Path]]:
-    """The file to train on, and those that are called validation and test beside it; of a set, its first file."""
+    """Return the file to train on, and the validation and test files by their names; of a set, its first file."""
     sets = [files[0] for files in group_files([*row_files(folder), *row_files(folder, deeper=True)])]
-    held: dict[str, Path] = {}
+    held_out: dict[str, Path] = {}
     for part in ("validation", "test"):
         mine = [file for file in sets if set_words(file, folder) & set(SPLIT_WORDS[part])]
         if len(mine) == 1 and len(sets) > 1:
-            held[part] = data_files(mine[0], "--data")[0]
-    left = [file for file in sets if file not in held.values()]
+            held_out[part] = data_files(mine[0], "--data")[0]
+    left = [file for file in sets if file not in held_out.values()]
     if len(left) == 1:
-        return left[0], held
-    if held and not left:
-        names = ", ".join(file.name for file in held.values())
-        raise UserError(f"{folder} holds only {names}, which sound held back; name the rows to train on with --data")
+        return left[0], held_out
+    if held_out and not left:
+        names = ", ".join(file.name for file in held_out.values())
+        raise UserError(
+            f"{folder} has only {names}, which seem to be held-out rows; name the rows to train on with --data"
+        )
     if not left:
         raise UserError(
-            f"{folder} holds no table and no JSON; put a CSV into it with the columns image, question, answer, a row a "
+            f"{folder} has no table and no JSON; add a CSV with the columns image, question, answer and a row per "
             "question"
         )
     names = ", ".join(str(file.relative_to(folder)) for file in left[:8])
-    raise UserError(f"{folder} holds {len(left)} files that may be the rows: {names}; name one with --data")
+    raise UserError(f"{folder} has {len(left)} possible files of rows: {names}; name one with --data")
 
 
-def _shape(file: Path, rows: list[Any]) -> tuple[Format, str, Columns]:
+def _shape(file: Path, rows: list[Any]) -> Detected:
     wrong = [type(row).__name__ for row in rows if not isinstance(row, Mapping)]
     if wrong:
         raise UserError(f"{file}: a row is {wrong[0]}; it should be an object with named fields")
     row: dict[str, Any] = {}
-    for each in rows:  # a key may be missing where there is nothing to say
+    for each in rows:  # a key may be missing where its value is empty
         row |= {key: value for key, value in each.items() if key not in row or row[key] in (None, "")}
     plain = {str(name).strip().lower(): str(name) for name in reversed(row)}
     found = {role: next((plain[name] for name in names if name in plain), None) for role, names in _ALIASES.items()}
     if found["image"] is None and "images" not in row:
         found["image"] = likely_image_column(row, set(filter(None, found.values())))
-    columns = Columns(**{role: name for role, name in found.items() if name is not None})
-    chat = next((key for key in CHAT_COLUMNS if key in row), None)
-    if chat is not None:
-        messages = _parsed(row[chat])
-        first = messages[0] if isinstance(messages, list) and messages else {}
-        kind = "LLaVA's or ShareGPT's from and value" if isinstance(first, Mapping) and "from" in first else "messages"
-        return "conversations", f"conversations ({kind})", columns
-    if "instruction" in row and row.get("input"):
-        raise UserError(f"{file}: its rows have instruction and input; join the two into one column question")
-    if found["question"] and found["answer"]:
-        table = ", ".join(filter(None, (found["image"], found["question"], found["answer"])))
-        return "conversations", f"a table of {table}", columns
-    if found["image"] and (found["caption"] or found["answer"]):
-        name = found["caption"] or found["answer"]
-        return "captions", f"captions: {found['image']}, {name}", Columns(**vars(columns) | {"caption": str(name)})
+    sample = Sample(file, row, found)
+    for each in FORMATS:
+        detected = each.detect(sample)
+        if detected is not None:
+            return detected
     raise UserError(
-        f"{file}: its columns are {', '.join(map(str, row))}; call them image, question, answer, or name them with "
-        "data.columns in a copy of my_data_qlora.yaml"
+        f"{file}: its columns are {', '.join(map(str, row))}; rename them to image, question, answer, or name them "
+        "with data.columns in a copy of my_data_qlora.yaml"
     )
 
 
-def _parsed(messages: Any) -> Any:
-    """Messages that a table's cell holds as JSON."""
-    try:
-        return listed(messages, "messages")
-    except RowError:  # the check says so, row by row
-        return messages
+def _count(files: Iterable[Path], form: Format, columns: Columns, embedded: bool) -> tuple[int, dict[str, None], int]:
+    """Count the rows, collect the images they name, and count the sets of images that no row links to each other.
 
-
-def _count(
-    files: Iterable[Path], form: Format, columns: Columns, embedded: bool
-) -> tuple[int, dict[str, None], int]:  # fmt: skip
-    """Rows, the images they name, and how many sets of images there are that no row links; the check says what is
-    wrong with rows."""
+    Rows with errors are skipped; the check reports them."""
     count = 0
     parent: dict[str, str] = {}
 
@@ -210,7 +205,7 @@ def _images(folder: Path, follow_links: bool) -> Iterator[Path]:
 
 
 def _image_folder(folder: Path, file: Path, files: list[Path], names: Iterable[str], follow_links: bool) -> Path:
-    """The root under which most of the named images are, and among equals the one where most need no matching."""
+    """Return the folder under which most of the named images exist; among equals, the one with most exact names."""
     names = list(islice(names, _PEEK))
     roots = dict.fromkeys([folder, file.parent, folder / "images"])
     for image in files:
@@ -228,11 +223,11 @@ def _image_folder(folder: Path, file: Path, files: list[Path], names: Iterable[s
         if link := _link_out(folder):
             raise UserError(
                 f"{file}: none of its first {len(names)} images is under {folder}, and the link {link} leads out of "
-                "it, which is refused; add --follow-links, which writes data.follow_links: true into the recipe"
+                "it, which is not followed; add --follow-links, which writes data.follow_links: true into the recipe"
             )
         raise UserError(
             f"{file}: its first row with an image names {names[0]}, and none of its first {len(names)} images is "
-            f"under {folder}, which holds {len(files)} images; put them there"
+            f"under {folder}, which has {len(files)} images; put them there"
         )
     return best
 
@@ -247,7 +242,7 @@ def _how_found(images: FolderImages, name: str) -> str | None:
 
 
 def _link_out(folder: Path) -> Path | None:
-    """A link in a folder that leads out of it."""
+    """Return a link in a folder that leads out of it; None if none does."""
     root = folder.resolve()
     for where, below, files in os.walk(folder):
         for path in (Path(where, name) for name in (*below, *files)):

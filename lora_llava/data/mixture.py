@@ -1,4 +1,4 @@
-"""Several sources as one training set: what is held back, by image, and what of each source an epoch takes."""
+"""Hold out rows by image, and mix several sources into one training set."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from lora_llava.data.images.image_names import COCO_NAME
 from lora_llava.data.images.reading import BadImageError, FolderImages, ImageSource
 
 _ENDS = 4096
-"""Bytes of a file's beginning and end that tell it from others of its size; two taken for one would only share a
-side."""
+"""Bytes at a file's start and end by which it is compared with others of its size; two files treated as one are only
+kept on the same side."""
 
 
 def row_keys(
     table: EncodedTable, images: ImageSource, source: int, digests: Mapping[str, str] | None = None
-) -> list[list[Hashable]]:  # fmt: skip
-    """What of each row must not be on both sides of a split: its images, or, without any, its questions.
+) -> list[list[Hashable]]:
+    """Return what must not be on both sides of a split: a row's images, or, without any, its questions.
 
     Args:
         table: The source's rows.
-        images: The source's images; the same file under two sources' names is one image.
-        source: The source's place, which tells images apart that are no files.
-        digests: What images that are no files hold, by name, so that the same one in two rows is one.
+        images: The source's images; a file with different names in two sources is one image.
+        source: The source's index, which distinguishes images that are not files.
+        digests: Hashes of images that are not files, by name, so that equal images are one.
 
     Returns:
-        The keys of every row; none of one that could not be read.
+        The keys of every row; none for a row that could not be read.
     """
     root = str(images.root) if isinstance(images, FolderImages) else f"{source}|"
 
     def key(name: str) -> Hashable:
         if digests is not None:
             return digests.get(name, (source, name))
-        name = files.get(name, name)  # two names that are matched to one file are one image
+        name = files.get(name, name)  # two names of one file are one image
         match = COCO_NAME.fullmatch(name.rpartition("/")[2])  # the same number is the same image in every release
         return ("coco", match[1]) if match else os.path.normpath(os.path.join(root, name))
 
@@ -57,7 +57,7 @@ def row_keys(
 
 
 def _same_files(images: FolderImages, names: Iterable[str]) -> dict[str, Hashable]:
-    """Keys of files that other names have too: those of one size whose beginnings and ends are the same."""
+    """Return keys of possibly identical files: those of equal size, by the hash of their start and end."""
     sizes: dict[int, dict[Path, list[str]]] = {}
     for name in names:
         with contextlib.suppress(BadImageError, OSError):
@@ -76,20 +76,21 @@ def _same_files(images: FolderImages, names: Iterable[str]) -> dict[str, Hashabl
 
 def hold_back(
     keys: Sequence[Sequence[Hashable]], counts: Sequence[int], seed: int, names: Sequence[str]
-) -> list[list[int]]:  # fmt: skip
-    """Draw rows that are not trained on; rows that share an image, or images in turn, stay together.
+) -> list[list[int]]:
+    """Draw held-out rows; rows that are linked by shared images stay together.
 
     Args:
-        keys: What each row must share a side with, from `row_keys`; a row without any is not drawn.
-        counts: How many rows, at the least, go to each held-back part.
-        seed: Draws them.
-        names: The fields that ask for the parts, for messages.
+        keys: The keys of each row, from `row_keys`; rows with a common key stay on one side, and a row without keys is
+            not drawn.
+        counts: The least number of rows of each held-out part.
+        seed: Seeds the draw.
+        names: The recipe fields of the parts, for messages.
 
     Returns:
-        Row indices in their old order: those that are left, then each held-back part.
+        Row indices in their original order: those that remain, then each held-out part.
 
     Raises:
-        UserError: Where nothing would be left to train on.
+        UserError: If nothing would be left to train on.
     """
     groups = _groups(keys)
     order = list(range(len(keys)))
@@ -112,15 +113,16 @@ def hold_back(
         parts.append(sorted(part))
     left = [row for row in range(len(keys)) if groups[row] not in taken]
     if not left:
-        asked = ", ".join(f"{name} is {count}" for name, count in zip(names, counts, strict=True) if count)
+        counted = ", ".join(f"{name} is {count}" for name, count in zip(names, counts, strict=True) if count)
         raise UserError(
-            f"{asked}, of {len(keys)} rows, which have {len(members)} images or sets of them; leave some to train on"
+            f"{counted}, but the data has only {len(keys)} rows in {len(members)} groups by image; "
+            "leave some to train on"
         )
     return [left, *parts]
 
 
 def _groups(keys: Sequence[Sequence[Hashable]]) -> list[int]:
-    """For every row the first row that it is linked to by keys, directly or in turn."""
+    """Return for every row the first row that it is linked to by keys, directly or through other rows."""
     parent = list(range(len(keys)))
 
     def find(row: int) -> int:
@@ -140,12 +142,12 @@ def _groups(keys: Sequence[Sequence[Hashable]]) -> list[int]:
 
 @dataclass(frozen=True)
 class Share:
-    """What a mixture is to have of a source.
+    """The share of a source in a mixture.
 
     Attributes:
-        name: The source's.
-        weight: Its part of an epoch, in proportion to the other weights.
-        rows: Or how many of its rows an epoch has.
+        name: The source's name.
+        weight: Its share of an epoch, in proportion to the other weights.
+        rows: The number of its rows in an epoch, instead of a weight.
     """
 
     name: str
@@ -154,18 +156,18 @@ class Share:
 
 
 def epoch_counts(shares: Sequence[Share], available: Sequence[int], total: int | None) -> list[int]:
-    """How many rows of each source an epoch has.
+    """Compute the number of rows of each source in an epoch.
 
     Args:
-        shares: What is asked for; a source with neither weight nor rows gives all it has.
-        available: Rows that each source has.
-        total: Rows of an epoch; None: as many as the sources that have a weight hold, and what the others give.
+        shares: The shares; a source with neither weight nor rows contributes all its rows.
+        available: The number of rows that each source has.
+        total: The number of rows of an epoch; None: all rows of the weighted sources, plus those of the others.
 
     Returns:
-        Rows per source; more than a source has means that some come again within the epoch.
+        Rows per source; if more than the source has, some are repeated within the epoch.
 
     Raises:
-        UserError: Where nothing of `total` is left for the sources that have a weight.
+        UserError: If nothing of `total` is left for the weighted sources.
     """
     fixed = [share.rows if share.rows is not None else count for share, count in zip(shares, available, strict=True)]
     weighted = [i for i, share in enumerate(shares) if share.weight is not None]
@@ -175,8 +177,8 @@ def epoch_counts(shares: Sequence[Share], available: Sequence[int], total: int |
     pool = sum(available[i] for i in weighted) if total is None else total - others
     if pool <= 0:
         raise UserError(
-            f"data.max_train_rows is {total}, and sources without a weight give {others} already; raise it, or give "
-            "those sources fewer rows"
+            f"data.max_train_rows is {total}, and sources without a weight already have {others} rows; raise it, or "
+            "set fewer rows for those sources"
         )
     weights = [float(shares[i].weight or 0) for i in weighted]
     edges = [round(pool * sum(weights[: n + 1]) / sum(weights)) for n in range(len(weights))]
@@ -184,21 +186,19 @@ def epoch_counts(shares: Sequence[Share], available: Sequence[int], total: int |
     return [counts.get(i, count) for i, count in enumerate(fixed)]
 
 
-def mixture(
-    members: Sequence[Sequence[int]], counts: Sequence[int], seed: int
-) -> Callable[[int], list[int]]:  # fmt: skip
-    """Which samples each epoch has.
+def mixture(members: Sequence[Sequence[int]], counts: Sequence[int], seed: int) -> Callable[[int], list[int]]:
+    """Return a function that draws the samples of each epoch.
 
-    Every source is an endless row of shuffled passes; an epoch takes the next of it. So over the epochs no sample of a
-    source comes more often than another by more than one, and rows that one epoch leaves out are in the next.
+    Every source is an endless sequence of shuffled passes, and each epoch takes the next part of it. So the counts of
+    two samples of a source never differ by more than one, and rows that one epoch leaves out are in the next.
 
     Args:
-        members: Sample indices of each source.
-        counts: How many an epoch has of each.
-        seed: Shuffles.
+        members: The sample indices of each source.
+        counts: The number of samples of each source in an epoch.
+        seed: Seeds the shuffles.
 
     Returns:
-        From the epoch, from 0, its samples; their order says nothing, as training shuffles them.
+        A function from the epoch, counted from 0, to its samples; training shuffles their order.
     """
 
     def draw(epoch: int) -> list[int]:
@@ -211,7 +211,7 @@ def mixture(
 
 
 def _stretch(mine: Sequence[int], start: int, count: int, seed: str) -> Iterable[int]:
-    """`count` samples from the endless row of shuffled passes, from place `start`."""
+    """Return `count` samples of the endless sequence of shuffled passes, from position `start`."""
     found: list[int] = []
     while len(found) < count and mine:
         passed, place = divmod(start + len(found), len(mine))

@@ -1,4 +1,4 @@
-"""Whole samples packed into rows of a fixed budget, in an order that the seed and the epoch alone decide."""
+"""Pack samples into rows of at most N tokens, in an order determined by the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Sequence
 from lora_llava.core.errors import UserError
 
 WINDOW = 4096
-"""Samples that are packed together: a row's samples come from one window of the shuffled epoch, so that packing mixes
-long and short without sorting the epoch."""
+"""Samples that are packed together. A row's samples come from one window of the shuffled epoch, so that the epoch is
+not sorted by length."""
 
 
 def pack_samples(
     lengths: Sequence[int], max_tokens: int, *, seed: int = 0, epoch: int = 0, window: int = WINDOW
 ) -> list[list[int]]:
-    """Pack samples into rows: best fit, longest first, within windows of the shuffled epoch. No sample is split.
+    """Pack samples into rows by best fit, longest first, within windows of the shuffled epoch; no sample is split.
 
     Args:
         lengths: Tokens of each sample.
         max_tokens: Most tokens of a row.
-        seed: Shuffles, with the epoch.
+        seed: Seeds the shuffle, together with the epoch.
         epoch: From 0.
         window: Samples packed together.
 
@@ -29,13 +29,13 @@ def pack_samples(
         Rows of sample indices; every sample is in exactly one row, and no row is over `max_tokens`.
 
     Raises:
-        UserError: For a sample that is longer than a row.
+        UserError: If a sample is longer than a row.
     """
     longest = max(range(len(lengths)), key=lengths.__getitem__, default=None)
     if longest is not None and lengths[longest] > max_tokens:
         raise UserError(
-            f"sample {longest} has {lengths[longest]} tokens, over a row of {max_tokens}; take "
-            "longer rows, or lower data.max_length"
+            f"sample {longest} has {lengths[longest]} tokens, over a row of {max_tokens}; raise "
+            "training.max_tokens_per_row, or lower data.max_length"
         )
     generator = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
@@ -43,13 +43,13 @@ def pack_samples(
     rows: list[list[int]] = []
     for start in range(0, len(order), window):
         packed = _best_fit(order[start : start + window], lengths, max_tokens)
-        generator.shuffle(packed)  # or every window would begin with its longest samples
+        generator.shuffle(packed)  # otherwise every window would start with its longest samples
         rows += packed
     return rows
 
 
 def _best_fit(samples: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Put each sample, longest first, into the fullest row that still holds it."""
+    """Put each sample, longest first, into the fullest row that has room for it."""
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # room left and row, sorted
     for sample in sorted(samples, key=lambda i: -lengths[i]):
@@ -66,5 +66,5 @@ def _best_fit(samples: Sequence[int], lengths: Sequence[int], max_tokens: int) -
 
 
 def packing_efficiency(rows: Sequence[Sequence[int]], lengths: Sequence[int], max_tokens: int) -> float:
-    """Real tokens over the capacity of all rows."""
+    """Return the share of the rows' capacity that holds tokens."""
     return sum(lengths[i] for row in rows for i in row) / (max_tokens * len(rows)) if rows else 1.0

@@ -1,4 +1,4 @@
-"""ScienceQA as conversations, written exactly as LLaVA's converter writes them (scripts/convert_sqa_to_llava.py)."""
+"""Read ScienceQA as conversations, with the texts of LLaVA's converter (scripts/convert_sqa_to_llava.py)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def format_problem(problem: Mapping[str, Any], order: PromptOrder = "QCM-LEA") -
             Lecture, Explanation.
 
     Returns:
-        The question and the answer, without image placeholder.
+        The question and the answer, without an image placeholder.
     """
     question = problem["question"]
     context = problem.get("hint") or "N/A"
@@ -46,8 +46,8 @@ def format_problem(problem: Mapping[str, Any], order: PromptOrder = "QCM-LEA") -
         "QCM-ALE": f"The answer is {letter}. BECAUSE: {lecture} {solution}",
         "CQM-A": f"The answer is {letter}.",
     }[order]
-    # The converter folds doubled spaces in one pass while the prefixes stand, and takes the prefixes off last: an
-    # answer with neither lecture nor solution keeps its leading space.
+    # The converter folds double spaces in one pass before it removes the prefixes: an answer with neither lecture nor
+    # solution keeps its leading space.
     return _fold(prompt).removeprefix("Question: "), _fold(f"Answer: {answer}").removeprefix("Answer: ")
 
 
@@ -57,7 +57,7 @@ def _fold(text: str) -> str:
 
 
 class ScienceQASplit(NamedTuple):
-    """A split's rows and where their images are."""
+    """The rows of a split and their images."""
 
     conversations: list[Conversation]
     images: ImageSource
@@ -83,28 +83,31 @@ def load_scienceqa(
             parquet files, or a Hub id with the fields of derek-thomas/ScienceQA.
         split: `train`, `val` or `test` (in parquet `validation` for `val`), or another key of `pid_splits.json`.
         order: See `format_problem`.
-        image_position: Where the image stands in the question.
-        seed: Throws the coin of `image_position="random"`, one throw per row whatever else is read.
-        image_folder: Root of the images; default `path/images`.
+        image_position: Place of the image in the question.
+        seed: Seeds the coin of `image_position="random"`, separately for each row.
+        image_folder: Root folder of the images; default: `path/images`.
         max_image_pixels: Most pixels of an image.
         revision: Branch, tag or commit of a Hub id.
-        background: What transparent parts of images are composited on.
-        follow_links: Open images that links in the image folder lead to, outside it too.
+        background: See `to_rgb`.
+        follow_links: Whether links may lead out of the image folder.
 
     Returns:
         The rows as conversations of one question and one answer, and their images.
 
     Raises:
-        UserError: For a missing folder or file, an unknown or empty split, or a problem that lacks a field.
+        UserError: If a folder or file is missing, the split is unknown or empty, or a problem lacks a field.
     """
     folder = Path(path)
     if (folder / "problems.json").is_file() or (folder.is_dir() and not list(folder.rglob("*.parquet"))):
         problems = read_problems(folder / "problems.json", folder / "pid_splits.json", split)
         root = Path(image_folder) if image_folder else folder / "images"
         images: ImageSource = FolderImages(
-            root, max_image_pixels, background=background, follow_links=follow_links,
+            root,
+            max_image_pixels,
+            background=background,
+            follow_links=follow_links,
             match_names=False,  # every file is called image.png
-        )  # fmt: skip
+        )
         names = {
             pid: f"{problem.get('split') or split}/{pid}/{problem['image']}"
             for pid, problem in problems.items()
@@ -116,7 +119,7 @@ def load_scienceqa(
         images = TableImages(table, max_image_pixels, background=background)
         names = {str(i): str(i) for i, image in enumerate(table["image"]) if image}
     if not problems:
-        raise UserError(f"data.splits: split {split!r} of {path} is empty; name another, or null where it is optional")
+        raise UserError(f"data.splits: split {split!r} of {path} is empty; name another, or set null if it is optional")
     rows = [
         _conversation(pid, problem, names.get(pid), order, image_position, seed) for pid, problem in problems.items()
     ]
@@ -130,7 +133,7 @@ def read_problems(problems: Path, splits: Path, split: str) -> dict[str, dict[st
         Problems by id, in the split's order.
 
     Raises:
-        UserError: For a missing file, an unknown split, an id without problem, or a problem that lacks a field.
+        UserError: If a file is missing, the split is unknown, an id has no problem, or a problem lacks a field.
     """
     for file in (problems, splits):
         if not file.is_file():
@@ -142,7 +145,7 @@ def read_problems(problems: Path, splits: Path, split: str) -> dict[str, dict[st
     if split not in ids:
         raise UserError(f"{splits}: no split {split!r}{nearest(split, ids)}; it has {', '.join(ids)}")
     if not isinstance(ids[split], list) or not all(isinstance(pid, str) for pid in ids[split]):
-        raise UserError(f"{splits}: split {split!r} is {ids[split]!r:.60}; it should be a list of ids, which are texts")
+        raise UserError(f"{splits}: split {split!r} is {ids[split]!r:.60}; it should be a list of ids as strings")
     missing = [pid for pid in ids[split] if not isinstance(entries.get(pid), dict)]
     if missing:
         raise UserError(f"{splits}: split {split!r} names problem {missing[0]}, which {problems.name} lacks")
@@ -167,37 +170,42 @@ def _conversation(
 
 
 def question_of(pid: str, problem: Mapping[str, Any]) -> dict[str, Any]:
-    """What marking an answer needs to know of a problem.
+    """Return what scoring an answer needs of a problem.
 
     Args:
-        pid: Its id, for messages.
+        pid: The problem's id, for messages.
         problem: An entry of `problems.json`.
 
     Returns:
-        `answer`, `num_choices`, `subject`, `grade`, `has_image` and `has_hint`; and to ask it in another way
+        `answer`, `num_choices`, `subject`, `grade`, `has_image` and `has_hint`; and for other prompts
         `question`, `choices` and `hint`.
 
     Raises:
-        UserError: For a field that is missing or of the wrong kind.
+        UserError: If a field is missing or of the wrong type.
     """
     for field, kind in (("question", str), ("choices", list), ("answer", int)):
         if field not in problem:
-            raise UserError(f"row {pid}: the field '{field}' is missing; a row without it cannot be asked")
+            raise UserError(f"row {pid}: the field '{field}' is missing; add it")
         if field != "answer" and not isinstance(problem[field], kind):
             raise UserError(f"row {pid}: {field} is {problem[field]!r}; it should be a {kind.__name__}")
     for field in ("hint", "lecture", "solution"):
         if not isinstance(problem.get(field) or "", str):
-            raise UserError(f"row {pid}: {field} is {problem[field]!r:.60}; it should be a text")
+            raise UserError(f"row {pid}: {field} is {problem[field]!r:.60}; it should be a string")
     choices, answer = problem["choices"], problem["answer"]
     fits = isinstance(answer, int) and 0 <= answer < len(choices) and 2 <= len(choices) <= len(LETTERS)
     if not fits:
         raise UserError(f"row {pid}: answer is {answer!r}; it should index its {len(choices)} choices (2 to 5)")
     return {
-        "answer": answer, "num_choices": len(choices), "subject": str(problem.get("subject", "")),
-        "grade": str(problem.get("grade", "")), "has_image": bool(problem.get("image")),
-        "has_hint": bool(problem.get("hint")), "question": problem["question"], "choices": list(choices),
+        "answer": answer,
+        "num_choices": len(choices),
+        "subject": str(problem.get("subject", "")),
+        "grade": str(problem.get("grade", "")),
+        "has_image": bool(problem.get("image")),
+        "has_hint": bool(problem.get("hint")),
+        "question": problem["question"],
+        "choices": list(choices),
         "hint": problem.get("hint") or "",
-    }  # fmt: skip
+    }
 
 
 def _parquet_files(folder: Path, split: str) -> list[str]:
@@ -206,7 +214,7 @@ def _parquet_files(folder: Path, split: str) -> list[str]:
 
 
 def _read_parquet(folder: Path, path: str, split: str, revision: str | None) -> Any:
-    import datasets  # heavy, and only this form needs it
+    import datasets  # slow to import, and only needed here
 
     if folder.is_dir() and not _parquet_files(folder, split):
         found = sorted({file.name.split("-")[0] for file in folder.rglob("*.parquet")})
@@ -217,9 +225,9 @@ def _read_parquet(folder: Path, path: str, split: str, revision: str | None) -> 
         else:
             hub_split = {"val": "validation"}.get(split, split)
             table = datasets.load_dataset(path, split=hub_split, revision=revision)
-    except Exception as error:  # the library raises a dozen kinds for a name that is not there
-        told = f"{path}{looked_in(path)}, split {split!r}, cannot be read: {str(error).splitlines()[0]}"
-        raise UserError(f"data.path: {told}") from None
+    except Exception as error:  # the library raises many kinds of errors for a missing name
+        problem = f"{path}{looked_in(path)}, split {split!r}, cannot be read: {str(error).splitlines()[0]}"
+        raise UserError(f"data.path: {problem}; name a ScienceQA folder or a Hub id") from None
     if "image" not in table.column_names:
         raise UserError(
             f"data.path: {path}, split {split!r}, has no column image; it has {', '.join(table.column_names)}"

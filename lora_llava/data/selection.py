@@ -1,4 +1,4 @@
-"""Which encoded rows a split uses, and the account of every one that it does not."""
+"""Select the encoded rows that a split uses, and report why the others are not used."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ BAD_IMAGE, OVERLONG, NOT_DRAWN = "bad image", "overlong", "not drawn"
 
 @dataclass
 class Report:
-    """What became of a split's rows.
+    """Counts of a split's used and dropped rows.
 
     Attributes:
         rows: Rows read.
         used: Rows kept.
-        dropped: Rows left out, by reason.
+        dropped: Rows dropped, by reason.
         truncated: Rows kept with the end of their answer cut.
         tokens: Tokens of the kept rows, image tokens included.
         supervised_tokens: Trained tokens among them.
         longest: Tokens of the longest kept row.
-        mended: Rows kept after a harmless repair, by what was done.
-        sources: Rows used of each source, where there are several.
+        mended: Rows kept after a harmless repair, by the repair; the name is a key of saved files.
+        sources: Rows used of each source, if there are several.
     """
 
     rows: int = 0
@@ -58,13 +58,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Policy:
-    """What becomes of rows that cannot be used as they are.
+    """How to treat rows that cannot be used unchanged.
 
     Attributes:
         max_length: Most tokens of a row.
-        on_overlong: `error` refuses a longer row, `drop` leaves it out, `truncate_answer` cuts its last answer's end,
-            and refuses it where that is not enough.
-        on_bad_row: `error` or `drop`, for a row that is no conversation.
+        on_overlong: `error` raises on a longer row, `drop` drops it, `truncate_answer` cuts the end of its last answer,
+            and raises if that is not enough.
+        on_bad_row: `error` or `drop`, for a row that is not a valid conversation.
         on_bad_image: `error` or `drop`, for a row whose image cannot be opened.
     """
 
@@ -76,21 +76,21 @@ class Policy:
 
 def select_rows(
     tables: Sequence[EncodedTable], places: np.ndarray, policy: Policy, *, image_id: int, num_image_tokens: int
-) -> tuple[EncodedRows, Report]:  # fmt: skip
-    """Take the rows that can be used from those that a split consists of, as far as their text tells.
+) -> tuple[EncodedRows, Report]:
+    """Select the usable rows of a split, by their text; images are checked by `without_bad_images`.
 
     Args:
-        tables: The sources'.
-        places: Table and row of each, int64 of shape (rows, 2), in the order they are to have.
-        policy: What becomes of the others.
+        tables: The tables of the sources.
+        places: The table and row of each row, int64 of shape (rows, 2), in order.
+        policy: How to treat the other rows.
         image_id: The id of `<image>`.
-        num_image_tokens: How many of them an image has.
+        num_image_tokens: The number of tokens of an image.
 
     Returns:
-        The rows, and the account so far; `account` completes it.
+        The rows, and the report so far; `account` completes it.
 
     Raises:
-        UserError: Naming the first row that is refused.
+        UserError: If a row is refused; the message names the first one.
     """
     report = Report(rows=len(places))
     places = places.reshape(-1, 2)
@@ -107,14 +107,14 @@ def select_rows(
 
 
 def _sound(table: EncodedTable, rows: np.ndarray, on_bad_row: OnBad, report: Report) -> np.ndarray:
-    """Which rows could be encoded."""
+    """Return the mask of the rows that could be encoded."""
     bad = np.isin(rows, table.problems.where())
     for place in np.flatnonzero(bad):
         problem = table.problem(int(rows[place]))
-        assert problem is not None  # it is among those that have one
+        assert problem is not None  # the row is among those with a problem
         if on_bad_row == "error":
             more = int(bad.sum()) - 1
-            others = f"; {more} more rows cannot be used either: `lora-llava check` lists them" if more else ""
+            others = f"; {more} more rows cannot be used; `lora-llava check` lists them" if more else ""
             raise EncodingError(f"{table.row_name(int(rows[place]))}: {problem}{others}", problem.kind)
         report.dropped[problem.kind] += 1
     return ~bad
@@ -123,7 +123,7 @@ def _sound(table: EncodedTable, rows: np.ndarray, on_bad_row: OnBad, report: Rep
 def _fitting(
     table: EncodedTable, rows: np.ndarray, policy: Policy, image_id: int, num_image_tokens: int, report: Report
 ) -> np.ndarray:
-    """Which rows are short enough, or can be cut."""
+    """Return the mask of the rows that are short enough or can be cut."""
     lengths = table.lengths(num_image_tokens)[rows]
     long = lengths > policy.max_length
     if not long.any():
@@ -153,19 +153,19 @@ def _fitting(
 def without_bad_images(
     rows: EncodedRows, on_bad_image: OnBad, report: Report, inspect: Callable[[list[str]], Mapping[str, ImageFacts]]
 ) -> EncodedRows:
-    """Leave out, or refuse, rows whose images cannot be opened.
+    """Drop or refuse rows whose images cannot be opened.
 
     Args:
         rows: From `select_rows`.
         on_bad_image: See `Policy`.
-        report: Counts them.
-        inspect: Finds out about images by their names.
+        report: Counts the dropped rows.
+        inspect: Inspects images by their names.
 
     Returns:
-        The rows that are left.
+        The remaining rows.
 
     Raises:
-        UserError: Naming the first row that is refused.
+        UserError: If a row is refused; the message names the first one.
     """
     named = [rows.image_files(i) for i in range(len(rows))]
     found = inspect(list(dict.fromkeys(name for names in named for name in names)))
@@ -178,22 +178,22 @@ def without_bad_images(
             report.mended.update(kinds & {MATCHED, SCALED, TRANSPARENT})
             continue
         if on_bad_image == "error":
-            raise UserError(f"{rows.row_name(index)}: {problem}; mend it or set data.on_bad_image=drop")
+            raise UserError(f"{rows.row_name(index)}: {problem}; fix it or set data.on_bad_image=drop")
         report.dropped[BAD_IMAGE] += 1
     return rows if len(good) == len(rows) else rows.take(good)
 
 
 def account(rows: EncodedRows, report: Report) -> None:
-    """Complete the account of a split's rows.
+    """Complete the report on a split's rows.
 
     Raises:
-        UserError: Where no row is left.
+        UserError: If no row is left.
     """
     if not len(rows):
         if not report.rows:
-            raise UserError("there are no rows; `lora-llava check` reads the same data")
-        told = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
-        raise UserError(f"no row is left of {report.rows:,}: {told}; `lora-llava check` names them")
+            raise UserError("the data has no rows; `lora-llava check` reads the same data")
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items())
+        raise UserError(f"no row is left of {report.rows:,}: {reasons}; `lora-llava check` lists them")
     report.used = len(rows)
     report.tokens = int(rows.lengths.sum())
     report.supervised_tokens = int(rows.supervised.sum())
@@ -205,11 +205,18 @@ def account(rows: EncodedRows, report: Report) -> None:
 
 
 def build_rows(
-    conversations: Sequence[Conversation], *, tokenizer: PreTrainedTokenizerBase, template: str | Template,
-    num_image_tokens: int, max_length: int, on_overlong: OnOverlong = "error", images: ImageSource | None = None,
-    on_bad_image: OnBad = "error", progress: Callable[[Iterable[Read]], Iterable[Read]] = lambda rows: rows,
-) -> tuple[EncodedRows, Report]:  # fmt: skip
-    """Encode conversations that are at hand, and account for every one of them.
+    conversations: Sequence[Conversation],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | Template,
+    num_image_tokens: int,
+    max_length: int,
+    on_overlong: OnOverlong = "error",
+    images: ImageSource | None = None,
+    on_bad_image: OnBad = "error",
+    progress: Callable[[Iterable[Read]], Iterable[Read]] = lambda rows: rows,
+) -> tuple[EncodedRows, Report]:
+    """Encode conversations in memory, and report on every one of them.
 
     Args:
         conversations: The rows.
@@ -218,7 +225,7 @@ def build_rows(
         num_image_tokens: See `encode_conversation`.
         max_length: See `Policy`.
         on_overlong: See `Policy`.
-        images: Opened once each, to find bad ones before training; None trusts them.
+        images: Opens the images, to find bad ones before training; None does not check them.
         on_bad_image: See `Policy`.
         progress: See `encode_table`.
 
@@ -226,7 +233,7 @@ def build_rows(
         Rows with `row_id`, `input_ids`, `labels` and `image_files`, and the report.
 
     Raises:
-        UserError: Naming the first row that is refused; or where no row is left.
+        UserError: If a row is refused, or no row is left.
     """
     source = list_source("rows", conversations, images)  # type: ignore[arg-type]
     table = encode_table(source, tokenizer=tokenizer, template=template, progress=progress)

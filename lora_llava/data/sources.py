@@ -1,4 +1,4 @@
-"""Where rows come from: a file, a folder or the Hub, with the images beside them."""
+"""Sources of rows: a file, a folder or a Hub data set, with their images."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from lora_llava.data.files.reading import (
 )
 from lora_llava.data.files.shards import SUFFIXES, set_stem, shard_of
 from lora_llava.data.files.text_encoding import foreign_encoding
-from lora_llava.data.formats import CHAT_COLUMNS, Columns, Format, RowError, read_row
+from lora_llava.data.formats import Columns, Format, RowError, missing_columns, read_row
 from lora_llava.data.images.reading import FolderImages, ImageSource, TableImages, open_table
 from lora_llava.data.images.to_rgb import Background
 
 _MOST_SHARDS = 10_000
 Read = Conversation | RowError
-"""What becomes of a row."""
+"""A row that was read, or the error that prevented it."""
 
 
-class _Look(TypedDict):
-    """How images are opened."""
+class _ImageSettings(TypedDict):
+    """Settings with which images are opened."""
 
     background: Background
     follow_links: bool
@@ -40,15 +40,15 @@ class _Look(TypedDict):
 
 @dataclass(frozen=True)
 class Source:
-    """Rows and their images.
+    """A source of rows and their images.
 
     Attributes:
-        name: Names it in reports.
+        name: Its name in reports.
         images: Opens its images.
-        fingerprint: Hash over everything that decides what `read` gives.
-        read: Gives every row in order, as a conversation or as what is wrong with it.
-        files: The files it is read from, where there are any: one, or the shards of a set.
-        rows: How many rows it has, where that is known.
+        fingerprint: Hash of everything that determines what `read` yields.
+        read: Yields every row in order, as a conversation or an error.
+        files: The files it is read from, if any: one, or the shards of a set.
+        rows: The number of rows, if known.
     """
 
     name: str
@@ -60,27 +60,27 @@ class Source:
 
     @property
     def file(self) -> Path | None:
-        """The first file it is read from."""
+        """The first file it is read from; None if there are no files."""
         return self.files[0] if self.files else None
 
     def remarks(self) -> list[tuple[str, str]]:
-        """What a person should know of how the files are read; see `file_remarks`."""
+        """Return remarks on how the files are read; see `file_remarks`."""
         return file_remarks(self.files)
 
     def expected(self) -> int | None:
-        """About how many rows will be read, for a progress bar; None where that cannot be told."""
+        """Estimate the number of rows, for a progress bar; None if that is not possible."""
         if self.rows is not None or not self.files:
             return self.rows
         try:
             return sum(map(estimate_rows, self.files))
-        except UserError:  # it is told when the row is read
+        except UserError:  # reported when the rows are read
             return None
 
     def pick(self, numbers: Iterable[int]) -> list[Conversation]:
-        """The conversations of these rows, in the order asked for.
+        """Return the conversations with these row numbers, in this order.
 
         Raises:
-            UserError: For a row that is no conversation, or not there any more.
+            UserError: If a row is not a conversation or does not exist any more.
         """
         wanted = list(numbers)
         found: dict[int, Conversation] = {}
@@ -93,19 +93,21 @@ class Source:
                 if not missing:
                     break
         if missing:
-            raise UserError(f"{self.name}: row number {min(missing)} is not there any more; start again with the data")
+            raise UserError(
+                f"{self.name}: row number {min(missing)} does not exist any more; the data has changed, start a new run"
+            )
         return [found[number] for number in wanted]
 
 
 def file_remarks(files: Sequence[Path]) -> list[tuple[str, str]]:
-    """What a person should know of how files of rows are read: their encoding and empty rows; kinds and sentences."""
+    """Return remarks on how files of rows are read, on encodings and empty rows, as pairs of kind and message."""
     found = []
     for file in files:
         if file.suffix.lower() == ".parquet":
             continue
         encoding = foreign_encoding(file)
         if encoding is not None:
-            found.append(("encoding", f"{file.name}: read as {encoding}; save it as UTF-8 where letters look wrong"))
+            found.append(("encoding", f"{file.name}: read as {encoding}; save it as UTF-8 if letters look wrong"))
         empty = empty_rows(file)
         if empty:
             rows = "1 empty row is" if empty == 1 else f"{empty:,} empty rows are"
@@ -114,7 +116,7 @@ def file_remarks(files: Sequence[Path]) -> list[tuple[str, str]]:
 
 
 def list_source(name: str, rows: Sequence[Conversation], images: ImageSource) -> Source:
-    """A source of conversations that are at hand."""
+    """Return a source of conversations in memory."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr((row.row_id, row.turns, row.images, row.extra)).encode("utf-8", "surrogatepass"))
@@ -122,39 +124,49 @@ def list_source(name: str, rows: Sequence[Conversation], images: ImageSource) ->
 
 
 def open_source(
-    path: str | Path, *, name: str | None = None, form: Format = "conversations", file: str | None = None,
-    revision: str | None = None, split: str = "train", image_folder: str | Path | None = None,
-    columns: Columns | None = None, position: ImagePosition = "first", seed: int = 0,
-    max_image_pixels: int = 50_000_000, where: str = "data.path", background: Background = "white",
+    path: str | Path,
+    *,
+    name: str | None = None,
+    form: Format = "conversations",
+    file: str | None = None,
+    revision: str | None = None,
+    split: str = "train",
+    image_folder: str | Path | None = None,
+    columns: Columns | None = None,
+    position: ImagePosition = "first",
+    seed: int = 0,
+    max_image_pixels: int = 50_000_000,
+    where: str = "data.path",
+    background: Background = "white",
     follow_links: bool = False,
-) -> Source:  # fmt: skip
-    """Open a file of rows, a folder that holds one, or a data set on the Hub.
+) -> Source:
+    """Open a file of rows, a folder with one, or a data set on the Hub.
 
     Args:
         path: A file (JSON, JSONL, CSV, TSV, Parquet), one of several shards, a folder with such a file or set, or a Hub
             id.
-        name: Names it in reports; default: the file's name.
-        form: `conversations` or `captions`.
+        name: The name in reports; default: the file's name.
+        form: The value of `data.format`: `conversations` or `captions`.
         file: A file in a Hub data set's repository, such as `detail_23k.json`; None loads it as a table.
         revision: Branch, tag or commit of a Hub id.
         split: Split of a Hub table, or of a folder with files of several splits.
-        image_folder: Root of the images; default: `images` beside the file, else the file's own folder.
-        columns: What a table calls its columns.
+        image_folder: Root folder of the images; default: `images` beside the file, or else the file's folder.
+        columns: The names of the table's columns.
         position: See `read_row`.
         seed: See `read_row`.
         max_image_pixels: Most pixels of an image.
-        where: The field that names it, for messages.
-        background: What transparent parts of images are composited on.
-        follow_links: Open images that links in the image folder lead to, outside it too.
+        where: The recipe field of the path, for messages.
+        background: See `to_rgb`.
+        follow_links: Whether links may lead out of the image folder.
 
     Returns:
-        The source; no row has been read yet.
+        The source; its rows are not read yet.
 
     Raises:
-        UserError: For a path that is not there or of no known kind, or a Parquet file without the columns.
+        UserError: If the path is missing or of an unknown kind, or a Parquet file lacks the columns.
     """
     columns = columns or Columns()
-    look: _Look = {"background": background, "follow_links": follow_links}
+    image_settings: _ImageSettings = {"background": background, "follow_links": follow_links}
     settings = [form, asdict(columns), position, seed]
     on_disk = Path(path)
     if file is not None:
@@ -162,7 +174,9 @@ def open_source(
     elif not on_disk.exists() and _is_hub_id(str(path)):
         table = open_table(str(path), split, revision, where)
         fingerprint = _hash([table._fingerprint, settings])
-        images = _images_of(image_folder, max_image_pixels, table, columns, Path(), table._fingerprint, where, look)
+        images = _images_of(
+            image_folder, max_image_pixels, table, columns, Path(), table._fingerprint, where, image_settings
+        )
         return Source(
             name or str(path),
             images,
@@ -173,18 +187,23 @@ def open_source(
     embedded = _embedded_images(found, form, columns, where)
     digests = [file_hash(each) for each in found]
     digest = digests[0] if len(digests) == 1 else _hash(digests)
-    images = _images_of(image_folder, max_image_pixels, embedded, columns, found[0].parent, digest, where, look)
+    images = _images_of(
+        image_folder, max_image_pixels, embedded, columns, found[0].parent, digest, where, image_settings
+    )
     return Source(
-        name or set_stem(found[0]), images, _hash([digest, found[0].suffix.lower(), settings]),
-        lambda: _read(_file_rows(found), form, columns, position, seed, isinstance(images, TableImages)), found,
-    )  # fmt: skip
+        name or set_stem(found[0]),
+        images,
+        _hash([digest, found[0].suffix.lower(), settings]),
+        lambda: _read(_file_rows(found), form, columns, position, seed, isinstance(images, TableImages)),
+        found,
+    )
 
 
 def _embedded_images(files: Sequence[Path], form: Format, columns: Columns, where: str) -> Any:
-    """The table of Parquet files that hold their images themselves; None for others.
+    """Open Parquet files that hold the images themselves as a table; None for other files.
 
     Raises:
-        UserError: Where one lacks the columns.
+        UserError: If a file lacks the columns.
     """
     if files[0].suffix.lower() != ".parquet":
         return None
@@ -197,7 +216,7 @@ def _embedded_images(files: Sequence[Path], form: Format, columns: Columns, wher
 
 
 def _file_rows(files: Iterable[Path]) -> Iterator[tuple[str, Any]]:
-    """Rows of files in order, with the file and the place in it."""
+    """Yield the rows of files in order, each with its file and place."""
     for file in files:
         for place, row in placed_rows(file):
             yield f"{file.name}, {place}", row
@@ -218,7 +237,7 @@ def _hash(content: Any) -> str:
 
 def _read(
     rows: Iterable[tuple[str, Any]], form: Format, columns: Columns, position: ImagePosition, seed: int, embedded: bool
-) -> Iterator[Read]:  # fmt: skip
+) -> Iterator[Read]:
     for number, (place, row) in enumerate(rows):
         own = _own_id(row, columns)
         row_id = str(number) if own is None else own
@@ -233,49 +252,52 @@ def _read(
 
 
 def _own_id(row: Any, columns: Columns) -> str | None:
-    """The id that a row gives itself; None where there is none, or an empty cell."""
+    """Return a row's id; None if it has none, or an empty cell."""
     value = row.get(columns.id) if isinstance(row, dict) else None
-    if value is None or value != value or str(value).strip() == "":  # NaN is not itself
+    if value is None or value != value or str(value).strip() == "":  # NaN != NaN
         return None
     return str(value)
 
 
 def _images_of(
-    folder: str | Path | None, max_pixels: int, table: Any, columns: Columns, beside: Path, fingerprint: str,
-    where: str, look: _Look,
-) -> ImageSource:  # fmt: skip
-    """Images in a folder, unless they are in the table itself."""
+    folder: str | Path | None,
+    max_pixels: int,
+    table: Any,
+    columns: Columns,
+    beside: Path,
+    fingerprint: str,
+    where: str,
+    image_settings: _ImageSettings,
+) -> ImageSource:
+    """Return the images of a folder, or of the table if it holds them."""
     if folder is None and table is not None:
         column = next((name for name in (columns.image, "images") if name in table.column_names), None)
         if column is not None and not _is_text(table.features[column]):
-            return TableImages(table, max_pixels, column, fingerprint, look["background"])
+            return TableImages(table, max_pixels, column, fingerprint, image_settings["background"])
     root = Path(folder) if folder is not None else beside / "images"
     if folder is None and not root.is_dir():
         root = beside
     if folder is not None and not root.is_dir():
         field = f"{where.rpartition('.')[0]}.image_folder"
-        raise UserError(f"{field}: there is no folder {folder}{looked_in(folder)}; name the root of the images")
-    return FolderImages(root, max_pixels, **look)
+        raise UserError(
+            f"{field}: the folder {folder} does not exist{looked_in(folder)}; name the root folder of the images"
+        )
+    return FolderImages(root, max_pixels, **image_settings)
 
 
 def check_columns(file: Path, found: Sequence[str], form: Format, columns: Columns) -> None:
-    """Hold that a table has what its rows need.
+    """Check that a table has the columns that its rows need.
 
     Raises:
-        UserError: Listing what it has.
+        UserError: If it lacks some; the message lists those it has.
     """
-    chat = set(CHAT_COLUMNS) & set(found)
-    needed = [columns.caption] if form == "captions" else [columns.question, columns.answer]
-    lacking = [name for name in needed if name not in found]
-    if not chat and lacking:
-        raise UserError(
-            f"{file}: no column {' and no column '.join(lacking)}, nor messages or conversations; it has "
-            f"{', '.join(found)}; name them with data.columns"
-        )
+    lacking = missing_columns(dict.fromkeys(found), form, columns)
+    if lacking is not None:
+        raise UserError(f"{file}: it lacks {lacking}; it has {', '.join(found)}; name its columns with data.columns")
 
 
 def _light_rows(table: Any) -> Iterator[Any]:
-    """Rows of a `datasets` table without the bytes of their images."""
+    """Yield the rows of a `datasets` table without the bytes of their images."""
     import pyarrow
 
     for batch in table.with_format("arrow").iter(1000):
@@ -299,7 +321,7 @@ def _is_text(feature: Any) -> bool:
 
 
 def _download(repo: str, file: str, revision: str | None, where: str) -> Path:
-    """Download a file of a data set on the Hub; of a shard, the whole set."""
+    """Download a file of a Hub data set; for a shard, the complete set."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -313,5 +335,6 @@ def _download(repo: str, file: str, revision: str | None, where: str) -> Path:
         return Path(found[0])
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         raise UserError(
-            f"{where}: {file} of {repo} cannot be had from the Hub: {str(error).splitlines()[0]}; name a local file"
+            f"{where}: {file} of {repo} cannot be downloaded from the Hub: {str(error).splitlines()[0]}; name a "
+            "local file"
         ) from None

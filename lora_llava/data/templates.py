@@ -1,6 +1,6 @@
-"""Conversation templates, once as data for encoding and once as the Jinja text that the exported processor carries.
+"""Conversation templates, as data for encoding and as Jinja text for the exported processor.
 
-Each is LLaVA's own (llava/conversation.py): `vicuna_v1` is its `conv_vicuna_v1`, `vicuna_v0` its first format,
+Each is LLaVA's (llava/conversation.py): `vicuna_v1` is its `conv_vicuna_v1`, `vicuna_v0` its first format,
 `plain` Stage 1's, `llama_2` its `conv_llava_llama_2`.
 """
 
@@ -25,23 +25,23 @@ _SYSTEM_LLAMA_2 = (
 
 @dataclass(frozen=True)
 class Template:
-    """How turns become text. A BOS comes before everything and nowhere else.
+    """A conversation template. Its text is preceded by one BOS and contains no other.
 
     Attributes:
-        name: The table's key.
-        system: The system text where the conversation brings none of its own.
+        name: The key in `TEMPLATES`.
+        system: The system text of a conversation without one.
         system_format: Wraps a non-empty system text; `{}` is its place.
         user_format: Wraps a user's text up to where the answer starts; `{}` is its place. None drops the text and
             keeps the images (`plain`).
-        opening: Stands between the system text and the first user's turn.
-        system_in_user: The wrapped system text goes inside the first user's text.
-        answer_prefix: Stands between the prompt and the answer and is trained with it.
+        opening: Text between the system text and the first user's turn.
+        system_in_user: Whether the wrapped system text goes inside the first user's text.
+        answer_prefix: Text between the prompt and the answer, trained with the answer.
         stop: Ends an answer and is trained.
         closing: Follows the last stop, untrained.
-        stop_string: What generation stops on where the stop is ordinary text and not the tokenizer's EOS.
-        after_image: Follows every image that no other image follows directly. LLaVA splits text at images and
-            tokenises the parts one by one (llava/mm_utils.py, tokenizer_image_token), so that SentencePiece puts its
-            dummy prefix behind each; one space gives that token in a text that is tokenised as a whole.
+        stop_string: The text at which generation stops, if the stop is not the tokenizer's EOS.
+        after_image: Text after every image that is not directly followed by another image. LLaVA splits text at images
+            and tokenises the parts one by one (llava/mm_utils.py, tokenizer_image_token), so that SentencePiece puts
+            its dummy prefix after each; in a text that is tokenised at once, a space has the same effect.
     """
 
     name: str
@@ -63,39 +63,58 @@ class Template:
 
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Template(
-        name="vicuna_v1", system=_SYSTEM_V1, system_format="{} ", user_format="USER: {} ASSISTANT:", stop="</s>",
+        name="vicuna_v1",
+        system=_SYSTEM_V1,
+        system_format="{} ",
+        user_format="USER: {} ASSISTANT:",
+        stop="</s>",
         after_image=" ",
     ),
     "vicuna_v0": Template(
         # One "###" both stops an answer and opens the next turn; LLaVA closes the text with "### ".
-        name="vicuna_v0", system=_SYSTEM_V0, system_format="{}\n\n", opening="###",
-        user_format=" Human: {}\n### Assistant:", stop="\n###", closing=" ", stop_string="###",
+        name="vicuna_v0",
+        system=_SYSTEM_V0,
+        system_format="{}\n\n",
+        opening="###",
+        user_format=" Human: {}\n### Assistant:",
+        stop="\n###",
+        closing=" ",
+        stop_string="###",
         after_image=" ",
     ),
     "plain": Template(
-        # The space that opens the answer is what follows the image.
-        name="plain", system="", system_format="", user_format=None, stop="\n", stop_string="\n",
+        # The space before the answer is the text after the image.
+        name="plain",
+        system="",
+        system_format="",
+        user_format=None,
+        stop="\n",
+        stop_string="\n",
     ),
     "llama_2": Template(
-        name="llama_2", system=_SYSTEM_LLAMA_2, system_format="<<SYS>>\n{}\n<</SYS>>\n\n",
-        user_format="[INST] {} [/INST]", system_in_user=True, stop=" </s>",
+        name="llama_2",
+        system=_SYSTEM_LLAMA_2,
+        system_format="<<SYS>>\n{}\n<</SYS>>\n\n",
+        user_format="[INST] {} [/INST]",
+        system_in_user=True,
+        stop=" </s>",
         after_image=" ",
     ),
-}  # fmt: skip
+}
 
 
 def get_template(template: str | Template, system: str | None = None) -> Template:
-    """Look a template up by name.
+    """Return a template by name.
 
     Args:
-        template: A key of `TEMPLATES`, or a template, returned as it is.
-        system: Replaces the default system text; "" leaves it out.
+        template: A key of `TEMPLATES`, or a template, which is returned.
+        system: Replaces the default system text; "" omits it.
 
     Returns:
         The template.
 
     Raises:
-        UserError: For an unknown name.
+        UserError: If the name is unknown.
     """
     if isinstance(template, str):
         if template not in TEMPLATES:
@@ -128,22 +147,22 @@ _JINJA_SPACED_TEXT = (
 
 
 def stop_strings(template: Template) -> list[str] | None:
-    """What a generation config has to name so that stock generation ends an answer of this template."""
+    """Return the stop strings that a generation config needs for this template; None if EOS is enough."""
     return [template.stop_string] if template.stop_string else None
 
 
 def after_images(text: str, template: Template) -> str:
-    """Put what the template has after an image behind every `<image>` that no other follows directly."""
+    """Insert the template's `after_image` after every `<image>` that is not directly followed by another."""
     return re.sub("<image>(?!<image>)", lambda match: match[0] + template.after_image, text)
 
 
 def chat_template(template: Template) -> str:
-    """The Jinja text with which a stock processor writes the same prompts that were trained.
+    """Return the Jinja template with which a stock processor writes the prompts used in training.
 
-    It writes no BOS: the exported tokenizer adds the one that there is.
+    It writes no BOS: the exported tokenizer adds it.
 
     Args:
-        template: The template to write out.
+        template: The template to convert.
 
     Returns:
         A chat template for `ProcessorMixin.apply_chat_template`.
@@ -156,12 +175,12 @@ def chat_template(template: Template) -> str:
     else:
         before, after = template.user_format.split("{}")
         inside = "{{ state.system }}{%- set state.system = '' -%}" if template.system_in_user else ""
-        user = f"{_say(before)}{inside}{{{{ text_of(message) }}}}{_say(after)}"
+        user = f"{_emit(before)}{inside}{{{{ text_of(message) }}}}{_emit(after)}"
     head, tail = template.system_format.split("{}") if template.system_format else ("", "")
     wrapped = f"{_quote(head)} + state.system + {_quote(tail)}"
     emit = "{{ state.system }}" if template.system_format and not template.system_in_user else ""
     closing = (
-        f"{{%- if not add_generation_prompt -%}}{_say(template.closing)}{{%- endif -%}}" if template.closing else ""
+        f"{{%- if not add_generation_prompt -%}}{_emit(template.closing)}{{%- endif -%}}" if template.closing else ""
     )
     spaced = _JINJA_SPACED_TEXT.replace("AFTER", _quote(template.after_image))
     return (
@@ -170,19 +189,19 @@ def chat_template(template: Template) -> str:
         "{%- if messages and messages[0]['role'] == 'system' -%}"
         "{%- set state.system = text_of(messages[0]) -%}{%- endif -%}"
         f"{{%- if state.system -%}}{{%- set state.system = {wrapped} -%}}{{%- endif -%}}"
-        f"{emit}{_say(template.opening)}"
+        f"{emit}{_emit(template.opening)}"
         "{%- for message in messages -%}"
         f"{{%- if message['role'] == 'user' -%}}{user}"
         "{%- elif message['role'] == 'assistant' -%}"
-        f"{_say(template.answer_prefix)}{{{{ text_of(message) }}}}{_say(template.stop)}"
+        f"{_emit(template.answer_prefix)}{{{{ text_of(message) }}}}{_emit(template.stop)}"
         "{%- endif -%}{%- endfor -%}"
         f"{closing}"
     )
 
 
-def _say(text: str) -> str:
+def _emit(text: str) -> str:
     return f"{{{{ {_quote(text)} }}}}" if text else ""
 
 
 def _quote(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)  # escaped, a letter beyond U+FFFF would be two, which Jinja keeps apart
+    return json.dumps(text, ensure_ascii=False)  # escaped, a letter beyond U+FFFF would be two characters in Jinja

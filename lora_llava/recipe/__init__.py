@@ -1,5 +1,6 @@
-"""Recipes: what a run is to do."""
+"""Recipes: the description of a run."""
 
+from lora_llava.recipe.data_schema import ColumnsSection, DataSection, SourceSection
 from lora_llava.recipe.generate_schema import (
     ContextsSection,
     FlavoursSection,
@@ -21,13 +22,10 @@ from lora_llava.recipe.io import (
     shipped_recipes,
 )
 from lora_llava.recipe.schema import (
-    ColumnsSection,
-    DataSection,
     EvaluationSection,
     LoraSection,
     ModelSection,
     Recipe,
-    SourceSection,
     StartFrom,
     TrainingSection,
 )

@@ -1,4 +1,4 @@
-"""What a recipe of `lora-llava generate-data` may say."""
+"""The schema of a recipe of `lora-llava generate-data`."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lora_llava.recipe.places import Place
-from lora_llava.recipe.schema import InputName, InputPath, NotNegative, OutputPath, Positive, Section
+from lora_llava.recipe.section import InputName, InputPath, NotNegative, OutputPath, Positive, Section
 
 Count = Annotated[int, Field(ge=1)]
 
 
 class ContextsSection(Section):
-    """What is known of the images in words; files are joined by the image's name, and any may be missing."""
+    """Text descriptions of the images; the files are joined by the image's name, and any may be missing."""
 
     captions: InputPath | None = None
     """COCO's captions (`captions_train2017.json`), or a table of image and caption."""
     instances: InputPath | None = None
     """COCO's boxes (`instances_train2017.json`)."""
     contexts: InputName | None = None
-    """LLaVA's JSONL of captions and instances; `demo` draws images and knows what is in them."""
+    """LLaVA's JSONL of captions and instances; `demo` draws images and describes them."""
     boxes: InputPath | None = None
-    """Boxes from a JSON file of your own."""
+    """Boxes from your own JSON file."""
     box_format: Literal["xyxy", "xywh"] = "xyxy"
-    """Corners, or left, top, width and height, in `boxes`."""
+    """Coordinates in `boxes`: corners, or left, top, width and height."""
     box_unit: Literal["fraction", "pixel"] = "fraction"
-    """Of the numbers in `boxes`; pixels need each image's width and height."""
+    """Unit of the numbers in `boxes`; pixels need each image's width and height."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Other names of a table's columns, such as `{image: file, caption: text}`."""
     images: InputPath | None = None
-    """Folder of the images: for the gallery and for training; none is needed to generate."""
+    """Folder of the images, for the gallery and for training; generation does not need it."""
     missing_image: Literal["error", "drop"] = "error"
-    """Where `images` is given and an image is not in it."""
+    """How to treat an image that is missing from `images`."""
 
     @model_validator(mode="after")
     def _something(self) -> ContextsSection:
@@ -42,102 +42,102 @@ class ContextsSection(Section):
 
 
 class FlavoursSection(Section):
-    """How many parts of each kind; the numbers are LLaVA-Instruct-158K's (arXiv 2304.08485, section 3)."""
+    """Proportions of the kinds of samples; the defaults are LLaVA-Instruct-158K's (arXiv 2304.08485, section 3)."""
 
     conversation: NotNegative = 58
-    """Several turns about what is seen."""
+    """Several turns about what the image shows."""
     detail: NotNegative = 23
     """A detailed description."""
     reasoning: NotNegative = 77
-    """A question that takes thought, answered step by step."""
+    """A question that needs reasoning, answered step by step."""
 
     @model_validator(mode="after")
     def _one(self) -> FlavoursSection:
         if not self.conversation + self.detail + self.reasoning:
-            raise ValueError("every weight is 0; give at least one a number above")
+            raise ValueError("every weight is 0; set at least one above 0")
         return self
 
 
 class TeacherSection(Section):
-    """Who writes: a server, a model here, or the demo's rules."""
+    """The teacher that writes the text: a server, a local model, or the demo's rules."""
 
     backend: Literal["server", "transformers", "demo"] = "server"
-    """An OpenAI-compatible server; a local instruct model; or the demo's rules, which write stiff but true rows."""
+    """An OpenAI-compatible server, a local instruct model, or the demo's rules, which write simple but correct rows."""
     url: str | None = None
-    """The server's, such as `http://localhost:8000/v1`; its key is the environment's OPENAI_API_KEY."""
+    """The server's URL, such as `http://localhost:8000/v1`; its key is read from OPENAI_API_KEY in the environment."""
     model: Annotated[str, Place("named", backend="transformers")] | None = None
-    """Its name on the server (null: the only one there), or the folder or Hub id of the local model."""
+    """The model's name on the server (null: the only one it serves), or the folder or Hub id of a local model."""
     temperature: NotNegative | None = 0.7
-    """Null leaves it to the server, as some models demand."""
+    """Sampling temperature; null uses the server's default, as some models require."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the probability that tokens are drawn from."""
+    """Probability mass of nucleus sampling."""
     max_tokens: Count = 1024
-    """Longest answer."""
+    """Most tokens of an answer."""
     concurrency: Count = 16
-    """Requests at once."""
+    """Number of concurrent requests."""
     requests_per_minute: Count | None = None
-    """Most requests in a minute; null leaves it to the server to say."""
+    """Most requests per minute; null leaves the limit to the server."""
     timeout: Positive = 120.0
-    """Seconds in which an answer has to be complete."""
+    """Seconds within which an answer must be complete."""
     retries: Annotated[int, Field(ge=0)] = 6
-    """Further tries after a failure that may pass."""
+    """Retries after a temporary failure."""
     structured: bool = True
-    """Ask for JSON by schema; a server that does not know it is asked without."""
+    """Request JSON by a schema; servers that do not support it get requests without one."""
     price_in: NotNegative | None = None
-    """USD for a million tokens to the teacher; null where unknown."""
+    """USD per million input tokens; null if unknown."""
     price_out: NotNegative | None = None
-    """The same of tokens from it."""
+    """USD per million output tokens; null if unknown."""
     batch_size: Count = 8
-    """Of the local model."""
+    """Batch size of the local model."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of the local model's weights."""
+    """Data type of the local model's weights."""
 
     @model_validator(mode="after")
     def _fits(self) -> TeacherSection:
         if self.backend == "server" and not self.url:
-            raise ValueError("url is missing; backend server asks an OpenAI-compatible server")
+            raise ValueError("url is missing; backend server needs the URL of an OpenAI-compatible server")
         if self.backend == "transformers" and not self.model:
-            raise ValueError("model is missing; backend transformers takes a folder or a Hub id")
+            raise ValueError("model is missing; backend transformers needs a folder or a Hub id")
         if self.backend != "server" and self.url:
-            raise ValueError(f"url stands beside backend {self.backend}; drop it, or use backend: server")
+            raise ValueError(f"url is set with backend {self.backend}; drop it, or use backend: server")
         if (self.price_in is None) != (self.price_out is None):
-            raise ValueError("price_in and price_out go together: USD for a million tokens, each way")
+            raise ValueError("only one of price_in and price_out is set; set both, in USD per million tokens")
         return self
 
 
 class GatesSection(Section):
-    """What an answer must hold to be taken, besides what is always asked of it."""
+    """Requirements for an answer to be accepted, besides those that always apply."""
 
     max_attempts: Count = 3
-    """Times that a sample is asked for until one passes."""
+    """Most attempts at a sample."""
     min_turns: Count = 2
-    """Questions in a conversation."""
+    """Fewest questions in a conversation."""
     max_turns: Count = 12
-    """The same, at most."""
+    """Most questions in a conversation."""
     min_words: Annotated[int, Field(ge=0)] | None = None
-    """Words in all answers of a sample together; null takes a number for each kind."""
+    """Fewest words in all answers of a sample together; null has a number for each kind."""
     max_words: Count | None = None
-    """The same, at most."""
+    """Most words in all answers of a sample together; null has a number for each kind."""
 
 
 class GenerateRecipe(Section):
     """One set of generated conversations."""
 
     output_dir: OutputPath
-    """Where the rows, the ledger of answers, the card and the gallery go."""
+    """The folder for the rows, the ledger of answers, the dataset card and the gallery."""
     seed: int = 0
-    """Seeds which images are drawn."""
+    """Seed of the draw of images."""
     contexts: ContextsSection
-    """What is known of the images."""
+    """Text descriptions of the images."""
     samples: Count | None = None
-    """Rows to make; null makes `samples_per_image` for every image."""
+    """Number of rows to generate; null generates `samples_per_image` for every image."""
     samples_per_image: Count = 1
-    """Most samples of one kind for an image."""
+    """Most samples of one kind per image."""
     flavours: FlavoursSection = FlavoursSection()
-    """The mixture."""
+    """Proportions of the kinds of samples."""
     prompts: InputPath | None = None
-    """Folder of prompts and examples in place of ours."""
+    """Folder of prompts and examples to use instead of the shipped ones."""
     teacher: TeacherSection
-    """Who writes."""
+    """The teacher that writes the text."""
     gates: GatesSection = GatesSection()
-    """What is not taken."""
+    """Requirements for an answer to be accepted."""

@@ -1,4 +1,4 @@
-"""Recipes from YAML 1.2 and back, with overrides by the same rules, and their JSON Schema."""
+"""Load recipes from YAML 1.2, apply overrides, write them back, and write their JSON Schema."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lora_llava.recipe.schema import Recipe
 
 Schema = TypeVar("Schema", bound=BaseModel)
 _LARGEST = 1_000_000
-"""Bytes of a recipe, and characters that its aliases may unfold to; those that are shipped have some thousands."""
+"""Most bytes of a recipe, and most characters with its aliases expanded; shipped recipes have a few thousand."""
 
 
 RENAMED_KEYS = {"samples_per_picture": "samples_per_image"}
@@ -35,46 +35,46 @@ RENAMED_KEYS = {"samples_per_picture": "samples_per_image"}
 
 
 class RecipeError(UserError):
-    """A recipe that cannot be used as it stands."""
+    """A recipe that cannot be used."""
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Read one YAML 1.2 document: `2e-5` is a number, `no` a word, and a key given twice an error.
+    """Parse one YAML 1.2 document: `2e-5` is a number, `no` a string, and a repeated key an error.
 
     Args:
         text: The document.
-        where: Its file or field, for the message.
+        where: The file or field, for messages.
 
     Returns:
         Plain dicts, lists, strings, numbers, booleans and None.
 
     Raises:
-        RecipeError: For text that is not YAML, a duplicate key, or aliases that unfold to a text without end.
+        RecipeError: For text that is not YAML, a duplicate key, or aliases that expand to more than the limit.
     """
     try:
         yaml = YAML(typ="safe", pure=True)
-        if "*" in text and _unfolds_too_far(yaml.compose(text)):
-            raise RecipeError(f"{where}: its aliases unfold to more than {_LARGEST:,} characters; write it out")
+        if "*" in text and _expands_too_far(yaml.compose(text)):
+            raise RecipeError(f"{where}: its aliases expand to more than {_LARGEST:,} characters; write the values out")
         return yaml.load(text)
     except RecipeError:
         raise
     except DuplicateKeyError as error:
         key = str(error.problem).split('"')[1] if '"' in str(error.problem) else error.problem
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise RecipeError(f"{where}{line}: the key {key} stands there twice; keep one") from None
+        raise RecipeError(f"{where}{line}: the key {key} appears twice; keep one") from None
     except MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{where}{line}: not YAML: {error.problem}") from None
     except YAMLError as error:
         raise RecipeError(f"{where}: not YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
-        raise RecipeError(f"{where}: not YAML that can be read: it is nested too deeply") from None
-    except Exception as error:  # ruamel's constructors raise anything for a text that is not what its tag says
+        raise RecipeError(f"{where}: not readable as YAML: it is nested too deeply") from None
+    except Exception as error:  # ruamel's constructors raise anything for a text that does not fit its tag
         raise RecipeError(f"{where}: not YAML: {_short(str(error).partition(';')[0])}") from None
 
 
-def _unfolds_too_far(root: Any) -> bool:
-    """Whether nodes would be more text than a recipe may be, each alias written out; before anything is built."""
+def _expands_too_far(root: Any) -> bool:
+    """Check whether nodes with their aliases expanded exceed the size limit, before anything is constructed."""
     size, waiting = 0, [root]
     while waiting and size <= _LARGEST:
         value = getattr(waiting.pop(), "value", None)
@@ -85,39 +85,39 @@ def _unfolds_too_far(root: Any) -> bool:
 
 
 def _short(text: str) -> str:
-    """A text for a message of one line."""
+    """Shorten a text for a message of one line."""
     text = " ".join(text.split())
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """Read a recipe of a training run and apply overrides.
+    """Load the recipe of a training run and apply overrides.
 
     Args:
         path: A YAML file.
-        overrides: `key.sub=value` texts; the value is read as YAML.
+        overrides: Texts `key.sub=value`; the value is parsed as YAML.
 
     Returns:
-        The recipe, checked.
+        The validated recipe.
 
     Raises:
         RecipeError: For a missing file, bad YAML, an unknown key, a wrong type or a value out of range.
     """
     content, where = _read_content(path, overrides)
     if "teacher" in content and "stage" not in content:
-        raise RecipeError(f"{where} makes data; run it with lora-llava generate-data")
-    return _found(check_recipe(content, where), Path(where))
+        raise RecipeError(f"{where} generates data; run it with lora-llava generate-data")
+    return _with_inputs(check_recipe(content, where), Path(where))
 
 
 def load_generate_recipe(path: str | Path, overrides: Iterable[str] = ()) -> GenerateRecipe:
-    """Read a recipe of `lora-llava generate-data`; arguments and errors are those of `load_recipe`."""
+    """Load a recipe of `lora-llava generate-data`; arguments and errors are those of `load_recipe`."""
     content, where = _read_content(path, overrides)
     if "stage" in content and "teacher" not in content:
         raise RecipeError(f"{where} trains a model; run it with lora-llava finetune")
-    return _found(_check(GenerateRecipe, content, where), Path(where))
+    return _with_inputs(_check(GenerateRecipe, content, where), Path(where))
 
 
-def _found(recipe: Schema, file: Path) -> Schema:
+def _with_inputs(recipe: Schema, file: Path) -> Schema:
     try:
         return find_inputs(recipe, file.parent)
     except UserError as error:
@@ -127,14 +127,16 @@ def _found(recipe: Schema, file: Path) -> Schema:
 def _read_content(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str, Any], str]:
     path = find_recipe(path)
     if (size := path.stat().st_size) > _LARGEST:
-        raise RecipeError(f"{path}: a recipe has at most {_LARGEST:,} bytes; this has {size:,}: it is something else")
+        raise RecipeError(f"{path}: the file has {size:,} bytes, and a recipe at most {_LARGEST:,}; name a recipe")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8: {error}") from None
     content = parse_yaml(text, str(path))
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys; this is {type(content).__name__}")
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of keys, not a {type(content).__name__}; start from a shipped recipe"
+        )
     for override in overrides:
         _apply_override(content, override)
     _rename_keys(content, str(path))
@@ -142,10 +144,10 @@ def _read_content(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str,
 
 
 def _rename_keys(content: dict[str, Any], where: str) -> None:
-    """Replace keys that have a new name by it, with a warning.
+    """Replace old names of keys by the new ones, with a warning.
 
     Raises:
-        RecipeError: Where both names are there.
+        RecipeError: If both names are present.
     """
     for old, new in RENAMED_KEYS.items():
         if old not in content:
@@ -169,20 +171,20 @@ def override_recipe(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
 
 
 def check_recipe(content: Mapping[str, Any], where: str) -> Recipe:
-    """Validate a recipe's plain content; all mistakes are told, one line each.
+    """Validate a recipe's plain content and report all errors, one line each.
 
     Raises:
-        RecipeError: Naming every field that is wrong.
+        RecipeError: If fields are wrong; the message names all of them.
     """
     return _check(Recipe, content, where)
 
 
 def _check(schema: type[Schema], content: Mapping[str, Any], where: str) -> Schema:
     secrets = [
-        f"{where}: {_short(field)} holds {what}; take it out, a run keeps a copy of its recipe"
+        f"{where}: {_short(field)} holds {what}; remove it, a run saves a copy of its recipe"
         for field, what in find_secrets(content)
     ]
-    if secrets:  # before a value is told
+    if secrets:  # before any message quotes a value
         raise RecipeError("\n".join(secrets))
     try:
         return schema.model_validate(content)
@@ -190,22 +192,22 @@ def _check(schema: type[Schema], content: Mapping[str, Any], where: str) -> Sche
         lines: dict[str, str] = {}
         for detail in error.errors():
             if detail["type"] == "too_short" and detail["input"]:
-                continue  # pydantic counts the items that are right; what is wrong with the others is told
+                continue  # pydantic counts only valid items; the errors of the others are reported
             field, line = _explain(schema, detail)
             lines[field] = f"{lines[field]} or {line.split('it should be ')[-1]}" if field in lines else line
         raise RecipeError("\n".join(f"{where}: {line}" for line in lines.values())) from None
 
 
 def _explain(schema: type[BaseModel], detail: Any) -> tuple[str, str]:
-    """The field and what is wrong with it."""
-    # Of a union pydantic also names the branch, such as `constrained-int` or `literal['all']`.
+    """Return the field and the message about it."""
+    # In a union pydantic also names the branch, such as `constrained-int` or `literal['all']`.
     *outer, own = map(str, detail["loc"] or [""])
     location = [part for part in outer if not re.search(r"[\[-]", part)]
-    if own and (detail["type"] == "extra_forbidden" or not re.search(r"[\[-]", own)):  # a key of the person's own
+    if own and (detail["type"] == "extra_forbidden" or not re.search(r"[\[-]", own)):  # a key from the recipe
         location.append(own)
     field = _short(".".join(location)) or "recipe"
     if detail["type"] == "extra_forbidden" and not own:
-        return f"{field}.", f"{field}: a key in it is empty; give it a name, or take it out"
+        return f"{field}.", f"{field}: a key in it is empty; name it or remove it"
     if detail["type"] == "extra_forbidden":
         return field, f"{field} is not a key of a recipe{nearest(location[-1], _fields_at(schema, location[:-1]))}"
     if detail["type"] == "invalid_key":
@@ -228,7 +230,7 @@ def _fields_at(section: type[BaseModel], location: Iterable[str]) -> list[str]:
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Sections that a type names, itself or inside a union, a list or an annotation."""
+    """Yield the sections in a type: itself, or inside a union, a list or an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):
@@ -252,11 +254,11 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def dump_recipe(recipe: BaseModel) -> str:
-    """Write the resolved recipe, defaults included, as YAML that is read back to an equal recipe."""
+    """Return the resolved recipe with its defaults as YAML, from which an equal recipe is loaded."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.allow_unicode = False  # U+0085 written bare would read back as a space
-    yaml.width = sys.maxsize  # a folded line loses spaces beside escapes
+    yaml.width = sys.maxsize  # a wrapped line loses spaces beside escapes
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     stream = io.StringIO()
     yaml.dump(json.loads(recipe.model_dump_json()), stream)
@@ -264,34 +266,34 @@ def dump_recipe(recipe: BaseModel) -> str:
 
 
 def recipe_hash(recipe: BaseModel) -> str:
-    """SHA-256 over what the recipe says, its output directory aside: paths count as they were written."""
+    """Return the SHA-256 of a recipe without its output directory, with its paths as written."""
     content = as_written(recipe, recipe.model_dump(mode="json", exclude={"output_dir"}))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 SCHEMAS: dict[str, type[BaseModel]] = {"schema.json": Recipe, "generate_schema.json": GenerateRecipe}
-"""By the name of the file beside the shipped recipes that holds it."""
+"""Schemas by the file, beside the shipped recipes, that holds them."""
 
 
 def json_schema(name: str = "schema.json") -> str:
-    """The JSON Schema of a recipe, as `recipes/schema.json` and `recipes/generate_schema.json` hold it."""
+    """Return the JSON Schema of a recipe, as in `recipes/schema.json` and `recipes/generate_schema.json`."""
     return json.dumps(SCHEMAS[name].model_json_schema(), indent=2) + "\n"
 
 
 def recipes_folder() -> Path:
-    """Where the shipped recipes are: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the shipped recipes: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 
 
 def shipped_recipes() -> list[Path]:
-    """The recipes of training runs that come with the package, by name."""
+    """Return the shipped recipes of training runs, sorted by name."""
     return [file for file in _shipped() if "\nteacher:" not in file.read_text(encoding="utf-8")]
 
 
 def shipped_generate_recipes() -> list[Path]:
-    """The recipes of `lora-llava generate-data` that come with the package, by name."""
+    """Return the shipped recipes of `lora-llava generate-data`, sorted by name."""
     return [file for file in _shipped() if file not in shipped_recipes()]
 
 
@@ -300,10 +302,10 @@ def _shipped() -> list[Path]:
 
 
 def find_recipe(path: str | Path) -> Path:
-    """Find a recipe by path or, where no such file is, among the shipped ones by name.
+    """Find a recipe by path, or else by name among the shipped ones.
 
     Raises:
-        RecipeError: Where there is none.
+        RecipeError: If none exists.
     """
     looked, path = looked_in(path), Path(os.path.expanduser(path))
     if path.is_file():
@@ -316,7 +318,7 @@ def find_recipe(path: str | Path) -> Path:
 
 
 def copy_recipes(folder: Path) -> list[Path]:
-    """Copy the shipped recipes and their schema to a folder; a file that is there already is left alone.
+    """Copy the shipped recipes and their schemas to a folder; existing files are not overwritten.
 
     Returns:
         The files written.

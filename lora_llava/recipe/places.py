@@ -1,4 +1,4 @@
-"""Paths in recipes: which fields are paths is in the schema, where each is found is decided here alone."""
+"""Resolution of the paths in recipes; the schema marks the fields that are paths."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Place:
     """Marks a text field of a recipe as a path.
 
     Attributes:
-        kind: `input` is read; `named` may also be a Hub id or `demo`; `output` is written, and never searched.
-        backend: Only where the section's `backend` is this one.
+        kind: `input` is read; `named` may also be a Hub id or `demo`; `output` is written, and not searched for.
+        backend: The field is a path only if the section's `backend` has this value.
     """
 
     kind: Literal["input", "named", "output"]
@@ -30,7 +30,7 @@ class Place:
 
 
 def _place_of(annotation: Any, metadata: Any = ()) -> Place | None:
-    """The mark of a field's type, itself or inside a union."""
+    """Return the `Place` of a field's type, itself or inside a union."""
     found = next((each for each in metadata if isinstance(each, Place)), None)
     inner = (_place_of(each, getattr(each, "__metadata__", ())) for each in get_args(annotation))
     return found or next((each for each in inner if each), None)
@@ -39,18 +39,19 @@ def _place_of(annotation: Any, metadata: Any = ()) -> Place | None:
 def find_inputs(recipe: Schema, beside: Path | None) -> Schema:
     """Turn the paths that a recipe reads into absolute ones, and `~` into the home folder.
 
-    A relative path is looked up where the command runs, then beside the recipe. One that is at neither place stays as
-    it is: it may be a Hub id; who needs it reports that it is missing, and where it was looked for (`looked_in`).
+    A relative path is looked up in the working directory, then beside the recipe. A path that exists in neither is
+    left unchanged: it may be a Hub id. The code that reads it reports that it is missing, with `looked_in`.
 
     Args:
         recipe: A recipe or a section of one.
         beside: The recipe's folder.
 
     Returns:
-        The recipe with its paths found. Each keeps what was written, so that `recipe_hash` does not depend on places.
+        The recipe with its paths resolved. Each keeps the path as written, so that `recipe_hash` does not depend on
+        the machine.
 
     Raises:
-        UserError: Where different files or folders of one name are at both places.
+        UserError: If different files or folders of this name exist in both places.
     """
     return _found_in(recipe, beside, "")
 
@@ -82,8 +83,8 @@ def _find(value: str, place: Place, beside: Path | None, field: str) -> str:
     there = Path(os.path.abspath(beside / expanded)) if beside is not None else here
     if here.exists() and there.exists() and not _are_same(here, there):
         raise UserError(
-            f"{field}: {value} is at two places, {here} where the command runs and {there} beside the recipe, and they "
-            "differ; write the whole path of the one you mean"
+            f"{field}: {value} exists twice with different contents, as {here} in the working directory and as {there} "
+            "beside the recipe; write the full path of one"
         )
     found = next((each for each in (here, there) if each.exists()), None)
     if found is not None:
@@ -98,11 +99,11 @@ def _are_same(one: Path, other: Path) -> bool:
 
 
 def as_written(recipe: BaseModel, content: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's plain content with its paths as they were written.
+    """Return a recipe's plain content with its paths as they were written.
 
     Args:
         recipe: The recipe.
-        content: What `model_dump` gives of it, all or some.
+        content: The recipe's `model_dump`, or a part of it.
     """
     return {name: _written(getattr(recipe, name), value) for name, value in content.items()}
 

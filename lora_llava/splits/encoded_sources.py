@@ -1,4 +1,4 @@
-"""A recipe's sources, opened and encoded, and which of their rows belong to which split."""
+"""Open and encode a recipe's sources, and assign their rows to splits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lora_llava.model.base import cache_folder
 from lora_llava.recipe import Recipe, SourceSection
 
 Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
-"""Wraps what is read or opened, with a word for what it is, for a progress bar."""
+"""Wraps items that are read or opened, with a label, for a progress bar."""
 
 
 def no_progress(name: str, items: Iterable[Any]) -> Iterable[Any]:
@@ -35,13 +35,13 @@ def no_progress(name: str, items: Iterable[Any]) -> Iterable[Any]:
 
 
 def progress_bar(name: str, items: Iterable[Any]) -> Iterable[Any]:
-    """A `Progress` for people: a bar that goes when it is done."""
+    """A `Progress` that shows a bar and removes it at the end."""
     return tqdm(items, desc=name, dynamic_ncols=True, leave=False)
 
 
 @dataclass
 class OpenSplit:
-    """A split before its rows are picked: sources, their tables and which rows of them belong to it."""
+    """A split before its rows are selected: its sources, their tables, and the places of its rows."""
 
     sources: list[Source]
     tables: list[EncodedTable]
@@ -53,17 +53,17 @@ class OpenSplit:
 
 
 def open_sources(recipe: Recipe, names: Sequence[str] | None = None) -> dict[str, list[Source]]:
-    """Open what a recipe reads, split by split; the test split only where an evaluation asks for it.
+    """Open a recipe's sources by split; the test split only if the recipe has an evaluation.
 
     Args:
         recipe: The recipe.
-        names: Only these splits.
+        names: The splits to open; None opens all.
 
     Returns:
-        Sources by split: `train`, and `validation` and `test` where they have their own.
+        Sources by split: `train`, and `validation` and `test` if they have separate sources.
 
     Raises:
-        UserError: For data that is missing or malformed, or a split that is empty.
+        UserError: If data is missing or malformed, or a split is empty.
     """
     data = recipe.data
     wanted: dict[str, tuple[SourceSection, ...]] = {"train": data.train_sources()}
@@ -73,25 +73,28 @@ def open_sources(recipe: Recipe, names: Sequence[str] | None = None) -> dict[str
             if split is not None and (name != "test" or recipe.evaluation is not None):
                 wanted[name] = (wanted["train"][0].model_copy(update={"split": split}),)
         if recipe.evaluation is not None and data.splits.test is None:
-            raise UserError("data.splits.test is null, but evaluation asks for it; name a split or drop evaluation")
+            raise UserError("data.splits.test is null, but evaluation needs it; name a split or drop evaluation")
     else:
-        held = {"validation": data.validation_source, "test": data.test_source}
-        wanted |= {name: (source,) for name, source in held.items() if source is not None}
-    return _named_apart({
-        name: [_open(recipe, source, _field(recipe, name, i)) for i, source in enumerate(sources)]
-        for name, sources in wanted.items() if names is None or name in names
-    })  # fmt: skip
+        held_out = {"validation": data.validation_source, "test": data.test_source}
+        wanted |= {name: (source,) for name, source in held_out.items() if source is not None}
+    return _with_unique_names(
+        {
+            name: [_open(recipe, source, _field(recipe, name, i)) for i, source in enumerate(sources)]
+            for name, sources in wanted.items()
+            if names is None or name in names
+        }
+    )
 
 
 def _field(recipe: Recipe, split: str, place: int) -> str:
-    """Where the recipe names a source's path."""
+    """Return the recipe field of a source's path."""
     if split != "train" and recipe.data.format != "scienceqa":
         return f"data.{split}_source.path"
     return "data.path" if recipe.data.sources is None else f"data.sources.{place}.path"
 
 
-def _named_apart(splits: dict[str, list[Source]]) -> dict[str, list[Source]]:
-    """Give sources of one name, such as two files called train.json, names that tell them apart."""
+def _with_unique_names(splits: dict[str, list[Source]]) -> dict[str, list[Source]]:
+    """Number sources of the same name, such as two files called train.json."""
     seen: Counter[str] = Counter()
 
     def named(source: Source) -> Source:
@@ -107,39 +110,56 @@ def _open(recipe: Recipe, section: SourceSection, where: str) -> Source:
     if section.format == "scienceqa":
         path: str | Path = build_demo_scienceqa(cache_folder()) if section.path == "demo" else section.path
         found = load_scienceqa(
-            path, section.split, order=data.prompt_order, image_position=data.image_position, seed=recipe.seed,
-            image_folder=section.image_folder, max_image_pixels=data.max_image_pixels, revision=section.revision,
-            background=data.background, follow_links=data.follow_links,
-        )  # fmt: skip
+            path,
+            section.split,
+            order=data.prompt_order,
+            image_position=data.image_position,
+            seed=recipe.seed,
+            image_folder=section.image_folder,
+            max_image_pixels=data.max_image_pixels,
+            revision=section.revision,
+            background=data.background,
+            follow_links=data.follow_links,
+        )
         name = section.name or f"{Path(section.path).name} {section.split}"
         return list_source(name, found.conversations, found.images)
     path = section.path
     if path == "demo" and section.format == "captions":
         path = build_demo_captions(cache_folder())
     return open_source(
-        path, name=section.name, form=section.format, file=section.file, revision=section.revision,
-        split=section.split, image_folder=section.image_folder, columns=Columns(**section.columns.model_dump()),
-        position=data.image_position, seed=recipe.seed, max_image_pixels=data.max_image_pixels, where=where,
-        background=data.background, follow_links=data.follow_links,
-    )  # fmt: skip
+        path,
+        name=section.name,
+        form=section.format,
+        file=section.file,
+        revision=section.revision,
+        split=section.split,
+        image_folder=section.image_folder,
+        columns=Columns(**section.columns.model_dump()),
+        position=data.image_position,
+        seed=recipe.seed,
+        max_image_pixels=data.max_image_pixels,
+        where=where,
+        background=data.background,
+        follow_links=data.follow_links,
+    )
 
 
 def encode_splits(
     recipe: Recipe, tokenizer: Any, progress: Progress = no_progress, sources: dict[str, list[Source]] | None = None
-) -> dict[str, OpenSplit]:  # fmt: skip
-    """Encode a recipe's sources and tell which rows belong to which split.
+) -> dict[str, OpenSplit]:
+    """Encode a recipe's sources and assign their rows to splits.
 
     Args:
         recipe: The recipe.
-        tokenizer: The processor's.
+        tokenizer: The processor's tokenizer.
         progress: Wraps the rows of each source.
-        sources: From `open_sources`, where they are open already.
+        sources: The result of `open_sources`; None opens the sources.
 
     Returns:
         Splits by name, in the order train, validation, test.
 
     Raises:
-        UserError: For data that cannot be read, or where nothing is left to train on.
+        UserError: If data cannot be read, or no rows are left to train on.
     """
     template = get_template(recipe.data.template, recipe.data.system_prompt)
     splits: dict[str, OpenSplit] = {}
@@ -155,7 +175,7 @@ def encode_splits(
                 encode_table(source, tokenizer=tokenizer, template=template, cache=cache_folder(), progress=wrapped)
             )
         splits[name] = OpenSplit(found, tables, _all_places(tables))
-    return _held_back(recipe, splits)
+    return _hold_out(recipe, splits)
 
 
 def _all_places(tables: Sequence[EncodedTable]) -> np.ndarray:
@@ -164,19 +184,20 @@ def _all_places(tables: Sequence[EncodedTable]) -> np.ndarray:
     ).astype(np.int64)
 
 
-def _held_back(recipe: Recipe, splits: dict[str, OpenSplit]) -> dict[str, OpenSplit]:
-    """Move the rows that the recipe holds back out of training, then thin training out to `max_train_rows`."""
+def _hold_out(recipe: Recipe, splits: dict[str, OpenSplit]) -> dict[str, OpenSplit]:
+    """Move the held-out rows out of training, then reduce training to `max_train_rows`."""
     data = recipe.data
     if "train" not in splits:
         return splits
     train = splits["train"]
-    # Asked or not, test rows are held back: a later evaluation of the same recipe asks them.
+    # Test rows are held out even without an evaluation: a later evaluation of the recipe uses them.
     counts = {name: count for name, count in (("validation", data.validation_rows), ("test", data.test_rows)) if count}
     if counts:
         keys = [
-            key for number, (source, table) in enumerate(zip(train.sources, train.tables, strict=True))
+            key
+            for number, (source, table) in enumerate(zip(train.sources, train.tables, strict=True))
             for key in row_keys(table, source.images, number, _digests(source, table))
-        ]  # fmt: skip
+        ]
         fields = [f"data.{name}_rows" for name in counts]
         left, *parts = hold_back(keys, list(counts.values()), recipe.seed, fields)
         for name, part in zip(counts, parts, strict=True):
@@ -192,7 +213,7 @@ def _held_back(recipe: Recipe, splits: dict[str, OpenSplit]) -> dict[str, OpenSp
 
 
 def _digests(source: Source, table: EncodedTable) -> dict[str, str] | None:
-    """What a table's own images hold: two rows of one image have it twice. Files are told apart by their names."""
+    """Return the hashes of images in a table, where equal images have different names; None for files."""
     if not isinstance(source.images, TableImages):
         return None
     names = list(dict.fromkeys(name for row in range(len(table)) for name in table.images(row)))
@@ -205,31 +226,32 @@ def _is_weighted(recipe: Recipe) -> bool:
 
 
 def inspect_split(
-    sources: Sequence[Source], names: Sequence[str],
+    sources: Sequence[Source],
+    names: Sequence[str],
     progress: Callable[[Iterable[ImageFacts]], Iterable[ImageFacts]] = lambda found: found,
-) -> dict[str, ImageFacts]:  # fmt: skip
-    """Look at images, source by source, so that what is known of a source's is known in every mixture.
+) -> dict[str, ImageFacts]:
+    """Inspect images source by source, so that the cache of a source serves every mixture.
 
     Args:
-        sources: The split's.
-        names: As the split's image source knows them.
+        sources: The sources of the split.
+        names: The names of the images in the split's image source.
         progress: Wraps the images of each source.
 
     Returns:
-        What was found, by name.
+        The facts about the images, by name.
     """
     if len(sources) == 1:
         return inspect_images(sources[0].images, names, image_cache(sources[0]), progress)
     found: dict[str, ImageFacts] = {}
     for number, source in enumerate(sources):
         own = [name.partition("|")[2] for name in names if name.partition("|")[0] == str(number)]
-        looked = inspect_images(source.images, own, image_cache(source), progress)
-        found |= {f"{number}|{name}": image for name, image in looked.items()}
+        facts = inspect_images(source.images, own, image_cache(source), progress)
+        found |= {f"{number}|{name}": image for name, image in facts.items()}
     return found
 
 
 def image_cache(source: Source) -> Path:
-    """The file that keeps what is known of a source's images."""
+    """Return the file that caches the facts about a source's images."""
     images = source.images
     place = str(images.root) if isinstance(images, FolderImages) else source.fingerprint
     return cache_folder() / "images" / f"{hashlib.sha256(place.encode()).hexdigest()[:32]}.json"

@@ -1,4 +1,4 @@
-"""What `check` calls an error in a whole source or between splits: one rule, by which `finetune` refuses too."""
+"""Errors of complete sources and between splits, which `check` reports and `finetune` refuses."""
 
 from __future__ import annotations
 
@@ -16,29 +16,30 @@ from lora_llava.data.sources import Source
 from lora_llava.recipe import ColumnsSection, Recipe, SourceSection
 from lora_llava.splits.encoded_sources import OpenSplit, image_cache
 
-_LOOKED_AT = 10_000
-"""Files of a folder among which an image is looked for."""
+_MOST_FILES = 10_000
+"""Most files of a folder that are searched for an image."""
 
 
 def checked_sources(
     splits: Mapping[str, OpenSplit], images: Mapping[int, Mapping[str, ImageFacts]]
-) -> list[CheckedSource]:  # fmt: skip
-    """Each source's part in each split.
+) -> list[CheckedSource]:
+    """Return the part of each source in each split.
 
     Args:
         splits: From `encode_splits`.
-        images: What is known of a source's images, by the `id` of the source.
+        images: The facts about each source's images, by the `id` of the source.
     """
     return [
-        CheckedSource(name, source.name, table, split.places[split.places[:, 0] == place, 1],
-                      images.get(id(source), {}))
+        CheckedSource(
+            name, source.name, table, split.places[split.places[:, 0] == place, 1], images.get(id(source), {})
+        )
         for name, split in splits.items()
         for place, (source, table) in enumerate(zip(split.sources, split.tables, strict=True))
-    ]  # fmt: skip
+    ]
 
 
 def sources_with_images(recipe: Recipe, splits: Mapping[str, OpenSplit]) -> set[str]:
-    """Names of the sources that should have images: the recipe says where they are, or they are beside the file.
+    """Return the names of the sources that should have images: by the recipe, or by images beside the file.
 
     Args:
         recipe: The recipe.
@@ -46,8 +47,10 @@ def sources_with_images(recipe: Recipe, splits: Mapping[str, OpenSplit]) -> set[
     """
     data = recipe.data
     sections: dict[str, tuple[SourceSection | None, ...]] = {
-        "train": data.train_sources(), "validation": (data.validation_source,), "test": (data.test_source,),
-    }  # fmt: skip
+        "train": data.train_sources(),
+        "validation": (data.validation_source,),
+        "test": (data.test_source,),
+    }
     used = {
         str(source.images.root)
         for split in splits.values()
@@ -58,26 +61,26 @@ def sources_with_images(recipe: Recipe, splits: Mapping[str, OpenSplit]) -> set[
     for name, split in splits.items():
         own = sections[name] if len(sections[name]) == len(split.sources) else (None,) * len(split.sources)
         for source, section in zip(split.sources, own, strict=True):
-            if section is not None and (_says_so(section) or _has_images_beside(source, used)):
+            if section is not None and (_names_images(section) or _has_images_beside(source, used)):
                 found.add(source.name)
     return found
 
 
-def _says_so(section: SourceSection) -> bool:
+def _names_images(section: SourceSection) -> bool:
     return section.image_folder is not None or section.columns.image != ColumnsSection().image
 
 
 def _has_images_beside(source: Source, used: set[str]) -> bool:
-    """Whether images are where a source's would be, and are not another source's."""
+    """Check whether the folder of a source's images has images that no other source uses."""
     images = source.images
     if source.file is None or not isinstance(images, FolderImages) or str(images.root) in used:
         return False
     root = Path(images.root)
-    return any(name.lower().endswith(IMAGE_SUFFIXES) for name in islice(_files(root, source.file.parent), _LOOKED_AT))
+    return any(name.lower().endswith(IMAGE_SUFFIXES) for name in islice(_files(root, source.file.parent), _MOST_FILES))
 
 
 def _files(root: Path, beside: Path) -> Iterable[str]:
-    """Names of files in a folder of images, at any depth; where it is the data's own folder, only in itself."""
+    """Yield the file names in a folder of images, at any depth, except in the data's own folder."""
     for _, _, names in os.walk(root):
         yield from names
         if root == beside:
@@ -85,15 +88,15 @@ def _files(root: Path, beside: Path) -> Iterable[str]:
 
 
 def refuse_errors(recipe: Recipe, splits: Mapping[str, OpenSplit]) -> None:
-    """Refuse a run over sources or splits that `check` calls wrong as a whole.
+    """Refuse a run if `check` finds errors in complete sources or between splits.
 
     Args:
         recipe: The recipe.
         splits: From `encode_splits`.
 
     Raises:
-        UserError: For a source without rows, one that should have images and has none, and held-out rows that are
-            trained on, except in a published split.
+        UserError: If a source has no rows, or no images although it should, or held-out rows are trained on in a split
+            that is not published.
     """
     _refuse(list(whole_source_errors(checked_sources(splits, {}), sources_with_images(recipe, splits))))
     if recipe.data.format == "scienceqa" or len(splits) == 1:
@@ -111,5 +114,5 @@ def _refuse(errors: list[Finding]) -> None:
         return
     first = errors[0]
     named = f"{first.split} {first.name}: " if first.name else ""
-    more = f"; {len(errors) - 1:,} more errors: `lora-llava check` lists them" if len(errors) > 1 else ""
+    more = f"; {len(errors) - 1:,} more errors; `lora-llava check` lists them" if len(errors) > 1 else ""
     raise UserError(f"{named}{first.message}{more}")

@@ -1,4 +1,4 @@
-"""Each split's rows, picked from what was encoded, their images looked at, and mixtures laid out."""
+"""Build the splits of a recipe: select their encoded rows, inspect their images, and mix their sources."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from lora_llava.splits.encoded_sources import (
 
 @dataclass
 class Split:
-    """Rows of one split.
+    """A split with its selected rows.
 
     Attributes:
-        sources: Where they come from.
-        images: Opens their images.
-        load_pixels: Loads their pixels for a model.
-        rows: Those that are used, encoded.
-        report: What became of all.
-        epochs: Which rows an epoch has, where the recipe mixes by weight or rows; None: all of them.
-        sealed: Whether its rows may not be read now.
-        digests: SHA-256 of each image's file by its name; empty where the images were not opened.
+        sources: The sources of the rows.
+        images: Opens the images.
+        load_pixels: Loads pixels for the model.
+        rows: The selected rows, encoded.
+        report: Counts of used and dropped rows.
+        epochs: Returns the rows of an epoch, if the recipe mixes by weight or rows; None: every epoch has all rows.
+        sealed: Whether reading the rows is an error now.
+        digests: SHA-256 of each image's file by its name; empty if the images were not opened.
     """
 
     sources: list[Source]
@@ -60,13 +60,13 @@ class Split:
     digests: Mapping[str, str] = field(default_factory=dict)
 
     def read(self, indices: Iterable[int]) -> list[Conversation]:
-        """The conversations of these rows, read from their source again.
+        """Read the conversations of these rows from their sources again.
 
         Raises:
-            RuntimeError: While the split is sealed.
+            RuntimeError: If the split is sealed.
         """
         if self.sealed:
-            raise RuntimeError("test rows are read while training runs; only the tables before and after may ask them")
+            raise RuntimeError("test rows are read during training; only the evaluation before and after may read them")
         indices = list(indices)
         places = self.rows.places[indices] if indices else np.zeros((0, 2), dtype=np.int64)
         found: dict[tuple[int, int], Conversation] = {}
@@ -80,24 +80,24 @@ class Split:
         ]
 
     def fingerprint(self) -> str:
-        """Hash over which rows of which data these are."""
+        """Return a hash of the data and the selection of rows."""
         digest = hashlib.sha256("".join(source.fingerprint for source in self.sources).encode())
         digest.update(np.ascontiguousarray(self.rows.places).tobytes())
         return digest.hexdigest()
 
     def name_of(self, index: int) -> str:
-        """A row for a person: its source, its id and its images."""
+        """Return a row's name for messages: its source, its id and its images."""
         names = ", ".join(map(self.images.label, self.rows.image_files(index)))
         return f"{self.source_of(index).name}: {self.rows.row_name(index)}" + (f" ({names})" if names else "")
 
     def source_of(self, index: int) -> Source:
-        """Where a row comes from."""
+        """Return the source of a row."""
         return self.sources[self.rows.places[index, 0]]
 
 
 @contextmanager
 def sealed(split: Split | None) -> Iterator[None]:
-    """While this is entered, reading the split's rows is an error: what training sees of a test is no test any more."""
+    """Make reading the split's rows an error inside this context, so that training cannot see test rows."""
     if split is not None:
         split.sealed = True
     try:
@@ -108,33 +108,39 @@ def sealed(split: Split | None) -> Iterator[None]:
 
 
 def run_policy(recipe: Recipe, split: str) -> Policy:
-    """What becomes of a split's rows that cannot be used as they are."""
+    """Return the policy for a split's unusable rows."""
     data = recipe.data
-    # A test row is asked, not trained on: its answer need not fit.
+    # A test row is evaluated, not trained on: its answer need not fit.
     limit = sys.maxsize if split == "test" else data.max_length
     return Policy(limit, data.on_overlong, data.on_bad_row, data.on_bad_image)
 
 
 def build_split(
-    recipe: Recipe, name: str, split: OpenSplit, processor: Any, config: LlavaConfig, progress: Progress = no_progress,
-    *, trusted: bool = False,
-) -> Split:  # fmt: skip
-    """Pick the rows that a split uses, its images opened.
+    recipe: Recipe,
+    name: str,
+    split: OpenSplit,
+    processor: Any,
+    config: LlavaConfig,
+    progress: Progress = no_progress,
+    *,
+    trusted: bool = False,
+) -> Split:
+    """Select the rows of a split and inspect their images.
 
     Args:
         recipe: The recipe.
-        name: The split's.
+        name: The split's name.
         split: From `encode_splits`.
         processor: The stock processor.
-        config: Of the LLaVA.
+        config: The model's config.
         progress: Wraps the images.
-        trusted: Leave the images unopened.
+        trusted: Whether to skip opening the images.
 
     Returns:
         The split.
 
     Raises:
-        UserError: Naming the first row that is refused; or where no row is left.
+        UserError: If a row is refused, or no row is left.
     """
     data, limits = recipe.data, run_policy(recipe, name)
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
@@ -173,85 +179,87 @@ def _members(places: np.ndarray, sources: int) -> list[list[int]]:
 
 
 def _epochs(recipe: Recipe, split: OpenSplit, rows: EncodedRows) -> Callable[[int], list[int]]:
-    """Which of the rows each epoch of a mixture has.
+    """Return a function that draws the rows of each epoch of a mixture.
 
     Raises:
-        UserError: For a source that has a share in it and no row.
+        UserError: If a source in the mixture has no rows.
     """
     sections = recipe.data.train_sources()
     members = _members(rows.places, len(sections))
     for source, mine in zip(split.sources, members, strict=True):
         if not mine:
-            raise UserError(f"data.sources: {source.name} has no row that can be used; `lora-llava check` says why")
+            raise UserError(f"data.sources: {source.name} has no usable row; `lora-llava check` reports why")
     shares = [Share(s.name, x.weight, x.rows) for s, x in zip(split.sources, sections, strict=True)]
     counts = epoch_counts(shares, [len(mine) for mine in members], recipe.data.max_train_rows)
     return mixture(members, counts, recipe.seed)
 
 
 def _drawn(recipe: Recipe, draw: Callable[[int], list[int]], count: int) -> list[int]:
-    """The rows that the run's epochs draw; all, where a number of steps says how many epochs there are."""
+    """Return the rows that the run's epochs draw; all rows if max_steps determines the number of epochs."""
     if recipe.training.max_steps is not None:
         return list(range(count))
     return sorted({row for epoch in range(math.ceil(recipe.training.epochs)) for row in draw(epoch)})
 
 
 def _among(rows: EncodedRows, usable: EncodedRows, draw: Callable[[int], list[int]]) -> Callable[[int], list[int]]:
-    """The draw from all usable rows as a draw from those that are left of them."""
+    """Convert a draw from all usable rows into a draw from those that remain."""
     places = {(int(table), int(row)): index for index, (table, row) in enumerate(rows.places)}
     index_of = [places.get((int(table), int(row))) for table, row in usable.places]
     return lambda epoch: [index for i in draw(epoch) if (index := index_of[i]) is not None]
 
 
 def asked_split(splits: Container[str]) -> str | None:
-    """Which split the tables ask: test, or validation where there is none."""
+    """Return the split that is evaluated: test, or validation if the recipe has no test split."""
     return next((name for name in ("test", "validation") if name in splits), None)
 
 
 def read_held_out(
     recipe: Recipe, processor: Any, config: LlavaConfig, progress: Progress = no_progress, *, trusted: bool = False
-) -> tuple[str, Split]:  # fmt: skip
-    """Read the rows that the tables ask, and nothing that is not needed for it.
+) -> tuple[str, Split]:
+    """Read the held-out rows that are evaluated, and only the data needed for them.
 
     Args:
         recipe: The recipe.
         processor: The stock processor.
-        config: Of the LLaVA.
-        progress: Wraps what is read and opened.
-        trusted: Leave the images unopened.
+        config: The model's config.
+        progress: Wraps the rows and images that are read.
+        trusted: Whether to skip opening the images.
 
     Returns:
         The split's name, and the split.
 
     Raises:
-        UserError: Where the recipe holds nothing back, or its data is missing or malformed.
+        UserError: If the recipe has no held-out rows, or its data is missing or malformed.
     """
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation or EvaluationSection()})
     science = recipe.data.format == "scienceqa"
     if (science and recipe.data.splits.test is None) or recipe.data.format == "captions":
-        raise UserError("this recipe has no test split to ask; name one that has with --recipe")
+        raise UserError("this recipe has no test split to evaluate; name another recipe with --recipe")
     own = "test" if science or recipe.data.test_source else "validation" if recipe.data.validation_source else None
     alone = own == "test" or (own == "validation" and not recipe.data.test_rows)
     sources = open_sources(recipe, [own]) if own is not None and alone else None
     splits = encode_splits(recipe, processor.tokenizer, progress, sources)
     name = asked_split(splits)
     if name is None:
-        raise UserError("this recipe holds no rows back to ask; set data.test_rows, or name another with --recipe")
+        raise UserError(
+            "this recipe has no held-out rows to evaluate; set data.test_rows, or name another recipe with --recipe"
+        )
     return name, build_split(recipe, name, splits[name], processor, config, progress, trusted=trusted)
 
 
 def sample_rows(recipe: Recipe, split: str, count: int) -> tuple[list[Conversation], ImageSource, int]:
-    """Read some rows of a split without encoding any.
+    """Sample rows of a split without encoding them.
 
     Args:
         recipe: The recipe.
         split: `train`, or another of `open_sources`.
-        count: How many at most, drawn by the seed over all sources.
+        count: The largest number of rows, drawn by the seed over all sources.
 
     Returns:
-        The rows, their images, and how many rows there are in all.
+        The rows, their images, and the total number of rows.
 
     Raises:
-        UserError: For data that cannot be read.
+        UserError: If data cannot be read.
     """
     sources = open_sources(recipe, [split])[split]
     rng = random.Random(recipe.seed)

@@ -80,3 +80,9 @@ def images(tmp_path: Path) -> Path:
     for name, colour in {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}.items():
         Image.new("RGB", (4, 4), colour).save(folder / f"{name}.png")
     return folder
+
+
+@pytest.fixture
+def image_folder(images: Path) -> Path:
+    """The folder of `images`, for tests that use this name for an image source."""
+    return images

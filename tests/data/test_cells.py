@@ -39,11 +39,11 @@ def test_a_cell_may_hold_several_images(cell: Any, names: tuple[str, ...], colum
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ("[01.png, 02.png]", 'image is \'[01.png, 02.png]\', which is no JSON list; write it as ["a", "b"]'),
-        ('["01.png", ]', 'image is \'["01.png", ]\', which is no JSON list; write it as ["a", "b"]'),
+        ("[01.png, 02.png]", 'image is \'[01.png, 02.png]\', which is not a JSON list; write it as ["a", "b"]'),
+        ('["01.png", ]', 'image is \'["01.png", ]\', which is not a JSON list; write it as ["a", "b"]'),
         ('[["01.png"]]', "an image's name is ['01.png']; it should be a file's name"),
         ("[1, 2]", "an image's name is 1; it should be a file's name"),
-        ("[" * 5000 + "]" * 5000, f'image is {"[" * 5000!r:.60}, which is no JSON list; write it as ["a", "b"]'),
+        ("[" * 5000 + "]" * 5000, f'image is {"[" * 5000!r:.60}, which is not a JSON list; write it as ["a", "b"]'),
     ],
 )
 def test_a_cell_that_only_looks_like_a_list_is_refused(cell: str, message: str) -> None:
@@ -65,10 +65,13 @@ def test_turns_that_are_no_list_are_refused_row_by_row(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = list(open_source(tmp_path / "a.jsonl").read())
     assert [(each.name, each.kind) for each in found if isinstance(each, RowError)] == [
-        ("row r0 (a.jsonl, line 1)", "malformed row"), ("row r1 (a.jsonl, line 2)", "malformed row"),
-        ("row r2 (a.jsonl, line 3)", "malformed row"), ("row r3 (a.jsonl, line 4)", "malformed row"),
-        ("row r4 (a.jsonl, line 5)", "one-sided conversation"), ("row r5 (a.jsonl, line 6)", "empty conversation"),
-    ]  # fmt: skip
+        ("row r0 (a.jsonl, line 1)", "malformed row"),
+        ("row r1 (a.jsonl, line 2)", "malformed row"),
+        ("row r2 (a.jsonl, line 3)", "malformed row"),
+        ("row r3 (a.jsonl, line 4)", "malformed row"),
+        ("row r4 (a.jsonl, line 5)", "one-sided conversation"),
+        ("row r5 (a.jsonl, line 6)", "empty conversation"),
+    ]
 
 
 def test_an_empty_cell_of_turns_leaves_the_table_s_question() -> None:

@@ -66,7 +66,7 @@ def test_captions_are_found_or_named() -> None:
         caption_of({"id": 1, "text": "z"})
 
 
-def test_mistakes_are_told_and_leave_nothing(tmp_path: Path) -> None:
+def test_errors_are_reported_and_leave_no_file(tmp_path: Path) -> None:
     source = tmp_path / "a.json"
     source.write_text(json.dumps([*rows(), {"id": "x"}]))
     phrases = load_noun_phrases("light")

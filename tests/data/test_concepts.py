@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.concepts.concept_filter import ConceptReport, _full_disk_told, filter_captions
+from lora_llava.data.concepts.concept_filter import ConceptReport, _full_disk_reported, filter_captions
 from lora_llava.data.concepts.noun_phrases import SPACY_MODEL, light_noun_phrases, load_noun_phrases, spacy_noun_phrases
 
 HAND_MADE = ["cat, tree", "cat", "cat, sea", "cat", "tree", " ", ",", "tree, tree", "sea"]
@@ -119,7 +119,7 @@ def test_a_phrase_s_draw_does_not_hang_on_other_phrases() -> None:
     assert [index for index in beside if index < 50] == alone
 
 
-def test_the_twenty_most_frequent_phrases_are_told() -> None:
+def test_the_twenty_most_frequent_phrases_are_reported() -> None:
     captions = [", ".join(f"p{p:02}" for p in range(30) if p <= i or p >= 28) for i in range(28)]
     _, report = kept_of(captions, minimum=1)
     assert [entry.phrase for entry in report.most_frequent] == [
@@ -133,8 +133,11 @@ def test_the_twenty_most_frequent_phrases_are_told() -> None:
 
 @given(
     captions=st.lists(st.lists(st.sampled_from("abcdef"), max_size=4).map(",".join), max_size=40),
-    minimum=st.integers(1, 5), maximum=st.integers(1, 8), seed=st.integers(0, 9), batch_size=st.integers(1, 50),
-)  # fmt: skip
+    minimum=st.integers(1, 5),
+    maximum=st.integers(1, 8),
+    seed=st.integers(0, 9),
+    batch_size=st.integers(1, 50),
+)
 def test_laws(captions: list[str], minimum: int, maximum: int, seed: int, batch_size: int) -> None:
     options = {"minimum": minimum, "maximum": maximum, "seed": seed}
     ids, report = kept_of(captions, **options)
@@ -170,13 +173,17 @@ def test_rows_are_read_once_and_written_after_that() -> None:
             yield row
 
     filter_captions(
-        Pipe(), lambda row: told.append("written"), noun_phrases=split, caption_of=lambda row: row["caption"],
-        batch_size=2, progress=progress,
-    )  # fmt: skip
+        Pipe(),
+        lambda row: told.append("written"),
+        noun_phrases=split,
+        caption_of=lambda row: row["caption"],
+        batch_size=2,
+        progress=progress,
+    )
     assert told == ["opened", *["read"] * 3, "ended", *["written"] * 3]
 
 
-def test_no_row_is_no_mistake() -> None:
+def test_no_rows_are_no_error() -> None:
     assert kept_of([]) == ([], ConceptReport())
 
 
@@ -245,14 +252,14 @@ def test_temporary_files_are_gone_even_where_the_process_is_killed(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_told_as_one() -> None:
+def test_a_full_disk_is_reported() -> None:
     base = sqlite3.connect("")
     base.execute("CREATE TABLE t (x BLOB)")
     base.execute("PRAGMA max_page_count = 2")
-    with pytest.raises(OSError, match="No space left on device") as raised, _full_disk_told():
+    with pytest.raises(OSError, match="No space left on device") as raised, _full_disk_reported():
         base.execute("INSERT INTO t VALUES (zeroblob(100000))")
     assert raised.value.errno == errno.ENOSPC
-    with pytest.raises(sqlite3.OperationalError, match="syntax"), _full_disk_told():
+    with pytest.raises(sqlite3.OperationalError, match="syntax"), _full_disk_reported():
         base.execute("nonsense")
     base.close()
 
@@ -292,21 +299,21 @@ def test_light_noun_phrases_are_the_caption_s_words(caption: str) -> None:
 INSTALLED = all(importlib.util.find_spec(name) for name in ("spacy", SPACY_MODEL))
 
 
-def test_auto_says_what_it_took() -> None:
+def test_auto_reports_its_choice() -> None:
     assert load_noun_phrases("auto").name == ("spacy" if INSTALLED else "light")
     assert load_noun_phrases("light").name == "light"
 
 
 def test_an_unknown_tagger_is_named() -> None:
-    message = 'tagger "spcy" is unknown (did you mean "spacy"?); take one of auto, spacy, light'
+    message = 'tagger "spcy" is unknown (did you mean "spacy"?); use one of auto, spacy, light'
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         load_noun_phrases("spcy")  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(INSTALLED, reason="spaCy and its model are installed here")
-def test_a_missing_spacy_is_told_with_the_commands() -> None:
-    mend = f"run `pip install spacy` and `python -m spacy download {SPACY_MODEL}`, or take the tagger light"
-    with pytest.raises(UserError, match=f"^tagger spacy: .+; {re.escape(mend)}$") as raised:
+def test_a_missing_spacy_is_reported_with_the_commands() -> None:
+    fix = f"run `pip install spacy` and `python -m spacy download {SPACY_MODEL}`, or use the tagger light"
+    with pytest.raises(UserError, match=f"^tagger spacy: .+; {re.escape(fix)}$") as raised:
         load_noun_phrases("spacy")
     assert "\n" not in str(raised.value)
 

@@ -55,18 +55,25 @@ def encode(tokenizer: Any, messages: Sequence[Any], template: str | Template, **
 TWO_TURNS = said("<image>\nWhat is it?", "A dog.", "Are {you} sure?", "Yes,\n it  is.")
 SPELLED = {
     "vicuna_v1": [
-        (f"{V1} USER: <image> \nWhat is it? ASSISTANT:", False), (" A dog.</s>", True),
-        ("USER: Are {you} sure? ASSISTANT:", False), (" Yes,\n it  is.</s>", True),
+        (f"{V1} USER: <image> \nWhat is it? ASSISTANT:", False),
+        (" A dog.</s>", True),
+        ("USER: Are {you} sure? ASSISTANT:", False),
+        (" Yes,\n it  is.</s>", True),
     ],
     "vicuna_v0": [
-        (f"{V0}\n\n### Human: <image> \nWhat is it?\n### Assistant:", False), (" A dog.\n###", True),
-        (" Human: Are {you} sure?\n### Assistant:", False), (" Yes,\n it  is.\n###", True), (" ", False),
+        (f"{V0}\n\n### Human: <image> \nWhat is it?\n### Assistant:", False),
+        (" A dog.\n###", True),
+        (" Human: Are {you} sure?\n### Assistant:", False),
+        (" Yes,\n it  is.\n###", True),
+        (" ", False),
     ],
     "llama_2": [
-        (f"[INST] <<SYS>>\n{LLAMA_2}\n<</SYS>>\n\n<image> \nWhat is it? [/INST]", False), (" A dog. </s>", True),
-        ("[INST] Are {you} sure? [/INST]", False), (" Yes,\n it  is. </s>", True),
+        (f"[INST] <<SYS>>\n{LLAMA_2}\n<</SYS>>\n\n<image> \nWhat is it? [/INST]", False),
+        (" A dog. </s>", True),
+        ("[INST] Are {you} sure? [/INST]", False),
+        (" Yes,\n it  is. </s>", True),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("template", SPELLED)
@@ -90,8 +97,10 @@ def test_a_first_message_by_system_replaces_the_system_text(letters: LlamaTokeni
 
 
 WITHOUT_SYSTEM = {
-    "vicuna_v1": "USER: Hi ASSISTANT:", "vicuna_v0": "### Human: Hi\n### Assistant:", "llama_2": "[INST] Hi [/INST]",
-}  # fmt: skip
+    "vicuna_v1": "USER: Hi ASSISTANT:",
+    "vicuna_v0": "### Human: Hi\n### Assistant:",
+    "llama_2": "[INST] Hi [/INST]",
+}
 
 
 @pytest.mark.parametrize("template", WITHOUT_SYSTEM)
@@ -106,10 +115,13 @@ def test_an_empty_system_text_leaves_no_trace(letters: LlamaTokenizer, spell: Sp
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
-        (["image", "What?"], "<image>\nWhat?"), (["What?", "image"], "What?\n<image>"),
-        (["Left:", "image", "image", " right"], "Left:\n<image>\n<image>\n right"), (["a", "b"], "ab"), ([], ""),
+        (["image", "What?"], "<image>\nWhat?"),
+        (["What?", "image"], "What?\n<image>"),
+        (["Left:", "image", "image", " right"], "Left:\n<image>\n<image>\n right"),
+        (["a", "b"], "ab"),
+        ([], ""),
     ],
-)  # fmt: skip
+)
 def test_parts_are_the_same_as_a_string(letters: LlamaTokenizer, parts: list[str], text: str) -> None:
     content = [{"type": "image"} if part == "image" else {"type": "text", "text": part} for part in parts]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yo"}]
@@ -164,28 +176,40 @@ def written(tokenizer: LlamaTokenizer, ids: list[int]) -> str:
     return b"".join(parts).decode()
 
 
+ONE_CAPTION = "template plain needs one image and one caption; use another template"
+
+
 @pytest.mark.parametrize(
     ("messages", "template", "message"),
     [
-        ([], "vicuna_v1", "the conversation has no answer at its end"),
-        (said("Hi"), "vicuna_v1", "the conversation has no answer at its end"),
-        ([{"role": "system", "content": "x"}], "vicuna_v1", "the conversation has no answer at its end"),
+        ([], "vicuna_v1", "the conversation does not end with an answer; add one"),
+        (said("Hi"), "vicuna_v1", "the conversation does not end with an answer; add one"),
+        ([{"role": "system", "content": "x"}], "vicuna_v1", "the conversation does not end with an answer; add one"),
         (said("Hi", ""), "vicuna_v1", "turn 1: the answer is empty"),
         (said("Hi", "Yo", "Hi", " \n"), "vicuna_v1", "turn 3: the answer is empty"),
-        (said("Hi", "Yo")[1:], "vicuna_v1", "turn 0 is the assistant's; the user's was due"),
-        (said("Hi")[:1] * 2 + said("Hi", "Yo")[1:], "vicuna_v1", "turn 1 is the user's; the assistant's was due"),
-        ([*said("Hi"), {"role": "system", "content": "x"}, *said("Hi", "Yo")[1:]], "vicuna_v1",
-         "turn 1 is the system's; the assistant's was due"),
-        (said("<image>", "a", "b", "c"), "plain", "template plain takes one image and one caption"),
-        (said("Hi", "a"), "plain", "template plain takes one image and one caption"),
-        ([{"role": "tool", "content": "x"}], "plain",
-         "message 0: role is 'tool'; use one of human, user, prompter, gpt, assistant, chatgpt, bing, bard, model, "
-         "bot, system"),
+        (said("Hi", "Yo")[1:], "vicuna_v1", "turn 0 is the assistant's; it should be the user's"),
+        (said("Hi")[:1] * 2 + said("Hi", "Yo")[1:], "vicuna_v1", "turn 1 is the user's; it should be the assistant's"),
+        (
+            [*said("Hi"), {"role": "system", "content": "x"}, *said("Hi", "Yo")[1:]],
+            "vicuna_v1",
+            "turn 1 is the system's; it should be the assistant's",
+        ),
+        (said("<image>", "a", "b", "c"), "plain", ONE_CAPTION),
+        (said("Hi", "a"), "plain", ONE_CAPTION),
+        (
+            [{"role": "tool", "content": "x"}],
+            "plain",
+            "message 0: role is 'tool'; use one of human, user, prompter, gpt, assistant, chatgpt, bing, bard, model, "
+            "bot, system",
+        ),
         ([{"role": "user", "content": None}], "plain", "message 0: content is None; give a string or a list of parts"),
-        ([{"role": "user", "content": [{"type": "video"}]}], "plain",
-         "message 0: a part has type 'video'; use \"text\" or \"image\""),
+        (
+            [{"role": "user", "content": [{"type": "video"}]}],
+            "plain",
+            'message 0: a part has type \'video\'; use "text" or "image"',
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_trained_is_refused(
     letters: LlamaTokenizer, messages: list[Any], template: str, message: str
 ) -> None:
@@ -220,16 +244,14 @@ def test_a_tokenizer_without_the_image_is_refused() -> None:
 
 def test_a_stop_of_another_model_is_refused(letters: LlamaTokenizer) -> None:
     other = Template(name="other", system="", system_format="", user_format="{}:", stop="<|end|>")
-    message = "template other stops on '<|end|>', the tokenizer on '</s>'; take a template of this model"
+    message = "template other stops on '<|end|>', the tokenizer on '</s>'; use a template of this model"
     with pytest.raises(EncodingError, match=f"^{re.escape(message)}$"):
         encode(letters, said("Hi", "Yo"), other)
 
 
 def test_a_token_over_the_border_of_an_answer_is_refused(letters: LlamaTokenizer) -> None:
-    merging = Template(
-        name="merging", system="", system_format="", user_format="{}#", answer_prefix="", stop="</s>"
-    )  # fmt: skip
-    message = "one token covers the border between prompt and answer in 'Hi##Yo</s>'; part them"
+    merging = Template(name="merging", system="", system_format="", user_format="{}#", answer_prefix="", stop="</s>")
+    message = "one token covers the border between prompt and answer in 'Hi##Yo</s>'; separate them by a space"
     with pytest.raises(EncodingError, match=f"^{re.escape(message)}$"):
         encode(letters, said("Hi", "#Yo"), merging)
     answer = letters.convert_tokens_to_ids(["Y", "o", "</s>"])
@@ -260,7 +282,7 @@ def test_a_caption_is_cut_but_never_its_image(letters: LlamaTokenizer, spell: Sp
 
 
 @pytest.mark.parametrize("template", SPELLED)
-def test_a_prompt_is_what_stands_before_the_answer(letters: LlamaTokenizer, spell: Spell, template: str) -> None:
+def test_a_prompt_is_the_text_before_the_answer(letters: LlamaTokenizer, spell: Spell, template: str) -> None:
     for answer in (1, 3):
         prompt = encode_prompt(TWO_TURNS[:answer], tokenizer=letters, template=template, num_image_tokens=3)
         assert prompt == spell(*SPELLED[template][:answer])[0]

@@ -30,10 +30,41 @@ TOKENIZERS = ["letters", "demo_tokenizer", "llama_tokenizer"]
 IMAGE = Image.new("RGB", (6, 4), (10, 200, 30))
 IMAGE_TOKENS = 4  # (32 / 16) ** 2
 FRAGMENTS = [
-    "a", "The dog", "7.5", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "{}", "{", "}", "{{", "%}", "é", "e\u0301",
-    "中", "😀", "▁", "\u00a0", "\x85", "\\n", '"', "'''", "<", ".", ":", "?", "USER:", "ASSISTANT:", "[INST]",
-    "### Human:", "#",
-]  # fmt: skip
+    "a",
+    "The dog",
+    "7.5",
+    " ",
+    "  ",
+    "   ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\r\n",
+    "{}",
+    "{",
+    "}",
+    "{{",
+    "%}",
+    "é",
+    "e\u0301",
+    "中",
+    "😀",
+    "▁",
+    "\u00a0",
+    "\x85",
+    "\\n",
+    '"',
+    "'''",
+    "<",
+    ".",
+    ":",
+    "?",
+    "USER:",
+    "ASSISTANT:",
+    "[INST]",
+    "### Human:",
+    "#",
+]
 SPECIALS = ["</s>", "<s>", "<unk>", "<image>", "<pad>", "👩‍👧", "‍", "﻿", "\0"]
 Serve = Callable[..., Any]
 
@@ -138,8 +169,9 @@ def test_what_is_trained_is_what_is_served(served: Any, name: str, template: str
 
 SPANS = st.lists(
     st.builds(Span, st.lists(st.sampled_from([*FRAGMENTS, *SPECIALS]), max_size=4).map("".join), st.booleans()),
-    min_size=1, max_size=6,
-)  # fmt: skip
+    min_size=1,
+    max_size=6,
+)
 
 
 @pytest.fixture(scope="session")

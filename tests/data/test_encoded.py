@@ -152,8 +152,12 @@ def test_a_table_s_columns(letters: LlamaTokenizer, spell: Any, tmp_path: Path) 
         assert (table.notes.where().tolist(), table.problems.where().tolist()) == ([2], [1, 4])
         problems = [table.problem(index) for index in range(5)]
         assert [problem and (problem.kind, str(problem)) for problem in problems] == [
-            None, ("role order", "turn 0: é\tx"), None, None, ("empty answer", ""),
-        ]  # fmt: skip
+            None,
+            ("role order", "turn 0: é\tx"),
+            None,
+            None,
+            ("empty answer", ""),
+        ]
 
 
 @pytest.mark.parametrize("rows", [[], [bad("a"), bad("b")]])
@@ -161,8 +165,10 @@ def test_a_table_may_hold_nothing(letters: LlamaTokenizer, tmp_path: Path, rows:
     for cache in (None, tmp_path, tmp_path):
         table = encode_table(source_of(rows), tokenizer=letters, template=SHORT, cache=cache)
         assert (len(table), table.lengths(3).tolist(), table.supervised.tolist()) == (
-            len(rows), [0] * len(rows), [0] * len(rows),
-        )  # fmt: skip
+            len(rows),
+            [0] * len(rows),
+            [0] * len(rows),
+        )
 
 
 def test_batches_are_joined_in_order(letters: LlamaTokenizer) -> None:
@@ -204,10 +210,13 @@ def test_a_table_is_kept_by_source_template_and_tokenizer(
 ) -> None:
     first, other = Counted(ROWS), Counted(ROWS, "g")
     cases: list[tuple[Counted, Any, Any]] = [
-        (first, letters, SHORT), (other, letters, SHORT), (first, demo_tokenizer, SHORT),
-        (first, letters, replace(SHORT, system="Be kind.", system_format="{}")), (first, letters, "vicuna_v1"),
+        (first, letters, SHORT),
+        (other, letters, SHORT),
+        (first, demo_tokenizer, SHORT),
+        (first, letters, replace(SHORT, system="Be kind.", system_format="{}")),
+        (first, letters, "vicuna_v1"),
         (first, letters, get_template("vicuna_v1", "")),
-    ]  # fmt: skip
+    ]
     for count in (len(cases), len(cases)):
         for counted, tokenizer, template in cases:
             encode_table(counted.source, tokenizer=tokenizer, template=template, cache=tmp_path)
@@ -255,7 +264,7 @@ def test_a_flipped_bit_in_a_kept_table_is_seen(
     encode_table(counted.source, tokenizer=letters, template=SHORT, cache=tmp_path)
     assert counted.times == 2
     assert file.read_bytes() == whole
-    assert f"({name} has changed); it is written again" in capsys.readouterr().err
+    assert f"({name} has changed); writing it again" in capsys.readouterr().err
 
 
 def test_a_full_disk_while_rows_are_encoded_is_one_line(
@@ -288,8 +297,12 @@ def test_rows_are_taken_from_several_tables(letters: LlamaTokenizer, spell: Any)
     ids, labels = spell(("<image>:", False), (" abcdef</s>", True))
     assert rows[0] == {"row_id": "x", "input_ids": ids, "labels": labels, "image_files": ["1|red.png"]}
     assert [rows.image_files(n) for n in range(5)] == [
-        ["1|red.png"], [], ["0|red.png"], ["0|a é.png", "0|b.png"], [],
-    ]  # fmt: skip
+        ["1|red.png"],
+        [],
+        ["0|red.png"],
+        ["0|a é.png", "0|b.png"],
+        [],
+    ]
     assert rows.lengths.tolist() == [len(row["input_ids"]) for row in rows] == [13, 9, 11, 11, 9]
     assert rows.supervised.tolist() == [8, 4, 6, 3, 4]
     assert rows.image_counts().tolist() == [1, 0, 1, 2, 0]
@@ -317,9 +330,10 @@ def test_a_row_that_loses_its_answer_is_refused(letters: LlamaTokenizer) -> None
 
 def test_where_last_answers_begin(tokenizer: LlamaTokenizer) -> None:
     made = [
-        conversation("x", "<image>a<image>", "b", "c", "de", images=("1.png", "2.png")), conversation("y", "Hi", "Yo"),
+        conversation("x", "<image>a<image>", "b", "c", "de", images=("1.png", "2.png")),
+        conversation("y", "Hi", "Yo"),
         conversation("z", "Hi", "Yo", "<image>", "Yo", images=("1.png",)),
-    ]  # fmt: skip
+    ]
     table = encode_table(source_of(made), tokenizer=tokenizer, template=SHORT)
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     found = answer_starts(table, np.array([2, 0, 1]), image_id, 3).tolist()
@@ -337,15 +351,17 @@ def test_an_earlier_call_of_the_tokenizer_changes_nothing(
         table = encode_table(source_of([ROWS[0]]), tokenizer=letters, template=SHORT)
         assert table.row(0)[0].tolist() == spell(("Hi: Yo</s>", False))[0]
         encoded = encode_conversation(
-            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}], tokenizer=letters,
-            template=SHORT, num_image_tokens=3,
-        )  # fmt: skip
+            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}],
+            tokenizer=letters,
+            template=SHORT,
+            num_image_tokens=3,
+        )
         assert encoded["input_ids"] == spell(("Hi: Yo</s>", False))[0]
     finally:
         letters("abc")
 
 
-def test_a_text_that_is_no_unicode_is_a_problem_of_its_row(letters: LlamaTokenizer) -> None:
+def test_invalid_unicode_is_a_problem_of_its_row(letters: LlamaTokenizer) -> None:
     rows = [conversation("a", "Hi \ud83d", "Yo"), conversation("b", "Hi", "Yo")]
     table = encode_table(source_of(rows), tokenizer=letters, template=SHORT)
     assert table.problem(0) is not None

@@ -1,4 +1,4 @@
-"""Files of rows: whole rows out of every kind of file, one at a time, and what is said of a broken one."""
+"""Files of rows: complete rows out of every kind of file, one at a time, and what is said of a broken one."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from lora_llava.data.files.reading import data_file, estimate_rows, file_hash, i
 ROWS: list[Any] = [{"id": "1", "text": "é"}, {"id": "2", "text": 'a "b", {c} [d]'}, {"id": 3, "deep": [{"x": [1, {}]}]}]
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
-)  # fmt: skip
+)
 OBJECTS = st.lists(st.dictionaries(st.text(max_size=4), VALUES, max_size=3), max_size=4)
 CHUNKS = st.integers(1, 9)
 
@@ -71,7 +72,7 @@ def test_a_list_of_anything_is_what_json_reads(folder: Path, rows: list[Any], ch
 
 
 @given(rows=OBJECTS.filter(bool), indent=st.sampled_from([None, 1]), chunk=CHUNKS, data=st.data())
-def test_a_list_that_is_cut_off_gives_its_whole_rows_and_says_so(
+def test_a_truncated_list_yields_its_complete_rows_and_an_error(
     folder: Path, rows: list[Any], indent: int | None, chunk: int, data: st.DataObject
 ) -> None:
     text = json.dumps(rows, indent=indent)
@@ -83,29 +84,38 @@ def test_a_list_that_is_cut_off_gives_its_whole_rows_and_says_so(
             got.extend(iterate_rows(file))
     assert got == rows[: len(got)]
     assert str(caught.value).startswith(f"{file}, line ")
-    assert str(caught.value).endswith(f", after {len(got)} whole rows and the file ends there: it is cut off")
+    assert str(caught.value).endswith(f", after {len(got)} complete rows and the file ends there: it is truncated")
 
 
-CUT_NUMBER = ", line 1: not JSON: Expecting ',' delimiter, after 0 whole rows and the file ends there: it is cut off"
+TRUNCATED = "and the file ends there: it is truncated"
+CUT_NUMBER = (
+    ", line 1: not JSON: Expecting ',' delimiter, after 0 complete rows and the file ends there: it is truncated"
+)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[", ", line 1: not JSON: Expecting value, after 0 whole rows and the file ends there: it is cut off"),
-        ('[\n{"a": 1},\n{"b": 2}\n',
-         ", line 4: not JSON: Expecting ',' delimiter, after 2 whole rows and the file ends there: it is cut off"),
-        ('[\n{"a": 1},\n{"b":\n "no en',
-         ", line 4: not JSON: Unterminated string starting at, after 1 whole rows and the file ends there: "
-         "it is cut off"),
+        ("[", ", line 1: not JSON: Expecting value, after 0 complete rows and the file ends there: it is truncated"),
+        (
+            '[\n{"a": 1},\n{"b": 2}\n',
+            f", line 4: not JSON: Expecting ',' delimiter, after 2 complete rows {TRUNCATED}",
+        ),
+        (
+            '[\n{"a": 1},\n{"b":\n "no en',
+            ", line 4: not JSON: Unterminated string starting at, after 1 complete rows and the file ends there: "
+            "it is truncated",
+        ),
         ('[{"a": -1.', CUT_NUMBER),
         ('[{"a": -1.5e', CUT_NUMBER),
         ('[{"a": -1E+', CUT_NUMBER),
         ('[{"a": -1e-', CUT_NUMBER),
-        ('[{"a": 1},',
-         ", line 1: not JSON: Expecting value, after 1 whole rows and the file ends there: it is cut off"),
+        (
+            '[{"a": 1},',
+            ", line 1: not JSON: Expecting value, after 1 complete rows and the file ends there: it is truncated",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 def test_where_a_list_is_cut_off_is_named(tmp_path: Path, text: str, message: str, chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -119,12 +129,14 @@ MORE = "".join(f',\n{{"c": {number}}}' for number in range(50))
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[\n{"a": 1},\n{"b" 2}' + MORE + "\n]", ", line 3: not JSON: Expecting ':' delimiter, after 1 whole rows"),
-        ('[\n{"a": 1}\n{"b": 2}' + MORE + "\n]", ", line 3: not JSON: Expecting ',' delimiter, after 1 whole rows"),
-        ("[\n{'a': 1}" + MORE + "\n]",
-         ", line 2: not JSON: Expecting property name enclosed in double quotes, after 0 whole rows"),
+        ('[\n{"a": 1},\n{"b" 2}' + MORE + "\n]", ", line 3: not JSON: Expecting ':' delimiter, after 1 complete rows"),
+        ('[\n{"a": 1}\n{"b": 2}' + MORE + "\n]", ", line 3: not JSON: Expecting ',' delimiter, after 1 complete rows"),
+        (
+            "[\n{'a': 1}" + MORE + "\n]",
+            ", line 2: not JSON: Expecting property name enclosed in double quotes, after 0 complete rows",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_slip_in_the_middle_is_not_the_file_s_end(tmp_path: Path, text: str, message: str) -> None:
     fails(write(tmp_path, "rows.json", text), message)
 
@@ -144,11 +156,11 @@ def test_nesting_without_end_is_refused(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "kind"),
-    [({"rows": []}, "dict; give the list under rows by itself"), (None, "NoneType"), ("x", "str"), (5, "int")],
+    [({"rows": []}, "dict; save only the list under rows"), (None, "NoneType"), ("x", "str"), (5, "int")],
 )
 def test_what_is_not_a_list_is_named(tmp_path: Path, content: Any, kind: str) -> None:
     file = write(tmp_path, "chat.json", json.dumps(content, indent=1))
-    fails(file, f": it should hold a list of rows; it holds {kind}")
+    fails(file, f": it should be a list of rows, not {kind}")
 
 
 def test_what_is_not_json_is_named(tmp_path: Path) -> None:
@@ -166,7 +178,7 @@ def test_a_row_a_line(tmp_path: Path, name: str, start: str, break_: str) -> Non
     assert list(iterate_rows(write(tmp_path, name, text))) == ROWS
 
 
-def test_a_line_break_inside_a_text_is_no_end_of_a_row(tmp_path: Path) -> None:
+def test_a_line_break_inside_a_text_does_not_end_a_row(tmp_path: Path) -> None:
     row = {"a": "one\u2028two\x85three\x0cfour"}
     text = json.dumps(row, ensure_ascii=False)
     assert "\u2028" in text
@@ -217,15 +229,15 @@ def test_a_table_s_fields_may_be_long(tmp_path: Path) -> None:
     assert list(iterate_rows(write(tmp_path, "a.csv", f"a,b\n{text},2\n"))) == [{"a": text, "b": "2"}]
 
 
-FIELDS = "; put text that holds the separator in double quotes"
+FIELDS = "; put text that contains the separator in double quotes"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a,b\n1,2\n1\n", f", line 3: 1 fields, where its first line names 2{FIELDS}"),
-        ("a,b\n1,2,3,4\n", f", line 2: 4 fields, where its first line names 2{FIELDS}"),
-        ('a,b\n"1\n",2\n1,2,3\n', f", line 4: 3 fields, where its first line names 2{FIELDS}"),
+        ("a,b\n1,2\n1\n", f", line 3: 1 fields, but the first line has 2{FIELDS}"),
+        ("a,b\n1,2,3,4\n", f", line 2: 4 fields, but the first line has 2{FIELDS}"),
+        ('a,b\n"1\n",2\n1,2,3\n', f", line 4: 3 fields, but the first line has 2{FIELDS}"),
     ],
 )
 def test_a_line_with_another_number_of_fields_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -248,10 +260,10 @@ def test_another_encoding_is_named(tmp_path: Path, name: str) -> None:
     file = write(tmp_path, name, '[{"a,b": "какой это"}]'.encode("cp1251"))
     fails(file, ": not UTF-8: invalid continuation byte at byte 10; save it as UTF-8")
     file = write(tmp_path, name, "x".encode("utf-16") + b"x")
-    fails(file, ": not UTF-16, as its first bytes say: truncated data at byte 4; save it as UTF-8")
+    fails(file, ": not UTF-16, which its first bytes indicate: truncated data at byte 4; save it as UTF-8")
 
 
-def test_where_another_encoding_begins_is_told_in_a_long_file(tmp_path: Path) -> None:
+def test_where_another_encoding_begins_is_reported_in_a_long_file(tmp_path: Path) -> None:
     file = write(tmp_path, "a.jsonl", b'{"a": 1}\n' * 5000 + b'"\xe9\x81"\n')
     fails(file, ": not UTF-8: invalid continuation byte at byte 45001; save it as UTF-8")
 
@@ -274,8 +286,11 @@ def test_parquet_gives_a_stored_image_s_path_and_not_its_bytes(tmp_path: Path) -
         {"id": 3, "image": None, "images": None, "conversations": None},
     ]
     assert parquet_columns(tmp_path / "a.parquet") == {
-        "id": False, "image": True, "images": True, "conversations": True,
-    }  # fmt: skip
+        "id": False,
+        "image": True,
+        "images": True,
+        "conversations": True,
+    }
 
 
 def test_parquet_gives_its_rows_in_order(tmp_path: Path) -> None:
@@ -303,20 +318,20 @@ def test_a_file_or_a_folder_with_one_is_found(tmp_path: Path) -> None:
 KINDS = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet"
 
 
-def test_what_is_no_file_of_rows_is_told(tmp_path: Path) -> None:
+def test_paths_without_rows_are_refused(tmp_path: Path) -> None:
     def told(path: Path, message: str) -> None:
         with pytest.raises(UserError) as caught:
             data_file(path, "data.sources.0.path")
         assert str(caught.value) == f"data.sources.0.path: {path} {message}"
 
-    told(tmp_path, f"is a folder; name its file of rows ({KINDS}); it holds: none")
+    told(tmp_path, f"is a folder; name its file of rows ({KINDS}); it has: none")
     told(tmp_path / "chat.json", "is missing; it should be a file such as chat.json")
-    told(write(tmp_path, "chat.txt", ""), f"is of no known kind; use one of {KINDS}")
+    told(write(tmp_path, "chat.txt", ""), f"is of an unknown kind; use one of {KINDS}")
     for name in "gfedcba":
         write(tmp_path, f"{name}.json", "[]")
     told(
         tmp_path,
-        f"is a folder; name its file of rows ({KINDS}); it holds: a.json, b.json, c.json, d.json, e.json",
+        f"is a folder; name its file of rows ({KINDS}); it has: a.json, b.json, c.json, d.json, e.json",
     )
 
 

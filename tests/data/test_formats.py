@@ -6,8 +6,6 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from lora_llava.data import Conversation, Turn
 from lora_llava.data.formats import (
@@ -54,9 +52,14 @@ ONE = [
     {"messages": chat([part("image_url", image_url="a.png"), WHAT], "A dog.")},
     {"messages": chat([part("image_url", image_url={"url": "a.png", "detail": "low"}), WHAT], "A dog.")},
     {"image": "a.png", "question": "<image> What?", "answer": "A dog."},
-    {"images": ["a.png"], "conversations": [
-        {"role": None, "from": "user", "value": "<image>\nWhat?"}, {"role": "assistant", "content": "A dog."}]},
-]  # fmt: skip
+    {
+        "images": ["a.png"],
+        "conversations": [
+            {"role": None, "from": "user", "value": "<image>\nWhat?"},
+            {"role": "assistant", "content": "A dog."},
+        ],
+    },
+]
 
 
 @pytest.mark.parametrize("row", ONE)
@@ -74,7 +77,7 @@ UNMENTIONED = [
 
 
 @pytest.mark.parametrize("row", UNMENTIONED)
-def test_a_image_that_no_text_mentions_is_put_first(row: dict[str, Any]) -> None:
+def test_an_image_that_no_text_mentions_is_put_first(row: dict[str, Any]) -> None:
     notes = () if "question" in row else (PLACEHOLDER_ADDED,)  # in a table nothing is amiss
     wanted = Conversation("0", SHOWN, ("a.png",), notes=notes)
     assert read_row(row, 0) == wanted
@@ -149,7 +152,7 @@ LATER = {"image": "a.png", "messages": chat("Hi", "Yo", "In <image> what?", "A d
     ("position", "text"),
     [("first", "<image>\nIn  what?"), ("last", "In  what?\n<image>"), ("as_written", "In <image> what?")],
 )
-def test_the_recipe_says_where_a_image_goes_in_its_text(position: Any, text: str) -> None:
+def test_the_recipe_sets_the_place_of_an_image(position: Any, text: str) -> None:
     said = [turn.text for turn in read_row(MIDDLE, 0, position=position).turns]
     assert said == [text, "A dog.", "Sure?", "Yes."]
     said = [turn.text for turn in read_row(LATER, 0, position=position).turns]
@@ -178,8 +181,10 @@ def test_several_images_stay_where_they_stand(position: Any) -> None:
     row = {"images": ["a.png", "b.png"], "conversations": llava("<image> or <image>?", "Yes.", "Or?", "No.")}
     found = read_row(row, 0, position=position)
     assert ([turn.text for turn in found.turns], found.images, found.notes) == (
-        ["<image> or <image>?", "Yes.", "Or?", "No."], ("a.png", "b.png"), (),
-    )  # fmt: skip
+        ["<image> or <image>?", "Yes.", "Or?", "No."],
+        ("a.png", "b.png"),
+        (),
+    )
     row = {"images": ["a.png", "b.png"], "messages": chat("What?", "A dog.")}
     turns = (Turn("user", "<image>\n<image>\nWhat?"), Turn("assistant", "A dog."))
     wanted = Conversation("0", turns, ("a.png", "b.png"), notes=(PLACEHOLDER_ADDED,))
@@ -194,7 +199,7 @@ def test_images_of_messages_come_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("image", [{"path": None}, {"path": "a.png"}, {"bytes": b"x", "path": None}, {"bytes": None}])
-def test_a_image_that_is_stored_in_the_table_is_named_by_its_row(image: dict[str, Any]) -> None:
+def test_an_image_that_is_stored_in_the_table_is_named_by_its_row(image: dict[str, Any]) -> None:
     row = {"image": image, "messages": chat("<image>\nWhat?", "A dog.")}
     assert read_row(row, 12, embedded=True) == Conversation("12", SHOWN, ("12",))
     row = {"images": [image], "messages": row["messages"]}
@@ -204,14 +209,14 @@ def test_a_image_that_is_stored_in_the_table_is_named_by_its_row(image: dict[str
     assert read_row(row, 12, embedded=True) == Conversation("12", turns, ("12:0", "12:1"))
 
 
-def test_a_image_that_a_row_names_by_its_path_is_a_file() -> None:
+def test_an_image_that_a_row_names_by_its_path_is_a_file() -> None:
     row = {"image": {"path": "a.png"}, "messages": chat("<image>\nWhat?", "A dog.")}
     assert read_row(row, 12) == Conversation("12", SHOWN, ("a.png",))
     with pytest.raises(RowError, match="an image's name is"):
         read_row(row | {"image": {"bytes": b"x", "path": None}}, 12)
 
 
-def test_what_stands_before_the_first_question_and_after_the_last_answer_is_cut_and_noted() -> None:
+def test_text_before_the_first_question_and_after_the_last_answer_is_cut_and_noted() -> None:
     told, asked, answered = ({"from": "gpt", "value": "Hello."}, *llava("What?", "A dog."))
     system = {"from": "system", "value": "Be kind."}
     cases = [
@@ -225,14 +230,14 @@ def test_what_stands_before_the_first_question_and_after_the_last_answer_is_cut_
         assert read_row({"conversations": [system, *messages]}, 0) == Conversation("0", turns, notes=notes)
 
 
-def test_a_image_of_a_question_that_is_cut_is_not_shown_with_another() -> None:
+def test_an_image_of_a_question_that_is_cut_is_not_shown_with_another() -> None:
     row = {"image": "a.png", "conversations": llava("Hi", "Yo", "<image>\nWhat?")}
     with pytest.raises(RowError):
         read_row(row, 0)
 
 
-NO_QUESTION = "the conversation has no question; only the assistant speaks"
-NO_ANSWER = "the conversation has no answer; only the user speaks"
+NO_QUESTION = "the conversation has no question; add one"
+NO_ANSWER = "the conversation has no answer; add one"
 MEND = "; columns are named by data.columns"
 FORMS = "it lacks conversations, messages, or question and answer; it has "
 TEXT, ASKED, ANSWERED = chat("What?", "A dog."), {"question": "What?"}, {"answer": "A dog."}
@@ -246,16 +251,16 @@ BAD: list[tuple[Any, str, str]] = [
     (ASKED | {"text": "x"}, "missing column", "it lacks answer; it has 'question', 'text'" + MEND),
     (ANSWERED, "missing column", "it lacks question; it has 'answer'" + MEND),
     ({"conversations": [], "messages": []}, "both formats",
-     "the row has conversations and messages, which are two forms; keep one"),
+     "the row has conversations and messages, which are two formats; keep one"),
     (ASKED | ANSWERED | {"messages": []}, "both formats",
-     "the row has messages and question/answer, which are two forms; keep one"),
+     "the row has messages and question/answer, which are two formats; keep one"),
     ({"conversations": "text"}, "malformed row",
      "conversations is 'text'; a row holds id, image and conversations"),
     ({"messages": {"role": "user"}}, "malformed row",
      "messages is {'role': 'user'}; a row holds id, image and conversations"),
     ({"messages": ["Hi"]}, "malformed row", "message 0 is 'Hi'; give an object with a role and its text"),
     ({"messages": [{"role": "user", "from": "human", "content": "Hi"}]}, "both formats",
-     "message 0 has both role and from; keep one form"),
+     "message 0 has both role and from; keep one"),
     ({"conversations": [*llava("Hi"), {"from": "hooman", "value": "x"}]}, "unknown role",
      "message 1: role is 'hooman'; use one of human, user, prompter, gpt, assistant, chatgpt, bing, bard, model, bot, "
      "system"),
@@ -274,12 +279,12 @@ BAD: list[tuple[Any, str, str]] = [
      "the conversation is empty; give a question and an answer"),
     ({"messages": TEXT[1:]}, "one-sided conversation", NO_QUESTION),
     ({"messages": TEXT[:1] * 2}, "one-sided conversation", NO_ANSWER),
-    ({"messages": TEXT[::-1]}, "one-sided conversation", "the conversation has no question that is answered"),
+    ({"messages": TEXT[::-1]}, "one-sided conversation", "no question of the conversation is answered; add an answer"),
     ({"messages": chat("a", "b") + chat("a", "b")[1:]}, "role order",
-     "turn 2 is the assistant's; the user's was due"),
-    ({"messages": chat("a") + chat("a", "b")}, "role order", "turn 1 is the user's; the assistant's was due"),
+     "turn 2 is the assistant's; it should be the user's"),
+    ({"messages": chat("a") + chat("a", "b")}, "role order", "turn 1 is the user's; it should be the assistant's"),
     ({"messages": [*TEXT, {"role": "system", "content": "x"}, *TEXT]}, "role order",
-     "turn 2 is the system's; the user's was due"),
+     "turn 2 is the system's; it should be the user's"),
     ({"messages": chat("a", " \n")}, "empty answer", "turn 1: the answer is empty"),
     ({"messages": chat("", "b")}, "empty question", "turn 0: the question is empty"),
     ({"messages": chat("<image>", "b")}, "placeholder count",
@@ -291,7 +296,7 @@ BAD: list[tuple[Any, str, str]] = [
     ({"messages": chat([part("image", image="a.png"), part("image"), WHAT], "b")}, "placeholder count",
      "2 <image> placeholders for 1 images; make them equal"),
     ({"messages": chat([part("image", image="a.png"), WHAT], "b"), "image": "a.png"}, "both formats",
-     "its images stand in image and in its messages; keep one"),
+     "its images are named in image and in its messages; keep one"),
     ({"messages": TEXT, "image": 5}, "malformed row", "an image's name is 5; it should be a file's name"),
     ({"messages": TEXT, "image": {"url": "x"}}, "malformed row",
      "an image's name is {'url': 'x'}; it should be a file's name"),
@@ -307,7 +312,7 @@ BAD: list[tuple[Any, str, str]] = [
 
 
 @pytest.mark.parametrize(("row", "kind", "message"), BAD)
-def test_what_is_no_conversation_is_refused_by_its_kind(row: Any, kind: str, message: str) -> None:
+def test_malformed_rows_are_refused_by_kind(row: Any, kind: str, message: str) -> None:
     with pytest.raises(RowError) as caught:
         read_row(row, 0)
     assert (caught.value.kind, str(caught.value)) == (kind, message)
@@ -316,7 +321,10 @@ def test_what_is_no_conversation_is_refused_by_its_kind(row: Any, kind: str, mes
 def test_a_caption_needs_its_column() -> None:
     with pytest.raises(RowError) as caught:
         read_row({"image": "a.png", "text": "x"}, 0, form="captions")
-    assert str(caught.value) == "it lacks caption or conversations; it has 'image', 'text'" + MEND
+    assert (
+        str(caught.value)
+        == "it lacks conversations, messages, question and answer, or caption; it has 'image', 'text'" + MEND
+    )
 
 
 def test_a_row_s_missing_columns_are_named_as_the_recipe_names_them() -> None:
@@ -326,47 +334,6 @@ def test_a_row_s_missing_columns_are_named_as_the_recipe_names_them() -> None:
 
 
 @pytest.mark.parametrize("images", [[""], ["a\0b.png"], "a\0b.png"])
-def test_a_image_s_name_is_one(images: Any) -> None:
+def test_an_image_name_is_a_file_name(images: Any) -> None:
     with pytest.raises(RowError):
         read_row({"messages": TEXT, "images": images}, 0)
-
-
-ODD = st.recursive(
-    st.none() | st.booleans() | st.integers(0, 9) | st.binary(max_size=2)
-    | st.sampled_from(["", "x", "a.png", "<image>"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["type", "text", "image", "path", "bytes", "url", "role"]), inner, max_size=3),
-    max_leaves=5,
-)  # fmt: skip
-PART = st.fixed_dictionaries(
-    {"type": st.sampled_from(["text", "image", "image_url"])},
-    optional={"text": st.just("x") | ODD, "image": ODD, "path": ODD, "url": ODD, "image_url": ODD},
-)
-CONTENT = st.sampled_from(["x", "<image>\nx", ""]) | st.lists(PART, max_size=3) | ODD
-MESSAGE = st.fixed_dictionaries(
-    {}, optional={"role": st.sampled_from(["user", "assistant", "system"]), "from": st.sampled_from(["human", "gpt"]),
-                  "content": CONTENT, "value": CONTENT},
-) | ODD  # fmt: skip
-ROW = st.fixed_dictionaries(
-    {}, optional={"conversations": st.lists(MESSAGE, max_size=4) | ODD, "messages": st.lists(MESSAGE, max_size=4) | ODD,
-                  "image": ODD, "images": ODD, "question": ODD, "answer": ODD, "caption": ODD, "system": ODD,
-                  "id": ODD},
-)  # fmt: skip
-
-
-@given(row=ROW, form=st.sampled_from(["conversations", "captions"]))
-@example(
-    row={"image": "a.png", "messages": [{"role": "system", "content": "In <image>"}, *TEXT]}, form="conversations"
-)  # StopIteration
-@example(row={"conversations": [{"from": "human", "value": "x", "content": [5]}, *llava("", "x")[1:]]}, form="captions")
-def test_whatever_a_row_holds_it_is_a_conversation_or_refused(row: dict[str, Any], form: Any) -> None:
-    try:
-        found = read_row(row, 0, form=form)
-    except RowError as error:
-        assert error.kind  # noqa: PT017
-        return
-    assert sum(turn.text.count("<image>") for turn in found.turns) == len(found.images)
-    assert [turn.role for turn in found.turns if turn.role != "system"] == ["user", "assistant"] * (
-        len(found.turns) // 2
-    )
-    assert all(turn.text.strip() for turn in found.turns if turn.role != "system")

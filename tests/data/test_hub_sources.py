@@ -93,9 +93,10 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     yield environment | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"),
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
         "TABLE": str(tmp_path / "table.parquet"),
-    }  # fmt: skip
+    }
     server.shutdown()
     server.server_close()
 
@@ -134,7 +135,7 @@ def test_a_file_of_a_repository_is_fetched_once(hub: dict[str, str]) -> None:
 def test_a_file_or_repository_that_is_not_there_is_one_line(hub: dict[str, str]) -> None:
     for path, file in ((REPO, "gone.json"), ("me/gone", "rows.json")):
         told = opened(hub, path, file=file)
-        assert told.startswith(f"data.path: {file} of {path} cannot be had from the Hub: ")
+        assert told.startswith(f"data.path: {file} of {path} cannot be downloaded from the Hub: ")
         assert "\n" not in told
 
 
@@ -142,8 +143,10 @@ def test_a_table_with_images_is_read(hub: dict[str, str]) -> None:
     Hub.files = {"train-00000-of-00001.parquet": Path(hub["TABLE"]).read_bytes()}
     found = json.loads(opened(hub, REPO))
     assert found == [
-        *([str(n), f"<image>\nWhat is {n}?", [str(n)]] for n in range(3)), ["3", "And now?", []], [1, 2, 3],
-    ]  # fmt: skip
+        *([str(n), f"<image>\nWhat is {n}?", [str(n)]] for n in range(3)),
+        ["3", "And now?", []],
+        [1, 2, 3],
+    ]
     told = opened(hub, "me/gone")
     assert told.startswith("data.path: me/gone, split 'train', cannot be read: ")
     assert "\n" not in told

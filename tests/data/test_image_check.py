@@ -1,4 +1,4 @@
-"""Images opened before training: what is wrong with them, what is odd, and what is not opened again."""
+"""The check of images before training: problems, oddities, and the cache of what is known."""
 
 from __future__ import annotations
 
@@ -40,10 +40,17 @@ def turned(orientation: int) -> bytes:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("a.png", "PNG"), ("a.PNG", "PNG"), ("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP"), ("a.bmp", "BMP"),
-        ("a.tif", "TIFF"), ("sub.png/a", "PNG"), ("a.image", "JPEG"),
+        ("a.png", "PNG"),
+        ("a.PNG", "PNG"),
+        ("a.jpg", "JPEG"),
+        ("a.JPEG", "JPEG"),
+        ("a.webp", "WEBP"),
+        ("a.bmp", "BMP"),
+        ("a.tif", "TIFF"),
+        ("sub.png/a", "PNG"),
+        ("a.image", "JPEG"),
     ],
-)  # fmt: skip
+)
 def test_nothing_is_odd_about_a_clean_image(tmp_path: Path, name: str, kind: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     digest = save(tmp_path, name, kind)
@@ -56,10 +63,10 @@ def test_an_upright_orientation_is_not_odd(tmp_path: Path) -> None:
         assert inspect_image(FolderImages(tmp_path, 72), "a.jpg") == ImageFacts(None, "", (), digest)
 
 
-MODE = ("image not RGB", "image {} has mode {}; it is converted, look at it in the preview")
-FRAMES = ("several frames", "image {} has 3 frames; only the first is seen")
-LYING = ("turned image", "image {} lies on its side but for an EXIF tag; the model sees it lying")
-MISLEADING = ("mislabelled image", "image {} is a {}; it is read as one, but its name misleads")
+MODE = ("image not RGB", "image {} has mode {}; it is converted, check it in the preview")
+FRAMES = ("several frames", "image {} has 3 frames; only the first is used")
+LYING = ("turned image", "image {} is rotated by an EXIF tag, which is ignored; the model sees it unrotated")
+MISLEADING = ("mislabelled image", "image {} is a {}; it is read as such, but its suffix is wrong")
 MANY: dict[str, Any] = {"save_all": True, "append_images": [drawn().rotate(180), drawn("1").convert("RGB")]}
 
 
@@ -84,11 +91,16 @@ MANY: dict[str, Any] = {"save_all": True, "append_images": [drawn().rotate(180),
         ("a.png", "PNG", drawn(), {"exif": turned(3)}, [(LYING,)]),
         ("a.png", "PNG", drawn(size=(7, 9)), {}, [(("tiny image", "image {} has 7 x 9 pixels"),)]),
         ("a.png", "PNG", drawn(size=(9, 7)), {}, [(("tiny image", "image {} has 9 x 7 pixels"),)]),
-        ("a.jpg", "PNG", drawn("LA", (1, 1)), {"exif": turned(TURNED)},
-         [(MISLEADING, "PNG"), (MODE, "LA"), (LYING,), (("tiny image", "image {} has 1 x 1 pixels"),)]),
+        (
+            "a.jpg",
+            "PNG",
+            drawn("LA", (1, 1)),
+            {"exif": turned(TURNED)},
+            [(MISLEADING, "PNG"), (MODE, "LA"), (LYING,), (("tiny image", "image {} has 1 x 1 pixels"),)],
+        ),
     ],
-)  # fmt: skip
-def test_what_is_odd_about_a_image(
+)
+def test_oddities_of_an_image(
     tmp_path: Path, name: str, kind: str, image: Image.Image, settings: dict[str, Any], odd: list[Any]
 ) -> None:
     digest = save(tmp_path, name, kind, image, **settings)
@@ -107,21 +119,27 @@ def test_a_camera_s_jpeg_with_a_thumbnail_is_not_mislabelled(tmp_path: Path) -> 
     [
         ("gone.png", "missing image", "image gone.png is missing"),
         ("sub", "corrupt image", "image sub cannot be read: Is a directory"),
-        ("http://host/a.png", "outside the folder",
-         "image http://host/a.png is a URL; only files under {root} are opened"),
-        ("data:image/png;base64,AAAA", "outside the folder",
-         "image data:image/png;base64,AAAA is a URL; only files under {root} are opened"),
-        ("../a.png", "outside the folder", "image ../a.png lies outside {root}"),
+        (
+            "http://host/a.png",
+            "outside the folder",
+            "image http://host/a.png is a URL; only files under {root} are opened",
+        ),
+        (
+            "data:image/png;base64,AAAA",
+            "outside the folder",
+            "image data:image/png;base64,AAAA is a URL; only files under {root} are opened",
+        ),
+        ("../a.png", "outside the folder", "image ../a.png is outside {root}"),
         ("a\0b.png", "missing image", "image 'a\\x00b.png' cannot be a file: embedded null byte"),
     ],
-)  # fmt: skip
-def test_what_has_no_file_cannot_be_used(opened: Path, name: str, kind: str, message: str) -> None:
-    (opened / "sub").mkdir()
-    found = inspect_image(FolderImages(opened, 16), name)
-    assert found == ImageFacts(message.format(root=opened), kind)
+)
+def test_what_has_no_file_cannot_be_used(image_folder: Path, name: str, kind: str, message: str) -> None:
+    (image_folder / "sub").mkdir()
+    found = inspect_image(FolderImages(image_folder, 16), name)
+    assert found == ImageFacts(message.format(root=image_folder), kind)
 
 
-def test_what_is_no_whole_image_cannot_be_used(tmp_path: Path) -> None:
+def test_incomplete_images_cannot_be_used(tmp_path: Path) -> None:
     save(tmp_path, "whole.png", "PNG", drawn(size=(40, 40)))
     content = (tmp_path / "whole.png").read_bytes()
     for damaged in (b"", b"<html>404</html>", content[:30], content[: len(content) // 2]):
@@ -164,7 +182,7 @@ def webp_with_a_broken_exif() -> bytes:
 @pytest.mark.parametrize(
     "content", [gif_with_half_a_second_frame(), tiff_with_a_broken_second_frame(), webp_with_a_broken_exif()]
 )
-def test_damage_behind_the_first_frame_is_no_traceback(tmp_path: Path, content: bytes) -> None:
+def test_damage_behind_the_first_frame_raises_no_traceback(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a").write_bytes(content)
     assert inspect_image(FolderImages(tmp_path, 576), "a").digest == hashlib.sha256(content).hexdigest()
 

@@ -52,7 +52,7 @@ def test_a_name_is_matched_to_the_one_file_that_is_meant(
     assert (images.matched(name), images.label(name)) == (expected, expected)
     assert images.open(name).getpixel((0, 0)) == (files.index(expected), 0, 0)
     (found,) = inspect_images(images, [name])[name].oddities
-    assert found == (MATCHED, f"image {name} is not there under this name; the file {expected} is taken for it")
+    assert found == (MATCHED, f"image {name} does not exist under this name; the file {expected} is used")
 
 
 def test_a_file_s_own_name_comes_first(tmp_path: Path) -> None:
@@ -65,25 +65,29 @@ def test_a_file_s_own_name_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "name"),
     [
-        (["01.jpg", "01.png"], "01"), (["a/01.png", "b/01.png"], "01.png"), (["a/01.png", "b/01.png"], "c\\01.png"),
+        (["01.jpg", "01.png"], "01"),
+        (["a/01.png", "b/01.png"], "01.png"),
+        (["a/01.png", "b/01.png"], "c\\01.png"),
         (["IMG.png", "img.PNG"], "Img.png"),
     ],
-)  # fmt: skip
+)
 def test_a_name_that_several_files_match_is_refused(tmp_path: Path, files: list[str], name: str) -> None:
     images = draw(tmp_path, *files)
-    told = f"image {name} may be {files[0]} or {files[1]}; write the one that is meant"
+    told = f"image {name} may be {files[0]} or {files[1]}; write the exact file name"
     with pytest.raises(BadImageError, match=f"^{re.escape(told)}$"):
         images.open(name)
     assert inspect_images(images, [name])[name].problem == told
 
 
-def test_two_names_of_one_file_are_told_where_their_folders_differ(tmp_path: Path) -> None:
+def test_two_names_of_one_file_are_reported_if_their_folders_differ(tmp_path: Path) -> None:
     images = draw(tmp_path, "a/01.png", "02.png")
     found = inspect_images(images, ["a/01.png", "b/01.png", "02.png", "images\\02.png"])
     assert {name: image.problem for name, image in found.items()} == {
-        "a/01.png": None, "02.png": None, "images\\02.png": None,
-        "b/01.png": "image b/01.png may be a/01.png, but so may a/01.png; write the file that each means",
-    }  # fmt: skip
+        "a/01.png": None,
+        "02.png": None,
+        "images\\02.png": None,
+        "b/01.png": "image b/01.png may be a/01.png, but so may a/01.png; write the exact file names",
+    }
 
 
 def test_a_name_that_no_file_has_is_missing(tmp_path: Path) -> None:
@@ -102,14 +106,14 @@ def test_links_that_lead_out_are_refused_with_the_key(tmp_path: Path) -> None:
         with pytest.raises(BadImageError) as error:
             images.open(name)
         assert str(error.value).endswith(
-            f" lies outside {images.root}: {link} is a link that leads out of it; set data.follow_links=true to allow "
+            f" is outside {images.root}: {link} is a link that leads out of it; set data.follow_links=true to allow "
             "such links"
         )
         assert error.value.kind == "outside the folder"
     followed = FolderImages(images.root, 99, follow_links=True)
     for name in ("coco/sub/01.png", "03.png", "01.png", "images\\01"):
         assert followed.open(name).size == (9, 9)
-    with pytest.raises(BadImageError, match=r" lies outside "):
+    with pytest.raises(BadImageError, match=r" is outside "):
         followed.open("../elsewhere/sub/none.png")
 
 
@@ -124,5 +128,9 @@ def test_images_are_named_for_a_person(tmp_path: Path) -> None:
     table = TableImages([{"image": {"bytes": b"", "path": "cat.png"}}, {"image": b""}], 9)
     joined = JoinedImages([images, table])
     assert [joined.label(name) for name in ("0|01.png", "0|01", "0|no.png", "1|0", "1|1")] == [
-        "01.png", "01.png", "no.png", "cat.png of row 0", "of row 1",
-    ]  # fmt: skip
+        "01.png",
+        "01.png",
+        "no.png",
+        "cat.png of row 0",
+        "of row 1",
+    ]

@@ -48,9 +48,7 @@ def sides(keys: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 @given(keys=KEYS, counts=st.lists(st.integers(0, 12), max_size=2), seed=st.integers(0, 99))
-def test_what_is_held_back_shares_no_image_with_what_is_left(
-    keys: list[list[int]], counts: list[int], seed: int
-) -> None:
+def test_held_out_rows_share_no_image_with_the_rest(keys: list[list[int]], counts: list[int], seed: int) -> None:
     together = sides(keys)
     try:
         parts = hold_back(keys, counts, seed, NAMES[: len(counts)])
@@ -80,7 +78,7 @@ def test_a_chain_of_shared_images_stays_together() -> None:
         assert sorted(map(len, (left, held))) == [1, 40]
 
 
-def test_rows_with_images_of_their_own_are_held_back_in_number() -> None:
+def test_rows_with_separate_images_are_held_out_in_number() -> None:
     keys = [[f"{number}.png"] for number in range(100)]
     first, second = hold_back(keys, [30, 5], 0, NAMES), hold_back(keys, [30, 5], 1, NAMES)
     assert [len(part) for part in (*first, *second)] == [65, 30, 5, 65, 30, 5]
@@ -93,14 +91,28 @@ def test_rows_with_images_of_their_own_are_held_back_in_number() -> None:
 @pytest.mark.parametrize(
     ("keys", "counts", "message"),
     [
-        ([[0], [1], [2]], [3, 0], "data.validation_rows is 3, of 3 rows, which have 3 images or sets of them"),
-        ([[0], [1], [2]], [2, 1],
-         "data.validation_rows is 2, data.test_rows is 1, of 3 rows, which have 3 images or sets of them"),
-        ([[0], [0, 1], [1]], [0, 1], "data.test_rows is 1, of 3 rows, which have 1 images or sets of them"),
-        ([[0], [1]], [9, 9],
-         "data.validation_rows is 9, data.test_rows is 9, of 2 rows, which have 2 images or sets of them"),
+        (
+            [[0], [1], [2]],
+            [3, 0],
+            "data.validation_rows is 3, but the data has only 3 rows in 3 groups by image",
+        ),
+        (
+            [[0], [1], [2]],
+            [2, 1],
+            "data.validation_rows is 2, data.test_rows is 1, but the data has only 3 rows in 3 groups by image",
+        ),
+        (
+            [[0], [0, 1], [1]],
+            [0, 1],
+            "data.test_rows is 1, but the data has only 3 rows in 1 groups by image",
+        ),
+        (
+            [[0], [1]],
+            [9, 9],
+            "data.validation_rows is 9, data.test_rows is 9, but the data has only 2 rows in 2 groups by image",
+        ),
     ],
-)  # fmt: skip
+)
 def test_something_is_left_to_train_on(keys: list[list[int]], counts: list[int], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}; leave some to train on$"):
         hold_back(keys, counts, 0, NAMES)
@@ -116,7 +128,7 @@ def test_a_row_is_known_by_its_images_or_its_text(letters: LlamaTokenizer, tmp_p
     assert keys[2] == keys[4] != keys[3]
 
 
-def test_a_image_is_the_same_in_every_source_that_has_its_file(letters: LlamaTokenizer, tmp_path: Path) -> None:
+def test_an_image_is_the_same_in_every_source_that_has_its_file(letters: LlamaTokenizer, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     above, below = FolderImages(tmp_path, 1), FolderImages(tmp_path / "sub", 1)
     first = row_keys(table_of(letters, ("a", ["sub/x.png"]), ("same", [])), above, 0)
@@ -126,16 +138,20 @@ def test_a_image_is_the_same_in_every_source_that_has_its_file(letters: LlamaTok
     assert third[0] != first[0]
 
 
-def test_images_in_tables_are_told_apart_by_source(letters: LlamaTokenizer) -> None:
+def test_images_in_tables_are_distinguished_by_source(letters: LlamaTokenizer) -> None:
     table = table_of(letters, ("a", ["0"]), ("b", ["1:0", "1:1"]))
     first, second = (row_keys(table, TableImages([], 1), source) for source in (0, 1))
     assert len({*first[0], *first[1], *second[0], *second[1]}) == 6
 
 
 COCO = [
-    "000000442786.jpg", "COCO_train2014_000000442786.jpg", "COCO_val2014_000000442786.jpg",
-    "train2017/000000442786.jpg", "coco/val2017/000000442786.jpg", "coco/train2014/COCO_train2014_000000442786.jpg",
-]  # fmt: skip
+    "000000442786.jpg",
+    "COCO_train2014_000000442786.jpg",
+    "COCO_val2014_000000442786.jpg",
+    "train2017/000000442786.jpg",
+    "coco/val2017/000000442786.jpg",
+    "coco/train2014/COCO_train2014_000000442786.jpg",
+]
 
 
 def test_coco_s_images_are_the_same_in_every_release_and_source(letters: LlamaTokenizer, tmp_path: Path) -> None:
@@ -158,9 +174,10 @@ def test_rows_that_could_not_be_read_are_not_one_image(letters: LlamaTokenizer, 
 
 
 @given(
-    available=st.lists(st.integers(1, 50), min_size=1, max_size=5), total=st.none() | st.integers(300, 400),
+    available=st.lists(st.integers(1, 50), min_size=1, max_size=5),
+    total=st.none() | st.integers(300, 400),
     data=st.data(),
-)  # fmt: skip
+)
 def test_an_epoch_has_of_every_source_what_was_asked(
     available: list[int], total: int | None, data: st.DataObject
 ) -> None:
@@ -202,8 +219,8 @@ def test_shares_in_numbers(shares: list[Share], total: int | None, counts: list[
 @pytest.mark.parametrize("total", [5, 10])
 def test_something_is_left_for_sources_with_a_weight(total: int) -> None:
     message = (
-        f"data.max_train_rows is {total}, and sources without a weight give 10 already; raise it, or give those "
-        "sources fewer rows"
+        f"data.max_train_rows is {total}, and sources without a weight already have 10 rows; raise it, or "
+        "set fewer rows for those sources"
     )
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         epoch_counts([Share("a"), Share("b", weight=1)], [10, 30], total)
@@ -211,8 +228,9 @@ def test_something_is_left_for_sources_with_a_weight(total: int) -> None:
 
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 25)), min_size=1, max_size=4),
-    epochs=st.integers(1, 6), seed=st.integers(0, 9),
-)  # fmt: skip
+    epochs=st.integers(1, 6),
+    seed=st.integers(0, 9),
+)
 def test_over_the_epochs_every_sample_comes_as_often_as_any_other(
     sizes: list[tuple[int, int]], epochs: int, seed: int
 ) -> None:

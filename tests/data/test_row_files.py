@@ -53,18 +53,23 @@ def test_a_text_is_decoded_as_its_bytes_say(
     file.write_bytes(mark + text_of(name, [row] * 3).encode(codec))
     assert list(iterate_rows(file)) == [row] * 3
     assert foreign_encoding(file) == named
-    remark = [("encoding", f"{name}: read as {named}; save it as UTF-8 where letters look wrong")]
+    remark = [("encoding", f"{name}: read as {named}; save it as UTF-8 if letters look wrong")]
     assert open_source(file).remarks() == (remark if named else [])
 
 
 @pytest.mark.parametrize(
     ("text", "codec"),
     [
-        ("Какой цвет?", "cp1251"), ("Какой цвет?", "koi8-r"), ("什么颜色？", "gbk"), ("これは何ですか。", "shift-jis"),
-        ("これは何", "euc-jp"), ("Łódź, żółw", "cp1250"), ("grün und größer", "mac_roman"),
+        ("Какой цвет?", "cp1251"),
+        ("Какой цвет?", "koi8-r"),
+        ("什么颜色？", "gbk"),
+        ("これは何ですか。", "shift-jis"),
+        ("これは何", "euc-jp"),
+        ("Łódź, żółw", "cp1250"),
+        ("grün und größer", "mac_roman"),
         ("\x00\x01é\x00", "latin-1"),
     ],
-)  # fmt: skip
+)
 def test_bytes_that_are_not_western_are_not_guessed(tmp_path: Path, text: str, codec: str) -> None:
     file = tmp_path / "a.csv"
     file.write_bytes(b"question,answer\n" + text.encode(codec) + b",yes\n")
@@ -112,8 +117,10 @@ def test_a_row_without_an_id_is_named_by_its_place_and_one_with_an_id_by_both(tm
     file.write_text('id,question,answer\na,"Is it\nso?",Yes\n,Why?,No\nb,,No\n')
     rows = list(open_source(file).read())
     assert [(row.row_id, row.name) for row in rows] == [
-        ("a", "row a (q.csv, line 2)"), ("1", "q.csv, line 4"), ("b", "row b (q.csv, line 5)"),
-    ]  # fmt: skip
+        ("a", "row a (q.csv, line 2)"),
+        ("1", "q.csv, line 4"),
+        ("b", "row b (q.csv, line 5)"),
+    ]
 
 
 def test_empty_rows_of_a_spreadsheet_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -169,7 +176,7 @@ def test_shards_are_one_data_set_by_any_of_their_names(tmp_path: Path, suffix: s
 def test_a_missing_shard_is_named(tmp_path: Path, gone: int) -> None:
     files = write_shards(tmp_path, [f"train-{n:05d}-of-00003.jsonl" for n in range(3)])
     files[gone].unlink()
-    message = f"lacks train-0000{gone}-of-00003.jsonl, of the 3 shards of train; add what is missing"
+    message = f"lacks train-0000{gone}-of-00003.jsonl, of the 3 shards of train; add the missing files"
     for path in (tmp_path, *files):
         with pytest.raises(UserError) as caught:
             data_files(path, "data.path")
@@ -183,7 +190,7 @@ def test_what_no_set_is_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="are the same shard; keep one"):
         data_files(tmp_path / "twice")
     write_shards(tmp_path / "over", ["a-00000-of-00001.json", "a-00005-of-00001.json"])
-    with pytest.raises(UserError, match=r"a-00005-of-00001.json in .* is numbered over its total"):
+    with pytest.raises(UserError, match=r"a-00005-of-00001.json in .* has a number over its total"):
         data_files(tmp_path / "over")
     write_shards(tmp_path / "many", ["a-00000-of-99999999999.json"])
     with pytest.raises(UserError, match=r"lacks a-00001-of-99999999999.json, .* and 99,999,999,993 more"):
@@ -199,7 +206,7 @@ def test_a_copy_of_a_data_set_on_the_hub_has_its_splits(tmp_path: Path) -> None:
     assert (found.files, found.test, found.validation) == (tuple(train), test[0], dev[0])
     for split, files in (("train", train), ("test", test), ("validation", dev), ("val", dev)):
         assert data_files(tmp_path, split=split) == data_files(tmp_path / "data", split=split) == tuple(files)
-    with pytest.raises(UserError, match=r"is a folder; name its file of rows .* it holds: data/test-00000"):
+    with pytest.raises(UserError, match=r"is a folder; name its file of rows .* it has: data/test-00000"):
         data_files(tmp_path, split="other")
 
 
@@ -217,7 +224,7 @@ def test_the_cleaned_copies_of_shards_are_a_set_again(tmp_path: Path) -> None:
     assert done == [(files[0], targets[0], 1, 1), (files[1], targets[1], 1, 1), (files[2], targets[2], 2, 0)]
     assert data_files(targets[0]) == tuple(targets)
     assert [row.row_id for row in open_source(targets[2]).read()] == ["r0", "r3", "r4", "r5"]
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         list(write_set_without(files, {1}))
 
 

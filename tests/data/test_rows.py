@@ -52,9 +52,16 @@ def test_rows_and_their_account(build: Build, spell: Any) -> None:
         {"row_id": "b", "input_ids": b_ids, "labels": b_labels, "image_files": ["red.png"]},
     ]
     assert report.as_dict() == {
-        "rows": 2, "used": 2, "dropped": {}, "truncated": 0, "tokens": 20, "supervised_tokens": 10, "longest": 11,
-        "mended": {}, "sources": {},
-    }  # fmt: skip
+        "rows": 2,
+        "used": 2,
+        "dropped": {},
+        "truncated": 0,
+        "tokens": 20,
+        "supervised_tokens": 10,
+        "longest": 11,
+        "mended": {},
+        "sources": {},
+    }
 
 
 def test_a_row_as_long_as_allowed_passes_under_every_policy(build: Build) -> None:
@@ -75,9 +82,16 @@ def test_a_longer_row_is_dropped_and_counted(build: Build) -> None:
     rows, report = build(LONG, A, LONG, max_length=14, on_overlong="drop")
     assert [row["row_id"] for row in rows] == ["a"]
     assert report.as_dict() == {
-        "rows": 3, "used": 1, "dropped": {"overlong": 2}, "truncated": 0, "tokens": 9, "supervised_tokens": 4,
-        "longest": 9, "mended": {}, "sources": {},
-    }  # fmt: skip
+        "rows": 3,
+        "used": 1,
+        "dropped": {"overlong": 2},
+        "truncated": 0,
+        "tokens": 9,
+        "supervised_tokens": 4,
+        "longest": 9,
+        "mended": {},
+        "sources": {},
+    }
 
 
 def test_a_longer_row_loses_the_end_of_its_answer_and_is_counted(build: Build, spell: Any) -> None:
@@ -85,9 +99,16 @@ def test_a_longer_row_loses_the_end_of_its_answer_and_is_counted(build: Build, s
     ids, labels = spell(("Hi:", False), (" abcdef", True))
     assert rows[1] == {"row_id": "long", "input_ids": ids, "labels": labels, "image_files": []}
     assert report.as_dict() == {
-        "rows": 2, "used": 2, "dropped": {}, "truncated": 1, "tokens": 21, "supervised_tokens": 11, "longest": 12,
-        "mended": {}, "sources": {},
-    }  # fmt: skip
+        "rows": 2,
+        "used": 2,
+        "dropped": {},
+        "truncated": 1,
+        "tokens": 21,
+        "supervised_tokens": 11,
+        "longest": 12,
+        "mended": {},
+        "sources": {},
+    }
 
 
 def test_a_row_whose_answer_would_vanish_is_refused(build: Build) -> None:
@@ -106,39 +127,45 @@ def test_a_row_that_cannot_be_encoded_is_named_under_every_policy(build: Build, 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (conversation("c", "<image>", "Yo"),
-         "row c: 1 <image> placeholders for 0 images; make them equal"),
-        (conversation("c", "Hi", "Yo", "red.png"),
-         "row c: 0 <image> placeholders for 1 images; make them equal"),
-        (conversation("c", "<image> <image>", "Yo", "red.png"),
-         "row c: 2 <image> placeholders for 1 images; make them equal"),
+        (conversation("c", "<image>", "Yo"), "row c: 1 <image> placeholders for 0 images; make them equal"),
+        (conversation("c", "Hi", "Yo", "red.png"), "row c: 0 <image> placeholders for 1 images; make them equal"),
+        (
+            conversation("c", "<image> <image>", "Yo", "red.png"),
+            "row c: 2 <image> placeholders for 1 images; make them equal",
+        ),
     ],
-)  # fmt: skip
+)
 def test_placeholders_and_images_are_as_many(build: Build, row: Conversation, message: str) -> None:
     fails(build, message, A, row, on_overlong="drop", on_bad_image="drop")
 
 
-def test_a_bad_image_is_an_error_that_names_row_and_image(build: Build, opened: Path) -> None:
-    images = FolderImages(opened, 16)
+def test_a_bad_image_is_an_error_that_names_row_and_image(build: Build, image_folder: Path) -> None:
+    images = FolderImages(image_folder, 16)
     gone = conversation("c", "<image>", "Yo", "pink.png")
-    message = "row c: image pink.png is missing; mend it or set data.on_bad_image=drop"
+    message = "row c: image pink.png is missing; fix it or set data.on_bad_image=drop"
     fails(build, message, A, B, gone, images=images)
-    message = "row b: image red.png has 4 x 4 pixels, over max_image_pixels 15; mend it or set data.on_bad_image=drop"
-    fails(build, message, A, B, gone, images=FolderImages(opened, 15))
+    message = "row b: image red.png has 4 x 4 pixels, over max_image_pixels 15; fix it or set data.on_bad_image=drop"
+    fails(build, message, A, B, gone, images=FolderImages(image_folder, 15))
 
 
-def test_bad_images_are_dropped_and_counted(build: Build, opened: Path) -> None:
-    (opened / "cut.png").write_bytes((opened / "blue.png").read_bytes()[:30])
-    images = FolderImages(opened, 16)
+def test_bad_images_are_dropped_and_counted(build: Build, image_folder: Path) -> None:
+    (image_folder / "cut.png").write_bytes((image_folder / "blue.png").read_bytes()[:30])
+    images = FolderImages(image_folder, 16)
     gone = conversation("c", "<image>", "Yo", "pink.png")
     cut = conversation("d", "<image> <image>", "Yo", "red.png", "cut.png")
     rows, report = build(gone, B, cut, A, LONG, images=images, on_bad_image="drop", on_overlong="drop")
     assert [row["row_id"] for row in rows] == ["b", "a"]
     assert report.as_dict() == {
-        "rows": 5, "used": 2, "dropped": {"bad image": 1, "overlong": 2}, "truncated": 0, "tokens": 20,
-        "supervised_tokens": 10, "longest": 11,
-        "mended": {}, "sources": {},
-    }  # fmt: skip
+        "rows": 5,
+        "used": 2,
+        "dropped": {"bad image": 1, "overlong": 2},
+        "truncated": 0,
+        "tokens": 20,
+        "supervised_tokens": 10,
+        "longest": 11,
+        "mended": {},
+        "sources": {},
+    }
 
 
 def test_images_are_trusted_where_no_source_is_given(build: Build) -> None:
@@ -147,8 +174,8 @@ def test_images_are_trusted_where_no_source_is_given(build: Build) -> None:
 
 
 def test_no_row_left_is_an_error(build: Build) -> None:
-    fails(build, "no row is left of 2: 2 overlong; `lora-llava check` names them", LONG, LONG, on_overlong="drop")
-    fails(build, "there are no rows; `lora-llava check` reads the same data")
+    fails(build, "no row is left of 2: 2 overlong; `lora-llava check` lists them", LONG, LONG, on_overlong="drop")
+    fails(build, "the data has no rows; `lora-llava check` reads the same data")
 
 
 def test_every_row_passes_through_the_progress_bar(build: Build) -> None:

@@ -20,10 +20,17 @@ from lora_llava.data.images.reading import BadImageError
 from lora_llava.data.scienceqa import PROMPT_ORDERS, format_problem, load_scienceqa, read_problems
 
 METAL = {
-    "question": "Which is a metal?", "choices": ["wood", "iron", "wool"], "answer": 1, "hint": "Look closely.",
-    "image": "image.png", "lecture": "Metals shine.", "solution": "Iron shines.", "grade": "grade4",
-    "subject": "natural science", "split": "test",
-}  # fmt: skip
+    "question": "Which is a metal?",
+    "choices": ["wood", "iron", "wool"],
+    "answer": 1,
+    "hint": "Look closely.",
+    "image": "image.png",
+    "lecture": "Metals shine.",
+    "solution": "Iron shines.",
+    "grade": "grade4",
+    "subject": "natural science",
+    "split": "test",
+}
 OPTIONS = "Options: (A) wood (B) iron (C) wool"
 QUESTION = f"Which is a metal?\nContext: Look closely.\n{OPTIONS}"
 
@@ -47,12 +54,18 @@ def test_three_orders(order: Any, question: str, answer: str) -> None:
         ({"lecture": None}, "Iron shines. The answer is B.", "The answer is B. BECAUSE: Iron shines."),
         ({"solution": ""}, "Metals shine. The answer is B.", "The answer is B. BECAUSE: Metals shine."),
         ({"lecture": "", "solution": ""}, " The answer is B.", "The answer is B."),
-        ({"lecture": "a  b   c    d", "solution": "e "}, "a b  c  d e The answer is B.",
-         "The answer is B. BECAUSE: a b  c  d e"),
-        ({"lecture": "one\\ntwo", "solution": "three\nfour"}, "one\ntwo three\nfour The answer is B.",
-         "The answer is B. BECAUSE: one\ntwo three\nfour"),
+        (
+            {"lecture": "a  b   c    d", "solution": "e "},
+            "a b  c  d e The answer is B.",
+            "The answer is B. BECAUSE: a b  c  d e",
+        ),
+        (
+            {"lecture": "one\\ntwo", "solution": "three\nfour"},
+            "one\ntwo three\nfour The answer is B.",
+            "The answer is B. BECAUSE: one\ntwo three\nfour",
+        ),
     ],
-)  # fmt: skip
+)
 def test_lecture_and_solution_fold_as_the_converter_folds(change: dict[str, Any], lea: str, ale: str) -> None:
     assert format_problem(METAL | change, "QCM-LEA") == (QUESTION, lea)
     assert format_problem(METAL | change, "QCM-ALE") == (QUESTION, ale)
@@ -107,9 +120,16 @@ def write(folder: Path, problems: Any, splits: Any) -> None:
 
 
 METAL_EXTRA = {
-    "answer": 1, "num_choices": 3, "subject": "natural science", "grade": "grade4", "has_image": True, "has_hint": True,
-    "question": "Which is a metal?", "choices": ["wood", "iron", "wool"], "hint": "Look closely.",
-}  # fmt: skip
+    "answer": 1,
+    "num_choices": 3,
+    "subject": "natural science",
+    "grade": "grade4",
+    "has_image": True,
+    "has_hint": True,
+    "question": "Which is a metal?",
+    "choices": ["wood", "iron", "wool"],
+    "hint": "Look closely.",
+}
 ANSWER = Turn("assistant", "Metals shine. Iron shines. The answer is B.")
 
 
@@ -117,8 +137,13 @@ def test_the_official_folder_in_the_split_s_order(official: Path) -> None:
     rows = load_scienceqa(official, "test").conversations
     turns = (Turn("user", f"<image>\n{QUESTION}"), ANSWER)
     text_extra = METAL_EXTRA | {
-        "answer": 0, "subject": "social science", "grade": "grade9", "has_image": False, "has_hint": False, "hint": "",
-    }  # fmt: skip
+        "answer": 0,
+        "subject": "social science",
+        "grade": "grade9",
+        "has_image": False,
+        "has_hint": False,
+        "hint": "",
+    }
     text_turns = (
         Turn("user", f"Which is a metal?\nContext: N/A\n{OPTIONS}"),
         Turn("assistant", "Metals shine. Iron shines. The answer is A."),
@@ -178,13 +203,13 @@ def without(key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("problem", "message"),
     [
-        (without("question"), "row 1: the field 'question' is missing; a row without it cannot be asked"),
-        (without("choices"), "row 1: the field 'choices' is missing; a row without it cannot be asked"),
-        (without("answer"), "row 1: the field 'answer' is missing; a row without it cannot be asked"),
+        (without("question"), "row 1: the field 'question' is missing; add it"),
+        (without("choices"), "row 1: the field 'choices' is missing; add it"),
+        (without("answer"), "row 1: the field 'answer' is missing; add it"),
         (METAL | {"answer": 3}, "row 1: answer is 3; it should index its 3 choices (2 to 5)"),
         (METAL | {"answer": -1}, "row 1: answer is -1; it should index its 3 choices (2 to 5)"),
         (METAL | {"answer": "1"}, "row 1: answer is '1'; it should index its 3 choices (2 to 5)"),
-        (METAL | {"solution": [[]]}, "row 1: solution is [[]]; it should be a text"),
+        (METAL | {"solution": [[]]}, "row 1: solution is [[]]; it should be a string"),
         (METAL | {"answer": None}, "row 1: answer is None; it should index its 3 choices (2 to 5)"),
         (METAL | {"choices": list("abcdef")}, "row 1: answer is 1; it should index its 6 choices (2 to 5)"),
     ],
@@ -209,7 +234,7 @@ def test_an_unknown_split_names_the_nearest(official: Path) -> None:
 
 
 def test_an_empty_split_is_refused(official: Path) -> None:
-    message = f"data.splits: split 'val' of {official} is empty; name another, or null where it is optional"
+    message = f"data.splits: split 'val' of {official} is empty; name another, or set null if it is optional"
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         load_scienceqa(official, "val")
 
@@ -272,14 +297,14 @@ def test_a_parquet_file_that_cannot_be_read_is_named(parquet: Path) -> None:
         load_scienceqa(parquet, "test")
 
 
-def test_parquet_without_the_column_image_is_told(parquet: Path) -> None:
+def test_parquet_without_the_column_image_is_reported(parquet: Path) -> None:
     file = parquet / "data" / "validation-00000-of-00001.parquet"
     pq.write_table(pq.read_table(file).drop_columns("image"), file)
     with pytest.raises(UserError, match="image"):
         load_scienceqa(parquet, "val")
 
 
-def test_an_unknown_parquet_split_is_told_as_such(parquet: Path) -> None:
+def test_an_unknown_parquet_split_is_reported(parquet: Path) -> None:
     with pytest.raises(UserError, match="no split 'tset'"):
         load_scienceqa(parquet, "tset")
 

@@ -78,8 +78,10 @@ def test_a_bad_row_is_given_with_its_name_and_the_next_one_is_read(tmp_path: Pat
     found = list(open_source(write(tmp_path / "chat.json", rows)).read())
     assert [each.row_id for each in found] == ["red", "7", "2", "3", "blue"]
     assert [each.kind for each in found if isinstance(each, RowError)] == [
-        "empty conversation", "malformed row", "missing column",
-    ]  # fmt: skip
+        "empty conversation",
+        "malformed row",
+        "missing column",
+    ]
 
 
 @pytest.mark.parametrize("named", ["beside", "images", "explicit"])
@@ -96,7 +98,7 @@ def test_images_are_looked_for_beside_the_file(tmp_path: Path, named: str) -> No
     assert colour(source, "red.png") == COLOURS["red"]
 
 
-def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+def test_missing_paths_are_reported(tmp_path: Path) -> None:
     def told(message: str, path: Any, **more: Any) -> None:
         with pytest.raises(UserError) as caught:
             open_source(path, where="data.sources.1.path", **more)
@@ -105,21 +107,20 @@ def test_what_is_not_there_is_told(tmp_path: Path) -> None:
     kinds = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet"
     missing = tmp_path / "chat.json"
     told(f"data.sources.1.path: {missing} is missing; it should be a file such as chat.json", missing)
-    told(
-        f"data.sources.1.path: {tmp_path} is a folder; name its file of rows ({kinds}); it holds: none", tmp_path
-    )  # fmt: skip
+    told(f"data.sources.1.path: {tmp_path} is a folder; name its file of rows ({kinds}); it has: none", tmp_path)
     (tmp_path / "chat.txt").write_text("x")
     told(
-        f"data.sources.1.path: {tmp_path / 'chat.txt'} is of no known kind; use one of {kinds}", tmp_path / "chat.txt"
-    )  # fmt: skip
+        f"data.sources.1.path: {tmp_path / 'chat.txt'} is of an unknown kind; use one of {kinds}", tmp_path / "chat.txt"
+    )
     write(missing, [])
     told(
-        f"data.sources.1.image_folder: there is no folder {tmp_path / 'no'}; name the root of the images", missing,
+        f"data.sources.1.image_folder: the folder {tmp_path / 'no'} does not exist; name the root folder of the images",
+        missing,
         image_folder=tmp_path / "no",
-    )  # fmt: skip
+    )
     write(tmp_path / "more.json", [])
     told(
-        f"data.sources.1.path: {tmp_path} is a folder; name its file of rows ({kinds}); it holds: chat.json, more.json",
+        f"data.sources.1.path: {tmp_path} is a folder; name its file of rows ({kinds}); it has: chat.json, more.json",
         tmp_path,
     )
 
@@ -139,8 +140,12 @@ def fingerprint(file: Path, **settings: Any) -> str:
 def test_a_fingerprint_changes_with_all_that_decides_the_rows(tmp_path: Path) -> None:
     file = write(tmp_path / "chat.json", [row("red")])
     settings: list[dict[str, Any]] = [
-        {}, {"form": "captions"}, {"columns": Columns(question="q")}, {"position": "last"}, {"seed": 1},
-    ]  # fmt: skip
+        {},
+        {"form": "captions"},
+        {"columns": Columns(question="q")},
+        {"position": "last"},
+        {"seed": 1},
+    ]
     found = [fingerprint(file, **each) for each in settings]
     write(file, [row("blue")])
     assert len({*found, fingerprint(file)}) == 6
@@ -228,9 +233,11 @@ def test_parquet_with_its_images_inside(tmp_path: Path) -> None:
 
 def test_parquet_with_lists_of_images_inside(tmp_path: Path) -> None:
     features = datasets.Features(
-        {"images": datasets.List(datasets.Image()), "messages": datasets.List(
-            {"role": datasets.Value("string"), "content": datasets.Value("string")})}
-    )  # fmt: skip
+        {
+            "images": datasets.List(datasets.Image()),
+            "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
+        }
+    )
     stored = {name: {"bytes": png(name), "path": f"{name}.png"} for name in COLOURS}
     both = [{"role": "user", "content": "<image><image>"}, CHAT[1]]
     rows = [
@@ -263,9 +270,9 @@ def test_parquet_with_its_images_names(images: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "settings", "lacking"),
     [
-        (["id", "frage"], {}, "question and no column answer"),
+        (["id", "frage"], {}, "conversations, messages, or question and answer"),
         (["id", "question"], {}, "answer"),
-        (["id", "question", "answer"], {"form": "captions"}, "caption"),
+        (["id", "text"], {"form": "captions"}, "conversations, messages, question and answer, or caption"),
         (["id", "question"], {"columns": Columns(answer="antwort")}, "antwort"),
     ],
 )
@@ -277,8 +284,7 @@ def test_parquet_without_the_columns_lists_what_it_has(
     with pytest.raises(UserError) as caught:
         open_source(file, **settings)
     assert str(caught.value) == (
-        f"{file}: no column {lacking}, nor messages or conversations; it has {', '.join(columns)}; name them with "
-        "data.columns"
+        f"{file}: it lacks {lacking}; it has {', '.join(columns)}; name its columns with data.columns"
     )
 
 

@@ -70,7 +70,7 @@ def deep_png(values: np.ndarray, colour_type: int, clear: tuple[int, ...] = ()) 
         (np.array([[np.nan, np.inf]], dtype=np.float32), "TIFF", [0, 255]),
         (np.array([[-3e38, 3e38]], dtype=np.float32), "TIFF", [0, 255]),
     ],
-)  # fmt: skip
+)
 def test_deep_grey_images_are_scaled(values: np.ndarray, kind: str, expected: list[int]) -> None:
     assert grey(converted(Image.fromarray(values), kind)) == expected
 
@@ -121,8 +121,10 @@ def test_transparency_is_composited(name: str) -> None:
     image, kind, options, own = CLEAR[name]
     found = {background: converted(image, kind, background, **options) for background in ("white", "black", "llava")}  # type: ignore[arg-type]
     assert {background: colours(each) for background, each in found.items()} == {
-        "white": [[255, 255, 255]], "black": [[0, 0, 0]], "llava": [own],
-    }  # fmt: skip
+        "white": [[255, 255, 255]],
+        "black": [[0, 0, 0]],
+        "llava": [own],
+    }
     assert found["white"].notes == (
         (TRANSPARENT, "has transparent parts; it is composited on white (data.background)"),
     )

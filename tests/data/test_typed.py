@@ -33,9 +33,10 @@ def special_ids(ids: list[int], tokenizer: Any) -> list[str]:
 @given(question=TYPED, answer=TYPED.filter(str.strip), system=TYPED)
 def test_only_ours_are_control_ids(demo_tokenizer: LlamaTokenizer, question: str, answer: str, system: str) -> None:
     messages = [
-        {"role": "system", "content": system}, {"role": "user", "content": parts(question)},
+        {"role": "system", "content": system},
+        {"role": "user", "content": parts(question)},
         {"role": "assistant", "content": answer},
-    ]  # fmt: skip
+    ]
     encoded = encode_conversation(messages, tokenizer=demo_tokenizer, template="vicuna_v1", num_image_tokens=2)
     assert special_ids(encoded["input_ids"], demo_tokenizer) == ["<s>", "<image>", "<image>", "</s>"]
     trained = [token for token in encoded["labels"] if token != IGNORE_INDEX]
@@ -91,16 +92,27 @@ MEANING = f"what does <{MARK}image> mean?"
         ({"conversations": human("what does <image> mean?", "x")}, [MEANING]),
         ({"image": "a.png", "conversations": human("<image>\nwhat does <image> mean?", "x")}, [f"<image>\n{MEANING}"]),
         ({"image": "a.png", "conversations": human("what is in <image> here?", "x")}, ["<image>\nwhat is in  here?"]),
-        ({"image": "a.png", "messages": [
-            {"role": "user", "content": parts("what does <image> mean?")}, {"role": "assistant", "content": "x"},
-        ]}, [f"<image>\n{MEANING}"]),
-        ({"images": ["a", "b"], "conversations": human("<image>\n<image>\nwhat does <image> mean?", "x")},
-         [f"<image>\n<image>\n{MEANING}"]),
-        ({"image": "a.png", "conversations": human("<image>\nHi", "x", "what does <image> mean?", "x")},
-         ["<image>\nHi", MEANING]),
+        (
+            {
+                "image": "a.png",
+                "messages": [
+                    {"role": "user", "content": parts("what does <image> mean?")},
+                    {"role": "assistant", "content": "x"},
+                ],
+            },
+            [f"<image>\n{MEANING}"],
+        ),
+        (
+            {"images": ["a", "b"], "conversations": human("<image>\n<image>\nwhat does <image> mean?", "x")},
+            [f"<image>\n<image>\n{MEANING}"],
+        ),
+        (
+            {"image": "a.png", "conversations": human("<image>\nHi", "x", "what does <image> mean?", "x")},
+            ["<image>\nHi", MEANING],
+        ),
     ],
-)  # fmt: skip
-def test_each_format_says_what_a_placeholder_is(row: dict[str, Any], questions: list[str]) -> None:
+)
+def test_placeholders_by_format(row: dict[str, Any], questions: list[str]) -> None:
     found = read_row(row, 0)
     assert [turn.text for turn in found.turns if turn.role == "user"] == questions
     assert sum(text.count("<image>") for text in questions) == len(found.images)
@@ -123,8 +135,17 @@ def test_a_text_with_our_own_mark_is_refused() -> None:
 
 def test_scienceqa_s_text_has_no_placeholders() -> None:
     problem = {
-        "question": "What is <image>?", "choices": ["a", "b"], "answer": 0, "hint": "", "lecture": "", "solution": "",
-        "grade": "grade1", "subject": "natural science", "category": "x", "topic": "x", "skill": "x",
-    }  # fmt: skip
+        "question": "What is <image>?",
+        "choices": ["a", "b"],
+        "answer": 0,
+        "hint": "",
+        "lecture": "",
+        "solution": "",
+        "grade": "grade1",
+        "subject": "natural science",
+        "category": "x",
+        "topic": "x",
+        "skill": "x",
+    }
     row = _conversation("1", problem, "a.png", "QCM-LEA", "first", 0)
     assert row.turns[0].text.startswith(f"<image>\nWhat is <{MARK}image>?")

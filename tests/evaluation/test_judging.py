@@ -98,7 +98,7 @@ def test_both_orders_are_judged_and_averaged(log: ChatLog, tmp_path: Path, capsy
     assert report["files"]["answers"] == hashlib.sha256(answers).hexdigest()
     assert list(report["prompts"]) == ["system", "conv", "detail", "complex", "reminder"]
     output = capsys.readouterr().out
-    assert "12 of 12 judgements to ask for" in output
+    assert "12 of 12 judgements to request" in output
     assert re.search(r"│ all +│ +6 │ 7.50 │ +8.50 │ +88.2 │ .*│ +0 │", output)
 
 
@@ -153,7 +153,7 @@ def test_a_failed_question_is_reported_and_retried_by_the_next_run(
     assert [file.name for file in tmp_path.iterdir() if b"sk-not-to-be-seen" in file.read_bytes()] == []
     assert report["complete"] is False
     output = capsys.readouterr().out
-    assert "1 failed: the judge gave no text; the same command tries again (HTTP 400: refused with 400" in output
+    assert "1 failed: the judge did not reply; run the same command to try again (HTTP 400: refused with 400" in output
     log.behave = lambda body, count: "ok"
     log.requests.clear()
     assert run(log, tmp_path) == 0
@@ -230,7 +230,7 @@ def test_a_judge_without_readable_scores_yields_no_score(
     assert report["complete"] is False
     assert (report["table"]["all"]["unparsed"], report["table"]["all"]["relative"]) == (6, None)
     output = capsys.readouterr().out
-    assert "\nno question was scored: there is no score\n" in output
+    assert "\nno question was scored, so there is no score\n" in output
     assert "incomplete" in output
 
 

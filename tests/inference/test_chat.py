@@ -112,7 +112,7 @@ def test_several_images_may_be_named_at_once(chat: Chat, tmp_path: Path) -> None
 def test_a_bad_image_or_command_is_one_line_and_changes_nothing(chat: Chat, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     for line, expected in (
-        (f"/image {tmp_path}/broken.png", "broken.png cannot be read: it is no image, or one of an unknown kind"),
+        (f"/image {tmp_path}/broken.png", "broken.png cannot be read: it is not an image, or of an unknown format"),
         ("/image nowhere.png", "image nowhere.png is missing"),
         ("/image my own image.png", "image my own image.png is missing"),
         (f"/image {tmp_path}", f"{tmp_path} is a folder; name an image"),

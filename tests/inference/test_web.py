@@ -189,7 +189,7 @@ def test_a_stopped_answer_is_kept_up_to_there(page: Browser, speaker: Speaker) -
 def test_a_message_that_cannot_be_answered_goes_back_into_its_box(page: Browser, tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     ask(page, "What is it?", tmp_path / "broken.png")
-    page.wait_for(f"{TOAST}.includes('image broken.png cannot be read: it is no image, or one of an unknown kind')")
+    page.wait_for(f"{TOAST}.includes('image broken.png cannot be read: it is not an image, or of an unknown format')")
     page.wait_for(f"{BOX}.value == 'What is it?' && {IDLE}")
     assert page.evaluate(QUESTIONS) == []
     page.wait_for("document.querySelectorAll('#message .thumbnail-item').length == 1")

@@ -126,7 +126,7 @@ def test_a_flipped_bit_in_a_cached_base_is_detected_and_the_base_rebuilt(
         os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
         assert again() == base.folder
         assert file.read_bytes() == original
-        assert f"({name} has changed); it is written again" in capsys.readouterr().err
+        assert f"({name} has changed); writing it again" in capsys.readouterr().err
 
 
 def test_a_failed_or_killed_write_leaves_no_partial_base(stage2: Recipe, monkeypatch: Any, tmp_path: Path) -> None:

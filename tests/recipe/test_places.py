@@ -36,10 +36,13 @@ def put(file: Path, text: str = "image,question,answer\n,Is it?,Yes.\n") -> str:
 
 def recipe(places: Path, name: str = "recipe.yaml", **changes: Any) -> Path:
     content: dict[str, Any] = {
-        "stage": 2, "output_dir": "runs/x", "lora": {},
+        "stage": 2,
+        "output_dir": "runs/x",
+        "lora": {},
         "model": {"llm": "demo", "vision_tower": "demo", "start_from": {"untrained": True}},
-        "data": {"format": "conversations", "path": "data/rows.csv"}, "training": {"learning_rate": 0.1},
-    }  # fmt: skip
+        "data": {"format": "conversations", "path": "data/rows.csv"},
+        "training": {"learning_rate": 0.1},
+    }
     for key, value in changes.items():
         content[key] = content[key] | value if isinstance(value, dict) else value
     file = places / "beside" / name
@@ -56,8 +59,8 @@ def test_inputs_are_found_here_and_then_beside_the_recipe(places: Path) -> None:
     with pytest.raises(RecipeError) as raised:
         load_recipe(recipe(places))
     assert str(raised.value) == (
-        f"{places}/beside/recipe.yaml: data.path: data/rows.csv is at two places, {here} where the command runs and "
-        f"{beside} beside the recipe, and they differ; write the whole path of the one you mean"
+        f"{places}/beside/recipe.yaml: data.path: data/rows.csv exists twice with different contents, as {here} "
+        f"in the working directory and as {beside} beside the recipe; write the full path of one"
     )
     assert load_recipe(recipe(places), [f"data.path={beside}"]).data.path == beside
 
@@ -113,8 +116,10 @@ def test_home_is_home_in_recipes_and_overrides(places: Path) -> None:
     file = recipe(places, output_dir="~/out", data={"path": "~/rows.csv", "image_folder": "~/images"})
     loaded = load_recipe(file)
     assert (loaded.output_dir, loaded.data.path, loaded.data.image_folder) == (
-        str(places / "home" / "out"), rows, str(folder)
-    )  # fmt: skip
+        str(places / "home" / "out"),
+        rows,
+        str(folder),
+    )
     sources = ["output_dir=~/other", "data.path=null", "data.sources=[{path: ~/rows.csv}]"]
     changed = load_recipe(recipe(places), sources)
     assert changed.output_dir == str(places / "home" / "other")
@@ -153,9 +158,11 @@ def test_the_hash_is_of_what_was_written(places: Path, monkeypatch: pytest.Monke
 def test_recipes_that_generate_are_read_alike(places: Path) -> None:
     captions, prompts = put(places / "beside" / "captions.csv"), places / "home" / "prompts"
     content = {
-        "output_dir": "~/rows", "contexts": {"captions": "captions.csv"}, "prompts": "~/prompts",
+        "output_dir": "~/rows",
+        "contexts": {"captions": "captions.csv"},
+        "prompts": "~/prompts",
         "teacher": {"backend": "server", "url": "http://localhost:1/v1", "model": "data/model"},
-    }  # fmt: skip
+    }
     (places / "here" / "data" / "model").mkdir(parents=True)
     (places / "beside" / "make.yaml").write_text(json.dumps(content))
     loaded = load_generate_recipe(places / "beside" / "make.yaml")
@@ -178,8 +185,11 @@ def test_home_is_home_on_the_command_line(places: Path, capsys: pytest.CaptureFi
     assert main("recipes", ["--copy=~/mine"]) == 0
     assert (places / "home" / "mine" / "my_data_qlora.yaml").is_file()
     for verb, arguments in {
-        "evaluate": ["~/run"], "chat": ["~/run", "--prompt", "x"], "merge": ["~/run", "--output", "y"],
-        "push": ["~/run", "me/x", "--dry-run"], "check": ["~/run"],
-    }.items():  # fmt: skip
+        "evaluate": ["~/run"],
+        "chat": ["~/run", "--prompt", "x"],
+        "merge": ["~/run", "--output", "y"],
+        "push": ["~/run", "me/x", "--dry-run"],
+        "check": ["~/run"],
+    }.items():
         assert main(verb, arguments) == 2
         assert str(places / "home" / "run") in capsys.readouterr().err

@@ -77,12 +77,12 @@ def test_an_unknown_key_names_the_nearest(file: Path, override: str, message: st
 
 
 @pytest.mark.parametrize(("addition", "place"), [('lora: {}\n"": 1\n', "recipe"), ('lora: {"": 1}\n', "lora")])
-def test_an_empty_key_is_told(file: Path, addition: str, place: str) -> None:
+def test_an_empty_key_is_reported(file: Path, addition: str, place: str) -> None:
     file.write_text(MINIMAL.replace("lora: {}\n", "") + addition)
-    fails(file, [], f"{place}: a key in it is empty; give it a name, or take it out")
+    fails(file, [], f"{place}: a key in it is empty; name it or remove it")
 
 
-def test_an_unknown_key_of_the_file_and_a_missing_one_are_both_told(file: Path) -> None:
+def test_an_unknown_key_of_the_file_and_a_missing_one_are_both_reported(file: Path) -> None:
     file.write_text(MINIMAL.replace("output_dir", "output_dri"))
     message = 'output_dri is not a key of a recipe (did you mean "output_dir"?)'
     fails(file, [], "output_dir is missing", message)
@@ -96,21 +96,36 @@ def test_a_key_given_twice_is_refused(file: Path, addition: str, key: str, line:
     file.write_text(MINIMAL + addition)
     with pytest.raises(RecipeError) as caught:
         load_recipe(file)
-    assert str(caught.value) == f"{file}, line {line}: the key {key} stands there twice; keep one"
+    assert str(caught.value) == f"{file}, line {line}: the key {key} appears twice; keep one"
 
 
 def test_a_key_given_twice_in_an_override_is_refused(file: Path) -> None:
-    fails(file, ["lora={r: 1, r: 2}"], "override 'lora={r: 1, r: 2}', line 1: the key r stands there twice; keep one")
+    fails(file, ["lora={r: 1, r: 2}"], "override 'lora={r: 1, r: 2}', line 1: the key r appears twice; keep one")
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("2e-5", 2e-5), ("1E3", 1000.0), (".5", 0.5), ("3", 3), ("-0.1", -0.1), ("no", "no"), ("yes", "yes"),
-        ("on", "on"), ("Off", "Off"), ("true", True), ("null", None), ("~", None), ("12:30", "12:30"), ("'3'", "3"),
-        ("010", 10), ("0o10", 8), ("{x: 1}", {"x": 1}), ("[a, no]", ["a", "no"]),
+        ("2e-5", 2e-5),
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("3", 3),
+        ("-0.1", -0.1),
+        ("no", "no"),
+        ("yes", "yes"),
+        ("on", "on"),
+        ("Off", "Off"),
+        ("true", True),
+        ("null", None),
+        ("~", None),
+        ("12:30", "12:30"),
+        ("'3'", "3"),
+        ("010", 10),
+        ("0o10", 8),
+        ("{x: 1}", {"x": 1}),
+        ("[a, no]", ["a", "no"]),
     ],
-)  # fmt: skip
+)
 def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
     found = parse_yaml(text, "here")
     assert found == value
@@ -136,20 +151,25 @@ def test_no_is_a_name_and_a_short_float_a_number(file: Path) -> None:
         ("lora.rslora=no", "lora.rslora is 'no'; it should be a valid boolean"),
         ("training.learning_rate='2e-5'", "training.learning_rate is '2e-5'; it should be a valid number"),
         ("training.learning_rate=.nan", "training.learning_rate is nan; it should be a finite number"),
-        ("training.lr_scheduler=poly", "training.lr_scheduler is 'poly'; it should be "
-         "'cosine', 'linear' or 'constant_with_warmup'"),
+        (
+            "training.lr_scheduler=poly",
+            "training.lr_scheduler is 'poly'; it should be 'cosine', 'linear' or 'constant_with_warmup'",
+        ),
         ("model.start_from.untrained=false", "model.start_from.untrained is False; it should be True"),
     ],
-)  # fmt: skip
-def test_a_wrong_value_is_told_with_its_field(file: Path, override: str, message: str) -> None:
+)
+def test_a_wrong_value_is_reported_with_its_field(file: Path, override: str, message: str) -> None:
     fails(file, [override], message)
 
 
-def test_every_mistake_is_told(file: Path) -> None:
+def test_every_error_is_reported(file: Path) -> None:
     fails(
-        file, ["lora.r=x", "seed=y", "datta=z"], "seed is 'y'; it should be a valid integer",
-        "lora.r is 'x'; it should be a valid integer", 'datta is not a key of a recipe (did you mean "data"?)',
-    )  # fmt: skip
+        file,
+        ["lora.r=x", "seed=y", "datta=z"],
+        "seed is 'y'; it should be a valid integer",
+        "lora.r is 'x'; it should be a valid integer",
+        'datta is not a key of a recipe (did you mean "data"?)',
+    )
 
 
 @pytest.mark.parametrize(
@@ -215,22 +235,32 @@ def test_no_start_and_two_are_refused(file: Path, names: tuple[str, ...]) -> Non
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["stage=1"], "lora stands in a Stage 1 recipe, which trains the projector alone; drop it or set stage: 2"),
-        (["lora=null"], "lora is missing; Stage 2 trains adapters (lora: {} takes the defaults)"),
-        (["stage=1", "lora=null", "model.start_from={stage1_run: x}"],
-         "model.start_from names a Stage 1 result in a Stage 1 recipe; use untrained: true"),
-        (["stage=1", "lora=null", "data.format=captions"],
-         "data.template is vicuna_v1; Stage 1 captions take plain"),
-        (["data.format=captions", "evaluation={}"],
-         "evaluation needs data.format scienceqa or conversations; it is captions"),
-        (["model.start_from={llava: x}"],
-         "model: llm stands beside start_from.llava, which already is a complete LLaVA; drop one"),
-        (["model.start_from={llava: x}", "model.llm=null"],
-         "model: vision_tower stands beside start_from.llava, which already is a complete LLaVA; drop one"),
+        (["stage=1"], "lora is set in a Stage 1 recipe, which trains only the projector; drop it or set stage: 2"),
+        (["lora=null"], "lora is missing; Stage 2 trains adapters; lora: {} has the defaults"),
+        (
+            ["stage=1", "lora=null", "model.start_from={stage1_run: x}"],
+            "model.start_from names a Stage 1 result in a Stage 1 recipe; use untrained: true",
+        ),
+        (
+            ["stage=1", "lora=null", "data.format=captions"],
+            "data.template is vicuna_v1; use plain for captions in Stage 1",
+        ),
+        (
+            ["data.format=captions", "evaluation={}"],
+            "evaluation needs data.format scienceqa or conversations; it is captions",
+        ),
+        (
+            ["model.start_from={llava: x}"],
+            "model: llm is set together with start_from.llava, which is a complete LLaVA; drop one",
+        ),
+        (
+            ["model.start_from={llava: x}", "model.llm=null"],
+            "model: vision_tower is set together with start_from.llava, which is a complete LLaVA; drop one",
+        ),
         (["model.llm=null"], "model: llm is missing; name a folder, a Hub id or demo"),
         (["model.vision_tower=null"], "model: vision_tower is missing; name a folder, a Hub id or demo"),
     ],
-)  # fmt: skip
+)
 def test_parts_that_do_not_fit_each_other_are_refused(file: Path, overrides: list[str], message: str) -> None:
     fails(file, overrides, message)
 
@@ -242,9 +272,12 @@ def test_a_stage_1_recipe(file: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    folder=WORDS, system=st.none() | WORDS, rate=st.floats(1e-300, 1e300), seed=st.integers(),
+    folder=WORDS,
+    system=st.none() | WORDS,
+    rate=st.floats(1e-300, 1e300),
+    seed=st.integers(),
     targets=st.lists(st.sampled_from(["q_proj", "v_proj", "up_proj"]), min_size=1, unique=True),
-)  # fmt: skip
+)
 def test_what_is_written_reads_back_equal(
     folder: str, system: str | None, rate: float, seed: int, targets: list[str]
 ) -> None:

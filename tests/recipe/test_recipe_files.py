@@ -36,7 +36,7 @@ def test_the_schema_file_is_the_schema() -> None:
     assert json.loads(SCHEMA.read_text(encoding="utf-8")) == json.loads(json_schema())  # pydantic writes 0 or 0.0
 
 
-def test_the_schema_is_strict_and_says_what_every_key_is() -> None:
+def test_the_schema_is_strict_and_describes_every_key() -> None:
     schema = json.loads(json_schema())
     sections: list[dict[str, Any]] = [schema, *schema["$defs"].values()]
     assert len(sections) == 10
@@ -85,15 +85,18 @@ def test_a_recipe_that_is_not_there_names_the_nearest(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", ": a recipe is a mapping of keys; this is NoneType"),
-        ("- a\n", ": a recipe is a mapping of keys; this is list"),
-        ("stage\n", ": a recipe is a mapping of keys; this is str"),
-        ("a: !!python/object:os.system x\n", ", line 1: not YAML: could not determine a constructor for the tag "
-         "'tag:yaml.org,2002:python/object:os.system'"),
+        ("", ": a recipe is a mapping of keys, not a NoneType; start from a shipped recipe"),
+        ("- a\n", ": a recipe is a mapping of keys, not a list; start from a shipped recipe"),
+        ("stage\n", ": a recipe is a mapping of keys, not a str; start from a shipped recipe"),
+        (
+            "a: !!python/object:os.system x\n",
+            ", line 1: not YAML: could not determine a constructor for the tag "
+            "'tag:yaml.org,2002:python/object:os.system'",
+        ),
         ("a: 1\n b: 2\n", ", line 2: not YAML: mapping values are not allowed here"),
     ],
-)  # fmt: skip
-def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+)
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(text)
     with pytest.raises(RecipeError) as caught:
@@ -102,7 +105,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message:
 
 
 @pytest.mark.parametrize("content", [b"stage: \xe9\n", b"stage: \x00\n", b"\xff\xfe"])
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "a.yaml"
     file.write_bytes(content)
     with pytest.raises(RecipeError):

@@ -36,9 +36,14 @@ def write_rows(stage2_content: dict[str, Any], images: Path, tmp_path: Path) -> 
             path.write_text(json.dumps([*rows, *more]))
         content = stage2_content | {"evaluation": None}
         content["data"] = {
-            "format": "conversations", "path": str(path), "image_folder": str(images), "validation_rows": 2,
-            "system_prompt": "", "max_length": 300, **data,
-        }  # fmt: skip
+            "format": "conversations",
+            "path": str(path),
+            "image_folder": str(images),
+            "validation_rows": 2,
+            "system_prompt": "",
+            "max_length": 300,
+            **data,
+        }
         return write_recipe(tmp_path / "recipe.yaml", content)
 
     return written

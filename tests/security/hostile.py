@@ -26,9 +26,13 @@ MEMORY_RISE_MIB = 200
 """More than this a hostile file may not take over a good one."""
 _MODULES = ("lora_llava.commands.main", "lora_llava.prepare.row_check", "lora_llava.training.finetune")
 HOSTILE_TEXTS = (
-    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</article></main><iframe src=//evil.example>",
-    "' onmouseover='alert(1)", "<svg/onload=alert(1)>", "javascript:alert(1)",
-)  # fmt: skip
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "</article></main><iframe src=//evil.example>",
+    "' onmouseover='alert(1)",
+    "<svg/onload=alert(1)>",
+    "javascript:alert(1)",
+)
 
 
 @dataclass(frozen=True)

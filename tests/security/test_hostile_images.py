@@ -18,7 +18,7 @@ from tests.security.conftest import WriteRows
 from tests.security.hostile import MEMORY_RISE_MIB, Outcome, counting_server, png, run_verb, tiff
 
 PIXELS_81M = (9000, 9000)
-NO_IMAGE = "cannot be read: it is no image, or one of an unknown kind"
+NO_IMAGE = "cannot be read: it is not an image, or of an unknown format"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(%pipe%touch /tmp/x) (w) file\n"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script><image href="file:///etc/passwd"/></svg>'
 
@@ -45,26 +45,32 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "claim.png": (
         lambda file: file.write_bytes(png(60_000, 60_000)),
         "is over max_image_pixels 50000000: Image size (3600000000 pixels) exceeds limit of 178956970 pixels, could be "
-        "decompression bomb DOS attack.", "oversized image",
+        "decompression bomb DOS attack.",
+        "oversized image",
     ),
     "absurd.tif": (
         lambda file: file.write_bytes(tiff(2**31 - 1, 2**31 - 1)),
         "is over max_image_pixels 50000000: Image size (4611686014132420609 pixels) exceeds limit of 178956970 pixels, "
-        "could be decompression bomb DOS attack.", "oversized image",
+        "could be decompression bomb DOS attack.",
+        "oversized image",
     ),
     "sparse.png": (
-        _sparse, "is a file of 4,294,967,296 bytes, more than max_image_pixels 50000000 can take", "oversized image",
+        _sparse,
+        "is a file of 4,294,967,296 bytes, too large for max_image_pixels 50000000",
+        "oversized image",
     ),
     "cut.jpg": (_cut_jpeg, "cannot be read: image file is truncated", "corrupt image"),
     "script.svg": (lambda file: file.write_text(SVG), NO_IMAGE, "corrupt image"),
     "page.png": (lambda file: file.write_text("<html><script>alert(1)</script>"), NO_IMAGE, "corrupt image"),
     "print.png": (
-        lambda file: file.write_bytes(EPS), "is EPS, which is not read; save it as PNG or JPEG", "corrupt image",
+        lambda file: file.write_bytes(EPS),
+        "is EPS, which is not supported; save it as PNG or JPEG",
+        "corrupt image",
     ),
-    "pipe.png": (lambda file: os.mkfifo(file), "is no file but a pipe, socket or device", "corrupt image"),
+    "pipe.png": (lambda file: os.mkfifo(file), "is a pipe, socket or device, not a file", "corrupt image"),
     "folder.png": (lambda file: file.mkdir(), "cannot be read: Is a directory", "corrupt image"),
     "loop.png": (lambda file: file.symlink_to(file.name), "cannot be a file: ", "missing image"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -83,7 +89,7 @@ def test_a_hostile_image_is_one_line(name: str, write_rows: WriteRows, images: P
     assert len(found.err.splitlines()) == 1
     shown = repr(name) if name == "loop.png" else name
     assert found.err.startswith(f"error: row r8 (rows.json, index 8): image {shown} {told}")
-    assert found.err.endswith("; mend it or set data.on_bad_image=drop\n")
+    assert found.err.endswith("; fix it or set data.on_bad_image=drop\n")
     assert found.rise_mib - good.rise_mib < MEMORY_RISE_MIB
 
 
@@ -100,7 +106,7 @@ def test_hostile_images_are_dropped_and_counted(write_rows: WriteRows, images: P
     assert sorted(errors) == sorted((row["id"], HOSTILE[row["image"]][2]) for row in rows)
 
 
-def test_no_program_is_started_for_a_image(write_rows: WriteRows, images: Path, tmp_path: Path) -> None:
+def test_no_program_is_started_for_an_image(write_rows: WriteRows, images: Path, tmp_path: Path) -> None:
     marker, programs = tmp_path / "started", tmp_path / "bin"
     programs.mkdir()
     for name in ("gs", "gswin64c", "djpeg", "xv"):
@@ -114,9 +120,7 @@ def test_no_program_is_started_for_a_image(write_rows: WriteRows, images: Path, 
 
 
 @pytest.mark.parametrize("tail", ["html", "zip"])
-def test_what_is_appended_to_a_image_is_not_seen(
-    tail: str, write_rows: WriteRows, images: Path, tmp_path: Path
-) -> None:
+def test_data_appended_to_an_image_is_ignored(tail: str, write_rows: WriteRows, images: Path, tmp_path: Path) -> None:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as content:
         content.writestr("../../escaped.txt", "x" * 1000)
@@ -139,7 +143,7 @@ def test_a_gif_of_10_000_frames_is_its_first(
     report = tmp_path / "report.json"
     found = run_verb("check", write_rows([asked(8, "long.gif")], validation_rows=0), "--json", report)
     assert found.code == 0, found.err
-    told = "image long.gif has 10000 frames; only the first is seen"
+    told = "image long.gif has 10000 frames; only the first is used"
     warnings = json.loads(report.read_text())["warnings"]
     assert [each["message"] for each in warnings if each["kind"] == "several frames"] == [told]
     assert found.rise_mib - good.rise_mib < MEMORY_RISE_MIB
@@ -147,13 +151,13 @@ def test_a_gif_of_10_000_frames_is_its_first(
 
 LINK = "is a link that leads out of it; set data.follow_links=true to allow such links"
 OUTSIDE = {
-    "../secret.png": "lies outside {images}",
-    "0/../../secret.png": "lies outside {images}",
-    "{root}/secret.png": "lies outside {images}",
-    "link.png": f"lies outside {{images}}: link.png {LINK}",
-    "linked/secret.png": f"lies outside {{images}}: linked {LINK}",
-    "/etc/passwd": "lies outside {images}",
-    "/dev/zero": "lies outside {images}",
+    "../secret.png": "is outside {images}",
+    "0/../../secret.png": "is outside {images}",
+    "{root}/secret.png": "is outside {images}",
+    "link.png": f"is outside {{images}}: link.png {LINK}",
+    "linked/secret.png": f"is outside {{images}}: linked {LINK}",
+    "/etc/passwd": "is outside {images}",
+    "/dev/zero": "is outside {images}",
     "file://{root}/secret.png": "is a URL; only files under {images} are opened",
     "{url}/a.png": "is a URL; only files under {images} are opened",
     "data:image/png;base64,iVBORw0KGgo=": "is a URL; only files under {images} are opened",
@@ -175,7 +179,7 @@ def test_nothing_outside_the_folder_is_read_or_fetched(
         own = name.format(root=tmp_path, url=url)
         found = run_verb("finetune", write_rows([asked(8, own)], validation_rows=0), "--dry-run")
     told = f"error: row r8 (rows.json, index 8): image {own[:60] if 'URL' in OUTSIDE[name] else own} {OUTSIDE[name]}"
-    assert (found.code, found.err) == (2, f"{told.format(images=images)}; mend it or set data.on_bad_image=drop\n")
+    assert (found.code, found.err) == (2, f"{told.format(images=images)}; fix it or set data.on_bad_image=drop\n")
     assert asked_for == []
     assert _last_read(tmp_path / "secret.png") == before
 

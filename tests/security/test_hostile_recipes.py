@@ -9,8 +9,8 @@ import pytest
 
 from tests.security.hostile import MEMORY_RISE_MIB, run_verb, write_recipe
 
-UNFOLDS = "its aliases unfold to more than 1,000,000 characters; write it out"
-TOO_DEEP = "not YAML that can be read: it is nested too deeply"
+EXPANDS = "its aliases expand to more than 1,000,000 characters; write the values out"
+TOO_DEEP = "not readable as YAML: it is nested too deeply"
 
 
 def laughs(levels: int, item: str = "{}") -> str:
@@ -37,10 +37,10 @@ HOSTILE = {
         "stage: !!python/name:os.system\n",
         ", line 1: not YAML: could not determine a constructor for the tag 'tag:yaml.org,2002:python/name:os.system'",
     ),
-    "laughs": (laughs(10), f": {UNFOLDS}"),
-    "merged laughs": (laughs(9, "{{<<: {}}}"), f": {UNFOLDS}"),
-    "alias of itself": ("lora: &a [*a]\n", f": {UNFOLDS}"),
-    "long alias": ("a: &a " + "x" * 100_000 + "\nb: [" + "*a, " * 20 + "]\n", f": {UNFOLDS}"),
+    "laughs": (laughs(10), f": {EXPANDS}"),
+    "merged laughs": (laughs(9, "{{<<: {}}}"), f": {EXPANDS}"),
+    "alias of itself": ("lora: &a [*a]\n", f": {EXPANDS}"),
+    "long alias": ("a: &a " + "x" * 100_000 + "\nb: [" + "*a, " * 20 + "]\n", f": {EXPANDS}"),
     "deep lists": ("lora: " + "[" * 3000 + "]" * 3000, f": {TOO_DEEP}"),
     "deep mappings": ("lora: " + "{a: " * 3000 + "}" * 3000, f": {TOO_DEEP}"),
     "number": (
@@ -49,7 +49,7 @@ HOSTILE = {
     ),
     "date": ("stage: 2001-99-99\n", ": not YAML: month must be in 1..12"),
     "int": ("stage: !!int abc\n", ": not YAML: invalid literal for int() with base 10: 'abc'"),
-    "twice": ("stage: 1\nstage: 2\n", ", line 2: the key stage stands there twice; keep one"),
+    "twice": ("stage: 1\nstage: 2\n", ", line 2: the key stage appears twice; keep one"),
     "two documents": ("stage: 1\n---\nstage: 2\n", ", line 2: not YAML: but found another document"),
     "nul": ("stage: \0\n", ": not YAML: unacceptable character #x0000: special characters are not allowed"),
 }
@@ -71,12 +71,12 @@ def test_a_recipe_of_50_mb_is_not_read(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("stage: " + "a" * 50_000_000)
     found = run_verb("check", recipe)
-    told = "a recipe has at most 1,000,000 bytes; this has 50,000,007: it is something else"
+    told = "the file has 50,000,007 bytes, and a recipe at most 1,000,000; name a recipe"
     assert (found.code, found.err) == (2, f"error: {recipe}: {told}\n")
     assert found.rise_mib < 20
 
 
-def test_a_long_value_is_not_told_in_full(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_long_value_is_shortened(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", stage2_content | {"stage": "a" * 900_000})
     found = run_verb("check", recipe)
     assert (found.code, found.err) == (2, f"error: {recipe}: stage is '{'a' * 199}...; it should be 1 or 2\n")
@@ -96,12 +96,13 @@ def test_a_few_aliases_are_taken(text: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     assert run_verb("check", recipe).err.splitlines()[-2:] == [
-        f"error: {recipe}: a is not a key of a recipe", f"error: {recipe}: b is not a key of a recipe",
-    ]  # fmt: skip
+        f"error: {recipe}: a is not a key of a recipe",
+        f"error: {recipe}: b is not a key of a recipe",
+    ]
 
 
-def test_a_generate_recipe_is_held_to_the_same(tmp_path: Path) -> None:
+def test_a_generate_recipe_has_the_same_limits(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(laughs(10))
     found = run_verb("generate-data", recipe, "--dry-run")
-    assert (found.code, found.err) == (2, f"error: {recipe}: {UNFOLDS}\n")
+    assert (found.code, found.err) == (2, f"error: {recipe}: {EXPANDS}\n")

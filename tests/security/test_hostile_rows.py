@@ -18,26 +18,27 @@ NUMBER = '{"id": ' + "9" * 5000 + "}"
 DIGITS = "Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits"
 
 HOSTILE = {
-    "deep.json": (f"[{GOOD}, {DEEP}]", ": not JSON that can be read: it is nested too deeply"),
-    "deep.jsonl": (f"{GOOD}\n{DEEP}\n", ": not JSON that can be read: it is nested too deeply"),
-    "deep_object.json": ('{"a":' * 100_000, ": not JSON that can be read: it is nested too deeply"),
-    "number.json": (f"[{GOOD},\n{NUMBER}]", f", line 2: {DIGITS}, after 1 whole rows"),
+    "deep.json": (f"[{GOOD}, {DEEP}]", ": not readable as JSON: it is nested too deeply"),
+    "deep.jsonl": (f"{GOOD}\n{DEEP}\n", ": not readable as JSON: it is nested too deeply"),
+    "deep_object.json": ('{"a":' * 100_000, ": not readable as JSON: it is nested too deeply"),
+    "number.json": (f"[{GOOD},\n{NUMBER}]", f", line 2: {DIGITS}, after 1 complete rows"),
     "number.jsonl": (f"{GOOD}\n{NUMBER}\n", f", line 2: not JSON: {DIGITS}"),
     "twice.json": (
         f"[{GOOD},\n{TWICE}]",
-        ", line 2: the key 'image' stands there twice in one object; keep one, after 1 whole rows",
+        ", line 2: the key 'image' appears twice in one object; keep one, after 1 complete rows",
     ),
-    "twice.jsonl": (f"{GOOD}\n{TWICE}\n", ", line 2: the key 'image' stands there twice in one object; keep one"),
+    "twice.jsonl": (f"{GOOD}\n{TWICE}\n", ", line 2: the key 'image' appears twice in one object; keep one"),
     "latin.json": (b'[{"id": "\xff"}]', ": not UTF-8: invalid start byte at byte 9; save it as UTF-8"),
     "object.json": (
-        '{"rows": [1]}', ": it should hold a list of rows; it holds dict; give the list under rows by itself",
+        '{"rows": [1]}',
+        ": it should be a list of rows, not dict; save only the list under rows",
     ),
     "pickle.parquet": (
         b"\x80\x04cos\nsystem\n(S'touch x'\ntR.",
         ": not a Parquet file: Parquet magic bytes not found in footer. Either the file is corrupted or this is not a "
         "parquet file.",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -62,8 +63,13 @@ BAD_ROWS = [
     '{"id": "o", "conversations": {"from": "human"}}',
     '{"id": "m", "image": {"path": "/etc/passwd"}, "question": "Q?", "answer": "A."}',
     '{"id": "l", "image": [["0.png"]], "question": "Q?", "answer": "A."}',
-    "NaN", "1e999", "null", '"text"', "[]", "{}",
-]  # fmt: skip
+    "NaN",
+    "1e999",
+    "null",
+    '"text"',
+    "[]",
+    "{}",
+]
 
 
 def test_hostile_rows_are_dropped_and_counted(write_rows: WriteRows, tmp_path: Path) -> None:
@@ -88,7 +94,7 @@ LONG = {
     "long.csv": ("id\nx\n", 15_000_000, LACKS),
     "too_long.jsonl": (f'{GOOD}\n{{"id": "x"}}', 120_000_000, f"too_long.jsonl, line 2: {TOO_LONG}"),
     "too_long.json": (f'[{GOOD}, {{"id": "x"}}]', 120_000_000, f"too_long.json, line 1: {TOO_LONG}"),
-    "too_long_object.json": ('{"rows": [{"id": "x"}]}', 120_000_000, "it should hold a list of rows"),
+    "too_long_object.json": ('{"rows": [{"id": "x"}]}', 120_000_000, "it should be a list of rows"),
     "header.csv": ("x\n1\n", 120_000_000, f"line 1: not a table: {TOO_LONG}"),
     "lines.json": ('{"id": 1}\n{"id": "x"}', 120_000_000, f"lines.json, line 2: {TOO_LONG}"),
     "too_long.csv": ("id\nx\n", 120_000_000, f"line 2: not a table: {TOO_LONG}"),
@@ -97,7 +103,7 @@ LONG = {
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_a_long_row_is_told_in_one_line(name: str, write_rows: WriteRows, tmp_path: Path) -> None:
+def test_a_long_row_is_reported_in_one_line(name: str, write_rows: WriteRows, tmp_path: Path) -> None:
     content, size, told = LONG[name]
     file = tmp_path / name
     file.write_text(content.replace("x", "x" * size))

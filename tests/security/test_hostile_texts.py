@@ -130,7 +130,7 @@ def test_a_recipe_with_a_secret_is_rejected_without_printing_it(
     section, key = field.split(".")
     recipe = write_recipe(tmp_path / "recipe.yaml", stage2_content | {section: stage2_content[section] | {key: value}})
     plain = write_recipe(tmp_path / "plain.yaml", stage2_content)
-    message = f"{field} holds {what}; take it out, a run keeps a copy of its recipe\n"
+    message = f"{field} holds {what}; remove it, a run saves a copy of its recipe\n"
     for verb, where in (([recipe], recipe), ([plain, f"{field}={value}"], plain)):
         found = run_verb("finetune", *verb)
         assert (found.code, found.out, found.err) == (2, "", f"error: {where}: {message}")

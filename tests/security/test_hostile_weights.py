@@ -119,9 +119,14 @@ def resumable(stage2_content: dict[str, Any], tmp_path: Path) -> tuple[Path, Pat
 def test_pickles_that_older_trainers_wrote_are_not_read(resumable: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, checkpoint = resumable
     names = (
-        "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "scaler.pt",
+        "rng_state.pth",
+        "rng_state_0.pth",
+        "training_args.bin",
         "adapter_model.bin",
-    )  # fmt: skip
+    )
     for name in names:
         assert not (checkpoint / name).exists()
         write_bait(checkpoint / name, tmp_path / f"{name}.executed")

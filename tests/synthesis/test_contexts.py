@@ -296,7 +296,7 @@ def test_missing_images_are_found(tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").touch()
     (folder / "3.jpg").symlink_to(tmp_path / "secret.jpg")
     assert error_of(contexts=file, images=folder, missing_image="drop") == (
-        f"image 3.jpg lies outside {folder.resolve()}: 3.jpg is a link that leads out of it"
+        f"image 3.jpg is outside {folder.resolve()}: 3.jpg is a link that leads out of it"
     )
 
 

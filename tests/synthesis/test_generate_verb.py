@@ -84,7 +84,7 @@ def test_it_starts_without_torch(tmp_path: Path) -> None:
         (["teacher.model=gpt-x"], "does not know the model 'gpt-x' (HTTP 404); it has: judge, other"),
         (["teacher.model=null"], "has 2 models; name one: judge, other"),
         (["teacher.url=http://127.0.0.1:9/v1"], "cannot be reached"),
-        (["teacher.backend=transformers"], "url stands beside backend transformers; drop it"),
+        (["teacher.backend=transformers"], "url is set with backend transformers; drop it"),
         (["contexts.captions=OWN"], "contexts.captions"),
         (["contexts.contexts=gone.jsonl"], "gone.jsonl is missing"),
         (["contexts={contexts: demo, images: own}"], "contexts.images: own is set, but contexts.contexts is demo"),
@@ -117,7 +117,7 @@ def test_a_missing_key_is_an_error(log: ChatLog, tmp_path: Path, capsys: pytest.
 
 def test_each_verb_names_the_right_verb_for_other_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("finetune", ["demo_generate.yaml"]) == 2
-    assert "makes data; run it with lora-llava generate-data" in capsys.readouterr().err
+    assert "generates data; run it with lora-llava generate-data" in capsys.readouterr().err
     assert main("generate-data", ["demo_align.yaml"]) == 2
     assert "trains a model; run it with lora-llava finetune" in capsys.readouterr().err
 

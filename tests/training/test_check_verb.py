@@ -61,9 +61,14 @@ def run_check(stage2_content: dict[str, Any], images: Path, tmp_path: Path) -> C
         file.write_text(json.dumps(rows))
         content = stage2_content | {"evaluation": None}
         content["data"] = {
-            "format": "conversations", "path": str(file), "image_folder": str(images), "validation_rows": 4,
-            "system_prompt": "", "max_length": 200, "max_image_pixels": 10_000,
-        }  # fmt: skip
+            "format": "conversations",
+            "path": str(file),
+            "image_folder": str(images),
+            "validation_rows": 4,
+            "system_prompt": "",
+            "max_length": 200,
+            "max_image_pixels": 10_000,
+        }
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(json.dumps(content))
         found = main(None, ["check", str(recipe), "--json", str(tmp_path / "report.json"), *options])
@@ -111,12 +116,25 @@ def _planted_rows(clean: list[Row]) -> list[Row]:
 
 
 PLANTED_ERRORS = {
-    ("missing image", "r20"), ("corrupt image", "r21"), ("oversized image", "r22"), ("outside the folder", "r23"),
-    ("outside the folder", "r24"), ("placeholder count", "r25"), ("placeholder count", "r26"),
-    ("empty conversation", "r27"), ("one-sided conversation", "r28"), ("role order", "r29"), ("unknown role", "r30"),
-    ("empty answer", "r31"), ("both formats", "r32"), ("missing column", "r33"), ("overlong", "r34"),
-    ("malformed row", "r35"), ("placeholder count", "r36"), ("corrupt image", "r37"),
-}  # fmt: skip
+    ("missing image", "r20"),
+    ("corrupt image", "r21"),
+    ("oversized image", "r22"),
+    ("outside the folder", "r23"),
+    ("outside the folder", "r24"),
+    ("placeholder count", "r25"),
+    ("placeholder count", "r26"),
+    ("empty conversation", "r27"),
+    ("one-sided conversation", "r28"),
+    ("role order", "r29"),
+    ("unknown role", "r30"),
+    ("empty answer", "r31"),
+    ("both formats", "r32"),
+    ("missing column", "r33"),
+    ("overlong", "r34"),
+    ("malformed row", "r35"),
+    ("placeholder count", "r36"),
+    ("corrupt image", "r37"),
+}
 
 
 @pytest.fixture
@@ -130,9 +148,7 @@ def broken_images(images: Path) -> Path:
     return images
 
 
-def test_every_planted_error_is_found_and_nothing_else(
-    run_check: Check, clean: list[Row], broken_images: Path
-) -> None:  # fmt: skip
+def test_every_planted_error_is_found_and_nothing_else(run_check: Check, clean: list[Row], broken_images: Path) -> None:
     report = run_check(_planted_rows(clean), code=1)
     assert kinds(report, "errors") == PLANTED_ERRORS
     assert report["warnings"] == []
@@ -151,21 +167,33 @@ def test_every_planted_oddity_is_a_warning(run_check: Check, clean: list[Row], i
     Image.new("RGB", (30, 20), "navy").save(images / "turned.jpg", exif=exif)
     Image.new("RGB", (3, 40), "navy").save(images / "tiny.png")
     planted = [
-        row(20, "gif.jpg"), row(21, "grey.png"), row(22, "clear.png"), row(23, "film.gif"), row(24, "turned.jpg"),
-        row(25, "tiny.png"), {**clean[0], "id": "r26"},
+        row(20, "gif.jpg"),
+        row(21, "grey.png"),
+        row(22, "clear.png"),
+        row(23, "film.gif"),
+        row(24, "turned.jpg"),
+        row(25, "tiny.png"),
+        {**clean[0], "id": "r26"},
         {"id": "r27", "image": "1.png", "conversations": said("No mention", "x")},
         {"id": "r28", "conversations": [{"from": "gpt", "value": "Hello."}, *said("Hi?", "Yes.")]},
         {"id": "r29", "conversations": said("One?", "1.", "Two?")},
         row(30, None, "Say </s> now", "Said."),
-    ]  # fmt: skip
+    ]
     report = run_check([*clean, *planted], code=0)
     assert kinds(report, "warnings") == {
-        ("mislabelled image", "r20"), ("image not RGB", "r20"), ("image not RGB", "r21"),
-        ("image with transparency", "r22"), ("image not RGB", "r23"), ("several frames", "r23"),
+        ("mislabelled image", "r20"),
+        ("image not RGB", "r20"),
+        ("image not RGB", "r21"),
+        ("image with transparency", "r22"),
+        ("image not RGB", "r23"),
+        ("several frames", "r23"),
         ("turned image", "r24"),
-        ("tiny image", "r25"), ("duplicate row", "r26"), ("placeholder added", "r27"), ("leading answer cut", "r28"),
+        ("tiny image", "r25"),
+        ("duplicate row", "r26"),
+        ("placeholder added", "r27"),
+        ("leading answer cut", "r28"),
         ("unanswered end cut", "r29"),
-    }  # fmt: skip
+    }
 
 
 def test_the_fixed_copy_is_clean_and_the_original_as_it_was(
@@ -193,15 +221,19 @@ def test_a_held_out_row_that_is_trained_on_is_an_error(
     held = [row(90, "renamed.png", "Which colour is 5?", "Another answer."), row(91, "6.png", "What else is there?")]
     (tmp_path / "val.json").write_text(json.dumps(held))
     stage2_content["data"] = {
-        "format": "conversations", "path": str(tmp_path / "train.json"), "image_folder": str(images),
-        "validation_source": {"path": str(tmp_path / "val.json"), "image_folder": str(images)}, "max_length": 200,
+        "format": "conversations",
+        "path": str(tmp_path / "train.json"),
+        "image_folder": str(images),
+        "validation_source": {"path": str(tmp_path / "val.json"), "image_folder": str(images)},
+        "max_length": 200,
         "system_prompt": "",
-    }  # fmt: skip
+    }
     report = check(check_recipe(stage2_content, "test"), console=Console(file=io.StringIO()))
     assert [(f.kind, f.row, f.split) for f in report.errors] == [("held-out row in train", "r5", "train")]
     assert [(f.kind, f.row) for f in report.warnings] == [
-        ("held-out image in train", "r5"), ("held-out image in train", "r6"),
-    ]  # fmt: skip
+        ("held-out image in train", "r5"),
+        ("held-out image in train", "r6"),
+    ]
 
 
 def test_a_file_that_is_cut_off_is_a_finding_with_its_line(
@@ -214,18 +246,22 @@ def test_a_file_that_is_cut_off_is_a_finding_with_its_line(
     report = json.loads((tmp_path / "report.json").read_text())
     assert [finding["kind"] for finding in report["errors"]] == ["unreadable file"]
     assert f"{tmp_path}/rows.json, line " in report["errors"][0]["message"]
-    assert "cut off" in report["errors"][0]["message"]
+    assert "truncated" in report["errors"][0]["message"]
 
 
-def test_what_would_be_cut_is_told(
+def test_cut_answers_are_reported(
     stage2_content: dict[str, Any], clean: list[Row], images: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "rows.json").write_text(json.dumps([*clean, row(20, None, "Say a lot.", "word " * 200)]))
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "path": str(tmp_path / "rows.json"), "image_folder": str(images), "max_length": 100,
-        "system_prompt": "", "on_overlong": "truncate_answer",
-    }  # fmt: skip
+        "format": "conversations",
+        "path": str(tmp_path / "rows.json"),
+        "image_folder": str(images),
+        "max_length": 100,
+        "system_prompt": "",
+        "on_overlong": "truncate_answer",
+    }
     report = check(check_recipe(stage2_content, "test"), console=Console(file=io.StringIO()))
     assert report.errors == []
     assert [(f.kind, f.row) for f in report.warnings] == [("answer cut", "r20")]

@@ -32,7 +32,7 @@ def content(stage2_content: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     return stage2_content
 
 
-def test_init_names_links_that_lead_out_and_follows_them_where_told(
+def test_init_names_links_that_lead_out_and_follows_them_if_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn(tmp_path / "elsewhere", 6)
@@ -44,7 +44,7 @@ def test_init_names_links_that_lead_out_and_follows_them_where_told(
     assert main(None, ["init", str(folder), "--model", "demo"]) == 2
     assert capsys.readouterr().err == (
         f"error: {folder / 'q.csv'}: none of its first 6 images is under {folder}, and the link "
-        f"{folder / 'images' / 'coco'} leads out of it, which is refused; add --follow-links, which writes "
+        f"{folder / 'images' / 'coco'} leads out of it, which is not followed; add --follow-links, which writes "
         "data.follow_links: true into the recipe\n"
     )
     assert main(None, ["init", str(folder), "--model", "demo", "--follow-links"]) == 0
@@ -98,7 +98,7 @@ def test_a_run_counts_names_its_images_and_is_asked_with_its_background(
     assert all(f"<bdi>{name}</bdi>" in page for name in ("0.png", "1.png", "2.png", "3.png", "clear.png"))
 
 
-def test_chat_and_page_composite_as_the_speaker_says(tmp_path: Path) -> None:
+def test_chat_and_page_composite_as_the_speaker_does(tmp_path: Path) -> None:
     Image.new("RGBA", (2, 2), (9, 8, 7, 0)).save(tmp_path / "a.png")
     for background, expected in (("white", (255,) * 3), ("black", (0,) * 3), ("llava", (9, 8, 7))):
         speaker = Speaker(None, None, "a", background=background)  # type: ignore[arg-type]

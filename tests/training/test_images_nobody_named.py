@@ -24,8 +24,10 @@ def both(content: dict[str, Any], data: dict[str, Any]) -> tuple[list[tuple[str,
     content["evaluation"] = None
     content["data"] = {"format": "conversations", "max_length": 300, "system_prompt": "", **data}
     report = check(check_recipe(content, "test"), console=quiet())
-    errors = [(finding.kind, f"{finding.name and f'{finding.split} {finding.name}: '}{finding.message}")
-              for finding in report.errors]  # fmt: skip
+    errors = [
+        (finding.kind, f"{finding.name and f'{finding.split} {finding.name}: '}{finding.message}")
+        for finding in report.errors
+    ]
     try:
         plan_run(check_recipe(content, "test"))
     except UserError as error:
@@ -42,9 +44,13 @@ def table(folder: Path, column: str, names: list[str]) -> str:
 
 @pytest.mark.parametrize(
     ("column", "names"),
-    [("image_path", ["0.png", "1.png"]), ("foto", ["0.png", ""]), ("image_path", ["0", "1"]),
-     ("img", ['"[""0.png"", ""1.png""]"', "2.png"])],
-)  # fmt: skip
+    [
+        ("image_path", ["0.png", "1.png"]),
+        ("foto", ["0.png", ""]),
+        ("image_path", ["0", "1"]),
+        ("img", ['"[""0.png"", ""1.png""]"', "2.png"]),
+    ],
+)
 @pytest.mark.parametrize("folder", [True, False])
 def test_images_that_nobody_named_are_an_error_with_the_column(
     stage2_content: dict[str, Any], tmp_path: Path, column: str, names: list[str], folder: bool
@@ -54,7 +60,7 @@ def test_images_that_nobody_named_are_an_error_with_the_column(
     count = len([name for name in names if name])
     message = (
         f"q: no row has an image, and the column {column} seems to name one in {count} of 2 rows; set data.columns: "
-        f"{{image: {column}}}, or take the column out to train on text alone"
+        f"{{image: {column}}}, or remove the column to train on text alone"
     )
     assert (errors, refused) == ([("no images", message)], message)
 
@@ -71,13 +77,13 @@ def test_images_beside_rows_that_name_none_are_an_error(
     assert "name their column with data.columns: {image: ...}" in str(refused)
 
 
-def test_text_alone_is_no_error(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_text_without_images_is_not_an_error(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "q.csv"
     file.write_text("topic,question,answer\na.b,Is it?,Yes.\nc,Was it?,No.\n")
     assert both(stage2_content, {"path": str(file)}) == ([], None)
 
 
-def test_text_beside_another_source_s_images_is_no_error(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+def test_text_beside_another_source_s_images_is_not_an_error(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     drawn(tmp_path / "images", 4)
     shown = written(tmp_path / "shown.json", [asked(n, f"{n}.png") for n in range(4)])
     text = written(tmp_path / "text.json", [asked(n) for n in range(4, 8)])
@@ -92,9 +98,12 @@ def test_some_rows_without_an_image_are_counted(
     rows += [asked(3) | {"image_path": "3.png"}, asked(4)]
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "max_length": 300, "system_prompt": "", "image_folder": str(images),
+        "format": "conversations",
+        "max_length": 300,
+        "system_prompt": "",
+        "image_folder": str(images),
         "path": written(tmp_path / "rows.json", rows),
-    }  # fmt: skip
+    }
     (tmp_path / "recipe.yaml").write_text(json.dumps(stage2_content))
     assert main(None, ["check", str(tmp_path / "recipe.yaml"), "--json", str(tmp_path / "report.json")]) == 0
     assert "train: 5 rows, 3 with images, 2 without;" in capsys.readouterr().out
@@ -117,15 +126,13 @@ def test_a_held_out_row_that_is_trained_on_is_refused(
     source = {"path": written(tmp_path / "held.json", other), "image_folder": str(images)}
     errors, refused = both(stage2_content, {"path": train, "image_folder": str(images), f"{held}_source": source})
     message = (
-        f"train row r1 (train.json, index 1): it asks what {held} row again (held.json, index 2) asks, of the same "
-        "images; take it out of one of them"
+        f"train row r1 (train.json, index 1): it has the question and images of {held} row again "
+        "(held.json, index 2); remove it from one of them"
     )
     assert (errors, refused) == ([("held-out row in train", message)], message)
 
 
-def test_test_rows_that_nothing_asks_are_looked_at_as_check_does(
-    stage2_content: dict[str, Any], tmp_path: Path
-) -> None:
+def test_test_rows_without_an_evaluation_are_checked(stage2_content: dict[str, Any], tmp_path: Path) -> None:
     seen = set()
     for bad in range(4):
         images = drawn(tmp_path / f"images{bad}", 4)

@@ -181,7 +181,7 @@ def test_init_writes_a_recipe_with_comments_and_uses_files_named_val_and_test(tm
     assert recipe.output_dir == "runs/mine"
     text = target.read_text()
     assert text.splitlines()[0] == "# yaml-language-server: $schema=schema.json"
-    assert "# the images that they name" in text
+    assert "# the images of the rows" in text
     assert [line for line in text.splitlines() if "columns:" in line or "_source:" in line] != []
     for line in text.splitlines():
         assert "#" in line or line.endswith(":"), line
@@ -215,20 +215,18 @@ def test_every_key_of_a_recipe_for_own_data_has_a_comment(template: str) -> None
 
 def test_data_that_init_cannot_read_is_reported(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match=r"the folder .* does not exist"):
         understand_folder(folder)
     image(folder / "a.png")
-    with pytest.raises(UserError, match="holds no table and no JSON; put a CSV into it"):
+    with pytest.raises(UserError, match="has no table and no JSON; add a CSV"):
         understand_folder(folder)
     (folder / "one.csv").write_text("x,y\n1,2\n")
-    with pytest.raises(UserError, match=r"its columns are x, y; call them image, question, answer"):
+    with pytest.raises(UserError, match=r"its columns are x, y; rename them to image, question, answer"):
         understand_folder(folder)
     (folder / "two.csv").write_text("image,question,answer\nb.png,q,a\n")
-    with pytest.raises(
-        UserError, match=r"holds 2 files that may be the rows: one\.csv, two\.csv; name one with --data"
-    ):
+    with pytest.raises(UserError, match=r"has 2 possible files of rows: one\.csv, two\.csv; name one with --data"):
         understand_folder(folder)
-    with pytest.raises(UserError, match=r"none of its first 1 images is under .*, which holds 1 images"):
+    with pytest.raises(UserError, match=r"none of its first 1 images is under .*, which has 1 images"):
         understand_folder(folder, folder / "two.csv")
     (folder / "two.csv").write_text("image,question,answer\na.png,q,a\n")
     shutil.copy(folder / "two.csv", folder / "recipe.yaml")

@@ -229,7 +229,9 @@ def test_a_sample_longer_than_a_row_is_named_with_the_fix(stage2_content: dict[s
 
 
 def test_two_sizes_of_a_forward_pass_are_refused(stage2_content: dict[str, Any]) -> None:
-    with pytest.raises(RecipeError, match=r"training.batch_size is 4 beside training.max_tokens_per_row, .* drop one"):
+    with pytest.raises(
+        RecipeError, match=r"training.batch_size is 4 together with training.max_tokens_per_row, .* drop one"
+    ):
         check_recipe(packed_content(stage2_content, batch_size=4), "test")
     stage2_content["model"]["attention"] = "sdpa"
     with pytest.raises(RecipeError, match=r"model.attention is sdpa, which pads; training.max_tokens_per_row needs"):

@@ -100,7 +100,7 @@ def test_test_rows_are_not_read_while_training_runs(
     plan = plan_run(check_recipe(stage2_content, "test"))
     test = plan.splits["test"]
     with sealed(test):
-        with pytest.raises(RuntimeError, match="test rows are read while training runs"):
+        with pytest.raises(RuntimeError, match="test rows are read during training"):
             evaluate_run(None, plan, "after")
         assert plan.splits["validation"].read([0])
     assert test.read([0])
@@ -112,7 +112,7 @@ def test_test_rows_are_not_read_while_training_runs(
 
     stage2_content["evaluation"]["generate_every"] = 2
     monkeypatch.setattr(stages, "ScoreValidation", Peeking)
-    with pytest.raises(RuntimeError, match="test rows are read while training runs"):
+    with pytest.raises(RuntimeError, match="test rows are read during training"):
         finetune(check_recipe(stage2_content, "test"), Path(), console=quiet())
 
 

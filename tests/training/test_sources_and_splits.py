@@ -44,7 +44,7 @@ def test_lists_of_images_are_counted_without_their_bytes(tmp_path: Path) -> None
     assert [row["images"] for row in _light_rows(table)] == [[{"path": None}] * 2, [], []]
 
 
-def test_rows_of_one_stored_image_are_held_back_together(plan: Plan, tmp_path: Path) -> None:
+def test_rows_of_one_stored_image_are_held_out_together(plan: Plan, tmp_path: Path) -> None:
     found = plan(path=str(stored(tmp_path, 8, 4)), validation_rows=8)
     numbers = {
         name: {split.read([i])[0].turns[-1].text for i in range(len(split.rows))}
@@ -54,15 +54,17 @@ def test_rows_of_one_stored_image_are_held_back_together(plan: Plan, tmp_path: P
     assert len(found.splits["validation"].rows) == 8
 
 
-def test_files_of_one_name_are_told_apart_and_each_is_fixed_by_itself(
+def test_files_of_one_name_are_distinguished_and_each_is_fixed_by_itself(
     stage2_content: dict[str, Any], tmp_path: Path
 ) -> None:
     first = written(tmp_path / "a" / "train.json", [asked(n, answer="" if n == 1 else "Yes.") for n in range(4)])
     second = written(tmp_path / "b" / "train.json", [asked(n, answer="" if n == 12 else "No.") for n in range(10, 14)])
     stage2_content["evaluation"] = None
     stage2_content["data"] = {
-        "format": "conversations", "sources": [{"path": first}, {"path": second}], "system_prompt": "",
-    }  # fmt: skip
+        "format": "conversations",
+        "sources": [{"path": first}, {"path": second}],
+        "system_prompt": "",
+    }
     report = check(check_recipe(stage2_content, "test"), fix=True, console=quiet())
     assert [(f.source, f.row) for f in report.errors] == [("train", "r1"), ("train (2)", "r12")]
     assert report.splits["train"]["sources"] == {"train": 4, "train (2)": 4}
@@ -123,9 +125,13 @@ def test_a_preview_leaves_out_what_the_run_leaves_out(stage2_content: dict[str, 
     stage2_content["evaluation"] = None
     stage2_content["training"] |= {"max_steps": None, "epochs": 1}
     stage2_content["data"] = {
-        "format": "conversations", "path": written(tmp_path / "rows.json", rows), "image_folder": str(images),
-        "on_bad_image": "drop", "system_prompt": "", "max_length": 300,
-    }  # fmt: skip
+        "format": "conversations",
+        "path": written(tmp_path / "rows.json", rows),
+        "image_folder": str(images),
+        "on_bad_image": "drop",
+        "system_prompt": "",
+        "max_length": 300,
+    }
     recipe = check_recipe(stage2_content, "test")
     shown = preview(recipe, name="test", output=None, console=quiet())
     order = plan_run(recipe)
@@ -140,8 +146,12 @@ def test_data_that_changed_is_neither_resumed_nor_asked(stage2_content: dict[str
     file = written(tmp_path / "rows.json", rows)
     stage2_content["evaluation"] = {"max_new_tokens": 2, "before": 0}
     stage2_content["data"] = {
-        "format": "conversations", "path": file, "validation_rows": 6, "test_rows": 4, "max_length": 300,
-    }  # fmt: skip
+        "format": "conversations",
+        "path": file,
+        "validation_rows": 6,
+        "test_rows": 4,
+        "max_length": 300,
+    }
     recipe = check_recipe(stage2_content, "test")
     metrics = finetune(recipe, Path(), console=quiet())
     run = recipe.output_dir
@@ -157,13 +167,13 @@ def test_data_that_changed_is_neither_resumed_nor_asked(stage2_content: dict[str
         finetune(recipe, Path(), resume=True, console=quiet())
 
 
-def test_test_rows_are_held_back_though_nothing_asks_them(plan: Plan, tmp_path: Path) -> None:
+def test_test_rows_are_held_out_without_an_evaluation(plan: Plan, tmp_path: Path) -> None:
     file = written(tmp_path / "rows.json", [asked(n) for n in range(40)])
     found = plan(path=file, validation_rows=5, test_rows=7)
     assert {name: len(split.rows) for name, split in found.splits.items()} == {"train": 28, "validation": 5}
 
 
-def test_nothing_is_written_over_that_is_no_report(
+def test_other_files_are_not_overwritten(
     stage2_content: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = Path(written(tmp_path / "rows.json", [asked(n) for n in range(6)]))
@@ -255,7 +265,11 @@ def test_images_of_several_sources_are_looked_at_by_their_own_source_s_rules(tmp
     names = ["0|0.png", "1|0.png", "2|2.png", "2|b.png", "3|0", "3|1"]
     found = inspect_split(sources, names)
     assert {name: found[name].problem for name in names} == {
-        "0|0.png": None, "1|0.png": "image 0.png has 20 x 20 pixels, over max_image_pixels 399", "2|2.png": None,
-        "2|b.png": "image b.png is missing", "3|0": None, "3|1": "image of row 1 is missing",
-    }  # fmt: skip
+        "0|0.png": None,
+        "1|0.png": "image 0.png has 20 x 20 pixels, over max_image_pixels 399",
+        "2|2.png": None,
+        "2|b.png": "image b.png is missing",
+        "3|0": None,
+        "3|1": "image of row 1 is missing",
+    }
     assert found["0|0.png"].digest == found["3|0"].digest != found["2|2.png"].digest

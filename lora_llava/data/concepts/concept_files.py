@@ -1,4 +1,4 @@
-"""The concept filter on files: captions in, the chosen ones out, in the form they came in."""
+"""Apply the concept filter to a file of captions and write the selected rows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lora_llava.data.files.reading import data_file, iterate_rows, json_text
 
 
 def caption_of(row: Mapping[str, Any], column: str = "caption") -> str:
-    """A row's caption: its column, or the answer of its conversation, as LLaVA's `chat.json` has it.
+    """Return a row's caption: its column, or the answer of its conversation, as in LLaVA's `chat.json`.
 
     Raises:
-        UserError: For a row with neither.
+        UserError: If the row has neither.
     """
     if isinstance(row, Mapping) and column in row:
         return "" if row[column] is None else str(row[column])
@@ -33,26 +33,33 @@ def caption_of(row: Mapping[str, Any], column: str = "caption") -> str:
 
 
 def filter_caption_file(
-    source: Path, target: Path, *, noun_phrases: NounPhrases, column: str = "caption", minimum: int = 3,
-    maximum: int = 100, seed: int = 0, progress: Callable[[Iterable[Any]], Iterable[Any]] = lambda rows: rows,
-) -> ConceptReport:  # fmt: skip
+    source: Path,
+    target: Path,
+    *,
+    noun_phrases: NounPhrases,
+    column: str = "caption",
+    minimum: int = 3,
+    maximum: int = 100,
+    seed: int = 0,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = lambda rows: rows,
+) -> ConceptReport:
     """Filter a file of captions.
 
     Args:
         source: JSON, JSONL, CSV, TSV or Parquet; read once.
-        target: JSON or JSONL; gets its name when it is whole.
+        target: JSON or JSONL; renamed into place when it is complete.
         noun_phrases: From `load_noun_phrases`.
-        column: What the caption is called in rows that are no conversations.
+        column: The column of the caption in rows that are not conversations.
         minimum: See `filter_captions`.
         maximum: See `filter_captions`.
         seed: See `filter_captions`.
         progress: See `filter_captions`.
 
     Returns:
-        What became of the rows.
+        Counts of kept and dropped rows.
 
     Raises:
-        UserError: For a file that is not there, rows without caption, or a target of another kind or that is there.
+        UserError: If the file is missing, a row has no caption, or the target exists or is of another kind.
     """
     file = data_file(source, "captions")
     if target.suffix.lower() not in (".json", ".jsonl"):
@@ -65,10 +72,15 @@ def filter_caption_file(
         with temporary.open("w", encoding="utf-8") as stream:
             writer = _Writer(stream, as_list=target.suffix.lower() == ".json")
             report = filter_captions(
-                iterate_rows(file), writer.write, noun_phrases=noun_phrases,
-                caption_of=lambda row: caption_of(row, column), minimum=minimum, maximum=maximum, seed=seed,
+                iterate_rows(file),
+                writer.write,
+                noun_phrases=noun_phrases,
+                caption_of=lambda row: caption_of(row, column),
+                minimum=minimum,
+                maximum=maximum,
+                seed=seed,
                 progress=progress,
-            )  # fmt: skip
+            )
             writer.close()
         temporary.replace(target)
     finally:
@@ -77,7 +89,7 @@ def filter_caption_file(
 
 
 class _Writer:
-    """Rows to JSON lines, or to one list with a row a line."""
+    """Writer of rows as JSON lines, or as one list with one row per line."""
 
     def __init__(self, stream: TextIO, as_list: bool) -> None:
         self.stream, self.as_list, self.count = stream, as_list, 0

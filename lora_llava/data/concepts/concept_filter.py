@@ -24,7 +24,7 @@ MOST_FREQUENT = 20
 """Phrases that a report names."""
 
 _EMPTY, _NO_PHRASE, _RARE, _CAPPED, _KEPT = range(5)
-"""What becomes of a row; of several phrases' verdicts the highest holds."""
+"""The fates of a row; of several phrases' verdicts the highest counts."""
 REASONS = {
     _EMPTY: "empty caption",
     _NO_PHRASE: "no noun phrase",
@@ -35,7 +35,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class PhraseCount:
-    """A phrase and the captions that hold it, among all rows and among those kept."""
+    """A phrase and the number of its captions, among all rows and among those kept."""
 
     phrase: str
     before: int
@@ -44,16 +44,16 @@ class PhraseCount:
 
 @dataclass
 class ConceptReport:
-    """What became of the rows.
+    """Counts of kept and dropped rows, and of phrases.
 
     Attributes:
         rows: Rows read.
         kept: Rows written.
-        dropped: Rows left out by reason, `REASONS`' values; with `kept` they add up to `rows`.
-        phrases: Unique noun phrases.
-        rare_phrases: Those of too few captions, skipped.
-        capped_phrases: Those of more captions than were drawn.
-        most_frequent: The most frequent phrases, those of one count in alphabetical order.
+        dropped: Rows dropped, by reason (the values of `REASONS`); with `kept` they add up to `rows`.
+        phrases: Number of unique noun phrases.
+        rare_phrases: Number of phrases with too few captions, which are skipped.
+        capped_phrases: Number of phrases with more captions than were drawn.
+        most_frequent: The most frequent phrases; phrases of equal count are in alphabetical order.
     """
 
     rows: int = 0
@@ -83,26 +83,26 @@ def filter_captions(
 ) -> ConceptReport:
     """Keep the captions that LLaVA's filter of CC3M would keep (arXiv 2304.08485, appendix "Data", CC3M).
 
-    Noun phrases of fewer than `minimum` captions are skipped. Of every other phrase the captions are taken, or
-    `maximum` of them at random where it has more; a row is kept where one of its phrases took it. The paper adds
-    phrases from the rarest on and draws out of all of a phrase's captions, whatever was added before, so that the
-    order changes nothing and phrases come in alphabetical order here. A kept caption brings its other phrases along:
-    one of those may still end with more than `maximum`.
+    Noun phrases with fewer than `minimum` captions are skipped. Every other phrase selects its captions, or `maximum`
+    of them at random if it has more; a row is kept if one of its phrases selects it. The paper adds phrases from the
+    rarest on and draws from all captions of a phrase, whatever was added before; so the order does not matter, and
+    phrases are processed in alphabetical order here. Since a kept caption may have other phrases, those may end with
+    more than `maximum` captions.
 
-    Rows and occurrences wait on the disk, in nameless files in `TMPDIR` that the system removes however the process
-    ends; rows that are little more than a caption take about twice their own size there. In memory is one batch of
-    captions, and two bytes per row.
+    Rows and occurrences are kept on disk, in unnamed files in `TMPDIR` that the system removes when the process ends;
+    rows with little more than a caption take about twice their size there. Memory holds one batch of captions, and
+    two bytes per row.
 
     Args:
         rows: Read once, so it may be a generator over a pipe. Rows are kept as JSON until they are written.
-        write: Gets the kept rows, in their old order, after all rows were read.
-        noun_phrases: From captions to a list of phrases each, as `load_noun_phrases` gives; a phrase that comes
+        write: Writes a kept row; called in the original order after all rows have been read.
+        noun_phrases: Returns a list of phrases for each caption, as from `load_noun_phrases`; a phrase that occurs
             twice in a caption counts once.
-        caption_of: Gives a row's caption. Lone surrogates, which no file of UTF-8 can hold, become question marks
-            before `noun_phrases` reads it; the row itself stays as it is.
+        caption_of: Returns a row's caption. Lone surrogates, which UTF-8 cannot encode, become question marks before
+            `noun_phrases` reads it; the row is unchanged.
         minimum: Fewest captions of a phrase (the paper's 3).
         maximum: Most captions drawn for a phrase (the paper's 100).
-        seed: Draws; the same rows, phrases and seed keep the same rows, whatever `batch_size` is.
+        seed: Seeds the draws; the same rows, phrases and seed keep the same rows, whatever `batch_size` is.
         batch_size: Captions given to `noun_phrases` at a time.
         progress: Wraps the reading, for a progress bar.
 
@@ -110,14 +110,14 @@ def filter_captions(
         The report.
 
     Raises:
-        UserError: For a number below 1, a caption that is no text or a row that is not JSON; it names the row, from 1.
-        OSError: Where the disk is full (ENOSPC) or a file cannot be written.
+        UserError: If a number is below 1, a caption is not text or a row is not JSON; it names the row, from 1.
+        OSError: If the disk is full (ENOSPC) or a file cannot be written.
     """
     for name, value in {"minimum": minimum, "maximum": maximum, "batch_size": batch_size}.items():
         if value < 1:
             raise UserError(f"{name} is {value}; it should be 1 or more")
     report = ConceptReport()
-    with _full_disk_told(), tempfile.TemporaryFile() as spool, closing(_Occurrences()) as occurrences:
+    with _full_disk_reported(), tempfile.TemporaryFile() as spool, closing(_Occurrences()) as occurrences:
         fates = bytearray()
         captions = _spooled(progress(rows), spool, caption_of)
         while batch := list(islice(captions, batch_size)):
@@ -176,7 +176,7 @@ def _judge(
         if count < minimum:
             report.rare_phrases += 1
         else:
-            # Seeded by the phrase too, so that one phrase's draw does not hang on which others there are.
+            # Also seeded by the phrase, so that its draw does not depend on the other phrases.
             count = _draw(chain(first, captions), maximum, Random(f"{seed} {phrase}"), fates)
             report.capped_phrases += count > maximum
         entry = (-count, phrase)
@@ -186,14 +186,14 @@ def _judge(
 
 
 def _draw(captions: Iterable[int], maximum: int, random: Random, fates: bytearray) -> int:
-    """Keep `maximum` captions, every subset as likely (Vitter 1985, algorithm R); returns how many there are."""
+    """Keep `maximum` captions, all subsets equally likely (Vitter 1985, algorithm R); return the number of captions."""
     drawn: list[int] = []
     count = 0
     for count, caption in enumerate(captions, start=1):
         if count <= maximum:
             drawn.append(caption)
             continue
-        # Of Python's generator only random() gives the same numbers in every version.
+        # Of Python's generator, only random() returns the same numbers in every version.
         place = int(random.random() * count)
         if place < maximum:
             drawn[place], caption = caption, drawn[place]
@@ -204,10 +204,10 @@ def _draw(captions: Iterable[int], maximum: int, random: Random, fates: bytearra
 
 
 class _Occurrences:
-    """Which phrase is in which caption, in a temporary database on the disk."""
+    """The captions of each phrase, in a temporary database on disk."""
 
     def __init__(self) -> None:
-        # No name makes a file of its own in TMPDIR, which is gone when the connection or the process ends.
+        # An empty name creates a private file in TMPDIR, removed when the connection or the process ends.
         self._base = sqlite3.connect("")
         self._base.execute("PRAGMA journal_mode = OFF")
         self._base.execute("PRAGMA temp_store = FILE")
@@ -220,7 +220,7 @@ class _Occurrences:
         return self._base.execute("SELECT phrase, caption FROM occurrences ORDER BY phrase, caption")
 
     def count(self, phrases: Sequence[str], kept: bytes) -> Counter[str]:
-        """Kept captions of each phrase."""
+        """Count the kept captions of each phrase."""
         marks = ", ".join("?" * len(phrases))
         found = self._base.execute(f"SELECT phrase, caption FROM occurrences WHERE phrase IN ({marks})", phrases)
         counts: Counter[str] = Counter()
@@ -233,7 +233,7 @@ class _Occurrences:
 
 
 @contextmanager
-def _full_disk_told() -> Iterator[None]:
+def _full_disk_reported() -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:

@@ -1,4 +1,4 @@
-"""Noun phrases of English captions: by spaCy, as LLaVA did, or by word lists where spaCy's model is not installed."""
+"""Find noun phrases of English captions with spaCy, as LLaVA did, or with word lists if spaCy is not installed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lora_llava.core.errors import UserError, nearest
 TaggerName = Literal["auto", "spacy", "light"]
 TAGGERS = ("auto", "spacy", "light")
 SPACY_MODEL = "en_core_web_sm"
-SPACY_MEND = f"run `pip install spacy` and `python -m spacy download {SPACY_MODEL}`, or take the tagger light"
+SPACY_FIX = f"run `pip install spacy` and `python -m spacy download {SPACY_MODEL}`, or use the tagger light"
 
 
 @dataclass(frozen=True)
 class NounPhrases:
-    """Finds the noun phrases of captions.
+    """A finder of noun phrases.
 
     Attributes:
-        name: `spacy` or `light`: what finds them.
-        find: Gives a list of lower-case phrases per caption, in the captions' order; a phrase may come twice.
+        name: `spacy` or `light`.
+        find: Returns a list of lower-case phrases per caption, in the captions' order; a phrase may occur twice.
     """
 
     name: str
@@ -35,22 +35,22 @@ class NounPhrases:
 
 
 def load_noun_phrases(tagger: TaggerName = "auto") -> NounPhrases:
-    """Load what finds noun phrases.
+    """Load a finder of noun phrases.
 
     Args:
         tagger: `spacy` is LLaVA's own choice (arXiv 2304.08485, appendix "Data", names spaCy and no model; here
             `en_core_web_sm`): its noun chunks, lower case, without determiners and pronouns in front. `light` needs
-            nothing installed; see `light_noun_phrases` for what it is not. `auto` is spaCy where its model is
-            installed, else light.
+            no installation; see `light_noun_phrases` for its limits. `auto` is spaCy if its model is installed, else
+            light.
 
     Returns:
-        A callable from captions to a list of phrases each; its `name` says which of the two it is.
+        The finder.
 
     Raises:
-        UserError: For an unknown tagger; for `spacy` where the package or the model is missing or does not load.
+        UserError: If the tagger is unknown, or spaCy or its model is missing or does not load.
     """
     if tagger not in TAGGERS:
-        raise UserError(f'tagger "{tagger}" is unknown{nearest(tagger, TAGGERS)}; take one of {", ".join(TAGGERS)}')
+        raise UserError(f'tagger "{tagger}" is unknown{nearest(tagger, TAGGERS)}; use one of {", ".join(TAGGERS)}')
     if tagger == "light" or (tagger == "auto" and not _spacy_is_installed()):
         return NounPhrases("light", lambda captions: map(light_noun_phrases, captions))
     model = _load_spacy()
@@ -65,23 +65,23 @@ def _load_spacy() -> Any:
     try:
         spacy = importlib.import_module("spacy")
     except ImportError as error:
-        raise UserError(f"tagger spacy: {error}; {SPACY_MEND}") from None
+        raise UserError(f"tagger spacy: {error}; {SPACY_FIX}") from None
     try:
-        # Noun chunks need the parser and the parts of speech; leaving the others out is only faster.
+        # Noun chunks need the parser and the parts of speech; excluding the others is faster.
         return spacy.load(SPACY_MODEL, exclude=["ner", "lemmatizer"])
     except (ImportError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"tagger spacy: {reason}; {SPACY_MEND}") from None
+        raise UserError(f"tagger spacy: {reason}; {SPACY_FIX}") from None
 
 
 def spacy_noun_phrases(document: Any) -> list[str]:
-    """Noun chunks of a parsed caption, lower case, without what only points.
+    """Return the noun chunks of a parsed caption in lower case, without leading determiners and pronouns.
 
     Args:
         document: A `spacy.tokens.Doc` with dependencies and parts of speech.
 
     Returns:
-        The phrases; a chunk of determiners and pronouns alone gives none.
+        The phrases; a chunk of only determiners and pronouns has none.
     """
     phrases = []
     for chunk in document.noun_chunks:
@@ -94,7 +94,7 @@ def spacy_noun_phrases(document: Any) -> list[str]:
 def light_noun_phrases(caption: str) -> list[str]:
     """Cut a caption into phrases of the form ADJ* NOUN+ by word lists and endings.
 
-    This is no part-of-speech tagger and nothing in it was learned. Every word that is not in a list of function
+    This is not a part-of-speech tagger, and it is not trained. Every word that is not in a list of function
     words, verbs or adjectives, and has no verb's, adverb's or adjective's ending, counts as a noun. So it keeps
     adjectives and verbs that the lists lack, cuts compounds that end as a verb does ("ski jump"), leaves out numbers
     ("two dogs" is "dogs"), ends phrases at a possessive ("man's hat" is "man" and "hat"), and does not join plural and
@@ -122,11 +122,11 @@ def light_noun_phrases(caption: str) -> list[str]:
 
 
 def _kinds(tokens: list[str]) -> Iterator[Literal["noun", "adjective", "stop"]]:
-    open_slot = False  # a determiner or adjective stands before, so that a noun has to come
+    open_slot = False  # a determiner or adjective precedes, so that a noun must follow
     for word, following in pairwise([*tokens, ""]):
         leads_on = _is_content(following)
         if _is_adverb(word):
-            yield "stop"  # and the slot stays: "a brightly colored bird"
+            yield "stop"  # the slot stays open: "a brightly colored bird"
         elif not _is_content(word):
             yield "stop"
             open_slot = word in DETERMINERS or word in {"'s", "’s"} or word[0].isdigit()

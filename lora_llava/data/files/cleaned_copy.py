@@ -1,4 +1,4 @@
-"""A cleaned copy of a file of rows, beside it and in its own form."""
+"""Write a cleaned copy of a file of rows, beside it and in the same format."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lora_llava.data.files.reading import estimate_rows, json_text, placed_rows,
 from lora_llava.data.files.shards import shard_of
 from lora_llava.data.files.text_encoding import text_encoding
 
-_BEGINNING = 1 << 16
+_HEAD = 1 << 16
 
 
 def fixed_name(file: Path) -> Path:
-    """Where the cleaned copy of a file goes: `rows.json` to `rows.fixed.json`, and so that shards stay a set."""
+    """Return the name of a file's cleaned copy: `rows.fixed.json` for `rows.json`; copies of shards are a set again."""
     shard = shard_of(file.name)
     if shard is None:
         return file.with_name(f"{file.stem}.fixed{file.suffix}")
@@ -26,20 +26,18 @@ def fixed_name(file: Path) -> Path:
     return file.with_name(f"{stem}.fixed-{file.name[len(shard.stem) :]}")
 
 
-def write_set_without(
-    files: Sequence[Path], dropped: Container[int]
-) -> Iterator[tuple[Path, Path, int, int]]:  # fmt: skip
+def write_set_without(files: Sequence[Path], dropped: Container[int]) -> Iterator[tuple[Path, Path, int, int]]:
     """Copy the files of one data set without some of its rows; see `write_without`.
 
     Args:
-        files: The files in order, which are only read.
-        dropped: Numbers of the rows to leave out, from 0, counted over all files.
+        files: The files in order; they are not changed.
+        dropped: Indices of the rows to leave out, counted over all files.
 
     Yields:
-        Each file, its copy, the rows of the copy, and the rows left out of it.
+        Each file, its copy, the number of rows in the copy, and the number of rows left out.
 
     Raises:
-        UserError: Where a copy is there already.
+        UserError: If a copy already exists.
     """
     for file in files:
         _refuse_existing(fixed_name(file))
@@ -53,19 +51,19 @@ def write_set_without(
 
 
 def write_without(file: Path, dropped: Container[int]) -> tuple[Path, int]:
-    """Copy a file of rows without some of them; the others stay as they are, to the letter of their values.
+    """Copy a file of rows without some of them; the values of the others are unchanged.
 
-    The copy of a text file is UTF-8, whatever the file is.
+    The copy of a text file is UTF-8, whatever the encoding of the file.
 
     Args:
-        file: The file, which is only read.
-        dropped: Numbers of the rows to leave out, from 0; a table's empty rows are not counted, and left out.
+        file: The file; it is not changed.
+        dropped: Indices of the rows to leave out; a table's empty rows are not counted, and are left out.
 
     Returns:
-        The copy and how many rows it has.
+        The copy and its number of rows.
 
     Raises:
-        UserError: Where the copy is there already.
+        UserError: If the copy already exists.
     """
     target = fixed_name(file)
     _refuse_existing(target)
@@ -86,7 +84,7 @@ def write_without(file: Path, dropped: Container[int]) -> tuple[Path, int]:
 
 def _refuse_existing(target: Path) -> None:
     if target.exists():
-        raise UserError(f"--fix: {target} is there already; move it away, or use it with data.path={target}")
+        raise UserError(f"--fix: {target} already exists; move it away, or use it with data.path={target}")
 
 
 def _write_json(rows: Iterable[Any], target: Path, file: Path) -> int:
@@ -107,14 +105,14 @@ def _write_lines(rows: Iterable[Any], target: Path, file: Path) -> int:
 
 def _write_table(rows: Iterable[Any], target: Path, file: Path) -> int:
     delimiter = table_delimiter(file)
-    beginning = file.read_bytes()[:_BEGINNING]
+    head = file.read_bytes()[:_HEAD]
     source_encoding = text_encoding(file)
     with file.open(encoding=source_encoding, newline="") as stream:
         header = next(csv.reader(stream, delimiter=delimiter, strict=True), [])
-    # What a spreadsheet wrote with a mark, or in an encoding of its own, it reads as UTF-8 only with a mark.
-    marked = beginning.startswith(codecs.BOM_UTF8) or source_encoding != "utf-8-sig"
+    # Spreadsheets that wrote a byte order mark or another encoding read UTF-8 only with a mark.
+    marked = head.startswith(codecs.BOM_UTF8) or source_encoding != "utf-8-sig"
     encoding = "utf-8-sig" if marked else "utf-8"
-    ending = "\r\n" if b"\r\n" in beginning.replace(b"\0", b"") else "\n"
+    ending = "\r\n" if b"\r\n" in head.replace(b"\0", b"") else "\n"
     with target.open("w", encoding=encoding, newline="") as stream:
         writer = csv.writer(stream, delimiter=delimiter, lineterminator=ending)
         writer.writerow(header)

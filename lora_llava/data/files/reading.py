@@ -1,4 +1,4 @@
-"""Rows of JSON, JSONL, CSV, TSV and Parquet files, one at a time: a file is never in memory as a whole."""
+"""Read rows of JSON, JSONL, CSV, TSV and Parquet files one at a time; a file is never completely in memory."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from typing import Any, Generic, TypeVar
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import looked_in
 from lora_llava.data.files.json_stream import LONGEST, JsonStream, RepeatedKeyError, TooLongError, keys_once
-from lora_llava.data.files.shards import SUFFIXES, group_files, row_files, set_words, shard_of, split_words, whole_set
+from lora_llava.data.files.shards import SUFFIXES, all_shards, group_files, row_files, set_words, shard_of, split_words
 from lora_llava.data.files.text_encoding import encoding_problem, text_encoding
 
 
 class DataFileError(UserError):
-    """A file that is there but does not hold rows as its name says."""
+    """A file whose content is not rows in the format of its suffix."""
 
 
 _TABLES = (".csv", ".tsv")
 _FIRST = 500
-"""Rows from which the number of all is estimated."""
+"""Rows from which the total number is estimated."""
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _BEGINNINGS = {word[:size] for word in (*_WORDS, ".", "e+", "e-", "E+", "E-") for size in range(1, len(word) + 1)}
-"""What is left of a value where a file is cut off."""
+"""Possible beginnings of a value at the end of a truncated file."""
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Counted(Generic[Item]):
-    """Items of which it is known, or nearly so, how many there will be: a progress bar can tell when it is done."""
+    """Items with their exact or estimated number, for a progress bar."""
 
     items: Iterator[Item]
     count: int
@@ -48,53 +48,53 @@ class Counted(Generic[Item]):
 
 
 def data_file(path: str | Path, where: str = "data.path") -> Path:
-    """Find the one file of rows that a path means; see `data_files`.
+    """Find the single file of rows at a path; see `data_files`.
 
     Raises:
-        UserError: Also for a data set in several files.
+        UserError: Also if the data set has several files.
     """
     found = data_files(path, where)
     if len(found) > 1:
-        raise UserError(f"{where}: {path} is {len(found)} files, from {found[0].name} on; name one file, or join them")
+        raise UserError(
+            f"{where}: {path} has {len(found)} files, starting with {found[0].name}; name one file, or join them"
+        )
     return found[0]
 
 
 def data_files(path: str | Path, where: str = "data.path", split: str = "train") -> tuple[Path, ...]:
-    """Find the files of rows that a path means: one, or the shards of one data set.
+    """Find the files of rows at a path: one file, or the shards of one data set.
 
     Args:
-        path: A file, a shard of a set, or a folder with one file or one set in it; of several sets, the one that is
-            named after the split is meant. A folder without any is looked at one level deeper.
-        where: The field that names it, for messages.
-        split: Name of the split.
+        path: A file, a shard, or a folder with one file or one set; of several sets, the one named after the split. If
+            a folder has none, its subfolders are searched.
+        where: The recipe field of the path, for messages.
+        split: The name of the split.
 
     Returns:
         The files, in order.
 
     Raises:
-        UserError: For a path that is not there, an unknown kind of file, a folder in which it is not clear what is
-            meant, or a set that lacks a shard.
+        UserError: If the path is missing, the file is of an unknown kind, the folder is ambiguous, or a shard is
+            missing.
     """
-    looked, path = looked_in(path), Path(path)
+    searched, path = looked_in(path), Path(path)
     if path.is_dir():
         sets = group_files(row_files(path)) or group_files(row_files(path, deeper=True))
         meant = [files for files in sets if set_words(files[0], path) & split_words(split)] if len(sets) > 1 else sets
         if len(meant) == 1:
-            return whole_set(meant[0][0], where)
+            return all_shards(meant[0][0], where)
         found = ", ".join(str(files[0].relative_to(path)) for files in sets[:5]) or "none"
-        raise UserError(
-            f"{where}: {path} is a folder; name its file of rows ({', '.join(SUFFIXES)}); it holds: {found}"
-        )
+        raise UserError(f"{where}: {path} is a folder; name its file of rows ({', '.join(SUFFIXES)}); it has: {found}")
     shard = shard_of(path.name)
     if not path.is_file() and (shard is None or not path.parent.is_dir()):
-        raise UserError(f"{where}: {path} is missing{looked}; it should be a file such as chat.json")
+        raise UserError(f"{where}: {path} is missing{searched}; it should be a file such as chat.json")
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{where}: {path} is of no known kind; use one of {', '.join(SUFFIXES)}")
-    return whole_set(path, where)
+        raise UserError(f"{where}: {path} is of an unknown kind; use one of {', '.join(SUFFIXES)}")
+    return all_shards(path, where)
 
 
 def json_text(content: Any, indent: int | None = None) -> str:
-    """JSON with letters as they are, or escaped where one is half a surrogate pair, which UTF-8 cannot hold."""
+    """Return JSON text, not escaped unless it has half a surrogate pair, which UTF-8 cannot encode."""
     text = json.dumps(content, indent=indent, ensure_ascii=False)
     try:
         text.encode()
@@ -104,13 +104,13 @@ def json_text(content: Any, indent: int | None = None) -> str:
 
 
 def file_hash(file: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def estimate_rows(file: Path) -> int:
-    """About how many rows a file has, from its size and its first rows; of a Parquet file, exactly."""
+    """Estimate the number of rows of a file from its size and its first rows; it is exact for Parquet."""
     if file.suffix.lower() == ".parquet":
         import pyarrow.parquet
 
@@ -126,30 +126,30 @@ def estimate_rows(file: Path) -> int:
 
 
 def iterate_rows(file: Path) -> Iterator[Any]:
-    """Read all of a file's rows in order.
+    """Read a file's rows in order.
 
     Args:
         file: From `data_files`.
 
     Yields:
-        One object per row: a dict as a rule; whatever else a JSON file holds is for the caller to refuse.
+        One object per row: a dict, or whatever else a JSON file holds.
 
     Raises:
-        DataFileError: For text that is not what the suffix says, with the line.
+        DataFileError: If the content is not in the format of the suffix; the message names the line.
     """
     for _, row in _rows(file):
         yield row
 
 
 def placed_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """Read a file's rows in order, with their places; a table's rows without any text are left out.
+    """Read a file's rows in order, with their places; empty rows of a table are left out.
 
     Args:
         file: From `data_files`.
 
     Yields:
-        For each row its place for a person and its content. The place is the line of a CSV or JSONL file on which the
-        row begins, `line 2`, or its index in a JSON list or Parquet file, `index 0`.
+        The place and the content of each row. The place is the line of a CSV or JSONL file on which the row starts,
+        `line 2`, or the index in a JSON list or Parquet file, `index 0`.
 
     Raises:
         DataFileError: See `iterate_rows`.
@@ -161,7 +161,7 @@ def placed_rows(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def empty_rows(file: Path) -> int:
-    """How many of a table's rows have no text in any column, as spreadsheets write them below the last one."""
+    """Count a table's rows without text in any column, which spreadsheets write below the last row."""
     return sum(map(_is_empty, iterate_rows(file))) if file.suffix.lower() in _TABLES else 0
 
 
@@ -183,7 +183,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError:
         raise DataFileError(f"{file}: {encoding_problem(file)}") from None
     except RecursionError:
-        raise DataFileError(f"{file}: not JSON that can be read: it is nested too deeply") from None
+        raise DataFileError(f"{file}: not readable as JSON: it is nested too deeply") from None
 
 
 def _open_text(file: Path, newline: str | None = None) -> Any:
@@ -202,18 +202,18 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
             except (RepeatedKeyError, TooLongError) as error:
                 raise DataFileError(f"{file}, line {number}: {error}") from None
             except ValueError as error:
-                mend = "; a list belongs into a file called .json" if line.lstrip()[:1] == "[" else ""
-                raise DataFileError(f"{file}, line {number}: not JSON: {_first(error)}{mend}") from None
+                fix = "; a list belongs in a .json file" if line.lstrip()[:1] == "[" else ""
+                raise DataFileError(f"{file}, line {number}: not JSON: {_first(error)}{fix}") from None
             yield f"line {number}", row
 
 
 def _pieces(stream: Any) -> Iterator[str]:
-    """Lines, of which those that are longer than a row may be come in pieces."""
+    """Yield lines; lines that are too long for a row come in pieces."""
     return iter(lambda: stream.readline(LONGEST + 1), "")
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """A list's rows, or those of JSON lines that are called .json, as many are."""
+    """Yield the rows of a list, or of JSON lines in a .json file."""
     with _open_text(file) as stream:
         reader = JsonStream(stream)
         opening = reader.peek()
@@ -236,29 +236,29 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 raise _not_json(file, reader, count, error.msg, error.pos) from None
             except ValueError as error:
                 raise DataFileError(
-                    f"{file}, line {reader.line}: {_first(error)}, after {count:,} whole rows"
+                    f"{file}, line {reader.line}: {_first(error)}, after {count:,} complete rows"
                 ) from None
             yield f"index {count}", row
             count += 1
         reader.take(1)
         if reader.peek():
-            more = "something follows the end of the list; make it one, or call the file .jsonl"
+            more = "more text follows the end of the list; write one list, or name the file .jsonl"
             raise _not_json(file, reader, count, more, reader.place)
 
 
 def _no_list(file: Path) -> DataFileError:
-    """What a JSON file holds in place of a list, and where in it one is."""
+    """Return the error about a JSON file that does not hold a list; it names a list inside it, if one exists."""
     if file.stat().st_size > LONGEST:
-        return DataFileError(f"{file}: it should hold a list of rows; give the list by itself")
-    content = _whole(file)
+        return DataFileError(f"{file}: it should be a list of rows; save only the list")
+    content = _read_all(file)
     items = content.items() if isinstance(content, dict) else ()
     lists = [key for key, value in items if isinstance(value, list)]
-    mend = f"; give the list under {lists[0]} by itself" if lists else ""
-    return DataFileError(f"{file}: it should hold a list of rows; it holds {type(content).__name__}{mend}")
+    fix = f"; save only the list under {lists[0]}" if lists else ""
+    return DataFileError(f"{file}: it should be a list of rows, not {type(content).__name__}{fix}")
 
 
 def _has_more_lines(file: Path) -> bool:
-    """Whether the first line is a whole JSON value and another follows."""
+    """Check whether the first line is a complete JSON value and another line follows."""
     with _open_text(file) as stream:
         first = next((line for line in _pieces(stream) if line.strip()), "")
         try:
@@ -268,7 +268,7 @@ def _has_more_lines(file: Path) -> bool:
         return any(line.strip() for line in _pieces(stream))
 
 
-def _whole(file: Path) -> Any:
+def _read_all(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding=text_encoding(file)))
     except ValueError as error:
@@ -277,21 +277,24 @@ def _whole(file: Path) -> Any:
 
 
 def _not_json(file: Path, reader: JsonStream, count: int, problem: str, place: int) -> DataFileError:
-    """What is wrong at a place of the reader's text, which is read to the file's end, and whether it ends there."""
+    """Return the error at a position of the reader's text; at the end of the file, it says that the file is
+    truncated."""
     rest = reader.text[place:].strip()
     half_escape = problem.startswith("Invalid \\u") and len(rest) <= len("\\uXXXX")
     cut = not rest or rest in _BEGINNINGS or half_escape or problem.startswith("Unterminated string")
-    ended = " and the file ends there: it is cut off" if cut else ""
-    return DataFileError(f"{file}, line {reader.line}: not JSON: {problem}, after {count:,} whole rows{ended}")
+    ended = " and the file ends there: it is truncated" if cut else ""
+    return DataFileError(f"{file}, line {reader.line}: not JSON: {problem}, after {count:,} complete rows{ended}")
 
 
 def _first(error: ValueError) -> str:
-    return str(getattr(error, "msg", error)).splitlines()[0].partition("; use sys.")[0]  # Python's advice on numbers
+    return (
+        str(getattr(error, "msg", error)).splitlines()[0].partition("; use sys.")[0]
+    )  # without Python's advice on long numbers
 
 
 def table_delimiter(file: Path) -> str:
-    """What separates a table's fields: a tab in TSV; in CSV what its first line has most of: a comma, a tab, or a
-    semicolon, which spreadsheets write where the comma is the decimal sign."""
+    """Return the delimiter of a table: a tab in TSV; in CSV the most frequent one in the first line, of comma, tab, and
+    semicolon, which spreadsheets write in locales with a decimal comma."""
     if file.suffix.lower() == ".tsv":
         return "\t"
     with _open_text(file) as stream:
@@ -300,7 +303,7 @@ def table_delimiter(file: Path) -> str:
 
 
 def _table_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """A table's rows with the line on which each begins; a quoted cell may go over several lines."""
+    """Yield a table's rows with the line on which each starts; a quoted cell may have several lines."""
     csv.field_size_limit(LONGEST)
     delimiter = table_delimiter(file)
     with _open_text(file, newline="") as stream:
@@ -313,8 +316,8 @@ def _table_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
                     names = _header(file, cells)
                 elif cells and len(cells) != len(names):
                     raise DataFileError(
-                        f"{file}, line {start}: {len(cells)} fields, where its first line names {len(names)}; put text "
-                        "that holds the separator in double quotes"
+                        f"{file}, line {start}: {len(cells)} fields, but the first line has {len(names)}; put text "
+                        "that contains the separator in double quotes"
                     )
                 elif cells:
                     yield f"line {start}", dict(zip(names, cells, strict=True))
@@ -331,11 +334,11 @@ def _lines(stream: Any) -> Iterator[str]:
 
 
 def _header(file: Path, names: Sequence[str]) -> list[str]:
-    """A table's column names without the white space around them."""
+    """Return a table's column names without surrounding white space."""
     found = [name.strip() or f"(column {place})" for place, name in enumerate(names, 1)]
     twice = [name for name, count in Counter(found).items() if count > 1]
     if twice:
-        raise DataFileError(f"{file}, line 1: the column {twice[0]!r} stands there twice; rename one")
+        raise DataFileError(f"{file}, line 1: the column {twice[0]!r} appears twice; rename one")
     return found
 
 
@@ -354,7 +357,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _without_bytes(table: Any) -> list[str]:
-    """The columns to read: of an image that is stored in the table, its path and not its bytes."""
+    """Return the columns to read; of images stored in the table, the path without the bytes."""
     leaves = [table.schema.column(i) for i in range(len(table.schema))]
     parents = [leaf.path.rpartition(".")[0] for leaf in leaves]
     return [
@@ -369,10 +372,10 @@ def _is_bytes(leaf: Any) -> bool:
 
 
 def parquet_columns(file: Path) -> dict[str, bool]:
-    """A Parquet file's columns, and which of them hold something else than text and numbers, such as images.
+    """Return a Parquet file's columns, and for each whether it holds binary or nested values, such as images.
 
     Raises:
-        DataFileError: Where it is no Parquet file.
+        DataFileError: If it is not a Parquet file.
     """
     import pyarrow
     import pyarrow.parquet

@@ -1,4 +1,4 @@
-"""Data sets in several files: `train-00000-of-00003.parquet` and its siblings are one."""
+"""Data sets in several files (shards), such as `train-00000-of-00003.parquet`."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from lora_llava.core.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 SPLIT_WORDS = {
-    "train": ("train", "training"), "validation": ("val", "valid", "validation", "dev", "eval"), "test": ("test",),
-}  # fmt: skip
-"""What people call their splits in file names."""
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev", "eval"),
+    "test": ("test",),
+}
+"""Names of splits in file names."""
 _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json")
-"""What `datasets` writes beside the rows."""
+"""Metadata files that `datasets` writes beside the rows."""
 _NAME = re.compile(r"(?P<stem>.*?)(?P<index>\d+)(?P<of>[-_.]of[-_.])(?P<total>\d+)(?P<hash>-[0-9a-f]{6,})?")
-"""As `datasets` and TensorFlow name them; older releases of `datasets` add a hash of the content."""
+"""Shard names of `datasets` and TensorFlow; older releases of `datasets` add a hash of the content."""
 _NAMED = 5
 _DIGITS_FROM_ZERO = 4
-"""`1-of-3` counts from one, `00000-of-00003` from zero, where the set itself does not say."""
+"""Numbers with at least this many digits are counted from zero (`00000-of-00003`), others from one (`1-of-3`), unless
+the files show it."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What a shard's name says.
+    """The parts of a shard's name.
 
     Attributes:
-        stem: What stands before the numbers, such as `train-`.
-        index: Its number.
-        total: How many there are.
-        digits: How many digits its number has.
-        rest: What stands between the number and the hash, such as `-of-00003`.
-        hash: The hash of its content, or nothing.
+        stem: The text before the numbers, such as `train-`.
+        index: The shard's number.
+        total: The number of shards.
+        digits: The number of digits of the index.
+        rest: The text between the index and the hash, such as `-of-00003`.
+        hash: The hash of the content, or empty.
         suffix: The file's suffix.
     """
 
@@ -47,36 +50,41 @@ class Shard:
     suffix: str
 
     def name(self, index: int) -> str:
-        """The file name of the set's shard with this number; `*` stands for an unknown hash."""
+        """Return the file name of the shard with this number; `*` stands for an unknown hash."""
         return f"{self.stem}{index:0{self.digits}d}{self.rest}{'-*' if self.hash else ''}{self.suffix}"
 
 
 def shard_of(name: str) -> Shard | None:
-    """What a file's name says of its place in a set; None where it is a file by itself."""
+    """Parse the name of a shard; None if the file is not a shard."""
     path = Path(name)
     found = _NAME.fullmatch(path.stem)
     if found is None or int(found["total"]) < 1:
         return None
     return Shard(
-        found["stem"], int(found["index"]), int(found["total"]), len(found["index"]),
-        f"{found['of']}{found['total']}", found["hash"] or "", path.suffix,
-    )  # fmt: skip
+        found["stem"],
+        int(found["index"]),
+        int(found["total"]),
+        len(found["index"]),
+        f"{found['of']}{found['total']}",
+        found["hash"] or "",
+        path.suffix,
+    )
 
 
 def set_stem(file: Path) -> str:
-    """A file's name without its suffix and a shard's number: what its data set is called."""
+    """Return the name of a file's data set: the file's name without suffix and shard number."""
     shard = shard_of(file.name)
     return file.stem if shard is None else shard.stem.rstrip("-_.") or file.parent.name
 
 
 def group_files(files: Iterable[Path]) -> list[tuple[Path, ...]]:
-    """Bring the shards of a set together; a file that is no shard is a set by itself.
+    """Group shards into sets; a file that is not a shard is a set by itself.
 
     Args:
-        files: Files of rows, of one folder or several.
+        files: Files of rows, in one or several folders.
 
     Returns:
-        Sets in the order of their first files, shards by number; a set may lack shards.
+        Sets in the order of their first files, with shards by number; a set may be incomplete.
     """
     sets: dict[tuple[object, ...], list[tuple[int, Path]]] = {}
     for file in files:
@@ -86,18 +94,18 @@ def group_files(files: Iterable[Path]) -> list[tuple[Path, ...]]:
     return [tuple(file for _, file in sorted(found)) for found in sets.values()]
 
 
-def whole_set(file: Path, where: str) -> tuple[Path, ...]:
-    """All files of the set that a file is part of.
+def all_shards(file: Path, where: str) -> tuple[Path, ...]:
+    """Return all files of the set that a file belongs to.
 
     Args:
-        file: A shard, or a file by itself.
-        where: The field that names it, for messages.
+        file: A shard, or another file.
+        where: The recipe field of the file, for messages.
 
     Returns:
-        The files in order; the file alone where it is no shard.
+        The files in order; only the file if it is not a shard.
 
     Raises:
-        UserError: Naming the shards that are missing, or that are there twice.
+        UserError: If shards are missing or repeated; the message names them.
     """
     shard = shard_of(file.name)
     if shard is None:
@@ -118,25 +126,28 @@ def whole_set(file: Path, where: str) -> tuple[Path, ...]:
         more = f" and {count - _NAMED:,} more" if count > _NAMED else ""
         raise UserError(
             f"{where}: {file.parent} lacks {', '.join(missing)}{more}, of the {shard.total:,} shards of "
-            f"{set_stem(file)}; add what is missing"
+            f"{set_stem(file)}; add the missing files"
         )
     over = next((each.name for each in files if (s := shard_of(each.name)) and s.index not in numbers), None)
     if over is not None:
-        raise UserError(f"{where}: {over} in {file.parent} is numbered over its total; rename it")
+        raise UserError(f"{where}: {over} in {file.parent} has a number over its total; rename it")
     return files
 
 
 def row_files(folder: Path, deeper: bool = False) -> list[Path]:
-    """A folder's files of rows, or those of its subfolders, in the order of their names."""
+    """Return a folder's files of rows, or those of its subfolders, sorted by name."""
     return sorted(
-        file for file in folder.glob("*/*" if deeper else "*")
-        if file.suffix.lower() in SUFFIXES and file.is_file() and not file.name.startswith(".")
+        file
+        for file in folder.glob("*/*" if deeper else "*")
+        if file.suffix.lower() in SUFFIXES
+        and file.is_file()
+        and not file.name.startswith(".")
         and file.name not in _NOT_ROWS
-    )  # fmt: skip
+    )
 
 
 def set_words(file: Path, folder: Path) -> set[str]:
-    """The words of a file's name, or, where that is only a number, of the folder's that it is in."""
+    """Return the words of a file's name, or of its folder's name if the file's is only a number."""
     name = set_stem(file)
     if re.fullmatch(r"[\d_.-]*", name) and file.parent != folder:
         name = file.parent.name
@@ -144,5 +155,5 @@ def set_words(file: Path, folder: Path) -> set[str]:
 
 
 def split_words(split: str) -> set[str]:
-    """What people call a split in file names."""
+    """Return the names of a split in file names."""
     return next((set(words) for words in SPLIT_WORDS.values() if split.lower() in words), {split.lower()})

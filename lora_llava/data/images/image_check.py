@@ -1,4 +1,4 @@
-"""Every image opened once, in parallel, and what is odd about it; unchanged files are not opened again."""
+"""Inspect images in parallel for errors and oddities; unchanged files are not opened again."""
 
 from __future__ import annotations
 
@@ -23,25 +23,30 @@ from lora_llava.data.images.reading import BadImageError, FolderImages, ImageSou
 from lora_llava.data.images.to_rgb import CONVERSION_RULE, Background
 
 _SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png", ".apng"), "GIF": (".gif",), "WEBP": (".webp",),
-    "BMP": (".bmp", ".dib"), "TIFF": (".tif", ".tiff"), "MPO": (".jpg", ".jpeg", ".mpo"),
-}  # fmt: skip
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "MPO": (".jpg", ".jpeg", ".mpo"),
+}
 _ORIENTATION = 0x0112
 """The EXIF tag of the camera's orientation; 1 is upright (CIPA DC-008, section 4.6.4)."""
 _AT_ONCE = 64
 _TINY = 8
-"""A side of fewer pixels is hardly an image."""
+"""Images with a side of fewer pixels are reported as tiny."""
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What is known of an image.
+    """Facts about an image.
 
     Attributes:
-        problem: Why it cannot be used; None where it can.
-        kind: The same in a word or two.
-        oddities: What a person may want to know though it can be used: pairs of kind and message.
-        digest: SHA-256 of its file, in hex; "" where there is none.
+        problem: Why it cannot be used; None if it can.
+        kind: The problem in a word or two.
+        oddities: Warnings about a usable image: pairs of kind and message.
+        digest: SHA-256 of its file, in hex; "" if none exists.
     """
 
     problem: str | None = None
@@ -51,19 +56,21 @@ class ImageFacts:
 
 
 def inspect_images(
-    images: ImageSource, names: Iterable[str], cache: Path | None = None,
+    images: ImageSource,
+    names: Iterable[str],
+    cache: Path | None = None,
     progress: Callable[[Iterable[ImageFacts]], Iterable[ImageFacts]] = lambda found: found,
-) -> dict[str, ImageFacts]:  # fmt: skip
-    """Open images as training will.
+) -> dict[str, ImageFacts]:
+    """Inspect images, opening them as training does.
 
     Args:
-        images: Opens them: those of one source, which know how large an image may be.
-        names: Which.
-        cache: File that keeps what was found, by name, size and time of change; None keeps nothing.
-        progress: Wraps the images as they are done, for a progress bar.
+        images: The image source, with a limit on pixels.
+        names: The names of the images.
+        cache: The file that caches the facts by name, size and time of change; None does not cache.
+        progress: Wraps the inspected images, for a progress bar.
 
     Returns:
-        What was found, by name.
+        The facts about the images, by name.
     """
     names = list(names)
     known = _load(cache)
@@ -73,7 +80,7 @@ def inspect_images(
     }
     missing = [name for name in names if name not in found]
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        warnings.simplefilter("ignore")  # Pillow's remarks about odd files; what matters is found by `_oddities`
+        warnings.simplefilter("ignore")  # Pillow's warnings; `_oddities` finds what matters
         try:
             coming = Counted(_mapped(pool, images, missing), len(missing))
             for name, image in zip(missing, progress(coming), strict=True):
@@ -86,7 +93,7 @@ def inspect_images(
 
 
 def _contradicting(images: ImageSource, found: Mapping[str, ImageFacts]) -> dict[str, ImageFacts]:
-    """Names that were matched to a file that another name means too: `a/01.png` and `b/01.png` are two images."""
+    """Return errors for names matched to a file that another name also means: `a/01.png` and `b/01.png` differ."""
     matched: dict[str, str] = {}
     if isinstance(images, FolderImages):
         loose = (name for name, image in found.items() if any(kind == MATCHED for kind, _ in image.oddities))
@@ -98,14 +105,15 @@ def _contradicting(images: ImageSource, found: Mapping[str, ImageFacts]) -> dict
         with contextlib.suppress(BadImageError):
             files[name] = str(images.find(name))  # type: ignore[attr-defined]
     return {
-        name: ImageFacts(f"image {name} may be {matched[name]}, but so may {other}; write the file that each means",
-                      "ambiguous name")
+        name: ImageFacts(
+            f"image {name} may be {matched[name]}, but so may {other}; write the exact file names", "ambiguous name"
+        )
         for name, other in contradictions(files, matched).items()
-    }  # fmt: skip
+    }
 
 
 def _mapped(pool: ThreadPoolExecutor, images: ImageSource, names: list[str]) -> Iterator[ImageFacts]:
-    """Few images at a time are under way, so that memory does not grow with their number."""
+    """Inspect a limited number of images at a time, so that memory does not grow with their number."""
     waiting = iter(names)
     running = [pool.submit(inspect_image, images, name) for name in islice(waiting, _AT_ONCE)]
     while running:
@@ -114,7 +122,7 @@ def _mapped(pool: ThreadPoolExecutor, images: ImageSource, names: list[str]) -> 
 
 
 def inspect_image(images: ImageSource, name: str) -> ImageFacts:
-    """Open one image as training does, to its last byte."""
+    """Inspect one image, decoding it completely as training does."""
     limit: int = images.max_pixels  # type: ignore[attr-defined]
     digest = ""
     try:
@@ -132,37 +140,40 @@ def inspect_image(images: ImageSource, name: str) -> ImageFacts:
 def _match(images: ImageSource, name: str) -> Iterator[tuple[str, str]]:
     file = images.matched(name) if isinstance(images, FolderImages) else None
     if file is not None:
-        yield MATCHED, f"image {name} is not there under this name; the file {file} is taken for it"
+        yield MATCHED, f"image {name} does not exist under this name; the file {file} is used"
 
 
 def _oddities(content: bytes, name: str, is_converted: bool) -> list[tuple[str, str]]:
-    """What is odd about an image that can be used; what Pillow cannot tell of it is one thing more."""
+    """Return the oddities of a usable image; a failure to read its details is one more."""
     found: list[tuple[str, str]] = []
     try:
-        found.extend(_look(content, name, is_converted))
-    except Exception as error:  # Pillow's decoders raise anything for what comes after the first frame
-        found.append(("odd image", f"image {name} is read, but not all of its file is sound: {error}"))
+        found.extend(_find_oddities(content, name, is_converted))
+    except Exception as error:  # Pillow's decoders raise anything for the data after the first frame
+        found.append(("odd image", f"image {name} is read, but a part of its file is damaged: {error}"))
     return found
 
 
-def _look(content: bytes, name: str, is_converted: bool) -> Iterator[tuple[str, str]]:
+def _find_oddities(content: bytes, name: str, is_converted: bool) -> Iterator[tuple[str, str]]:
     with Image.open(io.BytesIO(content)) as image:
         kind, suffix = str(image.format), Path(name).suffix.lower()
         known = {other for suffixes in _SUFFIXES.values() for other in suffixes}
         if suffix in known and suffix not in _SUFFIXES.get(kind, ()):
-            yield "mislabelled image", f"image {name} is a {kind}; it is read as one, but its name misleads"
+            yield "mislabelled image", f"image {name} is a {kind}; it is read as such, but its suffix is wrong"
         if image.mode != "RGB" and not is_converted:
-            yield "image not RGB", f"image {name} has mode {image.mode}; it is converted, look at it in the preview"
+            yield "image not RGB", f"image {name} has mode {image.mode}; it is converted, check it in the preview"
         if getattr(image, "n_frames", 1) > 1:
-            yield "several frames", f"image {name} has {image.n_frames} frames; only the first is seen"  # type: ignore[attr-defined]
+            yield "several frames", f"image {name} has {image.n_frames} frames; only the first is used"  # type: ignore[attr-defined]
         if image.getexif().get(_ORIENTATION, 1) not in (0, 1):
-            yield "turned image", f"image {name} lies on its side but for an EXIF tag; the model sees it lying"
+            yield (
+                "turned image",
+                f"image {name} is rotated by an EXIF tag, which is ignored; the model sees it unrotated",
+            )
         if min(image.size) < _TINY:
             yield "tiny image", f"image {name} has {image.width} x {image.height} pixels"
 
 
 def _stamp(images: ImageSource, name: str) -> str:
-    """Size and time of change, and the limit it was held to; nothing for what is no file of its own."""
+    """Return the size, the times and the settings of an image as a cache key; empty if it is not a file."""
     if isinstance(images, TableImages) and images.fingerprint:
         return f"{images.fingerprint}:{images.max_pixels}:{images.background}:{CONVERSION_RULE}"
     if not isinstance(images, FolderImages):
@@ -172,7 +183,7 @@ def _stamp(images: ImageSource, name: str) -> str:
         facts = path.stat()
     except (BadImageError, OSError):
         return ""
-    # st_ctime_ns too: a copy that keeps the time of change (`cp -p`, rsync) may have the size as well.
+    # st_ctime_ns too: a copy that keeps the time of change (`cp -p`, rsync) may also have the same size.
     times = f"{facts.st_mtime_ns}:{facts.st_ctime_ns}"
     return f"{path}:{facts.st_size}:{times}:{images.max_pixels}:{images.background}:{CONVERSION_RULE}"
 
@@ -186,7 +197,7 @@ def _load(cache: Path | None) -> dict[str, tuple[str, ImageFacts]]:
             name: (stamp, ImageFacts(**facts | {"oddities": tuple(map(tuple, facts["oddities"]))}))
             for name, (stamp, facts) in kept.items()
         }
-    except (ValueError, TypeError, KeyError, AttributeError):  # half a file, or one of another version: look again
+    except (ValueError, TypeError, KeyError, AttributeError):  # incomplete, or of another version: inspect again
         return {}
 
 
@@ -201,5 +212,5 @@ def _save(cache: Path | None, found: dict[str, tuple[str, ImageFacts]]) -> None:
         temporary.replace(cache)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):  # a cache that cannot be written is none
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):  # an unwritable cache is not used
             raise

@@ -1,4 +1,4 @@
-"""Image names as rows have them, matched to the files of a folder: by file name, where only one file fits."""
+"""Match the image names of rows to the files of a folder, by file name if only one file fits."""
 
 from __future__ import annotations
 
@@ -13,21 +13,41 @@ from urllib.parse import unquote
 MATCHED = "image matched by file name"
 """Kind of note."""
 SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif",
-     ".jp2", ".j2k", ".tga", ".ppm", ".pgm", ".ico", ".mpo")
-)  # fmt: skip
-"""What a name without suffix may be called in full."""
+    (
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".apng",
+        ".webp",
+        ".bmp",
+        ".dib",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".avif",
+        ".jp2",
+        ".j2k",
+        ".tga",
+        ".ppm",
+        ".pgm",
+        ".ico",
+        ".mpo",
+    )
+)
+"""Suffixes that a name without one may have."""
 
 
 class NameIndex:
-    """The files under a folder by what their names have in common with a row's.
+    """An index of the files under a folder, for inexact names.
 
-    Spaces around a name, capitals, accents' forms, `%20` and backslashes do not count; a suffix may be missing; a
-    folder in front may be another. The folder is read when the first name is looked up.
+    Surrounding spaces, capitals, the form of accents, `%20` and backslashes are ignored; a suffix may be missing, and
+    the folders may differ. The folder is read when the first name is looked up.
 
     Args:
         root: The folder.
-        follow_links: Whether links to folders are followed.
+        follow_links: Whether to follow links to folders.
     """
 
     def __init__(self, root: Path, follow_links: bool = False) -> None:
@@ -35,10 +55,10 @@ class NameIndex:
         self.follow_links = follow_links
 
     def candidates(self, name: str) -> list[str]:
-        """Files that a name may mean, relative to the folder; several where it cannot be decided.
+        """Return the files that a name may mean, relative to the folder; several if the name is ambiguous.
 
-        Among files of one name those count whose folders agree best: the same ones, else those of the longer path
-        continue the shorter one, else as many as possible from the end.
+        Among files of one name, those with the best-matching folders are returned: equal folders first, then folders of
+        which one path ends with the other, then the most equal folders counted from the end.
         """
         for text in dict.fromkeys((name, unquote(name))):
             parts = name_parts(text)
@@ -53,7 +73,7 @@ class NameIndex:
 
     @cached_property
     def _files(self) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-        """Files by their names, and by their names without suffix."""
+        """The files by name, and by name without suffix."""
         exact: dict[str, list[str]] = {}
         stems: dict[str, list[str]] = {}
         for file in walk_files(self.root, self.follow_links):
@@ -66,11 +86,11 @@ class NameIndex:
 
 
 def walk_files(root: Path, follow_links: bool = False) -> Iterator[str]:
-    """All files under a folder; with links followed, every folder once, so that a circle of links ends.
+    """Yield all files under a folder; if links are followed, each folder once, so that cycles of links end.
 
     Args:
         root: The folder.
-        follow_links: Whether links to folders are followed.
+        follow_links: Whether to follow links to folders.
     """
     seen: set[str] = set()
     for folder, below, files in os.walk(root, followlinks=follow_links):
@@ -84,21 +104,21 @@ def walk_files(root: Path, follow_links: bool = False) -> Iterator[str]:
 
 
 def name_parts(name: str) -> tuple[str, ...]:
-    """A name's folders and file in the form in which names are compared, without a drive and without `..`."""
+    """Return a name's folders and file, normalised for comparison, without a drive and without `..`."""
     plain = re.sub(r"^\s*[A-Za-z]:(?=[\\/])", "", name).replace("\\", "/")
     parts = (_alike(part) for part in plain.split("/"))
     return tuple(part for part in parts if part not in ("", ".", ".."))
 
 
 def contradictions(files: Mapping[str, str], matched: Mapping[str, str]) -> dict[str, str]:
-    """Names that were matched to a file which another name, with other folders in front, also means.
+    """Find names matched to a file that another name, with different folders, also means.
 
     Args:
         files: The file of each name.
-        matched: Of these names, those that were matched by file name.
+        matched: The names that were matched by file name.
 
     Returns:
-        By matched name, the other name.
+        The other name, by matched name.
     """
     of_file: dict[str, dict[tuple[str, ...], str]] = {}
     for name, file in files.items():
@@ -114,7 +134,7 @@ def contradictions(files: Mapping[str, str], matched: Mapping[str, str]) -> dict
 
 
 def _continues(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """Whether the folders of two names agree as far as both have any."""
+    """Check whether the folders of two names agree as far as both have folders."""
     shorter = min(len(one), len(other)) - 1
     return shorter == 0 or one[:-1][-shorter:] == other[:-1][-shorter:]
 
@@ -130,7 +150,7 @@ def _agreement(parts: tuple[str, ...], name: str, file: str) -> tuple[bool, bool
 
 
 def _alike(name: str) -> str:
-    """What file names of one image have in common, whatever their capitals, accents' forms and spaces around them."""
+    """Normalise a file name: capitals, the form of accents and surrounding spaces."""
     return unicodedata.normalize("NFC", name).casefold().strip()
 
 
@@ -140,19 +160,19 @@ def _suffix(name: str) -> str:
 
 
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?(\d{12}\.jpg)")
-"""A file of COCO; the group is its name in the releases from 2017 on."""
+"""File names of COCO; the group is the name in the releases from 2017 on."""
 _COCO_FOLDERS = ("", "train2017", "val2017", "train2014", "val2014")
 
 
 def coco_names(name: str) -> list[str]:
-    """Other names that COCO's releases give an image: 2014's files are `COCO_train2014_000000442786.jpg`, 2017's
+    """Return the other names of an image in COCO's releases: 2014's files are `COCO_train2014_000000442786.jpg`, 2017's
     `000000442786.jpg`, each in a folder of the split.
 
     Args:
-        name: As a row has it.
+        name: The image name of a row.
 
     Returns:
-        Candidates beside it and in the splits' folders; none where the name is not COCO's.
+        Candidates beside it and in the splits' folders; none if the name is not from COCO.
     """
     folder, _, own = name.rpartition("/")
     match = COCO_NAME.fullmatch(own)
@@ -160,7 +180,7 @@ def coco_names(name: str) -> list[str]:
         return []
     number = match[1]
     parent, _, last = folder.rpartition("/")
-    bases = [folder, parent] if last in _COCO_FOLDERS[1:] else [folder]  # a folder of COCO's may be named, or not
+    bases = [folder, parent] if last in _COCO_FOLDERS[1:] else [folder]  # the name may or may not have a COCO folder
     files = [number, *(f"COCO_{split}2014_{number}" for split in ("train", "val"))]
     found = ["/".join(filter(None, (base, sub, file))) for base in bases for sub in _COCO_FOLDERS for file in files]
     return [candidate for candidate in found if candidate != name]

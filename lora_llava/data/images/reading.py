@@ -1,4 +1,4 @@
-"""Images: opened lazily, never outside their folder, never from a URL, never larger than a cap."""
+"""Image sources: open images lazily, only inside their folder, never from a URL, up to a size limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image, UnidentifiedImageError
 
 from lora_llava.core.errors import RefusedError, UserError
-from lora_llava.core.patience import patiently
+from lora_llava.core.retry import retry
 from lora_llava.data.images.image_names import NameIndex, coco_names
 from lora_llava.data.images.to_rgb import Background, Converted, to_rgb
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     import torch
 
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-"""Pillow's own cap; the second is raised where warnings are errors."""
+"""Errors of Pillow's size limit; the second is raised if warnings are errors."""
 
 
 _HEAD_BYTES, _PIXEL_BYTES = 1 << 22, 4
-"""Most bytes of an image's file: of each pixel, unpacked, in RGBA, and of profiles and thumbnails beside them."""
+"""Most bytes of an image's file: for metadata such as profiles, and per pixel of uncompressed RGBA."""
 _FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""Formats that are decoded in this process; of others Pillow starts a program for EPS (Ghostscript)."""
+"""Formats that are decoded. Others are refused: for EPS, Pillow would start Ghostscript."""
 
 
 class BadImageError(RefusedError):
@@ -37,57 +37,55 @@ class BadImageError(RefusedError):
 
 
 class ImageSource(Protocol):
-    """Opens the images that conversations name."""
+    """A source of the images that conversations name."""
 
     def open(self, name: str) -> Image.Image:
-        """Give one image in RGB; BadImageError says what is wrong with it."""
+        """Return an image in RGB; raise BadImageError if it cannot be used."""
         ...
 
     def read(self, name: str) -> bytes:
-        """Give one image's file, undecoded; BadImageError where there is none."""
+        """Return an image's file, undecoded; raise BadImageError if it does not exist."""
         ...
 
     def label(self, name: str) -> str:
-        """Name one image for a person: by its file, or by its row in a table."""
+        """Return an image's name for messages: its file, or its row in a table."""
         ...
 
 
 PixelLoader = Callable[[Sequence[str]], "torch.Tensor"]
-"""Gives the images of these names as a model's `pixel_values`, in order: pixels, or a tower's features of them."""
+"""Returns the `pixel_values` of the named images, in order: pixels, or the vision tower's features."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Opens images and preprocesses them.
+    """Loader that opens and preprocesses images.
 
     Args:
-        images: Opens them.
-        image_processor: The exported processor's, so that training and serving see the same pixels.
+        images: The image source.
+        image_processor: The exported processor's image processor, so that training and serving use the same pixels.
     """
 
     images: ImageSource
     image_processor: Any
 
     def __call__(self, names: Sequence[str]) -> torch.Tensor:
-        """Pixels of these images, float32 of shape (images, 3, height, width)."""
+        """Return the pixels of these images, float32 of shape (images, 3, height, width)."""
         opened = [self.images.open(name) for name in names]
         pixels: torch.Tensor = self.image_processor(opened, return_tensors="pt")["pixel_values"]
         return pixels
 
 
-def read_rgb(
-    file: Path | io.BytesIO, name: str, max_pixels: int, background: Background = "white"
-) -> Image.Image:  # fmt: skip
+def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int, background: Background = "white") -> Image.Image:
     """Decode an image to RGB; arguments and errors are those of `read_converted`."""
     return read_converted(file, name, max_pixels, background).image
 
 
 def read_converted(file: Path | io.BytesIO, name: str, max_pixels: int, background: Background = "white") -> Converted:
-    """Decode an image to RGB, as training, checks, previews, chats and evaluations all do.
+    """Decode an image to RGB; all parts of the program use this function.
 
     Args:
         file: A file or its bytes.
-        name: Its name, for the message.
+        name: The image's name, for messages.
         max_pixels: Most pixels it may have; checked before decoding.
         background: See `to_rgb`.
 
@@ -95,12 +93,12 @@ def read_converted(file: Path | io.BytesIO, name: str, max_pixels: int, backgrou
         An RGB image, fully decoded, and notes on how it was converted.
 
     Raises:
-        BadImageError: For anything that is not a whole image of at most `max_pixels` in a common format.
+        BadImageError: If it is not a complete image of at most `max_pixels` in a supported format.
     """
     try:
         with Image.open(file) as image:
             if image.format not in _FORMATS:
-                raise BadImageError(f"image {name} is {image.format}, which is not read; save it as PNG or JPEG")
+                raise BadImageError(f"image {name} is {image.format}, which is not supported; save it as PNG or JPEG")
             if image.width * image.height > max_pixels:
                 raise BadImageError(
                     f"image {name} has {image.width} x {image.height} pixels, over max_image_pixels {max_pixels}",
@@ -112,33 +110,39 @@ def read_converted(file: Path | io.BytesIO, name: str, max_pixels: int, backgrou
     except _TOO_LARGE as error:
         raise BadImageError(f"image {name} is over max_image_pixels {max_pixels}: {error}", "oversized image") from None
     except UnidentifiedImageError:
-        raise BadImageError(f"image {name} cannot be read: it is no image, or one of an unknown kind") from None
+        raise BadImageError(f"image {name} cannot be read: it is not an image, or of an unknown format") from None
     except BadImageError:
         raise
-    except Exception as error:  # Pillow's decoders raise anything for files that are broken
+    except Exception as error:  # Pillow's decoders raise anything for damaged files
         raise BadImageError(f"image {name} cannot be read: {error}") from None
 
 
 class _OutsideError(BadImageError):
-    """A name that by itself, without any link, leads out of the folder."""
+    """A name that leads out of the folder by itself, without a link."""
 
 
 class FolderImages:
     """Images under one folder.
 
     Args:
-        root: The folder; nothing outside it is opened, through `..`, an absolute name or a link.
+        root: The folder; no file outside it is opened, by `..`, an absolute name or a link.
         max_pixels: Most pixels of an image.
         background: See `to_rgb`.
-        follow_links: Open what links in the folder lead to, wherever that is.
-        match_names: Match names that no file has to the one file that is meant; see `NameIndex`.
-        has_key: Whether a recipe opens the folder, whose key `data.follow_links` messages may name.
+        follow_links: Whether links in the folder may lead out of it.
+        match_names: Whether to match inexact names to files; see `NameIndex`.
+        has_key: Whether a recipe opens the folder, so that messages may name its key `data.follow_links`.
     """
 
     def __init__(
-        self, root: Path, max_pixels: int, *, background: Background = "white", follow_links: bool = False,
-        match_names: bool = True, has_key: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        root: Path,
+        max_pixels: int,
+        *,
+        background: Background = "white",
+        follow_links: bool = False,
+        match_names: bool = True,
+        has_key: bool = True,
+    ) -> None:
         self.root = root.resolve()
         self.max_pixels = max_pixels
         self.background: Background = background
@@ -152,7 +156,7 @@ class FolderImages:
             raise self._missing(name)
         self._check_file(path, name)
         try:
-            content = patiently(path.read_bytes)
+            content = retry(path.read_bytes)
         except FileNotFoundError:
             raise self._missing(name) from None
         except OSError as error:
@@ -163,26 +167,25 @@ class FolderImages:
         try:
             path = self.find(name)
             self._check_file(path, name)
-            return patiently(path.read_bytes)
+            return retry(path.read_bytes)
         except FileNotFoundError:
             raise self._missing(name) from None
         except OSError as error:
             raise BadImageError(f"image {name} cannot be read: {error.strerror}") from None
 
     def find(self, name: str) -> Path:
-        """Where an image is: under its own name, under the one that another release of COCO gives it, or under the one
-        that `matched` gives.
+        """Return the path of an image: by its name, by its name in another release of COCO, or by `matched`.
 
         Raises:
-            BadImageError: For a URL, a name or link that leads out of the folder, or a name that several files match.
+            BadImageError: If the name is a URL, leads out of the folder, or matches several files.
         """
         return self._locate(name)[0]
 
     def matched(self, name: str) -> str | None:
-        """The file, relative to the folder, that a name was matched to by file name; None for a name as it stands.
+        """Return the file, relative to the folder, to which a name was matched; None for an exact name.
 
         Raises:
-            BadImageError: As of `find`.
+            BadImageError: See `find`.
         """
         return self._locate(name)[1]
 
@@ -204,7 +207,7 @@ class FolderImages:
         for candidate in coco_names(name) if outside is None else ():
             try:
                 found = self._inside(candidate)
-            except BadImageError:  # a folder of COCO's that leads out of here
+            except BadImageError:  # the COCO folder leads out of the root
                 continue
             if found.exists():
                 return found, None
@@ -212,7 +215,7 @@ class FolderImages:
         if len(files) > 1:
             more = f" or {len(files) - 2:,} more" if len(files) > 2 else ""
             raise BadImageError(
-                f"image {name} may be {files[0]} or {files[1]}{more}; write the one that is meant", "ambiguous name"
+                f"image {name} may be {files[0]} or {files[1]}{more}; write the exact file name", "ambiguous name"
             )
         if files:
             return self._inside(files[0]), files[0]
@@ -221,21 +224,21 @@ class FolderImages:
         return path, None
 
     def _check_file(self, path: Path, name: str) -> None:
-        """Refuse what would be waited for without end, and what would fill the memory before a pixel is counted."""
+        """Refuse pipes and devices, which may block, and files too large for their pixels."""
         facts = path.stat()
         if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
-            raise BadImageError(f"image {name} is no file but a pipe, socket or device")
+            raise BadImageError(f"image {name} is a pipe, socket or device, not a file")
         if facts.st_size > _HEAD_BYTES + _PIXEL_BYTES * self.max_pixels:
             raise BadImageError(
-                f"image {name} is a file of {facts.st_size:,} bytes, more than max_image_pixels {self.max_pixels} "
-                "can take", "oversized image",
-            )  # fmt: skip
+                f"image {name} is a file of {facts.st_size:,} bytes, too large for max_image_pixels {self.max_pixels}",
+                "oversized image",
+            )
 
     def _missing(self, name: str) -> BadImageError:
         return BadImageError(f"image {name} is missing", "missing image")
 
     def _inside(self, name: str) -> Path:
-        """The file of a name, links resolved."""
+        """Return the path of a name with links resolved."""
         if "://" in name or name[:5].lower() == "data:":
             raise BadImageError(
                 f"image {name:.60} is a URL; only files under {self.root} are opened", "outside the folder"
@@ -244,42 +247,50 @@ class FolderImages:
         try:
             path = (written if self.follow_links else self.root / name).resolve()
             path.exists()
-        except (ValueError, RuntimeError, OSError) as error:  # a NUL in the name, a link to itself, a name too long
+        except (
+            ValueError,
+            RuntimeError,
+            OSError,
+        ) as error:  # a NUL in the name, a cyclic link, or a name that is too long
             raise BadImageError(f"image {name!r:.60} cannot be a file: {error!s:.100}", "missing image") from None
         if path.is_relative_to(self.root):
             return path
         if not written.is_relative_to(self.root):
-            raise _OutsideError(f"image {name} lies outside {self.root}", "outside the folder")
+            raise _OutsideError(f"image {name} is outside {self.root}", "outside the folder")
         if self.follow_links:
             return path
         hint = "; set data.follow_links=true to allow such links" if self.has_key else ""
         raise BadImageError(
-            f"image {name} lies outside {self.root}: {self._link(written)} is a link that leads out of it{hint}",
+            f"image {name} is outside {self.root}: {self._link(written)} is a link that leads out of it{hint}",
             "outside the folder",
         )
 
     def _link(self, written: Path) -> str:
-        """The first part of a path that is a link out of the folder, relative to it."""
+        """Return the first part of a path that is a link out of the folder, relative to the folder."""
         steps = [*reversed(written.relative_to(self.root).parents), written.relative_to(self.root)]
-        way = (step for step in steps if not (self.root / step).resolve().is_relative_to(self.root))
-        return next(way, steps[-1]).as_posix()
+        outside = (step for step in steps if not (self.root / step).resolve().is_relative_to(self.root))
+        return next(outside, steps[-1]).as_posix()
 
 
 class TableImages:
     """Images in a column of a `datasets.Dataset`, named by their row.
 
     Args:
-        table: A data set whose column `image` holds `{"bytes", "path"}` or None, undecoded.
+        table: A data set whose column holds `{"bytes", "path"}` or None, undecoded.
         max_pixels: Most pixels of an image.
         column: The column's name; it may also hold lists of images.
-        fingerprint: Hash of the table's content; "" where it is not known.
+        fingerprint: Hash of the table's content; "" if unknown.
         background: See `to_rgb`.
     """
 
     def __init__(
-        self, table: Any, max_pixels: int, column: str = "image", fingerprint: str = "",
+        self,
+        table: Any,
+        max_pixels: int,
+        column: str = "image",
+        fingerprint: str = "",
         background: Background = "white",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.background: Background = background
         self.fingerprint = fingerprint
         self.table = table
@@ -306,18 +317,19 @@ class TableImages:
         if content and content.get("path") and not content.get("bytes"):
             raise BadImageError(
                 f"image of row {name} is not in the table, only its path {content['path']}; set data.image_folder to "
-                "the root of the images", "missing image",
-            )  # fmt: skip
+                "the root of the images",
+                "missing image",
+            )
         if not content or not content.get("bytes"):
             raise BadImageError(f"image of row {name} is missing", "missing image")
         return bytes(content["bytes"])
 
 
 class JoinedImages:
-    """Images of several sources, named `3|name` by the place of their source.
+    """Images of several sources, named `3|name` by the index of their source.
 
     Args:
-        sources: Each opens its own.
+        sources: The image sources.
     """
 
     def __init__(self, sources: Sequence[ImageSource]) -> None:
@@ -342,23 +354,23 @@ class JoinedImages:
 
 def open_table(
     path: str, split: str, revision: str | None, where: str = "data.path", files: Sequence[Path] = ()
-) -> Any:  # fmt: skip
+) -> Any:
     """Open Parquet files, or a data set on the Hub, with its images undecoded.
 
     Args:
         path: A Parquet file or a Hub id.
-        split: Of a Hub data set.
+        split: The split of a Hub data set.
         revision: Branch, tag or commit of a Hub id.
-        where: The field that names it, for messages.
-        files: The Parquet files of one data set, in order, in place of the path.
+        where: The recipe field of the path, for messages.
+        files: The Parquet files of one data set, in order, instead of the path.
 
     Returns:
         A `datasets.Dataset`; columns of images hold `{"bytes", "path"}`.
 
     Raises:
-        UserError: Where it cannot be read.
+        UserError: If it cannot be read.
     """
-    import datasets  # heavy, and only this form needs it
+    import datasets  # slow to import, and only needed here
 
     try:
         if files or Path(path).is_file():
@@ -366,7 +378,7 @@ def open_table(
             table = datasets.load_dataset("parquet", data_files=names, split="train")
         else:
             table = datasets.load_dataset(path, split=split, revision=revision)
-    except Exception as error:  # the library raises a dozen kinds for a name that is not there
+    except Exception as error:  # the library raises many kinds of errors for a missing name
         raise UserError(f"{where}: {path}, split {split!r}, cannot be read: {str(error).splitlines()[0]}") from None
     undecoded = datasets.Image(decode=False)
     for name, feature in table.features.items():

@@ -1,4 +1,4 @@
-"""Decoded images of every mode as 8-bit RGB: deep values are scaled, transparency is composited."""
+"""Convert decoded images of every mode to 8-bit RGB: scale deep values, composite transparency."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ import numpy as np
 from PIL import Image
 
 Background = Literal["white", "black", "llava"]
-"""What lies behind transparent parts; `llava` drops transparency as LLaVA's own `convert("RGB")` does."""
+"""The background of transparent parts; `llava` drops transparency, as LLaVA's `convert("RGB")` does."""
 CONVERSION_RULE = 1
-"""Raise it when the same file would give other pixels: caches depend on it."""
+"""Increase it when the pixels of a file change: caches depend on it."""
 TRANSPARENT, SCALED = "image with transparency", "image of more than 8 bits"
 """Kinds of notes."""
 
 _DEPTHS = (8, 10, 12, 14, 16)
-"""Bits that cameras and scanners write."""
+"""Bit depths of cameras and scanners."""
 _NARROW = 16
-"""An image whose values use less than one part in so many of its depth is scaled by its own range."""
+"""An image whose values use less than this fraction (1/16) of its depth is scaled by its own range."""
 _BLOCK = 1 << 20
-"""Values converted at once, so that memory does not grow with the image."""
+"""Values converted at a time, so that memory does not grow with the image."""
 _LOW_BYTES = {"16B": "16L", "16L": "16B", "16N": "16B" if np.little_endian else "16L"}
-"""Pillow's names of 16-bit layouts: those that read the high byte, and what reads the low byte in their place."""
+"""Pillow's 16-bit layouts that read the high byte, and for each the layout that reads the low byte instead."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """An image in RGB and what was done to it.
+    """An RGB image and notes on its conversion.
 
     Attributes:
         image: Mode RGB.
-        notes: Pairs of kind and what was done, in words.
+        notes: Pairs of kind and description.
     """
 
     image: Image.Image
@@ -42,7 +42,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class _Range:
-    """The values that become black and white."""
+    """The values mapped to black and to white."""
 
     black: float
     white: float
@@ -60,8 +60,8 @@ def to_rgb(image: Image.Image, background: Background = "white") -> Converted:
     smallest finite value is black and its largest white. NaN and -inf are black, +inf is white.
 
     Args:
-        image: As Pillow opened it; it may be undecoded.
-        background: What transparent parts are composited on.
+        image: An image opened by Pillow; it may be undecoded.
+        background: The background of transparent parts.
 
     Returns:
         The image, and notes on scaling and compositing.
@@ -89,7 +89,7 @@ def to_rgb(image: Image.Image, background: Background = "white") -> Converted:
 
 
 def _plain_rgb(image: Image.Image) -> Image.Image:
-    """Pillow's own conversion, which warns of a palette with transparency unless it goes by way of RGBA."""
+    """Convert with Pillow, via RGBA for a palette with transparency, which otherwise causes a warning."""
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
@@ -101,7 +101,7 @@ def _lowest(alpha: Image.Image) -> int:
 
 
 def _deep_grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None, tuple[str, str] | None]:
-    """A grey image of 16 or 32 bits or of floats, as 8 bits, and the alpha channel that a transparent value makes."""
+    """Convert a grey image of 16 or 32 bits or floats to 8 bits, with the alpha channel of its transparent value."""
     values = np.asarray(image)
     scale = _range_of(values, values.dtype.kind == "f")
     grey = Image.fromarray(_scaled(values, scale))
@@ -116,10 +116,11 @@ def _deep_grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None, tup
 
 def _deep_colour(
     image: Image.Image, content: bytes | None
-) -> tuple[Image.Image, Image.Image | None, tuple[str, str] | None]:  # fmt: skip
-    """An image with several channels; where the file has 16 bits each and uses few of them, scaled as grey ones are.
+) -> tuple[Image.Image, Image.Image | None, tuple[str, str] | None]:
+    """Convert an image with several channels; if the file has 16 bits each and uses few of them, scale it as grey
+    images.
 
-    Pillow keeps the high byte of each value, which is right where all 16 bits are used.
+    Pillow keeps the high byte of each value, which is correct if all 16 bits are used.
     """
     if content is None:
         return image, None, None
@@ -140,17 +141,17 @@ def _deep_colour(
     elif isinstance(clear, tuple):
         hidden = (values == np.array(clear, dtype=np.uint16)).all(axis=-1)
         alpha = Image.fromarray(np.where(hidden, np.uint8(0), np.uint8(255)))
-    return rgb, alpha, None if full else (SCALED, f"has 16 bits a channel; it is scaled so that {scale}")
+    return rgb, alpha, None if full else (SCALED, f"has 16 bits per channel; it is scaled so that {scale}")
 
 
 def _alpha_range(alpha: np.ndarray, colours: _Range) -> _Range:
-    """Opaque is the colours' white where alpha has no larger value, else 16 bits."""
+    """Return the range of alpha: up to the colours' white if alpha has no larger value, else 16 bits."""
     fits = colours.black == 0 and int(alpha.max()) <= colours.white
     return _Range(0, colours.white if fits else 65535)
 
 
 def _content_of_deep(image: Image.Image) -> bytes | None:
-    """The file of an undecoded image that has 16 bits a channel; None for any other."""
+    """Return the file of an undecoded image with 16 bits per channel; None for any other."""
     tiles = getattr(image, "tile", None) or []
     if image.mode not in ("RGB", "RGBA") or not any(_layout(tile) in _LOW_BYTES for tile in tiles):
         return None
@@ -163,14 +164,14 @@ def _content_of_deep(image: Image.Image) -> bytes | None:
 
 
 def _layout(tile: Any) -> str:
-    """The part of a tile's raw mode that says how wide its values are, such as `16B`."""
+    """Return the part of a tile's raw mode that names the layout of its values, such as `16B`."""
     arguments = tile[3]
     raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return raw.rpartition(";")[2] if isinstance(raw, str) else ""
 
 
 def _low_bytes(content: bytes, mode: str) -> np.ndarray | None:
-    """The low byte of each value, which Pillow leaves out; None where it has no way to read it."""
+    """Return the low byte of each value, which Pillow drops; None if it cannot be read."""
     with Image.open(io.BytesIO(content)) as image:
         tiles = []
         for tile in image.tile:  # type: ignore[attr-defined]
@@ -186,13 +187,13 @@ def _low_bytes(content: bytes, mode: str) -> np.ndarray | None:
 
 
 def _blocks(values: np.ndarray) -> Iterator[np.ndarray]:
-    """An image's rows, so many at a time that memory does not grow with it."""
+    """Yield an image's rows in blocks of limited size."""
     rows = max(1, _BLOCK // max(1, values[:1].size))
     return (values[start : start + rows] for start in range(0, len(values), rows))
 
 
 def _range_of(values: np.ndarray, floats: bool) -> _Range:
-    """What becomes black and white; see `to_rgb`."""
+    """Return the values that become black and white; see `to_rgb`."""
     ends = [(block[np.isfinite(block)] if floats else block.ravel()) for block in _blocks(values)]
     found = [(float(block.min()), float(block.max())) for block in ends if block.size]
     if not found:
@@ -209,7 +210,7 @@ def _range_of(values: np.ndarray, floats: bool) -> _Range:
 
 
 def _scaled(values: np.ndarray, scale: _Range) -> np.ndarray:
-    """Values as 8 bits; a range without extent is black."""
+    """Scale values to 8 bits; an empty range is black."""
     out = np.empty(values.shape, dtype=np.uint8)
     done = 0
     for block in _blocks(values):

@@ -1,4 +1,4 @@
-"""Disks that fail now and then."""
+"""Reads from disks that fail temporarily."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_llava.core.patience import patiently
+from lora_llava.core.retry import retry
 
 
 def failing(times: int, number: int) -> tuple[Callable[[], str], list[int]]:
@@ -24,23 +24,23 @@ def failing(times: int, number: int) -> tuple[Callable[[], str], list[int]]:
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_what_passes_is_waited_for(number: int) -> None:
+def test_a_temporary_failure_is_retried(number: int) -> None:
     read, tries = failing(2, number)
-    assert patiently(read, (0.0, 0.0, 0.0)) == "content"
+    assert retry(read, (0.0, 0.0, 0.0)) == "content"
     assert len(tries) == 3
 
 
-def test_what_stays_is_told_after_the_last_try() -> None:
+def test_a_lasting_failure_is_raised_after_the_last_try() -> None:
     read, tries = failing(9, errno.EIO)
     with pytest.raises(OSError, match="of the disk"):
-        patiently(read, (0.0, 0.0, 0.0))
+        retry(read, (0.0, 0.0, 0.0))
     assert len(tries) == 4
 
 
-def test_what_does_not_pass_is_told_at_once(tmp_path: Path) -> None:
+def test_other_failures_are_raised_at_once(tmp_path: Path) -> None:
     read, tries = failing(1, errno.EACCES)
     with pytest.raises(PermissionError):
-        patiently(read)
+        retry(read)
     assert len(tries) == 1
     with pytest.raises(FileNotFoundError):
-        patiently((tmp_path / "gone").read_bytes)
+        retry((tmp_path / "gone").read_bytes)

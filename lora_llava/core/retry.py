@@ -1,4 +1,4 @@
-"""Reading from disks that fail now and then, as network disks do."""
+"""Retry reads that fail temporarily, as on network disks."""
 
 from __future__ import annotations
 
@@ -7,36 +7,36 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-_PASSING = {
+_TEMPORARY = {
     getattr(errno, name)
     for name in ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EBUSY", "ECONNRESET", "EHOSTDOWN", "ENETDOWN", "EREMOTEIO")
     if hasattr(errno, name)
 }
-"""What a network disk says while its server is away (errno(3))."""
+"""Errors of a network disk whose server is unreachable (errno(3))."""
 PAUSES = (0.1, 1.0, 5.0, 15.0)
 """Seconds before each further try."""
 
 Content = TypeVar("Content")
 
 
-def patiently(read: Callable[[], Content], pauses: Sequence[float] = PAUSES) -> Content:
-    """Read, and try again a few times where the disk fails in a way that may pass.
+def retry(read: Callable[[], Content], pauses: Sequence[float] = PAUSES) -> Content:
+    """Read, and try again if the disk fails temporarily.
 
     Args:
-        read: Reads.
+        read: Reads and returns the content.
         pauses: Seconds before each further try.
 
     Returns:
         What was read.
 
     Raises:
-        OSError: What does not pass, at once; what may, after the last try.
+        OSError: At once if the failure is not temporary, else after the last try.
     """
     for pause in pauses:
         try:
             return read()
         except OSError as error:
-            if error.errno not in _PASSING:
+            if error.errno not in _TEMPORARY:
                 raise
             time.sleep(pause)
     return read()
