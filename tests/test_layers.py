@@ -66,3 +66,42 @@ def test_layers_that_know_nothing_of_each_other(layer: str, other: str) -> None:
 def test_no_file_is_longer_than_400_lines() -> None:
     files = [*PACKAGE.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]
     assert [str(file) for file in files if len(file.read_text().splitlines()) > 400] == []
+
+
+SAME_IDEA = {"scienceqa": {"data", "evaluation"}}
+"""Modules of one name in two rooms besides verbs: the same idea, read and scored."""
+
+
+def modules() -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        if file.stem != "__init__":
+            found.setdefault(file.stem, []).append(file.relative_to(PACKAGE))
+    return found
+
+
+def test_a_module_name_is_used_once_besides_verbs_and_their_implementation() -> None:
+    twice = {
+        name: [file for file in files if file.parts[0] != "commands"]
+        for name, files in modules().items()
+        if {file.parts[0] for file in files} != SAME_IDEA.get(name)
+    }
+    assert {name: files for name, files in twice.items() if len(files) > 1} == {}
+
+
+def test_a_public_class_name_is_used_once() -> None:
+    homes: dict[str, list[str]] = {}
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(str(file.relative_to(PACKAGE)))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}
+
+
+def test_a_room_has_at_most_15_files_at_one_level() -> None:
+    """`commands` has one file per verb, found by the verb's name, and is exempt."""
+    levels: dict[Path, int] = {}
+    for files in modules().values():
+        for file in files:
+            levels[file.parent] = levels.get(file.parent, 0) + 1
+    assert {str(room): count for room, count in levels.items() if count > 15 and room != Path("commands")} == {}

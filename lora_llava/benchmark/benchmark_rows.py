@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lora_llava.data.conversation import Conversation, Turn
-from lora_llava.data.images.reading import read_rgb
+from lora_llava.data.images.image_sources import read_rgb
 
 IMAGE_SHARE = 0.49
 """Share of ScienceQA's rows with an image."""

@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from lora_llava.benchmark.benchmark_rows import DrawnImages, draw_rows, lay_out, shape_config, text_length
 from lora_llava.data.collator import PackedCollator
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.images.reading import Pixels
+from lora_llava.data.images.image_sources import Pixels
 from lora_llava.data.selection import build_rows
 from lora_llava.data.templates import Template, chat_template, get_template
 from lora_llava.model.adapters import add_adapters, lora_config
@@ -34,15 +34,15 @@ from lora_llava.planning.fit import measure_rows
 from lora_llava.planning.memory import CUDA_CONTEXT, Step, fit_step, smallest
 from lora_llava.recipe.schema import LINEARS, LoraSection
 from lora_llava.training.feed import Feed
-from lora_llava.training.progress import peak_memory_bytes
 from lora_llava.training.stages import checkpointing_argument
 from lora_llava.training.trainer import LlavaSFTTrainer
+from lora_llava.training.training_progress import peak_memory_bytes
 
 SIDES = ("ours", "ours_cached", "trl_random", "trl_grouped")
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchmarkSettings:
     """The settings of one run of one side.
 
     Attributes:
@@ -93,7 +93,7 @@ class Clock(TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
 
-def run_side(settings: Settings) -> dict[str, Any]:
+def run_side(settings: BenchmarkSettings) -> dict[str, Any]:
     """Train some steps and measure speed and memory.
 
     Returns:
@@ -133,7 +133,7 @@ def _template() -> Template:
     return get_template("vicuna_v1", "")
 
 
-def _batches(settings: Settings) -> list[list[Conversation]]:
+def _batches(settings: BenchmarkSettings) -> list[list[Conversation]]:
     """Return the batches of a run: the same samples for every side, grouped by length for `trl_grouped`."""
     pool = draw_rows(max(settings.steps, settings.pool) * settings.batch_size, settings.seed, settings.words)
     grouped, shuffled = lay_out([text_length(row) for row in pool], settings.batch_size, settings.steps, settings.seed)
@@ -141,7 +141,9 @@ def _batches(settings: Settings) -> list[list[Conversation]]:
     return [[pool[i] for i in batch] for batch in chosen]
 
 
-def _random_model(settings: Settings, config: LlavaConfig, with_tower: bool = True) -> LlavaForConditionalGeneration:
+def _random_model(
+    settings: BenchmarkSettings, config: LlavaConfig, with_tower: bool = True
+) -> LlavaForConditionalGeneration:
     cuda = torch.cuda.is_available()
     return build_random_llava(
         config,
@@ -153,7 +155,7 @@ def _random_model(settings: Settings, config: LlavaConfig, with_tower: bool = Tr
     )
 
 
-def _arguments(settings: Settings, **own: Any) -> SFTConfig:
+def _arguments(settings: BenchmarkSettings, **own: Any) -> SFTConfig:
     cuda = torch.cuda.is_available()
     return SFTConfig(
         output_dir=tempfile.mkdtemp(prefix="lora_llava_benchmark_"),
@@ -176,7 +178,7 @@ def _arguments(settings: Settings, **own: Any) -> SFTConfig:
     )
 
 
-def _ours(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
+def _ours(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
     cached = settings.side == "ours_cached"
     conversations = [row for batch in _batches(settings) for row in batch]
     samples, _ = build_rows(
@@ -229,7 +231,7 @@ class CountingTrainer(LlavaSFTTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def _features(settings: Settings, config: LlavaConfig, pixels: Pixels, names: list[str]) -> Any:
+def _features(settings: BenchmarkSettings, config: LlavaConfig, pixels: Pixels, names: list[str]) -> Any:
     """Compute the features of every image before the clock starts, as a vision cache does."""
     device = default_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -242,7 +244,7 @@ def _features(settings: Settings, config: LlavaConfig, pixels: Pixels, names: li
     return lambda wanted: torch.stack([kept[name] for name in wanted])
 
 
-def _planned(settings: Settings, config: LlavaConfig, rows: Any, samples: Any, cached: bool) -> Step:
+def _planned(settings: BenchmarkSettings, config: LlavaConfig, rows: Any, samples: Any, cached: bool) -> Step:
     """Plan the step with the least recomputation that fits under the cap; without a cap, with none."""
     cuda = torch.cuda.is_available()
     extremes = measure_rows(rows, samples, padded=False)
@@ -265,7 +267,7 @@ def _planned(settings: Settings, config: LlavaConfig, rows: Any, samples: Any, c
     return fitting
 
 
-def _trl(settings: Settings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
+def _trl(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
     """Set TRL up as in its documentation: its VLM collator on prompts and completions, peft_config and defaults."""
     conversations, images = [row for batch in _batches(settings) for row in batch], DrawnImages()
     dataset = Dataset.from_list(

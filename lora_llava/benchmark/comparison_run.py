@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
-from tqdm import tqdm
 
-from lora_llava.benchmark.benchmark_sides import Settings, run_side
+from lora_llava.benchmark.benchmark_sides import BenchmarkSettings, run_side
 from lora_llava.core.errors import UserError
+from lora_llava.core.progress import progress_bar
 from lora_llava.core.quiet import quieten
 from lora_llava.planning.memory import GIB
 from lora_llava.runs.directory import machine, versions, write_json
@@ -58,9 +58,9 @@ def benchmark(
         raise UserError(f"--shape {shape} would take days without a GPU; use tiny or tiny_body")
     optimizer = "paged_adamw_8bit" if torch.cuda.is_available() and r >= 64 else "adamw_torch"
     cap = None if cap_gb is None else int(cap_gb * GIB)
-    settings = [Settings(side, shape, batch_size, batch_size, steps, r, optimizer, cap) for side in sides]
+    settings = [BenchmarkSettings(side, shape, batch_size, batch_size, steps, r, optimizer, cap) for side in sides]
     best: dict[str, dict[str, Any]] = {}
-    with tqdm(total=repeats * len(settings), desc="benchmark", unit="run", dynamic_ncols=True) as bar:
+    with progress_bar(total=repeats * len(settings), desc="benchmark", unit="run") as bar:
         for _ in range(repeats):
             for one in settings:
                 bar.set_postfix_str(one.side)
@@ -89,7 +89,7 @@ def benchmark(
     return result
 
 
-def _smallest_that_fits(settings: Settings) -> dict[str, Any]:
+def _smallest_that_fits(settings: BenchmarkSettings) -> dict[str, Any]:
     """Run a side with the largest forward pass that fits into memory; accumulation keeps the batch size."""
     for micro in (size for size in range(settings.micro_batch, 0, -1) if settings.batch_size % size == 0):
         found = run_in_process(replace(settings, micro_batch=micro))
@@ -98,14 +98,14 @@ def _smallest_that_fits(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def run_in_process(settings: Settings) -> dict[str, Any]:
+def run_in_process(settings: BenchmarkSettings) -> dict[str, Any]:
     """Run one side in a new process, for its own peak memory; return `out_of_memory` if it does not fit."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=quieten) as pool:
         return pool.submit(_run, settings).result()
 
 
-def _run(settings: Settings) -> dict[str, Any]:
+def _run(settings: BenchmarkSettings) -> dict[str, Any]:
     try:
         return run_side(settings)
     except torch.cuda.OutOfMemoryError as error:

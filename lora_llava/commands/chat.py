@@ -87,8 +87,8 @@ def run(args: argparse.Namespace, console: Any) -> int:
 
 
 def _serve(args: argparse.Namespace, sampling: Any, console: Any) -> int:
-    from lora_llava.inference.web import import_gradio, serve
-    from lora_llava.inference.web_address import check_address, is_loopback
+    from lora_llava.inference.web.page import import_gradio, serve
+    from lora_llava.inference.web.web_address import check_address, is_loopback
 
     host = "127.0.0.1" if args.host is None else args.host
     import_gradio()  # before the model, whose loading takes long

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace, console: Any) -> int:
     _refuse_without_effect(args)
     server = None
     if args.server:
-        from lora_llava.inference.client import ChatServer
+        from lora_llava.inference.client.client import ChatServer
 
         timeout = 120.0 if args.timeout is None else args.timeout
         server = ChatServer(args.server, args.server_model, concurrency=args.concurrency or 8, timeout=timeout)

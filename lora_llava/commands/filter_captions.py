@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Any) -> int:
     from rich.table import Table
-    from tqdm import tqdm
 
+    from lora_llava.core.progress import progress_bar
     from lora_llava.data.concepts.concept_files import filter_caption_file
     from lora_llava.data.concepts.noun_phrases import load_noun_phrases
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, console: Any) -> int:
         minimum=args.minimum,
         maximum=args.maximum,
         seed=args.seed,
-        progress=lambda rows: tqdm(rows, unit="caption", dynamic_ncols=True),
+        progress=lambda rows: progress_bar(rows, unit="caption"),
     )
     table = Table(title="The most frequent noun phrases", title_justify="left")
     table.add_column("noun phrase")

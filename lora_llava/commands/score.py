@@ -112,8 +112,8 @@ def _score_llava_bench(args: argparse.Namespace, console: Any) -> int:
     from lora_llava.evaluation.judge.judge_report import dry_run, print_report, score_llava_bench
     from lora_llava.evaluation.judge.llava_bench import read_cases
     from lora_llava.evaluation.judge.review import JudgeSettings
-    from lora_llava.inference.budget import Budget
-    from lora_llava.inference.client import ChatServer
+    from lora_llava.inference.client.budget import Budget
+    from lora_llava.inference.client.client import ChatServer
 
     budget = Budget(args.price_in, args.price_out, args.max_cost, args.max_requests)
     settings = JudgeSettings(swap=not args.no_swap, temperature=args.judge_temperature)

@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from lora_llava.data.collator import PaddedCollator
     from lora_llava.data.conversation import Conversation, EncodingError, Turn
     from lora_llava.data.encode import IGNORE_INDEX, OverlongError, encode_conversation, encode_prompt
-    from lora_llava.data.images.reading import Pixels
+    from lora_llava.data.images.image_sources import Pixels
     from lora_llava.data.templates import TEMPLATES, Template, chat_template, get_template
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_llava.data.encode import IGNORE_INDEX
-from lora_llava.data.images.reading import PixelLoader
+from lora_llava.data.images.image_sources import PixelLoader
 
 
 @dataclass

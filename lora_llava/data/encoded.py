@@ -32,7 +32,7 @@ from lora_llava.data.encode import (
     fit_template,
     last_answer_start,
 )
-from lora_llava.data.files.reading import Counted
+from lora_llava.data.files.row_files import Counted
 from lora_llava.data.formats import RowError
 from lora_llava.data.sources import Read, Source
 from lora_llava.data.templates import Template, get_template

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.files.reading import data_files, parquet_columns, placed_rows
+from lora_llava.data.files.row_files import data_files, parquet_columns, placed_rows
 from lora_llava.data.files.shards import SPLIT_WORDS, group_files, row_files, set_words
 from lora_llava.data.formats import (
     CHAT_COLUMNS,
@@ -26,7 +26,7 @@ from lora_llava.data.formats import (
     read_row,
 )
 from lora_llava.data.images.image_names import walk_files
-from lora_llava.data.images.reading import BadImageError, FolderImages
+from lora_llava.data.images.image_sources import BadImageError, FolderImages
 
 _ALIASES: dict[str, tuple[str, ...]] = {"image": IMAGE_COLUMNS, "id": ("id", "question_id", "key", "uid")}
 for _format in FORMATS:

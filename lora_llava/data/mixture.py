@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_llava.core.errors import UserError
 from lora_llava.data.encoded import EncodedTable
 from lora_llava.data.images.image_names import COCO_NAME
-from lora_llava.data.images.reading import BadImageError, FolderImages, ImageSource
+from lora_llava.data.images.image_sources import BadImageError, FolderImages, ImageSource
 
 _ENDS = 4096
 """Bytes at a file's start and end by which it is compared with others of its size; two files treated as one are only

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from lora_llava.core.errors import UserError, nearest
 from lora_llava.core.storage import looked_in
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, ImagePosition, Turn, place_image
-from lora_llava.data.images.reading import FolderImages, ImageSource, TableImages
+from lora_llava.data.images.image_sources import FolderImages, ImageSource, TableImages
 from lora_llava.data.images.to_rgb import Background
 from lora_llava.data.typed import as_typed
 

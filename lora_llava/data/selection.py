@@ -16,7 +16,7 @@ from lora_llava.data.encode import OverlongError
 from lora_llava.data.encoded import EncodedRows, EncodedTable, answer_starts, encode_table
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.data.images.image_names import MATCHED
-from lora_llava.data.images.reading import ImageSource
+from lora_llava.data.images.image_sources import ImageSource
 from lora_llava.data.images.to_rgb import SCALED, TRANSPARENT
 from lora_llava.data.sources import Read, list_source
 from lora_llava.data.templates import Template

@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import looked_in
 from lora_llava.data.conversation import Conversation, ImagePosition
-from lora_llava.data.files.reading import (
+from lora_llava.data.files.row_files import (
     data_files,
     empty_rows,
     estimate_rows,
@@ -23,7 +23,7 @@ from lora_llava.data.files.reading import (
 from lora_llava.data.files.shards import SUFFIXES, set_stem, shard_of
 from lora_llava.data.files.text_encoding import foreign_encoding
 from lora_llava.data.formats import Columns, Format, RowError, missing_columns, read_row
-from lora_llava.data.images.reading import FolderImages, ImageSource, TableImages, open_table
+from lora_llava.data.images.image_sources import FolderImages, ImageSource, TableImages, open_table
 from lora_llava.data.images.to_rgb import Background
 
 _MOST_SHARDS = 10_000

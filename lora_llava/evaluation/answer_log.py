@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.files.reading import json_text
+from lora_llava.data.files.row_files import json_text
 from lora_llava.inference.answer import Answer
 
 

@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Message
 from lora_llava.data.encode import IGNORE_INDEX, encode_conversation, encode_prompt
-from lora_llava.data.images.reading import BadImageError, ImageSource, PixelLoader
+from lora_llava.data.images.image_sources import BadImageError, ImageSource, PixelLoader
 from lora_llava.data.templates import Template
 from lora_llava.data.typed import without_marks
 from lora_llava.distributed.ranks import gather, this_rank
 from lora_llava.inference.answer import Answer
-from lora_llava.inference.chat_request import ChatFailure, ChatRequest, image_part
-from lora_llava.inference.client import ChatServer, ask
+from lora_llava.inference.client.chat_request import ChatFailure, ChatRequest, image_part
+from lora_llava.inference.client.client import ChatServer, ask
 from lora_llava.inference.generate import EncodedImages, Question, generate_answers
 from lora_llava.inference.likelihood import Choices, answer_losses, build_tree, weigh_choices
 from lora_llava.inference.sampling import Sampling

@@ -14,7 +14,7 @@ import torch
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.files.reading import file_hash
+from lora_llava.data.files.row_files import file_hash
 from lora_llava.data.templates import Template, get_template
 from lora_llava.evaluation.answerers import (
     Answerer,
@@ -36,7 +36,7 @@ from lora_llava.evaluation.row_evaluation import (
 )
 from lora_llava.evaluation.scienceqa import Table
 from lora_llava.evaluation.summary import summarise
-from lora_llava.inference.client import ChatServer, find_model
+from lora_llava.inference.client.client import ChatServer, find_model
 from lora_llava.inference.load import load_answering_model
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.adapter_file import checked_base

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from lora_llava.core.errors import ToldError, UserError
+from lora_llava.core.progress import progress_bar
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.files.reading import json_text
+from lora_llava.data.files.row_files import json_text
 from lora_llava.evaluation.answer_log import AnswerLog
 from lora_llava.evaluation.answer_metrics import EXACT, worst_scores
 from lora_llava.evaluation.answerers import Answerer, messages_of
@@ -171,12 +172,11 @@ def evaluate_rows(
     log = _open_log(predictions, rows, key)
     answers = dict(log.answers) if log is not None else {}
     before, unanswered = len(answers), dict[int, str]()
-    bar = tqdm(
+    bar = progress_bar(
         total=len(rows),
         initial=len(answers),
         desc=description,
         unit="question",
-        dynamic_ncols=True,
         leave=predictions is not None,
     )
     try:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.images.reading import BadImageError
+from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.evaluation.answer_metrics import EXACT, METRICS, score_cells, score_headings
 from lora_llava.evaluation.answers import is_answer_table
 from lora_llava.evaluation.compare.compare_files import CONVERSATIONS, Row, read_predictions

@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_llava.evaluation.answer_metrics import METRICS
 from lora_llava.evaluation.answers import is_answer_table
-from lora_llava.evaluation.intervals import share_interval
+from lora_llava.evaluation.parsing.intervals import share_interval
 from lora_llava.evaluation.scienceqa import COLUMNS
 
 

@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 
 from lora_llava.evaluation.answer_metrics import DASH, score_cells, score_headings
 from lora_llava.evaluation.answers import AnswerTable, is_answer_table
-from lora_llava.evaluation.intervals import share_interval
+from lora_llava.evaluation.parsing.intervals import share_interval
 from lora_llava.evaluation.scienceqa import COLUMNS, Table
 from lora_llava.evaluation.summary import unparsed
 

@@ -17,9 +17,9 @@ from pathlib import Path
 from PIL import Image
 
 from lora_llava.core.errors import UserError, nearest
-from lora_llava.data.files.reading import json_text
+from lora_llava.data.files.row_files import json_text
 from lora_llava.data.formats import RowError, read_row
-from lora_llava.data.images.reading import read_rgb
+from lora_llava.data.images.image_sources import read_rgb
 from lora_llava.data.images.to_rgb import Background
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_llava.data.images.reading import BadImageError, PixelLoader
+from lora_llava.data.images.image_sources import BadImageError, PixelLoader
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.vision import features_as_pixels, llava_of, tower_features

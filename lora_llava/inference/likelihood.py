@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from lora_llava.data.encode import IGNORE_INDEX
-from lora_llava.data.images.reading import PixelLoader
+from lora_llava.data.images.image_sources import PixelLoader
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.generate import EncodedImages, Question
 from lora_llava.model.vision import llava_of

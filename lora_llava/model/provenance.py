@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.progress import progress_bar
 from lora_llava.core.storage import find_damage
 from lora_llava.model.base import BaseParts, build_base, cache_folder
 from lora_llava.model.weights.names import COMPONENTS, canonical_name, component_of
@@ -45,7 +45,7 @@ def component_hashes(folder: Path) -> dict[str, str]:
         return dict(json.loads(kept.read_text()))
     digests = {part: hashlib.sha256() for part in COMPONENTS}
     tensors = sorted(lazy_tensors(folder), key=lambda tensor: canonical_name(tensor.name))
-    progress = tqdm(desc="hashing the base", total=len(tensors), unit="tensor", leave=False, dynamic_ncols=True)
+    progress = progress_bar(desc="hashing the base", total=len(tensors), unit="tensor", leave=False)
     with ThreadPoolExecutor(_THREADS) as pool, progress as bar:
         for tensor, line in zip(tensors, pool.map(_describe, tensors), strict=True):
             bar.update()

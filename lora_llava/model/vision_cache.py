@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.progress import progress_bar
 from lora_llava.core.storage import share
 from lora_llava.model.weights.parts import file_hash
 
@@ -68,9 +68,7 @@ class FeatureStore:
         shards, removed = self._read_index()
         shards = {name: digest for name, digest in shards.items() if self._is_wanted(name, digest, wanted)}
         total = sum((self.folder / name).stat().st_size for name in shards if (self.folder / name).is_file())
-        bar = tqdm(
-            desc="checking cached features", total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True
-        )
+        bar = progress_bar(desc="checking cached features", total=total, unit="B", unit_scale=True, leave=False)
         with bar:
             for name, digest in shards.items():
                 if problem := self._add_shard(name, str(digest)):

@@ -32,7 +32,7 @@ class LabelledBox:
     corners: tuple[float, float, float, float]
 
 
-class Place(NamedTuple):
+class BoxPlace(NamedTuple):
     """A rectangle, in units of the overlay."""
 
     left: float
@@ -48,7 +48,7 @@ class Place(NamedTuple):
     def height(self) -> float:
         return self.bottom - self.top
 
-    def overlaps(self, other: Place) -> bool:
+    def overlaps(self, other: BoxPlace) -> bool:
         """Check whether two rectangles have an area in common."""
         return (
             self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
@@ -60,7 +60,7 @@ class DrawnBox:
     """A box with its place and the number of its colour."""
 
     label: str
-    place: Place
+    place: BoxPlace
     colour: int
 
 
@@ -69,7 +69,7 @@ class Tag:
     """A label's text, its place and the number of its colour."""
 
     text: str
-    place: Place
+    place: BoxPlace
     colour: int
 
 
@@ -122,7 +122,7 @@ def place_boxes(boxes: Sequence[LabelledBox], width: int, height: int) -> Overla
     colours = {label.text: label.colour for label in count_labels(boxes)}
     drawn, tags = list[DrawnBox](), list[Tag]()
     for box in sorted(boxes, key=lambda box: -_area(box)):
-        place = Place(*(x * size for x, size in zip(box.corners, (_WIDTH, units) * 2, strict=True)))
+        place = BoxPlace(*(x * size for x, size in zip(box.corners, (_WIDTH, units) * 2, strict=True)))
         drawn.append(DrawnBox(box.label, place, colours[box.label]))
         text = box.label if len(box.label) <= _LONGEST_LABEL else f"{box.label[:_LONGEST_LABEL]}…"
         free = _free_place(escape_hidden(text), place, units, tags)
@@ -136,12 +136,12 @@ def _area(box: LabelledBox) -> float:
     return (right - left) * (bottom - top)
 
 
-def _free_place(text: str, box: Place, height: int, tags: Sequence[Tag]) -> Place | None:
+def _free_place(text: str, box: BoxPlace, height: int, tags: Sequence[Tag]) -> BoxPlace | None:
     """Find a place for a tag above a box, inside its top or below it that no other tag covers."""
     width = len(text) * _CHARACTER
     x = max(min(box.left, _WIDTH - width - 8), 0)
     for y in (box.top - _TAG, box.top, box.bottom):
-        place = Place(x, y, x + width + 8, y + _TAG)
+        place = BoxPlace(x, y, x + width + 8, y + _TAG)
         if 0 <= y <= height - _TAG and not any(place.overlaps(tag.place) for tag in tags):
             return place
     return None

@@ -15,7 +15,7 @@ from rich.text import Text
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.files.cleaned_copy import write_set_without
-from lora_llava.data.files.reading import DataFileError
+from lora_llava.data.files.row_files import DataFileError
 from lora_llava.data.findings import DUPLICATE, CheckReport, Finding, check_sources
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.model.start import plan_model
@@ -23,7 +23,7 @@ from lora_llava.pages.preview_samples import escape_hidden
 from lora_llava.planning.run_plan import build_run_processor
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.runs.directory import write_json
-from lora_llava.splits.encoded_sources import OpenSplit, encode_splits, image_cache, progress_bar
+from lora_llava.splits.encoded_sources import OpenSplit, encode_splits, image_cache, show_progress
 from lora_llava.splits.refusals import checked_sources, sources_with_images
 from lora_llava.splits.split_rows import run_policy
 
@@ -84,7 +84,7 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
         recipe = recipe.model_copy(update={"evaluation": recipe.evaluation or EvaluationSection()})
     model = plan_model(recipe.model)
     tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
-    splits = encode_splits(recipe, tokenizer, progress_bar)
+    splits = encode_splits(recipe, tokenizer, show_progress)
     images = _inspect(splits)
     checked = checked_sources(splits, images)
     image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
@@ -118,7 +118,7 @@ def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, ImageFacts]]:
         for source, table in zip(split.sources, split.tables, strict=True):
             if id(source) not in found:
                 names = dict.fromkeys(name for row in range(len(table)) for name in table.images(row))
-                bar = partial(progress_bar, f"images of {source.name}")
+                bar = partial(show_progress, f"images of {source.name}")
                 found[id(source)] = inspect_images(source.images, names, image_cache(source), bar)
     return found
 

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
-from tqdm import tqdm
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.progress import progress_bar
 from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.encode import IGNORE_INDEX
-from lora_llava.data.images.reading import BadImageError
+from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.pages.preview_page import render_page
 from lora_llava.pages.preview_samples import Preview, PreviewRow, PreviewSample, PreviewToken
@@ -25,7 +25,7 @@ from lora_llava.pages.preview_terminal import print_samples
 from lora_llava.planning.row_order import validation_rows
 from lora_llava.planning.run_plan import build_run_processor, is_padding_free, order_run
 from lora_llava.recipe import Recipe
-from lora_llava.splits.encoded_sources import encode_splits, progress_bar
+from lora_llava.splits.encoded_sources import encode_splits, show_progress
 from lora_llava.splits.split_rows import Split, build_split
 
 
@@ -75,12 +75,12 @@ def preview(
         raise UserError(f"--output: {output} exists and is not a preview; choose another file")
     model = plan_model(recipe.model)
     tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
-    splits = encode_splits(recipe, tokenizer, progress_bar)
+    splits = encode_splits(recipe, tokenizer, show_progress)
     if split not in splits:
         raise UserError(f"--split {split}: the recipe has no such rows; choose from {', '.join(splits)}")
     # Open images only when shown, unless bad ones are dropped, which changes the order of the run.
     trusted = recipe.data.on_bad_image == "error"
-    found = build_split(recipe, split, splits[split], processor, model.config, progress_bar, trusted=trusted)
+    found = build_split(recipe, split, splits[split], processor, model.config, show_progress, trusted=trusted)
     rows = order_run(recipe, found).rows if split == "train" else _in_order(recipe, found)
     batches = _Batches(
         found,
@@ -134,7 +134,7 @@ def _take(
     """Collate batches until there are enough samples, and read the samples back."""
     samples: list[PreviewSample] = []
     passes: list[PreviewRow] = []
-    for row in tqdm(rows, desc="collating", unit="row", leave=False, dynamic_ncols=True):
+    for row in progress_bar(rows, desc="collating", unit="row", leave=False):
         if len(samples) >= count:
             break
         parts = list(_read_batch(batches, row))

@@ -19,7 +19,7 @@ _SHORTEST_SECRET = 8
 
 
 @dataclass(frozen=True)
-class Finding:
+class Leak:
     """Something that must not be uploaded, by kind and without its text.
 
     Attributes:
@@ -33,7 +33,7 @@ class Finding:
     what: str
 
 
-def scan(file: str, content: bytes, *, written_by_us: bool = False) -> list[Finding]:
+def scan(file: str, content: bytes, *, written_by_us: bool = False) -> list[Leak]:
     """Search a file for tokens, secrets of this machine and paths into home folders.
 
     Args:
@@ -51,7 +51,7 @@ def scan(file: str, content: bytes, *, written_by_us: bool = False) -> list[Find
     for what, pattern in patterns.items():
         for match in re.finditer(pattern, content):
             found.add((content.count(b"\n", 0, match.start()) + 1, what))
-    return [Finding(file, line, what) for line, what in sorted(found)]
+    return [Leak(file, line, what) for line, what in sorted(found)]
 
 
 def _own_secrets() -> dict[str, bytes]:

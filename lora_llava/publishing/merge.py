@@ -20,7 +20,7 @@ from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.model.weights.parts import file_hash
 from lora_llava.model.weights.tensor_files import LazyTensor, checkpoint_bytes, write_checkpoint, write_file
 from lora_llava.publishing.merge_check import MergedModel, prepare_questions, print_report, prove
-from lora_llava.publishing.merge_source import Source, read_source
+from lora_llava.publishing.merge_source import MergeSource, read_source
 from lora_llava.publishing.merged_weights import BaseKind, merged_tensors
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
 from lora_llava.publishing.proof_prompts import PER_KIND
@@ -110,7 +110,7 @@ def merge(
     return report
 
 
-def _write_model(folder: Path, source: Source, tensors: list[LazyTensor], dtype: torch.dtype) -> float:
+def _write_model(folder: Path, source: MergeSource, tensors: list[LazyTensor], dtype: torch.dtype) -> float:
     """Write a stock folder, and return the seconds spent on writing weights."""
     folder.mkdir(exist_ok=True)
     start = time.monotonic()
@@ -124,7 +124,7 @@ def _write_model(folder: Path, source: Source, tensors: list[LazyTensor], dtype:
     return seconds
 
 
-def copy_processor(source: Source, folder: Path) -> None:
+def copy_processor(source: MergeSource, folder: Path) -> None:
     """Copy processor, template and generation config of the run, and the base's `tokenizer.model` for llama.cpp."""
     for name in PROCESSOR_FILES:
         if (source.run / name).is_file():
@@ -133,7 +133,7 @@ def copy_processor(source: Source, folder: Path) -> None:
         shutil.copyfile(source.base / "tokenizer.model", folder / "tokenizer.model")
 
 
-def _record_apart(folder: Path, source: Source, output: Path) -> None:
+def _record_apart(folder: Path, source: MergeSource, output: Path) -> None:
     """Write the records of the separate base and adapter; the adapter's base is the new one."""
     base, adapter = folder / BASE_FOLDER, folder / ADAPTER_FOLDER
     record = source.record
@@ -144,7 +144,7 @@ def _record_apart(folder: Path, source: Source, output: Path) -> None:
     write_json(adapter / RUN_FILE, record | {"base": new_base, "adapter_sha256": file_hash(adapter / ADAPTER_FILE)})
 
 
-def write_adapter(folder: Path, source: Source, base_name: str) -> None:
+def write_adapter(folder: Path, source: MergeSource, base_name: str) -> None:
     """Write the run's LoRA without the projector, for servers that reject `modules_to_save`.
 
     Args:

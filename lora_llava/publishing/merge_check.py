@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
 from transformers import GenerationConfig, LlavaConfig
 
 from lora_llava.core.errors import ToldError, UserError
+from lora_llava.core.progress import progress_bar
 from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.weights.tensor_files import lazy_tensors
 from lora_llava.publishing.adapter_tensors import read_adapter
-from lora_llava.publishing.merge_source import Source
+from lora_llava.publishing.merge_source import MergeSource
 from lora_llava.publishing.merged_weights import BaseKind
 from lora_llava.publishing.proof import (
     Progress,
@@ -68,10 +68,10 @@ _OTHER_BLOCKS = 6
 
 
 @contextmanager
-def _bar(description: str, source: Source, passes: int) -> Iterator[Progress]:
+def _bar(description: str, source: MergeSource, passes: int) -> Iterator[Progress]:
     """Show a progress bar over blocks; it ends early if answers stop early."""
     total = passes * (source.config.text_config.num_hidden_layers + _OTHER_BLOCKS)
-    with tqdm(desc=description, total=total, unit="block", dynamic_ncols=True, leave=False) as bar:
+    with progress_bar(desc=description, total=total, unit="block", leave=False) as bar:
         yield lambda block: bar.update() and None
 
 
@@ -99,7 +99,7 @@ class Questions:
     stop_ids: list[int]
 
 
-def prepare_questions(source: Source, per_kind: int) -> Questions:
+def prepare_questions(source: MergeSource, per_kind: int) -> Questions:
     """Draw and encode the sample prompts, early enough that missing files are reported before the merge.
 
     Args:
@@ -123,7 +123,7 @@ def prepare_questions(source: Source, per_kind: int) -> Questions:
     return Questions(encode_samples(samples, processor), with_image, where, stop_ids)
 
 
-def prove(source: Source, merged: MergedModel, questions: Questions, console: Console) -> dict[str, Any]:
+def prove(source: MergeSource, merged: MergedModel, questions: Questions, console: Console) -> dict[str, Any]:
     """Compare a merged model with base + adapter on sample prompts.
 
     Args:
@@ -172,7 +172,7 @@ def _reference_of(kind: BaseKind) -> str:
 
 
 def _adapter_outputs(
-    source: Source, merged: MergedModel, questions: Questions, keep: bool
+    source: MergeSource, merged: MergedModel, questions: Questions, keep: bool
 ) -> tuple[list[list[int]], list[torch.Tensor], float, float]:
     """Return answers and logits of base + adapter, and the effects of batch size and of the adapter on logits."""
     prompts, nf4_from = questions.prompts, source.dtype if merged.kind == "nf4" else None
@@ -195,7 +195,7 @@ def _adapter_outputs(
 
 
 def _merged_logits(
-    source: Source, merged: MergedModel, prompts: Prompts, answers: list[list[int]], keep: bool
+    source: MergeSource, merged: MergedModel, prompts: Prompts, answers: list[list[int]], keep: bool
 ) -> list[torch.Tensor]:
     config = LlavaConfig.from_pretrained(merged.folder)
     with _bar("verify: merged model", source, 1) as progress:
@@ -209,7 +209,7 @@ def _merged_logits(
 
 
 def _other_delta(
-    source: Source,
+    source: MergeSource,
     merged: MergedModel,
     prompts: Prompts,
     answers: list[list[int]],

@@ -20,7 +20,7 @@ from lora_llava.runs.directory import read_record
 
 
 @dataclass(frozen=True)
-class Source:
+class MergeSource:
     """A run and its base.
 
     Attributes:
@@ -42,7 +42,7 @@ class Source:
     dtype: torch.dtype
 
 
-def read_source(run: Path) -> Source:
+def read_source(run: Path) -> MergeSource:
     """Read a run, its adapter and its base.
 
     Raises:
@@ -53,7 +53,7 @@ def read_source(run: Path) -> Source:
     adapter = read_adapter(run)
     config, tensors = LlavaConfig.from_pretrained(base), lazy_tensors(base)
     _check_complete(base, config, tensors)
-    return Source(run, record, base, config, tensors, adapter, resolve_dtype(record.get("dtype", "auto")))
+    return MergeSource(run, record, base, config, tensors, adapter, resolve_dtype(record.get("dtype", "auto")))
 
 
 def _check_complete(base: Path, config: LlavaConfig, tensors: list[LazyTensor]) -> None:

@@ -21,7 +21,7 @@ from lora_llava.model.weights.streaming import build_empty, stream_weights
 from lora_llava.model.weights.tensor_files import LazyTensor, checkpoint_bytes, lazy_tensors
 from lora_llava.publishing.adapter_tensors import Adapter
 from lora_llava.publishing.merged_weights import is_quantized
-from lora_llava.publishing.proof_prompts import Sample
+from lora_llava.publishing.proof_prompts import ProofPrompt
 
 CONTEXT_LOGITS = 8
 """Number of positions before the answer whose logits are also compared."""
@@ -59,7 +59,7 @@ class Prompts:
         return {name: tensor.to(default_device()) for name, tensor in batch.items()}
 
 
-def encode_samples(samples: Sequence[Sample], processor: Any) -> Prompts:
+def encode_samples(samples: Sequence[ProofPrompt], processor: Any) -> Prompts:
     """Encode prompts with the stock processor's chat template, as in training."""
     ids, pixels = [], []
     for sample in samples:

@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.images.reading import BadImageError, ImageSource
+from lora_llava.data.images.image_sources import BadImageError, ImageSource
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.splits.split_rows import sample_rows
 
@@ -25,7 +25,7 @@ _WRITTEN = ("What is the capital of France?", "Count from one to five.", "Is ice
 
 
 @dataclass(frozen=True)
-class Sample:
+class ProofPrompt:
     """A prompt.
 
     Attributes:
@@ -59,7 +59,7 @@ def load_processor(folder: Path) -> Any:
         ) from None
 
 
-def sample_prompts(recipe: Recipe | None, count: int = PER_KIND) -> tuple[list[Sample], str]:
+def sample_prompts(recipe: Recipe | None, count: int = PER_KIND) -> tuple[list[ProofPrompt], str]:
     """Draw prompts with and without an image.
 
     Args:
@@ -78,9 +78,9 @@ def sample_prompts(recipe: Recipe | None, count: int = PER_KIND) -> tuple[list[S
     text_only = generator.sample(without, min(count, len(without)))
     samples = [sample for row in chosen if images is not None and (sample := _opened(row, images))]
     from_data = len(samples) + len(text_only)
-    samples += [Sample(text, draw_image(i)) for i, text in enumerate(_cycle(_DRAWN, count - len(samples)))]
-    samples += [Sample(_text(row), None) for row in text_only]
-    samples += [Sample(text, None) for text in _cycle(_WRITTEN, count - len(text_only))]
+    samples += [ProofPrompt(text, draw_image(i)) for i, text in enumerate(_cycle(_DRAWN, count - len(samples)))]
+    samples += [ProofPrompt(_text(row), None) for row in text_only]
+    samples += [ProofPrompt(text, None) for text in _cycle(_WRITTEN, count - len(text_only))]
     return samples, f"{from_data} from {source}, {2 * count - from_data} built-in"
 
 
@@ -88,10 +88,10 @@ def _cycle(texts: Sequence[str], count: int) -> list[str]:
     return [texts[i % len(texts)] for i in range(count)]
 
 
-def _opened(row: Conversation, images: ImageSource) -> Sample | None:
+def _opened(row: Conversation, images: ImageSource) -> ProofPrompt | None:
     """Return a row's prompt; None if its image cannot be opened, so that a built-in one replaces it."""
     try:
-        return Sample(_text(row), images.open(row.images[0]))
+        return ProofPrompt(_text(row), images.open(row.images[0]))
     except BadImageError:
         return None
 

@@ -20,7 +20,7 @@ from peft import PeftModel
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import share
-from lora_llava.data.files.reading import file_hash, json_text
+from lora_llava.data.files.row_files import file_hash, json_text
 from lora_llava.data.templates import get_template, stop_strings
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.start import RUN_FILE, Base

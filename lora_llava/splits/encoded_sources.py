@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.progress import progress_bar
 from lora_llava.data.encoded import EncodedTable, encode_table
 from lora_llava.data.formats import Columns
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
-from lora_llava.data.images.reading import FolderImages, ImageSource, JoinedImages, TableImages
+from lora_llava.data.images.image_sources import FolderImages, ImageSource, JoinedImages, TableImages
 from lora_llava.data.mixture import hold_back, row_keys
 from lora_llava.data.scienceqa import load_scienceqa
 from lora_llava.data.sources import Read, Source, list_source, open_source
@@ -34,9 +34,9 @@ def no_progress(name: str, items: Iterable[Any]) -> Iterable[Any]:
     return items
 
 
-def progress_bar(name: str, items: Iterable[Any]) -> Iterable[Any]:
+def show_progress(name: str, items: Iterable[Any]) -> Iterable[Any]:
     """A `Progress` that shows a bar and removes it at the end."""
-    return tqdm(items, desc=name, dynamic_ncols=True, leave=False)
+    return progress_bar(items, desc=name, leave=False)
 
 
 @dataclass

@@ -11,7 +11,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.findings import CheckedSource, Finding, asked_again, leaks, whole_source_errors
 from lora_llava.data.formats import IMAGE_SUFFIXES
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
-from lora_llava.data.images.reading import FolderImages
+from lora_llava.data.images.image_sources import FolderImages
 from lora_llava.data.sources import Source
 from lora_llava.recipe import ColumnsSection, Recipe, SourceSection
 from lora_llava.splits.encoded_sources import OpenSplit, image_cache

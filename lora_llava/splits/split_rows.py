@@ -20,7 +20,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation
 from lora_llava.data.encoded import EncodedRows
 from lora_llava.data.images.image_check import ImageFacts
-from lora_llava.data.images.reading import ImageSource, JoinedImages, PixelLoader, Pixels
+from lora_llava.data.images.image_sources import ImageSource, JoinedImages, PixelLoader, Pixels
 from lora_llava.data.mixture import Share, epoch_counts, mixture
 from lora_llava.data.selection import NOT_DRAWN, Policy, Report, account, select_rows, without_bad_images
 from lora_llava.data.sources import Source

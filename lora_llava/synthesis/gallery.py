@@ -11,7 +11,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from lora_llava.data.images.reading import BadImageError, FolderImages
+from lora_llava.data.images.image_sources import BadImageError, FolderImages
 from lora_llava.pages.box_overlay import LabelledBox
 from lora_llava.pages.embedded_image import EmbeddedImage, embed_image
 from lora_llava.pages.gallery_page import (

@@ -13,15 +13,15 @@ from rich.text import Text
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import SUMS_FILE
-from lora_llava.inference.answer_store import AnswerStore
-from lora_llava.inference.budget import Budget, estimate_tokens
-from lora_llava.inference.chat_request import ChatRequest
-from lora_llava.inference.client import ChatServer, find_model
+from lora_llava.inference.client.answer_store import AnswerStore
+from lora_llava.inference.client.budget import Budget, estimate_tokens
+from lora_llava.inference.client.chat_request import ChatRequest
+from lora_llava.inference.client.client import ChatServer, find_model
 from lora_llava.recipe import ContextsSection, GenerateRecipe, dump_recipe, recipe_hash
 from lora_llava.synthesis.contexts.reading_contexts import Contexts, read_contexts
 from lora_llava.synthesis.gates.gates import Limits
 from lora_llava.synthesis.output import write_set
-from lora_llava.synthesis.pipeline import SampleGenerator, Settings, write_request
+from lora_llava.synthesis.pipeline import PipelineSettings, SampleGenerator, write_request
 from lora_llava.synthesis.prompts import Prompt, load_prompts, prompt_hashes
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Task
 from lora_llava.synthesis.tasks import Tasks, plan_tasks
@@ -165,10 +165,10 @@ def _read(section: ContextsSection) -> Contexts:
     )
 
 
-def _settings(recipe: GenerateRecipe, model: str) -> Settings:
+def _settings(recipe: GenerateRecipe, model: str) -> PipelineSettings:
     teacher, gates = recipe.teacher, recipe.gates
     structured = teacher.structured and teacher.backend == "server"
-    return Settings(
+    return PipelineSettings(
         model,
         teacher.max_tokens,
         teacher.temperature,
@@ -180,7 +180,7 @@ def _settings(recipe: GenerateRecipe, model: str) -> Settings:
     )
 
 
-def _open_teacher(recipe: GenerateRecipe) -> tuple[Settings, Teacher]:
+def _open_teacher(recipe: GenerateRecipe) -> tuple[PipelineSettings, Teacher]:
     """Connect to or load the teacher of a recipe; returns it with the settings of its requests."""
     teacher = recipe.teacher
     if teacher.backend == "demo":

@@ -11,11 +11,10 @@ from importlib import metadata
 from pathlib import Path, PurePath
 from typing import IO, Any
 
-from tqdm import tqdm
-
 from lora_llava.core.errors import UserError
+from lora_llava.core.progress import progress_bar
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
-from lora_llava.data.files.reading import json_text
+from lora_llava.data.files.row_files import json_text
 from lora_llava.recipe import GenerateRecipe
 from lora_llava.synthesis.contexts.reading_contexts import Contexts
 from lora_llava.synthesis.dataset_card import write_card
@@ -71,8 +70,8 @@ def write_set(
     name = folder.resolve().name
     with _temporary_files(folder) as parts:
         with _open(parts[INSTRUCT_FILE]) as rows, _open(parts[REJECTED_FILE]) as rest:
-            for result in tqdm(
-                _without_duplicates(results), desc="writing", unit=" samples", delay=1, leave=False, dynamic_ncols=True
+            for result in progress_bar(
+                _without_duplicates(results), desc="writing", unit=" samples", delay=1, leave=False
             ):
                 image = contexts.images[result.task.place]
                 if result.status == "accepted":

@@ -7,12 +7,11 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tqdm import tqdm
-
 from lora_llava.core.errors import UserError
-from lora_llava.inference.answer_store import ANSWERED, AnswerStore, request_key
-from lora_llava.inference.budget import Budget, Charge
-from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
+from lora_llava.core.progress import progress_bar
+from lora_llava.inference.client.answer_store import ANSWERED, AnswerStore, request_key
+from lora_llava.inference.client.budget import Budget, Charge
+from lora_llava.inference.client.chat_request import ChatAnswer, ChatFailure, ChatRequest
 from lora_llava.synthesis.contexts.context import Context
 from lora_llava.synthesis.contexts.reading_contexts import Contexts
 from lora_llava.synthesis.gates.gates import Limits, check_sample
@@ -28,7 +27,7 @@ _HOPELESS = 8
 
 
 @dataclass(frozen=True)
-class Settings:
+class PipelineSettings:
     """Settings of the requests to the teacher.
 
     Attributes:
@@ -77,7 +76,7 @@ def write_request(
     task: Task,
     context: Context,
     prompt: Prompt,
-    settings: Settings,
+    settings: PipelineSettings,
     attempt: int = 0,
     rejections: Sequence[Rejection] = (),
 ) -> ChatRequest:
@@ -123,7 +122,7 @@ class SampleGenerator:
         contexts: Contexts,
         tasks: Tasks,
         prompts: Mapping[Flavour, Prompt],
-        settings: Settings,
+        settings: PipelineSettings,
         ledger: AnswerStore,
     ) -> None:
         self.contexts, self.tasks, self.prompts, self.settings = contexts, tasks, prompts, settings
@@ -143,7 +142,7 @@ class SampleGenerator:
             UserError: If the teacher cannot be used, or the ledger cannot be written.
         """
         left = list(range(len(self.tasks)))
-        with tqdm(desc="generating", total=len(left), unit="sample", dynamic_ncols=True, smoothing=0.05) as bar:
+        with progress_bar(desc="generating", total=len(left), unit="sample", smoothing=0.05) as bar:
             while left and not budget.exhausted:
                 remaining = self._run_round(left, teacher, budget, bar)
                 left = [number for number in remaining if self.tasks[number].task_id not in self.failed]

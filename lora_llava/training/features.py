@@ -15,10 +15,10 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
-from tqdm import tqdm
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.images.reading import Pixels
+from lora_llava.core.progress import progress_bar
+from lora_llava.data.images.image_sources import Pixels
 from lora_llava.data.images.to_rgb import CONVERSION_RULE
 from lora_llava.distributed.ranks import first_before_others
 from lora_llava.evaluation.row_evaluation import choose_rows
@@ -112,13 +112,12 @@ def _hash_split(plan: RunPlan, name: str) -> dict[str, str]:
         return hashlib.sha256(images.read(image)).hexdigest()
 
     with ThreadPoolExecutor() as pool:
-        digests = tqdm(
+        digests = progress_bar(
             pool.map(digest, names),
             desc=f"reading images of {name}",
             total=len(names),
             unit="image",
             leave=False,
-            dynamic_ncols=True,
         )
         return dict(zip(names, digests, strict=True))
 
@@ -132,7 +131,7 @@ def _fill(store: FeatureStore, hashes: dict[str, dict[str, str]], plan: RunPlan,
     _check_room(store, len(missing), plan)
     config, dtype, device = plan.model.config, resolve_dtype(plan.recipe.model.dtype), default_device()
     tower = load_tower(base.folder, config, dtype, device)
-    bar = tqdm(desc="encoding images", total=len(missing), unit="image", dynamic_ncols=True)
+    bar = progress_bar(desc="encoding images", total=len(missing), unit="image")
     with bar:
         try:
             for batch, pixels in _preprocessed(missing, plan):

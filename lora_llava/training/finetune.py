@@ -43,7 +43,7 @@ from lora_llava.runs.directory import (
 )
 from lora_llava.runs.identity import IDENTITY_FILE, run_identity
 from lora_llava.runs.resume import Start, find_start, refuse_unfinished, same_run
-from lora_llava.splits.encoded_sources import progress_bar
+from lora_llava.splits.encoded_sources import show_progress
 from lora_llava.splits.split_rows import asked_split, sealed
 from lora_llava.training.features import cache_features
 from lora_llava.training.stages import CHECKPOINTS, TrainResult, build_trained_model, describe_plan, train
@@ -168,7 +168,7 @@ def with_stage1_run(recipe: Recipe, run: Path) -> Recipe:
 
 def _plan(recipe: Recipe, console: Console) -> RunPlan:
     with first_before_others():
-        plan = plan_run(recipe, progress_bar)
+        plan = plan_run(recipe, show_progress)
     plan_tables.print_data(plan, console)
     plan_tables.print_memory(recipe, plan.step, console)
     return plan

@@ -35,8 +35,8 @@ from lora_llava.runs.trainer_state import (
     take_counters,
 )
 from lora_llava.training.feed import Feed, RowCollator, placeholder_dataset
-from lora_llava.training.progress import peak_memory_bytes
 from lora_llava.training.trainer_hooks import TrainerHooks
+from lora_llava.training.training_progress import peak_memory_bytes
 
 KEPT = 2
 """Newest checkpoints that are kept beside the best one: the newest may turn out to be damaged."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_llava.benchmark.benchmark_sides import Settings
+from lora_llava.benchmark.benchmark_sides import BenchmarkSettings
 from lora_llava.benchmark.comparison_run import run_in_process
 from lora_llava.planning.memory import CUDA_CONTEXT, GIB
 
@@ -38,7 +38,7 @@ def memory(shape: str, steps: int) -> list[dict[str, Any]]:
     for r, optimizer in ((16, "adamw_torch"), (64, EIGHT_BIT)):
         base = {"shape": shape, "batch_size": 4, "micro_batch": 4, "steps": steps, "r": r, "words": WORDS_OF_768}
         for side, limit in (("ours_cached", cap), ("trl_random", None)):
-            settings = Settings(side=side, optimizer=_usable(optimizer), cap_bytes=limit, **base)
+            settings = BenchmarkSettings(side=side, optimizer=_usable(optimizer), cap_bytes=limit, **base)
             found.append({"r": r, "cap_bytes": limit, **run_in_process(settings)})
     return found
 
@@ -49,7 +49,7 @@ def planner(shape: str) -> list[dict[str, Any]]:
     for r in (16, 64):
         for batch in (2, 4, 8):
             for side in ("ours", "ours_cached"):
-                settings = Settings(
+                settings = BenchmarkSettings(
                     side=side,
                     shape=shape,
                     batch_size=batch,
@@ -75,7 +75,7 @@ def speed(shape: str) -> list[dict[str, Any]]:
     for cap_gb in (8, 12, 16, 24):
         for side in ("ours", "ours_cached", "trl_random", "trl_grouped"):
             for micro in (8, 4, 2, 1):
-                settings = Settings(
+                settings = BenchmarkSettings(
                     side=side,
                     shape=shape,
                     batch_size=8,

@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPImageProcessorPil
 
 from lora_llava.data import PaddedCollator, Pixels
-from lora_llava.data.images.reading import BadImageError, FolderImages
+from lora_llava.data.images.image_sources import BadImageError, FolderImages
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 PAD = 9

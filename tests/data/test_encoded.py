@@ -27,7 +27,7 @@ from lora_llava.data import (
 )
 from lora_llava.data.encoded import EncodedRows, EncodedTable, answer_starts, encode_table
 from lora_llava.data.formats import RowError
-from lora_llava.data.images.reading import FolderImages
+from lora_llava.data.images.image_sources import FolderImages
 from lora_llava.data.sources import Read, Source, list_source
 
 SHORT = Template(name="short", system="", system_format="", user_format="{}:", stop="</s>")

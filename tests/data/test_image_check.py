@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from lora_llava.data.images.image_check import ImageFacts, inspect_image, inspect_images
-from lora_llava.data.images.reading import FolderImages
+from lora_llava.data.images.image_sources import FolderImages
 
 UPRIGHT, TURNED = 1, 6
 

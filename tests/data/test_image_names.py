@@ -10,7 +10,7 @@ from PIL import Image
 
 from lora_llava.data.images.image_check import inspect_images
 from lora_llava.data.images.image_names import MATCHED
-from lora_llava.data.images.reading import BadImageError, FolderImages, JoinedImages, TableImages
+from lora_llava.data.images.image_sources import BadImageError, FolderImages, JoinedImages, TableImages
 
 
 def draw(folder: Path, *names: str) -> FolderImages:

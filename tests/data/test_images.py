@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lora_llava.data.images.image_names import coco_names
-from lora_llava.data.images.reading import BadImageError, FolderImages, JoinedImages, TableImages, read_rgb
+from lora_llava.data.images.image_sources import BadImageError, FolderImages, JoinedImages, TableImages, read_rgb
 
 
 def refused(folder: Path, name: str, message: str, max_pixels: int = 100) -> None:

@@ -17,7 +17,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.data import Conversation, Template, Turn
 from lora_llava.data.encoded import EncodedTable, encode_table
 from lora_llava.data.formats import RowError
-from lora_llava.data.images.reading import FolderImages, TableImages
+from lora_llava.data.images.image_sources import FolderImages, TableImages
 from lora_llava.data.mixture import Share, epoch_counts, hold_back, mixture, row_keys
 from lora_llava.data.sources import Source, list_source
 

@@ -13,7 +13,7 @@ import pytest
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.files.cleaned_copy import write_set_without, write_without
-from lora_llava.data.files.reading import data_files, iterate_rows, placed_rows
+from lora_llava.data.files.row_files import data_files, iterate_rows, placed_rows
 from lora_llava.data.files.text_encoding import encoding_problem, foreign_encoding, text_encoding
 from lora_llava.data.folder import understand_folder
 from lora_llava.data.sources import open_source

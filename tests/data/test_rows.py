@@ -12,7 +12,7 @@ from transformers import LlamaTokenizer
 
 from lora_llava.core.errors import UserError
 from lora_llava.data import Conversation, Template, Turn
-from lora_llava.data.images.reading import FolderImages
+from lora_llava.data.images.image_sources import FolderImages
 from lora_llava.data.selection import Report, build_rows
 
 SHORT = Template(name="short", system="", system_format="", user_format="{}:", stop="</s>")

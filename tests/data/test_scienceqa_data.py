@@ -16,7 +16,7 @@ from PIL import Image
 
 from lora_llava.core.errors import UserError
 from lora_llava.data import Conversation, Turn
-from lora_llava.data.images.reading import BadImageError
+from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.data.scienceqa import PROMPT_ORDERS, format_problem, load_scienceqa, read_problems
 
 METAL = {

@@ -18,7 +18,7 @@ from PIL import Image
 from lora_llava.core.errors import UserError
 from lora_llava.data import Conversation, Turn
 from lora_llava.data.formats import Columns, RowError
-from lora_llava.data.images.reading import BadImageError, FolderImages, TableImages
+from lora_llava.data.images.image_sources import BadImageError, FolderImages, TableImages
 from lora_llava.data.sources import Source, list_source, open_source
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}

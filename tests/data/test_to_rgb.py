@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lora_llava.data.images.image_check import inspect_image, inspect_images
-from lora_llava.data.images.reading import FolderImages, TableImages, read_converted
+from lora_llava.data.images.image_sources import FolderImages, TableImages, read_converted
 from lora_llava.data.images.to_rgb import SCALED, TRANSPARENT, Background, Converted
 
 TWELVE = np.array([[0, 1000, 4095]], dtype=np.uint16)

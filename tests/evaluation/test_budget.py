@@ -12,9 +12,9 @@ from llava_bench_files import bench, options
 from synthesis.made import recipe_of, teach, write_recipe
 
 from lora_llava.commands.main import main
-from lora_llava.inference.budget import Budget, estimate_text_tokens, estimate_tokens
-from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
-from lora_llava.inference.client import ChatServer, ask
+from lora_llava.inference.client.budget import Budget, estimate_text_tokens, estimate_tokens
+from lora_llava.inference.client.chat_request import ChatAnswer, ChatFailure, ChatRequest
+from lora_llava.inference.client.client import ChatServer, ask
 
 REQUEST = ChatRequest([{"role": "user", "content": "abcdefghi"}], 1000)
 MOST_OUT = 1024

@@ -19,7 +19,7 @@ from lora_llava.evaluation.answers import score_answer
 from lora_llava.evaluation.compare.compare_files import flatten, read_runs
 from lora_llava.evaluation.compare.compare_view import render
 from lora_llava.evaluation.compare.comparison import holm, mcnemar
-from lora_llava.evaluation.intervals import share_interval
+from lora_llava.evaluation.parsing.intervals import share_interval
 
 
 def test_nine_columns_and_the_interval_of_a_single_run(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_llava.evaluation.intervals import share_interval
+from lora_llava.evaluation.parsing.intervals import share_interval
 
 
 def wilson(correct: int, count: int) -> tuple[float, float]:

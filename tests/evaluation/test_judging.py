@@ -26,9 +26,9 @@ from llava_bench_files import bench, options
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.evaluation.judge.judge_ledger import LEDGER, OLD_LEDGER, open_judge_ledger
-from lora_llava.inference.answer_store import request_key
-from lora_llava.inference.budget import Budget, estimate_tokens
-from lora_llava.inference.client import ChatAnswer, ChatRequest
+from lora_llava.inference.client.answer_store import request_key
+from lora_llava.inference.client.budget import Budget, estimate_tokens
+from lora_llava.inference.client.client import ChatAnswer, ChatRequest
 
 
 def parts_of(body: Body) -> tuple[int, str, bool]:

@@ -19,11 +19,11 @@ from lora_llava.core.errors import ToldError
 from lora_llava.core.storage import find_damage as damage_of_entry
 from lora_llava.data import TEMPLATES, encode_conversation
 from lora_llava.data.encoded import encode_table
-from lora_llava.data.files.reading import iterate_rows
+from lora_llava.data.files.row_files import iterate_rows
 from lora_llava.data.folder import understand_folder
 from lora_llava.data.formats import Columns, read_row
 from lora_llava.data.images.image_check import inspect_images
-from lora_llava.data.images.reading import FolderImages, read_rgb
+from lora_llava.data.images.image_sources import FolderImages, read_rgb
 from lora_llava.data.scienceqa import load_scienceqa
 from lora_llava.data.sources import open_source
 from lora_llava.demo.build import build_tokenizer

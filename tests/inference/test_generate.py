@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.images.reading import BadImageError
+from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.evaluation.answerers import Evaluator
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.generate import EncodedImages, Question, generate_answers

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.data.images.reading import BadImageError
+from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.evaluation.answerers import Evaluator, by_likelihood, by_reasoned_likelihood, reference_losses
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.likelihood import build_tree

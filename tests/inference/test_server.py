@@ -19,7 +19,7 @@ import pytest
 from inference.chat_server import Body, ChatLog, chat_server, question_of
 
 from lora_llava.core.errors import UserError
-from lora_llava.inference.client import (
+from lora_llava.inference.client.client import (
     ChatAnswer,
     ChatFailure,
     ChatRequest,
@@ -308,7 +308,7 @@ def test_ctrl_c_stops_at_once(log: ChatLog, tmp_path: Path) -> None:
     log.behave = lambda body, count: "stall"
     script = tmp_path / "script.py"
     script.write_text(
-        "from lora_llava.inference.client import ChatRequest, ChatServer, ask\n"
+        "from lora_llava.inference.client.client import ChatRequest, ChatServer, ask\n"
         "messages = [{'role': 'user', 'content': 'a'}]\n"
         f"list(ask(ChatServer({log.url!r}, timeout=60), [ChatRequest(messages, 5)] * 20))\n"
     )

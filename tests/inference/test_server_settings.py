@@ -11,7 +11,7 @@ from inference.test_server import KEY, error_of, quick, request
 from PIL import Image
 
 from lora_llava.core.errors import UserError
-from lora_llava.inference.client import ChatAnswer, ChatRequest, ChatServer, ask, find_model, image_part
+from lora_llava.inference.client.client import ChatAnswer, ChatRequest, ChatServer, ask, find_model, image_part
 
 
 def test_the_only_model_is_found_and_several_are_listed(log: ChatLog) -> None:

@@ -28,8 +28,8 @@ from lora_llava.core.errors import UserError
 from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker, stream_answer, text_message, user_message
-from lora_llava.inference.web import _answer
-from lora_llava.inference.web_address import check_address, is_loopback
+from lora_llava.inference.web.page import _answer
+from lora_llava.inference.web.web_address import check_address, is_loopback
 
 gradio = pytest.importorskip("gradio", reason="the extra [web] is not installed")
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.pages.box_overlay import LabelCount, LabelledBox, Place, count_labels, place_boxes
+from lora_llava.pages.box_overlay import BoxPlace, LabelCount, LabelledBox, count_labels, place_boxes
 
 CORNERS = st.tuples(*[st.integers(0, 50)] * 4).map(
     lambda x: (x[0] / 100, x[1] / 100, (x[0] + x[2] + 1) / 102, (x[1] + x[3] + 1) / 102)
@@ -19,7 +19,7 @@ LABELS = st.sampled_from(["dog", "traffic light", "a" * 40])
 def test_a_box_and_its_label() -> None:
     overlay = place_boxes([LabelledBox("dog", (0.25, 0.5, 0.75, 1.0))], 400, 300)
     assert (overlay.width, overlay.height) == (360, 270)
-    assert [(box.label, box.place, box.colour) for box in overlay.boxes] == [("dog", Place(90, 135, 270, 270), 0)]
+    assert [(box.label, box.place, box.colour) for box in overlay.boxes] == [("dog", BoxPlace(90, 135, 270, 270), 0)]
     (tag,) = overlay.tags
     assert (tag.text, tag.colour) == ("dog", 0)
     assert tag.place == pytest.approx((90, 119, 117.2, 135))

@@ -17,7 +17,7 @@ from lora_llava.commands.main import main
 from lora_llava.recipe import json_schema, load_generate_recipe, shipped_generate_recipes
 from lora_llava.synthesis.contexts.context import Context, write_context
 from lora_llava.synthesis.generation import generate
-from lora_llava.synthesis.pipeline import Settings, write_request
+from lora_llava.synthesis.pipeline import PipelineSettings, write_request
 from lora_llava.synthesis.prompts import load_prompts
 from lora_llava.synthesis.sample import FLAVOURS, Task
 from lora_llava.synthesis.teachers.local_teacher import load_teacher
@@ -141,7 +141,7 @@ def test_a_local_model_is_a_teacher(parts: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
     context = Context("1.jpg", ("A dog.",))
     task = Task("1-detail-0", 0, "detail", 0)
-    settings = Settings(str(folder), max_tokens=5, temperature=0.0, structured=False)
+    settings = PipelineSettings(str(folder), max_tokens=5, temperature=0.0, structured=False)
     request = write_request(task, context, load_prompts()["detail"], settings)
     found = dict(load_teacher(str(folder), "float32", 2)([TeacherRequest(task, context, request, "key", 0)] * 3))
     assert sorted(found) == [0, 1, 2]

@@ -15,11 +15,11 @@ from synthesis.sample_sets import DEMO, RESULTS, contexts, recipe, rejections, t
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.files.reading import iterate_rows
+from lora_llava.data.files.row_files import iterate_rows
 from lora_llava.data.sources import open_source
 from lora_llava.demo.dataset import build_demo_contexts
-from lora_llava.inference.answer_store import AnswerStore
-from lora_llava.inference.budget import Budget
+from lora_llava.inference.client.answer_store import AnswerStore
+from lora_llava.inference.client.budget import Budget
 from lora_llava.publishing.leaks import scan
 from lora_llava.recipe.generate_schema import TeacherSection
 from lora_llava.synthesis.contexts.context_builder import ContextReport
@@ -27,7 +27,7 @@ from lora_llava.synthesis.contexts.reading_contexts import read_contexts
 from lora_llava.synthesis.gates.gates import REASONS
 from lora_llava.synthesis.generation import LEDGER_FILE
 from lora_llava.synthesis.output import write_set
-from lora_llava.synthesis.pipeline import Result, SampleGenerator, Settings
+from lora_llava.synthesis.pipeline import PipelineSettings, Result, SampleGenerator
 from lora_llava.synthesis.prompts import load_prompts, prompt_hashes
 from lora_llava.synthesis.sample import FLAVOURS, Task
 from lora_llava.synthesis.tasks import plan_tasks
@@ -272,7 +272,7 @@ def test_the_demo_teacher_generates_a_set(tmp_path: Path) -> None:
     prompts = load_prompts()
     with AnswerStore(tmp_path / "set" / LEDGER_FILE) as ledger:
         generator = SampleGenerator(
-            known, plan_tasks(known, samples_per_image=2, seed=0), prompts, Settings(NAME), ledger
+            known, plan_tasks(known, samples_per_image=2, seed=0), prompts, PipelineSettings(NAME), ledger
         )
         generator.run(answer_by_rules, Budget())
         about = {"ledger": ledger.totals(), "prompts": prompt_hashes(prompts)}

@@ -21,8 +21,8 @@ from rich.console import Console
 from synthesis.made import files_of, number_of, recipe_of, seen, teach, write_recipe
 
 from lora_llava.core.errors import UserError
-from lora_llava.inference.answer_store import AnswerStore, request_key
-from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
+from lora_llava.inference.client.answer_store import AnswerStore, request_key
+from lora_llava.inference.client.chat_request import ChatAnswer, ChatRequest
 from lora_llava.recipe import GenerateRecipe
 from lora_llava.synthesis.generation import LEDGER_FILE, generate
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from lora_llava.benchmark import benchmark_rows
 from lora_llava.benchmark.benchmark_rows import draw_rows, lay_out
-from lora_llava.benchmark.benchmark_sides import SIDES, Settings, run_side
+from lora_llava.benchmark.benchmark_sides import SIDES, BenchmarkSettings, run_side
 from lora_llava.benchmark.comparison_run import benchmark
 from lora_llava.core.errors import UserError
 from lora_llava.data.selection import build_rows
@@ -66,7 +66,7 @@ def test_few_batches_represent_all_and_are_the_same_for_every_side() -> None:
 @pytest.mark.slow
 def test_all_sides_train_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(benchmark_rows.SHAPES, "tiny_body", (64, 128, 2, 2))
-    found = [run_side(Settings(side, "tiny_body", 2, 2, 3, 4, "adamw_torch", None, pool=4)) for side in SIDES]
+    found = [run_side(BenchmarkSettings(side, "tiny_body", 2, 2, 3, 4, "adamw_torch", None, pool=4)) for side in SIDES]
     assert [row["name"] for row in found] == list(SIDES)
     tokens = found[0]["real_tokens"]
     assert tokens > 6 * 50

@@ -297,7 +297,7 @@ def test_a_server_receives_the_questions_with_their_images(run: Path, capsys: py
 def test_failed_questions_of_a_server_are_named_and_the_others_kept(
     run: Path, fault: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_llava.inference.client.ChatServer.pause", 0.01)
+    monkeypatch.setattr("lora_llava.inference.client.client.ChatServer.pause", 0.01)
     arguments = [str(run), "--server", "", "--timeout", "0.5", "--concurrency", "4", "--output", str(run / "served")]
     with chat_server() as log:
         log.models, log.answer = ["m"], letter_for
@@ -316,7 +316,7 @@ def test_failed_questions_of_a_server_are_named_and_the_others_kept(
 def test_an_empty_answer_is_an_answer(run: Path) -> None:
     with chat_server() as log:
         log.models, log.answer = ["m"], lambda body: ""
-        from lora_llava.inference.client import ChatServer
+        from lora_llava.inference.client.client import ChatServer
 
         table = evaluate(str(run), output=str(run / "served"), server=ChatServer(log.url))
     assert table["unparsed"] == 6
@@ -324,7 +324,7 @@ def test_an_empty_answer_is_an_answer(run: Path) -> None:
 
 def test_server_messages_render_to_the_training_prompt(run: Path) -> None:
     """The messages of the request, written by the exported processor, are the trained prompt's text."""
-    from lora_llava.data.images.reading import FolderImages
+    from lora_llava.data.images.image_sources import FolderImages
     from lora_llava.evaluation.answerers import _server_messages
     from lora_llava.evaluation.evaluate import open_evaluation
 

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.images.reading import Pixels
+from lora_llava.data.images.image_sources import Pixels
 from lora_llava.data.images.to_rgb import CONVERSION_RULE
 from lora_llava.model import vision_cache
 from lora_llava.model.loading import load_base

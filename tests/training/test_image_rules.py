@@ -17,7 +17,7 @@ from lora_llava.inference.chat import Chat, open_images, run_line
 from lora_llava.inference.open_model import background_of
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker
-from lora_llava.inference.web import _opened
+from lora_llava.inference.web.page import _opened
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe import load_recipe
 from lora_llava.recipe.io import check_recipe

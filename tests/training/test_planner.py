@@ -159,7 +159,7 @@ def test_a_plan_opens_no_image_and_loads_no_weights(
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr("lora_llava.data.images.reading.read_rgb", refuse)
+    monkeypatch.setattr("lora_llava.data.images.image_sources.read_rgb", refuse)
     monkeypatch.setattr("safetensors.torch.load_file", refuse)
     stream = io.StringIO()
     print_forecast(stage2, Console(file=stream, width=160))

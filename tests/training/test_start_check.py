@@ -10,7 +10,7 @@ import torch
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.collator import PackedCollator, PaddedCollator
-from lora_llava.data.images.reading import Pixels
+from lora_llava.data.images.image_sources import Pixels
 from lora_llava.model.fast_path.attention import resolve_attention
 from lora_llava.model.start import prepare_base
 from lora_llava.planning.run_plan import plan_run

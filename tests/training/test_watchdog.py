@@ -19,7 +19,7 @@ from killed import start, wait_for
 from transformers import TrainerControl, TrainerState
 
 from lora_llava.core.errors import StoppedError, UserError
-from lora_llava.data.images.reading import Pixels
+from lora_llava.data.images.image_sources import Pixels
 from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.checkpoint import list_checkpoints, newest_complete

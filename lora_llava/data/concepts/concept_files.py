@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from lora_llava.core.errors import UserError
 from lora_llava.data.concepts.concept_filter import ConceptReport, filter_captions
 from lora_llava.data.concepts.noun_phrases import NounPhrases
-from lora_llava.data.files.reading import data_file, iterate_rows, json_text
+from lora_llava.data.files.row_files import data_file, iterate_rows, json_text
 
 
 def caption_of(row: Mapping[str, Any], column: str = "caption") -> str:

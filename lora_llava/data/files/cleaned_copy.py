@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.files.reading import estimate_rows, json_text, placed_rows, table_delimiter
+from lora_llava.data.files.row_files import estimate_rows, json_text, placed_rows, table_delimiter
 from lora_llava.data.files.shards import shard_of
 from lora_llava.data.files.text_encoding import text_encoding
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from lora_llava.data.files.reading import Counted
+from lora_llava.data.files.row_files import Counted
 from lora_llava.data.images.image_names import MATCHED, contradictions
-from lora_llava.data.images.reading import BadImageError, FolderImages, ImageSource, TableImages, read_converted
+from lora_llava.data.images.image_sources import BadImageError, FolderImages, ImageSource, TableImages, read_converted
 from lora_llava.data.images.to_rgb import CONVERSION_RULE, Background
 
 _SUFFIXES = {

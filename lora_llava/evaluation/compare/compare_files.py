@@ -24,7 +24,7 @@ _IRRELEVANT = ("evaluation.generate_every", "evaluation.generate_rows", "evaluat
 
 
 @dataclass(frozen=True)
-class Run:
+class ComparedRun:
     """The scored answers of one run.
 
     Attributes:
@@ -46,7 +46,7 @@ class Run:
     settings: Mapping[str, Any] | None = None
 
 
-def read_runs(paths: Sequence[Path], recipes: Mapping[Path, Mapping[str, Any]]) -> list[Run]:
+def read_runs(paths: Sequence[Path], recipes: Mapping[Path, Mapping[str, Any]]) -> list[ComparedRun]:
     """Read the predictions of several runs.
 
     Args:
@@ -67,12 +67,12 @@ def read_runs(paths: Sequence[Path], recipes: Mapping[Path, Mapping[str, Any]]) 
     for path, file, name in zip(paths, files, run_names(paths), strict=True):
         kind, rows = read_predictions(file)
         if path not in recipes:
-            runs.append(Run(name, file, kind, rows))
+            runs.append(ComparedRun(name, file, kind, rows))
             continue
         recipe = dict(recipes[path])
         output_dir, seed = str(recipe.pop("output_dir", "")), recipe.pop("seed", None)
         settings = {key: value for key, value in flatten(recipe).items() if key not in _IRRELEVANT}
-        runs.append(Run(name, file, kind, rows, output_dir, seed, settings))
+        runs.append(ComparedRun(name, file, kind, rows, output_dir, seed, settings))
     for run in runs:
         if run.kind != runs[0].kind:
             raise UserError(

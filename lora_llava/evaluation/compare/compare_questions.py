@@ -7,7 +7,7 @@ from collections.abc import Sequence, Set
 from typing import Any
 
 from lora_llava.core.errors import UserError
-from lora_llava.evaluation.compare.compare_files import CONVERSATIONS, Row, Run
+from lora_llava.evaluation.compare.compare_files import CONVERSATIONS, ComparedRun, Row
 
 Key = tuple[Any, ...]
 """Identifies a question among all others."""
@@ -16,7 +16,7 @@ _NAMED = 3
 
 
 def same_questions(
-    runs: Sequence[Run], seeds: Sequence[Set[int | None]], common: bool
+    runs: Sequence[ComparedRun], seeds: Sequence[Set[int | None]], common: bool
 ) -> tuple[list[dict[Key, Row]], list[str]]:
     """Match the answers of the runs by question.
 
@@ -57,13 +57,13 @@ def same_questions(
     return keyed, [*notes, *_copies(runs, keyed), *_parsers(runs)]
 
 
-def _parsers(runs: Sequence[Run]) -> list[str]:
+def _parsers(runs: Sequence[ComparedRun]) -> list[str]:
     """Return a note that names the runs whose letters were not parsed by LLaVA's rule."""
     names = [run.name for run in runs if any("parser" in row for row in run.rows)]
     return [f"letters read by the lenient parser instead of LLaVA's rule: {', '.join(names)}"] if names else []
 
 
-def _keys(runs: Sequence[Run]) -> list[list[Key]]:
+def _keys(runs: Sequence[ComparedRun]) -> list[list[Key]]:
     """Return the key of each row of each run.
 
     For ScienceQA it is the id. In other data ids may repeat: the key is the id, the question, the reference, the source
@@ -93,7 +93,7 @@ def _uneven(keys: Sequence[Sequence[Key]]) -> set[Key]:
     return {key for mine in copies for key, count in mine.items() if any(other[key] != count for other in copies)}
 
 
-def _copies(runs: Sequence[Run], keyed: Sequence[dict[Key, Row]]) -> list[str]:
+def _copies(runs: Sequence[ComparedRun], keyed: Sequence[dict[Key, Row]]) -> list[str]:
     """Return a note about rows that appear more than once in the data."""
     more = {key[:-1] for mine in keyed for key in mine if key[-1] == 2} if runs[0].kind == CONVERSATIONS else set()
     if not more:
@@ -107,7 +107,7 @@ def _named(keys: Sequence[Key]) -> str:
     return ", ".join(ids[:_NAMED]) + (", …" if len(ids) > _NAMED else "")
 
 
-def _refuse_doubles(runs: Sequence[Run], counts: Sequence[Counter[Key]]) -> None:
+def _refuse_doubles(runs: Sequence[ComparedRun], counts: Sequence[Counter[Key]]) -> None:
     lines = []
     for run, count in zip(runs, counts, strict=True):
         twice = [key for key, times in count.items() if times > 1]
@@ -121,7 +121,7 @@ def _refuse_doubles(runs: Sequence[Run], counts: Sequence[Counter[Key]]) -> None
 
 
 def _refuse_missing(
-    runs: Sequence[Run], seeds: Sequence[Set[int | None]], counts: Sequence[Counter[Key]], every: Sequence[Key]
+    runs: Sequence[ComparedRun], seeds: Sequence[Set[int | None]], counts: Sequence[Counter[Key]], every: Sequence[Key]
 ) -> None:
     questions: dict[int | None, set[frozenset[Key]]] = {}
     for run, count in zip(runs, counts, strict=True):
@@ -140,11 +140,11 @@ def _refuse_missing(
     raise UserError("\n".join(lines))
 
 
-def _check_answers(runs: Sequence[Run], keyed: Sequence[dict[Key, Row]]) -> None:
+def _check_answers(runs: Sequence[ComparedRun], keyed: Sequence[dict[Key, Row]]) -> None:
     """Check that a question has the same right answer in all runs; an id may name another question in other data."""
     if runs[0].kind == CONVERSATIONS:
         return  # the reference is part of the key
-    known: dict[Key, tuple[Run, int]] = {}
+    known: dict[Key, tuple[ComparedRun, int]] = {}
     for run, rows in zip(runs, keyed, strict=True):
         for key, row in rows.items():
             other, answer = known.setdefault(key, (run, row["answer"]))

@@ -13,9 +13,9 @@ from typing import Any
 from scipy.stats import binomtest
 
 from lora_llava.evaluation.answer_metrics import EXACT, text_metrics
-from lora_llava.evaluation.compare.compare_files import SCIENCEQA, Row, Run
+from lora_llava.evaluation.compare.compare_files import SCIENCEQA, ComparedRun, Row
 from lora_llava.evaluation.compare.compare_questions import Key, same_questions
-from lora_llava.evaluation.intervals import share_interval
+from lora_llava.evaluation.parsing.intervals import share_interval
 from lora_llava.evaluation.scienceqa import score
 
 _STAGE1 = ("model.start_from.stage1_run", "model.start_from.stage1_recipe")
@@ -33,7 +33,7 @@ class Group:
     """
 
     name: str
-    runs: tuple[Run, ...]
+    runs: tuple[ComparedRun, ...]
     settings: dict[str, Any]
     columns: dict[str, list[float | None]]
 
@@ -109,7 +109,7 @@ class Comparison:
         return sorted({len(run.rows) for group in self.groups for run in group.runs})
 
 
-def compare_runs(runs: Sequence[Run], common: bool = False) -> Comparison:
+def compare_runs(runs: Sequence[ComparedRun], common: bool = False) -> Comparison:
     """Compare runs on the same questions.
 
     Args:
@@ -156,7 +156,7 @@ def run_columns(kind: str, rows: Sequence[Row]) -> dict[str, float | None]:
     }
 
 
-def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
+def group_runs(runs: Sequence[ComparedRun]) -> tuple[list[Group], list[str]]:
     """Group the runs of one recipe with different seeds.
 
     Args:
@@ -168,7 +168,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
         recipe and seed forms its own group, as does a run without a recipe.
     """
     notes = []
-    members: dict[tuple[str, ...], list[Run]] = {}
+    members: dict[tuple[str, ...], list[ComparedRun]] = {}
     for run in runs:
         key = _group_key(run, runs)
         twin = next((other for other in members.get(key, []) if other.seed == run.seed), None)
@@ -188,7 +188,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     return groups, notes
 
 
-def _group_key(run: Run, runs: Sequence[Run]) -> tuple[str, ...]:
+def _group_key(run: ComparedRun, runs: Sequence[ComparedRun]) -> tuple[str, ...]:
     """Return what the seeds of one recipe share.
 
     It includes the name of the Stage 1 run without its seed only if runs with one seed start from several Stage 1 runs:
@@ -203,17 +203,17 @@ def _group_key(run: Run, runs: Sequence[Run]) -> tuple[str, ...]:
     return recipe, _without_seed(_stage1(run), run.seed)
 
 
-def _without_stage1(run: Run) -> str | None:
+def _without_stage1(run: ComparedRun) -> str | None:
     if run.settings is None:
         return None
     return json.dumps({key: value for key, value in run.settings.items() if key not in _STAGE1}, sort_keys=True)
 
 
-def _stage1(run: Run) -> str:
+def _stage1(run: ComparedRun) -> str:
     return next((str(value) for key in _STAGE1 if (value := (run.settings or {}).get(key)) is not None), "")
 
 
-def _shared_settings(runs: Sequence[Run]) -> dict[str, Any] | None:
+def _shared_settings(runs: Sequence[ComparedRun]) -> dict[str, Any] | None:
     """Return the values of the recipe that all runs of a group share; None without a recipe."""
     if runs[0].settings is None:
         return None
@@ -230,7 +230,7 @@ def _without_seed(name: str, seed: int | None) -> str:
     return re.sub(rf"[-_./](seed|s)?[-_=]?{seed}$", "", name, flags=re.IGNORECASE)
 
 
-def _group_name(runs: Sequence[Run]) -> str:
+def _group_name(runs: Sequence[ComparedRun]) -> str:
     """Return the names without the seed at their end if that leaves one name, otherwise all names."""
     if len(runs) == 1:
         return runs[0].name
@@ -244,7 +244,7 @@ def _with_columns(group: Group) -> Group:
     return replace(group, columns={name: [columns.get(name) for columns in found] for name in names})
 
 
-def pair_runs(first: Group, other: Group) -> list[tuple[Run, Run]]:
+def pair_runs(first: Group, other: Group) -> list[tuple[ComparedRun, ComparedRun]]:
     """Pair the runs to test against each other.
 
     Args:
@@ -261,7 +261,7 @@ def pair_runs(first: Group, other: Group) -> list[tuple[Run, Run]]:
     return pairs
 
 
-def _unpaired(first: Group, other: Group, pairs: Sequence[tuple[Run, Run]]) -> list[str]:
+def _unpaired(first: Group, other: Group, pairs: Sequence[tuple[ComparedRun, ComparedRun]]) -> list[str]:
     """Return a note about the runs that no test includes."""
     if not pairs:
         return [f"no test of {other.name} against {first.name}: they share no seed"]
@@ -272,7 +272,9 @@ def _unpaired(first: Group, other: Group, pairs: Sequence[tuple[Run, Run]]) -> l
     return [f"{other.name} against {first.name}: no test of {', '.join(alone)}, the seed is not in both groups"]
 
 
-def _discordance(first: Group, other: Group, pair: tuple[Run, Run], rows_of: dict[str, dict[Key, Row]]) -> Discordance:
+def _discordance(
+    first: Group, other: Group, pair: tuple[ComparedRun, ComparedRun], rows_of: dict[str, dict[Key, Row]]
+) -> Discordance:
     ours, theirs = (rows_of[run.name] for run in pair)
     counts = Counter((is_right(ours[key]), is_right(theirs[key])) for key in ours)
     only_first, only_other = counts[True, False], counts[False, True]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.core.errors import UserError
-from lora_llava.inference.answer_store import ANSWERED, AnswerStore
-from lora_llava.inference.budget import Charge
-from lora_llava.inference.chat_request import ChatAnswer
+from lora_llava.inference.client.answer_store import ANSWERED, AnswerStore
+from lora_llava.inference.client.budget import Charge
+from lora_llava.inference.client.chat_request import ChatAnswer
 
 LEDGER = "llava_bench_judge.sqlite"
 OLD_LEDGER = "llava_bench_judge.jsonl"

@@ -23,9 +23,9 @@ from lora_llava.evaluation.judge.review import (
     load_prompts,
     prompt_hashes,
 )
-from lora_llava.inference.budget import Budget, estimate_tokens
-from lora_llava.inference.chat_request import ChatRequest
-from lora_llava.inference.client import ChatServer, find_model
+from lora_llava.inference.client.budget import Budget, estimate_tokens
+from lora_llava.inference.client.chat_request import ChatRequest
+from lora_llava.inference.client.client import ChatServer, find_model
 
 REPORT = "llava_bench.json"
 STATUSES = ("scored", "unparsed", "failed", "not asked")
@@ -63,7 +63,7 @@ def ratio_interval(answers: Sequence[float], references: Sequence[float]) -> tup
     import numpy as np
     from scipy.stats import bootstrap
 
-    from lora_llava.evaluation.intervals import LEVEL
+    from lora_llava.evaluation.parsing.intervals import LEVEL
 
     if len(answers) < 2:
         return None

@@ -7,9 +7,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from lora_llava.core.errors import UserError
+from lora_llava.core.progress import progress_bar
 from lora_llava.evaluation.judge.review import (
     ATTEMPTS,
     ORDERS,
@@ -19,9 +18,9 @@ from lora_llava.evaluation.judge.review import (
     judge_request,
     parse_scores,
 )
-from lora_llava.inference.answer_store import ANSWERED, AnswerStore, request_key
-from lora_llava.inference.budget import Budget, Charge
-from lora_llava.inference.client import ChatAnswer, ChatFailure, ChatRequest, ChatServer, ask
+from lora_llava.inference.client.answer_store import ANSWERED, AnswerStore, request_key
+from lora_llava.inference.client.budget import Budget, Charge
+from lora_llava.inference.client.client import ChatAnswer, ChatFailure, ChatRequest, ChatServer, ask
 
 _HOPELESS = 8
 """Number of failures, without any answer, after which the run stops."""
@@ -97,7 +96,7 @@ class Judge:
         Raises:
             UserError: If the server cannot be used.
         """
-        with tqdm(desc="judging", total=len(self.pending()), unit="text", dynamic_ncols=True) as bar:
+        with progress_bar(desc="judging", total=len(self.pending()), unit="text") as bar:
             while (pending := self.pending()) and not budget.exhausted:
                 bar.total = bar.n + len(pending)
                 self._request(pending, server, budget, bar)

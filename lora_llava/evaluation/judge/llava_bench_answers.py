@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Turn
-from lora_llava.data.files.reading import file_hash
-from lora_llava.data.images.reading import FolderImages, Pixels
+from lora_llava.data.files.row_files import file_hash
+from lora_llava.data.images.image_sources import FolderImages, Pixels
 from lora_llava.data.typed import as_typed, without_marks
 from lora_llava.evaluation.answerers import Answerer, by_server
 from lora_llava.evaluation.judge.llava_bench import BenchQuestion, read_questions
 from lora_llava.evaluation.row_evaluation import evaluate_rows
 from lora_llava.inference.answer import Answer
-from lora_llava.inference.client import ChatServer, find_model
+from lora_llava.inference.client.client import ChatServer, find_model
 from lora_llava.inference.generate import Question, generate_answers
 from lora_llava.inference.open_model import background_of, open_speaker
 from lora_llava.inference.prompt import prompt_ids as written_ids

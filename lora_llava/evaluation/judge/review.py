@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from lora_llava.core.errors import UserError
-from lora_llava.inference.chat_request import ChatRequest
+from lora_llava.inference.client.chat_request import ChatRequest
 
 CATEGORIES = ("conv", "detail", "complex")
 """Categories of LLaVA-Bench's questions."""

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.progress import progress_bar
 
 SHARD_BYTES = 2 * 2**30
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -135,9 +135,7 @@ def write_checkpoint(
     shards = plan_shards(tensors, dtype)
     files = [folder / _shard_name(i, len(shards)) for i in range(len(shards))]
     total = checkpoint_bytes(tensors, dtype)
-    with tqdm(
-        total=total, desc=description, unit="B", unit_scale=True, dynamic_ncols=True, disable=description is None
-    ) as bar:
+    with progress_bar(total=total, desc=description, unit="B", unit_scale=True, disable=description is None) as bar:
         for shard, file in zip(shards, files, strict=True):
             write_file(shard, file, dtype, lambda tensor: bar.update(_bytes(tensor, dtype)) and None)
     if len(shards) > 1:

@@ -9,10 +9,10 @@ from struct import Struct
 from typing import IO, Any
 
 import ijson  # type: ignore[import-untyped]
-from tqdm import tqdm
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.files.reading import DataFileError
+from lora_llava.core.progress import progress_bar
+from lora_llava.data.files.row_files import DataFileError
 from lora_llava.synthesis.contexts.context_builder import ContextBuilder, box_numbers, corners_of, scale
 
 _BOX = Struct("<I4d")
@@ -169,9 +169,7 @@ def _categories(file: Path) -> dict[Any, str]:
 def _annotations(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the annotations of a file, each with its position for messages."""
     items = json_items(file, "annotations.item")
-    for number, entry in enumerate(
-        tqdm(items, desc=file.name, unit=" annotations", leave=False, delay=1, dynamic_ncols=True), 1
-    ):
+    for number, entry in enumerate(progress_bar(items, desc=file.name, unit=" annotations", leave=False, delay=1), 1):
         yield entry, f"{file}, annotations, entry {number}"
 
 

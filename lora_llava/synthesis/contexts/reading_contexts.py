@@ -10,9 +10,9 @@ from typing import Any, Literal
 import ijson  # type: ignore[import-untyped]
 
 from lora_llava.core.errors import UserError, nearest
-from lora_llava.data.files.reading import data_file, iterate_rows
+from lora_llava.data.files.row_files import data_file, iterate_rows
 from lora_llava.data.formats import CHAT_COLUMNS, Columns
-from lora_llava.data.images.reading import BadImageError, FolderImages
+from lora_llava.data.images.image_sources import BadImageError, FolderImages
 from lora_llava.synthesis.contexts.coco_contexts import (
     add_coco_captions,
     add_coco_instances,

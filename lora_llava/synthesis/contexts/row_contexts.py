@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import ijson  # type: ignore[import-untyped]
-from tqdm import tqdm
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.files.reading import iterate_rows
+from lora_llava.core.progress import progress_bar
+from lora_llava.data.files.row_files import iterate_rows
 from lora_llava.data.formats import Columns
 from lora_llava.synthesis.contexts.coco_contexts import image_size, open_json
 from lora_llava.synthesis.contexts.context_builder import ContextBuilder, Corners, box_numbers, corners_of, scale
@@ -97,7 +97,7 @@ def add_box_entries(file: Path, builder: ContextBuilder, form: BoxForm) -> None:
     """
     with open_json(file) as stream:
         entries = ijson.kvitems(stream, "", use_float=True)
-        for name, entry in tqdm(entries, desc=file.name, unit=" images", leave=False, delay=1, dynamic_ncols=True):
+        for name, entry in progress_bar(entries, desc=file.name, unit=" images", leave=False, delay=1):
             where = f"{file}, {name:.80}"
             if not isinstance(entry, Mapping):
                 raise UserError(f"{where}: it is {entry!r:.60}; it must be an object with a list of boxes")
@@ -162,9 +162,7 @@ def _fractions(numbers: Corners, form: BoxForm, entry: Mapping[str, Any], where:
 
 def _rows(file: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Yield the rows of a table, each with its position for messages."""
-    rows: Iterable[Any] = tqdm(
-        iterate_rows(file), desc=file.name, unit=" rows", leave=False, delay=1, dynamic_ncols=True
-    )
+    rows: Iterable[Any] = progress_bar(iterate_rows(file), desc=file.name, unit=" rows", leave=False, delay=1)
     for number, row in enumerate(rows, 1):
         where = f"{file}, row {number}"
         if not isinstance(row, Mapping):

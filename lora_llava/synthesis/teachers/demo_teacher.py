@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from lora_llava.inference.chat_request import ChatAnswer
-from lora_llava.inference.client import Again
+from lora_llava.inference.client.chat_request import ChatAnswer
+from lora_llava.inference.client.client import Again
 from lora_llava.synthesis.contexts.context import Box, Context
 from lora_llava.synthesis.sample import Flavour
 from lora_llava.synthesis.teachers.teacher import Answers, TeacherRequest

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.typed import as_typed, special_tokens, text_backend
-from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
-from lora_llava.inference.client import Again
+from lora_llava.inference.client.chat_request import ChatAnswer, ChatRequest
+from lora_llava.inference.client.client import Again
 from lora_llava.inference.sampling import Sampling
 from lora_llava.synthesis.teachers.teacher import Answers, Teacher, TeacherRequest
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
-from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
-from lora_llava.inference.client import Again, ChatServer, ask
+from lora_llava.inference.client.chat_request import ChatAnswer, ChatFailure, ChatRequest
+from lora_llava.inference.client.client import Again, ChatServer, ask
 from lora_llava.synthesis.contexts.context import Context
 from lora_llava.synthesis.sample import Task
 

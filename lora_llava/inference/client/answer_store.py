@@ -15,8 +15,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_llava.core.errors import UserError
-from lora_llava.inference.budget import Charge
-from lora_llava.inference.chat_request import ChatAnswer, ChatRequest
+from lora_llava.inference.client.budget import Charge
+from lora_llava.inference.client.chat_request import ChatAnswer, ChatRequest
 
 ANSWERED = ""
 """The reason that is stored with the cost of an answer."""

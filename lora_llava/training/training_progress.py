@@ -10,6 +10,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from lora_llava.core.progress import progress_bar
+
 Trainer = Any
 
 
@@ -35,14 +37,12 @@ class ProgressLine(TrainerCallback):
         self.before = 0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        interval = 0.2 if sys.stderr.isatty() else 15.0
-        self.bar = tqdm(
+        self.bar = progress_bar(
             total=state.max_steps,
             initial=state.global_step,
             desc=self.description,
             unit="step",
-            mininterval=interval,
-            dynamic_ncols=True,
+            mininterval=0.2,
         )
         if self.trainer is not None:
             self.before = self.trainer.tokens_of_all[0], self.trainer.seconds

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 
 from lora_llava.core.errors import UserError
-from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest
+from lora_llava.inference.client.chat_request import ChatAnswer, ChatFailure, ChatRequest
 
 _WORDS = re.compile(rb" ?[A-Za-z]+")
 _BYTES_PER_TOKEN = 3

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.images.reading import read_rgb
+from lora_llava.data.images.image_sources import read_rgb
 from lora_llava.data.images.to_rgb import Background
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import (
@@ -30,7 +30,7 @@ from lora_llava.inference.speak import (
     text_message,
     user_message,
 )
-from lora_llava.inference.web_address import check_address
+from lora_llava.inference.web.web_address import check_address
 
 MAX_UPLOAD = "64mb"
 """Size limit of an uploaded file; a 50-megapixel photograph as JPEG has about 25 MB."""

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import openai
 
 from lora_llava.core.errors import UserError
-from lora_llava.inference.chat_errors import (
+from lora_llava.inference.client.chat_errors import (
     NoAnswerError,
     Usage,
     rejects_response_format,
@@ -29,7 +29,7 @@ from lora_llava.inference.chat_errors import (
     text_of,
     usage_of_refusal,
 )
-from lora_llava.inference.chat_request import ChatAnswer, ChatFailure, ChatRequest, image_part
+from lora_llava.inference.client.chat_request import ChatAnswer, ChatFailure, ChatRequest, image_part
 
 __all__ = ["Again", "ChatAnswer", "ChatFailure", "ChatRequest", "ChatServer", "ask", "find_model", "image_part"]
 
