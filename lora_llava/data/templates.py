@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from lora_llava.core.errors import UserError, nearest
 
@@ -101,6 +102,11 @@ TEMPLATES: dict[str, Template] = {
         after_image=" ",
     ),
 }
+if TYPE_CHECKING:
+    TemplateName = str
+else:
+    TemplateName = Literal[tuple(TEMPLATES)]
+"""A key of `TEMPLATES`; recipes accept these."""
 
 
 def get_template(template: str | Template, system: str | None = None) -> Template:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lora_llava.data.formats import Format, describe_choices
+from lora_llava.data.templates import TemplateName
 from lora_llava.recipe.section import InputName, InputPath, Positive, Section
 
 
@@ -97,7 +98,7 @@ class DataSection(Section):
     """Use only this many training rows, drawn by the seed; with weighted sources, this many per epoch."""
     prompt_order: Literal["QCM-LEA", "QCM-ALE", "CQM-A"] = "QCM-LEA"
     """ScienceQA: question, context, multiple options; then lecture, explanation, answer, in this order."""
-    template: Literal["vicuna_v1", "vicuna_v0", "plain", "llama_2"] = "vicuna_v1"
+    template: TemplateName = "vicuna_v1"
     """Conversation template."""
     system_prompt: str | None = None
     """System text instead of the template's; "" omits it; null keeps the template's."""
