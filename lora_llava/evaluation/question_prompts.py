@@ -16,7 +16,7 @@ _ANSWER = "The answer is"
 PARSER = "lora_llava.evaluation.scienceqa.parse_answer: LLaVA's rule, llava/eval/eval_science_qa.py"
 PARSERS = {
     "llava": PARSER,
-    "lenient": "lora_llava.evaluation.parsing.letters.parse_leniently: "
+    "lenient": "lora_llava.evaluation.parsing.lenient_letters.parse_leniently: "
     "also b, (B), **B**, answer: B, and the choice's text",
 }
 """Description of each parser of letters, as `evaluation.json` records it."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NotRequired, TypedDict
 
-from lora_llava.evaluation.parsing.letters import parse_leniently
+from lora_llava.evaluation.parsing.lenient_letters import parse_leniently
 
 LETTERS = "ABCDE"
 PARSERS = ("llava", "lenient")

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from lora_llava.core.errors import UserError
-from lora_llava.model.quantization import nf4_round_trip
+from lora_llava.model.nf4_round_trip import nf4_round_trip
 from lora_llava.model.weights.names import canonical_name
 from lora_llava.model.weights.tensor_files import LazyTensor
 from lora_llava.publishing.adapter_tensors import Adapter, LoraLayer, merge_weight

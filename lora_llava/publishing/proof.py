@@ -15,7 +15,7 @@ from transformers import LlavaConfig
 from lora_llava.model.adapter_file import PEFT_PREFIX
 from lora_llava.model.adapters import adapter_on
 from lora_llava.model.loading import default_device
-from lora_llava.model.quantization import nf4_round_trip
+from lora_llava.model.nf4_round_trip import nf4_round_trip
 from lora_llava.model.weights.names import canonical_name, stored_name
 from lora_llava.model.weights.streaming import build_empty, stream_weights
 from lora_llava.model.weights.tensor_files import LazyTensor, checkpoint_bytes, lazy_tensors

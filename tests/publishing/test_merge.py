@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.model.loading import load_base
-from lora_llava.model.quantization import nf4_round_trip
+from lora_llava.model.nf4_round_trip import nf4_round_trip
 from lora_llava.model.weights import tensor_files
 from lora_llava.publishing.merge import merge
 from lora_llava.publishing.merge_check import ProofError

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.commands.main import main
-from lora_llava.evaluation.parsing.letters import parse_leniently
+from lora_llava.evaluation.parsing.lenient_letters import parse_leniently
 from lora_llava.evaluation.scienceqa import parse_answer
 
 CHOICES = ["iron", "gold", "a cat", "vitamin C"]
