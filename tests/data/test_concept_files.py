@@ -39,7 +39,7 @@ def test_a_list_goes_in_and_a_list_comes_out(tmp_path: Path, capsys: pytest.Capt
     assert run(source, target) == 0
     assert json.loads(target.read_text()) == [row for row in rows() if row["caption"] in KEPT]
     told = capsys.readouterr().out
-    assert "noun phrases by the light tagger" in told
+    assert "noun phrases found by the light tagger" in told
     assert "5 of 7 rows; left out: 1 empty caption, 1 rare phrases only" in told.replace("\n", " ")
 
 
@@ -96,10 +96,11 @@ def test_ctrl_c_leaves_no_half_file(tmp_path: Path) -> None:
         "--tagger",
         "light",
     ]
-    process = subprocess.Popen([*command, "--output", str(tmp_path / "b.json")], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    while "caption/s" not in (process.stderr.read(200) or "caption/s"):
-        time.sleep(0.05)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, "--output", str(tmp_path / "b.json")], **pipes)
+    assert process.stdout is not None
+    assert "noun phrases found by the light tagger" in process.stdout.readline()
+    time.sleep(1)  # in the middle of the captions
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130

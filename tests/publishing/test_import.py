@@ -261,7 +261,7 @@ def test_a_wrong_shape_or_name_in_a_checkpoint_is_named(checkpoint: tuple[Path, 
     content = torch.load(file)
     name = next(name for name in content if name.startswith("model.layers.0"))
     torch.save(content | {name: torch.zeros(3, 3)}, file)
-    with pytest.raises(UserError, match=rf"{name} has shape \(3, 3\), its config\.json asks for"):
+    with pytest.raises(UserError, match=rf"{name} has shape \(3, 3\), and its config\.json requires"):
         import_llava(folder, tmp_path / "stock", console=QUIET)
     torch.save(content | {"model.resampler.weight": torch.zeros(3)}, file)
     with pytest.raises(UserError, match=r"model\.resampler\.weight is not a tensor of a LLaVA"):

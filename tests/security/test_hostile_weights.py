@@ -64,7 +64,7 @@ def test_a_hostile_header_is_one_line(name: str, llm: Path, stage2_content: dict
     assert found.code == 2, found.err
     assert len(found.err.splitlines()) == 1
     assert found.err.startswith(f"error: {llm / 'model.safetensors'} is truncated or damaged (")
-    assert found.err.endswith("); fetch it or write it again\n")
+    assert found.err.endswith("); download it or write it again\n")
     assert found.rise_mib < MEMORY_RISE_MIB
 
 
@@ -132,7 +132,7 @@ def test_pickles_that_older_trainers_wrote_are_not_read(resumable: tuple[Path, P
         write_bait(checkpoint / name, tmp_path / f"{name}.executed")
     found = run_verb("finetune", recipe, "--resume")
     assert found.code == 0, found.err
-    assert f"passed over {checkpoint.name}: adapter_model.bin was not written with it" in found.out
+    assert f"skipped {checkpoint.name}: adapter_model.bin is not in its manifest" in found.out
     assert list(tmp_path.glob("*.executed")) == []
 
 

@@ -75,7 +75,7 @@ def test_a_missing_best_checkpoint_is_an_error_at_the_start_and_at_the_end(
     shutil.copytree(checkpoints / "checkpoint-2", checkpoints.parent / "kept")
     problem = change(checkpoints / "checkpoint-2")
     message = (
-        rf"{checkpoints}/checkpoint-2, the checkpoint with the lowest validation loss, {problem}; put it back, or run"
+        rf"{checkpoints}/checkpoint-2, the checkpoint with the lowest validation loss, {problem}; restore it, or run"
     )
     with pytest.raises(UserError, match=f"^{message}"):
         run(recipe, resume=True)

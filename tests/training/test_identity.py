@@ -76,7 +76,8 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "config.json": (
         lambda folder: edited(folder / "parts/llm/config.json", lambda each: each.update(rms_norm_eps=1e-3)),
-        r"the model's config.json changed since the run began: text_config.rms_norm_eps was 1e-06 and is 0.001; put .*",
+        r"the model's config.json changed since the run began: text_config.rms_norm_eps was 1e-06 and is 0.001; "
+        r"restore .*",
     ),
     "tokenizer": (swapped_merges, r"the tokenizer changed since the run began \(.*\); restore the tokenizer .*"),
     "image processor": (
@@ -87,8 +88,8 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "training image": (
         repainted("train"),
-        r"images of the training rows changed since the run began: 1 of 12, the first is train/\d+/image.png; put them "
-        r"back, or run with --overwrite",
+        r"images of the training rows changed since the run began: 1 of 12, the first is train/\d+/image.png; "
+        r"restore them, or run with --overwrite",
     ),
     "validation image": (repainted("val"), r"images of the validation rows changed .*: 1 of 3, the first is val/.*"),
     "test image": (repainted("test"), r"images of the test rows changed .*: 1 of 3, the first is test/.*"),
@@ -341,7 +342,7 @@ def other_answer(rows: Any) -> None:
         (
             "one",
             other_answer,
-            r"the (training|validation) rows are not those .*, the first is row r3; put .*",
+            r"the (training|validation) rows are not those .*, the first is row r3; restore .*",
         ),
         ("test", other_answer, r"the test rows are not those .*: 1 of 12, the first is row r3; restore them, .*"),
         ("test", other_type, r"the test rows are evaluated in another way than when the run began; .*"),

@@ -151,7 +151,8 @@ def test_a_source_of_a_mixture_without_rows_is_refused(stage2_content: dict[str,
     good = written(tmp_path / "good.json", [asked(n) for n in range(4)])
     empty = written(tmp_path / "empty.json", [])
     errors, refused = both(stage2_content, {"sources": [{"path": good}, {"path": empty}]})
-    assert (errors, refused) == ([("no rows", "empty: it has no rows")], "empty: it has no rows")
+    message = "empty: it has no rows; fix its rows, or remove the source"
+    assert (errors, refused) == ([("no rows", message)], message)
 
 
 def test_a_refusal_names_the_line(stage2_content: dict[str, Any], tmp_path: Path) -> None:

@@ -119,5 +119,5 @@ def test_test_rows_are_not_read_while_training_runs(
 def test_an_empty_subset_is_refused(stage2_content: dict[str, Any]) -> None:
     stage2_content["evaluation"]["generate_every"] = 2
     stage2_content["data"]["splits"] = {"validation": None}
-    with pytest.raises(UserError, match="generate_every scores validation rows, and the recipe has none"):
+    with pytest.raises(UserError, match="generate_every needs validation rows, and the recipe has none"):
         check_recipe(stage2_content, "test")

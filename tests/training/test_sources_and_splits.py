@@ -86,7 +86,7 @@ def test_a_mixture_counts_the_rows_that_can_be_used(plan: Plan, tmp_path: Path) 
     assert found.report.sources == {"half": 10, "whole": 6}
     assert found.report.dropped == {"empty answer": 10}
     sources[1]["path"] = written(tmp_path / "none.json", [asked(50, answer=" ")])
-    with pytest.raises(UserError, match=r"data\.sources: whole has no row that can be used"):
+    with pytest.raises(UserError, match=r"data\.sources: whole has no usable row"):
         plan(sources=sources, on_bad_row="drop")
 
 
