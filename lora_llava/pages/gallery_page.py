@@ -41,7 +41,7 @@ class GalleryTurn:
 
 @dataclass(frozen=True)
 class GalleryRejection:
-    """Why an answer was not taken: the reason, what it means, and what in the answer caused it."""
+    """Why an answer was rejected: the reason, what it means, and what in the answer caused it."""
 
     reason: str
     meaning: str
@@ -50,7 +50,7 @@ class GalleryRejection:
 
 @dataclass(frozen=True)
 class GalleryEntry:
-    """A sample, or an attempt that was not taken.
+    """A sample, or a rejected answer.
 
     Attributes:
         kind: A flavour, or `rejected`.
@@ -62,7 +62,7 @@ class GalleryEntry:
         boxes: The image's boxes.
         captions: The image's captions.
         context: The text that the teacher was given.
-        rejection: Why it was not taken; None for a sample.
+        rejection: Why it was rejected; None for a sample.
         turns: Questions and answers.
         raw: The text of an answer that could not be parsed; None otherwise.
     """

@@ -48,13 +48,13 @@ AnswerOf = Callable[[Task, int], str | None]
 
 @dataclass(frozen=True)
 class Shown:
-    """A sample, or an attempt that was not taken.
+    """A sample, or a rejected answer.
 
     Attributes:
         task: The sample's task.
         attempt: Number of the attempt, from 0.
         turns: Its questions and answers, as far as they are known.
-        rejection: Why it was not taken; None for a sample.
+        rejection: Why it was rejected; None for a sample.
     """
 
     task: Task
@@ -191,7 +191,7 @@ def _choices(rows: Sequence[Shown], rejections: Sequence[Shown]) -> list[tuple[s
 def _drawn(summary: Mapping[str, Any], rows: Sequence[Shown], rejections: Sequence[Shown]) -> str:
     text = f"{len(rows):,} of {count_of(summary['rows'], 'row')}"
     if answers := sum(counts["attempts"] for counts in summary["reasons"].values()):
-        text += f", {len(rejections):,} of {count_of(answers, 'answer')} not taken"
+        text += f", {len(rejections):,} of {count_of(answers, 'rejected answer')}"
     return f"{text}, drawn by the seed"
 
 

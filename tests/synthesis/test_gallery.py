@@ -192,7 +192,7 @@ def test_a_sample_is_shown_with_its_context() -> None:
     assert page.text("pre.") == ["A dog.\n\ndog: [0.25, 0.5, 0.75, 1.0]"] * 2
     assert page.text("li.b0") == ["dog", "dog"]
     assert page.text("span.") == ["2", "1", "1", "at attempt 2", "conversation, attempt 1"]
-    assert page.text("span.drawn") == ["1 of 1 row, 1 of 5 answers not taken, drawn by the seed"]
+    assert page.text("span.drawn") == ["1 of 1 row, 1 of 5 rejected answers, drawn by the seed"]
 
 
 def test_boxes_are_drawn_where_they_are() -> None:
