@@ -60,7 +60,7 @@ def _distribute_step(
     count = len(samples) if max_tokens is not None else max(map(len, step))
     # The rows with samples swapped between them, and the rows as they are.
     found = [_to_ranks(_level(kept, lengths, count), lengths, ranks), kept]
-    # All samples distributed anew: to ranks if rows are padded (their rows are cut afterwards), else to rows.
+    # Distribute all samples again: to ranks if rows are padded (their rows are cut afterwards), else to rows.
     shares = _spread(samples, lengths, ranks if padded else len(kept), limit, count * passes if padded else count)
     if shares is not None and padded:
         found.insert(0, _interleave([_grouped(share, lengths, passes) for share in shares]))

@@ -245,5 +245,5 @@ def refuse_unfinished(folder: Path) -> None:
     if found:
         raise UserError(
             f"output_dir: {folder.parent} holds an unfinished run, with {found[0].name}; resume it with --resume, "
-            "start anew with --overwrite, or set output_dir=OTHER"
+            "start again with --overwrite, or set output_dir=OTHER"
         )

@@ -152,7 +152,7 @@ def finished_stage1(stage1: Recipe) -> bool:
         return False
     if read_record(folder)["recipe_hash"] != recipe_hash(stage1):
         raise UserError(
-            f"{folder} was trained with another Stage 1 recipe; remove it to train anew, or set "
+            f"{folder} was trained with another Stage 1 recipe; remove it to train again, or set "
             f"model.start_from={{stage1_run: {folder}}} to use it"
         )
     return True
@@ -215,11 +215,11 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     return metrics
 
 
-def _open_run(folder: Path, plan: RunPlan, identity: dict[str, Any], anew: bool) -> None:
+def _open_run(folder: Path, plan: RunPlan, identity: dict[str, Any], again: bool) -> None:
     start_run(folder, plan.recipe, {name: split.fingerprint() for name, split in plan.splits.items()})
     write_json(folder / IDENTITY_FILE, identity)
     (folder / RUN_FILE).unlink(missing_ok=True)  # written again when the run is complete
-    if anew:
+    if again:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
         for file in [*(folder / name for name in (METRICS_FILE, REPORT_FILE, BEFORE_FILE)), *_predictions(folder)]:
             file.unlink(missing_ok=True)  # of the replaced run

@@ -219,7 +219,7 @@ def train(
         plan: From `plan_run`.
         base: From `prepare_base`.
         model: From `build_trained_model`; trained in place, with the best checkpoint's weights afterwards.
-        start: The checkpoint to resume from; None starts anew.
+        start: The checkpoint to resume from; None starts from the beginning.
         identity: The run's identity, from `run_identity` or `same_run`, saved with every checkpoint; None computes it.
 
     Returns:
@@ -323,7 +323,7 @@ def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Ca
 
     Args:
         trainer: From `build_trainer`.
-        start: The checkpoint to resume from; None starts anew.
+        start: The checkpoint to resume from; None starts from the beginning.
         out_of_memory: Makes the error for a GPU without free memory.
 
     Raises:

@@ -111,7 +111,7 @@ class RefuseNaN(TrainerCallback):
         )
         raise PoisonedError(
             f"step {state.global_step + 1}: the {what} is not a number (NaN or infinite); the weights were not updated "
-            f"and nothing was saved. Look at its rows: {listed}; fix them and start anew with --overwrite, or lower "
+            f"and nothing was saved. Look at its rows: {listed}; fix them and start again with --overwrite, or lower "
             "the learning rate and resume with --resume --accept-changes training.learning_rate"
         )
 
