@@ -70,7 +70,7 @@ def test_a_large_entry_is_hashed_when_its_files_changed(tmp_path: Path, monkeypa
     make_entry(folder, write)
     assert find_damage(folder) is None
     hashed: list[Path] = []
-    monkeypatch.setattr("lora_llava.core.storage.file_sum", lambda file: hashed.append(file) or "")
+    monkeypatch.setattr("lora_llava.core.storage.file_hash", lambda file: hashed.append(file) or "")
     assert find_damage(folder) is None
     assert hashed == []
     (folder / "inner" / "a.txt").write_text("cOntent")

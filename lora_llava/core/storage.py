@@ -97,8 +97,23 @@ def _umask() -> int:
     return mask
 
 
-def file_sum(file: Path) -> str:
-    """Return the SHA-256 of a file, read in chunks."""
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Give a temporary file beside a file, and rename it to the file if its block ends without an error.
+
+    A reader sees the old file or the new one, never a part. Nothing is synced to disk: see `sync_file` in
+    runs/checkpoint.py for what must survive a power cut.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_hash(file: Path) -> str:
+    """Return the SHA-256 of a file in hex, read in chunks."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -187,7 +202,7 @@ def seal(folder: Path) -> None:
     """Write a folder's checksum file and set the permissions of its files by the umask."""
     files = _files(folder)
     with ThreadPoolExecutor(_THREADS) as pool:  # SHA-256 releases the GIL
-        sums = list(pool.map(file_sum, (folder / name for name in files)))
+        sums = list(pool.map(file_hash, (folder / name for name in files)))
     lines = [f"{digest}  {name}\n" for digest, name in zip(sums, files, strict=True)]
     (folder / SUMS_FILE).write_text("".join(lines), encoding="utf-8")
     share(folder)
@@ -226,7 +241,7 @@ def find_damage(folder: Path) -> str | None:
         return None
     try:
         with ThreadPoolExecutor(_THREADS) as pool:
-            sums = list(pool.map(file_sum, (folder / name for name in recorded)))
+            sums = list(pool.map(file_hash, (folder / name for name in recorded)))
     except OSError as error:
         return f"{error.filename} cannot be read: {error.strerror}"
     changed = [name for (name, digest), found in zip(recorded.items(), sums, strict=True) if found != digest]

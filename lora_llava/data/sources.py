@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from lora_llava.core.errors import UserError
-from lora_llava.core.storage import looked_in
+from lora_llava.core.storage import file_hash, looked_in
 from lora_llava.data.conversation import Conversation, ImagePosition
 from lora_llava.data.files.row_files import (
     data_files,
     empty_rows,
     estimate_rows,
-    file_hash,
     parquet_columns,
     placed_rows,
 )

@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.storage import atomic_file
 from lora_llava.data.files.row_files import json_text
 from lora_llava.inference.answer import Answer
 
@@ -50,9 +51,8 @@ class AnswerLog:
             ) from None
         lines = self._read(count) if self.file.is_file() and _key_of(self.file) == key else []
         content = [json_text({"key": key}), *lines]
-        temporary = self.file.with_name(f".{self.file.name}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
-        temporary.replace(self.file)  # drops a line that was cut short
+        with atomic_file(self.file) as temporary:  # drops a line that was cut short
+            temporary.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
         self._stream = self.file.open("a", encoding="utf-8")
 
     def _read(self, count: int) -> list[str]:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.storage import file_hash
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.files.row_files import file_hash
 from lora_llava.data.templates import Template, get_template
 from lora_llava.evaluation.answerers import (
     Answerer,

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lora_llava.core.errors import ToldError, UserError
 from lora_llava.core.progress import progress_bar
+from lora_llava.core.storage import atomic_file
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.files.row_files import json_text
 from lora_llava.evaluation.answer_log import AnswerLog
@@ -272,6 +273,5 @@ def write_predictions(file: Path, predictions: Sequence[Any]) -> None:
     """Write predictions, one JSON object per line."""
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json_text(prediction) + "\n" for prediction in predictions]
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(file)
+    with atomic_file(file) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")

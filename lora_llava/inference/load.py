@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers import AutoProcessor
 
 from lora_llava.core.errors import UserError
 from lora_llava.model.loading import Quantization, load_base
@@ -35,3 +36,20 @@ def load_answering_model(
         return PeftModel.from_pretrained(model, str(adapter)).eval()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{adapter} does not fit its base {base}: {str(error).splitlines()[0]}") from None
+
+
+def load_processor(folder: Path) -> Any:
+    """Load the stock processor of a run or model folder, with the PIL backend of training and left padding.
+
+    Raises:
+        UserError: If its files are missing or damaged.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        processor.tokenizer.padding_side = "left"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{folder}: its processor or tokenizer cannot be loaded ({reason}); restore its files"
+        ) from None
+    return processor

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError
-from transformers import AutoProcessor
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.images.to_rgb import Background
 from lora_llava.data.templates import TEMPLATES, Template, chat_template, get_template
-from lora_llava.inference.load import load_answering_model
+from lora_llava.inference.load import load_answering_model, load_processor
 from lora_llava.inference.speak import Speaker, text_message
 from lora_llava.model.adapter_file import checked_base
 from lora_llava.model.loading import Quantization
@@ -93,23 +92,6 @@ def _find_complete_model(name: str) -> Path:
         return plan_model(ModelSection(start_from=StartFrom(llava=name))).tokenizer_folder
     except UserError as error:
         raise UserError(str(error).removeprefix("model.start_from.llava: ")) from None
-
-
-def load_processor(folder: Path) -> Any:
-    """Load the stock processor of a run or model folder, with the PIL backend of training and left padding.
-
-    Raises:
-        UserError: If its files are missing or damaged.
-    """
-    try:
-        processor = AutoProcessor.from_pretrained(folder, backend="pil")
-        processor.tokenizer.padding_side = "left"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{folder}: its processor or tokenizer cannot be loaded ({reason}); restore its files"
-        ) from None
-    return processor
 
 
 def recognise_template(processor: Any) -> Template | None:

@@ -13,10 +13,10 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.storage import file_hash
 from lora_llava.model.adapters import adapter_on
 from lora_llava.model.provenance import locate_base
 from lora_llava.model.weights.names import ADAPTER_FILE
-from lora_llava.model.weights.parts import file_hash
 from lora_llava.model.weights.streaming import build_empty
 from lora_llava.model.weights.tensor_files import lazy_file
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
-from lora_llava.core.storage import find_damage
+from lora_llava.core.storage import atomic_file, find_damage
 from lora_llava.model.base import BaseParts, build_base, cache_folder
 from lora_llava.model.weights.names import COMPONENTS, canonical_name, component_of
 from lora_llava.model.weights.parts import load_part, local_folder
@@ -57,9 +56,8 @@ def component_hashes(folder: Path) -> dict[str, str]:
         if digest == hashlib.sha256().hexdigest():
             raise UserError(f"{folder} has no weights of a {part.replace('_', ' ')}; it is not a complete LLaVA")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    temporary = kept.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(found) + "\n")
-    temporary.replace(kept)
+    with atomic_file(kept) as temporary:
+        temporary.write_text(json.dumps(found) + "\n")
     return found
 
 

@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
-from lora_llava.core.storage import share
-from lora_llava.model.weights.parts import file_hash
+from lora_llava.core.storage import file_hash, share
 
 SHARD_IMAGES = 256
 """Images per shard: about 300 MB of CLIP ViT-L/14-336's features in bfloat16; a kill loses less than a minute."""

@@ -10,6 +10,7 @@ from rich.console import Console
 from transformers import GenerationConfig, LlavaConfig
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.storage import file_hash
 from lora_llava.data.encode import fit_template
 from lora_llava.data.templates import chat_template, get_template, stop_strings
 from lora_llava.model.adapter_file import check_fits
@@ -27,7 +28,7 @@ from lora_llava.model.weights.original_checkpoint import (
     read_lora,
     stock_config,
 )
-from lora_llava.model.weights.parts import Part, file_hash, load_part
+from lora_llava.model.weights.parts import Part, load_part
 from lora_llava.model.weights.tensor_files import checkpoint_bytes, lazy_tensors, write_checkpoint, write_file
 from lora_llava.publishing.merge import BASE_FILE, IMPORTED
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder

@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.storage import file_hash
 from lora_llava.model.adapter_file import PEFT_PREFIX
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.weights.names import ADAPTER_FILE
-from lora_llava.model.weights.parts import file_hash
 from lora_llava.model.weights.tensor_files import LazyTensor, checkpoint_bytes, write_checkpoint, write_file
 from lora_llava.publishing.merge_check import MergedModel, prepare_questions, print_report, prove
 from lora_llava.publishing.merge_source import MergeSource, read_source

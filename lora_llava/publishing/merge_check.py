@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LlavaConfig
 
 from lora_llava.core.errors import ToldError, UserError
 from lora_llava.core.progress import progress_bar
+from lora_llava.inference.load import load_processor
 from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.weights.tensor_files import lazy_tensors
 from lora_llava.publishing.adapter_tensors import read_adapter
@@ -32,7 +33,7 @@ from lora_llava.publishing.proof import (
     merged_model,
     stays_in_memory,
 )
-from lora_llava.publishing.proof_prompts import load_processor, sample_prompts
+from lora_llava.publishing.proof_prompts import sample_prompts
 from lora_llava.recipe import load_recipe
 from lora_llava.runs.directory import RECIPE_FILE
 

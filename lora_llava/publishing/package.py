@@ -11,6 +11,7 @@ from typing import Any, Literal
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
+from lora_llava.inference.load import load_processor
 from lora_llava.model.adapter_file import check_fits, check_saved, checked_base
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import RUN_FILE
@@ -19,7 +20,6 @@ from lora_llava.model.weights.parts import load_config
 from lora_llava.model.weights.tensor_files import lazy_file, weight_files
 from lora_llava.publishing.leaks import scan
 from lora_llava.publishing.merge import ADAPTER_FOLDER, BASE_FILE, BASE_FOLDER, PROCESSOR_FILES, REPORT_FILE
-from lora_llava.publishing.proof_prompts import load_processor
 from lora_llava.recipe import dump_recipe, load_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, is_run, read_record

@@ -5,11 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
-from transformers import AutoProcessor
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import Conversation
@@ -42,21 +40,6 @@ class ProofPrompt:
         if self.image is not None:
             parts.insert(0, {"type": "image", "image": self.image})
         return {"role": "user", "content": parts}
-
-
-def load_processor(folder: Path) -> Any:
-    """Load the stock processor of a run or model folder.
-
-    Raises:
-        UserError: If its files are missing or damaged.
-    """
-    try:
-        return AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{folder}: its processor or tokenizer cannot be loaded ({reason}); restore its files"
-        ) from None
 
 
 def sample_prompts(recipe: Recipe | None, count: int = PER_KIND) -> tuple[list[ProofPrompt], str]:

@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_llava.core.errors import ToldError, UserError
+from lora_llava.core.storage import file_hash
 from lora_llava.model.provenance import locate_base
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.weights.names import ADAPTER_FILE
-from lora_llava.model.weights.parts import file_hash
 from lora_llava.model.weights.tensor_files import weight_files
 from lora_llava.publishing.card.model_card import add_card
 from lora_llava.publishing.merge import BASE_FILE

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.core.errors import UserError
-from lora_llava.core.storage import is_disk_full, share
-from lora_llava.data.files.row_files import file_hash
+from lora_llava.core.storage import file_hash, is_disk_full, share
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1

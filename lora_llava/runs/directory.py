@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 from peft import PeftModel
 
 from lora_llava.core.errors import UserError
-from lora_llava.core.storage import share
-from lora_llava.data.files.row_files import file_hash, json_text
+from lora_llava.core.storage import atomic_file, file_hash, share
+from lora_llava.data.files.row_files import json_text
 from lora_llava.data.templates import get_template, stop_strings
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.start import RUN_FILE, Base
@@ -73,9 +73,8 @@ def processor_name() -> str:
 
 def write_json(file: Path, content: Any) -> None:
     """Write JSON to a temporary file and rename it, so that a reader never sees part of a file."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    with atomic_file(file) as temporary:
+        temporary.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
 
 
 def start_run(folder: Path, recipe: Recipe, data: dict[str, str]) -> None:

@@ -17,8 +17,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.storage import file_hash
 from lora_llava.data.files import json_stream
-from lora_llava.data.files.row_files import data_file, estimate_rows, file_hash, iterate_rows, parquet_columns
+from lora_llava.data.files.row_files import data_file, estimate_rows, iterate_rows, parquet_columns
 
 ROWS: list[Any] = [{"id": "1", "text": "é"}, {"id": "2", "text": 'a "b", {c} [d]'}, {"id": 3, "deep": [{"x": [1, {}]}]}]
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)

@@ -19,7 +19,8 @@ from small_runs import train_run, write_base
 from lora_llava.core.errors import UserError
 from lora_llava.data.encode import encode_prompt
 from lora_llava.data.templates import TEMPLATES, chat_template, get_template
-from lora_llava.inference.open_model import load_processor, open_speaker, recognise_template
+from lora_llava.inference.load import load_processor
+from lora_llava.inference.open_model import open_speaker, recognise_template
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import (
     FullError,

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
-from lora_llava.model.weights.parts import file_hash
+from lora_llava.core.storage import file_hash
 from lora_llava.publishing.merge import merge
 from lora_llava.publishing.push import PushError, push
 

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.files.row_files import file_hash
+from lora_llava.core.storage import file_hash
 from lora_llava.recipe import Recipe
 from lora_llava.runs.checkpoint import (
     MANIFEST_FILE,

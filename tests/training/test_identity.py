@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.files.row_files import file_hash
+from lora_llava.core.storage import file_hash
 from lora_llava.evaluation.scoring import evaluate_run
 from lora_llava.model.base import cache_folder
 from lora_llava.recipe.io import check_recipe

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.storage import atomic_file
 from lora_llava.data.concepts.concept_filter import ConceptReport, filter_captions
 from lora_llava.data.concepts.noun_phrases import NounPhrases
 from lora_llava.data.files.row_files import data_file, iterate_rows, json_text
@@ -67,8 +67,7 @@ def filter_caption_file(
     if target.exists():
         raise UserError(f"--output: {target} is there already; name another file")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with atomic_file(target) as temporary:
         with temporary.open("w", encoding="utf-8") as stream:
             writer = _Writer(stream, as_list=target.suffix.lower() == ".json")
             report = filter_captions(
@@ -82,9 +81,6 @@ def filter_caption_file(
                 progress=progress,
             )
             writer.close()
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return report
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import codecs
 import csv
-import os
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.storage import atomic_file
 from lora_llava.data.files.row_files import estimate_rows, json_text, placed_rows, table_delimiter
 from lora_llava.data.files.shards import shard_of
 from lora_llava.data.files.text_encoding import text_encoding
@@ -67,8 +67,7 @@ def write_without(file: Path, dropped: Container[int]) -> tuple[Path, int]:
     """
     target = fixed_name(file)
     _refuse_existing(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with atomic_file(target) as temporary:
         suffix = file.suffix.lower()
         if suffix == ".parquet":
             count = _copy_parquet(file, dropped, temporary)
@@ -76,9 +75,6 @@ def write_without(file: Path, dropped: Container[int]) -> tuple[Path, int]:
             rows = (row for number, (_, row) in enumerate(placed_rows(file)) if number not in dropped)
             write = {".csv": _write_table, ".tsv": _write_table, ".json": _write_json}.get(suffix, _write_lines)
             count = write(rows, temporary, file)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target, count
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from lora_llava.core.storage import atomic_file
 from lora_llava.data.files.row_files import Counted
 from lora_llava.data.images.image_names import MATCHED, contradictions
 from lora_llava.data.images.image_sources import BadImageError, FolderImages, ImageSource, TableImages, read_converted
@@ -205,12 +206,10 @@ def _save(cache: Path | None, found: dict[str, tuple[str, ImageFacts]]) -> None:
     if cache is None:
         return
     content = {name: (stamp, asdict(image)) for name, (stamp, image) in found.items()}
-    temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(cache)
+        with atomic_file(cache) as temporary:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):  # an unwritable cache is not used
             raise

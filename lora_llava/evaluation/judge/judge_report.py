@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.core.errors import StoppedError, UserError
+from lora_llava.core.storage import atomic_file
 from lora_llava.evaluation.answer_metrics import DASH
 from lora_llava.evaluation.judge.judge_ledger import open_judge_ledger
 from lora_llava.evaluation.judge.judging import Judge, Verdict
@@ -190,10 +191,8 @@ def score_llava_bench(
             ) from None
         verdicts = judge.verdicts()
         report = {"benchmark": "LLaVA-Bench", "files": hashes} | _report(verdicts, server, judge, budget)
-    file = output / REPORT
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    temporary.replace(file)
+    with atomic_file(output / REPORT) as temporary:
+        temporary.write_text(json.dumps(report, indent=2), encoding="utf-8")
     return report
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.storage import file_hash
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Turn
-from lora_llava.data.files.row_files import file_hash
 from lora_llava.data.images.image_sources import FolderImages, Pixels
 from lora_llava.data.typed import as_typed, without_marks
 from lora_llava.evaluation.answerers import Answerer, by_server

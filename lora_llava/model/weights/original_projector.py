@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
 from lora_llava.core.errors import UserError
-from lora_llava.core.storage import looked_in
-from lora_llava.model.weights.parts import NETWORK_ERRORS, Download, check_hub_id, file_hash, not_available
+from lora_llava.core.storage import file_hash, looked_in
+from lora_llava.model.weights.parts import NETWORK_ERRORS, Download, check_hub_id, not_available
 from lora_llava.model.weights.tensor_files import load_bin
 
 PROJECTOR_FILE = "mm_projector.bin"

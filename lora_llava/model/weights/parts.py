@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from lora_llava.core.errors import UserError
-from lora_llava.core.storage import looked_in
+from lora_llava.core.storage import file_hash, looked_in
 from lora_llava.model.weights.tensor_files import weight_files
 
 DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo" / "base"
@@ -175,9 +175,3 @@ def folder_hash(folder: Path) -> str:
             digest.update(file.name.encode())
             digest.update(file_hash(file).encode())
     return digest.hexdigest()
-
-
-def file_hash(file: Path) -> str:
-    """Return the SHA-256 of a file, read in chunks."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
