@@ -105,11 +105,12 @@ def split_images(plan: RunPlan, name: str) -> list[str]:
 
 
 def _hash_split(plan: RunPlan, name: str) -> dict[str, str]:
-    """Return the SHA-256 of each image file by its name."""
-    names, images = split_images(plan, name), plan.splits[name].images
+    """Return the SHA-256 of each image file by its name; images that the split opened are not read again."""
+    split = plan.splits[name]
+    names, images, known = split_images(plan, name), split.images, split.digests
 
     def digest(image: str) -> str:
-        return hashlib.sha256(images.read(image)).hexdigest()
+        return known.get(image) or hashlib.sha256(images.read(image)).hexdigest()
 
     with ThreadPoolExecutor() as pool:
         digests = progress_bar(
