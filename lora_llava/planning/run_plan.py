@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LlavaConfig, PreTrainedTokenizerBase
@@ -22,13 +22,29 @@ from lora_llava.model.fast_path.attention import resolve_attention
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.model.tokenizer import load_tokenizer
-from lora_llava.planning.fit import build_step, choose_checkpointing, measure_rows
+from lora_llava.planning.fit import build_step, choose_checkpointing, measure_rows, resolve_optimizer
 from lora_llava.planning.memory import Step
 from lora_llava.planning.row_order import RowOrder, order_rows
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.splits.encoded_sources import Progress, encode_splits, no_progress
 from lora_llava.splits.refusals import refuse_errors
 from lora_llava.splits.split_rows import Split, build_split
+
+
+class Computation(NamedTuple):
+    """How a run computes on this machine.
+
+    Attributes:
+        dtype: The dtype of frozen weights and activations.
+        padding_free: Whether samples are packed instead of padded.
+        attention: A description of the attention.
+        optimizer: The optimizer, by its name in transformers.
+    """
+
+    dtype: torch.dtype
+    padding_free: bool
+    attention: str
+    optimizer: str
 
 
 @dataclass
@@ -46,6 +62,7 @@ class RunPlan:
         step: The heaviest step, and how much of it is recomputed.
         refusal: The error if it does not fit here; else None.
         trained_parameters: `lora` and `projector`.
+        computation: Dtype, attention and optimizer of the run on this machine.
     """
 
     recipe: Recipe
@@ -58,6 +75,7 @@ class RunPlan:
     step: Step
     refusal: UserError | None
     trained_parameters: dict[str, int]
+    computation: Computation
 
 
 def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
@@ -107,7 +125,15 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
         step,
         refusal,
         planned_parameters(model.config, run_lora_config(recipe)),
+        resolve_computation(recipe),
     )
+
+
+def resolve_computation(recipe: Recipe) -> Computation:
+    """Resolve every `auto` of a recipe's computation on this machine."""
+    padding_free, attention = is_padding_free(recipe)
+    optimizer = resolve_optimizer(recipe, cuda=torch.cuda.is_available())
+    return Computation(resolve_dtype(recipe.model.dtype), padding_free, attention, optimizer)
 
 
 def _with_test_rows(recipe: Recipe) -> Recipe:

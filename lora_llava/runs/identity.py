@@ -18,11 +18,9 @@ import torch
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
-from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import Base
-from lora_llava.planning.fit import resolve_optimizer
-from lora_llava.planning.run_plan import RunPlan, is_padding_free
+from lora_llava.planning.run_plan import RunPlan
 from lora_llava.runs.directory import versions
 from lora_llava.splits.split_rows import Split, asked_split
 
@@ -71,9 +69,9 @@ def run_identity(plan: RunPlan, base: Base) -> dict[str, Any]:
         "chat_template": _hash(plan.processor.chat_template or ""),
         "image_processor": plan.processor.image_processor.to_dict(),
         "computation": {
-            "dtype": str(resolve_dtype(recipe.model.dtype)).removeprefix("torch."),
-            "padding_free": is_padding_free(recipe)[0],
-            "optimizer": resolve_optimizer(recipe, cuda=torch.cuda.is_available()),
+            "dtype": str(plan.computation.dtype).removeprefix("torch."),
+            "padding_free": plan.computation.padding_free,
+            "optimizer": plan.computation.optimizer,
         },
         "data": {name: _split_identity(split, name == evaluated) for name, split in plan.splits.items()},
         "versions": versions(),

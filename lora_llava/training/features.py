@@ -23,7 +23,7 @@ from lora_llava.data.images.to_rgb import CONVERSION_RULE
 from lora_llava.distributed.ranks import first_before_others
 from lora_llava.evaluation.row_evaluation import choose_rows
 from lora_llava.model.base import cache_folder
-from lora_llava.model.loading import default_device, resolve_dtype
+from lora_llava.model.loading import default_device
 from lora_llava.model.start import Base
 from lora_llava.model.vision import load_tower, tower_features
 from lora_llava.model.vision_cache import CachedFeatures, FeatureStore, feature_bytes, store_folder
@@ -88,7 +88,7 @@ def cache_key(plan: RunPlan, base: Base) -> dict[str, Any]:
         "preprocessing": plan.processor.image_processor.to_dict(),
         "layer": config.vision_feature_layer,
         "strategy": config.vision_feature_select_strategy,
-        "dtype": str(resolve_dtype(plan.recipe.model.dtype)),
+        "dtype": str(plan.computation.dtype),
         "background": plan.recipe.data.background,
         "conversion": CONVERSION_RULE,
     }
@@ -130,7 +130,7 @@ def _fill(store: FeatureStore, hashes: dict[str, dict[str, str]], plan: RunPlan,
     if not missing:
         return
     _check_room(store, len(missing), plan)
-    config, dtype, device = plan.model.config, resolve_dtype(plan.recipe.model.dtype), default_device()
+    config, dtype, device = plan.model.config, plan.computation.dtype, default_device()
     tower = load_tower(base.folder, config, dtype, device)
     bar = progress_bar(desc="encoding images", total=len(missing), unit="image")
     with bar:
@@ -169,7 +169,7 @@ def _check_room(store: FeatureStore, images: int, plan: RunPlan) -> None:
     config = plan.model.config
     layers = config.vision_feature_layer
     width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-    one = feature_bytes(config.image_seq_length, width, resolve_dtype(plan.recipe.model.dtype))
+    one = feature_bytes(config.image_seq_length, width, plan.computation.dtype)
     needed = images * one
     if store.folder is None:
         free, what, fix = psutil.virtual_memory().available, "memory", "disk or off"

@@ -27,8 +27,7 @@ from lora_llava.model.adapters import trained_projector
 from lora_llava.model.base import cache_folder
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.planning import plan_tables
-from lora_llava.planning.fit import resolve_optimizer
-from lora_llava.planning.run_plan import RunPlan, is_padding_free, plan_run
+from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.runs.checkpoint import list_checkpoints, set_aside
 from lora_llava.runs.directory import (
@@ -195,7 +194,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     model = build_trained_model(recipe, replace(base, initial_projector=None))
     freeze_plan = describe_plan(model)
     plan_tables.print_freeze_plan(freeze_plan, console)
-    console.print(f"attention: {is_padding_free(recipe)[1]}")
+    console.print(f"attention: {plan.computation.attention}")
     before = _evaluate_before(model, plan, identity, resumed is not None, console)
     if base.initial_projector is not None:
         trained_projector(model).load_state_dict(base.initial_projector)
@@ -277,7 +276,7 @@ def _metrics(
         **tables,
         "train": result.as_dict(),
         "step": {
-            "optimizer": resolve_optimizer(plan.recipe, cuda=plan.step.cuda),
+            "optimizer": plan.computation.optimizer,
             "planned_bytes": plan.step.peak,
             "checkpointed_layers": plan.step.checkpointed,
             "offloaded": plan.step.offloaded,

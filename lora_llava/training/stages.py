@@ -30,10 +30,9 @@ from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import load_base
 from lora_llava.model.start import Base
 from lora_llava.model.vision import freeze_tower
-from lora_llava.planning.fit import resolve_optimizer
 from lora_llava.planning.memory import GIB
 from lora_llava.planning.row_order import validation_rows
-from lora_llava.planning.run_plan import RunPlan, is_padding_free, run_lora_config
+from lora_llava.planning.run_plan import RunPlan, is_padding_free, resolve_computation, run_lora_config
 from lora_llava.recipe import Recipe, recipe_hash
 from lora_llava.runs.checkpoint import DiskFullError
 from lora_llava.runs.directory import save_model, versions
@@ -147,7 +146,7 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
         weight_decay=training.weight_decay,
         warmup_steps=warmup_steps(training.warmup_ratio, plan_steps),
         lr_scheduler_type=training.lr_scheduler,
-        optim=resolve_optimizer(recipe, cuda=torch.cuda.is_available()),
+        optim=resolve_computation(recipe).optimizer,
         max_grad_norm=training.max_grad_norm,
         eval_strategy="steps" if has_validation else "no",
         eval_steps=every,
@@ -185,7 +184,7 @@ def checkpointing_argument() -> str:
 
 def build_feeds(plan: RunPlan) -> tuple[Feed, Feed | None]:
     """Return the feeds of the training and the validation split."""
-    padding_free = is_padding_free(plan.recipe)[0]
+    padding_free = plan.computation.padding_free
 
     def feed(split: Split, rows: list[list[int]]) -> Feed:
         collator: Any = PackedCollator(split.load_pixels) if padding_free else padded_collator(plan, split)
@@ -273,7 +272,7 @@ def _begin_sharded(plan: RunPlan, model: PeftModel, feed: Feed) -> None:
 
 def _check_start(plan: RunPlan, model: PeftModel, feed: Feed) -> None:
     """Compare the first rows padded and packed, if rows are packed; ranks with sharded weights run the same rows."""
-    if not is_padding_free(plan.recipe)[0]:
+    if not plan.computation.padding_free:
         return
     split = plan.splits["train"]
     rank = 0 if is_sharded() else this_rank()[0]
