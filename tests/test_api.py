@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,14 @@ def test_mistakes_are_exceptions(folder: Path) -> None:
 def test_quiet_prints_nothing(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     evaluate(run.path, limit=2, output=run.path.parent / "answers", quiet=True)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "module", ["lora_llava", "lora_llava.data", "lora_llava.recipe", "lora_llava.evaluation.judge"]
+)
+def test_every_public_name_exists(module: str) -> None:
+    found = import_module(module)
+    assert [name for name in found.__all__ if not hasattr(found, name)] == []
 
 
 def test_importing_the_package_is_fast_and_silent() -> None:

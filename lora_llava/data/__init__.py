@@ -30,7 +30,7 @@ _HOMES = {
     "collator": ("PaddedCollator",),
     "conversation": ("Conversation", "EncodingError", "Turn"),
     "encode": ("IGNORE_INDEX", "OverlongError", "encode_conversation", "encode_prompt"),
-    "images.reading": ("Pixels",),
+    "images.image_sources": ("Pixels",),
     "templates": ("TEMPLATES", "Template", "chat_template", "get_template"),
 }
 
