@@ -114,7 +114,7 @@ class _Server(asyncio.Protocol):
         self.seen, self.faults, self.latency, self.drawn = seen, faults, latency, drawn
         self.received = b""
 
-    def connection_measure(self, transport: Any) -> None:
+    def connection_made(self, transport: Any) -> None:
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
