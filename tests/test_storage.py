@@ -16,7 +16,16 @@ import pytest
 from safetensors.numpy import save_file
 
 from lora_llava.core.errors import UserError
-from lora_llava.core.storage import SUMS_FILE, find_damage, full_disk_reported, is_disk_full, locked, make_entry, share
+from lora_llava.core.storage import (
+    SUMS_FILE,
+    atomic_file,
+    find_damage,
+    full_disk_reported,
+    is_disk_full,
+    locked,
+    make_entry,
+    share,
+)
 from lora_llava.demo.dataset import build_demo_captions
 
 
@@ -101,11 +110,11 @@ def start(folder: Path, log: Path) -> subprocess.Popen[str]:
 def test_of_two_at_once_the_second_takes_what_the_first_wrote(tmp_path: Path) -> None:
     folder, log = tmp_path / "kind" / "key", tmp_path / "log"
     both = [start(folder, log) for _ in range(2)]
-    told = [process.communicate() for process in both]
+    reported = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert [out for out, _ in told] == ["one\n", "one\n"]
+    assert [out for out, _ in reported] == ["one\n", "one\n"]
     assert log.read_text() == "written\n"
-    assert sorted(err for _, err in told) == ["", f"another run is writing {folder}; waiting for it\n"]
+    assert sorted(err for _, err in reported) == ["", f"another run is writing {folder}; waiting for it\n"]
 
 
 def test_what_a_killed_process_left_is_removed_and_a_live_one_s_is_not(tmp_path: Path) -> None:
@@ -130,15 +139,15 @@ def test_a_busy_folder_can_be_refused(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_seen_without_errno(tmp_path: Path) -> None:
-    told = OSError("12800 requested and 0 written")  # numpy's tofile
-    assert is_disk_full(told, tmp_path)
+    reported = OSError("12800 requested and 0 written")  # numpy's tofile
+    assert is_disk_full(reported, tmp_path)
     assert is_disk_full(RuntimeError("I/O error: No space left on device (os error 28)"), tmp_path)
     assert is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"), tmp_path)
     assert not is_disk_full(OSError(errno.EACCES, "Permission denied"), tmp_path)
     assert not is_disk_full(OSError("gone"), tmp_path / "not" / "there")
     with pytest.raises(UserError, match=r"^the disk is full: .* bytes free; make room$"):
         with full_disk_reported(tmp_path, "make room"):
-            raise told
+            raise reported
 
 
 def test_all_of_an_entry_is_readable_by_the_umask(tmp_path: Path, umask: None) -> None:
@@ -159,3 +168,14 @@ def test_a_demo_image_that_changed_is_drawn_again(tmp_path: Path, capsys: pytest
     assert build_demo_captions(tmp_path, 4) == file
     assert image.read_bytes() == content
     assert "(images/00002.png has changed); writing it again" in capsys.readouterr().err
+
+
+def test_an_atomic_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    with atomic_file(file) as temporary:
+        temporary.write_text("one")
+        assert not file.exists()
+    writing = atomic_file(file)
+    writing.__enter__().write_text("tw")
+    assert not writing.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.json", "one")]

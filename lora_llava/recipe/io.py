@@ -137,25 +137,30 @@ def _read_content(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str,
         raise RecipeError(
             f"{path}: a recipe is a mapping of keys, not a {type(content).__name__}; start from a shipped recipe"
         )
-    for override in overrides:
-        _apply_override(content, override)
     _rename_keys(content, str(path))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        _apply_override(content, _new_name(key, f"override {override!r}") + equals + value)
     return content, str(path)
 
 
 def _rename_keys(content: dict[str, Any], where: str) -> None:
-    """Replace old names of keys by the new ones, with a warning.
+    """Give top-level keys with an old name their new one, with a warning.
 
     Raises:
         RecipeError: If both names are present.
     """
-    for old, new in RENAMED_KEYS.items():
-        if old not in content:
-            continue
-        if new in content:
-            raise RecipeError(f"{where}: {old} is the old name of {new}; keep one of the two")
-        content[new] = content.pop(old)
-        print(f"warning: {where}: {old} is now called {new}; use the new name", file=sys.stderr)
+    for old in RENAMED_KEYS.keys() & content.keys():
+        if RENAMED_KEYS[old] in content:
+            raise RecipeError(f"{where}: {old} is the old name of {RENAMED_KEYS[old]}; keep one of the two")
+        content[_new_name(old, where)] = content.pop(old)
+
+
+def _new_name(key: str, where: str) -> str:
+    """Return the present name of a key; print a warning if it has another name now."""
+    if key in RENAMED_KEYS:
+        print(f"warning: {where}: {key} is now called {RENAMED_KEYS[key]}; use the new name", file=sys.stderr)
+    return RENAMED_KEYS.get(key, key)
 
 
 def override_recipe(recipe: Recipe, overrides: Iterable[str]) -> Recipe:

@@ -38,9 +38,9 @@ def test_a_list_goes_in_and_a_list_comes_out(tmp_path: Path, capsys: pytest.Capt
     source.write_text(json.dumps(rows()))
     assert run(source, target) == 0
     assert json.loads(target.read_text()) == [row for row in rows() if row["caption"] in KEPT]
-    told = capsys.readouterr().out
-    assert "noun phrases found by the light tagger" in told
-    assert "5 of 7 rows; left out: 1 empty caption, 1 rare phrases only" in told.replace("\n", " ")
+    reported = capsys.readouterr().out
+    assert "noun phrases found by the light tagger" in reported
+    assert "5 of 7 rows; left out: 1 empty caption, 1 rare phrases only" in reported.replace("\n", " ")
 
 
 def test_tables_and_llava_s_conversations_are_read(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_ctrl_c_leaves_no_half_file(tmp_path: Path) -> None:
     assert "noun phrases found by the light tagger" in process.stdout.readline()
     time.sleep(1)  # in the middle of the captions
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, reported = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Traceback" not in told
+    assert "Traceback" not in reported
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]

@@ -159,28 +159,28 @@ def test_laws(captions: list[str], minimum: int, maximum: int, seed: int, batch_
 
 
 def test_rows_are_read_once_and_written_after_that() -> None:
-    told: list[str] = []
+    reported: list[str] = []
 
     class Pipe:
         def __iter__(self) -> Iterator[dict[str, Any]]:
-            told.append("opened")
+            reported.append("opened")
             yield from ({"caption": "sky"} for _ in range(3))
-            told.append("ended")
+            reported.append("ended")
 
     def progress(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
         for row in rows:
-            told.append("read")
+            reported.append("read")
             yield row
 
     filter_captions(
         Pipe(),
-        lambda row: told.append("written"),
+        lambda row: reported.append("written"),
         noun_phrases=split,
         caption_of=lambda row: row["caption"],
         batch_size=2,
         progress=progress,
     )
-    assert told == ["opened", *["read"] * 3, "ended", *["written"] * 3]
+    assert reported == ["opened", *["read"] * 3, "ended", *["written"] * 3]
 
 
 def test_no_rows_are_no_error() -> None:

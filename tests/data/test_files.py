@@ -320,17 +320,17 @@ KINDS = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet"
 
 
 def test_paths_without_rows_are_refused(tmp_path: Path) -> None:
-    def told(path: Path, message: str) -> None:
+    def reported(path: Path, message: str) -> None:
         with pytest.raises(UserError) as caught:
             data_file(path, "data.sources.0.path")
         assert str(caught.value) == f"data.sources.0.path: {path} {message}"
 
-    told(tmp_path, f"is a folder; name its file of rows ({KINDS}); it has: none")
-    told(tmp_path / "chat.json", "is missing; it should be a file such as chat.json")
-    told(write(tmp_path, "chat.txt", ""), f"is of an unknown kind; use one of {KINDS}")
+    reported(tmp_path, f"is a folder; name its file of rows ({KINDS}); it has: none")
+    reported(tmp_path / "chat.json", "is missing; it should be a file such as chat.json")
+    reported(write(tmp_path, "chat.txt", ""), f"is of an unknown kind; use one of {KINDS}")
     for name in "gfedcba":
         write(tmp_path, f"{name}.json", "[]")
-    told(
+    reported(
         tmp_path,
         f"is a folder; name its file of rows ({KINDS}); it has: a.json, b.json, c.json, d.json, e.json",
     )

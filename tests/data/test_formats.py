@@ -217,12 +217,12 @@ def test_an_image_that_a_row_names_by_its_path_is_a_file() -> None:
 
 
 def test_text_before_the_first_question_and_after_the_last_answer_is_cut_and_noted() -> None:
-    told, asked, answered = ({"from": "gpt", "value": "Hello."}, *llava("What?", "A dog."))
+    reported, asked, answered = ({"from": "gpt", "value": "Hello."}, *llava("What?", "A dog."))
     system = {"from": "system", "value": "Be kind."}
     cases = [
-        ([told, asked, answered], (LEADING_ANSWER_CUT,)),
+        ([reported, asked, answered], (LEADING_ANSWER_CUT,)),
         ([asked, answered, asked], (OPEN_QUESTION_CUT,)),
-        ([told, asked, answered, asked], (LEADING_ANSWER_CUT, OPEN_QUESTION_CUT)),
+        ([reported, asked, answered, asked], (LEADING_ANSWER_CUT, OPEN_QUESTION_CUT)),
     ]
     for messages, notes in cases:
         assert read_row({"conversations": messages}, 0) == Conversation("0", SAID, notes=notes)
@@ -238,18 +238,18 @@ def test_an_image_of_a_question_that_is_cut_is_not_shown_with_another() -> None:
 
 NO_QUESTION = "the conversation has no question; add one"
 NO_ANSWER = "the conversation has no answer; add one"
-MEND = "; columns are named by data.columns"
+FIX = "; columns are named by data.columns"
 FORMS = "it lacks conversations, messages, or question and answer; it has "
 TEXT, ASKED, ANSWERED = chat("What?", "A dog."), {"question": "What?"}, {"answer": "A dog."}
 BAD: list[tuple[Any, str, str]] = [
     ("text", "malformed row", "the row is str; a row holds id, image and conversations"),
     (None, "malformed row", "the row is NoneType; a row holds id, image and conversations"),
     ([{}], "malformed row", "the row is list; a row holds id, image and conversations"),
-    ({}, "missing column", FORMS + "nothing" + MEND),
-    ({"a": None, "conversations": None}, "missing column", FORMS + "nothing" + MEND),
-    ({"id": "7", "image": "a.png"}, "missing column", FORMS + "'id', 'image'" + MEND),
-    (ASKED | {"text": "x"}, "missing column", "it lacks answer; it has 'question', 'text'" + MEND),
-    (ANSWERED, "missing column", "it lacks question; it has 'answer'" + MEND),
+    ({}, "missing column", FORMS + "nothing" + FIX),
+    ({"a": None, "conversations": None}, "missing column", FORMS + "nothing" + FIX),
+    ({"id": "7", "image": "a.png"}, "missing column", FORMS + "'id', 'image'" + FIX),
+    (ASKED | {"text": "x"}, "missing column", "it lacks answer; it has 'question', 'text'" + FIX),
+    (ANSWERED, "missing column", "it lacks question; it has 'answer'" + FIX),
     ({"conversations": [], "messages": []}, "both formats",
      "the row has conversations and messages, which are two formats; keep one"),
     (ASKED | ANSWERED | {"messages": []}, "both formats",
@@ -323,14 +323,14 @@ def test_a_caption_needs_its_column() -> None:
         read_row({"image": "a.png", "text": "x"}, 0, form="captions")
     assert (
         str(caught.value)
-        == "it lacks conversations, messages, question and answer, or caption; it has 'image', 'text'" + MEND
+        == "it lacks conversations, messages, question and answer, or caption; it has 'image', 'text'" + FIX
     )
 
 
 def test_a_row_s_missing_columns_are_named_as_the_recipe_names_them() -> None:
     with pytest.raises(RowError) as caught:
         read_row({"x": 1}, 0, columns=Columns(question="frage", answer="antwort"))
-    assert str(caught.value) == "it lacks conversations, messages, or frage and antwort; it has 'x'" + MEND
+    assert str(caught.value) == "it lacks conversations, messages, or frage and antwort; it has 'x'" + FIX
 
 
 @pytest.mark.parametrize("images", [[""], ["a\0b.png"], "a\0b.png"])

@@ -134,9 +134,9 @@ def test_a_file_of_a_repository_is_fetched_once(hub: dict[str, str]) -> None:
 
 def test_a_file_or_repository_that_is_not_there_is_one_line(hub: dict[str, str]) -> None:
     for path, file in ((REPO, "gone.json"), ("me/gone", "rows.json")):
-        told = opened(hub, path, file=file)
-        assert told.startswith(f"data.path: {file} of {path} cannot be downloaded from the Hub: ")
-        assert "\n" not in told
+        reported = opened(hub, path, file=file)
+        assert reported.startswith(f"data.path: {file} of {path} cannot be downloaded from the Hub: ")
+        assert "\n" not in reported
 
 
 def test_a_table_with_images_is_read(hub: dict[str, str]) -> None:
@@ -147,6 +147,6 @@ def test_a_table_with_images_is_read(hub: dict[str, str]) -> None:
         ["3", "And now?", []],
         [1, 2, 3],
     ]
-    told = opened(hub, "me/gone")
-    assert told.startswith("data.path: me/gone, split 'train', cannot be read: ")
-    assert "\n" not in told
+    reported = opened(hub, "me/gone")
+    assert reported.startswith("data.path: me/gone, split 'train', cannot be read: ")
+    assert "\n" not in reported

@@ -73,10 +73,10 @@ def test_a_file_s_own_name_comes_first(tmp_path: Path) -> None:
 )
 def test_a_name_that_several_files_match_is_refused(tmp_path: Path, files: list[str], name: str) -> None:
     images = draw(tmp_path, *files)
-    told = f"image {name} may be {files[0]} or {files[1]}; write the exact file name"
-    with pytest.raises(BadImageError, match=f"^{re.escape(told)}$"):
+    reported = f"image {name} may be {files[0]} or {files[1]}; write the exact file name"
+    with pytest.raises(BadImageError, match=f"^{re.escape(reported)}$"):
         images.open(name)
-    assert inspect_images(images, [name])[name].problem == told
+    assert inspect_images(images, [name])[name].problem == reported
 
 
 def test_two_names_of_one_file_are_reported_if_their_folders_differ(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Mixtures: what is held back shares no image with what is left, and every source gives its part of an epoch."""
+"""Mixtures: held-out rows share no image with training rows, and every source has its share of an epoch."""
 
 from __future__ import annotations
 

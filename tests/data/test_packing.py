@@ -65,8 +65,8 @@ def test_scienceqa_lengths_fill_rows_of_4096() -> None:
 
 
 def test_a_sample_longer_than_a_row_is_named() -> None:
-    told = r"sample 1 has 101 tokens, over a row of 100; raise training.max_tokens_per_row"
-    with pytest.raises(UserError, match=told):
+    reported = r"sample 1 has 101 tokens, over a row of 100; raise training.max_tokens_per_row"
+    with pytest.raises(UserError, match=reported):
         pack_samples([5, 101], 100)
 
 

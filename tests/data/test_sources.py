@@ -99,27 +99,27 @@ def test_images_are_looked_for_beside_the_file(tmp_path: Path, named: str) -> No
 
 
 def test_missing_paths_are_reported(tmp_path: Path) -> None:
-    def told(message: str, path: Any, **more: Any) -> None:
+    def reported(message: str, path: Any, **more: Any) -> None:
         with pytest.raises(UserError) as caught:
             open_source(path, where="data.sources.1.path", **more)
         assert str(caught.value) == message
 
     kinds = ".json, .jsonl, .ndjson, .csv, .tsv, .parquet"
     missing = tmp_path / "chat.json"
-    told(f"data.sources.1.path: {missing} is missing; it should be a file such as chat.json", missing)
-    told(f"data.sources.1.path: {tmp_path} is a folder; name its file of rows ({kinds}); it has: none", tmp_path)
+    reported(f"data.sources.1.path: {missing} is missing; it should be a file such as chat.json", missing)
+    reported(f"data.sources.1.path: {tmp_path} is a folder; name its file of rows ({kinds}); it has: none", tmp_path)
     (tmp_path / "chat.txt").write_text("x")
-    told(
+    reported(
         f"data.sources.1.path: {tmp_path / 'chat.txt'} is of an unknown kind; use one of {kinds}", tmp_path / "chat.txt"
     )
     write(missing, [])
-    told(
+    reported(
         f"data.sources.1.image_folder: the folder {tmp_path / 'no'} does not exist; name the root folder of the images",
         missing,
         image_folder=tmp_path / "no",
     )
     write(tmp_path / "more.json", [])
-    told(
+    reported(
         f"data.sources.1.path: {tmp_path} is a folder; name its file of rows ({kinds}); it has: chat.json, more.json",
         tmp_path,
     )

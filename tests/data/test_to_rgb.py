@@ -84,8 +84,8 @@ def test_large_images_are_converted_in_blocks() -> None:
 
 
 def test_scaling_is_noted() -> None:
-    told = "has mode I;16; it is scaled so that 0 is black and 4095 is white"
-    assert converted(Image.fromarray(TWELVE)).notes == ((SCALED, told),)
+    reported = "has mode I;16; it is scaled so that 0 is black and 4095 is white"
+    assert converted(Image.fromarray(TWELVE)).notes == ((SCALED, reported),)
     assert converted(Image.new("L", (1, 1))).notes == ()
     assert converted(Image.fromarray(np.array([[0, 255]], dtype=np.uint16))).notes == ()
 
@@ -154,5 +154,5 @@ def test_what_is_known_of_an_image_depends_on_the_background(tmp_path: Path) -> 
     cache = tmp_path / "cache.json"
     for background in ("white", "black"):
         images = FolderImages(tmp_path, 99, background=background)  # type: ignore[arg-type]
-        ((_, told),) = inspect_images(images, ["a.png"], cache)["a.png"].oddities
-        assert f"composited on {background}" in told
+        ((_, reported),) = inspect_images(images, ["a.png"], cache)["a.png"].oddities
+        assert f"composited on {background}" in reported

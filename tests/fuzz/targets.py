@@ -1,4 +1,4 @@
-"""What is fuzzed: readers and parsers of what others wrote. Each may only end, or raise an error that is told."""
+"""Targets of fuzzing: readers and parsers of other people's files. Each may only end, or raise a declared error."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Target(NamedTuple):
 
 
 def attempt(target: Target, value: Any) -> None:
-    """Run a target once; what is not told to a person comes out as it is."""
+    """Run a target once; every error that is not declared is raised unchanged."""
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ToldError):
         target.run(value, Path(folder))
 

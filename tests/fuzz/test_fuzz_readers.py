@@ -1,4 +1,4 @@
-"""Readers and parsers of what others wrote: whatever they are given, they end, or raise an error that is told."""
+"""Readers and parsers of other people's files end on every input, or raise a declared error."""
 
 from __future__ import annotations
 

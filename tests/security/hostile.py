@@ -90,8 +90,8 @@ def _run(pipe: Connection, arguments: Sequence[str], environment: dict[str, str]
         except BaseException:
             code = 99
             traceback.print_exc()
-    told = "\n".join(line.rpartition("\r")[2] for line in err.getvalue().split("\n"))  # without progress bars
-    pipe.send((code, out.getvalue(), told, _peak_mib() - before))
+    reported = "\n".join(line.rpartition("\r")[2] for line in err.getvalue().split("\n"))  # without progress bars
+    pipe.send((code, out.getvalue(), reported, _peak_mib() - before))
 
 
 def _peak_mib() -> float:

@@ -82,13 +82,13 @@ def good(write_rows: WriteRows) -> Outcome:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_image_is_one_line(name: str, write_rows: WriteRows, images: Path, good: Outcome) -> None:
-    make, told, _ = HOSTILE[name]
+    make, reported, _ = HOSTILE[name]
     make(images / name)
     found = run_verb("finetune", write_rows([asked(8, name)], validation_rows=0), "--dry-run")
     assert found.code == 2, found.err
     assert len(found.err.splitlines()) == 1
     shown = repr(name) if name == "loop.png" else name
-    assert found.err.startswith(f"error: row r8 (rows.json, index 8): image {shown} {told}")
+    assert found.err.startswith(f"error: row r8 (rows.json, index 8): image {shown} {reported}")
     assert found.err.endswith("; fix it or set data.on_bad_image=drop\n")
     assert found.rise_mib - good.rise_mib < MEMORY_RISE_MIB
 
@@ -143,9 +143,9 @@ def test_a_gif_of_10_000_frames_is_its_first(
     report = tmp_path / "report.json"
     found = run_verb("check", write_rows([asked(8, "long.gif")], validation_rows=0), "--json", report)
     assert found.code == 0, found.err
-    told = "image long.gif has 10000 frames; only the first is used"
+    reported = "image long.gif has 10000 frames; only the first is used"
     warnings = json.loads(report.read_text())["warnings"]
-    assert [each["message"] for each in warnings if each["kind"] == "several frames"] == [told]
+    assert [each["message"] for each in warnings if each["kind"] == "several frames"] == [reported]
     assert found.rise_mib - good.rise_mib < MEMORY_RISE_MIB
 
 
@@ -178,8 +178,10 @@ def test_nothing_outside_the_folder_is_read_or_fetched(
     with counting_server() as (url, asked_for):
         own = name.format(root=tmp_path, url=url)
         found = run_verb("finetune", write_rows([asked(8, own)], validation_rows=0), "--dry-run")
-    told = f"error: row r8 (rows.json, index 8): image {own[:60] if 'URL' in OUTSIDE[name] else own} {OUTSIDE[name]}"
-    assert (found.code, found.err) == (2, f"{told.format(images=images)}; fix it or set data.on_bad_image=drop\n")
+    reported = (
+        f"error: row r8 (rows.json, index 8): image {own[:60] if 'URL' in OUTSIDE[name] else own} {OUTSIDE[name]}"
+    )
+    assert (found.code, found.err) == (2, f"{reported.format(images=images)}; fix it or set data.on_bad_image=drop\n")
     assert asked_for == []
     assert _last_read(tmp_path / "secret.png") == before
 

@@ -58,11 +58,11 @@ HOSTILE = {
 @pytest.mark.parametrize("verb", [["finetune", "--dry-run"], ["check"]], ids=["finetune", "check"])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_recipe_is_one_line(name: str, verb: list[str], tmp_path: Path) -> None:
-    text, told = HOSTILE[name]
+    text, reported = HOSTILE[name]
     recipe, marker = tmp_path / "recipe.yaml", tmp_path / "executed"
     recipe.write_text(text.replace("{marker}", str(marker)))
     found = run_verb(verb[0], recipe, *verb[1:])
-    assert (found.code, found.out, found.err) == (2, "", f"error: {recipe}{told}\n")
+    assert (found.code, found.out, found.err) == (2, "", f"error: {recipe}{reported}\n")
     assert not marker.exists()
     assert found.rise_mib < MEMORY_RISE_MIB
 
@@ -71,8 +71,8 @@ def test_a_recipe_of_50_mb_is_not_read(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("stage: " + "a" * 50_000_000)
     found = run_verb("check", recipe)
-    told = "the file has 50,000,007 bytes, and a recipe at most 1,000,000; name a recipe"
-    assert (found.code, found.err) == (2, f"error: {recipe}: {told}\n")
+    reported = "the file has 50,000,007 bytes, and a recipe at most 1,000,000; name a recipe"
+    assert (found.code, found.err) == (2, f"error: {recipe}: {reported}\n")
     assert found.rise_mib < 20
 
 
@@ -86,8 +86,8 @@ def test_an_override_is_read_by_the_same_rules(stage2_content: dict[str, Any], t
     recipe, marker = write_recipe(tmp_path / "recipe.yaml", stage2_content), tmp_path / "executed"
     override = f"lora.r=!!python/object/apply:os.system ['touch {marker}']"
     found = run_verb("check", recipe, override)
-    told = "could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.system'"
-    assert (found.code, found.err) == (2, f"error: override {override!r}, line 1: not YAML: {told}\n")
+    reported = "could not determine a constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.system'"
+    assert (found.code, found.err) == (2, f"error: override {override!r}, line 1: not YAML: {reported}\n")
     assert not marker.exists()
 
 

@@ -1,4 +1,4 @@
-"""Hostile files of rows: told in one line with the place, or dropped and counted."""
+"""Hostile files of rows: reported in one line with the place, or dropped and counted."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_one_line(name: str, write_rows: WriteRows, tmp_path: Path) -> None:
-    content, told = HOSTILE[name]
+    content, reported = HOSTILE[name]
     good = run_verb("finetune", write_rows(), "--dry-run")
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     recipe, report = write_rows(file=file, validation_rows=0), tmp_path / "report.json"
     found = run_verb("finetune", recipe, "--dry-run")
-    assert (found.code, found.err) == (2, f"error: {file}{told}\n")
+    assert (found.code, found.err) == (2, f"error: {file}{reported}\n")
     checked = run_verb("check", recipe, "--json", report)
     assert (checked.code, checked.err) == (1, "")
-    assert [each["message"] for each in json.loads(report.read_text())["errors"]] == [f"{file}{told}"]
+    assert [each["message"] for each in json.loads(report.read_text())["errors"]] == [f"{file}{reported}"]
     assert max(found.rise_mib, checked.rise_mib) - good.rise_mib < MEMORY_RISE_MIB
 
 
@@ -79,9 +79,9 @@ def test_hostile_rows_are_dropped_and_counted(write_rows: WriteRows, tmp_path: P
     report = tmp_path / "report.json"
     recipe = write_rows(file=file, validation_rows=0, on_bad_row="drop", on_bad_image="drop")
     assert run_verb("check", recipe, "--json", report).code == 0
-    told = json.loads(report.read_text())
-    assert (told["rows"], told["errors"]) == (20, [])
-    assert sum(each["dropped"] for each in told["warnings"]) == 12
+    reported = json.loads(report.read_text())
+    assert (reported["rows"], reported["errors"]) == (20, [])
+    assert sum(each["dropped"] for each in reported["warnings"]) == 12
     found = run_verb("finetune", recipe, "--dry-run")
     assert found.code == 0, found.err
     assert "train │ 20 │ 8 │ 10 malformed row, 1 missing column, 1 bad image │" in " ".join(found.out.split())
@@ -99,17 +99,17 @@ LONG = {
     "lines.json": ('{"id": 1}\n{"id": "x"}', 120_000_000, f"lines.json, line 2: {TOO_LONG}"),
     "too_long.csv": ("id\nx\n", 120_000_000, f"line 2: not a table: {TOO_LONG}"),
 }
-"""What a file holds, how many x its x stands for, and what is told."""
+"""The content of a file, the length of its x, and the message."""
 
 
 @pytest.mark.parametrize("name", LONG)
 def test_a_long_row_is_reported_in_one_line(name: str, write_rows: WriteRows, tmp_path: Path) -> None:
-    content, size, told = LONG[name]
+    content, size, reported = LONG[name]
     file = tmp_path / name
     file.write_text(content.replace("x", "x" * size))
     found = run_verb("finetune", write_rows(file=file, validation_rows=0), "--dry-run")
     file.unlink()
     assert found.code == 2
-    assert told in found.err
+    assert reported in found.err
     assert len(found.err) < 1000
     assert found.rise_mib < MEMORY_RISE_MIB

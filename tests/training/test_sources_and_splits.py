@@ -190,9 +190,9 @@ def test_other_files_are_not_overwritten(
     for _ in range(2):
         assert main(None, ["check", str(recipe), "--json", str(tmp_path / "report.json")]) == 0
         assert main(None, ["preview", str(recipe), "--output", str(tmp_path / "page.html")]) == 0
-    told = capsys.readouterr().err
-    assert "exists and is not a report of a check" in told
-    assert "Traceback" not in told
+    reported = capsys.readouterr().err
+    assert "exists and is not a report of a check" in reported
+    assert "Traceback" not in reported
 
 
 @pytest.mark.parametrize(
