@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -53,6 +54,19 @@ def test_evaluate_scores_all_rows_of_a_file(run: Run, folder: Path) -> None:
     table = evaluate(run.path, data=folder / "questions.csv", images=folder / "images", quiet=True)
     assert table["all"]["questions"] == 110
     assert evaluate(run.path, limit=3, quiet=True)["all"]["questions"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"shuffle_images": True}, "evaluation_shuffled_limit2.json"),
+        ({"base_only": True}, "evaluation_base_limit2.json"),
+        ({"temperature": 0.5}, "evaluation_sampled_limit2.json"),
+    ],
+)
+def test_options_reach_the_evaluation(run: Run, tmp_path: Path, options: dict[str, Any], name: str) -> None:
+    evaluate(run.path, limit=2, output=tmp_path, quiet=True, **options)
+    assert name in [file.name for file in tmp_path.iterdir()]
 
 
 def test_a_model_answers_with_and_without_an_image(model: Model, folder: Path) -> None:
