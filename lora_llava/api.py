@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lora_llava.core.errors import UserError
 from lora_llava.core.quiet import quieten
 from lora_llava.recipe import Recipe, find_recipe, load_recipe, override_recipe
 
@@ -107,9 +108,12 @@ def evaluate(
         UserError: For a model, recipe or data that is missing or does not fit.
     """
     texts = _override_texts(overrides)
+    if method not in ("generate", "loglik"):
+        raise UserError(f"method: {method!r} is unknown; use generate or loglik")
     if data is not None:
-        file = Path(data).expanduser()
-        source = {"path": str(file), "image_folder": str(Path(images).expanduser() if images else file.parent)}
+        file = Path(data).expanduser().absolute()  # a relative path would be looked up beside the run's recipe too
+        folder = Path(images).expanduser().absolute() if images else file.parent
+        source = {"path": str(file), "image_folder": str(folder)}
         texts.append(f"data.test_source={json.dumps(source)}")
     with _output(quiet):
         from lora_llava.evaluation.evaluate import EvaluationOptions
@@ -119,8 +123,8 @@ def evaluate(
             method=method, temperature=temperature, shuffled=shuffle_images, base_only=base_only
         )
         named = None if recipe is None else str(recipe)
-        folder = None if output is None else str(output)
-        return dict(score(str(model), options, recipe=named, overrides=texts, limit=limit, output=folder))
+        target = None if output is None else str(output)
+        return dict(score(str(model), options, recipe=named, overrides=texts, limit=limit, output=target))
 
 
 def merge(
@@ -204,6 +208,8 @@ class Model:
         from lora_llava.data.images.to_rgb import to_rgb
         from lora_llava.inference.chat import open_images
 
+        if not isinstance(image, str | Path) and not hasattr(image, "convert"):
+            raise UserError(f"image: {type(image).__name__} is not an image; give a path or a PIL image")
         if isinstance(image, str | Path):
             return open_images([image], self._speaker.background)[0].image
         return to_rgb(image, self._speaker.background).image

@@ -69,6 +69,24 @@ def test_options_reach_the_evaluation(run: Run, tmp_path: Path, options: dict[st
     assert name in [file.name for file in tmp_path.iterdir()]
 
 
+def test_data_is_found_from_the_working_directory(
+    run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(folder / "images" / "01.png", tmp_path)
+    (tmp_path / "test.csv").write_text("image,question,answer\n01.png,How many shapes are there?,two\n")
+    assert evaluate(run.path, data="test.csv", output=tmp_path, quiet=True)["all"]["questions"] == 1
+    with pytest.raises(UserError, match=r"data\.test_source\.path: .*missing\.csv"):
+        evaluate(run.path, data="missing.csv", quiet=True)
+
+
+def test_what_is_not_an_image_is_reported(model: Model) -> None:
+    with pytest.raises(UserError, match="image: int is not an image; give a path or a PIL image"):
+        model.answer("What?", 3)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"image nope\.png is missing"):
+        model.answer("What?", "nope.png")
+
+
 def test_a_model_answers_with_and_without_an_image(model: Model, folder: Path) -> None:
     file = folder / "images" / "01.png"
     by_file = model.answer("What is shown?", file, max_new_tokens=8)
@@ -85,6 +103,8 @@ def test_mistakes_are_exceptions(folder: Path) -> None:
         finetune(folder / "recipe.yaml", overrides={"training.max_step": 3}, quiet=True)
     with pytest.raises(UserError, match="neither a finished run"):
         load_model(folder, quiet=True)
+    with pytest.raises(UserError, match="method: 'vote' is unknown; use generate or loglik"):
+        evaluate(folder, method="vote", quiet=True)  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="no attribute 'train'"):
         _ = lora_llava.train
 
