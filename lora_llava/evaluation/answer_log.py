@@ -1,90 +1,92 @@
-"""Log of answers on disk, so that a stopped evaluation resumes and generates no answer twice."""
+"""Keep the answers of an evaluation on disk, so that a stopped one resumes and generates no answer twice."""
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from lora_llava.core.errors import UserError
-from lora_llava.core.storage import atomic_file
-from lora_llava.data.files.row_files import json_text
 from lora_llava.inference.answer import Answer
+from lora_llava.inference.client.answer_store import AnswerStore, answer_key
+from lora_llava.inference.client.chat_request import ChatAnswer
 
 
 class AnswerLog:
-    """An append-only JSONL file of answers: first a line with the key of the evaluation, then one line per answer.
-
-    An answer is on disk before the next batch starts. Answers of another evaluation are left untouched: the answers of
-    this one then go into a second file beside it.
+    """The answers of one evaluation in an `AnswerStore`, each on disk before the next question is asked.
 
     Args:
-        file: The file; created with its folder.
+        predictions: The file of the evaluation's answers, `NAME.jsonl`. The store stands beside it, as
+            `NAME.HASH.partial.sqlite`, where HASH is computed from `key`. Answers of this evaluation that an earlier
+            version wrote to `NAME.*partial.jsonl` are moved into it.
         key: All that the answers depend on, as plain JSON.
         count: Number of questions.
 
     Raises:
-        UserError: If another process has the file open.
+        UserError: If another process uses the store, or it is damaged.
     """
 
-    def __init__(self, file: Path, key: Mapping[str, Any], count: int) -> None:
+    def __init__(self, predictions: Path, key: Mapping[str, Any], count: int) -> None:
         self.answers: dict[int, Answer] = {}
-        self.damaged = 0
-        """Number of unreadable lines, except a last line that a kill cut short."""
-        key = json.loads(json.dumps(key))
-        self.other = file.is_file() and _key_of(file) not in (None, key)
-        """Whether `file` has answers of another evaluation."""
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
-        self.file = file.with_name(file.name.replace(".partial.", f".{name}.partial.")) if self.other else file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(self.file.with_name(f".{self.file.name}.lock"))
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"{self.file}: another process is writing to it; wait, or choose another --output"
-            ) from None
-        lines = self._read(count) if self.file.is_file() and _key_of(self.file) == key else []
-        content = [json_text({"key": key}), *lines]
-        with atomic_file(self.file) as temporary:  # drops a line that was cut short
-            temporary.write_text("".join(f"{line}\n" for line in content), encoding="utf-8")
-        self._stream = self.file.open("a", encoding="utf-8")
+        self._key = json.loads(json.dumps(key))
+        self.file = predictions.with_suffix(f".{answer_key(self._key)[:8]}.partial.sqlite")
+        self._store = AnswerStore(self.file)
+        if not self._store.is_empty():
+            self._read(count)
+        name = glob.escape(predictions.stem)
+        for old in sorted(predictions.parent.glob(f"{name}.*partial.jsonl")):
+            if self._copy(old, count):
+                old.unlink()
+                old.with_name(f".{old.name}.lock").unlink(missing_ok=True)
+        beside = [file for end in ("sqlite", "jsonl") for file in predictions.parent.glob(f"{name}.*partial.{end}")]
+        self.others = sorted(file.name for file in beside if file != self.file)
+        """Names of the stores of other evaluations that have the same predictions file."""
 
-    def _read(self, count: int) -> list[str]:
-        found = self.file.read_text(encoding="utf-8", errors="replace").split("\n")[1:]
-        lines: list[str] = []
-        for number, line in enumerate(found):
-            try:
-                index, answer = _entry(json.loads(line), count)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                self.damaged += number < len(found) - 1  # after the last line break: empty, or cut short
-                continue
-            self.answers[index] = answer
-            lines.append(line)
-        return lines
+    def _files(self) -> list[Path]:
+        return [self.file.with_name(f"{self.file.name}{end}") for end in ("", "-wal", "-shm", ".lock")]
+
+    def _read(self, count: int) -> None:
+        for index in range(count):
+            stored = self._store.get(answer_key(self._key, index))
+            if stored is not None:
+                self.answers[index] = _decode(json.loads(stored.text))
+
+    def _copy(self, old: Path, count: int) -> bool:
+        """Copy the answers of an older log; return whether they are of this evaluation."""
+        first, *lines = old.read_text(encoding="utf-8", errors="replace").split("\n")
+        try:
+            if json.loads(first)["key"] != self._key:
+                return False
+        except (ValueError, KeyError, TypeError):
+            return False
+        with self._store.transaction():
+            for line in lines:
+                try:
+                    entry = json.loads(line)
+                    index, answer = entry["index"], _decode(entry)
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue  # cut off when the process was killed: the question is asked again
+                if type(index) is int and 0 <= index < count and index not in self.answers:
+                    self.add(index, answer)
+        return True
 
     def add(self, index: int, answer: Answer) -> None:
-        """Append one answer."""
+        """Store one answer."""
         self.answers[index] = answer
-        scores = {} if answer.scores is None else {"scores": answer.scores}
-        self._stream.write(json_text({"index": index, "text": answer.text, **scores}) + "\n")
-        self._stream.flush()
+        text = json.dumps({"text": answer.text, "scores": answer.scores})
+        self._store.add(answer_key(self._key, index), str(index), 0, "", ChatAnswer(text, 0, 0, ""), None, "", "")
 
     def close(self) -> None:
-        """Close the file and keep it for the next start."""
-        self._stream.close()
-        self._lock.release()
+        """Close the store and keep it for the next start."""
+        self._store.close()
 
     def remove(self) -> None:
-        """Remove the file once all answers are in the predictions file."""
+        """Remove the store once all answers are in the predictions file."""
         self.close()
-        self.file.unlink(missing_ok=True)
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+        for file in self._files():
+            file.unlink(missing_ok=True)
 
     def __enter__(self) -> AnswerLog:
         return self
@@ -95,17 +97,8 @@ class AnswerLog:
         self.close()
 
 
-def _key_of(file: Path) -> Any:
-    """Return the key in the first line of a file; None if it has none."""
-    try:
-        with file.open(encoding="utf-8", errors="replace") as stream:
-            return json.loads(stream.readline())["key"]
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def _entry(entry: Mapping[str, Any], count: int) -> tuple[int, Answer]:
-    index, text, scores = entry["index"], entry["text"], entry.get("scores")
-    if type(index) is not int or not 0 <= index < count or not isinstance(text, str):
+def _decode(entry: Mapping[str, Any]) -> Answer:
+    text, scores = entry["text"], entry.get("scores")
+    if not isinstance(text, str):
         raise ValueError
-    return index, Answer(text, scores=None if scores is None else tuple(map(float, scores)))
+    return Answer(text, scores=None if scores is None else tuple(map(float, scores)))

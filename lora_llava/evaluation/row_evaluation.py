@@ -220,14 +220,12 @@ def _open_log(
 ) -> AnswerLog | None:
     if predictions is None or key is None:
         return None
-    file = predictions.with_suffix(".partial.jsonl")
-    log = AnswerLog(file, {**key, "questions": questions_hash(rows)}, len(rows))
+    log = AnswerLog(predictions, {**key, "questions": questions_hash(rows)}, len(rows))
     if log.answers:
-        _report(f"{len(log.answers):,} of {len(rows):,} answers are in {file} already and are kept")
-    elif log.other:
-        _report(f"{file} has answers of another model, question or setting; this evaluation writes to {log.file}")
-    if log.damaged:
-        _report(f"{log.damaged:,} lines of {log.file} cannot be read; their questions are answered again")
+        _report(f"{len(log.answers):,} of {len(rows):,} answers are in {log.file} already and are kept")
+    elif log.others:
+        names = ", ".join(log.others)
+        _report(f"{names}: answers of another model, question or setting; this evaluation writes to {log.file.name}")
     return log
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,13 @@ def ask(rows: Sequence[Conversation], answerer: Any, file: Path | None, **settin
     return evaluate_rows(rows, answerer, mark, **given)
 
 
+def stored(file: Path) -> int:
+    """Count the answers in a store that another connection may have open."""
+    with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as base:
+        (count,) = base.execute("SELECT COUNT(*) FROM answers").fetchone()
+    return int(count)
+
+
 def lines(file: Path) -> list[Any]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
@@ -92,13 +100,12 @@ def test_no_question_is_answered_twice_after_stops(tmp_path_factory: pytest.Temp
 
 def test_an_answer_is_on_disk_before_the_next_question(tmp_path: Path) -> None:
     file = tmp_path / "predictions.jsonl"
-    partial = tmp_path / "predictions.partial.jsonl"
     seen: list[int] = []
 
     def answering(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
         for index in range(len(rows)):
             yield index, Answer("x")
-            seen.append(len(partial.read_text().splitlines()) - 1)
+            seen.append(stored(*tmp_path.glob("*.partial.sqlite")))
 
     ask(rows_of(4), answering, file)
     assert seen == [1, 2, 3, 4]
@@ -111,8 +118,8 @@ def test_answers_of_another_evaluation_are_not_reused(tmp_path: Path, capsys: py
         with pytest.raises(KeyboardInterrupt):
             ask(rows, answering, file, key=key)
         assert len(answering.asked) == 3
-    assert "has answers of another model, question or setting; this evaluation writes to" in capsys.readouterr().err
-    assert len(list(tmp_path.glob("*.partial.jsonl"))) == 3  # none gave way to another
+    assert ": answers of another model, question or setting; this evaluation writes to" in capsys.readouterr().err
+    assert [stored(file) for file in tmp_path.glob("*.partial.sqlite")] == [3, 3, 3]  # none replaced another
     again = Answering()
     ask(rows_of(7), again, file, key={"model": "n"})
     assert again.asked == [3, 2, 1, 0]
@@ -120,19 +127,26 @@ def test_answers_of_another_evaluation_are_not_reused(tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize("cut", [b'{"index": 1, "te', b"\xff\xfe", b'{"index": "x", "text": "y"}\n', b"[]\n"])
-def test_a_truncated_line_is_dropped(tmp_path: Path, cut: bytes) -> None:
-    file = tmp_path / "log.jsonl"
-    with AnswerLog(file, {"a": 1}, 10) as log:
-        log.add(4, Answer("é\u2028\n", scores=(-1.5, 0.0)))
-    file.write_bytes(file.read_bytes() + cut)
+@pytest.mark.parametrize("name", ["log.partial.jsonl", "log.0123abcd.partial.jsonl"])
+def test_an_older_log_is_read_and_removed(tmp_path: Path, cut: bytes, name: str) -> None:
+    old, file = tmp_path / name, tmp_path / "log.jsonl"
+    lines = [{"key": {"a": 1}}, {"index": 4, "text": "é\u2028\n", "scores": [-1.5, 0.0]}, {"index": 77, "text": "y"}]
+    old.write_bytes("".join(json.dumps(line) + "\n" for line in lines).encode() + cut)
+    with AnswerLog(file, {"a": 2}, 10) as log:
+        assert (log.answers, log.others, old.exists()) == ({}, [name], True)
+        other = log.file
     with AnswerLog(file, {"a": 1}, 10) as log:
         assert log.answers == {4: Answer("é\u2028\n", scores=(-1.5, 0.0))}
+        assert not old.exists()
         log.add(5, Answer("b"))
     with AnswerLog(file, {"a": 1}, 10) as log:
-        assert list(log.answers) == [4, 5]
-        assert not log.other
+        assert log.answers == {4: Answer("é\u2028\n", scores=(-1.5, 0.0)), 5: Answer("b")}
+        assert log.others == [other.name]
+        with pytest.raises(UserError, match="another run is using it"):
+            AnswerLog(file, {"a": 1}, 10)
+        log.remove()
     with AnswerLog(file, {"a": 2}, 10) as log:
-        assert (log.answers, log.other) == ({}, True)
+        assert (log.answers, log.others) == ({}, [])
 
 
 def test_a_bad_image_is_an_error_or_counts_as_wrong(tmp_path: Path) -> None:
@@ -213,20 +227,13 @@ def test_a_server_that_never_answers_stops_the_evaluation(tmp_path: Path) -> Non
     assert len(answering.asked) <= 9
 
 
-def test_damaged_lines_and_unknown_questions_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "predictions.jsonl"
+def test_a_damaged_store_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        ask(rows_of(6), Answering(stop_after=3), file)
-    output = capsys.readouterr().err
-    assert "3 of 6 answers are in" in output
-    partial = tmp_path / "predictions.partial.jsonl"
-    first, *kept = partial.read_text().splitlines()
-    wrong = ['{"index": 99, "text": "x"}', '{"index": -5, "text": "x"}', '{"index": 3, "text": null}', "{"]
-    partial.write_text("".join(f"{line}\n" for line in [first, kept[0], *wrong, *kept[1:]]))
-    again = Answering()
-    ask(rows_of(6), again, file)
-    assert len(again.asked) == 3
-    assert "4 lines of" in capsys.readouterr().err
+        ask(rows_of(6), Answering(stop_after=1), tmp_path / "predictions.jsonl")
+    (file,) = tmp_path.glob("*.partial.sqlite")
+    file.write_bytes(b"not a store of answers, but longer than a header" * 9)
+    with pytest.raises(UserError, match=r"is damaged or not an answer store .*; move it away"):
+        ask(rows_of(6), Answering(), tmp_path / "predictions.jsonl")
 
 
 def test_science_qa_s_answers_are_scored() -> None:

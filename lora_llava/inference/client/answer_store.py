@@ -44,19 +44,27 @@ CREATE TRIGGER IF NOT EXISTS failures_keep BEFORE DELETE ON failures BEGIN SELEC
 """
 
 
+def answer_key(*parts: Any) -> str:
+    """Return the key under which an answer is stored.
+
+    Args:
+        parts: All that the answer depends on, as plain JSON.
+
+    Returns:
+        SHA-256 in hex.
+    """
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode("ascii")).hexdigest()
+
+
 def request_key(model: str, request: ChatRequest, *parts: str | int) -> str:
-    """Return the key under which a request's answer is stored.
+    """Return the key under which the answer to a request is stored.
 
     Args:
         model: The model's name.
         request: Messages and settings.
         parts: What else distinguishes the request, such as the id of its task and the number of the attempt.
-
-    Returns:
-        SHA-256, in hex, of everything that the answer depends on.
     """
-    content = json.dumps([model, request.messages, request.settings(), *parts], sort_keys=True)
-    return hashlib.sha256(content.encode("ascii")).hexdigest()
+    return answer_key(model, request.messages, request.settings(), *parts)
 
 
 class AnswerStore:
