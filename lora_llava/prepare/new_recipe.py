@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.findings import CheckReport
+from lora_llava.data.checks.findings import CheckReport
 from lora_llava.data.folder import FolderData, understand_folder
 from lora_llava.data.formats import Columns
 from lora_llava.data.sources import file_remarks

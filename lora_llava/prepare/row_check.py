@@ -13,10 +13,12 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from lora_llava.core.errors import UserError
+from lora_llava.data.checks.duplicates import DUPLICATE
+from lora_llava.data.checks.findings import CheckReport, Finding
+from lora_llava.data.checks.source_checks import check_sources
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.files.cleaned_copy import write_set_without
 from lora_llava.data.files.row_files import DataFileError
-from lora_llava.data.findings import DUPLICATE, CheckReport, Finding, check_sources
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.model.start import plan_model
 from lora_llava.pages.preview_samples import escape_hidden

@@ -18,13 +18,13 @@ from lora_llava.data.encoded import EncodedTable, encode_table
 from lora_llava.data.formats import Columns
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.data.images.image_sources import FolderImages, ImageSource, JoinedImages, TableImages
-from lora_llava.data.mixture import hold_back, row_keys
 from lora_llava.data.scienceqa import load_scienceqa
 from lora_llava.data.sources import Read, Source, list_source, open_source
 from lora_llava.data.templates import get_template
 from lora_llava.demo.dataset import build_demo_captions, build_demo_scienceqa
 from lora_llava.model.base import cache_folder
 from lora_llava.recipe import Recipe, SourceSection
+from lora_llava.splits.hold_out import hold_back, row_keys
 
 Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
 """Wraps items that are read or opened, with a label, for a progress bar."""

@@ -8,7 +8,9 @@ from itertools import islice
 from pathlib import Path
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.findings import CheckedSource, Finding, asked_again, leaks, whole_source_errors
+from lora_llava.data.checks.duplicates import asked_again, leaks
+from lora_llava.data.checks.findings import CheckedSource, Finding
+from lora_llava.data.checks.source_checks import whole_source_errors
 from lora_llava.data.formats import IMAGE_SUFFIXES
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.data.images.image_sources import FolderImages

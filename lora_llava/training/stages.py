@@ -39,11 +39,11 @@ from lora_llava.runs.directory import save_model, versions
 from lora_llava.runs.identity import run_identity
 from lora_llava.runs.resume import Start
 from lora_llava.splits.split_rows import Split
+from lora_llava.training.callbacks import RefuseNaN, SaveEvery, StopOnSignal, WarnOfSpikes
 from lora_llava.training.feed import Feed
 from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import LlavaSFTTrainer
 from lora_llava.training.training_progress import ProgressLine, peak_memory_bytes
-from lora_llava.training.watchdog import RefuseNaN, SaveEvery, StopOnSignal, WarnOfSpikes
 
 CHECKPOINTS = "checkpoints"
 CURVES = ("learning_rate", "tokens_per_second", "memory_bytes", "validation_score")

@@ -18,8 +18,9 @@ from lora_llava.data import Conversation, Template, Turn
 from lora_llava.data.encoded import EncodedTable, encode_table
 from lora_llava.data.formats import RowError
 from lora_llava.data.images.image_sources import FolderImages, TableImages
-from lora_llava.data.mixture import Share, epoch_counts, hold_back, mixture, row_keys
+from lora_llava.data.mixture import Share, epoch_counts, mixture
 from lora_llava.data.sources import Source, list_source
+from lora_llava.splits.hold_out import hold_back, row_keys
 
 SHORT = Template(name="short", system="", system_format="", user_format="{}:", stop="</s>")
 NAMES = ["data.validation_rows", "data.test_rows"]

@@ -20,8 +20,8 @@ from lora_llava.recipe import RecipeError, TrainingSection
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.directory import start_run
 from lora_llava.runs.resume import find_start
+from lora_llava.training.callbacks import StopOnSignal
 from lora_llava.training.stages import build_feeds, build_trained_model, train, warmup_steps
-from lora_llava.training.watchdog import StopOnSignal
 
 
 def section(**values: Any) -> TrainingSection:

@@ -24,7 +24,7 @@ from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.checkpoint import list_checkpoints, newest_complete
 from lora_llava.training import stages
-from lora_llava.training.watchdog import PoisonedError, RefuseNaN, SaveEvery, StopOnSignal, WarnOfSpikes
+from lora_llava.training.callbacks import PoisonedError, RefuseNaN, SaveEvery, StopOnSignal, WarnOfSpikes
 from tests.training.small_runs import recipe_of, run, same, weights
 
 
@@ -124,7 +124,7 @@ def test_a_signal_during_a_gather_is_handled_at_the_next_step(
         return [value]
 
     with monkeypatch.context() as patch:
-        patch.setattr("lora_llava.training.watchdog.gather", gather)
+        patch.setattr("lora_llava.training.callbacks.gather", gather)
         stop.on_step_end(None, state, control)
     assert not control.should_training_stop
     stop.on_step_end(SimpleNamespace(), state, control)
@@ -321,7 +321,7 @@ def test_tokens_of_a_failed_step_are_counted_once(
 def test_with_several_ranks_only_the_rows_of_the_loss_are_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lora_llava.training.watchdog.gather", lambda own: [own, ("loss", ["bad row"]), None])
+    monkeypatch.setattr("lora_llava.training.callbacks.gather", lambda own: [own, ("loss", ["bad row"]), None])
     watch, model = RefuseNaN(lambda number: [f"good row {number}"], 1), torch.nn.Linear(1, 1)
     watch.losses.append(torch.tensor(1.0))
     for parameter in model.parameters():
