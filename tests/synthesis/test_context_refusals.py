@@ -214,7 +214,7 @@ def test_a_big_file_is_streamed(tmp_path: Path) -> None:
     file = tmp_path / "c.json"
     rows = ", ".join(json.dumps({"image_id": n, "caption": "A dog. " * 10}) for n in range(3000))
     file.write_text('{"annotations": [' + rows + ", broken")
-    items = json_items(file, "annotations.item")
+    items = json_items(file, "annotations")
     assert [next(items)["image_id"] for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match=r"c\.json: not JSON: lexical error"):
         list(items)
