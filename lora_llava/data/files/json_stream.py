@@ -46,21 +46,27 @@ def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def array_items(reader: JsonStream, key: str) -> Iterator[Any]:
+def array_items(reader: JsonStream, key: str, to_end: bool = True) -> Iterator[Any]:
     """Yield the elements of the array under a key of the outer object, one at a time.
 
-    All other values are skipped; of a value of another kind under the key, nothing is yielded. The text is read to its
-    end.
+    All other values are skipped; of a value of another kind under the key, nothing is yielded.
+
+    Args:
+        reader: At the start of its text.
+        key: Key of the array.
+        to_end: Whether to check the rest of the text after the array, too.
 
     Raises:
         ValueError: If the text is not one JSON object; see `JsonStream`.
     """
     for name in reader.members():
-        if name == key and reader.peek() == "[":
-            for _ in reader.elements():
-                yield reader.decode()
-        else:
+        if name != key or reader.peek() != "[":
             reader.skip()
+            continue
+        for _ in reader.elements():
+            yield reader.decode()
+        if not to_end:
+            return
     reader.expect("", "more text follows the end of the object")
 
 
@@ -106,6 +112,8 @@ class JsonStream:
 
     def peek(self) -> str:
         """Return the next character that is not white space; "" at the end."""
+        if self.place < len(self.text) and self.text[self.place] not in " \t\r\n":
+            return self.text[self.place]  # without the cost of the pattern
         while True:
             end = _BLANKS.match(self.text, self.place).end()  # type: ignore[union-attr]
             if end > self.place:

@@ -60,12 +60,13 @@ def open_json(file: Path, errors: str = "strict") -> Iterator[JsonStream]:
         raise DataFileError(f"{file}: {problem}")
 
 
-def json_items(file: Path, key: str) -> Iterator[Any]:
+def json_items(file: Path, key: str, to_end: bool = True) -> Iterator[Any]:
     """Stream the items of a list in a JSON file.
 
     Args:
         file: JSON file.
         key: Key of the list in the outer object, such as `annotations`.
+        to_end: Whether to check the rest of the file after the list, too.
 
     Yields:
         Items, with numbers as int and float.
@@ -74,7 +75,7 @@ def json_items(file: Path, key: str) -> Iterator[Any]:
         DataFileError: If the file is not valid JSON.
     """
     with open_json(file) as reader:
-        yield from array_items(reader, key)
+        yield from array_items(reader, key, to_end)
 
 
 def add_coco_captions(file: Path, builder: ContextBuilder) -> None:
@@ -157,7 +158,7 @@ def image_size(width: Any, height: Any, where: str) -> tuple[float, float]:
 
 def _images(file: Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
     """Yield the images that a file lists: id, entry, and position for messages."""
-    for number, entry in enumerate(json_items(file, "images"), 1):
+    for number, entry in enumerate(json_items(file, "images", to_end=False), 1):
         where = f"{file}, images, entry {number}"
         yield _get(entry, "id", where), entry, where
 
@@ -165,7 +166,7 @@ def _images(file: Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
 def _categories(file: Path) -> dict[Any, str]:
     """Return the names of the categories by id."""
     labels = {}
-    for number, entry in enumerate(json_items(file, "categories"), 1):
+    for number, entry in enumerate(json_items(file, "categories", to_end=False), 1):
         where = f"{file}, categories, entry {number}"
         labels[_get(entry, "id", where)] = str(_get(entry, "name", where))
         if entry.get("supercategory") in _STUFF:
@@ -176,7 +177,7 @@ def _categories(file: Path) -> dict[Any, str]:
 
 
 def _annotations(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the annotations of a file, each with its position for messages."""
+    """Yield the annotations of a file, each with its position for messages; the complete file is checked."""
     items = json_items(file, "annotations")
     for number, entry in enumerate(progress_bar(items, desc=file.name, unit=" annotations", leave=False, delay=1), 1):
         yield entry, f"{file}, annotations, entry {number}"
