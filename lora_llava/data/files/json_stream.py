@@ -34,6 +34,10 @@ class RepeatedKeyError(ValueError):
         super().__init__(f"the key {key!r:.80} appears twice in one object; keep one")
 
 
+class MoreTextError(ValueError):
+    """More text follows the end of the JSON value."""
+
+
 class NotFiniteError(ValueError):
     """A value is NaN or an infinity, which JSON does not define."""
 
@@ -67,7 +71,7 @@ def array_items(reader: JsonStream, key: str, to_end: bool = True) -> Iterator[A
             yield reader.decode()
         if not to_end:
             return
-    reader.expect("", "more text follows the end of the object")
+    reader.finish("object")
 
 
 def object_entries(reader: JsonStream) -> Iterator[tuple[str, Any]]:
@@ -78,7 +82,7 @@ def object_entries(reader: JsonStream) -> Iterator[tuple[str, Any]]:
     """
     for name in reader.members():
         yield name, reader.decode()
-    reader.expect("", "more text follows the end of the object")
+    reader.finish("object")
 
 
 def is_cut(error: json.JSONDecodeError) -> bool:
@@ -125,12 +129,21 @@ class JsonStream:
                 return ""
 
     def expect(self, sign: str, problem: str) -> None:
-        """Pass over a character that is not white space, or raise an error; "" is the end of the text."""
+        """Pass over a character after any white space, or raise an error."""
         if self.peek() != sign:
             while len(self.text) - self.place < _SIGNS and self._read(_CHUNK):
                 pass  # so that `is_cut` sees what follows
             raise json.JSONDecodeError(problem, self.text, self.place)
-        self.place += len(sign)
+        self.place += 1
+
+    def finish(self, ended: str) -> None:
+        """Check that no more text follows.
+
+        Raises:
+            MoreTextError: If text follows; the message names what ended.
+        """
+        if self.peek():
+            raise MoreTextError(f"not JSON: more text follows the end of the {ended}")
 
     def elements(self) -> Iterator[int]:
         """Walk through the array that starts here.

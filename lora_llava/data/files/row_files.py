@@ -225,7 +225,7 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
             for index in reader.elements():
                 yield f"index {index}", reader.decode()
                 count = index + 1
-            reader.expect("", "more text follows the end of the list; write one list, or name the file .jsonl")
+            reader.finish("list; write one list, or name the file .jsonl")
         except UnicodeDecodeError:
             raise
         except ValueError as error:

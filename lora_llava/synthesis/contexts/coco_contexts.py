@@ -13,7 +13,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.data.files.json_stream import JsonStream, NotFiniteError, array_items, first_line, is_cut
 from lora_llava.data.files.row_files import DataFileError
-from lora_llava.synthesis.contexts.context_builder import ContextBuilder, box_numbers, corners_of, scale
+from lora_llava.synthesis.contexts.context_builder import LARGEST, ContextBuilder, box_numbers, corners_of, scale
 
 _BOX = Struct("<I4d")
 """Index of the label, and x, y, width, height in pixels."""
@@ -149,7 +149,7 @@ def image_size(width: Any, height: Any, where: str) -> tuple[float, float]:
         UserError: If either is missing or not a positive number.
     """
     for name, value in (("width", width), ("height", height)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
             raise UserError(
                 f"{where}: {name} is {value!r:.40}; give the image's {name} in pixels, which boxes in pixels need"
             )
