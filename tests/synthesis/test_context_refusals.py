@@ -48,6 +48,10 @@ from tests.synthesis.context_files import CATEGORIES, IMAGES, captions, error_of
         ),
         ({"box": [1, 2, 3]}, ", box 1: bbox is [1, 2, 3]; it must be a list of four numbers"),
         ({"box": [1, 2, 3, True]}, ", box 1: bbox is [1, 2, 3, True]; it must be a list of four numbers"),
+        (
+            {"box": [1, 2, 3, 10**301]},
+            f", box 1: bbox is {[1, 2, 3, 10**301]!r:.80}; it must be a list of four numbers",
+        ),
         ({"box": "1 2 3 4"}, ", box 1: bbox is '1 2 3 4'; it must be a list of four numbers"),
         (
             {"boxes": [{"bbox": [1, 2, 3, 4]}], "box_format": "xyxy", "box_unit": "pixel"},
@@ -183,6 +187,12 @@ def test_coco_stuff_is_an_error(tmp_path: Path) -> None:
         ("a.json", '{"file": "1.jpg"}\n{"file": "2.jpg"}\n', ": its rows have the columns file; it must contain "),
         ("a.json", '{"images": [NaN]}', "not JSON: lexical error: invalid char in json text."),
         ("a.json", "", "line 1: not JSON: Expecting value"),
+        ("a.json", '{"images": []} x', "not JSON: more text follows the end of the object"),
+        ("a.json", '{"images": []} [', "not JSON: more text follows the end of the object"),
+        ("a.json", '{"images": [], "images": []}', "the key 'images' appears twice in one object; keep one"),
+        ("a.json", '{"images": ["\\ud800"]}', "it contains text that is not Unicode; save it as UTF-8"),
+        ("a.json", '{"images": ' + "[" * 100_000, "not readable as JSON: it is nested too deeply"),
+        ("a.json", '{"x": ' + "9" * 5000 + "}", "Exceeds the limit (4300 digits) for integer string conversion"),
     ],
 )
 def test_broken_and_unknown_files_are_errors(tmp_path: Path, name: str, content: Any, message: str) -> None:
@@ -210,11 +220,20 @@ def test_files_must_be_utf_8_and_may_have_a_byte_order_mark(tmp_path: Path) -> N
     assert len(read_contexts(captions=file)) == 2
 
 
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_rows_in_a_json_file_may_have_another_encoding(tmp_path: Path, encoding: str) -> None:
+    rows = [{"caption": "Ein Bär", "image": "1.jpg"}, {"caption": "Ein Hund", "image": "2.jpg"}]
+    file = tmp_path / "c.json"
+    for content in (json.dumps(rows, ensure_ascii=False), "\n".join(json.dumps(x, ensure_ascii=False) for x in rows)):
+        file.write_bytes(content.encode(encoding))
+        assert [context.captions for context in read_contexts(captions=file)] == [("Ein Bär",), ("Ein Hund",)]
+
+
 def test_a_big_file_is_streamed(tmp_path: Path) -> None:
     file = tmp_path / "c.json"
     rows = ", ".join(json.dumps({"image_id": n, "caption": "A dog. " * 10}) for n in range(3000))
     file.write_text('{"annotations": [' + rows + ", broken")
-    items = json_items(file, "annotations.item")
+    items = json_items(file, "annotations")
     assert [next(items)["image_id"] for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match=r"c\.json: not JSON: lexical error"):
         list(items)

@@ -13,7 +13,15 @@ from typing import Any, Generic, TypeVar
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import looked_in
-from lora_llava.data.files.json_stream import LONGEST, JsonStream, RepeatedKeyError, TooLongError, keys_once
+from lora_llava.data.files.json_stream import (
+    LONGEST,
+    JsonStream,
+    RepeatedKeyError,
+    TooLongError,
+    first_line,
+    is_cut,
+    keys_once,
+)
 from lora_llava.data.files.shards import SUFFIXES, all_shards, group_files, row_files, set_words, shard_of, split_words
 from lora_llava.data.files.text_encoding import encoding_problem, text_encoding
 
@@ -25,9 +33,6 @@ class DataFileError(UserError):
 _TABLES = (".csv", ".tsv")
 _FIRST = 500
 """Rows from which the total number is estimated."""
-_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
-_BEGINNINGS = {word[:size] for word in (*_WORDS, ".", "e+", "e-", "E+", "E-") for size in range(1, len(word) + 1)}
-"""Possible beginnings of a value at the end of a truncated file."""
 
 Item = TypeVar("Item")
 
@@ -196,7 +201,7 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, Any]]:
                 raise DataFileError(f"{file}, line {number}: {error}") from None
             except ValueError as error:
                 fix = "; a list belongs in a .json file" if line.lstrip()[:1] == "[" else ""
-                raise DataFileError(f"{file}, line {number}: not JSON: {_first(error)}{fix}") from None
+                raise DataFileError(f"{file}, line {number}: not JSON: {first_line(error)}{fix}") from None
             yield f"line {number}", row
 
 
@@ -215,28 +220,22 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
             return
         if opening != "[":
             raise _no_list(file)
-        reader.take(1)
         count = 0
-        while (sign := reader.peek()) != "]":
-            if count and sign != ",":
-                raise _not_json(file, reader, count, "Expecting ',' delimiter", reader.place)
-            if count:
-                reader.take(1)
-                reader.peek()
-            try:
-                row = reader.decode()
-            except json.JSONDecodeError as error:
-                raise _not_json(file, reader, count, error.msg, error.pos) from None
-            except ValueError as error:
-                raise DataFileError(
-                    f"{file}, line {reader.line}: {_first(error)}, after {count:,} complete rows"
-                ) from None
-            yield f"index {count}", row
-            count += 1
-        reader.take(1)
-        if reader.peek():
-            more = "more text follows the end of the list; write one list, or name the file .jsonl"
-            raise _not_json(file, reader, count, more, reader.place)
+        try:
+            for index in reader.elements():
+                yield f"index {index}", reader.decode()
+                count = index + 1
+            reader.finish("list; write one list, or name the file .jsonl")
+        except UnicodeDecodeError:
+            raise
+        except ValueError as error:
+            problem, ended = first_line(error), ""
+            if isinstance(error, json.JSONDecodeError):
+                problem = f"not JSON: {problem}"
+                ended = " and the file ends there: it is truncated" if is_cut(error) else ""
+            raise DataFileError(
+                f"{file}, line {reader.line}: {problem}, after {count:,} complete rows{ended}"
+            ) from None
 
 
 def _no_list(file: Path) -> DataFileError:
@@ -266,23 +265,7 @@ def _read_all(file: Path) -> Any:
         return json.loads(file.read_text(encoding=text_encoding(file)))
     except ValueError as error:
         line = getattr(error, "lineno", 1)
-        raise DataFileError(f"{file}, line {line}: not JSON: {_first(error)}") from None
-
-
-def _not_json(file: Path, reader: JsonStream, count: int, problem: str, place: int) -> DataFileError:
-    """Return the error at a position of the reader's text; at the end of the file, it says that the file is
-    truncated."""
-    rest = reader.text[place:].strip()
-    half_escape = problem.startswith("Invalid \\u") and len(rest) <= len("\\uXXXX")
-    cut = not rest or rest in _BEGINNINGS or half_escape or problem.startswith("Unterminated string")
-    ended = " and the file ends there: it is truncated" if cut else ""
-    return DataFileError(f"{file}, line {reader.line}: not JSON: {problem}, after {count:,} complete rows{ended}")
-
-
-def _first(error: ValueError) -> str:
-    return (
-        str(getattr(error, "msg", error)).splitlines()[0].partition("; use sys.")[0]
-    )  # without Python's advice on long numbers
+        raise DataFileError(f"{file}, line {line}: not JSON: {first_line(error)}") from None
 
 
 def table_delimiter(file: Path) -> str:

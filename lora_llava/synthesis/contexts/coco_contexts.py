@@ -2,61 +2,71 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from struct import Struct
-from typing import IO, Any
-
-import ijson  # type: ignore[import-untyped]
+from typing import Any
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
+from lora_llava.data.files.json_stream import JsonStream, NotFiniteError, array_items, first_line, is_cut
 from lora_llava.data.files.row_files import DataFileError
-from lora_llava.synthesis.contexts.context_builder import ContextBuilder, box_numbers, corners_of, scale
+from lora_llava.synthesis.contexts.context_builder import LARGEST, ContextBuilder, box_numbers, corners_of, scale
 
 _BOX = Struct("<I4d")
 """Index of the label, and x, y, width, height in pixels."""
+_BAD_VALUE = "lexical error: invalid char in json text."
+"""Problem of a value that is not JSON, such as a word or NaN."""
 _STUFF = {"furniture-stuff", "food-stuff", "raw-material"}
 """Supercategories that occur only in COCO stuff (arXiv 1612.03716), which annotates regions such as walls."""
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @contextmanager
-def open_json(file: Path) -> Iterator[IO[bytes]]:
-    """Open a JSON file for ijson and turn its errors into errors for the user.
+def open_json(file: Path, errors: str = "strict") -> Iterator[JsonStream]:
+    """Open a JSON file and turn the errors of reading it into errors for the user.
 
     Args:
         file: JSON file in UTF-8.
+        errors: Handling of bytes that are not UTF-8, as in `open`.
 
     Yields:
-        The stream of bytes after any byte order mark.
+        The reader, after any byte order mark.
 
     Raises:
         DataFileError: If the file is not valid JSON in UTF-8.
     """
+    problem = ""
     try:
-        with file.open("rb") as stream:
-            if stream.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
-                stream.seek(0)
-            yield stream
-    except UnicodeDecodeError:  # raised for unpaired surrogates, which ijson turns into invalid bytes
-        raise DataFileError(f"{file}: it contains text that is not Unicode; save it as UTF-8") from None
-    except ijson.JSONError as error:
-        problem = str(error)
-        if "UTF8" in problem:
-            raise DataFileError(f"{file}: not UTF-8; save it as UTF-8") from None
-        if "premature EOF" in problem:
-            raise DataFileError(f"{file}: not JSON: the file ends within a value; it seems truncated") from None
-        raise DataFileError(f"{file}: not JSON: {problem.splitlines()[0].removeprefix('parse error: ')}") from None
+        with file.open(encoding="utf-8-sig", errors=errors) as stream:
+            yield JsonStream(stream, strict=True)
+    except UnicodeDecodeError:
+        problem = "not UTF-8; save it as UTF-8"
+    except UnicodeEncodeError:
+        problem = "it contains text that is not Unicode; save it as UTF-8"
+    except RecursionError:
+        problem = "not readable as JSON: it is nested too deeply"
+    except json.JSONDecodeError as error:
+        is_value = error.msg == "Expecting value"
+        problem = f"not JSON: {_BAD_VALUE if is_value else first_line(error)}"
+        if is_cut(error):
+            problem = "not JSON: the file ends within a value; it seems truncated"
+    except NotFiniteError:
+        problem = f"not JSON: {_BAD_VALUE}"
+    except ValueError as error:
+        problem = first_line(error)
+    if problem:
+        raise DataFileError(f"{file}: {problem}")
 
 
-def json_items(file: Path, prefix: str) -> Iterator[Any]:
+def json_items(file: Path, key: str, to_end: bool = True) -> Iterator[Any]:
     """Stream the items of a list in a JSON file.
 
     Args:
         file: JSON file.
-        prefix: Path of the items in ijson's notation, such as `annotations.item`.
+        key: Key of the list in the outer object, such as `annotations`.
+        to_end: Whether to check the rest of the file after the list, too.
 
     Yields:
         Items, with numbers as int and float.
@@ -64,8 +74,8 @@ def json_items(file: Path, prefix: str) -> Iterator[Any]:
     Raises:
         DataFileError: If the file is not valid JSON.
     """
-    with open_json(file) as stream:
-        yield from ijson.items(stream, prefix, use_float=True)
+    with open_json(file) as reader:
+        yield from array_items(reader, key, to_end)
 
 
 def add_coco_captions(file: Path, builder: ContextBuilder) -> None:
@@ -139,7 +149,7 @@ def image_size(width: Any, height: Any, where: str) -> tuple[float, float]:
         UserError: If either is missing or not a positive number.
     """
     for name, value in (("width", width), ("height", height)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST:
             raise UserError(
                 f"{where}: {name} is {value!r:.40}; give the image's {name} in pixels, which boxes in pixels need"
             )
@@ -148,7 +158,7 @@ def image_size(width: Any, height: Any, where: str) -> tuple[float, float]:
 
 def _images(file: Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
     """Yield the images that a file lists: id, entry, and position for messages."""
-    for number, entry in enumerate(json_items(file, "images.item"), 1):
+    for number, entry in enumerate(json_items(file, "images", to_end=False), 1):
         where = f"{file}, images, entry {number}"
         yield _get(entry, "id", where), entry, where
 
@@ -156,7 +166,7 @@ def _images(file: Path) -> Iterator[tuple[Any, dict[str, Any], str]]:
 def _categories(file: Path) -> dict[Any, str]:
     """Return the names of the categories by id."""
     labels = {}
-    for number, entry in enumerate(json_items(file, "categories.item"), 1):
+    for number, entry in enumerate(json_items(file, "categories", to_end=False), 1):
         where = f"{file}, categories, entry {number}"
         labels[_get(entry, "id", where)] = str(_get(entry, "name", where))
         if entry.get("supercategory") in _STUFF:
@@ -167,8 +177,8 @@ def _categories(file: Path) -> dict[Any, str]:
 
 
 def _annotations(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the annotations of a file, each with its position for messages."""
-    items = json_items(file, "annotations.item")
+    """Yield the annotations of a file, each with its position for messages; the complete file is checked."""
+    items = json_items(file, "annotations")
     for number, entry in enumerate(progress_bar(items, desc=file.name, unit=" annotations", leave=False, delay=1), 1):
         yield entry, f"{file}, annotations, entry {number}"
 

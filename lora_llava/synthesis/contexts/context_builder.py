@@ -6,7 +6,6 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
@@ -15,6 +14,8 @@ from lora_llava.data.images.image_names import COCO_NAME
 
 BoxPolicy = Literal["clip", "error"]
 Corners = tuple[float, float, float, float]
+LARGEST = 1e300
+"""Largest number of a box or size; sums of larger numbers may not fit a float."""
 _HALF = 0.0005
 """Largest distance of a corner outside the image that is treated as rounding, as three decimals do not show it."""
 
@@ -98,13 +99,15 @@ def scale(corners: Corners, width: float, height: float) -> Corners:
 
 
 def box_numbers(value: Any, where: str) -> Corners:
-    """Check that a value of a file is a list of four finite numbers, and return them.
+    """Check that a value of a file is a list of four numbers up to `LARGEST`, and return them.
 
     Raises:
         UserError: If it is not.
     """
     is_list = isinstance(value, (list, tuple)) and len(value) == 4
-    if not is_list or any(isinstance(x, bool) or not isinstance(x, (int, float)) or not isfinite(x) for x in value):
+    if not is_list or any(
+        isinstance(x, bool) or not isinstance(x, (int, float)) or not abs(x) <= LARGEST for x in value
+    ):
         raise UserError(f"{where}: bbox is {value!r:.80}; it must be a list of four numbers")
     x1, y1, x2, y2 = value
     return x1, y1, x2, y2

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import ijson  # type: ignore[import-untyped]
-
 from lora_llava.core.errors import UserError, nearest
+from lora_llava.data.files.json_stream import JsonStream
 from lora_llava.data.files.row_files import data_file, iterate_rows
 from lora_llava.data.formats import CHAT_COLUMNS, Columns
 from lora_llava.data.images.image_sources import BadImageError, FolderImages
@@ -198,12 +197,12 @@ def _check_kind(file: Path, kind: str, field: str, prefix: str) -> None:
 
 def _file_kind(file: Path, columns: Columns, wanted: str, field: str) -> str:
     """Detect the kind of a file from its first entries."""
-    kind = _object_kind(file, columns, wanted) if file.suffix.lower() == ".json" and _opening(file) == b"{" else "rows"
+    kind = _object_kind(file, columns, wanted) if file.suffix.lower() == ".json" else "rows"
     if kind == "rows":
         return _row_kind(file, columns, wanted, field)
     if kind != "coco":
         return kind
-    annotation = next(json_items(file, "annotations.item"), None)
+    annotation = next(json_items(file, "annotations"), None)
     if not isinstance(annotation, dict):
         return "coco images"
     for key, its in (
@@ -217,35 +216,37 @@ def _file_kind(file: Path, columns: Columns, wanted: str, field: str) -> str:
     return "coco annotations"
 
 
-def _opening(file: Path) -> bytes:
-    """Return the first byte that is not white space."""
-    with open_json(file) as stream:
-        return next((sign for sign in iter(lambda: stream.read(1), b"") if sign.strip()), b"")
-
-
 def _object_kind(file: Path, columns: Columns, wanted: str) -> str:
-    """Detect from its outer keys whether a JSON object is a COCO file, boxes by image, or the first of many lines."""
-    depth, keys = 0, [""]
-    with open_json(file) as stream:
-        try:
-            for event, value in ijson.basic_parse(stream, use_float=True):
-                if event == "map_key" and depth <= 2:
-                    keys[depth - 1 :] = [value]
-                elif event in ("end_map", "end_array"):
-                    depth -= 1
-                elif event in ("start_map", "start_array"):
-                    depth += 1
-                    if event == "start_array" and depth == 2 and keys[0] in ("images", "annotations"):
-                        return "coco"
-                    if event == "start_array" and depth == 3 and keys[1:] == ["boxes"]:
-                        return "box entries"
-                elif event == "string" and depth == 1 and keys[0] == columns.image:
-                    return "rows"
-        except ijson.JSONError as error:
-            if "trailing garbage" not in str(error):  # JSON lines in a file named .json
-                raise
+    """Detect from its outer keys whether a JSON file is a COCO file, boxes by image, or rows: a list or many lines.
+
+    Bytes that are not UTF-8 are ignored, because rows may have another encoding.
+    """
+    key = ""
+    with open_json(file, errors="replace") as reader:
+        if reader.peek() != "{":
             return "rows"
-    raise UserError(f"{file}: it contains an object with {keys[0]!r:.40} and no boxes; it must contain {wanted}")
+        for key in reader.members():
+            opening = reader.peek()
+            if opening == "[" and key in ("images", "annotations"):
+                return "coco"
+            if opening == '"' and key == columns.image:
+                return "rows"
+            if opening != "{":
+                reader.skip()
+            elif _has_boxes(reader):
+                return "box entries"
+        if reader.peek():  # JSON lines in a file named .json
+            return "rows"
+    raise UserError(f"{file}: it contains an object with {key!r:.40} and no boxes; it must contain {wanted}")
+
+
+def _has_boxes(reader: JsonStream) -> bool:
+    """Check whether the object that starts here has a list of boxes; if not, the reader is after it."""
+    for key in reader.members():
+        if key == "boxes" and reader.peek() == "[":
+            return True
+        reader.skip()
+    return False
 
 
 def _row_kind(file: Path, columns: Columns, wanted: str, field: str) -> str:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import ijson  # type: ignore[import-untyped]
-
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
+from lora_llava.data.files.json_stream import object_entries
 from lora_llava.data.files.row_files import iterate_rows
 from lora_llava.data.formats import Columns
 from lora_llava.synthesis.contexts.coco_contexts import image_size, open_json
@@ -95,13 +94,17 @@ def add_box_entries(file: Path, builder: ContextBuilder, form: BoxForm) -> None:
     Raises:
         UserError: If an entry has another form, or its numbers contradict their format or unit.
     """
-    with open_json(file) as stream:
-        entries = ijson.kvitems(stream, "", use_float=True)
-        for name, entry in progress_bar(entries, desc=file.name, unit=" images", leave=False, delay=1):
-            where = f"{file}, {name:.80}"
-            if not isinstance(entry, Mapping):
-                raise UserError(f"{where}: it is {entry!r:.60}; it must be an object with a list of boxes")
-            _add_entry(entry, builder.add_image(name, where), builder, form, where)
+    entries = progress_bar(_entries(file), desc=file.name, unit=" images", leave=False, delay=1)
+    for name, entry in entries:
+        where = f"{file}, {name:.80}"
+        if not isinstance(entry, Mapping):
+            raise UserError(f"{where}: it is {entry!r:.60}; it must be an object with a list of boxes")
+        _add_entry(entry, builder.add_image(name, where), builder, form, where)
+
+
+def _entries(file: Path) -> Iterator[tuple[str, Any]]:
+    with open_json(file) as reader:
+        yield from object_entries(reader)
 
 
 def _add_entry(entry: Mapping[str, Any], name: str, builder: ContextBuilder, form: BoxForm, where: str) -> None:
