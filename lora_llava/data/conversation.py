@@ -67,8 +67,8 @@ class Conversation:
     Attributes:
         row_id: Names the row in every message about it.
         turns: The messages in order.
-        images: Image files relative to the data source's image folder, one per placeholder; in a split of several
-            sources with the source of each.
+        images: Image files relative to the data source's image folder, one per placeholder; `ImageId` in a split of
+            several sources.
         extra: What an evaluation needs in addition (gold answer, categories).
         notes: Repairs made while it was read.
         named: Its name in messages: `row a (line 2)`, or `line 2` without an id; ignored in comparisons.

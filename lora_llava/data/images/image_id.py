@@ -33,11 +33,12 @@ def own_names(images: Iterable[ImageName]) -> tuple[str, ...]:
     Raises:
         TypeError: If an image is of several sources: without its source, its name may mean another image.
     """
-    names = tuple(images)
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"{name} is an image of several sources; give its name in one source")
-    return names  # type: ignore[return-value]
+    names = []
+    for image in images:
+        if isinstance(image, ImageId):
+            raise TypeError(f"{image} is an image of several sources; give its name in one source")
+        names.append(image)
+    return tuple(names)
 
 
 def saved_name(image: ImageName) -> str:
