@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 from lora_llava.benchmark.benchmark_rows import DrawnImages, draw_rows, lay_out, shape_config, text_length
 from lora_llava.data.collator import PackedCollator
 from lora_llava.data.conversation import Conversation
+from lora_llava.data.images.image_id import own_names
 from lora_llava.data.images.image_sources import Pixels
 from lora_llava.data.selection import build_rows
 from lora_llava.data.templates import Template, chat_template, get_template
@@ -273,7 +274,7 @@ def _trl(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, clock
     dataset = Dataset.from_list(
         [
             {
-                "images": [{"bytes": images.read(name), "path": None} for name in row.images],
+                "images": [{"bytes": images.read(name), "path": None} for name in own_names(row.images)],
                 "prompt": [{"role": "user", "content": row.turns[0].text.replace("<image>\n", "")}],
                 "completion": [{"role": "assistant", "content": row.turns[1].text}],
             }

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lora_llava.core.errors import RefusedError
+from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.typed import MARK, as_typed, without_marks
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -66,7 +67,8 @@ class Conversation:
     Attributes:
         row_id: Names the row in every message about it.
         turns: The messages in order.
-        images: Image files relative to the data source's image folder, one per placeholder.
+        images: Image files relative to the data source's image folder, one per placeholder; `ImageId` in a split of
+            several sources.
         extra: What an evaluation needs in addition (gold answer, categories).
         notes: Repairs made while it was read.
         named: Its name in messages: `row a (line 2)`, or `line 2` without an id; ignored in comparisons.
@@ -74,7 +76,7 @@ class Conversation:
 
     row_id: str
     turns: tuple[Turn, ...]
-    images: tuple[str, ...] = ()
+    images: tuple[ImageName, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     named: str = field(default="", compare=False)

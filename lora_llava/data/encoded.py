@@ -34,6 +34,7 @@ from lora_llava.data.encode import (
 )
 from lora_llava.data.files.row_files import Counted
 from lora_llava.data.formats import RowError
+from lora_llava.data.images.image_id import ImageId, ImageName, own_names
 from lora_llava.data.sources import Read, Source
 from lora_llava.data.templates import Template, get_template
 from lora_llava.data.typed import special_tokens
@@ -129,7 +130,7 @@ class _Writer:
             self.columns["trained"].frombytes(encoded[1].tobytes())
         self.columns["supervised"].append(int(encoded[1].sum()) if encoded is not None else 0)
         self.starts.append(len(self.columns["ids"]))
-        images = row.images if isinstance(row, Conversation) else ()
+        images = own_names(row.images) if isinstance(row, Conversation) else ()
         self.columns["pictures"].append(len(images))
         texts = {
             "row_ids": row.row_id,
@@ -344,11 +345,11 @@ class EncodedRows(Sequence[dict[str, Any]]):
         number, row = self.places[index]
         return self.tables[number], int(row)
 
-    def image_files(self, index: int) -> list[str]:
-        """Return the names of a row's images in the split's image source."""
+    def image_files(self, index: int) -> list[ImageName]:
+        """Return a row's images: their names with one table, an `ImageId` each with several."""
         table, row = self.table_row(index)
-        names = table.images(row)
-        return names if len(self.tables) == 1 else [f"{self.places[index][0]}|{name}" for name in names]
+        number, names = int(self.places[index][0]), table.images(row)
+        return list(names) if len(self.tables) == 1 else [ImageId(number, name) for name in names]
 
     def image_counts(self) -> np.ndarray:
         """Return the number of images of each row."""

@@ -25,6 +25,7 @@ from lora_llava.data.formats import (
     likely_image_column,
     read_row,
 )
+from lora_llava.data.images.image_id import own_names
 from lora_llava.data.images.image_names import walk_files
 from lora_llava.data.images.image_sources import BadImageError, FolderImages
 
@@ -190,9 +191,10 @@ def _count(files: Iterable[Path], form: Format, columns: Columns, embedded: bool
     rows = (row for file in files for _, row in placed_rows(file))
     for count, row in enumerate(rows, 1):
         try:
-            images = read_row(row, count - 1, form=form, columns=columns, embedded=embedded).images
+            conversation = read_row(row, count - 1, form=form, columns=columns, embedded=embedded)
         except RowError:
             continue
+        images = own_names(conversation.images)
         for name in images:
             parent.setdefault(name, name)
             parent[first_of(name)] = first_of(images[0])

@@ -15,6 +15,7 @@ from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Encodi
 from lora_llava.data.encode import OverlongError
 from lora_llava.data.encoded import EncodedRows, EncodedTable, answer_starts, encode_table
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
+from lora_llava.data.images.image_id import ImageName, own_names
 from lora_llava.data.images.image_names import MATCHED
 from lora_llava.data.images.image_sources import ImageSource
 from lora_llava.data.images.to_rgb import SCALED, TRANSPARENT
@@ -151,7 +152,10 @@ def _fitting(
 
 
 def without_bad_images(
-    rows: EncodedRows, on_bad_image: OnBad, report: Report, inspect: Callable[[list[str]], Mapping[str, ImageFacts]]
+    rows: EncodedRows,
+    on_bad_image: OnBad,
+    report: Report,
+    inspect: Callable[[list[ImageName]], Mapping[ImageName, ImageFacts]],
 ) -> EncodedRows:
     """Drop or refuse rows whose images cannot be opened.
 
@@ -242,6 +246,8 @@ def build_rows(
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     rows, report = select_rows([table], places, policy, image_id=image_id, num_image_tokens=num_image_tokens)
     if images is not None:
-        rows = without_bad_images(rows, on_bad_image, report, lambda names: inspect_images(images, names))
+        rows = without_bad_images(
+            rows, on_bad_image, report, lambda names: dict(inspect_images(images, own_names(names)).items())
+        )
     account(rows, report)
     return rows, report

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Message
 from lora_llava.data.encode import IGNORE_INDEX, encode_conversation, encode_prompt
-from lora_llava.data.images.image_sources import BadImageError, ImageSource, PixelLoader
+from lora_llava.data.images.image_sources import BadImageError, PixelLoader, SplitImages
 from lora_llava.data.templates import Template
 from lora_llava.data.typed import without_marks
 from lora_llava.distributed.ranks import gather, this_rank
@@ -182,7 +182,7 @@ def _choices(evaluator: Evaluator, row: Conversation, texts: Sequence[str]) -> C
     return Choices(texts, encoded, row.images)
 
 
-def by_server(server: ChatServer, images: ImageSource, sampling: Sampling, stop_string: str | None) -> Answerer:
+def by_server(server: ChatServer, images: SplitImages, sampling: Sampling, stop_string: str | None) -> Answerer:
     """Return an answerer that queries a server with concurrent requests.
 
     The server's own chat template builds the prompt. For a model exported by this package it is the one used in
@@ -223,7 +223,7 @@ def by_server(server: ChatServer, images: ImageSource, sampling: Sampling, stop_
     return answer
 
 
-def _server_messages(row: Conversation, images: ImageSource) -> list[dict[str, Any]]:
+def _server_messages(row: Conversation, images: SplitImages) -> list[dict[str, Any]]:
     """Return a row up to its last answer as OpenAI messages, each image in place of its placeholder."""
     names = iter(row.images)
     messages = []

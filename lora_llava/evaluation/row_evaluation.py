@@ -19,6 +19,7 @@ from lora_llava.core.progress import progress_bar
 from lora_llava.core.storage import atomic_file
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.files.row_files import json_text
+from lora_llava.data.images.image_id import ImageName, saved_name
 from lora_llava.evaluation.answer_log import AnswerLog
 from lora_llava.evaluation.answer_metrics import EXACT, worst_scores
 from lora_llava.evaluation.answerers import Answerer, messages_of
@@ -68,7 +69,7 @@ def shuffle_images(rows: Sequence[Conversation], seed: int) -> list[Conversation
     random.Random(seed).shuffle(places)
     shuffled = list(rows)
     for count in {len(rows[place].images) for place in places}:
-        groups: dict[tuple[str, ...], list[int]] = {}
+        groups: dict[tuple[ImageName, ...], list[int]] = {}
         for place in places:
             if len(rows[place].images) == count:
                 groups.setdefault(rows[place].images, []).append(place)
@@ -137,7 +138,9 @@ def evaluate_conversations(
 
 def questions_hash(rows: Sequence[Conversation]) -> str:
     """Return the SHA-256 over the questions: ids, turns up to the last answer, names of images, and choices."""
-    questions = [[row.row_id, messages_of(row)[:-1], row.images, row.extra.get("choices")] for row in rows]
+    questions = [
+        [row.row_id, messages_of(row)[:-1], [*map(saved_name, row.images)], row.extra.get("choices")] for row in rows
+    ]
     return hashlib.sha256(json.dumps(questions).encode()).hexdigest()
 
 

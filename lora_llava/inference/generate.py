@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.images.image_sources import BadImageError, PixelLoader
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.sampling import Sampling
@@ -27,7 +28,7 @@ class Question:
     """
 
     input_ids: Sequence[int]
-    image_files: Sequence[str] = ()
+    image_files: Sequence[ImageName] = ()
 
 
 @torch.inference_mode()
@@ -127,8 +128,8 @@ class EncodedImages:
         self.load_pixels = load_pixels
         self.uses = Counter(name for i in indices for name in questions[i].image_files for _ in range(times))
         self.device = next(model.parameters()).device
-        self._held: dict[str, torch.Tensor] = {}
-        self._bad: dict[str, BadImageError] = {}
+        self._held: dict[ImageName, torch.Tensor] = {}
+        self._bad: dict[ImageName, BadImageError] = {}
 
     def batch(
         self, indices: Sequence[int], questions: Sequence[Question], pad_token_id: int
@@ -154,10 +155,10 @@ class EncodedImages:
         """Return a context in which the model accepts features as its `pixel_values`."""
         return nullcontext() if self.llava.model.vision_tower is None else features_as_pixels(self.llava)
 
-    def _encode(self, names: Sequence[str]) -> None:
+    def _encode(self, names: Sequence[ImageName]) -> None:
         """Run the tower once over the batch's new images."""
         new = [name for name in dict.fromkeys(names) if name not in self._held]
-        opened: dict[str, torch.Tensor] = {}
+        opened: dict[ImageName, torch.Tensor] = {}
         for name in new:
             try:
                 opened[name] = self.load_pixels([name])[0]
@@ -172,7 +173,7 @@ class EncodedImages:
         # Clone each one: a view would keep the features of the entire batch in memory.
         self._held |= {name: features.clone() for name, features in zip(opened, stacked, strict=True)}
 
-    def _take(self, name: str) -> torch.Tensor:
+    def _take(self, name: ImageName) -> torch.Tensor:
         if name not in self._held:
             raise self._bad[name]
         features = self._held[name]

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from lora_llava.data.encode import IGNORE_INDEX
+from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.images.image_sources import PixelLoader
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.generate import EncodedImages, Question
@@ -28,7 +29,7 @@ class Choices:
 
     texts: Sequence[str]
     encoded: Sequence[tuple[Sequence[int], Sequence[int]]]
-    image_files: Sequence[str] = ()
+    image_files: Sequence[ImageName] = ()
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def answer_losses(
     model: Any,
     rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-    image_files: Sequence[Sequence[str]],
+    image_files: Sequence[Sequence[ImageName]],
     *,
     load_pixels: PixelLoader,
     batch_size: int,

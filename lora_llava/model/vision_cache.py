@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.core.storage import file_hash, share
+from lora_llava.data.images.image_id import ImageName
 
 SHARD_IMAGES = 256
 """Images per shard: about 300 MB of CLIP ViT-L/14-336's features in bfloat16; a kill loses less than a minute."""
@@ -188,11 +189,11 @@ class CachedFeatures:
         hashes: SHA-256 of each image file by its name.
     """
 
-    def __init__(self, store: FeatureStore, hashes: Mapping[str, str]) -> None:
+    def __init__(self, store: FeatureStore, hashes: Mapping[ImageName, str]) -> None:
         self.store = store
         self.hashes = hashes
 
-    def __call__(self, names: Sequence[str]) -> torch.Tensor:
+    def __call__(self, names: Sequence[ImageName]) -> torch.Tensor:
         """Return the features of images, of shape (images, image tokens, features)."""
         return torch.stack([self.store.get(self.hashes[name]) for name in names])
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.images.image_sources import BadImageError, ImageSource
+from lora_llava.data.images.image_sources import BadImageError, SplitImages
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.splits.split_rows import sample_rows
 
@@ -71,7 +71,7 @@ def _cycle(texts: Sequence[str], count: int) -> list[str]:
     return [texts[i % len(texts)] for i in range(count)]
 
 
-def _opened(row: Conversation, images: ImageSource) -> ProofPrompt | None:
+def _opened(row: Conversation, images: SplitImages) -> ProofPrompt | None:
     """Return a row's prompt; None if its image cannot be opened, so that a built-in one replaces it."""
     try:
         return ProofPrompt(_text(row), images.open(row.images[0]))
@@ -79,7 +79,7 @@ def _opened(row: Conversation, images: ImageSource) -> ProofPrompt | None:
         return None
 
 
-def _rows(recipe: Recipe | None) -> tuple[Sequence[Conversation], ImageSource | None, str]:
+def _rows(recipe: Recipe | None) -> tuple[Sequence[Conversation], SplitImages | None, str]:
     if recipe is None:
         return [], None, "the run's data (it has no recipe)"
     try:

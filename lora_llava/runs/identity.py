@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
+from lora_llava.data.images.image_id import ImageName, own_name
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import Base
 from lora_llava.planning.run_plan import RunPlan
@@ -33,8 +33,6 @@ _NOT_COMPARED = ("format", "run", "versions", "data")
 _LIBRARY_SETTINGS = ("config", "generation_config", "image_processor")
 """Settings that a library fills in: another version may have more or fewer."""
 _NOT_SETTINGS = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
-_SOURCE = re.compile(r"^\d+\|")
-"""The index of an image's source before its name, in a run with several sources."""
 _TEXT = ("tokenizer", "special_tokens", "chat_template")
 
 
@@ -148,7 +146,7 @@ def _marks(digests: Sequence[str]) -> str:
     return "".join(digest[:_MARK].ljust(_MARK, "-") for digest in digests) if len(digests) <= _MOST_MARKS else ""
 
 
-def image_names(split: Split) -> list[str]:
+def image_names(split: Split) -> list[ImageName]:
     """Return the names of a split's images, each once, in the order of its rows."""
     rows = split.rows
     return list(dict.fromkeys(name for index in range(len(rows)) for name in rows.image_files(index)))
@@ -293,7 +291,7 @@ def _split_differences(
         yield f"the {name} rows are evaluated in another way than when the run began; restore their fields"
     if old["images"] != new["images"]:
         names = image_names(split)
-        which = _describe_changes(old["image_marks"], new["image_marks"], lambda place: _SOURCE.sub("", names[place]))
+        which = _describe_changes(old["image_marks"], new["image_marks"], lambda place: own_name(names[place]))
         yield f"images of the {name} rows changed since the run began{which}; restore them"
 
 

@@ -17,7 +17,8 @@ from lora_llava.core.progress import progress_bar
 from lora_llava.data.encoded import EncodedTable, encode_table
 from lora_llava.data.formats import Columns
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
-from lora_llava.data.images.image_sources import FolderImages, ImageSource, JoinedImages, TableImages
+from lora_llava.data.images.image_id import ImageId, ImageName, own_names
+from lora_llava.data.images.image_sources import FolderImages, SplitImages, TableImages, join_images
 from lora_llava.data.scienceqa import load_scienceqa
 from lora_llava.data.sources import Read, Source, list_source, open_source
 from lora_llava.data.templates import get_template
@@ -48,8 +49,8 @@ class OpenSplit:
     places: np.ndarray
 
     @property
-    def images(self) -> ImageSource:
-        return self.sources[0].images if len(self.sources) == 1 else JoinedImages([s.images for s in self.sources])
+    def images(self) -> SplitImages:
+        return join_images([source.images for source in self.sources])
 
 
 def open_sources(recipe: Recipe, names: Sequence[str] | None = None) -> dict[str, list[Source]]:
@@ -217,7 +218,7 @@ def _digests(source: Source, table: EncodedTable) -> dict[str, str] | None:
     if not isinstance(source.images, TableImages):
         return None
     names = list(dict.fromkeys(name for row in range(len(table)) for name in table.images(row)))
-    found = inspect_split([source], names)
+    found = inspect_images(source.images, names, image_cache(source))
     return {name: image.digest for name, image in found.items() if image.digest}
 
 
@@ -227,26 +228,27 @@ def _is_weighted(recipe: Recipe) -> bool:
 
 def inspect_split(
     sources: Sequence[Source],
-    names: Sequence[str],
+    names: Sequence[ImageName],
     progress: Callable[[Iterable[ImageFacts]], Iterable[ImageFacts]] = lambda found: found,
-) -> dict[str, ImageFacts]:
+) -> dict[ImageName, ImageFacts]:
     """Inspect images source by source, so that the cache of a source serves every mixture.
 
     Args:
         sources: The sources of the split.
-        names: The names of the images in the split's image source.
+        names: The images, as `EncodedRows.image_files` names them.
         progress: Wraps the images of each source.
 
     Returns:
         The facts about the images, by name.
     """
     if len(sources) == 1:
-        return inspect_images(sources[0].images, names, image_cache(sources[0]), progress)
-    found: dict[str, ImageFacts] = {}
+        facts = inspect_images(sources[0].images, own_names(names), image_cache(sources[0]), progress)
+        return dict(facts.items())
+    found: dict[ImageName, ImageFacts] = {}
     for number, source in enumerate(sources):
-        own = [name.partition("|")[2] for name in names if name.partition("|")[0] == str(number)]
+        own = [image.name for image in names if isinstance(image, ImageId) and image.source == number]
         facts = inspect_images(source.images, own, image_cache(source), progress)
-        found |= {f"{number}|{name}": image for name, image in facts.items()}
+        found |= {ImageId(number, name): image for name, image in facts.items()}
     return found
 
 

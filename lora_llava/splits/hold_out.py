@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.encoded import EncodedTable
+from lora_llava.data.images.image_id import ImageId
 from lora_llava.data.images.image_names import COCO_NAME
 from lora_llava.data.images.image_sources import BadImageError, FolderImages, ImageSource
 
@@ -33,14 +34,16 @@ def row_keys(
     Returns:
         The keys of every row; none for a row that could not be read.
     """
-    root = str(images.root) if isinstance(images, FolderImages) else f"{source}|"
+    root = str(images.root) if isinstance(images, FolderImages) else None
 
     def key(name: str) -> Hashable:
         if digests is not None:
-            return digests.get(name, (source, name))
+            return digests.get(name, ImageId(source, name))
         name = files.get(name, name)  # two names of one file are one image
         match = COCO_NAME.fullmatch(name.rpartition("/")[2])  # the same number is the same image in every release
-        return ("coco", match[1]) if match else os.path.normpath(os.path.join(root, name))
+        if match:
+            return ("coco", match[1])
+        return ImageId(source, os.path.normpath(name)) if root is None else os.path.normpath(os.path.join(root, name))
 
     every = dict.fromkeys(name for row in range(len(table)) for name in table.images(row))
     files = {name: images.label(name) for name in every} if isinstance(images, FolderImages) else {}

@@ -20,7 +20,8 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation
 from lora_llava.data.encoded import EncodedRows
 from lora_llava.data.images.image_check import ImageFacts
-from lora_llava.data.images.image_sources import ImageSource, JoinedImages, PixelLoader, Pixels
+from lora_llava.data.images.image_id import ImageId, ImageName, own_names
+from lora_llava.data.images.image_sources import PixelLoader, Pixels, SplitImages, join_images
 from lora_llava.data.mixture import Share, epoch_counts, mixture
 from lora_llava.data.selection import NOT_DRAWN, Policy, Report, account, select_rows, without_bad_images
 from lora_llava.data.sources import Source
@@ -51,13 +52,13 @@ class Split:
     """
 
     sources: list[Source]
-    images: ImageSource
+    images: SplitImages
     load_pixels: PixelLoader
     rows: EncodedRows
     report: Report
     epochs: Callable[[int], list[int]] | None = None
     sealed: bool = False
-    digests: Mapping[str, str] = field(default_factory=dict)
+    digests: Mapping[ImageName, str] = field(default_factory=dict)
 
     def read(self, indices: Iterable[int]) -> list[Conversation]:
         """Read the conversations of these rows from their sources again.
@@ -154,11 +155,11 @@ def build_split(
         drawn = _drawn(recipe, draw, len(usable))
         report.dropped[NOT_DRAWN] += len(usable) - len(drawn)
         rows = usable.take(drawn)
-    digests: dict[str, str] = {}
+    digests: dict[ImageName, str] = {}
     if not trusted:
         inspect = partial(inspect_split, split.sources, progress=lambda found: progress(f"images of {name}", found))
 
-        def inspected(names: list[str]) -> dict[str, ImageFacts]:
+        def inspected(names: list[ImageName]) -> dict[ImageName, ImageFacts]:
             found = inspect(names)
             digests.update((name, image.digest) for name, image in found.items())
             return found
@@ -247,7 +248,7 @@ def read_held_out(
     return name, build_split(recipe, name, splits[name], processor, config, progress, trusted=trusted)
 
 
-def sample_rows(recipe: Recipe, split: str, count: int) -> tuple[list[Conversation], ImageSource, int]:
+def sample_rows(recipe: Recipe, split: str, count: int) -> tuple[list[Conversation], SplitImages, int]:
     """Sample rows of a split without encoding them.
 
     Args:
@@ -270,12 +271,11 @@ def sample_rows(recipe: Recipe, split: str, count: int) -> tuple[list[Conversati
             if not isinstance(row, Conversation):
                 continue
             if len(sources) > 1:
-                row = replace(row, images=tuple(f"{number}|{name}" for name in row.images))
+                row = replace(row, images=tuple(ImageId(number, name) for name in own_names(row.images)))
             total += 1
             place = total - 1 if total <= count else rng.randrange(total)
             if total <= count:
                 kept.append(row)
             elif place < count:
                 kept[place] = row
-    images = sources[0].images if len(sources) == 1 else JoinedImages([source.images for source in sources])
-    return kept, images, total
+    return kept, join_images([source.images for source in sources]), total

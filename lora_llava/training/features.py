@@ -18,6 +18,7 @@ from rich.console import Console
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
+from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.images.image_sources import Pixels
 from lora_llava.data.images.to_rgb import CONVERSION_RULE
 from lora_llava.distributed.ranks import first_before_others
@@ -31,6 +32,8 @@ from lora_llava.planning.run_plan import RunPlan
 
 _BATCH = 8
 """Images per batch of the vision tower (untuned on a GPU)."""
+_Place = tuple[str, ImageName]
+"""A split and one of its images."""
 
 
 def cache_features(plan: RunPlan, base: Base, console: Console) -> None:
@@ -94,7 +97,7 @@ def cache_key(plan: RunPlan, base: Base) -> dict[str, Any]:
     }
 
 
-def split_images(plan: RunPlan, name: str) -> list[str]:
+def split_images(plan: RunPlan, name: str) -> list[ImageName]:
     """Return the names of the images of a split, each once; of the test split, only those of evaluated rows."""
     rows = plan.splits[name].rows
     indices: Any = range(len(rows))
@@ -104,12 +107,12 @@ def split_images(plan: RunPlan, name: str) -> list[str]:
     return list(dict.fromkeys(image for i in indices for image in rows.image_files(i)))
 
 
-def _hash_split(plan: RunPlan, name: str) -> dict[str, str]:
+def _hash_split(plan: RunPlan, name: str) -> dict[ImageName, str]:
     """Return the SHA-256 of each image file by its name; images that the split opened are not read again."""
     split = plan.splits[name]
     names, images, known = split_images(plan, name), split.images, split.digests
 
-    def digest(image: str) -> str:
+    def digest(image: ImageName) -> str:
         return known.get(image) or hashlib.sha256(images.read(image)).hexdigest()
 
     with ThreadPoolExecutor() as pool:
@@ -123,7 +126,7 @@ def _hash_split(plan: RunPlan, name: str) -> dict[str, str]:
         return dict(zip(names, digests, strict=True))
 
 
-def _fill(store: FeatureStore, hashes: dict[str, dict[str, str]], plan: RunPlan, base: Base) -> None:
+def _fill(store: FeatureStore, hashes: dict[str, dict[ImageName, str]], plan: RunPlan, base: Base) -> None:
     """Encode the images whose features are not in the store."""
     places = {digest: (split, name) for split, found in hashes.items() for name, digest in found.items()}
     missing = [place for digest, place in places.items() if digest not in store]
@@ -148,12 +151,12 @@ def _fill(store: FeatureStore, hashes: dict[str, dict[str, str]], plan: RunPlan,
         torch.cuda.empty_cache()
 
 
-def _preprocessed(places: list[tuple[str, str]], plan: RunPlan) -> Iterator[tuple[list[tuple[str, str]], torch.Tensor]]:
+def _preprocessed(places: list[_Place], plan: RunPlan) -> Iterator[tuple[list[_Place], torch.Tensor]]:
     """Yield batches of images with their pixels; the next batch is preprocessed while the tower runs."""
     batches = [places[start : start + _BATCH] for start in range(0, len(places), _BATCH)]
     processor = plan.processor.image_processor
 
-    def pixels(batch: list[tuple[str, str]]) -> torch.Tensor:
+    def pixels(batch: list[_Place]) -> torch.Tensor:
         return torch.cat([Pixels(plan.splits[split].images, processor)([name]) for split, name in batch])
 
     with ThreadPoolExecutor(1) as pool:

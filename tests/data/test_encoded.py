@@ -27,6 +27,7 @@ from lora_llava.data import (
 )
 from lora_llava.data.encoded import EncodedRows, EncodedTable, answer_starts, encode_table
 from lora_llava.data.formats import RowError
+from lora_llava.data.images.image_id import ImageId
 from lora_llava.data.images.image_sources import FolderImages
 from lora_llava.data.sources import Read, Source, list_source
 
@@ -295,12 +296,12 @@ def test_rows_are_taken_from_several_tables(letters: LlamaTokenizer, spell: Any)
     rows = all_rows(tables, letters).take([5, 0, 2, 3, 6])
     assert [row["row_id"] for row in rows] == ["x", "a", "c", "d", "y"]
     ids, labels = spell(("<image>:", False), (" abcdef</s>", True))
-    assert rows[0] == {"row_id": "x", "input_ids": ids, "labels": labels, "image_files": ["1|red.png"]}
+    assert rows[0] == {"row_id": "x", "input_ids": ids, "labels": labels, "image_files": [ImageId(1, "red.png")]}
     assert [rows.image_files(n) for n in range(5)] == [
-        ["1|red.png"],
+        [ImageId(1, "red.png")],
         [],
-        ["0|red.png"],
-        ["0|a é.png", "0|b.png"],
+        [ImageId(0, "red.png")],
+        [ImageId(0, "a é.png"), ImageId(0, "b.png")],
         [],
     ]
     assert rows.lengths.tolist() == [len(row["input_ids"]) for row in rows] == [13, 9, 11, 11, 9]

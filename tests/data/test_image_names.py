@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from lora_llava.data.images.image_check import inspect_images
+from lora_llava.data.images.image_id import ImageId
 from lora_llava.data.images.image_names import MATCHED
 from lora_llava.data.images.image_sources import BadImageError, FolderImages, JoinedImages, TableImages
 
@@ -127,7 +128,10 @@ def test_images_are_named_for_a_person(tmp_path: Path) -> None:
     images = draw(tmp_path, "01.png")
     table = TableImages([{"image": {"bytes": b"", "path": "cat.png"}}, {"image": b""}], 9)
     joined = JoinedImages([images, table])
-    assert [joined.label(name) for name in ("0|01.png", "0|01", "0|no.png", "1|0", "1|1")] == [
+    assert [
+        joined.label(name)
+        for name in (ImageId(0, "01.png"), ImageId(0, "01"), ImageId(0, "no.png"), ImageId(1, "0"), ImageId(1, "1"))
+    ] == [
         "01.png",
         "01.png",
         "no.png",

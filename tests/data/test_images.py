@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lora_llava.data.images.image_id import ImageId
 from lora_llava.data.images.image_names import coco_names
 from lora_llava.data.images.image_sources import BadImageError, FolderImages, JoinedImages, TableImages, read_rgb
 
@@ -243,9 +244,9 @@ def test_joined_images_are_opened_by_their_source(image_folder: Path) -> None:
     (image_folder / "1|a.png").write_bytes((image_folder / "green.png").read_bytes())
     table = TableImages([{"image": {"bytes": (image_folder / "blue.png").read_bytes()}}], 16)
     images = JoinedImages([FolderImages(image_folder, 16), table])
-    assert pixels(images.open("0|red.png")) == [(255, 0, 0)] * 16
-    assert pixels(images.open("0|1|a.png")) == [(0, 255, 0)] * 16
-    assert pixels(images.open("1|0")) == [(0, 0, 255)] * 16
-    assert images.read("1|0") == (image_folder / "blue.png").read_bytes()
+    assert pixels(images.open(ImageId(0, "red.png"))) == [(255, 0, 0)] * 16
+    assert pixels(images.open(ImageId(0, "1|a.png"))) == [(0, 255, 0)] * 16
+    assert pixels(images.open(ImageId(1, "0"))) == [(0, 0, 255)] * 16
+    assert images.read(ImageId(1, "0")) == (image_folder / "blue.png").read_bytes()
     with pytest.raises(BadImageError, match=r"^image pink.png is missing$"):
-        images.read("0|pink.png")
+        images.read(ImageId(0, "pink.png"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lora_llava.data.images.image_id import own_name
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe import Recipe, load_recipe
 from lora_llava.recipe.schema import ModelSection, StartFrom
@@ -70,8 +71,8 @@ def test_the_three_types_are_sampled_alike(name: str, instruct: Path, parts: Pat
             == used
             == {"conversation": drawn["conversation"], "detail": drawn["detail"], "reasoning": drawn["reasoning"]}
         )
-    seen = {image.rpartition("|")[2] for i in range(total) for image in train.rows.image_files(i)}
-    held = {p.rpartition("|")[2] for i in range(len(validation.rows)) for p in validation.rows.image_files(i)}
+    seen = {own_name(image) for i in range(total) for image in train.rows.image_files(i)}
+    held = {own_name(image) for i in range(len(validation.rows)) for image in validation.rows.image_files(i)}
     assert seen.isdisjoint(held)
 
 

@@ -13,6 +13,7 @@ from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.data.folder import understand_folder
 from lora_llava.data.images import image_check as image_check
+from lora_llava.data.images.image_id import ImageId
 from lora_llava.data.images.image_sources import FolderImages, TableImages, open_table
 from lora_llava.data.sources import _light_rows, list_source, open_source
 from lora_llava.evaluation.evaluate import evaluate
@@ -262,14 +263,21 @@ def test_images_of_several_sources_are_looked_at_by_their_own_source_s_rules(tmp
     images = [FolderImages(folder, limit) for folder, limit in zip(folders, (400, 399, 400), strict=True)]
     table = TableImages([{"image": {"bytes": (folders[0] / "0.png").read_bytes()}}, {"image": None}], 400)
     sources = [list_source(str(n), [], each) for n, each in enumerate([*images, table])]
-    names = ["0|0.png", "1|0.png", "2|2.png", "2|b.png", "3|0", "3|1"]
+    names = [
+        ImageId(0, "0.png"),
+        ImageId(1, "0.png"),
+        ImageId(2, "2.png"),
+        ImageId(2, "b.png"),
+        ImageId(3, "0"),
+        ImageId(3, "1"),
+    ]
     found = inspect_split(sources, names)
     assert {name: found[name].problem for name in names} == {
-        "0|0.png": None,
-        "1|0.png": "image 0.png has 20 x 20 pixels, over max_image_pixels 399",
-        "2|2.png": None,
-        "2|b.png": "image b.png is missing",
-        "3|0": None,
-        "3|1": "image of row 1 is missing",
+        ImageId(0, "0.png"): None,
+        ImageId(1, "0.png"): "image 0.png has 20 x 20 pixels, over max_image_pixels 399",
+        ImageId(2, "2.png"): None,
+        ImageId(2, "b.png"): "image b.png is missing",
+        ImageId(3, "0"): None,
+        ImageId(3, "1"): "image of row 1 is missing",
     }
-    assert found["0|0.png"].digest == found["3|0"].digest != found["2|2.png"].digest
+    assert found[ImageId(0, "0.png")].digest == found[ImageId(3, "0")].digest != found[ImageId(2, "2.png")].digest

@@ -8,12 +8,13 @@ import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
 from lora_llava.core.errors import RefusedError, UserError
 from lora_llava.core.retry import retry
+from lora_llava.data.images.image_id import ImageId, ImageName
 from lora_llava.data.images.image_names import NameIndex, coco_names
 from lora_llava.data.images.to_rgb import Background, Converted, to_rgb
 
@@ -36,23 +37,30 @@ class BadImageError(RefusedError):
     kind = "corrupt image"
 
 
-class ImageSource(Protocol):
-    """A source of the images that conversations name."""
+_Name = TypeVar("_Name", bound=ImageName, contravariant=True)
 
-    def open(self, name: str) -> Image.Image:
+
+class Images(Protocol[_Name]):
+    """Images that conversations name: by the names of one source, or by `ImageId`."""
+
+    def open(self, name: _Name) -> Image.Image:
         """Return an image in RGB; raise BadImageError if it cannot be used."""
         ...
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: _Name) -> bytes:
         """Return an image's file, undecoded; raise BadImageError if it does not exist."""
         ...
 
-    def label(self, name: str) -> str:
+    def label(self, name: _Name) -> str:
         """Return an image's name for messages: its file, or its row in a table."""
         ...
 
 
-PixelLoader = Callable[[Sequence[str]], "torch.Tensor"]
+ImageSource = Images[str]
+"""The images of one source."""
+SplitImages = Images[Any]
+"""The images of a split, which opens what its rows name; see `ImageName`."""
+PixelLoader = Callable[[Sequence[ImageName]], "torch.Tensor"]
 """Returns the `pixel_values` of the named images, in order: pixels, or the vision tower's features."""
 
 
@@ -61,14 +69,14 @@ class Pixels:
     """Loader that opens and preprocesses images.
 
     Args:
-        images: The image source.
+        images: Opens the images.
         image_processor: The exported processor's image processor, so that training and serving use the same pixels.
     """
 
-    images: ImageSource
+    images: SplitImages
     image_processor: Any
 
-    def __call__(self, names: Sequence[str]) -> torch.Tensor:
+    def __call__(self, names: Sequence[ImageName]) -> torch.Tensor:
         """Return the pixels of these images, float32 of shape (images, 3, height, width)."""
         opened = [self.images.open(name) for name in names]
         pixels: torch.Tensor = self.image_processor(opened, return_tensors="pt")["pixel_values"]
@@ -326,7 +334,7 @@ class TableImages:
 
 
 class JoinedImages:
-    """Images of several sources, named `3|name` by the index of their source.
+    """Images of several sources.
 
     Args:
         sources: The image sources.
@@ -335,21 +343,19 @@ class JoinedImages:
     def __init__(self, sources: Sequence[ImageSource]) -> None:
         self.sources = tuple(sources)
 
-    def open(self, name: str) -> Image.Image:
-        source, own = self._find(name)
-        return source.open(own)
+    def open(self, name: ImageId) -> Image.Image:
+        return self.sources[name.source].open(name.name)
 
-    def read(self, name: str) -> bytes:
-        source, own = self._find(name)
-        return source.read(own)
+    def read(self, name: ImageId) -> bytes:
+        return self.sources[name.source].read(name.name)
 
-    def label(self, name: str) -> str:
-        source, own = self._find(name)
-        return source.label(own)
+    def label(self, name: ImageId) -> str:
+        return self.sources[name.source].label(name.name)
 
-    def _find(self, name: str) -> tuple[ImageSource, str]:
-        place, _, own = name.partition("|")
-        return self.sources[int(place)], own
+
+def join_images(sources: Sequence[ImageSource]) -> SplitImages:
+    """Return the images of a split: of its one source, or of several by `ImageId`."""
+    return sources[0] if len(sources) == 1 else JoinedImages(sources)
 
 
 def open_table(

@@ -17,7 +17,7 @@ from lora_llava.synthesis.contexts.context_builder import LARGEST, ContextBuilde
 
 _BOX = Struct("<I4d")
 """Index of the label, and x, y, width, height in pixels."""
-_BAD_VALUE = "lexical error: invalid char in json text."
+_BAD_VALUE = "a value is not a number, text, list or object"
 """Problem of a value that is not JSON, such as a word or NaN."""
 _STUFF = {"furniture-stuff", "food-stuff", "raw-material"}
 """Supercategories that occur only in COCO stuff (arXiv 1612.03716), which annotates regions such as walls."""
