@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from lora_llava import __version__
-from lora_llava.core.errors import ToldError
+from lora_llava.core.errors import ReportedError
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "prepare": ("init", "check", "preview", "plan"),
@@ -60,7 +60,7 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         width = None if sys.stdout.isatty() else 120
         console = Console(width=width, highlight=False, markup=False, quiet=not first)
         return int(verb_module(args.verb).run(args, console))
-    except ToldError as error:
+    except ReportedError as error:
         prefix = "error: " if error.exit_code == 2 else ""
         print("\n".join(prefix + line for line in str(error).splitlines()), file=sys.stderr)
         return error.exit_code

@@ -6,13 +6,13 @@ import difflib
 from collections.abc import Iterable
 
 
-class ToldError(Exception):
+class ReportedError(Exception):
     """An error that is reported by its message, without a traceback."""
 
     exit_code = 1
 
 
-class StoppedError(ToldError):
+class StoppedError(ReportedError):
     """A run stopped by a signal.
 
     Args:
@@ -25,7 +25,7 @@ class StoppedError(ToldError):
         self.exit_code = 128 + number  # as shells report a process that a signal ended
 
 
-class UserError(ToldError):
+class UserError(ReportedError):
     """A mistake in a recipe, a file or a call: one line that names the field or file, the value and the fix."""
 
     exit_code = 2

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from lora_llava.core.errors import ToldError, UserError
+from lora_llava.core.errors import ReportedError, UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.core.storage import atomic_file
 from lora_llava.data.conversation import Conversation
@@ -36,7 +36,7 @@ _NAMED = 3
 """Number of rows that a message names."""
 
 
-class UnansweredError(ToldError):
+class UnansweredError(ReportedError):
     """Questions stayed unanswered after all retries; the other answers are kept."""
 
 

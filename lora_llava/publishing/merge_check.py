@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GenerationConfig, LlavaConfig
 
-from lora_llava.core.errors import ToldError, UserError
+from lora_llava.core.errors import ReportedError, UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.inference.load import load_processor
 from lora_llava.model.loading import check_bitsandbytes
@@ -43,7 +43,7 @@ NOISE_FACTOR = 2
 ADAPTER, NF4_ADAPTER = "adapter_on_bf16_base", "adapter_on_nf4_base"
 
 
-class ProofError(ToldError):
+class ProofError(ReportedError):
     """The merged model differs from base + adapter."""
 
 

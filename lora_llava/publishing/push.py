@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lora_llava.core.errors import ToldError, UserError
+from lora_llava.core.errors import ReportedError, UserError
 from lora_llava.core.storage import file_hash
 from lora_llava.model.provenance import locate_base
 from lora_llava.model.start import RUN_FILE
@@ -36,7 +36,7 @@ _FAILURES: tuple[type[Exception], ...] = (*_CONNECTION_ERRORS, RuntimeError)
 """RuntimeError is "Error while uploading X", with the real error as its cause."""
 
 
-class PushError(ToldError):
+class PushError(ReportedError):
     """The Hub rejected the upload, or the connection failed."""
 
 

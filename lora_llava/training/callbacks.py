@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from lora_llava.core.errors import ToldError
+from lora_llava.core.errors import ReportedError
 from lora_llava.distributed.ranks import gather
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -24,7 +24,7 @@ _SPIKE, _BEFORE = 3.0, 20
 _ROWS_NAMED = 16
 
 
-class PoisonedError(ToldError):
+class PoisonedError(ReportedError):
     """A loss or a gradient is not finite; the weights were not updated with it."""
 
     exit_code = 3

@@ -326,7 +326,7 @@ def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Ca
         out_of_memory: Makes the error for a GPU without free memory.
 
     Raises:
-        ToldError: For a failure that the user can fix.
+        ReportedError: For a failure that the user can fix.
     """
     trainer.changed = start.changed if start else ()
     try:

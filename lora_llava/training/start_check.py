@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lora_llava.core.errors import ToldError
+from lora_llava.core.errors import ReportedError
 from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
 
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -16,7 +16,7 @@ _PADDED_SAMPLES = 2
 """Samples of a padded batch: few, so that the reference needs less memory than the packed row."""
 
 
-class StartCheckError(ToldError):
+class StartCheckError(ReportedError):
     """The losses of packed and padded rows differ."""
 
 

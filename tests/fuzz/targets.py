@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 from PIL import Image
 
-from lora_llava.core.errors import ToldError
+from lora_llava.core.errors import ReportedError
 from lora_llava.core.storage import find_damage as damage_of_entry
 from lora_llava.data import TEMPLATES, encode_conversation
 from lora_llava.data.encoded import encode_table
@@ -85,7 +85,7 @@ class Target(NamedTuple):
 
 def attempt(target: Target, value: Any) -> None:
     """Run a target once; every error that is not declared is raised unchanged."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ToldError):
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ReportedError):
         target.run(value, Path(folder))
 
 
@@ -105,7 +105,7 @@ def _write(file: Path, content: str | bytes) -> Path:
 
 def _each(*readers: Callable[[], Any]) -> None:
     for read in readers:
-        with contextlib.suppress(ToldError):
+        with contextlib.suppress(ReportedError):
             found = read()
             if isinstance(found, Iterator):
                 list(found)
