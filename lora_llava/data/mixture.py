@@ -8,10 +8,6 @@ from dataclasses import dataclass
 
 from lora_llava.core.errors import UserError
 
-_ENDS = 4096
-"""Bytes at a file's start and end by which it is compared with others of its size; two files treated as one are only
-kept on the same side."""
-
 
 @dataclass(frozen=True)
 class Share:

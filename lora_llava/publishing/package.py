@@ -18,8 +18,8 @@ from lora_llava.model.start import RUN_FILE
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.model.weights.parts import load_config
 from lora_llava.model.weights.tensor_files import lazy_file, weight_files
-from lora_llava.publishing.leaks import scan
 from lora_llava.publishing.merge import ADAPTER_FOLDER, BASE_FILE, BASE_FOLDER, PROCESSOR_FILES, REPORT_FILE
+from lora_llava.publishing.private_content import scan
 from lora_llava.recipe import dump_recipe, load_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, is_run, read_record

@@ -16,8 +16,8 @@ from PIL import Image
 
 from lora_llava.publishing.card.licences import card_licence, conflicts, licence_of
 from lora_llava.publishing.card.model_card import add_card, licences_of
-from lora_llava.publishing.leaks import scan
 from lora_llava.publishing.package import Package, collect, public_recipe
+from lora_llava.publishing.private_content import scan
 from lora_llava.recipe import load_recipe
 from lora_llava.runs.directory import hub_ids
 

@@ -20,7 +20,7 @@ from lora_llava.data.sources import open_source
 from lora_llava.demo.dataset import build_demo_contexts
 from lora_llava.inference.client.answer_store import AnswerStore
 from lora_llava.inference.client.budget import Budget
-from lora_llava.publishing.leaks import scan
+from lora_llava.publishing.private_content import scan
 from lora_llava.recipe.generate_schema import TeacherSection
 from lora_llava.synthesis.contexts.context_builder import ContextReport
 from lora_llava.synthesis.contexts.reading_contexts import read_contexts

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from lora_llava.synthesis.contexts.context import Context
+from lora_llava.synthesis.gates.forbidden_text import find_control, find_corner, find_forbidden
 from lora_llava.synthesis.gates.gate_claims import denied_object, wrong_count, wrong_place
 from lora_llava.synthesis.gates.gate_nouns import Known, read_context
-from lora_llava.synthesis.gates.gate_rules import find_control, find_corner, find_forbidden
 from lora_llava.synthesis.sample import Flavour, Rejection, Turns
 
 REASONS: dict[str, str] = {
