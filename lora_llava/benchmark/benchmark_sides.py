@@ -20,7 +20,7 @@ from lora_llava.data.conversation import Conversation
 from lora_llava.data.images.image_id import own_names
 from lora_llava.data.images.image_sources import Pixels
 from lora_llava.data.selection import build_rows
-from lora_llava.data.templates import Template, chat_template, get_template
+from lora_llava.data.templates.named_templates import Template, chat_template, get_template
 from lora_llava.model.adapters import add_adapters, lora_config
 from lora_llava.model.base import build_processor, image_processor_of
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from lora_llava.data.conversation import Conversation, EncodingError, Turn
     from lora_llava.data.encode import IGNORE_INDEX, OverlongError, encode_conversation, encode_prompt
     from lora_llava.data.images.image_sources import Pixels
-    from lora_llava.data.templates import TEMPLATES, Template, chat_template, get_template
+    from lora_llava.data.templates.named_templates import TEMPLATES, Template, chat_template, get_template
 
 __all__ = [
     "IGNORE_INDEX",
@@ -31,7 +31,7 @@ _HOMES = {
     "conversation": ("Conversation", "EncodingError", "Turn"),
     "encode": ("IGNORE_INDEX", "OverlongError", "encode_conversation", "encode_prompt"),
     "images.image_sources": ("Pixels",),
-    "templates": ("TEMPLATES", "Template", "chat_template", "get_template"),
+    "templates.named_templates": ("TEMPLATES", "Template", "chat_template", "get_template"),
 }
 
 

@@ -7,16 +7,17 @@ for or split.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, TypedDict
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, EncodingError, Message, Turn, read_turns
-from lora_llava.data.templates import Template, after_images, get_template
-from lora_llava.data.typed import as_typed, special_tokens, text_backend
+from lora_llava.data.templates.named_templates import get_template
+from lora_llava.data.templates.spans import AnyTemplate, Span, check_tokenizer, conversation_spans, fit_template
+from lora_llava.data.tokens import leading_ids
+from lora_llava.data.typed import special_tokens, text_backend
 
 IGNORE_INDEX = -100
 """Label of a token that is not trained (torch.nn.CrossEntropyLoss, `ignore_index`)."""
@@ -29,13 +30,6 @@ class Encoded(TypedDict):
     labels: list[int]
 
 
-class Span(NamedTuple):
-    """A part of the conversation's text, and whether it is trained."""
-
-    text: str
-    trained: bool
-
-
 class OverlongError(EncodingError):
     """A sample that would lose an answer, or part of its prompt, to the length limit."""
 
@@ -46,7 +40,7 @@ def encode_conversation(
     messages: Sequence[Message],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    template: str | Template,
+    template: str | AnyTemplate,
     num_image_tokens: int,
     max_length: int | None = None,
 ) -> Encoded:
@@ -74,7 +68,7 @@ def encode_conversation(
         EncodingError: If turns are out of order, an answer is empty, or no token is trained.
         OverlongError: If `max_length` would cut more than the end of the last answer.
     """
-    template = get_template(template)
+    template = get_template(template) if isinstance(template, str) else template
     check_tokenizer(tokenizer, template)
     template = fit_template(template, tokenizer)
     spans = conversation_spans(read_turns(messages), template, special_tokens(tokenizer))
@@ -104,7 +98,7 @@ def encode_spans(batch: Sequence[Sequence[Span]], tokenizer: PreTrainedTokenizer
     backend.no_truncation()  # an earlier call of the tokenizer may have enabled them
     backend.no_padding()
     encodings = backend.encode_batch([text or "" for text in texts], add_special_tokens=False)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    leading = leading_ids(tokenizer)
     found: list[Compact | EncodingError] = []
     for spans, text, encoding in zip(batch, texts, encodings, strict=True):
         if text is None:
@@ -114,6 +108,7 @@ def encode_spans(batch: Sequence[Sequence[Span]], tokenizer: PreTrainedTokenizer
                 )
             )
             continue
+        bos = [] if _has_bos(text, tokenizer) else leading
         trained = np.zeros(len(bos) + len(encoding.ids), dtype=bool)
         try:
             for start, end in _trained_ranges(spans, encoding, tokenizer):
@@ -123,6 +118,11 @@ def encode_spans(batch: Sequence[Sequence[Span]], tokenizer: PreTrainedTokenizer
             continue
         found.append((np.array(bos + encoding.ids, dtype=np.int32), trained))
     return found
+
+
+def _has_bos(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Check whether a template has written BOS itself; processors then add none (transformers/processing_utils.py)."""
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 
 
 def _unicode(text: str) -> str | None:
@@ -193,7 +193,11 @@ def expand(
 
 
 def encode_prompt(
-    messages: Sequence[Message], *, tokenizer: PreTrainedTokenizerBase, template: str | Template, num_image_tokens: int
+    messages: Sequence[Message],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | AnyTemplate,
+    num_image_tokens: int,
 ) -> list[int]:
     """Encode a conversation that ends with the user, up to where the answer starts.
 
@@ -207,100 +211,13 @@ def encode_prompt(
         The prompt's ids: those that the same prompt has in training.
     """
     turns = (*read_turns(messages), Turn("assistant", "?"))
-    spans = conversation_spans(turns, fit_template(get_template(template), tokenizer), special_tokens(tokenizer))
+    chosen = get_template(template) if isinstance(template, str) else template
+    spans = conversation_spans(turns, fit_template(chosen, tokenizer), special_tokens(tokenizer))
     prompt = spans[: max(i for i, span in enumerate(spans) if span.trained)]
     ids, _ = _tokenise(prompt, tokenizer)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = [] if _has_bos(prompt[0].text, tokenizer) else leading_ids(tokenizer)
     return bos + [token for i in ids for token in ([i] * num_image_tokens if i == image_id else [i])]
-
-
-def fit_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Remove a template's `after_image` if the tokenizer has no dummy prefix that it stands for.
-
-    Args:
-        template: A template.
-        tokenizer: A fast tokenizer that knows `<image>`.
-
-    Returns:
-        The template for this tokenizer.
-    """
-    if not template.after_image:
-        return template
-    backend = tokenizer.backend_tokenizer
-    alone = backend.encode("a", add_special_tokens=False).tokens
-    behind = backend.encode(f"{IMAGE_PLACEHOLDER}a", add_special_tokens=False).tokens[1:]
-    has_prefix = alone[0].startswith("▁") and not behind[0].startswith("▁")  # SentencePiece's space
-    return template if has_prefix else replace(template, after_image="")
-
-
-def conversation_spans(turns: Sequence[Turn], template: Template, special_tokens: Collection[str] = ()) -> list[Span]:
-    """Write turns as spans; answers are trained with their stop.
-
-    Args:
-        turns: System first if at all, then user and assistant in turn, the assistant last.
-        template: The template.
-        special_tokens: The tokenizer's special tokens; in a turn's text they are marked as ordinary text, except
-            images' places.
-
-    Returns:
-        Spans whose joined texts are the conversation without its BOS.
-
-    Raises:
-        EncodingError: If turns are out of order, an answer is empty, or the template does not support the conversation.
-    """
-    typed = [token for token in special_tokens if token != IMAGE_PLACEHOLDER]
-    system = as_typed(template.system, special_tokens)
-    if turns and turns[0].role == "system":
-        system, turns = as_typed(turns[0].text, special_tokens), turns[1:]
-    _check_turns(turns, template)
-    wrapped = template.system_format.format(system) if system else ""
-    spans = [Span(("" if template.system_in_user else wrapped) + template.opening, False)]
-    for index, turn in enumerate(turns):
-        if turn.role == "assistant":
-            spans.append(Span(template.answer_prefix + as_typed(turn.text, special_tokens) + template.stop, True))
-            continue
-        if template.user_format is None:
-            spans.append(Span(IMAGE_PLACEHOLDER * turn.text.count(IMAGE_PLACEHOLDER), False))
-            continue
-        before, after = template.user_format.split("{}")
-        inside = wrapped if template.system_in_user and index == 0 else ""
-        question = after_images(as_typed(turn.text, typed), template)
-        spans.append(Span(before + inside + question + after, False))
-    spans.append(Span(template.closing, False))
-    return [span for span in spans if span.text]
-
-
-def _check_turns(turns: Sequence[Turn], template: Template) -> None:
-    if not turns or turns[-1].role != "assistant":
-        raise EncodingError("the conversation does not end with an answer; add one")
-    for index, turn in enumerate(turns):
-        expected = ("user", "assistant")[index % 2]
-        if turn.role != expected:
-            raise EncodingError(f"turn {index} is the {turn.role}'s; it should be the {expected}'s")
-        if turn.role == "assistant" and not turn.text.strip():
-            raise EncodingError(f"turn {index}: the answer is empty")
-        if turn.role == "assistant" and IMAGE_PLACEHOLDER in turn.text:
-            raise EncodingError(f"turn {index}: the answer holds {IMAGE_PLACEHOLDER}; images belong in questions")
-    if template.single_turn and (len(turns) != 2 or turns[0].text.count(IMAGE_PLACEHOLDER) != 1):
-        raise EncodingError(f"template {template.name} needs one image and one caption; use another template")
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
-    """Check that a tokenizer can encode for a template.
-
-    Raises:
-        EncodingError: If it cannot; the message names what it lacks.
-    """
-    if not tokenizer.is_fast:
-        raise EncodingError(f"{type(tokenizer).__name__} has no offsets; load the fast tokenizer")
-    if tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) in (None, tokenizer.unk_token_id):
-        raise EncodingError(f"the tokenizer does not know {IMAGE_PLACEHOLDER}; add it as a special token")
-    if template.stop_string is None and template.stop.strip() != tokenizer.eos_token:
-        raise EncodingError(
-            f"template {template.name} stops on {template.stop.strip()!r}, the tokenizer on {tokenizer.eos_token!r}; "
-            "use a template of this model"
-        )
 
 
 def _tokenise(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
@@ -320,7 +237,8 @@ def _tokenise(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tupl
         if end > ends[index] and spans[index].trained != spans[min(index + 1, len(spans) - 1)].trained:
             around = text[max(0, start - 10) : end + 10]
             raise EncodingError(
-                f"one token covers the border between prompt and answer in {around!r}; separate them by a space"
+                f"one token covers the border between prompt and answer in {around!r}; put a space between them, or "
+                "remove the line breaks that the answer starts with"
             )
         trained.append(spans[index].trained)
     return encoding.ids, trained

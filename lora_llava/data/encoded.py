@@ -22,21 +22,13 @@ from transformers import PreTrainedTokenizerBase
 from lora_llava import __version__
 from lora_llava.core.storage import UNWRITABLE, make_entry
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, EncodingError
-from lora_llava.data.encode import (
-    IGNORE_INDEX,
-    Span,
-    check_tokenizer,
-    conversation_spans,
-    encode_spans,
-    expand,
-    fit_template,
-    last_answer_start,
-)
+from lora_llava.data.encode import IGNORE_INDEX, encode_spans, expand, last_answer_start
 from lora_llava.data.files.row_files import Counted
 from lora_llava.data.formats import RowError
 from lora_llava.data.images.image_id import ImageId, ImageName, own_names
 from lora_llava.data.sources import Read, Source
-from lora_llava.data.templates import Template, get_template
+from lora_llava.data.templates.named_templates import get_template
+from lora_llava.data.templates.spans import AnyTemplate, Span, check_tokenizer, conversation_spans, fit_template
 from lora_llava.data.typed import special_tokens
 
 _VERSION = 3
@@ -156,7 +148,7 @@ def encode_table(
     source: Source,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    template: str | Template,
+    template: str | AnyTemplate,
     cache: Path | None = None,
     progress: Callable[[Iterable[Read]], Iterable[Read]] = lambda rows: rows,
 ) -> EncodedTable:
@@ -176,7 +168,7 @@ def encode_table(
         EncodingError: If the tokenizer does not fit the template.
         UserError: If a file cannot be read to its end.
     """
-    template = get_template(template)
+    template = get_template(template) if isinstance(template, str) else template
     check_tokenizer(tokenizer, template)
     template = fit_template(template, tokenizer)
     folder = cache / "encoded" / table_key(source, tokenizer, template) if cache is not None else None
@@ -218,7 +210,7 @@ def _all_cores() -> Iterator[None]:
         os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
 
 
-def table_key(source: Source, tokenizer: PreTrainedTokenizerBase, template: Template) -> str:
+def table_key(source: Source, tokenizer: PreTrainedTokenizerBase, template: AnyTemplate) -> str:
     """Return the hash of everything that a table depends on."""
     files = [file.name for file in source.files]  # they are part of the rows' names
     ours = (__version__, _VERSION, source.fingerprint, files, repr(template))
@@ -233,7 +225,7 @@ def _batches(rows: Iterable[Read], size: int) -> Iterator[list[Read]]:
 
 
 def _encode_batch(
-    batch: Sequence[Read], tokenizer: PreTrainedTokenizerBase, template: Template, writer: _Writer
+    batch: Sequence[Read], tokenizer: PreTrainedTokenizerBase, template: AnyTemplate, writer: _Writer
 ) -> None:
     specials = special_tokens(tokenizer)
     spans: list[list[Span] | EncodingError] = [_spans(row, template, specials) for row in batch]
@@ -250,7 +242,7 @@ def _encode_batch(
             writer.add(row, result, None)
 
 
-def _spans(row: Read, template: Template, specials: Sequence[str]) -> list[Span] | EncodingError:
+def _spans(row: Read, template: AnyTemplate, specials: Sequence[str]) -> list[Span] | EncodingError:
     if isinstance(row, RowError):
         return row
     try:

@@ -20,7 +20,7 @@ from lora_llava.data.images.image_names import MATCHED
 from lora_llava.data.images.image_sources import ImageSource
 from lora_llava.data.images.to_rgb import SCALED, TRANSPARENT
 from lora_llava.data.sources import Read, list_source
-from lora_llava.data.templates import Template
+from lora_llava.data.templates.spans import AnyTemplate
 
 OnOverlong = Literal["error", "drop", "truncate_answer"]
 OnBad = Literal["error", "drop"]
@@ -212,7 +212,7 @@ def build_rows(
     conversations: Sequence[Conversation],
     *,
     tokenizer: PreTrainedTokenizerBase,
-    template: str | Template,
+    template: str | AnyTemplate,
     num_image_tokens: int,
     max_length: int,
     on_overlong: OnOverlong = "error",

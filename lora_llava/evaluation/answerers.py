@@ -12,7 +12,8 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Message
 from lora_llava.data.encode import IGNORE_INDEX, encode_conversation, encode_prompt
 from lora_llava.data.images.image_sources import BadImageError, PixelLoader, SplitImages
-from lora_llava.data.templates import Template
+from lora_llava.data.templates.spans import AnyTemplate
+from lora_llava.data.tokens import Stop, stop_of
 from lora_llava.data.typed import without_marks
 from lora_llava.distributed.ranks import gather, this_rank
 from lora_llava.inference.answer import Answer
@@ -42,10 +43,15 @@ class Evaluator:
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
-    template: Template
+    template: AnyTemplate
     num_image_tokens: int
     load_pixels: PixelLoader
     batch_size: int
+
+    @property
+    def stop(self) -> Stop:
+        """Where its answers end."""
+        return stop_of(self.tokenizer, self.template.stop, self.template.stop_string)
 
     def prompt(self, row: Conversation) -> list[int]:
         """Encode a row up to the start of its last answer."""
@@ -88,7 +94,7 @@ def by_generation(evaluator: Evaluator, sampling: Sampling) -> Answerer:
             load_pixels=evaluator.load_pixels,
             batch_size=evaluator.batch_size,
             sampling=sampling,
-            stop_string=evaluator.template.stop_string,
+            stop=evaluator.stop,
             answered=answered,
         )
 
@@ -147,7 +153,7 @@ def by_reasoned_likelihood(evaluator: Evaluator, sampling: Sampling, choices: Ch
                 [questions[i] for i in batch],
                 tokenizer=evaluator.tokenizer,
                 sampling=sampling,
-                stop_string=evaluator.template.stop_string,
+                stop=evaluator.stop,
                 **common,
             )
             reasons = {batch[place]: found for place, found in generated}

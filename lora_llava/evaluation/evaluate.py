@@ -15,7 +15,7 @@ import torch
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import file_hash
 from lora_llava.data.conversation import Conversation
-from lora_llava.data.templates import Template, get_template
+from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.evaluation.answerers import (
     Answerer,
     Evaluator,
@@ -107,6 +107,7 @@ class OpenedEvaluation:
         tokenizer: The tokenizer of its processor.
         split: The held-out rows.
         name: Name of the split.
+        template: The conversation template.
     """
 
     recipe: Recipe
@@ -116,14 +117,11 @@ class OpenedEvaluation:
     tokenizer: Any
     split: Split
     name: str
+    template: AnyTemplate
 
     @property
     def science(self) -> bool:
         return self.recipe.data.format == "scienceqa"
-
-    @property
-    def template(self) -> Template:
-        return get_template(self.recipe.data.template, self.recipe.data.system_prompt)
 
 
 def evaluate(
@@ -273,8 +271,8 @@ def open_evaluation(
     base = str(checked_base(read_record(folder), folder)) if run else model
     elsewhere = server is not None and not folder.is_dir()
     plan = plan_model(chosen.model if elsewhere else _as_llava(chosen.model, base))
-    tokenizer, processor = build_run_processor(chosen, plan.config, plan.tokenizer_folder, plan.image_folder)
-    read = partial(read_held_out, chosen, processor, plan.config)
+    tokenizer, processor, template = build_run_processor(chosen, plan)
+    read = partial(read_held_out, chosen, processor, template, plan.config)
     name, split = read(trusted=options.bad_images == "wrong")
     other_data = ("data.path=", "data.file=", "data.format=", "data.sources")
     if run and recipe is None and not any(text.startswith(other_data) for text in overrides):
@@ -282,7 +280,7 @@ def open_evaluation(
             name, split = read()  # the run itself may have left rows out by its own rule for images
         _check_same_rows(folder, chosen, split)
     return OpenedEvaluation(
-        chosen, base, folder if run and not options.base_only else None, plan, tokenizer, split, name
+        chosen, base, folder if run and not options.base_only else None, plan, tokenizer, split, name, template
     )
 
 

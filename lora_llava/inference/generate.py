@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.images.image_sources import BadImageError, PixelLoader
+from lora_llava.data.tokens import Stop
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.vision import features_as_pixels, llava_of, tower_features
@@ -40,7 +41,7 @@ def generate_answers(
     load_pixels: PixelLoader,
     batch_size: int,
     sampling: Sampling,
-    stop_string: str | None = None,
+    stop: Stop,
     answered: Collection[int] = (),
     encoded: EncodedImages | None = None,
 ) -> Iterator[tuple[int, Answer]]:
@@ -53,7 +54,7 @@ def generate_answers(
         load_pixels: Loads the images that questions name.
         batch_size: Questions per batch.
         sampling: How tokens are sampled; samples depend on the seed and on which questions share a batch.
-        stop_string: Text that ends an answer, if the template's stop is ordinary text; removed from the answer.
+        stop: Where an answer ends; a stop text is removed from it.
         answered: Indices to skip, because their answers exist.
         encoded: Encoded images shared with other calls; None encodes them for this call.
 
@@ -62,7 +63,7 @@ def generate_answers(
     """
     batches = _plan_batches(questions, answered, batch_size, drawn=sampling.temperature > 0)
     encoded = encoded or EncodedImages(model, load_pixels, questions, [i for chosen in batches for i in chosen])
-    stop: dict[str, Any] = {"tokenizer": tokenizer} | ({"stop_strings": [stop_string]} if stop_string else {})
+    ending: dict[str, Any] = {"tokenizer": tokenizer} | ({"stop_strings": [stop.text]} if stop.text else {})
     model.eval()
     for chosen in batches:
         batch, failed = encoded.batch(chosen, questions, tokenizer.pad_token_id)
@@ -77,15 +78,15 @@ def generate_answers(
                 **batch,
                 **sampling.as_generate(),
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=stop.ids,
                 use_cache=True,
-                **stop,
+                **ending,
             )
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
             if index in answered:
                 continue
-            yield index, Answer(text.split(stop_string)[0].strip() if stop_string else text.strip())
+            yield index, Answer(text.split(stop.text)[0].strip() if stop.text else text.strip())
 
 
 def _plan_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,8 @@ from jinja2 import TemplateError
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.images.to_rgb import Background
-from lora_llava.data.templates import TEMPLATES, Template, chat_template, get_template
+from lora_llava.data.templates.named_templates import TEMPLATES, Template, chat_template, get_template
+from lora_llava.data.tokens import Stop, stop_of
 from lora_llava.inference.load import load_answering_model, load_processor
 from lora_llava.inference.speak import Speaker, text_message
 from lora_llava.model.adapter_file import checked_base
@@ -65,10 +67,19 @@ def open_speaker(
         model,
         processor,
         name,
-        known.stop_string if known else None,
+        _stop(processor.tokenizer, folder, known),
         single_turn=known is not None and known.single_turn,
         background=background_of(name),
     )
+
+
+def _stop(tokenizer: Any, folder: Path, template: Template | None) -> Stop:
+    """Return where answers end: as its generation_config.json says, and as the template does if it is known."""
+    stop = stop_of(tokenizer, template.stop if template else None, template.stop_string if template else None)
+    file = folder / "generation_config.json"
+    saved = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    more = [saved] if isinstance(saved, int) else saved or []
+    return Stop(list(dict.fromkeys([*stop.ids, *more])), stop.text)
 
 
 def background_of(name: str) -> Background:

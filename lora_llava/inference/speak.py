@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.images.to_rgb import Background
+from lora_llava.data.tokens import Stop
 from lora_llava.inference.prompt import encode_prompt
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.vision import llava_of
@@ -46,7 +47,7 @@ class Speaker:
         model: A LLaVA in eval mode, with or without an adapter.
         processor: Its stock processor, with a chat template.
         name: The path or Hub id that the user named.
-        stop_string: Text that ends an answer, if the template's stop is ordinary text.
+        stop: Where an answer ends.
         single_turn: Whether the template is `plain`: a prompt is one image and no text.
         background: Colour behind transparent parts of images, as in training.
     """
@@ -54,7 +55,7 @@ class Speaker:
     model: Any
     processor: Any
     name: str
-    stop_string: str | None = None
+    stop: Stop
     single_turn: bool = False
     background: Background = "white"
 
@@ -142,14 +143,14 @@ def stream_answer(
     thread.start()
     seen: list[int] = []
     try:
-        with closing(text_pieces(_taken(queue, seen), speaker.processor.tokenizer, speaker.stop_string)) as pieces:
+        with closing(text_pieces(_taken(queue, seen), speaker.processor.tokenizer, speaker.stop.text)) as pieces:
             by_text = yield from pieces
     finally:
         closed.set()
         thread.join()
     if stop.is_set():
         return "stopped"
-    return "stop" if by_text or seen[-1:] == [speaker.processor.tokenizer.eos_token_id] else "length"
+    return "stop" if by_text or (seen and seen[-1] in speaker.stop.ids) else "length"
 
 
 class _Streamer(BaseStreamer):
@@ -189,7 +190,7 @@ def _generate(
                 **batch,
                 **sampling.as_generate() | {"max_new_tokens": limit},
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=speaker.stop.ids,
                 use_cache=True,
                 streamer=_Streamer(queue),
                 tokenizer=tokenizer,

@@ -11,7 +11,6 @@ from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.selection import build_rows
-from lora_llava.data.templates import get_template
 from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.start import plan_model
 from lora_llava.planning import plan_tables
@@ -72,11 +71,11 @@ def forecast(recipe: Recipe) -> Forecast:
         return Forecast(
             step, recipe.training.max_steps, None, 1.0, f"data not available ({error}): all rows assumed to be full"
         )
-    tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
+    tokenizer, _, template = build_run_processor(recipe, model)
     samples, _ = build_rows(
         drawn,
         tokenizer=tokenizer,
-        template=get_template(recipe.data.template, recipe.data.system_prompt),
+        template=template,
         num_image_tokens=model.config.image_seq_length,
         max_length=recipe.data.max_length,
         on_overlong="drop",

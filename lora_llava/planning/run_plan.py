@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import LlavaConfig, PreTrainedTokenizerBase
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.encode import fit_template
-from lora_llava.data.templates import Template, chat_template, get_template
+from lora_llava.data.templates.chat_template import saved_text
+from lora_llava.data.templates.named_templates import chat_template
+from lora_llava.data.templates.resolve_template import resolve_template
+from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.distributed.ranks import this_rank
 from lora_llava.distributed.sharding import check_sharding, is_sharded
 from lora_llava.model.adapters import lora_config, planned_parameters
@@ -69,7 +70,7 @@ class RunPlan:
     model: ModelPlan
     tokenizer: PreTrainedTokenizerBase
     processor: Any
-    template: Template
+    template: AnyTemplate
     splits: dict[str, Split]
     order: RowOrder
     step: Step
@@ -96,10 +97,9 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     check_reporters(recipe.training.report_to)
     check_launch(recipe)
     model = plan_model(recipe.model)
-    template = get_template(recipe.data.template, recipe.data.system_prompt)
-    tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
+    tokenizer, processor, template = build_run_processor(recipe, model)
     _check_context(recipe, model.config)
-    opened = encode_splits(_with_test_rows(recipe), tokenizer, progress)
+    opened = encode_splits(_with_test_rows(recipe), tokenizer, template, progress)
     splits = {
         name: build_split(recipe, name, split, processor, model.config, progress) for name, split in opened.items()
     }
@@ -162,16 +162,19 @@ def check_launch(recipe: Recipe) -> None:
         raise UserError(f"DeepSpeed has not been tested with this trainer; {use}")
 
 
-def build_run_processor(
-    recipe: Recipe, config: LlavaConfig, tokenizer_folder: Path, image_folder: Path
-) -> tuple[PreTrainedTokenizerBase, Any]:
-    """Return the tokenizer that encodes rows, and the stock processor with it and the template."""
-    template = get_template(recipe.data.template, recipe.data.system_prompt)
-    tokenizer = load_tokenizer(tokenizer_folder, config)
-    image_processor = image_processor_of(image_folder, config, recipe.data.image_aspect)
-    return tokenizer, build_processor(
-        tokenizer, config, image_processor, chat_template(fit_template(template, tokenizer))
+def build_run_processor(recipe: Recipe, model: ModelPlan) -> tuple[PreTrainedTokenizerBase, Any, AnyTemplate]:
+    """Return the tokenizer that encodes rows, the stock processor with it and the template, and the template."""
+    tokenizer = load_tokenizer(model.tokenizer_folder, model.config)
+    captions = recipe.stage == 1 and recipe.data.format == "captions"
+    template = resolve_template(
+        "plain" if captions else recipe.data.template,
+        recipe.data.system_prompt,
+        tokenizer,
+        saved_text(model.tokenizer_folder),
+        model.config.text_config.model_type,
     )
+    image_processor = image_processor_of(model.image_folder, model.config, recipe.data.image_aspect)
+    return tokenizer, build_processor(tokenizer, model.config, image_processor, chat_template(template)), template
 
 
 def run_lora_config(recipe: Recipe, base: str | None = None) -> Any:

@@ -85,8 +85,8 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
     ):  # even without an evaluation, test rows must not be trained on
         recipe = recipe.model_copy(update={"evaluation": recipe.evaluation or EvaluationSection()})
     model = plan_model(recipe.model)
-    tokenizer, _ = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
-    splits = encode_splits(recipe, tokenizer, show_progress)
+    tokenizer, _, template = build_run_processor(recipe, model)
+    splits = encode_splits(recipe, tokenizer, template, show_progress)
     images = _inspect(splits)
     checked = checked_sources(splits, images)
     image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)

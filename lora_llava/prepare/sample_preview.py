@@ -74,8 +74,8 @@ def preview(
     if output is not None and output.exists() and not _is_page(output):
         raise UserError(f"--output: {output} exists and is not a preview; choose another file")
     model = plan_model(recipe.model)
-    tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
-    splits = encode_splits(recipe, tokenizer, show_progress)
+    tokenizer, processor, template = build_run_processor(recipe, model)
+    splits = encode_splits(recipe, tokenizer, template, show_progress)
     if split not in splits:
         raise UserError(f"--split {split}: the recipe has no such rows; choose from {', '.join(splits)}")
     # Open images only when shown, unless bad ones are dropped, which changes the order of the run.

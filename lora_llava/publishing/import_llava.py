@@ -11,8 +11,8 @@ from transformers import GenerationConfig, LlavaConfig
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import file_hash
-from lora_llava.data.encode import fit_template
-from lora_llava.data.templates import chat_template, get_template, stop_strings
+from lora_llava.data.templates.named_templates import chat_template, get_template
+from lora_llava.data.templates.spans import fit_template
 from lora_llava.model.adapter_file import check_fits
 from lora_llava.model.adapters import lora_config
 from lora_llava.model.base import BaseParts, build_base, build_processor, image_processor_of
@@ -32,7 +32,7 @@ from lora_llava.model.weights.parts import Part, load_part
 from lora_llava.model.weights.tensor_files import checkpoint_bytes, lazy_tensors, write_checkpoint, write_file
 from lora_llava.publishing.merge import BASE_FILE, IMPORTED
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
-from lora_llava.runs.directory import versions, write_json
+from lora_llava.runs.directory import set_stops, versions, write_json
 
 
 def import_llava(
@@ -100,12 +100,11 @@ def _save_processor(
     build_processor(tokenizer, config, images, chat_template(written)).save_pretrained(output)
     copy_sentencepiece(tokenizer_folder, output)
     text = config.text_config
-    GenerationConfig(
-        bos_token_id=text.bos_token_id,
-        eos_token_id=text.eos_token_id,
-        pad_token_id=text.pad_token_id,
-        stop_strings=stop_strings(written),
-    ).save_pretrained(output)
+    generation = GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+    )
+    set_stops(generation, tokenizer, written)
+    generation.save_pretrained(output)
 
 
 def _import_lora(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lora_llava.data.formats import Format, describe_choices
-from lora_llava.data.templates import TemplateName
+from lora_llava.data.templates.named_templates import TemplateName
 from lora_llava.recipe.section import InputName, InputPath, Positive, Section
 
 
@@ -98,8 +98,9 @@ class DataSection(Section):
     """Use only this many training rows, drawn by the seed; with weighted sources, this many per epoch."""
     prompt_order: Literal["QCM-LEA", "QCM-ALE", "CQM-A"] = "QCM-LEA"
     """ScienceQA: question, context, multiple options; then lecture, explanation, answer, in this order."""
-    template: TemplateName = "vicuna_v1"
-    """Conversation template."""
+    template: TemplateName = "auto"
+    """Conversation template. auto is the one that the language model or LLaVA was trained with: its own chat template;
+    vicuna_v1 for Vicuna and LLaVA-1.5, which have none that can be trained; plain for captions in Stage 1."""
     system_prompt: str | None = None
     """System text instead of the template's; "" omits it; null keeps the template's."""
     image_position: Literal["first", "last", "random", "as_written"] = "first"

@@ -220,6 +220,6 @@ class Recipe(Section):
             )
         if self.evaluation is not None and self.evaluation.generate_every is not None and not validated:
             raise ValueError("evaluation.generate_every needs validation rows, and the recipe has none; drop it")
-        if self.data.format == "captions" and self.data.template != "plain" and self.stage == 1:
+        if self.data.format == "captions" and self.data.template not in ("plain", "auto") and self.stage == 1:
             raise ValueError(f"data.template is {self.data.template}; use plain for captions in Stage 1")
         return self

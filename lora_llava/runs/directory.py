@@ -17,14 +17,17 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import atomic_file, file_hash, share
 from lora_llava.data.files.row_files import json_text
-from lora_llava.data.templates import get_template, stop_strings
+from lora_llava.data.templates.spans import AnyTemplate
+from lora_llava.data.tokens import stop_of
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.start import RUN_FILE, Base
 from lora_llava.model.weights.names import ADAPTER_FILE
+from lora_llava.planning.run_plan import RunPlan
 from lora_llava.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
 from lora_llava.recipe.places import find_inputs
 
@@ -133,18 +136,18 @@ def read_data_hashes(folder: Path) -> dict[str, str]:
 
 
 def save_model(
-    folder: Path, model: PeftModel, processor: Any, recipe: Recipe, base: Base, weights: dict[str, Any] | None = None
+    folder: Path, model: PeftModel, plan: RunPlan, base: Base, weights: dict[str, Any] | None = None
 ) -> None:
     """Save adapter, projector, processor and generation config; `run.json` last, as the mark of a complete run.
 
     Args:
         folder: The run directory.
         model: The trained PEFT model.
-        processor: The stock processor.
-        recipe: The resolved recipe.
+        plan: The plan of the run, with the processor, the template and the resolved recipe.
         base: The base of the adapter.
         weights: The weights to save by name; None saves those of the model.
     """
+    recipe, processor = plan.recipe, plan.processor
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path, config.revision = base.name, base.revision
     model.save_pretrained(folder, state_dict=weights)
@@ -153,7 +156,7 @@ def save_model(
     processor.save_pretrained(folder)
     processor.tokenizer.padding_side = "right"
     generation = copy.deepcopy(model.get_base_model().generation_config)
-    generation.stop_strings = stop_strings(get_template(recipe.data.template))
+    set_stops(generation, plan.tokenizer, plan.template)
     generation.save_pretrained(folder)
     share(folder / ADAPTER_FILE)
     dtype = str(resolve_dtype(recipe.model.dtype)).removeprefix("torch.")
@@ -168,6 +171,16 @@ def save_model(
         "versions": versions(),
     }
     write_json(folder / RUN_FILE, content)
+
+
+def set_stops(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase, template: AnyTemplate) -> None:
+    """Add the ids and the text at which a template's answers stop to a generation config."""
+    saved = generation.eos_token_id
+    ids = [saved] if isinstance(saved, int) else saved or []
+    stop = stop_of(tokenizer, template.stop, template.stop_string)
+    ids = list(dict.fromkeys([*ids, *stop.ids]))
+    generation.eos_token_id = ids[0] if len(ids) == 1 else ids
+    generation.stop_strings = [stop.text] if stop.text else None
 
 
 def hub_ids(recipe: Recipe) -> list[str]:

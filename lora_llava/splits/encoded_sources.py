@@ -21,7 +21,7 @@ from lora_llava.data.images.image_id import ImageId, ImageName, own_names
 from lora_llava.data.images.image_sources import FolderImages, SplitImages, TableImages, join_images
 from lora_llava.data.scienceqa import load_scienceqa
 from lora_llava.data.sources import Read, Source, list_source, open_source
-from lora_llava.data.templates import get_template
+from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.demo.dataset import build_demo_captions, build_demo_scienceqa
 from lora_llava.model.base import cache_folder
 from lora_llava.recipe import Recipe, SourceSection
@@ -146,13 +146,18 @@ def _open(recipe: Recipe, section: SourceSection, where: str) -> Source:
 
 
 def encode_splits(
-    recipe: Recipe, tokenizer: Any, progress: Progress = no_progress, sources: dict[str, list[Source]] | None = None
+    recipe: Recipe,
+    tokenizer: Any,
+    template: AnyTemplate,
+    progress: Progress = no_progress,
+    sources: dict[str, list[Source]] | None = None,
 ) -> dict[str, OpenSplit]:
     """Encode a recipe's sources and assign their rows to splits.
 
     Args:
         recipe: The recipe.
         tokenizer: The processor's tokenizer.
+        template: The conversation template.
         progress: Wraps the rows of each source.
         sources: The result of `open_sources`; None opens the sources.
 
@@ -162,7 +167,6 @@ def encode_splits(
     Raises:
         UserError: If data cannot be read, or no rows are left to train on.
     """
-    template = get_template(recipe.data.template, recipe.data.system_prompt)
     splits: dict[str, OpenSplit] = {}
     for name, found in (sources or open_sources(recipe)).items():
         tables = []

@@ -25,6 +25,7 @@ from lora_llava.data.images.image_sources import PixelLoader, Pixels, SplitImage
 from lora_llava.data.mixture import Share, epoch_counts, mixture
 from lora_llava.data.selection import NOT_DRAWN, Policy, Report, account, select_rows, without_bad_images
 from lora_llava.data.sources import Source
+from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.splits.encoded_sources import (
     OpenSplit,
@@ -215,13 +216,20 @@ def asked_split(splits: Container[str]) -> str | None:
 
 
 def read_held_out(
-    recipe: Recipe, processor: Any, config: LlavaConfig, progress: Progress = no_progress, *, trusted: bool = False
+    recipe: Recipe,
+    processor: Any,
+    template: AnyTemplate,
+    config: LlavaConfig,
+    progress: Progress = no_progress,
+    *,
+    trusted: bool = False,
 ) -> tuple[str, Split]:
     """Read the held-out rows that are evaluated, and only the data needed for them.
 
     Args:
         recipe: The recipe.
         processor: The stock processor.
+        template: The conversation template.
         config: The model's config.
         progress: Wraps the rows and images that are read.
         trusted: Whether to skip opening the images.
@@ -239,7 +247,7 @@ def read_held_out(
     own = "test" if science or recipe.data.test_source else "validation" if recipe.data.validation_source else None
     alone = own == "test" or (own == "validation" and not recipe.data.test_rows)
     sources = open_sources(recipe, [own]) if own is not None and alone else None
-    splits = encode_splits(recipe, processor.tokenizer, progress, sources)
+    splits = encode_splits(recipe, processor.tokenizer, template, progress, sources)
     name = asked_split(splits)
     if name is None:
         raise UserError(

@@ -251,7 +251,7 @@ def train(
         print(f"the loss spiked at {len(spikes.steps)} logged steps: {', '.join(map(str, spikes.steps[:10]))}")
     seconds = trainer.seconds
     weights = full_weights(model)
-    first_alone(lambda: save_model(Path(recipe.output_dir), model, plan.processor, recipe, base, weights))
+    first_alone(lambda: save_model(Path(recipe.output_dir), model, plan, base, weights))
     trainer.join_tokens()
     return TrainResult(
         seconds,

@@ -14,10 +14,11 @@ from typing import Any
 from transformers import LlamaTokenizer
 
 from lora_llava.data.conversation import read_turns
-from lora_llava.data.encode import conversation_spans, encode_conversation, encode_spans
+from lora_llava.data.encode import encode_conversation, encode_spans
 from lora_llava.data.encoded import encode_table
 from lora_llava.data.sources import open_source
-from lora_llava.data.templates import get_template
+from lora_llava.data.templates.named_templates import get_template
+from lora_llava.data.templates.spans import conversation_spans
 from lora_llava.demo.build import build_tokenizer
 
 _SYLLABLES = "ba con di ed fer ing lo man ne or pre qua re st ter un ver wi ou th en al is"

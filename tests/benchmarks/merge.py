@@ -73,7 +73,7 @@ def build(folder: Path, shape: str, layers: int | None, image_size: int) -> tupl
     from peft.utils import get_peft_model_state_dict
     from transformers import GenerationConfig
 
-    from lora_llava.data.templates import chat_template, get_template
+    from lora_llava.data.templates.named_templates import chat_template, get_template
     from lora_llava.demo.build import build_tokenizer
     from lora_llava.model.adapters import lora_config
     from lora_llava.model.base import CLIPImageProcessorPil, assembled_config, build_processor

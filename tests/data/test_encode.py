@@ -73,6 +73,12 @@ SPELLED = {
         ("[INST] Are {you} sure? [/INST]", False),
         (" Yes,\n it  is. </s>", True),
     ],
+    "mistral": [
+        ("[INST] <image> \nWhat is it? [/INST]", False),
+        (" A dog.</s>", True),
+        ("[INST] Are {you} sure? [/INST]", False),
+        (" Yes,\n it  is.</s>", True),
+    ],
 }
 
 
@@ -87,7 +93,8 @@ def test_plain_keeps_image_and_caption(letters: LlamaTokenizer, spell: Spell) ->
 
 
 def test_every_template_is_tested() -> None:
-    assert set(SPELLED) | {"plain"} == set(TEMPLATES)
+    tested_elsewhere = {"chatml", "qwen", "llama_3", "phi_3"}  # test_chat_templates.py
+    assert set(SPELLED) | {"plain"} | tested_elsewhere == set(TEMPLATES)
 
 
 def test_a_first_message_by_system_replaces_the_system_text(letters: LlamaTokenizer, spell: Spell) -> None:
@@ -140,7 +147,7 @@ def test_unicode_is_bytes_of_one_owner(letters: LlamaTokenizer, spell: Spell) ->
     assert encode(letters, messages, "vicuna_v1") == expected
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("template", [*SPELLED, "plain"])
 @pytest.mark.parametrize("name", ["letters", "demo_tokenizer", "llama_tokenizer"])
 def test_one_bos_at_the_start(request: pytest.FixtureRequest, name: str, template: str) -> None:
     messages = said("<image>\nWhat is it?", "A dog.") if template == "plain" else TWO_TURNS
@@ -232,7 +239,8 @@ def test_an_unknown_template_names_the_nearest(letters: LlamaTokenizer) -> None:
     with pytest.raises(UserError) as caught:
         encode(letters, said("Hi", "Yo"), "vicuna")
     assert str(caught.value) == (
-        "template: 'vicuna' is unknown (did you mean \"vicuna_v1\"?); use one of vicuna_v1, vicuna_v0, plain, llama_2"
+        "template: 'vicuna' is unknown (did you mean \"vicuna_v1\"?); use one of vicuna_v1, vicuna_v0, plain, llama_2, "
+        "chatml, qwen, llama_3, phi_3, mistral"
     )
 
 
@@ -251,7 +259,10 @@ def test_a_stop_of_another_model_is_refused(letters: LlamaTokenizer) -> None:
 
 def test_a_token_over_the_border_of_an_answer_is_refused(letters: LlamaTokenizer) -> None:
     merging = Template(name="merging", system="", system_format="", user_format="{}#", answer_prefix="", stop="</s>")
-    message = "one token covers the border between prompt and answer in 'Hi##Yo</s>'; separate them by a space"
+    message = (
+        "one token covers the border between prompt and answer in 'Hi##Yo</s>'; put a space between them, or remove "
+        "the line breaks that the answer starts with"
+    )
     with pytest.raises(EncodingError, match=f"^{re.escape(message)}$"):
         encode(letters, said("Hi", "#Yo"), merging)
     answer = letters.convert_tokens_to_ids(["Y", "o", "</s>"])

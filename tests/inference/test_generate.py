@@ -12,6 +12,7 @@ import torch
 
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.images.image_sources import BadImageError
+from lora_llava.data.tokens import Stop
 from lora_llava.evaluation.answerers import Evaluator
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.generate import EncodedImages, Question, generate_answers
@@ -24,7 +25,7 @@ def questions_of(asked: Evaluator, rows: Sequence[Conversation]) -> list[Questio
 
 def answers(asked: Evaluator, questions: Sequence[Question], **settings: Any) -> dict[int, Answer]:
     given = {"batch_size": 5, "sampling": Sampling(max_new_tokens=12), "load_pixels": asked.load_pixels, **settings}
-    return dict(generate_answers(asked.model, questions, tokenizer=asked.tokenizer, **given))
+    return dict(generate_answers(asked.model, questions, tokenizer=asked.tokenizer, **{"stop": asked.stop, **given}))
 
 
 def test_batched_answers_equal_single_ones(speaking: Any) -> None:
@@ -56,7 +57,12 @@ def test_an_answer_equals_that_of_stock_generation(speaking: Any) -> None:
 def test_longest_first_and_answered_questions_are_skipped(speaking: Any) -> None:
     asked, rows = speaking
     questions = questions_of(asked, rows)
-    given = {"tokenizer": asked.tokenizer, "load_pixels": asked.load_pixels, "sampling": Sampling(max_new_tokens=2)}
+    given = {
+        "stop": asked.stop,
+        "tokenizer": asked.tokenizer,
+        "load_pixels": asked.load_pixels,
+        "sampling": Sampling(max_new_tokens=2),
+    }
     order = [i for i, _ in generate_answers(asked.model, questions, batch_size=5, **given)]
     lengths = [len(questions[i].input_ids) for i in order]
     assert lengths == sorted(lengths, reverse=True)
@@ -139,6 +145,7 @@ def test_the_model_accepts_pixels_again_afterwards(speaking: Any) -> None:
         load_pixels=asked.load_pixels,
         batch_size=1,
         sampling=Sampling(max_new_tokens=2),
+        stop=asked.stop,
     )
     next(stream)
     assert inner.get_image_features(pixel_values=asked.load_pixels(row.images)).pooler_output[0].shape[0] == 4
@@ -163,6 +170,7 @@ def test_resumed_sampling_equals_uninterrupted_sampling(speaking: Any) -> None:
             asked.model,
             questions,
             tokenizer=asked.tokenizer,
+            stop=asked.stop,
             load_pixels=asked.load_pixels,
             batch_size=4,
             sampling=Sampling(5.0, max_new_tokens=6, seed=1),
@@ -183,6 +191,6 @@ def test_text_behind_the_stop_string_is_removed(speaking: Any) -> None:
     complete = answers(asked, questions)
     index, text = next((i, answer.text) for i, answer in complete.items() if len(answer.text) > 8)
     stop = text[4:6]
-    cut = answers(asked, questions, stop_string=stop)
+    cut = answers(asked, questions, stop=Stop([2], stop))
     assert cut[index].text == text.split(stop)[0].strip()
     assert all(stop not in answer.text for answer in cut.values())

@@ -13,8 +13,8 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer, sentence
 from transformers import AutoTokenizer, LlavaConfig
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.encode import fit_template
-from lora_llava.data.templates import get_template
+from lora_llava.data.templates.named_templates import get_template
+from lora_llava.data.templates.spans import fit_template
 from lora_llava.model.base import BaseParts, build_base
 from lora_llava.model.tokenizer import PROBES, load_tokenizer
 from lora_llava.model.weights.parts import Part, folder_hash

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from lora_llava.data.encode import encode_prompt
-from lora_llava.data.templates import get_template
+from lora_llava.data.templates.named_templates import get_template
 from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.publishing.merge import merge
 

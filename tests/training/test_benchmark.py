@@ -18,7 +18,7 @@ from lora_llava.benchmark.benchmark_sides import SIDES, BenchmarkSettings, run_s
 from lora_llava.benchmark.comparison_run import benchmark
 from lora_llava.core.errors import UserError
 from lora_llava.data.selection import build_rows
-from lora_llava.data.templates import get_template
+from lora_llava.data.templates.named_templates import get_template
 from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.model.weights.parts import DEMO_FOLDER
 from lora_llava.planning.row_order import batch_samples

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
-from lora_llava.data.templates import chat_template, get_template
+from lora_llava.data.templates.named_templates import chat_template, get_template
 from lora_llava.evaluation.evaluate import EvaluationOptions, evaluate
 from lora_llava.evaluation.run_report import rebuild_report
 from lora_llava.evaluation.scienceqa import COLUMNS

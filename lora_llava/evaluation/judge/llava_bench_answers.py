@@ -132,7 +132,7 @@ def by_speaker(speaker: Speaker, images: FolderImages, batch_size: int, sampling
             load_pixels=load_pixels,
             batch_size=batch_size,
             sampling=sampling,
-            stop_string=speaker.stop_string,
+            stop=speaker.stop,
             answered=answered,
         )
 

@@ -1,7 +1,8 @@
 """Conversation templates, as data for encoding and as Jinja text for the exported processor.
 
-Each is LLaVA's (llava/conversation.py): `vicuna_v1` is its `conv_vicuna_v1`, `vicuna_v0` its first format,
-`plain` Stage 1's, `llama_2` its `conv_llava_llama_2`.
+The first four are LLaVA's (llava/conversation.py): `vicuna_v1` is its `conv_vicuna_v1`, `vicuna_v0` its first format,
+`plain` Stage 1's, `llama_2` its `conv_llava_llama_2`; the others are those of newer language models, for bases that
+have no chat template of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from lora_llava.core.errors import UserError, nearest
+from lora_llava.data.templates.chat_template import AUTO, ChatTemplate
 
 _ASSISTANT = (
     "{listener} and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers"
@@ -26,7 +28,7 @@ _SYSTEM_LLAMA_2 = (
 
 @dataclass(frozen=True)
 class Template:
-    """A conversation template. Its text is preceded by one BOS and contains no other.
+    """A conversation template. Its text contains no BOS; a tokenizer that adds one puts it in front.
 
     Attributes:
         name: The key in `TEMPLATES`.
@@ -40,6 +42,7 @@ class Template:
         stop: Ends an answer and is trained.
         closing: Follows the last stop, untrained.
         stop_string: The text at which generation stops, if the stop is not the tokenizer's EOS.
+        after_answer: Follows every stop, untrained.
         after_image: Text after every image that is not directly followed by another image. LLaVA splits text at images
             and tokenises the parts one by one (llava/mm_utils.py, tokenizer_image_token), so that SentencePiece puts
             its dummy prefix after each; in a text that is tokenised at once, a space has the same effect.
@@ -56,6 +59,7 @@ class Template:
     closing: str = ""
     stop_string: str | None = None
     after_image: str = ""
+    after_answer: str = ""
 
     @property
     def single_turn(self) -> bool:
@@ -101,12 +105,57 @@ TEMPLATES: dict[str, Template] = {
         stop=" </s>",
         after_image=" ",
     ),
+    "chatml": Template(  # openai-python 0.28, chatml.md
+        name="chatml",
+        system="",
+        system_format="<|im_start|>system\n{}<|im_end|>\n",
+        user_format="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        answer_prefix="",
+        stop="<|im_end|>",
+        after_answer="\n",
+    ),
+    "qwen": Template(  # Qwen2.5's chat template: ChatML with a system text
+        name="qwen",
+        system="You are a helpful assistant.",
+        system_format="<|im_start|>system\n{}<|im_end|>\n",
+        user_format="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        answer_prefix="",
+        stop="<|im_end|>",
+        after_answer="\n",
+    ),
+    "llama_3": Template(  # Meta's model card of Llama 3, "Instruct Model Prompt"
+        name="llama_3",
+        system="",
+        system_format="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        user_format="<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        answer_prefix="",
+        stop="<|eot_id|>",
+    ),
+    "phi_3": Template(  # microsoft/Phi-3-mini-4k-instruct, "Chat Format"
+        name="phi_3",
+        system="",
+        system_format="<|system|>\n{}<|end|>\n",
+        user_format="<|user|>\n{}<|end|>\n<|assistant|>\n",
+        answer_prefix="",
+        stop="<|end|>",
+        after_answer="\n",
+    ),
+    "mistral": Template(  # mistralai/Mistral-7B-Instruct-v0.2, tokenizer_config.json
+        name="mistral",
+        system="",
+        system_format="{}\n\n",
+        user_format="[INST] {} [/INST]",
+        system_in_user=True,
+        stop="</s>",
+        after_image=" ",
+    ),
 }
 if TYPE_CHECKING:
     TemplateName = str
 else:
-    TemplateName = Literal[tuple(TEMPLATES)]
-"""A key of `TEMPLATES`; recipes accept these."""
+    TemplateName = Literal[(AUTO, *TEMPLATES)]
+"""`auto`, which is the model's own, or a key of `TEMPLATES`; recipes accept these."""
 
 
 def get_template(template: str | Template, system: str | None = None) -> Template:
@@ -152,17 +201,12 @@ _JINJA_SPACED_TEXT = (
 )
 
 
-def stop_strings(template: Template) -> list[str] | None:
-    """Return the stop strings that a generation config needs for this template; None if EOS is enough."""
-    return [template.stop_string] if template.stop_string else None
-
-
 def after_images(text: str, template: Template) -> str:
     """Insert the template's `after_image` after every `<image>` that is not directly followed by another."""
     return re.sub("<image>(?!<image>)", lambda match: match[0] + template.after_image, text)
 
 
-def chat_template(template: Template) -> str:
+def chat_template(template: Template | ChatTemplate) -> str:
     """Return the Jinja template with which a stock processor writes the prompts used in training.
 
     It writes no BOS: the exported tokenizer adds it.
@@ -173,6 +217,8 @@ def chat_template(template: Template) -> str:
     Returns:
         A chat template for `ProcessorMixin.apply_chat_template`.
     """
+    if isinstance(template, ChatTemplate):
+        return template.text
     if template.user_format is None:
         user = (
             "{%- set images = text_of(message).split('<image>') | length - 1 -%}"
@@ -199,7 +245,7 @@ def chat_template(template: Template) -> str:
         "{%- for message in messages -%}"
         f"{{%- if message['role'] == 'user' -%}}{user}"
         "{%- elif message['role'] == 'assistant' -%}"
-        f"{_emit(template.answer_prefix)}{{{{ text_of(message) }}}}{_emit(template.stop)}"
+        f"{_emit(template.answer_prefix)}{{{{ text_of(message) }}}}{_emit(template.stop + template.after_answer)}"
         "{%- endif -%}{%- endfor -%}"
         f"{closing}"
     )
