@@ -26,6 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="complete LLaVA to start from: a folder, a Hub id, or demo; default: the recipe's",
     )
     parser.add_argument(
+        "--llm",
+        type=home,
+        metavar="MODEL",
+        help="language model for a new LLaVA, instead of --model: a folder or Hub id",
+    )
+    parser.add_argument(
+        "--vision-tower", type=home, metavar="MODEL", help="its vision tower; default: CLIP ViT-L/14 at 336 pixels"
+    )
+    parser.add_argument(
         "--recipe",
         type=home,
         metavar="NAME",
@@ -46,6 +55,8 @@ def run(args: argparse.Namespace, console: Any) -> int:
         args.folder,
         data=args.data,
         model=args.model,
+        llm=args.llm,
+        vision_tower=args.vision_tower,
         template=args.recipe,
         example=args.example,
         follow_links=args.follow_links,

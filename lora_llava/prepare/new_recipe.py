@@ -26,6 +26,8 @@ _SHARE = 10
 """One in this many rows is held out for validation; with fewer than `_FEW` rows, one in five."""
 _FEW = 200
 _MOST = 1_000
+CLIP = "openai/clip-vit-large-patch14-336"
+"""LLaVA-1.5's vision tower."""
 
 
 def init(
@@ -33,6 +35,8 @@ def init(
     *,
     data: Path | None = None,
     model: str | None = None,
+    llm: str | None = None,
+    vision_tower: str | None = None,
     template: str | None = None,
     example: bool = False,
     follow_links: bool = False,
@@ -44,6 +48,8 @@ def init(
         folder: The folder with images and a file of rows.
         data: The file of rows; None if the folder has only one.
         model: A complete LLaVA to start from: a folder, a Hub id or `demo`; None keeps the template's.
+        llm: A language model to assemble a new LLaVA from, with `vision_tower`; None starts from a complete LLaVA.
+        vision_tower: A vision tower; None with `llm` is CLIP ViT-L/14-336.
         template: The shipped recipe to fill in; None for my_data_qlora.yaml, or the demo's.
         example: Create the folder first, with drawn images and a table of questions.
         follow_links: Follow symbolic links, also to images outside the folder; the recipe records it.
@@ -57,6 +63,12 @@ def init(
     """
     if model == "demo" and template is not None:
         raise UserError(f"--recipe {template}: the demo uses its own recipe; leave out --recipe or --model demo")
+    if (llm or vision_tower) and model is not None:
+        raise UserError(
+            f"--llm and --vision-tower assemble a new LLaVA, and --model {model} is a complete one; drop one"
+        )
+    if vision_tower and not llm:
+        raise UserError("--vision-tower needs --llm: the two make a new LLaVA; name the language model")
     if example:
         write_example_folder(folder)
         console.print(f"{folder}: {EXAMPLE_IMAGES} drawn images and questions.csv", soft_wrap=True)
@@ -66,10 +78,17 @@ def init(
     found = understand_folder(folder, data, follow_links)
     _print_found(found, console)
     shipped = "demo_my_data_qlora.yaml" if model == "demo" else template or "my_data_qlora.yaml"
-    filled = fill_in(find_recipe(shipped), found, model, follow_links)
+    parts = {"llm": llm, "vision_tower": vision_tower or CLIP} if llm else None
+    filled = fill_in(find_recipe(shipped), found, model, follow_links, parts)
     target.write_text(filled, encoding="utf-8")
     recipe = load_recipe(target)
     console.print(f"wrote {target}", soft_wrap=True)
+    if parts:
+        console.print(
+            "its projector is untrained: few rows teach it little; train it on captions first (Stage 1, "
+            "recipes/align.yaml with this llm and vision_tower) and set model.start_from.stage1_run",
+            soft_wrap=True,
+        )
     try:
         report = check(recipe, console=console)
     except UserError as error:
@@ -123,7 +142,13 @@ def held_out_rows(rows: int, images: int) -> int:
     return min(_MOST, max(1, rows // (5 if rows < _FEW else _SHARE)))
 
 
-def fill_in(template: Path, found: FolderData, model: str | None, follow_links: bool = False) -> str:
+def fill_in(
+    template: Path,
+    found: FolderData,
+    model: str | None,
+    follow_links: bool = False,
+    parts: dict[str, str] | None = None,
+) -> str:
     """Fill a folder's data into a shipped recipe, and keep its comments.
 
     Args:
@@ -131,6 +156,7 @@ def fill_in(template: Path, found: FolderData, model: str | None, follow_links: 
         found: The folder's data.
         model: A complete LLaVA to start from, or `demo`; None keeps the template's.
         follow_links: Whether to follow symbolic links.
+        parts: `llm` and `vision_tower` of a new LLaVA, instead of a complete one.
 
     Returns:
         The recipe's text.
@@ -159,6 +185,10 @@ def fill_in(template: Path, found: FolderData, model: str | None, follow_links: 
         content.pop("evaluation", None)  # no rows to evaluate on
     if model not in (None, "demo"):
         content["model"]["start_from"] = {"llava": model}
+    if parts:
+        content["model"] = {**parts, "start_from": {"untrained": True}, "quantization": "nf4"}
+        data["template"] = "auto"
+        data.pop("image_aspect", None)
     stream = io.StringIO()
     yaml.dump(content, stream)
     return "\n".join(map(_comment_apart, stream.getvalue().splitlines())) + "\n"
