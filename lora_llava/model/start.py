@@ -16,7 +16,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import find_damage, looked_in
 from lora_llava.model.adapter_file import check_fits, check_saved
 from lora_llava.model.base import BaseParts, assembled_config, build_base, cache_folder
-from lora_llava.model.families.language_families import check_text_config, read_text_config
+from lora_llava.model.families.language_families import build_config, check_text_config, read_text_config
 from lora_llava.model.families.tower_families import check_vision_config, image_tokens, read_vision_config
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.tokenizer import read_vocabulary
@@ -123,11 +123,7 @@ def _complete_config(content: dict[str, Any], name: str) -> LlavaConfig:
     field = f"model.start_from.llava: {name}"
     if content.get("model_type") != "llava":
         raise UserError(f"{field} is a {content.get('model_type')!r} model, not a LLaVA")
-    try:
-        config = LlavaConfig(**content)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or ["damaged"])[0]
-        raise UserError(f"{field}: config.json is not a LLaVA's: {reason}") from None
+    config: LlavaConfig = build_config(LlavaConfig, content, f"{field}: config.json is not a LLaVA's")
     check_text_config(config.text_config, f"{field}, text_config")
     check_vision_config(config.vision_config, f"{field}, vision_config")
     config.image_seq_length = image_tokens(config)

@@ -131,7 +131,7 @@ def load_tokenizer(folder: Path, config: LlavaConfig | None = None) -> PreTraine
     if (folder / SENTENCEPIECE_FILE).is_file():
         tokenizer = _load_by_sentencepiece(folder)
     else:
-        tokenizer = _load_stock(AutoTokenizer, folder)
+        tokenizer = _load_stock(_loader_of(folder), folder)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)  # first, so that ids are llava-hf's: 32000 and 32001
     if not _has_own_pad(tokenizer):
         full = config is not None and len(tokenizer) >= config.text_config.vocab_size  # a complete LLaVA's
@@ -153,6 +153,21 @@ def _has_own_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Check whether a tokenizer has a pad token that means nothing else."""
     others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
     return tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in others
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _loader_of(folder: Path) -> Any:
+    """Return the class that loads a tokenizer without `tokenizer.model`: its tokenizer.json as it is.
+
+    For some types of models, AutoTokenizer would build another tokenizer from the vocabulary and merges alone
+    (transformers/models/auto/tokenization_auto.py, MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS).
+    """
+    is_llama = str(_settings(folder).get("tokenizer_class", "")).startswith("Llama")
+    return TokenizersBackend if (folder / "tokenizer.json").is_file() and not is_llama else AutoTokenizer
 
 
 def _load_stock(loader: Any, folder: Path) -> PreTrainedTokenizerBase:
@@ -202,9 +217,7 @@ def _load_by_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
 
 def _adds_bos(folder: Path) -> bool:
     """Return whether a tokenizer without tokenizer.json adds BOS; Llama's does unless its settings say otherwise."""
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return bool(settings.get("add_bos_token", True))
+    return bool(_settings(folder).get("add_bos_token", True))
 
 
 def _set_merges(backend: Tokenizer, reference: SentencePieceProcessor) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -87,14 +88,28 @@ def read_text_config(content: Mapping[str, Any], field: str) -> PreTrainedConfig
     if content.get("quantization_config"):
         how = content["quantization_config"].get("quant_method", "an unnamed method")
         raise UserError(f"{field}: its weights are quantized ({how}); name the model they were made from")
-    try:
-        config = CONFIG_MAPPING[kind](**content)
-    except KeyError:
-        raise UserError(f"{field} is a {kind!r} model, which the installed transformers does not know") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{field}: config.json is not a {kind} model's: {_first_line(error)}") from None
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"{field} is a {kind!r} model, which the installed transformers does not know")
+    config = build_config(CONFIG_MAPPING[kind], content, f"{field}: config.json is not a {kind} model's")
     check_text_config(config, field)
     return config
+
+
+def build_config(kind: Any, content: Mapping[str, Any], problem: str) -> Any:
+    """Return a configuration of transformers from the content of a config.json.
+
+    Args:
+        kind: Its class.
+        content: The content.
+        problem: The beginning of the error's message.
+
+    Raises:
+        UserError: If a value is of another type, missing or out of range.
+    """
+    try:
+        return kind(**content)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{problem}: {_one_line(error)}") from None
 
 
 def check_text_config(config: PreTrainedConfig, field: str) -> None:
@@ -123,7 +138,7 @@ def _check_unknown(kind: str, content: str, field: str) -> None:
             model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind].from_dict(json.loads(content)))
         problem = _structural_problem(model)
     except Exception as error:  # other families' code can raise anything
-        problem = f"cannot be built from its config.json: {_first_line(error)}"
+        problem = f"cannot be built from its config.json: {_one_line(error)}"
     if problem is not None:
         raise UserError(f"{field}: {kind} {problem}; name another model")
 
@@ -160,8 +175,8 @@ def _head_is_plain(model: Any) -> bool:
     return torch.equal(logits, states)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def attention_problem(text: PreTrainedConfig) -> str | None:

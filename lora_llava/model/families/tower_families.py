@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from lora_llava.core.errors import UserError
+from lora_llava.model.families.language_families import build_config
 
 FEATURE_LAYER = -2
 """LLaVA takes the output of the tower's last layer but one."""
@@ -73,11 +74,7 @@ def read_vision_config(content: Mapping[str, Any], field: str) -> PreTrainedConf
         kind = _VISION_PARTS.get(kind or whole or "clip", kind or whole)
     vision["model_type"] = kind
     _check_kind(str(kind), field)
-    try:
-        config = CONFIG_MAPPING[kind](**vision)
-    except (ValueError, TypeError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or ["damaged"])[0]
-        raise UserError(f"{field}: config.json is not a {kind}'s: {reason}") from None
+    config: PreTrainedConfig = build_config(CONFIG_MAPPING[kind], vision, f"{field}: config.json is not a {kind}'s")
     check_vision_config(config, field)
     return config
 
