@@ -155,8 +155,8 @@ def _has_own_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in others
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer_config.json"
+def _settings(folder: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
+    file = folder / name
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
 
@@ -167,6 +167,7 @@ def _loader_of(folder: Path) -> Any:
     (transformers/models/auto/tokenization_auto.py, MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS).
     """
     is_llama = str(_settings(folder).get("tokenizer_class", "")).startswith("Llama")
+    is_llama = is_llama and _settings(folder, "config.json").get("model_type", "llama") == "llama"
     return TokenizersBackend if (folder / "tokenizer.json").is_file() and not is_llama else AutoTokenizer
 
 

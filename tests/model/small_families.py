@@ -65,9 +65,9 @@ def byte_tokenizer(special: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", 
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=special[2], pad_token=special[0], **names)
 
 
-def make_llm(folder: Path, family: str, **more: Any) -> Path:
-    """Save a random language model of a family in float32, and its tokenizer."""
-    if family == "llama":
+def make_llm(folder: Path, family: str, *, demo_tokenizer: bool = False, **more: Any) -> Path:
+    """Save a random language model of a family in float32, and a tokenizer of its kind or the demo's."""
+    if family == "llama" or demo_tokenizer:
         tokenizer = build_tokenizer(0)
     elif family == "qwen2":
         tokenizer = byte_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision|>"))
