@@ -127,6 +127,13 @@ def _complete_config(content: dict[str, Any], name: str) -> LlavaConfig:
     check_text_config(config.text_config, f"{field}, text_config")
     check_vision_config(config.vision_config, f"{field}, vision_config")
     config.image_seq_length = image_tokens(config)
+    rows = config.text_config.vocab_size
+    for key, value in (
+        ("image_token_index", config.image_token_index),
+        ("pad_token_id", config.text_config.pad_token_id),
+    ):
+        if value is not None and value >= rows:
+            raise UserError(f"{field}: {key} is {value}, and its vocabulary has {rows} rows; restore its config.json")
     return config
 
 

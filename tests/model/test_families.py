@@ -309,16 +309,18 @@ def test_a_family_outside_the_table_works_by_stock_paths(tmp_path: Path, made: P
 
 GEMMA2 = {"model_type": "gemma2", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1}
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    (GEMMA2, "gemma2 has final_logit_softcapping 30; stock LlavaForConditionalGeneration does not apply it"),
-    ({"model_type": "granite", "logits_scaling": 8.0}, "granite has logits_scaling 8;"),
-    ({"model_type": "cohere"}, "cohere has logit_scale 0.0625;"),
-    ({"model_type": "llava", "text_config": {}, "vision_config": {}}, "is a 'llava' model with a vision_config"),
+    (GEMMA2, "gemma2 has final_logit_softcapping 30, which stock LlavaForConditionalGeneration does not do"),
+    ({"model_type": "granite", "logits_scaling": 8.0}, "granite has logits_scaling 8, which"),
+    ({"model_type": "cohere"}, "cohere has logit_scale 0.0625, which"),
+    ({"model_type": "llava", "text_config": {}, "vision_config": {}}, "is a 'llava' model with a text_config"),
     ({"model_type": "qwen2_vl", "vision_config": {}}, "is a 'qwen2_vl' model with a vision_config"),
     ({"model_type": "gemma3", "text_config": {}, "vision_config": {}}, "which is more than a language model"),
     ({"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1}, "gpt2 has no `model.layers`"),
     ({"model_type": "mamba", "num_hidden_layers": 1}, "mamba has no `model.layers`"),
     ({"model_type": "phi", "num_hidden_layers": 1, "hidden_size": 32}, "phi has no `lm_head` of one matrix"),
-    ({"model_type": "bert"}, ""),
+    ({"model_type": "llama4"}, "is a 'llama4' model with a "),
+    ({"model_type": "recurrent_gemma", "num_hidden_layers": 1}, "recurrent_gemma changes its logits after the head"),
+    ({"model_type": "bert"}, "bert has no `model.layers`"),
     ({"model_type": "vit"}, "is a 'vit' model, which is no causal language model"),
     ({"model_type": "unheard_of"}, "which the installed transformers does not know"),
     ({}, "config.json has no model_type"),

@@ -10,8 +10,14 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from lora_llava import evaluate, finetune, merge
-from lora_llava.recipe import Recipe
+from lora_llava.commands.main import main
+from lora_llava.core.errors import UserError
+from lora_llava.model.start import prepare_base
+from lora_llava.planning.run_plan import plan_run
+from lora_llava.recipe import Recipe, dump_recipe
 from lora_llava.recipe.io import check_recipe
+from lora_llava.recipe.schema import LINEARS
+from lora_llava.runs.resume import check_changes
 from tests.model.small_families import make_llm, make_tower
 
 
@@ -23,6 +29,41 @@ def recipe_of(content: dict[str, Any], folder: Path, family: str, tower: str) ->
     }
     content["training"] |= {"max_steps": 2}
     return check_recipe(content, "test")
+
+
+@pytest.mark.parametrize(("family", "tower"), [("phi3", "siglip"), ("gemma3_text", "clip"), ("starcoder2", "siglip")])
+def test_the_plan_of_a_family_has_all_its_parts(
+    stage2_content: dict[str, Any], tmp_path: Path, family: str, tower: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_of(stage2_content, tmp_path, family, tower)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(dump_recipe(recipe))
+    assert main("plan", [str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "vision tower" in printed
+    assert "time: about" in printed
+    assert ("warning: starcoder2 is not in the table" in printed) == (family == "starcoder2")
+    recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"targets": ("gate_poj",)})})  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=f"lora.targets: {family} has no linear layer 'gate_poj'"):
+        plan_run(recipe)
+
+
+def test_a_complete_llava_of_another_family_is_trained(stage2_content: dict[str, Any], tmp_path: Path) -> None:
+    recipe = recipe_of(stage2_content, tmp_path, "qwen3", "siglip")
+    folder = prepare_base(recipe.model, 0).folder
+    stage2_content["model"] = {"start_from": {"llava": str(folder)}}
+    stage2_content["training"] |= {"max_tokens_per_row": 500, "batch_size": 1, "max_steps": 1}
+    metrics = finetune(check_recipe(stage2_content, "test"), quiet=True)
+    assert metrics["train"]["steps"] == 1
+
+
+def test_the_seven_names_of_earlier_recipes_are_all_linear(stage2: Recipe) -> None:
+    assert stage2.lora is not None
+    seven = stage2.model_copy(update={"lora": stage2.lora.model_copy(update={"targets": LINEARS})})
+    assert check_changes(seven, stage2, (), 1) == check_changes(stage2, seven, (), 1) == ()
+    fewer = stage2.model_copy(update={"lora": stage2.lora.model_copy(update={"targets": LINEARS[:2]})})
+    with pytest.raises(UserError, match=r"lora\.targets was"):
+        check_changes(fewer, stage2, (), 1)
 
 
 @pytest.mark.parametrize(

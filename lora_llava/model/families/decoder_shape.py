@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import json
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig
+from transformers import AutoModel, PreTrainedConfig
 
 from lora_llava.core.errors import UserError, nearest
 
@@ -63,27 +62,44 @@ class DecoderShape:
         return rf".*language_model\.layers\.\d+\.(?:.+\.)?({'|'.join(names)})$"
 
 
+_SHAPES: dict[str, DecoderShape] = {}
+_TOWERS: dict[str, int] = {}
+"""What was built, by its configuration."""
+
+
 def decoder_shape(text: PreTrainedConfig) -> DecoderShape:
     """Return the shapes of a language model, from its stock modules without weights."""
-    return _decoder_shape(text.model_type, text.to_json_string(use_diff=False))
+    key = text.to_json_string(use_diff=False)
+    if key not in _SHAPES:
+        _SHAPES[key] = _shape_of(_on_meta(text))
+    return _SHAPES[key]
 
 
 def tower_parameters(vision: PreTrainedConfig) -> int:
     """Return the number of parameters of a vision tower, its pooling head included."""
-    return _tower_parameters(vision.model_type, vision.to_json_string(use_diff=False))
+    key = vision.to_json_string(use_diff=False)
+    if key not in _TOWERS:
+        _TOWERS[key] = sum(parameter.numel() for parameter in _on_meta(vision).parameters())
+    return _TOWERS[key]
 
 
-@functools.lru_cache(16)
-def _decoder_shape(model_type: str, content: str) -> DecoderShape:
-    model = _on_meta(model_type, content)
+def _on_meta(config: PreTrainedConfig) -> Any:
+    config = copy.deepcopy(config)
+    config.pad_token_id = None  # one beyond the embedding is an error of its own
+    with torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
+def _shape_of(model: Any) -> DecoderShape:
     linears: dict[str, list[tuple[int, int]]] = {}
-    paths = []
-    for index, layer in enumerate(model.layers):
+    paths, seen = set(), set()
+    for layer in model.layers:
         for name, module in layer.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module not in seen:  # some families share modules between layers
+                seen.add(module)
                 parent, _, leaf = name.rpartition(".")
                 linears.setdefault(leaf, []).append((module.in_features, module.out_features))
-                paths += [parent] if index == 0 else []
+                paths.add(parent)
     return DecoderShape(
         len(model.layers),
         MappingProxyType({name: tuple(shapes) for name, shapes in linears.items()}),
@@ -102,16 +118,6 @@ def _norm_width(name: str, module: nn.Module, text: PreTrainedConfig) -> int:
     heads = {"q_norm": text.num_attention_heads, "k_norm": getattr(text, "num_key_value_heads", None)}
     per_head = heads.get(name.rpartition(".")[2]) if weight.numel() < text.hidden_size else None
     return weight.numel() * (per_head or 1)
-
-
-@functools.lru_cache(16)
-def _tower_parameters(model_type: str, content: str) -> int:
-    return sum(parameter.numel() for parameter in _on_meta(model_type, content).parameters())
-
-
-def _on_meta(model_type: str, content: str) -> Any:
-    with torch.device("meta"):
-        return AutoModel.from_config(CONFIG_MAPPING[model_type].from_dict(json.loads(content)))
 
 
 def attention_widths(text: PreTrainedConfig) -> tuple[int, int]:

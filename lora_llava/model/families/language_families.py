@@ -6,8 +6,7 @@ stock `LlavaForConditionalGeneration` computes its logits.
 
 from __future__ import annotations
 
-import functools
-import json
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +51,7 @@ FAMILIES = {
 """By model_type. SmolLM2 is a llama. Every one has `model.layers` and `lm_head`, packs samples exactly with its sliding
 window if it has one, and has no softcap."""
 
+_MODALITIES = ("vision", "audio", "text", "thinker")
 _SCALES = {
     "final_logit_softcapping": (None,),
     "logits_scaling": (None, 1, 1.0),
@@ -59,8 +59,7 @@ _SCALES = {
     "lm_head_multiplier": (None, 1, 1.0),
 }
 """Settings that change the logits after the head, and the values that change nothing."""
-_ELSEWHERE = "stock LlavaForConditionalGeneration does not apply it to logits, so that the model's text would differ"
-_PARTS_OF_OTHERS = ("vision_config", "audio_config", "text_config", "thinker_config")
+_ELSEWHERE = "which stock LlavaForConditionalGeneration does not do: the model's text would differ"
 
 
 def family_of(text: PreTrainedConfig) -> LanguageFamily | None:
@@ -81,9 +80,11 @@ def read_text_config(content: Mapping[str, Any], field: str) -> PreTrainedConfig
     kind = content.get("model_type")
     if kind is None:
         raise UserError(f"{field}: config.json has no model_type; name a language model of transformers")
-    if found := [name for name in _PARTS_OF_OTHERS if content.get(name) is not None]:
+    parts = [name for name in content if str(name).endswith("_config") and name.split("_")[0] in _MODALITIES]
+    parts += list(CONFIG_MAPPING[kind].sub_configs) if kind in CONFIG_MAPPING else []
+    if parts:
         raise UserError(
-            f"{field} is a {kind!r} model with a {found[0]}, which is more than a language model; name a text-only one"
+            f"{field} is a {kind!r} model with a {parts[0]}, which is more than a language model; name a text-only one"
         )
     if content.get("quantization_config"):
         how = content["quantization_config"].get("quant_method", "an unnamed method")
@@ -123,24 +124,31 @@ def check_text_config(config: PreTrainedConfig, field: str) -> None:
         raise UserError(f"{field} is a {kind!r} model, which is no causal language model; name one")
     for name, harmless in _SCALES.items():
         if (value := getattr(config, name, None)) not in harmless:
-            raise UserError(f"{field}: {kind} has {name} {value:g}; {_ELSEWHERE}; name another model")
+            raise UserError(f"{field}: {kind} has {name} {value:g}, {_ELSEWHERE}; name another model")
     if getattr(config, "use_bidirectional_attention", False):
         raise UserError(f"{field}: {kind} has use_bidirectional_attention; it does not generate text; name another")
     if kind not in FAMILIES:
-        _check_unknown(kind, config.to_json_string(use_diff=False), field)
+        _check_unknown(config, field)
 
 
-@functools.lru_cache(8)
-def _check_unknown(kind: str, content: str, field: str) -> None:
+_PROBLEMS: dict[str, str | None] = {}
+"""What was found of models that are not in the table, by their configuration."""
+
+
+def _check_unknown(config: PreTrainedConfig, field: str) -> None:
     """Check the structure of a model that is not in the table, on the meta device."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind].from_dict(json.loads(content)))
-        problem = _structural_problem(model)
-    except Exception as error:  # other families' code can raise anything
-        problem = f"cannot be built from its config.json: {_one_line(error)}"
-    if problem is not None:
-        raise UserError(f"{field}: {kind} {problem}; name another model")
+    key = config.to_json_string(use_diff=False)
+    if key not in _PROBLEMS:
+        try:
+            copied = copy.deepcopy(config)
+            copied.pad_token_id = None  # ours replaces it
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(copied)
+            _PROBLEMS[key] = _structural_problem(model)
+        except Exception as error:  # other families' code can raise anything
+            _PROBLEMS[key] = f"cannot be built from its config.json: {_one_line(error)}"
+    if (problem := _PROBLEMS[key]) is not None:
+        raise UserError(f"{field}: {config.model_type} {problem}; name another model")
 
 
 def _structural_problem(model: Any) -> str | None:
@@ -157,7 +165,7 @@ def _structural_problem(model: Any) -> str | None:
         return "has no `lm_head` of one matrix, as stock LlavaForConditionalGeneration has"
     if not model.supports_gradient_checkpointing:
         return "does not support gradient checkpointing"
-    return None if _head_is_plain(model) else f"changes its logits after the head; {_ELSEWHERE}"
+    return None if _head_is_plain(model) else f"changes its logits after the head, {_ELSEWHERE}"
 
 
 def _head_is_plain(model: Any) -> bool:
@@ -171,7 +179,10 @@ def _head_is_plain(model: Any) -> bool:
             return MoeModelOutputWithPast(last_hidden_state=states, router_logits=None)
 
     model.model, model.lm_head = Body(), nn.Identity()
-    logits = model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False).logits
+    try:
+        logits = model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False).logits
+    except Exception:  # it does more than the head with what its body returns
+        return False
     return torch.equal(logits, states)
 
 
