@@ -15,7 +15,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.encode import fit_template
 from lora_llava.data.templates import Template, chat_template, get_template
 from lora_llava.distributed.ranks import this_rank
-from lora_llava.distributed.sharding import check_sharding, is_sharded
+from lora_llava.distributed.sharding import check_sharding, is_sharded, shard_by_layer
 from lora_llava.model.adapters import lora_config, planned_parameters
 from lora_llava.model.base import build_processor
 from lora_llava.model.families.decoder_shape import decoder_shape
@@ -99,6 +99,8 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     check_launch(recipe)
     model = plan_model(recipe.model)
     lora = run_lora_config(recipe, model.config)
+    if is_sharded():
+        shard_by_layer(decoder_shape(model.config.text_config).layer_classes)
     template = get_template(recipe.data.template, recipe.data.system_prompt)
     tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
     _check_context(recipe, model.config)

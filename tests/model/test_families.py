@@ -27,7 +27,7 @@ from lora_llava.model.adapters import add_adapters, lora_config, planned_paramet
 from lora_llava.model.families.decoder_shape import decoder_shape, tower_parameters
 from lora_llava.model.families.language_families import FAMILIES, outside_the_table
 from lora_llava.model.families.tower_families import image_processor_of, image_tokens
-from lora_llava.model.fast_path.attention import resolve_attention, use_flash_varlen
+from lora_llava.model.fast_path.attention import flash_varlen_attention, resolve_attention, use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import load_base
 from lora_llava.model.start import Base, plan_model, prepare_base
@@ -227,6 +227,28 @@ def test_packed_and_lean_equal_padded_and_stock(base: Any, family: str, tower: s
     assert any(gradient.abs().max() > 1e-4 for gradient in theirs.values())
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "expected"), [(4, (3, 0)), (10, None), (None, None)])
+def test_the_kernels_get_the_sliding_window_of_a_longer_sample(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, expected: tuple[int, int] | None
+) -> None:
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    given: dict[str, Any] = {}
+
+    def kernel(query: torch.Tensor, *tensors: Any, **options: Any) -> torch.Tensor:
+        given.update(options)
+        return query
+
+    monkeypatch.setattr("lora_llava.model.fast_path.attention.find_flash_attn", lambda: kernel)
+    query = torch.randn(1, 2, 10, 8).as_subclass(OnGpu)
+    ends = torch.tensor([0, 10], dtype=torch.int32)
+    options: Any = {"cu_seq_lens_q": ends, "max_length_q": 10, "sliding_window": window}
+    flash_varlen_attention(torch.nn.Identity(), query, query, query, None, **options)
+    assert given["causal"] is True
+    assert given.get("window_size") == expected
 
 
 @pytest.mark.parametrize("family", ALL)

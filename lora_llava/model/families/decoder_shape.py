@@ -29,6 +29,7 @@ class DecoderShape:
         weights: Number of weights of all these linear layers, without biases.
         parameters: Number of parameters of the language model, without the head.
         norm_values: Values per token that enter the norms of a decoder layer.
+        layer_classes: Names of the decoder layers' classes, joined by commas.
     """
 
     layers: int
@@ -37,6 +38,7 @@ class DecoderShape:
     weights: int
     parameters: int
     norm_values: int
+    layer_classes: str
 
     def check_targets(self, targets: str | Iterable[str], model_type: str) -> tuple[str, ...]:
         """Return the names of the linear layers that `lora.targets` names.
@@ -107,6 +109,7 @@ def _shape_of(model: Any) -> DecoderShape:
         sum(a * b for shapes in linears.values() for a, b in shapes),
         sum(parameter.numel() for parameter in model.parameters()),
         sum(_norm_width(name, module, model.config) for name, module in model.layers[0].named_modules()),
+        ",".join(sorted({type(layer).__name__ for layer in model.layers})),
     )
 
 

@@ -81,7 +81,7 @@ def read_text_config(content: Mapping[str, Any], field: str) -> PreTrainedConfig
     if kind is None:
         raise UserError(f"{field}: config.json has no model_type; name a language model of transformers")
     parts = [name for name in content if str(name).endswith("_config") and name.split("_")[0] in _MODALITIES]
-    parts += list(CONFIG_MAPPING[kind].sub_configs) if kind in CONFIG_MAPPING else []
+    parts += list(getattr(CONFIG_MAPPING[kind], "sub_configs", {})) if kind in CONFIG_MAPPING else []
     if parts:
         raise UserError(
             f"{field} is a {kind!r} model with a {parts[0]}, which is more than a language model; name a text-only one"

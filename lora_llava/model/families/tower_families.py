@@ -99,7 +99,12 @@ def check_vision_config(config: PreTrainedConfig, field: str) -> None:
 
 
 def tower_of(config: LlavaConfig) -> TowerFamily:
-    """Return the family of a LLaVA's tower."""
+    """Return the family of a LLaVA's tower.
+
+    Raises:
+        UserError: For a tower that is not in the table.
+    """
+    _check_kind(config.vision_config.model_type, "the LLaVA's vision tower")
     return TOWERS[config.vision_config.model_type]
 
 

@@ -64,16 +64,17 @@ def flash_varlen_attention(
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
     if not query.is_cuda or (window is not None and not _has_windows()):
         return _by_segment(query, key, value, cu_seq_lens_q, scaling, dropout, window), None
-    span = (-1, 0) if window is None else (window - 1, 0)
+    span = {} if window is None else {"window_size": (window - 1, 0)}
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, head size)
     lengths = (cu_seq_lens_q, cu_seq_lens_q, longest, longest)
     flash_attn = find_flash_attn()
     if flash_attn is not None:
-        output = flash_attn(q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True, window_size=span)
+        output = flash_attn(q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True, **span)
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        output = varlen_attn(q, k, v, *lengths, scale=scaling, **_varlen_options(varlen_attn, key, query, span))
+        options = _varlen_options(varlen_attn, key, query) | span
+        output = varlen_attn(q, k, v, *lengths, scale=scaling, **options)
     return output.unsqueeze(0), None
 
 
@@ -97,12 +98,10 @@ def _has_windows() -> bool:
     return "window_size" in inspect.signature(varlen_attn).parameters
 
 
-def _varlen_options(
-    function: Any, key: torch.Tensor, query: torch.Tensor, span: tuple[int, int] = (-1, 0)
-) -> dict[str, Any]:
+def _varlen_options(function: Any, key: torch.Tensor, query: torch.Tensor) -> dict[str, Any]:
     """Return the options for causal attention in the installed torch, and for grouped heads if there are any."""
     windowed = "window_size" in inspect.signature(function).parameters
-    options: dict[str, Any] = {"window_size": span} if windowed else {"is_causal": True}
+    options: dict[str, Any] = {"window_size": (-1, 0)} if windowed else {"is_causal": True}
     return options | ({"enable_gqa": True} if key.shape[1] != query.shape[1] else {})
 
 
