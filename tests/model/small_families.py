@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from lora_llava.demo.build import build_tokenizer
+from lora_llava.recipe.schema import ModelSection
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -111,3 +112,9 @@ def make_tower(folder: Path, kind: str) -> Path:
         )
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+def section(llm: Path, tower: Path) -> ModelSection:
+    """The model section of a language model and a tower."""
+    content = {"llm": str(llm), "vision_tower": str(tower), "start_from": {"untrained": True}}
+    return ModelSection.model_validate(content)
