@@ -22,7 +22,8 @@ from lora_llava.data.images.image_sources import Pixels
 from lora_llava.data.selection import build_rows
 from lora_llava.data.templates.named_templates import Template, chat_template, get_template
 from lora_llava.model.adapters import add_adapters, lora_config
-from lora_llava.model.base import build_processor, image_processor_of
+from lora_llava.model.base import build_processor
+from lora_llava.model.families.tower_families import image_processor_of, image_tokens
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.fast_path.attention import use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
@@ -186,7 +187,7 @@ def _ours(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, cloc
         conversations,
         tokenizer=processor.tokenizer,
         template=_template(),
-        num_image_tokens=config.image_seq_length,
+        num_image_tokens=image_tokens(config),
         max_length=4096,
     )
     indices, size = list(range(len(samples))), settings.micro_batch

@@ -20,11 +20,11 @@ from lora_llava.recipe import Recipe
 
 _SETTINGS = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
     # Otherwise transformers leaves the weights empty on all ranks but the first (modeling_utils.py).
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 """The environment variables of accelerate's FSDP (accelerate/utils/dataclasses.py) that this trainer needs."""
+_LAYER_CLASSES = "FSDP_TRANSFORMER_CLS_TO_WRAP"
 _RECOMPUTE = "FSDP_ACTIVATION_CHECKPOINTING"
 
 
@@ -64,6 +64,15 @@ def check_sharding(recipe: Recipe, ranks: int) -> None:
     if settings[_RECOMPUTE] == "true":
         raise UserError(f"leave --{_RECOMPUTE.lower()} out; training.gradient_checkpointing does it")
     os.environ.update(_SETTINGS)
+
+
+def shard_by_layer(classes: str) -> None:
+    """Let accelerate gather the weights of one decoder layer at a time.
+
+    Args:
+        classes: Names of the layers' classes, joined by commas, as `LlamaDecoderLayer`.
+    """
+    os.environ[_LAYER_CLASSES] = classes
 
 
 def configure_sharding(accelerator: Any) -> None:

@@ -40,6 +40,7 @@ from lora_llava.inference.client.client import ChatServer, find_model
 from lora_llava.inference.load import load_answering_model
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.adapter_file import checked_base
+from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.provenance import weights_state
 from lora_llava.model.start import ModelPlan, plan_model
@@ -219,7 +220,7 @@ def load_evaluator(opened: OpenedEvaluation, batch_size: int) -> Evaluator:
         load_answering_model(opened.base, opened.adapter, quantization=section.quantization, dtype=section.dtype),
         opened.tokenizer,
         opened.template,
-        opened.plan.config.image_seq_length,
+        image_tokens(opened.plan.config),
         opened.split.load_pixels,
         batch_size,
     )

@@ -20,6 +20,7 @@ from lora_llava.evaluation.answers import AnswerTable, is_answer_table
 from lora_llava.evaluation.row_evaluation import choose_rows, evaluate_conversations, evaluate_scienceqa
 from lora_llava.evaluation.scienceqa import Table
 from lora_llava.inference.sampling import Sampling
+from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.planning.run_plan import RunPlan
 from lora_llava.recipe import EvaluationSection
 from lora_llava.splits.split_rows import Split, asked_split
@@ -67,7 +68,7 @@ def _evaluate(
 ) -> EvaluationResult:
     settings = plan.recipe.evaluation or EvaluationSection()
     evaluator = Evaluator(
-        model, plan.tokenizer, plan.template, plan.model.config.image_seq_length, split.load_pixels, settings.batch_size
+        model, plan.tokenizer, plan.template, image_tokens(plan.model.config), split.load_pixels, settings.batch_size
     )
     answerer = split_over_ranks(by_generation(evaluator, Sampling(max_new_tokens=settings.max_new_tokens)))
     predictions = predictions if is_first() else None

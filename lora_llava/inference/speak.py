@@ -21,6 +21,7 @@ from lora_llava.data.images.to_rgb import Background
 from lora_llava.data.tokens import Stop
 from lora_llava.inference.prompt import encode_prompt
 from lora_llava.inference.sampling import Sampling
+from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.vision import llava_of
 
 MAX_IMAGE_PIXELS = 50_000_000
@@ -89,7 +90,7 @@ def encode_messages(speaker: Speaker, messages: Sequence[Message]) -> dict[str, 
     if speaker.single_turn and [part["type"] for message in messages for part in message["content"]] != ["image"]:
         raise UserError(f"{speaker.name} was trained on captions (template plain); send one image and no text")
     try:
-        batch = encode_prompt(speaker.processor, messages, llava_of(speaker.model).config.image_seq_length)
+        batch = encode_prompt(speaker.processor, messages, image_tokens(llava_of(speaker.model).config))
     except TemplateError as error:
         raise UserError(f"the chat template of {speaker.name} rejects these messages: {error}") from None
     tokens, positions = batch["input_ids"].shape[1], _positions(speaker)

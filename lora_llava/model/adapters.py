@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from lora_llava.model.families.decoder_shape import decoder_shape
+
 PROJECTOR = "multi_modal_projector"
 
 
@@ -42,6 +44,7 @@ def lora_config(
     rslora: bool = False,
     dora: bool = False,
     targets: Sequence[str] = (),
+    pattern: str | None = None,
     base: str | None = None,
 ) -> LoraConfig:
     """Return the PEFT configuration of a run.
@@ -53,6 +56,7 @@ def lora_config(
         rslora: Scale by the root of r.
         dora: Decompose into magnitude and direction.
         targets: Names of the language model's linear layers; empty for Stage 1, which has no adapters.
+        pattern: Pattern of these layers from `DecoderShape.pattern`; None is that of a Llama.
         base: Value of `base_model_name_or_path`.
 
     Returns:
@@ -60,7 +64,7 @@ def lora_config(
         in `modules_to_save`.
     """
     # vLLM supports patterns with this ending.
-    pattern = rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})$"
+    pattern = pattern or rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})$"
     return LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]
@@ -91,7 +95,6 @@ def add_adapters(model: LlavaForConditionalGeneration, config: LoraConfig, proje
     Raises:
         RuntimeError: If the trained parameters are not those of the plan.
     """
-    layers = model.config.text_config.num_hidden_layers
     linear_projector = model.config.projector_hidden_act == "linear"
     model.requires_grad_(False)
     peft_model = get_peft_model(model, config)
@@ -102,8 +105,9 @@ def add_adapters(model: LlavaForConditionalGeneration, config: LoraConfig, proje
     if projector_dropout:
         projector.register_forward_hook(lambda module, _, output: F.dropout(output, projector_dropout, module.training))
     if config.target_modules != DUMMY_TARGET_MODULES:
-        per_layer = str(config.target_modules).rsplit("(", 1)[1].count("|") + 1
-        check_adapters(peft_model, expected=layers * per_layer)
+        names = str(config.target_modules).rsplit("(", 1)[1].removesuffix(")$").split("|")
+        linears = decoder_shape(model.config.text_config).linears
+        check_adapters(peft_model, expected=sum(len(linears[name]) for name in names))
     return peft_model
 
 

@@ -9,34 +9,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaImageProcessorPil,
-    LlavaProcessor,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, LlavaConfig, LlavaProcessor, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import make_entry
-from lora_llava.model.tokenizer import copy_sentencepiece, load_tokenizer
+from lora_llava.model.families.language_families import read_text_config
+from lora_llava.model.families.tower_families import (
+    FEATURE_LAYER,
+    TOWERS,
+    image_processor_of,
+    image_tokens,
+    read_vision_config,
+    tower_of,
+)
+from lora_llava.model.tokenizer import Vocabulary, appended_to, copy_sentencepiece, load_tokenizer, read_vocabulary
+from lora_llava.model.weights.names import COMPONENTS, canonical_name
 from lora_llava.model.weights.original_projector import identity_layer, read_projector
 from lora_llava.model.weights.parts import Part
+from lora_llava.model.weights.streaming import build_empty
 from lora_llava.model.weights.tensor_files import LazyTensor, lazy_tensors, write_checkpoint
 
-VOCABULARY_MULTIPLE = 64
-"""llava-hf pads Vicuna's 32,002 tokens to 32,064, the next multiple."""
 _FORMAT = 2
 """Version of the folder's format; raise it when the same parts would be written differently."""
+_LANGUAGE, _TOWER = COMPONENTS["llm"], COMPONENTS["vision_tower"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class BaseParts:
         projector_type: `mlp2x_gelu` or `linear`.
         projector: SHA-256 of the published projector, or None for a fresh one.
         seed: Seed of a fresh projector.
+        token_rule: From `Vocabulary`: None for the ids of every base of earlier versions.
     """
 
     llm: str
@@ -60,14 +63,19 @@ class BaseParts:
     projector_type: str
     projector: str | None
     seed: int
+    token_rule: str | None = None
 
     @property
     def key(self) -> str:
         """Name of the folder in the cache."""
-        content = asdict(self) | {"format": _FORMAT}
+        content = self.as_dict() | {"format": _FORMAT}
         for name in ("llm", "vision_tower"):  # the same files under another name are the same part
             content.pop(name)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the parts as they are recorded, without a `token_rule` of None."""
+        return {name: value for name, value in asdict(self).items() if name != "token_rule" or value is not None}
 
 
 def cache_folder() -> Path:
@@ -75,43 +83,39 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LORA_LLAVA_CACHE") or Path.home() / ".cache" / "lora_llava").expanduser()
 
 
-def assembled_config(llm: dict[str, Any], vision: dict[str, Any], projector_type: str) -> LlavaConfig:
+def assembled_config(
+    llm: dict[str, Any], vision: dict[str, Any], projector_type: str, vocabulary: Vocabulary | None = None
+) -> LlavaConfig:
     """Return the configuration of the LLaVA made of a language model and a vision tower.
 
     Args:
         llm: The language model's config.json.
-        vision: The tower's config.json: CLIP's, or its vision part.
+        vision: The tower's config.json, or that of the model of images and text it is a part of.
         projector_type: `mlp2x_gelu`, or `linear`: the same class without activation.
-
-    Returns:
-        A config whose vocabulary has the image and pad tokens and is a multiple of 64.
+        vocabulary: Ids of the image and pad tokens and the size, from `read_vocabulary`; None is that of a tokenizer
+            with as many tokens as the embedding has rows, such as Vicuna's.
 
     Raises:
-        UserError: For a language model that is not a Llama, or a tower that is not a CLIP.
+        UserError: For a language model or a tower that a stock LLaVA cannot hold.
     """
-    if llm.get("model_type") != "llama":
-        raise UserError(f"model.llm is a {llm.get('model_type')!r} model; only Llama's architecture is supported")
-    vision = vision.get("vision_config", vision)
-    if vision.get("model_type", "clip_vision_model") != "clip_vision_model":
-        raise UserError(f"model.vision_tower is a {vision.get('model_type')!r} model; only CLIP's is supported")
-    text_config = LlamaConfig(**llm)
-    vision_config = CLIPVisionConfig(**vision)
-    image_id = text_config.vocab_size
-    text_config.vocab_size = -(-(image_id + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    text_config.pad_token_id = image_id + 1
-    text_config.architectures = ["LlamaForCausalLM"]
+    text_config = read_text_config(llm, "model.llm")
+    vision_config = read_vision_config(vision, "model.vision_tower")
+    vocabulary = vocabulary or appended_to(text_config.vocab_size)
+    text_config.vocab_size = vocabulary.size
+    text_config.pad_token_id = vocabulary.pad_id
+    text_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config.model_type]]
     config = LlavaConfig(
         text_config=text_config,
         vision_config=vision_config,
-        image_token_index=image_id,
-        image_seq_length=(vision_config.image_size // vision_config.patch_size) ** 2,
+        image_token_index=vocabulary.image_id,
         projector_hidden_act="gelu" if projector_type == "mlp2x_gelu" else "linear",
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        vision_feature_layer=FEATURE_LAYER,
+        vision_feature_select_strategy=TOWERS[vision_config.model_type].strategy,
     )
+    config.image_seq_length = image_tokens(config)
     config.architectures = ["LlavaForConditionalGeneration"]
     config.dtype = torch.bfloat16
-    config.pad_token_id = image_id + 1
+    config.pad_token_id = vocabulary.pad_id
     return config
 
 
@@ -126,7 +130,7 @@ def build_base(
     Args:
         parts: The parts, which name the folder.
         llm: Folder of the language model.
-        vision_tower: Folder of the CLIP vision tower.
+        vision_tower: Folder of the vision tower.
         projector_file: LLaVA's `mm_projector.bin`, or None for a fresh projector.
 
     Returns:
@@ -141,7 +145,9 @@ def build_base(
 
 
 def _write_base(folder: Path, parts: BaseParts, llm: Part, vision_tower: Part, projector_file: Path | None) -> None:
-    config = assembled_config(_config_of(llm), _config_of(vision_tower), parts.projector_type)
+    content = _config_of(llm)
+    vocabulary = read_vocabulary(llm.folder, content)
+    config = assembled_config(content, _config_of(vision_tower), parts.projector_type, vocabulary)
     tensors = _all_tensors(config, llm, vision_tower, projector_file, parts)
     write_checkpoint(tensors, folder, torch.bfloat16, "writing the base model")
     config.save_pretrained(folder)
@@ -149,7 +155,7 @@ def _write_base(folder: Path, parts: BaseParts, llm: Part, vision_tower: Part, p
     tokenizer = load_tokenizer(llm.folder, config)
     copy_sentencepiece(llm.folder, folder)
     build_processor(tokenizer, config, image_processor_of(vision_tower.folder, config)).save_pretrained(folder)
-    (folder / "parts.json").write_text(json.dumps(asdict(parts), indent=2) + "\n")
+    (folder / "parts.json").write_text(json.dumps(parts.as_dict(), indent=2) + "\n")
 
 
 def _config_of(part: Part) -> dict[str, Any]:
@@ -172,11 +178,35 @@ def _all_tensors(
         else read_projector(projector_file, parts.projector_type)[0]
     )
     _check_projector(projector, config, projector_file)
+    expected = {name: tuple(p.shape) for name, p in build_empty(config).named_parameters()}
     return [
-        *language_tensors(lazy_tensors(llm.folder), config),
-        *vision_tensors(lazy_tensors(vision_tower.folder)),
+        *_fitting(language_tensors(lazy_tensors(llm.folder), config), expected, _LANGUAGE, llm.folder),
+        *_fitting(vision_tensors(lazy_tensors(vision_tower.folder)), expected, _TOWER, vision_tower.folder),
         *lazy_projector(projector),
     ]
+
+
+def _fitting(
+    tensors: Iterable[LazyTensor], expected: Mapping[str, tuple[int, ...]], prefixes: tuple[str, ...], folder: Path
+) -> list[LazyTensor]:
+    """Return the tensors that a stock model has; others, such as buffers of old versions, are left out as it does.
+
+    Raises:
+        UserError: If one is missing or has another shape.
+    """
+    found = list(tensors)
+    names = {canonical_name(tensor.name): tensor for tensor in found}
+    for name, shape in expected.items():
+        if not name.startswith(prefixes):
+            continue
+        if name not in names:
+            raise UserError(f"{folder}: its weights lack {name}; its config.json belongs to another model")
+        if names[name].shape != shape:
+            raise UserError(
+                f"{folder}: {names[name].name} has shape {names[name].shape}, its config.json requires {shape}"
+            )
+    kept = {*expected, "lm_head.weight"}  # a tied head is no parameter of its own
+    return [tensor for tensor in found if canonical_name(tensor.name) in kept]
 
 
 def lazy_projector(projector: dict[str, torch.Tensor]) -> list[LazyTensor]:
@@ -185,16 +215,16 @@ def lazy_projector(projector: dict[str, torch.Tensor]) -> list[LazyTensor]:
 
 
 def language_tensors(tensors: Sequence[LazyTensor], config: LlavaConfig) -> Iterator[LazyTensor]:
-    """Yield a Llama's tensors under llava-hf's names, with the vocabulary enlarged to that of the config."""
-    vocabulary = config.text_config.vocab_size
+    """Yield a language model's tensors under llava-hf's names, with the vocabulary enlarged to that of the config."""
+    vocabulary, tied = config.text_config.vocab_size, config.text_config.tie_word_embeddings
     for tensor in tensors:
         name = tensor.name
-        if name.endswith("rotary_emb.inv_freq"):  # a buffer in old checkpoints
+        if name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight"):  # a buffer in old checkpoints
             continue
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             tensor = _padded(tensor, vocabulary)
         yield replace(tensor, name=f"language_model.{name}")
-        if config.text_config.tie_word_embeddings and name == "model.embed_tokens.weight":
+        if tied and name == "model.embed_tokens.weight":
             yield replace(tensor, name="language_model.lm_head.weight")
 
 
@@ -205,10 +235,10 @@ def _padded(tensor: LazyTensor, vocabulary: int) -> LazyTensor:
 
 
 def vision_tensors(tensors: Sequence[LazyTensor]) -> Iterator[LazyTensor]:
-    """Yield a CLIP's tensors under llava-hf's names, without its text model."""
+    """Yield a tower's tensors under llava-hf's names, without the text model beside it."""
     for tensor in tensors:
         name = tensor.name
-        if name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale")):
+        if name.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_")):
             continue
         if not name.endswith("position_ids"):
             yield replace(tensor, name=f"vision_tower.vision_model.{name.removeprefix('vision_model.')}")
@@ -254,29 +284,6 @@ def _check_projector(projector: dict[str, torch.Tensor], config: LlavaConfig, fi
             )
 
 
-def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -> Any:
-    """Return CLIP's image processor on PIL, as CLIP and LLaVA used it, whatever else is installed.
-
-    Args:
-        folder: The vision tower's folder, or a base folder; its preprocessor_config.json is read if there is one.
-        config: The LLaVA's configuration, with the image size.
-        aspect: `pad` pads images to a square with CLIP's mean colour; `crop` crops the centre.
-
-    Returns:
-        A stock image processor.
-    """
-    size = config.vision_config.image_size
-    settings: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            saved = json.loads((folder / name).read_text())
-            saved = saved.get("image_processor", saved)
-            settings |= {key: saved[key] for key in ("image_mean", "image_std", "resample") if key in saved}
-    if aspect == "crop":
-        return CLIPImageProcessorPil(**settings)
-    return LlavaImageProcessorPil(do_pad=True, **settings)
-
-
 def build_processor(
     tokenizer: PreTrainedTokenizerBase, config: LlavaConfig, image_processor: Any, chat_template: str | None = None
 ) -> LlavaProcessor:
@@ -286,6 +293,6 @@ def build_processor(
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # CLIP's CLS, which the strategy "default" removes
+        num_additional_image_tokens=tower_of(config).class_tokens,
         chat_template=chat_template,
     )

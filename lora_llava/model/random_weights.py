@@ -46,7 +46,7 @@ def build_random_llava(
 
     for name, module in list(model.named_modules()):
         if quantization == "nf4" and isinstance(module, nn.Linear) and name.startswith("model.language_model."):
-            model.set_submodule(name, _quantized(draw(module.weight.shape), dtype))
+            model.set_submodule(name, _quantized(draw(module.weight.shape), dtype, module.bias))
     for module in model.modules():
         for leaf, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
@@ -58,12 +58,18 @@ def build_random_llava(
     return model.eval()
 
 
-def _quantized(weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+def _quantized(weight: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None) -> nn.Module:
     import bitsandbytes as bnb
 
     size_out, size_in = weight.shape
     layer: nn.Module = bnb.nn.Linear4bit(
-        size_in, size_out, bias=False, compute_dtype=dtype, quant_type="nf4", compress_statistics=True, device="meta"
+        size_in,
+        size_out,
+        bias=bias is not None,
+        compute_dtype=dtype,
+        quant_type="nf4",
+        compress_statistics=True,
+        device="meta",
     )
     layer.weight = bnb.nn.Params4bit(
         weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,10 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import find_damage, looked_in
 from lora_llava.model.adapter_file import check_fits, check_saved
 from lora_llava.model.base import BaseParts, assembled_config, build_base, cache_folder
+from lora_llava.model.families.language_families import build_config, check_text_config, read_text_config
+from lora_llava.model.families.tower_families import check_vision_config, image_tokens, read_vision_config
 from lora_llava.model.provenance import component_hashes
+from lora_llava.model.tokenizer import read_vocabulary
 from lora_llava.model.weights import parts as model_parts
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.model.weights.original_projector import (
@@ -69,7 +72,7 @@ class Base:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what an adapter records: name, revision, parts, and the hashes of the components."""
-        parts = asdict(self.parts) if self.parts else None
+        parts = self.parts.as_dict() if self.parts else None
         return {"name": self.name, "revision": self.revision, "parts": parts, "hashes": component_hashes(self.folder)}
 
 
@@ -94,12 +97,9 @@ def plan_model(section: ModelSection) -> ModelPlan:
                 f"model.start_from.llava: {start.llava} is a checkpoint in LLaVA's original format; convert it "
                 "with `lora-llava import`, then name the result"
             )
-        if content.get("model_type") != "llava":
-            raise UserError(
-                f"model.start_from.llava: {start.llava} is a {content.get('model_type')!r} model, not a LLaVA"
-            )
+        config = _complete_config(content, start.llava)
         folder = _small_files(start.llava, start.llava_revision, "start_from.llava")
-        return ModelPlan(LlavaConfig(**content), folder, folder, downloads)
+        return ModelPlan(config, folder, folder, downloads)
     llm_name, tower_name = section.llm or "", section.vision_tower or ""  # the schema requires both
     downloads = [
         plan_download(llm_name, section.llm_revision, "llm"),
@@ -118,10 +118,32 @@ def plan_model(section: ModelSection) -> ModelPlan:
     )
 
 
+def _complete_config(content: dict[str, Any], name: str) -> LlavaConfig:
+    """Return the configuration of a complete LLaVA, checked like one that is assembled."""
+    field = f"model.start_from.llava: {name}"
+    if content.get("model_type") != "llava":
+        raise UserError(f"{field} is a {content.get('model_type')!r} model, not a LLaVA")
+    config: LlavaConfig = build_config(LlavaConfig, content, f"{field}: config.json is not a LLaVA's")
+    check_text_config(config.text_config, f"{field}, text_config")
+    check_vision_config(config.vision_config, f"{field}, vision_config")
+    config.image_seq_length = image_tokens(config)
+    rows = config.text_config.vocab_size
+    for key, value in (
+        ("image_token_index", config.image_token_index),
+        ("pad_token_id", config.text_config.pad_token_id),
+    ):
+        if value is not None and value >= rows:
+            raise UserError(f"{field}: {key} is {value}, and its vocabulary has {rows} rows; restore its config.json")
+    return config
+
+
 def _assembled_config(section: ModelSection) -> LlavaConfig:
     llm = load_config(section.llm or "", section.llm_revision, "llm")
     tower = load_config(section.vision_tower or "", section.vision_tower_revision, "vision_tower")
-    return assembled_config(llm, tower, section.projector_type)
+    read_text_config(llm, "model.llm")  # what a model is comes before its tokenizer
+    read_vision_config(tower, "model.vision_tower")
+    vocabulary = read_vocabulary(_small_files(section.llm or "", section.llm_revision, "llm"), llm)
+    return assembled_config(llm, tower, section.projector_type, vocabulary)
 
 
 def _small_files(name: str, revision: str | None, field: str) -> Path:
@@ -160,7 +182,8 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
     tower = load_part(tower_name, section.vision_tower_revision, "vision_tower")
     file = find_projector(start.projector, start.projector_revision) if start.projector else None
     digest = read_projector(file, section.projector_type)[1] if file else None
-    parts = BaseParts(llm.name, llm.revision, tower.name, tower.revision, section.projector_type, digest, seed)
+    rule = read_vocabulary(llm.folder, load_config(llm_name, section.llm_revision, "llm")).token_rule
+    parts = BaseParts(llm.name, llm.revision, tower.name, tower.revision, section.projector_type, digest, seed, rule)
     initial = None
     if start.stage1_run is not None:
         stage1_parts, initial = read_stage1(start.stage1_run, section, _assembled_config(section))

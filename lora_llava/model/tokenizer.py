@@ -7,18 +7,28 @@ load, so that runs of spaces and a leading space are split differently from pre-
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlavaConfig, PreTrainedTokenizerBase, TokenizersBackend
 
 from lora_llava.core.errors import UserError
+from lora_llava.data.tokens import leading_ids
+from lora_llava.data.typed import special_tokens
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 SENTENCEPIECE_FILE = "tokenizer.model"
+VOCABULARY_MULTIPLE = 64
+"""llava-hf pads Vicuna's 32,002 tokens to 32,064, the next multiple."""
+_TOKEN_RULE = "2"
+"""Raise it when the same tokenizer would get other ids."""
 PROBES = (
     "ASSISTANT:  To be,   or    not.",
     "  two spaces first",
@@ -41,27 +51,94 @@ PROBES = (
 """Texts that a tokenizer must split like its SentencePiece model."""
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids of a LLaVA that its language model does not name.
+
+    Attributes:
+        image_id: Id of `<image>`.
+        pad_id: Id of the pad token.
+        size: Rows of the embedding: those of the language model, or the next multiple of 64 that holds every id.
+        token_rule: None where the two tokens are the first new rows and a BOS stands in front of every text, as in
+            every base of earlier versions; else the version of the rule that chose them.
+    """
+
+    image_id: int
+    pad_id: int
+    size: int
+    token_rule: str | None = None
+
+
+def appended_to(rows: int) -> Vocabulary:
+    """Return the ids where `<image>` and `<pad>` are appended to a vocabulary, as llava-hf did with Vicuna's."""
+    return Vocabulary(rows, rows + 1, _rounded(rows + 2))
+
+
+def _rounded(rows: int) -> int:
+    return -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def read_vocabulary(folder: Path, llm: Mapping[str, Any]) -> Vocabulary:
+    """Return the ids of a LLaVA made of a language model: in spare rows of its embedding, or in new ones.
+
+    Args:
+        folder: The language model's folder, with its tokenizer.
+        llm: Its config.json.
+
+    Raises:
+        UserError: If the tokenizer is another model's, or cannot be used.
+    """
+    rows = llm.get("vocab_size")
+    if not isinstance(rows, int) or rows < 1:
+        raise UserError(f"{folder}/config.json: vocab_size is {rows!r}; it should be the rows of the embedding")
+    state = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*token*")))
+    return _read_vocabulary(folder, rows, state)
+
+
+@functools.lru_cache(16)
+def _read_vocabulary(folder: Path, rows: int, _: Any) -> Vocabulary:
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.get_vocab()
+    new = {IMAGE_TOKEN, tokenizer.pad_token, *special_tokens(tokenizer)}
+    clashes = sorted((id_, token) for token, id_ in ids.items() if id_ >= rows and token not in new)
+    if clashes:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(clashes):,} tokens that the model has no row for, such as "
+            f"{clashes[0][1]!r} with id {clashes[0][0]:,} of {rows:,} rows; the tokenizer belongs to another model"
+        )
+    image_id, pad_id = ids[IMAGE_TOKEN], ids[str(tokenizer.pad_token)]
+    needed = max(ids.values()) + 1
+    size = rows if needed <= rows else _rounded(needed)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    classic = (image_id, pad_id) == (rows, rows + 1) and leading_ids(tokenizer) == bos
+    return Vocabulary(image_id, pad_id, size, None if classic else _TOKEN_RULE)
+
+
 def load_tokenizer(folder: Path, config: LlavaConfig | None = None) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that knows `<image>` and `<pad>`, adds one BOS and pads on the right.
+    """Load a tokenizer that knows `<image>` and a pad token, pads on the right, and adds BOS if its files say so.
 
     Args:
         folder: A language model's folder or a base folder.
-        config: The assembled config, to check that the new tokens get the ids it names.
+        config: The assembled config, to check that `<image>` has the id it names.
 
     Returns:
         A fast tokenizer. If the folder has a `tokenizer.model`, it returns SentencePiece's ids.
 
     Raises:
-        UserError: If the tokenizer's vocabulary is not the model's, or it does not split text like the
-            `tokenizer.model` beside it.
+        UserError: If the tokenizer's vocabulary is not the model's, it does not split text like the `tokenizer.model`
+            beside it, or it puts tokens behind a text.
     """
     if (folder / SENTENCEPIECE_FILE).is_file():
         tokenizer = _load_by_sentencepiece(folder)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = _load_stock(_loader_of(folder), folder)
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)  # first, so that ids are llava-hf's: 32000 and 32001
-    tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-    tokenizer.add_bos_token = True
+    if not _has_own_pad(tokenizer):
+        full = config is not None and len(tokenizer) >= config.text_config.vocab_size  # a complete LLaVA's
+        pad = (tokenizer.pad_token or tokenizer.eos_token) if full else PAD_TOKEN
+        tokenizer.add_special_tokens({"pad_token": pad})
+    if leading_ids(tokenizer) == [tokenizer.bos_token_id]:
+        tokenizer.add_bos_token = True  # says what it does; some files only have it in their post-processor
     tokenizer.padding_side = "right"
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if config is not None and image_id != config.image_token_index:
@@ -69,6 +146,39 @@ def load_tokenizer(folder: Path, config: LlavaConfig | None = None) -> PreTraine
             f"{folder}: {IMAGE_TOKEN} has id {image_id} in the tokenizer and {config.image_token_index} in the model; "
             "the tokenizer belongs to another model"
         )
+    return tokenizer
+
+
+def _has_own_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Check whether a tokenizer has a pad token that means nothing else."""
+    others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id)
+    return tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in others
+
+
+def _settings(folder: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
+    file = folder / name
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _loader_of(folder: Path) -> Any:
+    """Return the class that loads a tokenizer without `tokenizer.model`: its tokenizer.json as it is.
+
+    For some types of models, AutoTokenizer would build another tokenizer from the vocabulary and merges alone
+    (transformers/models/auto/tokenization_auto.py, MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS).
+    """
+    is_llama = str(_settings(folder).get("tokenizer_class", "")).startswith("Llama")
+    is_llama = is_llama and _settings(folder, "config.json").get("model_type", "llama") == "llama"
+    return TokenizersBackend if (folder / "tokenizer.json").is_file() and not is_llama else AutoTokenizer
+
+
+def _load_stock(loader: Any, folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = loader.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare exceptions for damaged files
+        reason = (str(error).strip().splitlines() or ["damaged"])[0]
+        raise UserError(f"{folder}: its tokenizer cannot be loaded ({reason}); restore its files") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{folder}: its tokenizer has no tokenizer.json; name a model that has one")
     return tokenizer
 
 
@@ -89,7 +199,9 @@ def _load_by_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file} cannot be read as a SentencePiece model ({reason}); restore it") from None
-    tokenizer = TokenizersBackend.from_pretrained(folder)
+    tokenizer = _load_stock(TokenizersBackend, folder)
+    if not (folder / "tokenizer.json").is_file():
+        tokenizer.add_bos_token = _adds_bos(folder)
     if json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"] == "BPE":
         if not (folder / "tokenizer.json").is_file():
             _set_merges(tokenizer.backend_tokenizer, reference)
@@ -102,6 +214,11 @@ def _load_by_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
             "file of the two that was changed, or remove tokenizer.json, which is then made from the other"
         )
     return tokenizer
+
+
+def _adds_bos(folder: Path) -> bool:
+    """Return whether a tokenizer without tokenizer.json adds BOS; Llama's does unless its settings say otherwise."""
+    return bool(_settings(folder).get("add_bos_token", True))
 
 
 def _set_merges(backend: Tokenizer, reference: SentencePieceProcessor) -> None:

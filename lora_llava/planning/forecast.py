@@ -11,6 +11,7 @@ from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.selection import build_rows
+from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.start import plan_model
 from lora_llava.planning import plan_tables
@@ -24,7 +25,7 @@ from lora_llava.planning.fit import (
 )
 from lora_llava.planning.memory import Step
 from lora_llava.planning.row_order import RowOrder, exact_epochs, order_rows
-from lora_llava.planning.run_plan import build_run_processor, is_padding_free
+from lora_llava.planning.run_plan import build_run_processor, is_padding_free, run_lora_config
 from lora_llava.planning.timing import published_hours, time_row
 from lora_llava.recipe import Recipe
 from lora_llava.splits.split_rows import sample_rows
@@ -63,6 +64,7 @@ def forecast(recipe: Recipe) -> Forecast:
     if recipe.model.quantization == "nf4":
         check_bitsandbytes()
     model = plan_model(recipe.model)
+    run_lora_config(recipe, model.config)  # refuses targets that the model does not have
     cuda = torch.cuda.is_available()
     try:
         drawn, _, total = sample_rows(recipe, "train", _SAMPLES)
@@ -76,16 +78,16 @@ def forecast(recipe: Recipe) -> Forecast:
         drawn,
         tokenizer=tokenizer,
         template=template,
-        num_image_tokens=model.config.image_seq_length,
+        num_image_tokens=image_tokens(model.config),
         max_length=recipe.data.max_length,
         on_overlong="drop",
     )
     source = f"lengths from {len(samples):,} of {total:,} samples"
     total = _rows_per_epoch(recipe, total)
     lengths = samples.lengths.tolist()
-    order, scale = _order_sample(recipe, total, lengths)
+    padded = not is_padding_free(recipe, model.config)[0]
+    order, scale = _order_sample(recipe, total, lengths, padded)
     tokens = int(scale * sum(lengths[i % len(lengths)] for row in order.rows for i in row))
-    padded = not is_padding_free(recipe)[0]
     folded = [[i % len(samples) for i in row] for row in order.rows]
     extremes = measure_rows(folded, samples, padded=padded)
     if recipe.training.max_tokens_per_row is not None:
@@ -107,12 +109,12 @@ def _rows_per_epoch(recipe: Recipe, total: int) -> int:
     return left if data.max_train_rows is None else min(left, data.max_train_rows)
 
 
-def _order_sample(recipe: Recipe, total: int, sampled: list[int]) -> tuple[RowOrder, float]:
+def _order_sample(recipe: Recipe, total: int, sampled: list[int], padded: bool) -> tuple[RowOrder, float]:
     """Order one pass over data with the sample's lengths repeated; return it and the passes of the run."""
     count = min(total, _ROWS)
     lengths = [sampled[i % len(sampled)] for i in range(count)]
     training = recipe.training.model_copy(update={"epochs": 1.0, "max_steps": None})
-    order = order_rows(training, lengths, seed=recipe.seed, padded=not is_padding_free(recipe)[0])
+    order = order_rows(training, lengths, seed=recipe.seed, padded=padded)
     passes = float(exact_epochs(recipe.training) * total / count)
     if recipe.training.max_steps is not None:
         passes = recipe.training.max_steps / order.steps
@@ -122,7 +124,7 @@ def _order_sample(recipe: Recipe, total: int, sampled: list[int]) -> tuple[RowOr
 def _limits(recipe: Recipe, config: LlavaConfig) -> Extremes:
     training = recipe.training
     tokens = training.max_tokens_per_row or training.batch_size * recipe.data.max_length
-    return Extremes(tokens, tokens // 2, max(1, tokens // (config.image_seq_length + 100)))
+    return Extremes(tokens, tokens // 2, max(1, tokens // (image_tokens(config) + 100)))
 
 
 def print_forecast(recipe: Recipe, console: Console) -> None:

@@ -11,7 +11,10 @@ from functools import cached_property
 
 from transformers import LlavaConfig
 
-from lora_llava.recipe.schema import LINEARS, LoraSection
+from lora_llava.model.families.decoder_shape import DecoderShape, attention_widths, decoder_shape, tower_parameters
+from lora_llava.model.families.language_families import family_of
+from lora_llava.model.families.tower_families import tower_of
+from lora_llava.recipe.schema import LoraSection
 
 GIB = 2**30
 CUDA_CONTEXT = 550_000_000
@@ -62,25 +65,24 @@ class Step:
 
     @property
     def layers(self) -> int:
-        return int(self.config.text_config.num_hidden_layers)
+        return self.shape.layers
 
     @cached_property
+    def shape(self) -> DecoderShape:
+        """The language model's layers, from its stock modules."""
+        return decoder_shape(self.config.text_config)
+
+    @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """Input and output sizes of a layer's linear layers (transformers, models/llama/modeling_llama.py)."""
-        text = self.config.text_config
-        hidden, inner = text.hidden_size, text.intermediate_size
-        head = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
-        queries, keys = text.num_attention_heads * head, text.num_key_value_heads * head
-        sizes = (
-            (hidden, queries),
-            (hidden, keys),
-            (hidden, keys),
-            (queries, hidden),
-            (hidden, inner),
-            (hidden, inner),
-            (inner, hidden),
-        )
-        return dict(zip(LINEARS, sizes, strict=True))
+        """Input and output sizes of a layer's linear layers."""
+        return {name: shapes[0] for name, shapes in self.shape.linears.items()}
+
+    @cached_property
+    def targets(self) -> tuple[str, ...]:
+        """The linear layers with an adapter."""
+        if self.lora is None:
+            return ()
+        return self.shape.check_targets(self.lora.targets, self.config.text_config.model_type)
 
     def parts(self) -> dict[str, int]:
         """Return the bytes of each part at the peak of a step, in the order of the table."""
@@ -89,7 +91,9 @@ class Step:
             "language model, " + ("NF4" if self.quantization == "nf4" else "unquantized"): self._linears() // ranks
             + self._extra_scales(),
             "embeddings, head, norms": self._embeddings() // ranks,
-            "vision tower": 0 if self.cached_features else vision_parameters(self.config) * self.dtype_bytes,
+            "vision tower": 0
+            if self.cached_features
+            else tower_parameters(self.config.vision_config) * self.dtype_bytes,
             "projector": projector_parameters(self.config) * (4 + self.dtype_bytes),  # peft keeps the base's beside it
             "LoRA": 4 * self.lora_parameters // ranks,
         } | ({"gathered weights": self._gathered()} if ranks > 1 else {})
@@ -114,8 +118,8 @@ class Step:
         if self.lora is None:
             return 0
         extra = 1 if self.lora.dora else 0  # DoRA's magnitude, one value per output
-        shapes = [self.linear_shapes[name] for name in self.lora.targets]
-        return self.layers * sum(self.lora.r * (a + b) + extra * b for a, b in shapes)
+        shapes = [shape for name in self.targets for shape in self.shape.linears[name]]
+        return sum(self.lora.r * (a + b) + extra * b for a, b in shapes)
 
     def _autocast_copies(self) -> int:
         """Bytes of 16-bit copies of LoRA and projector: autocast caches A, and layers not recomputed keep B."""
@@ -127,14 +131,15 @@ class Step:
         return int(2 * (lora + projector_parameters(self.config)))
 
     def _linears(self) -> int:
-        count = self.layers * sum(a * b for a, b in self.linear_shapes.values())
-        return int(count * (NF4_BYTES if self.quantization == "nf4" else self.dtype_bytes))
+        return int(self.shape.weights * (NF4_BYTES if self.quantization == "nf4" else self.dtype_bytes))
 
     def _extra_scales(self) -> int:
         """Bytes of 4-bit scales on a rank beyond its share: scales are not parameters and are not sharded."""
-        count = self.layers * sum(a * b for a, b in self.linear_shapes.values())
-        scales = int(count * (NF4_BYTES - 0.5)) if self.quantization == "nf4" else 0
+        scales = int(self.shape.weights * (NF4_BYTES - 0.5)) if self.quantization == "nf4" else 0
         return scales - scales // self.ranks
+
+    def _tower(self) -> int:
+        return self.dtype_bytes * tower_parameters(self.config.vision_config)
 
     def _gathered(self) -> int:
         """Bytes of gathered weights: the present layer, the next one, and the matrix of the embeddings or the head."""
@@ -143,27 +148,36 @@ class Step:
         return 2 * layer + self.dtype_bytes * text.vocab_size * text.hidden_size
 
     def _embeddings(self) -> int:
+        """Bytes of everything in the language model that is not a linear layer's weight: biases, too."""
         text = self.config.text_config
-        matrices = 1 if text.tie_word_embeddings else 2
-        return self.dtype_bytes * (matrices * text.vocab_size + 2 * self.layers + 1) * text.hidden_size
+        head = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
+        return int(self.dtype_bytes * (self.shape.parameters - self.shape.weights + head))
 
     def layer_bytes(self) -> int:
         """Return the bytes that autograd keeps of a layer without recomputation, for all tokens (fast_path/lean.py)."""
         text, size = self.config.text_config, self.dtype_bytes
-        hidden, inner = text.hidden_size, text.intermediate_size
-        queries, keys = self.linear_shapes["q_proj"][1], self.linear_shapes["k_proj"][1]
-        per_token = size * (2 * hidden + 2 * queries + 2 * keys + 2 * inner)  # norms' inputs; q, k, v, out; gate, up
+        hidden, inner = text.hidden_size, self._inner
+        queries, keys = attention_widths(text)
+        per_token = size * (self.shape.norm_values + 2 * queries + 2 * keys + 2 * inner)  # q, k, v, out; gate, up
         per_token += 4 * text.num_attention_heads  # attention's log-sum-exp
+        if family_of(text) is None:  # stock norms keep float32 copies, stock MLPs the activation
+            per_token += 2 * 4 * self.shape.norm_values + size * inner
         dropout = self.lora is not None and self.lora.dropout > 0
         if not self.cuda and not dropout:
             per_token += size * queries  # the samples' outputs, concatenated for o_proj
         if self.lora is not None:
-            inputs = sum(self.linear_shapes[name][0] for name in self.lora.targets)
+            inputs = sum(self.linear_shapes[name][0] for name in self.targets)
             shared = 2 * hidden + inner  # norms' outputs and down_proj's input; attention's output is counted above
             mask = 1 if self.cuda else size
             per_token += (size + mask) * inputs if dropout else size * shared  # inputs after dropout, and the masks
-            per_token += size * self.lora.r * len(self.lora.targets)
+            per_token += size * self.lora.r * len(self.targets)
         return per_token * self.tokens
+
+    @property
+    def _inner(self) -> int:
+        """Width of the MLP."""
+        text = self.config.text_config
+        return int(getattr(text, "intermediate_size", None) or max(b for _, b in self.linear_shapes.values()))
 
     def kept_bytes(self) -> int:
         """Return the bytes kept between forward and backward pass, besides the layer being computed."""
@@ -177,7 +191,7 @@ class Step:
     def _working_set(self) -> int:
         """Bytes of one layer, and of the gradients of its MLP (4 wide and 4 narrow values per token)."""
         text = self.config.text_config
-        transient = self.dtype_bytes * (4 * text.intermediate_size + 4 * text.hidden_size) * self.tokens
+        transient = self.dtype_bytes * (4 * self._inner + 4 * text.hidden_size) * self.tokens
         return self.layer_bytes() + transient
 
     def _head(self) -> int:
@@ -192,7 +206,7 @@ class Step:
         if self.cached_features or not self.images:
             return 0
         vision = self.config.vision_config
-        tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+        tokens = (vision.image_size // vision.patch_size) ** 2 + tower_of(self.config).class_tokens
         states = vision.num_hidden_layers + 1  # transformers before 5.20 keeps all of them
         return self.dtype_bytes * self.images * tokens * (states * vision.hidden_size + 2 * vision.intermediate_size)
 
@@ -200,16 +214,6 @@ class Step:
         """Bytes of the largest matrix, dequantized for one multiplication."""
         largest = max(a * b for a, b in self.linear_shapes.values())
         return largest * self.dtype_bytes if self.quantization == "nf4" else 0
-
-
-def vision_parameters(config: LlavaConfig) -> int:
-    """Return the number of parameters of a CLIP vision tower (transformers, models/clip/modeling_clip.py)."""
-    vision = config.vision_config
-    width, inner = vision.hidden_size, vision.intermediate_size
-    positions = (vision.image_size // vision.patch_size) ** 2 + 1
-    embeddings = width * 3 * vision.patch_size**2 + width + positions * width
-    layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
-    return int(embeddings + vision.num_hidden_layers * layer + 4 * width)
 
 
 def projector_parameters(config: LlavaConfig) -> int:

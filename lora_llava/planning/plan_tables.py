@@ -15,6 +15,7 @@ from rich.text import Text
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.encode import IGNORE_INDEX
+from lora_llava.model.families.language_families import outside_the_table
 from lora_llava.planning.fit import memory_budget, recomputation, resolve_optimizer
 from lora_llava.planning.memory import GIB, Step
 from lora_llava.planning.run_plan import RunPlan
@@ -106,6 +107,8 @@ def print_memory(recipe: Recipe, step: Step, console: Console) -> None:
     table.add_section()
     table.add_row("peak", _size(step.peak))
     console.print(table)
+    if (warning := outside_the_table(step.config.text_config)) is not None:
+        console.print(f"warning: {warning}", soft_wrap=True)
     budget, source = memory_budget(recipe)
     console.print(
         f"{recomputation(step)}; {budget / GIB:.1f} GiB available ({source}); optimizer "

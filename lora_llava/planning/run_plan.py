@@ -16,9 +16,11 @@ from lora_llava.data.templates.named_templates import chat_template
 from lora_llava.data.templates.resolve_template import resolve_template
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.distributed.ranks import this_rank
-from lora_llava.distributed.sharding import check_sharding, is_sharded
+from lora_llava.distributed.sharding import check_sharding, is_sharded, shard_by_layer
 from lora_llava.model.adapters import lora_config, planned_parameters
-from lora_llava.model.base import build_processor, image_processor_of
+from lora_llava.model.base import build_processor
+from lora_llava.model.families.decoder_shape import decoder_shape
+from lora_llava.model.families.tower_families import image_processor_of
 from lora_llava.model.fast_path.attention import resolve_attention
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
 from lora_llava.model.start import ModelPlan, plan_model
@@ -98,6 +100,9 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     check_launch(recipe)
     model = plan_model(recipe.model)
     tokenizer, processor, template = build_run_processor(recipe, model)
+    lora = run_lora_config(recipe, model.config)
+    if is_sharded():
+        shard_by_layer(decoder_shape(model.config.text_config).layer_classes)
     _check_context(recipe, model.config)
     opened = encode_splits(_with_test_rows(recipe), tokenizer, template, progress)
     splits = {
@@ -107,8 +112,8 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     if recipe.evaluation is None and recipe.data.test_source is None:
         splits.pop("test", None)
     samples = splits["train"].rows
-    order = order_run(recipe, splits["train"])
-    extremes = measure_rows(order.rows, samples, padded=not is_padding_free(recipe)[0])
+    order = order_run(recipe, splits["train"], model.config)
+    extremes = measure_rows(order.rows, samples, padded=not is_padding_free(recipe, model.config)[0])
     step, refusal = build_step(recipe, model.config, extremes, cuda=torch.cuda.is_available()), None
     try:
         step = choose_checkpointing(recipe, step)
@@ -124,14 +129,14 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
         order,
         step,
         refusal,
-        planned_parameters(model.config, run_lora_config(recipe)),
-        resolve_computation(recipe),
+        planned_parameters(model.config, lora),
+        resolve_computation(recipe, model.config),
     )
 
 
-def resolve_computation(recipe: Recipe) -> Computation:
+def resolve_computation(recipe: Recipe, config: LlavaConfig) -> Computation:
     """Resolve every `auto` of a recipe's computation on this machine."""
-    padding_free, attention = is_padding_free(recipe)
+    padding_free, attention = is_padding_free(recipe, config)
     optimizer = resolve_optimizer(recipe, cuda=torch.cuda.is_available())
     return Computation(resolve_dtype(recipe.model.dtype), padding_free, attention, optimizer)
 
@@ -177,16 +182,28 @@ def build_run_processor(recipe: Recipe, model: ModelPlan) -> tuple[PreTrainedTok
     return tokenizer, build_processor(tokenizer, model.config, image_processor, chat_template(template)), template
 
 
-def run_lora_config(recipe: Recipe, base: str | None = None) -> Any:
-    """Return the PEFT config of a recipe; Stage 1 has no adapters."""
+def run_lora_config(recipe: Recipe, config: LlavaConfig, base: str | None = None) -> Any:
+    """Return the PEFT config of a recipe; Stage 1 has no adapters.
+
+    Args:
+        recipe: The recipe.
+        config: Configuration of the LLaVA.
+        base: Name of its base.
+
+    Raises:
+        UserError: If `lora.targets` names a layer that the language model does not have.
+    """
     if recipe.lora is None:
         return lora_config(base=base)
-    return lora_config(**recipe.lora.model_dump(), base=base)
+    shape = decoder_shape(config.text_config)
+    targets = shape.check_targets(recipe.lora.targets, config.text_config.model_type)
+    settings = recipe.lora.model_dump(exclude={"targets"})
+    return lora_config(**settings, targets=targets, pattern=shape.pattern(targets), base=base)
 
 
 def _check_context(recipe: Recipe, config: LlavaConfig) -> None:
-    positions = config.text_config.max_position_embeddings
-    if recipe.data.max_length > positions:
+    positions = getattr(config.text_config, "max_position_embeddings", None)
+    if positions is not None and recipe.data.max_length > positions:
         raise UserError(f"data.max_length is {recipe.data.max_length}, over the language model's {positions} positions")
 
 
@@ -203,17 +220,18 @@ def check_reporters(reporters: Iterable[str]) -> None:
             raise UserError(f"training.report_to: {reporter} is not installed; pip install {reporter}, or leave it out")
 
 
-def is_padding_free(recipe: Recipe) -> tuple[bool, str]:
+def is_padding_free(recipe: Recipe, config: LlavaConfig) -> tuple[bool, str]:
     """Return whether a recipe trains without padding on this machine, and a description of the attention."""
-    return resolve_attention(recipe.model.attention, resolve_dtype(recipe.model.dtype))
+    return resolve_attention(recipe.model.attention, resolve_dtype(recipe.model.dtype), config.text_config)
 
 
-def order_run(recipe: Recipe, split: Split) -> RowOrder:
+def order_run(recipe: Recipe, split: Split, config: LlavaConfig) -> RowOrder:
     """Order the rows of a run: which training samples share a forward pass.
 
     Args:
         recipe: The recipe.
         split: The training split.
+        config: Configuration of the LLaVA.
 
     Returns:
         The order.
@@ -222,7 +240,7 @@ def order_run(recipe: Recipe, split: Split) -> RowOrder:
         UserError: If a sample is longer than a row, or rows cannot be packed on this machine.
     """
     budget = recipe.training.max_tokens_per_row
-    padding_free, found = is_padding_free(recipe)
+    padding_free, found = is_padding_free(recipe, config)
     lengths = split.rows.lengths.tolist()
     if budget is not None:
         if not padding_free:

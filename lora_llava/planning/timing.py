@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lora_llava.model.adapters import add_adapters
+from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.fast_path.attention import resolve_attention, use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.fast_path.trained_loss import labelled_loss
@@ -60,12 +61,14 @@ def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:
     device, dtype = default_device(), resolve_dtype(recipe.model.dtype)
     config = copy.deepcopy(step.config)
     config.text_config.num_hidden_layers = layers
+    if kinds := getattr(config.text_config, "layer_types", None):
+        config.text_config.layer_types = kinds[:layers]
     model = build_random_llava(
         config, quantization=recipe.model.quantization, dtype=dtype, device=device, with_tower=False
     )
-    if resolve_attention(recipe.model.attention, dtype)[0]:
+    if resolve_attention(recipe.model.attention, dtype, config.text_config)[0]:
         use_flash_varlen(model)
-    peft_model = add_adapters(model, run_lora_config(recipe)).train()
+    peft_model = add_adapters(model, run_lora_config(recipe, config)).train()
     make_lean(model.model.language_model)
     batch = _full_row(step, recipe, device)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-6)
@@ -87,7 +90,7 @@ def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:
 
 def _full_row(step: Step, recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """Return a row of samples of equal length, with as many images and trained tokens as the heaviest."""
-    image = step.config.image_seq_length
+    image = image_tokens(step.config)
     samples = max(1, step.images, step.tokens // recipe.data.max_length)
     length = max(image + 2, step.tokens // samples)
     images = min(samples, step.images)

@@ -20,6 +20,7 @@ from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.files.cleaned_copy import write_set_without
 from lora_llava.data.files.row_files import DataFileError
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
+from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.start import plan_model
 from lora_llava.pages.preview_samples import escape_hidden
 from lora_llava.planning.run_plan import build_run_processor
@@ -94,7 +95,7 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
         checked,
         {name: run_policy(recipe, name) for name in splits},
         image_id=image_id,
-        num_image_tokens=model.config.image_seq_length,
+        num_image_tokens=image_tokens(model.config),
         leaks_are_errors=not science,
         with_images=sources_with_images(recipe, splits),
     )

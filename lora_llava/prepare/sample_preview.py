@@ -18,6 +18,7 @@ from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images.image_sources import BadImageError
+from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.pages.preview_page import render_page
 from lora_llava.pages.preview_samples import Preview, PreviewRow, PreviewSample, PreviewToken
@@ -81,14 +82,14 @@ def preview(
     # Open images only when shown, unless bad ones are dropped, which changes the order of the run.
     trusted = recipe.data.on_bad_image == "error"
     found = build_split(recipe, split, splits[split], processor, model.config, show_progress, trusted=trusted)
-    rows = order_run(recipe, found).rows if split == "train" else _in_order(recipe, found)
+    rows = order_run(recipe, found, model.config).rows if split == "train" else _in_order(recipe, found)
     batches = _Batches(
         found,
         tokenizer,
         processor,
         tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),  # type: ignore[arg-type]
-        model.config.image_seq_length,
-        is_padding_free(recipe)[0],
+        image_tokens(model.config),
+        is_padding_free(recipe, model.config)[0],
         recipe.training.max_tokens_per_row or 0,
     )
     shown = Preview("Samples as they are trained", _facts(recipe, name, model, found), *_take(batches, rows, samples))

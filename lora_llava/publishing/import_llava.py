@@ -15,10 +15,11 @@ from lora_llava.data.templates.named_templates import chat_template, get_templat
 from lora_llava.data.templates.spans import fit_template
 from lora_llava.model.adapter_file import check_fits
 from lora_llava.model.adapters import lora_config
-from lora_llava.model.base import BaseParts, build_base, build_processor, image_processor_of
+from lora_llava.model.base import BaseParts, build_base, build_processor
+from lora_llava.model.families.tower_families import image_processor_of
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import RUN_FILE
-from lora_llava.model.tokenizer import copy_sentencepiece, load_tokenizer
+from lora_llava.model.tokenizer import copy_sentencepiece, load_tokenizer, read_vocabulary
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.model.weights.original_checkpoint import (
     OriginalConfig,
@@ -78,7 +79,8 @@ def import_llava(
 def _import_checkpoint(
     folder: Path, output: Path, original: OriginalConfig, tower: Part, template: str, console: Console
 ) -> None:
-    config = stock_config(original, json.loads((tower.folder / "config.json").read_text(encoding="utf-8")))
+    vision = json.loads((tower.folder / "config.json").read_text(encoding="utf-8"))
+    config = stock_config(original, vision, read_vocabulary(folder, original.llm))
     tensors = checkpoint_tensors(folder, config, original, lazy_tensors(tower.folder))
     check_disk(output, checkpoint_bytes(tensors, torch.bfloat16))
     console.print(f"{folder}: a complete LLaVA, {original.projector_type} projector, {len(tensors)} tensors")

@@ -107,7 +107,8 @@ class DataSection(Section):
     """Place of a single image: before or after its question, at random (the LLaVA paper's coin flip), or as written in
     the data. Several images keep their places."""
     image_aspect: Literal["pad", "crop"] = "pad"
-    """Pad images to a square with CLIP's mean colour (LLaVA-1.5), or crop the centre (CLIP, llava-hf)."""
+    """Pad images to a square with the mean colour (LLaVA-1.5), or do what the tower's own processor does: CLIP's crops
+    the centre, SigLIP's scales both sides to the size."""
     max_image_pixels: Annotated[int, Field(ge=1)] = 50_000_000
     """Most pixels of an image; a larger one is a bad image."""
     background: Literal["white", "black", "llava"] = "white"

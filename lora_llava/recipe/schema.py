@@ -9,8 +9,7 @@ from pydantic import Field, model_validator
 from lora_llava.recipe.data_schema import DataSection
 from lora_llava.recipe.section import Fraction, InputName, InputPath, NotNegative, OutputPath, Positive, Section
 
-Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LINEARS: tuple[Linear, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a Llama block (transformers, models/llama/modeling_llama.py)."""
 
 
@@ -49,7 +48,7 @@ class ModelSection(Section):
     llm_revision: str | None = None
     """Branch, tag or commit of `llm`."""
     vision_tower: InputName | None = None
-    """The CLIP vision tower: `demo`, a folder, or a Hub id. Not with `start_from.llava`."""
+    """The vision tower, a CLIP or SigLIP: `demo`, a folder, or a Hub id. Not with `start_from.llava`."""
     vision_tower_revision: str | None = None
     """Branch, tag or commit of `vision_tower`."""
     projector_type: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
@@ -88,8 +87,10 @@ class LoraSection(Section):
     """Rank-stabilised scaling (arXiv 2312.03732)."""
     dora: bool = False
     """Weight-decomposed adaptation (arXiv 2402.09353)."""
-    targets: Annotated[tuple[Linear, ...], Field(min_length=1, strict=False)] = LINEARS
-    """The language model's linear layers that get an adapter."""
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = "all-linear"
+    """The language model's linear layers that get an adapter: all of them, or a list of names. A Llama, Mistral, Qwen
+    or Gemma has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj; a Phi-3 has qkv_proj, o_proj,
+    gate_up_proj and down_proj."""
 
 
 class TrainingSection(Section):

@@ -12,6 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_llava.core.errors import UserError, nearest
 from lora_llava.recipe import Recipe, load_recipe
+from lora_llava.recipe.schema import LINEARS
 from lora_llava.runs.checkpoint import best_of_run, list_checkpoints, newest_complete, read_manifest
 from lora_llava.runs.directory import RECIPE_FILE
 from lora_llava.runs.identity import check_identity, is_of_run
@@ -206,7 +207,14 @@ def _is_change(key: str, before: Any, now: Any) -> bool:
     """Check whether a key's new value changes the run."""
     if key == "data.sources":
         before, now = _settings_of(before), _settings_of(now)
+    if key == "lora.targets":
+        before, now = _targets(before), _targets(now)
     return before != now and key not in UNTOUCHED | PLACES
+
+
+def _targets(value: Any) -> Any:
+    """Return the seven names of earlier recipes as `all-linear`: every model that has these has no others."""
+    return "all-linear" if value is not None and tuple(value) == LINEARS else value
 
 
 def _is_evaluation(key: str) -> bool:

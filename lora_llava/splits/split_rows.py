@@ -26,6 +26,7 @@ from lora_llava.data.mixture import Share, epoch_counts, mixture
 from lora_llava.data.selection import NOT_DRAWN, Policy, Report, account, select_rows, without_bad_images
 from lora_llava.data.sources import Source
 from lora_llava.data.templates.spans import AnyTemplate
+from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.splits.encoded_sources import (
     OpenSplit,
@@ -147,7 +148,7 @@ def build_split(
     data, limits = recipe.data, run_policy(recipe, name)
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     rows, report = select_rows(
-        split.tables, split.places, limits, image_id=image_id, num_image_tokens=config.image_seq_length
+        split.tables, split.places, limits, image_id=image_id, num_image_tokens=image_tokens(config)
     )
     mixed = name == "train" and any(x.weight is not None or x.rows is not None for x in data.train_sources())
     usable, draw = rows, None

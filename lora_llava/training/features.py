@@ -24,6 +24,7 @@ from lora_llava.data.images.to_rgb import CONVERSION_RULE
 from lora_llava.distributed.ranks import first_before_others
 from lora_llava.evaluation.row_evaluation import choose_rows
 from lora_llava.model.base import cache_folder
+from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.loading import default_device
 from lora_llava.model.start import Base
 from lora_llava.model.vision import load_tower, tower_features
@@ -172,7 +173,7 @@ def _check_room(store: FeatureStore, images: int, plan: RunPlan) -> None:
     config = plan.model.config
     layers = config.vision_feature_layer
     width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-    one = feature_bytes(config.image_seq_length, width, plan.computation.dtype)
+    one = feature_bytes(image_tokens(config), width, plan.computation.dtype)
     needed = images * one
     if store.folder is None:
         free, what, fix = psutil.virtual_memory().available, "memory", "disk or off"

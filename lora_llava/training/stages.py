@@ -30,9 +30,10 @@ from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import load_base
 from lora_llava.model.start import Base
 from lora_llava.model.vision import freeze_tower
+from lora_llava.planning.fit import resolve_optimizer
 from lora_llava.planning.memory import GIB
 from lora_llava.planning.row_order import validation_rows
-from lora_llava.planning.run_plan import RunPlan, is_padding_free, resolve_computation, run_lora_config
+from lora_llava.planning.run_plan import RunPlan, is_padding_free, run_lora_config
 from lora_llava.recipe import Recipe, recipe_hash
 from lora_llava.runs.checkpoint import DiskFullError
 from lora_llava.runs.directory import save_model, versions
@@ -98,9 +99,10 @@ def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
         with_tower=recipe.training.vision_cache == "off",
         to_shard=is_sharded(),
     )
-    if is_padding_free(recipe)[0]:
+    if is_padding_free(recipe, model.config)[0]:
         use_flash_varlen(model)
-    peft_model = add_adapters(model, run_lora_config(recipe, base.name), recipe.training.projector_dropout)
+    lora = run_lora_config(recipe, model.config, base.name)
+    peft_model = add_adapters(model, lora, recipe.training.projector_dropout)
     if recipe.training.vision_cache == "off":
         freeze_tower(model)
     make_lean(model.model.language_model)
@@ -146,7 +148,7 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
         weight_decay=training.weight_decay,
         warmup_steps=warmup_steps(training.warmup_ratio, plan_steps),
         lr_scheduler_type=training.lr_scheduler,
-        optim=resolve_computation(recipe).optimizer,
+        optim=resolve_optimizer(recipe, cuda=torch.cuda.is_available()),
         max_grad_norm=training.max_grad_norm,
         eval_strategy="steps" if has_validation else "no",
         eval_steps=every,

@@ -15,7 +15,7 @@ from PIL import Image
 from lora_llava.benchmark.benchmark_rows import shape_config
 from lora_llava.data.collator import PackedCollator
 from lora_llava.data.images.image_sources import FolderImages, PixelLoader, Pixels
-from lora_llava.model.base import image_processor_of
+from lora_llava.model.families.tower_families import image_processor_of
 from lora_llava.model.vision_cache import CachedFeatures, FeatureStore
 
 REPEATS = 5

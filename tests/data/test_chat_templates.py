@@ -20,7 +20,8 @@ from lora_llava.data.templates.chat_template import ChatTemplate, own_template, 
 from lora_llava.data.templates.named_templates import TEMPLATES, chat_template, get_template
 from lora_llava.data.templates.resolve_template import resolve_template
 from lora_llava.data.tokens import leading_ids, stop_of
-from lora_llava.model.base import build_processor, image_processor_of
+from lora_llava.model.base import build_processor
+from lora_llava.model.families.tower_families import image_processor_of
 
 TRL = Path(trl.__file__).parent / "chat_templates"
 SMOLLM2 = (

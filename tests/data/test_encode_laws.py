@@ -24,7 +24,8 @@ from lora_llava.data import (
 )
 from lora_llava.data.encode import _tokenise, encode_spans
 from lora_llava.data.templates.spans import Span
-from lora_llava.model.base import assembled_config, build_processor, image_processor_of
+from lora_llava.model.base import assembled_config, build_processor
+from lora_llava.model.families.tower_families import image_processor_of
 
 TOKENIZERS = ["letters", "demo_tokenizer", "llama_tokenizer"]
 IMAGE = Image.new("RGB", (6, 4), (10, 200, 30))

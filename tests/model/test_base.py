@@ -11,7 +11,8 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from lora_llava.core.errors import UserError
-from lora_llava.model.base import BaseParts, assembled_config, build_base, image_processor_of, pad_vocabulary
+from lora_llava.model.base import BaseParts, assembled_config, build_base, pad_vocabulary
+from lora_llava.model.families.tower_families import image_processor_of
 from lora_llava.model.start import prepare_base
 from lora_llava.model.weights.parts import load_part
 from lora_llava.model.weights.tensor_files import iterate_tensors

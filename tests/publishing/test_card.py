@@ -90,7 +90,7 @@ def test_body_holds_data_settings_cost_and_curve(train: Train) -> None:
     train_figures = package.metrics["train"]
     for line in (
         "| training rows | 24 of 24 used; dropped: none; cut: 0 |",
-        "| LoRA | r 4, alpha 32, dropout 0, on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj |",
+        "| LoRA | r 4, alpha 32, dropout 0, on all linear layers of the language model |",
         "| quantisation during training | NF4 with double quantisation |",
         "| learning rate | 0.05 (projector 0.05), cosine schedule, warm-up ratio 0.03 |",
         "| batch | 8 samples x 1 accumulation step |",

@@ -52,7 +52,7 @@ def test_a_minimal_recipe_takes_the_defaults(file: Path) -> None:
     assert (recipe.model.llm, recipe.model.vision_tower, recipe.model.quantization) == ("vicuna", "clip", "nf4")
     assert recipe.model.start_from.untrained is True
     assert recipe.lora is not None
-    assert (recipe.lora.r, recipe.lora.alpha, len(recipe.lora.targets)) == (64, 16, 7)
+    assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.targets) == (64, 16, "all-linear")
     assert (recipe.data.template, recipe.data.max_length, recipe.data.on_overlong) == ("auto", 2048, "error")
     assert recipe.data.splits.model_dump() == {"train": "train", "validation": "val", "test": "test"}
     assert (recipe.training.learning_rate, recipe.training.epochs) == (2e-5, 1.0)

@@ -14,6 +14,7 @@ from transformers import AutoModel, CLIPVisionConfig, LlamaConfig, LlamaModel, L
 
 from lora_llava.benchmark.benchmark_rows import shape_config
 from lora_llava.model.adapters import add_adapters, lora_config, planned_parameters
+from lora_llava.model.families.decoder_shape import tower_parameters
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.fast_path.attention import IMPLEMENTATION, register_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
@@ -27,7 +28,6 @@ from lora_llava.planning.memory import (
     fit_step,
     projector_parameters,
     smallest,
-    vision_parameters,
 )
 from lora_llava.recipe.schema import LINEARS, LoraSection
 from tests.memory import saved_bytes
@@ -80,8 +80,9 @@ def test_trained_parameters_are_counted_exactly(shape: str, lora: int, projector
 @pytest.mark.parametrize("options", [{}, {"targets": ("q_proj", "down_proj")}, {"dora": True}])
 def test_adapters_are_counted_as_peft_makes_them(options: dict[str, Any]) -> None:
     section = LoraSection(r=4, **options)
-    made = planned_parameters(SMALL, lora_config(**section.model_dump()))
-    assert step_of("small", lora=section).lora_parameters == made["lora"]
+    step = step_of("small", lora=section)
+    made = planned_parameters(SMALL, lora_config(**section.model_dump(exclude={"targets"}), targets=step.targets))
+    assert step.lora_parameters == made["lora"]
     assert projector_parameters(SMALL) == made["projector"]
 
 
@@ -89,7 +90,7 @@ def test_adapters_are_counted_as_peft_makes_them(options: dict[str, Any]) -> Non
 def test_the_tower_is_counted_as_transformers_makes_it(config: LlavaConfig) -> None:
     with torch.device("meta"):
         tower = AutoModel.from_config(config.vision_config)
-    assert vision_parameters(config) == sum(p.numel() for p in tower.parameters())
+    assert tower_parameters(config.vision_config) == sum(p.numel() for p in tower.parameters())
 
 
 def test_bytes_of_weights_are_exact() -> None:

@@ -23,6 +23,7 @@ from lora_llava.inference.prompt import prompt_ids as written_ids
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import MAX_IMAGE_PIXELS, Speaker
 from lora_llava.model.adapter_file import checked_base
+from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.provenance import weights_state
 from lora_llava.model.vision import llava_of
 from lora_llava.model.weights.names import ADAPTER_FILE
@@ -146,7 +147,7 @@ def prompt_ids(speaker: Speaker, row: Conversation) -> list[int]:
         raise UserError(f"{speaker.name} was trained on captions (template plain), not on questions; name another")
     content = [{"type": "image"}, {"type": "text", "text": text}]
     messages = [{"role": "user", "content": content}]
-    return written_ids(speaker.processor, messages, llava_of(speaker.model).config.image_seq_length)
+    return written_ids(speaker.processor, messages, image_tokens(llava_of(speaker.model).config))
 
 
 def _weights(model: str) -> dict[str, str]:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lora_llava.core.errors import UserError
+from lora_llava.model.families.language_families import attention_problem
 
 IMPLEMENTATION = "varlen"
 """The name under which `flash_varlen` is registered: transformers looks for any name with "flash" on the Hub
@@ -32,6 +33,7 @@ def flash_varlen_attention(
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Compute causal attention within each sample of a row; without `cu_seq_lens_q`, use transformers' SDPA.
@@ -46,6 +48,7 @@ def flash_varlen_attention(
         dropout: Dropout of the attention weights; 0 in every Llama we train.
         cu_seq_lens_q: Start of each sample and end of the last one, int32, shape (samples + 1,).
         max_length_q: Tokens of the longest sample.
+        sliding_window: Tokens that a token attends to, itself included; None is all before it.
         kwargs: Other arguments of transformers, unused.
 
     Returns:
@@ -55,18 +58,23 @@ def flash_varlen_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if not query.is_cuda:
-        return _by_segment(query, key, value, cu_seq_lens_q, scaling, dropout), None
+    if kwargs.get("softcap") is not None:
+        raise ValueError("flash_varlen does not compute a softcap; use sdpa or eager attention")
     longest = int(max_length_q or torch.diff(cu_seq_lens_q).max())
+    window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    if not query.is_cuda or (window is not None and not _has_windows()):
+        return _by_segment(query, key, value, cu_seq_lens_q, scaling, dropout, window), None
+    span = {} if window is None else {"window_size": (window - 1, 0)}
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, head size)
     lengths = (cu_seq_lens_q, cu_seq_lens_q, longest, longest)
     flash_attn = find_flash_attn()
     if flash_attn is not None:
-        output = flash_attn(q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True)
+        output = flash_attn(q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True, **span)
     else:
         from torch.nn.attention.varlen import varlen_attn
 
-        output = varlen_attn(q, k, v, *lengths, scale=scaling, **_varlen_options(varlen_attn, key, query))
+        options = _varlen_options(varlen_attn, key, query) | span
+        output = varlen_attn(q, k, v, *lengths, scale=scaling, **options)
     return output.unsqueeze(0), None
 
 
@@ -78,6 +86,16 @@ def find_flash_attn() -> Any:
     except ImportError:  # a library with undefined symbols raises it too
         return None
     return flash_attn_varlen_func
+
+
+@functools.cache
+def _has_windows() -> bool:
+    """Check whether the installed kernels have sliding windows; torch's first one has none."""
+    if find_flash_attn() is not None:
+        return True
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "window_size" in inspect.signature(varlen_attn).parameters
 
 
 def _varlen_options(function: Any, key: torch.Tensor, query: torch.Tensor) -> dict[str, Any]:
@@ -94,6 +112,7 @@ def _by_segment(
     cu_seq_lens: torch.Tensor,
     scaling: float | None,
     dropout: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Run SDPA on each sample: exact, and far cheaper than a dense mask over the row."""
     ends = cu_seq_lens.tolist()
@@ -103,14 +122,23 @@ def _by_segment(
             query[:, :, start:end],
             key[:, :, start:end],
             value[:, :, start:end],
+            attn_mask=_band(end - start, window, query.device),
             dropout_p=dropout,
-            is_causal=True,
+            is_causal=window is None or end - start <= window,
             scale=scaling,
             enable_gqa=grouped,
         )
         for start, end in itertools.pairwise(ends)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Return the mask of a sample that is longer than the sliding window: each token and the `window` - 1 before it."""
+    if window is None or length <= window:
+        return None
+    ones = torch.ones(length, length, dtype=torch.bool, device=device)
+    return ones.tril().triu(1 - window)
 
 
 def register_flash_varlen() -> None:
@@ -120,7 +148,7 @@ def register_flash_varlen() -> None:
 
 
 def use_flash_varlen(model: Any) -> None:
-    """Switch the language model to `flash_varlen`; CLIP keeps SDPA.
+    """Switch the language model to `flash_varlen`; the tower keeps SDPA.
 
     Args:
         model: A `LlavaForConditionalGeneration`.
@@ -141,18 +169,23 @@ def _no_dense_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tupl
     return args, kwargs
 
 
-def resolve_attention(requested: str, dtype: torch.dtype) -> tuple[bool, str]:
+def resolve_attention(requested: str, dtype: torch.dtype, text: PreTrainedConfig | None = None) -> tuple[bool, str]:
     """Return whether rows are trained without padding on this machine, and a description of the attention.
 
     Args:
         requested: `auto`, `flash_varlen` or `sdpa`.
         dtype: Compute dtype of the language model.
+        text: Configuration of the language model; None is a Llama's.
 
     Raises:
-        UserError: If `flash_varlen` is requested and this machine cannot run it.
+        UserError: If `flash_varlen` is requested, and this machine or the language model cannot run it.
     """
     if requested == "sdpa":
         return False, "sdpa, padded"
+    if text is not None and (limit := attention_problem(text)) is not None:
+        if requested == "flash_varlen":
+            raise UserError(f"model.attention is flash_varlen, but {limit}; set model.attention=sdpa")
+        return False, f"sdpa, padded: {limit}"
     if not torch.cuda.is_available():
         return True, "flash_varlen, padding-free, by SDPA on each sample"
     if problem := _kernel_problem(dtype):

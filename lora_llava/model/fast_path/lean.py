@@ -1,4 +1,4 @@
-"""Training steps with less memory and time, by three changes to a Llama.
+"""Training steps with less memory and time, by three changes to a language model.
 
 Norms and MLPs recompute cheap values in the backward pass in place of keeping them, and an adapter's output is added to
 that of its layer in one matrix multiplication.
@@ -14,7 +14,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.activations import ACT2FN
+
+from lora_llava.model.families.language_families import FAMILIES
 
 
 class _Recompute(torch.autograd.Function):
@@ -59,8 +61,23 @@ def _lean_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _lean_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """The MLP of a Llama, with `_SwiGLU`."""
-    return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+    """An MLP with gate and up as two matrices."""
+    return self.down_proj(_gated(self.act_fn, self.gate_proj(x), self.up_proj(x)))
+
+
+def _lean_fused_mlp(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """An MLP with gate and up in one matrix, such as Phi-3's."""
+    gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+    return self.down_proj(_gated(self.activation_fn, gate, up))
+
+
+def _gated(activation: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return activation(gate) * up, with gate and up kept and nothing else."""
+    if isinstance(activation, _SILU):
+        return _SwiGLU.apply(gate, up)
+    if not (gate.requires_grad or up.requires_grad):
+        return activation(gate) * up
+    return _Recompute.apply(lambda g, u: activation(g) * u, gate, up)
 
 
 def _lean_lora(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -93,24 +110,31 @@ def _is_plain(layer: Any, adapter: str) -> bool:
     )
 
 
+_NORMS = frozenset(family.norm for family in FAMILIES.values())
+_MLPS = {family.mlp: _lean_fused_mlp if family.fused_mlp else _lean_mlp for family in FAMILIES.values()}
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))
+
+
 def make_lean(language_model: nn.Module) -> int:
-    """Replace the forward methods of a Llama's frozen norms, MLPs and adapters with lean ones.
+    """Replace the forward methods of a language model's frozen norms, MLPs and adapters with lean ones.
 
     The outputs of norms and MLPs are bit-equal to the stock ones; those of adapters are equal up to rounding.
 
     Args:
-        language_model: The language model of a LLaVA; modules that are not Llama's or peft's stay stock.
+        language_model: The language model of a LLaVA; modules that are not in the table of families or peft's stay
+            stock.
 
     Returns:
         The number of modules that were changed.
     """
     changed = 0
     for module in language_model.modules():
-        if isinstance(module, LlamaRMSNorm) and not module.weight.requires_grad:
+        name = type(module).__name__
+        if name in _NORMS and not module.weight.requires_grad:  # type: ignore[union-attr]
             module.forward = MethodType(_lean_norm, module)
-        elif isinstance(module, LlamaMLP) and module.config.hidden_act == "silu":
-            module.forward = MethodType(_lean_mlp, module)
-        elif isinstance(module, LoraLayer) and type(module).__name__ in ("Linear", "Linear4bit"):
+        elif name in _MLPS:
+            module.forward = MethodType(_MLPS[name], module)
+        elif isinstance(module, LoraLayer) and name in ("Linear", "Linear4bit"):
             module.forward = MethodType(_lean_lora, module)
         else:
             continue

@@ -14,6 +14,8 @@ from transformers import LlavaConfig
 from lora_llava.core.errors import UserError
 from lora_llava.model.adapter_file import refuse_settings
 from lora_llava.model.base import assembled_config, language_tensors, lazy_projector, vision_tensors
+from lora_llava.model.families.tower_families import image_tokens
+from lora_llava.model.tokenizer import Vocabulary
 from lora_llava.model.weights.names import canonical_name
 from lora_llava.model.weights.original_projector import identity_layer, is_original_config, projector_names
 from lora_llava.model.weights.streaming import build_empty
@@ -111,11 +113,12 @@ def read_config(folder: Path) -> OriginalConfig:
     )
 
 
-def stock_config(original: OriginalConfig, vision: Mapping[str, Any]) -> LlavaConfig:
-    """Return the stock configuration of an original checkpoint and its tower's config.json."""
-    config = assembled_config(original.llm, dict(vision), original.projector_type)
+def stock_config(original: OriginalConfig, vision: Mapping[str, Any], vocabulary: Vocabulary) -> LlavaConfig:
+    """Return the stock configuration of an original checkpoint, its tower's config.json and its tokenizer's ids."""
+    config = assembled_config(original.llm, dict(vision), original.projector_type, vocabulary)
     config.vision_feature_layer = original.feature_layer
     config.vision_feature_select_strategy = original.strategy
+    config.image_seq_length = image_tokens(config)
     return config
 
 

@@ -87,7 +87,9 @@ def _batch(training: dict[str, Any]) -> str:
 
 def _lora(lora: dict[str, Any]) -> str:
     kinds = [name for name, on in (("rsLoRA", lora["rslora"]), ("DoRA", lora["dora"])) if on]
-    settings = f"r {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, on {', '.join(lora['targets'])}"
+    targets = lora["targets"]
+    on = "all linear layers of the language model" if isinstance(targets, str) else ", ".join(targets)
+    settings = f"r {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, on {on}"
     return settings + (f" ({', '.join(kinds)})" if kinds else "")
 
 

@@ -1,0 +1,144 @@
+"""The families of vision towers: one table, their image tokens and image processors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import (
+    CONFIG_MAPPING,
+    CLIPImageProcessorPil,
+    LlavaConfig,
+    LlavaImageProcessorPil,
+    PreTrainedConfig,
+    SiglipImageProcessorPil,
+)
+
+from lora_llava.core.errors import UserError
+from lora_llava.model.families.language_families import build_config
+
+FEATURE_LAYER = -2
+"""LLaVA takes the output of the tower's last layer but one."""
+
+
+@dataclass(frozen=True)
+class TowerFamily:
+    """What is known of a family of towers.
+
+    Attributes:
+        model_type: Its name in transformers.
+        class_tokens: Tokens before the patches: CLIP's CLS.
+        strategy: `default` drops the first token, `full` keeps all.
+        image_processor: The stock image processor on PIL that CLIP or SigLIP itself uses.
+        square: Whether that processor scales both sides to the size, rather than the shorter one and then crops.
+        statistics: Mean and deviation of pixels where its folder names none; None is CLIP's, the processors' default.
+    """
+
+    model_type: str
+    class_tokens: int
+    strategy: Literal["default", "full"]
+    image_processor: type
+    square: bool
+    statistics: float | None = None
+
+
+TOWERS = {
+    tower.model_type: tower
+    for tower in (
+        TowerFamily("clip_vision_model", 1, "default", CLIPImageProcessorPil, square=False),
+        TowerFamily("siglip_vision_model", 0, "full", SiglipImageProcessorPil, square=True, statistics=0.5),
+    )
+}
+"""By model_type. SigLIP 2's checkpoints of a fixed resolution are SigLIPs."""
+_VISION_PARTS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model"}
+_REFUSED = {"siglip2_vision_model": "NaFlex has no fixed grid of patches; name a SigLIP 2 of a fixed resolution"}
+
+
+def read_vision_config(content: Mapping[str, Any], field: str) -> PreTrainedConfig:
+    """Return the configuration of a tower, checked.
+
+    Args:
+        content: Its config.json, or that of the model of images and text it is a part of.
+        field: The recipe's field, for messages.
+
+    Raises:
+        UserError: For a tower that is not in the table, or gives no grid of patches.
+    """
+    whole = content.get("model_type")
+    vision = dict(content.get("vision_config") or content)
+    kind = vision.get("model_type")
+    if kind is None or kind in _VISION_PARTS:  # files of older versions do not name the part
+        kind = _VISION_PARTS.get(kind or whole or "clip", kind or whole)
+    vision["model_type"] = kind
+    _check_kind(str(kind), field)
+    config: PreTrainedConfig = build_config(CONFIG_MAPPING[kind], vision, f"{field}: config.json is not a {kind}'s")
+    check_vision_config(config, field)
+    return config
+
+
+def _check_kind(kind: str, field: str) -> None:
+    if kind in _REFUSED:
+        raise UserError(f"{field} is a {kind!r}: {_REFUSED[kind]}")
+    if kind not in TOWERS:
+        raise UserError(f"{field} is a {kind!r} model; the towers that work are {' and '.join(TOWERS)}")
+
+
+def check_vision_config(config: PreTrainedConfig, field: str) -> None:
+    """Refuse a tower that is not in the table or has no square grid of patches.
+
+    Raises:
+        UserError: Naming the reason.
+    """
+    _check_kind(config.model_type, field)
+    sizes = config.image_size, config.patch_size
+    if not all(isinstance(size, int) and size > 0 for size in sizes) or config.image_size < config.patch_size:
+        raise UserError(f"{field}: image_size {sizes[0]} and patch_size {sizes[1]} give no grid of patches")
+
+
+def tower_of(config: LlavaConfig) -> TowerFamily:
+    """Return the family of a LLaVA's tower.
+
+    Raises:
+        UserError: For a tower that is not in the table.
+    """
+    _check_kind(config.vision_config.model_type, "the LLaVA's vision tower")
+    return TOWERS[config.vision_config.model_type]
+
+
+def image_tokens(config: LlavaConfig) -> int:
+    """Return the number of `<image>` tokens of one image, as stock model and processor count them."""
+    vision = config.vision_config
+    dropped = 1 if config.vision_feature_select_strategy == "default" else 0
+    return int((vision.image_size // vision.patch_size) ** 2) + tower_of(config).class_tokens - dropped
+
+
+def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -> Any:
+    """Return the tower's image processor on PIL, as CLIP, SigLIP and LLaVA use it, whatever else is installed.
+
+    Args:
+        folder: The vision tower's folder, or a base folder; its preprocessor_config.json is read if there is one.
+        config: The LLaVA's configuration, with the image size.
+        aspect: `pad` pads images to a square with the mean colour; `crop` does what the tower's own processor does:
+            CLIP's crops the centre, SigLIP's scales both sides to the size.
+
+    Returns:
+        A stock image processor.
+    """
+    tower, size = tower_of(config), config.vision_config.image_size
+    square = {"height": size, "width": size}
+    settings: dict[str, Any] = {"size": {"shortest_edge": size}, "crop_size": square}
+    if tower.statistics is not None:
+        settings |= {"image_mean": [tower.statistics] * 3, "image_std": [tower.statistics] * 3}
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            saved = json.loads((folder / name).read_text())
+            saved = saved.get("image_processor", saved)
+            settings |= {key: saved[key] for key in ("image_mean", "image_std", "resample") if key in saved}
+    if aspect != "crop":
+        return LlavaImageProcessorPil(do_pad=True, **settings)
+    if tower.square:
+        settings = {key: value for key, value in settings.items() if key != "crop_size"} | {"size": square}
+    return tower.image_processor(**settings)
