@@ -279,3 +279,8 @@ def looked_in(path: object) -> str:
     """Return the places where a recipe's path was not found, as a suffix for messages; else an empty text."""
     looked = path.looked if isinstance(path, FoundPath) else ()
     return f" (looked for {' and '.join(looked)})" if looked else ""
+
+
+def cache_folder() -> Path:
+    """Return the folder of base folders and demo data: `LORA_LLAVA_CACHE`, or `~/.cache/lora_llava`."""
+    return Path(os.environ.get("LORA_LLAVA_CACHE") or Path.home() / ".cache" / "lora_llava").expanduser()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaProcessor, PreTrain
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lora_llava.core.errors import UserError
-from lora_llava.core.storage import make_entry
+from lora_llava.core.storage import cache_folder, make_entry
 from lora_llava.model.families.language_families import read_text_config
 from lora_llava.model.families.tower_families import (
     FEATURE_LAYER,
@@ -76,11 +75,6 @@ class BaseParts:
     def as_dict(self) -> dict[str, Any]:
         """Return the parts as they are recorded, without a `token_rule` of None."""
         return {name: value for name, value in asdict(self).items() if name != "token_rule" or value is not None}
-
-
-def cache_folder() -> Path:
-    """Return the folder of base folders and demo data: `LORA_LLAVA_CACHE`, or `~/.cache/lora_llava`."""
-    return Path(os.environ.get("LORA_LLAVA_CACHE") or Path.home() / ".cache" / "lora_llava").expanduser()
 
 
 def assembled_config(
@@ -151,7 +145,7 @@ def _write_base(folder: Path, parts: BaseParts, llm: Part, vision_tower: Part, p
     tensors = _all_tensors(config, llm, vision_tower, projector_file, parts)
     write_checkpoint(tensors, folder, torch.bfloat16, "writing the base model")
     config.save_pretrained(folder)
-    _generation_config(config).save_pretrained(folder)
+    _generation_config(config, llm.folder).save_pretrained(folder)
     tokenizer = load_tokenizer(llm.folder, config)
     copy_sentencepiece(llm.folder, folder)
     build_processor(tokenizer, config, image_processor_of(vision_tower.folder, config)).save_pretrained(folder)
@@ -162,10 +156,15 @@ def _config_of(part: Part) -> dict[str, Any]:
     return dict(json.loads((part.folder / "config.json").read_text()))
 
 
-def _generation_config(config: LlavaConfig) -> GenerationConfig:
-    text = config.text_config
+def _generation_config(config: LlavaConfig, llm: Path) -> GenerationConfig:
+    """Return the token ids for generation; all ids at which the language model stops are kept, as Llama 3 has three."""
+    text, file = config.text_config, llm / "generation_config.json"
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stops = saved.get("eos_token_id")
     return GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id if stops is None else stops,
+        pad_token_id=text.pad_token_id,
     )
 
 

@@ -14,8 +14,8 @@ import torch
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
-from lora_llava.core.storage import atomic_file, find_damage
-from lora_llava.model.base import BaseParts, build_base, cache_folder
+from lora_llava.core.storage import atomic_file, cache_folder, find_damage
+from lora_llava.model.base import BaseParts, build_base
 from lora_llava.model.weights.names import COMPONENTS, canonical_name, component_of
 from lora_llava.model.weights.parts import load_part, local_folder
 from lora_llava.model.weights.tensor_files import LazyTensor, lazy_tensors, weight_files

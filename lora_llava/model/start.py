@@ -13,9 +13,9 @@ from safetensors import safe_open
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
-from lora_llava.core.storage import find_damage, looked_in
+from lora_llava.core.storage import cache_folder, find_damage, looked_in
 from lora_llava.model.adapter_file import check_fits, check_saved
-from lora_llava.model.base import BaseParts, assembled_config, build_base, cache_folder
+from lora_llava.model.base import BaseParts, assembled_config, build_base
 from lora_llava.model.families.language_families import build_config, check_text_config, read_text_config
 from lora_llava.model.families.tower_families import check_vision_config, image_tokens, read_vision_config
 from lora_llava.model.provenance import component_hashes

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_llava.core.errors import UserError
-from lora_llava.core.storage import locked, share
-from lora_llava.model.base import cache_folder
+from lora_llava.core.storage import cache_folder, locked, share
 
 _SPARE_BYTES = 64 * 2**20
 """Space for tokenizer, configs and reports."""

@@ -44,7 +44,7 @@ class ModelSection(Section):
     """The parts of the LLaVA model and how they are loaded."""
 
     llm: InputName | None = None
-    """The language model: `demo`, a folder, or a Hub id. Not with `start_from.llava`."""
+    """The language model: `demo`, `smollm2`, a folder, or a Hub id. Not with `start_from.llava`."""
     llm_revision: str | None = None
     """Branch, tag or commit of `llm`."""
     vision_tower: InputName | None = None

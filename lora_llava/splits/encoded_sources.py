@@ -14,6 +14,7 @@ import numpy as np
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
+from lora_llava.core.storage import cache_folder
 from lora_llava.data.encoded import EncodedTable, encode_table
 from lora_llava.data.formats import Columns
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
@@ -23,7 +24,6 @@ from lora_llava.data.scienceqa import load_scienceqa
 from lora_llava.data.sources import Read, Source, list_source, open_source
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.demo.dataset import build_demo_captions, build_demo_scienceqa
-from lora_llava.model.base import cache_folder
 from lora_llava.recipe import Recipe, SourceSection
 from lora_llava.splits.hold_out import hold_back, row_keys
 

@@ -134,8 +134,8 @@ def _with_demo(recipe: GenerateRecipe) -> GenerateRecipe:
             f"contexts.images: {recipe.contexts.images} is set, but contexts.contexts is demo, which includes its "
             "images; leave out contexts.images"
         )
+    from lora_llava.core.storage import cache_folder
     from lora_llava.demo.dataset import build_demo_contexts
-    from lora_llava.model.base import cache_folder
 
     folder = Path(recipe.output_dir)
     file = build_demo_contexts(cache_folder())

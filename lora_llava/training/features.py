@@ -18,12 +18,12 @@ from rich.console import Console
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
+from lora_llava.core.storage import cache_folder
 from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.images.image_sources import Pixels
 from lora_llava.data.images.to_rgb import CONVERSION_RULE
 from lora_llava.distributed.ranks import first_before_others
 from lora_llava.evaluation.row_evaluation import choose_rows
-from lora_llava.model.base import cache_folder
 from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.loading import default_device
 from lora_llava.model.start import Base

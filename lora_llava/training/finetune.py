@@ -18,13 +18,12 @@ import torch
 from rich.console import Console
 
 from lora_llava.core.errors import UserError
-from lora_llava.core.storage import FoundPath
+from lora_llava.core.storage import FoundPath, cache_folder
 from lora_llava.distributed.ranks import first_alone, first_before_others, is_first, this_rank
 from lora_llava.evaluation.run_report import REPORT_FILE, write_report
 from lora_llava.evaluation.scoring import EvaluationResult, evaluate_run
 from lora_llava.evaluation.tables import tables_view
 from lora_llava.model.adapters import trained_projector
-from lora_llava.model.base import cache_folder
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.planning import plan_tables
 from lora_llava.planning.run_plan import RunPlan, plan_run

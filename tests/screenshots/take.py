@@ -116,9 +116,9 @@ def _served(model: str) -> Iterator[str]:
 def demo_question() -> tuple[Path, str]:
     """Return the demo's first test question with a hint about an image of three shapes, which is not trained on."""
     quieten()  # before the imports that it silences
+    from lora_llava.core.storage import cache_folder
     from lora_llava.data.scienceqa import format_problem, read_problems
     from lora_llava.demo.dataset import build_demo_scienceqa
-    from lora_llava.model.base import cache_folder
 
     folder = build_demo_scienceqa(cache_folder())
     scenes: dict[str, str] = json.loads((folder / "scenes.json").read_text())

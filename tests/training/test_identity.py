@@ -15,9 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lora_llava.core.errors import UserError
-from lora_llava.core.storage import file_hash
+from lora_llava.core.storage import cache_folder, file_hash
 from lora_llava.evaluation.scoring import evaluate_run
-from lora_llava.model.base import cache_folder
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.checkpoint import list_checkpoints
 from lora_llava.runs.identity import IDENTITY_FILE, differences

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import file_hash, looked_in
+from lora_llava.model.weights.smollm2 import SMOLLM2, smollm2_folder
 from lora_llava.model.weights.tensor_files import weight_files
 
 DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo" / "base"
@@ -51,11 +52,16 @@ class Download:
 
 
 def local_folder(name: str, field: str) -> Path | None:
-    """Return the folder of a local part: a path, or `demo` (its `field`, llm or vision_tower); None for a Hub id.
+    """Return the folder of a local part: a path, `demo` (its `field`, llm or vision_tower) or `smollm2` (an llm).
+
+    Returns:
+        The folder; None for a Hub id.
 
     Raises:
-        UserError: For a folder without a model.
+        UserError: For a folder without a model, or if smollm2 is not installed.
     """
+    if name == SMOLLM2 and field == "llm":
+        return smollm2_folder()
     folder = DEMO_FOLDER / field if name == "demo" else Path(name)
     if not folder.is_dir():
         return None
