@@ -15,8 +15,8 @@ from tests.model.small_families import make_llm, section
 
 GEMMA2 = {"model_type": "gemma2", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1}
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    (GEMMA2, "gemma2 has final_logit_softcapping 30, which stock LlavaForConditionalGeneration does not do"),
-    ({"model_type": "granite", "logits_scaling": 8.0}, "granite has logits_scaling 8, which"),
+    (GEMMA2, "gemma2 has final_logit_softcapping 30.0, which stock LlavaForConditionalGeneration does not do"),
+    ({"model_type": "granite", "logits_scaling": 8.0}, "granite has logits_scaling 8.0, which"),
     ({"model_type": "cohere"}, "cohere has logit_scale 0.0625, which"),
     ({"model_type": "llava", "text_config": {}, "vision_config": {}}, "is a 'llava' model with a text_config"),
     ({"model_type": "qwen2_vl", "vision_config": {}}, "is a 'qwen2_vl' model with a vision_config"),
@@ -30,6 +30,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "vit"}, "is a 'vit' model, which is no causal language model"),
     ({"model_type": "unheard_of"}, "which the installed transformers does not know"),
     ({}, "config.json has no model_type"),
+    ({"model_type": ["llama"]}, "config.json has no model_type"),
     ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "its weights are quantized (awq)"),
     ({"model_type": "llama", "hidden_size": "many"}, "config.json is not a llama model's"),
     ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "it does not generate text"),

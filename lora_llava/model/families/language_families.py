@@ -78,7 +78,7 @@ def read_text_config(content: Mapping[str, Any], field: str) -> PreTrainedConfig
         UserError: If stock `LlavaForConditionalGeneration` cannot hold it, or would compute other logits.
     """
     kind = content.get("model_type")
-    if kind is None:
+    if not isinstance(kind, str):
         raise UserError(f"{field}: config.json has no model_type; name a language model of transformers")
     parts = [name for name in content if str(name).endswith("_config") and name.split("_")[0] in _MODALITIES]
     parts += list(getattr(CONFIG_MAPPING[kind], "sub_configs", {})) if kind in CONFIG_MAPPING else []
@@ -86,8 +86,8 @@ def read_text_config(content: Mapping[str, Any], field: str) -> PreTrainedConfig
         raise UserError(
             f"{field} is a {kind!r} model with a {parts[0]}, which is more than a language model; name a text-only one"
         )
-    if content.get("quantization_config"):
-        how = content["quantization_config"].get("quant_method", "an unnamed method")
+    if quantized := content.get("quantization_config"):
+        how = quantized.get("quant_method", "unnamed") if isinstance(quantized, dict) else quantized
         raise UserError(f"{field}: its weights are quantized ({how}); name the model they were made from")
     if kind not in CONFIG_MAPPING:
         raise UserError(f"{field} is a {kind!r} model, which the installed transformers does not know")
@@ -124,7 +124,7 @@ def check_text_config(config: PreTrainedConfig, field: str) -> None:
         raise UserError(f"{field} is a {kind!r} model, which is no causal language model; name one")
     for name, harmless in _SCALES.items():
         if (value := getattr(config, name, None)) not in harmless:
-            raise UserError(f"{field}: {kind} has {name} {value:g}, {_ELSEWHERE}; name another model")
+            raise UserError(f"{field}: {kind} has {name} {value}, {_ELSEWHERE}; name another model")
     if getattr(config, "use_bidirectional_attention", False):
         raise UserError(f"{field}: {kind} has use_bidirectional_attention; it does not generate text; name another")
     if kind not in FAMILIES:

@@ -68,12 +68,12 @@ def read_vision_config(content: Mapping[str, Any], field: str) -> PreTrainedConf
         UserError: For a tower that is not in the table, or gives no grid of patches.
     """
     whole = content.get("model_type")
-    vision = dict(content.get("vision_config") or content)
-    kind = vision.get("model_type")
-    if kind is None or kind in _VISION_PARTS:  # files of older versions do not name the part
-        kind = _VISION_PARTS.get(kind or whole or "clip", kind or whole)
+    part = content.get("vision_config")
+    vision = dict(part if isinstance(part, Mapping) else content)
+    kind = str(vision.get("model_type") or whole or "clip")
+    kind = _VISION_PARTS.get(kind, kind)  # files of older versions do not name the part
     vision["model_type"] = kind
-    _check_kind(str(kind), field)
+    _check_kind(kind, field)
     config: PreTrainedConfig = build_config(CONFIG_MAPPING[kind], vision, f"{field}: config.json is not a {kind}'s")
     check_vision_config(config, field)
     return config
