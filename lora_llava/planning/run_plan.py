@@ -20,7 +20,7 @@ from lora_llava.distributed.sharding import check_sharding, is_sharded, shard_by
 from lora_llava.model.adapters import lora_config, planned_parameters
 from lora_llava.model.base import build_processor
 from lora_llava.model.families.decoder_shape import decoder_shape
-from lora_llava.model.families.tower_families import image_processor_of
+from lora_llava.model.families.tower_families import image_processor_of, saved_image_processor
 from lora_llava.model.fast_path.attention import resolve_attention
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
 from lora_llava.model.start import ModelPlan, plan_model
@@ -178,7 +178,11 @@ def build_run_processor(recipe: Recipe, model: ModelPlan) -> tuple[PreTrainedTok
         saved_text(model.tokenizer_folder),
         model.config.text_config.model_type,
     )
-    image_processor = image_processor_of(model.image_folder, model.config, recipe.data.image_aspect)
+    if recipe.data.image_aspect == "auto" and recipe.model.start_from.llava is not None:
+        image_processor = saved_image_processor(model.image_folder, model.config)
+    else:  # the tower's own settings are no LLaVA's: CLIP's crop loses the edges
+        aspect = "crop" if recipe.data.image_aspect == "crop" else "pad"
+        image_processor = image_processor_of(model.image_folder, model.config, aspect)
     return tokenizer, build_processor(tokenizer, model.config, image_processor, chat_template(template)), template
 
 

@@ -28,6 +28,7 @@ _FEW = 200
 _MOST = 1_000
 CLIP = "openai/clip-vit-large-patch14-336"
 """LLaVA-1.5's vision tower."""
+_LLAVA_1_5 = "llava-hf/llava-1.5-"
 
 
 def init(
@@ -183,11 +184,12 @@ def fill_in(
             _put(data, f"{part}_source", _held_out_source(found, file), "never trained on")
     if found.form == "captions" or not (data["validation_rows"] or found.validation or found.test):
         content.pop("evaluation", None)  # no rows to evaluate on
-    if model not in (None, "demo"):
+    if model is not None and model != "demo":
         content["model"]["start_from"] = {"llava": model}
     if parts:
         content["model"] = {**parts, "start_from": {"untrained": True}, "quantization": "nf4"}
-        data["template"] = "auto"
+    if parts or (model is not None and model != "demo" and not model.startswith(_LLAVA_1_5)):
+        data["template"] = "auto"  # the shipped recipe names LLaVA-1.5's
         data.pop("image_aspect", None)
     stream = io.StringIO()
     yaml.dump(content, stream)

@@ -106,9 +106,10 @@ class DataSection(Section):
     image_position: Literal["first", "last", "random", "as_written"] = "first"
     """Place of a single image: before or after its question, at random (the LLaVA paper's coin flip), or as written in
     the data. Several images keep their places."""
-    image_aspect: Literal["pad", "crop"] = "pad"
-    """Pad images to a square with the mean colour (LLaVA-1.5), or do what the tower's own processor does: CLIP's crops
-    the centre, SigLIP's scales both sides to the size."""
+    image_aspect: Literal["auto", "pad", "crop"] = "auto"
+    """pad makes images square with the mean colour (LLaVA-1.5); crop does what the tower's own processor does: CLIP's
+    crops the centre, SigLIP's scales both sides to the size; auto is the processing saved with model.start_from.llava,
+    and pad for a LLaVA made of parts."""
     max_image_pixels: Annotated[int, Field(ge=1)] = 50_000_000
     """Most pixels of an image; a larger one is a bad image."""
     background: Literal["white", "black", "llava"] = "white"

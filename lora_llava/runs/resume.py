@@ -71,6 +71,7 @@ ACCEPTABLE = frozenset(
 )
 """Keys that may change with --accept-changes, besides all of `evaluation`, whose change repeats the evaluation before
 training. All other keys change the steps or the model."""
+_ASPECT = "data.image_aspect"
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,9 @@ def check_changes(before: Recipe, now: Recipe, accepted: Iterable[str], step: in
             hint = nearest(key, ACCEPTABLE) or f"; keys that can: {', '.join(sorted(ACCEPTABLE))}"
             raise UserError(f"--accept-changes: {key} cannot change within a run{hint}")
     old, new = leaves(before), leaves(now)
+    if before.model.start_from.llava is None and now.model.start_from.llava is None:
+        for values in (old, new):  # earlier recipes name the aspect that auto is for a LLaVA made of parts
+            values[_ASPECT] = "pad" if values[_ASPECT] == "auto" else values[_ASPECT]
     changed = [key for key in sorted(old.keys() | new.keys()) if _is_change(key, old.get(key), new.get(key))]
     refused = [key for key in changed if key not in accepted and not (_is_evaluation(key) and "evaluation" in accepted)]
     if refused:

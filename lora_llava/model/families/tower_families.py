@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from transformers import (
     CONFIG_MAPPING,
     CLIPImageProcessorPil,
@@ -142,3 +143,65 @@ def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -
     if tower.square:
         settings = {key: value for key, value in settings.items() if key != "crop_size"} | {"size": square}
     return tower.image_processor(**settings)
+
+
+_KIND = "image_processor_type"
+_SAVED_KINDS = {
+    "LlavaImageProcessor": LlavaImageProcessorPil,
+    "CLIPImageProcessor": CLIPImageProcessorPil,
+    "CLIPFeatureExtractor": CLIPImageProcessorPil,
+    "SiglipImageProcessor": SiglipImageProcessorPil,
+}
+"""Stock image processors on PIL, by the name that a saved one has; `Fast` and `Pil` at its end are left out."""
+
+
+def saved_image_processor(folder: Path, config: LlavaConfig) -> Any:
+    """Return the image processor that a complete LLaVA was saved with, on PIL.
+
+    Args:
+        folder: The LLaVA's folder.
+        config: Its configuration.
+
+    Returns:
+        A stock image processor with all settings of the saved one; one that pads to a square if the folder has none.
+
+    Raises:
+        UserError: For a processor of another kind, or whose images do not have the tower's size.
+    """
+    saved = saved_image_settings(folder)
+    if saved is None:
+        return image_processor_of(folder, config)
+    fix = "set data.image_aspect to pad or crop"
+    field = f"data.image_aspect is auto, but the image processor of {folder}"
+    named = saved.get(_KIND) or saved.get("feature_extractor_type") or "CLIPImageProcessor"
+    kind = _SAVED_KINDS.get(str(named).removesuffix("Fast").removesuffix("Pil"))
+    if kind is None:
+        raise UserError(f"{field} is a {named}; those that work are {', '.join(_SAVED_KINDS)}; {fix}")
+    try:
+        processor = kind(**{key: value for key, value in saved.items() if key in kind().to_dict() and key != _KIND})
+        shapes = {processor([np.zeros((*sides, 3), np.uint8)])["pixel_values"][0].shape for sides in ((5, 9), (9, 5))}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{field} cannot be used ({' '.join(str(error).split())}); {fix}") from None
+    size = config.vision_config.image_size
+    if shapes != {(3, size, size)}:
+        found = " or ".join("x".join(map(str, shape[1:])) for shape in sorted(shapes))
+        raise UserError(f"{field} gives {found} pixels, and its tower takes {size}x{size}; {fix}")
+    return processor
+
+
+def saved_image_settings(folder: Path) -> dict[str, Any] | None:
+    """Return the saved settings of an image processor, from the file that transformers reads; None if there is none."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        file = folder / name
+        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        found = saved.get("image_processor") if name == "processor_config.json" else saved
+        if found:
+            return dict(found)
+    return None
+
+
+def describe_images(image_processor: Mapping[str, Any]) -> str:
+    """Return how an image becomes the tower's size, in a word or two, from the settings of an image processor."""
+    if image_processor.get("do_pad"):
+        return "pad"
+    return "crop" if image_processor.get("do_center_crop") else "scale both sides"

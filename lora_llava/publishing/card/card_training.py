@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_llava.model.families.tower_families import describe_images, saved_image_settings
 from lora_llava.publishing.package import Package
 
 _QUANTIZATIONS = {"nf4": "NF4 with double quantisation", "none": "none"}
@@ -65,7 +66,7 @@ def _setting_rows(package: Package) -> list[tuple[str, str]]:
     rows += [
         ("quantisation during training", _QUANTIZATIONS[recipe["model"]["quantization"]]),
         ("conversation template", data["template"]),
-        ("images", f"position {data['image_position']}, aspect {data['image_aspect']}"),
+        ("images", f"position {data['image_position']}, aspect {_aspect(package)}"),
         ("learning rate", f"{rate}, {training['lr_scheduler']} schedule, warm-up ratio {training['warmup_ratio']:g}"),
         ("batch", _batch(training)),
         ("optimizer", f"{step.get('optimizer', training['optimizer'])}, weight decay {training['weight_decay']:g}"),
@@ -75,6 +76,12 @@ def _setting_rows(package: Package) -> list[tuple[str, str]]:
         digest = package.record["recipe_hash"][:_SHORT]
         rows.append(("recipe", f"`recipe.yaml`; SHA-256 before local paths were shortened: `{digest}`"))
     return rows
+
+
+def _aspect(package: Package) -> str:
+    aspect = str(package.recipe["data"]["image_aspect"])
+    saved = saved_image_settings(package.folder) if aspect == "auto" else None
+    return aspect if saved is None else f"{describe_images(saved)} (auto)"
 
 
 def _batch(training: dict[str, Any]) -> str:
