@@ -85,7 +85,12 @@ def make_model(folder: Path, name: str) -> Path:
     settings = SIZES | SPECIAL.get(kind.family, {}) | ids | positions
     torch.manual_seed(0)
     config = CONFIG_MAPPING["llama" if kind.family == "smollm2" else kind.family](**settings)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            if parameter.ndim == 2:  # else a model with a tied head repeats the prompt's last token
+                parameter.mul_(10)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 
 from lora_llava import evaluate, merge
 from lora_llava.commands.main import main
 from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import stream_answer, user_message
-from lora_llava.recipe import Recipe, dump_recipe
+from lora_llava.model.start import plan_model
+from lora_llava.planning.run_plan import build_run_processor
+from lora_llava.recipe import ModelSection, Recipe, StartFrom, dump_recipe
 from lora_llava.recipe.io import check_recipe
 from tests.ends import act_at
 from tests.model.small_families import TOWER_KINDS, make_tower
@@ -28,6 +30,8 @@ RED = Image.new("RGB", (40, 24), (220, 30, 30))
 QUESTION = "Which colour is shown?"
 QUICK = {("llama3", "siglip"), ("qwen3", "clip"), ("gemma3_text", "siglip")}
 """Pairs that differ most; the others are marked slow."""
+STOPS = {"phi3": "<|end|>", "gemma3_text": "<end_of_turn>"}
+"""The tokens that end an answer where they are not the tokenizer's EOS."""
 PAIRS = [
     pytest.param(name, tower, marks=() if (name, tower) in QUICK else pytest.mark.slow)
     for name in KINDS
@@ -74,6 +78,12 @@ def stock_answer(folder: Path) -> str:
     return str(found[0]["generated_text"][-1]["content"]).strip()
 
 
+def settings_of(recipe: Recipe) -> tuple[Any, tuple[str, Any]]:
+    """Return a recipe's tokenizer, and the chat template and image settings that its run saves."""
+    tokenizer, processor, _ = build_run_processor(recipe, plan_model(recipe.model))
+    return tokenizer, (processor.chat_template, json.loads(processor.image_processor.to_json_string()))
+
+
 @pytest.mark.parametrize(("name", "tower"), PAIRS)
 def test_a_pair_goes_from_plan_to_stock_answer(
     stage2_content: dict[str, Any],
@@ -101,3 +111,11 @@ def test_a_pair_goes_from_plan_to_stock_answer(
     answer = streamed(str(merged))
     assert streamed(str(folder)) == answer == stock_answer(merged)
     assert answer
+    tokenizer, again = settings_of(
+        recipe.model_copy(update={"model": ModelSection(start_from=StartFrom(llava=str(merged)))})
+    )
+    assert again == settings_of(recipe)[1]  # a run that goes on from the merged model writes and sees the same
+    stops = GenerationConfig.from_pretrained(merged).eos_token_id
+    assert tokenizer.convert_tokens_to_ids(STOPS.get(name, KINDS[name].eos)) in (
+        [stops] if isinstance(stops, int) else stops
+    )
