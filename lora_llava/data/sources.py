@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.hub_errors import hub_problem
 from lora_llava.core.storage import file_hash, looked_in
 from lora_llava.data.conversation import Conversation, ImagePosition
 from lora_llava.data.files.row_files import (
@@ -334,6 +335,6 @@ def _download(repo: str, file: str, revision: str | None, where: str) -> Path:
         return Path(found[0])
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         raise UserError(
-            f"{where}: {file} of {repo} cannot be downloaded from the Hub: {str(error).splitlines()[0]}; name a "
-            "local file"
+            f"{where}: {file} of {repo} cannot be downloaded from the Hub: {hub_problem(error, repo, dataset=True)}; "
+            "or name a local file"
         ) from None

@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.hub_errors import hub_problem
 from lora_llava.core.storage import file_hash, looked_in
 from lora_llava.model.weights.smollm2 import SMOLLM2, smollm2_folder
 from lora_llava.model.weights.tensor_files import weight_files
@@ -149,7 +150,7 @@ def not_available(name: str, field: str, error: Exception) -> UserError:
             f"or name a folder{looked}"
         )
     return UserError(
-        f"model.{field}: {name} is neither a folder{looked} nor available from the Hub: {str(error).splitlines()[0]}"
+        f"model.{field}: {name} is neither a folder{looked} nor available from the Hub: {hub_problem(error, name)}"
     )
 
 
