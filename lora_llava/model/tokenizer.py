@@ -177,6 +177,9 @@ def _load_stock(loader: Any, folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizers raises bare exceptions for damaged files
         reason = (str(error).strip().splitlines() or ["damaged"])[0]
         raise UserError(f"{folder}: its tokenizer cannot be loaded ({reason}); restore its files") from None
+    names = tokenizer.vocab_files_names.values()
+    if not any((folder / name).is_file() for name in names):  # transformers then builds one without words
+        raise UserError(f"{folder} has no tokenizer ({' or '.join(names)}); add its files")
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: its tokenizer has no tokenizer.json; name a model that has one")
     return tokenizer

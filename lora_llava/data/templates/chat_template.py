@@ -177,7 +177,23 @@ def own_template(tokenizer: PreTrainedTokenizerBase, text: str, system: str | No
                 return template
             except EncodingError as error:
                 problems.append(str(error))
-    raise UserError(f"data.template is auto, but {max(problems, key=lambda problem: 'ends an answer' in problem)}")
+    problem = max(problems, key=lambda problem: "ends an answer" in problem)
+    if system is not None and (without := _or_none(tokenizer, text)) is not None:
+        if not system:  # there is no place for a system text, and so none to leave out
+            return without
+        raise UserError(
+            f"data.system_prompt is set, but {problem.partition('; name a')[0]}; leave data.system_prompt out, or "
+            "name a data.template"
+        )
+    fix = "" if "name a data.template" in problem else "; name a data.template, such as chatml"
+    raise UserError(f"data.template is auto, but {problem}{fix}")
+
+
+def _or_none(tokenizer: PreTrainedTokenizerBase, text: str) -> ChatTemplate | None:
+    try:
+        return own_template(tokenizer, text)
+    except UserError:
+        return None
 
 
 def _with_parts(message: Mapping[str, str]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def load_config(name: str, revision: str | None, field: str) -> dict[str, Any]:
     """Read a part's config.json alone; a Hub id's is fetched if need be.
 
     Raises:
-        UserError: If it is not available.
+        UserError: If it is not available or damaged.
     """
     folder = local_folder(name, field)
     if folder is None:
@@ -132,7 +132,14 @@ def load_config(name: str, revision: str | None, field: str) -> dict[str, Any]:
             folder = Path(hf_hub_download(name, "config.json", revision=revision)).parent
         except NETWORK_ERRORS as error:
             raise not_available(name, field, error) from None
-    return dict(json.loads((folder / "config.json").read_text()))
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise UserError(f"model.{field}: {file} cannot be read ({error}); restore it") from None
+    if not isinstance(content, dict):
+        raise UserError(f"model.{field}: {file} holds no settings of a model; restore it")
+    return content
 
 
 def check_hub_id(name: str, field: str) -> None:
