@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaProcessor, PreTrain
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.json_files import read_object, read_object_if_any
 from lora_llava.core.storage import cache_folder, make_entry
 from lora_llava.model.families.language_families import read_text_config
 from lora_llava.model.families.tower_families import (
@@ -153,14 +154,13 @@ def _write_base(folder: Path, parts: BaseParts, llm: Part, vision_tower: Part, p
 
 
 def _config_of(part: Part) -> dict[str, Any]:
-    return dict(json.loads((part.folder / "config.json").read_text()))
+    return read_object(part.folder / "config.json")
 
 
 def _generation_config(config: LlavaConfig, llm: Path) -> GenerationConfig:
     """Return the token ids for generation; all ids at which the language model stops are kept, as Llama 3 has three."""
-    text, file = config.text_config, llm / "generation_config.json"
-    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    stops = saved.get("eos_token_id")
+    text = config.text_config
+    stops = read_object_if_any(llm / "generation_config.json").get("eos_token_id")
     return GenerationConfig(
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id if stops is None else stops,

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.json_files import read_object_if_any
 from lora_llava.core.storage import cache_folder, find_damage, looked_in
 from lora_llava.model.adapter_file import check_fits, check_saved
 from lora_llava.model.base import BaseParts, assembled_config, build_base
@@ -142,7 +143,9 @@ def _assembled_config(section: ModelSection) -> LlavaConfig:
     tower = load_config(section.vision_tower or "", section.vision_tower_revision, "vision_tower")
     read_text_config(llm, "model.llm")  # what a model is comes before its tokenizer
     read_vision_config(tower, "model.vision_tower")
-    vocabulary = read_vocabulary(_small_files(section.llm or "", section.llm_revision, "llm"), llm)
+    folder = _small_files(section.llm or "", section.llm_revision, "llm")
+    vocabulary = read_vocabulary(folder, llm)
+    read_object_if_any(folder / "generation_config.json")  # a damaged one is refused before weights are downloaded
     return assembled_config(llm, tower, section.projector_type, vocabulary)
 
 

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlavaConfig, PreTrainedTokenizerBase, TokenizersBackend
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.json_files import read_object_if_any
 from lora_llava.data.tokens import leading_ids
 from lora_llava.data.typed import special_tokens
 
@@ -156,8 +157,7 @@ def _has_own_pad(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _settings(folder: Path, name: str = "tokenizer_config.json") -> dict[str, Any]:
-    file = folder / name
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return read_object_if_any(folder / name)
 
 
 def _loader_of(folder: Path) -> Any:

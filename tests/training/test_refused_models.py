@@ -136,6 +136,23 @@ def test_a_damaged_config(refused: Refused, tmp_path: Path, part: str, content: 
     assert "config.json" in message
 
 
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("llm", "tokenizer.json"),
+        ("llm", "tokenizer_config.json"),
+        ("llm", "generation_config.json"),
+        ("tower", "preprocessor_config.json"),
+    ],
+)
+def test_other_damaged_files(refused: Refused, tmp_path: Path, part: str, name: str) -> None:
+    folders = {"llm": make_model(tmp_path / "llm", "llama3"), "tower": make_tower(tmp_path / "tower", "siglip")}
+    file = folders[part] / name
+    assert file.is_file()
+    file.write_text('{"')
+    assert str(file if name != "tokenizer.json" else folders[part]) in refused(*folders.values())
+
+
 def test_a_tower_without_a_grid_of_patches(refused: Refused, tmp_path: Path) -> None:
     tower = make_tower(tmp_path / "tower", "siglip")
     content = json.loads((tower / "config.json").read_text())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.json_files import read_object_if_any
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, EncodingError
 
 if TYPE_CHECKING:  # the recipe imports the templates' names, and should not load these
@@ -275,8 +276,7 @@ def saved_text(folder: Path) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        file = folder / name
-        found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+        found = read_object_if_any(folder / name).get("chat_template")
         if isinstance(found, list):  # several templates by name
             found = next((each["template"] for each in found if each.get("name") == "default"), None)
         if found:

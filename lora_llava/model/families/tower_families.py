@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.json_files import read_object_if_any
 from lora_llava.model.families.language_families import build_config
 
 FEATURE_LAYER = -2
@@ -134,10 +134,9 @@ def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -
     if tower.statistics is not None:
         settings |= {"image_mean": [tower.statistics] * 3, "image_std": [tower.statistics] * 3}
     for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            saved = json.loads((folder / name).read_text())
-            saved = saved.get("image_processor", saved)
-            settings |= {key: saved[key] for key in ("image_mean", "image_std", "resample") if key in saved}
+        saved = read_object_if_any(folder / name)
+        saved = saved.get("image_processor", saved)
+        settings |= {key: saved[key] for key in ("image_mean", "image_std", "resample") if key in saved}
     if aspect != "crop":
         return LlavaImageProcessorPil(do_pad=True, **settings)
     if tower.square:
@@ -192,8 +191,7 @@ def saved_image_processor(folder: Path, config: LlavaConfig) -> Any:
 def saved_image_settings(folder: Path) -> dict[str, Any] | None:
     """Return the saved settings of an image processor, from the file that transformers reads; None if there is none."""
     for name in ("processor_config.json", "preprocessor_config.json"):
-        file = folder / name
-        saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        saved = read_object_if_any(folder / name)
         found = saved.get("image_processor") if name == "processor_config.json" else saved
         if found:
             return dict(found)

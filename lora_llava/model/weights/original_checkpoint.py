@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.json_files import read_object
 from lora_llava.model.adapter_file import refuse_settings
 from lora_llava.model.base import assembled_config, language_tensors, lazy_projector, vision_tensors
 from lora_llava.model.families.tower_families import image_tokens
@@ -63,17 +63,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise UserError(f"{folder} has no config.json; LLaVA writes one beside its weights")
-    return _read_object(file)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON: {str(error).splitlines()[0]}; download it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: it should contain an object, not {type(content).__name__}; download it again")
-    return content
+    return read_object(file)
 
 
 def read_config(folder: Path) -> OriginalConfig:
@@ -219,7 +209,7 @@ def read_lora(folder: Path, original: OriginalConfig, layers: int) -> OriginalLo
     Raises:
         UserError: For an unknown name, or adapters that are not the same on all layers.
     """
-    settings = _read_object(folder / "adapter_config.json")
+    settings = read_object(folder / "adapter_config.json")
     refuse_settings(settings, folder / "adapter_config.json")
     for name in ("r", "lora_alpha"):
         if name not in settings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.hub_errors import hub_problem
+from lora_llava.core.json_files import read_object
 from lora_llava.core.storage import file_hash, looked_in
 from lora_llava.model.weights.smollm2 import SMOLLM2, smollm2_folder
 from lora_llava.model.weights.tensor_files import weight_files
@@ -132,14 +132,10 @@ def load_config(name: str, revision: str | None, field: str) -> dict[str, Any]:
             folder = Path(hf_hub_download(name, "config.json", revision=revision)).parent
         except NETWORK_ERRORS as error:
             raise not_available(name, field, error) from None
-    file = folder / "config.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise UserError(f"model.{field}: {file} cannot be read ({error}); restore it") from None
-    if not isinstance(content, dict):
-        raise UserError(f"model.{field}: {file} holds no settings of a model; restore it")
-    return content
+        return read_object(folder / "config.json")
+    except UserError as error:
+        raise UserError(f"model.{field}: {error}") from None
 
 
 def check_hub_id(name: str, field: str) -> None:
