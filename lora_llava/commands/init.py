@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--llm",
         type=home,
         metavar="MODEL",
-        help="language model for a new LLaVA, instead of --model: a folder or Hub id",
+        help="language model for a new LLaVA, instead of --model: a folder or Hub id; default: none",
     )
     parser.add_argument(
         "--vision-tower", type=home, metavar="MODEL", help="its vision tower; default: CLIP ViT-L/14 at 336 pixels"

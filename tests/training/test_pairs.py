@@ -28,12 +28,12 @@ from tests.training.small_runs import PulledPlugError, pull_plug, run
 
 RED = Image.new("RGB", (40, 24), (220, 30, 30))
 QUESTION = "Which colour is shown?"
-QUICK = {("llama3", "siglip"), ("qwen3", "clip"), ("gemma3_text", "siglip")}
-"""Pairs that differ most; the others are marked slow."""
+QUICK = {("llama3", "siglip"), ("qwen3", "clip"), ("gemma3_text", "siglip"), ("mistral", "clip")}
+"""Pairs that differ most; the others run with `pytest -m pairs`."""
 STOPS = {"phi3": "<|end|>", "gemma3_text": "<end_of_turn>"}
 """The tokens that end an answer where they are not the tokenizer's EOS."""
 PAIRS = [
-    pytest.param(name, tower, marks=() if (name, tower) in QUICK else pytest.mark.slow)
+    pytest.param(name, tower, marks=() if (name, tower) in QUICK else pytest.mark.pairs)
     for name in KINDS
     for tower in TOWER_KINDS
 ]
