@@ -40,6 +40,7 @@ from lora_llava.runs.identity import run_identity
 from lora_llava.runs.resume import Start
 from lora_llava.splits.split_rows import Split
 from lora_llava.training.feed import Feed
+from lora_llava.training.parameter_groups import Rates
 from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import LlavaSFTTrainer
 from lora_llava.training.training_progress import ProgressLine, peak_memory_bytes
@@ -305,7 +306,7 @@ def build_trainer(
         train=feed,
         validation=validation,
         processor=plan.processor,
-        projector_learning_rate=recipe.training.projector_learning_rate or recipe.training.learning_rate,
+        rates=learning_rates(recipe),
         callbacks=[*([line, spikes] if is_first() else []), stop, nan, saving, *scoring],
     )
     trainer.remove_callback(PrinterCallback)  # the progress line replaces it
@@ -315,6 +316,18 @@ def build_trainer(
     for callback in scoring:
         callback.trainer = trainer
     return trainer, stop, spikes
+
+
+def learning_rates(recipe: Recipe) -> Rates:
+    """Return the peak learning rates of a recipe."""
+    training = recipe.training
+    vision = recipe.lora.vision if recipe.lora else None
+    return Rates(
+        adapters=training.learning_rate,
+        projector=training.projector_learning_rate or training.learning_rate,
+        vision=vision.learning_rate if vision else None,
+        loraplus_ratio=training.loraplus_ratio,
+    )
 
 
 def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Callable[[], UserError]) -> None:

@@ -60,8 +60,17 @@ def _setting_rows(package: Package) -> list[tuple[str, str]]:
     recipe, data, training = package.recipe, package.recipe["data"], package.recipe["training"]
     step = package.metrics.get("step", {})
     projector_rate = training["projector_learning_rate"] or training["learning_rate"]
-    rate = f"{training['learning_rate']:g} (projector {projector_rate:g})"
+    rates = [f"projector {projector_rate:g}"]
+    if vision := (recipe["lora"] or {}).get("vision"):
+        rates.append(f"vision tower {vision['learning_rate'] or training['learning_rate']:g}")
+    if ratio := training.get("loraplus_ratio"):
+        rates.append(f"LoRA+: {ratio:g} times for matrices B")
+    rate = f"{training['learning_rate']:g} ({', '.join(rates)})"
     rows = [("LoRA", _lora(recipe["lora"]))] if recipe["lora"] else []
+    if in_full := (recipe["lora"] or {}).get("modules_to_save"):
+        rows.append(("trained in full", ", ".join(in_full)))
+    if tokens := recipe["model"].get("new_tokens"):
+        rows.append(("new tokens", ", ".join(f"`{token}`" for token in tokens)))
     rows += [
         ("quantisation during training", _QUANTIZATIONS[recipe["model"]["quantization"]]),
         ("conversation template", data["template"]),
@@ -88,7 +97,13 @@ def _batch(training: dict[str, Any]) -> str:
 def _lora(lora: dict[str, Any]) -> str:
     kinds = [name for name, on in (("rsLoRA", lora["rslora"]), ("DoRA", lora["dora"])) if on]
     settings = f"r {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, on {', '.join(lora['targets'])}"
-    return settings + (f" ({', '.join(kinds)})" if kinds else "")
+    if lora.get("init", "default") != "default":  # recipes of earlier versions lack the key
+        kinds.append(f"started by {_INITS[lora['init']]}")
+    settings += f" ({', '.join(kinds)})" if kinds else ""
+    if vision := lora.get("vision"):
+        alpha = vision["alpha"] or vision["r"]
+        settings += f"; vision tower: r {vision['r']}, alpha {alpha:g}, on {', '.join(vision['targets'])}"
+    return settings
 
 
 def _cost_rows(package: Package) -> list[tuple[str, str]]:
