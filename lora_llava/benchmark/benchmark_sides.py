@@ -28,7 +28,7 @@ from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import default_device
 from lora_llava.model.random_weights import build_random_llava
 from lora_llava.model.tokenizer import load_tokenizer
-from lora_llava.model.vision import freeze_tower, tower_features
+from lora_llava.model.vision import run_tower, tower_features
 from lora_llava.model.weights.parts import DEMO_FOLDER
 from lora_llava.planning.fit import measure_rows
 from lora_llava.planning.memory import CUDA_CONTEXT, Step, fit_step, smallest
@@ -199,7 +199,7 @@ def _ours(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, cloc
     use_flash_varlen(model)
     peft_model = add_adapters(model, lora_config(r=settings.r, alpha=16, targets=LINEARS))
     if not cached:
-        freeze_tower(model)
+        run_tower(model)
     make_lean(model.model.language_model)
     step = _planned(settings, config, rows, samples, cached)
     checkpoint_language_model(model, step.checkpointed, step.offloaded)

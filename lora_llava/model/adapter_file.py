@@ -23,6 +23,7 @@ from lora_llava.model.weights.tensor_files import lazy_file
 PEFT_PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
 _SUPPORTED = {
+    "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
@@ -41,10 +42,12 @@ _SUPPORTED = {
     "peft_version",
     "qalora_group_size",
     "r",
+    "rank_pattern",
     "revision",
     "runtime_config",
     "target_modules",
     "task_type",
+    "trainable_token_indices",
     "use_dora",
     "use_rslora",
 }
@@ -96,8 +99,9 @@ def read_lora_config(folder: Path) -> LoraConfig:
         raise UserError(f"{file} is not PEFT's: {(str(error).splitlines() or ['damaged'])[0]}") from None
     if not isinstance(config, LoraConfig):
         raise UserError(f"{folder}: a {config.peft_type} adapter; only LoRA's can be merged")
-    if not isinstance(config.r, int) or config.r < 1:
-        raise UserError(f"{file}: r is {config.r}; it should be a whole number above 0")
+    for rank in (config.r, *(config.rank_pattern or {}).values()):
+        if not isinstance(rank, int) or rank < 1:
+            raise UserError(f"{file}: r is {rank}; it should be a whole number above 0")
     return config
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from lora_llava.model.fast_path.attention import resolve_attention
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.model.tokenizer import load_tokenizer
+from lora_llava.model.vision_adapters import vision_adapters
 from lora_llava.planning.fit import build_step, choose_checkpointing, measure_rows, resolve_optimizer
 from lora_llava.planning.memory import Step
 from lora_llava.planning.row_order import RowOrder, order_rows
@@ -124,7 +125,7 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
         order,
         step,
         refusal,
-        planned_parameters(model.config, run_lora_config(recipe)),
+        planned_parameters(model.config, run_lora_config(recipe, model.config)),
         resolve_computation(recipe),
     )
 
@@ -174,11 +175,20 @@ def build_run_processor(
     )
 
 
-def run_lora_config(recipe: Recipe, base: str | None = None) -> Any:
-    """Return the PEFT config of a recipe; Stage 1 has no adapters."""
+def run_lora_config(recipe: Recipe, config: LlavaConfig, base: str | None = None, token_ids: Sequence[int] = ()) -> Any:
+    """Return the PEFT config of a recipe; Stage 1 has no adapters.
+
+    Args:
+        recipe: The recipe.
+        config: Configuration of the LLaVA.
+        base: Value of `base_model_name_or_path`.
+        token_ids: Ids of `model.new_tokens`.
+    """
     if recipe.lora is None:
         return lora_config(base=base)
-    return lora_config(**recipe.lora.model_dump(), base=base)
+    section = recipe.lora.model_dump(exclude={"vision", "init"})
+    vision = vision_adapters(recipe.lora.vision.model_dump(), config) if recipe.lora.vision else None
+    return lora_config(**section, vision=vision, token_ids=token_ids, base=base)
 
 
 def _check_context(recipe: Recipe, config: LlavaConfig) -> None:

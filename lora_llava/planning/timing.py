@@ -65,7 +65,9 @@ def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:
     )
     if resolve_attention(recipe.model.attention, dtype)[0]:
         use_flash_varlen(model)
-    peft_model = add_adapters(model, run_lora_config(recipe)).train()
+    if recipe.lora is not None:  # the tower is not timed
+        recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"vision": None})})
+    peft_model = add_adapters(model, run_lora_config(recipe, config)).train()
     make_lean(model.model.language_model)
     batch = _full_row(step, recipe, device)
     optimizer = torch.optim.AdamW([p for p in peft_model.parameters() if p.requires_grad], lr=1e-6)

@@ -74,6 +74,10 @@ def merge(
     """
     source = read_source(run)
     check_new(output)
+    if base != "nf4" and source.record.get("needs_base") == "nf4":
+        raise UserError(
+            f"--base {base}: {run} started with lora.init loftq and corrects NF4's rounding; use --base nf4"
+        )
     if base == "nf4":
         check_bitsandbytes()
     if projector_only and not source.adapter.layers:

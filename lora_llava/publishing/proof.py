@@ -109,7 +109,7 @@ def adapted_model(
             weight = nf4_round_trip(weight, nf4_from)
         return weight.to(device, dtype)
 
-    model = adapter_on(build_empty(config, device), adapter.config)
+    model = adapter_on(build_empty(config, device), adapter.config, dtype)
     stream_weights(model, load, keep=keep, progress=progress)
     return model.eval()
 

@@ -295,7 +295,10 @@ class Recipe(Section):
         """Check what is trained besides the language model's adapters and the projector."""
         lora, model, training = self.lora, self.model, self.training
         if lora is None:
-            for key, given in (("model.new_tokens", model.new_tokens), ("training.loraplus_ratio", training.loraplus_ratio)):
+            for key, given in (
+                ("model.new_tokens", model.new_tokens),
+                ("training.loraplus_ratio", training.loraplus_ratio),
+            ):
                 if given:
                     raise ValueError(f"{key} is set in a Stage 1 recipe, which trains only the projector; drop it")
             return
@@ -311,5 +314,5 @@ class Recipe(Section):
             )
         if model.new_tokens and lora.modules_to_save:
             raise ValueError(
-                "model.new_tokens is set together with lora.modules_to_save, which trains all rows of a matrix; drop one"
+                "model.new_tokens is set together with lora.modules_to_save, which trains all rows; drop one"
             )

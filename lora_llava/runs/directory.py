@@ -22,6 +22,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import atomic_file, file_hash, share
 from lora_llava.data.files.row_files import json_text
 from lora_llava.data.templates import get_template, stop_strings
+from lora_llava.model.initialization import NEEDS_NF4
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.start import RUN_FILE, Base
 from lora_llava.model.weights.names import ADAPTER_FILE
@@ -167,6 +168,8 @@ def save_model(
         "adapter_sha256": file_hash(folder / ADAPTER_FILE),
         "versions": versions(),
     }
+    if recipe.lora is not None and recipe.lora.init == NEEDS_NF4:
+        content["needs_base"] = "nf4"
     write_json(folder / RUN_FILE, content)
 
 

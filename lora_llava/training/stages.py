@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import PrinterCallback
 from transformers.trainer_utils import set_seed
@@ -29,7 +29,7 @@ from lora_llava.model.fast_path.attention import use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import load_base
 from lora_llava.model.start import Base
-from lora_llava.model.vision import freeze_tower
+from lora_llava.model.vision import run_tower
 from lora_llava.planning.memory import GIB
 from lora_llava.planning.row_order import validation_rows
 from lora_llava.planning.run_plan import RunPlan, is_padding_free, resolve_computation, run_lora_config
@@ -80,12 +80,13 @@ class TrainResult:
         return asdict(self)
 
 
-def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
+def build_trained_model(recipe: Recipe, base: Base, saved: LoraConfig | None = None) -> PeftModel:
     """Load the base and add the adapters of a recipe.
 
     Args:
         recipe: The recipe.
         base: From `prepare_base`.
+        saved: The PEFT config of the checkpoint to resume from, which has the ranks; None makes that of the recipe.
 
     Returns:
         The PEFT model, with the projector of Stage 1 if the base has one.
@@ -101,9 +102,10 @@ def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
     )
     if is_padding_free(recipe)[0]:
         use_flash_varlen(model)
-    peft_model = add_adapters(model, run_lora_config(recipe, base.name), recipe.training.projector_dropout)
+    config = saved or run_lora_config(recipe, model.config, base.name)
+    peft_model = add_adapters(model, config, recipe.training.projector_dropout)
     if recipe.training.vision_cache == "off":
-        freeze_tower(model)
+        run_tower(model, trained=recipe.lora is not None and recipe.lora.vision is not None)
     make_lean(model.model.language_model)
     if base.initial_projector is not None:
         trained_projector(peft_model).load_state_dict(base.initial_projector)

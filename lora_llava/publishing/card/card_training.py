@@ -11,7 +11,18 @@ _SHORT = 12
 """Digits of a hash in a table; run.json has all of them."""
 _PARTS = {"llm": "language model", "vision_tower": "vision tower"}
 _SPLITS = {"train": "training"}
-_TRAINED = {"lora": "LoRA"}
+_TRAINED = {
+    "lora": "LoRA",
+    "vision_lora": "LoRA on the vision tower",
+    "new_tokens": "rows of new tokens",
+    "embed_tokens": "embeddings",
+    "lm_head": "head",
+}
+_INITS = {
+    "orthogonal": "orthogonal directions",
+    "eva": "the training data (EVA)",
+    "loftq": "a correction of NF4 (LoftQ), and therefore fits the NF4 base alone",
+}
 
 
 def training_rows(package: Package) -> list[tuple[str, str]]:
@@ -98,7 +109,7 @@ def _lora(lora: dict[str, Any]) -> str:
     kinds = [name for name, on in (("rsLoRA", lora["rslora"]), ("DoRA", lora["dora"])) if on]
     settings = f"r {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, on {', '.join(lora['targets'])}"
     if lora.get("init", "default") != "default":  # recipes of earlier versions lack the key
-        kinds.append(f"started by {_INITS[lora['init']]}")
+        kinds.append(f"started from {_INITS[lora['init']]}")
     settings += f" ({', '.join(kinds)})" if kinds else ""
     if vision := lora.get("vision"):
         alpha = vision["alpha"] or vision["r"]
