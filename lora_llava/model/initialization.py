@@ -29,7 +29,7 @@ EVA_BATCHES = 64
 """Most batches that EVA reads; it stops when the directions no longer change."""
 _EVA_PASSES = 500
 """Passes after which directions that still change are given up."""
-_EVA_RHO = 2.0
+EVA_RHO = 2.0
 """A layer's largest rank under EVA, in multiples of r (PEFT's default)."""
 _EVA_POSITIONS = 4
 """Positions per direction that EVA takes of a batch; PEFT hashes them all as Python numbers."""
@@ -112,7 +112,7 @@ def start_eva(model: PeftModel, batches: Iterable[dict[str, Any]]) -> None:
     """
     config = model.peft_config[model.active_adapter]
     least = min(layer.in_features for layer in lora_layers(model).values())
-    rho = min(_EVA_RHO, least / config.r)
+    rho = min(EVA_RHO, least / config.r)
     config.eva_config, config.init_lora_weights = EvaConfig(rho=rho, use_label_mask=False), "eva"
     pattern, most = config.target_modules, round(rho * config.r)
     usable = [_Batch(batch) for batch in batches if _positions(batch, most).shape[0] >= most]

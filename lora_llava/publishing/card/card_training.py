@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lora_llava.planning.plan_tables import TRAINED_PARTS
 from lora_llava.publishing.package import Package
 
 _QUANTIZATIONS = {"nf4": "NF4 with double quantisation", "none": "none"}
@@ -11,13 +12,6 @@ _SHORT = 12
 """Digits of a hash in a table; run.json has all of them."""
 _PARTS = {"llm": "language model", "vision_tower": "vision tower"}
 _SPLITS = {"train": "training"}
-_TRAINED = {
-    "lora": "LoRA",
-    "vision_lora": "LoRA on the vision tower",
-    "new_tokens": "rows of new tokens",
-    "embed_tokens": "embeddings",
-    "lm_head": "head",
-}
 _INITS = {
     "orthogonal": "orthogonal directions",
     "eva": "the training data (EVA)",
@@ -123,7 +117,7 @@ def _cost_rows(package: Package) -> list[tuple[str, str]]:
     if train:
         trained = package.metrics["model"]["trained_parameters"]
         rows += [
-            ("trained parameters", ", ".join(f"{_TRAINED.get(p, p)} {n:,}" for p, n in trained.items() if n)),
+            ("trained parameters", ", ".join(f"{TRAINED_PARTS.get(p, p)} {n:,}" for p, n in trained.items() if n)),
             ("steps", f"{train['steps']:,}"),
             ("tokens", f"{train['tokens']:,}, of which {train['supervised_tokens']:,} count towards the loss"),
             ("training time", f"{train['seconds'] / 60:,.1f} min on {_machine(package.metrics.get('machine'))}"),
