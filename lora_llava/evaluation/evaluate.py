@@ -273,7 +273,8 @@ def open_evaluation(
     base = str(checked_base(read_record(folder), folder)) if run else model
     elsewhere = server is not None and not folder.is_dir()
     plan = plan_model(chosen.model if elsewhere else _as_llava(chosen.model, base))
-    tokenizer, processor = build_run_processor(chosen, plan.config, plan.tokenizer_folder, plan.image_folder)
+    folders = (plan.tokenizer_folder, plan.image_folder)
+    tokenizer, processor = build_run_processor(chosen, plan.config, *folders, trained=True)
     read = partial(read_held_out, chosen, processor, plan.config)
     name, split = read(trusted=options.bad_images == "wrong")
     other_data = ("data.path=", "data.file=", "data.format=", "data.sources")

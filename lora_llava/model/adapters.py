@@ -163,6 +163,9 @@ def _keep_float32(peft_model: PeftModel, dtype: torch.dtype) -> None:
             module.register_forward_hook(lambda _, inputs, output: output.to(dtype))
         else:
             module.register_forward_pre_hook(_to_weight_dtype)
+    for name, parameter in peft_model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data = parameter.data.float()
 
 
 def _to_weight_dtype(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

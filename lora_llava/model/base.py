@@ -51,6 +51,7 @@ class BaseParts:
         projector_type: `mlp2x_gelu` or `linear`.
         projector: SHA-256 of the published projector, or None for a fresh one.
         seed: Seed of a fresh projector.
+        extra_rows: Rows of the vocabulary for a recipe's new tokens, beyond those that its padding has.
     """
 
     llm: str
@@ -60,6 +61,7 @@ class BaseParts:
     projector_type: str
     projector: str | None
     seed: int
+    extra_rows: int = 0
 
     @property
     def key(self) -> str:
@@ -67,6 +69,8 @@ class BaseParts:
         content = asdict(self) | {"format": _FORMAT}
         for name in ("llm", "vision_tower"):  # the same files under another name are the same part
             content.pop(name)
+        if not self.extra_rows:  # the key of folders that were written before
+            content.pop("extra_rows")
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -75,16 +79,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LORA_LLAVA_CACHE") or Path.home() / ".cache" / "lora_llava").expanduser()
 
 
-def assembled_config(llm: dict[str, Any], vision: dict[str, Any], projector_type: str) -> LlavaConfig:
+def assembled_config(
+    llm: dict[str, Any], vision: dict[str, Any], projector_type: str, new_tokens: int = 0
+) -> LlavaConfig:
     """Return the configuration of the LLaVA made of a language model and a vision tower.
 
     Args:
         llm: The language model's config.json.
         vision: The tower's config.json: CLIP's, or its vision part.
         projector_type: `mlp2x_gelu`, or `linear`: the same class without activation.
+        new_tokens: Number of further tokens.
 
     Returns:
-        A config whose vocabulary has the image and pad tokens and is a multiple of 64.
+        A config whose vocabulary has the image and pad tokens and the new ones, and is a multiple of 64.
 
     Raises:
         UserError: For a language model that is not a Llama, or a tower that is not a CLIP.
@@ -97,7 +104,7 @@ def assembled_config(llm: dict[str, Any], vision: dict[str, Any], projector_type
     text_config = LlamaConfig(**llm)
     vision_config = CLIPVisionConfig(**vision)
     image_id = text_config.vocab_size
-    text_config.vocab_size = -(-(image_id + 2) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    text_config.vocab_size = -(-(image_id + 2 + new_tokens) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     text_config.pad_token_id = image_id + 1
     text_config.architectures = ["LlamaForCausalLM"]
     config = LlavaConfig(
@@ -142,6 +149,7 @@ def build_base(
 
 def _write_base(folder: Path, parts: BaseParts, llm: Part, vision_tower: Part, projector_file: Path | None) -> None:
     config = assembled_config(_config_of(llm), _config_of(vision_tower), parts.projector_type)
+    config.text_config.vocab_size += parts.extra_rows
     tensors = _all_tensors(config, llm, vision_tower, projector_file, parts)
     write_checkpoint(tensors, folder, torch.bfloat16, "writing the base model")
     config.save_pretrained(folder)

@@ -121,7 +121,15 @@ def plan_model(section: ModelSection) -> ModelPlan:
 def _assembled_config(section: ModelSection) -> LlavaConfig:
     llm = load_config(section.llm or "", section.llm_revision, "llm")
     tower = load_config(section.vision_tower or "", section.vision_tower_revision, "vision_tower")
-    return assembled_config(llm, tower, section.projector_type)
+    return assembled_config(llm, tower, section.projector_type, len(section.new_tokens))
+
+
+def _extra_rows(section: ModelSection) -> int:
+    """Return the rows of the vocabulary that new tokens need beyond those of the padding."""
+    if not section.new_tokens:
+        return 0
+    without = _assembled_config(section.model_copy(update={"new_tokens": ()}))
+    return int(_assembled_config(section).text_config.vocab_size - without.text_config.vocab_size)
 
 
 def _small_files(name: str, revision: str | None, field: str) -> Path:
@@ -160,7 +168,16 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
     tower = load_part(tower_name, section.vision_tower_revision, "vision_tower")
     file = find_projector(start.projector, start.projector_revision) if start.projector else None
     digest = read_projector(file, section.projector_type)[1] if file else None
-    parts = BaseParts(llm.name, llm.revision, tower.name, tower.revision, section.projector_type, digest, seed)
+    parts = BaseParts(
+        llm.name,
+        llm.revision,
+        tower.name,
+        tower.revision,
+        section.projector_type,
+        digest,
+        seed,
+        _extra_rows(section),
+    )
     initial = None
     if start.stage1_run is not None:
         stage1_parts, initial = read_stage1(start.stage1_run, section, _assembled_config(section))

@@ -20,6 +20,7 @@ from lora_llava.model.adapters import lora_config, planned_parameters
 from lora_llava.model.base import build_processor, image_processor_of
 from lora_llava.model.fast_path.attention import resolve_attention
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
+from lora_llava.model.new_tokens import add_new_tokens
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.model.vision_adapters import vision_adapters
@@ -100,6 +101,7 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     template = get_template(recipe.data.template, recipe.data.system_prompt)
     tokenizer, processor = build_run_processor(recipe, model.config, model.tokenizer_folder, model.image_folder)
     _check_context(recipe, model.config)
+    _check_tying(recipe, model.config)
     opened = encode_splits(_with_test_rows(recipe), tokenizer, progress)
     splits = {
         name: build_split(recipe, name, split, processor, model.config, progress) for name, split in opened.items()
@@ -125,7 +127,7 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
         order,
         step,
         refusal,
-        planned_parameters(model.config, run_lora_config(recipe, model.config)),
+        planned_parameters(model.config, run_lora_config(recipe, model.config, token_ids=_new_ids(recipe, tokenizer))),
         resolve_computation(recipe),
     )
 
@@ -164,15 +166,31 @@ def check_launch(recipe: Recipe) -> None:
 
 
 def build_run_processor(
-    recipe: Recipe, config: LlavaConfig, tokenizer_folder: Path, image_folder: Path
+    recipe: Recipe, config: LlavaConfig, tokenizer_folder: Path, image_folder: Path, *, trained: bool = False
 ) -> tuple[PreTrainedTokenizerBase, Any]:
-    """Return the tokenizer that encodes rows, and the stock processor with it and the template."""
+    """Return the tokenizer that encodes rows, and the stock processor with it and the template.
+
+    Args:
+        recipe: The recipe.
+        config: Configuration of the LLaVA.
+        tokenizer_folder: Folder of the tokenizer.
+        image_folder: Folder of the preprocessor's settings.
+        trained: Whether the model may be one that the recipe made, whose tokenizer knows the new tokens.
+
+    Raises:
+        UserError: If a tokenizer or template does not fit.
+    """
     template = get_template(recipe.data.template, recipe.data.system_prompt)
     tokenizer = load_tokenizer(tokenizer_folder, config)
+    add_new_tokens(tokenizer, recipe.model.new_tokens, config, known=trained)
     image_processor = image_processor_of(image_folder, config, recipe.data.image_aspect)
     return tokenizer, build_processor(
         tokenizer, config, image_processor, chat_template(fit_template(template, tokenizer))
     )
+
+
+def _new_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [int(tokenizer.convert_tokens_to_ids(token)) for token in recipe.model.new_tokens]
 
 
 def run_lora_config(recipe: Recipe, config: LlavaConfig, base: str | None = None, token_ids: Sequence[int] = ()) -> Any:
@@ -195,6 +213,16 @@ def _check_context(recipe: Recipe, config: LlavaConfig) -> None:
     positions = config.text_config.max_position_embeddings
     if recipe.data.max_length > positions:
         raise UserError(f"data.max_length is {recipe.data.max_length}, over the language model's {positions} positions")
+
+
+def _check_tying(recipe: Recipe, config: LlavaConfig) -> None:
+    """Refuse to train embeddings or head in full if they are one matrix: as two, a stock model would tie them again."""
+    tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
+    if tied and recipe.lora is not None and recipe.lora.modules_to_save:
+        raise UserError(
+            f"lora.modules_to_save names {', '.join(recipe.lora.modules_to_save)}, but this model's embeddings and "
+            "head are one matrix, which PEFT would save as two; leave it out, or use model.new_tokens to train single rows"
+        )
 
 
 def check_reporters(reporters: Iterable[str]) -> None:

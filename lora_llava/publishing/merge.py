@@ -165,6 +165,11 @@ def write_adapter(folder: Path, source: MergeSource, base_name: str) -> None:
     ]
     write_file(sorted(tensors, key=lambda tensor: tensor.name), folder / ADAPTER_FILE, torch.float32)
     config = json.loads((source.run / "adapter_config.json").read_text(encoding="utf-8"))
-    config |= {"modules_to_save": None, "base_model_name_or_path": base_name, "revision": None}
+    config |= {
+        "modules_to_save": None,
+        "trainable_token_indices": None,
+        "base_model_name_or_path": base_name,
+        "revision": None,
+    }
     write_json(folder / "adapter_config.json", config)
     copy_processor(source, folder)

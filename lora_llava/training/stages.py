@@ -28,6 +28,7 @@ from lora_llava.model.fast_path.activation_checkpointing import checkpoint_langu
 from lora_llava.model.fast_path.attention import use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import load_base
+from lora_llava.model.new_tokens import new_token_ids
 from lora_llava.model.start import Base
 from lora_llava.model.vision import run_tower
 from lora_llava.planning.memory import GIB
@@ -102,7 +103,8 @@ def build_trained_model(recipe: Recipe, base: Base, saved: LoraConfig | None = N
     )
     if is_padding_free(recipe)[0]:
         use_flash_varlen(model)
-    config = saved or run_lora_config(recipe, model.config, base.name)
+    ids = new_token_ids(base.folder, recipe.model.new_tokens, model.config)
+    config = saved or run_lora_config(recipe, model.config, base.name, ids)
     peft_model = add_adapters(model, config, recipe.training.projector_dropout)
     if recipe.training.vision_cache == "off":
         run_tower(model, trained=recipe.lora is not None and recipe.lora.vision is not None)

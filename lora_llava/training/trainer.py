@@ -116,6 +116,7 @@ class LlavaSFTTrainer(TrainerHooks):
         self._weights_consistent = True
         self.on_loss: Callable[[torch.Tensor], None] = lambda loss: None
         self.on_begin: Callable[[], None] = lambda: None
+        self._trains_head = any(p.requires_grad for name, p in model.named_parameters() if ".lm_head." in name)
         trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         events = _TrainerEvents(self._begin, self._weights_change, self._step_ended, self._take_counters)
         super().__init__(
@@ -237,14 +238,15 @@ class LlavaSFTTrainer(TrainerHooks):
         """Count the tokens and return the loss.
 
         On CUDA it is TRL's loss, whose fused head computes trained tokens only. Elsewhere TRL computes every token
-        (trl/trainer/utils.py, add_fused_lm_head), so ours is used.
+        (trl/trainer/utils.py, add_fused_lm_head), so ours is used; also for a head that trains, which TRL's reads as
+        a plain matrix, past PEFT's wrapper and the dtype that it sees to.
         """
         count = count_labels(inputs)
         if model.training and count:  # a pass without labels only keeps the ranks in step
             padding = int((inputs["attention_mask"] == 0).sum()) if "attention_mask" in inputs else 0
             self.tokens_seen += inputs["input_ids"].numel() - padding
             self.supervised_tokens_seen += count
-        if inputs["labels"].is_cuda:
+        if inputs["labels"].is_cuda and not self._trains_head:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         else:
             loss = self._labelled_loss(model, inputs, kwargs.get("num_items_in_batch"))
