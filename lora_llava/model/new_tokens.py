@@ -36,8 +36,8 @@ def add_new_tokens(
     for token in tokens:
         if token in vocabulary and not known:
             raise UserError(
-                f"model.new_tokens: {token!r} is in the tokenizer already, with id {vocabulary[token]}; leave it out, or "
-                "name another"
+                f"model.new_tokens: {token!r} is in the tokenizer already, with id {vocabulary[token]}; leave it out, "
+                "or name another"
             )
     added = [AddedToken(token, normalized=False, special=False) for token in tokens if token not in vocabulary]
     tokenizer.add_tokens(added)

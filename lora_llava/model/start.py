@@ -187,7 +187,9 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
                     f"model.start_from.stage1_run: {start.stage1_run} was trained on another {field} "
                     f"({getattr(stage1_parts, field)}) than model.{field} ({getattr(parts, field)}); name the same"
                 )
-        parts = replace(parts, seed=stage1_parts.seed, projector=stage1_parts.projector)
+        # A base with more rows than Stage 1's is written here; its own projector is replaced by Stage 1's anyway.
+        published = None if parts.extra_rows else stage1_parts.projector
+        parts = replace(parts, seed=stage1_parts.seed, projector=published)
         folder = cache_folder() / "bases" / parts.key
         if parts.projector is not None and (damage := find_damage(folder)) is not None:
             what = f"damaged in {folder} ({damage})" if folder.is_dir() else f"missing in {cache_folder()}"

@@ -221,7 +221,7 @@ def _check_tying(recipe: Recipe, config: LlavaConfig) -> None:
     if tied and recipe.lora is not None and recipe.lora.modules_to_save:
         raise UserError(
             f"lora.modules_to_save names {', '.join(recipe.lora.modules_to_save)}, but this model's embeddings and "
-            "head are one matrix, which PEFT would save as two; leave it out, or use model.new_tokens to train single rows"
+            "head are one matrix, which PEFT would save as two; leave it out, or train single rows by model.new_tokens"
         )
 
 

@@ -16,6 +16,7 @@ from lora_llava.model.adapter_file import PEFT_PREFIX, read_lora_config
 from lora_llava.model.weights.names import ADAPTER_FILE, PROJECTOR_PREFIX
 from lora_llava.model.weights.tensor_files import LazyTensor, lazy_file
 
+_EMBEDDINGS, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 _ROWS_OF = ".token_adapter.trainable_tokens_delta"
 """Between a matrix's name and the end of the name of its trained rows."""
 _ROWS = 512
@@ -59,6 +60,12 @@ class Adapter:
     rows: dict[str, LazyTensor]
     token_ids: dict[str, list[int]]
 
+    def stored_rows(self, name: str) -> str:
+        """Return the key of a matrix in `rows`; PEFT stores the rows of a head that is tied to the embeddings once."""
+        names = self.config.trainable_token_indices
+        tied = name == _HEAD and name not in self.rows and isinstance(names, dict) and "lm_head" in names
+        return _EMBEDDINGS if tied else name
+
     def tensor(self, name: str) -> torch.Tensor:
         """Read the adapter's tensor for a parameter of the PEFT model, in float32.
 
@@ -68,7 +75,7 @@ class Adapter:
         if ".modules_to_save." in name:
             return self.saved[name.replace("modules_to_save.default.", "")].load().float()
         if _ROWS_OF in name:
-            return self.rows[name.split(_ROWS_OF)[0] + ".weight"].load().float()
+            return self.rows[self.stored_rows(name.split(_ROWS_OF)[0] + ".weight")].load().float()
         layer, _, kind = name.partition(".lora_")
         found = self.layers[layer]
         kinds = {"A": found.down, "B": found.up, "magnitude_vector": found.magnitude}

@@ -58,8 +58,8 @@ def _merged(
         if name in adapter.saved:
             _check_shape(name, tensor.shape, adapter.saved[name].shape, adapter)
             tensor = replace(tensor, load=adapter.saved[name].load)
-        elif name in adapter.rows:
-            tensor = _with_rows(tensor, adapter.rows[name], adapter.token_ids[name], dtype)
+        elif (stored := adapter.stored_rows(name)) in adapter.rows:
+            tensor = _with_rows(tensor, adapter.rows[stored], adapter.token_ids[stored], dtype)
         elif nf4_from is not None and is_quantized(name, tensor.shape):
             tensor = _quantized(tensor, nf4_from)
         if layer is not None and with_lora:
