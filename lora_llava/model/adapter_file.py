@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,34 @@ def read_lora_config(folder: Path) -> LoraConfig:
         raise UserError(f"{file} is not PEFT's: {(str(error).splitlines() or ['damaged'])[0]}") from None
     if not isinstance(config, LoraConfig):
         raise UserError(f"{folder}: a {config.peft_type} adapter; only LoRA's can be merged")
-    for rank in (config.r, *(config.rank_pattern or {}).values()):
-        if not isinstance(rank, int) or rank < 1:
-            raise UserError(f"{file}: r is {rank}; it should be a whole number above 0")
+    if not isinstance(config.r, int) or config.r < 1:
+        raise UserError(f"{file}: r is {config.r}; it should be a whole number above 0")
+    _check_patterns(config, file)
     return config
+
+
+def _check_patterns(config: LoraConfig, file: Path) -> None:
+    """Check settings of single layers and tokens: ranks, scales, and the ids of tokens with trained rows."""
+    for name, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        for layer, value in dict(getattr(config, name) or {}).items():
+            valid = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and value > 0
+            if not valid or not _is_pattern(layer):
+                kind = "a whole number" if whole else "a number"
+                raise UserError(f"{file}: {name} of {layer} is {value!r}; it should be {kind} above 0; restore it")
+    indices = config.trainable_token_indices or []
+    for ids in indices.values() if isinstance(indices, dict) else [indices]:
+        if not isinstance(ids, list) or not all(type(index) is int and index >= 0 for index in ids):
+            raise UserError(
+                f"{file}: trainable_token_indices has {ids!r}; it should be a list of token ids; restore it"
+            )
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def check_saved(folder: Path, record: Mapping[str, Any]) -> None:
@@ -166,7 +191,7 @@ def _expected_shapes(folder: Path, base: LlavaConfig, base_name: str) -> dict[st
     config = read_lora_config(folder)
     try:
         model = adapter_on(build_empty(base), config)
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, IndexError) as error:
         raise UserError(
             f"{folder}/{CONFIG_FILE} does not fit the base {base_name}: {str(error).splitlines()[0]}; restore it"
         ) from None
