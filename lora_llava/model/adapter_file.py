@@ -189,6 +189,15 @@ def check_fits(folder: Path, base: LlavaConfig, base_name: str) -> None:
 def _expected_shapes(folder: Path, base: LlavaConfig, base_name: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes by name that PEFT would save for this adapter on this base."""
     config = read_lora_config(folder)
+    rows, indices = base.text_config.vocab_size, config.trainable_token_indices or []
+    highest = max(
+        (max(ids, default=0) for ids in (indices.values() if isinstance(indices, dict) else [indices])), default=0
+    )
+    if highest >= rows:
+        raise UserError(
+            f"{folder}/{CONFIG_FILE} does not fit the base {base_name}: it has trained the row of token {highest}, and "
+            f"the base has {rows} rows; restore it"
+        )
     try:
         model = adapter_on(build_empty(base), config)
     except (ValueError, AttributeError, TypeError, IndexError) as error:

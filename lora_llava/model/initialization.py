@@ -5,20 +5,23 @@ A start is over when training begins: the saved config has PEFT's default, so th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
+from peft import EvaConfig, LoraConfig, PeftModel, get_eva_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from peft.utils.loftq_utils import _low_rank_decomposition
+from torch import nn
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
-from lora_llava.model.adapters import check_adapters
+from lora_llava.model.adapters import VISION, check_adapters
 from lora_llava.model.loading import is_4bit
 from lora_llava.model.weights.names import canonical_name
 from lora_llava.model.weights.tensor_files import lazy_tensors
@@ -31,7 +34,7 @@ _EVA_PASSES = 500
 """Passes after which directions that still change are given up."""
 EVA_RHO = 2.0
 """A layer's largest rank under EVA, in multiples of r (PEFT's default)."""
-_EVA_POSITIONS = 4
+EVA_POSITIONS = 4
 """Positions per direction that EVA takes of a batch; PEFT hashes them all as Python numbers."""
 
 
@@ -111,60 +114,76 @@ def start_eva(model: PeftModel, batches: Iterable[dict[str, Any]]) -> None:
         UserError: If the directions do not settle, or the data is too little.
     """
     config = model.peft_config[model.active_adapter]
-    least = min(layer.in_features for layer in lora_layers(model).values())
-    rho = min(EVA_RHO, least / config.r)
-    config.eva_config, config.init_lora_weights = EvaConfig(rho=rho, use_label_mask=False), "eva"
-    pattern, most = config.target_modules, round(rho * config.r)
+    layers = {name: layer for name, layer in lora_layers(model).items() if VISION not in name}
+    rho = min(EVA_RHO, min(layer.in_features for layer in layers.values()) / config.r)
+    settings, most = EvaConfig(rho=rho, use_label_mask=False), round(rho * config.r)
     usable = [_Batch(batch) for batch in batches if _positions(batch, most).shape[0] >= most]
     if not usable:
         raise UserError(f"lora.init: eva needs rows of at least {most} tokens, for lora.r {config.r}; use default")
+    found = get_eva_state_dict(
+        _Plain(model.base_model).train(model.training),
+        usable,
+        replace(config, eva_config=settings, init_lora_weights="eva", target_modules=[_inner(name) for name in layers]),
+        forward_fn=_Forward(),
+        prepare_model_inputs_fn=lambda batch, _: _positions(batch, most),
+        gather_distributed_inputs=False,
+        show_progress_bar=False,
+    )
+    with warnings.catch_warnings():  # that the vision tower's adapters start as by default
+        warnings.filterwarnings("ignore", "the following layers were initialized with init_lora_weights=True")
+        _distribute(model, config, {name.removesuffix(".base_layer"): ranks for name, ranks in found.items()})
+
+
+def _inner(name: str) -> str:
+    """Return the name of an adapted layer's own weights in `_Plain`."""
+    return f"base_model.model.{name}.base_layer"
+
+
+class _Plain(nn.Module):
+    """A model that PEFT does not know to have adapters.
+
+    Of one with adapters it would switch off the trained projector too, and would take the rows of new tokens for an
+    adapted layer. The adapters are zero at this point.
+    """
+
+    def __init__(self, base_model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = base_model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.base_model(**inputs)
+
+
+class _Forward:
+    """The forward pass over a batch, counted."""
+
     passes = 0
 
-    def forward(model: Any, batch: _Batch) -> Any:
-        nonlocal passes
-        passes += 1
-        if passes > _EVA_PASSES:
+    def __call__(self, model: nn.Module, batch: _Batch) -> Any:
+        self.passes += 1
+        if self.passes > _EVA_PASSES:
             raise UserError(f"lora.init: eva found no stable directions in {_EVA_PASSES} batches; use default")
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         with torch.autocast("cuda", torch.bfloat16) if batch["input_ids"].is_cuda else nullcontext():
             return model(**inputs, use_cache=False, logits_to_keep=1)
-
-    layers = list(lora_layers(model))
-    with _with_own_projector(model):
-        initialize_lora_eva_weights(
-            model,
-            usable,
-            forward_fn=forward,
-            prepare_model_inputs_fn=lambda batch, _: _positions(batch, most),
-            gather_distributed_inputs=False,
-            show_progress_bar=False,
-        )
-    _settle(model, config, str(pattern), layers)
 
 
 def _positions(batch: dict[str, Any], directions: int) -> torch.Tensor:
     """Return some positions of a batch, evenly spaced and without padding: rows and columns, shape (positions, 2)."""
     mask = batch.get("attention_mask")
     found = (torch.ones_like(batch["input_ids"]) if mask is None else mask).nonzero()
-    return found[:: max(1, found.shape[0] // (_EVA_POSITIONS * directions))]
+    return found[:: max(1, found.shape[0] // (EVA_POSITIONS * directions))]
 
 
-@contextmanager
-def _with_own_projector(model: PeftModel) -> Iterator[None]:
-    """Keep PEFT from switching off the trained projector with the adapters, which are zero at this point anyway."""
-    model.disable_adapter = nullcontext  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        del model.disable_adapter
-
-
-def _settle(model: PeftModel, config: LoraConfig, pattern: str, layers: Sequence[str]) -> None:
-    """Write the result into PEFT's config by our pattern, with the layers that got no rank as exceptions."""
+def _distribute(model: PeftModel, config: LoraConfig, directions: dict[str, torch.Tensor]) -> None:
+    """Let PEFT set the ranks, and keep our pattern in its config, with the layers that got no rank as exceptions."""
+    pattern, layers = config.target_modules, list(lora_layers(model))
+    config.eva_config, config.init_lora_weights = EvaConfig(), "eva"
+    initialize_lora_eva_weights(model, eva_state_dict=directions)
     kept = lora_layers(model)
-    config.target_modules, config.eva_config, config.init_lora_weights = pattern, None, True
     without = [name for name in layers if name not in kept]
-    config.exclude_modules = without or None
+    config.target_modules, config.exclude_modules = pattern, without or None
+    config.eva_config, config.init_lora_weights = None, True
     for layer in kept.values():
         layer.lora_A.float()
         layer.lora_B.float()

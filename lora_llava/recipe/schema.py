@@ -147,8 +147,6 @@ class LoraSection(Section):
         odd = [name for name, rank in ranks.items() if rank % 2]
         if self.init == "orthogonal" and odd:
             raise ValueError(f"{odd[0]} is {ranks[odd[0]]}, and init orthogonal needs an even rank; make it even")
-        if self.init == "eva" and self.vision is not None:
-            raise ValueError("init is eva together with vision, whose layers some batches never reach; use default")
         if self.init in ("eva", "loftq") and self.dora:
             raise ValueError(f"init is {self.init} together with dora, whose magnitudes it does not set; drop one")
         if len(set(self.modules_to_save)) < len(self.modules_to_save):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,15 @@ from peft import LoraConfig, PeftModel
 from transformers.trainer_utils import set_seed
 
 from lora_llava.model.adapter_file import read_lora_config
-from lora_llava.model.initialization import EVA_BATCHES, lora_layers, start_eva, start_loftq, start_orthogonal
+from lora_llava.model.initialization import (
+    EVA_BATCHES,
+    EVA_POSITIONS,
+    EVA_RHO,
+    lora_layers,
+    start_eva,
+    start_loftq,
+    start_orthogonal,
+)
 from lora_llava.model.start import Base
 from lora_llava.planning.run_plan import RunPlan
 from lora_llava.recipe import Recipe
@@ -42,15 +51,25 @@ def start_adapters(plan: RunPlan, base: Base, model: PeftModel, feed: Feed) -> s
     if lora.init == "loftq":
         start_loftq(model, base.folder)
         return "adapters start as a correction of NF4; merge them with --base nf4"
-    start_eva(model, _first_batches(feed))
+    start_eva(model, _drawn_batches(feed, plan.recipe.seed, round(EVA_POSITIONS * EVA_RHO * lora.r)))
     ranks = [layer.r[model.active_adapter] for layer in lora_layers(model).values()]
     return f"eva: {len(ranks)} layers have ranks from {min(ranks)} to {max(ranks)}, {sum(ranks)} in all"
 
 
-def _first_batches(feed: Feed) -> Iterator[dict[str, Any]]:
-    """Yield the first batches of the run, of all processes."""
-    for row in [row for row in feed.rows if row][:EVA_BATCHES]:
-        yield feed.collator([feed.samples[i] for i in row])
+def _drawn_batches(feed: Feed, seed: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """Yield batches of training samples drawn by the seed, each of as many samples as have this many tokens.
+
+    They are small, and the same for every number of processes and samples per pass.
+    """
+    order, batch, made = list(range(len(feed.samples))), [], 0
+    random.Random(seed).shuffle(order)
+    for index in order:
+        batch.append(feed.samples[index])
+        if sum(len(sample["input_ids"]) for sample in batch) >= tokens:
+            yield feed.collator(batch)
+            batch, made = [], made + 1
+        if made == EVA_BATCHES:
+            return
 
 
 def saved_config(recipe: Recipe, start: Start | None) -> LoraConfig | None:

@@ -70,7 +70,7 @@ def resumes_to_the_bit(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
 
 def merges(run_folder: Path, output: Path, base: Any = "bf16") -> dict[str, Any]:
     """Merge a run in float32 and return the proof."""
-    return merge(run_folder, output, base=base, dtype="float32", console=Console(file=io.StringIO()))
+    return merge(run_folder, output, base=base, dtype="float32", console=quiet())
 
 
 def stock(run_folder: Path, loaded: Any) -> PeftModel:
@@ -80,3 +80,8 @@ def stock(run_folder: Path, loaded: Any) -> PeftModel:
 
 def base_of(run_folder: Path) -> Path:
     return read_source(run_folder).base
+
+
+def quiet() -> Console:
+    """Return a console that prints nothing."""
+    return Console(file=io.StringIO())

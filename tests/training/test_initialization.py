@@ -16,14 +16,15 @@ from torch import nn
 
 from lora_llava.core.errors import UserError
 from lora_llava.inference.load import load_answering_model
+from lora_llava.model.adapters import trained_projector
 from lora_llava.model.initialization import lora_layers, start_eva, start_loftq, start_orthogonal
 from lora_llava.model.loading import load_base
-from lora_llava.model.start import prepare_base
+from lora_llava.model.start import prepare_base, read_run_projector
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import RecipeError, check_recipe
 from lora_llava.training.stages import build_feeds, build_trained_model
 from tests.training.choices import base_of, chosen, logits_of, merges, resumes_to_the_bit, stock, trained_model
-from tests.training.small_runs import recipe_of, run
+from tests.training.small_runs import content_for_ranks, one_and_two, recipe_of, run, weights
 
 INITS = ("orthogonal", "eva", "loftq")
 
@@ -105,6 +106,44 @@ def test_eva_gives_each_layer_a_rank_from_one_budget(stage2_content: dict[str, A
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "flash_varlen"])
+def test_eva_reads_padded_and_packed_rows(attention: str, stage2_content: dict[str, Any]) -> None:
+    content = chosen(stage2_content, model={"attention": attention}, lora={"init": "eva"})
+    _, _, model = trained_model(chosen(content, training={"max_steps": 1, "eval_every": 1}))
+    assert sum(layer.r["default"] for layer in lora_layers(model).values()) == 14 * 4
+
+
+def test_eva_uses_the_projector_of_stage_1(
+    stage1_content: dict[str, Any], stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(check_recipe(stage1_content, "test"))
+    content = chosen(
+        stage2_content,
+        model={"start_from": {"stage1_run": stage1_content["output_dir"]}},
+        lora={"init": "eva"},
+    )
+    projectors = []
+
+    def seen(model: Any, batches: Any) -> None:
+        projectors.append(trained_projector(model).linear_1.weight.detach().clone())  # type: ignore[union-attr, operator]
+        start_eva(model, batches)
+
+    monkeypatch.setattr("lora_llava.training.adapter_start.start_eva", seen)
+    recipe = recipe_of(content, max_steps=1, eval_every=1)
+    run(recipe)
+    assert torch.equal(projectors[0], read_run_projector(Path(stage1_content["output_dir"]))["linear_1.weight"])
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_two_processes_start_and_train_as_one(init: str, parts: Path, scienceqa: Path, tmp_path: Path) -> None:
+    content = chosen(content_for_ranks(parts, scienceqa, "nf4"), lora={"init": init})
+    one, two, _ = one_and_two(content, tmp_path)
+    first, second = weights(one), weights(two)
+    assert {name: t.shape for name, t in first.items()} == {name: t.shape for name, t in second.items()}
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-2, atol=2e-3)
+
+
 def test_eva_needs_enough_tokens(stage2_content: dict[str, Any]) -> None:
     model, _ = built(stage2_content)
     with pytest.raises(UserError, match=r"lora.init: eva needs rows of at least 8 tokens, for lora.r 4; use default"):
@@ -156,7 +195,6 @@ def test_a_resumed_run_starts_nothing_again(stage2_content: dict[str, Any], monk
             r"model\.quantization is none; set model\.quantization: nf4",
         ),
         ({"lora": {"init": "eva", "dora": True}}, r"init is eva together with dora"),
-        ({"lora": {"init": "eva", "vision": {}}}, r"init is eva together with vision"),
     ],
 )
 def test_starts_that_cannot_be_are_refused(choices: Any, message: str, stage2_content: dict[str, Any]) -> None:
