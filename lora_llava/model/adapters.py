@@ -111,7 +111,7 @@ def add_adapters(model: LlavaForConditionalGeneration, config: LoraConfig, proje
     projector = trained_projector(peft_model).float()
     projector.linear_2.requires_grad_(not linear_projector)
     _keep_float32(peft_model, model.dtype)
-    behind_images = [p for n, p in model.named_parameters() if p.requires_grad and (PROJECTOR in n or VISION in n)]
+    behind_images = [projector, *([] if model.model.vision_tower is None else [model.model.vision_tower])]
     model.model.register_forward_hook(functools.partial(_reach, behind_images), with_kwargs=True)
     if projector_dropout:
         projector.register_forward_hook(lambda module, _, output: F.dropout(output, projector_dropout, module.training))
@@ -123,13 +123,14 @@ def add_adapters(model: LlavaForConditionalGeneration, config: LoraConfig, proje
     return peft_model
 
 
-def _reach(parameters: Sequence[nn.Parameter], model: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
+def _reach(modules: Sequence[nn.Module], model: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
     """Add a zero from projector and vision adapters to the output of a batch without images.
 
     DDP waits for a gradient of every trained parameter on every rank. One process does the same, for equal results.
     """
     if model.training and torch.is_grad_enabled() and kwargs.get("pixel_values") is None:
-        zero = sum(0.0 * p.sum() for p in parameters)
+        # Looked up in every pass: FSDP replaces the parameters.
+        zero = sum(0.0 * p.sum() for module in modules for p in module.parameters() if p.requires_grad)
         output.last_hidden_state = output.last_hidden_state + zero
     return output
 
