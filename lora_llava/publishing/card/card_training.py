@@ -78,7 +78,7 @@ def _setting_rows(package: Package) -> list[tuple[str, str]]:
         rows.append(("new tokens", ", ".join(f"`{token}`" for token in tokens)))
     rows += [
         ("quantisation during training", _QUANTIZATIONS[recipe["model"]["quantization"]]),
-        ("conversation template", data["template"]),
+        ("conversation template", "the model's own" if data["template"] == "auto" else data["template"]),
         ("images", f"position {data['image_position']}, aspect {data['image_aspect']}"),
         ("learning rate", f"{rate}, {training['lr_scheduler']} schedule, warm-up ratio {training['warmup_ratio']:g}"),
         ("batch", _batch(training)),
