@@ -30,12 +30,13 @@ from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import default_device
 from lora_llava.model.random_weights import build_random_llava
 from lora_llava.model.tokenizer import load_tokenizer
-from lora_llava.model.vision import freeze_tower, tower_features
+from lora_llava.model.vision import run_tower, tower_features
 from lora_llava.model.weights.parts import DEMO_FOLDER
 from lora_llava.planning.fit import measure_rows
 from lora_llava.planning.memory import CUDA_CONTEXT, Step, fit_step, smallest
 from lora_llava.recipe.schema import LINEARS, LoraSection
 from lora_llava.training.feed import Feed
+from lora_llava.training.parameter_groups import Rates
 from lora_llava.training.stages import checkpointing_argument
 from lora_llava.training.trainer import LlavaSFTTrainer
 from lora_llava.training.training_progress import peak_memory_bytes
@@ -200,23 +201,24 @@ def _ours(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, cloc
     use_flash_varlen(model)
     peft_model = add_adapters(model, lora_config(r=settings.r, alpha=16, targets=LINEARS))
     if not cached:
-        freeze_tower(model)
+        run_tower(model)
     make_lean(model.model.language_model)
     step = _planned(settings, config, rows, samples, cached)
     checkpoint_language_model(model, step.checkpointed, step.offloaded)
+    arguments = _arguments(
+        settings,
+        **{checkpointing_argument(): False},
+        packing=False,
+        padding_free=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
     trainer = CountingTrainer(
         peft_model,
-        _arguments(
-            settings,
-            **{checkpointing_argument(): False},
-            packing=False,
-            padding_free=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
-        ),
+        arguments,
         train=Feed(samples, rows, PackedCollator(images)),
         validation=None,
         processor=processor,
-        projector_learning_rate=1e-4,
+        rates=Rates(adapters=arguments.learning_rate, projector=1e-4),
         callbacks=[clock],
     )
     trainer.clock = clock

@@ -63,6 +63,9 @@ def check_sharding(recipe: Recipe, ranks: int) -> None:
         )
     if settings[_RECOMPUTE] == "true":
         raise UserError(f"leave --{_RECOMPUTE.lower()} out; training.gradient_checkpointing does it")
+    for key, chosen in _untested(recipe).items():
+        if chosen:
+            raise UserError(f"{key} has not been tested with weights that FSDP shards; drop it, or start without FSDP")
     os.environ.update(_SETTINGS)
 
 
@@ -73,6 +76,17 @@ def shard_by_layer(classes: str) -> None:
         classes: Names of the layers' classes, joined by commas, as `LlamaDecoderLayer`.
     """
     os.environ[_LAYER_CLASSES] = classes
+
+
+def _untested(recipe: Recipe) -> dict[str, bool]:
+    """Return choices of what trains that only complete models are known to train, and whether a recipe has them."""
+    lora = recipe.lora
+    return {
+        "lora.vision": lora is not None and lora.vision is not None,
+        "lora.modules_to_save": lora is not None and bool(lora.modules_to_save),
+        "lora.init": lora is not None and lora.init != "default",
+        "model.new_tokens": bool(recipe.model.new_tokens),
+    }
 
 
 def configure_sharding(accelerator: Any) -> None:

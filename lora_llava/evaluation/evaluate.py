@@ -272,7 +272,7 @@ def open_evaluation(
     base = str(checked_base(read_record(folder), folder)) if run else model
     elsewhere = server is not None and not folder.is_dir()
     plan = plan_model(chosen.model if elsewhere else _as_llava(chosen.model, base))
-    tokenizer, processor, template = build_run_processor(chosen, plan)
+    tokenizer, processor, template = build_run_processor(chosen, plan, trained=True)
     read = partial(read_held_out, chosen, processor, template, plan.config)
     name, split = read(trusted=options.bad_images == "wrong")
     other_data = ("data.path=", "data.file=", "data.format=", "data.sources")

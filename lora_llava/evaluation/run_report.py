@@ -185,6 +185,18 @@ def _evaluated_rows(file: Path, scored: Sequence[Row], split: Split, own: bool) 
     return found
 
 
+def _adapter(recipe: Recipe) -> str:
+    lora = recipe.lora
+    if lora is None:
+        return "none"
+    parts = [f"r {lora.r}, alpha {lora.alpha:g}"]
+    if lora.vision is not None:
+        parts.append(f"vision tower r {lora.vision.r}, alpha {lora.vision.alpha or lora.vision.r:g}")
+    parts += [f"init {lora.init}"] if lora.init != "default" else []
+    parts += [f"LoRA+ {recipe.training.loraplus_ratio:g}"] if recipe.training.loraplus_ratio else []
+    return "; ".join(parts)
+
+
 def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     train, machine = metrics["train"], metrics["machine"]
     counts = metrics["model"]["trained_parameters"]
@@ -195,7 +207,7 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", start.llava or f"{section.llm} + {section.vision_tower}"),
         ("data", f"{recipe.data.format}: {data}"),
         ("trained", ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)),
-        ("adapter", f"r {recipe.lora.r}, alpha {recipe.lora.alpha:g}" if recipe.lora else "none"),
+        ("adapter", _adapter(recipe)),
         ("base", {"nf4": "NF4", "none": "unquantised"}[section.quantization]),
         ("steps", f"{train['steps']:,}"),
         ("tokens", f"{train['tokens']:,}, {100 * train['supervised_tokens'] / max(1, train['tokens']):.0f}% trained"),

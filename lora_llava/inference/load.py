@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import AutoProcessor
 
 from lora_llava.core.errors import UserError
 from lora_llava.model.loading import Quantization, load_base
+from lora_llava.model.start import RUN_FILE
 
 
 def load_answering_model(
@@ -29,6 +31,8 @@ def load_answering_model(
     Raises:
         UserError: If the base cannot be loaded, or the adapter does not fit it.
     """
+    if adapter is not None and quantization != "nf4" and needs_nf4(adapter):
+        raise UserError(f"{adapter} corrects NF4's rounding (lora.init loftq); load it with quantization nf4")
     model = load_base(base, quantization=quantization, dtype=dtype)
     if adapter is None:
         return model
@@ -36,6 +40,12 @@ def load_answering_model(
         return PeftModel.from_pretrained(model, str(adapter)).eval()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{adapter} does not fit its base {base}: {str(error).splitlines()[0]}") from None
+
+
+def needs_nf4(adapter: Path) -> bool:
+    """Check whether an adapter fits the NF4 base alone, by its `run.json`."""
+    file = adapter / RUN_FILE
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("needs_base") == "nf4"
 
 
 def load_processor(folder: Path) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lora_llava.model.weights.tensor_files import lazy_file
 PEFT_PREFIX = "base_model.model."
 CONFIG_FILE = "adapter_config.json"
 _SUPPORTED = {
+    "alpha_pattern",
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
@@ -41,10 +43,12 @@ _SUPPORTED = {
     "peft_version",
     "qalora_group_size",
     "r",
+    "rank_pattern",
     "revision",
     "runtime_config",
     "target_modules",
     "task_type",
+    "trainable_token_indices",
     "use_dora",
     "use_rslora",
 }
@@ -98,7 +102,32 @@ def read_lora_config(folder: Path) -> LoraConfig:
         raise UserError(f"{folder}: a {config.peft_type} adapter; only LoRA's can be merged")
     if not isinstance(config.r, int) or config.r < 1:
         raise UserError(f"{file}: r is {config.r}; it should be a whole number above 0")
+    _check_patterns(config, file)
     return config
+
+
+def _check_patterns(config: LoraConfig, file: Path) -> None:
+    """Check settings of single layers and tokens: ranks, scales, and the ids of tokens with trained rows."""
+    for name, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        for layer, value in dict(getattr(config, name) or {}).items():
+            valid = isinstance(value, int if whole else int | float) and not isinstance(value, bool) and value > 0
+            if not valid or not _is_pattern(layer):
+                kind = "a whole number" if whole else "a number"
+                raise UserError(f"{file}: {name} of {layer} is {value!r}; it should be {kind} above 0; restore it")
+    indices = config.trainable_token_indices or []
+    for ids in indices.values() if isinstance(indices, dict) else [indices]:
+        if not isinstance(ids, list) or not all(type(index) is int and index >= 0 for index in ids):
+            raise UserError(
+                f"{file}: trainable_token_indices has {ids!r}; it should be a list of token ids; restore it"
+            )
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def check_saved(folder: Path, record: Mapping[str, Any]) -> None:
@@ -160,9 +189,18 @@ def check_fits(folder: Path, base: LlavaConfig, base_name: str) -> None:
 def _expected_shapes(folder: Path, base: LlavaConfig, base_name: str) -> dict[str, tuple[int, ...]]:
     """Return the shapes by name that PEFT would save for this adapter on this base."""
     config = read_lora_config(folder)
+    rows, indices = base.text_config.vocab_size, config.trainable_token_indices or []
+    highest = max(
+        (max(ids, default=0) for ids in (indices.values() if isinstance(indices, dict) else [indices])), default=0
+    )
+    if highest >= rows:
+        raise UserError(
+            f"{folder}/{CONFIG_FILE} does not fit the base {base_name}: it has trained the row of token {highest}, and "
+            f"the base has {rows} rows; restore it"
+        )
     try:
         model = adapter_on(build_empty(base), config)
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, IndexError) as error:
         raise UserError(
             f"{folder}/{CONFIG_FILE} does not fit the base {base_name}: {str(error).splitlines()[0]}; restore it"
         ) from None

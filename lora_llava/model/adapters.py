@@ -1,4 +1,4 @@
-"""The trained parameters: LoRA on the language model's linear layers, and the complete projector."""
+"""The trained parameters: LoRA on linear layers, and in full the projector and what else a recipe names."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from lora_llava.model.families.decoder_shape import decoder_shape
+from lora_llava.model.vision_adapters import VisionAdapters, planned_layers
 
-PROJECTOR = "multi_modal_projector"
+PROJECTOR, VISION = "multi_modal_projector", "vision_tower"
+VOCABULARY = ("embed_tokens", "lm_head")
+"""The two matrices with a row per token."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ def lora_config(
     dora: bool = False,
     targets: Sequence[str] = (),
     pattern: str | None = None,
+    vision: VisionAdapters | None = None,
+    modules_to_save: Sequence[str] = (),
+    token_ids: Sequence[int] = (),
     base: str | None = None,
 ) -> LoraConfig:
     """Return the PEFT configuration of a run.
@@ -57,6 +64,9 @@ def lora_config(
         dora: Decompose into magnitude and direction.
         targets: Names of the language model's linear layers; empty for Stage 1, which has no adapters.
         pattern: Pattern of these layers from `DecoderShape.pattern`; None is that of a Llama.
+        vision: Adapters on the vision tower, or None.
+        modules_to_save: Matrices besides the projector that are trained in full.
+        token_ids: Ids of tokens whose rows of embeddings and head are trained.
         base: Value of `base_model_name_or_path`.
 
     Returns:
@@ -65,18 +75,20 @@ def lora_config(
     """
     # vLLM supports patterns with this ending.
     pattern = pattern or rf".*language_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})$"
-    return LoraConfig(
+    config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=dora,
         target_modules=pattern if targets else DUMMY_TARGET_MODULES,  # peft's name for `modules_to_save` only
-        modules_to_save=[PROJECTOR],
+        modules_to_save=[PROJECTOR, *modules_to_save],
+        trainable_token_indices={name: list(token_ids) for name in VOCABULARY} if token_ids else None,
         base_model_name_or_path=base,
         bias="none",
         task_type="CAUSAL_LM",
     )
+    return vision.add_to(config) if vision else config
 
 
 def add_adapters(model: LlavaForConditionalGeneration, config: LoraConfig, projector_dropout: float = 0.0) -> PeftModel:
@@ -100,46 +112,77 @@ def add_adapters(model: LlavaForConditionalGeneration, config: LoraConfig, proje
     peft_model = get_peft_model(model, config)
     projector = trained_projector(peft_model).float()
     projector.linear_2.requires_grad_(not linear_projector)
-    projector.register_forward_pre_hook(_to_weight_dtype)
-    model.model.register_forward_hook(functools.partial(_reach_projector, projector), with_kwargs=True)
+    _keep_float32(peft_model, model.dtype)
+    behind_images = [projector, *([] if model.model.vision_tower is None else [model.model.vision_tower])]
+    model.model.register_forward_hook(functools.partial(_reach, behind_images), with_kwargs=True)
     if projector_dropout:
         projector.register_forward_hook(lambda module, _, output: F.dropout(output, projector_dropout, module.training))
     if config.target_modules != DUMMY_TARGET_MODULES:
-        names = str(config.target_modules).rsplit("(", 1)[1].removesuffix(")$").split("|")
+        pattern = str(config.target_modules)
+        names = pattern.rsplit("(", 1)[1].removesuffix(")$").split("|")
         linears = decoder_shape(model.config.text_config).linears
-        check_adapters(peft_model, expected=sum(len(linears[name]) for name in names))
+        planned = sum(len(linears[name]) for name in names) + planned_layers(pattern)
+        check_adapters(peft_model, expected=planned - len(config.exclude_modules or ()))
     return peft_model
 
 
-def _reach_projector(projector: nn.Module, model: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Add a zero from the projector to the output of a batch without images.
+def _reach(modules: Sequence[nn.Module], model: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Add a zero from projector and vision adapters to the output of a batch without images.
 
     DDP waits for a gradient of every trained parameter on every rank. One process does the same, for equal results.
     """
     if model.training and torch.is_grad_enabled() and kwargs.get("pixel_values") is None:
-        zero = sum(0.0 * p.sum() for p in projector.parameters() if p.requires_grad)
+        # Looked up in every pass: FSDP replaces the parameters.
+        zero = sum(0.0 * p.sum() for module in modules for p in module.parameters() if p.requires_grad)
         output.last_hidden_state = output.last_hidden_state + zero
     return output
 
 
-def adapter_on(model: LlavaForConditionalGeneration, config: LoraConfig) -> PeftModel:
+def adapter_on(
+    model: LlavaForConditionalGeneration, config: LoraConfig, dtype: torch.dtype = torch.float32
+) -> PeftModel:
     """Add a saved adapter's layers to a model without weights; the caller loads the weights.
 
     Args:
         model: A model with parameters on the meta device.
         config: The adapter's saved configuration.
+        dtype: Dtype of the base.
 
     Returns:
-        The PEFT model, whose projector may be float32 with a base of another dtype.
+        The PEFT model; what was trained in full is float32 in it.
     """
     peft_model = PeftModel(model, config, low_cpu_mem_usage=True)
-    if config.modules_to_save:
-        trained_projector(peft_model).register_forward_pre_hook(_to_weight_dtype)
+    _keep_float32(peft_model, dtype)
     return peft_model
 
 
-def _to_weight_dtype(projector: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    return (inputs[0].to(projector.linear_1.weight.dtype),)  # type: ignore[union-attr, arg-type]
+def _keep_float32(peft_model: PeftModel, dtype: torch.dtype) -> None:
+    """Make what is trained in full float32, and let it take and return what a model of another dtype expects.
+
+    AdamW's steps at a learning rate of 2e-5 are lost to rounding in bfloat16.
+    """
+    for module in saved_modules(peft_model).values():
+        module.float()
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda _, inputs, output: output.to(dtype))
+        else:
+            module.register_forward_pre_hook(_to_weight_dtype)
+    for name, parameter in peft_model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data = parameter.data.float()
+
+
+def _to_weight_dtype(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (inputs[0].to(next(module.parameters()).dtype), *inputs[1:])
+
+
+def saved_modules(peft_model: PeftModel) -> dict[str, nn.Module]:
+    """Return the modules of `modules_to_save`, which are trained in full, by name in the stock model."""
+    return {
+        name: module.modules_to_save[peft_model.active_adapter]
+        for name, module in peft_model.get_base_model().named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
 
 
 def trained_projector(model: PeftModel) -> nn.Module:
@@ -148,8 +191,12 @@ def trained_projector(model: PeftModel) -> nn.Module:
     return wrapper.modules_to_save[model.active_adapter]
 
 
+_TRAINED = ("lora_", ".modules_to_save.", "trainable_tokens_delta")
+"""Parts of the names that PEFT gives to trained parameters."""
+
+
 def check_adapters(model: PeftModel, expected: int) -> None:
-    """Check that every targeted layer has an adapter, and that only adapters and projector train.
+    """Check that every targeted layer has an adapter, and that only adapters and what is trained in full train.
 
     Raises:
         RuntimeError: Naming the first difference from the plan.
@@ -158,7 +205,7 @@ def check_adapters(model: PeftModel, expected: int) -> None:
     if len(adapted) != expected:
         raise RuntimeError(f"{len(adapted)} layers have an adapter; the plan has {expected}")
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not ("lora_" in name or PROJECTOR in name):
+        if parameter.requires_grad and not any(part in name for part in _TRAINED):
             raise RuntimeError(f"{name} would train, against the plan")
 
 
@@ -183,9 +230,11 @@ def freeze_plan(model: nn.Module) -> list[FreezeRow]:
 
 
 def _part_of(name: str) -> str:
+    if "lora_" in name:
+        return "LoRA adapters, vision tower" if VISION in name else "LoRA adapters"
     parts = {
-        "lora_": "LoRA adapters",
-        "vision_tower": "vision tower",
+        "trainable_tokens_delta": "new tokens",
+        VISION: "vision tower",
         PROJECTOR: "projector",
         "embed_tokens": "embeddings",
         "lm_head": "head",
@@ -212,12 +261,24 @@ def planned_parameters(config: LlavaConfig, lora: LoraConfig) -> dict[str, int]:
         lora: From `lora_config`.
 
     Returns:
-        Trained parameters of `lora` and `projector`.
+        Trained parameters of `lora` and `projector`, and of other parts if they train.
     """
     with torch.device("meta"):
         model = add_adapters(LlavaForConditionalGeneration(config), lora)
     counts = {"lora": 0, "projector": 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            counts["lora" if "lora_" in name else "projector"] += parameter.numel()
+            part = _COUNTED[_part_of(name)]
+            counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
+
+
+_COUNTED = {
+    "LoRA adapters": "lora",
+    "LoRA adapters, vision tower": "vision_lora",
+    "projector": "projector",
+    "new tokens": "new_tokens",
+    "embeddings": "embed_tokens",
+    "head": "lm_head",
+}
+"""Keys of `planned_parameters` by part of the model."""

@@ -54,6 +54,7 @@ class BaseParts:
         projector: SHA-256 of the published projector, or None for a fresh one.
         seed: Seed of a fresh projector.
         token_rule: From `Vocabulary`: None for the ids of every base of earlier versions.
+        extra_rows: Rows of the vocabulary for a recipe's new tokens, beyond those that its padding has.
     """
 
     llm: str
@@ -64,6 +65,7 @@ class BaseParts:
     projector: str | None
     seed: int
     token_rule: str | None = None
+    extra_rows: int = 0
 
     @property
     def key(self) -> str:
@@ -74,8 +76,9 @@ class BaseParts:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the parts as they are recorded, without a `token_rule` of None."""
-        return {name: value for name, value in asdict(self).items() if name != "token_rule" or value is not None}
+        """Return the parts as they are recorded: later ones only if they are set, so that older keys stay."""
+        later = ("token_rule", "extra_rows")
+        return {name: value for name, value in asdict(self).items() if name not in later or value}
 
 
 def assembled_config(
@@ -89,6 +92,9 @@ def assembled_config(
         projector_type: `mlp2x_gelu`, or `linear`: the same class without activation.
         vocabulary: Ids of the image and pad tokens and the size, from `read_vocabulary`; None is that of a tokenizer
             with as many tokens as the embedding has rows, such as Vicuna's.
+
+    Returns:
+        A config whose vocabulary has the image and pad tokens.
 
     Raises:
         UserError: For a language model or a tower that a stock LLaVA cannot hold.
@@ -143,6 +149,7 @@ def _write_base(folder: Path, parts: BaseParts, llm: Part, vision_tower: Part, p
     content = _config_of(llm)
     vocabulary = read_vocabulary(llm.folder, content)
     config = assembled_config(content, _config_of(vision_tower), parts.projector_type, vocabulary)
+    config.text_config.vocab_size += parts.extra_rows
     tensors = _all_tensors(config, llm, vision_tower, projector_file, parts)
     write_checkpoint(tensors, folder, torch.bfloat16, "writing the base model")
     config.save_pretrained(folder)

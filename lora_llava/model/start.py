@@ -144,9 +144,17 @@ def _assembled_config(section: ModelSection) -> LlavaConfig:
     read_text_config(llm, "model.llm")  # what a model is comes before its tokenizer
     read_vision_config(tower, "model.vision_tower")
     folder = _small_files(section.llm or "", section.llm_revision, "llm")
-    vocabulary = read_vocabulary(folder, llm)
+    vocabulary = read_vocabulary(folder, llm, len(section.new_tokens))
     read_object_if_any(folder / "generation_config.json")  # a damaged one is refused before weights are downloaded
     return assembled_config(llm, tower, section.projector_type, vocabulary)
+
+
+def _extra_rows(section: ModelSection) -> int:
+    """Return the rows of the vocabulary that new tokens need beyond those of the padding."""
+    if not section.new_tokens:
+        return 0
+    without = _assembled_config(section.model_copy(update={"new_tokens": ()}))
+    return int(_assembled_config(section).text_config.vocab_size - without.text_config.vocab_size)
 
 
 def _small_files(name: str, revision: str | None, field: str) -> Path:
@@ -186,7 +194,17 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
     file = find_projector(start.projector, start.projector_revision) if start.projector else None
     digest = read_projector(file, section.projector_type)[1] if file else None
     rule = read_vocabulary(llm.folder, load_config(llm_name, section.llm_revision, "llm")).token_rule
-    parts = BaseParts(llm.name, llm.revision, tower.name, tower.revision, section.projector_type, digest, seed, rule)
+    parts = BaseParts(
+        llm.name,
+        llm.revision,
+        tower.name,
+        tower.revision,
+        section.projector_type,
+        digest,
+        seed,
+        token_rule=rule,
+        extra_rows=_extra_rows(section),
+    )
     initial = None
     if start.stage1_run is not None:
         stage1_parts, initial = read_stage1(start.stage1_run, section, _assembled_config(section))
@@ -196,7 +214,9 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
                     f"model.start_from.stage1_run: {start.stage1_run} was trained on another {field} "
                     f"({getattr(stage1_parts, field)}) than model.{field} ({getattr(parts, field)}); name the same"
                 )
-        parts = replace(parts, seed=stage1_parts.seed, projector=stage1_parts.projector)
+        # A base with more rows than Stage 1's is written here; its own projector is replaced by Stage 1's anyway.
+        published = None if parts.extra_rows else stage1_parts.projector
+        parts = replace(parts, seed=stage1_parts.seed, projector=published)
         folder = cache_folder() / "bases" / parts.key
         if parts.projector is not None and (damage := find_damage(folder)) is not None:
             what = f"damaged in {folder} ({damage})" if folder.is_dir() else f"missing in {cache_folder()}"

@@ -79,12 +79,13 @@ def _rounded(rows: int) -> int:
     return -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def read_vocabulary(folder: Path, llm: Mapping[str, Any]) -> Vocabulary:
+def read_vocabulary(folder: Path, llm: Mapping[str, Any], new_tokens: int = 0) -> Vocabulary:
     """Return the ids of a LLaVA made of a language model: in spare rows of its embedding, or in new ones.
 
     Args:
         folder: The language model's folder, with its tokenizer.
         llm: Its config.json.
+        new_tokens: Tokens of a recipe, which get the ids behind all others.
 
     Raises:
         UserError: If the tokenizer is another model's, or cannot be used.
@@ -93,11 +94,11 @@ def read_vocabulary(folder: Path, llm: Mapping[str, Any]) -> Vocabulary:
     if not isinstance(rows, int) or rows < 1:
         raise UserError(f"{folder}/config.json: vocab_size is {rows!r}; it should be the rows of the embedding")
     state = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*token*")))
-    return _read_vocabulary(folder, rows, state)
+    return _read_vocabulary(folder, rows, new_tokens, state)
 
 
 @functools.lru_cache(16)
-def _read_vocabulary(folder: Path, rows: int, _: Any) -> Vocabulary:
+def _read_vocabulary(folder: Path, rows: int, new_tokens: int, _: Any) -> Vocabulary:
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.get_vocab()
     new = {IMAGE_TOKEN, tokenizer.pad_token, *special_tokens(tokenizer)}
@@ -108,7 +109,7 @@ def _read_vocabulary(folder: Path, rows: int, _: Any) -> Vocabulary:
             f"{clashes[0][1]!r} with id {clashes[0][0]:,} of {rows:,} rows; the tokenizer belongs to another model"
         )
     image_id, pad_id = ids[IMAGE_TOKEN], ids[str(tokenizer.pad_token)]
-    needed = max(ids.values()) + 1
+    needed = max(ids.values()) + 1 + new_tokens
     size = rows if needed <= rows else _rounded(needed)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     classic = (image_id, pad_id) == (rows, rows + 1) and leading_ids(tokenizer) == bos

@@ -1,4 +1,4 @@
-"""The frozen vision tower: its features are constant and have no autograd graph."""
+"""The vision tower: frozen, its features are constant and have no autograd graph; with adapters it trains."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ from lora_llava.model.weights.tensor_files import lazy_tensors
 
 @torch.no_grad()
 def tower_features(tower: nn.Module, config: LlavaConfig, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return a frozen tower's patch features; see `trained_features`."""
+    return trained_features(tower, config, pixel_values)
+
+
+def trained_features(tower: nn.Module, config: LlavaConfig, pixel_values: torch.Tensor) -> torch.Tensor:
     """Return the patch features for the projector (transformers, models/llava/modeling_llava.py).
 
     Args:
@@ -36,13 +41,17 @@ def tower_features(tower: nn.Module, config: LlavaConfig, pixel_values: torch.Te
     return torch.cat([layer[:, first:] for layer in chosen], dim=-1)
 
 
-def freeze_tower(model: Any) -> None:
-    """Run the tower without an autograd graph, which stock code builds once a hook requires input gradients.
+def run_tower(model: Any, *, trained: bool = False) -> None:
+    """Run the tower in its own dtype, and without an autograd graph unless it trains.
+
+    Stock code builds a graph for a frozen tower too, once a hook requires input gradients.
 
     Args:
         model: A `LlavaForConditionalGeneration`; changed in place.
+        trained: Whether the tower has adapters that train.
     """
-    _replace_features(model, lambda pixels: tower_features(model.model.vision_tower, model.config, pixels))
+    features_of = trained_features if trained else tower_features
+    _replace_features(model, lambda pixels: features_of(model.model.vision_tower, model.config, pixels))
 
 
 def accept_features(model: Any) -> None:

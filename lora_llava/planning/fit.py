@@ -99,6 +99,7 @@ def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda:
         cached_features=recipe.training.vision_cache != "off",
         cuda=cuda,
         ranks=this_rank()[1] if is_sharded() else 1,
+        new_tokens=len(recipe.model.new_tokens),
     )
 
 
@@ -148,7 +149,7 @@ def leaner_steps(recipe: Recipe, step: Step) -> list[tuple[str, Step]]:
         ways.append(("training.gradient_checkpointing=auto", {}))
     if recipe.model.quantization == "none":
         ways.append(("model.quantization=nf4", {"quantization": "nf4"}))
-    if not step.cached_features:
+    if not step.cached_features and (recipe.lora is None or recipe.lora.vision is None):
         ways.append(("training.vision_cache=disk", {"cached_features": True}))
     if step.cuda and step.optimizer_bytes > 2:
         ways.append(("training.optimizer=paged_adamw_8bit", {"optimizer_bytes": 2}))
@@ -158,8 +159,15 @@ def leaner_steps(recipe: Recipe, step: Step) -> list[tuple[str, Step]]:
             shorter = {"tokens": tokens, "trained_tokens": min(tokens, step.trained_tokens)}
             batch = "" if recipe.training.batch_size == 1 else " training.batch_size=1"
             ways.append((f"training.max_tokens_per_row={tokens}{batch}", shorter))
-    if recipe.lora is not None and recipe.lora.r > 16:
-        smaller = recipe.lora.model_copy(update={"r": 16})
+    lora = recipe.lora
+    if lora is not None and lora.vision is not None:
+        lora = lora.model_copy(update={"vision": None})
+        ways.append(("lora.vision=null", {"lora": lora}))
+    if lora is not None and lora.modules_to_save:
+        lora = lora.model_copy(update={"modules_to_save": ()})
+        ways.append(("lora.modules_to_save=[]", {"lora": lora}))
+    if lora is not None and lora.r > 16:
+        smaller = lora.model_copy(update={"r": 16})
         eight_bit = "" if step.optimizer_bytes > 2 or not step.cuda else " training.optimizer=paged_adamw_8bit"
         ways.append((f"lora.r=16{eight_bit}", {"lora": smaller}))
     steps: list[tuple[str, Step]] = []

@@ -14,6 +14,13 @@ from transformers import LlavaConfig
 from lora_llava.model.families.decoder_shape import DecoderShape, attention_widths, decoder_shape, tower_parameters
 from lora_llava.model.families.language_families import family_of
 from lora_llava.model.families.tower_families import tower_of
+from lora_llava.planning.trained_memory import (
+    full_parameters,
+    largest_eva_parameters,
+    tower_bytes,
+    vision_lora_parameters,
+    vocabulary_parameters,
+)
 from lora_llava.recipe.schema import LoraSection
 
 GIB = 2**30
@@ -47,6 +54,7 @@ class Step:
         ranks: Processes over which the weights are sharded; 1 if each has all of them.
         checkpointed: Number of language model layers that are recomputed.
         offloaded: Whether the inputs of those layers are kept in host memory.
+        new_tokens: Number of tokens whose rows of embeddings and head are trained.
     """
 
     config: LlavaConfig
@@ -62,6 +70,7 @@ class Step:
     ranks: int = 1
     checkpointed: int = 0
     offloaded: bool = False
+    new_tokens: int = 0
 
     @property
     def layers(self) -> int:
@@ -97,16 +106,20 @@ class Step:
             "projector": projector_parameters(self.config) * (4 + self.dtype_bytes),  # peft keeps the base's beside it
             "LoRA": 4 * self.lora_parameters // ranks,
         } | ({"gathered weights": self._gathered()} if ranks > 1 else {})
-        trained = self.lora_parameters + trained_projector_parameters(self.config)
-        return weights | {
-            "16-bit copies of trained weights": self._autocast_copies(),
-            "gradients": 4 * trained // ranks,
-            "optimizer": self.optimizer_bytes * trained // ranks,
-            "activations, kept": self.kept_bytes(),
-            "one layer's working set": max(self._working_set(), self._head(), self._vision()),
-            "dequantized weight": self._dequantized(),
-            "CUDA context" if self.cuda else "Python and libraries": CUDA_CONTEXT if self.cuda else PROCESS,
-        }
+        trained = self.lora_parameters + trained_projector_parameters(self.config) + self._other_parameters
+        return (
+            weights
+            | self._other_weights()
+            | {
+                "16-bit copies of trained weights": self._autocast_copies(),
+                "gradients": 4 * trained // ranks,
+                "optimizer": self.optimizer_bytes * trained // ranks,
+                "activations, kept": self.kept_bytes(),
+                "one layer's working set": max(self._working_set(), self._head(), self._vision()),
+                "dequantized weight": self._dequantized(),
+                "CUDA context" if self.cuda else "Python and libraries": CUDA_CONTEXT if self.cuda else PROCESS,
+            }
+        )
 
     @property
     def peak(self) -> int:
@@ -117,9 +130,36 @@ class Step:
     def lora_parameters(self) -> int:
         if self.lora is None:
             return 0
-        extra = 1 if self.lora.dora else 0  # DoRA's magnitude, one value per output
         shapes = [shape for name in self.targets for shape in self.shape.linears[name]]
+        if self.lora.init == "eva":
+            return largest_eva_parameters(shapes, self.lora)
+        extra = 1 if self.lora.dora else 0  # DoRA's magnitude, one value per output
         return sum(self.lora.r * (a + b) + extra * b for a, b in shapes)
+
+    @property
+    def _other_parameters(self) -> int:
+        """Parameters that train besides the language model's adapters and the projector."""
+        rows = 2 * self.new_tokens * self.config.text_config.hidden_size
+        in_full = full_parameters(self.config, self.lora)
+        return int(vision_lora_parameters(self.config, self.lora) + in_full + rows)
+
+    def _other_weights(self) -> dict[str, int]:
+        """Bytes of what else trains, with the entries that a recipe needs."""
+        found = {
+            "LoRA of the vision tower": 4 * vision_lora_parameters(self.config, self.lora),
+            "vision tower, kept": tower_bytes(self.config, self.lora, self.images, self.dtype_bytes, cuda=self.cuda),
+            "embeddings, head in float32": 4 * full_parameters(self.config, self.lora),
+            # peft makes both matrices anew with their rows in every pass, and autograd their complete gradients.
+            "embeddings, head with new tokens": 4 * self.dtype_bytes * vocabulary_parameters(self.config)
+            if self.new_tokens
+            else 0,
+        }
+        return {part: size for part, size in found.items() if size}
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head trains, in full or for new tokens."""
+        return bool(self.new_tokens or (self.lora is not None and "lm_head" in self.lora.modules_to_save))
 
     def _autocast_copies(self) -> int:
         """Bytes of 16-bit copies of LoRA and projector: autocast caches A, and layers not recomputed keep B."""
@@ -128,7 +168,8 @@ class Step:
         a_share = sum(a for a, _ in self.linear_shapes.values()) / sum(a + b for a, b in self.linear_shapes.values())
         kept = 1 - self.checkpointed / self.layers
         lora = self.lora_parameters * (a_share + (1 - a_share) * kept)
-        return int(2 * (lora + projector_parameters(self.config)))
+        head = vocabulary_parameters(self.config) if self.lora and "lm_head" in self.lora.modules_to_save else 0
+        return int(2 * (lora + projector_parameters(self.config) + head))
 
     def _linears(self) -> int:
         return int(self.shape.weights * (NF4_BYTES if self.quantization == "nf4" else self.dtype_bytes))
@@ -197,7 +238,7 @@ class Step:
     def _head(self) -> int:
         text, rows = self.config.text_config, self.trained_tokens
         last = self.layer_bytes() if self.checkpointed < self.layers else 0
-        if not self.cuda:  # logits, their log-softmax, their gradient
+        if not self.cuda or self.trains_head:  # logits, their log-softmax, their gradient
             return last + rows * text.vocab_size * 4 * 3
         tile = min(rows, HEAD_TILE_ROWS) * min(text.vocab_size, HEAD_TILE_COLUMNS) * self.dtype_bytes
         return last + tile + rows * text.hidden_size * (4 + self.dtype_bytes)

@@ -158,11 +158,24 @@ def _check_disk(folder: Path, needed: int, what: str, console: Console) -> None:
         )
 
 
+TRAINED_PARTS = {
+    "lora": "LoRA",
+    "vision_lora": "LoRA on the vision tower",
+    "new_tokens": "rows of new tokens",
+    "embed_tokens": "embeddings",
+    "lm_head": "head",
+}
+"""Parts that a run can train besides the projector, as `RunPlan.trained_parameters` names them."""
+
+
 def print_parameters(plan: RunPlan, console: Console) -> None:
     """Print the number of trained parameters."""
     counts = plan.trained_parameters
-    parts = [f"projector {counts['projector']:,}"] + ([f"LoRA {counts['lora']:,}"] if counts["lora"] else [])
+    parts = [f"projector {counts['projector']:,}"]
+    parts += [f"{TRAINED_PARTS[part]} {count:,}" for part, count in counts.items() if count and part in TRAINED_PARTS]
     console.print(f"trains {' + '.join(parts)} parameters of {total_parameters(plan):,}")
+    if plan.recipe.lora is not None and plan.recipe.lora.init == "eva":
+        console.print("eva distributes the ranks when training begins; the memory is planned for the largest layers")
 
 
 def print_sample(plan: RunPlan, console: Console) -> None:

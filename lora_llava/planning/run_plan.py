@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,8 +23,10 @@ from lora_llava.model.families.decoder_shape import decoder_shape
 from lora_llava.model.families.tower_families import image_processor_of, saved_image_processor
 from lora_llava.model.fast_path.attention import resolve_attention
 from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
+from lora_llava.model.new_tokens import add_new_tokens
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.model.tokenizer import load_tokenizer
+from lora_llava.model.vision_adapters import vision_adapters
 from lora_llava.planning.fit import build_step, choose_checkpointing, measure_rows, resolve_optimizer
 from lora_llava.planning.memory import Step
 from lora_llava.planning.row_order import RowOrder, order_rows
@@ -100,7 +102,8 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     check_launch(recipe)
     model = plan_model(recipe.model)
     tokenizer, processor, template = build_run_processor(recipe, model)
-    lora = run_lora_config(recipe, model.config)
+    lora = run_lora_config(recipe, model.config, token_ids=_new_ids(recipe, tokenizer))
+    _check_tying(recipe, model.config)
     if is_sharded():
         shard_by_layer(decoder_shape(model.config.text_config).layer_classes)
     _check_context(recipe, model.config)
@@ -167,9 +170,21 @@ def check_launch(recipe: Recipe) -> None:
         raise UserError(f"DeepSpeed has not been tested with this trainer; {use}")
 
 
-def build_run_processor(recipe: Recipe, model: ModelPlan) -> tuple[PreTrainedTokenizerBase, Any, AnyTemplate]:
-    """Return the tokenizer that encodes rows, the stock processor with it and the template, and the template."""
+def build_run_processor(
+    recipe: Recipe, model: ModelPlan, *, trained: bool = False
+) -> tuple[PreTrainedTokenizerBase, Any, AnyTemplate]:
+    """Return the tokenizer that encodes rows, the stock processor with it and the template, and the template.
+
+    Args:
+        recipe: The recipe.
+        model: The plan of the model.
+        trained: Whether the model may be one that the recipe made, whose tokenizer knows the new tokens.
+
+    Raises:
+        UserError: If a tokenizer or template does not fit.
+    """
     tokenizer = load_tokenizer(model.tokenizer_folder, model.config)
+    add_new_tokens(tokenizer, recipe.model.new_tokens, model.config, known=trained)
     captions = recipe.stage == 1 and recipe.data.format == "captions"
     template = resolve_template(
         "plain" if captions else recipe.data.template,
@@ -186,13 +201,18 @@ def build_run_processor(recipe: Recipe, model: ModelPlan) -> tuple[PreTrainedTok
     return tokenizer, build_processor(tokenizer, model.config, image_processor, chat_template(template)), template
 
 
-def run_lora_config(recipe: Recipe, config: LlavaConfig, base: str | None = None) -> Any:
+def _new_ids(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [int(tokenizer.convert_tokens_to_ids(token)) for token in recipe.model.new_tokens]
+
+
+def run_lora_config(recipe: Recipe, config: LlavaConfig, base: str | None = None, token_ids: Sequence[int] = ()) -> Any:
     """Return the PEFT config of a recipe; Stage 1 has no adapters.
 
     Args:
         recipe: The recipe.
         config: Configuration of the LLaVA.
-        base: Name of its base.
+        base: Value of `base_model_name_or_path`.
+        token_ids: Ids of `model.new_tokens`.
 
     Raises:
         UserError: If `lora.targets` names a layer that the language model does not have.
@@ -201,14 +221,26 @@ def run_lora_config(recipe: Recipe, config: LlavaConfig, base: str | None = None
         return lora_config(base=base)
     shape = decoder_shape(config.text_config)
     targets = shape.check_targets(recipe.lora.targets, config.text_config.model_type)
-    settings = recipe.lora.model_dump(exclude={"targets"})
-    return lora_config(**settings, targets=targets, pattern=shape.pattern(targets), base=base)
+    section = recipe.lora.model_dump(exclude={"vision", "init", "targets"})
+    vision = vision_adapters(recipe.lora.vision.model_dump(), config) if recipe.lora.vision else None
+    pattern = shape.pattern(targets)
+    return lora_config(**section, targets=targets, pattern=pattern, vision=vision, token_ids=token_ids, base=base)
 
 
 def _check_context(recipe: Recipe, config: LlavaConfig) -> None:
     positions = getattr(config.text_config, "max_position_embeddings", None)
     if positions is not None and recipe.data.max_length > positions:
         raise UserError(f"data.max_length is {recipe.data.max_length}, over the language model's {positions} positions")
+
+
+def _check_tying(recipe: Recipe, config: LlavaConfig) -> None:
+    """Refuse to train embeddings or head in full if they are one matrix: as two, a stock model would tie them again."""
+    tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
+    if tied and recipe.lora is not None and recipe.lora.modules_to_save:
+        raise UserError(
+            f"lora.modules_to_save names {', '.join(recipe.lora.modules_to_save)}, but this model's embeddings and "
+            "head are one matrix, which PEFT would save as two; leave it out, or train single rows by model.new_tokens"
+        )
 
 
 def check_reporters(reporters: Iterable[str]) -> None:

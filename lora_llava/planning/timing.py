@@ -68,6 +68,8 @@ def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:
     )
     if resolve_attention(recipe.model.attention, dtype, config.text_config)[0]:
         use_flash_varlen(model)
+    if recipe.lora is not None:  # the tower is not timed
+        recipe = recipe.model_copy(update={"lora": recipe.lora.model_copy(update={"vision": None})})
     peft_model = add_adapters(model, run_lora_config(recipe, config)).train()
     make_lean(model.model.language_model)
     batch = _full_row(step, recipe, device)

@@ -18,6 +18,7 @@ from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images.image_sources import BadImageError
+from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.pages.preview_page import render_page
@@ -92,7 +93,9 @@ def preview(
         is_padding_free(recipe, model.config)[0],
         recipe.training.max_tokens_per_row or 0,
     )
-    shown = Preview("Samples as they are trained", _facts(recipe, name, model, found), *_take(batches, rows, samples))
+    shown = Preview(
+        "Samples as they are trained", _facts(recipe, name, model, found, template), *_take(batches, rows, samples)
+    )
     if output is None:
         print_samples(shown, console)
         return shown
@@ -115,13 +118,15 @@ def _in_order(recipe: Recipe, split: Split) -> list[list[int]]:
     return validation_rows(recipe.training, split.rows.lengths.tolist())
 
 
-def _facts(recipe: Recipe, name: str, model: ModelPlan, split: Split) -> tuple[tuple[str, str], ...]:
+def _facts(
+    recipe: Recipe, name: str, model: ModelPlan, split: Split, template: AnyTemplate
+) -> tuple[tuple[str, str], ...]:
     start = recipe.model.start_from
     budget = recipe.training.max_tokens_per_row
     return (
         ("recipe", name),
         ("stage", str(recipe.stage)),
-        ("template", recipe.data.template),
+        ("template", template.title),
         ("model", start.llava or f"{recipe.model.llm} + {recipe.model.vision_tower}"),
         ("rows", f"{len(split.rows):,} used of {split.report.rows:,}"),
         ("batches", f"packed to {budget:,} tokens" if budget else f"{recipe.training.batch_size} samples"),

@@ -74,6 +74,10 @@ def merge(
     """
     source = read_source(run)
     check_new(output)
+    if base != "nf4" and source.record.get("needs_base") == "nf4":
+        raise UserError(
+            f"--base {base}: {run} started with lora.init loftq and corrects NF4's rounding; use --base nf4"
+        )
     if base == "nf4":
         check_bitsandbytes()
     if projector_only and not source.adapter.layers:
@@ -161,6 +165,11 @@ def write_adapter(folder: Path, source: MergeSource, base_name: str) -> None:
     ]
     write_file(sorted(tensors, key=lambda tensor: tensor.name), folder / ADAPTER_FILE, torch.float32)
     config = json.loads((source.run / "adapter_config.json").read_text(encoding="utf-8"))
-    config |= {"modules_to_save": None, "base_model_name_or_path": base_name, "revision": None}
+    config |= {
+        "modules_to_save": None,
+        "trainable_token_indices": None,
+        "base_model_name_or_path": base_name,
+        "revision": None,
+    }
     write_json(folder / "adapter_config.json", config)
     copy_processor(source, folder)

@@ -1,4 +1,4 @@
-"""The tensors of a merged checkpoint: the base's, with LoRA added and the projector replaced."""
+"""The tensors of a merged checkpoint: the base's, with LoRA added and what was trained in full replaced."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def merged_tensors(
         base: The base's tensors.
         adapter: The adapter to merge.
         kind: `bf16` adds to the base's weights as stored, `nf4` to the NF4 values of the language model's matrices.
-        with_lora: Whether to add LoRA; if not, only the projector is replaced.
+        with_lora: Whether to add LoRA; if not, only what was trained in full is replaced.
         dtype: The dtype of merged weights.
         nf4_from: The dtype that NF4 values are quantised from.
 
@@ -41,7 +41,7 @@ def merged_tensors(
     """
     found = list(_merged(base, adapter, nf4_from if kind == "nf4" else None, with_lora, dtype))
     names = {canonical_name(tensor.name) for tensor in base}
-    for name in [*(f"{layer}.weight" for layer in adapter.layers), *adapter.projector]:
+    for name in [*(f"{layer}.weight" for layer in adapter.layers), *adapter.saved, *adapter.rows]:
         if name not in names:
             raise UserError(
                 f"{adapter.folder}: the adapter has {name}, but its base does not; it belongs to another base"
@@ -55,14 +55,16 @@ def _merged(
     for tensor in base:
         name = canonical_name(tensor.name)
         layer = adapter.layers.get(name.removesuffix(".weight"))
-        if name in adapter.projector:
-            _check_shape(name, tensor.shape, adapter.projector[name].shape, adapter)
-            tensor = replace(tensor, load=adapter.projector[name].load)
+        if name in adapter.saved:
+            _check_shape(name, tensor.shape, adapter.saved[name].shape, adapter)
+            tensor = replace(tensor, load=adapter.saved[name].load)
+        elif (stored := adapter.stored_rows(name)) in adapter.rows:
+            tensor = _with_rows(tensor, adapter.rows[stored], adapter.token_ids[stored], dtype)
         elif nf4_from is not None and is_quantized(name, tensor.shape):
             tensor = _quantized(tensor, nf4_from)
         if layer is not None and with_lora:
             _check_shape(name, tensor.shape, (layer.up.shape[0], layer.down.shape[1]), adapter)
-            tensor = _with_layer(tensor, layer, adapter.scaling, dtype)
+            tensor = _with_layer(tensor, layer, dtype)
         yield tensor
 
 
@@ -75,11 +77,22 @@ def _quantized(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
     return replace(tensor, load=lambda: nf4_round_trip(tensor.load(), dtype))
 
 
-def _with_layer(tensor: LazyTensor, layer: LoraLayer, scaling: float, dtype: torch.dtype) -> LazyTensor:
+def _with_layer(tensor: LazyTensor, layer: LoraLayer, dtype: torch.dtype) -> LazyTensor:
     def load() -> torch.Tensor:
         magnitude = layer.magnitude.load().float() if layer.magnitude else None
         down, up = layer.down.load().float(), layer.up.load().float()
-        return merge_weight(tensor.load(), down, up, scaling, magnitude, dtype)
+        return merge_weight(tensor.load(), down, up, layer.scaling, magnitude, dtype)
+
+    return replace(tensor, load=load)
+
+
+def _with_rows(tensor: LazyTensor, rows: LazyTensor, ids: list[int], dtype: torch.dtype) -> LazyTensor:
+    """Replace the rows of tokens in an embedding or output matrix."""
+
+    def load() -> torch.Tensor:
+        matrix = tensor.load().to(dtype, copy=True)
+        matrix[ids] = rows.load().to(dtype)
+        return matrix
 
     return replace(tensor, load=load)
 

@@ -101,15 +101,16 @@ def adapted_model(
 
     def load(name: str) -> torch.Tensor:
         name = name.removeprefix(PEFT_PREFIX)
-        if ".lora_" in name or ".modules_to_save." in name:
+        if any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")):
             return adapter.tensor(name).to(device)
+        name = name.replace(".token_adapter.base_layer.", ".")
         name = stored_name(name.replace(".base_layer.", ".").replace(".original_module.", "."), tensors, config)
         weight = tensors[name].load()
         if nf4_from is not None and is_quantized(name, tuple(weight.shape)):
             weight = nf4_round_trip(weight, nf4_from)
         return weight.to(device, dtype)
 
-    model = adapter_on(build_empty(config, device), adapter.config)
+    model = adapter_on(build_empty(config, device), adapter.config, dtype)
     stream_weights(model, load, keep=keep, progress=progress)
     return model.eval()
 

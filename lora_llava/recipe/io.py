@@ -270,9 +270,24 @@ def dump_recipe(recipe: BaseModel) -> str:
     return stream.getvalue()
 
 
+LATER_KEYS: dict[str, Any] = {
+    "model.new_tokens": [],
+    "lora.vision": None,
+    "lora.modules_to_save": [],
+    "lora.init": "default",
+    "training.loraplus_ratio": None,
+}
+"""Keys that earlier versions did not have, with their defaults: at those a recipe is the same as without the key."""
+
+
 def recipe_hash(recipe: BaseModel) -> str:
     """Return the SHA-256 of a recipe without its output directory, with its paths as written."""
     content = as_written(recipe, recipe.model_dump(mode="json", exclude={"output_dir"}))
+    for key, default in LATER_KEYS.items():
+        name, _, field = key.partition(".")
+        section = content.get(name)
+        if isinstance(section, dict) and field in section and section[field] == default:
+            section.pop(field)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

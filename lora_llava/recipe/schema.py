@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lora_llava.recipe.data_schema import DataSection
 from lora_llava.recipe.section import Fraction, InputName, InputPath, NotNegative, OutputPath, Positive, Section
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a Llama block (transformers, models/llama/modeling_llama.py)."""
+VisionLinear = Literal["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+VISION_LINEARS: tuple[VisionLinear, ...] = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+"""The linear layers of a CLIP block (transformers, models/clip/modeling_clip.py)."""
+REFUSED_INITS = {
+    "pissa": "it needs a decomposition of the unquantized weights, which 4-bit weights do not have, and rewrites the "
+    "base's weights, so that the adapter would belong to a base that nobody has",
+    "olora": "it rewrites the base's weights, so that the adapter would belong to a base that nobody has",
+}
+"""Initializations of peft that are not offered, each with the reason."""
 
 
 class StartFrom(Section):
@@ -40,6 +49,10 @@ class StartFrom(Section):
         return self
 
 
+NewToken = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^\S+$")]
+"""A token to add: text without spaces."""
+
+
 class ModelSection(Section):
     """The parts of the LLaVA model and how they are loaded."""
 
@@ -62,6 +75,16 @@ class ModelSection(Section):
     a CPU; `sdpa` pads; auto is flash_varlen wherever it runs."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Data type of the computation; auto is bfloat16 on a GPU and float32 on a CPU."""
+    new_tokens: Annotated[tuple[NewToken, ...], Field(strict=False)] = ()
+    """Tokens that are added to the vocabulary, such as ["<defect>"]; only their rows of the embeddings and of the head
+    are trained. Stage 2 only."""
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _each_once(cls, tokens: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [token for token in tokens if tokens.count(token) > 1]:
+            raise ValueError(f"{twice[0]!r} is named twice; keep one")
+        return tokens
 
     @model_validator(mode="after")
     def _parts(self) -> ModelSection:
@@ -72,6 +95,19 @@ class ModelSection(Section):
             if not complete and getattr(self, name) is None:
                 raise ValueError(f"{name} is missing; name a folder, a Hub id or demo")
         return self
+
+
+class VisionLoraSection(Section):
+    """Adapters on the vision tower's layers up to the one whose features are used; later layers would not train."""
+
+    r: Annotated[int, Field(ge=1)] = 16
+    """Rank."""
+    alpha: Positive | None = None
+    """Scaling, as lora.alpha; null is r."""
+    targets: Annotated[tuple[VisionLinear, ...], Field(min_length=1, strict=False)] = VISION_LINEARS
+    """The vision tower's linear layers that get an adapter."""
+    learning_rate: Positive | None = None
+    """Peak learning rate; null is training.learning_rate."""
 
 
 class LoraSection(Section):
@@ -91,6 +127,32 @@ class LoraSection(Section):
     """The language model's linear layers that get an adapter: all of them, or a list of names. A Llama, Mistral, Qwen
     or Gemma has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj; a Phi-3 has qkv_proj, o_proj,
     gate_up_proj and down_proj."""
+    vision: VisionLoraSection | None = None
+    """Adapters on the vision tower; null leaves it frozen."""
+    modules_to_save: Annotated[tuple[Literal["lm_head", "embed_tokens"], ...], Field(strict=False)] = ()
+    """Matrices that are trained in full, in float32: the head, the embeddings, or both."""
+    init: Literal["default", "orthogonal", "eva", "loftq"] = "default"
+    """Start of the adapters: default (B is zero), orthogonal, eva (from the training data, which also gives layers
+    ranks by their share; arXiv 2410.07170), or loftq (corrects NF4's rounding; arXiv 2310.08659)."""
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _init_is_offered(cls, name: Any) -> Any:
+        if isinstance(name, str) and name in REFUSED_INITS:
+            raise ValueError(f"{name} is not offered: {REFUSED_INITS[name]}; use default, orthogonal, eva or loftq")
+        return name
+
+    @model_validator(mode="after")
+    def _init_fits(self) -> LoraSection:
+        ranks = {"r": self.r} | ({"vision.r": self.vision.r} if self.vision else {})
+        odd = [name for name, rank in ranks.items() if rank % 2]
+        if self.init == "orthogonal" and odd:
+            raise ValueError(f"{odd[0]} is {ranks[odd[0]]}, and init orthogonal needs an even rank; make it even")
+        if self.init in ("eva", "loftq") and self.dora:
+            raise ValueError(f"init is {self.init} together with dora, whose magnitudes it does not set; drop one")
+        if len(set(self.modules_to_save)) < len(self.modules_to_save):
+            raise ValueError("modules_to_save names a module twice; keep one")
+        return self
 
 
 class TrainingSection(Section):
@@ -110,6 +172,8 @@ class TrainingSection(Section):
     """Peak learning rate of the adapters (Stage 2) or of the projector (Stage 1)."""
     projector_learning_rate: Positive | None = None
     """Stage 2: peak learning rate of the projector; null is learning_rate."""
+    loraplus_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+ (arXiv 2402.12354): the learning rate of an adapter's matrix B is this multiple of that of A; null is 1."""
     weight_decay: NotNegative = 0.0
     """AdamW's weight decay, on matrices."""
     warmup_ratio: Fraction = 0.03
@@ -196,6 +260,7 @@ class Recipe(Section):
             raise ValueError("lora is missing; Stage 2 trains adapters; lora: {} has the defaults")
         if self.stage == 1 and (start.stage1_run or start.stage1_recipe):
             raise ValueError("model.start_from names a Stage 1 result in a Stage 1 recipe; use untrained: true")
+        self._check_trained()
         if self.training.max_tokens_per_row is not None:
             if self.training.batch_size != 1:
                 raise ValueError(
@@ -224,3 +289,29 @@ class Recipe(Section):
         if self.data.format == "captions" and self.data.template not in ("plain", "auto") and self.stage == 1:
             raise ValueError(f"data.template is {self.data.template}; use plain for captions in Stage 1")
         return self
+
+    def _check_trained(self) -> None:
+        """Check what is trained besides the language model's adapters and the projector."""
+        lora, model, training = self.lora, self.model, self.training
+        if lora is None:
+            for key, given in (
+                ("model.new_tokens", model.new_tokens),
+                ("training.loraplus_ratio", training.loraplus_ratio),
+            ):
+                if given:
+                    raise ValueError(f"{key} is set in a Stage 1 recipe, which trains only the projector; drop it")
+            return
+        if lora.vision is not None and training.vision_cache != "off":
+            raise ValueError(
+                f"training.vision_cache is {training.vision_cache} together with lora.vision, which changes the "
+                "features at every step; set training.vision_cache: off"
+            )
+        if lora.init == "loftq" and model.quantization != "nf4":
+            raise ValueError(
+                f"lora.init is loftq, which corrects the rounding of NF4, but model.quantization is "
+                f"{model.quantization}; set model.quantization: nf4"
+            )
+        if model.new_tokens and lora.modules_to_save:
+            raise ValueError(
+                "model.new_tokens is set together with lora.modules_to_save, which trains all rows; drop one"
+            )

@@ -24,6 +24,7 @@ from lora_llava.core.storage import atomic_file, file_hash, share
 from lora_llava.data.files.row_files import json_text
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.data.tokens import stop_of
+from lora_llava.model.initialization import NEEDS_NF4
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.start import RUN_FILE, Base
 from lora_llava.model.weights.names import ADAPTER_FILE
@@ -170,6 +171,8 @@ def save_model(
         "adapter_sha256": file_hash(folder / ADAPTER_FILE),
         "versions": versions(),
     }
+    if recipe.lora is not None and recipe.lora.init == NEEDS_NF4:
+        content["needs_base"] = "nf4"
     write_json(folder / RUN_FILE, content)
 
 

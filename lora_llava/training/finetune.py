@@ -43,8 +43,9 @@ from lora_llava.runs.identity import IDENTITY_FILE, run_identity
 from lora_llava.runs.resume import Start, find_start, refuse_unfinished, same_run
 from lora_llava.splits.encoded_sources import show_progress
 from lora_llava.splits.split_rows import asked_split, sealed
+from lora_llava.training.adapter_start import saved_config, start_adapters
 from lora_llava.training.features import cache_features
-from lora_llava.training.stages import CHECKPOINTS, TrainResult, build_trained_model, describe_plan, train
+from lora_llava.training.stages import CHECKPOINTS, TrainResult, build_feeds, build_trained_model, describe_plan, train
 
 BEFORE_FILE = "before.json"
 
@@ -190,13 +191,16 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
         identity = _check_resumed(resumed, identity, plan, console)
     first_alone(lambda: _open_run(folder, plan, identity, resumed is None))
     cache_features(plan, base, console)
-    model = build_trained_model(recipe, replace(base, initial_projector=None))
+    model = build_trained_model(recipe, replace(base, initial_projector=None), saved_config(recipe, resumed))
     freeze_plan = describe_plan(model)
     plan_tables.print_freeze_plan(freeze_plan, console)
     console.print(f"attention: {plan.computation.attention}")
     before = _evaluate_before(model, plan, identity, resumed is not None, console)
     if base.initial_projector is not None:
         trained_projector(model).load_state_dict(base.initial_projector)
+    if resumed is None and (line := start_adapters(plan, base, model, build_feeds(plan)[0])):
+        console.print(line, soft_wrap=True)
+        freeze_plan = describe_plan(model)  # EVA changes the ranks
     if resumed is not None:
         first_alone(lambda: set_aside(folder / CHECKPOINTS, resumed.checkpoint))
     with sealed(plan.splits.get("test")):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import PrinterCallback
 from transformers.trainer_utils import set_seed
@@ -28,8 +28,9 @@ from lora_llava.model.fast_path.activation_checkpointing import checkpoint_langu
 from lora_llava.model.fast_path.attention import use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import load_base
+from lora_llava.model.new_tokens import new_token_ids
 from lora_llava.model.start import Base
-from lora_llava.model.vision import freeze_tower
+from lora_llava.model.vision import run_tower
 from lora_llava.planning.fit import resolve_optimizer
 from lora_llava.planning.memory import GIB
 from lora_llava.planning.row_order import validation_rows
@@ -42,6 +43,7 @@ from lora_llava.runs.resume import Start
 from lora_llava.splits.split_rows import Split
 from lora_llava.training.callbacks import RefuseNaN, SaveEvery, StopOnSignal, WarnOfSpikes
 from lora_llava.training.feed import Feed
+from lora_llava.training.parameter_groups import Rates
 from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import LlavaSFTTrainer
 from lora_llava.training.training_progress import ProgressLine, peak_memory_bytes
@@ -80,12 +82,13 @@ class TrainResult:
         return asdict(self)
 
 
-def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
+def build_trained_model(recipe: Recipe, base: Base, saved: LoraConfig | None = None) -> PeftModel:
     """Load the base and add the adapters of a recipe.
 
     Args:
         recipe: The recipe.
         base: From `prepare_base`.
+        saved: The PEFT config of the checkpoint to resume from, which has the ranks; None makes that of the recipe.
 
     Returns:
         The PEFT model, with the projector of Stage 1 if the base has one.
@@ -101,10 +104,11 @@ def build_trained_model(recipe: Recipe, base: Base) -> PeftModel:
     )
     if is_padding_free(recipe, model.config)[0]:
         use_flash_varlen(model)
-    lora = run_lora_config(recipe, model.config, base.name)
-    peft_model = add_adapters(model, lora, recipe.training.projector_dropout)
+    ids = new_token_ids(base.folder, recipe.model.new_tokens, model.config)
+    config = saved or run_lora_config(recipe, model.config, base.name, ids)
+    peft_model = add_adapters(model, config, recipe.training.projector_dropout)
     if recipe.training.vision_cache == "off":
-        freeze_tower(model)
+        run_tower(model, trained=recipe.lora is not None and recipe.lora.vision is not None)
     make_lean(model.model.language_model)
     if base.initial_projector is not None:
         trained_projector(peft_model).load_state_dict(base.initial_projector)
@@ -307,7 +311,7 @@ def build_trainer(
         train=feed,
         validation=validation,
         processor=plan.processor,
-        projector_learning_rate=recipe.training.projector_learning_rate or recipe.training.learning_rate,
+        rates=learning_rates(recipe),
         callbacks=[*([line, spikes] if is_first() else []), stop, nan, saving, *scoring],
     )
     trainer.remove_callback(PrinterCallback)  # the progress line replaces it
@@ -317,6 +321,18 @@ def build_trainer(
     for callback in scoring:
         callback.trainer = trainer
     return trainer, stop, spikes
+
+
+def learning_rates(recipe: Recipe) -> Rates:
+    """Return the peak learning rates of a recipe."""
+    training = recipe.training
+    vision = recipe.lora.vision if recipe.lora else None
+    return Rates(
+        adapters=training.learning_rate,
+        projector=training.projector_learning_rate or training.learning_rate,
+        vision=vision.learning_rate if vision else None,
+        loraplus_ratio=training.loraplus_ratio,
+    )
 
 
 def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Callable[[], UserError]) -> None:

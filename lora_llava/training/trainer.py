@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate.data_loader import prepare_data_loader
 from peft import PeftModel
-from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import SFTConfig
@@ -35,6 +34,7 @@ from lora_llava.runs.trainer_state import (
     take_counters,
 )
 from lora_llava.training.feed import Feed, RowCollator, placeholder_dataset
+from lora_llava.training.parameter_groups import Rates, parameter_groups
 from lora_llava.training.trainer_hooks import TrainerHooks
 from lora_llava.training.training_progress import peak_memory_bytes
 
@@ -83,7 +83,7 @@ class LlavaSFTTrainer(TrainerHooks):
         train: The feed of the training split.
         validation: The feed of the validation split, or None.
         processor: The stock processor; saved with every checkpoint.
-        projector_learning_rate: Peak learning rate of the projector.
+        rates: Peak learning rates.
         callbacks: Added to the trainer's own.
     """
 
@@ -95,10 +95,10 @@ class LlavaSFTTrainer(TrainerHooks):
         train: Feed,
         validation: Feed | None,
         processor: Any,
-        projector_learning_rate: float,
+        rates: Rates,
         callbacks: list[TrainerCallback],
     ) -> None:
-        self.projector_learning_rate = projector_learning_rate
+        self.rates = rates
         self._feeds = {"train": train, "validation": validation}
         self.tokens_seen = 0
         self.supervised_tokens_seen = 0
@@ -116,6 +116,7 @@ class LlavaSFTTrainer(TrainerHooks):
         self._weights_consistent = True
         self.on_loss: Callable[[torch.Tensor], None] = lambda loss: None
         self.on_begin: Callable[[], None] = lambda: None
+        self._trains_head = any(p.requires_grad for name, p in model.named_parameters() if ".lm_head." in name)
         trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         events = _TrainerEvents(self._begin, self._weights_change, self._step_ended, self._take_counters)
         super().__init__(
@@ -224,40 +225,28 @@ class LlavaSFTTrainer(TrainerHooks):
         return prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Create the optimizer: the projector has its own learning rate, and only matrices have weight decay."""
+        """Create the optimizer, whose groups have learning rates of their own."""
         optimizer: torch.optim.Optimizer | None = getattr(self, "optimizer", None)
         if optimizer is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            optimizer = optimizer_class(self._parameter_groups(), **options)
+            groups = parameter_groups(self.model.named_parameters(), self.rates, self.args.weight_decay)
+            optimizer = optimizer_class(groups, **options)
             self.optimizer = optimizer
         return optimizer
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                groups.setdefault(("multi_modal_projector" in name, parameter.ndim > 1), []).append(parameter)
-        return [
-            {
-                "params": parameters,
-                "lr": self.projector_learning_rate if is_projector else self.args.learning_rate,
-                "weight_decay": self.args.weight_decay if is_matrix else 0.0,
-            }
-            for (is_projector, is_matrix), parameters in groups.items()
-        ]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Count the tokens and return the loss.
 
         On CUDA it is TRL's loss, whose fused head computes trained tokens only. Elsewhere TRL computes every token
-        (trl/trainer/utils.py, add_fused_lm_head), so ours is used.
+        (trl/trainer/utils.py, add_fused_lm_head), so ours is used; also for a head that trains, which TRL's reads as
+        a plain matrix, past PEFT's wrapper and the dtype that it sees to.
         """
         count = count_labels(inputs)
         if model.training and count:  # a pass without labels only keeps the ranks in step
             padding = int((inputs["attention_mask"] == 0).sum()) if "attention_mask" in inputs else 0
             self.tokens_seen += inputs["input_ids"].numel() - padding
             self.supervised_tokens_seen += count
-        if inputs["labels"].is_cuda:
+        if inputs["labels"].is_cuda and not self._trains_head:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         else:
             loss = self._labelled_loss(model, inputs, kwargs.get("num_items_in_batch"))

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig
@@ -17,6 +19,7 @@ from transformers import LlavaConfig
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.model.adapter_file import check_fits, refuse_settings
+from lora_llava.model.loading import load_base
 from lora_llava.publishing.merge_source import read_source
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import finetune
@@ -122,15 +125,12 @@ def test_every_adapter_that_a_run_saves_fits(options: dict[str, Any], train: Tra
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("alpha_pattern", {"up_proj": 8}),
-        ("rank_pattern", {"up_proj": 8}),
         ("fan_in_fan_out", True),
         ("bias", "all"),
         ("use_qalora", True),
         ("lora_bias", True),
         ("layers_to_transform", [0]),
         ("target_parameters", ["x"]),
-        ("trainable_token_indices", [1]),
         ("some_later_setting", 0.5),
         ("init_lora_weights", "pissa_niter_4"),
     ],
@@ -140,6 +140,42 @@ def test_unsupported_settings_are_rejected(name: str, value: Any, finished: Path
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
     with pytest.raises(UserError, match=rf"adapter_config\.json: {name} is "):
         read_source(finished)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("alpha_pattern", {"up_proj": "x"}, "alpha_pattern of up_proj is 'x'; it should be a number above 0"),
+        ("alpha_pattern", {"(": 8}, r"alpha_pattern of \( is 8"),
+        ("rank_pattern", {"up_proj": 0}, "rank_pattern of up_proj is 0; it should be a whole number above 0"),
+        ("rank_pattern", {"up_proj": 8}, r"up_proj\.lora_A\.weight has shape 4 x 64, not 8 x 64"),
+        ("trainable_token_indices", {"embed_tokens": ["1"]}, "trainable_token_indices has .* a list of token ids"),
+        ("trainable_token_indices", [10**6], "does not fit the base"),
+        ("trainable_token_indices", [1], "trainable_tokens_delta is missing"),
+    ],
+)
+def test_settings_of_layers_and_tokens_are_checked(name: str, value: Any, message: str, finished: Path) -> None:
+    file = finished / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(UserError, match=message) as error:
+        read_source(finished)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_scales_of_layers_are_those_of_peft(rslora: bool, finished: Path) -> None:
+    file = finished / "adapter_config.json"
+    pattern = {"alpha_pattern": {"up_proj": 6.0, r".*layers\.1\.self_attn\..*": 3}, "use_rslora": rslora}
+    file.write_text(json.dumps(json.loads(file.read_text()) | pattern))
+    source = read_source(finished)
+    theirs = PeftModel.from_pretrained(load_base(source.base, dtype="float32"), str(finished))
+    found = {
+        name: module.scaling["default"]
+        for name, module in theirs.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    assert {name: layer.scaling for name, layer in source.adapter.layers.items()} == found
+    assert len(set(found.values())) == 3
 
 
 def test_llava_s_own_settings_are_accepted() -> None:

@@ -92,8 +92,9 @@ def test_packed_cached_and_compact_against_the_padded_reference(stage2_content: 
     split = plan.splits["train"]
     samples, pixels = split.rows[:7], split.load_pixels
     models = {"fast": build_trained_model(recipe, base)}
-    stock = load_base(base.name, dtype="float32")
-    models["stock"] = add_adapters(stock, run_lora_config(recipe, stock.config, base.name))
+    models["stock"] = add_adapters(
+        load_base(base.name, dtype="float32"), run_lora_config(recipe, plan.model.config, base.name)
+    )
     cache_features(plan, base, Console(file=io.StringIO()))
     generator = torch.Generator().manual_seed(0)
     trained = {name: p.detach().clone() for name, p in models["fast"].named_parameters() if p.requires_grad}

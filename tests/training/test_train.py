@@ -23,6 +23,7 @@ from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.recipe import Recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import dry_run, finetune
+from lora_llava.training.parameter_groups import Rates
 from lora_llava.training.stages import build_feeds, build_trained_model, train, training_arguments
 from lora_llava.training.trainer import LlavaSFTTrainer
 
@@ -157,7 +158,7 @@ def test_two_learning_rates_and_decay_of_matrices_only(stage2_content: dict[str,
         train=build_feeds(plan)[0],
         validation=None,
         processor=plan.processor,
-        projector_learning_rate=1e-4,
+        rates=Rates(adapters=5e-3, projector=1e-4),
         callbacks=[],
     )
     groups = [(g["lr"], g["weight_decay"], len(g["params"])) for g in trainer.create_optimizer().param_groups]

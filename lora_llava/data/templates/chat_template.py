@@ -91,6 +91,7 @@ class ChatTemplate:
     listed: bool = False
 
     name = AUTO
+    title = "the model's own chat template"
     single_turn = False
     stop_string = None
 

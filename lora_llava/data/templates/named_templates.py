@@ -62,6 +62,11 @@ class Template:
     after_answer: str = ""
 
     @property
+    def title(self) -> str:
+        """Name for a person."""
+        return self.name
+
+    @property
     def single_turn(self) -> bool:
         return self.user_format is None
 

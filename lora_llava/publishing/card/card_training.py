@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_llava.model.families.tower_families import describe_images, saved_image_settings
+from lora_llava.planning.plan_tables import TRAINED_PARTS
 from lora_llava.publishing.package import Package
 
 _QUANTIZATIONS = {"nf4": "NF4 with double quantisation", "none": "none"}
@@ -12,7 +13,11 @@ _SHORT = 12
 """Digits of a hash in a table; run.json has all of them."""
 _PARTS = {"llm": "language model", "vision_tower": "vision tower"}
 _SPLITS = {"train": "training"}
-_TRAINED = {"lora": "LoRA"}
+_INITS = {
+    "orthogonal": "orthogonal directions",
+    "eva": "the training data (EVA)",
+    "loftq": "a correction of NF4 (LoftQ), and therefore fits the NF4 base alone",
+}
 
 
 def training_rows(package: Package) -> list[tuple[str, str]]:
@@ -61,11 +66,20 @@ def _setting_rows(package: Package) -> list[tuple[str, str]]:
     recipe, data, training = package.recipe, package.recipe["data"], package.recipe["training"]
     step = package.metrics.get("step", {})
     projector_rate = training["projector_learning_rate"] or training["learning_rate"]
-    rate = f"{training['learning_rate']:g} (projector {projector_rate:g})"
+    rates = [f"projector {projector_rate:g}"]
+    if vision := (recipe["lora"] or {}).get("vision"):
+        rates.append(f"vision tower {vision['learning_rate'] or training['learning_rate']:g}")
+    if ratio := training.get("loraplus_ratio"):
+        rates.append(f"LoRA+: {ratio:g} times for matrices B")
+    rate = f"{training['learning_rate']:g} ({', '.join(rates)})"
     rows = [("LoRA", _lora(recipe["lora"]))] if recipe["lora"] else []
+    if in_full := (recipe["lora"] or {}).get("modules_to_save"):
+        rows.append(("trained in full", ", ".join(in_full)))
+    if tokens := recipe["model"].get("new_tokens"):
+        rows.append(("new tokens", ", ".join(f"`{token}`" for token in tokens)))
     rows += [
         ("quantisation during training", _QUANTIZATIONS[recipe["model"]["quantization"]]),
-        ("conversation template", data["template"]),
+        ("conversation template", "the model's own" if data["template"] == "auto" else data["template"]),
         ("images", f"position {data['image_position']}, aspect {_aspect(package)}"),
         ("learning rate", f"{rate}, {training['lr_scheduler']} schedule, warm-up ratio {training['warmup_ratio']:g}"),
         ("batch", _batch(training)),
@@ -97,7 +111,13 @@ def _lora(lora: dict[str, Any]) -> str:
     targets = lora["targets"]
     on = "all linear layers of the language model" if isinstance(targets, str) else ", ".join(targets)
     settings = f"r {lora['r']}, alpha {lora['alpha']:g}, dropout {lora['dropout']:g}, on {on}"
-    return settings + (f" ({', '.join(kinds)})" if kinds else "")
+    if lora.get("init", "default") != "default":  # recipes of earlier versions lack the key
+        kinds.append(f"started from {_INITS[lora['init']]}")
+    settings += f" ({', '.join(kinds)})" if kinds else ""
+    if vision := lora.get("vision"):
+        alpha = vision["alpha"] or vision["r"]
+        settings += f"; vision tower: r {vision['r']}, alpha {alpha:g}, on {', '.join(vision['targets'])}"
+    return settings
 
 
 def _cost_rows(package: Package) -> list[tuple[str, str]]:
@@ -106,7 +126,7 @@ def _cost_rows(package: Package) -> list[tuple[str, str]]:
     if train:
         trained = package.metrics["model"]["trained_parameters"]
         rows += [
-            ("trained parameters", ", ".join(f"{_TRAINED.get(p, p)} {n:,}" for p, n in trained.items() if n)),
+            ("trained parameters", ", ".join(f"{TRAINED_PARTS.get(p, p)} {n:,}" for p, n in trained.items() if n)),
             ("steps", f"{train['steps']:,}"),
             ("tokens", f"{train['tokens']:,}, of which {train['supervised_tokens']:,} count towards the loss"),
             ("training time", f"{train['seconds'] / 60:,.1f} min on {_machine(package.metrics.get('machine'))}"),

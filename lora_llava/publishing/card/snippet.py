@@ -55,8 +55,10 @@ print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 ```"""
     if package.recipe.get("model", {}).get("quantization") == "nf4":
         kept = ", ".join(f'"{name}"' for name in NOT_QUANTIZED)
+        only = package.record.get("needs_base") == "nf4"
+        why = "started as a correction of NF4's rounding, and fits no other base" if only else "was trained on it"
         code += (
-            "\n\nThe adapter was trained on the base quantised to NF4. To load the base in the same way, run "
+            f"\n\nThe base was quantised to NF4 in training; the adapter {why}. To load the base in the same way, run "
             "`pip install bitsandbytes` and pass this to `AutoModelForImageTextToText.from_pretrained`: "
             f'`quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
             f"bnb_4bit_use_double_quant=True, llm_int8_skip_modules=[{kept}])`."
