@@ -218,8 +218,10 @@ def _tokens(batches: _Batches, ids: list[int], labels: list[int]) -> Iterator[Pr
 
 
 def _image(pixels: torch.Tensor, image_processor: Any) -> Image.Image:
-    """Undo the normalisation, to show the image as CLIP receives it."""
-    both = (image_processor.image_mean, image_processor.image_std)
+    """Undo the normalisation, to show the image as the tower receives it."""
+    both = ([0.0] * 3, [1.0] * 3)
+    if image_processor.do_normalize:
+        both = (image_processor.image_mean, image_processor.image_std)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in both)
     values = ((pixels.float() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).numpy())

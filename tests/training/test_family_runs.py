@@ -28,6 +28,7 @@ def recipe_of(content: dict[str, Any], folder: Path, family: str, tower: str) ->
         "llm": str(llm),
         "vision_tower": str(make_tower(folder / tower, tower)),
     }
+    content["data"]["template"] = "vicuna_v1"  # its tokenizer is the demo's, without a template of its own
     content["training"] |= {"max_steps": 2}
     content["evaluation"] = {"max_new_tokens": 2, "before": 0, "after": 2}
     return check_recipe(content, "test")
