@@ -95,8 +95,6 @@ def encode_spans(batch: Sequence[Sequence[Span]], tokenizer: PreTrainedTokenizer
     """
     texts = [_unicode("".join(span.text for span in spans)) for spans in batch]
     backend = text_backend(tokenizer, [text or "" for text in texts])
-    backend.no_truncation()  # an earlier call of the tokenizer may have enabled them
-    backend.no_padding()
     encodings = backend.encode_batch([text or "" for text in texts], add_special_tokens=False)
     leading = leading_ids(tokenizer)
     found: list[Compact | EncodingError] = []

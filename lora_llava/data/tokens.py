@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lora_llava.core.errors import UserError
 
 if TYPE_CHECKING:  # the recipe imports the formats, and should not load these
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 
@@ -15,6 +16,14 @@ class Stop(NamedTuple):
 
     ids: list[int]
     text: str | None = None
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return a tokenizer's backend without the truncation and padding that an earlier call may have left in it."""
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def own_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -43,7 +52,7 @@ def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Raises:
         UserError: For a tokenizer that puts ids behind a text: an answer could not follow.
     """
-    backend = tokenizer.backend_tokenizer
+    backend = plain_backend(tokenizer)
     bare = list(backend.encode("a", add_special_tokens=False).ids)
     whole = list(backend.encode("a", add_special_tokens=True).ids)
     count = len(whole) - len(bare)

@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from lora_llava.data.tokens import plain_backend
+
 if TYPE_CHECKING:  # the recipe imports the formats, and should not load these
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
@@ -64,14 +66,12 @@ def text_backend(tokenizer: PreTrainedTokenizerBase, texts: Collection[str]) -> 
     Returns:
         A backend whose offsets count the marks as characters.
     """
-    backend: Tokenizer = tokenizer.backend_tokenizer
+    backend = plain_backend(tokenizer)
     if not any(MARK in text for text in texts):
         return backend
     kept = _KEPT.get(tokenizer)
     if kept is None or kept[0] != len(tokenizer):
         kept = _KEPT[tokenizer] = (len(tokenizer), _ignoring_marks(backend))
-    kept[1].no_truncation()
-    kept[1].no_padding()
     return kept[1]
 
 

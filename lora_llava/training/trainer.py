@@ -274,7 +274,7 @@ class LlavaSFTTrainer(TrainerHooks):
         self.tokens_of_all = (tokens, supervised)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log the loss with the tokens per second since the last log, and the peak memory."""
+        """Log the loss, the recipe's learning rate, the tokens per second since the last log, and the peak memory."""
         if "loss" in logs:
             self.join_tokens()
             now, tokens = time.monotonic(), self.tokens_of_all[0]
@@ -283,6 +283,9 @@ class LlavaSFTTrainer(TrainerHooks):
             if now > since:
                 logs["tokens_per_second"] = round((tokens - before) / (now - since), 1)
             logs["memory_bytes"] = peak_memory_bytes()
+        if "learning_rate" in logs:  # stock: of the first group, which is the projector's or the vision tower's
+            optimizer: Any = self.optimizer
+            logs["learning_rate"] *= self.args.learning_rate / optimizer.param_groups[0]["initial_lr"]
         super().log(logs, *args, **kwargs)
 
     @contextmanager

@@ -55,12 +55,6 @@ class TrainerHooks(SFTTrainer):
         else:
             super()._load_best_model()
 
-    def _get_learning_rate(self) -> float:
-        # Why: the stock method returns the rate of the first group, which is the projector's or the vision tower's;
-        # the curve is that of the recipe's `training.learning_rate`. Public ways: none, the value is passed to `log`.
-        scheduler: Any = self.lr_scheduler
-        return float(self.args.learning_rate * scheduler.lr_lambdas[0](scheduler.last_epoch))
-
     def update_best(self, metrics: dict[str, float]) -> None:
         """Record the step as the best one if its validation loss is the lowest.
 

@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 
 from lora_llava.commands.main import main
+from lora_llava.data.tokens import Stop
 from lora_llava.evaluation.run_report import rebuild_report
 from lora_llava.inference.chat import Chat, open_images, run_line
 from lora_llava.inference.open_model import background_of
@@ -101,7 +102,7 @@ def test_a_run_counts_names_its_images_and_is_asked_with_its_background(
 def test_chat_and_page_composite_as_the_speaker_does(tmp_path: Path) -> None:
     Image.new("RGBA", (2, 2), (9, 8, 7, 0)).save(tmp_path / "a.png")
     for background, expected in (("white", (255,) * 3), ("black", (0,) * 3), ("llava", (9, 8, 7))):
-        speaker = Speaker(None, None, "a", background=background)  # type: ignore[arg-type]
+        speaker = Speaker(None, None, "a", Stop([2]), background=background)  # type: ignore[arg-type]
         chat = Chat(speaker, Sampling())
         run_line(chat, f"/image {tmp_path / 'a.png'}")
         assert chat.attached[0].image.getpixel((0, 0)) == expected

@@ -240,6 +240,6 @@ def test_two_sizes_of_a_forward_pass_are_refused(stage2_content: dict[str, Any])
 
 def test_packing_where_rows_are_padded_is_refused(stage2_content: dict[str, Any], monkeypatch: Any) -> None:
     recipe = check_recipe(packed_content(stage2_content), "test")
-    monkeypatch.setattr("lora_llava.planning.run_plan.is_padding_free", lambda recipe: (False, "sdpa, padded"))
+    monkeypatch.setattr("lora_llava.planning.run_plan.is_padding_free", lambda recipe, config: (False, "sdpa, padded"))
     with pytest.raises(UserError, match="max_tokens_per_row needs rows without padding; this machine has sdpa, padded"):
         plan_run(recipe)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, EncodingError, Turn
 from lora_llava.data.templates.chat_template import ChatTemplate
 from lora_llava.data.templates.named_templates import Template, after_images
-from lora_llava.data.tokens import own_tokens
+from lora_llava.data.tokens import own_tokens, plain_backend
 from lora_llava.data.typed import as_typed
 
 AnyTemplate = Template | ChatTemplate
@@ -38,7 +38,7 @@ def fit_template(template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) -> A
     """
     if isinstance(template, ChatTemplate) or not template.after_image:
         return template
-    backend = tokenizer.backend_tokenizer
+    backend = plain_backend(tokenizer)
     alone = backend.encode("a", add_special_tokens=False).tokens
     behind = backend.encode(f"{IMAGE_PLACEHOLDER}a", add_special_tokens=False).tokens[1:]
     has_prefix = alone[0].startswith("▁") and not behind[0].startswith("▁")  # SentencePiece's space
@@ -150,7 +150,7 @@ def _check_prompt(tokenizer: PreTrainedTokenizerBase, template: AnyTemplate) -> 
     spans = conversation_spans((Turn("user", question), Turn("assistant", "It is a dog.")), template)
     first = next(place for place, span in enumerate(spans) if span.trained)
     prompt, answer = "".join(span.text for span in spans[:first]), spans[first].text
-    encode = tokenizer.backend_tokenizer.encode
+    encode = plain_backend(tokenizer).encode
     alone = encode(prompt, add_special_tokens=False).ids
     if encode(prompt + answer, add_special_tokens=False).ids[: len(alone)] != alone:
         raise EncodingError(
