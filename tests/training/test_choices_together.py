@@ -93,6 +93,7 @@ def test_new_tokens_begin_from_stage_1(stage1_content: dict[str, Any], stage2_co
     assert plan.tokenizer.convert_tokens_to_ids(MANY[-1]) < plan.model.config.text_config.vocab_size
 
 
+@pytest.mark.more
 def test_two_processes_train_full_matrices_and_tokens_as_one(parts: Path, scienceqa: Path, tmp_path: Path) -> None:
     for name, choices in (
         ("full", {"lora": {"modules_to_save": ["lm_head", "embed_tokens"]}}),

@@ -74,8 +74,8 @@ def test_the_seven_names_of_earlier_recipes_are_all_linear(stage2: Recipe) -> No
     ("family", "tower", "more"),
     [
         ("qwen2", "siglip", {"vision_cache": "memory"}),
-        ("phi3", "clip", {}),
-        ("gemma3_text", "siglip", {"gradient_checkpointing": True}),
+        pytest.param("phi3", "clip", {}, marks=pytest.mark.more),
+        pytest.param("gemma3_text", "siglip", {"gradient_checkpointing": True}, marks=pytest.mark.more),
         ("olmo2", "clip", {}),
     ],
 )

@@ -33,7 +33,7 @@ QUICK = {("llama3", "siglip"), ("qwen3", "clip"), ("gemma3_text", "siglip"), ("m
 STOPS = {"phi3": "<|end|>", "gemma3_text": "<end_of_turn>"}
 """The tokens that end an answer where they are not the tokenizer's EOS."""
 PAIRS = [
-    pytest.param(name, tower, marks=() if (name, tower) in QUICK else pytest.mark.pairs)
+    pytest.param(name, tower, marks=() if (name, tower) in QUICK else pytest.mark.more)
     for name in KINDS
     for tower in TOWER_KINDS
 ]

@@ -174,6 +174,7 @@ def test_a_run_resumes_to_the_bit(content: dict[str, Any], monkeypatch: pytest.M
     assert all(tensor.any() for name, tensor in found.items() if "vision_tower" in name)
 
 
+@pytest.mark.more
 def test_two_processes_train_as_one(parts: Path, scienceqa: Path, tmp_path: Path) -> None:
     content = chosen(content_for_ranks(parts, scienceqa), lora={"vision": VISION})
     one, two, _ = one_and_two(content, tmp_path)
