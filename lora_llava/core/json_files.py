@@ -26,7 +26,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_object_if_any(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; an empty one if there is no such file.
+    """Return the object in a JSON file; an empty one if the file does not exist.
 
     Raises:
         UserError: As from `read_object`.

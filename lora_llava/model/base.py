@@ -211,7 +211,7 @@ def _fitting(
             raise UserError(
                 f"{folder}: {names[name].name} has shape {names[name].shape}, its config.json requires {shape}"
             )
-    kept = {*expected, "lm_head.weight"}  # a tied head is no parameter of its own
+    kept = {*expected, "lm_head.weight"}  # a tied head is not a parameter of its own
     return [tensor for tensor in found if canonical_name(tensor.name) in kept]
 
 

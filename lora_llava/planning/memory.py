@@ -149,7 +149,7 @@ class Step:
             "LoRA of the vision tower": 4 * vision_lora_parameters(self.config, self.lora),
             "vision tower, kept": tower_bytes(self.config, self.lora, self.images, self.dtype_bytes, cuda=self.cuda),
             "embeddings, head in float32": 4 * full_parameters(self.config, self.lora),
-            # peft makes both matrices anew with their rows in every pass, and autograd their complete gradients.
+            # peft copies both matrices with the new rows in every pass, and autograd keeps their complete gradients.
             "embeddings, head with new tokens": 4 * self.dtype_bytes * vocabulary_parameters(self.config)
             if self.new_tokens
             else 0,

@@ -195,7 +195,7 @@ def build_run_processor(
     )
     if recipe.data.image_aspect == "auto" and recipe.model.start_from.llava is not None:
         image_processor = saved_image_processor(model.image_folder, model.config)
-    else:  # the tower's own settings are no LLaVA's: CLIP's crop loses the edges
+    else:  # the tower's own settings are not those of a LLaVA: CLIP's crop loses the edges
         aspect = "crop" if recipe.data.image_aspect == "crop" else "pad"
         image_processor = image_processor_of(model.image_folder, model.config, aspect)
     return tokenizer, build_processor(tokenizer, model.config, image_processor, chat_template(template)), template

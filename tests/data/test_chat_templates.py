@@ -309,7 +309,7 @@ def test_a_template_of_lists_is_trained_and_served(tokenizers: Any, server: Any)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (LISTS.replace("END", "' '"), "ends an answer with ' ', which is no token of its vocabulary"),
+        (LISTS.replace("END", "' '"), "ends an answer with ' ', which is not a token of its vocabulary"),
         (
             SMOLLM2.replace("message['content']", "(message['content'] if loop.last else 'x')"),
             "writes what comes before answer 1 differently once an answer follows",

@@ -36,15 +36,20 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "smollm2": {"tie_word_embeddings": True, "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"}},
     "mistral": {"sliding_window": 6, "head_dim": 8},
     "qwen2": {
-        "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+        "tie_word_embeddings": True,
     },
     "qwen3": {"head_dim": 16},
     "phi3": {"sliding_window": 6},
     "gemma3_text": {
-        "head_dim": 12, "query_pre_attn_scalar": 12, "sliding_window": 6,
+        "head_dim": 12,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
-}  # fmt: skip
+}
 """What is unusual in each family: windows shorter than the samples, tied heads, other head sizes, spare rows."""
 SPARE_ROWS = {"qwen2": 40, "qwen3": 1, "gemma3_text": 40}
 ALL = list(SPECIAL)
@@ -58,9 +63,11 @@ def byte_tokenizer(special: tuple[str, ...] = ("<|endoftext|>", "<|im_start|>", 
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=300,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-    )  # fmt: skip
+    )
     backend.train_from_iterator(CORPUS, trainer)
     names = {"bos_token": special[0], "unk_token": special[0]} if len(special) < 4 else {}
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=special[2], pad_token=special[0], **names)
@@ -94,8 +101,12 @@ def make_llm(folder: Path, family: str, *, demo_tokenizer: bool = False, **more:
 def make_tower(folder: Path, kind: str) -> Path:
     """Save a random CLIP tower, or a complete SigLIP with its text model and image processor, as on the Hub."""
     sizes: dict[str, Any] = {
-        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8,
-    }  # fmt: skip
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "patch_size": 8,
+    }
     torch.manual_seed(1)
     model: Any
     if kind == "clip":

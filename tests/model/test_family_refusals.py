@@ -27,7 +27,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "llama4"}, "is a 'llama4' model with a "),
     ({"model_type": "recurrent_gemma", "num_hidden_layers": 1}, "recurrent_gemma changes its logits after the head"),
     ({"model_type": "bert"}, "bert has no `model.layers`"),
-    ({"model_type": "vit"}, "is a 'vit' model, which is no causal language model"),
+    ({"model_type": "vit"}, "is a 'vit' model, which is not a causal language model"),
     ({"model_type": "unheard_of"}, "which the installed transformers does not know"),
     ({}, "config.json has no model_type"),
     ({"model_type": ["llama"]}, "config.json has no model_type"),

@@ -110,12 +110,14 @@ def test_a_base_of_ours_is_read_as_its_parts_are(stage2_content: dict[str, Any])
     [
         ({"image_processor_type": "LlavaNextImageProcessor"}, "is a LlavaNextImageProcessor; those that work are"),
         ({"image_processor_type": "CLIPImageProcessorFast", "size": {"shortest_edge": 48}}, "gives 224x224 pixels"),
-        ({"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "do_center_crop": False},
-         "gives 32x57 or 57x32 pixels, and its tower takes 32x32"),
+        (
+            {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 32}, "do_center_crop": False},
+            "gives 32x57 or 57x32 pixels, and its tower takes 32x32",
+        ),
         ({"image_processor_type": "CLIPImageProcessor", "size": {"wide": 3}}, "cannot be used ("),
         ({"image_processor_type": "CLIPImageProcessor", "size": SQUARE, "image_mean": [0.5]}, "cannot be used ("),
     ],
-)  # fmt: skip
+)
 def test_a_processor_that_does_not_fit_is_one_line(
     llava: Made, tmp_path: Path, saved: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from transformers import LlavaForConditionalGeneration
 
+from lora_llava.model.fast_path.trained_loss import labelled_loss
 from lora_llava.model.start import prepare_base
 from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.publishing.merge import merge
@@ -85,3 +87,18 @@ def base_of(run_folder: Path) -> Path:
 def quiet() -> Console:
     """Return a console that prints nothing."""
     return Console(file=io.StringIO())
+
+
+def after_backward(recipe: Recipe) -> tuple[RunPlan, Any, Any]:
+    """Return the plan, our model and the plain stock model of its base, with the gradients of one sample in both."""
+    plan, base = plan_run(recipe), prepare_base(recipe.model, 0)
+    ours = build_trained_model(recipe, base).train()
+    plain = LlavaForConditionalGeneration.from_pretrained(base.folder, dtype="float32")  # B is zero
+    feed = build_feeds(plan)[0]
+    sample = next(feed.samples[i] for row in feed.rows for i in row if feed.samples[i]["image_files"])
+    labelled_loss(ours, feed.collator([sample]))[0].backward()
+    ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor([sample["labels"]])
+    pixels = plan.splits["train"].load_pixels(sample["image_files"])
+    logits = plain(input_ids=ids, pixel_values=pixels, use_cache=False).logits
+    torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum").backward()
+    return plan, ours, plain

@@ -1,4 +1,4 @@
-"""Images of several sources are told apart by source and name, whatever characters a name has."""
+"""Images of several sources are identified by source and name, whatever characters a name has."""
 
 from __future__ import annotations
 

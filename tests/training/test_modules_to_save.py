@@ -9,16 +9,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlavaForConditionalGeneration
 
 from lora_llava.core.errors import UserError
-from lora_llava.model.fast_path.trained_loss import labelled_loss
 from lora_llava.model.loading import load_base
-from lora_llava.model.start import prepare_base
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import RecipeError, check_recipe
-from lora_llava.training.stages import build_feeds, build_trained_model, describe_plan
-from tests.training.choices import base_of, chosen, logits_of, merges, resumes_to_the_bit, stock, trained_model
+from lora_llava.training.stages import describe_plan
+from tests.training.choices import (
+    after_backward,
+    base_of,
+    chosen,
+    logits_of,
+    merges,
+    resumes_to_the_bit,
+    stock,
+    trained_model,
+)
 
 BOTH = ["lm_head", "embed_tokens"]
 NAMES = {
@@ -80,16 +86,7 @@ def test_gradients_are_those_of_a_plain_model(stage2_content: dict[str, Any]) ->
     recipe = check_recipe(
         chosen(stage2_content, lora={"modules_to_save": BOTH}, model={"quantization": "none"}), "test"
     )
-    plan, base = plan_run(recipe), prepare_base(recipe.model, 0)
-    ours = build_trained_model(recipe, base).train()
-    plain = LlavaForConditionalGeneration.from_pretrained(base.folder, dtype="float32")  # B is zero
-    feed = build_feeds(plan)[0]
-    sample = next(feed.samples[i] for row in feed.rows for i in row if feed.samples[i]["image_files"])
-    labelled_loss(ours, feed.collator([sample]))[0].backward()
-    ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor([sample["labels"]])
-    pixels = plan.splits["train"].load_pixels(sample["image_files"])
-    logits = plain(input_ids=ids, pixel_values=pixels, use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum").backward()
+    _, ours, plain = after_backward(recipe)
     found = {name.split(".modules_to_save")[0]: p.grad for name, p in ours.named_parameters() if "modules_to" in name}
     for name, theirs in (("lm_head", plain.lm_head), ("embed_tokens", plain.model.language_model.embed_tokens)):
         gradient = next(value for key, value in found.items() if key.endswith(name))

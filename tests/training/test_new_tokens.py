@@ -10,18 +10,25 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor
 
 from lora_llava import evaluate
 from lora_llava.core.errors import UserError
 from lora_llava.data.encode import encode_conversation
-from lora_llava.model.fast_path.trained_loss import labelled_loss
 from lora_llava.model.loading import load_base
 from lora_llava.model.start import prepare_base
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import RecipeError, check_recipe
-from lora_llava.training.stages import build_feeds, build_trained_model
-from tests.training.choices import base_of, chosen, logits_of, merges, resumes_to_the_bit, stock, trained_model
+from tests.training.choices import (
+    after_backward,
+    base_of,
+    chosen,
+    logits_of,
+    merges,
+    resumes_to_the_bit,
+    stock,
+    trained_model,
+)
 from tests.training.small_runs import run
 
 TOKENS = ["<defect>", "colour"]
@@ -119,16 +126,7 @@ def test_a_run_trains_saves_loads_and_merges_their_rows(
 
 def test_gradients_are_rows_of_those_of_plain_matrices(content: dict[str, Any]) -> None:
     recipe = check_recipe(chosen(content, model={"quantization": "none"}), "test")
-    plan, base = plan_run(recipe), prepare_base(recipe.model, 0)
-    ours = build_trained_model(recipe, base).train()
-    plain = LlavaForConditionalGeneration.from_pretrained(base.folder, dtype="float32")  # B is zero
-    feed = build_feeds(plan)[0]
-    sample = next(feed.samples[i] for row in feed.rows for i in row if feed.samples[i]["image_files"])
-    labelled_loss(ours, feed.collator([sample]))[0].backward()
-    ids, labels = torch.tensor([sample["input_ids"]]), torch.tensor([sample["labels"]])
-    pixels = plan.splits["train"].load_pixels(sample["image_files"])
-    logits = plain(input_ids=ids, pixel_values=pixels, use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum").backward()
+    plan, ours, plain = after_backward(recipe)
     new = plan.tokenizer.convert_tokens_to_ids(TOKENS)
     found = {name: p.grad for name, p in ours.named_parameters() if "trainable_tokens_delta" in name}
     assert len(found) == 2

@@ -63,7 +63,7 @@ def test_a_language_model_without_a_chat_template(refused: Refused, tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "which is no token of its vocabulary"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "which is not a token of its vocabulary"),
         ("{% for m in messages %}{{ m['content'] }", "refuses it: "),
         ("{{ raise_exception('Not for chat') }}", "refuses it: Not for chat"),
         ("{{ messages[-1]['content'] + '<|im_end|>' }}", "writes what comes before answer"),

@@ -42,5 +42,5 @@ def own_names(images: Iterable[ImageName]) -> tuple[str, ...]:
 
 
 def saved_name(image: ImageName) -> str:
-    """Return the text that stands for an image in files and hashes: its name, after `3|` if it is of source 3."""
+    """Return the text of an image's identity in files and hashes: its name, after `3|` if it is of source 3."""
     return image if isinstance(image, str) else f"{image.source}|{image.name}"

@@ -181,7 +181,7 @@ def own_template(tokenizer: PreTrainedTokenizerBase, text: str, system: str | No
                 problems.append(str(error))
     problem = max(problems, key=lambda problem: "ends an answer" in problem)
     if system is not None and (without := _or_none(tokenizer, text)) is not None:
-        if not system:  # there is no place for a system text, and so none to leave out
+        if not system:  # the template has no place for a system text: nothing to leave out
             return without
         raise UserError(
             f"data.system_prompt is set, but {problem.partition('; name a')[0]}; leave data.system_prompt out, or "
@@ -243,7 +243,7 @@ def _stop_of(template: ChatTemplate, tokenizer: PreTrainedTokenizerBase) -> str:
     found = [token for token in tokens if token and behind.strip().startswith(token)]
     if not found:
         raise EncodingError(
-            f"the model's chat template ends an answer with {behind!r}, which is no token of its vocabulary, so that "
+            f"the model's chat template ends an answer with {behind!r}, which is not a token of its vocabulary: "
             "answers would not end; name a data.template, such as vicuna_v1"
         )
     return max(found, key=len)

@@ -71,6 +71,15 @@ class Template:
         return self.user_format is None
 
 
+_CHATML = Template(  # openai-python 0.28, chatml.md
+    name="chatml",
+    system="",
+    system_format="<|im_start|>system\n{}<|im_end|>\n",
+    user_format="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    answer_prefix="",
+    stop="<|im_end|>",
+    after_answer="\n",
+)
 TEMPLATES: dict[str, Template] = {
     "vicuna_v1": Template(
         name="vicuna_v1",
@@ -110,24 +119,8 @@ TEMPLATES: dict[str, Template] = {
         stop=" </s>",
         after_image=" ",
     ),
-    "chatml": Template(  # openai-python 0.28, chatml.md
-        name="chatml",
-        system="",
-        system_format="<|im_start|>system\n{}<|im_end|>\n",
-        user_format="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-        answer_prefix="",
-        stop="<|im_end|>",
-        after_answer="\n",
-    ),
-    "qwen": Template(  # Qwen2.5's chat template: ChatML with a system text
-        name="qwen",
-        system="You are a helpful assistant.",
-        system_format="<|im_start|>system\n{}<|im_end|>\n",
-        user_format="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-        answer_prefix="",
-        stop="<|im_end|>",
-        after_answer="\n",
-    ),
+    "chatml": _CHATML,
+    "qwen": replace(_CHATML, name="qwen", system="You are a helpful assistant."),  # as Qwen2.5's chat template
     "llama_3": Template(  # Meta's model card of Llama 3, "Instruct Model Prompt"
         name="llama_3",
         system="",

@@ -27,7 +27,7 @@ class Span(NamedTuple):
 
 
 def fit_template(template: AnyTemplate, tokenizer: PreTrainedTokenizerBase) -> AnyTemplate:
-    """Remove a template's `after_image` if the tokenizer has no dummy prefix that it stands for.
+    """Remove a template's `after_image` if the tokenizer has no dummy prefix, whose effect it has.
 
     Args:
         template: A template.

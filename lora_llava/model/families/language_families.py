@@ -121,7 +121,7 @@ def check_text_config(config: PreTrainedConfig, field: str) -> None:
     """
     kind = config.model_type
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(f"{field} is a {kind!r} model, which is no causal language model; name one")
+        raise UserError(f"{field} is a {kind!r} model, which is not a causal language model; name one")
     for name, harmless in _SCALES.items():
         if (value := getattr(config, name, None)) not in harmless:
             raise UserError(f"{field}: {kind} has {name} {value}, {_ELSEWHERE}; name another model")
