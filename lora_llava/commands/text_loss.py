@@ -11,7 +11,7 @@ from typing import Any
 from lora_llava.commands.arguments import a_path, home
 from lora_llava.core.quiet import quieten
 
-SUMMARY = "loss of plain text with and without the adapter, which shows what was forgotten"
+SUMMARY = "loss of plain text with and without the adapter"
 EXAMPLES = (
     "lora-llava text-loss runs/demo_scienceqa_qlora",
     "lora-llava text-loss runs/demo_scienceqa_qlora --text letters.txt",

@@ -74,7 +74,8 @@ def test_the_verb_prints_both_losses(
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"), [(None, "is not a file"), (b" \n", "is empty"), (b"\xff\xfeA\x00\x00\xd8", "save it as UTF-8")]
+    ("content", "problem"),
+    [(None, "is not a file"), (b" \n", "is empty"), (b"\xff\xfeA\x00\x00\xd8", "save it as UTF-8")],
 )
 def test_a_file_that_is_not_a_text_is_refused(tmp_path: Path, content: bytes | None, problem: str) -> None:
     file = tmp_path / "page.txt"
