@@ -209,7 +209,8 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     tables = {"before": before, "after": after.table if after else None}
     metrics = _metrics(plan, base, freeze_plan, result, tables)
     first_alone(lambda: _write_results(folder, recipe, metrics, after))
-    _print_result(recipe, metrics, time.monotonic() - start, console)
+    spent = f"{time.monotonic() - start:.0f} s {'in all' if resumed is None else 'since it was resumed'}"
+    _print_result(recipe, metrics, spent, console)
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -310,7 +311,7 @@ def dry_run(recipe: Recipe, recipe_folder: Path, console: Console) -> None:
         _refuse_if_too_large([plan])
 
 
-def _print_result(recipe: Recipe, metrics: dict[str, Any], seconds: float, console: Console) -> None:
+def _print_result(recipe: Recipe, metrics: dict[str, Any], spent: str, console: Console) -> None:
     """Print the tables before and after, memory, time and the run directory."""
     tables = {name: metrics[name] for name in ("before", "after") if metrics[name] is not None}
     if tables:
@@ -320,7 +321,7 @@ def _print_result(recipe: Recipe, metrics: dict[str, Any], seconds: float, conso
     loss = train["best_validation_loss"]
     console.print(
         f"trained {train['steps']:,} steps, {train['tokens']:,} tokens in {train['seconds']:.0f} s "
-        f"({train['tokens'] / train['seconds']:,.0f} tokens/s); {seconds:.0f} s in all; peak memory "
+        f"({train['tokens'] / train['seconds']:,.0f} tokens/s); {spent}; peak memory "
         f"{train['peak_memory_bytes'] / 2**30:.2f} GiB" + (f"; validation loss {loss:.4f}" if loss is not None else "")
     )
     console.print(f"run directory: {recipe.output_dir}; open {recipe.output_dir}/report.html", soft_wrap=True)
