@@ -190,7 +190,9 @@ def _measure(
             )
         except EncodingError as error:
             problems[i] = str(error)
-    encoded = {i: found for i, found in encoded.items() if found["labels"][0] == IGNORE_INDEX}
+    for i in [i for i, found in encoded.items() if found["labels"][0] != IGNORE_INDEX]:
+        del encoded[i]
+        problems[i] = "nothing stands before its answer, not even the tokenizer's first token"
     order = sorted(encoded, key=lambda i: -len(encoded[i]["input_ids"]))
     found: dict[int, _Answered] = {}
     for start in range(0, len(order), evaluator.batch_size):
@@ -236,6 +238,6 @@ def _forward(
         log = functional.log_softmax(output.logits[row, at - 1 - (longest - keep)].float(), dim=-1)
         loss = -log.gather(1, batch["input_ids"][row, at].unsqueeze(1)).sum()
         entropy = -(log.exp() * log).sum()
-        state = states[row, mine[0] - 1].half().cpu().numpy() if states is not None else None
+        state = states[row, mine[0] - 1].float().clamp(-6e4, 6e4).half().cpu().numpy() if states is not None else None
         found.append(_Answered(float(loss), len(mine), float(entropy), state))
     return found
