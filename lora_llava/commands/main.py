@@ -18,7 +18,7 @@ from lora_llava.core.errors import ReportedError
 GROUPS: dict[str, tuple[str, ...]] = {
     "prepare": ("init", "check", "preview", "plan"),
     "train": ("finetune", "compare", "report"),
-    "use": ("evaluate", "score", "chat"),
+    "use": ("evaluate", "inspect", "score", "chat"),
     "share": ("merge", "push", "import"),
     "make data": ("generate-data", "filter-captions"),
     "other": ("recipes", "benchmark", "build-demo"),

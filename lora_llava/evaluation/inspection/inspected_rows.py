@@ -187,5 +187,3 @@ def _without_placeholders(text: str) -> str:
         if left == line or left.strip():
             lines.append(left)
     return "\n".join(lines)
-
-
