@@ -1,8 +1,8 @@
 """Rows whose answer is surprising: other rows of the data, or the model itself, expect another one.
 
-A model that has seen a wrong answer often enough believes it, so its own loss finds few of them. Where a question has few
-answers, each row's answer is therefore predicted from the other rows: ridge regression from the model's state before
-the answer to the answers of all rows, with the exact leave-one-out prediction of each row.
+A model that has seen a wrong answer often enough believes it, so its own loss finds few of them. Where a question has
+few answers, each row's answer is therefore predicted from the other rows: ridge regression from the model's state
+before the answer to the answers of all rows, with the exact leave-one-out prediction of each row.
 """
 
 from __future__ import annotations
