@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +17,8 @@ from lora_llava.evaluation.inspection.surprise import BY_MODEL, BY_ROWS, few_ans
 from lora_llava.pages.inspect_page import InspectItem, InspectList, InspectPage, render_inspect_page
 
 
-def row(question: str, answer: str, number: int = 0, **extra: object) -> Conversation:
-    return Conversation(str(number), (Turn("user", f"<image>\n{question}"), Turn("assistant", answer)), ("a",), extra)
+def row(question: str, answer: str) -> Conversation:
+    return Conversation("0", (Turn("user", f"<image>\n{question}"), Turn("assistant", answer)), ("a",))
 
 
 def test_leave_one_out_equals_a_fit_without_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +79,8 @@ def test_an_answer_that_no_other_row_has_and_a_free_answer_with_an_outlier_s_los
 
 
 def test_choices_are_the_answers_of_scienceqa() -> None:
-    rows = [row(f"Question {n}?", "Because. The answer is A.", choices=["yes", "no"], answer=n % 2) for n in range(20)]
+    choices = [{"choices": ["yes", "no"], "answer": n % 2} for n in range(20)]
+    rows = [replace(row(f"Is it {n}?", "Because. The answer is A."), extra=extra) for n, extra in enumerate(choices)]
     assert few_answer_groups(rows, range(20)) == [list(range(20))]
     assert surprise.given_answer(rows[1]) == "no"
 
