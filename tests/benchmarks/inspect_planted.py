@@ -45,11 +45,10 @@ def main() -> None:
         f"data.image_folder={args.output}/data/images",
         f"model.start_from={{stage1_run: {args.stage1}}}",
         f"output_dir={run}",
-        f"data.validation_rows={round(0.1 * len(planted))}",
+        "data.validation_rows=80",
         f"training.epochs={args.epochs}",
-        "training.eval_every=100",
+        "training.eval_every=50",
         "evaluation.before=8",
-        "evaluation.batch_size=32",
     ]
     for name, command in (("train", recipe), ("inspect", ["inspect", str(run)])):
         start = time.process_time(), time.monotonic()

@@ -155,7 +155,7 @@ def by_image(rows: list[InspectedRow], size: int, seed: int) -> list[list[int]]:
 
     Args:
         rows: All rows.
-        size: Rows of a part, at least; images stay whole.
+        size: Rows of a part, at least, if a split has as many.
         seed: Seed of the order of images, so that a part has images from everywhere.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,8 @@ _GRID = 4
 """Patches of an image are averaged over a grid of this many rows and columns, so that places count."""
 _PROJECTED = 512
 """Numbers that are kept of an image; more are projected at random, which keeps cosines near 1 within 0.01."""
-_ALWAYS = 1 << 20
+_ALWAYS = 1 << 60
+"""Uses of an image that never run out."""
 
 
 @dataclass
@@ -69,7 +71,8 @@ class RecordedImages(EncodedImages):
 
     def __init__(self, evaluator: Evaluator, rows: Sequence[Conversation]) -> None:
         questions = [Question((), row.images) for row in rows]
-        super().__init__(evaluator.model, evaluator.load_pixels, questions, range(len(rows)), times=_ALWAYS)
+        super().__init__(evaluator.model, evaluator.load_pixels, questions, range(len(rows)))
+        self.uses = Counter(dict.fromkeys(self.uses, _ALWAYS))
         self.averaged: dict[ImageName, np.ndarray] = {}
 
     def _encode(self, names: Sequence[ImageName]) -> None:
