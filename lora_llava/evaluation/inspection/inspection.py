@@ -251,9 +251,10 @@ def _findings(
     surprises = find_surprises([each.row for each in rows], np.concatenate(sized)[back], columns["surprise"])
     problems = {parts[n][i]: text for n, each in enumerate(measured) for i, text in each.problems.items()}
     images = {
-        (rows[part[0]].split, name): features
+        (rows[part[0]].split, name): each.images[name]
         for part, each in zip(parts, measured, strict=True)
-        for name, features in each.images.items()
+        for name in _names(rows, part)  # in the same order whether measured or kept
+        if name in each.images
     }
     scored = [i for i, each in enumerate(surprises) if each is not None]
     scored.sort(key=lambda i: -surprises[i].score)  # type: ignore[union-attr]
