@@ -78,6 +78,14 @@ def test_an_answer_that_no_other_row_has_and_a_free_answer_with_an_outlier_s_los
     assert found[51] is None
 
 
+def test_answers_that_other_rows_cannot_predict_are_compared_with_the_model() -> None:
+    states = np.random.default_rng(3).normal(size=(60, 8))
+    rows = [row("What colour?", ("red", "blue", "green")[n % 3]) for n in range(60)]
+    found = find_surprises(rows, states, np.r_[np.linspace(-0.1, 0.1, 59), 4.0])
+    assert {each.by for each in found if each is not None} == {BY_MODEL}
+    assert [i for i, each in enumerate(found) if each is not None and each.is_surprising] == [59]
+
+
 def test_choices_are_the_answers_of_scienceqa() -> None:
     choices = [{"choices": ["yes", "no"], "answer": n % 2} for n in range(20)]
     rows = [replace(row(f"Is it {n}?", "Because. The answer is A."), extra=extra) for n, extra in enumerate(choices)]

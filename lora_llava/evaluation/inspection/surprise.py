@@ -25,6 +25,8 @@ _LEAST_ROWS = 20
 """Most answers and least rows of a group whose answers are predicted from other rows."""
 _COVERED = 0.8
 """Share of a group's rows whose answer is one of the few."""
+_PREDICTABLE = 0.75
+"""Least share of a group's answers that other rows predict; below it, their predictions say little about one row."""
 _PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Ridge penalties to choose from, per row, for states of length 1."""
 _FAR = 3.5
@@ -71,8 +73,11 @@ def find_surprises(rows: Sequence[Conversation], states: np.ndarray, excess: np.
     measured = [i for i in range(len(rows)) if np.isfinite(excess[i])]
     left = set(measured)
     for group in few_answer_groups(rows, measured):
+        predicted = _by_rows([rows[i] for i in group], states[group])
+        if sum(not surprise.is_surprising for surprise in predicted) < _PREDICTABLE * len(group):
+            continue
         left -= set(group)
-        for i, surprise in zip(group, _by_rows([rows[i] for i in group], states[group]), strict=True):
+        for i, surprise in zip(group, predicted, strict=True):
             found[i] = surprise
     free = sorted(left)
     for i, z in zip(free, _robust_z(excess[free]), strict=True):
