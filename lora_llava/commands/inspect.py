@@ -9,7 +9,7 @@ from typing import Any
 from lora_llava.commands.arguments import home, positive
 from lora_llava.core.quiet import quieten
 
-SUMMARY = "list rows that need no image, surprising answers and near-duplicate images"
+SUMMARY = "list surprising answers, unneeded images and near-duplicates"
 EXAMPLES = (
     "lora-llava inspect runs/my_images",
     "lora-llava inspect runs/my_images --data more.csv --image-folder more",
