@@ -18,7 +18,7 @@ from lora_llava.core.errors import ReportedError
 GROUPS: dict[str, tuple[str, ...]] = {
     "prepare": ("init", "check", "preview", "plan"),
     "train": ("finetune", "compare", "report"),
-    "use": ("evaluate", "score", "chat", "text-loss"),
+    "use": ("evaluate", "inspect", "score", "chat", "text-loss"),
     "share": ("merge", "push", "import"),
     "make data": ("generate-data", "filter-captions"),
     "other": ("recipes", "benchmark", "build-demo"),

@@ -1,0 +1,1 @@
+"""Rows that need no image, rows with a surprising answer, and near-duplicate images."""
