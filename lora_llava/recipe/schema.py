@@ -273,7 +273,10 @@ class Recipe(Section):
         if self.evaluation is not None and data.format == "captions":
             raise ValueError("evaluation needs data.format scienceqa or conversations; it is captions")
         if self.evaluation is not None and data.format == "conversations" and not held_out:
-            raise ValueError("evaluation needs held-out rows; set data.test_rows or data.validation_rows")
+            raise ValueError(
+                "evaluation needs held-out rows, and data.validation_rows and data.test_rows are 0; set "
+                "data.validation_rows=20, or evaluation=null to train without"
+            )
         validated = (
             data.validation_rows
             or data.validation_source
