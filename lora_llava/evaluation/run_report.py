@@ -28,6 +28,7 @@ from lora_llava.pages.report_plots import Curve
 from lora_llava.planning.memory import GIB
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, is_run
+from lora_llava.runs.find_run import check_run
 from lora_llava.splits.split_rows import Split
 
 REPORT_FILE = "report.html"
@@ -112,6 +113,7 @@ def rebuild_report(run: str) -> Path:
         UserError: If the folder is not a finished run, a file of it cannot be read, or its data has changed.
     """
     folder = Path(run)
+    check_run(run)
     if not is_run(folder) or not (folder / METRICS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
         raise UserError(f"{run} is not a finished run with {METRICS_FILE} and {RECIPE_FILE}; name one")
     metrics = _read_metrics(folder / METRICS_FILE)

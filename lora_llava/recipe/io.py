@@ -205,7 +205,8 @@ def _check(schema: type[Schema], content: Mapping[str, Any], where: str) -> Sche
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        lines, wrong = {}, {}
+        lines: dict[str, str] = {}
+        wrong: dict[str, tuple[int | str, ...]] = {}
         for detail in error.errors():
             if detail["type"] == "too_short" and detail["input"]:
                 continue  # pydantic counts only valid items; the errors of the others are reported
