@@ -211,7 +211,8 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("trained", ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)),
         ("adapter", _adapter(recipe)),
         ("base", {"nf4": "NF4", "none": "unquantised"}[section.quantization]),
-        ("steps", f"{train['steps']:,}"),
+        ("steps", _steps(train)),
+        ("kept", _kept(train)),
         ("tokens", f"{train['tokens']:,}, {100 * train['supervised_tokens'] / max(1, train['tokens']):.0f}% trained"),
         ("time", f"{train['seconds']:,.0f} s, {train['tokens'] / max(1e-9, train['seconds']):,.0f} tokens/s"),
         ("peak memory", f"{train['peak_memory_bytes'] / GIB:.2f} GiB"),
@@ -220,6 +221,20 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("recipe", recipe_hash(recipe)[:12]),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _steps(train: dict[str, Any]) -> str:
+    if not (reason := train.get("stopped_early")):
+        return f"{train['steps']:,}"
+    return f"{train['steps']:,} of {train['planned_steps']:,}, stopped early: {reason}"
+
+
+def _kept(train: dict[str, Any]) -> str:
+    """Return the step and validation loss of the checkpoint kept; empty without validation or in an earlier run."""
+    loss = train.get("best_validation_loss")
+    return (
+        f"step {train['kept_step']:,}, validation loss {loss:.4f}" if loss is not None and "kept_step" in train else ""
+    )
 
 
 def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:

@@ -279,6 +279,7 @@ LATER_KEYS: dict[str, Any] = {
     "lora.modules_to_save": [],
     "lora.init": "default",
     "training.loraplus_ratio": None,
+    "training.early_stopping": None,
 }
 """Keys that earlier versions did not have, with their defaults: at those a recipe is the same as without the key."""
 
