@@ -245,7 +245,14 @@ def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
 
     free = any(is_answer_table(table) for table in tables.values())
     curves = [
-        Curve("Loss", "nats per token", {name: points(losses[name]) for name in ("train", "validation")}),
+        Curve(
+            "Loss",
+            "nats per token",
+            {name: points(losses[name]) for name in ("train", "validation")},
+            robust=True,
+            log_toggle=True,
+            kept=("validation", float(train["kept_step"])) if "kept_step" in train else None,
+        ),
         Curve(
             f"{METRICS[EXACT].title.capitalize() if free else 'Accuracy'} during training",
             "%",

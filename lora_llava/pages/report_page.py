@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -13,6 +13,7 @@ from lora_llava.pages.report_plots import (
     SERIES_COLOURS,
     Curve,
     Drawing,
+    describe_cut,
     describe_gaps,
     draw,
     is_drawable,
@@ -96,12 +97,14 @@ class _Point:
 
 @dataclass(frozen=True)
 class _Plot:
-    """A curve with its drawing, if it has values, and its legend: name, colour and last point of each series."""
+    """A curve with its drawing, if it has values, and its legend: name, colour, last and kept point of each series."""
 
     curve: Curve
     drawing: Drawing | None
-    legend: Sequence[tuple[str, int, _Point | None]]
+    legend: Sequence[tuple[str, int, _Point | None, _Point | None]]
     gaps: Sequence[str]
+    name: str = ""
+    log_drawing: Drawing | None = None
 
 
 @dataclass(frozen=True)
@@ -157,18 +160,31 @@ def render_report(report: RunReport) -> str:
         "report.html.j2",
         title=report.title,
         report=report,
-        plots=[_plot(curve, f"c{number}") for number, curve in enumerate(report.curves)],
+        plots=[plot_of(curve, f"c{number}") for number, curve in enumerate(report.curves)],
         choices=[("all", len(report.gallery)), ("wrong", len(report.gallery) - right), ("right", right)],
         answers=[_answer(item) for item in sorted(report.gallery, key=lambda item: item.right)],
     )
 
 
-def _plot(curve: Curve, prefix: str) -> _Plot:
+def plot_of(curve: Curve, prefix: str) -> _Plot:
+    """Return a curve as the template `plots.html.j2` shows it.
+
+    Args:
+        curve: What to draw.
+        prefix: Start of every id.
+    """
     legend = [
-        (name, number % SERIES_COLOURS, _last_point(points, curve.log_scale))
+        (name, number % SERIES_COLOURS, _last_point(points, curve.log_scale), _kept_point(curve, name))
         for number, (name, points) in enumerate(curve.series.items())
     ]
-    return _Plot(curve, draw(curve, prefix), legend, describe_gaps(curve))
+    logarithmic = replace(curve, log_scale=True)
+    drawn = draw(logarithmic, f"{prefix}-log") if curve.log_toggle and not curve.log_scale else None
+    return _Plot(curve, draw(curve, prefix), legend, [*describe_gaps(curve), *describe_cut(curve)], prefix, drawn)
+
+
+def _kept_point(curve: Curve, name: str) -> _Point | None:
+    kept = curve.kept_point if curve.kept is not None and curve.kept[0] == name else None
+    return _Point(step=f"{kept[0]:,g}", value=write_number(kept[1])) if kept is not None else None
 
 
 def _last_point(points: Sequence[tuple[float, float]], log_scale: bool) -> _Point | None:
