@@ -14,6 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import Conversation
+from lora_llava.data.images.image_files import image_file
 from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.evaluation.answer_metrics import EXACT, METRICS, score_cells, score_headings
 from lora_llava.evaluation.answers import is_answer_table
@@ -96,7 +97,7 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: E
         else [_note_without_gallery(metrics)],
     )
     file = folder / REPORT_FILE
-    file.write_text(render_report(report), encoding="utf-8")
+    file.write_text(render_report(report, folder), encoding="utf-8")
     return file
 
 
@@ -307,20 +308,22 @@ def _item(after: EvaluationResult, index: int) -> GalleryItem:
         reference=row.turns[-1].shown,
         text=line["text"],
         right=is_right(line),
-        images=[image for _, image in shown],
-        names=[name for name, _ in shown],
+        images=[image for _, image, _ in shown],
+        names=[name for name, _, _ in shown],
+        files=[file for _, _, file in shown],
         question_id=line["question_id"],
         categories=(line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)])
         + ([row.named] if row.named else []),
     )
 
 
-def _images(row: Conversation, after: EvaluationResult) -> list[tuple[str, Image.Image]]:
-    """Return the images that can be opened, with their file names."""
+def _images(row: Conversation, after: EvaluationResult) -> list[tuple[str, Image.Image, Path | None]]:
+    """Return the images that can be opened, with their names and files."""
     found = []
     for name in row.images:
         try:
-            found.append((after.split.images.label(name), after.split.images.open(name)))
+            images = after.split.images
+            found.append((images.label(name), images.open(name), image_file(images, name)))
         except BadImageError:  # listed in the notes
             continue
     return found

@@ -39,7 +39,9 @@ def test_an_unknown_name_is_an_error() -> None:
 
 def test_no_template_turns_escaping_off() -> None:
     templates = list(resources.files("lora_llava.pages").joinpath("templates").iterdir())
-    assert {file.name for file in templates} == {"base.html.j2", "preview.html.j2", "report.html.j2", "gallery.html.j2"}
+    assert {file.name for file in templates} == {
+        f"{name}.html.j2" for name in ("base", "preview", "report", "gallery", "plots", "sweep")
+    }
     for file in templates:
         text = file.read_text(encoding="utf-8")
         assert "autoescape" not in text

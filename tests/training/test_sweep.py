@@ -269,9 +269,9 @@ def test_a_dry_run_prints_runs_and_steps(recipe: Path, tmp_path: Path, capsys: p
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         *(
-            f"lora.r={r} training.max_steps={steps[0]}: seeds 0, 1, 2, {steps} steps each"
+            f"lora.r={r} training.max_steps={steps[0]}: seeds 0, 1, 2, {steps} each"
             for r in (2, 4)
-            for steps in (1, 5)
+            for steps in ("1 step", "5 steps")
         ),
         f"4 settings, 12 runs, 0 finished; 36 steps to train; runs in {tmp_path}/run-sweep",
     ]

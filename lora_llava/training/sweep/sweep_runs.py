@@ -117,7 +117,7 @@ def _count_steps(sweep: Sweep, left: Iterable[SweepRun]) -> dict[str, int]:
     """Plan one run of each setting, which tries what can fail before training; return the steps of the runs by name."""
     waiting: set[str] = {run.name for run in left}
     steps: dict[str, int] = {}
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}
     for runs in sweep.settings:
         names = [run.name for run in runs if run.name in waiting]
         if not names:
@@ -127,11 +127,12 @@ def _count_steps(sweep: Sweep, left: Iterable[SweepRun]) -> dict[str, int]:
             if plan.refusal is not None:
                 raise plan.refusal
         except UserError as error:
-            problems.append(f"{describe(runs[0].setting)}: {error}")
+            problems.setdefault(str(error), []).append(describe(runs[0].setting))
             continue
         steps |= dict.fromkeys(names, plan.order.steps)
     if problems:
-        raise UserError("\n".join(problems))
+        lines = [problem if len(found) > 1 else f"{found[0]}: {problem}" for problem, found in problems.items()]
+        raise UserError("\n".join(lines))
     return steps
 
 
