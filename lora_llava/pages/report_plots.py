@@ -185,7 +185,7 @@ def draw(curve: Curve, prefix: str) -> Drawing | None:
         for number, points in enumerate(curve.series.values()):
             _plot(axes, points, curve.log_scale, SERIES[number % SERIES_COLOURS])
         if (kept := curve.kept_point) is not None and is_drawable(kept, curve.log_scale):
-            axes.plot(*kept, color=INK, marker="o", markersize=9, fillstyle="none")
+            axes.plot(*kept, color=INK, marker="o", markersize=9, fillstyle="none", clip_on=False)
         _scale(axes, curve.log_scale, *np.min(drawn, axis=0))
         if (limit := axis_limit(curve)) is not None:
             axes.set_ylim(top=limit)
