@@ -8,10 +8,10 @@ from typing import Any
 from lora_llava.commands.arguments import home, positive
 from lora_llava.core.quiet import quieten
 
-SUMMARY = "train a recipe with several values and seeds, and choose by validation"
+SUMMARY = "train several values and seeds, and choose by validation"
 EXAMPLES = (
-    "lora-llava sweep my_images/recipe.yaml training.learning_rate=1e-4,2e-4,5e-4 lora.r=8,32 --seeds 3",
-    "lora-llava sweep my_images/recipe.yaml lora.targets=[q_proj,v_proj],all-linear --dry-run",
+    "lora-llava sweep recipe.yaml lora.r=8,32 --seeds 3",
+    "lora-llava sweep recipe.yaml training.learning_rate=1e-4,5e-4 --dry-run",
 )
 
 
