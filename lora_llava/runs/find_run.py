@@ -17,6 +17,7 @@ from lora_llava.runs.checkpoint import list_checkpoints
 from lora_llava.runs.directory import LOCK_RECORD, METRICS_FILE, RECIPE_FILE, is_run
 
 CHECKPOINTS = "checkpoints"
+_INSIDE = re.compile(rf"{CHECKPOINTS}|checkpoint-\d+")
 _OF_A_RUN = (RUN_FILE, RECIPE_FILE, "config.json", "predictions.jsonl", "predictions_after.jsonl")
 _NAMED = 5
 """Most runs that a message lists."""
@@ -52,7 +53,11 @@ def _problem(folder: Path) -> str | None:
     if owner := in_progress(folder):
         return f"{folder} is a run in progress ({owner}); wait until it has finished"
     outer = next((each for each in list(folder.absolute().parents)[:2] if (each / RECIPE_FILE).is_file()), None)
-    if outer is not None and not folder.name.endswith(".jsonl") and (folder.is_file() or CHECKPOINTS in folder.parts):
+    if (
+        outer is not None
+        and not folder.name.endswith(".jsonl")
+        and (folder.is_file() or _INSIDE.fullmatch(folder.name))
+    ):
         return f"{folder} is a part of a run; name its folder, {os.path.relpath(outer)}"
     if not folder.is_dir() or (is_run(folder) and (folder / METRICS_FILE).is_file()):
         return None
