@@ -27,11 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Any) -> int:
-    from lora_llava.evaluation.compare.compare_files import read_runs
+    from lora_llava.evaluation.compare.compare_files import find_predictions, read_runs
     from lora_llava.evaluation.compare.compare_view import as_json, render, terminal_view
     from lora_llava.evaluation.compare.comparison import compare_runs
     from lora_llava.recipe import load_recipe
 
+    for path in args.runs:
+        find_predictions(path)
     files = {run: run / "recipe.yaml" for run in args.runs}
     recipes = {run: load_recipe(file).model_dump(mode="json") for run, file in files.items() if file.is_file()}
     comparison = compare_runs(read_runs(args.runs, recipes), args.common)

@@ -17,7 +17,7 @@ from lora_llava.core.errors import ReportedError
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "prepare": ("init", "check", "preview", "plan"),
-    "train": ("finetune", "compare", "report"),
+    "train": ("finetune", "sweep", "compare", "report"),
     "use": ("evaluate", "inspect", "score", "chat", "text-loss"),
     "share": ("merge", "push", "import"),
     "make data": ("generate-data", "filter-captions"),

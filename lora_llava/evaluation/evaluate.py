@@ -56,6 +56,7 @@ from lora_llava.runs.directory import (
     versions,
     write_json,
 )
+from lora_llava.runs.find_run import check_run
 from lora_llava.splits.split_rows import Split, read_held_out
 
 
@@ -254,6 +255,8 @@ def open_evaluation(
 ) -> OpenedEvaluation:
     """Open everything that an evaluation needs except the weights; arguments and errors are those of `evaluate`."""
     folder = Path(model)
+    if server is None:
+        check_run(model, "a run, a folder with a complete LLaVA, or a Hub id", hub=True)
     run = is_run(folder)
     if recipe is None and not (folder / RECIPE_FILE).is_file():
         raise UserError(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import Conversation
+from lora_llava.data.images.image_files import image_file
 from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.evaluation.answer_metrics import EXACT, METRICS, score_cells, score_headings
 from lora_llava.evaluation.answers import is_answer_table
@@ -28,6 +29,7 @@ from lora_llava.pages.report_plots import Curve
 from lora_llava.planning.memory import GIB
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, is_run
+from lora_llava.runs.find_run import check_run
 from lora_llava.splits.split_rows import Split
 
 REPORT_FILE = "report.html"
@@ -95,7 +97,7 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: E
         else [_note_without_gallery(metrics)],
     )
     file = folder / REPORT_FILE
-    file.write_text(render_report(report), encoding="utf-8")
+    file.write_text(render_report(report, folder), encoding="utf-8")
     return file
 
 
@@ -112,6 +114,7 @@ def rebuild_report(run: str) -> Path:
         UserError: If the folder is not a finished run, a file of it cannot be read, or its data has changed.
     """
     folder = Path(run)
+    check_run(run)
     if not is_run(folder) or not (folder / METRICS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
         raise UserError(f"{run} is not a finished run with {METRICS_FILE} and {RECIPE_FILE}; name one")
     metrics = _read_metrics(folder / METRICS_FILE)
@@ -209,7 +212,8 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("trained", ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)),
         ("adapter", _adapter(recipe)),
         ("base", {"nf4": "NF4", "none": "unquantised"}[section.quantization]),
-        ("steps", f"{train['steps']:,}"),
+        ("steps", _steps(train)),
+        ("kept", _kept(train)),
         ("tokens", f"{train['tokens']:,}, {100 * train['supervised_tokens'] / max(1, train['tokens']):.0f}% trained"),
         ("time", f"{train['seconds']:,.0f} s, {train['tokens'] / max(1e-9, train['seconds']):,.0f} tokens/s"),
         ("peak memory", f"{train['peak_memory_bytes'] / GIB:.2f} GiB"),
@@ -220,6 +224,20 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value]
 
 
+def _steps(train: dict[str, Any]) -> str:
+    if not (reason := train.get("stopped_early")):
+        return f"{train['steps']:,}"
+    return f"{train['steps']:,} of {train['planned_steps']:,}, stopped early: {reason}"
+
+
+def _kept(train: dict[str, Any]) -> str:
+    """Return the step and validation loss of the checkpoint kept; empty without validation or in an earlier run."""
+    loss = train.get("best_validation_loss")
+    return (
+        f"step {train['kept_step']:,}, validation loss {loss:.4f}" if loss is not None and "kept_step" in train else ""
+    )
+
+
 def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
     losses, others = train["loss_curve"], train.get("curves", {})
 
@@ -228,7 +246,14 @@ def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
 
     free = any(is_answer_table(table) for table in tables.values())
     curves = [
-        Curve("Loss", "nats per token", {name: points(losses[name]) for name in ("train", "validation")}),
+        Curve(
+            "Loss",
+            "nats per token",
+            {name: points(losses[name]) for name in ("train", "validation")},
+            robust=True,
+            log_toggle=True,
+            kept=("validation", float(train["kept_step"])) if "kept_step" in train else None,
+        ),
         Curve(
             f"{METRICS[EXACT].title.capitalize() if free else 'Accuracy'} during training",
             "%",
@@ -283,20 +308,22 @@ def _item(after: EvaluationResult, index: int) -> GalleryItem:
         reference=row.turns[-1].shown,
         text=line["text"],
         right=is_right(line),
-        images=[image for _, image in shown],
-        names=[name for name, _ in shown],
+        images=[image for _, image, _ in shown],
+        names=[name for name, _, _ in shown],
+        files=[file for _, _, file in shown],
         question_id=line["question_id"],
         categories=(line.get("categories") or [line[name] for name in ("source", "type") if line.get(name)])
         + ([row.named] if row.named else []),
     )
 
 
-def _images(row: Conversation, after: EvaluationResult) -> list[tuple[str, Image.Image]]:
-    """Return the images that can be opened, with their file names."""
+def _images(row: Conversation, after: EvaluationResult) -> list[tuple[str, Image.Image, Path | None]]:
+    """Return the images that can be opened, with their names and files."""
     found = []
     for name in row.images:
         try:
-            found.append((after.split.images.label(name), after.split.images.open(name)))
+            images = after.split.images
+            found.append((images.label(name), images.open(name), image_file(images, name)))
         except BadImageError:  # listed in the notes
             continue
     return found

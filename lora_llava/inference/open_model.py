@@ -19,6 +19,7 @@ from lora_llava.model.loading import Quantization
 from lora_llava.model.start import plan_model
 from lora_llava.recipe import ModelSection, StartFrom, load_recipe
 from lora_llava.runs.directory import RECIPE_FILE, is_run, read_record
+from lora_llava.runs.find_run import check_run
 
 
 def open_speaker(
@@ -43,6 +44,7 @@ def open_speaker(
     Raises:
         UserError: For a model that is missing, does not fit or has no chat template.
     """
+    check_run(name, "a run, a folder with a complete LLaVA, or a Hub id", hub=True)
     folder, given = Path(name), get_template(template) if template else None
     adapter = folder if is_run(folder) else None
     if adapter is not None:

@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 from PIL import Image
 
 from lora_llava.pages.embedded_image import EmbeddedImage, embed_image
+from lora_llava.pages.links import link_to
 from lora_llava.pages.preview_samples import (
     NEWLINE,
     SPACE,
@@ -47,12 +49,13 @@ class _Token:
 
 @dataclass(frozen=True)
 class _Figure:
-    """An image of a sample: the symbol to draw, its size in pixels, and its file name if known."""
+    """An image of a sample: the symbol to draw, its size in pixels, and its file name and address if known."""
 
     symbol: str
     width: int
     height: int
     file: str | None
+    link: str | None
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,12 @@ class _Article:
     figures: Sequence[_Figure]
 
 
-def render_page(preview: Preview) -> str:
+def render_page(preview: Preview, folder: Path | None = None) -> str:
     """Render the page.
 
     Args:
         preview: What to show; its texts may hold anything.
+        folder: The folder of the page, from which images' names lead to their files; None for no links.
 
     Returns:
         One HTML document. It reaches no network: its Content-Security-Policy allows `data:` images, inline styles and
@@ -101,7 +105,7 @@ def render_page(preview: Preview) -> str:
         "preview.html.j2",
         title=preview.title,
         facts=preview.facts,
-        articles=[_article(preview, index, symbols) for index in range(len(preview.samples))],
+        articles=[_article(preview, index, symbols, folder) for index in range(len(preview.samples))],
         sources=Counter(escape_hidden(sample.source) for sample in preview.samples),
         symbols=symbols.embedded(),
         space=SPACE,
@@ -126,9 +130,10 @@ class _Symbols:
         return list(self._symbols.values())
 
 
-def _article(preview: Preview, index: int, symbols: _Symbols) -> _Article:
+def _article(preview: Preview, index: int, symbols: _Symbols, folder: Path | None) -> _Article:
     sample = preview.samples[index]
-    files = sample.names or [None] * len(sample.images)
+    names = sample.names or [None] * len(sample.images)
+    links = [link_to(file, folder) for file in sample.files or [None] * len(sample.images)]
     return _Article(
         number=index + 1,
         sample=sample,
@@ -136,7 +141,8 @@ def _article(preview: Preview, index: int, symbols: _Symbols) -> _Article:
         row=_Row(describe_row(preview, sample.row), list(_segments(preview, index))),
         tokens=[_token(token) for token in sample.tokens],
         figures=[
-            _Figure(symbols.add(image), *image.size, file) for image, file in zip(sample.images, files, strict=True)
+            _Figure(symbols.add(image), *image.size, name, link)
+            for image, name, link in zip(sample.images, names, links, strict=True)
         ],
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 from PIL import Image
 
@@ -54,6 +55,7 @@ class PreviewSample:
         notes: What a reader should know about it, such as "answer cut to fit".
         name: How messages name the row; "" where only the id is known.
         names: The images' file names.
+        files: Their files, for links; None for an image without one.
     """
 
     source: str
@@ -64,6 +66,7 @@ class PreviewSample:
     notes: tuple[str, ...] = ()
     name: str = ""
     names: tuple[str, ...] = ()
+    files: tuple[Path | None, ...] = ()
 
     @property
     def length(self) -> int:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from PIL import Image
 
 from lora_llava.pages.embedded_image import EmbeddedImage, embed_image
+from lora_llava.pages.links import link_to
 from lora_llava.pages.render import render
 from lora_llava.pages.report_plots import (
     SERIES_COLOURS,
     Curve,
     Drawing,
+    describe_cut,
     describe_gaps,
     draw,
     is_drawable,
@@ -55,6 +58,7 @@ class GalleryItem:
         categories: The categories that the question belongs to.
         question_id: Identifies the question.
         names: The images' file names.
+        files: Their files, for links; None for an image without one.
     """
 
     question: str
@@ -65,6 +69,7 @@ class GalleryItem:
     categories: Sequence[str]
     question_id: str
     names: Sequence[str] = ()
+    files: Sequence[Path | None] = ()
 
 
 @dataclass(frozen=True)
@@ -96,12 +101,14 @@ class _Point:
 
 @dataclass(frozen=True)
 class _Plot:
-    """A curve with its drawing, if it has values, and its legend: name, colour and last point of each series."""
+    """A curve with its drawing, if it has values, and its legend: name, colour, last and kept point of each series."""
 
     curve: Curve
     drawing: Drawing | None
-    legend: Sequence[tuple[str, int, _Point | None]]
+    legend: Sequence[tuple[str, int, _Point | None, _Point | None]]
     gaps: Sequence[str]
+    name: str = ""
+    log_drawing: Drawing | None = None
 
 
 @dataclass(frozen=True)
@@ -129,17 +136,19 @@ class _Answer:
 
     item: GalleryItem
     images: Sequence[EmbeddedImage]
+    links: Sequence[str | None]
     question: _Text
     details: _Text | None
     reference: _Text
     text: _Text
 
 
-def render_report(report: RunReport) -> str:
+def render_report(report: RunReport, folder: Path | None = None) -> str:
     """Render the page.
 
     Args:
         report: What to show; its texts may hold anything.
+        folder: The folder of the page, from which images' names lead to their files; None for no links.
 
     Returns:
         One HTML document without scripts. It reaches no network: its Content-Security-Policy allows `data:` images
@@ -157,18 +166,31 @@ def render_report(report: RunReport) -> str:
         "report.html.j2",
         title=report.title,
         report=report,
-        plots=[_plot(curve, f"c{number}") for number, curve in enumerate(report.curves)],
+        plots=[plot_of(curve, f"c{number}") for number, curve in enumerate(report.curves)],
         choices=[("all", len(report.gallery)), ("wrong", len(report.gallery) - right), ("right", right)],
-        answers=[_answer(item) for item in sorted(report.gallery, key=lambda item: item.right)],
+        answers=[_answer(item, folder) for item in sorted(report.gallery, key=lambda item: item.right)],
     )
 
 
-def _plot(curve: Curve, prefix: str) -> _Plot:
+def plot_of(curve: Curve, prefix: str) -> _Plot:
+    """Return a curve as the template `plots.html.j2` shows it.
+
+    Args:
+        curve: What to draw.
+        prefix: Start of every id.
+    """
     legend = [
-        (name, number % SERIES_COLOURS, _last_point(points, curve.log_scale))
+        (name, number % SERIES_COLOURS, _last_point(points, curve.log_scale), _kept_point(curve, name))
         for number, (name, points) in enumerate(curve.series.items())
     ]
-    return _Plot(curve, draw(curve, prefix), legend, describe_gaps(curve))
+    logarithmic = replace(curve, log_scale=True)
+    drawn = draw(logarithmic, f"{prefix}-log") if curve.log_toggle and not curve.log_scale else None
+    return _Plot(curve, draw(curve, prefix), legend, [*describe_gaps(curve), *describe_cut(curve)], prefix, drawn)
+
+
+def _kept_point(curve: Curve, name: str) -> _Point | None:
+    kept = curve.kept_point if curve.kept is not None and curve.kept[0] == name else None
+    return _Point(step=f"{kept[0]:,g}", value=write_number(kept[1])) if kept is not None else None
 
 
 def _last_point(points: Sequence[tuple[float, float]], log_scale: bool) -> _Point | None:
@@ -176,11 +198,12 @@ def _last_point(points: Sequence[tuple[float, float]], log_scale: bool) -> _Poin
     return _Point(step=f"{drawn[-1][0]:,g}", value=write_number(drawn[-1][1])) if drawn else None
 
 
-def _answer(item: GalleryItem) -> _Answer:
+def _answer(item: GalleryItem, folder: Path | None) -> _Answer:
     question, line_break, details = item.question.strip(_BLANKS).partition("\n")
     return _Answer(
         item=item,
         images=[embed_image(image, JPEG_QUALITY, IMAGE_SIZE) for image in item.images],
+        links=[link_to(file, folder) for file in item.files or [None] * len(item.images)],
         question=_text(question),
         details=_text(details) if line_break else None,
         reference=_text(item.reference),

@@ -17,6 +17,7 @@ from lora_llava.core.progress import progress_bar
 from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.encode import IGNORE_INDEX
+from lora_llava.data.images.image_files import image_file
 from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.model.families.tower_families import image_tokens
@@ -100,7 +101,7 @@ def preview(
         print_samples(shown, console)
         return shown
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(render_page(shown), encoding="utf-8")
+    output.write_text(render_page(shown, output.parent), encoding="utf-8")
     message = f"{output}: {len(shown.samples)} samples in {len(shown.rows)} rows; open it in a browser"
     console.print(message, soft_wrap=True)
     return shown
@@ -202,6 +203,7 @@ def _sample(
         tuple(notes),
         table.row_name(number),
         tuple(batches.split.images.label(name) for name in rows.image_files(index)) if pixels else (),
+        tuple(image_file(batches.split.images, name) for name in rows.image_files(index)) if pixels else (),
     )
 
 

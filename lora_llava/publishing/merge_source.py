@@ -17,6 +17,7 @@ from lora_llava.model.weights.streaming import build_empty
 from lora_llava.model.weights.tensor_files import LazyTensor, lazy_tensors
 from lora_llava.publishing.adapter_tensors import Adapter, read_adapter
 from lora_llava.runs.directory import read_record
+from lora_llava.runs.find_run import check_run
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def read_source(run: Path) -> MergeSource:
     Raises:
         UserError: If one of them is missing, damaged or does not fit.
     """
+    check_run(run)
     record = read_record(run)
     base = checked_base(record, run)
     adapter = read_adapter(run)

@@ -23,6 +23,7 @@ from lora_llava.publishing.private_content import scan
 from lora_llava.recipe import dump_recipe, load_recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, is_run, read_record
+from lora_llava.runs.find_run import check_run
 
 Kind = Literal["adapter", "model"]
 ADAPTER_CONFIG, MODEL_CONFIG, INDEX_FILE = "adapter_config.json", "config.json", "model.safetensors.index.json"
@@ -76,6 +77,7 @@ def collect(folder: Path, base_repo: str | None = None, base_commit: str | None 
     Raises:
         UserError: If the folder is neither, or an adapter's base is a local folder and `base_repo` is missing.
     """
+    check_run(folder, "a run or a folder with a model")
     if is_run(folder):
         kind: Kind = "adapter"
     elif (folder / MODEL_CONFIG).is_file() and weight_files([file.name for file in folder.iterdir()]):

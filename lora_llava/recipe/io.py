@@ -9,9 +9,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -22,12 +22,23 @@ from lora_llava.core.errors import UserError, nearest
 from lora_llava.core.secrets import find_secrets
 from lora_llava.core.storage import looked_in
 from lora_llava.recipe.generate_schema import GenerateRecipe
+from lora_llava.recipe.mistakes import suggest_key, suggest_value
 from lora_llava.recipe.places import as_written, find_inputs
 from lora_llava.recipe.schema import Recipe
 
 Schema = TypeVar("Schema", bound=BaseModel)
 _LARGEST = 1_000_000
 """Most bytes of a recipe, and most characters with its aliases expanded; shipped recipes have a few thousand."""
+_BRANCHES = ("bool", "int", "float", "str")
+"""Names of a union's branches in the places that pydantic gives."""
+_WORDS = {
+    "tuple_type": "a list",
+    "model_type": "a section with keys",
+    "string_pattern_mismatch": 'a text such as "30 min"',
+}
+"""Our words for some kinds of errors, by pydantic's type."""
+_HINTED = 8
+"""Most wrong values for which a message names what was meant; each is validated several times."""
 
 
 RENAMED_KEYS = {"samples_per_picture": "samples_per_image"}
@@ -195,11 +206,16 @@ def _check(schema: type[Schema], content: Mapping[str, Any], where: str) -> Sche
         return schema.model_validate(content)
     except ValidationError as error:
         lines: dict[str, str] = {}
+        wrong: dict[str, tuple[int | str, ...]] = {}
         for detail in error.errors():
             if detail["type"] == "too_short" and detail["input"]:
                 continue  # pydantic counts only valid items; the errors of the others are reported
             field, line = _explain(schema, detail)
             lines[field] = f"{lines[field]} or {line.split('it should be ')[-1]}" if field in lines else line
+            if "; it should be " in line:
+                wrong[field] = detail["loc"]
+        for field in list(wrong)[:_HINTED]:
+            lines[field] += suggest_value(schema, content, wrong[field])
         raise RecipeError("\n".join(f"{where}: {line}" for line in lines.values())) from None
 
 
@@ -208,13 +224,14 @@ def _explain(schema: type[BaseModel], detail: Any) -> tuple[str, str]:
     # In a union pydantic also names the branch, such as `constrained-int` or `literal['all']`.
     *outer, own = map(str, detail["loc"] or [""])
     location = [part for part in outer if not re.search(r"[\[-]", part)]
-    if own and (detail["type"] == "extra_forbidden" or not re.search(r"[\[-]", own)):  # a key from the recipe
+    is_branch = own in _BRANCHES or re.search(r"[\[-]", own)
+    if own and (detail["type"] == "extra_forbidden" or not is_branch):  # a key from the recipe
         location.append(own)
     field = _short(".".join(location)) or "recipe"
     if detail["type"] == "extra_forbidden" and not own:
         return f"{field}.", f"{field}: a key in it is empty; name it or remove it"
     if detail["type"] == "extra_forbidden":
-        return field, f"{field} is not a key of a recipe{nearest(location[-1], _fields_at(schema, location[:-1]))}"
+        return field, f"{field} is not a key of a recipe{suggest_key(schema, tuple(location), detail['input'])}"
     if detail["type"] == "invalid_key":
         return field, f"the key {field} is not text; write it in quotes"
     if detail["type"] == "missing":
@@ -222,24 +239,10 @@ def _explain(schema: type[BaseModel], detail: Any) -> tuple[str, str]:
     if detail["type"] == "too_short":
         return field, f"{field} is {_short(repr(detail['input']))}; name at least one"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = _WORDS.get(detail["type"], message)
     if detail["type"] == "value_error":
         return field, f"{field}: {message}" if location else message
     return field, f"{field} is {_short(repr(detail['input']))}; it should be {message}"
-
-
-def _fields_at(section: type[BaseModel], location: Iterable[str]) -> list[str]:
-    for name in location:
-        if not name.isdigit():  # an item of a list
-            section = next(_sections_in(section.model_fields[name].annotation))
-    return list(section.model_fields)
-
-
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the sections in a type: itself, or inside a union, a list or an annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _sections_in(inner)
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -276,6 +279,7 @@ LATER_KEYS: dict[str, Any] = {
     "lora.modules_to_save": [],
     "lora.init": "default",
     "training.loraplus_ratio": None,
+    "training.early_stopping": None,
 }
 """Keys that earlier versions did not have, with their defaults: at those a recipe is the same as without the key."""
 

@@ -155,6 +155,15 @@ class LoraSection(Section):
         return self
 
 
+class EarlyStoppingSection(Section):
+    """Stop when the validation loss no longer falls; the checkpoint with the lowest loss is kept in any case."""
+
+    patience: Annotated[int, Field(ge=1)]
+    """Stop after this many validations in a row, one every `eval_every` steps, without a lower loss."""
+    min_delta: NotNegative = 0.0
+    """A loss counts as lower if it is lower by more than this."""
+
+
 class TrainingSection(Section):
     """The optimiser and its schedule."""
 
@@ -196,6 +205,8 @@ class TrainingSection(Section):
     """Dropout after the projector, in training only; the checkpoint is a standard LLaVA."""
     eval_every: Annotated[int, Field(ge=1)] | None = None
     """Validate and save every so many steps, and keep the best checkpoint; null validates once, at the end."""
+    early_stopping: EarlyStoppingSection | None = None
+    """Stop when the validation loss no longer falls; null trains all steps. Needs eval_every and validation rows."""
     save_every: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)? ?min$")] | None = "30 min"
     """Save a checkpoint to resume from, in addition to those of eval_every: every so many steps (100) or minutes
     ("30 min"); null saves only at eval_every."""
@@ -273,7 +284,10 @@ class Recipe(Section):
         if self.evaluation is not None and data.format == "captions":
             raise ValueError("evaluation needs data.format scienceqa or conversations; it is captions")
         if self.evaluation is not None and data.format == "conversations" and not held_out:
-            raise ValueError("evaluation needs held-out rows; set data.test_rows or data.validation_rows")
+            raise ValueError(
+                "evaluation needs held-out rows, and data.validation_rows and data.test_rows are 0; set "
+                "data.validation_rows=20, or evaluation=null to train without"
+            )
         validated = (
             data.validation_rows
             or data.validation_source
@@ -286,6 +300,9 @@ class Recipe(Section):
             )
         if self.evaluation is not None and self.evaluation.generate_every is not None and not validated:
             raise ValueError("evaluation.generate_every needs validation rows, and the recipe has none; drop it")
+        if self.training.early_stopping is not None and not (self.training.eval_every and validated):
+            missing = "validation rows; set data.validation_rows" if not validated else "training.eval_every; set it"
+            raise ValueError(f"training.early_stopping counts validations and needs {missing}, or drop early_stopping")
         if self.data.format == "captions" and self.data.template not in ("plain", "auto") and self.stage == 1:
             raise ValueError(f"data.template is {self.data.template}; use plain for captions in Stage 1")
         return self

@@ -45,6 +45,8 @@ LIBRARIES = (
     "lora_llava",
 )
 RECIPE_FILE, METRICS_FILE, DATA_FILE = "recipe.yaml", "metrics.json", "data.json"
+LOCK_RECORD = ".lock.json"
+"""Which process trains in a run directory."""
 
 
 def versions() -> dict[str, str]:
@@ -104,7 +106,7 @@ def only_run(folder: Path) -> Iterator[None]:
     Raises:
         UserError: If another run holds the lock, or the folder cannot be written.
     """
-    lock, holder = folder / ".lock", folder / ".lock.json"
+    lock, holder = folder / ".lock", folder / LOCK_RECORD
     held = FileLock(lock)
     try:
         folder.mkdir(parents=True, exist_ok=True)

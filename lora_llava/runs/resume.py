@@ -65,6 +65,9 @@ ACCEPTABLE = frozenset(
         "training.max_grad_norm",
         "training.projector_dropout",
         "training.eval_every",
+        "training.early_stopping",
+        "training.early_stopping.patience",
+        "training.early_stopping.min_delta",
         "training.vision_cache",
         "lora.dropout",
     }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import statistics
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -139,6 +140,47 @@ class WarnOfSpikes(TrainerCallback):
             warning = f"step {state.global_step}: the loss is {loss:.4f}, {loss / usual:.1f} times what it was"
             tqdm.write(warning, file=sys.stderr)
         self.before.append(loss)
+
+
+class StopEarly(TrainerCallback):
+    """Stop once the validation loss has not fallen in some validations.
+
+    It is counted in the trainer's log, which every checkpoint has: a resumed run stops where an unbroken one does.
+
+    Args:
+        patience: Validations in a row without a lower loss.
+        min_delta: A loss is lower if it is lower by more than this.
+
+    Attributes:
+        reason: Why the run was stopped; None if it was not.
+    """
+
+    def __init__(self, patience: int, min_delta: float) -> None:
+        self.patience, self.min_delta = patience, min_delta
+        self.reason: str | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.reason = None
+        self._stop_if_due(state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._stop_if_due(state, control)
+
+    def _stop_if_due(self, state: Any, control: Any) -> None:
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        if state.global_step < state.max_steps and count_without_fall(losses, self.min_delta) >= self.patience:
+            control.should_training_stop = True
+            by = f" by more than {self.min_delta:g}" if self.min_delta else ""
+            times = "validation" if self.patience == 1 else f"{self.patience} validations"
+            self.reason = f"the validation loss has not fallen{by} in {times}"
+
+
+def count_without_fall(losses: Iterable[float], min_delta: float) -> int:
+    """Count the losses at the end of a run that are not lower than the lowest before them by more than `min_delta`."""
+    lowest, count = math.inf, 0
+    for loss in losses:
+        lowest, count = (loss, 0) if loss < lowest - min_delta else (lowest, count + 1)
+    return count
 
 
 class SaveEvery(TrainerCallback):

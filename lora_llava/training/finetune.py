@@ -318,10 +318,13 @@ def _print_result(recipe: Recipe, metrics: dict[str, Any], spent: str, console: 
         title = "ScienceQA, test split" if recipe.data.format == "scienceqa" else "Answers"
         console.print(tables_view(title, tables))
     train = metrics["train"]
-    loss = train["best_validation_loss"]
+    if reason := train["stopped_early"]:
+        console.print(f"stopped early at step {train['steps']:,} of {train['planned_steps']:,}: {reason}")
+    loss, step = train["best_validation_loss"], train["kept_step"]
+    kept = "" if loss is None else f"; kept the checkpoint of step {step:,}, validation loss {loss:.4f}"
     console.print(
         f"trained {train['steps']:,} steps, {train['tokens']:,} tokens in {train['seconds']:.0f} s "
         f"({train['tokens'] / train['seconds']:,.0f} tokens/s); {spent}; peak memory "
-        f"{train['peak_memory_bytes'] / 2**30:.2f} GiB" + (f"; validation loss {loss:.4f}" if loss is not None else "")
+        f"{train['peak_memory_bytes'] / 2**30:.2f} GiB{kept}"
     )
     console.print(f"run directory: {recipe.output_dir}; open {recipe.output_dir}/report.html", soft_wrap=True)

@@ -41,7 +41,7 @@ from lora_llava.runs.directory import save_model, versions
 from lora_llava.runs.identity import run_identity
 from lora_llava.runs.resume import Start
 from lora_llava.splits.split_rows import Split
-from lora_llava.training.callbacks import RefuseNaN, SaveEvery, StopOnSignal, WarnOfSpikes
+from lora_llava.training.callbacks import RefuseNaN, SaveEvery, StopEarly, StopOnSignal, WarnOfSpikes
 from lora_llava.training.feed import Feed
 from lora_llava.training.parameter_groups import Rates
 from lora_llava.training.start_check import check_first_batch
@@ -64,6 +64,9 @@ class TrainResult:
         peak_memory_bytes: Peak memory of the GPU, or else of the process.
         best_validation_loss: Of the checkpoint kept; None without validation.
         steps: Optimizer steps.
+        planned_steps: Optimizer steps of the plan; more than `steps` if the run was stopped early.
+        kept_step: Step of the checkpoint kept: the one with the lowest validation loss, else the last.
+        stopped_early: Why the run was stopped early; None if it was not.
         loss_curve: `train` and `validation`: pairs of step and loss.
         curves: Pairs of step and value by name: `learning_rate`, `tokens_per_second`, `memory_bytes`,
             `validation_score`.
@@ -75,6 +78,9 @@ class TrainResult:
     peak_memory_bytes: int
     best_validation_loss: float | None
     steps: int
+    planned_steps: int
+    kept_step: int
+    stopped_early: str | None
     loss_curve: dict[str, list[tuple[int, float]]]
     curves: dict[str, list[tuple[int, float]]]
 
@@ -265,6 +271,9 @@ def train(
         peak_memory_bytes(),
         trainer.state.best_metric,
         trainer.state.global_step,
+        plan.order.steps,
+        trainer.state.best_global_step or trainer.state.global_step,
+        next((each.reason for each in trainer.callback_handler.callbacks if isinstance(each, StopEarly)), None),
         _curves(trainer.state.log_history, {"train": "loss", "validation": "eval_loss"}),
         _curves(trainer.state.log_history, {name: name for name in CURVES}),
     )
@@ -296,6 +305,8 @@ def build_trainer(
     line, stop, spikes = ProgressLine(f"stage {recipe.stage}"), StopOnSignal(), WarnOfSpikes()
     scored = recipe.evaluation is not None and recipe.evaluation.generate_every is not None
     scoring = [ScoreValidation(plan)] if scored else []
+    early = recipe.training.early_stopping
+    stopping = [StopEarly(early.patience, early.min_delta)] if early is not None else []
     rank, ranks = this_rank()
     own = feed.rows[rank::ranks]
     nan = RefuseNaN(lambda number: [split.name_of(i) for i in own[number]], recipe.training.gradient_accumulation)
@@ -312,7 +323,7 @@ def build_trainer(
         validation=validation,
         processor=plan.processor,
         rates=learning_rates(recipe),
-        callbacks=[*([line, spikes] if is_first() else []), stop, nan, saving, *scoring],
+        callbacks=[*([line, spikes] if is_first() else []), stop, nan, saving, *stopping, *scoring],
     )
     trainer.remove_callback(PrinterCallback)  # the progress line replaces it
     trainer.on_loss = nan.losses.append

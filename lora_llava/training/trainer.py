@@ -173,6 +173,8 @@ class LlavaSFTTrainer(TrainerHooks):
             restore_random(self._random_to_restore, self.args.process_index)
             self._random_to_restore = None
             self._validate_if_due()
+            if self.control.should_training_stop:  # a run that was stopped early resumes to its end without a step
+                return [], None
         return batches
 
     def _validate_if_due(self) -> None:

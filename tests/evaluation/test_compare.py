@@ -296,7 +296,7 @@ def test_paths_that_cannot_be_compared(tmp_path: Path) -> None:
     a, b = written(tmp_path / "a", science("r")), written(tmp_path / "b", own("x"))
     (tmp_path / "empty").mkdir()
     for paths, message in (
-        ([tmp_path / "none"], "none is missing; name a run directory or a predictions file"),
+        ([tmp_path / "none"], "none does not exist; name a run directory or a predictions file"),
         ([tmp_path / "empty"], "empty has no predictions.jsonl or predictions_after.jsonl; run `lora-llava evaluate"),
         ([a, tmp_path / "b" / ".." / "a"], "is named twice"),
         (

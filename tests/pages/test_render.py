@@ -39,8 +39,8 @@ def test_an_unknown_name_is_an_error() -> None:
 
 def test_no_template_turns_escaping_off() -> None:
     templates = list(resources.files("lora_llava.pages").joinpath("templates").iterdir())
-    known = {f"{name}.html.j2" for name in ("base", "preview", "report", "gallery", "inspect")}
-    assert {file.name for file in templates} == known
+    names = ("base", "preview", "report", "gallery", "plots", "sweep", "inspect")
+    assert {file.name for file in templates} == {f"{name}.html.j2" for name in names}
     for file in templates:
         text = file.read_text(encoding="utf-8")
         assert "autoescape" not in text

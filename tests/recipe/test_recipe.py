@@ -141,21 +141,27 @@ def test_no_is_a_name_and_a_short_float_a_number(file: Path) -> None:
     ("override", "message"),
     [
         ("stage=3", "stage is 3; it should be 1 or 2"),
-        ("stage='2'", "stage is '2'; it should be 1 or 2"),
-        ("output_dir=5", "output_dir is 5; it should be a valid string"),
-        ("lora.r=8.0", "lora.r is 8.0; it should be a valid integer"),
+        ("stage='2'", "stage is '2'; it should be 1 or 2 (did you mean 2?)"),
+        ("output_dir=5", 'output_dir is 5; it should be a valid string (did you mean "5"?)'),
+        ("lora.r=8.0", "lora.r is 8.0; it should be a valid integer (did you mean 8?)"),
         ("lora.r=true", "lora.r is True; it should be a valid integer"),
         ("lora.r=0", "lora.r is 0; it should be greater than or equal to 1"),
         ("lora.r=", "lora.r is None; it should be a valid integer"),
         ("lora.dropout=1", "lora.dropout is 1; it should be less than 1"),
-        ("lora.rslora=no", "lora.rslora is 'no'; it should be a valid boolean"),
-        ("training.learning_rate='2e-5'", "training.learning_rate is '2e-5'; it should be a valid number"),
+        ("lora.rslora=no", "lora.rslora is 'no'; it should be a valid boolean (did you mean false?)"),
+        (
+            "training.learning_rate='2e-5'",
+            "training.learning_rate is '2e-5'; it should be a valid number (did you mean 2e-05?)",
+        ),
         ("training.learning_rate=.nan", "training.learning_rate is nan; it should be a finite number"),
         (
             "training.lr_scheduler=poly",
             "training.lr_scheduler is 'poly'; it should be 'cosine', 'linear' or 'constant_with_warmup'",
         ),
-        ("model.start_from.untrained=false", "model.start_from.untrained is False; it should be True"),
+        (
+            "model.start_from.untrained=false",
+            "model.start_from.untrained is False; it should be True (did you mean null?)",
+        ),
     ],
 )
 def test_a_wrong_value_is_reported_with_its_field(file: Path, override: str, message: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from lora_llava.core.errors import UserError
 from lora_llava.evaluation.answer_metrics import EXACT, text_metrics
 from lora_llava.evaluation.scienceqa import COLUMNS
+from lora_llava.runs.find_run import check_run
 
 SCIENCEQA, CONVERSATIONS = "scienceqa", "conversations"
 PREDICTIONS = ("predictions.jsonl", "predictions_after.jsonl")
@@ -97,9 +98,10 @@ def find_predictions(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path} is missing; name a run directory or a predictions file")
+        check_run(path, "a run directory or a predictions file")
     found = [path / name for name in PREDICTIONS if (path / name).is_file()]
     if not found:
+        check_run(path)
         raise UserError(f"{path} has no {' or '.join(PREDICTIONS)}; run `lora-llava evaluate {path}` first")
     return max(found, key=lambda file: file.stat().st_mtime_ns)
 

@@ -1,0 +1,52 @@
+"""`lora-llava sweep`: train a recipe with every combination of listed values and several seeds."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lora_llava.commands.arguments import home, positive
+from lora_llava.core.quiet import quieten
+
+SUMMARY = "train several values and seeds, and choose by validation"
+EXAMPLES = (
+    "lora-llava sweep recipe.yaml lora.r=8,32 --seeds 3",
+    "lora-llava sweep recipe.yaml training.learning_rate=1e-4,5e-4 --dry-run",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=home, help="recipe file, or the name of a shipped recipe")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=(),
+        metavar="key.sub=value,value",
+        help="values to try, or one value for all runs; commas inside quotes or brackets do not separate values",
+    )
+    parser.add_argument(
+        "--seeds", type=positive, default=1, metavar="N", help="seeds of each setting, from the recipe's on"
+    )
+    parser.add_argument(
+        "--by",
+        choices=["loss", "score"],
+        default="loss",
+        help="what chooses the setting: the loss of the validation rows, or the score of answers to them",
+    )
+    parser.add_argument(
+        "--output", type=home, metavar="FOLDER", help="folder of the runs; default: the recipe's output_dir with -sweep"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and their steps; load no weights")
+
+
+def run(args: argparse.Namespace, console: Any) -> int:
+    from lora_llava.recipe import find_recipe, load_recipe
+
+    load_recipe(args.recipe)  # before the heavy imports: report a typo immediately
+    quieten()
+    from lora_llava.training.sweep.grid import read_sweep
+    from lora_llava.training.sweep.sweep_runs import run_sweep
+
+    sweep = read_sweep(args.recipe, args.overrides, args.seeds, args.output)
+    run_sweep(sweep, find_recipe(args.recipe).parent, console, by=args.by, dry=args.dry_run)
+    return 0

@@ -1,0 +1,1 @@
+"""Sweeps: a grid of recipes, run one after the other, and the choice among them."""
