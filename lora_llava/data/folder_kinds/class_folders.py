@@ -63,10 +63,10 @@ class ClassFolders(FolderKind):
         for each in labelled:
             image = each.image.relative_to(folder).as_posix()
             found.add(each.split, {"id": image, "image": image, "question": question, "answer": names[each.label]})
-        for image in loose:
-            found.left_out.add("images outside the class folders", image.relative_to(folder).as_posix())
-        for empty in _empty_folders(folder, labelled, loose):
-            found.left_out.add("folders without images", empty)
+        for file in loose:
+            found.left_out.add("images outside the class folders", file.relative_to(folder).as_posix())
+        for unused in _empty_folders(folder, labelled, loose):
+            found.left_out.add("folders without images", unused)
         _add_facts(found, question, renamed, names)
         _add_twins(found, folder, labelled, names)
         return found

@@ -62,6 +62,7 @@ class FolderOptions:
         label_is: Whether a table's label is a `class` or a `caption`; None decides by the labels.
         ask: Which of `ASKED` to ask about boxes; empty for the default.
         follow_links: Whether links in the folder may lead out of it.
+        class_folders: Whether the folder of an image is its class, even if there is a table.
         asker: Asks what is not given.
     """
 
@@ -71,6 +72,7 @@ class FolderOptions:
     label_is: str | None = None
     ask: tuple[str, ...] = ()
     follow_links: bool = False
+    class_folders: bool = False
     asker: Asker = field(default_factory=SilentAsker)
 
 

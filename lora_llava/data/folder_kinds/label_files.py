@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -66,55 +66,69 @@ def _opening(file: Path) -> str:
         return ""
 
 
-class _NoEntities(ElementTree.TreeBuilder):
-    """Refuses a document type, and with it entities, which could expand without end or name other files."""
+class _Builder(ElementTree.TreeBuilder):
+    """Collects finished elements, and refuses a document type: its entities could expand without end or name files."""
+
+    def __init__(self, tags: Container[str]) -> None:
+        super().__init__()
+        self.root = ""
+        self.finished: list[ElementTree.Element] = []
+        self._tags = tags
+        self._open: list[ElementTree.Element] = []
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         raise UserError("it has a document type (DOCTYPE), which labels do not need; remove that line")
 
+    def start(self, tag: str, attrs: dict[str, str], /) -> ElementTree.Element:
+        element = super().start(tag, attrs)
+        self.root = self.root or tag
+        self._open.append(element)
+        return element
 
-def xml_elements(file: Path, tags: tuple[str, ...]) -> Iterator[ElementTree.Element]:
+    def end(self, tag: str, /) -> ElementTree.Element:
+        element = super().end(tag)
+        self._open.pop()
+        if tag in self._tags and not any(outer.tag in self._tags for outer in self._open):
+            self.finished.append(element)
+            if self._open:  # what was read needs no more memory
+                self._open[-1].remove(element)
+        return element
+
+
+def xml_elements(file: Path, tags: Container[str]) -> Iterator[ElementTree.Element]:
     """Yield the outermost elements with these tags, one at a time.
 
     Raises:
         UserError: If the file is not XML, has a document type, or ends early.
     """
-    parser = ElementTree.XMLPullParser(("start", "end"), _parser=ElementTree.XMLParser(target=_NoEntities()))
-    depth: list[ElementTree.Element] = []
+    builder = _Builder(tags)
+    parser = ElementTree.XMLParser(target=builder)
     try:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 16):
                 parser.feed(chunk)
-                yield from _finished(parser, depth, tags)
+                yield from builder.finished
+                builder.finished.clear()
         parser.close()
-        yield from _finished(parser, depth, tags)
     except ElementTree.ParseError as error:
         raise UserError(f"{file}: not XML: {error}; export it again") from None
     except (UserError, LookupError, ValueError) as error:
         raise UserError(f"{file}: {error}") from None
-
-
-def _finished(
-    parser: ElementTree.XMLPullParser[Any], depth: list[ElementTree.Element], tags: tuple[str, ...]
-) -> Iterator[ElementTree.Element]:
-    for event, element in parser.read_events():
-        if event == "start":
-            depth.append(element)
-            continue
-        depth.pop()
-        if element.tag in tags and not any(outer.tag in tags for outer in depth):
-            yield element
-            element.clear()
-            if depth:
-                depth[-1].remove(element)
+    yield from builder.finished
 
 
 def xml_root(file: Path) -> str:
-    """Return the tag of an XML file's root; an empty text if it is not XML."""
+    """Return the tag of an XML file's root; an empty text if it is not XML.
+
+    A file with a document type counts as `annotations` if it names them, so that reading it reports the problem.
+    """
+    builder = _Builder(())
+    with file.open("rb") as stream:
+        head = stream.read(1 << 16)
     try:
-        with file.open("rb") as stream:
-            parser = ElementTree.XMLPullParser(("start",), _parser=ElementTree.XMLParser(target=_NoEntities()))
-            parser.feed(stream.read(1 << 16))
-            return next((str(element.tag) for _, element in parser.read_events()), "")
-    except (ElementTree.ParseError, UserError, LookupError, ValueError):
-        return ""
+        ElementTree.XMLParser(target=builder).feed(head)
+    except UserError:
+        return "annotations" if b"<annotations" in head else ""
+    except (ElementTree.ParseError, LookupError, ValueError):
+        pass
+    return builder.root

@@ -1,4 +1,4 @@
-"""WebDataset: tar shards in which the files of a sample share a name: `0001.jpg`, `0001.txt`, `0001.json`, `0001.cls`."""
+"""WebDataset: tar shards in which the files of a sample share a name: `1.jpg`, `1.txt`, `1.json`, `1.cls`."""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ class YoloFolder(FolderKind):
     summary = "YOLO labels"
 
     def find(self, folder: Path, files: Sequence[Path]) -> list[Path]:
-        return [file for file in files if file.suffix.lower() == ".txt" and "labels" in file.relative_to(folder).parts]
+        texts = [file for file in files if file.suffix.lower() == ".txt" and file.is_relative_to(folder)]
+        return [file for file in texts if "labels" in file.relative_to(folder).parts and file.name not in _CLASSES]
 
     def convert(self, folder: Path, files: Sequence[Path], options: FolderOptions) -> ConvertedFolder:
         names = _names(folder)
