@@ -250,7 +250,7 @@ def _describe(
         absent: list[tuple[str, str]] = []
     else:
         root = _image_folder(folder, file, images, names, options.follow_links) if names else None
-        absent = _absent(root, images, named, options.follow_links)
+        absent = _absent(root, () if converted.counts_images else images, named, options.follow_links)
     return FolderData(
         file=target / "train.jsonl",
         validation=target / "validation.jsonl" if converted.splits.get("validation") else None,

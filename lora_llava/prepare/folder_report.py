@@ -26,10 +26,11 @@ def print_found(found: FolderData, validation: str, console: Console) -> None:
     table.add_column(overflow="fold")
     for name, value in _facts(found, validation):
         if value:
-            table.add_row(name, escape_hidden(value))
+            table.add_row(name, "\n".join(map(escape_hidden, value.splitlines())))
     for number, (image, question, answer) in enumerate(found.examples, 1):
-        lines = ([image] if image else []) + [f"question: {question}", f"answer: {answer}"]
-        table.add_row("row such as" if number == 1 else "and", escape_hidden("\n".join(map(_short, lines))))
+        lines = ([f"image: {image}"] if image else []) + [f"question: {question}", f"answer: {answer}"]
+        name = "an example" if number == 1 else "another"
+        table.add_row(name, "\n".join(escape_hidden(_short(line)) for line in lines))
     console.print(table)
 
 

@@ -16,7 +16,7 @@ PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom lef
 
 
 @dataclass(frozen=True)
-class LabelledBox:
+class ObjectBox:
     """A labelled box, or another outline, of an image.
 
     Attributes:
@@ -46,7 +46,7 @@ class BoxedImage:
     name: str
     image: str
     split: str
-    boxes: tuple[LabelledBox, ...]
+    boxes: tuple[ObjectBox, ...]
 
 
 def box_kinds(options: FolderOptions) -> tuple[str, ...]:
@@ -120,7 +120,7 @@ def _row(image: BoxedImage, kind: str, question: str, answer: str, note: str = "
     }
 
 
-def _place(box: LabelledBox) -> str:
+def _place(box: ObjectBox) -> str:
     assert box.x is not None  # checked where the box is chosen
     assert box.y is not None
     column, row = (min(2, max(0, int(value * 3))) for value in (box.x, box.y))

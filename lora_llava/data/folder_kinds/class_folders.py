@@ -45,7 +45,7 @@ class ClassFolders(FolderKind):
 
     def convert(self, folder: Path, files: Sequence[Path], options: FolderOptions) -> ConvertedFolder:
         labelled, loose = _labelled(folder, image_files(folder, options.follow_links))
-        found = ConvertedFolder(self.summary)
+        found = ConvertedFolder(self.summary, counts_images=True)
         names, renamed = _one_spelling([each.label for each in labelled])
         train = {names[each.label] for each in labelled if each.split == "train"}
         if not train:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.folder_kinds.box_questions import BoxedImage, LabelledBox, add_box_questions, box_kinds
+from lora_llava.data.folder_kinds.box_questions import BoxedImage, ObjectBox, add_box_questions, box_kinds
 from lora_llava.data.folder_kinds.folder_kind import (
     ConvertedFolder,
     FolderKind,
@@ -132,7 +132,7 @@ def _convert_boxes(found: ConvertedFolder, folder: Path, files: Sequence[Path], 
         counts = Counter({key: len(each) for key, each in by_image.items()})
         for key, entry, image in _resolved(file, folder, finder, found, counts, "boxes"):
             boxes = tuple(
-                LabelledBox(names[each["category_id"]], *_center(each, entry), bool(each.get("iscrowd")))
+                ObjectBox(names[each["category_id"]], *_center(each, entry), bool(each.get("iscrowd")))
                 for each in by_image.get(key, ())
             )
             boxed.append(BoxedImage(f"{file.name} image {key}", image, split_of(file, folder), boxes))

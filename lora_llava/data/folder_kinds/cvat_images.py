@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree.ElementTree import Element
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.folder_kinds.box_questions import BoxedImage, LabelledBox, add_box_questions, box_kinds
+from lora_llava.data.folder_kinds.box_questions import BoxedImage, ObjectBox, add_box_questions, box_kinds
 from lora_llava.data.folder_kinds.folder_kind import (
     ConvertedFolder,
     FolderKind,
@@ -35,7 +35,7 @@ class _Marked:
     image: str
     split: str
     tags: tuple[str, ...]
-    boxes: tuple[LabelledBox, ...]
+    boxes: tuple[ObjectBox, ...]
     attributes: tuple[tuple[str, str, str], ...]
     """Label, attribute and value."""
 
@@ -93,7 +93,7 @@ def _read_image(element: Element, name: str, image: str, split: str, found: Conv
     for each in element:
         label = class_text(each.get("label", ""))
         if each.tag in _SHAPES and label:
-            boxes.append(LabelledBox(label, *_center(each, element)))
+            boxes.append(ObjectBox(label, *_center(each, element)))
         elif each.tag != "tag":
             found.left_out.add(f"{each.tag} annotations, which are not read", name)
     counts = Counter(box.label for box in boxes)

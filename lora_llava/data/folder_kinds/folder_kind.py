@@ -92,11 +92,22 @@ class LeftOut:
 
     def lines(self) -> list[str]:
         """Return one line for each reason: count, reason and examples."""
-        return [f"{count:,} {reason}{self._examples(reason, count)}" for reason, count in self.counts.items()]
+        counts = self.counts.items()
+        return [
+            f"{count:,} {_one(reason) if count == 1 else reason}{self._examples(reason, count)}"
+            for reason, count in counts
+        ]
 
     def _examples(self, reason: str, count: int) -> str:
         names = self.names[reason]
         return f": {', '.join(names)}{', ...' if count > len(names) else ''}" if names else ""
+
+
+def _one(reason: str) -> str:
+    """Return a reason in the singular: its first word, and the verbs after it."""
+    noun, _, rest = reason.partition(" ")
+    noun = "box" if noun == "boxes" else noun.removesuffix("s")
+    return f"{noun} {rest}".replace(" are ", " is ").replace(" were ", " was ").replace(" lead ", " leads ")
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,7 @@ class ConvertedFolder:
         form: The value of `data.format` that reads the rows.
         is_table: Whether the rows are a table's, whose columns and image names are still to be understood.
         packed: Images to unpack.
+        counts_images: Whether images without a label are counted in `left_out` already.
     """
 
     shape: str
@@ -137,6 +149,7 @@ class ConvertedFolder:
     form: Format = "conversations"
     is_table: bool = False
     packed: list[Packed] = field(default_factory=list)
+    counts_images: bool = False
 
     def add(self, split: str, *rows: dict[str, Any]) -> None:
         """Append rows to a split."""

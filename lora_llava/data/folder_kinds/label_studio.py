@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.folder_kinds.box_questions import BoxedImage, LabelledBox, add_box_questions, box_kinds
+from lora_llava.data.folder_kinds.box_questions import BoxedImage, ObjectBox, add_box_questions, box_kinds
 from lora_llava.data.folder_kinds.column_words import role_of
 from lora_llava.data.folder_kinds.folder_kind import (
     ConvertedFolder,
@@ -82,7 +82,7 @@ class _Task:
         self.name, self.image, self.split, self.asked = name, image, split, asked
         self.choices: dict[str, Counter[str]] = {}
         self.texts: dict[str, Counter[str]] = {}
-        self.boxes: list[LabelledBox] = []
+        self.boxes: list[ObjectBox] = []
 
 
 def _tasks(folder: Path, file: Path, finder: ImageFinder, found: ConvertedFolder) -> Iterator[_Task]:
@@ -167,7 +167,7 @@ def _read_result(task: _Task, result: Mapping[str, Any], is_first: bool, found: 
     elif kind in _SHAPES and isinstance(value, Mapping) and value.get(str(kind)):
         if is_first:
             label = class_text(str(value[str(kind)][0]))
-            task.boxes.append(LabelledBox(label, *_center(str(kind), value)))
+            task.boxes.append(ObjectBox(label, *_center(str(kind), value)))
         else:
             found.left_out.add("boxes of a second annotator", task.name)
     else:

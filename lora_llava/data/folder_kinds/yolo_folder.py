@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.folder_kinds.box_questions import BoxedImage, LabelledBox, add_box_questions
+from lora_llava.data.folder_kinds.box_questions import BoxedImage, ObjectBox, add_box_questions
 from lora_llava.data.folder_kinds.folder_kind import (
     ConvertedFolder,
     FolderKind,
@@ -38,7 +38,7 @@ class YoloFolder(FolderKind):
             raise UserError(
                 f"{folder}: its labels name classes by number only; add classes.txt with one name a line, or data.yaml"
             )
-        found = ConvertedFolder(self.summary)
+        found = ConvertedFolder(self.summary, counts_images=True)
         images = {_key(file, folder): file for file in image_files(folder, options.follow_links)}
         boxed = []
         for file in files:
@@ -93,7 +93,7 @@ def _yaml(file: Path) -> object:
         return None
 
 
-def _boxes(file: Path, relative: str, names: list[str] | dict[int, str], found: ConvertedFolder) -> list[LabelledBox]:
+def _boxes(file: Path, relative: str, names: list[str] | dict[int, str], found: ConvertedFolder) -> list[ObjectBox]:
     """Read the lines `class x y width height`, or `class x1 y1 x2 y2 x3 y3 ...` of outlines."""
     boxes = []
     text = file.read_text(encoding="utf-8-sig", errors="replace") if file.stat().st_size < _LARGEST else "too large"
@@ -114,5 +114,5 @@ def _boxes(file: Path, relative: str, names: list[str] | dict[int, str], found: 
         x, y = values[:2]
         if len(values) >= 6:
             x, y = (sum(values[at::2]) / len(values[at::2]) for at in (0, 1))
-        boxes.append(LabelledBox(known[int(label)], x, y))
+        boxes.append(ObjectBox(known[int(label)], x, y))
     return boxes
