@@ -243,12 +243,13 @@ def with_classes(
         options: What a person chose.
         where: The file, for messages.
     """
-    found = replace(converted, splits={}, is_table=False, form="conversations", facts=list(converted.facts))
+    found = replace(converted, splits={}, is_table=True, form="conversations", facts=list(converted.facts))
     found.facts += [fact for fact in shape.facts if fact not in found.facts]
     assert shape.label_column is not None  # the caller's condition
     if shape.header is not None:
         rows = {split: list(_with_first(each)) for split, each in rows.items()}
-    class_rows(found, rows, shape.columns.image, shape.label_column, options, where)
+    title = "the second column" if shape.header is not None else shape.label_column
+    class_rows(found, rows, (shape.columns.image, shape.label_column, title), options, where)
     for name in shape.unused:
         found.left_out.add("columns that are not read", name)
     refuse_unlabelled(found, where)

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from lora_llava.data.folder import FolderData
+from lora_llava.data.folder_kinds.folder_kind import number_of
 from lora_llava.data.sources import file_remarks
 from lora_llava.pages.preview_samples import escape_hidden
 
@@ -38,7 +39,11 @@ def _facts(found: FolderData, validation: str) -> list[tuple[str, str]]:
     converted = found.converted is not None
     origin = "" if converted else f" in {found.file}{_and_shards(found)}"
     splits = {split: rows for split, rows in found.split_rows.items() if split != "train"}
-    test = "" if found.test is None else f"{splits.get('test', 0):,} rows" + ("" if converted else f" in {found.test}")
+    test = (
+        ""
+        if found.test is None
+        else number_of(splits.get("test", 0), "row") + ("" if converted else f" in {found.test}")
+    )
     images = f"{found.named:,} named by rows, {found.images:,} in the {'shards' if _is_packed(found) else 'folder'}"
     root = "in the table" if found.embedded else "none: text only"
     return [

@@ -14,7 +14,7 @@ from lora_llava.core.progress import progress_bar
 from lora_llava.core.storage import atomic_file
 from lora_llava.data.files.row_files import json_text
 from lora_llava.data.folder import FolderData
-from lora_llava.data.folder_kinds.folder_kind import SPLITS, Packed
+from lora_llava.data.folder_kinds.folder_kind import SPLITS, Packed, number_of
 
 
 def write_rows(found: FolderData, console: Console) -> None:
@@ -44,7 +44,7 @@ def write_rows(found: FolderData, console: Console) -> None:
             continue
         with atomic_file(target) as temporary, temporary.open("w", encoding="utf-8") as stream:
             stream.writelines(json_text(row) + "\n" for row in rows)
-        console.print(f"wrote {target}: {len(rows):,} rows", soft_wrap=True)
+        console.print(f"wrote {target}: {number_of(len(rows), 'row')}", soft_wrap=True)
 
 
 def _unpack(packed: Sequence[Packed], root: Path) -> None:

@@ -14,7 +14,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import atomic_file
 from lora_llava.data.checks.findings import CheckReport
 from lora_llava.data.folder import FolderData, understand_folder
-from lora_llava.data.folder_kinds.folder_kind import FolderOptions
+from lora_llava.data.folder_kinds.folder_kind import FolderOptions, number_of
 from lora_llava.data.formats import Columns
 from lora_llava.demo.dataset import EXAMPLE_IMAGES, write_example_folder
 from lora_llava.prepare.folder_report import print_found
@@ -179,9 +179,13 @@ def _write_recipe(target: Path, found: FolderData, choice: InitChoice, console: 
 def _validation_in_words(found: FolderData) -> str:
     count = held_out_rows(found.rows, found.linked)
     if found.validation is not None:
-        rows = f"{found.split_rows.get('validation', 0):,} rows"
+        rows = number_of(found.split_rows.get("validation", 0), "row")
         return rows if found.converted else f"{rows} in {found.validation}"
-    return f"{count:,} rows or more, held out by image" if count else "none: too few rows or images to hold any out"
+    return (
+        f"{number_of(count, 'row')} or more, held out by image"
+        if count
+        else "none: too few rows or images to hold any out"
+    )
 
 
 def held_out_rows(rows: int, images: int) -> int:

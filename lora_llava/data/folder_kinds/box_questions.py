@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.folder_kinds.folder_kind import ASKED, ConvertedFolder, FolderOptions, counted
+from lora_llava.data.folder_kinds.folder_kind import ASKED, ConvertedFolder, FolderOptions, counted, number_of
 
 _COLUMNS, _ROWS = ("left", "center", "right"), ("top", "center", "bottom")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
@@ -80,7 +80,10 @@ def add_box_questions(found: ConvertedFolder, images: Sequence[BoxedImage], opti
         found.add(each.split, *rows)
         if not rows:
             found.left_out.add("images about which nothing can be asked", each.image)
-    found.facts.append(("boxes", f"{sum(labels.values()):,} in {len(images):,} images: {counted(labels)}"))
+    found.facts.append(("boxes", f"{sum(labels.values()):,} in {number_of(len(images), 'image')}: {counted(labels)}"))
+    bare = sum(not each.boxes for each in images)
+    if bare:
+        found.facts.append(("without a box", f"{number_of(bare, 'image')}, read as one without any of the labels"))
     found.facts.append(("questions by rule", f"{counted(asked)}; choose with --ask {','.join(kinds)}"))
     if "place" in kinds:
         found.facts.append(("place", "asked where a label has one box: the ninth of the image with its center"))

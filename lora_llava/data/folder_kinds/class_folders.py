@@ -19,6 +19,7 @@ from lora_llava.data.folder_kinds.folder_kind import (
     class_text,
     counted,
     image_files,
+    number_of,
     refuse_one_class,
     split_named,
 )
@@ -162,5 +163,7 @@ def _add_twins(found: ConvertedFolder, folder: Path, labelled: Sequence[_Labelle
         if names[other.label] != names[each.label]:
             twins.append(" = ".join(x.image.relative_to(folder).as_posix() for x in (other, each)))
     if twins:
-        text = f"{len(twins):,} images are in two classes: {', '.join(twins[:3])}; remove the wrong one of each"
+        text = (
+            f"in two classes: {number_of(len(twins), 'image')} ({', '.join(twins[:3])}); remove the wrong one of each"
+        )
         found.facts.append(("contradictions", text))

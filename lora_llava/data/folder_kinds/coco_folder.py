@@ -47,8 +47,8 @@ class CocoFolder(FolderKind):
         found.facts.append(("files", ", ".join(file.relative_to(folder).as_posix() for file in used)))
         for file in files:
             if file not in used:
-                kind = "boxes, used with --ask presence,count,place" if file in boxes else "annotations of another kind"
-                found.left_out.add(f"{kind}, in files", file.name, len(_annotations(file)))
+                use = ", which --ask presence,count,place uses" if file in boxes else ", which are of another kind"
+                found.left_out.add(f"annotations in {file.name}{use}", count=len(_annotations(file)))
         if wants_captions:
             _convert_captions(found, folder, used, options)
         else:
@@ -76,7 +76,7 @@ def _images(file: Path, found: ConvertedFolder) -> dict[Any, Mapping[str, Any]]:
         if not isinstance(each, Mapping) or not isinstance(each.get("id"), (int, str)):
             found.left_out.add("images without an id", f"{each!r:.40}")
         elif each["id"] in images:
-            found.left_out.add("image entries with an id that another has", each["id"])
+            found.left_out.add("entries with the id of another image", each["id"])
         else:
             images[each["id"]] = each
     return images
@@ -89,13 +89,13 @@ def _resolved(
     beside = file.parent.relative_to(folder).as_posix() if file.parent.is_relative_to(folder) else ""
     images = _images(file, found)
     for key, entry in images.items():
-        image = finder.find(entry.get("file_name"), beside, "images in the file")
+        image = finder.find(entry.get("file_name"), beside, "entries")
         if image is not None:
             yield key, entry, image
         elif used[key]:
-            found.left_out.add(f"{what} of images that are not there", key, used[key])
+            found.left_out.add(f"{what} of such an entry", key, used[key])
     for key in used.keys() - images.keys():
-        found.left_out.add(f"{what} of an image_id that no image has", key, used[key])
+        found.left_out.add(f"{what} with an image_id that no image has", key, used[key])
 
 
 def _convert_captions(found: ConvertedFolder, folder: Path, files: Sequence[Path], options: FolderOptions) -> None:

@@ -19,6 +19,7 @@ from lora_llava.data.folder_kinds.folder_kind import (
     class_question,
     class_text,
     counted,
+    is_only_class,
     split_named,
     split_of,
 )
@@ -38,6 +39,8 @@ class _Marked:
     boxes: tuple[ObjectBox, ...]
     attributes: tuple[tuple[str, str, str], ...]
     """Label, attribute and value."""
+    has_others: bool
+    """Whether it has annotations that are not read, so that what is not in it is unknown."""
 
 
 class CvatImages(FolderKind):
@@ -58,7 +61,7 @@ class CvatImages(FolderKind):
         boxed = [
             BoxedImage(each.name, each.image, each.split, each.boxes)
             for each in marked
-            if each.boxes or not (each.tags or each.attributes)
+            if not each.has_others and (each.boxes or not (each.tags or each.attributes))
         ]
         if any(each.boxes for each in boxed):
             add_box_questions(found, boxed, options)
@@ -80,7 +83,7 @@ def _marked(folder: Path, file: Path, finder: ImageFinder, found: ConvertedFolde
         if element.tag == "track":
             raise UserError(f"{file}: it is CVAT for video, with tracks; export the task as CVAT for images 1.1")
         name = element.get("name", "")
-        image = finder.find(name, beside, "images in the file")
+        image = finder.find(name, beside, "entries")
         if image is not None:
             row_name = f"{file.name} image {element.get('id', name)}"
             split = split_named(element.get("subset", "")) or split_of(file, folder)
@@ -95,7 +98,7 @@ def _read_image(element: Element, name: str, image: str, split: str, found: Conv
         if each.tag in _SHAPES and label:
             boxes.append(ObjectBox(label, *_center(each, element)))
         elif each.tag != "tag":
-            found.left_out.add(f"{each.tag} annotations, which are not read", name)
+            found.left_out.add(f"annotations of type {each.tag}, which are not read", name)
     counts = Counter(box.label for box in boxes)
     for each in element:
         label = class_text(each.get("label", ""))
@@ -108,7 +111,8 @@ def _read_image(element: Element, name: str, image: str, split: str, found: Conv
             else:
                 found.left_out.add("attributes of boxes that are not the only one of their label", name)
     tags = tuple(class_text(each.get("label", "")) for each in element if each.tag == "tag" and each.get("label"))
-    return _Marked(name, image, split, tags, tuple(boxes), tuple(attributes))
+    has_others = any(each.tag not in (*_SHAPES, "tag") for each in element)
+    return _Marked(name, image, split, tags, tuple(boxes), tuple(attributes), has_others)
 
 
 def _center(shape: Element, image: Element) -> tuple[float | None, float | None]:
@@ -126,7 +130,7 @@ def _center(shape: Element, image: Element) -> tuple[float | None, float | None]
 
 def _add_tags(found: ConvertedFolder, marked: Sequence[_Marked], options: FolderOptions) -> None:
     tagged = [each for each in marked if each.tags]
-    if not tagged:
+    if not tagged or is_only_class((", ".join(each.tags) for each in tagged), "tags", found.left_out):
         return
     question = ask_question(options, class_question(tag for each in tagged for tag in each.tags))
     for each in tagged:

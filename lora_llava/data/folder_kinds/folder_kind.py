@@ -82,31 +82,34 @@ class LeftOut:
     def __init__(self) -> None:
         self.names: dict[str, list[str]] = {}
         self.counts: dict[str, int] = {}
+        self._more: set[str] = set()
 
     def add(self, reason: str, name: object = "", count: int = 1) -> None:
         """Count something that is left out; `reason` continues "3 ", such as "images without a label"."""
         self.counts[reason] = self.counts.get(reason, 0) + count
         names = self.names.setdefault(reason, [])
-        if str(name) and str(name) not in names and len(names) < _NAMED:
-            names.append(str(name))
+        if str(name) and str(name) not in names:
+            if len(names) < _NAMED:
+                names.append(str(name))
+            else:
+                self._more.add(reason)
 
     def lines(self) -> list[str]:
         """Return one line for each reason: count, reason and examples."""
-        counts = self.counts.items()
         return [
-            f"{count:,} {_one(reason) if count == 1 else reason}{self._examples(reason, count)}"
-            for reason, count in counts
+            f"{count:,} {_one(reason) if count == 1 else reason}{self._examples(reason)}"
+            for reason, count in self.counts.items()
         ]
 
-    def _examples(self, reason: str, count: int) -> str:
+    def _examples(self, reason: str) -> str:
         names = self.names[reason]
-        return f": {', '.join(names)}{', ...' if count > len(names) else ''}" if names else ""
+        return f": {', '.join(names)}{', ...' if reason in self._more else ''}" if names else ""
 
 
 def _one(reason: str) -> str:
     """Return a reason in the singular: its first word, and the verbs after it."""
     noun, _, rest = reason.partition(" ")
-    noun = "box" if noun == "boxes" else noun.removesuffix("s")
+    noun = {"boxes": "box", "entries": "entry"}.get(noun, noun.removesuffix("s"))
     return f"{noun} {rest}".replace(" are ", " is ").replace(" were ", " was ").replace(" lead ", " leads ")
 
 
@@ -289,7 +292,7 @@ def class_text(name: str) -> str:
 
 def class_question(classes: Iterable[str]) -> str:
     """Return the question about an image that has one of these classes."""
-    names = sorted(set(classes))
+    names = sorted(set(classes), key=str.casefold)
     if len(names) > _MOST_LISTED:
         return "Which class does the image show? Answer with the name of the class."
     return f"Which of these is in the image: {alternatives(names)}? Answer with one of them."
@@ -305,6 +308,26 @@ def counted(counts: Mapping[str, int]) -> str:
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     more = f" and {len(ordered) - _MOST_LISTED:,} more" if len(ordered) > _MOST_LISTED else ""
     return ", ".join(f"{name} {count:,}" for name, count in ordered[:_MOST_LISTED]) + more
+
+
+def is_only_class(classes: Iterable[str], what: str, left_out: LeftOut) -> bool:
+    """Check whether labels are all the same, from which nothing can be learned; if so, count them as left out.
+
+    Args:
+        classes: The labels of all images.
+        what: What they are, for the count, such as "tags".
+        left_out: Counts them.
+    """
+    names = list(classes)
+    if len(set(names)) != 1:
+        return False
+    left_out.add(f"{what} that are all {names[0]}, from which nothing can be learned", count=len(names))
+    return True
+
+
+def number_of(count: int, noun: str) -> str:
+    """Return a count with its noun: "1 row", "2 rows"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def refuse_one_class(classes: Iterable[str], where: object) -> None:

@@ -21,6 +21,7 @@ from lora_llava.data.folder_kinds.folder_kind import (
     class_question,
     class_text,
     counted,
+    is_only_class,
     split_of,
 )
 from lora_llava.data.folder_kinds.label_files import first_of_list, json_list
@@ -51,13 +52,13 @@ class LabelStudio(FolderKind):
         boxed = [
             BoxedImage(task.name, task.image, task.split, tuple(task.boxes))
             for task in tasks
-            if task.boxes or not (task.choices or task.texts)
+            if not task.has_others and (task.boxes or task.is_empty)
         ]
         if any(each.boxes for each in boxed):
             add_box_questions(found, boxed, options)
-        elif boxed:
-            for each in boxed:
-                found.left_out.add("tasks without an annotation that is read", each.name)
+        for task in tasks:
+            if not (task.choices or task.texts or task.boxes or task.is_empty):
+                found.left_out.add("tasks without an annotation that is read", task.name)
         if not found.splits:
             raise UserError(
                 f"{files[0]}: no task has an image in {folder} and an annotation of choices, textarea or "
@@ -83,6 +84,7 @@ class _Task:
         self.choices: dict[str, Counter[str]] = {}
         self.texts: dict[str, Counter[str]] = {}
         self.boxes: list[ObjectBox] = []
+        self.is_empty = self.has_others = False
 
 
 def _tasks(folder: Path, file: Path, finder: ImageFinder, found: ConvertedFolder) -> Iterator[_Task]:
@@ -99,6 +101,7 @@ def _tasks(folder: Path, file: Path, finder: ImageFinder, found: ConvertedFolder
         asked = next((v for k, v in data.items() if role_of(str(k)) == "question" and isinstance(v, str)), None)
         task = _Task(name, image, split_of(file, folder), asked.strip() if asked else None)
         for index, results in enumerate(_results(entry, found, name)):
+            task.is_empty = task.is_empty or not results
             for result in results:
                 _read_result(task, result, index == 0, found)
         yield task
@@ -125,14 +128,12 @@ def _results(entry: Mapping[str, Any], found: ConvertedFolder, name: str) -> lis
     """Return the results of each annotation of a task that was not cancelled."""
     if not isinstance(entry.get("annotations"), list):
         return [_results_of_min(entry)]
-    done = [
-        each
-        for each in entry["annotations"]
-        if isinstance(each, Mapping) and not each.get("was_cancelled") and each.get("result")
-    ]
+    done = [each for each in entry["annotations"] if isinstance(each, Mapping) and not each.get("was_cancelled")]
     if len(entry["annotations"]) > len(done):
-        found.left_out.add("annotations that were cancelled or are empty", name, len(entry["annotations"]) - len(done))
-    return [[r for r in each["result"] if isinstance(r, Mapping)] for each in done if isinstance(each["result"], list)]
+        found.left_out.add("annotations that were cancelled", name, len(entry["annotations"]) - len(done))
+    return [
+        [r for r in each["result"] if isinstance(r, Mapping)] for each in done if isinstance(each.get("result"), list)
+    ]
 
 
 def _results_of_min(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -171,7 +172,8 @@ def _read_result(task: _Task, result: Mapping[str, Any], is_first: bool, found: 
         else:
             found.left_out.add("boxes of a second annotator", task.name)
     else:
-        found.left_out.add(f"results of type {kind}, which is not read", task.name)
+        task.has_others = True
+        found.left_out.add(f"results of type {kind}, which are not read", task.name)
 
 
 def _center(kind: str, value: Mapping[str, Any]) -> tuple[float | None, float | None]:
@@ -202,7 +204,7 @@ def _add_choices(found: ConvertedFolder, tasks: Sequence[_Task], options: Folder
         agreed = [(task, _agreed(task.choices[control], task, found)) for task in tasks if control in task.choices]
         rows = [(task, answer) for task, answer in agreed if answer]
         classes = {part for _, answer in rows for part in answer.split(", ")}
-        if not rows:
+        if not rows or is_only_class((answer for _, answer in rows), f"choices of {control}", found.left_out):
             continue
         default = class_question(classes)
         if len(controls) > 1:

@@ -9,12 +9,14 @@ from typing import Any
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.folder_kinds.folder_kind import (
+    SPLITS,
     ConvertedFolder,
     FolderOptions,
     ask_question,
     class_question,
     class_text,
     counted,
+    number_of,
     refuse_one_class,
 )
 
@@ -53,8 +55,7 @@ def label_kind(labels: Sequence[str], options: FolderOptions, where: str) -> tup
 def class_rows(
     found: ConvertedFolder,
     rows: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]],
-    image_column: str,
-    label_column: str,
+    columns: tuple[str, str, str],
     options: FolderOptions,
     where: str,
 ) -> None:
@@ -63,20 +64,20 @@ def class_rows(
     Args:
         found: The folder that is converted.
         rows: The rows of each split with their places.
-        image_column: The column of images.
-        label_column: The column of classes.
+        columns: The column of images, that of classes, and what to call it in messages.
         options: What the person chose.
         where: The file, for messages.
 
     Raises:
         UserError: If all rows have one class.
     """
-    usable = {split: _usable(found, each, image_column, label_column) for split, each in rows.items()}
+    usable = {split: _usable(found, each, *columns) for split, each in rows.items()}
     names = _spelling(label for each in usable.values() for _, _, label in each)
     refuse_one_class({names[label] for _, _, label in usable.get("train", ())}, where)
     question = ask_question(options, class_question(names.values()))
     seen: dict[str, set[str]] = {}
-    for split, each in usable.items():
+    for split in (split for split in SPLITS if split in usable):
+        each = usable[split]
         for place, image, label in each:
             seen.setdefault(image, set()).add(names[label])
             row = {"id": f"{place}", "image": image, "question": question, "answer": names[label]}
@@ -84,18 +85,24 @@ def class_rows(
         counts = Counter(names[label] for _, _, label in each)
         found.facts.append((f"classes in {split}" if len(usable) > 1 else "classes", counted(counts)))
     found.facts.append(("question", question))
+    if all(label.isdecimal() for label in names):
+        found.facts.append(("class names", "numbers only; a model learns words better: write the names into the table"))
     _add_contradictions(found, seen, where)
 
 
 def _usable(
-    found: ConvertedFolder, rows: Sequence[tuple[str, Mapping[str, Any]]], image_column: str, label_column: str
+    found: ConvertedFolder,
+    rows: Sequence[tuple[str, Mapping[str, Any]]],
+    image_column: str,
+    label_column: str,
+    title: str,
 ) -> list[tuple[str, str, str]]:
     """Return place, image and label of the rows that have both."""
     usable = []
     for place, row in rows:
         image, label = (_text(row.get(column)) for column in (image_column, label_column))
         if not label:
-            found.left_out.add(f"rows without a value in {label_column}", place)
+            found.left_out.add(f"rows without a value in {title}", place)
         elif not image:
             found.left_out.add(f"rows without a value in {image_column}", place)
         else:
@@ -123,7 +130,8 @@ def _spelling(labels: Any) -> dict[str, str]:
 def _add_contradictions(found: ConvertedFolder, seen: Mapping[str, set[str]], where: str) -> None:
     twice = [f"{image}: {' / '.join(sorted(labels))}" for image, labels in seen.items() if len(labels) > 1]
     if twice:
-        text = f"{len(twice):,} images have two classes in {where}: {'; '.join(twice[:3])}; correct the wrong rows"
+        count = number_of(len(twice), "image")
+        text = f"two classes for one image in {where}: {count} ({'; '.join(twice[:3])}); correct the wrong rows"
         found.facts.append(("contradictions", text))
     answers = {label.casefold() for labels in seen.values() for label in labels}
     differ = [
@@ -133,7 +141,8 @@ def _add_contradictions(found: ConvertedFolder, seen: Mapping[str, set[str]], wh
         and above not in {label.casefold() for label in labels}
     ]
     if differ:
-        text = f"{len(differ):,} images lie in the folder of another class than {where} says: {', '.join(differ[:3])}"
+        count = number_of(len(differ), "image")
+        text = f"in the folder of another class than {where} says: {count} ({', '.join(differ[:3])})"
         found.facts.append(("contradictions", f"{text}; the table counts; correct the wrong ones"))
 
 

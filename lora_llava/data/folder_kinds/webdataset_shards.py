@@ -61,15 +61,16 @@ class WebDatasetShards(FolderKind):
         for archive in files:
             split = split_of(archive, folder)
             for sample in _samples(archive, found):
-                image = _unpacked(archive, sample, folder, found)
-                if image is None:
-                    continue
                 row_id = f"{archive.name} {sample.name}"
                 content = _content(sample, names)
+                if sample.image is not None and content is None:
+                    found.left_out.add("samples without a text, a caption or a class", row_id)
+                    continue
+                image = _unpacked(archive, sample, folder, found)
+                if image is None or content is None:
+                    continue
                 if isinstance(content, str):
                     classes.append((split, row_id, image, content))
-                elif content is None:
-                    found.left_out.add("samples without a text, a caption or a class", row_id)
                 else:
                     captions += "caption" in content
                     found.add(split, {"id": row_id, "image": image} | content)
@@ -115,7 +116,7 @@ def _samples(archive: Path, found: ConvertedFolder) -> Iterator[_Sample]:
 def _read_member(
     archive: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, samples: dict[str, _Sample], found: ConvertedFolder
 ) -> None:
-    parts = member.name.split("/")
+    parts = member.name.removeprefix("./").split("/")
     if member.isdir():
         return
     if not member.isfile() or ".." in parts or member.name.startswith("/") or "\\" in member.name:
@@ -139,7 +140,7 @@ def _read_member(
         assert stream is not None  # it is a file
         sample.texts[extension] = stream.read().decode("utf-8-sig", errors="replace").strip()
     else:
-        found.left_out.add(f"files .{extension} in shards, which are not read", member.name)
+        found.left_out.add(f"files in shards of type .{extension}, which are not read", member.name)
 
 
 def _unpacked(archive: Path, sample: _Sample, folder: Path, found: ConvertedFolder) -> str | None:
