@@ -115,6 +115,7 @@ def _understand_kind(folder: Path, kind: FolderKind, files: list[Path], options:
         columns = shape.columns
         converted.facts += shape.facts
         if shape.label_column is not None:
+            rows = _with_images(folder, files[0], rows, shape, options, converted)
             converted, columns = with_classes(converted, shape, rows, options, files[0].name), Columns()
         else:
             converted.form = shape.form
@@ -138,7 +139,9 @@ def _understand_table(folder: Path, given: Mapping[str, Path], options: FolderOp
     shape = table_shape(files[0], first, options, folder)
     if shape.label_column is not None:
         rows = {split: [each for file in mine for each in _named_rows(file)] for split, mine in sets.items()}
-        converted = with_classes(ConvertedFolder("a table"), shape, rows, options, files[0].name)
+        converted = ConvertedFolder("a table")
+        rows = _with_images(folder, files[0], rows, shape, options, converted)
+        converted = with_classes(converted, shape, rows, options, files[0].name)
         return _describe(folder, files[0], converted, Columns(), options)
     columns, form = shape.columns, shape.form
     embedded = files[0].suffix.lower() == ".parquet" and any(
@@ -220,6 +223,32 @@ def _describe(
         examples=examples,
         converted=converted,
     )
+
+
+def _with_images(
+    folder: Path,
+    file: Path,
+    rows: Mapping[str, list[Placed]],
+    shape: TableShape,
+    options: FolderOptions,
+    converted: ConvertedFolder,
+) -> dict[str, list[Placed]]:
+    """Return the rows of a table of labels whose images are in the folder, or that name none; count the others."""
+
+    def name_of(row: Any) -> str:
+        return str(row.get(shape.columns.image) or "").strip()
+
+    names = dict.fromkeys(name for each in rows.values() for _, row in each if (name := name_of(row)))
+    images = list(image_files(folder, options.follow_links))
+    root = image_root(folder, file, images, names, options.follow_links) if names else folder
+    finder = ImageFinder(root, options.follow_links, converted.left_out)
+    there = {name for name in names if finder.exists(name)}
+    found: dict[str, list[Placed]] = {}
+    for split, each in rows.items():
+        found[split] = [(place, row) for place, row in each if name_of(row) in there or not name_of(row)]
+        for name in (name for _, row in each if (name := name_of(row)) and name not in there):
+            finder.find(name, what="rows")  # counts it, with the reason
+    return found
 
 
 def _leave_out_unusable(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from lora_llava.data.folder import FolderData
+from lora_llava.data.folder_data import FolderData
 from lora_llava.data.folder_kinds.folder_kind import number_of
 from lora_llava.data.sources import file_remarks
 from lora_llava.pages.preview_samples import escape_hidden

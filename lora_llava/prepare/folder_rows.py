@@ -13,7 +13,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.core.storage import atomic_file
 from lora_llava.data.files.row_files import json_text
-from lora_llava.data.folder import FolderData
+from lora_llava.data.folder_data import FolderData
 from lora_llava.data.folder_kinds.folder_kind import SPLITS, Packed, number_of
 
 

@@ -13,7 +13,8 @@ from ruamel.yaml.comments import CommentedMap
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import atomic_file
 from lora_llava.data.checks.findings import CheckReport
-from lora_llava.data.folder import FolderData, understand_folder
+from lora_llava.data.folder import understand_folder
+from lora_llava.data.folder_data import FolderData
 from lora_llava.data.folder_kinds.folder_kind import FolderOptions, number_of
 from lora_llava.data.formats import Columns
 from lora_llava.demo.dataset import EXAMPLE_IMAGES, write_example_folder

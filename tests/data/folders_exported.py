@@ -168,6 +168,8 @@ def yolo(folder: Path, dirty: bool) -> None:
     for split in splits:
         base = folder / split
         draw(base / "images", *numbered(3))
+        for name in numbered(3) if split == "valid" else ():
+            (base / "images" / name).write_bytes(png(f"valid {name}"))
         save(base / "labels" / "0.txt", "0 0.5 0.5 0.1 0.1\n")
         save(base / "labels" / "1.txt", "1 0.1 0.9 0.1 0.1\n1 0.2 0.2 0.1 0.1\n")
         save(base / "labels" / "2.txt", "")

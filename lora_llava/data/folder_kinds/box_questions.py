@@ -83,7 +83,7 @@ def add_box_questions(found: ConvertedFolder, images: Sequence[BoxedImage], opti
     found.facts.append(("boxes", f"{sum(labels.values()):,} in {number_of(len(images), 'image')}: {counted(labels)}"))
     bare = sum(not each.boxes for each in images)
     if bare:
-        found.facts.append(("without a box", f"{number_of(bare, 'image')}, read as one without any of the labels"))
+        found.facts.append(("without a box", f"{number_of(bare, 'image')}, read as showing none of the labels"))
     found.facts.append(("questions by rule", f"{counted(asked)}; choose with --ask {','.join(kinds)}"))
     if "place" in kinds:
         found.facts.append(("place", "asked where a label has one box: the ninth of the image with its center"))

@@ -109,7 +109,7 @@ def _read_image(element: Element, name: str, image: str, split: str, found: Conv
             elif each.tag == "tag" or counts[label] == 1:
                 attributes.append((label, class_text(value.get("name", "")), text))
             else:
-                found.left_out.add("attributes of boxes that are not the only one of their label", name)
+                found.left_out.add("attributes of boxes that share their label with others", name)
     tags = tuple(class_text(each.get("label", "")) for each in element if each.tag == "tag" and each.get("label"))
     has_others = any(each.tag not in (*_SHAPES, "tag") for each in element)
     return _Marked(name, image, split, tags, tuple(boxes), tuple(attributes), has_others)

@@ -321,7 +321,7 @@ def is_only_class(classes: Iterable[str], what: str, left_out: LeftOut) -> bool:
     names = list(classes)
     if len(set(names)) != 1:
         return False
-    left_out.add(f"{what} that are all {names[0]}, from which nothing can be learned", count=len(names))
+    left_out.add(f"{what} with the only value {names[0]}, from which nothing can be learned", count=len(names))
     return True
 
 
