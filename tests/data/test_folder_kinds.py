@@ -195,7 +195,7 @@ DIRTY: dict[str, tuple[dict[str, dict[str, int]], list[str]]] = {
         {"train": {str(n): 1 for n in range(3, 9)}},
         [
             "sheet Daten of Prüfung 1.XLSX, 8 rows",
-            "2 sheets without rows: leer, Notizen",
+            "2 sheets without rows: Notizen, leer",
             "1 column that is not read: Prüfer",
             "1 row with the problem: empty question: Daten row 11",
             "1 row whose image is not in the folder: fehlt.png",
@@ -243,8 +243,9 @@ DIRTY: dict[str, tuple[dict[str, dict[str, int]], list[str]]] = {
         ],
     ),
     "CVAT": (
-        {"train": {"red": 1, "yes": 2, "1": 1, "2": 1, "top left": 1}},
+        {"train": {"red": 1, "1": 1, "2": 1, "top left": 1}},
         [
+            "presence not asked: every image has cup",
             "1 attribute of boxes that share their label with others: annotations.xml image 1",
             "1 annotation of type polyline, which is not read: annotations.xml image 2",
             "1 attribute without a value: annotations.xml image 3",
@@ -289,7 +290,7 @@ DIRTY: dict[str, tuple[dict[str, dict[str, int]], list[str]]] = {
         ],
     ),
     "YOLO": (
-        {split: {"yes": 3, "no": 3, "1": 2, "2": 1, "center": 1, "left": 1} for split in ("train", "validation")},
+        {split: {"yes": 3, "no": 3, "1": 2, "2": 1, "center": 1, "top": 1} for split in ("train", "validation")},
         [
             "boxes of a class without a name: train/labels/2.txt line 1: class 9",
             "2 label files whose image is not in the folder: train/labels/gone.txt, valid/labels/gone.txt",
@@ -326,7 +327,7 @@ def test_a_dirty_table_is_fixed_by_check(tmp_path: Path, capsys: pytest.CaptureF
     assert init(folder) == 1
     printed = tidy(capsys.readouterr().out)
     assert "missing images 1 image (fehlt.png); check --fix leaves their rows out" in printed
-    assert printed.endswith(f"lora-llava check {str(folder / 'recipe.yaml')} --fix")
+    assert printed.endswith(f"lora-llava check {folder / 'recipe.yaml'!s} --fix")
     report = checked(folder, tmp_path, "--fix")
     assert [finding["kind"] for finding in report["errors"]] == ["missing image"]
     fixed = str(folder / "Übersicht 2024.fixed.CSV")

@@ -73,6 +73,9 @@ def add_box_questions(found: ConvertedFolder, images: Sequence[BoxedImage], opti
     """
     kinds = box_kinds(options)
     labels = Counter(box.label for each in images for box in each.boxes)
+    if len(labels) == 1 and all(each.boxes for each in images) and "presence" in kinds:
+        kinds = tuple(kind for kind in kinds if kind != "presence")
+        found.facts.append(("presence", f"not asked: every image has {next(iter(labels))}"))
     asked: Counter[str] = Counter()
     for each in images:
         rows = list(_questions(each, sorted(labels), kinds))

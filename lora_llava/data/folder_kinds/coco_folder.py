@@ -94,7 +94,7 @@ def _resolved(
             yield key, entry, image
         elif used[key]:
             found.left_out.add(f"{what} of such an entry", key, used[key])
-    for key in used.keys() - images.keys():
+    for key in (key for key in used if key not in images):
         found.left_out.add(f"{what} with an image_id that no image has", key, used[key])
 
 

@@ -57,7 +57,7 @@ def _sheets(
             )
         return [(None, options.sheet, _checked(file, options.sheet, tables[options.sheet]))]
     filled = {name: rows for name, rows in tables.items() if rows}
-    for name in tables.keys() - filled.keys():
+    for name in (name for name in tables if name not in filled):
         found.left_out.add("sheets without rows", name)
     if not filled:
         raise UserError(f"{file}: no sheet has rows; the first row should name columns such as image, question, answer")
@@ -82,7 +82,7 @@ def _chosen(
     if name is None:
         listed = ", ".join(f"{each} ({len(rows):,} rows)" for each, rows in filled.items())
         raise UserError(f"{file} has several sheets: {listed}; name one with --sheet")
-    for other in filled.keys() - {name}:
+    for other in (other for other in filled if other != name):
         found.left_out.add("rows of other sheets, read with --sheet", other, len(filled[other]))
     return None, name, filled[name]
 
