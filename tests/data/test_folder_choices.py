@@ -305,7 +305,8 @@ def test_an_update_after_a_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str
 )
 def test_a_fix_changes_one_value_of_the_recipe(line: str, becomes: str, tmp_path: Path) -> None:
     folder = table(tmp_path / "mine", "image,question,answer", "What?,One.", "What?,Two.", "What?,")
-    head = "stage: 2\noutput_dir: x  # here\nmodel: {llm: demo, vision_tower: demo, start_from: {untrained: true}}\ndata:\n"
+    model = "{llm: demo, vision_tower: demo, start_from: {untrained: true}}"
+    head = f"stage: 2\noutput_dir: x  # here\nmodel: {model}\nlora: {{}}\ndata:\n"
     tail = "  format: conversations\n  template: vicuna_v1\ntraining: {learning_rate: 1e-3, epochs: 1}\n"
     (folder / "recipe.yaml").write_text(head + line.format(folder) + tail)
     checked(folder, tmp_path, "--fix")
