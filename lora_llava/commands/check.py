@@ -30,11 +30,12 @@ def run(args: argparse.Namespace, console: Any) -> int:
 
     recipe = load_recipe(args.recipe, args.overrides)
     quieten()
-    from lora_llava.prepare.fixed_recipe import use_fixed
+    from lora_llava.prepare.fixed_recipe import named_rows, use_fixed
     from lora_llava.prepare.row_check import check
 
+    named = named_rows(recipe) if args.fix else []
     copies: dict[Path, Path] = {}
     report = check(recipe, json_file=args.json, fix=args.fix, copies=copies, console=console)
     if copies:
-        use_fixed(recipe, find_recipe(args.recipe), args.overrides, copies, console)
+        use_fixed(named, find_recipe(args.recipe), args.overrides, copies, console)
     return 1 if report.errors else 0

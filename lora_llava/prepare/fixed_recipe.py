@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +21,25 @@ _SCALAR = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"\\]|\\.)*\"|[^,{}\[\]#\n]*[^,{}\[
 """A value in YAML: in quotes, or plain up to a comment or the end of a flow mapping."""
 
 
-def use_fixed(
-    recipe: Recipe, file: Path | None, overrides: Sequence[str], copies: Mapping[Path, Path], console: Console
-) -> None:
-    """Write the paths of cleaned copies into a recipe, or say how to use them where that is not possible.
+@dataclass(frozen=True)
+class NamedRows:
+    """A path of rows in a recipe.
 
-    Args:
-        recipe: The recipe that was checked.
-        file: Its file; None if there is none.
-        overrides: Overrides of the call; a path that one of them sets is not in the file.
-        copies: The copy of each first file of rows.
-        console: Prints the line.
+    Attributes:
+        field: The recipe field.
+        written: The path as it is written.
+        path: The path that was found: a file, or a folder with one.
+        first: Its first file of rows.
     """
-    fields = [(field, str(written), copies[found]) for field, written, found in _paths(recipe) if found in copies]
-    is_own = file is not None and file.resolve().parent != recipes_folder().resolve()
-    for field, written, copy in fields:
-        target = _as_written(written, copy)
-        is_set_here = not any(field.startswith(override.partition("=")[0]) for override in overrides)
-        if is_own and file is not None and is_set_here and _replace(file, field, target):
-            console.print(f"--fix: {file}: {field} is now {target}; it was {written}", soft_wrap=True)
-        else:
-            console.print(f"--fix: to use it, write {field}: {target} into your recipe", soft_wrap=True)
+
+    field: str
+    written: str
+    path: Path
+    first: Path
 
 
-def _paths(recipe: Recipe) -> list[tuple[str, str, Path]]:
-    """Return the field, the written value and the first file of each local path of rows."""
+def named_rows(recipe: Recipe) -> list[NamedRows]:
+    """Return the local paths of rows that a recipe names."""
     data = recipe.data
     given = [(f"data.sources.{i}.path", source) for i, source in enumerate(data.sources or ())]
     if data.path is not None:
@@ -61,14 +56,44 @@ def _paths(recipe: Recipe) -> list[tuple[str, str, Path]]:
         except UserError:  # a Hub id
             continue
         written = source.path.written if isinstance(source.path, FoundPath) else source.path
-        found.append((field, str(written), first))
+        found.append(NamedRows(field, str(written), Path(source.path), first))
     return found
 
 
-def _as_written(written: str, copy: Path) -> str:
+def use_fixed(
+    named: Sequence[NamedRows],
+    file: Path,
+    overrides: Sequence[str],
+    copies: Mapping[Path, Path],
+    console: Console,
+) -> None:
+    """Write the paths of cleaned copies into a recipe, or say how to use them where that is not possible.
+
+    Args:
+        named: The paths of the recipe that was checked, from before the copies were written.
+        file: Its file.
+        overrides: Overrides of the call; a path that one of them sets is not in the file.
+        copies: The copy of each first file of rows.
+        console: Prints the line.
+    """
+    is_own = file.resolve().parent != recipes_folder().resolve()
+    for each in named:
+        if each.first not in copies:
+            continue
+        target = _as_written(each, copies[each.first])
+        is_set_here = not any(each.field.startswith(override.partition("=")[0]) for override in overrides)
+        if is_own and is_set_here and _replace(file, each.field, target):
+            console.print(f"--fix: {file}: {each.field} is now {target}; it was {each.written}", soft_wrap=True)
+        else:
+            console.print(f"--fix: to use it, write {each.field}: {target} into your recipe", soft_wrap=True)
+
+
+def _as_written(named: NamedRows, copy: Path) -> str:
     """Return the copy's path in the style of the recipe's: beside the file, or in the folder, that it names."""
-    path = Path(written)
-    return str(path / copy.name if path.name == copy.parent.name and not path.suffix else path.with_name(copy.name))
+    written = Path(named.written)
+    if named.path.is_dir():
+        return str(written / copy.relative_to(named.path))
+    return str(written.with_name(copy.name))
 
 
 def _replace(file: Path, field: str, target: str) -> bool:
