@@ -30,7 +30,7 @@ from lora_llava.data.formats import (
 )
 from lora_llava.data.images.image_id import own_names
 from lora_llava.data.table_choice import choose_table, is_table, table_sets
-from lora_llava.data.table_shape import TableShape, table_shape, with_classes
+from lora_llava.data.table_shape import TableShape, by_split, count_unused, has_split_column, table_shape, with_classes
 
 _PEEK = 500
 
@@ -110,7 +110,7 @@ def _understand_kind(folder: Path, kind: FolderKind, files: list[Path], options:
         )
     columns = Columns()
     if converted.is_table:
-        rows = {split: [(str(row["id"]), row) for row in each] for split, each in converted.splits.items()}
+        rows = _divided({s: [(str(row["id"]), row) for row in each] for s, each in converted.splits.items()}, converted)
         shape = table_shape(files[0], [row for _, row in rows["train"][:_PEEK]], options, folder)
         columns = shape.columns
         converted.facts += shape.facts
@@ -119,14 +119,8 @@ def _understand_kind(folder: Path, kind: FolderKind, files: list[Path], options:
             converted, columns = with_classes(converted, shape, rows, options, files[0].name), Columns()
         else:
             converted.form = shape.form
-            converted.left_out = _with_unused(converted, shape)
+            count_unused(converted, shape)
     return _describe(folder, files[0], converted, columns, options)
-
-
-def _with_unused(converted: ConvertedFolder, shape: TableShape) -> Any:
-    for name in shape.unused:
-        converted.left_out.add("columns that are not read", name)
-    return converted.left_out
 
 
 def _understand_table(folder: Path, given: Mapping[str, Path], options: FolderOptions) -> FolderData:
@@ -140,10 +134,18 @@ def _understand_table(folder: Path, given: Mapping[str, Path], options: FolderOp
     if shape.label_column is not None:
         rows = {split: [each for file in mine for each in _named_rows(file)] for split, mine in sets.items()}
         converted = ConvertedFolder("a table")
+        rows = _divided(rows, converted)
         rows = _with_images(folder, files[0], rows, shape, options, converted)
         converted = with_classes(converted, shape, rows, options, files[0].name)
         return _describe(folder, files[0], converted, Columns(), options)
     columns, form = shape.columns, shape.form
+    converted = ConvertedFolder("a table", form=form, is_table=True, facts=list(shape.facts))
+    if has_split_column(first) and len(sets) == 1 and files[0].suffix.lower() != ".parquet":
+        rows = _divided({"train": [each for file in files for each in _named_rows(file)]}, converted)
+        if len(rows) > 1:
+            converted.splits = {split: [{"id": at} | row for at, row in each] for split, each in rows.items()}
+            count_unused(converted, shape)
+            return _describe(folder, files[0], converted, columns, options)
     embedded = files[0].suffix.lower() == ".parquet" and any(
         parquet_columns(each).get(name) for each in files for name in (columns.image, "images")
     )
@@ -172,7 +174,18 @@ def _understand_table(folder: Path, given: Mapping[str, Path], options: FolderOp
         split_rows=others,
         facts=(*shape.facts, *absent_images(root, images, named, options.follow_links)),
         examples=examples,
+        kind="a file of conversations" if shape.shape.startswith("conversations") else "a table",
     )
+
+
+def _divided(rows: dict[str, list[Placed]], converted: ConvertedFolder) -> dict[str, list[Placed]]:
+    """Return a table's rows by the splits that one of its columns names, if there is one, and say so."""
+    found = by_split(rows)
+    if found is None:
+        return rows
+    divided, column = found
+    converted.facts.append(("splits", f"{column} names the split of each row"))
+    return {split: list(each) for split, each in divided.items()}
 
 
 def _named_rows(file: Path) -> list[Placed]:

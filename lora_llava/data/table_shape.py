@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_llava.core.errors import UserError, nearest
 from lora_llava.data.folder_kinds.column_words import plain_name, role_of, words_of
-from lora_llava.data.folder_kinds.folder_kind import ConvertedFolder, FolderOptions
+from lora_llava.data.folder_kinds.folder_kind import ConvertedFolder, FolderOptions, ImageFinder, LeftOut, split_named
 from lora_llava.data.folder_kinds.label_tables import class_rows, label_kind, refuse_unlabelled
 from lora_llava.data.formats import (
     CHAT_COLUMNS,
@@ -30,6 +30,9 @@ for _format in FORMATS:
 ROLES = ("image", "question", "answer", "caption", "label", "id")
 """What a column may be, for `--columns`."""
 _NONE = "(none)"
+_TRIED = 50
+"""Rows whose values are looked up among the images."""
+_SPLIT_COLUMNS = ("split", "set", "subset", "partition", "dataset", "fold")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ def table_shape(file: Path, rows: list[Any], options: FolderOptions, folder: Pat
     if any(str(name).lower().endswith(IMAGE_SUFFIXES) for name in row):
         return _without_header(file, row, rows, options)
     roles = _roles(file, row, options)
+    if not roles["image"] and not roles["question"] and not any(key in row for key in ("images", *CHAT_COLUMNS)):
+        roles["image"] = _column_of_files(folder, rows, options)
     label = _label_column(row, roles, options)
     if label is not None:
         return _labelled(file, row, rows, roles, label, options)
@@ -89,8 +94,8 @@ def table_shape(file: Path, rows: list[Any], options: FolderOptions, folder: Pat
         detected.choice,
         detected.shape,
         detected.columns,
-        facts=_facts(detected.columns, row),
-        unused=_unused(row, detected.columns),
+        facts=_facts(detected, row),
+        unused=_unused(row, detected),
     )
 
 
@@ -120,6 +125,18 @@ def _roles(file: Path, row: Mapping[str, Any], options: FolderOptions) -> dict[s
     return found
 
 
+def _column_of_files(folder: Path | None, rows: Sequence[Mapping[str, Any]], options: FolderOptions) -> str | None:
+    """Return the column whose values are names of images in the folder, with or without their suffix."""
+    if folder is None:
+        return None
+    finder = ImageFinder(folder, options.follow_links, LeftOut())
+    for column in dict.fromkeys(str(name) for row in rows for name in row):
+        names = [text for row in rows[:_TRIED] if (text := str(row.get(column) or "").strip()) and len(text) < 200]
+        if names and sum(map(finder.exists, names)) >= 0.8 * len(names):
+            return column
+    return None
+
+
 def _label_column(row: Mapping[str, Any], roles: Mapping[str, str | None], options: FolderOptions) -> str | None:
     """Return the column of labels of a table that has images, but neither questions nor captions."""
     if any(key in row for key in CHAT_COLUMNS) or not roles.get("image") or roles.get("caption"):
@@ -128,7 +145,8 @@ def _label_column(row: Mapping[str, Any], roles: Mapping[str, str | None], optio
         return None
     if "label" in options.columns or options.label_is:
         return roles.get("label") or roles.get("answer") or _by_word(row)
-    return roles.get("answer") or _by_word(row)
+    others = [str(name) for name in row if name not in (roles["image"], roles.get("id"))]
+    return roles.get("answer") or _by_word(row) or (others[0] if len(others) == 1 else None)
 
 
 def _by_word(row: Mapping[str, Any]) -> str | None:
@@ -201,9 +219,11 @@ def _asked_roles(file: Path, row: Mapping[str, Any], options: FolderOptions) -> 
 def _not_understood(file: Path, row: Mapping[str, Any], roles: Mapping[str, str | None]) -> str:
     names = list(map(str, row))
     known = {role: name for role, name in roles.items() if name and role in ("image", "question", "answer")}
-    rest = iter([name for name in names if name not in known.values()] or names)
+    rest = [name for name in names if name not in (*known.values(), roles.get("id"))]
     lacking = [role for role in ("image", "question", "answer") if role not in known]
-    example = ",".join(f"{role}={next(rest, '...')}" for role in lacking)
+    if len(rest) < len(lacking):
+        lacking = ["image", "label"][-len(rest) :] if rest else lacking[:1]
+    example = ",".join(f"{role}={name}" for role, name in zip(lacking, [*rest, "..."], strict=False))
     understood = "".join(f"; {name} is the {role}" for role, name in known.items())
     return (
         f"{file}: its columns are {', '.join(names)}{understood}; rename them to image, question, answer, or say which "
@@ -211,19 +231,23 @@ def _not_understood(file: Path, row: Mapping[str, Any], roles: Mapping[str, str 
     )
 
 
-def _facts(columns: Columns, row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def _read_roles(detected: Detected) -> dict[str, str]:
+    """Return the columns that a format reads, by role."""
+    captions = detected.choice == "captions"
+    roles = ("image", "id", "caption") if captions else ("image", "id", "question", "answer")
+    return {role: getattr(detected.columns, role) for role in roles}
+
+
+def _facts(detected: Detected, row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Say which columns were understood, where their names are not ours."""
     usual = vars(Columns())
-    words = {
-        role: name
-        for role, name in vars(columns).items()
-        if name in row and role != "id" and name.strip() != usual[role]
-    }
+    read = {role: name for role, name in _read_roles(detected).items() if name in row and role != "id"}
+    words = {role: name for role, name in read.items() if name.strip() != usual[role]}
     return (("columns", ", ".join(f"{name} is the {role}" for role, name in words.items())),) if words else ()
 
 
-def _unused(row: Mapping[str, Any], columns: Columns) -> tuple[str, ...]:
-    known = {"system", "images", *CHAT_COLUMNS, *vars(columns).values()}
+def _unused(row: Mapping[str, Any], detected: Detected) -> tuple[str, ...]:
+    known = {"system", "images", *CHAT_COLUMNS, *_read_roles(detected).values()}
     return tuple(str(name) for name in row if name not in known)
 
 
@@ -250,8 +274,7 @@ def with_classes(
         rows = {split: list(_with_first(each)) for split, each in rows.items()}
     title = "the second column" if shape.header is not None else shape.label_column
     class_rows(found, rows, (shape.columns.image, shape.label_column, title), options, where)
-    for name in shape.unused:
-        found.left_out.add("columns that are not read", name)
+    count_unused(found, shape)
     refuse_unlabelled(found, where)
     return found
 
@@ -261,3 +284,43 @@ def _with_first(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple
     if rows:
         yield rows[0][0].rpartition(" line ")[0] + " line 1", {name: name for name in rows[0][1]}
     yield from rows
+
+
+def count_unused(converted: ConvertedFolder, shape: TableShape) -> None:
+    """Count the columns that are not read as left out; a column of splits is read."""
+    divided = any(name == "splits" for name, _ in converted.facts)
+    for name in shape.unused:
+        if not (divided and _names_splits(name)):
+            converted.left_out.add("columns that are not read", name)
+
+
+def has_split_column(rows: Sequence[Any]) -> bool:
+    """Check whether a table has a column that may name the split of each row."""
+    return bool(rows) and any(map(_names_splits, rows[0]))
+
+
+def _names_splits(column: object) -> bool:
+    return str(column).strip().lower() in _SPLIT_COLUMNS
+
+
+def by_split(
+    rows: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]],
+) -> tuple[dict[str, list[tuple[str, Mapping[str, Any]]]], str] | None:
+    """Return a table's rows by the split that a column names, and the column; None if there is no such column.
+
+    Args:
+        rows: The rows of each split with their places; only training rows are divided.
+    """
+    train = rows.get("train", ())
+    if len(rows) > 1 or not train:
+        return None
+    column = next(filter(_names_splits, train[0][1]), None)
+    if column is None:
+        return None
+    found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {"train": []}
+    for place, row in train:
+        split = split_named(str(row.get(column) or ""))
+        if split is None:
+            return None
+        found.setdefault(split, []).append((place, row))
+    return (found, str(column)) if found["train"] and len(found) > 1 else None

@@ -180,13 +180,13 @@ def test_a_workbook_without_its_library_names_the_extra(tmp_path: Path, monkeypa
 def test_folders_that_teach_nothing_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = tmp_path / "one"
     draw(one, "train/ok/a.png", "test/ok/b.png")
-    assert "every image has the class ok; a model would only learn to say that" in refused(one, capsys)
+    assert "every image is labelled ok; a model would only learn to say that" in refused(one, capsys)
     draw(tmp_path / "flat", "photos/a.png")
     assert "all its images are in one folder, photos; sort them" in refused(tmp_path / "flat", capsys)
     draw(tmp_path / "held", "test/ok/a.png", "test/bad/b.png")
     assert "has class folders only under test, which are held-out images" in refused(tmp_path / "held", capsys)
     same = table(tmp_path / "same", "file,class", "ok", "ok", "OK")
-    assert "rows.csv: every image has the class ok" in refused(same, capsys)
+    assert "rows.csv: every image is labelled ok" in refused(same, capsys)
 
 
 def test_boxes_without_categories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

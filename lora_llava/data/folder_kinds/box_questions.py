@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,11 @@ class ObjectBox:
     x: float | None = None
     y: float | None = None
     is_crowd: bool = False
+
+    @property
+    def has_center(self) -> bool:
+        """Whether its centre is known."""
+        return all(value is not None and math.isfinite(value) for value in (self.x, self.y))
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def add_box_questions(found: ConvertedFolder, images: Sequence[BoxedImage], opti
     bare = sum(not each.boxes for each in images)
     if bare:
         found.facts.append(("without a box", f"{number_of(bare, 'image')}, read as showing none of the labels"))
-    found.facts.append(("questions by rule", f"{counted(asked)}; choose with --ask {','.join(kinds)}"))
+    found.facts.append(("questions by rule", f"{counted(asked)}; choose with --ask {','.join(ASKED[:3])}"))
     if "place" in kinds:
         found.facts.append(("place", "asked where a label has one box: the ninth of the image with its center"))
 
@@ -106,7 +112,7 @@ def _questions(image: BoxedImage, labels: Sequence[str], kinds: Iterable[str]) -
     if "count" in kinds and countable:
         label = rng.choice(countable)
         yield _row(image, "count", f'How many objects of the kind "{label}" are in the image?', str(here[label]))
-    single = [box for box in image.boxes if here[box.label] == 1 and not box.is_crowd and box.x is not None]
+    single = [box for box in image.boxes if here[box.label] == 1 and not box.is_crowd and box.has_center]
     if "place" in kinds and single:
         box = rng.choice(single)
         question = f'Where in the image is the "{box.label}"? Answer with one of: {", ".join(PLACES)}.'

@@ -10,10 +10,13 @@ from pathlib import Path
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.folder_kinds.folder_kind import (
+    ROWS_FOLDER,
     SPLITS,
     ConvertedFolder,
     FolderKind,
     FolderOptions,
+    ImageFinder,
+    LeftOut,
     ask_question,
     class_question,
     class_text,
@@ -45,8 +48,13 @@ class ClassFolders(FolderKind):
         return [folder] if labels else []
 
     def convert(self, folder: Path, files: Sequence[Path], options: FolderOptions) -> ConvertedFolder:
-        labelled, loose = _labelled(folder, image_files(folder, options.follow_links))
         found = ConvertedFolder(self.summary, counts_images=True)
+        finder = ImageFinder(folder, options.follow_links, LeftOut())
+        files = list(image_files(folder, options.follow_links))
+        there = [file for file in files if finder.exists(file.relative_to(folder).as_posix())]
+        for file in (file for file in files if file not in set(there)):
+            found.left_out.add("links out of the folder, read with --follow-links", file.relative_to(folder).as_posix())
+        labelled, loose = _labelled(folder, there)
         names, renamed = _one_spelling([each.label for each in labelled])
         train = {names[each.label] for each in labelled if each.split == "train"}
         if not train:
@@ -80,9 +88,14 @@ def _labelled(folder: Path, images: Iterable[Path]) -> tuple[list[_Labelled], li
     """
     files = sorted(images)
     depth = _wrapping_depth(folder, files)
+    tops = {parts[depth] for file in files if len(parts := file.relative_to(folder).parts) > depth + 1}
+    has_splits = any(split_named(top) == "train" for top in tops)
     found, loose = [], []
     for file in files:
-        parts = list(file.relative_to(folder).parts[:-1])
+        parts = file.relative_to(folder).parts[:-1]
+        if has_splits and len(parts) > depth and split_named(parts[depth]) is None:  # masks beside train and test
+            loose.append(file)
+            continue
         split, label = "train", None
         above = next((named for part in parts[:depth] if (named := split_named(part))), None)
         for part in parts[depth:]:
@@ -127,10 +140,13 @@ def _one_spelling(labels: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 def _empty_folders(folder: Path, labelled: Sequence[_Labelled], loose: Sequence[Path]) -> list[str]:
     used = {parent for each in labelled for parent in each.image.parents} | {p for file in loose for p in file.parents}
+    folders = (path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())
     return sorted(
         path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_dir() and path not in used and not any(part.startswith((".", "__")) for part in path.parts[-2:])
+        for path in folders
+        if path not in used
+        and path.name != ROWS_FOLDER
+        and not any(part.startswith((".", "__")) for part in path.parts[-2:])
     )
 
 

@@ -65,6 +65,12 @@ def _annotations(file: Path) -> list[Mapping[str, Any]]:
     return found if any("image_id" in each and "question_id" not in each for each in found) else []
 
 
+def _key(annotation: Mapping[str, Any], name: str) -> Any:
+    """Return an id of an annotation; text of it where it is no number or text."""
+    value = annotation.get(name)
+    return value if isinstance(value, (int, str)) else repr(value)[:40]
+
+
 def _has_box(annotation: Mapping[str, Any]) -> bool:
     return "category_id" in annotation and "caption" not in annotation
 
@@ -105,7 +111,7 @@ def _convert_captions(found: ConvertedFolder, folder: Path, files: Sequence[Path
         for place, each in enumerate(_annotations(file)):
             text = each.get("caption")
             if isinstance(text, str) and text.strip():
-                by_image.setdefault(each.get("image_id"), []).append((place, " ".join(text.split())))
+                by_image.setdefault(_key(each, "image_id"), []).append((place, " ".join(text.split())))
             else:
                 found.left_out.add("captions without text", f"{file.name} annotation {place}")
         counts = Counter({key: len(texts) for key, texts in by_image.items()})
@@ -125,10 +131,10 @@ def _convert_boxes(found: ConvertedFolder, folder: Path, files: Sequence[Path], 
         names = _categories(file)
         by_image: dict[Any, list[Mapping[str, Any]]] = {}
         for each in _annotations(file):
-            if each.get("category_id") in names:
-                by_image.setdefault(each.get("image_id"), []).append(each)
+            if _key(each, "category_id") in names:
+                by_image.setdefault(_key(each, "image_id"), []).append(each)
             else:
-                found.left_out.add("boxes whose category_id is not in categories", each.get("category_id"))
+                found.left_out.add("boxes whose category_id is not in categories", _key(each, "category_id"))
         counts = Counter({key: len(each) for key, each in by_image.items()})
         for key, entry, image in _resolved(file, folder, finder, found, counts, "boxes"):
             boxes = tuple(

@@ -339,6 +339,6 @@ def refuse_one_class(classes: Iterable[str], where: object) -> None:
     names = sorted(set(classes))
     if len(names) == 1:
         raise UserError(
-            f"{where}: every image has the class {names[0]}; a model would only learn to say that; add images of a "
+            f"{where}: every image is labelled {names[0]}; a model would only learn to say that; add images of a "
             "second class, in a folder or with a label of its own"
         )

@@ -86,7 +86,7 @@ class WebDatasetShards(FolderKind):
             _ask_for_captions(found)
         size = sum(each.size for each in found.packed)
         found.facts.append(
-            ("shards", f"{len(files):,}, of which {len(found.packed):,} images are unpacked ({size:,} bytes)")
+            ("shards", f"{len(files):,}, with {number_of(len(found.packed), 'image')} to unpack ({size:,} bytes)")
         )
         return found
 
@@ -108,8 +108,9 @@ def _samples(archive: Path, found: ConvertedFolder) -> Iterator[_Sample]:
                 _read_member(archive, tar, member, samples, found)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         if not samples:
-            raise UserError(f"{archive}: not a complete tar archive: {error}; download or write it again") from None
-        found.left_out.add("archives that end early, read up to there", archive.name)
+            reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
+            raise UserError(f"{archive}: not a complete tar archive: {reason}; download or write it again") from None
+        found.left_out.add("archives cut short, read up to the cut", archive.name)
     yield from samples.values()
 
 
@@ -130,7 +131,7 @@ def _read_member(
     sample = samples.setdefault(key, _Sample(key, archive))
     if f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES:
         if sample.image is not None:
-            found.left_out.add("second images of a sample", member.name)
+            found.left_out.add("images after the first of a sample", member.name)
         elif member.size > _MOST_IMAGE:
             found.left_out.add("images over 256 MB", member.name)
         else:

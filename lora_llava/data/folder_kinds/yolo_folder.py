@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def _boxes(file: Path, relative: str, names: list[str] | dict[int, str], found: 
             continue
         try:
             label, *values = (float(each) for each in line.split())
-            if len(values) < 4 or label != int(label):
+            if len(values) < 4 or label != int(label) or not all(map(math.isfinite, values)):
                 raise ValueError
         except (ValueError, OverflowError):
             found.left_out.add("lines that are not class, x, y, width, height", f"{relative} line {number}")
