@@ -21,6 +21,7 @@ from lora_llava.data.folder_kinds.folder_kind import (
     class_question,
     class_text,
     counted,
+    number_of,
     refuse_one_class,
     split_of,
 )
