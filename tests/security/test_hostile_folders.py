@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import zipfile
@@ -19,7 +20,7 @@ def bomb() -> str:
     """Entities that expand to ten billion letters."""
     names = "abcdefghij"
     entities = '<!ENTITY a "lol">' + "".join(
-        f'<!ENTITY {name} "{f"&{before};" * 10}">' for before, name in zip(names, names[1:], strict=False)
+        f'<!ENTITY {name} "{f"&{before};" * 10}">' for before, name in itertools.pairwise(names)
     )
     return _XML.format(entities, "&j;", "</annotations>")
 
@@ -77,9 +78,8 @@ def test_labels_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
 def test_a_workbook_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("python_calamine")
     with zipfile.ZipFile(tmp_path / "rows.xlsx", "w", zipfile.ZIP_DEFLATED) as packed:
-        with packed.open("xl/worksheets/sheet1.xml", "w", force_zip64=True) as stream:
-            for _ in range(1100):
-                stream.write(bytes(1 << 20))
+        packed.writestr("xl/worksheets/sheet1.xml", bytes(1 << 20))
+        packed.infolist()[0].file_size = 1_153_433_600  # what the directory of the archive says
     found = run_verb("init", tmp_path, "--model", "demo")
     assert found.code == 2
     assert "its sheets have 1,153,433,600 bytes unpacked; save the sheet of rows as CSV" in found.err

@@ -198,7 +198,7 @@ def plain_files(folder: Path) -> list[Path]:
             and not name.lower().endswith(IMAGE_SUFFIXES)
             and not (Path(where) == folder and _NO_ROWS.fullmatch(name))
         ]
-    return sorted(found)
+    return sorted(file for file in found if file.is_file())  # not pipes, which may block
 
 
 def image_files(folder: Path, follow_links: bool = False) -> Iterator[Path]:
