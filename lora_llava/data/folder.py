@@ -285,8 +285,10 @@ def _leave_out_unusable(
             except RowError as error:
                 converted.left_out.add(f"rows with the problem: {error.kind}", row["id"])
                 continue
-            if None not in [finder.find(name, what="rows") for name in own_names(conversation.images)]:
-                kept.append(row)
+            images_of = [finder.find(name, what="rows") for name in own_names(conversation.images)]
+            if None not in images_of:
+                is_name = isinstance(row.get(columns.image), str) and len(images_of) == 1
+                kept.append(row | {columns.image: images_of[0]} if is_name else row)
         converted.splits[split] = kept
     if not converted.splits["train"]:
         raise UserError(f"{file}: no row can be used; {'; '.join(converted.left_out.lines())}; correct them")

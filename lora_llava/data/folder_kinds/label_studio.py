@@ -225,12 +225,20 @@ def _add_texts(found: ConvertedFolder, tasks: Sequence[_Task], options: FolderOp
         is_caption = role_of(control) in ("caption", "answer")
         default = _DESCRIBE if is_caption else f"What is the {class_text(control)} of the image?"
         question = options.question or default
-        count = 0
+        count = own = 0
         for task in tasks:
             answer = _agreed(task.texts[control], task, found) if control in task.texts else None
             if answer:
-                count += 1
+                count, own = count + 1, own + bool(task.asked)
                 row = {"id": f"{task.name} {control}", "image": task.image, "question": task.asked or question}
                 found.add(task.split, row | {"answer": answer})
         if count:
-            found.facts.append((f"texts {control}", f"{count:,}, each the answer to: {question}"))
+            found.facts.append(
+                (
+                    f"texts {control}",
+                    f"{count:,}, each the answer to: {question}"
+                    if own < count
+            asked = "to each task's own question" if own == count else f"each the answer to: {question}"
+            found.facts.append((f"texts {control}", f"{count:,}, {asked}"))
+                )
+            )
