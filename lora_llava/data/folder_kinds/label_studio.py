@@ -233,12 +233,5 @@ def _add_texts(found: ConvertedFolder, tasks: Sequence[_Task], options: FolderOp
                 row = {"id": f"{task.name} {control}", "image": task.image, "question": task.asked or question}
                 found.add(task.split, row | {"answer": answer})
         if count:
-            found.facts.append(
-                (
-                    f"texts {control}",
-                    f"{count:,}, each the answer to: {question}"
-                    if own < count
             asked = "to each task's own question" if own == count else f"each the answer to: {question}"
             found.facts.append((f"texts {control}", f"{count:,}, {asked}"))
-                )
-            )
