@@ -165,15 +165,19 @@ def _read_result(task: _Task, result: Mapping[str, Any], is_first: bool, found: 
         given = value.get("text")
         text = " ".join(str(each).strip() for each in (given if isinstance(given, list) else [given]) if each)
         task.texts.setdefault(control, Counter()).update([text] if text else [])
-    elif kind in _SHAPES and isinstance(value, Mapping) and value.get(str(kind)):
+    elif kind in _SHAPES and isinstance(value, Mapping) and _labels(value.get(str(kind))):
         if is_first:
-            label = class_text(str(value[str(kind)][0]))
+            label = class_text(_labels(value[str(kind)])[0])
             task.boxes.append(ObjectBox(label, *_center(str(kind), value)))
         else:
             found.left_out.add("boxes of a second annotator", task.name)
     else:
         task.has_others = True
         found.left_out.add(f"results of type {kind}, which are not read", task.name)
+
+
+def _labels(value: Any) -> list[str]:
+    return [each for each in value if isinstance(each, str) and each.strip()] if isinstance(value, list) else []
 
 
 def _center(kind: str, value: Mapping[str, Any]) -> tuple[float | None, float | None]:

@@ -87,8 +87,10 @@ def _answers(files: Sequence[Path]) -> dict[Any, tuple[str, str]]:
         for each in _listed(file, "annotations"):
             text = each.get("multiple_choice_answer")
             if not isinstance(text, str) or not text.strip():
-                people = [a["answer"] for a in each.get("answers") or () if isinstance(a, Mapping) and a.get("answer")]
-                text = Counter(map(str, people)).most_common(1)[0][0] if people else ""
+                given = each.get("answers")
+                listed = [a.get("answer") for a in given if isinstance(a, Mapping)] if isinstance(given, list) else []
+                people = [str(answer) for answer in listed if answer]
+                text = Counter(people).most_common(1)[0][0] if people else ""
             kind = each.get("answer_type")
             found.setdefault(each["question_id"], (text.strip(), kind if isinstance(kind, str) and kind else "other"))
     return found

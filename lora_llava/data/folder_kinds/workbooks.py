@@ -47,8 +47,7 @@ def _sheets(
     file: Path, options: FolderOptions, found: ConvertedFolder
 ) -> list[tuple[str | None, str, list[dict[str, Any]]]]:
     """Return the sheets to read: the one that was chosen, the only one with rows, or those of the splits."""
-    workbook = _open(file)
-    tables = {name: _table(workbook.get_sheet_by_name(name).to_python(), name) for name in workbook.sheet_names}
+    tables = {name: _table(cells, name) for name, cells in _read_cells(file).items()}
     if options.sheet is not None:
         if options.sheet not in tables:
             raise UserError(
@@ -93,7 +92,12 @@ def _fits(row: dict[str, Any], options: FolderOptions) -> bool:
     return "image" in roles and (len(roles - {None, "image"}) > 0 or bool(named & row.keys()))
 
 
-def _open(file: Path) -> Any:
+def _read_cells(file: Path) -> dict[str, list[list[Any]]]:
+    """Return the cells of each sheet.
+
+    Raises:
+        UserError: If the library is missing, or the file is no workbook or too large.
+    """
     try:
         import python_calamine
     except ImportError:
@@ -101,16 +105,25 @@ def _open(file: Path) -> Any:
             f"{file} is a workbook, which needs python-calamine: pip install 'lora_llava[excel]'; or save its sheet as "
             "CSV"
         ) from None
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as packed:
-            size = sum(each.file_size for each in packed.infolist() if each.filename.endswith(".xml"))
-        if size > _MOST_BYTES:
-            raise UserError(f"{file}: its sheets have {size:,} bytes unpacked; save the sheet of rows as CSV")
     try:
-        return python_calamine.load_workbook(file)
+        size = _unpacked_size(file)
+        if size <= _MOST_BYTES:
+            book = python_calamine.load_workbook(file)
+            return {name: book.get_sheet_by_name(name).to_python() for name in book.sheet_names}
     except Exception as error:  # calamine has an error for each format and library below it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file}: not a workbook, or protected by a password: {reason}; save it again") from None
+        raise UserError(
+            f"{file}: not a workbook, damaged, or protected by a password: {reason}; save it again, or as CSV"
+        ) from None
+    raise UserError(f"{file}: its sheets have {size:,} bytes unpacked; save the sheet of rows as CSV")
+
+
+def _unpacked_size(file: Path) -> int:
+    """Return the bytes of the sheets of a workbook, unpacked; 0 for one that is no archive."""
+    if not zipfile.is_zipfile(file):
+        return 0
+    with zipfile.ZipFile(file) as packed:
+        return sum(each.file_size for each in packed.infolist() if each.filename.endswith(".xml"))
 
 
 def _table(cells: Sequence[Sequence[Any]], sheet: str) -> list[dict[str, Any]]:
