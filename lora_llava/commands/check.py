@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from lora_llava.commands.arguments import a_path, add_recipe
@@ -17,14 +18,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=a_path, metavar="FILE", help="write every finding to this file; default: print a summary only"
     )
-    parser.add_argument("--fix", action="store_true", help="write a cleaned copy next to each file of rows")
+    parser.add_argument(
+        "--fix",
+        action="store_true",
+        help="write a cleaned copy next to each file of rows, and its name into the recipe",
+    )
 
 
 def run(args: argparse.Namespace, console: Any) -> int:
-    from lora_llava.recipe import load_recipe
+    from lora_llava.recipe import find_recipe, load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)
     quieten()
+    from lora_llava.prepare.fixed_recipe import named_rows, use_fixed
     from lora_llava.prepare.row_check import check
 
-    return 1 if check(recipe, json_file=args.json, fix=args.fix, console=console).errors else 0
+    named = named_rows(recipe) if args.fix else []
+    copies: dict[Path, Path] = {}
+    report = check(recipe, json_file=args.json, fix=args.fix, copies=copies, console=console)
+    if copies:
+        use_fixed(named, find_recipe(args.recipe), args.overrides, copies, console)
+    return 1 if report.errors else 0

@@ -1,253 +1,294 @@
-"""Detection of the data in a folder: the file of rows, its format and columns, and the root of its images."""
+"""Detection of the data in a folder: its kind, the file of rows, its format and columns, and the root of its images."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.files.row_files import data_files, parquet_columns, placed_rows
-from lora_llava.data.files.shards import SPLIT_WORDS, group_files, row_files, set_words
+from lora_llava.data.folder_data import FolderData, Placed, absent_images, count_rows, image_root
+from lora_llava.data.folder_kinds import CLASS_FOLDERS, KINDS
+from lora_llava.data.folder_kinds.folder_kind import (
+    ROWS_FOLDER,
+    SPLITS,
+    ConvertedFolder,
+    FolderKind,
+    FolderOptions,
+    ImageFinder,
+    image_files,
+    plain_files,
+)
 from lora_llava.data.formats import (
-    CHAT_COLUMNS,
-    FORMATS,
-    IMAGE_COLUMNS,
-    IMAGE_SUFFIXES,
     Columns,
-    Detected,
     Format,
     RowError,
-    Sample,
-    likely_image_column,
     read_row,
 )
 from lora_llava.data.images.image_id import own_names
-from lora_llava.data.images.image_names import walk_files
-from lora_llava.data.images.image_sources import BadImageError, FolderImages
+from lora_llava.data.table_choice import choose_table, is_table, table_sets
+from lora_llava.data.table_shape import TableShape, by_split, count_unused, has_split_column, table_shape, with_classes
 
-_ALIASES: dict[str, tuple[str, ...]] = {"image": IMAGE_COLUMNS, "id": ("id", "question_id", "key", "uid")}
-for _format in FORMATS:
-    _ALIASES |= _format.aliases
-"""Names of columns found in the wild; the first that a table has counts."""
 _PEEK = 500
 
 
-@dataclass(frozen=True)
-class FolderData:
-    """The data found in a folder.
-
-    Attributes:
-        file: The file of training rows.
-        validation: A file of validation rows; None if they are split off from the training rows.
-        test: A file of test rows; None if none exists.
-        form: The value of `data.format`.
-        shape: A description of the format.
-        columns: The names of the table's columns.
-        image_folder: Root folder of the images; None if no row has one.
-        rows: Number of rows in `file`.
-        images: Number of image files under the folder.
-        named: Number of different images that rows name.
-        embedded: Whether the images are in the table itself.
-        unused: Columns that are not read.
-        files: All files of the set of which `file` is the first.
-        linked: Number of sets of images that no row links to each other; the rows of a set are held out together.
-    """
-
-    file: Path
-    validation: Path | None
-    test: Path | None
-    form: Format
-    shape: str
-    columns: Columns
-    image_folder: Path | None
-    rows: int
-    images: int
-    named: int
-    embedded: bool = False
-    unused: tuple[str, ...] = ()
-    files: tuple[Path, ...] = ()
-    linked: int = 0
-
-
-def understand_folder(folder: Path, file: Path | None = None, follow_links: bool = False) -> FolderData:
+def understand_folder(
+    folder: Path, file: Path | None = None, follow_links: bool = False, options: FolderOptions | None = None
+) -> FolderData:
     """Detect the data in a folder.
 
     Args:
-        folder: A folder with images, at any depth, and a file of rows.
+        folder: A folder with images, at any depth, and a file of rows or labels; or class folders.
         file: The file of rows, if there are several.
         follow_links: Whether links in the folder may lead out of it.
+        options: What else a person chose.
 
     Returns:
-        The data that was found.
+        The data that was found. Nothing is written.
 
     Raises:
         UserError: If the folder has no rows or several possible files of rows, the format of the rows is unknown, or
             none of their images exists.
     """
+    options = replace(options or FolderOptions(), follow_links=follow_links)
     if not folder.is_dir():
         raise UserError(
             f"the folder {folder} does not exist; name one with images and a table, or add --example to make one"
         )
+    if file is not None and not file.exists() and (folder / file).exists():
+        file = folder / file
+    kind, files, sets, unused = _kind_of(folder, file, options)
+    if kind is not None:
+        return _understand_kind(folder, kind, files, options)
     held_out: dict[str, Path] = {}
     if file is None:
-        file, held_out = _choose(folder)
-    files = data_files(file, "--data")
-    file = files[0]
+        file, held_out = choose_table(folder, sets)
+    found = _understand_table(folder, {"train": file, **held_out}, options)
+    return replace(found, left_out=(*unused, *found.left_out))
+
+
+def _kind_of(
+    folder: Path, file: Path | None, options: FolderOptions
+) -> tuple[FolderKind | None, list[Path], list[Path], list[str]]:
+    """Return the kind of folder with its files, or no kind and the sets of tables; and what is not used.
+
+    Raises:
+        UserError: If the folder has files of several kinds.
+    """
+    if options.class_folders:
+        return CLASS_FOLDERS, [folder], [], []
+    if file is not None:
+        claims = [(kind, found) for kind in KINDS if file.is_file() and (found := kind.find(folder, [file]))]
+        return (*claims[0], [], []) if claims else (None, [], [], [])
+    listed = plain_files(folder)
+    claims = [(kind, found) for kind in KINDS if (found := kind.find(folder, listed))]
+    sets, unused = table_sets(folder)
+    claimed = {each for _, found in claims for each in found}
+    tables = [each for each in sets if each not in claimed and (not claims or is_table(each))]
+    if claims and (len(claims) > 1 or tables):
+        choices = [f"{kind.summary} ({found[0].relative_to(folder)})" for kind, found in claims]
+        choices += [f"a table ({each.relative_to(folder)})" for each in tables[:3]]
+        raise UserError(f"{folder} has {' and '.join(choices)}; name the file to use with --data")
+    if claims:
+        return (*claims[0], [], unused)
+    if not tables and CLASS_FOLDERS.find(folder, listed):
+        return CLASS_FOLDERS, [folder], [], unused
+    return None, [], tables, unused
+
+
+def _understand_kind(folder: Path, kind: FolderKind, files: list[Path], options: FolderOptions) -> FolderData:
+    """Convert a folder of another kind than a table, and describe the rows."""
+    converted = kind.convert(folder, files, options)
+    if not converted.splits.get("train"):
+        reasons = "; ".join(converted.left_out.lines())
+        raise UserError(
+            f"{folder}: {kind.summary}, but no row to train on is left{': ' if reasons else ''}{reasons}; add images "
+            "and labels for training"
+        )
+    columns = Columns()
+    if converted.is_table:
+        rows = _divided({s: [(str(row["id"]), row) for row in each] for s, each in converted.splits.items()}, converted)
+        shape = table_shape(files[0], [row for _, row in rows["train"][:_PEEK]], options, folder)
+        columns = shape.columns
+        converted.facts += shape.facts
+        if shape.label_column is not None:
+            rows = _with_images(folder, files[0], rows, shape, options, converted)
+            converted, columns = with_classes(converted, shape, rows, options, files[0].name), Columns()
+        else:
+            converted.form = shape.form
+            count_unused(converted, shape)
+    return _describe(folder, files[0], converted, columns, options)
+
+
+def _understand_table(folder: Path, given: Mapping[str, Path], options: FolderOptions) -> FolderData:
+    """Describe tables that training reads as they are, or convert them where they have no question."""
+    sets = {split: data_files(file, "--data") for split, file in given.items()}
+    files = sets["train"]
     first = [row for each in files for _, row in islice(placed_rows(each), _PEEK)]
     if not first:
-        raise UserError(f"{file}: it has no rows; add lines such as image, question, answer")
-    detected = _shape(file, first)
-    form, columns = detected.choice, detected.columns
-    embedded = file.suffix.lower() == ".parquet" and any(
+        raise UserError(f"{files[0]}: it has no rows; add lines such as image, question, answer")
+    shape = table_shape(files[0], first, options, folder)
+    if shape.label_column is not None:
+        rows = {split: [each for file in mine for each in _named_rows(file)] for split, mine in sets.items()}
+        converted = ConvertedFolder("a table")
+        rows = _divided(rows, converted)
+        rows = _with_images(folder, files[0], rows, shape, options, converted)
+        converted = with_classes(converted, shape, rows, options, files[0].name)
+        return _describe(folder, files[0], converted, Columns(), options)
+    columns, form = shape.columns, shape.form
+    converted = ConvertedFolder("a table", form=form, is_table=True, facts=list(shape.facts))
+    if has_split_column(first) and len(sets) == 1 and files[0].suffix.lower() != ".parquet":
+        rows = _divided({"train": [each for file in files for each in _named_rows(file)]}, converted)
+        if len(rows) > 1:
+            converted.splits = {split: [{"id": at} | row for at, row in each] for split, each in rows.items()}
+            count_unused(converted, shape)
+            return _describe(folder, files[0], converted, columns, options)
+    embedded = files[0].suffix.lower() == ".parquet" and any(
         parquet_columns(each).get(name) for each in files for name in (columns.image, "images")
     )
-    rows, names, linked = _count(files, form, columns, embedded)
-    images = list(_images(folder, follow_links))
-    root = _image_folder(folder, file, images, names, follow_links) if names and not embedded else None
-    known = {"system", "images", *CHAT_COLUMNS, *vars(columns).values()}
-    unused = tuple(str(name) for name in dict.fromkeys(key for row in first for key in row) if name not in known)
+    placed = chain.from_iterable(map(placed_rows, files))
+    rows_count, names, linked, examples = count_rows(placed, form, columns, embedded)
+    images = list(image_files(folder, options.follow_links))
+    root = image_root(folder, files[0], images, names, options.follow_links) if names and not embedded else None
+    others = {split: sum(1 for each in mine for _ in placed_rows(each)) for split, mine in sets.items()}
+    held_out = [each for split, mine in sets.items() if split != "train" for each in mine]
+    named = dict.fromkeys(names) | _names_in(held_out, form, columns)
     return FolderData(
-        file=file,
-        validation=held_out.get("validation"),
-        test=held_out.get("test"),
+        file=files[0],
+        validation=given.get("validation"),
+        test=given.get("test"),
         form=form,
-        shape=detected.shape,
+        shape=shape.shape,
         columns=columns,
         image_folder=root,
-        rows=rows,
+        rows=rows_count,
         images=len(images),
         named=len(names),
         embedded=embedded,
-        unused=unused,
+        unused=shape.unused,
         files=files,
         linked=linked,
+        split_rows=others,
+        facts=(*shape.facts, *absent_images(root, images, named, options.follow_links)),
+        examples=examples,
+        kind="a file of conversations" if shape.shape.startswith("conversations") else "a table",
     )
 
 
-def _choose(folder: Path) -> tuple[Path, dict[str, Path]]:
-    """Return the file to train on, and the validation and test files by their names; of a set, its first file."""
-    sets = [files[0] for files in group_files([*row_files(folder), *row_files(folder, deeper=True)])]
-    held_out: dict[str, Path] = {}
-    for part in ("validation", "test"):
-        mine = [file for file in sets if set_words(file, folder) & set(SPLIT_WORDS[part])]
-        if len(mine) == 1 and len(sets) > 1:
-            held_out[part] = data_files(mine[0], "--data")[0]
-    left = [file for file in sets if file not in held_out.values()]
-    if len(left) == 1:
-        return left[0], held_out
-    if held_out and not left:
-        names = ", ".join(file.name for file in held_out.values())
-        raise UserError(
-            f"{folder} has only {names}, which seem to be held-out rows; name the rows to train on with --data"
-        )
-    if not left:
-        raise UserError(
-            f"{folder} has no table and no JSON; add a CSV with the columns image, question, answer and a row per "
-            "question"
-        )
-    names = ", ".join(str(file.relative_to(folder)) for file in left[:8])
-    raise UserError(f"{folder} has {len(left)} possible files of rows: {names}; name one with --data")
+def _divided(rows: dict[str, list[Placed]], converted: ConvertedFolder) -> dict[str, list[Placed]]:
+    """Return a table's rows by the splits that one of its columns names, if there is one, and say so."""
+    found = by_split(rows)
+    if found is None:
+        return rows
+    divided, column = found
+    converted.facts.append(("splits", f"{column} names the split of each row"))
+    return {split: list(each) for split, each in divided.items()}
 
 
-def _shape(file: Path, rows: list[Any]) -> Detected:
-    wrong = [type(row).__name__ for row in rows if not isinstance(row, Mapping)]
-    if wrong:
-        raise UserError(f"{file}: a row is {wrong[0]}; it should be an object with named fields")
-    row: dict[str, Any] = {}
-    for each in rows:  # a key may be missing where its value is empty
-        row |= {key: value for key, value in each.items() if key not in row or row[key] in (None, "")}
-    plain = {str(name).strip().lower(): str(name) for name in reversed(row)}
-    found = {role: next((plain[name] for name in names if name in plain), None) for role, names in _ALIASES.items()}
-    if found["image"] is None and "images" not in row:
-        found["image"] = likely_image_column(row, set(filter(None, found.values())))
-    sample = Sample(file, row, found)
-    for each in FORMATS:
-        detected = each.detect(sample)
-        if detected is not None:
-            return detected
-    raise UserError(
-        f"{file}: its columns are {', '.join(map(str, row))}; rename them to image, question, answer, or name them "
-        "with data.columns in a copy of my_data_qlora.yaml"
+def _named_rows(file: Path) -> list[Placed]:
+    return [(f"{file.name} {place}", row) for place, row in placed_rows(file)]
+
+
+def _names_in(files: Iterable[Path], form: Format, columns: Columns) -> dict[str, None]:
+    return count_rows(chain.from_iterable(map(placed_rows, files)), form, columns, False)[1]
+
+
+def _describe(
+    folder: Path, file: Path, converted: ConvertedFolder, columns: Columns, options: FolderOptions
+) -> FolderData:
+    """Describe rows that are still to be written."""
+    target = folder / ROWS_FOLDER
+    images = list(image_files(folder, options.follow_links))
+    if converted.is_table:
+        _leave_out_unusable(folder, file, converted, columns, images, options)
+    rows = converted.splits["train"]
+    placed = ((str(row["id"]), row) for row in rows)
+    count, names, linked, examples = count_rows(placed, converted.form, columns, False)
+    held_out = chain.from_iterable(converted.splits.get(split, ()) for split in SPLITS[1:])
+    named = dict.fromkeys(names)
+    named |= count_rows(((str(row["id"]), row) for row in held_out), converted.form, columns, False)[1]
+    if converted.packed:
+        root: Path | None = target / "images"
+        absent: list[tuple[str, str]] = []
+    else:
+        root = image_root(folder, file, images, names, options.follow_links) if names else None
+        absent = absent_images(root, () if converted.counts_images else images, named, options.follow_links)
+    return FolderData(
+        file=target / "train.jsonl",
+        validation=target / "validation.jsonl" if converted.splits.get("validation") else None,
+        test=target / "test.jsonl" if converted.splits.get("test") else None,
+        form=converted.form,
+        shape=converted.shape,
+        columns=columns,
+        image_folder=root,
+        rows=count,
+        images=len(converted.packed) or len(images),
+        named=len(named),
+        files=(target / "train.jsonl",),
+        linked=linked,
+        kind=converted.shape,
+        split_rows={split: len(converted.splits[split]) for split in SPLITS if converted.splits.get(split)},
+        facts=(*converted.facts, *absent),
+        left_out=tuple(converted.left_out.lines()),
+        examples=examples,
+        converted=converted,
     )
 
 
-def _count(files: Iterable[Path], form: Format, columns: Columns, embedded: bool) -> tuple[int, dict[str, None], int]:
-    """Count the rows, collect the images they name, and count the sets of images that no row links to each other.
+def _with_images(
+    folder: Path,
+    file: Path,
+    rows: Mapping[str, list[Placed]],
+    shape: TableShape,
+    options: FolderOptions,
+    converted: ConvertedFolder,
+) -> dict[str, list[Placed]]:
+    """Return the rows of a table of labels whose images are in the folder, or that name none; count the others."""
 
-    Rows with errors are skipped; the check reports them."""
-    count = 0
-    parent: dict[str, str] = {}
+    def name_of(row: Any) -> str:
+        return str(row.get(shape.columns.image) or "").strip()
 
-    def first_of(name: str) -> str:
-        while parent[name] != name:
-            parent[name] = parent[parent[name]]
-            name = parent[name]
-        return name
-
-    rows = (row for file in files for _, row in placed_rows(file))
-    for count, row in enumerate(rows, 1):
-        try:
-            conversation = read_row(row, count - 1, form=form, columns=columns, embedded=embedded)
-        except RowError:
-            continue
-        images = own_names(conversation.images)
-        for name in images:
-            parent.setdefault(name, name)
-            parent[first_of(name)] = first_of(images[0])
-    return count, dict.fromkeys(parent), sum(name == first for name, first in parent.items())
-
-
-def _images(folder: Path, follow_links: bool) -> Iterator[Path]:
-    files = map(Path, walk_files(folder, follow_links))
-    return (file for file in files if file.suffix.lower() in IMAGE_SUFFIXES)
+    names = dict.fromkeys(name for each in rows.values() for _, row in each if (name := name_of(row)))
+    images = list(image_files(folder, options.follow_links))
+    root = image_root(folder, file, images, names, options.follow_links) if names else folder
+    finder = ImageFinder(root, options.follow_links, converted.left_out)
+    there = {name for name in names if finder.exists(name)}
+    found: dict[str, list[Placed]] = {}
+    for split, each in rows.items():
+        found[split] = [(place, row) for place, row in each if name_of(row) in there or not name_of(row)]
+        for name in (name for _, row in each if (name := name_of(row)) and name not in there):
+            finder.find(name, what="rows")  # counts it, with the reason
+    return found
 
 
-def _image_folder(folder: Path, file: Path, files: list[Path], names: Iterable[str], follow_links: bool) -> Path:
-    """Return the folder under which most of the named images exist; among equals, the one with most exact names."""
-    names = list(islice(names, _PEEK))
-    roots = dict.fromkeys([folder, file.parent, folder / "images"])
-    for image in files:
-        roots |= dict.fromkeys(parent for parent in image.parents if parent.is_relative_to(folder))
-        if len(roots) > 100:
-            break
-
-    def hits(root: Path) -> tuple[int, int]:
-        images = FolderImages(root, 1, follow_links=follow_links)
-        found = [_how_found(images, name) for name in names]
-        return len(found) - found.count(None), found.count("as named")
-
-    best = max((root for root in roots if root.is_dir()), key=hits)
-    if not hits(best)[0]:
-        if link := _link_out(folder):
-            raise UserError(
-                f"{file}: none of its first {len(names)} images is under {folder}, and the link {link} leads out of "
-                "it, which is not followed; add --follow-links, which writes data.follow_links: true into the recipe"
-            )
-        raise UserError(
-            f"{file}: its first row with an image names {names[0]}, and none of its first {len(names)} images is "
-            f"under {folder}, which has {len(files)} images; put them there"
-        )
-    return best
-
-
-def _how_found(images: FolderImages, name: str) -> str | None:
-    try:
-        if not images.find(name).is_file():
-            return None
-        return "as named" if images.matched(name) is None else "matched"
-    except (BadImageError, OSError):
-        return None
-
-
-def _link_out(folder: Path) -> Path | None:
-    """Return a link in a folder that leads out of it; None if none does."""
-    root = folder.resolve()
-    for where, below, files in os.walk(folder):
-        for path in (Path(where, name) for name in (*below, *files)):
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                return path
-    return None
+def _leave_out_unusable(
+    folder: Path,
+    file: Path,
+    converted: ConvertedFolder,
+    columns: Columns,
+    images: list[Path],
+    options: FolderOptions,
+) -> None:
+    """Leave out rows of a table that cannot be read, or whose images are not in the folder, and count them."""
+    every = [(str(row["id"]), row) for rows in converted.splits.values() for row in rows]
+    names = count_rows(every, converted.form, columns, False)[1]
+    root = image_root(folder, file, images, names, options.follow_links) if names else folder
+    finder = ImageFinder(root, options.follow_links, converted.left_out)
+    for split, rows in converted.splits.items():
+        kept = []
+        for row in rows:
+            try:
+                conversation = read_row(row, 0, form=converted.form, columns=columns)
+            except RowError as error:
+                converted.left_out.add(f"rows with the problem: {error.kind}", row["id"])
+                continue
+            images_of = [finder.find(name, what="rows") for name in own_names(conversation.images)]
+            if None not in images_of:
+                is_name = isinstance(row.get(columns.image), str) and len(images_of) == 1
+                kept.append(row | {columns.image: images_of[0]} if is_name else row)
+        converted.splits[split] = kept
+    if not converted.splits["train"]:
+        raise UserError(f"{file}: no row can be used; {'; '.join(converted.left_out.lines())}; correct them")

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import shlex
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as RichTable
-from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.storage import atomic_file
 from lora_llava.data.checks.findings import CheckReport
-from lora_llava.data.folder import FolderData, understand_folder
+from lora_llava.data.folder import understand_folder
+from lora_llava.data.folder_data import FolderData
+from lora_llava.data.folder_kinds.folder_kind import FolderOptions, number_of
 from lora_llava.data.formats import Columns
-from lora_llava.data.sources import file_remarks
 from lora_llava.demo.dataset import EXAMPLE_IMAGES, write_example_folder
+from lora_llava.prepare.folder_report import print_found
+from lora_llava.prepare.folder_rows import write_rows
+from lora_llava.prepare.recipe_text import dump_text, load_text
+from lora_llava.prepare.recipe_update import data_part, read_record, update_recipe, write_record
 from lora_llava.prepare.row_check import check
 from lora_llava.recipe import find_recipe, load_recipe
 
@@ -31,22 +35,11 @@ CLIP = "openai/clip-vit-large-patch14-336"
 _LLAVA_1_5 = "llava-hf/llava-1.5-"
 
 
-def init(
-    folder: Path,
-    *,
-    data: Path | None = None,
-    model: str | None = None,
-    llm: str | None = None,
-    vision_tower: str | None = None,
-    template: str | None = None,
-    example: bool = False,
-    follow_links: bool = False,
-    console: Console,
-) -> tuple[Path, CheckReport]:
-    """Write a recipe for a folder, and check it.
+@dataclass(frozen=True)
+class InitChoice:
+    """What a person chose for a new recipe.
 
-    Args:
-        folder: The folder with images and a file of rows.
+    Attributes:
         data: The file of rows; None if the folder has only one.
         model: A complete LLaVA to start from: a folder, a Hub id or `demo`; None keeps the template's.
         llm: A language model to assemble a new LLaVA from, with `vision_tower`; None starts from a complete LLaVA.
@@ -54,81 +47,146 @@ def init(
         template: The shipped recipe to fill in; None for my_data_qlora.yaml, or the demo's.
         example: Create the folder first, with drawn images and a table of questions.
         follow_links: Follow symbolic links, also to images outside the folder; the recipe records it.
+        options: How the folder is understood.
+        update: Refresh the data part of the recipe that an earlier call wrote.
+        dry_run: Print what was understood, and write nothing.
+    """
+
+    data: Path | None = None
+    model: str | None = None
+    llm: str | None = None
+    vision_tower: str | None = None
+    template: str | None = None
+    example: bool = False
+    follow_links: bool = False
+    options: FolderOptions = field(default_factory=FolderOptions)
+    update: bool = False
+    dry_run: bool = False
+
+
+def init(folder: Path, *, console: Console, **chosen: Any) -> tuple[Path, CheckReport]:
+    """Write a recipe for a folder, and check it.
+
+    Args:
+        folder: The folder with images and a file of rows or labels, or with class folders.
         console: Prints what was found.
+        chosen: The attributes of `InitChoice`.
 
     Returns:
-        The recipe's file, and the report of the check.
+        The recipe's file, and the report of the check; an empty report for a dry run.
 
     Raises:
         UserError: For a folder that cannot be read as data, or that has a recipe already.
     """
-    if model == "demo" and template is not None:
-        raise UserError(f"--recipe {template}: the demo uses its own recipe; leave out --recipe or --model demo")
-    if (llm or vision_tower) and model is not None:
-        raise UserError(
-            f"--llm and --vision-tower assemble a new LLaVA, and --model {model} is a complete one; drop one"
-        )
-    if vision_tower and not llm:
-        raise UserError("--vision-tower needs --llm: the two make a new LLaVA; name the language model")
-    if example:
+    choice = InitChoice(**chosen)
+    target = folder / RECIPE_NAME
+    _refuse(choice, target)
+    if choice.example:
         write_example_folder(folder)
         console.print(f"{folder}: {EXAMPLE_IMAGES} drawn images and questions.csv", soft_wrap=True)
-    target = folder / RECIPE_NAME
-    if target.exists():
-        raise UserError(f"{target} exists already; run `lora-llava check {target}`, or remove it to start again")
-    found = understand_folder(folder, data, follow_links)
-    _print_found(found, console)
-    shipped = "demo_my_data_qlora.yaml" if model == "demo" else template or "my_data_qlora.yaml"
-    parts = {"llm": llm, "vision_tower": vision_tower or CLIP} if llm else None
-    filled = fill_in(find_recipe(shipped), found, model, follow_links, parts)
-    target.write_text(filled, encoding="utf-8")
-    recipe = load_recipe(target)
-    console.print(f"wrote {target}", soft_wrap=True)
-    if parts:
+    if target.exists() and not choice.update and not choice.dry_run:
+        raise UserError(
+            f"{target} exists already; add --update to refresh its data part and keep your changes, run `lora-llava "
+            f"check {target}`, or remove it to start again"
+        )
+    choice = _with_recorded(choice, target, console)
+    found = understand_folder(folder, choice.data, choice.follow_links, choice.options)
+    print_found(found, _validation_in_words(found), console)
+    if choice.dry_run:
+        console.print("nothing was written; leave out --dry-run to write the recipe")
+        return target, CheckReport()
+    write_rows(found, console)
+    _write_recipe(target, found, choice, console)
+    if choice.llm:
         console.print(
             "its projector is untrained: few rows teach it little; train it on captions first (Stage 1, "
             "recipes/align.yaml with this llm and vision_tower) and set model.start_from.stage1_run",
             soft_wrap=True,
         )
     try:
-        report = check(recipe, console=console)
+        report = check(load_recipe(target), console=console)
     except UserError as error:
         raise UserError(f"{target} was written but not checked: {error}") from None
-    console.print("next:")
-    for verb in ("check",) if report.errors else ("preview", "finetune"):
-        console.print(f"  lora-llava {verb} {shlex.quote(str(target))}", soft_wrap=True)
+    _print_next(target, report, console)
     return target, report
 
 
-def _print_found(found: FolderData, console: Console) -> None:
-    table = RichTable(title="Found data", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    facts = {
-        "rows": f"{found.rows:,} in {found.file}" + _and_shards(found),
-        "format": found.shape,
-        "images": f"{found.named:,} named by rows, {found.images:,} in the folder",
-        "image folder": str(found.image_folder or ("in the table" if found.embedded else "none: text only")),
-        "read as": "; ".join(remark for _, remark in file_remarks(found.files)),
-        "not used": ", ".join(found.unused),
-        "validation": _validation_in_words(found),
-        "test": str(found.test or ""),
-    }
-    for name, value in facts.items():
-        if value:
-            table.add_row(name, value)
-    console.print(table)
+def _print_next(target: Path, report: CheckReport, console: Console) -> None:
+    console.print("next:")
+    fixable = bool(report.errors) and all(finding.number >= 0 for finding in report.errors)
+    verbs = [("check", " --fix" if fixable else "")] if report.errors else [("preview", ""), ("finetune", "")]
+    for verb, flags in verbs:
+        console.print(f"  lora-llava {verb} {shlex.quote(str(target))}{flags}", soft_wrap=True)
 
 
-def _and_shards(found: FolderData) -> str:
-    return f" to {found.files[-1].name}, {len(found.files):,} files" if len(found.files) > 1 else ""
+def _refuse(choice: InitChoice, target: Path) -> None:
+    """Refuse choices that contradict each other."""
+    if choice.model == "demo" and choice.template is not None:
+        raise UserError(f"--recipe {choice.template}: the demo uses its own recipe; leave out --recipe or --model demo")
+    if (choice.llm or choice.vision_tower) and choice.model is not None:
+        raise UserError(
+            f"--llm and --vision-tower assemble a new LLaVA, and --model {choice.model} is a complete one; drop one"
+        )
+    if choice.vision_tower and not choice.llm:
+        raise UserError("--vision-tower needs --llm: the two make a new LLaVA; name the language model")
+    if choice.update and target.exists() and (choice.model or choice.llm or choice.template):
+        raise UserError(
+            f"--update refreshes the data part of {target} only; leave out --model, --llm and --recipe, and change its "
+            "model section by hand"
+        )
+
+
+def _with_recorded(choice: InitChoice, target: Path, console: Console) -> InitChoice:
+    """Return the choice with what the call that wrote the recipe was given, for an update."""
+    if not choice.update:
+        return choice
+    if not target.exists():
+        console.print(f"{target} does not exist yet; a new one is written", soft_wrap=True)
+        return choice
+    before = read_record(target)["options"]
+    options = choice.options
+    given: dict[str, Any] = {key: getattr(options, key) or before.get(key) for key in _RECORDED}
+    given["ask"] = tuple(given["ask"] or ())
+    given["columns"] = dict(given["columns"] or {})
+    given["class_folders"] = bool(given["class_folders"])
+    same = [f"--{key.replace('_', '-')}" for key in _RECORDED if before.get(key) and not getattr(options, key)]
+    if same:
+        console.print(f"as before: {', '.join(same)}", soft_wrap=True)
+    data = choice.data or (Path(before["data"]) if before.get("data") else None)
+    links = choice.follow_links or bool(before.get("follow_links"))
+    return replace(choice, options=replace(options, **given), data=data, follow_links=links)
+
+
+_RECORDED = ("columns", "sheet", "question", "label_is", "ask", "class_folders")
+"""Options of an earlier call that an update uses again."""
+
+
+def _write_recipe(target: Path, found: FolderData, choice: InitChoice, console: Console) -> None:
+    """Write a new recipe, or update the one that exists, and record what was written."""
+    shipped = "demo_my_data_qlora.yaml" if choice.model == "demo" else choice.template or "my_data_qlora.yaml"
+    parts = {"llm": choice.llm, "vision_tower": choice.vision_tower or CLIP} if choice.llm else None
+    filled = fill_in(find_recipe(shipped), found, choice.model, choice.follow_links, parts)
+    fresh = data_part(filled, str(target))
+    updated = choice.update and target.exists()
+    with_changes = update_recipe(target, fresh, console) if updated else filled
+    with atomic_file(target) as temporary:
+        temporary.write_text(with_changes, encoding="utf-8")
+    options = {key: getattr(choice.options, key) for key in _RECORDED}
+    options |= {"data": str(choice.data) if choice.data else None, "follow_links": choice.follow_links}
+    write_record(target, fresh, options)
+    console.print(f"{'updated' if updated else 'wrote'} {target}", soft_wrap=True)
 
 
 def _validation_in_words(found: FolderData) -> str:
     count = held_out_rows(found.rows, found.linked)
     if found.validation is not None:
-        return str(found.validation)
-    return f"{count:,} rows or more, held out by image" if count else "none: too few rows or images to hold any out"
+        rows = number_of(found.split_rows.get("validation", 0), "row")
+        return rows if found.converted else f"{rows} in {found.validation}"
+    return (
+        f"{number_of(count, 'row')} or more, held out by image"
+        if count
+        else "none: too few rows or images to hold any out"
+    )
 
 
 def held_out_rows(rows: int, images: int) -> int:
@@ -162,11 +220,8 @@ def fill_in(
     Returns:
         The recipe's text.
     """
-    yaml = YAML()
-    yaml.width = 4096
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    content = yaml.load(template.read_text(encoding="utf-8"))
-    content["output_dir"] = f"runs/{found.file.parent.resolve().name}"
+    content = load_text(template.read_text(encoding="utf-8"))
+    content["output_dir"] = f"runs/{_folder_name(found)}"
     data = content["data"]
     data["format"] = found.form
     data["path"] = str(found.file)
@@ -191,15 +246,12 @@ def fill_in(
     if parts or (model is not None and model != "demo" and not model.startswith(_LLAVA_1_5)):
         data["template"] = "auto"  # the shipped recipe names LLaVA-1.5's
         data.pop("image_aspect", None)
-    stream = io.StringIO()
-    yaml.dump(content, stream)
-    return "\n".join(map(_comment_apart, stream.getvalue().splitlines())) + "\n"
+    return dump_text(content)
 
 
-def _comment_apart(line: str) -> str:
-    """Put two spaces before a line's comment, which ruamel leaves in the column of the previous value."""
-    value, sign, comment = line.rpartition("# ")
-    return f"{value.rstrip()}  # {comment}" if sign and value.strip() else line
+def _folder_name(found: FolderData) -> str:
+    parent = found.file.parent.resolve()
+    return parent.parent.name if found.converted is not None else parent.name
 
 
 def _put(section: Any, key: str, value: dict[str, Any], comment: str) -> None:

@@ -33,13 +33,21 @@ from lora_llava.splits.split_rows import run_policy
 _BAR = 40
 
 
-def check(recipe: Recipe, *, json_file: Path | None = None, fix: bool = False, console: Console) -> CheckReport:
+def check(
+    recipe: Recipe,
+    *,
+    json_file: Path | None = None,
+    fix: bool = False,
+    copies: dict[Path, Path] | None = None,
+    console: Console,
+) -> CheckReport:
     """Read all data of a recipe, and report what is wrong with it.
 
     Args:
         recipe: The recipe.
         json_file: JSON file for the findings.
         fix: Write a cleaned copy next to each file of rows.
+        copies: Filled with the copy of the first file of each source that `fix` wrote.
         console: Prints the report.
 
     Returns:
@@ -63,7 +71,9 @@ def check(recipe: Recipe, *, json_file: Path | None = None, fix: bool = False, c
         json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, report.as_dict())
     if fix and splits:
-        _fix(splits, report, console)
+        written = _fix(splits, report, console)
+        if copies is not None:
+            copies.update(written)
     return report
 
 
@@ -184,8 +194,9 @@ def _findings(report: CheckReport) -> RichTable:
     return table
 
 
-def _fix(splits: dict[str, OpenSplit], report: CheckReport, console: Console) -> None:
-    """Write a copy of each file of rows without rows that have errors or are repeated."""
+def _fix(splits: dict[str, OpenSplit], report: CheckReport, console: Console) -> dict[Path, Path]:
+    """Write a copy of each file of rows without rows that have errors or are repeated; return the first of each."""
+    copies: dict[Path, Path] = {}
     dropped: dict[str, set[int]] = {}
     for finding in [*report.errors, *(f for f in report.warnings if f.dropped or f.kind == DUPLICATE)]:
         if finding.number >= 0:
@@ -210,5 +221,8 @@ def _fix(splits: dict[str, OpenSplit], report: CheckReport, console: Console) ->
             console.print(
                 f"--fix: {target}: {count:,} rows, {left_out:,} left out; {file} is unchanged", soft_wrap=True
             )
+            if file == source.files[0]:
+                copies[file] = target
     if not dropped:
         console.print("--fix: nothing to leave out; no copy was written")
+    return copies

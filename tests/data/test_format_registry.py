@@ -36,7 +36,7 @@ class Riddles(RowFormat):
 def test_a_format_in_the_table_is_read_and_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     formats = tuple(sorted((*FORMATS, Riddles()), key=lambda each: each.precedence))
     monkeypatch.setattr(registry, "FORMATS", formats)
-    monkeypatch.setattr("lora_llava.data.folder.FORMATS", formats)
+    monkeypatch.setattr("lora_llava.data.table_shape.FORMATS", formats)
     row = {"riddle": "What has teeth and cannot bite?", "solution": "A comb."}
     assert read_row(row, 0).turns == (Turn("user", row["riddle"]), Turn("assistant", row["solution"]))
     (tmp_path / "rows.csv").write_text("riddle,solution\nWhat?,That.\n")

@@ -235,3 +235,12 @@ def test_the_cleaned_copy_of_another_encoding_is_utf_8(tmp_path: Path, mark: byt
     file.write_bytes(mark + text.encode("utf-16-le" if mark else "cp1252"))
     target, count = write_without(file, {1})
     assert (count, target.read_bytes()) == (1, "\ufeffquestion;answer\r\ngrün?;ja\r\n".encode())
+
+
+def test_the_line_in_which_excel_names_the_delimiter(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b"SEP=;\r\nquestion;answer\r\nWhat, and why?;So.\r\nWho?;I.\r\n")
+    assert [place for place, _ in placed_rows(file)] == ["line 3", "line 4"]
+    assert next(iterate_rows(file)) == {"question": "What, and why?", "answer": "So."}
+    copy, count = write_without(file, {1})
+    assert (copy.read_bytes(), count) == (b"question;answer\r\nWhat, and why?;So.\r\n", 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import atomic_file
-from lora_llava.data.files.row_files import estimate_rows, json_text, placed_rows, table_delimiter
+from lora_llava.data.files.row_files import estimate_rows, is_hint, json_text, placed_rows, table_delimiter
 from lora_llava.data.files.shards import shard_of
 from lora_llava.data.files.text_encoding import text_encoding
 
@@ -104,7 +104,8 @@ def _write_table(rows: Iterable[Any], target: Path, file: Path) -> int:
     head = file.read_bytes()[:_HEAD]
     source_encoding = text_encoding(file)
     with file.open(encoding=source_encoding, newline="") as stream:
-        header = next(csv.reader(stream, delimiter=delimiter, strict=True), [])
+        lines = csv.reader(stream, delimiter=delimiter, strict=True)
+        header = next((cells for cells in lines if not is_hint(cells)), [])
     # Spreadsheets that wrote a byte order mark or another encoding read UTF-8 only with a mark.
     marked = head.startswith(codecs.BOM_UTF8) or source_encoding != "utf-8-sig"
     encoding = "utf-8-sig" if marked else "utf-8"

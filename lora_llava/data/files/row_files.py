@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ class DataFileError(UserError):
 
 
 _TABLES = (".csv", ".tsv")
+_HINT = re.compile(r"sep=(.)\s*", re.IGNORECASE)
 _FIRST = 500
 """Rows from which the total number is estimated."""
 
@@ -275,7 +277,13 @@ def table_delimiter(file: Path) -> str:
         return "\t"
     with _open_text(file) as stream:
         header = stream.readline(LONGEST)
-    return max(",;\t", key=header.count)
+    hint = _HINT.fullmatch(header)
+    return hint[1] if hint else max(",;\t", key=header.count)
+
+
+def is_hint(cells: Sequence[str]) -> bool:
+    """Check whether a line names the delimiter, as Excel writes and reads it: `sep=;` above the column names."""
+    return len(cells) == 2 and cells[0].lower() == "sep=" and not cells[1]
 
 
 def _table_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -288,14 +296,14 @@ def _table_rows(file: Path) -> Iterator[tuple[str, dict[str, str]]]:
         start = 1
         try:
             for cells in reader:
-                if cells and not names:
+                if cells and not names and not is_hint(cells):
                     names = _header(file, cells)
-                elif cells and len(cells) != len(names):
+                elif cells and names and len(cells) != len(names):
                     raise DataFileError(
                         f"{file}, line {start}: {len(cells)} fields, but the first line has {len(names)}; put text "
                         "that contains the separator in double quotes"
                     )
-                elif cells:
+                elif cells and names:
                     yield f"line {start}", dict(zip(names, cells, strict=True))
                 start = reader.line_num + 1
         except (csv.Error, TooLongError) as error:

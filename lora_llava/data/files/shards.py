@@ -14,7 +14,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation", "dev", "eval"),
-    "test": ("test",),
+    "test": ("test", "testing"),
 }
 """Names of splits in file names."""
 _NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json")

@@ -1,0 +1,119 @@
+"""YOLO's folders: `labels/*.txt` beside `images/`, with class names in `data.yaml` or `classes.txt`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.folder_kinds.box_questions import BoxedImage, ObjectBox, add_box_questions
+from lora_llava.data.folder_kinds.folder_kind import (
+    ConvertedFolder,
+    FolderKind,
+    FolderOptions,
+    class_text,
+    image_files,
+    split_of,
+)
+
+_CLASSES = ("classes.txt", "obj.names", "_darknet.labels")
+_LARGEST = 1 << 20
+
+
+class YoloFolder(FolderKind):
+    """A text file with `class x y width height` lines for each image."""
+
+    summary = "YOLO labels"
+
+    def find(self, folder: Path, files: Sequence[Path]) -> list[Path]:
+        texts = [file for file in files if file.suffix.lower() == ".txt" and file.is_relative_to(folder)]
+        return [file for file in texts if "labels" in file.relative_to(folder).parts and file.name not in _CLASSES]
+
+    def convert(self, folder: Path, files: Sequence[Path], options: FolderOptions) -> ConvertedFolder:
+        names = _names(folder)
+        if not names:
+            raise UserError(
+                f"{folder}: its labels name classes by number only; add classes.txt with one name a line, or data.yaml"
+            )
+        found = ConvertedFolder(self.summary, counts_images=True)
+        images = {_key(file, folder): file for file in image_files(folder, options.follow_links)}
+        boxed = []
+        for file in files:
+            image = images.pop(_key(file, folder), None)
+            relative = file.relative_to(folder).as_posix()
+            if image is None:
+                found.left_out.add("label files whose image is not in the folder", relative)
+                continue
+            boxes = tuple(_boxes(file, relative, names, found))
+            boxed.append(
+                BoxedImage(relative, image.relative_to(folder).as_posix(), split_of(image.parent / "x", folder), boxes)
+            )
+        for image in images.values():
+            found.left_out.add("images without a label file", image.relative_to(folder).as_posix())
+        if not any(each.boxes for each in boxed):
+            raise UserError(f"{folder}: no label file has a line such as `0 0.5 0.5 0.2 0.2`; export the labels again")
+        add_box_questions(found, boxed, options)
+        return found
+
+
+def _key(file: Path, folder: Path) -> str:
+    """Return the path without suffix, and without the folder that is `images` for one and `labels` for the other."""
+    parts = [part for part in file.relative_to(folder).parts[:-1] if part.lower() not in ("images", "labels")]
+    return "/".join([*parts, file.stem])
+
+
+def _names(folder: Path) -> list[str] | dict[int, str]:
+    for name in _CLASSES:
+        for file in (folder / name, folder / "labels" / name):
+            if file.is_file() and file.stat().st_size < _LARGEST:
+                lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+                return [class_text(line) for line in lines if line.strip()]
+    for file in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
+        content = _yaml(file)
+        listed = content.get("names") if isinstance(content, Mapping) else None
+        if isinstance(listed, list):
+            return [class_text(str(each)) for each in listed]
+        if isinstance(listed, Mapping):
+            return {int(key): class_text(str(each)) for key, each in listed.items() if str(key).isdecimal()}
+    return []
+
+
+def _yaml(file: Path) -> object:
+    if file.stat().st_size > _LARGEST:
+        return None
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
+    if "*" in text or "&" in text:  # aliases could expand without end
+        return None
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError, RecursionError):
+        return None
+
+
+def _boxes(file: Path, relative: str, names: list[str] | dict[int, str], found: ConvertedFolder) -> list[ObjectBox]:
+    """Read the lines `class x y width height`, or `class x1 y1 x2 y2 x3 y3 ...` of outlines."""
+    boxes = []
+    text = file.read_text(encoding="utf-8-sig", errors="replace") if file.stat().st_size < _LARGEST else "too large"
+    known = names if isinstance(names, dict) else dict(enumerate(names))
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            label, *values = (float(each) for each in line.split())
+            if len(values) < 4 or label != int(label) or not all(map(math.isfinite, values)):
+                raise ValueError
+        except (ValueError, OverflowError):
+            found.left_out.add("lines that are not class, x, y, width, height", f"{relative} line {number}")
+            continue
+        if int(label) not in known:
+            found.left_out.add("boxes of a class without a name", f"{relative} line {number}: class {int(label)}")
+            continue
+        x, y = values[:2]
+        if len(values) >= 6:
+            x, y = (sum(values[at::2]) / len(values[at::2]) for at in (0, 1))
+        boxes.append(ObjectBox(known[int(label)], x, y))
+    return boxes
