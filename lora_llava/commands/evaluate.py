@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, console: Any) -> int:
         bad_images=args.bad_images,
         parser=args.parser,
     )
-    table = evaluate(
+    found = evaluate(
         args.model,
         options,
         recipe=args.recipe,
@@ -119,7 +119,8 @@ def run(args: argparse.Namespace, console: Any) -> int:
         output=args.output,
         server=server,
     )
-    print_table(Path(args.model).name, table, args, console, same_questions=not (options.shuffled or options.base_only))
+    same_questions = not (options.shuffled or options.base_only)
+    print_table(Path(args.model).name, dict(found.table), args, console, found.figures, same_questions=same_questions)
     return 0
 
 

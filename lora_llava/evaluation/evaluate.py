@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,8 @@ from lora_llava.evaluation.answerers import (
     reference_losses,
 )
 from lora_llava.evaluation.answers import COMPARED_BY, AnswerTable
+from lora_llava.evaluation.figures.majority import MajorityAnswers, read_majority
+from lora_llava.evaluation.figures.run_figures import ANSWERS, build_figures
 from lora_llava.evaluation.question_prompts import PARSERS, PROMPTS, choices_of, reasons_first, with_prompt
 from lora_llava.evaluation.row_evaluation import (
     choose_rows,
@@ -48,6 +51,7 @@ from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.planning.run_plan import build_run_processor
 from lora_llava.recipe import EvaluationSection, ModelSection, Recipe, StartFrom, load_recipe
 from lora_llava.runs.directory import (
+    METRICS_FILE,
     RECIPE_FILE,
     is_run,
     machine,
@@ -125,6 +129,19 @@ class OpenedEvaluation:
         return self.recipe.data.format == "scienceqa"
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """Scores of an evaluation.
+
+    Attributes:
+        table: The table of scores.
+        figures: The figures beside them (`build_figures`); None for ScienceQA.
+    """
+
+    table: Table | AnswerTable
+    figures: dict[str, Any] | None
+
+
 def evaluate(
     model: str,
     options: EvaluationOptions | None = None,
@@ -134,7 +151,7 @@ def evaluate(
     limit: int | None = None,
     output: str | None = None,
     server: ChatServer | None = None,
-) -> Table | AnswerTable:
+) -> Evaluated:
     """Evaluate a model on the held-out questions of a recipe, and write its answers and a summary of the scores.
 
     Args:
@@ -148,7 +165,7 @@ def evaluate(
         server: The server that answers, in place of a local model.
 
     Returns:
-        The table of scores.
+        The table of scores, with the figures beside it.
 
     Raises:
         UserError: If the model, the recipe or the data is missing or does not fit.
@@ -197,8 +214,24 @@ def evaluate(
             f"{max(1, settings.batch_size // 2)} and run the command again: the answers so far are kept"
         ) from None
     about |= {"model": model, "questions": questions_hash(rows)}
-    _write_summary(folder / f"evaluation{suffix}.json", about, summarise(table, scored), time.monotonic() - start)
-    return table
+    found, figures = summarise(table, scored), None
+    if not opened.science:
+        lines: Sequence[Any] = scored
+        figures = build_figures({ANSWERS: lines}, rows, _training_answers(model))
+        found["figures"] = figures
+    _write_summary(folder / f"evaluation{suffix}.json", about, found, time.monotonic() - start)
+    return Evaluated(table, figures)
+
+
+def _training_answers(model: str) -> MajorityAnswers | None:
+    """Return the counts of the training answers that a run has saved; None for another folder or an earlier version."""
+    file = Path(model) / METRICS_FILE
+    if not is_run(Path(model)) or not file.is_file():
+        return None
+    try:
+        return read_majority(json.loads(file.read_text(encoding="utf-8"))["figures"]["majority"])
+    except (ValueError, TypeError, KeyError, IndexError):
+        return None
 
 
 def _other_suffix(recipe: str | None, overrides: Sequence[str], limit: int | None, server: ChatServer | None) -> str:

@@ -35,11 +35,17 @@ class Table:
         title: Heading above the table.
         columns: Headings; the first is that of the labels.
         rows: Each has as many cells as there are columns.
+        labels: Number of columns at the start that are labels; a first label that repeats is shown once.
+        note: A sentence below the heading.
+        diagonal: Whether cells on the diagonal behind the labels are emphasised, as in a confusion table.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    labels: int = 1
+    note: str = ""
+    diagonal: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class RunReport:
         tables: Tables, such as accuracy by category.
         gallery: Questions and answers; wrong ones are shown first.
         notes: What a reader should know first.
+        findings: Sentences above the tables that state what the scores show.
     """
 
     title: str
@@ -86,6 +93,7 @@ class RunReport:
     tables: Sequence[Table]
     gallery: Sequence[GalleryItem]
     notes: Sequence[str]
+    findings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -332,7 +332,7 @@ def _print_result(recipe: Recipe, metrics: dict[str, Any], seconds: float, conso
     tables = {name: metrics[name] for name in ("before", "after") if metrics[name] is not None}
     if tables:
         title = "ScienceQA, test split" if recipe.data.format == "scienceqa" else "Answers"
-        console.print(tables_view(title, tables))
+        console.print(tables_view(title, tables, metrics.get("figures")))
     train = metrics["train"]
     loss = train["best_validation_loss"]
     console.print(

@@ -17,6 +17,8 @@ from lora_llava.evaluation.parsing.normal import normalise
 from lora_llava.evaluation.summary import table_intervals
 
 MAJORITY, BEFORE, WEIGHED, AFTER, SHUFFLED = "majority", "before", "before_by_likelihood", "after", "shuffled"
+ANSWERS = "answers"
+"""Name of the answers of an evaluation, of which it is not known whether the model is trained."""
 _STARTS = {BEFORE: "Before training", AFTER: "After training"}
 _CROWDED = 1.5
 """Rows per image above which a sentence says that rows of one image are not independent."""
