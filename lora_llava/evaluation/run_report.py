@@ -27,6 +27,7 @@ from lora_llava.evaluation.figures.figure_lines import (
     confusion_title,
     figure_lines,
     headings,
+    line_notes,
     matrix,
     read_confusions,
     recall_cells,
@@ -257,12 +258,11 @@ def _tables(tables: dict[str, Any], figures: Mapping[str, Any] | None = None) ->
     if not tables:
         return []
     if any(is_answer_table(table) for table in tables.values()):
-        columns = ["group", "answers", *headings(), "questions"]
-        rows = [
-            [line.group, line.title, *cells(line), f"{line.scores['questions']:,}"]
-            for line in figure_lines(tables, figures)
-        ]
-        return [Table("Answers to held-out rows", columns, rows, labels=2)]
+        lines = figure_lines(tables, figures)
+        columns = ["", *headings(), "questions"]
+        rows = [[line.title, *cells(line), f"{line.scores['questions']:,}"] for line in lines]
+        groups = [line.group for line in lines] if len({line.group for line in lines}) > 1 else []
+        return [Table("Answers to held-out rows", columns, rows, groups=groups, note=" ".join(line_notes(figures)))]
     rows = [[name, *percent_cells(table)] for name, table in tables.items()]
     last = tables[list(tables)[-1]]
     rows += [[f"95% {name}", *ends] for name, ends in zip(("from", "to"), interval_cells(last), strict=True)]

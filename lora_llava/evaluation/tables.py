@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from lora_llava.evaluation.figures.figure_lines import (
     confusion_title,
     figure_lines,
     headings,
+    line_notes,
     matrix,
     read_confusions,
     recall_cells,
@@ -43,36 +45,51 @@ def answer_rows(title: str, tables: Mapping[str, AnswerTable], figures: Mapping[
     Returns:
         A table to print.
     """
-    view = RichTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    view = _open_table(title)
     lines = figure_lines(tables, figures)
     several = len({line.group for line in lines}) > 1
-    for column in ("", *headings(), "questions"):
-        view.add_column(column, justify="right" if column else "left", no_wrap=column == INTERVAL)
+    indent = "  " if several else ""
+    view.add_column("", min_width=max((len(indent + line.title) for line in lines), default=0))
+    for column in headings():
+        view.add_column(_in_lines(column), justify="right", no_wrap=True)
+    view.add_column("questions", justify="right", no_wrap=True)
     group = ""
     for line in lines:
         if several and line.group != group:
             group = line.group
             view.add_row(Text(group, style="bold"))
-        indent = "  " if several else ""
         view.add_row(Text(indent + line.title), *cells(line), f"{line.scores['questions']:,}")
     return view
 
 
+def _in_lines(heading: str) -> str:
+    """Break a heading into lines of a word each, a unit kept with its `in`."""
+    return re.sub(r"(?<! in) ", "\n", heading) if heading != INTERVAL else heading
+
+
+def _open_table(title: str | None = None) -> RichTable:
+    """Return a table with a line below its headings and no other, so that much fits into 80 columns."""
+    return RichTable(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+
+
 def figures_view(figures: Mapping[str, Any]) -> list[RenderableType]:
-    """Build what follows the table of scores: a confusion table for each group of few answers, and sentences."""
-    found: list[RenderableType] = []
+    """Build what follows the table of scores: notes, a confusion table for each group of few answers, and sentences."""
+    found: list[RenderableType] = [Text(note, style="dim") for note in line_notes(figures)]
     for saved, confusion in zip(figures.get("confusion", []), read_confusions(figures), strict=True):
         columns, rows = matrix(confusion)
         if sum(max(map(len, each)) + 2 for each in zip(columns, *rows, strict=True)) > _MATRIX_WIDTH:
             columns, rows = list(RECALL_HEADINGS), recall_cells(confusion, saved)
-        view = RichTable(title=Text(confusion_title(confusion)), title_justify="left", box=box.SIMPLE_HEAD)
+        view = _open_table()
         for place, column in enumerate(columns):
             left = place == 0 or column == RECALL_HEADINGS[-1]
             view.add_column(Text(column), justify="left" if left else "right", overflow="fold")
         for row in rows:
             view.add_row(*map(Text, row))
-        found += [view, Text(balanced_note(confusion, figures) + "\n")]
-    return [*found, *(Text(f"- {sentence}") for sentence in figures.get("sentences", []))]
+        title = Text(confusion_title(confusion), style="italic")  # a table's own title would wrap at its width
+        found += [Text(), title, view, Text(balanced_note(confusion, figures))]
+    return [*found, Text(), *(Text(f"- {sentence}") for sentence in figures.get("sentences", []))]
 
 
 def percent_cells(table: Table) -> list[str]:

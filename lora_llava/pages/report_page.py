@@ -35,7 +35,7 @@ class Table:
         title: Heading above the table.
         columns: Headings; the first is that of the labels.
         rows: Each has as many cells as there are columns.
-        labels: Number of columns at the start that are labels; a first label that repeats is shown once.
+        groups: The group of each row, shown as a heading above its first row; empty for a table without groups.
         note: A sentence below the heading.
         diagonal: Whether cells on the diagonal behind the labels are emphasised, as in a confusion table.
     """
@@ -43,7 +43,7 @@ class Table:
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    labels: int = 1
+    groups: Sequence[str] = ()
     note: str = ""
     diagonal: bool = False
 

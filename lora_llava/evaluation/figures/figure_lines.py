@@ -14,7 +14,7 @@ from lora_llava.evaluation.summary import score_interval
 TITLES = {
     MAJORITY: "majority answer",
     BEFORE: "before",
-    WEIGHED: "before, by likelihood",
+    WEIGHED: "before, likeliest",
     AFTER: "after",
     SHUFFLED: "images shuffled",
 }
@@ -57,6 +57,24 @@ def figure_lines(tables: Mapping[str, Any], figures: Mapping[str, Any] | None = 
     known = {TITLES.get(name, name): table for name, table in found.items() if table}
     groups = dict.fromkeys(group for table in reversed(list(tables.values())) for group in table)
     return [FigureLine(group, title, t[group]) for group in groups for title, t in known.items() if group in t]
+
+
+def line_notes(figures: Mapping[str, Any] | None) -> list[str]:
+    """Describe the lines that the figures add to a table, one sentence each."""
+    figures, found = figures or {}, []
+    majority, shuffled = figures.get("majority") or {}, figures.get("shuffled") or {}
+    if majority.get("table"):
+        by = [name for name, key in (("type", "types"), ("question", "questions")) if majority.get(key)]
+        about = f" to rows of the same {' or '.join(by)}" if by else ""
+        found.append(f"{TITLES[MAJORITY]}: always the most frequent answer of the training rows{about}.")
+    if figures.get(WEIGHED):
+        found.append(f"{TITLES[WEIGHED]}: the likeliest answer of the training rows, for questions with few answers.")
+    if shuffled.get("table"):
+        found.append(
+            f"{TITLES[SHUFFLED]}: after training, {shuffled['rows']:,} of {shuffled['of']:,} rows with images, "
+            "answered with the images of other rows."
+        )
+    return found
 
 
 def headings(metrics: Sequence[Metric] = tuple(METRICS.values())) -> list[str]:
@@ -102,14 +120,19 @@ _BESIDE = (MAJORITY, BEFORE, WEIGHED)
 
 
 def matrix(confusion: Confusion) -> tuple[list[str], list[list[str]]]:
-    """Return a confusion table as headings and rows: references down, answers across, and recall.
+    """Return a confusion table as headings and rows: references down, answers across, rows and recall.
 
     The column of other answers is left out where there are none.
     """
     other = any(counts[-1] for counts in confusion.counts)
-    columns = ["reference", *confusion.answers, *([OTHER] if other else []), "recall in %"]
+    columns = ["reference", *confusion.answers, *([OTHER] if other else []), "rows", "recall in %"]
     rows = [
-        [answer, *(f"{count:,}" for count in (counts if other else counts[:-1])), f"{confusion.recall(place):.2f}"]
+        [
+            answer,
+            *(f"{count:,}" for count in (counts if other else counts[:-1])),
+            f"{sum(counts):,}",
+            f"{confusion.recall(place):.2f}",
+        ]
         for place, (answer, counts) in enumerate(zip(confusion.answers, confusion.counts, strict=True))
     ]
     return columns, rows

@@ -71,7 +71,7 @@ def build_figures(
     return {
         "majority": {**majority.as_dict(), "table": tables.get(MAJORITY)} if majority is not None else None,
         "before_by_likelihood": tables.get(WEIGHED),
-        "shuffled": _about_shuffled(shuffled, last),
+        "shuffled": _about_shuffled(shuffled, last, sum(bool(row.images) for row in rows)),
         "intervals": {each: table_intervals(table) for each, table in tables.items()},
         "gains": [gain.as_dict() for gain in gains],
         "confusion": [found.as_dict() for found in confusions(last, named)],
@@ -110,12 +110,15 @@ def _identity(row: AnsweredRow) -> tuple[str, ...]:
     return row["question_id"], row.get("source", ""), row["question"], row["reference"]
 
 
-def _about_shuffled(shuffled: ShuffledImages | None, last: Sequence[AnsweredRow]) -> dict[str, Any] | None:
+def _about_shuffled(
+    shuffled: ShuffledImages | None, last: Sequence[AnsweredRow], with_images: int
+) -> dict[str, Any] | None:
     if shuffled is None:
         return None
     return {
         "share": shuffled.share,
         "rows": len(shuffled.scored),
+        "of": with_images,
         "table": answer_table(shuffled.scored) if shuffled.scored else None,
         "own_images": answer_table(last[place] for place in shuffled.places) if shuffled.scored else None,
     }

@@ -17,6 +17,7 @@ from lora_llava.evaluation.figures.figure_lines import (
     confusion_title,
     figure_lines,
     headings,
+    line_notes,
     matrix,
     read_confusions,
 )
@@ -238,7 +239,8 @@ def _answers(package: Package, tables: dict[str, Any]) -> str:
 
 def _figures(figures: Mapping[str, Any]) -> str:
     """Write what the scores show, and the confusion tables of questions with few answers."""
-    parts = ["\n".join(f"- {markdown_text(sentence)}" for sentence in figures.get("sentences", []))]
+    sentences = [*line_notes(figures), *figures.get("sentences", [])]
+    parts = ["\n".join(f"- {markdown_text(sentence)}" for sentence in sentences)]
     for confusion in read_confusions(figures):
         columns, rows = matrix(confusion)
         escaped = [[markdown_text(cell) for cell in row] for row in (columns, *rows)]
