@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,7 @@ from lora_llava.evaluation.answerers import (
     reference_losses,
 )
 from lora_llava.evaluation.answers import COMPARED_BY, AnswerTable
-from lora_llava.evaluation.figures.majority import MajorityAnswers, read_majority
+from lora_llava.evaluation.figures.majority import saved_majority
 from lora_llava.evaluation.figures.run_figures import ANSWERS, build_figures
 from lora_llava.evaluation.question_prompts import PARSERS, PROMPTS, choices_of, reasons_first, with_prompt
 from lora_llava.evaluation.row_evaluation import (
@@ -51,7 +50,6 @@ from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.planning.run_plan import build_run_processor
 from lora_llava.recipe import EvaluationSection, ModelSection, Recipe, StartFrom, load_recipe
 from lora_llava.runs.directory import (
-    METRICS_FILE,
     RECIPE_FILE,
     is_run,
     machine,
@@ -217,21 +215,10 @@ def evaluate(
     found, figures = summarise(table, scored), None
     if not opened.science:
         lines: Sequence[Any] = scored
-        figures = build_figures({ANSWERS: lines}, rows, _training_answers(model))
+        figures = build_figures({ANSWERS: lines}, rows, saved_majority(Path(model)))
         found["figures"] = figures
     _write_summary(folder / f"evaluation{suffix}.json", about, found, time.monotonic() - start)
     return Evaluated(table, figures)
-
-
-def _training_answers(model: str) -> MajorityAnswers | None:
-    """Return the counts of the training answers that a run has saved; None for another folder or an earlier version."""
-    file = Path(model) / METRICS_FILE
-    if not is_run(Path(model)) or not file.is_file():
-        return None
-    try:
-        return read_majority(json.loads(file.read_text(encoding="utf-8"))["figures"]["majority"])
-    except (ValueError, TypeError, KeyError, IndexError):
-        return None
 
 
 def _other_suffix(recipe: str | None, overrides: Sequence[str], limit: int | None, server: ChatServer | None) -> str:

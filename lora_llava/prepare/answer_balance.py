@@ -16,7 +16,7 @@ from lora_llava.splits.encoded_sources import OpenSplit
 ONE_ANSWER = "one answer"
 _ALMOST_ALL = 0.8
 """Share of rows with one answer above which it is a warning."""
-_LEAST = 10
+_LEAST = 20
 """Rows that a group needs for a warning."""
 _GROUPS, _ANSWERS, _LETTERS = 8, 4, 24
 """Most groups, answers of a group, and letters of a text that are printed."""
@@ -74,11 +74,14 @@ def balance_lines(counts: MajorityAnswers | None) -> list[Text]:
 
 
 def _line(group: AnswerCount) -> Text:
+    title = _short(group.title, 2 * _LETTERS)
+    if 2 * group.distinct > group.rows:
+        return Text(f"  {title}: {group.rows:,} rows, {group.distinct:,} different answers")
     shown = _most(group.answers)
     left = group.distinct - len(shown)
     more = f", {left:,} other answer{'s' * (left != 1)}" if left else ""
     named = ", ".join(f"{_short(answer)} {100 * count / group.rows:.0f}%" for answer, count in shown)
-    return Text(f"  {_short(group.title, 2 * _LETTERS)}: {group.rows:,} rows; {named}{more}")
+    return Text(f"  {title}: {group.rows:,} rows; {named}{more}")
 
 
 def _most(answers: Sequence[tuple[str, int]]) -> Sequence[tuple[str, int]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lora_llava.data.conversation import Conversation
 from lora_llava.evaluation.answers import AnsweredRow, score_answer
 from lora_llava.evaluation.parsing.normal import normalise
+from lora_llava.runs.directory import METRICS_FILE, is_run
 
 FEW = 20
 """Most different answers of questions that count as having few answers."""
@@ -135,6 +138,17 @@ def read_majority(saved: Mapping[str, Any]) -> MajorityAnswers:
     return MajorityAnswers(
         group(saved["all"]), {each.name: each for each in types}, {normalise(each.name): each for each in questions}
     )
+
+
+def saved_majority(folder: Path) -> MajorityAnswers | None:
+    """Return the counts that a run has saved in its metrics; None for another folder, or a run of an earlier version."""
+    file = folder / METRICS_FILE
+    if not is_run(folder) or not file.is_file():
+        return None
+    try:
+        return read_majority(json.loads(file.read_text(encoding="utf-8"))["figures"]["majority"])
+    except (ValueError, TypeError, KeyError, IndexError):
+        return None
 
 
 def count_answers(rows: Iterable[tuple[str | None, str, str]]) -> MajorityAnswers | None:

@@ -167,7 +167,7 @@ def _sentences(
     if gains and images and with_images > _CROWDED * len(images):
         found.append(
             f"{with_images:,} held-out rows share {len(images):,} images; rows of one image are not independent, so "
-            "the intervals and p values are too narrow."
+            "the intervals are too narrow and the p values too small."
         )
     return found
 
