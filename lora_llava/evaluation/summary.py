@@ -52,12 +52,12 @@ def _known(scores: Mapping[str, Any]) -> dict[str, Any]:
 
 def table_intervals(table: Mapping[str, Any]) -> dict[str, list[float] | None]:
     """Return the 95% interval of exact match by group of a table of free answers; None for a group of no questions."""
-    return {group: score_interval(scores) for group, scores in table.items()}
+    return {group: _rounded(right_answers(scores), scores["questions"]) for group, scores in table.items()}
 
 
-def score_interval(scores: Mapping[str, Any]) -> list[float] | None:
-    """Return the 95% interval of a group's exact match in %; None for no questions."""
-    return _intervals(scores)[f"{METRICS[EXACT].saved_as}_interval"]
+def right_answers(scores: Mapping[str, Any]) -> int:
+    """Return the number of right answers of a group of free answers."""
+    return round(scores[METRICS[EXACT].saved_as] * scores["questions"] / 100)
 
 
 def _intervals(scores: Mapping[str, Any]) -> dict[str, list[float] | None]:

@@ -9,7 +9,8 @@ from typing import Any
 from lora_llava.evaluation.answer_metrics import DASH, EXACT, METRICS, Metric
 from lora_llava.evaluation.figures.confusion import OTHER, Confusion, read_confusion
 from lora_llava.evaluation.figures.run_figures import AFTER, BEFORE, MAJORITY, SHUFFLED, WEIGHED
-from lora_llava.evaluation.summary import score_interval
+from lora_llava.evaluation.parsing.intervals import share_interval
+from lora_llava.evaluation.summary import right_answers
 
 TITLES = {
     MAJORITY: "majority answer",
@@ -77,24 +78,31 @@ def line_notes(figures: Mapping[str, Any] | None) -> list[str]:
     return found
 
 
-def headings(metrics: Sequence[Metric] = tuple(METRICS.values())) -> list[str]:
-    """Return the headings of `cells`."""
-    return [each for metric in metrics for each in (metric.heading, *([INTERVAL] if metric.key == EXACT else []))]
+def headings(metrics: Sequence[Metric] | None = None) -> list[str]:
+    """Return the headings of `cells`; None for all of `METRICS`."""
+    return [each for metric in _of(metrics) for each in (metric.heading, *([INTERVAL] if metric.key == EXACT else []))]
 
 
-def cells(line: FigureLine, metrics: Sequence[Metric] = tuple(METRICS.values())) -> list[str]:
+def cells(line: FigureLine, metrics: Sequence[Metric] | None = None) -> list[str]:
     """Format the scores of a line: a cell for each metric, and the 95% interval of exact match behind it."""
     return [
         each
-        for metric in metrics
+        for metric in _of(metrics)
         for each in (metric.cell(line.scores), *([interval_cell(line.scores)] if metric.key == EXACT else []))
     ]
 
 
+def _of(metrics: Sequence[Metric] | None) -> Sequence[Metric]:
+    return list(METRICS.values()) if metrics is None else metrics
+
+
 def interval_cell(scores: Mapping[str, Any]) -> str:
     """Format the 95% interval of exact match, as `12.3–45.6`; a dash for no questions."""
-    ends = score_interval(scores) if scores["questions"] else None
-    return f"{ends[0]:.1f}–{ends[1]:.1f}" if ends else DASH
+    count = scores["questions"]
+    if not count:
+        return DASH
+    low, high = share_interval(right_answers(scores), count)
+    return f"{low:.1f}–{high:.1f}"
 
 
 def read_confusions(figures: Mapping[str, Any] | None) -> list[Confusion]:

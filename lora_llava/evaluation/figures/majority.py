@@ -141,7 +141,7 @@ def read_majority(saved: Mapping[str, Any]) -> MajorityAnswers:
 
 
 def saved_majority(folder: Path) -> MajorityAnswers | None:
-    """Return the counts that a run has saved in its metrics; None for another folder, or a run of an earlier version."""
+    """Return the counts that a run has saved; None for another folder, or a run of an earlier version."""
     file = folder / METRICS_FILE
     if not is_run(folder) or not file.is_file():
         return None

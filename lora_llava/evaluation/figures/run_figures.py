@@ -166,8 +166,8 @@ def _sentences(
     with_images = sum(bool(row.images) for row in rows)
     if gains and images and with_images > _CROWDED * len(images):
         found.append(
-            f"{with_images:,} held-out rows share {len(images):,} images; rows of one image are not independent, so "
-            "the intervals are too narrow and the p values too small."
+            f"{with_images:,} held-out rows share {len(images):,} image{'s' * (len(images) != 1)}; rows of one image "
+            "are not independent, so the intervals are too narrow and the p values too small."
         )
     return found
 
