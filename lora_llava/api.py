@@ -124,7 +124,7 @@ def evaluate(
         )
         named = None if recipe is None else str(recipe)
         target = None if output is None else str(output)
-        return dict(score(str(model), options, recipe=named, overrides=texts, limit=limit, output=target).table)
+        return dict(score(str(model), options, recipe=named, overrides=texts, limit=limit, output=target))
 
 
 def merge(

@@ -110,7 +110,8 @@ def run(args: argparse.Namespace, console: Any) -> int:
         bad_images=args.bad_images,
         parser=args.parser,
     )
-    found = evaluate(
+    figures: dict[str, Any] = {}
+    table = evaluate(
         args.model,
         options,
         recipe=args.recipe,
@@ -118,9 +119,10 @@ def run(args: argparse.Namespace, console: Any) -> int:
         limit=args.limit,
         output=args.output,
         server=server,
+        show_figures=figures.update,
     )
     same_questions = not (options.shuffled or options.base_only)
-    print_table(Path(args.model).name, dict(found.table), args, console, found.figures, same_questions=same_questions)
+    print_table(Path(args.model).name, table, args, console, figures, same_questions=same_questions)
     return 0
 
 

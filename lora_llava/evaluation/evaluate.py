@@ -127,19 +127,6 @@ class OpenedEvaluation:
         return self.recipe.data.format == "scienceqa"
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """Scores of an evaluation.
-
-    Attributes:
-        table: The table of scores.
-        figures: The figures beside them (`build_figures`); None for ScienceQA.
-    """
-
-    table: Table | AnswerTable
-    figures: dict[str, Any] | None
-
-
 def evaluate(
     model: str,
     options: EvaluationOptions | None = None,
@@ -149,7 +136,8 @@ def evaluate(
     limit: int | None = None,
     output: str | None = None,
     server: ChatServer | None = None,
-) -> Evaluated:
+    show_figures: Callable[[dict[str, Any]], None] | None = None,
+) -> Table | AnswerTable:
     """Evaluate a model on the held-out questions of a recipe, and write its answers and a summary of the scores.
 
     Args:
@@ -161,9 +149,10 @@ def evaluate(
         limit: Highest number of questions.
         output: Folder for the predictions file; by default the model's folder, else the working directory.
         server: The server that answers, in place of a local model.
+        show_figures: Called with the figures beside the scores of free answers (`build_figures`).
 
     Returns:
-        The table of scores, with the figures beside it.
+        The table of scores.
 
     Raises:
         UserError: If the model, the recipe or the data is missing or does not fit.
@@ -212,13 +201,14 @@ def evaluate(
             f"{max(1, settings.batch_size // 2)} and run the command again: the answers so far are kept"
         ) from None
     about |= {"model": model, "questions": questions_hash(rows)}
-    found, figures = summarise(table, scored), None
+    found = summarise(table, scored)
     if not opened.science:
         lines: Sequence[Any] = scored
-        figures = build_figures({ANSWERS: lines}, rows, saved_majority(Path(model)))
-        found["figures"] = figures
+        found["figures"] = build_figures({ANSWERS: lines}, rows, saved_majority(Path(model)))
+        if show_figures is not None:
+            show_figures(found["figures"])
     _write_summary(folder / f"evaluation{suffix}.json", about, found, time.monotonic() - start)
-    return Evaluated(table, figures)
+    return table
 
 
 def _other_suffix(recipe: str | None, overrides: Sequence[str], limit: int | None, server: ChatServer | None) -> str:
