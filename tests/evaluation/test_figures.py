@@ -241,6 +241,16 @@ def test_a_set_where_the_model_is_better_than_the_majority_beyond_chance() -> No
     assert [gain["over"] for gain in found["gains"]] == ["majority", "before"]
 
 
+def test_types_without_a_gain_over_the_majority_are_named() -> None:
+    rows = [*held_out(["red", "blue"] * 5, kind="colour"), *held_out(["yes"] * 7 + ["no"] * 3, kind="presence")]
+    lines = answered(rows, ["red", "blue"] * 5 + ["yes"] * 10)
+    found = build_figures({"after": lines}, rows, count_row_answers(rows))
+    assert found["gains"][0]["beyond_chance"] is False
+    assert found["sentences"][1] == (
+        "No gain over the majority answer in type: presence (70.00% of 10 rows, majority answer 70.00%)."
+    )
+
+
 def test_one_answer_only() -> None:
     found = figures_of(["ok"] * 12, ["ok"] * 12, ["OK."] * 30)
     assert found["sentences"][0].endswith("100.00%: no gain.")
@@ -311,7 +321,7 @@ def test_the_terminal_shows_every_line_within_80_columns() -> None:
     shown = stream.getvalue()
     line = ["majority", "answer", "50.00", "29.9–70.1", "50.00", "50.00", "20"]
     assert line in [each.split() for each in shown.splitlines()]
-    assert line_notes(found)[0] in shown
+    assert line_notes(found)[0] in " ".join(shown.split())
     assert ["bad", "0", "10", "10", "100.00"] in [each.split() for each in shown.splitlines()]
     assert "…" not in shown
     assert [line.title for line in figure_lines(tables)] == ["before", "after"]  # a run of an earlier version

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_llava.data.conversation import Conversation
-from lora_llava.evaluation.answer_metrics import EXACT
+from lora_llava.evaluation.answer_metrics import EXACT, METRICS
 from lora_llava.evaluation.answers import AnsweredRow, answer_table
 from lora_llava.evaluation.figures.confusion import confusions
 from lora_llava.evaluation.figures.majority import MajorityAnswers, majority_rows
@@ -20,6 +20,8 @@ MAJORITY, BEFORE, WEIGHED, AFTER, SHUFFLED = "majority", "before", "before_by_li
 ANSWERS = "answers"
 """Name of the answers of an evaluation, of which it is not known whether the model is trained."""
 _STARTS = {BEFORE: "Before training", AFTER: "After training"}
+_NAMED = 5
+"""Most types that a sentence names."""
 _CROWDED = 1.5
 """Rows per image above which a sentence says that rows of one image are not independent."""
 
@@ -76,7 +78,7 @@ def build_figures(
         "gains": [gain.as_dict() for gain in gains],
         "confusion": [found.as_dict() for found in confusions(last, named)],
         "balanced_accuracy": _balanced({each: found for each, found in scored.items() if each != SHUFFLED}, rows),
-        "sentences": _sentences(gains, majority, last, rows, shuffled),
+        "sentences": _sentences(gains, _without_gain(tables, name), majority, last, rows, shuffled),
     }
 
 
@@ -135,8 +137,26 @@ def _balanced(scored: Mapping[str, Sequence[AnsweredRow]], rows: Sequence[Conver
     return found
 
 
+def _without_gain(tables: Mapping[str, Any], name: str) -> list[str]:
+    """Describe the types of question on which the last answers are no better than the majority answer."""
+    key = METRICS[EXACT].saved_as
+    pairs = {
+        group: (scores, tables[MAJORITY][group])
+        for group, scores in tables[name].items()
+        if group.startswith("type: ") and MAJORITY in tables
+    }
+    found = [
+        f"{group} ({ours[key]:.2f}% of {ours['questions']:,} rows, majority answer {theirs[key]:.2f}%)"
+        for group, (ours, theirs) in pairs.items()
+        if ours[key] <= theirs[key]
+    ]
+    more = f" and {len(found) - _NAMED:,} more types" if len(found) > _NAMED else ""
+    return [f"No gain over the majority answer in {', '.join(found[:_NAMED])}{more}."] if found else []
+
+
 def _sentences(
     gains: Sequence[Gain],
+    without_gain: Sequence[str],
     majority: MajorityAnswers | None,
     last: Sequence[AnsweredRow],
     rows: Sequence[Conversation],
@@ -153,6 +173,7 @@ def _sentences(
             found.append(_describe_shuffled(gain))
         else:
             found.append(describe_gain(gain, _STARTS.get(gain.of, "With the model"), overs[gain.over]))
+            found += without_gain if gain.over == MAJORITY else []
     if majority is not None and not majority.exists:
         found.append("No answer occurs twice in the training rows, so there is no majority answer to compare with.")
     if shuffled is not None and not shuffled.scored and any(row.images for row in rows):
