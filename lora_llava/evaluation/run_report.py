@@ -153,6 +153,11 @@ def _read_metrics(file: Path) -> dict[str, Any]:
         where = "".join(f"{part}." for part in first["loc"]).removesuffix(".")
         problem = f"{where}: {first['msg']}" if where else first["msg"]
         raise UserError(f"{file}: {problem}; restore it, or train the run again") from None
+    try:
+        _tables({name: metrics[name] for name in ("before", "after") if metrics.get(name)}, metrics.get("figures"))
+        _confusions(metrics.get("figures"))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{file}: figures cannot be read ({error!r}); restore it, or remove figures from it") from None
     return metrics
 
 

@@ -89,6 +89,11 @@ def test_a_run_and_its_evaluation(content: dict[str, Any], capsys: pytest.Captur
     before = page
     assert main("report", [str(folder)]) == 0
     assert (folder / "report.html").read_text() == before
+    del metrics["figures"]["confusion"][0]["counts"]
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    capsys.readouterr()
+    assert main("report", [str(folder)]) == 2
+    assert "metrics.json: figures cannot be read (KeyError('counts'))" in capsys.readouterr().err
 
 
 def test_shuffling_can_be_left_out(content: dict[str, Any]) -> None:
