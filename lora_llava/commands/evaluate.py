@@ -110,6 +110,7 @@ def run(args: argparse.Namespace, console: Any) -> int:
         bad_images=args.bad_images,
         parser=args.parser,
     )
+    figures: dict[str, Any] = {}
     table = evaluate(
         args.model,
         options,
@@ -118,8 +119,10 @@ def run(args: argparse.Namespace, console: Any) -> int:
         limit=args.limit,
         output=args.output,
         server=server,
+        show_figures=figures.update,
     )
-    print_table(Path(args.model).name, table, args, console, same_questions=not (options.shuffled or options.base_only))
+    same_questions = not (options.shuffled or options.base_only)
+    print_table(Path(args.model).name, table, args, console, figures, same_questions=same_questions)
     return 0
 
 

@@ -156,9 +156,15 @@ def _score_scienceqa(args: argparse.Namespace, console: Any) -> int:
 
 
 def print_table(
-    name: str, table: dict[str, Any], args: argparse.Namespace, console: Any, *, same_questions: bool
+    name: str,
+    table: dict[str, Any],
+    args: argparse.Namespace,
+    console: Any,
+    figures: dict[str, Any] | None = None,
+    *,
+    same_questions: bool,
 ) -> None:
-    """Print a table of scores, or its JSON with `--json`; add published scores if they are comparable."""
+    """Print a table of scores with its figures, or its JSON with `--json`; add published scores if comparable."""
     if args.json:
         import json
 
@@ -166,7 +172,7 @@ def print_table(
         return
     from lora_llava.evaluation.tables import tables_view
 
-    console.print(tables_view("Answers" if "all" in table else "ScienceQA", {name: table}))
+    console.print(tables_view("Answers" if "all" in table else "ScienceQA", {name: table}, figures))
     _print_published(table, args.published, console, same_questions)
 
 

@@ -204,13 +204,3 @@ def group_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         The means by `Metric.saved_as`, and `questions`, the number of rows.
     """
     return {metric.saved_as: metric.mean(rows) for metric in METRICS.values()} | {"questions": len(rows)}
-
-
-def score_headings() -> list[str]:
-    """Return the headings of `score_cells`."""
-    return [metric.heading for metric in METRICS.values()]
-
-
-def score_cells(scores: Mapping[str, Any]) -> list[str]:
-    """Format the scores of a group for a table, one cell for each metric."""
-    return [metric.cell(scores) for metric in METRICS.values()]

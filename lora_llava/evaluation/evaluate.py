@@ -26,6 +26,8 @@ from lora_llava.evaluation.answerers import (
     reference_losses,
 )
 from lora_llava.evaluation.answers import COMPARED_BY, AnswerTable
+from lora_llava.evaluation.figures.majority import saved_majority
+from lora_llava.evaluation.figures.run_figures import ANSWERS, build_figures
 from lora_llava.evaluation.question_prompts import PARSERS, PROMPTS, choices_of, reasons_first, with_prompt
 from lora_llava.evaluation.row_evaluation import (
     choose_rows,
@@ -135,6 +137,7 @@ def evaluate(
     limit: int | None = None,
     output: str | None = None,
     server: ChatServer | None = None,
+    show_figures: Callable[[dict[str, Any]], None] | None = None,
 ) -> Table | AnswerTable:
     """Evaluate a model on the held-out questions of a recipe, and write its answers and a summary of the scores.
 
@@ -147,6 +150,7 @@ def evaluate(
         limit: Highest number of questions.
         output: Folder for the predictions file; by default the model's folder, else the working directory.
         server: The server that answers, in place of a local model.
+        show_figures: Called with the figures beside the scores of free answers (`build_figures`).
 
     Returns:
         The table of scores.
@@ -198,7 +202,13 @@ def evaluate(
             f"{max(1, settings.batch_size // 2)} and run the command again: the answers so far are kept"
         ) from None
     about |= {"model": model, "questions": questions_hash(rows)}
-    _write_summary(folder / f"evaluation{suffix}.json", about, summarise(table, scored), time.monotonic() - start)
+    found = summarise(table, scored)
+    if not opened.science:
+        lines: Sequence[Any] = scored
+        found["figures"] = build_figures({ANSWERS: lines}, rows, saved_majority(Path(model)))
+        if show_figures is not None:
+            show_figures(found["figures"])
+    _write_summary(folder / f"evaluation{suffix}.json", about, found, time.monotonic() - start)
     return table
 
 

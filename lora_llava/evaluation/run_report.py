@@ -16,11 +16,23 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.images.image_files import image_file
 from lora_llava.data.images.image_sources import BadImageError
-from lora_llava.evaluation.answer_metrics import EXACT, METRICS, score_cells, score_headings
+from lora_llava.evaluation.answer_metrics import EXACT, METRICS
 from lora_llava.evaluation.answers import is_answer_table
 from lora_llava.evaluation.compare.compare_files import CONVERSATIONS, Row, read_predictions
 from lora_llava.evaluation.compare.comparison import is_right
 from lora_llava.evaluation.evaluate import EvaluationOptions, open_evaluation
+from lora_llava.evaluation.figures.figure_lines import (
+    INTERVAL,
+    balanced_note,
+    cells,
+    confusion_title,
+    figure_lines,
+    headings,
+    line_notes,
+    matrix,
+    read_confusions,
+    recall_cells,
+)
 from lora_llava.evaluation.scienceqa import COLUMNS
 from lora_llava.evaluation.scoring import EvaluationResult
 from lora_llava.evaluation.tables import interval_cells, percent_cells
@@ -90,7 +102,8 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: E
         title=f"{folder.name}: Stage {recipe.stage}",
         facts=_facts(recipe, metrics),
         curves=_curves(metrics["train"], tables),
-        tables=_tables(tables),
+        findings=(metrics.get("figures") or {}).get("sentences", []),
+        tables=[*_tables(tables, metrics.get("figures")), *_confusions(metrics.get("figures"))],
         gallery=gallery,
         notes=_notes(after, dict(zip(chosen, gallery, strict=True)))
         if after is not None
@@ -143,6 +156,11 @@ def _read_metrics(file: Path) -> dict[str, Any]:
         where = "".join(f"{part}." for part in first["loc"]).removesuffix(".")
         problem = f"{where}: {first['msg']}" if where else first["msg"]
         raise UserError(f"{file}: {problem}; restore it, or train the run again") from None
+    try:
+        _tables({name: metrics[name] for name in ("before", "after") if metrics.get(name)}, metrics.get("figures"))
+        _confusions(metrics.get("figures"))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{file}: figures cannot be read ({error!r}); restore it, or remove figures from it") from None
     return metrics
 
 
@@ -266,17 +284,15 @@ def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
     return [curve for curve in curves if any(curve.series.values())]
 
 
-def _tables(tables: dict[str, Any]) -> list[Table]:
+def _tables(tables: dict[str, Any], figures: Mapping[str, Any] | None = None) -> list[Table]:
     if not tables:
         return []
     if any(is_answer_table(table) for table in tables.values()):
-        columns = ["", "group", *score_headings(), "questions"]
-        rows = [
-            [name, group, *score_cells(scores), str(scores["questions"])]
-            for name, table in tables.items()
-            for group, scores in table.items()
-        ]
-        return [Table("Answers to held-out rows", columns, rows)]
+        lines = figure_lines(tables, figures)
+        columns = ["", *headings(), "questions"]
+        rows = [[line.title, *cells(line), f"{line.scores['questions']:,}"] for line in lines]
+        groups = [line.group for line in lines] if len({line.group for line in lines}) > 1 else []
+        return [Table("Answers to held-out rows", columns, rows, groups=groups, note=" ".join(line_notes(figures)))]
     rows = [[name, *percent_cells(table)] for name, table in tables.items()]
     last = tables[list(tables)[-1]]
     rows += [[f"95% {name}", *ends] for name, ends in zip(("from", "to"), interval_cells(last), strict=True)]
@@ -285,6 +301,18 @@ def _tables(tables: dict[str, Any]) -> list[Table]:
         (f", letters read by the {table['parser']} parser" for table in tables.values() if "parser" in table), ""
     )
     return [Table(f"Accuracy in % on the test split{parser}", ["", *COLUMNS], rows)]
+
+
+def _confusions(figures: Mapping[str, Any] | None) -> list[Table]:
+    """Return a matrix for each group of few answers, with rows and recall by reference."""
+    found = []
+    for saved, confusion in zip((figures or {}).get("confusion", []), read_confusions(figures), strict=True):
+        columns, rows = matrix(confusion)
+        ends = [each[3] for each in recall_cells(confusion, saved)]
+        rows = [[*row, end] for row, end in zip(rows, ends, strict=True)]
+        note = balanced_note(confusion, figures or {})
+        found.append(Table(confusion_title(confusion), [*columns, INTERVAL], rows, note=note, diagonal=True))
+    return found
 
 
 def _choose(scored: Sequence[Row], seed: int) -> list[int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,29 @@ from transformers import Trainer, TrainerCallback
 from lora_llava.data.conversation import Conversation
 from lora_llava.distributed.ranks import is_first
 from lora_llava.evaluation.answer_metrics import EXACT, METRICS
-from lora_llava.evaluation.answerers import Evaluator, by_generation, reference_losses, split_over_ranks
+from lora_llava.evaluation.answerers import Evaluator, by_generation, by_likelihood, reference_losses, split_over_ranks
 from lora_llava.evaluation.answers import AnswerTable, is_answer_table
-from lora_llava.evaluation.row_evaluation import choose_rows, evaluate_conversations, evaluate_scienceqa
+from lora_llava.evaluation.compare.compare_files import read_predictions
+from lora_llava.evaluation.figures.majority import MOST_ROWS, AnswerCount, MajorityAnswers, count_row_answers
+from lora_llava.evaluation.figures.run_figures import AFTER, BEFORE, WEIGHED, ShuffledImages, build_figures
+from lora_llava.evaluation.row_evaluation import (
+    choose_rows,
+    evaluate_conversations,
+    evaluate_scienceqa,
+    shuffle_images,
+    write_predictions,
+)
 from lora_llava.evaluation.scienceqa import Table
+from lora_llava.inference.likelihood import build_tree
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.planning.run_plan import RunPlan
 from lora_llava.recipe import EvaluationSection
 from lora_llava.splits.split_rows import Split, asked_split
+
+WEIGHED_FILE = "predictions_before_likelihood.jsonl"
+SHUFFLED_FILE = "predictions_after_shuffled.jsonl"
+_LEAST_SHUFFLED, _MOST_SHUFFLED = 40, 400
 
 
 @dataclass(frozen=True)
@@ -63,13 +80,145 @@ def evaluate_run(model: Any, plan: RunPlan, when: str) -> EvaluationResult | Non
     return _evaluate(model, plan, split, rows, file, f"table {when} training")
 
 
+def training_answers(plan: RunPlan) -> MajorityAnswers | None:
+    """Count the answers of a run's training rows, before they are trained on.
+
+    Returns:
+        The counts; None if the run evaluates no own rows.
+    """
+    settings, train = plan.recipe.evaluation, plan.splits.get("train")
+    if settings is None or train is None or not _is_own(plan) or not (settings.before or settings.after):
+        return None
+    return count_row_answers(train.read(choose_rows(range(len(train.rows)), MOST_ROWS, plan.recipe.seed)))
+
+
+def weigh_few_answers(
+    model: Any, plan: RunPlan, before: EvaluationResult | None, majority: MajorityAnswers | None
+) -> None:
+    """Answer the questions of few answers by likelihood, before training, and write the predictions file.
+
+    A base that was never taught the form of the answers writes long ones, which count as wrong. Likelihood shows what
+    it knows. The other questions keep their generated answers.
+
+    Args:
+        model: The model before training.
+        plan: The plan of the run.
+        before: Its generated answers; None if the recipe asks for none.
+        majority: The training rows' answers, which are the choices.
+    """
+    file = Path(plan.recipe.output_dir) / WEIGHED_FILE
+    if is_first():
+        file.unlink(missing_ok=True)
+    if before is None or majority is None or not _is_own(plan):
+        return
+    evaluator = _evaluator(model, plan, before.split)
+    choices = few_choices(evaluator, before.rows, majority)
+    places = [place for place, texts in enumerate(choices) if texts]
+    if not places:
+        return
+    rows = [
+        replace(before.rows[place], extra={**before.rows[place].extra, "choices": choices[place]}) for place in places
+    ]
+    answerer = split_over_ranks(by_likelihood(evaluator, lambda row, _: row.extra["choices"]))
+    _, weighed = evaluate_conversations(rows, answerer, predictions=None, description="before training, by likelihood")
+    found = dict(zip(places, weighed, strict=True))
+    if is_first():
+        write_predictions(file, [found.get(place, line) for place, line in enumerate(before.scored)])
+
+
+def few_choices(
+    evaluator: Evaluator, rows: Sequence[Conversation], majority: MajorityAnswers
+) -> list[tuple[str, ...] | None]:
+    """Return the answers that likelihood may choose from, for each row; None where there is no small choice."""
+
+    @cache
+    def choices(group: AnswerCount, place: int) -> tuple[str, ...] | None:
+        texts = tuple(answer for answer, _ in group.answers)
+        if not group.few or len(texts) < 2 or not all(texts):
+            return None
+        try:
+            build_tree([evaluator.with_answer(rows[place], text)[0] for text in texts])
+        except ValueError:  # tokens that cannot be distinguished
+            return None
+        return texts
+
+    groups = [majority.group(row.extra.get("type"), row.turns[-2].words) for row in rows]
+    first = {group: place for place, group in reversed(list(enumerate(groups)))}
+    return [choices(group, first[group]) for group in groups]
+
+
+def run_figures(
+    model: Any, plan: RunPlan, after: EvaluationResult | None, majority: MajorityAnswers | None
+) -> dict[str, Any] | None:
+    """Compute the figures beside the scores of a run; answers some rows again with their images shuffled.
+
+    Args:
+        model: The trained model.
+        plan: The plan of the run; its directory has the predictions before training, if there are any.
+        after: The answers after training; None if the recipe asks for none.
+        majority: From `training_answers`.
+
+    Returns:
+        See `build_figures`; None for ScienceQA, and without answers after training.
+    """
+    if after is None or not _is_own(plan):
+        return None
+    shuffled = _shuffle_run(model, plan, after)
+    folder, answers = Path(plan.recipe.output_dir), {}
+    settings = plan.recipe.evaluation or EvaluationSection()
+    for name, file in ((BEFORE, "predictions_before.jsonl"), (WEIGHED, WEIGHED_FILE)):
+        if settings.before and is_first() and (folder / file).is_file():
+            answers[name] = read_predictions(folder / file)[1]
+    return build_figures({**answers, AFTER: after.scored}, after.rows, majority, shuffled)
+
+
+def _shuffle_run(model: Any, plan: RunPlan, after: EvaluationResult) -> ShuffledImages | None:
+    share = (plan.recipe.evaluation or EvaluationSection()).shuffled
+    if not share or not any(row.images for row in after.rows):
+        return None
+    places, rows = rows_to_shuffle(after.rows, share, plan.recipe.seed)
+    file = Path(plan.recipe.output_dir) / SHUFFLED_FILE
+    if not rows:
+        return ShuffledImages(share, places, [])
+    found = _evaluate(model, plan, after.split, rows, file, "after training, images shuffled")
+    return ShuffledImages(share, places, found.scored)
+
+
+def rows_to_shuffle(rows: Sequence[Conversation], share: float, seed: int) -> tuple[list[int], list[Conversation]]:
+    """Choose rows with images and give each the images of another row.
+
+    Args:
+        rows: The evaluated rows.
+        share: Share of the rows with images; at least `_LEAST_SHUFFLED` where there are as many, and at most
+            `_MOST_SHUFFLED`.
+        seed: Seed of choice and shuffle.
+
+    Returns:
+        The indices of the chosen rows, and the rows with other images. A row that no other images could be given to is
+        left out.
+    """
+    seen = [place for place, row in enumerate(rows) if row.images]
+    count = min(_MOST_SHUFFLED, max(_LEAST_SHUFFLED, math.ceil(share * len(seen))))
+    chosen = choose_rows(seen, count, seed)
+    shuffled = shuffle_images([rows[place] for place in chosen], seed)
+    changed = [(i, row) for i, row in zip(chosen, shuffled, strict=True) if row.images != rows[i].images]
+    return [place for place, _ in changed], [row for _, row in changed]
+
+
+def _is_own(plan: RunPlan) -> bool:
+    return plan.recipe.data.format == "conversations"
+
+
+def _evaluator(model: Any, plan: RunPlan, split: Split) -> Evaluator:
+    size = (plan.recipe.evaluation or EvaluationSection()).batch_size
+    return Evaluator(model, plan.tokenizer, plan.template, image_tokens(plan.model.config), split.load_pixels, size)
+
+
 def _evaluate(
     model: Any, plan: RunPlan, split: Split, rows: list[Conversation], predictions: Path | None, description: str
 ) -> EvaluationResult:
     settings = plan.recipe.evaluation or EvaluationSection()
-    evaluator = Evaluator(
-        model, plan.tokenizer, plan.template, image_tokens(plan.model.config), split.load_pixels, settings.batch_size
-    )
+    evaluator = _evaluator(model, plan, split)
     answerer = split_over_ranks(by_generation(evaluator, Sampling(max_new_tokens=settings.max_new_tokens)))
     predictions = predictions if is_first() else None
     if plan.recipe.data.format == "scienceqa":

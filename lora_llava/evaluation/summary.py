@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_llava.evaluation.answer_metrics import METRICS
+from lora_llava.evaluation.answer_metrics import EXACT, METRICS
 from lora_llava.evaluation.answers import is_answer_table
 from lora_llava.evaluation.parsing.intervals import share_interval
 from lora_llava.evaluation.scienceqa import COLUMNS
@@ -48,6 +48,16 @@ def unparsed(table: Mapping[str, Any]) -> dict[str, float]:
 def _known(scores: Mapping[str, Any]) -> dict[str, Any]:
     """Return the scores of a group, None in place of the scores of no questions."""
     return {name: value if scores["questions"] or name == "questions" else None for name, value in scores.items()}
+
+
+def table_intervals(table: Mapping[str, Any]) -> dict[str, list[float] | None]:
+    """Return the 95% interval of exact match by group of a table of free answers; None for a group of no questions."""
+    return {group: _rounded(right_answers(scores), scores["questions"]) for group, scores in table.items()}
+
+
+def right_answers(scores: Mapping[str, Any]) -> int:
+    """Return the number of right answers of a group of free answers."""
+    return round(scores[METRICS[EXACT].saved_as] * scores["questions"] / 100)
 
 
 def _intervals(scores: Mapping[str, Any]) -> dict[str, list[float] | None]:

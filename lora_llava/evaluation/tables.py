@@ -2,36 +2,94 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
+from rich.text import Text
 
-from lora_llava.evaluation.answer_metrics import DASH, score_cells, score_headings
+from lora_llava.evaluation.answer_metrics import DASH
 from lora_llava.evaluation.answers import AnswerTable, is_answer_table
+from lora_llava.evaluation.figures.figure_lines import (
+    INTERVAL,
+    RECALL_HEADINGS,
+    balanced_note,
+    cells,
+    confusion_title,
+    figure_lines,
+    headings,
+    line_notes,
+    matrix,
+    read_confusions,
+    recall_cells,
+)
 from lora_llava.evaluation.parsing.intervals import share_interval
 from lora_llava.evaluation.scienceqa import COLUMNS, Table
 from lora_llava.evaluation.summary import unparsed
 
+_MATRIX_WIDTH = 76
+"""Widest confusion table that is shown as a matrix in the terminal; a wider one is a line for each reference."""
 
-def answer_rows(title: str, tables: Mapping[str, AnswerTable]) -> RichTable:
-    """Build a table with one line for each table and group: every metric, and the number of questions.
+
+def answer_rows(title: str, tables: Mapping[str, AnswerTable], figures: Mapping[str, Any] | None = None) -> RichTable:
+    """Build a table of free answers, group by group: every metric with its interval, and the number of questions.
 
     Args:
         title: Title of the table.
         tables: Tables by name, such as `before` and `after`.
+        figures: From `build_figures`; they add lines, such as the majority answer's.
 
     Returns:
         A table to print.
     """
-    view = RichTable(title=title, title_justify="left")
-    several = any(len(table) > 1 for table in tables.values())
-    for column in ("", *(["group"] if several else []), *score_headings(), "questions"):
-        view.add_column(column, justify="right" if column and column != "group" else "left")
-    for name, table in tables.items():
-        for group, scores in table.items():
-            view.add_row(name, *([group] if several else []), *score_cells(scores), f"{scores['questions']:,}")
+    view = _open_table(title)
+    lines = figure_lines(tables, figures)
+    several = len({line.group for line in lines}) > 1
+    indent = "  " if several else ""
+    view.add_column("", min_width=max((len(indent + line.title) for line in lines), default=0))
+    for column in headings():
+        view.add_column(_in_lines(column), justify="right", no_wrap=True)
+    view.add_column("questions", justify="right", no_wrap=True)
+    group = ""
+    for line in lines:
+        if several and line.group != group:
+            group = line.group
+            view.add_row(Text(group, style="bold"))
+        view.add_row(Text(indent + line.title), *cells(line), f"{line.scores['questions']:,}")
     return view
+
+
+def _in_lines(heading: str) -> str:
+    """Break a heading into lines of a word each, a unit kept with its `in`."""
+    return re.sub(r"(?<! in) ", "\n", heading) if heading != INTERVAL else heading
+
+
+def _open_table(title: str | None = None) -> RichTable:
+    """Return a table with a line below its headings and no other, so that much fits into 80 columns."""
+    return RichTable(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+
+
+def figures_view(figures: Mapping[str, Any]) -> list[RenderableType]:
+    """Build what follows the table of scores: notes, a confusion table for each group of few answers, and sentences."""
+    found: list[RenderableType] = [Text(note, style="dim") for note in line_notes(figures)]
+    for saved, confusion in zip(figures.get("confusion", []), read_confusions(figures), strict=True):
+        columns, rows = matrix(confusion)
+        if sum(max(map(len, each)) + 2 for each in zip(columns, *rows, strict=True)) > _MATRIX_WIDTH:
+            columns, rows = list(RECALL_HEADINGS), recall_cells(confusion, saved)
+        view = _open_table()
+        for place, column in enumerate(columns):
+            left = place == 0 or column == RECALL_HEADINGS[-1]
+            view.add_column(Text(column), justify="left" if left else "right", overflow="fold")
+        for row in rows:
+            view.add_row(*map(Text, row))
+        title = Text(confusion_title(confusion), style="italic")  # a table's own title would wrap at its width
+        found += [Text(), title, view, Text(balanced_note(confusion, figures))]
+    return [*found, Text(), *(Text(f"- {sentence}") for sentence in figures.get("sentences", []))]
 
 
 def percent_cells(table: Table) -> list[str]:
@@ -46,10 +104,11 @@ def interval_cells(table: Table) -> tuple[list[str], list[str]]:
     return low, high
 
 
-def tables_view(title: str, tables: Mapping[str, Any]) -> RichTable:
-    """Build a table of either kind; see `table_rows` and `answer_rows`."""
+def tables_view(title: str, tables: Mapping[str, Any], figures: Mapping[str, Any] | None = None) -> RichTable | Group:
+    """Build a table of either kind, with the figures of free answers; see `table_rows` and `answer_rows`."""
     if any(is_answer_table(table) for table in tables.values()):
-        return answer_rows(f"{title}, held-out rows", tables)
+        view = answer_rows(f"{title}, held-out rows", tables, figures)
+        return Group(view, *figures_view(figures)) if figures else view
     return table_rows(title, tables)
 
 

@@ -38,11 +38,17 @@ class Table:
         title: Heading above the table.
         columns: Headings; the first is that of the labels.
         rows: Each has as many cells as there are columns.
+        groups: The group of each row, shown as a heading above its first row; empty for a table without groups.
+        note: A sentence below the heading.
+        diagonal: Whether cells on the diagonal behind the labels are emphasised, as in a confusion table.
     """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    groups: Sequence[str] = ()
+    note: str = ""
+    diagonal: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class RunReport:
         tables: Tables, such as accuracy by category.
         gallery: Questions and answers; wrong ones are shown first.
         notes: What a reader should know first.
+        findings: Sentences above the tables that state what the scores show.
     """
 
     title: str
@@ -91,6 +98,7 @@ class RunReport:
     tables: Sequence[Table]
     gallery: Sequence[GalleryItem]
     notes: Sequence[str]
+    findings: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

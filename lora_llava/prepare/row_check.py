@@ -20,10 +20,12 @@ from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.files.cleaned_copy import write_set_without
 from lora_llava.data.files.row_files import DataFileError
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
+from lora_llava.evaluation.figures.majority import read_majority
 from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.start import plan_model
 from lora_llava.pages.preview_samples import escape_hidden
 from lora_llava.planning.run_plan import build_run_processor
+from lora_llava.prepare.answer_balance import add_balance, balance_lines, train_answers
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.runs.directory import write_json
 from lora_llava.splits.encoded_sources import OpenSplit, encode_splits, image_cache, show_progress
@@ -110,6 +112,8 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
         with_images=sources_with_images(recipe, splits),
     )
     report.warnings += _remarks(splits)
+    counts = train_answers(splits["train"], recipe.seed) if recipe.data.format == "conversations" else None
+    add_balance(report, counts)
     return splits, report
 
 
@@ -154,6 +158,9 @@ def print_report(report: CheckReport, console: Console) -> None:
             over = f"  over the limit: {figures['over_limit_rows']:,} rows, by {figures['over_limit_tokens']:,} tokens"
             console.print(Text(over))
         console.print(_histogram(figures["histogram"]))
+    if saved := report.splits.get("train", {}).get("answers"):
+        for line in balance_lines(read_majority(saved)):
+            console.print(line)
     if report.errors or report.warnings:
         console.print(_findings(report))
     errors, warnings = len(report.errors), len(report.warnings)

@@ -122,6 +122,8 @@ def _add_record(package: Package, base_repo: str | None, base_commit: str | None
         if "base" in holder:
             holder["base"] = public_base(holder["base"], package.hub_ids, base_repo, base_commit)
             package.base = package.base or holder["base"]["name"]
+        if majority := (content.get("figures") or {}).get("majority"):
+            content["figures"]["majority"] = {"table": majority["table"]}  # without the training data's questions
         setattr(
             package,
             {BASE_FILE: "record", RUN_FILE: "record", METRICS_FILE: "metrics", REPORT_FILE: "merge"}[name],

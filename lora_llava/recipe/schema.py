@@ -238,6 +238,9 @@ class EvaluationSection(Section):
     """Every so many steps, generate and score answers to some validation rows; null never."""
     generate_rows: Annotated[int, Field(ge=1)] = 64
     """Number of these validation rows, drawn by the seed; they are the same each time."""
+    shuffled: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Share of held-out conversations that are answered again after training with the images of other rows: at least 40
+    rows, where there are as many, and at most 400. 0 leaves it out."""
 
 
 class Recipe(Section):

@@ -20,8 +20,15 @@ from rich.console import Console
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import FoundPath, cache_folder
 from lora_llava.distributed.ranks import first_alone, first_before_others, is_first, this_rank
+from lora_llava.evaluation.figures.majority import MajorityAnswers
 from lora_llava.evaluation.run_report import REPORT_FILE, write_report
-from lora_llava.evaluation.scoring import EvaluationResult, evaluate_run
+from lora_llava.evaluation.scoring import (
+    EvaluationResult,
+    evaluate_run,
+    run_figures,
+    training_answers,
+    weigh_few_answers,
+)
 from lora_llava.evaluation.tables import tables_view
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
@@ -195,7 +202,8 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     freeze_plan = describe_plan(model)
     plan_tables.print_freeze_plan(freeze_plan, console)
     console.print(f"attention: {plan.computation.attention}")
-    before = _evaluate_before(model, plan, identity, resumed is not None, console)
+    answers = training_answers(plan)
+    before = _evaluate_before(model, plan, identity, resumed is not None, answers, console)
     if base.initial_projector is not None:
         trained_projector(model).load_state_dict(base.initial_projector)
     if resumed is None and (line := start_adapters(plan, base, model, build_feeds(plan)[0])):
@@ -206,7 +214,8 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     with sealed(plan.splits.get("test")):
         result = train(plan, base, model, resumed, identity)
     after = evaluate_run(model, plan, "after")
-    tables = {"before": before, "after": after.table if after else None}
+    figures = run_figures(model, plan, after, answers)
+    tables = {"before": before, "after": after.table if after else None, **({"figures": figures} if figures else {})}
     metrics = _metrics(plan, base, freeze_plan, result, tables)
     first_alone(lambda: _write_results(folder, recipe, metrics, after))
     spent = f"{time.monotonic() - start:.0f} s {'in all' if resumed is None else 'since it was resumed'}"
@@ -237,7 +246,14 @@ def _write_results(folder: Path, recipe: Recipe, metrics: dict[str, Any], after:
     write_report(folder, recipe, metrics, after)
 
 
-def _evaluate_before(model: Any, plan: RunPlan, identity: dict[str, Any], again: bool, console: Console) -> Any:
+def _evaluate_before(
+    model: Any,
+    plan: RunPlan,
+    identity: dict[str, Any],
+    again: bool,
+    answers: MajorityAnswers | None,
+    console: Console,
+) -> Any:
     """Return the table before training.
 
     A resumed run reuses the table from its start if the settings of the evaluation are the same.
@@ -250,6 +266,7 @@ def _evaluate_before(model: Any, plan: RunPlan, identity: dict[str, Any], again:
                 return kept["table"]
         console.print("the settings of the evaluation changed; the table before training is computed again")
     answered = evaluate_run(model, plan, "before")
+    weigh_few_answers(model, plan, answered, answers)
     table = answered.table if answered else None
     first_alone(lambda: write_json(file, {"asked": settings, "table": table}))
     return table
@@ -260,7 +277,7 @@ def _evaluation_settings(plan: RunPlan, identity: dict[str, Any]) -> dict[str, A
     evaluation, split = plan.recipe.evaluation, asked_split(plan.splits)
     if evaluation is None or split is None:
         return None
-    chosen = evaluation.model_dump(mode="json", exclude={"after", "generate_every", "generate_rows"})
+    chosen = evaluation.model_dump(mode="json", exclude={"after", "generate_every", "generate_rows", "shuffled"})
     rows = {name: identity["data"][split][name] for name in ("tokens", "images", "asked")}
     return {**chosen, "split": split, "rows": rows}
 
@@ -316,7 +333,7 @@ def _print_result(recipe: Recipe, metrics: dict[str, Any], spent: str, console: 
     tables = {name: metrics[name] for name in ("before", "after") if metrics[name] is not None}
     if tables:
         title = "ScienceQA, test split" if recipe.data.format == "scienceqa" else "Answers"
-        console.print(tables_view(title, tables))
+        console.print(tables_view(title, tables, metrics.get("figures")))
     train = metrics["train"]
     if reason := train["stopped_early"]:
         console.print(f"stopped early at step {train['steps']:,} of {train['planned_steps']:,}: {reason}")

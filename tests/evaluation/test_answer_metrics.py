@@ -13,9 +13,10 @@ from compared import compared, own
 from rich.console import Console
 
 from lora_llava.evaluation import run_report
-from lora_llava.evaluation.answer_metrics import METRICS, Metric, score_cells, worst_scores
+from lora_llava.evaluation.answer_metrics import METRICS, Metric, worst_scores
 from lora_llava.evaluation.answers import answer_table
 from lora_llava.evaluation.compare.compare_view import as_json, render
+from lora_llava.evaluation.figures.figure_lines import FigureLine, cells
 from lora_llava.evaluation.metrics import AnswerMatch
 from lora_llava.evaluation.summary import summarise
 from lora_llava.evaluation.tables import tables_view
@@ -58,16 +59,19 @@ def test_an_added_metric_is_in_records_and_tables(letter: Metric) -> None:
     assert summarise(table, rows)["table"]["all"]["letter"] == 50.0
     stream = io.StringIO()
     Console(file=stream, width=200).print(tables_view("T", {"after": table}))
-    assert "letter error in %" in stream.getvalue()
+    lines = stream.getvalue().splitlines()
+    assert lines[2].split() == ["match", "F1", "ROUGE-L", "error"]  # headings end with "in %" in the line below
+    assert lines[5].split() == ["after", "50.00", "9.5–90.5", "75.00", "75.00", "50.00", "2"]
     assert AnswerMatch().compute(predictions=["a", "b"], references=["a", "a"])["letter"] == 50.0
 
 
 def test_an_added_metric_is_on_the_report_page(letter: Metric) -> None:
     [page] = run_report._tables({"after": answer_table(own("red cube", "blue cube"))})
     assert page.columns == [
-        *["", "group", "exact match in %", "F1 in %", "ROUGE-L in %", "loss", "letter error in %", "questions"]
+        *["", "exact match in %", "95% interval", "F1 in %", "ROUGE-L in %", "loss", "letter error in %", "questions"]
     ]
-    assert page.rows[0] == ["after", "all", "50.00", "75.00", "75.00", "", "50.00", "2"]
+    assert page.rows == [["after", "50.00", "9.5–90.5", "75.00", "75.00", "", "50.00", "2"]]
+    assert page.groups == []
 
 
 def test_an_added_metric_is_compared(letter: Metric, tmp_path: Path) -> None:
@@ -81,11 +85,11 @@ def test_an_added_metric_is_compared(letter: Metric, tmp_path: Path) -> None:
 def test_an_added_metric_is_on_the_model_card(letter: Metric, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_card, "_measured", lambda package: "Measured.")
     monkeypatch.setattr(model_card, "data_name", lambda package: "the data")
-    package: Any = SimpleNamespace()
+    package: Any = SimpleNamespace(metrics={})
     card = model_card._answers(package, {"after": answer_table(own("red cube", "blue cube"))})
     assert "exact match (SQuAD's rule), word F1 (SQuAD's rule), ROUGE-L, letter error." in card
-    assert "| exact match in % | F1 in % | ROUGE-L in % | letter error in % | questions |" in card
-    assert "| after training | all | 50.00 | 75.00 | 75.00 | 50.00 | 2 |" in card
+    assert "| exact match in % | 95% interval | F1 in % | ROUGE-L in % | letter error in % | questions |" in card
+    assert "| all | after training | 50.00 | 9.5–90.5 | 75.00 | 75.00 | 50.00 | 2 |" in card
 
 
 def test_runs_saved_before_a_metric_existed_stay_readable(letter: Metric, tmp_path: Path) -> None:
@@ -93,5 +97,5 @@ def test_runs_saved_before_a_metric_existed_stay_readable(letter: Metric, tmp_pa
     assert "letter error" not in compared(tmp_path, {"a": own("red cube"), "b": old}).groups[1].columns
     scores = answer_table(own("red cube"))["all"]
     del scores["letter"]
-    assert score_cells(scores) == ["100.00", "100.00", "100.00", "", "–"]
+    assert cells(FigureLine("all", "after", scores)) == ["100.00", "20.7–100.0", "100.00", "100.00", "", "–"]
     run_report._check_table("after", {"all": scores})

@@ -81,7 +81,7 @@ def test_an_added_or_removed_section_is_a_change(stage2_content: dict[str, Any])
     )
     with pytest.raises(UserError, match=r"evaluation.before was 'all' and is None.*, or --accept-changes evaluation$"):
         check_changes(with_evaluation, without, (), 3)
-    keys = ("after", "batch_size", "before", "generate_rows", "max_new_tokens", "parser")
+    keys = ("after", "batch_size", "before", "generate_rows", "max_new_tokens", "parser", "shuffled")
     assert check_changes(with_evaluation, without, ("evaluation",), 3) == tuple(f"evaluation.{key}" for key in keys)
     own = stage2_content | {"data": {"format": "conversations", "path": "a.json"}, "evaluation": None}
     with pytest.raises(UserError, match=r"data.format was 'scienceqa' and is 'conversations'"):

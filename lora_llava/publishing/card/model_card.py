@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,16 @@ from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]
 
 from lora_llava.evaluation.answer_metrics import text_metrics
 from lora_llava.evaluation.answers import is_answer_table
+from lora_llava.evaluation.figures.figure_lines import (
+    balanced_note,
+    cells,
+    confusion_title,
+    figure_lines,
+    headings,
+    line_notes,
+    matrix,
+    read_confusions,
+)
 from lora_llava.publishing.card.card_training import training_rows
 from lora_llava.publishing.card.licences import Licence, card_licence, conflicts, licence_of
 from lora_llava.publishing.card.loss_curve import draw_curve
@@ -210,20 +221,33 @@ _ROWS = {"before": "before training", "after": "after training"}
 
 
 def _answers(package: Package, tables: dict[str, Any]) -> str:
-    """Write the scores of free-form answers, by group."""
-    metrics = text_metrics()
+    """Write the scores of free-form answers, by group, with the figures beside them."""
+    metrics, figures = text_metrics(), package.metrics.get("figures")
     lines = [
         f"## Results\n\nScores on rows of {data_name(package)} that were held out from training, with all rows of an "
         "image kept together. Answers are compared with the reference answers by "
-        f"{', '.join(metric.definition or metric.title for metric in metrics)}. {_measured(package)}\n",
-        table_row(["", "group", *(metric.heading for metric in metrics), "questions"]),
-        table_row(["---"] * (3 + len(metrics))),
+        f"{', '.join(metric.definition or metric.title for metric in metrics)}. The interval is Wilson's, of exact "
+        f"match. {_measured(package)}\n",
+        table_row(["group", "answers", *headings(metrics), "questions"]),
+        table_row(["---"] * (4 + len(metrics))),
     ]
-    for name, table in tables.items():
-        for group, scores in table.items():
-            cells = (metric.cell(scores) for metric in metrics)
-            lines.append(table_row([_ROWS[name], group, *cells, scores["questions"]]))
-    return "\n".join(lines) + "\n"
+    for line in figure_lines(tables, figures):
+        title = _ROWS.get(line.title, line.title)
+        lines.append(table_row([markdown_text(line.group), title, *cells(line, metrics), line.scores["questions"]]))
+    return "\n".join(lines) + "\n" + _figures(figures or {})
+
+
+def _figures(figures: Mapping[str, Any]) -> str:
+    """Write what the scores show, and the confusion tables of questions with few answers."""
+    sentences = [*line_notes(figures), *figures.get("sentences", [])]
+    parts = ["\n".join(f"- {markdown_text(sentence)}" for sentence in sentences)]
+    for confusion in read_confusions(figures):
+        columns, rows = matrix(confusion)
+        escaped = [[markdown_text(cell) for cell in row] for row in (columns, *rows)]
+        lines = [table_row(escaped[0]), table_row(["---"] * len(columns)), *map(table_row, escaped[1:])]
+        title = f"### {markdown_text(confusion_title(confusion))}"
+        parts.append("\n\n".join([title, balanced_note(confusion, figures), "\n".join(lines)]))
+    return "".join(f"\n{part}\n" for part in parts if part)
 
 
 def _results(package: Package) -> str:
@@ -268,6 +292,11 @@ def _measured(package: Package) -> str:
 def table_row(cells: Iterable[Any]) -> str:
     """Write one line of a Markdown table."""
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def markdown_text(text: Any) -> str:
+    """Return a text of the data on one line, with the characters escaped that have a meaning in Markdown."""
+    return re.sub(r"([\\`|<*_~\[\]#])", r"\\\1", " ".join(str(text).split()))
 
 
 def _training(package: Package) -> str:
