@@ -251,3 +251,16 @@ def _link_out(folder: Path) -> Path | None:
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 return path
     return None
+
+
+def detect_shape(file: Path, rows: list[Any]) -> Detected:
+    """Detect the format and the columns of rows.
+
+    Args:
+        file: Their file, for messages.
+        rows: The first rows.
+
+    Raises:
+        UserError: If a row is not an object, or the columns are those of no known format.
+    """
+    return _shape(file, rows)
