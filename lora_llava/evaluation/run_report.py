@@ -84,15 +84,16 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: E
     tables = {name: metrics[name] for name in ("before", "after") if metrics.get(name)}
     chosen = _choose(after.scored, recipe.seed) if after is not None else []
     gallery = [_item(after, i) for i in chosen] if after is not None else []
+    notes = [_note_without_gallery(metrics)]
+    if after is not None:
+        notes = _notes(after, dict(zip(chosen, gallery, strict=True)))
     report = RunReport(
         title=f"{folder.name}: Stage {recipe.stage}",
         facts=_facts(recipe, metrics),
         curves=_curves(metrics["train"], tables),
         tables=_tables(tables),
         gallery=gallery,
-        notes=_notes(after, dict(zip(chosen, gallery, strict=True)))
-        if after is not None
-        else [_note_without_gallery(metrics)],
+        notes=[*notes, *(metrics.get("continues") or {}).get("rows", ())],
     )
     file = folder / REPORT_FILE
     file.write_text(render_report(report), encoding="utf-8")
@@ -208,6 +209,7 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("data", f"{recipe.data.format}: {data}"),
         ("trained", ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)),
         ("adapter", _adapter(recipe)),
+        ("continues", (metrics.get("continues") or {}).get("run", "")),
         ("base", {"nf4": "NF4", "none": "unquantised"}[section.quantization]),
         ("steps", f"{train['steps']:,}"),
         ("tokens", f"{train['tokens']:,}, {100 * train['supervised_tokens'] / max(1, train['tokens']):.0f}% trained"),

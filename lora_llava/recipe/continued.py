@@ -38,20 +38,17 @@ def fill_from_run(recipe: Recipe, earlier: Recipe) -> Recipe:
         The recipe with base, adapter settings, template and system text; values that it gives are kept, and
         `refuse_other_settings` compares them.
     """
-    model, start = recipe.model, recipe.model.start_from
-    given = any(getattr(start, name) is not None for name in ORIGINS) or model.llm or model.vision_tower
-    keys = MODEL_KEYS if given else (*PARTS, *MODEL_KEYS)
-    model = _filled(model, earlier.model, keys)
-    if not given:
-        origin = earlier.model.start_from
+    model, start, origin = recipe.model, recipe.model.start_from, earlier.model.start_from
+    named = any(getattr(start, name) is not None for name in ORIGINS)
+    if not named and not (origin.llava is not None and (model.llm or model.vision_tower)):
         update = {name: getattr(origin, name) for name in StartFrom.model_fields if name != "run"}
         model = model.model_copy(update={"start_from": start.model_copy(update=update)})
-    elif earlier.model.llm is not None and start.llava is None:
-        model = _filled(model, earlier.model, PARTS)
-    update = {"model": model, "data": _filled(recipe.data, earlier.data, DATA_KEYS)}
+    has_parts = earlier.model.llm is not None and start.llava is None
+    model = _filled(model, earlier.model, (*PARTS, *MODEL_KEYS) if has_parts else MODEL_KEYS)
+    sections: dict[str, Any] = {"model": model, "data": _filled(recipe.data, earlier.data, DATA_KEYS)}
     if earlier.lora is not None:
-        update["lora"] = _filled_lora(recipe.lora, earlier.lora)
-    return recipe.model_copy(update=update)
+        sections["lora"] = _filled_lora(recipe.lora, earlier.lora)
+    return recipe.model_copy(update=sections)
 
 
 def _filled_lora(lora: LoraSection | None, earlier: LoraSection) -> LoraSection:

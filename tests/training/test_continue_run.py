@@ -9,84 +9,37 @@ from typing import Any
 
 import pytest
 import torch
-from own_rows import asked, quiet, written
-from PIL import Image
+from own_rows import written
 
+from lora_llava import merge
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.data.images.image_check import inspect_images
 from lora_llava.data.images.image_sources import FolderImages
 from lora_llava.planning.run_plan import plan_run
+from lora_llava.publishing.card.model_card import add_card
+from lora_llava.publishing.package import collect
 from lora_llava.recipe import load_recipe
 from lora_llava.runs.checkpoint import list_checkpoints
 from lora_llava.splits.seen_rows import read_seen
 from lora_llava.splits.split_rows import Split
 from lora_llava.training import finetune
 from tests.ends import act_at
+from tests.training.continued import SUFFIXES, first_run, more, painted
 from tests.training.small_runs import PulledPlugError, pull_plug, run, same, weights
-
-SUFFIXES = (".bmp", ".tiff", ".webp", ".png")
-
-
-def painted(number: int) -> Image.Image:
-    """An image of its own for every number, with grain that a lossy format would change."""
-    torch.manual_seed(number)
-    return Image.fromarray(torch.randint(0, 256, (20, 24, 3), dtype=torch.uint8).numpy())
-
-
-def saved(number: int, file: Path) -> str:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    painted(number).save(file, lossless=True) if file.suffix == ".webp" else painted(number).save(file)
-    return file.name
-
-
-def project(folder: Path, content: dict[str, Any], rows: list[dict[str, Any]], **data: Any) -> Path:
-    """Write rows and a recipe of them; the images are in `images` beside the rows."""
-    written(folder / "rows.json", rows)
-    content = content | {
-        "output_dir": str(folder / "run"),
-        "data": {"format": "conversations", "path": str(folder / "rows.json"), "max_length": 300} | data,
-    }
-    (folder / "recipe.yaml").write_text(json.dumps(content))
-    return folder / "recipe.yaml"
 
 
 @pytest.fixture(scope="module")
 def first(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run over 20 images and 4 questions without an image."""
-    folder = tmp_path_factory.mktemp("first")
-    rows = [asked(n, saved(n, folder / "images" / f"{n}.png")) for n in range(20)] + [asked(n) for n in range(20, 24)]
-    content = {
-        "stage": 2,
-        "model": {
-            "llm": str(parts / "llm"),
-            "vision_tower": str(parts / "vision_tower"),
-            "start_from": {"untrained": True},
-        },
-        "lora": {"r": 4, "alpha": 8},
-        "training": {"batch_size": 4, "learning_rate": 5e-3, "max_steps": 4, "log_every": 1},
-        "evaluation": {"max_new_tokens": 2},
-    }
-    run(load_recipe(project(folder, content, rows, test_rows=5, validation_rows=3, system_prompt="")))
+    return first_run(tmp_path_factory.mktemp("first"), parts)
+
+
+@pytest.fixture(scope="module")
+def second(first: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that continues the first."""
+    folder = tmp_path_factory.mktemp("second")
+    run(load_recipe(more(folder, first)))
     return folder
-
-
-def more(folder: Path, first: Path, **changes: Any) -> Path:
-    """Write a recipe that continues the first run with its images under other names and formats, and 16 new ones."""
-    order = [*range(20), *range(100, 116)]
-    rows = [
-        asked(n, saved(n, folder / "images" / f"copy {place}é{SUFFIXES[place % 4]}")) for place, n in enumerate(order)
-    ]
-    rows += [asked(n) for n in (*range(20, 24), 200, 201)]
-    data = {"test_rows": 8, "validation_rows": 5} | changes.pop("data", {})
-    content = {
-        "stage": 2,
-        "model": {"start_from": {"run": str(first / "run")}},
-        "lora": {},
-        "training": {"batch_size": 4, "learning_rate": 5e-3, "max_steps": 6, "eval_every": 2, "log_every": 1},
-        "evaluation": {"max_new_tokens": 2},
-    }
-    return project(folder, content | changes, rows, **data)
 
 
 def numbers(split: Split) -> set[int]:
@@ -154,38 +107,32 @@ def test_the_adapter_is_the_first_runs(first: Path, tmp_path: Path, monkeypatch:
     assert len(metrics["continues"]["rows"]) == 2
 
 
-def test_a_continued_run_resumes_to_the_same_bits(
-    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_continued_run_resumes_to_the_same_bits(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = more(tmp_path, first)
-    run(load_recipe(recipe, [f"output_dir={tmp_path}/whole"]))
     with monkeypatch.context() as patch:
         act_at(5, pull_plug, patch.setattr)
         with pytest.raises(PulledPlugError):
             run(load_recipe(recipe))
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[0].name == "checkpoint-4"
     run(load_recipe(recipe), resume=True)
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "whole")]
+    assert same(weights(tmp_path / "run"), weights(second / "run"))
+    metrics = [json.loads((folder / "run" / "metrics.json").read_text()) for folder in (tmp_path, second)]
     assert metrics[0]["after"] == metrics[1]["after"]
 
 
-def test_a_third_run_keeps_the_sides_of_both(first: Path, tmp_path: Path, capsys: Any) -> None:
-    """The first run and all data of both may be gone; then the second evaluates, merges, reports and is continued."""
-    shutil.copytree(first, tmp_path / "one")
-    second = more(tmp_path / "two", tmp_path / "one")
-    run(load_recipe(second))
-    sides = splits_of(second)
+def test_a_third_run_keeps_the_sides_of_both(first: Path, second: Path, tmp_path: Path, capsys: Any) -> None:
+    """The first run may be gone: the second is moved, evaluates, merges, reports, and is continued without its data."""
+    sides = splits_of(second / "recipe.yaml")
     moved = tmp_path / "moved"
-    shutil.move(tmp_path / "two" / "run", moved)
-    shutil.rmtree(tmp_path / "one")
-    capsys.readouterr()
+    shutil.copytree(second / "run", moved)
+    file = moved / "recipe.yaml"
+    file.write_text(file.read_text().replace(f"{first}/run", f"{first}/gone"))
     assert main("evaluate", [str(moved), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads((moved / "metrics.json").read_text())["after"]
     assert main("report", [str(moved)]) == 0
     assert main("merge", [str(moved), "--output", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
     assert main("evaluate", [str(tmp_path / "merged")]) == 0
-    shutil.rmtree(tmp_path / "two")
+    file.write_text(file.read_text().replace(f"{second}/rows.json", f"{second}/gone.json"))
     third = more(tmp_path / "three", tmp_path, model={"start_from": {"run": str(moved)}})
     found = splits_of(third)
     assert found == sides
@@ -202,11 +149,11 @@ def test_a_third_run_keeps_the_sides_of_both(first: Path, tmp_path: Path, capsys
         ("lora.dora=true", r"lora\.dora is true, but .* has false"),
         ("model.quantization=none", r'model\.quantization is "none", but .* has "nf4"'),
         ("model.new_tokens=[<a>]", r'model\.new_tokens is \["<a>"\], but .* has \[\]'),
-        ("data.system_prompt=Hi.", r'data\.system_prompt is "Hi\.", but .* with another template or system text; leave'),
+        ("data.system_prompt=Hi.", r'data\.system_prompt is "Hi\.", but .* with another template or system text;'),
         ("data.template=plain", r"data\.template is plain and .* leave both out"),
         ("data.image_aspect=crop", r'data\.image_aspect is "crop", but .* has "pad"; leave it out'),
-        ("model.llm=demo", r"^model\.llm is demo, but .*/run, which the recipe continues, was trained on .*/llm and .*; "
-         r"leave model\.llm out, or train a new adapter on the new base$"),
+        ("model.llm=demo", r"^model\.llm is demo, but .*/run, which the recipe continues, was trained on .*/llm and .*;"
+         r" leave model\.llm out, or train a new adapter on the new base$"),
         ("model.start_from.run=nowhere", r"model\.start_from\.run: the folder nowhere does not exist.*; name a run"),
     ],
 )  # fmt: skip
@@ -228,7 +175,9 @@ def test_a_run_that_is_not_finished_names_resume(first: Path, tmp_path: Path) ->
     for name in ("run.json", "metrics.json"):
         (tmp_path / "open" / name).unlink()
     recipe = more(tmp_path, first)
-    message = rf"{tmp_path}/open is not finished; finish it with lora-llava finetune {tmp_path}/open/recipe\.yaml --resume"
+    message = (
+        rf"{tmp_path}/open is not finished; finish it with lora-llava finetune {tmp_path}/open/recipe\.yaml --resume"
+    )
     with pytest.raises(UserError, match=message):
         plan_run(load_recipe(recipe, [f"model.start_from.run={tmp_path}/open"]))
 
@@ -272,7 +221,9 @@ def test_a_named_source_loses_the_rows_that_were_trained(first: Path, tmp_path: 
     assert f"16 rows are kept out of test, of 24: their images or questions were trained in {first}/run" in plan.notes
     trained = [row for row in json.loads((first / "rows.json").read_text()) if int(row["id"][1:]) in before["train"]]
     source = {"path": written(tmp_path / "all.json", trained), "image_folder": str(first / "images")}
-    with pytest.raises(UserError, match=r"data\.test_source: .* trained the images of all its 16 rows; name other rows"):
+    with pytest.raises(
+        UserError, match=r"data\.test_source: .* trained the images of all its 16 rows; name other rows"
+    ):
         plan_run(load_recipe(recipe, [f"data.test_source={json.dumps(source)}"]))
 
 
@@ -287,9 +238,7 @@ def test_rows_that_link_both_sides_are_left_out(first: Path, tmp_path: Path) -> 
     written(tmp_path / "rows.json", rows)
     plan = plan_run(load_recipe(recipe))
     assert all(300 not in numbers(split) for split in plan.splits.values())
-    assert plan.notes[-1] == (
-        f"1 row is left out, with images that {first}/run trained and images that it held out"
-    )
+    assert plan.notes[-1] == (f"1 row is left out, with images that {first}/run trained and images that it held out")
 
 
 def test_nothing_new_to_hold_out_is_refused(first: Path, tmp_path: Path) -> None:
@@ -318,4 +267,19 @@ def test_a_run_without_a_record_is_read_again(first: Path, tmp_path: Path) -> No
     (tmp_path / "old" / "rows.json").unlink()
     notes = plan_run(load_recipe(recipe)).notes
     assert "recorded no images (an earlier version trained it), and its data cannot be read" in notes[0]
-    assert quiet()
+
+
+def test_card_and_report_name_the_run_that_is_continued(first: Path, second: Path, tmp_path: Path) -> None:
+    assert f"{first}/run" in (second / "run" / "report.html").read_text()
+    merge(second / "run", tmp_path / "merged", dtype="float32", quiet=True)
+    for folder, repo in ((second / "run", "me/base"), (tmp_path / "merged", None)):
+        package = collect(folder, repo, "0" * 40)
+        add_card(package, "me/more")
+        content = package.files["README.md"]
+        assert isinstance(content, bytes)
+        card = content.decode()
+        digest = json.loads((first / "run" / "run.json").read_text())["adapter_sha256"][:12]
+        assert f"| continues | the adapter and projector of run, SHA-256 `{digest}`, trained on rows.json |" in card
+        assert "trained on rows.json, after rows.json, with lora_llava" in card
+        content = b"".join(each for each in package.files.values() if isinstance(each, bytes))
+        assert str(first.parent).encode() not in content
