@@ -209,7 +209,7 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("data", f"{recipe.data.format}: {data}"),
         ("trained", ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)),
         ("adapter", _adapter(recipe)),
-        ("continues", (metrics.get("continues") or {}).get("run", "")),
+        ("continues", str(start.run or "")),
         ("base", {"nf4": "NF4", "none": "unquantised"}[section.quantization]),
         ("steps", f"{train['steps']:,}"),
         ("tokens", f"{train['tokens']:,}, {100 * train['supervised_tokens'] / max(1, train['tokens']):.0f}% trained"),

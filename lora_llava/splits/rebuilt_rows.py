@@ -14,7 +14,7 @@ from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.recipe import EvaluationSection, Recipe, load_recipe
 from lora_llava.recipe.io import RUN_RECIPE
 from lora_llava.splits.encoded_sources import Progress, encode_splits, no_progress
-from lora_llava.splits.seen_rows import SeenRows, read_seen, seen_of
+from lora_llava.splits.seen_rows import SEEN_FILE, SeenRows, read_seen, seen_of
 from lora_llava.splits.split_rows import build_split
 
 _FINGERPRINTS = "data.json"
@@ -24,7 +24,7 @@ _FINGERPRINTS = "data.json"
 def earlier_rows(
     recipe: Recipe, processor: Any, template: AnyTemplate, config: LlavaConfig, progress: Progress = no_progress
 ) -> SeenRows | None:
-    """Return the rows of the run that a recipe continues, and of the runs before it.
+    """Return the rows of the run that a recipe continues, or that its base was merged from, and of the runs before it.
 
     Args:
         recipe: The recipe.
@@ -34,15 +34,17 @@ def earlier_rows(
         progress: Wraps rows and images that are read again.
 
     Returns:
-        The rows; None if the recipe continues no run.
+        The rows; None if the recipe continues no run, and its base is not one that a run was merged into.
 
     Raises:
         UserError: If the run's record is damaged.
     """
-    name = recipe.model.start_from.run
-    if name is None:
-        return None
-    return rows_of_run(name, processor, template, config, progress)
+    start = recipe.model.start_from
+    if start.run is not None:
+        return rows_of_run(start.run, processor, template, config, progress)
+    if start.llava is not None and (Path(start.llava) / SEEN_FILE).is_file():
+        return rows_of_run(start.llava, processor, template, config, progress)
+    return None
 
 
 def rows_of_run(

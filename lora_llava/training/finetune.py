@@ -303,9 +303,8 @@ def _metrics(
 
 
 def _continued(plan: RunPlan) -> dict[str, Any] | None:
-    """Return the run that a run continues, and what that means for its rows."""
-    run = plan.recipe.model.start_from.run
-    return {"run": str(getattr(run, "written", run)), "rows": list(plan.notes)} if run is not None else None
+    """Return the run that a run continues or whose merged model it starts from, and what that means for its rows."""
+    return {"run": plan.earlier.run, "rows": list(plan.notes)} if plan.earlier is not None else None
 
 
 def dry_run(recipe: Recipe, recipe_folder: Path, console: Console) -> None:

@@ -283,3 +283,5 @@ def test_card_and_report_name_the_run_that_is_continued(first: Path, second: Pat
         assert "trained on rows.json, after rows.json, with lora_llava" in card
         content = b"".join(each for each in package.files.values() if isinstance(each, bytes))
         assert str(first.parent).encode() not in content
+    merged = more(tmp_path / "three", first, model={"start_from": {"llava": str(tmp_path / "merged")}}, lora={"r": 2})
+    assert splits_of(merged) == splits_of(second / "recipe.yaml")  # a new adapter on the merged model knows them too

@@ -105,8 +105,6 @@ def earlier_of(
     folder: Path, recipe: str | None, chosen: Recipe, processor: Any, template: AnyTemplate, plan: ModelPlan
 ) -> SeenRows | None:
     """Return the rows of the runs that a recipe continues; the run's own record of them, if it is its own recipe."""
-    if chosen.model.start_from.run is None:
-        return None
     if recipe is None or Path(recipe).resolve() == (folder / RECIPE_FILE).resolve():
         recorded = read_seen(folder)
         if recorded is not None:
