@@ -107,7 +107,9 @@ def test_the_adapter_is_the_first_runs(first: Path, tmp_path: Path, monkeypatch:
     assert len(metrics["continues"]["rows"]) == 2
 
 
-def test_a_continued_run_resumes_to_the_same_bits(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_continued_run_resumes_to_the_same_bits(
+    first: Path, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = more(tmp_path, first)
     with monkeypatch.context() as patch:
         act_at(5, pull_plug, patch.setattr)
