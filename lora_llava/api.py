@@ -90,7 +90,7 @@ def evaluate(
     Args:
         model: A run directory, a folder with a complete LLaVA, or a Hub id.
         data: A file of rows to answer, all of them, in place of the recipe's held-out rows.
-        images: Folder of the images that `data` names; default: the folder of `data`.
+        images: Folder of the images that `data` names; default: `images` beside the file, or the file's folder.
         recipe: Recipe with the data and evaluation to use; default: the run's own.
         overrides: Values that replace the recipe's.
         method: `generate` lets the model write, `loglik` takes the most likely choice.
@@ -110,12 +110,10 @@ def evaluate(
     texts = _override_texts(overrides)
     if method not in ("generate", "loglik"):
         raise UserError(f"method: {method!r} is unknown; use generate or loglik")
-    if data is not None:
-        file = Path(data).expanduser().absolute()  # a relative path would be looked up beside the run's recipe too
-        folder = Path(images).expanduser().absolute() if images else file.parent
-        source = {"path": str(file), "image_folder": str(folder)}
-        texts.append(f"data.test_source={json.dumps(source)}")
+    if images is not None and data is None:
+        raise UserError("images: it needs data; name the file of rows, or leave images out")
     with _output(quiet):
+        from lora_llava.evaluation.asked.data_file import DataFile
         from lora_llava.evaluation.evaluate import EvaluationOptions
         from lora_llava.evaluation.evaluate import evaluate as score
 
@@ -124,7 +122,8 @@ def evaluate(
         )
         named = None if recipe is None else str(recipe)
         target = None if output is None else str(output)
-        return dict(score(str(model), options, recipe=named, overrides=texts, limit=limit, output=target))
+        rows = DataFile(Path(data), Path(images) if images is not None else None) if data is not None else None
+        return dict(score(str(model), options, recipe=named, overrides=texts, data=rows, limit=limit, output=target))
 
 
 def merge(

@@ -76,7 +76,7 @@ def test_data_is_found_from_the_working_directory(
     shutil.copy(folder / "images" / "01.png", tmp_path)
     (tmp_path / "test.csv").write_text("image,question,answer\n01.png,How many shapes are there?,two\n")
     assert evaluate(run.path, data="test.csv", output=tmp_path, quiet=True)["all"]["questions"] == 1
-    with pytest.raises(UserError, match=r"data\.test_source\.path: .*missing\.csv"):
+    with pytest.raises(UserError, match=r"--data: .*missing\.csv is missing"):
         evaluate(run.path, data="missing.csv", quiet=True)
 
 

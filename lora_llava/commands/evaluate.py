@@ -15,6 +15,7 @@ SUMMARY = "answer a recipe's test questions with a model and score them"
 EXAMPLES = (
     "lora-llava evaluate runs/demo_scienceqa_qlora",
     "lora-llava evaluate runs/demo_scienceqa_qlora --shuffle-images",
+    "lora-llava evaluate runs/first --data test.csv --image-folder photos",
 )
 
 
@@ -23,6 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser)
     parser.add_argument(
         "--recipe", type=home, metavar="FILE", help="recipe whose data and evaluation to use; default: the run's"
+    )
+    parser.add_argument(
+        "--data",
+        type=a_path,
+        metavar="FILE",
+        help="ask all rows of this file (JSON, JSONL, CSV, TSV, Parquet) or of a folder with one; default: the "
+        "recipe's held-out rows",
+    )
+    parser.add_argument(
+        "--image-folder",
+        type=a_path,
+        metavar="FOLDER",
+        help="root folder of the images of --data; default: images beside the file, or the file's folder",
     )
     parser.add_argument(
         "--benchmark",
@@ -98,6 +112,7 @@ def run(args: argparse.Namespace, console: Any) -> int:
         server = ChatServer(args.server, args.server_model, concurrency=args.concurrency or 8, timeout=timeout)
     if args.benchmark:
         return _answer_llava_bench(args, server, console)
+    from lora_llava.evaluation.asked.data_file import DataFile
     from lora_llava.evaluation.evaluate import EvaluationOptions, evaluate
 
     options = EvaluationOptions(
@@ -116,12 +131,13 @@ def run(args: argparse.Namespace, console: Any) -> int:
         options,
         recipe=args.recipe,
         overrides=args.overrides,
+        data=DataFile(args.data, args.image_folder) if args.data else None,
         limit=args.limit,
         output=args.output,
         server=server,
         show_figures=figures.update,
     )
-    same_questions = not (options.shuffled or options.base_only)
+    same_questions = not (options.shuffled or options.base_only or args.data)
     print_table(Path(args.model).name, table, args, console, figures, same_questions=same_questions)
     return 0
 
@@ -131,6 +147,8 @@ _SERVER_FLAGS = ("server_model", "concurrency", "timeout")
 _TABLE_FLAGS = (
     "overrides",
     "recipe",
+    "data",
+    "image_folder",
     "limit",
     "shuffle_images",
     "prompt",
@@ -164,6 +182,8 @@ def _refuse_without_effect(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} has no effect with --benchmark llava-bench; leave it out")
     if args.server is None and (flag := given(_SERVER_FLAGS)):
         raise UserError(f"{flag} needs --server; add it, or leave {flag} out")
+    if args.image_folder and not args.data:
+        raise UserError("--image-folder needs --data; add it, or leave --image-folder out")
     if args.direct and args.prompt not in (None, "direct"):
         raise UserError(f"--direct and --prompt {args.prompt} contradict each other; leave one out")
     if args.published and args.json:

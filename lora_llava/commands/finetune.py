@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from typing import Any
 
-from lora_llava.commands.arguments import add_recipe
+from lora_llava.commands.arguments import add_recipe, home
 from lora_llava.core.quiet import quieten
 
 SUMMARY = "train a recipe, and evaluate the model before and after"
 EXAMPLES = (
     "lora-llava finetune recipes/demo_scienceqa_qlora.yaml",
     "lora-llava finetune my_images/recipe.yaml training.learning_rate=1e-4 --resume",
+    "lora-llava finetune more_images/recipe.yaml --continue runs/first output_dir=runs/second",
 )
 
 
@@ -20,6 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would happen; load no weights")
     parser.add_argument("--resume", action="store_true", help="resume from the newest complete checkpoint")
+    parser.add_argument(
+        "--continue",
+        dest="continued",
+        type=home,
+        metavar="RUN",
+        help="train the adapter of a finished run on: sets model.start_from.run; base, lora, template and system text "
+        "that the recipe leaves out are the run's",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run, finished or not")
     parser.add_argument(
         "--accept-changes",
@@ -33,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, console: Any) -> int:
     from lora_llava.recipe import find_recipe, load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)  # before the heavy imports: report a typo immediately
+    continued = [f"model.start_from.run={json.dumps(args.continued)}"] if args.continued else []
+    # Before the heavy imports: report a typo immediately.
+    recipe = load_recipe(args.recipe, [*args.overrides, *continued])
     quieten()
     from lora_llava.training.finetune import dry_run, finetune
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,17 @@ from lora_llava.evaluation.answerers import (
     reference_losses,
 )
 from lora_llava.evaluation.answers import COMPARED_BY, AnswerTable
+from lora_llava.evaluation.asked.asked_rows import (
+    OTHER_DATA,
+    are_same_rows,
+    check_same_rows,
+    choose_recipe,
+    earlier_of,
+    other_suffix,
+    report_asked,
+)
+from lora_llava.evaluation.asked.data_file import DataFile
+from lora_llava.evaluation.asked.trained_rows import TrainedRows, count_trained
 from lora_llava.evaluation.figures.majority import saved_majority
 from lora_llava.evaluation.figures.run_figures import ANSWERS, build_figures
 from lora_llava.evaluation.question_prompts import PARSERS, PROMPTS, choices_of, reasons_first, with_prompt
@@ -34,6 +44,7 @@ from lora_llava.evaluation.row_evaluation import (
     evaluate_conversations,
     evaluate_scienceqa,
     questions_hash,
+    report,
     shuffle_images,
 )
 from lora_llava.evaluation.scienceqa import Table
@@ -48,17 +59,18 @@ from lora_llava.model.provenance import weights_state
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.planning.run_plan import build_run_processor
-from lora_llava.recipe import EvaluationSection, ModelSection, Recipe, StartFrom, load_recipe
+from lora_llava.recipe import EvaluationSection, ModelSection, Recipe, StartFrom
 from lora_llava.runs.directory import (
-    RECIPE_FILE,
     is_run,
     machine,
-    read_data_hashes,
     read_record,
     versions,
     write_json,
 )
 from lora_llava.runs.find_run import check_run
+from lora_llava.splits.encoded_sources import show_progress
+from lora_llava.splits.rebuilt_rows import rows_of_run
+from lora_llava.splits.seen_rows import SEEN_FILE
 from lora_llava.splits.split_rows import Split, read_held_out
 
 
@@ -112,6 +124,7 @@ class OpenedEvaluation:
         split: The held-out rows.
         name: Name of the split.
         template: The conversation template.
+        trained: Rows that the run was trained on, if they are not its own held-out rows and that can be known.
     """
 
     recipe: Recipe
@@ -122,6 +135,7 @@ class OpenedEvaluation:
     split: Split
     name: str
     template: AnyTemplate
+    trained: TrainedRows | None = None
 
     @property
     def science(self) -> bool:
@@ -134,6 +148,7 @@ def evaluate(
     *,
     recipe: str | None = None,
     overrides: Sequence[str] = (),
+    data: DataFile | None = None,
     limit: int | None = None,
     output: str | None = None,
     server: ChatServer | None = None,
@@ -147,6 +162,7 @@ def evaluate(
         options: How the model is evaluated; by default `EvaluationOptions()`.
         recipe: The recipe with data, template and evaluation settings; by default the one in the model's folder.
         overrides: `key.sub=value` texts.
+        data: Rows to evaluate, all of them, in place of the recipe's held-out rows.
         limit: Highest number of questions.
         output: Folder for the predictions file; by default the model's folder, else the working directory.
         server: The server that answers, in place of a local model.
@@ -161,14 +177,19 @@ def evaluate(
     options = options or EvaluationOptions()
     if server is not None:
         server = find_model(server if server.model or Path(model).is_dir() else replace(server, model=model))
-    opened = open_evaluation(model, options, recipe, overrides, server)
+    opened = open_evaluation(model, options, recipe, overrides, server, data)
     rows = held_out_rows(opened, options, limit)
+    report_asked(opened.split, len(rows), opened.name, opened.recipe, overrides, data)
+    for line in opened.trained.lines(model) if opened.trained else ():
+        report(line)
     if options.method == "loglik" and not opened.science:
         for row in rows:  # before any weight is loaded
             choices_of(row, "", prompt=options.prompt)
     settings = opened.recipe.evaluation or EvaluationSection()
     sampling = Sampling(options.temperature, options.top_p, settings.max_new_tokens, opened.recipe.seed)
     about = _about(opened, options, sampling, server, limit)
+    if data is not None:
+        about["data_file"] = {"path": str(data.folder), "sha256": data.digest()}
     losses: Callable[[], dict[int, tuple[float, int]]] | None = None
     if server is not None:
         answerer = by_server(server, opened.split.images, sampling, opened.template.stop_string)
@@ -179,7 +200,9 @@ def evaluate(
     folder = Path(output or (model if Path(model).is_dir() else "."))
     parser = options.parser or settings.parser
     suffix = (
-        options.suffix + f"_{parser}" * (parser != settings.parser) + _other_suffix(recipe, overrides, limit, server)
+        options.suffix
+        + f"_{parser}" * (parser != settings.parser)
+        + other_suffix(recipe, overrides, limit, server, data)
     )
     common: dict[str, Any] = {
         "predictions": folder / f"predictions{suffix}.jsonl",
@@ -202,6 +225,10 @@ def evaluate(
             f"{max(1, settings.batch_size // 2)} and run the command again: the answers so far are kept"
         ) from None
     about |= {"model": model, "questions": questions_hash(rows)}
+    if data is not None:
+        about["data_file"] |= {"rows": opened.split.report.rows, "asked": len(rows)}
+    if opened.trained is not None:
+        about["trained"] = opened.trained.as_dict()
     found = summarise(table, scored)
     if not opened.science:
         lines: Sequence[Any] = scored
@@ -210,18 +237,6 @@ def evaluate(
             show_figures(found["figures"])
     _write_summary(folder / f"evaluation{suffix}.json", about, found, time.monotonic() - start)
     return table
-
-
-def _other_suffix(recipe: str | None, overrides: Sequence[str], limit: int | None, server: ChatServer | None) -> str:
-    """Return the suffix of the file names for other questions or another source of answers than the run's own."""
-    data = sorted(text for text in overrides if text.startswith("data."))
-    parts = {
-        "server": server is not None,
-        Path(recipe or "").stem: recipe is not None,
-        f"limit{limit}": limit is not None,
-        hashlib.sha256("\n".join(data).encode()).hexdigest()[:6]: bool(data),
-    }
-    return "".join(f"_{name}" for name, is_set in parts.items() if is_set)
 
 
 def load_evaluator(opened: OpenedEvaluation, batch_size: int) -> Evaluator:
@@ -262,19 +277,14 @@ def open_evaluation(
     recipe: str | None = None,
     overrides: Sequence[str] = (),
     server: ChatServer | None = None,
+    data: DataFile | None = None,
 ) -> OpenedEvaluation:
     """Open everything that an evaluation needs except the weights; arguments and errors are those of `evaluate`."""
     folder = Path(model)
     if server is None:
         check_run(model, "a run, a folder with a complete LLaVA, or a Hub id", hub=True)
     run = is_run(folder)
-    if recipe is None and not (folder / RECIPE_FILE).is_file():
-        raise UserError(
-            f"{model} is not a finished run and has no recipe; name the recipe with the questions with --recipe"
-        )
-    if not run and recipe is None:  # a merged folder is evaluated as it is stored
-        overrides = ["model.quantization=none", *overrides]
-    chosen = load_recipe(recipe or folder / RECIPE_FILE, overrides)
+    chosen = choose_recipe(model, run, recipe, overrides, server, data)
     _check_options(options, chosen)
     if server is not None and (options.method != "generate" or options.base_only):
         raise UserError("--method loglik and --base-only need a local model; leave them out with --server")
@@ -286,16 +296,19 @@ def open_evaluation(
     elsewhere = server is not None and not folder.is_dir()
     plan = plan_model(chosen.model if elsewhere else _as_llava(chosen.model, base))
     tokenizer, processor, template = build_run_processor(chosen, plan, trained=True)
-    read = partial(read_held_out, chosen, processor, template, plan.config)
+    seen = earlier_of(folder, recipe, chosen, processor, template, plan) if data is None else None
+    read = partial(read_held_out, chosen, processor, template, plan.config, seen=seen)
     name, split = read(trusted=options.bad_images == "wrong")
-    other_data = ("data.path=", "data.file=", "data.format=", "data.sources")
-    if run and recipe is None and not any(text.startswith(other_data) for text in overrides):
-        if options.bad_images == "wrong" and not _are_same_rows(folder, chosen, split):
+    other_data = data is not None or any(text.startswith(OTHER_DATA) for text in overrides)
+    if run and recipe is None and not other_data:
+        if options.bad_images == "wrong" and not are_same_rows(folder, chosen, split):
             name, split = read()  # the run itself may have left rows out by its own rule for images
-        _check_same_rows(folder, chosen, split)
-    return OpenedEvaluation(
-        chosen, base, folder if run and not options.base_only else None, plan, tokenizer, split, name, template
-    )
+        check_same_rows(folder, chosen, split)
+    trained = None
+    if other_data and (run or (folder / SEEN_FILE).is_file()):
+        trained = count_trained(split, rows_of_run(model, processor, template, plan.config, show_progress))
+    adapter = folder if run and not options.base_only else None
+    return OpenedEvaluation(chosen, base, adapter, plan, tokenizer, split, name, template, trained)
 
 
 def _check_options(options: EvaluationOptions, recipe: Recipe) -> None:
@@ -364,27 +377,6 @@ def _weights(opened: OpenedEvaluation) -> dict[str, str]:
     found = {"adapter": file_hash(opened.adapter / ADAPTER_FILE)} if opened.adapter is not None else {}
     folder = Path(opened.base)
     return found | {"base": weights_state(folder) if folder.is_dir() else opened.base}
-
-
-def _check_same_rows(folder: Path, recipe: Recipe, split: Split) -> None:
-    """Check that the rows drawn from the training data are those that the run held out.
-
-    Raises:
-        UserError: If the data has changed since: the rows may have been trained on.
-    """
-    if not _are_same_rows(folder, recipe, split):
-        raise UserError(
-            f"{folder}: the data has changed since training: the rows held out now may have been trained on; "
-            "restore it, or name other rows with data.test_rows=0 data.test_source={path: FILE}"
-        )
-
-
-def _are_same_rows(folder: Path, recipe: Recipe, split: Split) -> bool:
-    data = recipe.data
-    name = "test" if data.test_rows else "validation"
-    own = data.test_source or (data.validation_source and name == "validation")
-    known = read_data_hashes(folder).get(name)
-    return data.format != "conversations" or bool(own) or known in (None, split.fingerprint())
 
 
 def _as_llava(section: ModelSection, base: str) -> ModelSection:

@@ -202,7 +202,7 @@ def evaluate_rows(
                     log.add(index, answer)
     except KeyboardInterrupt:
         if log is not None:
-            _report(f"{len(answers):,} of {len(rows):,} answers are in {log.file}; run the same command to resume")
+            report(f"{len(answers):,} of {len(rows):,} answers are in {log.file}; run the same command to resume")
         raise
     finally:
         if log is not None:
@@ -225,14 +225,15 @@ def _open_log(
         return None
     log = AnswerLog(predictions, {**key, "questions": questions_hash(rows)}, len(rows))
     if log.answers:
-        _report(f"{len(log.answers):,} of {len(rows):,} answers are in {log.file} already and are kept")
+        report(f"{len(log.answers):,} of {len(rows):,} answers are in {log.file} already and are kept")
     elif log.others:
         names = ", ".join(log.others)
-        _report(f"{names}: answers of another model, question or setting; this evaluation writes to {log.file.name}")
+        report(f"{names}: answers of another model, question or setting; this evaluation writes to {log.file.name}")
     return log
 
 
-def _report(text: str) -> None:
+def report(text: str) -> None:
+    """Print a line to the error stream, above a progress bar."""
     tqdm.write(text, file=sys.stderr)
 
 
@@ -245,7 +246,7 @@ def _report_bad_images(rows: Sequence[Conversation], answers: Mapping[int, Answe
             else (f"{len(bad):,} questions count as wrong because their images")
         )
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        _report(f"{what} cannot be opened: {', '.join(bad[:_NAMED])}{more}")
+        report(f"{what} cannot be opened: {', '.join(bad[:_NAMED])}{more}")
 
 
 def _score(score_row: ScoreRow, index: int, row: Conversation, answer: Answer) -> Any:

@@ -98,16 +98,17 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: E
     tables = {name: metrics[name] for name in ("before", "after") if metrics.get(name)}
     chosen = _choose(after.scored, recipe.seed) if after is not None else []
     gallery = [_item(after, i) for i in chosen] if after is not None else []
+    notes = [_note_without_gallery(metrics)]
+    if after is not None:
+        notes = _notes(after, dict(zip(chosen, gallery, strict=True)))
     report = RunReport(
         title=f"{folder.name}: Stage {recipe.stage}",
         facts=_facts(recipe, metrics),
         curves=_curves(metrics["train"], tables),
         findings=(metrics.get("figures") or {}).get("sentences", []),
-        tables=[*_tables(tables, metrics.get("figures")), *_confusions(metrics.get("figures"))],
+        tables=[*score_tables(tables, metrics.get("figures")), *_confusions(metrics.get("figures"))],
         gallery=gallery,
-        notes=_notes(after, dict(zip(chosen, gallery, strict=True)))
-        if after is not None
-        else [_note_without_gallery(metrics)],
+        notes=[*notes, *(metrics.get("continues") or {}).get("rows", ())],
     )
     file = folder / REPORT_FILE
     file.write_text(render_report(report, folder), encoding="utf-8")
@@ -157,7 +158,7 @@ def _read_metrics(file: Path) -> dict[str, Any]:
         problem = f"{where}: {first['msg']}" if where else first["msg"]
         raise UserError(f"{file}: {problem}; restore it, or train the run again") from None
     try:
-        _tables({name: metrics[name] for name in ("before", "after") if metrics.get(name)}, metrics.get("figures"))
+        score_tables({name: metrics[name] for name in ("before", "after") if metrics.get(name)}, metrics.get("figures"))
         _confusions(metrics.get("figures"))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{file}: figures cannot be read ({error!r}); restore it, or remove figures from it") from None
@@ -229,6 +230,7 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("data", f"{recipe.data.format}: {data}"),
         ("trained", ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)),
         ("adapter", _adapter(recipe)),
+        ("continues", str(start.run or "")),
         ("base", {"nf4": "NF4", "none": "unquantised"}[section.quantization]),
         ("steps", _steps(train)),
         ("kept", _kept(train)),
@@ -284,7 +286,13 @@ def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
     return [curve for curve in curves if any(curve.series.values())]
 
 
-def _tables(tables: dict[str, Any], figures: Mapping[str, Any] | None = None) -> list[Table]:
+def score_tables(tables: dict[str, Any], figures: Mapping[str, Any] | None = None) -> list[Table]:
+    """Return the tables of scores for a page; none without scores.
+
+    Args:
+        tables: Tables of ScienceQA or of free answers by name, such as `before` and `after`.
+        figures: The figures of a run of free answers, as in `metrics.json`.
+    """
     if not tables:
         return []
     if any(is_answer_table(table) for table in tables.values()):

@@ -15,7 +15,7 @@ from transformers import LlavaConfig
 from lora_llava.core.errors import UserError
 from lora_llava.core.json_files import read_object_if_any
 from lora_llava.core.storage import cache_folder, find_damage, looked_in
-from lora_llava.model.adapter_file import check_fits, check_saved
+from lora_llava.model.adapter_file import check_fits, check_saved, checked_base
 from lora_llava.model.base import BaseParts, assembled_config, build_base
 from lora_llava.model.families.language_families import build_config, check_text_config, read_text_config
 from lora_llava.model.families.tower_families import check_vision_config, image_tokens, read_vision_config
@@ -90,6 +90,9 @@ def plan_model(section: ModelSection) -> ModelPlan:
         UserError: For a part that is missing or does not fit.
     """
     start = section.start_from
+    if start.run is not None:
+        base = continued_run(start.run)[1]
+        return ModelPlan(_complete_config(load_config(str(base), None, "start_from.run"), str(base)), base, base, [])
     if start.llava is not None:
         downloads = [plan_download(start.llava, start.llava_revision, "start_from.llava")]
         content = load_config(start.llava, start.llava_revision, "start_from.llava")
@@ -182,6 +185,12 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
         UserError: For a part that is missing or does not fit.
     """
     start = section.start_from
+    if start.run is not None:
+        record, place = continued_run(start.run)
+        recorded = record["base"]
+        known = BaseParts(**recorded["parts"]) if recorded.get("parts") else None
+        name = str(recorded["name"]) if recorded.get("revision") else str(place)
+        return Base(name, place, recorded.get("revision"), known)
     if start.llava is not None:
         folder = model_parts.local_folder(start.llava, "start_from.llava")
         if folder is not None:
@@ -223,6 +232,47 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
             raise UserError(f"{start.stage1_run} needs a base that is {what}; run Stage 1 again")
     folder = build_base(parts, llm, tower, file)
     return Base(str(folder), folder, None, parts, initial)
+
+
+def continued_run(name: str) -> tuple[dict[str, Any], Path]:
+    """Read the record of a run to continue, check its adapter, and find its base.
+
+    Args:
+        name: The run directory.
+
+    Returns:
+        Its `run.json`, and the base's folder.
+
+    Raises:
+        UserError: If it is not a finished Stage 2 run, its adapter is damaged, or its base is missing or has changed.
+    """
+    field, run = "model.start_from.run", Path(name)
+    if not run.is_dir():
+        raise UserError(f"{field}: the folder {run} does not exist{looked_in(name)}; name a run directory")
+    if not (run / RUN_FILE).is_file() or not (run / ADAPTER_FILE).is_file():
+        raise UserError(f"{field}: {run} {_not_a_run(run)}")
+    try:
+        record = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))
+        stage, _ = record.get("stage"), record["base"]["name"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{field}: {run / RUN_FILE} is damaged; restore it") from None
+    if stage == 1:
+        raise UserError(f"{field}: {run} is a run of Stage 1; set model.start_from.stage1_run to it")
+    try:
+        return record, checked_base(record, run)
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from None
+
+
+def _not_a_run(folder: Path) -> str:
+    """Return what a folder is that is not a finished run, with the fix."""
+    if any((folder / "checkpoints").glob("checkpoint-*")):
+        return (
+            f"is not finished; finish it with lora-llava finetune {folder / 'recipe.yaml'} --resume, then continue it"
+        )
+    if (folder / "config.json").is_file():
+        return "is a complete model, not a run; set model.start_from.llava to it, for a new adapter on it"
+    return f"is not a finished run; it has no {RUN_FILE} with {ADAPTER_FILE}; name a run directory"
 
 
 def read_stage1(name: str, section: ModelSection, config: LlavaConfig) -> tuple[BaseParts, dict[str, torch.Tensor]]:

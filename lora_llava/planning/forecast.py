@@ -15,6 +15,7 @@ from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.start import plan_model
 from lora_llava.planning import plan_tables
+from lora_llava.planning.continued_run import check_continued
 from lora_llava.planning.fit import (
     Extremes,
     build_step,
@@ -64,6 +65,7 @@ def forecast(recipe: Recipe) -> Forecast:
     if recipe.model.quantization == "nf4":
         check_bitsandbytes()
     model = plan_model(recipe.model)
+    check_continued(recipe)
     run_lora_config(recipe, model.config)  # refuses targets that the model does not have
     cuda = torch.cuda.is_available()
     try:

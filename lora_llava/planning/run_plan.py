@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +27,15 @@ from lora_llava.model.new_tokens import add_new_tokens
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.model.vision_adapters import vision_adapters
+from lora_llava.planning.continued_run import check_continued, check_continued_processor
 from lora_llava.planning.fit import build_step, choose_checkpointing, measure_rows, resolve_optimizer
 from lora_llava.planning.memory import Step
 from lora_llava.planning.row_order import RowOrder, order_rows
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.splits.encoded_sources import Progress, encode_splits, no_progress
+from lora_llava.splits.rebuilt_rows import earlier_rows
 from lora_llava.splits.refusals import refuse_errors
+from lora_llava.splits.seen_rows import SeenRows, seen_of
 from lora_llava.splits.split_rows import Split, build_split
 
 
@@ -68,6 +71,9 @@ class RunPlan:
         refusal: The error if it does not fit here; else None.
         trained_parameters: `lora` and `projector`.
         computation: Dtype, attention and optimizer of the run on this machine.
+        seen: The rows of all splits by content, for a run that continues this one.
+        earlier: The rows of the runs that this one continues; None if it continues none.
+        notes: Lines about rows whose side is that of an earlier run.
     """
 
     recipe: Recipe
@@ -81,6 +87,9 @@ class RunPlan:
     refusal: UserError | None
     trained_parameters: dict[str, int]
     computation: Computation
+    seen: SeenRows = field(default_factory=SeenRows)
+    earlier: SeenRows | None = None
+    notes: tuple[str, ...] = ()
 
 
 def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
@@ -101,17 +110,21 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     check_reporters(recipe.training.report_to)
     check_launch(recipe)
     model = plan_model(recipe.model)
+    check_continued(recipe)
     tokenizer, processor, template = build_run_processor(recipe, model)
+    check_continued_processor(recipe, processor)
     lora = run_lora_config(recipe, model.config, token_ids=_new_ids(recipe, tokenizer))
     _check_tying(recipe, model.config)
     if is_sharded():
         shard_by_layer(decoder_shape(model.config.text_config).layer_classes)
     _check_context(recipe, model.config)
-    opened = encode_splits(_with_test_rows(recipe), tokenizer, template, progress)
+    earlier = earlier_rows(recipe, processor, template, model.config, progress)
+    opened = encode_splits(_with_test_rows(recipe), tokenizer, template, progress, seen=earlier)
     splits = {
         name: build_split(recipe, name, split, processor, model.config, progress) for name, split in opened.items()
     }
     refuse_errors(recipe, opened)
+    seen = seen_of(splits)
     if recipe.evaluation is None and recipe.data.test_source is None:
         splits.pop("test", None)
     samples = splits["train"].rows
@@ -134,6 +147,9 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
         refusal,
         planned_parameters(model.config, lora),
         resolve_computation(recipe, model.config),
+        seen,
+        earlier,
+        opened["train"].notes,
     )
 
 
@@ -184,7 +200,8 @@ def build_run_processor(
         UserError: If a tokenizer or template does not fit.
     """
     tokenizer = load_tokenizer(model.tokenizer_folder, model.config)
-    add_new_tokens(tokenizer, recipe.model.new_tokens, model.config, known=trained)
+    known = trained or recipe.model.start_from.run is not None
+    add_new_tokens(tokenizer, recipe.model.new_tokens, model.config, known=known)
     captions = recipe.stage == 1 and recipe.data.format == "captions"
     template = resolve_template(
         "plain" if captions else recipe.data.template,

@@ -24,11 +24,13 @@ from lora_llava.evaluation.figures.majority import read_majority
 from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.start import plan_model
 from lora_llava.pages.preview_samples import escape_hidden
+from lora_llava.planning.continued_run import check_continued, check_continued_processor
 from lora_llava.planning.run_plan import build_run_processor
 from lora_llava.prepare.answer_balance import add_balance, balance_lines, train_answers
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.runs.directory import write_json
 from lora_llava.splits.encoded_sources import OpenSplit, encode_splits, image_cache, show_progress
+from lora_llava.splits.rebuilt_rows import earlier_rows
 from lora_llava.splits.refusals import checked_sources, sources_with_images
 from lora_llava.splits.split_rows import run_policy
 
@@ -66,6 +68,8 @@ def check(
     except DataFileError as error:
         report = CheckReport(0, [Finding("unreadable file", "", str(error), -1, "", "train")])
     print_report(report, console)
+    for line in splits["train"].notes if splits else ():
+        console.print(line, soft_wrap=True, markup=False)
     stage1 = recipe.model.start_from.stage1_recipe
     if stage1 is not None:
         console.print(f"the data of Stage 1 was not checked; run lora-llava check {stage1}")
@@ -98,8 +102,11 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
     ):  # even without an evaluation, test rows must not be trained on
         recipe = recipe.model_copy(update={"evaluation": recipe.evaluation or EvaluationSection()})
     model = plan_model(recipe.model)
-    tokenizer, _, template = build_run_processor(recipe, model)
-    splits = encode_splits(recipe, tokenizer, template, show_progress)
+    check_continued(recipe)
+    tokenizer, processor, template = build_run_processor(recipe, model)
+    check_continued_processor(recipe, processor)
+    seen = earlier_rows(recipe, processor, template, model.config, show_progress)
+    splits = encode_splits(recipe, tokenizer, template, show_progress, seen=seen)
     images = _inspect(splits)
     checked = checked_sources(splits, images)
     image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)

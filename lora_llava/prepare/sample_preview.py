@@ -29,6 +29,7 @@ from lora_llava.planning.row_order import validation_rows
 from lora_llava.planning.run_plan import build_run_processor, is_padding_free, order_run
 from lora_llava.recipe import Recipe
 from lora_llava.splits.encoded_sources import encode_splits, show_progress
+from lora_llava.splits.rebuilt_rows import earlier_rows
 from lora_llava.splits.split_rows import Split, build_split
 
 
@@ -78,7 +79,8 @@ def preview(
         raise UserError(f"--output: {output} exists and is not a preview; choose another file")
     model = plan_model(recipe.model)
     tokenizer, processor, template = build_run_processor(recipe, model)
-    splits = encode_splits(recipe, tokenizer, template, show_progress)
+    seen = earlier_rows(recipe, processor, template, model.config, show_progress)
+    splits = encode_splits(recipe, tokenizer, template, show_progress, seen=seen)
     if split not in splits:
         raise UserError(f"--split {split}: the recipe has no such rows; choose from {', '.join(splits)}")
     # Open images only when shown, unless bad ones are dropped, which changes the order of the run.

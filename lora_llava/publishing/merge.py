@@ -25,6 +25,7 @@ from lora_llava.publishing.merged_weights import BaseKind, merged_tensors
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
 from lora_llava.publishing.proof_prompts import PER_KIND
 from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, versions, write_json
+from lora_llava.splits.seen_rows import SEEN_FILE
 
 REPORT_FILE = "merge_report.json"
 Dtype = Literal["bfloat16", "float32"]
@@ -105,7 +106,7 @@ def merge(
         }
         print_report(report, console)
         write_json(temporary / REPORT_FILE, report)
-        for name in (RUN_FILE, RECIPE_FILE, METRICS_FILE):
+        for name in (RUN_FILE, RECIPE_FILE, METRICS_FILE, SEEN_FILE):
             if (run / name).is_file():
                 shutil.copyfile(run / name, (temporary / ADAPTER_FOLDER if projector_only else temporary) / name)
         if projector_only:

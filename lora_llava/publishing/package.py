@@ -119,6 +119,8 @@ def _add_record(package: Package, base_repo: str | None, base_commit: str | None
         holder = content.get("model", content)  # metrics.json nests the base one level deeper
         if content.get("stage1"):
             content["stage1"]["data"] = public_name(content["stage1"]["data"], content["stage1"]["hub_ids"])
+        if content.get("continues"):
+            content["continues"] = public_continued(content["continues"])
         if "base" in holder:
             holder["base"] = public_base(holder["base"], package.hub_ids, base_repo, base_commit)
             package.base = package.base or holder["base"]["name"]
@@ -166,6 +168,21 @@ def public_name(name: str, hub_ids: Container[str]) -> str:
     return name if name in hub_ids else PurePath(name.replace("\\", "/")).name
 
 
+def public_continued(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of a continued run, and of the run before it, without local paths."""
+    name, hub_ids = public_name(content["run"], ()), content.get("hub_ids", ())
+    found = content | {"run": name}
+    if "rows" in content:  # lines of metrics.json
+        found["rows"] = [line.replace(content["run"], name) for line in content["rows"]]
+    if "data" in content:
+        found["data"] = [public_name(path, hub_ids) for path in content["data"]]
+    if stage1 := content.get("stage1"):
+        found["stage1"] = stage1 | {"data": public_name(stage1["data"], stage1["hub_ids"])}
+    if content.get("continues"):
+        found["continues"] = public_continued(content["continues"])
+    return found
+
+
 def is_pushed_file(name: str) -> bool:
     """Check whether a push writes a file of this name."""
     fixed = {*PROCESSOR_FILES, ADAPTER_CONFIG, ADAPTER_FILE, MODEL_CONFIG, INDEX_FILE, BASE_FILE, RUN_FILE, RECIPE_FILE}
@@ -200,7 +217,7 @@ def public_recipe(content: dict[str, Any], hub_ids: Container[str]) -> dict[str,
     def shorten(section: dict[str, Any], fields: tuple[str, ...]) -> dict[str, Any]:
         return section | {name: public_name(section[name], hub_ids) for name in fields if section.get(name)}
 
-    start = shorten(content["model"]["start_from"], ("stage1_run", "stage1_recipe", "projector", "llava"))
+    start = shorten(content["model"]["start_from"], ("run", "stage1_run", "stage1_recipe", "projector", "llava"))
     model = shorten(content["model"], ("llm", "vision_tower")) | {"start_from": start}
     places = ("path", "image_folder")
     data = shorten(content["data"], places)

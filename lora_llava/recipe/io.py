@@ -21,6 +21,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from lora_llava.core.errors import UserError, nearest
 from lora_llava.core.secrets import find_secrets
 from lora_llava.core.storage import looked_in
+from lora_llava.recipe.continued import fill_from_run, lacks_values
 from lora_llava.recipe.generate_schema import GenerateRecipe
 from lora_llava.recipe.mistakes import suggest_key, suggest_value
 from lora_llava.recipe.places import as_written, find_inputs
@@ -41,6 +42,8 @@ _HINTED = 8
 """Most wrong values for which a message names what was meant; each is validated several times."""
 
 
+RUN_RECIPE = "recipe.yaml"
+"""The recipe in a run directory."""
 RENAMED_KEYS = {"samples_per_picture": "samples_per_image"}
 """Top-level keys by their earlier names, which are still accepted with a warning."""
 
@@ -117,7 +120,27 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     content, where = _read_content(path, overrides)
     if "teacher" in content and "stage" not in content:
         raise RecipeError(f"{where} generates data; run it with lora-llava generate-data")
-    return _with_inputs(check_recipe(content, where), Path(where))
+    return _completed(_with_inputs(check_recipe(content, where), Path(where)), where)
+
+
+def _completed(recipe: Recipe, where: str) -> Recipe:
+    """Fill what a recipe that continues a run leaves out.
+
+    Raises:
+        RecipeError: If the run's recipe cannot be read, or the filled recipe has values that do not fit.
+    """
+    run = recipe.model.start_from.run
+    if run is None or not lacks_values(recipe):
+        return recipe
+    file = Path(run) / RUN_RECIPE
+    if not file.is_file():
+        if recipe.lora is None:
+            what = f"{run} has no {RUN_RECIPE}" if Path(run).is_dir() else f"the folder {run} does not exist"
+            raise RecipeError(f"{where}: model.start_from.run: {what}{looked_in(run)}; name a run directory")
+        return recipe
+    filled = fill_from_run(recipe, load_recipe(file))
+    check_recipe(filled.model_dump(mode="json"), where)
+    return filled
 
 
 def load_generate_recipe(path: str | Path, overrides: Iterable[str] = ()) -> GenerateRecipe:
@@ -180,10 +203,13 @@ def override_recipe(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     Raises:
         RecipeError: For an unknown key, a wrong type or a value out of range.
     """
-    content = recipe.model_dump(mode="json")
+    overrides = list(overrides)
+    if not overrides:
+        return recipe
+    content = recipe.model_dump(mode="json", exclude_unset=True)  # a run that it continues gives what it leaves out
     for override in overrides:
         _apply_override(content, override)
-    return check_recipe(content, "recipe")
+    return _completed(check_recipe(content, "recipe"), "recipe")
 
 
 def check_recipe(content: Mapping[str, Any], where: str) -> Recipe:
@@ -275,6 +301,7 @@ def dump_recipe(recipe: BaseModel) -> str:
 
 LATER_KEYS: dict[str, Any] = {
     "model.new_tokens": [],
+    "model.start_from.run": None,
     "lora.vision": None,
     "lora.modules_to_save": [],
     "lora.init": "default",
@@ -288,8 +315,10 @@ def recipe_hash(recipe: BaseModel) -> str:
     """Return the SHA-256 of a recipe without its output directory, with its paths as written."""
     content = as_written(recipe, recipe.model_dump(mode="json", exclude={"output_dir"}))
     for key, default in LATER_KEYS.items():
-        name, _, field = key.partition(".")
-        section = content.get(name)
+        *path, field = key.split(".")
+        section: Any = content
+        for name in path:
+            section = section.get(name) if isinstance(section, dict) else None
         if isinstance(section, dict) and field in section and section[field] == default:
             section.pop(field)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

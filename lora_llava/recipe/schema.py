@@ -22,9 +22,17 @@ REFUSED_INITS = {
 """Initializations of peft that are not offered, each with the reason."""
 
 
-class StartFrom(Section):
-    """Source of the projector's weights: exactly one of these."""
+ORIGINS = ("stage1_run", "stage1_recipe", "projector", "llava", "untrained")
+"""Keys of `start_from` that say where a base's projector is from; a recipe has one of them."""
 
+
+class StartFrom(Section):
+    """Source of the projector's weights: exactly one of these; with `run`, the others may be left out."""
+
+    run: InputPath | None = None
+    """A finished Stage 2 run whose adapter and projector are trained on. Base, adapter settings, template and system
+    text are the run's and may be left out; its held-out rows stay held out, and images that it trained are not held
+    out."""
     stage1_run: InputPath | None = None
     """A run directory of Stage 1."""
     stage1_recipe: InputPath | None = None
@@ -42,10 +50,9 @@ class StartFrom(Section):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> StartFrom:
-        names = ("stage1_run", "stage1_recipe", "projector", "llava", "untrained")
-        given = [name for name in names if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(names)}; given: {', '.join(given) or 'none'}")
+        given = [name for name in ORIGINS if getattr(self, name) is not None]
+        if len(given) > 1 or not (given or self.run):
+            raise ValueError(f"give exactly one of run, {', '.join(ORIGINS)}; given: {', '.join(given) or 'none'}")
         return self
 
 
@@ -57,11 +64,13 @@ class ModelSection(Section):
     """The parts of the LLaVA model and how they are loaded."""
 
     llm: InputName | None = None
-    """The language model: `demo`, `smollm2`, a folder, or a Hub id. Not with `start_from.llava`."""
+    """The language model: `demo`, `smollm2`, a folder, or a Hub id. Not with `start_from.llava`; with `start_from.run`
+    the run's."""
     llm_revision: str | None = None
     """Branch, tag or commit of `llm`."""
     vision_tower: InputName | None = None
-    """The vision tower, a CLIP or SigLIP: `demo`, a folder, or a Hub id. Not with `start_from.llava`."""
+    """The vision tower, a CLIP or SigLIP: `demo`, a folder, or a Hub id. Not with `start_from.llava`; with
+    `start_from.run` the run's."""
     vision_tower_revision: str | None = None
     """Branch, tag or commit of `vision_tower`."""
     projector_type: Literal["mlp2x_gelu", "linear"] = "mlp2x_gelu"
@@ -92,7 +101,7 @@ class ModelSection(Section):
         for name in ("llm", "vision_tower"):
             if complete and getattr(self, name) is not None:
                 raise ValueError(f"{name} is set together with start_from.llava, which is a complete LLaVA; drop one")
-            if not complete and getattr(self, name) is None:
+            if not complete and self.start_from.run is None and getattr(self, name) is None:
                 raise ValueError(f"{name} is missing; name a folder, a Hub id or demo")
         return self
 
@@ -270,7 +279,11 @@ class Recipe(Section):
             raise ValueError(
                 "lora is set in a Stage 1 recipe, which trains only the projector; drop it or set stage: 2"
             )
-        if self.stage == 2 and self.lora is None:
+        if self.stage == 1 and start.run is not None:
+            raise ValueError(
+                "model.start_from.run is set in a Stage 1 recipe; set stage: 2, or train Stage 1 for more epochs"
+            )
+        if self.stage == 2 and self.lora is None and start.run is None:
             raise ValueError("lora is missing; Stage 2 trains adapters; lora: {} has the defaults")
         if self.stage == 1 and (start.stage1_run or start.stage1_recipe):
             raise ValueError("model.start_from names a Stage 1 result in a Stage 1 recipe; use untrained: true")
@@ -313,6 +326,8 @@ class Recipe(Section):
     def _check_trained(self) -> None:
         """Check what is trained besides the language model's adapters and the projector."""
         lora, model, training = self.lora, self.model, self.training
+        if lora is None and model.start_from.run is not None:
+            return  # the run's, which is filled in
         if lora is None:
             for key, given in (
                 ("model.new_tokens", model.new_tokens),

@@ -170,6 +170,7 @@ def save_model(
         "recipe_hash": recipe_hash(recipe),
         "hub_ids": hub_ids(recipe),
         "stage1": _stage1_of(recipe),
+        "continues": _continues(recipe),
         "adapter_sha256": file_hash(folder / ADAPTER_FILE),
         "versions": versions(),
     }
@@ -204,6 +205,23 @@ def _stage1_of(recipe: Recipe) -> dict[str, Any] | None:
     stage1, record = load_recipe(Path(run) / RECIPE_FILE), read_record(Path(run))
     data = ", ".join(dict.fromkeys(source.path for source in stage1.data.train_sources()))
     return {"data": data, "recipe_hash": record["recipe_hash"], "hub_ids": hub_ids(stage1)}
+
+
+def _continues(recipe: Recipe) -> dict[str, Any] | None:
+    """Describe the run that a run continues, and under `continues` the one before that."""
+    run = recipe.model.start_from.run
+    if run is None:
+        return None
+    before, record = load_recipe(Path(run) / RECIPE_FILE), read_record(Path(run))
+    return {
+        "run": str(getattr(run, "written", run)),
+        "adapter_sha256": record.get("adapter_sha256"),
+        "recipe_hash": record["recipe_hash"],
+        "data": list(dict.fromkeys(source.path for source in before.data.train_sources())),
+        "hub_ids": hub_ids(before),
+        "stage1": record.get("stage1"),
+        "continues": record.get("continues"),
+    }
 
 
 def is_run(folder: Path) -> bool:

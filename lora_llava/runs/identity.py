@@ -17,9 +17,11 @@ import torch
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
+from lora_llava.core.storage import file_hash
 from lora_llava.data.images.image_id import ImageName, own_name
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import Base
+from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.planning.run_plan import RunPlan
 from lora_llava.runs.directory import versions
 from lora_llava.splits.split_rows import Split, asked_split
@@ -44,11 +46,11 @@ def run_identity(plan: RunPlan, base: Base) -> dict[str, Any]:
         base: The base it trains.
 
     Returns:
-        Plain JSON: hashes of the base's components and of a Stage 1 projector (`base`), the model's settings
-        (`config`), the tokenizer, its special tokens and the chat template, the image processor's settings, what
-        `auto` resolved to on this machine (`computation`), and for every split (`data`) its rows, their tokens and the
-        contents of their images. `versions` are only reported. `run` is drawn when a run begins, and distinguishes its
-        checkpoints from those of another run that is otherwise the same.
+        Plain JSON: hashes of the base's components, of a Stage 1 projector and of an adapter that is continued
+        (`base`), the model's settings (`config`), the tokenizer, its special tokens and the chat template, the image
+        processor's settings, what `auto` resolved to on this machine (`computation`), and for every split (`data`) its
+        rows, their tokens and the contents of their images. `versions` are only reported. `run` is drawn when a run
+        begins, and distinguishes its checkpoints from those of another run that is otherwise the same.
 
     Raises:
         UserError: If the base's weights are missing or damaged.
@@ -56,10 +58,12 @@ def run_identity(plan: RunPlan, base: Base) -> dict[str, Any]:
     recipe = plan.recipe
     evaluated = asked_split(plan.splits) if recipe.evaluation is not None else None
     stage1 = {"stage1_projector": _tensor_hash(base.initial_projector)} if base.initial_projector else {}
+    run = recipe.model.start_from.run
+    continued = {"continued_adapter": file_hash(Path(run) / ADAPTER_FILE)} if run is not None else {}
     content = {
         "format": _FORMAT,
         "run": uuid.uuid4().hex,
-        "base": component_hashes(base.folder) | stage1,
+        "base": component_hashes(base.folder) | stage1 | continued,
         "config": _model_settings(base.folder),
         "generation_config": _generation_settings(base.folder),
         "tokenizer": tokenizer_hash(plan.tokenizer),
@@ -308,6 +312,7 @@ _PARTS = {
     ("base", "vision_tower"): ("the vision tower's weights", "restore the weights that it began with"),
     ("base", "projector"): ("the base's projector", "restore the projector that it began with"),
     ("base", "stage1_projector"): ("the Stage 1 projector", "name the Stage 1 run that it began with"),
+    ("base", "continued_adapter"): ("the adapter that it continues", "name the run that it began with"),
     ("tokenizer",): ("the tokenizer", "restore the tokenizer that it began with"),
     ("chat_template",): ("the chat template", "resume with the version of lora_llava that began it"),
 }

@@ -40,6 +40,7 @@ PLACES = frozenset(
         *(
             f"model.start_from.{name}"
             for name in (
+                "run",
                 "stage1_run",
                 "stage1_recipe",
                 "projector",

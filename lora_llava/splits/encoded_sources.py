@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from lora_llava.data.sources import Read, Source, list_source, open_source
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.demo.dataset import build_demo_captions, build_demo_scienceqa
 from lora_llava.recipe import Recipe, SourceSection
+from lora_llava.splits.continued_split import assign_rows, keep_untrained
 from lora_llava.splits.hold_out import hold_back, row_keys
+from lora_llava.splits.seen_rows import HELD_OUT, RowContent, SeenRows, row_content
 
 Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
 """Wraps items that are read or opened, with a label, for a progress bar."""
@@ -47,6 +50,8 @@ class OpenSplit:
     sources: list[Source]
     tables: list[EncodedTable]
     places: np.ndarray
+    notes: tuple[str, ...] = ()
+    """Lines about rows whose side is that of an earlier run."""
 
     @property
     def images(self) -> SplitImages:
@@ -151,6 +156,7 @@ def encode_splits(
     template: AnyTemplate,
     progress: Progress = no_progress,
     sources: dict[str, list[Source]] | None = None,
+    seen: SeenRows | None = None,
 ) -> dict[str, OpenSplit]:
     """Encode a recipe's sources and assign their rows to splits.
 
@@ -160,6 +166,7 @@ def encode_splits(
         template: The conversation template.
         progress: Wraps the rows of each source.
         sources: The result of `open_sources`; None opens the sources.
+        seen: The rows of the runs that the recipe continues, from `earlier_rows`; None if it continues none.
 
     Returns:
         Splits by name, in the order train, validation, test.
@@ -180,7 +187,9 @@ def encode_splits(
                 encode_table(source, tokenizer=tokenizer, template=template, cache=cache_folder(), progress=wrapped)
             )
         splits[name] = OpenSplit(found, tables, _all_places(tables))
-    return _hold_out(recipe, splits)
+    if seen is not None:
+        return _reduced(recipe, continue_splits(recipe, splits, seen, progress))
+    return _reduced(recipe, _hold_out(recipe, splits))
 
 
 def _all_places(tables: Sequence[EncodedTable]) -> np.ndarray:
@@ -190,30 +199,86 @@ def _all_places(tables: Sequence[EncodedTable]) -> np.ndarray:
 
 
 def _hold_out(recipe: Recipe, splits: dict[str, OpenSplit]) -> dict[str, OpenSplit]:
-    """Move the held-out rows out of training, then reduce training to `max_train_rows`."""
-    data = recipe.data
-    if "train" not in splits:
+    """Move the held-out rows out of training."""
+    counts = held_out_counts(recipe)
+    if "train" not in splits or not counts:
         return splits
     train = splits["train"]
-    # Test rows are held out even without an evaluation: a later evaluation of the recipe uses them.
-    counts = {name: count for name, count in (("validation", data.validation_rows), ("test", data.test_rows)) if count}
-    if counts:
-        keys = [
-            key
-            for number, (source, table) in enumerate(zip(train.sources, train.tables, strict=True))
-            for key in row_keys(table, source.images, number, _digests(source, table))
+    keys = [key for mine in source_keys(train) for key in mine]
+    fields = [f"data.{name}_rows" for name in counts]
+    left, *parts = hold_back(keys, list(counts.values()), recipe.seed, fields)
+    for name, part in zip(counts, parts, strict=True):
+        if name == "test" and recipe.evaluation is None:
+            continue
+        splits[name] = OpenSplit(train.sources, train.tables, train.places[part])
+    splits["train"] = OpenSplit(train.sources, train.tables, train.places[left])
+    return splits
+
+
+def held_out_counts(recipe: Recipe) -> dict[str, int]:
+    """Return the number of rows that a recipe holds out of its training rows, by split.
+
+    Test rows are held out even without an evaluation: a later evaluation of the recipe uses them.
+    """
+    data = recipe.data
+    return {name: count for name, count in (("validation", data.validation_rows), ("test", data.test_rows)) if count}
+
+
+def source_keys(split: OpenSplit) -> list[list[list[Hashable]]]:
+    """Return the keys of the rows of each source, from `row_keys`."""
+    return [
+        row_keys(table, source.images, number, _digests(source, table))
+        for number, (source, table) in enumerate(zip(split.sources, split.tables, strict=True))
+    ]
+
+
+def continue_splits(
+    recipe: Recipe, splits: dict[str, OpenSplit], seen: SeenRows, progress: Progress
+) -> dict[str, OpenSplit]:
+    """Assign the rows of a recipe that continues a run, so that no row changes sides."""
+    notes: list[str] = []
+    for name in HELD_OUT:
+        if name in splits:
+            split, field = splits[name], f"data.{name}_source"
+            kept, lines = keep_untrained(_contents(split, progress), name, seen, field)
+            notes += lines
+            splits[name] = replace(split, places=split.places[kept])
+    if "train" not in splits:
+        return splits
+    train, sourced = splits["train"], tuple(splits)
+    if recipe.data.format == "scienceqa":
+        sourced = HELD_OUT
+    names = [key for mine in source_keys(train) for key in mine]
+    counts = held_out_counts(recipe)
+    found = assign_rows(_contents(train, progress), names, counts, recipe.seed, seen, sourced)
+    for name, part in found.parts.items():
+        if name == "validation" or recipe.evaluation is not None:
+            splits[name] = replace(train, places=train.places[part])
+    splits["train"] = replace(train, places=train.places[found.train], notes=(*found.notes, *notes))
+    return splits
+
+
+def _contents(split: OpenSplit, progress: Progress) -> list[RowContent]:
+    """Return the content of all rows of a split's sources, whose images are opened."""
+    found = []
+    for source, table in zip(split.sources, split.tables, strict=True):
+        names = dict.fromkeys(name for row in range(len(table)) for name in table.images(row))
+        bar = partial(progress, f"images of {source.name}")
+        facts = inspect_images(source.images, names, image_cache(source), bar)
+        found += [
+            row_content(table, row, [facts[name].pixels for name in table.images(row)]) for row in range(len(table))
         ]
-        fields = [f"data.{name}_rows" for name in counts]
-        left, *parts = hold_back(keys, list(counts.values()), recipe.seed, fields)
-        for name, part in zip(counts, parts, strict=True):
-            if name == "test" and recipe.evaluation is None:
-                continue
-            splits[name] = OpenSplit(train.sources, train.tables, train.places[part])
-        train = splits["train"] = OpenSplit(train.sources, train.tables, train.places[left])
-    if data.max_train_rows is not None and not _is_weighted(recipe):
+    return found
+
+
+def _reduced(recipe: Recipe, splits: dict[str, OpenSplit]) -> dict[str, OpenSplit]:
+    """Reduce training to `max_train_rows`, and put the splits in order."""
+    data = recipe.data
+    if "train" in splits and data.max_train_rows is not None and not _is_weighted(recipe):
+        train = splits["train"]
         total = len(train.places)
         chosen = random.Random(recipe.seed).sample(range(total), min(data.max_train_rows, total))
-        splits["train"] = OpenSplit(train.sources, train.tables, train.places[sorted(chosen)])
+        splits["train"] = replace(train, places=train.places[sorted(chosen)])
     return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
 
 

@@ -94,8 +94,32 @@ def hold_back(
     Raises:
         UserError: If nothing would be left to train on.
     """
-    groups = _groups(keys)
-    order = list(range(len(keys)))
+    groups = link_rows(keys)
+    parts = draw_groups(groups, [bool(mine) for mine in keys], counts, seed)
+    taken = {groups[row] for part in parts for row in part}
+    left = [row for row in range(len(keys)) if groups[row] not in taken]
+    if not left:
+        counted = ", ".join(f"{name} is {count}" for name, count in zip(names, counts, strict=True) if count)
+        raise UserError(
+            f"{counted}, but the data has only {len(keys)} rows in {len(set(groups))} groups by image; "
+            "leave some to train on"
+        )
+    return [left, *parts]
+
+
+def draw_groups(groups: Sequence[int], drawable: Sequence[bool], counts: Sequence[int], seed: int) -> list[list[int]]:
+    """Draw parts of complete groups.
+
+    Args:
+        groups: The group of each row, from `link_rows`.
+        drawable: Whether each row may be drawn; other rows come with their group alone.
+        counts: The least number of rows of each part.
+        seed: Seeds the draw.
+
+    Returns:
+        The row indices of each part in their original order; a part has fewer rows if there are no more.
+    """
+    order = list(range(len(groups)))
     random.Random(seed).shuffle(order)
     members: dict[int, list[int]] = {}
     for row, group in enumerate(groups):
@@ -109,21 +133,14 @@ def hold_back(
             row = next(drawn, -1)
             if row < 0:
                 break
-            if keys[row] and groups[row] not in taken:
+            if drawable[row] and groups[row] not in taken:
                 taken.add(groups[row])
                 part += members[groups[row]]
         parts.append(sorted(part))
-    left = [row for row in range(len(keys)) if groups[row] not in taken]
-    if not left:
-        counted = ", ".join(f"{name} is {count}" for name, count in zip(names, counts, strict=True) if count)
-        raise UserError(
-            f"{counted}, but the data has only {len(keys)} rows in {len(members)} groups by image; "
-            "leave some to train on"
-        )
-    return [left, *parts]
+    return parts
 
 
-def _groups(keys: Sequence[Sequence[Hashable]]) -> list[int]:
+def link_rows(keys: Sequence[Sequence[Hashable]]) -> list[int]:
     """Return for every row the first row that it is linked to by keys, directly or through other rows."""
     parent = list(range(len(keys)))
 

@@ -36,6 +36,7 @@ from lora_llava.splits.encoded_sources import (
     no_progress,
     open_sources,
 )
+from lora_llava.splits.seen_rows import SeenRows
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Split:
         epochs: Returns the rows of an epoch, if the recipe mixes by weight or rows; None: every epoch has all rows.
         sealed: Whether reading the rows is an error now.
         digests: SHA-256 of each image's file by its name; empty if the images were not opened.
+        pixels: Hash of each image's pixels by its name, see `ImageFacts.pixels`.
     """
 
     sources: list[Source]
@@ -61,6 +63,7 @@ class Split:
     epochs: Callable[[int], list[int]] | None = None
     sealed: bool = False
     digests: Mapping[ImageName, str] = field(default_factory=dict)
+    pixels: Mapping[ImageName, str] = field(default_factory=dict)
 
     def read(self, indices: Iterable[int]) -> list[Conversation]:
         """Read the conversations of these rows from their sources again.
@@ -158,12 +161,14 @@ def build_split(
         report.dropped[NOT_DRAWN] += len(usable) - len(drawn)
         rows = usable.take(drawn)
     digests: dict[ImageName, str] = {}
+    hashes: dict[ImageName, str] = {}
     if not trusted:
         inspect = partial(inspect_split, split.sources, progress=lambda found: progress(f"images of {name}", found))
 
         def inspected(names: list[ImageName]) -> dict[ImageName, ImageFacts]:
             found = inspect(names)
             digests.update((name, image.digest) for name, image in found.items())
+            hashes.update((name, image.pixels) for name, image in found.items())
             return found
 
         rows = without_bad_images(rows, data.on_bad_image, report, inspected)
@@ -174,7 +179,7 @@ def build_split(
         used = Counter(split.sources[rows.places[i, 0]].name for i in (epochs(0) if epochs else range(len(rows))))
         report.sources = {source.name: used[source.name] for source in split.sources}
     pixels = Pixels(split.images, processor.image_processor)
-    return Split(split.sources, split.images, pixels, rows, report, epochs, digests=digests)
+    return Split(split.sources, split.images, pixels, rows, report, epochs, digests=digests, pixels=hashes)
 
 
 def _members(places: np.ndarray, sources: int) -> list[list[int]]:
@@ -224,6 +229,7 @@ def read_held_out(
     progress: Progress = no_progress,
     *,
     trusted: bool = False,
+    seen: SeenRows | None = None,
 ) -> tuple[str, Split]:
     """Read the held-out rows that are evaluated, and only the data needed for them.
 
@@ -234,6 +240,7 @@ def read_held_out(
         config: The model's config.
         progress: Wraps the rows and images that are read.
         trusted: Whether to skip opening the images.
+        seen: See `encode_splits`.
 
     Returns:
         The split's name, and the split.
@@ -248,7 +255,7 @@ def read_held_out(
     own = "test" if science or recipe.data.test_source else "validation" if recipe.data.validation_source else None
     alone = own == "test" or (own == "validation" and not recipe.data.test_rows)
     sources = open_sources(recipe, [own]) if own is not None and alone else None
-    splits = encode_splits(recipe, processor.tokenizer, template, progress, sources)
+    splits = encode_splits(recipe, processor.tokenizer, template, progress, sources, seen)
     name = asked_split(splits)
     if name is None:
         raise UserError(

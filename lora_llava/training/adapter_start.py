@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers.trainer_utils import set_seed
 
+from lora_llava.core.errors import UserError
 from lora_llava.model.adapter_file import read_lora_config
 from lora_llava.model.initialization import (
     EVA_BATCHES,
@@ -20,6 +24,7 @@ from lora_llava.model.initialization import (
     start_orthogonal,
 )
 from lora_llava.model.start import Base
+from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.planning.run_plan import RunPlan
 from lora_llava.recipe import Recipe
 from lora_llava.runs.resume import Start
@@ -42,7 +47,7 @@ def start_adapters(plan: RunPlan, base: Base, model: PeftModel, feed: Feed) -> s
         UserError: If the data is too little for it.
     """
     lora = plan.recipe.lora
-    if lora is None or lora.init == "default":
+    if lora is None or lora.init == "default" or plan.recipe.model.start_from.run is not None:
         return None
     set_seed(plan.recipe.seed)
     if lora.init == "orthogonal":
@@ -73,12 +78,40 @@ def _drawn_batches(feed: Feed, seed: int, tokens: int) -> Iterator[dict[str, Any
 
 
 def saved_config(recipe: Recipe, start: Start | None) -> LoraConfig | None:
-    """Return the PEFT config to resume with; None if it is that of the recipe.
+    """Return the PEFT config to resume or continue with; None if it is that of the recipe.
 
     Only EVA changes the config: it distributes the ranks.
     """
-    if start is None or recipe.lora is None or recipe.lora.init != "eva":
+    run = recipe.model.start_from.run
+    folder = start.checkpoint if start is not None else Path(run) if run is not None else None
+    if folder is None or recipe.lora is None or recipe.lora.init != "eva":
         return None
-    config = read_lora_config(start.checkpoint)
+    config = read_lora_config(folder)
     config.inference_mode = False
+    config.lora_dropout = recipe.lora.dropout
     return config
+
+
+def continue_adapter(model: PeftModel, recipe: Recipe) -> str | None:
+    """Give a model the adapter and projector of the run that its recipe continues.
+
+    Args:
+        model: The PEFT model, with that run's settings.
+        recipe: The recipe.
+
+    Returns:
+        A line about it; None if the recipe continues no run.
+
+    Raises:
+        UserError: If the file does not have exactly the model's trained tensors.
+    """
+    run = recipe.model.start_from.run
+    if run is None:
+        return None
+    tensors = load_file(Path(run) / ADAPTER_FILE)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    other = sorted(tensors.keys() ^ expected.keys())
+    if other:
+        raise UserError(f"model.start_from.run: {run} and the recipe train other tensors, such as {other[0]}")
+    set_peft_model_state_dict(model, tensors)
+    return f"continues {getattr(run, 'written', run)}: its adapter and projector, with a new optimizer and schedule"

@@ -33,6 +33,7 @@ from lora_llava.evaluation.tables import tables_view
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.planning import plan_tables
+from lora_llava.planning.continued_run import refuse_own_folder
 from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.runs.checkpoint import list_checkpoints, set_aside
@@ -49,8 +50,9 @@ from lora_llava.runs.directory import (
 from lora_llava.runs.identity import IDENTITY_FILE, run_identity
 from lora_llava.runs.resume import Start, find_start, refuse_unfinished, same_run
 from lora_llava.splits.encoded_sources import show_progress
+from lora_llava.splits.seen_rows import write_seen
 from lora_llava.splits.split_rows import asked_split, sealed
-from lora_llava.training.adapter_start import saved_config, start_adapters
+from lora_llava.training.adapter_start import continue_adapter, saved_config, start_adapters
 from lora_llava.training.features import cache_features
 from lora_llava.training.stages import CHECKPOINTS, TrainResult, build_feeds, build_trained_model, describe_plan, train
 
@@ -84,6 +86,7 @@ def finetune(
     """
     console.quiet = console.quiet or not is_first()
     folder = Path(recipe.output_dir)
+    refuse_own_folder(recipe)
     if is_run(folder) and (folder / METRICS_FILE).is_file() and not overwrite:
         raise UserError(f"output_dir: {folder} holds a finished run; set output_dir=OTHER, or --overwrite")
     if resume and overwrite:
@@ -132,7 +135,7 @@ def stage1_of(recipe: Recipe, recipe_folder: Path) -> Recipe | None:
         UserError: If the named recipe is not a Stage 1 recipe.
     """
     name = recipe.model.start_from.stage1_recipe
-    if name is None:
+    if name is None or recipe.model.start_from.run is not None:
         return None
     beside = recipe_folder / name
     stage1 = load_recipe(beside if beside.is_file() else name)
@@ -202,6 +205,8 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     freeze_plan = describe_plan(model)
     plan_tables.print_freeze_plan(freeze_plan, console)
     console.print(f"attention: {plan.computation.attention}")
+    if line := continue_adapter(model, recipe):
+        console.print(line, soft_wrap=True, markup=False)
     answers = training_answers(plan)
     before = _evaluate_before(model, plan, identity, resumed is not None, answers, console)
     if base.initial_projector is not None:
@@ -230,6 +235,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
 def _open_run(folder: Path, plan: RunPlan, identity: dict[str, Any], again: bool) -> None:
     start_run(folder, plan.recipe, {name: split.fingerprint() for name, split in plan.splits.items()})
     write_json(folder / IDENTITY_FILE, identity)
+    write_seen(folder, replace(plan.seen, run=plan.recipe.output_dir), plan.earlier)
     (folder / RUN_FILE).unlink(missing_ok=True)  # written again when the run is complete
     if again:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -308,9 +314,15 @@ def _metrics(
             "trained_parameters": plan.trained_parameters,
             "freeze_plan": freeze_plan,
         },
+        "continues": _continued(plan),
         "machine": machine(),
         "versions": versions(),
     }
+
+
+def _continued(plan: RunPlan) -> dict[str, Any] | None:
+    """Return the run that a run continues or whose merged model it starts from, and what that means for its rows."""
+    return {"run": plan.earlier.run, "rows": list(plan.notes)} if plan.earlier is not None else None
 
 
 def dry_run(recipe: Recipe, recipe_folder: Path, console: Console) -> None:

@@ -66,7 +66,7 @@ def test_an_added_metric_is_in_records_and_tables(letter: Metric) -> None:
 
 
 def test_an_added_metric_is_on_the_report_page(letter: Metric) -> None:
-    [page] = run_report._tables({"after": answer_table(own("red cube", "blue cube"))})
+    [page] = run_report.score_tables({"after": answer_table(own("red cube", "blue cube"))})
     assert page.columns == [
         *["", "exact match in %", "95% interval", "F1 in %", "ROUGE-L in %", "loss", "letter error in %", "questions"]
     ]

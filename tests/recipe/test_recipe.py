@@ -223,7 +223,7 @@ def test_an_override_is_the_same_as_the_file(
 
 
 STARTS = {"stage1_run": "a", "stage1_recipe": "b.yaml", "projector": "c.bin", "llava": "d", "untrained": True}
-START_NAMES = "stage1_run, stage1_recipe, projector, llava, untrained"
+START_NAMES = "run, stage1_run, stage1_recipe, projector, llava, untrained"
 
 
 @pytest.mark.parametrize("name", STARTS)

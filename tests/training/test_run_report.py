@@ -17,7 +17,7 @@ from rich.console import Console
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.evaluation.answers import answer_table, score_answer
-from lora_llava.evaluation.run_report import _tables, rebuild_report
+from lora_llava.evaluation.run_report import score_tables, rebuild_report
 from lora_llava.evaluation.scienceqa import COLUMNS, score
 from lora_llava.evaluation.summary import summarise
 from lora_llava.evaluation.tables import tables_view
@@ -194,7 +194,7 @@ def test_columns_without_questions_are_dashes() -> None:
         ["95% interval from", *low, ""],
         ["to", *high, ""],
     ]
-    [page] = _tables({"after": table})
+    [page] = score_tables({"after": table})
     assert [row[1:] for row in page.rows] == [percentages, low, high, [str(table[column][2]) for column in COLUMNS]]
     found = summarise(table, [])["table"]
     assert found["SOC"] == {"percent": None, "correct": 0, "count": 0, "interval": None}
@@ -209,7 +209,7 @@ def test_scores_of_no_questions_are_dashes() -> None:
         ["a", "–", "–", "–", "–", "0"],
         ["b", "0.00", "0.0–79.3", "0.00", "0.00", "1"],
     ]
-    assert [row[1:5] for row in _tables({"a": none, "b": one})[0].rows] == [
+    assert [row[1:5] for row in score_tables({"a": none, "b": one})[0].rows] == [
         ["–"] * 4,
         ["0.00", "0.0–79.3", "0.00", "0.00"],
     ]

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from lora_llava.core.storage import atomic_file
 from lora_llava.data.files.row_files import Counted
 from lora_llava.data.images.image_names import MATCHED, contradictions
 from lora_llava.data.images.image_sources import BadImageError, FolderImages, ImageSource, TableImages, read_converted
-from lora_llava.data.images.to_rgb import CONVERSION_RULE, Background
+from lora_llava.data.images.to_rgb import CONVERSION_RULE, TRANSPARENT, Background
 
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -35,6 +35,10 @@ _SUFFIXES = {
 _ORIENTATION = 0x0112
 """The EXIF tag of the camera's orientation; 1 is upright (CIPA DC-008, section 4.6.4)."""
 _AT_ONCE = 64
+_FACTS = 2
+"""Increase it when facts are added: cached facts without them are collected again."""
+_BLOCK = 1 << 20
+"""Pixels that are hashed at a time."""
 _TINY = 8
 """Images with a side of fewer pixels are reported as tiny."""
 
@@ -48,12 +52,14 @@ class ImageFacts:
         kind: The problem in a word or two.
         oddities: Warnings about a usable image: pairs of kind and message.
         digest: SHA-256 of its file, in hex; "" if none exists.
+        pixels: Hash of its pixels, 16 hex digits, the same for lossless copies in any format; "" if it cannot be used.
     """
 
     problem: str | None = None
     kind: str = ""
     oddities: tuple[tuple[str, str], ...] = ()
     digest: str = ""
+    pixels: str = field(default="", compare=False)
 
 
 def inspect_images(
@@ -131,11 +137,24 @@ def inspect_image(images: ImageSource, name: str) -> ImageFacts:
         digest = hashlib.sha256(content).hexdigest()
         label = images.label(name)
         background: Background = images.background  # type: ignore[attr-defined]
-        notes = read_converted(io.BytesIO(content), label, limit, background).notes
+        converted = read_converted(io.BytesIO(content), label, limit, background)
+        notes = converted.notes
         oddities = [*_match(images, name), *((kind, f"image {label} {note}") for kind, note in notes)]
-        return ImageFacts(None, "", (*oddities, *_oddities(content, label, bool(notes))), digest)
+        if background != "white" and any(kind == TRANSPARENT for kind, _ in notes):  # the hash is the same for all
+            converted = read_converted(io.BytesIO(content), label, limit)
+        pixels = pixel_hash(converted.image)
+        return ImageFacts(None, "", (*oddities, *_oddities(content, label, bool(notes))), digest, pixels)
     except BadImageError as error:
         return ImageFacts(str(error), error.kind, (), digest)
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """Return a hash of an RGB image's size and pixels, 16 hex digits."""
+    digest = hashlib.sha256(f"{image.width} x {image.height} ".encode())
+    rows = max(1, _BLOCK // max(1, image.width))
+    for top in range(0, image.height, rows):  # in parts, so that a large image is not in memory twice
+        digest.update(image.crop((0, top, image.width, min(top + rows, image.height))).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _match(images: ImageSource, name: str) -> Iterator[tuple[str, str]]:
@@ -176,7 +195,7 @@ def _find_oddities(content: bytes, name: str, is_converted: bool) -> Iterator[tu
 def _stamp(images: ImageSource, name: str) -> str:
     """Return the size, the times and the settings of an image as a cache key; empty if it is not a file."""
     if isinstance(images, TableImages) and images.fingerprint:
-        return f"{images.fingerprint}:{images.max_pixels}:{images.background}:{CONVERSION_RULE}"
+        return f"{images.fingerprint}:{images.max_pixels}:{images.background}:{CONVERSION_RULE}:{_FACTS}"
     if not isinstance(images, FolderImages):
         return ""
     try:
@@ -186,7 +205,7 @@ def _stamp(images: ImageSource, name: str) -> str:
         return ""
     # st_ctime_ns too: a copy that keeps the time of change (`cp -p`, rsync) may also have the same size.
     times = f"{facts.st_mtime_ns}:{facts.st_ctime_ns}"
-    return f"{path}:{facts.st_size}:{times}:{images.max_pixels}:{images.background}:{CONVERSION_RULE}"
+    return f"{path}:{facts.st_size}:{times}:{images.max_pixels}:{images.background}:{CONVERSION_RULE}:{_FACTS}"
 
 
 def _load(cache: Path | None) -> dict[str, tuple[str, ImageFacts]]:

@@ -100,6 +100,9 @@ def find_predictions(path: Path) -> Path:
     if not path.is_dir():
         check_run(path, "a run directory or a predictions file")
     found = [path / name for name in PREDICTIONS if (path / name).is_file()]
+    others = sorted(file.name for file in path.glob("predictions_*.jsonl") if file.name != "predictions_before.jsonl")
+    if not found and others:
+        raise UserError(f"{path} has no {' or '.join(PREDICTIONS)}; it has {', '.join(others)}; name that file")
     if not found:
         check_run(path)
         raise UserError(f"{path} has no {' or '.join(PREDICTIONS)}; run `lora-llava evaluate {path}` first")

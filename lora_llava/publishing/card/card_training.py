@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lora_llava.model.families.tower_families import describe_images, saved_image_settings
@@ -33,16 +34,32 @@ def _base_rows(package: Package) -> list[tuple[str, str]]:
         for field, role in (("llm", "language model"), ("vision_tower", "vision tower")):
             rows.append((role, f"{_named(parts[field])}, revision `{parts[f'{field}_revision'][:_SHORT]}`"))
         start = package.recipe["model"]["start_from"]
-        key, value = next((key, value) for key, value in start.items() if value and "revision" not in key)
-        origin = "random weights" if value is True else f"the {key.replace('_', ' ')} {value}"
-        rows.append(("projector initialised from", f"{origin} ({parts['projector_type']})"))
+        named = ((key, value) for key, value in start.items() if value and "revision" not in key and key != "run")
+        for key, value in named:
+            origin = "random weights" if value is True else f"the {key.replace('_', ' ')} {value}"
+            rows.append(("projector initialised from", f"{origin} ({parts['projector_type']})"))
     elif base:
         revision = f", revision `{base['revision'][:_SHORT]}`" if base.get("revision") else ""
         rows.append(("base", f"{base['name']}{revision}"))
+    rows += [("continues", _continued(each)) for each in continued_runs(package.record)]
     if hashes:
         shown = ", ".join(f"{_PARTS.get(part, part)} `{digest[:_SHORT]}`" for part, digest in hashes.items())
         rows.append(("SHA-256 of the base's weights", shown))
     return rows
+
+
+def continued_runs(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List the records of the runs that a run continues, the last one first."""
+    found = []
+    while before := record.get("continues"):
+        found.append(before)
+        record = before
+    return found
+
+
+def _continued(record: Mapping[str, Any]) -> str:
+    digest = f", SHA-256 `{record['adapter_sha256'][:_SHORT]}`" if record.get("adapter_sha256") else ""
+    return f"the adapter and projector of {record['run']}{digest}, trained on {', '.join(map(_named, record['data']))}"
 
 
 def _named(name: str) -> str:

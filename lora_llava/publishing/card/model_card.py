@@ -21,7 +21,7 @@ from lora_llava.evaluation.figures.figure_lines import (
     matrix,
     read_confusions,
 )
-from lora_llava.publishing.card.card_training import training_rows
+from lora_llava.publishing.card.card_training import continued_runs, training_rows
 from lora_llava.publishing.card.licences import Licence, card_licence, conflicts, licence_of
 from lora_llava.publishing.card.loss_curve import draw_curve
 from lora_llava.publishing.card.snippet import loading_snippet
@@ -57,8 +57,11 @@ def licences_of(package: Package) -> list[Licence]:
     found = [licence_of(name, named(role, name)) for role, name in sources(package)]
     if package.recipe:
         found += [licence_of(path, _data_part(path)) for path in data_paths(package.recipe["data"])]
-    stage1 = package.record.get("stage1")
-    if stage1:
+    before = continued_runs(package.record)
+    known = set(data_paths(package.recipe["data"])) if package.recipe else set()
+    for path in dict.fromkeys(path for each in before for path in each["data"] if path not in known):
+        found.append(licence_of(path, _data_part(path)))
+    for stage1 in (each["stage1"] for each in [package.record, *before] if each.get("stage1")):
         name = public_name(stage1["data"], stage1["hub_ids"])
         found.append(licence_of(name, _data_part(name, "Stage 1 ")))
     return found
@@ -210,7 +213,9 @@ def _summary(package: Package) -> str:
         return what + (f" It is based on {made}." if made else "")
     trained = "Its projector was trained" if package.recipe["stage"] == 1 else "LoRA and the projector were trained"
     merged = ", and LoRA was merged into the weights" if package.kind == "model" and package.recipe.get("lora") else ""
-    return f"{what} {trained} on {data_name(package)} with lora_llava{merged}. The model is based on {made}."
+    before = dict.fromkeys(path for each in continued_runs(package.record) for path in each["data"])
+    after = f", after {_joined([_named_data(path) for path in before])}," if before else ""
+    return f"{what} {trained} on {data_name(package)}{after} with lora_llava{merged}. The model is based on {made}."
 
 
 def _joined(parts: Sequence[str]) -> str:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from rich.console import RenderableType
 from rich.table import Table as RichTable
 
+from lora_llava.evaluation.run_report import score_tables
 from lora_llava.evaluation.tables import tables_view
 from lora_llava.pages.report_page import Table
 from lora_llava.pages.report_plots import SERIES_COLOURS, Curve
@@ -43,7 +46,7 @@ def _count(each: SettingResult) -> str:
     return f"{count}, {failed} failed" if failed else str(count)
 
 
-def print_sweep(result: SweepResult) -> list[RichTable | str]:
+def print_sweep(result: SweepResult) -> list[RenderableType]:
     """Return what the terminal shows: the table, the choice, the failures and the test table."""
     headings, rows = sweep_rows(result)
     view = RichTable(title="Sweep, mean over seeds, the best setting first", title_justify="left")
@@ -51,7 +54,7 @@ def print_sweep(result: SweepResult) -> list[RichTable | str]:
         view.add_column(heading, justify="right")
     for row in rows:
         view.add_row(*row)
-    shown: list[RichTable | str] = [view, *choice(result)]
+    shown: list[RenderableType] = [view, *choice(result)]
     if result.test is not None and result.chosen is not None:
         shown.append(tables_view("Test rows", {result.chosen.name: result.test}))
     return shown
@@ -114,10 +117,8 @@ def _runs_table(result: SweepResult) -> Table:
 def _test_tables(result: SweepResult) -> list[Table]:
     if result.test is None or result.chosen is None:
         return []
-    view = tables_view("", {result.chosen.name: dict(result.test)})
-    columns = [str(column.header) for column in view.columns]
-    cells = [list(map(str, column.cells)) for column in view.columns]
-    return [Table(f"Test rows, {result.chosen.name}", columns, [list(row) for row in zip(*cells, strict=True)])]
+    tables = score_tables({result.chosen.name: dict(result.test)})
+    return [replace(table, title=f"Test rows, {result.chosen.name}") for table in tables]
 
 
 def _curves(settings: Sequence[SettingResult]) -> dict[str, list[tuple[float, float]]]:
