@@ -208,7 +208,7 @@ def by_server(server: ChatServer, images: SplitImages, sampling: Sampling, stop_
         def requests() -> Iterator[ChatRequest]:
             for index in (i for i in range(len(rows)) if i not in answered):
                 try:
-                    messages = _server_messages(rows[index], images)
+                    messages = server_messages(rows[index], images)
                 except BadImageError as error:
                     bad.append((index, Answer("", problem=str(error), is_image=True)))
                     continue
@@ -229,7 +229,7 @@ def by_server(server: ChatServer, images: SplitImages, sampling: Sampling, stop_
     return answer
 
 
-def _server_messages(row: Conversation, images: SplitImages) -> list[dict[str, Any]]:
+def server_messages(row: Conversation, images: SplitImages) -> list[dict[str, Any]]:
     """Return a row up to its last answer as OpenAI messages, each image in place of its placeholder."""
     names = iter(row.images)
     messages = []

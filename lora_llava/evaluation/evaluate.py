@@ -15,6 +15,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import file_hash
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.templates.spans import AnyTemplate
+from lora_llava.data.tokens import leading_ids
 from lora_llava.evaluation.answerers import (
     Answerer,
     Evaluator,
@@ -35,6 +36,7 @@ from lora_llava.evaluation.asked.asked_rows import (
     report_asked,
 )
 from lora_llava.evaluation.asked.data_file import DataFile
+from lora_llava.evaluation.asked.served_prompts import match_bos, sent_prompts
 from lora_llava.evaluation.asked.trained_rows import TrainedRows, count_trained
 from lora_llava.evaluation.figures.majority import saved_majority
 from lora_llava.evaluation.figures.run_figures import ANSWERS, build_figures
@@ -187,6 +189,8 @@ def evaluate(
             choices_of(row, "", prompt=options.prompt)
     settings = opened.recipe.evaluation or EvaluationSection()
     sampling = Sampling(options.temperature, options.top_p, settings.max_new_tokens, opened.recipe.seed)
+    if server is not None and Path(model).is_dir():  # the tokenizer is known
+        server = _with_bos(server, opened, rows, model)
     about = _about(opened, options, sampling, server, limit)
     if data is not None:
         about["data_file"] = {"path": str(data.folder), "sha256": data.digest()}
@@ -237,6 +241,16 @@ def evaluate(
             show_figures(found["figures"])
     _write_summary(folder / f"evaluation{suffix}.json", about, found, time.monotonic() - start)
     return table
+
+
+def _with_bos(server: ChatServer, opened: OpenedEvaluation, rows: Sequence[Conversation], model: str) -> ChatServer:
+    """Add the field that makes the server put BOS in front, if it is needed and taken, and report what differs."""
+    template, tokens = opened.template, image_tokens(opened.plan.config)
+    prompts = sent_prompts(rows, opened.split.images, opened.tokenizer, template, tokens)
+    server, lines = match_bos(server, prompts, leading_ids(opened.tokenizer), model)
+    for line in lines:
+        report(line)
+    return server
 
 
 def load_evaluator(opened: OpenedEvaluation, batch_size: int) -> Evaluator:
@@ -355,7 +369,7 @@ def _about(
         "seed": recipe.seed,
     }
     if server is not None:
-        about |= {"server": server.url, "served_model": server.model}
+        about |= {"server": server.url, "served_model": server.model, "fields": dict(server.fields)}
     else:
         about |= {
             "weights": _weights(opened),

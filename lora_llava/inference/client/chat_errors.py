@@ -57,6 +57,17 @@ def reported_usage(content: Any) -> Usage:
     return prompt or None, completion
 
 
+def reported_details(content: Any) -> tuple[str | None, tuple[float, ...] | None]:
+    """Read why an answer ended and the log-probabilities of its tokens; None for what is not reported."""
+    choice = content["choices"][0]
+    finish = choice.get("finish_reason")
+    try:
+        tokens = tuple(float(token["logprob"]) for token in choice["logprobs"]["content"])
+    except (KeyError, TypeError, ValueError):
+        tokens = ()
+    return finish if isinstance(finish, str) else None, tokens or None
+
+
 class NoAnswerError(Exception):
     """A response without a usable answer; the message gives the reason.
 

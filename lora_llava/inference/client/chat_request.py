@@ -26,6 +26,7 @@ class ChatRequest:
         seed: Of sampling, if the server supports it.
         response_format: Such as `{"type": "json_schema", ...}`; omitted for a server that does not support it.
         key: Sent as `Idempotency-Key`; a server that supports it answers and charges the same request once.
+        logprobs: Whether to ask for the log-probability of each token of the answer.
     """
 
     messages: list[dict[str, Any]]
@@ -36,6 +37,7 @@ class ChatRequest:
     seed: int | None = None
     response_format: dict[str, Any] | None = None
     key: str | None = None
+    logprobs: bool = False
 
     def settings(self) -> dict[str, Any]:
         """Return the fields of the request's body besides the messages and the model's name."""
@@ -48,6 +50,8 @@ class ChatRequest:
         }
         if self.top_p != 1:
             values["top_p"] = self.top_p
+        if self.logprobs:
+            values["logprobs"] = True
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -60,12 +64,16 @@ class ChatAnswer:
         prompt_tokens: The server's count; 0 if it reports none.
         completion_tokens: The server's count for the answer; 0 if it reports none.
         model: The name that the server reports.
+        finish: Why the answer ended, as the server reports it: `stop` or `length`; None if it does not.
+        logprobs: Log-probability of each token of the answer, in nats; None if the server reports none.
     """
 
     text: str
     prompt_tokens: int
     completion_tokens: int
     model: str
+    finish: str | None = field(default=None, compare=False)
+    logprobs: tuple[float, ...] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import random
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +23,7 @@ from lora_llava.inference.client.chat_errors import (
     NoAnswerError,
     Usage,
     rejects_response_format,
+    reported_details,
     reported_usage,
     retry_after,
     root_cause,
@@ -59,6 +60,7 @@ class ChatServer:
         refuse_empty: Whether an empty answer counts as a failure.
         requests_per_minute: Most requests per minute, evenly spread; None means no limit.
         pause: Seconds before the first further try, doubled after each, up to 30.
+        fields: Further fields of every request's body, such as vLLM's `add_special_tokens`.
 
     Raises:
         UserError: For an invalid value.
@@ -73,6 +75,7 @@ class ChatServer:
     refuse_empty: bool = False
     requests_per_minute: int | None = None
     pause: float = 0.5
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "url", _api_url(self.url))
@@ -334,14 +337,16 @@ class _Sender:
         # `chat.completions.create` validates and copies everything sent and received, which takes longer than the rest.
         found: Any = await self.client.post(
             "/chat/completions",
-            body={"model": self.server.model, "messages": request.messages, **settings},
+            body={"model": self.server.model, "messages": request.messages, **settings, **self.server.fields},
             cast_to=object,
             options={"headers": {"Idempotency-Key": request.key}} if request.key else {},
         )
         text, usage = text_of(found), reported_usage(found)
         if self.server.refuse_empty and not text.strip():
             raise NoAnswerError("empty answer", usage)
-        return ChatAnswer(text, usage[0] or 0, usage[1] or 0, str(found.get("model") or self.server.model))
+        return ChatAnswer(
+            text, usage[0] or 0, usage[1] or 0, str(found.get("model") or self.server.model), *reported_details(found)
+        )
 
     def _check_reached(self, error: openai.APIConnectionError, attempt: int) -> None:
         """Stop if nothing listens at the URL: at once before the first answer, else after all tries, because a server

@@ -1,0 +1,1 @@
+"""`lora-llava verify`: whether a server gives the answers of the model here, and why not."""
