@@ -24,6 +24,7 @@ from lora_llava.publishing.merge_source import MergeSource, read_source
 from lora_llava.publishing.merged_weights import BaseKind, merged_tensors
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
 from lora_llava.publishing.proof_prompts import PER_KIND
+from lora_llava.publishing.serving_folder import write_serving
 from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, versions, write_json
 from lora_llava.splits.seen_rows import SEEN_FILE
 
@@ -111,6 +112,7 @@ def merge(
                 shutil.copyfile(run / name, (temporary / ADAPTER_FOLDER if projector_only else temporary) / name)
         if projector_only:
             _record_apart(temporary, source, output)
+        write_serving(temporary, output, rank=_largest_rank(source) if projector_only else None)
     console.print(f"written: {output}, {size / 1e6:,.1f} MB at {size / 1e6 / seconds:,.0f} MB/s", soft_wrap=True)
     return report
 
@@ -127,6 +129,10 @@ def _write_model(folder: Path, source: MergeSource, tensors: list[LazyTensor], d
     config.save_pretrained(folder)
     copy_processor(source, folder)
     return seconds
+
+
+def _largest_rank(source: MergeSource) -> int:
+    return max(layer.down.shape[0] for layer in source.adapter.layers.values())
 
 
 def copy_processor(source: MergeSource, folder: Path) -> None:

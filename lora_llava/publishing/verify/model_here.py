@@ -1,0 +1,204 @@
+"""The model here: its prompts and greedy answers, and how likely a server's answers are under it and its variants."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from peft.tuners.lora import LoraLayer
+from PIL import Image
+
+from lora_llava.core.errors import UserError
+from lora_llava.data.templates.named_templates import TEMPLATES, chat_template
+from lora_llava.data.tokens import leading_ids
+from lora_llava.inference.generate import Question, generate_answers
+from lora_llava.inference.load import load_answering_model
+from lora_llava.inference.open_model import open_speaker
+from lora_llava.inference.prompt import prompt_ids
+from lora_llava.inference.sampling import Sampling
+from lora_llava.inference.speak import Speaker
+from lora_llava.model.adapter_file import checked_base
+from lora_llava.model.families.tower_families import image_tokens
+from lora_llava.model.start import RUN_FILE
+from lora_llava.model.vision import llava_of
+from lora_llava.publishing.verify.asked_questions import AskedQuestion
+from lora_llava.runs.directory import is_run
+
+ToPixels = Callable[[Image.Image], torch.Tensor]
+"""Preprocesses an image: float32 of shape (1, 3, height, width)."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A given answer under a model.
+
+    Attributes:
+        logprobs: Log-probability of each of its tokens, in nats.
+        is_greedy: Whether each of its tokens is the likeliest one.
+        gap: At the first token that is not the likeliest, by how many nats the likeliest is likelier; 0 if greedy.
+    """
+
+    logprobs: tuple[float, ...]
+    is_greedy: bool
+    gap: float
+
+
+class ModelHere:
+    """A loaded model with what is needed to compare a server with it.
+
+    Args:
+        name: A run directory, a folder with a complete LLaVA, or a Hub id.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.speaker: Speaker = open_speaker(name)
+        self.processor = self.speaker.processor
+        self.tokenizer = self.processor.tokenizer
+        self.num_image_tokens = image_tokens(llava_of(self.speaker.model).config)
+        self.image_id = llava_of(self.speaker.model).config.image_token_id
+        self.bos = leading_ids(self.tokenizer)
+
+    def prompt(self, messages: Sequence[dict[str, Any]], template: str | None = None) -> list[int]:
+        """Return the ids of a prompt, image tokens expanded.
+
+        Args:
+            messages: As `AskedQuestion` has them.
+            template: Jinja text in place of the processor's chat template.
+        """
+        own = self.processor.chat_template
+        try:
+            self.processor.chat_template = template or own
+            return prompt_ids(self.processor, messages, self.num_image_tokens)
+        finally:
+            self.processor.chat_template = own
+
+    def other_templates(self) -> Iterator[tuple[str, str]]:
+        """Yield name and Jinja text of the named templates."""
+        return ((name, chat_template(template)) for name, template in TEMPLATES.items())
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """Preprocess an image as in training."""
+        found: torch.Tensor = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
+        return found
+
+    def answers(self, questions: Sequence[AskedQuestion], max_new_tokens: int) -> Iterator[tuple[int, str]]:
+        """Answer questions greedily, and yield index and text of each."""
+        images: dict[str, Image.Image] = {}
+        asked = []
+        for place, question in enumerate(questions):
+            names = [f"{place}/{number}" for number, _ in enumerate(question.images())]
+            images |= dict(zip(names, question.images(), strict=True))
+            asked.append(Question(self.prompt(question.messages), names))
+        found = generate_answers(
+            self.speaker.model,
+            asked,
+            tokenizer=self.tokenizer,
+            load_pixels=lambda names: torch.cat([self.pixels(images[str(name)]) for name in names]),
+            batch_size=4,
+            sampling=Sampling(0.0, 1.0, max_new_tokens, 0),
+            stop=self.speaker.stop,
+        )
+        return ((place, answer.text) for place, answer in found)
+
+    def answer_ids(self, question: AskedQuestion, text: str, *, stopped: bool) -> list[int]:
+        """Return the ids of an answer as they follow its prompt.
+
+        Args:
+            question: The question.
+            text: The answer.
+            stopped: Whether it ended by itself, so that a stop id follows.
+        """
+        answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+        messages = [*question.messages, answer, {"role": "user", "content": [{"type": "text", "text": "?"}]}]
+        prompt = self.prompt(question.messages)
+        try:
+            ids = self.prompt(messages)[len(prompt) :]
+        except TemplateError:
+            ids = self.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+        stops = self.speaker.stop.ids
+        end = next((place for place, token in enumerate(ids) if token in stops), None)
+        if end is None:  # the stop is ordinary text, or the template drops it
+            return list(self.tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
+        return ids[: end + 1] if stopped else ids[:end]
+
+    @torch.inference_mode()
+    def likelihood(
+        self, model: Any, prompt: Sequence[int], answer: Sequence[int], pixels: Sequence[torch.Tensor]
+    ) -> Likelihood:
+        """Compute how likely an answer is after a prompt.
+
+        Args:
+            model: This model or a variant of it.
+            prompt: The ids of the prompt.
+            answer: The ids of the answer, at least one.
+            pixels: The images of the prompt, each of shape (1, 3, height, width).
+        """
+        device = next(model.parameters()).device
+        ids = torch.tensor([[*prompt, *answer]], device=device)
+        batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if pixels:
+            dtype = llava_of(model).model.vision_tower.dtype
+            batch["pixel_values"] = torch.cat(list(pixels)).to(device, dtype)
+        logits = model(**batch, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
+        logprobs = logits.log_softmax(-1)
+        chosen = torch.tensor(list(answer), device=device)
+        given = logprobs.gather(-1, chosen[:, None])[:, 0]
+        behind = logprobs.max(-1).values - given
+        wrong = (logits.argmax(-1) != chosen).nonzero()
+        gap = float(behind[wrong[0, 0]]) if len(wrong) else 0.0
+        return Likelihood(tuple(given.tolist()), not len(wrong), gap)
+
+    @contextmanager
+    def without_training(self) -> Iterator[Any]:
+        """Give the base as it was before the run, without its adapter and projector.
+
+        Yields:
+            The base; None if the model is a complete one that names no base, or the base is missing.
+        """
+        model = self.speaker.model
+        if hasattr(model, "disable_adapter"):
+            with model.disable_adapter():
+                yield model
+            return
+        base = self._base()
+        yield base and load_answering_model(base, None, dtype=str(model.dtype).removeprefix("torch."))
+
+    @contextmanager
+    def without_lora(self) -> Iterator[Any]:
+        """Give the base with the run's projector and without LoRA; None where `without_training` gives none."""
+        model = self.speaker.model
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        if layers:
+            try:
+                for layer in layers:
+                    layer.enable_adapters(False)
+                yield model
+            finally:
+                for layer in layers:
+                    layer.enable_adapters(True)
+            return
+        with self.without_training() if not hasattr(model, "disable_adapter") else nullcontext() as base:
+            if base is not None:
+                trained = llava_of(model).model.multi_modal_projector.state_dict()
+                llava_of(base).model.multi_modal_projector.load_state_dict(trained)
+            yield base
+
+    def _base(self) -> str | None:
+        """Return the base of the run that a merged folder came from."""
+        folder = Path(self.name)
+        if is_run(folder) or not (folder / RUN_FILE).is_file():
+            return None
+        try:
+            return str(checked_base(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")), folder))
+        except (UserError, OSError, ValueError, KeyError, TypeError):
+            return None

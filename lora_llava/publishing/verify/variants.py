@@ -1,0 +1,161 @@
+"""Variants of the model here, each with one fault, and which of them gives a server's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lora_llava.core.progress import progress_bar
+from lora_llava.inference.client.chat_request import ChatAnswer
+from lora_llava.publishing.verify.compared import ComparedAnswer
+from lora_llava.publishing.verify.fixes import Fault
+from lora_llava.publishing.verify.model_here import Likelihood, ModelHere
+
+NOISE = 0.05
+"""Nats per token by which log-probabilities of one model in float32 and in bf16 differ at most in most answers."""
+_CLEARLY = 0.5
+"""A variant explains the server's answers if its log-probabilities differ by less than this share of the model's."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a variant explains a server's answers.
+
+    Attributes:
+        fault: The variant's fault; None for the model as it is here.
+        what: The variant in words.
+        greedy: Answers whose every token is the likeliest one under it.
+        answers: Number of answers.
+        difference: Mean difference of log-probabilities, in nats per token; None if the server gives none.
+        likelihoods: Of each answer.
+    """
+
+    fault: Fault | None
+    what: str
+    greedy: int
+    answers: int
+    difference: float | None
+    likelihoods: tuple[Likelihood, ...]
+
+    def explains_better(self, other: Fit) -> bool:
+        """Check whether it explains the answers clearly better than another one does."""
+        if self.difference is not None and other.difference is not None:
+            return other.difference > NOISE and self.difference < _CLEARLY * other.difference
+        return self.greedy > other.greedy
+
+
+def as_here(here: ModelHere, compared: Sequence[ComparedAnswer], prompts: Sequence[Sequence[int]]) -> Fit:
+    """Return how well the model here explains a server's answers.
+
+    Args:
+        here: The model.
+        compared: Answered questions.
+        prompts: The ids of their prompts as the server has them.
+    """
+    return _fit(here, here.speaker.model, None, "the model here", compared, prompts, here.pixels)
+
+
+def best_variant(
+    here: ModelHere, compared: Sequence[ComparedAnswer], prompts: Sequence[Sequence[int]], plain: Fit
+) -> Fit | None:
+    """Return the variant that explains a server's answers best, if any explains them better than the model here.
+
+    Args:
+        here: The model.
+        compared: Answered questions.
+        prompts: The ids of their prompts as the server has them.
+        plain: Of `as_here`.
+    """
+    shown = any(one.question.images() for one in compared)
+    variants = [*_models(here), *(_images(here) if shown else [])]
+    found = []
+    with progress_bar(total=len(variants), desc="looking for the cause", unit="variant", leave=False) as bar:
+        for fault, what, opened, pixels in variants:
+            with opened() as model:
+                if model is not None:
+                    found.append(_fit(here, model, fault, what, compared, prompts, pixels))
+            bar.update()
+    better = [fit for fit in found if fit.explains_better(plain)]
+    return min(better, key=lambda fit: (fit.difference or 0.0, -fit.greedy)) if better else None
+
+
+_Variant = tuple[Fault, str, Callable[[], AbstractContextManager[Any]], Callable[[Image.Image], torch.Tensor]]
+
+
+def _models(here: ModelHere) -> Iterator[_Variant]:
+    yield "base served", "the base without the run's adapter and projector", here.without_training, here.pixels
+    yield "adapter not active", "the base with the run's projector and without LoRA", here.without_lora, here.pixels
+
+
+def _images(here: ModelHere) -> Iterator[_Variant]:
+    for what, change in _IMAGES.items():
+        yield (
+            "image resized otherwise",
+            what,
+            lambda: nullcontext(here.speaker.model),
+            lambda image, change=change: change(here, image),  # type: ignore[misc]
+        )
+
+
+def _at_half(here: ModelHere, image: Image.Image) -> torch.Tensor:
+    return here.pixels(image.resize((max(1, image.width // 2), max(1, image.height // 2))))
+
+
+def _within(here: ModelHere, image: Image.Image) -> torch.Tensor:
+    side = max(image.size)
+    frame = Image.new("RGB", (2 * side, 2 * side))
+    frame.paste(image, (side - image.width // 2, side - image.height // 2))
+    return here.pixels(frame)
+
+
+def _stretched(here: ModelHere, image: Image.Image) -> torch.Tensor:
+    side = max(image.size)
+    return here.pixels(image.resize((side, side)))
+
+
+def _padding(pad: bool) -> Callable[[ModelHere, Image.Image], torch.Tensor]:
+    def to_pixels(here: ModelHere, image: Image.Image) -> torch.Tensor:
+        processor = copy(here.processor.image_processor)
+        processor.do_pad = pad
+        found: torch.Tensor = processor([image], return_tensors="pt")["pixel_values"]
+        return found
+
+    return to_pixels
+
+
+_IMAGES: dict[str, Callable[[ModelHere, Image.Image], torch.Tensor]] = {
+    "images at half their resolution": _at_half,
+    "images at half their size within the frame": _within,
+    "images stretched to a square": _stretched,
+    "images cropped to a square": _padding(False),
+    "images padded to a square": _padding(True),
+}
+
+
+def _fit(
+    here: ModelHere,
+    model: Any,
+    fault: Fault | None,
+    what: str,
+    compared: Sequence[ComparedAnswer],
+    prompts: Sequence[Sequence[int]],
+    pixels: Callable[[Image.Image], torch.Tensor],
+) -> Fit:
+    found, differences = [], []
+    for one, prompt in zip(compared, prompts, strict=True):
+        answer = one.served.found
+        assert isinstance(answer, ChatAnswer)
+        ids = here.answer_ids(one.question, answer.text.strip(), stopped=answer.finish == "stop")
+        likelihood = here.likelihood(model, prompt, ids, [pixels(image) for image in one.question.images()])
+        found.append(likelihood)
+        if answer.logprobs is not None:
+            pairs = list(zip(answer.logprobs, likelihood.logprobs, strict=False))
+            differences.append(sum(abs(theirs - ours) for theirs, ours in pairs) / max(1, len(pairs)))
+    difference = sum(differences) / len(differences) if differences and len(differences) == len(found) else None
+    return Fit(fault, what, sum(one.is_greedy for one in found), len(found), difference, tuple(found))
