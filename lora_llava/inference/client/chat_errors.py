@@ -57,15 +57,25 @@ def reported_usage(content: Any) -> Usage:
     return prompt or None, completion
 
 
-def reported_details(content: Any) -> tuple[str | None, tuple[float, ...] | None]:
-    """Read why an answer ended and the log-probabilities of its tokens; None for what is not reported."""
+Details = tuple[str | None, tuple[float, ...] | None, tuple[int, ...] | None]
+"""Why an answer ended, the log-probabilities of its tokens and their ids; None for what is not reported."""
+
+
+def reported_details(content: Any) -> Details:
+    """Read what a server reports about an answer's tokens.
+
+    vLLM gives ids as `token_ids` of the choice (with `return_token_ids`), llama.cpp as `id` of each log-probability.
+    """
     choice = content["choices"][0]
-    finish = choice.get("finish_reason")
+    finish, ids = choice.get("finish_reason"), choice.get("token_ids")
     try:
-        tokens = tuple(float(token["logprob"]) for token in choice["logprobs"]["content"])
-    except (KeyError, TypeError, ValueError):
-        tokens = ()
-    return finish if isinstance(finish, str) else None, tokens or None
+        tokens = choice["logprobs"]["content"]
+        logprobs = tuple(float(token["logprob"]) for token in tokens)
+        ids = ids or [token.get("id") for token in tokens]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        logprobs = ()
+    known = isinstance(ids, list) and bool(ids) and all(type(token) is int for token in ids)
+    return finish if isinstance(finish, str) else None, logprobs or None, tuple(ids) if known else None
 
 
 class NoAnswerError(Exception):

@@ -66,6 +66,7 @@ class ChatAnswer:
         model: The name that the server reports.
         finish: Why the answer ended, as the server reports it: `stop` or `length`; None if it does not.
         logprobs: Log-probability of each token of the answer, in nats; None if the server reports none.
+        token_ids: Ids of the answer's tokens; None if the server reports none.
     """
 
     text: str
@@ -74,6 +75,7 @@ class ChatAnswer:
     model: str
     finish: str | None = field(default=None, compare=False)
     logprobs: tuple[float, ...] | None = field(default=None, compare=False)
+    token_ids: tuple[int, ...] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

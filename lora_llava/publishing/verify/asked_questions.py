@@ -112,10 +112,11 @@ def _of_rows(rows: Sequence[Conversation], images: SplitImages | None, parser: s
         except BadImageError:
             continue
         asked = sum(message["role"] == "user" for message in messages)
+        is_right: Callable[[str], bool] | None = _checker(row, parser)
         if asked == 1 and history and messages[0]["role"] != "system" and not (row.images and before and before.images):
-            messages, asked = history + messages, 2
+            messages, asked, is_right = history + messages, 2, None  # not a conversation of the data
         kind: QuestionKind = "several turns" if asked > 1 else "with image" if row.images else "without image"
-        yield AskedQuestion(kind, row.named or row.row_id, messages, _checker(row, parser))
+        yield AskedQuestion(kind, row.named or row.row_id, messages, is_right)
         before = row if asked == 1 and messages[0]["role"] != "system" else before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from lora_llava.inference.served.server_facts import Kind
@@ -49,6 +50,7 @@ def fix_of(fault: Fault, kind: Kind, folder: str, adapters: tuple[str, ...] = ()
         adapters: Names under which the server has adapters.
         stop: The text at which answers end, if it is not a token.
     """
+    template = Path(folder) / SERVING_FOLDER / TEMPLATE_FILE
     known = _LLAMA if kind == "llama.cpp" else _VLLM
     text = known.get(fault) or _ANY[fault]
     if fault == "base served" and adapters:
@@ -57,7 +59,7 @@ def fix_of(fault: Fault, kind: Kind, folder: str, adapters: tuple[str, ...] = ()
         text = 'send "stop": ["{stop}"] with every request'
     return text.format(
         folder=folder,
-        template=f"{folder}/{SERVING_FOLDER}/{TEMPLATE_FILE}",
+        template=str(template) if template.is_file() else f"{SERVING_FOLDER}/{TEMPLATE_FILE} of lora-llava merge",
         adapter=adapters[0] if adapters else "",
         stop=stop,
     )

@@ -67,13 +67,14 @@ def ask_server(
         UserError: If it answers none of them.
     """
     sent = [question.to_send() for question in questions]
+    asking = replace(server, fields={"return_token_ids": True, **server.fields}) if facts.kind == "vLLM" else server
     found: dict[int, ChatAnswer | ChatFailure] = {}
     with progress_bar(total=len(questions), desc="asking the server", unit="question", leave=False) as bar:
-        for place, answer in ask(server, [ChatRequest(m, max_tokens, logprobs=True) for m in sent]):
+        for place, answer in ask(asking, [ChatRequest(m, max_tokens, logprobs=True) for m in sent]):
             found[place] = answer
             bar.update()
         refused = [place for place, answer in found.items() if _refuses_logprobs(answer)]
-        for place, answer in ask(server, [ChatRequest(sent[place], max_tokens) for place in refused]):
+        for place, answer in ask(asking, [ChatRequest(sent[place], max_tokens) for place in refused]):
             found[refused[place]] = answer
     failures = [answer for answer in found.values() if isinstance(answer, ChatFailure)]
     if len(failures) == len(questions):

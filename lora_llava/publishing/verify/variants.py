@@ -151,11 +151,11 @@ def _fit(
     for one, prompt in zip(compared, prompts, strict=True):
         answer = one.served.found
         assert isinstance(answer, ChatAnswer)
-        ids = here.answer_ids(one.question, answer.text.strip(), stopped=answer.finish == "stop")
+        ids = answer.token_ids or here.answer_ids(one.question, answer.text.strip(), stopped=answer.finish == "stop")
         likelihood = here.likelihood(model, prompt, ids, [pixels(image) for image in one.question.images()])
         found.append(likelihood)
-        if answer.logprobs is not None:
+        if answer.logprobs is not None and abs(len(answer.logprobs) - len(ids)) <= 1:  # else tokens are not the same
             pairs = list(zip(answer.logprobs, likelihood.logprobs, strict=False))
             differences.append(sum(abs(theirs - ours) for theirs, ours in pairs) / max(1, len(pairs)))
-    difference = sum(differences) / len(differences) if differences and len(differences) == len(found) else None
+    difference = sum(differences) / len(differences) if 2 * len(differences) > len(found) else None
     return Fit(fault, what, sum(one.is_greedy for one in found), len(found), difference, tuple(found))
