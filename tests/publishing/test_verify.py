@@ -47,7 +47,10 @@ def verified(model: Path, served: ServedModel, **options: Any) -> VerifyReport:
 
 
 def half(image: Image.Image) -> Image.Image:
-    return image.resize((max(1, image.width // 2), max(1, image.height // 2)))
+    """Return the image at half its size within a black frame; the small ones have one colour."""
+    frame = Image.new("RGB", (2 * image.width, 2 * image.height))
+    frame.paste(image, (image.width // 2, image.height // 2))
+    return frame
 
 
 def faults(report: VerifyReport) -> list[str]:

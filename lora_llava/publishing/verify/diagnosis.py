@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jinja2 import TemplateError
 
@@ -125,18 +125,34 @@ class Diagnosis:
         answered = [one for one in self.compared if one.served.text]
         if not answered:
             return
-        prompts = [self._prompt_as_served(one, fault) for one in answered]
-        plain = as_here(self.here, answered, prompts)
-        self.difference = plain.difference
-        stop = any(finding.fault == "wrong stop" for finding in self.findings)
-        equal = all(one.equal for one in answered) or (fault is not None and plain.greedy == plain.answers)
-        if (equal or stop) and (plain.difference is None or plain.difference <= NOISE):
+        prompts = {one.question.name: self._prompt_as_served(one, fault) for one in answered}
+        shown = [one for one in answered if one.question.images()]
+        written = [one for one in answered if not one.question.images()]
+        fits = [(some, self._fit(some, prompts)) for some in (written, shown) if some]
+        known = [(fit.difference, fit.answers) for _, fit in fits if fit.difference is not None]
+        self.difference = sum(d * n for d, n in known) / sum(n for _, n in known) if known else None
+        suspect = next(((some, fit) for some, fit in fits if self._is_suspect(some, fit, fault)), None)
+        if suspect is None:
             return
-        best = best_variant(self.here, answered, prompts, plain)
+        some, plain = suspect
+        best = best_variant(self.here, some, [prompts[one.question.name] for one in some], plain)
         if best is not None:
             self._add(self._named(best), self._evidence(best, plain))
-        elif not stop and not equal and (fault is None or self._is_known(fault)):
-            self._add_unexplained(answered, plain)
+        elif not all(one.equal for one in some) and (fault is None or self._is_known(fault)) and not self._stops():
+            self._add_unexplained(some, plain)
+
+    def _fit(self, some: Sequence[ComparedAnswer], prompts: Mapping[str, Sequence[int]]) -> Fit:
+        return as_here(self.here, some, [prompts[one.question.name] for one in some])
+
+    def _stops(self) -> bool:
+        return any(finding.fault == "wrong stop" for finding in self.findings)
+
+    def _is_suspect(self, some: Sequence[ComparedAnswer], plain: Fit, fault: PromptFault | None) -> bool:
+        """Check whether answers are not those of the model here, given the prompts as the server has them."""
+        if plain.difference is not None and plain.difference > NOISE:
+            return True
+        explained = fault is not None and plain.greedy == plain.answers
+        return not (explained or self._stops() or all(one.equal for one in some))
 
     def _is_known(self, fault: PromptFault) -> bool:
         return fault in ("missing BOS", "doubled BOS") or self._template is not None
