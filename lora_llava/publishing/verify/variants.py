@@ -46,7 +46,8 @@ class Fit:
     def explains_better(self, other: Fit) -> bool:
         """Check whether it explains the answers clearly better than another one does."""
         if self.difference is not None and other.difference is not None:
-            return other.difference > NOISE and self.difference < _CLEARLY * other.difference
+            is_wrong = other.difference > NOISE or self.greedy > other.greedy
+            return is_wrong and self.difference < _CLEARLY * other.difference
         return self.greedy > other.greedy
 
 
