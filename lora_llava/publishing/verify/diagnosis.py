@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 from lora_llava.inference.served.prompt_pairs import PromptFault, PromptPair, first_difference, prompt_fault
 from lora_llava.inference.served.server_facts import ServerFacts
 from lora_llava.publishing.verify.compared import ComparedAnswer
-from lora_llava.publishing.verify.fixes import Fault, Finding, fix_of
+from lora_llava.publishing.verify.fixes import Fault, ServerFault, fix_of
 from lora_llava.publishing.verify.model_here import ModelHere
 from lora_llava.publishing.verify.served_answers import lacks_images
 from lora_llava.publishing.verify.variants import NOISE, Fit, as_here, best_variant
@@ -37,7 +37,7 @@ class Diagnosis:
 
     def __init__(self, here: ModelHere, compared: Sequence[ComparedAnswer], facts: ServerFacts, asked_for: str) -> None:
         self.here, self.compared, self.facts, self.asked_for = here, compared, facts, asked_for
-        self.findings: list[Finding] = []
+        self.findings: list[ServerFault] = []
         self.difference: float | None = None
         self._template: str | None = None
         self._find_unanswered()
@@ -48,7 +48,7 @@ class Diagnosis:
     def _add(self, fault: Fault, evidence: str) -> None:
         adapters = tuple(name for name, base in self.facts.parents.items() if base == self.asked_for)
         fix = fix_of(fault, self.facts.kind, self.here.name, adapters, self.here.speaker.stop.text)
-        self.findings.append(Finding(fault, evidence, fix))
+        self.findings.append(ServerFault(fault, evidence, fix))
 
     def _find_unanswered(self) -> None:
         missing = [one for one in self.compared if one.served.text is None]

@@ -26,7 +26,7 @@ Fault = Literal[
 
 
 @dataclass(frozen=True)
-class Finding:
+class ServerFault:
     """One fault of a server.
 
     Attributes:

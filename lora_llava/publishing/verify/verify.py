@@ -17,7 +17,7 @@ from lora_llava.inference.served.server_facts import ServerFacts
 from lora_llava.publishing.verify.asked_questions import AskedQuestion, choose_questions
 from lora_llava.publishing.verify.compared import ComparedAnswer, count_table
 from lora_llava.publishing.verify.diagnosis import Diagnosis
-from lora_llava.publishing.verify.fixes import Finding
+from lora_llava.publishing.verify.fixes import ServerFault
 from lora_llava.publishing.verify.model_here import ModelHere
 from lora_llava.publishing.verify.served_answers import ServedAnswer, ask_server, named_server
 
@@ -54,7 +54,7 @@ class VerifyReport:
     asked: int
     max_differ: float
     logprob_difference: float | None
-    findings: list[Finding]
+    findings: list[ServerFault]
     with_bos_field: int | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
 
@@ -123,7 +123,7 @@ def _pair(here: ModelHere, question: AskedQuestion, answer: ServedAnswer) -> Pro
 
 
 def _try_bos_field(
-    server: ChatServer, facts: ServerFacts, findings: Sequence[Finding], compared: Sequence[ComparedAnswer]
+    server: ChatServer, facts: ServerFacts, findings: Sequence[ServerFault], compared: Sequence[ComparedAnswer]
 ) -> int | None:
     """Return how many answers are equal once the requests ask for BOS; None if BOS is not missing."""
     if not any(finding.fault == "missing BOS" for finding in findings) or facts.kind == "llama.cpp":
