@@ -93,7 +93,9 @@ def _count(server: ChatServer, prompts: Sequence[SentPrompt]) -> list[PromptPair
     """Return the prompts' tokens here and on the server; 0 for one that is not answered."""
     counts = {
         place: found.prompt_tokens
-        for place, found in ask(server, [replace(prompt.request, max_tokens=1) for prompt in prompts])
+        for place, found in ask(
+            replace(server, retries=0), [replace(prompt.request, max_tokens=1) for prompt in prompts]
+        )
         if isinstance(found, ChatAnswer)
     }
     return [PromptPair(prompt.ids, prompt.images, counts.get(place, 0)) for place, prompt in enumerate(prompts)]
