@@ -175,7 +175,7 @@ def _settings(recipe: GenerateRecipe, model: str) -> PipelineSettings:
         teacher.top_p,
         structured,
         gates.max_attempts,
-        Limits(gates.min_turns, gates.max_turns, gates.min_words, gates.max_words),
+        Limits(gates.min_turns, gates.max_turns, gates.min_words, gates.max_words, gates.max_ungrounded),
         recipe.seed,
     )
 
