@@ -200,6 +200,7 @@ def _open_teacher(recipe: GenerateRecipe) -> tuple[PipelineSettings, Teacher]:
             timeout=teacher.timeout,
             retries=teacher.retries,
             requests_per_minute=teacher.requests_per_minute,
+            reconnect=teacher.reconnect,
         )
     )
     return _settings(recipe, str(server.model)), by_server(server)

@@ -21,6 +21,7 @@ from lora_llava.synthesis.dataset_card import write_card
 from lora_llava.synthesis.gallery import Picks, render_gallery
 from lora_llava.synthesis.gates.gates import REASONS, SeenSamples
 from lora_llava.synthesis.gates.grounding import find_things
+from lora_llava.synthesis.parse import CutTurns
 from lora_llava.synthesis.pipeline import Result
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Task, Turns
 
@@ -163,6 +164,7 @@ class _Tally:
     reasons: dict[str, Counter[str]] = field(default_factory=lambda: {reason: Counter() for reason in REASONS})
     failures: Counter[str] = field(default_factory=Counter)
     models: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
     things: int = 0
     missing: Counter[str] = field(default_factory=Counter)
     _place: int = -1
@@ -175,6 +177,7 @@ class _Tally:
             self.images += result.task.place != self._place  # tasks of an image follow one another
             self._place = result.task.place
             counts.update(_sizes(result.turns))
+            self.cut += isinstance(result.turns, CutTurns)
             things = find_things(contexts[result.task.place], result.turns, result.task.flavour != "detail")
             self.things += things.total
             self.missing.update(things.missing)
@@ -214,6 +217,7 @@ def _summary(tally: _Tally, contexts: Contexts, recipe: GenerateRecipe) -> dict[
         **_statuses(total),
         "turns": total["turns"],
         "images": tally.images,
+        "cut_off_kept": tally.cut,
         "flavours": {
             flavour: {
                 **_statuses(counts),

@@ -232,7 +232,8 @@ class SampleGenerator:
 
     def check(self, task: Task, text: str) -> Turns | Rejection:
         """Parse an answer and check it with the gates."""
-        turns = parse_sample(text, task.flavour, choose_request(self.prompts[task.flavour], task.task_id))
+        request = choose_request(self.prompts[task.flavour], task.task_id)
+        turns = parse_sample(text, task.flavour, request, self.settings.limits.min_turns)
         if isinstance(turns, Rejection):
             return turns
         context, limits = self.contexts[task.place], self.settings.limits

@@ -27,6 +27,9 @@ def print_summary(summary: Mapping[str, Any], output_dir: str, console: Console)
     console.print(_counts(summary))
     if summary["reasons"]:
         console.print(_reasons(summary["reasons"]))
+    if count := summary["cut_off_kept"]:
+        line = "answers end in the middle; the rows have their whole turns (raise teacher.max_tokens for longer ones)"
+        console.print(f"{count:,} {line}", soft_wrap=True, markup=False)
     if line := describe_ungrounded(summary["ungrounded"]):
         console.print(line, soft_wrap=True, markup=False)
     for reason, count in summary["failures"].items():

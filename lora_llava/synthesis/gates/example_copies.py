@@ -10,12 +10,20 @@ from functools import lru_cache
 from typing import Any
 
 from lora_llava.synthesis.contexts.context import Context
+from lora_llava.synthesis.gates.gate_nouns import words
 
 RUN = 8
 """Words in a row from which text shared with an example is a copy. Shorter runs are common phrases: SmolLM2-135M copied
 whole sentences."""
 _COMMON = frozenset(
-    ["a", "an", "the", "this", "that", "these", "those", "it", "its", "he", "she", "they", "them", "his", "her", "their", "there", "here", "and", "or", "but", "as", "so", "than", "if", "of", "in", "on", "at", "to", "from", "by", "with", "for", "into", "onto", "over", "under", "above", "below", "behind", "between", "beside", "near", "next", "front", "top", "bottom", "left", "right", "middle", "center", "centre", "side", "edge", "corner", "background", "foreground", "is", "are", "was", "were", "be", "been", "being", "do", "does", "did", "can", "could", "will", "would", "has", "have", "had", "not", "no", "what", "which", "who", "whose", "where", "when", "why", "how", "many", "much", "one", "two", "three", "four", "five", "any", "some", "all", "other", "another", "each", "every", "more", "most", "very", "image", "picture", "photo", "scene", "seen", "see", "visible", "shown"]
+    words(
+        """a an the this that these those it its he she they them his her their there here and or but as so than if
+        of in on at to from by with for into onto over under above below behind between beside near next
+        front top bottom left right middle center centre side edge corner background foreground is are
+        was were be been being do does did can could will would has have had not no what which who whose
+        where when why how many much one two three four five any some all other another each every more
+        most very image picture photo scene seen see visible shown"""
+    )
 )
 _BOX = re.compile(r"^[^\[\]]*\[[\d., ]*\]\s*$")
 
@@ -42,8 +50,8 @@ class ExampleRuns:
             All words in a row that are copied, in lower case and without punctuation; None if there are fewer than
             `RUN`.
         """
-        words = words_of(text)
-        copied = [place for place, run in enumerate(_runs(words)) if run in self._runs]
+        found = words_of(text)
+        copied = [place for place, run in enumerate(_runs(found)) if run in self._runs]
         if not copied:
             return None
         own = {run for caption in context.captions for run in _runs(words_of(caption))}
@@ -51,12 +59,12 @@ class ExampleRuns:
         copied = [
             place
             for place in copied
-            if (run := tuple(words[place : place + RUN])) not in own and _has_content(run, known)
+            if (run := tuple(found[place : place + RUN])) not in own and _has_content(run, known)
         ]
         if not copied:
             return None
-        end = next(place for place in range(copied[0], len(words) + 1) if place not in copied)
-        return " ".join(words[copied[0] : end - 1 + RUN])
+        end = next(place for place in range(copied[0], len(found) + 1) if place not in copied)
+        return " ".join(found[copied[0] : end - 1 + RUN])
 
 
 def _has_content(run: tuple[str, ...], known: set[str]) -> bool:
@@ -74,8 +82,8 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).casefold())
 
 
-def _runs(words: list[str]) -> Iterator[tuple[str, ...]]:
-    return (tuple(words[place : place + RUN]) for place in range(len(words) - RUN + 1))
+def _runs(found: list[str]) -> Iterator[tuple[str, ...]]:
+    return (tuple(found[place : place + RUN]) for place in range(len(found) - RUN + 1))
 
 
 def _captions(context: str) -> list[str]:

@@ -36,18 +36,19 @@ _NUMBER = (
 _GROUPS = {"pair": 2, "duo": 2, "twosome": 2, "trio": 3, "threesome": 3, "quartet": 4, "quintet": 5}
 _MANY = {"dozens": 13, "hundreds": 101, "scores": 21}
 _SEVERAL = (
-    r"a couple of|several|(?:quite )?a few|numerous|multiple|various|plenty of|lots of|a lot of|a (?:large )?number of|"
+    r"a couple(?: of|(?= [.,!]))|several|(?:quite )?a few|numerous|multiple|various|plenty of|lots of|a lot of|a (?:large )?number of|"
     r"an array of|a (?:small |large |big )?(?:group|bunch|handful|herd|flock|pack|row|line|collection|variety|pile) of|"
     r"many"
 )
 _AMOUNT = re.compile(
     rf"(?<![^ ])(?:between (?P<from>{_NUMBER}) and (?P<until>{_NUMBER})"
-    rf"|(?P<low>{_NUMBER}) ?(?:to|or|\u2013|\u2014|-) ?(?P<high>{_NUMBER})"
+    rf"|(?P<low>{_NUMBER}) (?:to|or|\u2013|\u2014|-) (?P<high>{_NUMBER})"
     rf"|(?P<joined>\d{{1,4}}-\d{{1,4}}|(?:{'|'.join(_UNITS)})-(?:to-|or-)?(?:{'|'.join(_UNITS)}|ten))"
     rf"|(?P<more>at least|no fewer than|no less than|not less than|more than|over|upwards of) (?P<than>{_NUMBER})"
     rf"|(?P<least>{_NUMBER}) or more"
     rf"|(?P<many>{'|'.join(_MANY)}) (?:and {'|'.join(_MANY)} )?of"
-    rf"|(?:a |the )?(?P<group>{'|'.join(_GROUPS)}) of(?: the)?"
+    rf"|(?:a |the )?(?P<group>{'|'.join(_GROUPS)})(?: of(?: the)?)?"
+    r"|(?:a |one )?(?P<lone>single|lone|sole|solitary)"
     rf"|(?P<several>{_SEVERAL})(?: of the)?"
     r"|(?P<both>both)(?: of)?(?: (?:the|these|those))?"
     rf"|(?P<twice>{_NUMBER}) \( ?{_NUMBER} ?\)"
@@ -153,6 +154,8 @@ def _read(match: re.Match[str]) -> Amount | None:
         return Amount(2, None, True, several)
     if many := groups.get("many"):
         return Amount(_MANY[many], None, True, text)
+    if "lone" in groups:
+        return Amount(1, 1, False, "a single")
     if "both" in groups:
         return Amount(2, 2, False, "both")
     if group := groups.get("group"):
@@ -203,9 +206,9 @@ def _wrong_sentence(
         problem = f'"{amount.text} {count.form}" but the boxes show {known.count(count.noun)}'
         if _exceeds(known, context, count.noun, amount):
             return problem
-        if amount.high is not None and amount.text != "both":
-            if check_count(known, replace(count, number=amount.high), is_whole):
-                return problem
+        is_total = amount.high is not None and amount.text != "both"
+        if is_total and check_count(known, replace(count, number=amount.high or 0), is_whole):
+            return problem
     return None
 
 

@@ -75,8 +75,8 @@ _ASKS_WHETHER = re.compile(
     rf"does {_IMAGE} (?:show|contain|include|feature|have)"
 )
 _DENIED = re.compile(
-    r"(?:^|(?<= ))(?:there is(?= nobody)|there (?:is|are) (?:absolutely |clearly )?(?:no|not any|not an?|not a single|not one|"
-    r"neither|no signs? of|an absence of|a lack of)(?: any)?|there's (?:no|not an?)|"
+    r"(?:^|(?<= ))(?:there is(?= nobody)|there (?:is|are) (?:absolutely |clearly )?(?:no signs? of|no|not any|not an?|"
+    r"not a single|not one|neither|an absence of|a lack of)(?: any)?|there's (?:no|not an?)|"
     r"there (?:isn't|aren't) (?:any|an?|a single)|(?:i|we|you) (?:can )?(?:see|spot) no|"
     r"(?:i|we|you) (?:do not|don't|cannot|can't|can not) (?:see|spot|find)(?: any| a single| an?)?|"
     rf"{_IMAGE} (?:does not|doesn't) (?:show|contain|include|feature|have|depict)(?: any| a single| an?)?|"
@@ -93,7 +93,8 @@ _CLAUSE = re.compile(
 )
 _SEPARATOR = re.compile(r" ,(?: (?:or|and|nor))? | (?:or|nor|and) ")
 _SAYS_NO = re.compile(
-    r"(?:no|nope|none|not (?:at all|a single one|one|any)|there (?:are|is|'re) (?:none|not any)|there aren't any)\b"
+    r"(?:no|nope|none|not (?:at all|a single one|one|any)|there (?:are|is|'re) (?:none|not any)|there aren't any|(?:i|we) (?:do not|don't|cannot|can't) see (?:any|one)"
+    r"(?=\W*$))\b"
     r"(?! doubt| of)"
 )
 Kind = Literal["exists", "starts", "definite"]

@@ -11,13 +11,16 @@ _PART = r"\d{1,4} (?:[a-z-]+ ){0,6}?[a-z-]+"
 _JOIN = r"(?: ,)?(?: and| plus| with| as well as| \+| &)? "
 _LIST = rf"{_PART}(?:{_JOIN}{_PART})+?"
 _SO = (
-    r"(?: [,;.:\u2013\u2014-])?(?: (?:and|which|that|this))?(?: (?:so|making|makes|make|giving|gives|hence|thus|therefore|"
-    r"for|totalling|totaling|totals|equals|is|are|adding up to|adds up to|add up to|amounts to|in total|altogether|=))+"
+    r"(?: [,;.:\u2013\u2014-])?(?: (?:and|which|that|this))?"
+    r"(?: (?:so|making|makes|make|giving|gives|hence|thus|"
+    r"therefore|for|totalling|totaling|totals|equals|is|are|adding up to|adds up to|add up to|"
+    r"amounts to|in total|altogether|=))+"
     r"(?: (?:there (?:is|are)|we have|that is|that makes|a total of|in total|altogether|it is|,|all together|up))*"
 )
 _SUM = re.compile(rf"(?P<parts>{_LIST}){_SO} (?P<total>\d{{1,4}})(?P<after>(?: [a-z-]+){{0,4}})")
 _NAMED_FIRST = re.compile(
-    rf"(?P<total>\d{{1,4}}) (?P<after>(?:[a-z-]+ ){{1,7}})(?:[:\u2013\u2014(]|, namely|namely) (?P<parts>{_LIST})(?= [.,;)!]|$)"
+    rf"(?P<total>\d{{1,4}}) (?P<after>(?:[a-z-]+ ){{1,7}})(?:[:\u2013\u2014(]|, namely|namely) "
+    rf"(?P<parts>{_LIST})(?= [.,;)!]|$)"
 )
 _ANY_KIND = frozenset(
     ("things", "objects", "items", "animals", "people", "vehicles", "pieces", "total", "all", "altogether", "persons")

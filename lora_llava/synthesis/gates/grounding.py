@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from lora_llava.data.conversation import Turn
 from lora_llava.synthesis.contexts.context import Context
@@ -124,7 +125,7 @@ def _known_words(context: Context) -> frozenset[str]:
     """Return the words of captions and labels, with synonyms, wider and narrower terms and kinds."""
     labels = frozenset(" ".join(box.label.lower().split()) for box in context.boxes)
     spoken = [word for text in (*context.captions, *labels) for word in words_of(text)]
-    pairs = [" ".join(each) for each in zip(spoken, spoken[1:], strict=False)]
+    pairs = [" ".join(each) for each in pairwise(spoken)]
     things = {_forms()[form] for form in (*spoken, *pairs) if form in _forms()}
     found = {*spoken, *pairs, *things, *nouns_of(frozenset((*labels, *things)))}
     for thing in list(found):

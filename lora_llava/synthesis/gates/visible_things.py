@@ -10,40 +10,43 @@ from lora_llava.synthesis.gates.gate_nouns import words
 _COCO = tuple(
     """person|bicycle|car|motorcycle|airplane|bus|train|truck|boat|traffic light|fire hydrant|stop sign|parking meter|
     bench|bird|cat|dog|horse|sheep|cow|elephant|bear|zebra|giraffe|backpack|umbrella|handbag|tie|suitcase|frisbee|skis|
-    snowboard|sports ball|kite|baseball bat|baseball glove|skateboard|surfboard|tennis racket|bottle|wine glass|cup|fork|
-    knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|hot dog|pizza|donut|cake|chair|couch|potted plant|bed|
+    snowboard|sports ball|kite|baseball bat|baseball glove|skateboard|surfboard|tennis racket|bottle|wine glass|
+    cup|fork|knife|spoon|bowl|banana|apple|sandwich|orange|broccoli|carrot|hot dog|pizza|donut|cake|chair|couch|potted plant|bed|
     dining table|toilet|tv|laptop|mouse|remote|keyboard|cell phone|microwave|oven|toaster|sink|refrigerator|book|clock|
     vase|scissors|teddy bear|hair drier|toothbrush""".replace("\n", "").split("|")
 )
 _PEOPLE = words(
-    """man woman boy girl child kid baby toddler lady guy chef waiter waitress farmer fisherman soldier policeman nurse
-    surfer skier snowboarder skateboarder cyclist pedestrian bride groom musician dancer rider jockey pitcher batter
-    umpire catcher goalkeeper"""
+    """man woman boy girl child kid baby toddler lady guy chef waiter waitress farmer fisherman soldier policeman
+    nurse surfer skier snowboarder skateboarder cyclist pedestrian bride groom musician dancer rider jockey
+    pitcher batter umpire catcher goalkeeper"""
 )
 _ANIMALS = words(
-    """puppy kitten goat pig chicken duck goose swan pigeon seagull parrot owl eagle penguin rabbit hamster squirrel deer
-    fox wolf lion tiger leopard monkey gorilla panda camel donkey dolphin whale shark turtle frog snake lizard crocodile
-    butterfly bee spider fish lamb calf bull ox buffalo rhinoceros hippopotamus kangaroo"""
+    """puppy kitten goat pig chicken duck goose swan pigeon seagull parrot owl eagle penguin rabbit hamster
+    squirrel deer fox wolf lion tiger leopard monkey gorilla panda camel donkey dolphin whale shark turtle
+    frog snake lizard crocodile butterfly bee spider fish lamb calf bull ox buffalo rhinoceros hippopotamus
+    kangaroo"""
 )
 _VEHICLES = words(
-    """van taxi ambulance tram trolley subway tractor helicopter jet bike scooter ship ferry yacht sailboat canoe kayak
-    raft carriage wagon sled cart minivan limousine rocket submarine"""
+    """van taxi ambulance tram trolley subway tractor helicopter jet bike scooter ship ferry yacht sailboat canoe
+    kayak raft carriage wagon sled cart minivan limousine rocket submarine"""
 )
 _FOOD = words(
-    """bread toast bagel croissant burger fries pasta spaghetti noodle rice soup salad steak sausage bacon egg cheese
-    cookie pie pancake waffle cereal chocolate candy strawberry grape lemon pear peach melon watermelon pineapple cherry
-    tomato potato onion pepper mushroom lettuce cucumber corn coffee tea beer wine milk juice"""
+    """bread toast bagel croissant burger fries pasta spaghetti noodle rice soup salad steak sausage bacon egg
+    cheese cookie pie pancake waffle cereal chocolate candy strawberry grape lemon pear peach melon
+    watermelon pineapple cherry tomato potato onion pepper mushroom lettuce cucumber corn coffee tea beer
+    wine milk juice"""
 )
 _INDOORS = words(
-    """sofa table desk shelf bookshelf cabinet drawer wardrobe dresser lamp chandelier candle mirror curtain carpet rug
-    pillow blanket mattress stove kettle pan pot plate tray jar mug bathtub shower towel soap computer monitor printer
-    camera telephone radio guitar piano violin drum trumpet easel fireplace staircase fridge television newspaper
-    magazine pencil doll"""
+    """sofa table desk shelf bookshelf cabinet drawer wardrobe dresser lamp chandelier candle mirror curtain carpet
+    rug pillow blanket mattress stove kettle pan pot plate tray jar mug bathtub shower towel soap computer
+    monitor printer camera telephone radio guitar piano violin drum trumpet easel fireplace staircase fridge
+    television newspaper magazine pencil doll"""
 )
 _OUTDOORS = words(
-    """beach ocean sea lake river waterfall island mountain volcano desert forest jungle meadow pier harbour harbor bridge
-    lighthouse castle church temple mosque skyscraper barn windmill stadium airport playground fountain statue flag tent
-    campfire fence ladder snow snowman sandcastle vineyard cave canyon glacier iceberg railway runway cobblestone"""
+    """beach ocean sea lake river waterfall island mountain volcano desert forest jungle meadow pier harbour harbor
+    bridge lighthouse castle church temple mosque skyscraper barn windmill stadium airport playground
+    fountain statue flag tent campfire fence ladder snow snowman sandcastle vineyard cave canyon glacier
+    iceberg railway runway cobblestone"""
 )
 _WORN = words(
     """hat cap helmet raincoat jacket coat suit tuxedo dress skirt apron uniform scarf glove boot sandal sunglasses
