@@ -36,7 +36,8 @@ _NUMBER = (
 _GROUPS = {"pair": 2, "duo": 2, "twosome": 2, "trio": 3, "threesome": 3, "quartet": 4, "quintet": 5}
 _MANY = {"dozens": 13, "hundreds": 101, "scores": 21}
 _SEVERAL = (
-    r"a couple(?: of|(?= [.,!]))|several|(?:quite )?a few|numerous|multiple|various|plenty of|lots of|a lot of|a (?:large )?number of|"
+    r"a couple(?: of|(?= [.,!]))|several|(?:quite )?a few|numerous|multiple|various|plenty of|lots of|a lot of|"
+    r"a (?:large )?number of|"
     r"an array of|a (?:small |large |big )?(?:group|bunch|handful|herd|flock|pack|row|line|collection|variety|pile) of|"
     r"many"
 )

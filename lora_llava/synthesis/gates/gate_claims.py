@@ -93,7 +93,8 @@ _CLAUSE = re.compile(
 )
 _SEPARATOR = re.compile(r" ,(?: (?:or|and|nor))? | (?:or|nor|and) ")
 _SAYS_NO = re.compile(
-    r"(?:no|nope|none|not (?:at all|a single one|one|any)|there (?:are|is|'re) (?:none|not any)|there aren't any|(?:i|we) (?:do not|don't|cannot|can't) see (?:any|one)"
+    r"(?:no|nope|none|not (?:at all|a single one|one|any)|"
+    r"there (?:are|is|'re) (?:none|not any)|there aren't any|(?:i|we) (?:do not|don't|cannot|can't) see (?:any|one)"
     r"(?=\W*$))\b"
     r"(?! doubt| of)"
 )

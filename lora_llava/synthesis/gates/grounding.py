@@ -35,6 +35,17 @@ _NO_NAMES = frozenset(
 )
 
 
+_MORE_PEOPLE = frozenset(
+    words(
+        """baker cook artist painter musician singer dancer barber carpenter butcher vendor seller shopper owner jockey
+        pitcher batter umpire catcher goalie goalkeeper bride crew crowd audience someone somebody nobody he she his her
+        they hand hands worker workers pedestrians cyclist rider people pilot captain sailor guard shepherd hiker runner
+        swimmer tourist visitor traveler traveller commuter customer guest"""
+    )
+)
+"""Words of captions that imply people."""
+
+
 @dataclass(frozen=True, slots=True)
 class Things:
     """The things and names of a sample.
@@ -130,7 +141,7 @@ def _known_words(context: Context) -> frozenset[str]:
     found = {*spoken, *pairs, *things, *nouns_of(frozenset((*labels, *things)))}
     for thing in list(found):
         found.update(same_things(thing))
-    if found & HUMANS:
+    if found & (HUMANS | _MORE_PEOPLE):
         found |= HUMANS
     for kind, members in KINDS.items():
         if kind in found or found.intersection(members):
