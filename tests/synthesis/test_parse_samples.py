@@ -277,8 +277,8 @@ THREE = [{"question": f"What is {n}?", "answer": f"It is, as said, {n}."} for n 
         ("Sure!\n```json\n" + json.dumps({"turns": THREE})[:-20], 2, 2),
         (json.dumps({"turns": THREE})[:-66], 2, None),
         (json.dumps({"turns": THREE})[:-66], 1, 1),
-        (json.dumps(ROLES[:2] * 2)[:-3], 2, None),
-        (json.dumps(ROLES[:2] * 3)[:-3], 2, 2),
+        (json.dumps(ROLES[:2] * 2)[:-8], 2, None),
+        (json.dumps(ROLES[:2] * 3)[:-8], 2, 2),
     ],
 )
 def test_whole_turns_before_the_end_are_kept(text: str, min_turns: int, kept: int | None) -> None:

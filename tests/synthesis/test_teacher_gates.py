@@ -290,7 +290,7 @@ def test_further_denials() -> None:
     assert [text for text in NO_DENIALS if verdict(dogs, WHAT, text)] == []
 
 
-KITCHEN = contexts_of(("Maria Lopez bakes bread in PARIS.",), pizza=1)
+KITCHEN = contexts_of(("Maria Lopez, a baker, bakes bread in PARIS.",), pizza=1)
 
 
 @pytest.mark.parametrize(
