@@ -142,6 +142,8 @@ def test_the_summary_counts_everything(tmp_path: Path) -> None:
             "too short": {"attempts": 1, "tasks": 1, "given_up": 0},
             "duplicate": {"attempts": 1, "tasks": 1, "given_up": 1},
         },
+        "cut_off_kept": 0,
+        "ungrounded": {"things": 1, "missing": 0, "share": 0.0, "most_common": {}},
         "failures": {"HTTP 500": 1},
         "contexts": {
             **dict.fromkeys(vars(ContextReport()), 0),
