@@ -1,9 +1,9 @@
 """From class folders of textile images to a scored run, with one `init` and one `finetune`, on the demo's base.
 
-The images are simulated textiles of the wheel `conformal-clip-data` (PyPI, 42 MB, MIT): `nominal`, or with a `local` or a
-`global` defect. A part of them is copied to class folders below `train` and `test`, as a person would have them; half of
-each part is nominal. The test folder is asked before and after training. The demo's tower sees 64 x 64 pixels and was
-trained on coloured shapes.
+The images are simulated textiles of the wheel `conformal-clip-data` (PyPI, 42 MB, MIT licence): `nominal`, or with a
+`local` or a `global` defect. A part of them is copied to class folders below `train` and `test`, as a person would have
+them; half of each part is nominal. The test folder is asked before and after training. The demo's tower sees 64 x 64
+pixels and was trained on coloured shapes.
 
     python tests/benchmarks/textile.py OUTPUT [--wheel FILE] [--stage1 runs/demo_align] [--train 400] [--test 200]
 """
