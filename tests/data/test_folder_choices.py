@@ -160,7 +160,7 @@ def test_a_workbook_with_several_sheets(tmp_path: Path, capsys: pytest.CaptureFi
     rows = [["image", "question", "answer"], *([f"{n}.png", "What?", f"It is {n}."] for n in range(4))]
     xlsx(folder / "rows.xlsx", {"A": rows, "B": rows[:3], "Notes": [["note"], ["x"]]})
     assert refused(folder, capsys) == (
-        f"error: {folder}/rows.xlsx has several sheets: A (4 rows), B (2 rows), Notes (1 rows); name one with --sheet"
+        f"error: {folder}/rows.xlsx has several sheets: A (4 rows), B (2 rows), Notes (1 row); name one with --sheet"
     )
     assert "has no such sheet" in refused(folder, capsys, "--sheet", "C")
     assert init(folder, "--sheet", "B") == 0
