@@ -68,6 +68,7 @@ def next_commands(run: str) -> list[str]:
     run = shlex.quote(run)
     return [
         f"lora-llava evaluate {run}",
+        f"lora-llava inspect {run}",
         f"lora-llava chat {run}",
         f"lora-llava merge {run} --output {merged}",
         f"lora-llava push {merged} YOU/NAME --dry-run",

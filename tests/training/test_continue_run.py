@@ -64,7 +64,7 @@ def test_no_row_changes_sides(first: Path, tmp_path: Path) -> None:
     assert sum(map(len, now.values())) == 42
     assert plan.notes == (
         f"8 held-out rows of {first}/run stay held out: 3 in validation and 5 in test",
-        f"16 rows are kept out of held-out: their images or questions were trained in {first}/run",
+        f"16 rows are not held out: their images or questions were trained in {first}/run",
     )
 
 
