@@ -253,7 +253,7 @@ class _Sender:
             self._check_reached(error, attempt)
             cause = root_cause(error)
             never_sent = isinstance(cause, _UNREACHABLE)
-            usage = (0, 0) if never_sent else (None, None)
+            usage: Usage = (0, 0) if never_sent else (None, None)
             return _FailedTry(f"the connection broke ({type(cause).__name__})", usage=usage, is_down=self.answered)
         except openai.APIStatusError as error:
             await self._check_status(error)
