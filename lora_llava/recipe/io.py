@@ -314,6 +314,7 @@ LATER_KEYS: dict[str, Any] = {
     "lora.init": "default",
     "training.loraplus_ratio": None,
     "training.early_stopping": None,
+    "evaluation.shuffled": 0.25,
     "gates.max_ungrounded": 0.7,
     "teacher.reconnect": 600.0,
 }
