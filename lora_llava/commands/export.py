@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the language model's matrices; q4_k_m needs pip install 'lora_llava[gguf]'",
     )
     parser.add_argument(
+        "--class-token",
+        choices=["none", "last", "first"],
+        default="none",
+        help="the tower's class token: left out, or written for a llama.cpp that puts it last (since May 2025) or first",
+    )
+    parser.add_argument(
         "--square-images",
         action="store_true",
         help="export a model trained on crops although llama.cpp pads: you send square images only",
@@ -36,5 +42,12 @@ def run(args: argparse.Namespace, console: Any) -> int:
     quieten()
     from lora_llava.publishing.gguf.export_gguf import export_gguf
 
-    export_gguf(args.run, args.output, quant=args.quant, square_images=args.square_images, console=console)
+    export_gguf(
+        args.run,
+        args.output,
+        quant=args.quant,
+        class_token=args.class_token,
+        square_images=args.square_images,
+        console=console,
+    )
     return 0

@@ -14,7 +14,7 @@ from lora_llava.publishing.gguf.gguf_source import GgufSource, read_gguf_source
 from lora_llava.publishing.gguf.gguf_template import modelfile, read_template, template_for_llama
 from lora_llava.publishing.gguf.gguf_types import Quant, check_quantizer, file_type, tensor_type
 from lora_llava.publishing.gguf.gguf_vocabulary import GgufVocabulary, add_vocabulary, read_gguf_vocabulary
-from lora_llava.publishing.gguf.mmproj import add_mmproj_metadata, check_mmproj, mmproj_tensors
+from lora_llava.publishing.gguf.mmproj import ClassToken, add_mmproj_metadata, check_mmproj, mmproj_tensors
 from lora_llava.publishing.gguf.text_model import add_text_metadata, context_length, gguf_family, text_tensors
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
 
@@ -22,7 +22,13 @@ MODEL_FILE, MMPROJ_FILE, MODELFILE = "model-{}.gguf", "mmproj-f16.gguf", "Modelf
 
 
 def export_gguf(
-    folder: Path, output: Path, *, quant: Quant = "f16", square_images: bool = False, console: Console
+    folder: Path,
+    output: Path,
+    *,
+    quant: Quant = "f16",
+    class_token: ClassToken = "none",
+    square_images: bool = False,
+    console: Console,
 ) -> dict[str, Any]:
     """Write `model-QUANT.gguf`, `mmproj-f16.gguf` and a Modelfile; the folder appears when all are complete.
 
@@ -30,6 +36,7 @@ def export_gguf(
         folder: A run directory, or a merged folder.
         output: The new folder, which must not exist.
         quant: Type of the language model's matrices; tower and projector are always float16.
+        class_token: Where llama.cpp puts CLIP's class token; see `mmproj_tensors`.
         square_images: Whether only square images will be sent, so that a model trained on crops is served equally.
         console: Prints what was written and how to serve it.
 
@@ -47,7 +54,10 @@ def export_gguf(
     check_mmproj(source, square_images)
     vocabulary = read_gguf_vocabulary(source)
     template = read_template(source.folder)
-    text, mmproj = _typed(source, text_tensors(source, family), quant), _typed(source, mmproj_tensors(source), "f16")
+    text, mmproj = (
+        _typed(source, text_tensors(source, family), quant),
+        _typed(source, mmproj_tensors(source, class_token), "f16"),
+    )
     check_disk(output, file_bytes(text) + file_bytes(mmproj))
     bos = vocabulary.tokens[vocabulary.ids["bos"]] if "bos" in vocabulary.ids else None
     name, model_file = folder.resolve().name, MODEL_FILE.format(quant)

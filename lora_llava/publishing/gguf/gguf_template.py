@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,31 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from lora_llava.core.errors import UserError
 from lora_llava.publishing.gguf.gguf_vocabulary import GgufVocabulary
 
-_TYPE = re.compile(r"(?<=[\[( ])((?:part|piece|content|item)\['type'\])")
-_FIND_MARKER = (
-    "{#- Written by lora_llava: llama.cpp names an image by a marker of its own. -#}"
-    "{%- set image = namespace(text='<image>') -%}"
-    "{%- for message in messages -%}{%- if message['content'] is not string -%}"
-    "{%- for part in message['content'] -%}{%- if part['type'] == 'media_marker' -%}"
-    "{%- set image.text = part['text'] -%}"
-    "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endfor -%}"
+_TYPED_CONTENT = (
+    "{#- Written by lora_llava: llama.cpp's server writes an image as a marker into the text; make it a part again. -#}"
+    "{%- set image = namespace(text='<image>') -%}{%- set typed = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- if message['content'] is string and '<__media' not in message['content'] -%}"
+    "{%- set typed.messages = typed.messages + [message] -%}"
+    "{%- else -%}"
+    "{%- set found = namespace(parts=[]) -%}"
+    "{%- if message['content'] is string -%}"
+    "{%- set image.text = '<__media' + message['content'].split('<__media')[1].split('__>')[0] + '__>' -%}"
+    "{%- for text in message['content'].split(image.text) -%}"
+    "{%- if not loop.first -%}{%- set found.parts = found.parts + [{'type': 'image'}] -%}{%- endif -%}"
+    "{%- if text -%}{%- set found.parts = found.parts + [{'type': 'text', 'text': text}] -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'media_marker' -%}"
+    "{%- set image.text = part['text'] -%}{%- set found.parts = found.parts + [{'type': 'image'}] -%}"
+    "{%- else -%}{%- set found.parts = found.parts + [part] -%}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- set typed.messages = typed.messages + [{'role': message['role'], 'content': found.parts}] -%}"
+    "{%- endif -%}{%- endfor -%}{%- set messages = typed.messages -%}"
 )
+"""Older versions name an image `<__media__>`, newer ones `<__media_RANDOM__>` (tools/server/server-common.cpp)."""
 
 
 def read_template(folder: Path) -> str:
@@ -37,18 +52,15 @@ def read_template(folder: Path) -> str:
 def template_for_llama(template: str, vocabulary: GgufVocabulary, bos: str | None) -> str:
     """Return a template with which llama.cpp's server writes the prompts used in training.
 
-    The server passes an image as a part of type `media_marker` whose text is a random marker, splits the prompt there, and
-    tokenises the pieces apart.
+    The server writes an image as a marker into the text, without the line break between image and text that the
+    exported template adds, splits the prompt at the markers, and tokenises the pieces apart.
 
     Args:
         template: The exported template, which writes `<image>`.
         vocabulary: The vocabulary.
         bos: The text of BOS.
     """
-    text = template.replace("'<image>'", "image.text").replace('"<image>"', "image.text")
-    text = re.sub(r"\b(part|piece)\['type'\]", r"\1['type'].replace('media_marker', 'image')", text)
-    if text != template:
-        text = _FIND_MARKER + text
+    text = _TYPED_CONTENT + template.replace("'<image>'", "image.text").replace('"<image>"', "image.text")
     if vocabulary.leading_space and not (bos and _render(template, bos).startswith(bos)):
         text = "{{ ' ' }}" + text
     return text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import LlavaConfig
@@ -12,6 +12,11 @@ from transformers import LlavaConfig
 from lora_llava.core.errors import UserError
 from lora_llava.model.weights.tensor_files import LazyTensor
 from lora_llava.publishing.gguf.gguf_source import GgufSource, image_settings
+
+ClassToken = Literal["last", "first", "none"]
+CLASS_TOKENS: tuple[ClassToken, ...] = ("last", "first", "none")
+"""Where llama.cpp puts CLIP's class token. Since May 2025 it comes last, with positions and the choice of features still
+made for one that comes first (https://github.com/ggml-org/llama.cpp/issues/25814)."""
 
 _TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 _HEAD = {
@@ -134,16 +139,33 @@ def stored_blocks(config: LlavaConfig) -> int:
     return min(feature_layer(config) + 1, int(config.vision_config.num_hidden_layers))
 
 
-def mmproj_tensors(source: GgufSource) -> list[LazyTensor]:
-    """List the tensors of tower and projector as llama.cpp expects them; later layers and the last norm are left out."""
-    return [*_tower(source), *_projector(source)]
+def mmproj_tensors(source: GgufSource, class_token: ClassToken) -> list[LazyTensor]:
+    """List the tensors of tower and projector as llama.cpp expects them, without later layers and the last norm.
+
+    Args:
+        source: The model.
+        class_token: `first` writes the tower as it is, for a llama.cpp that puts the class token first. `last` moves the
+            positions for one that puts it last: all features are exact, but the first patch's is missing and the class
+            token's comes after the others. `none` leaves the class token out, which every version computes equally.
+    """
+    return [*_embeddings(source, class_token), *_blocks(source), *_projector(source)]
 
 
-def _tower(source: GgufSource) -> Iterator[LazyTensor]:
-    config = source.config
+def _embeddings(source: GgufSource, class_token: ClassToken) -> Iterator[LazyTensor]:
     for name, new in _HEAD.items():
-        tensor = source.tensors[f"{_TOWER}{name}"]
-        yield replace(tensor, name=new)
+        tensor = replace(source.tensors[f"{_TOWER}{name}"], name=new)
+        load = tensor.load
+        if new == "v.class_embd" and class_token == "none":
+            continue
+        if new == "v.position_embd.weight" and class_token == "none":
+            tensor = replace(tensor, shape=(tensor.shape[0] - 1, tensor.shape[1]), load=lambda load=load: load()[1:])
+        if new == "v.position_embd.weight" and class_token == "last":
+            tensor = replace(tensor, load=lambda load=load: load().roll(-1, 0))
+        yield tensor
+
+
+def _blocks(source: GgufSource) -> Iterator[LazyTensor]:
+    config = source.config
     names = dict(_BLOCK)
     if config.vision_config.intermediate_size == config.vision_config.hidden_size:
         # llama.cpp takes equal sizes for an old file with the two names swapped, and swaps them (clip.cpp)
