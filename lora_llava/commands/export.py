@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--class-token",
         choices=["none", "last", "first"],
         default="none",
-        help="the tower's class token: left out, or written for a llama.cpp that puts it last (since May 2025) or first",
+        help="the tower's class token: left out, or written for a llama.cpp that puts it last (since 2025) or first",
     )
     parser.add_argument(
         "--square-images",

@@ -84,7 +84,7 @@ def export_gguf(
         (temporary / MODELFILE).write_text(content, encoding="utf-8")
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
     report = {"files": sizes, "types": _counts(text), "tokenizer": vocabulary.kind}
-    _print(report, output, model_file, source, vocabulary, console)
+    _print(report, output, model_file, source, vocabulary, class_token, console)
     return report
 
 
@@ -109,7 +109,13 @@ def _stop_texts(vocabulary: GgufVocabulary) -> list[str]:
 
 
 def _print(
-    report: dict[str, Any], output: Path, model: str, source: GgufSource, vocabulary: GgufVocabulary, console: Console
+    report: dict[str, Any],
+    output: Path,
+    model: str,
+    source: GgufSource,
+    vocabulary: GgufVocabulary,
+    class_token: str,
+    console: Console,
 ) -> None:
     def line(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False, highlight=False)
@@ -118,8 +124,11 @@ def _print(
         line(f"written: {output / name}, {size / 1e6:,.1f} MB" if size >= 1e5 else f"written: {output / name}")
     line("matrices of the language model: " + ", ".join(f"{n} {kind}" for kind, n in report["types"].items()))
     if vocabulary.kind == "gemma4":
-        line("the merges are not SentencePiece's: the vocabulary is written with a list of merges, as type gemma4, which "
-             "llama.cpp reads since 2026")  # fmt: skip
+        line(
+            "the tokenizer's merges are no SentencePiece model's: they are written as a list (llama.cpp of 2026 or later)"
+        )
+    if class_token == "none":
+        line("the tower's class token is left out, since llama.cpp misplaces it: its issue 25814, and --class-token")
     if vocabulary.stops:
         texts = ", ".join(map(repr, vocabulary.stops))
         line(f"answers end at the text {texts}, which GGUF cannot carry: send it as `stop` in each request")

@@ -101,7 +101,7 @@ def encode_tensor(name: str, tensor: torch.Tensor, kind: Any) -> np.ndarray[Any,
     if kind == GGMLQuantizationType.F32:
         return values
     if kind == GGMLQuantizationType.F16:
-        if largest > np.finfo(np.float16).max:
+        if largest > float(np.finfo(np.float16).max):
             raise UserError(
                 f"--format gguf: {name} has a value of {largest:g}, beyond float16's 65504; use --quant q8_0"
             )
@@ -130,7 +130,7 @@ def check_quantizer(quant: Quant, output: Path) -> None:
         return
     if _library() is None:
         raise UserError(
-            "--quant q4_k_m needs llama.cpp's library: pip install 'lora_llava[gguf]'; or export with --quant f16 and run "
+            "--quant q4_k_m needs llama.cpp's library: pip install 'lora_llava[gguf]'; or export --quant f16 and run "
             f"llama-quantize {output}/model-f16.gguf {output}/model-q4_k_m.gguf q4_k_m"
         )
     _quantizer()

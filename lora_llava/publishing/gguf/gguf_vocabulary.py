@@ -25,8 +25,8 @@ class GgufVocabulary:
     """llama.cpp's view of a tokenizer.
 
     Attributes:
-        kind: `llama` (SentencePiece by scores), `gemma4` (SentencePiece's form with a list of merges), or `gpt2` (byte-level
-            BPE); the names are llama.cpp's.
+        kind: llama.cpp's name: `llama` (SentencePiece by scores), `gemma4` (the same form with a list of merges) or
+            `gpt2` (byte-level BPE).
         pre: Name of the pre-tokenizer.
         tokens: Text of every id.
         types: Type of every id.
@@ -97,8 +97,8 @@ def _sentencepiece(
         return GgufVocabulary("llama", "default", tokens, types, scores, None, add_bos, *spaces, ids, stops)
     if after_special or not add_bos:
         raise UserError(
-            f"{source.folder}/tokenizer.json: its merges are not those of a SentencePiece model, and llama.cpp would split "
-            "words otherwise; put the tokenizer.model that it was made from beside it"
+            f"{source.folder}/tokenizer.json: its merges are not those of a SentencePiece model, and llama.cpp would "
+            "split words otherwise; put the tokenizer.model that it was made from beside it"
         )
     joined = [f"{left} {right}" for left, right in merges]
     return GgufVocabulary("gemma4", "gemma4", tokens, types, None, joined, add_bos, False, first, ids, stops)

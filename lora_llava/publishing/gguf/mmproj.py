@@ -15,7 +15,7 @@ from lora_llava.publishing.gguf.gguf_source import GgufSource, image_settings
 
 ClassToken = Literal["last", "first", "none"]
 CLASS_TOKENS: tuple[ClassToken, ...] = ("last", "first", "none")
-"""Where llama.cpp puts CLIP's class token. Since May 2025 it comes last, with positions and the choice of features still
+"""Where llama.cpp puts CLIP's class token. Since May 2025 it comes last, with positions and the choice of rows still
 made for one that comes first (https://github.com/ggml-org/llama.cpp/issues/25814)."""
 
 _TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
@@ -95,7 +95,7 @@ def _check_pixels(source: GgufSource, square_images: bool) -> None:
         raise UserError(f"--format gguf: image processor with crop_size {crop}; llama.cpp uses the tower's {size}")
     if not settings.get("do_pad") and not square_images:
         raise UserError(
-            "--format gguf: this model was trained on cropped images (data.image_aspect crop), and llama.cpp always pads "
+            "--format gguf: this model was trained on cropped images (data.image_aspect crop), and llama.cpp pads them "
             "to a square; add --square-images if you send square images only, train with data.image_aspect: pad, or "
             "serve the merged folder with vLLM"
         )
@@ -144,7 +144,7 @@ def mmproj_tensors(source: GgufSource, class_token: ClassToken) -> list[LazyTens
 
     Args:
         source: The model.
-        class_token: `first` writes the tower as it is, for a llama.cpp that puts the class token first. `last` moves the
+        class_token: `first` writes the tower as it is, for a llama.cpp that puts the token first. `last` moves the
             positions for one that puts it last: all features are exact, but the first patch's is missing and the class
             token's comes after the others. `none` leaves the class token out, which every version computes equally.
     """
