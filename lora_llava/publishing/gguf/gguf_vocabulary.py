@@ -88,6 +88,7 @@ def _sentencepiece(
     (tokens, types), (add_bos, ids, stops) = entries, rest
     first, after_special = _spaces(tokenizer, content)
     merges = [_pair(merge) for merge in content["model"]["merges"]]
+    scores: list[float] | None
     if source.sentencepiece is not None:
         scores = _scores_of_file(source.sentencepiece, tokens)
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -151,16 +152,25 @@ def mmproj_tensors(source: GgufSource, class_token: ClassToken) -> list[LazyTens
     return [*_embeddings(source, class_token), *_blocks(source), *_projector(source)]
 
 
+def _patches_of(load: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return load()[1:]
+
+
+def _class_last(load: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return load().roll(-1, 0)
+
+
 def _embeddings(source: GgufSource, class_token: ClassToken) -> Iterator[LazyTensor]:
     for name, new in _HEAD.items():
         tensor = replace(source.tensors[f"{_TOWER}{name}"], name=new)
-        load = tensor.load
         if new == "v.class_embd" and class_token == "none":
             continue
         if new == "v.position_embd.weight" and class_token == "none":
-            tensor = replace(tensor, shape=(tensor.shape[0] - 1, tensor.shape[1]), load=lambda load=load: load()[1:])
+            tensor = replace(
+                tensor, shape=(tensor.shape[0] - 1, tensor.shape[1]), load=partial(_patches_of, tensor.load)
+            )
         if new == "v.position_embd.weight" and class_token == "last":
-            tensor = replace(tensor, load=lambda load=load: load().roll(-1, 0))
+            tensor = replace(tensor, load=partial(_class_last, tensor.load))
         yield tensor
 
 
