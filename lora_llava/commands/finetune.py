@@ -14,7 +14,7 @@ SUMMARY = "train a recipe, and evaluate the model before and after"
 EXAMPLES = (
     "lora-llava finetune recipes/demo_scienceqa_qlora.yaml",
     "lora-llava finetune my_images/recipe.yaml training.learning_rate=1e-4 --resume",
-    "lora-llava finetune more_images/recipe.yaml --continue runs/first output_dir=runs/second",
+    "lora-llava finetune more/recipe.yaml --continue runs/first output_dir=runs/two",
 )
 
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=home,
         metavar="RUN",
         help="train the adapter of a finished run on: sets model.start_from.run; base, lora, template and system text "
-        "that the recipe leaves out are the run's",
+        "that the recipe leaves out are the run's; default: none",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing run, finished or not")
     parser.add_argument(
@@ -68,6 +68,7 @@ def next_commands(run: str) -> list[str]:
     run = shlex.quote(run)
     return [
         f"lora-llava evaluate {run}",
+        f"lora-llava inspect {run}",
         f"lora-llava chat {run}",
         f"lora-llava merge {run} --output {merged}",
         f"lora-llava push {merged} YOU/NAME --dry-run",

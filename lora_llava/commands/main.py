@@ -19,7 +19,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "prepare": ("init", "check", "preview", "plan"),
     "train": ("finetune", "sweep", "compare", "report"),
     "use": ("evaluate", "inspect", "score", "chat", "text-loss"),
-    "share": ("merge", "verify", "push", "import"),
+    "share": ("merge", "verify", "export", "push", "import"),
     "make data": ("generate-data", "filter-captions"),
     "other": ("recipes", "benchmark", "build-demo"),
 }

@@ -60,3 +60,14 @@ def progress_bar(*args: Any, **kwargs: Any) -> tqdm[Any]:
     """
     kind = tqdm if sys.stderr.isatty() or "ipykernel" in sys.modules else LineProgress
     return kind(*args, **{"dynamic_ncols": True} | kwargs)
+
+
+def note_in_bars(text: str) -> None:
+    """Show a note behind all progress bars that are open; an empty text removes it."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.set_postfix_str(text)
+
+
+def print_beside_bars(text: str) -> None:
+    """Print a line to stderr without breaking the progress bars that are open."""
+    tqdm.write(text, file=sys.stderr)

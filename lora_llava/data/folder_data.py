@@ -124,7 +124,7 @@ def absent_images(
     bare = [file for file in images if file.resolve() not in used]
     found = []
     if missing:
-        found.append(("missing images", f"{_counted(missing)}; check --fix leaves their rows out"))
+        found.append(("missing images", f"{_counted(missing)}; check --fix leaves out such rows"))
     if bare:
         found.append(("without a row", _counted([file.name for file in bare]) + " not used"))
     return found

@@ -20,6 +20,7 @@ from lora_llava.data.formats import (
     Detected,
     Format,
     Sample,
+    extra_columns,
     likely_image_column,
 )
 
@@ -239,15 +240,18 @@ def _read_roles(detected: Detected) -> dict[str, str]:
 
 
 def _facts(detected: Detected, row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Say which columns were understood, where their names are not ours."""
+    """Say which columns were understood, where their names are not ours, and which are for the score alone."""
     usual = vars(Columns())
     read = {role: name for role, name in _read_roles(detected).items() if name in row and role != "id"}
     words = {role: name for role, name in read.items() if name.strip() != usual[role]}
-    return (("columns", ", ".join(f"{name} is the {role}" for role, name in words.items())),) if words else ()
+    columns = ", ".join(f"{name} is the {role}" for role, name in words.items())
+    facts = (("columns", columns),) if columns else ()
+    extra = ", ".join(extra_columns(row))
+    return (*facts, ("for the score", extra)) if extra else facts
 
 
 def _unused(row: Mapping[str, Any], detected: Detected) -> tuple[str, ...]:
-    known = {"system", "images", *CHAT_COLUMNS, *_read_roles(detected).values()}
+    known = {"system", "images", *CHAT_COLUMNS, *_read_roles(detected).values(), *extra_columns(row)}
     return tuple(str(name) for name in row if name not in known)
 
 

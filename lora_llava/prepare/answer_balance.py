@@ -9,6 +9,7 @@ from rich.text import Text
 
 from lora_llava.data.checks.findings import CheckReport, Finding
 from lora_llava.data.conversation import Conversation
+from lora_llava.data.folder_kinds.folder_kind import number_of
 from lora_llava.evaluation.figures.majority import MOST_ROWS, AnswerCount, MajorityAnswers, count_row_answers
 from lora_llava.evaluation.row_evaluation import choose_rows
 from lora_llava.splits.encoded_sources import OpenSplit
@@ -75,13 +76,14 @@ def balance_lines(counts: MajorityAnswers | None) -> list[Text]:
 
 def _line(group: AnswerCount) -> Text:
     title = _short(group.title, 2 * _LETTERS)
+    rows = number_of(group.rows, "row")
     if 2 * group.distinct > group.rows:
-        return Text(f"  {title}: {group.rows:,} rows, {group.distinct:,} different answers")
+        return Text(f"  {title}: {rows}, {number_of(group.distinct, 'different answer')}")
     shown = _most(group.answers)
     left = group.distinct - len(shown)
     more = f", {left:,} other answer{'s' * (left != 1)}" if left else ""
     named = ", ".join(f"{_short(answer)} {100 * count / group.rows:.0f}%" for answer, count in shown)
-    return Text(f"  {title}: {group.rows:,} rows; {named}{more}")
+    return Text(f"  {title}: {rows}; {named}{more}")
 
 
 def _most(answers: Sequence[tuple[str, int]]) -> Sequence[tuple[str, int]]:

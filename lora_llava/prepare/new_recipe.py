@@ -182,11 +182,9 @@ def _validation_in_words(found: FolderData) -> str:
     if found.validation is not None:
         rows = number_of(found.split_rows.get("validation", 0), "row")
         return rows if found.converted else f"{rows} in {found.validation}"
-    return (
-        f"{number_of(count, 'row')} or more, held out by image"
-        if count
-        else "none: too few rows or images to hold any out"
-    )
+    if not count:
+        return "none: too few rows or images to hold any out"
+    return f"at least {number_of(count, 'row')}, held out by image"
 
 
 def held_out_rows(rows: int, images: int) -> int:

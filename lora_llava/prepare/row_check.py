@@ -19,6 +19,7 @@ from lora_llava.data.checks.source_checks import check_sources
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.files.cleaned_copy import write_set_without
 from lora_llava.data.files.row_files import DataFileError
+from lora_llava.data.folder_kinds.folder_kind import number_of
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.evaluation.figures.majority import read_majority
 from lora_llava.model.families.tower_families import image_tokens
@@ -151,19 +152,19 @@ def print_report(report: CheckReport, console: Console) -> None:
     """Print figures by split, then every kind of finding with its count and an example."""
     for name, figures in report.splits.items():
         share = 100 * figures["trained_tokens"] / max(1, figures["tokens"])
-        sources = figures["sources"]
+        rows, sources = number_of(figures["rows"], "row"), figures["sources"]
         bare = figures["sound_rows"] - figures["rows_with_images"]
         without = f", {bare:,} without" if bare and figures["rows_with_images"] else ""
         of = f" from {len(sources)} sources" if len(sources) > 1 else ""
         console.print(
             Text(
-                f"{name}: {figures['rows']:,} rows{of}, {figures['rows_with_images']:,} with images{without}; "
+                f"{name}: {rows}{of}, {figures['rows_with_images']:,} with images{without}; "
                 f"{figures['tokens']:,} tokens, {share:.0f}% trained; longest {figures['longest']:,}"
             )
         )
         if figures["over_limit_rows"]:
-            over = f"  over the limit: {figures['over_limit_rows']:,} rows, by {figures['over_limit_tokens']:,} tokens"
-            console.print(Text(over))
+            over = number_of(figures["over_limit_rows"], "row")
+            console.print(Text(f"  over the limit: {over}, by {figures['over_limit_tokens']:,} tokens"))
         console.print(_histogram(figures["histogram"]))
     if saved := report.splits.get("train", {}).get("answers"):
         for line in balance_lines(read_majority(saved)):
@@ -176,7 +177,7 @@ def print_report(report: CheckReport, console: Console) -> None:
     advice = "fix the errors, or leave their rows out with --fix" if fixable else "fix the errors"
     verdict = advice if errors else harmless
     counts = [f"{count:,} {word}{'s' * (count != 1)}" for count, word in ((errors, "error"), (warnings, "warning"))]
-    console.print(f"{report.rows:,} rows checked: {', '.join(counts)}; {verdict}")
+    console.print(f"{number_of(report.rows, 'row')} checked: {', '.join(counts)}; {verdict}")
 
 
 def _histogram(bins: list[dict[str, Any]]) -> Text:
@@ -233,7 +234,8 @@ def _fix(splits: dict[str, OpenSplit], report: CheckReport, console: Console) ->
             )
         for file, target, count, left_out in write_set_without(source.files, rows):
             console.print(
-                f"--fix: {target}: {count:,} rows, {left_out:,} left out; {file} is unchanged", soft_wrap=True
+                f"--fix: {target}: {number_of(count, 'row')}, {left_out:,} left out; {file} is unchanged",
+                soft_wrap=True,
             )
             if file == source.files[0]:
                 copies[file] = target

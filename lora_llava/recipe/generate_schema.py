@@ -81,6 +81,8 @@ class TeacherSection(Section):
     """Seconds within which an answer must be complete."""
     retries: Annotated[int, Field(ge=0)] = 6
     """Retries after a temporary failure."""
+    reconnect: Annotated[float, Field(ge=0, le=86_400)] = 600.0
+    """Most seconds to wait for a server that is down after it has answered; waiting uses up no retry."""
     structured: bool = True
     """Request JSON by a schema; servers that do not support it get requests without one."""
     price_in: NotNegative | None = None
@@ -118,6 +120,8 @@ class GatesSection(Section):
     """Fewest words in all answers of a sample together; null has a number for each kind."""
     max_words: Count | None = None
     """Most words in all answers of a sample together; null has a number for each kind."""
+    max_ungrounded: Annotated[float, Field(ge=0, le=1)] = 0.7
+    """Largest share of a sample's things and names that no caption or box contains, where four or more are missing."""
 
 
 class GenerateRecipe(Section):

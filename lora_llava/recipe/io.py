@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from lora_llava.core.errors import UserError, nearest
 from lora_llava.core.secrets import find_secrets
 from lora_llava.core.storage import looked_in
+from lora_llava.recipe.context_sources import replace_sources
 from lora_llava.recipe.continued import fill_from_run, lacks_values
 from lora_llava.recipe.generate_schema import GenerateRecipe
 from lora_llava.recipe.mistakes import suggest_key, suggest_value
@@ -144,8 +145,9 @@ def _completed(recipe: Recipe, where: str) -> Recipe:
 
 
 def load_generate_recipe(path: str | Path, overrides: Iterable[str] = ()) -> GenerateRecipe:
-    """Load a recipe of `lora-llava generate-data`; arguments and errors are those of `load_recipe`."""
-    content, where = _read_content(path, overrides)
+    """Load a recipe of `lora-llava generate-data`; arguments and errors are those of `load_recipe`. See also
+    `replace_sources`."""
+    content, where = _read_content(path, overrides, replace_sources)
     if "stage" in content and "teacher" not in content:
         raise RecipeError(f"{where} trains a model; run it with lora-llava finetune")
     return _with_inputs(_check(GenerateRecipe, content, where), Path(where))
@@ -158,7 +160,11 @@ def _with_inputs(recipe: Schema, file: Path) -> Schema:
         raise RecipeError(f"{file}: {error}") from None
 
 
-def _read_content(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str, Any], str]:
+def _read_content(
+    path: str | Path,
+    overrides: Iterable[str],
+    prepare: Callable[[dict[str, Any], Sequence[str]], None] = lambda content, overrides: None,
+) -> tuple[dict[str, Any], str]:
     path = find_recipe(path)
     if (size := path.stat().st_size) > _LARGEST:
         raise RecipeError(f"{path}: the file has {size:,} bytes, and a recipe at most {_LARGEST:,}; name a recipe")
@@ -172,6 +178,7 @@ def _read_content(path: str | Path, overrides: Iterable[str]) -> tuple[dict[str,
             f"{path}: a recipe is a mapping of keys, not a {type(content).__name__}; start from a shipped recipe"
         )
     _rename_keys(content, str(path))
+    prepare(content, overrides := list(overrides))
     for override in overrides:
         key, equals, value = override.partition("=")
         _apply_override(content, _new_name(key, f"override {override!r}") + equals + value)
@@ -307,6 +314,9 @@ LATER_KEYS: dict[str, Any] = {
     "lora.init": "default",
     "training.loraplus_ratio": None,
     "training.early_stopping": None,
+    "evaluation.shuffled": 0.25,
+    "gates.max_ungrounded": 0.7,
+    "teacher.reconnect": 600.0,
 }
 """Keys that earlier versions did not have, with their defaults: at those a recipe is the same as without the key."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from lora_llava.core.errors import UserError
 from lora_llava.model.start import RUN_FILE
 from lora_llava.runs.checkpoint import list_checkpoints
-from lora_llava.runs.directory import LOCK_RECORD, METRICS_FILE, RECIPE_FILE, is_run
+from lora_llava.runs.directory import LOCK_RECORD, RECIPE_FILE, is_run
 
 CHECKPOINTS = "checkpoints"
 _INSIDE = re.compile(rf"{CHECKPOINTS}|checkpoint-\d+")
@@ -59,7 +59,7 @@ def _problem(folder: Path) -> str | None:
         and (folder.is_file() or _INSIDE.fullmatch(folder.name))
     ):
         return f"{folder} is a part of a run; name its folder, {os.path.relpath(outer)}"
-    if not folder.is_dir() or (is_run(folder) and (folder / METRICS_FILE).is_file()):
+    if not folder.is_dir() or is_run(folder):
         return None
     checkpoints = list_checkpoints(folder / CHECKPOINTS)
     if checkpoints:

@@ -143,7 +143,7 @@ def _notes(
         split = " and ".join(f"{count:,} in {name}" for name, count in kept.items())
         notes.append(f"{_rows(sum(kept.values()), 'held-out row')} of {seen.run} {_stay(kept)} held out: {split}")
     if counts and found[TRAIN]:
-        notes.append(f"{_rows_are(found[TRAIN])} kept out of held-out: {_trained_in(found[TRAIN], seen)}")
+        notes.append(f"{_rows_are(found[TRAIN])} not held out: {_trained_in(found[TRAIN], seen)}")
     for name, count in counts.items():
         if len(parts[name]) < count:
             notes.append(f"{name} has {_rows(len(parts[name]))}, fewer than data.{name}_rows {count}")

@@ -175,7 +175,7 @@ def _settings(recipe: GenerateRecipe, model: str) -> PipelineSettings:
         teacher.top_p,
         structured,
         gates.max_attempts,
-        Limits(gates.min_turns, gates.max_turns, gates.min_words, gates.max_words),
+        Limits(gates.min_turns, gates.max_turns, gates.min_words, gates.max_words, gates.max_ungrounded),
         recipe.seed,
     )
 
@@ -200,6 +200,7 @@ def _open_teacher(recipe: GenerateRecipe) -> tuple[PipelineSettings, Teacher]:
             timeout=teacher.timeout,
             retries=teacher.retries,
             requests_per_minute=teacher.requests_per_minute,
+            reconnect=teacher.reconnect,
         )
     )
     return _settings(recipe, str(server.model)), by_server(server)

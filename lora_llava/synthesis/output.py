@@ -20,6 +20,8 @@ from lora_llava.synthesis.contexts.reading_contexts import Contexts
 from lora_llava.synthesis.dataset_card import write_card
 from lora_llava.synthesis.gallery import Picks, render_gallery
 from lora_llava.synthesis.gates.gates import REASONS, SeenSamples
+from lora_llava.synthesis.gates.grounding import find_things
+from lora_llava.synthesis.parse import CutTurns
 from lora_llava.synthesis.pipeline import Result
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Task, Turns
 
@@ -29,6 +31,8 @@ _SPEAKERS = {"user": "human", "assistant": "gpt"}
 """LLaVA's names of the roles."""
 _MOST_FAILURES = 50
 """Maximum number of distinct failure reasons in the summary, since a server may send a different one each time."""
+_MOST_MISSING = 10
+"""Maximum number of things in the summary that no caption or box contains."""
 _OTHER_FAILURES = "other reasons"
 
 
@@ -77,7 +81,7 @@ def write_set(
                 if result.status == "accepted":
                     rows.write((",\n" if tally.rows else "[\n") + json_text(_row(result, image)))
                 rest.writelines(f"{json_text(line)}\n" for line in _lines(result, image))
-                tally.add(result)
+                tally.add(result, contexts)
                 picks.add(result)
             rows.write("\n]\n" if tally.rows else "[]\n")
         beside = _within(recipe.contexts.images, folder)
@@ -160,9 +164,12 @@ class _Tally:
     reasons: dict[str, Counter[str]] = field(default_factory=lambda: {reason: Counter() for reason in REASONS})
     failures: Counter[str] = field(default_factory=Counter)
     models: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+    things: int = 0
+    missing: Counter[str] = field(default_factory=Counter)
     _place: int = -1
 
-    def add(self, result: Result) -> None:
+    def add(self, result: Result, contexts: Contexts) -> None:
         counts = self.by_flavour[result.task.flavour]
         counts.update(("tasks", result.status))
         if result.status == "accepted":
@@ -170,6 +177,10 @@ class _Tally:
             self.images += result.task.place != self._place  # tasks of an image follow one another
             self._place = result.task.place
             counts.update(_sizes(result.turns))
+            self.cut += isinstance(result.turns, CutTurns)
+            things = find_things(contexts[result.task.place], result.turns, result.task.flavour != "detail")
+            self.things += things.total
+            self.missing.update(things.missing)
         elif result.status == "failed":
             known = result.reason in self.failures or len(self.failures) < _MOST_FAILURES
             self.failures[result.reason if known else _OTHER_FAILURES] += 1
@@ -206,6 +217,7 @@ def _summary(tally: _Tally, contexts: Contexts, recipe: GenerateRecipe) -> dict[
         **_statuses(total),
         "turns": total["turns"],
         "images": tally.images,
+        "cut_off_kept": tally.cut,
         "flavours": {
             flavour: {
                 **_statuses(counts),
@@ -219,6 +231,12 @@ def _summary(tally: _Tally, contexts: Contexts, recipe: GenerateRecipe) -> dict[
             reason: {name: counts[name] for name in ("attempts", "tasks", "given_up")}
             for reason, counts in by_reason
             if counts
+        },
+        "ungrounded": {
+            "things": tally.things,
+            "missing": (missing := tally.missing.total()),
+            "share": round(missing / tally.things, 4) if tally.things else None,
+            "most_common": dict(tally.missing.most_common(_MOST_MISSING)),
         },
         "failures": dict(tally.failures.most_common()),
         "contexts": {

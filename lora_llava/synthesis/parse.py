@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any, Literal
@@ -58,7 +59,11 @@ _LONG = 12
 """Words from which a text without JSON must end like a sentence (untuned); a short answer need not."""
 
 
-def parse_sample(text: str, flavour: Flavour, request: str | None = None) -> Turns | Rejection:
+class CutTurns(tuple[Turn, ...]):
+    """The whole turns of an answer whose JSON ends in the middle; the unfinished turn is left out."""
+
+
+def parse_sample(text: str, flavour: Flavour, request: str | None = None, min_turns: int = 2) -> Turns | Rejection:
     """Parse an answer of the teacher.
 
     Accepted forms: the JSON of `RESPONSE_SCHEMAS`, also in Markdown code fences, surrounded by prose or after thoughts
@@ -69,6 +74,8 @@ def parse_sample(text: str, flavour: Flavour, request: str | None = None) -> Tur
         text: Any text.
         flavour: Kind of sample that was requested.
         request: For `detail`, the question that the description becomes the answer to.
+        min_turns: For `conversation`, the fewest whole questions with answers for which JSON that ends in the middle is
+            accepted, as `CutTurns`; other flavours need their one.
 
     Returns:
         The turns, or a rejection as `unreadable`, `cut off`, `empty` or `turn order`. Nothing is raised.
@@ -82,7 +89,10 @@ def parse_sample(text: str, flavour: Flavour, request: str | None = None) -> Tur
     if start and not (mark and written[mark.end() : start.start()].strip()):
         value = _read_json(written, start.start())
         if isinstance(value, Rejection):
-            return value
+            fewest = max(min_turns, 1) if flavour == "conversation" else 1
+            return (
+                value.reason == "cut off" and _whole_turns(written, start.start(), flavour, request, fewest)
+            ) or value
         return _described(_description(value), request) if flavour == "detail" else _in_order(_messages(value))
     if flavour == "detail" and not mark:
         return _described(_prose(written), request)
@@ -156,6 +166,44 @@ def _end_of_json(text: str, start: int) -> int | None:
     return None
 
 
+def _whole_turns(text: str, start: int, flavour: Flavour, request: str | None, fewest: int) -> CutTurns | None:
+    """Read the whole turns of a JSON value that ends in the middle; None if fewer than `fewest` are left.
+
+    The text is cut after each of its last strings and brackets in turn, and closed with the brackets that are open.
+    """
+    stack: list[str] = []
+    places: deque[tuple[int, str]] = deque(maxlen=_LAST_PLACES)
+    for match in _BRACKET.finditer(text, start):
+        if match[0][0] == '"':
+            if len(match[0]) == 1 or not match[0].endswith('"'):
+                break
+        elif match[0] in "{[":
+            stack.append("}" if match[0] == "{" else "]")
+            if len(stack) > _DEEPEST:
+                return None
+            continue
+        elif not stack or stack.pop() != match[0]:
+            return None
+        places.append((match.end(), "".join(reversed(stack))))
+    decoder = json.JSONDecoder(strict=False, object_pairs_hook=_object)
+    for end, closing in reversed(places):
+        try:
+            value = decoder.decode(text[start:end] + closing)
+        except (ValueError, RecursionError):
+            continue
+        if flavour == "detail":
+            turns = _described(_description(value), request)
+        else:
+            messages = _messages(value) or []
+            turns = _in_order(messages[: len(messages) - len(messages) % 2])
+        if not isinstance(turns, Rejection):
+            return CutTurns(turns) if len(turns) >= 2 * fewest else None
+    return None
+
+
+_DEEPEST = 10
+_LAST_PLACES = 12
+"""Places, counted from the end, where JSON that ends in the middle may be cut: a turn has at most ten."""
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[{}\[\]]', re.DOTALL)
 
 

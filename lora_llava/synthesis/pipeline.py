@@ -14,6 +14,7 @@ from lora_llava.inference.client.budget import Budget, Charge
 from lora_llava.inference.client.chat_request import ChatAnswer, ChatFailure, ChatRequest
 from lora_llava.synthesis.contexts.context import Context
 from lora_llava.synthesis.contexts.reading_contexts import Contexts
+from lora_llava.synthesis.gates.example_copies import ExampleRuns
 from lora_llava.synthesis.gates.gates import Limits, check_sample
 from lora_llava.synthesis.gates.retry_texts import RETRY_TEXTS
 from lora_llava.synthesis.parse import parse_sample
@@ -127,6 +128,10 @@ class SampleGenerator:
     ) -> None:
         self.contexts, self.tasks, self.prompts, self.settings = contexts, tasks, prompts, settings
         self.ledger = ledger
+        self.examples = {
+            flavour: ExampleRuns((each.context, each.answer) for each in prompt.examples)
+            for flavour, prompt in prompts.items()
+        }
         self.failed: dict[str, str] = {}
         """Reasons of failures in this run, by task id."""
         self.answered = 0
@@ -227,10 +232,12 @@ class SampleGenerator:
 
     def check(self, task: Task, text: str) -> Turns | Rejection:
         """Parse an answer and check it with the gates."""
-        turns = parse_sample(text, task.flavour, choose_request(self.prompts[task.flavour], task.task_id))
+        request = choose_request(self.prompts[task.flavour], task.task_id)
+        turns = parse_sample(text, task.flavour, request, self.settings.limits.min_turns)
         if isinstance(turns, Rejection):
             return turns
-        return check_sample(self.contexts[task.place], turns, task.flavour, self.settings.limits) or turns
+        context, limits = self.contexts[task.place], self.settings.limits
+        return check_sample(context, turns, task.flavour, limits, self.examples[task.flavour]) or turns
 
     def look_up(self, task: Task, rejections: list[Rejection] | None = None) -> Result | TeacherRequest:
         """Return the result of a task if the ledger contains its answers, else the next request to send.

@@ -12,6 +12,7 @@ from rich.table import Table
 from lora_llava.synthesis.gates.gates import REASONS
 from lora_llava.synthesis.output import CARD_FILE, GALLERY_FILE, INSTRUCT_FILE, REJECTED_FILE
 
+_NAMED = 5
 _STATUSES = ("tasks", "rows", "rejected", "failed", "not_asked")
 
 
@@ -26,6 +27,11 @@ def print_summary(summary: Mapping[str, Any], output_dir: str, console: Console)
     console.print(_counts(summary))
     if summary["reasons"]:
         console.print(_reasons(summary["reasons"]))
+    if count := summary["cut_off_kept"]:
+        line = "answers end in the middle; the rows have their whole turns (raise teacher.max_tokens for longer ones)"
+        console.print(f"{count:,} {line}", soft_wrap=True, markup=False)
+    if line := describe_ungrounded(summary["ungrounded"]):
+        console.print(line, soft_wrap=True, markup=False)
     for reason, count in summary["failures"].items():
         console.print(f"{count:,} requests failed: {reason}", soft_wrap=True, markup=False)
     if not summary["complete"]:
@@ -37,6 +43,18 @@ def print_summary(summary: Mapping[str, Any], output_dir: str, console: Console)
     folder = Path(output_dir)
     others = ", ".join((REJECTED_FILE, CARD_FILE, GALLERY_FILE))
     console.print(f"{summary['rows']:,} rows in {folder / INSTRUCT_FILE}; in the same folder: {others}", soft_wrap=True)
+
+
+def describe_ungrounded(found: Mapping[str, Any]) -> str:
+    """Describe in a line how many things of the rows stand in no caption or box; empty if the rows name none."""
+    if not found["things"]:
+        return ""
+    common = ", ".join(f"{name} {count:,}" for name, count in list(found["most_common"].items())[:_NAMED])
+    named = f"; most often: {common}" if common else ""
+    return (
+        f"ungrounded: {found['missing']:,} of {found['things']:,} things and names in the rows ({found['share']:.1%}) "
+        f"stand in no caption or box{named}"
+    )
 
 
 def _counts(summary: Mapping[str, Any]) -> Table:

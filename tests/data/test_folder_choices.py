@@ -160,7 +160,7 @@ def test_a_workbook_with_several_sheets(tmp_path: Path, capsys: pytest.CaptureFi
     rows = [["image", "question", "answer"], *([f"{n}.png", "What?", f"It is {n}."] for n in range(4))]
     xlsx(folder / "rows.xlsx", {"A": rows, "B": rows[:3], "Notes": [["note"], ["x"]]})
     assert refused(folder, capsys) == (
-        f"error: {folder}/rows.xlsx has several sheets: A (4 rows), B (2 rows), Notes (1 rows); name one with --sheet"
+        f"error: {folder}/rows.xlsx has several sheets: A (4 rows), B (2 rows), Notes (1 row); name one with --sheet"
     )
     assert "has no such sheet" in refused(folder, capsys, "--sheet", "C")
     assert init(folder, "--sheet", "B") == 0
@@ -359,3 +359,14 @@ def test_a_language_model_and_a_tower_still_make_a_new_llava(tmp_path: Path, par
 def test_every_kind_has_a_file_of_its_own() -> None:
     modules = {type(kind).__module__ for kind in KINDS}
     assert len(modules) == len(KINDS) == 8
+
+
+def test_what_init_prints_of_a_small_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = table(
+        tmp_path / "mine", "image,question,answer,question_type,note", "Is it ok?,yes,state,x", "Hue?,red,,x"
+    )
+    assert init(folder, "--dry-run") == 0
+    printed = tidy(capsys.readouterr().out)
+    assert "validation at least 1 row, held out by image" in printed
+    assert "for the score question_type" in printed
+    assert "not used note" in printed

@@ -326,7 +326,7 @@ def test_a_dirty_table_is_fixed_by_check(tmp_path: Path, capsys: pytest.CaptureF
     build("other language", folder, dirty=True)
     assert init(folder) == 1
     printed = tidy(capsys.readouterr().out)
-    assert "missing images 1 image (fehlt.png); check --fix leaves their rows out" in printed
+    assert "missing images 1 image (fehlt.png); check --fix leaves out such rows" in printed
     assert printed.endswith(f"lora-llava check {folder / 'recipe.yaml'!s} --fix")
     report = checked(folder, tmp_path, "--fix")
     assert [finding["kind"] for finding in report["errors"]] == ["missing image"]

@@ -66,7 +66,8 @@ def test_commands_parse_and_name_existing_recipes(page: str, command: str) -> No
         return
     args = command_line._parse(words[1:])
     recipe = str(getattr(args, "recipe", None))
-    if recipe.endswith(".yaml") and not recipe.startswith("my_") and args.verb != "init":
+    written_by_init = recipe.endswith("/recipe.yaml")
+    if recipe.endswith(".yaml") and not recipe.startswith("my_") and not written_by_init and args.verb != "init":
         load = load_generate_recipe if args.verb == "generate-data" else load_recipe
         overrides = [text for text in args.overrides if not re.search(r"=/|=FOLDER|KEY|url=null", text)]
         with contextlib.chdir(REPOSITORY):

@@ -251,6 +251,16 @@ def test_types_without_a_gain_over_the_majority_are_named() -> None:
     )
 
 
+def test_answers_that_are_never_right_are_named() -> None:
+    references = ["a"] * 6 + ["b"] * 5 + ["c"] * 4
+    found = figures_of(references, ["a"] * 6 + ["c"] * 9, ["a", "b", "c"] * 5)
+    assert "No row is right where the answer is 'b' (5 rows)." in found["sentences"]
+    enough = figures_of(references, ["a"] * 11 + ["a"] * 4, ["a", "b", "c"] * 5)  # 4 rows of c are too few to say so
+    assert "No row is right where the answer is 'b' (5 rows)." in enough["sentences"]
+    none_right = figures_of(references, ["x"] * 15, ["a", "b", "c"] * 5)
+    assert not [sentence for sentence in none_right["sentences"] if sentence.startswith("No row is right")]
+
+
 def test_one_answer_only() -> None:
     found = figures_of(["ok"] * 12, ["ok"] * 12, ["OK."] * 30)
     assert found["sentences"][0].endswith("100.00%: no gain.")

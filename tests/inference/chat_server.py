@@ -31,6 +31,7 @@ class ChatLog:
         behave: Returns `ok`, a fault of `Handler.fault` or a status for a request and its number of earlier arrivals.
         models: Names in its list of models.
         refuse_list: Whether it refuses to list them.
+        gone_until: Time (`time.monotonic`) until which the list of models is answered with 503.
         latency: Seconds before every answer.
         requests: Bodies in the order of their arrival.
         answered: How often each body's answer was written in full.
@@ -47,6 +48,7 @@ class ChatLog:
         self.behave: Callable[[Body, int], str] = lambda body, count: "ok"
         self.models = ["judge"]
         self.refuse_list = False
+        self.gone_until = 0.0
         self.latency = 0.0
         self.requests: list[Body] = []
         self.answered: Counter[str] = Counter()
@@ -98,7 +100,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.log.keys.add(self.headers.get("Authorization"))
-        if self.log.refuse_list:
+        if time.monotonic() < self.log.gone_until:
+            self.send(503, b'{"error": {"message": "loading"}}')
+        elif self.log.refuse_list:
             self.send(401, b'{"error": {"message": "no"}}')
         elif self.path == "/v1/models":
             names = [{"id": name, "object": "model", "created": 0, "owned_by": "us"} for name in self.log.models]
@@ -220,14 +224,14 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def chat_server() -> Iterator[ChatLog]:
-    """Run a server within the block.
+def chat_server(port: int = 0) -> Iterator[ChatLog]:
+    """Run a server within the block, at a free port unless one is given.
 
     Yields:
         The log, whose `url` is the API's; its behaviour can be changed at any time.
     """
     log = ChatLog()
-    server = _Server(("127.0.0.1", 0), type("ChatHandler", (Handler,), {"log": log}))
+    server = _Server(("127.0.0.1", port), type("ChatHandler", (Handler,), {"log": log}))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     log.url = f"http://127.0.0.1:{server.server_port}/v1"

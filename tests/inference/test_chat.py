@@ -16,7 +16,6 @@ from pathlib import Path
 import psutil
 import pytest
 from PIL import Image
-from small_runs import draw_image, write_base
 
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
@@ -25,6 +24,7 @@ from lora_llava.inference.chat import Chat, clean_text, run_line
 from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker, stream_answer, text_message, user_message
+from tests.inference.small_runs import draw_image, write_base
 
 SHORT = Sampling(max_new_tokens=8)
 

@@ -251,7 +251,7 @@ def test_an_unreachable_server() -> None:
 
 def test_a_server_that_goes_away_stops_the_requests() -> None:
     with chat_server() as log:
-        answers = ask(quick(log, concurrency=1), map(request, "abcdef"))
+        answers = ask(quick(log, concurrency=1, reconnect=0.0), map(request, "abcdef"))
         assert isinstance(next(answers)[1], ChatAnswer)
     with pytest.raises(UserError, match="cannot be reached"):
         list(answers)

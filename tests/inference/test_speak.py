@@ -14,7 +14,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from small_runs import train_run, write_base
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.encode import encode_prompt
@@ -33,6 +32,7 @@ from lora_llava.inference.speak import (
     user_message,
 )
 from lora_llava.model.loading import is_4bit
+from tests.inference.small_runs import train_run, write_base
 
 RED = Image.new("RGB", (40, 24), (220, 30, 30))
 QUESTION = [user_message("Which colour is shown?", [RED])]

@@ -21,7 +21,6 @@ import httpx
 import pytest
 from browser import Browser, find_chromium
 from PIL import Image
-from small_runs import draw_image, write_base
 
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
@@ -30,6 +29,7 @@ from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker, stream_answer, text_message, user_message
 from lora_llava.inference.web.page import _answer
 from lora_llava.inference.web.web_address import check_address, is_loopback
+from tests.inference.small_runs import draw_image, write_base
 
 gradio = pytest.importorskip("gradio", reason="the extra [web] is not installed")
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lora_llava.data.conversation import Turn
 from lora_llava.synthesis.gates.gates import REASONS
-from lora_llava.synthesis.parse import parse_sample
+from lora_llava.synthesis.parse import CutTurns, parse_sample
 from lora_llava.synthesis.sample import FLAVOURS, Flavour, Rejection, Turns
 
 FIRST = {"question": "What is it?", "answer": "A dog."}
@@ -255,7 +255,42 @@ def test_the_requested_form_is_read_unchanged(
 
 
 @given(st.integers(min_value=0, max_value=len(JSON) - 1))
-def test_truncated_conversations_are_never_accepted(length: int) -> None:
+def test_of_truncated_conversations_only_whole_turns_are_accepted(length: int) -> None:
     read = parse_sample(JSON[:length], "conversation")
-    assert isinstance(read, Rejection)
-    assert read.reason == ("cut off" if length else "empty")
+    if length > JSON.rindex('"'):
+        assert (read, type(read)) == (parse_sample(JSON, "conversation"), CutTurns)
+    else:
+        assert isinstance(read, Rejection)
+        assert read.reason == ("cut off" if length else "empty")
+
+
+THREE = [{"question": f"What is {n}?", "answer": f"It is, as said, {n}."} for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("text", "min_turns", "kept"),
+    [
+        (json.dumps({"turns": THREE})[:-9], 2, 2),
+        (json.dumps({"turns": THREE})[:-1], 2, 3),
+        (json.dumps({"turns": THREE})[:-3], 2, 3),
+        (json.dumps(THREE, indent=1)[:-30], 2, 2),
+        ("Sure!\n```json\n" + json.dumps({"turns": THREE})[:-20], 2, 2),
+        (json.dumps({"turns": THREE})[:-66], 2, None),
+        (json.dumps({"turns": THREE})[:-66], 1, 1),
+        (json.dumps(ROLES[:2] * 2)[:-8], 2, None),
+        (json.dumps(ROLES[:2] * 3)[:-8], 2, 2),
+    ],
+)
+def test_whole_turns_before_the_end_are_kept(text: str, min_turns: int, kept: int | None) -> None:
+    read = parse_sample(text, "conversation", min_turns=min_turns)
+    assert (len(read) // 2 if isinstance(read, CutTurns) else None) == kept
+    assert kept or isinstance(read, Rejection)
+
+
+def test_a_description_or_an_answer_without_its_end_is_cut_off() -> None:
+    assert parse_sample('{"description": "A dog lies the', "detail", "?") == Rejection(
+        "cut off", """the JSON ends with '{"description": "A dog lies the'"""
+    )
+    whole = (Turn("user", "?"), Turn("assistant", "A dog lies."))
+    assert parse_sample('{"description": "A dog lies."', "detail", "?") == whole
+    assert isinstance(parse_sample('{"question": "Why?", "answer": "Bec', "reasoning"), Rejection)

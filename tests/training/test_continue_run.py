@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from own_rows import written
 
 from lora_llava import merge
 from lora_llava.commands.main import main
@@ -25,6 +24,7 @@ from lora_llava.splits.seen_rows import read_seen
 from lora_llava.splits.split_rows import Split
 from lora_llava.training import finetune
 from tests.ends import act_at
+from tests.own_rows import written
 from tests.training.continued import SUFFIXES, first_run, more, painted
 from tests.training.small_runs import PulledPlugError, pull_plug, run, same, weights
 
@@ -64,7 +64,7 @@ def test_no_row_changes_sides(first: Path, tmp_path: Path) -> None:
     assert sum(map(len, now.values())) == 42
     assert plan.notes == (
         f"8 held-out rows of {first}/run stay held out: 3 in validation and 5 in test",
-        f"16 rows are kept out of held-out: their images or questions were trained in {first}/run",
+        f"16 rows are not held out: their images or questions were trained in {first}/run",
     )
 
 

@@ -196,7 +196,7 @@ def test_predictions_of_a_file_are_compared(run: Path, trained: Path, tmp_path: 
     [
         (["--data", "none.csv"], "--data: {folder}/none.csv is missing"),
         (["--data", "empty.csv"], "empty.csv has no rows"),
-        (["--data", "odd.csv"], "its columns are a, b; rename them"),
+        (["--data", "odd.csv"], "its columns are a, b;"),
         (["--data", "odd.csv", "--image-folder", "nowhere"], "--image-folder: nowhere does not exist"),
         (["--image-folder", "images"], "--image-folder needs --data"),
         (["--data", "gone.csv"], "image gone.png is missing"),

@@ -387,7 +387,7 @@ def test_the_report_uses_only_the_run_s_questions(run: Path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match="answers questions that the run's data no longer has"):
         rebuild_report(str(run))
-    with pytest.raises(UserError, match="is not a finished run"):
+    with pytest.raises(UserError, match="is a folder of runs"):
         rebuild_report(str(run.parent))
     file.unlink()
     assert "question" in rebuild_report(str(run)).read_text()

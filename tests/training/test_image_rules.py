@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,4 +119,5 @@ def test_preview_names_the_files(content: dict[str, Any], tmp_path: Path) -> Non
     content["data"]["sources"] = [{"path": content["data"].pop("path")}]
     shown = preview(check_recipe(content, "test"), name="a", output=tmp_path / "page.html", console=quiet())
     assert {name for sample in shown.samples for name in sample.names} == {"0.png", "1.png"}
-    assert "<figcaption><bdi>0.png</bdi>, as CLIP" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert re.search(r'<figcaption><a href="images/0\.png"[^>]*><bdi>0\.png</bdi></a>, as CLIP', page)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from own_rows import asked, drawn, written
 
 from lora_llava.commands.main import main
+from tests.own_rows import asked, drawn, written
 
 
 @pytest.fixture

@@ -52,7 +52,8 @@ def test_every_changed_key_is_refused_acceptable_or_without_effect(stage2_conten
     recipe = check_recipe(stage2_content, "test")
     keys = [key for key in leaves(recipe) if not key.startswith("data.columns")]
     assert len(keys) > 60
-    assert set(keys) >= ACCEPTABLE | UNTOUCHED
+    unset = {key for key in ACCEPTABLE if key.startswith("training.early_stopping.")}  # the section is null here
+    assert set(keys) >= (ACCEPTABLE - unset) | UNTOUCHED
     refused = []
     for key in keys:
         other = changed_in(recipe, key)

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from own_rows import drawn
-from small_runs import run
 
 from lora_llava.commands.main import main
 from lora_llava.data.conversation import Conversation, Turn
@@ -18,6 +16,8 @@ from lora_llava.prepare.answer_balance import balance_lines
 from lora_llava.publishing.card import model_card
 from lora_llava.publishing.package import collect
 from lora_llava.recipe.io import check_recipe
+from tests.own_rows import drawn
+from tests.training.small_runs import run
 
 
 @pytest.fixture

@@ -232,9 +232,10 @@ def test_init_takes_images_from_the_table_and_names_what_it_does_not_read(tmp_pa
     found = understand_folder(tmp_path / "mine")
     assert (found.file, found.embedded, found.image_folder, found.rows) == (file, True, None, 8)
     (tmp_path / "table").mkdir()
-    (tmp_path / "table" / "a.csv").write_text("Question,Answer,choices\nWhat?,Yes,a b\nWhy?,No,c\n")
+    (tmp_path / "table" / "a.csv").write_text("Question,Answer,choices,category\nWhat?,Yes,a b,x\nWhy?,No,c,y\n")
     found = understand_folder(tmp_path / "table")
     assert (found.columns.question, found.columns.answer, found.unused) == ("Question", "Answer", ("choices",))
+    assert ("for the score", "category") in found.facts
     (tmp_path / "alpaca").mkdir()
     written(tmp_path / "alpaca" / "a.json", [{"instruction": "Add.", "input": "1 and 2", "output": "3"}])
     with pytest.raises(UserError, match="join the two into one column question"):

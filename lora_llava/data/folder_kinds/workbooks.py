@@ -10,7 +10,14 @@ from typing import Any
 
 from lora_llava.core.errors import UserError, nearest
 from lora_llava.data.folder_kinds.column_words import role_of
-from lora_llava.data.folder_kinds.folder_kind import ConvertedFolder, FolderKind, FolderOptions, split_named, split_of
+from lora_llava.data.folder_kinds.folder_kind import (
+    ConvertedFolder,
+    FolderKind,
+    FolderOptions,
+    number_of,
+    split_named,
+    split_of,
+)
 
 _SUFFIXES = (".xlsx", ".xlsm", ".xls", ".xlsb", ".ods")
 _MOST_BYTES = 1 << 30
@@ -39,7 +46,7 @@ class Workbooks(FolderKind):
             for sheet_split, name, rows in _sheets(mine[0], options, found):
                 for row in rows:
                     found.add(sheet_split or split, row)
-                found.facts.append(("sheet", f"{name} of {mine[0].name}, {len(rows):,} rows"))
+                found.facts.append(("sheet", f"{name} of {mine[0].name}, {number_of(len(rows), 'row')}"))
         return found
 
 
@@ -79,7 +86,7 @@ def _chosen(
         names = fitting or list(filled)
         name = options.asker.choose(f"{file.name} has several sheets. Which one has the rows?", names, None)
     if name is None:
-        listed = ", ".join(f"{each} ({len(rows):,} rows)" for each, rows in filled.items())
+        listed = ", ".join(f"{each} ({number_of(len(rows), 'row')})" for each, rows in filled.items())
         raise UserError(f"{file} has several sheets: {listed}; name one with --sheet")
     for other in (other for other in filled if other != name):
         found.left_out.add("rows of other sheets, read with --sheet", other, len(filled[other]))

@@ -10,6 +10,7 @@ from lora_llava.data.formats.reader import (
     LEADING_ANSWER_CUT,
     OPEN_QUESTION_CUT,
     PLACEHOLDER_ADDED,
+    extra_columns,
     read_row,
 )
 from lora_llava.data.formats.registry import CHAT_COLUMNS, CHOICES, FORMATS, Format, describe_choices, missing_columns
@@ -32,6 +33,7 @@ __all__ = [
     "RowError",
     "Sample",
     "describe_choices",
+    "extra_columns",
     "likely_image_column",
     "listed",
     "missing_columns",

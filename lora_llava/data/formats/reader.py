@@ -28,6 +28,8 @@ LEADING_ANSWER_CUT = "leading answer cut"
 OPEN_QUESTION_CUT = "unanswered end cut"
 IMAGE_NOT_READ = "image column not read: "
 """Start of the note on a row without images in which a column that is not read names some; the column follows."""
+_TYPE_COLUMNS = ("question_type", "category")
+"""Columns that may name the type of question; the first that a row has counts."""
 
 
 def read_row(
@@ -78,6 +80,12 @@ def read_row(
     return placed if likely is None else replace(placed, notes=(*placed.notes, f"{IMAGE_NOT_READ}{likely}"))
 
 
+def extra_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the columns of a row that an evaluation uses beside question and answer."""
+    kind = next((name for name in _TYPE_COLUMNS if name in row), None)
+    return ((kind,) if kind else ()) + (("choices",) if "choices" in _extra(row) else ())
+
+
 def _extra(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return what an evaluation may use: the choices of the last question, and the type of question."""
     try:
@@ -89,7 +97,7 @@ def _extra(row: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if isinstance(choices, (list, tuple)) and len(choices) > 1 and all(isinstance(x, str) and x for x in choices):
         found["choices"] = list(choices)
-    kind = row.get("question_type", row.get("category"))
+    kind = next((row[name] for name in _TYPE_COLUMNS if name in row), None)
     return found | ({"type": kind} if isinstance(kind, str) and kind else {})
 
 

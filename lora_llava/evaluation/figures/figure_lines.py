@@ -65,8 +65,8 @@ def line_notes(figures: Mapping[str, Any] | None) -> list[str]:
     figures, found = figures or {}, []
     majority, shuffled = figures.get("majority") or {}, figures.get("shuffled") or {}
     if majority.get("table"):
-        by = [name for name, key in (("type", "types"), ("question", "questions")) if majority.get(key)]
-        about = f" to rows of the same {' or '.join(by)}" if by else ""
+        by = [name for name, key in (("type of question", "types"), ("question", "questions")) if majority.get(key)]
+        about = f" to the same {' or '.join(by)}" if by else ""
         found.append(f"{TITLES[MAJORITY]}: always the most frequent answer of the training rows{about}.")
     if figures.get(WEIGHED):
         found.append(f"{TITLES[WEIGHED]}: the likeliest answer of the training rows, for questions with few answers.")

@@ -10,7 +10,7 @@ from typing import Any
 from lora_llava.data.conversation import Conversation
 from lora_llava.evaluation.answer_metrics import EXACT, METRICS
 from lora_llava.evaluation.answers import AnsweredRow, answer_table
-from lora_llava.evaluation.figures.confusion import confusions
+from lora_llava.evaluation.figures.confusion import Confusion, confusions
 from lora_llava.evaluation.figures.majority import MajorityAnswers, majority_rows
 from lora_llava.evaluation.figures.significance import LEVEL, Gain, describe_gain, measure_gain, percent, write_p
 from lora_llava.evaluation.parsing.normal import normalise
@@ -22,6 +22,8 @@ ANSWERS = "answers"
 _STARTS = {BEFORE: "Before training", AFTER: "After training"}
 _NAMED = 5
 """Most types that a sentence names."""
+_UNSEEN_ROWS = 5
+"""Rows of an answer of which none is right that a sentence about it needs."""
 _CROWDED = 1.5
 """Rows per image above which a sentence says that rows of one image are not independent."""
 
@@ -70,15 +72,17 @@ def build_figures(
         scored[SHUFFLED] = shuffled.scored
     tables = {each: answer_table(found) for each, found in scored.items()}
     gains = _gains(scored, name)
+    confused = confusions(last, named)
+    about = _without_gain(tables, name), _never_right(confused)
     return {
         "majority": {**majority.as_dict(), "table": tables.get(MAJORITY)} if majority is not None else None,
         "before_by_likelihood": tables.get(WEIGHED),
         "shuffled": _about_shuffled(shuffled, last, sum(bool(row.images) for row in rows)),
         "intervals": {each: table_intervals(table) for each, table in tables.items()},
         "gains": [gain.as_dict() for gain in gains],
-        "confusion": [found.as_dict() for found in confusions(last, named)],
+        "confusion": [found.as_dict() for found in confused],
         "balanced_accuracy": _balanced({each: found for each, found in scored.items() if each != SHUFFLED}, rows),
-        "sentences": _sentences(gains, _without_gain(tables, name), majority, last, rows, shuffled),
+        "sentences": _sentences(gains, *about, majority, last, rows, shuffled),
     }
 
 
@@ -154,9 +158,25 @@ def _without_gain(tables: Mapping[str, Any], name: str) -> list[str]:
     return [f"No gain over the majority answer in {', '.join(found[:_NAMED])}{more}."] if found else []
 
 
+def _never_right(found: Sequence[Confusion]) -> list[str]:
+    """Describe the answers of which no row is right, where other answers are."""
+    missed = [
+        (each.group, answer, sum(each.counts[place]))
+        for each in found
+        for place, answer in enumerate(each.answers)
+        if each.right and not each.counts[place][place] and sum(each.counts[place]) >= _UNSEEN_ROWS
+    ]
+    named = ", ".join(
+        f"{answer!r} ({rows:,} rows{f', {group}' if group else ''})" for group, answer, rows in missed[:_NAMED]
+    )
+    more = f" and {len(missed) - _NAMED:,} more answers" if len(missed) > _NAMED else ""
+    return [f"No row is right where the answer is {named}{more}."] if missed else []
+
+
 def _sentences(
     gains: Sequence[Gain],
     without_gain: Sequence[str],
+    never_right: Sequence[str],
     majority: MajorityAnswers | None,
     last: Sequence[AnsweredRow],
     rows: Sequence[Conversation],
@@ -174,6 +194,7 @@ def _sentences(
         else:
             found.append(describe_gain(gain, _STARTS.get(gain.of, "With the model"), overs[gain.over]))
             found += without_gain if gain.over == MAJORITY else []
+    found += never_right
     if majority is not None and not majority.exists:
         found.append("No answer occurs twice in the training rows, so there is no majority answer to compare with.")
     if shuffled is not None and not shuffled.scored and any(row.images for row in rows):

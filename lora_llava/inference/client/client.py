@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import os
+import math
 import random
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import openai
 
@@ -31,83 +30,19 @@ from lora_llava.inference.client.chat_errors import (
     usage_of_refusal,
 )
 from lora_llava.inference.client.chat_request import ChatAnswer, ChatFailure, ChatRequest, image_part
+from lora_llava.inference.client.chat_server import NO_KEY, ChatServer
+from lora_llava.inference.client.outage import DOWN, Outage
 
 __all__ = ["Again", "ChatAnswer", "ChatFailure", "ChatRequest", "ChatServer", "ask", "find_model", "image_part"]
 
 _LONGEST_PAUSE = 30.0
-_DAY = 86_400
 _STEPS_TO_SEND = 5
 """Turns of the event loop after which a new request is in its socket (measured with openai 3 and httpx)."""
 _SPACING = 0.001
 """Seconds between the starts of two requests, about the time to send one. Requests that start together are answered
 together and then wait for one another (32 at once, 50 ms each: 72% of the ideal rate, 94% when spaced)."""
+_PROBE_TIMEOUT = 10.0
 _UNREACHABLE = (ConnectionRefusedError, socket.gaierror)
-_NO_KEY = "no-key"
-"""Sent to servers that need no key, because the openai library requires one."""
-
-
-@dataclass(frozen=True)
-class ChatServer:
-    """A chat server and how to send requests to it.
-
-    Attributes:
-        url: The API's base URL, such as `http://localhost:8000/v1`; `/v1` is added to a URL without a path.
-        model: The model's name on the server; None selects the only one.
-        api_key: Default: the environment variable OPENAI_API_KEY, or a placeholder. Never printed.
-        concurrency: Most requests in flight at once.
-        timeout: Seconds within which an answer must be complete.
-        retries: Further tries after a failure that may be temporary.
-        refuse_empty: Whether an empty answer counts as a failure.
-        requests_per_minute: Most requests per minute, evenly spread; None means no limit.
-        pause: Seconds before the first further try, doubled after each, up to 30.
-        fields: Further fields of every request's body, such as vLLM's `add_special_tokens`.
-
-    Raises:
-        UserError: For an invalid value.
-    """
-
-    url: str
-    model: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    concurrency: int = 8
-    timeout: float = 60.0
-    retries: int = 4
-    refuse_empty: bool = False
-    requests_per_minute: int | None = None
-    pause: float = 0.5
-    fields: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "url", _api_url(self.url))
-        if self.concurrency < 1:
-            raise UserError(f"concurrency is {self.concurrency}; give 1 or more")
-        if not 0 < self.timeout <= _DAY:
-            raise UserError(f"timeout is {self.timeout:g}; give a number of seconds above 0, at most {_DAY:,} (a day)")
-        if self.requests_per_minute is not None and self.requests_per_minute < 1:
-            raise UserError(f"requests_per_minute is {self.requests_per_minute}; give 1 or more")
-        if self.retries < 0:
-            raise UserError(f"retries is {self.retries}; give 0 or more")
-        if not self.key.isascii() or not self.key.isprintable():
-            raise UserError("the API key contains characters that are invalid in a key; set OPENAI_API_KEY again")
-
-    @property
-    def key(self) -> str:
-        """The API key to send."""
-        return (self.api_key or os.environ.get("OPENAI_API_KEY") or "").strip() or _NO_KEY
-
-
-def _api_url(url: str) -> str:
-    try:
-        parts = urlsplit(url.strip())
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise UserError(f"the server's URL is {url!r}; give one such as http://localhost:8000/v1")
-    if "@" in parts.netloc or parts.query:
-        raise UserError("the server's URL contains a password or a query; remove it, and set the key in OPENAI_API_KEY")
-    path = parts.path.rstrip("/") or "/v1"
-    return f"{parts.scheme}://{parts.netloc}{path.removesuffix('/chat/completions')}"
 
 
 def find_model(server: ChatServer) -> ChatServer:
@@ -240,11 +175,13 @@ class _FailedTry:
         reason: Shown to the user.
         wait: Seconds to wait at least before another try; None if another try is useless.
         usage: Tokens that it cost.
+        is_down: Whether the server may be down.
     """
 
     reason: str
     wait: float | None = 0.0
     usage: Usage = (None, None)
+    is_down: bool = False
 
 
 class _Sender:
@@ -258,6 +195,19 @@ class _Sender:
         self.max_tokens_name = "max_tokens"
         self.structured = True
         self.next_start = 0.0
+        self.outage = Outage(server.url, server.reconnect, server.pause, self._responds)
+
+    async def _responds(self) -> bool:
+        """Check whether the server processes requests: any response but a gateway's or a loading server's."""
+        try:
+            await self.client.with_options(timeout=_PROBE_TIMEOUT).models.list()
+        except openai.APIStatusError as error:
+            return error.status_code not in DOWN
+        except openai.APIConnectionError:
+            return False
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError):
+            return True  # it has no list of models
+        return True
 
     async def close(self, cancelled: Iterable[asyncio.Task[Any]]) -> None:
         """Close the connections after the cancelled tasks have ended."""
@@ -272,19 +222,24 @@ class _Sender:
             request: Sent.
             again: As of `ask`.
         """
-        for attempt in itertools.count():
+        attempt, waited_until = 0, math.inf
+        while True:
             found = await self._try(request, attempt)
             if isinstance(found, ChatAnswer):
                 self.answered = True
                 return found
+            failed = time.monotonic()
+            waited_until = min(waited_until, failed + self.server.reconnect)
+            may_wait = found.is_down and failed < waited_until
+            was_down = may_wait and await self.outage.wait(failed)
             failure = ChatFailure(found.reason, *found.usage)
-            if found.wait is None or attempt == self.server.retries:
+            if found.wait is None or (attempt >= self.server.retries and not was_down):
                 return failure
-            if again is not None and not again(index, failure):
+            if not (was_down and found.usage == (0, 0)) and again is not None and not again(index, failure):
                 return ChatFailure(f"{found.reason}, and the cap allows no further try", 0, 0)
             doubled = min(self.server.pause * 2**attempt, _LONGEST_PAUSE)
             await asyncio.sleep(max(found.wait, doubled * random.uniform(0.5, 1)))
-        raise AssertionError("unreachable")
+            attempt += not was_down
 
     async def _try(self, request: ChatRequest, attempt: int) -> ChatAnswer | _FailedTry:
         max_tokens_name, structured = self.max_tokens_name, self.structured
@@ -299,9 +254,8 @@ class _Sender:
             self._check_reached(error, attempt)
             cause = root_cause(error)
             never_sent = isinstance(cause, _UNREACHABLE)
-            return _FailedTry(
-                f"the connection broke ({type(cause).__name__})", usage=(0, 0) if never_sent else (None, None)
-            )
+            usage: Usage = (0, 0) if never_sent else (None, None)
+            return _FailedTry(f"the connection broke ({type(cause).__name__})", usage=usage, is_down=self.answered)
         except openai.APIStatusError as error:
             await self._check_status(error)
             reason, usage = self._reason_of(error), usage_of_refusal(error)
@@ -311,7 +265,7 @@ class _Sender:
             if request.response_format is not None and structured and rejects_response_format(error, reason):
                 self.structured = False
                 return _FailedTry(reason, usage=usage)
-            return _FailedTry(reason, retry_after(error), usage)
+            return _FailedTry(reason, retry_after(error), usage, error.status_code in DOWN)
         except NoAnswerError as error:
             return _FailedTry(str(error), usage=error.usage)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
@@ -349,9 +303,10 @@ class _Sender:
         )
 
     def _check_reached(self, error: openai.APIConnectionError, attempt: int) -> None:
-        """Stop if nothing listens at the URL: at once before the first answer, else after all tries, because a server
-        that is being restarted may come back."""
-        if isinstance(root_cause(error), _UNREACHABLE) and (not self.answered or attempt == self.server.retries):
+        """Stop if nothing listens at the URL: at once before the first answer, and after all tries where a server that
+        is being restarted is not waited for."""
+        is_last = attempt >= self.server.retries and not self.server.reconnect
+        if isinstance(root_cause(error), _UNREACHABLE) and (not self.answered or is_last):
             raise _not_reached(self.server, error)
 
     async def _check_status(self, error: openai.APIStatusError) -> None:
@@ -391,7 +346,7 @@ def _not_reached(server: ChatServer, error: openai.APIConnectionError) -> UserEr
 
 
 def _without_key(text: str, server: ChatServer) -> str:
-    return text if server.key == _NO_KEY else text.replace(server.key, "***")
+    return text if server.key == NO_KEY else text.replace(server.key, "***")
 
 
 def _listed(names: list[str]) -> str:

@@ -57,9 +57,11 @@ def count_table(compared: Sequence[ComparedAnswer]) -> dict[str, dict[str, tuple
         By line and column (a kind of question, or `all`) the number of equal ones and of those that are known; None
         where none is known.
     """
-    columns = {kind: [one for one in compared if one.question.kind == kind] for kind in KINDS}
-    columns = {kind: some for kind, some in columns.items() if some}
-    groups: dict[str, Sequence[ComparedAnswer]] = {**columns, "all": compared}
+    groups: dict[str, Sequence[ComparedAnswer]] = {}
+    for kind in KINDS:
+        if some := [one for one in compared if one.question.kind == kind]:
+            groups[str(kind)] = some
+    groups["all"] = compared
     return {
         name: {column: _count(test(one) for one in some) for column, some in groups.items()}
         for name, test in _LINES.items()

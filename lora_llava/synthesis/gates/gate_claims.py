@@ -1,9 +1,10 @@
-"""Gates for claims that the boxes contradict: wrong counts, denied objects, and left and right confused.
+"""Gates for claims that the boxes contradict: wrong counts and denied objects.
 
 Boxes do not cover everything: crowds have none, and small objects may lack one. So a claim is checked only if its
 wording is exact. A count is wrong if it is about the whole image and equals neither the boxes' nor a caption's count,
 or if it exceeds both. A denial is wrong if nothing limits it to a part of the image or a kind of object. Claims about
 objects without boxes, about colours, actions and ages, and vague numbers (`several`) are not checked.
+Numbers in other forms than digits and words are `gate_amounts`' part.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_llava.synthesis.contexts.context import Context
 from lora_llava.synthesis.gates.gate_nouns import Known, Noun, noun_at, number_of, tokens_of, words
 
 _IMAGE = r"(?:the|this) (?:whole |entire )?(?:picture|image|photo|photograph|scene|shot|frame|view)"
@@ -41,10 +41,10 @@ _HAPPENS = re.compile(
 _SHOWN = re.compile(
     rf" (?:is|are|can be) (?:{_SEEN}(?: (?:in|within) {_IMAGE})?|(?:in|within) {_IMAGE})(?: [.,;:!?].*)?"
 )
-_SUPPOSED = frozenset(
+SUPPOSED = frozenset(
     words("if would could might should usually typically normally often generally imagine suppose unless per whether")
 )
-_FURTHER = frozenset(words("another additional more other others third fourth fifth else plus besides also second"))
+FURTHER = frozenset(words("another additional more other others third fourth fifth else plus besides also second"))
 _VAGUE = frozenset(
     words(
         """about around approximately roughly nearly almost over under least most than between up perhaps maybe several
@@ -69,36 +69,41 @@ _HOW_MANY = re.compile(
     rf"can be (?:seen|counted)|does {_IMAGE} (?:show|have|contain|include)|(?:are|is)(?= in {_IMAGE})|appear)"
     rf"{_TOTAL} \?"
 )
-_HOW_MANY_HERE = re.compile(r" (?:(?:are|is)|(?:can|do) (?:you|we) (?:see|count|spot))\b.*")
+HOW_MANY_HERE = re.compile(r" (?:(?:are|is)|(?:can|do) (?:you|we) (?:see|count|spot))\b.*")
 _ASKS_WHETHER = re.compile(
     r"(?:is|are) there|(?:do|can) you (?:see|spot|find|notice)|"
     rf"does {_IMAGE} (?:show|contain|include|feature|have)"
 )
 _DENIED = re.compile(
-    r"(?:^|(?<= ))(?:there is(?= nobody)|there (?:is|are) (?:no|not any|not an?|not a single)|there's (?:no|not an?)|"
+    r"(?:^|(?<= ))(?:there is(?= nobody)|there (?:is|are) (?:absolutely |clearly )?(?:no signs? of|no|not any|not an?|"
+    r"not a single|not one|neither|an absence of|a lack of)(?: any)?|there's (?:no|not an?)|"
     r"there (?:isn't|aren't) (?:any|an?|a single)|(?:i|we|you) (?:can )?(?:see|spot) no|"
     r"(?:i|we|you) (?:do not|don't|cannot|can't|can not) (?:see|spot|find)(?: any| a single| an?)?|"
     rf"{_IMAGE} (?:does not|doesn't) (?:show|contain|include|feature|have|depict)(?: any| a single| an?)?|"
-    rf"{_IMAGE} (?:shows|contains|has|includes|features) no|"
-    rf"{_IMAGE} is (?:devoid|empty|free) of(?: any)?) "
+    rf"{_IMAGE} (?:shows|contains|has|includes|features) (?:no|neither|not a single)|{_IMAGE} lacks(?: any)?|"
+    rf"{_IMAGE} is (?:without|(?:devoid|empty|free) of)(?: any)?) "
 )
-_NONE_SHOWN = re.compile(rf"(?:no (?=.)|(?=nobody))(?P<items>.+?){_SHOWN.pattern}$")
+_NONE_SHOWN = re.compile(rf"(?:(?:no|not a single|not one|neither) (?=.)|(?=nobody))(?P<items>.+?){_SHOWN.pattern}$")
+_ABSENT = re.compile(
+    rf"(?P<items>.+?) (?:is|are) (?:absent|missing|nowhere (?:to be (?:seen|found)|in sight)|not {_SEEN})"
+    rf"(?: (?:in|from|within) {_IMAGE})?(?: [.,;:!?].*)?"
+)
 _CLAUSE = re.compile(
     r" , (?:but|and|so|only|which|just|as|because|though|although)\b| (?:but|except|because) | [;:\u2013\u2014.!?(-]"
 )
 _SEPARATOR = re.compile(r" ,(?: (?:or|and|nor))? | (?:or|nor|and) ")
-_SIDE = re.compile(
-    r"(?: (?!(?:the|an?|and|or|with|of) )[a-z]+){1,4}? (?:to|on|at) the (?:far )?(?P<side>left|right)"
-    r"(?: side| hand side|-hand side)? of "
-    r"(?:(?P<picture>(?:the|this) (?:picture|image|photo|photograph|scene|frame)\b)|(?:the|an?) (?P<rest>.*))"
+_SAYS_NO = re.compile(
+    r"(?:no|nope|none|not (?:at all|a single one|one|any)|"
+    r"there (?:are|is|'re) (?:none|not any)|there aren't any|(?:i|we) (?:do not|don't|cannot|can't) see (?:any|one)"
+    r"(?=\W*$))\b"
+    r"(?! doubt| of)"
 )
-
 Kind = Literal["exists", "starts", "definite"]
 """`There are two dogs`, `Two dogs are visible` and `the two dogs`; the last does not exclude further dogs."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Count:
+class StatedCount:
     """One count in a sentence, such as `there are two brown dogs in the image`.
 
     Attributes:
@@ -110,6 +115,7 @@ class _Count:
         is_exact: Whether it is marked by `only`, `exactly`, `a single` or the like.
         lead: Text before the phrase.
         after: Text after the noun.
+        place: Index of the number among the sentence's tokens.
     """
 
     number: int
@@ -120,6 +126,7 @@ class _Count:
     is_exact: bool
     lead: str
     after: str
+    place: int
 
 
 def wrong_count(known: Known, question: str, answer: str) -> str | None:
@@ -136,23 +143,23 @@ def wrong_count(known: Known, question: str, answer: str) -> str | None:
     if not known.boxes:
         return None
     question_tokens = tokens_of(question)
-    if problem := _wrong_total(known, question_tokens, answer):
+    if problem := wrong_total(known, question_tokens, answer):
         return problem
-    is_part = _is_part(question_tokens)
+    is_limited = is_part(question_tokens)
     for text in (question, answer):
         tokens = tokens_of(text)
         for sentence in sentences_of(tokens):
-            if _SUPPOSED.intersection(sentence):
+            if SUPPOSED.intersection(sentence):
                 continue
-            for count in _counts(known, sentence, is_description=not question):
-                is_last = not _FURTHER.intersection(sentence if count.is_exact else tokens)
-                is_whole = not is_part and is_last and text is answer
-                if problem := _check_count(known, count, is_whole):
+            for count in counts_of(known, sentence, is_description=not question):
+                is_last = not FURTHER.intersection(sentence if count.is_exact else tokens)
+                is_whole = not is_limited and is_last and text is answer
+                if problem := check_count(known, count, is_whole):
                     return problem
     return None
 
 
-def _check_count(known: Known, count: _Count, is_whole: bool) -> str | None:
+def check_count(known: Known, count: StatedCount, is_whole: bool) -> str | None:
     """Describe a count that exceeds boxes and captions, or that is below the boxes if it is about the whole image."""
     noun, boxes = count.noun, known.count(count.noun)
     problem = f'"{count.number} {count.form}" but the boxes show {boxes}'
@@ -164,7 +171,7 @@ def _check_count(known: Known, count: _Count, is_whole: bool) -> str | None:
     return None if not is_total or count.kind == "definite" or count.number in known.stated(noun) else problem
 
 
-def _counts(known: Known, tokens: list[str], is_description: bool) -> Iterator[_Count]:
+def counts_of(known: Known, tokens: list[str], is_description: bool) -> Iterator[StatedCount]:
     """Yield the counts of a sentence that are about the image.
 
     In a description every number is about the image. In other answers only certain phrases are, since the rest may be
@@ -174,7 +181,7 @@ def _counts(known: Known, tokens: list[str], is_description: bool) -> Iterator[_
         number = number_of(token) if token != "single" else 1
         if number is None:
             continue
-        start = _skip_adjectives(tokens, place + 1)
+        start = skip_adjectives(tokens, place + 1)
         found = noun_at(tokens, start, known.nouns)
         if found is None or not known.nouns[found[0]].countable:
             continue
@@ -196,18 +203,18 @@ def _counts(known: Known, tokens: list[str], is_description: bool) -> Iterator[_
         else:
             continue
         is_exact = _EXACTLY.fullmatch(" ".join(tokens[:place])) is not None or token == "single"
-        yield _Count(number, form, known.nouns[form], kind, start == place + 1, is_exact, before, after)
+        yield StatedCount(number, form, known.nouns[form], kind, start == place + 1, is_exact, before, after, place)
 
 
-def _wrong_total(known: Known, question_tokens: list[str], answer: str) -> str | None:
+def wrong_total(known: Known, question_tokens: list[str], answer: str) -> str | None:
     """Check the answer to `How many dogs are there?`, or to a yes-or-no question about a count."""
     text = " ".join(question_tokens)
     place = next(
         (i + 2 for i in range(len(question_tokens) - 1) if question_tokens[i : i + 2] == ["how", "many"]), None
     )
-    if place is None or not question_tokens or _SUPPOSED.intersection(question_tokens):
+    if place is None or not question_tokens or SUPPOSED.intersection(question_tokens):
         return _wrong_more_than(known, text, answer)
-    start = _skip_adjectives(question_tokens, place)
+    start = skip_adjectives(question_tokens, place)
     found = noun_at(question_tokens, start, known.nouns)
     if found is None or not known.nouns[found[0]].countable:
         return None
@@ -217,7 +224,7 @@ def _wrong_total(known: Known, question_tokens: list[str], answer: str) -> str |
     if not numbers or stated.intersection(numbers) or boxes in (*numbers, sum(numbers)) or sum(numbers) in stated:
         return None
     problem = f"{' and '.join(map(str, numbers))} {found[0]} but the boxes show {boxes}"
-    if noun.relation != "wider" and min(numbers) > known.most(noun) and _HOW_MANY_HERE.match(after):
+    if noun.relation != "wider" and min(numbers) > known.most(noun) and HOW_MANY_HERE.match(after):
         return problem
     is_whole = start == place and _HOW_MANY.match(after) is not None and noun.relation != "narrower"
     return problem if is_whole and (noun.relation == "same" or sum(numbers) < boxes) else None
@@ -253,10 +260,10 @@ def _answered_numbers(known: Known, noun: Noun, answer: str) -> list[int]:
         number = {"none": 0, "no": 0, "single": 1}.get(token, number_of(token))
         following = tokens[place + 1 : place + 2]
         # "One of them is black" counts a part, "there are three of them" counts all.
-        is_part = following == ["of"] and tokens[place - 2 : place] != ["there", "are"]
-        if number is None or is_part or [token, *following] in (["no", ","], ["single", "one"]):
+        is_limited = following == ["of"] and tokens[place - 2 : place] != ["there", "are"]
+        if number is None or is_limited or [token, *following] in (["no", ","], ["single", "one"]):
             continue
-        other = noun_at(tokens, _skip_adjectives(tokens, place + 1), known.nouns)
+        other = noun_at(tokens, skip_adjectives(tokens, place + 1), known.nouns)
         if other is None or set(known.nouns[other[0]].labels) & set(noun.labels):
             numbers.append(number)
     return numbers
@@ -276,13 +283,13 @@ def denied_object(known: Known, question: str, answer: str) -> str | None:
     question_tokens = tokens_of(question)
     if form := _answered_no(known, question_tokens, answer):
         return f'"no" to whether there is a {form} but the boxes show {known.count(known.nouns[form])}'
-    is_part = _is_part(question_tokens) or any(
+    is_limited = is_part(question_tokens) or any(
         noun_at(question_tokens, place, known.nouns) for place in range(len(question_tokens))
     )
     for sentence in sentences_of(tokens_of(answer)):
         for items, names_image in _denials(" ".join(sentence)):
             for form in _denied_nouns(known, items):
-                if names_image or not is_part:
+                if names_image or not is_limited:
                     return f'"no {form}" but the boxes show {known.count(known.nouns[form])}'
     return None
 
@@ -291,7 +298,8 @@ def _denials(sentence: str) -> Iterator[tuple[str, bool]]:
     """Yield the text after `there is no` and similar phrases, and whether the sentence names the image explicitly."""
     matches = [(match, sentence[match.end() :]) for match in _DENIED.finditer(sentence)]
     none = _NONE_SHOWN.match(sentence)
-    for match, items in [*matches, *([(none, none["items"])] if none else [])]:
+    absent = _ABSENT.fullmatch(sentence)
+    for match, items in [*matches, *((found, found["items"]) for found in (none, absent) if found)]:
         lead = sentence[: match.start()]
         if _LEAD.fullmatch(lead):
             yield items, re.search(_IMAGE, sentence) is not None
@@ -312,7 +320,7 @@ def _answered_no(known: Known, question_tokens: list[str], answer: str) -> str |
     """Return the noun of `Is there a dog?` if the answer is a plain no."""
     text = " ".join(question_tokens)
     match = _ASKS_WHETHER.match(text)
-    if match is None or not re.match(r"(?:no|nope|none)\b(?! doubt)", answer.strip().lower()):
+    if match is None or not _SAYS_NO.match(answer.strip().lower()):
         return None
     rest = re.sub(r"^ (?:any|an?|some|even one|even a|a single) ", " ", text[match.end() :]).split()
     found = noun_at(rest, 0, known.nouns)
@@ -323,51 +331,6 @@ def _answered_no(known: Known, question_tokens: list[str], answer: str) -> str |
     replied = " ".join(tokens_of(answer))
     is_corrected = re.match(r"no , there (?:is|are) (?!no\b|not\b|none\b)", replied)  # "No, there are two."
     return None if is_corrected else found[0]
-
-
-def wrong_place(context: Context, known: Known, answer: str) -> str | None:
-    """Find left and right confused: between two objects that occur once each, or for one object in the image.
-
-    Args:
-        context: The image's boxes.
-        known: The context's counts.
-        answer: The answer.
-
-    Returns:
-        A description of the wrong place, or None. An object is misplaced only if its box lies entirely on the other
-        side.
-    """
-    for sentence in sentences_of(tokens_of(answer)):
-        text = re.sub(r"^(?:yes|no) , ", "", " ".join(sentence))
-        tokens = re.sub(r"^(?:the|an?|one) ", "", text).split()
-        start = _skip_adjectives(tokens, 0)
-        found = noun_at(tokens, start, known.nouns)
-        match = found and _SIDE.match("".join(f" {token}" for token in tokens[found[1] :]))
-        if not found or not match or {"not", "n't", "isn't"}.intersection(sentence):
-            continue
-        own = _only_span(context, known, found[0])
-        other: tuple[str, int] | None = None
-        if match["rest"] is not None:
-            there = match["rest"].split()
-            other = noun_at(there, _skip_adjectives(there, 0), known.nouns)
-        # "Left of the image" means its left half: an object entirely in the right half is misplaced.
-        against = (0.5, 0.5) if match["picture"] else _only_span(context, known, other[0]) if other else None
-        if own is None or against is None:
-            continue
-        if own[0] >= against[1] if match["side"] == "left" else own[1] <= against[0]:
-            what = other[0] if other else "the image"
-            return f'"{found[0]} {match["side"]} of {what}" but the boxes show otherwise'
-    return None
-
-
-def _only_span(context: Context, known: Known, form: str) -> tuple[float, float] | None:
-    """Return the left and right edge of the only object of this name; None if it is not the only one."""
-    noun = known.nouns[form]
-    if noun.relation == "wider" or noun.plural or known.most(noun) != 1 or known.count(noun) != 1:
-        return None
-    label = noun.labels[0]
-    box = next(box for box in context.boxes if " ".join(box.label.lower().split()) == label)
-    return box.corners[0], box.corners[2]
 
 
 def sentences_of(tokens: list[str]) -> Iterator[list[str]]:
@@ -381,13 +344,13 @@ def sentences_of(tokens: list[str]) -> Iterator[list[str]]:
         yield tokens[start:]
 
 
-def _skip_adjectives(tokens: list[str], place: int) -> int:
+def skip_adjectives(tokens: list[str], place: int) -> int:
     """Return the place after up to two plain adjectives."""
     for _ in range(2):
         place += place < len(tokens) and tokens[place] in _PLAIN
     return place
 
 
-def _is_part(question_tokens: list[str]) -> bool:
+def is_part(question_tokens: list[str]) -> bool:
     """Check whether a question is about a part of the image, which then limits the answer too."""
     return bool(_PLACES.intersection(_PARTS.sub("", " ".join(question_tokens)).split()))

@@ -146,7 +146,15 @@ def plurals(noun: str) -> tuple[str, ...]:
     return tuple(f"{start} {form}".strip() for form in found)
 
 
-_HUMANS = frozenset(form for name in ("person", *_NARROWER["person"], *_PEOPLE) for form in (name, *plurals(name)))
+HUMANS = frozenset(form for name in ("person", *_NARROWER["person"], *_PEOPLE) for form in (name, *plurals(name)))
+
+
+def same_things(name: str) -> tuple[str, ...]:
+    """Return the synonyms of a category, or the category of a synonym and its other synonyms; none for other words."""
+    return next(
+        ((label, *others) for label, others in _SAME.items() if name == label or name in others),
+        (),
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -260,7 +268,7 @@ def _numbers(tokens: list[str], nouns: dict[str, Noun]) -> Iterator[tuple[int, s
     while place < len(tokens):
         token = tokens[place]
         found = noun_at(tokens, place, nouns)
-        label = nouns[found[0]].labels[0] if found else "person" if token in _HUMANS else None
+        label = nouns[found[0]].labels[0] if found else "person" if token in HUMANS else None
         if label is not None:
             plural = nouns[found[0]].plural if found else token.endswith("s")
             yield (number, label) if number is not None else (-2 if plural else -1, label)

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from lora_llava.synthesis.contexts.context import Context
+from lora_llava.synthesis.gates.example_copies import ExampleRuns, words_of
 from lora_llava.synthesis.gates.forbidden_text import find_control, find_corner, find_forbidden
-from lora_llava.synthesis.gates.gate_claims import denied_object, wrong_count, wrong_place
+from lora_llava.synthesis.gates.gate_amounts import wrong_amount
+from lora_llava.synthesis.gates.gate_claims import denied_object, wrong_count
 from lora_llava.synthesis.gates.gate_nouns import Known, read_context
+from lora_llava.synthesis.gates.gate_places import wrong_place
+from lora_llava.synthesis.gates.grounding import FEWEST_UNGROUNDED, MAX_UNGROUNDED, find_things
+from lora_llava.synthesis.gates.question_forms import circles, is_statement, only_asks
 from lora_llava.synthesis.sample import Flavour, Rejection, Turns
 
 REASONS: dict[str, str] = {
@@ -30,12 +35,16 @@ REASONS: dict[str, str] = {
     "speaks as a model": "the writer presents itself as a program that saw no image",
     "source named": "mentions captions, boxes or a description instead of the image",
     "no answer": "a refusal, or a statement that the answer is unknown",
+    "copied example": "eight or more words of an example of the prompt that the context does not contain",
     "repeated question": "the same question twice in a conversation",
+    "not a question": "a statement where a question belongs",
+    "answer is a question": "an answer that repeats its question, or that is itself a question",
     "repetition": "the text repeats itself",
     "too short": "fewer words than the limits require",
     "wrong count": "a count that neither boxes nor captions support",
     "denied object": "denies an object that has a box",
     "wrong place": "left and right are confused, according to the boxes",
+    "ungrounded": "too many things and names that no caption or box contains",
     "duplicate": "the same as an earlier sample, except for case, punctuation and spaces",
 }
 """Every reason for a rejection and its description in reports, in the order of the gates."""
@@ -61,12 +70,14 @@ class Limits:
         min_words: Minimum number of words in all answers of a sample together; None sets 2 for conversation, 15 for
             detail and 10 for reasoning.
         max_words: Maximum number of words in all answers together; None sets 900, 600 and 600.
+        max_ungrounded: Maximum share of things and names that no caption or box contains; 1 accepts any share.
     """
 
     min_turns: int = 2
     max_turns: int = 12
     min_words: int | None = None
     max_words: int | None = None
+    max_ungrounded: float = MAX_UNGROUNDED
 
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+(?:['\u2019.,:/-][^\W_]+)*")
@@ -84,6 +95,7 @@ class _Case:
     turns: Turns
     flavour: Flavour
     limits: Limits
+    examples: ExampleRuns | None
 
     @cached_property
     def numbers(self) -> Known:
@@ -106,7 +118,9 @@ class _Case:
         return zip(texts[::2], texts[1::2], strict=True)
 
 
-def check_sample(context: Context, turns: Turns, flavour: Flavour, limits: Limits) -> Rejection | None:
+def check_sample(
+    context: Context, turns: Turns, flavour: Flavour, limits: Limits, examples: ExampleRuns | None = None
+) -> Rejection | None:
     """Check a sample with every gate except the one for duplicates, which is `SeenSamples`.
 
     Args:
@@ -114,11 +128,12 @@ def check_sample(context: Context, turns: Turns, flavour: Flavour, limits: Limit
         turns: Turns of the answer, from `parse_sample`.
         flavour: Kind of sample that was requested.
         limits: Limits of turns and words.
+        examples: Runs of words of the prompt's examples; None skips the gate for copies of them.
 
     Returns:
         The rejection by the first gate that fails; None if all pass.
     """
-    case = _Case(context, turns, flavour, limits)
+    case = _Case(context, turns, flavour, limits, examples)
     return next((rejection for rejection in (gate(case) for gate in _GATES) if rejection), None)
 
 
@@ -197,6 +212,25 @@ def _no_answer(case: _Case) -> Rejection | None:
     return None
 
 
+def _copied_example(case: _Case) -> Rejection | None:
+    if case.examples is None:
+        return None
+    # A description's request is our own text.
+    texts = [turn.text for turn in case.turns if case.flavour != "detail" or turn.role == "assistant"]
+    found = next((found for text in texts if (found := case.examples.find_copy(text, case.context))), None)
+    return Rejection("copied example", _excerpt(found)) if found else None
+
+
+def _question_forms(case: _Case) -> Rejection | None:
+    """Reject statements as questions, and answers that ask."""
+    for question, answer in zip(case.turns[::2], case.turns[1::2], strict=True):
+        if case.flavour != "detail" and is_statement(question.text):
+            return Rejection("not a question", _excerpt(question.text))
+        if normalise(question.text) == normalise(answer.text) or only_asks(answer.text):
+            return Rejection("answer is a question", _excerpt(answer.text))
+    return None
+
+
 def _repeated_question(case: _Case) -> Rejection | None:
     counts = Counter(normalise(turn.text) for turn in case.turns if turn.role == "user")
     repeated = [question for question, count in counts.items() if count > 1]
@@ -204,19 +238,25 @@ def _repeated_question(case: _Case) -> Rejection | None:
 
 
 def _repetition(case: _Case) -> Rejection | None:
-    """Reject a sentence three times in a turn, a word five times in a row, or one long answer to two questions."""
+    """Reject a sentence three times in a turn, a word five times in a row, one long answer to two questions, or a text
+    whose phrases return."""
     answers = Counter(normalise(turn.text) for turn in case.turns if turn.role == "assistant")
     repeated = [text for text, count in answers.items() if count > 1 and len(text.split()) >= _LONG_ANSWER]
     for turn in case.turns:
         sentences = Counter(normalise(part) for part in re.split(r"(?<=[.!?])\s|\n", turn.text))
         repeated += [text for text, count in sentences.items() if count > 2 and len(text.split()) >= _LONG_SENTENCE]
+        repeated += circles(turn.text)
         words = normalise(turn.text).split()
         repeated += [word for i, word in enumerate(words) if words[i : i + _WORD_RUN] == [word] * _WORD_RUN]
     return Rejection("repetition", _excerpt(repeated[0])) if repeated else None
 
 
 def _wrong_count(case: _Case) -> Rejection | None:
-    problems = (wrong_count(case.numbers, question, answer) for question, answer in case.pairs)
+    known = case.numbers
+    problems = (
+        wrong_count(known, question, answer) or wrong_amount(known, case.context, question, answer)
+        for question, answer in case.pairs
+    )
     return next((Rejection("wrong count", problem) for problem in problems if problem), None)
 
 
@@ -230,6 +270,14 @@ def _wrong_place(case: _Case) -> Rejection | None:
     return next((Rejection("wrong place", problem) for problem in problems if problem), None)
 
 
+def _ungrounded(case: _Case) -> Rejection | None:
+    things = find_things(case.context, case.turns, with_questions=case.flavour != "detail")
+    if len(things.missing) < FEWEST_UNGROUNDED or things.share <= case.limits.max_ungrounded:
+        return None
+    named = ", ".join(things.missing[:5])
+    return Rejection("ungrounded", f"{len(things.missing)} of {things.total}: {named}")
+
+
 _GATES: tuple[Callable[[_Case], Rejection | None], ...] = (
     _turn_order,
     _empty,
@@ -238,12 +286,15 @@ _GATES: tuple[Callable[[_Case], Rejection | None], ...] = (
     _control_characters,
     _forbidden,
     _no_answer,
+    _copied_example,
     _repeated_question,
+    _question_forms,
     _repetition,
     _too_short,
     _wrong_count,
     _denied_object,
     _wrong_place,
+    _ungrounded,
 )
 """In the order of `REASONS`. Length is checked early, so that overlong texts are not searched. `too short` comes after
 `no answer`, because refusals are short too."""
@@ -276,8 +327,7 @@ class SeenSamples:
 @lru_cache(512)
 def normalise(text: str) -> str:
     """Reduce a text to its lower-case words; a text without letters and digits is only stripped."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.findall(r"[^\W_]+", folded)) or folded.strip()
+    return " ".join(words_of(text)) or unicodedata.normalize("NFKC", text).casefold().strip()
 
 
 def _excerpt(text: str) -> str:

@@ -25,4 +25,8 @@ RETRY_TEXTS: dict[str, str] = {
     "denied object": "says that something is not there of which there is a box",
     "wrong place": "left for right, by the boxes",
     "duplicate": "the same as an earlier sample, but for case, punctuation and spaces",
+    "copied example": "copies words of an example instead of writing about this image",
+    "not a question": "a statement where a question belongs",
+    "answer is a question": "the answer repeats its question or is itself a question",
+    "ungrounded": "names things that neither the sentences nor the objects of this image contain",
 }
