@@ -10,7 +10,7 @@ from lora_llava.core.quiet import quieten
 
 SUMMARY = "write a run or merged folder as GGUF, for llama.cpp and Ollama"
 EXAMPLES = (
-    "lora-llava export runs/demo_scienceqa_qlora --format gguf --output gguf",
+    "lora-llava export merged --format gguf --output gguf",
     "lora-llava export merged --format gguf --output gguf-q8 --quant q8_0",
 )
 

@@ -10,10 +10,10 @@ from lora_llava.commands.arguments import home, positive
 from lora_llava.core.errors import UserError
 from lora_llava.core.quiet import quieten
 
-SUMMARY = "check that a server gives the answers of a model, and name what differs"
+SUMMARY = "compare the answers of a server with those of the model here"
 EXAMPLES = (
     "lora-llava verify merged --server http://localhost:8000",
-    "lora-llava verify runs/demo_scienceqa_qlora --server http://localhost:8000 --server-model adapter",
+    "lora-llava verify runs/first --server http://localhost:8000 --server-model it",
 )
 
 
