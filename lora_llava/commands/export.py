@@ -8,7 +8,7 @@ from typing import Any
 from lora_llava.commands.arguments import a_path
 from lora_llava.core.quiet import quieten
 
-SUMMARY = "write a run or merged folder as GGUF, for llama.cpp and Ollama"
+SUMMARY = "write a merged folder or a run as GGUF for llama.cpp"
 EXAMPLES = (
     "lora-llava export merged --format gguf --output gguf",
     "lora-llava export merged --format gguf --output gguf-q8 --quant q8_0",
