@@ -75,7 +75,7 @@ PLANTED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("gives", [("ids", "logprobs"), ("logprobs",)])
+@pytest.mark.parametrize("gives", [("ids", "logprobs"), pytest.param(("logprobs",), marks=pytest.mark.more)])
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_planted_fault_is_named_and_no_other(
     small: Path, loaded: ServedModel, fault: str, gives: tuple[str, ...]

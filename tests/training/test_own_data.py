@@ -35,7 +35,7 @@ def image(file: Path) -> None:
     Image.new("RGB", (24, 18), (len(file.stem), 90, zlib.crc32(file.stem.encode()) % 256)).save(file)
 
 
-@pytest.mark.slow
+@pytest.mark.more
 def test_the_readme_s_own_data_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

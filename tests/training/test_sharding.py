@@ -20,7 +20,9 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """Set by `accelerate launch --use_fsdp --fsdp_version 2`."""
 
 
-@pytest.fixture(scope="module", params=["none", pytest.param("nf4", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=[pytest.param("none", marks=pytest.mark.more), pytest.param("nf4", marks=pytest.mark.slow)]
+)
 def content(parts: Path, scienceqa: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Packed rows, half the samples without image, layers recomputed; validated in the middle."""
     content = content_for_ranks(parts, scienceqa, request.param)

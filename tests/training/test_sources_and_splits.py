@@ -104,6 +104,7 @@ def test_what_an_epoch_leaves_out_is_counted_or_comes_later(plan: Plan, tmp_path
 def test_images_that_check_has_seen_are_not_opened_again(
     plan: Plan, stage2_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path / "cache"))  # other tests look at images of the same content
     opened: list[str] = []
     inspect = image_check.inspect_image
     monkeypatch.setattr(image_check, "inspect_image", lambda images, name: opened.append(name) or inspect(images, name))

@@ -229,6 +229,7 @@ def test_a_sweep_stops_goes_on_chooses_and_asks_the_test_rows_once(
         swept(changed)
 
 
+@pytest.mark.more
 def test_two_runs_are_compared_and_the_test_rows_asked_once(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
