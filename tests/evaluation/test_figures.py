@@ -324,8 +324,11 @@ def test_the_terminal_shows_every_line_within_80_columns() -> None:
     found = figures_of(["ok", "bad"] * 10, ["ok", "bad"] * 10, ["ok", "bad", "[red]"] * 20, shuffled=shuffled)
     tables = {name: answer_table(answered(rows, ["ok", "bad"] * 10)) for name in ("before", "after")}
     assert [line.title for line in figure_lines(tables, found)] == [
-        "majority answer", "before", "after", "images shuffled",
-    ]  # fmt: skip
+        "majority answer",
+        "before",
+        "after",
+        "images shuffled",
+    ]
     stream = io.StringIO()
     Console(file=stream, width=80).print(tables_view("Answers", tables, found))
     shown = stream.getvalue()

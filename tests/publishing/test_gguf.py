@@ -173,7 +173,7 @@ def test_a_linear_projector_is_an_mlp_of_the_same_function(model: Make) -> None:
 def test_equal_sizes_in_the_tower_are_written_with_the_names_that_llama_swaps(model: Make) -> None:
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=16
-    )  # fmt: skip
+    )
     folder = model()
     config = LlavaConfig.from_pretrained(folder)
     config.vision_config = vision

@@ -146,19 +146,25 @@ def test_a_third_run_keeps_the_sides_of_both(first: Path, second: Path, tmp_path
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lora.r=8", r"^lora\.r is 8, but .*/run, which the recipe continues, has 4; leave it out, or merge the run .*"
-         r"train a new adapter with model\.start_from=\{llava: MERGED\}$"),
+        (
+            "lora.r=8",
+            r"^lora\.r is 8, but .*/run, which the recipe continues, has 4; leave it out, or merge the run .*"
+            r"train a new adapter with model\.start_from=\{llava: MERGED\}$",
+        ),
         ("lora.dora=true", r"lora\.dora is true, but .* has false"),
         ("model.quantization=none", r'model\.quantization is "none", but .* has "nf4"'),
         ("model.new_tokens=[<a>]", r'model\.new_tokens is \["<a>"\], but .* has \[\]'),
         ("data.system_prompt=Hi.", r'data\.system_prompt is "Hi\.", but .* with another template or system text;'),
         ("data.template=plain", r"data\.template is plain and .* leave both out"),
         ("data.image_aspect=crop", r'data\.image_aspect is "crop", but .* has "pad"; leave it out'),
-        ("model.llm=demo", r"^model\.llm is demo, but .*/run, which the recipe continues, was trained on .*/llm and .*;"
-         r" leave model\.llm out, or train a new adapter on the new base$"),
+        (
+            "model.llm=demo",
+            r"^model\.llm is demo, but .*/run, which the recipe continues, was trained on .*/llm and .*;"
+            r" leave model\.llm out, or train a new adapter on the new base$",
+        ),
         ("model.start_from.run=nowhere", r"model\.start_from\.run: the folder nowhere does not exist.*; name a run"),
     ],
-)  # fmt: skip
+)
 def test_what_differs_is_refused(first: Path, tmp_path: Path, override: str, message: str) -> None:
     recipe = more(tmp_path, first)
     with pytest.raises(UserError, match=message) as refused:
@@ -192,8 +198,20 @@ def test_a_run_is_not_written_over_itself(first: Path, tmp_path: Path) -> None:
 
 def test_the_flag_writes_the_key(first: Path, tmp_path: Path) -> None:
     recipe = more(tmp_path, first)
-    assert main("finetune", [str(first / "recipe.yaml"), "--continue", str(first / "run"), "training.max_steps=1",
-                             f"data.path={tmp_path}/rows.json", f"output_dir={tmp_path}/run"]) == 0  # fmt: skip
+    assert (
+        main(
+            "finetune",
+            [
+                str(first / "recipe.yaml"),
+                "--continue",
+                str(first / "run"),
+                "training.max_steps=1",
+                f"data.path={tmp_path}/rows.json",
+                f"output_dir={tmp_path}/run",
+            ],
+        )
+        == 0
+    )
     found = load_recipe(tmp_path / "run" / "recipe.yaml")
     assert found.model.start_from.run == f"{first}/run"
     assert found.lora == load_recipe(recipe).lora

@@ -61,7 +61,7 @@ def swept(sweep: Sweep, **options: Any) -> str:
         ("don't,do", ["don't", "do"]),
         ("a,,b", ["a", "", "b"]),
     ],
-)  # fmt: skip
+)
 def test_values_are_split_at_commas(text: str, values: list[str]) -> None:
     assert split_values(text) == values
 
@@ -117,10 +117,13 @@ def test_names_of_folders(recipe: Path) -> None:
         (["lora.r"], 1, "override 'lora.r': write key.sub=value,value"),
         (["output_dir=a,b"], 1, "output_dir cannot be swept: each run has a folder of its own; set --output FOLDER"),
         (["seed=1,2"], 2, "seed has several values and --seeds is set; drop one"),
-        (["data.splits.validation=null"], 1, "a sweep chooses by the validation loss and needs validation rows; "
-         "set data.validation_rows=20"),
+        (
+            ["data.splits.validation=null"],
+            1,
+            "a sweep chooses by the validation loss and needs validation rows; set data.validation_rows=20",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_grid_that_is_refused(recipe: Path, overrides: list[str], seeds: int, message: str) -> None:
     with pytest.raises((UserError, RecipeError), match=re.escape(message)):
         read_sweep(str(recipe), overrides, seeds)
@@ -201,8 +204,10 @@ def test_a_sweep_stops_goes_on_chooses_and_asks_the_test_rows_once(
     assert "training.learning_rate=0.001: seeds 0, 1, 2 steps each, 1 finished" in output
     assert f"2 settings, 4 runs, 1 finished; 6 steps to train; runs in {sweep.folder}" in output
     assert [line.split(":")[0] for line in output.splitlines() if line.startswith("run ")] == [
-        "run 2 of 4", "run 3 of 4", "run 4 of 4",
-    ]  # fmt: skip
+        "run 2 of 4",
+        "run 3 of 4",
+        "run 4 of 4",
+    ]
     assert (sweep.folder / NAMES[0] / "metrics.json").read_bytes() == kept
     assert "resume: from" in (sweep.folder / "logs" / f"{NAMES[2]}.txt").read_text()
     losses = {name: json.loads((sweep.folder / name / "metrics.json").read_text())["train"] for name in NAMES}
@@ -284,6 +289,7 @@ def test_a_setting_that_cannot_start_is_reported_before_anything_is_trained(reci
     with pytest.raises(UserError) as caught:
         swept(sweep)
     assert [line.partition(": ")[0] for line in str(caught.value).splitlines()] == [
-        "data.max_length=16", "data.max_length=17",
-    ]  # fmt: skip
+        "data.max_length=16",
+        "data.max_length=17",
+    ]
     assert not sweep.folder.exists()
