@@ -1,4 +1,4 @@
-"""Questions about the demo's world with planted faults: exchanged answers, swapped images and copies of images."""
+"""Questions about the demo's world with planted faults: swapped answers, swapped images and copies of images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_planted(folder: Path, rows: int, labels: float, images: float, seed: i
     Args:
         folder: A new folder.
         rows: At least so many rows; an image has all its questions.
-        labels: Share of rows whose answer is exchanged with that of another row of the same kind of question.
+        labels: Share of rows whose answer is swapped with that of another row of the same kind of question.
         images: Share of rows whose image is swapped with that of another row, each answer then being wrong.
         seed: Seed of everything.
 
@@ -44,7 +44,7 @@ def write_planted(folder: Path, rows: int, labels: float, images: float, seed: i
         draw(scene, rng).save(folder / "images" / f"{len(scenes):04d}.png")
         scenes.append(scene)
 
-    def exchange(one: PlantedRow, two: PlantedRow) -> tuple[PlantedRow, PlantedRow] | None:
+    def swap_answers(one: PlantedRow, two: PlantedRow) -> tuple[PlantedRow, PlantedRow] | None:
         if kind_of(one.answer) != kind_of(two.answer) or one.answer == two.answer:
             return None
         return replace(one, answer=two.answer, fault="label"), replace(two, answer=one.answer, fault="label")
@@ -54,7 +54,7 @@ def write_planted(folder: Path, rows: int, labels: float, images: float, seed: i
         right = any((row.question, row.answer) in plain_questions(scenes[row.image]) for row in swapped)
         return None if right else swapped
 
-    _plant(table, round(labels * len(table)), exchange, rng)
+    _plant(table, round(labels * len(table)), swap_answers, rng)
     _plant(table, round(images * len(table)), swap, rng)
     with (folder / "questions.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)

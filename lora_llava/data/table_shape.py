@@ -44,7 +44,7 @@ class TableShape:
         form: The value of `data.format`.
         shape: A description of the format.
         columns: The table's columns.
-        label_column: The column of classes, for which there is no question; None for other tables.
+        label_column: The column of classes in a table without questions; None for other tables.
         header: The header that is a row itself, as a table without column names has one; None for other tables.
         facts: What was understood, as pairs of name and text.
         unused: Columns that are not read.
@@ -310,7 +310,7 @@ def _names_splits(column: object) -> bool:
 def by_split(
     rows: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]],
 ) -> tuple[dict[str, list[tuple[str, Mapping[str, Any]]]], str] | None:
-    """Return a table's rows by the split that a column names, and the column; None if there is no such column.
+    """Return a table's rows by the split that a column names, and the column; None without such a column.
 
     Args:
         rows: The rows of each split with their places; only training rows are divided.

@@ -129,7 +129,7 @@ def weigh_few_answers(
 def few_choices(
     evaluator: Evaluator, rows: Sequence[Conversation], majority: MajorityAnswers
 ) -> list[tuple[str, ...] | None]:
-    """Return the answers that likelihood may choose from, for each row; None where there is no small choice."""
+    """Return the answers that likelihood may choose from, for each row; None where they are many."""
 
     @cache
     def choices(group: AnswerCount, place: int) -> tuple[str, ...] | None:

@@ -1,6 +1,6 @@
 """How many planted faults `lora-llava inspect` finds on the demo's world.
 
-Rows in the form of own data are drawn; of 5% the answer is exchanged with that of a row of the same kind of question,
+Rows in the form of own data are drawn; 5% get the answer of another row of the same kind of question,
 and 5% get the image of another row, in which their answer is wrong. The shipped recipe for own data on the demo's base
 is trained on them, and `inspect` ranks all rows, training and held-out, by how surprising their answer is. Precision at
 the planted count is the share of planted rows among as many first rows of that ranking; for one fault alone, rows with
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--stage1", type=Path, required=True, help="a finished run of demo_align.yaml")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--labels", type=float, default=0.05, help="share of rows with an exchanged answer")
+    parser.add_argument("--labels", type=float, default=0.05, help="share of rows with another row's answer")
     parser.add_argument("--images", type=float, default=0.05, help="share of rows with a swapped image")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

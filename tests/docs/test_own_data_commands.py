@@ -40,7 +40,7 @@ def make_folders() -> None:
     """Make the folders that the page names, in the working directory."""
     draw, save, numbered = folders_made.draw, folders_made.save, folders_made.numbered
     draw(Path("bilder"), *numbered(6))
-    rows = "".join(f"{n}.png,Farbe?,Ton {n}\n" for n in (*range(6), 9))  # there is no 9.png
+    rows = "".join(f"{n}.png,Farbe?,Ton {n}\n" for n in (*range(6), 9))  # 9.png is missing
     save(Path("bilder/liste.csv"), f"Foto,Thema,Befund\n{rows}")
     folders_made.class_folders(Path("fabric"), dirty=False)
     draw(Path("survey/images"), *numbered(6))

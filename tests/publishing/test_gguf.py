@@ -192,7 +192,7 @@ def test_the_vocabulary_is_the_tokenizers(model: Make) -> None:
     assert {name: field(reader, f"tokenizer.ggml.{name}_token_id") for name in ids} == ids
     assert field(reader, "tokenizer.ggml.add_bos_token") is True
     assert field(reader, "tokenizer.ggml.add_space_prefix") is False  # the template writes the first space
-    assert field(reader, "tokenizer.ggml.model") == "gemma4"  # the demo's merges are no SentencePiece model's
+    assert field(reader, "tokenizer.ggml.model") == "gemma4"  # the demo's merges do not come from SentencePiece
 
 
 @pytest.mark.parametrize("as_parts", [False, True], ids=["marker in the text", "parts"])

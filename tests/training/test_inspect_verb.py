@@ -152,7 +152,7 @@ def test_limit_draws_rows_of_all_splits(trained: Path) -> None:
 @pytest.mark.more
 @pytest.mark.slow
 def test_planted_faults_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exchanged answers and swapped images on the demo's world; Stage 1 and Stage 2 are shortened."""
+    """Swapped answers and swapped images on the demo's world; Stage 1 and Stage 2 are shortened."""
     monkeypatch.chdir(tmp_path)
     planted = write_planted(tmp_path / "mine", 600, labels=0.05, images=0.05)
     quiet = Console(file=io.StringIO(), width=160)

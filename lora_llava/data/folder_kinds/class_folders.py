@@ -84,7 +84,7 @@ class ClassFolders(FolderKind):
 def _labelled(folder: Path, images: Iterable[Path]) -> tuple[list[_Labelled], list[Path]]:
     """Return the images in class folders, and the others.
 
-    Folders around all others (`data/images/ok`) and folders of splits, above or below the classes, are no classes.
+    Folders around all others (`data/images/ok`) and folders of splits, above or below the classes, are not classes.
     """
     files = sorted(images)
     depth = _wrapping_depth(folder, files)

@@ -66,7 +66,7 @@ def _annotations(file: Path) -> list[Mapping[str, Any]]:
 
 
 def _key(annotation: Mapping[str, Any], name: str) -> Any:
-    """Return an id of an annotation; text of it where it is no number or text."""
+    """Return an id of an annotation; as text where it is neither a number nor text."""
     value = annotation.get(name)
     return value if isinstance(value, (int, str)) else repr(value)[:40]
 

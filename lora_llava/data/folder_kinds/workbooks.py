@@ -103,7 +103,7 @@ def _read_cells(file: Path) -> dict[str, list[list[Any]]]:
     """Return the cells of each sheet.
 
     Raises:
-        UserError: If the library is missing, or the file is no workbook or too large.
+        UserError: If the library is missing, or the file is not a workbook or is too large.
     """
     try:
         import python_calamine
@@ -126,7 +126,7 @@ def _read_cells(file: Path) -> dict[str, list[list[Any]]]:
 
 
 def _unpacked_size(file: Path) -> int:
-    """Return the bytes of the sheets of a workbook, unpacked; 0 for one that is no archive."""
+    """Return the bytes of the sheets of a workbook, unpacked; 0 for one that is not an archive."""
     if not zipfile.is_zipfile(file):
         return 0
     with zipfile.ZipFile(file) as packed:

@@ -36,7 +36,7 @@ class GgufVocabulary:
         add_space_prefix: Whether a space is put in front of a text and after every special token.
         leading_space: Whether a space is put in front of a text only; the chat template has to write it.
         ids: Ids of bos, eos, eot, unk and pad, as far as they exist.
-        stops: Texts that end an answer and are no token.
+        stops: Texts that end an answer and are not tokens.
     """
 
     kind: str

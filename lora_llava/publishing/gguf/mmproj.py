@@ -81,7 +81,9 @@ def check_mmproj(source: GgufSource, square_images: bool) -> None:
             f"--format gguf: projector_hidden_act {config.projector_hidden_act!r}; llama.cpp's projector has gelu"
         )
     if not 1 <= feature_layer(config) <= vision.num_hidden_layers:
-        raise UserError(f"--format gguf: vision_feature_layer {config.vision_feature_layer} is no layer of the tower")
+        raise UserError(
+            f"--format gguf: vision_feature_layer {config.vision_feature_layer} is not a layer of the tower"
+        )
     _check_pixels(source, square_images)
 
 

@@ -124,7 +124,7 @@ def rewrite_amounts(tokens: list[str]) -> tuple[list[str], dict[int, Amount]]:
 
     Returns:
         The sentence with the smallest number of each amount in its place, and the amounts by place. Plain numbers are
-        replaced too, but are no amounts.
+        replaced too, but are not amounts.
     """
     text = " ".join(tokens)
     found: list[str] = []

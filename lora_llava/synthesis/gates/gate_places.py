@@ -11,7 +11,7 @@ from lora_llava.synthesis.gates.gate_nouns import Known, noun_at, tokens_of
 _SIDE = re.compile(
     r"(?: (?!(?:the|an?|and|or|with|of) )[a-z]+){1,4}? (?:to|on|at) the (?:far )?(?P<side>left|right)"
     r"(?: side| hand side|-hand side)? of "
-    r"(?:(?P<picture>(?:the|this) (?:picture|image|photo|photograph|scene|frame)\b)|(?:the|an?) (?P<rest>.*))"
+    r"(?:(?P<whole>(?:the|this) (?:picture|image|photo|photograph|scene|frame)\b)|(?:the|an?) (?P<rest>.*))"
 )
 
 
@@ -41,7 +41,7 @@ def wrong_place(context: Context, known: Known, answer: str) -> str | None:
             there = match["rest"].split()
             other = noun_at(there, skip_adjectives(there, 0), known.nouns)
         # "Left of the image" means its left half: an object entirely in the right half is misplaced.
-        against = (0.5, 0.5) if match["picture"] else _only_span(context, known, other[0]) if other else None
+        against = (0.5, 0.5) if match["whole"] else _only_span(context, known, other[0]) if other else None
         if own is None or against is None:
             continue
         if own[0] >= against[1] if match["side"] == "left" else own[1] <= against[0]:

@@ -46,7 +46,7 @@ def wrong_sum(known: Known, tokens: list[str], is_whole: bool) -> str | None:
     total, after = int(match["total"]), match["after"].split()
     noun = _noun(known, after)
     if not (noun or not after or _ANY_KIND.intersection(after)):
-        return None  # "two adults and one child, so one room" is no sum
+        return None  # "two adults and one child, so one room" is not a sum
     if noun and any(part and (part.labels, part.relation) == (noun.labels, noun.relation) for _, part in parts):
         return None  # "two dogs and a cat, so two dogs are left"
     added = sum(number for number, _ in parts)

@@ -9,7 +9,7 @@ from lora_llava.synthesis.gates.example_copies import words_of
 from lora_llava.synthesis.gates.gate_nouns import words
 
 _QUESTION_MARKS = "?\uff1f\u061f\u037e\u2e2e\u1367\u055e"
-"""Question marks of all scripts that have one: Latin, full width, Arabic, Greek, Ethiopic, Armenian."""
+"""Question marks, of these scripts: Latin, full width, Arabic, Greek, Ethiopic, Armenian."""
 _ENGLISH = frozenset(words("the is are was were there this these that it an has have with and of"))
 _ASKS = (
     r"(?:what|which|who|whom|whose|when|where|why|how|is|are|was|were|do|does|did|can|could|will|would|should|shall|"
