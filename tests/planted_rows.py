@@ -49,13 +49,13 @@ def write_planted(folder: Path, rows: int, labels: float, images: float, seed: i
             return None
         return replace(one, answer=two.answer, fault="label"), replace(two, answer=one.answer, fault="label")
 
-    def swap(one: PlantedRow, two: PlantedRow) -> tuple[PlantedRow, PlantedRow] | None:
+    def swap_images(one: PlantedRow, two: PlantedRow) -> tuple[PlantedRow, PlantedRow] | None:
         swapped = replace(one, image=two.image, fault="image"), replace(two, image=one.image, fault="image")
         right = any((row.question, row.answer) in plain_questions(scenes[row.image]) for row in swapped)
         return None if right else swapped
 
     _plant(table, round(labels * len(table)), swap_answers, rng)
-    _plant(table, round(images * len(table)), swap, rng)
+    _plant(table, round(images * len(table)), swap_images, rng)
     with (folder / "questions.csv").open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(("image", "question", "answer"))

@@ -18,8 +18,13 @@ from lora_llava.splits.split_rows import sample_rows
 PER_KIND = 4
 _READ = 2_000
 """Number of rows drawn from the data, from which prompts are chosen."""
-_DRAWN = ("What is shown?", "Describe the image.", "How many shapes are there?", "Which colours do you see?")
-_WRITTEN = ("What is the capital of France?", "Count from one to five.", "Is ice colder than steam?", "Name a fruit.")
+ASKED_OF_IMAGES = ("What is shown?", "Describe the image.", "How many shapes are there?", "Which colours do you see?")
+ASKED_WITHOUT = (
+    "What is the capital of France?",
+    "Count from one to five.",
+    "Is ice colder than steam?",
+    "Name a fruit.",
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,11 @@ def sample_prompts(recipe: Recipe | None, count: int = PER_KIND) -> tuple[list[P
     text_only = generator.sample(without, min(count, len(without)))
     samples = [sample for row in chosen if images is not None and (sample := _opened(row, images))]
     from_data = len(samples) + len(text_only)
-    samples += [ProofPrompt(text, draw_image(i)) for i, text in enumerate(_cycle(_DRAWN, count - len(samples)))]
+    samples += [
+        ProofPrompt(text, draw_image(i)) for i, text in enumerate(_cycle(ASKED_OF_IMAGES, count - len(samples)))
+    ]
     samples += [ProofPrompt(_text(row), None) for row in text_only]
-    samples += [ProofPrompt(text, None) for text in _cycle(_WRITTEN, count - len(text_only))]
+    samples += [ProofPrompt(text, None) for text in _cycle(ASKED_WITHOUT, count - len(text_only))]
     return samples, f"{from_data} from {source}, {2 * count - from_data} built-in"
 
 

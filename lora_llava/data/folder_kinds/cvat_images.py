@@ -29,7 +29,7 @@ _SHAPES = ("box", "polygon")
 
 
 @dataclass(frozen=True)
-class _Marked:
+class _CvatImage:
     """An image of the file with its path, split and element's content."""
 
     name: str
@@ -76,7 +76,7 @@ class CvatImages(FolderKind):
         return found
 
 
-def _marked(folder: Path, file: Path, finder: ImageFinder, found: ConvertedFolder) -> list[_Marked]:
+def _marked(folder: Path, file: Path, finder: ImageFinder, found: ConvertedFolder) -> list[_CvatImage]:
     beside = file.parent.relative_to(folder).as_posix() if file.parent.is_relative_to(folder) else ""
     marked = []
     for element in xml_elements(file, ("image", "track")):
@@ -91,7 +91,7 @@ def _marked(folder: Path, file: Path, finder: ImageFinder, found: ConvertedFolde
     return marked
 
 
-def _read_image(element: Element, name: str, image: str, split: str, found: ConvertedFolder) -> _Marked:
+def _read_image(element: Element, name: str, image: str, split: str, found: ConvertedFolder) -> _CvatImage:
     boxes, attributes = [], []
     for each in element:
         label = class_text(each.get("label", ""))
@@ -112,7 +112,7 @@ def _read_image(element: Element, name: str, image: str, split: str, found: Conv
                 found.left_out.add("attributes of boxes that share their label with others", name)
     tags = tuple(class_text(each.get("label", "")) for each in element if each.tag == "tag" and each.get("label"))
     has_others = any(each.tag not in (*_SHAPES, "tag") for each in element)
-    return _Marked(name, image, split, tags, tuple(boxes), tuple(attributes), has_others)
+    return _CvatImage(name, image, split, tags, tuple(boxes), tuple(attributes), has_others)
 
 
 def _center(shape: Element, image: Element) -> tuple[float | None, float | None]:
@@ -128,7 +128,7 @@ def _center(shape: Element, image: Element) -> tuple[float | None, float | None]
         return None, None
 
 
-def _add_tags(found: ConvertedFolder, marked: Sequence[_Marked], options: FolderOptions) -> None:
+def _add_tags(found: ConvertedFolder, marked: Sequence[_CvatImage], options: FolderOptions) -> None:
     tagged = [each for each in marked if each.tags]
     if not tagged or is_only_class((", ".join(each.tags) for each in tagged), "tags", found.left_out):
         return
@@ -140,7 +140,7 @@ def _add_tags(found: ConvertedFolder, marked: Sequence[_Marked], options: Folder
     found.facts.append(("question about tags", question))
 
 
-def _add_attributes(found: ConvertedFolder, marked: Sequence[_Marked]) -> None:
+def _add_attributes(found: ConvertedFolder, marked: Sequence[_CvatImage]) -> None:
     kinds: Counter[str] = Counter()
     for each in marked:
         for label, attribute, value in each.attributes:

@@ -18,15 +18,13 @@ from lora_llava.evaluation.answers import score_answer
 from lora_llava.evaluation.evaluate import EvaluationOptions, held_out_rows, open_evaluation
 from lora_llava.evaluation.scienceqa import make_prediction
 from lora_llava.inference.client.chat_request import image_part
-from lora_llava.publishing.proof_prompts import draw_image
+from lora_llava.publishing.proof_prompts import ASKED_OF_IMAGES, ASKED_WITHOUT, draw_image
 from lora_llava.runs.directory import RECIPE_FILE
 
 QuestionKind = Literal["with image", "without image", "several turns"]
 KINDS: tuple[QuestionKind, ...] = ("with image", "without image", "several turns")
 _READ = 20
 """Rows drawn for each question, so that all kinds are found."""
-_SHOWN = ("What is shown?", "Describe the image.", "How many shapes are there?", "Which colours do you see?")
-_WRITTEN = ("What is the capital of France?", "Count from one to five.", "Is ice colder than steam?", "Name a fruit.")
 
 
 @dataclass(frozen=True)
@@ -152,9 +150,9 @@ def _checker(row: Conversation, parser: str) -> Callable[[str], bool]:
 def _built_in(kind: QuestionKind, place: int) -> AskedQuestion:
     shown = [
         {"type": "image", "image": draw_image(place)},
-        {"type": "text", "text": _SHOWN[place % len(_SHOWN)]},
+        {"type": "text", "text": ASKED_OF_IMAGES[place % len(ASKED_OF_IMAGES)]},
     ]
-    written = [{"type": "text", "text": _WRITTEN[place % len(_WRITTEN)]}]
+    written = [{"type": "text", "text": ASKED_WITHOUT[place % len(ASKED_WITHOUT)]}]
     messages: list[dict[str, Any]] = [{"role": "user", "content": written if kind == "without image" else shown}]
     if kind == "several turns":
         answer = {"role": "assistant", "content": [{"type": "text", "text": "Three shapes."}]}
