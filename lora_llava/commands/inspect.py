@@ -44,10 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, console: Any) -> int:
     quieten()
+    from lora_llava.evaluation.asked.data_file import DataFile
     from lora_llava.evaluation.inspection.inspect_files import write_inspection
     from lora_llava.evaluation.inspection.inspection import inspect_rows
 
-    own = Path(args.run) / f"inspect_{Path(args.data).stem}" if args.data else Path(args.run)
+    own = Path(args.run) / f"inspect_{DataFile(Path(args.data)).suffix()}" if args.data else Path(args.run)
     folder = Path(args.output) if args.output else own
     found, kept = inspect_rows(
         args.run, data=args.data, image_folder=args.image_folder, folder=folder, limit=args.limit

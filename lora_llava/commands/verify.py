@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, console: Any) -> int:
     from lora_llava.publishing.verify.verify import print_verification, verify
 
     fields = dict(map(_field, args.field))
-    server = ChatServer(args.server, args.server_model, timeout=args.timeout, retries=1, fields=fields)
+    server = ChatServer(args.server, args.server_model, timeout=args.timeout, retries=1, reconnect=0.0, fields=fields)
     report = verify(args.model, server, questions=args.questions, max_differ=args.max_differ)
     if args.json:
         print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))

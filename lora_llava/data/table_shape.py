@@ -322,9 +322,14 @@ def by_split(
     if column is None:
         return None
     found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {"train": []}
-    for place, row in train:
-        split = split_named(str(row.get(column) or ""))
+    splits = [split_named(str(row.get(column) or "")) for _, row in train]
+    if not any(splits):
+        return None
+    for (place, row), split in zip(train, splits, strict=True):
         if split is None:
-            return None
+            raise UserError(
+                f"{place}: {column} is {str(row.get(column) or '')!r}, and other rows have train, val or test; fill it "
+                "in, or rename the column if it does not name splits"
+            )
         found.setdefault(split, []).append((place, row))
     return (found, str(column)) if found["train"] and len(found) > 1 else None

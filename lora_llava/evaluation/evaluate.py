@@ -62,6 +62,7 @@ from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.planning.run_plan import build_run_processor
 from lora_llava.recipe import EvaluationSection, ModelSection, Recipe, StartFrom
+from lora_llava.runs.check_run import check_run
 from lora_llava.runs.directory import (
     is_run,
     machine,
@@ -69,9 +70,8 @@ from lora_llava.runs.directory import (
     versions,
     write_json,
 )
-from lora_llava.runs.find_run import check_run
+from lora_llava.splits.earlier_rows import rows_of_run
 from lora_llava.splits.encoded_sources import show_progress
-from lora_llava.splits.rebuilt_rows import rows_of_run
 from lora_llava.splits.seen_rows import SEEN_FILE
 from lora_llava.splits.split_rows import Split, read_held_out
 

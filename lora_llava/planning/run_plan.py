@@ -32,8 +32,8 @@ from lora_llava.planning.fit import build_step, choose_checkpointing, measure_ro
 from lora_llava.planning.memory import Step
 from lora_llava.planning.row_order import RowOrder, order_rows
 from lora_llava.recipe import EvaluationSection, Recipe
+from lora_llava.splits.earlier_rows import earlier_rows
 from lora_llava.splits.encoded_sources import Progress, encode_splits, no_progress
-from lora_llava.splits.rebuilt_rows import earlier_rows
 from lora_llava.splits.refusals import refuse_errors
 from lora_llava.splits.seen_rows import SeenRows, seen_of
 from lora_llava.splits.split_rows import Split, build_split

@@ -59,14 +59,19 @@ def _unpack(packed: Sequence[Packed], root: Path) -> None:
     with progress_bar(total=len(waiting), desc="images", unit="image", leave=False) as bar:
         for archive, members in by_archive.items():
             wanted = {each.member: each for each in members}
-            with tarfile.open(archive) as tar:
-                for member in tar:
-                    packed_file = wanted.pop(member.name, None)
-                    if packed_file is not None and member.isfile():
-                        _unpack_one(tar, member, root / packed_file.target)
-                        bar.update()
-                    if not wanted:
-                        break
+            try:
+                with tarfile.open(archive) as tar:
+                    for member in tar:
+                        packed_file = wanted.pop(member.name, None)
+                        if packed_file is not None and member.isfile():
+                            _unpack_one(tar, member, root / packed_file.target)
+                            bar.update()
+                        if not wanted:
+                            break
+            except (tarfile.TarError, EOFError, OSError) as error:
+                raise UserError(f"{archive}: it cannot be unpacked ({error}); copy or download it again") from None
+            if wanted:
+                raise UserError(f"{archive}: {next(iter(wanted))} cannot be unpacked; copy or download it again")
 
 
 def _is_there(packed: Packed, root: Path) -> bool:

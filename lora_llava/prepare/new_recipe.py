@@ -80,6 +80,8 @@ def init(folder: Path, *, console: Console, **chosen: Any) -> tuple[Path, CheckR
     """
     choice = InitChoice(**chosen)
     target = folder / RECIPE_NAME
+    if choice.example and choice.dry_run:
+        raise UserError("--example writes the folder, and --dry-run writes nothing; leave one out")
     _refuse(choice, target)
     if choice.example:
         write_example_folder(folder)

@@ -30,8 +30,8 @@ from lora_llava.planning.run_plan import build_run_processor
 from lora_llava.prepare.answer_balance import add_balance, balance_lines, train_answers
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.runs.directory import write_json
+from lora_llava.splits.earlier_rows import earlier_rows
 from lora_llava.splits.encoded_sources import OpenSplit, encode_splits, image_cache, show_progress
-from lora_llava.splits.rebuilt_rows import earlier_rows
 from lora_llava.splits.refusals import checked_sources, sources_with_images
 from lora_llava.splits.split_rows import run_policy
 

@@ -21,15 +21,15 @@ from lora_llava.data.images.image_files import image_file
 from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.model.families.tower_families import image_tokens
-from lora_llava.model.start import ModelPlan, plan_model
+from lora_llava.model.start import plan_model
 from lora_llava.pages.preview_page import render_page
 from lora_llava.pages.preview_samples import Preview, PreviewRow, PreviewSample, PreviewToken
 from lora_llava.pages.preview_terminal import print_samples
 from lora_llava.planning.row_order import validation_rows
 from lora_llava.planning.run_plan import build_run_processor, is_padding_free, order_run
 from lora_llava.recipe import Recipe
+from lora_llava.splits.earlier_rows import earlier_rows
 from lora_llava.splits.encoded_sources import encode_splits, show_progress
-from lora_llava.splits.rebuilt_rows import earlier_rows
 from lora_llava.splits.split_rows import Split, build_split
 
 
@@ -97,7 +97,7 @@ def preview(
         recipe.training.max_tokens_per_row or 0,
     )
     shown = Preview(
-        "Samples as they are trained", _facts(recipe, name, model, found, template), *_take(batches, rows, samples)
+        "Samples as they are trained", _facts(recipe, name, found, template), *_take(batches, rows, samples)
     )
     if output is None:
         print_samples(shown, console)
@@ -121,9 +121,7 @@ def _in_order(recipe: Recipe, split: Split) -> list[list[int]]:
     return validation_rows(recipe.training, split.rows.lengths.tolist())
 
 
-def _facts(
-    recipe: Recipe, name: str, model: ModelPlan, split: Split, template: AnyTemplate
-) -> tuple[tuple[str, str], ...]:
+def _facts(recipe: Recipe, name: str, split: Split, template: AnyTemplate) -> tuple[tuple[str, str], ...]:
     start = recipe.model.start_from
     budget = recipe.training.max_tokens_per_row
     return (

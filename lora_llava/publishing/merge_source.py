@@ -16,8 +16,8 @@ from lora_llava.model.weights.names import canonical_name, stored_name
 from lora_llava.model.weights.streaming import build_empty
 from lora_llava.model.weights.tensor_files import LazyTensor, lazy_tensors
 from lora_llava.publishing.adapter_tensors import Adapter, read_adapter
+from lora_llava.runs.check_run import check_run
 from lora_llava.runs.directory import read_record
-from lora_llava.runs.find_run import check_run
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from lora_llava.publishing.merge import ADAPTER_FOLDER, BASE_FILE, BASE_FOLDER, 
 from lora_llava.publishing.private_content import scan
 from lora_llava.recipe import dump_recipe, load_recipe
 from lora_llava.recipe.io import check_recipe
+from lora_llava.runs.check_run import check_run
 from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, is_run, read_record
-from lora_llava.runs.find_run import check_run
 
 Kind = Literal["adapter", "model"]
 ADAPTER_CONFIG, MODEL_CONFIG, INDEX_FILE = "adapter_config.json", "config.json", "model.safetensors.index.json"

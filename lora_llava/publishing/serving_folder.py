@@ -11,7 +11,7 @@ from lora_llava.data.tokens import leading_ids
 from lora_llava.inference.load import load_processor
 from lora_llava.inference.prompt import prompt_ids
 
-SERVING_FOLDER, TEMPLATE_FILE, SCRIPT_FILE, LINES_FILE = "serving", "vllm_chat_template.jinja", "serve.sh", "README.md"
+SERVING_FOLDER, TEMPLATE_FILE, SCRIPT_FILE, README_FILE = "serving", "vllm_chat_template.jinja", "serve.sh", "README.md"
 _TURNS = (
     ("user", "Is it red?"),
     ("assistant", "Yes, 2."),
@@ -78,7 +78,7 @@ def write_serving(folder: Path, output: Path, *, rank: int | None) -> None:
     line = vllm_line(rank, with_template=template is not None)
     script = _SCRIPT.replace("LINE", line)
     (serving / SCRIPT_FILE).write_text(script, encoding="utf-8")
-    (serving / LINES_FILE).write_text(_readme(output.resolve(), line, rank, template is not None), encoding="utf-8")
+    (serving / README_FILE).write_text(_readme(output.resolve(), line, rank, template is not None), encoding="utf-8")
 
 
 def vllm_line(rank: int | None, *, with_template: bool) -> str:
@@ -106,8 +106,8 @@ def _readme(output: Path, line: str, rank: int | None, with_template: bool) -> s
         "llama.cpp takes no separate projector with an adapter: merge without `--projector-only` for it.\n"
         if rank is not None
         else (
-            "llama.cpp (text.gguf and mmproj.gguf: see docs/share_and_serve.md; the GGUF file carries chat template "
-            "and BOS):\n\n    llama-server -m text.gguf --mmproj mmproj.gguf --jinja --ctx-size 2048 --port 8080\n"
+            f"llama.cpp:\n\n    lora-llava export {place} --format gguf --output GGUF\n\nand then the line that it "
+            "prints; the file has the chat template and BOS.\n"
         )
     )
     return (

@@ -59,11 +59,12 @@ def assign_rows(
     Raises:
         UserError: If a split would have no rows, or all new rows would be held out.
     """
-    own = _own_sides(contents, known_sides(seen))
+    known = known_sides(seen)
+    own = _own_sides(contents, known)
     groups = link_rows(
         [[*row.keys, *more] if side != "mixed" else [] for row, more, side in _zip(contents, names, own)]
     )
-    sides = _group_sides(contents, groups, own, known_sides(seen))
+    sides = _group_sides(contents, groups, own, known)
     drawable = [side == "new" and bool(row.keys) for side, row in zip(sides, contents, strict=True)]
     blocked = {group for group, side, ok in zip(groups, sides, drawable, strict=True) if side == "new" and not ok}
     drawable = [ok and group not in blocked for ok, group in zip(drawable, groups, strict=True)]

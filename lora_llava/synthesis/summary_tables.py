@@ -46,14 +46,14 @@ def print_summary(summary: Mapping[str, Any], output_dir: str, console: Console)
 
 
 def describe_ungrounded(found: Mapping[str, Any]) -> str:
-    """Describe in a line how many things of the rows stand in no caption or box; empty if the rows name none."""
+    """Describe in a line how many things of the rows appear in no caption or box; empty if the rows name none."""
     if not found["things"]:
         return ""
     common = ", ".join(f"{name} {count:,}" for name, count in list(found["most_common"].items())[:_NAMED])
     named = f"; most often: {common}" if common else ""
     return (
         f"ungrounded: {found['missing']:,} of {found['things']:,} things and names in the rows ({found['share']:.1%}) "
-        f"stand in no caption or box{named}"
+        f"appear in no caption or box{named}"
     )
 
 

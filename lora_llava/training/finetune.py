@@ -36,6 +36,7 @@ from lora_llava.planning import plan_tables
 from lora_llava.planning.continued_run import refuse_own_folder
 from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
+from lora_llava.runs.check_run import CHECKPOINTS
 from lora_llava.runs.checkpoint import list_checkpoints, set_aside
 from lora_llava.runs.directory import (
     METRICS_FILE,
@@ -54,7 +55,7 @@ from lora_llava.splits.seen_rows import write_seen
 from lora_llava.splits.split_rows import asked_split, sealed
 from lora_llava.training.adapter_start import continue_adapter, saved_config, start_adapters
 from lora_llava.training.features import cache_features
-from lora_llava.training.stages import CHECKPOINTS, TrainResult, build_feeds, build_trained_model, describe_plan, train
+from lora_llava.training.stages import TrainResult, build_feeds, build_trained_model, describe_plan, train
 
 BEFORE_FILE = "before.json"
 

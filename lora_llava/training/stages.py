@@ -36,6 +36,7 @@ from lora_llava.planning.memory import GIB
 from lora_llava.planning.row_order import validation_rows
 from lora_llava.planning.run_plan import RunPlan, is_padding_free, run_lora_config
 from lora_llava.recipe import Recipe, recipe_hash
+from lora_llava.runs.check_run import CHECKPOINTS
 from lora_llava.runs.checkpoint import DiskFullError
 from lora_llava.runs.directory import save_model, versions
 from lora_llava.runs.identity import run_identity
@@ -48,7 +49,6 @@ from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import LlavaSFTTrainer
 from lora_llava.training.training_progress import ProgressLine, peak_memory_bytes
 
-CHECKPOINTS = "checkpoints"
 CURVES = ("learning_rate", "tokens_per_second", "memory_bytes", "validation_score")
 """Values that are logged besides the losses."""
 

@@ -122,24 +122,24 @@ def test_six_gained_and_none_lost_is_beyond_chance_and_five_is_not() -> None:
     six, five = gain(6, 0, none=14), gain(5, 0, none=15)
     assert (six.p, six.needed) == (0.03125, None)
     assert describe_gain(six, "After training", "the majority answer") == (
-        "After training, 30.00% of 20 held-out rows are right, with the majority answer 0.00%: the gain of 30 points "
-        "is beyond chance (McNemar's exact test, p = 0.031)."
+        "After training, 30.00% of 20 held-out rows are right, compared with 0.00% for the majority answer: the gain "
+        "of 30 points is beyond chance (McNemar's exact test, p = 0.031)."
     )
     assert (five.p, five.needed) == (0.0625, 9)
     assert describe_gain(five, "After training", "the majority answer") == (
-        "After training, 25.00% of 20 held-out rows are right, with the majority answer 0.00%: the gain of 25 points "
-        "may be chance (McNemar's exact test, p = 0.06); about 9 more held-out rows would be needed to be sure of such "
-        "a gain."
+        "After training, 25.00% of 20 held-out rows are right, compared with 0.00% for the majority answer: the gain "
+        "of 25 points may be chance (McNemar's exact test, p = 0.06); about 9 more held-out rows would show "
+        "a gain of this size in 4 of 5 cases."
     )
 
 
 def test_a_loss_and_no_difference_are_named() -> None:
     assert describe_gain(gain(2, 5, both=3), "After training", "it").endswith(
-        "50.00% of 10 held-out rows are right, with it 80.00%: no gain, and the loss of 30 points may be chance "
-        "(McNemar's exact test, p = 0.45)."
+        "50.00% of 10 held-out rows are right, compared with 80.00% for it: no gain, and the loss of 30 "
+        "points may be chance (McNemar's exact test, p = 0.45)."
     )
     assert "the loss of 60 points is beyond chance" in describe_gain(gain(0, 6, both=4), "A", "it")
-    assert describe_gain(gain(3, 3, both=4), "A", "it").endswith("with it 70.00%: no gain.")
+    assert describe_gain(gain(3, 3, both=4), "A", "it").endswith("compared with 70.00% for it: no gain.")
     assert gain(2, 5).needed is None
 
 
@@ -226,8 +226,8 @@ def test_a_set_where_the_majority_wins() -> None:
     assert (majority["beyond_chance"], before["beyond_chance"]) == (False, True)
     worse = figures_of(["ok"] * 11 + ["bad"] * 9, ["bad"] * 20, ["ok"] * 60 + ["bad"] * 40)
     assert worse["sentences"][0] == (
-        "After training, 45.00% of 20 held-out rows are right, with the majority answer of the training rows 55.00%: "
-        "no gain, and the loss of 10 points may be chance (McNemar's exact test, p = 0.82)."
+        "After training, 45.00% of 20 held-out rows are right, compared with 55.00% for the majority answer of the "
+        "training rows: no gain, and the loss of 10 points may be chance (McNemar's exact test, p = 0.82)."
     )
     assert worse["balanced_accuracy"] == {"": {"majority": 50.0, "before": 0.0, "after": 50.0}}
 
@@ -235,8 +235,8 @@ def test_a_set_where_the_majority_wins() -> None:
 def test_a_set_where_the_model_is_better_than_the_majority_beyond_chance() -> None:
     found = figures_of(["ok", "bad"] * 20, ["ok", "bad"] * 20, ["ok"] * 6 + ["bad"] * 5)
     assert found["sentences"][0] == (
-        "After training, 100.00% of 40 held-out rows are right, with the majority answer of the training rows 50.00%: "
-        "the gain of 50 points is beyond chance (McNemar's exact test, p < 0.001)."
+        "After training, 100.00% of 40 held-out rows are right, compared with 50.00% for the majority answer of the "
+        "training rows: the gain of 50 points is beyond chance (McNemar's exact test, p < 0.001)."
     )
     assert [gain["over"] for gain in found["gains"]] == ["majority", "before"]
 
@@ -263,7 +263,7 @@ def test_answers_that_are_never_right_are_named() -> None:
 
 def test_one_answer_only() -> None:
     found = figures_of(["ok"] * 12, ["ok"] * 12, ["OK."] * 30)
-    assert found["sentences"][0].endswith("100.00%: no gain.")
+    assert found["sentences"][0].endswith("the training rows: no gain.")
     assert found["sentences"][-1] == (
         "All 12 held-out rows have the answer 'ok': these scores do not show whether the model can distinguish answers."
     )
@@ -287,7 +287,7 @@ def test_the_better_of_two_scores_before_training_is_compared() -> None:
     found = build_figures(answers, rows, trained(["ok", "bad"]))
     assert found["before_by_likelihood"]["all"]["exact_match"] == 50.0
     assert [(gain["over"], gain["right_before"]) for gain in found["gains"]] == [("before_by_likelihood", 10)]
-    assert "with the model before training, by likelihood, 50.00%" in found["sentences"][0]
+    assert "compared with 50.00% for the model before training, by likelihood:" in found["sentences"][0]
 
 
 @pytest.mark.parametrize(

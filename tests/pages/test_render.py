@@ -39,7 +39,7 @@ def test_an_unknown_name_is_an_error() -> None:
 
 def test_no_template_turns_escaping_off() -> None:
     templates = list(resources.files("lora_llava.pages").joinpath("templates").iterdir())
-    names = ("base", "preview", "report", "gallery", "plots", "sweep", "inspect")
+    names = ("base", "preview", "report", "gallery", "plots", "sweep", "tables", "inspect")
     assert {file.name for file in templates} == {f"{name}.html.j2" for name in names}
     for file in templates:
         text = file.read_text(encoding="utf-8")

@@ -143,12 +143,12 @@ def test_trained_rows_are_counted_by_content(run: Path, trained: Path, tmp_path:
     other = asked(500, saved(known, tmp_path / "images" / "x.tiff"))
     file = written(tmp_path / "again.json", [*rows, *(asked(n) for n in range(20, 24)), *new_rows(tmp_path, 2)])
     assert main("evaluate", [str(run), "--data", file, "--json"]) == 0
-    expected = f"warning: 16 of 26 rows were trained by {run}: 16 with their question; their scores are not those of "
-    assert f"{expected}new images\n" in table_of(capsys)[1]
+    expected = f"warning: 16 of 26 rows are in the training data of {run}: 16 with the same question; their scores do "
+    assert f"{expected}not show how it does on new images\n" in table_of(capsys)[1]
     file = written(tmp_path / "other.json", [other])
     assert main("evaluate", [str(run), "--data", file, "--bad-images", "wrong", "--json"]) == 0
     errors = table_of(capsys)[1]
-    assert ": 1 of 1 rows was trained by" in errors
+    assert ": 1 of 1 rows is in the training data of" in errors
     assert "1 with the same image and another question" in errors
 
 

@@ -133,7 +133,7 @@ def test_a_stopped_inspection_resumes(
     ("options", "message"),
     [
         (["--image-folder", "x"], "--image-folder needs --data"),
-        (["--data", "no.csv"], "--data: no.csv does not exist; name a file of rows"),
+        (["--data", "no.csv"], "no.csv is missing; it should be a file"),
         (["--data", "{rows}", "--image-folder", "no"], "--image-folder: the folder no does not exist"),
     ],
 )

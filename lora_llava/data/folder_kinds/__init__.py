@@ -4,7 +4,7 @@ from lora_llava.data.folder_kinds.class_folders import ClassFolders
 from lora_llava.data.folder_kinds.coco_folder import CocoFolder
 from lora_llava.data.folder_kinds.cvat_images import CvatImages
 from lora_llava.data.folder_kinds.folder_kind import FolderKind
-from lora_llava.data.folder_kinds.image_folder import HuggingFaceImageFolder
+from lora_llava.data.folder_kinds.hugging_face_folder import HuggingFaceImageFolder
 from lora_llava.data.folder_kinds.label_studio import LabelStudio
 from lora_llava.data.folder_kinds.vqa_pairs import VqaPairs
 from lora_llava.data.folder_kinds.webdataset_shards import WebDatasetShards

@@ -12,7 +12,6 @@ from typing import Any
 from lora_llava.core.errors import UserError
 from lora_llava.data.folder_kinds.folder_kind import ASKED, ConvertedFolder, FolderOptions, counted, number_of
 
-_COLUMNS, _ROWS = ("left", "center", "right"), ("top", "center", "bottom")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 
 

@@ -52,9 +52,16 @@ class ClassFolders(FolderKind):
         finder = ImageFinder(folder, options.follow_links, LeftOut())
         files = list(image_files(folder, options.follow_links))
         there = [file for file in files if finder.exists(file.relative_to(folder).as_posix())]
-        for file in (file for file in files if file not in set(there)):
+        readable = set(there)
+        for file in (file for file in files if file not in readable):
             found.left_out.add("links out of the folder, read with --follow-links", file.relative_to(folder).as_posix())
         labelled, loose = _labelled(folder, there)
+        if not labelled:
+            reasons = "; ".join(found.left_out.lines())
+            raise UserError(
+                f"{folder} has no images in class folders{': ' + reasons if reasons else ''}; sort the images into a "
+                "folder for each class"
+            )
         names, renamed = _one_spelling([each.label for each in labelled])
         train = {names[each.label] for each in labelled if each.split == "train"}
         if not train:

@@ -107,19 +107,18 @@ def _resolved(
 def _convert_captions(found: ConvertedFolder, folder: Path, files: Sequence[Path], options: FolderOptions) -> None:
     finder = ImageFinder(folder, options.follow_links, found.left_out)
     for file in files:
-        by_image: dict[Any, list[tuple[int, str]]] = {}
+        by_image: dict[Any, list[tuple[Any, str]]] = {}
         for place, each in enumerate(_annotations(file)):
             text = each.get("caption")
             if isinstance(text, str) and text.strip():
-                by_image.setdefault(_key(each, "image_id"), []).append((place, " ".join(text.split())))
+                by_image.setdefault(_key(each, "image_id"), []).append((each.get("id", place), " ".join(text.split())))
             else:
                 found.left_out.add("captions without text", f"{file.name} annotation {place}")
         counts = Counter({key: len(texts) for key, texts in by_image.items()})
         for key, _, image in _resolved(file, folder, finder, found, counts, "captions"):
             if key not in by_image:
                 found.left_out.add("images without a caption", image)
-            for place, text in by_image.get(key, ()):
-                number = _annotations(file)[place].get("id", place)
+            for number, text in by_image.get(key, ()):
                 row = {"id": f"{file.name} annotation {number}", "image": image, "caption": text}
                 found.add(split_of(file, folder), row)
 

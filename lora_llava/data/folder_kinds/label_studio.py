@@ -57,6 +57,8 @@ class LabelStudio(FolderKind):
         if any(each.boxes for each in boxed):
             add_box_questions(found, boxed, options)
         for task in tasks:
+            if task.boxes and task.has_others:
+                found.left_out.add("boxes of images with other annotations that are not read", task.name)
             if not (task.choices or task.texts or task.boxes or task.is_empty):
                 found.left_out.add("tasks without an annotation that is read", task.name)
         if not found.splits:
@@ -95,7 +97,7 @@ def _tasks(folder: Path, file: Path, finder: ImageFinder, found: ConvertedFolder
             found.left_out.add("tasks that are not in Label Studio's form", name)
             continue
         data = entry["data"] if isinstance(entry.get("data"), Mapping) else entry
-        image = finder.find(_file_named(data, finder, beside), beside, "tasks")
+        image = finder.find(_file_named(data, finder), beside, "tasks")
         if image is None:
             continue
         asked = next((v for k, v in data.items() if role_of(str(k)) == "question" and isinstance(v, str)), None)
@@ -107,7 +109,7 @@ def _tasks(folder: Path, file: Path, finder: ImageFinder, found: ConvertedFolder
         yield task
 
 
-def _file_named(data: Mapping[str, Any], finder: ImageFinder, beside: str) -> str | None:
+def _file_named(data: Mapping[str, Any], finder: ImageFinder) -> str | None:
     """Return the file name of a task's image, without Label Studio's address and upload prefix."""
     values = {str(k): v for k, v in data.items() if isinstance(v, str)}
     value = next((v for k, v in values.items() if role_of(k) == "image"), None) or next(
@@ -167,13 +169,13 @@ def _read_result(task: _Task, result: Mapping[str, Any], is_first: bool, found: 
         task.texts.setdefault(control, Counter()).update([text] if text else [])
     elif kind in _SHAPES and isinstance(value, Mapping) and _labels(value.get(str(kind))):
         if is_first:
-            label = class_text(_labels(value[str(kind)])[0])
-            task.boxes.append(ObjectBox(label, *_center(str(kind), value)))
+            for label in _labels(value[str(kind)]):
+                task.boxes.append(ObjectBox(class_text(label), *_center(str(kind), value)))
         else:
             found.left_out.add("boxes of a second annotator", task.name)
     else:
         task.has_others = True
-        found.left_out.add(f"results of type {kind}, which are not read", task.name)
+        found.left_out.add(f"results of type {kind or 'unknown'}, which are not read", task.name)
 
 
 def _labels(value: Any) -> list[str]:

@@ -112,6 +112,8 @@ def _samples(archive: Path, found: ConvertedFolder) -> Iterator[_Sample]:
             reason = str(error).splitlines()[0].rstrip(":") if str(error) else type(error).__name__
             raise UserError(f"{archive}: not a complete tar archive: {reason}; download or write it again") from None
         found.left_out.add("archives cut short, read up to the cut", archive.name)
+        key, _ = samples.popitem()  # its last file may be cut
+        found.left_out.add("samples at the cut of an archive", f"{archive.name} {key}")
     yield from samples.values()
 
 

@@ -48,10 +48,11 @@ class YoloFolder(FolderKind):
             if image is None:
                 found.left_out.add("label files whose image is not in the folder", relative)
                 continue
-            boxes = tuple(_boxes(file, relative, names, found))
-            boxed.append(
-                BoxedImage(relative, image.relative_to(folder).as_posix(), split_of(image.parent / "x", folder), boxes)
-            )
+            boxes = _boxes(file, relative, names, found)
+            if boxes is None:
+                continue
+            split = split_of(image.parent / "x", folder)
+            boxed.append(BoxedImage(relative, image.relative_to(folder).as_posix(), split, tuple(boxes)))
         for image in images.values():
             found.left_out.add("images without a label file", image.relative_to(folder).as_posix())
         if not any(each.boxes for each in boxed):
@@ -71,7 +72,7 @@ def _names(folder: Path) -> list[str] | dict[int, str]:
         for file in (folder / name, folder / "labels" / name):
             if file.is_file() and file.stat().st_size < _LARGEST:
                 lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-                return [class_text(line) for line in lines if line.strip()]
+                return [class_text(line) for line in "\n".join(lines).rstrip().splitlines()]  # a number is a line
     for file in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
         content = _yaml(file)
         listed = content.get("names") if isinstance(content, Mapping) else None
@@ -94,8 +95,14 @@ def _yaml(file: Path) -> object:
         return None
 
 
-def _boxes(file: Path, relative: str, names: list[str] | dict[int, str], found: ConvertedFolder) -> list[ObjectBox]:
-    """Read the lines `class x y width height`, or `class x1 y1 x2 y2 x3 y3 ...` of outlines."""
+def _boxes(
+    file: Path, relative: str, names: list[str] | dict[int, str], found: ConvertedFolder
+) -> list[ObjectBox] | None:
+    """Read the lines `class x y width height`, or `class x1 y1 x2 y2 x3 y3 ...` of outlines.
+
+    Returns:
+        The boxes; None if a line is not understood, since what the image lacks is then unknown.
+    """
     boxes = []
     text = file.read_text(encoding="utf-8-sig", errors="replace") if file.stat().st_size < _LARGEST else "too large"
     known = names if isinstance(names, dict) else dict(enumerate(names))
@@ -107,11 +114,13 @@ def _boxes(file: Path, relative: str, names: list[str] | dict[int, str], found: 
             if len(values) < 4 or label != int(label) or not all(map(math.isfinite, values)):
                 raise ValueError
         except (ValueError, OverflowError):
-            found.left_out.add("lines that are not class, x, y, width, height", f"{relative} line {number}")
-            continue
+            found.left_out.add("images with a line that is not class, x, y, width, height", f"{relative} line {number}")
+            return None
         if int(label) not in known:
-            found.left_out.add("boxes of a class without a name", f"{relative} line {number}: class {int(label)}")
-            continue
+            found.left_out.add(
+                "images with a box of a class without a name", f"{relative} line {number}: class {int(label)}"
+            )
+            return None
         x, y = values[:2]
         if len(values) >= 6:
             x, y = (sum(values[at::2]) / len(values[at::2]) for at in (0, 1))

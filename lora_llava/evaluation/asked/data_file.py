@@ -139,7 +139,7 @@ def _format_of(files: Sequence[Path], recipe: Recipe) -> tuple[Format, Columns]:
     shape = table_shape(files[0], first, FolderOptions(), files[0].parent)
     if shape.label_column is not None or shape.header is not None:
         raise UserError(
-            f"--data: {files[0]} has classes or no header: no questions; run `lora-llava init` on "
+            f"--data: {files[0]} has class labels or no header row, so it has no questions; run `init` on "
             "its folder, and evaluate the train.jsonl or test.jsonl that it writes"
         )
     return shape.form, shape.columns

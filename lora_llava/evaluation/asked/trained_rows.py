@@ -36,11 +36,13 @@ class TrainedRows:
         lines = [f"warning: {self.warning}"] if self.warning else []
         if not self.same_row + self.same_image:
             return lines
-        verb = "was" if self.same_row + self.same_image == 1 else "were"
-        line = f"warning: {self.same_row + self.same_image:,} of {self.rows:,} rows {verb} trained by {run}: "
-        parts = {"with their question": self.same_row, "with the same image and another question": self.same_image}
+        verb = "is" if self.same_row + self.same_image == 1 else "are"
+        line = (
+            f"warning: {self.same_row + self.same_image:,} of {self.rows:,} rows {verb} in the training data of {run}: "
+        )
+        parts = {"with the same question": self.same_row, "with the same image and another question": self.same_image}
         counts = ", ".join(f"{count:,} {what}" for what, count in parts.items() if count)
-        return [*lines, f"{line}{counts}; their scores are not those of new images"]
+        return [*lines, f"{line}{counts}; their scores do not show how it does on new images"]
 
 
 def count_trained(split: Split, seen: SeenRows) -> TrainedRows:

@@ -11,7 +11,7 @@ from typing import Any
 from lora_llava.core.errors import UserError
 from lora_llava.evaluation.answer_metrics import EXACT, text_metrics
 from lora_llava.evaluation.scienceqa import COLUMNS
-from lora_llava.runs.find_run import check_run
+from lora_llava.runs.check_run import check_run
 
 SCIENCEQA, CONVERSATIONS = "scienceqa", "conversations"
 PREDICTIONS = ("predictions.jsonl", "predictions_after.jsonl")
@@ -100,7 +100,9 @@ def find_predictions(path: Path) -> Path:
     if not path.is_dir():
         check_run(path, "a run directory or a predictions file")
     found = [path / name for name in PREDICTIONS if (path / name).is_file()]
-    others = sorted(file.name for file in path.glob("predictions_*.jsonl") if file.name != "predictions_before.jsonl")
+    others = sorted(
+        file.name for file in path.glob("predictions_*.jsonl") if not file.name.startswith("predictions_before")
+    )
     if not found and others:
         raise UserError(f"{path} has no {' or '.join(PREDICTIONS)}; it has {', '.join(others)}; name that file")
     if not found:

@@ -186,7 +186,7 @@ def _sentences(
     overs = {
         MAJORITY: "the majority answer of the training rows",
         BEFORE: "the model before training",
-        WEIGHED: "the model before training, by likelihood,",
+        WEIGHED: "the model before training, by likelihood",
     }
     for gain in gains:
         if gain.over == SHUFFLED:

@@ -78,7 +78,9 @@ def measure_gain(of: str, over: str, first: Sequence[bool], second: Sequence[boo
     gained, lost = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
     p = mcnemar(lost, gained)
     needed = None if p < LEVEL or gained <= lost else rows_needed(len(pairs), gained, lost) - len(pairs)
-    return Gain(of, over, len(pairs), sum(first), sum(second), gained, lost, p, needed and max(1, needed))
+    return Gain(
+        of, over, len(pairs), sum(first), sum(second), gained, lost, p, None if needed is None else max(1, needed)
+    )
 
 
 def rows_needed(rows: int, gained: int, lost: int) -> int:
@@ -111,8 +113,8 @@ def describe_gain(gain: Gain, what: str, over: str) -> str:
         over: What it is compared with, such as `the majority answer`.
     """
     start = (
-        f"{what}, {percent(gain.right, gain.rows)} of {gain.rows:,} held-out rows are right, with {over} "
-        f"{percent(gain.right_before, gain.rows)}"
+        f"{what}, {percent(gain.right, gain.rows)} of {gain.rows:,} held-out rows are right, compared with "
+        f"{percent(gain.right_before, gain.rows)} for {over}"
     )
     if gain.gained == gain.lost:
         return f"{start}: no gain."
@@ -124,7 +126,7 @@ def describe_gain(gain: Gain, what: str, over: str) -> str:
         return f"{start}: no gain, and the loss of {size} may be chance (McNemar's exact test, {write_p(gain.p)})."
     return (
         f"{start}: the gain of {size} may be chance (McNemar's exact test, {write_p(gain.p)}); "
-        f"{_more(gain.needed or 1)} would be needed to be sure of such a gain."
+        f"{_more(gain.needed or 1)} would show a gain of this size in 4 of 5 cases."
     )
 
 
@@ -142,4 +144,5 @@ def _more(needed: int) -> str:
     if needed > _MOST:
         return f"more than {_MOST:,} further held-out rows"
     digits = 10 ** max(0, len(str(needed)) - 2)
-    return f"about {math.ceil(needed / digits) * digits:,} more held-out rows"
+    rounded = math.ceil(needed / digits) * digits
+    return f"about {rounded:,} more held-out row{'s' * (rounded != 1)}"

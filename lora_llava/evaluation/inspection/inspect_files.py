@@ -64,7 +64,10 @@ def write_inspection(inspection: Inspection, folder: Path) -> tuple[Path, Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     table, page = folder / CSV_FILE, folder / PAGE_FILE
-    with atomic_file(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+    with (
+        atomic_file(table) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as stream,
+    ):
         writer = csv.writer(stream)
         writer.writerow(_COLUMNS)
         writer.writerows(_csv_rows(inspection))

@@ -18,6 +18,7 @@ from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.planning.run_plan import build_run_processor
 from lora_llava.recipe import EvaluationSection, ModelSection, Recipe, StartFrom, load_recipe
 from lora_llava.recipe.data_schema import ColumnsSection
+from lora_llava.runs.check_run import check_run
 from lora_llava.runs.directory import RECIPE_FILE, read_data_hashes, read_record
 from lora_llava.splits.encoded_sources import encode_splits, show_progress
 from lora_llava.splits.split_rows import Split, build_split
@@ -84,6 +85,7 @@ def open_inspection(run: str, data: str | None = None, image_folder: str | None 
         UserError: If the run, its base or the data is missing or does not fit.
     """
     folder = Path(run)
+    check_run(run)
     record = read_record(folder)
     if not (folder / RECIPE_FILE).is_file():
         raise UserError(f"{run} has no {RECIPE_FILE}, so its rows are not known; name a run that was trained here")
@@ -103,10 +105,11 @@ def open_inspection(run: str, data: str | None = None, image_folder: str | None 
     if recipe.data.format == "scienceqa" and recipe.data.splits.test is None:
         recipe = recipe.model_copy(update={"evaluation": None})
     opened = encode_splits(recipe, tokenizer, template, show_progress)
-    names = {name: OTHER if data is not None else name for name in opened}
+    other = data is not None and len(opened) == 1  # ScienceQA's folder has several splits
+    names = {name: OTHER if other else name for name in opened}
     splits = {
         names[name]: build_split(
-            recipe, "test" if data is not None else name, split, processor, plan.config, show_progress, trusted=True
+            recipe, "test" if other else name, split, processor, plan.config, show_progress, trusted=True
         )
         for name, split in opened.items()
     }

@@ -230,7 +230,7 @@ class _Sender:
                 return found
             failed = time.monotonic()
             waited_until = min(waited_until, failed + self.server.reconnect)
-            may_wait = found.is_down and failed < waited_until
+            may_wait = found.is_down and found.wait is not None and failed < waited_until
             was_down = may_wait and await self.outage.wait(failed)
             failure = ChatFailure(found.reason, *found.usage)
             if found.wait is None or (attempt >= self.server.retries and not was_down):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def export_gguf(
         _typed(source, text_tensors(source, family), quant),
         _typed(source, mmproj_tensors(source, class_token), "f16"),
     )
-    check_disk(output, file_bytes(text) + file_bytes(mmproj))
+    total = file_bytes(text) + file_bytes(mmproj)
+    check_disk(output, total)
     bos = vocabulary.tokens[vocabulary.ids["bos"]] if "bos" in vocabulary.ids else None
     name, model_file = folder.resolve().name, MODEL_FILE.format(quant)
 
@@ -72,7 +74,7 @@ def export_gguf(
         add_mmproj_metadata(writer, source, name)
         writer.add_file_type(file_type("f16"))
 
-    total = file_bytes(text) + file_bytes(mmproj)
+    content = modelfile(template, bos, (model_file, MMPROJ_FILE), _stop_texts(vocabulary))
     with (
         new_folder(output) as temporary,
         full_disk_reported(output.parent, "free some space, or choose another --output"),
@@ -80,7 +82,6 @@ def export_gguf(
         with progress_bar(total=total, desc="exporting", unit="B", unit_scale=True) as bar:
             write_gguf(temporary / model_file, family.arch, text, describe, bar.update)
             write_gguf(temporary / MMPROJ_FILE, "clip", mmproj, describe_mmproj, bar.update)
-        content = modelfile(template, bos, (model_file, MMPROJ_FILE), _stop_texts(vocabulary))
         (temporary / MODELFILE).write_text(content, encoding="utf-8")
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
     report = {"files": sizes, "types": _counts(text), "tokenizer": vocabulary.kind}
@@ -132,4 +133,5 @@ def _print(
         line(f"answers end at the text {texts}, which GGUF cannot carry: send it as `stop` in each request")
     context = context_length(source.config.text_config)
     line("serve it with llama.cpp:")
-    line(f"  llama-server -m {output / model} --mmproj {output / MMPROJ_FILE} -c {context} --jinja --temp 0")
+    files = [shlex.quote(str(output / each)) for each in (model, MMPROJ_FILE)]
+    line(f"  llama-server -m {files[0]} --mmproj {files[1]} -c {context} --jinja --temp 0")

@@ -9,7 +9,8 @@ import torch
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
-from lora_llava.core.json_files import read_object, read_object_if_any
+from lora_llava.core.json_files import read_object
+from lora_llava.model.families.tower_families import saved_image_settings
 from lora_llava.model.weights.names import canonical_name
 from lora_llava.model.weights.tensor_files import LazyTensor, lazy_tensors, weight_files
 from lora_llava.publishing.merge_source import read_source
@@ -73,8 +74,7 @@ def image_settings(folder: Path) -> dict[str, object]:
     Raises:
         UserError: If it has none.
     """
-    processor = read_object_if_any(folder / "processor_config.json").get("image_processor")
-    found = processor if isinstance(processor, dict) else read_object_if_any(folder / "preprocessor_config.json")
-    if not found:
+    found = saved_image_settings(folder)
+    if found is None:
         raise UserError(f"{folder} has no processor_config.json with an image_processor; restore it")
     return found

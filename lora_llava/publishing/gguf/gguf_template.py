@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lora_llava.core.errors import UserError
@@ -85,7 +87,10 @@ def modelfile(template: str, bos: str | None, files: tuple[str, str], stops: lis
     """
     question = {"role": "user", "content": "QUESTION_OF_USER"}
     plain = _render(template, bos, messages=[question])
-    framed = _render(template, bos, messages=[{"role": "system", "content": "SYSTEM_PROMPT"}, question])
+    try:
+        framed = _render(template, bos, messages=[{"role": "system", "content": "SYSTEM_PROMPT"}, question])
+    except TemplateError:  # a template without system messages, such as Mistral's
+        framed = plain
     text = framed if "SYSTEM_PROMPT" in framed else plain
     head, _, tail = text.removeprefix(bos or "").partition("QUESTION_OF_USER")
     own_system = plain.removeprefix(bos or "").partition("QUESTION_OF_USER")[0]
@@ -99,6 +104,6 @@ def modelfile(template: str, bos: str | None, files: tuple[str, str], stops: lis
         f"FROM ./{files[1]}",
         f'TEMPLATE """{head}{{{{ .Prompt }}}}{tail}{{{{ .Response }}}}"""',
         "PARAMETER temperature 0",
-        *(f"PARAMETER stop {stop!r}".replace("'", '"') for stop in stops),
+        *(f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops),
     ]
     return "\n".join(lines) + "\n"

@@ -14,7 +14,6 @@ import torch
 from lora_llava.core.errors import UserError
 
 Quant = Literal["f16", "q8_0", "q4_k_m"]
-QUANTS: tuple[Quant, ...] = ("f16", "q8_0", "q4_k_m")
 _FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_k_m": 15}
 """llama.cpp, include/llama.h, `llama_ftype`."""
 _KEPT = ("v.position_embd.weight", "v.class_embd", "rope_freqs.weight")

@@ -11,11 +11,11 @@ import torch
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
+from lora_llava.model.families.tower_families import describe_images
 from lora_llava.model.weights.tensor_files import LazyTensor
 from lora_llava.publishing.gguf.gguf_source import GgufSource, image_settings
 
 ClassToken = Literal["last", "first", "none"]
-CLASS_TOKENS: tuple[ClassToken, ...] = ("last", "first", "none")
 """Where llama.cpp puts CLIP's class token. Since May 2025 it comes last, with positions and the choice of rows still
 made for one that comes first (https://github.com/ggml-org/llama.cpp/issues/25814)."""
 
@@ -98,7 +98,7 @@ def _check_pixels(source: GgufSource, square_images: bool) -> None:
         raise UserError(f"--format gguf: image processor with crop_size {crop}; llama.cpp uses the tower's {size}")
     if not settings.get("do_pad") and not square_images:
         raise UserError(
-            "--format gguf: this model was trained on cropped images (data.image_aspect crop), and llama.cpp pads them "
+            f"--format gguf: this model's images are not padded ({describe_images(settings)}), and llama.cpp pads them "
             "to a square; add --square-images if you send square images only, train with data.image_aspect: pad, or "
             "serve the merged folder with vLLM"
         )

@@ -129,7 +129,10 @@ def text_tensors(source: GgufSource, family: GgufFamily) -> list[LazyTensor]:
             continue
         new = names.get_name(short, try_suffixes=(".weight", ".bias"))
         if new is None:
-            raise UserError(f"--format gguf: llama.cpp's {family.arch} has no place for {name}; see --help")
+            raise UserError(
+                f"--format gguf: llama.cpp's {family.arch} has no place for {name}; convert the merged folder "
+                "with llama.cpp's own script"
+            )
         found.append(replace(tensor, name=new, load=_loader(tensor, short, text, family)))
     factors = _llama3_factors(text)
     if factors is not None:

@@ -19,6 +19,7 @@ from lora_llava.evaluation.evaluate import EvaluationOptions, held_out_rows, ope
 from lora_llava.evaluation.scienceqa import make_prediction
 from lora_llava.inference.client.chat_request import image_part
 from lora_llava.publishing.proof_prompts import ASKED_OF_IMAGES, ASKED_WITHOUT, draw_image
+from lora_llava.recipe import EvaluationSection
 from lora_llava.runs.directory import RECIPE_FILE
 
 QuestionKind = Literal["with image", "without image", "several turns"]
@@ -93,8 +94,7 @@ def _held_out(model: str, count: int) -> tuple[Sequence[Conversation], SplitImag
         rows = held_out_rows(opened, options, _READ * count)
     except (UserError, OSError):
         return [], None, "the run's data cannot be read here", ""
-    settings = opened.recipe.evaluation
-    parser = settings.parser if settings is not None else "llava"
+    parser = (opened.recipe.evaluation or EvaluationSection()).parser
     return rows, opened.split.images, f"the run's {opened.name} rows", parser
 
 

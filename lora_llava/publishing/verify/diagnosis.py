@@ -180,6 +180,14 @@ class Diagnosis:
     def _add_unexplained(self, answered: Sequence[ComparedAnswer], plain: Fit) -> None:
         gaps = [found.gap for one, found in zip(answered, plain.likelihoods, strict=True) if not one.equal]
         if max(gaps) <= _NEARLY:
-            self._add("rounding", f"where answers part, the two tokens differ by {max(gaps):.2f} nats at most")
+            self._add(
+                "rounding",
+                f"where the answers diverge, the log-probabilities of the two tokens differ by "
+                f"{max(gaps):.2f} nats at most",
+            )
         else:
-            self._add("unexplained", f"where answers part, the two tokens differ by up to {max(gaps):.2f} nats")
+            self._add(
+                "unexplained",
+                f"where the answers diverge, the log-probabilities of the two tokens differ by up to "
+                f"{max(gaps):.2f} nats",
+            )

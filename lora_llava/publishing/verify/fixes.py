@@ -50,7 +50,9 @@ def fix_of(fault: Fault, kind: Kind, folder: str, adapters: tuple[str, ...] = ()
         adapters: Names under which the server has adapters.
         stop: The text at which answers end, if it is not a token.
     """
-    template = Path(folder) / SERVING_FOLDER / TEMPLATE_FILE
+    places = (Path(folder), Path(folder).parent)  # merge --projector-only writes the adapter's beside its folder
+    found = [place / SERVING_FOLDER / TEMPLATE_FILE for place in places]
+    template = next((file for file in found if file.is_file()), found[0])
     known = _LLAMA if kind == "llama.cpp" else _VLLM
     text = known.get(fault) or _ANY[fault]
     if fault == "base served" and adapters:

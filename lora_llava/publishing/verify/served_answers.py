@@ -46,7 +46,7 @@ def named_server(server: ChatServer) -> tuple[ChatServer, ServerFacts]:
     if server.model is not None and facts.names and server.model not in facts.names and facts.kind != "llama.cpp":
         known = nearest(server.model, facts.names) or f"; it has: {', '.join(facts.names[:20])}"
         raise UserError(f"--server-model: {server.url} has no model {server.model!r}{known}")
-    return find_model(replace(server, model=None) if server.model is None else server), facts
+    return find_model(server), facts
 
 
 def ask_server(
@@ -84,10 +84,7 @@ def ask_server(
             else ("see the server's log")
         )
         raise UserError(f"{server.url} answered none of {len(questions)} questions ({failures[0].reason}); {late}")
-    return [
-        ServedAnswer(found[place], served_ids(server, facts, messages) if place in found else None)
-        for place, messages in enumerate(sent)
-    ]
+    return [ServedAnswer(found[place], served_ids(server, facts, messages)) for place, messages in enumerate(sent)]
 
 
 def _refuses_logprobs(answer: ChatAnswer | ChatFailure) -> bool:

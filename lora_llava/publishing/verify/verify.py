@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.inference.client.chat_request import ChatAnswer
 from lora_llava.inference.client.client import ChatServer
@@ -61,7 +62,7 @@ class VerifyReport:
     @property
     def passed(self) -> bool:
         """Whether no more answers differ than may."""
-        return self.differing <= self.max_differ * self.asked
+        return self.differing / self.asked <= self.max_differ
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain JSON."""
@@ -129,7 +130,10 @@ def _try_bos_field(
     if not any(finding.fault == "missing BOS" for finding in findings) or facts.kind == "llama.cpp":
         return None
     adding = replace(server, fields={**server.fields, **_BOS_FIELD})
-    found = ask_server(adding, facts, [one.question for one in compared], MAX_NEW_TOKENS)
+    try:
+        found = ask_server(adding, facts, [one.question for one in compared], MAX_NEW_TOKENS)
+    except UserError:  # transformers' server refuses fields that it does not know
+        return None
     return sum(one.here == answer.text for one, answer in zip(compared, found, strict=True))
 
 
@@ -160,7 +164,7 @@ def print_verification(model: str, report: VerifyReport, console: Console) -> No
             f'  tried: with "add_special_tokens": true, {report.with_bos_field} of {report.asked} answers are equal',
             soft_wrap=True,
         )
-    allowed = f"at most {report.max_differ:.0%} may" if report.max_differ else "none may"
+    allowed = f"at most {100 * report.max_differ:g}% may" if report.max_differ else "none may"
     console.print(
         f"{'passed' if report.passed else 'failed'}: {report.differing} of {report.asked} answers differ, {allowed}"
     )

@@ -1,4 +1,4 @@
-"""Find the things and names of a sample that stand in no caption or box.
+"""Find the things and names of a sample that appear in no caption or box.
 
 Only words of a list of visible things are compared, since answers may explain what everyone knows (`wet wood gets
 slippery`). Sentences that suppose or deny something, and replies to questions that are denied, are left out.
@@ -52,7 +52,7 @@ class Things:
 
     Attributes:
         total: Number of different ones.
-        missing: Those that stand in no caption or box, in the order of their appearance.
+        missing: Those that appear in no caption or box, in the order of their appearance.
     """
 
     total: int

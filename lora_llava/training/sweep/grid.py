@@ -101,6 +101,7 @@ def read_sweep(recipe: str, overrides: Iterable[str], seeds: int = 1, output: st
         chosen = [f"{key}={text}" for key, text in zip(swept, texts, strict=True)]
         setting = {key: parse_yaml(text, f"override {key}={text}") for key, text in zip(swept, texts, strict=True)}
         found = load_recipe(recipe, [*fixed, *chosen])
+        _check_validation(found)
         for seed in numbers:
             name = run_name(setting, seed)
             runs.append(SweepRun(name, setting, seed, _for_sweep(found, seed, folder / name)))

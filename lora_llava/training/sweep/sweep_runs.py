@@ -17,11 +17,11 @@ from lora_llava.distributed.ranks import this_rank
 from lora_llava.pages.preview_samples import count_of
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe import Recipe, recipe_hash
+from lora_llava.runs.check_run import CHECKPOINTS
 from lora_llava.runs.checkpoint import list_checkpoints, newest_complete
 from lora_llava.runs.directory import METRICS_FILE, is_run, read_record
 from lora_llava.splits.encoded_sources import show_progress
 from lora_llava.training.finetune import finetune, finished_stage1, stage1_of, with_stage1_run
-from lora_llava.training.stages import CHECKPOINTS
 from lora_llava.training.sweep.grid import Sweep, SweepRun, describe
 from lora_llava.training.sweep.sweep_results import (
     By,
@@ -72,7 +72,7 @@ def run_sweep(sweep: Sweep, recipe_folder: Path, console: Console, *, by: By = "
             except StoppedError as error:
                 place = f"run {number} of {len(sweep.runs)}, {run.name}"
                 raise StoppedError(
-                    f"stopped in {place}; the same command goes on from there", error.exit_code - 128
+                    f"stopped in {place}; run the same command to resume", error.exit_code - 128
                 ) from None
             console.print(f"  {line}", soft_wrap=True)
     results = [
@@ -84,6 +84,11 @@ def run_sweep(sweep: Sweep, recipe_folder: Path, console: Console, *, by: By = "
 
 def _finish(sweep: Sweep, result: SweepResult, console: Console) -> None:
     """Ask the test rows for the chosen run, write the files, and print the table."""
+    if result.chosen is None and not result.failures:
+        raise UserError(
+            "no run has a validation score: evaluation.generate_every is more than the steps of a run; set a lower "
+            "one, or --by loss"
+        )
     if result.chosen is None:
         raise UserError("no run of the sweep could be finished: " + "; ".join(result.failures))
     result = ask_test(sweep, result)

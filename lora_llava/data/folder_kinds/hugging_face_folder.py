@@ -48,7 +48,7 @@ class HuggingFaceImageFolder(FolderKind):
                     continue
                 split = split_of(folder / image, folder) if beside in ("", ".") else split_of(file, folder)
                 rest = {str(name): value for name, value in row.items() if name != column}
-                found.add(split, {"id": f"{where} {place}", "image": image, **rest})
+                found.add(split, {**rest, "id": f"{where} {place}", "image": image})
                 counts[where] += 1
         found.facts.append(("rows by file", counted(counts)))
         return found
