@@ -45,6 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=JSON",
         help="further field of every request, such as add_special_tokens=true; may be repeated",
     )
+    parser.add_argument(
+        "--quantization",
+        choices=["auto", "nf4", "none"],
+        default="auto",
+        help="how the language model here is stored; default: auto, as the run was trained; none for a server that "
+        "serves the adapter of a QLoRA run on the unquantised base",
+    )
     parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="timeout of one request")
     parser.add_argument("--json", action="store_true", help="print the report as JSON, with all answers")
 
@@ -56,7 +63,9 @@ def run(args: argparse.Namespace, console: Any) -> int:
 
     fields = dict(map(_field, args.field))
     server = ChatServer(args.server, args.server_model, timeout=args.timeout, retries=1, reconnect=0.0, fields=fields)
-    report = verify(args.model, server, questions=args.questions, max_differ=args.max_differ)
+    report = verify(
+        args.model, server, questions=args.questions, max_differ=args.max_differ, quantization=args.quantization
+    )
     if args.json:
         print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
     else:

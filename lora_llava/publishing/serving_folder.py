@@ -95,7 +95,7 @@ def vllm_line(rank: int | None, *, with_template: bool) -> str:
 
 def _readme(output: Path, line: str, rank: int | None, with_template: bool) -> str:
     model, place = "adapter" if rank is not None else "model", shlex.quote(str(output))
-    checked = shlex.quote(str(output / "adapter")) if rank is not None else place
+    checked, flags = (place, "") if rank is None else (shlex.quote(str(output / "adapter")), " --quantization none")
     why = (
         f"vLLM tokenizes the chat template's text without BOS, with which the model was trained. `{TEMPLATE_FILE}` "
         'writes it. Do not send `"add_special_tokens": true` besides: BOS would be doubled.\n\n'
@@ -113,5 +113,5 @@ def _readme(output: Path, line: str, rank: int | None, with_template: bool) -> s
     return (
         f"# Serve this folder\n\nvLLM:\n\n    cd {place}\n    {line}\n\n"
         f"or `sh {SERVING_FOLDER}/{SCRIPT_FILE}`. Ask for the model `{model}`. {why}Check the answers:\n\n"
-        f"    lora-llava verify {checked} --server http://localhost:8000 --server-model {model}\n\n{gguf}"
+        f"    lora-llava verify {checked} --server http://localhost:8000 --server-model {model}{flags}\n\n{gguf}"
     )

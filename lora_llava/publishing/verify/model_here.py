@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jinja2 import TemplateError
@@ -18,7 +18,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.templates.named_templates import TEMPLATES, chat_template
 from lora_llava.data.tokens import leading_ids
 from lora_llava.inference.generate import Question, generate_answers
-from lora_llava.inference.load import load_answering_model
+from lora_llava.inference.load import load_answering_model, needs_nf4
 from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.prompt import prompt_ids
 from lora_llava.inference.sampling import Sampling
@@ -54,14 +54,15 @@ class ModelHere:
 
     Args:
         name: A run directory, a folder with a complete LLaVA, or a Hub id.
+        quantization: See `open_speaker`.
 
     Raises:
         UserError: If it cannot be loaded.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, quantization: Literal["auto", "nf4", "none"] = "auto") -> None:
         self.name = name
-        self.speaker: Speaker = open_speaker(name)
+        self.speaker: Speaker = open_speaker(name, quantization=quantization)
         self.processor = self.speaker.processor
         self.tokenizer = self.processor.tokenizer
         self.num_image_tokens = image_tokens(llava_of(self.speaker.model).config)
@@ -192,6 +193,12 @@ class ModelHere:
                 trained = llava_of(model).model.multi_modal_projector.state_dict()
                 llava_of(base).model.multi_modal_projector.load_state_dict(trained)
             yield base
+
+    @contextmanager
+    def unquantised(self) -> Iterator[Any]:
+        """Give the model with the base's weights as stored; None if it is not in NF4, or fits the NF4 base alone."""
+        is_nf4 = getattr(self.speaker.model, "is_loaded_in_4bit", False)
+        yield open_speaker(self.name, quantization="none").model if is_nf4 and not needs_nf4(Path(self.name)) else None
 
     def _base(self) -> str | None:
         """Return the base of the run that a merged folder came from."""

@@ -90,6 +90,7 @@ _Variant = tuple[Fault, str, Callable[[], AbstractContextManager[Any]], Callable
 
 
 def _models(here: ModelHere) -> Iterator[_Variant]:
+    yield "base not quantised", "the model here without NF4", here.unquantised, here.pixels
     yield "base served", "the base without the run's adapter and projector", here.without_training, here.pixels
     yield "adapter not active", "the base with the run's projector and without LoRA", here.without_lora, here.pixels
 

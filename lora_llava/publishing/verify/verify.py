@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -69,7 +69,14 @@ class VerifyReport:
         return {"passed": self.passed, **asdict(self)}
 
 
-def verify(model: str, server: ChatServer, *, questions: int = QUESTIONS, max_differ: float = 0.0) -> VerifyReport:
+def verify(
+    model: str,
+    server: ChatServer,
+    *,
+    questions: int = QUESTIONS,
+    max_differ: float = 0.0,
+    quantization: Literal["auto", "nf4", "none"] = "auto",
+) -> VerifyReport:
     """Ask a served model and the model here the same questions, and find out why their answers differ.
 
     Args:
@@ -77,6 +84,7 @@ def verify(model: str, server: ChatServer, *, questions: int = QUESTIONS, max_di
         server: An OpenAI-compatible server.
         questions: Number of questions.
         max_differ: Share of the answers that may differ.
+        quantization: How the model here is loaded; see `open_speaker`.
 
     Returns:
         The report.
@@ -87,7 +95,7 @@ def verify(model: str, server: ChatServer, *, questions: int = QUESTIONS, max_di
     server, facts = named_server(server)
     asked, origin = choose_questions(model, questions)
     served = ask_server(server, facts, asked, MAX_NEW_TOKENS)
-    here = ModelHere(model)
+    here = ModelHere(model, quantization)
     compared = _compare(here, asked, served)
     diagnosis = Diagnosis(here, compared, facts, server.model or "")
     return VerifyReport(
