@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--projector-only",
         action="store_true",
-        help="merge the projector only, into FOLDER/base, and keep LoRA as FOLDER/adapter, for servers that reject "
-        "modules_to_save",
+        help="merge the projector, and any LoRA of the vision tower, into FOLDER/base, and keep the language model's "
+        "LoRA as FOLDER/adapter, for servers that reject modules_to_save",
     )
     parser.add_argument(
         "--prompts",

@@ -19,6 +19,7 @@ from lora_llava.model.weights.tensor_files import LazyTensor, lazy_file
 _EMBEDDINGS, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 _ROWS_OF = ".token_adapter.trainable_tokens_delta"
 """Between a matrix's name and the end of the name of its trained rows."""
+_TOWER = "vision_tower"
 _ROWS = 512
 """Rows per step; at 4096 columns five times as fast as complete matrices, which need fresh memory (2 cores)."""
 
@@ -60,6 +61,10 @@ class Adapter:
     rows: dict[str, LazyTensor]
     token_ids: dict[str, list[int]]
 
+    def language_layers(self) -> dict[str, LoraLayer]:
+        """Return the LoRA layers outside the vision tower."""
+        return {name: layer for name, layer in self.layers.items() if not is_tower(name)}
+
     def stored_rows(self, name: str) -> str:
         """Return the key of a matrix in `rows`; PEFT stores the rows of a head that is tied to the embeddings once."""
         names = self.config.trainable_token_indices
@@ -83,6 +88,11 @@ class Adapter:
         if tensor is None:
             raise KeyError(name)
         return tensor.load().float()
+
+
+def is_tower(name: str) -> bool:
+    """Check whether a parameter or layer of the stock model is the vision tower's."""
+    return f"{_TOWER}." in name
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.model.weights.tensor_files import LazyTensor, checkpoint_bytes, write_checkpoint, write_file
+from lora_llava.publishing.adapter_tensors import Adapter
 from lora_llava.publishing.merge_check import MergedModel, prepare_questions, print_report, prove
 from lora_llava.publishing.merge_source import MergeSource, read_source
 from lora_llava.publishing.merged_weights import BaseKind, merged_tensors
@@ -63,7 +65,8 @@ def merge(
         output: The new folder, which must not exist.
         base: `bf16` adds to the base's weights as stored, `nf4` to their values after NF4 quantisation.
         dtype: The dtype of the stored weights.
-        projector_only: Put the projector into `output/base` and keep LoRA as an adapter in `output/adapter`.
+        projector_only: Put the projector, and any LoRA of the vision tower, into `output/base`, and keep the language
+            model's LoRA as an adapter in `output/adapter`.
         prompts: Number of sample prompts of each kind, with and without an image.
         console: Prints progress and report.
 
@@ -132,7 +135,7 @@ def _write_model(folder: Path, source: MergeSource, tensors: list[LazyTensor], d
 
 
 def _largest_rank(source: MergeSource) -> int:
-    return max(layer.down.shape[0] for layer in source.adapter.layers.values())
+    return max(layer.down.shape[0] for layer in source.adapter.language_layers().values())
 
 
 def copy_processor(source: MergeSource, folder: Path) -> None:
@@ -156,7 +159,11 @@ def _record_apart(folder: Path, source: MergeSource, output: Path) -> None:
 
 
 def write_adapter(folder: Path, source: MergeSource, base_name: str) -> None:
-    """Write the run's LoRA without the projector, for servers that reject `modules_to_save`.
+    """Write the language model's LoRA alone, for servers that reject `modules_to_save`.
+
+    The vision tower's LoRA is merged into the base: vLLM takes it with `--enable-tower-connector-lora` only, with the
+    language model's scaling, and counts CLIP's tokens without the class token (vllm/model_executor/models/llava.py of
+    0.32), which stops its CPU build at the first image.
 
     Args:
         folder: The new folder.
@@ -166,12 +173,13 @@ def write_adapter(folder: Path, source: MergeSource, base_name: str) -> None:
     folder.mkdir()
     tensors = [
         LazyTensor(f"{PEFT_PREFIX}{tensor.name.removeprefix(PEFT_PREFIX)}", tensor.shape, tensor.load)
-        for layer in source.adapter.layers.values()
+        for layer in source.adapter.language_layers().values()
         for tensor in (layer.down, layer.up, layer.magnitude)
         if tensor is not None
     ]
     write_file(sorted(tensors, key=lambda tensor: tensor.name), folder / ADAPTER_FILE, torch.float32)
     config = json.loads((source.run / "adapter_config.json").read_text(encoding="utf-8"))
+    config |= _without_tower(config, source.adapter)
     config |= {
         "modules_to_save": None,
         "trainable_token_indices": None,
@@ -180,3 +188,14 @@ def write_adapter(folder: Path, source: MergeSource, base_name: str) -> None:
     }
     write_json(folder / "adapter_config.json", config)
     copy_processor(source, folder)
+
+
+def _without_tower(config: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """Return the settings of an adapter's config that leave the tower's layers out."""
+    kept = adapter.language_layers()
+    tower = sorted(set(adapter.layers) - set(kept))
+    changed: dict[str, Any] = {"exclude_modules": [*(config.get("exclude_modules") or ()), *tower] or None}
+    for name in ("rank_pattern", "alpha_pattern"):
+        found = (config.get(name) or {}).items()
+        changed[name] = {key: value for key, value in found if any(re.fullmatch(rf"(.*\.)?{key}", k) for k in kept)}
+    return changed

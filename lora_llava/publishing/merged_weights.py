@@ -12,7 +12,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.model.nf4_round_trip import nf4_round_trip
 from lora_llava.model.weights.names import canonical_name
 from lora_llava.model.weights.tensor_files import LazyTensor
-from lora_llava.publishing.adapter_tensors import Adapter, LoraLayer, merge_weight
+from lora_llava.publishing.adapter_tensors import Adapter, LoraLayer, is_tower, merge_weight
 
 BaseKind = Literal["bf16", "nf4"]
 
@@ -32,7 +32,8 @@ def merged_tensors(
         base: The base's tensors.
         adapter: The adapter to merge.
         kind: `bf16` adds to the base's weights as stored, `nf4` to the NF4 values of the language model's matrices.
-        with_lora: Whether to add LoRA; if not, only what was trained in full is replaced.
+        with_lora: Whether to add the language model's LoRA; if not, only the vision tower's is added, and what was
+            trained in full is replaced.
         dtype: The dtype of merged weights.
         nf4_from: The dtype that NF4 values are quantised from.
 
@@ -62,7 +63,7 @@ def _merged(
             tensor = _with_rows(tensor, adapter.rows[stored], adapter.token_ids[stored], dtype)
         elif nf4_from is not None and is_quantized(name, tensor.shape):
             tensor = _quantized(tensor, nf4_from)
-        if layer is not None and with_lora:
+        if layer is not None and (with_lora or is_tower(name)):
             _check_shape(name, tensor.shape, (layer.up.shape[0], layer.down.shape[1]), adapter)
             tensor = _with_layer(tensor, layer, dtype)
         yield tensor

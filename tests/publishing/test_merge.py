@@ -220,6 +220,17 @@ def test_projector_only_leaves_an_adapter_that_peft_loads(train: Train, tmp_path
     assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "two" / "adapter")), logits(on_base(train())))
 
 
+def test_projector_only_merges_the_lora_of_the_tower(train: Train, tmp_path: Path) -> None:
+    run = train(quantization="none", vision={"r": 2})
+    merged(run, tmp_path / "two", projector_only=True, dtype="float32")
+    names = load_file(tmp_path / "two/adapter/adapter_model.safetensors")
+    assert len(names) == 2 * 2 * 7
+    assert not any("vision_tower" in name for name in names)
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "two/base", dtype="float32")
+    served = logits(PeftModel.from_pretrained(base, tmp_path / "two/adapter"))
+    assert (served - logits(on_base(run))).abs().max() <= 1e-4
+
+
 def change_adapter(run: Path, change: Any) -> None:
     tensors = load_file(run / "adapter_model.safetensors")
     change(tensors)
