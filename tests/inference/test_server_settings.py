@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 
 import pytest
 from inference.chat_server import ChatLog
@@ -20,6 +21,11 @@ def test_the_only_model_is_found_and_several_are_listed(log: ChatLog) -> None:
     assert error_of(quick(log)) == f"{log.url} has 2 models; name one: small, large"
     log.models = []
     assert error_of(quick(log)) == f"{log.url} has no model; load one there"
+
+
+def test_a_server_that_still_loads_its_model_is_not_ready(log: ChatLog) -> None:
+    log.gone_until = time.monotonic() + 60
+    assert error_of(quick(log)) == f"{log.url} is not ready (HTTP 503); wait until its model is loaded, or see its log"
 
 
 def test_an_unknown_model_is_reported_with_the_known_ones(log: ChatLog) -> None:

@@ -337,6 +337,8 @@ def _client_settings(server: ChatServer) -> dict[str, Any]:
 def _refusal(server: ChatServer, status: int) -> UserError:
     if status in (401, 403):
         return UserError(f"{server.url} refuses the key (HTTP {status}); set OPENAI_API_KEY to a valid one")
+    if status in DOWN:
+        return UserError(f"{server.url} is not ready (HTTP {status}); wait until its model is loaded, or see its log")
     return UserError(f"{server.url} does not list its models (HTTP {status}); name the model, or fix the URL")
 
 

@@ -137,7 +137,7 @@ class Diagnosis:
         some, plain = suspect
         best = best_variant(self.here, some, [prompts[one.question.name] for one in some], plain)
         if best is not None:
-            self._add(self._named(best), self._evidence(best, plain))
+            self._add(self._named(best), _evidence(best, plain, some))
         elif not all(one.equal for one in some) and (fault is None or self._is_known(fault)) and not self._stops():
             self._add_unexplained(some, plain)
 
@@ -166,17 +166,6 @@ class Diagnosis:
             return "adapter not active"
         return best.fault
 
-    def _evidence(self, best: Fit, plain: Fit) -> str:
-        text = (
-            f"{best.greedy} of {best.answers} answers are those of {best.what}, {plain.greedy} those of the model here"
-        )
-        if best.difference is not None and plain.difference is not None:
-            text += (
-                f"; its log-probabilities differ by {best.difference:.3f} nats per token from the server's, those of "
-                f"the model here by {plain.difference:.3f}"
-            )
-        return text
-
     def _add_unexplained(self, answered: Sequence[ComparedAnswer], plain: Fit) -> None:
         gaps = [found.gap for one, found in zip(answered, plain.likelihoods, strict=True) if not one.equal]
         if max(gaps) <= _NEARLY:
@@ -191,3 +180,18 @@ class Diagnosis:
                 f"where the answers diverge, the log-probabilities of the two tokens differ by up to "
                 f"{max(gaps):.2f} nats",
             )
+
+
+def _evidence(best: Fit, plain: Fit, some: Sequence[ComparedAnswer]) -> str:
+    """Return how much better a variant explains some answers, all with an image or all without."""
+    kind = "with" if some[0].question.images() else "without"
+    text = (
+        f"of {best.answers} answers to questions {kind} an image, {best.greedy} are those of {best.what} and "
+        f"{plain.greedy} those of the model here"
+    )
+    if best.difference is not None and plain.difference is not None:
+        text += (
+            f"; log-probabilities differ from the server's by {best.difference:.3f} and {plain.difference:.3f} nats "
+            "per token"
+        )
+    return text

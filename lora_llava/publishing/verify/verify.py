@@ -21,10 +21,13 @@ from lora_llava.publishing.verify.diagnosis import Diagnosis
 from lora_llava.publishing.verify.fixes import ServerFault
 from lora_llava.publishing.verify.model_here import ModelHere
 from lora_llava.publishing.verify.served_answers import ServedAnswer, ask_server, named_server
+from lora_llava.publishing.verify.variants import NOISE
 
 QUESTIONS = 12
 MAX_NEW_TOKENS = 48
 _BOS_FIELD = {"add_special_tokens": True}
+_SHOWN, _BEFORE, _LONGEST = 3, 20, 60
+"""Differing answers that are printed, and characters of each before the difference and in all."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +150,36 @@ def _try_bos_field(
 
 def print_verification(model: str, report: VerifyReport, console: Console) -> None:
     """Print a report."""
-    console.print(f"{report.served_model} at {report.server} ({report.kind}) against {model}", soft_wrap=True)
-    console.print(f"{report.asked} questions: {report.questions_from}", soft_wrap=True)
+
+    def line(text: str) -> None:  # one that may be copied
+        console.print(text, soft_wrap=True, markup=False)
+
+    line(f"{report.served_model} at {report.server} ({report.kind}), compared with {model} here")
+    console.print(f"{report.asked} questions: {report.questions_from}")
+    console.print(_as_table(report))
+    if report.logprob_difference is not None:
+        console.print(
+            f"given the same prompt, log-probabilities differ by {report.logprob_difference:.3f} nats per token "
+            f"(rounding alone: up to {NOISE:g})"
+        )
+    different = [answer for answer in report.answers if answer["server"] != answer["here"]]
+    for answer in different[:_SHOWN]:
+        console.print(f"differs: {_shown_answer(answer)}", markup=False)
+    if len(different) > _SHOWN:
+        console.print(f"and {len(different) - _SHOWN} more; --json prints all")
+    for finding in report.findings:
+        console.print(f"{finding.fault}: {finding.evidence}", markup=False)
+        line(f"  fix: {finding.fix}")
+    if report.with_bos_field is not None:
+        console.print(
+            f'  tried: with "add_special_tokens": true, {report.with_bos_field} of {report.asked} answers are equal'
+        )
+    allowed = f"{100 * report.max_differ:g}%" if report.max_differ else "none"
+    verdict = "passed" if report.passed else "failed"
+    console.print(f"{verdict}: {report.differing} of {report.asked} answers differ; --max-differ allows {allowed}")
+
+
+def _as_table(report: VerifyReport) -> Table:
     columns = list(report.table["answers equal"])
     table = Table()
     for name in ("", *columns):
@@ -156,23 +187,18 @@ def print_verification(model: str, report: VerifyReport, console: Console) -> No
     for name, counts in report.table.items():
         cells = [counts[column] for column in columns]
         if any(cells):
-            table.add_row(name, *(f"{cell[0]} of {cell[1]}" if cell else "" for cell in cells))
-    console.print(table)
-    if report.logprob_difference is not None:
-        console.print(
-            f"the server's log-probabilities differ by {report.logprob_difference:.3f} nats per token from those here, "
-            "given the same prompt",
-            soft_wrap=True,
-        )
-    for finding in report.findings:
-        console.print(f"{finding.fault}: {finding.evidence}", soft_wrap=True)
-        console.print(f"  fix: {finding.fix}", soft_wrap=True)
-    if report.with_bos_field is not None:
-        console.print(
-            f'  tried: with "add_special_tokens": true, {report.with_bos_field} of {report.asked} answers are equal',
-            soft_wrap=True,
-        )
-    allowed = f"at most {100 * report.max_differ:g}% may" if report.max_differ else "none may"
-    console.print(
-        f"{'passed' if report.passed else 'failed'}: {report.differing} of {report.asked} answers differ, {allowed}"
-    )
+            table.add_row(name, *(f"{cell[0]} of {cell[1]}" if cell else "-" for cell in cells))
+    if any(cell is None for counts in report.table.values() for cell in counts.values()):
+        table.caption = "-: not reported by the server, or no reference answer"
+    return table
+
+
+def _shown_answer(answer: dict[str, Any]) -> str:
+    """Return both answers from where they begin to differ, or why the server gave none."""
+    name, here, there = f"{answer['question']} ({answer['kind']})", answer["here"], answer["server"]
+    if there is None:
+        return f"{name}: no answer ({answer['problem']})"
+    both = enumerate(zip(here, there, strict=False))
+    start = max(0, next((place for place, pair in both if pair[0] != pair[1]), min(len(here), len(there))) - _BEFORE)
+    parts = ["..." * bool(start) + text[start:][:_LONGEST] for text in (there, here)]
+    return f"{name}: {parts[0]!r} on the server, {parts[1]!r} here"
