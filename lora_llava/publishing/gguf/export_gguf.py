@@ -125,7 +125,10 @@ def _print(
         line(f"written: {output / name}, {size / 1e6:,.1f} MB" if size >= 1e5 else f"written: {output / name}")
     line("matrices of the language model: " + ", ".join(f"{n} {kind}" for kind, n in report["types"].items()))
     if vocabulary.kind == "gemma4":
-        line("the tokenizer's merges do not come from a SentencePiece model: written as a list, for llama.cpp of 2026")
+        line(
+            "the tokenizer's merges do not come from a SentencePiece model: written as a list, which needs llama.cpp "
+            "b8672 of April 2026 or later; an older one stops with \"unknown tokenizer: 'gemma4'\": update it"
+        )
     if class_token == "none":
         line("the tower's class token is left out, since llama.cpp misplaces it: its issue 25814, and --class-token")
     if vocabulary.stops:
