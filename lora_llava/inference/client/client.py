@@ -343,6 +343,8 @@ def _refusal(server: ChatServer, status: int) -> UserError:
 
 
 def _not_reached(server: ChatServer, error: openai.APIConnectionError) -> UserError:
+    if isinstance(error, openai.APITimeoutError):
+        return UserError(f"{server.url}: no answer within {server.timeout:g} s; see its log, or raise the timeout")
     cause = _without_key(str(root_cause(error)), server)
     return UserError(f"{server.url} cannot be reached ({cause}); start the server, or fix the URL")
 
