@@ -23,7 +23,7 @@ from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.prompt import prompt_ids
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker
-from lora_llava.model.adapter_file import checked_base
+from lora_llava.model.adapter_file import locate_base
 from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.vision import llava_of
@@ -206,6 +206,6 @@ class ModelHere:
         if is_run(folder) or not (folder / RUN_FILE).is_file():
             return None
         try:
-            return str(checked_base(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")), folder))
+            return str(locate_base(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["base"], folder))
         except (UserError, OSError, ValueError, KeyError, TypeError):
             return None
