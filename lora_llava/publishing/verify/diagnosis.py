@@ -16,6 +16,7 @@ from lora_llava.publishing.verify.variants import NOISE, Fit, as_here, best_vari
 
 _NEARLY = 0.5
 """Nats by which one token is likelier than another at most where rounding may decide between them."""
+_WEIGHTS = ("base served", "adapter not active")
 _AROUND = 6
 """Ids shown on both sides of a difference."""
 
@@ -136,6 +137,11 @@ class Diagnosis:
             return
         some, plain = suspect
         best = best_variant(self.here, some, [prompts[one.question.name] for one in some], plain)
+        if best is not None and best.fault in _WEIGHTS and some is written and shown:
+            # Answers without an image do not show whether the projector is the trained one.
+            other = best_variant(self.here, shown, [prompts[one.question.name] for one in shown], fits[1][1])
+            if other is not None and other.fault in _WEIGHTS:
+                best, plain, some = other, fits[1][1], shown
         if best is not None:
             self._add(self._named(best), _evidence(best, plain, some))
         elif not all(one.equal for one in some) and (fault is None or self._is_known(fault)) and not self._stops():

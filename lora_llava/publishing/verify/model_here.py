@@ -23,8 +23,8 @@ from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.prompt import prompt_ids
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker
-from lora_llava.model.adapter_file import locate_base
 from lora_llava.model.families.tower_families import image_tokens
+from lora_llava.model.provenance import locate_base
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.vision import llava_of
 from lora_llava.publishing.verify.asked_questions import AskedQuestion
