@@ -54,12 +54,16 @@ def read_source(run: Path) -> MergeSource:
     base = checked_base(record, run)
     adapter = read_adapter(run)
     config, tensors = LlavaConfig.from_pretrained(base), lazy_tensors(base)
-    _check_complete(base, config, tensors)
+    check_complete(base, config, tensors)
     return MergeSource(run, record, base, config, tensors, adapter, resolve_dtype(record.get("dtype", "auto")))
 
 
-def _check_complete(base: Path, config: LlavaConfig, tensors: list[LazyTensor]) -> None:
-    """Check that a base has every weight of its config, before any long computation."""
+def check_complete(base: Path, config: LlavaConfig, tensors: list[LazyTensor]) -> None:
+    """Check that a folder has every weight of its config, before any long computation.
+
+    Raises:
+        UserError: If one is missing, or is stored twice.
+    """
     stored = {canonical_name(tensor.name) for tensor in tensors}
     if len(stored) < len(tensors):
         raise UserError(f"{base} stores a tensor twice; remove the weight files that do not belong to it")

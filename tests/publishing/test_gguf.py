@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from lora_llava.publishing.gguf.gguf_vocabulary import _scores_of_merges
 from lora_llava.publishing.gguf.text_model import interleave_halves
 
 Types = gguf.GGMLQuantizationType
-Make = Callable[..., Path]
+Make = Train = Callable[..., Path]
 MARKER = "<__media_Ab3dE__>"
 
 
@@ -294,7 +295,13 @@ def edit(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[Any], Any], str]] = {
-    "family": ("config.json", lambda c: c["text_config"].update(model_type="phi3"), "knows llama, mistral, qwen2"),
+    "family": ("config.json", lambda c: c["text_config"].update(model_type="gemma"), "knows llama, mistral, qwen2"),
+    "new family": ("config.json", lambda c: c["text_config"].update(model_type="zebra"), "type for subconfig: zebra."),
+    "no weights": (
+        "config.json",
+        lambda c: c["text_config"].update(num_hidden_layers=3),
+        "lacks model.language_model.layers.2.self_attn.q_proj.weight",
+    ),
     "yarn": (
         "config.json",
         lambda c: c["text_config"].update(rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}),
@@ -320,11 +327,34 @@ def test_what_llama_computes_otherwise_is_refused_in_one_line(
     name, change, words = REFUSED[case]
     edit(folder, name, change)
     output = folder.with_name("gguf")
+    capsys.readouterr()  # what the fixture printed
     assert main("export", [str(folder), "--format", "gguf", "--output", str(output)]) == 2
     message = capsys.readouterr().err.strip()
     assert words in message
     assert "\n" not in message
     assert not output.exists()
+
+
+def test_a_run_is_exported_like_its_merge_in_float32(train: Train, tmp_path: Path) -> None:
+    run, merged = tmp_path / "run" / "model", tmp_path / "merged" / "model"
+    shutil.copytree(train(), run)
+    assert main("merge", [str(run), "--output", str(merged), "--dtype", "float32"]) == 0
+    for folder in (run, merged):
+        flags = ["--format", "gguf", "--output", str(folder.with_name("gguf")), "--square-images"]
+        assert main("export", [str(folder), *flags]) == 0
+    files = {file.name: file.read_bytes() for file in run.with_name("gguf").iterdir()}
+    assert sorted(files) == ["Modelfile", "mmproj-f16.gguf", "model-f16.gguf"]
+    assert files == {file.name: file.read_bytes() for file in merged.with_name("gguf").iterdir()}
+
+
+def test_a_full_disk_is_reported_before_writing(
+    model: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = model()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    assert main("export", [str(folder), "--format", "gguf", "--output", str(folder.with_name("gguf"))]) == 2
+    assert "(0.1 GB), but 1,000 (0.0 GB) are free; free some space" in capsys.readouterr().err
+    assert [file.name for file in folder.parent.iterdir()] == ["merged"]
 
 
 def test_a_value_beyond_float16_and_a_missing_template(model: Make, capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,6 +197,15 @@ def test_circling_phrases_are_repetition(answer: str, is_refused: bool) -> None:
     assert verdict(contexts_of(dog=1), "What is there?", answer) == ("repetition" if is_refused else None)
 
 
+@pytest.mark.parametrize(("shared", "reason"), [(9, None), (10, "repetition")])
+def test_two_answers_that_share_ten_words_are_repetition(shared: int, reason: str | None) -> None:
+    words = "is a human being with human body parts like the"  # SmolLM2-135M's, about a moustache and a toothbrush
+    run = " ".join(words.split()[:shared])
+    turns = turns_of("What is on the left?", f"The dog {run} dog.", "What is on the right?", f"That {run} thing.")
+    found = check_sample(contexts_of(dog=1), turns, "conversation", Limits())
+    assert (found.reason if found else None) == reason
+
+
 WHAT, MANY = "What is there?", "How many dogs are there?"
 
 

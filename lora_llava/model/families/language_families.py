@@ -187,7 +187,8 @@ def _head_is_plain(model: Any) -> bool:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()).partition(" Should contain one of ")[0]  # transformers lists 500 model types
+    return text or type(error).__name__
 
 
 def attention_problem(text: PreTrainedConfig) -> str | None:

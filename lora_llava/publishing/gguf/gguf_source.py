@@ -10,10 +10,11 @@ from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.json_files import read_object
+from lora_llava.model.families.language_families import build_config
 from lora_llava.model.families.tower_families import saved_image_settings
 from lora_llava.model.weights.names import canonical_name
 from lora_llava.model.weights.tensor_files import LazyTensor, lazy_tensors, weight_files
-from lora_llava.publishing.merge_source import read_source
+from lora_llava.publishing.merge_source import check_complete, read_source
 from lora_llava.publishing.merged_weights import merged_tensors
 
 SENTENCEPIECE = "tokenizer.model"
@@ -52,11 +53,14 @@ def read_gguf_source(folder: Path) -> GgufSource:
         raise UserError(f"{folder} has base and adapter apart; merge the run without --projector-only, or name the run")
     if not (folder / "config.json").is_file() or not weight_files([file.name for file in folder.iterdir()]):
         raise UserError(f"{folder} has no adapter and no model; name a run directory or the output of lora-llava merge")
-    if (kind := read_object(folder / "config.json").get("model_type")) != "llava":
+    content = read_object(folder / "config.json")
+    if (kind := content.get("model_type")) != "llava":
         raise UserError(f"{folder} is a {kind!r} model; export writes LLaVA models (model_type llava)")
-    model = folder / SENTENCEPIECE
-    tensors = {canonical_name(tensor.name): tensor for tensor in lazy_tensors(folder)}
-    return GgufSource(folder, model if model.is_file() else None, LlavaConfig.from_pretrained(folder), tensors)
+    config: LlavaConfig = build_config(LlavaConfig, content, f"{folder}/config.json")
+    model, tensors = folder / SENTENCEPIECE, lazy_tensors(folder)
+    check_complete(folder, config, tensors)
+    by_name = {canonical_name(tensor.name): tensor for tensor in tensors}
+    return GgufSource(folder, model if model.is_file() else None, config, by_name)
 
 
 def _from_run(run: Path) -> GgufSource:

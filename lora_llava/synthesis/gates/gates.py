@@ -18,7 +18,7 @@ from lora_llava.synthesis.gates.gate_claims import denied_object, wrong_count
 from lora_llava.synthesis.gates.gate_nouns import Known, read_context
 from lora_llava.synthesis.gates.gate_places import wrong_place
 from lora_llava.synthesis.gates.grounding import FEWEST_UNGROUNDED, MAX_UNGROUNDED, find_things
-from lora_llava.synthesis.gates.question_forms import circles, is_statement, only_asks
+from lora_llava.synthesis.gates.question_forms import circles, is_statement, only_asks, shared_run
 from lora_llava.synthesis.sample import Flavour, Rejection, Turns
 
 REASONS: dict[str, str] = {
@@ -238,10 +238,12 @@ def _repeated_question(case: _Case) -> Rejection | None:
 
 
 def _repetition(case: _Case) -> Rejection | None:
-    """Reject a sentence three times in a turn, a word five times in a row, one long answer to two questions, or a text
-    whose phrases return."""
+    """Reject a sentence three times in a turn, a word five times in a row, one long answer to two questions, a run of
+    ten words in two answers, or a text whose phrases return."""
     answers = Counter(normalise(turn.text) for turn in case.turns if turn.role == "assistant")
     repeated = [text for text, count in answers.items() if count > 1 and len(text.split()) >= _LONG_ANSWER]
+    if run := shared_run([turn.text for turn in case.turns if turn.role == "assistant"]):
+        repeated.append(run)
     for turn in case.turns:
         sentences = Counter(normalise(part) for part in re.split(r"(?<=[.!?])\s|\n", turn.text))
         repeated += [text for text, count in sentences.items() if count > 2 and len(text.split()) >= _LONG_SENTENCE]

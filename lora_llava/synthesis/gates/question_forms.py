@@ -96,6 +96,30 @@ def circles(text: str) -> list[str]:
     return [" ".join(part) for part in found]
 
 
+_SHARED_RUN = 10
+"""Words in a row from which two answers of a sample repeat each other (the longest run of 225 good samples: 4)."""
+
+
+def shared_run(answers: list[str]) -> str | None:
+    """Find a run of words that two answers of a sample have in common.
+
+    Args:
+        answers: The answers.
+
+    Returns:
+        The first such run of `_SHARED_RUN` words; None if there is none.
+    """
+    seen: set[tuple[str, ...]] = set()
+    for answer in answers:
+        found = words_of(answer)
+        own = [tuple(found[place : place + _SHARED_RUN]) for place in range(len(found) - _SHARED_RUN + 1)]
+        for run in own:
+            if run in seen:
+                return " ".join(run)
+        seen.update(own)
+    return None
+
+
 def trigram_share(found: list[str]) -> float:
     """Return the share of distinct trigrams in a list of words; 1 for fewer than three words."""
     trigrams = list(_trigrams(found))
