@@ -154,7 +154,7 @@ def _understand_table(folder: Path, given: Mapping[str, Path], options: FolderOp
     if has_split_column(first) and len(sets) == 1 and files[0].suffix.lower() != ".parquet":
         rows = _divided({"train": [each for file in files for each in object_rows(file)]}, converted)
         if len(rows) > 1:
-            converted.splits = {split: [{"id": at} | row for at, row in each] for split, each in rows.items()}
+            converted.splits = {split: [{"id": at, **row} for at, row in each] for split, each in rows.items()}
             count_unused(converted, shape)
             return _describe(folder, files[0], converted, columns, options)
     embedded = _is_embedded(files, columns)
