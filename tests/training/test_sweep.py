@@ -469,3 +469,15 @@ def test_every_time_that_test_rows_were_asked_is_kept(
     (sweep.folder / "sweep.json").write_text("{")
     with pytest.raises(UserError, match=r"sweep\.json cannot be read .*; remove it, and the test rows are asked again"):
         ask(1, 2)
+
+
+def test_a_misspelt_run_of_stage_1_is_named_once(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "align").mkdir(parents=True)
+    (tmp_path / "runs" / "align" / "run.json").write_text("{}")
+    start = f"model.start_from={{stage1_run: {tmp_path}/runs/aling}}"
+    with pytest.raises(UserError) as caught:
+        swept(read_sweep(str(recipe), ["lora.r=2,4", start]))
+    assert str(caught.value).startswith(
+        f"model.start_from.stage1_run: {tmp_path}/runs/aling does not exist (did you mean {tmp_path}/runs/align?); name "
+    )
+    assert "\n" not in str(caught.value)

@@ -22,7 +22,7 @@ from lora_llava.runs.check_run import CHECKPOINTS
 from lora_llava.runs.checkpoint import list_checkpoints, newest_complete
 from lora_llava.runs.directory import METRICS_FILE, is_run, read_record
 from lora_llava.splits.encoded_sources import show_progress
-from lora_llava.training.finetune import finetune, finished_stage1, stage1_of, with_stage1_run
+from lora_llava.training.finetune import check_stage1_run, finetune, finished_stage1, stage1_of, with_stage1_run
 from lora_llava.training.sweep.grid import Sweep, SweepRun, describe
 from lora_llava.training.sweep.search import Search, TrialBook
 from lora_llava.training.sweep.sweep_results import (
@@ -158,7 +158,9 @@ def _count_steps(sweep: Sweep, left: Iterable[SweepRun]) -> dict[str, int]:
         if not names:
             continue
         try:
-            plan = plan_run(next(run.recipe for run in runs if run.name in names), show_progress)
+            recipe = next(run.recipe for run in runs if run.name in names)
+            check_stage1_run(recipe)
+            plan = plan_run(recipe, show_progress)
             if plan.refusal is not None:
                 raise plan.refusal
         except UserError as error:
