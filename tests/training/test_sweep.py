@@ -477,7 +477,6 @@ def test_a_misspelt_run_of_stage_1_is_named_once(recipe: Path, tmp_path: Path) -
     start = f"model.start_from={{stage1_run: {tmp_path}/runs/aling}}"
     with pytest.raises(UserError) as caught:
         swept(read_sweep(str(recipe), ["lora.r=2,4", start]))
-    assert str(caught.value).startswith(
-        f"model.start_from.stage1_run: {tmp_path}/runs/aling does not exist (did you mean {tmp_path}/runs/align?); name "
-    )
+    meant = f"{tmp_path}/runs/aling does not exist (did you mean {tmp_path}/runs/align?); name "
+    assert str(caught.value).startswith(f"model.start_from.stage1_run: {meant}")
     assert "\n" not in str(caught.value)
