@@ -145,7 +145,7 @@ def test_near_duplicates_are_found_after_the_mean_is_taken_off() -> None:
     assert found.places == [4, 9]
     assert min(found.cosines) > 0.999
     assert find_near_duplicates(images[:1]) == []
-    assert find_near_duplicates([images[0], images[0]]) == [NearGroup([0, 1], [pytest.approx(1.0)] * 2)]
+    assert find_near_duplicates([images[0], images[0]]) == [NearGroup([0, 1], [1, 0], [pytest.approx(1.0)] * 2)]
 
 
 def test_near_duplicates_of_near_duplicates_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +154,7 @@ def test_near_duplicates_of_near_duplicates_are_one_group(monkeypatch: pytest.Mo
     images = [np.array([np.cos(angle), np.sin(angle)]) for angle in np.radians(angles)]
     found = find_near_duplicates(images)
     assert [group.places for group in found] == [[1, 5], [0, 2, 3, 4]]
+    assert (found[0].nearest, found[1].nearest[:2]) == ([5, 1], [3, 4])
     assert found[1].cosines == pytest.approx([np.cos(np.radians(12))] * 4, abs=1e-6)
     many = find_near_duplicates([images[0]] * 3000 + [images[1]])
     assert [len(group.places) for group in many] == [3000]

@@ -81,17 +81,18 @@ def write_inspection(inspection: Inspection, folder: Path) -> tuple[Path, Path]:
 
 
 def _csv_rows(inspection: Inspection) -> Iterable[list[object]]:
-    near: dict[SplitImage, tuple[ImageGroup, float]] = {
-        image: (group, cosine)
+    near: dict[SplitImage, tuple[ImageGroup, SplitImage, float]] = {
+        image: (group, nearest, cosine)
         for group in inspection.groups
-        for image, cosine in zip(group.images, group.cosines, strict=True)
+        for image, nearest, cosine in zip(group.images, group.nearest, group.cosines, strict=True)
     }
     suspect = inspection.suspect_images()
     for each in inspection.findings:
         row = inspection.rows[each.place].row
         mine = [(each.split, name) for name in row.images]
         groups = [near[image] for image in mine if image in near]
-        others = [image for group, _ in groups for image in group.images if image not in mine]
+        others = [nearest for _, nearest, _ in groups] + [image for group, *_ in groups for image in group.images]
+        others = [image for image in dict.fromkeys(others) if image not in mine]
         surprise = each.surprise
         blank = None if each.loss is None or each.blank is None else each.blank - each.loss
         yield [
@@ -115,8 +116,8 @@ def _csv_rows(inspection: Inspection) -> Iterable[list[object]]:
             surprise.likelier if surprise and surprise.rank > 1 else "",
             _yes(any(image in suspect for image in mine)) if mine else "",
             _named(inspection, others),
-            _number(max((cosine for _, cosine in groups), default=None)),
-            _yes(any(group.is_leak for group, _ in groups)),
+            _number(max((cosine for *_, cosine in groups), default=None)),
+            _yes(any(group.is_leak for group, *_ in groups)),
             each.problem,
         ]
 

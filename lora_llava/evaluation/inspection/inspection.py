@@ -82,10 +82,12 @@ class ImageGroup:
 
     Attributes:
         images: Two or more images.
+        nearest: Of each, the nearest other one.
         cosines: Of each, the cosine of its features and those of the nearest other one.
     """
 
     images: Sequence[SplitImage]
+    nearest: Sequence[SplitImage]
     cosines: Sequence[float]
 
     @property
@@ -169,7 +171,7 @@ def inspect_rows(
         raise UserError(f"none of {len(rows):,} rows can be measured: {rows[0].row.name}: {findings[0].problem}")
     names = list(images)
     groups = [
-        ImageGroup([names[place] for place in group.places], group.cosines)
+        ImageGroup([names[place] for place in group.places], [names[place] for place in group.nearest], group.cosines)
         for group in find_near_duplicates([images[name] for name in names])
     ]
     return Inspection(opened, rows, findings, groups, len(names)), kept

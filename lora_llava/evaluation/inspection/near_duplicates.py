@@ -21,10 +21,12 @@ class NearGroup:
 
     Attributes:
         places: Their indices, in order.
+        nearest: Of each, the index of the nearest other one.
         cosines: Of each, the cosine of its features and those of the nearest other one.
     """
 
     places: Sequence[int]
+    nearest: Sequence[int]
     cosines: Sequence[float]
 
 
@@ -44,7 +46,7 @@ def find_near_duplicates(features: Sequence[np.ndarray], threshold: float = THRE
     if len(table) >= _FEW:
         table -= table.mean(axis=0)
     table /= np.linalg.norm(table, axis=1, keepdims=True) + 1e-9
-    group, nearest = np.arange(len(table)), np.empty(len(table))
+    group, nearest, closeness = np.arange(len(table)), np.arange(len(table)), np.empty(len(table))
     for start in range(0, len(table), _BLOCK):
         cosines = table[start : start + _BLOCK] @ table.T
         for place, row in enumerate(cosines, start):
@@ -53,7 +55,8 @@ def find_near_duplicates(features: Sequence[np.ndarray], threshold: float = THRE
             if near.sum() > 1:
                 group[np.isin(group, group[near])] = group[near].min()
             row[place] = -1.0
-            nearest[place] = min(1.0, float(row.max()))
+            nearest[place] = row.argmax()
+            closeness[place] = min(1.0, float(row.max()))
     shared = [np.flatnonzero(group == each) for each, count in Counter(group.tolist()).items() if count > 1]
-    found = [NearGroup(places.tolist(), nearest[places].tolist()) for places in shared]
+    found = [NearGroup(places.tolist(), nearest[places].tolist(), closeness[places].tolist()) for places in shared]
     return sorted(found, key=lambda each: (-max(each.cosines), each.places[0]))
