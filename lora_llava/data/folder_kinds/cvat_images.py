@@ -65,10 +65,9 @@ class CvatImages(FolderKind):
         ]
         if any(each.boxes for each in boxed):
             add_box_questions(found, boxed, options)
-            for each in marked:
-                if each.boxes and each.has_others:
-                    reason = "boxes of images with other annotations that are not read"
-                    found.left_out.add(reason, each.image, len(each.boxes))
+            for other in (each for each in marked if each.boxes and each.has_others):
+                reason = "boxes of images with other annotations that are not read"
+                found.left_out.add(reason, other.image, len(other.boxes))
         else:
             for each in boxed:
                 found.left_out.add("images without an annotation that is read", each.image)

@@ -52,7 +52,7 @@ class HuggingFaceImageFolder(FolderKind):
 def _names_files(file: Path) -> bool:
     """Check whether the first row has a column of file names; without one, the file is a table like others."""
     try:
-        first = next(placed_rows(file), ("", {}))[1]
+        _, first = next(placed_rows(file), ("", None))
     except DataFileError:  # reported where the file is read as a table
         return False
     return isinstance(first, Mapping) and any(map(_is_file_name, first))

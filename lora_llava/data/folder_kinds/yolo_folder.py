@@ -53,9 +53,9 @@ class YoloFolder(FolderKind):
                 found.left_out.add("label files whose image is not in the folder", relative)
                 continue
             if len(fitting) > 1:
-                names = ", ".join(each.relative_to(folder).as_posix() for each in fitting[:3])
+                shown = ", ".join(each.relative_to(folder).as_posix() for each in fitting[:3])
                 images[_key(file, folder)] = [each for each in images[_key(file, folder)] if each not in fitting]
-                found.left_out.add("files of labels that fit several images", f"{relative}: {names}")
+                found.left_out.add("files of labels that fit several images", f"{relative}: {shown}")
                 continue
             image = fitting[0]
             images[_key(file, folder)].remove(image)
