@@ -138,7 +138,8 @@ def run(args: argparse.Namespace, console: Any) -> int:
         show_figures=figures.update,
     )
     same_questions = not (options.shuffled or options.base_only or args.data)
-    print_table(Path(args.model).name, table, args, console, figures, same_questions=same_questions)
+    rows = f"rows of {Path(args.data).name}" if args.data else "held-out rows"
+    print_table(Path(args.model).name, table, args, console, figures, same_questions=same_questions, rows=rows)
     return 0
 
 

@@ -79,9 +79,13 @@ def _print_summary(found: Any, console: Any) -> None:
         )
         table.add_row(split, *(f"{count:,}" for count in counts))
     console.print(table)
-    leaks = sum(pair.is_leak for pair in found.pairs)
-    pairs = "1 pair" if len(found.pairs) == 1 else f"{len(found.pairs):,} pairs"
-    console.print(f"{pairs} of near-duplicate images among {found.images:,}, {leaks:,} across splits", soft_wrap=True)
+    leaks = sum(group.is_leak for group in found.groups)
+    images = sum(len(group.images) for group in found.groups)
+    groups = "1 group" if len(found.groups) == 1 else f"{len(found.groups):,} groups"
+    console.print(
+        f"{groups} of near-duplicate images with {images:,} of {found.images:,} images; across splits: {leaks:,}",
+        soft_wrap=True,
+    )
     for note in found.opened.notes:
         console.print(note, soft_wrap=True)
     for each in found.problems()[:3]:

@@ -163,6 +163,7 @@ def print_table(
     figures: dict[str, Any] | None = None,
     *,
     same_questions: bool,
+    rows: str = "held-out rows",
 ) -> None:
     """Print a table of scores with its figures, or its JSON with `--json`; add published scores if comparable."""
     if args.json:
@@ -172,7 +173,7 @@ def print_table(
         return
     from lora_llava.evaluation.tables import tables_view
 
-    console.print(tables_view("Answers" if "all" in table else "ScienceQA", {name: table}, figures))
+    console.print(tables_view("Answers" if "all" in table else "ScienceQA", {name: table}, figures, rows))
     _print_published(table, args.published, console, same_questions)
 
 

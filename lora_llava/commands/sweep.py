@@ -1,4 +1,4 @@
-"""`lora-llava sweep`: train a recipe with every combination of listed values and several seeds."""
+"""`lora-llava sweep`: train a recipe with every combination of listed values, or search among them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_llava.core.quiet import quieten
 SUMMARY = "train several values and seeds, and choose by validation"
 EXAMPLES = (
     "lora-llava sweep recipe.yaml lora.r=8,32 --seeds 3",
-    "lora-llava sweep recipe.yaml training.learning_rate=1e-4,5e-4 --dry-run",
+    "lora-llava sweep recipe.yaml training.learning_rate=1e-5..1e-3:log lora.r=8,32 --trials 12",
 )
 
 
@@ -22,7 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=(),
         metavar="key.sub=value,value",
-        help="values to try, or one value for all runs; commas inside quotes or brackets do not separate values",
+        help="values to try, or one value for all runs; commas inside quotes or brackets do not separate values; with "
+        "--trials also a range, LOW..HIGH or LOW..HIGH:log",
+    )
+    parser.add_argument(
+        "--trials",
+        type=positive,
+        metavar="N",
+        help="search N settings with Optuna instead of training every combination; needs pip install "
+        "'lora_llava[optuna]'",
     )
     parser.add_argument(
         "--seeds", type=positive, default=1, metavar="N", help="seeds of each setting, from the recipe's on"
@@ -45,8 +53,14 @@ def run(args: argparse.Namespace, console: Any) -> int:
     load_recipe(args.recipe)  # before the heavy imports: report a typo immediately
     quieten()
     from lora_llava.training.sweep.grid import read_sweep
-    from lora_llava.training.sweep.sweep_runs import run_sweep
+    from lora_llava.training.sweep.search import read_search
+    from lora_llava.training.sweep.sweep_runs import run_search, run_sweep
 
-    sweep = read_sweep(args.recipe, args.overrides, args.seeds, args.output)
-    run_sweep(sweep, find_recipe(args.recipe).parent, console, by=args.by, dry=args.dry_run)
+    folder = find_recipe(args.recipe).parent
+    if args.trials is None:
+        sweep = read_sweep(args.recipe, args.overrides, args.seeds, args.output)
+        run_sweep(sweep, folder, console, by=args.by, dry=args.dry_run)
+    else:
+        search = read_search(args.recipe, args.overrides, args.trials, args.seeds, args.output)
+        run_search(search, folder, console, by=args.by, dry=args.dry_run)
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from lora_llava.data.folder_kinds.folder_kind import (
     FolderOptions,
     ImageFinder,
     image_files,
+    object_rows,
     plain_files,
 )
 from lora_llava.data.formats import (
@@ -53,7 +54,7 @@ def understand_folder(
         UserError: If the folder has no rows or several possible files of rows, the format of the rows is unknown, or
             none of their images exists.
     """
-    options = replace(options or FolderOptions(), follow_links=follow_links)
+    options = replace(options or FolderOptions(), follow_links=follow_links, used=set())
     if not folder.is_dir():
         raise UserError(
             f"the folder {folder} does not exist; name one with images and a table, or add --example to make one"
@@ -62,12 +63,21 @@ def understand_folder(
         file = folder / file
     kind, files, sets, unused = _kind_of(folder, file, options)
     if kind is not None:
-        return _understand_kind(folder, kind, files, options)
+        return _with_unused(_understand_kind(folder, kind, files, options), options)
     held_out: dict[str, Path] = {}
     if file is None:
         file, held_out = choose_table(folder, sets)
     found = _understand_table(folder, {"train": file, **held_out}, options)
-    return replace(found, left_out=(*unused, *found.left_out))
+    return _with_unused(replace(found, left_out=(*unused, *found.left_out)), options)
+
+
+def _with_unused(found: FolderData, options: FolderOptions) -> FolderData:
+    """Say which flags had no effect."""
+    flags = options.without_effect()
+    if not flags:
+        return found
+    text = f"{', '.join(flags)}, since the folder was read as {found.kind}"
+    return replace(found, facts=(*found.facts, ("without effect", text)))
 
 
 def _kind_of(
@@ -132,7 +142,8 @@ def _understand_table(folder: Path, given: Mapping[str, Path], options: FolderOp
         raise UserError(f"{files[0]}: it has no rows; add lines such as image, question, answer")
     shape = table_shape(files[0], first, options, folder)
     if shape.label_column is not None:
-        rows = {split: [each for file in mine for each in _named_rows(file)] for split, mine in sets.items()}
+        _refuse_embedded(files, shape)
+        rows = {split: [each for file in mine for each in object_rows(file)] for split, mine in sets.items()}
         converted = ConvertedFolder("a table")
         rows = _divided(rows, converted)
         rows = _with_images(folder, files[0], rows, shape, options, converted)
@@ -141,14 +152,12 @@ def _understand_table(folder: Path, given: Mapping[str, Path], options: FolderOp
     columns, form = shape.columns, shape.form
     converted = ConvertedFolder("a table", form=form, is_table=True, facts=list(shape.facts))
     if has_split_column(first) and len(sets) == 1 and files[0].suffix.lower() != ".parquet":
-        rows = _divided({"train": [each for file in files for each in _named_rows(file)]}, converted)
+        rows = _divided({"train": [each for file in files for each in object_rows(file)]}, converted)
         if len(rows) > 1:
-            converted.splits = {split: [{"id": at} | row for at, row in each] for split, each in rows.items()}
+            converted.splits = {split: [{"id": at, **row} for at, row in each] for split, each in rows.items()}
             count_unused(converted, shape)
             return _describe(folder, files[0], converted, columns, options)
-    embedded = files[0].suffix.lower() == ".parquet" and any(
-        parquet_columns(each).get(name) for each in files for name in (columns.image, "images")
-    )
+    embedded = _is_embedded(files, columns)
     placed = chain.from_iterable(map(placed_rows, files))
     rows_count, names, linked, examples = count_rows(placed, form, columns, embedded)
     images = list(image_files(folder, options.follow_links))
@@ -188,8 +197,21 @@ def _divided(rows: dict[str, list[Placed]], converted: ConvertedFolder) -> dict[
     return {split: list(each) for split, each in divided.items()}
 
 
-def _named_rows(file: Path) -> list[Placed]:
-    return [(f"{file.name} {place}", row) for place, row in placed_rows(file)]
+def _is_embedded(files: Sequence[Path], columns: Columns) -> bool:
+    """Whether the images are in the table itself."""
+    return files[0].suffix.lower() == ".parquet" and any(
+        parquet_columns(each).get(name) for each in files for name in (columns.image, "images")
+    )
+
+
+def _refuse_embedded(files: Sequence[Path], shape: TableShape) -> None:
+    """Refuse labels beside images in the table itself, to whose rows no question can be added."""
+    if _is_embedded(files, shape.columns):
+        raise UserError(
+            f"{files[0]}: its images are in the table itself, with the label {shape.label_column} and no question; "
+            f"add a column question and rename {shape.label_column} to answer, or write the images to a folder for "
+            "each label"
+        )
 
 
 def _names_in(files: Iterable[Path], form: Format, columns: Columns) -> dict[str, None]:

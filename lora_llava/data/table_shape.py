@@ -102,6 +102,7 @@ def table_shape(file: Path, rows: list[Any], options: FolderOptions, folder: Pat
 
 def _roles(file: Path, row: Mapping[str, Any], options: FolderOptions) -> dict[str, str | None]:
     """Return the column of each role: the person's, one of a known name, or one in another language."""
+    options.used.add("columns")
     plain = {str(name).strip().lower(): str(name) for name in reversed(list(row))}
     found = {role: next((plain[name] for name in names if name in plain), None) for role, names in _ALIASES.items()}
     spelt = {plain_name(str(name)): str(name) for name in reversed(list(row))}

@@ -236,7 +236,9 @@ def evaluate(
     found = summarise(table, scored)
     if not opened.science:
         lines: Sequence[Any] = scored
-        found["figures"] = build_figures({ANSWERS: lines}, rows, saved_majority(Path(model)))
+        found["figures"] = build_figures(
+            {ANSWERS: lines}, rows, saved_majority(Path(model)), what="held-out rows" if data is None else "rows"
+        )
         if show_figures is not None:
             show_figures(found["figures"])
     _write_summary(folder / f"evaluation{suffix}.json", about, found, time.monotonic() - start)
@@ -308,7 +310,7 @@ def open_evaluation(
         raise UserError(f"--base-only: {model} is a complete model, not a run with an adapter; leave the flag out")
     base = str(checked_base(read_record(folder), folder)) if run else model
     elsewhere = server is not None and not folder.is_dir()
-    plan = plan_model(chosen.model if elsewhere else _as_llava(chosen.model, base))
+    plan = plan_model(chosen.model if elsewhere else as_llava(chosen.model, base))
     tokenizer, processor, template = build_run_processor(chosen, plan, trained=True)
     seen = earlier_of(folder, recipe, chosen, processor, template, plan) if data is None else None
     read = partial(read_held_out, chosen, processor, template, plan.config, seen=seen)
@@ -393,6 +395,6 @@ def _weights(opened: OpenedEvaluation) -> dict[str, str]:
     return found | {"base": weights_state(folder) if folder.is_dir() else opened.base}
 
 
-def _as_llava(section: ModelSection, base: str) -> ModelSection:
+def as_llava(section: ModelSection, base: str) -> ModelSection:
     """Return the model section of a recipe that starts from a base as a complete LLaVA."""
     return ModelSection(start_from=StartFrom(llava=base), quantization=section.quantization, dtype=section.dtype)

@@ -104,10 +104,19 @@ def interval_cells(table: Table) -> tuple[list[str], list[str]]:
     return low, high
 
 
-def tables_view(title: str, tables: Mapping[str, Any], figures: Mapping[str, Any] | None = None) -> RichTable | Group:
-    """Build a table of either kind, with the figures of free answers; see `table_rows` and `answer_rows`."""
+def tables_view(
+    title: str, tables: Mapping[str, Any], figures: Mapping[str, Any] | None = None, rows: str = "held-out rows"
+) -> RichTable | Group:
+    """Build a table of either kind, with the figures of free answers; see `table_rows` and `answer_rows`.
+
+    Args:
+        title: Title of the table.
+        tables: Tables by name.
+        figures: From `build_figures`.
+        rows: What the rows are, for the title of free answers.
+    """
     if any(is_answer_table(table) for table in tables.values()):
-        view = answer_rows(f"{title}, held-out rows", tables, figures)
+        view = answer_rows(f"{title}, {rows}", tables, figures)
         return Group(view, *figures_view(figures)) if figures else view
     return table_rows(title, tables)
 

@@ -11,11 +11,11 @@ from lora_llava.pages.render import render
 
 @dataclass(frozen=True)
 class InspectItem:
-    """A row, or a pair of images.
+    """A row, or a group of images.
 
     Attributes:
         split: Its split.
-        name: The row's name, or the pair's figure.
+        name: The row's name, or the group's figure.
         labels: Why it is listed.
         images: Its images; None for one that cannot be opened.
         image_names: Their file names.
@@ -43,7 +43,7 @@ class InspectList:
     Attributes:
         key: Its name in links.
         title: Heading.
-        count: Rows or pairs, those not shown included.
+        count: Rows or groups, those not shown included.
         meaning: What it means to be in the list.
         drawn: How many are shown, if not all.
         items: What is shown.

@@ -131,6 +131,8 @@ def _refuse(choice: InitChoice, target: Path) -> None:
         )
     if choice.vision_tower and not choice.llm:
         raise UserError("--vision-tower needs --llm: the two make a new LLaVA; name the language model")
+    if choice.template is not None:
+        find_recipe(choice.template)  # before any row is written
     if choice.update and target.exists() and (choice.model or choice.llm or choice.template):
         raise UserError(
             f"--update refreshes the data part of {target} only; leave out --model, --llm and --recipe, and change its "

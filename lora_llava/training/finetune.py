@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from lora_llava.core.errors import UserError
-from lora_llava.core.storage import FoundPath, cache_folder
+from lora_llava.core.storage import FoundPath, cache_folder, looked_in
 from lora_llava.distributed.ranks import first_alone, first_before_others, is_first, this_rank
 from lora_llava.evaluation.figures.majority import MajorityAnswers
 from lora_llava.evaluation.run_report import REPORT_FILE, write_report
@@ -36,7 +36,7 @@ from lora_llava.planning import plan_tables
 from lora_llava.planning.continued_run import refuse_own_folder
 from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
-from lora_llava.runs.check_run import CHECKPOINTS
+from lora_llava.runs.check_run import CHECKPOINTS, check_run
 from lora_llava.runs.checkpoint import list_checkpoints, set_aside
 from lora_llava.runs.directory import (
     METRICS_FILE,
@@ -176,7 +176,22 @@ def with_stage1_run(recipe: Recipe, run: Path) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"start_from": start})})
 
 
+def check_stage1_run(recipe: Recipe) -> None:
+    """Refuse a `stage1_run` that does not exist, and name the run that was meant.
+
+    Raises:
+        UserError: With the field, and a run of a similar name or those beside it.
+    """
+    run = recipe.model.start_from.stage1_run
+    if run is not None and not Path(run).exists():
+        try:
+            check_run(run, "a finished run of Stage 1, or its recipe as stage1_recipe")
+        except UserError as error:
+            raise UserError(f"model.start_from.stage1_run: {error}{looked_in(run)}") from None
+
+
 def _plan(recipe: Recipe, console: Console) -> RunPlan:
+    check_stage1_run(recipe)
     with first_before_others():
         plan = plan_run(recipe, show_progress)
     plan_tables.print_data(plan, console)

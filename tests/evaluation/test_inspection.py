@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lora_llava.data.conversation import Conversation, Turn
-from lora_llava.evaluation.inspection import surprise
+from lora_llava.evaluation.inspection import near_duplicates, surprise
 from lora_llava.evaluation.inspection.inspected_rows import InspectedRow, by_image, without_images
-from lora_llava.evaluation.inspection.near_duplicates import NearPair, find_near_duplicates
+from lora_llava.evaluation.inspection.near_duplicates import NearGroup, find_near_duplicates
 from lora_llava.evaluation.inspection.row_measures import average_patches
 from lora_llava.evaluation.inspection.surprise import BY_MODEL, BY_ROWS, few_answer_groups, find_surprises
 from lora_llava.pages.inspect_page import InspectItem, InspectList, InspectPage, render_inspect_page
@@ -27,12 +27,27 @@ def test_leave_one_out_equals_a_fit_without_each_row(monkeypatch: pytest.MonkeyP
     states, given = rng.normal(size=(30, 7)), rng.integers(-1, 3, 30)
     inputs = (states - states.mean(0)) / (states.std(0) + 1e-6) / 7**0.5
     inputs, targets = np.c_[inputs, np.ones(30)], np.eye(4)[given][:, :3]
-    expected = []
-    for left in range(30):
-        kept = np.arange(30) != left
-        gram = inputs[kept].T @ inputs[kept] + 0.3 * np.eye(8)
-        expected.append(inputs[left] @ np.linalg.solve(gram, inputs[kept].T @ targets[kept]))
-    np.testing.assert_allclose(surprise.leave_one_out(states, given, 3), expected, atol=1e-9)
+    together = [[3, 8, 9], [20, 21]]
+    for groups in ([], together):
+        expected = []
+        for left in range(30):
+            out = next((group for group in groups if left in group), [left])
+            kept = ~np.isin(np.arange(30), out)
+            gram = inputs[kept].T @ inputs[kept] + 0.3 * np.eye(8)
+            expected.append(inputs[left] @ np.linalg.solve(gram, inputs[kept].T @ targets[kept]))
+        np.testing.assert_allclose(surprise.leave_out(states, given, 3, groups), expected, atol=1e-9)
+
+
+def test_of_two_answers_to_one_question_about_one_image_the_wrong_one_is_surprising() -> None:
+    rng = np.random.default_rng(3)
+    given = np.arange(60) % 2
+    states = np.eye(2)[given] @ rng.normal(size=(2, 16)) + 0.3 * rng.normal(size=(60, 16))
+    states[31] = states[0]  # the same image and question, and another answer
+    names = ["yes", "no"]
+    images = ["0" if n == 31 else str(n) for n in range(60)]
+    rows = [replace(row("Is it?", names[given[n]]), images=(images[n],)) for n in range(60)]
+    found = find_surprises(rows, states.astype(np.float16), np.zeros(60))
+    assert [n for n in range(60) if found[n].is_surprising] == [31]  # type: ignore[union-attr]
 
 
 def test_questions_that_share_answers_are_one_group_and_free_answers_none() -> None:
@@ -127,10 +142,22 @@ def test_near_duplicates_are_found_after_the_mean_is_taken_off() -> None:
     images = list(100 + rng.normal(size=(9, 20)))
     images.append(images[4] + 0.01 * rng.normal(size=20))
     (found,) = find_near_duplicates(images)
-    assert (found.one, found.two) == (4, 9)
-    assert found.cosine > 0.999
+    assert found.places == [4, 9]
+    assert min(found.cosines) > 0.999
     assert find_near_duplicates(images[:1]) == []
-    assert find_near_duplicates([images[0], images[0]]) == [NearPair(0, 1, pytest.approx(1.0))]
+    assert find_near_duplicates([images[0], images[0]]) == [NearGroup([0, 1], [1, 0], [pytest.approx(1.0)] * 2)]
+
+
+def test_near_duplicates_of_near_duplicates_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_duplicates, "_BLOCK", 2)
+    angles = np.array([0.0, 90.0, 36.0, 12.0, 24.0, 94.0, 200.0])  # degrees; the cosine of 12 is 0.978, of 24 0.914
+    images = [np.array([np.cos(angle), np.sin(angle)]) for angle in np.radians(angles)]
+    found = find_near_duplicates(images)
+    assert [group.places for group in found] == [[1, 5], [0, 2, 3, 4]]
+    assert (found[0].nearest, found[1].nearest[:2]) == ([5, 1], [3, 4])
+    assert found[1].cosines == pytest.approx([np.cos(np.radians(12))] * 4, abs=1e-6)
+    many = find_near_duplicates([images[0]] * 3000 + [images[1]])
+    assert [len(group.places) for group in many] == [3000]
 
 
 def test_patches_are_averaged_by_place_and_projected_the_same_way_each_time() -> None:

@@ -89,7 +89,7 @@ def test_other_data_with_a_bad_image(trained: Path, tmp_path: Path, capsys: pyte
     images.mkdir()
     for name in ("Öl.PNG", "b.png"):
         Image.new("RGB", (20, 20), (len(name) * 20, 9, 9)).save(images / name)
-    lines = ["image,question,answer", "Öl.PNG,Was?,ja", "missing.png,Was?,nein", '"b.png","a, ""b""?",ja']
+    lines = ["Bild;Frage;Antwort", "Öl.PNG;Was?;ja", "missing.png;Was?;nein", 'b.png;"a, ""b""?";ja']
     (tmp_path / "mehr.csv").write_bytes("\ufeff".encode() + "\r\n".join(lines).encode())
     options = ["--data", str(tmp_path / "mehr.csv"), "--image-folder", str(images), "--output", str(tmp_path / "out")]
     assert main(None, ["inspect", str(trained / "run"), *options]) == 0
@@ -134,7 +134,7 @@ def test_a_stopped_inspection_resumes(
     [
         (["--image-folder", "x"], "--image-folder needs --data"),
         (["--data", "no.csv"], "no.csv is missing; it should be a file"),
-        (["--data", "{rows}", "--image-folder", "no"], "--image-folder: the folder no does not exist"),
+        (["--data", "{rows}", "--image-folder", "no"], "--image-folder: no does not exist; name the root folder"),
     ],
 )
 def test_mistakes(options: list[str], message: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

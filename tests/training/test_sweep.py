@@ -21,9 +21,16 @@ from lora_llava.core.storage import cache_folder
 from lora_llava.evaluation import scoring
 from lora_llava.recipe import RecipeError, dump_recipe
 from lora_llava.recipe.io import check_recipe
-from lora_llava.training.sweep import sweep_results
+from lora_llava.training.sweep import sweep_results, sweep_runs
 from lora_llava.training.sweep.grid import Sweep, read_sweep, split_values
-from lora_llava.training.sweep.sweep_results import RunResult, SettingResult, summarise_sweep
+from lora_llava.training.sweep.sweep_results import (
+    RunResult,
+    SettingResult,
+    SweepResult,
+    ask_test,
+    summarise_sweep,
+    write_figures,
+)
 from lora_llava.training.sweep.sweep_runs import run_sweep
 from tests.ends import act_at
 
@@ -195,7 +202,7 @@ def test_a_sweep_stops_goes_on_chooses_and_asks_the_test_rows_once(
         with pytest.raises(StoppedError) as caught:
             swept(sweep)
     assert caches[0] == caches[1] == caches[2] != set()
-    assert str(caught.value) == f"stopped in run 3 of 4, {NAMES[2]}; the same command goes on from there"
+    assert str(caught.value) == f"stopped in run 3 of 4, {NAMES[2]}; run the same command to resume"
     assert caught.value.exit_code == 130
     assert not (sweep.folder / NAMES[1] / "run.json").exists()
     kept = (sweep.folder / NAMES[0] / "metrics.json").read_bytes()
@@ -293,3 +300,58 @@ def test_a_setting_that_cannot_start_is_reported_before_anything_is_trained(reci
         "data.max_length=17",
     ]
     assert not sweep.folder.exists()
+
+
+def test_a_run_without_figures_is_reported_and_the_others_compared(recipe: Path, tmp_path: Path) -> None:
+    sweep = read_sweep(str(recipe), ["lora.r=2,4"], output=str(tmp_path / "out"))
+    run = sweep.runs[0]
+    Path(run.recipe.output_dir).mkdir(parents=True)
+    (Path(run.recipe.output_dir) / "metrics.json").write_text('{"train": {}}')
+    stream = io.StringIO()
+    found = sweep_runs._result(run, "run 1 of 2", Path(), sweep.folder, Console(file=stream, width=200), train=False)
+    assert found.failure is not None
+    assert found.failure.startswith(f"{run.recipe.output_dir}/metrics.json cannot be read ('best_validation_loss')")
+    assert found.failure in stream.getvalue()
+
+
+def test_every_time_that_test_rows_were_asked_is_kept(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = read_sweep(str(recipe), ["lora.r=2,4"], output=str(tmp_path / "out"))
+    for run in sweep.runs:
+        folder = Path(run.recipe.output_dir)
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"adapter_sha256": f"of {run.name}", "base": {"name": "x"}}))
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+    asked: list[str] = []
+    monkeypatch.setattr(
+        sweep_results, "evaluate", lambda run: asked.append(Path(run).name) or {"AVG": [50.0, 1.0, len(asked)]}
+    )
+
+    def ask(*losses: float) -> SweepResult:
+        result = ask_test(sweep, summarise_sweep(sweep, results(sweep, list(losses))))
+        write_figures(sweep, result)
+        return result
+
+    two, four = (run.name for run in sweep.runs)
+    assert ask(1, 2).test_note == "the test rows were asked once, for the chosen run"
+    assert ask(2, 1).test_note == f"the test rows were asked 2 times; the table is of {four}, chosen before: {two}"
+    assert ask(1, 2).test_note == f"the test rows were asked 2 times; the table is of {two}, chosen before: {four}"
+    assert asked == [two, four]
+    figures = json.loads((sweep.folder / "sweep.json").read_text())
+    assert [each["run"] for each in figures["test_asked"]] == asked
+    assert (figures["test"]["run"], figures["test"]["table"]["AVG"][2]) == (two, 1)
+    (sweep.folder / "sweep.json").write_text("{")
+    with pytest.raises(UserError, match=r"sweep\.json cannot be read .*; remove it, and the test rows are asked again"):
+        ask(1, 2)
+
+
+def test_a_misspelt_run_of_stage_1_is_named_once(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "align").mkdir(parents=True)
+    (tmp_path / "runs" / "align" / "run.json").write_text("{}")
+    start = f"model.start_from={{stage1_run: {tmp_path}/runs/aling}}"
+    with pytest.raises(UserError) as caught:
+        swept(read_sweep(str(recipe), ["lora.r=2,4", start]))
+    meant = f"{tmp_path}/runs/aling does not exist (did you mean {tmp_path}/runs/align?); name "
+    assert str(caught.value).startswith(f"model.start_from.stage1_run: {meant}")
+    assert "\n" not in str(caught.value)

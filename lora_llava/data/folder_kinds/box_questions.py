@@ -77,6 +77,11 @@ def add_box_questions(found: ConvertedFolder, images: Sequence[BoxedImage], opti
         options: What the person chose.
     """
     kinds = box_kinds(options)
+    options.used.add("ask")
+    if not kinds:
+        raise UserError(f"--ask captions needs COCO captions; {found.shape} has boxes: use --ask {','.join(ASKED[:3])}")
+    if "captions" in options.ask:
+        found.facts.append(("captions", "not asked: there are none beside these boxes"))
     labels = Counter(box.label for each in images for box in each.boxes)
     if len(labels) == 1 and all(each.boxes for each in images) and "presence" in kinds:
         kinds = tuple(kind for kind in kinds if kind != "presence")

@@ -30,6 +30,7 @@ class CocoFolder(FolderKind):
 
     def convert(self, folder: Path, files: Sequence[Path], options: FolderOptions) -> ConvertedFolder:
         box_kinds(options)
+        options.used.add("ask")
         captions = [file for file in files if any("caption" in each for each in _annotations(file))]
         boxes = [file for file in files if file not in captions and any(map(_has_box, _annotations(file)))]
         if not captions and not boxes:

@@ -65,6 +65,9 @@ class CvatImages(FolderKind):
         ]
         if any(each.boxes for each in boxed):
             add_box_questions(found, boxed, options)
+            for other in (each for each in marked if each.boxes and each.has_others):
+                reason = "boxes of images with other annotations that are not read"
+                found.left_out.add(reason, other.image, len(other.boxes))
         else:
             for each in boxed:
                 found.left_out.add("images without an annotation that is read", each.image)
@@ -111,7 +114,7 @@ def _read_image(element: Element, name: str, image: str, split: str, found: Conv
             else:
                 found.left_out.add("attributes of boxes that share their label with others", name)
     tags = tuple(class_text(each.get("label", "")) for each in element if each.tag == "tag" and each.get("label"))
-    has_others = any(each.tag not in (*_SHAPES, "tag") for each in element)
+    has_others = any(each.tag != "tag" and not (each.tag in _SHAPES and each.get("label")) for each in element)
     return _CvatImage(name, image, split, tags, tuple(boxes), tuple(attributes), has_others)
 
 

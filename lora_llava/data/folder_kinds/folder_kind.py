@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from lora_llava.core.errors import UserError
+from lora_llava.data.files.row_files import placed_rows
 from lora_llava.data.files.shards import SPLIT_WORDS
 from lora_llava.data.formats import IMAGE_SUFFIXES, Format
 from lora_llava.data.formats.shared import alternatives
@@ -26,7 +27,7 @@ ASKED = ("presence", "count", "place", "captions")
 _NAMED = 3
 _MOST_LISTED = 20
 _IGNORED = ("__macosx", "thumbs.db", "desktop.ini", ROWS_FOLDER)
-_NO_ROWS = re.compile(r"(readme.*|licen[cs]e.*|requirements.*|recipe.*)", re.IGNORECASE)
+_NO_ROWS = re.compile(r"(readme|licen[cs]e|requirements)(\.\w+)*|recipe\.(ya?ml|json).*", re.IGNORECASE)
 
 
 class Asker(Protocol):
@@ -64,6 +65,7 @@ class FolderOptions:
         follow_links: Whether links in the folder may lead out of it.
         class_folders: Whether the folder of an image is its class, even if there is a table.
         asker: Asks what is not given.
+        used: Names of the options above that had an effect, added where they are read.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -74,6 +76,12 @@ class FolderOptions:
     follow_links: bool = False
     class_folders: bool = False
     asker: Asker = field(default_factory=SilentAsker)
+    used: set[str] = field(default_factory=set, compare=False)
+
+    def without_effect(self) -> list[str]:
+        """Return the flags that were given and had no effect on the folder."""
+        names = ("columns", "sheet", "question", "label_is", "ask")
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) and name not in self.used]
 
 
 class LeftOut:
@@ -110,7 +118,12 @@ def _one(reason: str) -> str:
     """Return a reason in the singular: its first word, and the verbs after it."""
     noun, _, rest = reason.partition(" ")
     noun = {"boxes": "box", "entries": "entry"}.get(noun, noun.removesuffix("s"))
-    return f"{noun} {rest}".replace(" are ", " is ").replace(" were ", " was ").replace(" lead ", " leads ")
+    return (
+        f"{noun} {rest}".replace(" are ", " is ")
+        .replace(" were ", " was ")
+        .replace(" lead ", " leads ")
+        .replace(" fit ", " fits ")
+    )
 
 
 @dataclass(frozen=True)
@@ -184,6 +197,21 @@ class FolderKind(ABC):
         Raises:
             UserError: If the files cannot be used; the message names the next step.
         """
+
+
+def object_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the rows of a file with their places, `rows.csv line 2`.
+
+    Raises:
+        UserError: For a row that is not an object with named fields.
+    """
+    for place, row in placed_rows(file):
+        if not isinstance(row, Mapping):
+            raise UserError(
+                f"{file}, {place}: the row is {type(row).__name__}; it should be an object with named fields; correct "
+                "or remove it"
+            )
+        yield f"{file.name} {place}", row
 
 
 def plain_files(folder: Path) -> list[Path]:
@@ -300,6 +328,7 @@ def class_question(classes: Iterable[str]) -> str:
 
 def ask_question(options: FolderOptions, default: str) -> str:
     """Return the question of images that have only a label: the person's, or the default."""
+    options.used.add("question")
     return (options.question or options.asker.text("Question asked of each image", default)).strip() or default
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lora_llava.core.errors import UserError
-from lora_llava.data.files.row_files import placed_rows
+from lora_llava.data.files.row_files import DataFileError, placed_rows
 from lora_llava.data.folder_kinds.folder_kind import (
     ConvertedFolder,
     FolderKind,
     FolderOptions,
     ImageFinder,
     counted,
+    object_rows,
     split_of,
 )
 
@@ -27,7 +27,7 @@ class HuggingFaceImageFolder(FolderKind):
     summary = "Hugging Face imagefolder"
 
     def find(self, folder: Path, files: Sequence[Path]) -> list[Path]:
-        return [file for file in files if file.name.lower() in _NAMES]
+        return [file for file in files if file.name.lower() in _NAMES and _names_files(file)]
 
     def convert(self, folder: Path, files: Sequence[Path], options: FolderOptions) -> ConvertedFolder:
         found = ConvertedFolder(self.summary, is_table=True)
@@ -36,19 +36,27 @@ class HuggingFaceImageFolder(FolderKind):
         for file in files:
             beside = file.parent.relative_to(folder).as_posix() if file.parent.is_relative_to(folder) else ""
             where = f"{beside}/{file.name}" if beside not in ("", ".") else file.name
-            for place, row in placed_rows(file):
-                column = next((name for name in row if str(name).strip().lower() in _COLUMNS), None)
-                if column is None:
-                    raise UserError(
-                        f"{file}: it has no column file_name; it has {', '.join(map(str, row))}; rename the column "
-                        "with the images"
-                    )
-                image = finder.find(row[column], beside, "rows")
+            for place, row in object_rows(file):
+                column = next(filter(_is_file_name, row), None)
+                image = finder.find(None if column is None else row[column], beside, "rows")
                 if image is None:
                     continue
                 split = split_of(folder / image, folder) if beside in ("", ".") else split_of(file, folder)
                 rest = {str(name): value for name, value in row.items() if name != column}
-                found.add(split, {**rest, "id": f"{where} {place}", "image": image})
+                found.add(split, {**rest, "id": f"{where} {place.removeprefix(file.name).strip()}", "image": image})
                 counts[where] += 1
         found.facts.append(("rows by file", counted(counts)))
         return found
+
+
+def _names_files(file: Path) -> bool:
+    """Check whether the first row has a column of file names; without one, the file is a table like others."""
+    try:
+        _, first = next(placed_rows(file), ("", None))
+    except DataFileError:  # reported where the file is read as a table
+        return False
+    return isinstance(first, Mapping) and any(map(_is_file_name, first))
+
+
+def _is_file_name(column: object) -> bool:
+    return str(column).strip().lower() in _COLUMNS

@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.files.json_stream import JsonStream
+from lora_llava.data.files.json_stream import JsonStream, first_line
 from lora_llava.data.files.text_encoding import text_encoding
 
 _LARGEST = 1 << 30
@@ -44,18 +44,29 @@ def first_of_list(file: Path) -> Any:
     """Return the first element of the list in a JSON file; None if the file holds anything else."""
     if file.suffix.lower() != ".json" or _opening(file) != "[":
         return None
-    return next(json_list(file), None)
+    try:
+        return next(json_list(file), None)
+    except UserError:  # reported where the file is read as a table
+        return None
 
 
 def json_list(file: Path) -> Iterator[Any]:
-    """Yield the elements of the list in a JSON file, one at a time; it ends where the text is not JSON."""
+    """Yield the elements of the list in a JSON file, one at a time.
+
+    Raises:
+        UserError: Where the text is not JSON, as in a file that was cut short.
+    """
     with file.open(encoding=text_encoding(file)) as stream:
         reader = JsonStream(stream)
         try:
             for _ in reader.elements():
                 yield reader.decode()
-        except (ValueError, RecursionError):
-            return
+            reader.finish("list")
+        except (ValueError, RecursionError) as error:
+            reason = first_line(error) if isinstance(error, ValueError) else "nested too deeply"
+            raise UserError(
+                f"{file}, line {reader.line}: not JSON: {reason.removeprefix('not JSON: ')}; export it again"
+            ) from None
 
 
 def _opening(file: Path) -> str:

@@ -30,7 +30,13 @@ from lora_llava.data.formats import IMAGE_SUFFIXES
 _UPLOAD = re.compile(r"[0-9a-f]{8}-")
 """What Label Studio puts before the name of an uploaded file."""
 _SHAPES = ("rectanglelabels", "polygonlabels", "ellipselabels")
+_OTHER_SHAPES = re.compile(r".*labels|rectangle|polygon|ellipse|brush|keypoint|vector|bitmask")
+"""Types of results that show where something is; where they are not read, what an image lacks is unknown."""
 _KEYS_OF_MIN = {"annotation_id", "annotator", "lead_time"}
+_OTHERS_OF_MIN = {*_KEYS_OF_MIN, "id", "created_at", "updated_at"}
+"""Keys of JSON_MIN that are about the task itself."""
+_ABOUT_IMAGE = {"choices": "choices", "textarea": "text", "rating": "rating", "number": "number"}
+"""Types of results about the whole image, with the key of their value."""
 _DESCRIBE = "Describe the image briefly."
 
 
@@ -129,7 +135,7 @@ def _file_named(data: Mapping[str, Any], finder: ImageFinder) -> str | None:
 def _results(entry: Mapping[str, Any], found: ConvertedFolder, name: str) -> list[list[Mapping[str, Any]]]:
     """Return the results of each annotation of a task that was not cancelled."""
     if not isinstance(entry.get("annotations"), list):
-        return [_results_of_min(entry)]
+        return [_results_of_min(entry, found, name)]
     done = [each for each in entry["annotations"] if isinstance(each, Mapping) and not each.get("was_cancelled")]
     if len(entry["annotations"]) > len(done):
         found.left_out.add("annotations that were cancelled", name, len(entry["annotations"]) - len(done))
@@ -138,35 +144,52 @@ def _results(entry: Mapping[str, Any], found: ConvertedFolder, name: str) -> lis
     ]
 
 
-def _results_of_min(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    found: list[Mapping[str, Any]] = []
-    meta = _KEYS_OF_MIN | {"id", "created_at", "updated_at"}
+def _results_of_min(entry: Mapping[str, Any], found: ConvertedFolder, name: str) -> list[Mapping[str, Any]]:
+    """Return the results of a task of JSON_MIN, which has them beside the image, by the name of the control."""
+    results: list[Mapping[str, Any]] = []
     for key, value in entry.items():
         role = role_of(str(key))
-        if isinstance(value, list) and value and all(isinstance(each, Mapping) for each in value):
-            found += [{"from_name": key, "type": _shape_in(each), "value": each} for each in value]
-        elif isinstance(value, Mapping) and isinstance(value.get("choices"), list):
-            found.append({"from_name": key, "type": "choices", "value": value})
-        elif isinstance(value, str) and key not in meta and role not in ("image", "question"):
-            kind = "textarea" if role == "caption" else "choices"
-            found.append({"from_name": key, "type": kind, "value": {"choices": [value], "text": [value]}})
-    return found
+        if key in _OTHERS_OF_MIN or role in ("image", "question") or value in (None, "", [], {}):
+            continue
+        read = _read_min(key, value, "textarea" if role == "caption" else "choices")
+        if not read:
+            found.left_out.add(f"values of {key} that are not read; export JSON instead of JSON_MIN", name)
+        results += read
+    return results
+
+
+def _read_min(key: str, value: Any, kind: str) -> list[Mapping[str, Any]]:
+    """Return the results in one value of JSON_MIN; `kind` is that of a bare text."""
+    if isinstance(value, str):
+        value = [value]
+    if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+        return [{"from_name": key, "type": _shape_in(each), "value": each} for each in value]
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return [{"from_name": key, "type": kind, "value": {"choices": value, "text": value}}]
+    named = {"choices": "choices", "text": "textarea", "rating": "rating", "number": "number"}
+    if isinstance(value, Mapping) and (given := next((each for each in named if each in value), None)):
+        return [{"from_name": key, "type": named[given], "value": value}]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [{"from_name": key, "type": "number", "value": {"number": value}}]
+    return []
 
 
 def _shape_in(value: Mapping[str, Any]) -> str:
-    return next((kind for kind in _SHAPES if kind in value), "")
+    return next((str(kind) for kind in value if _OTHER_SHAPES.fullmatch(str(kind))), "")
 
 
 def _read_result(task: _Task, result: Mapping[str, Any], is_first: bool, found: ConvertedFolder) -> None:
     kind, value = result.get("type"), result.get("value")
     control = str(result.get("from_name", kind))
-    if kind == "choices" and isinstance(value, Mapping) and isinstance(value.get("choices"), list):
-        text = ", ".join(class_text(str(each)) for each in value["choices"])
-        task.choices.setdefault(control, Counter()).update([text] if text else [])
-    elif kind == "textarea" and isinstance(value, Mapping):
-        given = value.get("text")
-        text = " ".join(str(each).strip() for each in (given if isinstance(given, list) else [given]) if each)
-        task.texts.setdefault(control, Counter()).update([text] if text else [])
+    if isinstance(value, Mapping) and kind in _ABOUT_IMAGE:
+        if value.keys() & {"x", "points"}:
+            found.left_out.add(f"results of type {kind} about a part of an image, which are not read", task.name)
+            return
+        given = value.get(_ABOUT_IMAGE[kind])
+        texts = [str(each).strip() for each in (given if isinstance(given, list) else [given]) if each is not None]
+        text = " ".join(texts) if kind == "textarea" else ", ".join(map(class_text, texts))
+        answers = task.texts if kind == "textarea" else task.choices
+        answers.setdefault(control, Counter()).update([text] if text else [])
     elif kind in _SHAPES and isinstance(value, Mapping) and _labels(value.get(str(kind))):
         if is_first:
             for label in _labels(value[str(kind)]):
@@ -174,7 +197,7 @@ def _read_result(task: _Task, result: Mapping[str, Any], is_first: bool, found: 
         else:
             found.left_out.add("boxes of a second annotator", task.name)
     else:
-        task.has_others = True
+        task.has_others = task.has_others or _OTHER_SHAPES.fullmatch(str(kind)) is not None
         found.left_out.add(f"results of type {kind or 'unknown'}, which are not read", task.name)
 
 
@@ -213,6 +236,8 @@ def _add_choices(found: ConvertedFolder, tasks: Sequence[_Task], options: Folder
         if not rows or is_only_class((answer for _, answer in rows), f"choices of {control}", found.left_out):
             continue
         default = class_question(classes)
+        if all(map(_is_number, classes)):
+            default = f"What is the {class_text(control)} of the image? Answer with a number."
         if len(controls) > 1:
             default = f"{class_text(control)}: {default}"
         question = ask_question(options, default) if len(controls) == 1 else default
@@ -226,10 +251,15 @@ def _add_choices(found: ConvertedFolder, tasks: Sequence[_Task], options: Folder
         found.facts.append((f"question {control}", "the task's own" if rows[0][0].asked else question))
 
 
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdecimal()
+
+
 def _add_texts(found: ConvertedFolder, tasks: Sequence[_Task], options: FolderOptions) -> None:
     for control in dict.fromkeys(control for task in tasks for control in task.texts):
         is_caption = role_of(control) in ("caption", "answer")
         default = _DESCRIBE if is_caption else f"What is the {class_text(control)} of the image?"
+        options.used.add("question")
         question = options.question or default
         count = own = 0
         for task in tasks:

@@ -42,6 +42,7 @@ def label_kind(labels: Sequence[str], options: FolderOptions, where: str) -> tup
         `class` or `caption`, and why.
     """
     if options.label_is is not None:
+        options.used.add("label_is")
         return options.label_is, f"a {options.label_is}, as --label-is says"
     short = sum(len(label.split()) <= _MOST_WORDS for label in labels)
     different = len(set(labels))

@@ -47,7 +47,7 @@ class VqaPairs(FolderKind):
         for file in questions:
             for each in _listed(file, "questions"):
                 asked.add(each["question_id"])
-                row = _row(file, each, answers, stems, finder, found)
+                row = _row(file, folder, each, answers, stems, finder, found)
                 if row is not None:
                     kinds[row["question_type"]] += 1
                     found.add(_split(file, folder), row)
@@ -108,6 +108,7 @@ def _by_number(folder: Path, follow_links: bool) -> dict[int, list[str]]:
 
 def _row(
     file: Path,
+    folder: Path,
     question: Mapping[str, Any],
     answers: Mapping[Any, tuple[str, str]],
     stems: Mapping[int, list[str]],
@@ -126,7 +127,12 @@ def _row(
     images = stems.get(number, []) if isinstance(number, int) else []
     subtype = json_object(file).get("data_subtype")
     if len(images) > 1:
-        images = [each for each in images if isinstance(subtype, str) and subtype in each][:1] or images[:1]
+        images = [each for each in images if str(subtype) in each] or images
+    if len(images) > 1:
+        images = [each for each in images if split_of(folder / each, folder) == _split(file, folder)] or images
+    if len(images) > 1:
+        found.left_out.add("questions whose image_id fits several files", f"{key}: {', '.join(images[:3])}")
+        return None
     image = images[0] if images else finder.find(str(number), what="questions")
     if image is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import tarfile
@@ -29,6 +30,8 @@ from lora_llava.data.formats import IMAGE_SUFFIXES
 
 _TAR = re.compile(r".*\.tar(\.gz|\.bz2|\.xz)?|.*\.tgz", re.IGNORECASE)
 _TEXTS = ("txt", "text", "caption", "json", "cls", "cls.txt")
+_IMAGE_NAMES = (".image", ".img", ".rgb", ".input")
+"""What may be between the name of a sample and the suffix of its image."""
 _MOST_TEXT = 1 << 20
 _MOST_IMAGE = 1 << 28
 """Most bytes of a text and of an image in a shard."""
@@ -58,6 +61,7 @@ class WebDatasetShards(FolderKind):
         found = ConvertedFolder(self.summary)
         names = _class_names(folder)
         classes: list[tuple[str, str, str, str]] = []
+        taken: dict[str, str] = {}
         captions = 0
         for archive in files:
             split = split_of(archive, folder)
@@ -67,7 +71,7 @@ class WebDatasetShards(FolderKind):
                 if sample.image is not None and content is None:
                     found.left_out.add("samples without a text, a caption or a class", row_id)
                     continue
-                image = _unpacked(archive, sample, folder, found)
+                image = _unpacked(archive, sample, folder, found, taken)
                 if image is None or content is None:
                     continue
                 if isinstance(content, str):
@@ -132,7 +136,7 @@ def _read_member(
     key = "/".join([*parts[:-1], own])
     extension = extension.lower()
     sample = samples.setdefault(key, _Sample(key, archive))
-    if f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES:
+    if _is_image(extension):
         if sample.image is not None:
             found.left_out.add("images after the first of a sample", member.name)
         elif member.size > _MOST_IMAGE:
@@ -147,15 +151,27 @@ def _read_member(
         found.left_out.add(f"files in shards of type .{extension}, which are not read", member.name)
 
 
-def _unpacked(archive: Path, sample: _Sample, folder: Path, found: ConvertedFolder) -> str | None:
-    """Return where a sample's image goes, and note it to be unpacked."""
+def _is_image(extension: str) -> bool:
+    """Whether a file is the sample's image; `1.depth.png` and `1.mask.png` are other images of the same sample."""
+    *before, last = (f".{part}" for part in extension.split("."))
+    return last in IMAGE_SUFFIXES and all(part in (*IMAGE_SUFFIXES, *_IMAGE_NAMES) for part in before)
+
+
+def _unpacked(
+    archive: Path, sample: _Sample, folder: Path, found: ConvertedFolder, taken: dict[str, str]
+) -> str | None:
+    """Return where a sample's image goes, and note it to be unpacked; `taken` has the places of other samples."""
     if sample.image is None:
         found.left_out.add("samples without an image", f"{archive.name} {sample.name}")
         return None
     shard = archive.relative_to(folder).as_posix() if archive.is_relative_to(folder) else archive.name
     stem = _TAR.sub(lambda match: re.sub(r"\.(tar.*|tgz)$", "", match[0], flags=re.IGNORECASE), shard)
     suffix = Path(sample.image.name).suffix.lower()
+    source = f"{shard} {sample.name}{suffix}"
     target = re.sub(r"[^\w./ -]", "_", f"{stem}/{sample.name}{suffix}")
+    if taken.setdefault(target.casefold(), source) != source:  # as a+1 and a_1, or A and a on Windows
+        digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+        target = f"{target.removesuffix(suffix)}_{digest}{suffix}"
     found.packed.append(Packed(archive, sample.image.name, target, sample.image.size))
     return target
 

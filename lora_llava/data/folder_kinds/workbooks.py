@@ -56,6 +56,7 @@ def _sheets(
     """Return the sheets to read: the one that was chosen, the only one with rows, or those of the splits."""
     tables = {name: _table(cells, name) for name, cells in _read_cells(file).items()}
     if options.sheet is not None:
+        options.used.add("sheet")
         if options.sheet not in tables:
             raise UserError(
                 f"--sheet {options.sheet}: {file} has no such sheet{nearest(options.sheet, tables)}; it has "

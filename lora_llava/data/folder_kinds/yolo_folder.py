@@ -40,20 +40,31 @@ class YoloFolder(FolderKind):
                 f"{folder}: its labels name classes by number only; add classes.txt with one name a line, or data.yaml"
             )
         found = ConvertedFolder(self.summary, counts_images=True)
-        images = {_key(file, folder): file for file in image_files(folder, options.follow_links)}
+        images: dict[str, list[Path]] = {}
+        for image in image_files(folder, options.follow_links):
+            images.setdefault(_key(image, folder), []).append(image)
         boxed = []
         for file in files:
-            image = images.pop(_key(file, folder), None)
+            fitting = images.get(_key(file, folder), [])
+            if len(fitting) > 1:
+                fitting = [each for each in fitting if _beside(each, folder) == _beside(file, folder)] or fitting
             relative = file.relative_to(folder).as_posix()
-            if image is None:
+            if not fitting:
                 found.left_out.add("label files whose image is not in the folder", relative)
                 continue
+            if len(fitting) > 1:
+                shown = ", ".join(each.relative_to(folder).as_posix() for each in fitting[:3])
+                images[_key(file, folder)] = [each for each in images[_key(file, folder)] if each not in fitting]
+                found.left_out.add("files of labels that fit several images", f"{relative}: {shown}")
+                continue
+            image = fitting[0]
+            images[_key(file, folder)].remove(image)
             boxes = _boxes(file, relative, names, found)
             if boxes is None:
                 continue
             split = split_of(image.parent / "x", folder)
             boxed.append(BoxedImage(relative, image.relative_to(folder).as_posix(), split, tuple(boxes)))
-        for image in images.values():
+        for image in (image for left in images.values() for image in left):
             found.left_out.add("images without a label file", image.relative_to(folder).as_posix())
         if not any(each.boxes for each in boxed):
             raise UserError(f"{folder}: no label file has a line such as `0 0.5 0.5 0.2 0.2`; export the labels again")
@@ -65,6 +76,11 @@ def _key(file: Path, folder: Path) -> str:
     """Return the path without suffix, and without the folder that is `images` for one and `labels` for the other."""
     parts = [part for part in file.relative_to(folder).parts[:-1] if part.lower() not in ("images", "labels")]
     return "/".join([*parts, file.stem])
+
+
+def _beside(file: Path, folder: Path) -> tuple[str, ...]:
+    """Return the folders of a file, in which `images` and `labels` are the same."""
+    return tuple("" if part.lower() in ("images", "labels") else part for part in file.relative_to(folder).parts[:-1])
 
 
 def _names(folder: Path) -> list[str] | dict[int, str]:

@@ -1,8 +1,9 @@
-"""Evaluate all rows of a file or folder, in place of a recipe's held-out rows."""
+"""All rows of a file or folder, to be evaluated or inspected in place of a recipe's rows."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,7 @@ def with_data_file(recipe: Recipe, data: DataFile) -> Recipe:
         UserError: If the file is missing or its rows have no known format.
     """
     content = recipe.model_dump(mode="json")
+    content["training"]["early_stopping"] = None  # it needs validation rows, which the file has none of
     kept = {name: content["data"][name] for name in _KEPT}
     folder = str(data.image_folder.expanduser().absolute()) if data.image_folder else None
     if data.image_folder is not None and not data.image_folder.expanduser().is_dir():
@@ -133,9 +135,11 @@ def _format_of(files: Sequence[Path], recipe: Recipe) -> tuple[Format, Columns]:
         raise UserError(f"--data: {files[0]} has no rows; add lines such as image, question, answer")
     known = [Columns(**source.columns.model_dump()) for source in recipe.data.all_sources()]
     row: dict[str, Any] = {key: value for each in first if isinstance(each, dict) for key, value in each.items()}
-    for columns in [*known, Columns()]:
-        if missing_columns(row, "conversations", columns) is None:
-            return "conversations", columns
+    forms: list[Format] = ["captions", "conversations"]
+    forms = forms if recipe.data.format == "captions" else forms[1:]
+    for form, columns in itertools.product(forms, [*known, Columns()]):
+        if missing_columns(row, form, columns) is None:
+            return form, columns
     shape = table_shape(files[0], first, FolderOptions(), files[0].parent)
     if shape.label_column is not None or shape.header is not None:
         raise UserError(

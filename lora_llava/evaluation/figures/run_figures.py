@@ -48,6 +48,7 @@ def build_figures(
     rows: Sequence[Conversation],
     majority: MajorityAnswers | None,
     shuffled: ShuffledImages | None = None,
+    what: str = "held-out rows",
 ) -> dict[str, Any]:
     """Build the figures of a run or an evaluation from its answers.
 
@@ -57,6 +58,7 @@ def build_figures(
         rows: The evaluated rows.
         majority: Counts of the training answers; None if they are unknown.
         shuffled: Answers with images shuffled, if there are some.
+        what: What the rows are, in the plural, for the sentences.
 
     Returns:
         `majority` (counts, and the table of its scores), `before_by_likelihood` and `shuffled` (tables), `intervals`
@@ -82,7 +84,7 @@ def build_figures(
         "gains": [gain.as_dict() for gain in gains],
         "confusion": [found.as_dict() for found in confused],
         "balanced_accuracy": _balanced({each: found for each, found in scored.items() if each != SHUFFLED}, rows),
-        "sentences": _sentences(gains, *about, majority, last, rows, shuffled),
+        "sentences": _sentences(gains, *about, majority, last, rows, shuffled, what),
     }
 
 
@@ -181,6 +183,7 @@ def _sentences(
     last: Sequence[AnsweredRow],
     rows: Sequence[Conversation],
     shuffled: ShuffledImages | None,
+    what: str,
 ) -> list[str]:
     found = []
     overs = {
@@ -190,33 +193,33 @@ def _sentences(
     }
     for gain in gains:
         if gain.over == SHUFFLED:
-            found.append(_describe_shuffled(gain))
+            found.append(_describe_shuffled(gain, what))
         else:
-            found.append(describe_gain(gain, _STARTS.get(gain.of, "With the model"), overs[gain.over]))
+            found.append(describe_gain(gain, _STARTS.get(gain.of, "With the model"), overs[gain.over], what))
             found += without_gain if gain.over == MAJORITY else []
     found += never_right
     if majority is not None and not majority.exists:
         found.append("No answer occurs twice in the training rows, so there is no majority answer to compare with.")
     if shuffled is not None and not shuffled.scored and any(row.images for row in rows):
-        found.append("Images could not be shuffled: too few held-out rows have different images.")
+        found.append(f"Images could not be shuffled: too few {what} have different images.")
     if last and len({normalise(row["reference"]) for row in last}) == 1:
         found.append(
-            f"All {len(last):,} held-out rows have the answer {last[0]['reference'].strip()!r}: these scores do not "
+            f"All {len(last):,} {what} have the answer {last[0]['reference'].strip()!r}: these scores do not "
             "show whether the model can distinguish answers."
         )
     images = {row.images for row in rows if row.images}
     with_images = sum(bool(row.images) for row in rows)
     if gains and images and with_images > _CROWDED * len(images):
         found.append(
-            f"{with_images:,} held-out rows share {len(images):,} image{'s' * (len(images) != 1)}; rows of one image "
+            f"{with_images:,} {what} share {len(images):,} image{'s' * (len(images) != 1)}; rows of one image "
             "are not independent, so the intervals are too narrow and the p values too small."
         )
     return found
 
 
-def _describe_shuffled(gain: Gain) -> str:
+def _describe_shuffled(gain: Gain, what: str) -> str:
     scores = (
-        f"with the images of other rows, {percent(gain.right_before, gain.rows)} of {gain.rows:,} held-out rows are "
+        f"with the images of other rows, {percent(gain.right_before, gain.rows)} of {gain.rows:,} {what} are "
         f"right, with their own images {percent(gain.right, gain.rows)}"
     )
     if gain.gained > gain.lost and gain.p < LEVEL:

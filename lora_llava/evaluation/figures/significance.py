@@ -104,16 +104,17 @@ def in_points(points: float) -> str:
     return f"{text} point{'s' * (text != '1')}"
 
 
-def describe_gain(gain: Gain, what: str, over: str) -> str:
+def describe_gain(gain: Gain, what: str, over: str, rows: str = "held-out rows") -> str:
     """Describe a gain in one sentence for a person.
 
     Args:
         gain: From `measure_gain`.
         what: What is compared, at the start of the sentence, such as `After training`.
         over: What it is compared with, such as `the majority answer`.
+        rows: What the rows are, in the plural.
     """
     start = (
-        f"{what}, {percent(gain.right, gain.rows)} of {gain.rows:,} held-out rows are right, compared with "
+        f"{what}, {percent(gain.right, gain.rows)} of {gain.rows:,} {rows} are right, compared with "
         f"{percent(gain.right_before, gain.rows)} for {over}"
     )
     if gain.gained == gain.lost:
@@ -126,7 +127,7 @@ def describe_gain(gain: Gain, what: str, over: str) -> str:
         return f"{start}: no gain, and the loss of {size} may be chance (McNemar's exact test, {write_p(gain.p)})."
     return (
         f"{start}: the gain of {size} may be chance (McNemar's exact test, {write_p(gain.p)}); "
-        f"{_more(gain.needed or 1)} would show a gain of this size in 4 of 5 cases."
+        f"{_more(gain.needed or 1, rows)} would show a gain of this size in 4 of 5 cases."
     )
 
 
@@ -140,9 +141,9 @@ def write_p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2f}" if round(p, 2) >= 0.06 else f"p = {p:.3f}"
 
 
-def _more(needed: int) -> str:
+def _more(needed: int, rows: str) -> str:
     if needed > _MOST:
-        return f"more than {_MOST:,} further held-out rows"
+        return f"more than {_MOST:,} further {rows}"
     digits = 10 ** max(0, len(str(needed)) - 2)
     rounded = math.ceil(needed / digits) * digits
-    return f"about {rounded:,} more held-out row{'s' * (rounded != 1)}"
+    return f"about {rounded:,} more {rows if rounded != 1 else rows.removesuffix('s')}"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from lora_llava.core.storage import atomic_file
 from lora_llava.data.images.image_sources import BadImageError
-from lora_llava.evaluation.inspection.inspection import ImagePair, Inspection, RowFinding, SplitImage
+from lora_llava.evaluation.inspection.inspection import ImageGroup, Inspection, RowFinding, SplitImage
 from lora_llava.evaluation.inspection.near_duplicates import THRESHOLD
 from lora_llava.evaluation.inspection.row_measures import GAIN_MARGIN
 from lora_llava.evaluation.inspection.surprise import BY_ROWS
@@ -18,7 +18,9 @@ from lora_llava.pages.inspect_page import InspectItem, InspectList, InspectPage,
 
 CSV_FILE, PAGE_FILE = "inspect.csv", "inspect.html"
 _SHOWN = 60
-"""Most rows or pairs of a list on the page; the CSV has all."""
+"""Most rows or groups of a list on the page; the CSV has all."""
+_NAMED = 5
+"""Most near-duplicates that a line of the CSV names, and most images of a group on the page."""
 _LONGEST = 400
 """Most characters of a text on the page."""
 _SIZE, _QUALITY = 224, 80
@@ -46,7 +48,9 @@ _COLUMNS = (
     "compared_with",
     "answer_rank",
     "likelier_answer",
+    "image_suspect",
     "near_duplicates",
+    "nearest_cosine",
     "leak",
     "problem",
 )
@@ -77,13 +81,18 @@ def write_inspection(inspection: Inspection, folder: Path) -> tuple[Path, Path]:
 
 
 def _csv_rows(inspection: Inspection) -> Iterable[list[object]]:
-    near: dict[SplitImage, list[tuple[SplitImage, ImagePair]]] = {}
-    for pair in inspection.pairs:
-        near.setdefault(pair.one, []).append((pair.two, pair))
-        near.setdefault(pair.two, []).append((pair.one, pair))
+    near: dict[SplitImage, tuple[ImageGroup, SplitImage, float]] = {
+        image: (group, nearest, cosine)
+        for group in inspection.groups
+        for image, nearest, cosine in zip(group.images, group.nearest, group.cosines, strict=True)
+    }
+    suspect = inspection.suspect_images()
     for each in inspection.findings:
         row = inspection.rows[each.place].row
-        others = [found for name in row.images for found in near.get((each.split, name), [])]
+        mine = [(each.split, name) for name in row.images]
+        groups = [near[image] for image in mine if image in near]
+        others = [nearest for _, nearest, _ in groups] + [image for group, *_ in groups for image in group.images]
+        others = [image for image in dict.fromkeys(others) if image not in mine]
         surprise = each.surprise
         blank = None if each.loss is None or each.blank is None else each.blank - each.loss
         yield [
@@ -105,8 +114,10 @@ def _csv_rows(inspection: Inspection) -> Iterable[list[object]]:
             surprise.by if surprise else "",
             (surprise.rank or "") if surprise else "",
             surprise.likelier if surprise and surprise.rank > 1 else "",
-            "; ".join(f"{_image_name(inspection, other)} ({pair.cosine:.3f})" for other, pair in others),
-            _yes(any(pair.is_leak for _, pair in others)),
+            _yes(any(image in suspect for image in mine)) if mine else "",
+            _named(inspection, others),
+            _number(max((cosine for *_, cosine in groups), default=None)),
+            _yes(any(group.is_leak for group, *_ in groups)),
             each.problem,
         ]
 
@@ -124,8 +135,11 @@ def _text(inspection: Inspection, each: RowFinding, role: str) -> str:
     return "\n".join(turn.words if role == "user" else turn.shown for turn in turns if turn.role == role)
 
 
-def _image_name(inspection: Inspection, image: SplitImage) -> str:
-    return f"{inspection.label(image)} in {image[0]}"
+def _named(inspection: Inspection, images: list[SplitImage]) -> str:
+    """Name the first images with their splits, and count the others."""
+    names = [f"{inspection.label(image)} in {image[0]}" for image in images[:_NAMED]]
+    more = len(images) - len(names)
+    return "; ".join([*names, *([f"and {more:,} more"] if more else [])])
 
 
 def _page(inspection: Inspection) -> InspectPage:
@@ -152,16 +166,16 @@ def _shown(count: int) -> str:
 
 
 def _surprising(inspection: Inspection) -> InspectList:
-    found = inspection.surprising()
+    found, suspect = inspection.surprising(), inspection.suspect_images()
     return InspectList(
         "surprising",
         "Surprising answers",
         len(found),
-        "Likely mislabelled, or with another row's image. Where a question has few answers, each answer is predicted "
-        "from the other rows, and listed if they point to another one; longer answers are listed if their loss is an "
-        "outlier.",
+        "Likely mislabelled, or with another row's image; if all rows of an image are listed, the image is likelier "
+        "wrong. Where a question has few answers, each answer is predicted from the other rows, and listed if they "
+        "point to another one; longer answers are listed if their loss is an outlier.",
         _shown(len(found)),
-        [_item(inspection, each) for each in found[:_SHOWN]],
+        [_item(inspection, each, suspect) for each in found[:_SHOWN]],
     )
 
 
@@ -179,20 +193,20 @@ def _no_gain(inspection: Inspection) -> InspectList:
 
 
 def _duplicates(inspection: Inspection) -> InspectList:
-    pairs = sorted(inspection.pairs, key=lambda pair: not pair.is_leak)
-    leaks = sum(pair.is_leak for pair in pairs)
+    groups = sorted(inspection.groups, key=lambda group: not group.is_leak)
+    leaks = sum(group.is_leak for group in groups)
     return InspectList(
         "near",
-        "Near-duplicate images",
-        len(pairs),
+        "Groups of near-duplicate images",
+        len(groups),
         f"The cosine of the vision tower's features, without the mean of all images, is at least {THRESHOLD}. "
         + (f"{leaks:,} across splits: a held-out image is trained on." if leaks else "None is across splits."),
-        _shown(len(pairs)),
-        [_pair_item(inspection, pair) for pair in pairs[:_SHOWN]],
+        _shown(len(groups)),
+        [_group_item(inspection, group) for group in groups[:_SHOWN]],
     )
 
 
-def _item(inspection: Inspection, each: RowFinding) -> InspectItem:
+def _item(inspection: Inspection, each: RowFinding, suspect: Container[SplitImage] = ()) -> InspectItem:
     row, surprise = inspection.rows[each.place].row, each.surprise
     losses = {
         "loss with its image": each.loss,
@@ -204,6 +218,7 @@ def _item(inspection: Inspection, each: RowFinding) -> InspectItem:
     if surprise is not None and surprise.is_surprising and surprise.by == BY_ROWS:
         likelier = surprise.likelier
     labels = ["gains nothing"] * each.gains_nothing + ["surprising"] * each.is_surprising
+    labels += ["all rows of its image are"] * any((each.split, name) in suspect for name in row.images)
     return InspectItem(
         each.split,
         row.name,
@@ -216,13 +231,16 @@ def _item(inspection: Inspection, each: RowFinding) -> InspectItem:
     )
 
 
-def _pair_item(inspection: Inspection, pair: ImagePair) -> InspectItem:
-    one, two = pair.one, pair.two
+def _group_item(inspection: Inspection, group: ImageGroup) -> InspectItem:
+    splits = list(dict.fromkeys(split for split, _ in group.images))
+    shown = [next(image for image in group.images if image[0] == split) for split in splits]  # one of each split
+    shown += [image for image in group.images if image not in shown][: max(0, _NAMED - len(shown))]
+    count = f"the first {len(shown)} of {len(group.images):,} images, " if len(group.images) > len(shown) else ""
     return InspectItem(
-        one[0] if not pair.is_leak else f"{one[0]} and {two[0]}",
-        f"cosine {pair.cosine:.3f}",
-        ["leak"] if pair.is_leak else [],
-        *_embedded(inspection, [one, two]),
+        " and ".join(splits),
+        f"{count}cosine {max(group.cosines):.3f}",
+        ["leak"] if group.is_leak else [],
+        *_embedded(inspection, shown),
     )
 
 

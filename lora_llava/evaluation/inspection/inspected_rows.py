@@ -11,16 +11,17 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation
 from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.templates.spans import AnyTemplate
+from lora_llava.evaluation.asked.data_file import DataFile, with_data_file
+from lora_llava.evaluation.evaluate import OpenedEvaluation, as_llava
 from lora_llava.evaluation.row_evaluation import choose_rows
 from lora_llava.model.adapter_file import checked_base
 from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.planning.run_plan import build_run_processor
-from lora_llava.recipe import EvaluationSection, ModelSection, Recipe, StartFrom, load_recipe
-from lora_llava.recipe.data_schema import ColumnsSection
+from lora_llava.recipe import EvaluationSection, Recipe, load_recipe
 from lora_llava.runs.check_run import check_run
 from lora_llava.runs.directory import RECIPE_FILE, read_data_hashes, read_record
-from lora_llava.splits.encoded_sources import encode_splits, show_progress
+from lora_llava.splits.encoded_sources import encode_splits, open_sources, show_progress
 from lora_llava.splits.split_rows import Split, build_split
 
 OTHER = "data"
@@ -59,6 +60,13 @@ class OpenedInspection:
     splits: dict[str, Split]
     notes: list[str] = field(default_factory=list)
 
+    def evaluation(self) -> OpenedEvaluation:
+        """Return what is needed to load the model."""
+        name, split = next(iter(self.splits.items()))
+        return OpenedEvaluation(
+            self.recipe, self.base, self.folder, self.plan, self.tokenizer, split, name, self.template
+        )
+
     def read(self, limit: int | None = None) -> list[InspectedRow]:
         """Read the rows, at most `limit` of all splits together, drawn by the recipe's seed."""
         places = [(name, index) for name, split in self.splits.items() for index in range(len(split.rows))]
@@ -93,53 +101,24 @@ def open_inspection(run: str, data: str | None = None, image_folder: str | None 
         raise UserError("--image-folder needs --data; add the file whose images are in that folder")
     recipe = load_recipe(folder / RECIPE_FILE)
     if data is not None:
-        recipe = _with_data(recipe, data, image_folder)
+        file = DataFile(Path(data), Path(image_folder) if image_folder is not None else None)
+        recipe = with_data_file(recipe, file)
     if recipe.model.quantization == "nf4":
         check_bitsandbytes()
     base = str(checked_base(record, folder))
-    section = recipe.model
-    own = ModelSection(start_from=StartFrom(llava=base), quantization=section.quantization, dtype=section.dtype)
-    plan = plan_model(own)
+    plan = plan_model(as_llava(recipe.model, base))
     tokenizer, processor, template = build_run_processor(recipe, plan, trained=True)
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation or EvaluationSection()})
     if recipe.data.format == "scienceqa" and recipe.data.splits.test is None:
         recipe = recipe.model_copy(update={"evaluation": None})
-    opened = encode_splits(recipe, tokenizer, template, show_progress)
-    other = data is not None and len(opened) == 1  # ScienceQA's folder has several splits
-    names = {name: OTHER if other else name for name in opened}
+    other = data is not None and recipe.data.format != "scienceqa"  # whose folder has several splits
+    sources = open_sources(recipe, ["test"]) if other else None
     splits = {
-        names[name]: build_split(
-            recipe, "test" if other else name, split, processor, plan.config, show_progress, trusted=True
-        )
-        for name, split in opened.items()
+        OTHER if other else name: build_split(recipe, name, split, processor, plan.config, show_progress, trusted=True)
+        for name, split in encode_splits(recipe, tokenizer, template, show_progress, sources).items()
     }
     notes = [] if data is not None else _changes(folder, recipe, splits)
     return OpenedInspection(folder, recipe, base, plan, tokenizer, template, splits, notes)
-
-
-def _with_data(recipe: Recipe, data: str, image_folder: str | None) -> Recipe:
-    """Return a recipe that reads one file and holds nothing out."""
-    path = Path(data)
-    if not path.exists() and (data.count("/") != 1 or path.suffix):
-        raise UserError(f"--data: {data} does not exist; name a file of rows")
-    if image_folder is not None and not Path(image_folder).is_dir():
-        raise UserError(f"--image-folder: the folder {image_folder} does not exist; name the root of the images")
-    own = recipe.data
-    science = own.format == "scienceqa" and (path / "problems.json").is_file()
-    form = "captions" if own.format == "captions" else "scienceqa" if science else "conversations"
-    columns = own.columns if own.sources is None else ColumnsSection()
-    changed = {
-        "format": form,
-        "path": data,
-        "image_folder": image_folder,
-        "columns": columns,
-        "splits": own.splits.model_copy(update={"validation": None, "test": None}),
-        **dict.fromkeys(("file", "sources", "revision", "validation_source", "test_source", "max_train_rows")),
-        **dict.fromkeys(("validation_rows", "test_rows"), 0),
-    }
-    if science:
-        changed["splits"] = own.splits.model_copy(update={"validation": None})
-    return recipe.model_copy(update={"data": own.model_copy(update=changed)})
 
 
 def _changes(folder: Path, recipe: Recipe, splits: dict[str, Split]) -> list[str]:

@@ -16,13 +16,12 @@ from lora_llava.core.progress import progress_bar
 from lora_llava.core.storage import file_hash
 from lora_llava.data.images.image_id import ImageName, saved_name
 from lora_llava.evaluation.answerers import Evaluator, messages_of
+from lora_llava.evaluation.evaluate import load_evaluator
 from lora_llava.evaluation.inspection.inspected_rows import InspectedRow, OpenedInspection, by_image, open_inspection
 from lora_llava.evaluation.inspection.kept_measures import KeptMeasures
 from lora_llava.evaluation.inspection.near_duplicates import find_near_duplicates
 from lora_llava.evaluation.inspection.row_measures import GAIN_MARGIN, Measures, measure_rows
 from lora_llava.evaluation.inspection.surprise import Surprise, find_surprises
-from lora_llava.inference.load import load_answering_model
-from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.provenance import weights_state
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.recipe import EvaluationSection
@@ -78,16 +77,23 @@ class RowFinding:
 
 
 @dataclass(frozen=True)
-class ImagePair:
-    """Two near-duplicate images, the cosine of their features, and whether they are in different splits."""
+class ImageGroup:
+    """Near-duplicate images.
 
-    one: SplitImage
-    two: SplitImage
-    cosine: float
+    Attributes:
+        images: Two or more images.
+        nearest: Of each, the nearest other one.
+        cosines: Of each, the cosine of its features and those of the nearest other one.
+    """
+
+    images: Sequence[SplitImage]
+    nearest: Sequence[SplitImage]
+    cosines: Sequence[float]
 
     @property
     def is_leak(self) -> bool:
-        return self.one[0] != self.two[0]
+        """Whether its images are in different splits."""
+        return len({split for split, _ in self.images}) > 1
 
 
 @dataclass(frozen=True)
@@ -98,14 +104,14 @@ class Inspection:
         opened: The run and its data.
         rows: The rows, in their order.
         findings: The figures of each row.
-        pairs: Near-duplicate images, the nearest first.
+        groups: Near-duplicate images, the nearest first.
         images: Number of different images that were compared.
     """
 
     opened: OpenedInspection
     rows: Sequence[InspectedRow]
     findings: Sequence[RowFinding]
-    pairs: Sequence[ImagePair]
+    groups: Sequence[ImageGroup]
     images: int
 
     def label(self, image: SplitImage) -> str:
@@ -119,6 +125,14 @@ class Inspection:
     def surprising(self) -> list[RowFinding]:
         """Return the rows with a surprising answer, the most surprising first."""
         return sorted((each for each in self.findings if each.is_surprising), key=lambda each: each.surprise_rank)
+
+    def suspect_images(self) -> set[SplitImage]:
+        """Return the images with several rows, all surprising: the image is likelier wrong than each answer."""
+        rows: dict[SplitImage, list[bool]] = {}
+        for each in self.findings:
+            for name in self.rows[each.place].row.images:
+                rows.setdefault((each.split, name), []).append(each.is_surprising)
+        return {image for image, surprising in rows.items() if len(surprising) > 1 and all(surprising)}
 
     def problems(self) -> list[RowFinding]:
         return [each for each in self.findings if each.problem]
@@ -156,11 +170,11 @@ def inspect_rows(
     if all(each.problem for each in findings):
         raise UserError(f"none of {len(rows):,} rows can be measured: {rows[0].row.name}: {findings[0].problem}")
     names = list(images)
-    pairs = [
-        ImagePair(names[pair.one], names[pair.two], pair.cosine)
-        for pair in find_near_duplicates([images[name] for name in names])
+    groups = [
+        ImageGroup([names[place] for place in group.places], [names[place] for place in group.nearest], group.cosines)
+        for group in find_near_duplicates([images[name] for name in names])
     ]
-    return Inspection(opened, rows, findings, pairs, len(names)), kept
+    return Inspection(opened, rows, findings, groups, len(names)), kept
 
 
 def _key(opened: OpenedInspection, rows: Sequence[InspectedRow]) -> list[object]:
@@ -187,7 +201,8 @@ def _measure_parts(
     done = sum(len(part) for part, each in zip(parts, found, strict=True) if each is not None)
     if done:
         tqdm.write(f"{done:,} of {len(rows):,} rows are in {kept.folder} already and are kept", file=sys.stderr)
-    evaluator = _load_evaluator(opened) if done < len(rows) else None
+    settings = opened.recipe.evaluation or EvaluationSection()
+    evaluator = load_evaluator(opened.evaluation(), settings.batch_size) if done < len(rows) else None
     bar = progress_bar(desc="inspecting", total=len(rows), initial=done, unit="row")
     try:
         with bar:
@@ -203,18 +218,6 @@ def _measure_parts(
         )
         raise
     return [each for each in found if each is not None]
-
-
-def _load_evaluator(opened: OpenedInspection) -> Evaluator:
-    section = opened.recipe.model
-    return Evaluator(
-        load_answering_model(opened.base, opened.folder, quantization=section.quantization, dtype=section.dtype),
-        opened.tokenizer,
-        opened.template,
-        image_tokens(opened.plan.config),
-        next(iter(opened.splits.values())).load_pixels,
-        (opened.recipe.evaluation or EvaluationSection()).batch_size,
-    )
 
 
 def _measure_part(

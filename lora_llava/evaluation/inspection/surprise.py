@@ -2,7 +2,9 @@
 
 A model that has seen a wrong answer often enough believes it, so its own loss finds few of them. Where a question has
 few answers, each row's answer is therefore predicted from the other rows: ridge regression from the model's state
-before the answer to the answers of all rows, with the exact leave-one-out prediction of each row.
+before the answer to the answers of all rows, with the exact prediction of each row from all rows but those that ask the
+same about the same images: they have the same state, so that a wrong answer among them would make the right one look
+wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ _COVERED = 0.8
 """Share of a group's rows whose answer is one of the few."""
 _PREDICTABLE = 0.75
 """Least share of a group's answers that other rows predict; below it, their predictions say little about one row."""
+_TOGETHER = 50
+"""Most rows of the same images and question that are left out together; of more, a few wrong ones change little."""
 _PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Ridge penalties to choose from, per row, for states of length 1."""
 _FAR = 3.5
@@ -158,7 +162,11 @@ def _by_rows(rows: Sequence[Conversation], states: np.ndarray) -> list[Surprise]
     few = [key for key, count in counts.items() if count >= _SEEN]
     shown = {key: Counter(given_answer(r) for r, k in zip(rows, keys, strict=True) if k == key) for key in few}
     given = np.array([few.index(key) if key in few else -1 for key in keys])
-    scores = leave_one_out(states, given, len(few))
+    same: dict[object, list[int]] = {}
+    for place, row in enumerate(rows):
+        if row.images:
+            same.setdefault((row.images, tuple(turn.text for turn in row.turns[:-1])), []).append(place)
+    scores = leave_out(states, given, len(few), [group for group in same.values() if 1 < len(group) <= _TOGETHER])
     own = np.where(given >= 0, scores[np.arange(len(rows)), given], 0.0)  # no other row has such an answer
     others = scores.copy()
     others[np.flatnonzero(given >= 0), given[given >= 0]] = -np.inf
@@ -170,16 +178,20 @@ def _by_rows(rows: Sequence[Conversation], states: np.ndarray) -> list[Surprise]
     ]
 
 
-def leave_one_out(states: np.ndarray, given: np.ndarray, answers: int) -> np.ndarray:
+def leave_out(
+    states: np.ndarray, given: np.ndarray, answers: int, together: Sequence[Sequence[int]] = ()
+) -> np.ndarray:
     """Predict each row's answer from all other rows.
 
-    Ridge regression has its leave-one-out predictions in closed form: (y' - h y) / (1 - h), with y' the fit and h the
-    leverage of the row (Allen, Technometrics 16, 1974). The penalty is the one of the smallest error.
+    Ridge regression has its leave-one-out predictions in closed form: y - (y - y') / (1 - h), with y' the fit and h the
+    leverage of the row (Allen, Technometrics 16, 1974); for rows that are left out together, 1 - h is the matrix
+    I - H of these rows. The penalty is the one of the smallest error.
 
     Args:
         states: Shape (rows, hidden size).
         given: Number of each row's answer, or -1 for another; int of shape (rows,).
         answers: Number of answers.
+        together: Rows that are left out together; a row is in one such group at most.
 
     Returns:
         Scores of shape (rows, answers); the answer of a sound row has about 1, the others 0.
@@ -196,7 +208,11 @@ def leave_one_out(states: np.ndarray, given: np.ndarray, answers: int) -> np.nda
     for penalty in _PENALTIES:
         shrunk = values[kept] / (values[kept] + penalty * len(inputs))
         leverage = np.minimum((directions**2) @ shrunk, 1 - 1e-9)[:, None]
-        predicted = ((directions * shrunk) @ projected - leverage * targets) / (1 - leverage)
+        missed = targets - (directions * shrunk) @ projected
+        predicted = targets - missed / (1 - leverage)
+        for group in map(list, together):
+            kernel = (directions[group] * shrunk) @ directions[group].T
+            predicted[group] = targets[group] - np.linalg.lstsq(np.eye(len(group)) - kernel, missed[group])[0]
         error = float(((predicted - targets) ** 2).sum())
         if error < least:
             best, least = predicted, error

@@ -17,6 +17,8 @@ from lora_llava.recipe import Recipe, load_recipe
 from lora_llava.recipe.io import parse_yaml
 from lora_llava.recipe.mistakes import write_value
 
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
+RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(:log)?")
 _LONGEST = 100
 """Most characters of a folder's name; a longer one ends in a hash."""
 
@@ -63,8 +65,50 @@ def describe(setting: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={write_value(value)}" for key, value in setting.items()) or "the recipe"
 
 
+@dataclass(frozen=True)
+class SweptValues:
+    """What a sweep varies, before the settings are chosen.
+
+    Attributes:
+        source: The recipe, as in `load_recipe`.
+        fixed: Overrides of all runs.
+        swept: The values of each key that has several, or its range, as they were typed.
+        seeds: The seeds of each setting.
+        folder: The folder of the runs.
+        recipe: The recipe with the values that all runs share.
+    """
+
+    source: str
+    fixed: Sequence[str]
+    swept: Mapping[str, Sequence[str]]
+    seeds: Sequence[int]
+    folder: Path
+    recipe: Recipe
+
+    def runs(self, texts: Mapping[str, str], prefix: str = "") -> list[SweepRun]:
+        """Return the runs of one setting.
+
+        Args:
+            texts: The value of each swept key, as in an override.
+            prefix: Start of the folders' names.
+
+        Returns:
+            A run for each seed.
+
+        Raises:
+            UserError: For values that the recipe refuses.
+        """
+        setting = {key: parse_yaml(text, f"override {key}={text}") for key, text in texts.items()}
+        found = load_recipe(self.source, [*self.fixed, *(f"{key}={text}" for key, text in texts.items())])
+        _check_validation(found)
+        names = {seed: prefix + run_name(setting, seed) for seed in self.seeds}
+        return [
+            SweepRun(name, setting, seed, _for_sweep(found, seed, self.folder / name)) for seed, name in names.items()
+        ]
+
+
 def read_sweep(recipe: str, overrides: Iterable[str], seeds: int = 1, output: str | None = None) -> Sweep:
-    """Read a sweep.
+    """Read a sweep over every combination of the listed values.
 
     Args:
         recipe: The recipe, as in `load_recipe`.
@@ -77,15 +121,27 @@ def read_sweep(recipe: str, overrides: Iterable[str], seeds: int = 1, output: st
         The sweep.
 
     Raises:
-        UserError: For a value that the recipe refuses, a value that is listed twice, or a recipe without validation
-            rows.
+        UserError: For a value that the recipe refuses, a value that is listed twice, a range, or a recipe without
+            validation rows.
     """
+    values = read_values(recipe, overrides, seeds, output)
+    for key, (text, *_) in values.swept.items():
+        if is_range(text):
+            raise UserError(f"{key}={text} is a range; add --trials N to search it, or list values: {key}=VALUE,VALUE")
+    runs: list[SweepRun] = []
+    for texts in itertools.product(*values.swept.values()):
+        runs += values.runs(dict(zip(values.swept, texts, strict=True)))
+    return Sweep(values.folder, values.recipe, with_own_names(runs, values.folder))
+
+
+def read_values(recipe: str, overrides: Iterable[str], seeds: int = 1, output: str | None = None) -> SweptValues:
+    """Read what a sweep varies; arguments and errors are those of `read_sweep`, which refuses ranges too."""
     lists = [_values(override) for override in overrides]
     twice = [key for key, count in Counter(key for key, _ in lists).items() if count > 1]
     if twice:
         raise UserError(f"{twice[0]} is given twice; list its values once: {twice[0]}=VALUE,VALUE")
-    swept = {key: values for key, values in lists if len(values) > 1}
-    fixed = [f"{key}={values[0]}" for key, values in lists if len(values) == 1]
+    swept = {key: values for key, values in lists if len(values) > 1 or is_range(values[0])}
+    fixed = [f"{key}={values[0]}" for key, values in lists if key not in swept]
     if "output_dir" in swept:
         raise UserError("output_dir cannot be swept: each run has a folder of its own; set --output FOLDER")
     shared = load_recipe(recipe, fixed)
@@ -95,17 +151,12 @@ def read_sweep(recipe: str, overrides: Iterable[str], seeds: int = 1, output: st
         if seeds > 1:
             raise UserError("seed has several values and --seeds is set; drop one")
         numbers = [load_recipe(recipe, [*fixed, f"seed={text}"]).seed for text in swept.pop("seed")]
-    folder = Path(output or f"{shared.output_dir}-sweep")
-    runs = []
-    for texts in itertools.product(*swept.values()):
-        chosen = [f"{key}={text}" for key, text in zip(swept, texts, strict=True)]
-        setting = {key: parse_yaml(text, f"override {key}={text}") for key, text in zip(swept, texts, strict=True)}
-        found = load_recipe(recipe, [*fixed, *chosen])
-        _check_validation(found)
-        for seed in numbers:
-            name = run_name(setting, seed)
-            runs.append(SweepRun(name, setting, seed, _for_sweep(found, seed, folder / name)))
-    return Sweep(folder, shared, _with_own_names(runs, folder))
+    return SweptValues(recipe, fixed, swept, numbers, Path(output or f"{shared.output_dir}-sweep"), shared)
+
+
+def is_range(text: str) -> bool:
+    """Whether a value is a range of numbers: `1e-5..1e-3`, or `1e-5..1e-3:log` by the logarithm."""
+    return RANGE.fullmatch(text) is not None
 
 
 def _values(override: str) -> tuple[str, list[str]]:
@@ -115,6 +166,8 @@ def _values(override: str) -> tuple[str, list[str]]:
         raise UserError(f"override {override!r}: a value between its commas is empty; remove a comma")
     if not equals or not key:
         raise UserError(f"override {override!r}: write key.sub=value,value")
+    if len(values) > 1 and any(map(is_range, values)):
+        raise UserError(f"override {override!r}: a range is given alone; write {key}=LOW..HIGH, or list values")
     parsed = [json.dumps(parse_yaml(value, f"override {override!r}"), sort_keys=True, default=str) for value in values]
     for number, value in enumerate(parsed):
         if value in parsed[:number]:
@@ -177,7 +230,7 @@ def _value_name(value: Any) -> str:
     return re.sub(r"[^\w.+-]+", "-", value if isinstance(value, str) else json.dumps(value)).strip("-") or "empty"
 
 
-def _with_own_names(runs: list[SweepRun], folder: Path) -> list[SweepRun]:
+def with_own_names(runs: list[SweepRun], folder: Path) -> list[SweepRun]:
     """Add a hash of the setting to names that are too long or that another run has too, in upper or lower case."""
     count = Counter(run.name.lower() for run in runs)
     named = []

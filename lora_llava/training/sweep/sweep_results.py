@@ -17,6 +17,8 @@ from lora_llava.runs.directory import METRICS_FILE, read_data_hashes, read_recor
 from lora_llava.training.sweep.grid import Sweep, SweepRun, describe
 
 SWEEP_FILE = "sweep.json"
+_ASKED = "test_asked"
+"""Key of the record of every time that test rows were asked, which no later call removes."""
 By = Literal["loss", "score"]
 
 
@@ -199,23 +201,28 @@ def ask_test(sweep: Sweep, result: SweepResult) -> SweepResult:
     folder = sweep.folder / chosen.name
     adapter = read_record(folder).get("adapter_sha256") or str((folder / ADAPTER_FILE).stat().st_mtime_ns)
     asked = _asked_before(sweep.folder)
-    if (asked.get("run"), asked.get("adapter")) == (chosen.name, adapter):
-        return replace(result, test=asked["table"], test_note="the test rows were asked once, for the chosen run")
-    table = dict(evaluate(str(folder)))
+    mine = next((each for each in asked if (each["run"], each["adapter"]) == (chosen.name, adapter)), None)
+    if mine is None:
+        mine = {"run": chosen.name, "adapter": adapter, "table": dict(evaluate(str(folder)))}
+        asked.append(mine)
+        write_json(sweep.folder / SWEEP_FILE, {_ASKED: asked})
     note = "the test rows were asked once, for the chosen run"
-    if asked:
-        note = (
-            f"the test rows were asked before, for {asked['run']}, which was chosen then; the table is of {chosen.name}"
-        )
-    write_json(sweep.folder / SWEEP_FILE, {"test": {"run": chosen.name, "adapter": adapter, "table": table}})
-    return replace(result, test=table, test_note=note)
+    others = [each["run"] for each in asked if each is not mine]
+    if others:
+        names = ", ".join(dict.fromkeys(others))
+        note = f"the test rows were asked {len(asked)} times; the table is of {chosen.name}, chosen before: {names}"
+    return replace(result, test=mine["table"], test_note=note)
 
 
-def _asked_before(folder: Path) -> dict[str, Any]:
+def _asked_before(folder: Path) -> list[dict[str, Any]]:
+    """Return the run, the adapter's hash and the table of each time that test rows were asked, the first time first."""
+    file = folder / SWEEP_FILE
     try:
-        return dict(json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8")).get("test") or {})
-    except (OSError, ValueError):
-        return {}
+        return [dict(each) for each in json.loads(file.read_text(encoding="utf-8"))[_ASKED]]
+    except (FileNotFoundError, KeyError):
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); remove it, and the test rows are asked again") from None
 
 
 def write_figures(sweep: Sweep, result: SweepResult) -> Path:
@@ -234,13 +241,16 @@ def write_figures(sweep: Sweep, result: SweepResult) -> Path:
         }
         for each in result.settings
     ]
+    asked = _asked_before(sweep.folder)
+    chosen = [each for each in asked if each["run"] == result.chosen.name] if result.test is not None else []
     content = {
         "chosen_by": f"validation {result.by}, mean over seeds",
         "chosen": {"run": result.chosen.name, "setting": dict(result.settings[0].setting), "why": result.why},
         "settings": settings,
         "notes": list(result.notes),
         "test_note": result.test_note,
-        "test": _asked_before(sweep.folder) if result.test is not None else None,
+        "test": chosen[-1] if chosen else None,
+        _ASKED: asked,
     }
     write_json(sweep.folder / SWEEP_FILE, content)
     return sweep.folder / SWEEP_FILE

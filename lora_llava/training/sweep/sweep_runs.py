@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 import traceback
 from collections.abc import Iterable
@@ -21,11 +22,13 @@ from lora_llava.runs.check_run import CHECKPOINTS
 from lora_llava.runs.checkpoint import list_checkpoints, newest_complete
 from lora_llava.runs.directory import METRICS_FILE, is_run, read_record
 from lora_llava.splits.encoded_sources import show_progress
-from lora_llava.training.finetune import finetune, finished_stage1, stage1_of, with_stage1_run
+from lora_llava.training.finetune import check_stage1_run, finetune, finished_stage1, stage1_of, with_stage1_run
 from lora_llava.training.sweep.grid import Sweep, SweepRun, describe
+from lora_llava.training.sweep.search import Search, TrialBook
 from lora_llava.training.sweep.sweep_results import (
     By,
     RunResult,
+    SettingResult,
     SweepResult,
     ask_test,
     read_result,
@@ -51,35 +54,62 @@ def run_sweep(sweep: Sweep, recipe_folder: Path, console: Console, *, by: By = "
         StoppedError: After Ctrl-C; the same command goes on.
         UserError: Before anything is trained, for a run that cannot start; or if no run could be finished.
     """
-    if this_rank()[1] > 1:
-        raise UserError("a sweep trains its runs one after the other in one process; start it without a launcher")
-    generates = sweep.recipe.evaluation is not None and sweep.recipe.evaluation.generate_every is not None
-    if by == "score" and not generates:
-        raise UserError("--by score needs scores of validation rows; set evaluation.generate_every=50")
+    _check_start(sweep.recipe, by)
     left = [run for run in sweep.runs if not is_finished(run, recipe_folder)]
     steps = _count_steps(sweep, left)
     _print_plan(sweep, left, steps, console)
     if dry:
         return
-    failed: dict[str, str] = {}
+    results = []
     for number, run in enumerate(sweep.runs, start=1):
+        place = f"run {number} of {len(sweep.runs)}"
         if run in left:
-            console.print(
-                f"run {number} of {len(sweep.runs)}: {run.name}, {count_of(steps[run.name], 'step')}", soft_wrap=True
-            )
-            try:
-                line = _run(run, recipe_folder, sweep.folder / LOGS, failed)
-            except StoppedError as error:
-                place = f"run {number} of {len(sweep.runs)}, {run.name}"
-                raise StoppedError(
-                    f"stopped in {place}; run the same command to resume", error.exit_code - 128
-                ) from None
-            console.print(f"  {line}", soft_wrap=True)
-    results = [
-        RunResult.failed(run, failed[run.name]) if run.name in failed else read_result(run) for run in sweep.runs
-    ]
-    result = summarise_sweep(sweep, results, by)
-    _finish(sweep, result, console)
+            console.print(f"{place}: {run.name}, {count_of(steps[run.name], 'step')}", soft_wrap=True)
+        results.append(_result(run, place, recipe_folder, sweep.folder, console, train=run in left))
+    _finish(sweep, summarise_sweep(sweep, results, by), console)
+
+
+def run_search(search: Search, recipe_folder: Path, console: Console, *, by: By = "loss", dry: bool = False) -> None:
+    """Run what is left of a search, and end as `run_sweep` does; its arguments and errors are the same."""
+    _check_start(search.values.recipe, by)
+    ends = [run for corner in (search.corners()[0], search.corners()[-1]) for run in search.values.runs(corner)]
+    steps = _count_steps(Sweep(search.folder, search.values.recipe, ends), ends).values()
+    each = count_of(max(steps), "step") if min(steps) == max(steps) else f"{min(steps):,} to {max(steps):,} steps"
+    seeds = ", ".join(map(str, search.values.seeds))
+    console.print(f"search {search.describe()}", soft_wrap=True)
+    console.print(
+        f"{count_of(search.trials, 'trial')}, seeds {seeds}, {each} each; runs in {search.folder}", soft_wrap=True
+    )
+    if dry:
+        return
+    book = TrialBook(search, by)
+    runs: list[SweepRun] = []
+    results: list[RunResult] = []
+    for number, mine in enumerate(book.settings(), start=1):
+        found = []
+        for run in mine:
+            place = f"trial {number} of {max(number, search.trials)}"
+            train = not is_finished(run, recipe_folder)
+            if train:
+                console.print(f"{place}: {run.name}", soft_wrap=True)
+            found.append(_result(run, place, recipe_folder, search.folder, console, train=train))
+        setting = SettingResult(mine[0].setting, found)
+        if len(setting.finished) == len(found) and math.isfinite(setting.mean(by)):
+            book.record(number - 1, setting.mean(by))  # else it stays open, and the same command tries it again
+        runs += mine
+        results += found
+    if len(runs) < search.trials * len(search.values.seeds):
+        console.print(f"the search found only {len(runs) // len(search.values.seeds)} settings", soft_wrap=True)
+    sweep = Sweep(search.folder, search.values.recipe, runs)
+    _finish(sweep, summarise_sweep(sweep, results, by), console)
+
+
+def _check_start(recipe: Recipe, by: By) -> None:
+    if this_rank()[1] > 1:
+        raise UserError("a sweep trains its runs one after the other in one process; start it without a launcher")
+    generates = recipe.evaluation is not None and recipe.evaluation.generate_every is not None
+    if by == "score" and not generates:
+        raise UserError("--by score needs scores of validation rows; set evaluation.generate_every=50")
 
 
 def _finish(sweep: Sweep, result: SweepResult, console: Console) -> None:
@@ -128,7 +158,9 @@ def _count_steps(sweep: Sweep, left: Iterable[SweepRun]) -> dict[str, int]:
         if not names:
             continue
         try:
-            plan = plan_run(next(run.recipe for run in runs if run.name in names), show_progress)
+            recipe = next(run.recipe for run in runs if run.name in names)
+            check_stage1_run(recipe)
+            plan = plan_run(recipe, show_progress)
             if plan.refusal is not None:
                 raise plan.refusal
         except UserError as error:
@@ -157,11 +189,37 @@ def _print_plan(sweep: Sweep, left: list[SweepRun], steps: dict[str, int], conso
     )
 
 
-def _run(run: SweepRun, recipe_folder: Path, logs: Path, failed: dict[str, str]) -> str:
-    """Train one run, with what it prints in a file, and return a line about it."""
-    folder, start = Path(run.recipe.output_dir), time.monotonic()
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"{run.name}.txt"
+def _result(
+    run: SweepRun, place: str, recipe_folder: Path, folder: Path, console: Console, *, train: bool
+) -> RunResult:
+    """Train a run unless it is finished, and return its result; one run's failure must not end the others."""
+    start, log = time.monotonic(), folder / LOGS / f"{run.name}.txt"
+    try:
+        if train:
+            _train(run, recipe_folder, log)
+        result = read_result(run)
+    except StoppedError as error:
+        raise StoppedError(
+            f"stopped in {place}, {run.name}; run the same command to resume", error.exit_code - 128
+        ) from None
+    except ReportedError as error:
+        result = RunResult.failed(run, " ".join(str(error).split()))
+    except Exception as error:
+        with log.open("a", encoding="utf-8") as stream:
+            traceback.print_exc(file=stream)
+        result = RunResult.failed(run, f"{type(error).__name__}: {' '.join(str(error).split()):.200} (see {log})")
+    if result.failure:
+        console.print(f"  failed: {result.failure}", soft_wrap=True)
+    elif train:
+        seconds = time.monotonic() - start
+        console.print(f"  validation loss {result.loss:.4f} at step {result.step:,}, {seconds:.0f} s", soft_wrap=True)
+    return result
+
+
+def _train(run: SweepRun, recipe_folder: Path, log: Path) -> None:
+    """Train one run, with what it prints in a file."""
+    folder = Path(run.recipe.output_dir)
+    log.parent.mkdir(parents=True, exist_ok=True)
     try:
         with log.open("a", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
             damaged = bool(list_checkpoints(folder / CHECKPOINTS)) and newest_complete(folder / CHECKPOINTS)[0] is None
@@ -172,22 +230,10 @@ def _run(run: SweepRun, recipe_folder: Path, logs: Path, failed: dict[str, str])
                 overwrite=damaged,
                 console=Console(file=stream, width=120, highlight=False, markup=False),
             )
-    except StoppedError:
-        raise
-    except ReportedError as error:
-        failed[run.name] = " ".join(str(error).split())
-    except Exception as error:  # one run's failure must not end the others
-        with log.open("a", encoding="utf-8") as stream:
-            traceback.print_exc(file=stream)
-        failed[run.name] = f"{type(error).__name__}: {' '.join(str(error).split()):.200} (see {log})"
     finally:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-    if run.name in failed:
-        return f"failed: {failed[run.name]}"
-    result = read_result(run)
-    return f"validation loss {result.loss:.4f} at step {result.step:,}, {time.monotonic() - start:.0f} s"
 
 
 def _can_resume(run: SweepRun, recipe_folder: Path) -> bool:
