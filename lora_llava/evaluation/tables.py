@@ -113,10 +113,10 @@ def tables_view(
         title: Title of the table.
         tables: Tables by name.
         figures: From `build_figures`.
-        rows: What the rows are, for the title of free answers.
+        rows: What the rows are, for the title of free answers; empty if the title says it.
     """
     if any(is_answer_table(table) for table in tables.values()):
-        view = answer_rows(f"{title}, {rows}", tables, figures)
+        view = answer_rows(f"{title}, {rows}" if rows else title, tables, figures)
         return Group(view, *figures_view(figures)) if figures else view
     return table_rows(title, tables)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from gate_samples import OPENING, turns_of, written_samples
+from gate_samples import CONTEXTS, OPENING, turns_of, written_samples
 
 from lora_llava.synthesis.contexts.context import Box, Context
 from lora_llava.synthesis.gates.example_copies import ExampleRuns
@@ -19,7 +18,6 @@ from lora_llava.synthesis.parse import parse_sample
 from lora_llava.synthesis.prompts import Prompt, load_prompts
 from lora_llava.synthesis.sample import Flavour, Rejection
 
-COCO = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_contexts" / "captions_boxes_20.jsonl"
 LABELS = ("dog", "cat", "bus", "car", "truck", "boat", "horse", "pizza", "laptop", "person")
 PLACES = ("in a park", "by a river", "near a house", "at a market", "on a road")
 
@@ -32,14 +30,6 @@ def made_contexts() -> list[Context]:
         captions = (f"A {label} {place} with some trees.", f"The {label} seen from the side on a sunny day.")
         boxes = tuple(Box(label, (0.1 * n, 0.2, 0.1 * n + 0.1, 0.6)) for n in range(1 + number % 3))
         found.append(Context(f"{number}.jpg", captions, boxes))
-    return found
-
-
-def coco_contexts() -> list[Context]:
-    found = []
-    for row in map(json.loads, COCO.read_text().splitlines()):
-        boxes = tuple(Box(each["category"], tuple(each["bbox"])) for each in row["instances"])
-        found.append(Context(row["image"], tuple(row["captions"]), boxes))
     return found
 
 
@@ -62,11 +52,7 @@ def copies(contexts: list[Context]) -> Counter[str]:
 
 def test_examples_of_the_prompts_put_to_other_contexts_are_refused() -> None:
     assert copies(made_contexts()) == {"copied example": 140}
-
-
-@pytest.mark.skipif(not COCO.exists(), reason="the twenty COCO contexts are not in this repository")
-def test_examples_of_the_prompts_put_to_coco_contexts_are_refused() -> None:
-    assert copies(coco_contexts()) == {"copied example": 140}
+    assert copies(list(CONTEXTS.values())) == {"copied example": 7 * len(CONTEXTS)}
 
 
 def test_good_samples_share_no_run_with_the_examples() -> None:

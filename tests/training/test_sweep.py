@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from lora_llava.training.sweep.sweep_results import (
     write_figures,
 )
 from lora_llava.training.sweep.sweep_runs import run_sweep
+from lora_llava.training.sweep.sweep_view import print_sweep
 from tests.ends import act_at
 
 GRID = ["training.learning_rate=1e-3,5e-3"]
@@ -355,3 +357,12 @@ def test_a_misspelt_run_of_stage_1_is_named_once(recipe: Path, tmp_path: Path) -
     meant = f"{tmp_path}/runs/aling does not exist (did you mean {tmp_path}/runs/align?); name "
     assert str(caught.value).startswith(f"model.start_from.stage1_run: {meant}")
     assert "\n" not in str(caught.value)
+
+
+def test_the_table_of_free_answers_is_titled_once(recipe: Path) -> None:
+    sweep = read_sweep(str(recipe), ["lora.r=2,4"])
+    table = {"all": {"questions": 24, "exact_match": 75.0, "f1": 75.0, "rouge_l": 75.0, "loss": 0.5}}
+    result = replace(summarise_sweep(sweep, results(sweep, [1, 2])), test=table)
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(*print_sweep(result))
+    assert [line.strip() for line in stream.getvalue().splitlines() if "rows" in line] == ["Test rows"]

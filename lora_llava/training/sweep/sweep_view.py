@@ -56,7 +56,7 @@ def print_sweep(result: SweepResult) -> list[RenderableType]:
         view.add_row(*row)
     shown: list[RenderableType] = [view, *choice(result)]
     if result.test is not None and result.chosen is not None:
-        shown.append(tables_view("Test rows", {result.chosen.name: result.test}))
+        shown.append(tables_view("Test rows", {result.chosen.name: result.test}, rows=""))
     return shown
 
 
