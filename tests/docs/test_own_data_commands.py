@@ -26,6 +26,8 @@ SHORT = {
     "start_from: {stage1_recipe: demo_align.yaml}": "start_from: {untrained: true}",
 }
 """What is changed in each recipe that `init` writes, so that training takes seconds."""
+TRIALS = {"--trials": "2"}
+"""Flags that get a smaller number."""
 
 
 def page_commands() -> list[list[str]]:
@@ -33,7 +35,12 @@ def page_commands() -> list[list[str]]:
     blocks = [command for command in commands(PAGE) if "/data/ScienceQA" not in command]
     untested = [command for command in blocks if "  # untested" in command]
     assert untested == ["lora-llava init my_images  # untested: takes the weights of LLaVA-1.5 7B from the Hub"]
-    return [shlex.split(command)[1:] for command in blocks if command not in untested]
+    return [shorter(shlex.split(command)[1:]) for command in blocks if command not in untested]
+
+
+def shorter(words: list[str]) -> list[str]:
+    """Return the words of a command with fewer trials."""
+    return [TRIALS.get(before, word) for before, word in zip(["", *words], words, strict=False)]
 
 
 def make_folders() -> None:
@@ -95,10 +102,12 @@ def test_commands_that_prepare_data(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.more
 def test_every_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("python_calamine", reason="pip install 'lora_llava[excel]'")
+    pytest.importorskip("optuna", reason="pip install 'lora_llava[optuna]'")
     monkeypatch.chdir(tmp_path)
     make_folders()
     assert run_page(page_commands()) == []
     for page in ("preview.html", "runs/my_images/report.html", "runs/my_images/inspect.html", "inspected/inspect.html"):
         assert Path(page).is_file()
     assert Path("runs/my_images-sweep/sweep.html").is_file()
+    assert len(list(Path("runs/search").glob("trial-*"))) == 2
     shutil.rmtree("runs")
