@@ -14,6 +14,7 @@ from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.encoded import EncodedRows
+from lora_llava.data.shared_prefixes import SharedPrefixes
 from lora_llava.distributed.ranks import this_rank
 from lora_llava.distributed.sharding import is_sharded
 from lora_llava.model.loading import resolve_dtype
@@ -34,28 +35,41 @@ class Extremes:
         tokens: Most tokens of a pass, padding included.
         trained_tokens: Most trained tokens of a pass.
         images: Most images of a pass.
+        keys: Most keys that attention reads in a pass; None is `tokens`.
     """
 
     tokens: int
     trained_tokens: int
     images: int
+    keys: int | None = None
 
 
-def measure_rows(rows: Sequence[Sequence[int]], samples: EncodedRows, *, padded: bool) -> Extremes:
+def measure_rows(
+    rows: Sequence[Sequence[int]], samples: EncodedRows, *, padded: bool, shared: SharedPrefixes | None = None
+) -> Extremes:
     """Find the heaviest forward pass.
 
     Args:
         rows: Sample indices of each pass.
         samples: The samples.
         padded: Whether the samples of a row are padded to the longest.
+        shared: The prefixes that samples share.
     """
     rows = [row for row in rows if row]  # a rank's rows in the last step may be empty
     lengths, trained, images = (
         values.tolist() for values in (samples.lengths, samples.supervised, samples.image_counts())
     )
+    most_trained = max(sum(trained[i] for i in row) for row in rows)
+    if shared is not None:
+        return Extremes(
+            max(shared.tokens(row, lengths) for row in rows),
+            most_trained,
+            max(shared.images(row, images) for row in rows),
+            max(shared.keys(row, lengths) for row in rows),
+        )
     return Extremes(
         max(len(row) * max(lengths[i] for i in row) if padded else sum(lengths[i] for i in row) for row in rows),
-        max(sum(trained[i] for i in row) for row in rows),
+        most_trained,
         max(sum(images[i] for i in row) for row in rows),
     )
 
@@ -96,6 +110,7 @@ def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda:
         tokens=extremes.tokens,
         trained_tokens=extremes.trained_tokens,
         images=extremes.images,
+        keys=extremes.keys,
         cached_features=recipe.training.vision_cache != "off",
         cuda=cuda,
         ranks=this_rank()[1] if is_sharded() else 1,

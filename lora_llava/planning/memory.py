@@ -55,6 +55,7 @@ class Step:
         checkpointed: Number of language model layers that are recomputed.
         offloaded: Whether the inputs of those layers are kept in host memory.
         new_tokens: Number of tokens whose rows of embeddings and head are trained.
+        keys: Keys and values that attention reads in the row; None is `tokens`, more if samples share prefixes.
     """
 
     config: LlavaConfig
@@ -71,6 +72,7 @@ class Step:
     checkpointed: int = 0
     offloaded: bool = False
     new_tokens: int = 0
+    keys: int | None = None
 
     @property
     def layers(self) -> int:
@@ -212,7 +214,9 @@ class Step:
             mask = 1 if self.cuda else size
             per_token += (size + mask) * inputs if dropout else size * shared  # inputs after dropout, and the masks
             per_token += size * self.lora.r * len(self.targets)
-        return per_token * self.tokens
+        # Attention keeps the keys and values that it reads, in which a shared prefix is repeated for each branch.
+        repeated = 2 * keys * size * (self.keys - self.tokens) if self.keys is not None else 0
+        return per_token * self.tokens + repeated
 
     @property
     def _inner(self) -> int:

@@ -88,7 +88,7 @@ def _print_sources(plan: RunPlan, console: Console) -> None:
 
 def _steps(plan: RunPlan) -> str:
     training, order = plan.recipe.training, plan.order
-    batch, accumulation = training.batch_size, training.gradient_accumulation
+    batch, accumulation = training.batch_size, order.accumulation
     if training.max_tokens_per_row is None:
         return f"{order.steps:,} steps of {batch * accumulation} samples ({batch} x {accumulation})"
     full = order.tokens_per_row / training.max_tokens_per_row

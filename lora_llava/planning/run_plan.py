@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from transformers import LlavaConfig, PreTrainedTokenizerBase
 
 from lora_llava.core.errors import UserError
+from lora_llava.data.shared_prefixes import SharedPrefixes, find_prefixes
 from lora_llava.data.templates.chat_template import saved_text
 from lora_llava.data.templates.named_templates import chat_template
 from lora_llava.data.templates.resolve_template import resolve_template
@@ -73,7 +74,7 @@ class RunPlan:
         computation: Dtype, attention and optimizer of the run on this machine.
         seen: The rows of all splits by content, for a run that continues this one.
         earlier: The rows of the runs that this one continues; None if it continues none.
-        notes: Lines about rows whose side is that of an earlier run.
+        notes: Lines about rows whose side is that of an earlier run, and about rows that share images.
     """
 
     recipe: Recipe
@@ -128,8 +129,10 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     if recipe.evaluation is None and recipe.data.test_source is None:
         splits.pop("test", None)
     samples = splits["train"].rows
-    order = order_run(recipe, splits["train"], model.config)
-    extremes = measure_rows(order.rows, samples, padded=not is_padding_free(recipe, model.config)[0])
+    padded = not is_padding_free(recipe, model.config)[0]
+    prefixes = None if padded else prefixes_of(recipe, splits["train"])
+    order = order_run(recipe, splits["train"], model.config, prefixes)
+    extremes = measure_rows(order.rows, samples, padded=padded, shared=order.shared)
     step, refusal = build_step(recipe, model.config, extremes, cuda=torch.cuda.is_available()), None
     try:
         step = choose_checkpointing(recipe, step)
@@ -149,7 +152,7 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
         resolve_computation(recipe, model.config),
         seen,
         earlier,
-        opened["train"].notes,
+        (*opened["train"].notes, *_sharing_notes(order, prefixes, samples.lengths.tolist())),
     )
 
 
@@ -278,13 +281,14 @@ def is_padding_free(recipe: Recipe, config: LlavaConfig) -> tuple[bool, str]:
     return resolve_attention(recipe.model.attention, resolve_dtype(recipe.model.dtype), config.text_config)
 
 
-def order_run(recipe: Recipe, split: Split, config: LlavaConfig) -> RowOrder:
+def order_run(recipe: Recipe, split: Split, config: LlavaConfig, shared: SharedPrefixes | None = None) -> RowOrder:
     """Order the rows of a run: which training samples share a forward pass.
 
     Args:
         recipe: The recipe.
         split: The training split.
         config: Configuration of the LLaVA.
+        shared: The prefixes that rows share; None shares none.
 
     Returns:
         The order.
@@ -308,5 +312,32 @@ def order_run(recipe: Recipe, split: Split, config: LlavaConfig) -> RowOrder:
                 f"{budget}; raise it, or set data.max_length={budget} with data.on_overlong=drop or truncate_answer"
             )
     return order_rows(
-        recipe.training, lengths, seed=recipe.seed, padded=not padding_free, epochs=split.epochs, ranks=this_rank()[1]
+        recipe.training,
+        lengths,
+        seed=recipe.seed,
+        padded=not padding_free,
+        epochs=split.epochs,
+        ranks=this_rank()[1],
+        shared=shared,
     )
+
+
+def prefixes_of(recipe: Recipe, split: Split) -> SharedPrefixes | None:
+    """Return the prefixes that rows of a split share; None if `training.share_images` is off."""
+    return None if recipe.training.share_images == "off" else find_prefixes(split.rows, split.pixels)
+
+
+def _sharing_notes(order: RowOrder, prefixes: SharedPrefixes | None, lengths: Sequence[int]) -> Iterator[str]:
+    """Yield what rows that share images save, and how many cannot."""
+    if order.shared is not None:
+        computed = sum(order.shared.tokens(row, lengths) for row in order.rows)
+        every = sum(lengths[i] for row in order.rows for i in row)
+        yield (
+            f"{order.shared.rows():,} of {len(lengths):,} rows share their image with other rows: it is computed once for "
+            f"those of a forward pass, {computed:,} tokens instead of {every:,} in the run"
+        )
+    if prefixes is not None and prefixes.other_text:
+        yield (
+            f"{prefixes.other_text:,} rows have the image of another row, but another text before it: for these it is "
+            "computed again"
+        )

@@ -210,6 +210,11 @@ class TrainingSection(Section):
     """Memory limit of a step in GiB, including CUDA's own half GiB; auto is the memory that is free at the start."""
     group_by_length: bool = True
     """Batch samples of similar length: less padding, if batches are padded (model.attention)."""
+    share_images: Literal["auto", "off"] = "auto"
+    """Compute an image, and the text before it, once for all rows of a forward pass that have it: exact, and faster
+    where several rows ask about one image. auto does so wherever rows are trained without padding."""
+    questions_per_image: Annotated[int, Field(ge=1)] = 10
+    """Most rows with one image in an optimiser step; its other rows come elsewhere in the epoch."""
     projector_dropout: Fraction = 0.0
     """Dropout after the projector, in training only; the checkpoint is a standard LLaVA."""
     eval_every: Annotated[int, Field(ge=1)] | None = None

@@ -48,8 +48,8 @@ def run_identity(plan: RunPlan, base: Base) -> dict[str, Any]:
     Returns:
         Plain JSON: hashes of the base's components, of a Stage 1 projector and of an adapter that is continued
         (`base`), the model's settings (`config`), the tokenizer, its special tokens and the chat template, the image
-        processor's settings, what `auto` resolved to on this machine (`computation`), and for every split (`data`) its
-        rows, their tokens and the contents of their images. `versions` are only reported. `run` is drawn when a run
+        processor's settings, what `auto` resolved to on this machine (`computation`), the rows that share images
+        (`order`), and for every split (`data`) its rows, their tokens and the contents of their images. `versions` are only reported. `run` is drawn when a run
         begins, and distinguishes its checkpoints from those of another run that is otherwise the same.
 
     Raises:
@@ -75,6 +75,7 @@ def run_identity(plan: RunPlan, base: Base) -> dict[str, Any]:
             "padding_free": plan.computation.padding_free,
             "optimizer": plan.computation.optimizer,
         },
+        "order": {} if plan.order.shared is None else {"rows_with_shared_images": plan.order.shared.rows()},
         "data": {name: _split_identity(split, name == evaluated) for name, split in plan.splits.items()},
         "versions": versions(),
     }
@@ -322,6 +323,7 @@ _SETTINGS = {
     "special_tokens": ("the tokenizer", "restore the tokenizer that it began with"),
     "image_processor": ("the image processor", "restore its preprocessor_config.json"),
     "computation": ("this machine", "resume it on the machine where it began"),
+    "order": ("the order of the rows", "set training.share_images to what it was, which is off in early versions"),
 }
 
 

@@ -19,7 +19,7 @@ from trl import SFTConfig
 
 from lora_llava.core.errors import StoppedError, UserError
 from lora_llava.data.collator import PackedCollator, PaddedCollator
-from lora_llava.distributed.balance import distribute_rows
+from lora_llava.data.shared_prefixes import SharedPrefixes, SharedSamples
 from lora_llava.distributed.ranks import first_alone, gather, is_first, this_rank
 from lora_llava.distributed.sharding import describe_shard, full_weights, is_sharded
 from lora_llava.evaluation.scoring import ScoreValidation
@@ -34,7 +34,7 @@ from lora_llava.model.vision import run_tower
 from lora_llava.planning.fit import resolve_optimizer
 from lora_llava.planning.memory import GIB
 from lora_llava.planning.row_order import validation_rows
-from lora_llava.planning.run_plan import RunPlan, is_padding_free, run_lora_config
+from lora_llava.planning.run_plan import RunPlan, is_padding_free, prefixes_of, run_lora_config
 from lora_llava.recipe import Recipe, recipe_hash
 from lora_llava.runs.check_run import CHECKPOINTS
 from lora_llava.runs.checkpoint import DiskFullError
@@ -141,8 +141,15 @@ def warmup_steps(share: float, steps: int) -> int:
     return min(math.ceil(steps * share), steps - 1)
 
 
-def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) -> SFTConfig:
-    """Return TRL's training arguments for a recipe."""
+def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool, accumulation: int) -> SFTConfig:
+    """Return TRL's training arguments for a recipe.
+
+    Args:
+        recipe: The recipe.
+        plan_steps: Optimizer steps.
+        has_validation: Whether there is a validation split.
+        accumulation: Forward passes of an optimizer step.
+    """
     training = recipe.training
     folder = Path(recipe.output_dir)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "logs")
@@ -153,7 +160,7 @@ def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) ->
         max_steps=plan_steps,
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
+        gradient_accumulation_steps=accumulation,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         warmup_steps=warmup_steps(training.warmup_ratio, plan_steps),
@@ -198,22 +205,18 @@ def build_feeds(plan: RunPlan) -> tuple[Feed, Feed | None]:
     """Return the feeds of the training and the validation split."""
     padding_free = plan.computation.padding_free
 
-    def feed(split: Split, rows: list[list[int]]) -> Feed:
+    def feed(split: Split, rows: list[list[int]], shared: SharedPrefixes | None) -> Feed:
         collator: Any = PackedCollator(split.load_pixels) if padding_free else padded_collator(plan, split)
-        return Feed(split.rows, rows, collator)
+        return Feed(split.rows if shared is None else SharedSamples(split.rows, shared), rows, collator)
 
-    train, validation = plan.splits["train"], plan.splits.get("validation")
+    train = feed(plan.splits["train"], plan.order.rows, plan.order.shared)
+    validation = plan.splits.get("validation")
     if validation is None:
-        return feed(train, plan.order.rows), None
+        return train, None
     training, lengths = plan.recipe.training, validation.rows.lengths.tolist()
-    order = distribute_rows(
-        validation_rows(training, lengths),
-        lengths,
-        ranks=this_rank()[1],
-        max_tokens=training.max_tokens_per_row,
-        padded=not padding_free,
-    )
-    return feed(train, plan.order.rows), feed(validation, order)
+    shared = prefixes_of(plan.recipe, validation) if padding_free else None
+    order = validation_rows(training, lengths, shared=shared, ranks=this_rank()[1], padded=not padding_free)
+    return train, feed(validation, order, shared)
 
 
 def padded_collator(plan: RunPlan, split: Split) -> PaddedCollator:
@@ -291,8 +294,12 @@ def _check_start(plan: RunPlan, model: PeftModel, feed: Feed) -> None:
         return
     split = plan.splits["train"]
     rank = 0 if is_sharded() else this_rank()[0]
-    first = [split.rows[i] for i in feed.rows[rank] or feed.rows[0]]
-    line = check_first_batch(model, first, padded_collator(plan, split), feed.collator)
+    shared = plan.order.shared
+    own = [row for row in feed.rows[rank :: 1 if is_sharded() else this_rank()[1]] if row] or feed.rows[:1]
+    # Check a row in which samples share a prefix, if there is one.
+    chosen = next((row for row in own if shared is not None and len(shared.runs(row)) < len(row)), own[0])
+    samples = [feed.samples[i] for i in chosen]
+    line = check_first_batch(model, samples, padded_collator(plan, split), feed.collator)
     if is_first():
         print(line)
 
@@ -309,7 +316,7 @@ def build_trainer(
     stopping = [StopEarly(early.patience, early.min_delta)] if early is not None else []
     rank, ranks = this_rank()
     own = feed.rows[rank::ranks]
-    nan = RefuseNaN(lambda number: [split.name_of(i) for i in own[number]], recipe.training.gradient_accumulation)
+    nan = RefuseNaN(lambda number: [split.name_of(i) for i in own[number]], plan.order.accumulation)
     every = recipe.training.save_every
     minutes = float(every.removesuffix("min")) if isinstance(every, str) else None
     saving = SaveEvery(every if isinstance(every, int) else None, minutes, time.monotonic)
@@ -318,7 +325,7 @@ def build_trainer(
         print(f"of {steps} steps {warmup_steps(share, steps)} are warm-up: more would leave too few to train")
     trainer = LlavaSFTTrainer(
         model,
-        training_arguments(recipe, plan.order.steps, validation is not None),
+        training_arguments(recipe, plan.order.steps, validation is not None, plan.order.accumulation),
         train=feed,
         validation=validation,
         processor=plan.processor,

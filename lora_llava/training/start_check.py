@@ -42,9 +42,10 @@ def check_first_batch(
     training = model.training
     model.eval()
     pairs = [samples[start : start + _PADDED_SAMPLES] for start in range(0, len(samples), _PADDED_SAMPLES)]
-    losses = [_loss(model, [packed(samples)]), _loss(model, [padded(pair) for pair in pairs])]
+    batch = packed(samples)
+    losses = [_loss(model, [batch]), _loss(model, [padded(pair) for pair in pairs])]
     model.train(training)
-    found = f"packed {losses[0]:.4f}, padded {losses[1]:.4f}"
+    found = f"{'shared' if 'key_segments' in batch else 'packed'} {losses[0]:.4f}, padded {losses[1]:.4f}"
     tolerance = _TOLERANCES[llava_of(model).dtype]  # not of the embeddings, which may train in float32
     if not abs(losses[0] - losses[1]) <= tolerance * abs(losses[1]):  # False for NaN
         raise StartCheckError(f"{found}: they should be equal; set model.attention=sdpa, and report this machine to us")

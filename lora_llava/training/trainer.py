@@ -248,7 +248,7 @@ class LlavaSFTTrainer(TrainerHooks):
             padding = int((inputs["attention_mask"] == 0).sum()) if "attention_mask" in inputs else 0
             self.tokens_seen += inputs["input_ids"].numel() - padding
             self.supervised_tokens_seen += count
-        if inputs["labels"].is_cuda and not self._trains_head:
+        if inputs["labels"].is_cuda and not self._trains_head and "predictors" not in inputs:
             loss = super().compute_loss(model, inputs, *args, **kwargs)
         else:
             loss = self._labelled_loss(model, inputs, kwargs.get("num_items_in_batch"))

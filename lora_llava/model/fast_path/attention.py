@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,11 +33,18 @@ def flash_varlen_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    segment_lengths: Sequence[int] | None = None,
+    key_segments: Sequence[int] | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute causal attention within each sample of a row; without `cu_seq_lens_q`, use transformers' SDPA.
+    """Compute causal attention within each segment of a row; without `cu_seq_lens_q`, use transformers' SDPA.
+
+    A segment is a sample, a prefix that samples share, or the branch of one of them. A branch reads the keys of its
+    prefix and its own: the causal mask is aligned at the end.
 
     Args:
         module: The attention layer.
@@ -46,8 +54,12 @@ def flash_varlen_attention(
         attention_mask: Used if `cu_seq_lens_q` is None.
         scaling: Factor of the scores; None is 1 / sqrt(head size).
         dropout: Dropout of the attention weights; 0 in every Llama we train.
-        cu_seq_lens_q: Start of each sample and end of the last one, int32, shape (samples + 1,).
-        max_length_q: Tokens of the longest sample.
+        cu_seq_lens_q: Start of each segment and end of the last one, int32, shape (segments + 1,).
+        cu_seq_lens_k: The same for the keys that each segment reads; None is `cu_seq_lens_q`.
+        max_length_q: Tokens of the longest segment.
+        max_length_k: Most keys that a segment reads.
+        segment_lengths: Tokens of each segment; None if no prefix is shared.
+        key_segments: The segments whose keys are read, in order; None if no prefix is shared.
         sliding_window: Tokens that a token attends to, itself included; None is all before it.
         kwargs: Other arguments of transformers, unused.
 
@@ -60,13 +72,21 @@ def flash_varlen_attention(
         )
     if kwargs.get("softcap") is not None:
         raise ValueError("flash_varlen does not compute a softcap; use sdpa or eager attention")
-    longest = int(max_length_q or torch.diff(cu_seq_lens_q).max())
-    window = sliding_window if sliding_window is not None and sliding_window < longest else None
+    if segment_lengths is not None and key_segments is not None:
+        key, value = (_read_segments(tensor, segment_lengths, key_segments) for tensor in (key, value))
+    else:
+        cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
+    assert cu_seq_lens_k is not None
+    longest, most_keys = (
+        int(most or torch.diff(ends).max())
+        for most, ends in ((max_length_q, cu_seq_lens_q), (max_length_k, cu_seq_lens_k))
+    )
+    window = sliding_window if sliding_window is not None and sliding_window < most_keys else None
     if not query.is_cuda or (window is not None and not _has_windows()):
-        return _by_segment(query, key, value, cu_seq_lens_q, scaling, dropout, window), None
+        return _by_segment(query, key, value, (cu_seq_lens_q, cu_seq_lens_k), scaling, dropout, window), None
     span = {} if window is None else {"window_size": (window - 1, 0)}
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, head size)
-    lengths = (cu_seq_lens_q, cu_seq_lens_q, longest, longest)
+    lengths = (cu_seq_lens_q, cu_seq_lens_k, longest, most_keys)
     flash_attn = find_flash_attn()
     if flash_attn is not None:
         output = flash_attn(q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True, **span)
@@ -109,36 +129,50 @@ def _by_segment(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
+    cu_seq_lens: tuple[torch.Tensor, torch.Tensor],
     scaling: float | None,
     dropout: float,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Run SDPA on each sample: exact, and far cheaper than a dense mask over the row."""
-    ends = cu_seq_lens.tolist()
+    """Run SDPA on each segment: exact, and far cheaper than a dense mask over the row."""
     grouped = key.shape[1] != query.shape[1]
-    parts = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            attn_mask=_band(end - start, window, query.device),
-            dropout_p=dropout,
-            is_causal=window is None or end - start <= window,
-            scale=scaling,
-            enable_gqa=grouped,
+    parts = []
+    for (start, end), (first, last) in zip(*(itertools.pairwise(ends.tolist()) for ends in cu_seq_lens), strict=True):
+        mask = _band(end - start, last - first, window, query.device)
+        parts.append(
+            F.scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, first:last],
+                value[:, :, first:last],
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
         )
-        for start, end in itertools.pairwise(ends)
-    ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
-def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Return the mask of a sample that is longer than the sliding window: each token and the `window` - 1 before it."""
-    if window is None or length <= window:
+def _band(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Return the mask of a segment, bool of shape (queries, keys); None if it is the square causal one.
+
+    The last query reads the last key: SDPA's `is_causal` aligns queries and keys at the start.
+    """
+    if queries == keys and (window is None or keys <= window):
         return None
-    ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    return ones.tril().triu(1 - window)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask if window is None else mask.triu(keys - queries + 1 - window)
+
+
+def _read_segments(tensor: torch.Tensor, lengths: Sequence[int], order: Sequence[int]) -> torch.Tensor:
+    """Return segments of keys or values, of shape (1, heads, tokens, head size), in the order in which they are read.
+
+    `split` and `cat`, as their backward pass adds the gradients of a prefix in a fixed order; an index would add them
+    in any order on a GPU.
+    """
+    segments = tensor.split(list(lengths), dim=2)
+    return torch.cat([segments[i] for i in order], dim=2)
 
 
 def register_flash_varlen() -> None:

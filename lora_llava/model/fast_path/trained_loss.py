@@ -15,15 +15,17 @@ def labelled_loss(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, tor
 
     Args:
         model: A LLaVA, with or without adapters.
-        inputs: A batch with `labels`, int64 of shape (rows, tokens).
+        inputs: A batch with `labels`, int64 of shape (rows, tokens); with `predictors`, of the same shape, where a
+            token is predicted by another position than the one before it (`PackedCollator`).
 
     Returns:
         The summed loss, a float32 scalar, and the number of trained tokens that were predicted as the most likely.
     """
     inputs = dict(inputs)
-    labels = inputs.pop("labels")[:, 1:]
-    columns = (labels != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
-    logits = model(**inputs | {"use_cache": False}, logits_to_keep=columns).logits.flatten(0, 1)
+    labels, predictors = inputs.pop("labels"), inputs.pop("predictors", None)
+    columns = (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1) + 1
+    positions = columns - 1 if predictors is None else predictors[0, columns]
+    logits = model(**inputs | {"use_cache": False}, logits_to_keep=positions).logits.flatten(0, 1)
     targets = labels[:, columns].flatten()
     loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
     return loss, (logits.detach().argmax(-1) == targets).sum()
