@@ -54,7 +54,7 @@ def print_data(plan: RunPlan, console: Console) -> None:
         fixes = ", ".join(f"{count:,} {what}" for what, count in split.report.mended.items())
         if fixes:
             console.print(f"{name}: fixed while reading: {fixes}; `lora-llava check` names the rows", soft_wrap=True)
-    for line in plan.notes:
+    for line in (*plan.notes, *plan.sharing):
         console.print(line, soft_wrap=True, markup=False)
     console.print(_steps(plan))
 

@@ -74,7 +74,8 @@ class RunPlan:
         computation: Dtype, attention and optimizer of the run on this machine.
         seen: The rows of all splits by content, for a run that continues this one.
         earlier: The rows of the runs that this one continues; None if it continues none.
-        notes: Lines about rows whose side is that of an earlier run, and about rows that share images.
+        notes: Lines about rows whose side is that of an earlier run.
+        sharing: Lines about rows that share images.
     """
 
     recipe: Recipe
@@ -91,6 +92,7 @@ class RunPlan:
     seen: SeenRows = field(default_factory=SeenRows)
     earlier: SeenRows | None = None
     notes: tuple[str, ...] = ()
+    sharing: tuple[str, ...] = ()
 
 
 def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
@@ -152,7 +154,8 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
         resolve_computation(recipe, model.config),
         seen,
         earlier,
-        (*opened["train"].notes, *_sharing_notes(order, prefixes, samples.lengths.tolist())),
+        opened["train"].notes,
+        tuple(_sharing(order, prefixes, samples.lengths.tolist())),
     )
 
 
@@ -327,17 +330,17 @@ def prefixes_of(recipe: Recipe, split: Split) -> SharedPrefixes | None:
     return None if recipe.training.share_images == "off" else find_prefixes(split.rows, split.pixels)
 
 
-def _sharing_notes(order: RowOrder, prefixes: SharedPrefixes | None, lengths: Sequence[int]) -> Iterator[str]:
+def _sharing(order: RowOrder, prefixes: SharedPrefixes | None, lengths: Sequence[int]) -> Iterator[str]:
     """Yield what rows that share images save, and how many cannot."""
     if order.shared is not None:
         computed = sum(order.shared.tokens(row, lengths) for row in order.rows)
         every = sum(lengths[i] for row in order.rows for i in row)
         yield (
-            f"{order.shared.rows():,} of {len(lengths):,} rows share their image with other rows: it is computed once for "
-            f"those of a forward pass, {computed:,} tokens instead of {every:,} in the run"
+            f"{order.shared.rows():,} of {len(lengths):,} rows share their image with other rows, and it is computed "
+            f"once in a forward pass: {computed:,} tokens in the run instead of {every:,}"
         )
     if prefixes is not None and prefixes.other_text:
         yield (
-            f"{prefixes.other_text:,} rows have the image of another row, but another text before it: for these it is "
-            "computed again"
+            f"{prefixes.other_text:,} rows have the image of another row, but another text before it, and compute it "
+            "again"
         )

@@ -97,8 +97,10 @@ def _cut(members: Sequence[int], lengths: Sequence[int], shared: SharedPrefixes,
     """Cut a group into as few runs of about equal size as fit; the prefix is repeated in each."""
     most = capacity.questions
     if capacity.tokens is None:
-        # Runs of a size that divides a row's number of samples fill rows without being cut.
-        most = max(size for size in range(1, min(most, capacity.samples) + 1) if capacity.samples % size == 0)
+        most = min(most, capacity.samples)
+        if len(members) > most:
+            # Runs of a size that divides a row's number of samples fill rows without being cut.
+            most = max([size for size in range(most // 2 + 1, most + 1) if capacity.samples % size == 0], default=most)
         return [list(members[start : start + most]) for start in range(0, len(members), most)]
     for count in range(math.ceil(len(members) / most), len(members) + 1):
         ends = [round(len(members) * number / count) for number in range(count + 1)]

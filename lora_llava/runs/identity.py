@@ -48,9 +48,10 @@ def run_identity(plan: RunPlan, base: Base) -> dict[str, Any]:
     Returns:
         Plain JSON: hashes of the base's components, of a Stage 1 projector and of an adapter that is continued
         (`base`), the model's settings (`config`), the tokenizer, its special tokens and the chat template, the image
-        processor's settings, what `auto` resolved to on this machine (`computation`), the rows that share images
-        (`order`), and for every split (`data`) its rows, their tokens and the contents of their images. `versions` are only reported. `run` is drawn when a run
-        begins, and distinguishes its checkpoints from those of another run that is otherwise the same.
+        processor's settings, what `auto` resolved to on this machine (`computation`), the number of rows that share
+        images (`order`), and for every split (`data`) its rows, their tokens and the contents of their images.
+        `versions` are only reported. `run` is drawn when a run begins, and distinguishes its checkpoints from those of
+        another run that is otherwise the same.
 
     Raises:
         UserError: If the base's weights are missing or damaged.

@@ -1,4 +1,4 @@
-"""Rows that share an image compute it once: with the losses and gradients of samples that are computed one at a time."""
+"""Rows that share an image compute it once, with the losses and gradients of one sample at a time."""
 
 from __future__ import annotations
 
