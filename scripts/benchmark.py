@@ -22,6 +22,7 @@ from tests.benchmarks import (
     generation,
     gpu,
     merge,
+    shared_images,
     synthesis,
 )
 
@@ -37,6 +38,7 @@ BENCHMARKS = {
     "gpu": gpu,
     "dealing": dealing,
     "faults": faults,
+    "shared_images": shared_images,
 }
 
 
