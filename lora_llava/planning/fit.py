@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -217,8 +215,4 @@ def describe_device() -> str:
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
         return f"{torch.cuda.get_device_name()}, {memory / GIB:.1f} GiB"
-    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
-        if torch.version.cuda is None:
-            return "CUDA card present, but this torch is the CPU build; install torch for CUDA (pytorch.org)"
-        return "CUDA card present, but torch cannot use it; see `nvidia-smi` and the driver's version"
-    return "no GPU: training would run on the CPU"
+    return "no GPU for torch: training would run on the CPU"
