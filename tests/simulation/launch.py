@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +54,12 @@ def build_guard() -> Path:
     return library
 
 
-def simulate(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def simulate(jobs: list[dict[str, Any]], done: Callable[[], object] = lambda: None) -> list[dict[str, Any]]:
     """Run jobs one after the other in one new process.
 
     Args:
         jobs: `kind`, one of `run_simulation.KINDS`, and the arguments of that function.
+        done: Called once for each finished job.
 
     Returns:
         What each function returned.
@@ -66,19 +69,35 @@ def simulate(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         RuntimeError: If the process fails, with the end of its output.
     """
     with tempfile.TemporaryDirectory(prefix="lora_llava_simulation_") as folder:
-        found = Path(folder, "found.json")
-        environment = os.environ | {
-            "LD_PRELOAD": str(build_guard()),  # torch looks for hooks once, while it is imported
-            "LD_LIBRARY_PATH": str(Path(torch.__file__).parent / "lib"),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-            "LORA_LLAVA_CACHE": str(Path(folder, "cache")),
-            "HF_HUB_OFFLINE": "1",
-        }
-        command = [sys.executable, "-m", "tests.simulation.run_simulation", str(found)]
-        run = subprocess.run(
-            command, input=json.dumps(jobs), env=environment, cwd=folder, capture_output=True, text=True
-        )
-        if run.returncode or not found.exists():
-            raise RuntimeError(f"the simulation failed with {run.returncode}:\n{(run.stdout + run.stderr)[-6000:]}")
-        results: list[dict[str, Any]] = json.loads(found.read_text())
-        return results
+        found, output = Path(folder, "found.jsonl"), Path(folder, "output")
+        found.touch()
+        with output.open("w") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.simulation.run_simulation", json.dumps(jobs), str(found)],
+                env=_environment(Path(folder)), cwd=folder, stdout=stream, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            seen = 0
+            try:
+                while seen < len(jobs) and process.poll() is None:
+                    time.sleep(0.2)
+                    finished = found.read_text().count("\n")
+                    for _ in range(finished - seen):
+                        done()
+                    seen = finished
+                process.wait()
+            finally:
+                process.kill()
+        if process.returncode:
+            end = output.read_text()[-6000:]
+            raise RuntimeError(f"the simulation failed with {process.returncode}:\n{end}")
+        return [json.loads(line) for line in found.read_text().splitlines()]
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return os.environ | {
+        "LD_PRELOAD": str(build_guard()),  # torch looks for hooks once, while it is imported
+        "LD_LIBRARY_PATH": str(Path(torch.__file__).parent / "lib"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "LORA_LLAVA_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }

@@ -23,6 +23,7 @@ from lora_llava.planning.memory import CUDA_CONTEXT
 from lora_llava.training import stages
 from lora_llava.training.feed import Feed
 from lora_llava.training.trainer import LlavaSFTTrainer
+from tests.simulation.allocator import replay
 from tests.simulation.fake_card import FakeMode
 from tests.simulation.meter import Meter
 from tests.simulation.settings import Setting, config_of, images_of, planned_step, recipe_of
@@ -187,6 +188,28 @@ def measure_at_depth(setting: Setting, meters: list[Meter]) -> dict[str, Any]:
 
     peaks = Peaks(whole("second_pass"), whole("states"), whole("update"), base.at)
     return _result(setting, step, peaks.peak, base.at)
+
+
+def measure_fragments(setting: Setting, meters: list[Meter]) -> dict[str, Any]:
+    """Return what the caching allocator holds for rows of several lengths, without and with expandable segments.
+
+    The replay begins with the first weight and ends after an optimizer step of four passes.
+    """
+    meter = Meter(setting.trained_tokens)
+    meter.record = True
+    with on_card(meter, meters):
+        trainer = build_trainer(setting, TrainerCallback())
+        lengths = [int(share * setting.tokens) for share in (1, 0.91, 0.97, 0.83)]
+        config = trainer.model.config
+        trainer.rows = [batch_of(replace(setting, tokens=tokens), config) for tokens in lengths]
+        trainer.args.gradient_accumulation_steps = trainer.accelerator.gradient_accumulation_steps = len(lengths)
+        trainer.train()
+    found = {str(expandable): replay(meter.events, expandable=expandable) for expandable in (False, True)}
+    return {"name": setting.name, "events": len(meter.events), "peak_bytes": meter.peak} | {
+        f"{'expandable' if name == 'True' else 'fixed'}_{part}": getattr(each, part)
+        for name, each in found.items()
+        for part in ("allocated", "reserved")
+    }
 
 
 def _result(setting: Setting, step: Any, counted: int, at: str) -> dict[str, Any]:
