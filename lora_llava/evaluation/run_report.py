@@ -64,6 +64,7 @@ class _Train(BaseModel):
     tokens: int
     supervised_tokens: int
     peak_memory_bytes: int
+    peak_reserved_bytes: int | None = None
     steps: int
     loss_curve: _Losses
     curves: dict[str, _Pairs] = {}
@@ -236,12 +237,19 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("kept", _kept(train)),
         ("tokens", f"{train['tokens']:,}, {100 * train['supervised_tokens'] / max(1, train['tokens']):.0f}% trained"),
         ("time", f"{train['seconds']:,.0f} s, {train['tokens'] / max(1e-9, train['seconds']):,.0f} tokens/s"),
-        ("peak memory", f"{train['peak_memory_bytes'] / GIB:.2f} GiB"),
+        ("peak memory", peak_memory(train)),
         ("machine", str(machine.get("gpu") or f"{machine.get('processor')}, {machine.get('cores')} cores")),
         ("seed", str(recipe.seed)),
         ("recipe", recipe_hash(recipe)[:12]),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def peak_memory(train: dict[str, Any]) -> str:
+    """Describe the peak memory of a run, from the `train` entry of its `metrics.json`."""
+    reserved = train.get("peak_reserved_bytes")
+    text = f"{train['peak_memory_bytes'] / GIB:.2f} GiB"
+    return text if reserved is None else f"{text}, {reserved / GIB:.2f} GiB with the allocator's free blocks"
 
 
 def _steps(train: dict[str, Any]) -> str:

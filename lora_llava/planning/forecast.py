@@ -16,11 +16,11 @@ from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.start import plan_model
 from lora_llava.planning import plan_tables
 from lora_llava.planning.continued_run import check_continued
+from lora_llava.planning.memory_budget import describe_device
 from lora_llava.planning.fit import (
     Extremes,
     build_step,
     choose_checkpointing,
-    describe_device,
     measure_rows,
     what_fits,
 )

@@ -21,7 +21,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import FoundPath, cache_folder
 from lora_llava.distributed.ranks import first_alone, first_before_others, is_first, this_rank
 from lora_llava.evaluation.figures.majority import MajorityAnswers
-from lora_llava.evaluation.run_report import REPORT_FILE, write_report
+from lora_llava.evaluation.run_report import REPORT_FILE, peak_memory, write_report
 from lora_llava.evaluation.scoring import (
     EvaluationResult,
     evaluate_run,
@@ -34,6 +34,7 @@ from lora_llava.model.adapters import trained_projector
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.planning import plan_tables
 from lora_llava.planning.continued_run import refuse_own_folder
+from lora_llava.planning.memory_budget import limit_memory
 from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.runs.check_run import CHECKPOINTS
@@ -201,6 +202,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     if resumed is not None:
         identity = _check_resumed(resumed, identity, plan, console)
     first_alone(lambda: _open_run(folder, plan, identity, resumed is None))
+    limit_memory(recipe)
     cache_features(plan, base, console)
     model = build_trained_model(recipe, replace(base, initial_projector=None), saved_config(recipe, resumed))
     freeze_plan = describe_plan(model)
@@ -354,7 +356,6 @@ def _print_result(recipe: Recipe, metrics: dict[str, Any], spent: str, console: 
     kept = "" if loss is None else f"; kept the checkpoint of step {step:,}, validation loss {loss:.4f}"
     console.print(
         f"trained {train['steps']:,} steps, {train['tokens']:,} tokens in {train['seconds']:.0f} s "
-        f"({train['tokens'] / train['seconds']:,.0f} tokens/s); {spent}; peak memory "
-        f"{train['peak_memory_bytes'] / 2**30:.2f} GiB{kept}"
+        f"({train['tokens'] / train['seconds']:,.0f} tokens/s); {spent}; peak memory {peak_memory(train)}{kept}"
     )
     console.print(f"run directory: {recipe.output_dir}; open {recipe.output_dir}/report.html", soft_wrap=True)

@@ -1,0 +1,140 @@
+"""The device that trains: its free memory, the limit that a run keeps to, and why a GPU cannot be used."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+import psutil
+import torch
+
+from lora_llava.core.errors import UserError
+from lora_llava.distributed.ranks import this_rank
+from lora_llava.planning.memory import CUDA_CONTEXT, GIB, PROCESS
+from lora_llava.recipe import Recipe
+
+
+def memory_budget(recipe: Recipe) -> tuple[int, str]:
+    """Return the bytes available for a run on this machine, and a description of their source.
+
+    Raises:
+        UserError: If the GPU has no memory left at all.
+    """
+    free, source = _free_memory()
+    requested = recipe.training.memory_gb
+    if requested == "auto":
+        return free, source
+    return int(requested * GIB), f"training.memory_gb {requested:g} GiB"
+
+
+def check_budget(recipe: Recipe) -> None:
+    """Refuse a `training.memory_gb` that is more than what is free.
+
+    Raises:
+        UserError: Naming both.
+    """
+    requested = recipe.training.memory_gb
+    if requested == "auto":
+        return
+    free, source = _free_memory()
+    if requested * GIB > free:
+        most = int(10 * free / GIB) / 10
+        raise UserError(
+            f"training.memory_gb is {requested:g}, and {free / GIB:.1f} GiB are {source}; set training.memory_gb="
+            f"{most:g} or auto, or stop what uses the rest{other_gpu(int(requested * GIB))}"
+        )
+
+
+def limit_memory(recipe: Recipe) -> None:
+    """Let torch take no more of the GPU than the budget: Windows and WSL would continue in host memory, slowly.
+
+    Args:
+        recipe: The recipe; without `training.memory_gb` the limit is what is free now.
+    """
+    if not torch.cuda.is_available():
+        return
+    budget, _ = memory_budget(recipe)
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    # CUDA's context is in the budget, and torch does not count it.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, budget - CUDA_CONTEXT) / total))
+
+
+def _free_memory() -> tuple[int, str]:
+    """Return the free bytes of the device, with those that this process uses already, and a description."""
+    if not torch.cuda.is_available():
+        return psutil.virtual_memory().available + PROCESS, "free memory"
+    try:
+        free = torch.cuda.mem_get_info()[0]
+    except RuntimeError as error:  # no room for the context
+        raise UserError(f"{_name()} cannot be used ({str(error).splitlines()[0]}){other_gpu(0)}") from None
+    return free + torch.cuda.memory_reserved() + CUDA_CONTEXT, f"free on {_name()}"
+
+
+def _name() -> str:
+    """Return the GPU of this process, by its number too where there are several."""
+    place = torch.cuda.current_device()
+    name = torch.cuda.get_device_name(place)
+    return f"GPU {place}, {name}" if torch.cuda.device_count() > 1 else f"the GPU, {name}"
+
+
+def other_gpu(needed: int) -> str:
+    """Return the end of a message that names another GPU with enough free memory; an empty text if there is none.
+
+    Args:
+        needed: Bytes.
+    """
+    if not torch.cuda.is_available() or this_rank()[1] > 1:
+        return ""
+    for place in range(torch.cuda.device_count()):
+        if place == torch.cuda.current_device():
+            continue
+        try:
+            free = torch.cuda.mem_get_info(place)[0]
+        except RuntimeError:
+            continue
+        if free >= max(needed, CUDA_CONTEXT):
+            return (
+                f"; GPU {place}, {torch.cuda.get_device_name(place)}, has {free / GIB:.1f} GiB free: set "
+                f"CUDA_VISIBLE_DEVICES={place}"
+            )
+    return ""
+
+
+def describe_device() -> str:
+    """Describe the device that would train."""
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return f"{torch.cuda.get_device_name()}, {memory / GIB:.1f} GiB"
+    return cuda_problem() or "no GPU: training would run on the CPU"
+
+
+def cuda_problem() -> str | None:
+    """Return why this machine's GPU cannot be used; None if it can be, or if there is none."""
+    if torch.cuda.is_available() or not _has_card():
+        return None
+    if torch.version.cuda is None:
+        return "CUDA card present, but this torch is the CPU build; install torch for CUDA (pytorch.org)"
+    reason = _torch_reason()
+    if "too old" in reason:
+        fix = f"update the driver, or install a torch built for an older CUDA than {torch.version.cuda} (pytorch.org)"
+    else:
+        fix = "check that `nvidia-smi` lists the card, and that CUDA_VISIBLE_DEVICES does not hide it"
+    return f"CUDA card present, but torch cannot use it ({reason}); {fix}"
+
+
+def _torch_reason() -> str:
+    """Return the first sentence of torch's own message on why CUDA does not start."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split()).split(". ")[0].removesuffix(".")
+    return "no device found"
+
+
+def _has_card() -> bool:
+    """Check for an NVIDIA driver: Linux, WSL or Windows."""
+    known = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi")
+    return any(Path(path).exists() for path in known) or shutil.which("nvidia-smi") is not None
