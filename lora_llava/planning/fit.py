@@ -13,6 +13,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.encoded import EncodedRows
 from lora_llava.distributed.ranks import this_rank
 from lora_llava.distributed.sharding import is_sharded
+from lora_llava.model.fast_path.attention import is_by_sample
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.planning.memory_budget import check_budget, memory_budget, other_gpu
 from lora_llava.planning.memory import GIB, Step, fit_step, smallest, usable
@@ -70,7 +71,8 @@ def resolve_optimizer(recipe: Recipe, *, cuda: bool) -> str:
     sharded = is_sharded()  # 8-bit states of sharded weights have not been tested
     large = recipe.lora is not None and recipe.lora.r >= EIGHT_BIT_FROM_R
     if requested == "auto":
-        return "paged_adamw_8bit" if large and cuda and not sharded else "adamw_torch"
+        on_gpu = "paged_adamw_8bit" if large else "adamw_torch_fused"
+        return on_gpu if cuda and not sharded else "adamw_torch"
     return requested
 
 
@@ -83,8 +85,8 @@ def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda:
         extremes: The heaviest forward pass.
         cuda: Whether it runs on a GPU.
     """
-    auto = torch.bfloat16 if cuda else torch.float32
-    dtype = auto if recipe.model.dtype == "auto" else resolve_dtype(recipe.model.dtype)
+    other = cuda and not torch.cuda.is_available()  # planned for a GPU that is not here
+    dtype = torch.bfloat16 if other and recipe.model.dtype == "auto" else resolve_dtype(recipe.model.dtype)
     return Step(
         config=config,
         quantization=recipe.model.quantization,
@@ -98,6 +100,7 @@ def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda:
         cuda=cuda,
         ranks=this_rank()[1] if is_sharded() else 1,
         new_tokens=len(recipe.model.new_tokens),
+        by_sample=cuda and torch.cuda.is_available() and is_by_sample(dtype),
     )
 
 
