@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import functools
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -64,10 +65,29 @@ def unused_gpu() -> str | None:
             f"pip install torch=={version}+cu130 --index-url https://download.pytorch.org/whl/cu130 (cu126 in both "
             "places if `nvidia-smi` shows a driver before 580)"
         )
+    reason = _cuda_error()
+    found = re.search(r"too old \(found version (\d+)", reason)  # CUDA 12.4 is 12040
+    if found is not None:
+        major, minor = int(found[1]) // 1000, int(found[1]) % 1000 // 10
+        fix = (
+            f"the driver runs CUDA up to {major}.{minor}, and this torch is for CUDA {torch.version.cuda}: update the "
+            f"driver (nvidia.com/drivers), or install a torch for CUDA {major}.{minor} or older (pytorch.org)"
+        )
+    else:
+        fix = "see whether `nvidia-smi` lists the GPU, update the driver, and restart"
     return (
-        f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it, so the CPU computes; update the "
-        "driver, and compare `nvidia-smi` with the CUDA version in torch's name"
+        f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it ({reason}), so the CPU computes; "
+        f"{fix}"
     )
+
+
+def _cuda_error() -> str:
+    """Return the first sentence of torch's own message on why CUDA does not start."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return " ".join(str(error).split()).split(". ")[0].removesuffix(".")
+    return "it finds no GPU"
 
 
 def _has_driver() -> bool:

@@ -41,7 +41,7 @@ from lora_llava.pages.report_plots import Curve
 from lora_llava.planning.memory import GIB
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.runs.check_run import check_run
-from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, is_run
+from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, is_run, peak_memory
 from lora_llava.splits.split_rows import Split
 
 REPORT_FILE = "report.html"
@@ -243,13 +243,6 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("recipe", recipe_hash(recipe)[:12]),
     ]
     return [(name, value) for name, value in facts if value]
-
-
-def peak_memory(train: dict[str, Any]) -> str:
-    """Describe the peak memory of a run, from the `train` entry of its `metrics.json`."""
-    reserved = train.get("peak_reserved_bytes")
-    text = f"{train['peak_memory_bytes'] / GIB:.2f} GiB"
-    return text if reserved is None else f"{text}, {reserved / GIB:.2f} GiB with the allocator's free blocks"
 
 
 def _steps(train: dict[str, Any]) -> str:

@@ -15,8 +15,8 @@ from lora_llava.distributed.ranks import this_rank
 from lora_llava.distributed.sharding import is_sharded
 from lora_llava.model.fast_path.attention import is_by_sample
 from lora_llava.model.loading import resolve_dtype
-from lora_llava.planning.memory_budget import check_budget, memory_budget, other_gpu
 from lora_llava.planning.memory import GIB, Step, fit_step, smallest, usable
+from lora_llava.planning.memory_budget import check_budget, memory_budget, other_gpu
 from lora_llava.recipe import Recipe
 
 CARDS_GB = (8, 12, 16, 24)

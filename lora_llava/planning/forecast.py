@@ -16,7 +16,6 @@ from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.start import plan_model
 from lora_llava.planning import plan_tables
 from lora_llava.planning.continued_run import check_continued
-from lora_llava.planning.memory_budget import describe_device
 from lora_llava.planning.fit import (
     Extremes,
     build_step,
@@ -25,6 +24,7 @@ from lora_llava.planning.fit import (
     what_fits,
 )
 from lora_llava.planning.memory import Step
+from lora_llava.planning.memory_budget import describe_device
 from lora_llava.planning.row_order import RowOrder, exact_epochs, order_rows
 from lora_llava.planning.run_plan import build_run_processor, is_padding_free, run_lora_config
 from lora_llava.planning.timing import published_hours, time_row

@@ -1,14 +1,11 @@
-"""The device that trains: its free memory, the limit that a run keeps to, and why a GPU cannot be used."""
+"""The memory that a run may take: what is free, what the recipe asks for, and the limit that torch keeps to."""
 
 from __future__ import annotations
-
-import shutil
-import warnings
-from pathlib import Path
 
 import psutil
 import torch
 
+from lora_llava.core.device import unused_gpu
 from lora_llava.core.errors import UserError
 from lora_llava.distributed.ranks import this_rank
 from lora_llava.planning.memory import CUDA_CONTEXT, GIB, PROCESS
@@ -106,35 +103,4 @@ def describe_device() -> str:
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         return f"{torch.cuda.get_device_name()}, {memory / GIB:.1f} GiB"
-    return cuda_problem() or "no GPU: training would run on the CPU"
-
-
-def cuda_problem() -> str | None:
-    """Return why this machine's GPU cannot be used; None if it can be, or if there is none."""
-    if torch.cuda.is_available() or not _has_card():
-        return None
-    if torch.version.cuda is None:
-        return "CUDA card present, but this torch is the CPU build; install torch for CUDA (pytorch.org)"
-    reason = _torch_reason()
-    if "too old" in reason:
-        fix = f"update the driver, or install a torch built for an older CUDA than {torch.version.cuda} (pytorch.org)"
-    else:
-        fix = "check that `nvidia-smi` lists the card, and that CUDA_VISIBLE_DEVICES does not hide it"
-    return f"CUDA card present, but torch cannot use it ({reason}); {fix}"
-
-
-def _torch_reason() -> str:
-    """Return the first sentence of torch's own message on why CUDA does not start."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return " ".join(str(error).split()).split(". ")[0].removesuffix(".")
-    return "no device found"
-
-
-def _has_card() -> bool:
-    """Check for an NVIDIA driver: Linux, WSL or Windows."""
-    known = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi")
-    return any(Path(path).exists() for path in known) or shutil.which("nvidia-smi") is not None
+    return unused_gpu() or "no GPU: training would run on the CPU"

@@ -21,7 +21,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import FoundPath, cache_folder
 from lora_llava.distributed.ranks import first_alone, first_before_others, is_first, this_rank
 from lora_llava.evaluation.figures.majority import MajorityAnswers
-from lora_llava.evaluation.run_report import REPORT_FILE, peak_memory, write_report
+from lora_llava.evaluation.run_report import REPORT_FILE, write_report
 from lora_llava.evaluation.scoring import (
     EvaluationResult,
     evaluate_run,
@@ -44,6 +44,7 @@ from lora_llava.runs.directory import (
     is_run,
     machine,
     only_run,
+    peak_memory,
     read_record,
     start_run,
     versions,

@@ -8,6 +8,7 @@ from typing import Any
 from lora_llava.model.families.tower_families import describe_images, saved_image_settings
 from lora_llava.planning.plan_tables import TRAINED_PARTS
 from lora_llava.publishing.package import Package
+from lora_llava.runs.directory import peak_memory
 
 _QUANTIZATIONS = {"nf4": "NF4 with double quantisation", "none": "none"}
 _SHORT = 12
