@@ -37,8 +37,8 @@ from lora_llava.planning.memory import CUDA_CONTEXT, Step, fit_step, smallest
 from lora_llava.recipe.schema import LINEARS, LoraSection
 from lora_llava.training.feed import Feed
 from lora_llava.training.parameter_groups import Rates
-from lora_llava.training.stages import checkpointing_argument
 from lora_llava.training.trainer import LlavaSFTTrainer
+from lora_llava.training.trainer_arguments import checkpointing_argument
 from lora_llava.training.training_progress import peak_memory_bytes, peak_reserved_bytes
 
 SIDES = ("ours", "ours_cached", "trl_random", "trl_grouped")

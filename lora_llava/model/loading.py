@@ -57,6 +57,22 @@ def check_dtype(dtype: str) -> None:
         )
 
 
+def check_machine(quantization: Quantization, dtype: str) -> None:
+    """Check that this machine can compute as a recipe says, and report a GPU that is not used.
+
+    Args:
+        quantization: `nf4` or `none`.
+        dtype: As for `resolve_dtype`.
+
+    Raises:
+        UserError: If bitsandbytes or the dtype cannot run here.
+    """
+    report_unused_gpu()
+    check_dtype(dtype)
+    if quantization == "nf4":
+        check_bitsandbytes()
+
+
 def describe_dtype(dtype: torch.dtype) -> str | None:
     """Return a line about float16, which needs loss scaling; None for any other dtype."""
     if dtype != torch.float16:

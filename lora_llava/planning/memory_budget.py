@@ -5,7 +5,6 @@ from __future__ import annotations
 import psutil
 import torch
 
-from lora_llava.core.device import unused_gpu
 from lora_llava.core.errors import UserError
 from lora_llava.distributed.ranks import this_rank
 from lora_llava.planning.memory import CUDA_CONTEXT, GIB, PROCESS
@@ -103,4 +102,4 @@ def describe_device() -> str:
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         return f"{torch.cuda.get_device_name()}, {memory / GIB:.1f} GiB"
-    return unused_gpu() or "no GPU: training would run on the CPU"
+    return "no GPU for torch: training would run on the CPU"

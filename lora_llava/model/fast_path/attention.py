@@ -163,7 +163,8 @@ def _torch_varlen(
         options = {"window_size": (-1 if window is None else window - 1, 0)}
     if k.shape[1] != q.shape[1]:
         options["enable_gqa"] = True
-    return varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, **options)  # type: ignore[no-any-return]
+    output: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, **options)
+    return output  # type: ignore[no-any-return]
 
 
 @functools.cache
