@@ -1,4 +1,4 @@
-"""Settings made before the libraries are imported: quiet logging, and the CUDA allocator."""
+"""Settings made before the libraries are imported: quiet logging, the CUDA allocator and the heap."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import re
 import sys
 import warnings
+
+from lora_llava.core.heap import return_large_blocks
 
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Settings of torch's CUDA allocator. torch reads the first one that is set (c10/cuda/CUDAAllocatorConfig.h)."""
@@ -19,6 +21,7 @@ def quieten() -> None:
         os.environ["TQDM_DISABLE"] = "1"  # read by tqdm when it is imported; only the first rank shows bars
     if sys.platform != "win32" and not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"  # rows differ in length: less fragmentation
+    return_large_blocks()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|peft|trl")
     for name in ("bitsandbytes", "transformers", "trl", "peft"):
         logging.getLogger(name).setLevel(logging.ERROR)

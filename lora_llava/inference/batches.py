@@ -6,7 +6,6 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from lora_llava.core.device import is_out_of_memory
@@ -15,6 +14,7 @@ from lora_llava.core.progress import print_beside_bars
 from lora_llava.model.families.decoder_shape import attention_widths
 from lora_llava.model.vision import llava_of
 from lora_llava.planning.memory import GIB, gpu_share
+from lora_llava.planning.memory_budget import available_bytes
 
 Found = TypeVar("Found")
 
@@ -97,7 +97,7 @@ class Batches:
 def free_bytes() -> int:
     """Return the bytes that tensors can still take: on the GPU with torch's free blocks, within its limit."""
     if not torch.cuda.is_available():
-        return int(psutil.virtual_memory().available)
+        return available_bytes()
     free, total = torch.cuda.mem_get_info()
     allocated = torch.cuda.memory_allocated()
     limit = int(torch.cuda.get_per_process_memory_fraction() * total)

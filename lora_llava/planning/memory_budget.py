@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 import torch
 
@@ -56,10 +58,31 @@ def limit_memory(recipe: Recipe) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, budget - CUDA_CONTEXT) / total))
 
 
+def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes that this process can still take: of the machine, or of its container if that has fewer.
+
+    Args:
+        cgroup: Folder of the container's limits, of version 2 or 1 (kernel.org, admin-guide/cgroup-v2.rst).
+    """
+    found = int(psutil.virtual_memory().available)
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
+            counts = dict(line.split() for line in (cgroup / limit).with_name("memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such version, or no limit
+            continue
+        # Pages of files are in use until another program needs the memory.
+        found = min(found, free + int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0)))
+    return found
+
+
 def _free_memory() -> tuple[int, str]:
     """Return the free bytes of the device, with those that this process uses already, and a description."""
     if not torch.cuda.is_available():
-        return psutil.virtual_memory().available + PROCESS, "free memory"
+        return available_bytes() + PROCESS, "free memory"
     try:
         free = torch.cuda.mem_get_info()[0]
     except RuntimeError as error:  # no room for the context

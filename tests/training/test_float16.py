@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_llava.runs.state_files import load_state
 from lora_llava.training import stages
-from tests.ends import act_at
-from tests.training.small_runs import PulledPlugError, pull_plug, recipe_of, run, same, weights
+from tests.training.small_runs import recipe_of, run
 
 
 @pytest.fixture
