@@ -149,14 +149,13 @@ def _overview() -> str:
 
 def _report_full_memory(error: RuntimeError | MemoryError) -> int:
     """Report full memory, of the GPU or of the machine; raise any other error again."""
-    from lora_llava.core.device import is_out_of_memory
+    from lora_llava.core.device import first_sentence, is_out_of_memory
 
     if not is_out_of_memory(error):
         raise error
-    reason = " ".join(str(error).split()).split(". ")[0] or "no more memory on this machine"
     print(
-        f"error: memory is full ({reason}); stop other programs that use it (nvidia-smi names those on a GPU), or use "
-        "a smaller model, or model.quantization=nf4",
+        f"error: memory is full ({first_sentence(error)}); stop other programs that use it (nvidia-smi names those on "
+        "a GPU), or use a smaller model, or model.quantization=nf4",
         file=sys.stderr,
     )
     return 2

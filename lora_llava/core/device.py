@@ -39,6 +39,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _FULL)
 
 
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of an error's message, or the error's name if it has none."""
+    return " ".join(str(error).split()).split(". ")[0].removesuffix(".") or type(error).__name__
+
+
 def has_bfloat16() -> bool:
     """Check whether the GPU computes in bfloat16 itself; for one before Ampere, such as a T4, torch emulates it."""
     return torch.cuda.get_device_capability()[0] >= _AMPERE
@@ -86,7 +91,7 @@ def _cuda_error() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return " ".join(str(error).split()).split(". ")[0].removesuffix(".")
+        return first_sentence(error)
     return "it finds no GPU"
 
 

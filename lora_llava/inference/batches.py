@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lora_llava.core.device import is_out_of_memory
+from lora_llava.core.device import first_sentence, is_out_of_memory
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import print_beside_bars
 from lora_llava.model.families.decoder_shape import attention_widths
@@ -61,7 +61,7 @@ class Batches:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                reason = str(error).strip().split(". ")[0]
+                reason = first_sentence(error)
             else:
                 yield chosen, found
                 left = left[len(chosen) :]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from lora_llava.planning.fit import Extremes, build_step, choose_checkpointing
 from lora_llava.planning.memory import CUDA_CONTEXT, GIB, Step, gpu_share, usable
 from lora_llava.planning.memory_budget import available_bytes, check_budget, limit_memory, memory_budget
 from lora_llava.recipe import Recipe, load_recipe
+from lora_llava.runs.directory import peak_memory
 
 TOO_OLD = (
     "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading "
@@ -180,3 +183,49 @@ def test_windows_has_no_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     monkeypatch.setattr(sys, "platform", "win32")
     assert gpu_share() == 0.90
+
+
+def test_reserved_memory_is_reported_beside_allocated() -> None:
+    train = {"peak_memory_bytes": 6 * GIB, "peak_reserved_bytes": int(6.25 * GIB)}
+    assert peak_memory(train) == "6.00 GiB, 6.25 GiB with the allocator's free blocks"
+    assert peak_memory({"peak_memory_bytes": 6 * GIB, "peak_reserved_bytes": None}) == "6.00 GiB"
+    assert peak_memory({"peak_memory_bytes": 6 * GIB}) == "6.00 GiB"  # of an earlier version
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
+def test_large_blocks_return_to_the_system(tmp_path: Path) -> None:
+    """Free blocks of 16 MiB below one that stays: in the heap they would stay resident."""
+    script = """
+import ctypes, sys
+from lora_llava.core.heap import return_large_blocks
+libc = ctypes.CDLL(None)
+if not hasattr(libc, "gnu_get_libc_version"):
+    sys.exit(3)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+if sys.argv[1] == "ours":
+    assert return_large_blocks()
+resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+libc.free(libc.malloc(31 << 20))  # from now on glibc takes blocks up to this size from the heap
+before, blocks, small = resident(), [], []
+for _ in range(16):
+    blocks.append(libc.malloc(16 << 20))
+    ctypes.memset(blocks[-1], 1, 16 << 20)
+    small.append(libc.malloc(1 << 16))
+for block in blocks:
+    libc.free(block)
+print((resident() - before) >> 20)
+"""
+    found = {}
+    for way in ("stock", "ours"):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        done = subprocess.run(
+            [sys.executable, "-c", script, way], capture_output=True, text=True, check=False, env=environment
+        )
+        if done.returncode == 3:
+            pytest.skip("not glibc")
+        assert done.returncode == 0, done.stderr
+        found[way] = int(done.stdout)
+    assert found["stock"] >= 240
+    assert found["ours"] <= 16
