@@ -39,7 +39,7 @@ from lora_llava.training.feed import Feed
 from lora_llava.training.parameter_groups import Rates
 from lora_llava.training.trainer import LlavaSFTTrainer
 from lora_llava.training.trainer_arguments import checkpointing_argument
-from lora_llava.training.training_progress import peak_memory_bytes
+from lora_llava.training.training_progress import peak_memory_bytes, peak_reserved_bytes
 
 SIDES = ("ours", "ours_cached", "trl_random", "trl_grouped")
 
@@ -100,8 +100,8 @@ def run_side(settings: BenchmarkSettings) -> dict[str, Any]:
     """Train some steps and measure speed and memory.
 
     Returns:
-        `name`, `real_tokens_per_second`, `peak_memory_bytes`, `seconds`, `real_tokens`, `losses`, and details of the
-        side.
+        `name`, `real_tokens_per_second`, `peak_memory_bytes`, `peak_reserved_bytes` (None without a GPU), `seconds`,
+        `real_tokens`, `losses`, and details of the side.
     """
     if settings.cap_bytes is not None:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -123,6 +123,7 @@ def run_side(settings: BenchmarkSettings) -> dict[str, Any]:
         "name": settings.side,
         "real_tokens_per_second": tokens / clock.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
+        "peak_reserved_bytes": peak_reserved_bytes(),
         "seconds": clock.seconds,
         "real_tokens": tokens,
         "losses": clock.losses,

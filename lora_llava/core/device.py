@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import functools
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -38,6 +39,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _FULL)
 
 
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of an error's message, or the error's name if it has none."""
+    return " ".join(str(error).split()).split(". ")[0].removesuffix(".") or type(error).__name__
+
+
 def has_bfloat16() -> bool:
     """Check whether the GPU computes in bfloat16 itself; for one before Ampere, such as a T4, torch emulates it."""
     return torch.cuda.get_device_capability()[0] >= _AMPERE
@@ -64,10 +70,29 @@ def unused_gpu() -> str | None:
             f"pip install torch=={version}+cu130 --index-url https://download.pytorch.org/whl/cu130 (cu126 in both "
             "places if `nvidia-smi` shows a driver before 580)"
         )
+    reason = _cuda_error()
+    found = re.search(r"too old \(found version (\d+)", reason)  # CUDA 12.4 is 12040
+    if found is not None:
+        major, minor = int(found[1]) // 1000, int(found[1]) % 1000 // 10
+        fix = (
+            f"the driver runs CUDA up to {major}.{minor}, and this torch is for CUDA {torch.version.cuda}: update the "
+            f"driver (nvidia.com/drivers), or install a torch for CUDA {major}.{minor} or older (pytorch.org)"
+        )
+    else:
+        fix = "see whether `nvidia-smi` lists the GPU, update the driver, and restart"
     return (
-        f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it, so the CPU computes; update the "
-        "driver, and compare `nvidia-smi` with the CUDA version in torch's name"
+        f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it ({reason}), so the CPU computes; "
+        f"{fix}"
     )
+
+
+def _cuda_error() -> str:
+    """Return the first sentence of torch's own message on why CUDA does not start."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return first_sentence(error)
+    return "it finds no GPU"
 
 
 def _has_driver() -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from transformers import LlavaConfig
 
@@ -16,7 +15,8 @@ from lora_llava.distributed.ranks import this_rank
 from lora_llava.distributed.sharding import is_sharded
 from lora_llava.model.fast_path.attention import is_by_sample
 from lora_llava.model.loading import resolve_dtype
-from lora_llava.planning.memory import CUDA_CONTEXT, GIB, PROCESS, Step, fit_step, smallest, usable
+from lora_llava.planning.memory import GIB, Step, fit_step, smallest, usable
+from lora_llava.planning.memory_budget import check_budget, memory_budget, other_gpu
 from lora_llava.recipe import Recipe
 
 CARDS_GB = (8, 12, 16, 24)
@@ -104,22 +104,14 @@ def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda:
     )
 
 
-def memory_budget(recipe: Recipe) -> tuple[int, str]:
-    """Return the bytes available for a step on this machine, and a description of their source."""
-    requested = recipe.training.memory_gb
-    if requested != "auto":
-        return int(requested * GIB), f"training.memory_gb {requested:g} GiB"
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] + CUDA_CONTEXT, "free on the GPU"
-    return psutil.virtual_memory().available + PROCESS, "free memory"
-
-
 def choose_checkpointing(recipe: Recipe, step: Step) -> Step:
     """Return the step with the recomputation set in the recipe, or the least that fits.
 
     Raises:
-        UserError: If it does not fit, with the memory it needs and a fix.
+        UserError: If it does not fit, with the memory it needs and a fix, or if `training.memory_gb` is not free.
     """
+    if step.cuda == torch.cuda.is_available():  # else it is planned for another machine
+        check_budget(recipe)
     budget, source = memory_budget(recipe)
     chosen = as_requested(recipe, step, budget)
     if chosen is None:
@@ -130,6 +122,7 @@ def choose_checkpointing(recipe: Recipe, step: Step) -> Step:
         raise UserError(
             f"a step needs {needed / GIB:.1f} GiB or more, and {budget / GIB:.1f} GiB are available ({source}); "
             + (f"set {fix}" if fix else "no setting of this recipe fits: use a smaller language model")
+            + other_gpu(needed)
         )
     return chosen
 
@@ -208,11 +201,3 @@ def recomputation(step: Step) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
-
-
-def describe_device() -> str:
-    """Describe the device that would train."""
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
-        return f"{torch.cuda.get_device_name()}, {memory / GIB:.1f} GiB"
-    return "no GPU for torch: training would run on the CPU"

@@ -20,11 +20,11 @@ from lora_llava.planning.fit import (
     Extremes,
     build_step,
     choose_checkpointing,
-    describe_device,
     measure_rows,
     what_fits,
 )
 from lora_llava.planning.memory import Step
+from lora_llava.planning.memory_budget import describe_device
 from lora_llava.planning.row_order import RowOrder, exact_epochs, order_rows
 from lora_llava.planning.run_plan import build_run_processor, is_padding_free, run_lora_config
 from lora_llava.planning.timing import published_hours, time_row

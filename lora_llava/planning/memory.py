@@ -11,6 +11,7 @@ from functools import cached_property
 
 from transformers import LlavaConfig
 
+from lora_llava.core.quiet import has_expandable_segments
 from lora_llava.model.families.decoder_shape import DecoderShape, attention_widths, decoder_shape, tower_parameters
 from lora_llava.model.families.language_families import family_of
 from lora_llava.model.families.tower_families import tower_of
@@ -29,8 +30,11 @@ CUDA_CONTEXT = 550_000_000
 """CUDA's context with cuBLAS; outside torch's allocator (0.4 to 0.6 GB in reports; not measured here)."""
 PROCESS = 600_000_000
 """Python with torch, transformers and trl: the resident set after the imports, counted on a CPU."""
-GPU_SHARE = 0.93
-"""Usable share of a GPU's budget; a guess, to be replaced by a measurement of `scripts/benchmark.py gpu`."""
+GPU_SHARE = 0.97
+"""Usable share of a GPU's budget with expandable segments: allocated over reserved bytes were 0.986 to 0.994 when the
+allocations of simulated steps were replayed. Not measured on a GPU."""
+GPU_SHARE_OF_FIXED_SEGMENTS = 0.90
+"""The same without them, as on Windows: freed blocks of other sizes cannot be joined across segments."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight: 4 bits, an 8-bit scale per 64 weights, a float32 scale per 256 scales (QLoRA, section 3)."""
 
@@ -285,9 +289,14 @@ def fit_step(step: Step, budget: int) -> Step | None:
     return None
 
 
+def gpu_share() -> float:
+    """Return the share of a GPU's budget that is not lost to fragmentation, with this process's allocator settings."""
+    return GPU_SHARE if has_expandable_segments() else GPU_SHARE_OF_FIXED_SEGMENTS
+
+
 def usable(step: Step, budget: int) -> int:
-    """Return the usable part of a budget: on a GPU some is lost to fragmentation, and plans are not measured there."""
-    return int(budget * GPU_SHARE) if step.cuda else budget
+    """Return the usable part of a budget: on a GPU some is lost to fragmentation."""
+    return int(budget * gpu_share()) if step.cuda else budget
 
 
 def candidates(step: Step) -> list[Step]:
@@ -300,4 +309,4 @@ def candidates(step: Step) -> list[Step]:
 def smallest(step: Step) -> int:
     """Return the smallest budget, in bytes, in which a step fits."""
     least = min(candidate.peak for candidate in candidates(step))
-    return math.ceil(least / GPU_SHARE) if step.cuda else least
+    return math.ceil(least / gpu_share()) if step.cuda else least

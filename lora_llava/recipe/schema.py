@@ -205,10 +205,11 @@ class TrainingSection(Section):
     max_grad_norm: NotNegative = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute the language model's layers in the backward pass: less memory, up to a third more time. auto recomputes
-    as few layers as memory_gb allows."""
+    """Recompute the language model's layers in the backward pass: less memory, up to half as much time again. auto
+    recomputes as few layers as memory_gb allows."""
     memory_gb: Literal["auto"] | Positive = "auto"
-    """Memory limit of a step in GiB, including CUDA's own half GiB; auto is the memory that is free at the start."""
+    """Memory limit of a run in GiB, including CUDA's own half GiB; at most what is free. auto is what is free at the
+    start. On a GPU torch cannot take more."""
     group_by_length: bool = True
     """Batch samples of similar length: less padding, if batches are padded (model.attention)."""
     deterministic: bool = False

@@ -35,6 +35,7 @@ from lora_llava.model.loading import describe_dtype
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.planning import plan_tables
 from lora_llava.planning.continued_run import refuse_own_folder
+from lora_llava.planning.memory_budget import limit_memory
 from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.runs.check_run import CHECKPOINTS
@@ -44,6 +45,7 @@ from lora_llava.runs.directory import (
     is_run,
     machine,
     only_run,
+    peak_memory,
     read_record,
     start_run,
     versions,
@@ -216,6 +218,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     if resumed is not None:
         identity = _check_resumed(resumed, identity, plan, console)
     first_alone(lambda: _open_run(folder, plan, identity, resumed is None))
+    limit_memory(recipe)
     cache_features(plan, base, console)
     model = build_trained_model(recipe, replace(base, initial_projector=None), saved_config(recipe, resumed))
     freeze_plan = describe_plan(model)
@@ -372,7 +375,6 @@ def _print_result(recipe: Recipe, metrics: dict[str, Any], spent: str, console: 
     kept = "" if loss is None else f"; kept the checkpoint of step {step:,}, validation loss {loss:.4f}"
     console.print(
         f"trained {train['steps']:,} steps, {train['tokens']:,} tokens in {train['seconds']:.0f} s "
-        f"({train['tokens'] / train['seconds']:,.0f} tokens/s); {spent}; peak memory "
-        f"{train['peak_memory_bytes'] / 2**30:.2f} GiB{kept}"
+        f"({train['tokens'] / train['seconds']:,.0f} tokens/s); {spent}; peak memory {peak_memory(train)}{kept}"
     )
     console.print(f"run directory: {recipe.output_dir}; open {recipe.output_dir}/report.html", soft_wrap=True)

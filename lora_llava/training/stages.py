@@ -45,7 +45,7 @@ from lora_llava.training.parameter_groups import Rates
 from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import LlavaSFTTrainer
 from lora_llava.training.trainer_arguments import training_arguments, warmup_steps
-from lora_llava.training.training_progress import ProgressLine, peak_memory_bytes
+from lora_llava.training.training_progress import ProgressLine, peak_memory_bytes, peak_reserved_bytes
 
 CURVES = ("learning_rate", "tokens_per_second", "memory_bytes", "validation_score")
 """Values that are logged besides the losses."""
@@ -59,7 +59,8 @@ class TrainResult:
         seconds: Wall time of the training loop, without validation, evaluation and saving.
         tokens: Tokens trained on, without padding.
         supervised_tokens: Tokens with a label.
-        peak_memory_bytes: Peak memory of the GPU, or else of the process.
+        peak_memory_bytes: Peak memory of the GPU in training, or else of the process.
+        peak_reserved_bytes: Peak memory that torch took from the GPU, free blocks included; None without a GPU.
         best_validation_loss: Of the checkpoint kept; None without validation.
         steps: Optimizer steps, with those that were skipped.
         overflows: Steps that loss scaling skipped, as their gradients were too large for float16.
@@ -75,6 +76,7 @@ class TrainResult:
     tokens: int
     supervised_tokens: int
     peak_memory_bytes: int
+    peak_reserved_bytes: int | None
     best_validation_loss: float | None
     steps: int
     overflows: list[int]
@@ -170,6 +172,8 @@ def train(
     """
     recipe = plan.recipe
     feed, validation = build_feeds(plan)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of the answers before training, and of an earlier stage
     checkpoint_language_model(model.get_base_model(), plan.step.checkpointed, plan.step.offloaded)
     if not is_sharded():
         _check_start(plan, model, feed)
@@ -201,6 +205,7 @@ def train(
         seconds,
         *trainer.tokens_of_all,
         peak_memory_bytes(),
+        peak_reserved_bytes(),
         trainer.state.best_metric,
         trainer.state.global_step,
         trainer.overflows,

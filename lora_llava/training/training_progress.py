@@ -28,6 +28,11 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def peak_reserved_bytes() -> int | None:
+    """Return the peak memory that torch took from the GPU, free blocks included; None without a GPU."""
+    return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else None
+
+
 class ProgressLine(TrainerCallback):
     """One line: loss, tokens per second, share of trained tokens, memory, and tqdm's rate and ETA.
 

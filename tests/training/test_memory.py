@@ -53,6 +53,12 @@ SMALL = LlavaConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def expandable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan with the allocator's setting that every verb makes."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def step_of(shape: str = "7b", **values: Any) -> Step:
     config = SMALL if shape == "small" else shape_config(shape, 0, 32000)
     defaults: dict[str, Any] = {

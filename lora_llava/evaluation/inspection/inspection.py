@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lora_llava.core.device import is_out_of_memory
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.core.storage import file_hash
@@ -220,22 +219,11 @@ def _load_evaluator(opened: OpenedInspection) -> Evaluator:
 def _measure_part(
     evaluator: Evaluator, opened: OpenedInspection, rows: Sequence[InspectedRow], part: Sequence[int], number: int
 ) -> Measures:
-    """Measure one part.
-
-    Raises:
-        UserError: If the GPU's memory is too small for a batch.
-    """
+    """Measure one part."""
     pixels = opened.splits[rows[part[0]].split].load_pixels
-    here = replace(evaluator, load_pixels=pixels)
-    try:
-        return measure_rows(here, [rows[i].row for i in part], opened.recipe.seed + number)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"the GPU ran out of memory with {evaluator.batch_size} rows at once; lower evaluation.batch_size in "
-            f"{opened.folder}/recipe.yaml to {max(1, evaluator.batch_size // 2)} and run the command again"
-        ) from None
+    return measure_rows(
+        replace(evaluator, load_pixels=pixels), [rows[i].row for i in part], opened.recipe.seed + number
+    )
 
 
 def _findings(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lora_llava.core.device import has_bfloat16
 from lora_llava.core.errors import UserError
 from lora_llava.data.typed import as_typed, special_tokens, text_backend
+from lora_llava.inference.batches import Batches
 from lora_llava.inference.client.chat_request import ChatAnswer, ChatRequest
 from lora_llava.inference.client.client import Again
 from lora_llava.inference.sampling import Sampling
@@ -52,9 +53,15 @@ def by_model(model: Any, tokenizer: Any, batch_size: int) -> Teacher:
     """
 
     def answer(requests: Iterable[TeacherRequest], again: Again | None = None) -> Answers:
+        fitting = Batches(batch_size, "requests", "lower the tokens that a request may generate")
         for start, batch in _batches(requests, batch_size):
-            texts = _write(model, tokenizer, [each.request for each in batch])
-            yield from ((start + place, found) for place, found in enumerate(texts))
+            asked = [each.request for each in batch]
+
+            def write(places: list[int], asked: list[ChatRequest] = asked) -> list[ChatAnswer]:
+                return _write(model, tokenizer, [asked[place] for place in places])
+
+            for places, found in fitting.run(range(len(asked)), write):
+                yield from zip((start + place for place in places), found, strict=True)
 
     return answer
 
