@@ -23,6 +23,7 @@ from tests.benchmarks import (
     gpu,
     merge,
     shared_images,
+    simulate,
     synthesis,
 )
 
@@ -36,6 +37,7 @@ BENCHMARKS = {
     "contexts": contexts,
     "synthesis": synthesis,
     "gpu": gpu,
+    "simulate": simulate,
     "dealing": dealing,
     "faults": faults,
     "shared_images": shared_images,

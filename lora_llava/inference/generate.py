@@ -15,6 +15,7 @@ from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.images.image_sources import BadImageError, PixelLoader
 from lora_llava.data.tokens import Stop
 from lora_llava.inference.answer import Answer
+from lora_llava.inference.batches import Batches, question_bytes
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.vision import features_as_pixels, llava_of, tower_features
 
@@ -47,12 +48,14 @@ def generate_answers(
 ) -> Iterator[tuple[int, Answer]]:
     """Answer questions in batches, longest first, and yield the answers of each batch when it is done.
 
+    Batches are smaller where free memory demands it, and halved where it runs out.
+
     Args:
         model: A LLaVA, with or without an adapter.
         questions: The prompts.
         tokenizer: The processor's tokenizer; prompts are padded on the left.
         load_pixels: Loads the images that questions name.
-        batch_size: Questions per batch.
+        batch_size: Most questions per batch.
         sampling: How tokens are sampled; samples depend on the seed and on which questions share a batch.
         stop: Where an answer ends; a stop text is removed from it.
         answered: Indices to skip, because their answers exist.
@@ -61,16 +64,21 @@ def generate_answers(
     Yields:
         The question's index and its answer, which has a problem set if an image cannot be opened.
     """
-    batches = _plan_batches(questions, answered, batch_size, drawn=sampling.temperature > 0)
-    encoded = encoded or EncodedImages(model, load_pixels, questions, [i for chosen in batches for i in chosen])
+    drawn = sampling.temperature > 0
+    # Samples depend on which questions share a batch, so an unfinished batch keeps its answered questions.
+    left = [i for i in range(len(questions)) if drawn or i not in answered]
+    order = sorted(left, key=lambda i: -len(questions[i].input_ids))
+    encoded = encoded or EncodedImages(model, load_pixels, questions, order)
     ending: dict[str, Any] = {"tokenizer": tokenizer} | ({"stop_strings": [stop.text]} if stop.text else {})
     model.eval()
-    for chosen in batches:
-        batch, failed = encoded.batch(chosen, questions, tokenizer.pad_token_id)
-        yield from failed.items()
-        indices = [i for i in chosen if i not in failed]
+
+    def answer(chosen: list[int]) -> dict[int, Answer]:
+        if all(i in answered for i in chosen):
+            return {}
+        batch, found = encoded.batch(chosen, questions, tokenizer.pad_token_id)
+        indices = [i for i in chosen if i not in found]
         if not indices:
-            continue
+            return found
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed + indices[0])
         with encoded.as_pixels():
@@ -84,26 +92,15 @@ def generate_answers(
             )
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, text in zip(indices, texts, strict=True):
-            if index in answered:
-                continue
-            yield index, Answer(text.split(stop.text)[0].strip() if stop.text else text.strip())
+            found[index] = Answer(text.split(stop.text)[0].strip() if stop.text else text.strip())
+        return found
 
+    def needed(index: int) -> int:
+        return question_bytes(model, len(questions[index].input_ids), new_tokens=sampling.max_new_tokens)
 
-def _plan_batches(
-    questions: Sequence[Question], answered: Collection[int], batch_size: int, *, drawn: bool
-) -> list[list[int]]:
-    """Group questions into batches, longest first.
-
-    Samples depend on which questions share a batch, so with sampling an unfinished batch keeps its answered questions.
-    """
-
-    def cut(indices: Sequence[int]) -> list[list[int]]:
-        order = sorted(indices, key=lambda i: -len(questions[i].input_ids))
-        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-    if drawn:
-        return [chosen for chosen in cut(range(len(questions))) if not all(i in answered for i in chosen)]
-    return cut([i for i in range(len(questions)) if i not in answered])
+    for chosen, found in Batches(batch_size).run(order, answer, needed):
+        encoded.release(chosen, questions)
+        yield from ((index, each) for index, each in found.items() if index not in answered)
 
 
 class EncodedImages:
@@ -140,12 +137,12 @@ class EncodedImages:
         failed: dict[int, Answer] = {}
         self._encode([name for i in indices for name in questions[i].image_files])
         for i in indices:
-            try:
-                found = [self._take(name) for name in questions[i].image_files]
-            except BadImageError as error:
-                failed[i] = Answer("", problem=str(error), is_image=True)
+            names = questions[i].image_files
+            bad = next((self._bad[name] for name in names if name not in self._held), None)
+            if bad is not None:
+                failed[i] = Answer("", problem=str(bad), is_image=True)
                 continue
-            features += found
+            features += [self._held[name] for name in names]
         kept = [questions[i].input_ids for i in indices if i not in failed]
         batch = _left_padded(kept, pad_token_id) if kept else {}
         if features:
@@ -174,14 +171,12 @@ class EncodedImages:
         # Clone each one: a view would keep the features of the entire batch in memory.
         self._held |= {name: features.clone() for name, features in zip(opened, stacked, strict=True)}
 
-    def _take(self, name: ImageName) -> torch.Tensor:
-        if name not in self._held:
-            raise self._bad[name]
-        features = self._held[name]
-        self.uses[name] -= 1
-        if self.uses[name] <= 0:
-            self._held.pop(name, None)
-        return features
+    def release(self, indices: Sequence[int], questions: Sequence[Question]) -> None:
+        """Free the features that were used for the last time by these questions."""
+        for name in (name for i in indices for name in questions[i].image_files):
+            self.uses[name] -= 1
+            if self.uses[name] <= 0:
+                self._held.pop(name, None)
 
 
 def _left_padded(rows: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:

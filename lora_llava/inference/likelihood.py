@@ -13,6 +13,7 @@ from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.images.image_sources import PixelLoader
 from lora_llava.inference.answer import Answer
+from lora_llava.inference.batches import Batches, question_bytes
 from lora_llava.inference.generate import EncodedImages, Question
 from lora_llava.model.vision import llava_of
 
@@ -92,7 +93,7 @@ def weigh_choices(
         model: A LLaVA, with or without an adapter.
         questions: The questions with their choices.
         load_pixels: Loads the images that questions name.
-        batch_size: Questions per batch.
+        batch_size: Most questions per batch.
         pad_token_id: Token id for padding on the left.
         answered: Indices to skip, because their answers exist.
         encoded: Encoded images shared with other calls; None encodes them for this call.
@@ -108,13 +109,17 @@ def weigh_choices(
     rows = [Question(tree.input_ids, q.image_files) for tree, q in zip(trees, questions, strict=True)]
     left = [i for i in range(len(rows)) if i not in answered]
     encoded = encoded or EncodedImages(model, load_pixels, rows, left)
-    for indices, batch, failed in _batches(model, rows, left, encoded, batch_size, pad_token_id):
-        yield from failed.items()
+    own = [len(tree.input_ids) - tree.shared for tree in trees]
+    longest_own = max(own, default=0)
+    model.eval()
+
+    def weigh(chosen: list[int]) -> dict[int, Answer]:
+        batch, found = encoded.batch(chosen, rows, pad_token_id)
+        indices = [i for i in chosen if i not in found]
         if not indices:
-            continue
+            return found
         longest = batch["input_ids"].shape[1]
         mask, positions = _tree_mask([trees[i] for i in indices], longest)
-        own = max(len(trees[i].input_ids) - trees[i].shared for i in indices)
         with encoded.as_pixels():
             logits = model(
                 input_ids=batch["input_ids"],
@@ -122,12 +127,21 @@ def weigh_choices(
                 attention_mask=_additive(mask, llava_of(model).dtype).to(batch["input_ids"].device),
                 position_ids=positions.to(batch["input_ids"].device),
                 use_cache=False,
-                logits_to_keep=own + 1,
+                logits_to_keep=max(own[i] for i in indices) + 1,
             ).logits
         log_probabilities = functional.log_softmax(logits.float(), dim=-1).cpu()
         for row, i in enumerate(indices):
-            found = Answer("", scores=_scores(log_probabilities[row], trees[i], questions[i]))
-            yield i, replace(found, text=questions[i].texts[found.choice or 0])
+            answer = Answer("", scores=_scores(log_probabilities[row], trees[i], questions[i]))
+            found[i] = replace(answer, text=questions[i].texts[answer.choice or 0])
+        return found
+
+    def needed(index: int) -> int:
+        return question_bytes(model, len(rows[index].input_ids), logits=longest_own + 1, cached=False)
+
+    order = sorted(left, key=lambda i: -len(rows[i].input_ids))
+    for chosen, found in Batches(batch_size).run(order, weigh, needed):
+        encoded.release(chosen, rows)
+        yield from found.items()
 
 
 def _scores(log_probabilities: torch.Tensor, tree: Tree, question: Choices) -> tuple[float, ...]:
@@ -168,6 +182,11 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+def first_label(labels: Sequence[int]) -> int:
+    """Return the place of the first label of a row; 0 without one."""
+    return next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), 0)
+
+
 @torch.inference_mode()
 def answer_losses(
     model: Any,
@@ -185,7 +204,7 @@ def answer_losses(
         rows: `input_ids` and `labels` of each conversation; labels are -100 outside the answer.
         image_files: Names of each conversation's images.
         load_pixels: Loads images by name.
-        batch_size: Conversations per batch.
+        batch_size: Most conversations per batch.
         pad_token_id: Token id for padding on the left.
 
     Yields:
@@ -193,11 +212,15 @@ def answer_losses(
         opened are skipped.
     """
     questions = [Question(ids, files) for (ids, _), files in zip(rows, image_files, strict=True)]
-    everything = range(len(questions))
-    encoded = EncodedImages(model, load_pixels, questions, everything)
-    for indices, batch, _ in _batches(model, questions, everything, encoded, batch_size, pad_token_id):
+    encoded = EncodedImages(model, load_pixels, questions, range(len(questions)))
+    longest_answer = max((len(labels) - first_label(labels) for _, labels in rows), default=0)
+    model.eval()
+
+    def losses(chosen: list[int]) -> list[tuple[int, float, int]]:
+        batch, failed = encoded.batch(chosen, questions, pad_token_id)
+        indices = [i for i in chosen if i not in failed]
         if not indices:
-            continue
+            return []
         longest = batch["input_ids"].shape[1]
         labels = torch.full((len(indices), longest), IGNORE_INDEX)
         for row, i in enumerate(indices):
@@ -207,25 +230,16 @@ def answer_losses(
         with encoded.as_pixels():
             logits = model(**batch, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
         target = labels[:, -keep + 1 :]
-        found = functional.cross_entropy(
+        nats = functional.cross_entropy(
             logits[:, :-1].float().transpose(1, 2).cpu(), target, ignore_index=IGNORE_INDEX, reduction="none"
         )
-        for row, i in enumerate(indices):
-            yield i, float(found[row].sum()), int((target[row] != IGNORE_INDEX).sum())
+        counts = (target != IGNORE_INDEX).sum(1)
+        return [(i, float(nats[row].sum()), int(counts[row])) for row, i in enumerate(indices)]
 
+    def needed(index: int) -> int:
+        return question_bytes(model, len(rows[index][0]), logits=longest_answer + 1, cached=False)
 
-def _batches(
-    model: Any,
-    rows: Sequence[Question],
-    left: Sequence[int],
-    encoded: EncodedImages,
-    batch_size: int,
-    pad_token_id: int,
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor], dict[int, Answer]]]:
-    """Yield batches of rows, longest first: indices, tensors, and answers for rows with a bad image."""
-    order = sorted(left, key=lambda i: -len(rows[i].input_ids))
-    model.eval()
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch, failed = encoded.batch(chosen, rows, pad_token_id)
-        yield [i for i in chosen if i not in failed], batch, failed
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    for chosen, found in Batches(batch_size).run(order, losses, needed):
+        encoded.release(chosen, questions)
+        yield from found

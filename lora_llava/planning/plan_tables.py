@@ -16,8 +16,9 @@ from rich.text import Text
 from lora_llava.core.errors import UserError
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.model.families.language_families import outside_the_table
-from lora_llava.planning.fit import memory_budget, recomputation, resolve_optimizer
+from lora_llava.planning.fit import recomputation, resolve_optimizer
 from lora_llava.planning.memory import GIB, Step
+from lora_llava.planning.memory_budget import memory_budget
 from lora_llava.planning.run_plan import RunPlan
 from lora_llava.recipe import Recipe
 from lora_llava.splits.split_rows import Split

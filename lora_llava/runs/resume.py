@@ -28,6 +28,7 @@ UNTOUCHED = frozenset(
         "training.memory_gb",
         "training.gradient_checkpointing",
         "training.share_images",
+        "training.deterministic",
     }
 )
 """Keys that affect neither training nor evaluation, or whose effect `identity` compares."""

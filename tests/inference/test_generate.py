@@ -103,9 +103,11 @@ def test_an_image_is_freed_after_its_last_question(speaking: Any) -> None:
     encoded = EncodedImages(asked.model, asked.load_pixels, questions, range(len(questions)))
     for i in range(len(questions)):
         encoded.batch([i], questions, asked.tokenizer.pad_token_id)
+        encoded.release([i], questions)
         assert not encoded._held
     twice = EncodedImages(asked.model, asked.load_pixels, questions, range(len(questions)), times=2)
     twice.batch([0], questions, asked.tokenizer.pad_token_id)
+    twice.release([0], questions)
     assert list(twice._held) == list(questions[0].image_files)
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from lora_llava.core.errors import UserError
@@ -220,20 +219,11 @@ def _load_evaluator(opened: OpenedInspection) -> Evaluator:
 def _measure_part(
     evaluator: Evaluator, opened: OpenedInspection, rows: Sequence[InspectedRow], part: Sequence[int], number: int
 ) -> Measures:
-    """Measure one part.
-
-    Raises:
-        UserError: If the GPU's memory is too small for a batch.
-    """
+    """Measure one part."""
     pixels = opened.splits[rows[part[0]].split].load_pixels
-    here = replace(evaluator, load_pixels=pixels)
-    try:
-        return measure_rows(here, [rows[i].row for i in part], opened.recipe.seed + number)
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"the GPU ran out of memory with {evaluator.batch_size} rows at once; lower evaluation.batch_size in "
-            f"{opened.folder}/recipe.yaml to {max(1, evaluator.batch_size // 2)} and run the command again"
-        ) from None
+    return measure_rows(
+        replace(evaluator, load_pixels=pixels), [rows[i].row for i in part], opened.recipe.seed + number
+    )
 
 
 def _findings(

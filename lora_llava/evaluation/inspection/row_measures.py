@@ -17,7 +17,9 @@ from lora_llava.data.images.image_id import ImageName
 from lora_llava.evaluation.answerers import Evaluator, messages_of
 from lora_llava.evaluation.inspection.inspected_rows import without_images
 from lora_llava.evaluation.row_evaluation import shuffle_images
+from lora_llava.inference.batches import Batches, question_bytes
 from lora_llava.inference.generate import EncodedImages, Question
+from lora_llava.inference.likelihood import first_label
 
 SHUFFLES = 3
 """Shuffled images of a row that seems to gain nothing: one alone may show the same answer by chance."""
@@ -197,16 +199,25 @@ def _measure(
         del encoded[i]
         problems[i] = "nothing stands before its answer, not even the tokenizer's first token"
     order = sorted(encoded, key=lambda i: -len(encoded[i]["input_ids"]))
-    found: dict[int, _Answered] = {}
-    for start in range(0, len(order), evaluator.batch_size):
-        chosen = order[start : start + evaluator.batch_size]
+
+    def forward(chosen: list[int]) -> dict[int, _Answered]:
         questions = {i: Question(encoded[i]["input_ids"], rows[i].images) for i in chosen}
         batch, failed = images.batch(chosen, questions, evaluator.tokenizer.pad_token_id)  # type: ignore[arg-type]
         problems.update((i, str(answer.problem)) for i, answer in failed.items())
         chosen = [i for i in chosen if i not in failed]
-        if chosen:
-            labels = [encoded[i]["labels"] for i in chosen]
-            found |= zip(chosen, _forward(evaluator.model, batch, labels, images, with_state), strict=True)
+        if not chosen:
+            return {}
+        labels = [encoded[i]["labels"] for i in chosen]
+        return dict(zip(chosen, _forward(evaluator.model, batch, labels, images, with_state), strict=True))
+
+    def needed(index: int) -> int:
+        labels = encoded[index]["labels"]
+        answer = len(labels) - first_label(labels)
+        return question_bytes(evaluator.model, len(labels), logits=answer + 1, cached=False, all_states=with_state)
+
+    found: dict[int, _Answered] = {}
+    for _, measured in Batches(evaluator.batch_size, "rows", "lower data.max_length").run(order, forward, needed):
+        found |= measured
     return found
 
 
