@@ -19,8 +19,9 @@ from lora_llava.distributed.ranks import gather, this_rank
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.client.chat_request import ChatFailure, ChatRequest, image_part
 from lora_llava.inference.client.client import ChatServer, ask
-from lora_llava.inference.generate import EncodedImages, Question, generate_answers
+from lora_llava.inference.generate import generate_answers
 from lora_llava.inference.likelihood import Choices, answer_losses, build_tree, weigh_choices
+from lora_llava.inference.question import EncodedImages, Question
 from lora_llava.inference.sampling import Sampling
 
 Answerer = Callable[[Sequence[Conversation], Collection[int]], Iterator[tuple[int, Answer]]]

@@ -14,7 +14,7 @@ from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.images.image_sources import PixelLoader
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.batches import Batches, question_bytes
-from lora_llava.inference.generate import EncodedImages, Question
+from lora_llava.inference.question import EncodedImages, Question
 from lora_llava.model.vision import llava_of
 
 

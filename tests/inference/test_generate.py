@@ -15,7 +15,8 @@ from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.data.tokens import Stop
 from lora_llava.evaluation.answerers import Evaluator
 from lora_llava.inference.answer import Answer
-from lora_llava.inference.generate import EncodedImages, Question, generate_answers
+from lora_llava.inference.generate import generate_answers
+from lora_llava.inference.question import EncodedImages, Question
 from lora_llava.inference.sampling import Sampling
 
 

@@ -18,8 +18,8 @@ from lora_llava.evaluation.answerers import Evaluator, messages_of
 from lora_llava.evaluation.inspection.inspected_rows import without_images
 from lora_llava.evaluation.row_evaluation import shuffle_images
 from lora_llava.inference.batches import Batches, question_bytes
-from lora_llava.inference.generate import EncodedImages, Question
 from lora_llava.inference.likelihood import first_label
+from lora_llava.inference.question import EncodedImages, Question
 
 SHUFFLES = 3
 """Shuffled images of a row that seems to gain nothing: one alone may show the same answer by chance."""
