@@ -34,6 +34,11 @@ class Batches:
         self.most, self.what, self.setting = most, what, setting
         self._reported = False
 
+    @classmethod
+    def of(cls, most: int | Batches) -> Batches:
+        """Return batches of at most this size, or given ones, which know what fitted before."""
+        return most if isinstance(most, Batches) else cls(most)
+
     def run(
         self,
         items: Sequence[int],

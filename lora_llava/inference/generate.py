@@ -40,7 +40,7 @@ def generate_answers(
     *,
     tokenizer: PreTrainedTokenizerBase,
     load_pixels: PixelLoader,
-    batch_size: int,
+    batch_size: int | Batches,
     sampling: Sampling,
     stop: Stop,
     answered: Collection[int] = (),
@@ -98,7 +98,7 @@ def generate_answers(
     def needed(index: int) -> int:
         return question_bytes(model, len(questions[index].input_ids), new_tokens=sampling.max_new_tokens)
 
-    for chosen, found in Batches(batch_size).run(order, answer, needed):
+    for chosen, found in Batches.of(batch_size).run(order, answer, needed):
         encoded.release(chosen, questions)
         yield from ((index, each) for index, each in found.items() if index not in answered)
 

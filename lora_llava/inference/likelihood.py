@@ -79,7 +79,7 @@ def weigh_choices(
     questions: Sequence[Choices],
     *,
     load_pixels: PixelLoader,
-    batch_size: int,
+    batch_size: int | Batches,
     pad_token_id: int,
     answered: Collection[int] = (),
     encoded: EncodedImages | None = None,
@@ -139,7 +139,7 @@ def weigh_choices(
         return question_bytes(model, len(rows[index].input_ids), logits=longest_own + 1, cached=False)
 
     order = sorted(left, key=lambda i: -len(rows[i].input_ids))
-    for chosen, found in Batches(batch_size).run(order, weigh, needed):
+    for chosen, found in Batches.of(batch_size).run(order, weigh, needed):
         encoded.release(chosen, rows)
         yield from found.items()
 
