@@ -18,6 +18,7 @@ from lora_llava.evaluation.inspection.row_measures import measure_rows
 from lora_llava.inference.batches import Batches, question_bytes
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.weights.streaming import build_empty
+from lora_llava.publishing.proof import Prompts, greedy_answers, last_logits
 
 CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
@@ -64,9 +65,7 @@ def measured(asked: Any, rows: Any) -> Any:
 
 
 @pytest.mark.parametrize("ask", [generated, weighed, reasoned, losses, measured])
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), RuntimeError(CUBLAS)]
-)
+@pytest.mark.parametrize("error", [FULL, RuntimeError(CUBLAS)], ids=["torch", "cublas"])
 def test_batches_are_halved_until_they_fit(
     speaking: Any, device: Any, capsys: Any, ask: Callable[[Any, Any], Any], error: Exception
 ) -> None:
@@ -81,6 +80,21 @@ def test_batches_are_halved_until_they_fit(
     what = "rows" if ask is measured else "questions"
     assert f"memory ran out with 8 {what} at once: 4 at once from now on" in printed
     assert f"memory ran out with 4 {what} at once: 2 at once from now on" in printed
+
+
+def test_the_merge_proof_is_halved_too(speaking: Any, device: Any, capsys: Any) -> None:
+    asked, rows = speaking
+    prompts = Prompts([asked.prompt(row) for row in rows if not row.images][:4], [None] * 4, 0)
+    stops = [asked.tokenizer.eos_token_id]
+    answers = greedy_answers(asked.model, prompts, 3, stops)
+    logits = last_logits(asked.model, prompts, answers, 4)
+    assert device.rows[0] == 4
+    device.most = 3
+    assert greedy_answers(asked.model, prompts, 3, stops) == answers
+    halved = last_logits(asked.model, prompts, answers, 4)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(logits, halved, strict=True))
+    assert len(halved) == 4
+    assert capsys.readouterr().err.count("memory ran out with 4 prompts at once: 2 at once from now on") == 2
 
 
 def test_one_question_that_does_not_fit_is_one_line(speaking: Any, device: Any) -> None:
