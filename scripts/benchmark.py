@@ -22,6 +22,7 @@ from tests.benchmarks import (
     generation,
     gpu,
     merge,
+    simulate,
     synthesis,
 )
 
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "contexts": contexts,
     "synthesis": synthesis,
     "gpu": gpu,
+    "simulate": simulate,
     "dealing": dealing,
     "faults": faults,
 }

@@ -15,6 +15,7 @@ from lora_llava.core.quiet import has_expandable_segments
 from lora_llava.model.families.decoder_shape import DecoderShape, attention_widths, decoder_shape, tower_parameters
 from lora_llava.model.families.language_families import family_of
 from lora_llava.model.families.tower_families import tower_of
+from lora_llava.model.fast_path.trained_loss import tokens_at_once
 from lora_llava.planning.trained_memory import (
     full_parameters,
     largest_eva_parameters,
@@ -36,8 +37,6 @@ GPU_SHARE_OF_FIXED_SEGMENTS = 0.90
 """The same without them, as on Windows: freed blocks of other sizes cannot be joined across segments."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight: 4 bits, an 8-bit scale per 64 weights, a float32 scale per 256 scales (QLoRA, section 3)."""
-HEAD_TILE_ROWS, HEAD_TILE_COLUMNS = 4096, 32768
-"""Tile size of trl's fused head (trl/kernels/chunked_logprob.py)."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +161,6 @@ class Step:
         }
         return {part: size for part, size in found.items() if size}
 
-    @property
-    def trains_head(self) -> bool:
-        """Whether the head trains, in full or for new tokens."""
-        return bool(self.new_tokens or (self.lora is not None and "lm_head" in self.lora.modules_to_save))
-
     def _autocast_copies(self) -> int:
         """Bytes of 16-bit copies of LoRA and projector: autocast caches A, and layers not recomputed keep B."""
         if self.dtype_bytes == 4:
@@ -244,12 +238,11 @@ class Step:
         return self.layer_bytes() + transient
 
     def _head(self) -> int:
+        """Bytes of some tokens' log-softmax and its two gradients, and of all trained tokens' states and gradients."""
         text, rows = self.config.text_config, self.trained_tokens
         last = self.layer_bytes() if self.checkpointed < self.layers else 0
-        if not self.cuda or self.trains_head:  # logits, their log-softmax, their gradient
-            return last + rows * text.vocab_size * 4 * 3
-        tile = min(rows, HEAD_TILE_ROWS) * min(text.vocab_size, HEAD_TILE_COLUMNS) * self.dtype_bytes
-        return last + tile + rows * text.hidden_size * (4 + self.dtype_bytes)
+        at_once = min(rows, tokens_at_once(text.vocab_size))
+        return last + 3 * 4 * at_once * text.vocab_size + 2 * self.dtype_bytes * rows * text.hidden_size
 
     def _vision(self) -> int:
         if self.cached_features or not self.images:

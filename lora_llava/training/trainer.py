@@ -118,7 +118,6 @@ class LlavaSFTTrainer(TrainerHooks):
         self.overflows: list[int] = []
         self.on_loss: Callable[[torch.Tensor], None] = lambda loss: None
         self.on_begin: Callable[[], None] = lambda: None
-        self._trains_head = any(p.requires_grad for name, p in model.named_parameters() if ".lm_head." in name)
         trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         events = _TrainerEvents(self._begin, self._weights_change, self._step_ended, self._take_counters)
         super().__init__(
@@ -241,27 +240,22 @@ class LlavaSFTTrainer(TrainerHooks):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Count the tokens and return the loss.
 
-        On CUDA it is TRL's loss, whose fused head computes trained tokens only. Elsewhere TRL computes every token
-        (trl/trainer/utils.py, add_fused_lm_head), so ours is used; also for a head that trains, which TRL's reads as
-        a plain matrix, past PEFT's wrapper and the dtype that it sees to.
+        It is not TRL's, which computes the logits of every token where Triton is missing, and reads a head that trains
+        as a plain matrix, past PEFT's wrapper and its dtype (trl/trainer/utils.py, add_fused_lm_head).
         """
         count = count_labels(inputs)
         if model.training and count:  # a pass without labels only keeps the ranks in step
             padding = int((inputs["attention_mask"] == 0).sum()) if "attention_mask" in inputs else 0
             self.tokens_seen += inputs["input_ids"].numel() - padding
             self.supervised_tokens_seen += count
-        if inputs["labels"].is_cuda and not self._trains_head:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-        else:
-            loss = self._labelled_loss(model, inputs, kwargs.get("num_items_in_batch"))
+        loss = self._labelled_loss(model, inputs, count, kwargs.get("num_items_in_batch"))
         if not model.training:
             self._validation += [(float(loss) * count, count)]
             return loss
         self.on_loss(loss)
         return loss
 
-    def _labelled_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
-        count = count_labels(inputs)
+    def _labelled_loss(self, model: Any, inputs: dict[str, Any], count: int, num_items_in_batch: Any) -> torch.Tensor:
         total, correct = labelled_loss(model, inputs)
         both = self.accelerator.reduce(torch.stack([correct, correct.new_tensor(count)]))
         accuracy = int(both[0]) / max(1, int(both[1]))

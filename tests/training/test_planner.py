@@ -124,8 +124,8 @@ def test_the_optimizer_depends_on_rank_and_device() -> None:
     recipe = load_recipe("scienceqa_qlora.yaml")
     assert resolve_optimizer(recipe, cuda=True) == "paged_adamw_8bit"
     assert resolve_optimizer(recipe, cuda=False) == "adamw_torch"
-    assert resolve_optimizer(changed("scienceqa_qlora.yaml", lora__r=32), cuda=True) == "adamw_torch"
-    assert resolve_optimizer(load_recipe("demo_align.yaml"), cuda=True) == "adamw_torch"
+    assert resolve_optimizer(changed("scienceqa_qlora.yaml", lora__r=32), cuda=True) == "adamw_torch_fused"
+    assert resolve_optimizer(load_recipe("demo_align.yaml"), cuda=True) == "adamw_torch_fused"
     paged = changed("demo_align.yaml", training__optimizer="paged_adamw_8bit")
     assert resolve_optimizer(paged, cuda=True) == "paged_adamw_8bit"
     with pytest.raises(UserError, match="paged_adamw_8bit, which needs CUDA; set adamw_torch, or auto"):
