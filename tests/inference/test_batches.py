@@ -137,8 +137,9 @@ def test_a_token_of_a_7b_model_keeps_512_kib() -> None:
     model = build_empty(shape_config("7b", 0, 32000), torch.device("meta")).to(torch.bfloat16)
     kept, copied = 2 * 32 * 4096 * 2 * 2048, 4096 * 2 * 2048
     assert kept == 2**30
-    assert question_bytes(model, 1024, new_tokens=1024) == kept + copied
-    prefill = 1024 * 2 * (5 * 4096 + 3 * 11008) + 1024 * 1024 * 3 + 32064 * 10
+    token, head = 2 * (5 * 4096 + 3 * 11008), 32064 * 10
+    assert question_bytes(model, 1024, new_tokens=1024) == kept + copied + token + head
+    prefill = 1024 * token + 1024 * 1024 * 3 + head
     assert question_bytes(model, 1024, new_tokens=0) == kept // 2 + prefill
     assert question_bytes(model, 1024, cached=False) == prefill
 

@@ -16,7 +16,7 @@ from tests.simulation.settings import Setting, config_of, recipe_of
 from tests.simulation.simulated_step import on_card
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_answers(
     setting: Setting, meters: list[Meter], rows: int, tokens: int, new_tokens: int, adapter: bool
 ) -> dict[str, Any]:
@@ -47,13 +47,13 @@ def measure_answers(
         output = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
         first = meter.peak - weights
         del output
-        meter.reset_peak()
         cache, longest = DynamicCache(config=text), tokens + new_tokens - 1
         heads, size = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
         for layer in range(text.num_hidden_layers):
             kept = [torch.empty(rows, heads, longest, size, dtype=torch.bfloat16, device=device) for _ in range(2)]
             cache.update(*kept, layer)
             del kept
+        meter.reset_peak()
         ids, mask = ids[:, :1].clone(), torch.ones(rows, longest + 1, dtype=torch.long, device=device)
         model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
         last = meter.peak - weights
