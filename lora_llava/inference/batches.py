@@ -34,6 +34,11 @@ class Batches:
         self.most, self.what, self.setting = most, what, setting
         self._reported = False
 
+    @classmethod
+    def of(cls, most: int | Batches) -> Batches:
+        """Return batches of at most this size, or given ones, which know what fitted before."""
+        return most if isinstance(most, Batches) else cls(most)
+
     def run(
         self,
         items: Sequence[int],
@@ -128,9 +133,9 @@ def question_bytes(
     # The states of the layer, its queries, keys, values and output, the MLP's three products, and with adapters in
     # float32 their output before and after it is scaled (peft/tuners/lora/bnb.py, Linear4bit.forward).
     adapters = 2 * 4 * inner if hasattr(model, "peft_config") else 0
-    first = tokens * (size * (5 * text.hidden_size + 3 * inner) + adapters)
-    first += tokens * tokens * (1 + size)  # the mask, and its copy in the dtype of the scores
-    first += logits * text.vocab_size * (size + 2 * 4)  # logits, in float32, and their log-softmax
+    per_token = size * (5 * text.hidden_size + 3 * inner) + adapters
+    head = logits * text.vocab_size * (size + 2 * 4)  # logits, in float32, and their log-softmax
+    first = tokens * per_token + tokens * tokens * (1 + size) + head  # with the mask, and its copy in the scores' dtype
     if all_states:
         first += tokens * (text.num_hidden_layers + 1) * text.hidden_size * size
     if not cached:
@@ -138,5 +143,5 @@ def question_bytes(
     kept = 2 * text.num_hidden_layers * keys * size
     largest = tokens + new_tokens
     # A step copies the keys or the values of one layer to add those of one token (transformers, DynamicCache).
-    last = kept * largest + keys * size * largest
+    last = kept * largest + keys * size * largest + per_token + head
     return int(max(kept * tokens + first, last))

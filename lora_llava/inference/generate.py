@@ -14,7 +14,7 @@ from lora_llava.inference.answer import Answer
 from lora_llava.inference.batches import Batches, question_bytes
 from lora_llava.inference.question import EncodedImages, Question
 from lora_llava.inference.sampling import Sampling
-from lora_llava.inference.shared_prompts import continue_prompts, in_groups, shared_prompts, split_batch
+from lora_llava.inference.shared_prompts import begin_prompts, in_groups, shared_prompts, split_batch
 
 
 @torch.inference_mode()
@@ -24,7 +24,7 @@ def generate_answers(
     *,
     tokenizer: PreTrainedTokenizerBase,
     load_pixels: PixelLoader,
-    batch_size: int,
+    batch_size: int | Batches,
     sampling: Sampling,
     stop: Stop,
     answered: Collection[int] = (),
@@ -66,7 +66,8 @@ def generate_answers(
 
     def answer_part(chosen: list[int], continued: bool) -> dict[int, Answer]:
         if continued:
-            batch, found = continue_prompts(model, chosen, questions, shared, encoded, tokenizer.pad_token_id)
+            begun = begin_prompts(model, chosen, questions, shared, encoded, tokenizer.pad_token_id)
+            batch, found = (begun.as_generate() if begun.indices else {}), begun.problems
         else:
             batch, found = encoded.batch(chosen, questions, tokenizer.pad_token_id)
         indices = [i for i in chosen if i not in found]
@@ -91,6 +92,6 @@ def generate_answers(
     def needed(index: int) -> int:
         return question_bytes(model, len(questions[index].input_ids), new_tokens=sampling.max_new_tokens)
 
-    for chosen, found in Batches(batch_size).run(order, answer, needed):
+    for chosen, found in Batches.of(batch_size).run(order, answer, needed):
         encoded.release(chosen, questions)
         yield from ((index, each) for index, each in found.items() if index not in answered)

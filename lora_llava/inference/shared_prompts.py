@@ -14,8 +14,8 @@ from lora_llava.inference.answer import Answer
 from lora_llava.inference.question import EncodedImages, Question, left_padded
 from lora_llava.model.vision import llava_of
 
-_CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-"""The name of `generate`'s argument (transformers 5.24, generation/utils.py)."""
+CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+"""The name of a model's argument for the keys and values of earlier tokens (transformers 5.24, generation/utils.py)."""
 
 
 class SharedPrompt(NamedTuple):
@@ -81,15 +81,42 @@ def split_batch(chosen: Sequence[int], shared: Mapping[int, SharedPrompt]) -> li
     return [(part, length > 0) for length, part in parts.items()]
 
 
-def continue_prompts(
+class Begun(NamedTuple):
+    """Questions whose shared prompts have been computed.
+
+    Attributes:
+        indices: The questions, without those with a bad image.
+        cache: Keys and values of the shared prompts, a copy for each question.
+        before: Token ids of the shared prompts, int64 of shape (questions, tokens).
+        rest: `input_ids` and `attention_mask` of the tokens behind them, padded on the left.
+        problems: Answers for questions with a bad image.
+    """
+
+    indices: list[int]
+    cache: Any
+    before: torch.Tensor
+    rest: dict[str, torch.Tensor]
+    problems: dict[int, Answer]
+
+    def mask(self) -> torch.Tensor:
+        """Return the attention mask of all tokens, int64 of shape (questions, tokens)."""
+        return torch.cat([torch.ones_like(self.before), self.rest["attention_mask"]], dim=1)
+
+    def as_generate(self) -> dict[str, Any]:
+        """Return the arguments with which `generate` continues."""
+        ids = torch.cat([self.before, self.rest["input_ids"]], dim=1)
+        return {"input_ids": ids, "attention_mask": self.mask(), CACHE_ARGUMENT: self.cache}
+
+
+def begin_prompts(
     model: Any,
     chosen: Sequence[int],
     questions: Sequence[Question],
     shared: Mapping[int, SharedPrompt],
     encoded: EncodedImages,
     pad_token_id: int,
-) -> tuple[dict[str, Any], dict[int, Answer]]:
-    """Compute the shared prompts of a batch once each, and return what `generate` continues.
+) -> Begun:
+    """Compute the shared prompts of a batch, each once.
 
     Args:
         model: A LLaVA, with or without an adapter.
@@ -98,10 +125,6 @@ def continue_prompts(
         shared: From `shared_prompts`.
         encoded: The images.
         pad_token_id: Padding between the shared prompt and shorter questions.
-
-    Returns:
-        Arguments of `generate`: `input_ids` and `attention_mask`, int64 of shape (questions, tokens), and the keys and
-        values of the shared prompts, one copy for each question; and answers for questions with a bad image.
     """
     firsts = {shared[i]: i for i in reversed(chosen)}
     prompts = {i: Question(prompt.ids, prompt.images) for prompt, i in firsts.items()}
@@ -110,14 +133,10 @@ def continue_prompts(
     kept = [i for i in chosen if firsts[shared[i]] in good]
     problems = {i: failed[firsts[shared[i]]] for i in chosen if firsts[shared[i]] in failed}
     if not kept:
-        return {}, problems
+        return Begun([], None, torch.empty(0, 0), {}, problems)
     with encoded.as_pixels():
         cache = model(**batch, use_cache=True, logits_to_keep=1).past_key_values
-    rows = torch.tensor([good.index(firsts[shared[i]]) for i in kept], device=encoded.device)
-    cache.batch_select_indices(rows)
+    cache.batch_select_indices(torch.tensor([good.index(firsts[shared[i]]) for i in kept], device=encoded.device))
     rest = left_padded([questions[i].input_ids[len(shared[i].ids) :] for i in kept], pad_token_id)
-    before = torch.tensor([shared[i].ids for i in kept])
-    ids = torch.cat([before, rest["input_ids"]], dim=1)
-    mask = torch.cat([torch.ones_like(before), rest["attention_mask"]], dim=1)
-    given = {"input_ids": ids.to(encoded.device), "attention_mask": mask.to(encoded.device), _CACHE: cache}
-    return given, problems
+    before = torch.tensor([shared[i].ids for i in kept], device=encoded.device)
+    return Begun(kept, cache, before, {name: tensor.to(encoded.device) for name, tensor in rest.items()}, problems)

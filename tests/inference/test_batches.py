@@ -18,6 +18,7 @@ from lora_llava.evaluation.inspection.row_measures import measure_rows
 from lora_llava.inference.batches import Batches, question_bytes
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.weights.streaming import build_empty
+from lora_llava.publishing.proof import Prompts, greedy_answers, last_logits
 
 CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
@@ -64,9 +65,7 @@ def measured(asked: Any, rows: Any) -> Any:
 
 
 @pytest.mark.parametrize("ask", [generated, weighed, reasoned, losses, measured])
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), RuntimeError(CUBLAS)]
-)
+@pytest.mark.parametrize("error", [FULL, RuntimeError(CUBLAS)], ids=["torch", "cublas"])
 def test_batches_are_halved_until_they_fit(
     speaking: Any, device: Any, capsys: Any, ask: Callable[[Any, Any], Any], error: Exception
 ) -> None:
@@ -81,6 +80,21 @@ def test_batches_are_halved_until_they_fit(
     what = "rows" if ask is measured else "questions"
     assert f"memory ran out with 8 {what} at once: 4 at once from now on" in printed
     assert f"memory ran out with 4 {what} at once: 2 at once from now on" in printed
+
+
+def test_the_merge_proof_is_halved_too(speaking: Any, device: Any, capsys: Any) -> None:
+    asked, rows = speaking
+    prompts = Prompts([asked.prompt(row) for row in rows if not row.images][:4], [None] * 4, 0)
+    stops = [asked.tokenizer.eos_token_id]
+    answers = greedy_answers(asked.model, prompts, 3, stops)
+    logits = last_logits(asked.model, prompts, answers, 4)
+    assert device.rows[0] == 4
+    device.most = 3
+    assert greedy_answers(asked.model, prompts, 3, stops) == answers
+    halved = last_logits(asked.model, prompts, answers, 4)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(logits, halved, strict=True))
+    assert len(halved) == 4
+    assert capsys.readouterr().err.count("memory ran out with 4 prompts at once: 2 at once from now on") == 2
 
 
 def test_one_question_that_does_not_fit_is_one_line(speaking: Any, device: Any) -> None:
@@ -123,8 +137,9 @@ def test_a_token_of_a_7b_model_keeps_512_kib() -> None:
     model = build_empty(shape_config("7b", 0, 32000), torch.device("meta")).to(torch.bfloat16)
     kept, copied = 2 * 32 * 4096 * 2 * 2048, 4096 * 2 * 2048
     assert kept == 2**30
-    assert question_bytes(model, 1024, new_tokens=1024) == kept + copied
-    prefill = 1024 * 2 * (5 * 4096 + 3 * 11008) + 1024 * 1024 * 3 + 32064 * 10
+    token, head = 2 * (5 * 4096 + 3 * 11008), 32064 * 10
+    assert question_bytes(model, 1024, new_tokens=1024) == kept + copied + token + head
+    prefill = 1024 * token + 1024 * 1024 * 3 + head
     assert question_bytes(model, 1024, new_tokens=0) == kept // 2 + prefill
     assert question_bytes(model, 1024, cached=False) == prefill
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,13 @@ import pytest
 
 from lora_llava.data.conversation import Turn
 from lora_llava.data.images.image_sources import BadImageError
+from lora_llava.evaluation.answerers import by_likelihood, reference_losses
+from lora_llava.inference.likelihood import answer_losses
 from lora_llava.inference.question import Question
 from lora_llava.inference.shared_prompts import in_groups, shared_prompts, split_batch
 from tests.inference.test_generate import answers, questions_of
 
+CHOICES = ("red", "It is blue, I think.", "The answer is A.")
 TEXTS = ("What is it?", "Is it red, or is it another colour that has a longer name?", "Where?", "How many are there?")
 
 
@@ -96,3 +99,41 @@ def test_nothing_is_shared_with_a_sliding_window(asked_often: Any, monkeypatch: 
     asked, questions = asked_often
     monkeypatch.setattr(asked.model.get_base_model().config.text_config, "sliding_window", 8, raising=False)
     assert shared_prompts(asked.model, questions, range(len(questions))) == {}
+
+
+def test_losses_and_scores_equal_those_of_one_question_at_a_time(speaking: Any, passes: list[tuple[int, int]]) -> None:
+    asked, rows = speaking
+    pictured = next(row for row in rows if row.images)
+    several = [
+        replace(row, turns=(Turn("user", f"<image>\n{text}"), Turn("assistant", answer)), images=pictured.images)
+        for row, text, answer in zip(rows, TEXTS, ("Red.", "It is a longer answer.", "Here", "Two."), strict=False)
+    ] + rows[:2]
+    alone, together = (replace(asked, batch_size=size) for size in (1, 6))
+    expected = reference_losses(alone, several)
+    passes.clear()
+    found = reference_losses(together, several)
+    assert len([rows for rows, _ in passes if rows == 1]) == 1  # the beginning that four questions share
+    for index, (loss, tokens) in expected.items():
+        assert found[index] == (pytest.approx(loss, rel=1e-5), tokens)
+    chosen = [
+        dict(by_likelihood(each, lambda row, before: CHOICES)(several, frozenset())) for each in (alone, together)
+    ]
+    for index, answer in chosen[0].items():
+        assert chosen[1][index].text == answer.text
+        assert chosen[1][index].scores == pytest.approx(answer.scores, rel=1e-5)
+
+
+def test_losses_of_captions_right_behind_the_image(asked_often: Any) -> None:
+    asked, questions = asked_often
+    begin = list(questions[0].input_ids[: shared_end(asked, questions[0].input_ids)])
+    rows = [([*begin, 9, 11 + i], [-100] * len(begin) + [9, 11 + i]) for i in range(4)]
+    files = [questions[0].image_files] * 4
+    given = {"load_pixels": asked.load_pixels, "pad_token_id": asked.tokenizer.pad_token_id}
+    alone, together = (
+        {i: loss for i, loss, _ in answer_losses(asked.model, rows, files, batch_size=size, **given)} for size in (1, 4)
+    )
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+def shared_end(asked: Any, ids: Sequence[int]) -> int:
+    return len(ids) - list(reversed(ids)).index(asked.model.config.image_token_index)

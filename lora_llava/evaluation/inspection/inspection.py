@@ -18,8 +18,9 @@ from lora_llava.evaluation.answerers import Evaluator, messages_of
 from lora_llava.evaluation.inspection.inspected_rows import InspectedRow, OpenedInspection, by_image, open_inspection
 from lora_llava.evaluation.inspection.kept_measures import KeptMeasures
 from lora_llava.evaluation.inspection.near_duplicates import find_near_duplicates
-from lora_llava.evaluation.inspection.row_measures import GAIN_MARGIN, Measures, measure_rows
+from lora_llava.evaluation.inspection.row_measures import GAIN_MARGIN, ROWS, Measures, measure_rows
 from lora_llava.evaluation.inspection.surprise import Surprise, find_surprises
+from lora_llava.inference.batches import Batches
 from lora_llava.inference.load import load_answering_model
 from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.provenance import weights_state
@@ -187,12 +188,15 @@ def _measure_parts(
     if done:
         tqdm.write(f"{done:,} of {len(rows):,} rows are in {kept.folder} already and are kept", file=sys.stderr)
     evaluator = _load_evaluator(opened) if done < len(rows) else None
+    batches = Batches(evaluator.batch_size, *ROWS) if evaluator is not None else None
     bar = progress_bar(desc="inspecting", total=len(rows), initial=done, unit="row")
     try:
         with bar:
             for number, part in enumerate(parts):
                 if found[number] is None and evaluator is not None:
-                    found[number] = _measure_part(evaluator, opened, rows, part, number)
+                    here = replace(evaluator, load_pixels=opened.splits[rows[part[0]].split].load_pixels)
+                    chosen = [rows[i].row for i in part]
+                    found[number] = measure_rows(here, chosen, opened.recipe.seed + number, batches)
                     kept.save(number, _names(rows, part), found[number])  # type: ignore[arg-type]
                     done += len(part)
                     bar.update(len(part))
@@ -213,16 +217,6 @@ def _load_evaluator(opened: OpenedInspection) -> Evaluator:
         image_tokens(opened.plan.config),
         next(iter(opened.splits.values())).load_pixels,
         (opened.recipe.evaluation or EvaluationSection()).batch_size,
-    )
-
-
-def _measure_part(
-    evaluator: Evaluator, opened: OpenedInspection, rows: Sequence[InspectedRow], part: Sequence[int], number: int
-) -> Measures:
-    """Measure one part."""
-    pixels = opened.splits[rows[part[0]].split].load_pixels
-    return measure_rows(
-        replace(evaluator, load_pixels=pixels), [rows[i].row for i in part], opened.recipe.seed + number
     )
 
 

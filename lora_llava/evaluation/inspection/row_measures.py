@@ -63,6 +63,10 @@ class Measures:
     problems: dict[int, str]
 
 
+ROWS = "rows", "lower data.max_length"
+"""What `Batches` says of rows that do not fit into memory."""
+
+
 class RecordedImages(EncodedImages):
     """Encoded images that stay for all passes over some rows, with averaged features of each.
 
@@ -124,21 +128,25 @@ class _Answered:
     state: np.ndarray | None
 
 
-def measure_rows(evaluator: Evaluator, rows: Sequence[Conversation], seed: int) -> Measures:
+def measure_rows(
+    evaluator: Evaluator, rows: Sequence[Conversation], seed: int, batches: Batches | None = None
+) -> Measures:
     """Measure rows that are shuffled among themselves.
 
     Args:
         evaluator: The model.
         rows: Conversations that end with the answer of the data.
         seed: Seed of the shuffles.
+        batches: Batches that know what fitted into memory before; None begins with the evaluator's size.
 
     Returns:
         The measures.
     """
     images = RecordedImages(evaluator, rows)
+    batches = batches or Batches(evaluator.batch_size, *ROWS)
     everything = dict(enumerate(rows))
     problems: dict[int, str] = {}
-    own = _measure(evaluator, everything, images, problems, with_state=True)
+    own = _measure(evaluator, batches, everything, images, problems, with_state=True)
     sound = {i: row for i, row in everything.items() if i in own}
     shuffled: dict[int, list[float]] = {i: [] for i in sound}
     for number in range(SHUFFLES):
@@ -147,9 +155,10 @@ def measure_rows(evaluator: Evaluator, rows: Sequence[Conversation], seed: int) 
         asked = {i: row for i, row in other.items() if row.images != rows[i].images}
         if number:
             asked = {i: row for i, row in asked.items() if shuffled[i] and _gain(shuffled[i], own[i]) <= GAIN_MARGIN}
-        for i, found in _measure(evaluator, asked, images, {}).items():
+        for i, found in _measure(evaluator, batches, asked, images, {}).items():
             shuffled[i].append(found.loss / found.tokens)
-    blank = _measure(evaluator, {i: without_images(row) for i, row in sound.items() if row.images}, images, {})
+    bare = {i: without_images(row) for i, row in sound.items() if row.images}
+    blank = _measure(evaluator, batches, bare, images, {})
 
     def column(values: Mapping[int, float]) -> np.ndarray:
         return np.array([values.get(i, np.nan) for i in range(len(rows))])
@@ -177,6 +186,7 @@ def _gain(shuffled: Sequence[float], own: _Answered) -> float:
 
 def _measure(
     evaluator: Evaluator,
+    batches: Batches,
     rows: Mapping[int, Conversation],
     images: EncodedImages,
     problems: dict[int, str],
@@ -216,7 +226,7 @@ def _measure(
         return question_bytes(evaluator.model, len(labels), logits=answer + 1, cached=False, all_states=with_state)
 
     found: dict[int, _Answered] = {}
-    for _, measured in Batches(evaluator.batch_size, "rows", "lower data.max_length").run(order, forward, needed):
+    for _, measured in batches.run(order, forward, needed):
         found |= measured
     return found
 
