@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images.image_sources import PixelLoader
-from lora_llava.data.shared_prefixes import Segment, segments_of
+from lora_llava.data.packed_rows.shared_prefixes import Segment, segments_of
 
 
 @dataclass

@@ -11,7 +11,7 @@ from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.encoded import EncodedRows
-from lora_llava.data.shared_prefixes import SharedPrefixes
+from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes
 from lora_llava.distributed.ranks import this_rank
 from lora_llava.distributed.sharding import is_sharded
 from lora_llava.model.fast_path.attention import is_by_sample

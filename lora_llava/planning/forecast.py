@@ -83,7 +83,7 @@ def forecast(recipe: Recipe) -> Forecast:
         max_length=recipe.data.max_length,
         on_overlong="drop",
     )
-    source = f"lengths from {len(samples):,} of {total:,} samples"
+    source = f"lengths from {len(samples):,} of {total:,} samples; rows that share images need less"
     total = _rows_per_epoch(recipe, total)
     lengths = samples.lengths.tolist()
     padded = not is_padding_free(recipe, model.config)[0]

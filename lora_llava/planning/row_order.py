@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from lora_llava.data.packing import pack_samples
-from lora_llava.data.shared_prefixes import SharedPrefixes
+from lora_llava.data.packed_rows.packing import pack_samples
+from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes
 from lora_llava.distributed.balance import distribute_rows
 from lora_llava.planning.shared_order import Capacity, run_order, separate_groups, shared_rows
 from lora_llava.recipe import TrainingSection

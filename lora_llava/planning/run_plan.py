@@ -11,7 +11,7 @@ import torch
 from transformers import LlavaConfig, PreTrainedTokenizerBase
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.shared_prefixes import SharedPrefixes, find_prefixes
+from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes, find_prefixes
 from lora_llava.data.templates.chat_template import saved_text
 from lora_llava.data.templates.named_templates import chat_template
 from lora_llava.data.templates.resolve_template import resolve_template

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lora_llava.data.packing import WINDOW, pack_in_order
-from lora_llava.data.shared_prefixes import SharedPrefixes
+from lora_llava.data.packed_rows.packing import WINDOW, pack_in_order
+from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes
 
 Run = list[int]
 """Rows of one group that are neighbours in a packed row and share their prefix there; or one row alone."""

@@ -19,7 +19,7 @@ from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images.image_files import image_file
 from lora_llava.data.images.image_sources import BadImageError
-from lora_llava.data.shared_prefixes import Segment, SharedPrefixes, SharedSamples, segments_of
+from lora_llava.data.packed_rows.shared_prefixes import Segment, SharedPrefixes, SharedSamples, segments_of
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.start import plan_model

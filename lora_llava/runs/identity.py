@@ -257,7 +257,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], splits: Mappi
     same_library = before["versions"].get("transformers") == now["versions"].get("transformers")
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     found = []
-    for key in changed:
+    for key in (key for key in changed if key[0] != "order"):
         one_sided = (key in old) != (key in new)
         if not (one_sided and key[0] in _LIBRARY_SETTINGS and not same_library):
             found.append(_line(key, old.get(key), new.get(key)))
@@ -265,7 +265,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], splits: Mappi
     for name in now["data"]:
         if name in before["data"]:
             found += _split_differences(name, before["data"][name], now["data"][name], splits[name], same_text)
-    return found
+    return found or [_line(key, old.get(key), new.get(key)) for key in changed]
 
 
 def _leaves(content: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

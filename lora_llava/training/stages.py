@@ -18,7 +18,7 @@ from transformers.trainer_utils import set_seed
 from lora_llava.core.device import is_out_of_memory
 from lora_llava.core.errors import StoppedError, UserError
 from lora_llava.data.collator import PackedCollator, PaddedCollator
-from lora_llava.data.shared_prefixes import SharedPrefixes, SharedSamples
+from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes, SharedSamples
 from lora_llava.distributed.ranks import first_alone, gather, is_first, this_rank
 from lora_llava.distributed.sharding import describe_shard, full_weights, is_sharded
 from lora_llava.evaluation.scoring import ScoreValidation

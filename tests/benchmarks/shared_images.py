@@ -15,7 +15,7 @@ from transformers import LlavaConfig
 from lora_llava.benchmark.benchmark_rows import shape_config
 from lora_llava.data.collator import PackedCollator
 from lora_llava.data.encode import IGNORE_INDEX
-from lora_llava.data.shared_prefixes import Prefix
+from lora_llava.data.packed_rows.shared_prefixes import Prefix
 from lora_llava.model.adapters import add_adapters, lora_config
 from lora_llava.model.fast_path.attention import use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean

@@ -11,7 +11,7 @@ import torch
 from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images.image_sources import Pixels
-from lora_llava.data.shared_prefixes import Prefix
+from lora_llava.data.packed_rows.shared_prefixes import Prefix
 from lora_llava.model.adapters import add_adapters, lora_config
 from lora_llava.model.families.tower_families import image_processor_of
 from lora_llava.model.fast_path.attention import use_flash_varlen

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_llava.data.shared_prefixes import Prefix, SharedPrefixes
+from lora_llava.data.packed_rows.shared_prefixes import Prefix, SharedPrefixes
 from lora_llava.planning.row_order import RowOrder, order_rows, validation_rows
 from lora_llava.recipe import TrainingSection
 

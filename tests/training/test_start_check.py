@@ -57,7 +57,7 @@ def test_padded_and_padding_free_training_end_at_the_same_weights(
     for attention in ("sdpa", "flash_varlen"):
         stage2_content["model"] |= {"attention": attention, "quantization": "none"}
         stage2_content["output_dir"] = str(tmp_path / attention)
-        stage2_content["training"] |= {"learning_rate": 1e-3, "group_by_length": False}
+        stage2_content["training"] |= {"learning_rate": 1e-3, "group_by_length": False, "share_images": "off"}
         recipe = check_recipe(stage2_content, "test")
         plan, base = plan_run(recipe), prepare_base(recipe.model, 0)
         Path(recipe.output_dir).mkdir()
