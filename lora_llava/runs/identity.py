@@ -265,7 +265,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], splits: Mappi
     for name in now["data"]:
         if name in before["data"]:
             found += _split_differences(name, before["data"][name], now["data"][name], splits[name], same_text)
-    return found or [_line(key, old.get(key), new.get(key)) for key in changed]
+    return found or [_line(key, old.get(key), new.get(key)) for key in changed if key[0] == "order"]
 
 
 def _leaves(content: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
