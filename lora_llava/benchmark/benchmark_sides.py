@@ -27,7 +27,7 @@ from lora_llava.model.families.tower_families import image_processor_of, image_t
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.fast_path.attention import use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
-from lora_llava.model.loading import default_device
+from lora_llava.model.loading import default_device, resolve_dtype
 from lora_llava.model.random_weights import build_random_llava
 from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.model.vision import run_tower, tower_features
@@ -37,8 +37,8 @@ from lora_llava.planning.memory import CUDA_CONTEXT, Step, fit_step, smallest
 from lora_llava.recipe.schema import LINEARS, LoraSection
 from lora_llava.training.feed import Feed
 from lora_llava.training.parameter_groups import Rates
-from lora_llava.training.stages import checkpointing_argument
 from lora_llava.training.trainer import LlavaSFTTrainer
+from lora_llava.training.trainer_arguments import checkpointing_argument
 from lora_llava.training.training_progress import peak_memory_bytes
 
 SIDES = ("ours", "ours_cached", "trl_random", "trl_grouped")
@@ -151,7 +151,7 @@ def _random_model(
     return build_random_llava(
         config,
         quantization="nf4" if cuda else "none",
-        dtype=torch.bfloat16 if cuda else torch.float32,
+        dtype=resolve_dtype("auto"),
         device=default_device(),
         seed=settings.seed,
         with_tower=with_tower,
@@ -159,7 +159,7 @@ def _random_model(
 
 
 def _arguments(settings: BenchmarkSettings, **own: Any) -> SFTConfig:
-    cuda = torch.cuda.is_available()
+    cuda, dtype = torch.cuda.is_available(), resolve_dtype("auto")
     return SFTConfig(
         output_dir=tempfile.mkdtemp(prefix="lora_llava_benchmark_"),
         seed=settings.seed,
@@ -168,7 +168,8 @@ def _arguments(settings: BenchmarkSettings, **own: Any) -> SFTConfig:
         gradient_accumulation_steps=settings.batch_size // settings.micro_batch,
         learning_rate=1e-4,
         optim=settings.optimizer,
-        bf16=cuda,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         use_cpu=not cuda,
         logging_steps=1,
         report_to="none",
@@ -238,8 +239,7 @@ class CountingTrainer(LlavaSFTTrainer):
 def _features(settings: BenchmarkSettings, config: LlavaConfig, pixels: Pixels, names: list[str]) -> Any:
     """Compute the features of every image before the clock starts, as a vision cache does."""
     device = default_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tower = AutoModel.from_config(config.vision_config, dtype=dtype).to(device).eval()
+    tower = AutoModel.from_config(config.vision_config, dtype=resolve_dtype("auto")).to(device).eval()
     kept = {name: tower_features(tower, config, pixels([name]).to(device))[0].cpu() for name in names}
     del tower
     if torch.cuda.is_available():

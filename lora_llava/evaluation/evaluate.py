@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from lora_llava.core.device import is_out_of_memory
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import file_hash
 from lora_llava.data.conversation import Conversation
@@ -223,7 +222,9 @@ def evaluate(
             )
         else:
             table, scored = evaluate_conversations(rows, answerer, losses, **common)  # type: ignore[assignment]
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"the GPU ran out of memory with {settings.batch_size} questions at once; set evaluation.batch_size="
             f"{max(1, settings.batch_size // 2)} and run the command again: the answers so far are kept"

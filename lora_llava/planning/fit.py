@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,6 +14,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.encoded import EncodedRows
 from lora_llava.distributed.ranks import this_rank
 from lora_llava.distributed.sharding import is_sharded
+from lora_llava.model.fast_path.attention import is_by_sample
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.planning.memory import CUDA_CONTEXT, GIB, PROCESS, Step, fit_step, smallest, usable
 from lora_llava.recipe import Recipe
@@ -72,7 +71,8 @@ def resolve_optimizer(recipe: Recipe, *, cuda: bool) -> str:
     sharded = is_sharded()  # 8-bit states of sharded weights have not been tested
     large = recipe.lora is not None and recipe.lora.r >= EIGHT_BIT_FROM_R
     if requested == "auto":
-        return "paged_adamw_8bit" if large and cuda and not sharded else "adamw_torch"
+        on_gpu = "paged_adamw_8bit" if large else "adamw_torch_fused"
+        return on_gpu if cuda and not sharded else "adamw_torch"
     return requested
 
 
@@ -85,8 +85,8 @@ def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda:
         extremes: The heaviest forward pass.
         cuda: Whether it runs on a GPU.
     """
-    auto = torch.bfloat16 if cuda else torch.float32
-    dtype = auto if recipe.model.dtype == "auto" else resolve_dtype(recipe.model.dtype)
+    other = cuda and not torch.cuda.is_available()  # planned for a GPU that is not here
+    dtype = torch.bfloat16 if other and recipe.model.dtype == "auto" else resolve_dtype(recipe.model.dtype)
     return Step(
         config=config,
         quantization=recipe.model.quantization,
@@ -100,6 +100,7 @@ def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda:
         cuda=cuda,
         ranks=this_rank()[1] if is_sharded() else 1,
         new_tokens=len(recipe.model.new_tokens),
+        by_sample=cuda and torch.cuda.is_available() and is_by_sample(dtype),
     )
 
 
@@ -214,8 +215,4 @@ def describe_device() -> str:
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
         return f"{torch.cuda.get_device_name()}, {memory / GIB:.1f} GiB"
-    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
-        if torch.version.cuda is None:
-            return "CUDA card present, but this torch is the CPU build; install torch for CUDA (pytorch.org)"
-        return "CUDA card present, but torch cannot use it; see `nvidia-smi` and the driver's version"
-    return "no GPU: training would run on the CPU"
+    return "no GPU for torch: training would run on the CPU"

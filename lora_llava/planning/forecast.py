@@ -12,7 +12,7 @@ from transformers import LlavaConfig
 from lora_llava.core.errors import UserError
 from lora_llava.data.selection import build_rows
 from lora_llava.model.families.tower_families import image_tokens
-from lora_llava.model.loading import check_bitsandbytes
+from lora_llava.model.loading import check_machine, describe_dtype, resolve_dtype
 from lora_llava.model.start import plan_model
 from lora_llava.planning import plan_tables
 from lora_llava.planning.continued_run import check_continued
@@ -62,8 +62,7 @@ def forecast(recipe: Recipe) -> Forecast:
     Raises:
         UserError: If the model's config is not available, or a setting cannot run here.
     """
-    if recipe.model.quantization == "nf4":
-        check_bitsandbytes()
+    check_machine(recipe.model.quantization, recipe.model.dtype)
     model = plan_model(recipe.model)
     check_continued(recipe)
     run_lora_config(recipe, model.config)  # refuses targets that the model does not have
@@ -137,6 +136,8 @@ def print_forecast(recipe: Recipe, console: Console) -> None:
     """
     found = forecast(recipe)
     console.print(describe_device())
+    if line := describe_dtype(resolve_dtype(recipe.model.dtype)):
+        console.print(line, soft_wrap=True)
     try:
         step, refusal = choose_checkpointing(recipe, found.step), None
     except UserError as error:

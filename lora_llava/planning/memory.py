@@ -55,6 +55,7 @@ class Step:
         checkpointed: Number of language model layers that are recomputed.
         offloaded: Whether the inputs of those layers are kept in host memory.
         new_tokens: Number of tokens whose rows of embeddings and head are trained.
+        by_sample: Whether attention runs sample by sample on a GPU, as it always does on a CPU.
     """
 
     config: LlavaConfig
@@ -71,6 +72,7 @@ class Step:
     checkpointed: int = 0
     offloaded: bool = False
     new_tokens: int = 0
+    by_sample: bool = False
 
     @property
     def layers(self) -> int:
@@ -163,7 +165,7 @@ class Step:
 
     def _autocast_copies(self) -> int:
         """Bytes of 16-bit copies of LoRA and projector: autocast caches A, and layers not recomputed keep B."""
-        if not self.cuda or self.dtype_bytes == 4:
+        if self.dtype_bytes == 4:
             return 0
         a_share = sum(a for a, _ in self.linear_shapes.values()) / sum(a + b for a, b in self.linear_shapes.values())
         kept = 1 - self.checkpointed / self.layers
@@ -204,8 +206,10 @@ class Step:
         if family_of(text) is None:  # stock norms keep float32 copies, stock MLPs the activation
             per_token += 2 * 4 * self.shape.norm_values + size * inner
         dropout = self.lora is not None and self.lora.dropout > 0
-        if not self.cuda and not dropout:
+        if (self.by_sample or not self.cuda) and not dropout:
             per_token += size * queries  # the samples' outputs, concatenated for o_proj
+        if self.by_sample:
+            per_token += size * 2 * (queries - keys)  # keys and values, repeated for grouped heads
         if self.lora is not None:
             inputs = sum(self.linear_shapes[name][0] for name in self.targets)
             shared = 2 * hidden + inner  # norms' outputs and down_proj's input; attention's output is counted above

@@ -22,7 +22,7 @@ from lora_llava.model.base import build_processor
 from lora_llava.model.families.decoder_shape import decoder_shape
 from lora_llava.model.families.tower_families import image_processor_of, saved_image_processor
 from lora_llava.model.fast_path.attention import resolve_attention
-from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
+from lora_llava.model.loading import check_machine, resolve_dtype
 from lora_llava.model.new_tokens import add_new_tokens
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.model.tokenizer import load_tokenizer
@@ -105,8 +105,7 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     Raises:
         UserError: For anything that would make the run fail later, except memory, which is in `refusal`.
     """
-    if recipe.model.quantization == "nf4":
-        check_bitsandbytes()
+    check_machine(recipe.model.quantization, recipe.model.dtype)
     check_reporters(recipe.training.report_to)
     check_launch(recipe)
     model = plan_model(recipe.model)

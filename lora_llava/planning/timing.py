@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from lora_llava.core.device import is_out_of_memory
 from lora_llava.model.adapters import add_adapters
 from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.fast_path.attention import resolve_attention, use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.fast_path.trained_loss import labelled_loss
-from lora_llava.model.loading import default_device, resolve_dtype
+from lora_llava.model.loading import autocast, default_device, resolve_dtype
 from lora_llava.model.random_weights import build_random_llava
 from lora_llava.planning.memory import Step
 from lora_llava.planning.run_plan import run_lora_config
@@ -48,7 +49,9 @@ def time_row(recipe: Recipe, step: Step) -> float | None:
         return None
     try:
         one, two = (_time_layers(recipe, step, count) for count in (1, 2))
-    except torch.cuda.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         gc.collect()  # 4-bit layers have reference cycles
         torch.cuda.empty_cache()
         return None
@@ -79,7 +82,7 @@ def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast(device, dtype):
             loss = labelled_loss(peft_model, batch)[0]
         loss.backward()
         optimizer.step()

@@ -27,6 +27,7 @@ UNTOUCHED = frozenset(
         "training.save_every",
         "training.memory_gb",
         "training.gradient_checkpointing",
+        "training.deterministic",
     }
 )
 """Keys that affect neither training nor evaluation."""

@@ -31,6 +31,7 @@ from lora_llava.evaluation.scoring import (
 )
 from lora_llava.evaluation.tables import tables_view
 from lora_llava.model.adapters import trained_projector
+from lora_llava.model.loading import describe_dtype
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.planning import plan_tables
 from lora_llava.planning.continued_run import refuse_own_folder
@@ -56,6 +57,7 @@ from lora_llava.splits.split_rows import asked_split, sealed
 from lora_llava.training.adapter_start import continue_adapter, saved_config, start_adapters
 from lora_llava.training.features import cache_features
 from lora_llava.training.stages import TrainResult, build_feeds, build_trained_model, describe_plan, train
+from lora_llava.training.trainer_arguments import describe_determinism, determinism
 
 BEFORE_FILE = "before.json"
 
@@ -92,6 +94,19 @@ def finetune(
         raise UserError(f"output_dir: {folder} holds a finished run; set output_dir=OTHER, or --overwrite")
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it; use one of them")
+    with determinism(recipe.training.deterministic):  # before anything runs on a GPU
+        return _run(recipe, recipe_folder, folder, resume, overwrite, accept_changes, console)
+
+
+def _run(
+    recipe: Recipe,
+    recipe_folder: Path,
+    folder: Path,
+    resume: bool,
+    overwrite: bool,
+    accept_changes: Iterable[str],
+    console: Console,
+) -> dict[str, Any]:
     stage1 = stage1_of(recipe, recipe_folder)
     if not resume and not overwrite:
         refuse_unfinished(folder / CHECKPOINTS)
@@ -205,7 +220,10 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     model = build_trained_model(recipe, replace(base, initial_projector=None), saved_config(recipe, resumed))
     freeze_plan = describe_plan(model)
     plan_tables.print_freeze_plan(freeze_plan, console)
-    console.print(f"attention: {plan.computation.attention}")
+    console.print(f"attention: {plan.computation.attention}", soft_wrap=True)
+    for line in (describe_dtype(plan.computation.dtype), describe_determinism(recipe, resumed=resumed is not None)):
+        if line:
+            console.print(line, soft_wrap=True)
     if line := continue_adapter(model, recipe):
         console.print(line, soft_wrap=True, markup=False)
     answers = training_answers(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from lora_llava.distributed.sharding import configure_sharding, full_weights, gather_full, is_sharded
+from lora_llava.distributed.sharding import full_weights, gather_full
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
 from lora_llava.runs.checkpoint import atomic_checkpoint, newest_complete, remove_old
@@ -79,7 +80,7 @@ class LlavaSFTTrainer(TrainerHooks):
 
     Args:
         model: The PEFT model of `add_adapters`.
-        args: From `stages.training_arguments`.
+        args: From `training_arguments`.
         train: The feed of the training split.
         validation: The feed of the validation split, or None.
         processor: The stock processor; saved with every checkpoint.
@@ -114,6 +115,7 @@ class LlavaSFTTrainer(TrainerHooks):
         self._random_at_step: dict[str, Any] | None = None
         self._after_step: dict[str, Any] | None = None
         self._weights_consistent = True
+        self.overflows: list[int] = []
         self.on_loss: Callable[[torch.Tensor], None] = lambda loss: None
         self.on_begin: Callable[[], None] = lambda: None
         self._trains_head = any(p.requires_grad for name, p in model.named_parameters() if ".lm_head." in name)
@@ -224,7 +226,7 @@ class LlavaSFTTrainer(TrainerHooks):
             pin_memory=self.args.dataloader_pin_memory,
         )
         # Without accelerate's sharding, which repeats rows from the start if the ranks' shares differ in length.
-        return prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
+        return prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True, non_blocking=True)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer, whose groups have learning rates of their own."""
@@ -288,6 +290,8 @@ class LlavaSFTTrainer(TrainerHooks):
         if "learning_rate" in logs:  # stock: of the first group, which is the projector's or the vision tower's
             optimizer: Any = self.optimizer
             logs["learning_rate"] *= self.args.learning_rate / optimizer.param_groups[0]["initial_lr"]
+        if not math.isfinite(logs.get("grad_norm", 0.0)):  # of a step that overflowed in float16: not JSON
+            del logs["grad_norm"]
         super().log(logs, *args, **kwargs)
 
     @contextmanager
@@ -372,13 +376,6 @@ class LlavaSFTTrainer(TrainerHooks):
             except Exception as error:  # the first failure is the one that is raised
                 print(f"no checkpoint of step {reached} could be written: {error}", file=sys.stderr)
         return f"; resume with --resume, from {newest}" if newest else "; no checkpoint exists to resume from"
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator, and configure FSDP if it was requested."""
-        super().create_accelerator_and_postprocess()
-        if is_sharded():
-            configure_sharding(self.accelerator)
-            self.is_fsdp_enabled = True
 
     @property
     def seconds(self) -> float:

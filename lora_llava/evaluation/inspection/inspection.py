@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from lora_llava.core.device import is_out_of_memory
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.core.storage import file_hash
@@ -229,7 +229,9 @@ def _measure_part(
     here = replace(evaluator, load_pixels=pixels)
     try:
         return measure_rows(here, [rows[i].row for i in part], opened.recipe.seed + number)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise UserError(
             f"the GPU ran out of memory with {evaluator.batch_size} rows at once; lower evaluation.batch_size in "
             f"{opened.folder}/recipe.yaml to {max(1, evaluator.batch_size // 2)} and run the command again"

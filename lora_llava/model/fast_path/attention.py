@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,12 +15,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lora_llava.core.device import capability_problem
 from lora_llava.core.errors import UserError
 from lora_llava.model.families.language_families import attention_problem
 
 IMPLEMENTATION = "varlen"
 """The name under which `flash_varlen` is registered: transformers looks for any name with "flash" on the Hub
 (transformers/utils/generic.py, is_flash_attention_requested)."""
+
+BY_SAMPLE = "SDPA on each sample"
 
 
 def flash_varlen_attention(
@@ -62,47 +66,115 @@ def flash_varlen_attention(
         raise ValueError("flash_varlen does not compute a softcap; use sdpa or eager attention")
     longest = int(max_length_q or torch.diff(cu_seq_lens_q).max())
     window = sliding_window if sliding_window is not None and sliding_window < longest else None
-    if not query.is_cuda or (window is not None and not _has_windows()):
+    compute = choose_kernel(query.device).compute if query.is_cuda and query.dtype != torch.float32 else None
+    if compute is None or (window is not None and not _has_windows(compute)):
         return _by_segment(query, key, value, cu_seq_lens_q, scaling, dropout, window), None
-    span = {} if window is None else {"window_size": (window - 1, 0)}
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, head size)
-    lengths = (cu_seq_lens_q, cu_seq_lens_q, longest, longest)
-    flash_attn = find_flash_attn()
-    if flash_attn is not None:
-        output = flash_attn(q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True, **span)
-    else:
-        from torch.nn.attention.varlen import varlen_attn
-
-        options = _varlen_options(varlen_attn, key, query) | span
-        output = varlen_attn(q, k, v, *lengths, scale=scaling, **options)
-    return output.unsqueeze(0), None
+    return compute(q, k, v, cu_seq_lens_q, longest, scaling, dropout, window).unsqueeze(0), None
 
 
-@functools.cache
-def find_flash_attn() -> Any:
-    """Return flash_attn's function; None if it is not installed or was built for another torch."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:  # a library with undefined symbols raises it too
-        return None
-    return flash_attn_varlen_func
+class Kernel(NamedTuple):
+    """How a GPU computes attention.
+
+    Attributes:
+        name: The library; `SDPA on each sample` if none of them runs.
+        compute: Its function of queries, keys and values, shape (tokens, heads, head size), the samples' ends, the
+            longest sample, scaling, dropout and window; None for SDPA.
+        problem: Why a faster one is not used; empty if there is no reason to name.
+    """
+
+    name: str
+    compute: Callable[..., torch.Tensor] | None
+    problem: str
 
 
 @functools.cache
-def _has_windows() -> bool:
-    """Check whether the installed kernels have sliding windows; torch's first one has none."""
-    if find_flash_attn() is not None:
+def choose_kernel(device: torch.device) -> Kernel:
+    """Choose a GPU's kernel, once in a process: flash_attn, else torch's own, if it computes a tiny row here.
+
+    A library that can be imported may still have no kernel for a GPU that is newer than itself.
+
+    Args:
+        device: The GPU.
+    """
+    problem = capability_problem()
+    if problem is not None:
+        return Kernel(BY_SAMPLE, None, f"{problem}, which FlashAttention needs")
+    problems = []
+    for name, compute in (("flash_attn", _flash_attn), ("torch.nn.attention.varlen", _torch_varlen)):
+        try:
+            _compute_tiny_row(compute, device)
+        except ModuleNotFoundError:  # nothing is wrong without it
+            continue
+        except (ImportError, RuntimeError) as error:  # built for another torch, or no kernel for this GPU
+            problems.append(f"{name} does not run here ({' '.join(str(error).split())[:120]})")
+        else:
+            return Kernel(name, compute, "; ".join(problems))
+    return Kernel(BY_SAMPLE, None, "; ".join(problems))
+
+
+def _compute_tiny_row(compute: Callable[..., torch.Tensor], device: torch.device) -> None:
+    """Run a kernel forward and backward on 16 tokens, and wait for its errors."""
+    ends = torch.tensor([0, 16], dtype=torch.int32, device=device)
+    with torch.inference_mode(False), torch.enable_grad():
+        row = torch.zeros(16, 1, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+        compute(row, row, row, ends, 16, None, 0.0, None).sum().backward()
+    torch.cuda.synchronize(device)
+
+
+def _flash_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ends: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    span = {} if window is None else {"window_size": (window - 1, 0)}
+    return flash_attn_varlen_func(  # type: ignore[no-any-return]
+        *(q, k, v, ends, ends, longest, longest),
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **span,
+    )
+
+
+def _torch_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ends: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Call torch's kernel, which has no dropout; its backward pass follows torch's setting of determinism."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"is_causal": True}
+    if _has_windows(_torch_varlen):
+        options = {"window_size": (-1 if window is None else window - 1, 0)}
+    if k.shape[1] != q.shape[1]:
+        options["enable_gqa"] = True
+    output: Any = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, **options)
+    return output  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _has_windows(compute: Callable[..., torch.Tensor]) -> bool:
+    """Check whether a kernel has sliding windows; torch's first one has none."""
+    if compute is not _torch_varlen:
         return True
     from torch.nn.attention.varlen import varlen_attn
 
     return "window_size" in inspect.signature(varlen_attn).parameters
-
-
-def _varlen_options(function: Any, key: torch.Tensor, query: torch.Tensor) -> dict[str, Any]:
-    """Return the options for causal attention in the installed torch, and for grouped heads if there are any."""
-    windowed = "window_size" in inspect.signature(function).parameters
-    options: dict[str, Any] = {"window_size": (-1, 0)} if windowed else {"is_causal": True}
-    return options | ({"enable_gqa": True} if key.shape[1] != query.shape[1] else {})
 
 
 def _by_segment(
@@ -116,6 +188,8 @@ def _by_segment(
 ) -> torch.Tensor:
     """Run SDPA on each sample: exact, and far cheaper than a dense mask over the row."""
     ends = cu_seq_lens.tolist()
+    if query.is_cuda:  # the kernel for these GPUs has no grouped heads, and the one that has them keeps every score
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     grouped = key.shape[1] != query.shape[1]
     parts = [
         F.scaled_dot_product_attention(
@@ -178,7 +252,7 @@ def resolve_attention(requested: str, dtype: torch.dtype, text: PreTrainedConfig
         text: Configuration of the language model; None is a Llama's.
 
     Raises:
-        UserError: If `flash_varlen` is requested, and this machine or the language model cannot run it.
+        UserError: If `flash_varlen` is requested, and the language model cannot run it.
     """
     if requested == "sdpa":
         return False, "sdpa, padded"
@@ -186,22 +260,22 @@ def resolve_attention(requested: str, dtype: torch.dtype, text: PreTrainedConfig
         if requested == "flash_varlen":
             raise UserError(f"model.attention is flash_varlen, but {limit}; set model.attention=sdpa")
         return False, f"sdpa, padded: {limit}"
+    kernel = _kernel_here(dtype)
+    return True, f"flash_varlen, padding-free, by {kernel.name}" + (f": {kernel.problem}" if kernel.problem else "")
+
+
+def is_by_sample(dtype: torch.dtype) -> bool:
+    """Check whether rows without padding are computed by SDPA on each sample on this machine.
+
+    Args:
+        dtype: Compute dtype of the language model.
+    """
+    return _kernel_here(dtype).compute is None
+
+
+def _kernel_here(dtype: torch.dtype) -> Kernel:
     if not torch.cuda.is_available():
-        return True, "flash_varlen, padding-free, by SDPA on each sample"
-    if problem := _kernel_problem(dtype):
-        reason, fix = problem
-        if requested == "flash_varlen":
-            raise UserError(f"model.attention is flash_varlen, but its GPU kernels {reason}; set {fix}")
-        return False, f"sdpa, padded: flash_varlen's GPU kernels {reason}"
-    kernel = "flash_attn" if find_flash_attn() is not None else "torch.nn.attention.varlen"
-    return True, f"flash_varlen, padding-free, by {kernel}"
-
-
-def _kernel_problem(dtype: torch.dtype) -> tuple[str, str] | None:
-    """Return why FlashAttention cannot run on this GPU, and the fix; None if it can."""
+        return Kernel(BY_SAMPLE, None, "")
     if dtype == torch.float32:
-        return "do not compute in float32", "model.dtype=bfloat16, or model.attention=sdpa"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:  # FlashAttention 2's README: Ampere, Ada, Hopper
-        return f"need compute capability 8.0, and this GPU has {major}.{minor}", "model.attention=sdpa"
-    return None
+        return Kernel(BY_SAMPLE, None, "FlashAttention does not compute in float32")
+    return choose_kernel(torch.device("cuda", torch.cuda.current_device()))
