@@ -18,7 +18,7 @@ from lora_llava.training.start_check import TOLERANCES
 _GRADIENT_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Difference of all gradients, relative to their norm, that rounding can cause in each dtype, with room: 16-bit
 gradients of a deep model differ by some hundredths if an operator rounds at another place."""
-_Found = tuple[float, dict[str, torch.Tensor]]
+FirstPass = tuple[float, dict[str, torch.Tensor]]
 """Mean loss of a batch, and the gradients by name."""
 
 
@@ -50,9 +50,9 @@ def check_kernels(model: Any, batch: dict[str, Any]) -> str:
         return "kernels: torch's; Liger has none for these layers"
     line = problem = None
     try:
-        found = _pass(model, batch)
+        found = train_once(model, batch)
         changed.restore()
-        line, problem = _compare(model, found, _pass(model, batch))
+        line, problem = _compare(model, found, train_once(model, batch))
     except Exception as error:  # Triton raises errors of many classes, of the compiler and of the driver
         changed.restore()
         problem = f"Liger's failed here ({_first_line(error)})"
@@ -62,7 +62,7 @@ def check_kernels(model: Any, batch: dict[str, Any]) -> str:
     return f"kernels: Liger's; {line}"
 
 
-def _pass(model: Any, batch: dict[str, Any]) -> _Found:
+def train_once(model: Any, batch: dict[str, Any]) -> FirstPass:
     """Run forward and backward as in training; return the mean loss and each gradient, in host memory."""
     weight, training = model.get_input_embeddings().weight, model.training
     dtype = llava_of(model).dtype
@@ -83,11 +83,15 @@ def _pass(model: Any, batch: dict[str, Any]) -> _Found:
             parameter.grad = None
 
 
-def _compare(model: Any, found: _Found, stock: _Found) -> tuple[str, str | None]:
+def gradients_apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Return the norm of the difference of all gradients, relative to the norm of the expected ones."""
+    apart = sum(float((found[name] - each).square().sum()) for name, each in expected.items())
+    return math.sqrt(apart / max(sum(float(each.square().sum()) for each in expected.values()), 1e-30))
+
+
+def _compare(model: Any, found: FirstPass, stock: FirstPass) -> tuple[str, str | None]:
     """Return the differences between the passes with and without Liger's, and the problem if they are too large."""
-    (loss, gradients), (stock_loss, expected) = found, stock
-    apart = sum(float((gradients[name] - each).square().sum()) for name, each in expected.items())
-    share = math.sqrt(apart / max(sum(float(each.square().sum()) for each in expected.values()), 1e-30))
+    loss, stock_loss, share = found[0], stock[0], gradients_apart(found[1], stock[1])
     dtype = llava_of(model).dtype
     line = f"loss {loss:.4f}, without them {stock_loss:.4f}, gradients within {share:.1%}"
     equal = abs(loss - stock_loss) <= TOLERANCES[dtype] * abs(stock_loss) and share <= _GRADIENT_TOLERANCES[dtype]
