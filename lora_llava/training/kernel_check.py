@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lora_llava.distributed.ranks import gather
-from lora_llava.model.fast_path.liger import EXTRA, use_liger
+from lora_llava.model.fast_path.liger import EXTRA, LigerModules, use_liger
 from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
 from lora_llava.model.vision import llava_of
 from lora_llava.training.start_check import TOLERANCES
@@ -42,17 +42,17 @@ def choose_kernels(model: Any, samples: Sequence[dict[str, Any]], collator: Call
 def check_kernels(model: Any, batch: dict[str, Any]) -> str:
     """Use Liger's kernels if a batch has the same loss and gradients with them; see `choose_kernels`."""
     language_model = llava_of(model).model.language_model
+    line = problem = None
+    changed = LigerModules()
     try:
         changed = use_liger(language_model)
-    except ImportError:
-        return "kernels: torch's" + (f"; Liger's are faster: {EXTRA}" if sys.platform == "linux" else "")
-    if not changed.before:
-        return "kernels: torch's; Liger has none for these layers"
-    line = problem = None
-    try:
+        if not changed.before:
+            return "kernels: torch's; Liger has none for these layers"
         found = train_once(model, batch)
         changed.restore()
         line, problem = _compare(model, found, train_once(model, batch))
+    except ImportError:
+        return "kernels: torch's" + (f"; Liger's are faster: {EXTRA}" if sys.platform == "linux" else "")
     except Exception as error:  # Triton raises errors of many classes, of the compiler and of the driver
         changed.restore()
         problem = f"Liger's failed here ({_first_line(error)})"
@@ -76,7 +76,7 @@ def train_once(model: Any, batch: dict[str, Any]) -> FirstPass:
                 loss = labelled_loss(model, inputs)[0]
             loss.backward()
         gradients = {name: each.grad.float().cpu() for name, each in trained.items() if each.grad is not None}
-        return float(loss) / max(1, count_labels(batch)), gradients
+        return float(loss.detach()) / max(1, count_labels(batch)), gradients
     finally:
         model.train(training)
         for parameter in trained.values():
