@@ -15,6 +15,8 @@ from lora_llava.commands.main import main as run_verb
 from lora_llava.core.errors import UserError
 from lora_llava.core.quiet import quieten
 
+quieten()  # here, as processes that a benchmark starts import this file first
+
 BENCHMARKS = (
     "merge",
     "features",
@@ -43,7 +45,6 @@ def where() -> dict[str, Any]:
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
         return run_verb("benchmark")
-    quieten()
     name = sys.argv[1]
     module = importlib.import_module(f"tests.benchmarks.{name}")
     parser = argparse.ArgumentParser(prog=f"benchmark.py {name}", description=module.__doc__)
