@@ -9,6 +9,7 @@ import re
 import signal
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -108,8 +109,9 @@ def list_parts(tiny: bool, free: int | None) -> list[Part]:
     shape, size = ("tiny_body", 2) if tiny else ("7b", 4)
     base = BenchmarkSettings("ours", shape, size, size, 1 if tiny else 4, 16, "adamw_torch", free, pool=50)
     speed = [
-        Part(f"speed {side}{', Liger' * liger}", training_steps, replace(base, side=side, liger=liger))
-        for side, liger in (("ours", False), ("ours", True), ("trl_random", False), ("trl_random", True))
+        Part(f"speed {name}{', Liger' * liger}", training_steps, replace(base, side=side, liger=liger))
+        for name, side in (("ours", "ours"), ("TRL", "trl_random"))
+        for liger in (False, True)
     ]
     first = [
         Part("attention", attention_errors, tiny),
@@ -125,7 +127,7 @@ def _plans(base: BenchmarkSettings, whole: int | None) -> list[Part]:
     eight_bit = "adamw_torch" if whole is None else "paged_adamw_8bit"
     small = whole if whole is None else min(whole, SMALL_CARD - CUDA_CONTEXT)
     parts = []
-    for memory, cap in (("small card", small), ("all memory", whole)):
+    for memory, cap in (("8 GB", small), ("all GB", whole)):
         for r, optimizer, size, side in (
             (16, "adamw_torch", 1, "ours_cached"),
             (16, "adamw_torch", 4, "ours"),
@@ -136,7 +138,7 @@ def _plans(base: BenchmarkSettings, whole: int | None) -> list[Part]:
             settings = replace(
                 base, side=side, r=r, optimizer=optimizer, batch_size=size, micro_batch=size, cap_bytes=cap
             )
-            parts.append(Part(f"plan {memory}, r {r}, {size} x 768, {side}", training_steps, settings))
+            parts.append(Part(f"plan {memory}, r {r}, {size} x 768", training_steps, settings))
     return parts
 
 
@@ -167,7 +169,7 @@ def run_part(part: Part, limit: float) -> dict[str, Any]:
         limit: Seconds.
 
     Returns:
-        Its result with `seconds`; or `error`: of the part, of a process that died, or of the limit.
+        Its result with `part_seconds`; or `error`: of the part, of a process that died, or of the limit.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -185,13 +187,14 @@ def run_part(part: Part, limit: float) -> dict[str, Any]:
     finally:
         process.kill()
         process.join()
-    return found | {"seconds": round(time.monotonic() - start, 1)}
+    return found | {"part_seconds": round(time.monotonic() - start, 1)}
 
 
 def _run_and_send(sender: Connection, part: Part) -> None:
     """Run a part and send its result, or the error of any kind that it raised."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     quieten()
+    warnings.simplefilter("ignore", FutureWarning)  # of use_liger_kernel, whose name TRL will change
     try:
         found = part.function(part.argument)
     except Exception as error:
@@ -211,11 +214,11 @@ def print_result(found: dict[str, Any], console: Console) -> None:
 
 def _summary(name: str, one: dict[str, Any]) -> str:
     if name.startswith("speed"):
-        return f"{one['real_tokens_per_second']:,.0f} tokens/s, {one['micro_batch']} samples a pass"
+        return f"{one['real_tokens_per_second']:,.0f} tokens/s, {one['micro_batch']} a pass"
     if name.startswith("plan"):
         reserved = one.get("planned_over_peak_reserved_bytes")
         text = f"plan over peak {one['planned_over_peak_memory_bytes']:.3f}"
-        return text + (f", over reserved {reserved:.3f}" if reserved else "")
+        return text + (f", reserved {reserved:.3f}" if reserved else "")
     if name == "attention":
         kernels: dict[str, float | str] = {}
         for each in one["relative_errors"]:
@@ -225,5 +228,5 @@ def _summary(name: str, one: dict[str, Any]) -> str:
         return ", ".join(f"{k} {v if isinstance(v, str) else format(v, '.1e')}" for k, v in kernels.items())
     if name == "rounding":
         kinds = [kind for kind in ("packed", "padded", "liger") if kind in one]
-        return "gradients against float32: " + ", ".join(f"{kind} {one[kind]['gradients']:.2%}" for kind in kinds)
-    return ", ".join(f"{key} {value:.2f}" for key, value in one.items() if key.startswith("answers_"))
+        return "gradients: " + ", ".join(f"{kind} {one[kind]['gradients']:.2%}" for kind in kinds)
+    return f"{one['batched']:.2f} a second in batches of {one['batch_size']}, {one['one_at_a_time']:.2f} one at a time"

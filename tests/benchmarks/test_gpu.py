@@ -52,20 +52,20 @@ def test_every_result_has_a_line() -> None:
         "plan a": {"planned_over_peak_memory_bytes": 1.021, "planned_over_peak_reserved_bytes": 0.99},
         "plan b": {"error": "RuntimeError: x\ny"},
         "plan c": {"skipped": "no time was left"},
-        "answers": {"answers_per_second_at_8": 3.0, "answers_per_second_at_1": 0.5, "new_tokens": 64},
+        "answers": {"batched": 3.0, "one_at_a_time": 0.5, "new_tokens": 64, "batch_size": 8},
     }
     stream = io.StringIO()
     gpu.print_result(found, Console(file=stream, width=100))
     lines = [line.rstrip() for line in stream.getvalue().splitlines()]
     assert lines == [
         "attention   flash_attn 5.0e-03, other failed",
-        "rounding    gradients against float32: packed 1.00%, padded 2.00%",
-        "speed ours  2,346 tokens/s, 4 samples a pass",
+        "rounding    gradients: packed 1.00%, padded 2.00%",
+        "speed ours  2,346 tokens/s, 4 a pass",
         "speed trl   out_of_memory: CUDA out of memory",
-        "plan a      plan over peak 1.021, over reserved 0.990",
+        "plan a      plan over peak 1.021, reserved 0.990",
         "plan b      error: RuntimeError: x",
         "plan c      skipped: no time was left",
-        "answers     answers_per_second_at_8 3.00, answers_per_second_at_1 0.50",
+        "answers     3.00 a second in batches of 8, 0.50 one at a time",
     ]
 
 
