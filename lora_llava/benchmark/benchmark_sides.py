@@ -27,6 +27,7 @@ from lora_llava.model.families.tower_families import image_processor_of, image_t
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.fast_path.attention import use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
+from lora_llava.model.fast_path.liger import use_liger
 from lora_llava.model.loading import default_device, resolve_dtype
 from lora_llava.model.random_weights import build_random_llava
 from lora_llava.model.tokenizer import load_tokenizer
@@ -60,6 +61,7 @@ class BenchmarkSettings:
         words: Text length of every row, each with an image; None for ScienceQA's lengths.
         seed: Seed of rows and weights.
         pool: Number of batches to draw rows for, of which `steps` are trained.
+        liger: Whether Liger's kernels are used; TRL's way is `use_liger_kernel`.
     """
 
     side: str
@@ -73,6 +75,7 @@ class BenchmarkSettings:
     words: int | None = None
     seed: int = 0
     pool: int = 200
+    liger: bool = False
 
 
 class Clock(TrainerCallback):
@@ -205,6 +208,8 @@ def _ours(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, cloc
     if not cached:
         run_tower(model)
     make_lean(model.model.language_model)
+    if settings.liger:
+        use_liger(model.model.language_model)
     step = _planned(settings, config, rows, samples, cached)
     checkpoint_language_model(model, step.checkpointed, step.offloaded)
     arguments = _arguments(
@@ -293,7 +298,8 @@ def _trl(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, clock
         modules_to_save=["multi_modal_projector"],
         task_type="CAUSAL_LM",
     )
-    arguments = _arguments(settings, train_sampling_strategy="sequential")  # keep the order of our batches
+    order = {"train_sampling_strategy": "sequential"}  # of our batches
+    arguments = _arguments(settings, use_liger_kernel=settings.liger, **order)
     trainer = CountingTrl(
         model=_random_model(settings, config),
         args=arguments,

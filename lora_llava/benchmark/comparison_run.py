@@ -104,10 +104,11 @@ def run_in_process(settings: BenchmarkSettings) -> dict[str, Any]:
     """Run one side in a new process, for its own peak memory; return `out_of_memory` if it does not fit."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=quieten) as pool:
-        return pool.submit(_run, settings).result()
+        return pool.submit(run_or_full, settings).result()
 
 
-def _run(settings: BenchmarkSettings) -> dict[str, Any]:
+def run_or_full(settings: BenchmarkSettings) -> dict[str, Any]:
+    """Run one side in this process; return `name` and `out_of_memory` if it does not fit."""
     try:
         return run_side(settings)
     except RuntimeError as error:

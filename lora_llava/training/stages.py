@@ -41,6 +41,7 @@ from lora_llava.runs.resume import Start
 from lora_llava.splits.split_rows import Split
 from lora_llava.training.callbacks import RefuseNaN, SaveEvery, StopEarly, StopOnSignal, WarnOfSpikes
 from lora_llava.training.feed import Feed
+from lora_llava.training.kernel_check import choose_kernels
 from lora_llava.training.parameter_groups import Rates
 from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import LlavaSFTTrainer
@@ -220,9 +221,7 @@ def _begin_sharded(plan: RunPlan, model: PeftModel, feed: Feed) -> None:
 
 
 def _check_start(plan: RunPlan, model: PeftModel, feed: Feed) -> None:
-    """Compare the first rows padded and packed, if rows are packed; ranks with sharded weights run the same rows."""
-    if not plan.computation.padding_free:
-        return
+    """Compare the first rows padded and packed, and with Liger's kernels; ranks with sharded weights run the same."""
     split = plan.splits["train"]
     rank = 0 if is_sharded() else this_rank()[0]
     shared = plan.order.shared
@@ -230,9 +229,13 @@ def _check_start(plan: RunPlan, model: PeftModel, feed: Feed) -> None:
     # Check a row in which samples share a prefix, if there is one.
     chosen = next((row for row in own if shared is not None and len(shared.runs(row)) < len(row)), own[0])
     samples = [feed.samples[i] for i in chosen]
-    line = check_first_batch(model, samples, padded_collator(plan, split), feed.collator)
+    lines: list[str | None] = []
+    if plan.computation.padding_free:
+        lines.append(check_first_batch(model, samples, padded_collator(plan, split), feed.collator))
+    if not is_sharded():
+        lines.append(choose_kernels(model, samples, feed.collator))
     if is_first():
-        print(line)
+        print(*filter(None, lines), sep="\n", end="\n" if any(lines) else "")
 
 
 def build_trainer(

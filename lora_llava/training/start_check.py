@@ -13,7 +13,7 @@ from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
 from lora_llava.model.vision import llava_of
 from lora_llava.training.callbacks import FLOAT16_LIMIT
 
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Relative differences that rounding can cause in each dtype, with some room."""
 _PADDED_SAMPLES = 2
 """Samples of a padded batch: few, so that the reference needs less memory than the packed row."""
@@ -48,7 +48,7 @@ def check_first_batch(
     losses = [_loss(model, [batch]), _loss(model, [padded(pair) for pair in pairs])]
     model.train(training)
     found = f"{'shared' if 'key_segments' in batch else 'packed'} {losses[0]:.4f}, padded {losses[1]:.4f}"
-    tolerance = _TOLERANCES[llava_of(model).dtype]  # not of the embeddings, which may train in float32
+    tolerance = TOLERANCES[llava_of(model).dtype]  # not of the embeddings, which may train in float32
     if llava_of(model).dtype == torch.float16 and not math.isfinite(sum(losses)):
         raise StartCheckError(f"{found}: {FLOAT16_LIMIT}")
     if not abs(losses[0] - losses[1]) <= tolerance * abs(losses[1]):  # False for NaN
