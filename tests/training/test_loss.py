@@ -59,7 +59,7 @@ def test_the_head_keeps_a_quarter_of_full_logits_at_150_of_800(vicuna_head: Any)
     assert ours <= 0.25 * full
 
 
-@pytest.mark.parametrize("at_once", [1, 4, 262])
+@pytest.mark.parametrize("at_once", [4, 262])
 def test_loss_and_gradients_are_those_of_full_logits(
     vicuna_head: Any, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
