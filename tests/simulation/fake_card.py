@@ -61,6 +61,7 @@ def pretend(card: int, capability: tuple[int, int] = (8, 9)) -> list[Meter]:
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_capability": capability,
         "get_device_name": "fake", "get_device_properties": properties, "is_bf16_supported": True,
         "is_initialized": True, "get_rng_state_all": [], **dict.fromkeys(_NOTHING),
+        "get_per_process_memory_fraction": 1.0,
     }  # fmt: skip
     for name, value in fixed.items():
         setattr(cuda, name, lambda *args, _value=value, **kwargs: _value)
