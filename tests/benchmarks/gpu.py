@@ -65,6 +65,8 @@ def planner(shape: str) -> list[dict[str, Any]]:
                     result["planned_over_measured"] = (
                         result["planned_bytes"] - (CUDA_CONTEXT if torch.cuda.is_available() else 0)
                     ) / result["peak_memory_bytes"]
+                if result.get("peak_reserved_bytes"):
+                    result["allocated_over_reserved"] = result["peak_memory_bytes"] / result["peak_reserved_bytes"]
                 found.append({"r": r, "batch": batch, **result})
     return found
 
