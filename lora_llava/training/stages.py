@@ -319,8 +319,9 @@ def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Ca
 
 def _out_of_memory(plan: RunPlan) -> UserError:
     """Return the error for a plan that needed more memory than expected."""
+    memory = "the GPU's memory" if torch.cuda.is_available() else "the memory"
     return UserError(
-        f"the memory ran out at a step planned at {plan.step.peak / GIB:.1f} GiB; set training.memory_gb="
+        f"{memory} ran out at a step planned at {plan.step.peak / GIB:.1f} GiB; set training.memory_gb="
         f"{0.9 * plan.step.peak / GIB:.1f}, so that more is recomputed"
     )
 

@@ -1,6 +1,6 @@
 """What CUDA's caching allocator holds for a sequence of allocations, with and without expandable segments.
 
-After c10/cuda/CUDACachingAllocator.cpp: small and large blocks have pools of their own, the best fit is split, and freed
+After c10/cuda/CUDACachingAllocator.cpp: small and large blocks have their own pools, the best fit is split, and freed
 neighbours are joined. It never gives memory back to the driver, as it does only when the card is full.
 """
 

@@ -6,8 +6,9 @@ import contextlib
 import types
 from typing import Any
 
+import numpy as np
 import torch
-from torch._subclasses import FakeTensorMode, fake_tensor
+from torch._subclasses import FakeTensorMode, fake_impls, fake_tensor
 
 from tests.simulation.meter import Meter
 
@@ -59,7 +60,8 @@ def pretend(card: int, capability: tuple[int, int] = (8, 9)) -> list[Meter]:
     fixed: dict[str, Any] = {
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_capability": capability,
         "get_device_name": "fake", "get_device_properties": properties, "is_bf16_supported": True,
-        "is_initialized": True, "get_per_process_memory_fraction": 1.0, "get_rng_state_all": [], **dict.fromkeys(_NOTHING),
+        "is_initialized": True, "get_rng_state_all": [], **dict.fromkeys(_NOTHING),
+        "get_per_process_memory_fraction": 1.0,
     }  # fmt: skip
     for name, value in fixed.items():
         setattr(cuda, name, lambda *args, _value=value, **kwargs: _value)
@@ -71,8 +73,17 @@ def pretend(card: int, capability: tuple[int, int] = (8, 9)) -> list[Meter]:
     cuda.default_generators = ()
     fake_tensor.init_gpu_context = lambda *args, **kwargs: None
     torch._C._set_only_lift_cpu_tensors(True)
+    for reading in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default):
+        fake_impls.op_implementations_dict[reading] = _number
     _adapt_torch()
     return meters
+
+
+def _number(mode: Any, func: Any, tensor: torch.Tensor) -> bool | float | int:
+    """What an operator reads that is made of others; numbers that a program reads itself come from the meter."""
+    if tensor.dtype == torch.bool:
+        return True
+    return 1.0 if tensor.dtype.is_floating_point else 1
 
 
 def _adapt_torch() -> None:
@@ -80,8 +91,15 @@ def _adapt_torch() -> None:
     aten: Any = torch.ops.aten
     aten.silu_backward = _silu_backward  # one kernel on a card, four operators on fake tensors
     torch.nn.functional.scaled_dot_product_attention = _attention  # type: ignore[assignment]
+    torch.Tensor.pin_memory = lambda tensor, *args: tensor  # type: ignore[method-assign]
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]
-    generator = torch.Generator
+    numpy_of, generator = torch.Tensor.numpy, torch.Generator
+
+    def as_numpy(tensor: torch.Tensor, **options: Any) -> Any:
+        is_fake = isinstance(tensor, fake_tensor.FakeTensor)
+        return np.ones(tuple(tensor.shape), np.float32) if is_fake else numpy_of(tensor, **options)
+
+    torch.Tensor.numpy = as_numpy  # type: ignore[method-assign]
 
     class OnCpu(generator):  # type: ignore[misc,valid-type]
         def __new__(cls, device: Any = "cpu") -> Any:

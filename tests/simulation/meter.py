@@ -47,6 +47,7 @@ class Meter(TorchDispatchMode):
         if name == "aten.nonzero.default":
             result = torch.empty((self.trained, args[0].ndim), dtype=torch.long, device=args[0].device)
         else:
+            _forget_values(args, kwargs or {})
             result = func(*self._without_masks(name, args), **(kwargs or {}))
         for each in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(each, torch.Tensor):
@@ -92,6 +93,14 @@ class Meter(TorchDispatchMode):
             self.events += [("+", -1, temporaries), ("-", -1, temporaries)]
         if self.total + temporaries > self.peak:
             self.peak, self.peak_at = self.total + temporaries, name
+
+
+def _forget_values(args: Any, kwargs: dict[str, Any]) -> None:
+    """Forget the values of small fake tensors that are copied to the card, where torch would compute with them."""
+    if "device" in kwargs and torch.device(kwargs["device"] or "cpu").type == "cuda":
+        for each in args:
+            if getattr(each, "constant", None) is not None:
+                each.constant = None
 
 
 def kernel_temporaries(name: str, args: Any) -> int:

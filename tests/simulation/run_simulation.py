@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes  # noqa: F401  before torch believes in a card
+import torch
 
 import lora_llava.benchmark.benchmark_sides
 import lora_llava.training.finetune  # noqa: F401
 from lora_llava.core.quiet import quieten
-from tests.simulation import fake_card, simulated_answers, simulated_run, simulated_step, simulated_trl, stand_ins
+from lora_llava.model.fast_path.attention import choose_kernel
+from tests.simulation import (
+    fake_card,
+    simulated_answers,
+    simulated_branches,
+    simulated_run,
+    simulated_step,
+    simulated_trl,
+    stand_ins,
+)
 from tests.simulation.settings import Setting
 
 CARD = 24 * 2**30
@@ -27,6 +37,7 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "answers": lambda meters, setting, **options: simulated_answers.measure_answers(
         Setting(**setting), meters, **options
     ),
+    "branches": lambda meters: simulated_branches.run_branches(meters),
     "finetune": lambda meters, **options: simulated_run.run_finetune(meters=meters, **options),
 }
 
@@ -37,6 +48,8 @@ def main() -> None:
     quieten()
     stand_ins.install()
     meters = fake_card.pretend(CARD)
+    with fake_card.FakeMode():  # plans are made outside of it
+        choose_kernel(torch.device("cuda", 0))
     for job in jobs:
         result = KINDS[job.pop("kind")](meters, **job)
         with found.open("a") as stream:

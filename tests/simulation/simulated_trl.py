@@ -14,7 +14,7 @@ from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.model.weights.parts import DEMO_FOLDER
 from tests.simulation.meter import Meter
 from tests.simulation.settings import Setting, config_of, images_of
-from tests.simulation.simulated_step import Peaks, PeakOfSteps, on_card
+from tests.simulation.simulated_step import PeakOfSteps, Peaks, on_card
 
 
 def measure_trl(setting: Setting, meters: list[Meter]) -> dict[str, Any]:
