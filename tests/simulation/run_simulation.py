@@ -17,7 +17,15 @@ import lora_llava.benchmark.benchmark_sides
 import lora_llava.training.finetune  # noqa: F401
 from lora_llava.core.quiet import quieten
 from lora_llava.model.fast_path.attention import choose_kernel
-from tests.simulation import fake_card, simulated_branches, simulated_run, simulated_step, simulated_trl, stand_ins
+from tests.simulation import (
+    fake_card,
+    simulated_answers,
+    simulated_branches,
+    simulated_run,
+    simulated_step,
+    simulated_trl,
+    stand_ins,
+)
 from tests.simulation.settings import Setting
 
 CARD = 24 * 2**30
@@ -26,6 +34,9 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "depth": lambda meters, setting: simulated_step.measure_at_depth(Setting(**setting), meters),
     "fragments": lambda meters, setting: simulated_step.measure_fragments(Setting(**setting), meters),
     "trl": lambda meters, setting: simulated_trl.measure_trl(Setting(**setting), meters),
+    "answers": lambda meters, setting, **options: simulated_answers.measure_answers(
+        Setting(**setting), meters, **options
+    ),
     "branches": lambda meters: simulated_branches.run_branches(meters),
     "finetune": lambda meters, **options: simulated_run.run_finetune(meters=meters, **options),
 }
