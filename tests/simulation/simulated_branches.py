@@ -33,7 +33,7 @@ def run_branches(meters: list[Meter]) -> dict[str, Any]:
         "machine": machine(),
         "budget": memory_budget(free),
         "padding_free": resolve_attention("auto", torch.bfloat16)[0],
-        "stays": stays_in_memory(list(lazy_tensors(DEMO_FOLDER)), torch.bfloat16),
+        "stays": stays_in_memory(list(lazy_tensors(DEMO_FOLDER / "llm")), torch.bfloat16),
     }
     state = random_state()
     set_random_state(state)
