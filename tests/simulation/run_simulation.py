@@ -15,7 +15,7 @@ import bitsandbytes  # noqa: F401  before torch believes in a card
 import lora_llava.benchmark.benchmark_sides
 import lora_llava.training.finetune  # noqa: F401
 from lora_llava.core.quiet import quieten
-from tests.simulation import fake_card, simulated_branches, simulated_run, simulated_step, simulated_trl, stand_ins
+from tests.simulation import fake_card, simulated_run, simulated_step, simulated_trl, stand_ins
 from tests.simulation.settings import Setting
 
 CARD = 24 * 2**30
@@ -24,7 +24,6 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "depth": lambda meters, setting: simulated_step.measure_at_depth(Setting(**setting), meters),
     "fragments": lambda meters, setting: simulated_step.measure_fragments(Setting(**setting), meters),
     "trl": lambda meters, setting: simulated_trl.measure_trl(Setting(**setting), meters),
-    "branches": lambda meters: simulated_branches.run_branches(meters),
     "finetune": lambda meters, **options: simulated_run.run_finetune(meters=meters, **options),
 }
 
