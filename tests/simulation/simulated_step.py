@@ -137,7 +137,7 @@ def build_trainer(setting: Setting, callback: TrainerCallback) -> _Trainer:
     base: Any = types.SimpleNamespace(name=None, revision=None, initial_projector=None, folder=DEMO_FOLDER / "llm")
     model = stages.build_trained_model(recipe, base)
     checkpoint_language_model(model.get_base_model(), step.checkpointed, step.offloaded)
-    arguments = stages.training_arguments(recipe, 1, False, 1)
+    arguments = stages.training_arguments(recipe, 1, False, recipe.training.gradient_accumulation)
     arguments.dataloader_pin_memory = False
     row = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "image_files": [], "row_id": "0"}
     trainer = _Trainer(
