@@ -218,7 +218,7 @@ def load_model(
     model: str | Path,
     *,
     quantization: Literal["auto", "nf4", "none"] = "auto",
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     template: str | None = None,
     quiet: bool = False,
 ) -> Model:
@@ -227,7 +227,8 @@ def load_model(
     Args:
         model: A run directory, a folder with a complete LLaVA, or a Hub id.
         quantization: Of the language model; `auto` is the run's own, and none for a complete model.
-        dtype: Of the computation; `auto` is the run's own, else bfloat16 on a GPU and float32 on a CPU.
+        dtype: Of the computation; `auto` is the run's own, else bfloat16 on a GPU, float16 on one without bfloat16, and
+            float32 on a CPU.
         template: Conversation template in place of the processor's own.
         quiet: Print nothing, progress bars included.
 

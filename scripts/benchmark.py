@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -11,33 +12,27 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lora_llava.commands.main import main as run_verb
-from tests.benchmarks import (
-    check,
-    concepts,
-    contexts,
-    dealing,
-    encoding,
-    faults,
-    features,
-    generation,
-    gpu,
-    merge,
-    synthesis,
-)
+from lora_llava.core.errors import UserError
+from lora_llava.core.quiet import quieten
 
-BENCHMARKS = {
-    "merge": merge,
-    "features": features,
-    "check": check,
-    "encoding": encoding,
-    "concepts": concepts,
-    "generation": generation,
-    "contexts": contexts,
-    "synthesis": synthesis,
-    "gpu": gpu,
-    "dealing": dealing,
-    "faults": faults,
-}
+quieten()  # here, as processes that a benchmark starts import this file first
+
+BENCHMARKS = (
+    "merge",
+    "features",
+    "check",
+    "encoding",
+    "concepts",
+    "generation",
+    "contexts",
+    "synthesis",
+    "gpu",
+    "dealing",
+    "faults",
+    "shared_images",
+    "simulate",
+)
+"""Modules of `tests.benchmarks`; only the chosen one is imported, also by the processes that it starts."""
 
 
 def where() -> dict[str, Any]:
@@ -52,14 +47,19 @@ def where() -> dict[str, Any]:
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
         return run_verb("benchmark")
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="benchmark", required=True)
-    for name, module in BENCHMARKS.items():
-        command = commands.add_parser(name, help=str(module.__doc__))
-        module.add_arguments(command)
-        command.add_argument("--output", type=Path, help="JSON file for the result; default: print only")
-    args = parser.parse_args()
-    result = {"benchmark": args.benchmark, "machine": where(), **BENCHMARKS[args.benchmark].run(args)}
+    name = sys.argv[1]
+    module = importlib.import_module(f"tests.benchmarks.{name}")
+    parser = argparse.ArgumentParser(prog=f"benchmark.py {name}", description=module.__doc__)
+    module.add_arguments(parser)
+    parser.add_argument("--output", type=Path, help="JSON file for the result; default: print only")
+    args = parser.parse_args(sys.argv[2:])
+    if name == "gpu":  # it writes its file part by part
+        try:
+            return module.run(args)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+    result = {"benchmark": name, "machine": where(), **module.run(args)}
     text = json.dumps(result, indent=2)
     print(text)
     if args.output:

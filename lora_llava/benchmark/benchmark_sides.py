@@ -27,7 +27,8 @@ from lora_llava.model.families.tower_families import image_processor_of, image_t
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.fast_path.attention import use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
-from lora_llava.model.loading import default_device
+from lora_llava.model.fast_path.liger import use_liger
+from lora_llava.model.loading import default_device, resolve_dtype
 from lora_llava.model.random_weights import build_random_llava
 from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.model.vision import run_tower, tower_features
@@ -37,9 +38,9 @@ from lora_llava.planning.memory import CUDA_CONTEXT, Step, fit_step, smallest
 from lora_llava.recipe.schema import LINEARS, LoraSection
 from lora_llava.training.feed import Feed
 from lora_llava.training.parameter_groups import Rates
-from lora_llava.training.stages import checkpointing_argument
 from lora_llava.training.trainer import LlavaSFTTrainer
-from lora_llava.training.training_progress import peak_memory_bytes
+from lora_llava.training.trainer_arguments import checkpointing_argument
+from lora_llava.training.training_progress import peak_memory_bytes, peak_reserved_bytes
 
 SIDES = ("ours", "ours_cached", "trl_random", "trl_grouped")
 
@@ -60,6 +61,7 @@ class BenchmarkSettings:
         words: Text length of every row, each with an image; None for ScienceQA's lengths.
         seed: Seed of rows and weights.
         pool: Number of batches to draw rows for, of which `steps` are trained.
+        liger: Whether Liger's kernels are used; TRL's way is `use_liger_kernel`.
     """
 
     side: str
@@ -73,6 +75,7 @@ class BenchmarkSettings:
     words: int | None = None
     seed: int = 0
     pool: int = 200
+    liger: bool = False
 
 
 class Clock(TrainerCallback):
@@ -100,8 +103,8 @@ def run_side(settings: BenchmarkSettings) -> dict[str, Any]:
     """Train some steps and measure speed and memory.
 
     Returns:
-        `name`, `real_tokens_per_second`, `peak_memory_bytes`, `seconds`, `real_tokens`, `losses`, and details of the
-        side.
+        `name`, `real_tokens_per_second`, `peak_memory_bytes`, `peak_reserved_bytes` (None without a GPU), `seconds`,
+        `real_tokens`, `losses`, and details of the side.
     """
     if settings.cap_bytes is not None:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -123,6 +126,7 @@ def run_side(settings: BenchmarkSettings) -> dict[str, Any]:
         "name": settings.side,
         "real_tokens_per_second": tokens / clock.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
+        "peak_reserved_bytes": peak_reserved_bytes(),
         "seconds": clock.seconds,
         "real_tokens": tokens,
         "losses": clock.losses,
@@ -151,7 +155,7 @@ def _random_model(
     return build_random_llava(
         config,
         quantization="nf4" if cuda else "none",
-        dtype=torch.bfloat16 if cuda else torch.float32,
+        dtype=resolve_dtype("auto"),
         device=default_device(),
         seed=settings.seed,
         with_tower=with_tower,
@@ -159,7 +163,7 @@ def _random_model(
 
 
 def _arguments(settings: BenchmarkSettings, **own: Any) -> SFTConfig:
-    cuda = torch.cuda.is_available()
+    cuda, dtype = torch.cuda.is_available(), resolve_dtype("auto")
     return SFTConfig(
         output_dir=tempfile.mkdtemp(prefix="lora_llava_benchmark_"),
         seed=settings.seed,
@@ -168,7 +172,8 @@ def _arguments(settings: BenchmarkSettings, **own: Any) -> SFTConfig:
         gradient_accumulation_steps=settings.batch_size // settings.micro_batch,
         learning_rate=1e-4,
         optim=settings.optimizer,
-        bf16=cuda,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         use_cpu=not cuda,
         logging_steps=1,
         report_to="none",
@@ -203,6 +208,8 @@ def _ours(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, cloc
     if not cached:
         run_tower(model)
     make_lean(model.model.language_model)
+    if settings.liger:
+        use_liger(model.model.language_model)
     step = _planned(settings, config, rows, samples, cached)
     checkpoint_language_model(model, step.checkpointed, step.offloaded)
     arguments = _arguments(
@@ -238,8 +245,7 @@ class CountingTrainer(LlavaSFTTrainer):
 def _features(settings: BenchmarkSettings, config: LlavaConfig, pixels: Pixels, names: list[str]) -> Any:
     """Compute the features of every image before the clock starts, as a vision cache does."""
     device = default_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tower = AutoModel.from_config(config.vision_config, dtype=dtype).to(device).eval()
+    tower = AutoModel.from_config(config.vision_config, dtype=resolve_dtype("auto")).to(device).eval()
     kept = {name: tower_features(tower, config, pixels([name]).to(device))[0].cpu() for name in names}
     del tower
     if torch.cuda.is_available():
@@ -292,7 +298,8 @@ def _trl(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, clock
         modules_to_save=["multi_modal_projector"],
         task_type="CAUSAL_LM",
     )
-    arguments = _arguments(settings, train_sampling_strategy="sequential")  # keep the order of our batches
+    order = {"train_sampling_strategy": "sequential"}  # of our batches
+    arguments = _arguments(settings, use_liger_kernel=settings.liger, **order)
     trainer = CountingTrl(
         model=_random_model(settings, config),
         args=arguments,

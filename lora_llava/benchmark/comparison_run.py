@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from lora_llava.benchmark.benchmark_sides import BenchmarkSettings, run_side
+from lora_llava.core.device import is_out_of_memory
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.core.quiet import quieten
@@ -56,7 +57,8 @@ def benchmark(
         raise UserError(f"--cap-gb {cap_gb:g} has no effect, because this machine has no GPU; leave it out")
     if shape not in ("tiny", "tiny_body") and not torch.cuda.is_available():
         raise UserError(f"--shape {shape} would take days without a GPU; use tiny or tiny_body")
-    optimizer = "paged_adamw_8bit" if torch.cuda.is_available() and r >= 64 else "adamw_torch"
+    on_gpu = "paged_adamw_8bit" if r >= 64 else "adamw_torch_fused"
+    optimizer = on_gpu if torch.cuda.is_available() else "adamw_torch"
     cap = None if cap_gb is None else int(cap_gb * GIB)
     settings = [BenchmarkSettings(side, shape, batch_size, batch_size, steps, r, optimizer, cap) for side in sides]
     best: dict[str, dict[str, Any]] = {}
@@ -102,13 +104,16 @@ def run_in_process(settings: BenchmarkSettings) -> dict[str, Any]:
     """Run one side in a new process, for its own peak memory; return `out_of_memory` if it does not fit."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=quieten) as pool:
-        return pool.submit(_run, settings).result()
+        return pool.submit(run_or_full, settings).result()
 
 
-def _run(settings: BenchmarkSettings) -> dict[str, Any]:
+def run_or_full(settings: BenchmarkSettings) -> dict[str, Any]:
+    """Run one side in this process; return `name` and `out_of_memory` if it does not fit."""
     try:
         return run_side(settings)
-    except torch.cuda.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return {"name": settings.side, "out_of_memory": str(error).splitlines()[0]}
 
 

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=["auto", "bfloat16", "float32"],
+        choices=["auto", "bfloat16", "float16", "float32"],
         default="auto",
         help="dtype of the computation; default: auto, as the run was trained",
     )

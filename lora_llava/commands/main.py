@@ -66,6 +66,8 @@ def main(verb: str | None = None, argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except OSError as error:
         return _report_os_error(error)
+    except (RuntimeError, MemoryError) as error:
+        return _report_full_memory(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -143,6 +145,20 @@ def _overview() -> str:
             module: Any = verb_module(verb)
             lines += [f"  {verb:16} {module.SUMMARY}", f"  {'':16}   {module.EXAMPLES[0]}"]
     return "\n".join(lines[1:])
+
+
+def _report_full_memory(error: RuntimeError | MemoryError) -> int:
+    """Report full memory, of the GPU or of the machine; raise any other error again."""
+    from lora_llava.core.device import first_sentence, is_out_of_memory
+
+    if not is_out_of_memory(error):
+        raise error
+    print(
+        f"error: memory is full ({first_sentence(error)}); stop other programs that use it (nvidia-smi names those on "
+        "a GPU), or use a smaller model, or model.quantization=nf4",
+        file=sys.stderr,
+    )
+    return 2
 
 
 def _report_os_error(error: OSError) -> int:

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images.image_sources import PixelLoader
+from lora_llava.data.packed_rows.shared_prefixes import Segment, segments_of
 
 
 @dataclass
@@ -39,12 +40,15 @@ class PaddedCollator:
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
-        return batch | _images_of(rows, self.load_pixels)
+        names = [name for row in rows for name in row["image_files"]]
+        return batch | _pixels(names, self)
 
 
 @dataclass
 class PackedCollator:
     """Collator that packs rows into one row without padding and adds the pixels of their images.
+
+    Neighbours with the same `prefix` share it: see `shared_prefixes`.
 
     Args:
         load_pixels: Loads the pixels of named images, such as `Pixels`.
@@ -53,12 +57,15 @@ class PackedCollator:
     load_pixels: PixelLoader
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Collate rows with `input_ids`, `labels` and `image_files`.
+        """Collate rows with `input_ids`, `labels`, `image_files`, and `prefix` if they may share one.
 
         Returns:
             `input_ids`, `labels` and `position_ids`, each int64 of shape (1, tokens), positions from 0 in every
-            sample; `cu_seq_lens_q` and `cu_seq_lens_k`, int32 of shape (samples + 1,); `max_length_q` and
-            `max_length_k`; and `pixel_values` as in `PaddedCollator`.
+            sample and continued from its prefix in a branch; `cu_seq_lens_q`, int32 of shape (segments + 1,), and
+            `cu_seq_lens_k`, which differ if a prefix is shared; `max_length_q` and `max_length_k`; and `pixel_values`
+            as in `PaddedCollator`. If a prefix is shared, `segment_lengths` and `key_segments`, lists: the tokens of
+            each segment, and the segments whose keys attention reads, in order. If the first token of a branch is
+            trained, `predictors`, int64 of shape (1, tokens): the position that predicts each token.
 
         Raises:
             ValueError: If the first token of a sample is trained: the sample before it would predict it.
@@ -66,21 +73,60 @@ class PackedCollator:
         for row in rows:
             if row["labels"][0] != IGNORE_INDEX:
                 raise ValueError(f"the first token of sample {row.get('row_id')} is trained; its label must be ignored")
-        lengths = torch.tensor([0] + [len(row["input_ids"]) for row in rows], dtype=torch.int32)
-        ends = torch.cumsum(lengths, 0, dtype=torch.int32)
-        longest = int(lengths.max())
+        segments = segments_of(rows)
+        lengths = [segment.tokens for segment in segments]
+        ids, labels = (
+            torch.tensor([[one for each in segments for one in rows[each.sample][name][each.start : each.end]]])
+            for name in ("input_ids", "labels")
+        )
+        ends = _ends(lengths)
         batch: dict[str, Any] = {
-            "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
-            "labels": torch.tensor([[label for row in rows for label in row["labels"]]]),
-            "position_ids": torch.cat([torch.arange(len(row["input_ids"])) for row in rows]).unsqueeze(0),
+            "input_ids": ids,
+            "labels": labels,
+            "position_ids": torch.cat([torch.arange(each.start, each.end) for each in segments]).unsqueeze(0),
             "cu_seq_lens_q": ends,
             "cu_seq_lens_k": ends,
-            "max_length_q": longest,
-            "max_length_k": longest,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
         }
-        return batch | _images_of(rows, self.load_pixels)
+        names = [name for each in segments for name in _image_names(rows, each)]
+        return batch | _shared_keys(segments, lengths) | _predictors(segments, ends, labels) | _pixels(names, self)
 
 
-def _images_of(rows: Sequence[dict[str, Any]], load_pixels: PixelLoader) -> dict[str, torch.Tensor]:
-    names = [name for row in rows for name in row["image_files"]]
-    return {"pixel_values": load_pixels(names)} if names else {}
+def _ends(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.cumsum(torch.tensor([0, *lengths], dtype=torch.int32), 0, dtype=torch.int32)
+
+
+def _image_names(rows: Sequence[dict[str, Any]], segment: Segment) -> list[Any]:
+    return list(rows[segment.sample]["image_files"][segment.first_image : segment.last_image])
+
+
+def _shared_keys(segments: Sequence[Segment], lengths: list[int]) -> dict[str, Any]:
+    """Return what attention needs to read the keys of prefixes; nothing if none is shared."""
+    if all(segment.prefix is None for segment in segments):
+        return {}
+    read = [[own] if each.prefix is None else [each.prefix, own] for own, each in enumerate(segments)]
+    keys = [sum(lengths[i] for i in each) for each in read]
+    return {
+        "cu_seq_lens_k": _ends(keys),
+        "max_length_k": max(keys),
+        "segment_lengths": lengths,
+        "key_segments": [i for each in read for i in each],
+    }
+
+
+def _predictors(segments: Sequence[Segment], ends: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the position that predicts each token, if it is not always the one before it."""
+    branches = [
+        (int(ends[own]), int(ends[each.prefix + 1]) - 1) for own, each in enumerate(segments) if each.prefix is not None
+    ]
+    if not any(labels[0, first] != IGNORE_INDEX for first, _ in branches):
+        return {}
+    predictors = torch.arange(-1, labels.shape[1] - 1)
+    for first, last_of_prefix in branches:
+        predictors[first] = last_of_prefix
+    return {"predictors": predictors.clamp(min=0).unsqueeze(0)}
+
+
+def _pixels(names: Sequence[Any], collator: PaddedCollator | PackedCollator) -> dict[str, torch.Tensor]:
+    return {"pixel_values": collator.load_pixels(names)} if names else {}

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_llava.core.errors import UserError
+from lora_llava.model.loading import resolve_dtype
 from lora_llava.recipe import Recipe
 
 _SETTINGS = {
@@ -86,6 +87,7 @@ def _untested(recipe: Recipe) -> dict[str, bool]:
         "lora.modules_to_save": lora is not None and bool(lora.modules_to_save),
         "lora.init": lora is not None and lora.init != "default",
         "model.new_tokens": bool(recipe.model.new_tokens),
+        "model.dtype float16": resolve_dtype(recipe.model.dtype) == torch.float16,
     }
 
 
@@ -102,8 +104,8 @@ def configure_sharding(accelerator: Any) -> None:
             "distributed_type": DistributedType.FSDP,
             "fsdp_plugin": FullyShardedDataParallelPlugin(),
         }
-    # The forward pass is in bfloat16 on GPUs; None keeps the dtype of the weights.
-    computed = torch.bfloat16 if torch.cuda.is_available() else None
+    # None keeps the dtype of the weights.
+    computed = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32)
     accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 

@@ -17,10 +17,12 @@ from lora_llava.data.tokens import Stop, stop_of
 from lora_llava.data.typed import without_marks
 from lora_llava.distributed.ranks import gather, this_rank
 from lora_llava.inference.answer import Answer
+from lora_llava.inference.batches import Batches
 from lora_llava.inference.client.chat_request import ChatFailure, ChatRequest, image_part
 from lora_llava.inference.client.client import ChatServer, ask
-from lora_llava.inference.generate import EncodedImages, Question, generate_answers
+from lora_llava.inference.generate import generate_answers
 from lora_llava.inference.likelihood import Choices, answer_losses, build_tree, weigh_choices
+from lora_llava.inference.question import EncodedImages, Question
 from lora_llava.inference.sampling import Sampling
 
 Answerer = Callable[[Sequence[Conversation], Collection[int]], Iterator[tuple[int, Answer]]]
@@ -38,7 +40,7 @@ class Evaluator:
         template: The conversation template it was trained with.
         num_image_tokens: Tokens of one image.
         load_pixels: Loads the images of the rows.
-        batch_size: Questions in one batch.
+        batch_size: Most questions in one batch.
     """
 
     model: Any
@@ -143,7 +145,7 @@ def by_reasoned_likelihood(evaluator: Evaluator, sampling: Sampling, choices: Ch
         encoded = EncodedImages(evaluator.model, evaluator.load_pixels, questions, left, times=2)
         common: dict[str, Any] = {
             "load_pixels": evaluator.load_pixels,
-            "batch_size": evaluator.batch_size,
+            "batch_size": Batches(evaluator.batch_size),
             "encoded": encoded,
         }
         for start in range(0, len(left), evaluator.batch_size):

@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import file_hash
 from lora_llava.data.conversation import Conversation
@@ -216,18 +214,12 @@ def evaluate(
     }
     start = time.monotonic()
     table: Table | AnswerTable
-    try:
-        if opened.science:
-            table, scored = evaluate_scienceqa(
-                rows, answerer, parser if options.method == "generate" else "llava", **common
-            )
-        else:
-            table, scored = evaluate_conversations(rows, answerer, losses, **common)  # type: ignore[assignment]
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"the GPU ran out of memory with {settings.batch_size} questions at once; set evaluation.batch_size="
-            f"{max(1, settings.batch_size // 2)} and run the command again: the answers so far are kept"
-        ) from None
+    if opened.science:
+        table, scored = evaluate_scienceqa(
+            rows, answerer, parser if options.method == "generate" else "llava", **common
+        )
+    else:
+        table, scored = evaluate_conversations(rows, answerer, losses, **common)  # type: ignore[assignment]
     about |= {"model": model, "questions": questions_hash(rows)}
     if data is not None:
         about["data_file"] |= {"rows": opened.split.report.rows, "asked": len(rows)}

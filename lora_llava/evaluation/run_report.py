@@ -41,7 +41,7 @@ from lora_llava.pages.report_plots import Curve
 from lora_llava.planning.memory import GIB
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.runs.check_run import check_run
-from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, is_run
+from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, is_run, peak_memory
 from lora_llava.splits.split_rows import Split
 
 REPORT_FILE = "report.html"
@@ -64,6 +64,7 @@ class _Train(BaseModel):
     tokens: int
     supervised_tokens: int
     peak_memory_bytes: int
+    peak_reserved_bytes: int | None = None
     steps: int
     loss_curve: _Losses
     curves: dict[str, _Pairs] = {}
@@ -236,7 +237,7 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("kept", _kept(train)),
         ("tokens", f"{train['tokens']:,}, {100 * train['supervised_tokens'] / max(1, train['tokens']):.0f}% trained"),
         ("time", f"{train['seconds']:,.0f} s, {train['tokens'] / max(1e-9, train['seconds']):,.0f} tokens/s"),
-        ("peak memory", f"{train['peak_memory_bytes'] / GIB:.2f} GiB"),
+        ("peak memory", peak_memory(train)),
         ("machine", str(machine.get("gpu") or f"{machine.get('processor')}, {machine.get('cores')} cores")),
         ("seed", str(recipe.seed)),
         ("recipe", recipe_hash(recipe)[:12]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,16 @@ from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.images.image_sources import PixelLoader
 from lora_llava.inference.answer import Answer
-from lora_llava.inference.generate import EncodedImages, Question
+from lora_llava.inference.batches import Batches, question_bytes
+from lora_llava.inference.question import EncodedImages, Question
+from lora_llava.inference.shared_prompts import (
+    CACHE_ARGUMENT,
+    SharedPrompt,
+    begin_prompts,
+    in_groups,
+    shared_prompts,
+    split_batch,
+)
 from lora_llava.model.vision import llava_of
 
 
@@ -78,7 +87,7 @@ def weigh_choices(
     questions: Sequence[Choices],
     *,
     load_pixels: PixelLoader,
-    batch_size: int,
+    batch_size: int | Batches,
     pad_token_id: int,
     answered: Collection[int] = (),
     encoded: EncodedImages | None = None,
@@ -92,7 +101,7 @@ def weigh_choices(
         model: A LLaVA, with or without an adapter.
         questions: The questions with their choices.
         load_pixels: Loads the images that questions name.
-        batch_size: Questions per batch.
+        batch_size: Most questions per batch.
         pad_token_id: Token id for padding on the left.
         answered: Indices to skip, because their answers exist.
         encoded: Encoded images shared with other calls; None encodes them for this call.
@@ -108,26 +117,41 @@ def weigh_choices(
     rows = [Question(tree.input_ids, q.image_files) for tree, q in zip(trees, questions, strict=True)]
     left = [i for i in range(len(rows)) if i not in answered]
     encoded = encoded or EncodedImages(model, load_pixels, rows, left)
-    for indices, batch, failed in _batches(model, rows, left, encoded, batch_size, pad_token_id):
-        yield from failed.items()
+    own = [len(tree.input_ids) - tree.shared for tree in trees]
+    longest_own = max(own, default=0)
+    # The last shared token of the choices predicts their first own one, and must be computed with them.
+    begins = shared_prompts(model, rows, left)
+    begins = {i: prompt for i, prompt in begins.items() if trees[i].shared > len(prompt.ids)}
+    model.eval()
+
+    def weigh(chosen: list[int]) -> dict[int, Answer]:
+        return {i: one for part in split_batch(chosen, begins) for i, one in weigh_part(*part).items()}
+
+    def weigh_part(chosen: list[int], continued: bool) -> dict[int, Answer]:
+        indices, batch, found = _rows_of(model, chosen, rows, begins if continued else None, encoded, pad_token_id)
         if not indices:
-            continue
-        longest = batch["input_ids"].shape[1]
-        mask, positions = _tree_mask([trees[i] for i in indices], longest)
-        own = max(len(trees[i].input_ids) - trees[i].shared for i in indices)
+            return found
+        before = batch["attention_mask"].shape[1] - batch["input_ids"].shape[1]
+        mask, positions = _tree_mask([trees[i] for i in indices], batch["attention_mask"].shape[1], before)
+        own_inputs = {
+            "attention_mask": _additive(mask[:, :, before:], llava_of(model).dtype).to(encoded.device),
+            "position_ids": positions[:, before:].to(encoded.device),
+        }
         with encoded.as_pixels():
-            logits = model(
-                input_ids=batch["input_ids"],
-                pixel_values=batch.get("pixel_values"),
-                attention_mask=_additive(mask, llava_of(model).dtype).to(batch["input_ids"].device),
-                position_ids=positions.to(batch["input_ids"].device),
-                use_cache=False,
-                logits_to_keep=own + 1,
-            ).logits
+            keep = max(own[i] for i in indices) + 1
+            logits = model(**batch | own_inputs, use_cache=continued, logits_to_keep=keep).logits
         log_probabilities = functional.log_softmax(logits.float(), dim=-1).cpu()
         for row, i in enumerate(indices):
-            found = Answer("", scores=_scores(log_probabilities[row], trees[i], questions[i]))
-            yield i, replace(found, text=questions[i].texts[found.choice or 0])
+            answer = Answer("", scores=_scores(log_probabilities[row], trees[i], questions[i]))
+            found[i] = replace(answer, text=questions[i].texts[answer.choice or 0])
+        return found
+
+    def needed(index: int) -> int:
+        return question_bytes(model, len(rows[index].input_ids), logits=longest_own + 1, cached=False)
+
+    for chosen, found in Batches.of(batch_size).run(in_groups(rows, left, begins), weigh, needed):
+        encoded.release(chosen, rows)
+        yield from found.items()
 
 
 def _scores(log_probabilities: torch.Tensor, tree: Tree, question: Choices) -> tuple[float, ...]:
@@ -146,26 +170,61 @@ def _scores(log_probabilities: torch.Tensor, tree: Tree, question: Choices) -> t
     return tuple(scores)
 
 
-def _tree_mask(trees: Sequence[Tree], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the attention mask, bool of shape (rows, 1, tokens, tokens), and positions, shape (rows, tokens)."""
+def _rows_of(
+    model: Any,
+    chosen: Sequence[int],
+    rows: Sequence[Question],
+    begins: Mapping[int, SharedPrompt] | None,
+    encoded: EncodedImages,
+    pad_token_id: int,
+) -> tuple[list[int], dict[str, Any], dict[int, Answer]]:
+    """Return the rows that have their images, the arguments of the model's pass over them, and answers for the others.
+
+    With shared prompts, which are computed here, `input_ids` are the tokens behind them, and `attention_mask` is of
+    all tokens.
+    """
+    if begins is not None:
+        begun = begin_prompts(model, chosen, rows, begins, encoded, pad_token_id)
+        if not begun.indices:
+            return [], {}, begun.problems
+        batch = {"input_ids": begun.rest["input_ids"], "attention_mask": begun.mask(), CACHE_ARGUMENT: begun.cache}
+        return begun.indices, batch, begun.problems
+    batch, failed = encoded.batch(chosen, rows, pad_token_id)
+    return [i for i in chosen if i not in failed], batch, failed
+
+
+def _tree_mask(trees: Sequence[Tree], longest: int, before: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the attention mask, bool of shape (rows, 1, tokens, tokens), and positions, shape (rows, tokens).
+
+    Args:
+        trees: The rows.
+        longest: Tokens, padding included.
+        before: Tokens of the prompt that stand before the padding.
+    """
     mask = torch.eye(longest, dtype=torch.bool).repeat(len(trees), 1, 1, 1)  # padding attends to itself: no empty row
     positions = torch.zeros(len(trees), longest, dtype=torch.long)
     for row, tree in enumerate(trees):
-        start = longest - len(tree.input_ids)
-        mask[row, 0, start:, start : start + tree.shared] = True
-        shared = slice(start, start + tree.shared)
-        mask[row, 0, shared, shared] = torch.ones(tree.shared, tree.shared).tril().bool()
-        positions[row, shared] = torch.arange(tree.shared)
+        length = len(tree.input_ids)
+        own = torch.zeros(length, length, dtype=torch.bool)
+        own[:, : tree.shared] = True
+        place = torch.arange(length)
         for first, last in tree.branches:
-            own = slice(start + first, start + last)
-            mask[row, 0, own, own] = torch.ones(last - first, last - first).tril().bool()
-            positions[row, own] = torch.arange(tree.shared, tree.shared + last - first)
+            own[first:last, first:last] = True
+            place[first:last] = torch.arange(tree.shared, tree.shared + last - first)
+        columns = torch.cat([torch.arange(before), torch.arange(longest - length + before, longest)])
+        mask[row, 0, columns[:, None], columns] = own.tril()
+        positions[row, columns] = place
     return mask, positions
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Convert a mask to 0 and the dtype's minimum, the form that every attention implementation accepts."""
     return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def first_label(labels: Sequence[int]) -> int:
+    """Return the place of the first label of a row; 0 without one."""
+    return next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), 0)
 
 
 @torch.inference_mode()
@@ -185,7 +244,7 @@ def answer_losses(
         rows: `input_ids` and `labels` of each conversation; labels are -100 outside the answer.
         image_files: Names of each conversation's images.
         load_pixels: Loads images by name.
-        batch_size: Conversations per batch.
+        batch_size: Most conversations per batch.
         pad_token_id: Token id for padding on the left.
 
     Yields:
@@ -193,39 +252,42 @@ def answer_losses(
         opened are skipped.
     """
     questions = [Question(ids, files) for (ids, _), files in zip(rows, image_files, strict=True)]
-    everything = range(len(questions))
-    encoded = EncodedImages(model, load_pixels, questions, everything)
-    for indices, batch, _ in _batches(model, questions, everything, encoded, batch_size, pad_token_id):
+    encoded = EncodedImages(model, load_pixels, questions, range(len(questions)))
+    longest_answer = max((len(labels) - first_label(labels) for _, labels in rows), default=0)
+    model.eval()
+
+    # The last token of a shared prompt may predict none of an answer: its logits are not computed with the answer.
+    begins = shared_prompts(model, questions, range(len(questions)))
+    begins = {i: prompt for i, prompt in begins.items() if first_label(rows[i][1]) > len(prompt.ids)}
+
+    def losses(chosen: list[int]) -> list[tuple[int, float, int]]:
+        return [one for part in split_batch(chosen, begins) for one in losses_of_part(*part)]
+
+    def losses_of_part(chosen: list[int], continued: bool) -> list[tuple[int, float, int]]:
+        indices, batch, _ = _rows_of(model, chosen, questions, begins if continued else None, encoded, pad_token_id)
         if not indices:
-            continue
+            return []
         longest = batch["input_ids"].shape[1]
+        before = batch["attention_mask"].shape[1] - longest
         labels = torch.full((len(indices), longest), IGNORE_INDEX)
         for row, i in enumerate(indices):
-            labels[row, longest - len(rows[i][1]) :] = torch.tensor(rows[i][1])
+            own = rows[i][1][before:]
+            labels[row, longest - len(own) :] = torch.tensor(own)
         keep = int(longest - (labels != IGNORE_INDEX).any(0).nonzero()[0]) + 1
-        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, before:]
         with encoded.as_pixels():
-            logits = model(**batch, position_ids=positions, use_cache=False, logits_to_keep=keep).logits
+            logits = model(**batch, position_ids=positions, use_cache=continued, logits_to_keep=keep).logits
         target = labels[:, -keep + 1 :]
-        found = functional.cross_entropy(
+        nats = functional.cross_entropy(
             logits[:, :-1].float().transpose(1, 2).cpu(), target, ignore_index=IGNORE_INDEX, reduction="none"
         )
-        for row, i in enumerate(indices):
-            yield i, float(found[row].sum()), int((target[row] != IGNORE_INDEX).sum())
+        counts = (target != IGNORE_INDEX).sum(1)
+        return [(i, float(nats[row].sum()), int(counts[row])) for row, i in enumerate(indices)]
 
+    def needed(index: int) -> int:
+        return question_bytes(model, len(rows[index][0]), logits=longest_answer + 1, cached=False)
 
-def _batches(
-    model: Any,
-    rows: Sequence[Question],
-    left: Sequence[int],
-    encoded: EncodedImages,
-    batch_size: int,
-    pad_token_id: int,
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor], dict[int, Answer]]]:
-    """Yield batches of rows, longest first: indices, tensors, and answers for rows with a bad image."""
-    order = sorted(left, key=lambda i: -len(rows[i].input_ids))
-    model.eval()
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch, failed = encoded.batch(chosen, rows, pad_token_id)
-        yield [i for i in chosen if i not in failed], batch, failed
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    for chosen, found in Batches(batch_size).run(order, losses, needed):
+        encoded.release(chosen, questions)
+        yield from found

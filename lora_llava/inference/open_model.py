@@ -35,7 +35,8 @@ def open_speaker(
         name: A run directory, a folder with a complete LLaVA, or a Hub id.
         quantization: How the language model's weights are stored; `auto` follows the run, and is `none` for a
             complete model.
-        dtype: The dtype of the computation; `auto` follows the run, else bfloat16 on a GPU and float32 on a CPU.
+        dtype: The dtype of the computation; `auto` follows the run, else bfloat16 on a GPU, or float16 on one without
+            it, and float32 on a CPU.
         template: Conversation template that replaces the processor's.
 
     Returns:

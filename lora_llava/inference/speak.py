@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from lora_llava.core.device import is_out_of_memory
 from lora_llava.core.errors import UserError
 from lora_llava.data.images.to_rgb import Background
 from lora_llava.data.tokens import Stop
@@ -198,11 +199,9 @@ def _generate(
                 stopping_criteria=StoppingCriteriaList([stopped]),
             )
         queue.put(None)
-    except torch.OutOfMemoryError:
-        message = f"the conversation of {tokens:,} tokens does not fit into GPU memory; start a new conversation"
-        queue.put(FullError(message))
     except BaseException as error:  # pass any error on, or the reader of the queue would wait forever
-        queue.put(error)
+        message = f"the conversation of {tokens:,} tokens does not fit into memory; start a new conversation"
+        queue.put(FullError(message) if is_out_of_memory(error) else error)
 
 
 def _taken(queue: SimpleQueue[int | BaseException | None], seen: list[int]) -> Iterator[int]:

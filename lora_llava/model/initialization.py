@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,8 @@ from torch import nn
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.model.adapters import VISION, check_adapters
-from lora_llava.model.loading import is_4bit
+from lora_llava.model.loading import autocast, is_4bit
+from lora_llava.model.vision import llava_of
 from lora_llava.model.weights.names import canonical_name
 from lora_llava.model.weights.tensor_files import lazy_tensors
 
@@ -124,7 +124,7 @@ def start_eva(model: PeftModel, batches: Iterable[dict[str, Any]]) -> None:
         _Plain(model.base_model).train(model.training),
         usable,
         replace(config, eva_config=settings, init_lora_weights="eva", target_modules=[_inner(name) for name in layers]),
-        forward_fn=_Forward(),
+        forward_fn=_Forward(llava_of(model).dtype),
         prepare_model_inputs_fn=lambda batch, _: _positions(batch, most),
         gather_distributed_inputs=False,
         show_progress_bar=False,
@@ -155,16 +155,17 @@ class _Plain(nn.Module):
 
 
 class _Forward:
-    """The forward pass over a batch, counted."""
+    """The forward pass over a batch, as in training, counted."""
 
-    passes = 0
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.passes = dtype, 0
 
     def __call__(self, model: nn.Module, batch: _Batch) -> Any:
         self.passes += 1
         if self.passes > _EVA_PASSES:
             raise UserError(f"lora.init: eva found no stable directions in {_EVA_PASSES} batches; use default")
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with torch.autocast("cuda", torch.bfloat16) if batch["input_ids"].is_cuda else nullcontext():
+        with autocast(batch["input_ids"].device, self.dtype):
             return model(**inputs, use_cache=False, logits_to_keep=1)
 
 

@@ -10,24 +10,85 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from lora_llava.core.device import capability_problem, has_bfloat16, report_unused_gpu
 from lora_llava.core.errors import UserError
 from lora_llava.model.vision import accept_features
 
 Quantization = Literal["nf4", "none"]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 NOT_QUANTIZED = ("model.multi_modal_projector", "model.vision_tower", "lm_head")
 """Full names: without `model.` transformers would quantize the first two."""
 
 
 def default_device() -> torch.device:
-    """Return the GPU of this process, or the CPU if there is none."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """Return the GPU of this process, or the CPU if there is none; the first call reports a GPU that is not used."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    report_unused_gpu()
+    return torch.device("cpu")
 
 
 def resolve_dtype(dtype: str) -> torch.dtype:
-    """Return a dtype by name; `auto` is bfloat16 on a GPU and float32 on a CPU, where bfloat16 is slower."""
+    """Return a dtype by name.
+
+    Args:
+        dtype: `bfloat16`, `float16`, `float32`, or `auto`: float32 on a CPU, where the others are slower, bfloat16 on a
+            GPU, and float16 on a GPU without it.
+    """
     if dtype == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype]
+        on_gpu = "bfloat16" if torch.cuda.is_available() and has_bfloat16() else "float16"
+        dtype = on_gpu if torch.cuda.is_available() else "float32"
+    return DTYPES[dtype]
+
+
+def check_dtype(dtype: str) -> None:
+    """Check that this machine computes in a dtype itself.
+
+    Args:
+        dtype: As for `resolve_dtype`.
+
+    Raises:
+        UserError: For bfloat16 on a GPU that only emulates it.
+    """
+    if dtype == "bfloat16" and torch.cuda.is_available() and (problem := capability_problem()):
+        raise UserError(
+            f"model.dtype is bfloat16, which would be emulated, many times slower: {problem}; set model.dtype=float16, "
+            "or auto"
+        )
+
+
+def check_machine(quantization: Quantization, dtype: str) -> None:
+    """Check that this machine can compute as a recipe says, and report a GPU that is not used.
+
+    Args:
+        quantization: `nf4` or `none`.
+        dtype: As for `resolve_dtype`.
+
+    Raises:
+        UserError: If bitsandbytes or the dtype cannot run here.
+    """
+    report_unused_gpu()
+    check_dtype(dtype)
+    if quantization == "nf4":
+        check_bitsandbytes()
+
+
+def describe_dtype(dtype: torch.dtype) -> str | None:
+    """Return a line about float16, which needs loss scaling; None for any other dtype."""
+    if dtype != torch.float16:
+        return None
+    problem = capability_problem() if torch.cuda.is_available() else None
+    return "dtype: float16 with loss scaling" + (f", as {problem}, and has no bfloat16" if problem else "")
+
+
+def autocast(device: torch.device | str, dtype: torch.dtype) -> torch.autocast:
+    """Return the context of a forward pass in training: what trains is float32, and computes in the model's dtype.
+
+    Args:
+        device: The model's device.
+        dtype: The model's dtype; float32 needs no autocast.
+    """
+    return torch.autocast(torch.device(device).type, dtype, enabled=dtype != torch.float32)
 
 
 def check_bitsandbytes() -> None:
@@ -73,8 +134,9 @@ def load_base(
         The model on the default device, in eval mode.
 
     Raises:
-        UserError: If bitsandbytes cannot run, or the base is not a LLaVA.
+        UserError: If bitsandbytes or the dtype cannot run here, or the base is not a LLaVA.
     """
+    check_dtype(dtype)
     # 4-bit weights are packed on the GPU: their scales would not be moved with the shards.
     device = torch.device("cpu") if to_shard and quantization == "none" else default_device()
     options: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device_map": {"": device}}

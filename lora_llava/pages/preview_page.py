@@ -150,9 +150,12 @@ def _article(preview: Preview, index: int, symbols: _Symbols, folder: Path | Non
 def _segments(preview: Preview, current: int) -> Iterator[_Segment]:
     """Segments of the row that the current sample lies in."""
     row = preview.rows[preview.samples[current].row]
-    total = sum(row.lengths) + row.padding + row.unused
-    for sample, length in zip(row.samples, row.lengths, strict=True):
+    total = row.used + row.padding + row.unused
+    for sample, length in row.parts:
         tokens = count_of(length, "token")
+        if sample is None:
+            yield _Segment(length, f"image and text that the next samples share, {tokens}", style="shared")
+            continue
         if sample < 0:
             yield _Segment(length, f"a sample that is not shown, {tokens}")
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -85,20 +86,37 @@ class PreviewRow:
 
     Attributes:
         samples: Indices into the preview's samples, in order; -1 for a sample that is not shown.
-        lengths: Number of tokens of each.
+        lengths: Number of tokens of each, without a prefix that it shares.
         capacity: The row's token budget; 0 for none.
         padding: Number of padding tokens.
+        prefixes: Number of tokens of the shared prefix that begins before each sample; 0 if none begins. Empty if
+            nothing is shared.
     """
 
     samples: tuple[int, ...]
     lengths: tuple[int, ...]
     capacity: int
     padding: int = 0
+    prefixes: tuple[int, ...] = ()
+
+    @property
+    def used(self) -> int:
+        """Number of tokens, without padding; a shared prefix is counted once."""
+        return sum(self.lengths) + sum(self.prefixes)
+
+    @property
+    def parts(self) -> Iterator[tuple[int | None, int]]:
+        """Each sample and its tokens, in order; None and the tokens of a prefix before those that share it."""
+        prefixes = self.prefixes or (0,) * len(self.lengths)
+        for sample, length, prefix in zip(self.samples, self.lengths, prefixes, strict=True):
+            if prefix:
+                yield None, prefix
+            yield sample, length
 
     @property
     def unused(self) -> int:
         """Number of tokens of the budget that are not used."""
-        return max(0, self.capacity - sum(self.lengths) - self.padding)
+        return max(0, self.capacity - self.used - self.padding)
 
 
 @dataclass(frozen=True)
@@ -193,8 +211,10 @@ def describe_row(preview: Preview, row: int) -> str:
         A text such as `row 3: 5 samples, 3,987 of 4,096 tokens, 97%`.
     """
     shape = preview.rows[row]
-    used = sum(shape.lengths)
+    used = shape.used
     text = f"row {row + 1}: {count_of(len(shape.samples), 'sample')}, "
+    if shared := sum(map(bool, shape.prefixes)):
+        text += f"{count_of(shared, 'shared image')}, "
     if shape.capacity:
         text += f"{used:,} of {count_of(shape.capacity, 'token')}, {share(used, shape.capacity)}"
     else:

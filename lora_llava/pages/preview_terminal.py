@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from rich.console import Console
 from rich.text import Text
 
@@ -19,7 +21,7 @@ from lora_llava.pages.preview_samples import (
 
 WIDEST_BAR = 100
 _SEGMENTS = "█▓"  # in turn, so that neighbouring samples differ
-_PADDING, _UNUSED = "░", "·"
+_PADDING, _UNUSED, _SHARED = "░", "·", "▒"
 
 
 def print_samples(preview: Preview, console: Console) -> None:
@@ -91,8 +93,12 @@ def _piece(token: PreviewToken) -> str:
 
 
 def _bar(row: PreviewRow, width: int) -> str:
-    """Draw a row in `width` characters: its samples in alternating shades, then padding and unused tokens."""
-    parts = [(length, _SEGMENTS[i % 2]) for i, length in enumerate(row.lengths)]
+    """Draw a row in `width` characters: its samples in alternating shades, then padding and unused tokens.
+
+    A prefix that samples share is drawn before them.
+    """
+    shades = itertools.cycle(_SEGMENTS)
+    parts = [(length, _SHARED if sample is None else next(shades)) for sample, length in row.parts]
     parts += [(row.padding, _PADDING), (row.unused, _UNUSED)]
     total = max(1, sum(size for size, _ in parts))
     bar, end = "", 0

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.encoded import EncodedRows
+from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes
 from lora_llava.distributed.ranks import this_rank
 from lora_llava.distributed.sharding import is_sharded
+from lora_llava.model.fast_path.attention import is_by_sample
 from lora_llava.model.loading import resolve_dtype
-from lora_llava.planning.memory import CUDA_CONTEXT, GIB, PROCESS, Step, fit_step, smallest, usable
+from lora_llava.planning.memory import GIB, Step, fit_step, smallest, usable
+from lora_llava.planning.memory_budget import check_budget, memory_budget, other_gpu
 from lora_llava.recipe import Recipe
 
 CARDS_GB = (8, 12, 16, 24)
@@ -34,28 +34,41 @@ class Extremes:
         tokens: Most tokens of a pass, padding included.
         trained_tokens: Most trained tokens of a pass.
         images: Most images of a pass.
+        keys: Most keys that attention reads in a pass; None is `tokens`.
     """
 
     tokens: int
     trained_tokens: int
     images: int
+    keys: int | None = None
 
 
-def measure_rows(rows: Sequence[Sequence[int]], samples: EncodedRows, *, padded: bool) -> Extremes:
+def measure_rows(
+    rows: Sequence[Sequence[int]], samples: EncodedRows, *, padded: bool, shared: SharedPrefixes | None = None
+) -> Extremes:
     """Find the heaviest forward pass.
 
     Args:
         rows: Sample indices of each pass.
         samples: The samples.
         padded: Whether the samples of a row are padded to the longest.
+        shared: The prefixes that samples share.
     """
     rows = [row for row in rows if row]  # a rank's rows in the last step may be empty
     lengths, trained, images = (
         values.tolist() for values in (samples.lengths, samples.supervised, samples.image_counts())
     )
+    most_trained = max(sum(trained[i] for i in row) for row in rows)
+    if shared is not None:
+        return Extremes(
+            max(shared.tokens(row, lengths) for row in rows),
+            most_trained,
+            max(shared.images(row, images) for row in rows),
+            max(shared.keys(row, lengths) for row in rows),
+        )
     return Extremes(
         max(len(row) * max(lengths[i] for i in row) if padded else sum(lengths[i] for i in row) for row in rows),
-        max(sum(trained[i] for i in row) for row in rows),
+        most_trained,
         max(sum(images[i] for i in row) for row in rows),
     )
 
@@ -72,7 +85,8 @@ def resolve_optimizer(recipe: Recipe, *, cuda: bool) -> str:
     sharded = is_sharded()  # 8-bit states of sharded weights have not been tested
     large = recipe.lora is not None and recipe.lora.r >= EIGHT_BIT_FROM_R
     if requested == "auto":
-        return "paged_adamw_8bit" if large and cuda and not sharded else "adamw_torch"
+        on_gpu = "paged_adamw_8bit" if large else "adamw_torch_fused"
+        return on_gpu if cuda and not sharded else "adamw_torch"
     return requested
 
 
@@ -85,8 +99,8 @@ def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda:
         extremes: The heaviest forward pass.
         cuda: Whether it runs on a GPU.
     """
-    auto = torch.bfloat16 if cuda else torch.float32
-    dtype = auto if recipe.model.dtype == "auto" else resolve_dtype(recipe.model.dtype)
+    other = cuda and not torch.cuda.is_available()  # planned for a GPU that is not here
+    dtype = torch.bfloat16 if other and recipe.model.dtype == "auto" else resolve_dtype(recipe.model.dtype)
     return Step(
         config=config,
         quantization=recipe.model.quantization,
@@ -96,29 +110,23 @@ def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda:
         tokens=extremes.tokens,
         trained_tokens=extremes.trained_tokens,
         images=extremes.images,
+        keys=extremes.keys,
         cached_features=recipe.training.vision_cache != "off",
         cuda=cuda,
         ranks=this_rank()[1] if is_sharded() else 1,
         new_tokens=len(recipe.model.new_tokens),
+        by_sample=cuda and torch.cuda.is_available() and is_by_sample(dtype),
     )
-
-
-def memory_budget(recipe: Recipe) -> tuple[int, str]:
-    """Return the bytes available for a step on this machine, and a description of their source."""
-    requested = recipe.training.memory_gb
-    if requested != "auto":
-        return int(requested * GIB), f"training.memory_gb {requested:g} GiB"
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] + CUDA_CONTEXT, "free on the GPU"
-    return psutil.virtual_memory().available + PROCESS, "free memory"
 
 
 def choose_checkpointing(recipe: Recipe, step: Step) -> Step:
     """Return the step with the recomputation set in the recipe, or the least that fits.
 
     Raises:
-        UserError: If it does not fit, with the memory it needs and a fix.
+        UserError: If it does not fit, with the memory it needs and a fix, or if `training.memory_gb` is not free.
     """
+    if step.cuda == torch.cuda.is_available():  # else it is planned for another machine
+        check_budget(recipe)
     budget, source = memory_budget(recipe)
     chosen = as_requested(recipe, step, budget)
     if chosen is None:
@@ -129,6 +137,7 @@ def choose_checkpointing(recipe: Recipe, step: Step) -> Step:
         raise UserError(
             f"a step needs {needed / GIB:.1f} GiB or more, and {budget / GIB:.1f} GiB are available ({source}); "
             + (f"set {fix}" if fix else "no setting of this recipe fits: use a smaller language model")
+            + other_gpu(needed)
         )
     return chosen
 
@@ -207,15 +216,3 @@ def recomputation(step: Step) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
-
-
-def describe_device() -> str:
-    """Describe the device that would train."""
-    if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
-        return f"{torch.cuda.get_device_name()}, {memory / GIB:.1f} GiB"
-    if Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
-        if torch.version.cuda is None:
-            return "CUDA card present, but this torch is the CPU build; install torch for CUDA (pytorch.org)"
-        return "CUDA card present, but torch cannot use it; see `nvidia-smi` and the driver's version"
-    return "no GPU: training would run on the CPU"

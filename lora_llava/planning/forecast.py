@@ -12,7 +12,7 @@ from transformers import LlavaConfig
 from lora_llava.core.errors import UserError
 from lora_llava.data.selection import build_rows
 from lora_llava.model.families.tower_families import image_tokens
-from lora_llava.model.loading import check_bitsandbytes
+from lora_llava.model.loading import check_machine, describe_dtype, resolve_dtype
 from lora_llava.model.start import plan_model
 from lora_llava.planning import plan_tables
 from lora_llava.planning.continued_run import check_continued
@@ -20,11 +20,11 @@ from lora_llava.planning.fit import (
     Extremes,
     build_step,
     choose_checkpointing,
-    describe_device,
     measure_rows,
     what_fits,
 )
 from lora_llava.planning.memory import Step
+from lora_llava.planning.memory_budget import describe_device
 from lora_llava.planning.row_order import RowOrder, exact_epochs, order_rows
 from lora_llava.planning.run_plan import build_run_processor, is_padding_free, run_lora_config
 from lora_llava.planning.timing import published_hours, time_row
@@ -62,8 +62,7 @@ def forecast(recipe: Recipe) -> Forecast:
     Raises:
         UserError: If the model's config is not available, or a setting cannot run here.
     """
-    if recipe.model.quantization == "nf4":
-        check_bitsandbytes()
+    check_machine(recipe.model.quantization, recipe.model.dtype)
     model = plan_model(recipe.model)
     check_continued(recipe)
     run_lora_config(recipe, model.config)  # refuses targets that the model does not have
@@ -84,7 +83,7 @@ def forecast(recipe: Recipe) -> Forecast:
         max_length=recipe.data.max_length,
         on_overlong="drop",
     )
-    source = f"lengths from {len(samples):,} of {total:,} samples"
+    source = f"lengths from {len(samples):,} of {total:,} samples; rows that share images need less"
     total = _rows_per_epoch(recipe, total)
     lengths = samples.lengths.tolist()
     padded = not is_padding_free(recipe, model.config)[0]
@@ -137,6 +136,8 @@ def print_forecast(recipe: Recipe, console: Console) -> None:
     """
     found = forecast(recipe)
     console.print(describe_device())
+    if line := describe_dtype(resolve_dtype(recipe.model.dtype)):
+        console.print(line, soft_wrap=True)
     try:
         step, refusal = choose_checkpointing(recipe, found.step), None
     except UserError as error:

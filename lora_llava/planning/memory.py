@@ -11,9 +11,11 @@ from functools import cached_property
 
 from transformers import LlavaConfig
 
+from lora_llava.core.quiet import has_expandable_segments
 from lora_llava.model.families.decoder_shape import DecoderShape, attention_widths, decoder_shape, tower_parameters
 from lora_llava.model.families.language_families import family_of
 from lora_llava.model.families.tower_families import tower_of
+from lora_llava.model.fast_path.trained_loss import tokens_at_once
 from lora_llava.planning.trained_memory import (
     full_parameters,
     largest_eva_parameters,
@@ -28,12 +30,13 @@ CUDA_CONTEXT = 550_000_000
 """CUDA's context with cuBLAS; outside torch's allocator (0.4 to 0.6 GB in reports; not measured here)."""
 PROCESS = 600_000_000
 """Python with torch, transformers and trl: the resident set after the imports, counted on a CPU."""
-GPU_SHARE = 0.93
-"""Usable share of a GPU's budget; a guess, to be replaced by a measurement of `scripts/benchmark.py gpu`."""
+GPU_SHARE = 0.97
+"""Usable share of a GPU's budget with expandable segments: allocated over reserved bytes were 0.986 to 0.994 when the
+allocations of simulated steps were replayed. Not measured on a GPU."""
+GPU_SHARE_OF_FIXED_SEGMENTS = 0.90
+"""The same without them, as on Windows: freed blocks of other sizes cannot be joined across segments."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight: 4 bits, an 8-bit scale per 64 weights, a float32 scale per 256 scales (QLoRA, section 3)."""
-HEAD_TILE_ROWS, HEAD_TILE_COLUMNS = 4096, 32768
-"""Tile size of trl's fused head (trl/kernels/chunked_logprob.py)."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class Step:
         checkpointed: Number of language model layers that are recomputed.
         offloaded: Whether the inputs of those layers are kept in host memory.
         new_tokens: Number of tokens whose rows of embeddings and head are trained.
+        keys: Keys and values that attention reads in the row; None is `tokens`, more if samples share prefixes.
+        by_sample: Whether attention runs sample by sample on a GPU, as it always does on a CPU.
     """
 
     config: LlavaConfig
@@ -71,6 +76,8 @@ class Step:
     checkpointed: int = 0
     offloaded: bool = False
     new_tokens: int = 0
+    keys: int | None = None
+    by_sample: bool = False
 
     @property
     def layers(self) -> int:
@@ -156,14 +163,9 @@ class Step:
         }
         return {part: size for part, size in found.items() if size}
 
-    @property
-    def trains_head(self) -> bool:
-        """Whether the head trains, in full or for new tokens."""
-        return bool(self.new_tokens or (self.lora is not None and "lm_head" in self.lora.modules_to_save))
-
     def _autocast_copies(self) -> int:
         """Bytes of 16-bit copies of LoRA and projector: autocast caches A, and layers not recomputed keep B."""
-        if not self.cuda or self.dtype_bytes == 4:
+        if self.dtype_bytes == 4:
             return 0
         a_share = sum(a for a, _ in self.linear_shapes.values()) / sum(a + b for a, b in self.linear_shapes.values())
         kept = 1 - self.checkpointed / self.layers
@@ -204,15 +206,19 @@ class Step:
         if family_of(text) is None:  # stock norms keep float32 copies, stock MLPs the activation
             per_token += 2 * 4 * self.shape.norm_values + size * inner
         dropout = self.lora is not None and self.lora.dropout > 0
-        if not self.cuda and not dropout:
+        if (self.by_sample or not self.cuda) and not dropout:
             per_token += size * queries  # the samples' outputs, concatenated for o_proj
+        if self.by_sample:
+            per_token += size * 2 * (queries - keys)  # keys and values, repeated for grouped heads
         if self.lora is not None:
             inputs = sum(self.linear_shapes[name][0] for name in self.targets)
             shared = 2 * hidden + inner  # norms' outputs and down_proj's input; attention's output is counted above
             mask = 1 if self.cuda else size
             per_token += (size + mask) * inputs if dropout else size * shared  # inputs after dropout, and the masks
             per_token += size * self.lora.r * len(self.targets)
-        return per_token * self.tokens
+        # Attention keeps the keys and values that it reads, in which a shared prefix is repeated for each branch.
+        repeated = 2 * keys * size * (self.keys - self.tokens) if self.keys is not None else 0
+        return per_token * self.tokens + repeated
 
     @property
     def _inner(self) -> int:
@@ -236,12 +242,11 @@ class Step:
         return self.layer_bytes() + transient
 
     def _head(self) -> int:
+        """Bytes of some tokens' log-softmax and its two gradients, and of all trained tokens' states and gradients."""
         text, rows = self.config.text_config, self.trained_tokens
         last = self.layer_bytes() if self.checkpointed < self.layers else 0
-        if not self.cuda or self.trains_head:  # logits, their log-softmax, their gradient
-            return last + rows * text.vocab_size * 4 * 3
-        tile = min(rows, HEAD_TILE_ROWS) * min(text.vocab_size, HEAD_TILE_COLUMNS) * self.dtype_bytes
-        return last + tile + rows * text.hidden_size * (4 + self.dtype_bytes)
+        at_once = min(rows, tokens_at_once(text.vocab_size))
+        return last + 3 * 4 * at_once * text.vocab_size + 2 * self.dtype_bytes * rows * text.hidden_size
 
     def _vision(self) -> int:
         if self.cached_features or not self.images:
@@ -288,9 +293,14 @@ def fit_step(step: Step, budget: int) -> Step | None:
     return None
 
 
+def gpu_share() -> float:
+    """Return the share of a GPU's budget that is not lost to fragmentation, with this process's allocator settings."""
+    return GPU_SHARE if has_expandable_segments() else GPU_SHARE_OF_FIXED_SEGMENTS
+
+
 def usable(step: Step, budget: int) -> int:
-    """Return the usable part of a budget: on a GPU some is lost to fragmentation, and plans are not measured there."""
-    return int(budget * GPU_SHARE) if step.cuda else budget
+    """Return the usable part of a budget: on a GPU some is lost to fragmentation."""
+    return int(budget * gpu_share()) if step.cuda else budget
 
 
 def candidates(step: Step) -> list[Step]:
@@ -303,4 +313,4 @@ def candidates(step: Step) -> list[Step]:
 def smallest(step: Step) -> int:
     """Return the smallest budget, in bytes, in which a step fits."""
     least = min(candidate.peak for candidate in candidates(step))
-    return math.ceil(least / GPU_SHARE) if step.cuda else least
+    return math.ceil(least / gpu_share()) if step.cuda else least

@@ -16,8 +16,9 @@ from rich.text import Text
 from lora_llava.core.errors import UserError
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.model.families.language_families import outside_the_table
-from lora_llava.planning.fit import memory_budget, recomputation, resolve_optimizer
+from lora_llava.planning.fit import recomputation, resolve_optimizer
 from lora_llava.planning.memory import GIB, Step
+from lora_llava.planning.memory_budget import memory_budget
 from lora_llava.planning.run_plan import RunPlan
 from lora_llava.recipe import Recipe
 from lora_llava.splits.split_rows import Split
@@ -54,7 +55,7 @@ def print_data(plan: RunPlan, console: Console) -> None:
         fixes = ", ".join(f"{count:,} {what}" for what, count in split.report.mended.items())
         if fixes:
             console.print(f"{name}: fixed while reading: {fixes}; `lora-llava check` names the rows", soft_wrap=True)
-    for line in plan.notes:
+    for line in (*plan.notes, *plan.sharing):
         console.print(line, soft_wrap=True, markup=False)
     console.print(_steps(plan))
 
@@ -88,7 +89,7 @@ def _print_sources(plan: RunPlan, console: Console) -> None:
 
 def _steps(plan: RunPlan) -> str:
     training, order = plan.recipe.training, plan.order
-    batch, accumulation = training.batch_size, training.gradient_accumulation
+    batch, accumulation = training.batch_size, order.accumulation
     if training.max_tokens_per_row is None:
         return f"{order.steps:,} steps of {batch * accumulation} samples ({batch} x {accumulation})"
     full = order.tokens_per_row / training.max_tokens_per_row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from transformers import LlavaConfig, PreTrainedTokenizerBase
 
 from lora_llava.core.errors import UserError
+from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes, find_prefixes
 from lora_llava.data.templates.chat_template import saved_text
 from lora_llava.data.templates.named_templates import chat_template
 from lora_llava.data.templates.resolve_template import resolve_template
@@ -22,7 +23,7 @@ from lora_llava.model.base import build_processor
 from lora_llava.model.families.decoder_shape import decoder_shape
 from lora_llava.model.families.tower_families import image_processor_of, saved_image_processor
 from lora_llava.model.fast_path.attention import resolve_attention
-from lora_llava.model.loading import check_bitsandbytes, resolve_dtype
+from lora_llava.model.loading import check_machine, resolve_dtype
 from lora_llava.model.new_tokens import add_new_tokens
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.model.tokenizer import load_tokenizer
@@ -74,6 +75,7 @@ class RunPlan:
         seen: The rows of all splits by content, for a run that continues this one.
         earlier: The rows of the runs that this one continues; None if it continues none.
         notes: Lines about rows whose side is that of an earlier run.
+        sharing: Lines about rows that share images.
     """
 
     recipe: Recipe
@@ -90,6 +92,7 @@ class RunPlan:
     seen: SeenRows = field(default_factory=SeenRows)
     earlier: SeenRows | None = None
     notes: tuple[str, ...] = ()
+    sharing: tuple[str, ...] = ()
 
 
 def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
@@ -105,8 +108,7 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     Raises:
         UserError: For anything that would make the run fail later, except memory, which is in `refusal`.
     """
-    if recipe.model.quantization == "nf4":
-        check_bitsandbytes()
+    check_machine(recipe.model.quantization, recipe.model.dtype)
     check_reporters(recipe.training.report_to)
     check_launch(recipe)
     model = plan_model(recipe.model)
@@ -128,8 +130,10 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     if recipe.evaluation is None and recipe.data.test_source is None:
         splits.pop("test", None)
     samples = splits["train"].rows
-    order = order_run(recipe, splits["train"], model.config)
-    extremes = measure_rows(order.rows, samples, padded=not is_padding_free(recipe, model.config)[0])
+    padded = not is_padding_free(recipe, model.config)[0]
+    prefixes = None if padded else prefixes_of(recipe, splits["train"])
+    order = order_run(recipe, splits["train"], model.config, prefixes)
+    extremes = measure_rows(order.rows, samples, padded=padded, shared=order.shared)
     step, refusal = build_step(recipe, model.config, extremes, cuda=torch.cuda.is_available()), None
     try:
         step = choose_checkpointing(recipe, step)
@@ -150,6 +154,7 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
         seen,
         earlier,
         opened["train"].notes,
+        tuple(_sharing(order, prefixes, samples.lengths.tolist())),
     )
 
 
@@ -278,13 +283,14 @@ def is_padding_free(recipe: Recipe, config: LlavaConfig) -> tuple[bool, str]:
     return resolve_attention(recipe.model.attention, resolve_dtype(recipe.model.dtype), config.text_config)
 
 
-def order_run(recipe: Recipe, split: Split, config: LlavaConfig) -> RowOrder:
+def order_run(recipe: Recipe, split: Split, config: LlavaConfig, shared: SharedPrefixes | None = None) -> RowOrder:
     """Order the rows of a run: which training samples share a forward pass.
 
     Args:
         recipe: The recipe.
         split: The training split.
         config: Configuration of the LLaVA.
+        shared: The prefixes that rows share; None shares none.
 
     Returns:
         The order.
@@ -308,5 +314,32 @@ def order_run(recipe: Recipe, split: Split, config: LlavaConfig) -> RowOrder:
                 f"{budget}; raise it, or set data.max_length={budget} with data.on_overlong=drop or truncate_answer"
             )
     return order_rows(
-        recipe.training, lengths, seed=recipe.seed, padded=not padding_free, epochs=split.epochs, ranks=this_rank()[1]
+        recipe.training,
+        lengths,
+        seed=recipe.seed,
+        padded=not padding_free,
+        epochs=split.epochs,
+        ranks=this_rank()[1],
+        shared=shared,
     )
+
+
+def prefixes_of(recipe: Recipe, split: Split) -> SharedPrefixes | None:
+    """Return the prefixes that rows of a split share; None if `training.share_images` is off."""
+    return None if recipe.training.share_images == "off" else find_prefixes(split.rows, split.pixels)
+
+
+def _sharing(order: RowOrder, prefixes: SharedPrefixes | None, lengths: Sequence[int]) -> Iterator[str]:
+    """Yield what rows that share images save, and how many cannot."""
+    if order.shared is not None:
+        computed = sum(order.shared.tokens(row, lengths) for row in order.rows)
+        every = sum(lengths[i] for row in order.rows for i in row)
+        yield (
+            f"{order.shared.rows():,} of {len(lengths):,} rows share their image with other rows, and it is computed "
+            f"once in a forward pass: {computed:,} tokens in the run instead of {every:,}"
+        )
+    if prefixes is not None and prefixes.other_text:
+        yield (
+            f"{prefixes.other_text:,} rows have the image of another row, but another text before it, and compute it "
+            "again"
+        )

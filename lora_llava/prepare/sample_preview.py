@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images.image_files import image_file
 from lora_llava.data.images.image_sources import BadImageError
+from lora_llava.data.packed_rows.shared_prefixes import Segment, SharedPrefixes, SharedSamples, segments_of
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.start import plan_model
@@ -26,7 +27,7 @@ from lora_llava.pages.preview_page import render_page
 from lora_llava.pages.preview_samples import Preview, PreviewRow, PreviewSample, PreviewToken
 from lora_llava.pages.preview_terminal import print_samples
 from lora_llava.planning.row_order import validation_rows
-from lora_llava.planning.run_plan import build_run_processor, is_padding_free, order_run
+from lora_llava.planning.run_plan import build_run_processor, is_padding_free, order_run, prefixes_of
 from lora_llava.recipe import Recipe
 from lora_llava.splits.earlier_rows import earlier_rows
 from lora_llava.splits.encoded_sources import encode_splits, show_progress
@@ -45,6 +46,7 @@ class _Batches:
         num_image_tokens: Tokens per image.
         padding_free: Whether rows are packed.
         capacity: Most tokens of a row; 0 without a limit.
+        shared: The prefixes that samples share; None if none may be shared.
     """
 
     split: Split
@@ -54,6 +56,7 @@ class _Batches:
     num_image_tokens: int
     padding_free: bool
     capacity: int
+    shared: SharedPrefixes | None
 
 
 def preview(
@@ -83,18 +86,23 @@ def preview(
     splits = encode_splits(recipe, tokenizer, template, show_progress, seen=seen)
     if split not in splits:
         raise UserError(f"--split {split}: the recipe has no such rows; choose from {', '.join(splits)}")
-    # Open images only when shown, unless bad ones are dropped, which changes the order of the run.
-    trusted = recipe.data.on_bad_image == "error"
+    padding_free = is_padding_free(recipe, model.config)[0]
+    sharing = padding_free and recipe.training.share_images != "off"
+    # Open images only when shown, unless the order of the run depends on them: bad ones are dropped, equal ones shared.
+    trusted = recipe.data.on_bad_image == "error" and not sharing
     found = build_split(recipe, split, splits[split], processor, model.config, show_progress, trusted=trusted)
-    rows = order_run(recipe, found, model.config).rows if split == "train" else _in_order(recipe, found)
+    shared = prefixes_of(recipe, found) if sharing else None
+    order = order_run(recipe, found, model.config, shared).rows
+    rows = order if split == "train" else validation_rows(recipe.training, found.rows.lengths.tolist(), shared=shared)
     batches = _Batches(
         found,
         tokenizer,
         processor,
         tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),  # type: ignore[arg-type]
         image_tokens(model.config),
-        is_padding_free(recipe, model.config)[0],
+        padding_free,
         recipe.training.max_tokens_per_row or 0,
+        shared,
     )
     shown = Preview(
         "Samples as they are trained", _facts(recipe, name, found, template), *_take(batches, rows, samples)
@@ -115,10 +123,6 @@ def _is_page(file: Path) -> bool:
             return stream.read(15).lower() == b"<!doctype html>"
     except OSError:
         return False
-
-
-def _in_order(recipe: Recipe, split: Split) -> list[list[int]]:
-    return validation_rows(recipe.training, split.rows.lengths.tolist())
 
 
 def _facts(recipe: Recipe, name: str, split: Split, template: AnyTemplate) -> tuple[tuple[str, str], ...]:
@@ -150,45 +154,86 @@ def _take(
             shown = len(samples) < count
             places.append(len(samples) if shown else -1)
             if shown:
-                samples.append(_sample(batches, index, *part, row=len(passes)))
-        lengths = tuple(len(ids) for ids, _, _ in parts)
+                samples.append(_sample(batches, index, part, row=len(passes)))
+        lengths = tuple(len(part.ids) - part.shared for part in parts)
+        prefixes = tuple(part.shared if part.begins else 0 for part in parts)
         padding = 0 if batches.padding_free else len(lengths) * max(lengths) - sum(lengths)
-        passes.append(PreviewRow(tuple(places), lengths, batches.capacity, padding))
+        passes.append(PreviewRow(tuple(places), lengths, batches.capacity, padding, prefixes))
     return tuple(samples), tuple(passes)
 
 
-Part = tuple[list[int], list[int], list[torch.Tensor]]
-"""Input ids, labels and images of a sample, read back from a batch."""
+class _Part(NamedTuple):
+    """A sample, read back from a batch.
+
+    Attributes:
+        ids: Its input ids.
+        labels: Its labels.
+        images: Its images.
+        shared: Tokens of the prefix that it shares in its row; 0 if none.
+        begins: Whether it is the first sample of its row with that prefix.
+    """
+
+    ids: list[int]
+    labels: list[int]
+    images: list[torch.Tensor]
+    shared: int = 0
+    begins: bool = False
 
 
-def _read_batch(batches: _Batches, row: Sequence[int]) -> Iterator[Part]:
+def _read_batch(batches: _Batches, row: Sequence[int]) -> Iterator[_Part]:
     """Build one batch as training does, and split it into its samples."""
     split = batches.split
+    rows = split.rows if batches.shared is None else SharedSamples(split.rows, batches.shared)
+    samples = [rows[i] for i in row]
     if batches.padding_free:
         collator: Any = PackedCollator(split.load_pixels)
     else:
         collator = PaddedCollator(split.load_pixels, batches.tokenizer.pad_token_id)
     try:
-        batch = collator([split.rows[i] for i in row])
+        batch = collator(samples)
     except BadImageError as error:
         raise UserError(f"{error}; `lora-llava check` lists all such rows") from None
     if batches.padding_free:
         ends = batch["cu_seq_lens_q"].tolist()
-        cuts: list[Any] = [(0, slice(start, end)) for start, end in pairwise(ends)]
+        yield from _join(
+            segments_of(samples), list(_cut(batches, batch, [(0, slice(*each)) for each in pairwise(ends)]))
+        )
     else:
         lengths = batch["attention_mask"].sum(dim=1).tolist()
-        cuts = [(place, slice(0, length)) for place, length in enumerate(lengths)]
+        yield from _cut(batches, batch, [(place, slice(0, length)) for place, length in enumerate(lengths)])
+
+
+def _cut(batches: _Batches, batch: dict[str, Any], cuts: Sequence[Any]) -> Iterator[_Part]:
+    """Cut a batch into parts, with the images of each."""
     used = 0
     for cut in cuts:
         ids, labels = batch["input_ids"][cut].tolist(), batch["labels"][cut].tolist()
         images = ids.count(batches.image_id) // batches.num_image_tokens
-        yield ids, labels, list(batch["pixel_values"][used : used + images]) if images else []
+        yield _Part(ids, labels, list(batch["pixel_values"][used : used + images]) if images else [])
         used += images
 
 
-def _sample(
-    batches: _Batches, index: int, ids: list[int], labels: list[int], pixels: list[torch.Tensor], *, row: int
-) -> PreviewSample:
+def _join(segments: Sequence[Segment], parts: Sequence[_Part]) -> Iterator[_Part]:
+    """Join each branch with its prefix."""
+    prefixes = {segment.prefix for segment in segments}
+    for number, (segment, part) in enumerate(zip(segments, parts, strict=True)):
+        if number in prefixes:
+            continue
+        if segment.prefix is None:
+            yield part
+            continue
+        before = parts[segment.prefix]
+        yield _Part(
+            before.ids + part.ids,
+            before.labels + part.labels,
+            before.images + part.images,
+            len(before.ids),
+            number == segment.prefix + 1,
+        )
+
+
+def _sample(batches: _Batches, index: int, part: _Part, *, row: int) -> PreviewSample:
+    ids, labels, pixels = part.ids, part.labels, part.images
     rows = batches.split.rows
     table, number = rows.table_row(index)
     notes = [note for note in table.notes[number].split("\0") if note]

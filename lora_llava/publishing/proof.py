@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import LlavaConfig
 
+from lora_llava.inference.batches import Batches
 from lora_llava.model.adapter_file import PEFT_PREFIX
 from lora_llava.model.adapters import adapter_on
 from lora_llava.model.loading import default_device
@@ -26,6 +27,7 @@ from lora_llava.publishing.proof_prompts import ProofPrompt
 CONTEXT_LOGITS = 8
 """Number of positions before the answer whose logits are also compared."""
 SMALL_BYTES = 2**30
+_PROMPTS = "prompts", "verify on the CPU with CUDA_VISIBLE_DEVICES="
 Progress = Callable[[str], None]
 
 
@@ -148,25 +150,30 @@ def stays_in_memory(tensors: Sequence[LazyTensor], dtype: torch.dtype) -> bool:
 
 @torch.inference_mode()
 def greedy_answers(model: Any, prompts: Prompts, max_new_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
-    """Answer all prompts greedily in one batch.
+    """Answer all prompts greedily, in one batch if it fits into memory.
 
     Returns:
         Token ids of each answer, including the stop token.
     """
-    batch = prompts.batch(range(len(prompts.ids)))
-    output = model.generate(
-        **batch,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=prompts.pad_token_id,
-        eos_token_id=list(stop_ids),
-        use_cache=True,
-    )
-    answers = []
-    for row in output[:, batch["input_ids"].shape[1] :].tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))
-        answers.append(row[:end])
-    return answers
+
+    def answer(rows: list[int]) -> list[list[int]]:
+        batch = prompts.batch(rows)
+        output = model.generate(
+            **batch,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=prompts.pad_token_id,
+            eos_token_id=list(stop_ids),
+            use_cache=True,
+        )
+        answers = []
+        for row in output[:, batch["input_ids"].shape[1] :].tolist():
+            end = next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))
+            answers.append(row[:end])
+        return answers
+
+    count = len(prompts.ids)
+    return [each for _, found in Batches(count, *_PROMPTS).run(range(count), answer) for each in found]
 
 
 @torch.inference_mode()
@@ -179,23 +186,23 @@ def last_logits(
         model: A model.
         prompts: The prompts.
         answers: Token ids to append to each prompt.
-        batch_size: Prompts per batch.
+        batch_size: Most prompts per batch.
         with_adapter: False switches off the adapter of a PEFT model.
 
     Returns:
         One tensor per prompt, float32 on the CPU, of shape (context + answer length, vocabulary). The context is
         `CONTEXT_LOGITS` positions, or all of a shorter prompt.
     """
-    found = []
     keep = CONTEXT_LOGITS + max(map(len, answers))
-    for start in range(0, len(prompts.ids), batch_size):
-        rows = range(start, min(start + batch_size, len(prompts.ids)))
+
+    def compute(rows: list[int]) -> list[torch.Tensor]:
         with nullcontext() if with_adapter else model.disable_adapter():
             logits = model(**prompts.batch(rows, answers), use_cache=False, logits_to_keep=keep).logits
-        for i, row in enumerate(rows):
-            length = min(CONTEXT_LOGITS, len(prompts.ids[row])) + len(answers[row])
-            found.append(logits[i, -length:].float().cpu())
-    return found
+        lengths = [min(CONTEXT_LOGITS, len(prompts.ids[row])) + len(answers[row]) for row in rows]
+        return [logits[i, -length:].float().cpu() for i, length in enumerate(lengths)]
+
+    batches = Batches(batch_size, *_PROMPTS)
+    return [each for _, found in batches.run(range(len(prompts.ids)), compute) for each in found]
 
 
 @dataclass(frozen=True)

@@ -314,6 +314,8 @@ LATER_KEYS: dict[str, Any] = {
     "lora.init": "default",
     "training.loraplus_ratio": None,
     "training.early_stopping": None,
+    "training.share_images": "auto",
+    "training.questions_per_image": 10,
     "evaluation.shuffled": 0.25,
     "gates.max_ungrounded": 0.7,
     "teacher.reconnect": 600.0,

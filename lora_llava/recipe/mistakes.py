@@ -57,6 +57,7 @@ OTHER_NAMES = {
     "training.optimizer": "optim",
     "training.max_grad_norm": "gradient_clipping grad_clip gradient_clip clip_grad_norm",
     "training.gradient_checkpointing": "activation_checkpointing",
+    "training.deterministic": "full_determinism",
     "training.max_tokens_per_row": "packing sample_packing",
     "training.group_by_length": "length_grouping",
     "training.eval_every": "eval_steps evaluation_strategy eval_strategy val_every validate_every val_steps",
@@ -75,7 +76,8 @@ OTHER_NAMES = {
 _OTHER_VALUES = {
     "nf4": "4 4bit 4-bit int4 fp4 qlora true yes",
     "none": "16 16bit false no off 32 lora",
-    "bfloat16": "bf16 fp16 float16 half",
+    "bfloat16": "bf16",
+    "float16": "fp16 half",
     "float32": "fp32 float full",
     "flash_varlen": "flash flash_attention_2 flash_attn flash_attn_2 fa2",
     "all-linear": "all all_linear linear",

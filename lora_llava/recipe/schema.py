@@ -82,8 +82,9 @@ class ModelSection(Section):
     attention: Literal["auto", "flash_varlen", "sdpa"] = "auto"
     """`flash_varlen` trains on rows without padding, with flash_attn or torch's kernel on a GPU and sample by sample on
     a CPU; `sdpa` pads; auto is flash_varlen wherever it runs."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Data type of the computation; auto is bfloat16 on a GPU and float32 on a CPU."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Data type of the computation; auto is bfloat16 on a GPU, float16 with loss scaling on a GPU without bfloat16 (T4,
+    RTX 20), and float32 on a CPU."""
     new_tokens: Annotated[tuple[NewToken, ...], Field(strict=False)] = ()
     """Tokens that are added to the vocabulary, such as ["<defect>"]; only their rows of the embeddings and of the head
     are trained. Stage 2 only."""
@@ -199,17 +200,26 @@ class TrainingSection(Section):
     lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     """Schedule by which the learning rates fall."""
     optimizer: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
-    """Optimiser, by its name in transformers; auto is adamw_torch, or, on a GPU with r of 64 or more, paged_adamw_8bit,
-    whose states take a quarter of the memory."""
+    """Optimiser, by its name in transformers; auto is adamw_torch on a CPU, adamw_torch_fused on a GPU, and there
+    paged_adamw_8bit with r of 64 or more, whose states take a quarter of the memory."""
     max_grad_norm: NotNegative = 1.0
     """Gradients are clipped to this norm; 0 does not clip."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute the language model's layers in the backward pass: less memory, up to a third more time. auto recomputes
-    as few layers as memory_gb allows."""
+    """Recompute the language model's layers in the backward pass: less memory, up to half as much time again. auto
+    recomputes as few layers as memory_gb allows."""
     memory_gb: Literal["auto"] | Positive = "auto"
-    """Memory limit of a step in GiB, including CUDA's own half GiB; auto is the memory that is free at the start."""
+    """Memory limit of a run in GiB, including CUDA's own half GiB; at most what is free. auto is what is free at the
+    start. On a GPU torch cannot take more."""
     group_by_length: bool = True
     """Batch samples of similar length: less padding, if batches are padded (model.attention)."""
+    share_images: Literal["auto", "off"] = "auto"
+    """Compute an image, and the text before it, once for all rows of a forward pass that have it: exact, and faster
+    where several rows ask about one image. auto does so wherever rows are trained without padding."""
+    questions_per_image: Annotated[int, Field(ge=1)] = 10
+    """Most rows with one image in an optimiser step; its other rows come elsewhere in the epoch."""
+    deterministic: bool = False
+    """On a GPU, use slower algorithms with which runs are equal bit for bit, also after a resume; without it they agree
+    up to rounding. On a CPU they always are."""
     projector_dropout: Fraction = 0.0
     """Dropout after the projector, in training only; the checkpoint is a standard LLaVA."""
     eval_every: Annotated[int, Field(ge=1)] | None = None

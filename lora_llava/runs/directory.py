@@ -70,6 +70,13 @@ def machine() -> dict[str, Any]:
     return {"gpu": None, "processor": processor_name(), "cores": os.cpu_count()}
 
 
+def peak_memory(train: dict[str, Any]) -> str:
+    """Describe the peak memory of a run, from the `train` entry of its `metrics.json`."""
+    reserved = train.get("peak_reserved_bytes")
+    text = f"{train['peak_memory_bytes'] / 2**30:.2f} GiB"
+    return text if reserved is None else f"{text}, {reserved / 2**30:.2f} GiB with the allocator's free blocks"
+
+
 def processor_name() -> str:
     """Return the processor's model, or its architecture if the model is unknown."""
     file = Path("/proc/cpuinfo")

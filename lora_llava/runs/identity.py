@@ -48,9 +48,10 @@ def run_identity(plan: RunPlan, base: Base) -> dict[str, Any]:
     Returns:
         Plain JSON: hashes of the base's components, of a Stage 1 projector and of an adapter that is continued
         (`base`), the model's settings (`config`), the tokenizer, its special tokens and the chat template, the image
-        processor's settings, what `auto` resolved to on this machine (`computation`), and for every split (`data`) its
-        rows, their tokens and the contents of their images. `versions` are only reported. `run` is drawn when a run
-        begins, and distinguishes its checkpoints from those of another run that is otherwise the same.
+        processor's settings, what `auto` resolved to on this machine (`computation`), the number of rows that share
+        images (`order`), and for every split (`data`) its rows, their tokens and the contents of their images.
+        `versions` are only reported. `run` is drawn when a run begins, and distinguishes its checkpoints from those of
+        another run that is otherwise the same.
 
     Raises:
         UserError: If the base's weights are missing or damaged.
@@ -75,6 +76,7 @@ def run_identity(plan: RunPlan, base: Base) -> dict[str, Any]:
             "padding_free": plan.computation.padding_free,
             "optimizer": plan.computation.optimizer,
         },
+        "order": {} if plan.order.shared is None else {"rows_with_shared_images": plan.order.shared.rows()},
         "data": {name: _split_identity(split, name == evaluated) for name, split in plan.splits.items()},
         "versions": versions(),
     }
@@ -255,7 +257,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], splits: Mappi
     same_library = before["versions"].get("transformers") == now["versions"].get("transformers")
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     found = []
-    for key in changed:
+    for key in (key for key in changed if key[0] != "order"):
         one_sided = (key in old) != (key in new)
         if not (one_sided and key[0] in _LIBRARY_SETTINGS and not same_library):
             found.append(_line(key, old.get(key), new.get(key)))
@@ -263,7 +265,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], splits: Mappi
     for name in now["data"]:
         if name in before["data"]:
             found += _split_differences(name, before["data"][name], now["data"][name], splits[name], same_text)
-    return found
+    return found or [_line(key, old.get(key), new.get(key)) for key in changed if key[0] == "order"]
 
 
 def _leaves(content: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -322,6 +324,7 @@ _SETTINGS = {
     "special_tokens": ("the tokenizer", "restore the tokenizer that it began with"),
     "image_processor": ("the image processor", "restore its preprocessor_config.json"),
     "computation": ("this machine", "resume it on the machine where it began"),
+    "order": ("the order of the rows", "set training.share_images to what it was, which is off in early versions"),
 }
 
 

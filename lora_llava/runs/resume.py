@@ -27,9 +27,11 @@ UNTOUCHED = frozenset(
         "training.save_every",
         "training.memory_gb",
         "training.gradient_checkpointing",
+        "training.share_images",
+        "training.deterministic",
     }
 )
-"""Keys that affect neither training nor evaluation."""
+"""Keys that affect neither training nor evaluation, or whose effect `identity` compares."""
 _PLACES_OF_A_SOURCE = ("path", "file", "revision", "image_folder")
 PLACES = frozenset(
     {

@@ -25,7 +25,7 @@ Trainer = Any
 def save_trainer_state(
     trainer: Trainer, folder: Path, optimizer: dict[str, Any], random: list[dict[str, Any]], loss: torch.Tensor
 ) -> None:
-    """Write optimizer, schedule, random numbers and counters, the trainer's own state, and the run's identity.
+    """Write optimizer, schedule, loss scaling, random numbers, counters, the trainer's state and the run's identity.
 
     Args:
         trainer: A trainer at the end of a step.
@@ -41,6 +41,7 @@ def save_trainer_state(
             "scheduler": trainer.lr_scheduler.state_dict(),
             "random": random,
             "counters": _counters(trainer) | {"loss": loss},
+            "scaler": scaler.state_dict() if (scaler := trainer.accelerator.scaler) is not None else None,
         },
     )
     # Without the path of the best checkpoint, which is wrong once the run is moved; its step identifies it.
@@ -54,12 +55,13 @@ def _counters(trainer: Trainer) -> dict[str, Any]:
         "seconds": trainer.seconds,
         "total_loss": trainer._total_loss_scalar,
         "last_logged": trainer._globalstep_last_logged,
+        "overflows": list(trainer.overflows),
         "means": {mode: dict(values) for mode, values in trainer._metrics.items()},
     }
 
 
 def restore_optimizer(trainer: Trainer, folder: Path, changed: tuple[str, ...]) -> dict[str, Any]:
-    """Restore optimizer and schedule; settings changed in the recipe take effect.
+    """Restore optimizer, schedule and loss scaling; settings changed in the recipe take effect.
 
     Args:
         trainer: A trainer with a fresh optimizer and schedule.
@@ -75,6 +77,9 @@ def restore_optimizer(trainer: Trainer, folder: Path, changed: tuple[str, ...]) 
     rates = list(scheduler.base_lrs)
     optimizer.load_state_dict(state.pop("optimizer"))
     shard_states(optimizer)
+    page_states(optimizer)
+    if (scale := state.pop("scaler", None)) is not None:
+        trainer.accelerator.scaler.load_state_dict(scale)
     scheduler.load_state_dict(state.pop("scheduler"))
     if changed:
         for group, values in zip(optimizer.param_groups, fresh, strict=True):
@@ -89,6 +94,24 @@ def restore_optimizer(trainer: Trainer, folder: Path, changed: tuple[str, ...]) 
     return state
 
 
+def page_states(optimizer: Any) -> None:
+    """Move loaded states of a paged optimizer into paged memory, where a new optimizer makes them.
+
+    bitsandbytes loads them into the GPU's memory, from which they cannot be paged out (optim/optimizer.py,
+    Optimizer8bit.load_state_dict).
+
+    Args:
+        optimizer: Any optimizer, as accelerate wraps it or not; only one of bitsandbytes has paged states.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not getattr(inner, "is_paged", False):
+        return
+    for parameter, states in inner.state.items():
+        for name in ("state1", "state2"):
+            if name in states:
+                states[name] = inner.get_state_buffer(parameter, dtype=states[name].dtype).copy_(states[name])
+
+
 def restore_counters(trainer: Trainer, state: dict[str, Any]) -> None:
     """Restore the counters and the loss summed since the last log, after the trainer has reset them."""
     counters = state["counters"]
@@ -96,6 +119,7 @@ def restore_counters(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.tokens_seen, trainer.supervised_tokens_seen = counters["tokens"] if first else (0, 0)
     trainer.join_tokens()
     trainer.seconds_before = counters["seconds"]
+    trainer.overflows[:] = counters.get("overflows", [])
     trainer._tr_loss = counters["loss"].to(trainer.args.device)
     trainer._total_loss_scalar, trainer._globalstep_last_logged = counters["total_loss"], counters["last_logged"]
     for mode, values in counters["means"].items():

@@ -23,6 +23,10 @@ _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 _SPIKE, _BEFORE = 3.0, 20
 """A loss is a spike at three times the median of the twenty logged before it; untuned."""
 _ROWS_NAMED = 16
+FLOAT16_LIMIT = (
+    "the model does not fit into float16, whose largest value is 65,504: set model.dtype=float32, which is slower, or "
+    "train on a GPU with bfloat16 (RTX 30 or newer)"
+)
 
 
 class PoisonedError(ReportedError):
@@ -85,16 +89,22 @@ class RefuseNaN(TrainerCallback):
     Args:
         rows_of: Returns the names of the rows of a forward pass, by its number in the run.
         accumulation: Forward passes per step.
+
+    Attributes:
+        overflows: Steps that loss scaling skips, as their scaled gradients are too large for float16.
     """
 
     def __init__(self, rows_of: Callable[[int], list[str]], accumulation: int) -> None:
         self.rows_of, self.accumulation = rows_of, accumulation
         self.losses: list[torch.Tensor] = []
+        self.overflows: list[int] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.losses.clear()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         gradients = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(gradients)])  # as clip_grad_norm_ does
@@ -106,6 +116,10 @@ class RefuseNaN(TrainerCallback):
         if not blamed:
             return
         what = max(what for what, _ in blamed)  # a loss rather than a gradient
+        scaler = getattr(optimizer, "scaler", None)
+        if what == "gradient" and scaler is not None and scaler.get_scale() > 1:  # its next scale is half of this one
+            self.overflows.append(state.global_step + 1)
+            return
         rows = [row for kind, rows in blamed if kind == what for row in rows]
         listed = ", ".join(rows[:_ROWS_NAMED]) + (
             f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""
@@ -114,6 +128,7 @@ class RefuseNaN(TrainerCallback):
             f"step {state.global_step + 1}: the {what} is not a number (NaN or infinite); the weights were not updated "
             f"and nothing was saved. Look at its rows: {listed}; fix them and start again with --overwrite, or lower "
             "the learning rate and resume with --resume --accept-changes training.learning_rate"
+            + (f"; or {FLOAT16_LIMIT}" if scaler is not None else "")
         )
 
     def _blame(self, step: int, finite: list[bool]) -> tuple[str, list[str]]:

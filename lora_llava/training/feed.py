@@ -45,4 +45,4 @@ class RowCollator:
 
 def placeholder_dataset(feed: Feed) -> Dataset:
     """Return one sample as the `datasets.Dataset` that SFTTrainer inspects; our loaders read the feed itself."""
-    return Dataset.from_list([{key: value for key, value in feed.samples[0].items() if key != "image_files"}])
+    return Dataset.from_list([{key: value for key, value in feed.samples[0].items() if key in ("input_ids", "labels")}])

@@ -31,9 +31,11 @@ from lora_llava.evaluation.scoring import (
 )
 from lora_llava.evaluation.tables import tables_view
 from lora_llava.model.adapters import trained_projector
+from lora_llava.model.loading import describe_dtype
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.planning import plan_tables
 from lora_llava.planning.continued_run import refuse_own_folder
+from lora_llava.planning.memory_budget import limit_memory
 from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
 from lora_llava.runs.check_run import CHECKPOINTS, check_run
@@ -43,6 +45,7 @@ from lora_llava.runs.directory import (
     is_run,
     machine,
     only_run,
+    peak_memory,
     read_record,
     start_run,
     versions,
@@ -56,6 +59,7 @@ from lora_llava.splits.split_rows import asked_split, sealed
 from lora_llava.training.adapter_start import continue_adapter, saved_config, start_adapters
 from lora_llava.training.features import cache_features
 from lora_llava.training.stages import TrainResult, build_feeds, build_trained_model, describe_plan, train
+from lora_llava.training.trainer_arguments import describe_determinism, determinism
 
 BEFORE_FILE = "before.json"
 
@@ -92,6 +96,19 @@ def finetune(
         raise UserError(f"output_dir: {folder} holds a finished run; set output_dir=OTHER, or --overwrite")
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it; use one of them")
+    with determinism(recipe.training.deterministic):  # before anything runs on a GPU
+        return _run(recipe, recipe_folder, folder, resume, overwrite, accept_changes, console)
+
+
+def _run(
+    recipe: Recipe,
+    recipe_folder: Path,
+    folder: Path,
+    resume: bool,
+    overwrite: bool,
+    accept_changes: Iterable[str],
+    console: Console,
+) -> dict[str, Any]:
     stage1 = stage1_of(recipe, recipe_folder)
     if not resume and not overwrite:
         refuse_unfinished(folder / CHECKPOINTS)
@@ -216,11 +233,15 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     if resumed is not None:
         identity = _check_resumed(resumed, identity, plan, console)
     first_alone(lambda: _open_run(folder, plan, identity, resumed is None))
+    limit_memory(recipe)
     cache_features(plan, base, console)
     model = build_trained_model(recipe, replace(base, initial_projector=None), saved_config(recipe, resumed))
     freeze_plan = describe_plan(model)
     plan_tables.print_freeze_plan(freeze_plan, console)
-    console.print(f"attention: {plan.computation.attention}")
+    console.print(f"attention: {plan.computation.attention}", soft_wrap=True)
+    for line in (describe_dtype(plan.computation.dtype), describe_determinism(recipe, resumed=resumed is not None)):
+        if line:
+            console.print(line, soft_wrap=True)
     if line := continue_adapter(model, recipe):
         console.print(line, soft_wrap=True, markup=False)
     answers = training_answers(plan)
@@ -369,7 +390,6 @@ def _print_result(recipe: Recipe, metrics: dict[str, Any], spent: str, console: 
     kept = "" if loss is None else f"; kept the checkpoint of step {step:,}, validation loss {loss:.4f}"
     console.print(
         f"trained {train['steps']:,} steps, {train['tokens']:,} tokens in {train['seconds']:.0f} s "
-        f"({train['tokens'] / train['seconds']:,.0f} tokens/s); {spent}; peak memory "
-        f"{train['peak_memory_bytes'] / 2**30:.2f} GiB{kept}"
+        f"({train['tokens'] / train['seconds']:,.0f} tokens/s); {spent}; peak memory {peak_memory(train)}{kept}"
     )
     console.print(f"run directory: {recipe.output_dir}; open {recipe.output_dir}/report.html", soft_wrap=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from transformers import PrinterCallback
 from transformers.trainer_utils import set_seed
-from trl import SFTConfig
 
+from lora_llava.core.device import is_out_of_memory
 from lora_llava.core.errors import StoppedError, UserError
 from lora_llava.data.collator import PackedCollator, PaddedCollator
-from lora_llava.distributed.balance import distribute_rows
+from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes, SharedSamples
 from lora_llava.distributed.ranks import first_alone, gather, is_first, this_rank
 from lora_llava.distributed.sharding import describe_shard, full_weights, is_sharded
 from lora_llava.evaluation.scoring import ScoreValidation
@@ -31,12 +30,10 @@ from lora_llava.model.loading import load_base
 from lora_llava.model.new_tokens import new_token_ids
 from lora_llava.model.start import Base
 from lora_llava.model.vision import run_tower
-from lora_llava.planning.fit import resolve_optimizer
 from lora_llava.planning.memory import GIB
 from lora_llava.planning.row_order import validation_rows
-from lora_llava.planning.run_plan import RunPlan, is_padding_free, run_lora_config
+from lora_llava.planning.run_plan import RunPlan, is_padding_free, prefixes_of, run_lora_config
 from lora_llava.recipe import Recipe, recipe_hash
-from lora_llava.runs.check_run import CHECKPOINTS
 from lora_llava.runs.checkpoint import DiskFullError
 from lora_llava.runs.directory import save_model, versions
 from lora_llava.runs.identity import run_identity
@@ -44,10 +41,12 @@ from lora_llava.runs.resume import Start
 from lora_llava.splits.split_rows import Split
 from lora_llava.training.callbacks import RefuseNaN, SaveEvery, StopEarly, StopOnSignal, WarnOfSpikes
 from lora_llava.training.feed import Feed
+from lora_llava.training.kernel_check import choose_kernels
 from lora_llava.training.parameter_groups import Rates
 from lora_llava.training.start_check import check_first_batch
 from lora_llava.training.trainer import LlavaSFTTrainer
-from lora_llava.training.training_progress import ProgressLine, peak_memory_bytes
+from lora_llava.training.trainer_arguments import training_arguments, warmup_steps
+from lora_llava.training.training_progress import ProgressLine, peak_memory_bytes, peak_reserved_bytes
 
 CURVES = ("learning_rate", "tokens_per_second", "memory_bytes", "validation_score")
 """Values that are logged besides the losses."""
@@ -61,9 +60,11 @@ class TrainResult:
         seconds: Wall time of the training loop, without validation, evaluation and saving.
         tokens: Tokens trained on, without padding.
         supervised_tokens: Tokens with a label.
-        peak_memory_bytes: Peak memory of the GPU, or else of the process.
+        peak_memory_bytes: Peak memory of the GPU in training, or else of the process.
+        peak_reserved_bytes: Peak memory that torch took from the GPU, free blocks included; None without a GPU.
         best_validation_loss: Of the checkpoint kept; None without validation.
-        steps: Optimizer steps.
+        steps: Optimizer steps, with those that were skipped.
+        overflows: Steps that loss scaling skipped, as their gradients were too large for float16.
         planned_steps: Optimizer steps of the plan; more than `steps` if the run was stopped early.
         kept_step: Step of the checkpoint kept: the one with the lowest validation loss, else the last.
         stopped_early: Why the run was stopped early; None if it was not.
@@ -76,8 +77,10 @@ class TrainResult:
     tokens: int
     supervised_tokens: int
     peak_memory_bytes: int
+    peak_reserved_bytes: int | None
     best_validation_loss: float | None
     steps: int
+    overflows: list[int]
     planned_steps: int
     kept_step: int
     stopped_early: str | None
@@ -121,99 +124,22 @@ def build_trained_model(recipe: Recipe, base: Base, saved: LoraConfig | None = N
     return peft_model
 
 
-_FEW = 4
-"""Runs with fewer steps skip a warm-up of less than a step, as its first step has a learning rate of 0."""
-
-
-def warmup_steps(share: float, steps: int) -> int:
-    """Return the number of warm-up steps, as transformers counts them, but never all steps of a run.
-
-    Args:
-        share: The recipe's `training.warmup_ratio`.
-        steps: Optimizer steps of the run.
-
-    Returns:
-        The share of the steps, rounded up; at most all steps but one, as the first has a learning rate of 0. It is 0 in
-        a run of up to three steps if the share is less than a step.
-    """
-    if steps < _FEW and share * steps < 1:
-        return 0
-    return min(math.ceil(steps * share), steps - 1)
-
-
-def training_arguments(recipe: Recipe, plan_steps: int, has_validation: bool) -> SFTConfig:
-    """Return TRL's training arguments for a recipe."""
-    training = recipe.training
-    folder = Path(recipe.output_dir)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "logs")
-    every = min(training.eval_every or plan_steps, plan_steps)
-    args = SFTConfig(
-        output_dir=str(folder / CHECKPOINTS),
-        seed=recipe.seed,
-        max_steps=plan_steps,
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        warmup_steps=warmup_steps(training.warmup_ratio, plan_steps),
-        lr_scheduler_type=training.lr_scheduler,
-        optim=resolve_optimizer(recipe, cuda=torch.cuda.is_available()),
-        max_grad_norm=training.max_grad_norm,
-        eval_strategy="steps" if has_validation else "no",
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        load_best_model_at_end=has_validation,
-        metric_for_best_model="eval_loss" if has_validation else None,
-        greater_is_better=False if has_validation else None,
-        prediction_loss_only=True,
-        logging_steps=training.log_every,
-        logging_nan_inf_filter=False,  # a NaN must not be hidden
-        report_to=list(training.report_to) or "none",
-        dataloader_num_workers=training.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        bf16=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-        **{checkpointing_argument(): False},  # checkpoint_language_model does it
-        packing=False,
-        padding_free=False,
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        ddp_find_unused_parameters=False,  # LlavaSFTTrainer.compute_loss reaches the projector in every pass
-        disable_tqdm=True,
-    )
-    args._n_gpu = 1  # one GPU per process: DataParallel cannot split packed rows
-    return args
-
-
-def checkpointing_argument() -> str:
-    """Return the argument's name, which depends on the version of transformers."""
-    names = {field.name for field in fields(SFTConfig)}
-    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-
-
 def build_feeds(plan: RunPlan) -> tuple[Feed, Feed | None]:
     """Return the feeds of the training and the validation split."""
     padding_free = plan.computation.padding_free
 
-    def feed(split: Split, rows: list[list[int]]) -> Feed:
+    def feed(split: Split, rows: list[list[int]], shared: SharedPrefixes | None) -> Feed:
         collator: Any = PackedCollator(split.load_pixels) if padding_free else padded_collator(plan, split)
-        return Feed(split.rows, rows, collator)
+        return Feed(split.rows if shared is None else SharedSamples(split.rows, shared), rows, collator)
 
-    train, validation = plan.splits["train"], plan.splits.get("validation")
+    train = feed(plan.splits["train"], plan.order.rows, plan.order.shared)
+    validation = plan.splits.get("validation")
     if validation is None:
-        return feed(train, plan.order.rows), None
+        return train, None
     training, lengths = plan.recipe.training, validation.rows.lengths.tolist()
-    order = distribute_rows(
-        validation_rows(training, lengths),
-        lengths,
-        ranks=this_rank()[1],
-        max_tokens=training.max_tokens_per_row,
-        padded=not padding_free,
-    )
-    return feed(train, plan.order.rows), feed(validation, order)
+    shared = prefixes_of(plan.recipe, validation) if padding_free else None
+    order = validation_rows(training, lengths, shared=shared, ranks=this_rank()[1], padded=not padding_free)
+    return train, feed(validation, order, shared)
 
 
 def padded_collator(plan: RunPlan, split: Split) -> PaddedCollator:
@@ -243,6 +169,8 @@ def train(
     """
     recipe = plan.recipe
     feed, validation = build_feeds(plan)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of the answers before training, and of an earlier stage
     checkpoint_language_model(model.get_base_model(), plan.step.checkpointed, plan.step.offloaded)
     if not is_sharded():
         _check_start(plan, model, feed)
@@ -261,6 +189,11 @@ def train(
         )
     if spikes.steps and is_first():
         print(f"the loss spiked at {len(spikes.steps)} logged steps: {', '.join(map(str, spikes.steps[:10]))}")
+    if trainer.overflows and is_first():
+        print(
+            f"float16: loss scaling skipped {len(trainer.overflows)} of {trainer.state.global_step} steps, whose "
+            f"gradients were too large: {', '.join(map(str, trainer.overflows[:10]))}"
+        )
     seconds = trainer.seconds
     weights = full_weights(model)
     first_alone(lambda: save_model(Path(recipe.output_dir), model, plan, base, weights))
@@ -269,8 +202,10 @@ def train(
         seconds,
         *trainer.tokens_of_all,
         peak_memory_bytes(),
+        peak_reserved_bytes(),
         trainer.state.best_metric,
         trainer.state.global_step,
+        trainer.overflows,
         plan.order.steps,
         trainer.state.best_global_step or trainer.state.global_step,
         next((each.reason for each in trainer.callback_handler.callbacks if isinstance(each, StopEarly)), None),
@@ -286,15 +221,21 @@ def _begin_sharded(plan: RunPlan, model: PeftModel, feed: Feed) -> None:
 
 
 def _check_start(plan: RunPlan, model: PeftModel, feed: Feed) -> None:
-    """Compare the first rows padded and packed, if rows are packed; ranks with sharded weights run the same rows."""
-    if not plan.computation.padding_free:
-        return
+    """Compare the first rows padded and packed, and with Liger's kernels; ranks with sharded weights run the same."""
     split = plan.splits["train"]
     rank = 0 if is_sharded() else this_rank()[0]
-    first = [split.rows[i] for i in feed.rows[rank] or feed.rows[0]]
-    line = check_first_batch(model, first, padded_collator(plan, split), feed.collator)
+    shared = plan.order.shared
+    own = [row for row in feed.rows[rank :: 1 if is_sharded() else this_rank()[1]] if row] or feed.rows[:1]
+    # Check a row in which samples share a prefix, if there is one.
+    chosen = next((row for row in own if shared is not None and len(shared.runs(row)) < len(row)), own[0])
+    samples = [feed.samples[i] for i in chosen]
+    lines: list[str | None] = []
+    if plan.computation.padding_free:
+        lines.append(check_first_batch(model, samples, padded_collator(plan, split), feed.collator))
+    if not is_sharded():
+        lines.append(choose_kernels(model, samples, feed.collator))
     if is_first():
-        print(line)
+        print(*filter(None, lines), sep="\n", end="\n" if any(lines) else "")
 
 
 def build_trainer(
@@ -309,7 +250,7 @@ def build_trainer(
     stopping = [StopEarly(early.patience, early.min_delta)] if early is not None else []
     rank, ranks = this_rank()
     own = feed.rows[rank::ranks]
-    nan = RefuseNaN(lambda number: [split.name_of(i) for i in own[number]], recipe.training.gradient_accumulation)
+    nan = RefuseNaN(lambda number: [split.name_of(i) for i in own[number]], plan.order.accumulation)
     every = recipe.training.save_every
     minutes = float(every.removesuffix("min")) if isinstance(every, str) else None
     saving = SaveEvery(every if isinstance(every, int) else None, minutes, time.monotonic)
@@ -318,7 +259,7 @@ def build_trainer(
         print(f"of {steps} steps {warmup_steps(share, steps)} are warm-up: more would leave too few to train")
     trainer = LlavaSFTTrainer(
         model,
-        training_arguments(recipe, plan.order.steps, validation is not None),
+        training_arguments(recipe, plan.order.steps, validation is not None, plan.order.accumulation),
         train=feed,
         validation=validation,
         processor=plan.processor,
@@ -326,7 +267,7 @@ def build_trainer(
         callbacks=[*([line, spikes] if is_first() else []), stop, nan, saving, *stopping, *scoring],
     )
     trainer.remove_callback(PrinterCallback)  # the progress line replaces it
-    trainer.on_loss = nan.losses.append
+    trainer.on_loss, trainer.overflows = nan.losses.append, nan.overflows
     trainer.manifest_entries = {"recipe_hash": recipe_hash(recipe), "versions": versions()}
     line.trainer = trainer
     for callback in scoring:
@@ -352,7 +293,7 @@ def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Ca
     Args:
         trainer: From `build_trainer`.
         start: The checkpoint to resume from; None starts from the beginning.
-        out_of_memory: Makes the error for a GPU without free memory.
+        out_of_memory: Makes the error for full memory.
 
     Raises:
         ReportedError: For a failure that the user can fix.
@@ -360,8 +301,6 @@ def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Ca
     trainer.changed = start.changed if start else ()
     try:
         trainer.train(resume_from_checkpoint=str(start.checkpoint) if start else None)
-    except torch.cuda.OutOfMemoryError:
-        raise UserError(f"{out_of_memory()}{trainer.save_last_step()}") from None
     except UserError as error:
         save = not isinstance(error, DiskFullError)
         raise type(error)(f"{error}{trainer.save_last_step(save)}") from None
@@ -369,16 +308,23 @@ def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Ca
         where = start.checkpoint if start else trainer.args.output_dir
         raise UserError(f"{where}: weights cannot be read or written ({error})") from None
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
+        if is_out_of_memory(error):
+            raise UserError(f"{out_of_memory()}{trainer.save_last_step()}") from None
         reason = " ".join(str(error).split())
-        raise UserError(f"a process that loads images was killed ({reason:.200}){trainer.save_last_step()}") from None
+        if "DataLoader worker" in reason:
+            what = f"a process that loads images was killed ({reason:.200})"
+        elif "deterministic" in reason and torch.are_deterministic_algorithms_enabled():
+            what = f"training.deterministic: this step needs an operation without it ({reason:.200}); set it to false"
+        else:
+            raise
+        raise UserError(f"{what}{trainer.save_last_step()}") from None
 
 
 def _out_of_memory(plan: RunPlan) -> UserError:
     """Return the error for a plan that needed more memory than expected."""
+    memory = "the GPU's memory" if torch.cuda.is_available() else "the memory"
     return UserError(
-        f"the GPU's memory ran out at a step planned at {plan.step.peak / GIB:.1f} GiB; set training.memory_gb="
+        f"{memory} ran out at a step planned at {plan.step.peak / GIB:.1f} GiB; set training.memory_gb="
         f"{0.9 * plan.step.peak / GIB:.1f}, so that more is recomputed"
     )
 

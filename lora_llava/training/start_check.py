@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from lora_llava.core.errors import ReportedError
 from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
 from lora_llava.model.vision import llava_of
+from lora_llava.training.callbacks import FLOAT16_LIMIT
 
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Relative differences that rounding can cause in each dtype, with some room."""
 _PADDED_SAMPLES = 2
 """Samples of a padded batch: few, so that the reference needs less memory than the packed row."""
@@ -42,10 +44,13 @@ def check_first_batch(
     training = model.training
     model.eval()
     pairs = [samples[start : start + _PADDED_SAMPLES] for start in range(0, len(samples), _PADDED_SAMPLES)]
-    losses = [_loss(model, [packed(samples)]), _loss(model, [padded(pair) for pair in pairs])]
+    batch = packed(samples)
+    losses = [_loss(model, [batch]), _loss(model, [padded(pair) for pair in pairs])]
     model.train(training)
-    found = f"packed {losses[0]:.4f}, padded {losses[1]:.4f}"
-    tolerance = _TOLERANCES[llava_of(model).dtype]  # not of the embeddings, which may train in float32
+    found = f"{'shared' if 'key_segments' in batch else 'packed'} {losses[0]:.4f}, padded {losses[1]:.4f}"
+    tolerance = TOLERANCES[llava_of(model).dtype]  # not of the embeddings, which may train in float32
+    if llava_of(model).dtype == torch.float16 and not math.isfinite(sum(losses)):
+        raise StartCheckError(f"{found}: {FLOAT16_LIMIT}")
     if not abs(losses[0] - losses[1]) <= tolerance * abs(losses[1]):  # False for NaN
         raise StartCheckError(f"{found}: they should be equal; set model.attention=sdpa, and report this machine to us")
     return f"{found}: equal"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from lora_llava.distributed.sharding import configure_sharding, full_weights, gather_full, is_sharded
+from lora_llava.distributed.sharding import full_weights, gather_full
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
 from lora_llava.runs.checkpoint import atomic_checkpoint, newest_complete, remove_old
@@ -79,7 +80,7 @@ class LlavaSFTTrainer(TrainerHooks):
 
     Args:
         model: The PEFT model of `add_adapters`.
-        args: From `stages.training_arguments`.
+        args: From `training_arguments`.
         train: The feed of the training split.
         validation: The feed of the validation split, or None.
         processor: The stock processor; saved with every checkpoint.
@@ -114,9 +115,9 @@ class LlavaSFTTrainer(TrainerHooks):
         self._random_at_step: dict[str, Any] | None = None
         self._after_step: dict[str, Any] | None = None
         self._weights_consistent = True
+        self.overflows: list[int] = []
         self.on_loss: Callable[[torch.Tensor], None] = lambda loss: None
         self.on_begin: Callable[[], None] = lambda: None
-        self._trains_head = any(p.requires_grad for name, p in model.named_parameters() if ".lm_head." in name)
         trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         events = _TrainerEvents(self._begin, self._weights_change, self._step_ended, self._take_counters)
         super().__init__(
@@ -224,7 +225,7 @@ class LlavaSFTTrainer(TrainerHooks):
             pin_memory=self.args.dataloader_pin_memory,
         )
         # Without accelerate's sharding, which repeats rows from the start if the ranks' shares differ in length.
-        return prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True)
+        return prepare_data_loader(loader, self.accelerator.device, 1, 0, put_on_device=True, non_blocking=True)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer, whose groups have learning rates of their own."""
@@ -239,27 +240,22 @@ class LlavaSFTTrainer(TrainerHooks):
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Count the tokens and return the loss.
 
-        On CUDA it is TRL's loss, whose fused head computes trained tokens only. Elsewhere TRL computes every token
-        (trl/trainer/utils.py, add_fused_lm_head), so ours is used; also for a head that trains, which TRL's reads as
-        a plain matrix, past PEFT's wrapper and the dtype that it sees to.
+        It is not TRL's, which computes the logits of every token where Triton is missing, and reads a head that trains
+        as a plain matrix, past PEFT's wrapper and its dtype (trl/trainer/utils.py, add_fused_lm_head).
         """
         count = count_labels(inputs)
         if model.training and count:  # a pass without labels only keeps the ranks in step
             padding = int((inputs["attention_mask"] == 0).sum()) if "attention_mask" in inputs else 0
             self.tokens_seen += inputs["input_ids"].numel() - padding
             self.supervised_tokens_seen += count
-        if inputs["labels"].is_cuda and not self._trains_head:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-        else:
-            loss = self._labelled_loss(model, inputs, kwargs.get("num_items_in_batch"))
+        loss = self._labelled_loss(model, inputs, count, kwargs.get("num_items_in_batch"))
         if not model.training:
             self._validation += [(float(loss) * count, count)]
             return loss
         self.on_loss(loss)
         return loss
 
-    def _labelled_loss(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
-        count = count_labels(inputs)
+    def _labelled_loss(self, model: Any, inputs: dict[str, Any], count: int, num_items_in_batch: Any) -> torch.Tensor:
         total, correct = labelled_loss(model, inputs)
         both = self.accelerator.reduce(torch.stack([correct, correct.new_tensor(count)]))
         accuracy = int(both[0]) / max(1, int(both[1]))
@@ -288,6 +284,8 @@ class LlavaSFTTrainer(TrainerHooks):
         if "learning_rate" in logs:  # stock: of the first group, which is the projector's or the vision tower's
             optimizer: Any = self.optimizer
             logs["learning_rate"] *= self.args.learning_rate / optimizer.param_groups[0]["initial_lr"]
+        if not math.isfinite(logs.get("grad_norm", 0.0)):  # of a step that overflowed in float16: not JSON
+            del logs["grad_norm"]
         super().log(logs, *args, **kwargs)
 
     @contextmanager
@@ -372,13 +370,6 @@ class LlavaSFTTrainer(TrainerHooks):
             except Exception as error:  # the first failure is the one that is raised
                 print(f"no checkpoint of step {reached} could be written: {error}", file=sys.stderr)
         return f"; resume with --resume, from {newest}" if newest else "; no checkpoint exists to resume from"
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator, and configure FSDP if it was requested."""
-        super().create_accelerator_and_postprocess()
-        if is_sharded():
-            configure_sharding(self.accelerator)
-            self.is_fsdp_enabled = True
 
     @property
     def seconds(self) -> float:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from trl import SFTTrainer
 
-from lora_llava.distributed.sharding import load_weights
+from lora_llava.distributed.sharding import configure_sharding, is_sharded, load_weights
 from lora_llava.runs.checkpoint import best_of_run
 from lora_llava.runs.identity import is_of_run
 from lora_llava.runs.trainer_state import gather_random
@@ -22,6 +23,15 @@ class TrainerHooks(SFTTrainer):
     """`SFTTrainer` with our checkpoints in place of its own."""
 
     identity: dict[str, Any]
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create the accelerator, with FSDP if it was requested, and with float16 on a CPU too."""
+        super().create_accelerator_and_postprocess()
+        if is_sharded():
+            configure_sharding(self.accelerator)
+            self.is_fsdp_enabled = True
+        if self.args.fp16 and self.accelerator.device.type == "cpu":  # accelerate has it on other devices only
+            self.accelerator.native_amp, self.accelerator.scaler = True, torch.amp.GradScaler("cpu")
 
     def save_checkpoint(self, random: list[dict[str, Any]]) -> None:
         """Write a checkpoint of the last step.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from typing import Any
 
+import psutil
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -19,8 +19,18 @@ def peak_memory_bytes() -> int:
     """Return the peak memory: of the GPU if there is one, else of the process's resident set."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # on Windows
+        found = psutil.Process().memory_info()
+        return int(getattr(found, "peak_wset", found.rss))
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_reserved_bytes() -> int | None:
+    """Return the peak memory that torch took from the GPU, free blocks included; None without a GPU."""
+    return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else None
 
 
 class ProgressLine(TrainerCallback):

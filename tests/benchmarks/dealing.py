@@ -50,7 +50,7 @@ def draw_lengths(samples: int) -> list[int]:
 def _measure(
     lengths: list[int], ranks: int, budget: int | None, batch_size: int | None, accumulation: int
 ) -> dict[str, Any]:
-    from lora_llava.data.packing import pack_samples
+    from lora_llava.data.packed_rows.packing import pack_samples
     from lora_llava.distributed.balance import distribute_rows
     from lora_llava.planning.row_order import batch_samples
 

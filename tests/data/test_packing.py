@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_llava.core.errors import UserError
-from lora_llava.data.packing import pack_samples, packing_efficiency
+from lora_llava.data.packed_rows.packing import pack_samples, packing_efficiency
 
 LENGTHS = st.lists(st.integers(1, 100), max_size=200)
 

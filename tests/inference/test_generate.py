@@ -15,7 +15,8 @@ from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.data.tokens import Stop
 from lora_llava.evaluation.answerers import Evaluator
 from lora_llava.inference.answer import Answer
-from lora_llava.inference.generate import EncodedImages, Question, generate_answers
+from lora_llava.inference.generate import generate_answers
+from lora_llava.inference.question import EncodedImages, Question
 from lora_llava.inference.sampling import Sampling
 
 
@@ -103,9 +104,11 @@ def test_an_image_is_freed_after_its_last_question(speaking: Any) -> None:
     encoded = EncodedImages(asked.model, asked.load_pixels, questions, range(len(questions)))
     for i in range(len(questions)):
         encoded.batch([i], questions, asked.tokenizer.pad_token_id)
+        encoded.release([i], questions)
         assert not encoded._held
     twice = EncodedImages(asked.model, asked.load_pixels, questions, range(len(questions)), times=2)
     twice.batch([0], questions, asked.tokenizer.pad_token_id)
+    twice.release([0], questions)
     assert list(twice._held) == list(questions[0].image_files)
 
 

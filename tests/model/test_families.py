@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from lora_llava.model.adapters import add_adapters, lora_config, planned_paramet
 from lora_llava.model.families.decoder_shape import decoder_shape, tower_parameters
 from lora_llava.model.families.language_families import FAMILIES, outside_the_table
 from lora_llava.model.families.tower_families import image_processor_of, image_tokens
+from lora_llava.model.fast_path import attention
 from lora_llava.model.fast_path.attention import flash_varlen_attention, resolve_attention, use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import load_base
@@ -220,8 +223,10 @@ def test_the_kernels_get_the_sliding_window_of_a_longer_sample(
         given.update(options)
         return query
 
-    monkeypatch.setattr("lora_llava.model.fast_path.attention.find_flash_attn", lambda: kernel)
-    query = torch.randn(1, 2, 10, 8).as_subclass(OnGpu)
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=kernel))
+    chosen = attention.Kernel("flash_attn", attention._flash_attn, "")
+    monkeypatch.setattr(attention, "choose_kernel", lambda device: chosen)
+    query = torch.randn(1, 2, 10, 8).bfloat16().as_subclass(OnGpu)
     ends = torch.tensor([0, 10], dtype=torch.int32)
     options: Any = {"cu_seq_lens_q": ends, "max_length_q": 10, "sliding_window": window}
     flash_varlen_attention(torch.nn.Identity(), query, query, query, None, **options)

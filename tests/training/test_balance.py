@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lora_llava.data.packing import pack_samples
+from lora_llava.data.packed_rows.packing import pack_samples
 from lora_llava.distributed.balance import distribute_rows, rank_tokens
 from lora_llava.planning.row_order import batch_samples
 

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.model.adapters import add_adapters
+from lora_llava.model.fast_path import trained_loss
 from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
 from lora_llava.model.loading import load_base
 from lora_llava.model.start import prepare_base
@@ -58,7 +59,11 @@ def test_the_head_keeps_a_quarter_of_full_logits_at_150_of_800(vicuna_head: Any)
     assert ours <= 0.25 * full
 
 
-def test_loss_and_gradients_are_those_of_full_logits(vicuna_head: Any) -> None:
+@pytest.mark.parametrize("at_once", [4, 262])
+def test_loss_and_gradients_are_those_of_full_logits(
+    vicuna_head: Any, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trained_loss, "LOGITS_AT_ONCE", at_once * 32064)
     batch = rows(count=3, tokens=20, trained=4)
     vicuna_head.zero_grad()
     expected = stock_loss(vicuna_head, batch)

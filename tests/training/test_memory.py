@@ -53,6 +53,12 @@ SMALL = LlavaConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def expandable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan with the allocator's setting that every verb makes."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def step_of(shape: str = "7b", **values: Any) -> Step:
     config = SMALL if shape == "small" else shape_config(shape, 0, 32000)
     defaults: dict[str, Any] = {
@@ -232,3 +238,14 @@ def test_a_random_nf4_model_is_adapted_as_a_quantised_one() -> None:
     layer = adapted.get_base_model().model.language_model.layers[0].self_attn.q_proj
     assert type(layer).__module__ == "peft.tuners.lora.bnb"
     assert make_lean(adapted) == 3 * (7 + 3) + 1
+
+
+def test_a_gpu_without_a_kernel_keeps_what_a_cpu_keeps_and_repeats_grouped_heads() -> None:
+    step = step_of("small", tokens=1, cuda=True, dtype_bytes=2)
+    by_sample = replace(step, by_sample=True)
+    assert by_sample.layer_bytes() - step.layer_bytes() == 2 * 128  # the samples' outputs, concatenated
+    grouped = LlavaConfig(
+        text_config=SMALL.text_config.to_dict() | {"num_key_value_heads": 1}, vision_config=SMALL.vision_config
+    )
+    step, by_sample = replace(step, config=grouped), replace(by_sample, config=grouped)
+    assert by_sample.layer_bytes() - step.layer_bytes() == 2 * 128 + 2 * 2 * (128 - 32)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from lora_llava.benchmark.benchmark_rows import shape_config
 from lora_llava.core.errors import UserError
-from lora_llava.planning import fit as planner
 from lora_llava.planning import forecast as forecasting
 from lora_llava.planning.fit import (
     Extremes,
     build_step,
     choose_checkpointing,
-    describe_device,
     leaner_steps,
     measure_rows,
     resolve_optimizer,
@@ -30,10 +28,16 @@ from lora_llava.planning.fit import (
 from lora_llava.planning.forecast import forecast, print_forecast
 from lora_llava.planning.memory import GIB
 from lora_llava.planning.run_plan import plan_run
-from lora_llava.planning.timing import published_hours, time_row
+from lora_llava.planning.timing import published_hours, step_seconds, time_row
 from lora_llava.recipe import Recipe, load_recipe
 from lora_llava.recipe.io import check_recipe, shipped_recipes
 from lora_llava.training.finetune import dry_run, finetune
+
+
+@pytest.fixture(autouse=True)
+def expandable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan with the allocator's setting that every verb makes."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def samples() -> Any:
@@ -62,7 +66,7 @@ def test_a_number_is_a_budget_in_gib_and_decides_how_much_is_recomputed() -> Non
     for budget in (9, 12, 16, 24, 48):
         recipe = changed("scienceqa_qlora.yaml", training__memory_gb=float(budget))
         step = choose_checkpointing(recipe, planned(recipe))
-        assert step.peak <= 0.93 * budget * GIB
+        assert step.peak <= 0.97 * budget * GIB
         counts.append(step.checkpointed)
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[-1] == 0
@@ -120,20 +124,12 @@ def test_the_optimizer_depends_on_rank_and_device() -> None:
     recipe = load_recipe("scienceqa_qlora.yaml")
     assert resolve_optimizer(recipe, cuda=True) == "paged_adamw_8bit"
     assert resolve_optimizer(recipe, cuda=False) == "adamw_torch"
-    assert resolve_optimizer(changed("scienceqa_qlora.yaml", lora__r=32), cuda=True) == "adamw_torch"
-    assert resolve_optimizer(load_recipe("demo_align.yaml"), cuda=True) == "adamw_torch"
+    assert resolve_optimizer(changed("scienceqa_qlora.yaml", lora__r=32), cuda=True) == "adamw_torch_fused"
+    assert resolve_optimizer(load_recipe("demo_align.yaml"), cuda=True) == "adamw_torch_fused"
     paged = changed("demo_align.yaml", training__optimizer="paged_adamw_8bit")
     assert resolve_optimizer(paged, cuda=True) == "paged_adamw_8bit"
     with pytest.raises(UserError, match="paged_adamw_8bit, which needs CUDA; set adamw_torch, or auto"):
         resolve_optimizer(paged, cuda=False)
-
-
-def test_a_gpu_without_a_cuda_build_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert describe_device() == "no GPU: training would run on the CPU"
-    monkeypatch.setattr(planner.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
-    assert describe_device().startswith("CUDA card present, but this torch is the CPU build; install")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert describe_device().startswith("CUDA card present, but torch cannot use it")
 
 
 def test_published_rates_are_scaled_by_size() -> None:
@@ -145,8 +141,16 @@ def test_published_rates_are_scaled_by_size() -> None:
     assert time_row(recipe, planned(recipe)) is None  # not on a CPU
 
 
+@pytest.mark.parametrize(("checkpointed", "seconds"), [(0, 65.0), (1, 66.0), (32, 97.0)])
+def test_a_recomputed_layer_takes_half_as_long_again(checkpointed: int, seconds: float) -> None:
+    """One layer and the rest of a model take 3 s, each further layer 2 s, of which 1 s is its forward pass."""
+    step = replace(planned(load_recipe("scienceqa_qlora.yaml")), checkpointed=checkpointed)
+    assert step_seconds(3.0, 5.0, step) == seconds
+
+
 def test_a_forecast_is_the_plan(stage2: Recipe) -> None:
-    """24 samples are all encoded, so that the forecast and the plan of the run agree."""
+    """24 samples are all encoded, so that the forecast and the plan of a run that shares no images agree."""
+    stage2 = stage2.model_copy(update={"training": stage2.training.model_copy(update={"share_images": "off"})})
     plan, found = plan_run(stage2), forecast(stage2)
     assert (found.step.tokens, found.step.trained_tokens) == (plan.step.tokens, plan.step.trained_tokens)
     assert found.steps == plan.order.steps == 4

@@ -77,7 +77,7 @@ def test_the_page_shows_the_collator_s_batches_exactly(
     stage2_content: dict[str, Any], tmp_path: Path, training: dict[str, Any]
 ) -> None:
     stage2_content["model"] |= {"attention": training.pop("attention", "auto")}
-    stage2_content["training"] |= training
+    stage2_content["training"] |= training | {"share_images": "off"}
     recipe = check_recipe(stage2_content, "test")
     shown = show(recipe, tmp_path, samples=14)
     assert [(ids, labels) for _, _, ids, labels in shown.samples] == first_batches(plan_run(recipe), 14)
@@ -184,7 +184,7 @@ def test_a_missing_split_and_a_bad_image_are_named(
     recipe = check_recipe(stage2_content, "test")
     with pytest.raises(UserError, match="--split validation: the recipe has no such rows; choose from train"):
         show(recipe, tmp_path, split="validation")
-    with pytest.raises(UserError, match=r"image gone\.png is missing; `lora-llava check` lists all such rows"):
+    with pytest.raises(UserError, match=r"row 1 \(chat.json, index 1\): image gone\.png is missing; fix it or set"):
         show(recipe, tmp_path)
 
 

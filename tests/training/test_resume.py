@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import Timeout
 from rich.console import Console
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.directory import only_run
 from lora_llava.runs.resume import ACCEPTABLE, PLACES, UNTOUCHED, check_changes, leaves, moved_places
 from lora_llava.training.finetune import finetune
+from lora_llava.training.trainer_arguments import describe_determinism, determinism
 from tests.ends import act_at
 from tests.training.small_runs import PulledPlugError, pull_plug, recipe_of, run, same, weights
 
@@ -223,3 +225,25 @@ def test_a_folder_that_cannot_be_created_is_an_error(stage2_content: dict[str, A
 def test_resume_and_overwrite_exclude_each_other(stage2: Recipe) -> None:
     with pytest.raises(UserError, match="use one of them"):
         finetune(stage2, Path(), resume=True, overwrite=True, console=Console(file=io.StringIO()))
+
+
+def test_a_deterministic_run_uses_such_algorithms_until_its_end(
+    stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    seen = []
+    act_at(1, lambda trainer: seen.append(torch.are_deterministic_algorithms_enabled()), monkeypatch.setattr)
+    recipe = recipe_of(stage2_content, max_steps=1, eval_every=1, deterministic=True)
+    run(recipe)
+    assert seen == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    with determinism(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert describe_determinism(recipe, resumed=True) is None  # a CPU's runs are equal without it
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert str(describe_determinism(recipe, resumed=False)).startswith("deterministic: equal bit for bit")
+    loose = recipe_of(stage2_content, deterministic=False)
+    assert describe_determinism(loose, resumed=False) is None
+    assert "equals an unbroken one up to rounding" in str(describe_determinism(loose, resumed=True))

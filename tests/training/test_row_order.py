@@ -133,7 +133,7 @@ def test_a_run_of_fixed_steps_repeats_the_data() -> None:
 
 
 def packed_content(content: dict[str, Any], **training: Any) -> dict[str, Any]:
-    content["training"] |= {"batch_size": 1, "max_tokens_per_row": 250} | training
+    content["training"] |= {"batch_size": 1, "max_tokens_per_row": 250, "share_images": "off"} | training
     return content
 
 

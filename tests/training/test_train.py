@@ -154,7 +154,7 @@ def test_two_learning_rates_and_decay_of_matrices_only(stage2_content: dict[str,
     model = build_trained_model(recipe, prepare_base(recipe.model, 0))
     trainer = LlavaSFTTrainer(
         model,
-        training_arguments(recipe, 4, False),
+        training_arguments(recipe, 4, False, 1),
         train=build_feeds(plan)[0],
         validation=None,
         processor=plan.processor,

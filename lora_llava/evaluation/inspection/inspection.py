@@ -8,20 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.core.storage import file_hash
 from lora_llava.data.images.image_id import ImageName, saved_name
-from lora_llava.evaluation.answerers import Evaluator, messages_of
+from lora_llava.evaluation.answerers import messages_of
 from lora_llava.evaluation.evaluate import load_evaluator
 from lora_llava.evaluation.inspection.inspected_rows import InspectedRow, OpenedInspection, by_image, open_inspection
 from lora_llava.evaluation.inspection.kept_measures import KeptMeasures
 from lora_llava.evaluation.inspection.near_duplicates import find_near_duplicates
-from lora_llava.evaluation.inspection.row_measures import GAIN_MARGIN, Measures, measure_rows
+from lora_llava.evaluation.inspection.row_measures import GAIN_MARGIN, ROWS, Measures, measure_rows
 from lora_llava.evaluation.inspection.surprise import Surprise, find_surprises
+from lora_llava.inference.batches import Batches
 from lora_llava.model.provenance import weights_state
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.recipe import EvaluationSection
@@ -203,12 +203,15 @@ def _measure_parts(
         tqdm.write(f"{done:,} of {len(rows):,} rows are in {kept.folder} already and are kept", file=sys.stderr)
     settings = opened.recipe.evaluation or EvaluationSection()
     evaluator = load_evaluator(opened.evaluation(), settings.batch_size) if done < len(rows) else None
+    batches = Batches(evaluator.batch_size, *ROWS) if evaluator is not None else None
     bar = progress_bar(desc="inspecting", total=len(rows), initial=done, unit="row")
     try:
         with bar:
             for number, part in enumerate(parts):
                 if found[number] is None and evaluator is not None:
-                    found[number] = _measure_part(evaluator, opened, rows, part, number)
+                    here = replace(evaluator, load_pixels=opened.splits[rows[part[0]].split].load_pixels)
+                    chosen = [rows[i].row for i in part]
+                    found[number] = measure_rows(here, chosen, opened.recipe.seed + number, batches)
                     kept.save(number, _names(rows, part), found[number])  # type: ignore[arg-type]
                     done += len(part)
                     bar.update(len(part))
@@ -218,25 +221,6 @@ def _measure_parts(
         )
         raise
     return [each for each in found if each is not None]
-
-
-def _measure_part(
-    evaluator: Evaluator, opened: OpenedInspection, rows: Sequence[InspectedRow], part: Sequence[int], number: int
-) -> Measures:
-    """Measure one part.
-
-    Raises:
-        UserError: If the GPU's memory is too small for a batch.
-    """
-    pixels = opened.splits[rows[part[0]].split].load_pixels
-    here = replace(evaluator, load_pixels=pixels)
-    try:
-        return measure_rows(here, [rows[i].row for i in part], opened.recipe.seed + number)
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"the GPU ran out of memory with {evaluator.batch_size} rows at once; lower evaluation.batch_size in "
-            f"{opened.folder}/recipe.yaml to {max(1, evaluator.batch_size // 2)} and run the command again"
-        ) from None
 
 
 def _findings(

@@ -17,7 +17,9 @@ from lora_llava.data.images.image_id import ImageName
 from lora_llava.evaluation.answerers import Evaluator, messages_of
 from lora_llava.evaluation.inspection.inspected_rows import without_images
 from lora_llava.evaluation.row_evaluation import shuffle_images
-from lora_llava.inference.generate import EncodedImages, Question
+from lora_llava.inference.batches import Batches, question_bytes
+from lora_llava.inference.likelihood import first_label
+from lora_llava.inference.question import EncodedImages, Question
 
 SHUFFLES = 3
 """Shuffled images of a row that seems to gain nothing: one alone may show the same answer by chance."""
@@ -59,6 +61,10 @@ class Measures:
     states: np.ndarray
     images: dict[ImageName, np.ndarray]
     problems: dict[int, str]
+
+
+ROWS = "rows", "lower data.max_length"
+"""What `Batches` says of rows that do not fit into memory."""
 
 
 class RecordedImages(EncodedImages):
@@ -122,21 +128,25 @@ class _Answered:
     state: np.ndarray | None
 
 
-def measure_rows(evaluator: Evaluator, rows: Sequence[Conversation], seed: int) -> Measures:
+def measure_rows(
+    evaluator: Evaluator, rows: Sequence[Conversation], seed: int, batches: Batches | None = None
+) -> Measures:
     """Measure rows that are shuffled among themselves.
 
     Args:
         evaluator: The model.
         rows: Conversations that end with the answer of the data.
         seed: Seed of the shuffles.
+        batches: Batches that know what fitted into memory before; None begins with the evaluator's size.
 
     Returns:
         The measures.
     """
     images = RecordedImages(evaluator, rows)
+    batches = batches or Batches(evaluator.batch_size, *ROWS)
     everything = dict(enumerate(rows))
     problems: dict[int, str] = {}
-    own = _measure(evaluator, everything, images, problems, with_state=True)
+    own = _measure(evaluator, batches, everything, images, problems, with_state=True)
     sound = {i: row for i, row in everything.items() if i in own}
     shuffled: dict[int, list[float]] = {i: [] for i in sound}
     for number in range(SHUFFLES):
@@ -145,9 +155,10 @@ def measure_rows(evaluator: Evaluator, rows: Sequence[Conversation], seed: int) 
         asked = {i: row for i, row in other.items() if row.images != rows[i].images}
         if number:
             asked = {i: row for i, row in asked.items() if shuffled[i] and _gain(shuffled[i], own[i]) <= GAIN_MARGIN}
-        for i, found in _measure(evaluator, asked, images, {}).items():
+        for i, found in _measure(evaluator, batches, asked, images, {}).items():
             shuffled[i].append(found.loss / found.tokens)
-    blank = _measure(evaluator, {i: without_images(row) for i, row in sound.items() if row.images}, images, {})
+    bare = {i: without_images(row) for i, row in sound.items() if row.images}
+    blank = _measure(evaluator, batches, bare, images, {})
 
     def column(values: Mapping[int, float]) -> np.ndarray:
         return np.array([values.get(i, np.nan) for i in range(len(rows))])
@@ -175,6 +186,7 @@ def _gain(shuffled: Sequence[float], own: _Answered) -> float:
 
 def _measure(
     evaluator: Evaluator,
+    batches: Batches,
     rows: Mapping[int, Conversation],
     images: EncodedImages,
     problems: dict[int, str],
@@ -197,16 +209,25 @@ def _measure(
         del encoded[i]
         problems[i] = "nothing stands before its answer, not even the tokenizer's first token"
     order = sorted(encoded, key=lambda i: -len(encoded[i]["input_ids"]))
-    found: dict[int, _Answered] = {}
-    for start in range(0, len(order), evaluator.batch_size):
-        chosen = order[start : start + evaluator.batch_size]
+
+    def forward(chosen: list[int]) -> dict[int, _Answered]:
         questions = {i: Question(encoded[i]["input_ids"], rows[i].images) for i in chosen}
         batch, failed = images.batch(chosen, questions, evaluator.tokenizer.pad_token_id)  # type: ignore[arg-type]
         problems.update((i, str(answer.problem)) for i, answer in failed.items())
         chosen = [i for i in chosen if i not in failed]
-        if chosen:
-            labels = [encoded[i]["labels"] for i in chosen]
-            found |= zip(chosen, _forward(evaluator.model, batch, labels, images, with_state), strict=True)
+        if not chosen:
+            return {}
+        labels = [encoded[i]["labels"] for i in chosen]
+        return dict(zip(chosen, _forward(evaluator.model, batch, labels, images, with_state), strict=True))
+
+    def needed(index: int) -> int:
+        labels = encoded[index]["labels"]
+        answer = len(labels) - first_label(labels)
+        return question_bytes(evaluator.model, len(labels), logits=answer + 1, cached=False, all_states=with_state)
+
+    found: dict[int, _Answered] = {}
+    for _, measured in batches.run(order, forward, needed):
+        found |= measured
     return found
 
 

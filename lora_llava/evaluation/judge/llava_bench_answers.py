@@ -17,9 +17,10 @@ from lora_llava.evaluation.judge.llava_bench import BenchQuestion, read_question
 from lora_llava.evaluation.row_evaluation import evaluate_rows
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.client.client import ChatServer, find_model
-from lora_llava.inference.generate import Question, generate_answers
+from lora_llava.inference.generate import generate_answers
 from lora_llava.inference.open_model import background_of, open_speaker
 from lora_llava.inference.prompt import prompt_ids as written_ids
+from lora_llava.inference.question import Question
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import MAX_IMAGE_PIXELS, Speaker
 from lora_llava.model.adapter_file import checked_base

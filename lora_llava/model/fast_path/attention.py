@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,12 +15,15 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lora_llava.core.device import capability_problem
 from lora_llava.core.errors import UserError
 from lora_llava.model.families.language_families import attention_problem
 
 IMPLEMENTATION = "varlen"
 """The name under which `flash_varlen` is registered: transformers looks for any name with "flash" on the Hub
 (transformers/utils/generic.py, is_flash_attention_requested)."""
+
+BY_SAMPLE = "SDPA on each sample"
 
 
 def flash_varlen_attention(
@@ -32,11 +36,18 @@ def flash_varlen_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    segment_lengths: Sequence[int] | None = None,
+    key_segments: Sequence[int] | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Compute causal attention within each sample of a row; without `cu_seq_lens_q`, use transformers' SDPA.
+    """Compute causal attention within each segment of a row; without `cu_seq_lens_q`, use transformers' SDPA.
+
+    A segment is a sample, a prefix that samples share, or the branch of one of them. A branch reads the keys of its
+    prefix and its own: the causal mask is aligned at the end.
 
     Args:
         module: The attention layer.
@@ -46,8 +57,12 @@ def flash_varlen_attention(
         attention_mask: Used if `cu_seq_lens_q` is None.
         scaling: Factor of the scores; None is 1 / sqrt(head size).
         dropout: Dropout of the attention weights; 0 in every Llama we train.
-        cu_seq_lens_q: Start of each sample and end of the last one, int32, shape (samples + 1,).
-        max_length_q: Tokens of the longest sample.
+        cu_seq_lens_q: Start of each segment and end of the last one, int32, shape (segments + 1,).
+        cu_seq_lens_k: The same for the keys that each segment reads; None is `cu_seq_lens_q`.
+        max_length_q: Tokens of the longest segment.
+        max_length_k: Most keys that a segment reads.
+        segment_lengths: Tokens of each segment; None if no prefix is shared.
+        key_segments: The segments whose keys are read, in order; None if no prefix is shared.
         sliding_window: Tokens that a token attends to, itself included; None is all before it.
         kwargs: Other arguments of transformers, unused.
 
@@ -60,85 +75,176 @@ def flash_varlen_attention(
         )
     if kwargs.get("softcap") is not None:
         raise ValueError("flash_varlen does not compute a softcap; use sdpa or eager attention")
-    longest = int(max_length_q or torch.diff(cu_seq_lens_q).max())
-    window = sliding_window if sliding_window is not None and sliding_window < longest else None
-    if not query.is_cuda or (window is not None and not _has_windows()):
-        return _by_segment(query, key, value, cu_seq_lens_q, scaling, dropout, window), None
-    span = {} if window is None else {"window_size": (window - 1, 0)}
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, head size)
-    lengths = (cu_seq_lens_q, cu_seq_lens_q, longest, longest)
-    flash_attn = find_flash_attn()
-    if flash_attn is not None:
-        output = flash_attn(q, k, v, *lengths, dropout_p=dropout, softmax_scale=scaling, causal=True, **span)
+    if segment_lengths is not None and key_segments is not None:
+        key, value = (_read_segments(tensor, segment_lengths, key_segments) for tensor in (key, value))
     else:
-        from torch.nn.attention.varlen import varlen_attn
+        cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
+    assert cu_seq_lens_k is not None
+    ends = (cu_seq_lens_q, cu_seq_lens_k)
+    longest, most_keys = (
+        int(most or torch.diff(each).max()) for most, each in zip((max_length_q, max_length_k), ends, strict=True)
+    )
+    window = sliding_window if sliding_window is not None and sliding_window < most_keys else None
+    compute = choose_kernel(query.device).compute if query.is_cuda and query.dtype != torch.float32 else None
+    if compute is None or (window is not None and not _has_windows(compute)):
+        return _by_segment(query, key, value, ends, scaling, dropout, window), None
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (tokens, heads, head size)
+    return compute(q, k, v, (*ends, longest, most_keys), scaling, dropout, window).unsqueeze(0), None
 
-        options = _varlen_options(varlen_attn, key, query) | span
-        output = varlen_attn(q, k, v, *lengths, scale=scaling, **options)
-    return output.unsqueeze(0), None
+
+class Kernel(NamedTuple):
+    """How a GPU computes attention.
+
+    Attributes:
+        name: The library; `SDPA on each sample` if none of them runs.
+        compute: Its function of queries, keys and values, shape (tokens, heads, head size), the ends of the segments'
+            queries and keys with the most of each, scaling, dropout and window; None for SDPA.
+        problem: Why a faster one is not used; empty if there is no reason to name.
+    """
+
+    name: str
+    compute: Callable[..., torch.Tensor] | None
+    problem: str
 
 
 @functools.cache
-def find_flash_attn() -> Any:
-    """Return flash_attn's function; None if it is not installed or was built for another torch."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:  # a library with undefined symbols raises it too
-        return None
-    return flash_attn_varlen_func
+def choose_kernel(device: torch.device) -> Kernel:
+    """Choose a GPU's kernel, once in a process: flash_attn, else torch's own, if it computes a tiny row here.
+
+    A library that can be imported may still have no kernel for a GPU that is newer than itself.
+
+    Args:
+        device: The GPU.
+    """
+    problem = capability_problem()
+    if problem is not None:
+        return Kernel(BY_SAMPLE, None, f"{problem}, which FlashAttention needs")
+    problems = []
+    for name, compute in (("flash_attn", _flash_attn), ("torch.nn.attention.varlen", _torch_varlen)):
+        try:
+            _compute_tiny_row(compute, device)
+        except ModuleNotFoundError:  # nothing is wrong without it
+            continue
+        except (ImportError, RuntimeError) as error:  # built for another torch, or no kernel for this GPU
+            problems.append(f"{name} does not run here ({' '.join(str(error).split())[:120]})")
+        else:
+            return Kernel(name, compute, "; ".join(problems))
+    return Kernel(BY_SAMPLE, None, "; ".join(problems))
+
+
+def _compute_tiny_row(compute: Callable[..., torch.Tensor], device: torch.device) -> None:
+    """Run a kernel forward and backward on 16 tokens, and wait for its errors."""
+    ends = torch.tensor([0, 16], dtype=torch.int32, device=device)
+    with torch.inference_mode(False), torch.enable_grad():
+        row = torch.zeros(16, 1, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+        compute(row, row, row, (ends, ends, 16, 16), None, 0.0, None).sum().backward()
+    torch.cuda.synchronize(device)
+
+
+def _flash_attn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: tuple[torch.Tensor, torch.Tensor, int, int],
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Call flash_attn, whose causal mask is aligned at the end (its README, changes of 2.1)."""
+    from flash_attn import flash_attn_varlen_func
+
+    span = {} if window is None else {"window_size": (window - 1, 0)}
+    return flash_attn_varlen_func(  # type: ignore[no-any-return]
+        *(q, k, v, *lengths),
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **span,
+    )
+
+
+def _torch_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: tuple[torch.Tensor, torch.Tensor, int, int],
+    scaling: float | None,
+    dropout: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Call torch's kernel, which is flash_attn's, without dropout; its backward pass follows torch's determinism."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"is_causal": True}
+    if _has_windows(_torch_varlen):
+        options = {"window_size": (-1 if window is None else window - 1, 0)}
+    if k.shape[1] != q.shape[1]:
+        options["enable_gqa"] = True
+    output: Any = varlen_attn(q, k, v, *lengths, scale=scaling, **options)
+    return output  # type: ignore[no-any-return]
 
 
 @functools.cache
-def _has_windows() -> bool:
-    """Check whether the installed kernels have sliding windows; torch's first one has none."""
-    if find_flash_attn() is not None:
+def _has_windows(compute: Callable[..., torch.Tensor]) -> bool:
+    """Check whether a kernel has sliding windows; torch's first one has none."""
+    if compute is not _torch_varlen:
         return True
     from torch.nn.attention.varlen import varlen_attn
 
     return "window_size" in inspect.signature(varlen_attn).parameters
 
 
-def _varlen_options(function: Any, key: torch.Tensor, query: torch.Tensor) -> dict[str, Any]:
-    """Return the options for causal attention in the installed torch, and for grouped heads if there are any."""
-    windowed = "window_size" in inspect.signature(function).parameters
-    options: dict[str, Any] = {"window_size": (-1, 0)} if windowed else {"is_causal": True}
-    return options | ({"enable_gqa": True} if key.shape[1] != query.shape[1] else {})
-
-
 def _by_segment(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
+    cu_seq_lens: tuple[torch.Tensor, torch.Tensor],
     scaling: float | None,
     dropout: float,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Run SDPA on each sample: exact, and far cheaper than a dense mask over the row."""
-    ends = cu_seq_lens.tolist()
+    """Run SDPA on each segment: exact, and far cheaper than a dense mask over the row."""
+    if query.is_cuda:  # the kernel for these GPUs has no grouped heads, and the one that has them keeps every score
+        key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     grouped = key.shape[1] != query.shape[1]
-    parts = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            attn_mask=_band(end - start, window, query.device),
-            dropout_p=dropout,
-            is_causal=window is None or end - start <= window,
-            scale=scaling,
-            enable_gqa=grouped,
+    parts = []
+    for (start, end), (first, last) in zip(*(itertools.pairwise(ends.tolist()) for ends in cu_seq_lens), strict=True):
+        mask = _band(end - start, last - first, window, query.device)
+        parts.append(
+            F.scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, first:last],
+                value[:, :, first:last],
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
         )
-        for start, end in itertools.pairwise(ends)
-    ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
-def _band(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Return the mask of a sample that is longer than the sliding window: each token and the `window` - 1 before it."""
-    if window is None or length <= window:
+def _band(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Return the mask of a segment, bool of shape (queries, keys); None if it is the square causal one.
+
+    The last query reads the last key: SDPA's `is_causal` aligns queries and keys at the start.
+    """
+    if queries == keys and (window is None or keys <= window):
         return None
-    ones = torch.ones(length, length, dtype=torch.bool, device=device)
-    return ones.tril().triu(1 - window)
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask if window is None else mask.triu(keys - queries + 1 - window)
+
+
+def _read_segments(tensor: torch.Tensor, lengths: Sequence[int], order: Sequence[int]) -> torch.Tensor:
+    """Return segments of keys or values, of shape (1, heads, tokens, head size), in the order in which they are read.
+
+    `split` and `cat`, as their backward pass adds the gradients of a prefix in a fixed order; an index would add them
+    in any order on a GPU.
+    """
+    segments = tensor.split(list(lengths), dim=2)
+    return torch.cat([segments[i] for i in order], dim=2)
 
 
 def register_flash_varlen() -> None:
@@ -178,7 +284,7 @@ def resolve_attention(requested: str, dtype: torch.dtype, text: PreTrainedConfig
         text: Configuration of the language model; None is a Llama's.
 
     Raises:
-        UserError: If `flash_varlen` is requested, and this machine or the language model cannot run it.
+        UserError: If `flash_varlen` is requested, and the language model cannot run it.
     """
     if requested == "sdpa":
         return False, "sdpa, padded"
@@ -186,22 +292,22 @@ def resolve_attention(requested: str, dtype: torch.dtype, text: PreTrainedConfig
         if requested == "flash_varlen":
             raise UserError(f"model.attention is flash_varlen, but {limit}; set model.attention=sdpa")
         return False, f"sdpa, padded: {limit}"
+    kernel = _kernel_here(dtype)
+    return True, f"flash_varlen, padding-free, by {kernel.name}" + (f": {kernel.problem}" if kernel.problem else "")
+
+
+def is_by_sample(dtype: torch.dtype) -> bool:
+    """Check whether rows without padding are computed by SDPA on each sample on this machine.
+
+    Args:
+        dtype: Compute dtype of the language model.
+    """
+    return _kernel_here(dtype).compute is None
+
+
+def _kernel_here(dtype: torch.dtype) -> Kernel:
     if not torch.cuda.is_available():
-        return True, "flash_varlen, padding-free, by SDPA on each sample"
-    if problem := _kernel_problem(dtype):
-        reason, fix = problem
-        if requested == "flash_varlen":
-            raise UserError(f"model.attention is flash_varlen, but its GPU kernels {reason}; set {fix}")
-        return False, f"sdpa, padded: flash_varlen's GPU kernels {reason}"
-    kernel = "flash_attn" if find_flash_attn() is not None else "torch.nn.attention.varlen"
-    return True, f"flash_varlen, padding-free, by {kernel}"
-
-
-def _kernel_problem(dtype: torch.dtype) -> tuple[str, str] | None:
-    """Return why FlashAttention cannot run on this GPU, and the fix; None if it can."""
+        return Kernel(BY_SAMPLE, None, "")
     if dtype == torch.float32:
-        return "do not compute in float32", "model.dtype=bfloat16, or model.attention=sdpa"
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:  # FlashAttention 2's README: Ampere, Ada, Hopper
-        return f"need compute capability 8.0, and this GPU has {major}.{minor}", "model.attention=sdpa"
-    return None
+        return Kernel(BY_SAMPLE, None, "FlashAttention does not compute in float32")
+    return choose_kernel(torch.device("cuda", torch.cuda.current_device()))

@@ -60,21 +60,34 @@ def _lean_norm(self: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     return _Recompute.apply(lambda states: stock(self, states), hidden_states)
 
 
-def _lean_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """An MLP with gate and up as two matrices."""
-    return self.down_proj(_gated(self.act_fn, self.gate_proj(x), self.up_proj(x)))
+def _lean_mlp(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """An MLP that keeps gate and up and nothing else."""
+    return self.down_proj(_gated(self, *gate_and_up(self, hidden_states)))
 
 
-def _lean_fused_mlp(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """An MLP with gate and up in one matrix, such as Phi-3's."""
-    gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-    return self.down_proj(_gated(self.activation_fn, gate, up))
+def gate_and_up(mlp: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute gate and up of an MLP in `MLPS`, from two matrices or, such as Phi-3's, from one."""
+    if MLPS[type(mlp).__name__]:
+        gate, up = mlp.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return gate, up
+    return mlp.gate_proj(hidden_states), mlp.up_proj(hidden_states)
 
 
-def _gated(activation: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def activation_of(mlp: Any) -> Any:
+    """Return the activation of an MLP in `MLPS`."""
+    return mlp.activation_fn if MLPS[type(mlp).__name__] else mlp.act_fn
+
+
+def is_silu(mlp: Any) -> bool:
+    """Check whether an MLP in `MLPS` computes silu(gate) * up."""
+    return isinstance(activation_of(mlp), _SILU)
+
+
+def _gated(mlp: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Return activation(gate) * up, with gate and up kept and nothing else."""
-    if isinstance(activation, _SILU):
+    if is_silu(mlp):
         return _SwiGLU.apply(gate, up)
+    activation = activation_of(mlp)
     if not (gate.requires_grad or up.requires_grad):
         return activation(gate) * up
     return _Recompute.apply(lambda g, u: activation(g) * u, gate, up)
@@ -111,7 +124,8 @@ def _is_plain(layer: Any, adapter: str) -> bool:
 
 
 _NORMS = frozenset(family.norm for family in FAMILIES.values())
-_MLPS = {family.mlp: _lean_fused_mlp if family.fused_mlp else _lean_mlp for family in FAMILIES.values()}
+MLPS = {family.mlp: family.fused_mlp for family in FAMILIES.values()}
+"""Whether gate and up are one matrix, by class."""
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
@@ -132,8 +146,8 @@ def make_lean(language_model: nn.Module) -> int:
         name = type(module).__name__
         if name in _NORMS and not module.weight.requires_grad:  # type: ignore[union-attr]
             module.forward = MethodType(_lean_norm, module)
-        elif name in _MLPS:
-            module.forward = MethodType(_MLPS[name], module)
+        elif name in MLPS:
+            module.forward = MethodType(_lean_mlp, module)
         elif isinstance(module, LoraLayer) and name in ("Linear", "Linear4bit"):
             module.forward = MethodType(_lean_lora, module)
         else:

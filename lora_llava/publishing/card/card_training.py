@@ -8,6 +8,7 @@ from typing import Any
 from lora_llava.model.families.tower_families import describe_images, saved_image_settings
 from lora_llava.planning.plan_tables import TRAINED_PARTS
 from lora_llava.publishing.package import Package
+from lora_llava.runs.directory import peak_memory
 
 _QUANTIZATIONS = {"nf4": "NF4 with double quantisation", "none": "none"}
 _SHORT = 12
@@ -147,7 +148,7 @@ def _cost_rows(package: Package) -> list[tuple[str, str]]:
             ("steps", f"{train['steps']:,}"),
             ("tokens", f"{train['tokens']:,}, of which {train['supervised_tokens']:,} count towards the loss"),
             ("training time", f"{train['seconds'] / 60:,.1f} min on {_machine(package.metrics.get('machine'))}"),
-            ("peak memory", f"{train['peak_memory_bytes'] / 2**30:.2f} GiB"),
+            ("peak memory", peak_memory(train)),
         ]
         if train["best_validation_loss"] is not None:
             rows.append(("validation loss", f"{train['best_validation_loss']:.4f} (best checkpoint, published here)"))

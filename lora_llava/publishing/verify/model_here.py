@@ -17,10 +17,11 @@ from PIL import Image
 from lora_llava.core.errors import UserError
 from lora_llava.data.templates.named_templates import TEMPLATES, chat_template
 from lora_llava.data.tokens import leading_ids
-from lora_llava.inference.generate import Question, generate_answers
+from lora_llava.inference.generate import generate_answers
 from lora_llava.inference.load import load_answering_model, needs_nf4
 from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.prompt import prompt_ids
+from lora_llava.inference.question import Question
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker
 from lora_llava.model.families.tower_families import image_tokens

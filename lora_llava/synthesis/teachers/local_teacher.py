@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_llava.core.device import has_bfloat16
 from lora_llava.core.errors import UserError
 from lora_llava.data.typed import as_typed, special_tokens, text_backend
+from lora_llava.inference.batches import Batches
 from lora_llava.inference.client.chat_request import ChatAnswer, ChatRequest
 from lora_llava.inference.client.client import Again
 from lora_llava.inference.sampling import Sampling
+from lora_llava.model.loading import default_device
 from lora_llava.synthesis.teachers.teacher import Answers, Teacher, TeacherRequest
 
 
@@ -29,14 +32,15 @@ def load_teacher(name: str, dtype: str, batch_size: int) -> Teacher:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        emulated = dtype == "auto" and torch.cuda.is_available() and not has_bfloat16()  # the dtype of most files
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="float16" if emulated else dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"teacher.model: {name} cannot be loaded: {str(error).splitlines()[0]}") from None
     if not tokenizer.chat_template:
         raise UserError(f"teacher.model: {name} has no chat template; name an instruct model, which has one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return by_model(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer, batch_size)
+    return by_model(model.to(default_device()).eval(), tokenizer, batch_size)
 
 
 def by_model(model: Any, tokenizer: Any, batch_size: int) -> Teacher:
@@ -49,9 +53,15 @@ def by_model(model: Any, tokenizer: Any, batch_size: int) -> Teacher:
     """
 
     def answer(requests: Iterable[TeacherRequest], again: Again | None = None) -> Answers:
+        fitting = Batches(batch_size, "requests", "lower the tokens that a request may generate")
         for start, batch in _batches(requests, batch_size):
-            texts = _write(model, tokenizer, [each.request for each in batch])
-            yield from ((start + place, found) for place, found in enumerate(texts))
+            asked = [each.request for each in batch]
+
+            def write(places: list[int], asked: list[ChatRequest] = asked) -> list[ChatAnswer]:
+                return _write(model, tokenizer, [asked[place] for place in places])
+
+            for places, found in fitting.run(range(len(asked)), write):
+                yield from zip((start + place for place in places), found, strict=True)
 
     return answer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 import random
 from collections.abc import Sequence
 
@@ -40,27 +41,62 @@ def pack_samples(
     generator = random.Random(f"{seed} {epoch}")
     order = list(range(len(lengths)))
     generator.shuffle(order)
+    return pack_in_order(order, lengths, max_tokens, generator, window=window)
+
+
+def pack_in_order(
+    order: Sequence[int],
+    lengths: Sequence[int],
+    max_tokens: int,
+    generator: random.Random,
+    *,
+    counts: Sequence[int] | None = None,
+    most: float = math.inf,
+    window: int = WINDOW,
+) -> list[list[int]]:
+    """Pack items, in windows of their order, into rows; the rows of a window are shuffled.
+
+    Args:
+        order: Indices of the items.
+        lengths: Tokens of each item.
+        max_tokens: Most tokens of a row.
+        generator: Shuffles.
+        counts: A second size of each item, limited by `most`; None has none.
+        most: Most of the second size in a row.
+        window: Items packed together.
+
+    Returns:
+        Rows of item indices.
+    """
     rows: list[list[int]] = []
     for start in range(0, len(order), window):
-        packed = _best_fit(order[start : start + window], lengths, max_tokens)
+        packed = _best_fit(order[start : start + window], lengths, max_tokens, counts, most)
         generator.shuffle(packed)  # otherwise every window would start with its longest samples
         rows += packed
     return rows
 
 
-def _best_fit(samples: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Put each sample, longest first, into the fullest row that has room for it."""
+def _best_fit(
+    items: Sequence[int], lengths: Sequence[int], max_tokens: int, counts: Sequence[int] | None, most: float
+) -> list[list[int]]:
+    """Put each item, longest first, into the fullest row that has room for it."""
     rows: list[list[int]] = []
+    used: list[int] = []  # the second size of each row
     open_rows: list[tuple[int, int]] = []  # room left and row, sorted
-    for sample in sorted(samples, key=lambda i: -lengths[i]):
-        place = bisect.bisect_left(open_rows, (lengths[sample], -1))
+    for item in sorted(items, key=lambda i: -lengths[i]):
+        count = 0 if counts is None else counts[item]
+        place = bisect.bisect_left(open_rows, (lengths[item], -1))
+        while place < len(open_rows) and used[open_rows[place][1]] + count > most:
+            place += 1
         if place == len(open_rows):
-            rows.append([sample])
-            room, row = max_tokens - lengths[sample], len(rows) - 1
+            rows.append([item])
+            used.append(count)
+            room, row = max_tokens - lengths[item], len(rows) - 1
         else:
             room, row = open_rows.pop(place)
-            rows[row].append(sample)
-            room -= lengths[sample]
+            rows[row].append(item)
+            used[row] += count
+            room -= lengths[item]
         bisect.insort(open_rows, (room, row))
     return rows
 
