@@ -11,7 +11,7 @@ from lora_llava.core.quiet import quieten
 SUMMARY = "train several values and seeds, and choose by validation"
 EXAMPLES = (
     "lora-llava sweep recipe.yaml lora.r=8,32 --seeds 3",
-    "lora-llava sweep recipe.yaml training.learning_rate=1e-5..1e-3:log lora.r=8,32 --trials 12",
+    "lora-llava sweep recipe.yaml training.learning_rate=1e-5..1e-3:log --trials 12",
 )
 
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="search N settings with Optuna instead of training every combination; needs pip install "
-        "'lora_llava[optuna]'",
+        "'lora_llava[optuna]'; default: every combination",
     )
     parser.add_argument(
         "--seeds", type=positive, default=1, metavar="N", help="seeds of each setting, from the recipe's on"

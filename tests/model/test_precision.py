@@ -65,10 +65,12 @@ def library(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
     monkeypatch.setitem(sys.modules, "flash_attn", module)
 
 
-def exact(q: Any, k: Any, v: Any, ends: Any, *lengths: Any, softmax_scale: Any, **options: Any) -> torch.Tensor:
+def exact(
+    q: Any, k: Any, v: Any, ends: Any, key_ends: Any, *most: Any, softmax_scale: Any, **options: Any
+) -> torch.Tensor:
     exact.given = options  # type: ignore[attr-defined]
     rows = (each.transpose(0, 1)[None] for each in (q, k, v))
-    return attention._by_segment(*rows, ends, softmax_scale, 0.0)[0]
+    return attention._by_segment(*rows, (ends, key_ends), softmax_scale, 0.0)[0]
 
 
 def no_kernel(*args: Any, **options: Any) -> torch.Tensor:
@@ -186,5 +188,5 @@ def test_a_gpu_that_torch_does_not_use_is_reported_once_with_the_fix(
     assert device.unused_gpu() is None
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "cannot use it, so the CPU computes; update the driver" in str(device.unused_gpu())
+    assert "cannot use it (Torch not compiled with CUDA enabled), so the CPU computes; " in str(device.unused_gpu())
     device.report_unused_gpu.cache_clear()
