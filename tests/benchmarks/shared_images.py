@@ -1,4 +1,4 @@
-"""Training speed with several questions per image: each image computed once, against once per question.
+"""Speed with several questions per image: each image computed once, against once per question.
 
 Both sides train the same random model on the same samples with cached features, in turn, in one process.
 """
@@ -16,16 +16,23 @@ from lora_llava.benchmark.benchmark_rows import shape_config
 from lora_llava.data.collator import PackedCollator
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.packed_rows.shared_prefixes import Prefix
+from lora_llava.data.tokens import Stop
+from lora_llava.inference.generate import generate_answers
+from lora_llava.inference.question import Question
+from lora_llava.inference.sampling import Sampling
 from lora_llava.model.adapters import add_adapters, lora_config
 from lora_llava.model.fast_path.attention import use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.fast_path.trained_loss import labelled_loss
 from lora_llava.model.loading import default_device
 from lora_llava.model.random_weights import build_random_llava
+from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.model.vision import accept_features
+from lora_llava.model.weights.parts import DEMO_FOLDER
 from lora_llava.recipe.schema import LINEARS
 
-IMAGE_TOKENS, BEFORE, VOCABULARY = 576, 6, 1000
+IMAGE_TOKENS, BEFORE = 576, 6
+VOCABULARY, IMAGE = 898, 896  # the demo's tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return samples per second of both sides, and the ratio of their FLOPs, for each number of questions."""
-    config = shape_config(args.shape, VOCABULARY, VOCABULARY - 1)
+    config = shape_config(args.shape, VOCABULARY, IMAGE)
     model = _model(config)
-    found = [_compare(args, config, model, questions) for questions in args.questions]
-    return {"settings": {key: value for key, value in vars(args).items() if key != "output"}, "questions": found}
+    training = [_compare(args, config, model, questions) for questions in args.questions]
+    answers = [_compare_answers(args, config, model, questions) for questions in args.questions]
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "benchmark")}
+    return {"settings": settings, "training": training, "answers": answers}
 
 
 def _model(config: LlavaConfig) -> Any:
@@ -85,6 +94,41 @@ def _compare(args: argparse.Namespace, config: LlavaConfig, model: Any, question
     return result
 
 
+@torch.inference_mode()
+def _compare_answers(args: argparse.Namespace, config: LlavaConfig, model: Any, questions: int) -> dict[str, Any]:
+    """Compare answers of at most 8 tokens, with images that questions have in common and with one name each."""
+    tokenizer = load_tokenizer(DEMO_FOLDER / "llm")
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randn(args.samples, IMAGE_TOKENS, config.vision_config.hidden_size, generator=generator)
+    asked = []
+    for _ in range(args.samples):
+        text = torch.randint(3, IMAGE - 1, (args.text_tokens // 3,), generator=generator).tolist()
+        asked.append([*range(3, 3 + BEFORE), *[IMAGE] * IMAGE_TOKENS, *text])
+    given = {
+        "tokenizer": tokenizer,
+        "load_pixels": lambda names: torch.stack([stored[int(name.split()[0])] for name in names]),
+        "batch_size": args.samples,
+        "sampling": Sampling(max_new_tokens=8),
+        "stop": Stop([tokenizer.eos_token_id], None),
+    }
+    seconds, found = {"shared": 1e9, "alone": 1e9}, {}
+    for _ in range(args.steps):
+        for side in seconds:
+            names = [f"{i // questions}" + ("" if side == "shared" else f" {i}") for i in range(args.samples)]
+            rows = [Question(ids, (name,)) for ids, name in zip(asked, names, strict=True)]
+            start = time.perf_counter()
+            found[side] = dict(generate_answers(model, rows, **given))
+            seconds[side] = min(seconds[side], time.perf_counter() - start)
+    result = {
+        "questions_per_image": questions,
+        "answers_per_second": {side: round(args.samples / taken, 2) for side, taken in seconds.items()},
+        "times_as_fast": round(seconds["alone"] / seconds["shared"], 2),
+        "answers_that_differ": sum(found["alone"][i].text != found["shared"][i].text for i in range(args.samples)),
+    }
+    print(result, flush=True)
+    return result
+
+
 def _samples(args: argparse.Namespace, questions: int) -> list[dict[str, Any]]:
     """Return samples with an image of 576 tokens and a question and answer of `text_tokens` behind it."""
     generator = torch.Generator().manual_seed(0)
@@ -92,9 +136,9 @@ def _samples(args: argparse.Namespace, questions: int) -> list[dict[str, Any]]:
     found = []
     for number in range(args.samples):
         group = number // questions
-        text = torch.randint(3, VOCABULARY - 1, (args.text_tokens,), generator=generator).tolist()
+        text = torch.randint(3, IMAGE - 1, (args.text_tokens,), generator=generator).tolist()
         before = list(range(3, 3 + BEFORE))
-        ids = [*before, *[VOCABULARY - 1] * IMAGE_TOKENS, *text]
+        ids = [*before, *[IMAGE] * IMAGE_TOKENS, *text]
         labels = [IGNORE_INDEX] * (len(ids) - trained) + text[-trained:]
         prefix = Prefix(group, BEFORE + IMAGE_TOKENS, 1)
         found.append({"input_ids": ids, "labels": labels, "image_files": [str(group)], "prefix": prefix})
