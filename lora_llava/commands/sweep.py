@@ -11,7 +11,7 @@ from lora_llava.core.quiet import quieten
 SUMMARY = "train several values and seeds, and choose by validation"
 EXAMPLES = (
     "lora-llava sweep recipe.yaml lora.r=8,32 --seeds 3",
-    "lora-llava sweep recipe.yaml training.learning_rate=1e-5..1e-3:log lora.r=8,32 --trials 12",
+    "lora-llava sweep recipe.yaml lora.r=4..64:log --trials 12",
 )
 
 
