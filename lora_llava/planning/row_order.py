@@ -11,11 +11,14 @@ from fractions import Fraction
 from lora_llava.data.packed_rows.packing import pack_samples
 from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes
 from lora_llava.distributed.balance import distribute_rows
-from lora_llava.planning.shared_order import Capacity, run_order, separate_groups, shared_rows
+from lora_llava.planning.shared_order import Capacity, run_order, sample_groups, separate_groups, shared_rows
 from lora_llava.recipe import TrainingSection
 
 _MEGABATCH = 50
 """Batches in a window that is sorted by length (transformers, trainer_pt_utils.py, get_length_grouped_indices)."""
+
+_SAMPLE = 20_000
+"""Samples from which the number of rows of a step is chosen."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def order_rows(
 
     capacity, accumulation = None, training.gradient_accumulation
     if shared is not None:
-        capacity, accumulation = _capacity(training, chosen(0), lengths, shared, seed, plain)
+        capacity, accumulation = _capacity(training, chosen(0), lengths, shared, seed)
 
     def epoch_rows(epoch: int) -> list[list[int]]:
         if shared is None or capacity is None:
@@ -130,21 +133,27 @@ def _plain_rows(
 
 
 def _capacity(
-    training: TrainingSection,
-    chosen: Sequence[int],
-    lengths: Sequence[int],
-    shared: SharedPrefixes,
-    seed: int,
-    plain: Callable[[int], list[list[int]]],
+    training: TrainingSection, chosen: Sequence[int], lengths: Sequence[int], shared: SharedPrefixes, seed: int
 ) -> tuple[Capacity, int]:
-    """Return the limits of rows that share prefixes, and the rows of a step, for about as many samples as without."""
+    """Return the limits of rows that share prefixes, and the rows of a step.
+
+    Of the numbers of rows up to `gradient_accumulation`, it is the smallest whose steps have about as many samples as
+    steps without sharing, or else comes closest; both are counted on a sample of the epoch.
+    """
     budget, accumulation = training.max_tokens_per_row, training.gradient_accumulation
     capacity = Capacity(budget, training.batch_size, math.inf, training.questions_per_image)
     if budget is None:
         return capacity, accumulation
-    packed = shared_rows(chosen, lengths, shared, capacity, random.Random(f"{seed} 0"))
-    fewer = min(accumulation, max(1, math.ceil(accumulation * len(packed) / len(plain(0)))))
-    return replace(capacity, unshared=budget * accumulation / fewer), fewer
+    sample = sample_groups(chosen, shared, _SAMPLE, random.Random(f"{seed} sample"))
+    plain = len(pack_samples([lengths[i] for i in sample], budget, seed=seed))
+    ways = []
+    for count in range(1, accumulation + 1):
+        limited = replace(capacity, unshared=budget * accumulation / count)
+        packed = len(shared_rows(sample, lengths, shared, limited, random.Random(f"{seed} 0")))
+        samples = (count / packed) / (accumulation / plain)  # of a step, as a multiple of those without sharing
+        ways.append((round(abs(math.log(samples)), 1), count, limited))
+    _, count, limited = min(ways, key=lambda way: way[:2])
+    return limited, count
 
 
 def _all_epochs(

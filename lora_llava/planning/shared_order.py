@@ -7,7 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from lora_llava.data.packed_rows.packing import WINDOW, pack_in_order
 from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes
@@ -16,6 +16,8 @@ Run = list[int]
 """Rows of one group that are neighbours in a packed row and share their prefix there; or one row alone."""
 _SHORTEST_WINDOW = 8
 """Fewest runs that are packed together."""
+_TRIED = 1000
+"""Rows that are tried as a swap for one whose step has too many rows of a group."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def separate_groups(epochs: Sequence[list[list[int]]], size: int, shared: Shared
         The packed rows of all epochs, in order.
     """
     rows = [row for epoch in epochs for row in epoch]
-    epoch_of = [number for number, epoch in enumerate(epochs) for _ in epoch]
+    place_of = [(start, len(epoch)) for start, epoch in zip(_starts(epochs), epochs, strict=True) for _ in epoch]
     counts = [Counter(shared.group(i) for i in row if shared.group(i) is not None) for row in rows]
     steps = [
         sum((counts[i] for i in _step(start // size, size, len(rows))), Counter())
@@ -141,8 +143,12 @@ def separate_groups(epochs: Sequence[list[list[int]]], size: int, shared: Shared
         step = here // size
         if all(steps[step][group] <= most for group in counts[here]):
             continue
-        others = (i for i in range(len(rows)) if epoch_of[i] == epoch_of[here] and i // size != step)
-        there = next((i for i in others if fits(step, here, i) and fits(i // size, i, here)), None)
+        # Try the next rows of the epoch, and from its end on those of its beginning.
+        start, length = place_of[here]
+        others = (start + (here - start + ahead) % length for ahead in range(1, min(length, _TRIED)))
+        there = next(
+            (i for i in others if i // size != step and fits(step, here, i) and fits(i // size, i, here)), None
+        )
         if there is None:
             continue
         other = there // size
@@ -153,8 +159,28 @@ def separate_groups(epochs: Sequence[list[list[int]]], size: int, shared: Shared
     return rows
 
 
+def _starts(epochs: Sequence[list[list[int]]]) -> list[int]:
+    """Return the index of the first row of each epoch in the run."""
+    return [0, *accumulate(map(len, epochs))][:-1]
+
+
 def _step(number: int, size: int, rows: int) -> range:
     return range(number * size, min(rows, (number + 1) * size))
+
+
+def sample_groups(rows: Sequence[int], shared: SharedPrefixes, size: int, generator: random.Random) -> list[int]:
+    """Draw complete groups, and rows without a group, such that about `size` rows are drawn."""
+    share = size / max(1, len(rows))
+    if share >= 1:
+        return list(rows)
+    drawn: dict[object, bool] = {}
+
+    def is_drawn(place: int, row: int) -> bool:
+        group = shared.group(row)
+        key = ("alone", place) if group is None else group
+        return drawn.setdefault(key, generator.random() < share)
+
+    return [row for place, row in enumerate(rows) if is_drawn(place, row)] or list(rows[:1])
 
 
 def run_order(count: int, shared: SharedPrefixes) -> list[int]:
