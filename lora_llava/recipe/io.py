@@ -314,6 +314,7 @@ LATER_KEYS: dict[str, Any] = {
     "lora.init": "default",
     "training.loraplus_ratio": None,
     "training.early_stopping": None,
+    "training.deterministic": False,
     "training.share_images": "auto",
     "training.questions_per_image": 10,
     "evaluation.shuffled": 0.25,

@@ -134,9 +134,8 @@ def test_eva_uses_the_projector_of_stage_1(
     assert torch.equal(projectors[0], read_run_projector(Path(stage1_content["output_dir"]))["linear_1.weight"])
 
 
-@pytest.mark.parametrize(
-    "init", ["eva", *(pytest.param(name, marks=pytest.mark.more) for name in INITS if name != "eva")]
-)
+@pytest.mark.more
+@pytest.mark.parametrize("init", INITS)
 def test_two_processes_start_and_train_as_one(init: str, parts: Path, scienceqa: Path, tmp_path: Path) -> None:
     content = chosen(content_for_ranks(parts, scienceqa, "nf4"), lora={"init": init})
     one, two, _ = one_and_two(content, tmp_path)
