@@ -146,19 +146,20 @@ import torch
 from PIL import Image
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
-name, base, out = sys.argv[1:]
-model = AutoModelForImageTextToText.from_pretrained(base or name, dtype=torch.float32)
-if base:
-    model = PeftModel.from_pretrained(model, name)
-processor = AutoProcessor.from_pretrained(name)
-messages = [{'role': 'user', 'content': [{'type': 'image', 'image': Image.open('image.png')},
-    {'type': 'text', 'text': 'Which colour is shown?'}]}]
-batch = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,
-    return_tensors='pt')
-with torch.no_grad():
-    logits = model.eval()(**batch, use_cache=False).logits
-    answer = model.generate(**batch, max_new_tokens=5, do_sample=False)
-torch.save((logits, answer), out)
+found = []
+for name, base in json.loads(sys.argv[1]):
+    model = AutoModelForImageTextToText.from_pretrained(base or name, dtype=torch.float32)
+    if base:
+        model = PeftModel.from_pretrained(model, name)
+    processor = AutoProcessor.from_pretrained(name)
+    messages = [{'role': 'user', 'content': [{'type': 'image', 'image': Image.open('image.png')},
+        {'type': 'text', 'text': 'Which colour is shown?'}]}]
+    batch = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors='pt')
+    with torch.no_grad():
+        logits = model.eval()(**batch, use_cache=False).logits
+        found.append((logits, model.generate(**batch, max_new_tokens=5, do_sample=False)))
+torch.save(found, sys.argv[2])
 """
 
 
@@ -169,10 +170,10 @@ def environment(hub: Store, folder: Path) -> dict[str, str]:
     return kept | own
 
 
-def stock(name: str, base: str, hub: Store, folder: Path) -> Any:
-    """Return logits and greedy answer of a process without this package."""
+def stock(models: list[tuple[str, str]], hub: Store, folder: Path) -> Any:
+    """Return logits and greedy answer of models and their bases, from a process without this package."""
     Image.new("RGB", (40, 24), (220, 30, 30)).save(folder / "image.png")
-    command = [sys.executable, "-c", STOCK, name, base, str(folder / "out.pt")]
+    command = [sys.executable, "-c", STOCK, json.dumps(models), str(folder / "out.pt")]
     done = subprocess.run(command, cwd=folder, env=environment(hub, folder), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return torch.load(folder / "out.pt")
@@ -183,22 +184,24 @@ def test_downloaded_logits_equal_the_local_ones_bit_for_bit(
 ) -> None:
     pushed(merged)
     pushed(train(), "me/adapter", base_repo="me/base")
-    there, here = stock("me/model", "", hub, tmp_path), stock(str(merged), "", hub, tmp_path)
-    assert all(map(torch.equal, there, here))
-    assert any("GET /me/model/resolve/" in request and "model.safetensors" in request for request in hub.requests)
     base = json.loads((train() / "run.json").read_text())["base"]["name"]
-    there = stock("me/adapter", "me/base", hub, tmp_path)
-    assert all(map(torch.equal, there, stock(str(train()), base, hub, tmp_path)))
+    models = [("me/model", ""), (str(merged), ""), ("me/adapter", "me/base"), (str(train()), base)]
+    model_there, model_here, adapter_there, adapter_here = stock(models, hub, tmp_path)
+    assert all(map(torch.equal, model_there, model_here))
+    assert all(map(torch.equal, adapter_there, adapter_here))
+    assert any("GET /me/model/resolve/" in request and "model.safetensors" in request for request in hub.requests)
 
 
-@pytest.mark.parametrize("kind", ["model", "adapter"])
-def test_the_card_s_snippet_runs(kind: str, merged: Path, train: Train, hub: Store, tmp_path: Path) -> None:
+def test_the_cards_snippets_run(merged: Path, train: Train, hub: Store, tmp_path: Path) -> None:
     pushed(merged)
     pushed(train(), "me/adapter", base_repo="me/base")
-    card = hub.repos[f"me/{kind}"]["README.md"].decode()
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    program = ["import sys", "sys.modules['lora_llava'] = None"]
+    for kind in ("model", "adapter"):
+        card = hub.repos[f"me/{kind}"]["README.md"].decode()
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+        program.append(f"exec({code!r}, {{}})")
     Image.new("RGB", (40, 24), (220, 30, 30)).save(tmp_path / "image.png")
-    command = [sys.executable, "-c", "import sys\nsys.modules['lora_llava'] = None\n" + code]
+    command = [sys.executable, "-c", "\n".join(program)]
     done = subprocess.run(command, cwd=tmp_path, env=environment(hub, tmp_path), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
