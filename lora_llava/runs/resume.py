@@ -15,7 +15,7 @@ from lora_llava.recipe import Recipe, load_recipe
 from lora_llava.recipe.schema import LINEARS
 from lora_llava.runs.checkpoint import best_of_run, list_checkpoints, newest_complete, read_manifest
 from lora_llava.runs.directory import RECIPE_FILE
-from lora_llava.runs.identity import check_identity, is_of_run
+from lora_llava.runs.identity import check_identity, is_of_run, read_identity
 from lora_llava.splits.split_rows import Split
 
 UNTOUCHED = frozenset(
@@ -132,6 +132,21 @@ def find_start(folder: Path, recipe: Recipe, accepted: Iterable[str] = (), proce
     accepted_text = f", with another {', '.join(changed)}" if changed else ""
     lines += [f"from {checkpoint} at step {step}{accepted_text}"]
     return Start(checkpoint, step, changed, tuple(lines), tuple(moved_places(begun, recipe)))
+
+
+def keep_order(recipe: Recipe, checkpoints: Path) -> Recipe:
+    """Return the recipe without `training.share_images` if the run to resume shares none, as in early versions.
+
+    Args:
+        recipe: The present recipe.
+        checkpoints: The folder of the run's checkpoints.
+    """
+    identities = (read_identity(checkpoint) for checkpoint in list_checkpoints(checkpoints))
+    identity = next((found for found in identities if found is not None), None)
+    if identity is None or identity.get("order"):
+        return recipe
+    training = recipe.training.model_copy(update={"share_images": "off"})
+    return recipe.model_copy(update={"training": training})
 
 
 def same_run(start: Start, identity: dict[str, Any], splits: Mapping[str, Split]) -> tuple[dict[str, Any], list[str]]:

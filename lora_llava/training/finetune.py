@@ -52,7 +52,7 @@ from lora_llava.runs.directory import (
     write_json,
 )
 from lora_llava.runs.identity import IDENTITY_FILE, run_identity
-from lora_llava.runs.resume import Start, find_start, refuse_unfinished, same_run
+from lora_llava.runs.resume import Start, find_start, keep_order, refuse_unfinished, same_run
 from lora_llava.splits.encoded_sources import show_progress
 from lora_llava.splits.seen_rows import write_seen
 from lora_llava.splits.split_rows import asked_split, sealed
@@ -113,7 +113,7 @@ def _run(
     if not resume and not overwrite:
         refuse_unfinished(folder / CHECKPOINTS)
     if stage1 is None:
-        plan = _plan(recipe, console)
+        plan = _plan(recipe, resume, console)
         _refuse_if_too_large([plan])
     else:
         plan, resume = _after_stage1(stage1, recipe, resume, overwrite, console)
@@ -132,8 +132,8 @@ def _after_stage1(
 ) -> tuple[RunPlan, bool]:
     """Run Stage 1 if it has no result yet; return the plan of Stage 2 and whether to resume it."""
     run = Path(stage1.output_dir)
-    plans = [] if finished_stage1(stage1) else [_plan(stage1, console)]
-    plan = _plan(recipe, console)
+    plans = [] if finished_stage1(stage1) else [_plan(stage1, resume, console)]
+    plan = _plan(recipe, resume, console)
     _refuse_if_too_large([*plans, plan])
     for stage1_plan in plans:
         with _alone(run):
@@ -142,7 +142,7 @@ def _after_stage1(
                 refuse_unfinished(run / CHECKPOINTS)
             _run_stage(stage1_plan, left, (), console)
             resume = resume and bool(list_checkpoints(Path(recipe.output_dir) / CHECKPOINTS))
-    plan.recipe = with_stage1_run(recipe, run)
+    plan.recipe = with_stage1_run(plan.recipe, run)
     return plan, resume
 
 
@@ -207,8 +207,10 @@ def check_stage1_run(recipe: Recipe) -> None:
             raise UserError(f"model.start_from.stage1_run: {error}{looked_in(run)}") from None
 
 
-def _plan(recipe: Recipe, console: Console) -> RunPlan:
+def _plan(recipe: Recipe, resume: bool, console: Console) -> RunPlan:
     check_stage1_run(recipe)
+    if resume:
+        recipe = keep_order(recipe, Path(recipe.output_dir) / CHECKPOINTS)
     with first_before_others():
         plan = plan_run(recipe, show_progress)
     plan_tables.print_data(plan, console)

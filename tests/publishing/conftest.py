@@ -37,7 +37,8 @@ def train(parts: Path, scienceqa: Path, captions: Path, tmp_path_factory: pytest
                 },
                 "lora": {"r": 4, "alpha": 32, **lora},
                 "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400, "system_prompt": ""},
-                "training": {"batch_size": 8, "learning_rate": rate, "max_steps": 4, "log_every": 1},
+                "training": {"batch_size": 8, "learning_rate": rate, "max_steps": 4, "log_every": 1}
+                | {"share_images": "off"},
                 "evaluation": {"max_new_tokens": 4},
             }
             if stage == 1:

@@ -85,7 +85,7 @@ def test_a_signal_during_validation_loses_nothing(
     stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The best checkpoint is at the step of the signal, which is known only after the run resumes."""
-    recipe = recipe_of(stage2_content, max_steps=4, eval_every=2, learning_rate=0.15, log_every=1)
+    recipe = recipe_of(stage2_content, max_steps=4, eval_every=2, learning_rate=0.15, share_images="off")
     with monkeypatch.context() as patch:
         act_at(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(StoppedError):

@@ -111,15 +111,15 @@ def test_a_stopped_inspection_resumes(
     command = ["inspect", str(trained / "run"), "--output"]
     assert main(None, [*command, str(tmp_path / "whole")]) == 0
     measured: list[int] = []
-    whole = inspection._measure_part
+    whole = inspection.measure_rows
 
-    def stopped(*arguments: Any) -> Any:
-        measured.append(arguments[-1])
+    def stopped(evaluator: Any, rows: Any, seed: int, batches: Any) -> Any:
+        measured.append(seed)
         if len(measured) == 2:
             raise KeyboardInterrupt
-        return whole(*arguments)
+        return whole(evaluator, rows, seed, batches)
 
-    monkeypatch.setattr(inspection, "_measure_part", stopped)
+    monkeypatch.setattr(inspection, "measure_rows", stopped)
     capsys.readouterr()
     assert main(None, [*command, str(tmp_path / "stopped")]) == 130
     assert "run the same command to resume" in capsys.readouterr().err

@@ -97,11 +97,20 @@ def test_a_run_that_began_without_sharing_is_resumed_without(
     for checkpoint in list_checkpoints(Path(stopped.output_dir) / "checkpoints"):
         rewritten(checkpoint, as_an_early_version_wrote_it)
     content["training"]["share_images"] = "auto"
+    run(check_recipe(content, "test"), resume=True)
+    whole = content | {"output_dir": content["output_dir"] + "-whole"}
+    run(recipe_of(whole, share_images="off"))
+    assert same(weights(Path(content["output_dir"])), weights(Path(whole["output_dir"])))
+
+
+def test_a_run_that_began_with_sharing_is_not_resumed_without(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_at_4(content, monkeypatch)
+    content["training"]["share_images"] = "off"
     message = "the order of the rows changed since the run began: .*; set training.share_images to what it was"
     with pytest.raises(UserError, match=message):
         run(check_recipe(content, "test"), resume=True)
-    content["training"]["share_images"] = "off"
-    run(check_recipe(content, "test"), resume=True)
 
 
 def test_rows_with_other_text_before_the_image_are_counted(content: dict[str, Any], tmp_path: Path) -> None:
