@@ -372,7 +372,7 @@ def dry_run(recipe: Recipe, recipe_folder: Path, console: Console) -> None:
     """
     stage1 = stage1_of(recipe, recipe_folder)
     for each in [stage1, recipe] if stage1 is not None and not finished_stage1(stage1) else [recipe]:
-        plan = _plan(each, console)
+        plan = _plan(each, False, console)
         plan_tables.print_downloads(plan, cache_folder(), console)
         plan_tables.print_parameters(plan, console)
         plan_tables.print_sample(plan, console)

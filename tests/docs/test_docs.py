@@ -80,6 +80,7 @@ def notebook_cells() -> list[str]:
     return ["".join(cell["source"]) for cell in code if "install" not in cell["metadata"].get("tags", ())]
 
 
+@pytest.mark.more
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cell but the installation, its shell lines included, with the demo's base and an untrained projector."""

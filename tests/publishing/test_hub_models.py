@@ -23,6 +23,7 @@ def run(arguments: list[str], hub: Store, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.more
 @pytest.mark.slow
 def test_a_hub_id_answers_as_its_folder(merged: Path, hub: Store, tmp_path: Path) -> None:
     pushed(merged)

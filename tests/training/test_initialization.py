@@ -170,11 +170,14 @@ def test_a_run_loads_in_stock_peft_and_merges(init: str, stage2_content: dict[st
     assert checked["greedy_equal"] == checked["prompts"]
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize(
+    "init", ["orthogonal", *(pytest.param(name, marks=pytest.mark.more) for name in INITS if name != "orthogonal")]
+)
 def test_a_run_resumes_to_the_bit(init: str, stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     resumes_to_the_bit(chosen(stage2_content, lora={"init": init}), monkeypatch)
 
 
+@pytest.mark.more
 def test_a_resumed_run_starts_nothing_again(stage2_content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(chosen(stage2_content, lora={"init": "eva"}), max_steps=4, save_every=2, eval_every=4)
     assert "eva: " in run(recipe)

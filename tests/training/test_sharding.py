@@ -58,6 +58,7 @@ def test_the_losses_and_the_adapter_are_those_of_one_process(runs: tuple[Path, P
     assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) < 1e-5
 
 
+@pytest.mark.more
 def test_two_sharded_processes_resume_exactly(
     content: dict[str, Any], runs: tuple[Path, Path, str], tmp_path: Path
 ) -> None:

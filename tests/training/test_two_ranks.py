@@ -67,6 +67,7 @@ def test_only_one_rank_prints_and_writes(runs: tuple[Path, Path, str]) -> None:
     assert sorted(file.name for file in (two / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6"]
 
 
+@pytest.mark.more
 def test_an_error_is_printed_once_without_our_traceback(content: dict[str, Any], tmp_path: Path) -> None:
     wrong = content | {"data": content["data"] | {"path": str(tmp_path / "nowhere")}}
     result = launch(wrong, tmp_path / "run", LAUNCHER)
