@@ -24,11 +24,13 @@ TEXTS = ("What is it?", "Is it red, or is it another colour that has a longer na
 def asked_often(speaking: Any) -> tuple[Any, list[Question]]:
     """Four questions about each of three images, one about a fourth, and the questions without an image."""
     asked, rows = speaking
-    pictured = [row for row in rows if row.images][:4]
+    with_image = [row for row in rows if row.images][:4]
     several = [
-        replace(row, turns=(Turn("user", f"<image>\n{text}"), row.turns[-1])) for text in TEXTS for row in pictured[:3]
+        replace(row, turns=(Turn("user", f"<image>\n{text}"), row.turns[-1]))
+        for text in TEXTS
+        for row in with_image[:3]
     ]
-    return asked, questions_of(asked, [*several, pictured[3], *(row for row in rows if not row.images)])
+    return asked, questions_of(asked, [*several, with_image[3], *(row for row in rows if not row.images)])
 
 
 @pytest.fixture
@@ -103,9 +105,9 @@ def test_nothing_is_shared_with_a_sliding_window(asked_often: Any, monkeypatch: 
 
 def test_losses_and_scores_equal_those_of_one_question_at_a_time(speaking: Any, passes: list[tuple[int, int]]) -> None:
     asked, rows = speaking
-    pictured = next(row for row in rows if row.images)
+    with_image = next(row for row in rows if row.images)
     several = [
-        replace(row, turns=(Turn("user", f"<image>\n{text}"), Turn("assistant", answer)), images=pictured.images)
+        replace(row, turns=(Turn("user", f"<image>\n{text}"), Turn("assistant", answer)), images=with_image.images)
         for row, text, answer in zip(rows, TEXTS, ("Red.", "It is a longer answer.", "Here", "Two."), strict=False)
     ] + rows[:2]
     alone, together = (replace(asked, batch_size=size) for size in (1, 6))

@@ -41,8 +41,8 @@ def sample(length: int, trained: int, seed: int, image: str | None = None) -> di
 SAMPLES = [sample(30, 9, 1, "red"), sample(17, 5, 2), sample(41, 20, 3, "blue"), sample(9, 2, 4)]
 
 
-@pytest.fixture
-def model(stage2: Recipe) -> Any:
+def adapted(stage2: Recipe) -> Any:
+    """Return a small model in float32 with adapters far from zero."""
     base = prepare_base(stage2.model, 0)
     peft_model = add_adapters(load_base(base.folder, dtype="float32"), lora_config(r=4, alpha=8, targets=LINEARS))
     generator = torch.Generator().manual_seed(0)
@@ -50,6 +50,11 @@ def model(stage2: Recipe) -> Any:
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1, generator=generator)
     return peft_model
+
+
+@pytest.fixture
+def model(stage2: Recipe) -> Any:
+    return adapted(stage2)
 
 
 @pytest.fixture

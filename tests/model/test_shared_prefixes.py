@@ -12,16 +12,12 @@ from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images.image_sources import Pixels
 from lora_llava.data.packed_rows.shared_prefixes import Prefix
-from lora_llava.model.adapters import add_adapters, lora_config
 from lora_llava.model.families.tower_families import image_processor_of
 from lora_llava.model.fast_path.attention import use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
-from lora_llava.model.loading import load_base
-from lora_llava.model.start import prepare_base
 from lora_llava.recipe import Recipe
-from lora_llava.recipe.schema import LINEARS
-from tests.model.test_attention import Colours, gradients, sample
+from tests.model.test_attention import Colours, adapted, gradients, sample
 
 IMAGE, TOKENS = 896, 4
 
@@ -51,12 +47,7 @@ MIXED = [
 
 @pytest.fixture
 def model(stage2: Recipe) -> Any:
-    base = prepare_base(stage2.model, 0)
-    peft_model = add_adapters(load_base(base.folder, dtype="float32"), lora_config(r=4, alpha=8, targets=LINEARS))
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1, generator=generator)
+    peft_model = adapted(stage2)
     use_flash_varlen(peft_model.get_base_model())
     make_lean(peft_model.get_base_model().model.language_model)
     return peft_model

@@ -13,9 +13,19 @@ from torch._subclasses import FakeTensorMode, fake_impls, fake_tensor
 from tests.simulation.meter import Meter
 
 _NOTHING = (
-    "set_device", "synchronize", "empty_cache", "manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all",
-    "reset_peak_memory_stats", "set_per_process_memory_fraction", "_lazy_init", "_lazy_call", "init",
-)  # fmt: skip
+    "set_device",
+    "synchronize",
+    "empty_cache",
+    "manual_seed",
+    "manual_seed_all",
+    "set_rng_state",
+    "set_rng_state_all",
+    "reset_peak_memory_stats",
+    "set_per_process_memory_fraction",
+    "_lazy_init",
+    "_lazy_call",
+    "init",
+)
 
 
 class FakeMode(FakeTensorMode):
@@ -54,15 +64,27 @@ def pretend(card: int, capability: tuple[int, int] = (8, 9)) -> list[Meter]:
         return int(getattr(meters[0], name)) if meters else 0
 
     properties = types.SimpleNamespace(
-        total_memory=card, name="fake", major=capability[0], minor=capability[1], multi_processor_count=128,
-        warp_size=32, gcnArchName="",
-    )  # fmt: skip
+        total_memory=card,
+        name="fake",
+        major=capability[0],
+        minor=capability[1],
+        multi_processor_count=128,
+        warp_size=32,
+        gcnArchName="",
+    )
     fixed: dict[str, Any] = {
-        "is_available": True, "device_count": 1, "current_device": 0, "get_device_capability": capability,
-        "get_device_name": "fake", "get_device_properties": properties, "is_bf16_supported": True,
-        "is_initialized": True, "get_rng_state_all": [], **dict.fromkeys(_NOTHING),
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_capability": capability,
+        "get_device_name": "fake",
+        "get_device_properties": properties,
+        "is_bf16_supported": True,
+        "is_initialized": True,
+        "get_rng_state_all": [],
+        **dict.fromkeys(_NOTHING),
         "get_per_process_memory_fraction": 1.0,
-    }  # fmt: skip
+    }
     for name, value in fixed.items():
         setattr(cuda, name, lambda *args, _value=value, **kwargs: _value)
     cuda.get_rng_state = lambda *args: torch.zeros(16, dtype=torch.uint8)

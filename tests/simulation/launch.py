@@ -42,10 +42,20 @@ def build_guard() -> Path:
         include = torch_folder / "include"
         made = library.with_suffix(f".{os.getpid()}")
         command = [
-            compiler, "-O0", "-std=c++20", "-shared", "-fPIC", f"-I{include}",
-            f"-I{include / 'torch/csrc/api/include'}", str(_GUARD), "-o", str(made), f"-L{torch_folder / 'lib'}",
-            "-lc10", "-ltorch_cpu",
-        ]  # fmt: skip
+            compiler,
+            "-O0",
+            "-std=c++20",
+            "-shared",
+            "-fPIC",
+            f"-I{include}",
+            f"-I{include / 'torch/csrc/api/include'}",
+            str(_GUARD),
+            "-o",
+            str(made),
+            f"-L{torch_folder / 'lib'}",
+            "-lc10",
+            "-ltorch_cpu",
+        ]
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode:
             reason = next((line for line in built.stderr.splitlines() if "error" in line), "no reason given")
@@ -74,8 +84,11 @@ def simulate(jobs: list[dict[str, Any]], done: Callable[[], object] = lambda: No
         with output.open("w") as stream:
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.simulation.run_simulation", json.dumps(jobs), str(found)],
-                env=_environment(Path(folder)), cwd=folder, stdout=stream, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                env=_environment(Path(folder)),
+                cwd=folder,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
             seen = 0
             try:
                 while seen < len(jobs) and process.poll() is None:

@@ -86,28 +86,58 @@ SETTINGS = [
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "mistral-7b": {
-        "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32768,
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 32768,
         "sliding_window": None,
     },
     "qwen2-7b": {
-        "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
     },
     "qwen3-8b": {
-        "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
     },
     "phi3-mini": {
-        "model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32064, "pad_token_id": None,
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32064,
+        "pad_token_id": None,
     },
     "gemma3-4b": {
-        "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
-        "sliding_window": 1024, "tie_word_embeddings": True,
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "vocab_size": 262208,
+        "sliding_window": 1024,
+        "tie_word_embeddings": True,
     },
-}  # fmt: skip
+}
 """The published config.json of a language model of each family, as far as memory depends on it."""
 
 
@@ -130,9 +160,14 @@ def recipe_of(setting: Setting) -> Recipe:
     """Return the shipped recipe of the stage, with the setting's values."""
     recipe = load_recipe(RECIPES / ("align.yaml" if setting.stage == 1 else "scienceqa_qlora.yaml"))
     training = {
-        "memory_gb": setting.memory_gb, "report_to": (), "workers": 0, "log_every": 1, "gradient_accumulation": 2,
-        "optimizer": setting.optimizer, "vision_cache": "disk" if setting.cached else "off",
-    }  # fmt: skip
+        "memory_gb": setting.memory_gb,
+        "report_to": (),
+        "workers": 0,
+        "log_every": 1,
+        "gradient_accumulation": 2,
+        "optimizer": setting.optimizer,
+        "vision_cache": "disk" if setting.cached else "off",
+    }
     if setting.stage == 2:
         training["max_tokens_per_row"] = setting.tokens
     update: dict[str, Any] = {

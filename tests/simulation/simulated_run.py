@@ -65,6 +65,9 @@ def _really(load: Any) -> Any:
 def _drawn(base: Any, **options: Any) -> Any:
     """`load_base` with random weights: a fake tensor cannot be filled from a file."""
     return build_random_llava(
-        LlavaConfig.from_pretrained(base), quantization="none", dtype=loading.resolve_dtype(options["dtype"]),
-        device=torch.device("cuda", 0), with_tower=options["with_tower"],
-    )  # fmt: skip
+        LlavaConfig.from_pretrained(base),
+        quantization="none",
+        dtype=loading.resolve_dtype(options["dtype"]),
+        device=torch.device("cuda", 0),
+        with_tower=options["with_tower"],
+    )

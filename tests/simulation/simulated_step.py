@@ -129,9 +129,12 @@ def build_trainer(setting: Setting, callback: TrainerCallback) -> _Trainer:
 
     def load_base(base: Any, **options: Any) -> Any:
         return build_random_llava(
-            config, quantization=options["quantization"], dtype=loading.resolve_dtype(options["dtype"]),
-            device=loading.default_device(), with_tower=options["with_tower"],
-        )  # fmt: skip
+            config,
+            quantization=options["quantization"],
+            dtype=loading.resolve_dtype(options["dtype"]),
+            device=loading.default_device(),
+            with_tower=options["with_tower"],
+        )
 
     stages.load_base = load_base
     base: Any = types.SimpleNamespace(name=None, revision=None, initial_projector=None, folder=DEMO_FOLDER / "llm")
@@ -141,10 +144,14 @@ def build_trainer(setting: Setting, callback: TrainerCallback) -> _Trainer:
     arguments.dataloader_pin_memory = False
     row = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "image_files": [], "row_id": "0"}
     trainer = _Trainer(
-        model, arguments, train=Feed([row], [[0]] * 8, PackedCollator(None)), validation=None,
+        model,
+        arguments,
+        train=Feed([row], [[0]] * 8, PackedCollator(None)),
+        validation=None,
         processor=build_processor(tokenizer, config, image_processor_of(DEMO_FOLDER / "none", config)),
-        rates=stages.learning_rates(recipe), callbacks=[callback],
-    )  # fmt: skip
+        rates=stages.learning_rates(recipe),
+        callbacks=[callback],
+    )
     trainer.rows = [batch_of(setting, config) for _ in range(2)]
     return trainer
 

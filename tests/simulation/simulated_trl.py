@@ -35,9 +35,17 @@ def _peaks(setting: Setting, meters: list[Meter]) -> Peaks:
     config = config_of(setting, len(tokenizer), int(tokenizer.convert_tokens_to_ids("<image>")))
     batch = images_of(setting, config)
     settings = benchmark_sides.BenchmarkSettings(
-        side="trl_random", shape="7b", batch_size=2 * batch, micro_batch=batch, steps=0, r=setting.r,
-        optimizer="adamw_torch", cap_bytes=None, words=100, pool=1,
-    )  # fmt: skip
+        side="trl_random",
+        shape="7b",
+        batch_size=2 * batch,
+        micro_batch=batch,
+        steps=0,
+        r=setting.r,
+        optimizer="adamw_torch",
+        cap_bytes=None,
+        words=100,
+        pool=1,
+    )
     template = benchmark_sides.chat_template(benchmark_sides._template())
     processor = build_processor(tokenizer, config, image_processor_of(DEMO_FOLDER / "none", config), template)
     meter = Meter(setting.trained_tokens)

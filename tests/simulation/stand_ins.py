@@ -50,13 +50,21 @@ def quantized(weight: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | Non
         )
     blocks = count // 64
     scales = QuantState(
-        absmax=torch.empty(-(-blocks // 256), device=device), blocksize=256,
-        code=torch.empty(256, device=device), dtype=torch.float32,
-    )  # fmt: skip
+        absmax=torch.empty(-(-blocks // 256), device=device),
+        blocksize=256,
+        code=torch.empty(256, device=device),
+        dtype=torch.float32,
+    )
     state = QuantState(
-        absmax=torch.empty(blocks, dtype=torch.uint8, device=device), shape=shape, dtype=dtype, blocksize=64,
-        code=torch.empty(16, device=device), quant_type="nf4", offset=torch.empty((), device=device), state2=scales,
-    )  # fmt: skip
+        absmax=torch.empty(blocks, dtype=torch.uint8, device=device),
+        shape=shape,
+        dtype=dtype,
+        blocksize=64,
+        code=torch.empty(16, device=device),
+        quant_type="nf4",
+        offset=torch.empty((), device=device),
+        state2=scales,
+    )
     packed: Any = nn.Parameter(torch.empty((count // 2, 1), dtype=torch.uint8, device=device), requires_grad=False)
     packed.quant_state, packed.compress_statistics, packed.quant_type = state, True, "nf4"
     packed.blocksize, packed.quant_storage, packed.bnb_quantized = 64, torch.uint8, True

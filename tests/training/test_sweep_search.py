@@ -1,4 +1,4 @@
-"""`lora-llava sweep --trials`: a search that stops and goes on with the same trials, and what is refused."""
+"""`lora-llava sweep --trials`: a search that stops and resumes with the same trials, and what is refused."""
 
 from __future__ import annotations
 

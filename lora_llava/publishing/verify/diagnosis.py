@@ -104,7 +104,7 @@ class Diagnosis:
         shorter = [one for one in different if one.served.text and one.here.startswith(one.served.text)]
         found = max(longer, shorter, key=len)
         if found and 2 * len(found) > len(different):
-            what = "go on after" if found is longer else "end before"
+            what = "continue after" if found is longer else "end before"
             example = (found[0].served.text or "")[len(found[0].here) :][:40] if found is longer else ""
             shown = f", the first with {example!r}" if example else ""
             self._add("wrong stop", f"{len(found)} answers {what} the end of those here{shown}")

@@ -1,6 +1,6 @@
 """A search instead of a grid: Optuna proposes one setting after another, and its trials are kept in the sweep's folder.
 
-The sampler has the seed of the recipe plus the number of the trial, so that a search that was stopped goes on with the
+The sampler has the seed of the recipe plus the number of the trial, so that a search that was stopped resumes with the
 trials that it would have had.
 """
 
