@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -204,26 +203,27 @@ def _by_segment(
     dropout: float,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Run SDPA on each segment: exact, and far cheaper than a dense mask over the row."""
+    """Run SDPA on each segment: exact, and far cheaper than a dense mask over the row.
+
+    `split`, as its backward pass joins the gradients once; that of a slice fills a tensor of the whole row with zeros.
+    """
     if query.is_cuda:  # the kernel for these GPUs has no grouped heads, and the one that has them keeps every score
         key, value = (each.repeat_interleave(query.shape[1] // each.shape[1], dim=1) for each in (key, value))
     grouped = key.shape[1] != query.shape[1]
+    queries, keys = (torch.diff(ends).tolist() for ends in cu_seq_lens)
     parts = []
-    for (start, end), (first, last) in zip(*(itertools.pairwise(ends.tolist()) for ends in cu_seq_lens), strict=True):
-        mask = _band(end - start, last - first, window, query.device)
-        parts.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, first:last],
-                value[:, :, first:last],
-                attn_mask=mask,
-                dropout_p=dropout,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
+    for q, k, v in zip(query.split(queries, 2), key.split(keys, 2), value.split(keys, 2), strict=True):
+        mask = _band(q.shape[2], k.shape[2], window, query.device)
+        part = F.scaled_dot_product_attention(
+            *(q, k, v),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=grouped,
         )
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+        parts.append(part.transpose(1, 2))
+    return torch.cat(parts, dim=1)
 
 
 def _band(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
