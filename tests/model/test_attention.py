@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images.image_sources import Pixels
 from lora_llava.model.adapters import add_adapters, lora_config
 from lora_llava.model.families.tower_families import image_processor_of
-from lora_llava.model.fast_path.attention import use_flash_varlen
+from lora_llava.model.fast_path.attention import flash_varlen_attention, use_flash_varlen
 from lora_llava.model.loading import load_base
 from lora_llava.model.start import prepare_base
 from lora_llava.recipe import Recipe
@@ -166,3 +167,19 @@ def test_a_packed_batch_is_exact(collators: Any) -> None:
     assert "pixel_values" not in batch
     with pytest.raises(ValueError, match="the first token of sample 7 is trained"):
         collators[1]([sample(3, 3, 7)])
+
+
+def test_the_backward_pass_takes_each_segment_once() -> None:
+    """The gradient of a slice fills a tensor of the whole row, once per sample: rows of many samples become slow."""
+    rows = [torch.randn(1, 2, 12, 8, requires_grad=True) for _ in range(3)]
+    ends = torch.tensor([0, 5, 9, 12], dtype=torch.int32)
+    output, _ = flash_varlen_attention(torch.nn.Identity(), *rows, None, cu_seq_lens_q=ends)
+    steps, found = [output.grad_fn], []
+    while steps:
+        step = steps.pop()
+        if step is not None and step not in found:
+            found.append(step)
+            steps.extend(parent for parent, _ in step.next_functions)
+    names = Counter(type(step).__name__ for step in found)
+    assert names["SplitWithSizesBackward0"] == 3, names
+    assert names["SliceBackward0"] == 0, names
