@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +16,8 @@ from lora_llava.inference.answer import Answer
 from lora_llava.inference.batches import Batches, question_bytes
 from lora_llava.inference.question import EncodedImages, Question
 from lora_llava.inference.shared_prompts import (
-    CACHE_ARGUMENT,
-    SharedPrompt,
-    begin_prompts,
     in_groups,
+    rows_of,
     shared_prompts,
     split_batch,
 )
@@ -128,7 +126,7 @@ def weigh_choices(
         return {i: one for part in split_batch(chosen, begins) for i, one in weigh_part(*part).items()}
 
     def weigh_part(chosen: list[int], continued: bool) -> dict[int, Answer]:
-        indices, batch, found = _rows_of(model, chosen, rows, begins if continued else None, encoded, pad_token_id)
+        indices, batch, found = rows_of(model, chosen, rows, begins if continued else None, encoded, pad_token_id)
         if not indices:
             return found
         before = batch["attention_mask"].shape[1] - batch["input_ids"].shape[1]
@@ -168,29 +166,6 @@ def _scores(log_probabilities: torch.Tensor, tree: Tree, question: Choices) -> t
             total += float(log_probabilities[kept - end + before, tree.input_ids[place]])
         scores.append(total)
     return tuple(scores)
-
-
-def _rows_of(
-    model: Any,
-    chosen: Sequence[int],
-    rows: Sequence[Question],
-    begins: Mapping[int, SharedPrompt] | None,
-    encoded: EncodedImages,
-    pad_token_id: int,
-) -> tuple[list[int], dict[str, Any], dict[int, Answer]]:
-    """Return the rows that have their images, the arguments of the model's pass over them, and answers for the others.
-
-    With shared prompts, which are computed here, `input_ids` are the tokens behind them, and `attention_mask` is of
-    all tokens.
-    """
-    if begins is not None:
-        begun = begin_prompts(model, chosen, rows, begins, encoded, pad_token_id)
-        if not begun.indices:
-            return [], {}, begun.problems
-        batch = {"input_ids": begun.rest["input_ids"], "attention_mask": begun.mask(), CACHE_ARGUMENT: begun.cache}
-        return begun.indices, batch, begun.problems
-    batch, failed = encoded.batch(chosen, rows, pad_token_id)
-    return [i for i in chosen if i not in failed], batch, failed
 
 
 def _tree_mask(trees: Sequence[Tree], longest: int, before: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -264,7 +239,7 @@ def answer_losses(
         return [one for part in split_batch(chosen, begins) for one in losses_of_part(*part)]
 
     def losses_of_part(chosen: list[int], continued: bool) -> list[tuple[int, float, int]]:
-        indices, batch, _ = _rows_of(model, chosen, questions, begins if continued else None, encoded, pad_token_id)
+        indices, batch, _ = rows_of(model, chosen, questions, begins if continued else None, encoded, pad_token_id)
         if not indices:
             return []
         longest = batch["input_ids"].shape[1]
@@ -287,7 +262,7 @@ def answer_losses(
     def needed(index: int) -> int:
         return question_bytes(model, len(rows[index][0]), logits=longest_answer + 1, cached=False)
 
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    order = in_groups(questions, range(len(rows)), begins)
     for chosen, found in Batches(batch_size).run(order, losses, needed):
         encoded.release(chosen, questions)
         yield from found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,9 @@ class SharedPrompt(NamedTuple):
     images: tuple[Any, ...]
 
 
-def shared_prompts(model: Any, questions: Sequence[Question], indices: Sequence[int]) -> dict[int, SharedPrompt]:
+def shared_prompts(
+    model: Any, questions: Sequence[Question] | Mapping[int, Question], indices: Iterable[int]
+) -> dict[int, SharedPrompt]:
     """Find the questions whose prompts begin alike.
 
     Args:
@@ -57,7 +59,9 @@ def shared_prompts(model: Any, questions: Sequence[Question], indices: Sequence[
     return {index: prompt for index, prompt in found.items() if counts[prompt] > 1}
 
 
-def in_groups(questions: Sequence[Question], indices: Sequence[int], shared: Mapping[int, SharedPrompt]) -> list[int]:
+def in_groups(
+    questions: Sequence[Question] | Mapping[int, Question], indices: Iterable[int], shared: Mapping[int, SharedPrompt]
+) -> list[int]:
     """Order questions, longest first; the questions of a shared prompt behind its longest one."""
     order = sorted(indices, key=lambda i: -len(questions[i].input_ids))
     places: dict[SharedPrompt, int] = {}
@@ -111,7 +115,7 @@ class Begun(NamedTuple):
 def begin_prompts(
     model: Any,
     chosen: Sequence[int],
-    questions: Sequence[Question],
+    questions: Sequence[Question] | Mapping[int, Question],
     shared: Mapping[int, SharedPrompt],
     encoded: EncodedImages,
     pad_token_id: int,
@@ -140,3 +144,35 @@ def begin_prompts(
     rest = left_padded([questions[i].input_ids[len(shared[i].ids) :] for i in kept], pad_token_id)
     before = torch.tensor([shared[i].ids for i in kept], device=encoded.device)
     return Begun(kept, cache, before, {name: tensor.to(encoded.device) for name, tensor in rest.items()}, problems)
+
+
+def rows_of(
+    model: Any,
+    chosen: Sequence[int],
+    questions: Sequence[Question] | Mapping[int, Question],
+    begins: Mapping[int, SharedPrompt] | None,
+    encoded: EncodedImages,
+    pad_token_id: int,
+) -> tuple[list[int], dict[str, Any], dict[int, Answer]]:
+    """Prepare the model's pass over one part of a batch (`split_batch`).
+
+    Args:
+        model: A LLaVA, with or without an adapter.
+        chosen: The questions of the part.
+        questions: All questions.
+        begins: Their shared prompts, which are computed here; None if the part continues none.
+        encoded: The images.
+        pad_token_id: Token id for padding on the left.
+
+    Returns:
+        The questions that have their images, the arguments of the pass, and answers for the others. With shared
+        prompts, `input_ids` are the tokens behind them, and `attention_mask` is of all tokens.
+    """
+    if begins is not None:
+        begun = begin_prompts(model, chosen, questions, begins, encoded, pad_token_id)
+        if not begun.indices:
+            return [], {}, begun.problems
+        batch = {"input_ids": begun.rest["input_ids"], "attention_mask": begun.mask(), CACHE_ARGUMENT: begun.cache}
+        return begun.indices, batch, begun.problems
+    batch, failed = encoded.batch(chosen, questions, pad_token_id)
+    return [i for i in chosen if i not in failed], batch, failed

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lora_llava.data.conversation import Turn
 from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.evaluation.answerers import by_likelihood, reference_losses
+from lora_llava.evaluation.inspection.row_measures import measure_rows
 from lora_llava.inference.likelihood import answer_losses
 from lora_llava.inference.question import Question
 from lora_llava.inference.shared_prompts import in_groups, shared_prompts, split_batch
@@ -123,6 +125,25 @@ def test_losses_and_scores_equal_those_of_one_question_at_a_time(speaking: Any, 
     for index, answer in chosen[0].items():
         assert chosen[1][index].text == answer.text
         assert chosen[1][index].scores == pytest.approx(answer.scores, rel=1e-5)
+
+
+def test_inspection_measures_equal_those_of_one_row_at_a_time(speaking: Any, passes: list[tuple[int, int]]) -> None:
+    asked, rows = speaking
+    images = [row.images for row in rows if row.images]
+    several = [
+        replace(row, turns=(Turn("user", f"<image>\n{text}"), Turn("assistant", answer)), images=images[place % 2])
+        for place, (row, text, answer) in enumerate(
+            zip(rows, TEXTS * 2, ("Red.", "A longer answer.") * 4, strict=False)
+        )
+    ] + [row for row in rows if not row.images][:2]
+    alone = measure_rows(replace(asked, batch_size=1), several, 0)
+    passes.clear()
+    together = measure_rows(replace(asked, batch_size=8), several, 0)
+    assert [count for count, _ in passes[:3]] == [2, 2, 6]  # rows without images, the beginnings of both images, rows
+    for name in ("own", "tokens", "surprise", "shuffled", "blank"):
+        np.testing.assert_allclose(getattr(together, name), getattr(alone, name), rtol=1e-4, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(together.states.astype(float), alone.states.astype(float), rtol=2e-3, atol=2e-3)
+    assert together.problems == alone.problems == {}
 
 
 def test_losses_of_captions_right_behind_the_image(asked_often: Any) -> None:

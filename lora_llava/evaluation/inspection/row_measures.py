@@ -20,6 +20,7 @@ from lora_llava.evaluation.row_evaluation import shuffle_images
 from lora_llava.inference.batches import Batches, question_bytes
 from lora_llava.inference.likelihood import first_label
 from lora_llava.inference.question import EncodedImages, Question
+from lora_llava.inference.shared_prompts import CACHE_ARGUMENT, in_groups, rows_of, shared_prompts, split_batch
 
 SHUFFLES = 3
 """Shuffled images of a row that seems to gain nothing: one alone may show the same answer by chance."""
@@ -208,17 +209,23 @@ def _measure(
     for i in [i for i, found in encoded.items() if found["labels"][0] != IGNORE_INDEX]:
         del encoded[i]
         problems[i] = "nothing stands before its answer, not even the tokenizer's first token"
-    order = sorted(encoded, key=lambda i: -len(encoded[i]["input_ids"]))
+    model, pad = evaluator.model, evaluator.tokenizer.pad_token_id
+    questions = {i: Question(row["input_ids"], rows[i].images) for i, row in encoded.items()}
+    # The token before the answer is computed with the answer: it predicts its first token, and its state is kept.
+    begins = shared_prompts(model, questions, questions)
+    begins = {i: prompt for i, prompt in begins.items() if first_label(encoded[i]["labels"]) > len(prompt.ids)}
 
     def forward(chosen: list[int]) -> dict[int, _Answered]:
-        questions = {i: Question(encoded[i]["input_ids"], rows[i].images) for i in chosen}
-        batch, failed = images.batch(chosen, questions, evaluator.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        return {i: one for part in split_batch(chosen, begins) for i, one in forward_part(*part).items()}
+
+    def forward_part(chosen: list[int], continued: bool) -> dict[int, _Answered]:
+        indices, batch, failed = rows_of(model, chosen, questions, begins if continued else None, images, pad)
         problems.update((i, str(answer.problem)) for i, answer in failed.items())
-        chosen = [i for i in chosen if i not in failed]
-        if not chosen:
+        if not indices:
             return {}
-        labels = [encoded[i]["labels"] for i in chosen]
-        return dict(zip(chosen, _forward(evaluator.model, batch, labels, images, with_state), strict=True))
+        before = batch["attention_mask"].shape[1] - batch["input_ids"].shape[1]
+        labels = [encoded[i]["labels"][before:] for i in indices]
+        return dict(zip(indices, _forward(model, batch, labels, images, with_state), strict=True))
 
     def needed(index: int) -> int:
         labels = encoded[index]["labels"]
@@ -226,7 +233,7 @@ def _measure(
         return question_bytes(evaluator.model, len(labels), logits=answer + 1, cached=False, all_states=with_state)
 
     found: dict[int, _Answered] = {}
-    for _, measured in batches.run(order, forward, needed):
+    for _, measured in batches.run(in_groups(questions, questions, begins), forward, needed):
         found |= measured
     return found
 
@@ -239,19 +246,19 @@ def _forward(
     images: EncodedImages,
     with_state: bool,
 ) -> list[_Answered]:
-    """Run one batch, padded on the left; labels are those of each row, without padding."""
+    """Run one batch, padded on the left; labels are those of each row's tokens in the batch, without padding."""
     model.eval()
     longest = batch["input_ids"].shape[1]
     places = [
         [longest - len(row) + place for place, label in enumerate(row) if label != IGNORE_INDEX] for row in labels
     ]
     keep = longest - min(row[0] for row in places) + 1
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, -longest:]
     with images.as_pixels():
         output = model(
             **batch,
             position_ids=positions,
-            use_cache=False,
+            use_cache=CACHE_ARGUMENT in batch,
             logits_to_keep=keep,
             output_hidden_states=with_state,
         )
