@@ -30,6 +30,7 @@ BENCHMARKS = (
     "dealing",
     "faults",
     "shared_images",
+    "rivals",
     "simulate",
 )
 """Modules of `tests.benchmarks`; only the chosen one is imported, also by the processes that it starts."""

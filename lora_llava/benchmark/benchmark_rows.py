@@ -60,13 +60,14 @@ def _draw_image(seed: int) -> bytes:
     return stream.getvalue()
 
 
-def draw_rows(count: int, seed: int = 0, words: int | None = None) -> list[Conversation]:
+def draw_rows(count: int, seed: int = 0, words: int | None = None, questions: int = 1) -> list[Conversation]:
     """Draw conversations of one question and one answer.
 
     Args:
         count: Number of conversations.
         seed: Seed of the draw.
         words: Text length of every row, each with an image; None draws lengths and images as in ScienceQA.
+        questions: Consecutive conversations about one image.
     """
     generator = random.Random(seed)
     rows = []
@@ -76,7 +77,7 @@ def draw_rows(count: int, seed: int = 0, words: int | None = None) -> list[Conve
         has_image = words is not None or generator.random() < IMAGE_SHARE
         question = ("<image>\n" if has_image else "") + _text(generator, length - answer)
         turns = (Turn("user", question), Turn("assistant", _text(generator, answer)))
-        rows.append(Conversation(str(index), turns, (str(index),) if has_image else (), {}))
+        rows.append(Conversation(str(index), turns, (str(index // questions),) if has_image else (), {}))
     return rows
 
 

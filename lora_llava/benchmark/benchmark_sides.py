@@ -19,6 +19,7 @@ from lora_llava.data.collator import PackedCollator
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.images.image_id import own_names
 from lora_llava.data.images.image_sources import Pixels
+from lora_llava.data.packed_rows.shared_prefixes import SharedSamples, find_prefixes
 from lora_llava.data.selection import build_rows
 from lora_llava.data.templates.named_templates import Template, chat_template, get_template
 from lora_llava.model.adapters import add_adapters, lora_config
@@ -33,7 +34,7 @@ from lora_llava.model.random_weights import build_random_llava
 from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.model.vision import run_tower, tower_features
 from lora_llava.model.weights.parts import DEMO_FOLDER
-from lora_llava.planning.fit import measure_rows
+from lora_llava.planning.fit import Extremes, measure_rows
 from lora_llava.planning.memory import CUDA_CONTEXT, Step, fit_step, smallest
 from lora_llava.recipe.schema import LINEARS, LoraSection
 from lora_llava.training.feed import Feed
@@ -59,6 +60,7 @@ class BenchmarkSettings:
         optimizer: transformers' name of the optimizer.
         cap_bytes: Cap on GPU memory in bytes; None for no cap.
         words: Text length of every row, each with an image; None for ScienceQA's lengths.
+        questions: Rows about each image, side by side; with several, ours computes each image once.
         seed: Seed of rows and weights.
         pool: Number of batches to draw rows for, of which `steps` are trained.
         liger: Whether Liger's kernels are used; TRL's way is `use_liger_kernel`.
@@ -73,6 +75,7 @@ class BenchmarkSettings:
     optimizer: str
     cap_bytes: int | None
     words: int | None = None
+    questions: int = 1
     seed: int = 0
     pool: int = 200
     liger: bool = False
@@ -103,8 +106,8 @@ def run_side(settings: BenchmarkSettings) -> dict[str, Any]:
     """Train some steps and measure speed and memory.
 
     Returns:
-        `name`, `real_tokens_per_second`, `peak_memory_bytes`, `peak_reserved_bytes` (None without a GPU), `seconds`,
-        `real_tokens`, `losses`, and details of the side.
+        `name`, `real_tokens_per_second`, `samples_per_second`, `peak_memory_bytes`, `peak_reserved_bytes` (None without
+        a GPU), `seconds`, `real_tokens`, `losses`, and details of the side.
     """
     if settings.cap_bytes is not None:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -125,6 +128,7 @@ def run_side(settings: BenchmarkSettings) -> dict[str, Any]:
     return {
         "name": settings.side,
         "real_tokens_per_second": tokens / clock.seconds,
+        "samples_per_second": settings.steps * settings.batch_size / clock.seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_reserved_bytes": peak_reserved_bytes(),
         "seconds": clock.seconds,
@@ -142,8 +146,12 @@ def _template() -> Template:
 
 def _batches(settings: BenchmarkSettings) -> list[list[Conversation]]:
     """Return the batches of a run: the same samples for every side, grouped by length for `trl_grouped`."""
-    pool = draw_rows(max(settings.steps, settings.pool) * settings.batch_size, settings.seed, settings.words)
-    grouped, shuffled = lay_out([text_length(row) for row in pool], settings.batch_size, settings.steps, settings.seed)
+    size = settings.batch_size
+    if settings.questions > 1:
+        pool = draw_rows((settings.steps + 1) * size, settings.seed, settings.words, settings.questions)
+        return [pool[start : start + size] for start in range(0, len(pool), size)]
+    pool = draw_rows(max(settings.steps, settings.pool) * size, settings.seed, settings.words)
+    grouped, shuffled = lay_out([text_length(row) for row in pool], size, settings.steps, settings.seed)
     chosen = grouped if settings.side == "trl_grouped" else shuffled
     return [[pool[i] for i in batch] for batch in chosen]
 
@@ -210,7 +218,9 @@ def _ours(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, cloc
     make_lean(model.model.language_model)
     if settings.liger:
         use_liger(model.model.language_model)
-    step = _planned(settings, config, rows, samples, cached)
+    pixels = {name: str(name) for i in indices for name in samples.image_files(i)}  # no image is a copy of another
+    shared = find_prefixes(samples, pixels) if settings.questions > 1 else None
+    step = _planned(settings, config, measure_rows(rows, samples, padded=False, shared=shared), cached)
     checkpoint_language_model(model, step.checkpointed, step.offloaded)
     arguments = _arguments(
         settings,
@@ -222,7 +232,7 @@ def _ours(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, cloc
     trainer = CountingTrainer(
         peft_model,
         arguments,
-        train=Feed(samples, rows, PackedCollator(images)),
+        train=Feed(samples if shared is None else SharedSamples(samples, shared), rows, PackedCollator(images)),
         validation=None,
         processor=processor,
         rates=Rates(adapters=arguments.learning_rate, projector=1e-4),
@@ -254,10 +264,9 @@ def _features(settings: BenchmarkSettings, config: LlavaConfig, pixels: Pixels, 
     return lambda wanted: torch.stack([kept[name] for name in wanted])
 
 
-def _planned(settings: BenchmarkSettings, config: LlavaConfig, rows: Any, samples: Any, cached: bool) -> Step:
+def _planned(settings: BenchmarkSettings, config: LlavaConfig, extremes: Extremes, cached: bool) -> Step:
     """Plan the step with the least recomputation that fits under the cap; without a cap, with none."""
     cuda = torch.cuda.is_available()
-    extremes = measure_rows(rows, samples, padded=False)
     step = Step(
         config=config,
         quantization="nf4" if cuda else "none",
@@ -267,6 +276,7 @@ def _planned(settings: BenchmarkSettings, config: LlavaConfig, rows: Any, sample
         tokens=extremes.tokens,
         trained_tokens=extremes.trained_tokens,
         images=extremes.images,
+        keys=extremes.keys,
         cached_features=cached,
         cuda=cuda,
     )
