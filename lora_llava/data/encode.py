@@ -41,7 +41,7 @@ def encode_conversation(
     *,
     tokenizer: PreTrainedTokenizerBase,
     template: str | AnyTemplate,
-    num_image_tokens: int,
+    num_image_tokens: int | Sequence[int],
     max_length: int | None = None,
 ) -> Encoded:
     """Encode a conversation for training: only the assistant's tokens and the stop after each answer are trained.
@@ -58,7 +58,7 @@ def encode_conversation(
             the assistant last. Other special tokens in their texts are encoded as ordinary text.
         tokenizer: A fast tokenizer that knows `<image>`.
         template: A key of `lora_llava.data.TEMPLATES`, or a template.
-        num_image_tokens: Number of `<image>` ids for one image (CLIP ViT-L/14-336: 576).
+        num_image_tokens: Number of `<image>` ids for one image (CLIP ViT-L/14-336: 576), or for each image in order.
         max_length: Most tokens of a sample; the end of the last answer is cut to fit. None does not cut.
 
     Returns:
@@ -160,7 +160,12 @@ def _runs(spans: Sequence[Span]) -> list[Span]:
 
 
 def expand(
-    ids: np.ndarray, trained: np.ndarray, *, image_id: int, num_image_tokens: int, max_length: int | None = None
+    ids: np.ndarray,
+    trained: np.ndarray,
+    *,
+    image_id: int | None,
+    num_image_tokens: int | Sequence[int] | np.ndarray,
+    max_length: int | None = None,
 ) -> Encoded:
     """Replace each `<image>` by the image's tokens, and cut the end of the last answer to fit.
 
@@ -179,7 +184,8 @@ def expand(
         OverlongError: If `max_length` would cut more than the end of the last answer.
     """
     is_image = ids == image_id
-    repeats = np.where(is_image, num_image_tokens, 1)
+    repeats = np.ones(len(ids), dtype=np.int64)
+    repeats[is_image] = num_image_tokens
     input_ids = np.repeat(ids, repeats)
     labels = np.repeat(np.where(trained & ~is_image, ids, IGNORE_INDEX), repeats)
     if max_length is not None and len(input_ids) > max_length:
@@ -190,12 +196,21 @@ def expand(
     return {"input_ids": input_ids.tolist(), "labels": labels.tolist()}
 
 
+def repeat_images(ids: Sequence[int], image_id: int | None, num_image_tokens: int | Sequence[int]) -> list[int]:
+    """Return ids with each `<image>` repeated; the arguments are those of `expand`."""
+    array = np.asarray(ids, dtype=np.int64)
+    repeats = np.ones(len(array), dtype=np.int64)
+    repeats[array == image_id] = num_image_tokens
+    found: list[int] = np.repeat(array, repeats).tolist()
+    return found
+
+
 def encode_prompt(
     messages: Sequence[Message],
     *,
     tokenizer: PreTrainedTokenizerBase,
     template: str | AnyTemplate,
-    num_image_tokens: int,
+    num_image_tokens: int | Sequence[int],
 ) -> list[int]:
     """Encode a conversation that ends with the user, up to where the answer starts.
 
@@ -215,7 +230,7 @@ def encode_prompt(
     ids, _ = _tokenise(prompt, tokenizer)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     bos = [] if _has_bos(prompt[0].text, tokenizer) else leading_ids(tokenizer)
-    return bos + [token for i in ids for token in ([i] * num_image_tokens if i == image_id else [i])]
+    return bos + repeat_images(ids, image_id, num_image_tokens)
 
 
 def _tokenise(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:

@@ -6,12 +6,13 @@ and the selection of rows are applied when rows are taken from it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,13 @@ class EncodedTable:
         row_ids: The id of each row.
         problems: The error of each row, its kind and message separated by a tab; empty if it has none.
         notes: The repairs made to each row, separated by NUL; empty if none.
+        image_id: The id of `<image>`; None before `with_image_tokens`.
     """
 
     def __init__(self, columns: dict[str, np.ndarray]) -> None:
         self.columns = columns
+        self.image_id: int | None = None
+        self._image_tokens = np.zeros(0, dtype=np.int64)
         self.ids, self.trained, self.starts = columns["ids"], columns["trained"], columns["starts"]
         self.image_counts, self.supervised = columns["pictures"], columns["supervised"]
         self.row_ids, self._images, self.problems, self.notes, self._names = (
@@ -83,9 +87,34 @@ class EncodedTable:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def lengths(self, num_image_tokens: int) -> np.ndarray:
+    def with_image_tokens(self, image_id: int, tokens: int | Mapping[str, int]) -> EncodedTable:
+        """Return the table with the number of tokens of its images, which depends on the model.
+
+        Args:
+            image_id: The id of `<image>`.
+            tokens: Tokens of an image; by its name if they differ.
+        """
+        found = EncodedTable(self.columns)
+        found.image_id = image_id
+        if isinstance(tokens, int):
+            found._image_tokens = np.full(int(self.image_counts.sum()), tokens, dtype=np.int64)
+        else:
+            names = (name for row in range(len(self)) for name in self.images(row))
+            found._image_tokens = np.fromiter((tokens[name] for name in names), dtype=np.int64)
+        return found
+
+    @functools.cached_property
+    def _image_starts(self) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(self.image_counts, dtype=np.int64)])
+
+    def image_tokens(self, index: int) -> np.ndarray:
+        """Return the tokens of each of a row's images, int64."""
+        return self._image_tokens[self._image_starts[index] : self._image_starts[index + 1]]
+
+    def lengths(self) -> np.ndarray:
         """Return the number of tokens of each row, including image tokens, int64."""
-        return np.diff(self.starts) + self.image_counts.astype(np.int64) * (num_image_tokens - 1)
+        total = np.concatenate([[0], np.cumsum(self._image_tokens)])
+        return np.diff(self.starts) - self.image_counts + np.diff(total[self._image_starts])
 
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a row's ids and their trained mask."""
@@ -283,24 +312,13 @@ class EncodedRows(Sequence[dict[str, Any]]):
     """The rows that a split uses, taken from one or more tables.
 
     Args:
-        tables: The tables of the sources.
+        tables: The tables of the sources, with image tokens.
         places: The table and row of each row, int64 of shape (rows, 2).
-        image_id: The id of `<image>`.
-        num_image_tokens: The number of tokens of an image.
         max_length: Most tokens of a row; the end of its last answer is cut to fit.
     """
 
-    def __init__(
-        self,
-        tables: Sequence[EncodedTable],
-        places: np.ndarray,
-        *,
-        image_id: int,
-        num_image_tokens: int,
-        max_length: int,
-    ) -> None:
-        self.tables, self.places = tables, places.reshape(-1, 2)
-        self.image_id, self.num_image_tokens, self.max_length = image_id, num_image_tokens, max_length
+    def __init__(self, tables: Sequence[EncodedTable], places: np.ndarray, *, max_length: int) -> None:
+        self.tables, self.places, self.max_length = tables, places.reshape(-1, 2), max_length
         self.lengths = np.zeros(len(self.places), dtype=np.int64)
         """The number of tokens of each row."""
         self.supervised = np.zeros(len(self.places), dtype=np.int64)
@@ -308,7 +326,7 @@ class EncodedRows(Sequence[dict[str, Any]]):
         for number, table in enumerate(tables):
             mine = np.flatnonzero(self.places[:, 0] == number)
             rows = self.places[mine, 1]
-            self.lengths[mine] = table.lengths(num_image_tokens)[rows]
+            self.lengths[mine] = table.lengths()[rows]
             self.supervised[mine] = table.supervised[rows]
         for index in np.flatnonzero(self.lengths > max_length):
             self.supervised[index] = sum(label != IGNORE_INDEX for label in self[int(index)]["labels"])
@@ -323,7 +341,10 @@ class EncodedRows(Sequence[dict[str, Any]]):
             return [self[i] for i in range(*index.indices(len(self)))]
         table, row = self.table_row(index)
         encoded = expand(
-            *table.row(row), image_id=self.image_id, num_image_tokens=self.num_image_tokens, max_length=self.max_length
+            *table.row(row),
+            image_id=table.image_id,
+            num_image_tokens=table.image_tokens(row),
+            max_length=self.max_length,
         )
         return {"row_id": table.row_ids[row], **encoded, "image_files": self.image_files(index)}
 
@@ -350,20 +371,15 @@ class EncodedRows(Sequence[dict[str, Any]]):
     def take(self, indices: Sequence[int] | np.ndarray) -> EncodedRows:
         """Return only these rows."""
         places = self.places[np.asarray(indices, dtype=np.int64)]
-        return EncodedRows(
-            self.tables,
-            places,
-            image_id=self.image_id,
-            num_image_tokens=self.num_image_tokens,
-            max_length=self.max_length,
-        )
+        return EncodedRows(self.tables, places, max_length=self.max_length)
 
 
-def answer_starts(table: EncodedTable, rows: np.ndarray, image_id: int, num_image_tokens: int) -> np.ndarray:
+def answer_starts(table: EncodedTable, rows: np.ndarray) -> np.ndarray:
     """Return the start of the last answer of each of these rows, in tokens."""
     found = []
     for row in rows:
         ids, trained = table.row(int(row))
         start = last_answer_start(np.where(trained, ids, IGNORE_INDEX))
-        found.append(start + int((ids[:start] == image_id).sum()) * (num_image_tokens - 1))
+        images = int((ids[:start] == table.image_id).sum())
+        found.append(start - images + int(table.image_tokens(int(row))[:images].sum()))
     return np.array(found, dtype=np.int64)

@@ -75,17 +75,13 @@ class Policy:
     on_bad_image: OnBad = "error"
 
 
-def select_rows(
-    tables: Sequence[EncodedTable], places: np.ndarray, policy: Policy, *, image_id: int, num_image_tokens: int
-) -> tuple[EncodedRows, Report]:
+def select_rows(tables: Sequence[EncodedTable], places: np.ndarray, policy: Policy) -> tuple[EncodedRows, Report]:
     """Select the usable rows of a split, by their text; images are checked by `without_bad_images`.
 
     Args:
-        tables: The tables of the sources.
+        tables: The tables of the sources, with image tokens.
         places: The table and row of each row, int64 of shape (rows, 2), in order.
         policy: How to treat the other rows.
-        image_id: The id of `<image>`.
-        num_image_tokens: The number of tokens of an image.
 
     Returns:
         The rows, and the report so far; `account` completes it.
@@ -99,12 +95,9 @@ def select_rows(
     for number, table in enumerate(tables):
         mine = np.flatnonzero(places[:, 0] == number)
         good = _sound(table, places[mine, 1], policy.on_bad_row, report)
-        good[good] = _fitting(table, places[mine[good], 1], policy, image_id, num_image_tokens, report)
+        good[good] = _fitting(table, places[mine[good], 1], policy, report)
         kept[mine] = good
-    rows = EncodedRows(
-        tables, places[kept], image_id=image_id, num_image_tokens=num_image_tokens, max_length=policy.max_length
-    )
-    return rows, report
+    return EncodedRows(tables, places[kept], max_length=policy.max_length), report
 
 
 def _sound(table: EncodedTable, rows: np.ndarray, on_bad_row: OnBad, report: Report) -> np.ndarray:
@@ -121,11 +114,9 @@ def _sound(table: EncodedTable, rows: np.ndarray, on_bad_row: OnBad, report: Rep
     return ~bad
 
 
-def _fitting(
-    table: EncodedTable, rows: np.ndarray, policy: Policy, image_id: int, num_image_tokens: int, report: Report
-) -> np.ndarray:
+def _fitting(table: EncodedTable, rows: np.ndarray, policy: Policy, report: Report) -> np.ndarray:
     """Return the mask of the rows that are short enough or can be cut."""
-    lengths = table.lengths(num_image_tokens)[rows]
+    lengths = table.lengths()[rows]
     long = lengths > policy.max_length
     if not long.any():
         return ~long
@@ -139,7 +130,7 @@ def _fitting(
     if policy.on_overlong == "drop":
         report.dropped[OVERLONG] += int(long.sum())
         return ~long
-    starts = answer_starts(table, rows[long], image_id, num_image_tokens)
+    starts = answer_starts(table, rows[long])
     gone = np.flatnonzero(starts >= policy.max_length)
     if len(gone):
         place = np.flatnonzero(long)[gone[0]]
@@ -213,7 +204,7 @@ def build_rows(
     *,
     tokenizer: PreTrainedTokenizerBase,
     template: str | AnyTemplate,
-    num_image_tokens: int,
+    num_image_tokens: int | Mapping[str, int],
     max_length: int,
     on_overlong: OnOverlong = "error",
     images: ImageSource | None = None,
@@ -226,7 +217,7 @@ def build_rows(
         conversations: The rows.
         tokenizer: See `encode_conversation`.
         template: See `encode_conversation`.
-        num_image_tokens: See `encode_conversation`.
+        num_image_tokens: Tokens of an image; by its name if they differ.
         max_length: See `Policy`.
         on_overlong: See `Policy`.
         images: Opens the images, to find bad ones before training; None does not check them.
@@ -240,11 +231,12 @@ def build_rows(
         UserError: If a row is refused, or no row is left.
     """
     source = list_source("rows", conversations, images)  # type: ignore[arg-type]
+    image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     table = encode_table(source, tokenizer=tokenizer, template=template, progress=progress)
+    table = table.with_image_tokens(image_id, num_image_tokens)
     policy = Policy(max_length, on_overlong, "error", on_bad_image)
     places = np.stack([np.zeros(len(table), dtype=np.int64), np.arange(len(table))], axis=1)
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    rows, report = select_rows([table], places, policy, image_id=image_id, num_image_tokens=num_image_tokens)
+    rows, report = select_rows([table], places, policy)
     if images is not None:
         rows = without_bad_images(
             rows, on_bad_image, report, lambda names: dict(inspect_images(images, own_names(names)).items())

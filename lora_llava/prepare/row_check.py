@@ -16,13 +16,11 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.checks.duplicates import DUPLICATE
 from lora_llava.data.checks.findings import CheckReport, Finding
 from lora_llava.data.checks.source_checks import check_sources
-from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.files.cleaned_copy import write_set_without
 from lora_llava.data.files.row_files import DataFileError
 from lora_llava.data.folder_kinds.folder_kind import number_of
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.evaluation.figures.majority import read_majority
-from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.start import plan_model
 from lora_llava.pages.preview_samples import escape_hidden
 from lora_llava.planning.continued_run import check_continued, check_continued_processor
@@ -33,7 +31,7 @@ from lora_llava.runs.directory import write_json
 from lora_llava.splits.earlier_rows import earlier_rows
 from lora_llava.splits.encoded_sources import OpenSplit, encode_splits, image_cache, show_progress
 from lora_llava.splits.refusals import checked_sources, sources_with_images
-from lora_llava.splits.split_rows import run_policy
+from lora_llava.splits.split_rows import run_policy, with_image_tokens
 
 _BAR = 40
 
@@ -108,14 +106,12 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
     check_continued_processor(recipe, processor)
     seen = earlier_rows(recipe, processor, template, model.config, show_progress)
     splits = encode_splits(recipe, tokenizer, template, show_progress, seen=seen)
+    splits = {name: with_image_tokens(split, tokenizer, model.config) for name, split in splits.items()}
     images = _inspect(splits)
     checked = checked_sources(splits, images)
-    image_id: Any = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     report = check_sources(
         checked,
         {name: run_policy(recipe, name) for name in splits},
-        image_id=image_id,
-        num_image_tokens=image_tokens(model.config),
         leaks_are_errors=not science,
         with_images=sources_with_images(recipe, splits),
     )

@@ -21,7 +21,6 @@ from lora_llava.data.images.image_files import image_file
 from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.data.packed_rows.shared_prefixes import Segment, SharedPrefixes, SharedSamples, segments_of
 from lora_llava.data.templates.spans import AnyTemplate
-from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.start import plan_model
 from lora_llava.pages.preview_page import render_page
 from lora_llava.pages.preview_samples import Preview, PreviewRow, PreviewSample, PreviewToken
@@ -43,7 +42,6 @@ class _Batches:
         tokenizer: The tokenizer, for the texts of tokens.
         processor: The processor, for its image normalisation.
         image_id: Token id of `<image>`.
-        num_image_tokens: Tokens per image.
         padding_free: Whether rows are packed.
         capacity: Most tokens of a row; 0 without a limit.
         shared: The prefixes that samples share; None if none may be shared.
@@ -53,7 +51,6 @@ class _Batches:
     tokenizer: Any
     processor: Any
     image_id: int
-    num_image_tokens: int
     padding_free: bool
     capacity: int
     shared: SharedPrefixes | None
@@ -99,7 +96,6 @@ def preview(
         tokenizer,
         processor,
         tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),  # type: ignore[arg-type]
-        image_tokens(model.config),
         padding_free,
         recipe.training.max_tokens_per_row or 0,
         shared,
@@ -195,22 +191,22 @@ def _read_batch(batches: _Batches, row: Sequence[int]) -> Iterator[_Part]:
         raise UserError(f"{error}; `lora-llava check` lists all such rows") from None
     if batches.padding_free:
         ends = batch["cu_seq_lens_q"].tolist()
-        yield from _join(
-            segments_of(samples), list(_cut(batches, batch, [(0, slice(*each)) for each in pairwise(ends)]))
-        )
+        segments = segments_of(samples)
+        images = [segment.last_image - segment.first_image for segment in segments]
+        yield from _join(segments, list(_cut(batch, [(0, slice(*each)) for each in pairwise(ends)], images)))
     else:
         lengths = batch["attention_mask"].sum(dim=1).tolist()
-        yield from _cut(batches, batch, [(place, slice(0, length)) for place, length in enumerate(lengths)])
+        cuts = [(place, slice(0, length)) for place, length in enumerate(lengths)]
+        yield from _cut(batch, cuts, [len(sample["image_files"]) for sample in samples])
 
 
-def _cut(batches: _Batches, batch: dict[str, Any], cuts: Sequence[Any]) -> Iterator[_Part]:
-    """Cut a batch into parts, with the images of each."""
+def _cut(batch: dict[str, Any], cuts: Sequence[Any], images: Sequence[int]) -> Iterator[_Part]:
+    """Cut a batch into parts, with the number of images of each."""
     used = 0
-    for cut in cuts:
+    for cut, count in zip(cuts, images, strict=True):
         ids, labels = batch["input_ids"][cut].tolist(), batch["labels"][cut].tolist()
-        images = ids.count(batches.image_id) // batches.num_image_tokens
-        yield _Part(ids, labels, list(batch["pixel_values"][used : used + images]) if images else [])
-        used += images
+        yield _Part(ids, labels, list(batch["pixel_values"][used : used + count]) if count else [])
+        used += count
 
 
 def _join(segments: Sequence[Segment], parts: Sequence[_Part]) -> Iterator[_Part]:
@@ -237,12 +233,12 @@ def _sample(batches: _Batches, index: int, part: _Part, *, row: int) -> PreviewS
     rows = batches.split.rows
     table, number = rows.table_row(index)
     notes = [note for note in table.notes[number].split("\0") if note]
-    if table.lengths(batches.num_image_tokens)[number] > rows.max_length:
+    if table.lengths()[number] > rows.max_length:
         notes.append("answer cut to fit")
     return PreviewSample(
         batches.split.source_of(index).name,
         table.row_ids[number],
-        tuple(_tokens(batches, ids, labels)),
+        tuple(_tokens(batches, ids, labels, table.image_tokens(number).tolist())),
         tuple(_image(one, batches.processor.image_processor) for one in pixels),
         row,
         tuple(notes),
@@ -252,13 +248,15 @@ def _sample(batches: _Batches, index: int, part: _Part, *, row: int) -> PreviewS
     )
 
 
-def _tokens(batches: _Batches, ids: list[int], labels: list[int]) -> Iterator[PreviewToken]:
+def _tokens(
+    batches: _Batches, ids: list[int], labels: list[int], image_tokens: Sequence[int]
+) -> Iterator[PreviewToken]:
     """Yield the tokens of a sample; all positions of an image are one token."""
     names = batches.tokenizer.convert_ids_to_tokens(ids)
-    position = 0
+    position, of_images = 0, iter(image_tokens)
     while position < len(ids):
         token, is_image = ids[position], ids[position] == batches.image_id
-        count = batches.num_image_tokens if is_image else 1
+        count = next(of_images) if is_image else 1
         trained = labels[position] != IGNORE_INDEX
         yield PreviewToken(token, names[position], trained, position, count, is_image)
         position += count

@@ -121,6 +121,19 @@ def run_policy(recipe: Recipe, split: str) -> Policy:
     return Policy(limit, data.on_overlong, data.on_bad_row, data.on_bad_image)
 
 
+def with_image_tokens(split: OpenSplit, tokenizer: Any, config: LlavaConfig) -> OpenSplit:
+    """Return a split whose tables know the tokens of their images.
+
+    Args:
+        split: From `encode_splits`.
+        tokenizer: The processor's tokenizer.
+        config: The model's config.
+    """
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    tables = [table.with_image_tokens(image_id, image_tokens(config)) for table in split.tables]
+    return replace(split, tables=tables)
+
+
 def build_split(
     recipe: Recipe,
     name: str,
@@ -149,10 +162,7 @@ def build_split(
         UserError: If a row is refused, or no row is left.
     """
     data, limits = recipe.data, run_policy(recipe, name)
-    image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    rows, report = select_rows(
-        split.tables, split.places, limits, image_id=image_id, num_image_tokens=image_tokens(config)
-    )
+    rows, report = select_rows(with_image_tokens(split, processor.tokenizer, config).tables, split.places, limits)
     mixed = name == "train" and any(x.weight is not None or x.rows is not None for x in data.train_sources())
     usable, draw = rows, None
     if mixed:

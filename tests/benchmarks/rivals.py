@@ -35,9 +35,7 @@ LLAMAFACTORY = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--llamafactory", type=Path, help="python of an environment that has llamafactory"
-    )
+    parser.add_argument("--llamafactory", type=Path, help="python of an environment that has llamafactory")
     parser.add_argument("--data", nargs="+", choices=SHAPES_OF_DATA, default=list(SHAPES_OF_DATA), help="rows")
     parser.add_argument("--samples", type=int, default=20, help="samples of an optimizer step")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each side, after one that is not timed")

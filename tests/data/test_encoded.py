@@ -89,10 +89,13 @@ def contents(table: EncodedTable, tokenizer: Any) -> list[Any]:
 
 def all_rows(tables: Sequence[EncodedTable], tokenizer: Any, max_length: int = 10**6) -> EncodedRows:
     places = [(number, row) for number, table in enumerate(tables) for row in range(len(table))]
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
     return EncodedRows(
-        tables, np.array(places, dtype=np.int64), image_id=image_id, num_image_tokens=3, max_length=max_length
+        [sized(table, tokenizer) for table in tables], np.array(places, dtype=np.int64), max_length=max_length
     )
+
+
+def sized(table: EncodedTable, tokenizer: Any, tokens: Any = 3) -> EncodedTable:
+    return table.with_image_tokens(tokenizer.convert_tokens_to_ids("<image>"), tokens)
 
 
 @pytest.fixture(scope="session")
@@ -124,7 +127,7 @@ def test_a_table_is_its_rows_encoded_one_by_one(
         assert [each.row_ids[index] for index in range(len(each))] == [row.row_id for row in rows]
         lengths = [len(row["input_ids"]) if isinstance(row, dict) else 0 for row in wanted]
         good = [index for index, length in enumerate(lengths) if length]
-        assert [each.lengths(3)[index] for index in good] == [lengths[index] for index in good]
+        assert [sized(each, tokenizer).lengths()[index] for index in good] == [lengths[index] for index in good]
         supervised = [sum(label != -100 for label in row["labels"]) if isinstance(row, dict) else 0 for row in wanted]
         assert each.supervised.tolist() == supervised
     assert list(table.columns) == list(kept.columns)
@@ -153,7 +156,7 @@ def test_a_table_s_columns(letters: LlamaTokenizer, spell: Any, tmp_path: Path) 
         assert table.starts.tolist() == [0, 9, 9, 18, 25, 25]
         assert table.image_counts.tolist() == [0, 0, 1, 2, 0]
         assert table.supervised.tolist() == [4, 0, 6, 3, 0]
-        assert table.lengths(576).tolist() == [9, 0, 584, 1157, 0]
+        assert sized(table, letters, 576).lengths().tolist() == [9, 0, 584, 1157, 0]
         assert [table.images(index) for index in range(5)] == [[], [], ["red.png"], ["a é.png", "b.png"], []]
         assert [table.notes[index] for index in range(5)] == ["", "", "placeholder added\0leading answer cut", "", ""]
         assert (table.notes.where().tolist(), table.problems.where().tolist()) == ([2], [1, 4])
@@ -171,7 +174,7 @@ def test_a_table_s_columns(letters: LlamaTokenizer, spell: Any, tmp_path: Path) 
 def test_a_table_may_hold_nothing(letters: LlamaTokenizer, tmp_path: Path, rows: list[Read]) -> None:
     for cache in (None, tmp_path, tmp_path):
         table = encode_table(source_of(rows), tokenizer=letters, template=SHORT, cache=cache)
-        assert (len(table), table.lengths(3).tolist(), table.supervised.tolist()) == (
+        assert (len(table), sized(table, letters).lengths().tolist(), table.supervised.tolist()) == (
             len(rows),
             [0] * len(rows),
             [0] * len(rows),
@@ -342,8 +345,7 @@ def test_where_last_answers_begin(tokenizer: LlamaTokenizer) -> None:
         conversation("z", "Hi", "Yo", "<image>", "Yo", images=("1.png",)),
     ]
     table = encode_table(source_of(made), tokenizer=tokenizer, template=SHORT)
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
-    found = answer_starts(table, np.array([2, 0, 1]), image_id, 3).tolist()
+    found = answer_starts(sized(table, tokenizer), np.array([2, 0, 1])).tolist()
     rows = all_rows([table], tokenizer)
     labels = [rows[n]["labels"] for n in (2, 0, 1)]
     assert found == [len(each) - [label == -100 for label in each][::-1].index(True) for each in labels]
@@ -373,3 +375,30 @@ def test_invalid_unicode_is_a_problem_of_its_row(letters: LlamaTokenizer) -> Non
     table = encode_table(source_of(rows), tokenizer=letters, template=SHORT)
     assert table.problem(0) is not None
     assert table.problem(1) is None
+
+
+def test_images_with_different_numbers_of_tokens(tokenizer: LlamaTokenizer) -> None:
+    made = [
+        conversation("x", "<image>a<image>", "b", "c", "de", images=("1.png", "2.png")),
+        conversation("y", "Hi", "Yo"),
+        conversation("z", "Hi", "Yo", "<image>", "Yo", images=("2.png",)),
+    ]
+    table = encode_table(source_of(made), tokenizer=tokenizer, template=SHORT)
+    known = {"1.png": 2, "2.png": 5}
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    places = np.array([[0, row] for row in range(3)])
+    rows = EncodedRows([table.with_image_tokens(image_id, known)], places, max_length=100)
+    for row, own in zip(made, rows, strict=True):
+        counts = [known[str(name)] for name in row.images]
+        wanted = encode_conversation(
+            [{"role": turn.role, "content": turn.text} for turn in row.turns],
+            tokenizer=tokenizer,
+            template=SHORT,
+            num_image_tokens=counts,
+        )
+        assert (own["input_ids"], own["labels"]) == (wanted["input_ids"], wanted["labels"])
+        assert own["input_ids"].count(image_id) == sum(counts)
+    assert rows.lengths.tolist() == [len(row["input_ids"]) for row in rows]
+    starts = answer_starts(rows.tables[0], np.arange(3)).tolist()
+    ignored = [[label == -100 for label in row["labels"]] for row in rows]
+    assert starts == [len(each) - each[::-1].index(True) for each in ignored]

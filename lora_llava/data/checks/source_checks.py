@@ -27,18 +27,14 @@ def check_sources(
     sources: Sequence[CheckedSource],
     policies: Mapping[str, Policy],
     *,
-    image_id: int,
-    num_image_tokens: int,
     leaks_are_errors: bool = True,
     with_images: Container[str] = (),
 ) -> CheckReport:
     """Run all checks.
 
     Args:
-        sources: The parts of the splits, training first.
+        sources: The parts of the splits, training first; their tables with image tokens.
         policies: The policy of each split.
-        image_id: The id of `<image>`.
-        num_image_tokens: The number of tokens of an image.
         leaks_are_errors: Whether a held-out row that is also trained on is an error. In a published split, which cannot
             be fixed here, it is a warning.
         with_images: Sources that should have images, by the recipe or by images beside them; without images they are
@@ -48,11 +44,10 @@ def check_sources(
         The report, with findings in the order of the rows.
     """
     report = CheckReport(rows=sum(len(source.rows) for source in sources))
-    shape = (image_id, num_image_tokens)
     for source in sources:
         policy = policies[source.split]
         (report.errors if policy.on_bad_row == "error" else report.warnings).extend(_bad_rows(source, policy))
-        errors, warnings = _overlong(source, policy, shape)
+        errors, warnings = _overlong(source, policy)
         report.errors += errors
         report.warnings += warnings
         report.warnings += _repaired(source)
@@ -65,7 +60,7 @@ def check_sources(
     (report.errors if leaks_are_errors else report.warnings).extend(leaks(sources))
     for split in dict.fromkeys(source.split for source in sources):
         mine = [source for source in sources if source.split == split]
-        report.splits[split] = _figures(mine, policies[split], num_image_tokens)
+        report.splits[split] = _figures(mine, policies[split])
     return report
 
 
@@ -146,12 +141,11 @@ def _repaired(source: CheckedSource) -> Iterator[Finding]:
             yield source.finding(kind, int(row), message)
 
 
-def _overlong(source: CheckedSource, policy: Policy, shape: tuple[int, int]) -> tuple[list[Finding], list[Finding]]:
+def _overlong(source: CheckedSource, policy: Policy) -> tuple[list[Finding], list[Finding]]:
     """Return errors and warnings about rows over the limit, by the recipe's policy."""
-    image_id, num_image_tokens = shape
-    lengths = source.table.lengths(num_image_tokens)[source.rows]
+    lengths = source.table.lengths()[source.rows]
     long = np.flatnonzero(lengths > policy.max_length)
-    starts = answer_starts(source.table, source.rows[long], image_id, num_image_tokens)
+    starts = answer_starts(source.table, source.rows[long])
     errors, warnings = [], []
     for place, start in zip(long, starts, strict=True):
         row, length = int(source.rows[place]), int(lengths[place])
@@ -186,9 +180,9 @@ def _images(source: CheckedSource, policy: Policy) -> tuple[list[Finding], list[
     return errors, warnings
 
 
-def _figures(sources: Sequence[CheckedSource], policy: Policy, num_image_tokens: int) -> dict[str, Any]:
+def _figures(sources: Sequence[CheckedSource], policy: Policy) -> dict[str, Any]:
     """Return the statistics of a split: rows, tokens, trained tokens, and a histogram of lengths."""
-    lengths = np.concatenate([source.table.lengths(num_image_tokens)[source.sound_rows] for source in sources])
+    lengths = np.concatenate([source.table.lengths()[source.sound_rows] for source in sources])
     trained = sum(int(source.table.supervised[source.sound_rows].sum()) for source in sources)
     longest = int(lengths.max()) if len(lengths) else 0
     width = next((width for width in _WIDTHS if longest < width * _MOST_BINS), longest // _MOST_BINS + 1)

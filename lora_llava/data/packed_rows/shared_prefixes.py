@@ -106,11 +106,11 @@ def find_prefixes(rows: EncodedRows, pixels: Mapping[ImageName, str]) -> SharedP
     for index in range(len(rows)):
         table, row = rows.table_row(index)
         ids, trained = table.row(row)
-        places = np.flatnonzero(ids[: int(trained.argmax())] == rows.image_id)
+        places = np.flatnonzero(ids[: int(trained.argmax())] == table.image_id)
         images = tuple(pixels.get(name, "") for name in rows.image_files(index)[: len(places)])
         end = int(places[-1]) + 1 if len(places) else 0
         keys.append((ids[:end].tobytes(), images) if images and all(images) else None)
-        sizes.append((end + len(places) * (rows.num_image_tokens - 1), len(places)))
+        sizes.append((end - len(places) + int(table.image_tokens(row)[: len(places)].sum()), len(places)))
     counts = Counter(keys)
     numbers: dict[Any, int] = defaultdict(lambda: len(numbers))
     of = [
