@@ -27,7 +27,7 @@ BENCHMARKS = (
     "contexts",
     "synthesis",
     "gpu",
-    "dealing",
+    "balance",
     "faults",
     "shared_images",
     "rivals",

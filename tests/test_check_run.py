@@ -15,8 +15,9 @@ from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.weights.names import ADAPTER_FILE
+from lora_llava.recipe.io import RECIPE_FILE
 from lora_llava.runs.check_run import check_run, in_progress
-from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE
+from lora_llava.runs.directory import METRICS_FILE
 
 VERBS = [
     ["chat", "{}", "--prompt", "x"],

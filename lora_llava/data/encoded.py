@@ -32,14 +32,14 @@ from lora_llava.data.templates.named_templates import get_template
 from lora_llava.data.templates.spans import AnyTemplate, Span, check_tokenizer, conversation_spans, fit_template
 from lora_llava.data.typed import special_tokens
 
-_VERSION = 3
+_VERSION = 4
 """Increase it when reading or encoding changes for the same rows."""
 _BATCH = 512
 _ARRAYS: dict[str, type] = {
     "ids": np.int32,
     "trained": np.bool_,
     "starts": np.int64,
-    "pictures": np.int32,
+    "image_counts": np.int32,
     "supervised": np.int32,
 }
 _TEXTS = ("row_ids", "images", "problems", "notes", "names")
@@ -79,7 +79,7 @@ class EncodedTable:
         self.image_id: int | None = None
         self._image_tokens = np.zeros(0, dtype=np.int64)
         self.ids, self.trained, self.starts = columns["ids"], columns["trained"], columns["starts"]
-        self.image_counts, self.supervised = columns["pictures"], columns["supervised"]
+        self.image_counts, self.supervised = columns["image_counts"], columns["supervised"]
         self.row_ids, self._images, self.problems, self.notes, self._names = (
             _Texts(columns[name], columns[f"{name}_starts"]) for name in _TEXTS
         )
@@ -152,7 +152,7 @@ class _Writer:
         self.columns["supervised"].append(int(encoded[1].sum()) if encoded is not None else 0)
         self.starts.append(len(self.columns["ids"]))
         images = own_names(row.images) if isinstance(row, Conversation) else ()
-        self.columns["pictures"].append(len(images))
+        self.columns["image_counts"].append(len(images))
         texts = {
             "row_ids": row.row_id,
             "images": "\0".join(images),

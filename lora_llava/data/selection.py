@@ -39,7 +39,7 @@ class Report:
         tokens: Tokens of the kept rows, image tokens included.
         supervised_tokens: Trained tokens among them.
         longest: Tokens of the longest kept row.
-        mended: Rows kept after a harmless repair, by the repair; the name is a key of saved files.
+        repaired: Rows kept after a harmless repair, by the repair.
         sources: Rows used of each source, if there are several.
     """
 
@@ -50,11 +50,11 @@ class Report:
     tokens: int = 0
     supervised_tokens: int = 0
     longest: int = 0
-    mended: Counter[str] = field(default_factory=Counter)
+    repaired: Counter[str] = field(default_factory=Counter)
     sources: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "dropped": dict(self.dropped), "mended": dict(self.mended)}
+        return {**self.__dict__, "dropped": dict(self.dropped), "repaired": dict(self.repaired)}
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def without_bad_images(
         if problem is None:
             good.append(index)
             kinds = {kind for name in names for kind, _ in found[name].oddities}
-            report.mended.update(kinds & {MATCHED, SCALED, TRANSPARENT})
+            report.repaired.update(kinds & {MATCHED, SCALED, TRANSPARENT})
             continue
         if on_bad_image == "error":
             raise UserError(f"{rows.row_name(index)}: {problem}; fix it or set data.on_bad_image=drop")
@@ -196,7 +196,7 @@ def account(rows: EncodedRows, report: Report) -> None:
     for number, table in enumerate(rows.tables):
         mine = rows.places[rows.places[:, 0] == number, 1]
         for row in mine[np.isin(mine, table.notes.where())]:
-            report.mended.update(table.notes[int(row)].split("\0"))
+            report.repaired.update(table.notes[int(row)].split("\0"))
 
 
 def build_rows(

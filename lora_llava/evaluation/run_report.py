@@ -40,8 +40,9 @@ from lora_llava.pages.report_page import GalleryItem, RunReport, Table, render_r
 from lora_llava.pages.report_plots import Curve
 from lora_llava.planning.memory import GIB
 from lora_llava.recipe import Recipe, load_recipe, recipe_hash
+from lora_llava.recipe.io import RECIPE_FILE
 from lora_llava.runs.check_run import check_run
-from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, is_run, peak_memory
+from lora_llava.runs.directory import METRICS_FILE, is_run, peak_memory
 from lora_llava.splits.split_rows import Split
 
 REPORT_FILE = "report.html"

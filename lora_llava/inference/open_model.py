@@ -18,8 +18,9 @@ from lora_llava.model.adapter_file import checked_base
 from lora_llava.model.loading import Quantization
 from lora_llava.model.start import plan_model
 from lora_llava.recipe import ModelSection, StartFrom, load_recipe
+from lora_llava.recipe.io import RECIPE_FILE
 from lora_llava.runs.check_run import check_run
-from lora_llava.runs.directory import RECIPE_FILE, is_run, read_record
+from lora_llava.runs.directory import is_run, read_record
 
 
 def open_speaker(

@@ -13,7 +13,7 @@ from lora_llava.model.start import RUN_FILE
 from lora_llava.model.weights.parts import load_part, local_folder
 from lora_llava.recipe import Recipe, load_recipe
 from lora_llava.recipe.continued import other_settings
-from lora_llava.recipe.io import RUN_RECIPE
+from lora_llava.recipe.io import RECIPE_FILE
 
 _PARTS = ("llm", "vision_tower")
 
@@ -31,10 +31,10 @@ def check_continued(recipe: Recipe) -> None:
     if run is None:
         return
     refuse_own_folder(recipe)
-    file = Path(run) / RUN_RECIPE
+    file = Path(run) / RECIPE_FILE
     if not file.is_file():
         raise UserError(
-            f"model.start_from.run: {run} has no {RUN_RECIPE}; merge it with `lora-llava merge {run} --output MERGED`, "
+            f"model.start_from.run: {run} has no {RECIPE_FILE}; merge it with `lora-llava merge {run} --output MERGED` "
             "and train a new adapter with model.start_from={llava: MERGED}"
         )
     record = json.loads((Path(run) / RUN_FILE).read_text(encoding="utf-8"))

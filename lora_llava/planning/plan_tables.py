@@ -52,7 +52,7 @@ def print_data(plan: RunPlan, console: Console) -> None:
     for name, split in plan.splits.items():
         for line in _reading(name, split):
             console.print(line, soft_wrap=True, markup=False)
-        fixes = ", ".join(f"{count:,} {what}" for what, count in split.report.mended.items())
+        fixes = ", ".join(f"{count:,} {what}" for what, count in split.report.repaired.items())
         if fixes:
             console.print(f"{name}: fixed while reading: {fixes}; `lora-llava check` names the rows", soft_wrap=True)
     for line in (*plan.notes, *plan.sharing):

@@ -27,7 +27,8 @@ from lora_llava.publishing.merged_weights import BaseKind, merged_tensors
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
 from lora_llava.publishing.proof_prompts import PER_KIND
 from lora_llava.publishing.serving_folder import write_serving
-from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, versions, write_json
+from lora_llava.recipe.io import RECIPE_FILE
+from lora_llava.runs.directory import METRICS_FILE, versions, write_json
 from lora_llava.splits.seen_rows import SEEN_FILE
 
 REPORT_FILE = "merge_report.json"

@@ -35,7 +35,7 @@ from lora_llava.publishing.proof import (
 )
 from lora_llava.publishing.proof_prompts import sample_prompts
 from lora_llava.recipe import load_recipe
-from lora_llava.runs.directory import RECIPE_FILE
+from lora_llava.recipe.io import RECIPE_FILE
 
 MAX_NEW_TOKENS = 24
 FP32_TOLERANCE = 1e-4

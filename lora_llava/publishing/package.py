@@ -21,9 +21,9 @@ from lora_llava.model.weights.tensor_files import lazy_file, weight_files
 from lora_llava.publishing.merge import ADAPTER_FOLDER, BASE_FILE, BASE_FOLDER, PROCESSOR_FILES, REPORT_FILE
 from lora_llava.publishing.private_content import scan
 from lora_llava.recipe import dump_recipe, load_recipe
-from lora_llava.recipe.io import check_recipe
+from lora_llava.recipe.io import RECIPE_FILE, check_recipe
 from lora_llava.runs.check_run import check_run
-from lora_llava.runs.directory import METRICS_FILE, RECIPE_FILE, is_run, read_record
+from lora_llava.runs.directory import METRICS_FILE, is_run, read_record
 
 Kind = Literal["adapter", "model"]
 ADAPTER_CONFIG, MODEL_CONFIG, INDEX_FILE = "adapter_config.json", "config.json", "model.safetensors.index.json"

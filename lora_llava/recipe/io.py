@@ -43,7 +43,7 @@ _HINTED = 8
 """Most wrong values for which a message names what was meant; each is validated several times."""
 
 
-RUN_RECIPE = "recipe.yaml"
+RECIPE_FILE = "recipe.yaml"
 """The recipe in a run directory."""
 RENAMED_KEYS = {"samples_per_picture": "samples_per_image"}
 """Top-level keys by their earlier names, which are still accepted with a warning."""
@@ -133,10 +133,10 @@ def _completed(recipe: Recipe, where: str) -> Recipe:
     run = recipe.model.start_from.run
     if run is None or not lacks_values(recipe):
         return recipe
-    file = Path(run) / RUN_RECIPE
+    file = Path(run) / RECIPE_FILE
     if not file.is_file():
         if recipe.lora is None:
-            what = f"{run} has no {RUN_RECIPE}" if Path(run).is_dir() else f"the folder {run} does not exist"
+            what = f"{run} has no {RECIPE_FILE}" if Path(run).is_dir() else f"the folder {run} does not exist"
             raise RecipeError(f"{where}: model.start_from.run: {what}{looked_in(run)}; name a run directory")
         return recipe
     filled = fill_from_run(recipe, load_recipe(file))

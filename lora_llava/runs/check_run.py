@@ -13,8 +13,9 @@ from pathlib import Path
 
 from lora_llava.core.errors import UserError
 from lora_llava.model.start import RUN_FILE
+from lora_llava.recipe.io import RECIPE_FILE
 from lora_llava.runs.checkpoint import list_checkpoints
-from lora_llava.runs.directory import LOCK_RECORD, RECIPE_FILE, is_run
+from lora_llava.runs.directory import LOCK_RECORD, is_run
 
 CHECKPOINTS = "checkpoints"
 _INSIDE = re.compile(rf"{CHECKPOINTS}|checkpoint-\d+")

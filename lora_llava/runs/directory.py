@@ -30,6 +30,7 @@ from lora_llava.model.start import RUN_FILE, Base
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.planning.run_plan import RunPlan
 from lora_llava.recipe import Recipe, dump_recipe, load_recipe, recipe_hash
+from lora_llava.recipe.io import RECIPE_FILE
 from lora_llava.recipe.places import find_inputs
 
 LIBRARIES = (
@@ -44,7 +45,7 @@ LIBRARIES = (
     "pillow",
     "lora_llava",
 )
-RECIPE_FILE, METRICS_FILE, DATA_FILE = "recipe.yaml", "metrics.json", "data.json"
+METRICS_FILE, DATA_FILE = "metrics.json", "data.json"
 LOCK_RECORD = ".lock.json"
 """Which process trains in a run directory."""
 

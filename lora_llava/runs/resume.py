@@ -12,9 +12,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from lora_llava.core.errors import UserError, nearest
 from lora_llava.recipe import Recipe, load_recipe
+from lora_llava.recipe.io import RECIPE_FILE
 from lora_llava.recipe.schema import LINEARS
 from lora_llava.runs.checkpoint import best_of_run, list_checkpoints, newest_complete, read_manifest
-from lora_llava.runs.directory import RECIPE_FILE
 from lora_llava.runs.identity import check_identity, is_of_run, read_identity
 from lora_llava.splits.split_rows import Split
 

@@ -12,7 +12,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.json_files import read_object_if_any
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.recipe import EvaluationSection, Recipe, load_recipe
-from lora_llava.recipe.io import RUN_RECIPE
+from lora_llava.recipe.io import RECIPE_FILE
 from lora_llava.splits.encoded_sources import Progress, encode_splits, no_progress
 from lora_llava.splits.seen_rows import SEEN_FILE, SeenRows, read_seen, seen_of
 from lora_llava.splits.split_rows import build_split
@@ -68,7 +68,7 @@ def _read_again(
 ) -> SeenRows:
     """Read the data of a run that recorded no images; without it, return no rows and a line about that."""
     try:
-        recipe = load_recipe(run / RUN_RECIPE)
+        recipe = load_recipe(run / RECIPE_FILE)
         recipe = recipe.model_copy(update={"evaluation": recipe.evaluation or EvaluationSection()})
         opened = encode_splits(recipe, processor.tokenizer, template, progress)
         splits = {part: build_split(recipe, part, split, processor, config, progress) for part, split in opened.items()}

@@ -18,6 +18,7 @@ from lora_llava.inference.client.budget import Budget, estimate_tokens
 from lora_llava.inference.client.chat_request import ChatRequest
 from lora_llava.inference.client.client import ChatServer, find_model
 from lora_llava.recipe import ContextsSection, GenerateRecipe, dump_recipe, recipe_hash
+from lora_llava.recipe.io import RECIPE_FILE
 from lora_llava.synthesis.contexts.reading_contexts import Contexts, read_contexts
 from lora_llava.synthesis.gates.gates import Limits
 from lora_llava.synthesis.output import write_set
@@ -28,7 +29,6 @@ from lora_llava.synthesis.tasks import Tasks, plan_tasks
 from lora_llava.synthesis.teachers.teacher import Teacher, by_server
 
 DEMO = "demo"
-RECIPE_FILE = "recipe.yaml"
 LEDGER_FILE = "ledger.sqlite"
 _ESTIMATED = 200
 """Number of requests from which the token count of all is extrapolated."""

@@ -21,8 +21,9 @@ from trl import SFTConfig
 from lora_llava.distributed.sharding import full_weights, gather_full
 from lora_llava.model.adapters import trained_projector
 from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
+from lora_llava.recipe.io import RECIPE_FILE
 from lora_llava.runs.checkpoint import atomic_checkpoint, newest_complete, remove_old
-from lora_llava.runs.directory import DATA_FILE, RECIPE_FILE
+from lora_llava.runs.directory import DATA_FILE
 from lora_llava.runs.state_files import random_state
 from lora_llava.runs.trainer_state import (
     mean_loss,

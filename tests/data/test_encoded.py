@@ -375,30 +375,3 @@ def test_invalid_unicode_is_a_problem_of_its_row(letters: LlamaTokenizer) -> Non
     table = encode_table(source_of(rows), tokenizer=letters, template=SHORT)
     assert table.problem(0) is not None
     assert table.problem(1) is None
-
-
-def test_images_with_different_numbers_of_tokens(tokenizer: LlamaTokenizer) -> None:
-    made = [
-        conversation("x", "<image>a<image>", "b", "c", "de", images=("1.png", "2.png")),
-        conversation("y", "Hi", "Yo"),
-        conversation("z", "Hi", "Yo", "<image>", "Yo", images=("2.png",)),
-    ]
-    table = encode_table(source_of(made), tokenizer=tokenizer, template=SHORT)
-    known = {"1.png": 2, "2.png": 5}
-    image_id = tokenizer.convert_tokens_to_ids("<image>")
-    places = np.array([[0, row] for row in range(3)])
-    rows = EncodedRows([table.with_image_tokens(image_id, known)], places, max_length=100)
-    for row, own in zip(made, rows, strict=True):
-        counts = [known[str(name)] for name in row.images]
-        wanted = encode_conversation(
-            [{"role": turn.role, "content": turn.text} for turn in row.turns],
-            tokenizer=tokenizer,
-            template=SHORT,
-            num_image_tokens=counts,
-        )
-        assert (own["input_ids"], own["labels"]) == (wanted["input_ids"], wanted["labels"])
-        assert own["input_ids"].count(image_id) == sum(counts)
-    assert rows.lengths.tolist() == [len(row["input_ids"]) for row in rows]
-    starts = answer_starts(rows.tables[0], np.arange(3)).tolist()
-    ignored = [[label == -100 for label in row["labels"]] for row in rows]
-    assert starts == [len(each) - each[::-1].index(True) for each in ignored]

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import LlamaTokenizer
 
 from lora_llava.core.errors import UserError
-from lora_llava.data import Conversation, Template, Turn
+from lora_llava.data import Conversation, Template, Turn, encode_conversation
+from lora_llava.data.encoded import answer_starts
 from lora_llava.data.images.image_sources import FolderImages
 from lora_llava.data.selection import Report, build_rows
 
@@ -59,7 +61,7 @@ def test_rows_and_their_account(build: Build, spell: Any) -> None:
         "tokens": 20,
         "supervised_tokens": 10,
         "longest": 11,
-        "mended": {},
+        "repaired": {},
         "sources": {},
     }
 
@@ -89,7 +91,7 @@ def test_a_longer_row_is_dropped_and_counted(build: Build) -> None:
         "tokens": 9,
         "supervised_tokens": 4,
         "longest": 9,
-        "mended": {},
+        "repaired": {},
         "sources": {},
     }
 
@@ -106,7 +108,7 @@ def test_a_longer_row_loses_the_end_of_its_answer_and_is_counted(build: Build, s
         "tokens": 21,
         "supervised_tokens": 11,
         "longest": 12,
-        "mended": {},
+        "repaired": {},
         "sources": {},
     }
 
@@ -163,7 +165,7 @@ def test_bad_images_are_dropped_and_counted(build: Build, image_folder: Path) ->
         "tokens": 20,
         "supervised_tokens": 10,
         "longest": 11,
-        "mended": {},
+        "repaired": {},
         "sources": {},
     }
 
@@ -195,3 +197,21 @@ def test_messages_are_one_line(build: Build) -> None:
         build(LONG, max_length=14)
     assert caught.value.exit_code == 2
     assert not re.search(r"\n", str(caught.value))
+
+
+def test_images_with_different_numbers_of_tokens(build: Build, letters: LlamaTokenizer) -> None:
+    two = Conversation("x", (Turn("user", "<image>a<image>"), Turn("assistant", "b")), ("1.png", "2.png"))
+    later = (Turn("user", "Hi"), Turn("assistant", "Yo"), Turn("user", "<image>"), Turn("assistant", "Ok"))
+    made, known = (two, A, Conversation("z", later, ("2.png",))), {"1.png": 2, "2.png": 5}
+    rows, _ = build(*made, num_image_tokens=known, max_length=100)
+    image_id = letters.convert_tokens_to_ids("<image>")
+    for row, own in zip(made, rows, strict=True):
+        messages = [{"role": turn.role, "content": turn.text} for turn in row.turns]
+        counts = [known[str(name)] for name in row.images]
+        wanted = encode_conversation(messages, tokenizer=letters, template=SHORT, num_image_tokens=counts)
+        assert (own["input_ids"], own["labels"]) == (wanted["input_ids"], wanted["labels"])
+        assert own["input_ids"].count(image_id) == sum(counts)
+    assert rows.lengths.tolist() == [len(row["input_ids"]) for row in rows]  # type: ignore[attr-defined]
+    ignored = [[label == -100 for label in row["labels"]][::-1] for row in rows]
+    starts = answer_starts(rows.tables[0], np.arange(3)).tolist()  # type: ignore[attr-defined]
+    assert starts == [len(each) - each.index(True) for each in ignored]

@@ -93,7 +93,7 @@ def test_a_run_counts_names_its_images_and_is_asked_with_its_background(
         "1 image of more than 8 bits"
     ) in out.getvalue()
     folder = Path(content["output_dir"])
-    found = json.loads((folder / "metrics.json").read_text())["data"]["train"]["mended"]
+    found = json.loads((folder / "metrics.json").read_text())["data"]["train"]["repaired"]
     assert found == {"image matched by file name": 2, "image with transparency": 1, "image of more than 8 bits": 1}
     assert background_of(str(folder)) == "black"
     page = rebuild_report(str(folder)).read_text()

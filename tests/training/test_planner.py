@@ -97,10 +97,10 @@ def test_the_fix_names_settings_that_fit() -> None:
     with pytest.raises(UserError, match=r"; set (.*)$") as caught:
         choose_checkpointing(recipe, planned(recipe))
     overrides = str(caught.value).rsplit("; set ", 1)[1].split()
-    mended = load_recipe("scienceqa_qlora.yaml", ["training.memory_gb=6.5", *overrides])
-    tokens = mended.training.max_tokens_per_row
+    fixed = load_recipe("scienceqa_qlora.yaml", ["training.memory_gb=6.5", *overrides])
+    tokens = fixed.training.max_tokens_per_row
     assert tokens is not None
-    assert choose_checkpointing(mended, planned(mended, tokens)).peak <= 6.5 * GIB
+    assert choose_checkpointing(fixed, planned(fixed, tokens)).peak <= 6.5 * GIB
 
 
 def test_leaner_ways_need_less_one_after_the_other() -> None:

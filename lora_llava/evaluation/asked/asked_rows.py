@@ -15,7 +15,8 @@ from lora_llava.evaluation.row_evaluation import report
 from lora_llava.inference.client.client import ChatServer
 from lora_llava.model.start import ModelPlan
 from lora_llava.recipe import Recipe, load_recipe, override_recipe
-from lora_llava.runs.directory import RECIPE_FILE, read_data_hashes
+from lora_llava.recipe.io import RECIPE_FILE
+from lora_llava.runs.directory import read_data_hashes
 from lora_llava.splits.earlier_rows import earlier_rows
 from lora_llava.splits.seen_rows import SeenRows, read_seen
 from lora_llava.splits.split_rows import Split

@@ -19,8 +19,9 @@ from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.start import ModelPlan, plan_model
 from lora_llava.planning.run_plan import build_run_processor
 from lora_llava.recipe import EvaluationSection, Recipe, load_recipe
+from lora_llava.recipe.io import RECIPE_FILE
 from lora_llava.runs.check_run import check_run
-from lora_llava.runs.directory import RECIPE_FILE, read_data_hashes, read_record
+from lora_llava.runs.directory import read_data_hashes, read_record
 from lora_llava.splits.encoded_sources import encode_splits, open_sources, show_progress
 from lora_llava.splits.split_rows import Split, build_split
 

@@ -20,7 +20,7 @@ from lora_llava.evaluation.scienceqa import make_prediction
 from lora_llava.inference.client.chat_request import image_part
 from lora_llava.publishing.proof_prompts import ASKED_OF_IMAGES, ASKED_WITHOUT, draw_image
 from lora_llava.recipe import EvaluationSection
-from lora_llava.runs.directory import RECIPE_FILE
+from lora_llava.recipe.io import RECIPE_FILE
 
 QuestionKind = Literal["with image", "without image", "several turns"]
 KINDS: tuple[QuestionKind, ...] = ("with image", "without image", "several turns")

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
+from lora_llava.evaluation.asked.served_prompts import BOS_FIELD
 from lora_llava.inference.client.chat_request import ChatAnswer
 from lora_llava.inference.client.client import ChatServer
 from lora_llava.inference.served.prompt_pairs import PromptPair
@@ -25,7 +26,6 @@ from lora_llava.publishing.verify.variants import NOISE
 
 QUESTIONS = 12
 MAX_NEW_TOKENS = 48
-_BOS_FIELD = {"add_special_tokens": True}
 _SHOWN, _BEFORE, _LONGEST = 3, 20, 60
 """Differing answers that are printed, and characters of each before the difference and in all."""
 
@@ -140,7 +140,7 @@ def _try_bos_field(
     """Return how many answers are equal once the requests ask for BOS; None if BOS is not missing."""
     if not any(finding.fault == "missing BOS" for finding in findings) or facts.kind == "llama.cpp":
         return None
-    adding = replace(server, fields={**server.fields, **_BOS_FIELD})
+    adding = replace(server, fields={**server.fields, **BOS_FIELD})
     try:
         found = ask_server(adding, facts, [one.question for one in compared], MAX_NEW_TOKENS)
     except UserError:  # transformers' server refuses fields that it does not know
