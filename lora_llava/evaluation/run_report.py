@@ -33,6 +33,7 @@ from lora_llava.evaluation.figures.figure_lines import (
     read_confusions,
     recall_cells,
 )
+from lora_llava.evaluation.lmms.benchmark_table import public_tables
 from lora_llava.evaluation.scienceqa import COLUMNS
 from lora_llava.evaluation.scoring import EvaluationResult
 from lora_llava.evaluation.tables import interval_cells, percent_cells
@@ -96,7 +97,6 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: E
     Returns:
         The file.
     """
-    tables = {name: metrics[name] for name in ("before", "after") if metrics.get(name)}
     chosen = _choose(after.scored, recipe.seed) if after is not None else []
     gallery = [_item(after, i) for i in chosen] if after is not None else []
     notes = [_note_without_gallery(metrics)]
@@ -105,9 +105,9 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: E
     report = RunReport(
         title=f"{folder.name}: Stage {recipe.stage}",
         facts=_facts(recipe, metrics),
-        curves=_curves(metrics["train"], tables),
+        curves=_curves(metrics["train"], _scores(metrics)),
         findings=(metrics.get("figures") or {}).get("sentences", []),
-        tables=[*score_tables(tables, metrics.get("figures")), *_confusions(metrics.get("figures"))],
+        tables=_tables(metrics),
         gallery=gallery,
         notes=[*notes, *(metrics.get("continues") or {}).get("rows", ())],
     )
@@ -130,7 +130,7 @@ def rebuild_report(run: str) -> Path:
     """
     folder = Path(run)
     check_run(run)
-    if not is_run(folder) or not (folder / METRICS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
+    if not (is_run(folder) and (folder / METRICS_FILE).is_file() and (folder / RECIPE_FILE).is_file()):
         raise UserError(f"{run} is not a finished run with {METRICS_FILE} and {RECIPE_FILE}; name one")
     metrics = _read_metrics(folder / METRICS_FILE)
     recipe = load_recipe(folder / RECIPE_FILE)
@@ -146,6 +146,15 @@ def rebuild_report(run: str) -> Path:
     return write_report(folder, recipe, metrics, EvaluationResult(metrics["after"], rows, scored, split))
 
 
+def _scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: metrics[name] for name in ("before", "after") if metrics.get(name)}
+
+
+def _tables(metrics: Mapping[str, Any]) -> list[Table]:
+    figures = metrics.get("figures")
+    return [*score_tables(_scores(metrics), figures), *_confusions(figures), *public_tables(metrics)]
+
+
 def _read_metrics(file: Path) -> dict[str, Any]:
     content = file.read_bytes()
     try:
@@ -159,8 +168,7 @@ def _read_metrics(file: Path) -> dict[str, Any]:
         problem = f"{where}: {first['msg']}" if where else first["msg"]
         raise UserError(f"{file}: {problem}; restore it, or train the run again") from None
     try:
-        score_tables({name: metrics[name] for name in ("before", "after") if metrics.get(name)}, metrics.get("figures"))
-        _confusions(metrics.get("figures"))
+        _tables(metrics)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{file}: figures cannot be read ({error!r}); restore it, or remove figures from it") from None
     return metrics
@@ -254,9 +262,8 @@ def _steps(train: dict[str, Any]) -> str:
 def _kept(train: dict[str, Any]) -> str:
     """Return the step and validation loss of the checkpoint kept; empty without validation or in an earlier run."""
     loss = train.get("best_validation_loss")
-    return (
-        f"step {train['kept_step']:,}, validation loss {loss:.4f}" if loss is not None and "kept_step" in train else ""
-    )
+    known = loss is not None and "kept_step" in train
+    return f"step {train['kept_step']:,}, validation loss {loss:.4f}" if known else ""
 
 
 def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
@@ -367,9 +374,8 @@ def _images(row: Conversation, after: EvaluationResult) -> list[tuple[str, Image
 
 
 def _note_without_gallery(metrics: Mapping[str, Any]) -> str:
-    if not metrics.get("after"):
-        return "No gallery of answers: the run evaluated no questions after training."
-    return f"No gallery of answers: {PREDICTIONS_FILE} is not in the run's folder."
+    missing = f"{PREDICTIONS_FILE} is not in the run's folder"
+    return f"No gallery of answers: {missing if metrics.get('after') else 'the run evaluated no questions after training'}."
 
 
 def _notes(after: EvaluationResult, gallery: Mapping[int, GalleryItem]) -> list[str]:
