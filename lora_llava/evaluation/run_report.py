@@ -21,22 +21,10 @@ from lora_llava.evaluation.answers import is_answer_table
 from lora_llava.evaluation.compare.compare_files import CONVERSATIONS, Row, read_predictions
 from lora_llava.evaluation.compare.comparison import is_right
 from lora_llava.evaluation.evaluate import EvaluationOptions, open_evaluation
-from lora_llava.evaluation.figures.figure_lines import (
-    INTERVAL,
-    balanced_note,
-    cells,
-    confusion_title,
-    figure_lines,
-    headings,
-    line_notes,
-    matrix,
-    read_confusions,
-    recall_cells,
-)
+from lora_llava.evaluation.figures.page_tables import confusion_tables, score_tables
 from lora_llava.evaluation.lmms.benchmark_table import public_tables
 from lora_llava.evaluation.scienceqa import COLUMNS
 from lora_llava.evaluation.scoring import EvaluationResult
-from lora_llava.evaluation.tables import interval_cells, percent_cells
 from lora_llava.pages.report_page import GalleryItem, RunReport, Table, render_report
 from lora_llava.pages.report_plots import Curve
 from lora_llava.planning.memory import GIB
@@ -152,7 +140,7 @@ def _scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tables(metrics: Mapping[str, Any]) -> list[Table]:
     figures = metrics.get("figures")
-    return [*score_tables(_scores(metrics), figures), *_confusions(figures), *public_tables(metrics)]
+    return [*score_tables(_scores(metrics), figures), *confusion_tables(figures), *public_tables(metrics)]
 
 
 def _read_metrics(file: Path) -> dict[str, Any]:
@@ -294,43 +282,6 @@ def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
     return [curve for curve in curves if any(curve.series.values())]
 
 
-def score_tables(tables: dict[str, Any], figures: Mapping[str, Any] | None = None) -> list[Table]:
-    """Return the tables of scores for a page; none without scores.
-
-    Args:
-        tables: Tables of ScienceQA or of free answers by name, such as `before` and `after`.
-        figures: The figures of a run of free answers, as in `metrics.json`.
-    """
-    if not tables:
-        return []
-    if any(is_answer_table(table) for table in tables.values()):
-        lines = figure_lines(tables, figures)
-        columns = ["", *headings(), "questions"]
-        rows = [[line.title, *cells(line), f"{line.scores['questions']:,}"] for line in lines]
-        groups = [line.group for line in lines] if len({line.group for line in lines}) > 1 else []
-        return [Table("Answers to held-out rows", columns, rows, groups=groups, note=" ".join(line_notes(figures)))]
-    rows = [[name, *percent_cells(table)] for name, table in tables.items()]
-    last = tables[list(tables)[-1]]
-    rows += [[f"95% {name}", *ends] for name, ends in zip(("from", "to"), interval_cells(last), strict=True)]
-    rows.append(["questions", *(f"{last[column][2]:,}" for column in COLUMNS)])
-    parser = next(
-        (f", letters read by the {table['parser']} parser" for table in tables.values() if "parser" in table), ""
-    )
-    return [Table(f"Accuracy in % on the test split{parser}", ["", *COLUMNS], rows)]
-
-
-def _confusions(figures: Mapping[str, Any] | None) -> list[Table]:
-    """Return a matrix for each group of few answers, with rows and recall by reference."""
-    found = []
-    for saved, confusion in zip((figures or {}).get("confusion", []), read_confusions(figures), strict=True):
-        columns, rows = matrix(confusion)
-        ends = [each[3] for each in recall_cells(confusion, saved)]
-        rows = [[*row, end] for row, end in zip(rows, ends, strict=True)]
-        note = balanced_note(confusion, figures or {})
-        found.append(Table(confusion_title(confusion), [*columns, INTERVAL], rows, note=note, diagonal=True))
-    return found
-
-
 def _choose(scored: Sequence[Row], seed: int) -> list[int]:
     """Choose some wrong and some right answers by the seed, in the order of the rows."""
     chosen: list[int] = []
@@ -374,8 +325,9 @@ def _images(row: Conversation, after: EvaluationResult) -> list[tuple[str, Image
 
 
 def _note_without_gallery(metrics: Mapping[str, Any]) -> str:
-    missing = f"{PREDICTIONS_FILE} is not in the run's folder"
-    return f"No gallery of answers: {missing if metrics.get('after') else 'the run evaluated no questions after training'}."
+    if not metrics.get("after"):
+        return "No gallery of answers: the run evaluated no questions after training."
+    return f"No gallery of answers: {PREDICTIONS_FILE} is not in the run's folder."
 
 
 def _notes(after: EvaluationResult, gallery: Mapping[int, GalleryItem]) -> list[str]:

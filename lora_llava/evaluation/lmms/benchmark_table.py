@@ -46,7 +46,7 @@ PUBLISHED = {
     "llava_in_the_wild": Published("gpt_eval_llava_all", 65.4, unit=1.0),
     "mmvet": Published("gpt_eval_score", 31.1, unit=1.0),
 }
-"""By lmms-eval's task. VQAv2 (78.5) and VizWiz (50.0) are left out: published on test splits that their servers score."""
+"""By lmms-eval's task. VQAv2 (78.5) and VizWiz (50.0) are left out: published on test splits scored by servers only."""
 
 
 def benchmark_rows(benchmarks: Scores) -> list[list[str]]:

@@ -22,7 +22,8 @@ from lora_llava.inference.load import load_processor
 from lora_llava.inference.open_model import background_of, open_speaker
 from lora_llava.model.adapter_file import checked_base
 from lora_llava.model.families.tower_families import image_tokens
-from lora_llava.model.weights.parts import load_config
+from lora_llava.model.start import plan_model
+from lora_llava.recipe import ModelSection, StartFrom
 from lora_llava.runs.directory import METRICS_FILE, is_run, machine, read_record, versions, write_json
 
 _ASKED_AS = "llava_hf"
@@ -171,7 +172,8 @@ def _asker(model: str, base_only: bool, limit: int | None, folder: Path, server:
     """Load the model, or find it on the server."""
     about: dict[str, Any] = {"lmms_eval": version("lmms_eval")}
     suffix = "_base" * base_only + "_server" * (server is not None) + (f"_limit{limit}" if limit is not None else "")
-    here, place = Path(model), {"folder": folder, "suffix": suffix, "background": background_of(model)}
+    here = Path(model)
+    place: dict[str, Any] = {"folder": folder, "suffix": suffix, "background": background_of(model)}
     if server is None:
         about |= {"weights": weights_of(model, base_only), "base_only": base_only}
         return Asker(open_speaker(model, base_only=base_only), None, about=about, **place)
@@ -181,8 +183,8 @@ def _asker(model: str, base_only: bool, limit: int | None, folder: Path, server:
     about |= {"server": server.url, "served_model": server.model}
     if not here.is_dir():
         return Asker(None, server, about=about, **place)
-    base = Path(checked_base(read_record(here), here)) if is_run(here) else here
-    tokens = image_tokens(load_config(base))
+    base = str(checked_base(read_record(here), here)) if is_run(here) else model
+    tokens = image_tokens(plan_model(ModelSection(start_from=StartFrom(llava=base))).config)
     return Asker(None, server, about=about, processor=load_processor(here), num_image_tokens=tokens, **place)
 
 

@@ -54,10 +54,9 @@ class LmmsModel(lmms):
         found: dict[int, tuple[float, bool]] = {}
         for task, indices in groups.items():
             questions = []
-            for text, answer, *rest in (requests[index].args for index in indices):
-                _, doc_id, _, split = rest
+            for text, answer, visual, doc_id, _, split in (requests[index].args for index in indices):
                 given = answer(self.task_dict[task][split][doc_id]) if callable(answer) else answer
-                questions.append(self._question(text, *rest, answer=str(given)))
+                questions.append(self._question(text, visual, doc_id, task, split, str(given)))
             found |= dict(zip(indices, self.asker.likelihoods(task, questions), strict=True))
         return [found[index] for index in range(len(requests))]
 
