@@ -1,4 +1,4 @@
-"""Questions of benchmarks, as lmms-eval's tasks put them: answers equal those of a chat, likelihoods those by hand."""
+"""Questions of lmms-eval's tasks: answers equal those of a chat, losses those of a plain pass."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_settings_without_effect_are_reported(asker: Asker, capsys: pytest.Captu
     assert "beams: num_beams=3 is not used here" in capsys.readouterr().err
 
 
-def test_likelihoods_equal_those_of_a_plain_pass(asker: Asker, speaker: Speaker) -> None:
+def test_losses_equal_those_of_a_plain_pass(asker: Asker, speaker: Speaker) -> None:
     given = [("What is it?", " A square.", RED), ("What is it?", "No", RED), ("Yes or no?", "No"), ("Why?", "A B C D")]
     questions = [question(text, *images, answer=answer) for text, answer, *images in given]
     expected = []
@@ -92,10 +92,10 @@ def test_likelihoods_equal_those_of_a_plain_pass(asker: Asker, speaker: Speaker)
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         with torch.inference_mode():
             logits = speaker.model(**batch).logits[0, start - 1 : -1].float().log_softmax(-1)
-        nats = logits.gather(1, ids[0, :, None]).sum()
-        expected.append((float(nats), bool((logits.argmax(-1) == ids[0]).all())))
-    found = asker.likelihoods("choices", questions)
-    assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in expected], rel=1e-4)
+        loss = -logits.gather(1, ids[0, :, None]).mean()
+        expected.append((float(loss), bool((logits.argmax(-1) == ids[0]).all())))
+    found = asker.losses("choices", questions)
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
@@ -113,6 +113,6 @@ def test_a_prompt_without_room_for_an_answer_is_refused(asker: Asker, speaker: S
         asker.generate("many", [question("Which?", *[RED] * 200, name="3")], SETTINGS)
 
 
-def test_a_server_has_no_likelihoods_of_given_answers(tmp_path: Path, log: ChatLog) -> None:
-    with pytest.raises(UserError, match=r"choices compares the likelihood of given answers.* leave --server out"):
-        Asker(None, ChatServer(log.url, "llava"), tmp_path, {}).likelihoods("choices", [question("Why?", answer="No")])
+def test_a_server_has_no_losses_of_given_answers(tmp_path: Path, log: ChatLog) -> None:
+    with pytest.raises(UserError, match=r"choices compares given answers by their loss.* leave --server out"):
+        Asker(None, ChatServer(log.url, "llava"), tmp_path, {}).losses("choices", [question("Why?", answer="No")])

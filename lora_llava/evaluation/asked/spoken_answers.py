@@ -53,10 +53,10 @@ def by_speaker(speaker: Speaker, images: SplitImages, batch_size: int, sampling:
     return answer
 
 
-def answer_likelihoods(
+def given_losses(
     speaker: Speaker, rows: Sequence[Conversation], images: SplitImages, batch_size: int
 ) -> Iterator[tuple[int, float, bool]]:
-    """Compute how likely the last answer of each row is, its stop included.
+    """Compute the loss of the last answer of each row, its stop included.
 
     Args:
         speaker: The model.
@@ -65,7 +65,7 @@ def answer_likelihoods(
         batch_size: Most rows in one batch.
 
     Yields:
-        The row's index, the log-likelihood of its answer in nats, and whether the answer is the greedy one.
+        The row's index, the mean loss of its answer's tokens in nats, and whether the answer is the greedy one.
     """
     found = answer_losses(
         speaker.model,
@@ -75,7 +75,7 @@ def answer_likelihoods(
         batch_size=batch_size,
         pad_token_id=speaker.processor.tokenizer.pad_token_id,
     )
-    yield from ((index, -nats, greedy) for index, nats, _, greedy in found)
+    yield from ((index, nats / tokens, greedy) for index, nats, tokens, greedy in found)
 
 
 def prompt_ids(speaker: Speaker, row: Conversation) -> list[int]:

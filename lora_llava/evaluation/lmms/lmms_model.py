@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from lmms_eval.api.registry import register_model
 
@@ -42,22 +43,26 @@ class LmmsModel(lmms):
             answers |= dict(zip(indices, found, strict=True))
         return [answers[index] for index in range(len(requests))]
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Compute the likelihood of given answers, those of one task together."""
+    def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
+        """Compute the loss of given answers, those of one task together.
+
+        Despite the method's name, it is the mean loss of the answer's tokens: lmms-eval's own models return that, and
+        its tasks choose the lowest (`ConfigurableTask.process_results`). A bare pair would arrive there as text
+        (`unwrap_generation_output` of 0.7.3); what is in a `GenerationResult` does not.
+        """
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             if len(request.args) != 6:  # mutual information: answers without a question
-                raise UserError(
-                    f"{request.task_name}: the likelihood of answers without a question is not computed here"
-                )
+                raise UserError(f"{request.task_name}: the loss of answers without a question is not computed here")
             groups.setdefault(request.args[4], []).append(index)
-        found: dict[int, tuple[float, bool]] = {}
+        found: dict[int, GenerationResult] = {}
         for task, indices in groups.items():
             questions = []
             for text, answer, visual, doc_id, _, split in (requests[index].args for index in indices):
                 given = answer(self.task_dict[task][split][doc_id]) if callable(answer) else answer
                 questions.append(self._question(text, visual, doc_id, task, split, str(given)))
-            found |= dict(zip(indices, self.asker.likelihoods(task, questions), strict=True))
+            pairs = map(GenerationResult, self.asker.losses(task, questions))
+            found |= dict(zip(indices, pairs, strict=True))
         return [found[index] for index in range(len(requests))]
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:

@@ -19,7 +19,7 @@ from lora_llava.data.tokens import leading_ids
 from lora_llava.data.typed import as_typed
 from lora_llava.evaluation.answerers import Answerer, by_server, server_messages
 from lora_llava.evaluation.asked.served_prompts import SentPrompt, match_bos
-from lora_llava.evaluation.asked.spoken_answers import answer_likelihoods, by_speaker, written_messages
+from lora_llava.evaluation.asked.spoken_answers import by_speaker, given_losses, written_messages
 from lora_llava.evaluation.row_evaluation import evaluate_rows, report
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.client.chat_request import ChatRequest
@@ -42,7 +42,7 @@ class TaskQuestion:
         name: Its number in the task.
         text: The text, with the task's own instruction.
         images: Opens its images; they are opened again when they are needed.
-        answer: A given answer whose likelihood is computed; empty where one is generated.
+        answer: A given answer whose loss is computed; empty where one is generated.
     """
 
     name: str
@@ -198,22 +198,20 @@ class Asker:
             report(text)
         return server
 
-    def likelihoods(self, task: str, questions: Sequence[TaskQuestion]) -> list[tuple[float, bool]]:
-        """Return the log-likelihood of each given answer in nats, and whether it is the greedy one.
+    def losses(self, task: str, questions: Sequence[TaskQuestion]) -> list[tuple[float, bool]]:
+        """Return the mean loss of each given answer's tokens in nats, and whether the answer is the greedy one.
 
         Raises:
-            UserError: For a server, whose likelihoods of given answers are not known.
+            UserError: For a server, whose losses of given answers are not known.
         """
         if self.speaker is None:
-            raise UserError(
-                f"{task} compares the likelihood of given answers, which needs the model; leave --server out"
-            )
+            raise UserError(f"{task} compares given answers by their loss, which needs the model; leave --server out")
         images = TaskImages(self.background)
         rows = [_conversation(task, question, images) for question in questions]
         found: dict[int, tuple[float, bool]] = {}
         with progress_bar(total=len(rows), desc=task, unit="answer") as bar:
-            for index, nats, greedy in answer_likelihoods(self.speaker, rows, images, self.batch_size):
-                found[index] = (nats, greedy)
+            for index, loss, greedy in given_losses(self.speaker, rows, images, self.batch_size):
+                found[index] = (loss, greedy)
                 bar.update()
         return [found[index] for index in range(len(rows))]
 
