@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -179,7 +180,7 @@ def _asker(model: str, base_only: bool, limit: int | None, folder: Path, server:
         about |= {"weights": weights_of(model, base_only), "base_only": base_only}
         return Asker(open_speaker(model, base_only=base_only), None, about=about, **place)
     if server.model is None and not here.is_dir():
-        server = ChatServer(server.url, model, concurrency=server.concurrency, timeout=server.timeout)
+        server = replace(server, model=model)
     server = find_model(server)
     about |= {"server": server.url, "served_model": server.model}
     if not here.is_dir():
