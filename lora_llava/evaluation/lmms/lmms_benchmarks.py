@@ -25,6 +25,7 @@ from lora_llava.model.adapter_file import checked_base
 from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.start import plan_model
 from lora_llava.recipe import ModelSection, StartFrom
+from lora_llava.runs.check_run import check_run
 from lora_llava.runs.directory import METRICS_FILE, is_run, machine, read_record, versions, write_json
 
 _ASKED_AS = "llava_hf"
@@ -82,6 +83,8 @@ def run_lmms(
         UserError: If lmms-eval, a task or its data is missing, or a task asks what a LLaVA cannot answer.
     """
     check_lmms()
+    if server is None:  # before data is downloaded
+        check_run(model, "a run, a folder with a complete LLaVA, or a Hub id", hub=True)
     tasks = _open_tasks(names, server is not None)
     folder = output or (Path(model) if Path(model).is_dir() else Path())
     folder.mkdir(parents=True, exist_ok=True)
