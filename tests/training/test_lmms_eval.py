@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from lora_llava.commands.main import main
-from lora_llava.evaluation.lmms.task_questions import Asker, TaskQuestion
+from lora_llava.evaluation.lmms.task_questions import TaskAsker, TaskQuestion
 from lora_llava.inference.open_model import open_speaker
 from lora_llava.publishing.merge import merge
 from tests.inference.small_runs import train_run
@@ -130,7 +130,7 @@ def test_scores_and_answers_of_a_run_its_base_and_its_merged_folder(run: Path, r
         for number, image in enumerate(images)
         for choice in CHOICES
     ]
-    found = [loss for loss, _ in Asker(open_speaker(str(run)), None, tmp_path, {}).losses("c", questions)]
+    found = [loss for loss, _ in TaskAsker(open_speaker(str(run)), None, tmp_path, {}).losses("c", questions)]
     likeliest = [min(range(3), key=found[start : start + 3].__getitem__) for start in range(0, 12, 3)]
     wrong = [(likeliest[0] + 1) % 3, *likeliest[1:]]
     write_tasks(tasks, rows, [*answers[:3], "another", *answers[4:]], wrong)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lora_llava.core.errors import UserError
-from lora_llava.evaluation.lmms.task_questions import Asker, TaskQuestion, TaskSettings
+from lora_llava.evaluation.lmms.task_questions import TaskAsker, TaskQuestion, TaskSettings
 from lora_llava.inference.client.client import ChatServer
 from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.sampling import Sampling
@@ -30,8 +30,8 @@ def speaker(parts: Path, scienceqa: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def asker(speaker: Speaker, tmp_path: Path) -> Asker:
-    return Asker(speaker, None, tmp_path, {"weights": "1"}, batch_size=2)
+def asker(speaker: Speaker, tmp_path: Path) -> TaskAsker:
+    return TaskAsker(speaker, None, tmp_path, {"weights": "1"}, batch_size=2)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def chat(speaker: Speaker, text: str, *images: Image.Image) -> str:
     return "".join(stream_answer(speaker, [user_message(text, images)], SETTINGS.sampling)).strip()
 
 
-def test_answers_equal_those_of_a_chat(asker: Asker, speaker: Speaker, tmp_path: Path) -> None:
+def test_answers_equal_those_of_a_chat(asker: TaskAsker, speaker: Speaker, tmp_path: Path) -> None:
     asked = [("What is it?", RED), ("What is it?",), ("Which differs?", RED, BLUE), ("Is <image> a word?", BLUE, RED)]
     questions = [question(text, *images, name=str(place)) for place, (text, *images) in enumerate(asked)]
     found = asker.generate("shapes", questions, SETTINGS)
@@ -57,9 +57,9 @@ def test_answers_equal_those_of_a_chat(asker: Asker, speaker: Speaker, tmp_path:
     assert lines == [{"question_id": str(place), "text": text} for place, text in enumerate(found)]
 
 
-def test_images_stay_where_the_text_places_them(asker: Asker, log: ChatLog, tmp_path: Path) -> None:
+def test_images_stay_where_the_text_places_them(asker: TaskAsker, log: ChatLog, tmp_path: Path) -> None:
     log.models = ["llava"]
-    asker = Asker(None, ChatServer(log.url, "llava"), tmp_path, {})
+    asker = TaskAsker(None, ChatServer(log.url, "llava"), tmp_path, {})
     asker.generate("places", [question("Is <image> or <image> red?", RED, BLUE)], SETTINGS)
     [request] = log.requests
     parts = request["messages"][0]["content"]
@@ -67,19 +67,19 @@ def test_images_stay_where_the_text_places_them(asker: Asker, log: ChatLog, tmp_
     assert request["max_tokens"] == 12
 
 
-def test_an_answer_ends_at_the_tasks_text(asker: Asker, speaker: Speaker) -> None:
+def test_an_answer_ends_at_the_tasks_text(asker: TaskAsker, speaker: Speaker) -> None:
     whole = chat(speaker, "What is it?", RED)
     end = whole[len(whole) // 2 :]
     found = asker.generate("ends", [question("What is it?", RED)], TaskSettings(SETTINGS.sampling, (end,)))
     assert found == [whole[: whole.index(end)]]
 
 
-def test_settings_without_effect_are_reported(asker: Asker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_without_effect_are_reported(asker: TaskAsker, capsys: pytest.CaptureFixture[str]) -> None:
     asker.generate("beams", [question("What is it?")], TaskSettings(Sampling(max_new_tokens=1), (), ("num_beams=3",)))
     assert "beams: num_beams=3 is not used here" in capsys.readouterr().err
 
 
-def test_losses_equal_those_of_a_plain_pass(asker: Asker, speaker: Speaker) -> None:
+def test_losses_equal_those_of_a_plain_pass(asker: TaskAsker, speaker: Speaker) -> None:
     given = [("What is it?", " A square.", RED), ("What is it?", "No", RED), ("Yes or no?", "No"), ("Why?", "A B C D")]
     questions = [question(text, *images, answer=answer) for text, answer, *images in given]
     expected = []
@@ -99,12 +99,12 @@ def test_losses_equal_those_of_a_plain_pass(asker: Asker, speaker: Speaker) -> N
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
-def test_what_is_not_an_image_is_refused(asker: Asker) -> None:
+def test_what_is_not_an_image_is_refused(asker: TaskAsker) -> None:
     with pytest.raises(UserError, match=r"films: question 7 comes with a str, not an image; choose tasks of images"):
         asker.generate("films", [question("What happens?", "film.mp4", name="7")], SETTINGS)
 
 
-def test_a_prompt_without_room_for_an_answer_is_refused(asker: Asker, speaker: Speaker) -> None:
+def test_a_prompt_without_room_for_an_answer_is_refused(asker: TaskAsker, speaker: Speaker) -> None:
     tokens = f"{len(encode_messages(speaker, [user_message('?', [RED])])['input_ids'][0]):,}"
     assert int(tokens) < 512
     with pytest.raises(
@@ -115,4 +115,4 @@ def test_a_prompt_without_room_for_an_answer_is_refused(asker: Asker, speaker: S
 
 def test_a_server_has_no_losses_of_given_answers(tmp_path: Path, log: ChatLog) -> None:
     with pytest.raises(UserError, match=r"choices compares given answers by their loss.* leave --server out"):
-        Asker(None, ChatServer(log.url, "llava"), tmp_path, {}).losses("choices", [question("Why?", answer="No")])
+        TaskAsker(None, ChatServer(log.url, "llava"), tmp_path, {}).losses("choices", [question("Why?", answer="No")])

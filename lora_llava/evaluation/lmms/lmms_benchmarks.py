@@ -15,7 +15,7 @@ from typing import Any
 from lora_llava.core.errors import ReportedError, UserError, nearest
 from lora_llava.evaluation.asked.spoken_answers import weights_of
 from lora_llava.evaluation.lmms.benchmark_table import numbers
-from lora_llava.evaluation.lmms.task_questions import Asker, file_name
+from lora_llava.evaluation.lmms.task_questions import TaskAsker, file_name
 from lora_llava.evaluation.row_evaluation import report
 from lora_llava.evaluation.run_report import REPORT_FILE, rebuild_report
 from lora_llava.inference.client.client import ChatServer, find_model
@@ -173,7 +173,7 @@ def _leaves(tasks: Any) -> Iterator[Any]:
             yield task
 
 
-def _asker(model: str, base_only: bool, limit: int | None, folder: Path, server: ChatServer | None) -> Asker:
+def _asker(model: str, base_only: bool, limit: int | None, folder: Path, server: ChatServer | None) -> TaskAsker:
     """Load the model, or find it on the server."""
     about: dict[str, Any] = {"lmms_eval": version("lmms_eval")}
     suffix = "_base" * base_only + "_server" * (server is not None) + (f"_limit{limit}" if limit is not None else "")
@@ -181,19 +181,19 @@ def _asker(model: str, base_only: bool, limit: int | None, folder: Path, server:
     place: dict[str, Any] = {"folder": folder, "suffix": suffix, "background": background_of(model)}
     if server is None:
         about |= {"weights": weights_of(model, base_only), "base_only": base_only}
-        return Asker(open_speaker(model, base_only=base_only), None, about=about, **place)
+        return TaskAsker(open_speaker(model, base_only=base_only), None, about=about, **place)
     if server.model is None and not here.is_dir():
         server = replace(server, model=model)
     server = find_model(server)
     about |= {"server": server.url, "served_model": server.model}
     if not here.is_dir():
-        return Asker(None, server, about=about, **place)
+        return TaskAsker(None, server, about=about, **place)
     base = str(checked_base(read_record(here), here)) if is_run(here) else model
     tokens = image_tokens(plan_model(ModelSection(start_from=StartFrom(llava=base))).config)
-    return Asker(None, server, about=about, processor=load_processor(here), num_image_tokens=tokens, **place)
+    return TaskAsker(None, server, about=about, processor=load_processor(here), num_image_tokens=tokens, **place)
 
 
-def _score(asker: Asker, task: Any, limit: int | None) -> tuple[dict[str, float], int]:
+def _score(asker: TaskAsker, task: Any, limit: int | None) -> tuple[dict[str, float], int]:
     """Ask the questions of one task; return its scores and the number of its questions."""
     from lmms_eval.evaluator import simple_evaluate
 

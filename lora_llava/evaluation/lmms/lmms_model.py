@@ -1,4 +1,4 @@
-"""A model class for lmms-eval, whose questions are asked by `Asker`. Imported only where lmms-eval is installed."""
+"""A model class for lmms-eval, whose questions are asked by `TaskAsker`. Imported only where lmms-eval is installed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lmms_eval.api.model import lmms
 from lmms_eval.api.registry import register_model
 
 from lora_llava.core.errors import UserError
-from lora_llava.evaluation.lmms.task_questions import Asker, TaskQuestion, read_settings
+from lora_llava.evaluation.lmms.task_questions import TaskAsker, TaskQuestion, read_settings
 
 
 @register_model("lora_llava")
 class LmmsModel(lmms):
-    """The model of an `Asker`, as lmms-eval's tasks ask it.
+    """The model of an `TaskAsker`, as lmms-eval's tasks ask it.
 
     Args:
         asker: Asks the questions.
@@ -25,7 +25,7 @@ class LmmsModel(lmms):
 
     is_simple = True
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: TaskAsker) -> None:
         super().__init__()
         self.asker = asker
 

@@ -123,7 +123,7 @@ class TaskImages:
 
 
 @dataclass
-class Asker:
+class TaskAsker:
     """Asks the questions of tasks.
 
     Attributes:
