@@ -7,24 +7,22 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in two processes; more threads than cores stand in their way
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 from inference.chat_server import ChatLog, chat_server
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from lora_llava.demo.build import build_tokenizer
-from lora_llava.recipe import Recipe
-from lora_llava.recipe.io import check_recipe
+if TYPE_CHECKING:  # the process that distributes the tests to others would wait for these
+    from lora_llava.recipe import Recipe
 
 # How fast a machine is, or what else runs on it, is no property of the code.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -42,6 +40,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_LLAVA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: at the end, one of the two processes would otherwise wait for the other."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 _frozen_at = 0
@@ -64,6 +68,11 @@ def _libraries_are_frozen() -> None:
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `llm` and `vision_tower`: random weights, the demo's tokenizer."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    from lora_llava.demo.build import build_tokenizer
+
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     tokenizer = build_tokenizer(0)
@@ -161,12 +170,16 @@ def stage1_content(stage2_content: dict[str, Any], captions: Path, tmp_path: Pat
 @pytest.fixture
 def stage2(stage2_content: dict[str, Any]) -> Recipe:
     """The small Stage 2 recipe."""
+    from lora_llava.recipe.io import check_recipe
+
     return check_recipe(stage2_content, "test")
 
 
 @pytest.fixture
 def stage1(stage1_content: dict[str, Any]) -> Recipe:
     """The small Stage 1 recipe."""
+    from lora_llava.recipe.io import check_recipe
+
     return check_recipe(stage1_content, "test")
 
 

@@ -331,7 +331,7 @@ def test_with_several_ranks_only_the_rows_of_the_loss_are_named(
 
 
 def test_a_killed_worker_is_reported_and_resume_is_exact(stage2_content: dict[str, Any], tmp_path: Path) -> None:
-    recipe = recipe_of(stage2_content, max_steps=24, eval_every=24, save_every=2, workers=1)
+    recipe = recipe_of(stage2_content, max_steps=24, eval_every=24, save_every=6, workers=1)
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))
     process = start(["finetune", str(file)])
