@@ -21,6 +21,8 @@ from hypothesis import HealthCheck, settings
 from inference.chat_server import ChatLog, chat_server
 from PIL import Image
 
+from tests.once import once
+
 if TYPE_CHECKING:  # the process that distributes the tests to others would wait for these
     from lora_llava.recipe import Recipe
 
@@ -68,12 +70,15 @@ def _libraries_are_frozen() -> None:
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `llm` and `vision_tower`: random weights, the demo's tokenizer."""
+    return once(tmp_path_factory, "parts", _write_parts)
+
+
+def _write_parts(folder: Path) -> None:
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
     from lora_llava.demo.build import build_tokenizer
 
-    folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     tokenizer = build_tokenizer(0)
     tokenizer.save_pretrained(folder / "llm")
@@ -87,7 +92,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         projection_dim=32,
     )  # fmt: skip
     CLIPVisionModel(vision).to(torch.bfloat16).save_pretrained(folder / "vision_tower")
-    return folder
 
 
 @pytest.fixture(scope="session")
