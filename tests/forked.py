@@ -17,7 +17,7 @@ from typing import Any
 
 from lora_llava.commands.main import main
 
-LIMIT_S = 240
+LIMIT_S = 600
 
 
 def start_process(target: Callable[..., None], *arguments: Any) -> BaseProcess:
