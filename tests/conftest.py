@@ -67,6 +67,22 @@ def _libraries_are_frozen() -> None:
         _frozen_at = len(sys.modules)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _seeded_file() -> None:
+    _seed()
+
+
+@pytest.fixture(autouse=True)
+def _seeded_test(_seeded_file: None) -> None:
+    _seed()
+
+
+def _seed() -> None:
+    """Make a model with random weights independent of the tests before it, which differ between processes."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `llm` and `vision_tower`: random weights, the demo's tokenizer."""
