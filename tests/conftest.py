@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run in two processes; more threads than cores stand in their way
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 from inference.chat_server import ChatLog, chat_server
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from lora_llava.demo.build import build_tokenizer
-from lora_llava.recipe import Recipe
-from lora_llava.recipe.io import check_recipe
+from tests.once import once
+
+if TYPE_CHECKING:  # the process that distributes the tests to others would wait for these
+    from lora_llava.recipe import Recipe
 
 # How fast a machine is, or what else runs on it, is no property of the code.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -42,10 +44,57 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: at the end, one of the two processes would otherwise wait for the other."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+_frozen_at = 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_frozen() -> None:
+    """Leave the objects of loaded libraries out of garbage collections.
+
+    A training run collects twice. With the 700,000 objects of torch, transformers and the tests, this took half of a
+    small run's time.
+    """
+    global _frozen_at
+    if len(sys.modules) > _frozen_at + 50:
+        gc.collect()
+        gc.freeze()
+        _frozen_at = len(sys.modules)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _seeded_file() -> None:
+    _seed()
+
+
+@pytest.fixture(autouse=True)
+def _seeded_test(_seeded_file: None) -> None:
+    _seed()
+
+
+def _seed() -> None:
+    """Make a model with random weights independent of the tests before it, which differ between processes."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `llm` and `vision_tower`: random weights, the demo's tokenizer."""
-    folder = tmp_path_factory.mktemp("parts")
+    return once(tmp_path_factory, "parts", _write_parts)
+
+
+def _write_parts(folder: Path) -> None:
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    from lora_llava.demo.build import build_tokenizer
+
     torch.manual_seed(0)
     tokenizer = build_tokenizer(0)
     tokenizer.save_pretrained(folder / "llm")
@@ -59,7 +108,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         projection_dim=32,
     )  # fmt: skip
     CLIPVisionModel(vision).to(torch.bfloat16).save_pretrained(folder / "vision_tower")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -142,12 +190,16 @@ def stage1_content(stage2_content: dict[str, Any], captions: Path, tmp_path: Pat
 @pytest.fixture
 def stage2(stage2_content: dict[str, Any]) -> Recipe:
     """The small Stage 2 recipe."""
+    from lora_llava.recipe.io import check_recipe
+
     return check_recipe(stage2_content, "test")
 
 
 @pytest.fixture
 def stage1(stage1_content: dict[str, Any]) -> Recipe:
     """The small Stage 1 recipe."""
+    from lora_llava.recipe.io import check_recipe
+
     return check_recipe(stage1_content, "test")
 
 

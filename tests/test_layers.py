@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,17 @@ LAYERS = [
 APART = [("data", "recipe")]
 
 
+@cache
+def trees() -> dict[Path, ast.Module]:
+    return {file: ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py")}
+
+
+@cache
 def imports() -> list[tuple[str, str, str]]:
     found = []
-    for file in PACKAGE.rglob("*.py"):
+    for file, tree in trees().items():
         own = file.relative_to(PACKAGE).with_suffix("").parts[0]
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(tree):
             names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:
@@ -91,8 +98,8 @@ def test_a_module_name_is_used_once_besides_verbs_and_their_implementation() -> 
 
 def test_a_public_class_name_is_used_once() -> None:
     homes: dict[str, list[str]] = {}
-    for file in PACKAGE.rglob("*.py"):
-        for node in ast.parse(file.read_text()).body:
+    for file, tree in trees().items():
+        for node in tree.body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(str(file.relative_to(PACKAGE)))
     assert {name: files for name, files in homes.items() if len(files) > 1} == {}

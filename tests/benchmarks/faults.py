@@ -111,10 +111,10 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def _start(folder: Path, resume: bool) -> Any:
-    from killed import start
+    from tests.forked import start
 
     arguments = ["finetune", RECIPE, *SETTINGS, f"output_dir={folder}", *(["--resume"] if resume else [])]
-    return start(arguments, "lora_llava.training.finetune")
+    return start(arguments)
 
 
 def _finish(folder: Path, resume: bool) -> None:

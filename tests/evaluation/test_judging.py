@@ -19,8 +19,6 @@ from typing import Any
 
 import pytest
 from inference.chat_server import Body, ChatLog, question_of
-from killed import kill, wait_for
-from killed import start as killed_verb
 from llava_bench_files import bench, options
 
 from lora_llava.commands.main import main
@@ -29,6 +27,8 @@ from lora_llava.evaluation.judge.judge_ledger import LEDGER, OLD_LEDGER, open_ju
 from lora_llava.inference.client.answer_store import request_key
 from lora_llava.inference.client.budget import Budget, estimate_tokens
 from lora_llava.inference.client.client import ChatAnswer, ChatRequest
+from tests.forked import kill, wait_for
+from tests.forked import start as start_verb
 
 
 def parts_of(body: Body) -> tuple[int, str, bool]:
@@ -325,7 +325,7 @@ def start(log: ChatLog, folder: Path) -> BaseProcess:
     names = ("questions", "context", "reference", "answers")
     files = {name: folder / f"{name}.jsonl" for name in names}
     argv = ["score", "llava-bench", *options(files), "--judge-url", log.url, "--judge-model", "judge"]
-    return killed_verb(argv, "lora_llava.evaluation.judge.judge_report")
+    return start_verb(argv)
 
 
 def unreadable_at_times(body: Body) -> str:

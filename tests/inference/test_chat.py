@@ -8,7 +8,6 @@ import os
 import pty
 import select
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ from lora_llava.inference.chat import Chat, clean_text, run_line
 from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker, stream_answer, text_message, user_message
+from tests.forked import start_process
 from tests.inference.small_runs import draw_image, write_base
 
 SHORT = Sampling(max_new_tokens=8)
@@ -272,13 +272,15 @@ def test_control_characters_never_reach_the_terminal() -> None:
     assert clean_text(dangerous) == "a[31mb2Jcde\nf\tg\u202eé[/INST]"
 
 
-COMMAND = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from lora_llava.commands.main import console_main
-console_main()
-"""
-"""`lora-llava` with Ctrl-C enabled; a shell that runs these tests in the background makes its children ignore it."""
+def in_terminal(name: str, arguments: list[str]) -> None:
+    """Run the command in a terminal of its own; it stops by Ctrl-C, also where a shell started the tests without it."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    for number in range(3):
+        os.dup2(terminal, number)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, closefd=False) for n, mode in enumerate("rww"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main(None, arguments))
 
 
 class Terminal:
@@ -311,33 +313,34 @@ def wait_until_it_sleeps(pid: int) -> None:
 @pytest.mark.slow
 def test_ctrl_c_stops_an_answer_and_not_the_chat(base: str, speaker: Speaker, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-c", COMMAND, *options(base), "--max-new-tokens", "400"]
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
-    os.close(theirs)
+    process = start_process(in_terminal, os.ttyname(theirs), [*options(base), "--max-new-tokens", "400"])
+    assert process.pid is not None
     terminal = Terminal(ours)
     try:
         terminal.wait_for("you> ")
         terminal.type("Hello\n")
         terminal.wait_for("Hello\r\n")
         terminal.wait_for("e")  # the answer has begun
-        process.send_signal(signal.SIGINT)
+        os.kill(process.pid, signal.SIGINT)
         terminal.wait_for("(stopped)\r\n")
         terminal.wait_for("you> ")
         terminal.type(f"/save {tmp_path}/t.json\n")
         terminal.wait_for("saved: ")
         terminal.wait_for("you> ")
         wait_until_it_sleeps(process.pid)
-        process.send_signal(signal.SIGINT)
+        os.kill(process.pid, signal.SIGINT)
         terminal.wait_for("press Ctrl-C again to leave, or Ctrl-D, or type /exit")
         terminal.wait_for("you> ")
         terminal.type("/help\n")
         terminal.wait_for("/reset       start a new conversation, without attached images\r\n")
         terminal.wait_for("you> ")
         terminal.type("\x04")
-        assert process.wait(30) == 0
+        process.join(30)
+        assert process.exitcode == 0
     finally:
         process.kill()
-        process.wait()
+        process.join()
+        os.close(theirs)
         os.close(ours)
     (row,) = json.loads((tmp_path / "t.json").read_text())
     stopped = row["messages"][1]["content"]

@@ -84,14 +84,14 @@ def test_a_hub_id_is_planned_fetched_and_then_cached(hub: dict[str, str], parts:
     plan = "print(plan_download('vicuna/tiny', None, 'llm').missing_bytes)"
     assert in_process(plan, hub) == str(wanted)
     assert not any("resolve" in line for line in Hub.requests)
-    folder, revision = in_process("p = load_part('vicuna/tiny', None, 'llm'); print(p.folder, p.revision)", hub).split()
+    fetch = "p = load_part('vicuna/tiny', None, 'llm'); print(p.folder, p.revision)\n"
+    folder, revision, missing = in_process(fetch + plan, hub).split()
     assert revision == COMMIT
     fetched = {file.name for file in Path(folder).iterdir()}
     assert fetched == {file.name for file in (parts / "llm").iterdir()}  # safetensors, and not the pickle beside it
-    assert in_process(plan, hub) == "0"
-    offline = hub | {"HF_HUB_OFFLINE": "1"}
-    assert in_process("print(load_part('vicuna/tiny', None, 'llm').revision)", offline) == COMMIT
-    assert in_process("print(plan_download('vicuna/tiny', None, 'llm').cached)", offline) == "True"
+    assert missing == "0"
+    cached = "print(load_part('vicuna/tiny', None, 'llm').revision, plan_download('vicuna/tiny', None, 'llm').cached)"
+    assert in_process(cached, hub | {"HF_HUB_OFFLINE": "1"}) == f"{COMMIT} True"
 
 
 def test_a_published_projector_is_planned_without_fetching_it(hub: dict[str, str]) -> None:

@@ -31,6 +31,7 @@ from lora_llava.publishing.merge_source import read_source
 from lora_llava.publishing.proof import adapted_model, compare
 
 Train = Callable[..., Path]
+MergeOnce = Callable[..., tuple[Path, str]]
 
 
 def merged(run: Path, output: Path, **options: Any) -> tuple[dict[str, Any], str]:
@@ -61,11 +62,11 @@ ADAPTERS: list[dict[str, Any]] = [{}, {"rslora": True}, {"dora": True}, {"target
 
 
 @pytest.mark.parametrize("lora", ADAPTERS, ids=str)
-def test_merged_logits_equal_the_adapter_s(lora: dict[str, Any], train: Train, tmp_path: Path) -> None:
-    run = train(**lora)
-    report, output = merged(run, tmp_path / "merged", dtype="float32")
+def test_merged_logits_equal_the_adapter_s(lora: dict[str, Any], train: Train, merge_once: MergeOnce) -> None:
+    run, (folder, output) = train(**lora), merge_once(**lora)
+    report = json.loads((folder / "merge_report.json").read_text())
     adapter = logits(on_base(run))
-    stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="float32")
+    stock = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32")
     assert (logits(stock) - adapter).abs().max() < 1e-4
     base = logits(load_base(read_source(run).base, dtype="float32"))
     assert (base - adapter).abs().max() > 0.5  # or the comparison would also pass without the adapter
@@ -76,14 +77,12 @@ def test_merged_logits_equal_the_adapter_s(lora: dict[str, Any], train: Train, t
     assert report["adapter_on_nf4_base"]["max_logit_difference"] > delta["max_logit_difference"]
     assert report["adapter_effect"] > 0.5
     assert "tolerance 0.0001 in float32" in output
-    assert json.loads((tmp_path / "merged" / "merge_report.json").read_text()) == report
 
 
 @pytest.mark.parametrize("lora", ADAPTERS[:3], ids=str)
-def test_merged_weights_equal_peft_s(lora: dict[str, Any], train: Train, tmp_path: Path) -> None:
-    merged(train(**lora), tmp_path / "merged", dtype="float32")
+def test_merged_weights_equal_peft_s(lora: dict[str, Any], train: Train, merge_once: MergeOnce) -> None:
     theirs = on_base(train(**lora)).merge_and_unload().state_dict()
-    ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="float32").state_dict()
+    ours = AutoModelForImageTextToText.from_pretrained(merge_once(**lora)[0], dtype="float32").state_dict()
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6, msg=name)
@@ -93,6 +92,7 @@ def test_merged_weights_equal_peft_s(lora: dict[str, Any], train: Train, tmp_pat
 
 def test_nf4_merges_into_the_base_of_training(train: Train, tmp_path: Path) -> None:
     report, _ = merged(train(), tmp_path / "merged", dtype="float32", base="nf4")
+    assert json.loads((tmp_path / "merged" / "merge_report.json").read_text()) == report
     trained = logits(on_base(train(), quantization="nf4"))
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", dtype="float32")
     assert (logits(stock) - trained).abs().max() < 1e-4

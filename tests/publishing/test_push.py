@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import file_hash
-from lora_llava.publishing.merge import merge
 from lora_llava.publishing.push import PushError, push
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -52,10 +51,8 @@ def hub(monkeypatch: Any, tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture(scope="module")
-def merged(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pushed") / "merged"
-    merge(train(), folder, dtype="float32", console=QUIET)
-    return folder
+def merged(merge_once: Callable[..., tuple[Path, str]]) -> Path:
+    return merge_once()[0]
 
 
 def pushed(folder: Path, repo_id: str = "me/model", **options: Any) -> str:

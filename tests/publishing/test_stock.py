@@ -21,6 +21,7 @@ from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.publishing.merge import merge
 
 Train = Callable[..., Path]
+MergeOnce = Callable[..., tuple[Path, str]]
 HEAD = "import sys, json\nsys.modules['lora_llava'] = None\nimport torch\nfrom PIL import Image\n"
 MESSAGE = (
     "messages = [{'role': 'user', 'content': [{'type': 'image', 'image': Image.open('image.png')},\n"
@@ -29,53 +30,42 @@ MESSAGE = (
 
 
 def in_process(code: str, folder: Path) -> Any:
-    """Run code that prints JSON, in a process without this package."""
-    command = [sys.executable, "-c", HEAD + MESSAGE + code]
+    """Run code that sets `found`, in a process without this package."""
+    command = [sys.executable, "-c", HEAD + MESSAGE + code + "print(json.dumps(found, default=str))"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def exported(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(train: Train, merge_once: MergeOnce, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write a folder with `merged`, `two/base`, `two/adapter` and an image."""
     folder = tmp_path_factory.mktemp("exported")
     Image.new("RGB", (40, 24), (220, 30, 30)).save(folder / "image.png")
     quiet = Console(file=io.StringIO())
-    merge(train(), folder / "merged", dtype="float32", console=quiet)
+    (folder / "merged").symlink_to(merge_once()[0], target_is_directory=True)
     merge(train(), folder / "two", dtype="float32", projector_only=True, console=quiet)
     return folder
 
 
 ASK = (
-    "batch = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True,\n"
-    "    return_tensors='pt')\n"
-    "with torch.no_grad():\n"
-    "    last = model.eval()(**batch, use_cache=False).logits[0, -1]\n"
-    "print(json.dumps({'ids': batch['input_ids'][0].tolist(), 'logits': last.tolist()}))\n"
+    "from peft import PeftModel\n"
+    "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
+    "def ask(folder, base=None):\n"
+    "    model = AutoModelForImageTextToText.from_pretrained(base or folder, dtype=torch.float32)\n"
+    "    model = PeftModel.from_pretrained(model, folder) if base else model\n"
+    "    batch = AutoProcessor.from_pretrained(folder).apply_chat_template(messages, add_generation_prompt=True,\n"
+    "        tokenize=True, return_dict=True, return_tensors='pt')\n"
+    "    with torch.no_grad():\n"
+    "        last = model.eval()(**batch, use_cache=False).logits[0, -1]\n"
+    "    return {'ids': batch['input_ids'][0].tolist(), 'logits': last.tolist()}\n"
 )
-
-
-def adapter_code(base: Path | str, adapter: Path) -> str:
-    return (
-        "from peft import PeftModel\n"
-        "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
-        f"model = AutoModelForImageTextToText.from_pretrained({str(base)!r}, dtype=torch.float32)\n"
-        f"model = PeftModel.from_pretrained(model, {str(adapter)!r})\n"
-        f"processor = AutoProcessor.from_pretrained({str(adapter)!r})\n" + ASK
-    )
 
 
 def test_adapter_merged_and_adapter_alone_give_the_same_logits(train: Train, exported: Path) -> None:
     base = json.loads((train() / "adapter_config.json").read_text())["base_model_name_or_path"]
-    run = in_process(adapter_code(base, train()), exported)
-    complete = in_process(
-        "from transformers import AutoModelForImageTextToText, AutoProcessor\n"
-        "model = AutoModelForImageTextToText.from_pretrained('merged', dtype=torch.float32)\n"
-        "processor = AutoProcessor.from_pretrained('merged')\n" + ASK,
-        exported,
-    )
-    apart = in_process(adapter_code(exported / "two" / "base", exported / "two" / "adapter"), exported)
+    asked = f"found = [ask({str(train())!r}, {base!r}), ask('merged'), ask('two/adapter', 'two/base')]\n"
+    run, complete, apart = in_process(ASK + asked, exported)
     assert run["ids"] == complete["ids"] == apart["ids"]
     assert apart["logits"] == run["logits"]
     torch.testing.assert_close(torch.tensor(complete["logits"]), torch.tensor(run["logits"]), rtol=0, atol=1e-4)
@@ -89,8 +79,8 @@ def test_the_pipeline_answers_a_chat_message_with_the_trained_prompt(exported: P
         "forward = pipe.model.generate\n"
         "pipe.model.generate = lambda **inputs: (seen.append(inputs), forward(**inputs))[1]\n"
         "answer = pipe(text=messages, max_new_tokens=6, do_sample=False)\n"
-        "print(json.dumps({'ids': seen[0]['input_ids'][0].tolist(),\n"
-        "    'pixels': list(seen[0]['pixel_values'].shape), 'turns': answer[0]['generated_text']}, default=str))\n",
+        "found = {'ids': seen[0]['input_ids'][0].tolist(), 'pixels': list(seen[0]['pixel_values'].shape),\n"
+        "    'turns': answer[0]['generated_text']}\n",
         exported,
     )
     prompt = encode_prompt(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import json
 import multiprocessing
@@ -21,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_llava.commands.main import main
+from tests.forked import start_process
 
 MEMORY_RISE_MIB = 200
 """More than this a hostile file may not take over a good one."""
-_MODULES = ("lora_llava.commands.main", "lora_llava.prepare.row_check", "lora_llava.training.finetune")
 HOSTILE_TEXTS = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -53,18 +52,15 @@ class Outcome:
 
 
 def run_verb(*arguments: object, environment: dict[str, str] | None = None, limit: float = 100) -> Outcome:
-    """Run a verb in a fresh process, forked from one that has loaded the verbs' modules.
+    """Run a verb in a fresh process, forked from one that has loaded the libraries.
 
     Args:
         arguments: As on the command line.
         environment: Set in the process.
         limit: Seconds after which it hangs.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_MODULES))
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(there, [*map(str, arguments)], environment or {}))
-    process.start()
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = start_process(_run, there, [*map(str, arguments)], environment or {})
     there.close()
     try:
         assert here.poll(limit), f"{arguments} did not end in {limit} s"
@@ -79,8 +75,6 @@ def run_verb(*arguments: object, environment: dict[str, str] | None = None, limi
 def _run(pipe: Connection, arguments: Sequence[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     out, err = io.StringIO(), io.StringIO()
-    for module in _MODULES:  # another test may have started the server that is forked from, with fewer
-        importlib.import_module(module)
     before = _peak_mib()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 from inference.chat_server import Body, ChatLog
-from killed import kill, wait_for
-from killed import start as killed_verb
 from rich.console import Console
 from synthesis.made import files_of, number_of, recipe_of, seen, teach, write_recipe
 
@@ -25,6 +23,8 @@ from lora_llava.inference.client.answer_store import AnswerStore, request_key
 from lora_llava.inference.client.chat_request import ChatAnswer, ChatRequest
 from lora_llava.recipe import GenerateRecipe
 from lora_llava.synthesis.generation import LEDGER_FILE, generate
+from tests.forked import kill, wait_for
+from tests.forked import start as start_verb
 
 
 def make(recipe: GenerateRecipe, **caps: Any) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def test_every_sample_is_generated_or_reported_when_the_teacher_fails(log: ChatL
 
 
 def start(recipe: str) -> BaseProcess:
-    return killed_verb(["generate-data", recipe], "lora_llava.synthesis.generation")
+    return start_verb(["generate-data", recipe])
 
 
 def wrong_at_times(body: Body) -> str:

@@ -22,9 +22,10 @@ from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.checkpoint import MANIFEST_FILE, atomic_checkpoint, list_checkpoints
 from lora_llava.training import finetune
 from tests.ends import act_at
+from tests.forked import run_ranks
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
-LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def recipe_of(content: dict[str, Any], **training: Any) -> Recipe:
@@ -77,7 +78,7 @@ def content_for_ranks(parts: Path, scienceqa: Path, quantization: str = "none") 
 
 
 def one_and_two(
-    content: dict[str, Any], folder: Path, environment: Mapping[str, str] | None = None
+    content: dict[str, Any], folder: Path, environment: Mapping[str, str] | None = None, torchrun: bool = False
 ) -> tuple[Path, Path, str]:
     """Train with one process and with two, with equally many samples per step.
 
@@ -85,13 +86,14 @@ def one_and_two(
         content: The recipe of the two processes.
         folder: The folder of both runs.
         environment: Environment variables of the two processes.
+        torchrun: Start the two by torchrun.
 
     Returns:
         The run directories of one and of two processes, and the output of the two.
     """
     alone = content | {"training": content["training"] | {"gradient_accumulation": 2}}
     run(check_recipe(alone | {"output_dir": str(folder / "one")}, "test"))
-    two = launch(content, folder / "two", LAUNCHER, environment=environment)
+    two = launch(content, folder / "two", environment=environment, torchrun=torchrun)
     assert two.returncode == 0, two.stderr
     return folder / "one", folder / "two", two.stdout + two.stderr
 
@@ -99,24 +101,26 @@ def one_and_two(
 def launch(
     content: Mapping[str, Any],
     folder: Path,
-    launcher: list[str],
     *options: str,
     environment: Mapping[str, str] | None = None,
+    torchrun: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run `scripts/finetune.py`.
+    """Run `scripts/finetune.py` in two processes.
 
     Args:
         content: The recipe, without `output_dir`.
         folder: The run directory; the recipe is written beside it.
-        launcher: Python options that start the script: none, or `LAUNCHER`.
         options: Options of the script.
         environment: Variables added to those of this process.
+        torchrun: Start them by torchrun, whose three processes import everything again.
     """
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(dump_recipe(check_recipe({**content, "output_dir": str(folder)}, "test")))
-    command = [sys.executable, *launcher, str(SCRIPT), str(recipe), *options]
-    environment = os.environ | {"COLUMNS": "120"} | dict(environment or {})
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    added = {"COLUMNS": "120", **(environment or {})}
+    if not torchrun:
+        return run_ranks(SCRIPT, [str(recipe), *options], 2, added)
+    command = [*TORCHRUN, str(SCRIPT), str(recipe), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | added)
 
 
 def left_at_4(content: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Recipe:

@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from killed import start, wait_for
 from transformers import TrainerControl, TrainerState
 
 from lora_llava.core.errors import StoppedError, UserError
@@ -25,6 +24,7 @@ from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.checkpoint import list_checkpoints, newest_complete
 from lora_llava.training import stages
 from lora_llava.training.callbacks import PoisonedError, RefuseNaN, SaveEvery, StopOnSignal, WarnOfSpikes
+from tests.forked import start, wait_for
 from tests.training.small_runs import recipe_of, run, same, weights
 
 
@@ -156,7 +156,7 @@ def test_sigterm_from_outside_stops_within_a_step_and_two_seconds(
     recipe = recipe_of(stage2_content, max_steps=2000, eval_every=2000, save_every=3)
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))
-    process = start(["finetune", str(file)], "lora_llava.training.finetune")
+    process = start(["finetune", str(file)])
     wait_for(lambda: bool(list_checkpoints(checkpoints_of(recipe))))
     assert process.pid is not None
     sent = time.monotonic()
@@ -331,10 +331,10 @@ def test_with_several_ranks_only_the_rows_of_the_loss_are_named(
 
 
 def test_a_killed_worker_is_reported_and_resume_is_exact(stage2_content: dict[str, Any], tmp_path: Path) -> None:
-    recipe = recipe_of(stage2_content, max_steps=24, eval_every=24, save_every=2, workers=1)
+    recipe = recipe_of(stage2_content, max_steps=24, eval_every=24, save_every=6, workers=1)
     file = tmp_path / "recipe.yaml"
     file.write_text(dump_recipe(recipe))
-    process = start(["finetune", str(file)], "lora_llava.training.finetune")
+    process = start(["finetune", str(file)])
     wait_for(lambda: bool(list_checkpoints(checkpoints_of(recipe))))
     for loader in psutil.Process(process.pid).children():
         loader.kill()

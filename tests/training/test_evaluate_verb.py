@@ -8,10 +8,7 @@ import io
 import json
 import re
 import shutil
-import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,11 +21,14 @@ from rich.console import Console
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.data.templates.named_templates import chat_template, get_template
+from lora_llava.evaluation.answer_log import AnswerLog
 from lora_llava.evaluation.evaluate import EvaluationOptions, evaluate
 from lora_llava.evaluation.run_report import rebuild_report
 from lora_llava.evaluation.scienceqa import COLUMNS
+from lora_llava.inference.answer import Answer
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.finetune import finetune
+from tests.forked import kill, start_process, wait_for
 from tests.inference.chat_server import chat_server
 from tests.own_rows import asked, drawn, written
 
@@ -143,7 +143,6 @@ def test_the_chosen_parser_is_used_and_named(run: Path, log: ChatLog, capsys: py
     assert "parser" not in json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.slow
 def stored(folder: Path) -> int:
     """Count the answers in the store of a folder that another process has open; 0 if it is not there yet."""
     try:
@@ -155,41 +154,28 @@ def stored(folder: Path) -> int:
     return int(count)
 
 
-def test_a_killed_evaluation_resumes(run: Path) -> None:
+def evaluate_slowly(arguments: list[str]) -> None:
+    add = AnswerLog.add
+
+    def slow(self: AnswerLog, index: int, answer: Answer) -> None:
+        add(self, index, answer)
+        time.sleep(0.5)
+
+    AnswerLog.add = slow  # type: ignore[method-assign]
+    main(None, arguments)
+
+
+def test_a_killed_evaluation_resumes(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = run / "whole"
     evaluate(str(run), output=str(whole), overrides=["evaluation.batch_size=1"])
-    command = [
-        sys.executable,
-        "-m",
-        "lora_llava.commands.main",
-        "evaluate",
-        str(run),
-        "evaluation.batch_size=1",
-        "--output",
-        str(run / "killed"),
-    ]
-    script = (
-        "import sys, time\n"
-        "from lora_llava.evaluation.answer_log import AnswerLog\n"
-        "add = AnswerLog.add\n"
-        "def slow(self, index, answer):\n"
-        "    add(self, index, answer)\n"
-        "    time.sleep(0.5)\n"
-        "AnswerLog.add = slow\n"
-        "from lora_llava.commands.main import main\n"
-        "sys.exit(main())\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *command[3:]], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    while process.poll() is None and stored(run / "killed") < 2:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    arguments = ["evaluate", str(run), "evaluation.batch_size=1", "--output", str(run / "killed")]
+    process = start_process(evaluate_slowly, arguments)
+    wait_for(lambda: stored(run / "killed") >= 2)
+    kill(process)
     kept = stored(run / "killed")
     assert 2 <= kept < 6
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    assert f"{kept} of 6 answers are in" in output
+    assert main(None, arguments) == 0
+    assert f"{kept} of 6 answers are in" in capsys.readouterr().err
     assert (run / "killed" / "predictions.jsonl").read_text() == (whole / "predictions.jsonl").read_text()
     assert not list((run / "killed").glob("*.partial.*"))
 

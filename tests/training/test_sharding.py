@@ -14,7 +14,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.distributed.sharding import check_sharding
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import check_recipe
-from tests.training.small_runs import LAUNCHER, content_for_ranks, launch, one_and_two, same, weights
+from tests.training.small_runs import content_for_ranks, launch, one_and_two, same, weights
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 """Set by `accelerate launch --use_fsdp --fsdp_version 2`."""
@@ -68,7 +68,7 @@ def test_two_sharded_processes_resume_exactly(
     shutil.copytree(runs[1], folder)
     (folder / "run.json").unlink()
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
-    result = launch(content, folder, LAUNCHER, "--resume", environment=FSDP)
+    result = launch(content, folder, "--resume", environment=FSDP)
     assert result.returncode == 0, result.stderr
     assert same(weights(folder), weights(runs[1]))
     assert curves(folder) == curves(runs[1])

@@ -17,7 +17,7 @@ from lora_llava.prepare.sample_preview import preview
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.checkpoint import list_checkpoints
 from tests.own_rows import asked, drawn, quiet, written
-from tests.training.small_runs import LAUNCHER, launch, left_at_4, recipe_of, rewritten, run, same, weights
+from tests.training.small_runs import launch, left_at_4, recipe_of, rewritten, run, same, weights
 
 IMAGES, QUESTIONS = 6, 4
 
@@ -143,7 +143,7 @@ def test_two_ranks_train_what_one_trains(content: dict[str, Any], tmp_path: Path
     content["training"] = {"learning_rate": 1e-3, "batch_size": 6, "epochs": 2, "log_every": 1}
     alone = content | {"training": content["training"] | {"gradient_accumulation": 2}}
     run(check_recipe(alone | {"output_dir": str(tmp_path / "one")}, "test"))
-    two = launch(content, tmp_path / "two", LAUNCHER)
+    two = launch(content, tmp_path / "two")
     assert two.returncode == 0, two.stderr
     one_curve, two_curve = (read(str(tmp_path / name))["loss_curve"]["train"] for name in ("one", "two"))
     assert two_curve == [pytest.approx(pair, rel=1e-4) for pair in one_curve]

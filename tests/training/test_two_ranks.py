@@ -11,7 +11,7 @@ import pytest
 
 from lora_llava.core.errors import UserError
 from lora_llava.recipe.io import check_recipe
-from tests.training.small_runs import LAUNCHER, content_for_ranks, launch, one_and_two, run, same, weights
+from tests.training.small_runs import content_for_ranks, launch, one_and_two, run, same, weights
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def content(parts: Path, scienceqa: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def runs(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """Run directories of one rank and of two, with equally many samples per step, and the output of the two."""
-    return one_and_two(content, tmp_path_factory.mktemp("ranks"))
+    return one_and_two(content, tmp_path_factory.mktemp("ranks"), torchrun=True)
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def test_only_one_rank_prints_and_writes(runs: tuple[Path, Path, str]) -> None:
 @pytest.mark.more
 def test_an_error_is_printed_once_without_our_traceback(content: dict[str, Any], tmp_path: Path) -> None:
     wrong = content | {"data": content["data"] | {"path": str(tmp_path / "nowhere")}}
-    result = launch(wrong, tmp_path / "run", LAUNCHER)
+    result = launch(wrong, tmp_path / "run", torchrun=True)
     assert result.returncode != 0
     assert result.stderr.count("error: ") == 1
     assert 'finetune.py", line' not in result.stderr
@@ -87,7 +87,7 @@ def test_two_stopped_ranks_resume_exactly(
     message = "was written by a run of 2 processes, and now there are 1; start as many"
     with pytest.raises(UserError, match=message):
         run(check_recipe(content | {"output_dir": str(folder)}, "test"), resume=True)
-    assert launch(content, folder, LAUNCHER, "--resume").returncode == 0
+    assert launch(content, folder, "--resume").returncode == 0
     assert same(weights(folder), weights(runs[1]))
     for key in ("loss_curve", "tokens", "supervised_tokens"):
         assert read(folder)["train"][key] == read(runs[1])["train"][key], key
