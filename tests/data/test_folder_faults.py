@@ -258,6 +258,15 @@ def test_flags_without_effect_are_named(tmp_path: Path) -> None:
     assert "without effect" not in dict(understand_folder(tmp_path, options=options).facts)
 
 
+@pytest.mark.parametrize("rows", [[{"id": None, "image": None, "images": None}], [{"file": "1.png", "label": ""}] * 3])
+def test_a_table_without_any_label_is_one_line(
+    tmp_path: Path, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert main(None, ["init", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_captions_asked_of_boxes_are_refused(tmp_path: Path) -> None:
     paint(tmp_path / "images" / "0.png")
     (tmp_path / "labels").mkdir()

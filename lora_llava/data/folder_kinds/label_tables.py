@@ -70,10 +70,15 @@ def class_rows(
         where: The file, for messages.
 
     Raises:
-        UserError: If all rows have one class.
+        UserError: If all rows have one class, or none has an image and a class.
     """
     usable = {split: _usable(found, each, *columns) for split, each in rows.items()}
     names = _spelling(label for each in usable.values() for _, _, label in each)
+    if not names:
+        raise UserError(
+            f"{where}: no row has a value in {columns[0]} and in {columns[2]}; fill them in, or name other columns with "
+            "--columns image=NAME,label=NAME"
+        )
     refuse_one_class({names[label] for _, _, label in usable.get("train", ())}, where)
     question = ask_question(options, class_question(names.values()))
     seen: dict[str, set[str]] = {}
