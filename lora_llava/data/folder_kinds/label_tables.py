@@ -76,7 +76,7 @@ def class_rows(
     names = _spelling(label for each in usable.values() for _, _, label in each)
     if not names:
         raise UserError(
-            f"{where}: no row has a value in {columns[0]} and in {columns[2]}; fill them in, or name other columns with "
+            f"{where}: no row has a value in {columns[0]} and in {columns[2]}; fill them in, or name other columns: "
             "--columns image=NAME,label=NAME"
         )
     refuse_one_class({names[label] for _, _, label in usable.get("train", ())}, where)
