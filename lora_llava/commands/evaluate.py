@@ -15,7 +15,6 @@ from lora_llava.core.quiet import quieten
 SUMMARY = "answer a recipe's test questions with a model and score them"
 EXAMPLES = (
     "lora-llava evaluate runs/demo_scienceqa_qlora",
-    "lora-llava evaluate runs/demo_scienceqa_qlora --shuffle-images",
     "lora-llava evaluate runs/first --data test.csv --image-folder photos",
     "lora-llava evaluate runs/first --benchmark lmms:pope,gqa",
 )
