@@ -20,6 +20,7 @@ from lora_llava.model.fast_path.attention import choose_kernel
 from tests.simulation import (
     fake_card,
     simulated_answers,
+    simulated_branches,
     simulated_run,
     simulated_step,
     simulated_trl,
@@ -36,6 +37,7 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "answers": lambda meters, setting, **options: simulated_answers.measure_answers(
         Setting(**setting), meters, **options
     ),
+    "branches": lambda meters: simulated_branches.run_branches(meters),
     "finetune": lambda meters, **options: simulated_run.run_finetune(meters=meters, **options),
 }
 
