@@ -53,13 +53,17 @@ def main() -> int:
     module.add_arguments(parser)
     parser.add_argument("--output", type=Path, help="JSON file for the result; default: print only")
     args = parser.parse_args(sys.argv[2:])
-    if name == "gpu":  # it writes its file part by part
-        try:
-            return module.run(args)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            return error.exit_code
-    result = {"benchmark": name, "machine": where(), **module.run(args)}
+    try:
+        found = module.run(args)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    if isinstance(found, int):  # of `gpu`, which writes its file part by part
+        return found
+    result = {"benchmark": name, "machine": where(), **found}
     text = json.dumps(result, indent=2)
     print(text)
     if args.output:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +69,32 @@ def test_every_result_has_a_line() -> None:
         "plan c      skipped: no time was left",
         "answers     3.00 a second in batches of 8, 0.50 one at a time",
     ]
+
+
+@pytest.mark.parametrize("finished", [0, 1, 3])
+def test_ctrl_c_keeps_what_was_measured(
+    finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first part describes the machine; Ctrl-C comes in the one after those that finished."""
+    done: list[str] = []
+
+    def run_part(part: gpu.Part, limit: float) -> dict[str, Any]:
+        if len(done) == finished:
+            raise KeyboardInterrupt
+        done.append(part.name)
+        return {"error": part.name}
+
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    file = tmp_path / "found.json"
+    assert gpu.run(argparse.Namespace(tiny=True, minutes=12.0, output=file)) == 130
+    output = capsys.readouterr().out
+    assert len(output.splitlines()) == 1
+    if finished < 2:
+        assert output == "stopped; nothing was measured\n"
+        assert not file.exists()
+    else:
+        assert output == f"stopped; 2 of 9 parts are measured, in {file}\n"
+        assert list(json.loads(file.read_text())["parts"]) == ["attention", "rounding"]
 
 
 def full(settings: Any) -> dict[str, Any]:
