@@ -122,11 +122,14 @@ def test_a_part_that_fails_leaves_its_reason() -> None:
     assert gpu.run_within(gpu.Part("broken", broken, True), time.monotonic()) == {"skipped": "no time was left"}
 
 
-@pytest.mark.more
-def test_attention_and_rounding_are_measured_on_a_cpu() -> None:
+def test_attention_is_measured_on_a_cpu() -> None:
     errors = gpu_parts.attention_errors(True)["relative_errors"]
     assert [(each["key_heads"], each["window"]) for each in errors] == [(8, None), (8, 64), (2, None), (2, 64)]
     assert all(1e-4 < each[name] < 1e-2 for each in errors for name in ("output", "query", "key", "value"))
+
+
+@pytest.mark.more
+def test_rounding_is_measured_on_a_cpu() -> None:
     noise = gpu_parts.rounding_noise(True)
     for kind in ("packed", "padded"):
         assert 1e-4 < noise[kind]["gradients"] < 0.1
