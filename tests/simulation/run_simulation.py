@@ -26,9 +26,8 @@ from tests.simulation import (
     simulated_trl,
     stand_ins,
 )
-from tests.simulation.settings import Setting
+from tests.simulation.settings import CARD, Setting
 
-CARD = 24 * 2**30
 KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "whole": lambda meters, setting: simulated_step.measure_whole(Setting(**setting), meters),
     "depth": lambda meters, setting: simulated_step.measure_at_depth(Setting(**setting), meters),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-CARD = 24 * 2**30
+from tests.simulation.settings import CARD
 
 
 @pytest.mark.more
@@ -26,7 +26,7 @@ def test_a_run_trains_on_the_card_to_its_results(
 @pytest.mark.more
 def test_the_card_is_described_timed_and_measured(fake_cuda: Callable[..., Any]) -> None:
     found = fake_cuda([{"kind": "branches"}])[0]
-    assert found["device"] == "fake, 24.0 GiB"
+    assert found["device"] == "fake, 32.0 GiB"
     assert found["machine"] == {"gpu": "fake", "gpus": 1, "gpu_memory_bytes": CARD}
     assert found["budget"] == [CARD + 550_000_000, "free on the GPU, fake"]
     assert found["random"] == ["cuda", "numpy", "python", "torch"]
