@@ -15,7 +15,7 @@ from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.data.images.image_sources import Pixels
 from lora_llava.model.adapters import add_adapters, lora_config
 from lora_llava.model.families.tower_families import image_processor_of
-from lora_llava.model.fast_path.attention import use_flash_varlen
+from lora_llava.model.fast_path.attention import flash_varlen_attention, use_flash_varlen
 from lora_llava.model.loading import load_base
 from lora_llava.model.start import prepare_base
 from lora_llava.recipe import Recipe
@@ -166,3 +166,26 @@ def test_a_packed_batch_is_exact(collators: Any) -> None:
     assert "pixel_values" not in batch
     with pytest.raises(ValueError, match="the first token of sample 7 is trained"):
         collators[1]([sample(3, 3, 7)])
+
+
+def test_values_that_are_a_slice_do_not_keep_the_whole() -> None:
+    """Phi-3's queries, keys and values are slices of one matrix; rotary positions copy the first two."""
+    query, key = (torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(2))
+    whole = torch.randn(1, 16, 3 * 16, requires_grad=True)
+    value = whole[..., 32:].view(1, 16, 2, 8).transpose(1, 2)
+    ends, kept = torch.tensor([0, 16], dtype=torch.int32), []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output, _ = flash_varlen_attention(
+            torch.nn.Module(), query, key, value, None, cu_seq_lens_q=ends, max_length_q=16
+        )
+    assert max(kept) == query.nbytes
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    assert whole.grad is not None
+    assert int(whole.grad.count_nonzero()) == value.numel()

@@ -80,6 +80,8 @@ def flash_varlen_attention(
     else:
         cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
     assert cu_seq_lens_k is not None
+    if value.untyped_storage().nbytes() > value.nbytes:  # a part of Phi-3's qkv, which autograd would keep as a whole
+        value = value.clone()
     ends = (cu_seq_lens_q, cu_seq_lens_k)
     longest, most_keys = (
         int(most or torch.diff(each).max()) for most, each in zip((max_length_q, max_length_k), ends, strict=True)
