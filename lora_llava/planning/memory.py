@@ -31,8 +31,8 @@ CUDA_CONTEXT = 550_000_000
 PROCESS = 600_000_000
 """Python with torch, transformers and trl: the resident set after the imports, counted on a CPU."""
 GPU_SHARE = 0.97
-"""Usable share of a GPU's budget with expandable segments. In a replay of simulated 7B steps, allocated bytes were 0.989
-and 0.994 of the pages that had a block in use. Not measured on a GPU."""
+"""Usable share of a GPU's budget with expandable segments. In a replay of simulated 7B steps, allocated bytes were
+0.989 and 0.994 of the pages that had a block in use. Not measured on a GPU."""
 GPU_SHARE_OF_FIXED_SEGMENTS = 0.90
 """The same without them, as on Windows: freed blocks of other sizes cannot be joined across segments. In the replay,
 allocated bytes were 0.918 and 0.930 of the segments that had a block in use."""
