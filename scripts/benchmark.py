@@ -15,7 +15,8 @@ from lora_llava.commands.main import main as run_verb
 from lora_llava.core.errors import UserError
 from lora_llava.core.quiet import quieten
 
-quieten()  # here, as processes that a benchmark starts import this file first
+if __name__ != "__main__":  # in processes that a benchmark starts, which import this file first
+    quieten()
 
 BENCHMARKS = (
     "merge",
@@ -47,20 +48,30 @@ def where() -> dict[str, Any]:
 
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHMARKS:
+        quieten()
         return run_verb("benchmark")
-    name = sys.argv[1]
+    try:
+        return run_benchmark(sys.argv[1], sys.argv[2:])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def run_benchmark(name: str, arguments: list[str]) -> int:
+    """Run one of `BENCHMARKS`, print its result and write it."""
+    quieten()
     module = importlib.import_module(f"tests.benchmarks.{name}")
     parser = argparse.ArgumentParser(prog=f"benchmark.py {name}", description=module.__doc__)
     module.add_arguments(parser)
     parser.add_argument("--output", type=Path, help="JSON file for the result; default: print only")
-    args = parser.parse_args(sys.argv[2:])
-    if name == "gpu":  # it writes its file part by part
-        try:
-            return module.run(args)
-        except UserError as error:
-            print(error, file=sys.stderr)
-            return error.exit_code
-    result = {"benchmark": name, "machine": where(), **module.run(args)}
+    args = parser.parse_args(arguments)
+    found = module.run(args)
+    if isinstance(found, int):  # of `gpu`, which writes its file part by part
+        return found
+    result = {"benchmark": name, "machine": where(), **found}
     text = json.dumps(result, indent=2)
     print(text)
     if args.output:

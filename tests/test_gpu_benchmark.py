@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,6 +71,32 @@ def test_every_result_has_a_line() -> None:
     ]
 
 
+@pytest.mark.parametrize("finished", [0, 1, 3])
+def test_ctrl_c_keeps_what_was_measured(
+    finished: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first part describes the machine; Ctrl-C comes in the one after those that finished."""
+    done: list[str] = []
+
+    def run_part(part: gpu.Part, limit: float) -> dict[str, Any]:
+        if len(done) == finished:
+            raise KeyboardInterrupt
+        done.append(part.name)
+        return {"error": part.name}
+
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    file = tmp_path / "found.json"
+    assert gpu.run(argparse.Namespace(tiny=True, minutes=12.0, output=file)) == 130
+    output = capsys.readouterr().out
+    assert len(output.splitlines()) == 1
+    if finished < 2:
+        assert output == "stopped; nothing was measured\n"
+        assert not file.exists()
+    else:
+        assert output == f"stopped; 2 of 9 parts are measured, in {file}\n"
+        assert list(json.loads(file.read_text())["parts"]) == ["attention", "rounding"]
+
+
 def full(settings: Any) -> dict[str, Any]:
     return {"micro_batch": settings.micro_batch} | ({"out_of_memory": "full"} if settings.micro_batch > 1 else {})
 
@@ -94,11 +122,14 @@ def test_a_part_that_fails_leaves_its_reason() -> None:
     assert gpu.run_within(gpu.Part("broken", broken, True), time.monotonic()) == {"skipped": "no time was left"}
 
 
-@pytest.mark.more
-def test_attention_and_rounding_are_measured_on_a_cpu() -> None:
+def test_attention_is_measured_on_a_cpu() -> None:
     errors = gpu_parts.attention_errors(True)["relative_errors"]
     assert [(each["key_heads"], each["window"]) for each in errors] == [(8, None), (8, 64), (2, None), (2, 64)]
     assert all(1e-4 < each[name] < 1e-2 for each in errors for name in ("output", "query", "key", "value"))
+
+
+@pytest.mark.more
+def test_rounding_is_measured_on_a_cpu() -> None:
     noise = gpu_parts.rounding_noise(True)
     for kind in ("packed", "padded"):
         assert 1e-4 < noise[kind]["gradients"] < 0.1

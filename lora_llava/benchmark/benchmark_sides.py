@@ -15,6 +15,7 @@ from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, 
 from trl import SFTConfig, SFTTrainer
 
 from lora_llava.benchmark.benchmark_rows import DrawnImages, draw_rows, lay_out, shape_config, text_length
+from lora_llava.core.device import free_memory
 from lora_llava.data.collator import PackedCollator
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.images.image_id import own_names
@@ -258,8 +259,8 @@ def _features(settings: BenchmarkSettings, config: LlavaConfig, pixels: Pixels, 
     tower = AutoModel.from_config(config.vision_config, dtype=resolve_dtype("auto")).to(device).eval()
     kept = {name: tower_features(tower, config, pixels([name]).to(device))[0].cpu() for name in names}
     del tower
+    free_memory()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return lambda wanted: torch.stack([kept[name] for name in wanted])
 

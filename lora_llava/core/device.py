@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import functools
+import gc
 import os
 import re
 import shutil
@@ -37,6 +38,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _FULL)
+
+
+def free_memory() -> None:
+    """Free what nothing refers to any more, on the GPU too; 4-bit layers and hooks have reference cycles."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without CUDA
 
 
 def first_sentence(error: BaseException) -> str:

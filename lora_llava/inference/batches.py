@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 
-from lora_llava.core.device import first_sentence, is_out_of_memory
+from lora_llava.core.device import first_sentence, free_memory, is_out_of_memory
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import print_beside_bars
-from lora_llava.model.families.decoder_shape import attention_widths
 from lora_llava.model.vision import llava_of
+from lora_llava.planning.answer_memory import answer_bytes
 from lora_llava.planning.memory import GIB, gpu_share
 from lora_llava.planning.memory_budget import available_bytes
 
@@ -87,9 +86,7 @@ class Batches:
         return fitting
 
     def _halve(self, size: int, reason: str) -> None:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         if size == 1:
             raise UserError(
                 f"memory is full with 1 of the {self.what} at once ({reason}); stop other programs that use it, or "
@@ -112,7 +109,7 @@ def free_bytes() -> int:
 def question_bytes(
     model: Any, tokens: int, *, new_tokens: int = 0, logits: int = 1, cached: bool = True, all_states: bool = False
 ) -> int:
-    """Return the bytes that one row of a batch needs besides the weights.
+    """Return the bytes that one row of a batch needs besides the weights; see `answer_bytes`.
 
     Args:
         model: A LLaVA, with or without an adapter.
@@ -121,27 +118,15 @@ def question_bytes(
         logits: Positions whose logits are computed.
         cached: Whether keys and values are kept, as generation does.
         all_states: Whether the states after every layer are kept.
-
-    Returns:
-        The larger of the bytes of the first pass over the prompt, and of the last step, if the answer is as long as
-        it may be. A 7B model in bfloat16 keeps 512 KiB of keys and values per token: 32 layers x 2 x 4,096 x 2 bytes.
     """
     llava = llava_of(model)
-    text, size = llava.config.text_config, llava.dtype.itemsize
-    _, keys = attention_widths(text)
-    inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    # The states of the layer, its queries, keys, values and output, the MLP's three products, and with adapters in
-    # float32 their output before and after it is scaled (peft/tuners/lora/bnb.py, Linear4bit.forward).
-    adapters = 2 * 4 * inner if hasattr(model, "peft_config") else 0
-    per_token = size * (5 * text.hidden_size + 3 * inner) + adapters
-    head = logits * text.vocab_size * (size + 2 * 4)  # logits, in float32, and their log-softmax
-    first = tokens * per_token + tokens * tokens * (1 + size) + head  # with the mask, and its copy in the scores' dtype
-    if all_states:
-        first += tokens * (text.num_hidden_layers + 1) * text.hidden_size * size
-    if not cached:
-        return int(first)
-    kept = 2 * text.num_hidden_layers * keys * size
-    largest = tokens + new_tokens
-    # A step copies the keys or the values of one layer to add those of one token (transformers, DynamicCache).
-    last = kept * largest + keys * size * largest + per_token + head
-    return int(max(kept * tokens + first, last))
+    return answer_bytes(
+        llava.config.text_config,
+        llava.dtype.itemsize,
+        tokens,
+        new_tokens=new_tokens,
+        logits=logits,
+        cached=cached,
+        all_states=all_states,
+        adapter=hasattr(model, "peft_config"),
+    )

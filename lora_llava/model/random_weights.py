@@ -39,6 +39,8 @@ def build_random_llava(
     model = build_empty(config, device)
     if not with_tower:
         accept_features(model)
+    if config.text_config.tie_word_embeddings:
+        model.lm_head.weight = model.get_input_embeddings().weight
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(shape: torch.Size) -> torch.Tensor:
@@ -47,12 +49,16 @@ def build_random_llava(
     for name, module in list(model.named_modules()):
         if quantization == "nf4" and isinstance(module, nn.Linear) and name.startswith("model.language_model."):
             model.set_submodule(name, _quantized(draw(module.weight.shape), dtype, module.bias))
+    drawn: dict[nn.Parameter, nn.Parameter] = {}  # as modules may share one
     for module in model.modules():
         for leaf, parameter in list(module._parameters.items()):
-            if parameter is not None and parameter.is_meta:
+            if parameter is None or not parameter.is_meta:
+                continue
+            if parameter not in drawn:
                 scale = leaf == "weight" and parameter.ndim == 1  # of a norm
                 value = torch.ones(parameter.shape, dtype=dtype, device=device) if scale else draw(parameter.shape)
-                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+                drawn[parameter] = nn.Parameter(value, requires_grad=False)
+            module._parameters[leaf] = drawn[parameter]
     model.is_loaded_in_4bit = quantization == "nf4"  # peft and trl recognize a quantized model by it
     keep_autograd(model)
     return model.eval()

@@ -46,6 +46,7 @@ class Forecast:
         steps: Optimizer steps.
         tokens: Tokens of the run without padding; None without data.
         padding: Ratio of tokens with padding to those without.
+        longest: Tokens of the longest sample; without data, the most that the recipe allows.
         source: Description of the sample.
     """
 
@@ -53,6 +54,7 @@ class Forecast:
     steps: int | None
     tokens: int | None
     padding: float
+    longest: int
     source: str
 
 
@@ -72,7 +74,12 @@ def forecast(recipe: Recipe) -> Forecast:
     except UserError as error:
         step = build_step(recipe, model.config, _limits(recipe, model.config), cuda=cuda)
         return Forecast(
-            step, recipe.training.max_steps, None, 1.0, f"data not available ({error}): all rows assumed to be full"
+            step,
+            recipe.training.max_steps,
+            None,
+            1.0,
+            recipe.data.max_length,
+            f"data not available ({error}): all rows assumed to be full",
         )
     tokenizer, _, template = build_run_processor(recipe, model)
     samples, _ = build_rows(
@@ -95,9 +102,8 @@ def forecast(recipe: Recipe) -> Forecast:
         extremes = replace(extremes, tokens=recipe.training.max_tokens_per_row)
     filled = sum(len(row) * max(lengths[i] for i in row) for row in folded) if padded else 0
     padding = max(1.0, filled / sum(lengths[i] for row in folded for i in row))
-    return Forecast(
-        build_step(recipe, model.config, extremes, cuda=cuda), round(scale * order.steps), tokens, padding, source
-    )
+    step = build_step(recipe, model.config, extremes, cuda=cuda)
+    return Forecast(step, round(scale * order.steps), tokens, padding, max(lengths), source)
 
 
 def _rows_per_epoch(recipe: Recipe, total: int) -> int:
@@ -142,7 +148,7 @@ def print_forecast(recipe: Recipe, console: Console) -> None:
         step, refusal = choose_checkpointing(recipe, found.step), None
     except UserError as error:
         step, refusal = found.step, error
-    plan_tables.print_memory(recipe, step, console)
+    plan_tables.print_memory(recipe, step, found.longest, console)
     cards = RichTable(title="Cards", title_justify="left")
     cards.add_column("card", justify="right")
     cards.add_column("settings with which this recipe fits, computed")

@@ -16,6 +16,7 @@ from rich.text import Text
 from lora_llava.core.errors import UserError
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.model.families.language_families import outside_the_table
+from lora_llava.planning.answer_memory import AnswerPlan, plan_answers
 from lora_llava.planning.fit import recomputation, resolve_optimizer
 from lora_llava.planning.memory import GIB, Step
 from lora_llava.planning.memory_budget import memory_budget
@@ -99,8 +100,15 @@ def _steps(plan: RunPlan) -> str:
     )
 
 
-def print_memory(recipe: Recipe, step: Step, console: Console) -> None:
-    """Print the memory of a step by part, and how much is recomputed."""
+def print_memory(recipe: Recipe, step: Step, longest: int, console: Console) -> None:
+    """Print the memory of a step by part and of answers, and how much is recomputed.
+
+    Args:
+        recipe: The recipe.
+        step: The run's step.
+        longest: Tokens of the longest question.
+        console: Prints them.
+    """
     table = RichTable(title=f"Memory of a step: a row of up to {step.tokens:,} tokens", title_justify="left")
     table.add_column("part")
     table.add_column("", justify="right")
@@ -109,7 +117,15 @@ def print_memory(recipe: Recipe, step: Step, console: Console) -> None:
             table.add_row(name, _size(size))
     table.add_section()
     table.add_row("peak", _size(step.peak))
+    answers = plan_answers(recipe, step, longest)
+    if answers is not None:
+        table.add_section()
+        table.add_row(_answering(recipe, answers), _size(answers.peak))
     console.print(table)
+    if answers is not None and not answers.fits:
+        console.print(
+            "warning: an answer does not fit; lower evaluation.max_new_tokens or data.max_length", soft_wrap=True
+        )
     if (warning := outside_the_table(step.config.text_config)) is not None:
         console.print(f"warning: {warning}", soft_wrap=True)
     budget, source = memory_budget(recipe)
@@ -117,6 +133,14 @@ def print_memory(recipe: Recipe, step: Step, console: Console) -> None:
         f"{recomputation(step)}; {budget / GIB:.1f} GiB available ({source}); optimizer "
         f"{resolve_optimizer(recipe, cuda=step.cuda)}"
     )
+
+
+def _answering(recipe: Recipe, answers: AnswerPlan) -> str:
+    evaluation, count = recipe.evaluation, answers.questions
+    assert evaluation is not None
+    fewer = f", of evaluation.batch_size {evaluation.batch_size}" if count < evaluation.batch_size else ""
+    questions = f"{count} question{'s' * (count > 1)} at once{fewer}"
+    return f"answers before and after training: {questions}"
 
 
 def _size(size: int) -> str:

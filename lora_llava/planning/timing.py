@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import gc
 import time
 from typing import Any
 
 import torch
 
-from lora_llava.core.device import is_out_of_memory
+from lora_llava.core.device import free_memory, is_out_of_memory
 from lora_llava.model.adapters import add_adapters
 from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.fast_path.attention import resolve_attention, use_flash_varlen
@@ -52,8 +51,7 @@ def time_row(recipe: Recipe, step: Step) -> float | None:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        gc.collect()  # 4-bit layers have reference cycles
-        torch.cuda.empty_cache()
+        free_memory()
         return None
     return step_seconds(one, two, step)
 

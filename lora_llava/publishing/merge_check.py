@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import GenerationConfig, LlavaConfig
 
+from lora_llava.core.device import free_memory
 from lora_llava.core.errors import ReportedError, UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.inference.load import load_processor
@@ -74,13 +74,6 @@ def _bar(description: str, source: MergeSource, passes: int) -> Iterator[Progres
     total = passes * (source.config.text_config.num_hidden_layers + _OTHER_BLOCKS)
     with progress_bar(desc=description, total=total, unit="block", leave=False) as bar:
         yield lambda block: bar.update() and None
-
-
-def _free_memory() -> None:
-    """Free the last model before loading the next; its hooks form a reference cycle."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -144,9 +137,9 @@ def prove(source: MergeSource, merged: MergedModel, questions: Questions, consol
     keep = stays_in_memory(source.tensors, merged.dtype)
     reference = _reference_of(merged.kind)
     answers, logits, noise, effect = _adapter_outputs(source, merged, questions, keep)
-    _free_memory()
+    free_memory()
     ours = _merged_logits(source, merged, prompts, answers, keep)
-    _free_memory()
+    free_memory()
     deltas = {reference: compare(logits, ours, answers)}
     if source.adapter.layers:
         deltas |= _other_delta(source, merged, prompts, answers, ours, keep, console)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from lora_llava.core.device import free_memory
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.core.storage import cache_folder
@@ -147,9 +147,7 @@ def _fill(store: FeatureStore, hashes: dict[str, dict[ImageName, str]], plan: Ru
         finally:
             store.flush()  # Ctrl-C keeps what was computed
     del tower
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
 
 
 def _preprocessed(places: list[_Place], plan: RunPlan) -> Iterator[tuple[list[_Place], torch.Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import shutil
@@ -14,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
+from lora_llava.core.device import free_memory
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import FoundPath, cache_folder, looked_in
 from lora_llava.distributed.ranks import first_alone, first_before_others, is_first, this_rank
@@ -214,7 +213,8 @@ def _plan(recipe: Recipe, resume: bool, console: Console) -> RunPlan:
     with first_before_others():
         plan = plan_run(recipe, show_progress)
     plan_tables.print_data(plan, console)
-    plan_tables.print_memory(recipe, plan.step, console)
+    longest = max(split.report.longest for split in plan.splits.values())
+    plan_tables.print_memory(recipe, plan.step, longest, console)
     return plan
 
 
@@ -265,9 +265,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     spent = f"{time.monotonic() - start:.0f} s {'in all' if resumed is None else 'since it was resumed'}"
     _print_result(recipe, metrics, spent, console)
     del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     return metrics
 
 

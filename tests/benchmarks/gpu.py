@@ -77,26 +77,25 @@ def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available() and not args.tiny:
         raise UserError("no CUDA GPU is here to measure; --tiny tries the benchmark itself on a CPU")
     console, end = Console(), time.monotonic() + 60 * args.minutes
-    here = run_part(Part("machine", describe_gpu, args.tiny), _PATIENCE)
-    result: dict[str, Any] = {"benchmark": "gpu", "machine": here, "versions": versions(), "parts": {}}
-    file = args.output or Path(f"gpu_{re.sub('[^a-z0-9]+', '_', str(here.get('gpu') or 'cpu').lower())}.json")
-    found, code = result["parts"], 0
-    parts = list_parts(args.tiny, here.get("free_bytes"))
-    with progress_bar(total=len(parts), desc="gpu", unit="part") as bar, contextlib.suppress(BrokenPipeError):
-        try:
+    result: dict[str, Any] = {"benchmark": "gpu", "machine": {}, "versions": versions(), "parts": {}}
+    found, parts, file = result["parts"], [], args.output
+    try:
+        here = result["machine"] = run_part(Part("machine", describe_gpu, args.tiny), _PATIENCE)
+        file = file or Path(f"gpu_{re.sub('[^a-z0-9]+', '_', str(here.get('gpu') or 'cpu').lower())}.json")
+        parts = list_parts(args.tiny, here.get("free_bytes"))
+        with progress_bar(total=len(parts), desc="gpu", unit="part") as bar, contextlib.suppress(BrokenPipeError):
             for part in parts:
                 bar.set_postfix_str(part.name)
                 found[part.name] = run_within(part, end)
                 write_json(file, result)
                 bar.update()
-        except KeyboardInterrupt:
-            code, result["stopped"] = 130, "by Ctrl-C"
-    write_json(file, result)
+    except KeyboardInterrupt:
+        kept = f"{len(found)} of {len(parts)} parts are measured, in {file}" if found else "nothing was measured"
+        console.print(f"stopped; {kept}", soft_wrap=True)
+        return 130
     print_result(found, console)
-    if code:
-        console.print(f"stopped; {len(found)} of {len(parts)} parts are measured", soft_wrap=True)
     console.print(_SEND.format(file=file), soft_wrap=True)
-    return code
+    return 0
 
 
 def list_parts(tiny: bool, free: int | None) -> list[Part]:
@@ -175,7 +174,9 @@ def run_part(part: Part, limit: float) -> dict[str, Any]:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run_and_send, args=(sender, part))
     start = time.monotonic()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: this process ends that one
     process.start()
+    signal.signal(signal.SIGINT, before)
     sender.close()
     try:
         if not receiver.poll(limit):
@@ -192,7 +193,6 @@ def run_part(part: Part, limit: float) -> dict[str, Any]:
 
 def _run_and_send(sender: Connection, part: Part) -> None:
     """Run a part and send its result, or the error of any kind that it raised."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     quieten()
     warnings.simplefilter("ignore", FutureWarning)  # of use_liger_kernel, whose name TRL will change
     try:

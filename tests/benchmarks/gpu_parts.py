@@ -94,10 +94,10 @@ def _attend(kernel: Any, given: list[torch.Tensor], window: int | None) -> list[
     query, key, value = (each.detach().clone().requires_grad_() for each in given[:3])
     ends = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32, device=query.device)
     if kernel is None:
-        output = attention._by_segment(query, key, value, ends, None, 0.0, window)
+        output = attention._by_segment(query, key, value, (ends, ends), None, 0.0, window)
     else:
         parts = (each[0].transpose(0, 1) for each in (query, key, value))
-        output = kernel(*parts, ends, max(LENGTHS), None, 0.0, window).unsqueeze(0)
+        output = kernel(*parts, (ends, ends, max(LENGTHS), max(LENGTHS)), None, 0.0, window).unsqueeze(0)
     output.backward(given[3].transpose(1, 2))
     return [output.detach(), *(each.grad for each in (query, key, value))]  # type: ignore[list-item]
 

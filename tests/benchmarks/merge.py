@@ -71,12 +71,12 @@ def build(folder: Path, shape: str, layers: int | None, image_size: int) -> tupl
     import torch
     from peft import get_peft_model
     from peft.utils import get_peft_model_state_dict
-    from transformers import GenerationConfig
+    from transformers import CLIPImageProcessorPil, GenerationConfig
 
     from lora_llava.data.templates.named_templates import chat_template, get_template
     from lora_llava.demo.build import build_tokenizer
     from lora_llava.model.adapters import lora_config
-    from lora_llava.model.base import CLIPImageProcessorPil, assembled_config, build_processor
+    from lora_llava.model.base import assembled_config, build_processor
     from lora_llava.model.provenance import component_hashes
     from lora_llava.model.weights.streaming import build_empty
     from lora_llava.model.weights.tensor_files import LazyTensor, write_checkpoint, write_file

@@ -87,18 +87,19 @@ def fragments() -> list[dict[str, Any]]:
     """Replay rows of four lengths through the caching allocator."""
     found = _measure([("fragments", setting) for setting in FRAGMENTED])
     _print(
-        "Share of the reserved memory that was allocated, rows of four lengths",
+        "Allocated share of the memory that the driver gave, rows of four lengths; in brackets, when a card is full",
         ("setting", "allocations and frees", "fixed segments", "expandable segments"),
         [
-            (each["name"], f"{each['events']:,}", *(_share(each, kind) for kind in ("fixed", "expandable")))
+            (each["name"], f"{each['events']:,}", *(_shares(each, kind) for kind in ("fixed", "expandable")))
             for each in found
         ],
     )
     return found
 
 
-def _share(found: dict[str, Any], kind: str) -> str:
-    return f"{found[f'{kind}_allocated'] / found[f'{kind}_reserved']:.3f}"
+def _shares(found: dict[str, Any], kind: str) -> str:
+    reserved, needed = (found[f"{kind}_allocated"] / found[f"{kind}_{part}"] for part in ("reserved", "needed"))
+    return f"{reserved:.3f} ({needed:.3f})"
 
 
 def _measure(jobs: list[tuple[str, Setting]]) -> list[dict[str, Any]]:

@@ -183,3 +183,26 @@ def test_the_backward_pass_takes_each_segment_once() -> None:
     names = Counter(type(step).__name__ for step in found)
     assert names["SplitWithSizesBackward0"] == 3, names
     assert names["SliceBackward0"] == 0, names
+
+
+def test_values_that_are_a_slice_do_not_keep_the_whole() -> None:
+    """Phi-3's queries, keys and values are slices of one matrix; rotary positions copy the first two."""
+    query, key = (torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(2))
+    whole = torch.randn(1, 16, 3 * 16, requires_grad=True)
+    value = whole[..., 32:].view(1, 16, 2, 8).transpose(1, 2)
+    ends, kept = torch.tensor([0, 16], dtype=torch.int32), []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output, _ = flash_varlen_attention(
+            torch.nn.Module(), query, key, value, None, cu_seq_lens_q=ends, max_length_q=16
+        )
+    assert max(kept) == query.nbytes
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    assert whole.grad is not None
+    assert int(whole.grad.count_nonzero()) == value.numel()

@@ -1,7 +1,9 @@
 """List the statements of the package that depend on CUDA, and which of them were executed.
 
-coverage run --source=lora_llava ...        in tests, or in a simulation
-python -m tests.simulation.cuda_lines .coverage.A .coverage.B
+    coverage run -m pytest -n 0 -m "more or not more" FILE...     files that simulate a card, plan, or need no card
+    python -m tests.simulation.cuda_lines .coverage.*
+
+Data that is older than a source file is not used for it.
 """
 
 from __future__ import annotations
@@ -53,6 +55,8 @@ def main() -> None:
         data = coverage.CoverageData(file)
         data.read()
         for name in data.measured_files():
+            if Path(name).exists() and Path(name).stat().st_mtime > Path(file).stat().st_mtime:
+                continue  # the source is newer, so its lines may be others
             executed.setdefault(name, set()).update(data.lines(name) or ())
     total = run = 0
     for path in sorted(PACKAGE.rglob("*.py")):

@@ -35,6 +35,9 @@ class FakeMode(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        # torch's weak references to storages of constants damage the heap when they are collected (torch 2.13)
+        converter: Any = self.fake_tensor_converter
+        converter.add_constant_storage_mapping = lambda tensor: None
 
 
 @torch.library.custom_op("fake_card::silu_backward", mutates_args=())

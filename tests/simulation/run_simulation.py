@@ -20,14 +20,14 @@ from lora_llava.model.fast_path.attention import choose_kernel
 from tests.simulation import (
     fake_card,
     simulated_answers,
+    simulated_branches,
     simulated_run,
     simulated_step,
     simulated_trl,
     stand_ins,
 )
-from tests.simulation.settings import Setting
+from tests.simulation.settings import CARD, Setting
 
-CARD = 24 * 2**30
 KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "whole": lambda meters, setting: simulated_step.measure_whole(Setting(**setting), meters),
     "depth": lambda meters, setting: simulated_step.measure_at_depth(Setting(**setting), meters),
@@ -36,6 +36,7 @@ KINDS: dict[str, Callable[..., dict[str, Any]]] = {
     "answers": lambda meters, setting, **options: simulated_answers.measure_answers(
         Setting(**setting), meters, **options
     ),
+    "branches": lambda meters: simulated_branches.run_branches(meters),
     "finetune": lambda meters, **options: simulated_run.run_finetune(meters=meters, **options),
 }
 

@@ -15,7 +15,11 @@ from lora_llava.planning.memory import Step, candidates
 from lora_llava.recipe import Recipe, load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+CARD = 32 * 2**30
+"""Bytes of the card, as many as the largest setting needs."""
 EIGHT_BIT = "paged_adamw_8bit"
+FUSED_LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+"""Phi-3's linear layers."""
 _MEAN_SAMPLE = 615
 """Tokens of ScienceQA's mean row."""
 
@@ -176,7 +180,9 @@ def recipe_of(setting: Setting) -> Recipe:
         "model": recipe.model.model_copy(update={"quantization": setting.quantization}),
     }
     if recipe.lora is not None:
-        update["lora"] = recipe.lora.model_copy(update={"r": setting.r, "dropout": setting.dropout})
+        targets = FUSED_LINEARS if setting.shape == "phi3-mini" else recipe.lora.targets
+        lora = {"r": setting.r, "dropout": setting.dropout, "targets": targets}
+        update["lora"] = recipe.lora.model_copy(update=lora)
     return recipe.model_copy(update=update)
 
 

@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 from peft.utils import save_and_load
 from rich.console import Console
-from torch.utils._python_dispatch import _disable_current_modes
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
@@ -24,6 +23,7 @@ from lora_llava.training import stages
 from lora_llava.training.finetune import finetune
 from tests.simulation.meter import Meter
 from tests.simulation.simulated_step import on_card
+from tests.simulation.stand_ins import really
 
 
 def run_finetune(recipe: dict[str, Any], meters: list[Meter], limit: int | None = None) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def run_finetune(recipe: dict[str, Any], meters: list[Meter], limit: int | None 
     prepare_base(checked.model, checked.seed)  # with real tensors; later it is found
     stages.load_base = _drawn
     for module, name in ((save_and_load, "safe_load_file"), (state_files, "load_file")):
-        setattr(module, name, _really(getattr(module, name)))
+        setattr(module, name, really(getattr(module, name)))
     safetensors.torch._to_ndarray = lambda tensor: (np.zeros(tensor.nbytes, np.uint8), tensor)
     with on_card(Meter(limit=limit), meters):
         try:
@@ -49,17 +49,6 @@ def run_finetune(recipe: dict[str, Any], meters: list[Meter], limit: int | None 
         except UserError as error:
             return {"printed": printed.getvalue(), "error": str(error)}
     return {"printed": printed.getvalue(), "metrics": metrics}
-
-
-def _really(load: Any) -> Any:
-    """Load a file into real tensors: a fake one has no memory to read it into."""
-
-    def loaded(*args: Any, **kwargs: Any) -> Any:
-        with _disable_current_modes():
-            kwargs.pop("device", None)
-            return load(*args, **kwargs)
-
-    return loaded
 
 
 def _drawn(base: Any, **options: Any) -> Any:

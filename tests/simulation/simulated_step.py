@@ -215,7 +215,7 @@ def measure_fragments(setting: Setting, meters: list[Meter]) -> dict[str, Any]:
     return {"name": setting.name, "events": len(meter.events), "peak_bytes": meter.peak} | {
         f"{'expandable' if name == 'True' else 'fixed'}_{part}": getattr(each, part)
         for name, each in found.items()
-        for part in ("allocated", "reserved")
+        for part in ("allocated", "reserved", "needed")
     }
 
 

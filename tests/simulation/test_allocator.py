@@ -49,3 +49,16 @@ def test_a_block_in_use_parts_the_free_ones() -> None:
 
 def test_the_most_that_was_allocated_at_once() -> None:
     assert replay(sizes(10, 20, -1, 5), expandable=True).allocated == 30 * MIB
+
+
+def test_what_a_full_card_needs() -> None:
+    """Free pages and segments are not needed; a page or segment with one block in use is."""
+
+    def needed(*steps: int) -> tuple[float, float]:
+        events = sizes(*steps)
+        return tuple(replay(events, expandable=expandable).needed / MIB for expandable in (False, True))  # type: ignore
+
+    assert needed(3) == (20, 20)
+    assert needed(100, -1, 120) == (120, 120)
+    assert needed(100, -1, 30, -2, 200) == (200, 200)
+    assert needed(100, -1, 30, 200) == (300, 240)  # 30 are in the first two pages, and 200 begin within the second

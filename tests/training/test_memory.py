@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from dataclasses import replace
@@ -117,6 +118,18 @@ def test_bytes_of_weights_are_exact() -> None:
     assert parts["embeddings, head, norms"] == unquantized
     assert parts["vision tower"] == tower
     assert parts["language model, NF4"] == pytest.approx(four_bit, rel=0.01)  # blocks that are not full
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_is_counted_once(tied: bool) -> None:
+    config = copy.deepcopy(SMALL)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    model = build_random_llava(config, quantization="none", dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    others = {n: p for n, p in model.named_parameters() if n not in linears or n == "lm_head.weight"}
+    unquantized = sum(p.nbytes for n, p in others.items() if "language_model" in n or n == "lm_head.weight")
+    assert step_of("small", config=config, quantization="none").parts()["embeddings, head, norms"] == unquantized
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

@@ -16,6 +16,7 @@ from rich.console import Console
 from lora_llava.benchmark.benchmark_rows import shape_config
 from lora_llava.core.errors import UserError
 from lora_llava.planning import forecast as forecasting
+from lora_llava.planning.answer_memory import AnswerPlan, answer_bytes, plan_answers
 from lora_llava.planning.fit import (
     Extremes,
     build_step,
@@ -27,6 +28,7 @@ from lora_llava.planning.fit import (
 )
 from lora_llava.planning.forecast import forecast, print_forecast
 from lora_llava.planning.memory import GIB
+from lora_llava.planning.plan_tables import print_memory
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.planning.timing import published_hours, step_seconds, time_row
 from lora_llava.recipe import Recipe, load_recipe
@@ -146,6 +148,35 @@ def test_a_recomputed_layer_takes_half_as_long_again(checkpointed: int, seconds:
     """One layer and the rest of a model take 3 s, each further layer 2 s, of which 1 s is its forward pass."""
     step = replace(planned(load_recipe("scienceqa_qlora.yaml")), checkpointed=checkpointed)
     assert step_seconds(3.0, 5.0, step) == seconds
+
+
+WEIGHTS = ("language model, NF4", "embeddings, head, norms", "vision tower", "projector", "LoRA", "CUDA context")
+
+
+@pytest.mark.parametrize(("memory_gb", "questions"), [(24, 8), (8, 2), (4, 1)])
+def test_as_many_answers_are_planned_as_fit(memory_gb: float, questions: int) -> None:
+    recipe = changed("scienceqa_qlora.yaml", training__memory_gb=memory_gb, evaluation__max_new_tokens=1024)
+    step = build_step(recipe, shape_config("7b", 0, 32000), Extremes(4096, 1500, 7), cuda=True)
+    weights = sum(step.parts()[part] for part in WEIGHTS)
+    each = answer_bytes(step.config.text_config, 2, 1024, new_tokens=1024)
+    assert plan_answers(recipe, step, 1024) == AnswerPlan(questions, weights + questions * each, memory_gb != 4)
+    none = recipe.evaluation.model_copy(update={"before": 0, "after": 0})  # type: ignore[union-attr]
+    for other in (None, none):
+        assert plan_answers(recipe.model_copy(update={"evaluation": other}), step, 1024) is None
+
+
+@pytest.mark.parametrize(
+    ("memory_gb", "row"),
+    [("auto", "answers before and after training: 8 questions at once "), (0.7, "questions at once, of evaluation.")],
+)
+def test_the_table_has_the_answers(stage2_content: dict[str, Any], memory_gb: Any, row: str) -> None:
+    stage2_content["training"]["memory_gb"] = memory_gb
+    stage2_content["evaluation"] = {"max_new_tokens": 50_000}
+    stream = io.StringIO()
+    recipe = check_recipe(stage2_content, "test")
+    step = forecast(recipe).step
+    print_memory(recipe, step, 400, Console(file=stream, width=160))
+    assert row in stream.getvalue()
 
 
 def test_a_forecast_is_the_plan(stage2: Recipe) -> None:

@@ -74,6 +74,9 @@ def flash_varlen_attention(
         )
     if kwargs.get("softcap") is not None:
         raise ValueError("flash_varlen does not compute a softcap; use sdpa or eager attention")
+    # Tokens first, as most families compute them. Phi-3's queries are heads first, and so would the output be, which is
+    # then copied; its values are a slice of one matrix with queries and keys. Autograd would keep all of these.
+    query, value = (each.transpose(1, 2).contiguous().transpose(1, 2) for each in (query, value))
     if segment_lengths is not None and key_segments is not None:
         key, value = (_read_segments(tensor, segment_lengths, key_segments) for tensor in (key, value))
     else:

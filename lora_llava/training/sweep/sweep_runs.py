@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import time
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
+from lora_llava.core.device import free_memory
 from lora_llava.core.errors import ReportedError, StoppedError, UserError
 from lora_llava.distributed.ranks import this_rank
 from lora_llava.pages.preview_samples import count_of
@@ -231,9 +230,7 @@ def _train(run: SweepRun, recipe_folder: Path, log: Path) -> None:
                 console=Console(file=stream, width=120, highlight=False, markup=False),
             )
     finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
 
 def _can_resume(run: SweepRun, recipe_folder: Path) -> bool:
