@@ -20,6 +20,8 @@ CARD = 32 * 2**30
 EIGHT_BIT = "paged_adamw_8bit"
 FUSED_LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """Phi-3's linear layers."""
+PREFIX = 582
+"""Tokens of a prompt's beginning with an image."""
 _MEAN_SAMPLE = 615
 """Tokens of ScienceQA's mean row."""
 
@@ -44,6 +46,7 @@ class Setting:
         offload: Recompute as much as possible with inputs in host memory, whatever the budget.
         layers: Layers of the language model; None is all that the shape has.
         recomputed: Layers that are recomputed; None is the planner's choice.
+        branches: Samples that share each image of the row, and the tokens of each behind `PREFIX`; None: no prefix.
     """
 
     name: str
@@ -61,11 +64,25 @@ class Setting:
     offload: bool = False
     layers: int | None = None
     recomputed: int | None = None
+    branches: tuple[int, int] | None = None
 
     @property
-    def samples(self) -> int:
-        """Samples of a row."""
-        return max(1, self.tokens // _MEAN_SAMPLE)
+    def segments(self) -> list[int]:
+        """Tokens of each sample, or, with branches, of each prefix and its branches."""
+        if self.branches is None:
+            samples = max(1, self.tokens // _MEAN_SAMPLE)
+            return [self.tokens // samples] * samples
+        questions, own = self.branches
+        return [PREFIX, *[own] * questions] * (self.tokens // (PREFIX + questions * own))
+
+    @property
+    def key_segments(self) -> list[int]:
+        """The segments whose keys are read, in order: each branch reads its prefix and itself."""
+        if self.branches is None:
+            return list(range(len(self.segments)))
+        whole = 1 + self.branches[0]
+        read = [[own] if own % whole == 0 else [own - own % whole, own] for own in range(len(self.segments))]
+        return [segment for each in read for segment in each]
 
     @property
     def trained_tokens(self) -> int:
@@ -87,6 +104,13 @@ SETTINGS = [
     Setting("13B r16 2048 cached, 16 GB", 15.7, shape="13b"),
     Setting("13B r64 8-bit 4096 tower, 24 GB", 23.7, shape="13b", r=64, tokens=4096, cached=False, optimizer=EIGHT_BIT),
 ]
+
+SHARED = [
+    Setting("10 samples, one to an image", tokens=6620, images=10, trained=0.0805, recomputed=16),
+    Setting("10 samples, two to an image", tokens=3710, images=5, trained=0.1437, recomputed=16, branches=(2, 80)),
+    Setting("10 samples, five to an image", tokens=1964, images=2, trained=0.2714, recomputed=16, branches=(5, 80)),
+]
+"""The same samples of 662 tokens, 533 labels in all, in one row of a 7B model; half of its layers are recomputed."""
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "mistral-7b": {
@@ -198,7 +222,8 @@ def planned_step(setting: Setting) -> Step:
         UserError: If it does not fit the budget.
     """
     recipe, config = recipe_of(setting), config_of(setting)
-    extremes = Extremes(setting.tokens, setting.trained_tokens, images_of(setting, config))
+    keys = sum(setting.segments[read] for read in setting.key_segments) if setting.branches else None
+    extremes = Extremes(setting.tokens, setting.trained_tokens, images_of(setting, config), keys)
     step = build_step(recipe, config, extremes, cuda=True)
     if setting.recomputed is not None:
         return replace(step, checkpointed=setting.recomputed, offloaded=setting.offload)

@@ -26,7 +26,7 @@ from lora_llava.training.trainer import LlavaSFTTrainer
 from tests.simulation.allocator import replay
 from tests.simulation.fake_card import FakeMode
 from tests.simulation.meter import Meter
-from tests.simulation.settings import Setting, config_of, images_of, planned_step, recipe_of
+from tests.simulation.settings import PREFIX, Setting, config_of, images_of, planned_step, recipe_of
 from tests.simulation.stand_ins import EightBitAdamW
 
 
@@ -80,8 +80,8 @@ class PeakOfSteps(TrainerCallback):
 def batch_of(setting: Setting, config: LlavaConfig) -> dict[str, Any]:
     """Return a row on the card as the collator would give it."""
     tokens, device = setting.tokens, torch.device("cuda", 0)
-    ends = torch.empty(setting.samples + 1, dtype=torch.int32, device=device)
-    longest = tokens // setting.samples
+    lengths = setting.segments
+    ends = torch.empty(len(lengths) + 1, dtype=torch.int32, device=device)
     vision, images = config.vision_config, images_of(setting, config)
     if setting.cached:
         pixels = torch.empty(images, config.image_seq_length, vision.hidden_size, dtype=torch.bfloat16, device=device)
@@ -91,8 +91,11 @@ def batch_of(setting: Setting, config: LlavaConfig) -> dict[str, Any]:
         name: torch.empty((1, tokens), dtype=torch.long, device=device)
         for name in ("input_ids", "labels", "position_ids")
     }
-    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    return {**ids, **lengths, "pixel_values": pixels}
+    batch = {**ids, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "pixel_values": pixels}
+    if setting.branches is None:
+        return batch | {"max_length_k": max(lengths)}
+    most_keys = PREFIX + setting.branches[1]
+    return batch | {"max_length_k": most_keys, "segment_lengths": lengths, "key_segments": setting.key_segments}
 
 
 class _Trainer(LlavaSFTTrainer):

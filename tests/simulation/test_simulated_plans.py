@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.simulation.settings import FAMILIES, SETTINGS, Setting
+from tests.simulation.settings import FAMILIES, SETTINGS, SHARED, Setting
 
 Measured = Callable[..., list[dict[str, Any]]]
 OFFLOADED = next(setting for setting in SETTINGS if setting.offload)
@@ -32,6 +32,16 @@ def test_every_setting_of_the_table_holds(measured: Measured) -> None:
     others = [setting for setting in SETTINGS if setting is not OFFLOADED]
     for found in measured("depth", others):
         check(found)
+
+
+@pytest.mark.more
+def test_samples_that_share_images_need_less(measured: Measured) -> None:
+    found = measured("depth", SHARED)
+    for each in found:
+        check(each)
+    peaks = [each["counted_bytes"] for each in found]
+    assert peaks == sorted(peaks, reverse=True)
+    print([round(peak / 2**30, 2) for peak in peaks])
 
 
 @pytest.mark.more
