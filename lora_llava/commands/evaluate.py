@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ EXAMPLES = (
     "lora-llava evaluate runs/demo_scienceqa_qlora",
     "lora-llava evaluate runs/demo_scienceqa_qlora --shuffle-images",
     "lora-llava evaluate runs/first --data test.csv --image-folder photos",
+    "lora-llava evaluate runs/first --benchmark lmms:pope,gqa",
 )
 
 
@@ -40,15 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--benchmark",
-        choices=["llava-bench"],
-        help="answer LLaVA-Bench's questions instead, to be scored by score llava-bench; default: the recipe's "
-        "questions",
+        type=_benchmark,
+        metavar="NAME",
+        help="llava-bench: answer LLaVA-Bench's questions, to be scored by score llava-bench; lmms:TASK,TASK: tasks of "
+        "lmms-eval, or YAML files of tasks, scored as it does (with --base-only: the column before); default: the "
+        "recipe's questions",
     )
     parser.add_argument(
-        "--questions", type=a_path, metavar="FILE", help="LLaVA-Bench's questions, JSONL; required with --benchmark"
+        "--questions", type=a_path, metavar="FILE", help="LLaVA-Bench's questions, JSONL; required for llava-bench"
     )
     parser.add_argument(
-        "--images", type=a_path, metavar="FOLDER", help="LLaVA-Bench's images; required with --benchmark"
+        "--images", type=a_path, metavar="FOLDER", help="LLaVA-Bench's images; required for llava-bench"
     )
     parser.add_argument(
         "--template", metavar="NAME", help="conversation template for LLaVA-Bench; default: the model's own"
@@ -57,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit",
         type=positive,
         metavar="N",
-        help="use only N questions, drawn by the recipe's seed; default: all",
+        help="use only N questions, drawn by the recipe's seed (of each task of lmms-eval, the first N); default: all",
     )
     parser.add_argument("--shuffle-images", action="store_true", help="shuffle the images among the questions")
     parser.add_argument(
@@ -101,6 +105,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
 
 
+def _benchmark(text: str) -> str:
+    """Check the name of a benchmark.
+
+    Raises:
+        argparse.ArgumentTypeError: For another one, or for lmms without tasks.
+    """
+    if text == "llava-bench" or (text.startswith(_LMMS) and _tasks(text)):
+        return text
+    raise argparse.ArgumentTypeError(f"{text} should be llava-bench, or lmms:TASK,TASK such as lmms:pope,gqa")
+
+
+def _tasks(benchmark: str) -> list[str]:
+    return [name.strip() for name in benchmark.removeprefix(_LMMS).split(",") if name.strip()]
+
+
 def run(args: argparse.Namespace, console: Any) -> int:
     quieten()
     _refuse_without_effect(args)
@@ -111,7 +130,8 @@ def run(args: argparse.Namespace, console: Any) -> int:
         timeout = 120.0 if args.timeout is None else args.timeout
         server = ChatServer(args.server, args.server_model, concurrency=args.concurrency or 8, timeout=timeout)
     if args.benchmark:
-        return _answer_llava_bench(args, server, console)
+        ask = _answer_llava_bench if args.benchmark == "llava-bench" else _run_lmms
+        return ask(args, server, console)
     from lora_llava.evaluation.asked.data_file import DataFile
     from lora_llava.evaluation.evaluate import EvaluationOptions, evaluate
 
@@ -143,6 +163,7 @@ def run(args: argparse.Namespace, console: Any) -> int:
     return 0
 
 
+_LMMS = "lmms:"
 _BENCHMARK_FLAGS = ("questions", "images", "template")
 _SERVER_FLAGS = ("server_model", "concurrency", "timeout")
 _TABLE_FLAGS = (
@@ -175,12 +196,21 @@ def _refuse_without_effect(args: argparse.Namespace) -> None:
         first = next((name for name, value in values.items() if value is not False and value not in unset), None)
         return first and ("an override of a recipe" if first == "overrides" else f"--{first.replace('_', '-')}")
 
-    if args.benchmark is None and (flag := given(_BENCHMARK_FLAGS)):
+    is_lmms = args.benchmark is not None and args.benchmark.startswith(_LMMS)
+    if args.benchmark != "llava-bench" and (flag := given(_BENCHMARK_FLAGS)):
         raise UserError(f"{flag} needs --benchmark llava-bench; add that, or leave {flag} out")
     if args.benchmark:
-        flag = "--method loglik" if args.method != "generate" else given(_TABLE_FLAGS)
+        taken = ("limit", "base_only", "json") if is_lmms else ()
+        flag = (
+            "--method loglik" if args.method != "generate" else given(tuple(f for f in _TABLE_FLAGS if f not in taken))
+        )
+        if is_lmms and not flag:  # the task says how answers are sampled
+            defaults = {"temperature": 0.0, "top_p": 1.0, "bad_images": "error"}
+            flag = next((f"--{n.replace('_', '-')}" for n in defaults if getattr(args, n) != defaults[n]), None)
         if flag:
-            raise UserError(f"{flag} has no effect with --benchmark llava-bench; leave it out")
+            raise UserError(f"{flag} has no effect with --benchmark {args.benchmark}; leave it out")
+    if is_lmms and args.base_only and args.server:
+        raise UserError("--base-only needs a local model; leave it out with --server")
     if args.server is None and (flag := given(_SERVER_FLAGS)):
         raise UserError(f"{flag} needs --server; add it, or leave {flag} out")
     if args.image_folder and not args.data:
@@ -213,4 +243,32 @@ def _answer_llava_bench(args: argparse.Namespace, server: Any, console: Any) -> 
         template=args.template,
     )
     console.print(f"{file}: score it with lora-llava score llava-bench", soft_wrap=True)
+    return 0
+
+
+def _run_lmms(args: argparse.Namespace, server: Any, console: Any) -> int:
+    from lora_llava.evaluation.lmms.benchmark_table import COLUMNS, benchmark_notes, benchmark_rows
+    from lora_llava.evaluation.lmms.lmms_benchmarks import run_lmms
+
+    found = run_lmms(
+        args.model,
+        _tasks(args.benchmark),
+        base_only=args.base_only,
+        limit=args.limit,
+        output=args.output and Path(args.output),
+        server=server,
+    )
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    from rich.table import Table
+
+    view = Table()
+    for place, column in enumerate(COLUMNS):
+        view.add_column(column, justify="left" if place < 2 else "right", overflow="fold")
+    for row in benchmark_rows(found):
+        view.add_row(*row)
+    console.print(view)
+    for note in benchmark_notes(found):
+        console.print(note, style="dim", soft_wrap=True)
     return 0

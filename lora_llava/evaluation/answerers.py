@@ -268,7 +268,7 @@ def reference_losses(evaluator: Evaluator, rows: Sequence[Conversation]) -> dict
         batch_size=evaluator.batch_size,
         pad_token_id=evaluator.tokenizer.pad_token_id,  # type: ignore[arg-type]
     )
-    return {index: (loss, tokens) for index, loss, tokens in found}
+    return {index: (loss, tokens) for index, loss, tokens, _ in found}
 
 
 def split_over_ranks(answerer: Answerer) -> Answerer:

@@ -21,21 +21,10 @@ from lora_llava.evaluation.answers import is_answer_table
 from lora_llava.evaluation.compare.compare_files import CONVERSATIONS, Row, read_predictions
 from lora_llava.evaluation.compare.comparison import is_right
 from lora_llava.evaluation.evaluate import EvaluationOptions, open_evaluation
-from lora_llava.evaluation.figures.figure_lines import (
-    INTERVAL,
-    balanced_note,
-    cells,
-    confusion_title,
-    figure_lines,
-    headings,
-    line_notes,
-    matrix,
-    read_confusions,
-    recall_cells,
-)
+from lora_llava.evaluation.figures.page_tables import confusion_tables, score_tables
+from lora_llava.evaluation.lmms.benchmark_table import public_tables
 from lora_llava.evaluation.scienceqa import COLUMNS
 from lora_llava.evaluation.scoring import EvaluationResult
-from lora_llava.evaluation.tables import interval_cells, percent_cells
 from lora_llava.pages.report_page import GalleryItem, RunReport, Table, render_report
 from lora_llava.pages.report_plots import Curve
 from lora_llava.planning.memory import GIB
@@ -97,7 +86,6 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: E
     Returns:
         The file.
     """
-    tables = {name: metrics[name] for name in ("before", "after") if metrics.get(name)}
     chosen = _choose(after.scored, recipe.seed) if after is not None else []
     gallery = [_item(after, i) for i in chosen] if after is not None else []
     notes = [_note_without_gallery(metrics)]
@@ -106,9 +94,9 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: E
     report = RunReport(
         title=f"{folder.name}: Stage {recipe.stage}",
         facts=_facts(recipe, metrics),
-        curves=_curves(metrics["train"], tables),
+        curves=_curves(metrics["train"], _scores(metrics)),
         findings=(metrics.get("figures") or {}).get("sentences", []),
-        tables=[*score_tables(tables, metrics.get("figures")), *_confusions(metrics.get("figures"))],
+        tables=_tables(metrics),
         gallery=gallery,
         notes=[*notes, *(metrics.get("continues") or {}).get("rows", ())],
     )
@@ -131,7 +119,7 @@ def rebuild_report(run: str) -> Path:
     """
     folder = Path(run)
     check_run(run)
-    if not is_run(folder) or not (folder / METRICS_FILE).is_file() or not (folder / RECIPE_FILE).is_file():
+    if not (is_run(folder) and (folder / METRICS_FILE).is_file() and (folder / RECIPE_FILE).is_file()):
         raise UserError(f"{run} is not a finished run with {METRICS_FILE} and {RECIPE_FILE}; name one")
     metrics = _read_metrics(folder / METRICS_FILE)
     recipe = load_recipe(folder / RECIPE_FILE)
@@ -147,6 +135,15 @@ def rebuild_report(run: str) -> Path:
     return write_report(folder, recipe, metrics, EvaluationResult(metrics["after"], rows, scored, split))
 
 
+def _scores(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: metrics[name] for name in ("before", "after") if metrics.get(name)}
+
+
+def _tables(metrics: Mapping[str, Any]) -> list[Table]:
+    figures = metrics.get("figures")
+    return [*score_tables(_scores(metrics), figures), *confusion_tables(figures), *public_tables(metrics)]
+
+
 def _read_metrics(file: Path) -> dict[str, Any]:
     content = file.read_bytes()
     try:
@@ -160,8 +157,7 @@ def _read_metrics(file: Path) -> dict[str, Any]:
         problem = f"{where}: {first['msg']}" if where else first["msg"]
         raise UserError(f"{file}: {problem}; restore it, or train the run again") from None
     try:
-        score_tables({name: metrics[name] for name in ("before", "after") if metrics.get(name)}, metrics.get("figures"))
-        _confusions(metrics.get("figures"))
+        _tables(metrics)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"{file}: figures cannot be read ({error!r}); restore it, or remove figures from it") from None
     return metrics
@@ -255,9 +251,8 @@ def _steps(train: dict[str, Any]) -> str:
 def _kept(train: dict[str, Any]) -> str:
     """Return the step and validation loss of the checkpoint kept; empty without validation or in an earlier run."""
     loss = train.get("best_validation_loss")
-    return (
-        f"step {train['kept_step']:,}, validation loss {loss:.4f}" if loss is not None and "kept_step" in train else ""
-    )
+    known = loss is not None and "kept_step" in train
+    return f"step {train['kept_step']:,}, validation loss {loss:.4f}" if known else ""
 
 
 def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
@@ -286,43 +281,6 @@ def _curves(train: dict[str, Any], tables: dict[str, Any]) -> list[Curve]:
         Curve("Memory", "GiB", {"peak so far": points(others.get("memory_bytes"), GIB)}),
     ]
     return [curve for curve in curves if any(curve.series.values())]
-
-
-def score_tables(tables: dict[str, Any], figures: Mapping[str, Any] | None = None) -> list[Table]:
-    """Return the tables of scores for a page; none without scores.
-
-    Args:
-        tables: Tables of ScienceQA or of free answers by name, such as `before` and `after`.
-        figures: The figures of a run of free answers, as in `metrics.json`.
-    """
-    if not tables:
-        return []
-    if any(is_answer_table(table) for table in tables.values()):
-        lines = figure_lines(tables, figures)
-        columns = ["", *headings(), "questions"]
-        rows = [[line.title, *cells(line), f"{line.scores['questions']:,}"] for line in lines]
-        groups = [line.group for line in lines] if len({line.group for line in lines}) > 1 else []
-        return [Table("Answers to held-out rows", columns, rows, groups=groups, note=" ".join(line_notes(figures)))]
-    rows = [[name, *percent_cells(table)] for name, table in tables.items()]
-    last = tables[list(tables)[-1]]
-    rows += [[f"95% {name}", *ends] for name, ends in zip(("from", "to"), interval_cells(last), strict=True)]
-    rows.append(["questions", *(f"{last[column][2]:,}" for column in COLUMNS)])
-    parser = next(
-        (f", letters read by the {table['parser']} parser" for table in tables.values() if "parser" in table), ""
-    )
-    return [Table(f"Accuracy in % on the test split{parser}", ["", *COLUMNS], rows)]
-
-
-def _confusions(figures: Mapping[str, Any] | None) -> list[Table]:
-    """Return a matrix for each group of few answers, with rows and recall by reference."""
-    found = []
-    for saved, confusion in zip((figures or {}).get("confusion", []), read_confusions(figures), strict=True):
-        columns, rows = matrix(confusion)
-        ends = [each[3] for each in recall_cells(confusion, saved)]
-        rows = [[*row, end] for row, end in zip(rows, ends, strict=True)]
-        note = balanced_note(confusion, figures or {})
-        found.append(Table(confusion_title(confusion), [*columns, INTERVAL], rows, note=note, diagonal=True))
-    return found
 
 
 def _choose(scored: Sequence[Row], seed: int) -> list[int]:

@@ -211,7 +211,7 @@ def answer_losses(
     load_pixels: PixelLoader,
     batch_size: int,
     pad_token_id: int,
-) -> Iterator[tuple[int, float, int]]:
+) -> Iterator[tuple[int, float, int, bool]]:
     """Compute the loss of given answers.
 
     Args:
@@ -223,8 +223,8 @@ def answer_losses(
         pad_token_id: Token id for padding on the left.
 
     Yields:
-        The row's index, summed cross-entropy in nats and count of labelled tokens. Rows with an image that cannot be
-        opened are skipped.
+        The row's index, summed cross-entropy in nats, count of labelled tokens, and whether each of them is the
+        likeliest. Rows with an image that cannot be opened are skipped.
     """
     questions = [Question(ids, files) for (ids, _), files in zip(rows, image_files, strict=True)]
     encoded = EncodedImages(model, load_pixels, questions, range(len(questions)))
@@ -235,10 +235,10 @@ def answer_losses(
     begins = shared_prompts(model, questions, range(len(questions)))
     begins = {i: prompt for i, prompt in begins.items() if first_label(rows[i][1]) > len(prompt.ids)}
 
-    def losses(chosen: list[int]) -> list[tuple[int, float, int]]:
+    def losses(chosen: list[int]) -> list[tuple[int, float, int, bool]]:
         return [one for part in split_batch(chosen, begins) for one in losses_of_part(*part)]
 
-    def losses_of_part(chosen: list[int], continued: bool) -> list[tuple[int, float, int]]:
+    def losses_of_part(chosen: list[int], continued: bool) -> list[tuple[int, float, int, bool]]:
         indices, batch, _ = rows_of(model, chosen, questions, begins if continued else None, encoded, pad_token_id)
         if not indices:
             return []
@@ -256,8 +256,10 @@ def answer_losses(
         nats = functional.cross_entropy(
             logits[:, :-1].float().transpose(1, 2).cpu(), target, ignore_index=IGNORE_INDEX, reduction="none"
         )
-        counts = (target != IGNORE_INDEX).sum(1)
-        return [(i, float(nats[row].sum()), int(counts[row])) for row, i in enumerate(indices)]
+        labelled = target != IGNORE_INDEX
+        greedy = ((logits[:, :-1].argmax(-1).cpu() == target) | ~labelled).all(1)
+        counts = labelled.sum(1)
+        return [(i, float(nats[row].sum()), int(counts[row]), bool(greedy[row])) for row, i in enumerate(indices)]
 
     def needed(index: int) -> int:
         return question_bytes(model, len(rows[index][0]), logits=longest_answer + 1, cached=False)

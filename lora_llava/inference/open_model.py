@@ -29,6 +29,7 @@ def open_speaker(
     quantization: Literal["auto", "nf4", "none"] = "auto",
     dtype: str = "auto",
     template: str | None = None,
+    base_only: bool = False,
 ) -> Speaker:
     """Load a model with the processor that writes its prompts.
 
@@ -39,6 +40,7 @@ def open_speaker(
         dtype: The dtype of the computation; `auto` follows the run, else bfloat16 on a GPU, or float16 on one without
             it, and float32 on a CPU.
         template: Conversation template that replaces the processor's.
+        base_only: Whether to load a run's base without its trained weights.
 
     Returns:
         The speaker.
@@ -55,6 +57,8 @@ def open_speaker(
             own = load_recipe(folder / RECIPE_FILE).model
             quantization = own.quantization if quantization == "auto" else quantization
             dtype = own.dtype if dtype == "auto" else dtype
+    elif base_only:
+        raise UserError(f"--base-only: {name} is a complete model, not a run with an adapter; leave the flag out")
     else:
         base, folder = name, _find_complete_model(name)
     processor = load_processor(folder)
@@ -66,7 +70,7 @@ def open_speaker(
         )
     known = given or recognise_template(processor)
     stored: Quantization = "none" if quantization == "auto" else quantization
-    model = load_answering_model(base, adapter, quantization=stored, dtype=dtype)
+    model = load_answering_model(base, None if base_only else adapter, quantization=stored, dtype=dtype)
     return Speaker(
         model,
         processor,

@@ -20,7 +20,9 @@ def has_special_token(processor: Any, messages: Sequence[Message]) -> bool:
     return any(token in text for text in _texts(messages) for token in specials)
 
 
-def prompt_ids(processor: Any, messages: Sequence[Message], num_image_tokens: int) -> list[int]:
+def prompt_ids(
+    processor: Any, messages: Sequence[Message], num_image_tokens: int, *, answered: bool = False
+) -> list[int]:
     """Render messages with the processor's chat template and tokenize them, with typed special tokens as text.
 
     Without such tokens, the ids equal those of `processor.apply_chat_template(tokenize=True)`.
@@ -29,14 +31,15 @@ def prompt_ids(processor: Any, messages: Sequence[Message], num_image_tokens: in
         processor: A stock processor with a chat template.
         messages: `{"role", "content"}`, the content a list of text and image parts.
         num_image_tokens: Tokens per image.
+        answered: Whether the last message is the answer, which is encoded too.
 
     Returns:
-        The ids of the prompt, up to where the answer starts.
+        The ids of the prompt, up to where the answer starts, or to the end of the conversation.
     """
     tokenizer = processor.tokenizer
     specials = special_tokens(tokenizer)
     marked = [{**message, "content": _marked(message["content"], specials)} for message in messages]
-    written = processor.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
+    written = processor.apply_chat_template(marked, add_generation_prompt=not answered, tokenize=False)
     written = written.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * num_image_tokens)
     has_bos = bool(tokenizer.bos_token) and written.startswith(tokenizer.bos_token)
     return list(text_backend(tokenizer, [written]).encode(written, add_special_tokens=not has_bos).ids)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.evaluation.answerers import Evaluator, by_likelihood, by_reasoned_likelihood, reference_losses
 from lora_llava.inference.answer import Answer
-from lora_llava.inference.likelihood import build_tree
+from lora_llava.inference.likelihood import answer_losses, build_tree
 from lora_llava.inference.sampling import Sampling
 
 
@@ -136,3 +136,18 @@ def test_only_the_last_of_several_answers_is_labelled(speaking: Any) -> None:
     assert ids[: len(asked.prompt(longer))] == asked.prompt(longer)
     assert labels[: len(asked.prompt(longer))] == [-100] * len(asked.prompt(longer))
     assert labels[len(asked.prompt(longer)) :] == ids[len(asked.prompt(longer)) :]
+
+
+def test_greedy_answers_are_recognised(speaking: Any) -> None:
+    asked, rows = speaking
+    prompts = [asked.prompt(row) for row in rows if not row.images][:3]
+    encoded = []
+    for prompt in prompts:
+        with torch.inference_mode():
+            ids = asked.model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=3, do_sample=False)[0].tolist()
+        encoded.append((ids, [-100] * len(prompt) + ids[len(prompt) :]))
+    ids, labels = encoded[0]
+    encoded.append(([*ids[:-1], 5], [*labels[:-1], 5]))
+    assert ids[-1] != 5
+    found = answer_losses(asked.model, encoded, [()] * 4, load_pixels=asked.load_pixels, batch_size=2, pad_token_id=0)
+    assert {each[0]: each[3] for each in found} == {0: True, 1: True, 2: True, 3: False}

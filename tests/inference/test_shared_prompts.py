@@ -153,7 +153,8 @@ def test_losses_of_captions_right_behind_the_image(asked_often: Any) -> None:
     files = [questions[0].image_files] * 4
     given = {"load_pixels": asked.load_pixels, "pad_token_id": asked.tokenizer.pad_token_id}
     alone, together = (
-        {i: loss for i, loss, _ in answer_losses(asked.model, rows, files, batch_size=size, **given)} for size in (1, 4)
+        {each[0]: each[1] for each in answer_losses(asked.model, rows, files, batch_size=size, **given)}
+        for size in (1, 4)
     )
     assert together == pytest.approx(alone, rel=1e-5)
 

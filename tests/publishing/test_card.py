@@ -187,3 +187,21 @@ def test_absolute_paths_are_found_in_generated_files() -> None:
 @pytest.mark.parametrize("text", ["https://x.org/home/page", "models/root/x", "hf_hub", "sk-learn", "user@example.com"])
 def test_the_scan_accepts_harmless_text(text: str) -> None:
     assert scan("f", text.encode()) == []
+
+
+def test_public_benchmarks_stand_in_the_card(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert "## Public benchmarks" not in card_of(finished)[1]
+    metrics["benchmarks"] = {"pope": {"questions": 9000, "before": {"pope_f1_score": 0.8}, "after": {"acc": 0.5}}}
+    (finished / "metrics.json").write_text(json.dumps(metrics))
+    card = card_of(finished)[1]
+    start = card.index("## Public benchmarks")
+    assert card[start:].splitlines()[2:8] == [
+        "| benchmark | metric | before | after | LLaVA-1.5-7B |",
+        "| --- | --- | --- | --- | --- |",
+        r"| pope | pope\_f1\_score | 80.0 | – | 85.9 |",
+        "|  | acc | – | 0.5 | – |",
+        "",
+        "Questions: 9,000 of pope. Scored by lmms-eval.",
+    ]
+    assert card[start:].splitlines()[8].startswith("LLaVA-1.5-7B: docs/MODEL")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from lora_llava.commands.main import main
+
+ASKED = 120
+"""Questions of an evaluation, of the demo's 480, to spare CPUs; docs/share_and_serve.md has figures of all."""
 FLAGS = ("--enforce-eager", "--max-num-seqs", "8", "--dtype", "float32", "--max-model-len", "512")
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -45,6 +50,20 @@ def servers() -> Path:
     if not folder:
         pytest.skip("LORA_LLAVA_SERVERS is not set")
     return Path(folder)
+
+
+def evaluated(model: Path, output: Path, *flags: str) -> dict[str, str]:
+    """Evaluate a model on `ASKED` questions, and return its answers by the questions' ids."""
+    assert main("evaluate", [str(model), "--limit", str(ASKED), "--output", str(output), *flags]) == 0
+    [file] = output.glob("predictions*.jsonl")
+    found = texts(file)
+    assert len(found) == ASKED
+    return found
+
+
+def texts(file: Path) -> dict[str, str]:
+    """Return the answers of a predictions file by the questions' ids."""
+    return {row["question_id"]: row["text"] for row in map(json.loads, file.read_text().splitlines())}
 
 
 @contextmanager

@@ -13,11 +13,10 @@ from typing import Any
 import httpx
 import pytest
 from rich.console import Console
-from servers.started import llama
+from servers.started import evaluated, llama
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.inference.client.client import ChatServer
 from lora_llava.publishing.gguf.export_gguf import export_gguf
@@ -67,15 +66,15 @@ def test_prompt_ids_of_several_turns_equal_ours(server: str, merged: Path) -> No
 
 
 @pytest.mark.parametrize("quant", ["f16", "q8_0"])
-def test_accuracy_is_within_half_a_point(quant: Quant, run: Path, merged: Path, tmp_path: Path) -> None:
+def test_at_most_one_answer_more_or_less_is_right(quant: Quant, run: Path, merged: Path, tmp_path: Path) -> None:
+    """Of all 480 it is one too: 97.92 against 98.12 percent."""
     model = exported(merged, tmp_path / "gguf", quant)
     with llama(model, model.parent / "mmproj-f16.gguf") as (url, _):
-        flags = [str(merged), "--server", url, "--concurrency", "2", "--output", str(tmp_path / "out")]
-        assert main("evaluate", flags) == 0
-    found = json.loads((tmp_path / "out/evaluation_server.json").read_text())["table"]["AVG"]
-    correct, asked = json.loads((run / "metrics.json").read_text())["after"]["AVG"][1:]
-    assert found["count"] == asked
-    assert abs(found["correct"] - correct) / asked <= 0.005
+        found = evaluated(merged, tmp_path / "out", "--server", url, "--concurrency", "2")
+    rows = list(map(json.loads, (run / "predictions_after.jsonl").read_text().splitlines()))
+    [summary] = (tmp_path / "out").glob("evaluation*.json")
+    right = sum(row["prediction"] == row["answer"] for row in rows if row["question_id"] in found)
+    assert abs(json.loads(summary.read_text())["table"]["AVG"]["correct"] - right) <= 1
 
 
 def test_verify_finds_no_fault(server: str, merged: Path) -> None:

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from servers.started import vllm
+from servers.started import evaluated, texts, vllm
 
-from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.inference.client.client import ChatServer
 from lora_llava.publishing.merge import merge
@@ -26,10 +25,6 @@ def faults(model: Path, url: str, name: str | None = None, **fields: Any) -> lis
     return [finding.fault for finding in verify(str(model), server, quantization="none").findings]
 
 
-def texts(file: Path) -> dict[str, str]:
-    return {row["question_id"]: row["text"] for row in map(json.loads, file.read_text().splitlines())}
-
-
 def test_the_merged_demo_answers_as_the_run(run: Path, merged: Path, tmp_path: Path) -> None:
     with vllm(merged, "--trust-request-chat-template", "--trust-request-mm-kwargs") as url:
         assert faults(merged, url) == []
@@ -40,8 +35,9 @@ def test_the_merged_demo_answers_as_the_run(run: Path, merged: Path, tmp_path: P
         assert faults(merged, url, mm_processor_kwargs={"size": {"shortest_edge": 32}}) == ["image resized otherwise"]
         with pytest.raises(UserError, match=r"has no model .other.; it has: model"):
             faults(merged, url, "other")
-        assert main("evaluate", [str(merged), "--server", url, "--output", str(tmp_path / "out")]) == 0
-    assert texts(tmp_path / "out/predictions_server.jsonl") == texts(run / "predictions_after.jsonl")
+        found = evaluated(merged, tmp_path / "out", "--server", url)
+    expected = texts(run / "predictions_after.jsonl")
+    assert found == {name: expected[name] for name in found}
 
 
 def test_the_adapter_beside_its_base(run: Path, tmp_path: Path) -> None:
@@ -59,7 +55,5 @@ def test_the_adapter_beside_its_base(run: Path, tmp_path: Path) -> None:
         assert [finding.fault for finding in in_nf4.findings] in ([], ["base not quantised"])
         with pytest.raises(UserError, match=r"serves 3 models: base, adapter, off; name one with --server-model"):
             faults(adapter, url)
-        flags = ["--server", url, "--server-model", "adapter", "--output", str(tmp_path / "out")]
-        assert main("evaluate", [str(adapter), *flags]) == 0
-    assert main("evaluate", [str(adapter), "model.quantization=none", "--output", str(tmp_path / "here")]) == 0
-    assert texts(tmp_path / "out/predictions_server.jsonl") == texts(tmp_path / "here/predictions.jsonl")
+        found = evaluated(adapter, tmp_path / "out", "--server", url, "--server-model", "adapter")
+    assert found == evaluated(adapter, tmp_path / "here", "model.quantization=none")

@@ -174,7 +174,9 @@ def test_answers_do_not_ask(answer: str, is_refused: bool) -> None:
     [
         ("The man is on the beach, and the man is on the beach, and the man is on the beach.", True),
         ("It is a dog and a dog and a dog and a dog and a dog.", True),
+        ("It is an apple that we ate, which is an odd thing, and an apple that we eat, which is an odd thing.", True),
         ("It is very, very, very big.", False),
+        ("The blue circle is at the top left, the purple square is at the top right.", False),
         ("On and on it runs, over the lawn and round the tree, over and over again until it stops.", False),
         ("The cup is on the left, the plate is on the right, and the fork is on the left of the plate.", False),
     ],

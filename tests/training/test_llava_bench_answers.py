@@ -13,7 +13,8 @@ from lora_llava.commands.main import main
 from lora_llava.data.conversation import Conversation, Turn
 from lora_llava.data.encode import encode_prompt
 from lora_llava.data.images.image_sources import read_rgb
-from lora_llava.evaluation.judge.llava_bench_answers import answer_llava_bench, prompt_ids
+from lora_llava.evaluation.asked.spoken_answers import prompt_ids
+from lora_llava.evaluation.judge.llava_bench_answers import answer_llava_bench
 from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker, stream_answer, user_message

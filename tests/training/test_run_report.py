@@ -17,7 +17,8 @@ from rich.console import Console
 from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.evaluation.answers import answer_table, score_answer
-from lora_llava.evaluation.run_report import rebuild_report, score_tables
+from lora_llava.evaluation.figures.page_tables import score_tables
+from lora_llava.evaluation.run_report import rebuild_report
 from lora_llava.evaluation.scienceqa import COLUMNS, score
 from lora_llava.evaluation.summary import summarise
 from lora_llava.evaluation.tables import tables_view

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -10,25 +9,18 @@ from typing import Any, Literal
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import file_hash
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation, Turn
-from lora_llava.data.images.image_sources import FolderImages, Pixels
-from lora_llava.data.typed import as_typed, without_marks
+from lora_llava.data.images.image_sources import FolderImages
+from lora_llava.data.typed import as_typed
 from lora_llava.evaluation.answerers import Answerer, by_server
+from lora_llava.evaluation.asked.spoken_answers import by_speaker, weights_of
 from lora_llava.evaluation.judge.llava_bench import BenchQuestion, read_questions
 from lora_llava.evaluation.row_evaluation import evaluate_rows
 from lora_llava.inference.answer import Answer
 from lora_llava.inference.client.client import ChatServer, find_model
-from lora_llava.inference.generate import generate_answers
 from lora_llava.inference.open_model import background_of, open_speaker
-from lora_llava.inference.prompt import prompt_ids as written_ids
-from lora_llava.inference.question import Question
 from lora_llava.inference.sampling import Sampling
-from lora_llava.inference.speak import MAX_IMAGE_PIXELS, Speaker
-from lora_llava.model.adapter_file import checked_base
-from lora_llava.model.families.tower_families import image_tokens
-from lora_llava.model.provenance import weights_state
-from lora_llava.model.vision import llava_of
-from lora_llava.model.weights.names import ADAPTER_FILE
-from lora_llava.runs.directory import is_run, machine, read_record, versions, write_json
+from lora_llava.inference.speak import MAX_IMAGE_PIXELS
+from lora_llava.runs.directory import machine, versions, write_json
 
 ANSWERS_FILE = "llava_bench_answers.jsonl"
 
@@ -85,7 +77,7 @@ def answer_llava_bench(
     else:
         speaker = open_speaker(model, quantization=quantization, template=template)
         answerer = by_speaker(speaker, source, batch_size, sampling)
-        about |= {"model": model, "weights": _weights(model), "template": template, "batch_size": batch_size}
+        about |= {"model": model, "weights": weights_of(model), "template": template, "batch_size": batch_size}
     folder = output or (Path(model) if Path(model).is_dir() else Path())
     name = str(about["model"])
 
@@ -112,49 +104,3 @@ def _conversation(question: BenchQuestion) -> Conversation:
     text = as_typed(question.text, [IMAGE_PLACEHOLDER])
     turns = (Turn("user", f"{IMAGE_PLACEHOLDER}\n{text}"), Turn("assistant", "?"))
     return Conversation(question.question_id, turns, (question.image,), {"category": question.category})
-
-
-def by_speaker(speaker: Speaker, images: FolderImages, batch_size: int, sampling: Sampling) -> Answerer:
-    """Return an answerer for a model whose own processor builds the prompts.
-
-    Args:
-        speaker: The model.
-        images: Opens the images of the rows.
-        batch_size: Questions in one batch.
-        sampling: How tokens are sampled.
-    """
-    load_pixels = Pixels(images, speaker.processor.image_processor)
-
-    def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
-        questions = [Question(prompt_ids(speaker, row), row.images) for row in rows]
-        return generate_answers(
-            speaker.model,
-            questions,
-            tokenizer=speaker.processor.tokenizer,
-            load_pixels=load_pixels,
-            batch_size=batch_size,
-            sampling=sampling,
-            stop=speaker.stop,
-            answered=answered,
-        )
-
-    return answer
-
-
-def prompt_ids(speaker: Speaker, row: Conversation) -> list[int]:
-    """Encode a question after its image with the speaker's processor."""
-    text = without_marks(row.turns[0].text.removeprefix(f"{IMAGE_PLACEHOLDER}\n"))
-    if speaker.single_turn:
-        raise UserError(f"{speaker.name} was trained on captions (template plain), not on questions; name another")
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    messages = [{"role": "user", "content": content}]
-    return written_ids(speaker.processor, messages, image_tokens(llava_of(speaker.model).config))
-
-
-def _weights(model: str) -> dict[str, str]:
-    folder = Path(model)
-    if not is_run(folder):
-        return {"base": weights_state(folder) if folder.is_dir() else model}
-    base = Path(checked_base(read_record(folder), folder))
-    state = weights_state(base) if base.is_dir() else str(base)
-    return {"adapter": file_hash(folder / ADAPTER_FILE), "base": state}

@@ -21,6 +21,7 @@ from lora_llava.evaluation.figures.figure_lines import (
     matrix,
     read_confusions,
 )
+from lora_llava.evaluation.lmms.benchmark_table import COLUMNS, benchmark_notes, benchmark_rows
 from lora_llava.publishing.card.card_training import continued_runs, training_rows
 from lora_llava.publishing.card.licences import Licence, card_licence, conflicts, licence_of
 from lora_llava.publishing.card.loss_curve import draw_curve
@@ -188,6 +189,7 @@ def card_text(package: Package, repo_id: str, licences: Sequence[Licence]) -> st
     sections = [
         f"# {repo_id.split('/')[1]}\n\n{_summary(package)}",
         _results(package),
+        _benchmarks(package),
         f"## How to use\n\n{loading_snippet(package, repo_id)}" if "chat_template.jinja" in package.files else "",
         _training(package),
         _licence_section(licences),
@@ -277,6 +279,16 @@ def _results(package: Package) -> str:
     last = next(reversed(tables.values()))
     lines.append(table_row(["questions", *(last[column][2] for column in columns), ""]))
     return "\n".join(lines)
+
+
+def _benchmarks(package: Package) -> str:
+    """Write the scores on public benchmarks, if there are any."""
+    found = package.metrics.get("benchmarks")
+    if not found:
+        return ""
+    lines = [table_row(COLUMNS), table_row(["---"] * len(COLUMNS))]
+    lines += [table_row(map(markdown_text, row)) for row in benchmark_rows(found)]
+    return "## Public benchmarks\n\n" + "\n".join([*lines, "", *map(markdown_text, benchmark_notes(found))])
 
 
 def _measured(package: Package) -> str:

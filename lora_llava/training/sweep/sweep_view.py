@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import RenderableType
 from rich.table import Table as RichTable
 
-from lora_llava.evaluation.run_report import score_tables
+from lora_llava.evaluation.figures.page_tables import score_tables
 from lora_llava.evaluation.tables import tables_view
 from lora_llava.pages.report_page import Table
 from lora_llava.pages.report_plots import SERIES_COLOURS, Curve
