@@ -389,4 +389,5 @@ def _weights(opened: OpenedEvaluation) -> dict[str, str]:
 
 def as_llava(section: ModelSection, base: str) -> ModelSection:
     """Return the model section of a recipe that starts from a base as a complete LLaVA."""
-    return ModelSection(start_from=StartFrom(llava=base), quantization=section.quantization, dtype=section.dtype)
+    kept = {name: getattr(section, name) for name in ("quantization", "dtype", "max_tiles")}
+    return ModelSection(start_from=StartFrom(llava=base), **kept)

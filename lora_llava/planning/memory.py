@@ -51,7 +51,7 @@ class Step:
         optimizer_bytes: Per trained parameter: 8 for AdamW's two float32 states, 2 for its 8-bit ones.
         tokens: Tokens of the longest row, padding included.
         trained_tokens: Most trained tokens of a row.
-        images: Most images of a row.
+        images: Most tiles of the images of a row: for a model without tiles, most images.
         cached_features: Whether features are cached and the tower is not loaded.
         cuda: Whether it runs on a GPU.
         ranks: Processes over which the weights are sharded; 1 if each has all of them.

@@ -20,6 +20,7 @@ from lora_llava.data.files.cleaned_copy import write_set_without
 from lora_llava.data.files.row_files import DataFileError
 from lora_llava.data.folder_kinds.folder_kind import number_of
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
+from lora_llava.data.images.image_id import ImageId, ImageName
 from lora_llava.evaluation.figures.majority import read_majority
 from lora_llava.model.start import plan_model
 from lora_llava.pages.preview_samples import escape_hidden
@@ -106,8 +107,10 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
     check_continued_processor(recipe, processor)
     seen = earlier_rows(recipe, processor, template, model.config, show_progress)
     splits = encode_splits(recipe, tokenizer, template, show_progress, seen=seen)
-    splits = {name: with_image_tokens(split, tokenizer, model.config) for name, split in splits.items()}
     images = _inspect(splits)
+    splits = {
+        name: with_image_tokens(split, tokenizer, model.config, _sizes(split, images)) for name, split in splits.items()
+    }
     checked = checked_sources(splits, images)
     report = check_sources(
         checked,
@@ -142,6 +145,16 @@ def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, ImageFacts]]:
                 bar = partial(show_progress, f"images of {source.name}")
                 found[id(source)] = inspect_images(source.images, names, image_cache(source), bar)
     return found
+
+
+def _sizes(split: OpenSplit, images: dict[int, dict[str, ImageFacts]]) -> dict[ImageName, tuple[int, int]]:
+    """Return the sizes of the images of a split, by their names in its rows."""
+    several = len(split.sources) > 1
+    return {
+        ImageId(number, name) if several else name: facts.size
+        for number, source in enumerate(split.sources)
+        for name, facts in images[id(source)].items()
+    }
 
 
 def print_report(report: CheckReport, console: Console) -> None:

@@ -19,6 +19,7 @@ from transformers import (
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.json_files import read_object_if_any
+from lora_llava.data.images.tiling import Tiling
 from lora_llava.model.families.language_families import build_config
 
 FEATURE_LAYER = -2
@@ -114,6 +115,15 @@ def image_tokens(config: LlavaConfig) -> int:
     vision = config.vision_config
     dropped = 1 if config.vision_feature_select_strategy == "default" else 0
     return int((vision.image_size // vision.patch_size) ** 2) + tower_of(config).class_tokens - dropped
+
+
+def tiling_of(config: LlavaConfig) -> Tiling | None:
+    """Return how a LLaVA-1.6 cuts images into tiles; None for a model without tiles."""
+    grid = getattr(config, "image_grid_pinpoints", None)
+    if grid is None:
+        return None
+    size, patch = config.vision_config.image_size, config.vision_config.patch_size
+    return Tiling(tuple((int(height), int(width)) for height, width in grid), size, size // patch)
 
 
 def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -> Any:
