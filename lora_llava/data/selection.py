@@ -18,6 +18,7 @@ from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.data.images.image_id import ImageName, own_names
 from lora_llava.data.images.image_names import MATCHED
 from lora_llava.data.images.image_sources import ImageSource
+from lora_llava.data.images.tiling import TiledImages
 from lora_llava.data.images.to_rgb import SCALED, TRANSPARENT
 from lora_llava.data.sources import Read, list_source
 from lora_llava.data.templates.spans import AnyTemplate
@@ -204,7 +205,7 @@ def build_rows(
     *,
     tokenizer: PreTrainedTokenizerBase,
     template: str | AnyTemplate,
-    num_image_tokens: int | Mapping[str, int],
+    num_image_tokens: int | Mapping[str, int] | TiledImages,
     max_length: int,
     on_overlong: OnOverlong = "error",
     images: ImageSource | None = None,
@@ -217,7 +218,7 @@ def build_rows(
         conversations: The rows.
         tokenizer: See `encode_conversation`.
         template: See `encode_conversation`.
-        num_image_tokens: Tokens of an image; by its name if they differ.
+        num_image_tokens: See `EncodedTable.with_image_tokens`.
         max_length: See `Policy`.
         on_overlong: See `Policy`.
         images: Opens the images, to find bad ones before training; None does not check them.

@@ -20,8 +20,16 @@ from PIL import Image
 
 from lora_llava.core.storage import atomic_file
 from lora_llava.data.files.row_files import Counted
+from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.images.image_names import MATCHED, contradictions
-from lora_llava.data.images.image_sources import BadImageError, FolderImages, ImageSource, TableImages, read_converted
+from lora_llava.data.images.image_sources import (
+    BadImageError,
+    FolderImages,
+    ImageSource,
+    SplitImages,
+    TableImages,
+    read_converted,
+)
 from lora_llava.data.images.to_rgb import CONVERSION_RULE, TRANSPARENT, Background
 
 _SUFFIXES = {
@@ -150,6 +158,15 @@ def inspect_image(images: ImageSource, name: str) -> ImageFacts:
         return ImageFacts(None, "", found, digest, pixels, (converted.image.height, converted.image.width))
     except BadImageError as error:
         return ImageFacts(str(error), error.kind, (), digest)
+
+
+def image_size(images: SplitImages, name: ImageName) -> tuple[int, int]:
+    """Return the height and width of an image, read from the head of its file; (0, 0) if it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(images.read(name))) as image:
+            return image.height, image.width
+    except Exception:  # Pillow's decoders raise anything for damaged files
+        return 0, 0
 
 
 def pixel_hash(image: Image.Image) -> str:
