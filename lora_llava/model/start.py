@@ -18,8 +18,14 @@ from lora_llava.core.storage import cache_folder, find_damage, looked_in
 from lora_llava.model.adapter_file import check_fits, check_saved, checked_base
 from lora_llava.model.base import BaseParts, assembled_config, build_base
 from lora_llava.model.families.image_counts import limit_tiles
-from lora_llava.model.families.language_families import build_config, check_text_config, read_text_config
-from lora_llava.model.families.tower_families import check_vision_config, image_tokens, read_vision_config
+from lora_llava.model.families.language_families import check_text_config, read_text_config
+from lora_llava.model.families.llava_kinds import TILED, build_llava_config
+from lora_llava.model.families.tower_families import (
+    check_tiling,
+    check_vision_config,
+    image_tokens,
+    read_vision_config,
+)
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.tokenizer import read_vocabulary
 from lora_llava.model.weights import parts as model_parts
@@ -132,11 +138,11 @@ def _plan(section: ModelSection) -> ModelPlan:
 def _complete_config(content: dict[str, Any], name: str) -> LlavaConfig:
     """Return the configuration of a complete LLaVA, checked like one that is assembled."""
     field = f"model.start_from.llava: {name}"
-    if content.get("model_type") != "llava":
-        raise UserError(f"{field} is a {content.get('model_type')!r} model, not a LLaVA")
-    config: LlavaConfig = build_config(LlavaConfig, content, f"{field}: config.json is not a LLaVA's")
+    config = build_llava_config(content, field)
     check_text_config(config.text_config, f"{field}, text_config")
     check_vision_config(config.vision_config, f"{field}, vision_config")
+    if config.model_type == TILED:
+        check_tiling(config, field)
     config.image_seq_length = image_tokens(config)
     rows = config.text_config.vocab_size
     for key, value in (

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig
+
+from lora_llava.model.families.llava_kinds import llava_class
 
 Load = Callable[[str], torch.Tensor]
 
 
-def build_empty(config: LlavaConfig, device: torch.device | str = "cpu") -> LlavaForConditionalGeneration:
+def build_empty(config: LlavaConfig, device: torch.device | str = "cpu") -> Any:
     """Return a LLaVA without weights: parameters on the meta device, real buffers on `device`."""
     with init_empty_weights(include_buffers=False):
-        model = LlavaForConditionalGeneration(config).eval()
+        model = llava_class(config)(config).eval()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
@@ -35,7 +37,10 @@ def stream_weights(
         progress: Called with the name of every block that runs.
     """
     for name, block in _blocks(model):
-        _stream_block(name, block, load, keep, progress)
+        _stream_block(name, block, dict(block.named_parameters()), load, keep, progress)
+    for name, module in model.named_modules():
+        if "image_newline" in module._parameters:  # a LLaVA-1.6 owns it beside its blocks
+            _stream_block(name, module, {"image_newline": module.image_newline}, load, keep, lambda block: None)
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -46,13 +51,21 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         inside = any(name.startswith(f"{block}.") for block, _ in found)
         # A token adapter reads the matrix of the layer in it, without running that layer.
         is_block = parent.endswith("language_model.layers") or name.endswith(("vision_tower", ".token_adapter"))
-        if not inside and (is_block or any(True for _ in module.parameters(recurse=False))):
+        owned = {key for key, _ in module.named_parameters(recurse=False)} - {"image_newline"}
+        if not inside and (is_block or owned):
             found.append((name, module))
     return found
 
 
-def _stream_block(name: str, block: nn.Module, load: Load, keep: bool, progress: Callable[[str], None]) -> None:
-    empty = {key: parameter for key, parameter in block.named_parameters() if parameter.is_meta}
+def _stream_block(
+    name: str,
+    block: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    load: Load,
+    keep: bool,
+    progress: Callable[[str], None],
+) -> None:
+    empty = {key: parameter for key, parameter in parameters.items() if parameter.is_meta}
 
     def before(module: nn.Module, inputs: Any) -> None:
         progress(name)
