@@ -174,7 +174,11 @@ def print_report(report: CheckReport, console: Console) -> None:
         if figures["over_limit_rows"]:
             over = number_of(figures["over_limit_rows"], "row")
             console.print(Text(f"  over the limit: {over}, by {figures['over_limit_tokens']:,} tokens"))
-        console.print(_histogram(figures["histogram"]))
+        console.print(_histogram(figures["histogram"], "rows"))
+        if "image_tokens" in figures:
+            images = sum(each["images"] for each in figures["image_tokens"])
+            console.print(Text(f"  tokens of {number_of(images, 'image')}, each counted once:"))
+            console.print(_histogram(figures["image_tokens"], "images"))
     if saved := report.splits.get("train", {}).get("answers"):
         for line in balance_lines(read_majority(saved)):
             console.print(line)
@@ -189,15 +193,16 @@ def print_report(report: CheckReport, console: Console) -> None:
     console.print(f"{number_of(report.rows, 'row')} checked: {', '.join(counts)}; {verdict}")
 
 
-def _histogram(bins: list[dict[str, Any]]) -> Text:
-    most = max((each["rows"] for each in bins), default=0)
+def _histogram(bins: list[dict[str, Any]], counted: str) -> Text:
+    most = max((each[counted] for each in bins), default=0)
     text = Text()
     for each in bins:
-        if text or each["rows"]:  # start at the shortest row
-            bar = "█" * (round(_BAR * each["rows"] / most) or min(1, each["rows"]))
+        count = each[counted]
+        if text or count:  # start at the shortest row
+            bar = "█" * (round(_BAR * count / most) or min(1, count))
             text.append(f"  {each['from']:>6,} to {each['to'] - 1:>6,} tokens  ")
             text.append(bar, style="green")
-            text.append(f" {each['rows']:,}\n")
+            text.append(f" {count:,}\n")
     text.rstrip()
     return text
 
