@@ -17,6 +17,7 @@ from lora_llava.core.json_files import read_object_if_any
 from lora_llava.core.storage import cache_folder, find_damage, looked_in
 from lora_llava.model.adapter_file import check_fits, check_saved, checked_base
 from lora_llava.model.base import BaseParts, assembled_config, build_base
+from lora_llava.model.families.image_counts import limit_tiles
 from lora_llava.model.families.language_families import check_text_config, read_text_config
 from lora_llava.model.families.llava_kinds import TILED, build_llava_config
 from lora_llava.model.families.tower_families import (
@@ -90,11 +91,17 @@ def plan_model(section: ModelSection) -> ModelPlan:
         section: A recipe's model section; a `stage1_recipe` counts as untrained here.
 
     Returns:
-        The plan.
+        The plan; a model's canvases are limited by `max_tiles`.
 
     Raises:
         UserError: For a part that is missing or does not fit.
     """
+    plan = _plan(section)
+    limit_tiles(plan.config, section.max_tiles)
+    return plan
+
+
+def _plan(section: ModelSection) -> ModelPlan:
     start = section.start_from
     if start.run is not None:
         base = continued_run(start.run)[1]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers.image_processing_utils import select_best_resolution
+
+from lora_llava.data.images.image_id import ImageName
 
 NEWLINE = -1
 """Place of the newline vector, which ends each line of patches of the tiles."""
@@ -76,6 +78,42 @@ class Tiling:
             return range(padding, height - padding), range(width)
         padding = (width - int(round(size[1] * (height / size[0]), 7))) // 2
         return range(height), range(padding, width - padding)
+
+
+@dataclass(frozen=True)
+class TiledImages:
+    """Named images with their tiles and tokens.
+
+    Attributes:
+        tiling: How the model cuts images into tiles.
+        sizes: Height and width of each image in pixels. One that is missing or could not be read, of size (0, 0),
+            counts as one of a tile's size.
+    """
+
+    tiling: Tiling
+    sizes: Mapping[ImageName, tuple[int, int]]
+
+    def tokens(self, names: Sequence[ImageName]) -> list[int]:
+        """Return the number of `<image>` tokens of each of these images."""
+        return [self.tiling.tokens(self.size(name)) for name in names]
+
+    def tiles(self, names: Sequence[ImageName]) -> list[int]:
+        """Return the number of tiles of each of these images, those of the whole images included."""
+        return [self.tiling.tiles(self.size(name)) for name in names]
+
+    def size(self, name: ImageName) -> tuple[int, int]:
+        """Return the height and width by which an image is counted."""
+        size = self.sizes.get(name, (0, 0))
+        return size if all(size) else (self.tiling.tile, self.tiling.tile)
+
+    def most_tiles(self, names: Sequence[ImageName], room: int) -> int | None:
+        """Return the largest limit of tiles with which these images have at most `room` tokens; None if none has."""
+        tile = self.tiling.tile
+        for most in sorted({(height // tile) * (width // tile) for height, width in self.tiling.grid}, reverse=True):
+            fewer = replace(self, tiling=replace(self.tiling, grid=limited(self.tiling.grid, tile, most)))
+            if sum(fewer.tokens(names)) <= room:
+                return most
+        return None
 
 
 def limited(grid: Sequence[Sequence[int]], tile: int, most: int | None) -> tuple[tuple[int, int], ...]:

@@ -202,7 +202,7 @@ def _measure(
                 messages_of(row),
                 tokenizer=evaluator.tokenizer,
                 template=evaluator.template,
-                num_image_tokens=evaluator.num_image_tokens,
+                num_image_tokens=evaluator.num_image_tokens(row.images),
             )
         except EncodingError as error:
             problems[i] = str(error)
