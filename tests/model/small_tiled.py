@@ -41,19 +41,19 @@ def make_tiled(base: Path, folder: Path) -> Path:
     missing, unexpected = model.load_state_dict(old.state_dict(), strict=False)
     assert (missing, unexpected) == (["model.image_newline"], [])
     model.save_pretrained(folder)
-    processor_of(base).save_pretrained(folder)
+    processor_of(base, config.vision_config.patch_size).save_pretrained(folder)
     shutil.copyfile(base / "generation_config.json", folder / "generation_config.json")
     return folder
 
 
-def processor_of(base: Path) -> LlavaNextProcessor:
+def processor_of(base: Path, patch_size: int = 8) -> LlavaNextProcessor:
     """The stock processor of the tiny LLaVA-1.6."""
     square = {"height": TILE, "width": TILE}
     pixels = LlavaNextImageProcessorPil(size={"shortest_edge": TILE}, crop_size=square, image_grid_pinpoints=GRID)
     return LlavaNextProcessor(
         pixels,
         AutoTokenizer.from_pretrained(base),
-        patch_size=8,
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=chat_template(get_template("vicuna_v1")),
