@@ -147,8 +147,9 @@ def with_image_tokens(split: OpenSplit, tokenizer: Any, config: LlavaConfig, siz
 
 def _images_of(split: OpenSplit) -> list[ImageName]:
     """Return the images of all rows of a split, each once."""
-    rows = EncodedRows(split.tables, split.places, max_length=sys.maxsize)
-    return list(dict.fromkeys(name for index in range(len(rows)) for name in rows.image_files(index)))
+    several = len(split.tables) > 1
+    named = ((int(number), name) for number, row in split.places for name in split.tables[number].images(int(row)))
+    return list(dict.fromkeys(ImageId(*each) if several else each[1] for each in named))
 
 
 def build_split(
