@@ -53,10 +53,11 @@ from lora_llava.inference.client.client import ChatServer, find_model
 from lora_llava.inference.load import load_answering_model
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.adapter_file import checked_base
-from lora_llava.model.families.image_counts import tokens_of
+from lora_llava.model.families.image_counts import limit_tiles, tokens_of
 from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.provenance import weights_state
 from lora_llava.model.start import ModelPlan, plan_model
+from lora_llava.model.vision import llava_of
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.planning.run_plan import build_run_processor
 from lora_llava.recipe import EvaluationSection, ModelSection, Recipe, StartFrom
@@ -250,8 +251,10 @@ def _with_bos(server: ChatServer, opened: OpenedEvaluation, rows: Sequence[Conve
 def load_evaluator(opened: OpenedEvaluation, batch_size: int) -> Evaluator:
     """Load the weights of an opened evaluation, to answer `batch_size` questions at once."""
     section = opened.recipe.model
+    model = load_answering_model(opened.base, opened.adapter, quantization=section.quantization, dtype=section.dtype)
+    limit_tiles(llava_of(model).config, section.max_tiles)
     return Evaluator(
-        load_answering_model(opened.base, opened.adapter, quantization=section.quantization, dtype=section.dtype),
+        model,
         opened.tokenizer,
         opened.template,
         tokens_of(opened.plan.config, opened.split.sizes),

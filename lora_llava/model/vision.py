@@ -121,12 +121,13 @@ def features_as_pixels(model: Any) -> Iterator[None]:
 
 
 def _replace_features(model: Any, features_of: Any) -> None:
-    inner, tiling = model.model, tiling_of(model.config)
+    inner = model.model
 
     def get_image_features(
         pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
         projected = inner.multi_modal_projector(features_of(pixel_values))
+        tiling = tiling_of(model.config)  # the recipe may limit it after loading
         if tiling is None:
             return BaseModelOutputWithPooling(pooler_output=list(projected))
         assert image_sizes is not None  # the collators give them for every LLaVA-1.6

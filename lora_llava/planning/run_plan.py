@@ -21,7 +21,7 @@ from lora_llava.distributed.sharding import check_sharding, is_sharded, shard_by
 from lora_llava.model.adapters import lora_config, planned_parameters
 from lora_llava.model.base import build_processor
 from lora_llava.model.families.decoder_shape import decoder_shape
-from lora_llava.model.families.tower_families import image_processor_of, saved_image_processor
+from lora_llava.model.families.tower_families import image_processor_of, saved_image_processor, tiling_of
 from lora_llava.model.fast_path.attention import resolve_attention
 from lora_llava.model.loading import check_machine, resolve_dtype
 from lora_llava.model.new_tokens import add_new_tokens
@@ -32,6 +32,7 @@ from lora_llava.planning.continued_run import check_continued, check_continued_p
 from lora_llava.planning.fit import build_step, choose_checkpointing, measure_rows, resolve_optimizer
 from lora_llava.planning.memory import Step
 from lora_llava.planning.row_order import RowOrder, order_rows
+from lora_llava.planning.tiled_run import check_tiled
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.splits.earlier_rows import earlier_rows
 from lora_llava.splits.encoded_sources import Progress, encode_splits, no_progress
@@ -215,7 +216,9 @@ def build_run_processor(
         saved_text(model.tokenizer_folder),
         model.config.text_config.model_type,
     )
-    if recipe.data.image_aspect == "auto" and recipe.model.start_from.llava is not None:
+    check_tiled(recipe, model.config)
+    tiled = tiling_of(model.config) is not None
+    if tiled or (recipe.data.image_aspect == "auto" and recipe.model.start_from.llava is not None):
         image_processor = saved_image_processor(model.image_folder, model.config)
     else:  # the tower's own settings are not those of a LLaVA: CLIP's crop loses the edges
         aspect = "crop" if recipe.data.image_aspect == "crop" else "pad"

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from transformers import LlavaConfig
-
 from lora_llava.core.errors import UserError
 from lora_llava.inference.load import load_processor
 from lora_llava.model.adapter_file import check_fits, check_saved, checked_base
+from lora_llava.model.families.llava_kinds import build_llava_config
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.weights.names import ADAPTER_FILE
@@ -251,7 +250,7 @@ def _check_adapter(folder: Path) -> None:
         checked_base(record, folder)
         return
     check_saved(folder, record)
-    config = LlavaConfig(**load_config(base["name"], base["revision"], "start_from.llava"))
+    config = build_llava_config(load_config(base["name"], base["revision"], "start_from.llava"), str(base["name"]))
     check_fits(folder, config, str(base["name"]))
 
 

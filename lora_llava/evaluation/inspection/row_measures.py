@@ -86,7 +86,7 @@ class RecordedImages(EncodedImages):
         super()._encode(names)
         for name in names:
             if name in self._held and name not in self.averaged:
-                self.averaged[name] = average_patches(self._held[name])
+                self.averaged[name] = average_patches(self._held[name][0])  # of the whole image
 
 
 def average_patches(features: torch.Tensor) -> np.ndarray:
