@@ -87,7 +87,7 @@ def test_images_are_opened_once_before_rows_are_selected_and_bad_ones_count_as_a
     assert split.report.dropped == {"overlong": 3, "bad image": 1}
     assert split.rows.tables[0].image_tokens(1).tolist() == [TILING.tokens((TILE, TILE))]
     planned(content, on_bad_image="drop")
-    assert len(opened) == len(SIZES) + 1  # the bad one, of which nothing is kept, again
+    assert len(opened) == len(SIZES)  # their facts are cached
     with pytest.raises(UserError, match=r"row r1.*: image b\.png cannot be read"):
         planned(content)
 
