@@ -20,6 +20,7 @@ from lora_llava.planning.forecast import forecast
 from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.prepare.row_check import check
 from lora_llava.prepare.sample_preview import preview
+from lora_llava.recipe.continued import fill_from_run, other_settings
 from lora_llava.recipe.io import check_recipe
 from tests.training.tiled_llava import GRID, PATCH, SIZES, TILE, tiled_content, tiled_llava, tiled_rows
 
@@ -166,10 +167,19 @@ def test_a_preview_shows_the_whole_image_beside_its_tiles(content: dict[str, Any
     captions = {sample.row_id: (sample.captions[0], sample.images[0].size) for sample in shown.samples}
     each = "tiles, 8 × 8 each"
     assert captions["r0"] == (f"the whole image and 2 × 2 {each}: 88 tokens", (8 * 3 + 5, 8 * 2 + 1))
-    assert captions["r1"] == (f"the whole image and 1 × 3 {each}: 60 tokens", (8 * 4 + 6, 8))
+    assert captions["r1"] == (f"the whole image and 1 × 3 {each}: 60 tokens, none for padding", (8 * 4 + 6, 8))
     assert captions["r3"] == (f"the whole image and 3 × 1 {each}: 76 tokens", (8 * 2 + 4, 8 * 3 + 2))
     assert captions["r0"][0] in page.read_text()
     preview(recipe, name="tiled", output=None, console=console)
     written_ = console.file.getvalue()  # type: ignore[attr-defined]
     assert "<image × 88>" in written_
     assert captions["r0"][0] in written_
+
+
+def test_a_run_that_continues_another_keeps_its_max_tiles(content: dict[str, Any]) -> None:
+    recipes = {
+        most: check_recipe(content | {"model": content["model"] | ({"max_tiles": most} if most else {})}, "test")
+        for most in (None, 2, 3)
+    }
+    assert fill_from_run(recipes[None], recipes[2]).model.max_tiles == 2
+    assert other_settings(fill_from_run(recipes[3], recipes[2]), recipes[2]) == [("model.max_tiles", 3, 2)]
