@@ -13,6 +13,7 @@ from transformers import LlavaConfig
 from lora_llava.model.families.llava_kinds import llava_class
 
 Load = Callable[[str], torch.Tensor]
+_NEWLINE = "image_newline"
 
 
 def build_empty(config: LlavaConfig, device: torch.device | str = "cpu") -> Any:
@@ -30,17 +31,19 @@ def stream_weights(
 ) -> None:
     """Load every block's weights before it runs and remove them afterwards.
 
+    A LLaVA-1.6's newline is loaded at once: it belongs to no block, and `generate` reads it before any block runs.
+
     Args:
         model: A LLaVA or its PEFT model, with parameters on the meta device.
         load: Returns the weight of a parameter by name, on its device and in its dtype.
         keep: Keep the weights, for a model that fits in memory.
         progress: Called with the name of every block that runs.
     """
-    for name, block in _blocks(model):
-        _stream_block(name, block, dict(block.named_parameters()), load, keep, progress)
     for name, module in model.named_modules():
-        if "image_newline" in module._parameters:  # a LLaVA-1.6 owns it beside its blocks
-            _stream_block(name, module, {"image_newline": module.image_newline}, load, keep, lambda block: None)
+        if _NEWLINE in module._parameters:
+            module._parameters[_NEWLINE] = nn.Parameter(load(f"{name}.{_NEWLINE}"), requires_grad=False)
+    for name, block in _blocks(model):
+        _stream_block(name, block, load, keep, progress)
 
 
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -51,21 +54,14 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         inside = any(name.startswith(f"{block}.") for block, _ in found)
         # A token adapter reads the matrix of the layer in it, without running that layer.
         is_block = parent.endswith("language_model.layers") or name.endswith(("vision_tower", ".token_adapter"))
-        owned = {key for key, _ in module.named_parameters(recurse=False)} - {"image_newline"}
-        if not inside and (is_block or owned):
+        owns = any(each is not None for key, each in module._parameters.items() if key != _NEWLINE)
+        if not inside and (is_block or owns):
             found.append((name, module))
     return found
 
 
-def _stream_block(
-    name: str,
-    block: nn.Module,
-    parameters: dict[str, nn.Parameter],
-    load: Load,
-    keep: bool,
-    progress: Callable[[str], None],
-) -> None:
-    empty = {key: parameter for key, parameter in parameters.items() if parameter.is_meta}
+def _stream_block(name: str, block: nn.Module, load: Load, keep: bool, progress: Callable[[str], None]) -> None:
+    empty = {key: parameter for key, parameter in block.named_parameters() if parameter.is_meta}
 
     def before(module: nn.Module, inputs: Any) -> None:
         progress(name)
