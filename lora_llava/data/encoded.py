@@ -132,8 +132,7 @@ class EncodedTable:
 
     def tile_counts(self, index: int) -> list[int]:
         """Return the tiles of each of a row's images: one for a model without tiles."""
-        names = self.images(index)
-        return [1] * len(names) if self.tiled is None else self.tiled.tiles(names)
+        return [1] * int(self.image_counts[index]) if self.tiled is None else self.tiled.tiles(self.images(index))
 
     def row_name(self, index: int) -> str:
         """Return a row's name in messages; see `Conversation.named`."""

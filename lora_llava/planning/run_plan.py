@@ -12,6 +12,7 @@ from transformers import LlavaConfig, PreTrainedTokenizerBase
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes, find_prefixes
+from lora_llava.data.selection import tiles_advice
 from lora_llava.data.templates.chat_template import saved_text
 from lora_llava.data.templates.named_templates import chat_template
 from lora_llava.data.templates.resolve_template import resolve_template
@@ -315,6 +316,7 @@ def order_run(recipe: Recipe, split: Split, config: LlavaConfig, shared: SharedP
             raise UserError(
                 f"{split.rows.row_name(longest)} has {lengths[longest]} tokens, over training.max_tokens_per_row "
                 f"{budget}; raise it, or set data.max_length={budget} with data.on_overlong=drop or truncate_answer"
+                f"{tiles_advice(*split.rows.table_row(longest), budget)}"
             )
     return order_rows(
         recipe.training,

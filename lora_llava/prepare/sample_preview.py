@@ -275,7 +275,9 @@ def _with_tiles(
         rows, columns = height // side, width // side
         found.append(_beside(tiles[used], tiles[used + 1 : used + count], columns))
         seen = f"the whole image and {rows} × {columns} tiles, {side} × {side} each"
-        captions.append(f"{seen}: {tiled.tokens([name])[0]:,} tokens")
+        tokens, patches = tiled.tokens([name])[0], tiled.tiling.patches
+        padded = tokens < patches**2 + rows * patches * (columns * patches + 1)
+        captions.append(f"{seen}: {tokens:,} tokens" + (", none for padding" if padded else ""))
         used += count
     return found, captions
 

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextModel, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from lora_llava.data.images.tiling import NEWLINE, Tiling, limited
+from lora_llava.data.images.tiling import NEWLINE, TiledImages, Tiling, limited
 
 GRID = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 """LLaVA-1.6's (config.json of llava-hf/llava-v1.6-vicuna-7b-hf)."""
@@ -92,3 +92,12 @@ def test_padding_is_never_a_token() -> None:
         assert {line[-1] for line in lines} <= {NEWLINE}
         assert len({len(line) for line in lines}) <= 1  # none for a sliver, which is all padding
         assert places.max(initial=0) < TILING.tiles(size) * 576
+
+
+def test_the_largest_limit_of_tiles_that_fits_is_found() -> None:
+    images = TiledImages(TILING, {"square": (900, 900), "tall": (1008, 337), "bad": (0, 0)})
+    sizes = [(900, 900), (1008, 337), (336, 336)]
+    assert images.tokens(["square", "tall", "bad"]) == [TILING.tokens(size) for size in sizes]
+    assert images.tokens(["unknown"]) == images.tokens(["bad"])
+    for room, most in ((10**6, 4), (5304, 4), (5303, 3), (3552, 3), (3551, 2), (2568, 2), (2567, None)):
+        assert images.most_tiles(["square", "tall"], room) == most

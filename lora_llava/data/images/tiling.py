@@ -29,6 +29,7 @@ class Tiling:
     tile: int
     patches: int
 
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - few tilings, each as long-lived as its run
     def canvas(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the canvas of an image: the one that keeps most of its pixels, then the one with the least padding.
 
@@ -68,7 +69,7 @@ class Tiling:
         lines = np.pad(places, ((0, 0), (0, 1)), constant_values=NEWLINE)
         return np.concatenate([np.arange(self.patches**2), lines.ravel()])
 
-    @functools.lru_cache(maxsize=4096)  # noqa: B019 - few tilings, each as long-lived as its run
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
     def _unpadded(self, size: tuple[int, int]) -> tuple[range, range]:
         """Return the rows and columns of patches that are not padding alone, on the canvas of an image."""
         canvas_height, canvas_width = self.canvas(size)
