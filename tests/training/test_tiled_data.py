@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import torch
 from rich.console import Console
 from transformers import LlavaNextProcessor
 
@@ -16,12 +19,16 @@ from lora_llava.data.images.tiling import Tiling
 from lora_llava.evaluation.answerers import Evaluator
 from lora_llava.evaluation.asked.served_prompts import sent_prompts
 from lora_llava.model.families.image_counts import tokens_of
+from lora_llava.model.start import prepare_base
+from lora_llava.model.vision import load_tower, tower_features
 from lora_llava.planning.forecast import forecast
 from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.prepare.row_check import check
 from lora_llava.prepare.sample_preview import preview
 from lora_llava.recipe.continued import fill_from_run, other_settings
 from lora_llava.recipe.io import check_recipe
+from lora_llava.training.features import cache_features
+from tests.own_rows import quiet
 from tests.training.tiled_llava import GRID, PATCH, SIZES, TILE, tiled_content, tiled_llava, tiled_rows
 
 TILING = Tiling(GRID, TILE, TILE // PATCH)
@@ -183,3 +190,25 @@ def test_a_run_that_continues_another_keeps_its_max_tiles(content: dict[str, Any
     }
     assert fill_from_run(recipes[None], recipes[2]).model.max_tiles == 2
     assert other_settings(fill_from_run(recipes[3], recipes[2]), recipes[2]) == [("model.max_tiles", 3, 2)]
+
+
+def test_the_vision_cache_keeps_the_tiles_of_an_image_together_and_counts_them(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["training"]["vision_cache"] = "memory"
+    plan = planned(content)
+    base = prepare_base(plan.recipe.model, 0)
+    tiles = 5 + 4 + 3 + 4  # e.png is a copy of a.png
+    free = SimpleNamespace(available=tiles * 16 * 16 * 4 - 1)  # float32 features of 16 patches, 16 wide
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(UserError, match="features of 4 images need"):
+        cache_features(plan, base, quiet())
+    free.available += 1
+    pixels = plan.splits["train"].load_pixels
+    tower = load_tower(base.folder, plan.model.config, torch.float32, torch.device("cpu"))
+    wanted = tower_features(tower, plan.model.config, pixels(["c.png", "a.png"]))
+    cache_features(plan, base, quiet())
+    cached = plan.splits["train"].load_pixels
+    assert cached(["c.png", "a.png"]).shape == (3 + 5, 16, 16)
+    assert torch.allclose(cached(["c.png", "a.png"]), wanted, atol=1e-6)
+    assert cached.sizes(["c.png", "a.png"]).tolist() == [[1, 60], [20, 20]]  # type: ignore[attr-defined]
