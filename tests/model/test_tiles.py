@@ -168,7 +168,7 @@ def test_a_shared_prefix_of_tiles_equals_rows_apart(tiled: Path) -> None:
     end = max(i for i, token in enumerate(row["input_ids"]) if token == image_id) + 1
     row["labels"][:end] = [-100] * end
     other = row | {"input_ids": [*row["input_ids"][:-2], 5, 6], "labels": [*row["labels"][:-2], 5, 6]}
-    shared = [each | {"prefix": Prefix(0, end, 2)} for each in (row, other)]
+    shared = [each | {"prefix": Prefix(0, end, 2, 9)} for each in (row, other)]
     results = []
     for rows in ([row, other], shared):
         model = trained(tiled)
