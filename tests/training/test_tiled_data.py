@@ -10,11 +10,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from transformers import LlavaNextProcessor
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.images import image_check
+from lora_llava.data.images.image_id import ImageId
 from lora_llava.data.images.tiling import Tiling
 from lora_llava.evaluation.answerers import Evaluator
 from lora_llava.evaluation.asked.served_prompts import sent_prompts
@@ -28,7 +30,7 @@ from lora_llava.prepare.sample_preview import preview
 from lora_llava.recipe.continued import fill_from_run, other_settings
 from lora_llava.recipe.io import check_recipe
 from lora_llava.training.features import cache_features
-from tests.own_rows import quiet
+from tests.own_rows import asked, quiet, written
 from tests.training.tiled_llava import GRID, PATCH, SIZES, TILE, tiled_content, tiled_llava, tiled_rows
 
 TILING = Tiling(GRID, TILE, TILE // PATCH)
@@ -212,3 +214,34 @@ def test_the_vision_cache_keeps_the_tiles_of_an_image_together_and_counts_them(
     assert cached(["c.png", "a.png"]).shape == (3 + 5, 16, 16)
     assert torch.allclose(cached(["c.png", "a.png"]), wanted, atol=1e-6)
     assert cached.sizes(["c.png", "a.png"]).tolist() == [[1, 60], [20, 20]]  # type: ignore[attr-defined]
+
+
+def test_images_of_one_name_in_two_sources_have_their_own_sizes(content: dict[str, Any], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (23, 9)).save(other / "a.png")
+    sources = [{"path": content["data"]["path"]}, {"path": written(other / "rows.json", [asked(9, "a.png")])}]
+    content["data"] = {name: value for name, value in content["data"].items() if name != "path"} | {"sources": sources}
+    split = planned(content).splits["train"]
+    assert split.sizes[ImageId(0, "a.png")] == (20, 20)
+    assert split.sizes[ImageId(1, "a.png")] == (9, 23)
+    assert split.rows.tables[1].image_tokens(0).tolist() == [TOKENS["b.png"]]
+    assert split.rows.tile_counts().tolist() == [*TILES.values(), 4]
+    report = check(check_recipe(content, "test"), console=quiet())
+    assert sum(each["images"] for each in report.splits["train"]["image_tokens"]) == 6
+    assert report.splits["train"]["tokens"] == int(split.rows.lengths.sum())
+
+
+def test_a_validation_row_and_a_text_row_are_counted(content: dict[str, Any], tmp_path: Path) -> None:
+    rows = [asked(n, name) for n, name in enumerate(SIZES)] + [asked(7), asked(8)]
+    rows[1] |= {"image": ["b.png", "c.png"]}
+    rows[1]["conversations"][0]["value"] = "<image>\n<image>\nWhich?"
+    plan = planned(content, path=written(tmp_path / "rows" / "more.json", rows), test_rows=2)
+    counts = {}
+    for split in plan.splits.values():
+        for index, row in enumerate(split.read(range(len(split.rows)))):
+            counts[row.row_id] = int(split.rows.tile_counts()[index])
+            image = split.rows.tables[0].image_id
+            assert list(split.rows[index]["input_ids"]).count(image) == sum(TOKENS[name] for name in row.images)  # type: ignore[index]
+    assert counts["r1"] == TILES["b.png"] + TILES["c.png"]
+    assert counts.get("r7", 0) == counts.get("r8", 0) == 0
