@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.simulation.settings import FAMILIES, SETTINGS, Setting
+from tests.simulation.settings import FAMILIES, SETTINGS, TILED, Setting
 
 Measured = Callable[..., list[dict[str, Any]]]
 OFFLOADED = next(setting for setting in SETTINGS if setting.offload)
@@ -31,6 +31,12 @@ def test_the_smallest_plan_of_7b_holds(measured: Measured) -> None:
 def test_every_setting_of_the_table_holds(measured: Measured) -> None:
     others = [setting for setting in SETTINGS if setting is not OFFLOADED]
     for found in measured("depth", others):
+        check(found)
+
+
+@pytest.mark.more
+def test_a_llava_1_6_holds(measured: Measured) -> None:
+    for found in measured("depth", TILED):
         check(found)
 
 

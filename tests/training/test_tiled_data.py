@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import torch
+from PIL import Image
 from rich.console import Console
 from transformers import LlavaNextProcessor
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.images import image_check
+from lora_llava.data.images.image_id import ImageId
 from lora_llava.data.images.tiling import Tiling
 from lora_llava.evaluation.answerers import Evaluator
 from lora_llava.evaluation.asked.served_prompts import sent_prompts
 from lora_llava.model.families.image_counts import tokens_of
+from lora_llava.model.start import prepare_base
+from lora_llava.model.vision import load_tower, tower_features
 from lora_llava.planning.forecast import forecast
 from lora_llava.planning.run_plan import RunPlan, plan_run
 from lora_llava.prepare.row_check import check
 from lora_llava.prepare.sample_preview import preview
 from lora_llava.recipe.continued import fill_from_run, other_settings
 from lora_llava.recipe.io import check_recipe
+from lora_llava.training.features import cache_features
+from tests.own_rows import asked, quiet, written
 from tests.training.tiled_llava import GRID, PATCH, SIZES, TILE, tiled_content, tiled_llava, tiled_rows
 
 TILING = Tiling(GRID, TILE, TILE // PATCH)
@@ -183,3 +192,56 @@ def test_a_run_that_continues_another_keeps_its_max_tiles(content: dict[str, Any
     }
     assert fill_from_run(recipes[None], recipes[2]).model.max_tiles == 2
     assert other_settings(fill_from_run(recipes[3], recipes[2]), recipes[2]) == [("model.max_tiles", 3, 2)]
+
+
+def test_the_vision_cache_keeps_the_tiles_of_an_image_together_and_counts_them(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["training"]["vision_cache"] = "memory"
+    plan = planned(content)
+    base = prepare_base(plan.recipe.model, 0)
+    tiles = 5 + 4 + 3 + 4  # e.png is a copy of a.png
+    free = SimpleNamespace(available=tiles * 16 * 16 * 4 - 1)  # float32 features of 16 patches, 16 wide
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(UserError, match="features of 4 images need"):
+        cache_features(plan, base, quiet())
+    free.available += 1
+    pixels = plan.splits["train"].load_pixels
+    tower = load_tower(base.folder, plan.model.config, torch.float32, torch.device("cpu"))
+    wanted = tower_features(tower, plan.model.config, pixels(["c.png", "a.png"]))
+    cache_features(plan, base, quiet())
+    cached = plan.splits["train"].load_pixels
+    assert cached(["c.png", "a.png"]).shape == (3 + 5, 16, 16)
+    assert torch.allclose(cached(["c.png", "a.png"]), wanted, atol=1e-6)
+    assert cached.sizes(["c.png", "a.png"]).tolist() == [[1, 60], [20, 20]]  # type: ignore[attr-defined]
+
+
+def test_images_of_one_name_in_two_sources_have_their_own_sizes(content: dict[str, Any], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (23, 9)).save(other / "a.png")
+    sources = [{"path": content["data"]["path"]}, {"path": written(other / "rows.json", [asked(9, "a.png")])}]
+    content["data"] = {name: value for name, value in content["data"].items() if name != "path"} | {"sources": sources}
+    split = planned(content).splits["train"]
+    assert split.sizes[ImageId(0, "a.png")] == (20, 20)
+    assert split.sizes[ImageId(1, "a.png")] == (9, 23)
+    assert split.rows.tables[1].image_tokens(0).tolist() == [TOKENS["b.png"]]
+    assert split.rows.tile_counts().tolist() == [*TILES.values(), 4]
+    report = check(check_recipe(content, "test"), console=quiet())
+    assert sum(each["images"] for each in report.splits["train"]["image_tokens"]) == 6
+    assert report.splits["train"]["tokens"] == int(split.rows.lengths.sum())
+
+
+def test_a_validation_row_and_a_text_row_are_counted(content: dict[str, Any], tmp_path: Path) -> None:
+    rows = [asked(n, name) for n, name in enumerate(SIZES)] + [asked(7), asked(8)]
+    rows[1] |= {"image": ["b.png", "c.png"]}
+    rows[1]["conversations"][0]["value"] = "<image>\n<image>\nWhich?"
+    plan = planned(content, path=written(tmp_path / "rows" / "more.json", rows), test_rows=2)
+    counts = {}
+    for split in plan.splits.values():
+        for index, row in enumerate(split.read(range(len(split.rows)))):
+            counts[row.row_id] = int(split.rows.tile_counts()[index])
+            image = split.rows.tables[0].image_id
+            assert list(split.rows[index]["input_ids"]).count(image) == sum(TOKENS[name] for name in row.images)  # type: ignore[index]
+    assert counts["r1"] == TILES["b.png"] + TILES["c.png"]
+    assert counts.get("r7", 0) == counts.get("r8", 0) == 0
