@@ -155,10 +155,14 @@ def tiles_advice(table: EncodedTable, row: int, max_length: int) -> str:
     tokens = int(table.image_tokens(row).sum())
     if table.tiled is None or tokens <= max_length:
         return ""
-    names = table.images(row)
-    most = table.tiled.most_tiles(names, max_length - (len(table.row(row)[0]) - len(names)))
+    most = table.tiled.most_tiles(table.images(row), max_length - text_tokens(table, row))
     fix = f"the row fits with model.max_tiles={most}" if most else "the row does not fit with any model.max_tiles"
     return f"; its images alone have {tokens:,} tokens: {fix}"
+
+
+def text_tokens(table: EncodedTable, row: int) -> int:
+    """Return the number of tokens of a row besides those of its images."""
+    return int(table.starts[row + 1] - table.starts[row] - table.image_counts[row])
 
 
 def without_bad_images(

@@ -154,6 +154,10 @@ def test_a_row_whose_image_alone_is_too_long_names_the_tiles_that_fit(
     if most is None:
         wanted = "its images alone have 88 tokens: the row does not fit with any model.max_tiles"
     assert report.errors[0].message.endswith(wanted)
+    figures = report.splits["train"]
+    assert figures["over_limit_rows"] == {80: 3, 70: 4, 58: 4, 30: 5}[limit]
+    fitting = (figures.get("over_limit_max_tiles"), figures.get("over_limit_rows_that_fit"))
+    assert fitting == {80: (2, 3), 70: (2, 3), 58: (3, 2), 30: (None, None)}[limit]
     with pytest.raises(UserError, match=wanted):
         plan_run(recipe)
 

@@ -12,7 +12,7 @@ from lora_llava.data.checks.duplicates import duplicates, leaks, shared_images
 from lora_llava.data.checks.findings import CheckedSource, CheckReport, Finding
 from lora_llava.data.encoded import EncodedTable, answer_starts
 from lora_llava.data.formats import IMAGE_NOT_READ, LEADING_ANSWER_CUT, OPEN_QUESTION_CUT, PLACEHOLDER_ADDED
-from lora_llava.data.selection import Policy, tiles_advice
+from lora_llava.data.selection import Policy, text_tokens, tiles_advice
 
 _NOTES = {
     PLACEHOLDER_ADDED: "the row has an image but its text no <image>; it is added as data.image_position says",
@@ -187,6 +187,7 @@ def _figures(sources: Sequence[CheckedSource], policy: Policy) -> dict[str, Any]
     trained = sum(int(source.table.supervised[source.sound_rows].sum()) for source in sources)
     longest = int(lengths.max()) if len(lengths) else 0
     over = np.maximum(lengths - policy.max_length, 0)
+    most, fitting = _fitting_tiles(sources, policy.max_length)
     return {
         "rows": int(sum(len(source.rows) for source in sources)),
         "sound_rows": len(lengths),
@@ -197,8 +198,24 @@ def _figures(sources: Sequence[CheckedSource], policy: Policy) -> dict[str, Any]
         "longest": longest,
         "over_limit_rows": int((over > 0).sum()),
         "over_limit_tokens": int(over.sum()),
+        **({"over_limit_max_tiles": most, "over_limit_rows_that_fit": fitting} if most is not None else {}),
         "histogram": _histogram(lengths, "rows"),
     } | ({"image_tokens": _histogram(images, "images")} if len(images := _image_lengths(sources)) else {})
+
+
+def _fitting_tiles(sources: Sequence[CheckedSource], max_length: int) -> tuple[int | None, int]:
+    """Return the `model.max_tiles` with which rows over the limit fit, and how many; None if no row would."""
+    long = [
+        (source.table.tiled, source.table.images(int(row)), max_length - text_tokens(source.table, int(row)))
+        for source in sources
+        if source.table.tiled is not None
+        for row in source.sound_rows[source.table.lengths()[source.sound_rows] > max_length]
+    ]
+    limits = [tiled.most_tiles(names, room) for tiled, names, room in long]
+    most = min((limit for limit in limits if limit is not None), default=None)
+    if most is None:
+        return None, 0
+    return most, sum(sum(tiled.with_most(most).tokens(names)) <= room for tiled, names, room in long)
 
 
 def _image_lengths(sources: Sequence[CheckedSource]) -> np.ndarray:

@@ -111,10 +111,14 @@ class TiledImages:
         """Return the largest limit of tiles with which these images have at most `room` tokens; None if none has."""
         tile = self.tiling.tile
         for most in sorted({(height // tile) * (width // tile) for height, width in self.tiling.grid}, reverse=True):
-            fewer = replace(self, tiling=replace(self.tiling, grid=limited(self.tiling.grid, tile, most)))
-            if sum(fewer.tokens(names)) <= room:
+            if sum(self.with_most(most).tokens(names)) <= room:
                 return most
         return None
+
+    def with_most(self, most: int) -> TiledImages:
+        """Return the images with at most so many tiles each, that of the whole image not counted."""
+        grid = limited(self.tiling.grid, self.tiling.tile, most)
+        return replace(self, tiling=replace(self.tiling, grid=grid))
 
 
 def limited(grid: Sequence[Sequence[int]], tile: int, most: int | None) -> tuple[tuple[int, int], ...]:
