@@ -29,7 +29,7 @@ from lora_llava.model.families.tower_families import (
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.tokenizer import read_vocabulary
 from lora_llava.model.weights import parts as model_parts
-from lora_llava.model.weights.names import ADAPTER_FILE
+from lora_llava.model.weights.names import ADAPTER_FILE, NEWLINE_NAME, canonical_name
 from lora_llava.model.weights.original_projector import (
     find_projector,
     is_original_config,
@@ -37,6 +37,7 @@ from lora_llava.model.weights.original_projector import (
     read_projector,
 )
 from lora_llava.model.weights.parts import Download, load_config, load_part, plan_download
+from lora_llava.model.weights.tensor_files import lazy_tensors, weight_files
 from lora_llava.recipe.schema import ModelSection
 
 RUN_FILE = "run.json"
@@ -115,6 +116,8 @@ def _plan(section: ModelSection) -> ModelPlan:
                 "with `lora-llava import`, then name the result"
             )
         config = _complete_config(content, start.llava)
+        if config.model_type == TILED:
+            _check_newline(start.llava)
         folder = _small_files(start.llava, start.llava_revision, "start_from.llava")
         return ModelPlan(config, folder, folder, downloads)
     llm_name, tower_name = section.llm or "", section.vision_tower or ""  # the schema requires both
@@ -152,6 +155,18 @@ def _complete_config(content: dict[str, Any], name: str) -> LlavaConfig:
         if value is not None and value >= rows:
             raise UserError(f"{field}: {key} is {value}, and its vocabulary has {rows} rows; restore its config.json")
     return config
+
+
+def _check_newline(name: str) -> None:
+    """Refuse a folder of a LLaVA-1.6 without newline; that of a Hub id is checked when its weights are loaded."""
+    folder = model_parts.local_folder(name, "start_from.llava")
+    if folder is None or not weight_files([file.name for file in folder.iterdir()]):
+        return
+    if NEWLINE_NAME not in {canonical_name(tensor.name) for tensor in lazy_tensors(folder)}:
+        raise UserError(
+            f"model.start_from.llava: {name} lacks image_newline, which a LLaVA-1.6 has; download or write its weights "
+            "again"
+        )
 
 
 def _assembled_config(section: ModelSection) -> LlavaConfig:

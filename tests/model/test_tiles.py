@@ -235,6 +235,8 @@ def test_a_folder_without_newline_is_refused(tiled: Path, tmp_path: Path) -> Non
     save_file(kept, tmp_path / "other" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="lacks image_newline, which"):
         load_base(tmp_path / "other", dtype="float32")
+    with pytest.raises(UserError, match=r"^model\.start_from\.llava: .* lacks image_newline, which"):
+        plan_model(section(tmp_path / "other"))
 
 
 CHANGES: list[tuple[dict[str, Any], str]] = [
