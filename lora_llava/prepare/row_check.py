@@ -176,7 +176,7 @@ def print_report(report: CheckReport, console: Console) -> None:
             line = f"  over the limit: {over}, by {figures['over_limit_tokens']:,} tokens"
             if "over_limit_max_tiles" in figures:
                 fitting = figures["over_limit_rows_that_fit"]
-                line += f"; with model.max_tiles={figures['over_limit_max_tiles']} {fitting:,} of them fit"
+                line += f"; {fitting:,} of them fit with model.max_tiles={figures['over_limit_max_tiles']}"
             console.print(Text(line))
         console.print(_histogram(figures["histogram"], "rows"))
         if "image_tokens" in figures:
