@@ -239,6 +239,7 @@ def test_a_folder_without_newline_is_refused(tiled: Path, tmp_path: Path) -> Non
 
 CHANGES: list[tuple[dict[str, Any], str]] = [
     ({"image_grid_pinpoints": [[32, 64], [50, 64]]}, r"image_grid_pinpoints is \[\[32, 64\], \[50, 64\]\]; each of"),
+    ({"image_grid_pinpoints": [336, 672]}, r"image_grid_pinpoints is \[336, 672\]; each of its canvases needs"),
     ({"image_grid_pinpoints": []}, r"image_grid_pinpoints is \[\]; each of its canvases needs"),
     ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'full' and its tower a clip"),
     ({"image_grid_pinpoints": [[32, 128]]}, r"has no canvas \(32, 128\) in its image_grid_pinpoints"),

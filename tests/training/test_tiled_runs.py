@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 from lora_llava import evaluate, merge
@@ -22,6 +22,8 @@ from lora_llava.evaluation.asked.spoken_answers import by_speaker
 from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import encode_messages, stream_answer, user_message
+from lora_llava.model.adapter_file import check_fits
+from lora_llava.model.families.llava_kinds import read_llava_config
 from lora_llava.model.start import plan_model, prepare_base
 from lora_llava.model.vision import llava_of
 from lora_llava.model.weights.tensor_files import lazy_tensors
@@ -132,6 +134,10 @@ def test_a_run_continues_with_its_tiles(content: dict[str, Any], tmp_path: Path,
     speaker = open_speaker(str(tmp_path / "more"))
     assert llava_of(speaker.model).config.image_grid_pinpoints == GRID[:2]
     assert torch.equal(llava_of(speaker.model).model.image_newline, newline_of(tiled))
+    file = tmp_path / "more" / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.model.image_newline": newline_of(tiled)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.image_newline is not expected"):
+        check_fits(tmp_path / "more", read_llava_config(tiled), "the base")
 
 
 @pytest.mark.parametrize("cache", [pytest.param("off", marks=pytest.mark.more), "memory"])
@@ -146,6 +152,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     assert same(weights(Path(stopped.output_dir)), weights(tmp_path / "whole"))
 
 
+@pytest.mark.more
 def test_cached_features_are_those_of_the_tower(content: dict[str, Any]) -> None:
     content["evaluation"] = None
     losses = []

@@ -142,12 +142,16 @@ def check_tiling(config: LlavaConfig, field: str) -> None:
             f"{field}: vision_feature_select_strategy is {strategy!r} and its tower a {config.vision_config.model_type}"
             "; of LLaVA-1.6, 'default' with a CLIP works"
         )
-    wrong = [side for each in grid for side in each if not isinstance(side, int) or side <= 0 or side % tile]
-    if not grid or wrong or any(len(each) != 2 for each in grid):
+    if not grid or not all(_is_canvas(each, tile) for each in grid):
         raise UserError(
             f"{field}: image_grid_pinpoints is {grid}; each of its canvases needs a height and a width that are "
             f"multiples of the tower's {tile} pixels; restore its config.json"
         )
+
+
+def _is_canvas(value: Any, tile: int) -> bool:
+    pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return pair and all(isinstance(side, int) and side > 0 and side % tile == 0 for side in value)
 
 
 def image_tokens(config: LlavaConfig) -> int:
@@ -254,9 +258,9 @@ def saved_image_processor(folder: Path, config: LlavaConfig) -> Any:
 
 
 def _check_grid(saved: Mapping[str, Any], tiling: Tiling, field: str) -> None:
-    """Refuse an image processor whose canvases are not those of the config, or that adds padding to its tiles."""
+    """Refuse an image processor that lacks a canvas of the config: the model would expect other tiles."""
     found = saved.get("image_grid_pinpoints", LlavaNextImageProcessorPil.image_grid_pinpoints)
-    missing = [canvas for canvas in tiling.grid if list(canvas) not in [list(each) for each in found]]
+    missing = [canvas for canvas in tiling.grid if not isinstance(found, list) or list(canvas) not in found]
     if missing:
         raise UserError(
             f"{field} has no canvas {missing[0]} in its image_grid_pinpoints, as config.json has; restore both files"

@@ -76,7 +76,9 @@ def _from_run(run: Path) -> GgufSource:
 def _refuse_tiles(folder: Path, kind: str) -> None:
     """Refuse a model of another kind, among them LLaVA-1.6, whose tiles mmproj.py does not describe."""
     if kind == TILED:
-        raise UserError(f"{folder} is a LLaVA-1.6 ({kind}), whose tiles export cannot write yet; serve it with vLLM")
+        raise UserError(
+            f"{folder} is a LLaVA-1.6 ({kind}), whose tiles export cannot write yet; lora-llava chat answers with it"
+        )
     if kind != "llava":
         raise UserError(f"{folder} is a {kind!r} model; export writes LLaVA models (model_type llava)")
 
