@@ -173,11 +173,11 @@ def print_report(report: CheckReport, console: Console) -> None:
         )
         if figures["over_limit_rows"]:
             over = number_of(figures["over_limit_rows"], "row")
-            line = f"  over the limit: {over}, by {figures['over_limit_tokens']:,} tokens"
+            limit = f"  over the limit: {over}, by {figures['over_limit_tokens']:,} tokens"
             if "over_limit_max_tiles" in figures:
                 fitting = figures["over_limit_rows_that_fit"]
-                line += f"; with model.max_tiles={figures['over_limit_max_tiles']} {fitting:,} of them fit"
-            console.print(Text(line))
+                limit += f"; {fitting:,} of them fit with model.max_tiles={figures['over_limit_max_tiles']}"
+            console.print(Text(limit))
         console.print(_histogram(figures["histogram"], "rows"))
         if "image_tokens" in figures:
             images = sum(each["images"] for each in figures["image_tokens"])
