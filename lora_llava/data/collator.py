@@ -31,7 +31,7 @@ class PaddedCollator:
 
         Returns:
             `input_ids`, `labels` and `attention_mask`, each int64 of shape (rows, longest), and, if a row has an image,
-            `pixel_values` from `load_pixels`, in the order of the placeholders.
+            `pixel_values` from `load_pixels`, in the order of the placeholders, and for a LLaVA-1.6 `image_sizes`.
         """
         ids = [torch.tensor(row["input_ids"]) for row in rows]
         labels = [torch.tensor(row["labels"]) for row in rows]
@@ -41,7 +41,7 @@ class PaddedCollator:
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
         names = [name for row in rows for name in row["image_files"]]
-        return batch | _pixels(names, self)
+        return batch | _images(names, self.load_pixels)
 
 
 @dataclass
@@ -90,7 +90,12 @@ class PackedCollator:
             "max_length_k": max(lengths),
         }
         names = [name for each in segments for name in _image_names(rows, each)]
-        return batch | _shared_keys(segments, lengths) | _predictors(segments, ends, labels) | _pixels(names, self)
+        return (
+            batch
+            | _shared_keys(segments, lengths)
+            | _predictors(segments, ends, labels)
+            | _images(names, self.load_pixels)
+        )
 
 
 def _ends(lengths: Sequence[int]) -> torch.Tensor:
@@ -128,5 +133,8 @@ def _predictors(segments: Sequence[Segment], ends: torch.Tensor, labels: torch.T
     return {"predictors": predictors.clamp(min=0).unsqueeze(0)}
 
 
-def _pixels(names: Sequence[Any], collator: PaddedCollator | PackedCollator) -> dict[str, torch.Tensor]:
-    return {"pixel_values": collator.load_pixels(names)} if names else {}
+def _images(names: Sequence[Any], load_pixels: PixelLoader) -> dict[str, torch.Tensor]:
+    if not names:
+        return {}
+    batch, sizes = {"pixel_values": load_pixels(names)}, getattr(load_pixels, "sizes", None)
+    return batch if sizes is None else batch | {"image_sizes": sizes(names)}

@@ -27,6 +27,7 @@ from lora_llava.data.encode import IGNORE_INDEX, encode_spans, expand, last_answ
 from lora_llava.data.files.row_files import Counted
 from lora_llava.data.formats import RowError
 from lora_llava.data.images.image_id import ImageId, ImageName, own_names
+from lora_llava.data.images.tiling import TiledImages
 from lora_llava.data.sources import Read, Source
 from lora_llava.data.templates.named_templates import get_template
 from lora_llava.data.templates.spans import AnyTemplate, Span, check_tokenizer, conversation_spans, fit_template
@@ -72,11 +73,13 @@ class EncodedTable:
         problems: The error of each row, its kind and message separated by a tab; empty if it has none.
         notes: The repairs made to each row, separated by NUL; empty if none.
         image_id: The id of `<image>`; None before `with_image_tokens`.
+        tiled: The images with their tiles; None for a model without tiles.
     """
 
     def __init__(self, columns: dict[str, np.ndarray]) -> None:
         self.columns = columns
         self.image_id: int | None = None
+        self.tiled: TiledImages | None = None
         self._image_tokens = np.zeros(0, dtype=np.int64)
         self.ids, self.trained, self.starts = columns["ids"], columns["trained"], columns["starts"]
         self.image_counts, self.supervised = columns["image_counts"], columns["supervised"]
@@ -87,20 +90,21 @@ class EncodedTable:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def with_image_tokens(self, image_id: int, tokens: int | Mapping[str, int]) -> EncodedTable:
+    def with_image_tokens(self, image_id: int, tokens: int | Mapping[str, int] | TiledImages) -> EncodedTable:
         """Return the table with the number of tokens of its images, which depends on the model.
 
         Args:
             image_id: The id of `<image>`.
-            tokens: Tokens of an image; by its name if they differ.
+            tokens: Tokens of an image; by its name if they differ, or by the tiles of the images.
         """
         found = EncodedTable(self.columns)
-        found.image_id = image_id
+        found.image_id, found.tiled = image_id, tokens if isinstance(tokens, TiledImages) else None
         if isinstance(tokens, int):
             found._image_tokens = np.full(int(self.image_counts.sum()), tokens, dtype=np.int64)
-        else:
-            names = (name for row in range(len(self)) for name in self.images(row))
-            found._image_tokens = np.fromiter((tokens[name] for name in names), dtype=np.int64)
+            return found
+        names = [name for row in range(len(self)) for name in self.images(row)]
+        counts = tokens.tokens(names) if isinstance(tokens, TiledImages) else [tokens[name] for name in names]
+        found._image_tokens = np.array(counts, dtype=np.int64)
         return found
 
     @functools.cached_property
@@ -125,6 +129,10 @@ class EncodedTable:
         """Return the names of a row's images, in order."""
         text = self._images[index]
         return text.split("\0") if text else []
+
+    def tile_counts(self, index: int) -> list[int]:
+        """Return the tiles of each of a row's images: one for a model without tiles."""
+        return [1] * int(self.image_counts[index]) if self.tiled is None else self.tiled.tiles(self.images(index))
 
     def row_name(self, index: int) -> str:
         """Return a row's name in messages; see `Conversation.named`."""
@@ -367,6 +375,12 @@ class EncodedRows(Sequence[dict[str, Any]]):
     def image_counts(self) -> np.ndarray:
         """Return the number of images of each row."""
         return np.array([self.tables[table].image_counts[row] for table, row in self.places], dtype=np.int64)
+
+    def tile_counts(self) -> np.ndarray:
+        """Return the tiles of all images of each row: their number for a model without tiles."""
+        if all(table.tiled is None for table in self.tables):
+            return self.image_counts()
+        return np.array([sum(self.tables[table].tile_counts(int(row))) for table, row in self.places], dtype=np.int64)
 
     def take(self, indices: Sequence[int] | np.ndarray) -> EncodedRows:
         """Return only these rows."""

@@ -18,6 +18,7 @@ from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.data.images.image_id import ImageName, own_names
 from lora_llava.data.images.image_names import MATCHED
 from lora_llava.data.images.image_sources import ImageSource
+from lora_llava.data.images.tiling import TiledImages
 from lora_llava.data.images.to_rgb import SCALED, TRANSPARENT
 from lora_llava.data.sources import Read, list_source
 from lora_llava.data.templates.spans import AnyTemplate
@@ -125,7 +126,7 @@ def _fitting(table: EncodedTable, rows: np.ndarray, policy: Policy, report: Repo
     if policy.on_overlong == "error":
         raise OverlongError(
             f"{name}, over data.max_length {policy.max_length}; raise it, or set data.on_overlong to drop or "
-            "truncate_answer"
+            f"truncate_answer{tiles_advice(table, int(rows[first]), policy.max_length)}"
         )
     if policy.on_overlong == "drop":
         report.dropped[OVERLONG] += int(long.sum())
@@ -137,9 +138,31 @@ def _fitting(table: EncodedTable, rows: np.ndarray, policy: Policy, report: Repo
         raise OverlongError(
             f"{table.row_name(int(rows[place]))}: the sample has {lengths[place]} tokens and its last answer "
             f"starts at token {starts[gone[0]]}: a limit of {policy.max_length} would cut the answer away"
+            f"{tiles_advice(table, int(rows[place]), policy.max_length)}"
         )
     report.truncated += int(long.sum())
     return np.ones(len(rows), dtype=bool)
+
+
+def tiles_advice(table: EncodedTable, row: int, max_length: int) -> str:
+    """Return the end of a message about a row whose images alone are over the limit; empty for other rows.
+
+    Args:
+        table: The table of the row, with image tokens.
+        row: Its index.
+        max_length: See `Policy`.
+    """
+    tokens = int(table.image_tokens(row).sum())
+    if table.tiled is None or tokens <= max_length:
+        return ""
+    most = table.tiled.most_tiles(table.images(row), max_length - text_tokens(table, row))
+    fix = f"the row fits with model.max_tiles={most}" if most else "the row does not fit with any model.max_tiles"
+    return f"; its images alone have {tokens:,} tokens: {fix}"
+
+
+def text_tokens(table: EncodedTable, row: int) -> int:
+    """Return the number of tokens of a row besides those of its images."""
+    return int(table.starts[row + 1] - table.starts[row] - table.image_counts[row])
 
 
 def without_bad_images(
@@ -204,7 +227,7 @@ def build_rows(
     *,
     tokenizer: PreTrainedTokenizerBase,
     template: str | AnyTemplate,
-    num_image_tokens: int | Mapping[str, int],
+    num_image_tokens: int | Mapping[str, int] | TiledImages,
     max_length: int,
     on_overlong: OnOverlong = "error",
     images: ImageSource | None = None,
@@ -217,7 +240,7 @@ def build_rows(
         conversations: The rows.
         tokenizer: See `encode_conversation`.
         template: See `encode_conversation`.
-        num_image_tokens: Tokens of an image; by its name if they differ.
+        num_image_tokens: See `EncodedTable.with_image_tokens`.
         max_length: See `Policy`.
         on_overlong: See `Policy`.
         images: Opens the images, to find bad ones before training; None does not check them.

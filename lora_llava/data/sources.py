@@ -23,7 +23,8 @@ from lora_llava.data.files.row_files import (
 from lora_llava.data.files.shards import SUFFIXES, set_stem, shard_of
 from lora_llava.data.files.text_encoding import foreign_encoding
 from lora_llava.data.formats import Columns, Format, RowError, missing_columns, read_row
-from lora_llava.data.images.image_sources import FolderImages, ImageSource, TableImages, open_table
+from lora_llava.data.images.image_sources import FolderImages, ImageSource, TableImages
+from lora_llava.data.images.image_tables import open_table
 from lora_llava.data.images.to_rgb import Background
 
 _MOST_SHARDS = 10_000

@@ -24,6 +24,7 @@ from lora_llava.inference.generate import generate_answers
 from lora_llava.inference.likelihood import Choices, answer_losses, build_tree, weigh_choices
 from lora_llava.inference.question import EncodedImages, Question
 from lora_llava.inference.sampling import Sampling
+from lora_llava.model.families.image_counts import TokensOf
 
 Answerer = Callable[[Sequence[Conversation], Collection[int]], Iterator[tuple[int, Answer]]]
 """Answers the last question of each row, with the turns before it as history. Skips the rows of the given indices, and
@@ -38,7 +39,7 @@ class Evaluator:
         model: A LLaVA, with or without an adapter.
         tokenizer: The tokenizer of its processor.
         template: The conversation template it was trained with.
-        num_image_tokens: Tokens of one image.
+        num_image_tokens: Counts the tokens of images, from `tokens_of`.
         load_pixels: Loads the images of the rows.
         batch_size: Most questions in one batch.
     """
@@ -46,7 +47,7 @@ class Evaluator:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     template: AnyTemplate
-    num_image_tokens: int
+    num_image_tokens: TokensOf
     load_pixels: PixelLoader
     batch_size: int
 
@@ -61,14 +62,17 @@ class Evaluator:
             messages_of(row)[:-1],
             tokenizer=self.tokenizer,
             template=self.template,
-            num_image_tokens=self.num_image_tokens,
+            num_image_tokens=self.num_image_tokens(row.images),
         )
 
     def with_answer(self, row: Conversation, answer: str) -> tuple[list[int], list[int]]:
         """Encode a row that ends with this answer; only the answer has labels."""
         messages = [*messages_of(row)[:-1], {"role": "assistant", "content": answer}]
         encoded = encode_conversation(
-            messages, tokenizer=self.tokenizer, template=self.template, num_image_tokens=self.num_image_tokens
+            messages,
+            tokenizer=self.tokenizer,
+            template=self.template,
+            num_image_tokens=self.num_image_tokens(row.images),
         )
         before = len(self.prompt(row))
         return encoded["input_ids"], [IGNORE_INDEX] * before + encoded["labels"][before:]

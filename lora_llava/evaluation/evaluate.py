@@ -53,10 +53,11 @@ from lora_llava.inference.client.client import ChatServer, find_model
 from lora_llava.inference.load import load_answering_model
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.adapter_file import checked_base
-from lora_llava.model.families.tower_families import image_tokens
+from lora_llava.model.families.image_counts import limit_tiles, tokens_of
 from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.provenance import weights_state
 from lora_llava.model.start import ModelPlan, plan_model
+from lora_llava.model.vision import llava_of
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.planning.run_plan import build_run_processor
 from lora_llava.recipe import EvaluationSection, ModelSection, Recipe, StartFrom
@@ -239,7 +240,7 @@ def evaluate(
 
 def _with_bos(server: ChatServer, opened: OpenedEvaluation, rows: Sequence[Conversation], model: str) -> ChatServer:
     """Add the field that makes the server put BOS in front, if it is needed and taken, and report what differs."""
-    template, tokens = opened.template, image_tokens(opened.plan.config)
+    template, tokens = opened.template, tokens_of(opened.plan.config, opened.split.sizes)
     prompts = sent_prompts(rows, opened.split.images, opened.tokenizer, template, tokens)
     server, lines = match_bos(server, prompts, leading_ids(opened.tokenizer), model)
     for line in lines:
@@ -250,11 +251,13 @@ def _with_bos(server: ChatServer, opened: OpenedEvaluation, rows: Sequence[Conve
 def load_evaluator(opened: OpenedEvaluation, batch_size: int) -> Evaluator:
     """Load the weights of an opened evaluation, to answer `batch_size` questions at once."""
     section = opened.recipe.model
+    model = load_answering_model(opened.base, opened.adapter, quantization=section.quantization, dtype=section.dtype)
+    limit_tiles(llava_of(model).config, section.max_tiles)
     return Evaluator(
-        load_answering_model(opened.base, opened.adapter, quantization=section.quantization, dtype=section.dtype),
+        model,
         opened.tokenizer,
         opened.template,
-        image_tokens(opened.plan.config),
+        tokens_of(opened.plan.config, opened.split.sizes),
         opened.split.load_pixels,
         batch_size,
     )
@@ -389,4 +392,5 @@ def _weights(opened: OpenedEvaluation) -> dict[str, str]:
 
 def as_llava(section: ModelSection, base: str) -> ModelSection:
     """Return the model section of a recipe that starts from a base as a complete LLaVA."""
-    return ModelSection(start_from=StartFrom(llava=base), quantization=section.quantization, dtype=section.dtype)
+    kept = {name: getattr(section, name) for name in ("quantization", "dtype", "max_tiles")}
+    return ModelSection(start_from=StartFrom(llava=base), **kept)

@@ -33,7 +33,7 @@ from lora_llava.evaluation.row_evaluation import (
 from lora_llava.evaluation.scienceqa import Table
 from lora_llava.inference.likelihood import build_tree
 from lora_llava.inference.sampling import Sampling
-from lora_llava.model.families.tower_families import image_tokens
+from lora_llava.model.families.image_counts import tokens_of
 from lora_llava.planning.run_plan import RunPlan
 from lora_llava.recipe import EvaluationSection
 from lora_llava.splits.split_rows import Split, asked_split
@@ -211,7 +211,8 @@ def _is_own(plan: RunPlan) -> bool:
 
 def _evaluator(model: Any, plan: RunPlan, split: Split) -> Evaluator:
     size = (plan.recipe.evaluation or EvaluationSection()).batch_size
-    return Evaluator(model, plan.tokenizer, plan.template, image_tokens(plan.model.config), split.load_pixels, size)
+    tokens = tokens_of(plan.model.config, split.sizes)
+    return Evaluator(model, plan.tokenizer, plan.template, tokens, split.load_pixels, size)
 
 
 def _evaluate(

@@ -12,7 +12,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.images.to_rgb import Background
 from lora_llava.data.templates.named_templates import TEMPLATES, Template, chat_template, get_template
 from lora_llava.data.tokens import Stop, stop_of
-from lora_llava.inference.load import load_answering_model, load_processor
+from lora_llava.inference.load import load_answering_model, load_processor, use_tiles_of
 from lora_llava.inference.speak import Speaker, text_message
 from lora_llava.model.adapter_file import checked_base
 from lora_llava.model.loading import Quantization
@@ -71,6 +71,7 @@ def open_speaker(
     known = given or recognise_template(processor)
     stored: Quantization = "none" if quantization == "auto" else quantization
     model = load_answering_model(base, None if base_only else adapter, quantization=stored, dtype=dtype)
+    use_tiles_of(model, processor.image_processor.to_dict())
     return Speaker(
         model,
         processor,

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from PIL import Image
+from transformers import LlavaConfig
 
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.typed import as_typed, special_tokens, text_backend
+from lora_llava.model.families.tower_families import tokens_of_image
 
 Message = Mapping[str, Any]
 
@@ -21,7 +23,7 @@ def has_special_token(processor: Any, messages: Sequence[Message]) -> bool:
 
 
 def prompt_ids(
-    processor: Any, messages: Sequence[Message], num_image_tokens: int, *, answered: bool = False
+    processor: Any, messages: Sequence[Message], num_image_tokens: int | Sequence[int], *, answered: bool = False
 ) -> list[int]:
     """Render messages with the processor's chat template and tokenize them, with typed special tokens as text.
 
@@ -30,7 +32,7 @@ def prompt_ids(
     Args:
         processor: A stock processor with a chat template.
         messages: `{"role", "content"}`, the content a list of text and image parts.
-        num_image_tokens: Tokens per image.
+        num_image_tokens: Tokens per image, or of each image in order.
         answered: Whether the last message is the answer, which is encoded too.
 
     Returns:
@@ -40,22 +42,24 @@ def prompt_ids(
     specials = special_tokens(tokenizer)
     marked = [{**message, "content": _marked(message["content"], specials)} for message in messages]
     written = processor.apply_chat_template(marked, add_generation_prompt=not answered, tokenize=False)
-    written = written.replace(IMAGE_PLACEHOLDER, IMAGE_PLACEHOLDER * num_image_tokens)
+    first, *rest = written.split(IMAGE_PLACEHOLDER)
+    counts = [num_image_tokens] * len(rest) if isinstance(num_image_tokens, int) else num_image_tokens
+    written = first + "".join(IMAGE_PLACEHOLDER * count + text for count, text in zip(counts, rest, strict=True))
     has_bos = bool(tokenizer.bos_token) and written.startswith(tokenizer.bos_token)
     return list(text_backend(tokenizer, [written]).encode(written, add_special_tokens=not has_bos).ids)
 
 
-def encode_prompt(processor: Any, messages: Sequence[Message], num_image_tokens: int) -> dict[str, torch.Tensor]:
+def encode_prompt(processor: Any, messages: Sequence[Message], config: LlavaConfig) -> dict[str, torch.Tensor]:
     """Encode messages as input tensors for a model.
 
     Args:
         processor: A stock processor with a chat template.
         messages: As for `prompt_ids`, with an `image` in each image part.
-        num_image_tokens: Tokens per image.
+        config: The model's configuration, which says how many tokens an image has.
 
     Returns:
         `input_ids` and `attention_mask`, int64 of shape (1, tokens); with images also `pixel_values`, float32 of shape
-        (images, 3, height, width).
+        (images, 3, height, width); for a LLaVA-1.6 (images, tiles, 3, height, width), with `image_sizes`.
     """
     if not has_special_token(processor, messages):
         return dict(
@@ -63,12 +67,11 @@ def encode_prompt(processor: Any, messages: Sequence[Message], num_image_tokens:
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
         )
-    ids = torch.tensor([prompt_ids(processor, messages, num_image_tokens)])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     images = [image for message in messages for image in _images(message["content"])]
-    if images:
-        batch["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    return batch
+    counts = [tokens_of_image(config, (image.height, image.width)) for image in images]
+    ids = torch.tensor([prompt_ids(processor, messages, counts)])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return batch | dict(processor.image_processor(images, return_tensors="pt")) if images else batch
 
 
 def _texts(messages: Sequence[Message]) -> Iterable[str]:

@@ -30,7 +30,7 @@ class Question:
 
 
 class EncodedImages:
-    """Image features shared by questions: each image is encoded once and freed after its last use.
+    """Image features shared by questions: each image, with its tiles, is encoded once and freed after its last use.
 
     Args:
         model: A LLaVA, with or without an adapter; without a vision tower, `load_pixels` must return features.
@@ -50,6 +50,7 @@ class EncodedImages:
     ) -> None:
         self.llava = llava_of(model)
         self.load_pixels = load_pixels
+        self.sizes = getattr(load_pixels, "sizes", None)
         self.uses = Counter(name for i in indices for name in questions[i].image_files for _ in range(times))
         self.device = next(model.parameters()).device
         self._held: dict[ImageName, torch.Tensor] = {}
@@ -58,12 +59,16 @@ class EncodedImages:
     def batch(
         self, indices: Sequence[int], questions: Sequence[Question] | Mapping[int, Question], pad_token_id: int
     ) -> tuple[dict[str, torch.Tensor], dict[int, Answer]]:
-        """Return left-padded ids and image features of these questions, and answers for those with a bad image."""
+        """Return left-padded ids and image features of these questions, and answers for those with a bad image.
+
+        For a LLaVA-1.6, the features are those of all tiles, and the batch has `image_sizes`.
+        """
         features: list[torch.Tensor] = []
         failed: dict[int, Answer] = {}
-        self._encode([name for i in indices for name in questions[i].image_files])
+        of = {i: questions[i].image_files for i in indices}.__getitem__
+        self._encode([name for i in indices for name in of(i)])
         for i in indices:
-            names = questions[i].image_files
+            names = of(i)
             bad = next((self._bad[name] for name in names if name not in self._held), None)
             if bad is not None:
                 failed[i] = Answer("", problem=str(bad), is_image=True)
@@ -72,7 +77,9 @@ class EncodedImages:
         kept = [questions[i].input_ids for i in indices if i not in failed]
         batch = left_padded(kept, pad_token_id) if kept else {}
         if features:
-            batch["pixel_values"] = torch.stack(features)
+            batch["pixel_values"] = torch.cat(features)
+            if self.sizes is not None:
+                batch["image_sizes"] = self.sizes([name for i in indices if i not in failed for name in of(i)])
         return {name: tensor.to(self.device) for name, tensor in batch.items()}, failed
 
     def as_pixels(self) -> Any:
@@ -85,17 +92,18 @@ class EncodedImages:
         opened: dict[ImageName, torch.Tensor] = {}
         for name in new:
             try:
-                opened[name] = self.load_pixels([name])[0]
+                opened[name] = self.load_pixels([name])
             except BadImageError as error:
                 self._bad[name] = error
         if not opened:
             return
-        stacked = torch.stack(list(opened.values())).to(self.device)
+        stacked = torch.cat(list(opened.values())).to(self.device)
         tower = self.llava.model.vision_tower
         if tower is not None:
             stacked = tower_features(tower, self.llava.config, stacked.to(tower.dtype))
         # Clone each one: a view would keep the features of the entire batch in memory.
-        self._held |= {name: features.clone() for name, features in zip(opened, stacked, strict=True)}
+        parts = stacked.split([len(each) for each in opened.values()])
+        self._held |= {name: features.clone() for name, features in zip(opened, parts, strict=True)}
 
     def release(self, indices: Sequence[int], questions: Sequence[Question]) -> None:
         """Free the features that were used for the last time by these questions."""

@@ -22,7 +22,6 @@ from lora_llava.data.images.to_rgb import Background
 from lora_llava.data.tokens import Stop
 from lora_llava.inference.prompt import encode_prompt
 from lora_llava.inference.sampling import Sampling
-from lora_llava.model.families.tower_families import image_tokens
 from lora_llava.model.vision import llava_of
 
 MAX_IMAGE_PIXELS = 50_000_000
@@ -82,7 +81,8 @@ def encode_messages(speaker: Speaker, messages: Sequence[Message]) -> dict[str, 
 
     Returns:
         `input_ids` and `attention_mask`, int64 of shape (1, tokens); with images also `pixel_values`, float32 of
-        shape (images, 3, height, width). All are on the model's device.
+        shape (images, 3, height, width), or for a LLaVA-1.6 (images, tiles, 3, height, width) with
+        `image_sizes`. All are on the model's device.
 
     Raises:
         UserError: For messages that the template rejects.
@@ -91,7 +91,7 @@ def encode_messages(speaker: Speaker, messages: Sequence[Message]) -> dict[str, 
     if speaker.single_turn and [part["type"] for message in messages for part in message["content"]] != ["image"]:
         raise UserError(f"{speaker.name} was trained on captions (template plain); send one image and no text")
     try:
-        batch = encode_prompt(speaker.processor, messages, image_tokens(llava_of(speaker.model).config))
+        batch = encode_prompt(speaker.processor, messages, llava_of(speaker.model).config)
     except TemplateError as error:
         raise UserError(f"the chat template of {speaker.name} rejects these messages: {error}") from None
     tokens, positions = batch["input_ids"].shape[1], _positions(speaker)
@@ -101,7 +101,7 @@ def encode_messages(speaker: Speaker, messages: Sequence[Message]) -> dict[str, 
             "shorten the message or start a new conversation"
         )
     device = next(speaker.model.parameters()).device
-    names = ("input_ids", "attention_mask", "pixel_values")
+    names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
     return {name: batch[name].to(device) for name in names if name in batch}
 
 

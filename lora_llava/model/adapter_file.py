@@ -16,6 +16,7 @@ from transformers import LlavaConfig
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import file_hash
 from lora_llava.model.adapters import adapter_on
+from lora_llava.model.families.llava_kinds import read_llava_config
 from lora_llava.model.provenance import locate_base
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.model.weights.streaming import build_empty
@@ -231,5 +232,5 @@ def checked_base(record: Mapping[str, Any], adapter: Path) -> Path:
     """
     check_saved(adapter, record)
     base = locate_base(record["base"], adapter)
-    check_fits(adapter, LlavaConfig.from_pretrained(base), str(base))
+    check_fits(adapter, read_llava_config(base), str(base))
     return base

@@ -13,9 +13,10 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig
 
 from lora_llava.model.families.decoder_shape import decoder_shape
+from lora_llava.model.families.llava_kinds import llava_class
 from lora_llava.model.vision_adapters import VisionAdapters, planned_layers
 
 PROJECTOR, VISION = "multi_modal_projector", "vision_tower"
@@ -91,13 +92,13 @@ def lora_config(
     return vision.add_to(config) if vision else config
 
 
-def add_adapters(model: LlavaForConditionalGeneration, config: LoraConfig, projector_dropout: float = 0.0) -> PeftModel:
+def add_adapters(model: Any, config: LoraConfig, projector_dropout: float = 0.0) -> PeftModel:
     """Freeze the model, add the adapters, and unfreeze the projector in fp32.
 
     A linear projector's second layer, the identity, stays frozen.
 
     Args:
-        model: A `LlavaForConditionalGeneration`.
+        model: A stock LLaVA.
         config: From `lora_config`.
         projector_dropout: Dropout after the projector while training; a hook, so that checkpoints stay stock.
 
@@ -138,9 +139,7 @@ def _reach(modules: Sequence[nn.Module], model: nn.Module, _: Any, kwargs: dict[
     return output
 
 
-def adapter_on(
-    model: LlavaForConditionalGeneration, config: LoraConfig, dtype: torch.dtype = torch.float32
-) -> PeftModel:
+def adapter_on(model: Any, config: LoraConfig, dtype: torch.dtype = torch.float32) -> PeftModel:
     """Add a saved adapter's layers to a model without weights; the caller loads the weights.
 
     Args:
@@ -236,6 +235,7 @@ def _part_of(name: str) -> str:
         "trainable_tokens_delta": "new tokens",
         VISION: "vision tower",
         PROJECTOR: "projector",
+        "image_newline": "image newline",
         "embed_tokens": "embeddings",
         "lm_head": "head",
     }
@@ -257,14 +257,14 @@ def planned_parameters(config: LlavaConfig, lora: LoraConfig) -> dict[str, int]:
     """Count the trained parameters of a run on the meta device, without loading weights.
 
     Args:
-        config: A `LlavaConfig`.
+        config: A `LlavaConfig` or `LlavaNextConfig`.
         lora: From `lora_config`.
 
     Returns:
         Trained parameters of `lora` and `projector`, and of other parts if they train.
     """
     with torch.device("meta"):
-        model = add_adapters(LlavaForConditionalGeneration(config), lora)
+        model = add_adapters(llava_class(config)(config), lora)
     counts = {"lora": 0, "projector": 0}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

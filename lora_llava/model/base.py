@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlavaConfig, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LlavaConfig, LlavaNextProcessor, LlavaProcessor, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lora_llava.core.errors import UserError
@@ -27,6 +27,7 @@ from lora_llava.model.families.tower_families import (
     image_processor_of,
     image_tokens,
     read_vision_config,
+    tiling_of,
     tower_of,
 )
 from lora_llava.model.tokenizer import Vocabulary, appended_to, copy_sentencepiece, load_tokenizer, read_vocabulary
@@ -292,9 +293,10 @@ def _check_projector(projector: dict[str, torch.Tensor], config: LlavaConfig, fi
 
 def build_processor(
     tokenizer: PreTrainedTokenizerBase, config: LlavaConfig, image_processor: Any, chat_template: str | None = None
-) -> LlavaProcessor:
+) -> Any:
     """Return the stock processor, which turns messages and images into model inputs."""
-    return LlavaProcessor(
+    processor_class = LlavaProcessor if tiling_of(config) is None else LlavaNextProcessor
+    return processor_class(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,

@@ -8,11 +8,13 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import BitsAndBytesConfig
 
 from lora_llava.core.device import capability_problem, has_bfloat16, report_unused_gpu
 from lora_llava.core.errors import UserError
+from lora_llava.model.families.llava_kinds import llava_class, read_llava_config
 from lora_llava.model.vision import accept_features
+from lora_llava.model.weights.names import NEWLINE_NAME
 
 Quantization = Literal["nf4", "none"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -118,7 +120,7 @@ def load_base(
     revision: str | None = None,
     with_tower: bool = True,
     to_shard: bool = False,
-) -> LlavaForConditionalGeneration:
+) -> Any:
     """Load a LLaVA for training or inference.
 
     Args:
@@ -131,7 +133,7 @@ def load_base(
             shards, and all others stay on the CPU until then.
 
     Returns:
-        The model on the default device, in eval mode.
+        The stock model on the default device, in eval mode.
 
     Raises:
         UserError: If bitsandbytes or the dtype cannot run here, or the base is not a LLaVA.
@@ -151,12 +153,15 @@ def load_base(
             llm_int8_skip_modules=list(NOT_QUANTIZED),
         )
     try:
+        config = read_llava_config(base, revision)
         if not with_tower:
-            options["config"] = LlavaConfig.from_pretrained(base, revision=revision)
-            options["config"].vision_config.num_hidden_layers = 0  # the rest is removed below
-        model = LlavaForConditionalGeneration.from_pretrained(base, revision=revision, **options)
+            config.vision_config.num_hidden_layers = 0  # the rest is removed below
+        options |= {"config": config, "output_loading_info": True}
+        model, found = llava_class(config).from_pretrained(base, revision=revision, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{base} cannot be loaded as a LLaVA: {str(error).splitlines()[0]}") from None
+    if NEWLINE_NAME in found["missing_keys"]:
+        raise UserError(f"{base} lacks image_newline, which a LLaVA-1.6 has; download or write its weights again")
     check_quantized(model, quantization)
     keep_autograd(model)
     if not with_tower:

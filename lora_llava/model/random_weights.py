@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig
 
 from lora_llava.model.loading import Quantization, keep_autograd
 from lora_llava.model.vision import accept_features
@@ -22,7 +24,7 @@ def build_random_llava(
     device: torch.device,
     seed: int = 0,
     with_tower: bool = True,
-) -> LlavaForConditionalGeneration:
+) -> Any:
     """Build a random model matrix by matrix, so that only one is unquantized at a time.
 
     Args:

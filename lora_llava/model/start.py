@@ -17,12 +17,19 @@ from lora_llava.core.json_files import read_object_if_any
 from lora_llava.core.storage import cache_folder, find_damage, looked_in
 from lora_llava.model.adapter_file import check_fits, check_saved, checked_base
 from lora_llava.model.base import BaseParts, assembled_config, build_base
-from lora_llava.model.families.language_families import build_config, check_text_config, read_text_config
-from lora_llava.model.families.tower_families import check_vision_config, image_tokens, read_vision_config
+from lora_llava.model.families.image_counts import limit_tiles
+from lora_llava.model.families.language_families import check_text_config, read_text_config
+from lora_llava.model.families.llava_kinds import TILED, build_llava_config
+from lora_llava.model.families.tower_families import (
+    check_tiling,
+    check_vision_config,
+    image_tokens,
+    read_vision_config,
+)
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.tokenizer import read_vocabulary
 from lora_llava.model.weights import parts as model_parts
-from lora_llava.model.weights.names import ADAPTER_FILE
+from lora_llava.model.weights.names import ADAPTER_FILE, NEWLINE_NAME, canonical_name
 from lora_llava.model.weights.original_projector import (
     find_projector,
     is_original_config,
@@ -30,6 +37,7 @@ from lora_llava.model.weights.original_projector import (
     read_projector,
 )
 from lora_llava.model.weights.parts import Download, load_config, load_part, plan_download
+from lora_llava.model.weights.tensor_files import lazy_tensors, weight_files
 from lora_llava.recipe.schema import ModelSection
 
 RUN_FILE = "run.json"
@@ -84,11 +92,17 @@ def plan_model(section: ModelSection) -> ModelPlan:
         section: A recipe's model section; a `stage1_recipe` counts as untrained here.
 
     Returns:
-        The plan.
+        The plan; a model's canvases are limited by `max_tiles`.
 
     Raises:
         UserError: For a part that is missing or does not fit.
     """
+    plan = _plan(section)
+    limit_tiles(plan.config, section.max_tiles)
+    return plan
+
+
+def _plan(section: ModelSection) -> ModelPlan:
     start = section.start_from
     if start.run is not None:
         base = continued_run(start.run)[1]
@@ -102,6 +116,8 @@ def plan_model(section: ModelSection) -> ModelPlan:
                 "with `lora-llava import`, then name the result"
             )
         config = _complete_config(content, start.llava)
+        if config.model_type == TILED:
+            _check_newline(start.llava)
         folder = _small_files(start.llava, start.llava_revision, "start_from.llava")
         return ModelPlan(config, folder, folder, downloads)
     llm_name, tower_name = section.llm or "", section.vision_tower or ""  # the schema requires both
@@ -125,11 +141,11 @@ def plan_model(section: ModelSection) -> ModelPlan:
 def _complete_config(content: dict[str, Any], name: str) -> LlavaConfig:
     """Return the configuration of a complete LLaVA, checked like one that is assembled."""
     field = f"model.start_from.llava: {name}"
-    if content.get("model_type") != "llava":
-        raise UserError(f"{field} is a {content.get('model_type')!r} model, not a LLaVA")
-    config: LlavaConfig = build_config(LlavaConfig, content, f"{field}: config.json is not a LLaVA's")
+    config = build_llava_config(content, field)
     check_text_config(config.text_config, f"{field}, text_config")
     check_vision_config(config.vision_config, f"{field}, vision_config")
+    if config.model_type == TILED:
+        check_tiling(config, field)
     config.image_seq_length = image_tokens(config)
     rows = config.text_config.vocab_size
     for key, value in (
@@ -139,6 +155,18 @@ def _complete_config(content: dict[str, Any], name: str) -> LlavaConfig:
         if value is not None and value >= rows:
             raise UserError(f"{field}: {key} is {value}, and its vocabulary has {rows} rows; restore its config.json")
     return config
+
+
+def _check_newline(name: str) -> None:
+    """Refuse a folder of a LLaVA-1.6 without newline; that of a Hub id is checked when its weights are loaded."""
+    folder = model_parts.local_folder(name, "start_from.llava")
+    if folder is None or not weight_files([file.name for file in folder.iterdir()]):
+        return
+    if NEWLINE_NAME not in {canonical_name(tensor.name) for tensor in lazy_tensors(folder)}:
+        raise UserError(
+            f"model.start_from.llava: {name} lacks image_newline, which a LLaVA-1.6 has; download or write its weights "
+            "again"
+        )
 
 
 def _assembled_config(section: ModelSection) -> LlavaConfig:

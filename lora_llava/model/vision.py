@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from torch import nn
 from transformers import AutoModel, LlavaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from lora_llava.data.images.tiling import NEWLINE, Tiling
+from lora_llava.model.families.tower_families import tiling_of
 from lora_llava.model.weights.names import COMPONENTS, canonical_name
 from lora_llava.model.weights.tensor_files import lazy_tensors
 
@@ -28,10 +30,10 @@ def trained_features(tower: nn.Module, config: LlavaConfig, pixel_values: torch.
     Args:
         tower: A CLIP vision model.
         config: The LLaVA's configuration, with the layer and strategy of the features.
-        pixel_values: Shape (images, 3, height, width).
+        pixel_values: Shape (images or tiles, 3, height, width).
 
     Returns:
-        Shape (images, image tokens, features), in the tower's dtype even under autocast.
+        Shape (images or tiles, image tokens, features), in the tower's dtype even under autocast.
     """
     layers = config.vision_feature_layer
     with torch.autocast(pixel_values.device.type, enabled=False):
@@ -47,7 +49,8 @@ def run_tower(model: Any, *, trained: bool = False) -> None:
     Stock code builds a graph for a frozen tower too, once a hook requires input gradients.
 
     Args:
-        model: A `LlavaForConditionalGeneration`; changed in place.
+        model: A stock LLaVA; changed in place. One of LLaVA-1.6 then takes `pixel_values` of shape (tiles of all
+            images, 3, height, width) and `image_sizes`.
         trained: Whether the tower has adapters that train.
     """
     features_of = trained_features if trained else tower_features
@@ -58,8 +61,8 @@ def accept_features(model: Any) -> None:
     """Make a model accept image features as its `pixel_values`, and remove its tower.
 
     Args:
-        model: A `LlavaForConditionalGeneration`; changed in place. Its `pixel_values` then have shape (images,
-            image tokens, features), like those of `tower_features`.
+        model: A stock LLaVA; changed in place. Its `pixel_values` then have shape (images, image tokens, features),
+            like those of `tower_features`; of a LLaVA-1.6, (tiles of all images, patches, features).
     """
     model.model.vision_tower = None
     _replace_features(model, lambda features: features)
@@ -95,7 +98,7 @@ def load_tower(folder: Path, config: LlavaConfig, dtype: torch.dtype, device: to
 
 
 def llava_of(model: Any) -> Any:
-    """Return the `LlavaForConditionalGeneration` of a model with or without an adapter."""
+    """Return the stock LLaVA of a model with or without an adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -104,7 +107,7 @@ def features_as_pixels(model: Any) -> Iterator[None]:
     """Make a model accept image features as its `pixel_values` within a `with` block.
 
     Args:
-        model: A `LlavaForConditionalGeneration`.
+        model: A stock LLaVA.
     """
     before = model.model.__dict__.get("get_image_features")
     _replace_features(model, lambda features: features)
@@ -120,8 +123,45 @@ def features_as_pixels(model: Any) -> Iterator[None]:
 def _replace_features(model: Any, features_of: Any) -> None:
     inner = model.model
 
-    def get_image_features(pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         projected = inner.multi_modal_projector(features_of(pixel_values))
-        return BaseModelOutputWithPooling(pooler_output=list(projected))
+        tiling = tiling_of(model.config)  # the recipe may limit it after loading
+        if tiling is None:
+            return BaseModelOutputWithPooling(pooler_output=list(projected))
+        assert image_sizes is not None  # the collators give them for every LLaVA-1.6
+        return BaseModelOutputWithPooling(
+            pooler_output=in_lines(projected, inner.image_newline, tiling, image_sizes.tolist())
+        )
 
     inner.get_image_features = get_image_features
+
+
+def in_lines(
+    projected: torch.Tensor, newline: torch.Tensor, tiling: Tiling, sizes: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Return the projected features of each image as a LLaVA-1.6 reads them: without padding, each line ended.
+
+    Equal to `pack_image_features` of the stock model (transformers, models/llava_next), by one index for all images.
+
+    Args:
+        projected: Features of all tiles of all images, in order, of shape (tiles, patches, hidden).
+        newline: Shape (hidden,).
+        tiling: The model's tiling.
+        sizes: Height and width of each image in pixels.
+
+    Returns:
+        For each image, shape (image tokens, hidden).
+    """
+    rows, first = [], 0
+    for height, width in sizes:
+        places = torch.from_numpy(tiling.features((height, width)))
+        rows.append(places.where(places == NEWLINE, places + first))
+        first += tiling.tiles((height, width)) * projected.shape[1]
+    if first != projected.shape[:2].numel():
+        raise ValueError(f"images of {list(sizes)} have {first} patches, and {projected.shape[:2].numel()} were given")
+    index = torch.cat(rows)
+    index[index == NEWLINE] = first
+    every = torch.cat([projected.flatten(0, 1), newline[None].to(projected)])
+    return list(every.index_select(0, index.to(every.device)).split([len(row) for row in rows]))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ class FeatureStore:
 
         Args:
             image: SHA-256 of the image file.
-            features: Shape (image tokens, features).
+            features: Shape (image tokens, features), or (tiles, patches, features).
         """
         self._pending[image] = features.detach().to("cpu", copy=True).contiguous()
         if self.folder is not None and len(self._pending) >= SHARD_IMAGES:
@@ -169,7 +169,7 @@ class FeatureStore:
         temporary.replace(self.folder / _INDEX)
 
     def get(self, image: str) -> torch.Tensor:
-        """Return an image's features, of shape (image tokens, features)."""
+        """Return an image's features, in the shape in which they were stored."""
         if image in self._pending:
             return self._pending[image]
         assert self.folder is not None
@@ -185,17 +185,31 @@ class CachedFeatures:
     """A loader of image features, in place of `Pixels`, for a model without a tower.
 
     Args:
-        store: The features.
+        store: The features; of a LLaVA-1.6, those of an image's tiles together, of shape (tiles, patches, features).
         hashes: SHA-256 of each image file by its name.
+        sizes: Height and width of each image by its name, for a LLaVA-1.6; None for a LLaVA without tiles.
     """
 
-    def __init__(self, store: FeatureStore, hashes: Mapping[ImageName, str]) -> None:
+    def __init__(
+        self,
+        store: FeatureStore,
+        hashes: Mapping[ImageName, str],
+        sizes: Mapping[ImageName, tuple[int, int]] | None = None,
+    ) -> None:
         self.store = store
         self.hashes = hashes
+        self.known_sizes = sizes
 
     def __call__(self, names: Sequence[ImageName]) -> torch.Tensor:
-        """Return the features of images, of shape (images, image tokens, features)."""
-        return torch.stack([self.store.get(self.hashes[name]) for name in names])
+        """Return the features of images, of shape (images, image tokens, features), or (tiles, patches, features)."""
+        found = [self.store.get(self.hashes[name]) for name in names]
+        return torch.stack(found) if self.known_sizes is None else torch.cat(found)
+
+    @property
+    def sizes(self) -> Callable[[Sequence[ImageName]], torch.Tensor] | None:
+        """What returns the `image_sizes` of named images; None for a LLaVA without tiles."""
+        known = self.known_sizes
+        return None if known is None else lambda names: torch.tensor([known[name] for name in names])
 
 
 def store_folder(cache: Path, key: Mapping[str, Any]) -> Path:

@@ -49,13 +49,15 @@ class _Token:
 
 @dataclass(frozen=True)
 class _Figure:
-    """An image of a sample: the symbol to draw, its size in pixels, and its file name and address if known."""
+    """An image of a sample: the symbol to draw, its size in pixels, its file name and address if known, and what is
+    seen of it."""
 
     symbol: str
     width: int
     height: int
     file: str | None
     link: str | None
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def _article(preview: Preview, index: int, symbols: _Symbols, folder: Path | Non
     sample = preview.samples[index]
     names = sample.names or [None] * len(sample.images)
     links = [link_to(file, folder) for file in sample.files or [None] * len(sample.images)]
+    captions = sample.captions or [f"as CLIP gets it, {image.width} × {image.height}" for image in sample.images]
     return _Article(
         number=index + 1,
         sample=sample,
@@ -141,8 +144,8 @@ def _article(preview: Preview, index: int, symbols: _Symbols, folder: Path | Non
         row=_Row(describe_row(preview, sample.row), list(_segments(preview, index))),
         tokens=[_token(token) for token in sample.tokens],
         figures=[
-            _Figure(symbols.add(image), *image.size, name, link)
-            for image, name, link in zip(sample.images, names, links, strict=True)
+            _Figure(symbols.add(image), *image.size, name, link, caption)
+            for image, name, link, caption in zip(sample.images, names, links, captions, strict=True)
         ],
     )
 

@@ -51,12 +51,14 @@ class PreviewSample:
         source: Name of its dataset or file.
         row_id: Its id in the source.
         tokens: All of them, in order.
-        images: RGB images as CLIP gets them, in the order of the placeholders.
+        images: RGB images as CLIP gets them, in the order of the placeholders; for a model with tiles, each with its
+            tiles beside it.
         row: Index of its row.
         notes: What a reader should know about it, such as "answer cut to fit".
         name: How messages name the row; "" where only the id is known.
         names: The images' file names.
         files: Their files, for links; None for an image without one.
+        captions: What is seen of each image, for a model with tiles.
     """
 
     source: str
@@ -68,6 +70,7 @@ class PreviewSample:
     name: str = ""
     names: tuple[str, ...] = ()
     files: tuple[Path | None, ...] = ()
+    captions: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:

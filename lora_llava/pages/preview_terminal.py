@@ -67,7 +67,8 @@ def _header(preview: Preview, index: int) -> Text:
         place,
         *map(escape_hidden, sample.notes),
     )
-    return text.append("\n" + ", ".join(facts), style="not bold dim")
+    lines = [", ".join(facts), *sample.captions]
+    return text.append("\n" + "\n".join(lines), style="not bold dim")
 
 
 def _written(tokens: tuple[PreviewToken, ...], *, colour: bool) -> Text:

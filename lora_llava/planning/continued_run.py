@@ -41,7 +41,7 @@ def check_continued(recipe: Recipe) -> None:
     _check_base(recipe, record["base"], _name(run))
     for key, own, other in other_settings(recipe, load_recipe(file)):
         fix = "leave it out"
-        if key.startswith(("lora.", "model.new_tokens", "model.quantization")):
+        if key.startswith(("lora.", "model.new_tokens", "model.quantization", "model.max_tiles")):
             fix += (
                 f", or merge the run (lora-llava merge {_name(run)} --output MERGED) and train a new adapter with "
                 "model.start_from={llava: MERGED}"

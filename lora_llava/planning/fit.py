@@ -33,7 +33,7 @@ class Extremes:
     Attributes:
         tokens: Most tokens of a pass, padding included.
         trained_tokens: Most trained tokens of a pass.
-        images: Most images of a pass.
+        images: Most tiles of the images of a pass: for a model without tiles, most images.
         keys: Most keys that attention reads in a pass; None is `tokens`.
     """
 
@@ -56,14 +56,14 @@ def measure_rows(
     """
     rows = [row for row in rows if row]  # a rank's rows in the last step may be empty
     lengths, trained, images = (
-        values.tolist() for values in (samples.lengths, samples.supervised, samples.image_counts())
+        values.tolist() for values in (samples.lengths, samples.supervised, samples.tile_counts())
     )
     most_trained = max(sum(trained[i] for i in row) for row in rows)
     if shared is not None:
         return Extremes(
             max(shared.tokens(row, lengths) for row in rows),
             most_trained,
-            max(shared.images(row, images) for row in rows),
+            max(shared.tiles(row, images) for row in rows),
             max(shared.keys(row, lengths) for row in rows),
         )
     return Extremes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +11,12 @@ from rich.table import Table as RichTable
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
+from lora_llava.data.conversation import Conversation
+from lora_llava.data.images.image_check import image_size
+from lora_llava.data.images.image_sources import SplitImages
+from lora_llava.data.images.tiling import TiledImages
 from lora_llava.data.selection import build_rows
-from lora_llava.model.families.tower_families import image_tokens
+from lora_llava.model.families.tower_families import image_tokens, tiling_of
 from lora_llava.model.loading import check_machine, describe_dtype, resolve_dtype
 from lora_llava.model.start import plan_model
 from lora_llava.planning import plan_tables
@@ -70,7 +75,7 @@ def forecast(recipe: Recipe) -> Forecast:
     run_lora_config(recipe, model.config)  # refuses targets that the model does not have
     cuda = torch.cuda.is_available()
     try:
-        drawn, _, total = sample_rows(recipe, "train", _SAMPLES)
+        drawn, images, total = sample_rows(recipe, "train", _SAMPLES)
     except UserError as error:
         step = build_step(recipe, model.config, _limits(recipe, model.config), cuda=cuda)
         return Forecast(
@@ -86,7 +91,7 @@ def forecast(recipe: Recipe) -> Forecast:
         drawn,
         tokenizer=tokenizer,
         template=template,
-        num_image_tokens=image_tokens(model.config),
+        num_image_tokens=_tokens(model.config, drawn, images),
         max_length=recipe.data.max_length,
         on_overlong="drop",
     )
@@ -131,7 +136,21 @@ def _order_sample(recipe: Recipe, total: int, sampled: list[int], padded: bool) 
 def _limits(recipe: Recipe, config: LlavaConfig) -> Extremes:
     training = recipe.training
     tokens = training.max_tokens_per_row or training.batch_size * recipe.data.max_length
-    return Extremes(tokens, tokens // 2, max(1, tokens // (image_tokens(config) + 100)))
+    tiling = tiling_of(config)
+    if tiling is None:
+        return Extremes(tokens, tokens // 2, max(1, tokens // (image_tokens(config) + 100)))
+    largest = max(tiling.grid, key=tiling.tokens)
+    images = max(1, tokens // (tiling.tokens(largest) + 100))
+    return Extremes(tokens, tokens // 2, images * tiling.tiles(largest))
+
+
+def _tokens(config: LlavaConfig, rows: Sequence[Conversation], images: SplitImages) -> int | TiledImages:
+    """Return the tokens of an image; for a model with tiles by the sizes of the rows' images, read from their heads."""
+    tiling = tiling_of(config)
+    if tiling is None:
+        return image_tokens(config)
+    names = dict.fromkeys(name for row in rows for name in row.images)
+    return TiledImages(tiling, {name: image_size(images, name) for name in names})
 
 
 def print_forecast(recipe: Recipe, console: Console) -> None:

@@ -14,7 +14,7 @@ from transformers import LlavaConfig
 from lora_llava.core.quiet import has_expandable_segments
 from lora_llava.model.families.decoder_shape import DecoderShape, attention_widths, decoder_shape, tower_parameters
 from lora_llava.model.families.language_families import family_of
-from lora_llava.model.families.tower_families import tower_of
+from lora_llava.model.families.tower_families import image_tokens, tiling_of, tower_of
 from lora_llava.model.fast_path.trained_loss import tokens_at_once
 from lora_llava.planning.trained_memory import (
     full_parameters,
@@ -52,7 +52,7 @@ class Step:
         optimizer_bytes: Per trained parameter: 8 for AdamW's two float32 states, 2 for its 8-bit ones.
         tokens: Tokens of the longest row, padding included.
         trained_tokens: Most trained tokens of a row.
-        images: Most images of a row.
+        images: Most tiles of the images of a row: for a model without tiles, most images.
         cached_features: Whether features are cached and the tower is not loaded.
         cuda: Whether it runs on a GPU.
         ranks: Processes over which the weights are sharded; 1 if each has all of them.
@@ -231,10 +231,18 @@ class Step:
         """Return the bytes kept between forward and backward pass, besides the layer being computed."""
         text, size = self.config.text_config, self.dtype_bytes
         entry = size * text.hidden_size * self.tokens
+        projected = 2 * size * text.hidden_size * self._projected_patches()
         inputs_kept = min(self.checkpointed, 2) if self.offloaded else self.checkpointed
         if self.lora is None and not self.images:
             return 0
-        return entry * (inputs_kept + 3) + max(0, self.layers - self.checkpointed - 1) * self.layer_bytes()
+        layers = max(0, self.layers - self.checkpointed - 1) * self.layer_bytes()
+        return entry * (inputs_kept + 1) + projected + layers
+
+    def _projected_patches(self) -> int:
+        """Return the patches for which the projector keeps two outputs: with tiles, also those that are no tokens."""
+        if tiling_of(self.config) is None:
+            return self.tokens
+        return max(self.tokens, self.images * image_tokens(self.config))
 
     def _working_set(self) -> int:
         """Bytes of one layer, and of the gradients of its MLP (4 wide and 4 narrow values per token)."""

@@ -16,6 +16,7 @@ from rich.text import Text
 from lora_llava.core.errors import UserError
 from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.model.families.language_families import outside_the_table
+from lora_llava.model.families.llava_kinds import llava_class
 from lora_llava.planning.answer_memory import AnswerPlan, plan_answers
 from lora_llava.planning.fit import recomputation, resolve_optimizer
 from lora_llava.planning.memory import GIB, Step
@@ -168,10 +169,9 @@ def print_downloads(plan: RunPlan, cache: Path, console: Console) -> None:
 def total_parameters(plan: RunPlan) -> int:
     """Return the number of parameters of the LLaVA, from its config."""
     import torch
-    from transformers import LlavaForConditionalGeneration
 
     with torch.device("meta"):
-        return sum(p.numel() for p in LlavaForConditionalGeneration(plan.model.config).parameters())
+        return sum(p.numel() for p in llava_class(plan.model.config)(plan.model.config).parameters())
 
 
 def _check_disk(folder: Path, needed: int, what: str, console: Console) -> None:

@@ -12,6 +12,7 @@ from transformers import LlavaConfig, PreTrainedTokenizerBase
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes, find_prefixes
+from lora_llava.data.selection import tiles_advice
 from lora_llava.data.templates.chat_template import saved_text
 from lora_llava.data.templates.named_templates import chat_template
 from lora_llava.data.templates.resolve_template import resolve_template
@@ -21,7 +22,7 @@ from lora_llava.distributed.sharding import check_sharding, is_sharded, shard_by
 from lora_llava.model.adapters import lora_config, planned_parameters
 from lora_llava.model.base import build_processor
 from lora_llava.model.families.decoder_shape import decoder_shape
-from lora_llava.model.families.tower_families import image_processor_of, saved_image_processor
+from lora_llava.model.families.tower_families import image_processor_of, saved_image_processor, tiling_of
 from lora_llava.model.fast_path.attention import resolve_attention
 from lora_llava.model.loading import check_machine, resolve_dtype
 from lora_llava.model.new_tokens import add_new_tokens
@@ -32,6 +33,7 @@ from lora_llava.planning.continued_run import check_continued, check_continued_p
 from lora_llava.planning.fit import build_step, choose_checkpointing, measure_rows, resolve_optimizer
 from lora_llava.planning.memory import Step
 from lora_llava.planning.row_order import RowOrder, order_rows
+from lora_llava.planning.tiled_run import check_tiled
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.splits.earlier_rows import earlier_rows
 from lora_llava.splits.encoded_sources import Progress, encode_splits, no_progress
@@ -215,7 +217,9 @@ def build_run_processor(
         saved_text(model.tokenizer_folder),
         model.config.text_config.model_type,
     )
-    if recipe.data.image_aspect == "auto" and recipe.model.start_from.llava is not None:
+    check_tiled(recipe, model.config)
+    tiled = tiling_of(model.config) is not None
+    if tiled or (recipe.data.image_aspect == "auto" and recipe.model.start_from.llava is not None):
         image_processor = saved_image_processor(model.image_folder, model.config)
     else:  # the tower's own settings are not those of a LLaVA: CLIP's crop loses the edges
         aspect = "crop" if recipe.data.image_aspect == "crop" else "pad"
@@ -312,6 +316,7 @@ def order_run(recipe: Recipe, split: Split, config: LlavaConfig, shared: SharedP
             raise UserError(
                 f"{split.rows.row_name(longest)} has {lengths[longest]} tokens, over training.max_tokens_per_row "
                 f"{budget}; raise it, or set data.max_length={budget} with data.on_overlong=drop or truncate_answer"
+                f"{tiles_advice(*split.rows.table_row(longest), budget)}"
             )
     return order_rows(
         recipe.training,

@@ -7,10 +7,11 @@ import time
 from typing import Any
 
 import torch
+from transformers import LlavaConfig
 
 from lora_llava.core.device import free_memory, is_out_of_memory
 from lora_llava.model.adapters import add_adapters
-from lora_llava.model.families.tower_families import image_tokens
+from lora_llava.model.families.tower_families import image_tokens, tiling_of
 from lora_llava.model.fast_path.attention import resolve_attention, use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.fast_path.trained_loss import labelled_loss
@@ -108,10 +109,10 @@ def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:
 
 def _full_row(step: Step, recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """Return a row of samples of equal length, with as many images and trained tokens as the heaviest."""
-    image = image_tokens(step.config)
-    samples = max(1, step.images, step.tokens // recipe.data.max_length)
+    image, tiles, size = _image(step.config)
+    samples = max(1, step.images // tiles, step.tokens // recipe.data.max_length)
     length = max(image + 2, step.tokens // samples)
-    images = min(samples, step.images)
+    images = min(samples, step.images // tiles)
     trained = max(1, min(length - 1 - (image if images else 0), step.trained_tokens // samples))
     ids = torch.full((samples, length), 3)
     ids[:images, 1 : image + 1] = step.config.image_token_index
@@ -128,8 +129,20 @@ def _full_row(step: Step, recipe: Recipe, device: torch.device) -> dict[str, Any
         "max_length_k": length,
     }
     if images:
-        batch["pixel_values"] = torch.randn(images, image, step.config.vision_config.hidden_size)
+        tower = step.config.vision_config.hidden_size
+        batch["pixel_values"] = torch.randn(images * tiles, image_tokens(step.config), tower)
+        if tiling_of(step.config) is not None:
+            batch["image_sizes"] = torch.tensor([size] * images)
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def _image(config: LlavaConfig) -> tuple[int, int, tuple[int, int]]:
+    """Return tokens, tiles and size of an image: for a model with tiles, of one that fills the largest canvas."""
+    tiling = tiling_of(config)
+    if tiling is None:
+        return image_tokens(config), 1, (config.vision_config.image_size,) * 2
+    size = max(tiling.grid, key=tiling.tokens)
+    return tiling.tokens(size), tiling.tiles(size), size
 
 
 def published_hours(step: Step, tokens: int) -> dict[str, float]:

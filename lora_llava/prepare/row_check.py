@@ -20,6 +20,7 @@ from lora_llava.data.files.cleaned_copy import write_set_without
 from lora_llava.data.files.row_files import DataFileError
 from lora_llava.data.folder_kinds.folder_kind import number_of
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
+from lora_llava.data.images.image_id import ImageId, ImageName
 from lora_llava.evaluation.figures.majority import read_majority
 from lora_llava.model.start import plan_model
 from lora_llava.pages.preview_samples import escape_hidden
@@ -106,8 +107,10 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
     check_continued_processor(recipe, processor)
     seen = earlier_rows(recipe, processor, template, model.config, show_progress)
     splits = encode_splits(recipe, tokenizer, template, show_progress, seen=seen)
-    splits = {name: with_image_tokens(split, tokenizer, model.config) for name, split in splits.items()}
     images = _inspect(splits)
+    splits = {
+        name: with_image_tokens(split, tokenizer, model.config, _sizes(split, images)) for name, split in splits.items()
+    }
     checked = checked_sources(splits, images)
     report = check_sources(
         checked,
@@ -144,6 +147,16 @@ def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, ImageFacts]]:
     return found
 
 
+def _sizes(split: OpenSplit, images: dict[int, dict[str, ImageFacts]]) -> dict[ImageName, tuple[int, int]]:
+    """Return the sizes of the images of a split, by their names in its rows."""
+    several = len(split.sources) > 1
+    return {
+        ImageId(number, name) if several else name: facts.size
+        for number, source in enumerate(split.sources)
+        for name, facts in images[id(source)].items()
+    }
+
+
 def print_report(report: CheckReport, console: Console) -> None:
     """Print figures by split, then every kind of finding with its count and an example."""
     for name, figures in report.splits.items():
@@ -160,8 +173,16 @@ def print_report(report: CheckReport, console: Console) -> None:
         )
         if figures["over_limit_rows"]:
             over = number_of(figures["over_limit_rows"], "row")
-            console.print(Text(f"  over the limit: {over}, by {figures['over_limit_tokens']:,} tokens"))
-        console.print(_histogram(figures["histogram"]))
+            limit = f"  over the limit: {over}, by {figures['over_limit_tokens']:,} tokens"
+            if "over_limit_max_tiles" in figures:
+                fitting = figures["over_limit_rows_that_fit"]
+                limit += f"; {fitting:,} of them fit with model.max_tiles={figures['over_limit_max_tiles']}"
+            console.print(Text(limit))
+        console.print(_histogram(figures["histogram"], "rows"))
+        if "image_tokens" in figures:
+            images = sum(each["images"] for each in figures["image_tokens"])
+            console.print(Text(f"  tokens of {number_of(images, 'image')}, each counted once:"))
+            console.print(_histogram(figures["image_tokens"], "images"))
     if saved := report.splits.get("train", {}).get("answers"):
         for line in balance_lines(read_majority(saved)):
             console.print(line)
@@ -176,15 +197,16 @@ def print_report(report: CheckReport, console: Console) -> None:
     console.print(f"{number_of(report.rows, 'row')} checked: {', '.join(counts)}; {verdict}")
 
 
-def _histogram(bins: list[dict[str, Any]]) -> Text:
-    most = max((each["rows"] for each in bins), default=0)
+def _histogram(bins: list[dict[str, Any]], counted: str) -> Text:
+    most = max((each[counted] for each in bins), default=0)
     text = Text()
     for each in bins:
-        if text or each["rows"]:  # start at the shortest row
-            bar = "█" * (round(_BAR * each["rows"] / most) or min(1, each["rows"]))
+        count = each[counted]
+        if text or count:  # start at the shortest row
+            bar = "█" * (round(_BAR * count / most) or min(1, count))
             text.append(f"  {each['from']:>6,} to {each['to'] - 1:>6,} tokens  ")
             text.append(bar, style="green")
-            text.append(f" {each['rows']:,}\n")
+            text.append(f" {count:,}\n")
     text.rstrip()
     return text
 

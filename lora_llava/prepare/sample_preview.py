@@ -17,8 +17,10 @@ from lora_llava.core.progress import progress_bar
 from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER
 from lora_llava.data.encode import IGNORE_INDEX
+from lora_llava.data.encoded import EncodedRows
 from lora_llava.data.images.image_files import image_file
 from lora_llava.data.images.image_sources import BadImageError
+from lora_llava.data.images.tiling import TiledImages
 from lora_llava.data.packed_rows.shared_prefixes import Segment, SharedPrefixes, SharedSamples, segments_of
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.model.start import plan_model
@@ -31,6 +33,8 @@ from lora_llava.recipe import Recipe
 from lora_llava.splits.earlier_rows import earlier_rows
 from lora_llava.splits.encoded_sources import encode_splits, show_progress
 from lora_llava.splits.split_rows import Split, build_split
+
+_BETWEEN_TILES = (255, 255, 255)
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ class _Part(NamedTuple):
     Attributes:
         ids: Its input ids.
         labels: Its labels.
-        images: Its images.
+        images: The tiles of its images, one image after another; one tile each for a model without tiles.
         shared: Tokens of the prefix that it shares in its row; 0 if none.
         begins: Whether it is the first sample of its row with that prefix.
     """
@@ -181,6 +185,7 @@ def _read_batch(batches: _Batches, row: Sequence[int]) -> Iterator[_Part]:
     split = batches.split
     rows = split.rows if batches.shared is None else SharedSamples(split.rows, batches.shared)
     samples = [rows[i] for i in row]
+    tiles = [_tile_counts(split.rows, i) for i in row]
     if batches.padding_free:
         collator: Any = PackedCollator(split.load_pixels)
     else:
@@ -192,16 +197,22 @@ def _read_batch(batches: _Batches, row: Sequence[int]) -> Iterator[_Part]:
     if batches.padding_free:
         ends = batch["cu_seq_lens_q"].tolist()
         segments = segments_of(samples)
-        images = [segment.last_image - segment.first_image for segment in segments]
+        images = [sum(tiles[each.sample][each.first_image : each.last_image]) for each in segments]
         yield from _join(segments, list(_cut(batch, [(0, slice(*each)) for each in pairwise(ends)], images)))
     else:
         lengths = batch["attention_mask"].sum(dim=1).tolist()
         cuts = [(place, slice(0, length)) for place, length in enumerate(lengths)]
-        yield from _cut(batch, cuts, [len(sample["image_files"]) for sample in samples])
+        yield from _cut(batch, cuts, list(map(sum, tiles)))
+
+
+def _tile_counts(rows: EncodedRows, index: int) -> list[int]:
+    """Return the tiles of each image of a row."""
+    table, row = rows.table_row(index)
+    return table.tile_counts(row)
 
 
 def _cut(batch: dict[str, Any], cuts: Sequence[Any], images: Sequence[int]) -> Iterator[_Part]:
-    """Cut a batch into parts, with the number of images of each."""
+    """Cut a batch into parts, with the number of tiles of each."""
     used = 0
     for cut, count in zip(cuts, images, strict=True):
         ids, labels = batch["input_ids"][cut].tolist(), batch["labels"][cut].tolist()
@@ -235,17 +246,53 @@ def _sample(batches: _Batches, index: int, part: _Part, *, row: int) -> PreviewS
     notes = [note for note in table.notes[number].split("\0") if note]
     if table.lengths()[number] > rows.max_length:
         notes.append("answer cut to fit")
+    shown = [_image(one, batches.processor.image_processor) for one in pixels]
+    names = rows.image_files(index)
+    captions: list[str] = []
+    if table.tiled is not None:
+        shown, captions = _with_tiles(shown, table.images(number), table.tiled)
     return PreviewSample(
         batches.split.source_of(index).name,
         table.row_ids[number],
         tuple(_tokens(batches, ids, labels, table.image_tokens(number).tolist())),
-        tuple(_image(one, batches.processor.image_processor) for one in pixels),
+        tuple(shown),
         row,
         tuple(notes),
         table.row_name(number),
-        tuple(batches.split.images.label(name) for name in rows.image_files(index)) if pixels else (),
-        tuple(image_file(batches.split.images, name) for name in rows.image_files(index)) if pixels else (),
+        tuple(batches.split.images.label(name) for name in names) if pixels else (),
+        tuple(image_file(batches.split.images, name) for name in names) if pixels else (),
+        tuple(captions),
     )
+
+
+def _with_tiles(
+    tiles: Sequence[Image.Image], names: Sequence[str], tiled: TiledImages
+) -> tuple[list[Image.Image], list[str]]:
+    """Return each image as a whole with its tiles beside it, and its caption."""
+    found, captions, used, side = [], [], 0, tiled.tiling.tile
+    for name, count in zip(names, tiled.tiles(names), strict=True):
+        height, width = tiled.tiling.canvas(tiled.size(name))
+        rows, columns = height // side, width // side
+        found.append(_beside(tiles[used], tiles[used + 1 : used + count], columns))
+        seen = f"the whole image and {rows} × {columns} tiles, {side} × {side} each"
+        tokens, patches = tiled.tokens([name])[0], tiled.tiling.patches
+        padded = tokens < patches**2 + rows * patches * (columns * patches + 1)
+        captions.append(f"{seen}: {tokens:,} tokens" + (", none for padding" if padded else ""))
+        used += count
+    return found, captions
+
+
+def _beside(whole: Image.Image, tiles: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Draw an image, and beside it its tiles as a grid."""
+    side, gap = whole.width, max(1, whole.width // 40)
+    rows = len(tiles) // columns
+    size = side * (1 + columns) + gap * (columns + 3), side * rows + gap * (rows - 1)
+    drawn = Image.new("RGB", size, _BETWEEN_TILES)
+    drawn.paste(whole, (0, 0))
+    for place, tile in enumerate(tiles):
+        row, column = divmod(place, columns)
+        drawn.paste(tile, (side + 4 * gap + column * (side + gap), row * (side + gap)))
+    return drawn
 
 
 def _tokens(

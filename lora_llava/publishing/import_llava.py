@@ -16,6 +16,7 @@ from lora_llava.data.templates.spans import fit_template
 from lora_llava.model.adapter_file import check_fits
 from lora_llava.model.adapters import lora_config
 from lora_llava.model.base import BaseParts, build_base, build_processor
+from lora_llava.model.families.llava_kinds import TILED, read_llava_config
 from lora_llava.model.families.tower_families import image_processor_of
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import RUN_FILE
@@ -121,7 +122,9 @@ def _import_lora(
 ) -> None:
     named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path", "")
     base_folder, record = _base_of(folder, original, tower, llm or named, base)
-    config = LlavaConfig.from_pretrained(base_folder)
+    config = read_llava_config(base_folder)
+    if config.model_type == TILED:
+        raise UserError(f"{base_folder} is a LLaVA-1.6, whose LoRA folders import does not convert yet")
     if (config.vision_feature_layer, config.vision_feature_select_strategy) != (
         original.feature_layer,
         original.strategy,

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import GenerationConfig, LlavaConfig
+from transformers import GenerationConfig
 
 from lora_llava.core.device import free_memory
 from lora_llava.core.errors import ReportedError, UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.inference.load import load_processor
+from lora_llava.model.families.llava_kinds import read_llava_config
 from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.weights.tensor_files import lazy_tensors
 from lora_llava.publishing.adapter_tensors import read_adapter
@@ -191,7 +192,7 @@ def _adapter_outputs(
 def _merged_logits(
     source: MergeSource, merged: MergedModel, prompts: Prompts, answers: list[list[int]], keep: bool
 ) -> list[torch.Tensor]:
-    config = LlavaConfig.from_pretrained(merged.folder)
+    config = read_llava_config(merged.folder)
     with _bar("verify: merged model", source, 1) as progress:
         if merged.adapter is None:
             model = merged_model(config, merged.folder, merged.dtype, keep=keep, progress=progress)

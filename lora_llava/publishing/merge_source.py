@@ -11,6 +11,8 @@ from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
 from lora_llava.model.adapter_file import checked_base
+from lora_llava.model.families.llava_kinds import TILED, read_llava_config
+from lora_llava.model.families.tower_families import saved_image_settings
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.weights.names import canonical_name, stored_name
 from lora_llava.model.weights.streaming import build_empty
@@ -28,7 +30,7 @@ class MergeSource:
         run: The run directory.
         record: Its `run.json`.
         base: The base's folder.
-        config: The base's config.
+        config: The base's config, with the canvases of the run.
         tensors: The base's tensors.
         adapter: The run's adapter.
         dtype: The dtype that the run computed in and quantised NF4 weights from.
@@ -53,7 +55,11 @@ def read_source(run: Path) -> MergeSource:
     record = read_record(run)
     base = checked_base(record, run)
     adapter = read_adapter(run)
-    config, tensors = LlavaConfig.from_pretrained(base), lazy_tensors(base)
+    config, tensors = read_llava_config(base), lazy_tensors(base)
+    if config.model_type == TILED:  # a run may use fewer canvases than its base
+        config.image_grid_pinpoints = (saved_image_settings(run) or {}).get(
+            "image_grid_pinpoints", config.image_grid_pinpoints
+        )
     check_complete(base, config, tensors)
     return MergeSource(run, record, base, config, tensors, adapter, resolve_dtype(record.get("dtype", "auto")))
 

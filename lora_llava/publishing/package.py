@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from transformers import LlavaConfig
-
 from lora_llava.core.errors import UserError
 from lora_llava.inference.load import load_processor
 from lora_llava.model.adapter_file import check_fits, check_saved, checked_base
+from lora_llava.model.families.llava_kinds import build_llava_config
+from lora_llava.model.families.tower_families import saved_image_settings
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.weights.names import ADAPTER_FILE
@@ -59,6 +59,12 @@ class Package:
     recipe: dict[str, Any] = field(default_factory=dict)
     base: str = ""
     hub_ids: frozenset[str] = frozenset()
+
+    @property
+    def class_name(self) -> str:
+        """The stock class of the model: that of LLaVA-1.6 if its image processor cuts images into tiles."""
+        tiled = "image_grid_pinpoints" in (saved_image_settings(self.folder) or {})
+        return "LlavaNextForConditionalGeneration" if tiled else "LlavaForConditionalGeneration"
 
     def size(self, name: str) -> int:
         """Return the size of a file in bytes."""
@@ -251,7 +257,7 @@ def _check_adapter(folder: Path) -> None:
         checked_base(record, folder)
         return
     check_saved(folder, record)
-    config = LlavaConfig(**load_config(base["name"], base["revision"], "start_from.llava"))
+    config = build_llava_config(load_config(base["name"], base["revision"], "start_from.llava"), str(base["name"]))
     check_fits(folder, config, str(base["name"]))
 
 

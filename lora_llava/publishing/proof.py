@@ -37,13 +37,16 @@ class Prompts:
 
     Attributes:
         ids: Token ids of each prompt up to where the answer starts, image tokens expanded.
-        pixels: Image of each prompt, float32 of shape (1, 3, height, width), or None.
+        pixels: Image of each prompt, float32 of shape (1, 3, height, width), or (tiles, 3, height, width) for a
+            LLaVA-1.6, or None.
         pad_token_id: Token id for padding on the left.
+        sizes: Height and width of each image for a LLaVA-1.6, int64 of shape (1, 2); else None.
     """
 
     ids: list[list[int]]
     pixels: list[torch.Tensor | None]
     pad_token_id: int
+    sizes: list[torch.Tensor | None]
 
     def batch(self, rows: Sequence[int], answers: Sequence[list[int]] | None = None) -> dict[str, torch.Tensor]:
         """Return prompts as one left-padded batch, with answers appended if given."""
@@ -55,22 +58,25 @@ class Prompts:
             ids[row, longest - len(text) :] = torch.tensor(text)
             mask[row, longest - len(text) :] = 1
         batch = {"input_ids": ids, "attention_mask": mask}
-        pixels = [self.pixels[i] for i in rows if self.pixels[i] is not None]
-        if pixels:
-            batch["pixel_values"] = torch.cat(pixels)  # type: ignore[arg-type]
+        for name, of in (("pixel_values", self.pixels), ("image_sizes", self.sizes)):
+            found = [each for i in rows if (each := of[i]) is not None]
+            if found:
+                batch[name] = torch.cat(found)
         return {name: tensor.to(default_device()) for name, tensor in batch.items()}
 
 
 def encode_samples(samples: Sequence[ProofPrompt], processor: Any) -> Prompts:
     """Encode prompts with the stock processor's chat template, as in training."""
-    ids, pixels = [], []
+    ids, pixels, sizes = [], [], []
     for sample in samples:
         encoded = processor.apply_chat_template(
             [sample.message()], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
         )
         ids.append(encoded["input_ids"][0].tolist())
-        pixels.append(encoded.get("pixel_values"))
-    return Prompts(ids, pixels, processor.tokenizer.pad_token_id)
+        sizes.append(encoded.get("image_sizes"))
+        found = encoded.get("pixel_values")
+        pixels.append(found if found is None or sizes[-1] is None else found[0])  # one image's tiles have no padding
+    return Prompts(ids, pixels, processor.tokenizer.pad_token_id, sizes)
 
 
 def adapted_model(

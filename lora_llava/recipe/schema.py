@@ -85,6 +85,9 @@ class ModelSection(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Data type of the computation; auto is bfloat16 on a GPU, float16 with loss scaling on a GPU without bfloat16 (T4,
     RTX 20), and float32 on a CPU."""
+    max_tiles: Annotated[int, Field(ge=1)] | None = None
+    """Most tiles that an image is cut into, besides the one of the whole image (LLaVA-1.6 only: its canvases have 2 to
+    4); fewer tiles are fewer tokens and less detail. Null keeps all canvases of the model."""
     new_tokens: Annotated[tuple[NewToken, ...], Field(strict=False)] = ()
     """Tokens that are added to the vocabulary, such as ["<defect>"]; only their rows of the embeddings and of the head
     are trained. Stage 2 only."""

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import file_hash
 from lora_llava.data.images.image_id import ImageName, own_name
+from lora_llava.model.families.llava_kinds import build_llava_config
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import Base
 from lora_llava.model.weights.names import ADAPTER_FILE
@@ -98,7 +98,7 @@ def _tensor_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 def _model_settings(folder: Path) -> dict[str, Any]:
     """Return a model's loaded configuration without its name and library versions."""
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return _without(LlavaConfig(**content).to_dict(), _NOT_SETTINGS)
+    return _without(build_llava_config(content, str(folder)).to_dict(), _NOT_SETTINGS)
 
 
 def _generation_settings(folder: Path) -> dict[str, Any]:

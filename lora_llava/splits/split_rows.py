@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,15 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation
 from lora_llava.data.encoded import EncodedRows
 from lora_llava.data.images.image_check import ImageFacts
-from lora_llava.data.images.image_id import ImageId, ImageName, own_names
+from lora_llava.data.images.image_id import ImageId, ImageName, own_name, own_names
 from lora_llava.data.images.image_sources import PixelLoader, Pixels, SplitImages, join_images
+from lora_llava.data.images.tiling import TiledImages
 from lora_llava.data.mixture import Share, epoch_counts, mixture
 from lora_llava.data.selection import NOT_DRAWN, Policy, Report, account, select_rows, without_bad_images
 from lora_llava.data.sources import Source
 from lora_llava.data.templates.spans import AnyTemplate
-from lora_llava.model.families.tower_families import image_tokens
+from lora_llava.model.families.image_counts import Sizes
+from lora_llava.model.families.tower_families import image_tokens, tiling_of
 from lora_llava.recipe import EvaluationSection, Recipe
 from lora_llava.splits.encoded_sources import (
     OpenSplit,
@@ -53,6 +54,7 @@ class Split:
         sealed: Whether reading the rows is an error now.
         digests: SHA-256 of each image's file by its name; empty if the images were not opened.
         pixels: Hash of each image's pixels by its name, see `ImageFacts.pixels`.
+        sizes: Height and width of each image by its name, see `ImageFacts.size`.
     """
 
     sources: list[Source]
@@ -64,6 +66,7 @@ class Split:
     sealed: bool = False
     digests: Mapping[ImageName, str] = field(default_factory=dict)
     pixels: Mapping[ImageName, str] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=dict)
 
     def read(self, indices: Iterable[int]) -> list[Conversation]:
         """Read the conversations of these rows from their sources again.
@@ -121,17 +124,32 @@ def run_policy(recipe: Recipe, split: str) -> Policy:
     return Policy(limit, data.on_overlong, data.on_bad_row, data.on_bad_image)
 
 
-def with_image_tokens(split: OpenSplit, tokenizer: Any, config: LlavaConfig) -> OpenSplit:
+def with_image_tokens(split: OpenSplit, tokenizer: Any, config: LlavaConfig, sizes: Sizes) -> OpenSplit:
     """Return a split whose tables know the tokens of their images.
 
     Args:
         split: From `encode_splits`.
         tokenizer: The processor's tokenizer.
         config: The model's config.
+        sizes: The sizes of the split's images; needed for a model with tiles only.
     """
-    image_id = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
-    tables = [table.with_image_tokens(image_id, image_tokens(config)) for table in split.tables]
+    image_id, tiling = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER), tiling_of(config)
+    tables = []
+    for number, table in enumerate(split.tables):
+        tokens: int | TiledImages = image_tokens(config)
+        if tiling is not None:
+            mine = (name for name in sizes if not isinstance(name, ImageId) or name.source == number)
+            own: Sizes = {own_name(name): sizes[name] for name in mine}
+            tokens = TiledImages(tiling, own)
+        tables.append(table.with_image_tokens(image_id, tokens))
     return replace(split, tables=tables)
+
+
+def _images_of(split: OpenSplit) -> list[ImageName]:
+    """Return the images of all rows of a split, each once."""
+    several = len(split.tables) > 1
+    named = ((int(number), name) for number, row in split.places for name in split.tables[number].images(int(row)))
+    return list(dict.fromkeys(ImageId(*each) if several else each[1] for each in named))
 
 
 def build_split(
@@ -144,7 +162,7 @@ def build_split(
     *,
     trusted: bool = False,
 ) -> Split:
-    """Select the rows of a split and inspect their images.
+    """Select the rows of a split and inspect their images: for a model with tiles before the rows are selected.
 
     Args:
         recipe: The recipe.
@@ -153,7 +171,7 @@ def build_split(
         processor: The stock processor.
         config: The model's config.
         progress: Wraps the images.
-        trusted: Whether to skip opening the images.
+        trusted: Whether to skip opening the images, whose sizes a model with tiles needs nevertheless.
 
     Returns:
         The split.
@@ -162,7 +180,17 @@ def build_split(
         UserError: If a row is refused, or no row is left.
     """
     data, limits = recipe.data, run_policy(recipe, name)
-    rows, report = select_rows(with_image_tokens(split, processor.tokenizer, config).tables, split.places, limits)
+    facts: dict[ImageName, ImageFacts] = {}
+
+    def inspected(names: list[ImageName]) -> dict[ImageName, ImageFacts]:
+        new = [each for each in names if each not in facts]
+        facts.update(inspect_split(split.sources, new, lambda found: progress(f"images of {name}", found)))
+        return facts
+
+    if tiling_of(config) is not None:
+        inspected(_images_of(split))
+    split = with_image_tokens(split, processor.tokenizer, config, {each: found.size for each, found in facts.items()})
+    rows, report = select_rows(split.tables, split.places, limits)
     mixed = name == "train" and any(x.weight is not None or x.rows is not None for x in data.train_sources())
     usable, draw = rows, None
     if mixed:
@@ -170,17 +198,7 @@ def build_split(
         drawn = _drawn(recipe, draw, len(usable))
         report.dropped[NOT_DRAWN] += len(usable) - len(drawn)
         rows = usable.take(drawn)
-    digests: dict[ImageName, str] = {}
-    hashes: dict[ImageName, str] = {}
     if not trusted:
-        inspect = partial(inspect_split, split.sources, progress=lambda found: progress(f"images of {name}", found))
-
-        def inspected(names: list[ImageName]) -> dict[ImageName, ImageFacts]:
-            found = inspect(names)
-            digests.update((name, image.digest) for name, image in found.items())
-            hashes.update((name, image.pixels) for name, image in found.items())
-            return found
-
         rows = without_bad_images(rows, data.on_bad_image, report, inspected)
     report.dropped = +report.dropped
     account(rows, report)
@@ -189,7 +207,17 @@ def build_split(
         used = Counter(split.sources[rows.places[i, 0]].name for i in (epochs(0) if epochs else range(len(rows))))
         report.sources = {source.name: used[source.name] for source in split.sources}
     pixels = Pixels(split.images, processor.image_processor)
-    return Split(split.sources, split.images, pixels, rows, report, epochs, digests=digests, pixels=hashes)
+    return Split(
+        split.sources,
+        split.images,
+        pixels,
+        rows,
+        report,
+        epochs,
+        digests={each: found.digest for each, found in facts.items()},
+        pixels={each: found.pixels for each, found in facts.items()},
+        sizes={each: found.size for each, found in facts.items()},
+    )
 
 
 def _members(places: np.ndarray, sources: int) -> list[list[int]]:

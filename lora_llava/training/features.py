@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +21,11 @@ from lora_llava.core.progress import progress_bar
 from lora_llava.core.storage import cache_folder
 from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.images.image_sources import Pixels
+from lora_llava.data.images.tiling import TiledImages
 from lora_llava.data.images.to_rgb import CONVERSION_RULE
 from lora_llava.distributed.ranks import first_before_others
 from lora_llava.evaluation.row_evaluation import choose_rows
-from lora_llava.model.families.tower_families import image_tokens
+from lora_llava.model.families.tower_families import image_tokens, tiling_of
 from lora_llava.model.loading import default_device
 from lora_llava.model.start import Base
 from lora_llava.model.vision import load_tower, tower_features
@@ -67,7 +68,8 @@ def cache_features(plan: RunPlan, base: Base, console: Console) -> None:
     where = "memory" if folder is None else folder
     console.print(f"vision cache: {images:,} images in {where}; the vision tower is not loaded", soft_wrap=True)
     for name, split in plan.splits.items():
-        split.load_pixels = CachedFeatures(store, hashes[name])
+        tiled = tiling_of(plan.model.config) is not None
+        split.load_pixels = CachedFeatures(store, hashes[name], split.sizes if tiled else None)
 
 
 @contextmanager
@@ -133,7 +135,7 @@ def _fill(store: FeatureStore, hashes: dict[str, dict[ImageName, str]], plan: Ru
     missing = [place for digest, place in places.items() if digest not in store]
     if not missing:
         return
-    _check_room(store, len(missing), plan)
+    _check_room(store, len(missing), sum(_tile_counts(missing, plan)), plan)
     config, dtype, device = plan.model.config, plan.computation.dtype, default_device()
     tower = load_tower(base.folder, config, dtype, device)
     bar = progress_bar(desc="encoding images", total=len(missing), unit="image")
@@ -141,7 +143,7 @@ def _fill(store: FeatureStore, hashes: dict[str, dict[ImageName, str]], plan: Ru
         try:
             for batch, pixels in _preprocessed(missing, plan):
                 features = tower_features(tower, config, pixels.to(device))
-                for (split, name), one in zip(batch, features, strict=True):
+                for (split, name), one in zip(batch, _by_image(features, batch, plan), strict=True):
                     store.put(hashes[split][name], one)
                 bar.update(len(batch))
         finally:
@@ -167,12 +169,27 @@ def _preprocessed(places: list[_Place], plan: RunPlan) -> Iterator[tuple[list[_P
             yield batch, ready
 
 
-def _check_room(store: FeatureStore, images: int, plan: RunPlan) -> None:
+def _tile_counts(places: Sequence[_Place], plan: RunPlan) -> list[int]:
+    """Return the tiles of each of these images: one for a model without tiles."""
+    tiling = tiling_of(plan.model.config)
+    if tiling is None:
+        return [1] * len(places)
+    return [TiledImages(tiling, plan.splits[split].sizes).tiles([name])[0] for split, name in places]
+
+
+def _by_image(features: torch.Tensor, places: Sequence[_Place], plan: RunPlan) -> Sequence[torch.Tensor]:
+    """Return the features of each image: (tokens, features), or (tiles, patches, features) for a model with tiles."""
+    if tiling_of(plan.model.config) is None:
+        return list(features)
+    return features.split(_tile_counts(places, plan))
+
+
+def _check_room(store: FeatureStore, images: int, tiles: int, plan: RunPlan) -> None:
     config = plan.model.config
     layers = config.vision_feature_layer
     width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
     one = feature_bytes(image_tokens(config), width, plan.computation.dtype)
-    needed = images * one
+    needed = tiles * one
     if store.folder is None:
         free, what, fix = psutil.virtual_memory().available, "memory", "disk or off"
     else:

@@ -23,6 +23,7 @@ from lora_llava.distributed.ranks import first_alone, gather, is_first, this_ran
 from lora_llava.distributed.sharding import describe_shard, full_weights, is_sharded
 from lora_llava.evaluation.scoring import ScoreValidation
 from lora_llava.model.adapters import add_adapters, freeze_plan, trained_projector
+from lora_llava.model.families.image_counts import limit_tiles
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.fast_path.attention import use_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
@@ -111,6 +112,7 @@ def build_trained_model(recipe: Recipe, base: Base, saved: LoraConfig | None = N
         with_tower=recipe.training.vision_cache == "off",
         to_shard=is_sharded(),
     )
+    limit_tiles(model.config, recipe.model.max_tiles)
     if is_padding_free(recipe, model.config)[0]:
         use_flash_varlen(model)
     ids = new_token_ids(base.folder, recipe.model.new_tokens, model.config)

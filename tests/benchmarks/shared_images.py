@@ -140,7 +140,7 @@ def _samples(args: argparse.Namespace, questions: int) -> list[dict[str, Any]]:
         before = list(range(3, 3 + BEFORE))
         ids = [*before, *[IMAGE] * IMAGE_TOKENS, *text]
         labels = [IGNORE_INDEX] * (len(ids) - trained) + text[-trained:]
-        prefix = Prefix(group, BEFORE + IMAGE_TOKENS, 1)
+        prefix = Prefix(group, BEFORE + IMAGE_TOKENS, 1, 1)
         found.append({"input_ids": ids, "labels": labels, "image_files": [str(group)], "prefix": prefix})
     return found
 

@@ -10,6 +10,7 @@ import torch
 
 from lora_llava.data.conversation import Conversation
 from lora_llava.evaluation.answerers import Evaluator
+from lora_llava.model.families.image_counts import tokens_of
 from lora_llava.model.start import prepare_base
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import check_recipe
@@ -43,6 +44,6 @@ def speaking(
         if "lora_B" in name:
             parameter.data.normal_(0, 0.3, generator=generator)
     asked = Evaluator(
-        model, plan.tokenizer, plan.template, plan.model.config.image_seq_length, plan.splits["train"].load_pixels, 5
+        model, plan.tokenizer, plan.template, tokens_of(plan.model.config, {}), plan.splits["train"].load_pixels, 5
     )
     return asked, plan.splits["train"].read(range(12))

@@ -28,7 +28,7 @@ def question(group: int, image: str, length: int, trained: int, seed: int, befor
     own = torch.randint(3, 800, (before,), generator=torch.Generator().manual_seed(1000 + group)).tolist()
     ids = [*own, *[IMAGE] * TOKENS, *found["input_ids"][before + TOKENS :]]
     labels = [IGNORE_INDEX] * (len(ids) - trained) + ids[len(ids) - trained :]
-    prefix = Prefix(group, before + TOKENS, 1)
+    prefix = Prefix(group, before + TOKENS, 1, 1)
     return {"row_id": str(seed), "input_ids": ids, "labels": labels, "image_files": [image], "prefix": prefix}
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, LlavaConfig
+from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
 
 from lora_llava.benchmark.benchmark_rows import shape_config
+from lora_llava.model.families.tower_families import tiling_of
 from lora_llava.planning.fit import Extremes, build_step, choose_checkpointing
 from lora_llava.planning.memory import Step, candidates
 from lora_llava.recipe import Recipe, load_recipe
@@ -47,6 +49,7 @@ class Setting:
         layers: Layers of the language model; None is all that the shape has.
         recomputed: Layers that are recomputed; None is the planner's choice.
         branches: Samples that share each image of the row, and the tokens of each behind `PREFIX`; None: no prefix.
+        sizes: Height and width of a row's images, for a LLaVA-1.6; empty for a LLaVA-1.5.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Setting:
     layers: int | None = None
     recomputed: int | None = None
     branches: tuple[int, int] | None = None
+    sizes: Sequence[Sequence[int]] = ()
 
     @property
     def segments(self) -> list[int]:
@@ -111,6 +115,23 @@ SHARED = [
     Setting("10 samples, five to an image", tokens=1964, images=2, trained=0.2714, recomputed=16, branches=(5, 80)),
 ]
 """The same samples of 662 tokens, 533 labels in all, in one row of a 7B model; half of its layers are recomputed."""
+TILED = [
+    Setting("7B 1.6 r16 3072 cached, 8 GB", 7.7, tokens=3072, sizes=[(672, 672)]),
+    Setting("7B 1.6 r16 3072 tower, 12 GB", 11.7, tokens=3072, cached=False, sizes=[(672, 672)]),
+    Setting(
+        "7B 1.6 r64 8-bit 4096 tower, 24 GB",
+        23.7,
+        r=64,
+        tokens=4096,
+        cached=False,
+        optimizer=EIGHT_BIT,
+        sizes=[(672, 672)],
+    ),
+    Setting("7B 1.6 r16 slivers cached, 12 GB", 11.7, tokens=6144, sizes=[(1, 2000)] * 8),
+]
+"""LLaVA-1.6 with images of 2,928 tokens in five tiles, and with slivers, of whose patches most are padding."""
+GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+"""LLaVA-1.6's canvases (config.json of llava-hf/llava-v1.6-vicuna-7b-hf)."""
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "mistral-7b": {
@@ -181,6 +202,10 @@ def config_of(setting: Setting, vocabulary: int = 1000, image_token: int = 5) ->
         config.text_config.num_hidden_layers = setting.layers
         if getattr(config.text_config, "layer_types", None):
             config.text_config.layer_types = config.text_config.layer_types[: setting.layers]
+    if setting.sizes:
+        content = {name: getattr(config, name) for name in ("text_config", "vision_config", "image_seq_length")}
+        index = config.image_token_index
+        return LlavaNextConfig(**content, image_token_index=index, image_grid_pinpoints=GRID)  # type: ignore[return-value]
     return config
 
 
@@ -211,7 +236,10 @@ def recipe_of(setting: Setting) -> Recipe:
 
 
 def images_of(setting: Setting, config: LlavaConfig) -> int:
-    """Return the images of a row."""
+    """Return the images of a row; for a LLaVA-1.6 their tiles."""
+    tiling = tiling_of(config)
+    if tiling is not None:
+        return sum(tiling.tiles((height, width)) for height, width in setting.sizes)
     return setting.images or max(1, setting.tokens // (config.image_seq_length + 100))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import LlavaConfig, TrainerCallback
+from transformers import LlavaConfig, LlavaNextImageProcessorPil, TrainerCallback
 
 from lora_llava.data.collator import PackedCollator
 from lora_llava.model import loading
@@ -92,10 +92,19 @@ def batch_of(setting: Setting, config: LlavaConfig) -> dict[str, Any]:
         for name in ("input_ids", "labels", "position_ids")
     }
     batch = {**ids, "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "pixel_values": pixels}
+    if setting.sizes:
+        batch["image_sizes"] = _Sizes(setting.sizes)
     if setting.branches is None:
         return batch | {"max_length_k": max(lengths)}
     most_keys = PREFIX + setting.branches[1]
     return batch | {"max_length_k": most_keys, "segment_lengths": lengths, "key_segments": setting.key_segments}
+
+
+class _Sizes(list[Any]):
+    """Sizes of images, in place of a tensor, which would have no values."""
+
+    def tolist(self) -> list[Any]:
+        return list(self)
 
 
 class _Trainer(LlavaSFTTrainer):
@@ -145,13 +154,14 @@ def build_trainer(setting: Setting, callback: TrainerCallback) -> _Trainer:
     checkpoint_language_model(model.get_base_model(), step.checkpointed, step.offloaded)
     arguments = stages.training_arguments(recipe, 1, False, recipe.training.gradient_accumulation)
     arguments.dataloader_pin_memory = False
+    pixels = LlavaNextImageProcessorPil() if setting.sizes else image_processor_of(DEMO_FOLDER / "none", config)
     row = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "image_files": [], "row_id": "0"}
     trainer = _Trainer(
         model,
         arguments,
         train=Feed([row], [[0]] * 8, PackedCollator(None)),
         validation=None,
-        processor=build_processor(tokenizer, config, image_processor_of(DEMO_FOLDER / "none", config)),
+        processor=build_processor(tokenizer, config, pixels),
         rates=stages.learning_rates(recipe),
         callbacks=[callback],
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.simulation.settings import FAMILIES, SETTINGS, SHARED, Setting
+from tests.simulation.settings import FAMILIES, SETTINGS, SHARED, TILED, Setting
 
 Measured = Callable[..., list[dict[str, Any]]]
 OFFLOADED = next(setting for setting in SETTINGS if setting.offload)
@@ -42,6 +42,12 @@ def test_samples_that_share_images_need_less(measured: Measured) -> None:
     peaks = [each["counted_bytes"] for each in found]
     assert peaks == sorted(peaks, reverse=True)
     print([round(peak / 2**30, 2) for peak in peaks])
+
+
+@pytest.mark.more
+def test_a_llava_1_6_holds(measured: Measured) -> None:
+    for found in measured("depth", TILED):
+        check(found)
 
 
 @pytest.mark.more

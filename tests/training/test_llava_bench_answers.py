@@ -54,7 +54,7 @@ def test_prompts_are_those_of_training(speaker: Speaker) -> None:
     row = Conversation("1", (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "?")), ("1.jpg",), {})
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "<image>\nWhat is it?"}]
     tokens = speaker.model.get_base_model().config.image_seq_length
-    assert prompt_ids(speaker, row) == encode_prompt(
+    assert prompt_ids(speaker, row, {}) == encode_prompt(
         messages, tokenizer=speaker.processor.tokenizer, template="vicuna_v1", num_image_tokens=tokens
     )
 

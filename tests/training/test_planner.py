@@ -44,7 +44,7 @@ def expandable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def samples() -> Any:
     lengths, trained, images = (np.array(column) for column in zip((10, 4, 1), (20, 2, 0), (7, 7, 2), strict=True))
-    return SimpleNamespace(lengths=lengths, supervised=trained, image_counts=lambda: images)
+    return SimpleNamespace(lengths=lengths, supervised=trained, tile_counts=lambda: images)
 
 
 def test_the_heaviest_row_is_found() -> None:

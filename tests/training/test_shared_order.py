@@ -24,7 +24,7 @@ def drawn(sizes: list[int]) -> tuple[list[int], SharedPrefixes]:
     """Rows of groups of these sizes, interleaved; a group of one shares nothing."""
     rows = [group for place in range(max(sizes)) for group, size in enumerate(sizes) if place < size]
     lengths = [PREFIX + 5 + (7 * i) % 20 for i in range(len(rows))]
-    return lengths, SharedPrefixes([Prefix(group, PREFIX, 1) if sizes[group] > 1 else None for group in rows])
+    return lengths, SharedPrefixes([Prefix(group, PREFIX, 1, 1) if sizes[group] > 1 else None for group in rows])
 
 
 def per_step(order: RowOrder, shared: SharedPrefixes, ranks: int = 1) -> list[Counter[Any]]:

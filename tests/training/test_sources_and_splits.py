@@ -14,7 +14,8 @@ from lora_llava.core.errors import UserError
 from lora_llava.data.folder import understand_folder
 from lora_llava.data.images import image_check as image_check
 from lora_llava.data.images.image_id import ImageId
-from lora_llava.data.images.image_sources import FolderImages, TableImages, open_table
+from lora_llava.data.images.image_sources import FolderImages, TableImages
+from lora_llava.data.images.image_tables import open_table
 from lora_llava.data.sources import _light_rows, list_source, open_source
 from lora_llava.evaluation.evaluate import evaluate
 from lora_llava.planning.run_plan import plan_run

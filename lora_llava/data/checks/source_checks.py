@@ -12,7 +12,7 @@ from lora_llava.data.checks.duplicates import duplicates, leaks, shared_images
 from lora_llava.data.checks.findings import CheckedSource, CheckReport, Finding
 from lora_llava.data.encoded import EncodedTable, answer_starts
 from lora_llava.data.formats import IMAGE_NOT_READ, LEADING_ANSWER_CUT, OPEN_QUESTION_CUT, PLACEHOLDER_ADDED
-from lora_llava.data.selection import Policy
+from lora_llava.data.selection import Policy, text_tokens, tiles_advice
 
 _NOTES = {
     PLACEHOLDER_ADDED: "the row has an image but its text no <image>; it is added as data.image_position says",
@@ -150,13 +150,14 @@ def _overlong(source: CheckedSource, policy: Policy) -> tuple[list[Finding], lis
     for place, start in zip(long, starts, strict=True):
         row, length = int(source.rows[place]), int(lengths[place])
         message = f"it has {length:,} tokens, over data.max_length {policy.max_length:,}"
+        advice = tiles_advice(source.table, row, policy.max_length)
         if policy.on_overlong == "drop":
-            warnings.append(source.finding("overlong", row, message, dropped=True))
+            warnings.append(source.finding("overlong", row, message + advice, dropped=True))
         elif policy.on_overlong == "error":
             fix = "raise it, or set data.on_overlong to drop or truncate_answer"
-            errors.append(source.finding("overlong", row, f"{message}; {fix}"))
+            errors.append(source.finding("overlong", row, f"{message}; {fix}{advice}"))
         elif start >= policy.max_length:
-            cut = f"{message}, and its last answer starts at token {start:,}: nothing of it would be left"
+            cut = f"{message}, and its last answer starts at token {start:,}: nothing of it would be left{advice}"
             errors.append(source.finding("overlong", row, cut))
         else:
             cut = f"{message}: the last {length - policy.max_length:,} tokens of its answer are cut"
@@ -181,13 +182,12 @@ def _images(source: CheckedSource, policy: Policy) -> tuple[list[Finding], list[
 
 
 def _figures(sources: Sequence[CheckedSource], policy: Policy) -> dict[str, Any]:
-    """Return the statistics of a split: rows, tokens, trained tokens, and a histogram of lengths."""
+    """Return the statistics of a split: rows, tokens, trained tokens, and histograms of tokens of rows and images."""
     lengths = np.concatenate([source.table.lengths()[source.sound_rows] for source in sources])
     trained = sum(int(source.table.supervised[source.sound_rows].sum()) for source in sources)
     longest = int(lengths.max()) if len(lengths) else 0
-    width = next((width for width in _WIDTHS if longest < width * _MOST_BINS), longest // _MOST_BINS + 1)
-    places = Counter((lengths // width).tolist())
     over = np.maximum(lengths - policy.max_length, 0)
+    most, fitting = _fitting_tiles(sources, policy.max_length)
     return {
         "rows": int(sum(len(source.rows) for source in sources)),
         "sound_rows": len(lengths),
@@ -198,8 +198,42 @@ def _figures(sources: Sequence[CheckedSource], policy: Policy) -> dict[str, Any]
         "longest": longest,
         "over_limit_rows": int((over > 0).sum()),
         "over_limit_tokens": int(over.sum()),
-        "histogram": [
-            {"from": place * width, "to": (place + 1) * width, "rows": places.get(place, 0)}
-            for place in range(longest // width + 1)
-        ],
-    }
+        **({"over_limit_max_tiles": most, "over_limit_rows_that_fit": fitting} if most is not None else {}),
+        "histogram": _histogram(lengths, "rows"),
+    } | ({"image_tokens": _histogram(images, "images")} if len(images := _image_lengths(sources)) else {})
+
+
+def _fitting_tiles(sources: Sequence[CheckedSource], max_length: int) -> tuple[int | None, int]:
+    """Return the `model.max_tiles` with which rows over the limit fit, and how many; None if no row would."""
+    long = [
+        (source.table.tiled, source.table.images(int(row)), max_length - text_tokens(source.table, int(row)))
+        for source in sources
+        if source.table.tiled is not None
+        for row in source.sound_rows[source.table.lengths()[source.sound_rows] > max_length]
+    ]
+    limits = [tiled.most_tiles(names, room) for tiled, names, room in long]
+    most = min((limit for limit in limits if limit is not None), default=None)
+    if most is None:
+        return None, 0
+    return most, sum(sum(tiled.with_most(most).tokens(names)) <= room for tiled, names, room in long)
+
+
+def _image_lengths(sources: Sequence[CheckedSource]) -> np.ndarray:
+    """Return the tokens of each image, if the model has tiles; images of several rows are counted once."""
+    found = []
+    for source in sources:
+        if source.table.tiled is not None:
+            names = dict.fromkeys(name for row in source.sound_rows for name in source.table.images(int(row)))
+            found += source.table.tiled.tokens(list(names))
+    return np.array(found, dtype=np.int64)
+
+
+def _histogram(values: np.ndarray, counted: str) -> list[dict[str, Any]]:
+    """Return how many values are in each of at most 16 bins of equal width, the first of which starts at 0."""
+    most = int(values.max()) if len(values) else 0
+    width = next((width for width in _WIDTHS if most < width * _MOST_BINS), most // _MOST_BINS + 1)
+    places = Counter((values // width).tolist())
+    return [
+        {"from": place * width, "to": (place + 1) * width, counted: places.get(place, 0)}
+        for place in range(most // width + 1)
+    ]

@@ -14,13 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from lora_llava.core.storage import atomic_file
 from lora_llava.data.files.row_files import Counted
+from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.images.image_names import MATCHED, contradictions
-from lora_llava.data.images.image_sources import BadImageError, FolderImages, ImageSource, TableImages, read_converted
+from lora_llava.data.images.image_sources import (
+    BadImageError,
+    FolderImages,
+    ImageSource,
+    SplitImages,
+    TableImages,
+    read_converted,
+)
 from lora_llava.data.images.to_rgb import CONVERSION_RULE, TRANSPARENT, Background
 
 _SUFFIXES = {
@@ -35,7 +44,7 @@ _SUFFIXES = {
 _ORIENTATION = 0x0112
 """The EXIF tag of the camera's orientation; 1 is upright (CIPA DC-008, section 4.6.4)."""
 _AT_ONCE = 64
-_FACTS = 2
+_FACTS = 3
 """Increase it when facts are added: cached facts without them are collected again."""
 _BLOCK = 1 << 20
 """Pixels that are hashed at a time."""
@@ -53,6 +62,7 @@ class ImageFacts:
         oddities: Warnings about a usable image: pairs of kind and message.
         digest: SHA-256 of its file, in hex; "" if none exists.
         pixels: Hash of its pixels, 16 hex digits, the same for lossless copies in any format; "" if it cannot be used.
+        size: Its height and width in pixels; (0, 0) if it cannot be used.
     """
 
     problem: str | None = None
@@ -60,6 +70,7 @@ class ImageFacts:
     oddities: tuple[tuple[str, str], ...] = ()
     digest: str = ""
     pixels: str = field(default="", compare=False)
+    size: tuple[int, int] = field(default=(0, 0), compare=False)
 
 
 def inspect_images(
@@ -143,9 +154,19 @@ def inspect_image(images: ImageSource, name: str) -> ImageFacts:
         if background != "white" and any(kind == TRANSPARENT for kind, _ in notes):  # the hash is the same for all
             converted = read_converted(io.BytesIO(content), label, limit)
         pixels = pixel_hash(converted.image)
-        return ImageFacts(None, "", (*oddities, *_oddities(content, label, bool(notes))), digest, pixels)
+        found = (*oddities, *_oddities(content, label, bool(notes)))
+        return ImageFacts(None, "", found, digest, pixels, (converted.image.height, converted.image.width))
     except BadImageError as error:
         return ImageFacts(str(error), error.kind, (), digest)
+
+
+def image_size(images: SplitImages, name: ImageName) -> tuple[int, int]:
+    """Return the height and width of an image, read from the head of its file; (0, 0) if it cannot be read."""
+    try:
+        with Image.open(io.BytesIO(images.read(name))) as image:
+            return image.height, image.width
+    except Exception:  # Pillow's decoders raise anything for damaged files
+        return 0, 0
 
 
 def pixel_hash(image: Image.Image) -> str:
@@ -213,12 +234,14 @@ def _load(cache: Path | None) -> dict[str, tuple[str, ImageFacts]]:
         return {}
     try:
         kept = json.loads(cache.read_text(encoding="utf-8"))
-        return {
-            name: (stamp, ImageFacts(**facts | {"oddities": tuple(map(tuple, facts["oddities"]))}))
-            for name, (stamp, facts) in kept.items()
-        }
+        return {name: (stamp, ImageFacts(**facts | _as_tuples(facts))) for name, (stamp, facts) in kept.items()}
     except (ValueError, TypeError, KeyError, AttributeError):  # incomplete, or of another version: inspect again
         return {}
+
+
+def _as_tuples(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts that are tuples, which JSON writes as lists."""
+    return {"oddities": tuple(map(tuple, facts["oddities"])), "size": tuple(facts.get("size", (0, 0)))}
 
 
 def _save(cache: Path | None, found: dict[str, tuple[str, ImageFacts]]) -> None:

@@ -6,13 +6,13 @@ import io
 import os
 import stat
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
-from lora_llava.core.errors import RefusedError, UserError
+from lora_llava.core.errors import RefusedError
 from lora_llava.core.retry import retry
 from lora_llava.data.images.image_id import ImageId, ImageName
 from lora_llava.data.images.image_names import NameIndex, coco_names
@@ -61,7 +61,8 @@ ImageSource = Images[str]
 SplitImages = Images[Any]
 """The images of a split, which opens what its rows name; see `ImageName`."""
 PixelLoader = Callable[[Sequence[ImageName]], "torch.Tensor"]
-"""Returns the `pixel_values` of the named images, in order: pixels, or the vision tower's features."""
+"""Returns the `pixel_values` of the named images, in order: pixels, or the vision tower's features. For a LLaVA-1.6 it
+returns all tiles of all images and has a method `sizes`, which returns the images' `image_sizes`."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,44 @@ class Pixels:
 
     images: SplitImages
     image_processor: Any
+    _seen: dict[ImageName, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, names: Sequence[ImageName]) -> torch.Tensor:
-        """Return the pixels of these images, float32 of shape (images, 3, height, width)."""
+        """Return the pixels of these images, float32.
+
+        Returns:
+            Shape (images, 3, height, width); of a LLaVA-1.6, (tiles of all images, 3, height, width).
+        """
+        import torch  # slow to import, and of no use to those that open images alone
+
+        if self.sizes is not None:
+            return torch.cat([self._tiles(name) for name in names])
         opened = [self.images.open(name) for name in names]
         pixels: torch.Tensor = self.image_processor(opened, return_tensors="pt")["pixel_values"]
         return pixels
+
+    @property
+    def sizes(self) -> Callable[[Sequence[ImageName]], torch.Tensor] | None:
+        """What returns the `image_sizes` of named images, int64 of shape (images, 2); None for a LLaVA without tiles.
+
+        An image that was loaded before is not opened again.
+        """
+        return self._sizes if hasattr(self.image_processor, "image_grid_pinpoints") else None
+
+    def _tiles(self, name: ImageName) -> torch.Tensor:
+        image = self.images.open(name)
+        self._seen[name] = image.height, image.width
+        tiles: torch.Tensor = self.image_processor([image], return_tensors="pt")["pixel_values"][0]
+        return tiles
+
+    def _sizes(self, names: Sequence[ImageName]) -> torch.Tensor:
+        import torch
+
+        for name in names:
+            if name not in self._seen:
+                image = self.images.open(name)
+                self._seen[name] = image.height, image.width
+        return torch.tensor([self._seen[name] for name in names])
 
 
 def read_rgb(file: Path | io.BytesIO, name: str, max_pixels: int, background: Background = "white") -> Image.Image:
@@ -356,41 +389,3 @@ class JoinedImages:
 def join_images(sources: Sequence[ImageSource]) -> SplitImages:
     """Return the images of a split: of its one source, or of several by `ImageId`."""
     return sources[0] if len(sources) == 1 else JoinedImages(sources)
-
-
-def open_table(
-    path: str, split: str, revision: str | None, where: str = "data.path", files: Sequence[Path] = ()
-) -> Any:
-    """Open Parquet files, or a data set on the Hub, with its images undecoded.
-
-    Args:
-        path: A Parquet file or a Hub id.
-        split: The split of a Hub data set.
-        revision: Branch, tag or commit of a Hub id.
-        where: The recipe field of the path, for messages.
-        files: The Parquet files of one data set, in order, instead of the path.
-
-    Returns:
-        A `datasets.Dataset`; columns of images hold `{"bytes", "path"}`.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
-    import datasets  # slow to import, and only needed here
-
-    try:
-        if files or Path(path).is_file():
-            names = [str(file) for file in files] or [path]
-            table = datasets.load_dataset("parquet", data_files=names, split="train")
-        else:
-            table = datasets.load_dataset(path, split=split, revision=revision)
-    except Exception as error:  # the library raises many kinds of errors for a missing name
-        raise UserError(f"{where}: {path}, split {split!r}, cannot be read: {str(error).splitlines()[0]}") from None
-    undecoded = datasets.Image(decode=False)
-    for name, feature in table.features.items():
-        nested = getattr(feature, "feature", None)
-        if isinstance(feature, datasets.Image):
-            table = table.cast_column(name, undecoded)
-        elif isinstance(nested, datasets.Image):
-            table = table.cast_column(name, datasets.List(undecoded))
-    return table

@@ -27,11 +27,13 @@ class Prefix(NamedTuple):
         group: Number of its group.
         tokens: Tokens of the prefix, image tokens included.
         images: Images of the prefix.
+        tiles: Their tiles: one each for a model without tiles.
     """
 
     group: int
     tokens: int
     images: int
+    tiles: int
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ class SharedPrefixes:
         """
         return sum(lengths[i] for i in rows) - sum(count * prefix.tokens for prefix, count in self._repeats(rows))
 
-    def images(self, rows: Sequence[int], counts: Sequence[int]) -> int:
-        """Return the images of rows that are packed in this order, those of each shared prefix counted once."""
-        return sum(counts[i] for i in rows) - sum(count * prefix.images for prefix, count in self._repeats(rows))
+    def tiles(self, rows: Sequence[int], counts: Sequence[int]) -> int:
+        """Return the tiles of rows that are packed in this order, those of each shared prefix counted once."""
+        return sum(counts[i] for i in rows) - sum(count * prefix.tiles for prefix, count in self._repeats(rows))
 
     def keys(self, rows: Sequence[int], lengths: Sequence[int]) -> int:
         """Return the keys that attention reads for rows in this order: each branch reads its prefix again."""
@@ -102,7 +104,7 @@ def find_prefixes(rows: EncodedRows, pixels: Mapping[ImageName, str]) -> SharedP
         The prefix of each row.
     """
     keys: list[tuple[bytes, tuple[str, ...]] | None] = []
-    sizes: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int, int]] = []
     for index in range(len(rows)):
         table, row = rows.table_row(index)
         ids, trained = table.row(row)
@@ -110,7 +112,9 @@ def find_prefixes(rows: EncodedRows, pixels: Mapping[ImageName, str]) -> SharedP
         images = tuple(pixels.get(name, "") for name in rows.image_files(index)[: len(places)])
         end = int(places[-1]) + 1 if len(places) else 0
         keys.append((ids[:end].tobytes(), images) if images and all(images) else None)
-        sizes.append((end - len(places) + int(table.image_tokens(row)[: len(places)].sum()), len(places)))
+        count = len(places)
+        tokens = end - count + int(table.image_tokens(row)[:count].sum())
+        sizes.append((tokens, count, sum(table.tile_counts(row)[:count])))
     counts = Counter(keys)
     numbers: dict[Any, int] = defaultdict(lambda: len(numbers))
     of = [

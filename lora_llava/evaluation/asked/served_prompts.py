@@ -14,6 +14,7 @@ from lora_llava.evaluation.answerers import messages_of, server_messages
 from lora_llava.inference.client.chat_request import ChatAnswer, ChatRequest
 from lora_llava.inference.client.client import ChatServer, ask
 from lora_llava.inference.served.prompt_pairs import PromptPair, prompt_fault
+from lora_llava.model.families.image_counts import TokensOf
 
 BOS_FIELD = {"add_special_tokens": True}
 """vLLM's and SGLang's field of a chat completion; llama.cpp ignores it, transformers serve refuses it with HTTP 422."""
@@ -35,7 +36,7 @@ class SentPrompt:
 
 
 def sent_prompts(
-    rows: Sequence[Conversation], images: SplitImages, tokenizer: Any, template: AnyTemplate, num_image_tokens: int
+    rows: Sequence[Conversation], images: SplitImages, tokenizer: Any, template: AnyTemplate, num_image_tokens: TokensOf
 ) -> list[SentPrompt]:
     """Choose the first question without an image and the first one whose images can be opened.
 
@@ -44,7 +45,7 @@ def sent_prompts(
         images: Opens their images.
         tokenizer: The model's tokenizer.
         template: Its conversation template.
-        num_image_tokens: Tokens of one image.
+        num_image_tokens: Counts the tokens of images, from `tokens_of`.
     """
     found: dict[bool, SentPrompt] = {}
     for row in rows:
@@ -55,7 +56,10 @@ def sent_prompts(
         except BadImageError:
             continue
         ids = encode_prompt(
-            messages_of(row)[:-1], tokenizer=tokenizer, template=template, num_image_tokens=num_image_tokens
+            messages_of(row)[:-1],
+            tokenizer=tokenizer,
+            template=template,
+            num_image_tokens=num_image_tokens(row.images),
         )
         found[bool(row.images)] = SentPrompt(request, ids, len(row.images))
     return list(found.values())

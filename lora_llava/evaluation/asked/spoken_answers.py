@@ -10,7 +10,8 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import file_hash
 from lora_llava.data.conversation import IMAGE_PLACEHOLDER, Conversation
 from lora_llava.data.encode import IGNORE_INDEX
-from lora_llava.data.images.image_sources import Pixels, SplitImages
+from lora_llava.data.images.image_id import ImageName
+from lora_llava.data.images.image_sources import BadImageError, Pixels, SplitImages
 from lora_llava.data.typed import without_marks
 from lora_llava.evaluation.answerers import Answerer
 from lora_llava.inference.answer import Answer
@@ -21,7 +22,7 @@ from lora_llava.inference.question import Question
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker
 from lora_llava.model.adapter_file import checked_base
-from lora_llava.model.families.tower_families import image_tokens
+from lora_llava.model.families.tower_families import image_tokens, tiling_of, tokens_of_image
 from lora_llava.model.provenance import weights_state
 from lora_llava.model.vision import llava_of
 from lora_llava.model.weights.names import ADAPTER_FILE
@@ -41,7 +42,7 @@ def by_speaker(speaker: Speaker, images: SplitImages, batch_size: int, sampling:
     def answer(rows: Sequence[Conversation], answered: Collection[int]) -> Iterator[tuple[int, Answer]]:
         return generate_answers(
             speaker.model,
-            [Question(prompt_ids(speaker, row), row.images) for row in rows],
+            [Question(prompt_ids(speaker, row, images), row.images) for row in rows],
             tokenizer=speaker.processor.tokenizer,
             load_pixels=Pixels(images, speaker.processor.image_processor),
             batch_size=batch_size,
@@ -69,7 +70,7 @@ def given_losses(
     """
     found = answer_losses(
         speaker.model,
-        [_with_answer(speaker, row) for row in rows],
+        [_with_answer(speaker, row, images) for row in rows],
         [row.images for row in rows],
         load_pixels=Pixels(images, speaker.processor.image_processor),
         batch_size=batch_size,
@@ -78,28 +79,33 @@ def given_losses(
     yield from ((index, nats / tokens, greedy) for index, nats, tokens, greedy in found)
 
 
-def prompt_ids(speaker: Speaker, row: Conversation) -> list[int]:
+def prompt_ids(speaker: Speaker, row: Conversation, images: SplitImages) -> list[int]:
     """Encode a row up to its last answer with the speaker's processor.
+
+    Args:
+        speaker: The model.
+        row: The row.
+        images: Opens its images, whose sizes decide how many tokens a LLaVA-1.6 gives them.
 
     Raises:
         UserError: For a model of captions, or a prompt that leaves no position for an answer.
     """
     if speaker.single_turn:
         raise UserError(f"{speaker.name} was trained on captions (template plain), not on questions; name another")
-    ids = written_ids(speaker.processor, written_messages(row)[:-1], _image_tokens(speaker))
+    ids = written_ids(speaker.processor, written_messages(row)[:-1], _image_tokens(speaker, row, images))
     positions = int(llava_of(speaker.model).config.text_config.max_position_embeddings)
     if len(ids) >= positions:
-        images = f" with {len(row.images):,} image{'s' * (len(row.images) > 1)}" if row.images else ""
+        shown = f" with {len(row.images):,} image{'s' * (len(row.images) > 1)}" if row.images else ""
         raise UserError(
-            f"{row.name}{images} has {len(ids):,} tokens, and {speaker.name} only {positions:,} positions; leave it out"
+            f"{row.name}{shown} has {len(ids):,} tokens, and {speaker.name} only {positions:,} positions; leave it out"
         )
     return ids
 
 
-def _with_answer(speaker: Speaker, row: Conversation) -> tuple[list[int], list[int]]:
+def _with_answer(speaker: Speaker, row: Conversation, images: SplitImages) -> tuple[list[int], list[int]]:
     """Encode a row with its last answer; the answer and its stop token have labels."""
-    prompt = prompt_ids(speaker, row)
-    ids = written_ids(speaker.processor, written_messages(row), _image_tokens(speaker), answered=True)
+    prompt = prompt_ids(speaker, row, images)
+    ids = written_ids(speaker.processor, written_messages(row), _image_tokens(speaker, row, images), answered=True)
     pairs = enumerate(zip(prompt, ids, strict=False))
     start = next((place for place, (ours, whole) in pairs if ours != whole), len(prompt))
     stops = (place + 1 for place in range(start, len(ids)) if ids[place] in speaker.stop.ids)
@@ -122,8 +128,20 @@ def written_messages(row: Conversation) -> list[dict[str, Any]]:
     return messages
 
 
-def _image_tokens(speaker: Speaker) -> int:
-    return image_tokens(llava_of(speaker.model).config)
+def _image_tokens(speaker: Speaker, row: Conversation, images: SplitImages) -> int | list[int]:
+    """Return the tokens of an image, or of each of a row's; a LLaVA-1.6 counts an image that cannot be read as none."""
+    config = llava_of(speaker.model).config
+    if tiling_of(config) is None:
+        return image_tokens(config)
+    return [_tokens(config, images, name) for name in row.images]
+
+
+def _tokens(config: Any, images: SplitImages, name: ImageName) -> int:
+    try:
+        image = images.open(name)
+    except BadImageError:
+        return 1  # reported when the question is asked
+    return tokens_of_image(config, (image.height, image.width))
 
 
 def weights_of(model: str, base_only: bool = False) -> dict[str, str]:

@@ -22,6 +22,7 @@ from lora_llava.evaluation.inspection.near_duplicates import find_near_duplicate
 from lora_llava.evaluation.inspection.row_measures import GAIN_MARGIN, ROWS, Measures, measure_rows
 from lora_llava.evaluation.inspection.surprise import Surprise, find_surprises
 from lora_llava.inference.batches import Batches
+from lora_llava.model.families.image_counts import tokens_of
 from lora_llava.model.provenance import weights_state
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.recipe import EvaluationSection
@@ -209,7 +210,9 @@ def _measure_parts(
         with bar:
             for number, part in enumerate(parts):
                 if found[number] is None and evaluator is not None:
-                    here = replace(evaluator, load_pixels=opened.splits[rows[part[0]].split].load_pixels)
+                    split = opened.splits[rows[part[0]].split]
+                    tokens = tokens_of(opened.plan.config, split.sizes)
+                    here = replace(evaluator, load_pixels=split.load_pixels, num_image_tokens=tokens)
                     chosen = [rows[i].row for i in part]
                     found[number] = measure_rows(here, chosen, opened.recipe.seed + number, batches)
                     kept.save(number, _names(rows, part), found[number])  # type: ignore[arg-type]

@@ -86,7 +86,7 @@ class RecordedImages(EncodedImages):
         super()._encode(names)
         for name in names:
             if name in self._held and name not in self.averaged:
-                self.averaged[name] = average_patches(self._held[name])
+                self.averaged[name] = average_patches(self._held[name][0])  # of the whole image
 
 
 def average_patches(features: torch.Tensor) -> np.ndarray:
@@ -202,7 +202,7 @@ def _measure(
                 messages_of(row),
                 tokenizer=evaluator.tokenizer,
                 template=evaluator.template,
-                num_image_tokens=evaluator.num_image_tokens,
+                num_image_tokens=evaluator.num_image_tokens(row.images),
             )
         except EncodingError as error:
             problems[i] = str(error)

@@ -22,7 +22,7 @@ from lora_llava.inference.client.client import ChatServer, find_model
 from lora_llava.inference.load import load_processor
 from lora_llava.inference.open_model import background_of, open_speaker
 from lora_llava.model.adapter_file import checked_base
-from lora_llava.model.families.tower_families import image_tokens
+from lora_llava.model.families.tower_families import image_tokens, tiling_of
 from lora_llava.model.start import plan_model
 from lora_llava.recipe import ModelSection, StartFrom
 from lora_llava.runs.check_run import check_run
@@ -189,8 +189,11 @@ def _asker(model: str, base_only: bool, limit: int | None, folder: Path, server:
     if not here.is_dir():
         return TaskAsker(None, server, about=about, **place)
     base = str(checked_base(read_record(here), here)) if is_run(here) else model
-    tokens = image_tokens(plan_model(ModelSection(start_from=StartFrom(llava=base))).config)
-    return TaskAsker(None, server, about=about, processor=load_processor(here), num_image_tokens=tokens, **place)
+    config = plan_model(ModelSection(start_from=StartFrom(llava=base))).config
+    if tiling_of(config) is not None:
+        raise UserError(f"{model} is a LLaVA-1.6, whose prompts on a server are not compared yet; leave --server out")
+    place |= {"processor": load_processor(here), "num_image_tokens": image_tokens(config)}
+    return TaskAsker(None, server, about=about, **place)
 
 
 def _score(asker: TaskAsker, task: Any, limit: int | None) -> tuple[dict[str, float], int]:

@@ -13,13 +13,16 @@ from transformers import (
     CLIPImageProcessorPil,
     LlavaConfig,
     LlavaImageProcessorPil,
+    LlavaNextImageProcessorPil,
     PreTrainedConfig,
     SiglipImageProcessorPil,
 )
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.json_files import read_object_if_any
+from lora_llava.data.images.tiling import Tiling
 from lora_llava.model.families.language_families import build_config
+from lora_llava.model.families.llava_kinds import TILED
 
 FEATURE_LAYER = -2
 """LLaVA takes the output of the tower's last layer but one."""
@@ -109,11 +112,67 @@ def tower_of(config: LlavaConfig) -> TowerFamily:
     return TOWERS[config.vision_config.model_type]
 
 
+def tiling_of(config: LlavaConfig) -> Tiling | None:
+    """Return how a LLaVA-1.6 cuts images into tiles; None for a LLaVA that sees an image at one size.
+
+    Args:
+        config: A `LlavaConfig` or a `LlavaNextConfig`.
+    """
+    if config.model_type != TILED:
+        return None
+    vision = config.vision_config
+    grid = tuple((int(height), int(width)) for height, width in config.image_grid_pinpoints)
+    return Tiling(grid, vision.image_size, vision.image_size // vision.patch_size)
+
+
+def check_tiling(config: LlavaConfig, field: str) -> None:
+    """Refuse a LLaVA-1.6 whose tiles or features are not those of LLaVA's.
+
+    Args:
+        config: A `LlavaNextConfig`.
+        field: The start of messages.
+
+    Raises:
+        UserError: Naming the setting.
+    """
+    tile, grid = config.vision_config.image_size, config.image_grid_pinpoints
+    strategy = config.vision_feature_select_strategy
+    if strategy != "default" or not tower_of(config).class_tokens:
+        raise UserError(
+            f"{field}: vision_feature_select_strategy is {strategy!r} and its tower a {config.vision_config.model_type}"
+            "; of LLaVA-1.6, 'default' with a CLIP works"
+        )
+    if not grid or not all(_is_canvas(each, tile) for each in grid):
+        raise UserError(
+            f"{field}: image_grid_pinpoints is {grid}; each of its canvases needs a height and a width that are "
+            f"multiples of the tower's {tile} pixels; restore its config.json"
+        )
+
+
+def _is_canvas(value: Any, tile: int) -> bool:
+    pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return pair and all(isinstance(side, int) and side > 0 and side % tile == 0 for side in value)
+
+
 def image_tokens(config: LlavaConfig) -> int:
-    """Return the number of `<image>` tokens of one image, as stock model and processor count them."""
+    """Return the number of `<image>` tokens of one tile as stock model and processor count them.
+
+    That is the number of an image, unless the model sees it in tiles besides (`tokens_of_image`).
+    """
     vision = config.vision_config
     dropped = 1 if config.vision_feature_select_strategy == "default" else 0
     return int((vision.image_size // vision.patch_size) ** 2) + tower_of(config).class_tokens - dropped
+
+
+def tokens_of_image(config: LlavaConfig, size: tuple[int, int]) -> int:
+    """Return the number of `<image>` tokens of an image.
+
+    Args:
+        config: Configuration of the LLaVA.
+        size: Height and width of the image in pixels; only a LLaVA-1.6's number depends on them.
+    """
+    tiling = tiling_of(config)
+    return image_tokens(config) if tiling is None else tiling.tokens(size)
 
 
 def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -> Any:
@@ -150,6 +209,7 @@ _SAVED_KINDS = {
     "CLIPImageProcessor": CLIPImageProcessorPil,
     "CLIPFeatureExtractor": CLIPImageProcessorPil,
     "SiglipImageProcessor": SiglipImageProcessorPil,
+    "LlavaNextImageProcessor": LlavaNextImageProcessorPil,
 }
 """Stock image processors on PIL, by the name that a saved one has; `Fast` and `Pil` at its end are left out."""
 
@@ -167,18 +227,27 @@ def saved_image_processor(folder: Path, config: LlavaConfig) -> Any:
     Raises:
         UserError: For a processor of another kind, or whose images do not have the tower's size.
     """
-    saved = saved_image_settings(folder)
+    saved, tiling = saved_image_settings(folder), tiling_of(config)
+    if saved is None and tiling is not None:
+        raise UserError(f"{folder} has no preprocessor_config.json, which says how it cuts images; restore it")
     if saved is None:
         return image_processor_of(folder, config)
-    fix = "set data.image_aspect to pad or crop"
+    fix = "set data.image_aspect to pad or crop" if tiling is None else "restore its preprocessor_config.json"
     field = f"data.image_aspect is auto, but the image processor of {folder}"
     named = saved.get(_KIND) or saved.get("feature_extractor_type") or "CLIPImageProcessor"
     kind = _SAVED_KINDS.get(str(named).removesuffix("Fast").removesuffix("Pil"))
-    if kind is None:
-        raise UserError(f"{field} is a {named}; those that work are {', '.join(_SAVED_KINDS)}; {fix}")
+    fitting = [
+        name for name, each in _SAVED_KINDS.items() if (each is LlavaNextImageProcessorPil) == (tiling is not None)
+    ]
+    if kind is None or str(named).removesuffix("Fast").removesuffix("Pil") not in fitting:
+        raise UserError(f"{field} is a {named}; those that work are {', '.join(fitting)}; {fix}")
+    if tiling is not None:
+        _check_grid(saved, tiling, field)
+        saved["image_grid_pinpoints"] = [list(canvas) for canvas in tiling.grid]
     try:
         processor = kind(**{key: value for key, value in saved.items() if key in kind().to_dict() and key != _KIND})
-        shapes = {processor([np.zeros((*sides, 3), np.uint8)])["pixel_values"][0].shape for sides in ((5, 9), (9, 5))}
+        tries = [processor([np.zeros((*sides, 3), np.uint8)])["pixel_values"][0] for sides in ((5, 9), (9, 5))]
+        shapes = {one.shape for each in tries for one in (each if tiling is not None else [each])}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{field} cannot be used ({' '.join(str(error).split())}); {fix}") from None
     size = config.vision_config.image_size
@@ -186,6 +255,16 @@ def saved_image_processor(folder: Path, config: LlavaConfig) -> Any:
         found = " or ".join("x".join(map(str, shape[1:])) for shape in sorted(shapes))
         raise UserError(f"{field} gives {found} pixels, and its tower takes {size}x{size}; {fix}")
     return processor
+
+
+def _check_grid(saved: Mapping[str, Any], tiling: Tiling, field: str) -> None:
+    """Refuse an image processor that lacks a canvas of the config: the model would expect other tiles."""
+    found = saved.get("image_grid_pinpoints", LlavaNextImageProcessorPil.image_grid_pinpoints)
+    missing = [canvas for canvas in tiling.grid if not isinstance(found, list) or list(canvas) not in found]
+    if missing:
+        raise UserError(
+            f"{field} has no canvas {missing[0]} in its image_grid_pinpoints, as config.json has; restore both files"
+        )
 
 
 def saved_image_settings(folder: Path) -> dict[str, Any] | None:

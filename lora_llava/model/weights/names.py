@@ -11,16 +11,19 @@ _PREFIXES = {
     "language_model.lm_head.": "lm_head.",
     "vision_tower.": "model.vision_tower.",
     "multi_modal_projector.": "model.multi_modal_projector.",
+    "image_newline": "model.image_newline",
 }
-"""From llava-hf's names to transformers' (transformers/conversion_mapping.py, `llava`)."""
+"""From llava-hf's names to transformers' (transformers/conversion_mapping.py, `llava` and `llava_next`)."""
 _TIED = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 ADAPTER_FILE = "adapter_model.safetensors"
 """PEFT's name for the file of an adapter's weights."""
 PROJECTOR_PREFIX = "model.multi_modal_projector."
+NEWLINE_NAME = "model.image_newline"
+"""LLaVA-1.6's vector at the end of each line of patches."""
 COMPONENTS = {
     "llm": ("model.language_model.", "lm_head."),
     "vision_tower": ("model.vision_tower.",),
-    "projector": (PROJECTOR_PREFIX,),
+    "projector": (PROJECTOR_PREFIX, NEWLINE_NAME),
 }
 
 

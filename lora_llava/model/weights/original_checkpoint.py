@@ -91,6 +91,11 @@ def read_config(folder: Path) -> OriginalConfig:
     if feature not in _STRATEGIES:
         raise UserError(f"{folder}: mm_vision_select_feature is {feature}; only patch and cls_patch are supported")
     aspect = content.get("image_aspect_ratio") or "square"
+    if aspect == "anyres" or content.get("mm_patch_merge_type", "flat") != "flat":
+        raise UserError(
+            f"{folder} is a LLaVA-1.6 (image_aspect_ratio {aspect}), which import does not convert yet; start from "
+            "llava-hf's version of it, such as llava-hf/llava-v1.6-vicuna-7b-hf"
+        )
     if aspect not in _ASPECTS:
         raise UserError(f"{folder}: image_aspect_ratio is {aspect}; only pad and square are supported")
     return OriginalConfig(

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig
+
+from lora_llava.model.families.llava_kinds import llava_class
 
 Load = Callable[[str], torch.Tensor]
+_NEWLINE = "image_newline"
 
 
-def build_empty(config: LlavaConfig, device: torch.device | str = "cpu") -> LlavaForConditionalGeneration:
+def build_empty(config: LlavaConfig, device: torch.device | str = "cpu") -> Any:
     """Return a LLaVA without weights: parameters on the meta device, real buffers on `device`."""
     with init_empty_weights(include_buffers=False):
-        model = LlavaForConditionalGeneration(config).eval()
+        model = llava_class(config)(config).eval()
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
@@ -28,12 +31,17 @@ def stream_weights(
 ) -> None:
     """Load every block's weights before it runs and remove them afterwards.
 
+    A LLaVA-1.6's newline is loaded at once: it belongs to no block, and `generate` reads it before any block runs.
+
     Args:
         model: A LLaVA or its PEFT model, with parameters on the meta device.
         load: Returns the weight of a parameter by name, on its device and in its dtype.
         keep: Keep the weights, for a model that fits in memory.
         progress: Called with the name of every block that runs.
     """
+    for name, module in model.named_modules():
+        if _NEWLINE in module._parameters:
+            module._parameters[_NEWLINE] = nn.Parameter(load(f"{name}.{_NEWLINE}"), requires_grad=False)
     for name, block in _blocks(model):
         _stream_block(name, block, load, keep, progress)
 
@@ -46,7 +54,8 @@ def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         inside = any(name.startswith(f"{block}.") for block, _ in found)
         # A token adapter reads the matrix of the layer in it, without running that layer.
         is_block = parent.endswith("language_model.layers") or name.endswith(("vision_tower", ".token_adapter"))
-        if not inside and (is_block or any(True for _ in module.parameters(recurse=False))):
+        owns = any(each is not None for key, each in module._parameters.items() if key != _NEWLINE)
+        if not inside and (is_block or owns):
             found.append((name, module))
     return found
 

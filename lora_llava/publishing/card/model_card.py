@@ -199,8 +199,8 @@ def card_text(package: Package, repo_id: str, licences: Sequence[Licence]) -> st
 
 def _summary(package: Package) -> str:
     what = {
-        "adapter": "A LoRA adapter for LLaVA (`LlavaForConditionalGeneration`), including the trained projector.",
-        "model": "A complete LLaVA (`LlavaForConditionalGeneration`), ready for stock transformers.",
+        "adapter": f"A LoRA adapter for LLaVA (`{package.class_name}`), including the trained projector.",
+        "model": f"A complete LLaVA (`{package.class_name}`), ready for stock transformers.",
     }[package.kind]
     made = _joined([named(role, name) for role, name in sources(package)])
     imported = package.record.get("imported")

@@ -36,6 +36,8 @@ pipe = pipeline("image-text-to-text", model="{repo_id}")
 ```"""
     revision = package.record["base"].get("revision")
     where = f'"{package.base}"' + (f', revision="{revision}"' if revision else "")
+    limited = package.recipe.get("model", {}).get("max_tiles") is not None  # the base has more canvases than the run
+    grid = "base.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints\n" if limited else ""
     stop = f", stop_strings={json.dumps(stops)}, tokenizer=processor.tokenizer" if stops else ""
     code = f"""Install the requirements with `pip install transformers peft pillow torch`, then run:
 
@@ -47,7 +49,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 base = AutoModelForImageTextToText.from_pretrained({where}, dtype="auto")
 model = PeftModel.from_pretrained(base, "{repo_id}")
 processor = AutoProcessor.from_pretrained("{repo_id}")
-{_ASK}inputs = processor.apply_chat_template(
+{grid}{_ASK}inputs = processor.apply_chat_template(
     messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
 )
 answer = model.generate(**inputs, max_new_tokens=128{stop})

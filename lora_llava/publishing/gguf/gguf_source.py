@@ -11,6 +11,7 @@ from transformers import LlavaConfig
 from lora_llava.core.errors import UserError
 from lora_llava.core.json_files import read_object
 from lora_llava.model.families.language_families import build_config
+from lora_llava.model.families.llava_kinds import TILED
 from lora_llava.model.families.tower_families import saved_image_settings
 from lora_llava.model.weights.names import canonical_name
 from lora_llava.model.weights.tensor_files import LazyTensor, lazy_tensors, weight_files
@@ -54,8 +55,7 @@ def read_gguf_source(folder: Path) -> GgufSource:
     if not (folder / "config.json").is_file() or not weight_files([file.name for file in folder.iterdir()]):
         raise UserError(f"{folder} has no adapter and no model; name a run directory or the output of lora-llava merge")
     content = read_object(folder / "config.json")
-    if (kind := content.get("model_type")) != "llava":
-        raise UserError(f"{folder} is a {kind!r} model; export writes LLaVA models (model_type llava)")
+    _refuse_tiles(folder, str(content.get("model_type")))
     config: LlavaConfig = build_config(LlavaConfig, content, f"{folder}/config.json")
     model, tensors = folder / SENTENCEPIECE, lazy_tensors(folder)
     check_complete(folder, config, tensors)
@@ -65,11 +65,22 @@ def read_gguf_source(folder: Path) -> GgufSource:
 
 def _from_run(run: Path) -> GgufSource:
     source = read_source(run)
+    _refuse_tiles(run, source.config.model_type)
     if source.record.get("needs_base") == "nf4":
         raise UserError(f"{run} started with lora.init loftq; merge it first with --base nf4, and export that folder")
     tensors = merged_tensors(source.tensors, source.adapter, dtype=torch.float32, nf4_from=source.dtype)
     found = next((folder / SENTENCEPIECE for folder in (run, source.base) if (folder / SENTENCEPIECE).is_file()), None)
     return GgufSource(run, found, source.config, {canonical_name(tensor.name): tensor for tensor in tensors})
+
+
+def _refuse_tiles(folder: Path, kind: str) -> None:
+    """Refuse a model of another kind, among them LLaVA-1.6, whose tiles mmproj.py does not describe."""
+    if kind == TILED:
+        raise UserError(
+            f"{folder} is a LLaVA-1.6 ({kind}), whose tiles export cannot write yet; lora-llava chat answers with it"
+        )
+    if kind != "llava":
+        raise UserError(f"{folder} is a {kind!r} model; export writes LLaVA models (model_type llava)")
 
 
 def image_settings(folder: Path) -> dict[str, object]:

@@ -24,7 +24,7 @@ from lora_llava.inference.prompt import prompt_ids
 from lora_llava.inference.question import Question
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker
-from lora_llava.model.families.tower_families import image_tokens
+from lora_llava.model.families.tower_families import image_tokens, tiling_of
 from lora_llava.model.provenance import locate_base
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.vision import llava_of
@@ -64,6 +64,10 @@ class ModelHere:
     def __init__(self, name: str, quantization: Literal["auto", "nf4", "none"] = "auto") -> None:
         self.name = name
         self.speaker: Speaker = open_speaker(name, quantization=quantization)
+        if tiling_of(llava_of(self.speaker.model).config) is not None:
+            raise UserError(
+                f"{name} is a LLaVA-1.6, whose tiles verify does not compare yet; compare scores with evaluate --server"
+            )
         self.processor = self.speaker.processor
         self.tokenizer = self.processor.tokenizer
         self.num_image_tokens = image_tokens(llava_of(self.speaker.model).config)

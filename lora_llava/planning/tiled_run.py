@@ -1,0 +1,41 @@
+"""What is not supported yet for a LLaVA-1.6, which sees images in tiles."""
+
+from __future__ import annotations
+
+from transformers import LlavaConfig
+
+from lora_llava.core.errors import UserError
+from lora_llava.distributed.sharding import is_sharded
+from lora_llava.model.families.tower_families import tiling_of
+from lora_llava.recipe import Recipe
+
+
+def check_tiled(recipe: Recipe, config: LlavaConfig) -> None:
+    """Refuse a recipe with a setting that does not work yet with a LLaVA-1.6.
+
+    Args:
+        recipe: The recipe.
+        config: Configuration of its model.
+
+    Raises:
+        UserError: Naming the setting and the reason.
+    """
+    if tiling_of(config) is None:
+        return
+    aspect = recipe.data.image_aspect
+    refused = {
+        f"data.image_aspect is {aspect}, and a LLaVA-1.6 cuts images into tiles itself; set it to auto": aspect
+        != "auto",
+        "stage is 1, which trains the projector of assembled models; a LLaVA-1.6 has a trained one: set stage to 2": (
+            recipe.stage == 1
+        ),
+        "lora.vision has not been tested with the tiles of a LLaVA-1.6; leave it out": (
+            recipe.lora is not None and recipe.lora.vision is not None
+        ),
+        "FSDP has not been tested with a LLaVA-1.6; start with torchrun, which loads the complete model on every GPU": (
+            is_sharded()
+        ),
+    }
+    for reason, found in refused.items():
+        if found:
+            raise UserError(reason)
