@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=20, help="samples of an optimizer step")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each side, after one that is not timed")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each side, of which the fastest counts")
-    parser.add_argument("--cutoff-len", type=int, default=4096, help="tokens of LLaMA-Factory's packed rows")
+    parser.add_argument("--cutoff-len", type=int, default=4096, help="most tokens of a packed row, ours and theirs")
     parser.add_argument("--shape", default="tiny_body", choices=["tiny", "tiny_body"])
 
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _sides(args: argparse.Namespace, data: str) -> Any:
     words, questions = (None, 1) if data == "scienceqa" else (WORDS, int(data))
-    for side, micro in (("ours", args.samples), ("trl_random", args.samples)):
+    for side, micro in (("ours", _samples_of_a_row(args, questions)), ("trl_random", 4)):
         settings = BenchmarkSettings(
             side=side,
             shape=args.shape,
@@ -79,7 +79,7 @@ def _sides(args: argparse.Namespace, data: str) -> Any:
         result = run_in_process(settings)
         yield (
             side,
-            {key: result[key] for key in ("samples_per_second", "peak_memory_bytes")} | {"losses": result["losses"]},
+            {key: result[key] for key in ("samples_per_second", "peak_memory_bytes", "micro_batch", "losses")},
         )
     if args.llamafactory is None:
         return
@@ -88,6 +88,12 @@ def _sides(args: argparse.Namespace, data: str) -> Any:
         _write(Path(folder), args.shape, draw_rows(count, 0, words, questions))
         for name, own in LLAMAFACTORY.items():
             yield f"LLaMA-Factory, {name}", _llamafactory(args, Path(folder), own, count)
+
+
+def _samples_of_a_row(args: argparse.Namespace, questions: int) -> int:
+    """Return the samples of a packed row: as many as `cutoff_len` has room for, each shared image counted once."""
+    sizes = (size for size in range(args.samples, 0, -1) if args.samples % size == 0)
+    return next(size for size in sizes if 576 * -(-size // questions) + WORDS * size <= args.cutoff_len)
 
 
 def _write(folder: Path, shape: str, rows: Sequence[Any]) -> None:
