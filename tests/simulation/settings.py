@@ -46,6 +46,7 @@ class Setting:
         offload: Recompute as much as possible with inputs in host memory, whatever the budget.
         layers: Layers of the language model; None is all that the shape has.
         recomputed: Layers that are recomputed; None is the planner's choice.
+        host: Layers whose weights are in host memory, if `recomputed` is set.
         branches: Samples that share each image of the row, and the tokens of each behind `PREFIX`; None: no prefix.
     """
 
@@ -64,6 +65,7 @@ class Setting:
     offload: bool = False
     layers: int | None = None
     recomputed: int | None = None
+    host: int = 0
     branches: tuple[int, int] | None = None
 
     @property
@@ -226,5 +228,5 @@ def planned_step(setting: Setting) -> Step:
     extremes = Extremes(setting.tokens, setting.trained_tokens, images_of(setting, config), keys)
     step = build_step(recipe, config, extremes, cuda=True)
     if setting.recomputed is not None:
-        return replace(step, checkpointed=setting.recomputed, offloaded=setting.offload)
+        return replace(step, checkpointed=setting.recomputed, offloaded=setting.offload, host_layers=setting.host)
     return candidates(step)[-1] if setting.offload else choose_checkpointing(recipe, step)
