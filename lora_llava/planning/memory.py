@@ -37,8 +37,8 @@ GPU_SHARE = 0.97
 GPU_SHARE_OF_FIXED_SEGMENTS = 0.90
 """The same without them, as on Windows: freed blocks of other sizes cannot be joined across segments. In the replay,
 allocated bytes were 0.918 and 0.930 of the segments that had a block in use."""
-LOADING_SHARE = 0.99
-"""Usable share of a budget while weights are loaded, which frees blocks of few sizes; simulated, not measured."""
+LOADING_SHARE, LOADING_SHARE_OF_FIXED_SEGMENTS = 0.98, 0.97
+"""The same while NF4 weights are loaded, which frees few blocks, in a replay of 7B and 13B. Not measured on a GPU."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight: 4 bits, an 8-bit scale per 64 weights, a float32 scale per 256 scales (QLoRA, section 3)."""
 PCIE_BYTES_PER_SECOND = 25e9
@@ -341,8 +341,8 @@ def usable(step: Step, budget: int) -> int:
 def candidates(step: Step) -> list[Step]:
     """List the ways to run a step, fastest first. The last layer is never recomputed, as it is needed at once."""
     most = max(0, step.layers - 1)
-    ways = [replace(step, checkpointed=count, offloaded=False) for count in range(most + 1)]
-    return [*ways, replace(step, checkpointed=most, offloaded=True)] if step.cuda else ways
+    ways = [replace(step, checkpointed=count, offloaded=False, host_layers=0) for count in range(most + 1)]
+    return [*ways, replace(ways[-1], offloaded=True)] if step.cuda else ways
 
 
 def host_candidates(step: Step) -> list[Step]:
@@ -354,8 +354,8 @@ def host_candidates(step: Step) -> list[Step]:
     reads_weights = lora is not None and (lora.dora or lora.init == "loftq")
     if not step.cuda or step.quantization != "nf4" or step.ranks > 1 or reads_weights:
         return []
-    smallest_without = replace(candidates(step)[-1], host_layers=0)
-    return [replace(smallest_without, host_layers=count) for count in range(BUFFERS + 1, step.layers)]
+    last = candidates(step)[-1]
+    return [replace(last, host_layers=count) for count in range(BUFFERS + 1, step.layers)]
 
 
 def needed(step: Step) -> int:
@@ -363,7 +363,8 @@ def needed(step: Step) -> int:
     if not step.cuda:
         return step.peak
     least = math.ceil(step.peak / gpu_share())
-    return max(least, math.ceil(step.loading / LOADING_SHARE)) if step.host_layers else least
+    share = LOADING_SHARE if has_expandable_segments() else LOADING_SHARE_OF_FIXED_SEGMENTS
+    return max(least, math.ceil(step.loading / share)) if step.host_layers else least
 
 
 def smallest(step: Step) -> int:

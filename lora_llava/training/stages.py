@@ -92,9 +92,7 @@ class TrainResult:
         return asdict(self)
 
 
-def build_trained_model(
-    recipe: Recipe, base: Base, saved: LoraConfig | None = None, host_layers: int = 0
-) -> PeftModel:
+def build_trained_model(recipe: Recipe, base: Base, saved: LoraConfig | None = None, host_layers: int = 0) -> PeftModel:
     """Load the base and add the adapters of a recipe.
 
     Args:

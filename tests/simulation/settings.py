@@ -107,6 +107,12 @@ SETTINGS = [
     Setting("13B r64 8-bit 4096 tower, 24 GB", 23.7, shape="13b", r=64, tokens=4096, cached=False, optimizer=EIGHT_BIT),
 ]
 
+IN_HOST_MEMORY = [
+    Setting("7B r16 8-bit 1024 cached, weights in host memory", 4.8, tokens=1024, optimizer=EIGHT_BIT),
+    Setting("13B r16 8-bit 1024 cached, weights in host memory", 7.6, shape="13b", tokens=1024, optimizer=EIGHT_BIT),
+]
+"""Settings whose budget only weights in host memory can meet."""
+
 SHARED = [
     Setting("10 samples, one to an image", tokens=6620, images=10, trained=0.0805, recomputed=16),
     Setting("10 samples, two to an image", tokens=3710, images=5, trained=0.1437, recomputed=16, branches=(2, 80)),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.simulation.settings import FAMILIES, SETTINGS, SHARED, Setting
+from tests.simulation.settings import FAMILIES, IN_HOST_MEMORY, SETTINGS, SHARED, Setting
 
 Measured = Callable[..., list[dict[str, Any]]]
 OFFLOADED = next(setting for setting in SETTINGS if setting.offload)
@@ -32,6 +32,17 @@ def test_every_setting_of_the_table_holds(measured: Measured) -> None:
     others = [setting for setting in SETTINGS if setting is not OFFLOADED]
     for found in measured("depth", others):
         check(found)
+
+
+@pytest.mark.more
+def test_plans_with_weights_in_host_memory_hold(measured: Measured) -> None:
+    found = measured("depth", IN_HOST_MEMORY)
+    assert [(each["recomputed"], each["offloaded"], each["host_layers"]) for each in found] == [
+        (31, True, 8),
+        (39, True, 12),
+    ]
+    for each in found:
+        check(each)
 
 
 @pytest.mark.more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ class HostWeights:
     def __init__(self, layers: list[nn.Module]) -> None:
         device = _weights(layers[0])[0].device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._host = [_packed(layer) for layer in layers]
+        moved = [_to_host(layer) for layer in layers]  # all leave the device before the buffers are made
+        self._host = [packed for packed, _ in moved]
         size = max(each.numel() for each in self._host)
         self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(BUFFERS)]
         self._present = [-1] * BUFFERS
-        for index, layer in enumerate(layers):
-            _view(layer, self._buffers[index % BUFFERS])
+        for index, (layer, (_, parts)) in enumerate(zip(layers, moved, strict=True)):
+            _view(layer, parts, self._buffers[index % BUFFERS])
             layer.register_forward_pre_hook(lambda *_, index=index: self._use(index, index + 1))
             layer.register_forward_hook(lambda *call, index=index: self._before_backward(call[-1], index))
 
@@ -89,35 +91,40 @@ def _weights(layer: nn.Module) -> list[Any]:
     return [each for each in layer.parameters() if getattr(each, "quant_state", None) is not None]
 
 
-def _tensors(layer: nn.Module) -> list[torch.Tensor]:
-    """Return the large tensors of a layer's 4-bit weights: packed values and 8-bit scales."""
-    return [tensor for weight in _weights(layer) for tensor in (weight.data, weight.quant_state.absmax)]
+@dataclass(frozen=True)
+class _Part:
+    """Where a tensor is within a layer's bytes."""
+
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def of(self, packed: torch.Tensor) -> torch.Tensor:
+        return packed[self.start : self.end].view(self.dtype).view(self.shape)
 
 
-def _places(layer: nn.Module) -> list[tuple[int, int]]:
-    """Return where each of `_tensors` begins and ends in a buffer."""
-    places, end = [], 0
-    for tensor in _tensors(layer):
+def _to_host(layer: nn.Module) -> tuple[torch.Tensor, list[_Part]]:
+    """Move a layer's packed values and 8-bit scales to host memory, one behind the other.
+
+    What is left of the quantization states is small: tables, and the scales of the scales.
+    """
+    parts: list[_Part] = []
+    tensors = [tensor for weight in _weights(layer) for tensor in (weight.data, weight.quant_state.absmax)]
+    end = 0
+    for tensor in tensors:
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
         end = start + tensor.numel() * tensor.element_size()
-        places.append((start, end))
-    return places
+        parts.append(_Part(start, end, tensor.dtype, tensor.shape))
+    packed = torch.zeros(end, dtype=torch.uint8, device="cpu")
+    for tensor, part in zip(tensors, parts, strict=True):
+        part.of(packed).copy_(tensor)
+    for weight in _weights(layer):
+        weight.data, weight.quant_state.absmax = weight.data.new_empty(0), weight.quant_state.absmax.new_empty(0)
+    return packed.pin_memory() if torch.cuda.is_available() else packed, parts
 
 
-def _packed(layer: nn.Module) -> torch.Tensor:
-    """Return a layer's 4-bit weights, one behind the other in host memory."""
-    places = _places(layer)
-    packed = torch.zeros(places[-1][1], dtype=torch.uint8, device="cpu")
-    for tensor, (start, end) in zip(_tensors(layer), places, strict=True):
-        packed[start:end].copy_(tensor.reshape(-1).view(torch.uint8))
-    return packed.pin_memory() if torch.cuda.is_available() else packed
-
-
-def _view(layer: nn.Module, buffer: torch.Tensor) -> None:
+def _view(layer: nn.Module, parts: list[_Part], buffer: torch.Tensor) -> None:
     """Let a layer's 4-bit weights be views of a buffer."""
-    views = [
-        buffer[start:end].view(tensor.dtype).view(tensor.shape)
-        for tensor, (start, end) in zip(_tensors(layer), _places(layer), strict=True)
-    ]
-    for weight, data, scales in zip(_weights(layer), views[::2], views[1::2], strict=True):
-        weight.data, weight.quant_state.absmax = data, scales
+    for weight, data, scales in zip(_weights(layer), parts[::2], parts[1::2], strict=True):
+        weight.data, weight.quant_state.absmax = data.of(buffer), scales.of(buffer)
