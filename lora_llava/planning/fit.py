@@ -218,14 +218,17 @@ def recomputation(step: Step) -> str:
     return text + (f", weights of {step.host_layers} too" if step.host_layers else "")
 
 
-def host_weights(step: Step) -> str | None:
-    """Describe the weights in host memory and what they cost; None if there are none."""
+def host_weights(recipe: Recipe, step: Step) -> str | None:
+    """Describe the weights in host memory, what they cost, and what avoids them; None if there are none."""
     if not step.host_layers:
         return None
-    seconds = step.copies * step.copy_seconds
+    budget, _ = memory_budget(recipe)
+    without = (text for text, leaner in leaner_steps(recipe, step) if fit_step(leaner, budget, in_host=False))
+    setting = next(without, None)
     return (
         f"weights of {step.host_layers} of {step.layers} layers in host memory: {_gib(step.host_savings)} less, at "
-        f"most {seconds:.2f} s a row at PCIe 4 x16 (computed)"
+        f"most {step.copies * step.copy_seconds:.2f} s a row at PCIe 4 x16 (computed)"
+        + (f"; set {setting}, and none is needed" if setting else "")
     )
 
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from transformers import LlavaConfig
 
 from lora_llava.core.quiet import has_expandable_segments
+from lora_llava.distributed.ranks import this_rank
 from lora_llava.model.families.decoder_shape import DecoderShape, attention_widths, decoder_shape, tower_parameters
 from lora_llava.model.families.language_families import family_of
 from lora_llava.model.families.tower_families import tower_of
@@ -348,11 +349,12 @@ def candidates(step: Step) -> list[Step]:
 def host_candidates(step: Step) -> list[Step]:
     """List the ways to run a step with 4-bit weights in host memory, fastest first.
 
-    Sharded weights are not moved, and neither are those that DoRA or LoftQ read before training.
+    Only one process does so: several start by copying all weights from the first, also those that have no values yet.
+    DoRA and LoftQ read the weights before training.
     """
     lora = step.lora
     reads_weights = lora is not None and (lora.dora or lora.init == "loftq")
-    if not step.cuda or step.quantization != "nf4" or step.ranks > 1 or reads_weights:
+    if not step.cuda or step.quantization != "nf4" or this_rank()[1] > 1 or reads_weights:
         return []
     last = candidates(step)[-1]
     return [replace(last, host_layers=count) for count in range(BUFFERS + 1, step.layers)]

@@ -133,7 +133,7 @@ def print_memory(recipe: Recipe, step: Step, longest: int, console: Console) -> 
         f"{recomputation(step)}; {budget / GIB:.1f} GiB available ({source}); optimizer "
         f"{resolve_optimizer(recipe, cuda=step.cuda)}"
     )
-    if line := host_weights(step):
+    if line := host_weights(recipe, step):
         console.print(line, soft_wrap=True)
 
 

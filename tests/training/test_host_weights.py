@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ends import act_at
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from lora_llava.model.adapters import add_adapters, lora_config
@@ -14,7 +18,10 @@ from lora_llava.model.fast_path.host_weights import HostWeights, keep_in_host_me
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import default_device
 from lora_llava.model.random_weights import build_random_llava
+from lora_llava.planning import run_plan
+from lora_llava.recipe.io import check_recipe
 from lora_llava.recipe.schema import LINEARS
+from tests.training.small_runs import PulledPlugError, pull_plug, run, same, weights
 
 CONFIG = LlavaConfig(
     text_config=LlamaConfig(
@@ -120,3 +127,32 @@ def test_the_weights_of_all_layers_share_two_buffers() -> None:
     assert kept is not None
     values = 4 * 128 * 128 + 3 * 128 * 384
     assert kept.host_bytes == pytest.approx(4 * values * (0.5 + 1 / 64), rel=0.01)
+
+
+@pytest.mark.more
+def test_a_run_is_resumed_and_evaluated_equally(
+    stage2_content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run with both layers' weights in host memory, stopped and resumed, is a run without, answers included."""
+    stage2_content["training"] |= {"max_steps": 6, "gradient_accumulation": 2, "batch_size": 2}
+    recipe = check_recipe(stage2_content, "test")
+    run(recipe)
+    choose = run_plan.choose_checkpointing
+    monkeypatch.setattr(
+        run_plan,
+        "choose_checkpointing",
+        lambda *each: replace(choose(*each), checkpointed=2, offloaded=True, host_layers=2),
+    )
+    other = check_recipe(stage2_content | {"output_dir": str(tmp_path / "other")}, "test")
+    with monkeypatch.context() as patch:
+        act_at(5, pull_plug, patch.setattr)
+        with pytest.raises(PulledPlugError):
+            run(other)
+    run(other, resume=True)
+    first, second = (json.loads(Path(each.output_dir, "metrics.json").read_text()) for each in (recipe, other))
+    assert (first["step"]["host_layers"], second["step"]["host_layers"]) == (0, 2)
+    assert same(weights(Path(recipe.output_dir)), weights(tmp_path / "other"))
+    assert first["train"]["loss_curve"] == second["train"]["loss_curve"]
+    assert first["after"] == second["after"]
+    answers = [(Path(each.output_dir) / "predictions_after.jsonl").read_text() for each in (recipe, other)]
+    assert answers[0] == answers[1]
