@@ -228,7 +228,7 @@ def host_weights(recipe: Recipe, step: Step) -> str | None:
     return (
         f"weights of {step.host_layers} of {step.layers} layers in host memory: {_gib(step.host_savings)} less, at "
         f"most {step.copies * step.copy_seconds:.2f} s a row at PCIe 4 x16 (computed)"
-        + (f"; set {setting}, and none is needed" if setting else "")
+        + (f"; set {setting} to keep them on the GPU" if setting else "")
     )
 
 

@@ -20,6 +20,7 @@ from lora_llava.model.fast_path.activation_checkpointing import checkpoint_langu
 from lora_llava.model.fast_path.attention import IMPLEMENTATION, register_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.random_weights import build_random_llava
+from lora_llava.planning import memory
 from lora_llava.planning.memory import (
     CUDA_CONTEXT,
     GIB,
@@ -208,15 +209,17 @@ def test_what_does_not_fit_otherwise_has_weights_in_host_memory(shape: str, gib:
     assert found.loading / 0.98 <= gib * GIB  # all weights are loaded before some are moved
 
 
-def test_weights_stay_on_the_gpu_where_they_cannot_be_moved() -> None:
+def test_weights_stay_on_the_gpu_where_they_cannot_be_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     for change in (
         {"cuda": False},
-        {"ranks": 2},
         {"quantization": "none"},
         {"lora": LoraSection(r=16, dora=True)},
         {"lora": LoraSection(r=16, init="loftq")},
     ):
         assert host_candidates(step_of(**change)) == [], change
+    assert host_candidates(step_of())
+    monkeypatch.setattr(memory, "this_rank", lambda: (0, 2))
+    assert host_candidates(step_of()) == []
 
 
 def test_keeping_the_last_layer_costs_nothing() -> None:

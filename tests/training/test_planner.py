@@ -121,7 +121,7 @@ def test_a_plan_with_weights_in_host_memory_names_their_cost_and_settings_withou
         f"weights of {step.host_layers} of 32 layers in host memory: {step.host_savings / GIB:.1f} GiB less, at most "
         f"{step.copies * step.copy_seconds:.2f} s a row at PCIe 4 x16 (computed)"
     )
-    overrides = setting.removesuffix(", and none is needed").split()
+    overrides = setting.removesuffix(" to keep them on the GPU").split()
     fixed = load_recipe("scienceqa_qlora.yaml", ["training.memory_gb=6.5", *overrides])
     tokens = fixed.training.max_tokens_per_row
     assert tokens is not None
