@@ -28,6 +28,7 @@ from lora_llava.model.base import build_processor
 from lora_llava.model.families.tower_families import image_processor_of, image_tokens
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.fast_path.attention import use_flash_varlen
+from lora_llava.model.fast_path.host_weights import keep_in_host_memory
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.fast_path.liger import use_liger
 from lora_llava.model.loading import default_device, resolve_dtype
@@ -222,6 +223,7 @@ def _ours(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, cloc
     pixels = {name: str(name) for i in indices for name in samples.image_files(i)}  # no image is a copy of another
     shared = find_prefixes(samples, pixels) if settings.questions > 1 else None
     step = _planned(settings, config, measure_rows(rows, samples, padded=False, shared=shared), cached)
+    keep_in_host_memory(model.model.language_model, step.host_layers)
     checkpoint_language_model(model, step.checkpointed, step.offloaded)
     arguments = _arguments(
         settings,

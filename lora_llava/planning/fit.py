@@ -197,9 +197,12 @@ def what_fits(recipe: Recipe, step: Step) -> list[tuple[int, str]]:
     for size in CARDS_GB:
         budget = int(size * GIB - CARD_OVERHEAD)
         unchanged = as_requested(recipe, on_card, budget)
+        leaner = leaner_steps(recipe, on_card)
         ways = [
+            *([("as it is", unchanged)] if unchanged is None or not unchanged.host_layers else []),
+            *((text, fit_step(each, budget, in_host=False)) for text, each in leaner),
             ("as it is", unchanged),
-            *((text, fit_step(leaner, budget)) for text, leaner in leaner_steps(recipe, on_card)),
+            *((text, fit_step(each, budget)) for text, each in leaner),
         ]
         text, fit = next(((text, fit) for text, fit in ways if fit is not None), ("", None))
         lines.append((size, "nothing fits" if fit is None else f"{text}; {recomputation(fit)}; {_gib(fit.peak)}"))
@@ -211,7 +214,22 @@ def recomputation(step: Step) -> str:
     if not step.checkpointed:
         return "no layer recomputed"
     text = f"{step.checkpointed} of {step.layers} layers recomputed"
-    return text + (", their inputs in host memory" if step.offloaded else "")
+    text += ", their inputs in host memory" if step.offloaded else ""
+    return text + (f", weights of {step.host_layers} too" if step.host_layers else "")
+
+
+def host_weights(recipe: Recipe, step: Step) -> str | None:
+    """Describe the weights in host memory, what they cost, and what avoids them; None if there are none."""
+    if not step.host_layers:
+        return None
+    budget, _ = memory_budget(recipe)
+    without = (text for text, leaner in leaner_steps(recipe, step) if fit_step(leaner, budget, in_host=False))
+    setting = next(without, None)
+    return (
+        f"weights of {step.host_layers} of {step.layers} layers in host memory: {_gib(step.host_savings)} less, at "
+        f"most {step.copies * step.copy_seconds:.2f} s a row at PCIe 4 x16 (computed)"
+        + (f"; set {setting} to keep them on the GPU" if setting else "")
+    )
 
 
 def _gib(size: float) -> str:

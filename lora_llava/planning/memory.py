@@ -12,9 +12,11 @@ from functools import cached_property
 from transformers import LlavaConfig
 
 from lora_llava.core.quiet import has_expandable_segments
+from lora_llava.distributed.ranks import this_rank
 from lora_llava.model.families.decoder_shape import DecoderShape, attention_widths, decoder_shape, tower_parameters
 from lora_llava.model.families.language_families import family_of
 from lora_llava.model.families.tower_families import image_tokens, tiling_of, tower_of
+from lora_llava.model.fast_path.host_weights import BUFFERS
 from lora_llava.model.fast_path.trained_loss import tokens_at_once
 from lora_llava.planning.trained_memory import (
     full_parameters,
@@ -36,8 +38,12 @@ GPU_SHARE = 0.97
 GPU_SHARE_OF_FIXED_SEGMENTS = 0.90
 """The same without them, as on Windows: freed blocks of other sizes cannot be joined across segments. In the replay,
 allocated bytes were 0.918 and 0.930 of the segments that had a block in use."""
+LOADING_SHARE, LOADING_SHARE_OF_FIXED_SEGMENTS = 0.98, 0.97
+"""The same while NF4 weights are loaded, which frees few blocks, in a replay of 7B and 13B. Not measured on a GPU."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes per weight: 4 bits, an 8-bit scale per 64 weights, a float32 scale per 256 scales (QLoRA, section 3)."""
+PCIE_BYTES_PER_SECOND = 25e9
+"""Copies from pinned memory over PCIe 4 x16: an assumption, 80% of its 31.5 GB/s; not measured."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Step:
         new_tokens: Number of tokens whose rows of embeddings and head are trained.
         keys: Keys and values that attention reads in the row; None is `tokens`, more if samples share prefixes.
         by_sample: Whether attention runs sample by sample on a GPU, as it always does on a CPU.
+        host_layers: Number of language model layers whose 4-bit weights are in host memory.
     """
 
     config: LlavaConfig
@@ -79,6 +86,7 @@ class Step:
     new_tokens: int = 0
     keys: int | None = None
     by_sample: bool = False
+    host_layers: int = 0
 
     @property
     def layers(self) -> int:
@@ -106,7 +114,8 @@ class Step:
         ranks = self.ranks
         weights = {
             "language model, " + ("NF4" if self.quantization == "nf4" else "unquantized"): self._linears() // ranks
-            + self._extra_scales(),
+            + self._extra_scales()
+            - self.host_savings,
             "embeddings, head, norms": self._embeddings() // ranks,
             "vision tower": 0
             if self.cached_features
@@ -133,6 +142,33 @@ class Step:
     def peak(self) -> int:
         """Peak bytes of a step."""
         return sum(self.parts().values())
+
+    @property
+    def host_savings(self) -> int:
+        """Bytes less on the device by weights in host memory, where two layers have a buffer (host_weights.py)."""
+        return max(0, self.host_layers - BUFFERS) * self._host_bytes
+
+    @property
+    def copy_seconds(self) -> float:
+        """Seconds to copy a layer's 4-bit weights to the device; computed."""
+        return self._host_bytes / PCIE_BYTES_PER_SECOND
+
+    @property
+    def copies(self) -> int:
+        """Layers copied in a forward and a backward pass; those in the buffers when a pass turns are not."""
+        return 2 * max(0, self.host_layers - BUFFERS)
+
+    @property
+    def _host_bytes(self) -> int:
+        """Bytes of a layer that are kept in host memory: packed weights and 8-bit scales."""
+        return int(self.shape.weights * (0.5 + 1 / 64)) // self.layers
+
+    @property
+    def loading(self) -> int:
+        """Peak bytes of loading 4-bit weights, before any are moved to host memory: all, and one matrix in 16 bits."""
+        projector = projector_parameters(self.config) * self.dtype_bytes
+        tower = 0 if self.cached_features else self._tower()
+        return self._linears() + self._embeddings() + tower + projector + self._dequantized() + CUDA_CONTEXT
 
     @property
     def lora_parameters(self) -> int:
@@ -286,20 +322,19 @@ def trained_projector_parameters(config: LlavaConfig) -> int:
     return projector_parameters(config) - int(identity)
 
 
-def fit_step(step: Step, budget: int) -> Step | None:
-    """Return the step with the fewest recomputed layers that fit a budget, and host offload only if necessary.
+def fit_step(step: Step, budget: int, *, in_host: bool = True) -> Step | None:
+    """Return the fastest way to run a step that fits a budget: see `candidates` and `host_candidates`.
 
     Args:
-        step: The step; its `checkpointed` and `offloaded` are ignored.
+        step: The step; its `checkpointed`, `offloaded` and `host_layers` are ignored.
         budget: Bytes; see `usable`.
+        in_host: Whether weights may be in host memory.
 
     Returns:
         The step, or None if nothing fits.
     """
-    for candidate in candidates(step):
-        if candidate.peak <= usable(step, budget):
-            return candidate
-    return None
+    ways = [*candidates(step), *(host_candidates(step) if in_host else ())]
+    return next((way for way in ways if needed(way) <= budget), None)
 
 
 def gpu_share() -> float:
@@ -315,11 +350,33 @@ def usable(step: Step, budget: int) -> int:
 def candidates(step: Step) -> list[Step]:
     """List the ways to run a step, fastest first. The last layer is never recomputed, as it is needed at once."""
     most = max(0, step.layers - 1)
-    ways = [replace(step, checkpointed=count, offloaded=False) for count in range(most + 1)]
-    return [*ways, replace(step, checkpointed=most, offloaded=True)] if step.cuda else ways
+    ways = [replace(step, checkpointed=count, offloaded=False, host_layers=0) for count in range(most + 1)]
+    return [*ways, replace(ways[-1], offloaded=True)] if step.cuda else ways
+
+
+def host_candidates(step: Step) -> list[Step]:
+    """List the ways to run a step with 4-bit weights in host memory, fastest first.
+
+    Only one process does so: several start by copying all weights from the first, also those that have no values yet.
+    DoRA and LoftQ read the weights before training.
+    """
+    lora = step.lora
+    reads_weights = lora is not None and (lora.dora or lora.init == "loftq")
+    if not step.cuda or step.quantization != "nf4" or this_rank()[1] > 1 or reads_weights:
+        return []
+    last = candidates(step)[-1]
+    return [replace(last, host_layers=count) for count in range(BUFFERS + 1, step.layers)]
+
+
+def needed(step: Step) -> int:
+    """Return the smallest budget, in bytes, in which a step runs as it is."""
+    if not step.cuda:
+        return step.peak
+    least = math.ceil(step.peak / gpu_share())
+    share = LOADING_SHARE if has_expandable_segments() else LOADING_SHARE_OF_FIXED_SEGMENTS
+    return max(least, math.ceil(step.loading / share)) if step.host_layers else least
 
 
 def smallest(step: Step) -> int:
     """Return the smallest budget, in bytes, in which a step fits."""
-    least = min(candidate.peak for candidate in candidates(step))
-    return math.ceil(least / gpu_share()) if step.cuda else least
+    return min(needed(way) for way in [*candidates(step), *host_candidates(step)])

@@ -18,7 +18,7 @@ from lora_llava.data.encode import IGNORE_INDEX
 from lora_llava.model.families.language_families import outside_the_table
 from lora_llava.model.families.llava_kinds import llava_class
 from lora_llava.planning.answer_memory import AnswerPlan, plan_answers
-from lora_llava.planning.fit import recomputation, resolve_optimizer
+from lora_llava.planning.fit import host_weights, recomputation, resolve_optimizer
 from lora_llava.planning.memory import GIB, Step
 from lora_llava.planning.memory_budget import memory_budget
 from lora_llava.planning.run_plan import RunPlan
@@ -134,6 +134,8 @@ def print_memory(recipe: Recipe, step: Step, longest: int, console: Console) -> 
         f"{recomputation(step)}; {budget / GIB:.1f} GiB available ({source}); optimizer "
         f"{resolve_optimizer(recipe, cuda=step.cuda)}"
     )
+    if line := host_weights(recipe, step):
+        console.print(line, soft_wrap=True)
 
 
 def _answering(recipe: Recipe, answers: AnswerPlan) -> str:

@@ -71,7 +71,9 @@ def step_seconds(one: float, two: float, step: Step) -> float:
         step: The step, with its number of layers and of recomputed ones.
     """
     layer = max(0.0, two - one)
-    return one + layer * (step.layers - 1 + step.checkpointed / 2)
+    # The next layer's weights are copied while a layer is computed: forward, or again and backward.
+    waits = sum(max(0.0, step.copy_seconds - computed) for computed in (layer / 2, layer))
+    return one + layer * (step.layers - 1 + step.checkpointed / 2) + waits * step.copies / 2
 
 
 def _time_layers(recipe: Recipe, step: Step, layers: int) -> float:

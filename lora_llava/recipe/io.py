@@ -312,6 +312,7 @@ LATER_KEYS: dict[str, Any] = {
     "lora.vision": None,
     "lora.modules_to_save": [],
     "lora.init": "default",
+    "model.max_tiles": None,
     "training.loraplus_ratio": None,
     "training.early_stopping": None,
     "training.deterministic": False,

@@ -237,7 +237,9 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     first_alone(lambda: _open_run(folder, plan, identity, resumed is None))
     limit_memory(recipe)
     cache_features(plan, base, console)
-    model = build_trained_model(recipe, replace(base, initial_projector=None), saved_config(recipe, resumed))
+    model = build_trained_model(
+        recipe, replace(base, initial_projector=None), saved_config(recipe, resumed), plan.step.host_layers
+    )
     freeze_plan = describe_plan(model)
     plan_tables.print_freeze_plan(freeze_plan, console)
     console.print(f"attention: {plan.computation.attention}", soft_wrap=True)
@@ -344,6 +346,7 @@ def _metrics(
             "planned_bytes": plan.step.peak,
             "checkpointed_layers": plan.step.checkpointed,
             "offloaded": plan.step.offloaded,
+            "host_layers": plan.step.host_layers,
         },
         "data": {name: split.report.as_dict() for name, split in plan.splits.items()},
         "model": {

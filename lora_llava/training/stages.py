@@ -26,6 +26,7 @@ from lora_llava.model.adapters import add_adapters, freeze_plan, trained_project
 from lora_llava.model.families.image_counts import limit_tiles
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.fast_path.attention import use_flash_varlen
+from lora_llava.model.fast_path.host_weights import keep_in_host_memory
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.loading import load_base
 from lora_llava.model.new_tokens import new_token_ids
@@ -92,13 +93,14 @@ class TrainResult:
         return asdict(self)
 
 
-def build_trained_model(recipe: Recipe, base: Base, saved: LoraConfig | None = None) -> PeftModel:
+def build_trained_model(recipe: Recipe, base: Base, saved: LoraConfig | None = None, host_layers: int = 0) -> PeftModel:
     """Load the base and add the adapters of a recipe.
 
     Args:
         recipe: The recipe.
         base: From `prepare_base`.
         saved: The PEFT config of the checkpoint to resume from, which has the ranks; None makes that of the recipe.
+        host_layers: Number of layers whose 4-bit weights are kept in host memory.
 
     Returns:
         The PEFT model, with the projector of Stage 1 if the base has one.
@@ -113,6 +115,7 @@ def build_trained_model(recipe: Recipe, base: Base, saved: LoraConfig | None = N
         to_shard=is_sharded(),
     )
     limit_tiles(model.config, recipe.model.max_tiles)
+    keep_in_host_memory(model.model.language_model, host_layers)
     if is_padding_free(recipe, model.config)[0]:
         use_flash_varlen(model)
     ids = new_token_ids(base.folder, recipe.model.new_tokens, model.config)

@@ -84,7 +84,7 @@ def test_batches_are_halved_until_they_fit(
 
 def test_the_merge_proof_is_halved_too(speaking: Any, device: Any, capsys: Any) -> None:
     asked, rows = speaking
-    prompts = Prompts([asked.prompt(row) for row in rows if not row.images][:4], [None] * 4, 0)
+    prompts = Prompts([asked.prompt(row) for row in rows if not row.images][:4], [None] * 4, 0, [None] * 4)
     stops = [asked.tokenizer.eos_token_id]
     answers = greedy_answers(asked.model, prompts, 3, stops)
     logits = last_logits(asked.model, prompts, answers, 4)

@@ -95,6 +95,9 @@ def pretend(card: int, capability: tuple[int, int] = (8, 9)) -> list[Meter]:
     cuda.max_memory_allocated = cuda.max_memory_reserved = lambda *args: counted("peak")
     cuda.mem_get_info = lambda *args: (card - counted("total"), card)
     cuda.device = lambda *args, **kwargs: contextlib.nullcontext()
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    cuda.Stream = cuda.current_stream = lambda *args: stream
+    cuda.stream = lambda *args: contextlib.nullcontext()
     cuda.default_generators = ()
     fake_tensor.init_gpu_context = lambda *args, **kwargs: None
     torch._C._set_only_lift_cpu_tensors(True)

@@ -48,6 +48,7 @@ class Setting:
         offload: Recompute as much as possible with inputs in host memory, whatever the budget.
         layers: Layers of the language model; None is all that the shape has.
         recomputed: Layers that are recomputed; None is the planner's choice.
+        host: Layers whose weights are in host memory, if `recomputed` is set.
         branches: Samples that share each image of the row, and the tokens of each behind `PREFIX`; None: no prefix.
         sizes: Height and width of a row's images, for a LLaVA-1.6; empty for a LLaVA-1.5.
     """
@@ -67,6 +68,7 @@ class Setting:
     offload: bool = False
     layers: int | None = None
     recomputed: int | None = None
+    host: int = 0
     branches: tuple[int, int] | None = None
     sizes: Sequence[Sequence[int]] = ()
 
@@ -108,6 +110,12 @@ SETTINGS = [
     Setting("13B r16 2048 cached, 16 GB", 15.7, shape="13b"),
     Setting("13B r64 8-bit 4096 tower, 24 GB", 23.7, shape="13b", r=64, tokens=4096, cached=False, optimizer=EIGHT_BIT),
 ]
+
+IN_HOST_MEMORY = [
+    Setting("7B r16 8-bit 1024 cached, weights in host memory", 4.8, tokens=1024, optimizer=EIGHT_BIT),
+    Setting("13B r16 8-bit 1024 cached, weights in host memory", 7.6, shape="13b", tokens=1024, optimizer=EIGHT_BIT),
+]
+"""Settings whose budget only weights in host memory can meet."""
 
 SHARED = [
     Setting("10 samples, one to an image", tokens=6620, images=10, trained=0.0805, recomputed=16),
@@ -254,5 +262,5 @@ def planned_step(setting: Setting) -> Step:
     extremes = Extremes(setting.tokens, setting.trained_tokens, images_of(setting, config), keys)
     step = build_step(recipe, config, extremes, cuda=True)
     if setting.recomputed is not None:
-        return replace(step, checkpointed=setting.recomputed, offloaded=setting.offload)
+        return replace(step, checkpointed=setting.recomputed, offloaded=setting.offload, host_layers=setting.host)
     return candidates(step)[-1] if setting.offload else choose_checkpointing(recipe, step)

@@ -16,6 +16,7 @@ from lora_llava.model import loading
 from lora_llava.model.base import build_processor
 from lora_llava.model.families.tower_families import image_processor_of
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
+from lora_llava.model.fast_path.host_weights import BUFFERS
 from lora_llava.model.random_weights import build_random_llava
 from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.model.weights.parts import DEMO_FOLDER
@@ -150,7 +151,7 @@ def build_trainer(setting: Setting, callback: TrainerCallback) -> _Trainer:
 
     stages.load_base = load_base
     base: Any = types.SimpleNamespace(name=None, revision=None, initial_projector=None, folder=DEMO_FOLDER / "llm")
-    model = stages.build_trained_model(recipe, base)
+    model = stages.build_trained_model(recipe, base, host_layers=step.host_layers)
     checkpoint_language_model(model.get_base_model(), step.checkpointed, step.offloaded)
     arguments = stages.training_arguments(recipe, 1, False, recipe.training.gradient_accumulation)
     arguments.dataloader_pin_memory = False
@@ -194,13 +195,16 @@ def measure_at_depth(setting: Setting, meters: list[Meter]) -> dict[str, Any]:
     step = planned_step(setting)
     recomputed, kept = step.checkpointed, step.layers - step.checkpointed
 
-    def peak(c: int, k: int) -> Peaks:
-        return measure(replace(setting, layers=c + k, recomputed=c, offload=step.offloaded), meters)
+    def peak(c: int, k: int, host: int) -> Peaks:
+        return measure(replace(setting, layers=c + k, recomputed=c, offload=step.offloaded, host=host), meters)
 
+    host = min(step.host_layers, BUFFERS)  # more take no memory on the card
     c, k = min(recomputed, 2), min(kept, 2)
-    base = peak(c, k)
-    more = [(peak(c + 1, k), recomputed - c)] if recomputed > c else []
-    more += [(peak(c, k + 1), kept - k)] if kept > k else []
+    base = peak(c, k, host)
+    in_host = step.host_layers - host
+    more = [(peak(c + 1, k, host), recomputed - c - in_host)] if recomputed > c else []
+    more += [(peak(c, k + 1, host), kept - k)] if kept > k else []
+    more += [(peak(c + 1, k, host + 1), in_host)] if in_host else []
 
     def whole(name: str) -> int:
         least = getattr(base, name)
@@ -239,6 +243,7 @@ def _result(setting: Setting, step: Any, counted: int, at: str) -> dict[str, Any
         "layers": step.layers,
         "recomputed": step.checkpointed,
         "offloaded": step.offloaded,
+        "host_layers": step.host_layers,
         "planned_bytes": planned,
         "counted_bytes": counted,
         "planned_over_counted": planned / counted,

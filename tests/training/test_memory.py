@@ -20,13 +20,15 @@ from lora_llava.model.fast_path.activation_checkpointing import checkpoint_langu
 from lora_llava.model.fast_path.attention import IMPLEMENTATION, register_flash_varlen
 from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.random_weights import build_random_llava
+from lora_llava.planning import memory
 from lora_llava.planning.memory import (
     CUDA_CONTEXT,
     GIB,
-    GPU_SHARE,
     Step,
     candidates,
     fit_step,
+    host_candidates,
+    needed,
     projector_parameters,
     smallest,
 )
@@ -178,14 +180,46 @@ def test_the_fastest_way_that_fits_is_chosen() -> None:
     ways = candidates(step)
     assert [way.checkpointed for way in ways] == [*range(32), 31]
     assert [way.offloaded for way in ways] == [False] * 32 + [True]
+    in_host = host_candidates(step)
+    assert [(way.checkpointed, way.offloaded, way.host_layers) for way in in_host] == [
+        (31, True, count) for count in range(3, 32)
+    ]
+    ways += in_host
     assert all(later.peak <= earlier.peak for earlier, later in itertools.pairwise(ways))
     for place, way in enumerate(ways):
-        budget = math.ceil(way.peak / GPU_SHARE) + 1
-        assert fit_step(step, budget) == next(first for first in ways if first.peak <= way.peak)
-        under = fit_step(step, math.floor(way.peak / GPU_SHARE) - 1)
+        budget = math.ceil(needed(way)) + 1
+        assert fit_step(step, budget) == next(first for first in ways if needed(first) <= needed(way))
+        under = fit_step(step, needed(way) - 1)
         assert under is None or ways.index(under) > place
-    assert fit_step(step, smallest(step) + 1) is not None
-    assert fit_step(step, smallest(step) - 2) is None
+    assert fit_step(step, smallest(step)) is not None
+    assert fit_step(step, smallest(step) - 1) is None
+
+
+@pytest.mark.parametrize(("shape", "gib", "layers"), [("7b", 4.8, 8), ("13b", 7.6, 12)])
+def test_what_does_not_fit_otherwise_has_weights_in_host_memory(shape: str, gib: float, layers: int) -> None:
+    """r 16, cached features, one row of 1,024 tokens, 8-bit states: the figures of the documents."""
+    step = step_of(shape, tokens=1024, trained_tokens=358, images=1, optimizer_bytes=2)
+    found = fit_step(step, int(gib * GIB))
+    assert found is not None
+    assert found.host_layers == layers
+    assert fit_step(step, int(gib * GIB), in_host=False) is None
+    assert found.host_savings == (layers - 2) * int(step.shape.weights * (0.5 + 1 / 64)) // step.layers
+    assert found.copies == 2 * (layers - 2)
+    assert found.peak == candidates(step)[-1].peak - found.host_savings
+    assert found.loading / 0.98 <= gib * GIB  # all weights are loaded before some are moved
+
+
+def test_weights_stay_on_the_gpu_where_they_cannot_be_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    for change in (
+        {"cuda": False},
+        {"quantization": "none"},
+        {"lora": LoraSection(r=16, dora=True)},
+        {"lora": LoraSection(r=16, init="loftq")},
+    ):
+        assert host_candidates(step_of(**change)) == [], change
+    assert host_candidates(step_of())
+    monkeypatch.setattr(memory, "this_rank", lambda: (0, 2))
+    assert host_candidates(step_of()) == []
 
 
 def test_keeping_the_last_layer_costs_nothing() -> None:

@@ -21,8 +21,10 @@ from lora_llava.planning.fit import (
     Extremes,
     build_step,
     choose_checkpointing,
+    host_weights,
     leaner_steps,
     measure_rows,
+    recomputation,
     resolve_optimizer,
     what_fits,
 )
@@ -95,14 +97,45 @@ def test_a_budget_that_is_too_small_names_the_smallest_that_fits() -> None:
 
 
 def test_the_fix_names_settings_that_fit() -> None:
-    recipe = changed("scienceqa_qlora.yaml", training__memory_gb=6.5)
+    recipe = changed("scienceqa_qlora.yaml", training__memory_gb=5.0)
     with pytest.raises(UserError, match=r"; set (.*)$") as caught:
         choose_checkpointing(recipe, planned(recipe))
     overrides = str(caught.value).rsplit("; set ", 1)[1].split()
+    fixed = load_recipe("scienceqa_qlora.yaml", ["training.memory_gb=5.0", *overrides])
+    tokens = fixed.training.max_tokens_per_row
+    assert tokens is not None
+    assert choose_checkpointing(fixed, planned(fixed, tokens)).peak <= 5.0 * GIB
+
+
+def test_a_plan_with_weights_in_host_memory_names_their_cost_and_settings_without() -> None:
+    recipe = changed("scienceqa_qlora.yaml", training__memory_gb=6.5)
+    step = choose_checkpointing(recipe, planned(recipe))
+    assert step.host_layers > 2
+    assert recomputation(step) == (
+        f"31 of 32 layers recomputed, their inputs in host memory, weights of {step.host_layers} too"
+    )
+    line = host_weights(recipe, step)
+    assert line is not None
+    beginning, setting = line.split("; set ")
+    assert beginning == (
+        f"weights of {step.host_layers} of 32 layers in host memory: {step.host_savings / GIB:.1f} GiB less, at most "
+        f"{step.copies * step.copy_seconds:.2f} s a row at PCIe 4 x16 (computed)"
+    )
+    overrides = setting.removesuffix(" to keep them on the GPU").split()
     fixed = load_recipe("scienceqa_qlora.yaml", ["training.memory_gb=6.5", *overrides])
     tokens = fixed.training.max_tokens_per_row
     assert tokens is not None
-    assert choose_checkpointing(fixed, planned(fixed, tokens)).peak <= 6.5 * GIB
+    assert choose_checkpointing(fixed, planned(fixed, tokens)).host_layers == 0
+
+
+def test_copies_take_time_where_they_take_longer_than_a_layer() -> None:
+    step = replace(planned(load_recipe("scienceqa_qlora.yaml")), checkpointed=31, host_layers=12)
+    without = replace(step, host_layers=0)
+    copy = step.copy_seconds
+    assert 0.004 < copy < 0.005
+    assert step_seconds(1.0, 2.0, step) == step_seconds(1.0, 2.0, without)
+    slower = step_seconds(1.0, 1.0 + copy, step) - step_seconds(1.0, 1.0 + copy, without)
+    assert slower == pytest.approx(10 * copy / 2)  # the forward pass of a layer takes half of its time
 
 
 def test_leaner_ways_need_less_one_after_the_other() -> None:
