@@ -1,4 +1,4 @@
-"""Rows of every form become the same conversations; repairs are noted, and what is no row is refused by its kind."""
+"""Rows of every form become the same conversations; repairs are noted, and anything else is refused by its kind."""
 
 from __future__ import annotations
 

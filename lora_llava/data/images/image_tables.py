@@ -1,4 +1,4 @@
-"""Tables whose rows hold images."""
+"""Tables whose rows contain images."""
 
 from __future__ import annotations
 

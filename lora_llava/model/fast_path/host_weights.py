@@ -78,7 +78,7 @@ def keep_in_host_memory(language_model: Any, layers: int) -> HostWeights | None:
 
     Args:
         language_model: The language model, on its device.
-        layers: How many layers; there is no use in fewer than three.
+        layers: How many layers; fewer than three save nothing.
 
     Returns:
         What copies them; None for no layer.
