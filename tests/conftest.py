@@ -99,14 +99,26 @@ def _write_parts(folder: Path) -> None:
     tokenizer = build_tokenizer(0)
     tokenizer.save_pretrained(folder / "llm")
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "llm")
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=32, patch_size=16,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=16,
         projection_dim=32,
-    )  # fmt: skip
+    )
     CLIPVisionModel(vision).to(torch.bfloat16).save_pretrained(folder / "vision_tower")
 
 
@@ -127,12 +139,21 @@ def scienceqa(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (folder / "images" / split / pid).mkdir(parents=True)
                 Image.new("RGB", (32, 24), COLOURS[colour]).save(folder / "images" / split / pid / image)
             problems[pid] = {
-                "question": "Which colour is shown?", "choices": names, "answer": index % 3,
-                "hint": "" if image else f"The colour is {colour}.", "image": image, "task": "closed choice",
-                "grade": f"grade{index % 12 + 1}", "subject": "natural science", "topic": "physics",
-                "category": "colours", "skill": "Name colours", "lecture": "" if index % 4 else "Colours have names.",
-                "solution": f"It is {colour}.", "split": split,
-            }  # fmt: skip
+                "question": "Which colour is shown?",
+                "choices": names,
+                "answer": index % 3,
+                "hint": "" if image else f"The colour is {colour}.",
+                "image": image,
+                "task": "closed choice",
+                "grade": f"grade{index % 12 + 1}",
+                "subject": "natural science",
+                "topic": "physics",
+                "category": "colours",
+                "skill": "Name colours",
+                "lecture": "" if index % 4 else "Colours have names.",
+                "solution": f"It is {colour}.",
+                "split": split,
+            }
             splits[split].append(pid)
     (folder / "problems.json").write_text(json.dumps(problems))
     (folder / "pid_splits.json").write_text(json.dumps(splits))
@@ -164,13 +185,15 @@ def stage2_content(parts: Path, scienceqa: Path, tmp_path: Path) -> dict[str, An
         "stage": 2,
         "output_dir": str(tmp_path / "run"),
         "model": {
-            "llm": str(parts / "llm"), "vision_tower": str(parts / "vision_tower"), "start_from": {"untrained": True},
+            "llm": str(parts / "llm"),
+            "vision_tower": str(parts / "vision_tower"),
+            "start_from": {"untrained": True},
         },
         "lora": {"r": 4, "alpha": 8},
         "data": {"format": "scienceqa", "path": str(scienceqa), "max_length": 400, "system_prompt": ""},
         "training": {"batch_size": 4, "learning_rate": 5e-3, "max_steps": 4, "eval_every": 2, "log_every": 1},
         "evaluation": {"max_new_tokens": 4},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture
@@ -181,10 +204,14 @@ def stage1_content(stage2_content: dict[str, Any], captions: Path, tmp_path: Pat
         "output_dir": str(tmp_path / "stage1"),
         "model": stage2_content["model"] | {"quantization": "none"},
         "data": {
-            "format": "captions", "path": str(captions), "template": "plain", "max_length": 400, "validation_rows": 4,
+            "format": "captions",
+            "path": str(captions),
+            "template": "plain",
+            "max_length": 400,
+            "validation_rows": 4,
         },
         "training": {"batch_size": 4, "learning_rate": 5e-3, "max_steps": 3, "log_every": 1},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture

@@ -37,9 +37,12 @@ def fuzz(name: str, seconds: float) -> tuple[int, dict[str, str]]:
     crashes: dict[str, str] = {}
 
     @settings(
-        max_examples=_AT_ONCE, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+        max_examples=_AT_ONCE,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
         phases=[Phase.generate],
-    )  # fmt: skip
+    )
     @given(data=st.data())
     def run(data: st.DataObject) -> None:
         nonlocal count

@@ -138,9 +138,11 @@ def _file(value: tuple[str | bytes, str], folder: Path) -> None:
     content, suffix = value
     file = _write(folder / f"rows{suffix}", content)
     _each(
-        lambda: iterate_rows(file), lambda: list(open_source(str(file), form="captions").read()),
-        lambda: _encoded(file), lambda: understand_folder(folder),
-    )  # fmt: skip
+        lambda: iterate_rows(file),
+        lambda: list(open_source(str(file), form="captions").read()),
+        lambda: _encoded(file),
+        lambda: understand_folder(folder),
+    )
 
 
 def _encoded(file: Path) -> None:
@@ -174,9 +176,12 @@ def _answers(value: tuple[str, int], folder: Path) -> None:
 
 def _bench(content: str | bytes, folder: Path) -> None:
     file = _write(folder / "file.jsonl", content)
-    _each(*(functools.partial(read, file) for read in (
-        llava_bench.read_questions, llava_bench.read_contexts, llava_bench.read_answers
-    )))  # fmt: skip
+    _each(
+        *(
+            functools.partial(read, file)
+            for read in (llava_bench.read_questions, llava_bench.read_contexts, llava_bench.read_answers)
+        )
+    )
 
 
 def _image(content: bytes, folder: Path) -> None:
@@ -280,16 +285,22 @@ TARGETS: dict[str, Target] = {
     "file": Target(st.tuples(rows_of(json_like()), _SUFFIX), _file),
     "scienceqa": Target(st.tuples(rows_of(Json, science=True), rows_of(Json, splits=True)), _scienceqa),
     "contexts": Target(
-        st.tuples(rows_of(json_like()), st.sampled_from(["captions", "instances", "boxes", "contexts"]),
-                  st.sampled_from([".json", ".jsonl", ".csv"])), _contexts,
+        st.tuples(
+            rows_of(json_like()),
+            st.sampled_from(["captions", "instances", "boxes", "contexts"]),
+            st.sampled_from([".json", ".jsonl", ".csv"]),
+        ),
+        _contexts,
     ),
     "answers": Target(st.tuples(_ANSWER, st.integers(2, 5)), _answers),
-    "judge": Target(soup(["8", "9.5", "-1", " ", "\n", "10", "Assistant 1:", "Assistant 2:", "/10", "**", ",", "#"]),
-                    lambda text, _: parse_scores(text)),
+    "judge": Target(
+        soup(["8", "9.5", "-1", " ", "\n", "10", "Assistant 1:", "Assistant 2:", "/10", "**", ",", "#"]),
+        lambda text, _: parse_scores(text),
+    ),
     "bench": Target(rows_of(json_like()), _bench),
     "sample": Target(st.tuples(soup(MARKS) | json_text(), _FLAVOURS), lambda value, _: parse_sample(*value)),
     "images": Target(_images(), _image),
     "kept": Target(st.tuples(st.sampled_from(_CHANGED), _EDITS), _changed),
     "records": Target(rows_of(json_like()), _records),
-}  # fmt: skip
+}
 """By name, as `long.py --target` knows them."""
