@@ -275,14 +275,14 @@ BAD: list[tuple[Any, str, str]] = [
     (
         {"conversations": [*llava("Hi"), {"from": "hooman", "value": "x"}]},
         "unknown role",
-        "message 1: role is 'hooman'; use one of human, user, prompter, gpt, assistant, chatgpt, bing, bard, model, bot, "
-        "system",
+        "message 1: role is 'hooman'; use one of human, user, prompter, gpt, assistant, chatgpt, bing, bard, model, "
+        "bot, system",
     ),
     (
         {"conversations": [{"value": "x"}]},
         "unknown role",
-        "message 0: role is None; use one of human, user, prompter, gpt, assistant, chatgpt, bing, bard, model, bot, "
-        "system",
+        "message 0: role is None; use one of human, user, prompter, gpt, assistant, chatgpt, bing, bard, model, "
+        "bot, system",
     ),
     (
         {"conversations": [{"from": "human"}]},
