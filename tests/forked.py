@@ -95,7 +95,7 @@ def kill(process: BaseProcess) -> None:
 
 
 def wait_for(reached: Callable[[], bool]) -> None:
-    """Wait until a condition holds."""
+    """Wait until a condition is true."""
     end = time.monotonic() + LIMIT_S
     while not reached():
         assert time.monotonic() < end

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
@@ -25,3 +26,19 @@ def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         holding.append(run())
     return sum(kept.values())
+
+
+def small_config(layers: int = 3, inner: int = 344) -> LlavaConfig:
+    """Return the configuration of a small LLaVA whose widths NF4 can pack."""
+    text = LlamaConfig(
+        hidden_size=128, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=4, vocab_size=500
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    return LlavaConfig(text_config=text, vision_config=vision, image_token_index=499, image_seq_length=4)

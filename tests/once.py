@@ -16,7 +16,7 @@ def once(factory: pytest.TempPathFactory, name: str, write: Callable[[Path], Any
 
     Args:
         factory: Pytest's.
-        name: What the folder holds; one name has one content.
+        name: Name of the folder; one name has one content.
         write: Fills the folder, which is empty.
     """
     base = factory.getbasetemp()

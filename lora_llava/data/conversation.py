@@ -193,7 +193,7 @@ def _text_of(content: Any, index: int, mentioned: Sequence[str], may_hold_marks:
             raise EncodingError(f'message {index}: a part has type {kind!r}; use "text" or "image"', "malformed row")
         if kind == "text" and not isinstance(part.get("text"), str):
             raise EncodingError(
-                f"message {index}: a text part holds {part.get('text')!r}; give a string as its text", "malformed row"
+                f"message {index}: a text part is {part.get('text')!r}; give a string as its text", "malformed row"
             )
         if previous is not None and "image" in (kind, previous):
             text += "\n"

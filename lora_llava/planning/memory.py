@@ -275,7 +275,7 @@ class Step:
         return entry * (inputs_kept + 1) + projected + layers
 
     def _projected_patches(self) -> int:
-        """Return the patches for which the projector keeps two outputs: with tiles, also those that are no tokens."""
+        """Return the patches for which the projector keeps two outputs: with tiles, padding included."""
         if tiling_of(self.config) is None:
             return self.tokens
         return max(self.tokens, self.images * image_tokens(self.config))

@@ -242,9 +242,9 @@ FIX = "; columns are named by data.columns"
 FORMS = "it lacks conversations, messages, or question and answer; it has "
 TEXT, ASKED, ANSWERED = chat("What?", "A dog."), {"question": "What?"}, {"answer": "A dog."}
 BAD: list[tuple[Any, str, str]] = [
-    ("text", "malformed row", "the row is str; a row holds id, image and conversations"),
-    (None, "malformed row", "the row is NoneType; a row holds id, image and conversations"),
-    ([{}], "malformed row", "the row is list; a row holds id, image and conversations"),
+    ("text", "malformed row", "the row is str; a row has id, image and conversations"),
+    (None, "malformed row", "the row is NoneType; a row has id, image and conversations"),
+    ([{}], "malformed row", "the row is list; a row has id, image and conversations"),
     ({}, "missing column", FORMS + "nothing" + FIX),
     ({"a": None, "conversations": None}, "missing column", FORMS + "nothing" + FIX),
     ({"id": "7", "image": "a.png"}, "missing column", FORMS + "'id', 'image'" + FIX),
@@ -260,11 +260,11 @@ BAD: list[tuple[Any, str, str]] = [
         "both formats",
         "the row has messages and question/answer, which are two formats; keep one",
     ),
-    ({"conversations": "text"}, "malformed row", "conversations is 'text'; a row holds id, image and conversations"),
+    ({"conversations": "text"}, "malformed row", "conversations is 'text'; a row has id, image and conversations"),
     (
         {"messages": {"role": "user"}},
         "malformed row",
-        "messages is {'role': 'user'}; a row holds id, image and conversations",
+        "messages is {'role': 'user'}; a row has id, image and conversations",
     ),
     ({"messages": ["Hi"]}, "malformed row", "message 0 is 'Hi'; give an object with a role and its text"),
     (
@@ -298,7 +298,7 @@ BAD: list[tuple[Any, str, str]] = [
     (
         {"messages": chat("Hi", [part("text", text=5)])},
         "malformed row",
-        "message 1: a text part holds 5; give a string as its text",
+        "message 1: a text part is 5; give a string as its text",
     ),
     ({"messages": []}, "empty conversation", "the conversation is empty; give a question and an answer"),
     (

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from ends import act_at
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from lora_llava.model.adapters import add_adapters, lora_config
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
@@ -21,23 +20,10 @@ from lora_llava.model.random_weights import build_random_llava
 from lora_llava.planning import run_plan
 from lora_llava.recipe.io import check_recipe
 from lora_llava.recipe.schema import LINEARS
+from tests.memory import small_config
 from tests.training.small_runs import PulledPlugError, pull_plug, run, same, weights
 
-CONFIG = LlavaConfig(
-    text_config=LlamaConfig(
-        hidden_size=128, intermediate_size=384, num_hidden_layers=5, num_attention_heads=4, vocab_size=500
-    ),
-    vision_config=CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    ),
-    image_token_index=499,
-    image_seq_length=4,
-)
+CONFIG = small_config(layers=5, inner=384)
 
 
 def built(host: int, targets: Any = LINEARS, offload: bool = True) -> tuple[Any, HostWeights | None]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModel, CLIPVisionConfig, LlamaConfig, LlamaModel, LlavaConfig
+from transformers import AutoModel, LlamaModel, LlavaConfig
 
 from lora_llava.benchmark.benchmark_rows import shape_config
 from lora_llava.model.adapters import add_adapters, lora_config, planned_parameters
@@ -33,27 +33,9 @@ from lora_llava.planning.memory import (
     smallest,
 )
 from lora_llava.recipe.schema import LINEARS, LoraSection
-from tests.memory import saved_bytes
+from tests.memory import saved_bytes, small_config
 
-SMALL = LlavaConfig(
-    text_config=LlamaConfig(
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        vocab_size=500,
-    ),
-    vision_config=CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    ),
-    image_token_index=499,
-    image_seq_length=4,
-)
+SMALL = small_config()
 
 
 @pytest.fixture(autouse=True)

@@ -63,7 +63,7 @@ def read_row(
     """
     columns = columns or Columns()
     if not isinstance(row, Mapping):
-        raise RowError("malformed row", f"the row is {type(row).__name__}; a row holds id, image and conversations")
+        raise RowError("malformed row", f"the row is {type(row).__name__}; a row has id, image and conversations")
     row = {key: value for key, value in row.items() if value is not None and value == value}  # NaN != NaN
     rng = random.Random(f"{seed} {number}")
     found, match = match_format(row, form, columns)

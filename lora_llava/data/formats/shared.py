@@ -155,7 +155,7 @@ class ChatFormat(RowFormat):
     def messages(self, row: Mapping[str, Any], match: str, columns: Columns, rng: random.Random) -> list[Any]:
         messages = listed(row[match], match)
         if not isinstance(messages, Sequence) or isinstance(messages, str):
-            raise RowError("malformed row", f"{match} is {messages!r:.60}; a row holds id, image and conversations")
+            raise RowError("malformed row", f"{match} is {messages!r:.60}; a row has id, image and conversations")
         system = row.get("system")
         if isinstance(system, str) and system:  # ShareGPT as LLaMA-Factory writes it
             return [{"role": "system", "content": system}, *messages]

@@ -22,7 +22,7 @@ def open_table(
         files: The Parquet files of one data set, in order, instead of the path.
 
     Returns:
-        A `datasets.Dataset`; columns of images hold `{"bytes", "path"}`.
+        A `datasets.Dataset`; columns of images contain `{"bytes", "path"}`.
 
     Raises:
         UserError: If it cannot be read.
