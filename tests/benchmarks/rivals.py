@@ -15,6 +15,7 @@ import torch
 from lora_llava.benchmark.benchmark_rows import DrawnImages, draw_rows, shape_config
 from lora_llava.benchmark.benchmark_sides import BenchmarkSettings
 from lora_llava.benchmark.comparison_run import run_in_process
+from lora_llava.core.errors import UserError
 from lora_llava.data.templates.named_templates import chat_template, get_template
 from lora_llava.model.base import build_processor
 from lora_llava.model.families.tower_families import image_processor_of
@@ -46,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Return samples per second of every side on every kind of rows; the sides run in turn, each in a new process."""
+    if args.llamafactory is not None and not args.llamafactory.is_file():
+        raise UserError(f"--llamafactory: {args.llamafactory} does not exist; name the python of its environment")
     found = []
     for data in args.data:
         best: dict[str, dict[str, Any]] = {}
@@ -136,7 +139,7 @@ def _llamafactory(args: argparse.Namespace, folder: Path, own: dict[str, Any], c
     done = subprocess.run([*command, json.dumps(given)], capture_output=True, text=True, check=False)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     if line is None:
-        raise RuntimeError(f"LLaMA-Factory ended without a result:\n{done.stderr[-2000:]}")
+        raise UserError(f"LLaMA-Factory ended without a result:\n{done.stderr[-2000:]}")
     result = json.loads(line.removeprefix("RESULT "))
     times = result["times"]
     if len(times) > 1:  # samples per step vary in packed rows: the steps are as good as equal
