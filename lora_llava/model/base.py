@@ -14,16 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LlavaConfig, LlavaNextProcessor, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.json_files import read_object, read_object_if_any
 from lora_llava.core.storage import cache_folder, make_entry
 from lora_llava.model.families.language_families import read_text_config
+from lora_llava.model.families.llava_kinds import llava_class
 from lora_llava.model.families.tower_families import (
     FEATURE_LAYER,
     TOWERS,
+    check_tiling,
     image_processor_of,
     image_tokens,
     read_vision_config,
@@ -83,7 +92,11 @@ class BaseParts:
 
 
 def assembled_config(
-    llm: dict[str, Any], vision: dict[str, Any], projector_type: str, vocabulary: Vocabulary | None = None
+    llm: dict[str, Any],
+    vision: dict[str, Any],
+    projector_type: str,
+    vocabulary: Vocabulary | None = None,
+    grid: Sequence[Sequence[int]] = (),
 ) -> LlavaConfig:
     """Return the configuration of the LLaVA made of a language model and a vision tower.
 
@@ -93,9 +106,10 @@ def assembled_config(
         projector_type: `mlp2x_gelu`, or `linear`: the same class without activation.
         vocabulary: Ids of the image and pad tokens and the size, from `read_vocabulary`; None is that of a tokenizer
             with as many tokens as the embedding has rows, such as Vicuna's.
+        grid: Canvases of a LLaVA-1.6, each a height and a width in pixels; empty for a LLaVA-1.5.
 
     Returns:
-        A config whose vocabulary has the image and pad tokens.
+        A `LlavaConfig`, or a `LlavaNextConfig` if there is a grid, whose vocabulary has the image and pad tokens.
 
     Raises:
         UserError: For a language model or a tower that a stock LLaVA cannot hold.
@@ -106,7 +120,9 @@ def assembled_config(
     text_config.vocab_size = vocabulary.size
     text_config.pad_token_id = vocabulary.pad_id
     text_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config.model_type]]
-    config = LlavaConfig(
+    tiles = {"image_grid_pinpoints": [list(canvas) for canvas in grid]} if grid else {}
+    config = (LlavaNextConfig if grid else LlavaConfig)(
+        **tiles,
         text_config=text_config,
         vision_config=vision_config,
         image_token_index=vocabulary.image_id,
@@ -114,8 +130,10 @@ def assembled_config(
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy=TOWERS[vision_config.model_type].strategy,
     )
+    if grid:
+        check_tiling(config, "model.high_resolution")
     config.image_seq_length = image_tokens(config)
-    config.architectures = ["LlavaForConditionalGeneration"]
+    config.architectures = [llava_class(config).__name__]
     config.dtype = torch.bfloat16
     config.pad_token_id = vocabulary.pad_id
     return config
