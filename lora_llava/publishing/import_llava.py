@@ -36,6 +36,9 @@ from lora_llava.publishing.merge import BASE_FILE, IMPORTED
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
 from lora_llava.runs.directory import set_stops, versions, write_json
 
+_TEMPLATES = {"mistral": "mistral"}
+"""Template of a checkpoint by its language model's model_type, as LLaVA's llava/eval/run_llava.py chooses it."""
+
 
 def import_llava(
     folder: Path,
@@ -44,7 +47,7 @@ def import_llava(
     llm: str | None = None,
     vision_tower: str | None = None,
     base: str | None = None,
-    template: str = "vicuna_v1",
+    template: str | None = None,
     console: Console,
 ) -> None:
     """Convert LLaVA's own checkpoint (to a stock folder) or LoRA folder (to a run directory).
@@ -55,7 +58,8 @@ def import_llava(
         llm: Language model that a LoRA folder was trained on; None takes it from adapter_config.json.
         vision_tower: The CLIP tower; None takes it from config.json.
         base: Complete stock LLaVA that a LoRA folder was trained on, instead of `llm`.
-        template: Conversation template that it was trained with.
+        template: Conversation template that it was trained with; None is that of Mistral for a `llava_mistral`, and
+            `vicuna_v1` for any other.
         console: Prints progress and result.
 
     Raises:
@@ -63,6 +67,7 @@ def import_llava(
     """
     check_new(output)
     original = read_config(folder)
+    template = template or _TEMPLATES.get(original.llm["model_type"], "vicuna_v1")
     is_lora = (folder / "adapter_config.json").is_file()
     if not is_lora:
         lazy_tensors(folder)  # reports a damaged folder before anything is downloaded
@@ -84,7 +89,12 @@ def _import_checkpoint(
     config = stock_config(original, vision, read_vocabulary(folder, original.llm))
     tensors = checkpoint_tensors(folder, config, original, lazy_tensors(tower.folder))
     check_disk(output, checkpoint_bytes(tensors, torch.bfloat16))
-    console.print(f"{folder}: a complete LLaVA, {original.projector_type} projector, {len(tensors)} tensors")
+    tiles = f"{len(original.grid)} canvases of tiles, " if original.grid else ""
+    console.print(
+        f"{folder}: a complete LLaVA, {original.projector_type} projector, {tiles}{len(tensors)} tensors, template "
+        f"{template}",
+        soft_wrap=True,
+    )
     with new_folder(output) as temporary:
         write_checkpoint(tensors, temporary, torch.bfloat16, "converting")
         config.save_pretrained(temporary)

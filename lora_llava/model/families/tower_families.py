@@ -182,7 +182,7 @@ def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -
         folder: The vision tower's folder, or a base folder; its preprocessor_config.json is read if there is one.
         config: The LLaVA's configuration, with the image size.
         aspect: `pad` pads images to a square with the mean colour; `crop` does what the tower's own processor does:
-            CLIP's crops the centre, SigLIP's scales both sides to the size.
+            CLIP's crops the centre, SigLIP's scales both sides to the size. A LLaVA-1.6 cuts tiles in place of both.
 
     Returns:
         A stock image processor.
@@ -196,6 +196,9 @@ def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -
         saved = read_object_if_any(folder / name)
         saved = saved.get("image_processor", saved)
         settings |= {key: saved[key] for key in ("image_mean", "image_std", "resample") if key in saved}
+    tiling = tiling_of(config)
+    if tiling is not None:
+        return LlavaNextImageProcessorPil(image_grid_pinpoints=[list(canvas) for canvas in tiling.grid], **settings)
     if aspect != "crop":
         return LlavaImageProcessorPil(do_pad=True, **settings)
     if tower.square:
