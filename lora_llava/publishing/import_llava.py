@@ -86,7 +86,10 @@ def _import_checkpoint(
     folder: Path, output: Path, original: OriginalConfig, tower: Part, template: str, console: Console
 ) -> None:
     vision = json.loads((tower.folder / "config.json").read_text(encoding="utf-8"))
-    config = stock_config(original, vision, read_vocabulary(folder, original.llm))
+    try:
+        config = stock_config(original, vision, read_vocabulary(folder, original.llm))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}".replace("model.high_resolution: ", "")) from None
     tensors = checkpoint_tensors(folder, config, original, lazy_tensors(tower.folder))
     check_disk(output, checkpoint_bytes(tensors, torch.bfloat16))
     tiles = f"{len(original.grid)} canvases of tiles, " if original.grid else ""
