@@ -15,6 +15,7 @@ from transformers import LlavaConfig
 from lora_llava.core.errors import UserError
 from lora_llava.core.json_files import read_object
 from lora_llava.model.adapter_file import refuse_settings
+from lora_llava.model.adapters import NEWLINE
 from lora_llava.model.base import assembled_config, language_tensors, lazy_projector, vision_tensors
 from lora_llava.model.families.llava_kinds import LLAVA_KINDS
 from lora_llava.model.families.tower_families import image_tokens
@@ -194,7 +195,7 @@ def checkpoint_tensors(
         elif "mm_projector." in tensor.name:
             projector.append(tensor)
         elif tensor.name == NEWLINE_NAME:
-            newline.append(replace(tensor, name=NEWLINE_NAME.removeprefix("model.")))
+            newline.append(replace(tensor, name=NEWLINE))
         else:
             language.append(tensor)
     if original.own_tower and not own_tower:
