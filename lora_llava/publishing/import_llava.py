@@ -14,15 +14,17 @@ from lora_llava.core.storage import file_hash
 from lora_llava.data.templates.named_templates import chat_template, get_template
 from lora_llava.data.templates.spans import fit_template
 from lora_llava.model.adapter_file import check_fits
-from lora_llava.model.adapters import lora_config
+from lora_llava.model.adapters import NEWLINE, lora_config
 from lora_llava.model.base import BaseParts, build_base, build_processor
-from lora_llava.model.families.llava_kinds import TILED, read_llava_config
+from lora_llava.model.families.image_counts import grid_of
+from lora_llava.model.families.llava_kinds import read_llava_config
 from lora_llava.model.families.tower_families import image_processor_of
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.tokenizer import copy_sentencepiece, load_tokenizer, read_vocabulary
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.model.weights.original_checkpoint import (
+    OTHER_FILE,
     OriginalConfig,
     checkpoint_tensors,
     is_original,
@@ -136,21 +138,22 @@ def _import_lora(
     named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path", "")
     base_folder, record = _base_of(folder, original, tower, llm or named, base)
     config = read_llava_config(base_folder)
-    if config.model_type == TILED:
-        raise UserError(f"{base_folder} is a LLaVA-1.6, whose LoRA folders import does not convert yet")
-    if (config.vision_feature_layer, config.vision_feature_select_strategy) != (
-        original.feature_layer,
-        original.strategy,
-    ):
-        raise UserError(
-            f"{folder} was trained on layer {original.feature_layer} of the vision tower ({original.strategy}), but "
-            "its base uses another; name the right base with --base or --llm"
-        )
+    _check_base(folder, original, config, base_folder)
     lora = read_lora(folder, original, config.text_config.num_hidden_layers)
-    console.print(f"{folder}: LoRA r {lora.settings['r']} on {', '.join(lora.targets)}, and a projector")
+    if original.grid and not lora.has_newline and record["parts"] is not None:
+        raise UserError(
+            f"{folder}/{OTHER_FILE} has no {NEWLINE}, nor has {llm or named}; if it was trained on a complete "
+            "LLaVA-1.6, import that first, then name the result with --base"
+        )
+    parts = "a projector and a newline" if lora.has_newline else "a projector"
+    console.print(
+        f"{folder}: LoRA r {lora.settings['r']} on {', '.join(lora.targets)}, and {parts}, template {template}",
+        soft_wrap=True,
+    )
     with new_folder(output) as temporary:
         write_file(sorted(lora.tensors, key=lambda t: t.name), temporary / ADAPTER_FILE, torch.float32)
-        settings = lora_config(**lora.settings, targets=lora.targets, base=str(record["name"]))
+        saved = (NEWLINE,) if lora.has_newline else ()
+        settings = lora_config(**lora.settings, targets=lora.targets, modules_to_save=saved, base=str(record["name"]))
         settings.inference_mode = True
         settings.save_pretrained(str(temporary))
         _check_converted(temporary, folder, config, base_folder)
@@ -164,6 +167,24 @@ def _import_lora(
             "versions": versions(),
         }
         write_json(temporary / RUN_FILE, content)
+
+
+def _check_base(folder: Path, original: OriginalConfig, config: LlavaConfig, base: Path) -> None:
+    """Check that a LoRA folder and its base have the same features and canvases, and give the config its order."""
+    if (config.vision_feature_layer, config.vision_feature_select_strategy) != (
+        original.feature_layer,
+        original.strategy,
+    ):
+        raise UserError(
+            f"{folder} was trained on layer {original.feature_layer} of the vision tower ({original.strategy}), but "
+            "its base uses another; name the right base with --base or --llm"
+        )
+    own, trained = grid_of(config), [list(canvas) for canvas in original.grid]
+    if sorted(own) != sorted(trained):
+        found = [f"has the canvases {grid}" if grid else "has no tiles" for grid in (trained, own)]
+        raise UserError(f"{folder} {found[0]}, and its base {base} {found[1]}; name the right base with --base")
+    if trained:
+        config.image_grid_pinpoints = trained
 
 
 def _check_converted(converted: Path, folder: Path, config: LlavaConfig, base: Path) -> None:
@@ -192,7 +213,14 @@ def _base_of(
             f"{folder} was trained on {llm}, a complete LLaVA; import that first, then name the result with --base"
         )
     parts = BaseParts(
-        model.name, model.revision, tower.name, tower.revision, original.projector_type, projector=None, seed=0
+        model.name,
+        model.revision,
+        tower.name,
+        tower.revision,
+        original.projector_type,
+        projector=None,
+        seed=0,
+        grid=[list(canvas) for canvas in original.grid],
     )
     written = build_base(parts, model, tower, None)
     hashes = component_hashes(written)

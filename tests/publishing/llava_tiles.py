@@ -126,6 +126,47 @@ class OwnLlava:
             shutil.copy(file, folder)
         return folder
 
+    def train(self, *, newline: bool) -> None:
+        """Add LoRA of random weights, and change the projector and, if asked, the newline."""
+        torch.manual_seed(1)
+        self.before = {name: tensor.clone() for name, tensor in self.llm.state_dict().items()}
+        self.lora = {}
+        for name, parameter in self.llm.named_parameters():
+            if "_proj.weight" in name:
+                for half, shape in (("A", (4, parameter.shape[1])), ("B", (parameter.shape[0], 4))):
+                    self.lora[f"{name.removesuffix('.weight')}.lora_{half}.weight"] = torch.randn(shape) / 8
+                a, b = list(self.lora.values())[-2:]
+                parameter.data += 32 / 4 * b @ a
+        self.projector.load_state_dict({n: t + torch.randn_like(t) / 8 for n, t in self.projector.state_dict().items()})
+        self.other = {f"mm_projector.{name}": tensor for name, tensor in self.projector.state_dict().items()}
+        if newline:
+            self.newline = torch.randn(64)
+            self.other["image_newline"] = self.newline
+
+    def save_parts(self, folder: Path) -> Path:
+        """Write language model (as before training) and tower, as the parts that LLaVA's training starts from."""
+        trained = self.llm.state_dict()
+        self.llm.config.architectures = None
+        self.llm.save_pretrained(folder / "llm", state_dict=getattr(self, "before", trained))
+        for file in self.tokenizer_folder.glob("tokenizer*"):
+            shutil.copy(file, folder / "llm")
+        self.tower.save_pretrained(folder / "tower")
+        return folder
+
+    def save_lora(self, folder: Path, llm: Path, tower: Path, **changes: Any) -> Path:
+        """Write LLaVA's LoRA folder of a trained one."""
+        folder.mkdir()
+        torch.save(
+            {f"base_model.model.{name}": tensor for name, tensor in self.lora.items()}, folder / "adapter_model.bin"
+        )
+        others = {f"base_model.model.model.{name}": tensor for name, tensor in self.other.items()}
+        torch.save(others, folder / "non_lora_trainables.bin")
+        names = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in self.lora})
+        settings = {"base_model_name_or_path": str(llm), "peft_type": "LORA", "r": 4, "lora_alpha": 32, "bias": "none"}
+        (folder / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": names}))
+        (folder / "config.json").write_text(json.dumps(self.config(tower, **changes)))
+        return folder
+
     @torch.no_grad()
     def logits(self, question: str, image: Image.Image) -> torch.Tensor:
         """Compute the logits of a prompt; its text before and after the image is encoded apart."""

@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 from lora_llava.core.errors import UserError
 from lora_llava.inference.open_model import open_speaker
+from lora_llava.inference.sampling import Sampling
+from lora_llava.inference.speak import stream_answer, user_message
+from lora_llava.model.adapter_file import check_fits
 from lora_llava.publishing.import_llava import import_llava
+from lora_llava.publishing.merge import merge
 from tests.model.small_tiled import images
 from tests.once import once
 from tests.publishing.llava_tiles import OwnLlava
@@ -45,6 +50,11 @@ def test_an_imported_folder_computes_what_llava_does(imported: tuple[OwnLlava, P
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert model.config.image_grid_pinpoints == [[64, 32], [32, 64], [64, 64], [32, 96], [96, 32]]
+    assert_llava_s_logits(model, folder, own)
+
+
+def assert_llava_s_logits(model: Any, folder: Path, own: OwnLlava, tolerance: float = 1e-5) -> None:
+    """Compare logits with LLaVA's, on the prompts of a folder's processor."""
     processor = AutoProcessor.from_pretrained(folder)
     for image in images().values():
         content = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
@@ -59,7 +69,7 @@ def test_an_imported_folder_computes_what_llava_does(imported: tuple[OwnLlava, P
             ours = model.eval()(**batch).logits
         theirs = own.logits(QUESTION, image)
         assert ours.shape[1] == theirs.shape[1]
-        torch.testing.assert_close(ours[..., : theirs.shape[2]], theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours[..., : theirs.shape[2]], theirs, rtol=0, atol=tolerance)
 
 
 def test_the_checkpoint_s_tower_and_newline_are_kept_and_it_answers(imported: tuple[OwnLlava, Path]) -> None:
@@ -131,3 +141,74 @@ def test_missing_weights_are_named(own_checkpoint: Path) -> None:
     torch.save(content | {"model.image_newline": newline}, file)
     with pytest.raises(UserError, match="unfreeze_mm_vision_tower is true, but its weights have no vision tower"):
         import_llava(own_checkpoint, output, console=QUIET)
+
+
+def stock(adapter: Path) -> Any:
+    """Load a run with stock transformers and PEFT alone."""
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = LlavaNextForConditionalGeneration.from_pretrained(base, dtype="float32", attn_implementation="eager")
+    return PeftModel.from_pretrained(model, str(adapter))
+
+
+def test_a_lora_folder_with_a_newline_computes_what_llava_does_and_merges(parts: Path, tmp_path: Path) -> None:
+    own = OwnLlava(parts / "llm")
+    own.train(newline=True)
+    written = own.save_parts(tmp_path)
+    folder = own.save_lora(tmp_path / "lora", written / "llm", written / "tower")
+    run = tmp_path / "run"
+    import_llava(folder, run, console=QUIET)
+    assert json.loads((run / "adapter_config.json").read_text())["modules_to_save"] == [
+        "multi_modal_projector",
+        "image_newline",
+    ]
+    assert_llava_s_logits(stock(run), run, own, 5e-5)  # LLaVA adds LoRA to the weights first
+    report = merge(run, tmp_path / "merged", dtype="float32", console=QUIET)
+    assert report["adapter_on_bf16_base"]["max_logit_difference"] <= 1e-4
+    assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")["image_newline"], own.newline)
+    merged = LlavaNextForConditionalGeneration.from_pretrained(
+        tmp_path / "merged", dtype="float32", attn_implementation="eager"
+    )
+    assert_llava_s_logits(merged, tmp_path / "merged", own, 5e-5)
+    image = images()["small.png"]
+    answers = [
+        "".join(stream_answer(open_speaker(str(model)), [user_message(QUESTION, [image])], Sampling(max_new_tokens=8)))
+        for model in (run, tmp_path / "merged")
+    ]
+    assert answers[0] == answers[1] != ""
+    content = load_file(run / "adapter_model.safetensors")
+    del content["base_model.model.model.image_newline"]
+    save_file(content, run / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"model\.image_newline is missing"):
+        check_fits(run, merged.config, "the base")
+
+
+def test_a_lora_folder_without_newline_has_that_of_its_base(
+    imported: tuple[OwnLlava, Path], parts: Path, tmp_path: Path
+) -> None:
+    before, base = imported
+    own = OwnLlava(parts / "llm", before.kind)
+    own.train(newline=False)
+    folder = own.save_lora(tmp_path / "lora", Path("liuhaotian/llava"), base.parent / "clip")
+    import_llava(folder, tmp_path / "run", base=str(base), console=QUIET)
+    assert_llava_s_logits(stock(tmp_path / "run"), tmp_path / "run", own, 5e-5)
+    written = own.save_parts(tmp_path / "parts")
+    with pytest.raises(UserError, match=r"non_lora_trainables\.bin has no image_newline, nor has .*llm; if it was"):
+        import_llava(folder, tmp_path / "other", llm=str(written / "llm"), console=QUIET)
+
+
+def test_a_base_of_other_tiles_is_refused(imported: tuple[OwnLlava, Path], parts: Path, tmp_path: Path) -> None:
+    own, base = OwnLlava(parts / "llm", imported[0].kind), imported[1]
+    own.train(newline=False)
+    for changes, message in (
+        (
+            {"image_grid_pinpoints": [[32, 64]]},
+            r"lora has the canvases \[\[64, 32\]\], and its base .* has the canvases \[\[6",
+        ),
+        (
+            {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"},
+            "lora has no tiles, and its base .* has the canv",
+        ),
+    ):
+        folder = own.save_lora(tmp_path / f"{len(changes)}lora", Path("llava"), base.parent / "clip", **changes)
+        with pytest.raises(UserError, match=message):
+            import_llava(folder, tmp_path / "run", base=str(base), console=QUIET)

@@ -253,16 +253,18 @@ class OriginalLora:
     """The contents of a LoRA folder, under our names.
 
     Attributes:
-        tensors: Under the names that PEFT saves for our runs, including the projector.
+        tensors: Under the names that PEFT saves for our runs, including the projector, and the newline if it has one.
         targets: The linear layers that have an adapter.
         settings: `r`, `alpha`, `dropout`, `rslora`, `dora`.
         llm: The language model it was trained on.
+        has_newline: Whether it has the newline of a LLaVA-1.6.
     """
 
     tensors: list[LazyTensor]
     targets: tuple[str, ...]
     settings: dict[str, Any]
     llm: str
+    has_newline: bool
 
 
 def read_lora(folder: Path, original: OriginalConfig, layers: int) -> OriginalLora:
@@ -299,10 +301,11 @@ def read_lora(folder: Path, original: OriginalConfig, layers: int) -> OriginalLo
             f"{file}: {len(found)} LoRA matrices; {', '.join(targets)} on {layers} layers would be "
             f"{layers * len(targets) * 2}: the layers have different adapters"
         )
-    projector = projector_tensors(_only_projector(folder / OTHER_FILE), original.projector_type, folder / OTHER_FILE)
+    others, newline = _trained_in_full(folder / OTHER_FILE, tiled=bool(original.grid))
+    projector = projector_tensors(others, original.projector_type, folder / OTHER_FILE)
     if not projector:
         raise UserError(f"{folder}/{OTHER_FILE} has no projector; it is not a complete LLaVA adapter")
-    tensors += [replace(tensor, name=f"base_model.model.model.{tensor.name}") for tensor in projector]
+    tensors += [replace(tensor, name=f"base_model.model.model.{tensor.name}") for tensor in [*projector, *newline]]
     chosen = {
         "r": settings["r"],
         "alpha": settings["lora_alpha"],
@@ -310,12 +313,17 @@ def read_lora(folder: Path, original: OriginalConfig, layers: int) -> OriginalLo
         "rslora": settings.get("use_rslora", False),
         "dora": settings.get("use_dora", False),
     }
-    return OriginalLora(tensors, targets, chosen, settings.get("base_model_name_or_path", ""))
+    return OriginalLora(tensors, targets, chosen, settings.get("base_model_name_or_path", ""), bool(newline))
 
 
-def _only_projector(file: Path) -> list[LazyTensor]:
-    tensors = lazy_file(file)
-    for tensor in tensors:
-        if "mm_projector." not in tensor.name:
+def _trained_in_full(file: Path, *, tiled: bool) -> tuple[list[LazyTensor], list[LazyTensor]]:
+    """Return the tensors of the projector, and the newline under its short name; no other can be imported."""
+    projector, newline = [], []
+    for tensor in lazy_file(file):
+        if "mm_projector." in tensor.name:
+            projector.append(tensor)
+        elif tiled and tensor.name.rpartition(".")[2] == NEWLINE:
+            newline.append(replace(tensor, name=NEWLINE))
+        else:
             raise UserError(f"{file}: {tensor.name} was trained besides LoRA and projector; it cannot be imported")
-    return tensors
+    return projector, newline
