@@ -57,8 +57,8 @@ class OwnLlava:
             "hidden_size": 64,
             "intermediate_size": 128,
             "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
             "max_position_embeddings": 512,
             "bos_token_id": 1,
             "eos_token_id": 2,
@@ -71,6 +71,9 @@ class OwnLlava:
         torch.manual_seed(0)
         self.kind = kind
         self.llm = _rounded(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+        # Tokens of single bytes are never the likeliest, as texts of broken characters cannot be compared.
+        unreadable = [index for token, index in self.tokenizer.get_vocab().items() if token.startswith("<0x")]
+        self.llm.lm_head.weight.data[unreadable] = 0
         self.tower = _rounded(CLIPVisionModel(vision))
         self.projector = _rounded(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64)))
         self.newline = torch.randn(64).bfloat16().float()
