@@ -12,11 +12,16 @@ from PIL import Image
 from publishing.served_model import ServedModel, load_served, serving
 from rich.console import Console
 
+from lora_llava.evaluation.lmms.task_questions import TaskAsker, TaskQuestion, TaskSettings
 from lora_llava.inference.client.client import ChatServer
+from lora_llava.inference.open_model import open_speaker
+from lora_llava.inference.sampling import Sampling
+from lora_llava.inference.speak import stream_answer, user_message
 from lora_llava.publishing.import_llava import import_llava
 from lora_llava.publishing.merge import merge
 from lora_llava.publishing.verify import verify as verification
 from lora_llava.publishing.verify.verify import VerifyReport, verify
+from tests.model.small_tiled import images
 from tests.publishing.llava_tiles import OwnLlava
 
 QUIET = Console(file=io.StringIO(), width=160)
@@ -84,3 +89,26 @@ def test_a_merged_folder_is_compared_too(
     assert verified(tmp_path / "merged", loaded, monkeypatch).passed
     report = verified(tmp_path / "merged", replace(loaded, base_only=True), monkeypatch)
     assert [finding.fault for finding in report.findings] == ["base served"]
+
+
+def test_a_benchmark_s_prompts_are_compared_with_those_of_a_server(
+    run: Path, loaded: ServedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    served, shown = replace(loaded, adds_bos=False, bodies=[]), images()
+    config = loaded.model.config
+    questions = [TaskQuestion(name, "What is shown?", lambda image=image: [image]) for name, image in shown.items()]
+    with serving(served) as url:
+        asker = TaskAsker(
+            None, ChatServer(url, "small", timeout=60), tmp_path, {}, processor=loaded.processor, config=config
+        )
+        found = asker.generate("tiles", questions, TaskSettings(Sampling(max_new_tokens=8)))
+    assert (
+        "the server's prompts lack BOS: add_special_tokens=true is sent with every question" in capsys.readouterr().err
+    )
+    assert all(body["add_special_tokens"] for body in served.bodies[-len(questions) :])
+    speaker = open_speaker(str(run))
+    assert found == [
+        "".join(stream_answer(speaker, [user_message("What is shown?", [image])], Sampling(max_new_tokens=8)))
+        for image in shown.values()
+    ]
