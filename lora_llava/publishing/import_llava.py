@@ -170,7 +170,13 @@ def _import_lora(
 
 
 def _check_base(folder: Path, original: OriginalConfig, config: LlavaConfig, base: Path) -> None:
-    """Check that a LoRA folder and its base have the same features and canvases, and give the config its order."""
+    """Check that a LoRA folder and its base are of one kind, and give the base's config the folder's canvases."""
+    kinds = original.llm["model_type"], config.text_config.model_type
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"{folder} was trained on a {kinds[0]}, and its base {base} has a {kinds[1]}; name the right base with "
+            "--base or --llm"
+        )
     if (config.vision_feature_layer, config.vision_feature_select_strategy) != (
         original.feature_layer,
         original.strategy,

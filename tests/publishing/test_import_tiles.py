@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import stream_answer, user_message
 from lora_llava.model.adapter_file import check_fits
+from lora_llava.model.vision import llava_of
+from lora_llava.publishing.card.snippet import loading_snippet
 from lora_llava.publishing.import_llava import import_llava
 from lora_llava.publishing.merge import merge
+from lora_llava.publishing.package import collect
 from tests.model.small_tiled import images
 from tests.once import once
-from tests.publishing.llava_tiles import OwnLlava
+from tests.publishing.llava_tiles import CANVASES, OwnLlava
 
 QUIET = Console(file=io.StringIO(), width=160)
 QUESTION = "What is shown?"
@@ -199,16 +203,42 @@ def test_a_lora_folder_without_newline_has_that_of_its_base(
 def test_a_base_of_other_tiles_is_refused(imported: tuple[OwnLlava, Path], parts: Path, tmp_path: Path) -> None:
     own, base = OwnLlava(parts / "llm", imported[0].kind), imported[1]
     own.train(newline=False)
-    for changes, message in (
+    other = "mistral" if own.kind == "llama" else "llama"
+    for number, (changes, message) in enumerate(
         (
-            {"image_grid_pinpoints": [[32, 64]]},
-            r"lora has the canvases \[\[64, 32\]\], and its base .* has the canvases \[\[6",
-        ),
-        (
-            {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"},
-            "lora has no tiles, and its base .* has the canv",
-        ),
+            (
+                {"model_type": f"llava_{other}"},
+                f"lora was trained on a {other}, and its base .* has a {own.kind}; name",
+            ),
+            (
+                {"image_grid_pinpoints": [[32, 64]]},
+                r"lora has the canvases \[\[64, 32\]\], and its base .* has the canvases \[\[6",
+            ),
+            (
+                {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"},
+                "lora has no tiles, and its base .* has the canv",
+            ),
+        )
     ):
-        folder = own.save_lora(tmp_path / f"{len(changes)}lora", Path("llava"), base.parent / "clip", **changes)
+        folder = own.save_lora(tmp_path / f"{number}lora", Path("llava"), base.parent / "clip", **changes)
         with pytest.raises(UserError, match=message):
             import_llava(folder, tmp_path / "run", base=str(base), console=QUIET)
+
+
+def test_a_run_keeps_llava_s_order_of_canvases_on_a_base_of_another(
+    imported: tuple[OwnLlava, Path], parts: Path, tmp_path: Path
+) -> None:
+    base, own = Path(shutil.copytree(imported[1], tmp_path / "base")), OwnLlava(parts / "llm", imported[0].kind)
+    for name in ("config.json", "processor_config.json"):  # as llava-hf's are
+        content = json.loads((base / name).read_text())
+        content.get("image_processor", content)["image_grid_pinpoints"] = CANVASES
+        (base / name).write_text(json.dumps(content))
+    own.train(newline=False)
+    folder = own.save_lora(tmp_path / "lora", Path("llava"), imported[1].parent / "clip")
+    import_llava(folder, tmp_path / "run", base=str(base), console=QUIET)
+    model, processor = stock(tmp_path / "run"), AutoProcessor.from_pretrained(tmp_path / "run")
+    line = "base.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints"
+    assert line in loading_snippet(collect(tmp_path / "run", "me/base"), "me/run")
+    model.get_base_model().config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints
+    assert_llava_s_logits(model, tmp_path / "run", own, 5e-5)
+    assert llava_of(open_speaker(str(tmp_path / "run")).model).config.image_grid_pinpoints[0] == [64, 32]
