@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -123,7 +124,11 @@ class OwnLlava:
         tensors |= {f"model.vision_tower.vision_tower.{name}": tensor for name, tensor in tower.items()}
         tensors |= {f"model.mm_projector.{name}": tensor for name, tensor in self.projector.state_dict().items()}
         tensors["model.image_newline"] = self.newline
-        torch.save({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "pytorch_model.bin")
+        rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+        if self.kind == "llama":
+            torch.save(rounded, folder / "pytorch_model.bin")
+        else:
+            save_file(rounded, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(self.config(folder.parent / "clip", **changes)))
         for file in self.tokenizer_folder.glob("tokenizer*"):
             shutil.copy(file, folder)
