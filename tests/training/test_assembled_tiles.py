@@ -345,8 +345,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "model.high_resolution.grid: the canvas [64, 100] is not made of whole tiles; its height and width have to be "
         "multiples of the tower's 64 pixels, as in [64, 128]",
     ),
-    ({"high_resolution": {"grid": [[0, 64]]}}, "model.high_resolution.grid"),
-    ({"high_resolution": {"grid": [[64]]}}, "model.high_resolution.grid"),
+    ({"high_resolution": {"grid": [[0, 64]]}}, "model.high_resolution.grid.0.0 is 0; it should be greater than or"),
+    (
+        {"high_resolution": {"grid": [[64, 64, 64]]}},
+        "model.high_resolution.grid: the canvas [64, 64, 64] has to be a height and a width, such as [336, 672]",
+    ),
     (
         {"llm": None, "vision_tower": None, "start_from": {"llava": "x"}},
         "high_resolution is set together with start_from.llava",
