@@ -25,7 +25,7 @@ from lora_llava.model.base import BaseParts
 from lora_llava.model.families.llava_kinds import read_llava_config
 from lora_llava.model.fast_path.trained_loss import labelled_loss
 from lora_llava.model.start import plan_model, prepare_base
-from lora_llava.model.vision import llava_of
+from lora_llava.model.vision import dtype_of, llava_of
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe import Recipe
 from lora_llava.recipe.io import check_recipe
@@ -194,12 +194,15 @@ def test_the_newline_trains_with_the_projector_in_float32_and_is_reached_without
     model = build_trained_model(recipe, base).train()
     newline = model.get_base_model().model.image_newline
     assert newline.dtype == torch.float32
+    assert dtype_of(model) == torch.bfloat16
     trained = [name for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." not in name]
     assert trained == [KEY]
     groups = parameter_groups(model.named_parameters(), Rates(1.0, 2.0), 0.5)
     place = next(group for group in groups if any(p is newline for p in group["params"]))
     assert (place["lr"], place["weight_decay"], len(place["params"])) == (2.0, 0.0, 3)
-    assert plan_run(recipe).trained_parameters == {"lora": 0, "projector": 33024, NEWLINE: 128}
+    plan = plan_run(recipe)
+    assert plan.trained_parameters == {"lora": 0, "projector": 33024, NEWLINE: 128}
+    assert plan.step.parts()["gradients"] == 4 * (33024 + 128)
     ids = torch.tensor([[1, 5, 6, 7]])
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = labelled_loss(model, {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})
