@@ -308,6 +308,8 @@ def saved_image_settings(folder: Path) -> dict[str, Any] | None:
 
 def describe_images(image_processor: Mapping[str, Any]) -> str:
     """Return how an image becomes the tower's size, in a word or two, from the settings of an image processor."""
+    if image_processor.get("image_grid_pinpoints"):
+        return "tiles"
     if image_processor.get("do_pad"):
         return "pad"
     return "crop" if image_processor.get("do_center_crop") else "scale both sides"
