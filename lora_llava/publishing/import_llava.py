@@ -40,6 +40,8 @@ from lora_llava.runs.directory import set_stops, versions, write_json
 
 _TEMPLATES = {"mistral": "mistral"}
 """Template of a checkpoint by its language model's model_type, as LLaVA's llava/eval/run_llava.py chooses it."""
+_TURNS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama_3"}
+"""Tokens that begin a turn, and a template with them."""
 
 
 def import_llava(
@@ -69,7 +71,6 @@ def import_llava(
     """
     check_new(output)
     original = read_config(folder)
-    template = template or _TEMPLATES.get(original.llm["model_type"], "vicuna_v1")
     is_lora = (folder / "adapter_config.json").is_file()
     if not is_lora:
         lazy_tensors(folder)  # reports a damaged folder before anything is downloaded
@@ -85,13 +86,14 @@ def import_llava(
 
 
 def _import_checkpoint(
-    folder: Path, output: Path, original: OriginalConfig, tower: Part, template: str, console: Console
+    folder: Path, output: Path, original: OriginalConfig, tower: Part, template: str | None, console: Console
 ) -> None:
     vision = json.loads((tower.folder / "config.json").read_text(encoding="utf-8"))
     try:
         config = stock_config(original, vision, read_vocabulary(folder, original.llm))
     except UserError as error:
         raise UserError(f"{folder}: {error}".replace("model.high_resolution: ", "")) from None
+    template = template or _template_of(original, folder, config)
     tensors = checkpoint_tensors(folder, config, original, lazy_tensors(tower.folder))
     check_disk(output, checkpoint_bytes(tensors, torch.bfloat16))
     tiles = f"{len(original.grid)} canvases of tiles, " if original.grid else ""
@@ -106,6 +108,20 @@ def _import_checkpoint(
         _save_processor(temporary, config, folder, tower.folder, original.image_aspect, template)
         base = {"name": IMPORTED, "revision": None, "parts": None, "hashes": component_hashes(temporary)}
         write_json(temporary / BASE_FILE, {"base": base, "imported": folder.name, "versions": versions()})
+
+
+def _template_of(original: OriginalConfig, folder: Path, config: LlavaConfig) -> str:
+    """Return the template of a language model; refuse to guess that of a tokenizer with tokens for turns."""
+    if (known := _TEMPLATES.get(original.llm["model_type"])) is not None:
+        return known
+    vocabulary = load_tokenizer(folder, config).get_vocab()
+    for token, name in _TURNS.items():
+        if token in vocabulary:
+            raise UserError(
+                f"{folder}: its tokenizer has {token}, so that vicuna_v1 is hardly its conversation template; set "
+                f"--template, for instance to {name}"
+            )
+    return "vicuna_v1"
 
 
 def _save_processor(
@@ -132,13 +148,14 @@ def _import_lora(
     tower: Part,
     llm: str | None,
     base: str | None,
-    template: str,
+    template: str | None,
     console: Console,
 ) -> None:
     named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path", "")
     base_folder, record = _base_of(folder, original, tower, llm or named, base)
     config = read_llava_config(base_folder)
     _check_base(folder, original, config, base_folder)
+    template = template or _template_of(original, base_folder, config)
     lora = read_lora(folder, original, config.text_config.num_hidden_layers)
     if original.grid and not lora.has_newline and record["parts"] is not None:
         raise UserError(

@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer, LlavaNextForConditionalGeneration
 
 from lora_llava.core.errors import UserError
 from lora_llava.inference.open_model import open_speaker
@@ -127,6 +127,17 @@ def test_what_stock_models_do_not_compute_is_refused(
     with pytest.raises(UserError, match=message):
         import_llava(own_checkpoint, own_checkpoint.parent / "stock", console=QUIET)
     assert not (own_checkpoint.parent / "stock").exists()
+
+
+def test_the_template_of_a_tokenizer_with_tokens_for_turns_is_not_guessed(own_checkpoint: Path, parts: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(parts / "llm")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(own_checkpoint)
+    output = own_checkpoint.parent / "stock"
+    with pytest.raises(UserError, match=r"its tokenizer has <\|im_start\|>, so that vicuna_v1 is hardly .* to chatml"):
+        import_llava(own_checkpoint, output, console=QUIET)
+    import_llava(own_checkpoint, output, template="chatml", console=QUIET)
+    assert "<|im_start|>" in (output / "chat_template.jinja").read_text()
 
 
 @pytest.fixture
