@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,26 @@ def check_sharding(recipe: Recipe, ranks: int) -> None:
         if chosen:
             raise UserError(f"{key} has not been tested with weights that FSDP shards; drop it, or start without FSDP")
     os.environ.update(_SETTINGS)
+
+
+def check_rows(recipe: Recipe, images: Sequence[int]) -> None:
+    """Refuse rows without images in Stage 1, whose pass has no gradient before the projector's output.
+
+    Their rank would not gather the layers for the backward pass, and the others would wait for it forever.
+
+    Args:
+        recipe: The recipe.
+        images: Number of images of each row that trains.
+
+    Raises:
+        UserError: With the number of rows without images.
+    """
+    bare = sum(count == 0 for count in images)
+    if recipe.stage == 1 and is_sharded() and bare:
+        raise UserError(
+            f"{bare:,} rows have no image, and with FSDP Stage 1 needs one in every row; leave them out, or start with "
+            "torchrun"
+        )
 
 
 def shard_by_layer(classes: str) -> None:

@@ -27,8 +27,9 @@ from lora_llava.model.provenance import component_hashes
 from lora_llava.model.random_weights import build_random_llava
 from lora_llava.model.start import Base, plan_model
 from lora_llava.model.vision import accept_features, run_tower, tower_features
+from lora_llava.model.vision_adapters import VisionAdapters, used_layers
 from lora_llava.model.vision_cache import CachedFeatures, FeatureStore
-from lora_llava.recipe.schema import ModelSection, StartFrom
+from lora_llava.recipe.schema import VISION_LINEARS, ModelSection, StartFrom
 from tests.model.small_tiled import GRID, SIZES, NamedImages, images, make_tiled, processor_of
 
 ROWS = (("wide.png",), ("high.png", "square.png"), (), ("small.png", "line.png", "wide.png"))
@@ -77,15 +78,16 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def trained(folder: Path, **options: Any) -> Any:
-    """Our model with an adapter whose B matrices are not zero."""
-    model = load_base(folder, dtype="float32", **options)
-    return with_adapter(model)
+def trained(folder: Path, tower: bool = False, **options: Any) -> Any:
+    """Our model with an adapter."""
+    return with_adapter(load_base(folder, dtype="float32", **options), tower)
 
 
-def with_adapter(model: Any) -> Any:
+def with_adapter(model: Any, tower: bool = False) -> Any:
+    """Add an adapter whose B matrices are not zero, to the tower too if wanted."""
     torch.manual_seed(3)
-    peft_model = add_adapters(model, lora_config(r=4, targets=("q_proj", "down_proj")))
+    vision = VisionAdapters(2, 6.0, VISION_LINEARS, used_layers(model.config)) if tower else None
+    peft_model = add_adapters(model, lora_config(r=4, targets=("q_proj", "down_proj"), vision=vision))
     for name, parameter in sorted(peft_model.named_parameters()):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -118,8 +120,9 @@ def stock(tiled: Path) -> Computed:
     return compute_stock(tiled, torch.float32)
 
 
-def compute_stock(folder: Path, dtype: torch.dtype) -> Computed:
-    model = with_adapter(LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)).to(dtype)
+def compute_stock(folder: Path, dtype: torch.dtype, tower: bool = False) -> Computed:
+    base = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = with_adapter(base, tower).to(dtype)
     batch = stock_batch(folder)
     batch["pixel_values"] = batch["pixel_values"].to(dtype)
     output = model(**{name: value for name, value in batch.items() if name != "labels"})
@@ -144,10 +147,11 @@ def all_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("all_in_float64")
+@pytest.mark.parametrize("tower", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradients_in_float64_equal_the_stock_model_s(tiled: Path, packed: bool) -> None:
-    wanted, model = compute_stock(tiled, torch.float64), trained(tiled).to(torch.float64)
-    run_tower(model.get_base_model())
+def test_gradients_in_float64_equal_the_stock_model_s(tiled: Path, packed: bool, tower: bool) -> None:
+    wanted, model = compute_stock(tiled, torch.float64, tower), trained(tiled, tower).to(torch.float64)
+    run_tower(model.get_base_model(), trained=tower)
     loader = Pixels(NamedImages(), processor_of(tiled).image_processor)
     if packed:
         use_flash_varlen(model.get_base_model())
@@ -156,6 +160,7 @@ def test_gradients_in_float64_equal_the_stock_model_s(tiled: Path, packed: bool)
     loss, _ = labelled_loss(model, batch | {"pixel_values": batch["pixel_values"].to(torch.float64)})
     loss.backward()
     assert loss.dtype == torch.float64
+    assert sum("vision_tower" in name and bool(value.any()) for name, value in wanted[2].items()) == 24 * tower
     assert float(loss.detach()) == pytest.approx(wanted[1], rel=1e-14)
     assert_equal_gradients(gradients(model), wanted[2], rtol=1e-10, atol=1e-14)
 

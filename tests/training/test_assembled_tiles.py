@@ -35,7 +35,7 @@ from lora_llava.training.parameter_groups import Rates, parameter_groups
 from lora_llava.training.stages import build_feeds, build_trained_model
 from tests.model.small_families import make_tower
 from tests.own_rows import asked, quiet, written
-from tests.training.small_runs import left_at_4, one_and_two, run, same, weights
+from tests.training.small_runs import FSDP, launch, left_at_4, one_and_two, run, same, weights
 
 GRID = [[64, 128], [128, 64], [128, 128]]
 SIZES = {"wide.png": (60, 140), "high.png": (190, 62), "square.png": (130, 128), "small.png": (7, 9)}
@@ -303,13 +303,26 @@ def test_a_stopped_stage_1_resumes_to_the_same_bytes(folder: Path, monkeypatch: 
 
 
 @pytest.mark.more
-def test_two_ranks_train_what_one_trains(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_ranks_train_what_one_trains(folder: Path, tmp_path: Path, sharded: bool) -> None:
     """Rows without images too: a rank with such a row alone has to give the newline a gradient."""
     content = stage1_of_demo(folder, folder / "unused")
-    content["data"] |= {"format": "conversations", "path": str(folder / "rows.json"), "template": "vicuna_v1"}
+    if not sharded:
+        content["data"] |= {"format": "conversations", "path": str(folder / "rows.json"), "template": "vicuna_v1"}
     content["training"] = {"learning_rate": 1e-3, "batch_size": 1, "epochs": 1, "log_every": 1}
-    one, two, _ = one_and_two({key: value for key, value in content.items() if key != "output_dir"}, tmp_path)
+    content.pop("output_dir")
+    one, two, _ = one_and_two(content, tmp_path, FSDP if sharded else None)
     torch.testing.assert_close(weights(one)[KEY], weights(two)[KEY], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.more
+def test_sharded_ranks_would_wait_for_one_without_images(folder: Path, tmp_path: Path) -> None:
+    content = stage1_of_demo(folder, folder / "unused")
+    content["data"] |= {"format": "conversations", "path": str(folder / "rows.json"), "template": "vicuna_v1"}
+    content.pop("output_dir")
+    done = launch(content, tmp_path / "run", environment=FSDP)
+    assert done.returncode == 2
+    assert "rows have no image, and with FSDP Stage 1 needs one in every row; leave them out" in done.stderr
 
 
 def test_a_published_projector_may_have_the_newline(folder: Path, tmp_path: Path) -> None:

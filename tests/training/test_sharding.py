@@ -14,10 +14,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.distributed.sharding import check_sharding
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import check_recipe
-from tests.training.small_runs import content_for_ranks, launch, one_and_two, same, weights
-
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-"""Set by `accelerate launch --use_fsdp --fsdp_version 2`."""
+from tests.training.small_runs import FSDP, content_for_ranks, launch, one_and_two, same, weights
 
 
 @pytest.fixture(
