@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,24 +71,20 @@ def check_sharding(recipe: Recipe, ranks: int) -> None:
     os.environ.update(_SETTINGS)
 
 
-def check_rows(recipe: Recipe, images: Sequence[int]) -> None:
-    """Refuse rows without images in Stage 1, whose pass has no gradient before the projector's output.
+def require_input_gradients(model: Any) -> None:
+    """Let the first layer's input have a gradient in every batch, as it has in one with images.
 
-    Their rank would not gather the layers for the backward pass, and the others would wait for it forever.
+    Otherwise a rank whose row has no image reduces the gradients in another order than the others, or in Stage 1 does
+    not gather the layers for the backward pass, and the others wait for it.
 
     Args:
-        recipe: The recipe.
-        images: Number of images of each row that trains.
-
-    Raises:
-        UserError: With the number of rows without images.
+        model: The stock LLaVA; changed in place.
     """
-    bare = sum(count == 0 for count in images)
-    if recipe.stage == 1 and is_sharded() and bare:
-        raise UserError(
-            f"{bare:,} rows have no image, and with FSDP Stage 1 needs one in every row; leave them out, or start with "
-            "torchrun"
-        )
+
+    def require(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+    model.get_input_embeddings().register_forward_hook(require)
 
 
 def shard_by_layer(classes: str) -> None:

@@ -18,7 +18,7 @@ from lora_llava.data.templates.named_templates import chat_template
 from lora_llava.data.templates.resolve_template import resolve_template
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.distributed.ranks import this_rank
-from lora_llava.distributed.sharding import check_rows, check_sharding, is_sharded, shard_by_layer
+from lora_llava.distributed.sharding import check_sharding, is_sharded, shard_by_layer
 from lora_llava.model.adapters import NEWLINE, lora_config, planned_parameters
 from lora_llava.model.base import build_processor
 from lora_llava.model.families.decoder_shape import decoder_shape
@@ -132,7 +132,6 @@ def plan_run(recipe: Recipe, progress: Progress = no_progress) -> RunPlan:
     if recipe.evaluation is None and recipe.data.test_source is None:
         splits.pop("test", None)
     samples = splits["train"].rows
-    check_rows(recipe, samples.image_counts().tolist())
     padded = not is_padding_free(recipe, model.config)[0]
     prefixes = None if padded else prefixes_of(recipe, splits["train"])
     order = order_run(recipe, splits["train"], model.config, prefixes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -307,8 +308,7 @@ def test_a_stopped_stage_1_resumes_to_the_same_bytes(folder: Path, monkeypatch: 
 def test_two_ranks_train_what_one_trains(folder: Path, tmp_path: Path, sharded: bool) -> None:
     """Rows without images too: a rank with such a row alone has to give the newline a gradient."""
     content = stage1_of_demo(folder, folder / "unused")
-    if not sharded:
-        content["data"] |= {"format": "conversations", "path": str(folder / "rows.json"), "template": "vicuna_v1"}
+    content["data"] |= {"format": "conversations", "path": str(folder / "rows.json"), "template": "vicuna_v1"}
     content["training"] = {"learning_rate": 1e-3, "batch_size": 1, "epochs": 1, "log_every": 1}
     content.pop("output_dir")
     one, two, _ = one_and_two(content, tmp_path, FSDP if sharded else None)
@@ -316,13 +316,23 @@ def test_two_ranks_train_what_one_trains(folder: Path, tmp_path: Path, sharded: 
 
 
 @pytest.mark.more
-def test_sharded_ranks_would_wait_for_one_without_images(folder: Path, tmp_path: Path) -> None:
-    content = stage1_of_demo(folder, folder / "unused")
-    content["data"] |= {"format": "conversations", "path": str(folder / "rows.json"), "template": "vicuna_v1"}
+def test_a_sharded_stage_2_carries_the_newline_and_resumes(
+    stages: tuple[Path, Path], folder: Path, tmp_path: Path
+) -> None:
+    content = stage2_of_demo(folder, folder / "unused", stage1_run=str(stages[0]))
+    content["training"] = {"learning_rate": 1e-3, "batch_size": 1, "max_steps": 3, "eval_every": 2, "log_every": 1}
     content.pop("output_dir")
-    done = launch(content, tmp_path / "run", environment=FSDP)
-    assert done.returncode == 2
-    assert "rows have no image, and with FSDP Stage 1 needs one in every row; leave them out" in done.stderr
+    one, two, _ = one_and_two(content, tmp_path, FSDP)
+    expected, found = weights(one), weights(two)
+    assert torch.equal(found[KEY], weights(stages[0])[KEY])
+    assert found.keys() == expected.keys()
+    assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) < 1e-5
+    shutil.copytree(two, tmp_path / "again")
+    (tmp_path / "again" / "run.json").unlink()
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "checkpoint-3")
+    done = launch(content, tmp_path / "again", "--resume", environment=FSDP)
+    assert done.returncode == 0, done.stderr
+    assert same(weights(tmp_path / "again"), found)
 
 
 def test_a_published_projector_may_have_the_newline(folder: Path, tmp_path: Path) -> None:
