@@ -26,7 +26,7 @@ from lora_llava.model.base import BaseParts
 from lora_llava.model.families.llava_kinds import read_llava_config
 from lora_llava.model.fast_path.trained_loss import labelled_loss
 from lora_llava.model.start import plan_model, prepare_base
-from lora_llava.model.vision import llava_of
+from lora_llava.model.vision import dtype_of, llava_of
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe import Recipe
 from lora_llava.recipe.io import check_recipe
@@ -195,12 +195,15 @@ def test_the_newline_trains_with_the_projector_in_float32_and_is_reached_without
     model = build_trained_model(recipe, base).train()
     newline = model.get_base_model().model.image_newline
     assert newline.dtype == torch.float32
+    assert dtype_of(model) == torch.bfloat16
     trained = [name for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." not in name]
     assert trained == [KEY]
     groups = parameter_groups(model.named_parameters(), Rates(1.0, 2.0), 0.5)
     place = next(group for group in groups if any(p is newline for p in group["params"]))
     assert (place["lr"], place["weight_decay"], len(place["params"])) == (2.0, 0.0, 3)
-    assert plan_run(recipe).trained_parameters == {"lora": 0, "projector": 33024, NEWLINE: 128}
+    plan = plan_run(recipe)
+    assert plan.trained_parameters == {"lora": 0, "projector": 33024, NEWLINE: 128}
+    assert plan.step.parts()["gradients"] == 4 * (33024 + 128)
     ids = torch.tensor([[1, 5, 6, 7]])
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = labelled_loss(model, {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})
@@ -368,8 +371,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "model.high_resolution.grid: the canvas [64, 100] is not made of whole tiles; its height and width have to be "
         "multiples of the tower's 64 pixels, as in [64, 128]",
     ),
-    ({"high_resolution": {"grid": [[0, 64]]}}, "model.high_resolution.grid"),
-    ({"high_resolution": {"grid": [[64]]}}, "model.high_resolution.grid"),
+    ({"high_resolution": {"grid": [[0, 64]]}}, "model.high_resolution.grid.0.0 is 0; it should be greater than or"),
+    (
+        {"high_resolution": {"grid": [[64, 64, 64]]}},
+        "model.high_resolution.grid: the canvas [64, 64, 64] has to be a height and a width, such as [336, 672]",
+    ),
     (
         {"llm": None, "vision_tower": None, "start_from": {"llava": "x"}},
         "high_resolution is set together with start_from.llava",
