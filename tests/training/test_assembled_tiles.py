@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,7 @@ from lora_llava.training.parameter_groups import Rates, parameter_groups
 from lora_llava.training.stages import build_feeds, build_trained_model
 from tests.model.small_families import make_tower
 from tests.own_rows import asked, quiet, written
-from tests.training.small_runs import left_at_4, one_and_two, run, same, weights
-from tests.training.test_sharding import FSDP
+from tests.training.small_runs import FSDP, launch, left_at_4, one_and_two, run, same, weights
 
 GRID = [[64, 128], [128, 64], [128, 128]]
 SIZES = {"wide.png": (60, 140), "high.png": (190, 62), "square.png": (130, 128), "small.png": (7, 9)}
@@ -308,20 +308,34 @@ def test_a_stopped_stage_1_resumes_to_the_same_bytes(folder: Path, monkeypatch: 
 
 @pytest.mark.more
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("stage", [1, 2])
-def test_two_ranks_train_what_one_trains(folder: Path, tmp_path: Path, sharded: bool, stage: int) -> None:
+def test_two_ranks_train_what_one_trains(folder: Path, tmp_path: Path, sharded: bool) -> None:
     """Rows without images too: a rank with such a row alone has to give the newline a gradient."""
-    content = (stage1_of_demo if stage == 1 else stage2_of_demo)(folder, folder / "unused")
-    content["model"]["start_from"] = {"untrained": True}
+    content = stage1_of_demo(folder, folder / "unused")
     content["data"] |= {"format": "conversations", "path": str(folder / "rows.json"), "template": "vicuna_v1"}
-    content["training"] = {"learning_rate": 1e-3, "batch_size": 1, "epochs": 1, "eval_every": 2, "log_every": 1}
+    content["training"] = {"learning_rate": 1e-3, "batch_size": 1, "epochs": 1, "log_every": 1}
     content.pop("output_dir")
-    one, two, _ = one_and_two(content, tmp_path, FSDP if sharded else {})
-    assert weights(one).keys() == weights(two).keys()
-    for name, tensor in weights(one).items():
-        torch.testing.assert_close(weights(two)[name], tensor, rtol=1e-4, atol=1e-5)
-    if stage == 2:
-        assert torch.equal(weights(two)[KEY], weights(one)[KEY])
+    one, two, _ = one_and_two(content, tmp_path, FSDP if sharded else None)
+    torch.testing.assert_close(weights(one)[KEY], weights(two)[KEY], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.more
+def test_a_sharded_stage_2_carries_the_newline_and_resumes(
+    stages: tuple[Path, Path], folder: Path, tmp_path: Path
+) -> None:
+    content = stage2_of_demo(folder, folder / "unused", stage1_run=str(stages[0]))
+    content["training"] = {"learning_rate": 1e-3, "batch_size": 1, "max_steps": 3, "eval_every": 2, "log_every": 1}
+    content.pop("output_dir")
+    one, two, _ = one_and_two(content, tmp_path, FSDP)
+    expected, found = weights(one), weights(two)
+    assert torch.equal(found[KEY], weights(stages[0])[KEY])
+    assert found.keys() == expected.keys()
+    assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) < 1e-5
+    shutil.copytree(two, tmp_path / "again")
+    (tmp_path / "again" / "run.json").unlink()
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "checkpoint-3")
+    done = launch(content, tmp_path / "again", "--resume", environment=FSDP)
+    assert done.returncode == 0, done.stderr
+    assert same(weights(tmp_path / "again"), found)
 
 
 def test_a_published_projector_may_have_the_newline(folder: Path, tmp_path: Path) -> None:
