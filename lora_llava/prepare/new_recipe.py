@@ -102,7 +102,8 @@ def init(folder: Path, *, console: Console, **chosen: Any) -> tuple[Path, CheckR
     if choice.llm:
         console.print(
             "its projector is untrained: few rows teach it little; train it on captions first (Stage 1, "
-            "recipes/align.yaml with the same llm, vision_tower and high_resolution) and set model.start_from.stage1_run",
+            "recipes/align.yaml with the same llm, vision_tower and high_resolution) and set "
+            "model.start_from.stage1_run",
             soft_wrap=True,
         )
     try:

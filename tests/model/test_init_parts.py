@@ -49,7 +49,8 @@ def test_a_recipe_of_high_resolution_gives_tiles_to_the_parts(
     assert section.high_resolution is not None
     assert section.high_resolution.grid is None
     assert section.max_tiles == 2
-    assert "recipes/align.yaml with the same llm, vision_tower and high_resolution" in " ".join(capsys.readouterr().out.split())
+    out = " ".join(capsys.readouterr().out.split())
+    assert "recipes/align.yaml with the same llm, vision_tower and high_resolution" in out
 
 
 REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
