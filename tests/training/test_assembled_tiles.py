@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,10 @@ from lora_llava.training.features import cache_features
 from lora_llava.training.finetune import stage1_of
 from lora_llava.training.parameter_groups import Rates, parameter_groups
 from lora_llava.training.stages import build_feeds, build_trained_model
-from tests.model.small_families import make_tower
 from tests.own_rows import asked, quiet, written
+from tests.training.demo_tiles import GRID, SIZES, stage1_of_demo, stage2_of_demo
 from tests.training.small_runs import FSDP, launch, left_at_4, one_and_two, run, same, weights
 
-GRID = [[64, 128], [128, 64], [128, 128]]
-SIZES = {"wide.png": (60, 140), "high.png": (190, 62), "square.png": (130, 128), "small.png": (7, 9)}
 KEY = "base_model.model.model.image_newline"
 
 
@@ -59,43 +56,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [asked(number, names[number % 4], f"Number {number}.") for number in range(8)]
     written(folder / "rows.json", rows + [asked(100 + number) for number in range(4)])
     return folder
-
-
-def stage1_of_demo(folder: Path, output: Path, **training: Any) -> dict[str, Any]:
-    """Content of a Stage 1 recipe of the demo's parts, packed."""
-    return {
-        "stage": 1,
-        "output_dir": str(output),
-        "model": {
-            "llm": "demo",
-            "vision_tower": "demo",
-            "high_resolution": {"grid": GRID},
-            "start_from": {"untrained": True},
-            "quantization": "none",
-        },
-        "data": {
-            "format": "captions",
-            "path": str(folder / "captions.json"),
-            "image_folder": str(folder / "images"),
-            "template": "plain",
-            "max_length": 200,
-            "validation_rows": 2,
-        },
-        "training": {"learning_rate": 5e-3, "max_tokens_per_row": 300, "max_steps": 6, "eval_every": 2} | training,
-    }
-
-
-def stage2_of_demo(folder: Path, output: Path, **start: Any) -> dict[str, Any]:
-    """Content of a Stage 2 recipe of the same parts."""
-    content = stage1_of_demo(folder, output)
-    data = {"format": "conversations", "path": str(folder / "rows.json"), "template": "vicuna_v1", "system_prompt": ""}
-    return content | {
-        "stage": 2,
-        "model": content["model"] | {"start_from": start},
-        "lora": {"r": 4, "alpha": 8},
-        "data": content["data"] | data,
-        "training": content["training"] | {"max_steps": 2},
-    }
 
 
 def recipe_of(content: dict[str, Any]) -> Recipe:
@@ -358,48 +318,6 @@ def test_a_published_projector_may_have_the_newline(folder: Path, tmp_path: Path
     content["model"].pop("high_resolution")
     with pytest.raises(UserError, match=r"mm_projector.bin has image_newline: it is a LLaVA-1.6's; set model.high_res"):
         prepare_base(recipe_of(content).model, 0)
-
-
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"high_resolution": {"grid": []}}, "model.high_resolution.grid is []; name at least one"),
-    (
-        {"high_resolution": {"grid": [[64, 128], [64, 128]]}},
-        "model.high_resolution.grid: the canvas [64, 128] is named twice; keep one",
-    ),
-    (
-        {"high_resolution": {"grid": [[64, 100]]}},
-        "model.high_resolution.grid: the canvas [64, 100] is not made of whole tiles; its height and width have to be "
-        "multiples of the tower's 64 pixels, as in [64, 128]",
-    ),
-    ({"high_resolution": {"grid": [[0, 64]]}}, "model.high_resolution.grid.0.0 is 0; it should be greater than or"),
-    (
-        {"high_resolution": {"grid": [[64, 64, 64]]}},
-        "model.high_resolution.grid: the canvas [64, 64, 64] has to be a height and a width, such as [336, 672]",
-    ),
-    (
-        {"llm": None, "vision_tower": None, "start_from": {"llava": "x"}},
-        "high_resolution is set together with start_from.llava",
-    ),
-    ({"high_resolution": None, "max_tiles": 2}, "model.max_tiles is 2, but the model has no tiles"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), REFUSED)
-def test_settings_that_do_not_fit_are_refused_in_one_line(folder: Path, change: dict[str, Any], message: str) -> None:
-    content = stage1_of_demo(folder, folder / "unused")
-    content["model"] |= change
-    with pytest.raises(UserError, match=re.escape(message)) as raised:
-        plan_model(recipe_of(content).model)
-    assert "\n" not in str(raised.value)
-
-
-def test_a_siglip_is_refused(folder: Path, tmp_path: Path) -> None:
-    content = stage1_of_demo(folder, folder / "unused")
-    content["model"]["vision_tower"] = str(make_tower(tmp_path, "siglip"))
-    with pytest.raises(
-        UserError, match=r"model.high_resolution: model.vision_tower is a siglip_vision_model.*name a C"
-    ):
-        plan_model(recipe_of(content).model)
 
 
 def test_a_projector_of_another_kind_is_refused(stages: tuple[Path, Path], folder: Path, tmp_path: Path) -> None:
