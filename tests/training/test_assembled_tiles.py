@@ -208,6 +208,8 @@ def test_stock_classes_give_our_logits(stages: tuple[Path, Path], folder: Path, 
         assert not torch.allclose(logits, before, atol=1e-2)
         auto = AutoModelForImageTextToText.from_pretrained(base_of(stages[1]), dtype=torch.float32)
         assert torch.equal(PeftModel.from_pretrained(auto, str(stages[1]))(**batch).logits, logits)
+        direct = AutoModelForImageTextToText.from_pretrained(stages[1], dtype=torch.float32)
+        assert torch.equal(direct(**batch).logits, logits)
         report = merge(stages[1], tmp_path / "merged", dtype="float32", quiet=True)
         assert report["adapter_on_bf16_base"]["max_logit_difference"] <= 1e-4
         merged = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "merged", dtype=torch.float32)
