@@ -50,10 +50,10 @@ from lora_llava.evaluation.row_evaluation import (
 from lora_llava.evaluation.scienceqa import Table
 from lora_llava.evaluation.summary import summarise
 from lora_llava.inference.client.client import ChatServer, find_model
-from lora_llava.inference.load import load_answering_model
+from lora_llava.inference.load import load_answering_model, use_canvases, use_tiles_of_run
 from lora_llava.inference.sampling import Sampling
 from lora_llava.model.adapter_file import checked_base
-from lora_llava.model.families.image_counts import limit_tiles, tokens_of
+from lora_llava.model.families.image_counts import grid_of, tokens_of
 from lora_llava.model.loading import check_bitsandbytes
 from lora_llava.model.provenance import weights_state
 from lora_llava.model.start import ModelPlan, plan_model
@@ -250,9 +250,9 @@ def _with_bos(server: ChatServer, opened: OpenedEvaluation, rows: Sequence[Conve
 
 def load_evaluator(opened: OpenedEvaluation, batch_size: int) -> Evaluator:
     """Load the weights of an opened evaluation, to answer `batch_size` questions at once."""
-    section = opened.recipe.model
-    model = load_answering_model(opened.base, opened.adapter, quantization=section.quantization, dtype=section.dtype)
-    limit_tiles(llava_of(model).config, section.max_tiles)
+    stored = opened.recipe.model.quantization
+    model = load_answering_model(opened.base, opened.adapter, quantization=stored, dtype=opened.recipe.model.dtype)
+    use_canvases(llava_of(model).config, grid_of(opened.plan.config))
     return Evaluator(
         model,
         opened.tokenizer,
@@ -306,6 +306,8 @@ def open_evaluation(
     base = str(checked_base(read_record(folder), folder)) if run else model
     elsewhere = server is not None and not folder.is_dir()
     plan = plan_model(chosen.model if elsewhere else as_llava(chosen.model, base))
+    if run:
+        use_tiles_of_run(plan.config, folder, chosen.model.max_tiles)
     tokenizer, processor, template = build_run_processor(chosen, plan, trained=True)
     seen = earlier_of(folder, recipe, chosen, processor, template, plan) if data is None else None
     read = partial(read_held_out, chosen, processor, template, plan.config, seen=seen)
@@ -372,6 +374,7 @@ def _about(
             "weights": _weights(opened),
             "quantization": recipe.model.quantization,
             "dtype": recipe.model.dtype,
+            **({"canvases": grid} if (grid := grid_of(opened.plan.config)) else {}),
             "batch_size": (recipe.evaluation or EvaluationSection()).batch_size,
         }
     if opened.science:

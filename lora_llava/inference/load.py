@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoProcessor, LlavaConfig
 
 from lora_llava.core.errors import UserError
+from lora_llava.model.families.image_counts import grid_of, limit_tiles
 from lora_llava.model.families.tower_families import saved_image_settings, tiling_of
 from lora_llava.model.loading import Quantization, load_base
 from lora_llava.model.start import RUN_FILE
@@ -45,16 +46,41 @@ def load_answering_model(
         raise UserError(f"{adapter} does not fit its base {base}: {str(error).splitlines()[0]}") from None
 
 
-def use_tiles_of(config: LlavaConfig, image_processor: Mapping[str, Any]) -> None:
-    """Let a LLaVA-1.6 expect the tiles of a run's image processor, which may have fewer canvases than its base.
+def use_canvases(config: LlavaConfig, grid: Sequence[Sequence[int]] | None) -> None:
+    """Let a LLaVA-1.6 expect the tiles of other canvases than its base's: fewer, or in another order.
 
     Args:
-        config: The model's config; changed in place.
-        image_processor: The processor's settings.
+        config: The model's config; changed in place, unless it has no tiles or no canvases are given.
+        grid: The canvases, a height and a width in pixels each.
     """
-    grid = image_processor.get("image_grid_pinpoints")
     if tiling_of(config) is not None and grid:
         config.image_grid_pinpoints = [list(canvas) for canvas in grid]
+
+
+def use_tiles_of(config: LlavaConfig, image_processor: Mapping[str, Any]) -> None:
+    """Let a LLaVA-1.6 expect the tiles of a run's image processor, from its settings; see `use_canvases`."""
+    use_canvases(config, image_processor.get("image_grid_pinpoints"))
+
+
+def use_tiles_of_run(config: LlavaConfig, run: Path, most: int | None) -> None:
+    """Let the base of a run expect the run's tiles, as the merged run does, or fewer.
+
+    Args:
+        config: The base's config, whose canvases are limited to `most`; changed in place.
+        run: The run directory.
+        most: The recipe's `model.max_tiles`.
+
+    Raises:
+        UserError: If the recipe asks for canvases that the run was not trained with.
+    """
+    asked = grid_of(config)
+    use_tiles_of(config, saved_image_settings(run) or {})
+    trained = grid_of(config)
+    if most is not None and not all(canvas in trained for canvas in asked):
+        raise UserError(
+            f"model.max_tiles is {most}, but {run} was trained with fewer canvases, {trained}; set model.max_tiles=null"
+        )
+    limit_tiles(config, most)
 
 
 def needs_nf4(adapter: Path) -> bool:
