@@ -180,7 +180,7 @@ def evaluate(
         server = find_model(server if server.model or Path(model).is_dir() else replace(server, model=model))
     opened = open_evaluation(model, options, recipe, overrides, server, data)
     rows = held_out_rows(opened, options, limit)
-    report_asked(opened.split, len(rows), opened.name, opened.recipe, overrides, data)
+    report_asked(opened.split, len(rows), opened.name, opened.recipe, overrides, data, opened.plan.config)
     for line in opened.trained.lines(model) if opened.trained else ():
         report(line)
     if options.method == "loglik" and not opened.science:

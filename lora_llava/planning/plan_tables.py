@@ -23,7 +23,7 @@ from lora_llava.planning.memory import GIB, Step
 from lora_llava.planning.memory_budget import memory_budget
 from lora_llava.planning.run_plan import RunPlan
 from lora_llava.recipe import Recipe
-from lora_llava.splits.split_rows import Split
+from lora_llava.splits.split_rows import Split, over_positions
 
 BF16_BYTES = 2
 
@@ -54,6 +54,8 @@ def print_data(plan: RunPlan, console: Console) -> None:
     for name, split in plan.splits.items():
         for line in _reading(name, split):
             console.print(line, soft_wrap=True, markup=False)
+        if long := over_positions(split, plan.model.config):
+            console.print(f"warning: {name}: {long}", soft_wrap=True, markup=False)
         fixes = ", ".join(f"{count:,} {what}" for what, count in split.report.repaired.items())
         if fixes:
             console.print(f"{name}: fixed while reading: {fixes}; `lora-llava check` names the rows", soft_wrap=True)

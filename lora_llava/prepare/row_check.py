@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from lora_llava.core.errors import UserError
 from lora_llava.data.checks.duplicates import DUPLICATE
-from lora_llava.data.checks.findings import CheckReport, Finding
+from lora_llava.data.checks.findings import CheckedSource, CheckReport, Finding
 from lora_llava.data.checks.source_checks import check_sources
 from lora_llava.data.files.cleaned_copy import write_set_without
 from lora_llava.data.files.row_files import DataFileError
 from lora_llava.data.folder_kinds.folder_kind import number_of
 from lora_llava.data.images.image_check import ImageFacts, inspect_images
 from lora_llava.data.images.image_id import ImageId, ImageName
+from lora_llava.data.selection import tiles_advice
 from lora_llava.evaluation.figures.majority import read_majority
 from lora_llava.model.start import plan_model
 from lora_llava.pages.preview_samples import escape_hidden
@@ -119,6 +121,7 @@ def _read(recipe: Recipe) -> tuple[dict[str, OpenSplit], CheckReport]:
         with_images=sources_with_images(recipe, splits),
     )
     report.warnings += _remarks(splits)
+    report.warnings += _over_positions(checked, int(model.config.text_config.max_position_embeddings))
     counts = train_answers(splits["train"], recipe.seed) if recipe.data.format == "conversations" else None
     add_balance(report, counts)
     return splits, report
@@ -133,6 +136,19 @@ def _remarks(splits: dict[str, OpenSplit]) -> Iterator[Finding]:
                 seen.add(source.name)
                 for kind, remark in source.remarks():
                     yield Finding(kind, "", remark, -1, source.name, split)
+
+
+def _over_positions(sources: Sequence[CheckedSource], positions: int) -> Iterator[Finding]:
+    """Yield findings on test rows, which `data.max_length` does not limit, that are longer than the model can read."""
+    for source in sources:
+        lengths = source.table.lengths()[source.rows]
+        for place in np.flatnonzero(lengths > positions) if source.split == "test" else ():
+            row = int(source.rows[place])
+            advice = tiles_advice(source.table, row, positions)
+            message = (
+                f"it has {lengths[place]:,} tokens, over the language model's {positions:,} positions; leave it out"
+            )
+            yield source.finding("over the positions", row, message + advice)
 
 
 def _inspect(splits: dict[str, OpenSplit]) -> dict[int, dict[str, ImageFacts]]:

@@ -23,7 +23,7 @@ from lora_llava.data.images.image_id import ImageId, ImageName, own_name, own_na
 from lora_llava.data.images.image_sources import PixelLoader, Pixels, SplitImages, join_images
 from lora_llava.data.images.tiling import TiledImages
 from lora_llava.data.mixture import Share, epoch_counts, mixture
-from lora_llava.data.selection import NOT_DRAWN, Policy, Report, account, select_rows, without_bad_images
+from lora_llava.data.selection import NOT_DRAWN, Policy, Report, account, select_rows, tiles_advice, without_bad_images
 from lora_llava.data.sources import Source
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.model.families.image_counts import Sizes
@@ -102,6 +102,24 @@ class Split:
     def source_of(self, index: int) -> Source:
         """Return the source of a row."""
         return self.sources[self.rows.places[index, 0]]
+
+
+def over_positions(split: Split, config: LlavaConfig) -> str | None:
+    """Return a remark on rows that are longer than the language model has positions; None if there are none.
+
+    Only rows that are asked can be so long: those to train on have at most `data.max_length` tokens.
+    """
+    positions = int(config.text_config.max_position_embeddings)
+    long = np.flatnonzero(split.rows.lengths > positions)
+    if not len(long):
+        return None
+    first = int(long[0])
+    advice = tiles_advice(*split.rows.table_row(first), positions)
+    return (
+        f"{len(long):,} of {len(split.rows):,} rows are longer than the language model's {positions:,} positions, "
+        f"where its answers mean little; the first is {split.rows.row_name(first)} with "
+        f"{split.rows.lengths[first]:,} tokens; leave them out{advice}"
+    )
 
 
 @contextmanager
@@ -206,7 +224,8 @@ def build_split(
     if len(split.sources) > 1:
         used = Counter(split.sources[rows.places[i, 0]].name for i in (epochs(0) if epochs else range(len(rows))))
         report.sources = {source.name: used[source.name] for source in split.sources}
-    pixels = Pixels(split.images, processor.image_processor)
+    sizes = {each: found.size for each, found in facts.items()}
+    pixels = Pixels(split.images, processor.image_processor, {each: size for each, size in sizes.items() if all(size)})
     return Split(
         split.sources,
         split.images,
@@ -216,7 +235,7 @@ def build_split(
         epochs,
         digests={each: found.digest for each, found in facts.items()},
         pixels={each: found.pixels for each, found in facts.items()},
-        sizes={each: found.size for each, found in facts.items()},
+        sizes=sizes,
     )
 
 

@@ -158,7 +158,9 @@ def _preprocessed(places: list[_Place], plan: RunPlan) -> Iterator[tuple[list[_P
     processor = plan.processor.image_processor
 
     def pixels(batch: list[_Place]) -> torch.Tensor:
-        return torch.cat([Pixels(plan.splits[split].images, processor)([name]) for split, name in batch])
+        return torch.cat(
+            [Pixels(plan.splits[split].images, processor, plan.splits[split].sizes)([name]) for split, name in batch]
+        )
 
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(pixels, batches[0])

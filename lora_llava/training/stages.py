@@ -310,7 +310,7 @@ def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Ca
         trainer.train(resume_from_checkpoint=str(start.checkpoint) if start else None)
     except UserError as error:
         save = not isinstance(error, DiskFullError)
-        raise type(error)(f"{error}{trainer.save_last_step(save)}") from None
+        raise type(error)(f"{_message_of(error)}{trainer.save_last_step(save)}") from None
     except SafetensorError as error:
         where = start.checkpoint if start else trainer.args.output_dir
         raise UserError(f"{where}: weights cannot be read or written ({error})") from None
@@ -325,6 +325,12 @@ def run_trainer(trainer: LlavaSFTTrainer, start: Start | None, out_of_memory: Ca
         else:
             raise
         raise UserError(f"{what}{trainer.save_last_step()}") from None
+
+
+def _message_of(error: UserError) -> str:
+    """Return the message of an error; in one of a process that loads images, torch puts the traceback before it."""
+    name = f"{type(error).__module__}.{type(error).__qualname__}: "
+    return str(error).rpartition(name)[2].rstrip()
 
 
 def _out_of_memory(plan: RunPlan) -> UserError:

@@ -17,6 +17,7 @@ from transformers import LlavaNextProcessor
 from lora_llava.core.errors import UserError
 from lora_llava.data.images import image_check
 from lora_llava.data.images.image_id import ImageId
+from lora_llava.data.images.image_sources import BadImageError
 from lora_llava.data.images.tiling import Tiling
 from lora_llava.evaluation.answerers import Evaluator
 from lora_llava.evaluation.asked.served_prompts import sent_prompts
@@ -100,6 +101,18 @@ def test_images_are_opened_once_before_rows_are_selected_and_bad_ones_count_as_a
     assert len(opened) == len(SIZES)  # their facts are cached
     with pytest.raises(UserError, match=r"row r1.*: image b\.png cannot be read"):
         planned(content)
+
+
+def test_an_image_of_another_size_than_counted_is_named(content: dict[str, Any], tmp_path: Path) -> None:
+    content["training"]["vision_cache"] = "memory"
+    plan = planned(content)
+    Image.new("RGB", (40, 8)).save(tmp_path / "rows" / "b.png")
+    message = r"^image b\.png has 40 x 8 pixels now, and 23 x 9 when its tokens were counted$"
+    with pytest.raises(BadImageError, match=message) as error:
+        plan.splits["train"].load_pixels(["a.png", "b.png"])
+    assert error.value.kind == "changed image"
+    with pytest.raises(BadImageError, match=message):
+        cache_features(plan, prepare_base(plan.recipe.model, 0), quiet())
 
 
 def test_a_plan_counts_tiles(content: dict[str, Any]) -> None:

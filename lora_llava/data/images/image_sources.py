@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -72,10 +72,12 @@ class Pixels:
     Args:
         images: Opens the images.
         image_processor: The exported processor's image processor, so that training and serving use the same pixels.
+        counted: Height and width by which the tokens of an image were counted; images that are not named may have any.
     """
 
     images: SplitImages
     image_processor: Any
+    counted: Mapping[ImageName, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
     _seen: dict[ImageName, tuple[int, int]] = field(default_factory=dict, repr=False, compare=False)
 
     def __call__(self, names: Sequence[ImageName]) -> torch.Tensor:
@@ -102,7 +104,11 @@ class Pixels:
 
     def _tiles(self, name: ImageName) -> torch.Tensor:
         image = self.images.open(name)
-        self._seen[name] = image.height, image.width
+        now = image.height, image.width
+        if (before := self.counted.get(name, now)) != now:
+            sizes = f"has {now[1]} x {now[0]} pixels now, and {before[1]} x {before[0]} when its tokens were counted"
+            raise BadImageError(f"image {self.images.label(name)} {sizes}", "changed image")
+        self._seen[name] = now
         tiles: torch.Tensor = self.image_processor([image], return_tensors="pt")["pixel_values"][0]
         return tiles
 

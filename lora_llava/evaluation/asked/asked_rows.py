@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import LlavaConfig
+
 from lora_llava.core.errors import UserError
 from lora_llava.data.selection import Report
 from lora_llava.data.templates.spans import AnyTemplate
@@ -19,16 +21,22 @@ from lora_llava.recipe.io import RECIPE_FILE
 from lora_llava.runs.directory import read_data_hashes
 from lora_llava.splits.earlier_rows import earlier_rows
 from lora_llava.splits.seen_rows import SeenRows, read_seen
-from lora_llava.splits.split_rows import Split
+from lora_llava.splits.split_rows import Split, over_positions
 
 OTHER_DATA = ("data.path=", "data.file=", "data.format=", "data.sources")
 """Overrides that name other training rows."""
 
 
 def report_asked(
-    split: Split, asked: int, name: str, recipe: Recipe, overrides: Sequence[str], data: DataFile | None
+    split: Split,
+    asked: int,
+    name: str,
+    recipe: Recipe,
+    overrides: Sequence[str],
+    data: DataFile | None,
+    config: LlavaConfig,
 ) -> None:
-    """Print how many rows are asked, and what an override of the training rows does to an evaluation.
+    """Print how many rows are asked, whether some are too long, and what an override of the training rows does.
 
     Args:
         split: The rows that could be asked.
@@ -37,7 +45,10 @@ def report_asked(
         recipe: The recipe.
         overrides: Overrides of the recipe.
         data: The file whose rows are asked; None for the recipe's held-out rows.
+        config: The model's config.
     """
+    if long := over_positions(split, config):
+        report(f"warning: {long}")
     if data is not None:
         report(f"asking {asked:,} of {split.report.rows:,} rows of {data.path.name}{_dropped(split.report)}")
         return
