@@ -25,6 +25,7 @@ from lora_llava.evaluation.figures.page_tables import confusion_tables, score_ta
 from lora_llava.evaluation.lmms.benchmark_table import public_tables
 from lora_llava.evaluation.scienceqa import COLUMNS
 from lora_llava.evaluation.scoring import EvaluationResult
+from lora_llava.model.families.tower_families import describe_images, saved_image_settings
 from lora_llava.pages.report_page import GalleryItem, RunReport, Table, render_report
 from lora_llava.pages.report_plots import Curve
 from lora_llava.planning.memory import GIB
@@ -93,7 +94,7 @@ def write_report(folder: Path, recipe: Recipe, metrics: dict[str, Any], after: E
         notes = _notes(after, dict(zip(chosen, gallery, strict=True)))
     report = RunReport(
         title=f"{folder.name}: Stage {recipe.stage}",
-        facts=_facts(recipe, metrics),
+        facts=_facts(recipe, metrics, saved_image_settings(folder) or {}),
         curves=_curves(metrics["train"], _scores(metrics)),
         findings=(metrics.get("figures") or {}).get("sentences", []),
         tables=_tables(metrics),
@@ -217,7 +218,7 @@ def _adapter(recipe: Recipe) -> str:
     return "; ".join(parts)
 
 
-def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(recipe: Recipe, metrics: dict[str, Any], saved: dict[str, Any]) -> list[tuple[str, str]]:
     train, machine = metrics["train"], metrics["machine"]
     counts = metrics["model"]["trained_parameters"]
     data = ", ".join(dict.fromkeys(source.path for source in recipe.data.train_sources()))
@@ -225,7 +226,7 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     start = section.start_from
     facts = [
         ("model", start.llava or f"{section.llm} + {section.vision_tower}"),
-        ("images", "in tiles (model.high_resolution)" if section.high_resolution else ""),
+        ("images", f"{describe_images(saved)}, and as a whole" if saved.get("image_grid_pinpoints") else ""),
         ("data", f"{recipe.data.format}: {data}"),
         ("trained", ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)),
         ("adapter", _adapter(recipe)),

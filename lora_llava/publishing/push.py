@@ -26,6 +26,7 @@ from lora_llava.model.weights.tensor_files import weight_files
 from lora_llava.publishing.card.model_card import add_card
 from lora_llava.publishing.merge import BASE_FILE
 from lora_llava.publishing.package import CARD_FILE, Package, check_complete, check_secrets, collect, is_pushed_file
+from lora_llava.runs.check_run import check_run
 from lora_llava.runs.directory import is_run, read_record
 
 _HUB_FILES = (".gitattributes",)
@@ -119,6 +120,7 @@ def _base_package(folder: Path, base_repo: str | None, licence: str | None) -> P
     """Collect the local base of a run, which is pushed first."""
     if base_repo is None:
         return None
+    check_run(folder, "a run")
     if not is_run(folder):
         raise UserError(f"--base-repo: {folder} is a complete model without a base; leave the flag out")
     record = read_record(folder)["base"]

@@ -56,14 +56,14 @@ def cache_features(plan: RunPlan, base: Base, console: Console) -> None:
     folder = store_folder(cache_folder(), key) if plan.recipe.training.vision_cache == "disk" else None
     store = FeatureStore(folder, key)
     if folder is None:
-        _fill(store, hashes, plan, base)
+        _fill(store, hashes, plan, base, console)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         wanted = {digest for found in hashes.values() for digest in found.values()}
         with first_before_others(), _locked(folder, console):  # two runs with the same tower write to one cache
             for line in store.load(wanted):
                 console.print(f"vision cache: {line}", soft_wrap=True)
-            _fill(store, hashes, plan, base)
+            _fill(store, hashes, plan, base, console)
     images = len({digest for found in hashes.values() for digest in found.values()})
     where = "memory" if folder is None else folder
     console.print(f"vision cache: {images:,} images in {where}; the vision tower is not loaded", soft_wrap=True)
@@ -129,13 +129,16 @@ def _hash_split(plan: RunPlan, name: str) -> dict[ImageName, str]:
         return dict(zip(names, digests, strict=True))
 
 
-def _fill(store: FeatureStore, hashes: dict[str, dict[ImageName, str]], plan: RunPlan, base: Base) -> None:
-    """Encode the images whose features are not in the store."""
+def _fill(
+    store: FeatureStore, hashes: dict[str, dict[ImageName, str]], plan: RunPlan, base: Base, console: Console
+) -> None:
+    """Encode the images whose features are not in the store, and print their size before."""
     places = {digest: (split, name) for split, found in hashes.items() for name, digest in found.items()}
     missing = [place for digest, place in places.items() if digest not in store]
     if not missing:
         return
-    _check_room(store, len(missing), sum(_tile_counts(missing, plan)), plan)
+    needed = _check_room(store, len(missing), sum(_tile_counts(missing, plan)), plan)
+    console.print(f"vision cache: features of {len(missing):,} images, {needed / 1e9:.2f} GB, are computed once")
     config, dtype, device = plan.model.config, plan.computation.dtype, default_device()
     tower = load_tower(base.folder, config, dtype, device)
     bar = progress_bar(desc="encoding images", total=len(missing), unit="image")
@@ -186,7 +189,8 @@ def _by_image(features: torch.Tensor, places: Sequence[_Place], plan: RunPlan) -
     return features.split(_tile_counts(places, plan))
 
 
-def _check_room(store: FeatureStore, images: int, tiles: int, plan: RunPlan) -> None:
+def _check_room(store: FeatureStore, images: int, tiles: int, plan: RunPlan) -> int:
+    """Return the bytes of the features of images with so many tiles; refuse them if they do not fit."""
     config = plan.model.config
     layers = config.vision_feature_layer
     width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
@@ -202,3 +206,4 @@ def _check_room(store: FeatureStore, images: int, tiles: int, plan: RunPlan) -> 
             f"{free / 1e9:.1f} GB free; set training.vision_cache to {fix}"
             + (" to another disk" if store.folder is not None else "")
         )
+    return needed

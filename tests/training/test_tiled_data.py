@@ -234,7 +234,9 @@ def test_the_vision_cache_keeps_the_tiles_of_an_image_together_and_counts_them(
     pixels = plan.splits["train"].load_pixels
     tower = load_tower(base.folder, plan.model.config, torch.float32, torch.device("cpu"))
     wanted = tower_features(tower, plan.model.config, pixels(["c.png", "a.png"]))
-    cache_features(plan, base, quiet())
+    console = quiet()
+    cache_features(plan, base, console)
+    assert "vision cache: features of 4 images, 0.00 GB, are computed" in console.file.getvalue()  # type: ignore[attr-defined]
     cached = plan.splits["train"].load_pixels
     assert cached(["c.png", "a.png"]).shape == (3 + 5, 16, 16)
     assert torch.allclose(cached(["c.png", "a.png"]), wanted, atol=1e-6)

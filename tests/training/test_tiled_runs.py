@@ -131,6 +131,8 @@ def check_card(folder: Path, limited: bool) -> None:
     assert b"A LoRA adapter for LLaVA (`LlavaNextForConditionalGeneration`)" in card
     line = b"base.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints"
     assert (line in card) == limited
+    assert f"aspect tiles, up to {2 if limited else 4} (auto)".encode() in card
+    assert f"tiles, up to {2 if limited else 4}, and as a whole" in (folder / "report.html").read_text()
 
 
 def test_a_run_continues_with_its_tiles(content: dict[str, Any], tmp_path: Path, tiled: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,8 +155,10 @@ def read_converted(file: Path | io.BytesIO, name: str, max_pixels: int, backgrou
             return to_rgb(image, background)
     except FileNotFoundError:
         raise BadImageError(f"image {name} is missing", "missing image") from None
-    except _TOO_LARGE as error:
-        raise BadImageError(f"image {name} is over max_image_pixels {max_pixels}: {error}", "oversized image") from None
+    except _TOO_LARGE as error:  # Pillow has a limit of its own, and names the pixels
+        found, limit = re.search(r"\d+", str(error)), min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        pixels = f"image {name} has {found[0] if found else 'more'} pixels, over max_image_pixels {limit}"
+        raise BadImageError(f"{pixels}; scale it down", "oversized image") from None
     except UnidentifiedImageError:
         raise BadImageError(f"image {name} cannot be read: it is not an image, or of an unknown format") from None
     except BadImageError:

@@ -307,9 +307,11 @@ def saved_image_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def describe_images(image_processor: Mapping[str, Any]) -> str:
-    """Return how an image becomes the tower's size, in a word or two, from the settings of an image processor."""
-    if image_processor.get("image_grid_pinpoints"):
-        return "tiles"
+    """Return how an image becomes the tower's size, in a few words, from the settings of an image processor."""
+    if grid := image_processor.get("image_grid_pinpoints"):
+        size = image_processor.get("size")
+        tile = size.get("shortest_edge") if isinstance(size, Mapping) else None
+        return f"tiles, up to {max(height * width for height, width in grid) // tile**2}" if tile else "tiles"
     if image_processor.get("do_pad"):
         return "pad"
     return "crop" if image_processor.get("do_center_crop") else "scale both sides"

@@ -62,8 +62,8 @@ def licences_of(package: Package) -> list[Licence]:
     known = set(data_paths(package.recipe["data"])) if package.recipe else set()
     for path in dict.fromkeys(path for each in before for path in each["data"] if path not in known):
         found.append(licence_of(path, _data_part(path)))
-    for stage1 in (each["stage1"] for each in [package.record, *before] if each.get("stage1")):
-        name = public_name(stage1["data"], stage1["hub_ids"])
+    stages = [each["stage1"] for each in [package.record, *before] if each.get("stage1")]
+    for name in dict.fromkeys(public_name(stage1["data"], stage1["hub_ids"]) for stage1 in stages):
         found.append(licence_of(name, _data_part(name, "Stage 1 ")))
     return found
 
