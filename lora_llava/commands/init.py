@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         type=home,
         metavar="NAME",
-        help="shipped recipe to fill in: my_data_qlora.yaml, or my_data_8gb.yaml for a small GPU; default: "
-        "my_data_qlora.yaml",
+        help="shipped recipe to fill in: my_data_qlora.yaml, my_data_highres_qlora.yaml, or my_data_8gb.yaml and "
+        "my_data_highres_12gb.yaml for a small GPU; default: the first, or the second if --model is a LLaVA-1.6",
     )
     _add_folder_options(parser)
     parser.add_argument("--example", action="store_true", help="create the folder first, with example images")

@@ -18,6 +18,8 @@ from lora_llava.data.folder_data import FolderData
 from lora_llava.data.folder_kinds.folder_kind import FolderOptions, number_of
 from lora_llava.data.formats import Columns
 from lora_llava.demo.dataset import EXAMPLE_IMAGES, write_example_folder
+from lora_llava.model.families.llava_kinds import TILED
+from lora_llava.model.weights.parts import load_config
 from lora_llava.prepare.folder_report import print_found
 from lora_llava.prepare.folder_rows import write_rows
 from lora_llava.prepare.recipe_text import dump_text, load_text
@@ -44,7 +46,8 @@ class InitChoice:
         model: A complete LLaVA to start from: a folder, a Hub id or `demo`; None keeps the template's.
         llm: A language model to assemble a new LLaVA from, with `vision_tower`; None starts from a complete LLaVA.
         vision_tower: A vision tower; None with `llm` is CLIP ViT-L/14-336.
-        template: The shipped recipe to fill in; None for my_data_qlora.yaml, or the demo's.
+        template: The shipped recipe to fill in; None for my_data_qlora.yaml, for a LLaVA-1.6
+            my_data_highres_qlora.yaml, or the demo's.
         example: Create the folder first, with drawn images and a table of questions.
         follow_links: Follow symbolic links, also to images outside the folder; the recipe records it.
         options: How the folder is understood.
@@ -168,7 +171,7 @@ _RECORDED = ("columns", "sheet", "question", "label_is", "ask", "class_folders")
 
 def _write_recipe(target: Path, found: FolderData, choice: InitChoice, console: Console) -> None:
     """Write a new recipe, or update the one that exists, and record what was written."""
-    shipped = "demo_my_data_qlora.yaml" if choice.model == "demo" else choice.template or "my_data_qlora.yaml"
+    shipped = choice.template or _default_template(choice.model)
     parts = {"llm": choice.llm, "vision_tower": choice.vision_tower or CLIP} if choice.llm else None
     filled = fill_in(find_recipe(shipped), found, choice.model, choice.follow_links, parts)
     fresh = data_part(filled, str(target))
@@ -180,6 +183,22 @@ def _write_recipe(target: Path, found: FolderData, choice: InitChoice, console: 
     options |= {"data": str(choice.data) if choice.data else None, "follow_links": choice.follow_links}
     write_record(target, fresh, options)
     console.print(f"{'updated' if updated else 'wrote'} {target}", soft_wrap=True)
+
+
+def _default_template(model: str | None) -> str:
+    """Return the shipped recipe for a complete LLaVA; None for the one that the recipe names."""
+    if model == "demo":
+        return "demo_my_data_qlora.yaml"
+    return "my_data_highres_qlora.yaml" if model is not None and _is_tiled(model) else "my_data_qlora.yaml"
+
+
+def _is_tiled(model: str) -> bool:
+    if model.startswith(_LLAVA_1_6):
+        return True
+    try:
+        return bool(load_config(model, None, "start_from.llava").get("model_type") == TILED)
+    except UserError:
+        return False  # the check of the recipe names the reason
 
 
 def _validation_in_words(found: FolderData) -> str:

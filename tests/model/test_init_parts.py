@@ -13,6 +13,7 @@ from lora_llava.commands.main import main
 from lora_llava.data.templates.named_templates import TEMPLATES, chat_template
 from lora_llava.recipe import load_recipe
 from tests.own_rows import asked, drawn, written
+from tests.training.tiled_llava import tiled_llava
 
 
 @pytest.fixture
@@ -51,6 +52,17 @@ def test_a_recipe_of_high_resolution_gives_tiles_to_the_parts(
     assert section.max_tiles == 2
     out = " ".join(capsys.readouterr().out.split())
     assert "recipes/align.yaml with the same llm, vision_tower and high_resolution" in out
+
+
+@pytest.mark.parametrize("named", [None, "my_data_highres_12gb.yaml"])
+def test_a_llava_1_6_gets_a_recipe_of_high_resolution(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], named: str | None
+) -> None:
+    chosen = ["--recipe", named] if named else []
+    assert main(None, ["init", str(rows), "--model", tiled_llava(tmp_path / "llava"), *chosen]) == 0
+    recipe = load_recipe(rows / "recipe.yaml")
+    assert (recipe.data.max_length, recipe.model.max_tiles) == ((2560, 2) if named else (4096, None))
+    assert "4 rows checked: 0 errors" in " ".join(capsys.readouterr().out.split())
 
 
 REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
