@@ -137,7 +137,8 @@ def _fitting(table: EncodedTable, rows: np.ndarray, policy: Policy, report: Repo
         place = np.flatnonzero(long)[gone[0]]
         raise OverlongError(
             f"{table.row_name(int(rows[place]))}: the sample has {lengths[place]} tokens and its last answer "
-            f"starts at token {starts[gone[0]]}: a limit of {policy.max_length} would cut the answer away"
+            f"starts at token {starts[gone[0]]}: a limit of {policy.max_length} would cut the answer away; raise "
+            "data.max_length, or set data.on_overlong to drop"
             f"{tiles_advice(table, int(rows[place]), policy.max_length)}"
         )
     report.truncated += int(long.sum())
@@ -145,17 +146,19 @@ def _fitting(table: EncodedTable, rows: np.ndarray, policy: Policy, report: Repo
 
 
 def tiles_advice(table: EncodedTable, row: int, max_length: int) -> str:
-    """Return the end of a message about a row whose images alone are over the limit; empty for other rows.
+    """Return the end of a message about a row that is over the limit: whether fewer tiles make it fit.
 
     Args:
         table: The table of the row, with image tokens.
         row: Its index.
         max_length: See `Policy`.
     """
-    tokens = int(table.image_tokens(row).sum())
-    if table.tiled is None or tokens <= max_length:
+    if table.tiled is None:
         return ""
+    tokens = int(table.image_tokens(row).sum())
     most = table.tiled.most_tiles(table.images(row), max_length - text_tokens(table, row))
+    if tokens <= max_length:
+        return f"; the row fits with model.max_tiles={most}" if most else ""
     fix = f"the row fits with model.max_tiles={most}" if most else "the row does not fit with any model.max_tiles"
     return f"; its images alone have {tokens:,} tokens: {fix}"
 

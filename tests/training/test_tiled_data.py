@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,6 +180,16 @@ def test_a_row_whose_image_alone_is_too_long_names_the_tiles_that_fit(
     assert figures["over_limit_rows"] == {80: 3, 70: 4, 58: 4, 30: 5}[limit]
     fitting = (figures.get("over_limit_max_tiles"), figures.get("over_limit_rows_that_fit"))
     assert fitting == {80: (2, 3), 70: (2, 3), 58: (3, 2), 30: (None, None)}[limit]
+    with pytest.raises(UserError, match=wanted):
+        plan_run(recipe)
+
+
+@pytest.mark.parametrize("rule", ["error", "truncate_answer"])
+def test_a_row_whose_image_and_text_are_too_long_names_the_tiles_that_fit(content: dict[str, Any], rule: str) -> None:
+    recipe = check_recipe(content | {"data": content["data"] | {"max_length": 90, "on_overlong": rule}}, "test")
+    wanted = r"drop( or truncate_answer)?; the row fits with model\.max_tiles=3$"
+    report = check(recipe, console=quiet())
+    assert re.search(wanted, report.errors[0].message)
     with pytest.raises(UserError, match=wanted):
         plan_run(recipe)
 

@@ -157,8 +157,10 @@ def _overlong(source: CheckedSource, policy: Policy) -> tuple[list[Finding], lis
             fix = "raise it, or set data.on_overlong to drop or truncate_answer"
             errors.append(source.finding("overlong", row, f"{message}; {fix}{advice}"))
         elif start >= policy.max_length:
-            cut = f"{message}, and its last answer starts at token {start:,}: nothing of it would be left{advice}"
-            errors.append(source.finding("overlong", row, cut))
+            cut = (
+                f"{message}, and its last answer starts at token {start:,}: nothing of it would be left; raise it, or "
+            )
+            errors.append(source.finding("overlong", row, f"{cut}set data.on_overlong to drop{advice}"))
         else:
             cut = f"{message}: the last {length - policy.max_length:,} tokens of its answer are cut"
             warnings.append(source.finding("answer cut", row, cut))
