@@ -131,7 +131,8 @@ def _full_row(step: Step, recipe: Recipe, device: torch.device) -> dict[str, Any
         "max_length_k": length,
     }
     if images:
-        tower = step.config.vision_config.hidden_size
+        layers = step.config.vision_feature_layer
+        tower = step.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
         batch["pixel_values"] = torch.randn(images * tiles, image_tokens(step.config), tower)
         if tiling_of(step.config) is not None:
             batch["image_sizes"] = torch.tensor([size] * images)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +29,7 @@ from lora_llava.model.start import prepare_base
 from lora_llava.model.vision import load_tower, tower_features
 from lora_llava.planning.forecast import forecast
 from lora_llava.planning.run_plan import RunPlan, plan_run
+from lora_llava.planning.timing import time_row
 from lora_llava.prepare.row_check import check
 from lora_llava.prepare.sample_preview import preview
 from lora_llava.recipe.continued import fill_from_run, other_settings
@@ -123,6 +126,13 @@ def test_a_plan_counts_tiles(content: dict[str, Any]) -> None:
     assert [rows.tables[0].tile_counts(row) for row in range(5)] == [[count] for count in TILES.values()]
     [heaviest] = {sum(sorted(TILES.values())[1:])}  # 4 rows in a pass, the sliver alone
     assert plan.step.images == heaviest - TILES["e.png"]  # which is computed once with a.png
+
+
+def test_a_row_with_features_of_two_layers_is_timed(content: dict[str, Any], llava: str, tmp_path: Path) -> None:
+    file = shutil.copytree(llava, tmp_path / "two") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vision_feature_layer": [-2, -3]}))
+    plan = planned(content, {"start_from": {"llava": str(file.parent)}})
+    assert time_row(plan.recipe, plan.step) > 0  # type: ignore[operator]
 
 
 def test_a_forecast_reads_sizes_from_the_heads_of_files(content: dict[str, Any], tmp_path: Path) -> None:
