@@ -204,7 +204,7 @@ def test_a_row_whose_image_and_text_are_too_long_names_the_tiles_that_fit(conten
         plan_run(recipe)
 
 
-def test_check_shows_the_tokens_of_images(content: dict[str, Any]) -> None:
+def test_check_shows_the_tokens_of_images(content: dict[str, Any], tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80)
     report = check(check_recipe(content, "test"), console=console)
     bins = report.splits["train"]["image_tokens"]
@@ -212,6 +212,9 @@ def test_check_shows_the_tokens_of_images(content: dict[str, Any]) -> None:
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert "  tokens of 5 images, each counted once:" in lines
     assert any(line.startswith("      88 to     95 tokens  ████") and line.endswith(" 2") for line in lines)
+    (tmp_path / "rows" / "c.png").write_bytes(b"no image")
+    bins = check(check_recipe(content, "test"), console=console).splits["train"]["image_tokens"]
+    assert {each["from"]: each["images"] for each in bins if each["images"]} == {56: 1, 72: 1, 88: 2}
 
 
 def test_a_preview_shows_the_whole_image_beside_its_tiles(content: dict[str, Any], tmp_path: Path) -> None:

@@ -221,12 +221,12 @@ def _fitting_tiles(sources: Sequence[CheckedSource], max_length: int) -> tuple[i
 
 
 def _image_lengths(sources: Sequence[CheckedSource]) -> np.ndarray:
-    """Return the tokens of each image, if the model has tiles; images of several rows are counted once."""
+    """Return the tokens of each image that can be read, if the model has tiles; those of several rows count once."""
     found = []
     for source in sources:
-        if source.table.tiled is not None:
+        if (tiled := source.table.tiled) is not None:
             names = dict.fromkeys(name for row in source.sound_rows for name in source.table.images(int(row)))
-            found += source.table.tiled.tokens(list(names))
+            found += tiled.tokens([name for name in names if any(tiled.sizes.get(name, ()))])
     return np.array(found, dtype=np.int64)
 
 
