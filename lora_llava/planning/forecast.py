@@ -63,6 +63,13 @@ class Forecast:
     source: str
 
 
+_OVERLONG = {
+    "error": "finetune refuses them, and `lora-llava check` names them",
+    "drop": "finetune drops them",
+    "truncate_answer": "finetune cuts their answers",
+}
+
+
 def forecast(recipe: Recipe) -> Forecast:
     """Forecast a run from a sample of its data, or from its limits if the data is not available.
 
@@ -87,7 +94,7 @@ def forecast(recipe: Recipe) -> Forecast:
             f"data not available ({error}): all rows assumed to be full",
         )
     tokenizer, _, template = build_run_processor(recipe, model)
-    samples, _ = build_rows(
+    samples, report = build_rows(
         drawn,
         tokenizer=tokenizer,
         template=template,
@@ -96,6 +103,11 @@ def forecast(recipe: Recipe) -> Forecast:
         on_overlong="drop",
     )
     source = f"lengths from {len(samples):,} of {total:,} samples; rows that share images need less"
+    if report.dropped:
+        source += (
+            f"; {report.dropped.total():,} of the {len(drawn):,} read are over data.max_length "
+            f"{recipe.data.max_length:,} and not counted: {_OVERLONG[recipe.data.on_overlong]}"
+        )
     total = _rows_per_epoch(recipe, total)
     lengths = samples.lengths.tolist()
     padded = not is_padding_free(recipe, model.config)[0]

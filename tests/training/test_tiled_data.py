@@ -141,6 +141,10 @@ def test_a_forecast_reads_sizes_from_the_heads_of_files(content: dict[str, Any],
     exact, found = plan_run(recipe), forecast(recipe)
     assert found.step.images == exact.step.images
     assert found.step.tokens == exact.step.tokens
+    assert "not counted" not in found.source
+    content["data"]["max_length"] = 100
+    wanted = "; 2 of the 5 read are over data.max_length 100 and not counted: finetune refuses them"
+    assert wanted in forecast(check_recipe(content, "test")).source
     (tmp_path / "rows" / "rows.json").unlink()
     unknown = forecast(recipe).step
     assert (unknown.tokens, unknown.images) == (4 * 300, 4 * 300 // (88 + 100) * 5)
