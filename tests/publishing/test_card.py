@@ -141,6 +141,13 @@ def test_a_shared_licence_is_that_of_the_card() -> None:
     assert card_licence([]) is None
 
 
+def test_stage_1_s_data_of_a_continued_run_is_named_once() -> None:
+    stage1 = {"data": "captions.json", "hub_ids": []}
+    record = {"stage1": stage1, "continues": {"run": "a", "data": [], "stage1": stage1}}
+    [found] = licences_of(Package(Path(), "adapter", {}, record))
+    assert found.part == "the Stage 1 data set captions.json"
+
+
 def test_a_licence_set_by_the_user_takes_precedence(train: Train) -> None:
     package = collect(train(), "me/base")
     add_card(package, "me/pets", "mit")

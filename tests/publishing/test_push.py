@@ -249,6 +249,8 @@ def test_another_model_is_not_overwritten_automatically(merged: Path, train: Tra
 
 
 def test_adapter_and_base_need_different_repositories(train: Train, merged: Path, hub: Store) -> None:
+    with pytest.raises(UserError, match=r"nothing does not exist"):
+        pushed(Path("nothing"), "me/adapter", base_repo="me/base")
     with pytest.raises(UserError, match="--base-repo: me/model is the adapter's own repository; choose another"):
         pushed(train(), base_repo="me/model")
     assert hub.requests == []
