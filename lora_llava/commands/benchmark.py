@@ -12,7 +12,7 @@ SUMMARY = "measure training speed and memory here, next to TRL's"
 EXAMPLES = (
     "lora-llava benchmark --json benchmark.json",
     "lora-llava benchmark --shape tiny_body --steps 6 --json benchmark.json",
-    "lora-llava benchmark --shape tiny_tiles --batch-size 4 --steps 5 --json benchmark.json",
+    "lora-llava benchmark --shape tiny_tiles --batch-size 4 --steps 5",
 )
 
 

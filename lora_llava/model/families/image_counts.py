@@ -50,7 +50,7 @@ def limit_tiles(config: LlavaConfig, most: int | None) -> None:
         return
     tiling = tiling_of(config)
     if tiling is None:
-        raise UserError(f"model.max_tiles is {most}, but the model has no tiles, as LLaVA-1.6 has; remove the key")
+        raise UserError(f"model.max_tiles is {most}, but the model has no tiles, as LLaVA-1.6 has; set it to null")
     grid = limited(tiling.grid, tiling.tile, most)
     if not grid:
         fewest = min(height // tiling.tile * (width // tiling.tile) for height, width in tiling.grid)
