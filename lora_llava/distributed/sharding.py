@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lora_llava.core.errors import UserError
+from lora_llava.model.adapters import NEWLINE, adapter_tensors
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.recipe import Recipe
 
@@ -158,7 +159,7 @@ def load_weights(model: PeftModel, folder: Path) -> None:
     """
     # Compare by the names that peft saves, which lack the adapter's name.
     saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
-    places = get_peft_model_state_dict(model, state_dict=_kept_parameters(model), save_embedding_layers=False)
+    places: dict[str, Any] = adapter_tensors(model, _kept_parameters(model))
     if saved.keys() != places.keys():
         name = min(saved.keys() ^ places.keys())
         raise UserError(
@@ -185,9 +186,10 @@ def _shard(value: torch.Tensor, like: DTensor) -> DTensor:
 
 
 def _kept_parameters(model: PeftModel) -> dict[str, Any]:
-    """Return the parameters of LoRA and the projector by name, sharded."""
+    """Return the parameters of LoRA, projector and newline by name, sharded."""
     # After a forward pass without a backward one, some are still gathered, in a lower dtype.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    return {name: p for name, p in model.named_parameters() if "lora_" in name or ".modules_to_save." in name}
+    kept = ("lora_", ".modules_to_save.", f".{NEWLINE}")
+    return {name: p for name, p in model.named_parameters() if any(part in name for part in kept)}

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
-from peft.utils.save_and_load import get_peft_model_state_dict
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import file_hash
-from lora_llava.model.adapters import adapter_on
+from lora_llava.model.adapters import adapter_on, adapter_tensors
 from lora_llava.model.families.llava_kinds import read_llava_config
 from lora_llava.model.provenance import locate_base
 from lora_llava.model.weights.names import ADAPTER_FILE
@@ -205,8 +204,7 @@ def _expected_shapes(folder: Path, base: LlavaConfig, base_name: str) -> dict[st
         raise UserError(
             f"{folder}/{CONFIG_FILE} does not fit the base {base_name}: {str(error).splitlines()[0]}; restore it"
         ) from None
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return {name: tuple(tensor.shape) for name, tensor in adapter_tensors(model).items()}
 
 
 def _short(name: str) -> str:

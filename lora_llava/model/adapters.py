@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaConfig
@@ -18,8 +20,11 @@ from transformers import LlavaConfig
 from lora_llava.model.families.decoder_shape import decoder_shape
 from lora_llava.model.families.llava_kinds import llava_class
 from lora_llava.model.vision_adapters import VisionAdapters, planned_layers
+from lora_llava.model.weights.names import ADAPTER_FILE, NEWLINE_NAME
 
-PROJECTOR, VISION = "multi_modal_projector", "vision_tower"
+PROJECTOR, VISION, NEWLINE = "multi_modal_projector", "vision_tower", "image_newline"
+_NEWLINE_KEY = f"base_model.model.{NEWLINE_NAME}"
+"""The newline in an adapter file. It is a parameter and no module: PEFT loads it, but does not train or save it."""
 VOCABULARY = ("embed_tokens", "lm_head")
 """The two matrices with a row per token."""
 
@@ -66,7 +71,8 @@ def lora_config(
         targets: Names of the language model's linear layers; empty for Stage 1, which has no adapters.
         pattern: Pattern of these layers from `DecoderShape.pattern`; None is that of a Llama.
         vision: Adapters on the vision tower, or None.
-        modules_to_save: Matrices besides the projector that are trained in full.
+        modules_to_save: What is saved besides the projector: matrices that are trained in full, and the newline of a
+            LLaVA-1.6, which trains where there are no targets.
         token_ids: Ids of tokens whose rows of embeddings and head are trained.
         base: Value of `base_model_name_or_path`.
 
@@ -114,8 +120,9 @@ def add_adapters(model: Any, config: LoraConfig, projector_dropout: float = 0.0)
     projector = trained_projector(peft_model).float()
     projector.linear_2.requires_grad_(not linear_projector)
     _keep_float32(peft_model, model.dtype)
-    behind_images = [projector, *([] if model.model.vision_tower is None else [model.model.vision_tower])]
-    model.model.register_forward_hook(functools.partial(_reach, behind_images), with_kwargs=True)
+    if (newline := saved_newline(peft_model)) is not None:
+        newline.requires_grad_(config.target_modules == DUMMY_TARGET_MODULES)
+    model.model.register_forward_hook(_reach, with_kwargs=True)
     if projector_dropout:
         projector.register_forward_hook(lambda module, _, output: F.dropout(output, projector_dropout, module.training))
     if config.target_modules != DUMMY_TARGET_MODULES:
@@ -127,14 +134,17 @@ def add_adapters(model: Any, config: LoraConfig, projector_dropout: float = 0.0)
     return peft_model
 
 
-def _reach(modules: Sequence[nn.Module], model: nn.Module, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Add a zero from projector and vision adapters to the output of a batch without images.
+def _reach(model: Any, _: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Add a zero from projector, newline and vision adapters to the output of a batch without images.
 
     DDP waits for a gradient of every trained parameter on every rank. One process does the same, for equal results.
     """
     if model.training and torch.is_grad_enabled() and kwargs.get("pixel_values") is None:
         # Looked up in every pass: FSDP replaces the parameters.
-        zero = sum(0.0 * p.sum() for module in modules for p in module.parameters() if p.requires_grad)
+        parts = (getattr(model, name, None) for name in (PROJECTOR, VISION))
+        behind_images = [p for part in parts if part is not None for p in part.parameters()]
+        behind_images += [p for name, p in model.named_parameters(recurse=False) if name == NEWLINE]
+        zero = sum(0.0 * p.sum() for p in behind_images if p.requires_grad)
         output.last_hidden_state = output.last_hidden_state + zero
     return output
 
@@ -169,6 +179,8 @@ def _keep_float32(peft_model: PeftModel, dtype: torch.dtype) -> None:
     for name, parameter in peft_model.named_parameters():
         if "trainable_tokens_delta" in name:
             parameter.data = parameter.data.float()
+    if (newline := saved_newline(peft_model)) is not None:
+        newline.data = newline.data.float()
 
 
 def _to_weight_dtype(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -188,6 +200,57 @@ def trained_projector(model: PeftModel) -> nn.Module:
     """Return the trained projector, which is saved (PEFT keeps the base's projector beside it)."""
     wrapper = model.get_base_model().model.multi_modal_projector
     return wrapper.modules_to_save[model.active_adapter]
+
+
+def saved_newline(model: PeftModel) -> nn.Parameter | None:
+    """Return the newline of a LLaVA-1.6 if it is part of the adapter; None if it is the base's."""
+    saved = model.peft_config[model.active_adapter].modules_to_save or ()
+    return getattr(model.get_base_model().model, NEWLINE) if NEWLINE in saved else None
+
+
+def load_projector(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give a model the projector of a run, and its newline if it has one.
+
+    Args:
+        model: The PEFT model.
+        tensors: Tensors by `linear_1.weight` and so on, and `image_newline`.
+    """
+    trained_projector(model).load_state_dict({name: each for name, each in tensors.items() if name != NEWLINE})
+    if (newline := saved_newline(model)) is not None:
+        newline.data.copy_(tensors[NEWLINE])
+
+
+def adapter_tensors(model: PeftModel, weights: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Return the tensors of a model's adapter file by name: those that PEFT saves, and a newline of the adapter.
+
+    Args:
+        model: The PEFT model.
+        weights: Its weights by name; None reads them from the model.
+    """
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+    newline = saved_newline(model)
+    if newline is not None:
+        tensors[_NEWLINE_KEY] = newline.detach() if weights is None else weights[_NEWLINE_KEY]
+    return tensors
+
+
+def save_adapter(model: PeftModel, folder: Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write an adapter's config and tensors, as PEFT does, and a newline of the adapter beside them.
+
+    Args:
+        model: The PEFT model.
+        folder: The folder to write to.
+        weights: The weights to save by name; None saves those of the model.
+    """
+    model.save_pretrained(str(folder), state_dict=weights)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    newline = saved_newline(model)
+    if newline is None:
+        return
+    value = newline.detach() if weights is None else weights[_NEWLINE_KEY]
+    file, complete = folder / ADAPTER_FILE, folder / f"{ADAPTER_FILE}.new"
+    save_file(load_file(file) | {_NEWLINE_KEY: value.cpu().contiguous()}, complete, {"format": "pt"})
+    complete.replace(file)
 
 
 _TRAINED = ("lora_", ".modules_to_save.", "trainable_tokens_delta")
@@ -235,7 +298,7 @@ def _part_of(name: str) -> str:
         "trainable_tokens_delta": "new tokens",
         VISION: "vision tower",
         PROJECTOR: "projector",
-        "image_newline": "image newline",
+        NEWLINE: "image newline",
         "embed_tokens": "embeddings",
         "lm_head": "head",
     }
@@ -277,6 +340,7 @@ _COUNTED = {
     "LoRA adapters": "lora",
     "LoRA adapters, vision tower": "vision_lora",
     "projector": "projector",
+    "image newline": NEWLINE,
     "new tokens": "new_tokens",
     "embeddings": "embed_tokens",
     "head": "lm_head",

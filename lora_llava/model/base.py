@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lora_llava.core.errors import UserError
 from lora_llava.core.json_files import read_object, read_object_if_any
 from lora_llava.core.storage import cache_folder, make_entry
+from lora_llava.model.adapters import NEWLINE
 from lora_llava.model.families.language_families import read_text_config
 from lora_llava.model.families.llava_kinds import llava_class
 from lora_llava.model.families.tower_families import (
@@ -65,6 +66,7 @@ class BaseParts:
         seed: Seed of a fresh projector.
         token_rule: From `Vocabulary`: None for the ids of every base of earlier versions.
         extra_rows: Rows of the vocabulary for a recipe's new tokens, beyond those that its padding has.
+        grid: Canvases of a LLaVA-1.6, each a height and a width in pixels; empty for a LLaVA-1.5.
     """
 
     llm: str
@@ -76,6 +78,7 @@ class BaseParts:
     seed: int
     token_rule: str | None = None
     extra_rows: int = 0
+    grid: Sequence[Sequence[int]] = ()
 
     @property
     def key(self) -> str:
@@ -87,7 +90,7 @@ class BaseParts:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the parts as they are recorded: later ones only if they are set, so that older keys stay."""
-        later = ("token_rule", "extra_rows")
+        later = ("token_rule", "extra_rows", "grid")
         return {name: value for name, value in asdict(self).items() if name not in later or value}
 
 
@@ -167,7 +170,7 @@ def build_base(
 def _write_base(folder: Path, parts: BaseParts, llm: Part, vision_tower: Part, projector_file: Path | None) -> None:
     content = _config_of(llm)
     vocabulary = read_vocabulary(llm.folder, content)
-    config = assembled_config(content, _config_of(vision_tower), parts.projector_type, vocabulary)
+    config = assembled_config(content, _config_of(vision_tower), parts.projector_type, vocabulary, parts.grid)
     config.text_config.vocab_size += parts.extra_rows
     tensors = _all_tensors(config, llm, vision_tower, projector_file, parts)
     write_checkpoint(tensors, folder, torch.bfloat16, "writing the base model")
@@ -197,12 +200,11 @@ def _generation_config(config: LlavaConfig, llm: Path) -> GenerationConfig:
 def _all_tensors(
     config: LlavaConfig, llm: Part, vision_tower: Part, projector_file: Path | None, parts: BaseParts
 ) -> list[LazyTensor]:
-    projector = (
-        fresh_projector(config, parts.seed)
-        if projector_file is None
-        else read_projector(projector_file, parts.projector_type)[0]
-    )
-    _check_projector(projector, config, projector_file)
+    projector = fresh_projector(config, parts.seed)
+    if projector_file is not None:
+        published = read_projector(projector_file, parts.projector_type)[0]
+        _check_projector(published, projector, projector_file)
+        projector |= published  # LLaVA's own file may lack the newline
     expected = {name: tuple(p.shape) for name, p in build_empty(config).named_parameters()}
     return [
         *_fitting(language_tensors(lazy_tensors(llm.folder), config), expected, _LANGUAGE, llm.folder),
@@ -235,8 +237,9 @@ def _fitting(
 
 
 def lazy_projector(projector: dict[str, torch.Tensor]) -> list[LazyTensor]:
-    """Return a projector's tensors (`linear_1.weight` and so on) under llava-hf's names."""
-    return [LazyTensor(f"multi_modal_projector.{n}", tuple(t.shape), lambda t=t: t) for n, t in projector.items()]  # type: ignore[misc]
+    """Return a projector's tensors (`linear_1.weight` and so on), and a newline, under llava-hf's names."""
+    names = {name: name if name == NEWLINE else f"multi_modal_projector.{name}" for name in projector}
+    return [LazyTensor(names[n], tuple(t.shape), lambda t=t: t) for n, t in projector.items()]  # type: ignore[misc]
 
 
 def language_tensors(tensors: Sequence[LazyTensor], config: LlavaConfig) -> Iterator[LazyTensor]:
@@ -284,7 +287,7 @@ def pad_vocabulary(matrix: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def fresh_projector(config: LlavaConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Return a random projector, initialized like `torch.nn.Linear`, as in LLaVA."""
+    """Return a random projector, initialized like `torch.nn.Linear`, and for a LLaVA-1.6 a newline, as in LLaVA."""
     generator = torch.Generator().manual_seed(seed)
     vision, text = config.vision_config.hidden_size, config.text_config.hidden_size
 
@@ -296,15 +299,20 @@ def fresh_projector(config: LlavaConfig, seed: int) -> dict[str, torch.Tensor]:
         }
 
     second = identity_layer(text) if config.projector_hidden_act == "linear" else layer(2, text)
-    return layer(1, vision) | second
+    projector = layer(1, vision) | second
+    if tiling_of(config) is not None:  # llava/model/llava_arch.py, initialize_vision_modules
+        projector[NEWLINE] = torch.randn(text, generator=generator) * text**-0.5
+    return projector
 
 
-def _check_projector(projector: dict[str, torch.Tensor], config: LlavaConfig, file: Path | None) -> None:
-    expected = {name: tensor.shape for name, tensor in fresh_projector(config, 0).items()}
-    for name, shape in expected.items():
-        if projector[name].shape != shape:
+def _check_projector(projector: Mapping[str, torch.Tensor], fresh: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Refuse a published projector that is not of this base's kind and shape."""
+    if NEWLINE in projector and NEWLINE not in fresh:
+        raise UserError(f"{file} has {NEWLINE}: it is a LLaVA-1.6's; set model.high_resolution, or name a LLaVA-1.5's")
+    for name, tensor in projector.items():
+        if tensor.shape != fresh[name].shape:
             raise UserError(
-                f"{file}: {name} has shape {tuple(projector[name].shape)}, this LLM and tower need {tuple(shape)}; "
+                f"{file}: {name} has shape {tuple(tensor.shape)}, this LLM and tower need {tuple(fresh[name].shape)}; "
                 "use the projector that was trained for them"
             )
 

@@ -16,11 +16,13 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.json_files import read_object_if_any
 from lora_llava.core.storage import cache_folder, find_damage, looked_in
 from lora_llava.model.adapter_file import check_fits, check_saved, checked_base
+from lora_llava.model.adapters import NEWLINE
 from lora_llava.model.base import BaseParts, assembled_config, build_base
-from lora_llava.model.families.image_counts import limit_tiles
+from lora_llava.model.families.image_counts import grid_of, limit_tiles
 from lora_llava.model.families.language_families import check_text_config, read_text_config
 from lora_llava.model.families.llava_kinds import TILED, build_llava_config
 from lora_llava.model.families.tower_families import (
+    canvases_of,
     check_tiling,
     check_vision_config,
     image_tokens,
@@ -70,7 +72,8 @@ class Base:
         folder: Folder of its files.
         revision: Commit of a Hub id.
         parts: Parts of an assembled base.
-        initial_projector: The Stage 1 projector to start from, float32 tensors by name, or None for the base's own.
+        initial_projector: The Stage 1 projector to start from, float32 tensors by name, with `image_newline` if it has
+            one; None for the base's own.
     """
 
     name: str
@@ -173,11 +176,13 @@ def _assembled_config(section: ModelSection) -> LlavaConfig:
     llm = load_config(section.llm or "", section.llm_revision, "llm")
     tower = load_config(section.vision_tower or "", section.vision_tower_revision, "vision_tower")
     read_text_config(llm, "model.llm")  # what a model is comes before its tokenizer
-    read_vision_config(tower, "model.vision_tower")
+    vision = read_vision_config(tower, "model.vision_tower")
     folder = _small_files(section.llm or "", section.llm_revision, "llm")
     vocabulary = read_vocabulary(folder, llm, len(section.new_tokens))
     read_object_if_any(folder / "generation_config.json")  # a damaged one is refused before weights are downloaded
-    return assembled_config(llm, tower, section.projector_type, vocabulary)
+    high = section.high_resolution
+    grid = canvases_of(high.grid, vision) if high is not None else ()
+    return assembled_config(llm, tower, section.projector_type, vocabulary, grid)
 
 
 def _extra_rows(section: ModelSection) -> int:
@@ -226,6 +231,7 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
         part = load_part(start.llava, start.llava_revision, "start_from.llava")
         return Base(part.name, part.folder, part.revision, None)
     llm_name, tower_name = section.llm or "", section.vision_tower or ""  # the schema requires both
+    config = _assembled_config(section)
     llm = load_part(llm_name, section.llm_revision, "llm")
     tower = load_part(tower_name, section.vision_tower_revision, "vision_tower")
     file = find_projector(start.projector, start.projector_revision) if start.projector else None
@@ -241,10 +247,11 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
         seed,
         token_rule=rule,
         extra_rows=_extra_rows(section),
+        grid=grid_of(config),
     )
     initial = None
     if start.stage1_run is not None:
-        stage1_parts, initial = read_stage1(start.stage1_run, section, _assembled_config(section))
+        stage1_parts, initial = read_stage1(start.stage1_run, section, config)
         for name, field in (("llm_revision", "llm"), ("vision_tower_revision", "vision_tower")):
             if getattr(stage1_parts, name) != getattr(parts, name):
                 raise UserError(
@@ -312,10 +319,11 @@ def read_stage1(name: str, section: ModelSection, config: LlavaConfig) -> tuple[
         config: Configuration of the LLaVA made of the section's parts.
 
     Returns:
-        The parts of its base, and the projector's tensors in float32.
+        The parts of its base, and the tensors of projector and newline in float32.
 
     Raises:
-        UserError: If it is not a finished Stage 1 run, has another projector type, or a damaged adapter.
+        UserError: If it is not a finished Stage 1 run, has another projector type or other canvases, or a damaged
+            adapter.
     """
     field, run, looked = "model.start_from.stage1_run", Path(name), looked_in(name)
     if not (run / RUN_FILE).is_file() or not (run / ADAPTER_FILE).is_file():
@@ -329,6 +337,7 @@ def read_stage1(name: str, section: ModelSection, config: LlavaConfig) -> tuple[
             f"{field}: {run} trained a {parts['projector_type']} projector, model.projector_type is "
             f"{section.projector_type}; name the same"
         )
+    _check_canvases(run, [list(canvas) for canvas in parts.get("grid", ())], config)
     try:
         check_saved(run, content)
         check_fits(run, config, f"of model.llm {section.llm} and model.vision_tower {section.vision_tower}")
@@ -337,11 +346,31 @@ def read_stage1(name: str, section: ModelSection, config: LlavaConfig) -> tuple[
     return BaseParts(**parts), read_run_projector(run)
 
 
+def _check_canvases(run: Path, trained: list[list[int]], config: LlavaConfig) -> None:
+    """Refuse Stage 1 of a LLaVA-1.5 for a LLaVA-1.6, the other way round, and other canvases."""
+    own, field = grid_of(config), f"model.start_from.stage1_run: {run}"
+    if trained == own:
+        return
+    if not own:
+        raise UserError(
+            f"{field} was trained with model.high_resolution; set model.high_resolution={{grid: {trained}}}"
+        )
+    if not trained:
+        raise UserError(
+            f"{field} was trained without model.high_resolution; leave that out, or train Stage 1 with it too"
+        )
+    raise UserError(
+        f"{field} was trained with the canvases {trained}, and model.high_resolution has {own}; name the same grid"
+    )
+
+
 def read_run_projector(run: Path) -> dict[str, torch.Tensor]:
-    """Return the projector in a run's adapter file, float32 tensors by `linear_1.weight` and so on."""
+    """Return projector and newline in a run's adapter file, by `linear_1.weight` and so on, in float32."""
     tensors = {}
     with safe_open(run / ADAPTER_FILE, framework="pt") as content:
         for name in content.keys():  # noqa: SIM118 - not a dict
             if "multi_modal_projector." in name:
                 tensors[name.split("multi_modal_projector.")[1]] = content.get_tensor(name).float()
+            elif name.endswith(f".{NEWLINE}"):
+                tensors[NEWLINE] = content.get_tensor(name).float()
     return tensors

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from lora_llava.core.errors import UserError
 from lora_llava.data.templates.chat_template import saved_text
 from lora_llava.model.provenance import component_hashes
@@ -124,4 +126,4 @@ def _name(run: str) -> str:
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(list(value) if isinstance(value, tuple) else value)
+    return json.dumps(value.model_dump(mode="json") if isinstance(value, BaseModel) else value)

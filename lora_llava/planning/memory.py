@@ -183,9 +183,10 @@ class Step:
     @property
     def _other_parameters(self) -> int:
         """Parameters that train besides the language model's adapters and the projector."""
-        rows = 2 * self.new_tokens * self.config.text_config.hidden_size
+        hidden = self.config.text_config.hidden_size
+        newline = hidden if self.lora is None and tiling_of(self.config) is not None else 0
         in_full = full_parameters(self.config, self.lora)
-        return int(vision_lora_parameters(self.config, self.lora) + in_full + rows)
+        return int(vision_lora_parameters(self.config, self.lora) + in_full + 2 * self.new_tokens * hidden + newline)
 
     def _other_weights(self) -> dict[str, int]:
         """Bytes of what else trains, with the entries that a recipe needs."""

@@ -190,6 +190,7 @@ def _check_disk(folder: Path, needed: int, what: str, console: Console) -> None:
 TRAINED_PARTS = {
     "lora": "LoRA",
     "vision_lora": "LoRA on the vision tower",
+    "image_newline": "image newline",
     "new_tokens": "rows of new tokens",
     "embed_tokens": "embeddings",
     "lm_head": "head",

@@ -19,7 +19,7 @@ from lora_llava.data.templates.resolve_template import resolve_template
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.distributed.ranks import this_rank
 from lora_llava.distributed.sharding import check_sharding, is_sharded, shard_by_layer
-from lora_llava.model.adapters import lora_config, planned_parameters
+from lora_llava.model.adapters import NEWLINE, lora_config, planned_parameters
 from lora_llava.model.base import build_processor
 from lora_llava.model.families.decoder_shape import decoder_shape
 from lora_llava.model.families.tower_families import image_processor_of, saved_image_processor, tiling_of
@@ -218,7 +218,7 @@ def build_run_processor(
         model.config.text_config.model_type,
     )
     check_tiled(recipe, model.config)
-    tiled = tiling_of(model.config) is not None
+    tiled = tiling_of(model.config) is not None and recipe.model.high_resolution is None
     if tiled or (recipe.data.image_aspect == "auto" and recipe.model.start_from.llava is not None):
         image_processor = saved_image_processor(model.image_folder, model.config)
     else:  # the tower's own settings are not those of a LLaVA: CLIP's crop loses the edges
@@ -243,11 +243,13 @@ def run_lora_config(recipe: Recipe, config: LlavaConfig, base: str | None = None
     Raises:
         UserError: If `lora.targets` names a layer that the language model does not have.
     """
+    newline = () if recipe.model.high_resolution is None else (NEWLINE,)  # a published LLaVA-1.6 keeps its own
     if recipe.lora is None:
-        return lora_config(base=base)
+        return lora_config(base=base, modules_to_save=newline)
     shape = decoder_shape(config.text_config)
     targets = shape.check_targets(recipe.lora.targets, config.text_config.model_type)
     section = recipe.lora.model_dump(exclude={"vision", "init", "targets"})
+    section["modules_to_save"] += newline
     vision = vision_adapters(recipe.lora.vision.model_dump(), config) if recipe.lora.vision else None
     pattern = shape.pattern(targets)
     return lora_config(**section, targets=targets, pattern=pattern, vision=vision, token_ids=token_ids, base=base)

@@ -27,7 +27,7 @@ def check_tiled(recipe: Recipe, config: LlavaConfig) -> None:
         f"data.image_aspect is {aspect}, and a LLaVA-1.6 cuts images into tiles itself; set it to auto": aspect
         != "auto",
         "stage is 1, which trains the projector of assembled models; a LLaVA-1.6 has a trained one: set stage to 2": (
-            recipe.stage == 1
+            recipe.stage == 1 and recipe.model.high_resolution is None
         ),
         "lora.vision has not been tested with the tiles of a LLaVA-1.6; leave it out": (
             recipe.lora is not None and recipe.lora.vision is not None

@@ -49,7 +49,7 @@ class Adapter:
         folder: Its folder.
         config: PEFT's config.
         layers: The LoRA layers, by the name of the linear layer in the stock model.
-        saved: What was trained in full, the projector among it, by parameter name of the stock model.
+        saved: What is saved in full, the projector among it, by parameter name of the stock model.
         rows: Trained rows of embeddings and head, by parameter name of the stock model.
         token_ids: Ids of the tokens of these rows, by the same name.
     """
@@ -77,6 +77,8 @@ class Adapter:
         Args:
             name: The name without PEFT's prefix, as `model.language_model.layers.0.mlp.up_proj.lora_A.default.weight`.
         """
+        if name in self.saved:
+            return self.saved[name].load().float()
         if ".modules_to_save." in name:
             return self.saved[name.replace("modules_to_save.default.", "")].load().float()
         if _ROWS_OF in name:
@@ -107,11 +109,11 @@ def read_adapter(folder: Path) -> Adapter:
     config = read_lora_config(folder)
     tensors = {tensor.name.removeprefix(PEFT_PREFIX): tensor for tensor in lazy_file(folder / ADAPTER_FILE)}
     rows = {f"{name.split(_ROWS_OF)[0]}.weight": tensor for name, tensor in tensors.items() if _ROWS_OF in name}
-    places = tuple(f".{module}." for module in config.modules_to_save or ())
+    places = tuple(f".{module}." for module in config.modules_to_save or ())  # of modules, and of the newline
     saved = {
         name: tensor
         for name, tensor in tensors.items()
-        if ".lora_" not in name and _ROWS_OF not in name and any(place in f".{name}" for place in places)
+        if ".lora_" not in name and _ROWS_OF not in name and any(place in f".{name}." for place in places)
     }
     if config.modules_to_save and not any(name.startswith(PROJECTOR_PREFIX) for name in saved):
         raise UserError(f"{folder}/{ADAPTER_FILE} has no projector; it is not a complete LLaVA adapter")

@@ -27,6 +27,8 @@ from lora_llava.publishing.proof_prompts import ProofPrompt
 CONTEXT_LOGITS = 8
 """Number of positions before the answer whose logits are also compared."""
 SMALL_BYTES = 2**30
+_OF_ADAPTER = (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")
+"""Parts of the names of an adapter's parameters in a PEFT model, besides the newline, whose name is the base's."""
 _PROMPTS = "prompts", "verify on the CPU with CUDA_VISIBLE_DEVICES="
 Progress = Callable[[str], None]
 
@@ -109,7 +111,7 @@ def adapted_model(
 
     def load(name: str) -> torch.Tensor:
         name = name.removeprefix(PEFT_PREFIX)
-        if any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_delta.")):
+        if name in adapter.saved or any(part in name for part in _OF_ADAPTER):
             return adapter.tensor(name).to(device)
         name = name.replace(".token_adapter.base_layer.", ".")
         name = stored_name(name.replace(".base_layer.", ".").replace(".original_module.", "."), tensors, config)

@@ -12,7 +12,7 @@ Part = TypeVar("Part", bound=BaseModel)
 
 PARTS = ("llm", "llm_revision", "vision_tower", "vision_tower_revision")
 """Keys of `model` that name the parts of a base."""
-MODEL_KEYS = ("projector_type", "quantization", "dtype", "new_tokens", "max_tiles")
+MODEL_KEYS = ("projector_type", "quantization", "dtype", "new_tokens", "high_resolution", "max_tiles")
 DATA_KEYS = ("template", "system_prompt", "image_aspect")
 FREE_LORA_KEYS = ("dropout", "learning_rate")
 """Keys of `lora` and `lora.vision` that concern training alone, so that a continued run may change them."""

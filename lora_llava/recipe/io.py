@@ -42,7 +42,6 @@ _WORDS = {
 _HINTED = 8
 """Most wrong values for which a message names what was meant; each is validated several times."""
 
-
 RECIPE_FILE = "recipe.yaml"
 """The recipe in a run directory."""
 RENAMED_KEYS = {"samples_per_picture": "samples_per_image"}
@@ -312,6 +311,7 @@ LATER_KEYS: dict[str, Any] = {
     "lora.vision": None,
     "lora.modules_to_save": [],
     "lora.init": "default",
+    "model.high_resolution": None,
     "model.max_tiles": None,
     "training.loraplus_ratio": None,
     "training.early_stopping": None,

@@ -60,6 +60,25 @@ NewToken = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^\S+$")]
 """A token to add: text without spaces."""
 
 
+Side = Annotated[int, Field(ge=1)]
+Canvas = Annotated[tuple[Side, Side], Field(strict=False)]
+
+
+class HighResolution(Section):
+    """LLaVA-1.6 made of parts: an image is seen as a whole, and cut into tiles of the tower's size."""
+
+    grid: Annotated[tuple[Canvas, ...], Field(min_length=1, strict=False)] | None = None
+    """Canvases on which an image is cut, each a height and a width in pixels, multiples of the tower's image size. Null
+    is LLaVA-1.6's: 1 x 2, 2 x 1, 2 x 2, 3 x 1 and 1 x 3 tiles."""
+
+    @field_validator("grid")
+    @classmethod
+    def _each_once(cls, grid: tuple[Canvas, ...] | None) -> tuple[Canvas, ...] | None:
+        if twice := [canvas for canvas in grid or () if (grid or ()).count(canvas) > 1]:
+            raise ValueError(f"the canvas {list(twice[0])} is named twice; keep one")
+        return grid
+
+
 class ModelSection(Section):
     """The parts of the LLaVA model and how they are loaded."""
 
@@ -85,6 +104,9 @@ class ModelSection(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Data type of the computation; auto is bfloat16 on a GPU, float16 with loss scaling on a GPU without bfloat16 (T4,
     RTX 20), and float32 on a CPU."""
+    high_resolution: HighResolution | None = None
+    """Tiles, as in LLaVA-1.6, for a model made of `llm` and `vision_tower`: {} for LLaVA-1.6's. Stage 1 then trains its
+    newline vector with the projector. Null sees images at one size."""
     max_tiles: Annotated[int, Field(ge=1)] | None = None
     """Most tiles that an image is cut into, besides the one of the whole image (LLaVA-1.6 only: its canvases have 2 to
     4); fewer tiles are fewer tokens and less detail. Null keeps all canvases of the model."""
@@ -102,6 +124,11 @@ class ModelSection(Section):
     @model_validator(mode="after")
     def _parts(self) -> ModelSection:
         complete = self.start_from.llava is not None
+        if complete and self.high_resolution is not None:
+            raise ValueError(
+                "high_resolution is set together with start_from.llava, which has tiles if it is a LLaVA-1.6; leave it "
+                "out, or cap them by max_tiles"
+            )
         for name in ("llm", "vision_tower"):
             if complete and getattr(self, name) is not None:
                 raise ValueError(f"{name} is set together with start_from.llava, which is a complete LLaVA; drop one")

@@ -24,6 +24,7 @@ from lora_llava.core.storage import atomic_file, file_hash, share
 from lora_llava.data.files.row_files import json_text
 from lora_llava.data.templates.spans import AnyTemplate
 from lora_llava.data.tokens import stop_of
+from lora_llava.model.adapters import save_adapter
 from lora_llava.model.initialization import NEEDS_NF4
 from lora_llava.model.loading import resolve_dtype
 from lora_llava.model.start import RUN_FILE, Base
@@ -161,8 +162,7 @@ def save_model(
     recipe, processor = plan.recipe, plan.processor
     config = model.peft_config[model.active_adapter]
     config.base_model_name_or_path, config.revision = base.name, base.revision
-    model.save_pretrained(folder, state_dict=weights)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    save_adapter(model, folder, weights)
     processor.tokenizer.padding_side = "left"  # for generation, which is what a saved run is used for
     processor.save_pretrained(folder)
     processor.tokenizer.padding_side = "right"

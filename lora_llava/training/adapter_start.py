@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers.trainer_utils import set_seed
 
 from lora_llava.core.errors import UserError
 from lora_llava.model.adapter_file import read_lora_config
+from lora_llava.model.adapters import adapter_tensors
 from lora_llava.model.initialization import (
     EVA_BATCHES,
     EVA_POSITIONS,
@@ -109,7 +109,7 @@ def continue_adapter(model: PeftModel, recipe: Recipe) -> str | None:
     if run is None:
         return None
     tensors = load_file(Path(run) / ADAPTER_FILE)
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = adapter_tensors(model)
     other = sorted(tensors.keys() ^ expected.keys())
     if other:
         raise UserError(f"model.start_from.run: {run} and the recipe train other tensors, such as {other[0]}")

@@ -29,7 +29,7 @@ from lora_llava.evaluation.scoring import (
     weigh_few_answers,
 )
 from lora_llava.evaluation.tables import tables_view
-from lora_llava.model.adapters import trained_projector
+from lora_llava.model.adapters import load_projector
 from lora_llava.model.loading import describe_dtype
 from lora_llava.model.start import RUN_FILE, Base, prepare_base
 from lora_llava.planning import plan_tables
@@ -158,11 +158,12 @@ def stage1_of(recipe: Recipe, recipe_folder: Path) -> Recipe | None:
     stage1 = load_recipe(beside if beside.is_file() else name)
     if stage1.stage != 1:
         raise UserError(f"model.start_from.stage1_recipe: {name} is a Stage {stage1.stage} recipe; name one of Stage 1")
-    for field in ("llm", "vision_tower", "projector_type"):
-        if getattr(stage1.model, field) != getattr(recipe.model, field):
+    own, other = (each.model.model_dump(mode="json") for each in (recipe, stage1))
+    for field in ("llm", "vision_tower", "projector_type", "high_resolution"):
+        if other[field] != own[field]:
             raise UserError(
-                f"model.start_from.stage1_recipe: {name} has model.{field} {getattr(stage1.model, field)!r}, this "
-                f"recipe {getattr(recipe.model, field)!r}; make them the same"
+                f"model.start_from.stage1_recipe: {name} has model.{field} {other[field]!r}, this recipe "
+                f"{own[field]!r}; make them the same"
             )
     return stage1
 
@@ -251,7 +252,7 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     answers = training_answers(plan)
     before = _evaluate_before(model, plan, identity, resumed is not None, answers, console)
     if base.initial_projector is not None:
-        trained_projector(model).load_state_dict(base.initial_projector)
+        load_projector(model, base.initial_projector)
     if resumed is None and (line := start_adapters(plan, base, model, build_feeds(plan)[0])):
         console.print(line, soft_wrap=True)
         freeze_plan = describe_plan(model)  # EVA changes the ranks

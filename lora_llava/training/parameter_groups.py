@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_llava.model.adapters import NEWLINE, PROJECTOR
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -28,10 +30,15 @@ class Rates:
 
     def of(self, name: str) -> float:
         """Return the learning rate of a parameter by its name in the PEFT model."""
-        if "multi_modal_projector" in name:
+        if _is_projector(name):
             return self.projector
         rate = self.vision if self.vision is not None and _is_vision(name) else self.adapters
         return rate * self.loraplus_ratio if self.loraplus_ratio is not None and is_output_side(name) else rate
+
+
+def _is_projector(name: str) -> bool:
+    """Check whether a parameter is the projector's, or the newline, which trains with it."""
+    return PROJECTOR in name or name.endswith(f".{NEWLINE}")
 
 
 def _is_vision(name: str) -> bool:
@@ -64,7 +71,7 @@ def parameter_groups(
         if parameter.requires_grad:
             # By kind and not by rate: checkpoints have a state per group, and rates may change on resume.
             fast = rates.loraplus_ratio is not None and is_output_side(name)
-            kind = ("multi_modal_projector" in name, _is_vision(name), fast, parameter.ndim > 1)
+            kind = (_is_projector(name), _is_vision(name), fast, parameter.ndim > 1)
             groups.setdefault(kind, (rates.of(name), []))[1].append(parameter)
     return [
         {"params": members, "lr": rate, "weight_decay": weight_decay if is_matrix else 0.0}

@@ -22,7 +22,7 @@ from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes, SharedSa
 from lora_llava.distributed.ranks import first_alone, gather, is_first, this_rank
 from lora_llava.distributed.sharding import describe_shard, full_weights, is_sharded
 from lora_llava.evaluation.scoring import ScoreValidation
-from lora_llava.model.adapters import add_adapters, freeze_plan, trained_projector
+from lora_llava.model.adapters import add_adapters, freeze_plan, load_projector
 from lora_llava.model.families.image_counts import limit_tiles
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.fast_path.attention import use_flash_varlen
@@ -125,7 +125,7 @@ def build_trained_model(recipe: Recipe, base: Base, saved: LoraConfig | None = N
         run_tower(model, trained=recipe.lora is not None and recipe.lora.vision is not None)
     make_lean(model.model.language_model)
     if base.initial_projector is not None:
-        trained_projector(peft_model).load_state_dict(base.initial_projector)
+        load_projector(peft_model, base.initial_projector)
     return peft_model
 
 

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from lora_llava.distributed.sharding import full_weights, gather_full
-from lora_llava.model.adapters import trained_projector
+from lora_llava.model.adapters import save_adapter, trained_projector
 from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
 from lora_llava.recipe.io import RECIPE_FILE
 from lora_llava.runs.checkpoint import atomic_checkpoint, newest_complete, remove_old
@@ -337,9 +337,8 @@ class LlavaSFTTrainer(TrainerHooks):
         if self.args.should_save:
             with atomic_checkpoint(folder, about, state_bytes(self)) as staging:
                 # Not `save_model`: it adds training_args.bin, a pickle that contains hub_token in plain text.
-                self.accelerator.unwrap_model(self.model).save_pretrained(staging, state_dict=weights)
+                save_adapter(self.accelerator.unwrap_model(self.model), staging, weights)
                 self.processing_class.save_pretrained(staging)
-                (staging / "README.md").unlink(missing_ok=True)  # peft's empty model card
                 save_trainer_state(self, staging, optimizer, random, loss)
                 for name in (DATA_FILE, RECIPE_FILE):
                     if (checkpoints.parent / name).is_file():

@@ -30,6 +30,12 @@ def tokens_of(config: LlavaConfig, sizes: Sizes) -> TokensOf:
     return TiledImages(tiling, sizes).tokens
 
 
+def grid_of(config: LlavaConfig) -> list[list[int]]:
+    """Return the canvases of a model with tiles, each a height and a width in pixels; none for another model."""
+    tiling = tiling_of(config)
+    return [] if tiling is None else [list(canvas) for canvas in tiling.grid]
+
+
 def limit_tiles(config: LlavaConfig, most: int | None) -> None:
     """Limit the canvases of a model with tiles to those of at most so many tiles.
 

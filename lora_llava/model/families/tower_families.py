@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +57,8 @@ TOWERS = {
     )
 }
 """By model_type. SigLIP 2's checkpoints of a fixed resolution are SigLIPs."""
+_CANVASES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""LLaVA-1.6's canvases: height and width in tiles (image_grid_pinpoints of llava-hf/llava-v1.6-vicuna-7b-hf)."""
 _VISION_PARTS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model", "siglip2": "siglip2_vision_model"}
 _REFUSED = {"siglip2_vision_model": "NaFlex has no fixed grid of patches; name a SigLIP 2 of a fixed resolution"}
 
@@ -149,6 +151,31 @@ def check_tiling(config: LlavaConfig, field: str) -> None:
         )
 
 
+def canvases_of(grid: Sequence[Sequence[int]] | None, vision: PreTrainedConfig) -> tuple[tuple[int, int], ...]:
+    """Return the canvases of a LLaVA-1.6 made of parts.
+
+    Args:
+        grid: `model.high_resolution.grid`: a height and a width in pixels each; None is LLaVA-1.6's.
+        vision: The tower's configuration.
+
+    Raises:
+        UserError: For a tower without CLS, or a canvas that is not made of whole tiles.
+    """
+    tile = vision.image_size
+    if not TOWERS[vision.model_type].class_tokens:
+        raise UserError(
+            f"model.high_resolution: model.vision_tower is a {vision.model_type}, and LLaVA-1.6 cuts tiles for a CLIP; "
+            "name a CLIP, or leave model.high_resolution out"
+        )
+    for canvas in grid or ():
+        if not _is_canvas(canvas, tile):
+            raise UserError(
+                f"model.high_resolution.grid: the canvas {list(canvas)} is not made of whole tiles; its height and "
+                f"width have to be multiples of the tower's {tile} pixels, as in [{tile}, {2 * tile}]"
+            )
+    return tuple((h, w) for h, w in grid) if grid else tuple((h * tile, w * tile) for h, w in _CANVASES)
+
+
 def _is_canvas(value: Any, tile: int) -> bool:
     pair = isinstance(value, (list, tuple)) and len(value) == 2
     return pair and all(isinstance(side, int) and side > 0 and side % tile == 0 for side in value)
@@ -185,7 +212,7 @@ def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -
             CLIP's crops the centre, SigLIP's scales both sides to the size.
 
     Returns:
-        A stock image processor.
+        A stock image processor; for a LLaVA-1.6 the one that cuts images into tiles.
     """
     tower, size = tower_of(config), config.vision_config.image_size
     square = {"height": size, "width": size}
@@ -196,6 +223,8 @@ def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -
         saved = read_object_if_any(folder / name)
         saved = saved.get("image_processor", saved)
         settings |= {key: saved[key] for key in ("image_mean", "image_std", "resample") if key in saved}
+    if (tiling := tiling_of(config)) is not None:
+        return LlavaNextImageProcessorPil(image_grid_pinpoints=[list(canvas) for canvas in tiling.grid], **settings)
     if aspect != "crop":
         return LlavaImageProcessorPil(do_pad=True, **settings)
     if tower.square:

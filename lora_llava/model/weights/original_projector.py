@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.storage import file_hash, looked_in
+from lora_llava.model.adapters import NEWLINE
 from lora_llava.model.weights.parts import NETWORK_ERRORS, Download, check_hub_id, not_available
 from lora_llava.model.weights.tensor_files import load_bin
 
@@ -83,8 +84,8 @@ def read_projector(file: Path, projector_type: str) -> tuple[dict[str, torch.Ten
         projector_type: `linear` or `mlp2x_gelu`.
 
     Returns:
-        Tensors under transformers' names, with the identity as the second layer of a linear projector, and the file's
-        SHA-256.
+        Tensors under transformers' names, with the identity as the second layer of a linear projector, and with
+        `image_newline` if the file has it; and the file's SHA-256.
 
     Raises:
         UserError: If its tensors are not those of the projector type.
@@ -93,6 +94,9 @@ def read_projector(file: Path, projector_type: str) -> tuple[dict[str, torch.Ten
     found: dict[str, torch.Tensor] = {}
     for name, tensor in load_bin(file).items():
         short = name.split("mm_projector.")[-1]
+        if short.rpartition(".")[2] == NEWLINE:
+            found[NEWLINE] = tensor
+            continue
         if short not in names:
             kind = next((key for key, table in _NAMES.items() if short in table), None)
             fix = f"; it looks like {kind}: set model.projector_type" if kind else ""
