@@ -1,7 +1,7 @@
 """The demo of high resolution: the demo's shapes on images six times as large as its vision tower's.
 
-Scaled down to the tower's 64 pixels, a shape has three to five pixels and is a coloured dot; in a tile it is as large as
-those that the tower was trained with. All shapes have the same area, so that the dot does not say which shape it was.
+Scaled down to the tower's 64 pixels, a shape is a coloured dot of three to five pixels; in a tile it is as large as those
+that the tower was trained with. All shapes have the same area, so that the dot does not say which shape it was.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _SEED = 11
 def small_scenes(rng: random.Random, split: Split, count: int) -> list[Scene]:
     """Draw scenes of five things with the five colours and the five shapes, each once.
 
-    In every five scenes, each colour has each shape once: whoever answers by the question alone, whatever the rule, gets
-    one question in five right.
+    In every five scenes, each colour has each shape once: any rule that answers by the question alone gets one question
+    in five right.
 
     Args:
         rng: Source of randomness.
