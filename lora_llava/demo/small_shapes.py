@@ -1,7 +1,7 @@
 """The demo of high resolution: the demo's shapes on images six times as large as its vision tower's.
 
-Scaled down to the tower's 64 pixels, a shape is a coloured dot of three to five pixels; in a tile it is as large as those
-that the tower was trained with. All shapes have the same area, so that the dot does not say which shape it was.
+Scaled down to the tower's 64 pixels, a shape is a coloured dot of three to five pixels; in a tile it is as large as
+those that the tower was trained with. All shapes have the same area, so that the dot does not say which shape it was.
 """
 
 from __future__ import annotations

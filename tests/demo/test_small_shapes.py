@@ -40,7 +40,7 @@ def asked(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def alone(shape: str, rng: random.Random) -> Image.Image:
-    """Draw one red thing in the second row, sixth column, and return how far pixels are from the background, 0 to 255."""
+    """Draw one red thing in the second row, sixth column, and return its cover of each pixel, 0 to 255."""
     image = draw_large(Scene((Thing(17, "red", shape),)), rng, GRIDS[0])
     background = Image.new("RGB", image.size, image.getpixel((0, 0)))
     blue = ImageChops.difference(image, background).getchannel("B")
@@ -87,11 +87,15 @@ def test_a_shape_has_the_size_that_the_tower_was_trained_with_and_a_few_pixels_w
     for shape in SHAPES:
         for _ in range(20):
             left, top, right, bottom = alone(shape, rng).getbbox() or (0, 0, 0, 0)
-            assert 159 <= left and right <= 193 and 31 <= top and bottom <= 65  # its place, in one tile, and a pixel
+            assert all(159 <= x <= 193 for x in (left, right))  # its place, which is in one tile, and a pixel
+            assert all(31 <= y <= 65 for y in (top, bottom))
             assert min(right - left, bottom - top) >= 17
             largest = max(largest, right - left, bottom - top)
     assert 27 <= largest <= 29  # 27.2, of a radius of 0.85 half places, with its smooth edge
-    sizes = {Image.open(path).size for path in (data / "images").rglob("*.png")}
+    sizes = set()
+    for path in (data / "images").rglob("*.png"):
+        with Image.open(path) as image:
+            sizes.add(image.size)
     assert sizes == {(384, 128), (128, 384)}
     assert largest * IMAGE_SIZE / 384 < 5
 
