@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lora_llava.data.conversation import Conversation, Turn
+from lora_llava.data.images.image_id import ImageName
 from lora_llava.data.images.image_sources import read_rgb
 
 IMAGE_SHARE = 0.49
@@ -26,9 +27,19 @@ _IMAGE_SIZE = (480, 360)
 """Pixels, similar to ScienceQA's images."""
 _IMAGES = 16
 """Number of different images; each row still decodes its own."""
+_MIXED_SIZES = (
+    *((750, 429), (750, 429), (302, 232), (760, 506), (202, 202), (452, 595), (556, 208), (704, 358)),
+    *((640, 480), (640, 480), (480, 640), (640, 427)),
+    *((4032, 3024), (3024, 4032)),
+    *((1654, 2339), (1240, 1754)),
+)
+"""Width and height of the images of a LLaVA-1.6: eight of the most frequent sizes of ScienceQA's test images, four of
+COCO's, two photos of a phone and two pages (A4 at 200 and 150 dots per inch). They have 2,033 tokens on average."""
+TILES = "tiny_tiles"
 SHAPES = {
     "tiny": (512, 1376, 4, 8),
     "tiny_body": (512, 1376, 4, 8),
+    TILES: (512, 1376, 4, 8),
     "7b": (4096, 11008, 32, 32),
     "13b": (5120, 13824, 40, 40),
 }
@@ -38,13 +49,19 @@ _WORDS = ("red", "blue", "green", "circle", "square", "left", "right", "small", 
 
 
 class DrawnImages:
-    """PNG images in memory, named by number."""
+    """Images in memory, named by number: PNG files of one size, or JPEG files of mixed sizes.
 
-    def __init__(self) -> None:
-        self._files = [_draw_image(index) for index in range(_IMAGES)]
+    Args:
+        mixed: Whether sizes are mixed, for a LLaVA-1.6.
+    """
+
+    def __init__(self, mixed: bool = False) -> None:
+        self.sides = _MIXED_SIZES if mixed else (_IMAGE_SIZE,) * _IMAGES
+        self._files = [_draw_image(seed, sides, "JPEG" if mixed else "PNG") for seed, sides in enumerate(self.sides)]
 
     def open(self, name: str) -> Image.Image:
-        return read_rgb(io.BytesIO(self.read(name)), name, _IMAGE_SIZE[0] * _IMAGE_SIZE[1])
+        width, height = self.sides[int(name) % _IMAGES]
+        return read_rgb(io.BytesIO(self.read(name)), name, width * height)
 
     def label(self, name: str) -> str:
         return name
@@ -52,11 +69,15 @@ class DrawnImages:
     def read(self, name: str) -> bytes:
         return self._files[int(name) % _IMAGES]
 
+    def sizes(self, names: Iterable[str]) -> dict[ImageName, tuple[int, int]]:
+        """Return height and width of named images."""
+        return {name: self.sides[int(name) % _IMAGES][::-1] for name in names}
 
-def _draw_image(seed: int) -> bytes:
+
+def _draw_image(seed: int, sides: tuple[int, int], kind: str) -> bytes:
     coarse = Image.frombytes("RGB", (96, 72), random.Random(seed).randbytes(96 * 72 * 3))
     stream = io.BytesIO()
-    coarse.resize(_IMAGE_SIZE).save(stream, "PNG")
+    coarse.resize(sides).save(stream, kind)
     return stream.getvalue()
 
 
@@ -81,9 +102,9 @@ def draw_rows(count: int, seed: int = 0, words: int | None = None, questions: in
     return rows
 
 
-def text_length(row: Conversation) -> int:
-    """Return the tokens of a row's text and image, without the few of the template."""
-    return sum(len(turn.text.replace("<image>", "").split()) for turn in row.turns) + 576 * len(row.images)
+def row_length(row: Conversation, image_tokens: Sequence[int]) -> int:
+    """Return the tokens of a row's text and images, without the few of the template."""
+    return sum(len(turn.text.replace("<image>", "").split()) for turn in row.turns) + sum(image_tokens)
 
 
 def lay_out(
@@ -120,19 +141,19 @@ def _text(generator: random.Random, words: int) -> str:
 
 
 def shape_config(shape: str, vocabulary: int, image_token_id: int) -> LlavaConfig:
-    """Build the config of a LLaVA-1.5 of some size.
+    """Build the config of a LLaVA-1.5 or 1.6 of some size.
 
     Args:
         shape: `7b` or `13b` for Vicuna (its config.json) with CLIP ViT-L/14-336; `tiny` for a CPU, with Vicuna's
             vocabulary; `tiny_body` the same with a vocabulary of under 1,000, so that the head has the same share of
-            the work as in a 7B model.
-        vocabulary: Vocabulary size of `tiny_body`; the others have 32,064.
+            the work as in a 7B model; `tiny_tiles` is `tiny_body` as a LLaVA-1.6, with its five canvases.
+        vocabulary: Vocabulary size of `tiny_body` and `tiny_tiles`; the others have 32,064.
         image_token_id: Token id of `<image>`.
     """
     hidden, inner, layers, heads = SHAPES[shape]
     tiny = shape.startswith("tiny")
     text = LlamaConfig(
-        vocab_size=vocabulary if shape == "tiny_body" else 32064,
+        vocab_size=vocabulary if shape in ("tiny_body", TILES) else 32064,
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers,
@@ -152,7 +173,8 @@ def shape_config(shape: str, vocabulary: int, image_token_id: int) -> LlavaConfi
         patch_size=14,
         projection_dim=768,
     )
-    return LlavaConfig(
+    llava = LlavaNextConfig if shape == TILES else LlavaConfig
+    return llava(
         text_config=text,
         vision_config=vision,
         image_token_index=image_token_id,

@@ -11,21 +11,30 @@ import datasets
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, PrinterCallback, TrainerCallback
+from transformers import (
+    AutoModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    PrinterCallback,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
-from lora_llava.benchmark.benchmark_rows import DrawnImages, draw_rows, lay_out, shape_config, text_length
+from lora_llava.benchmark.benchmark_rows import TILES, DrawnImages, draw_rows, lay_out, row_length, shape_config
 from lora_llava.core.device import free_memory
 from lora_llava.data.collator import PackedCollator
 from lora_llava.data.conversation import Conversation
 from lora_llava.data.images.image_id import own_names
 from lora_llava.data.images.image_sources import Pixels
+from lora_llava.data.images.tiling import TiledImages
 from lora_llava.data.packed_rows.shared_prefixes import SharedSamples, find_prefixes
 from lora_llava.data.selection import build_rows
 from lora_llava.data.templates.named_templates import Template, chat_template, get_template
 from lora_llava.model.adapters import add_adapters, lora_config
 from lora_llava.model.base import build_processor
-from lora_llava.model.families.tower_families import image_processor_of, image_tokens
+from lora_llava.model.families.image_counts import Sizes
+from lora_llava.model.families.tower_families import image_processor_of, image_tokens, tiling_of, tokens_of_image
 from lora_llava.model.fast_path.activation_checkpointing import checkpoint_language_model
 from lora_llava.model.fast_path.attention import use_flash_varlen
 from lora_llava.model.fast_path.host_weights import keep_in_host_memory
@@ -35,6 +44,7 @@ from lora_llava.model.loading import default_device, resolve_dtype
 from lora_llava.model.random_weights import build_random_llava
 from lora_llava.model.tokenizer import load_tokenizer
 from lora_llava.model.vision import run_tower, tower_features
+from lora_llava.model.vision_cache import CachedFeatures, FeatureStore
 from lora_llava.model.weights.parts import DEMO_FOLDER
 from lora_llava.planning.fit import Extremes, measure_rows
 from lora_llava.planning.memory import CUDA_CONTEXT, Step, fit_step, smallest
@@ -119,7 +129,7 @@ def run_side(settings: BenchmarkSettings) -> dict[str, Any]:
     image_token = int(tokenizer.convert_tokens_to_ids("<image>"))
     config = shape_config(settings.shape, len(tokenizer), image_token)
     template = chat_template(_template())
-    pixels = image_processor_of(DEMO_FOLDER / "none", config)
+    pixels = _image_processor(config)
     processor = build_processor(tokenizer, config, pixels, template)
     clock = Clock()
     build = _ours if settings.side.startswith("ours") else _trl
@@ -141,21 +151,34 @@ def run_side(settings: BenchmarkSettings) -> dict[str, Any]:
     }
 
 
+def _image_processor(config: LlavaConfig) -> Any:
+    if tiling_of(config) is None:
+        return image_processor_of(DEMO_FOLDER / "none", config)
+    side = config.vision_config.image_size
+    return LlavaNextImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+
 def _template() -> Template:
     """Return Vicuna's template without the system prompt, which has far more tokens in the demo's tokenizer."""
     return get_template("vicuna_v1", "")
 
 
-def _batches(settings: BenchmarkSettings) -> list[list[Conversation]]:
+def _batches(settings: BenchmarkSettings, config: LlavaConfig, images: DrawnImages) -> list[list[Conversation]]:
     """Return the batches of a run: the same samples for every side, grouped by length for `trl_grouped`."""
     size = settings.batch_size
     if settings.questions > 1:
         pool = draw_rows((settings.steps + 1) * size, settings.seed, settings.words, settings.questions)
         return [pool[start : start + size] for start in range(0, len(pool), size)]
     pool = draw_rows(max(settings.steps, settings.pool) * size, settings.seed, settings.words)
-    grouped, shuffled = lay_out([text_length(row) for row in pool], size, settings.steps, settings.seed)
+    counts = _tokens_of_images(config, images, [name for row in pool for name in own_names(row.images)])
+    lengths = [row_length(row, [counts[name] for name in own_names(row.images)]) for row in pool]
+    grouped, shuffled = lay_out(lengths, size, settings.steps, settings.seed)
     chosen = grouped if settings.side == "trl_grouped" else shuffled
     return [[pool[i] for i in batch] for batch in chosen]
+
+
+def _tokens_of_images(config: LlavaConfig, images: DrawnImages, names: list[str]) -> dict[Any, int]:
+    return {name: tokens_of_image(config, size) for name, size in images.sizes(names).items()}
 
 
 def _random_model(
@@ -198,20 +221,22 @@ def _arguments(settings: BenchmarkSettings, **own: Any) -> SFTConfig:
 
 def _ours(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
     cached = settings.side == "ours_cached"
-    conversations = [row for batch in _batches(settings) for row in batch]
+    drawn = DrawnImages(settings.shape == TILES)
+    conversations = [row for batch in _batches(settings, config, drawn) for row in batch]
+    names = [name for row in conversations for name in own_names(row.images)]
+    tiling = tiling_of(config)
     samples, _ = build_rows(
         conversations,
         tokenizer=processor.tokenizer,
         template=_template(),
-        num_image_tokens=image_tokens(config),
-        max_length=4096,
+        num_image_tokens=image_tokens(config) if tiling is None else TiledImages(tiling, drawn.sizes(names)),
+        max_length=8192,
     )
     indices, size = list(range(len(samples))), settings.micro_batch
     rows = [indices[start : start + size] for start in range(0, len(indices), size)]
-    images: Any = Pixels(DrawnImages(), processor.image_processor)
+    images: Any = Pixels(drawn, processor.image_processor)
     if cached:
-        names = [name for row in rows for i in row for name in samples[i]["image_files"]]
-        images = _features(settings, config, images, names)
+        images = _features(config, images, drawn.sizes(names))
     model = _random_model(settings, config, with_tower=not cached)
     use_flash_varlen(model)
     peft_model = add_adapters(model, lora_config(r=settings.r, alpha=16, targets=LINEARS))
@@ -255,16 +280,19 @@ class CountingTrainer(LlavaSFTTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def _features(settings: BenchmarkSettings, config: LlavaConfig, pixels: Pixels, names: list[str]) -> Any:
+def _features(config: LlavaConfig, pixels: Pixels, sizes: Sizes) -> CachedFeatures:
     """Compute the features of every image before the clock starts, as a vision cache does."""
-    device = default_device()
+    device, tiled = default_device(), tiling_of(config) is not None
     tower = AutoModel.from_config(config.vision_config, dtype=resolve_dtype("auto")).to(device).eval()
-    kept = {name: tower_features(tower, config, pixels([name]).to(device))[0].cpu() for name in names}
+    store = FeatureStore(None, {})
+    for name in sizes:
+        features = tower_features(tower, config, pixels([name]).to(device))
+        store.put(str(name), features if tiled else features[0])
     del tower
     free_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    return lambda wanted: torch.stack([kept[name] for name in wanted])
+    return CachedFeatures(store, {name: str(name) for name in sizes}, sizes if tiled else None)
 
 
 def _planned(settings: BenchmarkSettings, config: LlavaConfig, extremes: Extremes, cached: bool) -> Step:
@@ -292,7 +320,8 @@ def _planned(settings: BenchmarkSettings, config: LlavaConfig, extremes: Extreme
 
 def _trl(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, clock: Clock) -> tuple[Any, dict[str, Any]]:
     """Set TRL up as in its documentation: its VLM collator on prompts and completions, peft_config and defaults."""
-    conversations, images = [row for batch in _batches(settings) for row in batch], DrawnImages()
+    images = DrawnImages(settings.shape == TILES)
+    conversations = [row for batch in _batches(settings, config, images) for row in batch]
     dataset = Dataset.from_list(
         [
             {
@@ -311,6 +340,7 @@ def _trl(settings: BenchmarkSettings, config: LlavaConfig, processor: Any, clock
         modules_to_save=["multi_modal_projector"],
         task_type="CAUSAL_LM",
     )
+    processor.chat_template = "{{ bos_token + ' ' }}" + processor.chat_template  # TRL's collator adds no tokens itself
     order = {"train_sampling_strategy": "sequential"}  # of our batches
     arguments = _arguments(settings, use_liger_kernel=settings.liger, **order)
     trainer = CountingTrl(

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from lora_llava.benchmark.benchmark_rows import TILES
 from lora_llava.benchmark.benchmark_sides import BenchmarkSettings, run_side
 from lora_llava.core.device import is_out_of_memory
 from lora_llava.core.errors import UserError
@@ -55,8 +56,8 @@ def benchmark(
     """
     if cap_gb is not None and not torch.cuda.is_available():
         raise UserError(f"--cap-gb {cap_gb:g} has no effect, because this machine has no GPU; leave it out")
-    if shape not in ("tiny", "tiny_body") and not torch.cuda.is_available():
-        raise UserError(f"--shape {shape} would take days without a GPU; use tiny or tiny_body")
+    if not shape.startswith("tiny") and not torch.cuda.is_available():
+        raise UserError(f"--shape {shape} would take days without a GPU; use tiny, tiny_body or tiny_tiles")
     on_gpu = "paged_adamw_8bit" if r >= 64 else "adamw_torch_fused"
     optimizer = on_gpu if torch.cuda.is_available() else "adamw_torch"
     cap = None if cap_gb is None else int(cap_gb * GIB)
@@ -119,8 +120,9 @@ def run_or_full(settings: BenchmarkSettings) -> dict[str, Any]:
 
 def _table(result: dict[str, Any]) -> RichTable:
     settings = result["settings"]
+    rows = "ScienceQA's lengths" + (" and images of mixed sizes" if settings["shape"] == TILES else "")
     table = RichTable(
-        title=f"{settings['shape']} model, rows of ScienceQA's lengths, {settings['batch_size']} samples per step",
+        title=f"{settings['shape']} model, rows of {rows}, {settings['batch_size']} samples per step",
         title_justify="left",
     )
     for name in ("side", "real tokens/s", "ours is", "peak memory", "samples per pass", "layers recomputed"):

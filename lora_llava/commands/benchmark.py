@@ -12,12 +12,16 @@ SUMMARY = "measure training speed and memory here, next to TRL's"
 EXAMPLES = (
     "lora-llava benchmark --json benchmark.json",
     "lora-llava benchmark --shape tiny_body --steps 6 --json benchmark.json",
+    "lora-llava benchmark --shape tiny_tiles --batch-size 4 --steps 5 --json benchmark.json",
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shape", choices=["tiny", "tiny_body", "7b", "13b"], default="tiny", help="model, with random weights"
+        "--shape",
+        choices=["tiny", "tiny_body", "tiny_tiles", "7b", "13b"],
+        default="tiny",
+        help="model, with random weights; tiny_tiles is a LLaVA-1.6",
     )
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="samples per optimizer step")
     parser.add_argument("--steps", type=positive, default=3, metavar="N", help="timed steps per run, after a warm-up")

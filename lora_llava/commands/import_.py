@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="complete stock LLaVA that a LoRA folder was trained on; default: assembled from --llm and --vision-tower",
     )
     parser.add_argument(
-        "--template", default="vicuna_v1", metavar="NAME", help="conversation template it was trained with"
+        "--template",
+        metavar="NAME",
+        help="conversation template it was trained with; default: mistral for a llava_mistral, vicuna_v1 for others",
     )
 
 

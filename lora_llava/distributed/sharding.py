@@ -71,6 +71,22 @@ def check_sharding(recipe: Recipe, ranks: int) -> None:
     os.environ.update(_SETTINGS)
 
 
+def require_input_gradients(model: Any) -> None:
+    """Let the first layer's input have a gradient in every batch, as it has in one with images.
+
+    Otherwise a rank whose row has no image reduces the gradients in another order than the others, or in Stage 1 does
+    not gather the layers for the backward pass, and the others wait for it.
+
+    Args:
+        model: The stock LLaVA; changed in place.
+    """
+
+    def require(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.requires_grad_(True) if torch.is_grad_enabled() else output
+
+    model.get_input_embeddings().register_forward_hook(require)
+
+
 def shard_by_layer(classes: str) -> None:
     """Let accelerate gather the weights of one decoder layer at a time.
 

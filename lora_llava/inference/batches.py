@@ -10,7 +10,7 @@ import torch
 from lora_llava.core.device import first_sentence, free_memory, is_out_of_memory
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import print_beside_bars
-from lora_llava.model.vision import llava_of
+from lora_llava.model.vision import dtype_of, llava_of
 from lora_llava.planning.answer_memory import answer_bytes
 from lora_llava.planning.memory import GIB, gpu_share
 from lora_llava.planning.memory_budget import available_bytes
@@ -122,7 +122,7 @@ def question_bytes(
     llava = llava_of(model)
     return answer_bytes(
         llava.config.text_config,
-        llava.dtype.itemsize,
+        dtype_of(llava).itemsize,
         tokens,
         new_tokens=new_tokens,
         logits=logits,

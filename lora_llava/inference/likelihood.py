@@ -21,7 +21,7 @@ from lora_llava.inference.shared_prompts import (
     shared_prompts,
     split_batch,
 )
-from lora_llava.model.vision import llava_of
+from lora_llava.model.vision import dtype_of
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def weigh_choices(
         before = batch["attention_mask"].shape[1] - batch["input_ids"].shape[1]
         mask, positions = _tree_mask([trees[i] for i in indices], batch["attention_mask"].shape[1], before)
         own_inputs = {
-            "attention_mask": _additive(mask[:, :, before:], llava_of(model).dtype).to(encoded.device),
+            "attention_mask": _additive(mask[:, :, before:], dtype_of(model)).to(encoded.device),
             "position_ids": positions[:, before:].to(encoded.device),
         }
         with encoded.as_pixels():

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers import AutoProcessor
+from transformers import AutoProcessor, LlavaConfig
 
 from lora_llava.core.errors import UserError
 from lora_llava.model.families.tower_families import saved_image_settings, tiling_of
 from lora_llava.model.loading import Quantization, load_base
 from lora_llava.model.start import RUN_FILE
-from lora_llava.model.vision import llava_of
 
 
 def load_answering_model(
@@ -39,21 +38,21 @@ def load_answering_model(
     model = load_base(base, quantization=quantization, dtype=dtype)
     if adapter is None:
         return model
-    use_tiles_of(model, saved_image_settings(adapter) or {})
+    use_tiles_of(model.config, saved_image_settings(adapter) or {})
     try:
         return PeftModel.from_pretrained(model, str(adapter)).eval()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{adapter} does not fit its base {base}: {str(error).splitlines()[0]}") from None
 
 
-def use_tiles_of(model: Any, image_processor: Mapping[str, Any]) -> None:
+def use_tiles_of(config: LlavaConfig, image_processor: Mapping[str, Any]) -> None:
     """Let a LLaVA-1.6 expect the tiles of a run's image processor, which may have fewer canvases than its base.
 
     Args:
-        model: The model, with or without an adapter; changed in place.
+        config: The model's config; changed in place.
         image_processor: The processor's settings.
     """
-    config, grid = llava_of(model).config, image_processor.get("image_grid_pinpoints")
+    grid = image_processor.get("image_grid_pinpoints")
     if tiling_of(config) is not None and grid:
         config.image_grid_pinpoints = [list(canvas) for canvas in grid]
 

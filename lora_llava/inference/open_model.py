@@ -17,6 +17,7 @@ from lora_llava.inference.speak import Speaker, text_message
 from lora_llava.model.adapter_file import checked_base
 from lora_llava.model.loading import Quantization
 from lora_llava.model.start import plan_model
+from lora_llava.model.vision import llava_of
 from lora_llava.recipe import ModelSection, StartFrom, load_recipe
 from lora_llava.recipe.io import RECIPE_FILE
 from lora_llava.runs.check_run import check_run
@@ -71,7 +72,7 @@ def open_speaker(
     known = given or recognise_template(processor)
     stored: Quantization = "none" if quantization == "auto" else quantization
     model = load_answering_model(base, None if base_only else adapter, quantization=stored, dtype=dtype)
-    use_tiles_of(model, processor.image_processor.to_dict())
+    use_tiles_of(llava_of(model).config, processor.image_processor.to_dict())
     return Speaker(
         model,
         processor,

@@ -22,7 +22,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
 from lora_llava.model.adapters import VISION, check_adapters
 from lora_llava.model.loading import autocast, is_4bit
-from lora_llava.model.vision import llava_of
+from lora_llava.model.vision import dtype_of
 from lora_llava.model.weights.names import canonical_name
 from lora_llava.model.weights.tensor_files import lazy_tensors
 
@@ -124,7 +124,7 @@ def start_eva(model: PeftModel, batches: Iterable[dict[str, Any]]) -> None:
         _Plain(model.base_model).train(model.training),
         usable,
         replace(config, eva_config=settings, init_lora_weights="eva", target_modules=[_inner(name) for name in layers]),
-        forward_fn=_Forward(llava_of(model).dtype),
+        forward_fn=_Forward(dtype_of(model)),
         prepare_model_inputs_fn=lambda batch, _: _positions(batch, most),
         gather_distributed_inputs=False,
         show_progress_bar=False,

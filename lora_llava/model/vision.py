@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lora_llava.data.images.tiling import NEWLINE, Tiling
 from lora_llava.model.families.tower_families import tiling_of
-from lora_llava.model.weights.names import COMPONENTS, canonical_name
+from lora_llava.model.weights.names import COMPONENTS, NEWLINE_NAME, canonical_name
 from lora_llava.model.weights.tensor_files import lazy_tensors
 
 
@@ -100,6 +100,15 @@ def load_tower(folder: Path, config: LlavaConfig, dtype: torch.dtype, device: to
 def llava_of(model: Any) -> Any:
     """Return the stock LLaVA of a model with or without an adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def dtype_of(model: Any) -> torch.dtype:
+    """Return the dtype of the frozen weights of a model, with or without an adapter.
+
+    transformers takes that of the first parameter, which may be a newline that an adapter has in float32.
+    """
+    weights = llava_of(model).named_parameters()
+    return next(p.dtype for name, p in weights if name != NEWLINE_NAME and p.is_floating_point())
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
-from lora_llava.distributed.sharding import is_sharded
 from lora_llava.model.families.tower_families import tiling_of
 from lora_llava.recipe import Recipe
 
@@ -28,12 +27,6 @@ def check_tiled(recipe: Recipe, config: LlavaConfig) -> None:
         != "auto",
         "stage is 1, which trains the projector of assembled models; a LLaVA-1.6 has a trained one: set stage to 2": (
             recipe.stage == 1 and recipe.model.high_resolution is None
-        ),
-        "lora.vision has not been tested with the tiles of a LLaVA-1.6; leave it out": (
-            recipe.lora is not None and recipe.lora.vision is not None
-        ),
-        "FSDP has not been tested with a LLaVA-1.6; start with torchrun, which loads the complete model on every GPU": (
-            is_sharded()
         ),
     }
     for reason, found in refused.items():

@@ -32,7 +32,7 @@ _FEW = 200
 _MOST = 1_000
 CLIP = "openai/clip-vit-large-patch14-336"
 """LLaVA-1.5's vision tower."""
-_LLAVA_1_5 = "llava-hf/llava-1.5-"
+_LLAVA_1_5, _LLAVA_1_6 = "llava-hf/llava-1.5-", "llava-hf/llava-v1.6-"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def init(folder: Path, *, console: Console, **chosen: Any) -> tuple[Path, CheckR
     if choice.llm:
         console.print(
             "its projector is untrained: few rows teach it little; train it on captions first (Stage 1, "
-            "recipes/align.yaml with this llm and vision_tower) and set model.start_from.stage1_run",
+            "recipes/align.yaml with the same llm, vision_tower and high_resolution) and set "
+            "model.start_from.stage1_run",
             soft_wrap=True,
         )
     try:
@@ -244,7 +245,11 @@ def fill_in(
     if model is not None and model != "demo":
         content["model"]["start_from"] = {"llava": model}
     if parts:
-        content["model"] = {**parts, "start_from": {"untrained": True}, "quantization": "nf4"}
+        shipped = content["model"]
+        tiled = str(shipped["start_from"].get("llava")).startswith(_LLAVA_1_6)
+        high = {"high_resolution": {}} | {key: shipped[key] for key in ("max_tiles",) if key in shipped}
+        start = {"start_from": {"untrained": True}, "quantization": "nf4"}
+        content["model"] = {**parts, **(high if tiled else {}), **start}
     if parts or (model is not None and model != "demo" and not model.startswith(_LLAVA_1_5)):
         data["template"] = "auto"  # the shipped recipe names LLaVA-1.5's
         data.pop("image_aspect", None)

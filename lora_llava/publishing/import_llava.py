@@ -14,15 +14,17 @@ from lora_llava.core.storage import file_hash
 from lora_llava.data.templates.named_templates import chat_template, get_template
 from lora_llava.data.templates.spans import fit_template
 from lora_llava.model.adapter_file import check_fits
-from lora_llava.model.adapters import lora_config
+from lora_llava.model.adapters import NEWLINE, lora_config
 from lora_llava.model.base import BaseParts, build_base, build_processor
-from lora_llava.model.families.llava_kinds import TILED, read_llava_config
+from lora_llava.model.families.image_counts import grid_of
+from lora_llava.model.families.llava_kinds import read_llava_config
 from lora_llava.model.families.tower_families import image_processor_of
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.tokenizer import copy_sentencepiece, load_tokenizer, read_vocabulary
 from lora_llava.model.weights.names import ADAPTER_FILE
 from lora_llava.model.weights.original_checkpoint import (
+    OTHER_FILE,
     OriginalConfig,
     checkpoint_tensors,
     is_original,
@@ -36,6 +38,11 @@ from lora_llava.publishing.merge import BASE_FILE, IMPORTED
 from lora_llava.publishing.new_folder import check_disk, check_new, new_folder
 from lora_llava.runs.directory import set_stops, versions, write_json
 
+_TEMPLATES = {"mistral": "mistral"}
+"""Template of a checkpoint by its language model's model_type, as LLaVA's llava/eval/run_llava.py chooses it."""
+_TURNS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama_3"}
+"""Tokens that begin a turn, and a template with them."""
+
 
 def import_llava(
     folder: Path,
@@ -44,7 +51,7 @@ def import_llava(
     llm: str | None = None,
     vision_tower: str | None = None,
     base: str | None = None,
-    template: str = "vicuna_v1",
+    template: str | None = None,
     console: Console,
 ) -> None:
     """Convert LLaVA's own checkpoint (to a stock folder) or LoRA folder (to a run directory).
@@ -55,7 +62,8 @@ def import_llava(
         llm: Language model that a LoRA folder was trained on; None takes it from adapter_config.json.
         vision_tower: The CLIP tower; None takes it from config.json.
         base: Complete stock LLaVA that a LoRA folder was trained on, instead of `llm`.
-        template: Conversation template that it was trained with.
+        template: Conversation template that it was trained with; None is that of Mistral for a `llava_mistral`, and
+            `vicuna_v1` for any other.
         console: Prints progress and result.
 
     Raises:
@@ -78,19 +86,42 @@ def import_llava(
 
 
 def _import_checkpoint(
-    folder: Path, output: Path, original: OriginalConfig, tower: Part, template: str, console: Console
+    folder: Path, output: Path, original: OriginalConfig, tower: Part, template: str | None, console: Console
 ) -> None:
     vision = json.loads((tower.folder / "config.json").read_text(encoding="utf-8"))
-    config = stock_config(original, vision, read_vocabulary(folder, original.llm))
+    try:
+        config = stock_config(original, vision, read_vocabulary(folder, original.llm))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}".replace("model.high_resolution: ", "")) from None
+    template = template or _template_of(original, folder, config)
     tensors = checkpoint_tensors(folder, config, original, lazy_tensors(tower.folder))
     check_disk(output, checkpoint_bytes(tensors, torch.bfloat16))
-    console.print(f"{folder}: a complete LLaVA, {original.projector_type} projector, {len(tensors)} tensors")
+    tiles = f"{len(original.grid)} canvases of tiles, " if original.grid else ""
+    console.print(
+        f"{folder}: a complete LLaVA, {original.projector_type} projector, {tiles}{len(tensors)} tensors, template "
+        f"{template}",
+        soft_wrap=True,
+    )
     with new_folder(output) as temporary:
         write_checkpoint(tensors, temporary, torch.bfloat16, "converting")
         config.save_pretrained(temporary)
         _save_processor(temporary, config, folder, tower.folder, original.image_aspect, template)
         base = {"name": IMPORTED, "revision": None, "parts": None, "hashes": component_hashes(temporary)}
         write_json(temporary / BASE_FILE, {"base": base, "imported": folder.name, "versions": versions()})
+
+
+def _template_of(original: OriginalConfig, folder: Path, config: LlavaConfig) -> str:
+    """Return the template of a language model; refuse to guess that of a tokenizer with tokens for turns."""
+    if (known := _TEMPLATES.get(original.llm["model_type"])) is not None:
+        return known
+    vocabulary = load_tokenizer(folder, config).get_vocab()
+    for token, name in _TURNS.items():
+        if token in vocabulary:
+            raise UserError(
+                f"{folder}: its tokenizer has {token}, so that vicuna_v1 is hardly its conversation template; set "
+                f"--template, for instance to {name}"
+            )
+    return "vicuna_v1"
 
 
 def _save_processor(
@@ -117,27 +148,29 @@ def _import_lora(
     tower: Part,
     llm: str | None,
     base: str | None,
-    template: str,
+    template: str | None,
     console: Console,
 ) -> None:
     named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path", "")
     base_folder, record = _base_of(folder, original, tower, llm or named, base)
     config = read_llava_config(base_folder)
-    if config.model_type == TILED:
-        raise UserError(f"{base_folder} is a LLaVA-1.6, whose LoRA folders import does not convert yet")
-    if (config.vision_feature_layer, config.vision_feature_select_strategy) != (
-        original.feature_layer,
-        original.strategy,
-    ):
-        raise UserError(
-            f"{folder} was trained on layer {original.feature_layer} of the vision tower ({original.strategy}), but "
-            "its base uses another; name the right base with --base or --llm"
-        )
+    _check_base(folder, original, config, base_folder)
+    template = template or _template_of(original, base_folder, config)
     lora = read_lora(folder, original, config.text_config.num_hidden_layers)
-    console.print(f"{folder}: LoRA r {lora.settings['r']} on {', '.join(lora.targets)}, and a projector")
+    if original.grid and not lora.has_newline and record["parts"] is not None:
+        raise UserError(
+            f"{folder}/{OTHER_FILE} has no {NEWLINE}, nor has {llm or named}; if it was trained on a complete "
+            "LLaVA-1.6, import that first, then name the result with --base"
+        )
+    parts = "a projector and a newline" if lora.has_newline else "a projector"
+    console.print(
+        f"{folder}: LoRA r {lora.settings['r']} on {', '.join(lora.targets)}, and {parts}, template {template}",
+        soft_wrap=True,
+    )
     with new_folder(output) as temporary:
         write_file(sorted(lora.tensors, key=lambda t: t.name), temporary / ADAPTER_FILE, torch.float32)
-        settings = lora_config(**lora.settings, targets=lora.targets, base=str(record["name"]))
+        saved = (NEWLINE,) if lora.has_newline else ()
+        settings = lora_config(**lora.settings, targets=lora.targets, modules_to_save=saved, base=str(record["name"]))
         settings.inference_mode = True
         settings.save_pretrained(str(temporary))
         _check_converted(temporary, folder, config, base_folder)
@@ -151,6 +184,30 @@ def _import_lora(
             "versions": versions(),
         }
         write_json(temporary / RUN_FILE, content)
+
+
+def _check_base(folder: Path, original: OriginalConfig, config: LlavaConfig, base: Path) -> None:
+    """Check that a LoRA folder and its base are of one kind, and give the base's config the folder's canvases."""
+    kinds = original.llm["model_type"], config.text_config.model_type
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"{folder} was trained on a {kinds[0]}, and its base {base} has a {kinds[1]}; name the right base with "
+            "--base or --llm"
+        )
+    if (config.vision_feature_layer, config.vision_feature_select_strategy) != (
+        original.feature_layer,
+        original.strategy,
+    ):
+        raise UserError(
+            f"{folder} was trained on layer {original.feature_layer} of the vision tower ({original.strategy}), but "
+            "its base uses another; name the right base with --base or --llm"
+        )
+    own, trained = grid_of(config), [list(canvas) for canvas in original.grid]
+    if sorted(own) != sorted(trained):
+        found = [f"has the canvases {grid}" if grid else "has no tiles" for grid in (trained, own)]
+        raise UserError(f"{folder} {found[0]}, and its base {base} {found[1]}; name the right base with --base")
+    if trained:
+        config.image_grid_pinpoints = trained
 
 
 def _check_converted(converted: Path, folder: Path, config: LlavaConfig, base: Path) -> None:
@@ -179,7 +236,14 @@ def _base_of(
             f"{folder} was trained on {llm}, a complete LLaVA; import that first, then name the result with --base"
         )
     parts = BaseParts(
-        model.name, model.revision, tower.name, tower.revision, original.projector_type, projector=None, seed=0
+        model.name,
+        model.revision,
+        tower.name,
+        tower.revision,
+        original.projector_type,
+        projector=None,
+        seed=0,
+        grid=[list(canvas) for canvas in original.grid],
     )
     written = build_base(parts, model, tower, None)
     hashes = component_hashes(written)

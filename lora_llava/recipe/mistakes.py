@@ -28,6 +28,7 @@ OTHER_NAMES = {
     "model.dtype": "torch_dtype bf16 fp16 fp32 precision mixed_precision compute_dtype",
     "model.quantization": "load_in_4bit load_in_8bit bits quantization_bit quantize quant bnb_4bit_quant_type",
     "model.attention": "attn_implementation flash_attn flash_attention flash_attention_2 use_flash_attn",
+    "model.high_resolution": "anyres high_res image_grid_pinpoints grid",
     "model.new_tokens": "add_tokens additional_special_tokens",
     "data": "dataset_config",
     "data.path": "dataset datasets data_path dataset_path train_file train_data training_data",

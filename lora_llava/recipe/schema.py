@@ -60,8 +60,7 @@ NewToken = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^\S+$")]
 """A token to add: text without spaces."""
 
 
-Side = Annotated[int, Field(ge=1)]
-Canvas = Annotated[tuple[Side, Side], Field(strict=False)]
+Canvas = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)]
 
 
 class HighResolution(Section):
@@ -73,9 +72,12 @@ class HighResolution(Section):
 
     @field_validator("grid")
     @classmethod
-    def _each_once(cls, grid: tuple[Canvas, ...] | None) -> tuple[Canvas, ...] | None:
-        if twice := [canvas for canvas in grid or () if (grid or ()).count(canvas) > 1]:
-            raise ValueError(f"the canvas {list(twice[0])} is named twice; keep one")
+    def _canvases(cls, grid: tuple[Canvas, ...] | None) -> tuple[Canvas, ...] | None:
+        for canvas in grid or ():
+            if len(canvas) != 2:
+                raise ValueError(f"the canvas {list(canvas)} has to be a height and a width, such as [336, 672]")
+            if (grid or ()).count(canvas) > 1:
+                raise ValueError(f"the canvas {list(canvas)} is named twice; keep one")
         return grid
 
 

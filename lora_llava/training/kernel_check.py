@@ -12,7 +12,7 @@ import torch
 from lora_llava.distributed.ranks import gather
 from lora_llava.model.fast_path.liger import EXTRA, LigerModules, use_liger
 from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
-from lora_llava.model.vision import llava_of
+from lora_llava.model.vision import dtype_of, llava_of
 from lora_llava.training.start_check import TOLERANCES
 
 _GRADIENT_TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -65,7 +65,7 @@ def check_kernels(model: Any, batch: dict[str, Any]) -> str:
 def train_once(model: Any, batch: dict[str, Any]) -> FirstPass:
     """Run forward and backward as in training; return the mean loss and each gradient, in host memory."""
     weight, training = model.get_input_embeddings().weight, model.training
-    dtype = llava_of(model).dtype
+    dtype = dtype_of(model)
     inputs = {name: each.to(weight.device) if isinstance(each, torch.Tensor) else each for name, each in batch.items()}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.train()
@@ -92,7 +92,7 @@ def gradients_apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Te
 def _compare(model: Any, found: FirstPass, stock: FirstPass) -> tuple[str, str | None]:
     """Return the differences between the passes with and without Liger's, and the problem if they are too large."""
     loss, stock_loss, share = found[0], stock[0], gradients_apart(found[1], stock[1])
-    dtype = llava_of(model).dtype
+    dtype = dtype_of(model)
     line = f"loss {loss:.4f}, without them {stock_loss:.4f}, gradients within {share:.1%}"
     equal = abs(loss - stock_loss) <= TOLERANCES[dtype] * abs(stock_loss) and share <= _GRADIENT_TOLERANCES[dtype]
     return line, None if equal else f"Liger's differ on the first batch ({line}); report this machine to us"

@@ -20,7 +20,7 @@ from lora_llava.core.errors import StoppedError, UserError
 from lora_llava.data.collator import PackedCollator, PaddedCollator
 from lora_llava.data.packed_rows.shared_prefixes import SharedPrefixes, SharedSamples
 from lora_llava.distributed.ranks import first_alone, gather, is_first, this_rank
-from lora_llava.distributed.sharding import describe_shard, full_weights, is_sharded
+from lora_llava.distributed.sharding import describe_shard, full_weights, is_sharded, require_input_gradients
 from lora_llava.evaluation.scoring import ScoreValidation
 from lora_llava.model.adapters import add_adapters, freeze_plan, load_projector
 from lora_llava.model.families.image_counts import limit_tiles
@@ -124,6 +124,8 @@ def build_trained_model(recipe: Recipe, base: Base, saved: LoraConfig | None = N
     if recipe.training.vision_cache == "off":
         run_tower(model, trained=recipe.lora is not None and recipe.lora.vision is not None)
     make_lean(model.model.language_model)
+    if is_sharded():
+        require_input_gradients(model)
     if base.initial_projector is not None:
         load_projector(peft_model, base.initial_projector)
     return peft_model

@@ -10,7 +10,7 @@ import torch
 
 from lora_llava.core.errors import ReportedError
 from lora_llava.model.fast_path.trained_loss import count_labels, labelled_loss
-from lora_llava.model.vision import llava_of
+from lora_llava.model.vision import dtype_of
 from lora_llava.training.callbacks import FLOAT16_LIMIT
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -48,8 +48,9 @@ def check_first_batch(
     losses = [_loss(model, [batch]), _loss(model, [padded(pair) for pair in pairs])]
     model.train(training)
     found = f"{'shared' if 'key_segments' in batch else 'packed'} {losses[0]:.4f}, padded {losses[1]:.4f}"
-    tolerance = TOLERANCES[llava_of(model).dtype]  # not of the embeddings, which may train in float32
-    if llava_of(model).dtype == torch.float16 and not math.isfinite(sum(losses)):
+    dtype = dtype_of(model)
+    tolerance = TOLERANCES[dtype]
+    if dtype == torch.float16 and not math.isfinite(sum(losses)):
         raise StartCheckError(f"{found}: {FLOAT16_LIMIT}")
     if not abs(losses[0] - losses[1]) <= tolerance * abs(losses[1]):  # False for NaN
         raise StartCheckError(f"{found}: they should be equal; set model.attention=sdpa, and report this machine to us")

@@ -38,6 +38,21 @@ def test_init_writes_a_recipe_for_the_parts_that_passes_the_check(
     assert "4 rows checked: 0 errors" in out
 
 
+def test_a_recipe_of_high_resolution_gives_tiles_to_the_parts(
+    made: Path, rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_template = shutil.copytree(made / "phi3", rows.parent / "llm")
+    (with_template / "chat_template.jinja").write_text(str(chat_template(TEMPLATES["chatml"])))
+    parts = ["--llm", str(with_template), "--vision-tower", str(made / "clip")]
+    main(None, ["init", str(rows), *parts, "--recipe", "my_data_highres_12gb.yaml"])
+    section = load_recipe(rows / "recipe.yaml").model
+    assert section.high_resolution is not None
+    assert section.high_resolution.grid is None
+    assert section.max_tiles == 2
+    out = " ".join(capsys.readouterr().out.split())
+    assert "recipes/align.yaml with the same llm, vision_tower and high_resolution" in out
+
+
 REFUSED: list[tuple[list[str], dict[str, Any], str]] = [
     (["--llm", "PART", "--model", "demo"], {}, "--model demo is a complete one; drop one"),
     (["--vision-tower", "PART"], {}, "--vision-tower needs --llm"),

@@ -20,14 +20,16 @@ from lora_llava.data.packed_rows.shared_prefixes import Prefix
 from lora_llava.model.adapters import add_adapters, freeze_plan, lora_config, planned_parameters
 from lora_llava.model.families.tower_families import saved_image_processor, tiling_of, tokens_of_image
 from lora_llava.model.fast_path.attention import use_flash_varlen
+from lora_llava.model.fast_path.lean import make_lean
 from lora_llava.model.fast_path.trained_loss import labelled_loss
 from lora_llava.model.loading import load_base
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.random_weights import build_random_llava
 from lora_llava.model.start import Base, plan_model
 from lora_llava.model.vision import accept_features, run_tower, tower_features
+from lora_llava.model.vision_adapters import VisionAdapters, used_layers
 from lora_llava.model.vision_cache import CachedFeatures, FeatureStore
-from lora_llava.recipe.schema import ModelSection, StartFrom
+from lora_llava.recipe.schema import VISION_LINEARS, ModelSection, StartFrom
 from tests.model.small_tiled import GRID, SIZES, NamedImages, images, make_tiled, processor_of
 
 ROWS = (("wide.png",), ("high.png", "square.png"), (), ("small.png", "line.png", "wide.png"))
@@ -76,15 +78,16 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def trained(folder: Path, **options: Any) -> Any:
-    """Our model with an adapter whose B matrices are not zero."""
-    model = load_base(folder, dtype="float32", **options)
-    return with_adapter(model)
+def trained(folder: Path, tower: bool = False, **options: Any) -> Any:
+    """Our model with an adapter."""
+    return with_adapter(load_base(folder, dtype="float32", **options), tower)
 
 
-def with_adapter(model: Any) -> Any:
+def with_adapter(model: Any, tower: bool = False) -> Any:
+    """Add an adapter whose B matrices are not zero, to the tower too if wanted."""
     torch.manual_seed(3)
-    peft_model = add_adapters(model, lora_config(r=4, targets=("q_proj", "down_proj")))
+    vision = VisionAdapters(2, 6.0, VISION_LINEARS, used_layers(model.config)) if tower else None
+    peft_model = add_adapters(model, lora_config(r=4, targets=("q_proj", "down_proj"), vision=vision))
     for name, parameter in sorted(peft_model.named_parameters()):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -98,17 +101,30 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def assert_equal_gradients(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+def assert_equal_gradients(
+    one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], rtol: float = 1e-5, atol: float = 5e-8
+) -> None:
+    """Compare gradients; in float32 the stock model's own differ from exact ones by `atol` beside `rtol`."""
     assert one.keys() == other.keys()
     for name, gradient in one.items():
-        torch.testing.assert_close(gradient, other[name], rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(gradient, other[name], rtol=rtol, atol=atol, msg=name)
+
+
+Computed = tuple[torch.Tensor, float, dict[str, torch.Tensor]]
+"""Logits, summed loss and gradients."""
 
 
 @pytest.fixture(scope="session")
-def stock(tiled: Path) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
-    """Logits, summed loss and gradients of the stock model from the stock processor's batch, with the same adapter."""
-    model = with_adapter(LlavaNextForConditionalGeneration.from_pretrained(tiled, dtype=torch.float32))
-    batch = stock_batch(tiled)
+def stock(tiled: Path) -> Computed:
+    """What the stock model computes from the stock processor's batch, with the same adapter."""
+    return compute_stock(tiled, torch.float32)
+
+
+def compute_stock(folder: Path, dtype: torch.dtype, tower: bool = False) -> Computed:
+    base = LlavaNextForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = with_adapter(base, tower).to(dtype)
+    batch = stock_batch(folder)
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
     output = model(**{name: value for name, value in batch.items() if name != "labels"})
     logits = output.logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
@@ -116,9 +132,40 @@ def stock(tiled: Path) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
     return output.logits.detach()[batch["attention_mask"] == 1], float(loss.detach()), gradients(model)
 
 
-def test_padded_rows_equal_the_stock_model(
-    tiled: Path, stock: tuple[torch.Tensor, float, dict[str, torch.Tensor]]
-) -> None:
+@pytest.fixture
+def all_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave tensors of float64 as they are where norms, rotary positions and the loss compute in float32."""
+    to, to_float = torch.Tensor.to, torch.Tensor.float
+
+    def stay(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        wanted = args[0] if args else kwargs.get("dtype")
+        stays = tensor.dtype == torch.float64 and wanted is torch.float32
+        return tensor if stays else to(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", stay)
+    monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else to_float(t))
+
+
+@pytest.mark.usefixtures("all_in_float64")
+@pytest.mark.parametrize("tower", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_in_float64_equal_the_stock_model_s(tiled: Path, packed: bool, tower: bool) -> None:
+    wanted, model = compute_stock(tiled, torch.float64, tower), trained(tiled, tower).to(torch.float64)
+    run_tower(model.get_base_model(), trained=tower)
+    loader = Pixels(NamedImages(), processor_of(tiled).image_processor)
+    if packed:
+        use_flash_varlen(model.get_base_model())
+        make_lean(model.get_base_model().model.language_model)
+    batch: dict[str, Any] = (PackedCollator(loader) if packed else PaddedCollator(loader, 0))(rows_of(tiled))
+    loss, _ = labelled_loss(model, batch | {"pixel_values": batch["pixel_values"].to(torch.float64)})
+    loss.backward()
+    assert loss.dtype == torch.float64
+    assert sum("vision_tower" in name and bool(value.any()) for name, value in wanted[2].items()) == 24 * tower
+    assert float(loss.detach()) == pytest.approx(wanted[1], rel=1e-14)
+    assert_equal_gradients(gradients(model), wanted[2], rtol=1e-10, atol=1e-14)
+
+
+def test_padded_rows_equal_the_stock_model(tiled: Path, stock: Computed) -> None:
     model = trained(tiled)
     run_tower(model.get_base_model())
     loader = Pixels(NamedImages(), processor_of(tiled).image_processor)
@@ -134,9 +181,7 @@ def test_padded_rows_equal_the_stock_model(
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_packed_rows_equal_the_stock_model(
-    tiled: Path, stock: tuple[torch.Tensor, float, dict[str, torch.Tensor]], cached: bool
-) -> None:
+def test_packed_rows_equal_the_stock_model(tiled: Path, stock: Computed, cached: bool) -> None:
     model = trained(tiled, with_tower=not cached)
     loader: Any = Pixels(NamedImages(), processor_of(tiled).image_processor)
     if cached:

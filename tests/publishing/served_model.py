@@ -63,9 +63,11 @@ class ServedModel:
         text = self.processor.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=True, tokenize=False
         )
-        count = len(self.processor(text="<image>", images=[Image.new("RGB", (9, 9))])["input_ids"][0]) - 1
         bos = self.adds_bos + bool(body.get("add_special_tokens") and self.takes_field)
-        found = self.processor.tokenizer(text.replace("<image>", "<image>" * count), add_special_tokens=False)
+        first, *rest = text.split("<image>")
+        counts = [len(self.processor(text="<image>", images=[image])["input_ids"][0]) - 1 for image in images]
+        text = first + "".join("<image>" * count + piece for count, piece in zip(counts, rest, strict=True))
+        found = self.processor.tokenizer(text, add_special_tokens=False)
         start = self.processor.tokenizer("")["input_ids"]
         return start * bos + found["input_ids"], images
 
@@ -89,7 +91,7 @@ class ServedModel:
         ids, images = self.ids(body)
         batch: dict[str, Any] = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids)).long()}
         if images:
-            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            batch |= dict(self.processor.image_processor(images, return_tensors="pt"))
         eos = self.processor.tokenizer.eos_token_id
         with self.model.disable_adapter() if self.base_only else nullcontext():
             out = self.model.generate(

@@ -39,7 +39,7 @@ def test_the_schema_file_is_the_schema() -> None:
 def test_the_schema_is_strict_and_describes_every_key() -> None:
     schema = json.loads(json_schema())
     sections: list[dict[str, Any]] = [schema, *schema["$defs"].values()]
-    assert len(sections) == 12
+    assert len(sections) == 13
     for section in sections:
         assert section["additionalProperties"] is False
         assert section["description"]

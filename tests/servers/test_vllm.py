@@ -14,8 +14,10 @@ from servers.started import evaluated, texts, vllm
 
 from lora_llava.core.errors import UserError
 from lora_llava.inference.client.client import ChatServer
+from lora_llava.publishing.import_llava import import_llava
 from lora_llava.publishing.merge import merge
 from lora_llava.publishing.verify.verify import verify
+from tests.publishing.llava_tiles import OwnLlava
 
 pytestmark = pytest.mark.servers
 
@@ -38,6 +40,24 @@ def test_the_merged_demo_answers_as_the_run(run: Path, merged: Path, tmp_path: P
         found = evaluated(merged, tmp_path / "out", "--server", url)
     expected = texts(run / "predictions_after.jsonl")
     assert found == {name: expected[name] for name in found}
+
+
+def test_a_llava_1_6(parts: Path, tmp_path: Path) -> None:
+    own, quiet = OwnLlava(parts / "llm"), Console(file=io.StringIO())
+    own.train(newline=True)
+    written = own.save_parts(tmp_path / "parts")
+    lora = own.save_lora(tmp_path / "lora", written / "llm", written / "tower")
+    import_llava(lora, tmp_path / "run", console=quiet)
+    merge(tmp_path / "run", tmp_path / "merged", dtype="float32", console=quiet)
+    merge(tmp_path / "run", tmp_path / "apart", dtype="float32", projector_only=True, console=quiet)
+    with vllm(tmp_path / "merged") as url:
+        report = verify(str(tmp_path / "merged"), ChatServer(url, None, timeout=300))
+        assert (report.passed, report.findings) == (True, [])
+        assert report.table["prompt ids equal"]["all"] == (12, 12)
+    adapter = tmp_path / "apart" / "adapter"
+    with vllm(tmp_path / "apart") as url:
+        assert faults(adapter, url, "adapter") == []
+        assert faults(adapter, url, "base") == ["base served"]
 
 
 def test_the_adapter_beside_its_base(run: Path, tmp_path: Path) -> None:

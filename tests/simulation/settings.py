@@ -15,6 +15,7 @@ from lora_llava.model.families.tower_families import tiling_of
 from lora_llava.planning.fit import Extremes, build_step, choose_checkpointing
 from lora_llava.planning.memory import Step, candidates
 from lora_llava.recipe import Recipe, load_recipe
+from lora_llava.recipe.schema import VisionLoraSection
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CARD = 32 * 2**30
@@ -51,6 +52,7 @@ class Setting:
         host: Layers whose weights are in host memory, if `recomputed` is set.
         branches: Samples that share each image of the row, and the tokens of each behind `PREFIX`; None: no prefix.
         sizes: Height and width of a row's images, for a LLaVA-1.6; empty for a LLaVA-1.5.
+        vision: Rank of the tower's adapters; None for none.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Setting:
     host: int = 0
     branches: tuple[int, int] | None = None
     sizes: Sequence[Sequence[int]] = ()
+    vision: int | None = None
 
     @property
     def segments(self) -> list[int]:
@@ -136,6 +139,7 @@ TILED = [
         sizes=[(672, 672)],
     ),
     Setting("7B 1.6 r16 slivers cached, 12 GB", 11.7, tokens=6144, sizes=[(1, 2000)] * 8),
+    Setting("7B 1.6 r16 3072 tower r8, 16 GB", 15.7, tokens=3072, cached=False, sizes=[(672, 672)], vision=8),
 ]
 """LLaVA-1.6 with images of 2,928 tokens in five tiles, and with slivers, of whose patches most are padding."""
 GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -238,7 +242,8 @@ def recipe_of(setting: Setting) -> Recipe:
     }
     if recipe.lora is not None:
         targets = FUSED_LINEARS if setting.shape == "phi3-mini" else recipe.lora.targets
-        lora = {"r": setting.r, "dropout": setting.dropout, "targets": targets}
+        vision = None if setting.vision is None else VisionLoraSection(r=setting.vision)
+        lora = {"r": setting.r, "dropout": setting.dropout, "targets": targets, "vision": vision}
         update["lora"] = recipe.lora.model_copy(update=lora)
     return recipe.model_copy(update=update)
 

@@ -25,6 +25,8 @@ from tests.ends import act_at
 from tests.forked import run_ranks
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "finetune.py"
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""Set by `accelerate launch --use_fsdp --fsdp_version 2`."""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lora_llava.model.base import BaseParts
 from lora_llava.model.families.llava_kinds import read_llava_config
 from lora_llava.model.fast_path.trained_loss import labelled_loss
 from lora_llava.model.start import plan_model, prepare_base
-from lora_llava.model.vision import llava_of
+from lora_llava.model.vision import dtype_of, llava_of
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe import Recipe
 from lora_llava.recipe.io import check_recipe
@@ -35,7 +36,7 @@ from lora_llava.training.parameter_groups import Rates, parameter_groups
 from lora_llava.training.stages import build_feeds, build_trained_model
 from tests.model.small_families import make_tower
 from tests.own_rows import asked, quiet, written
-from tests.training.small_runs import left_at_4, one_and_two, run, same, weights
+from tests.training.small_runs import FSDP, launch, left_at_4, one_and_two, run, same, weights
 
 GRID = [[64, 128], [128, 64], [128, 128]]
 SIZES = {"wide.png": (60, 140), "high.png": (190, 62), "square.png": (130, 128), "small.png": (7, 9)}
@@ -194,12 +195,15 @@ def test_the_newline_trains_with_the_projector_in_float32_and_is_reached_without
     model = build_trained_model(recipe, base).train()
     newline = model.get_base_model().model.image_newline
     assert newline.dtype == torch.float32
+    assert dtype_of(model) == torch.bfloat16
     trained = [name for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." not in name]
     assert trained == [KEY]
     groups = parameter_groups(model.named_parameters(), Rates(1.0, 2.0), 0.5)
     place = next(group for group in groups if any(p is newline for p in group["params"]))
     assert (place["lr"], place["weight_decay"], len(place["params"])) == (2.0, 0.0, 3)
-    assert plan_run(recipe).trained_parameters == {"lora": 0, "projector": 33024, NEWLINE: 128}
+    plan = plan_run(recipe)
+    assert plan.trained_parameters == {"lora": 0, "projector": 33024, NEWLINE: 128}
+    assert plan.step.parts()["gradients"] == 4 * (33024 + 128)
     ids = torch.tensor([[1, 5, 6, 7]])
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = labelled_loss(model, {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})
@@ -303,13 +307,35 @@ def test_a_stopped_stage_1_resumes_to_the_same_bytes(folder: Path, monkeypatch: 
 
 
 @pytest.mark.more
-def test_two_ranks_train_what_one_trains(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_ranks_train_what_one_trains(folder: Path, tmp_path: Path, sharded: bool) -> None:
     """Rows without images too: a rank with such a row alone has to give the newline a gradient."""
     content = stage1_of_demo(folder, folder / "unused")
     content["data"] |= {"format": "conversations", "path": str(folder / "rows.json"), "template": "vicuna_v1"}
     content["training"] = {"learning_rate": 1e-3, "batch_size": 1, "epochs": 1, "log_every": 1}
-    one, two, _ = one_and_two({key: value for key, value in content.items() if key != "output_dir"}, tmp_path)
+    content.pop("output_dir")
+    one, two, _ = one_and_two(content, tmp_path, FSDP if sharded else None)
     torch.testing.assert_close(weights(one)[KEY], weights(two)[KEY], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.more
+def test_a_sharded_stage_2_carries_the_newline_and_resumes(
+    stages: tuple[Path, Path], folder: Path, tmp_path: Path
+) -> None:
+    content = stage2_of_demo(folder, folder / "unused", stage1_run=str(stages[0]))
+    content["training"] = {"learning_rate": 1e-3, "batch_size": 1, "max_steps": 3, "eval_every": 2, "log_every": 1}
+    content.pop("output_dir")
+    one, two, _ = one_and_two(content, tmp_path, FSDP)
+    expected, found = weights(one), weights(two)
+    assert torch.equal(found[KEY], weights(stages[0])[KEY])
+    assert found.keys() == expected.keys()
+    assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) < 1e-5
+    shutil.copytree(two, tmp_path / "again")
+    (tmp_path / "again" / "run.json").unlink()
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "checkpoint-3")
+    done = launch(content, tmp_path / "again", "--resume", environment=FSDP)
+    assert done.returncode == 0, done.stderr
+    assert same(weights(tmp_path / "again"), found)
 
 
 def test_a_published_projector_may_have_the_newline(folder: Path, tmp_path: Path) -> None:
@@ -345,8 +371,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "model.high_resolution.grid: the canvas [64, 100] is not made of whole tiles; its height and width have to be "
         "multiples of the tower's 64 pixels, as in [64, 128]",
     ),
-    ({"high_resolution": {"grid": [[0, 64]]}}, "model.high_resolution.grid"),
-    ({"high_resolution": {"grid": [[64]]}}, "model.high_resolution.grid"),
+    ({"high_resolution": {"grid": [[0, 64]]}}, "model.high_resolution.grid.0.0 is 0; it should be greater than or"),
+    (
+        {"high_resolution": {"grid": [[64, 64, 64]]}},
+        "model.high_resolution.grid: the canvas [64, 64, 64] has to be a height and a width, such as [336, 672]",
+    ),
     (
         {"llm": None, "vision_tower": None, "start_from": {"llava": "x"}},
         "high_resolution is set together with start_from.llava",

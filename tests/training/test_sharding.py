@@ -14,19 +14,16 @@ from lora_llava.core.errors import UserError
 from lora_llava.distributed.sharding import check_sharding
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe.io import check_recipe
-from tests.training.small_runs import content_for_ranks, launch, one_and_two, same, weights
-
-FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-"""Set by `accelerate launch --use_fsdp --fsdp_version 2`."""
+from tests.training.small_runs import FSDP, content_for_ranks, launch, one_and_two, same, weights
 
 
 @pytest.fixture(
     scope="module", params=[pytest.param("none", marks=pytest.mark.more), pytest.param("nf4", marks=pytest.mark.slow)]
 )
 def content(parts: Path, scienceqa: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Packed rows, half the samples without image, layers recomputed; validated in the middle."""
+    """Rows of which half have no image, validated in the middle; unquantized layers are recomputed."""
     content = content_for_ranks(parts, scienceqa, request.param)
-    content["training"]["gradient_checkpointing"] = True
+    content["training"]["gradient_checkpointing"] = request.param == "none"
     return content
 
 

@@ -19,10 +19,9 @@ from lora_llava.evaluation.lmms.task_questions import TaskAsker, file_name
 from lora_llava.evaluation.row_evaluation import report
 from lora_llava.evaluation.run_report import REPORT_FILE, rebuild_report
 from lora_llava.inference.client.client import ChatServer, find_model
-from lora_llava.inference.load import load_processor
+from lora_llava.inference.load import load_processor, use_tiles_of
 from lora_llava.inference.open_model import background_of, open_speaker
 from lora_llava.model.adapter_file import checked_base
-from lora_llava.model.families.tower_families import image_tokens, tiling_of
 from lora_llava.model.start import plan_model
 from lora_llava.recipe import ModelSection, StartFrom
 from lora_llava.runs.check_run import check_run
@@ -190,10 +189,9 @@ def _asker(model: str, base_only: bool, limit: int | None, folder: Path, server:
         return TaskAsker(None, server, about=about, **place)
     base = str(checked_base(read_record(here), here)) if is_run(here) else model
     config = plan_model(ModelSection(start_from=StartFrom(llava=base))).config
-    if tiling_of(config) is not None:
-        raise UserError(f"{model} is a LLaVA-1.6, whose prompts on a server are not compared yet; leave --server out")
-    place |= {"processor": load_processor(here), "num_image_tokens": image_tokens(config)}
-    return TaskAsker(None, server, about=about, **place)
+    processor = load_processor(here)
+    use_tiles_of(config, processor.image_processor.to_dict())
+    return TaskAsker(None, server, about=about, processor=processor, config=config, **place)
 
 
 def _score(asker: TaskAsker, task: Any, limit: int | None) -> tuple[dict[str, float], int]:

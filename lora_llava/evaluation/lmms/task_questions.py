@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from transformers import LlavaConfig
 
 from lora_llava.core.errors import UserError
 from lora_llava.core.progress import progress_bar
@@ -27,6 +28,7 @@ from lora_llava.inference.client.client import ChatServer
 from lora_llava.inference.prompt import prompt_ids
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker
+from lora_llava.model.families.tower_families import tokens_of_image
 
 MAX_NEW_TOKENS = 1024
 """Most tokens of an answer where a task names no number, as lmms-eval's own models."""
@@ -134,7 +136,7 @@ class TaskAsker:
         suffix: End of the names of the files.
         batch_size: Most questions in one batch.
         processor: The processor of the model that a server serves, to check its prompts; None if it is not here.
-        num_image_tokens: Tokens of one image, for that.
+        config: Its configuration, which counts the tokens of images, for that.
         background: Colour behind transparent parts of images.
     """
 
@@ -145,7 +147,7 @@ class TaskAsker:
     suffix: str = ""
     batch_size: int = 8
     processor: Any = None
-    num_image_tokens: int = 0
+    config: LlavaConfig | None = None
     background: Background = "white"
 
     def generate(self, task: str, questions: Sequence[TaskQuestion], settings: TaskSettings) -> list[str]:
@@ -187,7 +189,7 @@ class TaskAsker:
         prompts = [
             SentPrompt(
                 ChatRequest(server_messages(row, images), 1),
-                prompt_ids(self.processor, written_messages(row)[:-1], self.num_image_tokens),
+                prompt_ids(self.processor, written_messages(row)[:-1], self._tokens(row, images)),
                 len(row.images),
             )
             for row in asked
@@ -197,6 +199,11 @@ class TaskAsker:
         for text in lines:
             report(text)
         return server
+
+    def _tokens(self, row: Conversation, images: TaskImages) -> list[int]:
+        assert self.config is not None  # the processor's model is here
+        opened = [images.open(str(name)) for name in row.images]
+        return [tokens_of_image(self.config, (image.height, image.width)) for image in opened]
 
     def losses(self, task: str, questions: Sequence[TaskQuestion]) -> list[tuple[float, bool]]:
         """Return the mean loss of each given answer's tokens in nats, and whether the answer is the greedy one.

@@ -19,7 +19,8 @@ from lora_llava.model.families.language_families import build_config
 
 TILED = "llava_next"
 """The model_type of LLaVA-1.6 (transformers, models/llava_next)."""
-_CLASSES = {"llava": LlavaForConditionalGeneration, TILED: LlavaNextForConditionalGeneration}
+LLAVA_KINDS = {"llava": LlavaForConditionalGeneration, TILED: LlavaNextForConditionalGeneration}
+"""Stock classes by model_type."""
 
 
 def llava_class(config: LlavaConfig) -> Any:
@@ -28,7 +29,7 @@ def llava_class(config: LlavaConfig) -> Any:
     Args:
         config: A `LlavaConfig` or a `LlavaNextConfig`.
     """
-    return _CLASSES[config.model_type]
+    return LLAVA_KINDS[config.model_type]
 
 
 def build_llava_config(content: Mapping[str, Any], where: str) -> LlavaConfig:
@@ -42,7 +43,7 @@ def build_llava_config(content: Mapping[str, Any], where: str) -> LlavaConfig:
         UserError: If it is not a LLaVA's.
     """
     kind = content.get("model_type")
-    if kind not in _CLASSES:
+    if kind not in LLAVA_KINDS:
         raise UserError(f"{where} is a {kind!r} model, not a LLaVA")
     config_class = LlavaNextConfig if kind == TILED else LlavaConfig
     return build_config(config_class, content, f"{where}: config.json is not a LLaVA's")

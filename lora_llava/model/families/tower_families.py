@@ -209,7 +209,7 @@ def image_processor_of(folder: Path, config: LlavaConfig, aspect: str = "pad") -
         folder: The vision tower's folder, or a base folder; its preprocessor_config.json is read if there is one.
         config: The LLaVA's configuration, with the image size.
         aspect: `pad` pads images to a square with the mean colour; `crop` does what the tower's own processor does:
-            CLIP's crops the centre, SigLIP's scales both sides to the size.
+            CLIP's crops the centre, SigLIP's scales both sides to the size. A LLaVA-1.6 cuts tiles in place of both.
 
     Returns:
         A stock image processor; for a LLaVA-1.6 the one that cuts images into tiles.
@@ -308,6 +308,8 @@ def saved_image_settings(folder: Path) -> dict[str, Any] | None:
 
 def describe_images(image_processor: Mapping[str, Any]) -> str:
     """Return how an image becomes the tower's size, in a word or two, from the settings of an image processor."""
+    if image_processor.get("image_grid_pinpoints"):
+        return "tiles"
     if image_processor.get("do_pad"):
         return "pad"
     return "crop" if image_processor.get("do_center_crop") else "scale both sides"

@@ -19,7 +19,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 """PEFT's name for the file of an adapter's weights."""
 PROJECTOR_PREFIX = "model.multi_modal_projector."
 NEWLINE_NAME = "model.image_newline"
-"""LLaVA-1.6's vector at the end of each line of patches."""
+"""LLaVA-1.6's vector at the end of each line of patches, under the name that LLaVA's own checkpoints have too."""
 COMPONENTS = {
     "llm": ("model.language_model.", "lm_head."),
     "vision_tower": ("model.vision_tower.",),

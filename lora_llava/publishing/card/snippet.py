@@ -36,8 +36,10 @@ pipe = pipeline("image-text-to-text", model="{repo_id}")
 ```"""
     revision = package.record["base"].get("revision")
     where = f'"{package.base}"' + (f', revision="{revision}"' if revision else "")
-    limited = package.recipe.get("model", {}).get("max_tiles") is not None  # the base has more canvases than the run
-    grid = "base.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints\n" if limited else ""
+    # The base has more canvases than the run, or has those of LLaVA's own training in another order.
+    other = package.recipe.get("model", {}).get("max_tiles") is not None or "imported" in package.record
+    other = other and package.class_name == "LlavaNextForConditionalGeneration"
+    grid = "base.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints\n" if other else ""
     stop = f", stop_strings={json.dumps(stops)}, tokenizer=processor.tokenizer" if stops else ""
     code = f"""Install the requirements with `pip install transformers peft pillow torch`, then run:
 

@@ -74,10 +74,15 @@ def _from_run(run: Path) -> GgufSource:
 
 
 def _refuse_tiles(folder: Path, kind: str) -> None:
-    """Refuse a model of another kind, among them LLaVA-1.6, whose tiles mmproj.py does not describe."""
+    """Refuse a model of another kind, among them LLaVA-1.6.
+
+    llama.cpp (tools/mtmd, build 11549) loads `v.image_newline` for an MLP projector but does not use it, keeps the
+    padding, and gives an image within the size of a tile no tiles.
+    """
     if kind == TILED:
         raise UserError(
-            f"{folder} is a LLaVA-1.6 ({kind}), whose tiles export cannot write yet; lora-llava chat answers with it"
+            f"{folder} is a LLaVA-1.6 ({kind}), of which llama.cpp computes other answers: it reads tile after tile, "
+            "without image_newline and with the padding; serve the merged folder with vLLM (serving/serve.sh)"
         )
     if kind != "llava":
         raise UserError(f"{folder} is a {kind!r} model; export writes LLaVA models (model_type llava)")

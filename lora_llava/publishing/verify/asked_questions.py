@@ -46,11 +46,41 @@ class AskedQuestion:
 
     def images(self) -> list[Image.Image]:
         """Return its images in order."""
-        return [part["image"] for message in self.messages for part in message["content"] if part["type"] == "image"]
+        return images_in(self.messages)
 
     def to_send(self) -> list[dict[str, Any]]:
         """Return the messages in OpenAI's form."""
         return [{"role": message["role"], "content": _content(message["content"])} for message in self.messages]
+
+
+def images_in(messages: Sequence[dict[str, Any]]) -> list[Image.Image]:
+    """Return the images of messages in order."""
+    return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
+
+
+class AskedImages:
+    """The images of questions by name, as the images of a split.
+
+    Args:
+        questions: The questions.
+    """
+
+    def __init__(self, questions: Sequence[AskedQuestion]) -> None:
+        self._images = [question.images() for question in questions]
+
+    def names(self, place: int) -> list[str]:
+        """Return the names of the images of a question, by its index."""
+        return [f"{place}/{number}" for number, _ in enumerate(self._images[place])]
+
+    def open(self, name: str) -> Image.Image:
+        place, number = name.split("/")
+        return self._images[int(place)][int(number)]
+
+    def read(self, name: str) -> bytes:
+        return self.open(name).tobytes()
+
+    def label(self, name: str) -> str:
+        return name
 
 
 def _content(parts: Sequence[dict[str, Any]]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +15,27 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 
 from lora_llava.core.errors import UserError
+from lora_llava.data.images.image_sources import Pixels
 from lora_llava.data.templates.named_templates import TEMPLATES, chat_template
 from lora_llava.data.tokens import leading_ids
 from lora_llava.inference.generate import generate_answers
-from lora_llava.inference.load import load_answering_model, needs_nf4
+from lora_llava.inference.load import load_answering_model, needs_nf4, use_tiles_of
 from lora_llava.inference.open_model import open_speaker
 from lora_llava.inference.prompt import prompt_ids
 from lora_llava.inference.question import Question
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker
-from lora_llava.model.families.tower_families import image_tokens, tiling_of
+from lora_llava.model.adapters import NEWLINE
+from lora_llava.model.families.tower_families import tokens_of_image
 from lora_llava.model.provenance import locate_base
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.vision import llava_of
-from lora_llava.publishing.verify.asked_questions import AskedQuestion
+from lora_llava.publishing.verify.asked_questions import AskedImages, AskedQuestion, images_in
 from lora_llava.runs.directory import is_run
 
-ToPixels = Callable[[Image.Image], torch.Tensor]
-"""Preprocesses an image: float32 of shape (1, 3, height, width)."""
+ToPixels = Callable[[Sequence[Image.Image]], Mapping[str, torch.Tensor]]
+"""Preprocesses the images of a question: `pixel_values`, float32 of shape (images, 3, height, width); of a LLaVA-1.6,
+(images, tiles, 3, height, width), with `image_sizes`."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,10 @@ class ModelHere:
     def __init__(self, name: str, quantization: Literal["auto", "nf4", "none"] = "auto") -> None:
         self.name = name
         self.speaker: Speaker = open_speaker(name, quantization=quantization)
-        if tiling_of(llava_of(self.speaker.model).config) is not None:
-            raise UserError(
-                f"{name} is a LLaVA-1.6, whose tiles verify does not compare yet; compare scores with evaluate --server"
-            )
         self.processor = self.speaker.processor
         self.tokenizer = self.processor.tokenizer
-        self.num_image_tokens = image_tokens(llava_of(self.speaker.model).config)
-        self.image_id = llava_of(self.speaker.model).config.image_token_id
+        self.config = llava_of(self.speaker.model).config
+        self.image_id = self.config.image_token_id
         self.bos = leading_ids(self.tokenizer)
 
     def prompt(self, messages: Sequence[dict[str, Any]], template: str | None = None) -> list[int]:
@@ -84,32 +83,52 @@ class ModelHere:
         own = self.processor.chat_template
         try:
             self.processor.chat_template = template or own
-            return prompt_ids(self.processor, messages, self.num_image_tokens)
+            return prompt_ids(self.processor, messages, [self._tokens(image.size) for image in images_in(messages)])
         finally:
             self.processor.chat_template = own
+
+    def _tokens(self, size: tuple[int, int]) -> int:
+        """Return the number of tokens of an image of this width and height."""
+        return tokens_of_image(self.config, (size[1], size[0]))
+
+    def fitted(
+        self, prompt: Sequence[int], images: Sequence[Image.Image], shown: Mapping[str, torch.Tensor]
+    ) -> Sequence[int]:
+        """Return a prompt with as many image tokens as its preprocessed images have.
+
+        Args:
+            prompt: The ids of a prompt with these images.
+            images: The images of the question.
+            shown: The preprocessed images, which may have other sizes and so, for a LLaVA-1.6, other numbers of tokens.
+        """
+        if "image_sizes" not in shown:
+            return prompt
+        found, place = [], 0
+        for image, (height, width) in zip(images, shown["image_sizes"].tolist(), strict=True):
+            start = list(prompt).index(self.image_id, place)
+            found += [*prompt[place:start], *[self.image_id] * self._tokens((width, height))]
+            place = start + self._tokens(image.size)
+        return [*found, *prompt[place:]]
 
     def other_templates(self) -> Iterator[tuple[str, str]]:
         """Yield name and Jinja text of the named templates."""
         return ((name, chat_template(template)) for name, template in TEMPLATES.items())
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """Preprocess an image as in training."""
-        found: torch.Tensor = self.processor.image_processor([image], return_tensors="pt")["pixel_values"]
-        return found
+    def pixels(self, images: Sequence[Image.Image]) -> Mapping[str, torch.Tensor]:
+        """Preprocess images as in training; see `ToPixels`."""
+        return dict(self.processor.image_processor(list(images), return_tensors="pt"))
 
     def answers(self, questions: Sequence[AskedQuestion], max_new_tokens: int) -> Iterator[tuple[int, str]]:
         """Answer questions greedily, and yield index and text of each."""
-        images: dict[str, Image.Image] = {}
-        asked = []
-        for place, question in enumerate(questions):
-            names = [f"{place}/{number}" for number, _ in enumerate(question.images())]
-            images |= dict(zip(names, question.images(), strict=True))
-            asked.append(Question(self.prompt(question.messages), names))
+        images = AskedImages(questions)
+        asked = [
+            Question(self.prompt(question.messages), images.names(place)) for place, question in enumerate(questions)
+        ]
         found = generate_answers(
             self.speaker.model,
             asked,
             tokenizer=self.tokenizer,
-            load_pixels=lambda names: torch.cat([self.pixels(images[str(name)]) for name in names]),
+            load_pixels=Pixels(images, self.processor.image_processor),
             batch_size=4,
             sampling=Sampling(0.0, 1.0, max_new_tokens, 0),
             stop=self.speaker.stop,
@@ -139,7 +158,7 @@ class ModelHere:
 
     @torch.inference_mode()
     def likelihood(
-        self, model: Any, prompt: Sequence[int], answer: Sequence[int], pixels: Sequence[torch.Tensor]
+        self, model: Any, prompt: Sequence[int], answer: Sequence[int], shown: Mapping[str, torch.Tensor]
     ) -> Likelihood:
         """Compute how likely an answer is after a prompt.
 
@@ -147,14 +166,14 @@ class ModelHere:
             model: This model or a variant of it.
             prompt: The ids of the prompt.
             answer: The ids of the answer, at least one.
-            pixels: The images of the prompt, each of shape (1, 3, height, width).
+            shown: The images of the prompt, preprocessed; see `ToPixels`.
         """
         device = next(model.parameters()).device
         ids = torch.tensor([[*prompt, *answer]], device=device)
         batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if pixels:
-            dtype = llava_of(model).model.vision_tower.dtype
-            batch["pixel_values"] = torch.cat(list(pixels)).to(device, dtype)
+        if shown:
+            batch |= {name: tensor.to(device) for name, tensor in shown.items()}
+            batch["pixel_values"] = batch["pixel_values"].to(llava_of(model).model.vision_tower.dtype)
         logits = model(**batch, use_cache=False, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
         logprobs = logits.log_softmax(-1)
         chosen = torch.tensor(list(answer), device=device)
@@ -176,8 +195,11 @@ class ModelHere:
             with model.disable_adapter():
                 yield model
             return
-        base = self._base()
-        yield base and load_answering_model(base, None, dtype=str(model.dtype).removeprefix("torch."))
+        name = self._base()
+        base = load_answering_model(name, None, dtype=str(model.dtype).removeprefix("torch.")) if name else None
+        if base is not None:
+            use_tiles_of(base.config, self.processor.image_processor.to_dict())
+        yield base
 
     @contextmanager
     def without_lora(self) -> Iterator[Any]:
@@ -195,8 +217,10 @@ class ModelHere:
             return
         with self.without_training() if not hasattr(model, "disable_adapter") else nullcontext() as base:
             if base is not None:
-                trained = llava_of(model).model.multi_modal_projector.state_dict()
-                llava_of(base).model.multi_modal_projector.load_state_dict(trained)
+                trained, inner = llava_of(model).model, llava_of(base).model
+                inner.multi_modal_projector.load_state_dict(trained.multi_modal_projector.state_dict())
+                if hasattr(inner, NEWLINE):
+                    inner.image_newline.data.copy_(trained.image_newline)
             yield base
 
     @contextmanager

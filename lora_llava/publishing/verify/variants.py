@@ -8,14 +8,14 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 
 from lora_llava.core.progress import progress_bar
 from lora_llava.inference.client.chat_request import ChatAnswer
+from lora_llava.model.families.tower_families import tiling_of
 from lora_llava.publishing.verify.compared import ComparedAnswer
 from lora_llava.publishing.verify.fixes import Fault
-from lora_llava.publishing.verify.model_here import Likelihood, ModelHere
+from lora_llava.publishing.verify.model_here import Likelihood, ModelHere, ToPixels
 
 NOISE = 0.05
 """Nats per token by which log-probabilities of one model in float32 and in bf16 differ at most in most answers."""
@@ -86,7 +86,7 @@ def best_variant(
     return min(better, key=lambda fit: (fit.difference or 0.0, -fit.greedy)) if better else None
 
 
-_Variant = tuple[Fault, str, Callable[[], AbstractContextManager[Any]], Callable[[Image.Image], torch.Tensor]]
+_Variant = tuple[Fault, str, Callable[[], AbstractContextManager[Any]], ToPixels]
 
 
 def _models(here: ModelHere) -> Iterator[_Variant]:
@@ -96,48 +96,46 @@ def _models(here: ModelHere) -> Iterator[_Variant]:
 
 
 def _images(here: ModelHere) -> Iterator[_Variant]:
+    def opened() -> AbstractContextManager[Any]:
+        return nullcontext(here.speaker.model)
+
     for what, change in _IMAGES.items():
-        yield (
-            "image resized otherwise",
-            what,
-            lambda: nullcontext(here.speaker.model),
-            lambda image, change=change: change(here, image),  # type: ignore[misc]
-        )
+        yield "image resized otherwise", what, opened, _changed(here, change)
+    if tiling_of(here.config) is None:
+        for what, pad in (("images cropped to a square", False), ("images padded to a square", True)):
+            yield "image resized otherwise", what, opened, _padding(here, pad)
 
 
-def _at_half(here: ModelHere, image: Image.Image) -> torch.Tensor:
-    return here.pixels(image.resize((max(1, image.width // 2), max(1, image.height // 2))))
+def _at_half(image: Image.Image) -> Image.Image:
+    return image.resize((max(1, image.width // 2), max(1, image.height // 2)))
 
 
-def _within(here: ModelHere, image: Image.Image) -> torch.Tensor:
+def _within(image: Image.Image) -> Image.Image:
     side = max(image.size)
     frame = Image.new("RGB", (2 * side, 2 * side))
     frame.paste(image, (side - image.width // 2, side - image.height // 2))
-    return here.pixels(frame)
+    return frame
 
 
-def _stretched(here: ModelHere, image: Image.Image) -> torch.Tensor:
-    side = max(image.size)
-    return here.pixels(image.resize((side, side)))
+def _stretched(image: Image.Image) -> Image.Image:
+    return image.resize((max(image.size), max(image.size)))
 
 
-def _padding(pad: bool) -> Callable[[ModelHere, Image.Image], torch.Tensor]:
-    def to_pixels(here: ModelHere, image: Image.Image) -> torch.Tensor:
-        processor = copy(here.processor.image_processor)
-        processor.do_pad = pad
-        found: torch.Tensor = processor([image], return_tensors="pt")["pixel_values"]
-        return found
-
-    return to_pixels
-
-
-_IMAGES: dict[str, Callable[[ModelHere, Image.Image], torch.Tensor]] = {
+_IMAGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "images at half their resolution": _at_half,
     "images at half their size within the frame": _within,
     "images stretched to a square": _stretched,
-    "images cropped to a square": _padding(False),
-    "images padded to a square": _padding(True),
 }
+
+
+def _changed(here: ModelHere, change: Callable[[Image.Image], Image.Image]) -> ToPixels:
+    return lambda images: here.pixels([change(image) for image in images])
+
+
+def _padding(here: ModelHere, pad: bool) -> ToPixels:
+    processor = copy(here.processor.image_processor)
+    processor.do_pad = pad
+    return lambda images: dict(processor(list(images), return_tensors="pt"))
 
 
 def _fit(
@@ -147,14 +145,16 @@ def _fit(
     what: str,
     compared: Sequence[ComparedAnswer],
     prompts: Sequence[Sequence[int]],
-    pixels: Callable[[Image.Image], torch.Tensor],
+    to_pixels: ToPixels,
 ) -> Fit:
     found, differences = [], []
     for one, prompt in zip(compared, prompts, strict=True):
         answer = one.served.found
         assert isinstance(answer, ChatAnswer)
         ids = answer.token_ids or here.answer_ids(one.question, answer.text.strip(), stopped=answer.finish == "stop")
-        likelihood = here.likelihood(model, prompt, ids, [pixels(image) for image in one.question.images()])
+        images = one.question.images()
+        shown = to_pixels(images) if images else {}
+        likelihood = here.likelihood(model, here.fitted(prompt, images, shown), ids, shown)
         found.append(likelihood)
         if answer.logprobs is not None and abs(len(answer.logprobs) - len(ids)) <= 1:  # else tokens are not the same
             pairs = list(zip(answer.logprobs, likelihood.logprobs, strict=False))
