@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image, ImageChops
 
+from lora_llava import finetune
 from lora_llava.core.errors import UserError
 from lora_llava.data.images.tiling import Tiling
 from lora_llava.demo import small_shapes
@@ -20,6 +21,7 @@ from lora_llava.demo.small_shapes import GRIDS, small_scenes, write_small_shapes
 from lora_llava.demo.world import IMAGE_SIZE, SHAPES, Scene, Thing, draw_large
 from lora_llava.recipe import load_recipe
 from lora_llava.recipe.io import recipes_folder
+from lora_llava.splits.encoded_sources import open_sources
 
 SCENES, ORDINARY = {"train": 40, "val": 10, "test": 20}, 10
 
@@ -128,3 +130,26 @@ def test_the_recipe_has_a_canvas_for_each_size_on_which_no_pixel_is_scaled() -> 
     tiling = Tiling(high.grid, IMAGE_SIZE, 4)
     assert [tiling.canvas(size) for size in high.grid] == list(high.grid)
     assert [tiling.tokens(size) for size in high.grid] == [36, 116, 136]
+
+
+def test_the_recipe_reads_the_three_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_shapes, "SMALL_SCENES", {"train": 5, "val": 5, "test": 10})
+    monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path))
+    sources = open_sources(load_recipe(recipes_folder() / "demo_highres.yaml"))
+    rows = {name: sum(1 for _ in source.read()) for name, (source,) in sources.items()}
+    assert rows == {"train": 25 + 3 * small_shapes.ORDINARY_SCENES, "validation": 25, "test": 50}
+
+
+@pytest.mark.more
+def test_with_tiles_the_shapes_are_read_and_without_them_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A third of the recipe's steps, for both."""
+    monkeypatch.chdir(tmp_path)
+    right = {}
+    for name, changes in (("high", {}), ("low", {"model.high_resolution": None})):
+        changes |= {"output_dir": name, "training.max_steps": 300, "evaluation.shuffled": 0}
+        run = finetune("demo_highres.yaml", overrides=changes, quiet=True)
+        right[name] = run.metrics["after"]["all"]["exact_match"]
+    assert 15 < right["low"] < 26  # 20% of 600 questions by chance, 3.2 points are two standard deviations
+    assert right["high"] > right["low"] + 40
