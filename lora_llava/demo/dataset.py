@@ -13,7 +13,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import make_entry
 from lora_llava.demo import corpus, questions
 from lora_llava.demo.questions import Row
-from lora_llava.demo.small_shapes import SMALL_SCENES, write_small_shapes
+from lora_llava.demo.small_shapes import ORDINARY, SMALL_SCENES, write_small_shapes
 from lora_llava.demo.world import Split, caption, draw, draw_with_boxes, random_scene
 
 SEED = 7
@@ -65,8 +65,9 @@ def build_demo_small(cache: Path, split: str) -> Path:
     Raises:
         UserError: If there is no such split.
     """
-    if split not in SMALL_SCENES:
-        raise UserError(f"demo_small has no split {split!r}; it has {', '.join(SMALL_SCENES)}")
+    splits = (*SMALL_SCENES, ORDINARY)
+    if split not in splits:
+        raise UserError(f"demo_small has no split {split!r}; it has {', '.join(splits)}")
     return _once(cache / "demo" / f"small-v{_VERSION}", write_small_shapes) / f"{split}.json"
 
 

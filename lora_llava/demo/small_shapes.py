@@ -17,17 +17,18 @@ GRIDS = ((2, 12), (12, 2))
 """Rows and columns of places of a wide and of a tall image: 64 x 384 and 384 x 64 pixels."""
 SMALL_SCENES = {"train": 1200, "val": 40, "test": 120}
 """Large images of each split; each has five questions."""
-ORDINARY_SCENES = 400
-"""Images of the tower's size that are trained besides, so that a model without tiles can learn what is asked; each has
-three questions."""
+ORDINARY = "ordinary"
+"""Split of images of the tower's size, with three questions each: what a model without tiles has learnt."""
+ORDINARY_SCENES = {"train": 400, ORDINARY: 100}
+"""Images of the tower's size that are trained besides the large ones, and those of the split of their own."""
 _SEED = 11
 
 
 def small_scenes(rng: random.Random, split: Split, count: int, things: int = 5, places: int = 24) -> list[Scene]:
     """Draw scenes of things of different colours and shapes.
 
-    In every five scenes, each colour that is there has each shape once: any rule that answers by the question alone gets
-    one question in five right.
+    In every five scenes, each colour that is there has each shape once: any rule that answers by the question alone
+    gets one question in five right.
 
     Args:
         rng: Source of randomness.
@@ -39,20 +40,21 @@ def small_scenes(rng: random.Random, split: Split, count: int, things: int = 5, 
     scenes: list[Scene] = []
     while len(scenes) < count:
         colours, shapes = rng.sample(list(COLOURS), things), rng.sample(SHAPES, len(SHAPES))
-        for turn in range(len(shapes)):
-            looks = list(zip(colours, shapes[turn:] + shapes[:turn], strict=False))
-            scenes.append(_placed(rng, split, looks, places))
+        turns = [list(zip(colours, shapes[turn:] + shapes[:turn], strict=False)) for turn in range(len(shapes))]
+        placed = [_placed(rng, split, looks, places) for looks in turns]
+        scenes += [scene for scene in placed if scene is not None] if None not in placed else []
     rng.shuffle(scenes)
     return scenes
 
 
-def _placed(rng: random.Random, split: Split, looks: list[tuple[str, str]], places: int) -> Scene:
-    """Draw places for things of these colours and shapes until the scene belongs to the split."""
-    while True:
+def _placed(rng: random.Random, split: Split, looks: list[tuple[str, str]], places: int) -> Scene | None:
+    """Draw places for things of these colours and shapes until the scene belongs to the split; None if none does."""
+    for _ in range(200):
         free = rng.sample(range(places), len(looks))
         scene = Scene(tuple(sorted(Thing(place, *look) for place, look in zip(free, looks, strict=True))))
         if scene.split == split:
             return scene
+    return None
 
 
 def small_questions(scene: Scene) -> list[tuple[str, str]]:
@@ -60,26 +62,38 @@ def small_questions(scene: Scene) -> list[tuple[str, str]]:
     return [(f"Which shape is {thing.colour}?", thing.shape) for thing in scene.things]
 
 
-def write_small_shapes(folder: Path, scenes: dict[str, int] | None = None, ordinary: int = ORDINARY_SCENES) -> None:
-    """Write `train.json`, `val.json` and `test.json` in LLaVA's form, and `images/{split}/{number}.png`.
+def write_small_shapes(
+    folder: Path, scenes: dict[str, int] | None = None, ordinary: dict[str, int] | None = None
+) -> None:
+    """Write a file `{split}.json` in LLaVA's form for each split, and its images `images/{split}/{number}.png`.
 
     Args:
         folder: A new or empty folder.
         scenes: Number of large images of each split, multiples of five; None sets those of the demo.
-        ordinary: Number of images of the tower's size in `train`.
+        ordinary: Number of images of the tower's size, as in `ORDINARY_SCENES`, likewise.
     """
-    rng = random.Random(_SEED)
+    rng, ordinary = random.Random(_SEED), ordinary or ORDINARY_SCENES
     for split, count in (scenes or SMALL_SCENES).items():
         drawn = [(scene, rng.choice(GRIDS)) for scene in small_scenes(rng, cast(Split, split), count)]
-        if split == "train":
-            drawn += [(scene, (2, 2)) for scene in small_scenes(rng, "train", ordinary, things=3, places=4)]
-        rows: list[dict[str, Any]] = []
-        (folder / "images" / split).mkdir(parents=True)
-        for number, (scene, grid) in enumerate(drawn):
-            name = f"{split}/{number:04d}.png"
-            draw_large(scene, rng, grid).save(folder / "images" / name)
-            rows += [_row(f"{split}-{number:04d}-{n}", name, *each) for n, each in enumerate(small_questions(scene))]
-        (folder / f"{split}.json").write_text(json.dumps(rows))
+        _write_split(
+            folder, split, drawn + (_ordinary(rng, "train", ordinary["train"]) if split == "train" else []), rng
+        )
+    _write_split(folder, ORDINARY, _ordinary(rng, "test", ordinary[ORDINARY]), rng)
+
+
+def _ordinary(rng: random.Random, split: Split, count: int) -> list[tuple[Scene, tuple[int, int]]]:
+    return [(scene, (2, 2)) for scene in small_scenes(rng, split, count, things=3, places=4)]
+
+
+def _write_split(folder: Path, split: str, drawn: list[tuple[Scene, tuple[int, int]]], rng: random.Random) -> None:
+    """Draw scenes on their grids of places, and write them with their questions."""
+    rows: list[dict[str, Any]] = []
+    (folder / "images" / split).mkdir(parents=True)
+    for number, (scene, grid) in enumerate(drawn):
+        name = f"{split}/{number:04d}.png"
+        draw_large(scene, rng, grid).save(folder / "images" / name)
+        rows += [_row(f"{split}-{number:04d}-{n}", name, *each) for n, each in enumerate(small_questions(scene))]
+    (folder / f"{split}.json").write_text(json.dumps(rows))
 
 
 def _row(name: str, image: str, question: str, answer: str) -> dict[str, Any]:

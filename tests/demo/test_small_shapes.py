@@ -23,7 +23,9 @@ from lora_llava.recipe import load_recipe
 from lora_llava.recipe.io import recipes_folder
 from lora_llava.splits.encoded_sources import open_sources
 
-SCENES, ORDINARY = {"train": 40, "val": 10, "test": 20}, 10
+SCENES = {"train": 40, "val": 10, "test": 20}
+ORDINARY = {"train": 10, "ordinary": 5}
+SPLITS = (*SCENES, "ordinary")
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +56,13 @@ def alone(shape: str, rng: random.Random) -> Image.Image:
 def test_every_answer_to_a_question_is_right_equally_often_so_that_a_rule_without_the_image_gets_one_in_five(
     data: Path,
 ) -> None:
-    for split, scenes in SCENES.items():
-        assert len(rows(data, split)) == 5 * scenes + (3 * ORDINARY if split == "train" else 0)
+    for split in SPLITS:
+        assert len(rows(data, split)) == 5 * SCENES.get(split, 0) + 3 * ORDINARY.get(split, 0)
         right = defaultdict(Counter)
         for row in rows(data, split):
             question, answer = asked(row)
             right[question][answer] += 1
-        assert len(right) == 5
+        assert len(right) == (3 if split == "ordinary" else 5)  # five scenes, of the same three colours
         for counts in right.values():
             assert set(counts) == set(SHAPES)
             assert len(set(counts.values())) == 1
@@ -68,10 +70,10 @@ def test_every_answer_to_a_question_is_right_equally_often_so_that_a_rule_withou
 
 def test_no_two_questions_about_an_image_have_one_answer(data: Path) -> None:
     answers = defaultdict(list)
-    for split in SCENES:
+    for split in SPLITS:
         for row in rows(data, split):
             answers[row["image"]].append(asked(row)[1])
-    assert Counter(map(len, answers.values())) == {5: sum(SCENES.values()), 3: ORDINARY}
+    assert Counter(map(len, answers.values())) == {5: sum(SCENES.values()), 3: sum(ORDINARY.values())}
     assert all(len(set(each)) == len(each) for each in answers.values())
 
 
@@ -84,7 +86,7 @@ def test_scenes_are_of_their_split_and_no_image_is_in_two() -> None:
 def test_the_same_seed_writes_the_same_files(data: Path, tmp_path: Path) -> None:
     write_small_shapes(tmp_path, SCENES, ORDINARY)
     files = sorted(path.relative_to(data) for path in data.rglob("*.*"))
-    assert len(files) == 3 + sum(SCENES.values()) + ORDINARY
+    assert len(files) == 4 + sum(SCENES.values()) + sum(ORDINARY.values())
     assert all((tmp_path / path).read_bytes() == (data / path).read_bytes() for path in files)
 
 
@@ -120,7 +122,7 @@ def test_a_split_is_in_the_cache_and_an_unknown_one_is_refused(tmp_path: Path, m
     assert len(json.loads(file.read_text())) == 25
     with pytest.raises(UserError) as caught:
         build_demo_small(tmp_path, "dev")
-    assert str(caught.value) == "demo_small has no split 'dev'; it has train, val, test"
+    assert str(caught.value) == "demo_small has no split 'dev'; it has train, val, test, ordinary"
 
 
 def test_the_recipe_has_a_canvas_for_each_size_on_which_no_pixel_is_scaled() -> None:
@@ -137,7 +139,7 @@ def test_the_recipe_reads_the_three_splits(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path))
     sources = open_sources(load_recipe(recipes_folder() / "demo_highres.yaml"))
     rows = {name: sum(1 for _ in source.read()) for name, (source,) in sources.items()}
-    assert rows == {"train": 25 + 3 * small_shapes.ORDINARY_SCENES, "validation": 25, "test": 50}
+    assert rows == {"train": 25 + 3 * small_shapes.ORDINARY_SCENES["train"], "validation": 25, "test": 50}
 
 
 @pytest.mark.more
