@@ -347,17 +347,16 @@ def read_stage1(name: str, section: ModelSection, config: LlavaConfig) -> tuple[
 
 
 def _check_canvases(run: Path, trained: list[list[int]], config: LlavaConfig) -> None:
-    """Refuse Stage 1 of a LLaVA-1.5 for a LLaVA-1.6, the other way round, and other canvases."""
+    """Refuse Stage 1 of a LLaVA-1.6 for a LLaVA-1.5, and of other canvases.
+
+    A LLaVA-1.6 may start from the projector of a LLaVA-1.5, as LLaVA's own did; its newline is then the base's.
+    """
     own, field = grid_of(config), f"model.start_from.stage1_run: {run}"
-    if trained == own:
+    if not trained or trained == own:
         return
     if not own:
         raise UserError(
             f"{field} was trained with model.high_resolution; set model.high_resolution={{grid: {trained}}}"
-        )
-    if not trained:
-        raise UserError(
-            f"{field} was trained without model.high_resolution; leave that out, or train Stage 1 with it too"
         )
     raise UserError(
         f"{field} was trained with the canvases {trained}, and model.high_resolution has {own}; name the same grid"

@@ -160,7 +160,8 @@ def stage1_of(recipe: Recipe, recipe_folder: Path) -> Recipe | None:
         raise UserError(f"model.start_from.stage1_recipe: {name} is a Stage {stage1.stage} recipe; name one of Stage 1")
     own, other = (each.model.model_dump(mode="json") for each in (recipe, stage1))
     for field in ("llm", "vision_tower", "projector_type", "high_resolution"):
-        if other[field] != own[field]:
+        fits = other[field] == own[field] or (field == "high_resolution" and other[field] is None)
+        if not fits:
             raise UserError(
                 f"model.start_from.stage1_recipe: {name} has model.{field} {other[field]!r}, this recipe "
                 f"{own[field]!r}; make them the same"
