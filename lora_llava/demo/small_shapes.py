@@ -26,8 +26,8 @@ _SEED = 11
 def small_scenes(rng: random.Random, split: Split, count: int, things: int = 5, places: int = 24) -> list[Scene]:
     """Draw scenes of things of different colours and shapes.
 
-    In every five scenes, each colour that is there has each shape once: any rule that answers by the question alone gets
-    one question in five right.
+    In every five scenes, each colour that is there has each shape once: any rule that answers by the question alone
+    gets one question in five right.
 
     Args:
         rng: Source of randomness.
