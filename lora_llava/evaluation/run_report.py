@@ -225,6 +225,7 @@ def _facts(recipe: Recipe, metrics: dict[str, Any]) -> list[tuple[str, str]]:
     start = section.start_from
     facts = [
         ("model", start.llava or f"{section.llm} + {section.vision_tower}"),
+        ("images", "in tiles (model.high_resolution)" if section.high_resolution else ""),
         ("data", f"{recipe.data.format}: {data}"),
         ("trained", ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)),
         ("adapter", _adapter(recipe)),

@@ -24,6 +24,8 @@ CARDS_GB = (8, 12, 16, 24)
 CARD_OVERHEAD = 0.3 * GIB
 """Memory used by the driver and a desktop (on a card of 8 GB, 7.2 GiB are left besides CUDA's context)."""
 EIGHT_BIT_FROM_R = 64
+_ROUNDED = 256
+"""What the tokens of a suggested row are rounded up to."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class Extremes:
         trained_tokens: Most trained tokens of a pass.
         images: Most tiles of the images of a pass: for a model without tiles, most images.
         keys: Most keys that attention reads in a pass; None is `tokens`.
+        fewer_tiles: For a model with tiles, each smaller limit of tiles and the tokens of the longest sample with it.
     """
 
     tokens: int
     trained_tokens: int
     images: int
     keys: int | None = None
+    fewer_tiles: tuple[tuple[int, int], ...] = ()
 
 
 def measure_rows(
@@ -65,12 +69,28 @@ def measure_rows(
             most_trained,
             max(shared.tiles(row, images) for row in rows),
             max(shared.keys(row, lengths) for row in rows),
+            _with_fewer_tiles(samples),
         )
     return Extremes(
         max(len(row) * max(lengths[i] for i in row) if padded else sum(lengths[i] for i in row) for row in rows),
         most_trained,
         max(sum(images[i] for i in row) for row in rows),
+        fewer_tiles=_with_fewer_tiles(samples),
     )
+
+
+def _with_fewer_tiles(samples: EncodedRows) -> tuple[tuple[int, int], ...]:
+    """Return each smaller limit of tiles, largest first, and the tokens of the longest sample with it."""
+    found = []
+    for most in next((table.tiled.limits[1:] for table in samples.tables if table.tiled is not None), []):
+        tables = []
+        for table in samples.tables:
+            assert table.image_id is not None  # rows of a split have image tokens
+            assert table.tiled is not None  # as those of every source of a model with tiles
+            tables.append(table.with_image_tokens(table.image_id, table.tiled.with_most(most)))
+        lengths = EncodedRows(tables, samples.places, max_length=samples.max_length).lengths
+        found.append((most, int(lengths.max())))
+    return tuple(found)
 
 
 def resolve_optimizer(recipe: Recipe, *, cuda: bool) -> str:
@@ -115,6 +135,7 @@ def build_step(recipe: Recipe, config: LlavaConfig, extremes: Extremes, *, cuda:
         cuda=cuda,
         ranks=this_rank()[1] if is_sharded() else 1,
         new_tokens=len(recipe.model.new_tokens),
+        fewer_tiles=extremes.fewer_tiles,
         by_sample=cuda and torch.cuda.is_available() and is_by_sample(dtype),
     )
 
@@ -168,6 +189,12 @@ def leaner_steps(recipe: Recipe, step: Step) -> list[tuple[str, Step]]:
             shorter = {"tokens": tokens, "trained_tokens": min(tokens, step.trained_tokens)}
             batch = "" if recipe.training.batch_size == 1 else " training.batch_size=1"
             ways.append((f"training.max_tokens_per_row={tokens}{batch}", shorter))
+    for most, sample in step.fewer_tiles if recipe.model.start_from.run is None else ():  # a run keeps its tiles
+        tokens = -(-sample // _ROUNDED) * _ROUNDED
+        if tokens < min(change.get("tokens", step.tokens) for _, change in ways or [("", {})]):
+            shorter = {"tokens": tokens, "trained_tokens": min(tokens, step.trained_tokens)}
+            batch = "" if recipe.training.batch_size == 1 else " training.batch_size=1"
+            ways += [(f"model.max_tiles={most}", {}), (f"training.max_tokens_per_row={tokens}{batch}", shorter)]
     lora = recipe.lora
     if lora is not None and lora.vision is not None:
         lora = lora.model_copy(update={"vision": None})
@@ -192,7 +219,8 @@ def leaner_steps(recipe: Recipe, step: Step) -> list[tuple[str, Step]]:
 
 def what_fits(recipe: Recipe, step: Step) -> list[tuple[int, str]]:
     """Return, for common GPU sizes, a description of the settings with which a recipe fits."""
-    on_card = build_step(recipe, step.config, Extremes(step.tokens, step.trained_tokens, step.images), cuda=True)
+    extremes = Extremes(step.tokens, step.trained_tokens, step.images, fewer_tiles=step.fewer_tiles)
+    on_card = build_step(recipe, step.config, extremes, cuda=True)
     lines = []
     for size in CARDS_GB:
         budget = int(size * GIB - CARD_OVERHEAD)

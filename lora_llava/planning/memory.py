@@ -68,6 +68,7 @@ class Step:
         keys: Keys and values that attention reads in the row; None is `tokens`, more if samples share prefixes.
         by_sample: Whether attention runs sample by sample on a GPU, as it always does on a CPU.
         host_layers: Number of language model layers whose 4-bit weights are in host memory.
+        fewer_tiles: See `Extremes`.
     """
 
     config: LlavaConfig
@@ -87,6 +88,7 @@ class Step:
     keys: int | None = None
     by_sample: bool = False
     host_layers: int = 0
+    fewer_tiles: tuple[tuple[int, int], ...] = ()
 
     @property
     def layers(self) -> int:

@@ -13,7 +13,7 @@ from lora_llava.benchmark.benchmark_rows import SHAPES
 from lora_llava.core.progress import progress_bar
 from lora_llava.planning.memory import GIB
 from tests.simulation.launch import simulate
-from tests.simulation.settings import SETTINGS, Setting
+from tests.simulation.settings import SETTINGS, TILED, Setting
 
 COMPARED = [("7b", 16), ("7b", 64), ("13b", 16)]
 """Shapes and ranks that are counted beside TRL, on four samples of 768 tokens with an image each."""
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def plans() -> list[dict[str, Any]]:
     """Plan and count every setting at full depth."""
-    found = _measure([("depth", setting) for setting in SETTINGS])
+    found = _measure([("depth", setting) for setting in [*SETTINGS, *TILED]])
     _print(
         "Plan and count at full depth, without CUDA's context",
         ("setting", "recomputed", "plan", "count", "plan / count"),

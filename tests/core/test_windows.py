@@ -50,7 +50,11 @@ sys.path_hooks.insert(0, FileFinder.path_hook((ExtensionFileLoader, EXTENSION_SU
 sys.path_importer_cache.clear()
 import lora_llava
 for module in pkgutil.walk_packages(lora_llava.__path__, "lora_llava."):
-    importlib.import_module(module.name)
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        if error.name != "lmms_eval":  # of the extra `bench`; the others are imported where they are used
+            raise
 from lora_llava.commands.main import VERBS, main
 for verb in VERBS:
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as output:

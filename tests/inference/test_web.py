@@ -360,8 +360,9 @@ def test_without_gradio_or_with_an_old_one_the_extra_is_named(
     assert capsys.readouterr().err == "error: --web needs gradio; pip install 'lora_llava[web]'\n"
 
 
-def test_ctrl_c_stops_the_server_and_removes_uploads(served: Served, speaker: Speaker) -> None:
+def test_ctrl_c_stops_the_server_and_removes_uploads(served: Served, speaker: Speaker, tmp_path: Path) -> None:
     folder = served.log.parent
+    upload(served, draw_image(tmp_path / "red.png").read_bytes())
     assert list(folder.glob("lora_llava_chat_*/*/*.png")) != []
     before = served.log.read_text()
     assert served.end(signal.SIGINT) == 0

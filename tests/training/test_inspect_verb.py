@@ -166,8 +166,8 @@ def test_planted_faults_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         f"model.start_from={{stage1_run: {stage1.output_dir}}}",
         "data.validation_rows=60",
         "training.epochs=12",
-        "evaluation.before=false",
-        "evaluation.after=false",
+        "evaluation.before=0",
+        "evaluation.after=0",
     ]
     finetune(load_recipe("demo_my_data_qlora.yaml", options), Path(), console=quiet)
     assert main(None, ["inspect", "runs/my_data"]) == 0

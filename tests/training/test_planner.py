@@ -35,6 +35,7 @@ from lora_llava.planning.run_plan import plan_run
 from lora_llava.planning.timing import published_hours, step_seconds, time_row
 from lora_llava.recipe import Recipe, load_recipe
 from lora_llava.recipe.io import check_recipe, shipped_recipes
+from lora_llava.recipe.schema import StartFrom
 from lora_llava.training.finetune import dry_run, finetune
 
 
@@ -46,7 +47,7 @@ def expandable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def samples() -> Any:
     lengths, trained, images = (np.array(column) for column in zip((10, 4, 1), (20, 2, 0), (7, 7, 2), strict=True))
-    return SimpleNamespace(lengths=lengths, supervised=trained, tile_counts=lambda: images)
+    return SimpleNamespace(lengths=lengths, supervised=trained, tile_counts=lambda: images, tables=())
 
 
 def test_the_heaviest_row_is_found() -> None:
@@ -146,6 +147,21 @@ def test_leaner_ways_need_less_one_after_the_other() -> None:
     assert peaks == sorted(peaks, reverse=True)
     assert ways[0][0] == "model.quantization=nf4"
     assert ways[-1][0].count("max_tokens_per_row") == 1
+
+
+@pytest.mark.parametrize(("memory_gb", "tiles", "tokens"), [(6.0, 3, 3072), (5.7, 2, 2048)])
+def test_fewer_tiles_are_suggested_where_shorter_rows_need_them(memory_gb: float, tiles: int, tokens: int) -> None:
+    recipe = changed("scienceqa_qlora_8gb.yaml", training__memory_gb=memory_gb, data__max_length=4096)
+    extremes = Extremes(4096, 1500, 5, fewer_tiles=((3, 2900), (2, 1900)))
+    step = choose_checkpointing(recipe, build_step(recipe, shape_config("7b", 0, 32000), extremes, cuda=True))
+    text = host_weights(recipe, step)
+    assert text is not None
+    wanted = f"model.max_tiles={tiles} training.max_tokens_per_row={tokens}"
+    assert text.endswith(f"set training.optimizer=paged_adamw_8bit {wanted} to keep them on the GPU")
+    continued = recipe.model.model_copy(update={"start_from": StartFrom(run="other")})
+    ways = leaner_steps(recipe.model_copy(update={"model": continued}), step)
+    assert ways
+    assert not any("max_tiles" in text for text, _ in ways)
 
 
 def test_the_recipe_for_8_gb_is_planned_into_8_gb() -> None:

@@ -131,6 +131,14 @@ def test_max_tiles_limits_canvases_of_config_and_processor(content: dict[str, An
         assert plan.splits["train"].rows[index]["input_ids"] == processor_ids(plan, index, answered=True)
 
 
+def test_a_plan_knows_its_longest_row_with_fewer_tiles(content: dict[str, Any]) -> None:
+    longest = {most: max(planned(content, {"max_tiles": most}).splits["train"].rows.lengths) for most in (4, 3, 2)}
+    assert longest[4] > longest[3] > longest[2]
+    assert planned(content).step.fewer_tiles == ((3, longest[3]), (2, longest[2]))
+    assert planned(content, {"max_tiles": 3}).step.fewer_tiles == ((2, longest[2]),)
+    assert planned(content, {"max_tiles": 2}).step.fewer_tiles == ()
+
+
 def test_max_tiles_that_leave_no_canvas_or_have_no_meaning_are_refused(
     content: dict[str, Any], stage2_content: dict[str, Any]
 ) -> None:

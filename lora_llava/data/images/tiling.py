@@ -107,10 +107,15 @@ class TiledImages:
         size = self.sizes.get(name, (0, 0))
         return size if all(size) else (self.tiling.tile, self.tiling.tile)
 
+    @property
+    def limits(self) -> list[int]:
+        """The numbers of tiles that canvases have, largest first, that of the whole image not counted."""
+        tile = self.tiling.tile
+        return sorted({(height // tile) * (width // tile) for height, width in self.tiling.grid}, reverse=True)
+
     def most_tiles(self, names: Sequence[ImageName], room: int) -> int | None:
         """Return the largest limit of tiles with which these images have at most `room` tokens; None if none has."""
-        tile = self.tiling.tile
-        for most in sorted({(height // tile) * (width // tile) for height, width in self.tiling.grid}, reverse=True):
+        for most in self.limits:
             if sum(self.with_most(most).tokens(names)) <= room:
                 return most
         return None
