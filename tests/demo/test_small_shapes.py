@@ -19,6 +19,7 @@ from lora_llava.demo import small_shapes
 from lora_llava.demo.dataset import build_demo_small
 from lora_llava.demo.small_shapes import GRIDS, small_scenes, write_small_shapes
 from lora_llava.demo.world import IMAGE_SIZE, SHAPES, Scene, Thing, draw_large
+from lora_llava.publishing.card.licences import licence_of
 from lora_llava.recipe import load_recipe
 from lora_llava.recipe.io import recipes_folder
 from lora_llava.splits.encoded_sources import open_sources
@@ -140,6 +141,10 @@ def test_the_recipe_reads_the_three_splits(tmp_path: Path, monkeypatch: pytest.M
     sources = open_sources(load_recipe(recipes_folder() / "demo_highres.yaml"))
     rows = {name: sum(1 for _ in source.read()) for name, (source,) in sources.items()}
     assert rows == {"train": 25 + 3 * small_shapes.ORDINARY_SCENES["train"], "validation": 25, "test": 50}
+
+
+def test_the_card_knows_the_licence() -> None:
+    assert licence_of("demo_small", "the data").identifier == "apache-2.0"
 
 
 @pytest.mark.more
