@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from lora_llava.commands.arguments import a_path
+from lora_llava.core.quiet import quieten
 
 SUMMARY = "compare runs by paired tests, with seeds averaged"
 EXAMPLES = (
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, console: Any) -> int:
+    quieten()
     from lora_llava.evaluation.compare.compare_files import find_predictions, read_runs
     from lora_llava.evaluation.compare.compare_view import as_json, render, terminal_view
     from lora_llava.evaluation.compare.comparison import compare_runs

@@ -1,4 +1,4 @@
-"""Data sets of the demo: ScienceQA in its official layout, captions in LLaVA's `chat.json`, contexts and an example."""
+"""Data sets of the demo: ScienceQA's layout, captions in `chat.json`, small shapes, contexts, and an example."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import make_entry
 from lora_llava.demo import corpus, questions
 from lora_llava.demo.questions import Row
+from lora_llava.demo.small_shapes import ORDINARY, SMALL_SCENES, write_small_shapes
 from lora_llava.demo.world import Split, caption, draw, draw_with_boxes, random_scene
 
 SEED = 7
@@ -49,6 +50,25 @@ def build_demo_captions(cache: Path, count: int = CAPTIONS) -> Path:
     """
     folder = _once(cache / "demo" / f"captions-v{_VERSION}-{count}", lambda folder: _write_captions(folder, count))
     return folder / "chat.json"
+
+
+def build_demo_small(cache: Path, split: str) -> Path:
+    """Build the large images with small shapes and their questions, unless the cache has them.
+
+    Args:
+        cache: Cache folder.
+        split: Split to return.
+
+    Returns:
+        Path of the split's JSON file in LLaVA's form; its images are in the folder `images` next to it.
+
+    Raises:
+        UserError: If there is no such split.
+    """
+    splits = (*SMALL_SCENES, ORDINARY)
+    if split not in splits:
+        raise UserError(f"demo_small has no split {split!r}; it has {', '.join(splits)}")
+    return _once(cache / "demo" / f"small-v{_VERSION}", write_small_shapes) / f"{split}.json"
 
 
 def build_demo_contexts(cache: Path, count: int = CONTEXTS) -> Path:

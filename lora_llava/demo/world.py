@@ -7,7 +7,9 @@ the question.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +27,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 BACKGROUNDS = ((255, 255, 255), (244, 240, 228), (228, 238, 246), (232, 244, 230))
-IMAGE_SIZE = 64
+PLACE_SIZE = 32
+"""Side of a place in pixels."""
+IMAGE_SIZE = 2 * PLACE_SIZE
 """Side of an image in pixels; each place is a quadrant."""
 
 _SPLIT_BUCKETS = {"test": range(15), "val": range(15, 20), "train": range(20, 100)}
@@ -95,6 +99,20 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     return draw_with_boxes(scene, rng)[0]
 
 
+def draw_large(scene: Scene, rng: random.Random, grid: tuple[int, int]) -> Image.Image:
+    """Draw a scene of any number of places, whose shapes are as large as in `draw`, and all of the same area.
+
+    Args:
+        scene: A scene whose places are numbered in reading order.
+        rng: Source of randomness.
+        grid: Rows and columns of places.
+
+    Returns:
+        An RGB image of `PLACE_SIZE` pixels for each row and column.
+    """
+    return _draw(scene, rng, grid, lambda thing: math.sqrt(rng.uniform(*_COMMON_AREA) / _AREA[thing.shape]))[0]
+
+
 Corners = tuple[float, float, float, float]
 """x1, y1, x2, y2 as fractions of the image's sides."""
 
@@ -105,25 +123,40 @@ def draw_with_boxes(scene: Scene, rng: random.Random) -> tuple[Image.Image, list
     Returns:
         The image as in `draw`, and the box of each thing.
     """
+    return _draw(scene, rng, (2, 2), lambda thing: rng.uniform(*_RADIUS))
+
+
+def _draw(
+    scene: Scene, rng: random.Random, grid: tuple[int, int], radius_of: Callable[[Thing], float]
+) -> tuple[Image.Image, list[Corners]]:
+    """Draw a scene; `radius_of` returns a thing's radius in half places."""
     scale = 4  # supersampling, for smooth edges
-    side = IMAGE_SIZE * scale
-    image = Image.new("RGB", (side, side), rng.choice(BACKGROUNDS))
+    height, width = (count * PLACE_SIZE for count in grid)
+    half = PLACE_SIZE * scale / 2
+    image = Image.new("RGB", (width * scale, height * scale), rng.choice(BACKGROUNDS))
     pen = ImageDraw.Draw(image)
     boxes: list[Corners] = []
     for thing in scene.things:
-        radius = side / 4 * rng.uniform(0.62, 0.85)
-        slack = side / 4 - radius
-        row, column = divmod(thing.place, 2)
-        x = side / 4 + column * side / 2 + rng.uniform(-slack, slack)
-        y = side / 4 + row * side / 2 + rng.uniform(-slack, slack)
+        radius = half * radius_of(thing)
+        slack = half - radius
+        row, column = divmod(thing.place, grid[1])
+        x = half + column * 2 * half + rng.uniform(-slack, slack)
+        y = half + row * 2 * half + rng.uniform(-slack, slack)
         shade = rng.randint(-12, 12)
         red, green, blue = (min(255, max(0, value + shade)) for value in COLOURS[thing.colour])
         _draw_shape(pen, thing.shape, x, y, radius, (red, green, blue))
         left, top, right, bottom = (reach * radius for reach in _REACH[thing.shape])
-        boxes.append(((x - left) / side, (y - top) / side, (x + right) / side, (y + bottom) / side))
-    return image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX), boxes
+        across, down = width * scale, height * scale
+        boxes.append(((x - left) / across, (y - top) / down, (x + right) / across, (y + bottom) / down))
+    return image.resize((width, height), Image.Resampling.BOX), boxes
 
 
+_RADIUS = (0.62, 0.85)
+"""Least and largest radius of a shape, in half places."""
+_AREA = {"circle": math.pi, "square": 2.89, "triangle": 1.8, "star": math.sqrt(3), "cross": 2.204}
+"""Area of a shape of radius 1."""
+_COMMON_AREA = (1.21, 1.25)
+"""Areas, in squared half places, that every shape has at some radius of `_RADIUS`."""
 _REACH = {
     "circle": (1.0, 1.0, 1.0, 1.0),
     "square": (0.85, 0.85, 0.85, 0.85),

@@ -209,14 +209,14 @@ def saved_newline(model: PeftModel) -> nn.Parameter | None:
 
 
 def load_projector(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give a model the projector of a run, and its newline if it has one.
+    """Give a model the projector of a run, and its newline if both have one.
 
     Args:
         model: The PEFT model.
-        tensors: Tensors by `linear_1.weight` and so on, and `image_newline`.
+        tensors: Tensors by `linear_1.weight` and so on, and `image_newline`, which a LLaVA-1.5's run does not have.
     """
     trained_projector(model).load_state_dict({name: each for name, each in tensors.items() if name != NEWLINE})
-    if (newline := saved_newline(model)) is not None:
+    if (newline := saved_newline(model)) is not None and NEWLINE in tensors:
         newline.data.copy_(tensors[NEWLINE])
 
 

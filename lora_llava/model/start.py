@@ -74,6 +74,7 @@ class Base:
         parts: Parts of an assembled base.
         initial_projector: The Stage 1 projector to start from, float32 tensors by name, with `image_newline` if it has
             one; None for the base's own.
+        untrained_newline: Where the projector is from, if the base's newline is random and no run has trained it.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Base:
     revision: str | None
     parts: BaseParts | None
     initial_projector: dict[str, torch.Tensor] | None = None
+    untrained_newline: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return what an adapter records: name, revision, parts, and the hashes of the components."""
@@ -235,7 +237,7 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
     llm = load_part(llm_name, section.llm_revision, "llm")
     tower = load_part(tower_name, section.vision_tower_revision, "vision_tower")
     file = find_projector(start.projector, start.projector_revision) if start.projector else None
-    digest = read_projector(file, section.projector_type)[1] if file else None
+    published, digest = read_projector(file, section.projector_type) if file else (None, None)
     rule = read_vocabulary(llm.folder, load_config(llm_name, section.llm_revision, "llm")).token_rule
     parts = BaseParts(
         llm.name,
@@ -258,15 +260,29 @@ def prepare_base(section: ModelSection, seed: int) -> Base:
                     f"model.start_from.stage1_run: {start.stage1_run} was trained on another {field} "
                     f"({getattr(stage1_parts, field)}) than model.{field} ({getattr(parts, field)}); name the same"
                 )
-        # A base with more rows than Stage 1's is written here; its own projector is replaced by Stage 1's anyway.
-        published = None if parts.extra_rows else stage1_parts.projector
-        parts = replace(parts, seed=stage1_parts.seed, projector=published)
+        # A base with more rows or canvases than Stage 1's is written here; Stage 1's projector replaces its own anyway.
+        grown = parts.extra_rows or parts.grid != [list(canvas) for canvas in stage1_parts.grid]
+        own = None if grown else stage1_parts.projector
+        parts = replace(parts, seed=stage1_parts.seed, projector=own)
         folder = cache_folder() / "bases" / parts.key
         if parts.projector is not None and (damage := find_damage(folder)) is not None:
             what = f"damaged in {folder} ({damage})" if folder.is_dir() else f"missing in {cache_folder()}"
             raise UserError(f"{start.stage1_run} needs a base that is {what}; run Stage 1 again")
     folder = build_base(parts, llm, tower, file)
-    return Base(str(folder), folder, None, parts, initial)
+    untrained = None
+    if parts.grid and NEWLINE not in (initial or published or {}):
+        untrained = start.stage1_run or start.projector or "a new projector"
+    return Base(str(folder), folder, None, parts, initial, untrained)
+
+
+def describe_newline(base: Base) -> str:
+    """Return a line about a random newline that Stage 2 keeps; empty if there is none."""
+    if base.untrained_newline is None:
+        return ""
+    return (
+        f"image_newline: {base.untrained_newline} has none, so it is random and stays so; Stage 1 with the same "
+        "model.high_resolution trains it"
+    )
 
 
 def continued_run(name: str) -> tuple[dict[str, Any], Path]:
@@ -347,17 +363,16 @@ def read_stage1(name: str, section: ModelSection, config: LlavaConfig) -> tuple[
 
 
 def _check_canvases(run: Path, trained: list[list[int]], config: LlavaConfig) -> None:
-    """Refuse Stage 1 of a LLaVA-1.5 for a LLaVA-1.6, the other way round, and other canvases."""
+    """Refuse Stage 1 of a LLaVA-1.6 for a LLaVA-1.5, and of other canvases.
+
+    A LLaVA-1.6 may start from the projector of a LLaVA-1.5, as LLaVA's own did; its newline is then the base's.
+    """
     own, field = grid_of(config), f"model.start_from.stage1_run: {run}"
-    if trained == own:
+    if not trained or trained == own:
         return
     if not own:
         raise UserError(
             f"{field} was trained with model.high_resolution; set model.high_resolution={{grid: {trained}}}"
-        )
-    if not trained:
-        raise UserError(
-            f"{field} was trained without model.high_resolution; leave that out, or train Stage 1 with it too"
         )
     raise UserError(
         f"{field} was trained with the canvases {trained}, and model.high_resolution has {own}; name the same grid"

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel, LlavaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lora_llava.data.images.tiling import NEWLINE, Tiling
+from lora_llava.data.images.tiling import LINE_END, Tiling
 from lora_llava.model.families.tower_families import tiling_of
 from lora_llava.model.weights.names import COMPONENTS, NEWLINE_NAME, canonical_name
 from lora_llava.model.weights.tensor_files import lazy_tensors
@@ -166,11 +166,11 @@ def in_lines(
     rows, first = [], 0
     for height, width in sizes:
         places = torch.from_numpy(tiling.features((height, width)))
-        rows.append(places.where(places == NEWLINE, places + first))
+        rows.append(places.where(places == LINE_END, places + first))
         first += tiling.tiles((height, width)) * projected.shape[1]
     if first != projected.shape[:2].numel():
         raise ValueError(f"images of {list(sizes)} have {first} patches, and {projected.shape[:2].numel()} were given")
     index = torch.cat(rows)
-    index[index == NEWLINE] = first
+    index[index == LINE_END] = first
     every = torch.cat([projected.flatten(0, 1), newline[None].to(projected)])
     return list(every.index_select(0, index.to(every.device)).split([len(row) for row in rows]))

@@ -18,7 +18,7 @@ from PIL import Image
 from lora_llava.pages.embedded_image import EmbeddedImage, embed_image
 from lora_llava.pages.links import link_to
 from lora_llava.pages.preview_samples import (
-    NEWLINE,
+    LINE_BREAK,
     SPACE,
     Preview,
     PreviewSample,
@@ -111,7 +111,7 @@ def render_page(preview: Preview, folder: Path | None = None) -> str:
         sources=Counter(escape_hidden(sample.source) for sample in preview.samples),
         symbols=symbols.embedded(),
         space=SPACE,
-        newline=NEWLINE,
+        newline=LINE_BREAK,
     )
 
 
@@ -191,9 +191,9 @@ def _token(token: PreviewToken) -> _Token:
 def _parts(token: PreviewToken) -> Iterator[tuple[str, str]]:
     """Split a token's text into plain characters, marks of blanks, and hidden characters."""
     if token.text == "<0x0A>":
-        yield "mark", NEWLINE
+        yield "mark", LINE_BREAK
         return
-    marks = {SPACE: SPACE, " ": "␣", "\n": NEWLINE}
+    marks = {SPACE: SPACE, " ": "␣", "\n": LINE_BREAK}
     for kind, characters in groupby(
         token.text, lambda c: "mark" if c in marks else "hidden" if is_hidden(c) else "plain"
     ):

@@ -12,7 +12,7 @@ from PIL import Image
 
 SPACE = "▁"
 """SentencePiece's mark of a space."""
-NEWLINE = "⏎"
+LINE_BREAK = "⏎"
 """How a preview shows a line break."""
 _BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"  # letters and marks in Unicode, but drawn as nothing
 

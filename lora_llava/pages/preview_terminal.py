@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lora_llava.pages.preview_samples import (
-    NEWLINE,
+    LINE_BREAK,
     SPACE,
     Preview,
     PreviewRow,
@@ -88,8 +88,8 @@ def _piece(token: PreviewToken) -> str:
     if token.is_image:
         return f"<image × {token.count}>"
     if token.text == "<0x0A>":
-        return NEWLINE
-    written = escape_hidden(token.text.replace("\n", NEWLINE).replace(SPACE, " "))
+        return LINE_BREAK
+    written = escape_hidden(token.text.replace("\n", LINE_BREAK).replace(SPACE, " "))
     return written + (f" × {token.count}" if token.count > 1 else "")
 
 

@@ -51,7 +51,7 @@ class SourceSection(Section):
     revision: str | None = None
     """Branch, tag or commit of a Hub `path`."""
     split: str = "train"
-    """Split of a Hub table, or of ScienceQA."""
+    """Split of a Hub table, of ScienceQA, or of `demo_small`."""
     image_folder: InputPath | None = None
     """Root folder of the images; default: `images` beside the data, or else the folder of the data."""
     columns: ColumnsSection = ColumnsSection()
@@ -73,7 +73,7 @@ class DataSection(Section):
 
     format: Format = Field(description=describe_choices())
     path: InputName | None = None
-    """A file (JSON, JSONL, CSV, TSV, Parquet), a folder with one, a Hub id, or `demo`. Or give sources."""
+    """A file (JSON, JSONL, CSV, TSV, Parquet), a folder with one, a Hub id, `demo` or `demo_small`. Or give sources."""
     file: str | None = None
     """A file in a Hub data set's repository, such as `detail_23k.json`."""
     sources: Annotated[tuple[SourceSection, ...], Field(min_length=1, strict=False)] | None = None

@@ -74,7 +74,11 @@ def _applies(place: Place, section: BaseModel) -> bool:
 
 
 def _find(value: str, place: Place, beside: Path | None, field: str) -> str:
-    if isinstance(value, FoundPath) or not value or (place.kind == "named" and value in ("demo", "smollm2")):
+    if (
+        isinstance(value, FoundPath)
+        or not value
+        or (place.kind == "named" and value in ("demo", "demo_small", "smollm2"))
+    ):
         return value
     expanded = os.path.expanduser(value)
     if place.kind == "output" or os.path.isabs(expanded):

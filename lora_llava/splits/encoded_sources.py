@@ -24,7 +24,7 @@ from lora_llava.data.images.image_sources import FolderImages, SplitImages, Tabl
 from lora_llava.data.scienceqa import load_scienceqa
 from lora_llava.data.sources import Read, Source, list_source, open_source
 from lora_llava.data.templates.spans import AnyTemplate
-from lora_llava.demo.dataset import build_demo_captions, build_demo_scienceqa
+from lora_llava.demo.dataset import build_demo_captions, build_demo_scienceqa, build_demo_small
 from lora_llava.recipe import Recipe, SourceSection
 from lora_llava.splits.continued_split import assign_rows, keep_untrained
 from lora_llava.splits.hold_out import hold_back, row_keys
@@ -132,6 +132,8 @@ def _open(recipe: Recipe, section: SourceSection, where: str) -> Source:
     path = section.path
     if path == "demo" and section.format == "captions":
         path = build_demo_captions(cache_folder())
+    if path == "demo_small" and section.format == "conversations":
+        path = build_demo_small(cache_folder(), section.split)
     return open_source(
         path,
         name=section.name,

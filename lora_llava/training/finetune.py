@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from lora_llava.core.device import free_memory
 from lora_llava.core.errors import UserError
-from lora_llava.core.storage import FoundPath, cache_folder, looked_in
+from lora_llava.core.storage import cache_folder
 from lora_llava.distributed.ranks import first_alone, first_before_others, is_first, this_rank
 from lora_llava.evaluation.figures.majority import MajorityAnswers
 from lora_llava.evaluation.run_report import REPORT_FILE, write_report
@@ -31,13 +30,13 @@ from lora_llava.evaluation.scoring import (
 from lora_llava.evaluation.tables import tables_view
 from lora_llava.model.adapters import load_projector
 from lora_llava.model.loading import describe_dtype
-from lora_llava.model.start import RUN_FILE, Base, prepare_base
+from lora_llava.model.start import RUN_FILE, Base, describe_newline, prepare_base
 from lora_llava.planning import plan_tables
 from lora_llava.planning.continued_run import refuse_own_folder
 from lora_llava.planning.memory_budget import limit_memory
 from lora_llava.planning.run_plan import RunPlan, plan_run
-from lora_llava.recipe import Recipe, load_recipe, recipe_hash
-from lora_llava.runs.check_run import CHECKPOINTS, check_run
+from lora_llava.recipe import Recipe
+from lora_llava.runs.check_run import CHECKPOINTS
 from lora_llava.runs.checkpoint import list_checkpoints, set_aside
 from lora_llava.runs.directory import (
     METRICS_FILE,
@@ -45,13 +44,13 @@ from lora_llava.runs.directory import (
     machine,
     only_run,
     peak_memory,
-    read_record,
     start_run,
     versions,
     write_json,
 )
 from lora_llava.runs.identity import IDENTITY_FILE, run_identity
 from lora_llava.runs.resume import Start, find_start, keep_order, refuse_unfinished, same_run
+from lora_llava.runs.stage1_runs import check_stage1_run, finished_stage1, stage1_of, with_stage1_run
 from lora_llava.splits.encoded_sources import show_progress
 from lora_llava.splits.seen_rows import write_seen
 from lora_llava.splits.split_rows import asked_split, sealed
@@ -145,68 +144,6 @@ def _after_stage1(
     return plan, resume
 
 
-def stage1_of(recipe: Recipe, recipe_folder: Path) -> Recipe | None:
-    """Return the Stage 1 recipe that a recipe starts from, or None.
-
-    Raises:
-        UserError: If the named recipe is not a Stage 1 recipe.
-    """
-    name = recipe.model.start_from.stage1_recipe
-    if name is None or recipe.model.start_from.run is not None:
-        return None
-    beside = recipe_folder / name
-    stage1 = load_recipe(beside if beside.is_file() else name)
-    if stage1.stage != 1:
-        raise UserError(f"model.start_from.stage1_recipe: {name} is a Stage {stage1.stage} recipe; name one of Stage 1")
-    own, other = (each.model.model_dump(mode="json") for each in (recipe, stage1))
-    for field in ("llm", "vision_tower", "projector_type", "high_resolution"):
-        if other[field] != own[field]:
-            raise UserError(
-                f"model.start_from.stage1_recipe: {name} has model.{field} {other[field]!r}, this recipe "
-                f"{own[field]!r}; make them the same"
-            )
-    return stage1
-
-
-def finished_stage1(stage1: Recipe) -> bool:
-    """Check whether a Stage 1 recipe has a finished run.
-
-    Raises:
-        UserError: If its directory holds the run of another recipe.
-    """
-    folder = Path(stage1.output_dir)
-    if not is_run(folder):
-        return False
-    if read_record(folder)["recipe_hash"] != recipe_hash(stage1):
-        raise UserError(
-            f"{folder} was trained with another Stage 1 recipe; remove it to train again, or set "
-            f"model.start_from={{stage1_run: {folder}}} to use it"
-        )
-    return True
-
-
-def with_stage1_run(recipe: Recipe, run: Path) -> Recipe:
-    """Return the recipe with its `stage1_recipe` replaced by that recipe's run."""
-    start = recipe.model.start_from.model_copy(
-        update={"stage1_recipe": None, "stage1_run": FoundPath(os.path.abspath(run), str(run))}
-    )
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"start_from": start})})
-
-
-def check_stage1_run(recipe: Recipe) -> None:
-    """Refuse a `stage1_run` that does not exist, and name the run that was meant.
-
-    Raises:
-        UserError: With the field, and a run of a similar name or those beside it.
-    """
-    run = recipe.model.start_from.stage1_run
-    if run is not None and not Path(run).exists():
-        try:
-            check_run(run, "a finished run of Stage 1, or its recipe as stage1_recipe")
-        except UserError as error:
-            raise UserError(f"model.start_from.stage1_run: {error}{looked_in(run)}") from None
-
-
 def _plan(recipe: Recipe, resume: bool, console: Console) -> RunPlan:
     check_stage1_run(recipe)
     if resume:
@@ -253,6 +190,8 @@ def _run_stage(plan: RunPlan, resume: bool, accepted: tuple[str, ...], console: 
     before = _evaluate_before(model, plan, identity, resumed is not None, answers, console)
     if base.initial_projector is not None:
         load_projector(model, base.initial_projector)
+    if recipe.stage == 2 and (line := describe_newline(base)):
+        console.print(line, soft_wrap=True, markup=False)
     if resumed is None and (line := start_adapters(plan, base, model, build_feeds(plan)[0])):
         console.print(line, soft_wrap=True)
         freeze_plan = describe_plan(model)  # EVA changes the ranks

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextModel, LlavaNextProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from lora_llava.data.images.tiling import NEWLINE, TiledImages, Tiling, limited
+from lora_llava.data.images.tiling import LINE_END, TiledImages, Tiling, limited
 
 GRID = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 """LLaVA-1.6's (config.json of llava-hf/llava-v1.6-vicuna-7b-hf)."""
@@ -76,7 +76,7 @@ def test_features_are_those_of_the_stock_model() -> None:
         wanted, _ = model.pack_image_features([projected], torch.tensor([size]), "default", model.image_newline)
         table = torch.cat([projected.flatten(0, 1), model.image_newline[None]])  # -1 is the last: the newline
         assert torch.equal(table[torch.from_numpy(tiling.features(size))], wanted[0]), size
-    assert NEWLINE == -1
+    assert LINE_END == -1
 
 
 def test_a_grid_can_be_limited() -> None:
@@ -88,8 +88,8 @@ def test_a_grid_can_be_limited() -> None:
 def test_padding_is_never_a_token() -> None:
     for size in sizes():
         places = TILING.features(size)[576:]
-        lines = np.split(places, np.flatnonzero(places == NEWLINE) + 1)[:-1]
-        assert {line[-1] for line in lines} <= {NEWLINE}
+        lines = np.split(places, np.flatnonzero(places == LINE_END) + 1)[:-1]
+        assert {line[-1] for line in lines} <= {LINE_END}
         assert len({len(line) for line in lines}) <= 1  # none for a sliver, which is all padding
         assert places.max(initial=0) < TILING.tiles(size) * 576
 

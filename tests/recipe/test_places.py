@@ -13,8 +13,8 @@ from lora_llava.core.errors import UserError
 from lora_llava.model.start import plan_model
 from lora_llava.recipe import RecipeError, dump_recipe, load_generate_recipe, load_recipe, recipe_hash
 from lora_llava.recipe.places import find_inputs
+from lora_llava.runs.stage1_runs import stage1_of
 from lora_llava.splits.encoded_sources import open_sources
-from lora_llava.training.finetune import stage1_of
 
 
 @pytest.fixture

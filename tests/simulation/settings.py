@@ -15,7 +15,7 @@ from lora_llava.model.families.tower_families import tiling_of
 from lora_llava.planning.fit import Extremes, build_step, choose_checkpointing
 from lora_llava.planning.memory import Step, candidates
 from lora_llava.recipe import Recipe, load_recipe
-from lora_llava.recipe.schema import VisionLoraSection
+from lora_llava.recipe.schema import HighResolution, VisionLoraSection
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CARD = 32 * 2**30
@@ -140,6 +140,7 @@ TILED = [
     ),
     Setting("7B 1.6 r16 slivers cached, 12 GB", 11.7, tokens=6144, sizes=[(1, 2000)] * 8),
     Setting("7B 1.6 r16 3072 tower r8, 16 GB", 15.7, tokens=3072, cached=False, sizes=[(672, 672)], vision=8),
+    Setting("7B 1.6 Stage 1 4096 tower, 24 GB", 23.7, tokens=4096, cached=False, sizes=[(672, 672)], stage=1),
 ]
 """LLaVA-1.6 with images of 2,928 tokens in five tiles, and with slivers, of whose patches most are padding."""
 GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -240,6 +241,8 @@ def recipe_of(setting: Setting) -> Recipe:
         "training": recipe.training.model_copy(update=training),
         "model": recipe.model.model_copy(update={"quantization": setting.quantization}),
     }
+    if setting.sizes and setting.stage == 1:
+        update["model"] = update["model"].model_copy(update={"high_resolution": HighResolution()})
     if recipe.lora is not None:
         targets = FUSED_LINEARS if setting.shape == "phi3-mini" else recipe.lora.targets
         vision = None if setting.vision is None else VisionLoraSection(r=setting.vision)

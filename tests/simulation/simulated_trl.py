@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lora_llava.benchmark import benchmark_sides
+from lora_llava.benchmark.benchmark_rows import DrawnImages
 from lora_llava.model.base import build_processor
 from lora_llava.model.families.tower_families import image_processor_of
 from lora_llava.model.tokenizer import load_tokenizer
@@ -51,8 +52,8 @@ def _peaks(setting: Setting, meters: list[Meter]) -> Peaks:
     meter = Meter(setting.trained_tokens)
     callback: Any = PeakOfSteps(meter)
     callback.tokens = 0  # as the benchmark's clock has
-    rows = benchmark_sides._batches(settings)  # real: they are drawn with torch
-    benchmark_sides._batches = lambda settings: rows
+    rows = benchmark_sides._batches(settings, config, DrawnImages())  # real: they are drawn with torch
+    benchmark_sides._batches = lambda *_: rows
     with on_card(meter, meters):
         trainer, _ = benchmark_sides._trl(settings, config, processor, callback)
         trainer.args.dataloader_pin_memory = False

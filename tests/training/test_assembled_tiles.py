@@ -27,8 +27,8 @@ from lora_llava.model.vision import dtype_of, llava_of
 from lora_llava.planning.run_plan import plan_run
 from lora_llava.recipe import Recipe
 from lora_llava.recipe.io import check_recipe
+from lora_llava.runs.stage1_runs import stage1_of
 from lora_llava.training.features import cache_features
-from lora_llava.training.finetune import stage1_of
 from lora_llava.training.parameter_groups import Rates, parameter_groups
 from lora_llava.training.stages import build_feeds, build_trained_model
 from tests.own_rows import quiet
@@ -285,7 +285,7 @@ def test_a_published_projector_may_have_the_newline(folder: Path, tmp_path: Path
 
 def test_a_projector_of_another_kind_is_refused(stages: tuple[Path, Path], folder: Path, tmp_path: Path) -> None:
     content = stage2_of_demo(folder, tmp_path / "out", stage1_run=str(stages[0]))
-    high = content["model"].pop("high_resolution")
+    content["model"].pop("high_resolution")
     with pytest.raises(
         UserError, match=r"was trained with model.high_resolution; set model.high_resolution=\{grid: \[\[64, 128\]"
     ):
@@ -293,13 +293,31 @@ def test_a_projector_of_another_kind_is_refused(stages: tuple[Path, Path], folde
     content["model"]["high_resolution"] = {"grid": GRID[:1]}
     with pytest.raises(UserError, match=r"was trained with the canvases .* name the same grid"):
         plan_model(recipe_of(content).model)
-    low = stage1_of_demo(folder, tmp_path / "low", max_steps=1)
-    low["model"].pop("high_resolution")
-    run(recipe_of(low))
-    content["model"] |= {"high_resolution": high, "start_from": {"stage1_run": str(tmp_path / "low")}}
-    with pytest.raises(UserError, match=r"was trained without model.high_resolution; leave that out, or train Stage 1"):
-        plan_model(recipe_of(content).model)
-    (tmp_path / "low.yaml").write_text(json.dumps(low))
-    content["model"]["start_from"] = {"stage1_recipe": "low.yaml"}
-    with pytest.raises(UserError, match=r"low.yaml has model.high_resolution None, this recipe \{'grid': .*make them"):
+    (tmp_path / "high.yaml").write_text(json.dumps(stage1_of_demo(folder, tmp_path / "high")))
+    content["model"] |= {"high_resolution": None, "start_from": {"stage1_recipe": "high.yaml"}}
+    with pytest.raises(
+        UserError, match=r"high.yaml has model.high_resolution \{'grid': .*, this recipe None; make them"
+    ):
         stage1_of(recipe_of(content), tmp_path)
+
+
+def test_a_llava_1_6_may_start_from_the_projector_of_a_llava_1_5(folder: Path, tmp_path: Path) -> None:
+    layer = {"weight": torch.eye(128), "bias": torch.zeros(128)}
+    published = {f"model.mm_projector.{at}.{name}": value for at in (0, 2) for name, value in layer.items()}
+    torch.save(published, tmp_path / "mm_projector.bin")
+    low = stage1_of_demo(folder, tmp_path / "low", max_steps=1)
+    low["model"] |= {"start_from": {"projector": str(tmp_path / "mm_projector.bin")}}
+    low["model"].pop("high_resolution")
+    (tmp_path / "low.yaml").write_text(json.dumps(low))
+    content = stage2_of_demo(folder, tmp_path / "out", stage1_recipe="low.yaml")
+    assert stage1_of(recipe_of(content), tmp_path) is not None
+    run(recipe_of(low))
+    content["model"]["start_from"] = {"stage1_run": str(tmp_path / "low")}
+    line = f"image_newline: {tmp_path}/low has none, so it is random and stays so; Stage 1 with the same model.high"
+    assert line in run(recipe_of(content))
+    base = load_file(base_of(tmp_path / "out") / "model.safetensors")
+    assert torch.equal(weights(tmp_path / "out")[KEY], base["image_newline"].float())
+    before, after = (weights(tmp_path / name) for name in ("low", "out"))
+    names = [name for name in before if "multi_modal_projector" in name]
+    assert len(names) == 4
+    assert max(float((before[name] - after[name]).abs().max()) for name in names) < 0.02  # two steps of 5e-3

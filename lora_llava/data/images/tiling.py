@@ -11,7 +11,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from lora_llava.data.images.image_id import ImageName
 
-NEWLINE = -1
+LINE_END = -1
 """Place of the newline vector, which ends each line of patches of the tiles."""
 
 
@@ -59,14 +59,14 @@ class Tiling:
             size: Height and width of the image in pixels.
 
         Returns:
-            Int64 of shape (tokens,): indices into the patches of all tiles, tile by tile; `NEWLINE` for a newline.
+            Int64 of shape (tokens,): indices into the patches of all tiles, tile by tile; `LINE_END` for a newline.
         """
         rows, columns = self._unpadded(size)
         across = self.canvas(size)[1] // self.tile
         row, column = np.array(rows, dtype=np.int64)[:, None], np.array(columns, dtype=np.int64)[None, :]
         tile = 1 + row // self.patches * across + column // self.patches
         places = (tile * self.patches + row % self.patches) * self.patches + column % self.patches
-        lines = np.pad(places, ((0, 0), (0, 1)), constant_values=NEWLINE)
+        lines = np.pad(places, ((0, 0), (0, 1)), constant_values=LINE_END)
         return np.concatenate([np.arange(self.patches**2), lines.ravel()])
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019

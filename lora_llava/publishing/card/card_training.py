@@ -64,7 +64,7 @@ def _continued(record: Mapping[str, Any]) -> str:
 
 
 def _named(name: str) -> str:
-    return "lora_llava's demo" if name == "demo" else name
+    return "lora_llava's demo" if name in ("demo", "demo_small") else name
 
 
 def _data_rows(package: Package) -> list[tuple[str, str]]:

@@ -32,8 +32,10 @@ _CLIP = {
     "commercial": True,
     "note": "the licence of github.com/openai/CLIP; the Hub page names none",
 }
+_OWN = {"name": "Apache-2.0", "identifier": "apache-2.0", "commercial": True, "note": "part of lora_llava"}
 _KNOWN: dict[str, dict[str, object]] = {
-    "demo": {"name": "Apache-2.0", "identifier": "apache-2.0", "commercial": True, "note": "part of lora_llava"},
+    "demo": _OWN,
+    "demo_small": _OWN,
     "lmsys/vicuna-7b-v1.5": _LLAMA2,
     "lmsys/vicuna-13b-v1.5": _LLAMA2,
     "llava-hf/llava-1.5-7b-hf": _LLAMA2,
@@ -64,7 +66,7 @@ def licence_of(name: str, shown: str) -> Licence:
     """Return the known licence of a model or data set.
 
     Args:
-        name: A Hub id, a path or `demo`.
+        name: A Hub id, a path, `demo` or `demo_small`.
         shown: Its name in the card.
     """
     known = _KNOWN.get(name.lower())

@@ -20,8 +20,9 @@ from lora_llava.recipe import Recipe, recipe_hash
 from lora_llava.runs.check_run import CHECKPOINTS
 from lora_llava.runs.checkpoint import list_checkpoints, newest_complete
 from lora_llava.runs.directory import METRICS_FILE, is_run, read_record
+from lora_llava.runs.stage1_runs import check_stage1_run, finished_stage1, stage1_of, with_stage1_run
 from lora_llava.splits.encoded_sources import show_progress
-from lora_llava.training.finetune import check_stage1_run, finetune, finished_stage1, stage1_of, with_stage1_run
+from lora_llava.training.finetune import finetune
 from lora_llava.training.sweep.grid import Sweep, SweepRun, describe
 from lora_llava.training.sweep.search import Search, TrialBook
 from lora_llava.training.sweep.sweep_results import (
