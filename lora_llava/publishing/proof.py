@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -166,14 +167,16 @@ def greedy_answers(model: Any, prompts: Prompts, max_new_tokens: int, stop_ids: 
 
     def answer(rows: list[int]) -> list[list[int]]:
         batch = prompts.batch(rows)
-        output = model.generate(
-            **batch,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=prompts.pad_token_id,
-            eos_token_id=list(stop_ids),
-            use_cache=True,
-        )
+        with warnings.catch_warnings():  # streamed weights are on the meta device until they are used
+            warnings.filterwarnings("ignore", "You are calling .generate", UserWarning)
+            output = model.generate(
+                **batch,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=prompts.pad_token_id,
+                eos_token_id=list(stop_ids),
+                use_cache=True,
+            )
         answers = []
         for row in output[:, batch["input_ids"].shape[1] :].tolist():
             end = next((i + 1 for i, token in enumerate(row) if token in stop_ids), len(row))

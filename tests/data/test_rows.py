@@ -116,7 +116,7 @@ def test_a_longer_row_loses_the_end_of_its_answer_and_is_counted(build: Build, s
 def test_a_row_whose_answer_would_vanish_is_refused(build: Build) -> None:
     message = (
         "row long: the sample has 15 tokens and its last answer starts at token 5: a limit of 5 would cut the answer "
-        "away"
+        "away; raise data.max_length, or set data.on_overlong to drop"
     )
     fails(build, message, LONG, max_length=5, on_overlong="truncate_answer")
 

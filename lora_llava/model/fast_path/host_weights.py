@@ -35,7 +35,7 @@ class HostWeights:
         self._present = [-1] * BUFFERS
         for index, (layer, (_, parts)) in enumerate(zip(layers, moved, strict=True)):
             _view(layer, parts, self._buffers[index % BUFFERS])
-            layer.register_forward_pre_hook(lambda *_, index=index: self._use(index, index + 1))
+            layer.register_forward_pre_hook(lambda *_, index=index: self._use(index, index + _direction()))
             layer.register_forward_hook(lambda *call, index=index: self._before_backward(call[-1], index))
 
     @property
@@ -69,6 +69,14 @@ class HostWeights:
         self._stream.wait_stream(torch.cuda.current_stream())  # the layer that used the buffer is computed by then
         with torch.cuda.stream(self._stream):
             target.copy_(packed, non_blocking=True)
+
+
+def _direction() -> int:
+    """Return 1 in a forward pass, and -1 in a backward one.
+
+    transformers 5.17 calls the hooks of a recomputed layer there (transformers/modeling_layers.py), 5.23 does not.
+    """
+    return 1 if torch._C._current_graph_task_id() == -1 else -1  # as torch/utils/checkpoint.py asks
 
 
 def keep_in_host_memory(language_model: Any, layers: int) -> HostWeights | None:
