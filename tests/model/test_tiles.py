@@ -143,7 +143,9 @@ def all_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
         return tensor if stays else to(tensor, *args, **kwargs)
 
     monkeypatch.setattr(torch.Tensor, "to", stay)
-    monkeypatch.setattr(torch.Tensor, "float", lambda t: t if t.dtype == torch.float64 else to_float(t))
+    monkeypatch.setattr(
+        torch.Tensor, "float", lambda t: to_float(t) if t.dtype == torch.float32 else to(t, torch.float64)
+    )
 
 
 @pytest.mark.usefixtures("all_in_float64")

@@ -296,7 +296,7 @@ def edit(folder: Path, name: str, change: Callable[[Any], Any]) -> None:
 
 REFUSED: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "family": ("config.json", lambda c: c["text_config"].update(model_type="gemma"), "knows llama, mistral, qwen2"),
-    "new family": ("config.json", lambda c: c["text_config"].update(model_type="zebra"), "type for subconfig: zebra."),
+    "new family": ("config.json", lambda c: c["text_config"].update(model_type="zebra"), "zebra"),
     "no weights": (
         "config.json",
         lambda c: c["text_config"].update(num_hidden_layers=3),

@@ -187,6 +187,8 @@ def _head_is_plain(model: Any) -> bool:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"{error} is missing or unknown"
     text = " ".join(str(error).split()).partition(" Should contain one of ")[0]  # transformers lists 500 model types
     return text or type(error).__name__
 

@@ -74,7 +74,7 @@ class HostWeights:
 def _direction() -> int:
     """Return 1 in a forward pass, and -1 in a backward one.
 
-    transformers 5.17 calls the hooks of a recomputed layer there (transformers/modeling_layers.py), 5.23 does not.
+    Before 5.23, transformers calls the hooks of a recomputed layer there (transformers/modeling_layers.py).
     """
     return 1 if torch._C._current_graph_task_id() == -1 else -1  # as torch/utils/checkpoint.py asks
 
