@@ -63,7 +63,7 @@ def build_demo_small(cache: Path, split: str) -> Path:
         Path of the split's JSON file in LLaVA's form; its images are in the folder `images` next to it.
 
     Raises:
-        UserError: If there is no such split.
+        UserError: If the split is unknown.
     """
     splits = (*SMALL_SCENES, ORDINARY)
     if split not in splits:

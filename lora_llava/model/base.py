@@ -33,7 +33,6 @@ from lora_llava.model.families.llava_kinds import llava_class
 from lora_llava.model.families.tower_families import (
     FEATURE_LAYER,
     TOWERS,
-    check_tiling,
     image_processor_of,
     image_tokens,
     read_vision_config,
@@ -133,8 +132,6 @@ def assembled_config(
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy=TOWERS[vision_config.model_type].strategy,
     )
-    if grid:
-        check_tiling(config, "model.high_resolution")
     config.image_seq_length = image_tokens(config)
     config.architectures = [llava_class(config).__name__]
     config.dtype = torch.bfloat16

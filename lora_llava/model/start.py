@@ -280,7 +280,7 @@ def describe_newline(base: Base) -> str:
     if base.untrained_newline is None:
         return ""
     return (
-        f"image_newline: {base.untrained_newline} has none, so it is random and stays so; Stage 1 with the same "
+        f"image_newline is random and stays so, since {base.untrained_newline} has none; Stage 1 with the same "
         "model.high_resolution trains it"
     )
 

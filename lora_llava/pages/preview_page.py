@@ -111,7 +111,7 @@ def render_page(preview: Preview, folder: Path | None = None) -> str:
         sources=Counter(escape_hidden(sample.source) for sample in preview.samples),
         symbols=symbols.embedded(),
         space=SPACE,
-        newline=LINE_BREAK,
+        line_break=LINE_BREAK,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -183,18 +183,7 @@ def leaner_steps(recipe: Recipe, step: Step) -> list[tuple[str, Step]]:
         ways.append(("training.vision_cache=disk", {"cached_features": True}))
     if step.cuda and step.optimizer_bytes > 2:
         ways.append(("training.optimizer=paged_adamw_8bit", {"optimizer_bytes": 2}))
-    longest = min(step.tokens, recipe.data.max_length)
-    for tokens in (4096, 2048, 1024):
-        if longest <= tokens < step.tokens:
-            shorter = {"tokens": tokens, "trained_tokens": min(tokens, step.trained_tokens)}
-            batch = "" if recipe.training.batch_size == 1 else " training.batch_size=1"
-            ways.append((f"training.max_tokens_per_row={tokens}{batch}", shorter))
-    for most, sample in step.fewer_tiles if recipe.model.start_from.run is None else ():  # a run keeps its tiles
-        tokens = -(-sample // _ROUNDED) * _ROUNDED
-        if tokens < min(change.get("tokens", step.tokens) for _, change in ways or [("", {})]):
-            shorter = {"tokens": tokens, "trained_tokens": min(tokens, step.trained_tokens)}
-            batch = "" if recipe.training.batch_size == 1 else " training.batch_size=1"
-            ways += [(f"model.max_tiles={most}", {}), (f"training.max_tokens_per_row={tokens}{batch}", shorter)]
+    ways += _shorter_rows(recipe, step)
     lora = recipe.lora
     if lora is not None and lora.vision is not None:
         lora = lora.model_copy(update={"vision": None})
@@ -215,6 +204,26 @@ def leaner_steps(recipe: Recipe, step: Step) -> list[tuple[str, Step]]:
         current = replace(current, **change)
         steps.append((" ".join(settings), current))
     return steps
+
+
+def _shorter_rows(recipe: Recipe, step: Step) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield settings with rows of fewer tokens, and last those that need fewer tiles for it.
+
+    The longest sample with fewer tiles is that of the rows that were read, which `plan` may have sampled.
+    """
+    batch = "" if recipe.training.batch_size == 1 else " training.batch_size=1"
+    longest, now = min(step.tokens, recipe.data.max_length), step.tokens
+    limits: list[tuple[int | None, int]] = [(None, tokens) for tokens in (4096, 2048, 1024) if longest <= tokens]
+    if recipe.model.start_from.run is None:  # a run keeps its tiles
+        limits += [(most, -(-sample // _ROUNDED) * _ROUNDED) for most, sample in step.fewer_tiles]
+    for most, tokens in limits:
+        if tokens >= now:
+            continue
+        now = tokens
+        if most is not None:
+            yield f"model.max_tiles={most}", {}
+        shorter = {"tokens": tokens, "trained_tokens": min(tokens, step.trained_tokens)}
+        yield f"training.max_tokens_per_row={tokens}{batch}", shorter
 
 
 def what_fits(recipe: Recipe, step: Step) -> list[tuple[int, str]]:

@@ -103,10 +103,10 @@ def init(folder: Path, *, console: Console, **chosen: Any) -> tuple[Path, CheckR
     write_rows(found, console)
     _write_recipe(target, found, choice, console)
     if choice.llm:
+        same = "llm, vision_tower and high_resolution" if "high_resolution" in target.read_text() else "llm and tower"
         console.print(
             "its projector is untrained: few rows teach it little; train it on captions first (Stage 1, "
-            "recipes/align.yaml with the same llm, vision_tower and high_resolution) and set "
-            "model.start_from.stage1_run",
+            f"recipes/align.yaml with the same {same}) and set model.start_from.stage1_run",
             soft_wrap=True,
         )
     try:
@@ -186,7 +186,7 @@ def _write_recipe(target: Path, found: FolderData, choice: InitChoice, console: 
 
 
 def _default_template(model: str | None) -> str:
-    """Return the shipped recipe for a complete LLaVA; None for the one that the recipe names."""
+    """Return the shipped recipe to fill in for a complete LLaVA, or for the recipe's own (None)."""
     if model == "demo":
         return "demo_my_data_qlora.yaml"
     return "my_data_highres_qlora.yaml" if model is not None and _is_tiled(model) else "my_data_qlora.yaml"
@@ -266,11 +266,12 @@ def fill_in(
     if parts:
         shipped = content["model"]
         tiled = str(shipped["start_from"].get("llava")).startswith(_LLAVA_1_6)
-        high = {"high_resolution": {}} | {key: shipped[key] for key in ("max_tiles",) if key in shipped}
+        high: dict[str, Any] = {"high_resolution": {}} if tiled else {}
+        high |= {key: shipped[key] for key in ("high_resolution", "max_tiles") if key in shipped}
         start = {"start_from": {"untrained": True}, "quantization": "nf4"}
-        content["model"] = {**parts, **(high if tiled else {}), **start}
+        content["model"] = {**parts, **high, **start}
     if parts or (model is not None and model != "demo" and not model.startswith(_LLAVA_1_5)):
-        data["template"] = "auto"  # the shipped recipe names LLaVA-1.5's
+        data["template"] = "auto"  # the shipped recipe names that of its own model
         data.pop("image_aspect", None)
     return dump_text(content)
 

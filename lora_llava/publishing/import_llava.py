@@ -15,10 +15,10 @@ from lora_llava.data.templates.named_templates import chat_template, get_templat
 from lora_llava.data.templates.spans import fit_template
 from lora_llava.model.adapter_file import check_fits
 from lora_llava.model.adapters import NEWLINE, lora_config
-from lora_llava.model.base import BaseParts, build_base, build_processor
+from lora_llava.model.base import BaseParts, assembled_config, build_base, build_processor
 from lora_llava.model.families.image_counts import grid_of
 from lora_llava.model.families.llava_kinds import read_llava_config
-from lora_llava.model.families.tower_families import image_processor_of
+from lora_llava.model.families.tower_families import check_tiling, image_processor_of
 from lora_llava.model.provenance import component_hashes
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.tokenizer import copy_sentencepiece, load_tokenizer, read_vocabulary
@@ -92,7 +92,9 @@ def _import_checkpoint(
     try:
         config = stock_config(original, vision, read_vocabulary(folder, original.llm))
     except UserError as error:
-        raise UserError(f"{folder}: {error}".replace("model.high_resolution: ", "")) from None
+        raise UserError(f"{folder}: {error}") from None
+    if original.grid:
+        check_tiling(config, str(folder))
     template = template or _template_of(original, folder, config)
     tensors = checkpoint_tensors(folder, config, original, lazy_tensors(tower.folder))
     check_disk(output, checkpoint_bytes(tensors, torch.bfloat16))
@@ -152,12 +154,12 @@ def _import_lora(
     console: Console,
 ) -> None:
     named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path", "")
-    base_folder, record = _base_of(folder, original, tower, llm or named, base)
-    config = read_llava_config(base_folder)
-    _check_base(folder, original, config, base_folder)
-    template = template or _template_of(original, base_folder, config)
+    model = _language_model(folder, llm or named) if base is None else load_part(base, None, "start_from.llava")
+    config = _config_of(original, model, tower) if base is None else read_llava_config(model.folder)
+    _check_base(folder, original, config, model.folder)
+    template = template or _template_of(original, model.folder, config)
     lora = read_lora(folder, original, config.text_config.num_hidden_layers)
-    if original.grid and not lora.has_newline and record["parts"] is not None:
+    if original.grid and not lora.has_newline and base is None:
         raise UserError(
             f"{folder}/{OTHER_FILE} has no {NEWLINE}, nor has {llm or named}; if it was trained on a complete "
             "LLaVA-1.6, import that first, then name the result with --base"
@@ -167,6 +169,7 @@ def _import_lora(
         f"{folder}: LoRA r {lora.settings['r']} on {', '.join(lora.targets)}, and {parts}, template {template}",
         soft_wrap=True,
     )
+    base_folder, record = _build(original, model, tower) if base is None else _complete(base, model)
     with new_folder(output) as temporary:
         write_file(sorted(lora.tensors, key=lambda t: t.name), temporary / ADAPTER_FILE, torch.float32)
         saved = (NEWLINE,) if lora.has_newline else ()
@@ -219,15 +222,8 @@ def _check_converted(converted: Path, folder: Path, config: LlavaConfig, base: P
         raise UserError(message) from None
 
 
-def _base_of(
-    folder: Path, original: OriginalConfig, tower: Part, llm: str, base: str | None
-) -> tuple[Path, dict[str, object]]:
-    """Return the base of a LoRA folder, and its entry in `run.json`."""
-    if base is not None:
-        part = load_part(base, None, "start_from.llava")
-        local = Path(base).is_dir()
-        name, revision = (str(part.folder.resolve()), None) if local else (part.name, part.revision)
-        return part.folder, {"name": name, "revision": revision, "parts": None, "hashes": component_hashes(part.folder)}
+def _language_model(folder: Path, llm: str) -> Part:
+    """Return the language model that a LoRA folder was trained on."""
     if not llm:
         raise UserError(f"{folder}/adapter_config.json names no base; name the language model with --llm")
     model = load_part(llm, None, "llm")
@@ -235,6 +231,21 @@ def _base_of(
         raise UserError(
             f"{folder} was trained on {llm}, a complete LLaVA; import that first, then name the result with --base"
         )
+    return model
+
+
+def _config_of(original: OriginalConfig, model: Part, tower: Part) -> LlavaConfig:
+    """Return the configuration of the base that `_build` writes."""
+    content, vision = (json.loads((part.folder / "config.json").read_text("utf-8")) for part in (model, tower))
+    vocabulary = read_vocabulary(model.folder, content)
+    config = assembled_config(content, vision, original.projector_type, vocabulary, original.grid)
+    if original.grid:
+        check_tiling(config, f"{model.folder} with {tower.folder}")
+    return config
+
+
+def _build(original: OriginalConfig, model: Part, tower: Part) -> tuple[Path, dict[str, object]]:
+    """Write the base of a LoRA folder, and return it with its entry in `run.json`."""
     parts = BaseParts(
         model.name,
         model.revision,
@@ -247,4 +258,11 @@ def _base_of(
     )
     written = build_base(parts, model, tower, None)
     hashes = component_hashes(written)
-    return written, {"name": str(written), "revision": None, "parts": parts.__dict__, "hashes": hashes}
+    return written, {"name": str(written), "revision": None, "parts": parts.as_dict(), "hashes": hashes}
+
+
+def _complete(base: str, part: Part) -> tuple[Path, dict[str, object]]:
+    """Return the folder of a complete LLaVA that a LoRA folder was trained on, and its entry in `run.json`."""
+    local = Path(base).is_dir()
+    name, revision = (str(part.folder.resolve()), None) if local else (part.name, part.revision)
+    return part.folder, {"name": name, "revision": revision, "parts": None, "hashes": component_hashes(part.folder)}

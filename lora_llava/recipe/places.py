@@ -14,6 +14,8 @@ from lora_llava.core.errors import UserError
 from lora_llava.core.storage import FoundPath
 
 Schema = TypeVar("Schema", bound=BaseModel)
+DEMO_DATA = ("demo", "demo_small")
+"""Names of the demo's data, in place of a path."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,7 @@ def _applies(place: Place, section: BaseModel) -> bool:
 
 
 def _find(value: str, place: Place, beside: Path | None, field: str) -> str:
-    if (
-        isinstance(value, FoundPath)
-        or not value
-        or (place.kind == "named" and value in ("demo", "demo_small", "smollm2"))
-    ):
+    if isinstance(value, FoundPath) or not value or (place.kind == "named" and value in (*DEMO_DATA, "smollm2")):
         return value
     expanded = os.path.expanduser(value)
     if place.kind == "output" or os.path.isabs(expanded):

@@ -108,7 +108,7 @@ class ModelSection(Section):
     RTX 20), and float32 on a CPU."""
     high_resolution: HighResolution | None = None
     """Tiles, as in LLaVA-1.6, for a model made of `llm` and `vision_tower`: {} for LLaVA-1.6's. Stage 1 then trains its
-    newline vector with the projector. Null sees images at one size."""
+    newline vector with the projector. With null, the model sees images at one size."""
     max_tiles: Annotated[int, Field(ge=1)] | None = None
     """Most tiles that an image is cut into, besides the one of the whole image (LLaVA-1.6 only: its canvases have 2 to
     4); fewer tiles are fewer tokens and less detail. Null keeps all canvases of the model."""

@@ -40,7 +40,7 @@ def finished_stage1(stage1: Recipe) -> bool:
     """Check whether a Stage 1 recipe has a finished run.
 
     Raises:
-        UserError: If its directory holds the run of another recipe.
+        UserError: If its directory has the run of another recipe.
     """
     folder = Path(stage1.output_dir)
     if not is_run(folder):

@@ -117,7 +117,7 @@ def over_positions(split: Split, config: LlavaConfig) -> str | None:
     advice = tiles_advice(*split.rows.table_row(first), positions)
     return (
         f"{len(long):,} of {len(split.rows):,} rows are longer than the language model's {positions:,} positions, "
-        f"where its answers mean little; the first is {split.rows.row_name(first)} with "
+        f"where its answers mean little; the first, {split.rows.row_name(first)}, has "
         f"{split.rows.lengths[first]:,} tokens; leave them out{advice}"
     )
 

@@ -91,7 +91,7 @@ def test_a_bomb_is_refused_by_its_header(image_folder: Path) -> None:
     (image_folder / "bomb.png").write_bytes(png(10_000, 10_000))
     refused(image_folder, "bomb.png", "image bomb.png has 10000 x 10000 pixels, over max_image_pixels 100")
     (image_folder / "bomb.png").write_bytes(png(60_000, 60_000))
-    message = "image bomb.png has 3600000000 pixels, over max_image_pixels 178956970; scale it down"
+    message = "image bomb.png has 3600000000 pixels, over Pillow's limit of 178956970; scale it down"
     refused(image_folder, "bomb.png", message, max_pixels=10**12)
 
 

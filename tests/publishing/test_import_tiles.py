@@ -116,7 +116,7 @@ def test_canvases_are_read_as_llava_s_arguments_write_them(parts: Path, tmp_path
         ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is anyres_max_9; only pad, square and anyres are"),
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is cls_patch; with tiles only patch is"),
         ({"mm_resampler_type": "perceiver"}, "mm_resampler_type is perceiver; stock models have no resampler"),
-        ({"model_type": "llava_mpt"}, "model_type is llava_mpt; only llava and llava_llama and llava_mistral are supp"),
+        ({"model_type": "llava_mpt"}, "model_type is llava_mpt; only llava, llava_llama and llava_mistral are supp"),
     ],
 )
 def test_what_stock_models_do_not_compute_is_refused(

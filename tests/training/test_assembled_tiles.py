@@ -27,6 +27,7 @@ from lora_llava.model.fast_path.trained_loss import labelled_loss
 from lora_llava.model.start import plan_model, prepare_base
 from lora_llava.model.vision import dtype_of, llava_of
 from lora_llava.planning.run_plan import plan_run
+from lora_llava.publishing.verify.model_here import ModelHere
 from lora_llava.recipe import Recipe
 from lora_llava.recipe.io import check_recipe
 from lora_llava.runs.stage1_runs import stage1_of
@@ -287,6 +288,17 @@ def test_a_published_projector_may_have_the_newline(folder: Path, tmp_path: Path
         prepare_base(recipe_of(content).model, 0)
 
 
+def test_verify_compares_with_the_base_and_its_own_newline(stages: tuple[Path, Path]) -> None:
+    here = ModelHere(str(stages[1]))
+    newline = llava_of(here.speaker.model).model.image_newline
+    trained = newline.detach().clone()
+    base = load_file(base_of(stages[1]) / "model.safetensors")["image_newline"].float()
+    with here.without_training():
+        assert torch.equal(newline, base)
+    assert torch.equal(newline, trained)
+    assert not torch.equal(trained, base)
+
+
 def test_a_projector_of_another_kind_is_refused(stages: tuple[Path, Path], folder: Path, tmp_path: Path) -> None:
     content = stage2_of_demo(folder, tmp_path / "out", stage1_run=str(stages[0]))
     content["model"].pop("high_resolution")
@@ -317,7 +329,7 @@ def test_a_llava_1_6_may_start_from_the_projector_of_a_llava_1_5(folder: Path, t
     assert stage1_of(recipe_of(content), tmp_path) is not None
     run(recipe_of(low))
     content["model"]["start_from"] = {"stage1_run": str(tmp_path / "low")}
-    line = f"image_newline: {tmp_path}/low has none, so it is random and stays so; Stage 1 with the same model.high"
+    line = f"image_newline is random and stays so, since {tmp_path}/low has none; Stage 1 with the same model.high"
     assert line in run(recipe_of(content))
     base = load_file(base_of(tmp_path / "out") / "model.safetensors")
     assert torch.equal(weights(tmp_path / "out")[KEY], base["image_newline"].float())

@@ -104,11 +104,10 @@ class Pixels:
         return self._sizes if hasattr(self.image_processor, "image_grid_pinpoints") else None
 
     def _tiles(self, name: ImageName) -> torch.Tensor:
-        image = self.images.open(name)
-        now = image.height, image.width
-        if (before := self.counted.get(name, now)) != now:
+        now = (image := self.images.open(name)).height, image.width
+        if (before := self.counted.get(name, now)) not in (now, (0, 0)):
             sizes = f"has {now[1]} x {now[0]} pixels now, and {before[1]} x {before[0]} when its tokens were counted"
-            raise BadImageError(f"image {self.images.label(name)} {sizes}", "changed image")
+            raise BadImageError(f"image {self.images.label(name)} {sizes}; restore it, or start again", "changed image")
         self._seen[name] = now
         tiles: torch.Tensor = self.image_processor([image], return_tensors="pt")["pixel_values"][0]
         return tiles
@@ -156,8 +155,9 @@ def read_converted(file: Path | io.BytesIO, name: str, max_pixels: int, backgrou
     except FileNotFoundError:
         raise BadImageError(f"image {name} is missing", "missing image") from None
     except _TOO_LARGE as error:  # Pillow has a limit of its own, and names the pixels
-        found, limit = re.search(r"\d+", str(error)), min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
-        pixels = f"image {name} has {found[0] if found else 'more'} pixels, over max_image_pixels {limit}"
+        found, own = re.search(r"\d+", str(error)), 2 * (Image.MAX_IMAGE_PIXELS or max_pixels)
+        limit = f"max_image_pixels {max_pixels}" if max_pixels <= own else f"Pillow's limit of {own}"
+        pixels = f"image {name} has {found[0] if found else 'more'} pixels, over {limit}"
         raise BadImageError(f"{pixels}; scale it down", "oversized image") from None
     except UnidentifiedImageError:
         raise BadImageError(f"image {name} cannot be read: it is not an image, or of an unknown format") from None

@@ -117,7 +117,7 @@ def _refuse_config(content: Mapping[str, Any], folder: Path) -> None:
     for name, known in _KNOWN.items():
         found = content.get(name, known[0])
         if found not in known:
-            raise UserError(f"{folder}: {name} is {found}; only {' and '.join(known)} are supported")
+            raise UserError(f"{folder}: {name} is {found}; only {', '.join(known[:-1])} and {known[-1]} are supported")
     if content.get("mm_resampler_type"):
         raise UserError(
             f"{folder}: mm_resampler_type is {content['mm_resampler_type']}; stock models have no resampler"

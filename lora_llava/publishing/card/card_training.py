@@ -8,6 +8,7 @@ from typing import Any
 from lora_llava.model.families.tower_families import describe_images, saved_image_settings
 from lora_llava.planning.plan_tables import TRAINED_PARTS
 from lora_llava.publishing.package import Package
+from lora_llava.recipe.places import DEMO_DATA
 from lora_llava.runs.directory import peak_memory
 
 _QUANTIZATIONS = {"nf4": "NF4 with double quantisation", "none": "none"}
@@ -64,7 +65,7 @@ def _continued(record: Mapping[str, Any]) -> str:
 
 
 def _named(name: str) -> str:
-    return "lora_llava's demo" if name in ("demo", "demo_small") else name
+    return "lora_llava's demo" if name in DEMO_DATA else name
 
 
 def _data_rows(package: Package) -> list[tuple[str, str]]:

@@ -28,10 +28,10 @@ from lora_llava.publishing.card.loss_curve import draw_curve
 from lora_llava.publishing.card.snippet import loading_snippet
 from lora_llava.publishing.merge import BASE_FILE, IMPORTED
 from lora_llava.publishing.package import CARD_FILE, CURVE_FILE, RESULTS_FOLDER, Package, public_name
+from lora_llava.recipe.places import DEMO_DATA
 
 _DATA_TYPES = {"demo": "lora_llava-demo"}
 _DEMO_NAME = "lora_llava's demo world"
-_DEMO_DATA = ("demo", "demo_small")
 
 
 def add_card(package: Package, repo_id: str, licence: str | None = None) -> None:
@@ -70,7 +70,7 @@ def licences_of(package: Package) -> list[Licence]:
 
 
 def _data_part(name: str, stage: str = "") -> str:
-    return f"the {stage}data of {_DEMO_NAME}" if name in _DEMO_DATA else f"the {stage}data set {name}"
+    return f"the {stage}data of {_DEMO_NAME}" if name in DEMO_DATA else f"the {stage}data set {name}"
 
 
 def sources(package: Package) -> list[tuple[str, str]]:
@@ -94,7 +94,7 @@ def data_name(package: Package) -> str:
 
 
 def _named_data(path: str) -> str:
-    return _DEMO_NAME if path in _DEMO_DATA else path
+    return _DEMO_NAME if path in DEMO_DATA else path
 
 
 def data_paths(data: dict[str, Any]) -> list[str]:

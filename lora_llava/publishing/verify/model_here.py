@@ -25,11 +25,13 @@ from lora_llava.inference.prompt import prompt_ids
 from lora_llava.inference.question import Question
 from lora_llava.inference.sampling import Sampling
 from lora_llava.inference.speak import Speaker
-from lora_llava.model.adapters import NEWLINE
+from lora_llava.model.adapters import NEWLINE, saved_newline
 from lora_llava.model.families.tower_families import tokens_of_image
 from lora_llava.model.provenance import locate_base
 from lora_llava.model.start import RUN_FILE
 from lora_llava.model.vision import llava_of
+from lora_llava.model.weights.names import NEWLINE_NAME, canonical_name
+from lora_llava.model.weights.tensor_files import lazy_tensors
 from lora_llava.publishing.verify.asked_questions import AskedImages, AskedQuestion, images_in
 from lora_llava.runs.directory import is_run
 
@@ -192,7 +194,7 @@ class ModelHere:
         """
         model = self.speaker.model
         if hasattr(model, "disable_adapter"):
-            with model.disable_adapter():
+            with model.disable_adapter(), self._base_newline():
                 yield model
             return
         name = self._base()
@@ -200,6 +202,22 @@ class ModelHere:
         if base is not None:
             use_tiles_of(base.config, self.processor.image_processor.to_dict())
         yield base
+
+    @contextmanager
+    def _base_newline(self) -> Iterator[None]:
+        """Give the model the base's newline where its adapter has one, which PEFT cannot disable."""
+        newline, folder = saved_newline(self.speaker.model), Path(self.name)
+        if newline is None or not (folder / RUN_FILE).is_file():
+            yield
+            return
+        trained = newline.data
+        base = locate_base(json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["base"], folder)
+        stored = next(each for each in lazy_tensors(base) if canonical_name(each.name) == NEWLINE_NAME).load()
+        newline.data = stored.to(trained)
+        try:
+            yield
+        finally:
+            newline.data = trained
 
     @contextmanager
     def without_lora(self) -> Iterator[Any]:
