@@ -111,7 +111,9 @@ def test_an_image_of_another_size_than_counted_is_named(content: dict[str, Any],
     content["training"]["vision_cache"] = "memory"
     plan = planned(content)
     Image.new("RGB", (40, 8)).save(tmp_path / "rows" / "b.png")
-    message = r"^image b\.png has 40 x 8 pixels now, and 23 x 9 when its tokens were counted; restore it, or start again$"
+    message = (
+        r"^image b\.png has 40 x 8 pixels now, and 23 x 9 when its tokens were counted; restore it, or start again$"
+    )
     with pytest.raises(BadImageError, match=message) as error:
         plan.splits["train"].load_pixels(["a.png", "b.png"])
     assert error.value.kind == "changed image"
