@@ -22,6 +22,7 @@ from inference.chat_server import ChatLog, chat_server
 from PIL import Image
 
 from tests.once import once
+from tests.tiny_tower import tiny_tower
 
 if TYPE_CHECKING:  # the process that distributes the tests to others would wait for these
     from lora_llava.recipe import Recipe
@@ -91,7 +92,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _write_parts(folder: Path) -> None:
     import torch
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+    from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
     from lora_llava.demo.build import build_tokenizer
 
@@ -110,15 +111,7 @@ def _write_parts(folder: Path) -> None:
         eos_token_id=2,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "llm")
-    vision = CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=32,
-        patch_size=16,
-        projection_dim=32,
-    )
+    vision = tiny_tower()
     CLIPVisionModel(vision).to(torch.bfloat16).save_pretrained(folder / "vision_tower")
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import LlamaConfig, LlavaConfig
+
+from tests.tiny_tower import tiny_tower
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
@@ -33,12 +35,5 @@ def small_config(layers: int = 3, inner: int = 344) -> LlavaConfig:
     text = LlamaConfig(
         hidden_size=128, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=4, vocab_size=500
     )
-    vision = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
+    vision = tiny_tower(28, 14, hidden=64, inner=128, layers=2)
     return LlavaConfig(text_config=text, vision_config=vision, image_token_index=499, image_seq_length=4)

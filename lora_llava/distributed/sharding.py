@@ -131,7 +131,7 @@ def describe_shard(model: PeftModel) -> str:
     """Describe in one line how many bytes of a sharded model this rank holds."""
     parameters = list(model.parameters())
     held = sum(_bytes(p.to_local() if isinstance(p, DTensor) else p) for p in parameters)
-    return f"FSDP2: this process holds {held / 1e6:,.2f} of {sum(map(_bytes, parameters)) / 1e6:,.2f} MB of weights"
+    return f"FSDP2: this process has {held / 1e6:,.2f} of {sum(map(_bytes, parameters)) / 1e6:,.2f} MB of weights"
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -17,11 +17,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     CLIPImageProcessorPil,
-    CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
     MistralConfig,
 )
+
+from tests.tiny_tower import tiny_tower
 
 TILE, PATCHES = 32, 4
 CANVASES = [[32, 64], [64, 32], [64, 64], [96, 32], [32, 96]]
@@ -44,15 +45,7 @@ class OwnLlava:
 
     def __init__(self, tokenizer: Path, kind: str = "llama") -> None:
         self.tokenizer_folder, self.tokenizer = tokenizer, AutoTokenizer.from_pretrained(tokenizer)
-        vision = CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=TILE,
-            patch_size=TILE // PATCHES,
-            projection_dim=32,
-        )
+        vision = tiny_tower(TILE, TILE // PATCHES)
         self.llm_config: dict[str, Any] = {
             "vocab_size": len(self.tokenizer),
             "hidden_size": 64,

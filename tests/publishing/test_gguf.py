@@ -24,6 +24,7 @@ from lora_llava.demo.build import build_tokenizer
 from lora_llava.publishing.gguf.gguf_types import tensor_type
 from lora_llava.publishing.gguf.gguf_vocabulary import _scores_of_merges
 from lora_llava.publishing.gguf.text_model import interleave_halves
+from tests.tiny_tower import tiny_tower
 
 Types = gguf.GGMLQuantizationType
 Make = Train = Callable[..., Path]
@@ -43,14 +44,7 @@ def model(tmp_path: Path) -> Make:
         tokenizer.save_pretrained(folder)
         shape = {"vocab_size": 960, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 2, "bos_token_id": 1}
-        vision = CLIPVisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=32,
-            patch_size=16,
-        )
+        vision = tiny_tower()
         config = LlavaConfig(
             text_config=(text or LlamaConfig)(**shape, **heads), vision_config=vision, image_token_index=896, **changes
         )

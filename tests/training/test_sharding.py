@@ -38,7 +38,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_each_process_has_half_of_the_weights(runs: tuple[Path, Path, str]) -> None:
-    held, of = re.search(r"this process holds ([\d.]+) of ([\d.]+) MB of weights", runs[2]).groups()  # type: ignore[union-attr]
+    held, of = re.search(r"this process has ([\d.]+) of ([\d.]+) MB of weights", runs[2]).groups()  # type: ignore[union-attr]
     assert float(held) == pytest.approx(float(of) / 2, rel=0.05)
     plans = [json.loads((each / "metrics.json").read_text())["model"]["freeze_plan"] for each in runs[:2]]
     assert plans[0] == plans[1]

@@ -240,7 +240,7 @@ def test_two_ranks_train_what_one_trains(content: dict[str, Any], tmp_path: Path
     content["training"]["gradient_checkpointing"] = kind == "sharded" or "auto"
     content.pop("output_dir")
     one, two, said = one_and_two(content, tmp_path, FSDP if kind == "sharded" else None)
-    assert ("FSDP2: this process holds" in said) == (kind == "sharded")
+    assert ("FSDP2: this process has" in said) == (kind == "sharded")
     curves = [json.loads((each / "metrics.json").read_text())["train"]["loss_curve"]["train"] for each in (one, two)]
     assert curves[1] == [pytest.approx(pair, rel=1e-5) for pair in curves[0]]
     expected, found = weights(one), weights(two)

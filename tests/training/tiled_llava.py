@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import (
-    CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -18,6 +17,7 @@ from transformers import (
 
 from lora_llava.demo.build import build_tokenizer
 from tests.own_rows import asked, written
+from tests.tiny_tower import tiny_tower
 
 TILE, PATCH = 8, 2
 GRID = ((8, 16), (16, 8), (16, 16), (24, 8), (8, 24))
@@ -41,14 +41,7 @@ def tiled_llava(folder: Path) -> str:
         bos_token_id=1,
         eos_token_id=2,
     )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=TILE,
-        patch_size=PATCH,
-    )
+    vision = tiny_tower(TILE, PATCH, hidden=16, inner=24)
     config = LlavaNextConfig(
         text_config=text,
         vision_config=vision,
