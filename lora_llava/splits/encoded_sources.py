@@ -133,7 +133,10 @@ def _open(recipe: Recipe, section: SourceSection, where: str) -> Source:
     if path == "demo" and section.format == "captions":
         path = build_demo_captions(cache_folder())
     if path == "demo_small" and section.format == "conversations":
-        path = build_demo_small(cache_folder(), section.split)
+        try:
+            path = build_demo_small(cache_folder(), section.split)
+        except UserError as error:
+            raise UserError(f"{where.removesuffix('.path')}.split: {error}") from None
     return open_source(
         path,
         name=section.name,

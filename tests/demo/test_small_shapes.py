@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageChops
 
 from lora_llava import finetune
+from lora_llava.commands.main import main
 from lora_llava.core.errors import UserError
 from lora_llava.data.images.tiling import Tiling
 from lora_llava.demo import small_shapes
@@ -124,6 +125,17 @@ def test_a_split_is_in_the_cache_and_an_unknown_one_is_refused(tmp_path: Path, m
     with pytest.raises(UserError) as caught:
         build_demo_small(tmp_path, "dev")
     assert str(caught.value) == "demo_small has no split 'dev'; it has train, val, test, ordinary"
+
+
+def test_an_unknown_split_of_a_source_is_named_with_its_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LORA_LLAVA_CACHE", str(tmp_path))
+    source = "data.sources=[{format: conversations, path: demo_small, split: dev}]"
+    assert main("check", ["demo_highres.yaml", "data.path=null", source]) == 2
+    assert capsys.readouterr().err == (
+        "error: data.sources.0.split: demo_small has no split 'dev'; it has train, val, test, ordinary\n"
+    )
 
 
 def test_the_recipe_has_a_canvas_for_each_size_on_which_no_pixel_is_scaled() -> None:
